@@ -221,6 +221,8 @@ def check_column(
         raise ValueError(f"{where}: only a sequence has parallel lists")
     if (column.num_embeddings is None) == (column.shares is None):
         raise ValueError(f"{where} needs either num_embeddings or shares; set one")
+    if column.num_embeddings is not None and "." in name:
+        raise ValueError(f"{where} has a table, and no name of a table has a dot; rename it")
     if column.num_embeddings is not None and not 1 <= column.num_embeddings <= MOST_ROWS:
         raise ValueError(
             f"{where}: num_embeddings is {column.num_embeddings}; set 1 to {MOST_ROWS}"

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 from zoneinfo import ZoneInfo
 
 import numpy as np
 
-from recsys.config.parser import short
 from recsys.data.events.files.columns import LARGEST
+from recsys.data.events.output.names import check_names, column_names
 from recsys.data.events.settings import EventsConfig, Source
 from recsys.data.events.signals import IMPRESSION, event_columns, literal
 from recsys.data.events.times import duration, moment
 from recsys.data.schema_columns import Column, check_vocabulary
-from recsys.data.transforms.chain import chains_of, file_columns
-
-LONGEST_NAME = 200  # bytes of a column's name, which may be that of a file, too
+from recsys.data.transforms.chain import KINDS, chains_of, file_columns
 
 
 def check_events_config(config: EventsConfig) -> None:
@@ -44,13 +41,15 @@ def check_events_config(config: EventsConfig) -> None:
             raise ValueError(
                 f"{name}.time_zone '{source.time_zone}' is unknown; write such as Europe/Berlin"
             ) from error
-    _check_names(config)
+    check_names(config)
     _check_transforms(config)
     _check_columns(config)
     _check_labels(config)
     _check_requests(config)
     _check_past(config)
     _check_split(config)
+    if (events := config.drop.max_events_per_user) is not None and events < 1:
+        raise ValueError(f"drop: max_events_per_user is {events}; set at least 1")
     if config.drop.later_than is not None:
         moment(config.drop.later_than, config.time_zone)
     if config.rows is not None and config.impressions is not None:
@@ -63,53 +62,15 @@ def check_events_config(config: EventsConfig) -> None:
                 raise ValueError(f"negatives: {name} is {value}; set {least} to {most}")
 
 
-def _names(config: EventsConfig) -> list[str]:
-    tables = [table.columns for table in (config.items, config.users) if table is not None]
-    groups: list[Mapping[str, Any]]
-    groups = [config.context, *tables, config.labels, config.counts, config.histories]
-    groups += [history.parallel for history in config.histories.values()]
-    names = [config.output.user, config.output.item, config.output.time]
-    names += [config.output.sampled] if config.negatives is not None else []
-    return names + [name for group in groups for name in group]
-
-
-def _check_names(config: EventsConfig) -> None:
-    """Require that columns of the dataset have distinct names."""
-    names = _names(config)
-    for name in names:
-        if not name:
-            raise ValueError("a column of the dataset has an empty name; name it")
-        if "/" in name or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
-            raise ValueError(
-                f"{short(repr(name))} names a column of the dataset, and maybe a file; write up to "
-                f"{LONGEST_NAME} bytes of printable characters without /"
-            )
-        if names.count(name) > 1:
-            raise ValueError(f"'{name}' names two columns of the dataset; rename one")
-    every = dict.fromkeys([*names, *event_columns(config)])
-    every |= dict.fromkeys(config.items.content if config.items is not None else ())
-    alike: dict[str, str] = {}
-    for name in every:
-        if (other := alike.setdefault(name.lower(), name)) != name:
-            raise ValueError(
-                f"'{other}' and '{name}' differ in capitals alone, which SQL does not tell apart; "
-                "rename one"
-            )
-    known = {*names, config.output.user, config.output.item}
-    for name in config.vocabulary.min_count:
-        if name not in known:
-            raise ValueError(f"vocabulary: min_count of '{name}', which is no id column")
-        if (count := config.vocabulary.min_count[name]) < 1:
-            raise ValueError(f"vocabulary: min_count of '{name}' is {count}; set at least 1")
-
-
 def _check_transforms(config: EventsConfig) -> None:
     """Check what `schema.yaml` will say of columns that are made of others."""
-    names = _names(config)
+    names = column_names(config)
     for name, column in config.transforms.items():
         where = f"transforms: '{name}'"
         if name in names and name not in config.features:
             raise ValueError(f"{where} names a column that is no feature; rename it")
+        if column.kind not in KINDS:
+            raise ValueError(f"{where} is of kind {column.kind}; choose one of {KINDS}")
         if column.kind != "dense" and (column.num_embeddings or 0) < 1:
             raise ValueError(f"{where}: num_embeddings is {column.num_embeddings}; set its rows")
         if column.vocabulary is not None:
@@ -160,6 +121,14 @@ def _check_labels(config: EventsConfig) -> None:
     for name, label in config.labels.items():
         if (label.action is None) == (label.column is None):
             raise ValueError(f"labels: '{name}' needs one of action and column; set exactly one")
+        if label.within is not None and label.action is None:
+            raise ValueError(f"labels: '{name}' of a column has no within; remove it")
+        if label.at_least is not None and label.column is None:
+            raise ValueError(f"labels: '{name}' of an action has no at_least; remove it")
+        if label.column in config.context and config.context[label.column].kind != "dense":
+            raise ValueError(
+                f"labels: '{name}': column '{label.column}' has ids; name one of numbers"
+            )
         if label.within is not None and duration(label.within) is None:
             raise ValueError(
                 f"labels: '{name}': within is {label.within}; set a duration such as 7d"
@@ -168,8 +137,6 @@ def _check_labels(config: EventsConfig) -> None:
             raise ValueError(f"labels: '{name}' of impressions has no within; set one such as 7d")
         if label.at_least is not None and not math.isfinite(label.at_least):
             raise ValueError(f"labels: '{name}': at_least is {label.at_least}; set a finite number")
-        for action in label.action or ():
-            literal(action)
 
 
 def _check_requests(config: EventsConfig) -> None:
@@ -195,10 +162,15 @@ def _check_requests(config: EventsConfig) -> None:
 
 
 def _check_past(config: EventsConfig) -> None:
-    chosen = [of.actions for of in config.histories.values()]
-    chosen += [actions for of in config.counts.values() for actions in (of.actions, of.per)]
-    for action in (action for actions in chosen for action in actions or ()):
-        literal(action)
+    chosen = {f"histories: '{name}': actions": of.actions for name, of in config.histories.items()}
+    chosen |= {f"counts: '{name}': actions": of.actions for name, of in config.counts.items()}
+    chosen |= {f"counts: '{name}': per": of.per for name, of in config.counts.items()}
+    chosen |= {f"labels: '{name}': action": of.action for name, of in config.labels.items()}
+    for where, actions in (chosen | {"rows": config.rows}).items():
+        if actions == []:
+            raise ValueError(f"{where} is empty; name an action, or leave it out")
+        for action in actions or ():
+            literal(action)
     for name, history in config.histories.items():
         _check_delay(f"histories: '{name}'", history.delay)
         if history.length < 1:
@@ -210,6 +182,17 @@ def _check_past(config: EventsConfig) -> None:
                     f"parallel: '{parallel}': scale {of.scale}, fill {of.fill}, at_least "
                     f"{of.at_least}; set numbers that float32 holds, and scale other than 0"
                 )
+            kind = _parallel_kind(config, of.column)
+            if kind == "ids":
+                raise ValueError(
+                    f"parallel: '{parallel}': column '{of.column}' has lists of ids, and an event "
+                    "one value; name a column of kind id or of numbers"
+                )
+            if kind != "number" and (of.scale, of.fill, of.at_least) != (1.0, 0.0, None):
+                raise ValueError(
+                    f"parallel: '{parallel}': scale, fill and at_least are of numbers, and "
+                    f"'{of.column}' has none; remove them"
+                )
             if of.column == "action" and config.vocabulary.kind == "rows":
                 raise ValueError(
                     f"parallel: '{parallel}': actions cannot be rows of a table; leave it out"
@@ -217,7 +200,8 @@ def _check_past(config: EventsConfig) -> None:
     ids = config.items.columns if config.items is not None else {}
     for name, count in config.counts.items():
         _check_delay(f"counts: '{name}'", count.delay)
-        duration(count.within)
+        if duration(count.within) == 0:
+            raise ValueError(f"counts: '{name}': within is {count.within}, which holds no event")
         for key in count.of:
             if key not in ("user", "item") and not (key in ids and ids[key].kind == "id"):
                 raise ValueError(
@@ -225,6 +209,15 @@ def _check_past(config: EventsConfig) -> None:
                 )
         if not count.of:
             raise ValueError(f"counts: '{name}': of is empty; name user, item or both")
+
+
+def _parallel_kind(config: EventsConfig, column: str) -> str:
+    """Return what a list beside a history has: id, ids, age, action or number."""
+    if column in ("age", "action"):
+        return column
+    features = {**config.context, **(config.items.columns if config.items is not None else {})}
+    kind = features[column].kind if column in features else "dense"
+    return "number" if kind == "dense" else kind
 
 
 def _check_delay(where: str, delay: str) -> None:

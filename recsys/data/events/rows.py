@@ -165,7 +165,8 @@ def _check_actions(engine: Engine, config: EventsConfig) -> None:
     """Raise a ValueError for a label of an action that no event has; warn of other such actions."""
     found = set(engine.table("SELECT DISTINCT action FROM signals")["action"].to_pylist())
     named = {f"labels.{name}": label.action for name, label in config.labels.items()}
-    used = {f"histories.{name}": of.actions for name, of in config.histories.items()}
+    used = {"rows": config.rows}
+    used |= {f"histories.{name}": of.actions for name, of in config.histories.items()}
     used |= {f"counts.{name}": of.actions for name, of in config.counts.items()}
     used |= {f"counts.{name}.per": of.per for name, of in config.counts.items()}
     for name, actions in (named | used).items():

@@ -49,6 +49,8 @@ def settle_fill(name: str, feature: Feature, kind: pa.DataType) -> None:
     fill = feature.fill
     if fill is None:
         return
+    if isinstance(fill, str) and {"'", "\\"} & set(fill):
+        raise ValueError(f"'{name}': fill {fill!r} has a quote or a backslash; write another text")
     if kind == pa.string() and isinstance(fill, int):  # YAML reads 7 as an integer
         fill = feature.fill = str(fill)
     wanted = {pa.string(): str, pa.int64(): int, pa.float64(): (int, float)}.get(kind, ())

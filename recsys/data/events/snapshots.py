@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from embeddings.vocabulary.fixed import is_id_type
 from recsys.data.events.engines.base import Engine
 from recsys.data.events.files.columns import Field
 from recsys.data.events.files.reader import Reader, open_source
@@ -66,6 +67,12 @@ def read_snapshots(
         f"{first} AS first_valid_from FROM ({distinct})",
     )
     _check_unique(engine, name, table, reader.tasks[0][1])
+    column = "iid" if name == "item" else "uid"
+    if not count_rows(engine, f"{name}_snapshots WHERE id IN (SELECT {column} FROM signals)"):
+        raise ValueError(
+            f"{reader.tasks[0][1]}: column '{table.id}': no event has one of these ids; correct "
+            f"the column, or leave {name}s out"
+        )
     count = count_rows(engine, f"{name}_read WHERE NOT ({usable})")
     return {f"{name} without id or time": count} if count else {}
 
@@ -80,15 +87,24 @@ def _settle_columns(table: Snapshots, reader: Reader) -> None:
 
 
 def _check_content(file: str, name: str, content: Content, field: pa.Field) -> None:
-    """Raise a ValueError for texts or images of a type that no dataset has."""
+    """Raise a ValueError for content of a type that no dataset has."""
     own = field.type
     value = own.value_type if is_list(own) else own
+    last = value.value_type if is_list(value) else value
+    is_number = pa.types.is_floating(last) or (last == own and pa.types.is_integer(own))
     fits = {
         "text": pa.types.is_string(own) or pa.types.is_large_string(own),
         "image": pa.types.is_binary(value) or pa.types.is_large_binary(value),
+        "feature": is_number,
+        "category": is_id_type(value) or pa.types.is_null(value),
     }
     if content.path_column is None and not fits.get(content.kind, True):
-        wanted = {"text": "string", "image": "binary, or path_column"}[content.kind]
+        wanted = {
+            "text": "string",
+            "image": "binary, or path_column",
+            "feature": "a number, list<float> or list<list<float>>",
+            "category": "integer or string, or a list of them",
+        }[content.kind]
         raise ValueError(f"{file}: column '{name}' has type {own}, expected {wanted}; write it so")
 
 
@@ -149,4 +165,7 @@ def add_features(engine: Engine, config: EventsConfig, source: str) -> dict[str,
     engine.add("enriched", query)
     kept = " AND ".join(f"{quoted(column)} IS NOT NULL" for column in needed.values())
     engine.view("samples", f"SELECT * FROM enriched WHERE {kept}")
-    return count_nulls(engine, "enriched", needed)
+    reasons = count_nulls(engine, "enriched", needed)
+    if not count_rows(engine, "samples"):
+        raise ValueError(f"rows: none is left; {reasons} were left out; correct these columns")
+    return reasons

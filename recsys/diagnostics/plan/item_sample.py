@@ -54,16 +54,17 @@ def sample_items(
         ValueError: there are no files, or a modality's column is missing or of a wrong type.
     """
     folder = root / "items"
-    files = folder.files(".parquet") if schema.items is not None else []
+    if schema.items is None:
+        raise ValueError(f"{root}/schema.yaml: a model with content needs `items`; add them")
+    counts = {file: _num_rows(file) for file in folder.files(".parquet")}
+    files = [file for file, count in counts.items() if count]
     if not files:
-        raise ValueError(f"{folder}: no *.parquet files; write one row per item there")
+        raise ValueError(f"{folder}: no *.parquet files with rows; write one row per item there")
     places = np.unique(np.linspace(0, len(files) - 1, SAMPLED_FILES).astype(int))
     chosen = [files[place] for place in places]
-    counts = [_num_rows(file) for file in files]
-    sample = ItemSample(sum(counts), 0)
+    sample = ItemSample(sum(counts.values()), 0)
     for name, modality in modalities.items():
         kind = make_kind(f"content.modalities.{name}", modality)
-        assert schema.items is not None
         require_column(schema.items, kind)
         if (file := schema.items.columns[modality.column].file) is not None:  # type: ignore[union-attr]
             sample.lengths[name] = _lengths_in_file(name, root / file, sample)

@@ -90,7 +90,123 @@ def text(file: str, content: str, key: str = "log") -> Any:
     return spoil
 
 
+def item_column(name: str, values: Any, *keys: str, value: Any) -> Any:
+    """Add a column to the items, and set one setting."""
+
+    def spoil(folder: Path, config: Config) -> None:
+        items = pq.read_table(folder / "items.parquet")
+        pq.write_table(items.append_column(name, values), folder / "items.parquet")
+        change(*keys, value=value)(folder, config)
+
+    return spoil
+
+
+SEVEN_TAGS = pa.array([["x"]] * 7)
+CONTENT = ("items", "content", "more")
+BESIDE = ("histories", "viewed", "parallel", "beside")
+
 BAD = [
+    Bad(
+        "a list of ids beside events",
+        lambda folder, config: (
+            item_column("tags", SEVEN_TAGS, "items", "columns", "tags", value="ids")(
+                folder, config
+            ),
+            change(*BESIDE, value="tags")(folder, config),
+        ),
+        ("'beside'", "'tags'", "lists of ids"),
+    ),
+    *(
+        Bad(
+            f"{setting} of {beside} beside events",
+            change(*BESIDE, value={"column": beside, setting: 2}),
+            ("'beside'", f"'{beside}'", setting),
+        )
+        for setting in ("scale", "fill", "at_least")
+        for beside in ("brand", "age", "action")
+    ),
+    *(
+        Bad(
+            f"min_count of {name}",
+            change("vocabulary", "min_count", value={name: 2}),
+            ("min_count", f"'{name}'", "'brand'"),
+        )
+        for name in ("cost", "bought", "viewed", "viewed_price", "time")
+    ),
+    Bad(
+        "min_count where ids are rows",
+        change("vocabulary", value={"kind": "rows", "min_count": {"item": 2}}),
+        ("min_count", "exact"),
+    ),
+    Bad("content without a name", change("items", "content", value={"": "text"}), ("''", "rename")),
+    Bad("content named as ids", change("items", "content", value={"item": "text"}), ("'item'",)),
+    *(
+        Bad(
+            f"content of kind {kind} and type {values.type}",
+            item_column("more", values, *CONTENT, value=kind),
+            ("items.parquet", "'more'", named),
+        )
+        for kind, values, named in [
+            ("category", pa.array([0.5] * 7), "double"),
+            ("feature", pa.array(["x"] * 7), "string"),
+            ("feature", pa.array([[1]] * 7), "int64"),
+            ("feature", pa.nulls(7), "null"),
+        ]
+    ),
+    Bad("a table with a dot", change("output", value={"user": "a.b"}), ("'a.b'", "dot")),
+    Bad("a name of this program's", change("output", value={"user": "__raw_group"}), ("__raw",)),
+    Bad(
+        "a label within of a column",
+        change("labels", "bought", value={"column": "price", "within": "1d"}),
+        ("'bought'", "within"),
+    ),
+    Bad(
+        "a label at_least of an action",
+        change("labels", "bought", "at_least", value=2),
+        ("'bought'", "at_least"),
+    ),
+    Bad(
+        "a label of ids",
+        lambda folder, config: (
+            change("context", value={"price": "id"})(folder, config),
+            change("labels", "bought", value={"column": "price"})(folder, config),
+        ),
+        ("'bought'", "'price'", "ids"),
+    ),
+    *(
+        Bad(f"no action of {'.'.join(keys)}", change(*keys, value=[]), (keys[-1], "empty"))
+        for keys in [
+            ("rows",),
+            ("labels", "bought", "action"),
+            ("histories", "viewed", "actions"),
+        ]
+    ),
+    Bad(
+        "a count within no time",
+        change("counts", "n", value={"of": "user", "within": "0s"}),
+        ("'n'", "0s"),
+    ),
+    Bad("no events per user", change("drop", value={"max_events_per_user": 0}), ("is 0", "1")),
+    Bad(
+        "a transform of another kind",
+        change("transforms", "x", value={"kind": "weight", "column": "cost"}),
+        ("'x'", "weight", "dense"),
+    ),
+    Bad(
+        "a quote in what stands for null",
+        change("items", "columns", "brand", value={"kind": "id", "fill": "it's"}),
+        ("'brand'", "it's", "fill"),
+    ),
+    Bad(
+        "items of other numbers",
+        item_column("other", pa.array(range(100, 107)), "items", "id", value="other"),
+        ("items.parquet", "'other'", "no event"),
+    ),
+    Bad(
+        "no item with a value",
+        item_column("empty", pa.nulls(7, pa.float64()), "items", "columns", "empty", value="dense"),
+        ("'empty'", "none is left"),
+    ),
     Bad(
         "texts as rows", change("vocabulary", value={"kind": "rows"}), ("vocabulary", "user", "u0")
     ),
