@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from embeddings.table_names import name_problem
+
 # Columns of tables in memory beside those of the schema.
 ROW_POSITION = "__row_position"  # position of a row in the split, files in order of name
 RAW_GROUP = "__raw_group"  # raw ids of the group: a vocabulary may map several to one row
@@ -221,8 +223,8 @@ def check_column(
         raise ValueError(f"{where}: only a sequence has parallel lists")
     if (column.num_embeddings is None) == (column.shares is None):
         raise ValueError(f"{where} needs either num_embeddings or shares; set one")
-    if column.num_embeddings is not None and "." in name:
-        raise ValueError(f"{where} has a table, and no name of a table has a dot; rename it")
+    if column.num_embeddings is not None and (problem := name_problem(name)) is not None:
+        raise ValueError(f"{where} has a table: {problem}")
     if column.num_embeddings is not None and not 1 <= column.num_embeddings <= MOST_ROWS:
         raise ValueError(
             f"{where}: num_embeddings is {column.num_embeddings}; set 1 to {MOST_ROWS}"

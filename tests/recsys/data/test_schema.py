@@ -117,6 +117,8 @@ def test_a_missing_schema_is_named(tmp_path: Path) -> None:
         ),
         ("[history_liked]", "[gap, gap]", "parallel list 'gap'"),
         ("[history_liked]", "[__row_position]", "'__row_position'.*rename"),
+        ("  user:", "  type: {kind: id, num_embeddings: 3}\n  user:", "'type'.*torch.*'type_id'"),
+        ("  user:", "  a.b: {kind: ids, num_embeddings: 3}\n  user:", "'a.b'.*dot"),
         ("  user:", "  __raw_group: {kind: dense}\n  user:", "'__raw_group'.*rename"),
         (VALID, "a: [b", "schema.yaml: "),
         (VALID, "", "a mapping"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from embeddings.table_names import name_problem
 from recsys.config.parser import short
 from recsys.data.events.settings import EventsConfig
 from recsys.data.events.signals import event_columns
@@ -62,10 +63,8 @@ def _check_tables(config: EventsConfig) -> None:
     lists = [name for name, of in beside if of.column in (*ids, "action")]
     made = [name for name, column in config.transforms.items() if column.kind != "dense"]
     for name in (*ids, *lists, *made):
-        if "." in name:
-            raise ValueError(
-                f"'{name}' names a table of ids, and no such name has a dot; rename it"
-            )
+        if (problem := name_problem(name)) is not None:
+            raise ValueError(f"a column of ids has a table: {problem}")
     for name, count in config.vocabulary.min_count.items():
         if name not in (*ids, *actions):
             raise ValueError(

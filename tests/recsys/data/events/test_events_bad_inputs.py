@@ -153,6 +153,7 @@ BAD = [
             ("feature", pa.nulls(7), "null"),
         ]
     ),
+    Bad("a table named as torch's", change("context", value={"type": "id"}), ("'type'", "torch")),
     Bad("a table with a dot", change("output", value={"user": "a.b"}), ("'a.b'", "dot")),
     Bad("a name of this program's", change("output", value={"user": "__raw_group"}), ("__raw",)),
     Bad(
