@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
@@ -23,7 +24,12 @@ def as_float32(operator: str, **inputs: Tensor) -> list[Tensor]:
 
     Raises:
         ValueError: an input is of another type than float32, bfloat16 or float16.
+        RuntimeError: a forward-mode derivative is computed, which would be zero in silence.
     """
+    if is_forward_mode():
+        raise RuntimeError(
+            f"recsys::{operator} has no forward-mode derivative; set kernels to torch"
+        )
     for name, tensor in inputs.items():
         if tensor.dtype not in FLOATS:
             raise ValueError(
@@ -45,6 +51,11 @@ def as_int64(operator: str, **inputs: Tensor) -> list[Tensor]:
                 f"recsys::{operator}: {name} is {_name(tensor.dtype)}, but must be int64 or int32"
             )
     return [tensor.long() for tensor in inputs.values()]
+
+
+def is_forward_mode() -> bool:
+    """Return whether derivatives are computed beside the forward, as in `torch.func.jvp`."""
+    return forward_ad._current_level >= 0
 
 
 def result_dtype(*inputs: Tensor) -> torch.dtype:

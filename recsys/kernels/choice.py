@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from recsys.kernels.checks import FLOATS
+from recsys.kernels.checks import FLOATS, is_forward_mode
 from recsys.kernels.compiler import CompileError, load_kernels
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,8 @@ def choose_kernels(kernels: Kernels, device: str = "cpu") -> None:
 def has_native(*tensors: Tensor) -> bool:
     """Return whether native kernels compute these inputs: of one device, and no float64.
 
+    PyTorch computes while a forward-mode derivative is, which kernels have not.
+
     Loads the kernels for CPU at the first call, where the setting permits. Those for CUDA are used
     by `native` alone, as they have been measured on no GPU. A graph that torch.export writes has
     the reference, so that a package loads where no compiler is.
@@ -72,7 +74,7 @@ def has_native(*tensors: Tensor) -> bool:
 
         has_native(torch.zeros(2, dtype=torch.float64))  # False
     """
-    if _Chosen.kernels == "torch" or torch.compiler.is_exporting():
+    if _Chosen.kernels == "torch" or torch.compiler.is_exporting() or is_forward_mode():
         return False
     if any(part.dtype not in FLOATS for part in tensors):
         return False

@@ -64,8 +64,7 @@ def native_content_interest(
         parallel: numbers beside each place, which get no gradient.
 
     Raises:
-        ValueError: index or offsets are of another type than int64 or int32, or another input of
-            another one than float32, bfloat16 or float16.
+        ValueError: an input is of a type that kernels do not read.
 
     Example::
 

@@ -40,8 +40,7 @@ def native_in_batch_contrastive(
     float32; the result has the type of the vectors, and under autocast float32.
 
     Raises:
-        ValueError: vectors or sharpness are of another type than float32, bfloat16 or float16, or
-            items of another one than int64 or int32.
+        ValueError: an input is of a type that kernels do not read.
 
     Example::
 
@@ -53,7 +52,7 @@ def native_in_batch_contrastive(
         if has_native(content, ids):
             native_in_batch_contrastive(content, ids, items, sharpness, normalize=True)  # [3]
     """
-    keeps_logits = torch.is_grad_enabled() and 4 * content.shape[0] ** 2 <= MAX_KEPT_BYTES
+    keeps_logits = torch.is_grad_enabled() and 4 * items.numel() ** 2 <= MAX_KEPT_BYTES
     operator = "in_batch_contrastive"
     *sides, factor = as_float32(operator, content=content, ids=ids, sharpness=sharpness)
     (rows,) = as_int64(operator, items=items)
@@ -86,8 +85,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.set_materialize_grads(False)  # no zeros for what is kept
 
 
-def _backward(ctx: Any, gradient: Tensor, *of_kept: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, gradient: Tensor | None, *of_kept: None) -> tuple[Tensor | None, ...]:
     del of_kept
+    if gradient is None:  # of a result that nothing reads
+        return (None,) * 6
     of_content, of_ids, of_sharpness = torch.ops.recsys.in_batch_contrastive_backward(
         gradient, *ctx.saved_tensors, ctx.normalize
     )

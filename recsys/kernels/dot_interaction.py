@@ -34,7 +34,7 @@ def native_dot_interaction(
     autocast the wider one of `dense` and autocast's type, and else that of all vectors.
 
     Raises:
-        ValueError: a vector is of another type than float32, bfloat16 or float16.
+        ValueError: a vector is of a type that kernels do not read.
 
     Example::
 

@@ -41,7 +41,7 @@ def native_few_token_attention(
     Each item has a token that the mask keeps. The result has the type of the query.
 
     Raises:
-        ValueError: a vector is of another type than float32, bfloat16 or float16.
+        ValueError: a vector is of a type that kernels do not read.
 
     Example::
 
@@ -79,8 +79,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)  # no zeros for what is kept
 
 
-def _backward(ctx: Any, gradient: Tensor, of_weights: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, gradient: Tensor | None, of_weights: None) -> tuple[Tensor | None, ...]:
     del of_weights
+    if gradient is None:  # of a result that nothing reads
+        return (None,) * 6
     gradients = torch.ops.recsys.few_token_attention_backward(
         gradient, *ctx.saved_tensors, ctx.heads, ctx.scale
     )

@@ -78,8 +78,7 @@ def native_fusion(
         settings: numbers of the layers.
 
     Raises:
-        ValueError: modality is of another type than int64 or int32, or tokens or weights of another
-            one than float32, bfloat16 or float16.
+        ValueError: an input is of a type that kernels do not read.
 
     Example::
 
@@ -140,11 +139,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)  # no zeros for what is kept
 
 
-def _backward(ctx: Any, gradient: Tensor, of_kept: None) -> tuple[Any, ...]:
+def _backward(ctx: Any, gradient: Tensor | None, of_kept: None) -> tuple[Any, ...]:
     del of_kept
     kept, tokens, mask, modality, noise, *weights = ctx.saved_tensors
     inputs = (tokens, mask, modality, noise, weights, *ctx.settings)
-    of_tokens, of_weights = torch.ops.recsys.fusion_backward(gradient, kept, *inputs)
+    of_tokens, of_weights = None, [None] * len(weights)
+    if gradient is not None:  # that of a result that is read
+        of_tokens, of_weights = torch.ops.recsys.fusion_backward(gradient, kept, *inputs)
     return (of_tokens, None, None, None, of_weights, *[None] * len(ctx.settings))
 
 

@@ -87,8 +87,7 @@ def native_target_attention(
 ) -> Tensor:  # [B, D]
     """Return the interest of each row in its history, by a kernel.
 
-    Computed in float32. The result is float32 under autocast, and else of the widest type of
-    targets, items and weights.
+    The result is float32 under autocast, and else of the widest type of targets, items and weights.
 
     Args:
         target: vectors of the ranked items.
@@ -100,8 +99,7 @@ def native_target_attention(
         score: weights of the MLP.
 
     Raises:
-        ValueError: index or offsets are of another type than int64 or int32, or another input of
-            another one than float32, bfloat16 or float16.
+        ValueError: an input is of a type that kernels do not read.
 
     Example::
 
@@ -118,20 +116,20 @@ def native_target_attention(
             score = ScoreWeights.of(mlp)
             native_target_attention(target, items, index, offsets, *nothing, score)  # [2, 4]
     """
-    kept_bytes = 4 * index.shape[0] * _units_row(score.first, score.second)
+    kept_bytes = 4 * index.numel() * _units_row(score.first, score.second)
     keeps_units = torch.is_grad_enabled() and kept_bytes <= MAX_KEPT_BYTES
-    vectors = as_float32("target_attention", target=target, items=items)
+    vectors = {"target": target, "items": items, "parallel": parallel, "lists": lists}
+    floats = as_float32("target_attention", **vectors, **score._asdict())
     places = as_int64("target_attention", index=index, offsets=offsets)
-    weights = as_float32("target_attention", parallel=parallel, lists=lists, **score._asdict())
     interest: Tensor = torch.ops.recsys.target_attention(
-        *vectors, *places, *weights, keeps_units, rounds_products(target.device)
+        *floats[:2], *places, *floats[2:], keeps_units, rounds_products(target.device)
     )[0]
     return interest.to(result_dtype(target, items, score.first))
 
 
 def _units_row(first: Tensor, second: Tensor) -> int:  # [H, 4 D], [G, H]
     """Return the floats of a row of kept units: both layers up to the ends of cache lines."""
-    return sum((len(layer) + 15) // 16 * 16 for layer in (first, second))
+    return sum((layer.shape[:1].numel() + 15) // 16 * 16 for layer in (first, second))
 
 
 @torch.library.register_fake("recsys::target_attention")
@@ -162,8 +160,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.set_materialize_grads(False)  # no zeros for what is kept, megabytes
 
 
-def _backward(ctx: Any, gradient: Tensor, *of_kept: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, gradient: Tensor | None, *of_kept: None) -> tuple[Tensor | None, ...]:
     del of_kept
+    if gradient is None:  # of a result that nothing reads
+        return (None,) * 14
     last_bias, *inputs = ctx.saved_tensors
     of_target, of_items, *of_weights = torch.ops.recsys.target_attention_backward(
         gradient, *inputs, ctx.bfloat16

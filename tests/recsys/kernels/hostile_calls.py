@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from recsys.kernels import choose_kernels
-from tests.recsys.kernels.operator_cases import CASES, Inputs, changed, mapped, tensors
+from tests.recsys.kernels.operator_cases import (
+    CASES,
+    Inputs,
+    backward_inputs,
+    changed,
+    mapped,
+    tensors,
+)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 DTYPES += (torch.uint8, torch.bool, torch.complex64)
@@ -99,16 +106,6 @@ def calls(inputs: Inputs) -> Iterator[Call]:
         yield from kind(inputs)
 
 
-def backward_inputs(operator: str, inputs: Inputs) -> Inputs:
-    """Return the inputs of the backward: a gradient of each output, or the output that is kept."""
-    outputs = getattr(torch.ops.recsys, operator)(*inputs.values())
-    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-    schema = getattr(torch.ops.recsys, f"{operator}_backward").default._schema
-    names = [argument.name for argument in schema.arguments]
-    leading = dict(zip(names, outputs, strict=False))
-    return leading | {name: inputs[name] for name in names[len(outputs) :]}
-
-
 def fault(operator: str, inputs: Inputs, must_refuse: bool) -> str | None:
     """Return what is wrong with the outcome of a call."""
     try:
@@ -138,7 +135,9 @@ def main() -> None:
     torch.manual_seed(0)
     for operator, case in CASES.items():
         inputs = case.make(*case.shapes["usual"])
-        both = {operator: inputs, f"{operator}_backward": backward_inputs(operator, inputs)}
+        outputs = getattr(torch.ops.recsys, operator)(*inputs.values())
+        of_backward = backward_inputs(operator, inputs, outputs)
+        both = {operator: inputs, f"{operator}_backward": of_backward}
         for name, usual in both.items():
             for call, hostile, must_refuse in calls(usual):
                 print(f"{name}: {call}", flush=True)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tests.recsys.kernels.operator_cases import CASES, Case, Inputs, changed, mapped, tensors
 
@@ -88,6 +89,8 @@ def test_inputs_of_float64_and_whole_numbers_are_refused_by_name(operator: str) 
             inputs = changed(usual, name, tensor.to(dtype))
             with pytest.raises(ValueError, match=rf"recsys::{operator}: {re.escape(name)} is "):
                 case.native(inputs)
+        with pytest.raises(RuntimeError, match=rf"recsys::{operator}: "):
+            case.native(changed(usual, name, tensor.new_zeros([1] * 4)))
 
 
 def test_calls_that_do_not_fit_are_refused_by_name_and_end_no_process() -> None:
@@ -122,3 +125,31 @@ def test_an_input_without_gradient_that_requires_one_is_refused(operator: str) -
         inputs[name].requires_grad_()
         with pytest.raises(ValueError, match=rf"recsys::{operator}: {name} requires a gradient"):
             case.native(inputs)
+
+
+@pytest.mark.parametrize("operator", CASES)
+def test_a_forward_mode_derivative_is_refused_by_name(operator: str) -> None:
+    case, inputs = CASES[operator], inputs_of(operator, "usual")
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"recsys::{operator} has no"):
+        case.native(inputs)
+
+
+@pytest.mark.parametrize("operator", CASES)
+def test_a_result_that_nothing_reads_gives_no_gradient(operator: str) -> None:
+    """As of a loss that a function between stops."""
+
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, result: Tensor) -> Tensor:
+            return result.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> None:
+            return None
+
+    case = CASES[operator]
+    inputs = with_leaves(case, inputs_of(operator, "usual"))
+    variables = [part for part in tensors(inputs).values() if part.requires_grad]
+    stopped = Stop.apply(case.native(inputs)).sum()
+    gradients = torch.autograd.grad(stopped, variables, materialize_grads=True)
+    assert not any(gradient.any() for gradient in gradients)

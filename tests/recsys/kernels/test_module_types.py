@@ -144,3 +144,17 @@ def test_second_derivatives_of_plain_operations_in_float32_are_those_of_float64(
     for found, expected in zip(second(torch.float32), second(torch.float64), strict=True):
         scale = max(1.0, float(expected.abs().max()))
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("name", ["contrastive", "fusion, modern", "few tokens", "dots"])
+def test_forward_mode_derivatives_are_those_of_plain_operations(name: str) -> None:
+    torch.manual_seed(0)
+    module, vectors, compute = MODULES[name]()
+    module.double()
+    doubles = tuple(part.double() for part in vectors)
+    directions = tuple(torch.randn_like(part) for part in doubles)
+    expected = torch.func.jvp(compute, doubles, directions)[1]
+    module.float()
+    floats = tuple(part.float() for part in directions)
+    found = torch.func.jvp(compute, tuple(vectors), floats)[1]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)

@@ -7,6 +7,9 @@ TRITON_INTERPRET=1 python -m pytest tests/recsys/kernels/test_triton_kernels.py
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,9 @@ from recsys.kernels.choice import _Chosen
 from recsys.ranking.layers.dot_interaction import DotInteraction
 from recsys.ranking.layers.target_attention import TargetAttention
 from tests.ranks import require_gpus
+from tests.recsys.kernels.operator_cases import CASES as OPERATORS
+from tests.recsys.kernels.operator_cases import Inputs as OperatorInputs
+from tests.recsys.kernels.operator_cases import backward_inputs, changed, mapped, tensors
 from tests.recsys.kernels.test_native_kernels import CASES, attention_case, output_and_gradients
 
 pytest.importorskip("triton", reason="triton is not installed; it comes with torch for CUDA")
@@ -87,6 +93,45 @@ def test_attention_equals_the_reference(
         assert gradients.pop(2).shape == (dim, 0)
     for pair in zip(gradients, expected[:-1], strict=True):
         assert_like(*pair)
+
+
+def calls_of(operator: str) -> list[tuple[str, Callable[..., Any], OperatorInputs]]:
+    """Return forward and backward of an operator, each with its name and inputs that fit."""
+    torch.manual_seed(0)
+    case = OPERATORS[operator]
+    inputs = mapped(case.make(*case.shapes["usual"]), lambda _, part: part.to(DEVICE))
+    module = triton_attention if operator == "target_attention" else triton_dot_interaction
+    forward, backward = getattr(module, operator), getattr(module, f"{operator}_backward")
+    outputs = forward(*inputs.values())
+    of_backward = backward_inputs(operator, inputs, outputs)
+    backward(*of_backward.values())
+    return [(operator, forward, inputs), (f"{operator}_backward", backward, of_backward)]
+
+
+@pytest.mark.parametrize("operator", ["target_attention", "dot_interaction"])
+def test_inputs_that_do_not_fit_are_refused_by_name(operator: str) -> None:
+    for called, compute, inputs in calls_of(operator):
+        for name, tensor in tensors(inputs).items():
+            if name == "kept":  # of no size, and not read
+                continue
+            for wrong in (tensor.double(), tensor.int(), tensor.new_zeros([1] * 4)):
+                with pytest.raises(RuntimeError, match=rf"recsys::{called}: {re.escape(name)} is "):
+                    compute(*changed(inputs, name, wrong).values())
+
+
+@pytest.mark.skipif(not IS_INTERPRETED, reason="on a GPU it ends the process's use of the GPU")
+@pytest.mark.parametrize(("name", "number"), [("index", -1), ("index", 4), ("offsets", 9)])
+def test_places_outside_of_the_items_are_refused_by_name(name: str, number: int) -> None:
+    for called, compute, inputs in calls_of("target_attention"):
+        outside = inputs[name].clone()
+        outside[1] = number
+        with pytest.raises(RuntimeError, match=rf"recsys::{called}: {name} is out of range"):
+            compute(*(inputs | {name: outside}).values())
+
+
+def test_dots_without_fields_are_the_dense_vector() -> None:
+    dense = torch.randn(3, 5).to(DEVICE)
+    assert torch.equal(triton_dot_interaction.dot_interaction(dense, []), dense)
 
 
 def test_layers_compute_by_the_kernels_of_their_device() -> None:
