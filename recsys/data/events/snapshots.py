@@ -35,15 +35,7 @@ def read_snapshots(
     Raises:
         ValueError: a file or column cannot be used, or an id has several rows at one time.
     """
-    fields = [Field("id", table.id, "id")]
-    if table.valid_from is not None:
-        fields.append(Field("valid_from", table.valid_from, "time"))
-    fields += [Field(f"f_{name}", name, KINDS[of.kind]) for name, of in table.columns.items()]
-    if isinstance(table, ItemTable):
-        for column, content in table.content.items():
-            form = "words" if content.kind == "text" else "any"
-            form = form if content.path_column is None else "text"
-            fields.append(Field(f"t_{column}", content.path_column or column, form))
+    fields = _fields(table)
     reader = open_source(name, table, fields)
     if (own := reader.schema.field("id").type) != kind:
         raise ValueError(
@@ -75,6 +67,19 @@ def read_snapshots(
         )
     count = count_rows(engine, f"{name}_read WHERE NOT ({usable})")
     return {f"{name} without id or time": count} if count else {}
+
+
+def _fields(table: Snapshots) -> list[Field]:
+    fields = [Field("id", table.id, "id")]
+    if table.valid_from is not None:
+        fields.append(Field("valid_from", table.valid_from, "time"))
+    fields += [Field(f"f_{name}", name, KINDS[of.kind]) for name, of in table.columns.items()]
+    if isinstance(table, ItemTable):
+        for column, content in table.content.items():
+            form = "words" if content.kind == "text" else "any"
+            form = form if content.path_column is None else "text"
+            fields.append(Field(f"t_{column}", content.path_column or column, form))
+    return fields
 
 
 def _settle_columns(table: Snapshots, reader: Reader) -> None:
