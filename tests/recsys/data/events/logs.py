@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,8 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import strategies as st
 
+LOGS = Path(__file__).parents[5] / "shared"
 Row = dict[str, Any]
 HOUR = 3_600_000_000
 START = 1_793_440_000_000_000 // HOUR * HOUR  # around a change of summer time in Berlin
@@ -87,6 +90,17 @@ def times(rows: list[Row], name: str, form: str) -> pa.Array:
     assert form == "kolkata"  # without summer time, so that local times are unique
     local = pc.local_timestamp(pa.array(instants, pa.timestamp("us", "Asia/Kolkata")))
     return local.cast(pa.timestamp("ns"))
+
+
+def log_of_people(name: str, num_users: int) -> pa.Table:
+    """Events of some users of a log outside of the repository, in the order of time."""
+    folder = Path(os.environ.get(f"RECSYS_{name.upper()}", LOGS / name))
+    if not folder.is_dir():
+        pytest.skip(f"no log in {folder}; set RECSYS_{name.upper()}")
+    log = pq.read_table(folder / "events.parquet", columns=["user", "item", "time"])
+    users = pc.unique(log["user"])
+    users = users[:: len(users) // num_users]
+    return log.filter(pc.is_in(log["user"], users)).sort_by("time")
 
 
 FORMS = ("us", "ms", "s", "zoned", "text", "kolkata")

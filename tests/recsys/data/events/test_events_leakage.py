@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable
 from contextlib import closing
@@ -27,7 +26,6 @@ from tests.recsys.data.events import logs
 from tests.recsys.data.events.logs import HOUR, HOURS, Row
 
 OpenEngine = Callable[[Path], Engine]
-LOGS = Path(__file__).parents[5] / "shared"
 DRAWN = 2
 ONCE = settings(
     max_examples=6,
@@ -159,12 +157,7 @@ def read_samples(open_engine: OpenEngine, folder: Path) -> list[Row]:
 @pytest.mark.parametrize("name", ["ifdb", "retail"])
 def test_in_logs_of_people_what_comes_later_changes_no_row(name: str, tmp_path: Path) -> None:
     """A fifth of the users, with ties in time, repeats, and items that come later."""
-    folder = Path(os.environ.get(f"RECSYS_{name.upper()}", LOGS / name))
-    if not folder.is_dir():
-        pytest.skip(f"no log in {folder}; set RECSYS_{name.upper()}")
-    log = pq.read_table(folder / "events.parquet", columns=["user", "item", "time"])
-    users = pc.unique(log["user"])
-    log = log.filter(pc.is_in(log["user"], users[:: len(users) // 150])).sort_by("time")
+    log = logs.log_of_people(name, 150)
     moment = log["time"][int(0.7 * len(log))].as_py()
     arrived = log.filter(pc.less_equal(log["time"], moment))
     later = log.filter(pc.greater(log["time"], moment))
