@@ -23,12 +23,13 @@ def dlrm_state(
     """Return the content of a checkpoint of the DLRM alone: {"model": ..., "optimizer": ...}.
 
     Saved, it is a checkpoint of the DLRM without content. To load, pass it to
-    `torch.distributed.checkpoint.load` and then to `load_dlrm`.
+    `torch.distributed.checkpoint.load` and then to `load_dlrm`. What has no state, such as plain
+    SGD, is left out: a checkpoint holds no empty dictionaries, and its loader looks for them.
 
     Args:
         model: DistributedModelParallel of DLRMWithContentTrain or DLRMWithContent, or one of these.
-        optimizer: optimizer of all its parameters; to load it, it must have state (`init_state`).
-            None leaves it out.
+        optimizer: optimizer of all its parameters; to load it, it must have the state that it will
+            have in training (`init_state`). None leaves it out.
 
     Raises:
         ValueError: the model contains no DLRM with content.
@@ -47,9 +48,9 @@ def dlrm_state(
     state = {"model": weights}
     if optimizer is not None:
         moments = optimizer.state_dict()["state"]
-        state["optimizer"] = {
-            "state": {key: value for key, value in moments.items() if not key.startswith(new)}
-        }
+        own = {key: value for key, value in moments.items() if value and not key.startswith(new)}
+        if own:
+            state["optimizer"] = {"state": own}
     return state
 
 
@@ -63,7 +64,8 @@ def load_dlrm(
     Args:
         model: as in `dlrm_state`.
         state: {"model": ...} and, for the optimizer, {"optimizer": ...} as the DLRM alone has them:
-            of the same ranks and plan, or loaded by torch.distributed.checkpoint.
+            of the same ranks and plan, or loaded by torch.distributed.checkpoint. An optimizer
+            without state may be left out.
         optimizer: of all parameters of the model; None leaves it as it is.
 
     Raises:
@@ -81,9 +83,12 @@ def load_dlrm(
     everything = {**model.state_dict(), **state["model"]}
     model.load_state_dict(everything)  # type: ignore[arg-type]
     if optimizer is not None:
-        _check_names(own["optimizer"]["state"], state["optimizer"]["state"], "optimizer")
+        empty: dict[str, Any] = {"state": {}}
+        given = state.get("optimizer", empty)["state"]
+        given = {key: value for key, value in given.items() if value}
+        _check_names(own.get("optimizer", empty)["state"], given, "optimizer")
         moments = optimizer.state_dict()
-        moments["state"] = {**moments["state"], **state["optimizer"]["state"]}
+        moments["state"] = {**moments["state"], **given}
         optimizer.load_state_dict(moments)
 
 

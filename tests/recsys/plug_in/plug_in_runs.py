@@ -107,10 +107,11 @@ def shard(
     train_model: Any,
     world_size: int,
     dense_optimizer: Callable[[Any], torch.optim.Optimizer] = adamw,
+    table_optimizer: type[torch.optim.Optimizer] = RowWiseAdagrad,
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
     """A user's own DMP and optimizers: Adagrad in backward for tables, AdamW for the rest."""
     tables = train_model.model.sparse_arch.parameters()
-    apply_optimizer_in_backward(RowWiseAdagrad, tables, {"lr": 0.05})
+    apply_optimizer_in_backward(table_optimizer, tables, {"lr": 0.05})
     whole = ParameterConstraints(sharding_types=["table_wise"])
     constraints = {f"t_{name}": whole for name in FEATURES}
     sharders: Any = [EmbeddingBagCollectionSharder()]
