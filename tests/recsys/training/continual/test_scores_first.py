@@ -16,16 +16,19 @@ from recsys.checkpoint.partitions.state import ContinualFolder, newest_run
 from recsys.checkpoint.run_schema import load_run_schema
 from recsys.checkpoint.warm_start.request import WarmStart
 from recsys.config.ranking import RANKING_MODELS, keys_of
+from recsys.data.prepare_vocabulary import prepare_vocabularies
 from recsys.data.transforms.prepare import prepare_transforms
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.evaluate import scores_report
 from recsys.evaluation.predict import predict
 from recsys.evaluation.scores import read_scores
+from recsys.training.train import train
 from tests.recsys.checkpoint.warm_start.warm_runs import stored_state
 from tests.recsys.training.changed_answers import change_answers, set_column
 from tests.recsys.training.continual.walk_runs import (
     NAMES,
     WITHOUT_CONTENT,
+    config_of,
     lines_of,
     walk,
     write_walk,
@@ -82,13 +85,17 @@ def test_a_score_depends_on_no_label_and_on_no_other_row(case: str, tmp_path: Pa
 
 
 def assert_predicted_alike(
-    folder: Path, number: int, out: Path, line: dict[str, Any] | None = None
+    folder: Path,
+    number: int,
+    out: Path,
+    line: dict[str, Any] | None = None,
+    before: Path | None = None,
 ) -> None:
     """The scores and metrics of a partition are those of `recsys predict` by the run before."""
     run, inputs = ContinualFolder(folder / "run"), folder / "data" / "train" / NAMES[number]
     with joined_ranks("cpu") as ranks:
-        before = run.run_of(NAMES[number - 1])
-        predict(before, [str(inputs)], out, None, ranks, "cpu")
+        before = before or run.run_of(NAMES[number - 1])
+        predict(before, [str(inputs)], out, str(folder / "data"), ranks, "cpu")
     scores = read_scores(run.scores_of(NAMES[number]))
     predicted = pq.read_table(out)["prediction_liked"].to_numpy().astype(np.float64)
     scores.logits[:, 0] = np.log(predicted) - np.log1p(-predicted)
@@ -118,6 +125,29 @@ def test_the_metrics_of_every_backbone_are_those_of_predictions_before(
     write_days(tmp_path / "data")
     walk(tmp_path, tmp_path / "run", *words_of(name))
     assert_predicted_alike(tmp_path, 1, tmp_path / "predicted.parquet")
+
+
+@pytest.mark.parametrize("case", ["content", "averages", "rows_of_content"])
+def test_the_first_partition_of_a_walk_is_scored_as_the_run_that_it_was_begun_from_predicts(
+    case: str, tmp_path: Path
+) -> None:
+    """That run is one of `recsys train`: its best model is of an earlier step than its last."""
+    data = write_days(tmp_path / "data", 2)
+    old = tmp_path / "old"
+    for split in ("train", "valid", "test"):
+        shutil.copytree(data / "train" / NAMES[0], old / split)
+    shutil.copytree(data / "items", old / "items")
+    shutil.copy(data / "schema.yaml", old)
+    prepare_vocabularies(str(old))
+    shutil.copytree(old / "vocabulary", data / "vocabulary")
+    with joined_ranks("cpu") as ranks:
+        config = config_of(tmp_path, *CASES[case], "--epochs", "2", "--patience", "2")
+        train(config, str(old), tmp_path / "trained", ranks)
+    walk_from = WarmStart(tmp_path / "trained")
+    walk(tmp_path, tmp_path / "run", *CASES[case], first=DAYS[1], warm_start=walk_from)
+    (line,) = lines_of(tmp_path / "run")
+    out = tmp_path / "predicted.parquet"
+    assert_predicted_alike(tmp_path, 1, out, line, before=tmp_path / "trained")
 
 
 @pytest.mark.parametrize("begins", ["anew", "warm"])
