@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from recsys.config import Config, load_config
+from recsys.config.server import Limits
 from recsys.data.events.prepare import prepare_events
 from recsys.diagnostics.dataset.command import explain_data
 from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.evaluation.predict import predict
 from recsys.serving.export import export_run
-from recsys.serving.requests import request_columns
+from recsys.serving.package import REQUEST
 from recsys.serving.scorer import Scorer
+from recsys.serving.server.columns import Columns, RankedUser
+from recsys.serving.server.protocol.messages import RankRequest, parsed
 from recsys.training.train import train
 from tests.recsys.command_runs import ROOT
 from tests.recsys.data.events.generated import LABELS, write_case
@@ -83,16 +88,29 @@ def round_trip(folder: Path, draw: Callable[[st.SearchStrategy], object], ranks:
     train(tiny_config(), str(data), run, ranks)
     predict(run, [str(data / "test")], folder / "out.parquet", None, ranks, "cpu")
     export_run(run, package, "fp32", ranks)
+    check_package(package, pq.read_table(folder / "out.parquet"))
+
+
+def check_package(package: Path, predictions: pa.Table) -> None:
+    """Compare answers to JSON requests with predictions, and the metadata with the file's types."""
     scorer = Scorer.load(package)
-    user, history = request_columns(scorer.schema, scorer.manifest.pooled, scorer.manifest.dense)
-    for row in pq.read_table(folder / "out.parquet").slice(0, 10).to_pylist():
-        scores = scorer.score(
-            {name: row[name] for name in user},
-            {name: row[name] for name in history},
-            [row[scorer.schema.target_item]],
-        )
+    columns = Columns(scorer, json.loads((package / REQUEST).read_text()))
+    for row in predictions.slice(0, 10).to_pylist():
+        body = {
+            "user": {name: row[name] for name in columns.user},
+            "history": {name: row[name] for name in columns.history},
+            "candidates": [row[columns.item]],
+        }
+        request = parsed(RankRequest, json.dumps(body).encode())
+        ranked = RankedUser(request.user, request.history, request.candidates)
+        columns.check(ranked, Limits())
+        scores = scorer.score(ranked.user, ranked.history, ranked.candidates)
         expected = [row[f"prediction_{label}"] for label in scorer.labels]
         np.testing.assert_allclose(scores[0], expected, rtol=1e-4, atol=1e-6)
+    for described in columns.described():
+        kind = predictions.schema.field(described["name"]).type
+        kind = kind.value_type if pa.types.is_list(kind) else kind
+        assert (described["datatype"] == "BYTES") == pa.types.is_string(kind), described
 
 
 def first_labels(folder: Path) -> set[float]:
