@@ -96,12 +96,16 @@ class OpinionVotes(nn.Module):
         """
         values = self._relative_values(history, batch.recorded_values[:, self.column])
         target = self._opinions_of(batch.target_items)  # [B, G]
+        target = target * self._have_opinions(batch.target_items).unsqueeze(1)
         if self.training:
             groups = batch.groups.remainder(target.shape[1]).unsqueeze(1)
             target = target.scatter(1, groups, 0.0)
             target = target * (torch.rand_like(target[:, :1]) >= self.dropout)
-        items = self._opinions_of(batch.history_items)  # [U, G]
-        similarity = history.dot(_shortened(target), _shortened(items))  # [N]
+        # [U, G] is large with many groups: it is read, but not written again to be shortened.
+        items = self._opinions_of(batch.history_items)
+        factors = _factors(items) * self._have_opinions(batch.history_items)  # [U]
+        similarity = history.dot(target * _factors(target).unsqueeze(1), items)  # [N]
+        similarity = similarity * history.gather(factors.unsqueeze(1)).squeeze(1)
         positive = similarity.clamp(min=0)
         square = positive.square()
         weighted = [positive * values, positive, square * values, square, similarity * values]
@@ -124,11 +128,14 @@ class OpinionVotes(nn.Module):
         return (deviations - history.spread(means).squeeze(1)) / self.deviation
 
     def _opinions_of(self, items: Tensor) -> Tensor:  # [D] -> [D, G]
-        """Return the opinions of items; an item that is added to a package later has none."""
-        opinions = self.opinions[items.clamp(max=len(self.opinions) - 1)].float()
-        return opinions * (items < len(self.opinions)).unsqueeze(1)
+        """Return the opinions of items; any for an item that is added to a package later."""
+        return self.opinions[items.clamp(max=len(self.opinions) - 1)].float()
+
+    def _have_opinions(self, items: Tensor) -> Tensor:  # [D] -> bool [D]
+        """Return whether items have opinions; one that is added to a package later has none."""
+        return items < len(self.opinions)
 
 
-def _shortened(opinions: Tensor) -> Tensor:
-    """Divide vectors [D, G] by sqrt(1 + length ** 2): items that few users valued stay short."""
-    return opinions * (1 + opinions.square().sum(dim=1, keepdim=True)).rsqrt()
+def _factors(opinions: Tensor) -> Tensor:  # [D, G] -> [D]
+    """Return 1 / sqrt(1 + length ** 2): items that few users valued stay short."""
+    return (1 + torch.linalg.vector_norm(opinions, dim=1).square()).rsqrt()
