@@ -25,7 +25,7 @@ from recsys.checkpoint.output_file import check_output
 from recsys.checkpoint.partitions.items import add_new_items
 from recsys.checkpoint.run_folder import check_encoders, check_vocabularies, read_item_counts
 from recsys.checkpoint.run_schema import load_run_schema, schema_of_data
-from recsys.config import load_config
+from recsys.config import SourceSettings, load_config
 from recsys.data.filesystem import Location, regular_file, whole_file, write_whole
 from recsys.data.interactions import Interactions
 from recsys.data.parquet.file import READ_ERRORS, open_parquet
@@ -87,6 +87,7 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
     """
     with ranks.raise_on_all_ranks():
         scores = scores_file(run, split)
+        _require_split(run, Location.of(data_of(run, data)), split)
         model = model_of(run)  # read before loading, as training may replace the model
     job = load_run(run, data, ranks, device)
     can_store = ranks.gather(_can_store(run))[0]
@@ -112,6 +113,13 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
                 raise ValueError(f"{file}: {run} cannot be written to; the result is printed only")
             write_whole(file, json.dumps(report, indent=2) + "\n")
     return report
+
+
+def _require_split(run: Path, root: Location, split: str) -> None:
+    """Refuse a split without files, unless the run has a row source of its own."""
+    is_parquet = load_config(run / "config.yaml").source.name == SourceSettings().name
+    if is_parquet and not (root / split).files(".parquet"):
+        raise ValueError(f"{root / split}: no *.parquet files; correct --split or --data")
 
 
 def _can_store(folder: Path) -> bool:

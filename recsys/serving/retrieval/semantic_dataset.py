@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -36,11 +37,7 @@ def write_dataset_with(
     Raises:
         ValueError: the dataset is not local, or has such a column.
     """
-    if not root.is_local:
-        raise ValueError(f"{root}: is not on a local disk; copy the dataset to one")
-    content = load_plain_yaml((root / "schema.yaml").read_bytes())
-    if column in content["columns"]:
-        raise ValueError(f"{root}/schema.yaml: has a column '{column}' already; remove it")
+    content = schema_without(root, column)
     content["columns"][column] = {"kind": "ids", "num_embeddings": num_ids}
     with whole_folder(out) as partial:
         for entry in sorted(Path(root.path).iterdir()):
@@ -55,6 +52,20 @@ def write_dataset_with(
                 written = partial / split / Path(file.path).relative_to(folder.path)
                 written.parent.mkdir(parents=True, exist_ok=True)
                 _write_file(file, written, schema, ids, column)
+
+
+def schema_without(root: Location, column: str) -> dict[str, Any]:
+    """Return the content of a dataset's `schema.yaml`, to which a column is to be added.
+
+    Raises:
+        ValueError: the dataset is not local, or has such a column.
+    """
+    if not root.is_local:
+        raise ValueError(f"{root}: is not on a local disk; copy the dataset to one")
+    content: dict[str, Any] = load_plain_yaml((root / "schema.yaml").read_bytes())
+    if column in content["columns"]:
+        raise ValueError(f"{root}/schema.yaml: has a column '{column}' already; remove it")
+    return content
 
 
 def _write_file(file: Location, out: Path, schema: Schema, ids: pa.Table, column: str) -> None:

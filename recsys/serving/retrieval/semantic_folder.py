@@ -20,13 +20,16 @@ import pyarrow.parquet as pq
 from recsys.build import Job
 from recsys.checkpoint.manifest import model_of
 from recsys.checkpoint.new_rows.trained_counts import trained_counts
-from recsys.data.filesystem import whole_folder
+from recsys.data.filesystem import Location, whole_folder
 from recsys.distributed.ranks import Ranks
+from recsys.evaluation.predict import data_of
+from recsys.evaluation.retrieval import catalogue_of
 from recsys.serving.export import load_for_export
 from recsys.serving.package import Listed, read_manifest_of, write_manifest
+from recsys.serving.retrieval.index import require_faiss
 from recsys.serving.retrieval.item_vectors import ItemVectors, item_vectors
-from recsys.serving.retrieval.semantic_dataset import write_dataset_with
-from recsys.serving.retrieval.semantic_ids import Codebooks, collision_report
+from recsys.serving.retrieval.semantic_dataset import schema_without, write_dataset_with
+from recsys.serving.retrieval.semantic_ids import Codebooks, check_codes, collision_report
 
 ITEMS, CODEBOOKS, COLLISIONS = "items.parquet", "codebooks.npy", "collisions.json"
 COLUMN = "semantic_ids"
@@ -78,14 +81,19 @@ def export_semantic_ids(
     """
     if dataset is not None and dataset.exists():
         raise ValueError(f"{dataset}: exists already; remove it, or name another folder")
+    if dataset is not None:
+        schema_without(Location.of(data_of(run, data)), COLUMN)
+    if codebooks is None:
+        require_faiss()
     model = model_of(run)
     known = None if codebooks is None else load_codebooks(codebooks, model)
     job = load_for_export(run, out, ranks, data)
-    of_items = item_vectors(job, "content")
     if known is None:  # later items, such as those of the test split, are not known while training
         counts = trained_counts(run, job.schema.item_id_limit)
-        trained = of_items.vectors[counts.of(of_items.rows) > 0]
-    books = known or Codebooks.fit(trained, levels, codes)
+        is_trained = counts.of(np.asarray(catalogue_of(job))) > 0
+        check_codes(codes, int(is_trained.sum()))
+    of_items = item_vectors(job, "content")
+    books = known or Codebooks.fit(of_items.vectors[is_trained], levels, codes)
     with whole_folder(out) as partial:
         report = _write(partial, job, of_items, books)
         of_books = books.centres.shape  # L, C, D

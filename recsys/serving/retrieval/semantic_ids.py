@@ -25,6 +25,14 @@ ITEMS_PER_BLOCK = 4096
 SHOWN = 5  # of the items that share their codes with most others
 
 
+def check_codes(codes: int, num_items: int) -> None:
+    """Raise a ValueError if there are more codes of a level than trained items."""
+    if codes > num_items:
+        raise ValueError(
+            f"--codes is {codes}, but {num_items:,} items have training rows; set at most that"
+        )
+
+
 @dataclass(frozen=True)
 class Codebooks:
     """Centres of each level.
@@ -44,11 +52,7 @@ class Codebooks:
         Raises:
             ValueError: there are fewer vectors than codes, or FAISS is not installed.
         """
-        if codes > len(vectors):
-            raise ValueError(
-                f"--codes is {codes}, but there are {len(vectors):,} items with training rows; set "
-                "at most as many"
-            )
+        check_codes(codes, len(vectors))
         faiss, rest, centres = require_faiss(), unit(vectors), []
         for _ in range(levels):
             means = faiss.Kmeans(

@@ -121,6 +121,14 @@ def test_inputs_that_no_prediction_can_be_added_to_are_refused_before_the_model_
         predict(trained.run, inputs, tmp_path / "out" / "out.parquet", None, alone, "cpu")
 
 
+def test_a_split_without_files_is_refused_before_the_model_is_loaded(
+    trained: Trained, alone: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prediction, "load_run", not_called)
+    with pytest.raises(ValueError, match=r"data/holdout: no \*\.parquet files.*--split"):
+        evaluate(trained.run, None, "holdout", alone, "cpu")
+
+
 @pytest.mark.parametrize(
     ("column", "words"), [("colour", "'colour' is missing"), ("clip", "'clip' is of type list")]
 )

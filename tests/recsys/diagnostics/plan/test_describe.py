@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.profiler import ProfilerActivity, profile
@@ -17,11 +18,14 @@ from embeddings.device_figures import DeviceFigures
 from embeddings.simulated_cluster import Cluster
 from embeddings.table_memory import FLOAT
 from recsys.build import Job, build_job
-from recsys.config import Config, ContentSettings, EmbeddingSettings
+from recsys.config import Config, ContentSettings, EmbeddingSettings, ModalitySettings
 from recsys.data.batch import Batch
+from recsys.data.filesystem import Location
+from recsys.data.schema import load_schema
 from recsys.data.vocabularies import UnknownIds
 from recsys.diagnostics.cost.counted import WorkCounter
 from recsys.diagnostics.plan.description import Description, describe
+from recsys.diagnostics.plan.item_sample import sample_items
 from recsys.diagnostics.profile.collective_trace import read_collectives
 from recsys.ranking.din_dcn import DinDcnSettings
 from recsys.training.train import training_interactions
@@ -162,3 +166,20 @@ def test_weights_are_counted_once_over_all_ranks(folder: Path) -> None:
     weights = sum(part.parameters for part in one.parts if part.name.startswith("table "))
     moments = 50 + 300 + 5  # one per row
     assert sum(one.table_bytes) == FLOAT * (weights + moments)
+
+
+def test_items_without_rows_and_a_schema_without_items_are_named(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data")
+    root = Location.of(data)
+    file = data / "items" / "part-0.parquet"
+    items = pq.read_table(file)
+    pq.write_table(items.slice(0, 0), data / "items" / "part-1.parquet")
+    clip = {"clip": ModalitySettings("feature", "clip")}
+    assert sample_items(root, load_schema(root), clip).num_items == 30  # one file has rows
+    pq.write_table(items.slice(0, 0), file)
+    with pytest.raises(ValueError, match="data/items: no .*with rows"):
+        sample_items(root, load_schema(root), clip)
+    schema = load_schema(root)
+    schema.items = None
+    with pytest.raises(ValueError, match=r"data/schema\.yaml: .*`items`"):
+        sample_items(root, schema, clip)

@@ -16,6 +16,7 @@ from recsys.cli import main
 from recsys.data.filesystem import Location
 from recsys.data.schema import load_schema
 from recsys.distributed.ranks import joined_ranks
+from recsys.serving.retrieval import semantic_folder
 from recsys.serving.retrieval.semantic_dataset import write_dataset_with
 from recsys.serving.retrieval.semantic_folder import export_semantic_ids, load_codebooks
 from recsys.serving.retrieval.semantic_ids import Codebooks, collision_report
@@ -136,6 +137,23 @@ def test_items_added_later_leave_the_codes_of_others(towers: Path, semantic: Pat
     assert {item: now[item] for item in before} == before
     assert now["item 3"] == now[rows["item"][0].as_py()]  # equal content
     assert np.array_equal(load_codebooks(folder).centres, load_codebooks(semantic / "ids").centres)
+
+
+def test_what_cannot_be_written_is_refused_before_items_are_encoded(
+    towers: Path, semantic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_called(*arguments: object) -> None:
+        raise AssertionError("items were encoded")
+
+    monkeypatch.setattr(semantic_folder, "item_vectors", not_called)
+    run, out = towers / "run", tmp_path / "ids"
+    with joined_ranks("cpu") as ranks:
+        with pytest.raises(ValueError, match="--codes is 9999"):
+            export_semantic_ids(run, out, 2, 9999, ranks)
+        with pytest.raises(ValueError, match=r"schema\.yaml: has a column 'semantic_ids'"):
+            data = str(semantic / "data")
+            export_semantic_ids(run, out, 2, 5, ranks, data, dataset=tmp_path / "data")
+    assert not out.exists()
 
 
 def test_codebooks_of_another_model_are_refused(semantic: Path) -> None:
