@@ -177,7 +177,7 @@ def test_items_without_rows_and_a_schema_without_items_are_named(tmp_path: Path)
     clip = {"clip": ModalitySettings("feature", "clip")}
     assert sample_items(root, load_schema(root), clip).num_items == 30  # one file has rows
     pq.write_table(items.slice(0, 0), file)
-    with pytest.raises(ValueError, match="data/items: no .*with rows"):
+    with pytest.raises(ValueError, match=r"data/items: no .*with rows"):
         sample_items(root, load_schema(root), clip)
     schema = load_schema(root)
     schema.items = None
