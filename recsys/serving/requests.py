@@ -251,8 +251,13 @@ class RequestReader:
             kind = array.type
             if pa.types.is_null(kind) or (is_list(kind) and pa.types.is_null(kind.value_type)):
                 wanted = self._type_of(name, made)
-                array = array if kind == wanted else array.cast(wanted)
-        except (pa.ArrowException, TypeError, OverflowError) as error:
+                if pa.types.is_null(kind) or is_list(wanted):
+                    array = array.cast(wanted)
+        except OverflowError as error:
+            raise ValueError(
+                f"{place}: column '{name}': an integer does not fit 64 bits; write a smaller one"
+            ) from error
+        except (pa.ArrowException, TypeError, UnicodeEncodeError) as error:
             raise ValueError(f"{place}: column '{name}': {error}") from error
         return array
 
@@ -281,6 +286,6 @@ def listed(given: Values, name: str, place: str) -> Sequence[Any]:
         raise ValueError(f"{place}: lacks '{name}'; give a list")
     values = given[name]
     values = values.tolist() if isinstance(values, np.ndarray) else values
-    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+    if isinstance(values, str | bytes | bytearray) or not isinstance(values, Sequence):
         raise ValueError(f"{place}: '{name}' is no list; give one value for each")
     return values

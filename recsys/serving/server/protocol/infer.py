@@ -5,6 +5,8 @@ Shapes: N candidates, C labels.
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from recsys.serving.server.protocol.messages import (
@@ -28,9 +30,10 @@ def read_request(body: bytes, json_length: str | None) -> tuple[InferRequest, li
     """
     length = len(body)
     if json_length is not None:
-        if not json_length.isdecimal() or int(json_length[:19]) > len(body):
+        digits = json_length.lstrip("0") or json_length[-1:]
+        if not re.fullmatch("[0-9]{1,18}", digits) or int(digits) > len(body):
             raise Refusal(f"{JSON_LENGTH}: '{json_length[:99]}' for a body of {len(body)} bytes")
-        length = int(json_length)
+        length = int(digits)
     request, place, tensors = parsed(InferRequest, body[:length]), length, []
     for given in request.inputs:
         about = given.name, given.datatype, given.shape

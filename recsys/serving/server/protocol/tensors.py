@@ -49,7 +49,7 @@ class Tensor:
             Refusal: a value is not of the type, or they do not fit the shape.
         """
         count = _count(name, datatype, shape)
-        values = list(_flat(data, len(shape)))
+        values = _flat(name, shape, data)
         if len(values) != count:
             raise Refusal(f"input '{name}': has {len(values)} values for shape {list(shape)}")
         known = [value for value in values if value is not None]
@@ -89,13 +89,18 @@ def _count(name: str, datatype: str, shape: Sequence[int]) -> int:
     return math.prod(shape)
 
 
-def _flat(data: Any, depth: int) -> Iterator[Any]:
-    """Yield the values of lists that are nested at most `depth` times."""
-    for value in data:
-        if isinstance(value, list) and depth > 1:
-            yield from _flat(value, depth - 1)
-        else:
-            yield value
+def _flat(name: str, shape: Sequence[int], data: Sequence[Any]) -> list[Any]:
+    """Return the values of a list that is flat or nested as the shape.
+
+    Raises:
+        Refusal: it is nested in another way, in which values would change their rows.
+    """
+    if len(shape) == 1 or not any(isinstance(row, list) for row in data):
+        return list(data)
+    sizes = {len(row) if isinstance(row, list) else None for row in data}
+    if len(data) != shape[0] or sizes != {shape[1]}:
+        raise Refusal(f"input '{name}': its lists do not have the shape {list(shape)}")
+    return [value for row in data for value in row]
 
 
 def _numbers(name: str, datatype: str, values: list[Any]) -> np.ndarray:

@@ -12,6 +12,7 @@ from recsys.data.schema_columns import Column, IdType, VocabularySettings
 from recsys.serving.scorer import Scorer
 from recsys.serving.server.columns import Columns
 from recsys.serving.server.description import _value_of
+from recsys.serving.server.protocol.infer import JSON_LENGTH, read_request
 from recsys.serving.server.protocol.tensors import Tensor
 from recsys.serving.server.refusals import Refusal
 
@@ -65,3 +66,19 @@ def test_a_tensor_in_json_may_have_null() -> None:
         Tensor.of_values("n", "INT64", [2], [None, "1"])
     with pytest.raises(Refusal, match="out of range of INT8"):
         Tensor.of_values("n", "INT8", [2], [None, 1000])
+
+
+@pytest.mark.parametrize("data", [[[1], [2, 3, 4]], [[1, 2, 3, 4]], [1, [2, 3], 4], [[1, 2, 3], 4]])
+def test_a_tensor_whose_lists_differ_from_its_shape_is_refused(data: list[Any]) -> None:
+    with pytest.raises(Refusal, match=r"'n'.*\[2, 2\]"):
+        Tensor.of_values("n", "INT64", [2, 2], data)
+
+
+@pytest.mark.parametrize(
+    "length", ["0" * 5000, "0" * 30 + "99", "1" * 5000, "²", "\u0663", "", "-1"]
+)
+def test_a_length_of_the_json_that_is_none_is_refused(length: str) -> None:
+    with pytest.raises(
+        Refusal, match="JSON" if length.strip("0") == "" and length else JSON_LENGTH
+    ):
+        read_request(b'{"inputs": []}', length)
