@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ from recsys.training.pretrained_tables import load_pretrained_tables
 from recsys.training.reporter import Reporter
 from recsys.training.table_reset import check_reset
 from recsys.training.trainer import Trainer
-from recsys.training.useless_models import require_useful
+from recsys.training.useless_models import require_useful, slack_for
 from recsys.training.warm_start import (
     OpenedWarmStart,
     check_begun_from,
@@ -225,13 +226,15 @@ def start_fresh(job: Job, checked: CheckedRows) -> Progress:
 
 def check_best(metrics: dict[str, Any], config: Config, data: str, run: Path) -> None:
     """Raise a ValueError on all ranks if the best model's predictions are useless."""
+    root, kept = Location.of(data), "Checkpoints and metrics.json are kept"
 
-    def rows() -> RowSource:
-        root = Location.of(data)
-        return open_rows(config.source, root, "train", load_schema(root), config.on_bad_row)
+    def rows_of(split: str) -> RowSource:
+        return open_rows(config.source, root, split, load_schema(root), config.on_bad_row)
 
-    kept = "Checkpoints and metrics.json are kept"
-    require_useful(metrics["valid"], config, f"{run}, validation", rows, kept)
+    require_useful(metrics["valid"], config, f"{run}, validation", partial(rows_of, "train"), kept)
+    test = metrics["test"]
+    slack = slack_for(test.get("num_samples", 0))
+    require_useful(test, config, f"{run}, test", partial(rows_of, "test"), kept, slack)
 
 
 def training_figures(job: Job, progress: Progress) -> dict[str, Any]:

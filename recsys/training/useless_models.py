@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,6 +42,11 @@ def require_useful(
             check(report, where, "", slack)
     except ValueError as error:
         raise ValueError(f"{error}{_advice(rows())}. {kept}") from error
+
+
+def slack_for(num_rows: int) -> float:
+    """Return the `slack` of a split that no model was chosen by: the loss of few rows varies."""
+    return 1 + 10 / math.sqrt(max(num_rows, 1))
 
 
 def _advice(rows: RowSource) -> str:

@@ -117,6 +117,11 @@ def train_partition(continual: ContinualRun, partition: Partition, state: RunSta
     config, (_, request) = config_of_partition(continual.config, state), continual.before(state)
     with ranks.raise_on_all_ranks():
         if request is not None:
+            if not (request.run / "config.yaml").is_file():
+                raise ValueError(
+                    f"{request.run}: has not the model that train/{partition.name} goes on from; "
+                    "bring it back, or walk anew to another --out"
+                )
             config = with_automatic(config, load_config(request.run / "config.yaml"))
         if ranks.is_first:
             recover_checkpoints(run)

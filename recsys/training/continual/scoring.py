@@ -9,7 +9,6 @@ scores a row again nor writes a line twice.
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from recsys.evaluation.further_metrics import make_metrics
 from recsys.evaluation.scores import SplitScores, read_scores
 from recsys.training.continual.partitions import Partition
 from recsys.training.reporter import Reporter
-from recsys.training.useless_models import require_useful
+from recsys.training.useless_models import require_useful, slack_for
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +87,6 @@ def require_useful_scores(
 ) -> None:
     """Refuse to go on from a partition whose scores were useless. On rank 0.
 
-    The log loss of few rows varies, so that they may have a larger one.
-
     Raises:
         ValueError: the log loss or the RMSE is absurd; names the columns of wide range.
     """
@@ -109,7 +106,7 @@ def require_useful_scores(
         f"{data}/{partition.folder}, scored by the model of {before}",
         rows,
         "Its scores are kept, and it is trained on; the same command goes on with the next one",
-        slack=1 + 10 / math.sqrt(max(line["rows"], 1)),
+        slack=slack_for(line["rows"]),
     )
 
 

@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.cli import main
+from recsys.config import Config
 from recsys.evaluation.model_selection import check_log_loss
+from recsys.training.train import check_best
 from tests.datasets import write_dataset
 from tests.recsys.command_runs import train_words
 
@@ -47,3 +49,19 @@ def test_a_log_loss_far_above_that_of_a_constant_is_refused() -> None:
     labels = {"clicked": {"logloss": 0.5}, "bought": {"logloss": 3.0}}
     with pytest.raises(ValueError, match="bought"):
         check_log_loss({"logloss": 0.5, "labels": labels}, "valid", "")
+
+
+def test_a_model_that_is_useless_on_the_test_split_alone_ends_the_command_with_an_error(
+    tmp_path: Path,
+) -> None:
+    data = write_dataset(tmp_path / "data")
+    file = data / "test" / "part-0.parquet"
+    table = pq.read_table(file)
+    prices = pa.array(np.full(table.num_rows, 1e6, np.float32))
+    place = table.schema.get_field_index("price")
+    pq.write_table(table.set_column(place, "price", prices), file)
+    metrics = {"valid": {"logloss": 0.7}, "test": {"logloss": 0.7, "num_samples": 20}}
+    check_best(metrics, Config(), str(data), tmp_path / "run")
+    metrics["test"]["logloss"] = 2e8
+    with pytest.raises(ValueError, match=r"test: the log loss.*'price' \(1e\+06"):
+        check_best(metrics, Config(), str(data), tmp_path / "run")

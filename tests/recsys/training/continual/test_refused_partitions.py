@@ -130,6 +130,16 @@ def test_a_partition_that_cannot_be_used_leaves_the_run_as_it_was(
     assert files_of(two / "run") == before
 
 
+def test_a_run_whose_newest_model_is_gone_is_refused_by_its_folder(
+    two: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(two / "run", tmp_path / "run")
+    newest = ContinualFolder(run).run_of(ContinualFolder(run).read().trained[-1].name)
+    shutil.rmtree(newest)
+    with pytest.raises(ValueError, match=rf"{newest}: .*{NEXT}.*another --out"):
+        walk(two, run, *WITHOUT_CONTENT)
+
+
 def test_the_first_partition_begins_with_the_run_that_it_was_begun_from(tmp_path: Path) -> None:
     write_walk(tmp_path / "data", 1)
     folder = ContinualFolder(tmp_path / "run")
