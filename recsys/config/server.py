@@ -8,6 +8,8 @@ from typing import Literal
 
 from recsys.config.run import LogFormat, LogLevel
 
+LONGEST_SECONDS = 2_000_000  # gRPC and the system count milliseconds in 32 bits
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -59,8 +61,11 @@ class ServerSettings:
         Raises:
             ValueError: names the setting that is out of range.
         """
-        lowest = {"port": 0, "grpc_port": 0, "workers": 1, "threads": 1}
-        lowest |= {"read_timeout": 1, "idle_timeout": 1, "drain": 0, "grace": 0}
+        seconds = {"read_timeout": 1, "idle_timeout": 1, "drain": 0, "grace": 0}
+        lowest = {"port": 0, "grpc_port": 0, "workers": 1, "threads": 1} | seconds
+        for name in seconds:
+            if (value := getattr(self, name)) > LONGEST_SECONDS:
+                raise ValueError(f"--{name}: is {value}; give at most {LONGEST_SECONDS}")
         for name, least in lowest.items():
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"--{name}: is {value}; give at least {least}")

@@ -88,6 +88,11 @@ class BoundedConnection(HttpToolsProtocol):
         """Refuse what is no HTTP."""
         self._refuse(HTTPStatus.BAD_REQUEST, msg)
 
+    def timeout_keep_alive_handler(self) -> None:
+        """End an idle connection, unless its next request has begun, which the other timer ends."""
+        if self._timer is None:
+            super().timeout_keep_alive_handler()
+
     def _start_timer(self) -> None:
         self._stop_timer()
         seconds = self.app_state[READ_TIMEOUT]

@@ -18,7 +18,7 @@ import pytest
 from tests.ranks import HANG_SECONDS
 from tests.recsys.serving.server.served_package import TOKEN, ServedPackage
 
-READ, IDLE = 1, 1  # seconds of the server's timeouts
+READ, IDLE = 2, 1  # seconds of the server's timeouts
 SLACK = 10  # seconds by which a busy machine may be late
 BEARER = f"authorization: Bearer {TOKEN}\r\n".encode()
 HEAD = b"POST /v1/rank HTTP/1.1\r\n" + BEARER

@@ -20,7 +20,7 @@ from tests.recsys.serving.server.served_package import ROOT, TOKEN, ServedPackag
 
 READY = ("/v2/health/ready", "/v2/models/shop/ready")
 ANSWERED = ("/v2/health/live", "/v2", "/v2/models/shop", "/metrics")
-DRAIN = 3  # seconds
+DRAIN = 5  # seconds
 LOADING = """
 import sys, time
 from recsys.cli import main
@@ -57,7 +57,7 @@ def test_a_server_that_ends_is_not_ready_but_answers_until_its_drain_is_over(
                 grpc.is_server_ready()
             rank = f"POST /v1/rank HTTP/1.1\r\nauthorization: Bearer {TOKEN}\r\n"
             half_sent.sendall(f"{rank}content-length: {len(body)}\r\n\r\n".encode())
-            while time.monotonic() < ended - 1:
+            while time.monotonic() < ended - 3:
                 answers = [server.call("/v1/rank", json.loads(body)), *map(server.call, ANSWERED)]
                 assert {answer.status for answer in answers} == {200}
                 assert {answer.headers["connection"] for answer in answers} == {"close"}

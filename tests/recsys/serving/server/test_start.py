@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[4]
         (["--read_timeout", "0"], "--read_timeout: is 0"),
         (["--idle_timeout", "0"], "--idle_timeout: is 0"),
         (["--drain", "-1"], "--drain: is -1"),
+        (["--idle_timeout", "3000000"], "--idle_timeout: is 3000000; give at most"),
         (["--token", ""], "--token"),
         (["--token", "naïve"], "--token"),
     ],
