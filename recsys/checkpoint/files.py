@@ -69,11 +69,13 @@ def check_files(folder: Path, manifest: dict[str, Any], part: int = 0, parts: in
     for name, (size, expected) in sorted(manifest["files"].items())[part::parts]:
         file = folder / name
         if not file.is_file():
-            raise ValueError(f"{file}: missing")
+            raise ValueError(f"{file}: missing; bring it back")
         if file.stat().st_size != size:
-            raise ValueError(f"{file}: {file.stat().st_size} bytes instead of {size}")
+            raise ValueError(
+                f"{file}: {file.stat().st_size} bytes instead of {size}; bring it back"
+            )
         if checksum(file) != expected:
-            raise ValueError(f"{file}: its content has changed since it was written")
+            raise ValueError(f"{file}: its content has changed since it was written; bring it back")
 
 
 def checked_manifest(folder: Path, ranks: Ranks) -> dict[str, Any]:

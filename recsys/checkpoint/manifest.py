@@ -51,7 +51,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder}: no {MANIFEST}, so it is no whole checkpoint; use another"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from error
+        raise ValueError(f"{path}: damaged ({error}); bring it back") from error
     return manifest
 
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -139,6 +139,8 @@ def read_manifest_of(
             raise ValueError(f"format {number}, but this version reads {FORMAT}")
         if content.pop("sha256", None) != _own_digest(content):
             raise ValueError("its content differs from its hash")
+        if not content.keys() <= {of.name for of in fields(kind)}:
+            raise ValueError(f"another command than {command} wrote it, so this is no {what}")
         manifest = kind(**content)
         found = list(differences(folder, manifest.files, verify, verified))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from recsys.serving.package import MANIFEST, Manifest, read_manifest, write_manifest
+from recsys.serving.package import (
+    MANIFEST,
+    Manifest,
+    read_manifest,
+    read_manifest_of,
+    write_manifest,
+)
+from recsys.serving.retrieval.vectors_folder import VectorsManifest
 from recsys.serving.vector_file import VectorFile, VectorFileShape, write_vectors
 
 
@@ -64,6 +71,15 @@ def test_an_edited_manifest_is_refused_by_name(tmp_path: Path, change: dict[str,
 
     with pytest.raises(ValueError, match=f"{path}.*hash"):
         read_manifest(tmp_path / "package")
+
+
+def test_a_folder_of_another_command_is_refused_with_the_command_that_makes_one(
+    tmp_path: Path,
+) -> None:
+    write_package(tmp_path / "package")
+    about = VectorsManifest, "folder of vectors", "recsys export-vectors"
+    with pytest.raises(ValueError, match=r"manifest\.json.*recsys export-vectors"):
+        read_manifest_of(tmp_path / "package", *about, verify=True)
 
 
 def test_a_package_of_another_format_is_refused(tmp_path: Path) -> None:
