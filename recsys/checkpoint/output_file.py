@@ -79,9 +79,13 @@ def check_run_folder(run: Path, data: str) -> None:
     """Refuse a run's folder whose files would replace files of its dataset, or be read as data.
 
     Raises:
-        ValueError: the folder is the dataset itself, one of its folders that are read, or is inside
-            a folder of another run.
+        ValueError: the folder is the dataset itself, one of its folders that are read, is inside a
+            folder of another run, or is a file.
     """
+    if run.exists() and not run.is_dir():
+        raise ValueError(
+            f"{run}: is no folder, so no run can be written to it; choose another --out"
+        )
     root, folder = Location.of(data), _real(run)
     if (part := _part_of_run(folder)) is not None:
         raise ValueError(f"{run}: lies in {part}, which is part of a run; choose another --out")

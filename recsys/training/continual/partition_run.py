@@ -191,6 +191,7 @@ def open_partition(
     now = _as_read(partition, interactions)
     with ranks.raise_on_all_ranks():
         _refuse_changed(folder, state, now, start is None)
+        _refuse_copy(state, now)
     checkpoints = Checkpoints(job, run, now.fingerprint, continual.writers)
     if start is None:
         check_encoders(run, job)
@@ -220,6 +221,17 @@ def _refuse_changed(folder: ContinualFolder, state: RunState, now: Trained, goes
         f"{now.rows:,}; {begun.fingerprint} and {now.fingerprint}); bring it back, or walk anew to "
         "another --out"
     )
+
+
+def _refuse_copy(state: RunState, now: Trained) -> None:
+    """Refuse the rows of a trained partition under another name, whose scores would know them."""
+    for trained in state.trained:
+        has_digest = "-" in now.fingerprint  # of the content, not of names and sizes alone
+        if has_digest and trained.fingerprint == now.fingerprint:
+            raise ValueError(
+                f"train/{now.name}: has the {now.rows:,} rows of {trained.name}, which is trained "
+                "on; rename it back, or remove the copy"
+            )
 
 
 def _begin(

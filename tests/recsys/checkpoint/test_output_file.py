@@ -75,6 +75,12 @@ def test_a_run_is_not_put_where_its_files_would_be_data(data: Path, run: str) ->
     check_run_folder(data / "runs", str(data))
 
 
+def test_a_file_is_no_folder_of_a_run(data: Path) -> None:
+    (data.parent / "notes").touch()
+    with pytest.raises(ValueError, match=r"notes: .*--out"):
+        check_run_folder(data.parent / "notes", str(data))
+
+
 def test_a_project_may_call_the_folder_of_its_runs_checkpoints(data: Path) -> None:
     (data.parent / "config.yaml").touch()
     check_run_folder(data.parent / "checkpoints" / "run", str(data))

@@ -64,6 +64,11 @@ def late(data: Path) -> None:
     shutil.copytree(data / "train" / NEXT, data / "train" / "date=2025-11-08T23")
 
 
+def copied(data: Path) -> None:
+    shutil.rmtree(data / "train" / NEXT)
+    shutil.copytree(data / "train" / NAMES[0], data / "train" / NEXT)
+
+
 def rewritten(data: Path) -> None:
     change_labels(data / "train" / NAMES[0])
     file = data / "train" / NAMES[0] / "part-0.parquet"
@@ -108,6 +113,7 @@ FAULTS = [
     (without_files, rf"{NEXT}: has no \*\.parquet files"),
     (without_rows, r"part-1\.parquet: .*no rows"),
     (late, r"date=2025-11-08T23: is older than date=2025-11-09"),
+    (copied, rf"{NEXT}: has the 40 rows of {NAMES[0]}"),
     (rewritten, rf"{NAMES[0]}: has changed .*then 40 rows, now 39"),
     (bad_label, r"part-1\.parquet.*'liked'.*7"),
     (other_type, r"part-0\.parquet: column 'price'"),
