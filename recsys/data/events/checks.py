@@ -30,8 +30,11 @@ def check_events_config(config: EventsConfig) -> None:
     for name, source in sources(config):
         if not source.path:
             raise ValueError("path: empty; name at least one file or folder")
-        if source.delimiter is not None and len(source.delimiter.encode()) != 1:
-            raise ValueError(f"delimiter {source.delimiter!r}: write one ASCII character")
+        delimiter = "," if source.delimiter is None else source.delimiter
+        if len(delimiter.encode()) != 1 or delimiter in '"\r\n\0':
+            raise ValueError(
+                f"delimiter {delimiter!r}: write one ASCII character, and no quote or end of a line"
+            )
         several = getattr(source, "several", None)
         if several is not None and not (several.between and several.separator):
             raise ValueError(f"{name}.several: between and separator are texts; write some")
@@ -129,7 +132,7 @@ def _check_labels(config: EventsConfig) -> None:
             raise ValueError(
                 f"labels: '{name}': column '{label.column}' has ids; name one of numbers"
             )
-        if label.within is not None and duration(label.within) is None:
+        if label.within is not None and not duration(label.within):
             raise ValueError(
                 f"labels: '{name}': within is {label.within}; set a duration such as 7d"
             )

@@ -57,7 +57,7 @@ def _make_labelled(engine: Engine, config: EventsConfig) -> dict[str, str]:
     """Make the stage `labelled` of all rows; return the columns that a sample needs, by reason."""
     _check_actions(engine, config)
     chosen = [IMPRESSION] if config.impressions is not None else config.rows
-    engine.view("candidates", f"SELECT * FROM signals WHERE {actions_in(chosen)}")
+    engine.view("candidates", f"SELECT * FROM signals_once WHERE {actions_in(chosen)}")
     attributed = {name: of for name, of in config.labels.items() if of.action and of.within}
     source = _attributed(engine, attributed, config) if attributed else "candidates"
     labels = {name: _label(name, label) for name, label in config.labels.items()}
@@ -69,8 +69,10 @@ def _make_labelled(engine: Engine, config: EventsConfig) -> dict[str, str]:
     ]
     drops_unripe = config.unripe == "drop" and config.label_window > 0
     if drops_unripe:
-        end = engine.table("SELECT max(ts) AS ts FROM signals")["ts"][0].as_py()
+        end = engine.table("SELECT max(ts) AS ts FROM signals_once")["ts"][0].as_py()
         selected.append(f"CASE WHEN ts <= {end - config.label_window} THEN 1 END AS ripe")
+    if config.drop.max_events_per_user is not None:  # those left out label rows, but are none
+        source += " WHERE position IN (SELECT position FROM signals)"
     engine.view("labelled", f"SELECT {', '.join(selected)} FROM {source}")
     needed = {f"no label '{name}'": f"l_{name}" for name in labels}
     needed |= {
@@ -126,7 +128,7 @@ def _attributed(engine: Engine, labels: dict[str, Label], config: EventsConfig) 
     key = "uid, iid, request" if config.by_request else "uid, iid"
     columns = key.split(", ")
     actions = sorted({action for label in labels.values() for action in label.action or ()})
-    acted = f"FROM signals WHERE {actions_in(actions)}"
+    acted = f"FROM signals_once WHERE {actions_in(actions)}"
     same_key = " AND ".join(f"c.{column} = a.{column}" for column in columns)
     touches = (
         f"SELECT c.position, {', '.join(f'c.{column}' for column in columns)}, c.ts, "
@@ -163,7 +165,7 @@ def _attributed(engine: Engine, labels: dict[str, Label], config: EventsConfig) 
 
 def _check_actions(engine: Engine, config: EventsConfig) -> None:
     """Raise a ValueError for a label of an action that no event has; warn of other such actions."""
-    found = set(engine.table("SELECT DISTINCT action FROM signals")["action"].to_pylist())
+    found = set(engine.table("SELECT DISTINCT action FROM signals_once")["action"].to_pylist())
     named = {f"labels.{name}": label.action for name, label in config.labels.items()}
     used = {"rows": config.rows}
     used |= {f"histories.{name}": of.actions for name, of in config.histories.items()}

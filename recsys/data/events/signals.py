@@ -106,12 +106,23 @@ def read_signals(engine: Engine, config: EventsConfig) -> tuple[dict[str, pa.Dat
     for (name, table), reader in zip(tables.items(), readers, strict=True):
         rows = f"signals_read WHERE {_is_of(reader)}"
         check_unit(engine, name, table, "ts", rows)
+        if config.impressions is not None and name != IMPRESSION and table.action is not None:
+            _check_no_impressions(engine, reader.tasks[0][1], table.action, rows)
         if table.where and not count_rows(engine, rows):
             raise ValueError(
                 f"{reader.tasks[0][1]}: `where` of '{name}' chooses no row: {table.where}; correct "
                 "its values, or leave the table out"
             )
     return types, _clean(engine, config, types)
+
+
+def _check_no_impressions(engine: Engine, file: str, column: str, rows: str) -> None:
+    """Raise a ValueError if events have the action of impressions, as they would be samples."""
+    if count := count_rows(engine, f"{rows} AND action = '{IMPRESSION}'"):
+        raise ValueError(
+            f"{file}: column '{column}' has '{IMPRESSION}' in {count} rows, the action of the table "
+            "`impressions`; rename it, choose other rows by `where`, or leave `impressions` out"
+        )
 
 
 def _is_of(reader: Reader) -> str:
@@ -205,9 +216,13 @@ def _clean(engine: Engine, config: EventsConfig, types: dict[str, pa.DataType]) 
     else:
         _add_first_events(engine, config, types, drop.max_events_per_user)
     reasons["beyond max_events_per_user"] = left - count_rows(engine, "signals")
+    reasons = {name: count for name, count in reasons.items() if count}
     if not count_rows(engine, "signals"):
-        raise ValueError(f"events: none of the {read} rows can be used; {reasons} were left out")
-    return Dropped(read, {name: count for name, count in reasons.items() if count})
+        raise ValueError(
+            f"events: none of the {read} rows can be used; {reasons} were left out; correct these "
+            "columns, or drop.later_than"
+        )
+    return Dropped(read, reasons)
 
 
 def _add_first_events(

@@ -24,7 +24,7 @@ def split_conditions(engine: Engine, config: EventsConfig) -> tuple[Conditions, 
     """Return the SQL condition of each split of each dataset; the only dataset has no name.
 
     With `embargo`, rows of train (valid) are in no split if a label of theirs is decided after
-    valid (test) begins.
+    valid (test) begins. Where `at` has a third value, neither are the rows after it.
 
     Returns:
         The conditions, and the number of rows in no split by reason.
@@ -34,10 +34,14 @@ def split_conditions(engine: Engine, config: EventsConfig) -> tuple[Conditions, 
     """
     datasets = _cuts(engine, config)
     whole = {name: _until(*cuts) for name, cuts in datasets.items()}
-    if not (config.embargo and config.label_window):
-        return whole, {}
-    conditions: Conditions = {}
     reasons: dict[str, int] = {}
+    if config.split.by in ("time", "dates") and len(config.split.at) == 3:
+        ends, test = datasets[""]
+        if count := count_rows(engine, f"rows WHERE NOT ({test.format(ends[2])})"):
+            reasons["after the end of test"] = count
+    if not (config.embargo and config.label_window):
+        return whole, reasons
+    conditions: Conditions = {}
     for dataset, splits in whole.items():
         ends, test = datasets[dataset]
         conditions[dataset] = dict(splits)

@@ -27,7 +27,7 @@ def duration(text: str) -> int | None:
     """
     if text == "all":
         return None
-    match = re.fullmatch(r"(\d+)([smhdw])", text)
+    match = re.fullmatch(r"([0-9]+)([smhdw])", text)
     if match is None:
         raise ValueError(f"'{text}' is no duration; write a number and s, m, h, d or w, such as 7d")
     micros = int(match[1]) * DURATIONS[match[2]] * MICROS["s"]

@@ -68,15 +68,15 @@ class DatasetSummary:
         rows = max(found.usable_rows, 1)
         shares = {
             **{part: float(counts[of[part]].sum() / of_items) for part in ("cold", "unseen")},
-            "repeated_rows": found.keys[ROWS].repeats / rows if counts.any() else 0.0,
-            "repeated_pairs": found.keys[PAIRS].repeats / rows if counts.any() else 0.0,
+            "repeated_rows": found.keys[ROWS].repeats / rows if found.usable_rows else 0.0,
+            "repeated_pairs": found.keys[PAIRS].repeats / rows if found.usable_rows else 0.0,
             "target_in_history": found.target_in_history / rows,
             "of_top_items": share_of_most_frequent(counts),
         }
         if self.items is not None:
             without_row = ~np.isin(items, self.items.ids)
             shares["without_item_row"] = float(counts[without_row].sum() / of_items)
-        if split != "train" and counts.any():
+        if split != "train" and found.usable_rows:
             groups = found.keys[GROUPS], train.keys.get(GROUPS, KeyCounts())
             shares["of_known_groups"] = groups[0].share_of_total_in(groups[1]) or 0.0
             rows_of_train = train.keys.get(ROWS, KeyCounts())

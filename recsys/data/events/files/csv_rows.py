@@ -36,7 +36,7 @@ def csv_batches(
     parse = pa_csv.ParseOptions(delimiter=delimiter, quote_char='"' if source.in_quotes else False)
     try:
         with file.arrow.open_input_stream(file.path) as stream:
-            names = source.header or _csv_header(stream.read(1 << 16), delimiter)
+            names = source.header or _csv_header(stream.read(1 << 16), parse)
         check_columns(file, names, columns)
         ids = [name for name, kind in types.items() if pa.types.is_integer(kind)]
         convert = pa_csv.ConvertOptions(
@@ -93,11 +93,10 @@ def with_integers(batch: pa.RecordBatch, ids: list[str]) -> pa.RecordBatch:
     return batch
 
 
-def _csv_header(start: bytes, delimiter: str) -> list[str]:
+def _csv_header(start: bytes, parse: pa_csv.ParseOptions) -> list[str]:
     line = pa.py_buffer(start.splitlines()[0] + b"\n" if start else b"")
     if not len(line):
         raise pa.ArrowInvalid("the file is empty")
-    parse = pa_csv.ParseOptions(delimiter=delimiter)
     return pa_csv.read_csv(pa.BufferReader(line), parse_options=parse).column_names
 
 

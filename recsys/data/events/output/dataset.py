@@ -130,7 +130,8 @@ def output_columns(config: EventsConfig) -> dict[str, str]:
     columns |= {name: f"CAST({quoted(f'l_{name}')} AS FLOAT)" for name in config.labels}
     if config.negatives is not None:
         columns[output.sampled] = f"CAST(CASE WHEN {DRAWN_AS} = 0 THEN 0 ELSE 1 END AS FLOAT)"
-    columns[output.time] = f"CAST((ts - ts % {unit}) / {unit} AS BIGINT)"
+    # % has the sign of its left side, and a time before 1970 is rounded down as well.
+    columns[output.time] = f"CAST((ts - (ts % {unit} + {unit}) % {unit}) / {unit} AS BIGINT)"
     return columns
 
 

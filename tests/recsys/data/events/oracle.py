@@ -19,7 +19,7 @@ Row = dict[str, Any]
 FOREVER = 2**62
 
 
-def usable(config: EventsConfig, signals: list[Row], now: int) -> list[Row]:
+def usable(config: EventsConfig, signals: list[Row], now: int, capped: bool = True) -> list[Row]:
     rows, seen = [], set()
     for place, signal in enumerate(signals):
         has_arrival = config.has_arrival and signal["action"] != "impression"
@@ -33,7 +33,7 @@ def usable(config: EventsConfig, signals: list[Row], now: int) -> list[Row]:
             continue
         seen.add(key)
         usable_rows.append(row)
-    cap = config.drop.max_events_per_user or math.inf
+    cap = (capped and config.drop.max_events_per_user) or math.inf
     events: Counter[str] = Counter()
     first = []
     order = ("arrived", "ts", "iid", "action", "place")
@@ -230,7 +230,9 @@ def datasets(
 ) -> dict[str, dict[str, list[Row]]]:
     """By dataset and split, the rows in order."""
     events = usable(config, signals, now)
-    rows = labelled(config, events)
+    places = {event["place"] for event in events}
+    rows = labelled(config, usable(config, signals, now, capped=False))
+    rows = [row for row in rows if row["place"] in places]
     splits = split_of(config, rows)
     result: dict[str, dict[str, list[Row]]] = {}
     for dataset, names in splits.items():

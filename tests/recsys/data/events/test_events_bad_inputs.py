@@ -157,6 +157,11 @@ BAD = [
     Bad("a table with a dot", change("output", value={"user": "a.b"}), ("'a.b'", "dot")),
     Bad("a name of this program's", change("output", value={"user": "__raw_group"}), ("__raw",)),
     Bad(
+        "a label within no time",
+        change("labels", "bought", value={"action": "buy", "within": "0s"}),
+        ("'bought'", "within is 0s", "7d"),
+    ),
+    Bad(
         "a label within of a column",
         change("labels", "bought", value={"column": "price", "within": "1d"}),
         ("'bought'", "within"),

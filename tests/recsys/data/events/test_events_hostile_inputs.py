@@ -255,3 +255,27 @@ def test_times_of_databases_and_clocks() -> None:
     )
     with pytest.raises(ValueError, match=r"02:00:00.*time_zone"):
         to_micros(gap, "s", "Europe/Berlin")
+
+
+def test_events_with_the_action_of_impressions_are_refused_beside_these(tmp_path: Path) -> None:
+    pq.write_table(log(type=["impression", "buy"] * 20), tmp_path / "log.parquet")
+    pq.write_table(log(), tmp_path / "shown.parquet")
+    shown = {"path": "shown.parquet", "columns": ["price"]}
+    labels = {"bought": {"action": "buy", "within": "5s"}}
+    with pytest.raises(
+        ValueError, match=r"log\.parquet: column 'type' has 'impression' in 20 rows"
+    ):
+        prepare(tmp_path, labels=labels, impressions=shown)
+
+
+@pytest.mark.parametrize("delimiter", ["::", '"', "\r", "\n", "\0", "ü"])
+def test_a_delimiter_that_text_files_cannot_have_is_named(delimiter: str, tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("user,item,time,type,price\n")
+    with pytest.raises(ValueError, match="delimiter .*: write one ASCII character"):
+        prepare(tmp_path, "log.csv", table={"delimiter": delimiter})
+
+
+def test_a_header_has_quotes_where_quotes_are_part_of_values(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text('"user",item,time,type,price\nu1,1,1790000000,view,1\n')
+    with pytest.raises(ValueError, match="column 'user' is missing; the file has .*\"user\""):
+        prepare(tmp_path, "log.csv", table={"in_quotes": False})

@@ -164,6 +164,33 @@ def test_a_user_with_too_many_events_keeps_the_first(tmp_path: Path) -> None:
     assert dataset["left_out"] == {"beyond max_events_per_user": 3}
 
 
+def test_an_event_beyond_the_most_of_its_user_labels_rows_before_it(tmp_path: Path) -> None:
+    events = log(*((n, "view") for n in range(6)), (6, "buy"))
+    options = {"rows": ["view"], "labels": ONE_WEEK, "drop": {"max_events_per_user": 4}}
+    dataset = prepare(tmp_path, events, **options, **KEEP_ALL, attribute="all")
+    assert {n: labels(dataset, "bought").get(n) for n in range(6)} == {
+        **dict.fromkeys(range(4), [1]),
+        **dict.fromkeys((4, 5), None),
+    }
+    assert dataset["left_out"] == {"beyond max_events_per_user": 3}
+
+
+def test_rows_after_the_end_of_test_are_counted(tmp_path: Path) -> None:
+    events = {"user": [0] * 11, "item": [0] * 11, "time": [START + n for n in range(11)]}
+    options = {"labels": {"viewed": {"action": "view"}}, "split": {"at": [0.4, 0.6, 0.8]}}
+    dataset = prepare(tmp_path, events, **options)
+    assert [len(dataset[split]) for split in SPLITS] == [5, 2, 2]
+    assert dataset["left_out"] == {"after the end of test": 2}
+
+
+def test_times_before_1970_are_rounded_down(tmp_path: Path) -> None:
+    times = [1000 * n + 1 for n in range(-5, 5)]
+    events = {"user": [0] * 10, "item": [0] * 10, "time": times}
+    options = {"table": {"time_unit": "ms"}, "output": {"time_unit": "s"}}
+    dataset = prepare(tmp_path, events, labels={"viewed": {"action": "view"}}, **options)
+    assert [row["time"] for split in SPLITS for row in dataset[split]] == [*range(-5, 5)]
+
+
 def test_items_have_the_content_that_the_last_training_row_could_know(tmp_path: Path) -> None:
     skus = pa.table(
         {

@@ -370,3 +370,17 @@ def test_an_item_column_that_is_missing_or_no_text_is_named(tmp_path: Path) -> N
     pq.write_table(items.set_column(items.column_names.index("text"), "text", raw), file)
     with pytest.raises(ValueError, match=r"part-0\.parquet: column 'text'.*UTF-8"):
         summarize_dataset(str(data))
+
+
+def test_a_split_whose_items_are_all_drawn_is_described(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data")
+    schema = data / "schema.yaml"
+    schema.write_text(
+        schema.read_text().replace("columns:", "columns:\n  drawn: {kind: sampled}", 1)
+    )
+    for split in SPLITS:
+        change(data, split, drawn=lambda table: pa.array([1.0] * len(table)))
+    found = summarize_dataset(str(data))
+    assert "test" in format_dataset(found, find(found))
+    shares = found.shares_of_rows("test")
+    assert (shares["of_known_groups"], shares["in_train"]) == (1.0, 0.0)
