@@ -120,7 +120,7 @@ def _check_no_impressions(engine: Engine, file: str, column: str, rows: str) -> 
     """Raise a ValueError if events have the action of impressions, as they would be samples."""
     if count := count_rows(engine, f"{rows} AND action = '{IMPRESSION}'"):
         raise ValueError(
-            f"{file}: column '{column}' has '{IMPRESSION}' in {count} rows, the action of the table "
+            f"{file}: column '{column}' has '{IMPRESSION}' in {count} rows, which is the action of "
             "`impressions`; rename it, choose other rows by `where`, or leave `impressions` out"
         )
 

@@ -271,11 +271,11 @@ def test_events_with_the_action_of_impressions_are_refused_beside_these(tmp_path
 @pytest.mark.parametrize("delimiter", ["::", '"', "\r", "\n", "\0", "ü"])
 def test_a_delimiter_that_text_files_cannot_have_is_named(delimiter: str, tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("user,item,time,type,price\n")
-    with pytest.raises(ValueError, match="delimiter .*: write one ASCII character"):
+    with pytest.raises(ValueError, match=r"delimiter .*: write one ASCII character"):
         prepare(tmp_path, "log.csv", table={"delimiter": delimiter})
 
 
 def test_a_header_has_quotes_where_quotes_are_part_of_values(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text('"user",item,time,type,price\nu1,1,1790000000,view,1\n')
-    with pytest.raises(ValueError, match="column 'user' is missing; the file has .*\"user\""):
+    with pytest.raises(ValueError, match=r"column 'user' is missing; the file has .*\"user\""):
         prepare(tmp_path, "log.csv", table={"in_quotes": False})
