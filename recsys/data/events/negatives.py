@@ -376,21 +376,27 @@ def _chunk_query(
     pair_columns = {"uid": "t.uid", "ts": "t.since"}
     empty = ", ".join(f"{pair_columns.get(name, 'NULL')} AS {quoted(name)}" for name in columns)
     names = ", ".join(map(quoted, columns))
-    positives = (
-        f"SELECT {names}, r.iid, c.inumber, {POSITIVE} AS kind, {{}} AS {quoted(BLOCK)}, {{}} AS "
-        f"{DRAWN_AS} FROM (SELECT * FROM {{}}) r JOIN catalogue c ON r.iid = c.iid"
-    )
-    pairs = (
-        f"SELECT {empty}, t.iid, c.inumber, {{}} AS kind, {{}} AS {quoted(BLOCK)}, 0 AS {DRAWN_AS} "
-        "FROM ({}) t JOIN catalogue c ON t.iid = c.iid"
-    )
+
+    # No str.format here: names of columns may have braces.
+    def positives(block: str, role: int, rows: str) -> str:
+        return (
+            f"SELECT {names}, r.iid, c.inumber, {POSITIVE} AS kind, {block} AS {quoted(BLOCK)}, "
+            f"{role} AS {DRAWN_AS} FROM (SELECT * FROM {rows}) r JOIN catalogue c ON r.iid = c.iid"
+        )
+
+    def pairs(kind: int, block: str, rows: str) -> str:
+        return (
+            f"SELECT {empty}, t.iid, c.inumber, {kind} AS kind, {block} AS {quoted(BLOCK)}, "
+            f"0 AS {DRAWN_AS} FROM ({rows}) t JOIN catalogue c ON t.iid = c.iid"
+        )
+
     taken_items = f"SELECT uid, iid, min({since}) AS since FROM signals GROUP BY uid, iid"
     later = f"SELECT DISTINCT uid, iid, {block} AS block, 0 AS since FROM {held_out_rows}"
     parts = [
-        positives.format("0", "1", train_rows),
-        positives.format(block, "2", held_out_rows),
-        pairs.format(TAKEN_ITEM, "0", taken_items),
-        pairs.format(HELD_OUT, "t.block", later),
+        positives("0", 1, train_rows),
+        positives(block, 2, held_out_rows),
+        pairs(TAKEN_ITEM, "0", taken_items),
+        pairs(HELD_OUT, "t.block", later),
     ]
     return " UNION ALL ".join(parts)
 

@@ -279,3 +279,11 @@ def test_a_header_has_quotes_where_quotes_are_part_of_values(tmp_path: Path) -> 
     (tmp_path / "log.csv").write_text('"user",item,time,type,price\nu1,1,1790000000,view,1\n')
     with pytest.raises(ValueError, match=r"column 'user' is missing; the file has .*\"user\""):
         prepare(tmp_path, "log.csv", table={"in_quotes": False})
+
+
+@pytest.mark.parametrize("name", ["{}", "{0}", "%s"])
+def test_names_may_have_braces_where_negatives_are_drawn(name: str, tmp_path: Path) -> None:
+    pq.write_table(log(**{name: [float(row) for row in ROWS]}), tmp_path / "log.parquet")
+    table, context = {"columns": [name]}, {name: "dense"}
+    rows = prepare(tmp_path, table=table, context=context, negatives={"per_positive": 2})
+    assert [row[name] for row in rows if not row["sampled"]] == [*ROWS]
