@@ -7,11 +7,23 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from embeddings.table_names import name_problem
-
 # Columns of tables in memory beside those of the schema.
 ROW_POSITION = "__row_position"  # position of a row in the split, files in order of name
 RAW_GROUP = "__raw_group"  # raw ids of the group: a vocabulary may map several to one row
+# Public attributes of torch.nn.ModuleDict, in which the tables are; known here without torch.
+_ATTRIBUTES = """
+    T_destination add_module apply bfloat16 buffers call_super_init children clear compile cpu
+    cuda double dump_patches eval extra_repr float forward get_buffer get_extra_state get_parameter
+    get_submodule half ipu items keys load_state_dict modules mtia named_buffers named_children
+    named_modules named_parameters parameters pop register_backward_hook register_buffer
+    register_forward_hook register_forward_pre_hook register_full_backward_hook
+    register_full_backward_pre_hook register_load_state_dict_post_hook
+    register_load_state_dict_pre_hook register_module register_parameter
+    register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state
+    set_submodule share_memory smart_apply state_dict to to_empty train training type update values xpu
+    zero_grad
+"""
+MODULE_ATTRIBUTES = frozenset(_ATTRIBUTES.split())
 MOST_ROWS = 2**48  # rows of a table: more than any cluster holds
 
 
@@ -207,6 +219,23 @@ def check_vocabulary(column: Column, where: str, is_target: bool) -> None:
         )
 
 
+def table_name_problem(name: str) -> str | None:
+    """Return why no table can have a name, or None.
+
+    Example::
+
+        table_name_problem("type")  # "'type' is an attribute of torch.nn.ModuleDict ..."
+    """
+    if not name or "." in name:
+        return f"'{name}': a name of a table is part of a parameter's name, so it has no dot"
+    if name in MODULE_ATTRIBUTES:
+        return (
+            f"'{name}' is an attribute of torch.nn.ModuleDict, which keeps the tables; rename the "
+            f"column, for instance to '{name}_id'"
+        )
+    return None
+
+
 def check_column(
     columns: dict[str, Column], name: str, column: Column, where: str, target_item: str
 ) -> None:
@@ -223,7 +252,7 @@ def check_column(
         raise ValueError(f"{where}: only a sequence has parallel lists")
     if (column.num_embeddings is None) == (column.shares is None):
         raise ValueError(f"{where} needs either num_embeddings or shares; set one")
-    if column.num_embeddings is not None and (problem := name_problem(name)) is not None:
+    if column.num_embeddings is not None and (problem := table_name_problem(name)) is not None:
         raise ValueError(f"{where} has a table: {problem}")
     if column.num_embeddings is not None and not 1 <= column.num_embeddings <= MOST_ROWS:
         raise ValueError(

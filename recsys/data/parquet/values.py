@@ -155,7 +155,7 @@ def usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn
     if is_list_column:
         null = "null inside the list; fill it or leave it out"
     if is_integer:
-        null += ", or give the column a vocabulary, whose unknown id null then is"
+        null += ", or give the column a vocabulary, in which null is the unknown id"
     numbers = values.fill_null(0).to_numpy(zero_copy_only=False)
 
     def note_values(bad: np.ndarray, reason: str, message: Callable[[Any], str]) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from embeddings.table_names import name_problem
 from recsys.config.parser import short
 from recsys.data.events.settings import EventsConfig
 from recsys.data.events.signals import event_columns
-from recsys.data.schema_columns import RAW_GROUP, ROW_POSITION
+from recsys.data.schema_columns import RAW_GROUP, ROW_POSITION, table_name_problem
 
 LONGEST_NAME = 200  # bytes of a column's name, which may be that of a file, too
 
@@ -63,7 +62,7 @@ def _check_tables(config: EventsConfig) -> None:
     lists = [name for name, of in beside if of.column in (*ids, "action")]
     made = [name for name, column in config.transforms.items() if column.kind != "dense"]
     for name in (*ids, *lists, *made):
-        if (problem := name_problem(name)) is not None:
+        if (problem := table_name_problem(name)) is not None:
             raise ValueError(f"a column of ids has a table: {problem}")
     for name, count in config.vocabulary.min_count.items():
         if name not in (*ids, *actions):

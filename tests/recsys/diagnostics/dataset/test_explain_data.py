@@ -245,7 +245,7 @@ def test_times_of_other_types_are_compared_as_times(tmp_path: Path) -> None:
     for split, moment in moments.items():
         change(data, split, ts=lambda t, moment=moment: pa.array([moment.as_py()] * len(t)))
     found = findings(data)
-    assert "train goes on until 2025-05-05 00:00 by column 'ts', but valid begins at" in found
+    assert "until 2025-05-05 00:00 by column 'ts', but valid begins" in found
     assert "but test begins" not in found
 
 

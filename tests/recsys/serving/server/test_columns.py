@@ -64,7 +64,7 @@ def test_a_tensor_in_json_may_have_null() -> None:
     ]
     with pytest.raises(Refusal, match="str in INT64"):
         Tensor.of_values("n", "INT64", [2], [None, "1"])
-    with pytest.raises(Refusal, match="out of range of INT8"):
+    with pytest.raises(Refusal, match="range of INT8"):
         Tensor.of_values("n", "INT8", [2], [None, 1000])
 
 
