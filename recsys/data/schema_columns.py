@@ -20,8 +20,8 @@ _ATTRIBUTES = """
     register_full_backward_pre_hook register_load_state_dict_post_hook
     register_load_state_dict_pre_hook register_module register_parameter
     register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state
-    set_submodule share_memory smart_apply state_dict to to_empty train training type update values xpu
-    zero_grad
+    set_submodule share_memory smart_apply state_dict to to_empty train training type update values
+    xpu zero_grad
 """
 MODULE_ATTRIBUTES = frozenset(_ATTRIBUTES.split())
 MOST_ROWS = 2**48  # rows of a table: more than any cluster holds
@@ -220,18 +220,18 @@ def check_vocabulary(column: Column, where: str, is_target: bool) -> None:
 
 
 def table_name_problem(name: str) -> str | None:
-    """Return why no table can have a name, or None.
+    """Return why a column with a table of ids cannot have a name, and the fix, or None.
 
     Example::
 
-        table_name_problem("type")  # "'type' is an attribute of torch.nn.ModuleDict ..."
+        table_name_problem("type")  # "is an attribute of torch.nn.ModuleDict, ..."
     """
     if not name or "." in name:
-        return f"'{name}': a name of a table is part of a parameter's name, so it has no dot"
+        return "is part of a parameter's name, which a dot would end; rename the column"
     if name in MODULE_ATTRIBUTES:
         return (
-            f"'{name}' is an attribute of torch.nn.ModuleDict, which keeps the tables; rename the "
-            f"column, for instance to '{name}_id'"
+            "is an attribute of torch.nn.ModuleDict, in which the tables are; rename the column, "
+            f"for instance to '{name}_id'"
         )
     return None
 
@@ -253,7 +253,7 @@ def check_column(
     if (column.num_embeddings is None) == (column.shares is None):
         raise ValueError(f"{where} needs either num_embeddings or shares; set one")
     if column.num_embeddings is not None and (problem := table_name_problem(name)) is not None:
-        raise ValueError(f"{where} has a table: {problem}")
+        raise ValueError(f"{where}: the name of its table {problem}")
     if column.num_embeddings is not None and not 1 <= column.num_embeddings <= MOST_ROWS:
         raise ValueError(
             f"{where}: num_embeddings is {column.num_embeddings}; set 1 to {MOST_ROWS}"

@@ -13,5 +13,5 @@ def test_all_public_attributes_of_the_module_that_keeps_tables_are_known() -> No
 
 @pytest.mark.parametrize("name", ["type", "items", "a.b", ""])
 def test_a_name_that_no_table_can_have_is_told(name: str) -> None:
-    assert f"'{name}'" in (table_name_problem(name) or "")
+    assert table_name_problem(name) is not None
     assert table_name_problem("city") is None

@@ -63,7 +63,7 @@ def _check_tables(config: EventsConfig) -> None:
     made = [name for name, column in config.transforms.items() if column.kind != "dense"]
     for name in (*ids, *lists, *made):
         if (problem := table_name_problem(name)) is not None:
-            raise ValueError(f"a column of ids has a table: {problem}")
+            raise ValueError(f"'{name}' names a table of ids, and {problem}")
     for name, count in config.vocabulary.min_count.items():
         if name not in (*ids, *actions):
             raise ValueError(
