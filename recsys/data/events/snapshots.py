@@ -59,8 +59,9 @@ def read_snapshots(
         f"{first} AS first_valid_from FROM ({distinct})",
     )
     _check_unique(engine, name, table, reader.tasks[0][1])
-    column = "iid" if name == "item" else "uid"
-    if not count_rows(engine, f"{name}_snapshots WHERE id IN (SELECT {column} FROM signals)"):
+    key = "iid" if name == "item" else "uid"
+    match = f"SELECT id FROM signals JOIN {name}_snapshots ON {key} = id LIMIT 1"
+    if not engine.table(match).num_rows:
         raise ValueError(
             f"{reader.tasks[0][1]}: column '{table.id}': no event has one of these ids; correct "
             f"the column, or leave {name}s out"
