@@ -25,6 +25,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as some
 
 from embeddings import HashVocabulary
+from embeddings.vocabulary.fixed import NULL_ID
 from recsys.data.filesystem import Location
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.parquet.values import ROW_POSITION
@@ -162,8 +163,9 @@ def reference(row: Row, schema: Schema) -> Row | None:
             found["town_text"] = value
             place = schema.vocabularies["town"].ids.to_pylist()
             value = place.index(value) if value in place else EXACT - 1
-        if name == "pair" and value is not None:
-            value = int(HashVocabulary(HASHED).rows_of(pa.array([value]))[0, 0])
+        if name == "pair":  # null is an id of its own of a hash
+            id_or_null = NULL_ID if value is None else value
+            value = int(HashVocabulary(HASHED).rows_of(pa.array([id_or_null]))[0, 0])
         found[name] = value
     del found["town_text"]
     if None in found.values() or not math.isfinite(found["size"]):
