@@ -46,7 +46,7 @@ def _sections(result: CellResult, ranks: Ranks, with_examples: bool) -> list[Sec
         )
     job = load_run(run, None, ranks, "cpu")
     table = item_table(job)
-    category = category_column(table, None)
+    category = category_column([] if table is None else table.files, None)
     test_items = result.scores[seed][-1].items
     sections = item_sections(job, run, test_items, table, category, with_examples)
     return [_named(section, result.cell.name) for section in sections]

@@ -88,9 +88,8 @@ def export_semantic_ids(
     model = model_of(run)
     known = None if codebooks is None else load_codebooks(codebooks, model)
     job = load_for_export(run, out, ranks, data)
-    if known is None:  # later items, such as those of the test split, are not known while training
-        counts = trained_counts(run, job.schema.item_id_limit)
-        is_trained = counts.of(np.asarray(catalogue_of(job))) > 0
+    is_trained = _has_rows(run, job)
+    if known is None:
         check_codes(codes, int(is_trained.sum()))
     of_items = item_vectors(job, "content")
     books = known or Codebooks.fit(of_items.vectors[is_trained], levels, codes)
@@ -104,6 +103,12 @@ def export_semantic_ids(
             ids = pq.read_table(partial / ITEMS)
             write_dataset_with(job.root, job.schema, ids, COLUMN, books.num_ids, dataset)
     return report
+
+
+def _has_rows(run: Path, job: Job) -> np.ndarray:  # bool [I]
+    """Return which items have training rows: others, as of the test split, came later."""
+    counts = trained_counts(run, job.schema.item_id_limit)
+    return counts.of(np.asarray(catalogue_of(job))) > 0
 
 
 def _write(folder: Path, job: Job, of_items: ItemVectors, books: Codebooks) -> dict[str, Any]:
