@@ -190,7 +190,9 @@ class Search:
             self.request.trials,
             f", best {best.values[0]:.4f} of trial {best.number}" if best is not None else "",
         )
-        if len(ended) >= FAILURES and all(one.state == TrialState.FAIL for one in ended):
+        if len(ended) >= min(FAILURES, self.request.trials) and all(
+            one.state == TrialState.FAIL for one in ended
+        ):
             raise ValueError(
                 f"{self.out}: the first {len(ended)} trials failed, the last one so: {end.cause}"
             )

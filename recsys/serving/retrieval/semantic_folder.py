@@ -71,17 +71,17 @@ def export_semantic_ids(
         codes: codes of each level, C.
         ranks: this process alone.
         data: dataset whose items get ids; default the dataset of the run.
-        codebooks: an earlier folder of the same run, whose codebooks are used, so that its items
-            keep their ids; `levels` and `codes` are then those of its codebooks.
+        codebooks: an earlier folder of the same run, whose codebooks, levels and codes are used,
+            so that its items keep their ids.
         dataset: also write the dataset with a column of its ranked items' ids, to this folder.
 
     Raises:
         ValueError: a folder exists, the run has no content or fewer trained items than codes, the
             codebooks are of another model, or FAISS is not installed.
     """
-    if dataset is not None and dataset.exists():
-        raise ValueError(f"{dataset}: exists already; remove it, or name another folder")
     if dataset is not None:
+        if dataset.exists():
+            raise ValueError(f"{dataset}: exists already; remove it, or name another folder")
         schema_without(Location.of(data_of(run, data)), COLUMN)
     if codebooks is None:
         require_faiss()
@@ -96,9 +96,8 @@ def export_semantic_ids(
     with whole_folder(out) as partial:
         report = _write(partial, job, of_items, books)
         of_books = books.centres.shape  # L, C, D
-        write_manifest(
-            partial, SemanticManifest(str(run), model, job.schema.target_item, *of_books)
-        )
+        source = str(run), model, job.schema.target_item
+        write_manifest(partial, SemanticManifest(*source, *of_books))
         if dataset is not None:
             ids = pq.read_table(partial / ITEMS)
             write_dataset_with(job.root, job.schema, ids, COLUMN, books.num_ids, dataset)

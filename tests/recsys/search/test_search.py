@@ -215,6 +215,15 @@ def test_a_search_whose_first_trials_all_fail_ends(tmp_path: Path, jobs: int) ->
         search.run()
 
 
+@pytest.mark.parametrize("trials", [1, 2])
+def test_a_search_of_few_trials_that_all_fail_ends_with_an_error(
+    tmp_path: Path, trials: int
+) -> None:
+    space = "optimizer.learning_rate: {low: 0.091, high: 0.099}\n"
+    with pytest.raises(ValueError, match=rf"first {trials} trials .*log\.txt"):
+        search_in(tmp_path, trials, space).run()
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
