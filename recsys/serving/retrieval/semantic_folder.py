@@ -60,9 +60,7 @@ def export_semantic_ids(
     codebooks: Path | None = None,
     dataset: Path | None = None,
 ) -> dict[str, Any]:
-    """Write the semantic ids of all items of a run; return the collision report.
-
-    The codebooks are fitted to the items with training rows.
+    """Write semantic ids of all items of a run, fitted to trained ones; return the collision report.
 
     Args:
         run: folder of a finished run with content.
