@@ -60,7 +60,7 @@ def export_semantic_ids(
     codebooks: Path | None = None,
     dataset: Path | None = None,
 ) -> dict[str, Any]:
-    """Write semantic ids of all items of a run, fitted to trained ones; return the collision report.
+    """Write semantic ids of all items, fitted to trained ones; return the collision report.
 
     Args:
         run: folder of a finished run with content.
