@@ -70,7 +70,7 @@ def test_a_prepared_dataset_is_trained_predicted_exported_and_scored(
 
 
 @pytest.mark.long
-@settings(FEW, max_examples=100)
+@settings(FEW, max_examples=30)
 @given(data=st.data())
 def test_many_prepared_datasets_are_trained_predicted_exported_and_scored(
     alone: Ranks, data: st.DataObject
