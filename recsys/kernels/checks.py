@@ -62,6 +62,13 @@ def result_dtype(*inputs: Tensor) -> torch.dtype:
     """Return the type of a result that sums in float32: float32 under autocast, else the widest.
 
     A module of bfloat16 gives bfloat16, so that the next layer of its model takes it.
+
+    Example::
+
+        import torch
+        from recsys.kernels import result_dtype
+
+        result_dtype(torch.ones(1), torch.ones(1, dtype=torch.bfloat16))  # torch.float32
     """
     if torch.is_autocast_enabled(inputs[0].device.type):
         return torch.float32

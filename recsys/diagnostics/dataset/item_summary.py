@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from recsys.data.filesystem import Location
+from recsys.data.items.category_lists import category_lists
 from recsys.data.items.equal_content import share_of_most_common, shared_beginning
 from recsys.data.items.feature_file import FeatureFile
 from recsys.data.items.images import FORMATS, decode_image
@@ -30,7 +31,6 @@ from recsys.data.parquet.values import list_lengths
 from recsys.data.schema import Schema
 from recsys.diagnostics.dataset.numbers import Lengths
 from recsys.diagnostics.dataset.time_columns import footer_statistics
-from recsys.ranking.item_categories import category_lists
 
 IMAGES_OPENED = 256
 SAMPLED_ITEMS = 1024  # whose content is compared
