@@ -251,7 +251,7 @@ class RequestReader:
             kind = array.type
             if pa.types.is_null(kind) or (is_list(kind) and pa.types.is_null(kind.value_type)):
                 wanted = self._type_of(name, made)
-                if pa.types.is_null(kind) or is_list(wanted):
+                if kind != wanted and (pa.types.is_null(kind) or is_list(wanted)):
                     array = array.cast(wanted)
         except OverflowError as error:
             raise ValueError(

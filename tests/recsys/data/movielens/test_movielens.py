@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-import recsys.data.events.prepare as prepare
+import recsys.data.events.output.dataset as dataset
 from recsys.data.movielens.prepare import SplitProtocol, format_summary, prepare_movielens
 from recsys.data.movielens.source import SAMPLE
 from tests.datasets import png
@@ -385,7 +385,7 @@ def test_nothing_is_left_when_writing_fails_half_way(
     def fail(*arguments: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(prepare, "write_items", fail)
+    monkeypatch.setattr(dataset, "_write_items", fail)
     with pytest.raises(OSError, match="disk full"):
         prepare_movielens(source, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
