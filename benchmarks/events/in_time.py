@@ -1,4 +1,4 @@
-"""What a dataset with drawn negatives tells of its test split, in a log where content decides.
+"""Measure what a dataset with drawn negatives tells of its test split, where content decides.
 
     python -m benchmarks.events.in_time --log FOLDER --out FOLDER
 

@@ -49,7 +49,7 @@ QUERY_COLUMNS = ("queries", "query_targets", "query_items", "query_weights")
 
 @dataclass(frozen=True)
 class CheckedRows:
-    """What `check_data` has found.
+    """Results of `check_data`.
 
     item_counts: number of training rows of each item, on rank 0 alone.
     skipped: the skipped rows by split; empty where `on_bad_row` is error.
