@@ -44,6 +44,7 @@ RECIPE = ROOT / "recsys" / "recipes" / "movielens_multimodal.yaml"
 BACKBONES = ("din", "two_tower", "din_dcn", "dlrm")
 LEAST_SPEED_UP = {"din": 3.0, "two_tower": 3.0}
 USER_DIM, NUM_PARALLEL, NUM_ITEMS = 8, 3, 10_000
+OPINION_GROUPS = 512
 ONCE, TILED = "user once", "user repeated"
 TOLERANCE = 1e-4
 
@@ -130,6 +131,8 @@ def models_of(name: str, recipe: Path = RECIPE) -> Models:
     )
     torch.manual_seed(0)
     settings: dict[str, Any] = {key: wanted[key] for key in keys}
+    if "opinion_groups" in settings:  # a run derives it from its users
+        settings["opinion_groups"] = OPINION_GROUPS
     ranking = build_ranking(ranking_settings(name, **settings), dimensions, content)
     history_map = nn.Linear(content.dim, content.dim, bias=False)
     graph = RankingGraph(ranking, history_map, content.dim)
