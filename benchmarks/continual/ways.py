@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.continual.log import view_before
 from benchmarks.quality.runs import Training, finish
 from recsys.checkpoint.partitions.state import ContinualFolder, newest_run
-from recsys.data.item_parts import ItemCounts
+from recsys.data.item_frequency import ItemCounts
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.evaluate import score, split_interactions, split_scores
 from recsys.evaluation.predict import load_run

@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.peers.catalogue import Peer
 from benchmarks.peers.environments import python_with
 from benchmarks.peers.rows import ABOUT
-from recsys.data.item_parts import ItemCounts
+from recsys.data.item_frequency import ItemCounts
 from recsys.evaluation.scores import SplitScores
 
 ADAPTERS = Path(__file__).parent / "adapters"

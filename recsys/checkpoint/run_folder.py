@@ -29,7 +29,7 @@ from recsys.data.filesystem import (
     whole_file,
     write_whole,
 )
-from recsys.data.item_parts import ItemCounts
+from recsys.data.item_frequency import ItemCounts
 from recsys.data.schema import vocabulary_file
 from recsys.distributed.job import JobName, restarts
 from recsys.distributed.ranks import Ranks

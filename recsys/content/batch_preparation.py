@@ -148,7 +148,7 @@ class BatchPreparation:
         """Exchange the routes of bank rows ahead, so that the step sends vectors only."""
         routes: Callable[[], Routes] | None = None
         if self.bank is not None:
-            writes = prepared.written_items if training else None
+            writes = prepared.bank_write_rows if training else None
             routes = self.bank.routes(prepared.read_items, writes)
         with_weights = self._weights(prepared) if training else None
 

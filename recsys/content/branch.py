@@ -146,7 +146,7 @@ class ContentBranch(nn.Module):
         """Write the vectors [E, D + M * D] of items with a row to the bank. A collective."""
         if batch.bank_rows is not None:
             fresh = fresh[batch.bank_rows >= 0]
-        bank.update(batch.written_items, fresh, self.step, batch.bank_writes)
+        bank.update(batch.bank_write_rows, fresh, self.step, batch.bank_writes)
 
     def _encode_items(self, batch: Batch) -> Tensor:
         """Encode this rank's items, the first of them with gradient; [E, D + M * D]."""

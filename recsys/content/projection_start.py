@@ -23,7 +23,7 @@ from recsys.content.branch import ContentBranch
 from recsys.content.encoders.base import Encoder
 from recsys.content.encoders.pooling import mean_token
 from recsys.content.projection import Projection
-from recsys.data.item_parts import ItemCounts
+from recsys.data.item_frequency import ItemCounts
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.equal_content import digests_of, is_mostly_equal, share_of_most_common
 from recsys.distributed.gather import gather_rows

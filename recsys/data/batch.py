@@ -214,19 +214,19 @@ class Batch(Pipelineable):
         return self.history_values if self.unscaled_values is None else self.unscaled_values
 
     @property
-    def counted_items(self) -> Tensor:
+    def frequency_keys(self) -> Tensor:
         """Ranked items as their training rows are counted [B]: raw ids if those were not rows."""
         return self.target_items if self.item_keys is None else self.item_keys
 
     @property
-    def written_items(self) -> Tensor:
+    def bank_write_rows(self) -> Tensor:
         """Rows of the memory bank to which vectors of `content_items` are written [at most E]."""
         if self.bank_rows is None:
             return self.content_items
         return self.bank_rows[self.bank_rows >= 0]
 
     @property
-    def linked_weights(self) -> Tensor:
+    def contrastive_weights(self) -> Tensor:
         """Weight of each row in losses of an item's own ID vector [B]: 0 if it has none."""
         return self.row_weights if self.has_row is None else self.row_weights * self.has_row
 

@@ -22,7 +22,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.config import RetrievalSettings
 from recsys.data.batch import Batch
-from recsys.data.item_parts import ItemCounts
+from recsys.data.item_frequency import ItemCounts
 
 
 def negatives_feature(settings: RetrievalSettings | None, target_item: str) -> str | None:
@@ -95,7 +95,7 @@ class NegativeSampler:
 
     def __call__(self, batch: Batch, draw: tuple[int, int, int], training: bool) -> Batch:
         """Return a batch, on the host, with log Q and, in training, this draw's negatives."""
-        log_q = self.log_q(batch.counted_items)
+        log_q = self.log_q(batch.frequency_keys)
         if self.feature is None:
             return replace(batch, target_log_q=log_q)
         items = torch.from_numpy(self._draw(draw) if training else np.zeros(0, np.int64))

@@ -62,7 +62,7 @@ def paired_difference(
         second: runs of the second configuration, on the same windows; any number of seeds.
         metric: gauc or auc; rmse or mae of a label that is a number. AUC is the mean over windows,
             weighted by rows; the others are pooled, GAUC with users weighted by rows.
-        part: all, warm, cold or unseen, as in `recsys.data.item_parts`.
+        part: all, warm, cold or unseen, as in `recsys.data.item_frequency`.
         samples: number of resamples. A user in several windows is drawn with the rows of all.
         seed: seed of the resamples, the same for all metrics and parts.
         label: index of the label.

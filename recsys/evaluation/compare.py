@@ -16,7 +16,7 @@ import numpy as np
 
 from embeddings.plan_text import align_columns
 from recsys.data.filesystem import write_whole
-from recsys.data.item_parts import PARTS, item_parts
+from recsys.data.item_frequency import PARTS, frequency_masks
 from recsys.evaluation.bootstrap import Interval, paired_difference, pooled_metric
 from recsys.evaluation.few_users import LEAST_USERS, MARK_NOTE, marked
 from recsys.evaluation.measures import METRICS, metric_users, metrics_of
@@ -67,7 +67,7 @@ def compare_runs(runs: Sequence[Path], split: str) -> dict[str, Any]:
         "metrics": list(metrics),
         "users": len(np.unique(first.groups)),
         "samples": SAMPLES,
-        "rows": {part: int(rows.sum()) for part, rows in item_parts(first.counts).items()},
+        "rows": {part: int(rows.sum()) for part, rows in frequency_masks(first.counts).items()},
         "metric_users": {
             part: {metric: metric_users([first], metric, part) for metric in metrics}
             for part in PARTS

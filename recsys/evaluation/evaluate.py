@@ -22,7 +22,7 @@ from recsys.config.ranking import softmax_settings
 from recsys.content.bank_fill import encode_into_bank
 from recsys.data.batch import Batch
 from recsys.data.interactions import Interactions, loader
-from recsys.data.item_parts import ItemCounts, count_items
+from recsys.data.item_frequency import ItemCounts, count_items
 from recsys.data.number_ranges import NumberRange, NumberRanges, dense_finding
 from recsys.data.row_source import RowSource
 from recsys.data.vocabularies import UnknownIds, format_unknown
@@ -210,7 +210,7 @@ def _columns(batch: Batch, logits: Tensor) -> dict[str, Tensor]:  # logits: [B, 
         "logits": logits.float(),
         "labels": batch.labels,
         "groups": batch.groups,
-        "items": batch.counted_items,
+        "items": batch.frequency_keys,
         "weights": batch.weights,
     }
     return {name: column[known] for name, column in columns.items() if column is not None}
@@ -222,7 +222,7 @@ def _queries(batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
     columns = {
         "queries": vectors["query"],
         "query_targets": vectors["item"],
-        "query_items": batch.counted_items,
+        "query_items": batch.frequency_keys,
         "query_weights": batch.weights,
     }
     return {name: column[wanted] for name, column in columns.items() if column is not None}

@@ -19,7 +19,7 @@ import numpy as np
 
 from recsys.config import MetricSettings
 from recsys.config.named_parts import make_part
-from recsys.data.item_parts import PARTS
+from recsys.data.item_frequency import PARTS
 
 METRICS = {"precision_at_k": "recsys.evaluation.further_metrics:PrecisionAtK"}
 # Names that every report uses already.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recsys.data.item_parts import PARTS, item_parts
+from recsys.data.item_frequency import PARTS, frequency_masks
 from recsys.evaluation.auc import RankedPairs, grouped_auc, ratio
 from recsys.evaluation.regression import ERRORS, predicted
 from recsys.evaluation.scores import SplitScores
@@ -56,7 +56,7 @@ def _rows_of(
     found = []
     for window in windows:
         scores = window.counted(label)
-        rows = item_parts(scores.counts)[part]
+        rows = frequency_masks(scores.counts)[part]
         found.append(
             _Rows(
                 scores.labels[rows, label],

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from recsys.data.item_parts import PARTS, item_parts
+from recsys.data.item_frequency import PARTS, frequency_masks
 from recsys.evaluation.auc import sorted_auc
 from recsys.evaluation.few_users import MARK_NOTE, marked
 from recsys.evaluation.further_metrics import Metric, call_metric, fits_loss
@@ -137,7 +137,7 @@ def evaluation_report(
         labels: [N], 0 or 1, or numbers.
         logits: [N], finite.
         groups: int [N], the user of each row.
-        item_counts: int [N], training rows of the item of each row, see `item_parts`.
+        item_counts: int [N], training rows of the item of each row, see `frequency_masks`.
         more: further metrics by their names in the report, which do not weigh rows.
         weights: [N], above 0; None: 1 each.
         loss: of the label.
@@ -149,7 +149,7 @@ def evaluation_report(
     ranked, reports = rows_of_loss(labels, logits, groups, weights, loss), {}
     columns = labels, ranked.scores, groups, item_counts
     more = {name: metric for name, metric in (more or {}).items() if fits_loss(metric, loss)}
-    for part, rows in item_parts(item_counts).items():
+    for part, rows in frequency_masks(item_counts).items():
         reports[part] = ranked.metrics(rows) | {
             name: call_metric(name, metric, *(column[rows] for column in columns))
             for name, metric in more.items()

@@ -23,7 +23,7 @@ from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.item_parts import ItemCounts, item_parts
+from recsys.data.item_frequency import ItemCounts, frequency_masks
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import empty_table, padding_rows
@@ -177,7 +177,7 @@ def retrieval_report(
     columns = [above, tied, *([scored["query_weights"]] if "query_weights" in scored else [])]
     reports = {
         part: retrieval_metrics(*(of_rows[torch.from_numpy(rows)] for of_rows in columns))
-        for part, rows in item_parts(counts).items()
+        for part, rows in frequency_masks(counts).items()
     }
     catalogue = {"catalogue": sum(job.ranks.gather(len(items)))}
     return reports.pop("all") | catalogue | reports

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from recsys.build import Job
-from recsys.data.item_parts import rows_that_count
+from recsys.data.item_frequency import rows_that_count
 from recsys.data.parquet.values import RAW_GROUP
 from recsys.data.schema import Schema
 from recsys.distributed.gather import gather_rows

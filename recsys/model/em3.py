@@ -113,7 +113,7 @@ class Losses(nn.Module):
             return ranking, {"loss": ranking}
         assert content is not None
         contrastive = self.contrastive(
-            content.target, ids.target, batch.target_items, batch.linked_weights
+            content.target, ids.target, batch.target_items, batch.contrastive_weights
         )
         loss = ranking + self.weight * contrastive
         return loss, {"loss": loss, "ranking": ranking, "contrastive": contrastive}

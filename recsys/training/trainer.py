@@ -20,7 +20,7 @@ from recsys.checkpoint.progress import Progress
 from recsys.config import content_settings
 from recsys.data.batch import Batch
 from recsys.data.interactions import Interactions, loader
-from recsys.data.item_parts import ItemCounts
+from recsys.data.item_frequency import ItemCounts
 from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.diagnostics.profile.step_profile import StepProfile
 from recsys.distributed.lockstep import Lockstep, TrainingStopped

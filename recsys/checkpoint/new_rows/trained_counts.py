@@ -12,7 +12,7 @@ from pathlib import Path
 from recsys.build import Job
 from recsys.checkpoint.run_folder import ITEM_COUNTS, ITEM_COUNTS_BEFORE, read_item_counts
 from recsys.checkpoint.warm_start.plan import WarmStartPlan
-from recsys.data.item_parts import ItemCounts
+from recsys.data.item_frequency import ItemCounts
 
 
 def trained_counts(run: Path, num_items: int | None) -> ItemCounts:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from recsys.checkpoint.output_file import check_output
 from recsys.data.filesystem import Location, write_whole
-from recsys.data.item_parts import count_items
+from recsys.data.item_frequency import count_items
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.bad_rows import OnBadRow, no_row_left
 from recsys.data.parquet.rows import ParquetRows

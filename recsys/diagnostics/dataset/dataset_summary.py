@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from recsys.data.filesystem import Location
-from recsys.data.item_parts import ItemCounts, item_parts
+from recsys.data.item_frequency import ItemCounts, frequency_masks
 from recsys.data.schema import Schema, load_schema
 from recsys.diagnostics.dataset.item_summary import ItemSummary, summarize_items
 from recsys.diagnostics.dataset.key_counts import KeyCounts
@@ -63,7 +63,7 @@ class DatasetSummary:
         """Return shares of a split's rows: cold and unseen items, repeats, known groups, ..."""
         found, train = self.splits[split], self.splits["train"]
         items, counts = found.item_counts.items, found.item_counts.counts
-        of = item_parts(train.item_counts.of(items))
+        of = frequency_masks(train.item_counts.of(items))
         of_items = max(int(counts.sum()), 1)  # without drawn rows
         rows = max(found.usable_rows, 1)
         shares = {

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from recsys.data.filesystem import Location
-from recsys.data.item_parts import ItemCounter, ItemCounts
+from recsys.data.item_frequency import ItemCounter, ItemCounts
 from recsys.data.parquet.bad_rows import by_reason
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.rows import ParquetRows

@@ -19,7 +19,7 @@ from recsys.checkpoint.run_folder import check_metrics, read_item_counts
 from recsys.checkpoint.run_schema import PARTITION
 from recsys.config.ranking import softmax_settings
 from recsys.data.filesystem import Location, read_json, write_whole
-from recsys.data.item_parts import PARTS
+from recsys.data.item_frequency import PARTS
 from recsys.data.items.item_table import ItemTable
 from recsys.diagnostics.run_report.embedding_maps import embedding_maps
 from recsys.diagnostics.run_report.fusion_attention import fusion_attention, recorded_attention

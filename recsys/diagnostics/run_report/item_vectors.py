@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recsys.build import Job
 from recsys.checkpoint.table_export import stored_tables
-from recsys.data.item_parts import ItemCounts
+from recsys.data.item_frequency import ItemCounts
 
 ITEMS_PER_CALL = 256
 

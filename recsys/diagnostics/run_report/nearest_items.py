@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from recsys.build import Job
-from recsys.data.item_parts import ItemCounts
+from recsys.data.item_frequency import ItemCounts
 from recsys.data.items.item_table import ItemTable
 from recsys.diagnostics.run_report.item_columns import column_values
 from recsys.diagnostics.run_report.item_descriptions import category_text, item_names, item_pictures

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from recsys.checkpoint.partitions.state import ContinualFolder
-from recsys.data.item_parts import PARTS
+from recsys.data.item_frequency import PARTS
 from recsys.diagnostics.run_report.page import (
     BLUE,
     GREY,

@@ -33,7 +33,7 @@ from recsys.checkpoint.warm_start.request import WarmStart
 from recsys.config import Config, load_config
 from recsys.data.filesystem import Location, write_whole
 from recsys.data.interactions import Interactions
-from recsys.data.item_parts import ItemCounts
+from recsys.data.item_frequency import ItemCounts
 from recsys.data.schema import Schema
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.log import print_table

@@ -19,7 +19,7 @@ from recsys.checkpoint.partitions.state import ContinualFolder
 from recsys.checkpoint.run_schema import schema_of_data
 from recsys.config import Config
 from recsys.data.filesystem import Location
-from recsys.data.item_parts import PARTS, ItemCounts
+from recsys.data.item_frequency import PARTS, ItemCounts
 from recsys.data.row_source import RowSource, open_rows
 from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.distributed.lockstep import Lockstep

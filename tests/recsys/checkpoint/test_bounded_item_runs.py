@@ -14,7 +14,7 @@ from recsys.build import build_job
 from recsys.checkpoint.warm_start.plan import plan_warm_start
 from recsys.checkpoint.warm_start.request import WarmStart
 from recsys.config import Config, OptimizerSettings
-from recsys.data.item_parts import ItemCounts
+from recsys.data.item_frequency import ItemCounts
 from recsys.distributed.lockstep import TrainingStopped
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.evaluate import check_data

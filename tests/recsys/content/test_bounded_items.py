@@ -57,13 +57,13 @@ def test_a_batch_has_rows_for_tables_and_raw_ids_for_content(data: Path, tmp_pat
         assert job.vocabularies.items is not None
         rows = ids_of(job.vocabularies.items)
         first, second = ([int(raw(item)) for item in items] for items in ((0, 1, 2), (2, 3, 4)))
-        assert prepared[0].counted_items.tolist() == [*first, first[0]]
+        assert prepared[0].frequency_keys.tolist() == [*first, first[0]]
         assert prepared[0].target_items.tolist() == [rows[item] for item in [*first, first[0]]]
         assert prepared[0].has_row is not None and prepared[0].has_row.all()
         # Item 3 is in histories alone: it is encoded in the step that gives it a row, and no more.
         assert prepared[0].content_items.tolist() == [*first, int(raw(3))]
         assert prepared[0].with_gradient == 3
-        assert prepared[0].written_items.tolist() == [rows[int(raw(item))] for item in range(4)]
+        assert prepared[0].bank_write_rows.tolist() == [rows[int(raw(item))] for item in range(4)]
         assert prepared[1].content_items.tolist() == [*second, int(raw(5))]
         events = prepared[0].history_items[prepared[0].history_index].tolist()
         expected = [3, 3, 1, 3, 2, 3, 0]
@@ -188,4 +188,4 @@ def test_items_without_a_row_do_not_link_content_and_id(data: Path, tmp_path: Pa
         job = build(data, ranks, tmp_path, contrastive=ContrastiveSettings(weight=0.5, dim=8))
         (batch,) = job.preparation(batches(job, 1), UnknownIds(job.schema), 0, training=False)
         assert batch.has_row is not None and not batch.has_row.any()
-        assert batch.linked_weights.tolist() == [0.0] * 4
+        assert batch.contrastive_weights.tolist() == [0.0] * 4

@@ -19,7 +19,7 @@ from recsys.content.encoders.pooling import mean_token
 from recsys.content.projection_start import start_projections, whitening_map
 from recsys.data.batch import ContentInput
 from recsys.data.filesystem import Location
-from recsys.data.item_parts import ItemCounts
+from recsys.data.item_frequency import ItemCounts
 from recsys.data.items.content_store import ContentStore, ItemTable
 from recsys.data.schema import load_schema
 from recsys.distributed.ranks import Ranks

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import recsys.data.item_parts
+import recsys.data.item_frequency
 from recsys.data.filesystem import Location
-from recsys.data.item_parts import ItemCounts, count_items
+from recsys.data.item_frequency import ItemCounts, count_items
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
 from tests.datasets import write_dataset
@@ -30,7 +30,7 @@ def counted(root: Path, rank: int, world_size: int) -> ItemCounts:
 
 
 def add_up(rank: int, world_size: int, root: Path) -> tuple[list[int], list[int]]:
-    recsys.data.item_parts.BLOCK = 7 if world_size == 2 else 1 << 24
+    recsys.data.item_frequency.BLOCK = 7 if world_size == 2 else 1 << 24
     size = 30 if world_size == 2 else MANY
     total = counted(root, rank, world_size).sum_of_ranks(size, ranks_of(rank, world_size))
     return total.items.tolist(), total.counts.tolist()
@@ -46,7 +46,7 @@ def test_items_are_counted_over_all_ranks_without_memory_for_all_ids(
     first, *others = run_on_ranks(add_up, world_size, root)
     assert first == (whole.items.tolist(), whole.counts.tolist())
     assert all(of == ([], []) for of in others)
-    monkeypatch.setattr(recsys.data.item_parts, "LEAST_MERGED", 1)  # after each chunk
+    monkeypatch.setattr(recsys.data.item_frequency, "LEAST_MERGED", 1)  # after each chunk
     assert counted(root, 0, 1).counts.tolist() == whole.counts.tolist()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from recsys.config import RetrievalSettings
-from recsys.data.item_parts import ItemCounts
+from recsys.data.item_frequency import ItemCounts
 from recsys.data.negatives import NegativeSampler
 from tests.recsys.content.item_batches import batch_of_items
 

@@ -11,7 +11,7 @@ import yaml
 
 from recsys.config import SourceSettings
 from recsys.data.filesystem import Location
-from recsys.data.item_parts import count_items
+from recsys.data.item_frequency import count_items
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.row_source import Chunk, RowSource, Window, open_rows
 from recsys.data.schema import Schema, load_schema

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import recsys.evaluation.bootstrap
-from recsys.data.item_parts import PARTS, item_parts
+from recsys.data.item_frequency import PARTS, frequency_masks
 from recsys.evaluation.bootstrap import (
     Interval,
     paired_difference,
@@ -52,7 +52,7 @@ def metric_of_duplicated_rows(
     """
     tables = []
     for number, scores in enumerate(windows):
-        masks = item_parts(scores.counts)
+        masks = frequency_masks(scores.counts)
         labels, logits, names = [], [], []
         for user, times in drawn.items():
             rows = masks[part] & (scores.groups == user)

@@ -15,7 +15,7 @@ import pytest
 
 from recsys.cli import main
 from recsys.config import load_config
-from recsys.data.item_parts import PARTS
+from recsys.data.item_frequency import PARTS
 from recsys.evaluation.bootstrap import paired_difference
 from recsys.evaluation.compare import compare_runs, format_comparison
 from recsys.evaluation.measures import METRICS

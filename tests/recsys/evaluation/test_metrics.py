@@ -13,7 +13,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor
 
 from recsys.config import Config, ranking_settings
-from recsys.data.item_parts import COLD_BELOW
+from recsys.data.item_frequency import COLD_BELOW
 from recsys.distributed.gather import gather_rows, gather_rows_to_first
 from recsys.evaluation.evaluate import format_evaluation
 from recsys.evaluation.metrics import RankedRows, evaluation_report, format_report

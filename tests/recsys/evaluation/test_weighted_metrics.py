@@ -14,7 +14,7 @@ import torch
 
 from recsys.checkpoint.run_schema import schema_of_data
 from recsys.data.filesystem import Location
-from recsys.data.item_parts import PARTS
+from recsys.data.item_frequency import PARTS
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
 from recsys.distributed.ranks import joined_ranks

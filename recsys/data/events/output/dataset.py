@@ -21,7 +21,7 @@ from recsys.data.events.signals import quoted
 from recsys.data.events.splits import SPLITS
 from recsys.data.events.times import MICROS
 from recsys.data.filesystem import Location, link_or_copy
-from recsys.data.item_parts import COLD_BELOW
+from recsys.data.item_frequency import COLD_BELOW
 from recsys.data.transforms.prepare import check_transformed, fit_transforms
 
 ITEMS_PER_GROUP = 1024  # small, since a row may hold pictures

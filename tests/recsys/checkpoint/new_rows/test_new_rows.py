@@ -15,7 +15,7 @@ from torch import Tensor
 from embeddings.new_rows.ridge import fit_ridge
 from recsys.checkpoint.new_rows import fill
 from recsys.checkpoint.new_rows.trained_counts import trained_counts
-from recsys.data.item_parts import ItemCounts
+from recsys.data.item_frequency import ItemCounts
 from tests.ranks import run_on_ranks
 from tests.recsys.checkpoint.schema_runs import rewrite
 from tests.recsys.checkpoint.warm_start.warm_runs import (

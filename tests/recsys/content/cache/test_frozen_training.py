@@ -14,7 +14,7 @@ from torch import Tensor
 from recsys.build import build_job
 from recsys.cli import main
 from recsys.config import ContentSettings, FusionSettings, HistorySettings, save_config
-from recsys.data.item_parts import ItemCounts
+from recsys.data.item_frequency import ItemCounts
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.evaluate import evaluate_split, fill_bank
 from tests.datasets import write_dataset

@@ -21,7 +21,7 @@ from recsys.data.events.engines.on_duckdb import DuckDBEngine
 from recsys.data.events.load import load_events_config
 from recsys.data.events.prepare import make_samples, prepare_events
 from recsys.data.filesystem import Location
-from recsys.data.item_parts import COLD_BELOW, count_items
+from recsys.data.item_frequency import COLD_BELOW, count_items
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
 from recsys.diagnostics.dataset.dataset_summary import summarize_dataset

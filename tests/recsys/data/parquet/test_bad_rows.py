@@ -14,7 +14,7 @@ from recsys.config import load_config
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.filesystem import Location
 from recsys.data.interactions import Interactions
-from recsys.data.item_parts import count_items
+from recsys.data.item_frequency import count_items
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.schema import load_schema

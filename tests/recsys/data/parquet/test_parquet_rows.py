@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.data.filesystem import Location
-from recsys.data.item_parts import count_items
+from recsys.data.item_frequency import count_items
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.parquet.values import ROW_POSITION
 from tests.datasets import write_dataset

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from recsys.data.filesystem import Location
-from recsys.data.item_parts import ItemCounts
+from recsys.data.item_frequency import ItemCounts
 from recsys.data.items.item_table import ItemTable
 from recsys.data.schema import load_schema
 from recsys.diagnostics.run_report.embedding_maps import embedding_maps

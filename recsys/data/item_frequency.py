@@ -27,7 +27,7 @@ BLOCK = 1 << 24  # ids that ranks add up at once: 128 MiB of counts
 LEAST_MERGED = 1 << 20  # least number of counted items that are merged at once
 
 
-def item_parts(item_counts: np.ndarray) -> dict[str, np.ndarray]:  # [N], int -> [N], bool each
+def frequency_masks(item_counts: np.ndarray) -> dict[str, np.ndarray]:  # [N], int -> [N], bool each
     """Return the rows of each of `PARTS` by the number of training rows of their item.
 
     `unseen`: none; `cold`: fewer than `COLD_BELOW`, unseen ones included; `warm`: all others;
