@@ -139,12 +139,6 @@ OTHERS = [
         {**qformer("modern"), **NO_VOTES, **NO_AVERAGES, **RANDOM_ROWS},
         "recipe",
     ),
-    Cell(
-        "tables reset",
-        "the recipe, all ID tables with new initial rows in each epoch (MEDA)",
-        {"embedding.reset_every_epoch": True},
-        "recipe",
-    ),
     *with_cic(
         "two towers",
         "the recipe as a model of retrieval: user and item meet in one product alone",

@@ -24,7 +24,6 @@ def validate(config: Config) -> None:
             f"{config.ranking.name}; choose two_tower, or best_model_by auc, gauc or auc_and_gauc"
         )
     _check_averages(config)
-    _check_reset(config)
     content, temperature = content_settings(config), config.contrastive.temperature
     if content is None:
         return
@@ -56,14 +55,3 @@ def _check_averages(config: Config) -> None:
             "optimizer.ema_tables reads tables in place in each step, but "
             f"{what or f'embedding.parallel.copies is {copies}'}; set ema_tables to false"
         )
-
-
-def _check_reset(config: Config) -> None:
-    """Refuse tables that begin anew in each epoch, but with pretrained rows in the first."""
-    for name, own in config.embedding.tables.items():
-        if config.embedding.reset_every_epoch and own.init_from is not None and not own.frozen:
-            raise ValueError(
-                "embedding.reset_every_epoch is true and would discard the rows of "
-                f"embedding.tables.{name}.init_from after the first epoch; set it to false, or "
-                f"embedding.tables.{name}.frozen to true"
-            )

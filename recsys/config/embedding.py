@@ -98,10 +98,6 @@ class EmbeddingSettings:
     """Weight decay of the tables."""
     init_std: NonNegativeFloat = 0.01
     """Standard deviation of the initial weights."""
-    reset_every_epoch: bool = False
-    """Begin every epoch after the first one with new initial rows of all tables, without optimizer
-    state, and go on with the dense weights: tables over-fit rows of data that they see a second
-    time, where dense weights still gain."""
     tables: dict[str, TableSettings] = field(default_factory=dict)
     """Settings of single tables, by column name."""
     skip: list[str] = field(default_factory=list)

@@ -7,6 +7,7 @@ rest. The name of the ranking model is read first, since it decides the settings
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Container, Iterator, Sequence
@@ -160,14 +161,36 @@ def _settled(recipe: Any, name: str) -> Any:
     return recipe | {"ranking": own_keys(section, name)} if isinstance(section, dict) else recipe
 
 
+# Removed settings that runs of earlier versions may state: the value that did nothing, and why the
+# setting was removed.
+REMOVED = {
+    ("content", "sampling", "encoders"): (1, "encoders are not sampled"),
+    ("embedding", "reset_every_epoch"): (
+        False,
+        "new rows in each epoch did not improve ranking beyond chance",
+    ),
+}
+
+
 def _without_removed_keys(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Drop `content.sampling.encoders: 1`, which did nothing and stands in runs of before."""
-    content = recipe.get("content")
-    sampling = content.get("sampling") if isinstance(content, dict) else None
-    if not isinstance(sampling, dict) or sampling.get("encoders") != 1:
-        return recipe
-    kept = {key: value for key, value in sampling.items() if key != "encoders"}
-    return recipe | {"content": {**recipe["content"], "sampling": kept}}
+    """Drop removed settings whose value did nothing.
+
+    Raises:
+        ValueError: a removed setting has another value.
+    """
+    recipe = copy.deepcopy(recipe)
+    for (*sections, key), (inert, reason) in REMOVED.items():
+        section: Any = recipe
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or key not in section:
+            continue
+        if (value := section.pop(key)) != inert:
+            where = ".".join([*sections, key])
+            raise ValueError(
+                f"{where} is {value}, but the setting was removed: {reason}; leave it out"
+            )
+    return recipe
 
 
 def _without_rows_of_content(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -68,13 +68,6 @@ class AveragedWeights:
         """Update the averages with the weights after a step of the optimizer."""
         self.averaged.update_parameters(self.weights)
 
-    @torch.no_grad()
-    def restart_tables(self) -> None:
-        """Set the averages of tables to their present rows, as after a reset of the tables."""
-        averages = list(self.averaged.module.parameters())
-        for index in range(len(self.names), len(averages)):
-            averages[index].copy_(self.weights[index])
-
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Replace the weights by the averages inside the block, and restore them at its end.

@@ -61,7 +61,6 @@ from recsys.evaluation.scores import scores_file
 from recsys.training.item_opinions import fill_opinions
 from recsys.training.pretrained_tables import load_pretrained_tables
 from recsys.training.reporter import Reporter
-from recsys.training.table_reset import check_reset
 from recsys.training.trainer import Trainer
 from recsys.training.useless_models import require_useful, slack_for
 from recsys.training.warm_start import (
@@ -176,7 +175,6 @@ def open_run(
         progress = checkpoints.restore()
         if progress is not None:
             require_table_state(job, checkpoints.last_good)
-    check_reset(job.config, warm is not None or (progress or Progress()).steps_before > 0)
     if progress is None:
         plan = None if warm is None else plan_warm_start(job, *warm)  # before a word is written
         checked = check_data(job)

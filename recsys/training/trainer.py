@@ -30,7 +30,6 @@ from recsys.evaluation.validation_check import undefined_selection
 from recsys.training.garbage import collected_seldom
 from recsys.training.loss_watch import LossWatch
 from recsys.training.reporter import Reporter
-from recsys.training.table_reset import reset_is_due, reset_tables
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +77,6 @@ class Trainer:
         try:
             with collected_seldom():
                 while not self.progress.is_finished(self.job.config):
-                    if reset_is_due(self.job.config, self.progress):
-                        reset_tables(self.job, self.progress.epoch)
                     self.train_epoch()
         except TrainingStopped:
             self.checkpoints.save(self.progress, wait=True)

@@ -31,19 +31,6 @@ class PartitionTrainer(Trainer):
             refill_new_rows(self.job, self.run)
 
 
-def check_settings(config: Config) -> None:
-    """Refuse settings of runs of several epochs.
-
-    Raises:
-        ValueError: tables begin anew in each epoch.
-    """
-    if config.embedding.reset_every_epoch:
-        raise ValueError(
-            "embedding.reset_every_epoch is true, but a continual run goes on with the rows of "
-            "earlier partitions; set it to false"
-        )
-
-
 def passes_over(settings: ContinualSettings, number: int, from_nothing: bool) -> int:
     """Return the passes over the rows of a partition.
 

@@ -32,7 +32,6 @@ from recsys.evaluation.further_metrics import make_metrics
 from recsys.training.continual.dates import refused_partitions
 from recsys.training.continual.packages import check_packages, export_newest
 from recsys.training.continual.partition_run import ContinualRun, train_partition
-from recsys.training.continual.partition_trainer import check_settings
 from recsys.training.continual.partitions import Partition, list_partitions
 from recsys.training.continual.queue import Span, awaited, check_whole, next_partition, require_rows
 from recsys.training.continual.scoring import format_lines, require_useful_scores
@@ -74,7 +73,6 @@ def train_continually(
     with ranks.raise_on_all_ranks():
         check_run_folder(run, data)
         _check_folder(folder, request)
-        check_settings(config)
     with ExitStack() as stack:
         stack.enter_context(sole_job(run, ranks, run / LOCK))
         watchdog = stack.enter_context(Watchdog(ranks, config.stall_timeout))

@@ -100,12 +100,14 @@ def test_a_removed_setting_that_did_nothing_loads_and_another_value_is_refused(
     tmp_path: Path,
 ) -> None:
     plain = to_plain(load_config(TINY))
-    for share in (1.0, 0.5):
-        plain["content"]["sampling"]["encoders"] = share
-        (tmp_path / f"{share}.yaml").write_text(yaml.safe_dump(plain))
-    assert load_config(tmp_path / "1.0.yaml") == load_config(TINY)
-    with pytest.raises(ValueError, match=r"0\.5\.yaml: content\.sampling\.encoders"):
-        load_config(tmp_path / "0.5.yaml")
+    plain["content"]["sampling"]["encoders"] = 1.0
+    plain["embedding"]["reset_every_epoch"] = False
+    (tmp_path / "same.yaml").write_text(yaml.safe_dump(plain))
+    assert load_config(tmp_path / "same.yaml") == load_config(TINY)
+    plain["embedding"]["reset_every_epoch"] = True
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(plain))
+    with pytest.raises(ValueError, match=r"other\.yaml: embedding\.reset_every_epoch is True"):
+        load_config(tmp_path / "other.yaml")
 
 
 @pytest.mark.parametrize(

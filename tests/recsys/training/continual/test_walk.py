@@ -149,12 +149,6 @@ def test_a_walk_that_was_stopped_goes_on_with_the_same_bits(
     assert assert_same_end(walked / "run", tmp_path / "run") > 50
 
 
-def test_tables_that_begin_every_epoch_anew_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"embedding\.reset_every_epoch .*true"):
-        walk(tmp_path, tmp_path / "run", "--embedding.reset_every_epoch", "true")
-    assert not (tmp_path / "run").exists()
-
-
 def test_first_passes_are_over_the_first_partitions_of_a_model_that_starts_from_nothing() -> None:
     settings = ContinualSettings(passes=2, first_passes=[5, 3])
     assert [passes_over(settings, number, True) for number in range(4)] == [5, 3, 2, 2]
