@@ -31,7 +31,7 @@ from torch import Tensor
 
 from benchmarks.results import RESULTS, Result, write_result
 from recsys.data.jagged_history import JaggedHistory
-from recsys.distributed.host_memory import keep_freed_memory
+from recsys.distributed.ranks import keep_freed_memory
 from recsys.ranking.layers.target_attention import TargetAttention
 
 NUM_BUCKETS = 8

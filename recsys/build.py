@@ -41,9 +41,9 @@ from recsys.data.parquet.file import mean_list_lengths
 from recsys.data.row_source import RowSource, open_rows
 from recsys.data.schema import Schema, load_schema
 from recsys.data.vocabularies import BoundedVocabularies
-from recsys.distributed.accumulation import AccumulatingPipeline, DenseUpdate, PrefetchingPipeline
-from recsys.distributed.data_parallel import DataParallelWrapper
+from recsys.distributed.pipeline import AccumulatingPipeline, DenseUpdate, PrefetchingPipeline
 from recsys.distributed.ranks import Ranks
+from recsys.distributed.torchrec_internals import DataParallelWrapper
 from recsys.kernels import choose_kernels
 from recsys.model.build import build_em3, with_opinion_groups
 from recsys.model.compilation import compile_dense_parts

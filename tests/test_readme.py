@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from recsys.config import load_config
-from recsys.distributed.heartbeat import Heartbeat, silent_ranks, stalled_ranks
+from recsys.distributed.watchdog import Heartbeat, silent_ranks, stalled_ranks
 from recsys.evaluation.few_users import interval_stretch
 from tests.ranks import HANG_SECONDS
 from tests.recsys.command_runs import run_recsys

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from benchmarks.results import RESULTS, Result, require_own_folder, write_result
 from recsys.data.jagged_history import JaggedHistory
-from recsys.distributed.host_memory import keep_freed_memory
+from recsys.distributed.ranks import keep_freed_memory
 from recsys.kernels import choose_kernels
 from recsys.ranking.layers.target_attention import DotAttention, TargetAttention
 

@@ -24,8 +24,7 @@ from benchmarks.results import RESULTS, Result, require_own_folder, write_result
 from benchmarks.settings import setting
 from benchmarks.timing.ranks import silence_advice_to_library_developers
 from benchmarks.timing.steps import ProductSteps, Variant
-from recsys.distributed.host_memory import keep_freed_memory
-from recsys.distributed.ranks import joined_ranks
+from recsys.distributed.ranks import joined_ranks, keep_freed_memory
 
 HISTORIES, QUICK_HISTORIES = (50, 1000), (2, 6)
 MODELS = {

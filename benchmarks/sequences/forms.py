@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from benchmarks.results import RESULTS, Result, write_result
 from benchmarks.serving.latency import latencies
 from recsys.data.jagged_history import JaggedHistory
-from recsys.distributed.host_memory import keep_freed_memory
+from recsys.distributed.ranks import keep_freed_memory
 from recsys.ranking.sequence.sequences import JaggedSequences
 
 HEADS, NUM_BUCKETS = 2, 8

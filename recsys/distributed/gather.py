@@ -17,31 +17,21 @@ from torch.nn import functional as F
 def gather_rows(tensor: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
     """Return the rows of all ranks on every rank, those of rank 0 first. A collective.
 
-    Ranks may have different numbers of rows.
-
-    Args:
-        tensor: [N] or [N, D], the rows of this rank; N may be 0.
-        process_group: None is the default group; without a default group, only this process.
-
-    Returns:
-        [sum of N] or [sum of N, D], on the device of `tensor`, detached.
+    Ranks may have different numbers of rows, [N] or [N, D]; the result, [sum of N] or [sum of N,
+    D], is detached. Without a process group there is only this process.
 
     Raises:
         ValueError: dtype or D differ between ranks; raised on every rank.
     """
-    return _gathered(tensor, process_group, to_all=True)
+    return _gather(tensor, process_group, to_all=True)
 
 
 def gather_rows_to_first(tensor: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
-    """Return the rows of all ranks on rank 0, and none on the others. A collective.
-
-    Otherwise like `gather_rows`, but only one rank needs the memory of all rows.
-    """
-    return _gathered(tensor, process_group, to_all=False)
+    """Return the rows of all ranks on rank 0, and none on the others. A collective."""
+    return _gather(tensor, process_group, to_all=False)
 
 
-def _gathered(tensor: Tensor, process_group: dist.ProcessGroup | None, to_all: bool) -> Tensor:
-    """Return the rows of all ranks, on every rank or on rank 0. A collective."""
+def _gather(tensor: Tensor, process_group: dist.ProcessGroup | None, to_all: bool) -> Tensor:
     if not dist.is_initialized() or dist.get_world_size(process_group) == 1:
         return tensor
     rows = tensor.detach()
@@ -63,8 +53,8 @@ def _gathered(tensor: Tensor, process_group: dist.ProcessGroup | None, to_all: b
         dist.gather(padded, gathered or None, group=process_group, group_dst=0)
     if not receives:
         return tensor[:0]
-    parts = [part[: shape[0]] for part, (shape, _) in zip(gathered, kinds, strict=True)]
-    return torch.cat(parts).to(tensor.device)
+    rows_of_ranks = [rows[: shape[0]] for rows, (shape, _) in zip(gathered, kinds, strict=True)]
+    return torch.cat(rows_of_ranks).to(tensor.device)
 
 
 def gather_rows_with_gradient(

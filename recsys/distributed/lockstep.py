@@ -2,10 +2,10 @@
 
 A small collective reports whether a rank met an error, was asked to end (by SIGTERM, which
 schedulers and torchrun send before they kill, or SIGINT, which Ctrl-C sends), or is due for a
-checkpoint. In training it runs about every `SECONDS_BETWEEN` seconds (`recsys.distributed.turns`),
-since a collective per batch costs a noticeable share of a short step. A rank that cannot read a
-batch between two of them trains on its last one again, so that no other rank waits for it: the job
-ends with its error, and nothing that these steps change is saved. A job of one rank sends nothing.
+checkpoint. In training it runs about every `SECONDS_BETWEEN` seconds (`FlagExchange`), since a
+collective per batch costs a noticeable share of a short step. A rank that cannot read a batch
+between two of them trains on its last one again, so that no other rank waits for it: the job ends
+with its error, and nothing that these steps change is saved. A job of one rank sends nothing.
 """
 
 from __future__ import annotations
@@ -23,20 +23,68 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recsys.config import CheckpointSettings
 from recsys.distributed.ranks import Ranks
-from recsys.distributed.turns import Turns
 from recsys.distributed.watchdog import Watchdog
 
 B = TypeVar("B")  # a batch; this package does not use its content
 
-
 # Seconds in which a second SIGINT is the launcher's copy of the first; later ones are the user's.
 ECHO_SECONDS = 1.0
+# Seconds between two exchanges at the pace of the last one: about as long as a request to end, or
+# an error of one rank, waits for the others. Schedulers kill 30 seconds after they ask.
+SECONDS_BETWEEN = 0.5
+MOST_BATCHES = 16
+# Flags are exchanged with each of a stretch's first batches: a pipeline fetches several before its
+# first step, so that their pace says nothing of the steps.
+FIRST_BATCHES = 8
 
 
 class TrainingStopped(Exception):
     """The job was asked to end; raised on every rank, its state saved."""
+
+
+class FlagExchange:
+    """Decides at which batches the ranks exchange flags: often enough by the clock, not each time.
+
+    All ranks decide alike without a further collective: the pace of the slowest rank is among the
+    flags. A single rank, whose flags cost nothing, reads them with every batch.
+    """
+
+    def __init__(self, is_single_rank: bool) -> None:
+        self.num_batches = 0
+        self._is_single_rank = is_single_rank
+        self._skipped_left = 0  # batches until the next exchange
+        self._interval, self._end_of_first = 1, 0
+        self._measured_batches, self._measured_at = 0, time.monotonic()
+
+    def begin(self) -> None:
+        """Begin a stretch of batches."""
+        self._skipped_left, self._interval = 0, 1
+        self._end_of_first = self.num_batches + FIRST_BATCHES
+
+    def is_due(self) -> bool:
+        """Count a batch; return whether flags are exchanged with it."""
+        self.num_batches += 1
+        if self._skipped_left > 0:
+            self._skipped_left -= 1
+            return False
+        self._skipped_left = self._interval - 1
+        return True
+
+    def pace(self) -> int:
+        """Return milliseconds per batch since the last result above 0; 0 without a new batch."""
+        count = self.num_batches - self._measured_batches
+        if not count:
+            return 0
+        now = time.monotonic()
+        milliseconds = round(1e3 * (now - self._measured_at) / count)
+        self._measured_batches, self._measured_at = self.num_batches, now
+        return max(1, min(milliseconds, 2**30))
+
+    def set_pace(self, milliseconds: int) -> None:
+        """Set the largest pace of all ranks, which decides on the exchanges that follow."""
+        if milliseconds and not self._is_single_rank and self.num_batches > self._end_of_first:
+            self._interval = max(1, min(MOST_BATCHES, int(1e3 * SECONDS_BETWEEN) // milliseconds))
 
 
 @dataclass(frozen=True)
@@ -52,6 +100,11 @@ class _Asked(Generic[B]):
     flags: Tensor | None
     work: Any = None
 
+    def wait(self) -> None:
+        """Wait for the flags of the other ranks."""
+        if self.work is not None:
+            self.work.wait()
+
 
 class Lockstep:
     """Agrees with the other ranks before each batch; no other code agrees on batches.
@@ -61,77 +114,70 @@ class Lockstep:
 
     Args:
         ranks: the ranks of the job.
-        settings: decide when checkpoints are due; None: never.
+        checkpoint_seconds: time after which a checkpoint is due; None: never.
         watchdog: the watchdog of the job.
     """
 
     def __init__(
         self,
         ranks: Ranks,
-        settings: CheckpointSettings | None = None,
+        checkpoint_seconds: float | None = None,
         watchdog: Watchdog | None = None,
     ) -> None:
-        """Start without a request to end and without a checkpoint due."""
         self.ranks = ranks
         self.watchdog = watchdog or Watchdog(ranks, timeout=None)
         self.stop = False  # the job is asked to end; equal on all ranks
         self.save = False  # a checkpoint is due by time; equal on all ranks
-        self._seconds = settings.every_seconds if settings is not None else None
+        self._checkpoint_seconds = checkpoint_seconds
         self._error: Exception | None = None  # of this rank; raised on all before the next batch
-        self._terminated = self._is_ending = self._has_begun = False
+        self._is_terminated = self._is_ending = self._has_begun = False
         self._interrupted_at: float | None = None  # the first Ctrl-C
         self._saved_at = time.monotonic()
         self._handlers: dict[int, Any] = {}
         self._ahead: _Asked[Any] | None = None  # batch fetched for the next step
-        self._turns = Turns(alone=ranks.world_size == 1)
+        self._exchange = FlagExchange(is_single_rank=ranks.world_size == 1)
         self._failed_at = 0  # number of the batch before which `_error` was met
         self._has_failed = False  # whether this rank cannot read its next batches
-        self._last: Any = None  # the last batch, in place of these
+        self._last_batch: Any = None  # in place of these
 
     def __enter__(self) -> Lockstep:
-        """Handle SIGTERM and SIGINT from now on."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._handlers[number] = signal.signal(number, self._end)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Restore the previous handlers."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def listen(self) -> None:
-        """From now on keep requests to end, also before the first batch, until `settle`."""
+        """From now on keep requests to end, also before the first batch, until `sync_errors`."""
         self._has_begun = True
 
     def _end(self, number: int, frame: FrameType | None) -> None:
-        """Record that this process was asked to end, or end it.
-
-        Raises:
-            KeyboardInterrupt: with the signal's number; before the first batch.
-        """
+        """Handle a signal: record the request to end, or before the first batch end at once."""
         now = time.monotonic()
         if self._interrupted_at is not None and now - self._interrupted_at >= ECHO_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         if not self._has_begun:
             raise KeyboardInterrupt(number)
-        self._terminated = True
+        self._is_terminated = True
         if number == signal.SIGINT and self._interrupted_at is None:
             self._interrupted_at = now
             if self.ranks.is_first:  # the interrupted code may hold the stream
                 os.write(2, b"\nending after this step, with its state saved; again: at once\n")
 
-    def note(self, error: Exception | None) -> None:
+    def record_error(self, error: Exception | None) -> None:
         """Keep an error of this rank, which all ranks raise when they next exchange flags."""
         if error is not None and self._error is None:
-            self._error, self._failed_at = error, self._turns.number
+            self._error, self._failed_at = error, self._exchange.num_batches
 
     def saved(self) -> None:
         """Restart the time to the next checkpoint."""
         self.save, self._saved_at = False, time.monotonic()
         if self._ahead is not None and self._ahead.flags is not None:
-            self._wait(self._ahead)  # it may report the checkpoint just saved as due
+            self._ahead.wait()  # it may report the checkpoint just saved as due
             self._ahead.flags[3] = 0
 
     def training_batches(self, source: Iterator[B], count: int, group: int = 1) -> Iterator[B]:
@@ -149,19 +195,19 @@ class Lockstep:
                 gradients, so a stretch ends with a whole group; the last of `count` may be smaller.
         """
         self._is_ending, self._has_begun = False, True
-        self._turns.begin()
+        self._exchange.begin()
         for number in range(count):
             if self._is_ending and number % group == 0:
                 return
-            asked = self._ahead or self._ask(source, self._turns.take())
+            asked = self._ahead or self._ask(source, self._exchange.is_due())
             self._ahead = None
             if number + 1 < count:
-                self._ahead = self._ask(source, self._turns.take(), asked.error)
+                self._ahead = self._ask(source, self._exchange.is_due(), asked.error)
             batch = self._answer(asked)
             if batch is None:
                 return
             if self.ranks.world_size > 1:
-                self._last = batch
+                self._last_batch = batch
             yield batch
 
     def end_stretch(self) -> None:
@@ -178,16 +224,12 @@ class Lockstep:
             self.raise_if_stopped()
             yield batch
 
-    def settle(self) -> None:
+    def sync_errors(self) -> None:
         """Raise on all ranks an error that any of them met since the last batch. A collective."""
         self._answer(self._ask(iter(())))
 
     def raise_if_stopped(self) -> None:
-        """Raise if the job was asked to end; for work that can be repeated.
-
-        Raises:
-            TrainingStopped: the job was asked to end.
-        """
+        """Raise `TrainingStopped` if the job was asked to end; for work that can be repeated."""
         if self.stop:
             raise TrainingStopped("asked to end")
 
@@ -207,11 +249,12 @@ class Lockstep:
         if not exchange:
             return _Asked(batch, error, None)
         is_due = (
-            self._seconds is not None
+            self._checkpoint_seconds is not None
             and self.ranks.is_first
-            and time.monotonic() - self._saved_at >= self._seconds
+            and time.monotonic() - self._saved_at >= self._checkpoint_seconds
         )
-        states = [error is not None, batch is None, self._terminated, is_due, self._turns.pace()]
+        pace = self._exchange.pace()
+        states = [error is not None, batch is None, self._is_terminated, is_due, pace]
         flags = torch.tensor(states, dtype=torch.int32)
         if self.ranks.world_size == 1:
             return _Asked(batch, error, flags)
@@ -221,19 +264,14 @@ class Lockstep:
     def _answer(self, asked: _Asked[B]) -> B | None:
         """Return the batch, once the flags of all ranks are known. A collective."""
         if asked.flags is None:
-            self.note(asked.error)
-            return self._last if self._has_failed and asked.batch is None else asked.batch
-        self._wait(asked)
+            self.record_error(asked.error)
+            return self._last_batch if self._has_failed and asked.batch is None else asked.batch
+        asked.wait()
         failed, ended, stop, save, pace = asked.flags.tolist()
         if failed:
-            self.note(asked.error)
+            self.record_error(asked.error)
             self.ranks.raise_first(asked.error, self._failed_at)
-        self._turns.set_pace(pace)
+        self._exchange.set_pace(pace)
         self.stop |= bool(stop)
         self.save |= bool(save)
         return None if ended else asked.batch
-
-    def _wait(self, asked: _Asked[Any]) -> None:
-        """Wait for the flags of the other ranks."""
-        if asked.work is not None:
-            asked.work.wait()

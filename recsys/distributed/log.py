@@ -22,8 +22,6 @@ OWN_LOGGERS = ("recsys", "embeddings")
 
 
 class _StandardOutput(logging.StreamHandler):  # type: ignore[type-arg]
-    """Logs to standard output, above a progress bar if there is one."""
-
     def emit(self, record: logging.LogRecord) -> None:
         try:
             print_table(self.format(record))
@@ -62,7 +60,7 @@ def configure_logging(
 
 
 def print_table(text: str) -> None:
-    """Print a table for people, above a progress bar if there is one; call it on rank 0 alone."""
+    """Print a table, above a progress bar if there is one; call it on rank 0 alone."""
     from tqdm import tqdm
 
     tqdm.write(text, file=sys.stdout)  # whatever that is at the time
@@ -70,10 +68,9 @@ def print_table(text: str) -> None:
 
 
 def progress_bar(total: int, name: str, shown: bool = True, **options: Any) -> tqdm:
-    """Return a progress bar with the time left, on standard error.
+    """Return a progress bar with the time left, on standard error; `options` are tqdm's.
 
-    Nothing is drawn where standard error is no terminal or logs are JSON lines, or unless `shown`,
-    which one rank sets. `options` are further arguments of tqdm.
+    Nothing is drawn unless `shown`, on no terminal, or where logs are JSON lines.
     """
     from tqdm import tqdm
 

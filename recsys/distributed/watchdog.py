@@ -17,12 +17,16 @@ main thread hangs in a collective, where no exception can reach it.
 from __future__ import annotations
 
 import faulthandler
+import json
 import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -30,25 +34,19 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from recsys.distributed.heartbeat import (
-    Heartbeat,
-    Unchanged,
-    place_of_main_thread,
-    silent_ranks,
-    stalled_ranks,
-)
 from recsys.distributed.ranks import Ranks
 
 FINDING = "finding"  # key in the store: the finding that ends the job
-WATCHED = 8  # number of other ranks that each rank watches, unless a machine has more
+WATCHED_RANKS = 8  # number of other ranks that each rank watches, unless a machine has more
+DESCRIBED_RANKS = 8  # how many ranks a finding describes
+OWN_SOURCE = tuple(str(Path(__file__).parents[2] / part) for part in ("recsys", "embeddings"))
 
 
 class Watchdog:
     """Watches the ranks of a job from threads beside the main one.
 
-    Args:
-        ranks: the ranks of the job.
-        timeout: seconds; None or 0 switches it off, and a job of one rank needs none.
+    Entering it is a collective. A timeout of None or 0 seconds switches it off, and a job of one
+    rank needs none.
 
     Example::
 
@@ -61,29 +59,22 @@ class Watchdog:
     """
 
     def __init__(self, ranks: Ranks, timeout: float | None) -> None:
-        """Prepare the counters; watching begins with `start`."""
         self.ranks = ranks
         self.timeout = timeout or 0.0
         self.interval = min(1.0, self.timeout / 8)
-        self._armed = False
-        self._marks, self._after = 0, "start"
+        self._is_armed = False
+        self._marks, self._last_mark = 0, "start"
         self._exchanges = 0  # number of exchanges with the store
         self._beats = 0
-        self._own_progress = Unchanged(2 * self.interval)
+        self._progress = Unchanged(2 * self.interval)
         self._backends: list[Any] = []
         self._stopping = threading.Event()
         self._ending = threading.Lock()
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Watchdog:
-        """Start watching. A collective."""
-        self.start()
-        return self
-
-    def start(self) -> None:
-        """Begin to watch. A collective."""
         if not self.timeout or self.ranks.world_size == 1:
-            return
+            return self
         devices = {torch.device("cpu"), self.ranks.device}
         self._backends = [self.ranks.group._get_backend(device) for device in devices]
         store = dist.PrefixStore("watchdog", cast(Any, _get_default_store()).clone())
@@ -95,6 +86,7 @@ class Watchdog:
             thread = threading.Thread(target=target, args=arguments, daemon=True)
             thread.start()
             self._threads.append(thread)
+        return self
 
     def __exit__(self, *error: object) -> None:
         """Stop watching and publish that this rank has ended, so that others expect no beats."""
@@ -108,7 +100,7 @@ class Watchdog:
     def mark(self, place: str) -> None:
         """Record progress of the main thread; cheap enough for several calls a step."""
         self._marks += 1
-        self._after = place
+        self._last_mark = place
 
     def armed(self) -> AbstractContextManager[None]:
         """Expect steps of all ranks inside the block."""
@@ -119,25 +111,25 @@ class Watchdog:
         return self._set_armed(False)
 
     @contextmanager
-    def _set_armed(self, armed: bool) -> Iterator[None]:
-        before, self._armed = self._armed, armed
+    def _set_armed(self, is_armed: bool) -> Iterator[None]:
+        previous, self._is_armed = self._is_armed, is_armed
         try:
             yield
         finally:
-            self._armed = before
+            self._is_armed = previous
             self._marks += 1  # an armed section that was paused has not stalled meanwhile
 
     def _publish(self, store: dist.Store, ended: bool = False) -> Heartbeat:
         self._beats += 1
         collectives = sum(b._get_sequence_number_for_group() for b in self._backends)
-        stalled_for = self._own_progress.look((self._armed, self._marks, collectives))
+        stalled_for = self._progress.look((self._is_armed, self._marks, collectives))
         beat = Heartbeat(
             number=self._beats,
             ended=ended,
-            stalled_for=stalled_for if self._armed else 0.0,
+            stalled_for=stalled_for if self._is_armed else 0.0,
             collectives=collectives,
             marks=self._marks,
-            after=self._after,
+            last_mark=self._last_mark,
             place=place_of_main_thread(),
         )
         store.set(str(self.ranks.rank), beat.to_json())
@@ -147,17 +139,17 @@ class Watchdog:
         """Exchange beats until this rank ends; the other thread detects a lost store."""
         rank, world_size = self.ranks.rank, self.ranks.world_size
         # The ranks before this one, so that a finding names all ranks of a lost machine.
-        number = min(max(WATCHED, self.ranks.local_world_size), world_size - 1)
+        number = min(max(WATCHED_RANKS, self.ranks.local_world_size), world_size - 1)
         watched = [(rank - distance - 1) % world_size for distance in range(number)]
         unchanged = {other: Unchanged(2 * self.interval) for other in watched}
         try:
             while not self._stopping.wait(self.interval):
-                own = self._publish(store)
+                own_beat = self._publish(store)
                 *texts, finding_bytes = store.multi_get([*map(str, watched), FINDING])
                 self._exchanges += 1
                 beats = dict(zip(watched, map(Heartbeat.from_json, texts)))
                 silence = {other: unchanged[other].look(beats[other].number) for other in watched}
-                finding = finding_bytes.decode() or self._finding(store, own, beats, silence)
+                finding = finding_bytes.decode() or self._finding(store, own_beat, beats, silence)
                 if finding:
                     self._end(finding)
             self._publish(store, ended=True)
@@ -167,7 +159,7 @@ class Watchdog:
     def _finding(
         self,
         store: dist.Store,
-        own: Heartbeat,
+        own_beat: Heartbeat,
         beats: dict[int, Heartbeat],
         silence: dict[int, float],
     ) -> str:
@@ -178,7 +170,7 @@ class Watchdog:
             nearly = self.timeout - self.interval  # ranks of one machine fall silent one by one
             silent = {rank: beats[rank] for rank in silence if silence[rank] >= nearly}
             finding = silent_ranks(silent, self.timeout)
-        elif own.stalled_for >= self.timeout:
+        elif own_beat.stalled_for >= self.timeout:
             finding = self._stalled(store)
         return store.compare_set(FINDING, "", finding).decode() if finding else ""
 
@@ -201,9 +193,9 @@ class Watchdog:
         """Report and end this process, as every rank does at the same time."""
         if not self._ending.acquire(blocking=False):
             return
+        rank = self.ranks.rank
         sys.stderr.write(
-            f"rank {self.ranks.rank}: {finding}. This job ends; the stacks of rank "
-            f"{self.ranks.rank} follow\n"
+            f"rank {rank}: {finding}. This job ends; the stacks of rank {rank} follow\n"
         )
         sys.stderr.flush()
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
@@ -220,3 +212,102 @@ def _store_holder() -> str:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
         return f"the launcher on {os.environ.get('MASTER_ADDR')}, which holds the job's store,"
     return "rank 0, which holds the job's store,"
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """The state of a rank, published by that rank."""
+
+    number: int
+    ended: bool
+    stalled_for: float  # seconds without progress while progress is expected
+    collectives: int  # number begun so far
+    marks: int
+    last_mark: str
+    place: str  # source line of the main thread
+
+    def to_json(self) -> str:
+        """Return the heartbeat as JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Heartbeat:
+        """Build the heartbeat from its JSON."""
+        return cls(**json.loads(text))
+
+    def __str__(self) -> str:
+        how = "ended" if self.ended else "last seen"
+        return f"{how} after '{self.last_mark}', in {self.place}"
+
+
+class Unchanged:
+    """Measures how long a value has been the same, counting only while this process was running.
+
+    Between two looks at most `longest_lapse` seconds count: after a job is suspended as a whole and
+    resumed, no rank counts as silent.
+    """
+
+    def __init__(self, longest_lapse: float) -> None:
+        self.longest_lapse = longest_lapse
+        self.value: object = None
+        self.seconds = 0.0
+        self.looked_at = time.monotonic()
+
+    def look(self, value: object) -> float:
+        """Return the seconds since `value` became its present value."""
+        now = time.monotonic()
+        lapse = min(now - self.looked_at, self.longest_lapse)
+        self.seconds = self.seconds + lapse if value == self.value else 0.0
+        self.value, self.looked_at = value, now
+        return self.seconds
+
+
+def silent_ranks(beats: dict[int, Heartbeat], timeout: float) -> str:
+    """Describe the ranks that no longer publish heartbeats."""
+    return f"{_rank_names(beats)} stopped answering for {timeout:g} s ({_states(beats)})"
+
+
+def stalled_ranks(beats: dict[int, Heartbeat], timeout: float) -> str:
+    """Describe the ranks that the others wait for, when no rank makes progress.
+
+    Ranks begin the same collectives, so the others wait for the rank that has begun the fewest.
+    Among ranks that have begun the same number, marks decide.
+    """
+    last = min((beat.collectives, beat.marks) for beat in beats.values())
+    behind = {rank: beat for rank, beat in beats.items() if (beat.collectives, beat.marks) == last}
+    if len(behind) == len(beats):
+        return (
+            f"no rank has made progress for {timeout:g} s and none is behind the others: a "
+            f"collective or a device hangs ({_states(behind)})"
+        )
+    return (
+        f"{_rank_names(behind)} made no progress for {timeout:g} s while the others wait "
+        f"({_states(behind)})"
+    )
+
+
+def _rank_names(beats: dict[int, Heartbeat]) -> str:
+    numbers = ", ".join(map(str, sorted(beats)))
+    return f"rank {numbers} has" if len(beats) == 1 else f"ranks {numbers} have"
+
+
+def _states(beats: dict[int, Heartbeat]) -> str:
+    if len(beats) == 1:
+        return str(next(iter(beats.values())))
+    return "; ".join(f"rank {rank}: {beats[rank]}" for rank in sorted(beats)[:DESCRIBED_RANKS])
+
+
+def place_of_main_thread() -> str:
+    """Return `file:line function` of the main thread, and the caller in this product."""
+    innermost = sys._current_frames().get(threading.main_thread().ident or 0)
+    if innermost is None:
+        return "its end"
+    caller: FrameType | None = innermost
+    while caller is not None and not caller.f_code.co_filename.startswith(OWN_SOURCE):
+        caller = caller.f_back
+    place = _source_line(innermost)
+    return place if caller in (None, innermost) else f"{place}, called from {_source_line(caller)}"
+
+
+def _source_line(frame: FrameType) -> str:
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"

@@ -135,7 +135,7 @@ def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
     def stop_if_asked() -> None:
         """Raise TrainingStopped on all ranks if the job is to end. A collective."""
         if lockstep is not None:
-            lockstep.settle()
+            lockstep.sync_errors()
             lockstep.raise_if_stopped()
 
     encode_into_bank(content, store, job.ranks, stop_if_asked, find=job.vocabularies.find_items)

@@ -94,7 +94,7 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
     with ranks.raise_on_all_ranks():
         counts = read_item_counts(run, job.schema.item_id_limit)
     with Watchdog(ranks, job.config.stall_timeout) as watchdog:
-        lockstep = Lockstep(ranks, job.config.checkpoint, watchdog)
+        lockstep = Lockstep(ranks, watchdog=watchdog)
         report = evaluate_split(
             job,
             split,
@@ -177,7 +177,7 @@ def _predict(
         )
     with Watchdog(ranks, job.config.stall_timeout) as watchdog:
         unknown = UnknownIds(job.schema)
-        lockstep = Lockstep(ranks, job.config.checkpoint, watchdog)
+        lockstep = Lockstep(ranks, watchdog=watchdog)
         scored = score(job, interactions, lockstep, unknown)
     if (line := format_unknown("input", unknown.totals(ranks.group))) is not None:
         logger.info(line)

@@ -29,12 +29,12 @@ from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
+from recsys.distributed.torchrec_internals import require_pipelined
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.evaluate import check_data, split_interactions
 from recsys.evaluation.forward_pass import forward_pass
 from recsys.training.pretrained_tables import load_pretrained_tables
 from recsys.training.train import training_interactions
-from recsys.training.trainer import require_pipelined
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
     """
     with (
         Watchdog(ranks, config.stall_timeout) as watchdog,
-        Lockstep(ranks, config.checkpoint, watchdog) as lockstep,
+        Lockstep(ranks, watchdog=watchdog) as lockstep,
     ):
         begin = time.perf_counter()
         check_columns(config, data, ranks)

@@ -134,7 +134,7 @@ def train_locked(
     goes_on = find_start(run, resume, overwrite, ranks)
     with (
         Watchdog(ranks, config.stall_timeout) as watchdog,
-        Lockstep(ranks, config.checkpoint, watchdog) as lockstep,
+        Lockstep(ranks, config.checkpoint.every_seconds, watchdog) as lockstep,
     ):
         warm: OpenedWarmStart | None = None
         schema: Schema | None = None

@@ -9,9 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
-from torchrec.distributed.train_pipeline.runtime_forwards import BaseForward
-from torchrec.distributed.types import ShardedModule
+from torch import Tensor
 
 from recsys.build import Job
 from recsys.checkpoint.manager import Checkpoints
@@ -24,6 +22,7 @@ from recsys.data.item_frequency import ItemCounts
 from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.diagnostics.profile.step_profile import StepProfile
 from recsys.distributed.lockstep import Lockstep, TrainingStopped
+from recsys.distributed.torchrec_internals import require_pipelined
 from recsys.evaluation.evaluate import evaluate_split, fill_bank
 from recsys.evaluation.model_selection import needs_search, selection_score, selection_words
 from recsys.evaluation.validation_check import undefined_selection
@@ -104,14 +103,14 @@ class Trainer:
                 with lockstep.watchdog.armed(), self.profile:
                     for losses, batch in self._steps(batches, unknown):
                         loss, positions = losses["loss"], batch.row_positions
-                        lockstep.note(self.loss_watch.step(progress.steps, loss, positions))
+                        lockstep.record_error(self.loss_watch.step(progress.steps, loss, positions))
                         self.reporter.step(progress, losses)  # logs every `log_every_steps`
                         if lockstep.stop or lockstep.save:
                             lockstep.end_stretch()  # the pipeline ends its fetched batches
                         lockstep.watchdog.mark(f"step {progress.steps}")
                         self.profile.step()
-                lockstep.note(self.loss_watch.check())
-                lockstep.settle()  # so that no state after a bad loss is ever saved
+                lockstep.record_error(self.loss_watch.check())
+                lockstep.sync_errors()  # so that no state after a bad loss is ever saved
                 progress.count_ids(job, unknown)
                 if lockstep.stop:
                     raise TrainingStopped
@@ -205,19 +204,3 @@ class Trainer:
             self.checkpoints.save_best(progress)
         else:
             progress.validations_without_gain += 1
-
-
-def require_pipelined(model: nn.Module) -> None:
-    """Check, after a first step, that every sharded module sends its ids before their step.
-
-    If one does not, TorchRec only logs a warning, and training is as slow as without a pipeline.
-
-    Raises:
-        RuntimeError: a sharded module is not pipelined.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, ShardedModule) and not isinstance(module.forward, BaseForward):
-            raise RuntimeError(
-                f"sharded module '{name}' is not pipelined: EM3.forward must stay a straight line "
-                "and give each collection an attribute of the batch itself"
-            )

@@ -137,7 +137,9 @@ def _scored_rows(job: Job, run: Path) -> SplitScores:
     """Return the test rows of all ranks that count for the first label. A collective."""
     interactions = split_interactions(job, SPLIT)
     with Watchdog(job.ranks, job.config.stall_timeout) as watchdog:
-        scored = score(job, interactions, Lockstep(job.ranks, job.config.checkpoint, watchdog))
+        scored = score(
+            job, interactions, Lockstep(job.ranks, job.config.checkpoint.every_seconds, watchdog)
+        )
     with job.ranks.raise_on_all_ranks():
         if job.ranks.is_first:
             require_usable(job, interactions.rows, SPLIT, scored)

@@ -76,7 +76,7 @@ def train_continually(
     with ExitStack() as stack:
         stack.enter_context(sole_job(run, ranks, run / LOCK))
         watchdog = stack.enter_context(Watchdog(ranks, config.stall_timeout))
-        lockstep = stack.enter_context(Lockstep(ranks, config.checkpoint, watchdog))
+        lockstep = stack.enter_context(Lockstep(ranks, config.checkpoint.every_seconds, watchdog))
         parts = config, data, folder, ranks, lockstep, ranks.apart(), request.warm_start
         return _walk(ContinualRun(*parts), request)
 
@@ -273,7 +273,7 @@ def _pause(lockstep: Lockstep, seconds: float) -> None:
     lockstep.listen()
     end = time.monotonic() + seconds
     while True:
-        lockstep.settle()
+        lockstep.sync_errors()
         lockstep.raise_if_stopped()
         # All ranks wait for rank 0 in the exchange, so that they leave after the same one.
         left = lockstep.ranks.from_first(end - time.monotonic())

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from recsys.distributed.heartbeat import (
+from recsys.distributed.watchdog import (
     Heartbeat,
     Unchanged,
     place_of_main_thread,

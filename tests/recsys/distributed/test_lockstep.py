@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from recsys.config import CheckpointSettings
-from recsys.distributed.lockstep import Lockstep
+from recsys.distributed.lockstep import FIRST_BATCHES, Lockstep
 from recsys.distributed.ranks import joined_ranks
-from recsys.distributed.turns import FIRST_BATCHES
 from tests.ranks import run_on_ranks
 from tests.recsys.em3_runs import ranks_of
 
@@ -57,7 +55,7 @@ def seldom_exchanged(rank: int, world_size: int) -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         fake = SimpleNamespace(monotonic=lambda: clock.now)
-        patch.setattr("recsys.distributed.turns.time", fake)
+        patch.setattr("recsys.distributed.lockstep.time", fake)
         patch.setattr("recsys.distributed.lockstep.time", fake)
         patch.setattr(dist, "all_reduce", counted)
         lockstep = Lockstep(ranks_of(rank, world_size))
@@ -147,7 +145,7 @@ def test_a_checkpoint_by_time_is_due_once(monkeypatch: pytest.MonkeyPatch) -> No
     )
     due: list[Any] = []
     with joined_ranks("cpu") as ranks:
-        lockstep = Lockstep(ranks, CheckpointSettings(every_seconds=60))
+        lockstep = Lockstep(ranks, checkpoint_seconds=60)
         for _ in lockstep.training_batches(iter(range(6)), 6):
             due.append(lockstep.save)
             if lockstep.save:

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from recsys.distributed.rendezvous import name_attempt
+from recsys.distributed.ranks import name_attempt
 from tests.ranks import HANG_SECONDS
 
 

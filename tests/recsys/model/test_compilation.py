@@ -15,9 +15,9 @@ from torch._inductor import config as inductor_config
 
 from recsys.build import Job, build_job
 from recsys.distributed.ranks import joined_ranks
+from recsys.distributed.torchrec_internals import require_pipelined
 from recsys.evaluation.evaluate import fill_bank
 from recsys.model.compilation import compile_dense_parts, compiled_parts
-from recsys.training.trainer import require_pipelined
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
 from tests.recsys.checkpoint.stopped_runs import run_training

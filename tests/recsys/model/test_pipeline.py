@@ -12,10 +12,10 @@ from torchrec.distributed.types import ShardedModule
 from recsys.build import Job, build_job
 from recsys.config import TableSettings
 from recsys.data.batch import Batch
-from recsys.distributed.accumulation import PrefetchingPipeline
+from recsys.distributed.pipeline import PrefetchingPipeline
 from recsys.distributed.ranks import Ranks
+from recsys.distributed.torchrec_internals import require_pipelined
 from recsys.model.em3 import EM3
-from recsys.training.trainer import require_pipelined
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
 from tests.recsys.em3_runs import TABLES, batches_of, em3_config, ranks_of

@@ -12,9 +12,9 @@ from recsys.build import Job, build_job
 from recsys.config import HistorySettings
 from recsys.content.fusion import ConcatFusion
 from recsys.content.history_map import HistoryMap
+from recsys.distributed.torchrec_internals import require_pipelined
 from recsys.evaluation.evaluate import fill_bank
 from recsys.model.precision import InBfloat16, use_bfloat16
-from recsys.training.trainer import require_pipelined
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
 from tests.recsys.em3_runs import (

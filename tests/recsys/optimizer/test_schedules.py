@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 from recsys.config import OptimizerSettings
-from recsys.distributed.accumulation import DenseUpdate
+from recsys.distributed.pipeline import DenseUpdate
 from recsys.optimizer import AveragedWeights, LearningRateShare, build_schedule, set_updates
 
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from recsys.config import CheckpointSettings, load_config
+from recsys.config import load_config
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 from recsys.training.train import train
@@ -156,7 +156,7 @@ def batches_until_rank_1_fails(rank: int, world_size: int) -> tuple[int, str]:
     ranks = Ranks(rank, world_size, rank, world_size, torch.device("cpu"))
     got = 0
     try:
-        for _ in Lockstep(ranks, CheckpointSettings()).batches(batches()):
+        for _ in Lockstep(ranks).batches(batches()):
             got += 1
     except ValueError as error:
         return got, str(error)

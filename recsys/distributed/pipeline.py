@@ -1,4 +1,4 @@
-"""Gradient accumulation: one update of the dense parameters for several batches.
+"""TorchRec's pipeline with gradient accumulation: one dense update for several batches.
 
 A batch that would not fit into memory is split into a group of smaller batches. At the end of a
 group, dense gradients are averaged over ranks, and the dense optimizer gets the group's mean
@@ -17,19 +17,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.profiler import record_function
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.train_pipeline import (
-    PrefetchTrainPipelineSparseDist,
-    TrainPipelineSparseDist,
-)
-from torchrec.distributed.train_pipeline.pipeline_context import TrainPipelineContext
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
 from embeddings.placement.copies import CopiesMean
-from recsys.distributed.ids_exchange import exchange_ids, keep_ids
+from recsys.distributed.torchrec_internals import IdsPipeline, no_gradient_reduction
 from recsys.optimizer import AveragedWeights, gradient_norm
 
 
@@ -50,7 +44,6 @@ class DenseUpdate:
         clip_norm: float | None = None,
         averages: AveragedWeights | None = None,
     ) -> None:
-        """Keep the parts; see the class."""
         self.optimizer, self.dense = optimizer, dense
         self.clip_norm, self.averages = clip_norm, averages
         self._norm: Tensor | None = None  # norm of the last gradient, before it was clipped
@@ -72,19 +65,18 @@ class DenseUpdate:
         return gradient_norm(self.dense) if self._norm is None else self._norm
 
 
-class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
+class AccumulatingPipeline(IdsPipeline):
     """TorchRec's pipeline, which steps the optimizer once for each group of training batches.
 
     With groups of one batch it equals `TrainPipelineSparseDist` to the bit. TorchRec's own
-    `GradientAccumulationWrapper` is not used: it does not divide the loss, and if batches end
-    within a group, it steps with gradients that no collective has averaged, so that the ranks'
-    replicas differ.
+    `GradientAccumulationWrapper` is not used: it does not divide the loss. If batches end within a
+    group, it steps with gradients that no collective has averaged, so that replicas differ.
 
     Args:
         model: in training mode it is trained, else only its output is computed.
         update: the update of the dense parameters at the end of each group.
         device: the model's device.
-        accumulate_steps: k, the batches of a group.
+        accumulate_steps: the batches of a group.
         copies: what sets several copies of the tables to their mean, or None.
 
     Example::
@@ -105,19 +97,17 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
         accumulate_steps: int = 1,
         copies: CopiesMean | None = None,
     ) -> None:
-        """Set up TorchRec's pipeline with an optimizer that steps once per group."""
         super().__init__(
             model,
-            update.optimizer,
+            cast(Any, _GroupOptimizer(update, self)),
             device,
             execute_all_batches=True,
             custom_model_fwd=self._forward,
         )
-        self.update = update
-        self._optimizer = cast(Any, _OncePerGroup(update, self))
+        self.model, self.update = model, update
         self.accumulate_steps, self.copies = accumulate_steps, copies
         self.has_stepped = False  # whether the last batch was the end of a group
-        self._left: int | None = None  # remaining training batches; None: not known
+        self._batches_left: int | None = None  # remaining training batches; None: not known
         self._group_size, self._position = accumulate_steps, 0
         self._has_synchronized = False
 
@@ -134,7 +124,7 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
                 f"{self._position} of {self._group_size} batches are accumulated; a dense step "
                 "must end them before anything else begins"
             )
-        self._left = num_batches
+        self._batches_left = num_batches
 
     @property
     def is_first(self) -> bool:
@@ -166,43 +156,25 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
         Raises:
             StopIteration: there is no batch left.
         """
-        training = self._model.training
-        if training and self.is_first:
+        is_training = self.model.training
+        if is_training and self.is_first:
             self._group_size = self.accumulate_steps
-            if self._left is not None:
-                self._group_size = max(min(self._group_size, self._left), 1)
+            if self._batches_left is not None:
+                self._group_size = max(min(self._group_size, self._batches_left), 1)
         output = super().progress(dataloader_iter)
-        if training:
+        if is_training:
             self.has_stepped = self.is_last
             self._position = (self._position + 1) % self._group_size
-            self._left = None if self._left is None else self._left - 1
+            self._batches_left = None if self._batches_left is None else self._batches_left - 1
             if self.copies is not None:
                 self.copies.step()
         return output
 
-    def _pipeline_model(self, *arguments: Any, **named: Any) -> None:
-        """Trace the model; see `TrainPipelineSparseDist`. A collective."""
-        super()._pipeline_model(*arguments, **named)
-        if self._model._env.world_size == 1:
-            keep_ids(self._pipelined_modules)
-
-    def wait_sparse_data_dist(self, context: TrainPipelineContext) -> None:
-        """Send the ids of the next batch once their numbers are known. A collective."""
-        with (
-            record_function(f"## wait_sparse_data_dist {context.index} ##"),
-            self._stream_context(self._data_dist_stream),
-        ):
-            for names, request in context.fused_splits_awaitables:
-                for name, awaitable in zip(names, exchange_ids(request), strict=True):
-                    context.input_dist_tensors_requests[name] = awaitable
-        context.input_dist_splits_requests.clear()
-        context.fused_splits_awaitables.clear()
-
     def _forward(self, batch: Any) -> tuple[Tensor, Any]:
         """Return the loss [] that the backward gets, and the output."""
         with self._synchronization():
-            losses, output = self._model(batch)
-        return losses / self._group_size if self._model.training else losses, output
+            losses, output = self.model(batch)
+        return losses / self._group_size if self.model.training else losses, output
 
     def _synchronization(self) -> AbstractContextManager[Any]:
         """Skip the all_reduce of dense gradients for a batch that does not end a group.
@@ -211,11 +183,10 @@ class AccumulatingPipeline(TrainPipelineSparseDist[Any, Any]):
         therefore synchronise: part of the group's gradient is then averaged early, which does not
         change the mean.
         """
-        if not self._model.training or self.is_last or not self._has_synchronized:
-            self._has_synchronized = self._has_synchronized or self._model.training
+        if not self.model.training or self.is_last or not self._has_synchronized:
+            self._has_synchronized = self._has_synchronized or self.model.training
             return nullcontext()
-        wrapped = self._model._dmp_wrapped_module
-        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
+        return no_gradient_reduction(self.model)
 
 
 class PrefetchingPipeline(AccumulatingPipeline, PrefetchTrainPipelineSparseDist[Any, Any]):
@@ -226,7 +197,7 @@ class PrefetchingPipeline(AccumulatingPipeline, PrefetchTrainPipelineSparseDist[
     """
 
 
-class _OncePerGroup:
+class _GroupOptimizer:
     """The pipeline's view of the optimizer: zeroes gradients before a group, steps after it."""
 
     def __init__(self, update: DenseUpdate, pipeline: AccumulatingPipeline) -> None:

@@ -1,19 +1,23 @@
-"""The ids of several collections in one collective, against TorchRec's own exchange."""
+"""Private parts of TorchRec: which have changed, and the exchange of ids against TorchRec's own."""
 
+import inspect
+from importlib.metadata import version
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torchrec.distributed import dist_data, embedding_sharding, model_parallel
 from torchrec.distributed.embedding_sharding import (
     EmbeddingShardingContext,
     FusedKJTListSplitsAwaitable,
     KJTListSplitsAwaitable,
 )
+from torchrec.distributed.train_pipeline import runtime_forwards, train_pipelines, utils
 from torchrec.distributed.train_pipeline.runtime_forwards import KJTAllToAllForward
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from recsys.distributed.ids_exchange import exchange_ids
+from recsys.distributed.torchrec_internals import TORCHREC_VERSION, exchange_ids
 from tests.ranks import run_on_ranks
 
 
@@ -62,3 +66,32 @@ def test_one_collective_brings_the_same_ids_as_torchrec() -> None:
         assert found["here"] == found["torchrec"]
         assert found["here, sizes"] == found["torchrec, sizes"]
         assert (found["torchrec, collectives"], found["here, collectives"]) == (4, 1)
+
+
+# What `recsys.distributed.torchrec_internals` uses: a part of TorchRec, and names in its source.
+PRIVATE_PARTS: dict[Any, str] = {
+    dist_data.KJTAllToAll: "_pg _splits _stagger",
+    dist_data.KJTAllToAllTensorsAwaitable: "_workers _recat _input_splits _output_splits "
+    "_input _stride_per_rank _keys _stagger _awaitables _output_tensors _input_tensors",
+    embedding_sharding.KJTSplitsAllToAllMeta: "pg _input splits splits_tensors input_splits "
+    "input_tensors labels keys device stagger",
+    embedding_sharding.FusedKJTListSplitsAwaitable: "_awaitables _contexts _output_lengths "
+    "_splits_awaitable",
+    embedding_sharding: "_set_sharding_context_intra_a2a",
+    dist_data: "_get_recat",
+    model_parallel.DistributedModelParallel: "_dmp_wrapped_module _env",
+    train_pipelines.TrainPipelineSparseDist: "_pipeline_model _pipelined_modules "
+    "wait_sparse_data_dist _stream_context _data_dist_stream",
+    utils: "_input_dists _dist",
+    runtime_forwards: "BaseForward",
+}
+
+
+def test_the_installed_torchrec_has_the_private_parts_that_training_uses() -> None:
+    missing = [
+        f"{part.__name__}.{name}"
+        for part, names in PRIVATE_PARTS.items()
+        for name in names.split()
+        if name not in inspect.getsource(part)
+    ]
+    assert not missing, f"written for TorchRec {TORCHREC_VERSION}, not {version('torchrec')}"
