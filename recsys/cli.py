@@ -1,8 +1,8 @@
 """The command line: `recsys COMMAND`, with a recipe, a dataset or a run.
 
-The commands are the modules of `recsys.commands`; only that of the command to run is imported.
-`cache`, `train`, `evaluate`, `predict` and `report` run alone or under torchrun and torchx
-unchanged.
+The commands are functions in the modules of `recsys.commands`; only that of the command to run is
+imported. `cache`, `train`, `evaluate`, `predict` and `report` run alone or under torchrun and
+torchx unchanged.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib import import_module
 
 from recsys import doctor
 from recsys.commands import COMMANDS
+
+HELP = {"-h", "--help"}
 
 
 def main(words: list[str] | None = None) -> int:
@@ -41,39 +42,49 @@ def main(words: list[str] | None = None) -> int:
 
 def _run(words: Sequence[str]) -> int:
     """Parse the words and run the command; return the exit code."""
-    from recsys.config.parser import Parser, meant
-    from recsys.distributed.log import configure_logging
+    from recsys.config.parser import meant
 
     if broken := next((word for word in words if "\0" in word), None):
         raise ValueError(f"{broken!r} has a NUL character, which no name or value may have")
-    name = words[0] if words else ""
-    if name and not name.startswith("-") and name not in COMMANDS:
-        sys.stderr.write(f"error: recsys has no command '{name}'{meant(name, COMMANDS)}\n")
+    for length in (2, 1):  # such as `prepare events`, then `train`
+        name = " ".join(words[:length])
+        if name in COMMANDS:
+            return _run_command(name, words[length:])
+    names = [name for name in COMMANDS if name.split()[0] == "".join(words[:1])]
+    if words and words[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"recsys {version('recsys-em3')}")
+        return 0
+    if words and not words[0].startswith("-") and not (names and set(words[1:]) <= HELP):
+        command, known = (" ".join(words[:2]), names) if names else (words[0], list(COMMANDS))
+        sys.stderr.write(f"error: recsys has no command '{command}'{meant(command, known)}\n")
         return 2
-    if name not in COMMANDS:
-        return _list_commands(name)
-    words = words[1:]
-    module, line = COMMANDS[name]
-    command = import_module(f"recsys.commands.{module}")
-    parser = Parser(prog=f"recsys {name}", description=line)
-    command.add_arguments(parser, words)
+    _print_commands(names or list(COMMANDS))
+    return 0 if HELP & {*words} else 2
+
+
+def _run_command(name: str, words: Sequence[str]) -> int:
+    """Parse the options of a command and run it; return the exit code."""
+    from recsys.commands.options import command_parser, options_of
+    from recsys.distributed.log import configure_logging
+
+    command, parser = command_parser(name, words)
     arguments = parser.instantiate(parser.parse_args(words))
     configure_logging(
-        int(os.environ.get("RANK", "0")),
-        arguments.get("log_level", "auto"),
-        arguments.get("log_format", "text"),
+        int(os.environ.get("RANK", "0")), arguments["log_level"], arguments["log_format"]
     )
-    return command.run(arguments) or 0
+    positional, named = options_of(command, arguments)
+    return command(*positional, **named) or 0
 
 
-def _list_commands(name: str) -> int:
-    """Print a line for each command; return 0 if help was asked for, else 2."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {command:<{width}}  {line}" for command, (_, line) in COMMANDS.items()]
+def _print_commands(names: Sequence[str]) -> None:
+    """Print a line for each of these commands."""
+    width = max(map(len, names))
     print("usage: recsys COMMAND [--option VALUE ...]\n\nTrain and run EM3 recommenders.\n")
-    print("\n".join(lines))
-    print("\n`recsys COMMAND --help` lists the options of a command.")
-    return 0 if name in ("-h", "--help") else 2
+    print("\n".join(f"  {name:<{width}}  {COMMANDS[name][1]}" for name in names))
+    print("\n`recsys COMMAND --help` lists the options of a command, `recsys --version` prints")
+    print("the version, and `recsys completion SHELL` a script for your shell.")
 
 
 def _silence_advice_to_library_developers() -> None:

@@ -20,7 +20,7 @@ from recsys.checkpoint.manifest import read_manifest as read_checkpoint
 from recsys.checkpoint.output_file import check_output, check_run_folder
 from recsys.checkpoint.partitions.state import RunState, Trained
 from recsys.checkpoint.run_folder import find_start
-from recsys.commands.options import require_finished
+from recsys.commands.inputs import require_finished
 from recsys.config import ContentSettings, MetricSettings, load_config
 from recsys.content.encoders.pretrained import PretrainedEncoder
 from recsys.data.events.engines.on_duckdb import DuckDBEngine

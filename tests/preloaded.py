@@ -12,7 +12,7 @@ MODULES = (
     "pandas",
     "peft",
     "pytest",
-    "recsys.commands.train",
+    "recsys.commands.training",
     "recsys.ranking",
     "recsys.training.train",
     "tests.datasets",

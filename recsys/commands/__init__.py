@@ -1,32 +1,35 @@
-"""The commands of `recsys`: a module each, imported when its command runs.
+"""The commands of `recsys`: a function each, whose signature and docstring are its options.
 
-A module has `add_arguments(parser, words)`, which adds the options to the command's parser, and
-`run(arguments)`. Neither the module nor its top-level imports may import torch, so that help and
-errors of arguments appear at once: `run` imports torch after the arguments are checked.
+A command's module imports no torch, so that help and errors of arguments appear at once: functions
+import it after their arguments are checked.
 """
 
-# By name: the module in this package, and the command's line in `recsys --help`.
+# By name: the function, and the command's line in `recsys --help`.
 COMMANDS = {
-    "doctor": ("doctor", "Print versions, devices and memory, and the fix of each problem."),
-    "prepare": ("prepare", "Make a dataset from a known source, or the maps of its ids."),
-    "explain-data": ("explain_data", "Describe a dataset, and what to fix in it before training."),
-    "describe": ("describe", "Plan a run on any cluster: sizes, memory, sharding, time."),
-    "cache": ("cache", "Fill the caches of item content that a model trains with."),
-    "train": ("train", "Train a model from a recipe, whose settings are options, too."),
-    "continual": (
-        "continual",
-        "Train on one partition after another, each scored before it is trained on.",
-    ),
-    "search": ("search", "Search settings: trials by Optuna, judged and pruned by validation."),
-    "evaluate": ("evaluate", "Compute the metrics of a finished run on a split."),
-    "predict": ("predict", "Add the predictions of a run to Parquet files of impressions."),
-    "report": ("report", "Write an HTML page on a finished run."),
-    "compare": ("compare", "Compare runs, and test which differences are significant."),
-    "serve": ("serving.serve", "Answer requests from a package over HTTP and gRPC."),
-    "export": ("export", "Write a run as a package that answers requests on its own."),
-    "export-vectors": ("retrieval.export_vectors", "Write item vectors of a run, with an index."),
-    "retrieve": ("retrieval.retrieve", "Find the best items of a user by an index of vectors."),
-    "semantic-ids": ("retrieval.semantic_ids", "Give items a few codes that similar items share."),
-    "package": ("serving.package", "Add items to a package, or compare files with their hashes."),
-    "export-tables": ("export_tables", "Write the ID tables of a run to one Parquet file."),
+    "doctor": ("recsys.doctor:main", "Print versions, devices and memory, and fixes of problems."),
+    "prepare events": ("datasets:prepare_events", "Make a dataset of event logs."),
+    "prepare movielens": ("datasets:prepare_movielens", "Make a dataset of MovieLens."),
+    "prepare vocabulary": ("datasets:prepare_vocabulary", "Write the maps of raw ids."),
+    "prepare transforms": ("datasets:prepare_transforms", "Fit the transforms of columns."),
+    "explain-data": ("datasets:explain_data", "Describe a dataset, and what to fix in it."),
+    "describe": ("training:describe", "Plan a run on any cluster: sizes, memory, sharding."),
+    "cache": ("training:cache", "Fill the caches of item content that a model trains with."),
+    "train": ("training:train", "Train a model from a recipe, whose settings are options, too."),
+    "continual": ("training:continual", "Train on partitions in time, each scored before."),
+    "search": ("training:search", "Search settings: trials by Optuna, pruned by validation."),
+    "evaluate": ("finished_runs:evaluate", "Compute the metrics of a finished run on a split."),
+    "predict": ("finished_runs:predict", "Add the predictions of a run to Parquet files."),
+    "report": ("finished_runs:report", "Write an HTML page on a finished run."),
+    "compare": ("finished_runs:compare", "Compare runs, and test which differences count."),
+    "export-tables": ("finished_runs:export_tables", "Write the ID tables of a run as Parquet."),
+    "export": ("packages:export", "Write a run as a package that answers requests on its own."),
+    "serve": ("packages:serve", "Answer requests from a package over HTTP and gRPC."),
+    "package add-items": ("packages:package_add_items", "Put new items into a package."),
+    "package verify": ("packages:package_verify", "Compare a package's files with their hashes."),
+    "package delta": ("packages:package_delta", "Write what differs between two packages."),
+    "package apply": ("packages:package_apply", "Make the newer package of a delta."),
+    "export-vectors": ("packages:export_vectors", "Write item vectors of a run, with an index."),
+    "retrieve": ("packages:retrieve", "Find the best items of a user by an index of vectors."),
+    "semantic-ids": ("packages:semantic_ids", "Give items a few codes that similar items share."),
+    "completion": ("completion:completion", "Print a script that completes commands in a shell."),
 }

@@ -1,62 +1,82 @@
-"""Options that several commands share."""
+"""The options of a command, from the signature and the docstring of its function."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
+from importlib import import_module
+from typing import Any, get_args, get_type_hints
 
-from jsonargparse import ArgumentParser
+import docstring_parser
+from jsonargparse import Namespace
 
-from recsys.config import LogFormat, LogLevel
-from recsys.config.parser import Parser
+from recsys.commands import COMMANDS
+from recsys.config import Config, LogFormat, LogLevel, add_config_arguments, config_from
+from recsys.config.parser import Parser, with_underscores
 
-
-def add_log_options(parser: ArgumentParser) -> None:
-    """Add the options of the log to a command without the settings of a run."""
-    text = "lowest level to log; auto: info on rank 0, warning on the others"
-    parser.add_argument("--log_level", type=LogLevel, default="auto", help=text)
-    parser.add_argument(
-        "--log_format", type=LogFormat, default="text", help="text, or json: an object per line"
-    )
-
-
-def add_data_option(parser: ArgumentParser) -> None:
-    """Add the dataset."""
-    parser.add_argument("--data", type=str, required=True, help="dataset: folder or URL")
+Command = Callable[..., int | None]
+POSITIONAL = inspect.Parameter.POSITIONAL_ONLY
+LOG_OPTIONS = {
+    "log_level": (LogLevel, "auto", "lowest level; auto: info on rank 0, warning on the others"),
+    "log_format": (LogFormat, "text", "text, or json: an object per line"),
+}
 
 
-def add_run_options(parser: Parser) -> None:
-    """Add the options of commands on a finished run."""
-    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
-    parser.add_argument("--data", type=str | None, help="dataset; default: the run's own")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
-    add_log_options(parser)
+def command_parser(name: str, words: Sequence[str]) -> tuple[Command, Parser]:
+    """Return a command and its parser.
 
-
-def require_schema(data: str) -> None:
-    """Refuse a dataset without a valid schema before torch is imported.
-
-    The ranks of a job later read it together, so that all of them end with its error.
-
-    Raises:
-        ValueError: `schema.yaml` is missing or invalid.
+    Args:
+        name: a key of COMMANDS.
+        words: its command line, which chooses the ranking model and so the settings under
+            `ranking`, if the command takes a `Config`.
     """
-    from recsys.data.filesystem import Location
-    from recsys.data.schema import load_schema
+    module, _, attribute = COMMANDS[name][0].partition(":")
+    path = module if "." in module else f"recsys.commands.{module}"
+    command: Command = getattr(import_module(path), attribute)
+    documented = docstring_parser.parse(command.__doc__ or "")
+    texts = {
+        entry.arg_name: " ".join((entry.description or "").split()) for entry in documented.params
+    }
+    parser = Parser(prog=f"recsys {name}", description=documented.short_description)
+    hints = get_type_hints(command)
+    parameters = inspect.signature(command).parameters
+    parser.options = {key: hints[key] for key in parameters}
+    for key, parameter in parameters.items():
+        hint, is_required = hints[key], parameter.default is parameter.empty
+        if hint is Config:
+            add_config_arguments(parser, with_underscores(words), skip=frozenset(parameters))
+        elif is_dataclass(hint):
+            parser.add_class_arguments(hint, key)
+        elif parameter.kind is POSITIONAL:
+            parser.add_argument(key, type=hint, help=texts[key])
+        else:
+            kind = _element(hint)
+            repeated: dict[str, Any] = {"nargs": "+", "type": kind} if kind else {"type": hint}
+            default = {"required": True} if is_required else {"default": parameter.default}
+            parser.add_argument(f"--{key}", help=texts[key], **repeated, **default)
+    if Config not in hints.values():
+        for key, (hint, value, text) in LOG_OPTIONS.items():
+            if key not in parameters:
+                parser.add_argument(f"--{key}", type=hint, default=value, help=text)
+    return command, parser
 
-    if "RANK" not in os.environ:
-        load_schema(Location.of(data), with_vocabularies=False)
+
+def options_of(command: Command, arguments: Namespace) -> tuple[list[Any], dict[str, Any]]:
+    """Return the positional and the named arguments of a command, as parsed."""
+    positional, named, hints = list[Any](), dict[str, Any](), get_type_hints(command)
+    for key, parameter in inspect.signature(command).parameters.items():
+        value = config_from(arguments) if hints[key] is Config else arguments[key]
+        if parameter.kind is POSITIONAL:
+            positional.append(value)
+        else:
+            named[key] = value
+    return positional, named
 
 
-def require_finished(run: Path) -> Path:
-    """Refuse a folder without a finished run; of a continual one, return its newest partition's.
-
-    Raises:
-        ValueError: the folder holds none.
-    """
-    from recsys.checkpoint.partitions.state import newest_run
-
-    run = newest_run(run)
-    if not (run / "metrics.json").is_file():
-        raise ValueError(f"{run}: holds no finished run (metrics.json); train it first")
-    return run
+def _element(hint: Any) -> Any:
+    """Return the type of the elements of a list, which is an option of several words, or None."""
+    for part in (hint, *get_args(hint)):
+        if getattr(part, "__origin__", None) is list:
+            return get_args(part)[0]
+    return None

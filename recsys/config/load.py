@@ -8,9 +8,11 @@ rest. The name of the ranking model is read first, since it decides the settings
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import logging
 import os
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -19,7 +21,7 @@ import yaml
 from jsonargparse import ActionConfigFile, Namespace, set_parsing_settings
 
 from recsys.config.checks import validate
-from recsys.config.parser import Parser, config_first
+from recsys.config.parser import Parser, config_first, with_underscores
 from recsys.config.plain_yaml import RefusedYaml, load_plain_yaml, recipe_file
 from recsys.config.ranking import DEFAULT_MODEL, check_keys, own_keys, settings_class
 from recsys.config.remembered import remembered
@@ -27,6 +29,7 @@ from recsys.config.run import CONFIG_NAMES, Config
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 logger = logging.getLogger(__name__)
+ReadRecipe = Callable[[str], Any]
 
 
 def add_config_arguments(
@@ -44,21 +47,25 @@ def add_config_arguments(
         ValueError: the ranking model is unknown, or has no such key under `ranking`.
     """
     words = config_first(words)
-    name = _ranking_name(words)
+    read = functools.cache(_read_recipe)
+    name = _ranking_name(words, read)
     contents = [value for option, value in _options(words) if option == "--content"]
-    action = _recipe_action(name, leaves_content_out=contents[-1:] == ["none"])
+    action = _recipe_action(name, read, leaves_content_out=contents[-1:] == ["none"])
     parser.add_argument("--config", action=action, help="A recipe (YAML).")
     parser.add_class_arguments(Config, None, skip={"ranking", *skip})
     parser.add_class_arguments(settings_class(name), "ranking")
     parser.set_defaults({"ranking.name": name})
     parser.settings = get_type_hints(Config, include_extras=True)
     parser.settings["ranking"] = settings_class(name)
-    parser.given = [_settled(_given(*of, parser.settings), name) for of in _options(words)]
+    parser.values = [
+        _for_model(_as_mapping(option, value, parser.settings, read), name)
+        for option, value in _options(words)
+    ]
 
 
 def config_from(namespace: Namespace) -> Config:
     """Return the checked `Config` in parsed command-line arguments."""
-    config = Config(**{name: namespace[name] for name in CONFIG_NAMES})
+    config = Config(**{name: namespace[name] for name in CONFIG_NAMES if name in namespace})
     validate(config)
     return config
 
@@ -75,7 +82,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """
     if not recipe_file(path).is_file():
         raise ValueError(f"config {path}: no such file; correct the path of the recipe")
-    words = ["--config", str(path), *overrides]
+    words = with_underscores(["--config", str(path), *overrides])
     try:
         parser = Parser(exit_on_error=False, prog="the configuration")
         add_config_arguments(parser, words)
@@ -97,8 +104,8 @@ def config_of_plain(plain: dict[str, Any]) -> Config:
     name = section.get("name", DEFAULT_MODEL) if isinstance(section, dict) else DEFAULT_MODEL
     parser = Parser(exit_on_error=False)
     add_config_arguments(parser, ["--ranking.name", str(name)])
-    plain = _settled(plain, name)
-    parser.given.append(plain)
+    plain = _for_model(plain, name)
+    parser.values.append(plain)
     try:
         return config_from(parser.instantiate(parser.parse_object(plain)))
     except Exception as error:
@@ -121,7 +128,7 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def _recipe_action(name: str, leaves_content_out: bool) -> type[ActionConfigFile]:
+def _recipe_action(name: str, read: ReadRecipe, leaves_content_out: bool) -> type[ActionConfigFile]:
     """Return the action of `--config` for a ranking model of this name, with content or without."""
 
     class Recipe(ActionConfigFile):
@@ -131,7 +138,7 @@ def _recipe_action(name: str, leaves_content_out: bool) -> type[ActionConfigFile
             self, parser: Any, cfg: Any, values: Any, option_string: str | None = None
         ) -> None:
             """Apply the recipe to the configuration that is being parsed."""
-            recipe = _settled(_load(values), name)
+            recipe = _for_model(read(values), name)
             if not isinstance(recipe, dict):
                 raise TypeError(f"config {values}: no such file, nor a mapping of settings")
             if leaves_content_out:
@@ -141,19 +148,21 @@ def _recipe_action(name: str, leaves_content_out: bool) -> type[ActionConfigFile
     return Recipe
 
 
-def _load(recipe: str) -> Any:
+def _read_recipe(recipe: str) -> Any:
     """Read a recipe: a file, or YAML on the command line itself."""
     try:
         file = recipe_file(recipe)
-        found = load_plain_yaml(file.read_bytes() if os.path.isfile(file) else recipe.encode())
-        if isinstance(found, dict) and "config" in found:  # the parser would read that file, too
+        content = load_plain_yaml(file.read_bytes() if os.path.isfile(file) else recipe.encode())
+        if (
+            isinstance(content, dict) and "config" in content
+        ):  # the parser would read that file, too
             raise RefusedYaml("config is no setting; give several --config")
-        return found
+        return content
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config {recipe}: {error}") from error
 
 
-def _settled(recipe: Any, name: str) -> Any:
+def _for_model(recipe: Any, name: str) -> Any:
     """Return a recipe whose `ranking` has only keys of this ranking model."""
     if not isinstance(recipe, dict):
         return recipe
@@ -200,9 +209,9 @@ def _without_rows_of_content(recipe: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(embedding, dict) or not isinstance(tables, dict):
         return recipe
     changed = {
-        name: own | {"new_rows": "mean"}
-        for name, own in tables.items()
-        if isinstance(own, dict) and own.get("new_rows") == "content"
+        name: table | {"new_rows": "mean"}
+        for name, table in tables.items()
+        if isinstance(table, dict) and table.get("new_rows") == "content"
     }
     for name in changed:
         logger.warning(
@@ -212,16 +221,16 @@ def _without_rows_of_content(recipe: dict[str, Any]) -> dict[str, Any]:
     return recipe | {"embedding": embedding | {"tables": tables | changed}}
 
 
-def _ranking_name(words: Sequence[str]) -> str:
+def _ranking_name(words: Sequence[str], read: ReadRecipe) -> str:
     """Return the ranking model's name in a command line, the last one; check its other keys."""
     name, keys = DEFAULT_MODEL, list[str]()
     for option, value in _options(words):
         section: Any = None
         if option == "--config":
-            recipe = _load(value)
+            recipe = read(value)
             section = recipe.get("ranking") if isinstance(recipe, dict) else None
         elif option == "--ranking":
-            section = _load(value)
+            section = _read_recipe(value)
             keys += section if isinstance(section, dict) else []
         elif option.startswith("--ranking."):
             section = {option.removeprefix("--ranking."): value}
@@ -232,24 +241,26 @@ def _ranking_name(words: Sequence[str]) -> str:
     return name
 
 
-def _given(option: str, value: str, settings: Container[str]) -> dict[str, Any]:
-    """Return the settings that an option gives, as a mapping; empty for another option."""
+def _as_mapping(
+    option: str, value: str, settings: Container[str], read: ReadRecipe
+) -> dict[str, Any]:
+    """Return the settings that an option sets, as a mapping; empty for another option."""
     name = option.removeprefix("--")
     if name == "config":
-        recipe = _load(value)
+        recipe = read(value)
         return recipe if isinstance(recipe, dict) else {}
-    given: Any = value
+    mapping: Any = value
     keys = name.split(".")
     if keys[0] not in settings:
         return {}
     for key in reversed(keys):
-        given = {key: given}
-    return given
+        mapping = {key: mapping}
+    return mapping
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield each `--option value` and `--option=value`."""
-    for place, word in enumerate(words):
+    """Yield each `--option value`, `--option=value` and `--flag`, which is true."""
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
         option, equals, value = word.partition("=")
         if option.startswith("--"):
-            yield option, value if equals else " ".join(words[place + 1 : place + 2])
+            yield option, value if equals else "true" if following.startswith("--") else following

@@ -30,84 +30,148 @@ class Parser(ArgumentParser):
     """Parser that reads values as plain data and takes no abbreviations.
 
     An abbreviated option would change its meaning when a setting with the same prefix is added.
+    Options are spelled with hyphens or underscores; one that is true or false needs no value.
 
     Attributes:
         settings: the dataclass or type of each setting at the top level.
-        given: mappings of settings as given, in which a wrong one is looked up.
+        options: the types of the options beside them.
+        values: mappings of settings as the user wrote them, in which a wrong one is looked up.
     """
 
     def __init__(self, **arguments: Any) -> None:
         """Build a parser with these arguments of `jsonargparse.ArgumentParser`."""
         super().__init__(**{"allow_abbrev": False, "parser_mode": MODE, **arguments})
         self.settings: dict[str, Any] = {}
-        self.given: list[dict[str, Any]] = []
+        self.options: dict[str, Any] = {}
+        self.values: list[dict[str, Any]] = []
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error and end with exit code 2, or raise it."""
-        known = self._known()
-        found = [problem_of_keys(known, given, "") for given in self.given]
+        hints = self._hints()
+        problems = [problem_of_keys(hints, mapping, "") for mapping in self.values]
         if "the following arguments are required" in message:
-            found += [missing_key(self.settings, given, "") for given in self.given]
-        message = next(filter(None, found), message)
+            problems += [missing_key(self.settings, mapping, "") for mapping in self.values]
+        message = next(filter(None, problems), message)
         if not self.exit_on_error:
-            unknown = message.startswith("unrecognized arguments: ")
-            super().error(self._in_words(message) if unknown else message, ex)
+            is_unknown = message.startswith("unrecognized arguments: ")
+            super().error(self._in_words(message) if is_unknown else message, ex)
         sys.stderr.write(f"error: {self._in_words(message)}\n")
         self.exit(2)
 
-    def parse_args(self, args: Sequence[str], *arguments: Any, **named: Any) -> Any:  # type: ignore[override]
+    def parse_args(self, args: Sequence[str], *arguments: Any, **options: Any) -> Any:  # type: ignore[override]
         """Parse the words of a command line; options override recipes wherever these stand."""
-        words = config_first(args) if self.settings else args
+        words = with_underscores(args)
+        words = self._with_true(config_first(words) if self.settings else words)
         self._check_keys()
-        return super().parse_args(words, *arguments, **named)
+        return super().parse_args(words, *arguments, **options)
 
-    def parse_object(self, *arguments: Any, **named: Any) -> Any:
+    def parse_object(self, *arguments: Any, **options: Any) -> Any:
         """Parse settings in mappings."""
         self._check_keys()
-        return super().parse_object(*arguments, **named)
+        return super().parse_object(*arguments, **options)
 
-    def _known(self) -> dict[str, Any]:
+    def format_help(self, *arguments: Any) -> str:
+        """Return the help, options spelled with hyphens."""
+        return with_hyphens(super().format_help(*arguments))
+
+    def _hints(self) -> dict[str, Any]:
         """Return the types of all settings, and of the options beside them."""
         return {action.dest: Any for action in self._actions} | self.settings
 
     def _check_keys(self) -> None:
         """Refuse unknown keys and nulls, which jsonargparse ignores if they are empty."""
-        for given in self.given:
-            if problem := problem_of_keys(self._known(), given, "", with_values=False):
+        for mapping in self.values:
+            if problem := problem_of_keys(self._hints(), mapping, "", with_values=False):
                 self.error(problem)
 
-    def instantiate(self, *arguments: Any, **named: Any) -> Any:
+    def _with_true(self, words: Sequence[str]) -> list[str]:
+        """Return a command line in which each flag without a value has the value true."""
+        hints, result = self.options | self.settings, list[str]()
+        for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
+            result.append(word)
+            is_option = word.startswith("--") and "=" not in word and following.startswith("--")
+            if is_option and _allows(bool, _hint_at(hints, word[2:].split("."))):
+                result.append("true")
+        return result
+
+    def instantiate(self, *arguments: Any, **options: Any) -> Any:
         """Build the settings; a mapping of a wrong type is detected only here."""
         try:
-            return super().instantiate(*arguments, **named)
+            return super().instantiate(*arguments, **options)
         except TypeError as error:
             self.error(str(error), error)
 
     def _in_words(self, message: str) -> str:
         """Translate an error of jsonargparse about options into the terms of this program."""
         command = self.prog.replace(" [options]", "")  # such as `recsys prepare movielens`
-        if found := re.match(r"unrecognized arguments: (--[^ =]+)", message):
-            options = [name for name in self._option_string_actions if name.startswith("--")]
-            return f"{command} has no option {found[1]}{meant(found[1], options)}"
-        if found := re.match(r"argument subcommand: invalid choice: '(.*)' \(.*?'(.*)'\)", message):
-            names = found[2].split("', '")
-            return f"{command} has no {found[1]}, but {names}{meant(found[1], names)}"
-        if found := re.match(r"the following arguments are required: (.*)", message):
-            return f"{command} needs --{found[1].replace(', ', ' and --')}"
+        if match := re.match(r"unrecognized arguments: (--[^ =]+)", message):
+            names = [name for name in self._option_string_actions if name.startswith("--")]
+            return with_hyphens(f"{command} has no option {match[1]}{meant(match[1], names)}")
+        if match := re.match(r"the following arguments are required: (.*)", message):
+            return with_hyphens(f"{command} needs --{match[1].replace(', ', ' and --')}")
         wrong = r'Parser key "([^"]+)":\s+Expected a (.+?)\. Got value: (.*)'
-        if found := re.fullmatch(wrong, message, re.DOTALL):
-            literal = re.fullmatch(r"typing\.Literal\[(.*)\]", found[2])
-            name = found[2].removeprefix("<class '").removesuffix("'>")
-            wanted = f"one of {literal[1]}" if literal else _WORDS_BY_NAME.get(name, name)
-            return f"{found[1]} is {short(found[3])}; it must be {wanted}"
+        if match := re.fullmatch(wrong, message, re.DOTALL):
+            literal = re.fullmatch(r"typing\.Literal\[(.*)\]", match[2])
+            name = match[2].removeprefix("<class '").removesuffix("'>")
+            allowed = f"one of {literal[1]}" if literal else _WORDS_BY_NAME.get(name, name)
+            return f"{match[1]} is {short(match[3])}; it must be {allowed}"
         union = r'Parser key "([^"]+)":\s+Does not validate.*Subtypes: \[([^\n]*)\]\n.*value: (.*)'
-        if found := re.fullmatch(union, message, re.DOTALL):
-            kinds = re.findall(r"Literal\[(.*?)\]|<class '(.*?)'>", found[2])
-            wanted = " or ".join(
+        if match := re.fullmatch(union, message, re.DOTALL):
+            kinds = re.findall(r"Literal\[(.*?)\]|<class '(.*?)'>", match[2])
+            allowed = " or ".join(
                 literal or _WORDS_BY_NAME.get(name, name) for literal, name in kinds
             )
-            return f"{found[1]} is {short(found[3])}; it must be {wanted}"
+            return f"{match[1]} is {short(match[3])}; it must be {allowed}"
         return message
+
+
+# Settings whose keys users choose, which keep their spelling.
+CHOSEN_BY_USERS = (
+    r"(content\.modalities|embedding\.tables|auxiliary|metrics|ranking\.label_weights)"
+)
+
+
+def with_underscores(words: Sequence[str]) -> list[str]:
+    """Spell options as settings are spelled: `--batch-size 8` as `--batch_size 8`.
+
+    `--warm-start.only` is the earlier spelling of `--warm-start-only`.
+    """
+    return [_with_underscores(word) if word.startswith("--") else word for word in words]
+
+
+def _with_underscores(word: str) -> str:
+    option, equals, value = word[2:].partition("=")
+    option = re.sub(r"^warm[-_]start\.", "warm_start_", option)
+    name = re.match(CHOSEN_BY_USERS + r"\.([^.]+)", option.replace("-", "_"))
+    spelled = option.replace("-", "_")
+    if name:  # as long as the option's own spelling of it
+        spelled = (
+            spelled[: name.start(2)] + option[name.start(2) : name.end()] + spelled[name.end() :]
+        )
+    return f"--{'from_' if spelled == 'from' else spelled}{equals}{value}"
+
+
+def with_hyphens(text: str) -> str:
+    """Spell the options in a text with hyphens."""
+    return re.sub(r"--[a-z][\w.]*", lambda match: match[0].rstrip("_").replace("_", "-"), text)
+
+
+def _hint_at(hints: dict[str, Any], path: Sequence[str]) -> Any:
+    """Return the type of a setting, such as `content.fusion.name`; None if there is none."""
+    hint = hints.get(path[0])
+    for key in path[1:]:
+        if get_origin(hint) is dict:
+            hint = get_args(hint)[1]
+            continue
+        kind = dataclass_in(hint)
+        hint = get_type_hints(kind, include_extras=True).get(key) if kind else None
+    return hint
+
+
+def _allows(kind: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType, Annotated):
+        return any(_allows(kind, part) for part in get_args(hint))
+    return hint is kind or (kind is NoneType and hint in (Any, None))
 
 
 def config_first(words: Sequence[str]) -> list[str]:
@@ -169,7 +233,7 @@ def problem_of_value(hint: Any, value: Any, name: str, with_values: bool = True)
             inside = value
         is_inside = inside is None or (kind is not None and isinstance(inside, dict))
         value = inside if is_inside else value
-    if value is None and not _allows_null(hint):
+    if value is None and not _allows(NoneType, hint):
         return f"{name} is empty; it must be {in_words(hint)}, or be left out"
     if kind is not None and isinstance(value, dict):
         hints = get_type_hints(kind, include_extras=True)
@@ -198,12 +262,6 @@ def missing_key(hints: dict[str, Any], given: dict[str, Any], name: str) -> str 
             if found := missing_key(get_type_hints(kind, include_extras=True), settings, part):
                 return found
     return None
-
-
-def _allows_null(hint: Any) -> bool:
-    if get_origin(hint) in (Union, UnionType, Annotated):
-        return any(map(_allows_null, get_args(hint)))
-    return hint in (Any, NoneType, None)
 
 
 def _is_of(hint: Any, value: Any) -> bool:

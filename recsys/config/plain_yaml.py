@@ -8,6 +8,7 @@ that is read as YAML: files, values on the command line, and files that either o
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from jsonargparse import get_loader, set_loader
 
 TEXT = "tag:yaml.org,2002:str"
 LARGEST = 4 * 2**20  # bytes of a text; a larger one would be parsed for many seconds
+RECIPES = Path(__file__).parents[1] / "recipes"
 MODE = "plain_yaml"  # of parsers that read values by `_load_value`
 
 
@@ -29,10 +31,6 @@ def load_plain_yaml(text: bytes) -> Any:
     Raises:
         yaml.YAMLError: the text is not YAML, is larger than 4 MiB, or has an alias, a class path,
             or a key that is duplicate or not text.
-
-            Example::
-
-        load_plain_yaml(b"target_item: item")  # {"target_item": "item"}
     """
     if len(text) > LARGEST:
         raise RefusedYaml(f"{len(text):,} bytes of YAML; write at most {LARGEST:,}")
@@ -108,8 +106,10 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def recipe_file(path: str | Path) -> Path:
-    """Return a file's path; one of the installed recipes where `recsys/recipes/...` is no file."""
-    installed = Path(__file__).parents[2] / path
-    if str(path).startswith("recsys/recipes/") and not Path(path).exists() and installed.exists():
-        return installed
-    return Path(path)
+    """Return a file's path; an installed recipe for `tiny`, or for `recsys/recipes/tiny.yaml`."""
+    name = str(path).removeprefix("recsys/recipes/").removesuffix(".yaml")
+    installed = RECIPES / f"{name}.yaml"
+    is_name = re.fullmatch(r"[\w/]+", name) and (
+        str(path) == name or str(path).startswith("recsys/")
+    )
+    return installed if is_name and not Path(path).exists() and installed.exists() else Path(path)

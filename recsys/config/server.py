@@ -15,15 +15,17 @@ LONGEST_SECONDS = 2_000_000  # gRPC and the system count milliseconds in 32 bits
 class Limits:
     """Largest sizes of a request; a larger one is refused."""
 
-    max_body: int = field(default=4 * 2**20, metadata={"help": "bytes of a request"})
-    max_candidates: int = field(default=10_000, metadata={"help": "candidates of a request"})
-    max_history: int = field(default=10_000, metadata={"help": "events of each history"})
-    max_values: int = field(default=1_000, metadata={"help": "values of any other list"})
-    max_text: int = field(default=1_024, metadata={"help": "characters of a string"})
-    max_waiting: int = field(
-        default=64,
-        metadata={"help": "requests that wait in a worker; one more is answered by 503 at once"},
-    )
+    max_body: int = 4 * 2**20
+    """bytes"""
+    max_candidates: int = 10_000
+    max_history: int = 10_000
+    """events of each history"""
+    max_values: int = 1_000
+    """values of any other list"""
+    max_text: int = 1_024
+    """characters of a string"""
+    max_waiting: int = 64
+    """requests that wait in a worker; one more is answered by 503 at once"""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import yaml
 from dockerfile_parse import DockerfileParser
 from jsonargparse import Namespace
 
-from recsys.commands.serving import serve
-from recsys.config.parser import Parser
+from recsys.commands.options import command_parser
+from recsys.commands.packages import TOKEN
 from recsys.serving.server.gate import OPEN
 
 ROOT = Path(__file__).parents[2]
@@ -22,9 +22,7 @@ FOLDER = ROOT / "launch" / "serving"
 
 def parsed(words: list[str]) -> Namespace:
     """The words as `recsys serve` reads them."""
-    parser = Parser(exit_on_error=False)
-    serve.add_arguments(parser, words)
-    return parser.parse_args(words)
+    return command_parser("serve", words)[1].parse_args(words)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +77,7 @@ def test_the_manifest_starts_the_server_with_its_own_ports_and_probes(
         assert probe["httpGet"]["path"] in OPEN
     assert arguments.workers * arguments.threads == int(container["resources"]["limits"]["cpu"])
     names = {of["name"] for of in container["env"]}
-    assert names == {"STORAGE_URI", serve.TOKEN}
+    assert names == {"STORAGE_URI", TOKEN}
     assert arguments.host == "0.0.0.0"
 
 

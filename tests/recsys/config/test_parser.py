@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import get_origin, get_type_hints
 
 import pytest
 
 from recsys.cli import main
-from recsys.commands import train
-from recsys.config import load_config
-from recsys.config.parser import Parser
+from recsys.commands.options import command_parser
+from recsys.config import Config, load_config
+from recsys.config.parser import CHOSEN_BY_USERS, dataclass_in, with_underscores
 from recsys.config.plain_yaml import RefusedYaml, load_plain_yaml
 from tests.recsys.command_runs import TINY
 
@@ -61,7 +64,7 @@ def test_the_command_line_overrides_the_recipe_in_any_order(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--batchsize", "3"], "--batchsize; .* --batch_size"),
+        (["--batchsize", "3"], "--batchsize; .* --batch-size"),
         (["--content.dims", "3"], "content.dims .* dim"),
         (["--embedding.tables", "{a: {shardin: x}}"], r"tables.a.shardin .* mean sharding"),
         (["--ranking.mlp_unit", "3"], "mlp_unit .* mean mlp_units"),
@@ -106,8 +109,7 @@ def test_a_command_of_another_name_is_taken_for_the_nearest(
 
 
 def test_every_option_of_train_has_a_sentence() -> None:
-    parser = Parser(prog="recsys train")
-    train.add_arguments(parser, ["--ranking.name", "sim"])
+    _, parser = command_parser("train", ["--ranking.name", "sim"])
     options = {action.dest: action.help for action in parser._actions}
     assert {"ranking.search_top_k", "optimizer.name", "epochs", "out"} <= options.keys()
     assert [name for name, sentence in options.items() if not sentence] == []
@@ -122,3 +124,38 @@ def test_help_has_a_line_for_each_command(capsys: pytest.CaptureFixture[str]) ->
 def test_a_text_that_would_take_long_to_parse_is_refused() -> None:
     with pytest.raises(RefusedYaml, match="4,194,304"):
         load_plain_yaml(b"a: " + b"x" * 4 * 2**20)
+
+
+def test_hyphens_and_underscores_spell_the_same_option_except_in_names_that_users_choose() -> None:
+    words = ["--batch-size", "8", "--content.modalities.my-text.max-length=4", "--warm-start.only"]
+    assert with_underscores(words) == [
+        *("--batch_size", "8", "--content.modalities.my-text.max_length=4", "--warm_start_only")
+    ]
+    recipe = load_config("tiny", ["--batch-size", "8", "--contrastive.all-ranks", "--tf32"])
+    assert (recipe.batch_size, recipe.contrastive.all_ranks, recipe.tf32) == (8, True, True)
+
+
+def test_every_mapping_with_keys_of_users_keeps_their_spelling() -> None:
+    def mappings(kind: type, path: str) -> Iterator[str]:
+        for name, hint in get_type_hints(kind).items():
+            if get_origin(hint) is dict and name not in ("options", "schedule_options"):
+                yield f"{path}{name}"
+            if (inner := dataclass_in(hint)) is not None and get_origin(hint) is not dict:
+                yield from mappings(inner, f"{path}{name}.")
+
+    assert all(re.match(CHOSEN_BY_USERS + "$", path) for path in mappings(Config, ""))
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"recsys {version('recsys-em3')}\n"
+
+
+def test_the_completion_of_bash_has_commands_and_options(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert all(
+        word in script for word in ("explain-data", "add-items", "--embedding.learning-rate")
+    )

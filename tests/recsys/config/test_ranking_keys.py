@@ -151,8 +151,8 @@ def test_help_has_a_sentence_for_every_setting_and_those_of_the_model_alone(name
     parser = Parser()
     add_config_arguments(parser, ["--help", "--ranking.name", name])
     page = parser.format_help()
-    assert ("--ranking.search_top_k" in page) == (name == "sim")
-    assert ("--ranking.cross_rank" in page) == (name == "din_dcn")
+    assert ("--ranking.search-top-k" in page) == (name == "sim")
+    assert ("--ranking.cross-rank" in page) == (name == "din_dcn")
     assert "history that" in " ".join(page.split()) or name != "sim"
     bare = [action.option_strings for action in parser._actions if not action.help]
     assert bare == []

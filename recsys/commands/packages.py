@@ -1,0 +1,280 @@
+"""Commands that write, change and serve packages and item vectors of finished runs."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse.typing import PositiveInt
+
+from recsys.commands.inputs import require_finished
+from recsys.config import LogFormat, LogLevel
+from recsys.config.server import Limits, ServerSettings, default_threads
+from recsys.doctor import require_working_installation
+
+logger = logging.getLogger(__name__)
+TOKEN = "RECSYS_TOKEN"
+NUM_LEVELS, NUM_CODES = 3, 256
+
+
+def export(
+    run: Path,
+    out: Path,
+    tables: Literal["fp32", "fp16", "int8", "int4"] = "fp32",
+    data: str | None = None,
+    compile: bool | Literal["auto"] = "auto",
+) -> None:
+    """Write a run as a package that answers requests on its own.
+
+    Args:
+        run: folder of a finished run
+        out: package: a folder to make
+        tables: type of the ID tables; content vectors are in fp32 with fp32, else in fp16
+        data: dataset; default: the run's own
+        compile: compile the graph for this kind of processor; auto: if there is a C++ compiler
+    """
+    run = require_finished(run)
+    require_working_installation()
+    from recsys.distributed.ranks import joined_ranks
+    from recsys.serving.export import export_run
+
+    with joined_ranks("cpu") as ranks:
+        manifest = export_run(run, out, tables, ranks, data, compiles=compile)
+    size = sum(entry["bytes"] for entry in manifest.files.values())
+    logger.info("%s: %s files, %.1f MB", out, len(manifest.files), size / 1e6)
+
+
+def serve(
+    package: Path,
+    /,
+    name: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    grpc_port: int = 8081,
+    workers: int = 1,
+    threads: int | None = None,
+    verify: bool | Literal["later"] = True,
+    token: str | None = None,
+    read_timeout: int = ServerSettings.read_timeout,
+    idle_timeout: int = ServerSettings.idle_timeout,
+    drain: int = ServerSettings.drain,
+    grace: int = ServerSettings.grace,
+    max_body: int = Limits.max_body,
+    max_candidates: int = Limits.max_candidates,
+    max_history: int = Limits.max_history,
+    max_values: int = Limits.max_values,
+    max_text: int = Limits.max_text,
+    max_waiting: int = Limits.max_waiting,
+    log_level: LogLevel = "auto",
+    log_format: LogFormat = "text",
+) -> None:
+    """Serve a package over HTTP and gRPC until the process is asked to end.
+
+    Args:
+        package: package that `recsys export` wrote, or a link to one
+        name: name of the model; default: that of the folder
+        host: address to listen on; 0.0.0.0: all of this machine
+        port: port of HTTP; 0: a free one
+        grpc_port: port of gRPC; 0: a free one
+        workers: processes that answer requests
+        threads: threads of each; default: together all cores
+        verify: compare the hashes of the files first; later: of some blocks, the rest while serving
+        token: bearer token of requests; default: that of RECSYS_TOKEN
+        read_timeout: seconds in which a request must arrive; a slower one is answered by 408
+        idle_timeout: seconds that a connection may be idle; longer than load balancers keep theirs
+        drain: seconds from SIGTERM in which the server is not ready but answers all requests
+        grace: seconds that open requests have after that
+        max_body: largest number of bytes of a request
+        max_candidates: largest number of candidates of a request
+        max_history: largest number of events of each history
+        max_values: largest number of values of any other list
+        max_text: largest number of characters of a string
+        max_waiting: requests that wait in a worker; one more is answered by 503 at once
+        log_level: lowest level to log
+        log_format: text, or json: an object per line
+    """
+    with _without_garbage_collection():
+        from recsys.serving.server.start import require_installation
+        from recsys.serving.server.start import serve as start_server
+
+        require_installation()
+        require_working_installation(imports_torchrec=False)
+        start_server(
+            ServerSettings(
+                package=str(package),
+                name=name or package.absolute().name,
+                host=host,
+                port=port,
+                grpc_port=grpc_port,
+                workers=workers,
+                threads=threads or default_threads(workers),
+                limits=Limits(
+                    max_body, max_candidates, max_history, max_values, max_text, max_waiting
+                ),
+                verify=verify,
+                token=os.environ.get(TOKEN) if token is None else token,
+                read_timeout=read_timeout,
+                idle_timeout=idle_timeout,
+                drain=drain,
+                grace=grace,
+                log_level=log_level,
+                log_format=log_format,
+            )
+        )
+
+
+def package_add_items(package: Path, /, items: str) -> None:
+    """Encode new or changed items and put them into a package.
+
+    Args:
+        package: folder that `recsys export` wrote
+        items: Parquet file with the columns of the items
+    """
+    with _without_garbage_collection():
+        require_working_installation(imports_torchrec=False)
+        from recsys.serving.new_items.add import add_items
+
+        logger.info("%s: %s", package, add_items(package, items))
+
+
+def package_verify(package: Path, /) -> None:
+    """Compare all files of a package with their hashes.
+
+    Args:
+        package: folder that `recsys export` wrote
+    """
+    from recsys.serving.package import read_manifest
+
+    logger.info("%s: %s files are whole", package, len(read_manifest(package).files))
+
+
+def package_delta(base: Path, new: Path, /, out: Path) -> None:
+    """Write what differs between two packages into one file.
+
+    Args:
+        base: the older package, which the receiver has
+        new: the newer package
+        out: file to write
+    """
+    from recsys.checkpoint.output_file import check_output
+    from recsys.data.filesystem import Location
+    from recsys.serving.delta.write import write_delta
+
+    check_output(out, [Location.of(folder) for folder in (base, new)])
+    logger.info("%s: %s", out, write_delta(base, new, out))
+
+
+def package_apply(package: Path, /, delta: Path, out: Path) -> None:
+    """Make the newer package of the older one and a delta.
+
+    Args:
+        package: the older package
+        delta: what `package delta` wrote
+        out: folder of the newer package
+    """
+    from recsys.serving.delta.apply import apply_delta
+
+    logger.info("%s: %s files are whole", out, len(apply_delta(package, delta, out).files))
+
+
+def export_vectors(
+    run: Path,
+    out: Path,
+    vectors: Literal["content", "item_tower"] | None = None,
+    index: Literal["flat", "ivf", "hnsw"] | None = None,
+    data: str | None = None,
+) -> None:
+    """Write item vectors of a run, with an index.
+
+    Args:
+        run: folder of a finished run
+        out: a folder to make
+        vectors: content: of any model with content; item_tower: of two_tower, with its user tower;
+            default: item_tower of two_tower, else content
+        index: also build a FAISS index: flat (exact), ivf or hnsw; needs the extra `retrieve`
+        data: dataset; default: the run's own
+    """
+    run = require_finished(run)
+    require_working_installation()
+    from recsys.distributed.ranks import joined_ranks
+    from recsys.serving.retrieval.vectors_folder import export_vectors as write_vectors
+
+    with joined_ranks("cpu") as ranks:
+        manifest = write_vectors(run, out, vectors, index, ranks, data)
+    size = f"{manifest.num_items:,} x {manifest.dim}"
+    kind = "no index" if manifest.index is None else f"index {manifest.index}"
+    logger.info("%s: %s vectors %s, %s", out, manifest.vectors, size, kind)
+
+
+def retrieve(
+    package: Path, input: list[str], out: Path | None = None, top_k: PositiveInt = 100
+) -> None:
+    """Write the best items of each request, by an index of vectors.
+
+    Args:
+        package: folder of export-vectors, with an index
+        input: Parquet files with a request in each row, or folders of them; or .json files
+        out: Parquet file to write; default: a JSON line per request
+        top_k: items of each request
+    """
+    from recsys.serving.retrieval import Retriever
+    from recsys.serving.retrieval.retrieve_files import retrieve_files
+
+    total = retrieve_files(Retriever.load(package), input, top_k, out)
+    if out is not None:
+        logger.info("%s: items of %s requests", out, f"{total:,}")
+
+
+def semantic_ids(
+    run: Path,
+    out: Path,
+    levels: PositiveInt | None = None,
+    codes: PositiveInt | None = None,
+    codebooks: Path | None = None,
+    dataset: Path | None = None,
+    data: str | None = None,
+) -> None:
+    """Write codes that similar items share, and print the collision report.
+
+    Args:
+        run: finished run with content
+        out: a folder to make
+        levels: codes of each item; default: 3
+        codes: codes of each level; default: 256
+        codebooks: folder that this command wrote for the same run: its items keep their ids, others
+            get theirs by its codebooks
+        dataset: also write the dataset with a column semantic_ids to this folder
+        data: dataset; default: the run's own
+    """
+    if codebooks is not None and (levels or codes):
+        raise ValueError(
+            f"--levels and --codes: both are those of --codebooks {codebooks}; leave them out, or "
+            "leave --codebooks out for new ids"
+        )
+    run = require_finished(run)
+    require_working_installation()
+    from recsys.distributed.log import print_table
+    from recsys.distributed.ranks import joined_ranks
+    from recsys.serving.retrieval.semantic_folder import export_semantic_ids
+    from recsys.serving.retrieval.semantic_ids import format_collisions
+
+    sizes = levels or NUM_LEVELS, codes or NUM_CODES
+    with joined_ranks("cpu") as ranks:
+        collisions = export_semantic_ids(run, out, *sizes, ranks, data, codebooks, dataset)
+    print_table(format_collisions(collisions))
+    logger.info("written to %s", out)
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Pause garbage collection: while modules are loaded, it takes a fifth of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

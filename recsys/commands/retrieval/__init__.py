@@ -1,1 +1,0 @@
-"""Commands on item vectors: export, retrieval and semantic ids."""
