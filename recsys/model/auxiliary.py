@@ -67,7 +67,6 @@ class AuxiliaryLosses(nn.Module):
     def __init__(
         self, losses: Mapping[str, nn.Module], weights: Mapping[str, float], extra: list[str]
     ) -> None:
-        """Keep the losses, their weights and the order of the extra columns."""
         super().__init__()
         self.losses = nn.ModuleDict(losses)
         self.weights, self.extra = dict(weights), extra
@@ -118,7 +117,6 @@ class Distillation(nn.Module):
         temperature: float = 1.0,
         label: int = 0,
     ) -> None:
-        """Check the options and keep them."""
         super().__init__()
         if loss not in ("bce", "kl"):
             raise ValueError(f"options.loss of a distillation is '{loss}'; choose bce or kl")

@@ -118,11 +118,7 @@ def _check_labels(config: Config, schema: Schema) -> None:
 
 
 def _rows_of_ids(config: Config, schema: Schema) -> tuple[RowsOfIds, list[RowsOfIds]]:
-    """Return the lists of ids beside the first history, and the columns of each further one.
-
-    Raises:
-        ValueError: histories with lists of ids beside them are to be shortened.
-    """
+    """Return the lists of ids beside the first history, and the columns of each further one."""
     content = content_settings(config)
     columns: list[RowsOfIds] = [
         {name: schema.rows_per_id(name) for name in (history.name, *history.ids)}
@@ -142,11 +138,7 @@ def _rows_of_ids(config: Config, schema: Schema) -> tuple[RowsOfIds, list[RowsOf
 def _build_further_histories(
     config: Config, schema: Schema, dim: int
 ) -> tuple[FurtherHistories | None, dict[str, int]]:
-    """Return the encoders of the sequences after the first one, if any, and their widths.
-
-    Raises:
-        ValueError: content is to be read of another column than one of these, or of other items.
-    """
+    """Return the encoders of the sequences after the first one, if any, and their widths."""
     content, further = content_settings(config), schema.histories[1:]
     known = [of.name for of in further if schema.table_of(of.name) == schema.target_item]
     columns = [] if content is None else content.history.columns

@@ -47,7 +47,6 @@ class Losses(nn.Module):
         retrieval: RetrievalLoss | None = None,
         auxiliary: AuxiliaryLosses | None = None,
     ) -> None:
-        """Keep the parts of the loss."""
         super().__init__()
         self.ranking, self.contrastive, self.weight = ranking, contrastive, weight
         self.retrieval, self.auxiliary = retrieval, auxiliary
@@ -158,7 +157,6 @@ class EM3(nn.Module):
         further_histories: FurtherHistories | None = None,
         scaling: InputScaling | None = None,
     ) -> None:
-        """Keep the parts of the model."""
         super().__init__()
         self.embedding_bags, self.embeddings = embedding_bags, embeddings
         self.content, self.read_ids = content, read_ids

@@ -36,12 +36,6 @@ class InputScaling(nn.Module):
     Args:
         dense: names of the dense columns [F]; empty if the model standardises them itself.
         lists: names of the lists beside each history [P].
-
-    Example::
-
-        scaling = InputScaling(["price", "age"], [])
-        scaling.fit({"price": NumberRange(0, 340, 100, 500.0, 5e4), "age": NumberRange(0, 1, 100)})
-        scaling.is_scaled  # [True, False]
     """
 
     mean: Tensor  # [W]
@@ -50,7 +44,6 @@ class InputScaling(nn.Module):
     fits: Tensor  # []
 
     def __init__(self, dense: Sequence[str], lists: Sequence[Sequence[str]]) -> None:
-        """Start with all numbers as they are."""
         super().__init__()
         self.dense, self.lists = list(dense), [list(names) for names in lists]
         self.names = [*self.dense, *(name for names in self.lists for name in names)]

@@ -34,12 +34,7 @@ def label_losses(
 
 
 def predictions(logits: Tensor, losses: Sequence[str]) -> Tensor:  # [B, C], [C] -> [B, C]
-    """Return the prediction of each label: a probability (bce), a number, or an expected count.
-
-    Example::
-
-        predictions(torch.zeros(1, 3), ["bce", "mse", "poisson"])  # [[0.5, 0, 1]]
-    """
+    """Return the prediction of each label: a probability (bce), a number, or an expected count."""
     of_losses = {"bce": torch.sigmoid, "poisson": torch.exp}
     columns = zip(losses, logits.unbind(1), strict=True)
     return torch.stack([of_losses.get(loss, torch.clone)(of) for loss, of in columns], dim=1)

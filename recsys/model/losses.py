@@ -29,16 +29,11 @@ class RankingLoss(nn.Module):
 
     Padding rows (row weight 0) stay in the mean's divisor, so that every impression of an epoch has
     the same weight on any rank. A label that is not known is NaN and has weight 0.
-
-    Example::
-
-        RankingLoss([1.0])(torch.zeros(2, 1), torch.ones(2, 1))  # log 2
     """
 
     weights: Tensor
 
     def __init__(self, label_weights: list[float], losses: Sequence[str] = ()) -> None:
-        """Keep the weight of each label, and its loss (`recsys.model.label_losses`)."""
         super().__init__()
         self.losses = tuple(losses) or ("bce",) * len(label_weights)
         self.register_buffer("weights", torch.tensor(label_weights), persistent=False)
@@ -128,7 +123,6 @@ class ContentIDContrastive(nn.Module):
     """
 
     def __init__(self, content_dim: int, id_dim: int, settings: ContrastiveSettings) -> None:
-        """Create the maps of both sides and the temperature."""
         super().__init__()
         self.settings = settings
         self.content_map = nn.Linear(content_dim, settings.dim)

@@ -101,10 +101,7 @@ def _copies_problem(copies: int, device: str, world_size: int, ranks_per_node: i
 
 
 def _table_without_copies(config: Config) -> str | None:
-    """Return the setting of a table that several copies exclude, with the fix, or None.
-
-    TorchRec 1.8 averages the weights in the memory of the device and the moments of Adagrad alone.
-    """
+    """Return the setting of a table that several copies exclude, with the fix, or None."""
     for name, table in config.embedding.tables.items():
         given = {
             "kernel": table.kernel != "fused" and table.kernel,

@@ -23,14 +23,9 @@ class IDDropout(nn.Module):
 
     New ids have a vector that was never trained and is nearly zero. A model that never saw such
     vectors trusts them; a model that did uses history and content instead.
-
-    Example::
-
-        IDDropout(0.5)(torch.ones(2, 3))  # rows of zeros and of ones
     """
 
     def __init__(self, p: float) -> None:
-        """Keep the probability that a vector is zero."""
         super().__init__()
         self.p = p
 
@@ -68,7 +63,6 @@ class ReadIDs(nn.Module):
         beside: RowsOfIds | None = None,
         further: Sequence[RowsOfIds] = (),
     ) -> None:
-        """Keep the names of the features and create their dropouts."""
         super().__init__()
         dropout = dropout or {}
         self.pooled_dropouts = nn.ModuleList(

@@ -39,7 +39,6 @@ class RetrievalLoss(nn.Module):
     weights: Tensor
 
     def __init__(self, settings: RetrievalSettings, label_weights: list[float]) -> None:
-        """Keep the settings and the weight of each label."""
         super().__init__()
         self.in_batch = settings.loss == "in_batch_softmax"
         self.all_ranks = settings.all_ranks

@@ -81,11 +81,7 @@ def table_configs(
 
 
 def _check_bounded_items(config: Config, schema: Schema) -> None:
-    """Check a configuration for data whose items get their rows while training.
-
-    Raises:
-        ValueError: a setting needs items that have rows before; names it with the fix.
-    """
+    """Check a configuration for data whose items get their rows while training."""
     if not schema.has_bounded_items:
         return
     content, softmax = content_settings(config), softmax_settings(config.ranking)

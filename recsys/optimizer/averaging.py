@@ -54,7 +54,6 @@ class AveragedWeights:
         decay: float,
         tables: Mapping[str, ShardedTensor] | None = None,
     ) -> None:
-        """Make a copy of the parameters for the averages."""
         self.names, self.tables = list(parameters), dict(tables or {})
         shards = [
             nn.Parameter(shard.tensor.detach(), requires_grad=False)

@@ -66,7 +66,6 @@ class LearningRateShare:
     """
 
     def __init__(self, settings: OptimizerSettings) -> None:
-        """Import the function of the schedule and call it once, to check its options."""
         self.settings = settings
         self.decay_steps = settings.decay_steps or 0
         self.function: Callable[..., Any] = find_part(

@@ -39,21 +39,9 @@ class AddedColumns(nn.Module):
 
     Raises:
         ValueError: the module has no linear layer that can be widened.
-
-    Example::
-
-        import torch
-        from recsys.plug_in.added_columns import AddedColumns
-
-        mlp = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
-        columns = AddedColumns(mlp, width=2)
-        x, z = torch.randn(5, 4), torch.randn(5, 2)
-        with columns.added(z):
-            assert torch.equal(mlp(x), mlp(x))  # zero weights change nothing yet
     """
 
     def __init__(self, module: nn.Module, width: int) -> None:
-        """Widen the module's first linear layer."""
         super().__init__()
         first = next((part for part in module.modules() if isinstance(part, nn.Linear)), None)
         if (
@@ -89,7 +77,6 @@ class WidenedModule(nn.Module):
     """
 
     def __init__(self, module: nn.Module, width: int) -> None:
-        """Keep the module outside the children, and add columns if `width` is above 0."""
         super().__init__()
         self._module = (module,)
         self.columns = AddedColumns(module, width) if width else None

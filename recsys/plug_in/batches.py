@@ -41,12 +41,7 @@ class ItemsOfBatch:
     build: BatchBuilder  # makes the part of the batch that content needs
 
     def __call__(self, batch: TorchRecBatch) -> Batch:
-        """Return the batch with its items, on the host; pinned if it was.
-
-        Raises:
-            ValueError: a feature is missing, a row has no target item or several, or an id is
-                outside the item table.
-        """
+        """Return the batch with its items, on the host; pinned if it was."""
         target, lengths = self._feature(batch.sparse_features, self.schema.target_item)
         if len(lengths) and not (lengths == 1).all():
             row = int((lengths != 1).argmax())
@@ -105,7 +100,6 @@ class ContentBatches(Iterable[Batch]):
         ranks: Ranks,
         require_ready: Callable[[], None] = lambda: None,
     ) -> None:
-        """Keep the source and the parts that add content to its batches."""
         self.require_ready = require_ready
         self.source, self.items, self.preparation = source, items, preparation
         self.branch, self.ranks = branch, ranks

@@ -53,7 +53,6 @@ class ItemContent:
     def __init__(
         self, branch: ContentBranch, settings: PlugInSettings, store: ContentStore, ranks: Ranks
     ) -> None:
-        """Build the parts that add items to batches."""
         self.branch, self.store, self.ranks = branch, store, ranks
         schema, gathers_later = store.items.schema, chooses_items(settings.content)
         self._items = ItemsOfBatch(
@@ -103,7 +102,6 @@ class DLRMOfItems(DLRMWithContent):
     """
 
     def __init__(self, dlrm: DLRM, items: ItemContent, settings: PlugInSettings) -> None:
-        """Build the model around the branch of the items."""
         has_history, contrastive = settings.history is not None, settings.contrastive
         super().__init__(
             dlrm, items.branch, settings.content, settings.item, has_history, contrastive
@@ -127,7 +125,6 @@ class DLRMOfItemsTrain(DLRMWithContentTrain):
     """
 
     def __init__(self, model: DLRMOfItems, rates: ContentRates | None) -> None:
-        """Build the losses; without rates, the new parameters are left to the user's optimizer."""
         super().__init__(model)
         self.items, self.rates, self._has_optimizer = model.items, rates, rates is None
 

@@ -38,7 +38,6 @@ class DotProducts(WidenedInteraction):
     places: Tensor
 
     def __init__(self, original: InteractionArch, num_vectors: int) -> None:
-        """Select the pairs that include a content vector."""
         super().__init__()
         self._original = (original,)
         self.is_torchrecs = type(original).forward is InteractionArch.forward
@@ -76,7 +75,6 @@ class CrossNet(WidenedInteraction):
     """
 
     def __init__(self, original: InteractionDCNArch, num_vectors: int, dim: int) -> None:
-        """Add kernels for the content columns to the original's cross net."""
         super().__init__()
         crossnet = original.crossnet
         if not isinstance(crossnet, LowRankCrossNet):
@@ -116,7 +114,6 @@ class Projections(WidenedInteraction):
     """DLRM_Projection: both branches get the content vectors; the number of columns stays."""
 
     def __init__(self, original: InteractionProjectionArch, num_vectors: int, dim: int) -> None:
-        """Add the content vectors to the inputs of both branches."""
         super().__init__()
         self._original = (original,)
         self.branch1 = AddedColumns(original.interaction_branch1, num_vectors * dim)

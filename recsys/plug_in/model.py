@@ -58,7 +58,6 @@ class ContentOfBatch(nn.Module):
     def __init__(
         self, branch: ContentBranch, settings: ContentSettings, dim: int, has_history: bool
     ) -> None:
-        """Build the maps from content to the DLRM's dimension."""
         super().__init__()
         self.branch = branch
         self.dim = settings.dim
@@ -90,7 +89,6 @@ class ContentHead(nn.Module):
     """Interaction and over arch of a DLRM, with content as input of both."""
 
     def __init__(self, dlrm: DLRM, num_vectors: int, num_features: int, dim: int) -> None:
-        """Widen the interaction and the over arch of a DLRM."""
         super().__init__()
         self.interaction = widened_interaction(dlrm.inter_arch, num_vectors, dim)
         self.over = WidenedModule(dlrm.over_arch, self.interaction.num_columns + num_features)
@@ -173,7 +171,6 @@ class DLRMWithContent(nn.Module):
         has_history: bool,
         contrastive: ContrastiveSettings | None = None,
     ) -> None:
-        """Take over the DLRM's children and add the two of content."""
         super().__init__()
         require_dlrm(dlrm)
         features = dlrm.sparse_arch.sparse_feature_names
@@ -217,7 +214,6 @@ class DLRMWithContentTrain(nn.Module):
     """
 
     def __init__(self, model: DLRMWithContent) -> None:
-        """Build the losses according to `model.contrastive`."""
         super().__init__()
         self.model = model
         self.loss_fn = nn.BCEWithLogitsLoss()

@@ -40,7 +40,6 @@ class DeepFM(nn.Module):
     def __init__(
         self, settings: DeepFMSettings, dimensions: InputDimensions, content: ContentSettings | None
     ) -> None:
-        """Build the fields, the MLP of dense features, both components and the output layer."""
         super().__init__()
         if not settings.mlp_units or len(settings.dense_units) != 1:
             raise ValueError(

@@ -28,7 +28,6 @@ class Din(AttendedFeatures):
     def __init__(
         self, settings: DinSettings, dimensions: InputDimensions, content: ContentSettings | None
     ) -> None:
-        """Build target attention and the output head."""
         super().__init__(settings, dimensions, content)
         self.mlp = ranking_head(self.feature_dim, settings, dimensions.num_labels)
 

@@ -30,7 +30,6 @@ class DinDcn(AttendedFeatures):
     def __init__(
         self, settings: DinDcnSettings, dimensions: InputDimensions, content: ContentSettings | None
     ) -> None:
-        """Build target attention, the cross network and the output head."""
         super().__init__(settings, dimensions, content)
         width = self.feature_dim
         self.cross = LowRankCrossNet(width, settings.cross_layers, settings.cross_rank)

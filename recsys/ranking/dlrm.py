@@ -45,7 +45,6 @@ class Dlrm(nn.Module):
     def __init__(
         self, settings: DlrmSettings, dimensions: InputDimensions, content: ContentSettings | None
     ) -> None:
-        """Build the fields, the MLP of dense features, the interaction and the top MLP."""
         super().__init__()
         if not settings.mlp_units:
             raise ValueError(

@@ -35,7 +35,6 @@ class HstuLayer(SequenceLayer):
     """
 
     def __init__(self, settings: HstuSettings, has_ages: bool) -> None:
-        """Create maps, norms and the tables of biases."""
         super().__init__()
         dim, self.heads = settings.sequence_dim, settings.sequence_heads
         self.longest = settings.recent_items
@@ -112,5 +111,4 @@ class Hstu(SequenceModel):
     def __init__(
         self, settings: HstuSettings, dimensions: InputDimensions, content: ContentSettings | None
     ) -> None:
-        """Build tokens, layers, features and the output head."""
         super().__init__(settings, dimensions, content, HstuLayer)

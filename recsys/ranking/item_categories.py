@@ -24,13 +24,7 @@ MOST_CATEGORIES = 16  # of an item: each pair of two items' categories is compar
 
 
 class ItemCategories(nn.Module):
-    """Looks up the categories of items. Items without any take no memory.
-
-    Example::
-
-        categories = ItemCategories(torch.tensor([2, 9]), torch.tensor([[1, 3], [0, -1]]))
-        categories(torch.tensor([9, 4]))  # [[0, -1], [-1, -1]]
-    """
+    """Looks up the categories of items. Items without any take no memory."""
 
     items: Tensor
     categories: Tensor
@@ -40,7 +34,6 @@ class ItemCategories(nn.Module):
         items: Tensor,  # int64 [I], ascending
         categories: Tensor,  # [I, C]
     ) -> None:
-        """Keep the categories outside of the model's state."""
         super().__init__()
         self.register_buffer("items", items, persistent=False)
         self.register_buffer("categories", categories, persistent=False)
@@ -89,11 +82,7 @@ def load_item_categories(
 def _lists(
     file: Location, row: int, values: pa.Array, name: str
 ) -> tuple[np.ndarray, pa.Array]:  # int64 [n], all categories
-    """Return the number of categories of each row, and the categories of all rows.
-
-    Raises:
-        ValueError: the column has another type, or a row has too many categories.
-    """
+    """Return the number of categories of each row, and the categories of all rows."""
     lengths, categories = category_lists(values, f"{file}: column '{name}'")
     if (bad := lengths > MOST_CATEGORIES).any():
         place = int(bad.argmax())

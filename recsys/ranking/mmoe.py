@@ -37,7 +37,6 @@ class Mmoe(AttendedFeatures):
     def __init__(
         self, settings: MmoeSettings, dimensions: InputDimensions, content: ContentSettings | None
     ) -> None:
-        """Build target attention, the experts, the gates and a tower per label."""
         super().__init__(settings, dimensions, content)
         if not settings.mlp_units:
             raise ValueError(

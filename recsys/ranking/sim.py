@@ -46,7 +46,6 @@ class Sim(RowFeatures):
     def __init__(
         self, settings: SimSettings, dimensions: InputDimensions, content: ContentSettings | None
     ) -> None:
-        """Build the attention, the features and the output head."""
         self.gaps = TimeGaps.of(settings.time_gaps, dimensions)
         dimensions = replace(dimensions, num_parallel=len(self.gaps.flags))
         interest = AgedAttention(dimensions.id_dim, dimensions.num_parallel, settings.search_heads)
@@ -96,10 +95,7 @@ class Sim(RowFeatures):
         return history.highest(scores, self.top_k)
 
     def _in_category(self, batch: Batch, history: JaggedHistory) -> Tensor:  # [K]
-        """Return the latest positions whose item shares a category with the target.
-
-        A row whose target has no category has no such position.
-        """
+        """Return the latest positions whose item shares a category with the target."""
         assert self.categories is not None
         of_items = self.categories(batch.history_items)[history.index].unsqueeze(2)  # [N, C, 1]
         of_targets = self.categories(batch.target_items)[history.rows].unsqueeze(1)  # [N, 1, C]

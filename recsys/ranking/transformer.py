@@ -34,7 +34,6 @@ class TransformerLayer(SequenceLayer):
     """
 
     def __init__(self, settings: TransformerSettings, has_ages: bool) -> None:
-        """Create the maps and norms."""
         super().__init__()
         del has_ages
         dim, self.heads = settings.sequence_dim, settings.sequence_heads
@@ -97,7 +96,6 @@ class Transformer(SequenceModel):
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:
-        """Build tokens with places and ages, layers, features and the output head."""
         super().__init__(settings, dimensions, content, TransformerLayer)
         dim, has_ages = settings.sequence_dim, self.gaps.column is not None
         self.places = nn.Embedding(settings.recent_items + 1, dim)

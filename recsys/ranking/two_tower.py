@@ -48,7 +48,6 @@ class TwoTower(nn.Module):
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:
-        """Build both towers, the similarity weights and, for a pointwise loss, a bias per label."""
         super().__init__()
         self.pooled, self.dense = _query_columns(settings, dimensions)
         self.has_history, self.num_labels = dimensions.has_history, dimensions.num_labels
@@ -126,7 +125,6 @@ class Similarity(nn.Module):
     """
 
     def __init__(self, num_spaces: int, num_means: int) -> None:
-        """Create the weights, zero at the start."""
         super().__init__()
         self.weights = nn.Parameter(torch.zeros(num_spaces, num_means))
 
@@ -160,11 +158,7 @@ class Similarity(nn.Module):
 def _query_columns(
     settings: TwoTowerSettings, dimensions: InputDimensions
 ) -> tuple[list[int], list[int]]:
-    """Return the positions of the pooled and of the dense features that the query tower reads.
-
-    Raises:
-        ValueError: a query feature is no pooled or dense column, or there is nothing to read.
-    """
+    """Return the positions of the pooled and of the dense features that the query tower reads."""
     known = [*dimensions.pooled_names, *dimensions.dense_names]
     for name in settings.query_features:
         if name not in known:

@@ -34,7 +34,6 @@ class AgedAttention(nn.Module):
     """
 
     def __init__(self, dim: int, num_parallel: int, num_heads: int) -> None:
-        """Build the query map, the table of ages, the map of parallel lists and the output map."""
         super().__init__()
         self.num_heads, self.scale = num_heads, dim**-0.5
         self.query = nn.Linear(dim, num_heads * dim)

@@ -54,7 +54,6 @@ class RowFeatures(nn.Module):
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:
-        """Build the parts besides the ID interest, and compute `feature_dim`."""
         super().__init__()
         width = sum(dimensions.pooled_dims) + dimensions.id_dim + interest_dim
         numbers = dimensions.num_dense + num_history_numbers(dimensions.num_parallel)
@@ -118,11 +117,7 @@ class RowFeatures(nn.Module):
 
 
 def _opinion_votes(settings: NumbersSettings, dimensions: InputDimensions) -> OpinionVotes:
-    """Return the votes by the list that `ranking.opinions` names.
-
-    Raises:
-        ValueError: there is no such list, or items have no rows of their own.
-    """
+    """Return the votes by the list that `ranking.opinions` names."""
     name, names = settings.opinions, dimensions.parallel_names
     if name not in names:
         raise ValueError(
@@ -154,7 +149,6 @@ class AttendedFeatures(RowFeatures):
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:
-        """Build target attention and the features."""
         interest = TargetAttention(
             dimensions.id_dim, dimensions.num_parallel, settings.attention_units
         )

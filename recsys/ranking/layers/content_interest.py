@@ -105,7 +105,6 @@ class ContentInterest(nn.Module):
     def __init__(
         self, dim: int, num_modalities: int, num_parallel: int, settings: HistorySettings
     ) -> None:
-        """Build the attention, and compute `output_dim` from the selected features."""
         super().__init__()
         self.attention = DotAttention(dim, num_parallel)
         self.settings = settings
@@ -166,11 +165,7 @@ class ContentInterest(nn.Module):
         history: JaggedHistory,
         parallel: Tensor,  # [N, P]
     ) -> Tensor:  # [B, output_dim]
-        """Return the same as the operations of `forward`, with the map applied to queries.
-
-        For a history item v with map M, a dot product q . (M v) is (M^T q) . v, and the sum of
-        weighted M v is M times that of v. Computed in float32.
-        """
+        """Return the same as the operations of `forward`, with the map applied to queries."""
         with torch.autocast("cpu", enabled=False):
             target, matrix = content.target.float(), stored.matrix.float()
             query, of_lists = self.attention.query_of(target.to(self.attention.query.weight.dtype))

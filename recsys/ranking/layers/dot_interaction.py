@@ -51,7 +51,6 @@ class DotInteraction(InteractionArch):
     places: Tensor
 
     def __init__(self, num_sparse_features: int) -> None:
-        """Compute the places of the pairs."""
         super().__init__(num_sparse_features)
         self.register_buffer("places", pair_places(num_sparse_features + 1), persistent=False)
 

@@ -29,7 +29,6 @@ class EnsembleLinear(nn.Module):
     """
 
     def __init__(self, num_inputs: int, num_outputs: int, members: int, signs: bool) -> None:
-        """Create the shared weight, and the scales and biases of each member."""
         super().__init__()
         bound = num_inputs**-0.5
         scale_in = torch.ones(members, 1, num_inputs)
@@ -49,7 +48,6 @@ class MemberLinear(nn.Module):
     """Separate linear map of each member, used as the last layer."""
 
     def __init__(self, num_inputs: int, num_outputs: int, members: int) -> None:
-        """Create a weight and a bias per member."""
         super().__init__()
         bound = num_inputs**-0.5
         weight = torch.empty(members, num_inputs, num_outputs).uniform_(-bound, bound)
@@ -70,17 +68,11 @@ class EnsembleHead(nn.Module):
         num_outputs: C.
         members: K.
         dropout: probability after each hidden layer, drawn for each member separately.
-
-    Example::
-
-        head = EnsembleHead(5, [8], num_outputs=1, members=4, dropout=0.0)
-        head(torch.ones(2, 5)).members.shape  # [4, 2, 1]; in evaluation logits [2, 1]
     """
 
     def __init__(
         self, width: int, units: list[int], num_outputs: int, members: int, dropout: float
     ) -> None:
-        """Build the shared hidden layers and the members' last layer."""
         super().__init__()
         layers: list[nn.Module] = []
         for count in units:

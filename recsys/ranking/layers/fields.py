@@ -77,7 +77,6 @@ class Fields(nn.Module):
     """
 
     def __init__(self, dimensions: InputDimensions, content: ContentSettings | None) -> None:
-        """Build the linear maps and the content interest, and count the fields."""
         super().__init__()
         dim = dimensions.id_dim
         self.has_history = dimensions.has_history

@@ -52,11 +52,6 @@ class FurtherHistories(nn.Module):
 
     Attributes:
         widths: width of each vector, by the history's name or `content of` its name, in order.
-
-    Example::
-
-        owned = HistoryColumns("owned", numbers=["owned_price"], ids=[])
-        FurtherHistories(RankingSettings(), 16, [owned], None).widths  # {"owned": 16}
     """
 
     def __init__(
@@ -66,7 +61,6 @@ class FurtherHistories(nn.Module):
         histories: list[HistoryColumns],
         content: ContentSettings | None,
     ) -> None:
-        """Build an encoder for each history, and those of content."""
         super().__init__()
         attended = settings if isinstance(settings, AttendedSettings) else AttendedSettings()
         is_mean = settings.further_histories == "mean"

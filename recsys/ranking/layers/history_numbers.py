@@ -23,11 +23,6 @@ def history_numbers(
     """Return the mean of each parallel list, its means by each half-life, and log(1 + length).
 
     All are 0 for an empty history.
-
-    Example::
-
-        history = JaggedHistory.of(torch.tensor([0, 1]), torch.tensor([2]), num_items=2)
-        history_numbers(history, torch.tensor([[1.0], [0.0]]))[0, 1]  # 1/3: (1/2 * 1 + 1 * 0) / 1.5
     """
     lengths = history.lengths.unsqueeze(1)
     half_lives = torch.tensor(HALF_LIVES, device=lengths.device)

@@ -34,13 +34,7 @@ LEAST_SIMILARITY, LEAST_SQUARE = 0.3, 0.05
 
 
 def automatic_groups(num_users: int, num_items: int) -> int:
-    """Return the number of groups for a table of users: one per user, within the limits.
-
-    Example::
-
-        automatic_groups(num_users=6041, num_items=3707)  # 6041
-        automatic_groups(num_users=10**7, num_items=10**6)  # 536
-    """
+    """Return the number of groups for a table of users: one per user, within the limits."""
     fitting = OPINION_BYTES // (2 * max(num_items, 1))
     return max(1, min(num_users, MOST_GROUPS, fitting))
 
@@ -54,11 +48,6 @@ class OpinionVotes(nn.Module):
         num_groups: G; a user belongs to group `user % G`.
         dropout: share of the rows in training whose target counts as new, without opinions, so
             that the model learns to rank new items, too.
-
-    Example::
-
-        votes = OpinionVotes(column=0, num_items=100, num_groups=8)
-        votes.fill(torch.randn(100, 8), mean=0.7, deviation=0.2)
     """
 
     opinions: Tensor
@@ -66,7 +55,6 @@ class OpinionVotes(nn.Module):
     deviation: Tensor
 
     def __init__(self, column: int, num_items: int, num_groups: int, dropout: float = 0.0) -> None:
-        """Create opinions of 0, which give votes of 0."""
         super().__init__()
         self.column, self.dropout = column, dropout
         # Half precision: opinions are means of few values, and the matrix is I * G large.

@@ -30,11 +30,6 @@ class Standardization(nn.Module):
     Args:
         num_numbers: W.
         process_group: the ranks whose rows count; None for this rank alone.
-
-    Example::
-
-        standardization = Standardization(1)
-        standardization(torch.tensor([[3.0], [5.0]]))  # of mean 4 and variance 1: -1 and 1
     """
 
     mean: Tensor
@@ -42,7 +37,6 @@ class Standardization(nn.Module):
     steps: Tensor
 
     def __init__(self, num_numbers: int, process_group: dist.ProcessGroup | None = None) -> None:
-        """Create the statistics: mean 0, variance 1, no steps."""
         super().__init__()
         self.process_group = process_group
         self.register_buffer("mean", torch.zeros(num_numbers))

@@ -38,7 +38,6 @@ class HistoryAttention(nn.Module):
     """
 
     def __init__(self, dim: int, num_parallel: int) -> None:
-        """Create the map of the parallel lists, if there are any."""
         super().__init__()
         self.parallel_map = nn.Linear(num_parallel, dim, bias=False) if num_parallel else None
 
@@ -73,7 +72,6 @@ class TargetAttention(HistoryAttention):
     """DIN's attention: an MLP of (item, target, difference, product) scores each item."""
 
     def __init__(self, dim: int, num_parallel: int, units: list[int]) -> None:
-        """Build the MLP with `units` hidden units."""
         super().__init__(dim, num_parallel)
         layers: list[nn.Module] = []
         width = 4 * dim
@@ -129,11 +127,7 @@ class TargetAttention(HistoryAttention):
         items: Tensor,  # [U, D]
         parallel: Tensor,  # [U, P]
     ) -> Tensor:  # [B * U, H]
-        """Return the first layer where all rows have the same history, by one product.
-
-        For an item h of the history, the layer is linear in the target t: it is
-        (W1 + W3) h + b + (W2 - W3 + W4 diag(h)) t. These matrices of all items are computed once.
-        """
+        """Return the first layer where all rows have the same history, by one product."""
         first = self.score[0]
         assert isinstance(first, nn.Linear)
         of_item, of_target, of_difference, of_product = first.weight.chunk(4, dim=1)  # [H, D]
@@ -150,7 +144,6 @@ class DotAttention(HistoryAttention):
     """Scaled dot-product attention: the mapped target times each item, divided by sqrt(D)."""
 
     def __init__(self, dim: int, num_parallel: int) -> None:
-        """Create the map of the target."""
         super().__init__(dim, num_parallel)
         self.query = nn.Linear(dim, dim)
         self.scale = dim**-0.5

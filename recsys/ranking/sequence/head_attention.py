@@ -29,23 +29,12 @@ def head_dots(history: JaggedHistory, queries: Tensor, keys: Tensor, heads: int)
 
     Returns:
         [H, T].
-
-    Example::
-
-        history = JaggedHistory.of(torch.arange(3), torch.tensor([2, 1]), num_items=3)
-        head_dots(history, torch.ones(2, 4), torch.ones(3, 4), heads=2)  # twos [2, 3]
     """
     return _Dots.apply(queries, keys, history, heads)
 
 
 def head_sums(history: JaggedHistory, weights: Tensor, values: Tensor) -> Tensor:
-    """Return the sums [B, H * D] of values [T, H * D] with weights [H, T], by row and head.
-
-    Example::
-
-        history = JaggedHistory.of(torch.arange(3), torch.tensor([2, 1]), num_items=3)
-        head_sums(history, torch.ones(2, 3), torch.ones(3, 4))  # twos, then ones: [2, 4]
-    """
+    """Return the sums [B, H * D] of values [T, H * D] with weights [H, T], by row and head."""
     return _Sums.apply(weights, values, history)
 
 

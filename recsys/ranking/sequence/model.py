@@ -71,7 +71,6 @@ class EventTokens(nn.Module):
     """ID vectors, content vectors and lists beside the history -> tokens of events and targets."""
 
     def __init__(self, dim: int, id_dim: int, content_dim: int, num_lists: int) -> None:
-        """Create a linear map of each part; a width of 0 leaves a part out."""
         super().__init__()
         self.id_map = nn.Linear(id_dim, dim, bias=False)
         self.content_map = nn.Linear(content_dim, dim, bias=False) if content_dim else None
@@ -128,7 +127,6 @@ class SequenceModel(RowFeatures):
         content: ContentSettings | None,
         layer: type[SequenceLayer],
     ) -> None:
-        """Build tokens, layers, features and the output head."""
         dim, heads = settings.sequence_dim, settings.sequence_heads
         if dim % heads:
             raise ValueError(

@@ -34,13 +34,7 @@ CELLS_OF_BLOCK = 2**20  # pairs of places, whose scores fit a cache
 
 
 def sequences_of(history: Any) -> Sequences:
-    """Return the sequences of a `JaggedHistory`, or of the history that candidates share.
-
-    Example::
-
-        history = JaggedHistory.of(torch.tensor([0, 1, 0]), torch.tensor([2, 1]), num_items=2)
-        sequences_of(history).padded(torch.ones(3, 4)).shape  # [2, 2, 4]
-    """
+    """Return the sequences of a `JaggedHistory`, or of the history that candidates share."""
     if isinstance(history, JaggedHistory):
         return JaggedSequences(history.unindexed())
     return EqualSequences.of(history)

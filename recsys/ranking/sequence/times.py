@@ -27,10 +27,6 @@ def doubling_buckets(gaps: Tensor) -> Tensor:
 
     The exponent of a floating-point number is that logarithm, and reading it costs a fraction of a
     logarithm of each pair of events. Negative gaps count as 0.
-
-    Example::
-
-        doubling_buckets(torch.tensor([0.0, 1.0, 2.0, 3.0, 7.0]))  # [0, 1, 1, 2, 3]
     """
     bits = (gaps.float().clamp(min=0) + 1).view(torch.int32)
     return ((bits >> EXPONENT_BITS) - EXPONENT_OF_ONE).clamp(max=NUM_AGES - 1).long()
