@@ -61,7 +61,7 @@ from recsys.optimizer import (
     describe_optimizers,
     set_updates,
 )
-from recsys.ranking.item_categories import load_item_categories
+from recsys.ranking.sim import load_item_categories
 
 SPLITS = ("train", "valid", "test")
 

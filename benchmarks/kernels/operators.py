@@ -27,7 +27,7 @@ from benchmarks.results import RESULTS, Result, require_own_folder, write_result
 from recsys.data.jagged_history import JaggedHistory
 from recsys.distributed.ranks import keep_freed_memory
 from recsys.kernels import choose_kernels
-from recsys.ranking.layers.dot_interaction import DotInteraction
+from recsys.ranking.dlrm import DotInteraction
 from recsys.ranking.layers.target_attention import TargetAttention
 
 NUM_ITEMS = 100_000

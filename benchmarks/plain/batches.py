@@ -25,7 +25,7 @@ from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import Schema, load_schema
 from recsys.distributed.ranks import Ranks
 from recsys.model.tables import pooled_features
-from recsys.ranking.din_dcn import DinDcnSettings
+from recsys.ranking.din import DinDcnSettings
 
 
 class PlainSource:

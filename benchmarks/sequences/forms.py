@@ -32,7 +32,7 @@ from benchmarks.results import RESULTS, Result, write_result
 from benchmarks.serving.latency import latencies
 from recsys.data.jagged_history import JaggedHistory
 from recsys.distributed.ranks import keep_freed_memory
-from recsys.ranking.sequence.sequences import JaggedSequences
+from recsys.ranking.layers.sequences import JaggedSequences
 
 HEADS, NUM_BUCKETS = 2, 8
 

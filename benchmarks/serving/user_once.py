@@ -33,7 +33,7 @@ from recsys.config import content_settings, load_config
 from recsys.config.ranking import keys_of, ranking_settings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
-from recsys.ranking.build import build_ranking
+from recsys.model.build import build_ranking
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.vectors import IDVectors, TowerVectors
 from recsys.serving.exported_graph import ExportedGraph

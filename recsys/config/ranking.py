@@ -19,15 +19,15 @@ from recsys.config.parser import meant
 logger = logging.getLogger(__name__)
 
 RANKING_MODELS = {
-    "din_dcn": "recsys.ranking.din_dcn:DinDcn",
+    "din_dcn": "recsys.ranking.din:DinDcn",
     "din": "recsys.ranking.din:Din",
     "dlrm": "recsys.ranking.dlrm:Dlrm",
     "dlrm_dcn": "recsys.ranking.dlrm:DlrmDcn",
-    "deepfm": "recsys.ranking.deepfm:DeepFM",
+    "deepfm": "recsys.ranking.dlrm:DeepFM",
     "sim": "recsys.ranking.sim:Sim",
     "hstu": "recsys.ranking.hstu:Hstu",
     "transformer": "recsys.ranking.transformer:Transformer",
-    "mmoe": "recsys.ranking.mmoe:Mmoe",
+    "mmoe": "recsys.ranking.din:Mmoe",
     "two_tower": "recsys.ranking.two_tower:TwoTower",
 }
 # The attribute `Settings` of each of these models, such as DinSettings, without importing torch.

@@ -40,7 +40,7 @@ from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.evaluate import evaluate_split, format_evaluation, score
 from recsys.evaluation.forward_pass import require_finite, rows_per_batch
 from recsys.evaluation.scores import scores_file
-from recsys.model.label_losses import predictions
+from recsys.model.losses import predictions
 from recsys.model.placement import placed_for_scoring
 
 logger = logging.getLogger(__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch.distributed as dist
+from torch import nn
 
 from embeddings import (
     MemoryBank,
@@ -12,24 +13,30 @@ from embeddings import (
     build_embedding_bag_collection,
     build_embedding_collection,
 )
-from recsys.config import Config, content_settings, softmax_settings
+from recsys.config import (
+    Config,
+    ContentSettings,
+    RankingSettings,
+    content_settings,
+    softmax_settings,
+)
+from recsys.config.named_parts import make_part
 from recsys.content.branch import ContentBranch
 from recsys.content.encoders.base import Encoder
 from recsys.data.negatives import negatives_feature
 from recsys.data.schema import Schema
 from recsys.model.auxiliary import build_auxiliary
 from recsys.model.em3 import EM3, Losses
+from recsys.model.id_vectors import IDVectorReader, RowsPerID
 from recsys.model.input_scaling import InputScaling
-from recsys.model.losses import ContentIDContrastive, RankingLoss
-from recsys.model.read_ids import ReadIDs, RowsOfIds
-from recsys.model.retrieval_loss import RetrievalLoss
+from recsys.model.losses import ContentIDContrastive, RankingLoss, RetrievalLoss
 from recsys.model.tables import id_dropouts, pooled_features
-from recsys.ranking.build import build_ranking
+from recsys.ranking import RANKING_MODELS
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.item_categories import ItemCategories
-from recsys.ranking.layers.further_histories import FurtherHistories
-from recsys.ranking.layers.opinion_votes import automatic_groups
+from recsys.ranking.layers.collaborative_filtering import automatic_groups
+from recsys.ranking.layers.extra_sequences import ExtraSequences
 from recsys.ranking.settings import NumbersSettings
+from recsys.ranking.sim import ItemCategories
 
 
 def with_opinion_groups(config: Config, schema: Schema) -> Config:
@@ -74,7 +81,7 @@ def build_em3(
     # Built before content and ranking: the order decides which random numbers each part gets.
     losses = _build_losses(config, schema, dims[schema.target_item])
     negatives = negatives_feature(softmax_settings(config.ranking), schema.target_item)
-    read_ids = ReadIDs(
+    read_ids = IDVectorReader(
         pooled,
         schema.target_item,
         schema.history,
@@ -117,10 +124,10 @@ def _check_labels(config: Config, schema: Schema) -> None:
         )
 
 
-def _rows_of_ids(config: Config, schema: Schema) -> tuple[RowsOfIds, list[RowsOfIds]]:
+def _rows_of_ids(config: Config, schema: Schema) -> tuple[RowsPerID, list[RowsPerID]]:
     """Return the lists of ids beside the first history, and the columns of each further one."""
     content = content_settings(config)
-    columns: list[RowsOfIds] = [
+    columns: list[RowsPerID] = [
         {name: schema.rows_per_id(name) for name in (history.name, *history.ids)}
         for history in schema.histories
     ]
@@ -137,7 +144,7 @@ def _rows_of_ids(config: Config, schema: Schema) -> tuple[RowsOfIds, list[RowsOf
 
 def _build_further_histories(
     config: Config, schema: Schema, dim: int
-) -> tuple[FurtherHistories | None, dict[str, int]]:
+) -> tuple[ExtraSequences | None, dict[str, int]]:
     """Return the encoders of the sequences after the first one, if any, and their widths."""
     content, further = content_settings(config), schema.histories[1:]
     known = [of.name for of in further if schema.table_of(of.name) == schema.target_item]
@@ -150,7 +157,7 @@ def _build_further_histories(
             )
     if not further:
         return None, {}
-    histories = FurtherHistories(config.ranking, dim, further, content)
+    histories = ExtraSequences(config.ranking, dim, further, content)
     return histories, histories.widths
 
 
@@ -178,4 +185,17 @@ def _build_losses(config: Config, schema: Schema, id_dim: int) -> Losses:
         config.contrastive.weight,
         RetrievalLoss(softmax, weights) if softmax is not None else None,
         build_auxiliary(config.auxiliary, schema),
+    )
+
+
+def build_ranking(
+    settings: RankingSettings, dimensions: InputDimensions, content: ContentSettings | None
+) -> nn.Module:
+    """Return `Class(settings, dimensions, content)` for the class that `settings.name` names.
+
+    Raises:
+        ValueError: the name is unknown, or a user's class cannot be imported or constructed.
+    """
+    return make_part(
+        "ranking.name", settings.name, RANKING_MODELS, nn.Module, settings, dimensions, content
     )

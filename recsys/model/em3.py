@@ -20,11 +20,10 @@ from recsys.content.branch import ContentBranch
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.model.auxiliary import AuxiliaryInputs, AuxiliaryLosses
+from recsys.model.id_vectors import IDVectorReader
 from recsys.model.input_scaling import InputScaling
-from recsys.model.losses import ContentIDContrastive, RankingLoss
-from recsys.model.read_ids import ReadIDs
-from recsys.model.retrieval_loss import RetrievalLoss
-from recsys.ranking.layers.further_histories import FurtherHistories
+from recsys.model.losses import ContentIDContrastive, RankingLoss, RetrievalLoss
+from recsys.ranking.layers.extra_sequences import ExtraSequences
 from recsys.ranking.vectors import IDVectors, MemberLogits, TowerVectors
 
 
@@ -151,10 +150,10 @@ class EM3(nn.Module):
         embedding_bags: EmbeddingBagCollection | None,
         embeddings: EmbeddingCollection,
         content: ContentBranch | None,
-        read_ids: ReadIDs,
+        read_ids: IDVectorReader,
         ranking: nn.Module,
         losses: Losses,
-        further_histories: FurtherHistories | None = None,
+        further_histories: ExtraSequences | None = None,
         scaling: InputScaling | None = None,
     ) -> None:
         super().__init__()

@@ -1,16 +1,25 @@
-"""Losses: the weighted losses of the labels for ranking, and Content-ID-Contrastive.
+"""Losses: of labels for ranking, Content-ID-Contrastive, and the softmax losses of retrieval.
 
 Content-ID-Contrastive (CIC, EM3, arXiv 2404.06078) pulls an item's content vector and its row of
 the sharded ID table together, so that content determines the vectors of items with few impressions.
 The gradient flows into both unless one side is stopped.
 
-Shapes: B batch, G batch of all ranks, D dimension, K negatives, C labels, E members of an ensemble.
+Softmax losses of retrieval compare an item with many. In-batch (Yi et al., RecSys 2019): the items
+of the batch's other rows are the negatives. Sampled (Jean et al. 2015, arXiv 1412.2007): negatives
+are drawn from the catalogue. Both draw frequent items more often. Subtracting log Q, the log of the
+probability that an item is drawn, corrects for it: scores then include an item's popularity.
+Without the correction (`ranking.log_q_correction`) they estimate how much more probable an item is
+for this user than for all users.
+
+Shapes: B batch, G batch of all ranks, D dimension, C labels, E members of an ensemble, S sampled
+negatives, K negatives or candidates (B or S of this rank, or of all).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +27,38 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.config import ContrastiveSettings
+from recsys.config import ContrastiveSettings, RetrievalSettings
+from recsys.data.batch import Batch
 from recsys.distributed.gather import gather_rows_with_gradient
 from recsys.kernels import has_native, native_in_batch_contrastive
-from recsys.model.label_losses import label_losses
+from recsys.ranking.vectors import TowerVectors
+
+# Logits and labels of the same shape -> losses of that shape.
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bce": partial(F.binary_cross_entropy_with_logits, reduction="none"),
+    "mse": partial(F.mse_loss, reduction="none"),
+    "huber": partial(F.huber_loss, reduction="none"),
+    "poisson": partial(F.poisson_nll_loss, log_input=True, reduction="none"),
+}
+
+
+def label_losses(
+    logits: Tensor,  # [..., C]
+    labels: Tensor,  # [..., C]
+    losses: Sequence[str],  # [C]
+) -> Tensor:  # [..., C]
+    """Return the loss of each row and label."""
+    if set(losses) == {"bce"}:
+        return LOSSES["bce"](logits, labels)
+    of_labels = zip(losses, logits.unbind(-1), labels.unbind(-1), strict=True)
+    return torch.stack([LOSSES[loss](*columns) for loss, *columns in of_labels], dim=-1)
+
+
+def predictions(logits: Tensor, losses: Sequence[str]) -> Tensor:  # [B, C], [C] -> [B, C]
+    """Return the prediction of each label: a probability (bce), a number, or an expected count."""
+    of_losses = {"bce": torch.sigmoid, "poisson": torch.exp}
+    columns = zip(losses, logits.unbind(1), strict=True)
+    return torch.stack([of_losses.get(loss, torch.clone)(of) for loss, of in columns], dim=1)
 
 
 class RankingLoss(nn.Module):
@@ -189,3 +226,67 @@ def _gather_sides(
         all_items, _ = gather_rows_with_gradient(items.to(torch.float64).unsqueeze(1))
     width = content.shape[1]
     return both[:, :width], both[:, width:], all_items[:, 0].to(items.dtype), first_row
+
+
+PADDING = -1  # replaces the item of a padding row
+
+
+class RetrievalLoss(nn.Module):
+    """Sum over labels of weight times the mean over all rows of the positive rows' cross-entropy.
+
+    A row with label 0 has no loss of its own, but its item is a negative for other rows (in-batch).
+    A row's own item and padding rows are never negatives.
+
+    Args:
+        settings: `loss` (in-batch or sampled softmax) and `all_ranks` are read.
+        label_weights: weight of each label.
+    """
+
+    weights: Tensor
+
+    def __init__(self, settings: RetrievalSettings, label_weights: list[float]) -> None:
+        super().__init__()
+        self.in_batch = settings.loss == "in_batch_softmax"
+        self.all_ranks = settings.all_ranks
+        self.register_buffer("weights", torch.tensor(label_weights), persistent=False)
+
+    def forward(self, towers: TowerVectors, batch: Batch) -> Tensor:  # []
+        """Return the loss of a batch with log Q (`recsys.data.negatives` fills it in).
+
+        A collective if `settings.all_ranks` is on.
+        """
+        of_items = batch.target_items.masked_fill(batch.row_weights == 0, PADDING)
+        own_log_q = batch.target_log_q
+        assert own_log_q is not None
+        if self.in_batch:
+            vectors, items, log_q = towers.item, of_items, own_log_q
+        else:
+            assert towers.negatives is not None and batch.negative_items is not None
+            assert batch.negative_log_q is not None
+            vectors, items, log_q = towers.negatives, batch.negative_items, batch.negative_log_q
+        vectors, items, log_q = self._candidates(vectors, items, log_q)
+        is_no_negative = (items == batch.target_items.unsqueeze(1)) | (items == PADDING)  # [B, K]
+        own = towers.scores - own_log_q.unsqueeze(1)  # [B, C]
+        losses = []
+        for query, positive in zip(towers.query.unbind(dim=1), own.unbind(dim=1), strict=True):
+            scores = (query @ vectors.T - log_q).masked_fill(is_no_negative, -torch.inf)
+            every = torch.cat([positive.unsqueeze(1), scores], dim=1)
+            losses.append(every.logsumexp(dim=1) - positive)
+        counts = batch.labels.nan_to_num() * batch.loss_weights  # [B, C]
+        # The mean is over all rows, so that each positive has the same weight on any rank.
+        return ((torch.stack(losses, dim=1) * counts).mean(0) * self.weights).sum()
+
+    def _candidates(
+        self,
+        vectors: Tensor,  # [B or S, D]
+        items: Tensor,  # [B or S]
+        log_q: Tensor,  # [B or S]
+    ) -> tuple[Tensor, Tensor, Tensor]:  # [K, D], [K], [K]
+        """Return vectors, items and log Q of the candidates; a collective if `all_ranks` is on."""
+        if not self.all_ranks or not dist.is_initialized() or dist.get_world_size() == 1:
+            return vectors, items, log_q
+        vectors, _ = gather_rows_with_gradient(vectors.contiguous())
+        with torch.no_grad():  # in float64 an id is exact
+            both = torch.stack([items.double(), log_q.double()], dim=1)
+            both, _ = gather_rows_with_gradient(both)
+        return vectors, both[:, 0].to(items.dtype), both[:, 1].to(log_q.dtype)

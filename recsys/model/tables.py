@@ -5,9 +5,9 @@ from __future__ import annotations
 from embeddings import TableConfig
 from embeddings.tables import CACHE_LOAD_FACTOR
 from recsys.config import Config, TableSettings, content_settings, softmax_settings
+from recsys.config.embedding import NewRows
 from recsys.data.negatives import negatives_feature
 from recsys.data.schema import Schema
-from recsys.model.new_rows import new_rows_rules
 from recsys.ranking.settings import SimSettings
 
 
@@ -65,7 +65,7 @@ def table_configs(
                 f"embedding.skip: '{name}' is the target item, a sequence, a list beside one, or "
                 "not in schema.yaml; name an id column whose vectors are summed"
             )
-    new_rows_rules(config, schema)
+    cold_row_rules(config, schema)
     _check_bounded_items(config, schema)
     return [
         _table_config(
@@ -123,3 +123,46 @@ def _table_config(
         cache_load_factor=own.cache_load_factor or CACHE_LOAD_FACTOR,
         ids_per_row={name: list_lengths[name] for name in features if name in list_lengths},
     )
+
+
+def cold_row_rules(config: Config, schema: Schema) -> dict[str, NewRows]:
+    """Return the rule of each table that has another one than `random`.
+
+    Raises:
+        ValueError: a rule does not fit its table; names setting, value and fix.
+    """
+    rules: dict[str, NewRows] = {}
+    for table, own in config.embedding.tables.items():
+        if own.new_rows == "random":
+            continue
+        if problem := _problem(config, schema, table, own):
+            raise ValueError(f"embedding.tables.{table}.new_rows is {own.new_rows}, but {problem}")
+        rules[table] = own.new_rows
+    return rules
+
+
+def _problem(config: Config, schema: Schema, table: str, own: TableSettings) -> str | None:
+    """Return the reason why a rule does not fit its table, with the fix, or None."""
+    optimizer = own.optimizer or config.embedding.optimizer
+    vocabulary = schema.vocabulary_of(table)
+    if own.frozen:
+        return "the table is frozen, so that no row is ever trained; set random"
+    if own.init_from is not None:
+        return "init_from gives rows their first values, too; leave one of them out"
+    if optimizer == "sgd":
+        return (
+            "optimizer sgd keeps no state that tells trained rows from others; choose another "
+            "optimizer of the table"
+        )
+    if vocabulary is not None and vocabulary.kind == "bounded":
+        return (
+            "a vocabulary of kind bounded gives rows to ids within training, with initial "
+            "weights; set random, or choose kind exact"
+        )
+    if own.new_rows != "content":
+        return None
+    if table != schema.target_item:
+        return f"only items of '{schema.target_item}' have content; set mean or random"
+    if content_settings(config) is None:
+        return "content is none; configure content, or set mean or random"
+    return None

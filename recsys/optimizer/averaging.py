@@ -22,7 +22,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.table_state import State, table_weights, with_shards
 from recsys.config import OptimizerSettings
-from recsys.optimizer.groups import dense_parameters
+from recsys.optimizer.dense import dense_parameters
 
 
 class AveragedWeights:

@@ -1,20 +1,132 @@
-"""Build the optimizer of the dense parameters: one of torch.optim, or a user's class."""
+"""Optimizer of the dense parameters (one of torch.optim, or a user's class), and its groups."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
+from torchrec.distributed.types import ShardedModule
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.optim import CombinedOptimizer, KeyedOptimizerWrapper
 
-from recsys.config import OptimizerSettings
+from embeddings.plan_text import align_columns
+from embeddings.tables import TableConfig
+from recsys.config import Config, OptimizerSettings
 from recsys.config.named_parts import make_part
-from recsys.optimizer.groups import DenseGroup, dense_parameters, parameter_groups
+
+_NORMALIZATIONS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+
+
+@dataclass
+class DenseGroup:
+    """Parameters outside the tables that share a learning rate and a weight decay.
+
+    Biases, normalisation layers and one-dimensional parameters get no weight decay.
+
+    Example::
+
+        from recsys.optimizer import DenseGroup
+
+        [DenseGroup("content", ["content."], 1e-4), DenseGroup("rest", [""], weight_decay=0.01)]
+    """
+
+    name: str
+    prefixes: list[str]  # of parameter names in the unwrapped model; [""] matches all
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    betas: tuple[float, float] | None = None  # of Adam and AdamW; None: the optimizer's default
+
+
+def dense_groups(config: Config) -> list[DenseGroup]:
+    """Return the groups of a run: trained encoders, other content parameters, and the rest."""
+    settings = config.optimizer
+    decay = settings.weight_decay
+    return [
+        DenseGroup("encoders", ["content.encoders."], settings.encoder_learning_rate, decay),
+        DenseGroup("content", ["content.", "losses."], settings.content_learning_rate, decay),
+        DenseGroup("ranking", [""], settings.learning_rate, decay),
+    ]
+
+
+def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters that no fused optimizer updates, by unwrapped name.
+
+    Raises:
+        ValueError: a table is among them.
+    """
+    kinds = (ShardedModule, EmbeddingBagCollection, EmbeddingCollection)
+    unwrapped = get_unwrapped_module(model)
+    table_prefixes = tuple(
+        f"{name}." if name else ""
+        for name, module in unwrapped.named_modules()
+        if isinstance(module, kinds)
+    )
+    result = {}
+    for name, parameter in unwrapped.named_parameters():
+        if hasattr(parameter, "_in_backward_optimizers") or not parameter.requires_grad:
+            continue
+        if name.startswith(table_prefixes):
+            raise ValueError(
+                f"table parameter '{name}' has no fused optimizer and would fall to the dense "
+                "one; call fuse_table_optimizers before sharding, and shard with "
+                "embeddings.sharders(), which never make a table data-parallel"
+            )
+        result[name] = parameter
+    return result
+
+
+def parameter_groups(
+    model: nn.Module, parameters: dict[str, nn.Parameter], groups: Sequence[DenseGroup]
+) -> list[dict[str, Any]]:
+    """Return torch.optim's parameter groups, each with the names of its parameters as `names`.
+
+    A parameter belongs to the first group with a matching prefix. A DenseGroup with weight decay
+    becomes two parameter groups, with and without it.
+
+    Raises:
+        ValueError: a parameter fits no group.
+    """
+    undecayed = _undecayed_names(model)
+    result = []
+    remaining = dict(parameters)
+    for group in groups:
+        prefixes = tuple(group.prefixes)
+        taken = [name for name in remaining if name.startswith(prefixes)]
+        decayed = [name for name in taken if group.weight_decay > 0 and name not in undecayed]
+        for names, weight_decay in [
+            (decayed, group.weight_decay),
+            ([name for name in taken if name not in decayed], 0.0),
+        ]:
+            if names:
+                settings: dict[str, Any] = {"lr": group.learning_rate, "weight_decay": weight_decay}
+                if group.betas is not None:
+                    settings["betas"] = tuple(group.betas)
+                params = [remaining[name] for name in names]
+                result.append({"params": params, "names": names, "name": group.name, **settings})
+        for name in taken:
+            del remaining[name]
+    if remaining:
+        raise ValueError(
+            f"parameter '{next(iter(remaining))}' ({len(remaining)} in all) fits no group of "
+            f"{[group.name for group in groups]}; end with a group whose prefixes are ['']"
+        )
+    return result
+
+
+def _undecayed_names(model: nn.Module) -> set[str]:
+    """Return the names of parameters without weight decay."""
+    names = set()
+    for module_name, module in get_unwrapped_module(model).named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim <= 1 or name == "bias" or isinstance(module, _NORMALIZATIONS):
+                names.add(f"{module_name}.{name}" if module_name else name)
+    return names
+
 
 OPTIMIZERS = {
     "adamw": "torch.optim:AdamW",
@@ -127,3 +239,40 @@ def gradient_norm(optimizer: Optimizer) -> Tensor:  # []
     """Return the norm of the gradients of all parameters together."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def describe_optimizers(model: nn.Module, tables: Sequence[TableConfig], dense: Optimizer) -> str:
+    """Return every parameter of the model with its optimizer and learning rate, as a text table.
+
+    Tables are listed by name, dense parameters by group and weight decay, then the frozen ones;
+    the last line is the sum, which is the model's size.
+    """
+    header = ("parameters", "tensors", "elements", "optimizer", "learning rate", "weight decay")
+    rows: list[tuple[str, int, int, str, str, str]] = []
+    for table in tables:
+        size = table.num_embeddings * table.embedding_dim
+        if table.frozen:
+            rows.append((f"table {table.name}", 1, size, "none (frozen)", "-", "-"))
+            continue
+        rate, decay = f"{table.learning_rate:g}", f"{table.weight_decay:g}"
+        rows.append((f"table {table.name}", 1, size, f"{table.optimizer} (fused)", rate, decay))
+    kind = type(dense).__name__
+    for group in dense.param_groups:
+        size = sum(parameter.numel() for parameter in group["params"])
+        # A schedule may already have lowered "lr"; the configured rate is "initial_lr".
+        rate, decay = f"{group.get('initial_lr', group['lr']):g}", f"{group['weight_decay']:g}"
+        rows.append((group["name"], len(group["params"]), size, kind, rate, decay))
+    if frozen := _frozen_parameters(model):
+        size = sum(parameter.numel() for parameter in frozen)
+        rows.append(("frozen", len(frozen), size, "none", "-", "-"))
+    rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows), "", "", ""))
+    return align_columns([header, *[(row[0], str(row[1]), str(row[2]), *row[3:]) for row in rows]])
+
+
+def _frozen_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that no optimizer updates."""
+    return [
+        parameter
+        for parameter in get_unwrapped_module(model).parameters()
+        if not parameter.requires_grad and not hasattr(parameter, "_in_backward_optimizers")
+    ]

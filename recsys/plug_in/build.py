@@ -9,13 +9,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torchrec.datasets.utils import Batch as TorchRecBatch
 from torchrec.models.dlrm import DLRM, DLRMTrain
-from torchrec.optim.keyed import KeyedOptimizer
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
 from embeddings import MemoryBank, build_memory_bank
 from recsys.content.batch_preparation import BatchPreparation, chooses_items
@@ -27,10 +28,56 @@ from recsys.data.filesystem import Location
 from recsys.data.items.content_store import ContentStore
 from recsys.data.vocabularies import BoundedVocabularies
 from recsys.distributed.ranks import Ranks
+from recsys.optimizer.dense import DenseGroup, parameter_groups
 from recsys.plug_in.batches import ContentBatches, ItemsOfBatch
-from recsys.plug_in.model import DLRMWithContent, DLRMWithContentTrain, require_dlrm
-from recsys.plug_in.optimizer import with_content_optimizer
+from recsys.plug_in.model import DLRMWithContent, DLRMWithContentTrain, new_prefixes, require_dlrm
 from recsys.plug_in.settings import ContentRates, PlugInSettings, check, load_plug_in_settings
+
+
+def with_content_optimizer(
+    optimizer: KeyedOptimizer, model: nn.Module, rates: ContentRates
+) -> CombinedOptimizer:
+    """Take the new parameters out of the user's optimizer, and combine it with an AdamW for them.
+
+    Raises:
+        ValueError: the optimizer is no KeyedOptimizer.
+    """
+    if not isinstance(optimizer, KeyedOptimizer):
+        raise ValueError(
+            f"the optimizer is a {type(optimizer).__name__}; give a torchrec KeyedOptimizer, such "
+            "as CombinedOptimizer([model.fused_optimizer, KeyedOptimizerWrapper(...)])"
+        )
+    prefixes = new_prefixes(model)
+    new = {name: p for name, p in model.named_parameters() if name.startswith(prefixes)}
+    _take_out(optimizer, {id(parameter) for parameter in new.values()})
+    trained = {name: parameter for name, parameter in new.items() if parameter.requires_grad}
+    encoders = [f"{prefix}branch.encoders." for prefix in prefixes]
+    decay = rates.weight_decay
+    groups = parameter_groups(
+        model,
+        trained,
+        [
+            DenseGroup("encoders", encoders, rates.encoder_learning_rate, decay),
+            DenseGroup("content", [""], rates.learning_rate, decay),
+        ],
+    )
+    ordered = {name: trained[name] for group in groups for name in group.pop("names")}
+    adamw = torch.optim.AdamW(groups, fused=True)
+    return CombinedOptimizer([optimizer, KeyedOptimizerWrapper(ordered, lambda _: adamw)])
+
+
+def _take_out(optimizer: KeyedOptimizer, parameters: set[int]) -> None:
+    """Remove parameters, given by their ids, from an optimizer and those inside it."""
+    if isinstance(optimizer, CombinedOptimizer):
+        for _, part in optimizer.optimizers:
+            _take_out(part, parameters)
+        return
+    named: Any = optimizer.params
+    for name in [name for name, parameter in named.items() if id(parameter) in parameters]:
+        optimizer.state.pop(named.pop(name), None)  # type: ignore[attr-defined]
+    for group in optimizer.param_groups:
+        kept = [parameter for parameter in group["params"] if id(parameter) not in parameters]
+        group["params"][:] = kept
 
 
 class ItemContent:

@@ -1,15 +1,23 @@
 """Interactions of torchrec.models.dlrm with K more vectors as inputs.
 
-Each computes its original's interaction for F + K sparse features, in two parts: the original's own
-output, bit for bit while the new weights have their initial values, and the columns that the K
-vectors add, which the over arch reads through weights that start at zero. All of them use the
-original's public parts and change nothing in it.
+Each computes its original's interaction for F + K sparse features, in two parts. The first is the
+original's own output, bit for bit while the new weights have their initial values. The second has
+the columns that the K vectors add, which the over arch reads through weights that start at zero.
+All use the original's public parts and change nothing in it.
+
+A module whose first layer is linear, y = W x + b, gets inputs z beside x as y = W x + V z + b: V z
+is added to the layer's output. So the module keeps its parameters and their names. With V = 0 its
+outputs are the same to the last bit; a product with one wider matrix would add up in another order.
 
 Shapes: B batch, F sparse features, K content vectors, D dimension, I columns of the original, J new
-columns, R rank.
+columns, R rank, X columns of a module's own input, Z added columns, O outputs of its first layer.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +25,85 @@ from torch.nn import functional as F
 from torchrec.models.dlrm import InteractionArch, InteractionDCNArch, InteractionProjectionArch
 from torchrec.modules.crossnet import LowRankCrossNet
 
-from recsys.plug_in.added_columns import AddedColumns, no_columns
-from recsys.ranking.layers.dot_interaction import dot_interaction, pair_places
+from recsys.ranking.dlrm import dot_interaction, pair_places
+
+
+class WidenedLinear(nn.Linear):
+    """A linear layer that adds `extra` [B, O] to its output while it is set."""
+
+    extra: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, X] -> [B, O]
+        """Return the layer's output plus `extra`."""
+        output = super().forward(x)
+        return output if self.extra is None else output + self.extra
+
+
+class AddedColumns(nn.Module):
+    """Input columns beside those of a module's first linear layer; their weights start at zero.
+
+    Args:
+        module: gets the columns. It is no child of this one, so its parameters are listed once.
+        width: Z.
+
+    Raises:
+        ValueError: the module has no linear layer that can be widened.
+    """
+
+    def __init__(self, module: nn.Module, width: int) -> None:
+        super().__init__()
+        first = next((part for part in module.modules() if isinstance(part, nn.Linear)), None)
+        if (
+            first is None
+            or type(first) not in (nn.Linear, WidenedLinear)
+            or hasattr(module, "_orig_mod")
+        ):
+            raise ValueError(
+                f"{type(module).__name__} has no linear layer that content could be added to; "
+                "give a DLRM as torchrec builds it, and compile it afterwards"
+            )
+        first.__class__ = WidenedLinear  # the same object, so that its names stay
+        self._first = (cast(WidenedLinear, first),)  # a tuple, so that it is no child of this one
+        self.map = nn.Linear(width, first.out_features, bias=False)
+        nn.init.zeros_(self.map.weight)
+
+    @contextmanager
+    def added(self, columns: Tensor) -> Iterator[None]:  # columns: [B, Z]
+        """Add `columns` to the module's input inside the block."""
+        self._first[0].extra = self.map(columns)
+        try:
+            yield
+        finally:
+            self._first[0].extra = None
+
+
+class WidenedModule(nn.Module):
+    """A module of one tensor, called with added columns as well: (x, z) -> its output.
+
+    Args:
+        module: the module.
+        width: Z; with 0 the output is the module's own.
+    """
+
+    def __init__(self, module: nn.Module, width: int) -> None:
+        super().__init__()
+        self._module = (module,)
+        self.columns = AddedColumns(module, width) if width else None
+
+    def forward(
+        self,
+        x: Tensor,  # [B, X]
+        added: Tensor,  # [B, Z]
+    ) -> Tensor:  # [B, ...], the module's output
+        """Return the module's output for `x` beside `added`."""
+        with self.columns.added(added) if self.columns is not None else nullcontext():
+            output: Tensor = self._module[0](x)
+        return output
+
+
+def no_columns(rows: Tensor) -> Tensor:  # [B, ...] -> [B, 0]
+    """Return a tensor without columns for these rows."""
+    return torch.zeros(len(rows), 0, device=rows.device)
 
 
 class WidenedInteraction(nn.Module):
@@ -31,7 +116,7 @@ class DotProducts(WidenedInteraction):
     """DLRM: the dot products of each content vector with dense, sparse and other content vectors.
 
     The pairs are those of the original for F + K features; its own output has the pairs without
-    content, which are selected by one index here (see `recsys.ranking.layers.dot_interaction`).
+    content, which are selected by one index here (see `recsys.ranking.dlrm`).
     """
 
     known: Tensor

@@ -25,10 +25,9 @@ from recsys.config import ContentSettings, ContrastiveSettings
 from recsys.content.branch import ContentBranch
 from recsys.data.batch import Batch
 from recsys.model.losses import ContentIDContrastive
-from recsys.plug_in.added_columns import WidenedModule, no_columns
-from recsys.plug_in.interactions import widened_interaction
+from recsys.plug_in.interactions import WidenedModule, no_columns, widened_interaction
 from recsys.ranking.layers.content_interest import ContentInterest
-from recsys.ranking.layers.history_numbers import history_numbers, num_history_numbers
+from recsys.ranking.layers.fields import history_numbers, num_history_numbers
 
 
 class ContentInputs(NamedTuple):

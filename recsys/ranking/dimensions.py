@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch.distributed as dist
+from torch import nn
 
 from recsys.data.schema import Schema
-from recsys.ranking.item_categories import ItemCategories
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class InputDimensions:
     group: str = ""
     has_history: bool = True
     num_items: int = 0
-    item_categories: ItemCategories | None = None
+    item_categories: nn.Module | None = None
     process_group: dist.ProcessGroup | None = None
 
     @staticmethod
@@ -49,7 +49,7 @@ class InputDimensions:
         schema: Schema,
         pooled_features: list[str],
         table_dims: dict[str, int],
-        item_categories: ItemCategories | None = None,
+        item_categories: nn.Module | None = None,
         process_group: dist.ProcessGroup | None = None,
         further: Mapping[str, int] = MappingProxyType({}),
     ) -> InputDimensions:

@@ -1,13 +1,14 @@
-"""DLRM and DLRM-DCNv2 built from TorchRec's modules; content joins the interacting vectors.
+"""DLRM, DLRM-DCNv2 and DeepFM built from TorchRec's modules; content joins the interacting vectors.
 
-DLRM (Naumov et al. 2019, arXiv 1906.00091) takes the dot products of all pairs of vectors,
-DLRM-DCNv2, the MLPerf model, puts a low-rank cross network (Wang et al. 2020, arXiv 2008.13535) in
-their place. The ID-only twin computes what `torchrec.models.dlrm.DLRM` or `DLRM_DCN` would from the
-same vectors (DLRM to the last bit with `kernels: torch`), and `dense_arch`, `inter_arch` and
-`over_arch` have the names of its parameters. Content adds two vectors to the interaction and its
-similarities to the top.
+DLRM (Naumov et al. 2019, arXiv 1906.00091) takes the dot products of all pairs of vectors.
+DLRM-DCNv2, the MLPerf model, has a low-rank cross network (Wang et al. 2020, arXiv 2008.13535)
+instead. DeepFM (Guo et al. 2017, arXiv 1703.04247) has a factorisation machine beside an MLP.
+Without content each computes what TorchRec's model does from the same vectors (DLRM to the last bit
+with `kernels: torch`), and `dense_arch`, `inter_arch` and `over_arch` have the names of its
+parameters. TorchRec's factorisation machine multiplies every two elements of all vectors, not only
+those at the same place as in the paper.
 
-Shapes: B batch, D dimension, F fields, S similarities, C labels.
+Shapes: B batch, D dimension, F fields, I = F * (F + 1) / 2 pairs, S similarities, C labels.
 """
 
 from __future__ import annotations
@@ -17,18 +18,69 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torchrec.models.dlrm import DenseArch, InteractionDCNArch, OverArch
+from torchrec.models.deepfm import DenseArch as DeepFMDenseArch
+from torchrec.models.dlrm import DenseArch, InteractionArch, InteractionDCNArch, OverArch
 from torchrec.modules.crossnet import LowRankCrossNet
+from torchrec.modules.deepfm import DeepFM as DeepComponent
+from torchrec.modules.deepfm import FactorizationMachine
 
 from recsys.config import ContentSettings
 from recsys.content.dropout import Dropout
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
+from recsys.kernels import has_native, native_dot_interaction
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.layers.dot_interaction import DotInteraction
 from recsys.ranking.layers.fields import Fields
-from recsys.ranking.settings import DlrmDcnSettings, DlrmSettings
+from recsys.ranking.layers.heads import hidden_layers
+from recsys.ranking.settings import DeepFMSettings, DlrmDcnSettings, DlrmSettings
 from recsys.ranking.vectors import IDVectors
+
+
+def dot_interaction(
+    dense: Tensor,  # [B, D]
+    sparse: Tensor,  # [B, F, D]
+    places: Tensor,  # [I], `pair_places(F + 1)`
+) -> Tensor:  # [B, D + I]
+    """Return the dense vector, and the dot products of all pairs of dense and sparse vectors."""
+    vectors = torch.cat([dense.unsqueeze(1), sparse], dim=1)  # [B, F + 1, D]
+    products = torch.bmm(vectors, vectors.transpose(1, 2))
+    return torch.cat([dense, products.flatten(1).index_select(1, places)], dim=1)
+
+
+def pair_places(num_vectors: int) -> Tensor:
+    """Return the places of the pairs (i, j), i < j, in flattened products of all vectors."""
+    pairs = torch.triu_indices(num_vectors, num_vectors, offset=1)
+    return pairs[0] * num_vectors + pairs[1]
+
+
+class DotInteraction(InteractionArch):
+    """Replacement for TorchRec's `InteractionArch`, without parameters as that.
+
+    Args:
+        num_sparse_features: F.
+    """
+
+    places: Tensor
+
+    def __init__(self, num_sparse_features: int) -> None:
+        super().__init__(num_sparse_features)
+        self.register_buffer("places", pair_places(num_sparse_features + 1), persistent=False)
+
+    def forward(
+        self,
+        dense_features: Tensor,  # [B, D]
+        sparse_features: Tensor | list[Tensor],  # [B, F, D] as in TorchRec, or F tensors [B, D]
+    ) -> Tensor:  # [B, D + I]
+        """Return the dense vector, and the dot products of all pairs of vectors."""
+        parts = sparse_features if isinstance(sparse_features, list) else [sparse_features]
+        if has_native(dense_features, *parts):
+            return native_dot_interaction(dense_features, sparse_features)
+        sparse = (
+            torch.stack(sparse_features, dim=1)
+            if isinstance(sparse_features, list)
+            else sparse_features
+        )
+        return dot_interaction(dense_features, sparse, self.places)
 
 
 class Dlrm(nn.Module):
@@ -107,3 +159,46 @@ class DlrmDcn(Dlrm):
         """Return the crossed dense vector [B, D] and F fields [B, D], side by side."""
         interactions: Tensor = self.inter_arch(dense, torch.stack(sparse, dim=1))
         return interactions
+
+
+class DeepFM(nn.Module):
+    """Fields -> factorisation machine beside an MLP -> one logit per label.
+
+    The MLP also reads the similarities of content, and `ranking.dropout` acts on its hidden layers.
+
+    Raises:
+        ValueError: `ranking.mlp_units` is empty, or `ranking.dense_units` not one layer.
+    """
+
+    Settings = DeepFMSettings
+
+    def __init__(
+        self, settings: DeepFMSettings, dimensions: InputDimensions, content: ContentSettings | None
+    ) -> None:
+        super().__init__()
+        if not settings.mlp_units or len(settings.dense_units) != 1:
+            raise ValueError(
+                f"ranking.mlp_units is {settings.mlp_units} and ranking.dense_units "
+                f"{settings.dense_units}; deepfm has at least one layer of the first and exactly "
+                "one of the second"
+            )
+        self.fields = Fields(dimensions, content)
+        numbers, dim = self.fields.num_numbers, dimensions.id_dim
+        units = settings.dense_units[0]
+        self.dense_arch = DeepFMDenseArch(numbers, units, dim) if numbers else None
+        width = (self.fields.num_interacting + 1) * dim + self.fields.num_similarities
+        layers, width = hidden_layers(width, settings.mlp_units, settings.dropout)
+        self.deep = DeepComponent(nn.Sequential(*layers))
+        self.factorization_machine = FactorizationMachine()
+        self.top = nn.Linear(dim + width + 1, dimensions.num_labels)
+
+    def forward(
+        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
+    ) -> Tensor:  # [B, C]
+        """Return the logits of a batch."""
+        fields = self.fields(ids, content, batch)
+        dense, sparse = fields.dense_and_sparse(self.dense_arch)
+        vectors = [dense, *sparse]
+        deep = self.deep([*vectors, fields.similarities])
+        pairs = self.factorization_machine(vectors)  # [B, 1]
+        return self.top(torch.cat([dense, deep, pairs], dim=1))

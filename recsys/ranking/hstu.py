@@ -18,9 +18,15 @@ from torch.nn import functional as F
 
 from recsys.config import ContentSettings
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.layers.aged_attention import NUM_AGES
-from recsys.ranking.sequence.model import Events, Read, SequenceLayer, SequenceModel
-from recsys.ranking.sequence.times import doubling_buckets, times_between
+from recsys.ranking.layers.sequence_model import (
+    NUM_AGES,
+    Events,
+    Read,
+    SequenceLayer,
+    SequenceModel,
+    doubling_buckets,
+    times_between,
+)
 from recsys.ranking.settings import HstuSettings
 
 EPSILON = 1e-12  # of the norm of sums, which are small where a history is short

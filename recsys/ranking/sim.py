@@ -6,29 +6,161 @@ these alone. The search is soft, by similarity (the cosine of content as in MUSE
 or the dot product of ID vectors without content), or hard, by category. It costs a dot product or a
 comparison per history item and a sort; all later layers see only the selected items.
 
-Shapes: B batch, N history items of the batch, K selected history items, D dimension, P parallel
-lists, C labels.
+Shapes: B batch, U unique history items, N history items of the batch, K selected history items,
+D dimension, P parallel lists, H heads, A ages, C labels, M categories of an item, I items.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from recsys.config import ContentSettings
+from recsys.config import ContentSettings, RankingSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
+from recsys.data.filesystem import Location
+from recsys.data.items.category_lists import category_lists
+from recsys.data.items.item_table import ItemTable
 from recsys.data.jagged_history import JaggedHistory
+from recsys.data.parquet.bad_rows import OnBadRow
+from recsys.data.schema import Schema
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.layers.aged_attention import AgedAttention, age_of
-from recsys.ranking.layers.attended_features import RowFeatures
 from recsys.ranking.layers.content_interest import cosines
-from recsys.ranking.layers.mlp import ranking_head
-from recsys.ranking.sequence.times import TimeGaps
+from recsys.ranking.layers.heads import ranking_head
+from recsys.ranking.layers.row_features import RowFeatures
+from recsys.ranking.layers.sequence_model import NUM_AGES, TimeGaps, age_of
 from recsys.ranking.settings import SimSettings
 from recsys.ranking.vectors import IDVectors, MemberLogits
+
+
+class AgedAttention(nn.Module):
+    """One interest vector per head, mapped to a single interest vector.
+
+    Args:
+        dim: D.
+        num_parallel: P.
+        num_heads: H.
+    """
+
+    def __init__(self, dim: int, num_parallel: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.scale = num_heads, dim**-0.5
+        self.query = nn.Linear(dim, num_heads * dim)
+        self.ages = nn.Embedding(NUM_AGES, dim)
+        nn.init.normal_(self.ages.weight, std=0.01)
+        self.parallel_map = nn.Linear(num_parallel, dim, bias=False) if num_parallel else None
+        self.output = nn.Linear(num_heads * dim, dim, bias=False)
+
+    def forward(
+        self,
+        target: Tensor,  # [B, D]
+        items: Tensor,  # [U, D]
+        history: JaggedHistory,
+        parallel: Tensor,  # [K, P]
+        ages: Tensor,  # [K]
+    ) -> Tensor:  # [B, D]
+        """Return the interest of each row in its history, for its target."""
+        items = items.float()
+        queries = self.query(target).float().unflatten(1, (self.num_heads, -1)) * self.scale
+        heads = [
+            self._head(query.contiguous(), items, history, parallel, ages)
+            for query in queries.unbind(dim=1)
+        ]
+        return self.output(torch.cat(heads, dim=1))
+
+    def _head(
+        self, query: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor, ages: Tensor
+    ) -> Tensor:  # [B, D], [U, D], [K, P], [K] -> [B, D]
+        of_ages = query @ self.ages.weight.T  # [B, A]
+        places = history.rows * NUM_AGES + ages  # in [B, A], flattened
+        scores = history.dot(query, items) + of_ages.flatten().float()[places]
+        if self.parallel_map is not None:
+            of_parallel = (query @ self.parallel_map.weight).float()
+            scores = scores + (history.spread(of_parallel) * parallel).sum(dim=1)
+        weights = history.softmax(scores)
+        interest = history.weighted_sum(weights, items)
+        by_age = weights.new_zeros(of_ages.numel()).index_add(0, places, weights)
+        interest = interest + by_age.view_as(of_ages) @ self.ages.weight
+        if self.parallel_map is not None:
+            interest = interest + self.parallel_map(history.sum(weights.unsqueeze(1) * parallel))
+        return interest
+
+
+MOST_CATEGORIES = 16  # of an item: each pair of two items' categories is compared
+
+
+class ItemCategories(nn.Module):
+    """Looks up the categories of items. Items without any take no memory."""
+
+    items: Tensor
+    categories: Tensor
+
+    def __init__(
+        self,
+        items: Tensor,  # int64 [I], ascending
+        categories: Tensor,  # [I, C]
+    ) -> None:
+        super().__init__()
+        self.register_buffer("items", items, persistent=False)
+        self.register_buffer("categories", categories, persistent=False)
+
+    def forward(self, items: Tensor) -> Tensor:  # [N] -> [N, C]
+        """Return numbers for the categories of each item, -1 for the ones it has less than C."""
+        place = torch.searchsorted(self.items, items).clamp(max=len(self.items) - 1)
+        is_known = (self.items[place] == items).unsqueeze(1)
+        return torch.where(is_known, self.categories[place], -1)
+
+
+def load_item_categories(
+    settings: RankingSettings, root: Location, schema: Schema, on_bad_row: OnBadRow
+) -> ItemCategories | None:
+    """Return the categories of items, or None if no model searches by category.
+
+    Raises:
+        ValueError: `ranking.search` is category, but `ranking.category` names no column of that
+            kind, an item has more than 16 categories, or no item has any.
+    """
+    if not isinstance(settings, SimSettings) or settings.search != "category":
+        return None
+    columns = schema.items.columns if schema.items is not None else {}
+    known = [name for name, column in columns.items() if column.kind == "category"]
+    name = settings.category
+    if name not in known:
+        raise ValueError(
+            f"ranking.category is '{name}', but ranking.search category reads an item column of "
+            f"kind category; schema.yaml has {known}"
+        )
+    items = ItemTable(root, schema, on_bad_row)
+    lists = [_lists(*chunk, name) for chunk in items.chunks(name)]
+    lengths = np.concatenate([lengths for lengths, _ in lists])
+    values = pa.chunked_array([values for _, values in lists]).combine_chunks()
+    codes = values.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    numbers = np.full((items.num_rows, max(1, int(lengths.max()))), -1, np.int32)
+    numbers[np.arange(numbers.shape[1]) < lengths[:, None]] = codes
+    has_any = (numbers[items.rows] >= 0).any(axis=1)
+    if not has_any.any():
+        raise ValueError(f"{items.folder}: column '{name}' is null in every row")
+    ids, rows = items.ids[has_any].astype(np.int64), items.rows[has_any]
+    order = ids.argsort()
+    return ItemCategories(torch.from_numpy(ids[order]), torch.from_numpy(numbers[rows[order]]))
+
+
+def _lists(
+    file: Location, row: int, values: pa.Array, name: str
+) -> tuple[np.ndarray, pa.Array]:  # int64 [n], all categories
+    """Return the number of categories of each row, and the categories of all rows."""
+    lengths, categories = category_lists(values, f"{file}: column '{name}'")
+    if (bad := lengths > MOST_CATEGORIES).any():
+        place = int(bad.argmax())
+        raise ValueError(
+            f"{file}: column '{name}', row {row + place}: {lengths[place]} categories; write "
+            f"at most {MOST_CATEGORIES} per item"
+        )
+    return lengths, categories
 
 
 class Sim(RowFeatures):

@@ -17,9 +17,14 @@ from torch.nn import functional as F
 
 from recsys.config import ContentSettings
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.layers.aged_attention import NUM_AGES
-from recsys.ranking.sequence.model import Events, Read, SequenceLayer, SequenceModel
-from recsys.ranking.sequence.times import doubling_buckets
+from recsys.ranking.layers.sequence_model import (
+    NUM_AGES,
+    Events,
+    Read,
+    SequenceLayer,
+    SequenceModel,
+    doubling_buckets,
+)
 from recsys.ranking.settings import TransformerSettings
 
 WIDENING = 4  # of the feed-forward layer, as in BST

@@ -26,9 +26,8 @@ from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.layers.fields import pooled_history
-from recsys.ranking.layers.history_numbers import history_numbers, num_history_numbers
-from recsys.ranking.layers.mlp import multilayer_perceptron
+from recsys.ranking.layers.fields import history_numbers, num_history_numbers, pooled_history
+from recsys.ranking.layers.heads import multilayer_perceptron
 from recsys.ranking.settings import TwoTowerSettings
 from recsys.ranking.vectors import IDVectors, TowerVectors
 

@@ -22,7 +22,7 @@ class IDVectors:
         [N, D], one vector per history item.
     negatives: [S, D], vectors of the sampled negatives; None if none are sampled.
     further: one [events, D] per further history, in the order of `Batch.further`. Ranking models
-        need not read it: `FurtherHistories` has encoded each into the last of `pooled`.
+        need not read it: `ExtraSequences` has encoded each into the last of `pooled`.
     """
 
     pooled: list[Tensor]

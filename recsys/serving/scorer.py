@@ -19,7 +19,7 @@ from torch import Tensor
 
 from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.checkpoint.run_schema import load_run_schema
-from recsys.model.label_losses import predictions
+from recsys.model.losses import predictions
 from recsys.serving.bounded_file import load_bounded
 from recsys.serving.compiled_graph import Graph, graph_file, load_graph
 from recsys.serving.integrity import BackgroundCheck, VerifiedFiles

@@ -1,4 +1,4 @@
-"""Counts the opinions of items (`recsys.ranking.layers.opinion_votes`) from the training rows.
+"""Counts the item vectors of collaborative filtering (`ranking.opinions`) from the training rows.
 
 Shapes: R rows, N history items of the rows, I items, G groups of users.
 """
@@ -17,7 +17,7 @@ from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import RAW_GROUP
 from recsys.data.schema import Schema
 from recsys.distributed.ranks import Ranks
-from recsys.ranking.layers.opinion_votes import PRIOR_VALUES, OpinionVotes
+from recsys.ranking.layers.collaborative_filtering import PRIOR_VALUES, CollaborativeFiltering
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,9 @@ def fill_opinions(job: Job) -> None:
     Raises:
         ValueError: on every rank: the rows cannot be read.
     """
-    votes = [module for module in job.em3.ranking.modules() if isinstance(module, OpinionVotes)]
+    votes = [
+        module for module in job.em3.ranking.modules() if isinstance(module, CollaborativeFiltering)
+    ]
     if not votes:
         return
     ranks, schema = job.ranks, job.schema
@@ -100,7 +102,7 @@ def fill_opinions(job: Job) -> None:
         module.fill(opinions, mean, deviation)
 
 
-def _describe(votes: OpinionVotes, schema: Schema) -> None:
+def _describe(votes: CollaborativeFiltering, schema: Schema) -> None:
     """Log the number of groups, and what is lost if users share them."""
     (num_items, groups), users = votes.opinions.shape, schema.limit(schema.group)
     words = f"votes: opinions on {num_items:,} items by {groups:,} groups of users"

@@ -49,7 +49,7 @@ from recsys.distributed.ranks import Ranks
 from recsys.model.build import build_em3
 from recsys.model.em3 import EM3
 from recsys.model.tables import pooled_features, table_configs
-from recsys.ranking.din_dcn import DinDcnSettings
+from recsys.ranking.din import DinDcnSettings
 from tests.ranks import rank_device
 
 STEPS, GLOBAL_BATCH = 3, 8

@@ -16,7 +16,6 @@ import torch
 
 from recsys.distributed.ranks import joined_ranks
 from recsys.model.auxiliary import Distillation
-from recsys.plug_in.added_columns import AddedColumns
 from recsys.serving import Scorer
 from recsys.serving.retrieval import Retrieved, Retriever, TwoStage
 from tests.datasets import write_dataset
@@ -33,7 +32,7 @@ NAMED = {
 }
 # The tests of these run their examples, in folders that have a package or vectors.
 SERVED = {Scorer, Retrieved, Retriever, TwoStage}
-PARTS = sorted({AddedColumns, Distillation, *NAMED} - SERVED, key=lambda part: part.__name__)
+PARTS = sorted({Distillation, *NAMED} - SERVED, key=lambda part: part.__name__)
 SETTINGS = """\
 data: shop
 item: item

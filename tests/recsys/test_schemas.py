@@ -23,7 +23,7 @@ from recsys.data.schema import load_schema
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import predict
 from recsys.evaluation.scores import read_scores
-from recsys.model.label_losses import predictions
+from recsys.model.losses import predictions
 from recsys.serving import Scorer
 from recsys.serving.export import export_run
 from recsys.training.continual.queue import Span

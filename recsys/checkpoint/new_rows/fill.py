@@ -29,7 +29,7 @@ from recsys.data.filesystem import Location
 from recsys.data.item_frequency import COLD_BELOW, ItemCounts
 from recsys.data.schema import vocabulary_file
 from recsys.distributed.gather import gather_rows
-from recsys.model.new_rows import new_rows_rules
+from recsys.model.tables import cold_row_rules
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def fill_new_rows(job: Job, counts: ItemCounts) -> dict[str, FilledRows]:
         counts: training rows of each item so far.
     """
     filled = {}
-    for table, rule in new_rows_rules(job.config, job.schema).items():
+    for table, rule in cold_row_rules(job.config, job.schema).items():
         rows = TableRows(job.model, table, job.ranks.group)
         mean, num_trained = rows.mean()
         filled[table] = FilledRows(rule, num_trained)
@@ -86,7 +86,7 @@ def refill_new_rows(job: Job, run: Path) -> None:
     Raises:
         ValueError: on every rank: the counts cannot be read.
     """
-    if not new_rows_rules(job.config, job.schema):
+    if not cold_row_rules(job.config, job.schema):
         return
     with job.ranks.raise_on_all_ranks():
         counts = trained_counts(run, job.schema.item_id_limit)
@@ -100,7 +100,7 @@ def require_table_state(job: Job, checkpoint: Path | None) -> None:
     Raises:
         ValueError: a table has a rule; names its setting.
     """
-    if checkpoint is None and (rules := new_rows_rules(job.config, job.schema)):
+    if checkpoint is None and (rules := cold_row_rules(job.config, job.schema)):
         raise ValueError(
             f"embedding.tables.{next(iter(rules))}.new_rows: the run has its best model only, "
             "without the optimizer state that tells trained rows from others; bring back its last "
@@ -119,7 +119,7 @@ def fill_rows_of_later_items(job: Job, run: Path) -> None:
     """
     item = job.schema.target_item
     known = job.schema.vocabularies.get(item)
-    is_made = new_rows_rules(job.config, job.schema).get(item) == "content"
+    is_made = cold_row_rules(job.config, job.schema).get(item) == "content"
     if not is_made or not isinstance(known, ExactVocabulary):
         return
     with job.ranks.raise_on_all_ranks():

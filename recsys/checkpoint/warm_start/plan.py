@@ -25,7 +25,7 @@ from recsys.checkpoint.warm_start.optimizers import choose_optimizer_state
 from recsys.checkpoint.warm_start.row_maps import RowMap, row_map
 from recsys.checkpoint.warm_start.settings import compare_encoders, compare_settings
 from recsys.checkpoint.warm_start.source import Source, Stored
-from recsys.model.new_rows import new_rows_rules
+from recsys.model.tables import cold_row_rules
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ def _refuse_rules_without_state(plan: WarmStartPlan, job: Job) -> None:
     """Refuse rules for new rows of a table that is taken over without its optimizer state."""
     with_state = plan.tables_with_state
     taken = {table_of_key(name) for name in plan.taken if name.startswith(MODEL)}
-    for table, rule in new_rows_rules(job.config, job.schema).items():
+    for table, rule in cold_row_rules(job.config, job.schema).items():
         if table in taken and table not in with_state:
             plan.differences.refuse(
                 f"embedding.tables.{table}.new_rows",

@@ -32,7 +32,7 @@ from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.diagnostics.cost.kernel_work import kernel_counts
 from recsys.diagnostics.cost.work import FLOAT, PartCost, Work, moved, times
-from recsys.ranking.layers.further_histories import FurtherHistories
+from recsys.ranking.layers.extra_sequences import ExtraSequences
 from recsys.ranking.vectors import IDVectors
 
 aten = torch.ops.aten
@@ -170,7 +170,7 @@ def count_ranking(
     content: ContentSettings | None,
     batch: Batch,
     history_is_unique: bool = True,
-    further_histories: FurtherHistories | None = None,
+    further_histories: ExtraSequences | None = None,
 ) -> list[PartCost]:
     """Count forward and backward of one row of `batch`, by child of the ranking model.
 

@@ -26,7 +26,7 @@ from recsys.model.build import build_em3
 from recsys.model.em3 import EM3
 from recsys.model.placement import check_placement
 from recsys.model.tables import table_configs
-from recsys.ranking.item_categories import load_item_categories
+from recsys.ranking.sim import load_item_categories
 
 # More bytes than any table needs: for the plan of devices with unlimited memory.
 NO_LIMIT = 2**60

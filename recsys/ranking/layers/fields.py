@@ -1,12 +1,15 @@
 """Fields: every vector of a row at one width, as factorisation models (DLRM, DeepFM) need them.
 
-Fields are the pooled ID features, the target item and its history, pooled: its mean, and beside it
-the mean weighted by each parallel list (liked flags, for example). Content adds two: the content
-vector of the target and the user's content interest. Numbers that are no vectors are added to the
-dense features; content similarities are kept apart, as they are inputs of a model's top layers.
+Fields are the pooled ID features, the target item and its history, pooled: its mean, and its mean
+weighted by each parallel list (such as liked flags). Content adds the content vector of the target
+and the user's content interest. Numbers of the history join the dense features. Content
+similarities stay apart, as they are inputs of a model's top layers.
 
-Shapes: B batch, F fields, D dimension of the ID vectors, N dense numbers, S similarities,
-P parallel lists, U unique history items, K history items of the batch.
+Numbers of a history are means of its lists. Several of these halve an item's weight after a fixed
+number of newer items (its half-life), since a user's taste changes.
+
+Shapes: B batch, F fields, D dimension of the ID vectors, N history items of the batch, P parallel
+lists, H half-lives, U unique history items, S similarities, X dense numbers.
 """
 
 from __future__ import annotations
@@ -22,8 +25,33 @@ from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.layers.content_interest import ContentInterest
-from recsys.ranking.layers.history_numbers import history_numbers, num_history_numbers
 from recsys.ranking.vectors import IDVectors
+
+HALF_LIVES = (1.0, 3.0, 10.0)  # in newer items
+
+
+def history_numbers(
+    history: JaggedHistory, parallel: Tensor
+) -> Tensor:  # [N, P] -> [B, P * (1 + H) + 1]
+    """Return the mean of each parallel list, its means by each half-life, and log(1 + length).
+
+    All are 0 for an empty history.
+    """
+    lengths = history.lengths.unsqueeze(1)
+    half_lives = torch.tensor(HALF_LIVES, device=lengths.device)
+    # Denormal weights of very old items would be slow, so they are clamped.
+    weights = torch.exp2(-history.ages.unsqueeze(1) / half_lives).clamp(min=1e-30)  # [N, H]
+    weights = torch.cat([torch.ones_like(weights[:, :1]), weights], dim=1)
+    weighted = (parallel.unsqueeze(2) * weights.unsqueeze(1)).flatten(1)  # [N, P * (1 + H)]
+    totals = history.sum(weights).clamp(min=1)  # only an empty history has less than 1
+    means = history.sum(weighted).view(lengths.shape[0], parallel.shape[1], weights.shape[1])
+    means = (means / totals.unsqueeze(1)).flatten(1)
+    return torch.cat([means, torch.log1p(lengths.to(means.dtype))], dim=1)
+
+
+def num_history_numbers(num_parallel: int) -> int:
+    """Return the number of columns of `history_numbers`."""
+    return num_parallel * (1 + len(HALF_LIVES)) + 1
 
 
 def pooled_history(

@@ -26,7 +26,7 @@ from recsys.config.checks import validate
 from recsys.config.limits import PositiveInt
 from recsys.config.parser import Parser
 from recsys.config.ranking import RANKING_MODELS, keys_of, settings_class
-from recsys.ranking.din_dcn import DinDcnSettings
+from recsys.ranking.din import DinDcnSettings
 from recsys.ranking.sim import SimSettings
 from recsys.ranking.two_tower import TwoTowerSettings
 from tests.recsys.command_runs import TINY

@@ -3,7 +3,7 @@
 import torch
 
 from recsys.content.dropout import Dropout
-from recsys.model.read_ids import IDDropout
+from recsys.model.id_vectors import IDDropout
 
 
 def test_a_share_p_is_dropped_and_the_rest_scaled_so_that_the_mean_stays() -> None:

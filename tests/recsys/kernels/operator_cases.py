@@ -28,8 +28,8 @@ from recsys.kernels import (
     native_target_attention,
 )
 from recsys.model.losses import in_batch_contrastive
+from recsys.ranking.dlrm import dot_interaction, pair_places
 from recsys.ranking.layers.content_interest import num_similarity_features, similarity_features
-from recsys.ranking.layers.dot_interaction import dot_interaction, pair_places
 
 Inputs = dict[str, Any]  # tensors, lists of tensors and numbers, in the order of the schema
 Result = Tensor

@@ -15,8 +15,8 @@ from recsys.content.vectors import ContentVectors, StoredHistory
 from recsys.data.jagged_history import JaggedHistory
 from recsys.kernels.choice import _Chosen
 from recsys.model.losses import ContentIDContrastive
+from recsys.ranking.dlrm import DotInteraction
 from recsys.ranking.layers.content_interest import ContentInterest
-from recsys.ranking.layers.dot_interaction import DotInteraction
 from recsys.ranking.layers.target_attention import DotAttention, HistoryAttention, TargetAttention
 
 pytestmark = pytest.mark.usefixtures("native_kernels")

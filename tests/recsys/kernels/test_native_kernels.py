@@ -11,7 +11,7 @@ from torch import Tensor
 from recsys.data.jagged_history import JaggedHistory
 from recsys.kernels import native_dot_interaction
 from recsys.kernels.choice import _Chosen
-from recsys.ranking.layers.dot_interaction import DotInteraction
+from recsys.ranking.dlrm import DotInteraction
 from recsys.ranking.layers.target_attention import TargetAttention
 
 pytestmark = pytest.mark.usefixtures("native_kernels")

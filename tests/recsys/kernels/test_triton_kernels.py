@@ -18,7 +18,7 @@ from torch import Tensor
 from recsys.data.jagged_history import JaggedHistory
 from recsys.kernels import choose_kernels
 from recsys.kernels.choice import _Chosen
-from recsys.ranking.layers.dot_interaction import DotInteraction
+from recsys.ranking.dlrm import DotInteraction
 from recsys.ranking.layers.target_attention import TargetAttention
 from tests.ranks import require_gpus
 from tests.recsys.kernels.operator_cases import CASES as OPERATORS

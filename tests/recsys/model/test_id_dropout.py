@@ -13,7 +13,7 @@ import torch
 from recsys.config import Config, EmbeddingSettings, TableSettings
 from recsys.data.filesystem import Location
 from recsys.data.schema import Schema, load_schema
-from recsys.model.read_ids import ReadIDs
+from recsys.model.id_vectors import IDVectorReader
 from recsys.model.tables import id_dropouts
 from tests.datasets import write_dataset
 
@@ -43,7 +43,7 @@ def test_the_target_item_s_table_has_none(schema: Schema) -> None:
 
 def test_only_its_vectors_are_left_out_and_only_in_training() -> None:
     torch.manual_seed(0)
-    read = ReadIDs(["user", "place"], "item", "history", dropout={"user": 0.5})
+    read = IDVectorReader(["user", "place"], "item", "history", dropout={"user": 0.5})
     vectors = {name: torch.ones(100, 2) for name in ("user", "place", "item", "history")}
     pooled = SimpleNamespace(to_dict=lambda: vectors)
     sequences = {name: SimpleNamespace(values=lambda name=name: vectors[name]) for name in vectors}

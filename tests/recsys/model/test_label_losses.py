@@ -10,8 +10,7 @@ from recsys.config import AuxiliarySettings
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import Column
 from recsys.model.auxiliary import build_auxiliary
-from recsys.model.label_losses import predictions
-from recsys.model.losses import RankingLoss
+from recsys.model.losses import RankingLoss, predictions
 
 LOSSES = ("bce", "mse", "huber", "poisson")
 

@@ -19,8 +19,7 @@ from recsys.config import (
 from recsys.data.filesystem import Location
 from recsys.data.schema import Schema, load_schema
 from recsys.data.schema_columns import VocabularySettings
-from recsys.model.new_rows import new_rows_rules
-from recsys.model.tables import table_configs
+from recsys.model.tables import cold_row_rules, table_configs
 from recsys.training.id_only_twin import id_only_twin
 from tests.datasets import write_dataset
 
@@ -44,9 +43,9 @@ def test_a_rule_other_than_random_is_that_of_its_table(schema: Schema) -> None:
         "genres": TableSettings(),
     }
     both = Config(content=CONTENT, embedding=EmbeddingSettings(tables=tables))
-    assert new_rows_rules(both, schema) == {"item": "content", "user": "mean"}
+    assert cold_row_rules(both, schema) == {"item": "content", "user": "mean"}
     twin = id_only_twin(both)
-    assert new_rows_rules(twin, schema) == {"item": "mean", "user": "mean"}
+    assert cold_row_rules(twin, schema) == {"item": "mean", "user": "mean"}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from recsys.config import RetrievalSettings
 from recsys.data.batch import Batch
-from recsys.model.retrieval_loss import RetrievalLoss
+from recsys.model.losses import RetrievalLoss
 from recsys.ranking.vectors import TowerVectors
 from tests.ranks import run_on_ranks
 from tests.recsys.content.item_batches import batch_of_items

@@ -23,7 +23,7 @@ from recsys.content.encoders.build import StoredFeatures
 from recsys.data.batch import Batch, ContentInput
 from recsys.model.losses import ContentIDContrastive
 from recsys.plug_in import DLRMWithContent, DLRMWithContentTrain, dlrm_state, load_dlrm
-from recsys.plug_in.added_columns import AddedColumns
+from recsys.plug_in.interactions import AddedColumns
 from tests.recsys.content.item_batches import batch_of_items
 from tests.recsys.plug_in.plug_in_runs import BATCH, DIM, KINDS, NUM_DENSE, NUM_ITEMS, build_dlrm
 from tests.recsys.plug_in.plug_in_runs import user_batches as torchrec_batches

@@ -17,12 +17,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.config import ContentSettings, RankingSettings, ranking_settings
 from recsys.config.ranking import keys_of
+from recsys.model.build import build_ranking
 from recsys.model.compilation import compiled_parts
 from recsys.ranking import RANKING_MODELS
-from recsys.ranking.build import build_ranking
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.layers.history_numbers import history_numbers
-from recsys.ranking.mmoe import Mmoe
+from recsys.ranking.din import Mmoe
+from recsys.ranking.layers.fields import history_numbers
 from recsys.ranking.vectors import IDVectors, TowerVectors
 from tests.recsys.ranking.ranking_inputs import (
     CONTENT,

@@ -9,7 +9,7 @@ from torchrec.models.dlrm import InteractionArch
 
 from recsys.kernels.choice import _Chosen
 from recsys.plug_in.interactions import DotProducts
-from recsys.ranking.layers.dot_interaction import DotInteraction
+from recsys.ranking.dlrm import DotInteraction
 
 
 def outputs_and_gradients(module: nn.Module, num_fields: int) -> list[Tensor]:

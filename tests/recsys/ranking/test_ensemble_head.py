@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.config import ranking_settings
+from recsys.model.build import build_ranking
 from recsys.model.losses import RankingLoss
-from recsys.ranking.build import build_ranking
-from recsys.ranking.din_dcn import DinDcnSettings
-from recsys.ranking.layers.ensemble_head import EnsembleHead, EnsembleLinear, MemberLinear
-from recsys.ranking.layers.mlp import ranking_head
+from recsys.ranking.din import DinDcnSettings
+from recsys.ranking.layers.heads import EnsembleHead, EnsembleLinear, MemberLinear, ranking_head
 from recsys.ranking.vectors import MemberLogits
 from tests.recsys.ranking.ranking_inputs import CONTENT, DIMENSIONS, inputs
 

@@ -15,18 +15,18 @@ from recsys.data.batch import FurtherHistory
 from recsys.data.jagged_history import JaggedHistory
 from recsys.data.schema_columns import HistoryColumns
 from recsys.ranking.layers.content_interest import ContentInterest
-from recsys.ranking.layers.further_histories import FurtherHistories
+from recsys.ranking.layers.extra_sequences import ExtraSequences
 from tests.recsys.ranking.ranking_inputs import CONTENT, CONTENT_DIM, ID_DIM, inputs
 
 BOUGHT = [HistoryColumns("bought", ["bought_price"], [])]
 LENGTHS, PLACES = torch.tensor([1, 2, 0]), torch.tensor([4, 0, 4])  # of the 5 history items
 
 
-def further_of(encoder: Any) -> FurtherHistories:
+def further_of(encoder: Any) -> ExtraSequences:
     torch.manual_seed(0)
     content = replace(CONTENT, history=replace(CONTENT.history, columns=["bought"]))
     settings = ranking_settings("dlrm", further_histories=encoder)
-    return FurtherHistories(settings, ID_DIM, BOUGHT, content)
+    return ExtraSequences(settings, ID_DIM, BOUGHT, content)
 
 
 @pytest.mark.parametrize("encoder", ["attention", "mean"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from recsys.data.jagged_history import JaggedHistory
-from recsys.ranking.layers.history_numbers import HALF_LIVES, history_numbers, num_history_numbers
+from recsys.ranking.layers.fields import HALF_LIVES, history_numbers, num_history_numbers
 
 LENGTHS = torch.tensor([3, 0, 1])
 HISTORY = JaggedHistory.of(torch.tensor([0, 1, 0, 2]), LENGTHS, num_items=3)

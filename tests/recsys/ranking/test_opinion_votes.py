@@ -11,8 +11,8 @@ from torch import Tensor
 
 from recsys.config import ranking_settings
 from recsys.data.jagged_history import JaggedHistory
-from recsys.ranking.build import build_ranking
-from recsys.ranking.layers.opinion_votes import OpinionVotes
+from recsys.model.build import build_ranking
+from recsys.ranking.layers.collaborative_filtering import CollaborativeFiltering
 from recsys.serving.ranking_graph import RankingGraph
 from tests.recsys.ranking.ranking_inputs import DIMENSIONS, inputs
 
@@ -24,7 +24,9 @@ def votes_of(
     opinions: Tensor, values: list[float], user: int, training: bool = False, dropout: float = 0.0
 ) -> Tensor:
     """Votes of a row with history (1, 2) and target 0, whose prior values are all 0."""
-    votes = OpinionVotes(column=0, num_items=3, num_groups=2, dropout=dropout).train(training)
+    votes = CollaborativeFiltering(column=0, num_items=3, num_groups=2, dropout=dropout).train(
+        training
+    )
     votes.fill(opinions, mean=0.0, deviation=1.0)
     _, _, batch = inputs(torch.tensor([2]))
     batch = replace(
@@ -65,7 +67,7 @@ def test_a_target_that_counts_as_new_in_training_gets_no_votes() -> None:
 
 
 def test_without_history_or_opinions_all_votes_are_0() -> None:
-    votes = OpinionVotes(column=0, num_items=3, num_groups=2)
+    votes = CollaborativeFiltering(column=0, num_items=3, num_groups=2)
     _, _, batch = inputs(torch.tensor([0, 2]))
     batch = replace(batch, history_items=torch.tensor([1, 7]))  # 7: an item added to a package
     assert (votes(batch.jagged_history(), batch) == 0).all()
@@ -74,7 +76,7 @@ def test_without_history_or_opinions_all_votes_are_0() -> None:
 def test_long_histories_lose_no_digits_so_that_a_package_agrees() -> None:
     values = torch.tensor([0.8, 0.9, 0.6]).repeat(100)
     history = JaggedHistory.of(torch.arange(300), torch.tensor([300]), 300)
-    votes = OpinionVotes(column=0, num_items=300, num_groups=2)
+    votes = CollaborativeFiltering(column=0, num_items=300, num_groups=2)
     votes.fill(torch.ones(300, 2), mean=0.7, deviation=0.2)
     exact, mean, deviation = values.double(), votes.mean.double(), votes.deviation.double()
     expected = (exact - (exact.sum() + 5 * mean) / 305) / deviation
@@ -83,7 +85,7 @@ def test_long_histories_lose_no_digits_so_that_a_package_agrees() -> None:
 
 
 def test_new_opinions_replace_only_those_that_have_rows() -> None:
-    votes = OpinionVotes(column=0, num_items=3, num_groups=2)
+    votes = CollaborativeFiltering(column=0, num_items=3, num_groups=2)
     votes.fill(OPINIONS, mean=0.5, deviation=1.0)
     votes.fill(torch.tensor([[0.0, 3.0], [0.0, 0.0], [0.0, 0.0]]), mean=0.25, deviation=2.0)
     assert votes.opinions[0].tolist() == [1.0, 3.0]

@@ -12,10 +12,10 @@ from recsys import ranking
 from recsys.config import ContentSettings, RankingSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
-from recsys.ranking.build import build_ranking
+from recsys.model.build import build_ranking
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.din_dcn import DinDcn, DinDcnSettings
-from recsys.ranking.layers.history_numbers import history_numbers
+from recsys.ranking.din import DinDcn, DinDcnSettings
+from recsys.ranking.layers.fields import history_numbers
 from recsys.ranking.vectors import IDVectors
 from tests.recsys.ranking.ranking_inputs import (
     CONTENT,

@@ -15,9 +15,13 @@ from torch.nn import functional as F
 from recsys.config import ContentSettings
 from recsys.data.batch import Batch
 from recsys.ranking.hstu import HstuLayer
-from recsys.ranking.sequence import sequences
-from recsys.ranking.sequence.model import SequenceModel
-from recsys.ranking.sequence.times import TimeGaps, doubling_buckets, times_between
+from recsys.ranking.layers import sequences
+from recsys.ranking.layers.sequence_model import (
+    SequenceModel,
+    TimeGaps,
+    doubling_buckets,
+    times_between,
+)
 from recsys.ranking.transformer import Transformer, TransformerLayer
 from recsys.serving.ranking_graph import RankingGraph
 from tests.recsys.ranking.ranking_inputs import CONTENT, CONTENT_DIM, DIMENSIONS, inputs

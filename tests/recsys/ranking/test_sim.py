@@ -17,10 +17,15 @@ from recsys.data.batch import Batch
 from recsys.data.filesystem import Location
 from recsys.data.jagged_history import JaggedHistory
 from recsys.data.schema import load_schema
-from recsys.ranking.item_categories import ItemCategories, load_item_categories
-from recsys.ranking.layers.aged_attention import AgedAttention, age_of
-from recsys.ranking.layers.history_numbers import num_history_numbers
-from recsys.ranking.sim import Sim, SimSettings
+from recsys.ranking.layers.fields import num_history_numbers
+from recsys.ranking.layers.sequence_model import age_of
+from recsys.ranking.sim import (
+    AgedAttention,
+    ItemCategories,
+    Sim,
+    SimSettings,
+    load_item_categories,
+)
 from tests.datasets import write_dataset
 from tests.recsys.ranking.ranking_inputs import CONTENT, DIMENSIONS, ID_DIM, inputs
 

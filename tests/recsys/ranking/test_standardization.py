@@ -11,10 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recsys.config import ranking_settings
-from recsys.ranking.build import build_ranking
-from recsys.ranking.layers.attended_features import RowFeatures
-from recsys.ranking.layers.history_numbers import history_numbers
-from recsys.ranking.layers.standardization import LARGEST, LEAST_VARIANCE, Standardization
+from recsys.model.build import build_ranking
+from recsys.ranking.layers.fields import history_numbers
+from recsys.ranking.layers.row_features import LARGEST, LEAST_VARIANCE, RowFeatures, Standardization
 from tests.ranks import run_on_ranks
 from tests.recsys.ranking.ranking_inputs import CONTENT, DIMENSIONS, LENGTHS, inputs
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recsys.data.jagged_history import JaggedHistory
-from recsys.ranking.layers.further_histories import MeanOfEvents
+from recsys.ranking.layers.extra_sequences import MeanOfEvents
 from recsys.ranking.layers.target_attention import DotAttention, HistoryAttention, TargetAttention
 
 DIM, NUM_PARALLEL, NUM_ITEMS = 4, 2, 4

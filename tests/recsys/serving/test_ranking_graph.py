@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.model.precision import use_bfloat16
-from recsys.ranking.item_categories import ItemCategories
+from recsys.ranking.sim import ItemCategories
 from recsys.ranking.vectors import IDVectors, TowerVectors
 from recsys.serving.exported_graph import ExportedGraph
 from recsys.serving.package import GRAPH

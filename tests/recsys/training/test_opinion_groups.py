@@ -10,7 +10,7 @@ import yaml
 from recsys.config import load_config
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import load_run
-from recsys.ranking.layers.opinion_votes import OpinionVotes, automatic_groups
+from recsys.ranking.layers.collaborative_filtering import CollaborativeFiltering, automatic_groups
 from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.recsys.command_runs import TINY
@@ -30,7 +30,9 @@ def groups_of(run: Path) -> int:
     """Groups of the votes of a loaded run, which its settings have, too."""
     with joined_ranks("cpu") as ranks:
         job = load_run(run, None, ranks, "cpu")
-        (votes,) = (of for of in job.em3.ranking.modules() if isinstance(of, OpinionVotes))
+        (votes,) = (
+            of for of in job.em3.ranking.modules() if isinstance(of, CollaborativeFiltering)
+        )
     settings = yaml.safe_load((run / "config.yaml").read_text())["ranking"]
     assert settings["opinion_groups"] == votes.opinions.shape[1] and votes.opinions.any()
     return votes.opinions.shape[1]

@@ -27,7 +27,7 @@ from recsys.diagnostics.cost.counted import WorkCounter
 from recsys.diagnostics.plan.description import Description, describe
 from recsys.diagnostics.plan.item_sample import sample_items
 from recsys.diagnostics.profile.collective_trace import read_collectives
-from recsys.ranking.din_dcn import DinDcnSettings
+from recsys.ranking.din import DinDcnSettings
 from recsys.training.train import training_interactions
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks

@@ -15,7 +15,7 @@ from recsys.data.batch import Batch
 from recsys.ranking.vectors import IDVectors
 
 # Columns that are looked up one vector per id, and the number of table rows of each of their ids.
-RowsOfIds = Mapping[str, int]
+RowsPerID = Mapping[str, int]
 
 
 class IDDropout(nn.Module):
@@ -41,7 +41,7 @@ class IDDropout(nn.Module):
         return f"p={self.p}"
 
 
-class ReadIDs(nn.Module):
+class IDVectorReader(nn.Module):
     """Lookup results -> `IDVectors`, read by key in the order of the configuration.
 
     Args:
@@ -60,8 +60,8 @@ class ReadIDs(nn.Module):
         history_is_unique: bool = True,
         negatives: str | None = None,
         dropout: Mapping[str, float] | None = None,
-        beside: RowsOfIds | None = None,
-        further: Sequence[RowsOfIds] = (),
+        beside: RowsPerID | None = None,
+        further: Sequence[RowsPerID] = (),
     ) -> None:
         super().__init__()
         dropout = dropout or {}
@@ -100,7 +100,7 @@ class ReadIDs(nn.Module):
         )
 
 
-def _added_up(sequences: Any, columns: RowsOfIds) -> Tensor:  # [N, D]
+def _added_up(sequences: Any, columns: RowsPerID) -> Tensor:  # [N, D]
     """Return the sum of the vectors that each event has in the columns."""
     vectors = [
         sequences[name].values().unflatten(0, (-1, num_rows)).sum(dim=1)

@@ -39,7 +39,7 @@ def automatic_groups(num_users: int, num_items: int) -> int:
     return max(1, min(num_users, MOST_GROUPS, fitting))
 
 
-class OpinionVotes(nn.Module):
+class CollaborativeFiltering(nn.Module):
     """The opinions of all items, and the votes that they give.
 
     Args:

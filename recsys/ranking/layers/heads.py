@@ -1,11 +1,14 @@
-"""Many MLPs in one: an ensemble whose members share nearly all weights (TabM).
+"""Output heads of ranking models: a stack of layers, or an ensemble of such stacks (TabM).
 
-It follows Gorishniy et al. 2025 (TabM, arXiv 2410.24210), who build on BatchEnsemble (Wen et al.
-2020, arXiv 2002.06715). All members share the weight of each hidden layer; each member scales its
-inputs and outputs by numbers of its own, and has its own biases and last layer. Random signs of the
-input scales make the members differ at the start. Each has its own loss in training; items are
-ranked by their mean logit. The ensemble reduces the variance between seeds, at the arithmetic cost
-of K MLPs.
+Dropout acts after each hidden layer, not on the model's inputs. A content similarity is a single
+number without a duplicate: an MLP that misses it in a third of the steps learns to ignore it. On
+MovieLens that alone decided whether content helped DIN.
+
+The ensemble follows TabM (Gorishniy et al. 2025, arXiv 2410.24210) and BatchEnsemble (Wen et al.
+2020, arXiv 2002.06715). All members share the weight of each hidden layer. Each member scales its
+inputs and outputs, and has its own biases, last layer and training loss. Random signs of the input
+scales make members differ at the start. Items are ranked by the mean logit, which varies less
+between seeds.
 
 Shapes: K members, B batch, I and O units of a layer, C labels.
 """
@@ -15,7 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from recsys.config import RankingSettings
 from recsys.content.dropout import Dropout
+from recsys.ranking.settings import HeadSettings
 from recsys.ranking.vectors import MemberLogits
 
 
@@ -86,3 +91,35 @@ class EnsembleHead(nn.Module):
         """Return the logits [K, B, C] of the members in training, else their mean [B, C]."""
         logits = self.layers(features.expand(self.members, -1, -1))
         return MemberLogits(logits) if self.training else logits.mean(0)
+
+
+def hidden_layers(width: int, units: list[int], dropout: float) -> tuple[list[nn.Module], int]:
+    """Return a linear map, ReLU and dropout for each of `units`, and the output width."""
+    layers: list[nn.Module] = []
+    for count in units:
+        layers += [nn.Linear(width, count), nn.ReLU(), Dropout(dropout)]
+        width = count
+    return layers, width
+
+
+def multilayer_perceptron(
+    width: int, settings: RankingSettings, num_outputs: int, units: list[int] | None = None
+) -> nn.Sequential:
+    """Return `hidden_layers` of `units` (default `settings.mlp_units`), then a linear map."""
+    units = settings.mlp_units if units is None else units
+    layers, width = hidden_layers(width, units, settings.dropout)
+    return nn.Sequential(*layers, nn.Linear(width, num_outputs))
+
+
+def ranking_head(
+    width: int, settings: HeadSettings, num_outputs: int, drops_inputs: bool = False
+) -> nn.Sequential:
+    """Return a `multilayer_perceptron`, or an ensemble of `settings.ensemble_members` of them.
+
+    With `drops_inputs` dropout also acts on the inputs of the head.
+    """
+    first = [Dropout(settings.dropout)] if drops_inputs else []
+    if settings.ensemble_members == 1:
+        return nn.Sequential(*first, *multilayer_perceptron(width, settings, num_outputs))
+    units, members = settings.mlp_units, settings.ensemble_members
+    return nn.Sequential(*first, EnsembleHead(width, units, num_outputs, members, settings.dropout))

@@ -38,7 +38,7 @@ class MeanOfEvents(HistoryAttention):
         return torch.zeros_like(history.rows, dtype=items.dtype)
 
 
-class FurtherHistories(nn.Module):
+class ExtraSequences(nn.Module):
     """`IDVectors` -> the same with the vectors of further histories behind the pooled ones.
 
     A history of `content.history.columns` has a second vector: the interest in its items' content

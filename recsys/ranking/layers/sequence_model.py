@@ -27,12 +27,80 @@ from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.layers.attended_features import RowFeatures
-from recsys.ranking.layers.mlp import ranking_head
-from recsys.ranking.sequence.sequences import Sequences, sequences_of
-from recsys.ranking.sequence.times import TimeGaps
-from recsys.ranking.settings import SequenceSettings
+from recsys.ranking.layers.heads import ranking_head
+from recsys.ranking.layers.row_features import RowFeatures
+from recsys.ranking.layers.sequences import Sequences, sequences_of
+from recsys.ranking.settings import GapScale, SequenceSettings
 from recsys.ranking.vectors import IDVectors, MemberLogits
+
+NUM_AGES = 32
+SECONDS_PER_DAY = 86_400
+EXPONENT_BITS, EXPONENT_OF_ONE = 23, 127  # of a float32
+
+
+def age_of(gaps: Tensor) -> Tensor:  # [K] -> [K]
+    """Return floor(log2(1 + gap)), int64 in [0, NUM_AGES): rows of the table of ages."""
+    return torch.log2(1 + gaps.double().clamp(min=0)).long().clamp(max=NUM_AGES - 1)
+
+
+def doubling_buckets(gaps: Tensor) -> Tensor:
+    """Return floor(log2(1 + gap)), int64 in [0, NUM_AGES), of float32 gaps of any shape.
+
+    The exponent of a floating-point number is that logarithm, and reading it costs a fraction of a
+    logarithm of each pair of events. Negative gaps count as 0.
+    """
+    bits = (gaps.float().clamp(min=0) + 1).view(torch.int32)
+    return ((bits >> EXPONENT_BITS) - EXPONENT_OF_ONE).clamp(max=NUM_AGES - 1).long()
+
+
+def times_between(ages: Tensor) -> Tensor:  # [S, L] -> int64 [S, L, L]
+    """Return the bucket of the time from each event (last axis) to each (second axis)."""
+    return doubling_buckets(ages.unsqueeze(1) - ages.unsqueeze(2))
+
+
+@dataclass(frozen=True)
+class TimeGaps:
+    """Place of the ages of history items among the parallel lists, and their scale.
+
+    column: of the ages; None: there are none.
+    flags: the columns that models read as numbers.
+    scale: linear: a unit such as seconds; log_days: log10(1 + days) / 2, as `recsys prepare`
+        writes ages.
+    """
+
+    column: int | None
+    flags: list[int]
+    scale: GapScale = "linear"
+
+    @staticmethod
+    def of(name: str | None, dimensions: InputDimensions, scale: GapScale = "linear") -> TimeGaps:
+        """Find the list of ages by its name; None: there is none.
+
+        Ages in seconds are not among `flags`, since their scale differs too much.
+
+        Raises:
+            ValueError: no parallel list has this name.
+        """
+        lists = dimensions.parallel_names
+        if name is not None and name not in lists:
+            raise ValueError(
+                f"ranking.time_gaps is '{name}'; the parallel lists of the history in schema.yaml "
+                f"are {list(lists)}"
+            )
+        column = None if name is None else lists.index(name)
+        dropped = column if scale == "linear" else None
+        flags = [place for place in range(dimensions.num_parallel) if place != dropped]
+        return TimeGaps(column, flags, scale)
+
+    def ages(self, values: Tensor) -> Tensor | None:  # [N, P] -> [N, 1]
+        """Return the ages of history items, in seconds if their scale is `log_days`."""
+        if self.column is None:
+            return None
+        ages = values[:, [self.column]]
+        if self.scale == "log_days":
+            ages = (torch.pow(10.0, 2 * ages) - 1) * SECONDS_PER_DAY
+        return ages.clamp(min=0)
+
 
 Read = tuple[Tensor, Tensor]  # keys and values [T, D] that targets read of events
 

@@ -1,19 +1,23 @@
-"""The base of sequence models: all features of a row as one vector, after attention to the history.
+"""All features of a row as one vector, after attention to the history: the base of most backbones.
 
-The vector joins the interest of the ID history and, with content, that of the content history to
-the pooled ID vectors, the target and the dense features. DIN, DIN with a DCN-v2 head, SIM and MMoE
-differ in the layers on top of this vector, or in the history items that they attend to.
+The vector joins the interest in the ID history and, with content, in the content history to the
+pooled ID vectors, the target and the dense features. Backbones differ in the layers above it, or in
+the history items that they attend to.
 
-Numbers rather than vectors (dense features, numbers of the history's lists, content similarities)
-can be standardised before they are joined to the vectors: `ranking.standardize_numbers`.
+`ranking.standardize_numbers` standardises numbers (dense features, numbers of the history's lists,
+content similarities) before they join the vectors. Cosines differ by about a tenth, logarithms of
+lengths by ten, and an MLP learns late from numbers that vary little. Batch normalization (Ioffe &
+Szegedy 2015, arXiv 1502.03167) would make a row's logit depend on the other rows of its batch. Here
+the statistics cover all steps so far and all ranks, and pass on no gradient.
 
 Shapes: B batch, K history items that are attended to, P parallel lists, D dimension of ID vectors,
-W width of the vector.
+W width of the vector, S standardised numbers.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from recsys.config import ContentSettings
@@ -21,13 +25,67 @@ from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.dimensions import InputDimensions
+from recsys.ranking.layers.collaborative_filtering import NUM_VOTES, CollaborativeFiltering
 from recsys.ranking.layers.content_interest import ContentInterest
-from recsys.ranking.layers.history_numbers import history_numbers, num_history_numbers
-from recsys.ranking.layers.opinion_votes import NUM_VOTES, OpinionVotes
-from recsys.ranking.layers.standardization import Standardization
+from recsys.ranking.layers.fields import history_numbers, num_history_numbers
 from recsys.ranking.layers.target_attention import TargetAttention
 from recsys.ranking.settings import AttendedSettings, NumbersSettings
 from recsys.ranking.vectors import IDVectors
+
+STEPS = 1000  # horizon of the running mean; older steps count less and less
+LARGEST = 8.0  # standard deviations; larger values are clamped
+LEAST_VARIANCE = 1e-4  # keeps nearly constant numbers from being scaled up
+
+
+class Standardization(nn.Module):
+    """(x - mean) / standard deviation, both running over the steps of training. A collective.
+
+    Padding rows do not count. The first steps have equal weight, as in a plain mean.
+
+    Args:
+        num_numbers: W.
+        process_group: the ranks whose rows count; None for this rank alone.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    steps: Tensor
+
+    def __init__(self, num_numbers: int, process_group: dist.ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.process_group = process_group
+        self.register_buffer("mean", torch.zeros(num_numbers))
+        self.register_buffer("variance", torch.ones(num_numbers))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(
+        self,
+        numbers: Tensor,  # [B, W]
+        row_weights: Tensor | None = None,  # [B], 0 for a padding row
+    ) -> Tensor:  # [B, W]
+        """Update the statistics in training, and return the standardised numbers. A collective."""
+        if self.training:
+            self._update(numbers.detach(), row_weights)
+        scale = (self.variance + LEAST_VARIANCE).rsqrt()
+        return ((numbers - self.mean) * scale).clamp(-LARGEST, LARGEST)
+
+    @torch.no_grad()
+    def _update(self, numbers: Tensor, row_weights: Tensor | None) -> None:  # [B, W], [B]
+        """Add the rows of a step, of all ranks, to the statistics. A collective."""
+        weights = numbers.new_ones(len(numbers)) if row_weights is None else row_weights
+        # In double precision: squares of numbers far from 0 cancel.
+        apart = numbers.double() - self.mean
+        of_rows = torch.cat([torch.ones_like(apart[:, :1]), apart, apart.square()], dim=1)
+        totals = weights.double() @ of_rows  # [1 + 2 W]
+        if self.process_group is not None:
+            dist.all_reduce(totals, group=self.process_group)
+        shift, square = (totals[1:] / totals[0].clamp(min=1)).chunk(2)
+        has_rows = totals[0] > 0
+        self.steps += has_rows
+        share = has_rows / self.steps.double().clamp(1, STEPS)
+        self.mean += share * shift
+        around_new_mean = square - share * shift.square()
+        self.variance += share * (around_new_mean - self.variance)
 
 
 class RowFeatures(nn.Module):
@@ -57,9 +115,9 @@ class RowFeatures(nn.Module):
         super().__init__()
         width = sum(dimensions.pooled_dims) + dimensions.id_dim + interest_dim
         numbers = dimensions.num_dense + num_history_numbers(dimensions.num_parallel)
-        self.opinion_votes: OpinionVotes | None = None
+        self.opinion_votes: CollaborativeFiltering | None = None
         if settings.opinions is not None:
-            self.opinion_votes = _opinion_votes(settings, dimensions)
+            self.opinion_votes = _collaborative_filtering(settings, dimensions)
             numbers += NUM_VOTES
         self.content_interest: ContentInterest | None = None
         if content is not None:
@@ -116,7 +174,9 @@ class RowFeatures(nn.Module):
         return list(joined.split(widths, dim=1))
 
 
-def _opinion_votes(settings: NumbersSettings, dimensions: InputDimensions) -> OpinionVotes:
+def _collaborative_filtering(
+    settings: NumbersSettings, dimensions: InputDimensions
+) -> CollaborativeFiltering:
     """Return the votes by the list that `ranking.opinions` names."""
     name, names = settings.opinions, dimensions.parallel_names
     if name not in names:
@@ -132,7 +192,7 @@ def _opinion_votes(settings: NumbersSettings, dimensions: InputDimensions) -> Op
     groups = settings.opinion_groups
     assert groups is not None  # `recsys.model.build.with_opinion_groups` has set it
     place = names.index(name)
-    return OpinionVotes(place, dimensions.num_items, groups, settings.opinion_dropout)
+    return CollaborativeFiltering(place, dimensions.num_items, groups, settings.opinion_dropout)
 
 
 class AttendedFeatures(RowFeatures):
