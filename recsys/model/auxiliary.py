@@ -1,14 +1,8 @@
 """Auxiliary losses, added to the ranking and contrastive losses, each with its weight.
 
-A user's own loss is an `nn.Module` in one file and a line of YAML. It is constructed with its
-`options`, and called with `AuxiliaryInputs` in training; it returns the loss [] of the batch. It
-lists the further columns that it reads, of kind `extra` in schema.yaml, as `columns`:
-
-    class Calm(nn.Module):  # keeps logits small
-        columns = ()
-
-        def __init__(self, power: int) -> None: ...
-        def forward(self, inputs: AuxiliaryInputs) -> Tensor: ...
+A user's own loss is an `nn.Module`, constructed with its `options` and called in training with
+`AuxiliaryInputs`; it returns the loss [] of the batch. Its attribute `columns` lists the columns of
+kind `extra` that it reads. The recipe names it:
 
     auxiliary: {calm: {loss: "my_losses:Calm", weight: 0.1, options: {power: 2}}}
 
@@ -56,13 +50,7 @@ class AuxiliaryInputs:
 
 
 class AuxiliaryLosses(nn.Module):
-    """The weighted sum of auxiliary losses.
-
-    Args:
-        losses: each loss by its name in the configuration.
-        weights: the weight of each loss.
-        extra: the extra columns of the schema, in its order.
-    """
+    """Weighted sum of auxiliary losses; `extra` has the extra columns in the schema's order."""
 
     def __init__(
         self, losses: Mapping[str, nn.Module], weights: Mapping[str, float], extra: list[str]
@@ -85,12 +73,11 @@ class AuxiliaryLosses(nn.Module):
 
 
 class Distillation(nn.Module):
-    """Distillation: pulls the logits towards a teacher's, which are a column of the rows.
+    """Pulls the logits towards a teacher's, which are a column of the rows.
 
-    The teacher's probability sigmoid(t / T) is the soft target of sigmoid(z / T); the loss is
+    The teacher's probability sigmoid(t / T) is the soft target of sigmoid(z / T). The loss is
     multiplied by T squared, so that its gradient does not shrink with T (Hinton et al. 2015,
-    arXiv 1503.02531). A row without a teacher's logit has loss 0 and stays in the mean's divisor,
-    so that every impression has the same weight in any batch.
+    arXiv 1503.02531). A row without a teacher's logit has loss 0 and stays in the mean's divisor.
 
     Args:
         column: column of kind `extra` with the teacher's logits.
@@ -98,9 +85,6 @@ class Distillation(nn.Module):
             gradient and is 0 where both agree.
         temperature: T.
         label: index of the label that the teacher predicts.
-
-    Raises:
-        ValueError: an unknown loss, or a temperature that is not above 0.
 
     Example::
 
@@ -128,7 +112,6 @@ class Distillation(nn.Module):
         self.loss, self.temperature, self.label = loss, temperature, label
 
     def forward(self, inputs: AuxiliaryInputs) -> Tensor:  # []
-        """Return the mean loss over all rows, times T squared."""
         teacher = inputs.columns[self.columns[0]]  # [B]
         is_known = ~teacher.isnan()
         teacher = teacher.nan_to_num(0.0) / self.temperature
@@ -148,12 +131,7 @@ def _columns_of(loss: nn.Module) -> tuple[str, ...]:
 def build_auxiliary(
     settings: Mapping[str, AuxiliarySettings], schema: Schema
 ) -> AuxiliaryLosses | None:
-    """Return the losses that `auxiliary` names; None if it names none.
-
-    Raises:
-        ValueError: a loss cannot be constructed, has a name that is in use, or lists a column that
-            is not of kind extra.
-    """
+    """Return the losses that `auxiliary` names; None if it names none."""
     extra, losses = schema.of_kind("extra"), {}
     for name, own in settings.items():
         where = f"auxiliary.{name}"

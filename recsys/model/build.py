@@ -40,10 +40,7 @@ from recsys.ranking.sim import ItemCategories
 
 
 def with_opinion_groups(config: Config, schema: Schema) -> Config:
-    """Return the settings with the number of groups that votes have by default, if they have any.
-
-    A run keeps the number, since its table of users may grow.
-    """
+    """Set the default number of user groups for collaborative filtering; the run keeps it."""
     votes = config.ranking
     if not isinstance(votes, NumbersSettings) or votes.opinions is None or votes.opinion_groups:
         return config
@@ -65,9 +62,6 @@ def build_em3(
 
     `encoders` are by modality; `item_categories` is the result of `load_item_categories`;
     `process_group` has the ranks that train the model together, None for a single rank.
-
-    Raises:
-        ValueError: unknown parts, or settings that do not fit the labels.
     """
     config = with_opinion_groups(config, schema)
     content = content_settings(config)
@@ -191,11 +185,7 @@ def _build_losses(config: Config, schema: Schema, id_dim: int) -> Losses:
 def build_ranking(
     settings: RankingSettings, dimensions: InputDimensions, content: ContentSettings | None
 ) -> nn.Module:
-    """Return `Class(settings, dimensions, content)` for the class that `settings.name` names.
-
-    Raises:
-        ValueError: the name is unknown, or a user's class cannot be imported or constructed.
-    """
+    """Return `Class(settings, dimensions, content)` for the class that `settings.name` names."""
     return make_part(
         "ranking.name", settings.name, RANKING_MODELS, nn.Module, settings, dimensions, content
     )

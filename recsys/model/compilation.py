@@ -1,13 +1,12 @@
 """Applies torch.compile to the dense parts in which many small operations can be fused.
 
 These are the fusion, each trained layer of the encoders and the ranking model's stacks of layers.
-Each is one graph without breaks, for histories, texts and numbers of items of any length. The rest
-of a ranking model is not compiled: its history arithmetic uses custom kernels, which would break
-the graph into dozens of fragments.
+Each is one graph without breaks, for inputs of any length. The rest of a ranking model is not
+compiled: the custom kernels of its history arithmetic would break the graph into dozens of
+fragments. Frozen layers are not compiled, or their outputs would differ from those in the cache.
 
-The parts are compiled in place (`nn.Module.compile`), so that names of parameters, and with them
-checkpoints, do not change; `print(model)` shows the compiled parts (`recsys.content.wrap`). Frozen
-layers are not compiled, or their outputs would differ from those in the cache.
+The parts are compiled in place, so that names of parameters do not change; `print(model)` shows the
+compiled parts (`recsys.content.wrap`).
 """
 
 from __future__ import annotations
@@ -40,11 +39,7 @@ def compiled_parts(em3: EM3) -> dict[str, nn.Module]:
 
 
 def compile_dense_parts(em3: EM3, device: torch.device, backend: str = "inductor") -> None:
-    """Compile the dense parts in place; each is compiled at its first call.
-
-    Raises:
-        ValueError: torch.compile does not work on this machine.
-    """
+    """Compile the dense parts in place; each is compiled at its first call."""
     if backend == "inductor":
         require_compiler(device)
     for part in compiled_parts(em3).values():
@@ -53,11 +48,7 @@ def compile_dense_parts(em3: EM3, device: torch.device, backend: str = "inductor
 
 
 def require_compiler(device: torch.device) -> None:
-    """Compile a tiny function, so that a missing compiler is reported before the first step.
-
-    Raises:
-        ValueError: it cannot be compiled; the message has the cause and the package to install.
-    """
+    """Compile a tiny function, so that a missing compiler is reported before the first step."""
     try:
         if device.type == "cpu":
             # torch may load the function from its cache even if the compiler has been removed.

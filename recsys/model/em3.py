@@ -1,11 +1,11 @@
-"""EM3: one model of sharded ID tables, a content branch, a ranking model and two losses.
+"""EM3: one model of sharded ID tables, a content branch, a ranking model and its losses.
 
 The top forward has no branches on data, because `TrainPipelineSparseDist` traces it with torch.fx
-to send the ids of the next batches ahead; for the same reason the sharded collections read their
+to send the ids of the next batches ahead. For the same reason the sharded collections read their
 ids directly from attributes of the batch. Code that depends on data lives in submodules without
 sharded modules, which the tracer treats as leaves.
 
-Shapes: B batch, C labels, D dimension, F pooled features.
+Shapes: B batch, C labels, D dimension.
 """
 
 from __future__ import annotations
@@ -28,14 +28,9 @@ from recsys.ranking.vectors import IDVectors, MemberLogits, TowerVectors
 
 
 class Losses(nn.Module):
-    """Sum of the losses: ranking or retrieval, Content-ID-Contrastive, and auxiliary ones.
+    """Sum of the losses: ranking or retrieval, Content-ID-Contrastive (CIC), and auxiliary ones.
 
-    Args:
-        ranking: loss of the logits.
-        contrastive: optional CIC loss, scaled by `weight`.
-        weight: weight of the CIC loss.
-        retrieval: softmax loss of tower vectors; None applies `ranking` to their logits.
-        auxiliary: optional further losses with their weights, in training only.
+    `weight` is that of CIC. Without `retrieval`, `ranking` applies to the logits of tower vectors.
     """
 
     def __init__(
@@ -69,13 +64,8 @@ class Losses(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Return the loss to minimise [], its parts without gradient, and the logits [B, C].
 
-        Within `left_out` the loss is 0, without parts.
-
         When a retrieval model is not training, the parts include its vectors: `query` [B, D] for
         the first label and `item` [B, D].
-
-        Raises:
-            ValueError: the loss is a softmax over items and the model returns no tower vectors.
         """
         logits = scored if isinstance(scored, Tensor) else scored.logits
         loss, parts = logits.new_zeros(()), dict[str, Tensor]()
@@ -123,10 +113,9 @@ class EM3(nn.Module):
     Args:
         embedding_bags: pooled ID tables, or None.
         embeddings: the table of target item and history.
-        content: the content branch; None for the ID-only twin.
+        content: the content branch; None for the ID-only baseline.
         read_ids: reads the lookup results.
-        ranking: a module of `recsys.ranking`; it returns logits, the logits of each member of an
-            ensemble, or the vectors of a retrieval model.
+        ranking: a module of `recsys.ranking`; it returns logits, `MemberLogits` or `TowerVectors`.
         losses: sum of the losses.
         further_histories: encodes the sequences after the first one; None if there are none.
         scaling: standardises numbers of another scale; None leaves all as they are.

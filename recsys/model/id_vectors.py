@@ -19,7 +19,7 @@ RowsPerID = Mapping[str, int]
 
 
 class IDDropout(nn.Module):
-    """Dropout of whole ID vectors: in training each is zero with probability p, without scaling.
+    """In training each ID vector is zero with probability p, without scaling.
 
     New ids have a vector that was never trained and is nearly zero. A model that never saw such
     vectors trusts them; a model that did uses history and content instead.
@@ -30,14 +30,12 @@ class IDDropout(nn.Module):
         self.p = p
 
     def forward(self, vectors: Tensor) -> Tensor:  # [B, D] -> [B, D]
-        """Return the vectors, some of them zero in training."""
         if not self.training or not self.p:
             return vectors
         is_kept = torch.rand(len(vectors), 1, device=vectors.device) >= self.p
         return vectors * is_kept.to(vectors.dtype)
 
     def extra_repr(self) -> str:
-        """Return the probability, for `print`."""
         return f"p={self.p}"
 
 
@@ -49,7 +47,7 @@ class IDVectorReader(nn.Module):
         history_is_unique: see `IDVectors`.
         dropout: probability p of `IDDropout` by pooled feature; 0 for features not named.
         beside: lists of ids beside the history, whose vectors are added to those of its items.
-        further: each further history with the lists of ids beside it.
+        further: each extra sequence with the lists of ids beside it.
     """
 
     def __init__(
@@ -73,13 +71,7 @@ class IDVectorReader(nn.Module):
         self.beside, self.further = beside or {}, further
 
     def forward(self, pooled: Any, sequences: Any, batch: Batch) -> IDVectors:
-        """Return the looked-up vectors as `IDVectors`.
-
-        Args:
-            pooled: KeyedTensor with F vectors [B, D] per row; None without pooled features.
-            sequences: JaggedTensor per feature, of target, events and negatives.
-            batch: the batch, with the places of the history's items.
-        """
+        """Read a KeyedTensor of F vectors [B, D], and a JaggedTensor per sequence feature."""
         by_name = pooled.to_dict() if self.pooled_features else {}
         target = sequences[self.target].values()
         history = sequences[self.history].values() if self.history else target[:0]

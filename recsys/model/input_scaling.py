@@ -1,11 +1,11 @@
 """Standardises numbers whose scale differs from that of all other inputs of a model.
 
-Vectors of IDs have values far below 1, and a linear layer weighs all of its inputs alike at first.
-A count of 340 among them decides every logit. So dense columns and lists of numbers beside
-histories with a training value outside of [-3, 3] get mean 0 and variance 1; all others are read as
+Vectors of IDs have values far below 1, and a linear layer weighs all of its inputs alike at first:
+a count of 340 among them decides every logit. So dense columns and lists of numbers beside
+histories with a training value outside of [-3, 3] get mean 0 and variance 1. All others are read as
 they are, to the last bit. Mean and variance are those of the training rows, computed before the
-first step, and part of the model's state. A run that begins with another one takes them over and
-moves them towards those of its own rows, as the mean of the last `HORIZON` runs would.
+first step, and part of the model's state. A warm-started run moves them towards those of its own
+rows, as the mean of the last `HORIZON` runs would.
 
 Shapes: B batch, F dense features, N events of a history in the whole batch, P lists beside it,
 W numbers in all.
@@ -33,9 +33,8 @@ LARGEST = 8.0  # standard deviations; larger values are clamped
 class InputScaling(nn.Module):
     """A batch -> the same with standardised numbers.
 
-    Args:
-        dense: names of the dense columns [F]; empty if the model standardises them itself.
-        lists: names of the lists beside each history [P].
+    `dense` are the dense columns [F], empty if the model standardises them itself; `lists` are the
+    names of the lists beside each history [P].
     """
 
     mean: Tensor  # [W]

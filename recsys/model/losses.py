@@ -81,7 +81,6 @@ class RankingLoss(nn.Module):
         labels: Tensor,  # [B, C]
         row_weights: Tensor | None = None,  # [B], or [B, C] by label; 0 for a padding row
     ) -> Tensor:  # []
-        """Return the loss of a batch."""
         labels = labels.nan_to_num().expand_as(logits)
         losses = label_losses(logits, labels, self.losses)
         if row_weights is not None:
@@ -97,8 +96,7 @@ def published_contrastive(
 ) -> Tensor:  # [B]
     """Compute the published loss: each row's positive against K rows drawn with replacement.
 
-    L_c2i = CE([z_i . z_c, z_i_neg . z_c] / tau, 0), L_i2c likewise with the same draws, and
-    L = (L_c2i + L_i2c) / 2.
+    L = (L_c2i + L_i2c) / 2, L_c2i = CE([z_i . z_c, z_i_neg . z_c] / tau, 0), L_i2c likewise.
     """
     positive = (content * ids).sum(-1, keepdim=True)  # [B, 1]
     content_to_id = torch.einsum("bd,bkd->bk", content, ids[negatives])
@@ -145,9 +143,7 @@ def in_batch_contrastive(
 class ContentIDContrastive(nn.Module):
     """Content-ID-Contrastive loss between content vectors and ID embeddings of the same items.
 
-    Args:
-        content_dim, id_dim: widths of the two sides; each has a linear map to `settings.dim`.
-        settings: variant, temperature and further settings of the loss.
+    Each side has a linear map from its width (`content_dim`, `id_dim`) to `settings.dim`.
 
     Example::
 
@@ -236,10 +232,6 @@ class RetrievalLoss(nn.Module):
 
     A row with label 0 has no loss of its own, but its item is a negative for other rows (in-batch).
     A row's own item and padding rows are never negatives.
-
-    Args:
-        settings: `loss` (in-batch or sampled softmax) and `all_ranks` are read.
-        label_weights: weight of each label.
     """
 
     weights: Tensor
@@ -251,10 +243,7 @@ class RetrievalLoss(nn.Module):
         self.register_buffer("weights", torch.tensor(label_weights), persistent=False)
 
     def forward(self, towers: TowerVectors, batch: Batch) -> Tensor:  # []
-        """Return the loss of a batch with log Q (`recsys.data.negatives` fills it in).
-
-        A collective if `settings.all_ranks` is on.
-        """
+        """Return the loss of a batch with log Q. A collective if `settings.all_ranks` is on."""
         of_items = batch.target_items.masked_fill(batch.row_weights == 0, PADDING)
         own_log_q = batch.target_log_q
         assert own_log_q is not None

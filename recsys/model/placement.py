@@ -11,11 +11,7 @@ from recsys.data.schema import Schema
 def check_placement(
     config: Config, schema: Schema, device: str, world_size: int, ranks_per_node: int
 ) -> None:
-    """Check the settings of kernels, prefetching and copies for the ranks of a job.
-
-    Raises:
-        ValueError: a setting does not fit; names setting, value and fix.
-    """
+    """Refuse settings of kernels, prefetching and copies that do not fit the ranks of a job."""
     for name, table in config.embedding.tables.items():
         if problem := _table_problem(name, table, schema, device):
             raise ValueError(f"embedding.tables.{name}.{problem}")
@@ -29,10 +25,9 @@ def check_placement(
 
 
 def placed_for_scoring(config: Config, device: str) -> Config:
-    """Return the configuration without what only training or only a GPU has.
+    """Return the configuration without settings that only training or only a GPU needs.
 
-    A run is scored on any number of ranks, so one copy of the tables is enough, and on CPU all
-    memory is the host's. Scores are the same.
+    Scores are the same. One copy of the tables is enough, and on CPU all memory is the host's.
     """
     tables = config.embedding.tables
     if device == "cpu":

@@ -1,20 +1,17 @@
 """bfloat16 in the dense parts of the model, float32 everywhere else.
 
 Autocast runs the matrix products of the trained encoder layers, the projections, the fusion, the
-history map and the ranking model in bfloat16. Each of these parts has float32 inputs and outputs,
-so that lookups, memory bank, losses and metrics never see another type. Autocast keeps weights,
-gradients and optimizer state in float32, and bfloat16 needs no loss scaling.
+history map and the ranking model in bfloat16. Each part has float32 inputs and outputs, so that
+lookups, memory bank, losses and metrics never see another type. Weights, gradients and optimizer
+state stay in float32, and bfloat16 needs no loss scaling. Frozen encoder layers stay in float32.
 
 On CPU target attention and fusion are kernels that round the factors of their products and keep
-all else in float32 (`recsys.kernels`). The history map stays in float32: it reads far more rows
-than any other part, and casting them there and back takes longer than its narrow product. CPUs
-without instructions for bfloat16 compute its products more slowly than those of float32, which a
-warning says.
+all else in float32 (`recsys.kernels`). The history map stays in float32 there: it reads far more
+rows than any other part, and casting them takes longer than its narrow product.
 
-The parts themselves are wrapped (`recsys.content.wrap`), not the calls of the model, so that
-training, evaluation, prediction and filling of the bank compute alike. Wrapping also limits
-autocast's cache of cast weights to one part: a weight that was first cast without gradient would
-otherwise get none. The frozen layers of encoders stay in float32, cached or not.
+The parts themselves are wrapped (`recsys.content.wrap`), so that training, evaluation, prediction
+and filling of the bank compute alike. Wrapping also limits autocast's cache of cast weights to one
+part: a weight that was first cast without gradient would otherwise get none.
 """
 
 from __future__ import annotations
@@ -45,7 +42,6 @@ class InBfloat16(nn.Module):
     device_type: str
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        """Run the part under autocast and return its output in float32."""
         with torch.autocast(self.device_type, torch.bfloat16):
             output = super().forward(*arguments, **named)
         if isinstance(output, ContentInput):
@@ -59,7 +55,6 @@ class InFloat32(nn.Module):
     device_type: str
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        """Run the part without autocast."""
         with torch.autocast(self.device_type, enabled=False):
             return super().forward(*arguments, **named)
 
@@ -82,11 +77,7 @@ def content_parts(content: ContentBranch) -> dict[str, nn.Module]:
 
 
 def use_bfloat16(parts: Iterable[nn.Module], device: torch.device) -> None:
-    """Make parts compute in bfloat16, permanently.
-
-    Raises:
-        ValueError: the GPU has no bfloat16.
-    """
+    """Make parts compute in bfloat16, permanently."""
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(
             f"precision is bf16, which {torch.cuda.get_device_name(device)} does not compute in "

@@ -23,11 +23,7 @@ def pooled_features(config: Config, schema: Schema) -> list[str]:
 
 
 def id_dropouts(config: Config, schema: Schema) -> dict[str, float]:
-    """Return the dropout of each pooled feature's vectors, as its table sets it.
-
-    Raises:
-        ValueError: the table of the target item or of events has one.
-    """
+    """Return the dropout of each pooled feature's vectors, as its table sets it."""
     tables = config.embedding.tables
     for name in (schema.target_item, *schema.event_columns):
         if tables.get(name, TableSettings()).id_dropout:
@@ -47,9 +43,6 @@ def table_configs(
     """Return one table per column of ids that does not share another's.
 
     `list_lengths` has the mean number of ids per row, for columns that may have several.
-
-    Raises:
-        ValueError: a setting names a column that has no table.
     """
     settings = config.embedding
     pooled = pooled_features(config, schema)
@@ -126,11 +119,7 @@ def _table_config(
 
 
 def cold_row_rules(config: Config, schema: Schema) -> dict[str, NewRows]:
-    """Return the rule of each table that has another one than `random`.
-
-    Raises:
-        ValueError: a rule does not fit its table; names setting, value and fix.
-    """
+    """Return the rule of untrained rows, of each table with another one than `random`."""
     rules: dict[str, NewRows] = {}
     for table, own in config.embedding.tables.items():
         if own.new_rows == "random":

@@ -1,11 +1,10 @@
-"""Exponential moving average of the weights, through torch.optim.swa_utils.
+"""Exponential moving average (EMA) of the weights, through torch.optim.swa_utils.
 
-The averages replace the trained weights in validation, test and the best model. Steps make weights
-wander about a better point, and the average is closer to it. Sharded tables are averaged on request
-alone: most of their rows do not change in a step, but all are read.
+The averages replace the trained weights in validation, test and the best model. Sharded tables are
+averaged on request alone: most of their rows do not change in a step, but all are read.
 
-The decay rises to its final value, as the first averages would else keep the initial weights for
-long: after n updates it is at most (1 + n) / (10 + n).
+After n updates the decay is at most (1 + n) / (10 + n): else the first averages would keep the
+initial weights for long.
 """
 
 from __future__ import annotations
@@ -28,13 +27,7 @@ from recsys.optimizer.dense import dense_parameters
 class AveragedWeights:
     """Averages of named parameters: average = decay * average + (1 - decay) * weight.
 
-    The first update copies the weights.
-
-    Args:
-        parameters: trained parameters, by name.
-        decay: in [0, 1), reached after some updates.
-        tables: sharded tables by name, in the memory of the model, whose rows on this rank are
-            averaged, too.
+    The first update copies the weights. Of sharded `tables` it averages the rows on this rank.
 
     Example::
 
@@ -64,15 +57,11 @@ class AveragedWeights:
         self.averaged = AveragedModel(self.weights, multi_avg_fn=partial(_move, decay))
 
     def update(self) -> None:
-        """Update the averages with the weights after a step of the optimizer."""
         self.averaged.update_parameters(self.weights)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Replace the weights by the averages inside the block, and restore them at its end.
-
-        Before the first update the weights stay, since there are no averages yet.
-        """
+        """Replace the weights by the averages, if there are any yet, inside the block."""
         if not int(self.averaged.n_averaged):
             yield
             return

@@ -54,11 +54,7 @@ def dense_groups(config: Config) -> list[DenseGroup]:
 
 
 def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters that no fused optimizer updates, by unwrapped name.
-
-    Raises:
-        ValueError: a table is among them.
-    """
+    """Return the trainable parameters that no fused optimizer updates, by unwrapped name."""
     kinds = (ShardedModule, EmbeddingBagCollection, EmbeddingCollection)
     unwrapped = get_unwrapped_module(model)
     table_prefixes = tuple(
@@ -87,9 +83,6 @@ def parameter_groups(
 
     A parameter belongs to the first group with a matching prefix. A DenseGroup with weight decay
     becomes two parameter groups, with and without it.
-
-    Raises:
-        ValueError: a parameter fits no group.
     """
     undecayed = _undecayed_names(model)
     result = []
@@ -147,17 +140,12 @@ def build_dense_optimizer(
         model: a DistributedModelParallel, or any module for training without sharding.
         groups: a parameter belongs to the first group with a matching prefix. Frozen parameters are
             left out.
-        settings: `name` and `options` of the optimizer, AdamW by default. A user's class
-            (`package.module:Class`) is a torch.optim.Optimizer; it is called with the parameter
-            groups, each with `lr` and `weight_decay`, and with the options.
+        settings: `name` and `options` of the optimizer, AdamW by default. A user's class is called
+            with the parameter groups, each with `lr` and `weight_decay`, and with the options.
 
     Returns:
         The optimizer to step, and the dense one inside it for schedules and checkpoints. Each of
         its parameter groups has the ``name`` of its DenseGroup.
-
-    Raises:
-        ValueError: a table would be in the dense optimizer, a parameter fits no group, no dense
-            parameter is trainable, or the optimizer cannot be built.
 
     Example::
 
@@ -198,13 +186,6 @@ def count_state(settings: OptimizerSettings, sizes: Mapping[str, torch.Size]) ->
 
     It takes one step on parameters of these sizes: on the meta device, or, for an optimizer that
     reads values (Adafactor), on zeros on the host.
-
-    Args:
-        settings: settings of the optimizer.
-        sizes: sizes of the parameters, by name.
-
-    Raises:
-        ValueError: the optimizer cannot be built.
     """
     unfused = replace(settings, options={**settings.options, "fused": False})
     settings = unfused if settings.name in _FUSED else settings
@@ -242,11 +223,7 @@ def gradient_norm(optimizer: Optimizer) -> Tensor:  # []
 
 
 def describe_optimizers(model: nn.Module, tables: Sequence[TableConfig], dense: Optimizer) -> str:
-    """Return every parameter of the model with its optimizer and learning rate, as a text table.
-
-    Tables are listed by name, dense parameters by group and weight decay, then the frozen ones;
-    the last line is the sum, which is the model's size.
-    """
+    """Return every parameter of the model with its optimizer and learning rate, as a text table."""
     header = ("parameters", "tensors", "elements", "optimizer", "learning rate", "weight decay")
     rows: list[tuple[str, int, int, str, str, str]] = []
     for table in tables:

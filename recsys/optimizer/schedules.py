@@ -46,22 +46,16 @@ def _done(step: int, decay_steps: int) -> float:
 class LearningRateShare:
     """Share of the configured learning rates after a number of dense updates.
 
-    Args:
-        settings: `schedule` names a function of this module, or a user's function as
-            `package.module:function`. It is called with the number of updates since warm-up ended,
-            `decay_steps` and the `schedule_options` by name, and returns the share of the rate.
-
-    Raises:
-        ValueError: the function does not exist, or it refuses the options.
+    `settings.schedule` names a function of this module, or a user's. It gets the number of updates
+    since warm-up, `decay_steps` and the `schedule_options` by name, and returns the share.
 
     Example::
 
         from recsys.config import OptimizerSettings
         from recsys.optimizer import LearningRateShare
 
-        share = LearningRateShare(
-            OptimizerSettings(schedule="linear", warmup_steps=2, decay_steps=4)
-        )
+        settings = OptimizerSettings(schedule="linear", warmup_steps=2, decay_steps=4)
+        share = LearningRateShare(settings)
         [share(step) for step in range(6)]  # [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
 
@@ -86,7 +80,6 @@ class LearningRateShare:
             self.decay_steps = max(num_updates - self.settings.warmup_steps, 1)
 
     def __call__(self, step: int) -> float:
-        """Return the share after `step` dense updates."""
         warmup_steps = self.settings.warmup_steps
         risen = min(1.0, (step + 1) / max(warmup_steps, 1))
         since = max(step - warmup_steps, 0)

@@ -22,17 +22,7 @@ _NUMBERS: dict[str, tuple[type, torch.dtype]] = {
 
 
 def state_tensors(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-    """Return the state of each parameter as `PARAMETER.KEY`; tensors share their memory.
-
-    A parameter without an update so far has no state.
-
-    Args:
-        optimizer: the optimizer.
-        names: name of each of its parameters.
-
-    Raises:
-        ValueError: the optimizer keeps a value that is neither a tensor nor a number.
-    """
+    """Return the state of each parameter as `PARAMETER.KEY`; tensors share their memory."""
     state = {}
     for parameter in _parameters(optimizer):
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -61,15 +51,8 @@ def make_room(
     """Replace an optimizer's state by uninitialised tensors of a checkpoint's names and sizes.
 
     torch.distributed.checkpoint loads only into existing tensors, and an optimizer has no state
-    before its first step.
-
-    Args:
-        optimizer: the optimizer whose state is replaced.
-        names: name of each of its parameters.
-        stored: size and type of each tensor in the checkpoint, by the names of `state_tensors`.
-
-    Returns:
-        The tensors to load into. `numbers_loaded` turns marked ones into Python numbers.
+    before its first step. `stored` has size and type of each tensor, by the names of
+    `state_tensors`. `numbers_loaded` turns marked tensors into Python numbers.
     """
     room = {}
     for group in optimizer.param_groups:

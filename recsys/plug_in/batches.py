@@ -86,9 +86,8 @@ class ContentBatches(Iterable[Batch]):
     """Batches of `source` with content; they can be iterated as often as `source`.
 
     All ranks iterate together. If one has fewer batches than the others, all end with it, and an
-    error on one is raised by all. The first pass fills the memory bank if it is empty. `source`
-    has batches `torchrec.datasets.utils.Batch`, or objects with its attributes; `require_ready` is
-    called before a pass in training.
+    error on one is raised by all. The first pass fills the memory bank if it is empty.
+    `require_ready` is called before a pass in training.
     """
 
     def __init__(

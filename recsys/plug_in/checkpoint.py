@@ -31,9 +31,6 @@ def dlrm_state(
         optimizer: optimizer of all its parameters; to load it, it must have the state that it will
             have in training (`init_state`). None leaves it out.
 
-    Raises:
-        ValueError: the model contains no DLRM with content.
-
     Example::
 
         from recsys.plug_in import add_content, dlrm_state, load_dlrm
@@ -61,12 +58,8 @@ def load_dlrm(
 ) -> None:
     """Load a DLRM's checkpoint; the content parameters do not change.
 
-    Args:
-        model: as in `dlrm_state`.
-        state: {"model": ...} and, for the optimizer, {"optimizer": ...} as the DLRM alone has them:
-            of the same ranks and plan, or loaded by torch.distributed.checkpoint. An optimizer
-            without state may be left out.
-        optimizer: of all parameters of the model; None leaves it as it is.
+    `state` is {"model": ...} and, for an optimizer with state, {"optimizer": ...}, as the DLRM
+    alone has them: of the same ranks and plan, or loaded by torch.distributed.checkpoint.
 
     Raises:
         ValueError: the state is not that of this DLRM, with the first name that differs.

@@ -34,20 +34,14 @@ class WidenedLinear(nn.Linear):
     extra: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # [B, X] -> [B, O]
-        """Return the layer's output plus `extra`."""
         output = super().forward(x)
         return output if self.extra is None else output + self.extra
 
 
 class AddedColumns(nn.Module):
-    """Input columns beside those of a module's first linear layer; their weights start at zero.
+    """Columns [B, Z] beside the inputs of a module's first linear layer; weights start at zero.
 
-    Args:
-        module: gets the columns. It is no child of this one, so its parameters are listed once.
-        width: Z.
-
-    Raises:
-        ValueError: the module has no linear layer that can be widened.
+    The module is no child of this one, so its parameters are listed once.
     """
 
     def __init__(self, module: nn.Module, width: int) -> None:
@@ -78,12 +72,7 @@ class AddedColumns(nn.Module):
 
 
 class WidenedModule(nn.Module):
-    """A module of one tensor, called with added columns as well: (x, z) -> its output.
-
-    Args:
-        module: the module.
-        width: Z; with 0 the output is the module's own.
-    """
+    """A module called with added columns [B, Z]; with Z = 0 the output is its own."""
 
     def __init__(self, module: nn.Module, width: int) -> None:
         super().__init__()
@@ -95,7 +84,6 @@ class WidenedModule(nn.Module):
         x: Tensor,  # [B, X]
         added: Tensor,  # [B, Z]
     ) -> Tensor:  # [B, ...], the module's output
-        """Return the module's output for `x` beside `added`."""
         with self.columns.added(added) if self.columns is not None else nullcontext():
             output: Tensor = self._module[0](x)
         return output
@@ -115,8 +103,8 @@ class WidenedInteraction(nn.Module):
 class DotProducts(WidenedInteraction):
     """DLRM: the dot products of each content vector with dense, sparse and other content vectors.
 
-    The pairs are those of the original for F + K features; its own output has the pairs without
-    content, which are selected by one index here (see `recsys.ranking.dlrm`).
+    Pairs are those of the original for F + K features; one index selects its own pairs, as in
+    `recsys.ranking.dlrm`.
     """
 
     known: Tensor
@@ -139,7 +127,6 @@ class DotProducts(WidenedInteraction):
         sparse: Tensor,  # [B, F, D]
         vectors: Tensor,  # [B, K, D]
     ) -> tuple[Tensor, Tensor]:  # [B, I], [B, J]
-        """Return the original's output, and the new dot products."""
         everything = torch.cat([dense.unsqueeze(1), sparse, vectors], dim=1)  # [B, 1 + F + K, D]
         products = everything @ vectors.transpose(1, 2)  # [B, 1 + F + K, K]
         added = products.flatten(1).index_select(1, self.places)
@@ -154,9 +141,6 @@ class CrossNet(WidenedInteraction):
     Each layer is x0 * (W V x + b) + x with W [columns, R] and V [R, columns]. The rows of W and b
     for content are initialised as TorchRec's, the columns of V for content with zeros, so that
     content does not change the original's columns at first.
-
-    Raises:
-        ValueError: the cross net is of another class.
     """
 
     def __init__(self, original: InteractionDCNArch, num_vectors: int, dim: int) -> None:
@@ -181,7 +165,6 @@ class CrossNet(WidenedInteraction):
         sparse: Tensor,  # [B, F, D]
         vectors: Tensor,  # [B, K, D]
     ) -> tuple[Tensor, Tensor]:  # [B, I], [B, J]
-        """Return the crossed columns of the original, and those of content."""
         net, added = self._crossnet[0], self.added
         first = torch.cat([dense.unsqueeze(1), sparse], dim=1).flatten(1)  # [B, (1 + F) * D]
         first_added = vectors.flatten(1)  # [B, K * D]
@@ -211,18 +194,13 @@ class Projections(WidenedInteraction):
         sparse: Tensor,  # [B, F, D]
         vectors: Tensor,  # [B, K, D]
     ) -> tuple[Tensor, Tensor]:  # [B, I], [B, 0]
-        """Return the original's output with content in both branches, and no new columns."""
         added = vectors.flatten(1)
         with self.branch1.added(added), self.branch2.added(added):
             return self._original[0](dense, sparse), no_columns(dense)
 
 
 def widened_interaction(original: nn.Module, num_vectors: int, dim: int) -> WidenedInteraction:
-    """Return the interaction of a DLRM, extended by K content vectors.
-
-    Raises:
-        ValueError: the interaction is not one of torchrec.models.dlrm.
-    """
+    """Return the interaction of a DLRM, extended by K content vectors."""
     if isinstance(original, InteractionArch):
         return DotProducts(original, num_vectors)
     if isinstance(original, InteractionDCNArch):

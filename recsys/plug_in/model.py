@@ -71,7 +71,6 @@ class ContentOfBatch(nn.Module):
             self.num_features = self.interest.output_dim - settings.dim + num_history_numbers(0)
 
     def forward(self, batch: Batch) -> ContentInputs:
-        """Return content vectors and similarity features of a batch."""
         content = self.branch(batch)
         vectors, features = [self.target_map(content.target)], no_columns(content.target)
         if self.interest is not None:
@@ -99,7 +98,6 @@ class ContentHead(nn.Module):
         vectors: Tensor,  # [B, K, D]
         features: Tensor,  # [B, S]
     ) -> Tensor:  # [B, 1]
-        """Return the logits."""
         interaction, columns = self.interaction(dense, sparse, vectors)
         logits: Tensor = self.over(interaction, torch.cat([columns, features], dim=1))
         return logits
@@ -193,7 +191,6 @@ class DLRMWithContent(nn.Module):
         return Ranked(logits, sparse[:, self.item_place], content.target)
 
     def forward(self, batch: Batch) -> Tensor:  # [B, 1]
-        """Return the logits."""
         return self.rank(batch).logits
 
 
@@ -223,7 +220,6 @@ class DLRMWithContentTrain(nn.Module):
             self.contrastive = ContentIDContrastive(*dims, model.contrastive)
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Return the loss for the pipeline, and detached loss, logits and labels."""
         ranked = self.model.rank(batch)
         logits = ranked.logits.squeeze(-1)
         loss = self.loss_fn(logits, batch.labels.float())

@@ -62,7 +62,6 @@ class PlugInSettings:
 
     @property
     def config(self) -> Config:
-        """These settings as those of a run."""
         return Config(
             content=self.content,
             contrastive=self.contrastive,
@@ -118,11 +117,7 @@ def load_plug_in_settings(path: Path | str) -> PlugInSettings:
 
 
 def check(settings: PlugInSettings) -> None:
-    """Check constraints between settings.
-
-    Raises:
-        ValueError: names the settings that conflict.
-    """
+    """Check constraints between settings."""
     validate(settings.config)
     if columns := settings.content.history.columns:
         raise ValueError(

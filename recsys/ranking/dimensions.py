@@ -16,16 +16,14 @@ from recsys.data.schema import Schema
 class InputDimensions:
     """Widths and names of a ranking model's inputs.
 
-    pooled_dims: D of each pooled feature, then of each vector of further histories; id_dim: D of
+    pooled_dims: D of each pooled feature, then of each vector of extra sequences; id_dim: D of
         target and history items.
-    num_dense: number of dense features; num_parallel: number of lists parallel to the history;
-    num_labels: number of logits.
+    num_parallel: number of lists parallel to the history.
     pooled_names, dense_names, parallel_names: the columns of each kind, in the same order.
     further_histories: the last of `pooled_names`: the vectors of sequences after the first one.
     group: the column of the user for whom items are ranked.
-    has_history: whether the schema has a sequence of past items.
     num_items: rows of the target item's table; 0 if they pass from item to item (bounded).
-    item_categories: categories of items; set if a model searches by category.
+    item_categories: maps items [N] to categories [N, M]; set if a model searches by category.
     process_group: the ranks that train the model together; None for a single rank.
     """
 
@@ -53,10 +51,7 @@ class InputDimensions:
         process_group: dist.ProcessGroup | None = None,
         further: Mapping[str, int] = MappingProxyType({}),
     ) -> InputDimensions:
-        """Return the dimensions of a dataset whose tables have the given widths.
-
-        `further` has the width of each vector of further histories, by name.
-        """
+        """Return the dimensions of a dataset; `further` has widths of extra sequences by name."""
         pooled_dims = [table_dims[schema.table_of(name)] for name in pooled_features]
         return InputDimensions(
             pooled_dims=[*pooled_dims, *further.values()],

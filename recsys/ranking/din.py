@@ -26,7 +26,7 @@ from recsys.ranking.vectors import IDVectors, MemberLogits
 
 
 class Din(AttendedFeatures):
-    """ID vectors, content vectors and dense features -> one logit per label."""
+    """Target attention, then an MLP -> one logit per label."""
 
     Settings = DinSettings
 
@@ -39,12 +39,11 @@ class Din(AttendedFeatures):
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> Tensor | MemberLogits:  # [B, C]
-        """Return the logits of a batch, or the logits of each member of an ensemble in training."""
         return self.mlp(self.attended(ids, content, batch))
 
 
 class DinDcn(AttendedFeatures):
-    """ID vectors, content vectors and dense features -> one logit per label."""
+    """Target attention, then a cross network and an MLP -> one logit per label."""
 
     Settings = DinDcnSettings
 
@@ -60,17 +59,13 @@ class DinDcn(AttendedFeatures):
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> Tensor | MemberLogits:  # [B, C]
-        """Return the logits of a batch, or the logits of each member of an ensemble in training."""
         return self.mlp(self.cross(self.attended(ids, content, batch)))
 
 
 class Mmoe(AttendedFeatures):
-    """ID vectors, content vectors and dense features -> one logit per label.
+    """Experts that all labels share, a gate and a tower per label -> one logit per label.
 
     The first of `ranking.mlp_units` is the width of an expert; the others are a tower's layers.
-
-    Raises:
-        ValueError: `ranking.mlp_units` is empty.
     """
 
     Settings = MmoeSettings
@@ -103,7 +98,6 @@ class Mmoe(AttendedFeatures):
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> Tensor:  # [B, C]
-        """Return the logits of a batch."""
         mixtures = self.mixtures(self.attended(ids, content, batch)).unbind(dim=1)
         logits = [tower(mixture) for tower, mixture in zip(self.towers, mixtures)]
         return torch.cat(logits, dim=1)

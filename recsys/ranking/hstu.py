@@ -33,12 +33,7 @@ EPSILON = 1e-12  # of the norm of sums, which are small where a history is short
 
 
 class HstuLayer(SequenceLayer):
-    """A layer of HSTU.
-
-    Args:
-        settings: widths, heads and `recent_items`.
-        has_ages: whether the ages of events are known.
-    """
+    """A layer of HSTU; its maps read the ages of events if `has_ages`."""
 
     def __init__(self, settings: HstuSettings, has_ages: bool) -> None:
         super().__init__()
@@ -54,7 +49,6 @@ class HstuLayer(SequenceLayer):
             self.of_times = nn.Parameter(0.02 * torch.randn(self.heads, NUM_AGES))
 
     def read(self, states: Tensor) -> Read:  # [T, D]
-        """Return keys and values of events."""
         normed = self.norm(states)
         weights, biases = self.kvqu.weight.chunk(4), self.kvqu.bias.chunk(4)
         keys, values = (
@@ -64,7 +58,6 @@ class HstuLayer(SequenceLayer):
         return keys, values
 
     def history(self, states: Tensor, events: Events) -> tuple[Tensor, Read]:  # [T, D] -> [T, D]
-        """Return new states of the events, and keys and values of the old ones."""
         kvqu, dim = F.silu(self.kvqu(self.norm(states))), states.shape[1]
         tokens = kvqu[:, : 3 * dim].float()
         if self.of_times is not None:
@@ -88,7 +81,6 @@ class HstuLayer(SequenceLayer):
         return (weights @ values).transpose(1, 2).flatten(2)
 
     def target(self, target: Tensor, read: Read, events: Events) -> Tensor:  # [B, D] -> [B, D]
-        """Return new states of the targets."""
         kvqu = F.silu(self.kvqu(self.norm(target)))
         own_key, own_value, query, gates = kvqu.float().chunk(4, dim=1)
         of_events, of_itself = self.of_places[:, events.places + 1], self.of_places[:, 0]

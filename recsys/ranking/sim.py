@@ -38,12 +38,10 @@ from recsys.ranking.vectors import IDVectors, MemberLogits
 
 
 class AgedAttention(nn.Module):
-    """One interest vector per head, mapped to a single interest vector.
+    """SIM's exact search unit: H heads over items and the time since each, mapped to one interest.
 
-    Args:
-        dim: D.
-        num_parallel: P.
-        num_heads: H.
+    Linear maps of items are applied to the query instead (the other side of the dot product), so
+    that no [number of items, D] tensor is created.
     """
 
     def __init__(self, dim: int, num_parallel: int, num_heads: int) -> None:
@@ -63,7 +61,6 @@ class AgedAttention(nn.Module):
         parallel: Tensor,  # [K, P]
         ages: Tensor,  # [K]
     ) -> Tensor:  # [B, D]
-        """Return the interest of each row in its history, for its target."""
         items = items.float()
         queries = self.query(target).float().unflatten(1, (self.num_heads, -1)) * self.scale
         heads = [
@@ -109,7 +106,7 @@ class ItemCategories(nn.Module):
         self.register_buffer("categories", categories, persistent=False)
 
     def forward(self, items: Tensor) -> Tensor:  # [N] -> [N, C]
-        """Return numbers for the categories of each item, -1 for the ones it has less than C."""
+        """Return numbers for the categories of each item, padded by -1."""
         place = torch.searchsorted(self.items, items).clamp(max=len(self.items) - 1)
         is_known = (self.items[place] == items).unsqueeze(1)
         return torch.where(is_known, self.categories[place], -1)
@@ -118,12 +115,7 @@ class ItemCategories(nn.Module):
 def load_item_categories(
     settings: RankingSettings, root: Location, schema: Schema, on_bad_row: OnBadRow
 ) -> ItemCategories | None:
-    """Return the categories of items, or None if no model searches by category.
-
-    Raises:
-        ValueError: `ranking.search` is category, but `ranking.category` names no column of that
-            kind, an item has more than 16 categories, or no item has any.
-    """
+    """Return the categories of items, or None if no model searches by category."""
     if not isinstance(settings, SimSettings) or settings.search != "category":
         return None
     columns = schema.items.columns if schema.items is not None else {}
@@ -164,13 +156,10 @@ def _lists(
 
 
 class Sim(RowFeatures):
-    """ID vectors, content vectors and dense features -> one logit per label.
+    """Search, then attention to the items found -> one logit per label.
 
     An item's age is the time gap in the parallel list `ranking.time_gaps`; without such a list it
     is the number of newer items.
-
-    Raises:
-        ValueError: `ranking.time_gaps` names no parallel list.
     """
 
     Settings = SimSettings
@@ -189,7 +178,6 @@ class Sim(RowFeatures):
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> Tensor | MemberLogits:  # [B, C]
-        """Return the logits of a batch, or the logits of each member of an ensemble in training."""
         history = batch.jagged_history()
         id_history = history if ids.history_is_unique else history.unindexed()
         found = self.search(ids, content, batch, history, id_history)
@@ -215,8 +203,7 @@ class Sim(RowFeatures):
     ) -> Tensor:  # [K]
         """Return the places of the history items most similar to each target, in rising order.
 
-        This is SIM's general search unit. `history` indexes `batch.history_items`, `id_history`
-        indexes `ids.history`.
+        `history` indexes `batch.history_items`, `id_history` indexes `ids.history`.
         """
         if self.categories is not None:
             return self._in_category(batch, history)

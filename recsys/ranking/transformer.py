@@ -31,12 +31,7 @@ WIDENING = 4  # of the feed-forward layer, as in BST
 
 
 class TransformerLayer(SequenceLayer):
-    """A layer of attention and feed-forward.
-
-    Args:
-        settings: widths and heads.
-        has_ages: whether the ages of events are known; their embeddings are in the tokens.
-    """
+    """A layer of attention and feed-forward; embeddings of ages are in its tokens."""
 
     def __init__(self, settings: TransformerSettings, has_ages: bool) -> None:
         super().__init__()
@@ -50,13 +45,11 @@ class TransformerLayer(SequenceLayer):
         )
 
     def read(self, states: Tensor) -> Read:  # [T, D]
-        """Return keys and values of events."""
         normed = self.norm(states)
         keys, values = (F.linear(normed, of).float() for of in self.kvq.weight.chunk(3)[:2])
         return keys, values
 
     def history(self, states: Tensor, events: Events) -> tuple[Tensor, Read]:  # [T, D] -> [T, D]
-        """Return new states of the events, and keys and values of the old ones."""
         kvq = self.kvq(self.norm(states)).float()
         attended = events.sequences.attend(kvq, self._among_events, recomputes=False)
         keys, values, _ = (part.contiguous() for part in kvq.chunk(3, dim=1))
@@ -69,7 +62,7 @@ class TransformerLayer(SequenceLayer):
         return attended.transpose(1, 2).flatten(2)
 
     def target(self, target: Tensor, read: Read, events: Events) -> Tensor:  # [B, D] -> [B, D]
-        """Return new states of the targets: softmax over their history and themselves."""
+        """Softmax attention over the history and the target itself."""
         own_key, own_value, query = self.kvq(self.norm(target)).float().chunk(3, dim=1)
         query = query * (query.shape[1] // self.heads) ** -0.5
         (keys, values), sequences = read, events.sequences

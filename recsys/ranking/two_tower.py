@@ -1,14 +1,13 @@
 """Two towers: a query vector and an item vector whose dot product is the logit, for retrieval.
 
 The query tower reads the features of the user (the group's column, `ranking.query_features`, the
-pooled history of ids and of content, further histories); the item tower reads the features that
-every item of the catalogue has: its ID vector and its content. So content also serves candidate
-generation. Both vectors have length one; the query is divided by `ranking.temperature`.
+pooled history of ids and of content, extra sequences). The item tower reads the features that every
+item of the catalogue has: its ID vector and its content. Both vectors have length one; the query is
+divided by `ranking.temperature`.
 
-Ranking models read content similarities as features; here they are a part of the dot product. The
-mean cosine of an item to the history's items equals the dot product of its direction with the mean
-of their directions. So with content both vectors also carry these directions, weighted per space
-and kind of mean.
+Content similarities are a part of the dot product: the mean cosine of an item to the history's
+items equals the dot product of its direction with the mean of their directions. So with content
+both vectors also carry these directions, weighted per space and kind of mean.
 
 Shapes: B batch, S sampled negatives, C labels, D width of a tower's vector, V width of both vectors
 with the directions, I width of ID vectors, E content dimension, M modalities, P parallel lists,
@@ -33,11 +32,7 @@ from recsys.ranking.vectors import IDVectors, TowerVectors
 
 
 class TwoTower(nn.Module):
-    """ID vectors, content vectors and dense features -> `TowerVectors`.
-
-    Raises:
-        ValueError: a query feature is no pooled or dense column, or the query tower has no input.
-    """
+    """ID vectors, content vectors and dense features -> `TowerVectors`."""
 
     Settings = TwoTowerSettings
 
@@ -116,11 +111,8 @@ class TwoTower(nn.Module):
 class Similarity(nn.Module):
     """Mean cosines of an item to a history, as a dot product of a query part and an item part.
 
-    The weights start at zero.
-
-    Args:
-        num_spaces: 1 + M, the content vectors and each modality's mean tokens.
-        num_means: 1 + P, over all items and weighted by each parallel list.
+    The weights [1 + M, 1 + P] start at zero: of the content vectors and each modality, for the
+    mean over all items and the means weighted by each parallel list.
     """
 
     def __init__(self, num_spaces: int, num_means: int) -> None:
@@ -130,10 +122,7 @@ class Similarity(nn.Module):
     def query(
         self, content: ContentVectors, history: JaggedHistory, parallel: Tensor
     ) -> Tensor:  # [N, P] -> [B, (1 + M) * E]
-        """Return the weighted mean directions of the history's items.
-
-        A collective, as it reads the history's content vectors.
-        """
+        """Return the weighted mean directions of the history's items. A collective."""
         items, modalities = content.read_history()
         spaces = [items, *modalities.unbind(dim=1)]
         directions = []

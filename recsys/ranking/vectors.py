@@ -21,7 +21,7 @@ class IDVectors:
     history: [U, D], vectors of the batch's `history_items`; if `history_is_unique` is False,
         [N, D], one vector per history item.
     negatives: [S, D], vectors of the sampled negatives; None if none are sampled.
-    further: one [events, D] per further history, in the order of `Batch.further`. Ranking models
+    further: one [events, D] per extra sequence, in the order of `Batch.further`. Ranking models
         need not read it: `ExtraSequences` has encoded each into the last of `pooled`.
     """
 

@@ -1,14 +1,13 @@
-"""Votes of the history's items on the target, by how alike users valued both (item-based CF).
+"""Item-based collaborative filtering: votes of the history's items on the target.
 
-The opinion of an item is a vector with one number per group of users: how the group valued the item
-in a list of numbers beside the history, such as stars, each user relative to his own mean. Items
-that the same users value alike have similar opinions (adjusted cosine, Sarwar et al. 2001,
-Item-based collaborative filtering). The user's own relative values of the history's items, weighted
-by that similarity, say what he would think of the target; his level, high or low for all items,
-does not enter. Content plays no part, and training learns no parameter.
+The vector of an item has one number per group of users: how the group valued the item in a list of
+numbers beside the history, such as stars, each user relative to his own mean. Items that the same
+users value alike have similar vectors (adjusted cosine, Sarwar et al. 2001, Item-based
+collaborative filtering). A vote is the user's relative value of a history item, weighted by its
+similarity to the target. Content plays no part, and training learns no parameter.
 
-Opinions are counted once from the training rows (`recsys.training.item_opinions`). A row in
-training leaves out its own user's group, so that its label is not among what it reads.
+Vectors (`opinions`) are counted once from the training rows (`recsys.training.item_opinions`). A
+row in training leaves out its own user's group, so that its label is not among its inputs.
 
 Shapes: B batch, U unique history items, N history items of the batch, I items, G groups of users,
 D any width.
@@ -40,14 +39,10 @@ def automatic_groups(num_users: int, num_items: int) -> int:
 
 
 class CollaborativeFiltering(nn.Module):
-    """The opinions of all items, and the votes that they give.
+    """The vectors of all items [I, G], and the votes that they give; user u is in group `u % G`.
 
-    Args:
-        column: the list that is valued, a column of `Batch.history_values`.
-        num_items: I.
-        num_groups: G; a user belongs to group `user % G`.
-        dropout: share of the rows in training whose target counts as new, without opinions, so
-            that the model learns to rank new items, too.
+    `column` of `Batch.history_values` is the valued list. `dropout` is the share of the rows in
+    training whose target counts as new, so that the model learns to rank new items.
     """
 
     opinions: Tensor

@@ -44,8 +44,7 @@ def similarity_features(
 
     The groups are all items, those with each flag, and those without it; a list of other numbers
     is split at 0.5. The features of a space are G means, G maxima and, per list, its mean weighted
-    by softmax(cosine / 0.1): the user's opinion of items similar to the target. A group without
-    items, and the votes of an empty history, give 0.
+    by softmax(cosine / 0.1): the user's opinion of similar items. Without items they are 0.
     """
     spaces, batch = cosine.shape[1], history.lengths.shape[0]
     flagged = flags > 0.5
@@ -71,11 +70,7 @@ def num_similarity_features(num_flags: int) -> int:
 def similarity_histogram(
     cosine: Tensor, history: JaggedHistory, bins: int
 ) -> Tensor:  # [N] -> [B, bins]
-    """Count the history items in `bins` equal tiers of [-1, 1] (SimTier, arXiv 2407.19467).
-
-    Returns:
-        log(1 + count) of each tier, without gradient.
-    """
+    """Return log(1 + count) of history items in `bins` equal tiers of [-1, 1], without gradient."""
     tier = ((cosine.detach() + 1) * (bins / 2)).long().clamp(0, bins - 1)
     counts = cosine.new_zeros(history.lengths.shape[0] * bins)
     counts = counts.index_add(0, history.rows * bins + tier, history.ones_like(cosine))
@@ -98,8 +93,8 @@ def sorted_cosines(
 class ContentInterest(nn.Module):
     """Target attention over the history's content, with similarities beside it.
 
-    The similarity features cover the content vectors and each modality's mean tokens; the histogram
-    and the sorted cosines cover the content vectors after the history map.
+    Similarity features cover the content vectors and each modality's mean tokens; the histogram
+    covers the content vectors after the history map.
     """
 
     def __init__(
@@ -121,11 +116,7 @@ class ContentInterest(nn.Module):
     def forward(
         self, content: ContentVectors, history: JaggedHistory, parallel: Tensor
     ) -> Tensor:  # [N, P] -> [B, output_dim]
-        """Return the interest and the similarity features of each row.
-
-        A collective: the first call that reads the history's vectors may exchange them between
-        ranks.
-        """
+        """Return the interest and the similarity features of each row. A collective."""
         settings, dtype = self.settings, result_dtype(content.target, self.attention.query.weight)
         if self._has_native(content, history, parallel):
             assert content.read_stored is not None

@@ -1,9 +1,9 @@
-"""Histories after the first, each encoded into one vector that ranking models read as pooled.
+"""Sequences after the first, each encoded into one vector that ranking models read as pooled.
 
 A model of clicks may also read purchases or searches. Backbones attend to the first sequence of the
-schema; each further one becomes a vector [B, D] behind the pooled ID features, whatever the
-backbone, by the target attention of DIN or as the mean of its events. Lists of floats beside it are
-mapped and added, as in `HistoryAttention`. An empty history is a vector of zeros.
+schema. Each other one becomes a vector [B, D] behind the pooled ID features, by the target
+attention of DIN or as the mean of its events. Lists of floats beside it are mapped and added. An
+empty sequence gives zeros.
 
 Shapes: B batch, N events of a history in the whole batch, D dimension, P parallel lists.
 """
@@ -34,24 +34,15 @@ class MeanOfEvents(HistoryAttention):
     def scores(
         self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
     ) -> Tensor:  # [B, D], [N, D], [N, P] -> [N]
-        """Return zeros."""
         return torch.zeros_like(history.rows, dtype=items.dtype)
 
 
 class ExtraSequences(nn.Module):
-    """`IDVectors` -> the same with the vectors of further histories behind the pooled ones.
+    """`IDVectors` -> the same with the vectors of extra sequences behind the pooled ones.
 
-    A history of `content.history.columns` has a second vector: the interest in its items' content
-    with the similarities to the target, or the mean of their content.
-
-    Args:
-        settings: `further_histories`, and `attention_units` of models that have them.
-        dim: D.
-        histories: the histories, with the lists of floats beside them.
-        content: settings of the content branch; None for the ID-only twin.
-
-    Attributes:
-        widths: width of each vector, by the history's name or `content of` its name, in order.
+    A sequence of `content.history.columns` has a second vector: the interest in its items' content
+    with the similarities to the target, or the mean of their content. `widths` has the width of
+    each vector, by the sequence's name or `content of` its name, in order.
     """
 
     def __init__(
@@ -80,10 +71,7 @@ class ExtraSequences(nn.Module):
                 self.widths[f"content of {of.name}"] = width
 
     def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> IDVectors:
-        """Return the vectors with those of the further histories, each [B, width].
-
-        A collective if content of further histories is read.
-        """
+        """Append the vectors [B, width] of extra sequences. A collective with content."""
         encoded = [
             encode(ids.target, events, history.jagged(), history.values)
             for encode, events, history in zip(

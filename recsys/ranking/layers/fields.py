@@ -59,10 +59,7 @@ def pooled_history(
     history: JaggedHistory,
     parallel: Tensor,  # [K, P]
 ) -> list[Tensor]:  # 1 + P tensors [B, D]
-    """Return the mean of each history and its means weighted by each parallel list.
-
-    An empty history gives zeros.
-    """
+    """Return the mean of each history, and its means by each list; zeros if it is empty."""
     share = history.spread(1 / history.lengths.clamp(min=1).to(items.dtype).unsqueeze(1))
     weights = torch.cat([share, share * parallel], dim=1)
     return [history.weighted_sum(column.contiguous(), items) for column in weights.unbind(dim=1)]
@@ -70,10 +67,7 @@ def pooled_history(
 
 @dataclass
 class FieldVectors:
-    """Fields of a batch and the numbers beside them.
-
-    vectors: F tensors [B, D]; numbers: [B, N]; similarities: [B, S], S = 0 without content.
-    """
+    """vectors: F tensors [B, D]; numbers: [B, X]; similarities: [B, S], S = 0 without content."""
 
     vectors: list[Tensor]
     numbers: Tensor
@@ -82,9 +76,7 @@ class FieldVectors:
     def dense_and_sparse(self, dense_arch: nn.Module | None) -> tuple[Tensor, list[Tensor]]:
         """Return the inputs of TorchRec's interactions: the dense vector [B, D] and the fields.
 
-        Args:
-            dense_arch: maps the dense numbers [B, N] to a vector [B, D]; if None, the last field
-                takes the place of that vector.
+        Without `dense_arch`, which maps the dense numbers, the last field is the dense vector.
         """
         if dense_arch is None:
             return self.vectors[-1], self.vectors[:-1]
@@ -92,16 +84,9 @@ class FieldVectors:
 
 
 class Fields(nn.Module):
-    """ID vectors, content vectors and dense features -> `FieldVectors`.
+    """ID vectors, content vectors (None for the ID-only baseline) and numbers -> `FieldVectors`.
 
     Linear maps bring content vectors, and pooled features of another width, to the target's width.
-
-    Args:
-        dimensions: widths and names of the inputs.
-        content: settings of the content branch; None for the ID-only twin.
-
-    Raises:
-        ValueError: there is one field and no other input that it could interact with.
     """
 
     def __init__(self, dimensions: InputDimensions, content: ContentSettings | None) -> None:
@@ -132,7 +117,6 @@ class Fields(nn.Module):
         return self.num_fields if self.num_numbers else self.num_fields - 1
 
     def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> FieldVectors:
-        """Return the fields, dense numbers and similarities of a batch."""
         vectors = [of(pooled) for of, pooled in zip(self.pooled_maps, ids.pooled)]
         vectors.append(ids.target)
         numbers, similarities = [batch.dense_features], ids.target[:, :0]

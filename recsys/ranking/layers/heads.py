@@ -27,10 +27,7 @@ from recsys.ranking.vectors import MemberLogits
 class EnsembleLinear(nn.Module):
     """A linear map that K members share: `((x * scale_in) @ weight) * scale_out + bias`.
 
-    Args:
-        num_inputs, num_outputs: I and O.
-        members: K.
-        signs: whether `scale_in` starts as random signs; otherwise at 1, like `scale_out`.
+    `scale_in` starts as random signs, or without `signs` at 1, like `scale_out`.
     """
 
     def __init__(self, num_inputs: int, num_outputs: int, members: int, signs: bool) -> None:
@@ -45,7 +42,6 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(members, 1, num_outputs).uniform_(-bound, bound))
 
     def forward(self, inputs: Tensor) -> Tensor:  # [K or 1, B, I] -> [K, B, O]
-        """Apply the map of each member; inputs without members are shared by all."""
         return torch.matmul(inputs * self.scale_in, self.weight) * self.scale_out + self.bias
 
 
@@ -60,20 +56,11 @@ class MemberLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(members, 1, num_outputs).uniform_(-bound, bound))
 
     def forward(self, inputs: Tensor) -> Tensor:  # [K, B, I] -> [K, B, O]
-        """Apply the map of each member to its inputs."""
         return torch.baddbmm(self.bias, inputs, self.weight)
 
 
 class EnsembleHead(nn.Module):
-    """K MLPs with `units` and ReLU over the same features.
-
-    Args:
-        width: number of features.
-        units: widths of the hidden layers; without any, members share nothing.
-        num_outputs: C.
-        members: K.
-        dropout: probability after each hidden layer, drawn for each member separately.
-    """
+    """K MLPs with `units` and ReLU over the same features; dropout is drawn for each member."""
 
     def __init__(
         self, width: int, units: list[int], num_outputs: int, members: int, dropout: float

@@ -40,11 +40,8 @@ LEAST_VARIANCE = 1e-4  # keeps nearly constant numbers from being scaled up
 class Standardization(nn.Module):
     """(x - mean) / standard deviation, both running over the steps of training. A collective.
 
-    Padding rows do not count. The first steps have equal weight, as in a plain mean.
-
-    Args:
-        num_numbers: W.
-        process_group: the ranks whose rows count; None for this rank alone.
+    Padding rows do not count. The first steps have equal weight, as in a plain mean. With
+    `accumulate_steps` each batch of a group updates the statistics.
     """
 
     mean: Tensor
@@ -89,20 +86,10 @@ class Standardization(nn.Module):
 
 
 class RowFeatures(nn.Module):
-    """ID vectors, content vectors and dense features -> one vector [B, W] per row.
+    """ID vectors, content vectors (None for the ID-only baseline) and numbers -> one vector [B, W].
 
-    A base class: models add layers of their own on top of `features`, which are `feature_dim` wide.
-    Without content it is the ID-only twin: the same parts, fewer vectors.
-
-    Args:
-        settings: `standardize_numbers`, `opinions` and `opinion_groups`.
-        interest_dim: width of the interest in the ID history, which the model itself computes.
-        dimensions: widths and names of the inputs.
-        content: settings of the content branch; None for the ID-only twin.
-
-    Raises:
-        ValueError: `ranking.opinions` names no list beside the history, or items have no rows of
-            their own.
+    Models add layers on top of `features`, which are `feature_dim` wide. `interest_dim` is the
+    width of the interest in the ID history, which the model itself computes.
     """
 
     def __init__(
@@ -132,7 +119,7 @@ class RowFeatures(nn.Module):
     def history_numbers(
         self, history: JaggedHistory, parallel: Tensor, batch: Batch
     ) -> Tensor:  # [N, P] -> [B, number of them]
-        """Return `history_numbers` of the whole history, and the votes by opinions, if any."""
+        """Return `history_numbers` of the whole history and, with `ranking.opinions`, the votes."""
         numbers = history_numbers(history, parallel)
         if self.opinion_votes is None:
             return numbers
@@ -148,11 +135,7 @@ class RowFeatures(nn.Module):
         history: JaggedHistory,  # the one attended to, over `batch.history_items`
         parallel: Tensor,  # [K, P]
     ) -> Tensor:  # [B, W]
-        """Return all vectors and numbers of each row, concatenated.
-
-        A collective with content, which reads the history's vectors, or with standardisation in
-        training.
-        """
+        """Return all vectors and numbers of each row, concatenated. A collective."""
         of_content, similarities = [], []
         if self.content_interest is not None:
             assert content is not None
@@ -196,12 +179,7 @@ def _collaborative_filtering(
 
 
 class AttendedFeatures(RowFeatures):
-    """`RowFeatures` with DIN's target attention over all of the history.
-
-    Args:
-        settings: `attention_units` and `standardize_numbers`.
-        dimensions, content: as in `RowFeatures`.
-    """
+    """`RowFeatures` with DIN's target attention over all of the history."""
 
     def __init__(
         self,
@@ -218,7 +196,6 @@ class AttendedFeatures(RowFeatures):
     def attended(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> Tensor:  # [B, W]
-        """Return `features` with the interest in the whole history."""
         history = batch.jagged_history()
         id_history = history if ids.history_is_unique else history.unindexed()
         parallel = batch.history_values

@@ -46,8 +46,8 @@ def age_of(gaps: Tensor) -> Tensor:  # [K] -> [K]
 def doubling_buckets(gaps: Tensor) -> Tensor:
     """Return floor(log2(1 + gap)), int64 in [0, NUM_AGES), of float32 gaps of any shape.
 
-    The exponent of a floating-point number is that logarithm, and reading it costs a fraction of a
-    logarithm of each pair of events. Negative gaps count as 0.
+    It reads the exponent of the float, which costs a fraction of a logarithm of each pair of
+    events. Negative gaps count as 0.
     """
     bits = (gaps.float().clamp(min=0) + 1).view(torch.int32)
     return ((bits >> EXPONENT_BITS) - EXPONENT_OF_ONE).clamp(max=NUM_AGES - 1).long()
@@ -74,12 +74,9 @@ class TimeGaps:
 
     @staticmethod
     def of(name: str | None, dimensions: InputDimensions, scale: GapScale = "linear") -> TimeGaps:
-        """Find the list of ages by its name; None: there is none.
+        """Find the list of ages by its name.
 
         Ages in seconds are not among `flags`, since their scale differs too much.
-
-        Raises:
-            ValueError: no parallel list has this name.
         """
         lists = dimensions.parallel_names
         if name is not None and name not in lists:
@@ -109,7 +106,6 @@ Read = tuple[Tensor, Tensor]  # keys and values [T, D] that targets read of even
 class Events:
     """Times of the tokens that a layer reads.
 
-    sequences: the histories over T tokens.
     places: int64 [T], the number of newer tokens, at most `ranking.recent_items`.
     ages: float32 [T, 1], or None if no list has them.
     """
@@ -136,7 +132,10 @@ class SequenceLayer(nn.Module):
 
 
 class EventTokens(nn.Module):
-    """ID vectors, content vectors and lists beside the history -> tokens of events and targets."""
+    """ID vectors, content vectors and lists beside the history -> tokens of events and targets.
+
+    A width of 0 leaves a part out.
+    """
 
     def __init__(self, dim: int, id_dim: int, content_dim: int, num_lists: int) -> None:
         super().__init__()
@@ -153,10 +152,7 @@ class EventTokens(nn.Module):
         sequences: Sequences,
         lists: Tensor,  # [T, P]
     ) -> tuple[Tensor, Tensor]:  # [T, D], [B, D]
-        """Return the tokens of events and targets.
-
-        A collective with content, which reads the history's vectors.
-        """
+        """Return the tokens of events and targets. A collective with content."""
         history = batch.jagged_history()
         target = self.id_map(ids.target) + self.of_target
         # Terms of an item alone are added for each unique item, in place of each event.
@@ -175,18 +171,7 @@ class EventTokens(nn.Module):
 
 
 class SequenceModel(RowFeatures):
-    """ID vectors, content vectors and dense features -> one logit per label.
-
-    Args:
-        settings: of the sequence, of the numbers and of the head.
-        dimensions: widths and names of the inputs.
-        content: settings of the content branch; None for the ID-only twin.
-        layer: kind of layer, made of the settings and whether ages are known.
-
-    Raises:
-        ValueError: `ranking.time_gaps` names no parallel list, or the heads do not divide
-            `ranking.sequence_dim`.
-    """
+    """Layers of attention over tokens -> one logit per label."""
 
     def __init__(
         self,
@@ -217,7 +202,6 @@ class SequenceModel(RowFeatures):
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> Tensor | MemberLogits:  # [B, C]
-        """Return the logits of a batch, or the logits of each member of an ensemble in training."""
         history: JaggedHistory = batch.jagged_history()
         parallel = batch.history_values[:, self.gaps.flags]
         sequences = sequences_of(history)
@@ -251,7 +235,7 @@ class SequenceModel(RowFeatures):
         target: Tensor,  # [B, D]
         events: Events,
     ) -> tuple[Tensor, Tensor]:
-        """Return the tokens with what the model adds for their places and ages; here, nothing."""
+        """Add what the model knows of places and ages to the tokens; here, nothing."""
         return tokens, target
 
     def _recent(

@@ -3,16 +3,18 @@
 A layer of self-attention needs both forms. Its linear maps run over the T tokens that exist; only
 attention itself pads, since every token meets others of its row. In training each row has a history
 of its own (`JaggedHistory`). The graph of a package has one history for all candidates
-(`recsys.serving.shared_history`): there it is one sequence, computed once however many candidates
-are ranked.
+(`recsys.serving.shared_history`): there it is one sequence, computed once.
 
-The numbers of attention among the items of S sequences are S * L * L. Where these are many, blocks
-of sequences of similar length pass one after the other, each padded to its own longest, and the
-backward pass computes their numbers again in place of keeping them.
+Attention among the items of S sequences has S * L * L numbers. Where these are many, blocks of
+sequences of similar length pass one after the other, each padded to its own longest. The backward
+pass computes their numbers again.
 
-Shapes: S sequences (B rows, or 1 shared by all rows), T tokens of all sequences, L longest
+Keys [T, H * D] are a table of T * H rows of width D, in which head h of token t is row t * H + h.
+So the kernels of `embedding_bag` that `JaggedHistory` uses read each head without a copy.
+
+Shapes: B rows, S sequences (B, or 1 shared by all rows), T tokens of all sequences, L longest
 sequence, U unique items, N places of all rows (T, or B * L if rows share a sequence), H heads,
-D width of all heads, K any width.
+D width of all heads (of one head where it is H * D), K any width.
 """
 
 from __future__ import annotations
@@ -30,17 +32,7 @@ from recsys.data.jagged_history import JaggedHistory
 
 
 def head_dots(history: JaggedHistory, queries: Tensor, keys: Tensor, heads: int) -> Tensor:
-    """Return the dot product of each token and its row's query, by head, with both gradients.
-
-    Args:
-        history: of T tokens, in their order.
-        queries: [B, H * D].
-        keys: [T, H * D].
-        heads: H.
-
-    Returns:
-        [H, T].
-    """
+    """Return dot products [H, T] of keys [T, H * D] and their rows' queries [B, H * D]."""
     return _Dots.apply(queries, keys, history, heads)
 
 
@@ -140,11 +132,9 @@ def sequences_of(history: Any) -> Sequences:
 
 @dataclass
 class JaggedSequences:
-    """Sequences of different lengths, one per row.
+    """Sequences of different lengths, one per row; the history is over T tokens.
 
-    history: the histories over T tokens.
-    places: int64, the tokens that `latest` has chosen, in the sequences that it was called on;
-        None: all.
+    places: int64, the tokens that `latest` chose; None: all.
     """
 
     history: JaggedHistory
@@ -176,11 +166,7 @@ class JaggedSequences:
     def attend(self, tokens: Tensor, attention: Attention, recomputes: bool) -> Tensor:
         """Map tokens [T, K] -> [T, D] by causal attention, in blocks of similar length.
 
-        Args:
-            tokens: keys, values, queries and whatever else `attention` reads.
-            attention: maps [S, L, K] -> [S, L, D]; what stands behind a token cannot change it.
-            recomputes: whether its numbers are computed again in the backward pass if they are
-                many; not where it keeps none.
+        If numbers are many and `recomputes`, the backward pass computes them again.
         """
         padded, lengths = self.padded(tokens), self.history.lengths
         longest = padded.shape[1]
@@ -236,9 +222,7 @@ class JaggedSequences:
 class EqualSequences:
     """Sequences of one length: one that all candidates share, or one of each after a search.
 
-    history: a `SharedHistory` over the tokens.
-    source: the `SharedHistory` of the batch.
-    count: S.
+    history: a `SharedHistory` over the tokens; source: that of the batch; count: S.
     """
 
     history: Any
@@ -247,7 +231,6 @@ class EqualSequences:
 
     @staticmethod
     def of(history: Any) -> EqualSequences:
-        """Return the sequences of a `SharedHistory`."""
         if history.is_shared:
             return EqualSequences(history, history, 1)
         rows, longest = history.num_rows, history.longest
@@ -264,17 +247,14 @@ class EqualSequences:
         return self.source.of_one_row(values) if self.source.is_shared else values
 
     def ages(self) -> Tensor:
-        """Return the number of newer tokens of the same sequence: int64 [T]."""
         longest = self.history.longest
         ages = longest - 1 - torch.arange(longest, device=self.history.device)
         return ages.repeat(self.count)
 
     def padded(self, tokens: Tensor) -> Tensor:
-        """View [T, K] as [S, L, K]."""
         return tokens.reshape(self.count, self.history.longest, tokens.shape[1])
 
     def flat(self, padded: Tensor) -> Tensor:
-        """View [S, L, K] as [T, K]."""
         return padded.reshape(self.count * self.history.longest, padded.shape[2])
 
     def attend(self, tokens: Tensor, attention: Attention, recomputes: bool) -> Tensor:
@@ -282,12 +262,10 @@ class EqualSequences:
         return self.flat(attention(self.padded(tokens)))
 
     def dots(self, queries: Tensor, keys: Tensor, heads: int) -> Tensor:
-        """Return dot products [H, N] of queries [B, D] and keys [T, D]."""
         parts = zip(queries.chunk(heads, dim=1), keys.chunk(heads, dim=1))
         return torch.stack([self.history.dot(query, key) for query, key in parts])
 
     def sums(self, weights: Tensor, values: Tensor) -> Tensor:
-        """Return sums [B, D] of values [T, D] with weights [H, N]."""
         parts = zip(weights, values.chunk(weights.shape[0], dim=1))
         return torch.cat([self.history.weighted_sum(*part) for part in parts], dim=1)
 
@@ -296,7 +274,6 @@ class EqualSequences:
         return self.history.gather(of_tokens.T).T
 
     def latest(self, count: int) -> EqualSequences:
-        """Return the sequences of the `count` latest tokens of each."""
         kept = torch.sym_min(self.history.longest, count)
         places = None
         if not self.history.is_shared:
@@ -306,12 +283,10 @@ class EqualSequences:
         return EqualSequences(history, self.source, self.count)
 
     def take_latest(self, tokens: Tensor, latest: Sequences) -> Tensor:
-        """Map tokens [T, K] to those of `latest`."""
         older = self.history.longest - latest.history.longest
         return self.padded(tokens)[:, older:].reshape(-1, tokens.shape[1])
 
     def put_latest(self, tokens: Tensor, of_latest: Tensor, latest: Sequences) -> Tensor:
-        """Return tokens [T, K] with those of `latest` replaced."""
         older = self.history.longest - latest.history.longest
         parts = [self.padded(tokens)[:, :older], latest.padded(of_latest)]
         return self.flat(torch.cat(parts, dim=1))

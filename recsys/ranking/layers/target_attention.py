@@ -1,11 +1,9 @@
 """Target attention (DIN, Zhou et al. 2018, arXiv 1706.06978): the history as the target sees it.
 
 Parallel lists of the history (liked flags, time gaps) are mapped and added to the items they
-belong to, so that attention can tell a liked item from a disliked one. The two classes
-differ in the score: `TargetAttention` computes it by an MLP, as DIN does, and `DotAttention` by the
-scaled dot product, which costs a thousandth and suits content vectors, whose directions have a
-meaning. When a package ranks candidates for one user, all rows share the history, and what depends
-on it alone is computed once.
+belong to. `TargetAttention` computes scores by an MLP, as DIN does. `DotAttention` uses the scaled
+dot product, which costs a thousandth and suits content vectors, whose directions have a meaning.
+When a package ranks candidates for one user, what depends on the history alone is computed once.
 
 Nothing is padded, and terms that depend on an item alone are computed once per unique item. The
 first layer of DIN's MLP is linear in (h, t, h - t, h * t), so with its weight split into four parts
@@ -83,7 +81,6 @@ class TargetAttention(HistoryAttention):
     def forward(
         self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
     ) -> Tensor:  # [B, D], [U, D], [N, P] -> [B, D]
-        """Return the interest of each row, by a kernel where there is one for these inputs."""
         weights = ScoreWeights.of(self.score)
         if weights is None or history.is_shared or not isinstance(history, JaggedHistory):
             return super().forward(target, items, history, parallel)
@@ -99,7 +96,6 @@ class TargetAttention(HistoryAttention):
     def scores(
         self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
     ) -> Tensor:  # [B, D], [U, D], [N, P] -> [N]
-        """Return the MLP's score of each history item for its row's target."""
         first = self.score[0]
         assert isinstance(first, nn.Linear)
         if history.is_shared and not torch.is_autocast_enabled(target.device.type):
@@ -151,7 +147,6 @@ class DotAttention(HistoryAttention):
     def scores(
         self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
     ) -> Tensor:  # [B, D], [U, D], [N, P] -> [N]
-        """Return the scaled dot product of each history item and its row's mapped target."""
         query, of_lists = self.query_of(target)
         scores = history.dot(query, items.to(query.dtype))
         if self.parallel_map is not None:
