@@ -16,8 +16,7 @@ from torch import nn
 
 from embeddings import TableConfig
 from launch import components
-from recsys.checkpoint.manifest import read_manifest as read_checkpoint
-from recsys.checkpoint.output_file import check_output, check_run_folder
+from recsys.checkpoint.files import read_manifest as read_checkpoint
 from recsys.checkpoint.partitions.state import RunState, Trained
 from recsys.checkpoint.run_folder import find_start
 from recsys.commands.inputs import require_finished
@@ -39,6 +38,7 @@ from recsys.plug_in.interactions import AddedColumns
 from recsys.plug_in.settings import check, load_plug_in_settings
 from recsys.serving.package import read_manifest
 from recsys.serving.vector_file import VectorFileShape
+from recsys.storage.output_file import check_output, check_run_folder
 from recsys.training.continual.partitions import list_partitions
 from recsys.training.continual.queue import Span, check_whole, next_partition, require_rows
 from recsys.training.trackers import make_trackers

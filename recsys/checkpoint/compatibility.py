@@ -123,18 +123,6 @@ def check_config(stored: dict[str, Any], config: Config, where: str) -> None:
         )
 
 
-def check_training_data(stored: str, now: str, where: str) -> None:
-    """Refuse to continue on other rows; `RowSource.fingerprint` makes the fingerprints.
-
-    An earlier version stored only the hash of the rows' order; then only that is compared.
-
-    Raises:
-        ValueError: the rows differ.
-    """
-    now = now if "-" in stored else now.split("-")[0]
-    check_equal("the training data", stored, now, where)
-
-
 def check_equal(name: str, stored: Any, now: Any, where: str) -> None:
     """Refuse to continue if something besides the configuration has changed.
 

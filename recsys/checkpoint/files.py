@@ -1,28 +1,36 @@
 """Checkpoints as folders: each is complete or absent, and damage is detected and named.
 
 `RUN/checkpoints` holds the last few folders such as `step-00000123`, and `best`. A folder is
-written under another name, its files are synced, their sizes and checksums go into
-`checkpoint.json`, and then it is renamed. A folder without that file, or whose files differ from
-it, is not loaded.
+written under another name, its files are synced, their sizes and hashes go into the manifest
+`checkpoint.json`, and then it is renamed. A folder without manifest, or whose files differ from
+it, is not loaded. A manifest also has the hashes of the run's own files that its model depends on.
 """
 
 from __future__ import annotations
 
-import logging
+import hashlib
+import json
 import re
 import shutil
 import zlib
 from pathlib import Path
 from typing import Any
 
-from recsys.checkpoint.manifest import FORMAT, read_manifest
+from recsys.checkpoint.compatibility import check_equal
 from recsys.distributed.ranks import Ranks
-
-logger = logging.getLogger(__name__)
+from recsys.storage.manifest import differences, read_signed, write_signed
 
 BEST = "best"
-_READ_BYTES = 16 * 2**20
+MANIFEST = "checkpoint.json"
+FORMAT = 3  # format 2 had CRC-32 in place of SHA-256
+_ENTRIES = {
+    *("step", "progress", "world_size", "config", "data", "frozen_weights", "items"),
+    *("kept", "files"),
+}
 _STEP = re.compile(r"step-[0-9]+")
+# Files that define the meaning of columns, the row of each id, and which items are cold: edited, or
+# of another run, they would change results silently.
+_RUN_FILES = ("schema.yaml", "item_counts.npy", "item_counts_before.npy", "vocabulary/*.parquet")
 
 
 def folder_of_step(checkpoints: Path, step: int) -> Path:
@@ -51,13 +59,64 @@ def folders_to_continue(checkpoints: Path) -> list[Path]:
     return folders_by_age(checkpoints) or ([best] if best.exists() else [])
 
 
-def checksum(file: Path) -> int:
-    """Compute the CRC-32 of a file."""
-    value = 0
-    with file.open("rb") as stream:
-        while block := stream.read(_READ_BYTES):
-            value = zlib.crc32(block, value)
-    return value
+def prune(newest: Path, keep: int) -> None:
+    """Remove all but the last `keep` folders up to `newest`, and leftovers of killed jobs.
+
+    Folders of later steps are damaged ones that a resume skipped; they do not count as good.
+    """
+    checkpoints, step = newest.parent, step_of_folder(newest)
+    good = [folder for folder in folders_by_age(checkpoints) if step_of_folder(folder) <= step]
+    partial = [*checkpoints.glob(".step-*.partial"), *checkpoints.glob(".step-*.old")]
+    for folder in good[keep:] + partial:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Write the manifest of a checkpoint whose files are in the folder."""
+    write_signed(folder / MANIFEST, {**content, "format": FORMAT})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the folder's manifest.
+
+    Raises:
+        ValueError: it is missing, damaged or of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = read_signed(path, (2, FORMAT))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{folder}: no {MANIFEST}, so it is no whole checkpoint; use another"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: damaged ({error}); bring it back") from error
+    if missing := sorted(_ENTRIES - manifest.keys()):
+        raise ValueError(f"{path}: of an earlier version, without '{missing[0]}'; train anew")
+    return manifest
+
+
+def model_of(run: Path) -> str | None:
+    """Return a hash of the manifest of a run's best model, which identifies the model.
+
+    None if the run no longer keeps that checkpoint.
+
+    Raises:
+        ValueError: the manifest is damaged.
+    """
+    folder = run / "checkpoints" / BEST
+    if not (folder / MANIFEST).exists():
+        return None
+    return f"{zlib.crc32(json.dumps(read_manifest(folder), sort_keys=True).encode()):08x}"
+
+
+def best_step(run: Path) -> int:
+    """Return the step of a run's best model.
+
+    Raises:
+        ValueError: its manifest is missing or damaged.
+    """
+    return int(read_manifest(run / "checkpoints" / BEST)["step"])
 
 
 def check_files(folder: Path, manifest: dict[str, Any], part: int = 0, parts: int = 1) -> None:
@@ -66,16 +125,9 @@ def check_files(folder: Path, manifest: dict[str, Any], part: int = 0, parts: in
     Raises:
         ValueError: a file is missing, too short or changed; names the first one.
     """
-    for name, (size, expected) in sorted(manifest["files"].items())[part::parts]:
-        file = folder / name
-        if not file.is_file():
-            raise ValueError(f"{file}: missing; bring it back")
-        if file.stat().st_size != size:
-            raise ValueError(
-                f"{file}: {file.stat().st_size} bytes instead of {size}; bring it back"
-            )
-        if checksum(file) != expected:
-            raise ValueError(f"{file}: its content has changed since it was written; bring it back")
+    files = dict(sorted(manifest["files"].items())[part::parts])
+    for difference in differences(folder, files):
+        raise ValueError(f"{difference}; bring it back")
 
 
 def checked_manifest(folder: Path, ranks: Ranks) -> dict[str, Any]:
@@ -87,24 +139,31 @@ def checked_manifest(folder: Path, ranks: Ranks) -> dict[str, Any]:
     with ranks.raise_on_all_ranks():
         manifest = read_manifest(folder)
         check_files(folder, manifest, ranks.rank, ranks.world_size)
-    if manifest["format"] < FORMAT and ranks.is_first:
-        logger.warning(
-            "%s: written by an earlier version, whose manifest has no checksum of its own: that "
-            "its numbers are unchanged could not be checked",
-            folder,
-        )
     return manifest
 
 
-def prune(newest: Path, keep: int) -> None:
-    """Remove all but the last `keep` folders up to `newest`, and leftovers of killed jobs.
+def run_file_hashes(run: Path) -> dict[str, str]:
+    """Return a hash of each file of a run that its model depends on, by path in its folder."""
+    files = sorted(file for pattern in _RUN_FILES for file in run.glob(pattern) if file.is_file())
+    return {str(file.relative_to(run)): file_digest(file) for file in files}
 
-    Folders of later steps are damaged ones that a resume skipped; they do not count as good.
+
+def check_run_files(folder: Path, manifest: dict[str, Any], ranks: Ranks) -> None:
+    """Refuse a checkpoint if the run's files have changed since it was written. A collective.
+
+    Raises:
+        ValueError: on every rank: a file is missing or was edited, or the checkpoint belongs to
+            another run.
     """
-    checkpoints = newest.parent
-    step = step_of_folder(newest)
-    whole = [folder for folder in folders_by_age(checkpoints) if step_of_folder(folder) <= step]
-    for folder in whole[keep:]:
-        shutil.rmtree(folder, ignore_errors=True)
-    for left in [*checkpoints.glob(".step-*.partial"), *checkpoints.glob(".step-*.old")]:
-        shutil.rmtree(left, ignore_errors=True)
+    with ranks.raise_on_all_ranks():
+        if ranks.is_first:
+            run, stored = folder.parents[1], manifest["kept"]
+            current = run_file_hashes(run)
+            for name in sorted(stored.keys() | current.keys()):
+                check_equal(str(run / name), stored.get(name), current.get(name), str(folder))
+
+
+def file_digest(file: Path) -> str:
+    """Return a hash of a file's content."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

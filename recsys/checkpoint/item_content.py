@@ -20,8 +20,8 @@ import numpy as np
 
 from recsys.build import Job
 from recsys.content.bank_fill import encode_into_bank
-from recsys.data.filesystem import whole_file
 from recsys.data.items.item_table import digest_of
+from recsys.storage.files import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def changed_items(
     if (items := _content(job)) is None:
         return None
     now = digest_of(items.tobytes())
-    stored = manifest.get("items", now)  # an earlier version kept no hashes: assumed unchanged
+    stored = manifest["items"]
     if stored is None or (now == stored and new_rows is None):
         return None
     return _changed(items, _file(run, stored), new_rows)

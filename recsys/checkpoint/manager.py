@@ -21,20 +21,20 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from embeddings.table_state import State, set_table_steps
 from recsys.build import Job
-from recsys.checkpoint.compatibility import check_config, check_equal, check_training_data
+from recsys.checkpoint.compatibility import check_config, check_equal
 from recsys.checkpoint.files import (
     BEST,
+    check_run_files,
     checked_manifest,
-    checksum,
     folder_of_step,
     folders_by_age,
     folders_to_continue,
     prune,
+    run_file_hashes,
+    write_manifest,
 )
 from recsys.checkpoint.finite import require_finite
 from recsys.checkpoint.item_content import encode_changed_items, item_content_digest
-from recsys.checkpoint.kept_files import check_kept_files, kept_digests
-from recsys.checkpoint.manifest import write_manifest
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.reader import SafeFileSystemReader, readable_failure
 from recsys.checkpoint.state import (
@@ -46,9 +46,10 @@ from recsys.checkpoint.state import (
     num_bytes,
 )
 from recsys.config import to_plain
-from recsys.data.filesystem import recover_folder, replace_folder
 from recsys.data.parquet.order import Stage
 from recsys.distributed.ranks import Ranks
+from recsys.storage.files import recover_folder, replace_folder
+from recsys.storage.manifest import describe_all
 
 logger = logging.getLogger(__name__)
 
@@ -192,11 +193,11 @@ class Checkpoints:
             with ranks.raise_on_all_ranks():
                 files = sorted(partial.glob(f"__{ranks.rank}_*"))
                 files += [partial / ".metadata"] if ranks.is_first else []
-                mine = {file.name: [file.stat().st_size, checksum(file)] for file in files}
+                mine = describe_all(partial, files)
             described = {name: entry for part in ranks.gather(mine) for name, entry in part.items()}
             with ranks.raise_on_all_ranks():
                 if ranks.is_first:
-                    manifest |= {"kept": kept_digests(folder.parents[1]), "files": described}
+                    manifest |= {"kept": run_file_hashes(folder.parents[1]), "files": described}
                     write_manifest(partial, manifest)
                     replace_folder(partial, folder)
                     if folder.name != BEST:
@@ -223,9 +224,9 @@ class Checkpoints:
                     logger.warning("checkpoint %s is damaged and left out: %s", folder, error)
                 continue
             check_config(manifest["config"], self.job.config, str(folder))
-            check_training_data(manifest["data"], self.data, str(folder))
+            check_equal("the training data", manifest["data"], self.data, str(folder))
             check_equal("frozen weights", manifest["frozen_weights"], self.frozen, str(folder))
-            check_kept_files(folder, manifest, ranks)
+            check_run_files(folder, manifest, ranks)
             self._load(folder)
             progress = self._continued(manifest)
             if folder.name == BEST:
@@ -278,7 +279,7 @@ def load_best(job: Job, run: Path) -> dict[str, Any]:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no checkpoint; train with `--out {run}` first")
     manifest = checked_manifest(folder, ranks)
-    check_kept_files(folder, manifest, ranks)
+    check_run_files(folder, manifest, ranks)
     with ranks.raise_on_all_ranks():
         reader = SafeFileSystemReader(folder)
         stored = reader.read_metadata().state_dict_metadata

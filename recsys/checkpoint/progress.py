@@ -73,45 +73,9 @@ class Progress:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Progress:
-        """Build the counters from the plain values of `dataclasses.asdict`.
-
-        Raises:
-            ValueError: the position is incomplete, or a counter is unknown or of another type.
-        """
-        if missing := {"steps", "epoch", "stages", "batches"} - values.keys():
-            raise ValueError(f"'progress' has no {sorted(missing)[0]}")
-        values = {"dense_steps": values["steps"], **values}  # before accumulation they were equal
-        values.pop("schedule", None)  # of versions whose schedules could follow validations
-        for name, value in values.items():
-            if not _is_counter(name, value):
-                raise ValueError(f"'progress' has {name} {value}")
+        """Build the counters from the plain values of `dataclasses.asdict`."""
+        values = {name: value for name, value in values.items() if name != "schedule"}  # dropped
         return Progress(**{**values, "stages": [Stage(**stage) for stage in values["stages"]]})
-
-
-def _is_counter(name: str, value: Any) -> bool:
-    """Return whether `Progress` has a counter of this name that can have this plain value."""
-    default = getattr(Progress(), name, None)
-    if isinstance(default, float):
-        return type(value) in (float, int)
-    if default is None or type(value) is not type(default):
-        return False
-    if isinstance(value, int):
-        return -1 <= value < 2**63
-    if name == "stages":
-        return all(_is_stage(stage) for stage in value)
-    counts = value.values() if name in ("ids", "vocabularies") else ()
-    return all(
-        isinstance(of_name, dict) and all(type(count) is int for count in of_name.values())
-        for of_name in counts
-    )
-
-
-def _is_stage(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.keys() == Stage.__dataclass_fields__.keys()
-        and all(type(count) is int and count > 0 for count in value.values())
-    )
 
 
 def _add(totals: dict[str, dict[str, int]], more: dict[str, dict[str, int]]) -> None:

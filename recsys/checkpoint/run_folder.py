@@ -12,27 +12,19 @@ import numpy as np
 
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
-from recsys.checkpoint.files import BEST, folders_to_continue
+from recsys.checkpoint.files import BEST, file_digest, folders_to_continue, model_of
 from recsys.checkpoint.item_content import FOLDER, keep_item_content
-from recsys.checkpoint.kept_files import file_digest
-from recsys.checkpoint.manifest import model_of
 from recsys.checkpoint.partitions.state import STATE
 from recsys.checkpoint.run_schema import WARM_START, agree_on_id_types, write_run_schema
 from recsys.config import Resume, save_config
 from recsys.content.encoders.base import Encoder
 from recsys.content.encoders.identity import EncoderIdentity, check_identities, write_identities
-from recsys.data.filesystem import (
-    Location,
-    read_json,
-    recover_folder,
-    regular_file,
-    whole_file,
-    write_whole,
-)
 from recsys.data.item_frequency import ItemCounts
 from recsys.data.schema import vocabulary_file
 from recsys.distributed.job import JobName, restarts
 from recsys.distributed.ranks import Ranks
+from recsys.storage.files import read_json, recover_folder, regular_file, whole_file, write_whole
+from recsys.storage.location import Location
 
 ITEM_COUNTS = "item_counts.npy"
 ITEM_COUNTS_BEFORE = "item_counts_before.npy"  # of the runs that a warm start took over from

@@ -19,12 +19,13 @@ from embeddings.vocabulary.fixed import ExactVocabulary, integer_ids
 from recsys.checkpoint.compatibility import check_equal, flattened
 from recsys.config.parser import short
 from recsys.config.plain_yaml import load_plain_yaml
-from recsys.data.filesystem import Location, write_whole
 from recsys.data.items.item_table import digest_of
 from recsys.data.schema import Schema, load_schema, load_vocabularies, parse_schema
 from recsys.data.schema_columns import VOCABULARY_SETTINGS, Column, IdType
 from recsys.data.transforms.chain import set_chain
 from recsys.distributed.ranks import Ranks
+from recsys.storage.files import write_whole
+from recsys.storage.location import Location
 
 logger = logging.getLogger(__name__)
 

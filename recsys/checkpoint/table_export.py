@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from recsys.checkpoint.output_file import check_output
 from recsys.checkpoint.reader import SafeFileSystemReader
 from recsys.checkpoint.stored_tensor import StoredTensor
-from recsys.data.filesystem import whole_file
+from recsys.storage.files import whole_file
+from recsys.storage.output_file import check_output
 
 BLOCK_BYTES = 2**25
 # Names in the two collections of recsys.model.em3.EM3.

@@ -88,10 +88,10 @@ def compare(runs: list[Path], split: str = "test", out: Path | None = None) -> N
         split: train, valid or test
         out: JSON file to write the numbers to
     """
-    from recsys.checkpoint.output_file import check_output
     from recsys.checkpoint.partitions.state import newest_run
     from recsys.distributed.log import print_table
     from recsys.evaluation.compare import compare_runs, format_comparison, write_comparison
+    from recsys.storage.output_file import check_output
 
     if out is not None:
         check_output(out)
@@ -113,8 +113,7 @@ def export_tables(run: Path, out: Path, table: list[str] | None = None) -> None:
     run = require_finished(run)
     require_working_installation()
     from recsys.checkpoint.compatibility import check_config
-    from recsys.checkpoint.files import BEST, check_files
-    from recsys.checkpoint.manifest import read_manifest
+    from recsys.checkpoint.files import BEST, check_files, read_manifest
     from recsys.checkpoint.table_export import export_tables as write_tables
     from recsys.checkpoint.table_export import require_model_alone
     from recsys.config import load_config

@@ -161,9 +161,9 @@ def package_delta(base: Path, new: Path, /, out: Path) -> None:
         new: the newer package
         out: file to write
     """
-    from recsys.checkpoint.output_file import check_output
     from recsys.data.filesystem import Location
     from recsys.serving.delta.write import write_delta
+    from recsys.storage.output_file import check_output
 
     check_output(out, [Location.of(folder) for folder in (base, new)])
     logger.info("%s: %s", out, write_delta(base, new, out))

@@ -15,10 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+
+from recsys.distributed.job import JobName
+from recsys.storage.lock import JobLock
 
 TIMEOUT = timedelta(minutes=30)  # one rank may encode items for a long time while others wait
 POLL_SECONDS = 0.02
@@ -216,3 +220,22 @@ def _poll(deadline: float, complaint: str) -> None:
     if time.monotonic() > deadline:
         raise TimeoutError(complaint)
     time.sleep(POLL_SECONDS)
+
+
+@contextmanager
+def sole_job(target: Path, ranks: Ranks, lock_file: Path) -> Iterator[None]:
+    """Let no other job write `target` inside the block. A collective; rank 0 holds the lock.
+
+    Folders created for the lock are removed at the end if they are empty.
+
+    Raises:
+        ValueError: on every rank; another job holds it, or the file cannot be written.
+    """
+    lock = JobLock(target, lock_file)
+    with ranks.raise_on_all_ranks():
+        if ranks.is_first:
+            lock.acquire(str(JobName.of_environment()))
+    try:
+        yield
+    finally:
+        lock.release()

@@ -18,10 +18,9 @@ import pyarrow.parquet as pq
 import torch
 
 from recsys.build import Job, build_job
+from recsys.checkpoint.files import model_of
 from recsys.checkpoint.manager import load_best
-from recsys.checkpoint.manifest import model_of
 from recsys.checkpoint.new_rows.fill import fill_rows_of_later_items
-from recsys.checkpoint.output_file import check_output
 from recsys.checkpoint.partitions.items import add_new_items
 from recsys.checkpoint.run_folder import check_encoders, check_vocabularies, read_item_counts
 from recsys.checkpoint.run_schema import load_run_schema, schema_of_data
@@ -32,16 +31,16 @@ from recsys.data.parquet.file import READ_ERRORS, open_parquet
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import Schema
 from recsys.data.vocabularies import UnknownIds, format_unknown
-from recsys.distributed.job_lock import sole_job
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.log import print_table
-from recsys.distributed.ranks import Ranks
+from recsys.distributed.ranks import Ranks, sole_job
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.evaluate import evaluate_split, format_evaluation, score
 from recsys.evaluation.forward_pass import require_finite, rows_per_batch
 from recsys.evaluation.scores import scores_file
 from recsys.model.losses import predictions
 from recsys.model.placement import placed_for_scoring
+from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 

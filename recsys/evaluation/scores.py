@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recsys.checkpoint.manifest import model_of
+from recsys.checkpoint.files import model_of
 from recsys.data.filesystem import Location, whole_file
 from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
 

@@ -18,7 +18,6 @@ from typing import Literal
 from optuna.trial import FrozenTrial, TrialState
 
 from recsys.checkpoint.compatibility import flattened
-from recsys.checkpoint.output_file import check_run_folder
 from recsys.config import Config, load_config, save_config, to_plain
 from recsys.data.filesystem import Location, whole_file
 from recsys.data.items.feature_file import FeatureFile
@@ -27,6 +26,7 @@ from recsys.data.schema import load_schema
 from recsys.search.space import Parameter, check_space, words_of
 from recsys.search.study import Claim, Sampler, SearchStudy
 from recsys.search.trial_runs import SearchStopped, TrialEnd, TrialRuns
+from recsys.storage.output_file import check_run_folder
 
 logger = logging.getLogger(__name__)
 

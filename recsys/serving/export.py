@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from recsys.build import Job
-from recsys.checkpoint.output_file import check_output
 from recsys.checkpoint.run_folder import keep_vocabularies
 from recsys.checkpoint.run_schema import write_run_schema
 from recsys.checkpoint.table_export import stored_tables
@@ -38,6 +37,7 @@ from recsys.serving.package import GRAPH, REQUEST, Manifest, write_manifest
 from recsys.serving.ranking_graph import RankingGraph, RankingInputs, export_graph
 from recsys.serving.requests import request_columns
 from recsys.serving.vector_file import StoredType, VectorFileShape, write_vectors
+from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 

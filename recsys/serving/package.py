@@ -9,18 +9,21 @@ that were added.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from recsys.data.filesystem import whole_file
-from recsys.serving.integrity import VerifiedFiles, Verify, describe, differences
+from recsys.storage.manifest import (
+    VerifiedFiles,
+    Verify,
+    content_digest,
+    describe_all,
+    differences,
+    read_signed,
+    write_signed,
+)
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -30,7 +33,7 @@ PACKAGES = ("torch", "torchrec", "recsys-em3")
 
 
 @dataclass(kw_only=True)
-class Listed:
+class BaseManifest:
     """A manifest: what wrote the files of a folder and when; bytes and sha256 of each by name."""
 
     versions: dict[str, str] = field(default_factory=lambda: {of: version(of) for of in PACKAGES})
@@ -40,7 +43,7 @@ class Listed:
 
 
 @dataclass
-class Manifest(Listed):
+class Manifest(BaseManifest):
     """Contents of a package.
 
     labels: names of the outputs. pooled, dense, parallel: columns in the order of the graph.
@@ -70,10 +73,10 @@ class Manifest(Listed):
     added: dict[str, Any] = field(default_factory=dict)
 
 
-M = TypeVar("M", bound=Listed)
+M = TypeVar("M", bound=BaseManifest)
 
 
-def write_manifest(folder: Path, manifest: Listed, leave_out: str | None = None) -> None:
+def write_manifest(folder: Path, manifest: BaseManifest, leave_out: str | None = None) -> None:
     """Hash the files of a folder and write its manifest, with a hash of its own.
 
     `leave_out` is a folder in it with a manifest of its own, which may change.
@@ -82,23 +85,13 @@ def write_manifest(folder: Path, manifest: Listed, leave_out: str | None = None)
     files = sorted(
         path for path in folder.rglob("*") if path.is_file() and inner not in path.parents
     )
-    manifest.files = described(folder, files)
+    manifest.files = describe_all(folder, files)
     replace_manifest(folder, manifest)
 
 
-def described(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Return sizes and hashes of files by their names in the folder, for a manifest."""
-    return {str(path.relative_to(folder)): describe(path) for path in files}
-
-
-def replace_manifest(folder: Path, manifest: Listed) -> None:
+def replace_manifest(folder: Path, manifest: BaseManifest) -> None:
     """Write the manifest of a folder, by one rename, with a hash of its own."""
-    content = asdict(manifest)
-    content["sha256"] = _own_digest(content)
-    with whole_file(folder / MANIFEST) as partial, partial.open("w") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_signed(folder / MANIFEST, asdict(manifest))
 
 
 def read_manifest(
@@ -134,16 +127,12 @@ def read_manifest_of(
     if not path.is_file():
         raise ValueError(f"{folder}: no {what} ({MANIFEST} is missing); make one by {command}")
     try:
-        content = json.loads(path.read_bytes())
-        if (number := content.get("format")) != FORMAT:
-            raise ValueError(f"format {number}, but this version reads {FORMAT}")
-        if content.pop("sha256", None) != _own_digest(content):
-            raise ValueError("its content differs from its hash")
+        content = read_signed(path, (FORMAT,))
         if not content.keys() <= {of.name for of in fields(kind)}:
             raise ValueError(f"another command than {command} wrote it, so this is no {what}")
         manifest = kind(**content)
         found = list(differences(folder, manifest.files, verify, verified))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}; export the run again") from error
     for difference in found:
         raise ValueError(f"{difference}; export the run again, or copy the package again")
@@ -152,7 +141,7 @@ def read_manifest_of(
 
 def digest_of(manifest: Manifest) -> str:
     """Return the hash of a manifest, which differs between any two packages."""
-    return _own_digest(asdict(manifest))
+    return content_digest(asdict(manifest))
 
 
 def differing_versions(manifest: Manifest) -> list[str]:
@@ -166,7 +155,3 @@ def differing_versions(manifest: Manifest) -> list[str]:
         if written.split(".")[:2] != now.split(".")[:2]:
             found.append(f"{name} {written} (here: {now})")
     return found
-
-
-def _own_digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -22,12 +22,12 @@ from recsys.checkpoint.run_schema import load_run_schema
 from recsys.model.losses import predictions
 from recsys.serving.bounded_file import load_bounded
 from recsys.serving.compiled_graph import Graph, graph_file, load_graph
-from recsys.serving.integrity import BackgroundCheck, VerifiedFiles
 from recsys.serving.new_items.added_items import AddedItems, grow_vocabulary
 from recsys.serving.package import Manifest, differing_versions, read_manifest
 from recsys.serving.ranking_graph import RankingInputs
 from recsys.serving.requests import HistoryRows, RequestReader, RequestRows, TableRows
 from recsys.serving.vector_file import VectorFile, VectorFileShape
+from recsys.storage.manifest import BackgroundCheck, VerifiedFiles
 
 logger = logging.getLogger(__name__)
 

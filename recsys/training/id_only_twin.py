@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from recsys.checkpoint.files import folders_by_age
-from recsys.checkpoint.output_file import check_run_folder
 from recsys.checkpoint.run_folder import COMPARISON, LOCK, TWIN, TWIN_MARK, Resume, finish_run
 from recsys.config import Config
 from recsys.config.checks import validate
-from recsys.distributed.job_lock import sole_job
 from recsys.distributed.log import print_table
-from recsys.distributed.ranks import Ranks
+from recsys.distributed.ranks import Ranks, sole_job
 from recsys.evaluation.compare import compare_runs, format_comparison, write_comparison
+from recsys.storage.output_file import check_run_folder
 from recsys.training.train import check_best, train, train_locked
 
 logger = logging.getLogger(__name__)

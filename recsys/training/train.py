@@ -17,11 +17,9 @@ from typing import Any
 
 from recsys.build import Job, build_job, check_columns
 from recsys.checkpoint.compatibility import with_automatic
-from recsys.checkpoint.files import BEST
+from recsys.checkpoint.files import BEST, model_of
 from recsys.checkpoint.manager import Checkpoints, load_best
-from recsys.checkpoint.manifest import model_of
 from recsys.checkpoint.new_rows.fill import require_table_state
-from recsys.checkpoint.output_file import check_run_folder
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.run_folder import (
     LOCK,
@@ -44,10 +42,9 @@ from recsys.data.filesystem import Location, read_json, write_whole
 from recsys.data.interactions import Interactions
 from recsys.data.row_source import RowSource, open_rows
 from recsys.data.schema import Schema, load_schema
-from recsys.distributed.job_lock import sole_job
 from recsys.distributed.lockstep import Lockstep, TrainingStopped
 from recsys.distributed.log import print_table
-from recsys.distributed.ranks import Ranks
+from recsys.distributed.ranks import Ranks, sole_job
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.evaluate import (
     CheckedRows,
@@ -58,6 +55,7 @@ from recsys.evaluation.evaluate import (
 )
 from recsys.evaluation.further_metrics import make_metrics
 from recsys.evaluation.scores import scores_file
+from recsys.storage.output_file import check_run_folder
 from recsys.training.item_opinions import fill_opinions
 from recsys.training.pretrained_tables import load_pretrained_tables
 from recsys.training.reporter import Reporter

@@ -25,11 +25,11 @@ from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint.new_rows.trained_counts import trained_counts
 from recsys.content.bank_fill import item_vectors
-from recsys.data.filesystem import Location
 from recsys.data.item_frequency import COLD_BELOW, ItemCounts
 from recsys.data.schema import vocabulary_file
 from recsys.distributed.gather import gather_rows
 from recsys.model.tables import cold_row_rules
+from recsys.storage.location import Location
 
 logger = logging.getLogger(__name__)
 

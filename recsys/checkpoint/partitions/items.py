@@ -10,9 +10,10 @@ from pathlib import Path
 
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.checkpoint.run_schema import PARTITION
-from recsys.data.filesystem import Location, read_json
 from recsys.data.prepare_vocabulary import new_ids
 from recsys.data.schema import Schema
+from recsys.storage.files import read_json
+from recsys.storage.location import Location
 
 
 def add_new_items(run: Path, schema: Schema, root: Location) -> str:

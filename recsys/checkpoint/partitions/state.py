@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from recsys.data.filesystem import read_json, write_whole
+from recsys.storage.files import read_json, write_whole
 
 STATE = "continual.json"
 METRICS_LINES = "metrics.jsonl"

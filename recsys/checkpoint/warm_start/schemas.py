@@ -10,10 +10,10 @@ from recsys.checkpoint.run_schema import FILE, changes, described_columns
 from recsys.checkpoint.warm_start.differences import Differences
 from recsys.checkpoint.warm_start.source import Source
 from recsys.config.parser import short
-from recsys.data.filesystem import Location
 from recsys.data.schema import Schema, load_schema, load_vocabularies
 from recsys.data.schema_columns import IdType
 from recsys.data.transforms.chain import set_chain
+from recsys.storage.location import Location
 
 # Attributes of which `row_maps` decides, since they concern the rows of a table alone.
 _OF_ROWS = ("num_embeddings", "vocabulary.kind", "vocabulary.num_hashes", "vocabulary.seed")

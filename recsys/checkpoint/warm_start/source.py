@@ -9,8 +9,13 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from recsys.checkpoint.files import BEST, checked_manifest, folders_by_age, step_of_folder
-from recsys.checkpoint.kept_files import check_kept_files
+from recsys.checkpoint.files import (
+    BEST,
+    check_run_files,
+    checked_manifest,
+    folders_by_age,
+    step_of_folder,
+)
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.reader import SafeFileSystemReader
 from recsys.checkpoint.run_schema import FILE, load_run_schema
@@ -34,7 +39,7 @@ class Stored:
     def open(folder: Path, ranks: Ranks) -> Stored:
         """Check the files of a checkpoint and read what it has. A collective."""
         manifest = checked_manifest(folder, ranks)
-        check_kept_files(folder, manifest, ranks)
+        check_run_files(folder, manifest, ranks)
         with ranks.raise_on_all_ranks():
             reader = SafeFileSystemReader(folder)
             metadata = reader.read_metadata()

@@ -6,7 +6,6 @@ import json
 import logging
 from pathlib import Path
 
-from recsys.checkpoint.output_file import check_output
 from recsys.data.filesystem import Location, write_whole
 from recsys.data.item_frequency import count_items
 from recsys.data.items.item_table import ItemTable
@@ -22,6 +21,7 @@ from recsys.diagnostics.dataset.dataset_summary import (
 from recsys.diagnostics.dataset.findings import find
 from recsys.diagnostics.dataset.report import format_dataset
 from recsys.distributed.log import print_table
+from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 

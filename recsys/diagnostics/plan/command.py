@@ -7,13 +7,13 @@ import logging
 from pathlib import Path
 
 from embeddings.device_figures import FigureOverrides
-from recsys.checkpoint.output_file import check_output
 from recsys.config import Config
 from recsys.data.filesystem import write_whole
 from recsys.diagnostics.plan.description import Description, describe
 from recsys.diagnostics.plan.report import format_description
 from recsys.diagnostics.plan.this_machine import find_cluster
 from recsys.distributed.log import print_table
+from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 

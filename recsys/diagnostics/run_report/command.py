@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from recsys.build import Job
-from recsys.checkpoint.manifest import best_step
-from recsys.checkpoint.output_file import check_output
+from recsys.checkpoint.files import best_step
 from recsys.checkpoint.partitions.state import ContinualFolder
 from recsys.checkpoint.run_folder import check_metrics, read_item_counts
 from recsys.checkpoint.run_schema import PARTITION
@@ -44,6 +43,7 @@ from recsys.evaluation.evaluate import (
 from recsys.evaluation.metrics import marked_cell
 from recsys.evaluation.predict import data_of, load_run
 from recsys.evaluation.scores import SplitScores, read_scores
+from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,6 @@ from recsys.checkpoint.run_schema import load_run_schema
 from recsys.data.filesystem import Location
 from recsys.data.items.item_table import ItemTable, plain_values
 from recsys.data.parquet.file import column_type, open_parquet
-from recsys.serving.integrity import differences
 from recsys.serving.new_items.added_items import (
     FOLDER,
     AddedItems,
@@ -35,8 +34,9 @@ from recsys.serving.new_items.added_items import (
 )
 from recsys.serving.new_items.item_encoder import FOLDER as ENCODER
 from recsys.serving.new_items.item_encoder import INDEX, ItemEncoder
-from recsys.serving.package import Manifest, described, read_manifest, replace_manifest
+from recsys.serving.package import Manifest, read_manifest, replace_manifest
 from recsys.serving.vector_file import VectorFileShape
+from recsys.storage.manifest import describe_all, differences
 
 logger = logging.getLogger(__name__)
 
@@ -193,5 +193,5 @@ def _write(
     named = added.write_next(package, index, vectors, ids, shape)
     folder = package / FOLDER / str(named["number"])
     kept = {name: of for name, of in manifest.files.items() if not name.startswith(f"{FOLDER}/")}
-    files = kept | described(package, sorted(folder.iterdir()))
+    files = kept | describe_all(package, sorted(folder.iterdir()))
     replace_manifest(package, replace(manifest, added=named, files=files))

@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recsys.checkpoint.output_file import check_output
 from recsys.data.filesystem import Location, whole_file
 from recsys.data.parquet.file import column_type, open_parquet
 from recsys.serving.retrieval.retriever import NothingToSearchBy, Retrieved, Retriever
+from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 

@@ -18,14 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.build import Job
-from recsys.checkpoint.manifest import model_of
+from recsys.checkpoint.files import model_of
 from recsys.checkpoint.new_rows.trained_counts import trained_counts
 from recsys.data.filesystem import Location, whole_folder
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.predict import data_of
 from recsys.evaluation.retrieval import catalogue_of
 from recsys.serving.export import load_for_export
-from recsys.serving.package import Listed, read_manifest_of, write_manifest
+from recsys.serving.package import BaseManifest, read_manifest_of, write_manifest
 from recsys.serving.retrieval.index import require_faiss
 from recsys.serving.retrieval.item_vectors import ItemVectors, item_vectors
 from recsys.serving.retrieval.semantic_dataset import schema_without, write_dataset_with
@@ -36,7 +36,7 @@ COLUMN = "semantic_ids"
 
 
 @dataclass
-class SemanticManifest(Listed):
+class SemanticManifest(BaseManifest):
     """Contents of a folder of semantic ids.
 
     model: hash of the model whose content vectors were clustered. levels, codes, dim: L, C and D.

@@ -22,7 +22,7 @@ from recsys.data.filesystem import whole_folder
 from recsys.distributed.ranks import Ranks
 from recsys.ranking.two_tower import TwoTower
 from recsys.serving.export import load_for_export
-from recsys.serving.package import GRAPH, Listed, write_manifest
+from recsys.serving.package import GRAPH, BaseManifest, write_manifest
 from recsys.serving.retrieval.index import IndexKind, build_index, require_faiss, write_index
 from recsys.serving.retrieval.item_vectors import VectorKind, item_vectors
 from recsys.serving.retrieval.user_tower import write_user_tower
@@ -33,7 +33,7 @@ VECTORS, ITEMS, INDEX, QUERIES = "vectors.npy", "items.parquet", "index.faiss", 
 
 
 @dataclass
-class VectorsManifest(Listed):
+class VectorsManifest(BaseManifest):
     """Contents of a folder of item vectors.
 
     ranking: the model's name. vectors: content or item_tower. num_items, dim: size of the vectors.

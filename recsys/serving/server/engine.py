@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from recsys.config.server import ServerSettings
-from recsys.serving.integrity import VerifiedFiles
 from recsys.serving.server import metrics
 from recsys.serving.server.columns import RankedUser
 from recsys.serving.server.protocol.tensors import Tensor
@@ -28,6 +27,7 @@ from recsys.serving.server.refusals import (
     Unauthorized,
 )
 from recsys.serving.server.served import POLL_SECONDS, CurrentPackage, Served
+from recsys.storage.manifest import VerifiedFiles
 
 # Of Linux, which has priorities by thread: a third of the share of the others. The lowest would
 # leave the interpreter's lock, which requests wait for, with a thread that other processes hold up.

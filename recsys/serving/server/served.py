@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from recsys.serving.integrity import VerifiedFiles
 from recsys.serving.package import MANIFEST, REQUEST, digest_of
 from recsys.serving.scorer import Scorer
 from recsys.serving.server.columns import Columns
 from recsys.serving.server.refusals import Damaged
+from recsys.storage.manifest import VerifiedFiles
 
 logger = logging.getLogger(__name__)
 

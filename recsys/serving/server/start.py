@@ -54,11 +54,11 @@ def _run(settings: ServerSettings, http: socket.socket) -> None:
     import uvicorn
     from uvicorn.config import STARTUP_FAILURE
 
-    from recsys.serving.integrity import VerifiedFiles
     from recsys.serving.package import read_manifest
     from recsys.serving.server.connection import BoundedConnection
     from recsys.serving.server.drain import Workers
     from recsys.serving.server.worker import worker_app
+    from recsys.storage.manifest import VerifiedFiles
 
     # Of connections whose client does not take its answer; they inherit it.
     patience = 1000 * settings.read_timeout

@@ -15,13 +15,13 @@ from uvicorn.config import STARTUP_FAILURE
 
 from recsys.config.server import ServerSettings
 from recsys.distributed.log import configure_logging
-from recsys.serving.integrity import VerifiedFiles
 from recsys.serving.server.connection import READ_TIMEOUT
 from recsys.serving.server.drain import Drain
 from recsys.serving.server.engine import Engine
 from recsys.serving.server.gate import Gate
 from recsys.serving.server.grpc_service import grpc_server
 from recsys.serving.server.http_app import http_app
+from recsys.storage.manifest import VerifiedFiles
 
 logger = logging.getLogger(__name__)
 

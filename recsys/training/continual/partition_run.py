@@ -13,9 +13,8 @@ from typing import Any
 
 from recsys.build import Job, build_job
 from recsys.checkpoint.compatibility import with_automatic
-from recsys.checkpoint.files import folders_by_age
+from recsys.checkpoint.files import folders_by_age, model_of
 from recsys.checkpoint.manager import Checkpoints
-from recsys.checkpoint.manifest import model_of
 from recsys.checkpoint.new_rows.fill import fill_rows_of_later_items
 from recsys.checkpoint.new_rows.trained_counts import counts_before
 from recsys.checkpoint.partitions.state import ContinualFolder, RunState, Trained

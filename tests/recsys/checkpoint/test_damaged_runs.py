@@ -5,8 +5,6 @@ Each change is made in a copy of one run, in this process.
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import re
 import shutil
@@ -20,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recsys.checkpoint.manifest import MANIFEST
+from recsys.checkpoint.files import MANIFEST
 from recsys.checkpoint.run_folder import check_metrics, describe_run
 from recsys.cli import main
 from recsys.distributed.ranks import joined_ranks
@@ -175,13 +173,3 @@ def test_damaged_tables_are_not_exported(run: Path, capsys: pytest.CaptureFixtur
     out = run.parent / "tables.parquet"
     assert main(["export-tables", "--run", str(run), "--out", str(out)]) == 1
     assert shard.name in capsys.readouterr().err and not out.exists()
-
-
-def test_a_manifest_without_checksum_is_named(run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file = run / "checkpoints" / "best" / MANIFEST
-    manifest = json.loads(file.read_text())
-    manifest.pop("checksum")
-    file.write_text(json.dumps({**manifest, "format": 1}))
-    with joined_ranks("cpu") as ranks, caplog.at_level(logging.WARNING):
-        load_run(run, None, ranks, "cpu")
-    assert any("checkpoints/best" in line and "checksum" in line for line in caplog.messages)

@@ -17,7 +17,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from recsys.checkpoint.files import folders_by_age
-from recsys.checkpoint.output_file import check_output
 from recsys.checkpoint.partitions.state import ContinualFolder
 from recsys.cli import main
 from recsys.config import ContinualSettings
@@ -26,6 +25,7 @@ from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.evaluate import score, split_interactions
 from recsys.evaluation.predict import load_run
 from recsys.evaluation.scores import read_scores
+from recsys.storage.output_file import check_output
 from recsys.training.continual.partition_trainer import PartitionTrainer, passes_over
 from recsys.training.loss_watch import LossWatch
 from tests.recsys.command_runs import TINY

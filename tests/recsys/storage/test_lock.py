@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from recsys.distributed.job_lock import PATIENCE_SECONDS, sole_job
-from recsys.distributed.ranks import joined_ranks
+from recsys.distributed.ranks import joined_ranks, sole_job
+from recsys.storage.lock import PATIENCE_SECONDS
 from tests.ranks import run_on_ranks
 from tests.recsys.em3_runs import ranks_of
 
@@ -19,7 +19,7 @@ from tests.recsys.em3_runs import ranks_of
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from recsys.distributed.job_lock import sole_job
+from recsys.distributed.ranks import sole_job
 from recsys.distributed.ranks import joined_ranks
 folder = Path(sys.argv[1])
 with joined_ranks("cpu") as ranks, sole_job(folder, ranks, folder / ".lock"):
@@ -94,14 +94,12 @@ def test_a_job_of_a_lost_host_is_waited_for_by_its_next_attempt_alone(
 ) -> None:
     """The clock passes at each look at the lock, as the server of its file system sees no end."""
     looks: list[float] = []
-    monkeypatch.setattr("recsys.distributed.job_lock.time.monotonic", lambda: 10.0 * len(looks))
+    monkeypatch.setattr("recsys.storage.lock.time.monotonic", lambda: 10.0 * len(looks))
     with joined_ranks("cpu") as ranks, sole_job(tmp_path, ranks, tmp_path / ".lock"):
         owner = tmp_path / ".lock.json"
         lost = {**json.loads(owner.read_text()), "host": "node7", "job": "shop1"}
         owner.write_text(json.dumps(lost))
-        monkeypatch.setattr(
-            "recsys.distributed.job_lock._JobLock._is_free", lambda _: looks.append(0.0)
-        )
+        monkeypatch.setattr("recsys.storage.lock.JobLock._is_free", lambda _: looks.append(0.0))
         for name, count in (("other", 1), ("shop1", 1 + PATIENCE_SECONDS // 10)):
             looks.clear()
             monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recsys.serving import integrity
-from recsys.serving.integrity import BackgroundCheck, VerifiedFiles, describe, differences
+from recsys.storage import manifest
+from recsys.storage.manifest import BackgroundCheck, VerifiedFiles, describe, differences
 
 BLOCKS = 40
 
@@ -16,7 +16,7 @@ BLOCKS = 40
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, object]]:
     """Two files of many blocks, the last one short, and an empty one."""
-    monkeypatch.setattr(integrity, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(manifest, "BLOCK_BYTES", 100)
     random = np.random.default_rng(0)
     for name in ("item", "user"):
         (tmp_path / name).write_bytes(random.bytes(100 * BLOCKS - 7))
@@ -24,9 +24,9 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str
     return {name: describe(tmp_path / name) for name in ("item", "user", "empty")}
 
 
-def test_whole_files_have_no_differences(tmp_path: Path, files: integrity.Files) -> None:
+def test_whole_files_have_no_differences(tmp_path: Path, files: manifest.Files) -> None:
     assert files["item"]["bytes"] == 100 * BLOCKS - 7 and len(files["item"]["sha256"]) == BLOCKS
-    choices: tuple[integrity.Verify, ...] = (True, False, "sample")
+    choices: tuple[manifest.Verify, ...] = (True, False, "sample")
     for verify in choices:
         assert list(differences(tmp_path, files, verify)) == []
     check = BackgroundCheck(tmp_path, files)
@@ -36,7 +36,7 @@ def test_whole_files_have_no_differences(tmp_path: Path, files: integrity.Files)
 
 @pytest.mark.parametrize("place", [0, 1234, 100 * BLOCKS - 8])
 def test_one_bit_is_seen_by_a_whole_check_and_at_the_ends_by_a_sample(
-    tmp_path: Path, files: integrity.Files, place: int, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, files: manifest.Files, place: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "item"
     content = bytearray(path.read_bytes())
@@ -54,7 +54,7 @@ def test_one_bit_is_seen_by_a_whole_check_and_at_the_ends_by_a_sample(
 
 
 def test_files_that_are_exchanged_or_cut_short_are_seen_by_a_sample(
-    tmp_path: Path, files: integrity.Files
+    tmp_path: Path, files: manifest.Files
 ) -> None:
     (tmp_path / "item").rename(tmp_path / "other")
     (tmp_path / "user").rename(tmp_path / "item")
@@ -66,38 +66,38 @@ def test_files_that_are_exchanged_or_cut_short_are_seen_by_a_sample(
 
 
 def test_a_file_that_is_gone_while_it_is_compared_is_a_difference(
-    tmp_path: Path, files: integrity.Files, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, files: manifest.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gone(path: Path, block: int) -> str:
         raise FileNotFoundError(path)
 
-    monkeypatch.setattr(integrity, "_digest", gone)
+    monkeypatch.setattr(manifest, "_digest", gone)
     check = BackgroundCheck(tmp_path, files)
     check.join()
     assert check.difference is not None and "item" in check.difference
 
 
 def test_files_that_were_compared_are_read_again_only_if_they_changed(
-    tmp_path: Path, files: integrity.Files, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, files: manifest.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, digest = list[str](), integrity._digest
+    read, digest = list[str](), manifest._digest
 
     def noted(path: Path, block: int) -> str:
         read.append(path.name)
         return digest(path, block)
 
-    monkeypatch.setattr(integrity, "_digest", noted)
+    monkeypatch.setattr(manifest, "_digest", noted)
     first = VerifiedFiles()
     assert list(differences(tmp_path, files, "sample", first)) == []
     assert list(differences(tmp_path, files, True, first)) == []  # a sample is no whole check
-    assert read.count("item") == integrity.SAMPLED_BLOCKS + BLOCKS
+    assert read.count("item") == manifest.SAMPLED_BLOCKS + BLOCKS
 
     (tmp_path / "copy").write_bytes((tmp_path / "user").read_bytes())
     (tmp_path / "copy").replace(tmp_path / "user")
     read.clear()
     second = VerifiedFiles(first)
     assert list(differences(tmp_path, files, True, second)) == []
-    assert set(read) == {"user"} and first.found != second.found
+    assert set(read) == {"user"} and first.identities != second.identities
 
     content = bytearray((tmp_path / "item").read_bytes())
     content[1234] ^= 4

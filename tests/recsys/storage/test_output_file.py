@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from recsys.checkpoint.output_file import check_output, check_run_folder
 from recsys.data.filesystem import Location, write_whole
+from recsys.storage.output_file import check_output, check_run_folder
 
 
 @pytest.fixture

@@ -11,17 +11,13 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
 import psutil
 from filelock import FileLock, Timeout
-
-from recsys.distributed.job import JobName
-from recsys.distributed.ranks import Ranks
 
 # Seconds that a killed job may need to disappear: its children hold its files, or the server of a
 # network file system has not noticed yet.
@@ -31,7 +27,7 @@ ATTEMPT_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Owner:
-    """The job that holds a lock, described by its rank 0."""
+    """The process that holds a lock."""
 
     job: str  # empty: no launcher has named it
     host: str
@@ -40,24 +36,20 @@ class Owner:
     since: str
 
     @staticmethod
-    def of_this_process() -> Owner:
-        """Describe this process as an owner."""
-        return Owner(
-            str(JobName.of_environment()),
-            socket.gethostname(),
-            os.getpid(),
-            psutil.Process().create_time(),
-            datetime.now().astimezone().isoformat(" ", "seconds"),
-        )
+    def of_this_process(job: str) -> Owner:
+        """Describe this process, of the job of that name, as an owner."""
+        since = datetime.now().astimezone().isoformat(" ", "seconds")
+        started = psutil.Process().create_time()
+        return Owner(job, socket.gethostname(), os.getpid(), started, since)
 
-    def is_ending(self, own: Owner) -> bool:
-        """Return whether the owner has ended, or is an ending earlier attempt of this job."""
-        if self.host != own.host:  # where its processes cannot be seen
-            return bool(self.job) and self.job == own.job
+    def is_ending(self, process: Owner) -> bool:
+        """Return whether the owner has ended, or is an earlier attempt of that process's job."""
+        if self.host != process.host:  # where its processes cannot be seen
+            return bool(self.job) and self.job == process.job
         try:
-            process = psutil.Process(self.pid)
-            is_other = abs(process.create_time() - self.started) > 1
-            return is_other or process.status() == psutil.STATUS_ZOMBIE
+            same_pid = psutil.Process(self.pid)
+            is_other = abs(same_pid.create_time() - self.started) > 1
+            return is_other or same_pid.status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
 
@@ -67,58 +59,40 @@ class Owner:
         return f"{job}process {self.pid} on {self.host} since {self.since}"
 
 
-@contextmanager
-def sole_job(target: Path, ranks: Ranks, lock_file: Path) -> Iterator[None]:
-    """Let no other job write `target` inside the block. A collective; rank 0 holds the lock.
-
-    Folders created for the lock are removed at the end if they are empty.
-
-    Raises:
-        ValueError: on every rank; another job holds it, or the file cannot be written.
-    """
-    lock = _JobLock(target, lock_file)
-    with ranks.raise_on_all_ranks():
-        if ranks.is_first:
-            lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-class _JobLock:
-    """A lock with its owner in a file beside it."""
+class JobLock:
+    """A lock on `target` in a file, with its owner in a file beside it."""
 
     def __init__(self, target: Path, file: Path) -> None:
+        """Make a lock that is not held yet."""
         self.target, self.file = target, file
         self.owner_file = file.with_name(f"{file.name}.json")
         self.lock = FileLock(file)
         self.new_folders = [path for path in file.parents if not path.exists()]
 
-    def acquire(self) -> None:
-        """Take the lock.
+    def acquire(self, job: str) -> None:
+        """Take the lock for a job; wait for its earlier attempts to end.
 
         Raises:
             ValueError: another job holds it, or the file cannot be written.
         """
-        own, deadline = Owner.of_this_process(), time.monotonic() + PATIENCE_SECONDS
+        process, deadline = Owner.of_this_process(job), time.monotonic() + PATIENCE_SECONDS
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             while not self._is_free():
                 owner = self._owner()
-                if owner is None or not owner.is_ending(own) or time.monotonic() > deadline:
+                if owner is None or not owner.is_ending(process) or time.monotonic() > deadline:
                     raise ValueError(
                         f"{self.target}: in use by {owner or 'another job'}; wait for it, end it, "
                         f"or choose another --out (if it is gone for good, remove {self.file})"
                     )
             self.owner_file.unlink(missing_ok=True)
-            self.owner_file.write_text(json.dumps(asdict(own)) + "\n")
+            self.owner_file.write_text(json.dumps(asdict(process)) + "\n")
         except OSError as error:
             self.release()
             raise ValueError(f"{self.target}: cannot be locked for writing ({error})") from error
 
     def release(self) -> None:
-        """Free the lock if it is held, and remove the files and folders made for it."""
+        """Free the lock if it is held, and remove the files and empty folders made for it."""
         try:
             if self.lock.is_locked:
                 self.owner_file.unlink(missing_ok=True)

@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from recsys.data.filesystem import Location, regular_file
+from recsys.storage.files import regular_file
+from recsys.storage.location import Location
 
 # Files of a run, a dataset or a package that later commands read.
 _KEPT = (

@@ -1,0 +1,151 @@
+"""Files and folders that appear whole or not at all, even if the job is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def regular_file(path: Path) -> Path:
+    """Return the path of a file to read or replace; if it exists, it must be a regular file.
+
+    Opening a pipe may block for ever, and root can replace a device by a file.
+
+    Raises:
+        ValueError: it is a folder, a pipe, a socket or a device.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: a folder, a pipe or a device instead of a file; replace it")
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: it is missing, no file, or not JSON; names it.
+    """
+    try:
+        return json.loads(regular_file(path).read_text(encoding="utf-8"))
+    except (OSError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: no readable JSON ({error}); bring the file back") from error
+
+
+def home_expanded(path: str) -> Path:
+    """Return a path with a leading `~` replaced by the home folder.
+
+    Raises:
+        ValueError: the home folder is not known.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # such as a container's user without HOME and passwd entry
+        raise ValueError(
+            f"{path}: no home folder is known ({error}); set HOME, or name the folder in full"
+        ) from error
+
+
+def _partial_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, renamed to `path` when the block succeeds.
+
+    The folder must exist. The temporary path is absolute, since pyarrow reads a relative path with
+    a colon as a URL.
+
+    Raises:
+        ValueError: `path` is a folder, a pipe or a device, which the new file would replace.
+
+    Example::
+
+        with whole_file(folder / "scores.parquet") as partial:
+            pq.write_table(table, partial)
+    """
+    partial = _partial_path(regular_file(path).absolute())
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all; create missing folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_folder(path: Path, may_exist: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, renamed to `path` when the block succeeds.
+
+    Args:
+        path: a folder that does not exist, or is empty.
+        may_exist: if another process has created an equal folder meanwhile, keep that one.
+
+    Raises:
+        OSError: the folder exists meanwhile, and `may_exist` is false.
+        ValueError: the folder cannot be created.
+    """
+    partial = _partial_path(path)
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path}: is a broken link; remove it or name another folder")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be made ({error.strerror}); name another folder"
+        ) from error
+    try:
+        yield partial
+        try:
+            partial.rename(path)
+        except OSError:
+            if not (may_exist and path.exists()):
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_folder(partial: Path, path: Path) -> None:
+    """Rename a written folder to `path`; remove an older folder of that name.
+
+    If the job is killed between the two renames, `recover_folder` undoes the first.
+    """
+    old = _set_aside(path)
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(path: Path) -> None:
+    """Restore the old folder if `replace_folder` was killed between its two renames."""
+    if not path.exists() and _set_aside(path).exists():
+        _set_aside(path).rename(path)
+
+
+def _set_aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Make a hard link to a file, or a copy where the file system has no links."""
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copy2(source, target)

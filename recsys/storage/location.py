@@ -1,0 +1,134 @@
+"""Local paths and fsspec URLs (`s3://`, `gs://`, `memory://`), read in the same way.
+
+pyarrow reads Parquet through the same filesystem object, so no file is copied first.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
+from pyarrow.fs import LocalFileSystem as ArrowLocalFileSystem
+
+from recsys.storage.files import regular_file
+
+SPELLINGS = {".parquet": (".parquet", ".parq", ".pq")}  # of an ending, without regard to case
+SEARCH_DEPTH = 4  # levels of folders that are searched for files that would be left out
+
+
+@dataclass(frozen=True)
+class Location:
+    """A path on a filesystem.
+
+    Example::
+
+        root = Location.of("s3://bucket/dataset")
+        (root / "schema.yaml").read_bytes()
+    """
+
+    filesystem: Any  # an fsspec filesystem
+    path: str
+
+    @staticmethod
+    def of(url: object) -> Location:
+        """Make a location from a local path or a URL.
+
+        Raises:
+            ValueError: no installed filesystem opens a URL of this kind.
+        """
+        if "://" not in str(url):  # a local name, even with `::` or `:`, which fsspec interprets
+            path = os.path.abspath(os.path.expanduser(str(url)))
+            return Location(LocalFileSystem(), path.rstrip("/"))
+        try:
+            filesystem, path = fsspec.core.url_to_fs(str(url))
+        except (ImportError, ValueError, OSError) as error:
+            raise ValueError(f"{url}: cannot be opened ({error})") from error
+        return Location(filesystem, path.rstrip("/"))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the path is on the local file system."""
+        return isinstance(self.filesystem, LocalFileSystem)
+
+    @property
+    def arrow(self) -> FileSystem:
+        """The same filesystem as an object of pyarrow."""
+        return (
+            ArrowLocalFileSystem()
+            if self.is_local
+            else PyFileSystem(FSSpecHandler(self.filesystem))
+        )
+
+    def __truediv__(self, name: str) -> Location:
+        """Return the location of `name` inside this folder."""
+        return Location(self.filesystem, f"{self.path}/{name}")
+
+    def __str__(self) -> str:
+        """Return the local path, or the URL."""
+        return self.path if self.is_local else str(self.filesystem.unstrip_protocol(self.path))
+
+    def exists(self) -> bool:
+        """Return whether a file or folder exists at this path."""
+        return bool(self.filesystem.exists(self.path))
+
+    def read_bytes(self) -> bytes:
+        """Read the whole file; a folder, a pipe or a device is a ValueError."""
+        if self.is_local:
+            regular_file(Path(self.path))
+        return bytes(self.filesystem.cat_file(self.path))
+
+    def files(self, ending: str) -> list[Location]:
+        """Return the files with this ending in the folder, by name; this file if it is one.
+
+        As in Spark and Arrow, names that start with a dot or an underscore are not data, and the
+        files of folders such as `date=2026-11-01` (Hive partitions) are those of the folder.
+
+        Raises:
+            ValueError: skipping an entry would lose rows silently: one with this ending is no file,
+                a folder holds such files, or a file has the ending in another spelling.
+        """
+        if self.filesystem.isfile(self.path):
+            return [self]
+        if not self.filesystem.isdir(self.path):
+            return []
+        names = [path.rsplit("/", 1)[-1] for path in self.filesystem.ls(self.path, detail=False)]
+        entries = [self / name for name in sorted(names) if not name.startswith((".", "_"))]
+        in_partitions: list[Location] = []
+        for entry in entries:
+            name = entry.path.rsplit("/", 1)[-1]
+            if is_partition(name) and self.filesystem.isdir(entry.path):
+                in_partitions += entry.files(ending)
+            else:
+                self._refuse_unread(entry, name, ending)
+        matching = [entry for entry in entries if entry.path.endswith(ending)]
+        if matching and in_partitions:
+            raise ValueError(
+                f"{in_partitions[0]}: lies in a partition, and {matching[0]} beside the "
+                "partitions; move it into one"
+            )
+        return matching or in_partitions
+
+    def _refuse_unread(self, entry: Location, name: str, ending: str) -> None:
+        """Raise a ValueError for an entry that looks like data but would not be read."""
+        if self.filesystem.isfile(entry.path):  # a link to a file counts as a file
+            is_spelling = name.lower().endswith(SPELLINGS.get(ending, ending))
+            if is_spelling and not name.endswith(ending):
+                raise ValueError(f"{entry}: would be left out; rename it to end with {ending}")
+            return
+        inside = self.filesystem.find(entry.path, maxdepth=SEARCH_DEPTH)
+        if name.endswith(ending) or any(path.endswith(ending) for path in inside):
+            raise ValueError(
+                f"{entry}: not a file, but a folder, a broken link or the like; move the files "
+                f"in it to {self} or remove it"
+            )
+
+
+def is_partition(name: str) -> bool:
+    """Return whether a folder's name is that of a Hive partition, such as `date=2026-11-01`."""
+    key, _, value = name.partition("=")
+    return bool(key and value)

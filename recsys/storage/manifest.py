@@ -1,0 +1,200 @@
+"""Manifests of folders: size and hashes of each file, signed by a hash of the manifest itself.
+
+Files are hashed by block. A file of 4 GB takes seconds to read, which a server may spend answering:
+it compares some blocks of each file, the first and the last among them, before its first answer,
+and the rest in a thread. A file that is cut short or exchanged differs at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+import threading
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from recsys.storage.files import regular_file, whole_file
+
+logger = logging.getLogger(__name__)
+
+BLOCK_BYTES = 2**24
+SAMPLED_BLOCKS = 8  # of a file
+THREADS = 4
+
+Verify = bool | Literal["sample"]  # all blocks, none, or some of each file
+# By name: bytes, and SHA-256 of each block in hexadecimals. Checkpoints of format 2 have the pair
+# [bytes, CRC-32].
+Files = Mapping[str, Any]
+
+
+def content_digest(content: dict[str, Any]) -> str:
+    """Return the SHA-256 of JSON content, whatever the order and layout of its text."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_signed(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON content with its hash, by one rename, after it is on the disk."""
+    signed = {**content, "sha256": content_digest(content)}
+    with whole_file(path) as partial, partial.open("w") as file:
+        file.write(json.dumps(signed, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_signed(path: Path, formats: tuple[int, ...]) -> dict[str, Any]:
+    """Read what `write_signed` wrote, without the hash.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no JSON object, of another format, or differs from its hash.
+    """
+    try:
+        content = json.loads(regular_file(path).read_bytes())
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    number = content.get("format") if isinstance(content, dict) else None
+    if number not in formats:
+        readable = " or ".join(map(str, formats))
+        raise ValueError(f"format {number}, but this version reads {readable}")
+    if "checksum" in content:  # checkpoints of format 2
+        rest = {name: value for name, value in content.items() if name != "checksum"}
+        is_same = content["checksum"] == zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+    else:
+        is_same = content.pop("sha256", None) == content_digest(content)
+    if not is_same:
+        raise ValueError("its content differs from its hash")
+    return dict(content)
+
+
+class VerifiedFiles:
+    """Files of which all blocks were compared with their hashes, as they were on the disk before.
+
+    A file is known by device, inode, size, times and hashes, so that one that was written or
+    exchanged since is compared again.
+
+    Args:
+        previous: those of the package before this one.
+    """
+
+    def __init__(self, previous: VerifiedFiles | None = None) -> None:
+        """Begin with no files of this package."""
+        self._previous = set() if previous is None else previous.identities
+        self.identities: set[tuple[Any, ...]] = set()
+
+    def known(self, path: Path, digests: list[str]) -> tuple[bool, tuple[Any, ...]]:
+        """Return whether a file was compared before, and what it is known by."""
+        now = path.stat()
+        times = now.st_mtime_ns, now.st_ctime_ns
+        identity = now.st_dev, now.st_ino, now.st_size, *times, *digests
+        if identity in self._previous:
+            self.identities.add(identity)
+        return identity in self.identities, identity
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return size and hashes of a file, as manifests have them."""
+    size = path.stat().st_size
+    with ThreadPoolExecutor(THREADS) as threads:
+        blocks = range(_num_blocks(size))
+        digests = threads.map(lambda block: _digest(path, block), blocks)
+        return {"bytes": size, "sha256": list(digests)}
+
+
+def describe_all(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Return sizes and hashes of files by their names in the folder."""
+    return {str(path.relative_to(folder)): describe(path) for path in files}
+
+
+def differences(
+    folder: Path, files: Files, verify: Verify = True, verified: VerifiedFiles | None = None
+) -> Iterator[str]:
+    """Yield a description of each file that is missing or differs.
+
+    Args:
+        folder: the package or checkpoint.
+        files: of its manifest.
+        verify: compare the hashes of all blocks; False: sizes alone; sample: those of
+            `SAMPLED_BLOCKS` blocks of each file, among them the first and the last.
+        verified: files that need not be read again; those that are read whole are added.
+    """
+    verified = VerifiedFiles() if verified is None else verified
+    for name, entry in files.items():
+        path, is_pair = folder / name, isinstance(entry, list)
+        size, digests = entry if is_pair else (entry["bytes"], entry["sha256"])
+        if not path.is_file():
+            yield f"{path}: no such file"
+        elif path.stat().st_size != size:
+            yield f"{path}: {path.stat().st_size:,} bytes instead of {size:,}"
+        elif is_pair:
+            if _crc32(path) != digests:
+                yield f"{path}: its content differs from the manifest"
+        elif len(digests) != _num_blocks(size):
+            yield f"{path}: the manifest has {len(digests)} hashes for {size:,} bytes"
+        elif verify:
+            is_known, identity = verified.known(path, digests)
+            if is_known:
+                continue
+            if not _has_digests(path, digests, verify):
+                yield f"{path}: its content differs from the manifest"
+            elif verify is True:
+                verified.identities.add(identity)
+
+
+def _has_digests(path: Path, digests: list[str], verify: Verify) -> bool:
+    blocks = list(range(len(digests)))
+    if verify == "sample" and len(blocks) > SAMPLED_BLOCKS:
+        blocks = [0, *random.sample(blocks[1:-1], SAMPLED_BLOCKS - 2), blocks[-1]]
+    with ThreadPoolExecutor(THREADS) as threads:
+        return all(threads.map(lambda block: _digest(path, block) == digests[block], blocks))
+
+
+def _num_blocks(size: int) -> int:
+    return max(1, -(-size // BLOCK_BYTES))
+
+
+def _digest(path: Path, block: int) -> str:
+    with path.open("rb", buffering=0) as file:
+        content = os.pread(file.fileno(), BLOCK_BYTES, block * BLOCK_BYTES)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while content := file.read(BLOCK_BYTES):
+            value = zlib.crc32(content, value)
+    return value
+
+
+class BackgroundCheck:
+    """Compares all blocks of files in a thread.
+
+    Attributes:
+        difference: description of the first file that differs; None as long as none does.
+    """
+
+    def __init__(self, folder: Path, files: Files, verified: VerifiedFiles | None = None) -> None:
+        """Start the thread."""
+        self.difference: str | None = None
+        self._thread = threading.Thread(
+            target=self._run, args=(folder, files, verified), name="package check", daemon=True
+        )
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until all files are compared."""
+        self._thread.join()
+
+    def _run(self, folder: Path, files: Files, verified: VerifiedFiles | None) -> None:
+        try:
+            self.difference = next(differences(folder, files, True, verified), None)
+        except OSError as error:
+            self.difference = f"{folder}: {error}"
+        if self.difference is not None:
+            logger.error("%s; requests are refused; export the run again", self.difference)

@@ -1,0 +1,207 @@
+"""A checkpoint that is not as it was written is damage: the one before it is used, or none."""
+
+import copy
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as some
+
+from recsys.build import Job, build_job
+from recsys.checkpoint.files import MANIFEST, folder_of_step, folders_by_age, read_manifest
+from recsys.checkpoint.manager import Checkpoints, logger
+from recsys.checkpoint.progress import Progress
+from recsys.checkpoint.run_folder import read_item_counts
+from recsys.data.parquet.order import Stage
+from recsys.distributed.ranks import joined_ranks
+from tests.datasets import write_dataset
+from tests.recsys.checkpoint.stopped_runs import config_of
+
+PREVIOUS = Progress(steps=3, dense_steps=3, batches=3)
+NEWEST = Progress(
+    steps=6,
+    dense_steps=6,
+    samples=96,
+    seconds=0.25,
+    epoch=1,
+    stages=[Stage(2, 8, 1)],
+    batches=1,
+    best_step=3,
+    best_score=0.5,
+    best={"auc": 0.5, "cold": {"auc": None}},
+    ids={"user": {"ids": 9, "unknown": 1}},
+)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
+    folder = tmp_path_factory.mktemp("manifest")
+    data = write_dataset(folder / "data")
+    with joined_ranks("cpu") as ranks:
+        yield build_job(config_of(folder, "--content", "none"), str(data), ranks)
+
+
+@pytest.fixture(scope="module")
+def saved(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two checkpoints."""
+    run = tmp_path_factory.mktemp("saved")
+    checkpoints = Checkpoints(job, run, "data")
+    for progress in (PREVIOUS, NEWEST):
+        checkpoints.save(copy.deepcopy(progress), wait=True)
+    checkpoints.close()
+    return run
+
+
+def restored(job: Job, run: Path) -> Progress | None:
+    checkpoints = Checkpoints(job, run, "data")
+    try:
+        return checkpoints.restore()
+    finally:
+        checkpoints.close()
+
+
+def newest_of(run: Path) -> Path:
+    return folder_of_step(run / "checkpoints", NEWEST.steps)
+
+
+def rewrite_in_format_2(folder: Path, **changes: Any) -> None:
+    """Write the manifest with CRC-32 of the files and of itself; changes are made after that."""
+    content = read_manifest(folder) | {"format": 2}
+    files = {name: (folder / name).read_bytes() for name in content["files"]}
+    content["files"] = {name: [len(data), zlib.crc32(data)] for name, data in files.items()}
+    checksum = zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    (folder / MANIFEST).write_text(json.dumps(content | {"checksum": checksum} | changes))
+
+
+def cut_manifest(folder: Path) -> None:
+    (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:-9])
+
+
+def nest_manifest(folder: Path) -> None:
+    (folder / MANIFEST).write_text("[" * 50_000 + "]" * 50_000)
+
+
+def change_step(folder: Path) -> None:
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text.replace('"step": 6', '"step": 7'))
+
+
+def change_step_in_format_2(folder: Path) -> None:
+    rewrite_in_format_2(folder, step=7)
+
+
+def flip_shard_bit(folder: Path) -> None:
+    (shard,) = folder.glob("*.distcp")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 16
+    shard.write_bytes(content)
+
+
+def flip_shard_bit_in_format_2(folder: Path) -> None:
+    rewrite_in_format_2(folder)
+    flip_shard_bit(folder)
+
+
+def remove_metadata(folder: Path) -> None:
+    (folder / ".metadata").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut_manifest,
+        nest_manifest,
+        change_step,
+        change_step_in_format_2,
+        flip_shard_bit,
+        flip_shard_bit_in_format_2,
+        remove_metadata,
+    ],
+)
+def test_a_damaged_checkpoint_is_named_in_one_warning_and_the_one_before_it_used(
+    job: Job,
+    saved: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], None],
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(logger, "warning", lambda text, *words: warnings.append(text % words))
+    run = shutil.copytree(saved, tmp_path / "run")
+    damage(newest_of(run))
+    assert restored(job, run) == PREVIOUS
+    assert len(warnings) == 1 and str(newest_of(run)) in warnings[0]
+
+
+def test_a_checkpoint_of_format_2_still_loads(job: Job, saved: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(saved, tmp_path / "run")
+    for folder in folders_by_age(run / "checkpoints"):
+        rewrite_in_format_2(folder)
+    assert restored(job, run) == NEWEST
+
+
+@settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=200,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(place=some.integers(0, 10**6), way=some.sampled_from(["cut", "flip", "digit"]))
+def test_whatever_changes_in_a_manifest_it_reads_as_written_or_is_damaged(
+    saved: Path, tmp_path: Path, place: int, way: str
+) -> None:
+    text = (newest_of(saved) / MANIFEST).read_text()
+    place %= len(text)
+    changed = {"cut": "", "flip": chr(ord(text[place]) ^ 1), "digit": "7"}[way]
+    rest = "" if way == "cut" else text[place + 1 :]
+    (tmp_path / MANIFEST).write_text(text[:place] + changed + rest)
+    try:
+        manifest = read_manifest(tmp_path)
+    except ValueError as error:
+        assert str(tmp_path / MANIFEST) in str(error)
+    else:
+        assert manifest == read_manifest(newest_of(saved))
+
+
+def test_a_manifest_of_an_earlier_version_is_refused_by_what_it_lacks(
+    saved: Path, tmp_path: Path
+) -> None:
+    content = json.loads((newest_of(saved) / MANIFEST).read_text())
+    content = {name: value for name, value in content.items() if name not in ("kept", "sha256")}
+    content["checksum"] = zlib.crc32(json.dumps(content | {"format": 2}, sort_keys=True).encode())
+    (tmp_path / MANIFEST).write_text(json.dumps(content | {"format": 2}))
+    with pytest.raises(ValueError, match="'kept'"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", ["longer", "floats", "three", "falling", "below zero", "cut", "missing"]
+)
+def test_counts_of_items_that_are_not_those_of_the_run_are_refused(
+    tmp_path: Path, change: str
+) -> None:
+    file, counts = tmp_path / "item_counts.npy", np.arange(30)
+    np.save(file, counts)
+    assert read_item_counts(tmp_path, 30).of(np.arange(30)).tolist() == counts.tolist()
+    if change == "missing":
+        file.unlink()
+    elif change == "cut":
+        file.write_bytes(file.read_bytes()[:100])
+    else:
+        damaged = {
+            "longer": np.arange(31),
+            "floats": counts / 2,
+            "three": np.ones((3, 2), int),
+            "falling": np.array([[9, 4], [1, 1]]),
+            "below zero": np.array([[4, 9], [1, -1]]),
+        }
+        np.save(file, damaged[change])
+    with pytest.raises(ValueError, match=r"item_counts\.npy"):
+        read_item_counts(tmp_path, 30)
