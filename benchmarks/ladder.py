@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 from benchmarks.ladder_rows import Row, rows_of
 from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
 from benchmarks.settings import setting as named_setting
-from benchmarks.timing.efficiency import Efficiency, plain_parts
 from benchmarks.timing.ranks import require_not_launched
 from benchmarks.timing.rounds import (
     FULL_EFFORT,
@@ -115,13 +114,13 @@ def _measure(row: Row, rungs: dict[str, Rung], effort: Effort, here: bool) -> Ru
 
 def reading(rung: Rung) -> str:
     """Summarise the profiles in one sentence: where the change saved most, and what is left."""
-    after = plain_parts(rung.measured)
+    after = rung.measured.part_seconds
     total = sum(after.values())
     largest = sorted(after, key=lambda part: -after[part])[:2]
     left = " and ".join(f"{part} ({after[part] / total:.0%})" for part in largest)
     if rung.base is None:
         return f"Most of a step is {left}."
-    before, after = _comparable(plain_parts(rung.base), after)
+    before, after = _comparable(rung.base.part_seconds, after)
     change = {part: after.get(part, 0.0) - before.get(part, 0.0) for part in {*before, *after}}
     part = max(change, key=lambda name: abs(change[name]))
     verb = "falls" if change[part] < 0 else "rises"
@@ -129,23 +128,6 @@ def reading(rung: Rung) -> str:
         f"{part} {verb} most, from {1e3 * before.get(part, 0.0):.1f} to "
         f"{1e3 * after.get(part, 0.0):.1f} ms of a step that went from "
         f"{1e3 * sum(before.values()):.1f} to {1e3 * total:.1f} ms; most of it is now {left}."
-    )
-
-
-def losses_of_the_fastest(rungs: list[Rung]) -> str:
-    """Describe in a sentence where the fastest step of one rank is above its roofline."""
-    known = [r for r in rungs if r.measured.world_size == 1 and r.measured.reports[0].sizes]
-    if not known:
-        return ""
-    fastest = max(known, key=lambda rung: rung.over_first)
-    efficiency = Efficiency.of(fastest.measured)
-    parts = ", ".join(
-        f"{part} {1e3 * seconds:.1f} ms" for part, seconds in list(efficiency.lost.items())[:6]
-    )
-    return (
-        f"The roofline is {efficiency.share(fastest.measured):.0%} of the step of "
-        f"'{fastest.row.name}', {1e3 * efficiency.roofline:.1f} of "
-        f"{1e3 * fastest.measured.step_seconds:.1f} ms. Above it are {parts}."
     )
 
 
@@ -163,14 +145,13 @@ def _comparable(
 
 
 def _result(name: str, title: str, rungs: list[Rung]) -> Result:
-    columns = ("change", "samples/s", "step, ms", "x row", "x first", "items encoded", "roofline")
+    columns = ("change", "samples/s", "step, ms", "x row", "x first", "items encoded", "arithmetic")
     rows: list[Sequence[str]] = []
     records = []
     for rung in rungs:
         measured, speed_up = rung.measured, rung.speed_up
-        share = None
-        if measured.reports[0].sizes is not None:
-            share = Efficiency.of(measured).share(measured)
+        arithmetic = measured.arithmetic_seconds
+        share = None if arithmetic is None else arithmetic / measured.step_seconds
         of_base = "" if rung.base is None else f"{speed_up.median:.2f} of {rung.row.base}"
         rows.append(
             (
@@ -192,7 +173,7 @@ def _result(name: str, title: str, rungs: list[Rung]) -> Result:
         columns,
         rows,
         lambda figure: _draw(figure, rungs),
-        ["\n".join(sentences), losses_of_the_fastest(rungs)],
+        ["\n".join(sentences)],
     )
 
 
@@ -207,9 +188,9 @@ def _record(rung: Rung, share: float | None) -> dict[str, Any]:
         "speed_up": vars(rung.speed_up),
         "over_first": rung.over_first,
         "items_encoded": rung.encoded,
-        "roofline_share": share,
-        "parts_seconds": plain_parts(measured),
-        "base_parts_seconds": None if rung.base is None else plain_parts(rung.base),
+        "arithmetic_share": share,
+        "parts_seconds": measured.part_seconds,
+        "base_parts_seconds": None if rung.base is None else rung.base.part_seconds,
         "reading": reading(rung),
         "world_size": measured.world_size,
         "peak_bytes": measured.peak_bytes,

@@ -31,7 +31,7 @@ from benchmarks.timing.rounds import (
     measure,
     ratio,
 )
-from recsys.diagnostics.cost.batch_counts import BatchCounts
+from benchmarks.timing.step_work import BatchCounts
 
 
 @dataclass

@@ -3,10 +3,9 @@
     python -m benchmarks.throughput --out FOLDER --setting A
     torchx run -s local_cwd launch/components.py:benchmark --nproc 2 -- throughput --out FOLDER
 
-Samples/s at P10, P50 and P90, the step by part with its FLOPs and least bytes, bytes that
-collectives send, the peak of memory, and each part's roofline: the time its FLOPs or bytes take at
-the rates of a large matrix product and a large copy that are measured between the rounds. Writes
-`throughput_SETTING.jsonl`, `.md` and `.png` into `--results`.
+Samples/s at P10, P50 and P90, the time of each part of a step, the peak of memory, and the share of
+the step that its FLOPs would take at the rate of a large matrix product, measured between the
+rounds. Writes `throughput_SETTING.jsonl`, `.md` and `.png` into `--results`.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 from jsonargparse import auto_cli
@@ -21,12 +21,9 @@ from matplotlib.figure import Figure
 
 from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
 from benchmarks.settings import setting as named_setting
-from benchmarks.timing.efficiency import Efficiency
 from benchmarks.timing.rounds import FULL_EFFORT, QUICK_EFFORT, Effort, Measurement, measure
+from benchmarks.timing.step_work import PARTS, BatchCounts
 from benchmarks.timing.steps import Variant
-from recsys.diagnostics.cost.batch_counts import BatchCounts
-from recsys.diagnostics.cost.roofline import best
-from recsys.diagnostics.profile.step_trace import PARTS
 
 
 def throughput(
@@ -70,58 +67,41 @@ def throughput(
 
 
 def _result(name: str, measured: Measurement) -> Result:
-    efficiency = Efficiency.of(measured)
-    rows: list[Sequence[str]] = []
-    for part in PARTS:
-        seconds, roofline = efficiency.seconds.get(part), efficiency.rooflines.get(part, 0.0)
-        if seconds is not None:
-            rows.append(
-                (
-                    part,
-                    f"{1e3 * seconds:.2f}",
-                    f"{seconds / measured.step_seconds:.0%}",
-                    f"{1e3 * roofline:.2f}",
-                    f"{roofline / seconds:.0%}" if roofline else "",
-                )
-            )
-    total, roofline = measured.step_seconds, efficiency.roofline
-    rows.append(
-        ("step", f"{1e3 * total:.2f}", "100%", f"{1e3 * roofline:.2f}", f"{roofline / total:.0%}")
-    )
-    columns = ("part of a step", "ms", "share", "roofline, ms", "roofline / measured")
+    parts, total = measured.part_seconds, measured.step_seconds
+    seconds = {part: parts[part] for part in PARTS if part in parts} | {"step": total}
+    rows: list[Sequence[str]] = [
+        (part, f"{1e3 * value:.2f}", f"{value / total:.0%}") for part, value in seconds.items()
+    ]
+    columns = ("part of a step", "ms", "share")
     title = f"{measured.variant.name}: throughput on {measured.world_size} rank(s)"
 
     def draw(figure: Figure) -> None:
-        _draw(figure, measured, efficiency)
+        axes = figure.subplots()
+        bars = list(seconds)[-2::-1]
+        axes.barh(bars, [1e3 * seconds[part] for part in bars])
+        axes.set_xlabel(
+            f"ms of a step of {1e3 * total:.1f} ms, "
+            f"{measured.samples_per_second(50):,.0f} samples/s"
+        )
 
-    records = [_record(name, measured, efficiency)]
-    return Result(name, title, records, columns, rows, draw, _reading(measured, efficiency))
+    return Result(name, title, [_record(name, measured)], columns, rows, draw, _reading(measured))
 
 
-def _reading(measured: Measurement, efficiency: Efficiency) -> list[str]:
+def _reading(measured: Measurement) -> list[str]:
     rates = ", ".join(f"P{p} {measured.samples_per_second(p):,.0f}" for p in (10, 50, 90))
-    anchor, peak = efficiency.anchor, best(measured.anchors)
-    sent = sum(row["bytes_sent"]["median"] for row in measured.profile["collectives"])
-    sentences = [
-        f"Samples/s: {rates}. Peak of resident memory per rank: {measured.peak_bytes / 1e9:.2f} GB "
-        f"(before the steps {measured.reports[0].resting_bytes / 1e9:.2f}). Each rank sends "
-        f"{sent / 1e6:.2f} MB per step.",
-        f"The roofline is {efficiency.share(measured):.0%} of the step, at "
-        f"{anchor.flops_per_second / 1e9:.1f} GFLOP/s of a large matrix product and "
-        f"{anchor.bytes_per_second / 1e9:.1f} GB/s of a large copy, medians of the same run (best "
-        f"{peak.flops_per_second / 1e9:.1f} and {peak.bytes_per_second / 1e9:.1f}).",
+    arithmetic, rate = measured.arithmetic_seconds, median(measured.matmul_rates)
+    assert arithmetic is not None
+    return [
+        f"Samples/s: {rates}. Peak of resident memory per rank: {measured.peak_bytes / 1e9:.2f} "
+        f"GB (before the steps {measured.reports[0].resting_bytes / 1e9:.2f}).",
+        f"The {measured.profile['flops'] / 1e9:.2f} GFLOP of a step take {1e3 * arithmetic:.2f} "
+        f"ms, {arithmetic / measured.step_seconds:.0%} of it, at the {rate / 1e9:.1f} GFLOP/s of a "
+        f"large matrix product, the median of the same run (best "
+        f"{max(measured.matmul_rates) / 1e9:.1f}).",
     ]
-    lines = ["| work of a step | GFLOP forward | backward | MB forward | backward | roofline, ms |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for part in efficiency.costs:
-        flops = [f"{work.flops / 1e9:.3f}" for work in (part.forward, part.backward)]
-        numbers = [f"{work.bytes / 1e6:.2f}" for work in (part.forward, part.backward)]
-        cells = [part.name, *flops, *numbers, f"{1e3 * part.roofline(anchor):.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*sentences, "\n".join(lines)]
 
 
-def _record(name: str, measured: Measurement, efficiency: Efficiency) -> dict[str, Any]:
+def _record(name: str, measured: Measurement) -> dict[str, Any]:
     report = measured.reports[0]
     return {
         "benchmark": name,
@@ -130,36 +110,14 @@ def _record(name: str, measured: Measurement, efficiency: Efficiency) -> dict[st
         "seconds": measured.seconds,
         "peak_bytes": measured.peak_bytes,
         "resting_bytes": report.resting_bytes,
-        "parts_seconds": efficiency.seconds,
-        "roofline_seconds": efficiency.rooflines,
-        "roofline_share": efficiency.share(measured),
-        "costs": [asdict(part) for part in efficiency.costs],
-        "anchor": asdict(efficiency.anchor),
-        "best_anchor": asdict(best(measured.anchors)),
-        "collectives": measured.profile["collectives"],
+        "parts_seconds": measured.part_seconds,
+        "flops": measured.profile["flops"],
+        "arithmetic_seconds": measured.arithmetic_seconds,
+        "matmul_flops_per_second": median(measured.matmul_rates),
         "counts": asdict(BatchCounts.mean(report.counts)),
         "world_size": measured.world_size,
         **variant_record(measured.variant),
     }
-
-
-def _draw(figure: Figure, measured: Measurement, efficiency: Efficiency) -> None:
-    axes = figure.subplots()
-    parts = [part for part in PARTS if part in efficiency.seconds][::-1]
-    seconds = [1e3 * efficiency.seconds[part] for part in parts]
-    rooflines = [1e3 * efficiency.rooflines.get(part, 0.0) for part in parts]
-    bars = axes.barh(parts, seconds, label="measured")
-    axes.barh(parts, rooflines, height=0.4, label="roofline")
-    shares = [
-        f" {roofline / second:.0%}" if roofline else ""
-        for roofline, second in zip(rooflines, seconds)
-    ]
-    axes.bar_label(bars, shares)
-    axes.set_xlabel(
-        f"ms of a step of {1e3 * measured.step_seconds:.1f} ms, "
-        f"{measured.samples_per_second(50):,.0f} samples/s; the roofline's share beside each part"
-    )
-    axes.legend()
 
 
 if __name__ == "__main__":

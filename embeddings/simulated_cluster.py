@@ -1,18 +1,42 @@
 """A simulated cluster: the planner's view of devices that this machine does not have.
 
-TorchRec's planner needs memory sizes, not devices, so tables for thousands of GPUs can be
-planned on a laptop. Times computed from the devices' public figures are lower bounds.
+TorchRec's planner needs memory sizes, not devices, so a laptop can plan tables for thousands of
+GPUs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torchrec.distributed.planner import Topology
 
-from embeddings.device_figures import DeviceFigures
 from embeddings.sharding import machine_topology
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device of a rank, and its share of the host's memory."""
+
+    name: str
+    kind: Literal["cuda", "cpu"]
+    memory_bytes: int  # memory for tables: of the GPU, or of the host for a CPU
+    host_memory_bytes: int = 128 * GIB
+
+
+# Memory as the driver reports it, rounded down, in the makers' eight-GPU machines.
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("a100", "cuda", 79 * GIB),
+        Device("h100", "cuda", 79 * GIB, 256 * GIB),
+        Device("h200", "cuda", 139 * GIB, 256 * GIB),
+        Device("b200", "cuda", 178 * GIB, 256 * GIB),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +51,7 @@ class Cluster:
 
     nodes: int
     ranks_per_node: int
-    device: DeviceFigures
+    device: Device
 
     def __post_init__(self) -> None:
         """Check the sizes."""
@@ -50,24 +74,4 @@ class Cluster:
             torch.device(device.kind),
             device_memory_bytes=None if is_cpu else device.memory_bytes,
             host_memory_bytes=device.memory_bytes if is_cpu else device.host_memory_bytes,
-        )
-
-    def seconds_to_send(self, bytes_sent: float, spread: bool = True) -> float:
-        """Return the least seconds in which each rank sends ``bytes_sent`` bytes to others.
-
-        Args:
-            bytes_sent: bytes that each rank sends.
-            spread: equally to all other ranks, as an all_to_all does; False: along a ring, where
-                all bytes pass its slowest link.
-        """
-        if self.world_size == 1:
-            return 0.0
-        device = self.device
-        if not spread:
-            slowest = device.network_bandwidth if self.nodes > 1 else device.node_bandwidth
-            return bytes_sent / slowest
-        outside = (self.world_size - self.ranks_per_node) / (self.world_size - 1)
-        return max(
-            bytes_sent * outside / device.network_bandwidth,
-            bytes_sent * (1 - outside) / device.node_bandwidth,
         )

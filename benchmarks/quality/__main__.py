@@ -16,7 +16,6 @@ from jsonargparse import auto_cli
 
 from benchmarks.quality.cells import Cell
 from benchmarks.quality.grid import chosen_cells
-from benchmarks.quality.items import sections_on_items
 from benchmarks.quality.page import Study, write_study
 from benchmarks.quality.plan import Plan, finished, in_order, plan_runs, windows
 from benchmarks.quality.runs import RECIPE, finish
@@ -37,7 +36,6 @@ def quality(
     results: Path | None = None,
     train: bool = True,
     page: bool = True,
-    examples: bool = True,
 ) -> None:
     """Train the unfinished runs, and write the results of all finished ones.
 
@@ -53,10 +51,9 @@ def quality(
         results: files to write, without their ending; default: benchmarks/results/quality.
         train: false trains nothing and writes the results of the finished runs, even if incomplete.
         page: write the HTML page, too.
-        examples: show items with names and pictures, which are then in the page.
 
     Raises:
-        ValueError: a name, setting or dataset is invalid, or a model to be shown is missing.
+        ValueError: a name, setting or dataset is invalid.
         RuntimeError: a run failed; names its log.
     """
     if min(seeds, jobs) < 1:
@@ -70,9 +67,8 @@ def quality(
     _require_effects(cells, plan)
     found = read_results(cells, _trained(plan, jobs, cache, train))
     files = results or RESULTS / "quality"
-    items = sections_on_items(found, examples) if page else []
     about = provenance()
-    study = Study(found, effects(found), against_peers(found), items, list(datasets), about)
+    study = Study(found, effects(found), against_peers(found), list(datasets), about)
     write_study(study, files, with_page=page)
     print(files.with_name(f"{files.name}.md").read_text())
 

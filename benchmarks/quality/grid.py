@@ -175,8 +175,6 @@ GRIDS: dict[str, list[Cell]] = {
 }
 # Peers that the recipe is compared with directly.
 PEERS = ("stored features", "SimTier histogram", "ConcatFusion", "FQ-Former modern")
-# Cells whose items are shown: the recipe, and the effect of CIC on the vectors.
-LOOKED_AT = (RECIPE.name, "FQ-Former modern + CIC in_batch")
 # Cells whose curves are drawn, few enough to be distinguishable.
 DRAWN = (
     "ID only",

@@ -51,7 +51,6 @@ class Study:
 
     effects: effects of each cell against its baseline.
     against_peers: effects of the recipe against its peers.
-    items: sections on the item vectors that runs learned.
     datasets: names of the datasets.
     about: machine, versions, commit, date and command.
     """
@@ -59,7 +58,6 @@ class Study:
     results: list[CellResult]
     effects: list[Effect]
     against_peers: list[Effect]
-    items: list[Section]
     datasets: list[str]
     about: Mapping[str, Any]
 
@@ -168,7 +166,6 @@ def _html(study: Study) -> str:
             [popularity_bars(drawn), cold_start_curves(drawn)],
             [_popularity_table(drawn)],
         ),
-        *study.items,
         Section("Cells", text=_cell_text(study.results)),
         Section("Provenance", text=json.dumps(study.about, indent=1)),
     ]

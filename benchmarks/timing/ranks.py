@@ -27,16 +27,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from benchmarks.timing.step_work import BatchCounts, matmul_rate, wait_for_device
 from benchmarks.timing.steps import Steps, Variant, build_steps
-from recsys.diagnostics.cost.batch_counts import BatchCounts
-from recsys.diagnostics.cost.model_sizes import ModelSizes
-from recsys.diagnostics.cost.roofline import (
-    COPY_BYTES,
-    GEMM_SIZE,
-    Anchor,
-    measure_anchor,
-    wait_for_device,
-)
 from recsys.distributed.ranks import Ranks, joined_ranks
 
 STATUS, CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -50,7 +42,6 @@ class RankReport:
     peak_bytes: int  # peak of resident memory during the steps
     resting_bytes: int  # resident memory before the steps
     counts: list[BatchCounts]  # of all steps; empty for the plain twin
-    sizes: ModelSizes | None
 
 
 class RankSteps:
@@ -76,10 +67,10 @@ class RankSteps:
             self.counts += self.steps.counts()
         return seconds
 
-    def anchor(self, gemm_size: int = GEMM_SIZE, copy_bytes: int = COPY_BYTES) -> Anchor:
-        """Measure the anchor on all ranks at once. A collective."""
+    def matmul_rate(self, size: int) -> float:
+        """Measure the FLOP/s of a large matrix product on all ranks at once. A collective."""
         dist.barrier(group=self.ranks.group)
-        return measure_anchor(gemm_size, copy_bytes, self.ranks.device)
+        return matmul_rate(size, self.ranks.device)
 
     def profile(self, steps: int) -> dict[str, Any]:
         """Profile some steps."""
@@ -91,7 +82,7 @@ class RankSteps:
         marked = int(status.split("VmHWM:")[1].split()[0]) * 1024
         # The kernel updates the peak separately from the current size, and counts some pages late.
         peak = max(marked, self.resting)
-        return RankReport(self.steps.rows, peak, self.resting, self.counts, self.steps.sizes)
+        return RankReport(self.steps.rows, peak, self.resting, self.counts)
 
 
 class Processes(Protocol):

@@ -25,9 +25,8 @@ from benchmarks.timing.ranks import (
     is_launched,
     silence_advice_to_library_developers,
 )
+from benchmarks.timing.step_work import BatchCounts
 from benchmarks.timing.steps import Variant
-from recsys.diagnostics.cost.batch_counts import BatchCounts
-from recsys.diagnostics.cost.roofline import Anchor
 from recsys.distributed.ranks import joined_ranks
 
 
@@ -41,8 +40,7 @@ class Effort:
     seconds: the least time of a variant's steps in a round; quick steps are then repeated.
     profiled: steps under the profiler at the end; 0: none.
     threads: threads of each rank.
-    gemm_size: size of the anchor's matrix product.
-    copy_bytes: size of the anchor's copy.
+    matmul_size: size of the matrices whose product gives the peak rate.
     """
 
     warm_up: int = 4
@@ -51,19 +49,18 @@ class Effort:
     seconds: float = 1.0
     profiled: int = 4
     threads: int = 1
-    gemm_size: int = 2048
-    copy_bytes: int = 256 * 2**20
+    matmul_size: int = 2048
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        for name in ("warm_up", "rounds", "steps", "threads", "gemm_size"):
+        for name in ("warm_up", "rounds", "steps", "threads", "matmul_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"effort.{name} is {getattr(self, name)}; it must be at least 1")
 
 
 FULL_EFFORT = Effort()
 QUICK_EFFORT = Effort(
-    warm_up=1, rounds=2, steps=2, seconds=0.0, profiled=1, threads=1, gemm_size=64, copy_bytes=2**16
+    warm_up=1, rounds=2, steps=2, seconds=0.0, profiled=1, threads=1, matmul_size=64
 )
 
 
@@ -74,9 +71,9 @@ class Measurement:
     variant: Variant
     world_size: int
     seconds: list[list[float]]  # by round: seconds of each step, on the first rank
-    anchors: list[Anchor]  # of all rounds and ranks
+    matmul_rates: list[float]  # FLOP/s, of all rounds and ranks
     reports: list[RankReport]  # by rank
-    profile: dict[str, Any] = field(default_factory=dict)  # see `recsys.diagnostics.profile.report`
+    profile: dict[str, Any] = field(default_factory=dict)  # see `Steps.profile`
 
     @property
     def rows(self) -> int:
@@ -87,6 +84,19 @@ class Measurement:
     def step_seconds(self) -> float:
         """Median seconds over all steps."""
         return median(second for of_round in self.seconds for second in of_round)
+
+    @property
+    def part_seconds(self) -> dict[str, float]:
+        """Seconds by part without the profiler's overhead: its shares, of the median step."""
+        parts = self.profile["parts"]
+        total = sum(parts.values())
+        return {name: seconds / total * self.step_seconds for name, seconds in parts.items()}
+
+    @property
+    def arithmetic_seconds(self) -> float | None:
+        """Seconds of the step's FLOPs at the rate of a large product; None for the plain twin."""
+        flops = self.profile.get("flops")
+        return None if flops is None else float(flops / median(self.matmul_rates))
 
     def samples_per_second(self, percentile: float) -> float:
         """Return the rate that `percentile` percent of the steps stay under."""
@@ -161,20 +171,20 @@ def _measure(
     variants: Sequence[Variant], opened: list[Processes], effort: Effort
 ) -> list[Measurement]:
     seconds: list[list[list[float]]] = [[] for _ in variants]
-    anchors: list[list[Anchor]] = [[] for _ in variants]
+    rates: list[list[float]] = [[] for _ in variants]
     steps = []
     for processes in opened:
         warm = processes.call("run", effort.warm_up)[0]  # seconds of the first rank: all agree
         steps.append(max(effort.steps, math.ceil(effort.seconds / warm[-1])))
     for _ in range(effort.rounds):
         for index, processes in enumerate(opened):
-            anchors[index] += processes.call("anchor", effort.gemm_size, effort.copy_bytes)
+            rates[index] += processes.call("matmul_rate", effort.matmul_size)
             seconds[index].append(processes.call("run", steps[index])[0])
     measurements = []
     for index, (variant, processes) in enumerate(zip(variants, opened, strict=True)):
         reports = processes.call("report")  # before the profiler takes memory of its own
         profile = processes.call("profile", effort.profiled)[0] if effort.profiled else {}
         measurements.append(
-            Measurement(variant, len(reports), seconds[index], anchors[index], reports, profile)
+            Measurement(variant, len(reports), seconds[index], rates[index], reports, profile)
         )
     return measurements

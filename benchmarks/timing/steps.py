@@ -8,29 +8,26 @@ and used in turn, or read from their files within the steps, as a variant says.
 from __future__ import annotations
 
 import itertools
-import json
 import sys
-import tempfile
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
+from torch.profiler import ProfilerActivity, profile
+
 from benchmarks.plain.batches import PlainSource
-from recsys.build import Job, build_job
+from benchmarks.timing.step_work import BatchCounts, part_seconds, step_flops
+from recsys.build import build_job
 from recsys.config import Config, load_config
 from recsys.data.batch import Batch
 from recsys.data.interactions import Interactions, loader
 from recsys.data.vocabularies import UnknownIds
-from recsys.diagnostics.cost.batch_counts import BatchCounts
-from recsys.diagnostics.cost.model_sizes import ModelSizes
-from recsys.diagnostics.profile.step_profile import FIRST_STEPS, PROFILE, StepProfile
+from recsys.diagnostics.profile import mark_parts
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.evaluate import fill_bank
-from recsys.model.tables import table_configs
 from recsys.training.garbage import collected_seldom
 from recsys.training.loss_watch import LossWatch
 from recsys.training.train import training_interactions
@@ -73,7 +70,6 @@ class Steps(Protocol):
     """Steps that can be timed, on each rank."""
 
     rows: int  # rows of this rank, per step
-    sizes: ModelSizes | None  # None where the costs are not known
 
     def counts(self) -> list[BatchCounts]:
         """Return the counts of the last step; none for the plain twin."""
@@ -82,7 +78,7 @@ class Steps(Protocol):
         """Run one training step. A collective."""
 
     def profile(self, steps: int) -> dict[str, Any]:
-        """Return seconds by part of the step, and collectives, in the format of `profile.json`."""
+        """Return `parts` (seconds by part of the step) and, of the product, `flops` of a step."""
 
 
 def build_steps(variant: Variant, ranks: Ranks) -> Steps:
@@ -113,7 +109,6 @@ class ProductSteps:
         self.loss_watch = LossWatch(
             ranks, interactions.rows, config.log_every_steps, last_good=lambda: None
         )
-        self.sizes: ModelSizes | None = sizes_of(self.job, loaded[0])
         self.num_steps = 0
         self.batch: Batch | None = None  # batch of the last step
         self.job.model.train()
@@ -140,29 +135,18 @@ class ProductSteps:
         return [] if self.batch is None else [BatchCounts.of(self.batch)]
 
     def profile(self, steps: int) -> dict[str, Any]:
-        """Profile some steps; return rank 0's report. A collective."""
-        report: dict[str, Any] | None = None
-        with tempfile.TemporaryDirectory() as folder:
-            profile = StepProfile(
-                self.job.em3, self.ranks, steps, Path(folder), say=lambda text: None
-            )
-            with profile:
-                # The same number without profiler, then one step that bears the profiler's start.
-                for _ in range(FIRST_STEPS + steps + 1 + steps):
-                    self.step()
-                    profile.step()
-            if self.ranks.is_first:
-                report = json.loads((Path(folder) / PROFILE).read_text())
-        return cast(dict[str, Any], self.ranks.gather(report)[0])
-
-
-def sizes_of(job: Job, batch: Batch) -> ModelSizes:
-    """Count the sizes that determine the cost of a job's steps, on one of its batches.
-
-    A collective.
-    """
-    tables = table_configs(job.config, job.schema)
-    return ModelSizes.of(job.config, job.schema, job.em3, tables, job.model.plan, batch)
+        """Profile some steps, then count the FLOPs of another one. A collective."""
+        with (
+            mark_parts(self.job.em3),
+            profile(activities=[ProfilerActivity.CPU]) as profiler,
+        ):
+            begin = time.perf_counter()
+            for _ in range(steps):
+                self.step()
+            seconds = (time.perf_counter() - begin) / steps
+        parts = {name: total / steps for name, total in part_seconds(profiler.events()).items()}
+        parts["other"] = max(0.0, seconds - sum(parts.values()))
+        return {"parts": parts, "flops": step_flops(self.step, self.job.config.kernels)}
 
 
 class PlainSteps:
@@ -172,7 +156,6 @@ class PlainSteps:
         """Build the twin and load its batches."""
         config = variant.config()
         self.rows = config.batch_size
-        self.sizes: ModelSizes | None = None
         source = PlainSource(config, variant.data, ranks)
         self.twin = source.twin()
         self.optimizers = self.twin.optimizers()
@@ -207,11 +190,7 @@ class PlainSteps:
             self.step()
         last = self.parts[-steps:]
         means = {part: sum(step[part] for step in last) / steps for part in last[0]}
-        return {
-            "parts": {part: {"median": seconds} for part, seconds in means.items()},
-            "seconds": {"step": {"median": sum(means.values())}},
-            "collectives": [],
-        }
+        return {"parts": means}
 
 
 def endless(interactions: Interactions, num_workers: int) -> Generator[Batch]:

@@ -68,7 +68,7 @@ def report(
         data: dataset; default: the run's own
         device: auto, cpu or cuda
         out: file; default: RUN/report.html
-        colour_by: column of the items' files that colours the maps; default: genres or category
+        colour_by: column of the items' files to colour them by; default: genres or category
     """
     out = out or run / "report.html"
     run = require_finished(run)

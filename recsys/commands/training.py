@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse.typing import PositiveInt
 
-from embeddings.device_figures import DEVICES, FigureOverrides
 from recsys.commands.inputs import require_finished, require_schema
 from recsys.config import Config, Resume
 from recsys.doctor import require_working_installation
@@ -224,7 +223,7 @@ def describe(
     nodes: int = 1,
     gpus_per_node: int | None = None,
     rows: list[str] | None = None,
-    figures: FigureOverrides = FigureOverrides(),  # noqa: B008 - frozen
+    memory_bytes: float | None = None,
     json: Path | None = None,
 ) -> None:
     """Print the plan of a run on a cluster.
@@ -236,15 +235,18 @@ def describe(
         nodes: machines
         gpus_per_node: ranks of each machine; default: the GPUs of this machine, or 1
         rows: TABLE=NUMBER: other numbers of rows than in schema.yaml
-        figures: figures of the device.
+        memory_bytes: memory of each device, such as 4e10; default: that of the device
         json: file to write the numbers to
     """
     require_schema(data)
     require_working_installation()
-    from recsys.diagnostics.plan.command import describe_run
+    from embeddings.simulated_cluster import DEVICES
+    from recsys.diagnostics.plan.description import find_cluster, parse_rows
+    from recsys.diagnostics.plan.report import describe_run
 
     config.device = "cuda" if device in DEVICES else device  # type: ignore[assignment]
-    describe_run(config, data, device, nodes, gpus_per_node, rows or [], figures, json)
+    cluster = find_cluster(device, nodes, gpus_per_node, memory_bytes)
+    describe_run(config, data, cluster, parse_rows(rows or []), json)
 
 
 def _on_first_rank(text: str) -> None:

@@ -159,7 +159,7 @@ class Config:
     log_format: LogFormat = "text"
     """Plain lines, or one JSON object per line."""
     profile_steps: NonNegativeInt = 0
-    """Number of early steps whose parts are timed, with the result in RUN/profile.json."""
+    """Number of early steps to profile; the trace is RUN/profile_trace.json.gz."""
     stall_timeout: NonNegativeFloat = 300.0
     """Seconds without progress after which the job ends and names the rank; 0: never."""
 

@@ -20,7 +20,7 @@ from recsys.data.batch import Batch
 from recsys.data.interactions import Interactions, loader
 from recsys.data.item_frequency import ItemCounts
 from recsys.data.vocabularies import UnknownIds, format_unknown
-from recsys.diagnostics.profile.step_profile import StepProfile
+from recsys.diagnostics.profile import StepProfile
 from recsys.distributed.lockstep import Lockstep, TrainingStopped
 from recsys.distributed.torchrec_internals import require_pipelined
 from recsys.evaluation.evaluate import evaluate_split, fill_bank
@@ -53,15 +53,10 @@ class Trainer:
         # Their functions must not hold the trainer: a circle would keep the model of a run that has
         # ended until garbage is collected, at the latest while the interpreter shuts down.
         job, checkpoints = self.job, self.checkpoints
-        reporter, progress = self.reporter, self.progress
-
-        def write(values: dict[str, float]) -> None:
-            reporter.write(values, progress.steps)
-
         every, steps = job.config.log_every_steps, job.config.profile_steps
         rows = self.interactions.rows
         self.loss_watch = LossWatch(job.ranks, rows, every, lambda: checkpoints.last_good)
-        self.profile = StepProfile(job.em3, job.ranks, steps, self.run, write=write)
+        self.profile = StepProfile(job.em3, job.ranks, steps, self.run)
 
     def train(self) -> None:
         """Train until epochs or patience end. A collective.

@@ -12,11 +12,11 @@ from PIL import Image
 
 from benchmarks import start_times
 from benchmarks.compare import PLAIN, compare
-from benchmarks.ladder import Rung, ladder, losses_of_the_fastest, reading
+from benchmarks.ladder import Rung, ladder, reading
 from benchmarks.ladder_rows import rows_of
 from benchmarks.scaling import scaling
 from benchmarks.throughput import throughput
-from recsys.diagnostics.profile.step_trace import PARTS
+from benchmarks.timing.step_work import PARTS
 
 
 def lines_of(results: Path, name: str) -> list[dict[str, Any]]:
@@ -58,20 +58,16 @@ def test_start_times_are_those_of_processes_of_their_own(
 
 
 @pytest.mark.parametrize("setting", ["A", "B"])
-def test_throughput_splits_a_step_into_parts_with_rooflines(setting: Any, tmp_path: Path) -> None:
+def test_throughput_splits_a_step_into_parts(setting: Any, tmp_path: Path) -> None:
     throughput(tmp_path / "out", setting, quick=True, here=True, results=tmp_path)
     (record,) = lines_of(tmp_path, f"throughput_{setting.lower()}")
     assert sum(record["parts_seconds"].values()) == pytest.approx(record["step_seconds"])
     assert set(record["parts_seconds"]) <= set(PARTS)
-    rooflines = record["roofline_seconds"]
-    assert record["roofline_share"] == pytest.approx(
-        sum(rooflines.values()) / record["step_seconds"]
-    )
-    assert min(rooflines[part] for part in ("lookup", "fusion", "ranking", "backward")) > 0
-    assert (rooflines["encoders"] > 0) == (setting == "B")
+    assert min(record["parts_seconds"].values()) >= 0
+    for part in ("lookup", "encoders", "fusion", "ranking", "backward", "optimizer"):
+        assert record["parts_seconds"][part] > 0
+    assert record["flops"] > 1e6 and record["arithmetic_seconds"] > 0
     assert record["peak_bytes"] >= record["resting_bytes"] > 0
-    costs = {part["name"]: part for part in record["costs"]}
-    assert costs["fusion"]["backward"]["products"] == 2 * costs["fusion"]["forward"]["products"]
 
 
 @pytest.mark.long
@@ -84,16 +80,13 @@ def test_ladder_multiplies_speed_ups_and_reads_profiles(tmp_path: Path) -> None:
     assert records[1]["over_first"] == pytest.approx(records[1]["speed_up"]["median"])
     assert records[0]["items_encoded"] is None and records[1]["items_encoded"] > 0
     page = (tmp_path / "ladder_a.md").read_text()
-    assert page.count(reading(rungs[1])) == page.count(losses_of_the_fastest(rungs)) == 1
-    assert "step of 'items encoded once'" in page
+    assert page.count(reading(rungs[1])) == 1
 
 
 def test_reading_names_the_part_that_changed_most(tmp_path: Path) -> None:
     class Profiled:
         def __init__(self, **milliseconds: float) -> None:
-            parts = {name: {"median": value / 1e3} for name, value in milliseconds.items()}
-            self.profile = {"parts": parts}
-            self.step_seconds = sum(milliseconds.values()) / 1e3
+            self.part_seconds = {name: value / 1e3 for name, value in milliseconds.items()}
 
     row = rows_of("A", "recipe", "data", ())[0]
     before: Any = Profiled(fusion=60.0, ranking=10.0, backward=30.0)

@@ -15,9 +15,8 @@ from embeddings import (
     fuse_table_optimizers,
     plan_sharding,
 )
-from embeddings.device_figures import DEVICES, GIB, FigureOverrides
 from embeddings.sharding import RESERVED_SHARE
-from embeddings.simulated_cluster import Cluster
+from embeddings.simulated_cluster import DEVICES, GIB, Cluster
 from embeddings.table_memory import table_bytes, table_memory, what_does_not_fit
 
 BILLION = 10**9
@@ -146,24 +145,6 @@ def test_dimension_and_rows_that_would_fit_are_the_largest_that_do() -> None:
     assert what_does_not_fit([table(rows=rows + 1_000_000)], 79 * GIB, 64)
 
 
-def test_what_is_sent_takes_as_long_as_its_slowest_link() -> None:
-    device = replace(DEVICES["h100"], node_bandwidth=100.0, network_bandwidth=10.0)
-    node, two_nodes = Cluster(1, 4, device), Cluster(2, 4, device)
-
-    assert node.seconds_to_send(200) == 2.0
-    assert node.seconds_to_send(200, spread=False) == 2.0
-    # Of seven other ranks four are in the other node.
-    assert two_nodes.seconds_to_send(700) == pytest.approx(400 / 10)
-    assert two_nodes.seconds_to_send(200, spread=False) == 20.0
-    assert Cluster(1, 1, device).seconds_to_send(200) == 0.0
-
-
-def test_figures_can_be_overridden() -> None:
-    changed = FigureOverrides(memory_bytes=GIB).applied(DEVICES["a100"])
-
-    assert changed.memory_bytes == GIB
-    assert changed.bf16_flops == DEVICES["a100"].bf16_flops
-    with pytest.raises(ValueError, match=r"figures\.fp32_flops is -1"):
-        FigureOverrides(fp32_flops=-1).applied(DEVICES["a100"])
+def test_a_cluster_without_nodes_is_refused() -> None:
     with pytest.raises(ValueError, match="0 nodes"):
         Cluster(0, 8, DEVICES["a100"])

@@ -4,12 +4,10 @@ Text with LoRA and a stored feature, a history from the bank with its low-rank m
 all ranks, and tables of every kind. There is no dropout, so that all runs must agree.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pyarrow as pa
 import torch
@@ -36,15 +34,12 @@ from recsys.config import (
     content_settings,
 )
 from recsys.content.build import build_content_store
-from recsys.content.encoders import text_transformer
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.filesystem import Location
-from recsys.data.items.content_input import ContentInput
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import Schema, load_schema
 from recsys.data.vocabularies import UnknownIds
-from recsys.diagnostics.cost import batch_counts
 from recsys.distributed.ranks import Ranks
 from recsys.model.build import build_em3
 from recsys.model.em3 import EM3
@@ -74,21 +69,6 @@ class Run:
     tables: list[dict[str, list[tuple[list[int], Tensor]]]] = field(default_factory=list)
     # Pieces of each table on this rank with their offsets, before each step and at the end.
     encoded: list[Tensor] = field(default_factory=list)  # items that this rank encoded, per step
-
-
-@contextmanager
-def all_texts_run() -> Iterator[None]:
-    """Let equal texts of a step run each for itself, as `describe` assumes, and count so."""
-
-    def all_items(content: ContentInput) -> tuple[Tensor, Tensor]:
-        every = torch.arange(len(content.mask))
-        return every, every
-
-    with (
-        patch.object(text_transformer, "distinct_items", all_items),
-        patch.object(batch_counts, "distinct_items", all_items),
-    ):
-        yield
 
 
 def em3_config(

@@ -1,21 +1,20 @@
-"""Describes a run (memory, cost, traffic) from its meta model and a sample of the data."""
+"""Describes a run on any cluster, without weights or devices: parameters, memory and plan."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from statistics import fmean
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+
 from embeddings import format_plan, is_replicated
-from embeddings.simulated_cluster import Cluster
+from embeddings.sharding import free_host_memory
+from embeddings.simulated_cluster import DEVICES, Cluster, Device
 from embeddings.table_memory import FLOAT
-from recsys.config import Config, content_settings, softmax_settings
-from recsys.diagnostics.cost.batch_counts import BatchCounts
-from recsys.diagnostics.cost.communication import Sent, sent_bytes
-from recsys.diagnostics.cost.model_sizes import ModelSizes
-from recsys.diagnostics.cost.step_costs import COMMUNICATION, step_costs
-from recsys.diagnostics.cost.work import PartCost
-from recsys.diagnostics.plan.batch_sample import BatchSample, sample_batches
+from recsys.config import Config, content_settings
+from recsys.data.batch_builder import BatchBuilder
+from recsys.data.interactions import Interactions
+from recsys.data.row_source import open_rows
 from recsys.diagnostics.plan.meta_model import MetaModel, build_meta_model
 from recsys.diagnostics.plan.model_parts import (
     ModelPart,
@@ -23,13 +22,12 @@ from recsys.diagnostics.plan.model_parts import (
     model_parts,
     table_bytes_by_rank,
 )
-from recsys.diagnostics.plan.time_bounds import TimeBound, backward_outputs, time_bounds
-from recsys.kernels import choose_kernels
+from recsys.model.tables import pooled_features
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on the rank that holds the most; `activations` are a lower estimate.
+    """Bytes on the rank that holds the most, without activations.
 
     host_tables: tables in host memory beside the rank's GPU, not part of the total.
     """
@@ -37,7 +35,6 @@ class RankMemory:
     tables: int
     dense: int
     bank: int
-    activations: int
     limit: int
     host_tables: int = 0
     host_limit: int = 0
@@ -45,39 +42,25 @@ class RankMemory:
     @property
     def total(self) -> int:
         """Return the sum of all parts."""
-        return self.tables + self.dense + self.bank + self.activations
+        return self.tables + self.dense + self.bank
 
 
 @dataclass(frozen=True)
 class Description:
     """Everything that `recsys describe` prints.
 
-    costs: FLOPs and bytes of a step on one rank, by part, as if no two items had equal texts.
-    sent: bytes that a rank sends to others in a step, by kind.
     frozen_layers: number of parameters that run only before training, by modality.
-    cached_bytes: bytes of item content cached on disk, by modality, if no two items share theirs.
-    unknown: parts whose FLOPs are not counted.
+    problems: why the tables do not fit, with fixes.
     """
 
     cluster: Cluster
     parts: list[ModelPart]
     table_bytes: list[int]  # by rank
     memory: RankMemory
-    costs: list[PartCost]
-    sent: list[Sent]
-    bounds: list[TimeBound]
-    counts: BatchCounts
     plan: str
     problems: list[str]
     frozen_layers: dict[str, int]
-    cached_bytes: dict[str, int]
-    unknown: list[str]
-    sampled: str
-
-    @property
-    def step_seconds(self) -> float:
-        """Return the least time of a step whose parts do not overlap."""
-        return sum(bound.seconds for bound in self.bounds)
+    training_rows: int
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values by the names of the fields, and derived totals."""
@@ -85,9 +68,6 @@ class Description:
             **asdict(self),
             "world_size": self.cluster.world_size,
             "parameters": sum(part.parameters for part in self.parts),
-            "step_seconds": self.step_seconds,
-            "samples_per_second": self.counts.rows * self.cluster.world_size / self.step_seconds,
-            "bounds": [{**asdict(bound), "bound_by": bound.bound_by} for bound in self.bounds],
         }
 
 
@@ -111,91 +91,119 @@ def describe(
         describe(load_config("shop.yaml"), "shop", cluster, {"product": 4_000_000_000}).problems
     """
     meta_model = build_meta_model(config, data, cluster, rows)
-    sample = sample_batches(meta_model)
-    sizes, counts = _sizes(meta_model, sample), sample.counts
-    costs = [
-        part
-        for part in step_costs(sizes, counts, cluster.world_size)
-        if part.name != COMMUNICATION  # listed by kind
-    ]
-    sent = sent_bytes(sizes, counts, cluster.world_size)
-    parts = model_parts(
-        meta_model.em3, meta_model.tables, meta_model.plan, cluster.world_size, config.optimizer
-    )
+    tables, plan = meta_model.tables, meta_model.plan
+    parts = model_parts(meta_model.em3, tables, plan, cluster.world_size, config.optimizer)
     sharing = cluster.world_size // config.embedding.parallel.copies
-    table_bytes = table_bytes_by_rank(meta_model.tables, meta_model.plan, sharing)
+    table_bytes = table_bytes_by_rank(tables, plan, sharing)
     return Description(
         cluster=cluster,
         parts=parts,
         table_bytes=table_bytes,
-        memory=_memory(meta_model, parts, table_bytes, costs),
-        costs=costs,
-        sent=sent,
-        bounds=time_bounds(costs, sent, cluster, config.precision),
-        counts=counts,
-        plan=format_plan(meta_model.plan, meta_model.tables),
+        memory=RankMemory(
+            tables=max(table_bytes),
+            dense=sum(part.bytes for part in parts if part.where == "every rank"),
+            bank=_bank_bytes(meta_model),
+            limit=cluster.device.memory_bytes,
+            host_tables=host_table_bytes(tables, plan, sharing),
+            host_limit=cluster.device.host_memory_bytes,
+        ),
+        plan=format_plan(plan, tables),
         problems=meta_model.problems,
         frozen_layers=meta_model.frozen_layers,
-        cached_bytes=_cached_bytes(meta_model),
-        unknown=_unknown(config, sizes),
-        sampled=_sampled(meta_model, sample),
+        training_rows=_read_a_batch(meta_model),
     )
 
 
-def _sizes(meta_model: MetaModel, sample: BatchSample) -> ModelSizes:
-    """Count the sizes on CPU, by the configuration's kernels, which the process then has."""
-    choose_kernels("torch" if meta_model.config.kernels == "torch" else "auto")
-    lengths = [len(batch.history_index) for batch in sample.batches]
-    typical = min(sample.batches, key=lambda b: abs(len(b.history_index) - fmean(lengths)))
-    model = meta_model.em3, meta_model.tables, meta_model.plan
-    return ModelSizes.of(meta_model.config, meta_model.schema, *model, typical)
+def _bank_bytes(meta_model: MetaModel) -> int:
+    branch, content = meta_model.em3.content, content_settings(meta_model.config)
+    if branch is None or branch.bank is None or content is None:
+        return 0
+    rows, world_size = meta_model.schema.num_items, meta_model.cluster.world_size
+    if not is_replicated(rows, branch.bank.dim, world_size, content.history.bank):
+        rows = -(-rows // world_size)
+    return FLOAT * rows * (branch.bank.dim + 1)
 
 
-def _unknown(config: Config, sizes: ModelSizes) -> list[str]:
-    modalities = sizes.content.modalities if sizes.content is not None else []
-    found = [f"encoder {modality.name}" for modality in modalities if not modality.is_known]
-    on_host = [name for name, t in config.embedding.tables.items() if t.kernel != "fused"]
-    found += [f"time of reads of table {name} from host memory" for name in on_host]
-    return found + ["retrieval loss"] * (softmax_settings(config.ranking) is not None)
+def _read_a_batch(meta_model: MetaModel) -> int:
+    """Read a first batch as training does, and return the number of training rows.
 
-
-def _memory(
-    meta_model: MetaModel, parts: list[ModelPart], table_bytes: list[int], costs: list[PartCost]
-) -> RankMemory:
-    cluster, content, bank = meta_model.cluster, meta_model.em3.content, 0
-    if content is not None and content.bank is not None:
-        settings = content_settings(meta_model.config)
-        assert settings is not None
-        rows, dim = meta_model.schema.num_items, content.bank.dim
-        if not is_replicated(rows, dim, cluster.world_size, settings.history.bank):
-            rows = -(-rows // cluster.world_size)
-        bank = FLOAT * rows * (dim + 1)
-    return RankMemory(
-        tables=max(table_bytes),
-        dense=sum(part.bytes for part in parts if part.where == "every rank"),
-        bank=bank,
-        activations=round(backward_outputs(costs)),
-        limit=cluster.device.memory_bytes,
-        host_tables=host_table_bytes(meta_model.tables, meta_model.plan, len(table_bytes)),
-        host_limit=cluster.device.host_memory_bytes,
+    Raises:
+        ValueError: there is no training split, or a row of the batch cannot be used.
+    """
+    config, schema = meta_model.config, meta_model.schema
+    rows = open_rows(config.source, meta_model.root, "train", schema, config.on_bad_row)
+    content = content_settings(config)
+    build = BatchBuilder(
+        schema,
+        pooled_features(config, schema),
+        encode_history=content is not None and content.history.mode == "full",
+        index_dedup=config.embedding.index_dedup,
+        content_histories=[] if content is None else content.history.columns,
     )
+    next(iter(Interactions(rows, build, config.batch_size, seed=config.seed)))
+    return rows.num_rows
 
 
-def _cached_bytes(meta_model: MetaModel) -> dict[str, int]:
-    """Return the bytes of the frozen layers' outputs of distinct items, by modality."""
-    items, content = meta_model.items, meta_model.em3.content
-    if items is None or content is None:
-        return {}
-    found = {}
-    for name in meta_model.frozen_layers:
-        encoder: Any = content.encoders[name]
-        tokens = float(meta_model.tokens(name).double().mean()) * items.num_items
-        found[name] = round(encoder.frozen_dtype.itemsize * encoder.output_dim * tokens)
-    return found
+def parse_rows(words: list[str]) -> dict[str, int]:
+    """Read TABLE=NUMBER from each word.
+
+    Raises:
+        ValueError: a word is not of this form.
+    """
+    rows = {}
+    for word in words:
+        name, _, number = word.partition("=")
+        try:
+            rows[name] = int(float(number.replace("_", "")))
+        except ValueError as error:
+            raise ValueError(
+                f"rows: '{word}' is not TABLE=NUMBER; write for instance item=4000000000"
+            ) from error
+    return rows
 
 
-def _sampled(meta_model: MetaModel, sample: BatchSample) -> str:
-    text = f"{sample.looked_at:,} of {sample.num_rows:,} training rows"
-    if meta_model.items is not None:
-        text += f" and {meta_model.items.looked_at:,} of {meta_model.items.num_items:,} items"
-    return text
+def find_cluster(
+    device: str,
+    nodes: int = 1,
+    ranks_per_node: int | None = None,
+    memory_bytes: float | None = None,
+) -> Cluster:
+    """Return the cluster that the command line names.
+
+    Args:
+        device: a name in `DEVICES`; or auto, cpu or cuda for devices like those of this machine.
+        nodes: number of machines.
+        ranks_per_node: default: the GPUs of this machine, or one CPU.
+        memory_bytes: memory of each device; default: that of the data sheet or of this machine.
+
+    Raises:
+        ValueError: the device is unknown, or a number is out of range.
+    """
+    names = [*DEVICES, "cpu", "cuda", "auto"]
+    if device not in names:
+        raise ValueError(f"device '{device}' is unknown; choose one of {names}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device is cuda, but no GPU is usable here; name the one that is meant: {[*DEVICES]}"
+        )
+    if ranks_per_node is None:
+        ranks_per_node = torch.cuda.device_count() if device == "cuda" else 1
+    for name, number in (("nodes", nodes), ("gpus_per_node", ranks_per_node)):
+        if not 1 <= number <= 10_000:
+            raise ValueError(f"{name} is {number}; give 1 to 10000")
+    figures = DEVICES.get(device) or _this_machine(device, ranks_per_node)
+    if memory_bytes is not None:
+        if not memory_bytes > 0:
+            raise ValueError(f"memory_bytes is {memory_bytes}; give a positive number")
+        figures = replace(figures, memory_bytes=int(memory_bytes))
+    return Cluster(nodes, ranks_per_node, figures)
+
+
+def _this_machine(device: str, ranks_per_node: int) -> Device:
+    share = free_host_memory() // ranks_per_node
+    if device == "cpu":
+        return Device("cpu of this machine", "cpu", share)
+    properties = torch.cuda.get_device_properties(0)
+    return Device(f"{properties.name} of this machine", "cuda", properties.total_memory, share)

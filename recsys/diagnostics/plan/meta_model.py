@@ -7,21 +7,25 @@ billions of rows and encoders of any size take neither time nor memory.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
+import pyarrow as pa
 import torch
-from torch import Tensor
 from torchrec.distributed.types import ShardingPlan
 
 from embeddings import MemoryBank, TableConfig, fuse_table_optimizers, plan_sharding, sharders
 from embeddings.simulated_cluster import Cluster
 from embeddings.table_memory import what_does_not_fit
-from recsys.config import Config, content_settings
-from recsys.content.encoders.build import Encoder, TransformerEncoder, build_encoder
+from recsys.config import Config, ModalitySettings, content_settings
+from recsys.content.encoders.build import Encoder, build_encoder
+from recsys.content.kinds.feature import Feature
 from recsys.data.filesystem import Location
-from recsys.data.parquet.file import mean_list_lengths
+from recsys.data.items.content_store import require_column
+from recsys.data.items.feature_file import FeatureFile
+from recsys.data.items.item_features import feature_tokens
+from recsys.data.items.kind import make_kind
+from recsys.data.parquet.file import READ_ERRORS, column_type, mean_list_lengths, open_parquet
+from recsys.data.parquet.values import list_lengths
 from recsys.data.schema import Schema, load_schema
-from recsys.diagnostics.plan.item_sample import ItemSample, sample_items
 from recsys.model.build import build_em3
 from recsys.model.em3 import EM3
 from recsys.model.placement import check_placement
@@ -30,6 +34,7 @@ from recsys.ranking.sim import load_item_categories
 
 # More bytes than any table needs: for the plan of devices with unlimited memory.
 NO_LIMIT = 2**60
+SAMPLED_ITEMS = 2048
 
 
 @dataclass(frozen=True)
@@ -48,22 +53,9 @@ class MetaModel:
     cluster: Cluster
     tables: list[TableConfig]
     em3: EM3
-    items: ItemSample | None
     frozen_layers: dict[str, int]
     plan: ShardingPlan
     problems: list[str]
-
-    def tokens(self, modality: str) -> Tensor:  # int64 [sampled items]
-        """Return the number of tokens of each sampled item in a step's input."""
-        content = content_settings(self.config)
-        assert content is not None and self.items is not None and self.em3.content is not None
-        settings, lengths = content.modalities[modality], self.items.lengths[modality]
-        encoder: Any = self.em3.content.encoders[modality]
-        if not (isinstance(encoder, TransformerEncoder) and encoder.is_text):
-            return lengths * encoder.frozen_tokens
-        if encoder.is_cached and settings.training == "frozen" and settings.pooling != "none":
-            return lengths.clamp(max=1)
-        return lengths
 
 
 def build_meta_model(
@@ -84,12 +76,12 @@ def build_meta_model(
     check_placement(config, schema, cluster.device.kind, *sizes)
     tables = table_configs(config, schema, mean_list_lengths(root, schema))
     content = content_settings(config)
-    items, encoders, frozen_layers = None, {}, {}
+    encoders, frozen_layers = {}, {}
     bank: MemoryBank | None = None
     if content is not None:
-        items = sample_items(root, schema, content.modalities)
-        encoders = {name: _encoder(name, config, items) for name in content.modalities}
+        widths = feature_widths(root, schema, content.modalities)
         for name, modality in content.modalities.items():
+            encoders[name] = _meta_encoder(name, modality, widths.get(name))
             if encoders[name].caches and modality.cache_frozen_layers:
                 frozen_layers[name] = _drop_frozen_layers(encoders[name])
         if content.history.mode != "full":
@@ -97,9 +89,7 @@ def build_meta_model(
     em3 = build_em3(config, schema, tables, encoders, bank, item_categories=categories)
     fuse_table_optimizers(em3, tables)
     plan, problems = _plan(config, em3, tables, cluster)
-    return MetaModel(
-        config, root, schema, cluster, tables, em3, items, frozen_layers, plan, problems
-    )
+    return MetaModel(config, root, schema, cluster, tables, em3, frozen_layers, plan, problems)
 
 
 def _resize(schema: Schema, rows: dict[str, int]) -> None:
@@ -113,14 +103,55 @@ def _resize(schema: Schema, rows: dict[str, int]) -> None:
         column.num_embeddings = number
 
 
-def _encoder(name: str, config: Config, items: ItemSample) -> Encoder:
-    content = content_settings(config)
-    assert content is not None
-    modality = content.modalities[name]
+def feature_widths(
+    root: Location, schema: Schema, modalities: dict[str, ModalitySettings]
+) -> dict[str, int]:
+    """Check the first items of each modality's column; return the widths of stored features.
+
+    Raises:
+        ValueError: there are no items, or a modality's column is missing or of a wrong type.
+    """
+    folder = root / "items"
+    if schema.items is None:
+        raise ValueError(f"{root}/schema.yaml: a model with content needs `items`; add them")
+    file = next(filter(_num_rows, folder.files(".parquet")), None)
+    if file is None:
+        raise ValueError(f"{folder}: no *.parquet files with rows; write one row per item there")
+    widths = {}
+    for name, modality in modalities.items():
+        kind = make_kind(f"content.modalities.{name}", modality)
+        require_column(schema.items, kind)
+        if (stored := schema.items.columns[modality.column].file) is not None:  # type: ignore[union-attr]
+            widths[name] = FeatureFile(root / stored).width
+            continue
+        values, where = _first_values(file, modality.column), f"{file}: column '{modality.column}'"
+        kind.lengths(values, where)  # raises if training would
+        if isinstance(kind, Feature):
+            _, tokens = feature_tokens(values, where)
+            if len(tokens):
+                widths[name] = int(list_lengths(tokens)[0])
+    return widths
+
+
+def _num_rows(file: Location) -> int:
+    with open_parquet(file) as parquet:
+        return int(parquet.metadata.num_rows)
+
+
+def _first_values(file: Location, column: str) -> pa.Array:
+    try:
+        with open_parquet(file, streaming=True) as parquet:
+            column_type(parquet, file, column)
+            return next(parquet.iter_batches(SAMPLED_ITEMS, columns=[column])).column(0)
+    except READ_ERRORS as error:
+        raise ValueError(f"{file}: column '{column}' cannot be read ({error})") from error
+
+
+def _meta_encoder(name: str, modality: ModalitySettings, width: int | None) -> Encoder:
     if modality.module:  # user code, which may do anything with its weights
         return build_encoder(name, modality)
     with torch.device("meta"):
-        return build_encoder(name, modality, items.feature_widths.get(name))
+        return build_encoder(name, modality, width)
 
 
 def _drop_frozen_layers(encoder: Encoder) -> int:

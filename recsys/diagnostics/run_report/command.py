@@ -1,15 +1,10 @@
-"""Runs `recsys report`: scores the test split and writes one page on a finished run.
-
-Shapes: N rows of the test split.
-"""
+"""Runs `recsys report`: scores the test split and writes one page on a finished run."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from recsys.build import Job
 from recsys.checkpoint.files import best_step
@@ -19,18 +14,12 @@ from recsys.checkpoint.run_schema import PARTITION
 from recsys.config.ranking import softmax_settings
 from recsys.data.filesystem import Location, read_json, write_whole
 from recsys.data.item_frequency import PARTS
-from recsys.data.items.item_table import ItemTable
-from recsys.diagnostics.run_report.embedding_maps import embedding_maps
-from recsys.diagnostics.run_report.fusion_attention import fusion_attention, recorded_attention
-from recsys.diagnostics.run_report.item_columns import item_files, item_table
-from recsys.diagnostics.run_report.item_descriptions import categories, category_column
+from recsys.diagnostics.run_report.item_metadata import category_column, item_files, item_table
 from recsys.diagnostics.run_report.item_popularity import item_popularity
-from recsys.diagnostics.run_report.item_vectors import frequent_items, item_vectors
 from recsys.diagnostics.run_report.learning_curves import learning_curves
-from recsys.diagnostics.run_report.map_colours import Categories
-from recsys.diagnostics.run_report.nearest_items import example_items, nearest_items
 from recsys.diagnostics.run_report.page import Section, Table, html_page
 from recsys.diagnostics.run_report.prequential import prequential
+from recsys.diagnostics.run_report.projector import check_folder, write_projector
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
@@ -53,8 +42,7 @@ PROBABILITY_METRICS = {
     "ne": "normalised entropy",
     "calibration": "calibration",
 }
-ITEMS = 2000  # most frequent items in training, whose vectors are read
-ITEMS_OF_MAPS = 1000  # the most frequent of these
+ITEMS = 2000  # most frequent items in training, whose vectors are written
 
 
 def report_run(
@@ -65,10 +53,10 @@ def report_run(
     device: str,
     colour_by: str | None = None,
 ) -> Path:
-    """Write the page of a run, by default `RUN/report.html`. A collective.
+    """Write the page of a run, by default `RUN/report.html`, and a projector. A collective.
 
-    The categories in column `colour_by` of the items' files colour the maps; default: one named
-    genres, genre, category or categories, else maps are coloured by training impressions.
+    The projector of TensorBoard is a folder beside the page, `report_projector`. Its items can be
+    coloured by column `colour_by` of their files; default: genres, genre, category or categories.
 
     Returns:
         The file written, which appears whole or not at all.
@@ -81,6 +69,8 @@ def report_run(
     out = out or run / "report.html"
     with ranks.raise_on_all_ranks():
         check_output(out)
+        projector = out.with_name(f"{out.stem}_projector")
+        check_folder(projector)
         category = category_column(item_files(Location.of(data_of(run, data))), colour_by)
     job = load_run(run, data, ranks, device)
     with ranks.raise_on_all_ranks():
@@ -88,15 +78,16 @@ def report_run(
         results, settings = _of_metrics(run, job)
     is_partition = (run / PARTITION).is_file()
     split, rows = _of_partition(run) if is_partition else (SPLIT, _scored_rows(job, run))
-    test_items = np.zeros(0, np.int64) if rows is None else rows.items
     recorded = run.parents[1] if is_partition else run
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
+            item_counts = read_item_counts(run, job.schema.item_id_limit)
+            num_items = write_projector(projector, job, run, item_counts, ITEMS, table, category)
             sections = [
                 results,
                 learning_curves(recorded, job.config.best_model_by, best_step(run)),
                 *([] if rows is None else [item_popularity(rows, split)]),
-                *item_sections(job, run, test_items, table, category),
+                _item_vectors(projector, num_items),
                 settings,
             ]
             write_whole(out, html_page(f"Run {recorded.resolve().name}", sections))
@@ -147,36 +138,16 @@ def _scored_rows(job: Job, run: Path) -> SplitScores:
     return split_scores(job, scored, counts).counted(0)
 
 
-def item_sections(
-    job: Job,
-    run: Path,
-    test_items: np.ndarray,  # int64 [N]
-    table: ItemTable | None,
-    category: str | None,
-    with_examples: bool = True,
-) -> list[Section]:
-    """Return the sections on the vectors of items of a job from `load_run`; each is encoded once.
-
-    `category` is the column of `table` that colours the maps; `with_examples` shows items with
-    names and pictures.
-    """
-    item_counts = read_item_counts(run, job.schema.item_id_limit)
-    items = frequent_items(job, item_counts, ITEMS)
-    branch = job.em3.content
-    num_modalities = len(branch.encoders) if branch is not None else 0
-    fusion = branch.fusion if branch is not None else None
-    with recorded_attention(fusion, num_modalities) as layers:
-        vectors = item_vectors(job, run, items)
-    of_maps = vectors.first(ITEMS_OF_MAPS)
-    known = None
-    if table is not None and category is not None:
-        known = Categories(category, categories(table, category, of_maps.items))
-    sections = [embedding_maps(of_maps, item_counts.of(of_maps.items), known)]
-    if with_examples:
-        candidates = item_counts.items if job.store is None else job.store.items.ids
-        examples = example_items(item_counts, test_items, candidates)
-        sections += [nearest_items(job, run, vectors, examples, item_counts, table, category)]
-    return [*sections, fusion_attention(branch, layers)]
+def _item_vectors(folder: Path, num_items: int) -> Section:
+    if not num_items:
+        return Section("Item vectors", ["No item has training impressions and content."])
+    words = [
+        f"The vectors of the {num_items:,} items seen most in training are in the projector of "
+        "TensorBoard: maps and nearest items, coloured by category, impressions or the attention "
+        "of the fusion. Choose Projector in the menu, and there ID, content, or their vectors "
+        "after the maps of the contrastive loss (CIC)."
+    ]
+    return Section("Item vectors", words, text=f"tensorboard --logdir {folder}")
 
 
 def summary(metrics: dict[str, Any], has_probabilities: bool) -> Section:

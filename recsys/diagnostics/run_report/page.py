@@ -48,36 +48,15 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
-@dataclass(frozen=True)
-class Card:
-    """One item: its name, lines of text, and its picture as JPEG.
-
-    An empty picture (`b""`) is shown as a grey field; None shows no field.
-    """
-
-    title: str
-    lines: Sequence[str] = ()
-    picture: bytes | None = None
-
-
-@dataclass(frozen=True)
-class Cards:
-    """An item and, beside it, rows of at most five other items, each row with a heading."""
-
-    first: Card
-    rows: Sequence[tuple[str, Sequence[Card]]]
-
-
 @dataclass
 class Section:
-    """A title, paragraphs, and below them figures, tables, cards and plain text, in this order."""
+    """A title, paragraphs, and below them figures, tables and plain text, in this order."""
 
     title: str
     words: list[str] = field(default_factory=list)
     drawings: list[Drawing] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     text: str = ""
-    cards: list[Cards] = field(default_factory=list)
 
 
 def new_figure(num_plots: int) -> tuple[Figure, list[matplotlib.axes.Axes]]:

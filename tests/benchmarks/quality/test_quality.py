@@ -14,14 +14,12 @@ import pytest
 
 from benchmarks.quality.__main__ import quality
 from benchmarks.quality.cells import Cell
-from benchmarks.quality.items import sections_on_items
 from benchmarks.quality.page import effect_sentence
 from benchmarks.quality.plan import Plan
-from benchmarks.quality.runs import Training
 from benchmarks.quality.study import CellResult, Effect, against_peers, read_results
 from recsys.evaluation.bootstrap import Interval
 from recsys.evaluation.metrics import RankedRows
-from recsys.evaluation.scores import SplitScores, read_scores, scores_file
+from recsys.evaluation.scores import SplitScores
 from tests.benchmarks.quality.quality_cells import (
     CELLS,
     GAIN,
@@ -33,7 +31,7 @@ from tests.benchmarks.quality.quality_cells import (
     write_windows,
 )
 from tests.html_pages import Page, browser_dom
-from tests.recsys.command_runs import TINY, TrainedRun
+from tests.recsys.command_runs import TINY
 
 FIGURES = ["effects", "learning-curves", "popularity", "cold-start"]
 
@@ -169,34 +167,6 @@ def test_a_browser_shows_every_figure_within_1280_pixels(
 
     assert f'data-shown="{",".join(["true"] * len(FIGURES))}"' in shown
     assert 'data-fits="true"' in shown
-
-
-def test_the_page_shows_what_the_recipe_and_cic_have_learned_of_items(trained: TrainedRun) -> None:
-    training = Training(trained.run, str(trained.data), TINY, 0, (), "tiny")
-    of_run = [[read_scores(scores_file(trained.run, "test"))]]
-    results = [
-        CellResult(Cell(name, "", {}), [[training]], of_run) for name in ("ID only", "recipe")
-    ]
-
-    sections = sections_on_items(results, with_examples=True)
-
-    assert [section.title for section in sections] == [
-        "Embedding maps: recipe",
-        "Examples of nearest items: recipe",
-        "Attention of the fusion: recipe",
-    ]
-    figures = ["embeddings-recipe", "contrastive-embeddings-recipe", "attention-layer-1-recipe"]
-    assert [drawing.name for section in sections for drawing in section.drawings] == figures
-    assert len(sections[1].cards) > 0
-    without = sections_on_items(results, with_examples=False)
-    assert [section.title for section in without] == [sections[0].title, sections[2].title]
-    assert sections_on_items(results[:1], with_examples=True) == []
-
-
-def test_a_run_without_its_model_is_named_with_the_fix(study: tuple[Path, Plan]) -> None:
-    (result,) = read_results([Cell("recipe", "", {})], {"recipe": study[1]["content"]})
-    with pytest.raises(ValueError, match=r"'recipe'.* checkpoint"):
-        sections_on_items([result], with_examples=True)
 
 
 def test_an_effect_is_said_with_its_interval_and_whether_it_counts() -> None:

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.quality.__main__ import quality
 from benchmarks.quality.cells import Cell
 from benchmarks.quality.figures import MOST_CELLS
-from benchmarks.quality.grid import DRAWN, GRIDS, LOOKED_AT, PARTS, PEERS, chosen_cells
+from benchmarks.quality.grid import DRAWN, GRIDS, PARTS, PEERS, chosen_cells
 from benchmarks.quality.plan import finished, in_order, plan_runs, windows
 from benchmarks.quality.runs import RECIPE, command_words, finish
 from recsys.evaluation.scores import read_scores
@@ -37,7 +37,7 @@ def test_every_cell_changes_its_baseline_which_is_in_the_same_grids() -> None:
 
 def test_cells_that_are_drawn_looked_at_or_peers_exist_and_their_curves_can_be_told_apart() -> None:
     names = {cell.name for cell in GRIDS["full"]}
-    assert {*DRAWN, *PEERS, *LOOKED_AT} <= names
+    assert {*DRAWN, *PEERS} <= names
     assert len(DRAWN) <= MOST_CELLS
 
 

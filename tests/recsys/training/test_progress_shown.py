@@ -95,7 +95,7 @@ def test_every_label_is_shown_and_the_step_whose_model_was_tested(trained: Termi
 
 def test_a_profile_says_why_it_has_no_steps(trained: Terminal) -> None:
     (line,) = [line for line in trained.screen() if "profile_steps" in line]
-    assert "3 steps" in line and "8" in line  # of a stretch; what it takes
+    assert "3 steps" in line and "6" in line  # of a stretch; what it takes
 
 
 def test_evaluate_and_predict_show_bars_and_leave_none(data: Path, trained: Terminal) -> None:

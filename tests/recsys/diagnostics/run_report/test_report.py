@@ -3,46 +3,32 @@
 import base64
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from recsys.cli import main
-from recsys.diagnostics.run_report.command import findings
-from recsys.diagnostics.run_report.embedding_maps import (
-    embedding_maps,
-    pair_cosines,
-    principal_plane,
-)
-from recsys.diagnostics.run_report.item_popularity import (
-    BUCKETS,
-    auc_error,
-    metrics_by_count,
-)
-from recsys.diagnostics.run_report.item_vectors import ItemVectors
-from recsys.diagnostics.run_report.learning_curves import (
-    learning_curves,
-    read_curves,
-    selection_curve,
-)
-from recsys.diagnostics.run_report.page import Card, Cards, Section, Table, html_page
+from recsys.diagnostics.run_report import item_popularity, learning_curves
+from recsys.diagnostics.run_report.command import findings, summary
+from recsys.diagnostics.run_report.item_popularity import BUCKETS, auc_error, metrics_by_count
+from recsys.diagnostics.run_report.learning_curves import read_curves, selection_curve
+from recsys.diagnostics.run_report.page import Drawing, Section, Table, html_page
+from recsys.diagnostics.run_report.projector import check_folder
 from recsys.evaluation.metrics import RankedRows
+from recsys.evaluation.scores import SplitScores
 from tests.html_pages import Page, browser_dom
 from tests.recsys.command_runs import TrainedRun
 
-FIGURES = [
-    "learning-curves",
-    "quality-by-popularity",
-    "cold-start",
-    "embeddings",
-    "contrastive-embeddings",
-    "attention-layer-1",
-]
+FIGURES = ["learning-curves", "quality-by-popularity", "cold-start"]
+VECTORS = ["ID", "content", "ID_after_CIC", "content_after_CIC"]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +53,7 @@ def report(data: Path, trained: TrainedRun) -> Path:
     return out
 
 
-def test_the_page_has_every_figure_and_the_counted_rows(report: Path) -> None:
+def test_the_page_has_every_figure_and_fetches_nothing(report: Path) -> None:
     page = Page(report.read_text())
 
     assert page.figures == FIGURES
@@ -75,82 +61,53 @@ def test_the_page_has_every_figure_and_the_counted_rows(report: Path) -> None:
         "Test metrics",
         "Learning curves",
         "Quality by item popularity",
-        "Embedding maps",
-        "Examples of nearest items",
-        "Attention of the fusion",
+        "Item vectors",
         "Configuration",
     ]
     assert page.cells[:7][0] == "all" and page.cells[:7][-1] == "23"
-
-
-def test_the_page_and_its_figures_fetch_nothing(report: Path) -> None:
-    addresses = Page(report.read_text()).addresses
-    drawings = [address for address in addresses if address.startswith("data:image/svg")]
-    pictures = [address for address in addresses if address.startswith("data:image/jpeg")]
-
-    assert len(drawings) == len(FIGURES) and pictures
-    assert len(addresses) == 1 + len(drawings) + len(pictures)
+    drawings = [address for address in page.addresses if address.startswith("data:image/svg")]
+    assert len(drawings) == len(FIGURES) == len(page.addresses) - 1
     for address in drawings:
         drawing = base64.b64decode(address.split(",")[1]).decode()
         assert drawing.rstrip().endswith("</svg>")
         assert 'href="http' not in drawing and "url(http" not in drawing
 
 
-def test_items_are_shown_by_title_or_text_with_all_markup_escaped(report: Path) -> None:
-    text = report.read_text()
-
-    assert "<script>" not in text
-    assert "&lt;script&gt;no 1&lt;/script&gt;" in text
-    assert "same genres" in text
-
-
-def test_examples_of_unseen_items_have_neighbours_by_content_alone(report: Path) -> None:
-    text = report.read_text()
-
-    assert text.count('class="cards"') == 6
-    assert text.count("nearest by content vector") == 6
-    assert text.count("nearest by ID vector") == 4
-    assert text.count("The ID vector is untrained") == 2
-    assert text.count("cosine 0.") + text.count("cosine -0.") + text.count("cosine 1.") == 50
-
-
-def test_the_legend_of_a_map_shows_any_text_as_it_is(report: Path) -> None:
-    drawings = re.findall(
-        r'id="(\S+)"><img alt="[^"]*" src="data:image/svg\+xml;base64,(.*?)"', report.read_text()
-    )
-    drawing = base64.b64decode(dict(drawings)["embeddings"]).decode()
-
-    assert ">$_0$<" in drawing and ">$_1$<" in drawing
-    assert "$|rest" not in drawing
+def test_the_projector_has_vectors_names_and_attention_of_items(report: Path) -> None:
+    folder = report.with_name("page_projector")
+    config = (folder / "projector_config.pbtxt").read_text()
+    assert re.findall('tensor_name: "(.*?):', config) == VECTORS
+    assert f"tensorboard --logdir {folder}" in report.read_text()
+    header, *rows = [
+        line.split("\t")
+        for line in (folder / "00000/content/metadata.tsv").read_text().splitlines()
+    ]
+    assert header[:3] == ["name", "impressions", "genres"]
+    assert header[3:] == ["attention to text"]
+    assert rows[0][0] == "green red" and any(row[0].startswith("<script>no ") for row in rows)
+    counts = [int(row[1]) for row in rows]
+    assert counts == sorted(counts, reverse=True) and counts[-1] > 0
+    assert {row[2] for row in rows} <= {"$_0$", "$_1$", ""}
+    assert all(0 <= float(row[3]) < 1 for row in rows) and float(rows[0][3]) > 0
+    vectors = np.loadtxt(folder / "00000/content/tensors.tsv")
+    assert len(vectors) == len(rows)
 
 
-def test_a_column_that_cannot_colour_the_maps_is_refused_before_anything_is_written(
-    data: Path, trained: TrainedRun, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = data.parent / "refused.html"
-    words = ["report", "--run", str(trained.run), "--data", str(data), "--out", str(out)]
-
-    for column, cause in (("brand", "is missing"), ("clip", "is of type list<")):
-        assert main([*words, "--device", "cpu", "--colour_by", column]) == 1
-        said = capsys.readouterr().err
-        assert f"part-0.parquet: column '{column}' {cause}" in said
-        assert "['item', 'text', 'title', 'genres']" in said
-    assert not out.exists()
+def test_what_is_no_projector_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    check_folder(tmp_path / "new")
+    with pytest.raises(ValueError, match="mine: "):
+        check_folder(tmp_path / "mine")
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium on PATH")
-def test_a_browser_shows_every_figure_and_picture_within_1280_pixels(
-    report: Path, tmp_path: Path
-) -> None:
+def test_a_browser_shows_every_figure_within_1280_pixels(report: Path, tmp_path: Path) -> None:
     script = (
         "<script>addEventListener('load', () => { document.body.dataset.shown = "
         "[...document.querySelectorAll('figure')].filter(figure => { "
         "const image = figure.querySelector('img'); "
         "return image.complete && image.naturalWidth > 0 && image.width > 900 })"
         ".map(figure => figure.id).join(); "
-        "const pictures = [...document.querySelectorAll('.card img')]; "
-        "document.body.dataset.pictures = pictures.length > 0 && pictures.every(image => "
-        "image.complete && image.naturalHeight > 0 && image.height === 96); "
         "document.body.dataset.fits = "
         "document.documentElement.scrollWidth <= innerWidth })</script>"
     )
@@ -159,27 +116,15 @@ def test_a_browser_shows_every_figure_and_picture_within_1280_pixels(
     shown = browser_dom(page)
 
     assert f'data-shown="{",".join(FIGURES)}"' in shown
-    assert 'data-pictures="true"' in shown
     assert 'data-fits="true"' in shown
 
 
-def test_titles_cells_and_cards_are_escaped() -> None:
-    cards = Cards(Card("<b>", ["<i>"]), [("<script>", [Card("<b>", picture=b"jpeg")])])
+def test_titles_and_cells_are_escaped() -> None:
     tables = [Table(["<i>"], [["<script>"]])]
-    text = html_page("<b>", [Section("a & b", tables=tables, cards=[cards])])
+    text = html_page("<b>", [Section("a & b", tables=tables)])
 
     assert "<b>" not in text and "<i>" not in text and "<script>" not in text
     assert "a &amp; b" in text
-
-
-def test_a_card_has_a_picture_or_a_field_for_it_or_neither() -> None:
-    def shown(picture: bytes | None) -> str:
-        cards = Cards(Card("name", picture=picture), [])
-        return html_page("page", [Section("items", cards=[cards])])
-
-    assert '<img alt="name" src="data:image/jpeg;base64,anBlZw==">' in shown(b"jpeg")
-    assert 'class="blank"' in shown(b"") and "<img" not in shown(b"")
-    assert 'class="blank"' not in shown(None) and "<img" not in shown(None)
 
 
 def test_rows_are_put_into_ranges_by_the_count_of_their_item() -> None:
@@ -215,12 +160,12 @@ def test_the_best_model_is_that_of_the_first_highest_point_of_what_chose_it(tmp_
     assert selection_curve(curves, "auc") == curves["valid/auc"]
     assert selection_curve(curves, "auc_and_gauc") == (steps, [0.5, 0.625, 0.625, 0.6875])
     assert selection_curve({}, "auc") == ([], [])
-    assert "step 20: 0.7500" in learning_curves(tmp_path, "auc").words[0]
-    assert "AUC and GAUC" in learning_curves(tmp_path, "auc_and_gauc").words[0]
-    assert "step 40: 0.6875" in learning_curves(tmp_path, "auc_and_gauc").words[0]
-    assert "step 30: 0.7500" in learning_curves(tmp_path, "auc", 30).words[0]
+    assert "step 20: 0.7500" in learning_curves.learning_curves(tmp_path, "auc").words[0]
+    assert "AUC and GAUC" in learning_curves.learning_curves(tmp_path, "auc_and_gauc").words[0]
+    assert "step 40: 0.6875" in learning_curves.learning_curves(tmp_path, "auc_and_gauc").words[0]
+    assert "step 30: 0.7500" in learning_curves.learning_curves(tmp_path, "auc", 30).words[0]
     for step in (40, 50):  # the run's own model is of a step that these events do not name best
-        assert "highest" not in learning_curves(tmp_path, "auc", step).words[0]
+        assert "highest" not in learning_curves.learning_curves(tmp_path, "auc", step).words[0]
 
 
 def test_findings_are_about_what_is_defined() -> None:
@@ -233,27 +178,97 @@ def test_findings_are_about_what_is_defined() -> None:
     assert findings({"all": nothing, "warm": nothing, "unseen": nothing}) == []
 
 
-def test_the_plane_holds_the_two_directions_that_vary_most() -> None:
-    vectors = torch.tensor([[4.0, 0, 1], [-4.0, 0, 1], [0, 2.0, 1], [0, -2.0, 1]])
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """Figures by name, as they are drawn."""
+    found: dict[str, Figure] = {}
+    for module in (learning_curves, item_popularity):
+        draw = module.drawn
 
-    plane, share = principal_plane(vectors)
+        def keep(name: str, figure: Figure, caption: str, draw: Any = draw) -> Drawing:
+            found[name] = figure
+            return draw(name, figure, caption)
 
-    assert share == pytest.approx(1)
-    torch.testing.assert_close(plane.abs(), vectors[:, :2].double().abs())
-
-
-def test_cosines_are_of_one_item_and_of_two() -> None:
-    ids = torch.tensor([[2.0, 0], [0, 1.0]])
-    content = torch.tensor([[1.0, 0], [1.0, 1.0]])
-
-    own, others = pair_cosines(ids, content)
-
-    assert own == pytest.approx((1 + 0.5**0.5) / 2)
-    assert others == pytest.approx(0.5**0.5 / 2)
+        monkeypatch.setattr(module, "drawn", keep)
+    return found
 
 
-def test_a_model_of_ids_alone_has_one_map_and_says_why() -> None:
-    section = embedding_maps(ItemVectors(np.arange(5), torch.randn(5, 4)), np.ones(5, int))
+def test_a_run_of_one_step_has_a_point_to_see_and_one_without_events_no_plot(
+    tmp_path: Path, figures: dict[str, Figure]
+) -> None:
+    empty = learning_curves.learning_curves(tmp_path, "auc")
+    assert empty.drawings == [] and "tracker" in empty.words[0]
 
-    assert [drawing.name for drawing in section.drawings] == ["embeddings"]
-    assert "content branch" in section.words[0]
+    with SummaryWriter(str(tmp_path / "tensorboard")) as writer:
+        writer.add_scalar("train/loss", 0.7, 1)
+    learning_curves.learning_curves(tmp_path, "auc")
+    (losses,) = figures["learning-curves"].axes
+    assert [line.get_marker() for line in losses.lines] == ["o"]
+
+
+def test_plots_of_metrics_end_at_one(tmp_path: Path, figures: dict[str, Figure]) -> None:
+    with SummaryWriter(str(tmp_path / "tensorboard")) as writer:
+        for step, auc in ((1, 0.9), (2, 1.0)):
+            writer.add_scalar("valid/auc", auc, step)
+    learning_curves.learning_curves(tmp_path, "auc")
+    item_popularity.item_popularity(rows_of_users(8), "test")
+
+    assert len(figures) == 3
+    for figure in figures.values():
+        assert [axes.get_ylim()[1] for axes in figure.axes] == [1.0]
+
+
+def rows_of_users(number: int) -> SplitScores:
+    """Three positives and three negatives of each user, on items of 30 impressions."""
+    rng = np.random.default_rng(0)
+    users, labels = np.repeat(np.arange(number), 6), np.tile([0, 1, 0, 1, 0, 1], number)
+    logits = labels + rng.normal(size=len(labels))
+    rows, columns = np.arange(len(labels)), (labels[:, None], logits[:, None])
+    return SplitScores(rows, users, rows, np.full(len(labels), 30), *columns, ("liked",))
+
+
+def test_bars_of_few_users_have_the_interval_of_a_bootstrap_of_users() -> None:
+    rows = rows_of_users(40)
+    for metric in ("auc", "gauc"):
+        interval = item_popularity.metric_interval(rows, metric)
+        assert interval is not None
+        low, high = interval
+        whole = RankedRows(rows.labels[:, 0], rows.logits[:, 0], rows.groups).metrics()
+        assert 0 < low < whole[metric] < high < 1
+        assert 0.05 < high - low < 0.3
+    assert item_popularity.metric_interval(rows_of_users(1), "gauc") is None
+
+
+def test_bars_of_few_users_are_drawn_with_their_interval(figures: dict[str, Figure]) -> None:
+    item_popularity.item_popularity(rows_of_users(40), "test")
+    (axes,) = figures["quality-by-popularity"].axes
+    drawn = [each for each in axes.containers if isinstance(each, ErrorbarContainer)]
+    assert len(drawn) == 2  # of AUC and of GAUC
+    for bars in drawn:
+        (lines,) = bars.lines[2]
+        ((low, high),) = [ends[:, 1] for ends in lines.get_segments() if len(ends)]  # of one bar
+        assert 0.5 < low < high < 1
+
+
+def test_rows_without_both_labels_have_no_empty_plot(figures: dict[str, Figure]) -> None:
+    rows = rows_of_users(8)
+    section = item_popularity.item_popularity(replace(rows, labels=np.ones((48, 1))), "test")
+    assert section.drawings == [] and figures == {}
+    assert any("one label" in text for text in section.words)
+
+
+def test_every_label_has_a_table_and_a_softmax_loss_no_probabilities() -> None:
+    values = dict.fromkeys(("auc", "gauc", "logloss", "ne", "calibration"), 0.5)
+    part = values | {"num_samples": 3}
+    report = part | dict.fromkeys(("warm", "cold", "unseen"), part)
+    labels = {"labels": {"liked": report, "hated": report}}
+
+    section = summary({"test": report | labels}, has_probabilities=True)
+    assert [table.head[0] for table in section.tables] == ["liked", "hated"]
+    assert "log loss" in section.tables[0].head
+
+    section = summary({"test": report}, has_probabilities=False)
+    (table,) = section.tables
+    assert list(table.head) == ["items", "AUC", "GAUC", "rows"]
+    assert table.rows[0] == ("all", "0.5000", "0.5000", "3")
+    assert not any("og loss" in text or "robabilit" in text for text in section.words)

@@ -1,1 +1,0 @@
-"""Counts FLOPs and bytes of a training step by part, and the least time they take."""

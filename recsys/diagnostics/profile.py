@@ -1,0 +1,178 @@
+"""Profiles training steps by `torch.profiler`, with the parts of the model named in its records.
+
+Rank 0 records a few steps after the first ones. While it does, hooks name the model's parts;
+TorchRec's pipeline names its own stages. Nothing is hooked before or after.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.autograd.profiler import record_function
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from recsys.distributed.log import print_table
+from recsys.distributed.ranks import Ranks
+from recsys.model.em3 import EM3
+
+logger = logging.getLogger(__name__)
+
+FIRST_STEPS = 3  # steps of a loop that fill the pipeline and warm caches; not recorded
+TRACE = "profile_trace.json.gz"
+PRINTED_ROWS = 40
+
+
+class StepProfile:
+    """Profiles some steps of a training loop on rank 0; on other ranks it does nothing.
+
+    It prints the operations that took most time, and writes the trace, which Perfetto opens, into
+    the run's folder.
+
+    Args:
+        em3: the model inside its wrappers.
+        ranks: the ranks of the job.
+        steps: number of steps to profile; 0: none.
+        folder: the run's folder.
+        say: prints a text.
+
+    Example::
+
+        profile = StepProfile(job.em3, job.ranks, 10, run)
+        with profile:  # as often as the loop is left and entered again
+            for batch in batches:
+                pipeline.progress(batches)
+                profile.step()
+    """
+
+    def __init__(
+        self,
+        em3: EM3,
+        ranks: Ranks,
+        steps: int,
+        folder: Path,
+        say: Callable[[str], None] = print_table,
+    ) -> None:
+        """Keep the parts; profiling starts when a loop is entered."""
+        self.em3, self.steps, self.folder, self.say = em3, steps, folder, say
+        self._is_cuda = ranks.device.type == "cuda"
+        self._done = steps == 0 or not ranks.is_first
+        self._profiler: profile | None = None  # None outside of a loop
+        self._marks = ExitStack()  # removes the hooks
+        self._has_said_why = False
+        self._steps_of_loop = 0
+
+    def __enter__(self) -> StepProfile:
+        """Start the profiler for a loop, unless the steps are profiled."""
+        if self._done:
+            return self
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._is_cuda
+        # The first step under the profiler includes its start-up and is not recorded.
+        phases = schedule(wait=FIRST_STEPS, warmup=1, active=self.steps, repeat=1)
+        self._profiler = profile(
+            activities=activities, schedule=phases, on_trace_ready=self._report
+        )
+        self._profiler.start()
+        self._steps_of_loop = 0
+        return self
+
+    def step(self) -> None:
+        """Mark the end of a step."""
+        if self._profiler is None:
+            return
+        self._steps_of_loop += 1
+        if self._steps_of_loop == FIRST_STEPS:
+            self._marks = mark_parts(self.em3)
+        self._profiler.step()
+        if self._done:
+            self._stop()
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """End the recording with its loop; fewer steps than asked for are reported, too."""
+        if self._profiler is None:
+            return
+        recorded = max(0, self._steps_of_loop - FIRST_STEPS - 1)
+        if error is None and not self._has_said_why:
+            self._has_said_why = True
+            self.say(
+                f"profile_steps: {recorded} of {self.steps} steps are profiled here: training "
+                f"paused after {self._steps_of_loop} steps, for a validation or a checkpoint; it "
+                f"needs {FIRST_STEPS + 1 + self.steps} in a row, of which the first "
+                f"{FIRST_STEPS + 1} warm up"
+            )
+        if error is not None or not recorded:
+            self._profiler.on_trace_ready = None
+        self._stop()
+
+    def _stop(self) -> None:
+        assert self._profiler is not None
+        self._profiler.stop()
+        self._marks.close()
+        self._profiler = None
+
+    def _report(self, profiler: profile) -> None:
+        self._done = True
+        key = "device_time_total" if self._is_cuda else "cpu_time_total"
+        table = profiler.key_averages().table(sort_by=key, row_limit=PRINTED_ROWS)
+        self.say(f"profile of steps on rank 0; `## name ##` are parts of a step\n{table}")
+        try:
+            profiler.export_chrome_trace(str(self.folder / TRACE))
+        except OSError as error:  # training goes on without the trace
+            logger.warning("%s: cannot be written (%s)", self.folder / TRACE, error)
+
+
+def mark_parts(em3: EM3) -> ExitStack:
+    """Name the calls of the model's parts in the profiler's records, until the result is closed.
+
+    The names are like those of TorchRec's pipeline: `## encoders ##`.
+    """
+    marks = ExitStack()
+    for module, part in _parts_of(em3):
+        _mark_forward(module, part, marks)
+    if em3.content is not None:
+        for encoder in em3.content.encoders.values():
+            _mark_method(encoder, "encode", "encoders", marks)
+    return marks
+
+
+def _parts_of(em3: EM3) -> list[tuple[nn.Module, str]]:
+    parts: list[tuple[nn.Module, str]] = []
+    for collection in (em3.embedding_bags, em3.embeddings):
+        if collection is not None:
+            # Ids are sent before the call; looked-up vectors come back within it.
+            parts.append((collection, "output dist"))
+            lookups: Any = getattr(collection, "_lookups", [])
+            parts += [(lookup, "lookup") for lookup in lookups]
+    parts.append((em3.read_ids, "output dist"))  # waits for the vectors
+    if em3.content is not None:
+        parts += [(em3.content, "content"), (em3.content.fusion, "fusion")]
+    return [*parts, (em3.ranking, "ranking"), (em3.losses, "losses")]
+
+
+def _mark_forward(module: nn.Module, part: str, marks: ExitStack) -> None:
+    open_ranges: list[record_function] = []
+
+    def begin(*_: Any) -> None:
+        open_ranges.append(record_function(f"## {part} ##"))
+        open_ranges[-1].__enter__()
+
+    def end(*_: Any) -> None:
+        open_ranges.pop().__exit__(None, None, None)
+
+    marks.callback(module.register_forward_pre_hook(begin, prepend=True).remove)
+    marks.callback(module.register_forward_hook(end, always_call=True).remove)
+
+
+def _mark_method(module: nn.Module, name: str, part: str, marks: ExitStack) -> None:
+    method = getattr(module, name)
+
+    def marked(*arguments: Any, **named: Any) -> Any:
+        with record_function(f"## {part} ##"):
+            return method(*arguments, **named)
+
+    setattr(module, name, marked)
+    marks.callback(delattr, module, name)

@@ -1,0 +1,223 @@
+"""Describes items for readers: names, categories and small pictures, from their Parquet files.
+
+Only row groups that hold one of the items are read, since all images may be terabytes. Columns
+need not be in the schema.
+
+Shapes: I chosen items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+
+from recsys.build import Job
+from recsys.data.filesystem import Location
+from recsys.data.items.images import open_image
+from recsys.data.items.item_table import ROWS_PER_CHUNK, ItemTable
+from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
+from recsys.data.parquet.values import is_list
+from recsys.data.schema import read_schema
+
+CATEGORY_COLUMNS = ("genres", "genre", "category", "categories")  # default: the first there is
+NAME_COLUMNS = ("title", "name")
+MOST_CHARACTERS = 60
+PICTURE_SIZE = 48  # pixels
+
+
+def item_files(root: Location) -> list[Location]:
+    """Return the items' files of a dataset; none if its schema has no items."""
+    return [] if read_schema(root).items is None else (root / "items").files(".parquet")
+
+
+def item_table(job: Job) -> ItemTable | None:
+    """Return the run's items; None if the dataset has no items' files."""
+    if job.store is not None:
+        return job.store.items
+    if job.schema.items is None or not (job.root / "items").files(".parquet"):
+        return None
+    return ItemTable(job.root, job.schema, on_bad_row="skip")
+
+
+def column_values(table: ItemTable, name: str, items: np.ndarray) -> list[Any]:
+    """Return a column's values for items, int64 [I]; None where null or where an item has no row.
+
+    Raises:
+        ValueError: a file lacks the column or cannot be read.
+    """
+    row_of = dict(zip(table.ids.tolist(), table.rows.tolist()))
+    rows = [row_of.get(item, -1) for item in items.tolist()]
+    wanted = np.array(sorted(set(rows) - {-1}), np.int64)
+    found: dict[int, Any] = {}
+    first = 0
+    for file in table.files:
+        with open_parquet(file, streaming=True) as parquet:
+            column_type(parquet, file, name)
+            for group in range(parquet.num_row_groups):
+                stop = first + parquet.metadata.row_group(group).num_rows
+                inside = wanted[(wanted >= first) & (wanted < stop)]
+                if len(inside):
+                    values = _values_in(parquet, file, group, name, inside - first)
+                    found.update(zip(inside.tolist(), values))
+                first = stop
+    return [found.get(row) for row in rows]
+
+
+def _values_in(
+    parquet: pq.ParquetFile,
+    file: Location,
+    group: int,
+    name: str,
+    places: np.ndarray,  # int64 [items of the group], ascending
+) -> Iterator[Any]:
+    """Yield the values at these rows of a row group."""
+    start = 0
+    try:
+        for batch in parquet.iter_batches(ROWS_PER_CHUNK, row_groups=[group], columns=[name]):
+            inside = places[(places >= start) & (places < start + len(batch))] - start
+            yield from _as_python(batch.column(0).take(pa.array(inside)))
+            start += len(batch)
+    except READ_ERRORS as error:
+        raise ValueError(
+            f"{file}: column '{name}', row group {group}: cannot be read ({error}); write the "
+            "file again"
+        ) from error
+
+
+def _as_python(values: pa.Array) -> list[Any]:
+    """Return values as Python objects; bytes of a text that are not UTF-8 are replaced."""
+    try:
+        return values.to_pylist()
+    except UnicodeDecodeError:
+        encoded = values.cast(pa.large_binary()).to_pylist()
+        return [None if text is None else text.decode(errors="replace") for text in encoded]
+
+
+def column_types(files: Sequence[Location]) -> dict[str, pa.DataType]:
+    """Return the types of the columns that all items' files have, in the schema or not."""
+    kinds: dict[str, pa.DataType] | None = None
+    for file in files:
+        with open_parquet(file) as parquet:
+            found = {field.name: field.type for field in parquet.schema_arrow}
+        kinds = found if kinds is None else {name: kinds[name] for name in kinds if name in found}
+    return kinds or {}
+
+
+def category_column(files: Sequence[Location], chosen: str | None) -> str | None:
+    """Return the column to colour items by: the chosen one, or the first of the usual ones.
+
+    `files` are those of the items, if the dataset has any.
+
+    Raises:
+        ValueError: the chosen column is missing, or is neither of texts nor of integers.
+    """
+    if not files:
+        if chosen is None:
+            return None
+        raise ValueError(
+            f"--colour_by {chosen}: the dataset has no items with columns; leave the option out"
+        )
+    kinds = column_types(files)
+    if chosen is None:
+        return next((name for name in CATEGORY_COLUMNS if _is_category(kinds.get(name))), None)
+    if not _is_category(kinds.get(chosen)):
+        usable = [name for name, kind in kinds.items() if _is_category(kind)]
+        cause = f"is of type {kinds[chosen]}" if chosen in kinds else "is missing"
+        raise ValueError(
+            f"{files[0]}: column '{chosen}' {cause}; name by --colour_by one of texts or integers: "
+            f"{usable}"
+        )
+    return chosen
+
+
+def _is_category(kind: pa.DataType | None) -> bool:
+    if kind is None:
+        return False
+    if pa.types.is_dictionary(kind) or is_list(kind):
+        return _is_category(kind.value_type)
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return pa.types.is_integer(kind) or any(is_kind(kind) for is_kind in texts)
+
+
+def categories(
+    table: ItemTable,
+    name: str,
+    items: np.ndarray,  # int64 [I]
+) -> list[str | None]:  # [I]
+    """Return the category of each item: the first of several in a list or separated by `|`."""
+    return [first_category(value) for value in column_values(table, name, items)]
+
+
+def first_category(value: Any) -> str | None:
+    """Return the first of several categories; None if there is none.
+
+    Example::
+
+        first_category("Comedy|Drama")  # "Comedy"
+    """
+    if isinstance(value, list):
+        value = value[0] if value else None
+    first = "" if value is None else " ".join(str(value).split("|")[0].split())
+    return first or None
+
+
+def item_names(table: ItemTable | None, items: np.ndarray) -> list[str]:  # int64 [I] -> [I]
+    """Return each item's title or name, else the beginning of its text, else its id."""
+    if table is None:
+        return [f"item {item}" for item in items.tolist()]
+    kinds = column_types(table.files)
+    texts = [name for name, column in table.items.columns.items() if column.kind == "text"]
+    sources = [name for name in (*NAME_COLUMNS, *texts) if name in kinds]
+    called: list[str] = [""] * len(items)
+    for source in sources:
+        values = column_values(table, source, items)
+        called = [known or _beginning(value) for known, value in zip(called, values)]
+    ids = column_values(table, table.items.id, items)
+    rows = items.tolist()
+    return [
+        known or f"{table.items.id} {row if identity is None else identity}"
+        for known, identity, row in zip(called, ids, rows)
+    ]
+
+
+def _beginning(value: Any) -> str:
+    text = " ".join(value.split()) if isinstance(value, str) else ""
+    return text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 1].rstrip() + "…"
+
+
+def item_pictures(
+    table: ItemTable | None,
+    items: np.ndarray,  # int64 [I]
+) -> Tensor | None:  # float32 [I, 3, PICTURE_SIZE, PICTURE_SIZE]
+    """Return the (first) image of each item, white where it has none that can be read.
+
+    None if the schema has no images.
+    """
+    columns = table.items.columns if table is not None else {}
+    source = next((name for name, column in columns.items() if column.kind == "image"), None)
+    if table is None or source is None:
+        return None
+    return torch.stack([small_picture(value) for value in column_values(table, source, items)])
+
+
+def small_picture(encoded: bytes | list[bytes | None] | None) -> Tensor:
+    """Return an image, or the first of a list, on a white square: float32 [3, SIZE, SIZE]."""
+    square = Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE), "white")
+    if isinstance(encoded, list):
+        encoded = next((image for image in encoded if image is not None), None)
+    if encoded is not None:
+        with suppress(Exception):  # decoders raise anything on damaged bytes; training reported it
+            image = open_image(encoded)
+            image.thumbnail(square.size)
+            square.paste(
+                image, ((PICTURE_SIZE - image.width) // 2, (PICTURE_SIZE - image.height) // 2)
+            )
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255

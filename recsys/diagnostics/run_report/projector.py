@@ -1,0 +1,184 @@
+"""Writes what a run has learned of items for TensorBoard's projector: vectors, names, pictures.
+
+`tensorboard --logdir FOLDER` then shows maps (PCA, t-SNE, UMAP) and nearest items by cosine,
+coloured by category, impressions or the attention of the fusion.
+
+Shapes: I items, D ID dimension, E content dimension, U items of a call, T tokens, Q queries,
+S = Q + T keys, H heads, M modalities.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+
+from recsys.build import Job
+from recsys.checkpoint.table_export import stored_tables
+from recsys.content.fusion import FusionQFormer, JointSelfAttention
+from recsys.data.item_frequency import ItemCounts
+from recsys.data.items.item_table import ItemTable
+from recsys.diagnostics.run_report.item_metadata import categories, item_names, item_pictures
+
+ITEMS_PER_CALL = 256
+CONFIG = "projector_config.pbtxt"  # of TensorBoard's projector
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a folder is new or has an earlier projector, which is replaced.
+
+    Raises:
+        ValueError: the folder has something else.
+    """
+    if folder.exists() and not (folder / CONFIG).exists():
+        raise ValueError(
+            f"{folder}: is no projector of a report; move it away, or name another --out"
+        )
+
+
+def write_projector(
+    folder: Path,
+    job: Job,
+    run: Path,
+    item_counts: ItemCounts,
+    most_items: int,
+    table: ItemTable | None,
+    category: str | None,
+) -> int:
+    """Write the vectors of the items most frequent in training, of a job from `load_run`.
+
+    Args:
+        folder: a folder of TensorBoard; an earlier projector in it is replaced.
+        job: the job with the run's best model.
+        run: the run's folder.
+        item_counts: training impressions of each item.
+        most_items: number of items.
+        table: the items' columns, for names and pictures.
+        category: column of `table` to colour by.
+
+    Returns:
+        The number of items written.
+    """
+    items = frequent_items(job, item_counts, most_items)
+    if not len(items):
+        return 0
+    branch = job.em3.content
+    fusion, modalities = (None, []) if branch is None else (branch.fusion, [*branch.encoders])
+    with recorded_attention(fusion, len(modalities)) as calls:
+        vectors = item_vectors(job, run, items)
+    columns = {
+        "name": item_names(table, items),
+        "impressions": [str(count) for count in item_counts.of(items).tolist()],
+    }
+    if table is not None and category is not None:
+        columns[category] = [value or "" for value in categories(table, category, items)]
+    if calls:
+        for name, shares in zip(modalities, torch.cat(calls).T.tolist()):
+            columns[f"attention to {name}"] = [f"{share:.4f}" for share in shares]
+    pictures = item_pictures(table, items)
+    shutil.rmtree(folder, ignore_errors=True)
+    with SummaryWriter(str(folder)) as writer:
+        for kind, of_items in vectors.items():
+            rows = [list(row) for row in zip(*columns.values())]
+            writer.add_embedding(of_items, rows, pictures, tag=kind, metadata_header=[*columns])
+    return len(items)
+
+
+def frequent_items(job: Job, item_counts: ItemCounts, most: int) -> np.ndarray:  # int64 [I]
+    """Return the most frequent items in training; with content, if the model has it."""
+    items = item_counts.items
+    if job.store is not None:
+        items = np.intersect1d(items, job.store.items.ids)
+    return items[np.argsort(-item_counts.of(items), kind="stable")][:most]
+
+
+@torch.no_grad()
+def item_vectors(
+    job: Job,
+    run: Path,
+    items: np.ndarray,  # int64 [I], with content if the model has a content branch
+) -> dict[str, Tensor]:  # [I, D] and [I, E], by kind
+    """Return vectors of the run's best model, before and after the maps of the contrastive loss.
+
+    Not a collective: only the rows of these items are read from the run's checkpoint.
+    """
+    table = stored_tables(run / "checkpoints" / "best")[job.schema.target_item]
+    ids = torch.cat([table.rows(row, row + 1) for row in _rows_of(job, items).tolist()])
+    branch, store = job.em3.content, job.store
+    if branch is None or store is None:
+        return {"ID": ids}
+    branch.eval()
+    device, parts = job.ranks.device, []
+    for chunk in np.split(items, range(ITEMS_PER_CALL, len(items), ITEMS_PER_CALL)):
+        inputs = {name: part.to(device) for name, part in store.gather(chunk).items()}
+        parts.append(branch.encode(inputs)[:, : branch.dim].float().cpu())
+    vectors = {"ID": ids, "content": torch.cat(parts)}
+    if (loss := job.em3.losses.contrastive) is not None:
+        vectors["ID_after_CIC"] = loss.id_map(ids.to(device)).cpu()
+        vectors["content_after_CIC"] = loss.content_map(vectors["content"].to(device)).cpu()
+    return vectors
+
+
+def _rows_of(job: Job, items: np.ndarray) -> Tensor:  # int64 [I]
+    """Return the rows of items in their table, that of unknown ids for those without one."""
+    ids, find = torch.from_numpy(items), job.vocabularies.find_items
+    if find is None:
+        return ids
+    rows = find(ids)
+    return rows.where(rows >= 0, job.schema.num_items - 1)
+
+
+def attention_weights(
+    attention: JointSelfAttention,
+    x: Tensor,  # [U, S, D]
+    mask: Tensor,  # [U, S]
+    num_outputs: int,
+) -> Tensor:  # [U, num_outputs, H, S]
+    """Return the softmax weights with which `attention` averages its values."""
+    heads = (attention.num_heads, x.shape[-1] // attention.num_heads)
+    query = attention.query(x[:, :num_outputs]).unflatten(-1, heads)
+    key = attention.key(x).unflatten(-1, heads)
+    scores = torch.einsum("uqhd,ushd->uqhs", query.float(), key.float()) * attention.scale
+    return scores.masked_fill(~mask[:, None, None, :], -torch.inf).softmax(dim=-1)
+
+
+@contextmanager
+def recorded_attention(fusion: nn.Module | None, num_modalities: int) -> Iterator[list[Tensor]]:
+    """Yield the attention of the queries to each modality, [U, M] of each call of the fusion.
+
+    It is the mean over layers, queries and heads; tokens of a modality are added up. The list stays
+    empty for fusions without queries.
+    """
+    calls: list[Tensor] = []
+    if not isinstance(fusion, FusionQFormer):
+        yield calls
+        return
+    num_queries, modality, layers = len(fusion.queries), torch.zeros(0), [*fusion.layers]
+
+    def begin(_: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+        nonlocal modality
+        modality = inputs[2]
+        calls.append(torch.zeros(len(inputs[0]), num_modalities))
+
+    @torch.no_grad()
+    def add(attention: JointSelfAttention, inputs: tuple[Tensor, Tensor]) -> None:
+        weights = attention_weights(attention, *inputs[:2], num_queries).mean(dim=(1, 2))  # [U, S]
+        member = F.one_hot(modality, num_modalities).float()  # [T, M]
+        calls[-1] += (weights[:, num_queries:] @ member).cpu() / len(layers)
+
+    handles = [fusion.register_forward_pre_hook(begin)]
+    handles += [layer.attention.register_forward_pre_hook(add) for layer in layers]
+    try:
+        # Compiled code would not run hooks that were registered after compilation.
+        with torch.compiler.set_stance("force_eager"):
+            yield calls
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,296 @@
+"""What `describe` says before a run is what the run then has: parameters, bytes, refusals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+from embeddings.simulated_cluster import Cluster, Device
+from embeddings.table_memory import FLOAT
+from recsys.build import Job, build_job
+from recsys.cli import main
+from recsys.config import (
+    Config,
+    ContentSettings,
+    EmbeddingSettings,
+    ModalitySettings,
+    TableSettings,
+    content_settings,
+)
+from recsys.data.filesystem import Location
+from recsys.data.schema import load_schema
+from recsys.data.vocabularies import UnknownIds
+from recsys.diagnostics.plan.description import Description, describe, parse_rows
+from recsys.diagnostics.plan.meta_model import feature_widths
+from recsys.diagnostics.plan.report import format_description, in_bytes
+from recsys.ranking.din import DinDcnSettings
+from recsys.training.train import training_interactions
+from tests.datasets import write_dataset, write_parquet
+from tests.ranks import run_on_ranks
+from tests.recsys.command_runs import TINY
+from tests.recsys.em3_runs import em3_config, ranks_of
+
+SHARDINGS = {"row_wise": "sharded", "table_wise": "replicated"}  # with the bank's placement
+CPU = Device("cpu", "cpu", 2**33)
+CLUSTER = ["--nodes", "8", "--gpus-per-node", "8", "--device", "h100"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("describe")
+    rows = {"train": 320, "valid": 24, "test": 20}
+    write_dataset(place / "data", rows, num_users=50, num_items=300)
+    return place
+
+
+def config_of(folder: Path, sharding: Any) -> Config:
+    tables = EmbeddingSettings(32, sharding, "rowwise_adagrad")
+    config = em3_config(folder, embedding=tables, batch_size=64, kernels="torch")
+    if sharding == "table_wise":
+        assert isinstance(config.ranking, DinDcnSettings)
+        config.ranking.ensemble_members, config.ranking.standardize_numbers = 3, True
+    assert isinstance(config.content, ContentSettings)
+    config.content.history.bank = SHARDINGS[sharding]  # type: ignore[assignment]
+    return config
+
+
+def described(folder: Path, config: Config, ranks: int = 1, **rows: int) -> Description:
+    return describe(config, str(folder / "data"), Cluster(1, ranks, CPU), rows)
+
+
+def command(folder: Path, *words: str) -> int:
+    data = str(folder / "data")
+    return main(["describe", "--config", str(TINY), "--data", data, *words])
+
+
+def measured(rank: int, world_size: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """Of each sharding: parameters and bytes on this rank after a step."""
+    return {sharding: _measured(rank, world_size, folder, sharding) for sharding in SHARDINGS}
+
+
+def _measured(rank: int, world_size: int, folder: Path, sharding: str) -> dict[str, Any]:
+    config = config_of(folder, sharding)
+    job = build_job(config, str(folder / "data"), ranks_of(rank, world_size))
+    batches = iter(training_interactions(job))
+    loss, _ = job.model(next(job.preparation(batches, UnknownIds(job.schema), 0, training=True)))
+    loss.backward()
+    job.dense_optimizer.step()  # moments begin with the first update
+    return {
+        "dense": sum(
+            p.numel() for n, p in job.em3.named_parameters() if not n.startswith("embedding")
+        ),
+        "trained": sum(p.numel() for g in job.dense_optimizer.param_groups for p in g["params"]),
+        "moments": sum(
+            value.numel() * value.element_size()
+            for state in job.dense_optimizer.state.values()
+            for name, value in state.items()
+            if name != "step"
+        ),
+        "tables": _bytes_of_pieces(job.model.state_dict()),
+        "table_states": _bytes_of_pieces(job.model.fused_optimizer.state_dict()["state"]),
+        "bank": _bank_bytes(job),
+    }
+
+
+def _bytes_of_pieces(state: Any) -> int:
+    """Of all sharded tensors in a state, the pieces on this rank."""
+    if isinstance(state, ShardedTensor):
+        return sum(p.tensor.numel() * p.tensor.element_size() for p in state.local_shards())
+    if isinstance(state, dict):
+        return sum(map(_bytes_of_pieces, state.values()))
+    return 0
+
+
+def _bank_bytes(job: Job) -> int:
+    assert job.em3.content is not None and job.em3.content.bank is not None
+    return job.em3.content.bank.num_bytes
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> list[dict[str, dict[str, Any]]]:
+    return run_on_ranks(measured, 2, folder)
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_a_run_has_what_was_said(runs: Any, folder: Path, sharding: str) -> None:
+    ranks = [rank[sharding] for rank in runs]
+    description = described(folder, config_of(folder, sharding), len(ranks))
+    dense = [part for part in description.parts if part.where == "every rank"]
+
+    assert sum(part.parameters for part in dense) == ranks[0]["dense"]
+    assert sum(p.parameters for p in dense if p.state_bytes) == ranks[0]["trained"]
+    assert sum(part.state_bytes for part in dense) == ranks[0]["moments"]
+    tables = [rank["tables"] + rank["table_states"] for rank in ranks]
+    assert description.table_bytes == tables
+    assert description.memory.tables == max(tables)
+    assert description.memory.bank == max(rank["bank"] for rank in ranks)
+
+
+def test_weights_are_counted_once_over_all_ranks(folder: Path) -> None:
+    config = config_of(folder, "row_wise")
+    one, four = (described(folder, config, ranks) for ranks in (1, 4))
+
+    assert [part.parameters for part in one.parts] == [part.parameters for part in four.parts]
+    assert sum(one.table_bytes) == sum(four.table_bytes)
+    weights = sum(part.parameters for part in one.parts if part.name.startswith("table "))
+    moments = 50 + 300 + 5  # one per row
+    assert sum(one.table_bytes) == FLOAT * (weights + moments)
+
+
+def test_a_laptop_plans_four_billion_rows_over_64_gpus(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--rows", "item=4_000_000_000", "--embedding.dim", "128"]
+    out = folder / "numbers" / "plan.json"
+    assert command(folder, *CLUSTER, *sizes, "--json", str(out)) == 0
+
+    numbers = json.loads(out.read_text())
+    assert numbers["world_size"] == 64 and not numbers["problems"]
+    (item,) = [part for part in numbers["parts"] if part["name"] == "table item"]
+    assert item["parameters"] == 4_000_000_000 * 128
+    assert item["weight_bytes"] == 62_500_000 * 128 * 4
+    assert item["state_bytes"] == 62_500_000 * 4
+    # The bank: a content vector, a mean token of the one modality, and its age, per row.
+    assert numbers["memory"]["bank"] == 62_500_000 * (16 + 16 + 1) * 4
+    printed = capsys.readouterr().out
+    assert "64 ranks (8 x 8) on h100" in printed
+    assert "row_wise on 64 ranks" in printed and "\nfits: " in printed
+
+
+def test_host_memory_and_copies_of_tables_are_planned(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--rows", "item=4_000_000_000", "--embedding.dim", "128"]
+    item = "{item: {kernel: uvm_caching, cache_load_factor: 0.1}}"
+    assert command(folder, *CLUSTER, *sizes, "--embedding.tables", item) == 0
+    printed = capsys.readouterr().out
+    assert "ranks, in host" in printed and "fused_uvm_caching" in printed
+    assert "\ntables in host" in printed and "\nfits: " in printed
+
+    out = folder / "numbers" / "copies.json"
+    copies = ["--embedding.parallel.copies", "8", "--rows", "item=1_000_000_000"]
+    assert command(folder, *CLUSTER, *copies, "--json", str(out)) == 0
+    assert len(json.loads(out.read_text())["table_bytes"]) == 8  # ranks that share a copy
+
+    on_host = EmbeddingSettings(16, tables={"item": TableSettings(kernel="uvm")})
+    with pytest.raises(ValueError, match=r"embedding\.tables\.item\.kernel is uvm, .* cpu"):
+        described(folder, em3_config(folder, embedding=on_host))
+
+
+def test_what_does_not_fit_is_said_by_table_with_what_would(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = ["--device", "a100", "--memory-bytes", "1e9"]
+    assert command(folder, *memory, "--rows", "item=50000000", "--content", "none") == 0
+
+    printed = capsys.readouterr().out
+    assert "\n  table 'item' (50,000,000 x 16, rowwise_adagrad, auto) " in printed
+    assert ": 5 ranks" in printed
+    assert ": num_embeddings 12," in printed
+
+
+def test_what_else_does_not_fit_is_named(folder: Path) -> None:
+    small = replace(CPU, memory_bytes=2**24)
+    cluster, data = Cluster(1, 1, small), str(folder / "data")
+    description = describe(em3_config(folder), data, cluster, {"item": 100_000})
+
+    assert description.memory.bank == 100_000 * (3 * 16 + 1) * 4
+    assert "memory bank" in format_description(description).splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "h1000"], "device 'h1000' is unknown"),
+        (["--device", "cuda"], "device is cuda"),
+        (["--device", "h100", "--nodes", "0"], "nodes is 0"),
+        (["--device", "h100", "--nodes", "1000000000"], "nodes is 1000000000"),
+        (["--device", "h100", "--rows", "shoes=5"], "rows: 'shoes'"),
+        (["--device", "h100", "--rows", "item"], "rows: 'item' is not TABLE=NUMBER"),
+        (["--device", "h100", "--memory-bytes", "0"], "memory_bytes is 0"),
+        (
+            ["--device", "h100", "--content.modalities.text.column", "nothing"],
+            "item column 'nothing'",
+        ),
+    ],
+)
+def test_mistakes_are_named(
+    folder: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("a GPU is usable")
+    assert command(folder, *words) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_this_machine_is_described(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(folder, "--device", "cpu", "--gpus-per-node", "2") == 0
+    printed = capsys.readouterr().out
+    assert "2 ranks (1 x 2) on cpu" in printed
+    assert "320 training rows" in printed
+
+
+def test_layers_of_an_encoder_that_are_cached_leave_the_run(folder: Path) -> None:
+    config = em3_config(folder)
+    content = content_settings(config)
+    assert content is not None
+    modality = replace(content.modalities["text"], cache_frozen_layers=False)
+    modalities = {**content.modalities, "text": modality}
+    whole = described(folder, replace(config, content=replace(content, modalities=modalities)))
+    cached = described(folder, config)
+
+    parameters = [sum(part.parameters for part in one.parts) for one in (whole, cached)]
+    assert parameters[0] == parameters[1] + cached.frozen_layers["text"]
+
+
+def test_runs_without_content_and_frozen_tables_are_described(folder: Path) -> None:
+    tables = EmbeddingSettings(dim=16, skip=["user"])
+    config = em3_config(folder, content="none", embedding=tables)
+    config.contrastive.weight = 0.0
+    description = described(folder, config)
+
+    assert description.memory.bank == 0
+    assert {part.name.split()[0] for part in description.parts} == {"table", "ranking"}
+
+
+def test_numbers_and_words() -> None:
+    assert parse_rows(["item=4e9", "user=1_000"]) == {"item": 4_000_000_000, "user": 1000}
+    assert [in_bytes(number) for number in (12, 1536, 79 * 2**30)] == ["12 B", "1.5 KiB", "79 GiB"]
+
+
+def test_items_are_checked_before_a_run(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data")
+    np.save(data / "audio.npy", np.ones((30, 3, 5), np.float32))
+    with (data / "schema.yaml").open("a") as schema_file:
+        schema_file.write("    audio: {kind: feature, file: audio.npy}\n")
+    root = Location.of(data)
+    schema = load_schema(root)
+    modalities = {
+        "audio": ModalitySettings("feature", "audio"),
+        "clip": ModalitySettings("feature", "clip"),
+    }
+    file = data / "items" / "part-0.parquet"
+    items = pq.read_table(file)
+    pq.write_table(items.slice(0, 0), data / "items" / "part-1.parquet")
+    assert feature_widths(root, schema, modalities) == {"audio": 5, "clip": 6}
+
+    numbers = pa.array(["no features"] * len(items))
+    place = items.column_names.index("clip")
+    write_parquet(file, items.set_column(place, "clip", numbers))
+    with pytest.raises(ValueError, match=r"part-0\.parquet: column 'clip'.* has type"):
+        feature_widths(root, schema, modalities)
+    pq.write_table(items.slice(0, 0), file)
+    with pytest.raises(ValueError, match=r"data/items: no .*with rows"):
+        feature_widths(root, schema, modalities)
+    schema.items = None
+    with pytest.raises(ValueError, match=r"data/schema\.yaml: .*`items`"):
+        feature_widths(root, schema, modalities)
