@@ -23,8 +23,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.results import RESULTS, Result, write_result
-from recsys.serving.retrieval.index import IndexKind, build_index, require_faiss, search_index
-from recsys.serving.retrieval.vectors_folder import unit
+from recsys.serving.retrieval.index import (
+    IndexKind,
+    build_index,
+    require_faiss,
+    search_index,
+    unit,
+)
 
 MOST_MISSED, LEAST_SPEED_UP = 0.02, 10.0  # of the graph
 KINDS: tuple[IndexKind, ...] = ("flat", "ivf", "hnsw")

@@ -39,12 +39,15 @@ from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.bootstrap import paired_difference, pooled_metric
 from recsys.evaluation.predict import load_run
 from recsys.evaluation.scores import SplitScores, read_scores, scores_file
-from recsys.serving.export import ITEMS_PER_CALL
+from recsys.serving.new_items.item_encoder import ITEMS_PER_CALL
+from recsys.serving.retrieval.index import unit
 from recsys.serving.retrieval.item_vectors import item_vectors
-from recsys.serving.retrieval.semantic_dataset import write_dataset_with
-from recsys.serving.retrieval.semantic_folder import COLUMN
-from recsys.serving.retrieval.semantic_ids import Codebooks, collision_report
-from recsys.serving.retrieval.vectors_folder import unit
+from recsys.serving.retrieval.semantic_ids import (
+    COLUMN,
+    Codebooks,
+    collision_report,
+    write_dataset_with,
+)
 
 NONE, TRAINED, FROZEN = "no codes", "trained content", "frozen content"
 WAYS = (NONE, TRAINED, FROZEN)

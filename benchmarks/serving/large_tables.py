@@ -3,7 +3,7 @@
     python -m benchmarks.serving.large_tables --package packages/movielens
 
 One table of the package is replaced by a large one of random rows. A server of one worker starts
-with `--verify later`: seconds until it is ready, and its resident memory before any request. Then
+with `--verify false`: seconds until it is ready, and its resident memory before any request. Then
 two workers answer requests that read many rows: the pages of the table's file that both have read
 must be in memory once. Exits with 1 if a bar is missed.
 """
@@ -122,7 +122,7 @@ def large_tables(
 def _start(package: Path) -> dict[str, float]:
     """Start a server; return the seconds until it is ready, and its gigabytes then."""
     start = time.perf_counter()
-    with served(package, "later") as (pid, _, _):
+    with served(package) as (pid, _, _):
         seconds = time.perf_counter() - start
         process = psutil.Process(pid)
         return {"seconds": seconds, "resident_gb": process.memory_info().rss / 1e9}
@@ -136,7 +136,7 @@ def _shared(package: Path, column: str, num_rows: int) -> dict[str, float]:
     candidates = request["candidates"][:1] * 500
     del request["user"][column]
     file = package / "tables" / f"{column}.vectors"
-    with served(package, "later", workers=2) as (pid, port, _):
+    with served(package, workers=2) as (pid, port, _):
         workers = [
             each
             for each in psutil.Process(pid).children()
@@ -175,7 +175,7 @@ def _result(record: dict[str, Any]) -> Result:
     ]
     rows = [[name, f"{value:.2f}", bar] for name, value, bar in bars]
     reading = [
-        f"A table of {record['gigabytes']:g} GB in the package, `--verify later`; both workers "
+        f"A table of {record['gigabytes']:g} GB in the package, `--verify false`; both workers "
         f"have read {record['table_mb_read']:.0f} MB of it. Bars: "
         f"{'pass' if record['passes'] else 'FAIL'}."
     ]

@@ -58,7 +58,7 @@ def serve(
     grpc_port: int = 8081,
     workers: int = 1,
     threads: int | None = None,
-    verify: bool | Literal["later"] = True,
+    verify: bool = True,
     token: str | None = None,
     read_timeout: int = ServerSettings.read_timeout,
     idle_timeout: int = ServerSettings.idle_timeout,
@@ -83,7 +83,7 @@ def serve(
         grpc_port: port of gRPC; 0: a free one
         workers: processes that answer requests
         threads: threads of each; default: together all cores
-        verify: compare the hashes of the files first; later: of some blocks, the rest while serving
+        verify: compare the hashes of the files first, or their sizes alone
         token: bearer token of requests; default: that of RECSYS_TOKEN
         read_timeout: seconds in which a request must arrive; a slower one is answered by 408
         idle_timeout: seconds that a connection may be idle; longer than load balancers keep theirs
@@ -202,7 +202,7 @@ def export_vectors(
     run = require_finished(run)
     require_working_installation()
     from recsys.distributed.ranks import joined_ranks
-    from recsys.serving.retrieval.vectors_folder import export_vectors as write_vectors
+    from recsys.serving.retrieval.item_vectors import export_vectors as write_vectors
 
     with joined_ranks("cpu") as ranks:
         manifest = write_vectors(run, out, vectors, index, ranks, data)
@@ -246,8 +246,8 @@ def semantic_ids(
         out: a folder to make
         levels: codes of each item; default: 3
         codes: codes of each level; default: 256
-        codebooks: folder that this command wrote for the same run: its items keep their ids, others
-            get theirs by its codebooks
+        codebooks: earlier folder of the same run: its items keep their ids, others get theirs by
+            its codebooks
         dataset: also write the dataset with a column semantic_ids to this folder
         data: dataset; default: the run's own
     """
@@ -260,8 +260,7 @@ def semantic_ids(
     require_working_installation()
     from recsys.distributed.log import print_table
     from recsys.distributed.ranks import joined_ranks
-    from recsys.serving.retrieval.semantic_folder import export_semantic_ids
-    from recsys.serving.retrieval.semantic_ids import format_collisions
+    from recsys.serving.retrieval.semantic_ids import export_semantic_ids, format_collisions
 
     sizes = levels or NUM_LEVELS, codes or NUM_CODES
     with joined_ranks("cpu") as ranks:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Literal
 
 from recsys.config.run import LogFormat, LogLevel
 
@@ -41,9 +40,8 @@ class ServerSettings:
     workers: int
     threads: int
     limits: Limits
-    verify: bool | Literal["later"]
-    """compare the hash of every file of a package with its manifest before it is served; later: of
-    some blocks of each, and of the others while it is served"""
+    verify: bool
+    """compare the hash of every file of a package with its manifest before it is served"""
     token: str | None = field(default=None, repr=False)
     read_timeout: int = 20
     """seconds in which a request must arrive; longer than a slow client needs for `max_body`"""

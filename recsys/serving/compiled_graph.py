@@ -27,20 +27,20 @@ from recsys.serving.ranking_graph import RankingInputs, compare_graphs
 logger = logging.getLogger(__name__)
 
 COMPILED = "compiled.pt2"
-Compiles = bool | Literal["auto"]
+Compile = bool | Literal["auto"]
 Graph = Callable[..., Tensor]
 
 
-def is_compiled(wanted: Compiles) -> bool:
+def is_compiled(option: Compile) -> bool:
     """Return whether a graph is to be compiled; `auto`: if there is a C++ compiler.
 
     Raises:
         ValueError: it must be compiled, and the compiler that AOTInductor calls is not installed.
     """
     compiler = os.environ.get("CXX", "g++")
-    if wanted is False or shutil.which(compiler) is not None:
-        return wanted is not False
-    if wanted is True:
+    if option is False or shutil.which(compiler) is not None:
+        return option is not False
+    if option is True:
         raise ValueError(
             f"--compile needs the C++ compiler '{compiler}', which is not found; install it (apt "
             "install g++), name another by the variable CXX, or set --compile auto"
@@ -49,7 +49,7 @@ def is_compiled(wanted: Compiles) -> bool:
     return False
 
 
-def compile_if_possible(program: ExportedProgram, path: Path, wanted: Compiles) -> dict[str, str]:
+def compile_if_possible(program: ExportedProgram, path: Path, option: Compile) -> dict[str, str]:
     """Compile a graph as `compile_graph` does; with `auto`, warn and go without if that fails.
 
     Raises:
@@ -59,7 +59,7 @@ def compile_if_possible(program: ExportedProgram, path: Path, wanted: Compiles) 
     try:
         return compile_graph(program, path)
     except ValueError as error:
-        if wanted is True:
+        if option is True:
             raise
         logger.warning("%s", error)
         path.unlink(missing_ok=True)
@@ -77,41 +77,36 @@ def compile_graph(program: ExportedProgram, path: Path) -> dict[str, str]:
         assert program.example_inputs is not None
         shapes = RankingInputs(*program.example_inputs[0])
         with torch.inference_mode():
-            compare_graphs(_loaded(path), program.module(check_guards=False), shapes)
+            compare_graphs(_load_compiled(path), program.module(check_guards=False), shapes)
     except Exception as error:  # AOTInductor raises errors of many types
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"--compile: AOTInductor cannot compile this model ({type(error).__name__}: {reason}); "
             "set --compile false"
         ) from error
-    return _here()
+    return _this_machine()
 
 
 def graph_file(folder: Path, manifest: Manifest) -> str:
     """Return the file of the graph that runs here: the compiled one where it can."""
     if not manifest.compiled:
         return GRAPH
-    if manifest.compiled == _here():
+    if manifest.compiled == _this_machine():
         return COMPILED
-    wanted, here = (", ".join(of.values()) for of in (manifest.compiled, _here()))
     logger.warning(
         "%s: compiled for %s, but this is %s, so the graph runs uncompiled; export the run here",
-        *(folder, wanted, here),
+        folder,
+        *(", ".join(machine.values()) for machine in (manifest.compiled, _this_machine())),
     )
     return GRAPH
 
 
-def load_graph(path: Path, before: Graph | None = None) -> Graph:
-    """Load an exported or a compiled graph.
-
-    Args:
-        path: the file.
-        before: a graph whose operations are taken over if those of an exported graph are equal.
-    """
-    return _loaded(path) if path.name == COMPILED else ExportedGraph.load(path, before)
+def load_graph(path: Path, previous: Graph | None = None) -> Graph:
+    """Load an exported or a compiled graph; see `ExportedGraph.load`."""
+    return _load_compiled(path) if path.name == COMPILED else ExportedGraph.load(path, previous)
 
 
-def _here() -> dict[str, str]:
+def _this_machine() -> dict[str, str]:
     """Return what compiled code depends on."""
     return {
         "machine": platform.machine(),
@@ -120,12 +115,12 @@ def _here() -> dict[str, str]:
     }
 
 
-def _loaded(path: Path) -> Graph:
+def _load_compiled(path: Path) -> Graph:
     run = torch._inductor.aoti_load_package(str(path))
 
-    def contiguous(given: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        return (
-            [part.contiguous() for part in given] if isinstance(given, list) else given.contiguous()
-        )
+    def contiguous(argument: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        if isinstance(argument, list):
+            return [tensor.contiguous() for tensor in argument]
+        return argument.contiguous()
 
     return lambda *arguments: run(*map(contiguous, arguments))

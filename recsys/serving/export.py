@@ -7,41 +7,49 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from decimal import Decimal
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.export import ExportedProgram
 
+from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.build import Job
-from recsys.checkpoint.run_folder import keep_vocabularies
+from recsys.checkpoint.run_folder import encoder_identities, keep_vocabularies
 from recsys.checkpoint.run_schema import write_run_schema
+from recsys.checkpoint.state import model_state
 from recsys.checkpoint.table_export import stored_tables
-from recsys.config import content_settings
+from recsys.config import content_settings, save_config
 from recsys.content.branch import ContentBranch
+from recsys.content.encoders.base import Encoder
+from recsys.content.encoders.identity import write_identities
 from recsys.data.filesystem import whole_folder
 from recsys.data.items.content_store import ContentStore
 from recsys.data.parquet.file import open_parquet
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.predict import load_run
 from recsys.model.tables import pooled_features
-from recsys.serving.bounded_file import save_bounded
-from recsys.serving.compiled_graph import COMPILED, Compiles, compile_if_possible, is_compiled
-from recsys.serving.new_items.written_encoder import write_item_encoder
+from recsys.serving.compiled_graph import COMPILED, Compile, compile_if_possible, is_compiled
+from recsys.serving.new_items import item_encoder
+from recsys.serving.new_items.added_items import content_index
+from recsys.serving.new_items.item_encoder import ITEMS_PER_CALL, EntryShapes
 from recsys.serving.package import GRAPH, REQUEST, Manifest, write_manifest
 from recsys.serving.ranking_graph import RankingGraph, RankingInputs, export_graph
 from recsys.serving.requests import request_columns
+from recsys.serving.scorer import bounded_file
 from recsys.serving.vector_file import StoredType, VectorFileShape, write_vectors
 from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 
-ITEMS_PER_CALL = 256
+CONTENT_PREFIX = "model.content."  # of the branch's weights in the state of a model
 
 
 def export_run(
@@ -50,7 +58,7 @@ def export_run(
     tables: StoredType,
     ranks: Ranks,
     data: str | None = None,
-    compiles: Compiles = False,
+    compiles: Compile = False,
 ) -> Manifest:
     """Write the best model of a run as a package; it appears whole or not at all.
 
@@ -75,7 +83,7 @@ def export_run(
 
 
 def load_for_export(run: Path, out: Path, ranks: Ranks, data: str | None) -> Job:
-    """Load the best model of a run on this process; make the folder that `out` is to stand in.
+    """Load the best model of a run on this process; make the parent folder of `out`.
 
     Raises:
         ValueError: there are several ranks, the folder exists, or the run is not finished.
@@ -101,32 +109,27 @@ class PackagedModel:
     """Computations of a package.
 
     ranking: the ranking model, or a part of it. pooled, dense: the columns that it reads.
-    reads_targets: it reads the content of ranked items. compiles: write its machine code, too;
-    auto: if the compiler succeeds.
+    reads_targets: it reads the content of ranked items. compiles: write its machine code, too.
     """
 
     ranking: nn.Module
     pooled: list[str]
     dense: list[str]
     reads_targets: bool = True
-    compiles: Compiles = False
+    compiles: Compile = False
 
 
 def write_package(
     run: Path, job: Job, folder: Path, tables: StoredType, model: PackagedModel
 ) -> Manifest:
-    """Write a package into an empty folder.
-
-    Raises:
-        ValueError: the model cannot be exported.
-    """
+    """Write a package into an empty folder; a ValueError says why a model cannot be exported."""
     schema = job.schema
     write_run_schema(folder, schema)
     keep_vocabularies(folder, job)
     for table, vocabulary in job.vocabularies.by_table.items():
         save_bounded(folder, table, vocabulary)
-    read = [*model.pooled, schema.target_item, *schema.event_columns]
-    names = {schema.table_of(name) for name in read}
+    columns = [*model.pooled, schema.target_item, *schema.event_columns]
+    names = {schema.table_of(name) for name in columns}
     manifest = Manifest(
         run=str(run),
         ranking=job.config.ranking.name,
@@ -141,12 +144,12 @@ def write_package(
         searches=top_k(job) > 0,
         bounded=list(job.vocabularies.by_table),
         content_histories=list(job.batch_builder().content_histories),
-        entry_shapes=write_item_encoder(folder, job),
+        entry_shapes=_write_item_encoder(job, folder / item_encoder.FOLDER),
     )
     program = _write_graph(job, manifest, model.ranking, folder / GRAPH)
     if model.compiles:
         manifest.compiled = compile_if_possible(program, folder / COMPILED, model.compiles)
-    (folder / REQUEST).write_text(_example(job, manifest) + "\n")
+    (folder / REQUEST).write_text(_example_request(job, manifest) + "\n")
     write_manifest(folder, manifest)
     return manifest
 
@@ -157,6 +160,17 @@ def top_k(job: Job) -> int:
     return 0 if content is None else content.history.top_k
 
 
+def save_bounded(folder: Path, table: str, vocabulary: BoundedVocabulary) -> None:
+    """Write the map of raw ids that was learned in training, which is whole on this process."""
+    path = bounded_file(folder, table)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    states = {
+        name: state.local_tensor() if isinstance(state, ShardedTensor) else state
+        for name, state in vocabulary.state_dict().items()
+    }
+    save_file({name: state.contiguous() for name, state in states.items()}, path)
+
+
 def _write_tables(
     checkpoint: Path, folder: Path, stored_as: StoredType, names: set[str]
 ) -> dict[str, dict[str, Any]]:
@@ -164,17 +178,15 @@ def _write_tables(
     folder.mkdir()
     layouts = {}
     for name, table in stored_tables(checkpoint).items():
-        if name not in names:
-            continue
-        shape = VectorFileShape(table.num_rows, table.dim, stored_as)
-        blocks = (rows for _, rows in table.blocks())
-        write_vectors(folder / f"{name}.vectors", shape, blocks)
-        layouts[name] = asdict(shape)
+        if name in names:
+            shape = VectorFileShape(table.num_rows, table.dim, stored_as)
+            write_vectors(folder / f"{name}.vectors", shape, (rows for _, rows in table.blocks()))
+            layouts[name] = asdict(shape)
     return layouts
 
 
 def _write_content(
-    job: Job, folder: Path, tables: StoredType, of_targets: bool
+    job: Job, folder: Path, tables: StoredType, reads_targets: bool
 ) -> dict[str, dict[str, Any]]:
     """Write the content vectors of all items, as targets (if these are read) and in histories."""
     branch, store = job.em3.content, job.store
@@ -182,39 +194,64 @@ def _write_content(
         return {}
     assert store is not None
     folder.mkdir()
-    num_items, bank = job.schema.num_items, branch.bank
-    encode = partial(encoded, branch, store)
-    width = encode(np.zeros(1, np.int64)).shape[1]
-    shape = VectorFileShape(num_items, width, "fp32" if tables == "fp32" else "fp16")
-    if of_targets:
-        write_vectors(folder / "target.vectors", shape, _blocks(num_items, encode))
-
-    def in_bank(ids: np.ndarray) -> Tensor:  # [U, E]
-        assert bank is not None
-        return bank.lookup(torch.from_numpy(ids))[0]
-
-    of_history = encode if bank is None else in_bank
-    write_vectors(folder / "history.vectors", shape, _blocks(num_items, of_history))
-    kinds = ("target", "history") if of_targets else ("history",)
-    return {kind: asdict(shape) for kind in kinds}
+    items, bank = np.arange(job.schema.num_items), branch.bank
+    width = next(encoded_blocks(branch, store, items[:1])).shape[1]
+    shape = VectorFileShape(len(items), width, "fp32" if tables == "fp32" else "fp16")
+    sources = {"history": encoded_blocks(branch, store, items)}
+    if bank is not None:
+        sources["history"] = (bank.lookup(torch.from_numpy(ids))[0] for ids in _blocks(items))
+    if reads_targets:
+        sources = {"target": encoded_blocks(branch, store, items), **sources}
+    for part, vectors in sources.items():
+        write_vectors(folder / f"{part}.vectors", shape, vectors)
+    return {part: asdict(shape) for part in sources}
 
 
-def _blocks(num_items: int, vectors_of: Callable[[np.ndarray], Tensor]) -> Iterator[Tensor]:
-    for start in range(0, num_items, ITEMS_PER_CALL):
-        yield vectors_of(np.arange(start, min(start + ITEMS_PER_CALL, num_items)))
+def _blocks(ids: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(ids), ITEMS_PER_CALL):
+        yield ids[start : start + ITEMS_PER_CALL]
 
 
-@torch.no_grad()
-def encoded(branch: ContentBranch, store: ContentStore, ids: np.ndarray) -> Tensor:  # [U, E]
-    """Encode the content of items as the model does for ranked ones; the bank keeps the same."""
-    return branch.encode(store.gather(ids))
+def encoded_blocks(
+    branch: ContentBranch, store: ContentStore, ids: np.ndarray
+) -> Iterator[Tensor]:  # [U, E] each
+    """Encode the content of items as the model does for ranked ones; the bank does not change."""
+    for block in _blocks(ids):
+        with torch.no_grad():
+            vectors = branch.encode(store.gather(block))
+        yield vectors
 
 
-def _write_graph(
-    job: Job, manifest: Manifest, ranking: nn.Module, path: Path
-) -> torch.export.ExportedProgram:
+def _write_item_encoder(job: Job, folder: Path) -> EntryShapes:
+    """Write what `ItemEncoder` reads, and the index of the items that the package has.
+
+    Returns the shape of an item's entries by modality; none without content.
+    """
+    if job.em3.content is None or job.store is None:
+        return {}
+    folder.mkdir()
+    save_config(job.config, folder / item_encoder.CONFIG)
+    write_identities(encoder_identities(job), folder)
+    weights = {
+        name.removeprefix(CONTENT_PREFIX): cast(Tensor, value).detach().clone()
+        for name, value in model_state(job).items()
+        if name.startswith(CONTENT_PREFIX)
+    }
+    save_file(weights, folder / item_encoder.WEIGHTS)
+    np.save(folder / item_encoder.INDEX, content_index(job.store))
+    shapes = {}
+    for name, encoder in job.em3.content.encoders.items():
+        # A cache holds the outputs of frozen layers in place of the entries.
+        is_cached = cast(Encoder, encoder).is_cached
+        stored = job.store.arrays[name].values.shape[1:]
+        shapes[name] = list(job.store.kinds[name].entry_shape if is_cached else stored)
+    return shapes
+
+
+def _write_graph(job: Job, manifest: Manifest, ranking: nn.Module, path: Path) -> ExportedProgram:
     """Export the ranking model, or a part of it, with the history map to a file."""
-    branch, dims = job.em3.content, {name: of["dim"] for name, of in manifest.tables.items()}
+    branch = job.em3.content
+    dims = {name: layout["dim"] for name, layout in manifest.tables.items()}
     pooled = [torch.zeros(1, dims[job.schema.table_of(name)]) for name in manifest.pooled]
     item = torch.zeros(1, dims[manifest.target_item])
     content = torch.zeros(1, manifest.content["history"]["dim"] if manifest.content else 0)
@@ -227,6 +264,7 @@ def _write_graph(
         None if job.em3.scaling is None else job.em3.scaling.of_dense(manifest.dense),
     )
     further = job.schema.histories[1:]
+    reads_content = [history.name in manifest.content_histories for history in further]
     ids = torch.zeros(1, dtype=torch.int64)
     shapes = RankingInputs(
         pooled,
@@ -241,22 +279,22 @@ def _write_graph(
         content if manifest.searches else content[:, :0],
         [item] * len(further),
         [torch.zeros(1, len(history.numbers)) for history in further],
-        [content if of.name in manifest.content_histories else content[:, :0] for of in further],
+        [content if is_read else content[:, :0] for is_read in reads_content],
     )
     return export_graph(graph, shapes, manifest.ranking, path)
 
 
-def _example(job: Job, manifest: Manifest) -> str:
+def _example_request(job: Job, manifest: Manifest) -> str:
     """Return a row of the test data as a request in JSON; without such a file, an empty request."""
     files = (job.root / "test").files(".parquet")
     if not files:
         return json.dumps({"user": {}, "history": {}, "candidates": []})
     with open_parquet(files[0]) as parquet:
-        names, history = request_columns(job.schema, manifest.pooled, manifest.dense)
-        columns = list(dict.fromkeys([*names, *history, manifest.target_item]))
+        user, history = request_columns(job.schema, manifest.pooled, manifest.dense)
+        columns = list(dict.fromkeys([*user, *history, manifest.target_item]))
         row = next(parquet.iter_batches(1, columns=columns)).to_pylist()[0]
     request = {
-        "user": {name: row[name] for name in names},
+        "user": {name: row[name] for name in user},
         "history": {name: row[name] for name in history},
         "candidates": [row[manifest.target_item]],
     }

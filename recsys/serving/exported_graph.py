@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -35,30 +34,24 @@ class ExportedGraph:
     """
 
     def __init__(self, operations: nn.Module, state: dict[str, Tensor], digest: str) -> None:
-        """Keep the arguments."""
         self.operations, self.digest = operations, digest
         self._state = state
 
     def __call__(self, *arguments: Tensor | list[Tensor]) -> Tensor:
         """Run the graph on its inputs."""
         inputs: list[Tensor] = []
-        for given in arguments:
-            inputs.extend(given) if isinstance(given, list) else inputs.append(given)
+        for argument in arguments:
+            inputs += argument if isinstance(argument, list) else [argument]
         outputs: tuple[Tensor, ...] = self.operations(*self._state.values(), *inputs)
         return outputs[0]
 
     @staticmethod
-    def load(path: Path, before: object = None) -> ExportedGraph:
-        """Load a graph.
-
-        Args:
-            path: the file.
-            before: a graph whose operations are taken over if those of the file are equal.
-        """
+    def load(path: Path, previous: object = None) -> ExportedGraph:
+        """Load a graph; take over the operations of `previous` if those of the file are equal."""
         with ZipFile(path) as archive:
             digest = _digest_of_operations(archive)
-            if isinstance(before, ExportedGraph) and before.digest == digest:
-                return before.with_weights(archive)
+            if isinstance(previous, ExportedGraph) and previous.digest == digest:
+                return previous.with_weights(archive)
         program = torch.export.load(path)
         return ExportedGraph(program.graph_module, _state_of(program), digest)
 
@@ -77,12 +70,12 @@ class ExportedGraph:
 
 def _state_of(program: ExportedProgram) -> dict[str, Tensor]:
     """Return what the graph takes besides inputs."""
-    known: Mapping[str, Tensor] = {**program.constants, **program.state_dict}
+    tensors = {**program.constants, **program.state_dict}
     specs = program.graph_signature.input_specs
     are_inputs = [spec.kind is InputKind.USER_INPUT for spec in specs]
     assert are_inputs == sorted(are_inputs), specs  # behind the state
     names = [str(spec.target) for spec in specs[: len(specs) - sum(are_inputs)]]
-    return {name: known[name].detach() for name in names}
+    return {name: tensors[name].detach() for name in names}
 
 
 def _root_of(archive: ZipFile) -> str:

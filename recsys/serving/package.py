@@ -3,7 +3,7 @@
 `manifest.json` describes the package; `schema.yaml` and `vocabulary/` have the columns of the
 run; `graph.pt2` is the ranking model by torch.export, and `compiled.pt2` its machine code, if it
 was compiled; `tables/*.vectors` are the ID tables and `content/*.vectors` the content vectors of
-the items; `request.json` is an example. `items/` has what encodes further items, and `added/` those
+the items; `request.json` is an example. `items/` has the encoder of further items, `added/` those
 that were added.
 """
 
@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 from recsys.storage.manifest import (
     VerifiedFiles,
-    Verify,
     content_digest,
     describe_all,
     differences,
@@ -29,14 +28,16 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 GRAPH = "graph.pt2"
 REQUEST = "request.json"
-PACKAGES = ("torch", "torchrec", "recsys-em3")
+LIBRARIES = ("torch", "torchrec", "recsys-em3")
 
 
 @dataclass(kw_only=True)
 class BaseManifest:
-    """A manifest: what wrote the files of a folder and when; bytes and sha256 of each by name."""
+    """What wrote the files of a folder and when; bytes and sha256 of each by name."""
 
-    versions: dict[str, str] = field(default_factory=lambda: {of: version(of) for of in PACKAGES})
+    versions: dict[str, str] = field(
+        default_factory=lambda: {name: version(name) for name in LIBRARIES}
+    )
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format: int = FORMAT
@@ -50,9 +51,8 @@ class Manifest(BaseManifest):
     tables: layout of each table's file, by table; content: layouts of the files `target` and
     `history`, none without content. searches: the graph also reads the candidates' vectors in the
     memory bank. bounded: tables whose map of raw ids was learned in training. content_histories:
-    further histories whose content is read. entry_shapes: shape of an item's entries by modality,
-    for what encodes items. compiled: what the machine code needs, if there is some. added: number
-    and layout of the items added, if there are any.
+    further histories whose content is read. entry_shapes: shape of an item's entries by modality.
+    compiled: what the machine code needs. added: number and layout of the items added.
     """
 
     run: str
@@ -82,10 +82,10 @@ def write_manifest(folder: Path, manifest: BaseManifest, leave_out: str | None =
     `leave_out` is a folder in it with a manifest of its own, which may change.
     """
     inner = None if leave_out is None else folder / leave_out
-    files = sorted(
-        path for path in folder.rglob("*") if path.is_file() and inner not in path.parents
+    manifest.files = describe_all(
+        folder,
+        sorted(path for path in folder.rglob("*") if path.is_file() and inner not in path.parents),
     )
-    manifest.files = describe_all(folder, files)
     replace_manifest(folder, manifest)
 
 
@@ -95,15 +95,14 @@ def replace_manifest(folder: Path, manifest: BaseManifest) -> None:
 
 
 def read_manifest(
-    folder: Path, verify: Verify = True, verified: VerifiedFiles | None = None
+    folder: Path, verify: bool = True, verified: VerifiedFiles | None = None
 ) -> Manifest:
     """Read a package's manifest and check its files.
 
     Args:
         folder: the package.
-        verify: read every file and compare its hashes; False: compare sizes alone; sample: also the
-            hashes of some blocks of each file.
-        verified: files that need not be read again; those that are read whole are added.
+        verify: read every file and compare its hashes; False: compare sizes alone.
+        verified: files that need not be read again; those that are read are added.
 
     Raises:
         ValueError: the folder is no package, of another format, or a file differs; it is named.
@@ -116,7 +115,7 @@ def read_manifest_of(
     kind: type[M],
     what: str,
     command: str,
-    verify: Verify,
+    verify: bool,
     verified: VerifiedFiles | None = None,
 ) -> M:
     """Read a manifest of one kind and check the files of its folder, as `read_manifest` does.
@@ -128,13 +127,13 @@ def read_manifest_of(
         raise ValueError(f"{folder}: no {what} ({MANIFEST} is missing); make one by {command}")
     try:
         content = read_signed(path, (FORMAT,))
-        if not content.keys() <= {of.name for of in fields(kind)}:
+        if not content.keys() <= {attribute.name for attribute in fields(kind)}:
             raise ValueError(f"another command than {command} wrote it, so this is no {what}")
         manifest = kind(**content)
-        found = list(differences(folder, manifest.files, verify, verified))
+        difference = next(differences(folder, manifest.files, verify, verified), None)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}; export the run again") from error
-    for difference in found:
+    if difference is not None:
         raise ValueError(f"{difference}; export the run again, or copy the package again")
     return manifest
 
@@ -146,12 +145,12 @@ def digest_of(manifest: Manifest) -> str:
 
 def differing_versions(manifest: Manifest) -> list[str]:
     """Describe each library of which the package was written with another minor version."""
-    found = []
-    for name, written in manifest.versions.items():
+    differing = []
+    for name, stored in manifest.versions.items():
         try:
-            now = version(name)
+            installed = version(name)
         except PackageNotFoundError:
-            now = "not installed"
-        if written.split(".")[:2] != now.split(".")[:2]:
-            found.append(f"{name} {written} (here: {now})")
-    return found
+            installed = "not installed"
+        if stored.split(".")[:2] != installed.split(".")[:2]:
+            differing.append(f"{name} {stored} (here: {installed})")
+    return differing

@@ -53,7 +53,7 @@ class RankingInputs:
     further_content: list[Tensor] = field(default_factory=list)
 
     def arguments(self) -> tuple[object, ...]:
-        """Return the inputs as the graph's arguments; the last three with such histories."""
+        """Return the graph's arguments; the last three only with further histories."""
         arguments = tuple(vars(self).values())
         return arguments if self.further else arguments[:-3]
 
@@ -67,14 +67,13 @@ class SharedEvents:
     content: ContentVectors | None  # of the candidates and these events
 
     def jagged(self) -> SharedHistory:
-        """Return the history that all candidates share."""
+        """As that of `FurtherHistory`."""
         return self.history
 
     def content_of(
         self, content: ContentVectors, num_items: int
     ) -> tuple[ContentVectors | None, SharedHistory]:
         """Return the content vectors of these events, in place of those of the batch."""
-        del content, num_items
         return self.content, self.history
 
 
@@ -92,7 +91,7 @@ class CandidateBatch:
 
     @property
     def recorded_values(self) -> Tensor:
-        """The parallel lists as they were recorded: float32 [N * L, P]."""
+        """The parallel lists before scaling: float32 [N * L, P]."""
         return self.history_values if self.unscaled_values is None else self.unscaled_values
 
     def jagged_history(self) -> SharedHistory:
@@ -126,7 +125,6 @@ class RankingGraph(nn.Module):
         further_histories: nn.Module | None = None,
         scaling: nn.Module | None = None,
     ) -> None:
-        """Keep the modules, in evaluation mode."""
         super().__init__()
         self.further_histories, self.scaling = further_histories, scaling
         self.ranking, self.history_map = ranking, history_map
@@ -135,24 +133,26 @@ class RankingGraph(nn.Module):
 
     def forward(self, *arguments: Any) -> Tensor:  # [N, C]
         """Return the logits of the candidates from the arguments of `RankingInputs`."""
-        given = RankingInputs(*arguments)
-        shared = SharedHistory(given.target.shape[0], given.history.shape[0], given.target.device)
-        values = shared.gather(given.parallel)
+        inputs = RankingInputs(*arguments)
+        shared = SharedHistory(
+            inputs.target.shape[0], inputs.history.shape[0], inputs.target.device
+        )
+        values = shared.gather(inputs.parallel)
         if self.top_k:
-            queries, items = F.normalize(given.target_in_bank), F.normalize(given.history_content)
-            kept = shared.highest(shared.dot(queries, items), self.top_k)
-            shared, values = shared.select(kept), values[kept]
+            queries, items = F.normalize(inputs.target_in_bank), F.normalize(inputs.history_content)
+            places = shared.highest(shared.dot(queries, items), self.top_k)
+            shared, values = shared.select(places), values[places]
         events = [
-            self._shared_events(given.target_content, *parts)
-            for parts in zip(given.further_parallel, given.further_content, strict=True)
+            self._shared_events(inputs.target_content, *parts)
+            for parts in zip(inputs.further_parallel, inputs.further_content, strict=True)
         ]
         batch = CandidateBatch(
-            given.dense, values, given.history_items, given.target_items, shared, events
+            inputs.dense, values, inputs.history_items, inputs.target_items, shared, events
         )
         if self.scaling is not None:
             batch = self.scaling(batch)
-        ids = IDVectors(given.pooled, given.target, given.history, further=given.further)
-        content = self._content(given.target_content, given.history_content)
+        ids = IDVectors(inputs.pooled, inputs.target, inputs.history, further=inputs.further)
+        content = self._content(inputs.target_content, inputs.history_content)
         if self.further_histories is not None:
             ids = self.further_histories(ids, content, batch)
         scored = self.ranking(ids, content, batch)
@@ -170,8 +170,8 @@ class RankingGraph(nn.Module):
         self, target: Tensor, parallel: Tensor, content: Tensor
     ) -> SharedEvents:  # [N, E], [K, P], [K, E] or [K, 0]
         shared = SharedHistory(target.shape[0], parallel.shape[0], parallel.device)
-        of_content = self._content(target, content) if content.shape[1] else None
-        return SharedEvents(shared.gather(parallel), shared, of_content)
+        vectors = self._content(target, content) if content.shape[1] else None
+        return SharedEvents(shared.gather(parallel), shared, vectors)
 
 
 # Candidates, history items and events of further histories in the calls in which an exported graph
@@ -179,7 +179,7 @@ class RankingGraph(nn.Module):
 CHECKED_SIZES = ((2, 3, 4), (1, 1, 0), (3, 0, 2), (1, 0, 1), (4, 70, 70))
 TRACED_SIZE = (5, 7, 3)
 TOLERANCE = 1e-5
-OF_HISTORY = ("history", "parallel", "history_items", "history_content")
+HISTORY_INPUTS = ("history", "parallel", "history_items", "history_content")
 
 
 def export_graph(
@@ -187,13 +187,8 @@ def export_graph(
 ) -> ExportedProgram:
     """Export the graph for any number of candidates and history items, and write it to a file.
 
-    What a scorer loads from the file is compared to the model.
-
-    Args:
-        graph: the model.
-        shapes: inputs of any values, whose widths are those of the model.
-        name: the ranking model, for messages.
-        path: the file.
+    What a scorer loads from the file is compared to the model. `shapes` are inputs of any values
+    with the model's widths; `name` is the ranking model, for messages.
 
     Raises:
         ValueError: torch.export refuses the model, its graph takes some numbers of candidates or
@@ -224,12 +219,9 @@ def export_graph(
 
 
 def _require_any_length(program: ExportedProgram, inputs: RankingInputs) -> None:
-    """Require a graph for any number of candidates, history items and further events.
+    """Raise a ValueError if the graph fixes a number of candidates, history items or events.
 
     torch.export fixes or bounds a number in silence where the model branches on it.
-
-    Raises:
-        ValueError: names the number.
     """
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     for argument, rows in zip(program.graph_signature.user_inputs, _names_of_rows(inputs)):
@@ -248,19 +240,20 @@ def _names_of_rows(inputs: RankingInputs) -> list[str]:
     """Return what the rows of each tensor among the graph's arguments are."""
     names: list[str] = []
     for name, part in vars(inputs).items():
-        rows = "history items" if name in OF_HISTORY else "candidates"
+        rows = "history items" if name in HISTORY_INPUTS else "candidates"
         rows = "events of a further history" if name.startswith("further") else rows
         names += [rows] * (len(part) if isinstance(part, list) else 1)
     return names
 
 
 def compare_graphs(
-    graph: Callable[..., Tensor], wanted: Callable[..., Tensor], shapes: RankingInputs
+    graph: Callable[..., Tensor], expected: Callable[..., Tensor], shapes: RankingInputs
 ) -> None:
     """Require equal outputs of two graphs for any numbers of rows, by an AssertionError."""
     for size in CHECKED_SIZES:
-        given = random_like(shapes, *size).arguments()
-        torch.testing.assert_close(graph(*given), wanted(*given), rtol=TOLERANCE, atol=TOLERANCE)
+        inputs = random_like(shapes, *size).arguments()
+        scores, tolerance = graph(*inputs), {"rtol": TOLERANCE, "atol": TOLERANCE}
+        torch.testing.assert_close(scores, expected(*inputs), **tolerance)
 
 
 def random_like(
@@ -275,11 +268,11 @@ def random_like(
         return torch.randn(length, like.shape[1], generator=generator)
 
     inputs: dict[str, Any] = {
-        name: [random(like, num_rows) for like in of]
+        name: [random(like, num_rows) for like in part]
         if name == "pooled"
-        else [random(like, num_events + place) for place, like in enumerate(of)]
-        if isinstance(of, list)
-        else random(of, num_items if name in OF_HISTORY else num_rows)
-        for name, of in vars(shapes).items()
+        else [random(like, num_events + place) for place, like in enumerate(part)]
+        if isinstance(part, list)
+        else random(part, num_items if name in HISTORY_INPUTS else num_rows)
+        for name, part in vars(shapes).items()
     }
     return RankingInputs(**inputs)

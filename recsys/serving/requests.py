@@ -31,14 +31,13 @@ Values = Mapping[str, Any]
 def request_columns(
     schema: Schema, pooled: Sequence[str], dense: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Return the columns of the files that a request gives of the user, and of the history.
+    """Return the file columns of the user, and of the history, that a model's columns are made of.
 
-    Args:
-        schema: columns of the run.
-        pooled: columns of the pooled tables that the model reads.
-        dense: dense columns that it reads.
+    `pooled` and `dense` are the columns of pooled tables and the dense ones that the model reads.
     """
-    lists = [name for of in schema.histories for name in (of.name, *of.numbers, *of.ids)]
+    lists = [
+        name for events in schema.histories for name in (events.name, *events.numbers, *events.ids)
+    ]
     return schema.file_columns([*pooled, *dense]), schema.file_columns(lists)
 
 
@@ -96,7 +95,6 @@ class RequestReader:
         bounded: Mapping[str, BoundedVocabulary],
         dense: Sequence[str] | None = None,
     ) -> None:
-        """Keep the arguments."""
         self.schema, self.pooled, self.bounded = schema, pooled, bounded
         self.dense = schema.of_kind("dense") if dense is None else dense
 
@@ -111,45 +109,37 @@ class RequestReader:
         if not isinstance(user, Mapping):
             raise ValueError(f"user: is {type(user).__name__}; give a mapping of column to value")
         item = self.schema.target_item
-        given = candidates if isinstance(candidates, Mapping) else {item: candidates}
-        ids = {item: listed(given, item, "candidates")}
-        target = self._rows_of(item, ids, "candidates").rows
+        lists = candidates if isinstance(candidates, Mapping) else {item: candidates}
+        ids = {item: value_list(lists, item, "candidates")}
+        target = self._table_rows(item, ids, "candidates").rows
 
-        def values_of(name: str) -> Sequence[Any]:
-            """Return the N values of the candidates, or the one of the user."""
-            if name not in given:
-                if name not in user:
+        def file_values(column: str) -> tuple[dict[str, Sequence[Any]], str]:
+            """Return the values that a column is made of, of the user or of N candidates."""
+            names = self.schema.file_columns([column])
+            for name in names:
+                if name not in lists and name not in user:
                     raise ValueError(f"user: lacks '{name}'; give it to the user or the candidates")
-                return [user[name]]
-            values = listed(given, name, "candidates")
-            if len(values) != len(target):
-                raise ValueError(
-                    f"candidates: '{name}' has {len(values)} values for {len(target)} candidates; "
-                    "give one for each"
-                )
-            return values
-
-        def read_from(name: str) -> tuple[dict[str, Sequence[Any]], str]:
-            columns = {each: values_of(each) for each in self.schema.file_columns([name])}
-            if not columns.keys() & given.keys():
-                return columns, "user"
+            if not lists.keys() & set(names):
+                return {name: [user[name]] for name in names}, "user"
             return {
-                each: values if each in given else [*values] * len(target)
-                for each, values in columns.items()
+                name: value_list(lists, name, "candidates", len(target), "candidates")
+                if name in lists
+                else [user[name]] * len(target)
+                for name in names
             }, "candidates"
 
         histories = self._histories(history)
         return RequestRows(
-            {name: self._rows_of(name, *read_from(name)) for name in self.pooled},
-            {name: self._column(name, *read_from(name)).to_numpy(False) for name in self.dense},
+            {name: self._table_rows(name, *file_values(name)) for name in self.pooled},
+            {name: self._column(name, *file_values(name)).to_numpy(False) for name in self.dense},
             target,
             histories,
         )
 
     def unknown_ids(self, rows: RequestRows) -> dict[str, int]:
         """Count the ids of a request that the model does not know, by column."""
-        columns = {name: of.rows for name, of in rows.pooled.items()}
-        columns |= {name: ids for of in rows.histories for name, ids in of.ids.items()}
+        columns = {name: column.rows for name, column in rows.pooled.items()}
+        columns |= {name: ids for events in rows.histories for name, ids in events.ids.items()}
         columns[self.schema.target_item] = rows.target
         counts = {}
         for name, ids in columns.items():
@@ -181,44 +171,37 @@ class RequestReader:
     def _histories(self, history: Values | Sequence[Any]) -> list[HistoryRows]:
         histories = self.schema.histories
         if not isinstance(history, Mapping):
-            history = listed({"items": history}, "items", "history")
+            history = value_list({"items": history}, "items", "history")
         if not len(history):
             history = {name: [] for name in request_columns(self.schema, [], [])[1]}
         elif not histories:
             raise ValueError("history: the model was trained without a history; give none")
-        given = history if isinstance(history, Mapping) else {histories[0].name: history}
-        given = {each: [] if values is None else values for each, values in given.items()}
-        return [self._history(of, given) for of in histories]
+        lists = history if isinstance(history, Mapping) else {histories[0].name: history}
+        lists = {name: [] if values is None else values for name, values in lists.items()}
+        return [self._history(events, lists) for events in histories]
 
-    def _history(self, history: HistoryColumns, given: Values) -> HistoryRows:
-        name = history.name
-        length = len(listed(given, name, "history"))
+    def _history(self, history: HistoryColumns, lists: Values) -> HistoryRows:
+        length = len(value_list(lists, history.name, "history"))
 
-        def lists_of(column: str) -> dict[str, list[Sequence[Any]]]:
+        def file_values(column: str) -> dict[str, list[Sequence[Any]]]:
             """Return the values beside the events that a column is made of, each as one list."""
-            found = {}
-            for each in self.schema.file_columns([column]):
-                found[each] = [listed(given, each, "history")]
-                if len(found[each][0]) != length:
-                    raise ValueError(
-                        f"history: '{each}' has {len(found[each][0])} values for {length} items of "
-                        f"'{name}'; give one for each"
-                    )
-            return found
+            return {
+                name: [value_list(lists, name, "history", length, f"items of '{history.name}'")]
+                for name in self.schema.file_columns([column])
+            }
 
         numbers = [
-            self._column(each, lists_of(each), "history").flatten().to_numpy(False)
-            for each in history.numbers
+            self._column(name, file_values(name), "history").flatten().to_numpy(False)
+            for name in history.numbers
         ]
-        return HistoryRows(
-            {
-                each: self._rows_of(each, lists_of(each), "history").rows
-                for each in (name, *history.ids)
-            },
-            np.stack(numbers, axis=1) if numbers else np.zeros((length, 0), np.float32),
-        )
+        ids = {
+            name: self._table_rows(name, file_values(name), "history").rows
+            for name in (history.name, *history.ids)
+        }
+        empty = np.zeros((length, 0), np.float32)
+        return HistoryRows(ids, np.stack(numbers, axis=1) if numbers else empty)
 
-    def _rows_of(self, name: str, values: Mapping[str, Sequence[Any]], place: str) -> TableRows:
+    def _table_rows(self, name: str, values: Mapping[str, Sequence[Any]], place: str) -> TableRows:
         """Return the table rows of ids, or of lists of ids."""
         array = self._column(name, values, place)
         lengths = list_lengths(array) if is_list(array.type) else np.ones(len(array), np.int64)
@@ -231,8 +214,11 @@ class RequestReader:
 
     def _column(self, name: str, values: Mapping[str, Sequence[Any]], place: str) -> pa.Array:
         """Return a column as training reads it, made of the values of columns."""
-        arrays = {each: self._array(each, of, place, name) for each, of in values.items()}
-        check_types(self.schema, [name], lambda each: arrays[each].type, place)
+        arrays = {
+            source: self._array(source, source_values, place, name)
+            for source, source_values in values.items()
+        }
+        check_types(self.schema, [name], lambda source: arrays[source].type, place)
         table = read_columns(pa.table(arrays), self.schema, [name], place)
 
         def refuse(
@@ -244,15 +230,15 @@ class RequestReader:
 
         return usable_column(table, name, self.schema, refuse)
 
-    def _array(self, name: str, values: Sequence[Any], place: str, made: str) -> pa.Array:
-        """Return the values of a column, of which column `made` is made, as an array."""
+    def _array(self, name: str, values: Sequence[Any], place: str, column: str) -> pa.Array:
+        """Return the values of a file column, of which `column` is made, as an array."""
         try:
             array = pa.array(values)
             kind = array.type
             if pa.types.is_null(kind) or (is_list(kind) and pa.types.is_null(kind.value_type)):
-                wanted = self._type_of(name, made)
-                if kind != wanted and (pa.types.is_null(kind) or is_list(wanted)):
-                    array = array.cast(wanted)
+                expected = self._type_of_nulls(name, column)
+                if kind != expected and (pa.types.is_null(kind) or is_list(expected)):
+                    array = array.cast(expected)
         except OverflowError as error:
             raise ValueError(
                 f"{place}: column '{name}': an integer does not fit 64 bits; write a smaller one"
@@ -261,31 +247,35 @@ class RequestReader:
             raise ValueError(f"{place}: column '{name}': {error}") from error
         return array
 
-    def _type_of(self, name: str, made: str) -> pa.DataType:
-        """Return the type of a column of which only nulls or empty lists are given.
-
-        Steps and raw ids take those of no type.
-        """
-        if made in self.schema.transforms or self.schema.vocabulary_of(name) is not None:
-            is_list_column = self.schema.columns[made].kind in ("ids", "sequence")
+    def _type_of_nulls(self, name: str, column: str) -> pa.DataType:
+        """Return the type of a file column without values; steps and raw ids take any."""
+        if column in self.schema.transforms or self.schema.vocabulary_of(name) is not None:
+            is_list_column = self.schema.columns[column].kind in ("ids", "sequence")
             return pa.list_(pa.null()) if is_list_column else pa.null()
-        column = self.schema.columns.get(name)
-        if column is None:  # a parallel list
+        settings = self.schema.columns.get(name)
+        if settings is None:  # a parallel list
             return pa.list_(pa.float32())
-        value = pa.int64() if column.kind in ("id", "ids", "sequence") else pa.float32()
-        return pa.list_(value) if column.kind in ("ids", "sequence") else value
+        value = pa.int64() if settings.kind in ("id", "ids", "sequence") else pa.float32()
+        return pa.list_(value) if settings.kind in ("ids", "sequence") else value
 
 
-def listed(given: Values, name: str, place: str) -> Sequence[Any]:
+def value_list(
+    lists: Values, name: str, place: str, length: int | None = None, what: str = ""
+) -> Sequence[Any]:
     """Return the list of values of a column.
 
     Raises:
-        ValueError: the column is missing, or no list.
+        ValueError: the column is missing, is no list, or not one of `length` values, one for each
+            of `what`.
     """
-    if name not in given:
+    if name not in lists:
         raise ValueError(f"{place}: lacks '{name}'; give a list")
-    values = given[name]
+    values = lists[name]
     values = values.tolist() if isinstance(values, np.ndarray) else values
     if isinstance(values, str | bytes | bytearray) or not isinstance(values, Sequence):
         raise ValueError(f"{place}: '{name}' is no list; give one value for each")
+    if length is not None and len(values) != length:
+        raise ValueError(
+            f"{place}: '{name}' has {len(values)} values for {length} {what}; give one for each"
+        )
     return values

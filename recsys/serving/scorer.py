@@ -11,23 +11,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.checkpoint.run_schema import load_run_schema
+from recsys.data.schema import Schema
 from recsys.model.losses import predictions
-from recsys.serving.bounded_file import load_bounded
 from recsys.serving.compiled_graph import Graph, graph_file, load_graph
 from recsys.serving.new_items.added_items import AddedItems, grow_vocabulary
 from recsys.serving.package import Manifest, differing_versions, read_manifest
 from recsys.serving.ranking_graph import RankingInputs
 from recsys.serving.requests import HistoryRows, RequestReader, RequestRows, TableRows
 from recsys.serving.vector_file import VectorFile, VectorFileShape
-from recsys.storage.manifest import BackgroundCheck, VerifiedFiles
+from recsys.storage.manifest import VerifiedFiles
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +40,6 @@ class Scorer:
 
     Several threads may call `score` at once. Tables and content vectors are mapped into memory, so
     that processes share them.
-
-    Args:
-        folder: the package.
-        manifest: its manifest.
-        before: a package whose graph is taken over, whole or but for its weights, if it is equal.
 
     Example::
 
@@ -57,38 +53,34 @@ class Scorer:
         assert scores.shape == (3, len(scorer.labels))
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, before: Scorer | None = None) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, previous: Scorer | None = None) -> None:
         """Map the files and load the graph; see `load`."""
         self.manifest, self.labels = manifest, tuple(manifest.labels)
         schema = load_run_schema(folder)
         assert schema is not None
         self._added = AddedItems.open(folder, manifest.added)
         grow_vocabulary(schema, [self._added.ids])
-        bounded: dict[str, BoundedVocabulary] = {
-            table: load_bounded(folder, table, schema) for table in manifest.bounded
-        }
+        bounded = {table: load_bounded(folder, table, schema) for table in manifest.bounded}
         self.schema = schema
         self.read = RequestReader(schema, manifest.pooled, bounded, manifest.dense)
-        self._tables = {
-            name: VectorFile(folder / "tables" / f"{name}.vectors", VectorFileShape(**shape))
-            for name, shape in manifest.tables.items()
-        }
-        self._content = {
-            name: VectorFile(folder / "content" / f"{name}.vectors", VectorFileShape(**shape))
-            for name, shape in manifest.content.items()
-        }
+        self._tables, self._content = (
+            {
+                name: VectorFile(folder / kind / f"{name}.vectors", VectorFileShape(**shape))
+                for name, shape in shapes.items()
+            }
+            for kind, shapes in (("tables", manifest.tables), ("content", manifest.content))
+        )
         self.graph_file = graph_file(folder, manifest)
-        self._graph: Graph = self._graph_of(folder, before)
+        self._graph = self._load_graph(folder, previous)
         self.verified = VerifiedFiles()
-        self.check: BackgroundCheck | None = None
 
     @classmethod
     def load(
         cls,
         package: str | Path,
         num_threads: int | None = None,
-        verify: bool | Literal["later"] = True,
-        before: Scorer | None = None,
+        verify: bool = True,
+        previous: Scorer | None = None,
         verified: VerifiedFiles | None = None,
     ) -> Self:
         """Load a package and score once, so that the first request is as fast as the next.
@@ -96,11 +88,9 @@ class Scorer:
         Args:
             package: folder that `recsys export` wrote.
             num_threads: threads of one request, for the whole process; default: torch's.
-            verify: read every file and compare its hashes; False: compare sizes alone; later: also
-                the hashes of some blocks of each file, and of the others in a thread, after which
-                a difference ends all answers with its error.
-            before: the package that this one replaces; what both have equal is not loaded again.
-            verified: files whose hashes were compared before; default: by `before`.
+            verify: read every file and compare its hashes; False: compare sizes alone.
+            previous: the package that this one replaces; unchanged files are not read again.
+            verified: files whose hashes were compared before; default: by `previous`.
 
         Raises:
             ValueError: the folder is no package, a file of it differs (it is named), or the files
@@ -109,19 +99,19 @@ class Scorer:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         folder = Path(package)
-        if verified is None and before is not None:
-            verified = before.verified
+        if verified is None and previous is not None:
+            verified = previous.verified
         verified = VerifiedFiles(verified)
-        manifest = read_manifest(folder, "sample" if verify == "later" else verify, verified)
+        manifest = read_manifest(folder, verify, verified)
         try:
-            if others := differing_versions(manifest):
+            if versions := differing_versions(manifest):
                 logger.warning(
                     "%s: written with %s, so scores may differ; export the run again with the "
                     "versions that serve it",
                     folder,
-                    ", ".join(others),
+                    ", ".join(versions),
                 )
-            scorer = cls(folder, manifest, before)
+            scorer = cls(folder, manifest, previous)
             scorer._warm_up()
         except Exception as error:  # damaged graphs raise errors of any class
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST]
@@ -130,16 +120,16 @@ class Scorer:
                 "run again"
             ) from error
         scorer.verified = verified
-        if verify == "later":
-            scorer.check = BackgroundCheck(folder, manifest.files, verified)
         return scorer
 
-    def _graph_of(self, folder: Path, before: Scorer | None) -> Graph:
+    def _load_graph(self, folder: Path, previous: Scorer | None) -> Graph:
         """Load the graph, or take over that of another package if the files are equal."""
+        if previous is None:
+            return load_graph(folder / self.graph_file)
         file = self.manifest.files[self.graph_file]
-        if before is not None and before.manifest.files[before.graph_file] == file:
-            return before._graph
-        return load_graph(folder / self.graph_file, None if before is None else before._graph)
+        if previous.manifest.files[previous.graph_file] == file:
+            return previous._graph
+        return load_graph(folder / self.graph_file, previous._graph)
 
     def score(
         self,
@@ -157,8 +147,7 @@ class Scorer:
                 between candidates.
 
         Raises:
-            ValueError: names the column with a missing, unknown or unusable value; or a file of
-                the package that was seen to differ from its hash.
+            ValueError: names the column with a missing, unknown or unusable value.
         """
         return self.score_rows(self.read(user, history, candidates))
 
@@ -175,8 +164,6 @@ class Scorer:
     @torch.inference_mode()
     def _run(self, rows: RequestRows) -> Tensor:
         """Look the vectors up and run the graph."""
-        if self.check is not None and self.check.difference is not None:
-            raise ValueError(f"{self.check.difference}; export the run again")
         outputs = self._graph(*self._inputs(rows).arguments())
         if not torch.isfinite(outputs).all():
             raise ValueError(
@@ -188,17 +175,18 @@ class Scorer:
         num_rows, manifest = len(rows.target), self.manifest
         width = self._tables[manifest.target_item].shape.dim
         first = HistoryRows({}, np.zeros((0, 0), np.float32))
-        history, past = torch.zeros(0, width), np.zeros(0, np.int64)
+        history, history_items = torch.zeros(0, width), np.zeros(0, np.int64)
         if rows.histories:
             first = rows.histories[0]
-            history, past = self._events(first), next(iter(first.ids.values()))
+            history, history_items = self._events(first), next(iter(first.ids.values()))
         empty = torch.zeros(num_rows, 0)
-        of_target, of_past = empty, torch.zeros(len(past), 0)
+        target_content, history_content = empty, torch.zeros(len(history_items), 0)
         if self._content:
-            of_past = self._content_of_items("history", past)
-            of_target = torch.zeros(num_rows, of_past.shape[1])
+            history_content = self._content_vectors("history", history_items)
+            target_content = torch.zeros(num_rows, history_content.shape[1])
         if "target" in self._content:  # else the model does not read it
-            of_target = self._content_of_items("target", rows.target)
+            target_content = self._content_vectors("target", rows.target)
+        further = rows.histories[1:]
         return RankingInputs(
             [self._pooled(name, rows.pooled[name], num_rows) for name in manifest.pooled],
             self._dense(rows.dense, num_rows),
@@ -206,13 +194,13 @@ class Scorer:
             history,
             torch.from_numpy(first.numbers),
             torch.from_numpy(rows.target),
-            torch.from_numpy(past),
-            of_target,
-            of_past,
-            self._content_of_items("history", rows.target) if manifest.searches else empty,
-            [self._events(of) for of in rows.histories[1:]],
-            [torch.from_numpy(of.numbers) for of in rows.histories[1:]],
-            [self._content_of(of) for of in rows.histories[1:]],
+            torch.from_numpy(history_items),
+            target_content,
+            history_content,
+            self._content_vectors("history", rows.target) if manifest.searches else empty,
+            [self._events(events) for events in further],
+            [torch.from_numpy(events.numbers) for events in further],
+            [self._further_content(events) for events in further],
         )
 
     def _vectors(self, table: str, rows: np.ndarray) -> Tensor:  # [N] -> [N, D]
@@ -220,18 +208,18 @@ class Scorer:
         file = self._tables[table]
         return file.rows(np.minimum(rows, file.shape.num_rows - 1))
 
-    def _content_of_items(self, part: str, items: np.ndarray) -> Tensor:  # [N] -> [N, E]
+    def _content_vectors(self, part: str, items: np.ndarray) -> Tensor:  # [N] -> [N, E]
         """Return content vectors, of added items those that came with them."""
         file = self._content[part]
         vectors = file.rows(np.minimum(items, file.shape.num_rows - 1))
         self._added.replace_in(vectors, items)
         return vectors
 
-    def _content_of(self, history: HistoryRows) -> Tensor:  # [L, E]
+    def _further_content(self, history: HistoryRows) -> Tensor:  # [L, E]
         """Return the content vectors of a further history; E = 0 if they are not read."""
         name, ids = next(iter(history.ids.items()))
         if name in self.manifest.content_histories:
-            return self._content_of_items("history", ids)
+            return self._content_vectors("history", ids)
         return torch.zeros(len(history.numbers), 0)
 
     def _events(self, history: HistoryRows) -> Tensor:  # [L, D]
@@ -242,10 +230,10 @@ class Scorer:
             total = total + vectors.view(-1, self.schema.rows_per_id(name), vectors.shape[1]).sum(1)
         return total
 
-    def _pooled(self, name: str, of_column: TableRows, num_rows: int) -> Tensor:  # [N, D]
+    def _pooled(self, name: str, column: TableRows, num_rows: int) -> Tensor:  # [N, D]
         """Return the sum of the vectors of each value, for every candidate."""
-        vectors = self._vectors(self.schema.table_of(name), of_column.rows)
-        lengths = torch.from_numpy(np.asarray(of_column.lengths, np.int64))
+        vectors = self._vectors(self.schema.table_of(name), column.rows)
+        lengths = torch.from_numpy(np.asarray(column.lengths, np.int64))
         sums = torch.segment_reduce(vectors, "sum", lengths=lengths, initial=0.0)
         return sums if len(sums) == num_rows else sums.expand(num_rows, -1)
 
@@ -259,11 +247,30 @@ class Scorer:
         one = np.zeros(1, np.int64)
         histories = [
             HistoryRows(
-                dict.fromkeys((of.name, *of.ids), one[:0]),
-                np.zeros((0, len(of.numbers)), np.float32),
+                dict.fromkeys((history.name, *history.ids), one[:0]),
+                np.zeros((0, len(history.numbers)), np.float32),
             )
-            for of in self.schema.histories
+            for history in self.schema.histories
         ]
         pooled = {name: TableRows(one, one + 1) for name in self.manifest.pooled}
         dense = {name: np.zeros(1, np.float32) for name in self.manifest.dense}
         self._run(RequestRows(pooled, dense, one, histories))
+
+
+def bounded_file(folder: Path, table: str) -> Path:
+    """Return the file of a map of raw ids that was learned in training."""
+    return folder / "vocabulary" / f"{table}.safetensors"
+
+
+def load_bounded(folder: Path, table: str, schema: Schema) -> BoundedVocabulary:
+    """Load the map of a table into a vocabulary of this process alone."""
+    settings = schema.vocabulary_of(table)
+    assert settings is not None
+    vocabulary = BoundedVocabulary(
+        schema.limit(table), settings.admit_after, settings.half_life, process_group=None
+    )
+    stored = load_file(bounded_file(folder, table))
+    for name, state in vocabulary.state_dict().items():
+        assert isinstance(state, Tensor)  # one process holds the map whole
+        state.copy_(stored[name])
+    return vocabulary

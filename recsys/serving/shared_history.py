@@ -4,8 +4,8 @@ A request ranks N candidates for one user. All N rows have the same history, so 
 computes with an index over N * L places is a dense product here: the history's L vectors exist
 once, not once per candidate. Every operation can be traced by torch.export with N and L dynamic.
 
-Rows that keep different numbers of items have equally many places all the same: those of items that
-a row does not keep are marked, and count in no sum, maximum or softmax.
+All rows have equally many places, also if they keep different numbers of items. Places of items
+that a row does not keep are marked, and count in no sum, maximum or softmax.
 
 Shapes: N candidates, U history items, L places of each row (U, or fewer after a selection),
 D dimension, K any width. Flat tensors [N * L] hold one row of L places after the other.
@@ -24,7 +24,7 @@ class SharedHistory:
     """The same history for each candidate; the methods are those of `JaggedHistory`.
 
     places: int64 [N, L], the item at each place of each row; None: all items, in their order.
-    kept: bool [N, L], the places that count; None: all.
+    mask: bool [N, L], the places that count; None: all.
     num_rows: N; num_items: U.
 
     Example::
@@ -37,7 +37,7 @@ class SharedHistory:
     num_items: int
     device: torch.device
     places: Tensor | None = None
-    kept: Tensor | None = None
+    mask: Tensor | None = None
     # Places that `highest` and `latest` have returned, and which of them count.
     _selected: list[tuple[Tensor, Tensor | None]] = field(default_factory=list, repr=False)
 
@@ -49,8 +49,8 @@ class SharedHistory:
     @property
     def lengths(self) -> Tensor:
         """Number of places that count in each row: int64 [N]."""
-        if self.kept is not None:
-            return self.kept.sum(dim=1)
+        if self.mask is not None:
+            return self.mask.sum(dim=1)
         return torch.full((self.num_rows,), self.longest, device=self.device)
 
     @property
@@ -68,7 +68,7 @@ class SharedHistory:
     @property
     def ages(self) -> Tensor:
         """Number of later places of the same row: int64 [N * L]."""
-        assert self.kept is None
+        assert self.mask is None
         return self.spread_items(self.longest - 1 - torch.arange(self.longest, device=self.device))
 
     def spread_items(self, values: Tensor) -> Tensor:
@@ -94,14 +94,14 @@ class SharedHistory:
             return items.repeat(self.num_rows, 1)  # a copy, as callers add to the result in place
         return items.index_select(0, self.index)
 
-    def spread(self, of_rows: Tensor) -> Tensor:
+    def spread(self, rows: Tensor) -> Tensor:
         """Map [N, K] -> [N * L, K]: the row of each place."""
-        spread = of_rows.unsqueeze(1).repeat(1, self.longest, 1)
-        return spread.view(self.num_rows * self.longest, of_rows.shape[1])
+        spread = rows.unsqueeze(1).repeat(1, self.longest, 1)
+        return spread.view(self.num_rows * self.longest, rows.shape[1])
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum [N * L, K] over the places of each row: [N, K]."""
-        return self._by_row(values, of_others=0.0).sum(dim=1)
+        return self._by_row(values, fill=0.0).sum(dim=1)
 
     def dot(self, queries: Tensor, items: Tensor) -> Tensor:
         """Return the dot product of row [N, D] and item [U, D] at each place: [N * L]."""
@@ -110,7 +110,7 @@ class SharedHistory:
 
     def weighted_sum(self, weights: Tensor, items: Tensor) -> Tensor:
         """Return the sum of items [U, D] with weights [N * L], by row: [N, D]."""
-        by_row = self._by_row(weights.unsqueeze(1), of_others=0.0).squeeze(2)
+        by_row = self._by_row(weights.unsqueeze(1), fill=0.0).squeeze(2)
         if self.places is not None:
             empty = weights.new_zeros(self.num_rows, self.num_items)
             by_row = empty.scatter_add(1, self.places, by_row)
@@ -119,15 +119,15 @@ class SharedHistory:
     def softmax(self, scores: Tensor) -> Tensor:
         """Normalise [N * L] or [N * L, K] over the places of each row."""
         columns = scores if scores.dim() == 2 else scores.unsqueeze(1)
-        softmax = self._by_row(columns, of_others=-torch.inf).softmax(dim=1)
-        if self.kept is not None:  # no number in a row of which no place counts
-            softmax = softmax.where(self.kept.unsqueeze(2), 0.0)
+        softmax = self._by_row(columns, fill=-torch.inf).softmax(dim=1)
+        if self.mask is not None:  # no number in a row of which no place counts
+            softmax = softmax.where(self.mask.unsqueeze(2), 0.0)
         return softmax.reshape(scores.shape)
 
-    def maximum(self, values: Tensor, of_nothing: float) -> Tensor:
-        """Return the maxima of [N * L, K] and `of_nothing`, by row: [N, K]."""
-        lowest = values.new_full((self.num_rows, 1, values.shape[1]), of_nothing)
-        return torch.cat([lowest, self._by_row(values, of_nothing)], dim=1).amax(dim=1)
+    def maximum(self, values: Tensor, lowest: float) -> Tensor:
+        """Return the maxima of [N * L, K] and `lowest`, by row: [N, K]."""
+        floor = values.new_full((self.num_rows, 1, values.shape[1]), lowest)
+        return torch.cat([floor, self._by_row(values, lowest)], dim=1).amax(dim=1)
 
     def padded(self, values: Tensor, fill: float) -> Tensor:
         """Return [N * L] as [N, L], with `fill` in places that do not count."""
@@ -135,29 +135,29 @@ class SharedHistory:
 
     def ones_like(self, values: Tensor) -> Tensor:
         """Return 1 for each place that counts, 0 for others: [N * L], of the type of `values`."""
-        return torch.ones_like(values) if self.kept is None else self.kept.reshape(-1).to(values)
+        return torch.ones_like(values) if self.mask is None else self.mask.reshape(-1).to(values)
 
     def highest(self, scores: Tensor, count: int) -> Tensor:
         """Return the flat places of the `count` highest scores [N * L] of each row, ascending.
 
         Ties are broken in favour of the later place, as in `JaggedHistory.highest`.
         """
-        assert self.kept is None
+        assert self.mask is None
         by_row = scores.reshape(self.num_rows, self.longest)
         order = self.longest - 1 - by_row.flip(1).argsort(dim=1, descending=True, stable=True)
-        kept = order.narrow(1, 0, torch.sym_min(self.longest, count)).sort(dim=1).values
+        places = order.narrow(1, 0, torch.sym_min(self.longest, count)).sort(dim=1).values
         first = torch.arange(self.num_rows, device=self.device).unsqueeze(1) * self.longest
-        self._selected.append(((kept + first).reshape(-1), None))
+        self._selected.append(((places + first).reshape(-1), None))
         return self._selected[-1][0]
 
-    def latest(self, wanted: Tensor, count: int) -> Tensor:
-        """Return the flat places of the `count` latest wanted ones [N * L] of each row.
+    def latest(self, is_eligible: Tensor, count: int) -> Tensor:
+        """Return the flat places of the `count` latest eligible ones [N * L] of each row.
 
         A row with fewer has further places, which do not count once they are selected.
         """
-        places = self.highest(wanted.float(), count)
-        kept = wanted[places].reshape(self.num_rows, -1)
-        self._selected.append((places.clone(), kept))
+        places = self.highest(is_eligible.float(), count)
+        mask = is_eligible[places].reshape(self.num_rows, -1)
+        self._selected.append((places.clone(), mask))
         return self._selected[-1][0]
 
     def select(self, places: Tensor) -> SharedHistory:
@@ -166,18 +166,18 @@ class SharedHistory:
         Raises:
             ValueError: other places, of which rows may have different numbers.
         """
-        selected = [kept for each, kept in self._selected if each is places]
-        if not selected:
+        masks = [mask for selected, mask in self._selected if selected is places]
+        if not masks:
             raise ValueError(
                 "the model selects history items by their values, so rows keep different numbers "
                 "of them, which a package cannot hold; select by JaggedHistory.highest or latest"
             )
         items = self.index[places].reshape(self.num_rows, -1)
-        return SharedHistory(self.num_rows, self.num_items, self.device, items, selected[0])
+        return SharedHistory(self.num_rows, self.num_items, self.device, items, masks[0])
 
-    def _by_row(self, values: Tensor, of_others: float) -> Tensor:
-        """View [N * L, K] as [N, L, K], with `of_others` in places that do not count."""
+    def _by_row(self, values: Tensor, fill: float) -> Tensor:
+        """View [N * L, K] as [N, L, K], with `fill` in places that do not count."""
         by_row = values.reshape(self.num_rows, self.longest, values.shape[1])
-        if self.kept is None:
+        if self.mask is None:
             return by_row
-        return by_row.where(self.kept.unsqueeze(2), of_others)
+        return by_row.where(self.mask.unsqueeze(2), fill)

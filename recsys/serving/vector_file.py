@@ -24,18 +24,13 @@ StoredType = Literal["fp32", "fp16", "int8", "int4"]
 
 @dataclass(frozen=True)
 class VectorFileShape:
-    """Layout of a file: R rows of D numbers in a stored type."""
+    """Layout of a file: R rows of D numbers in a stored type; ValueError for int4 with an odd D."""
 
     num_rows: int
     dim: int
     stored_as: StoredType
 
     def __post_init__(self) -> None:
-        """Check the stored type.
-
-        Raises:
-            ValueError: the type is unknown, or D does not suit it.
-        """
         if self.stored_as not in get_args(StoredType):
             raise ValueError(f"type '{self.stored_as}' is none of {get_args(StoredType)}")
         if self.stored_as == "int4" and self.dim % 2:
@@ -81,17 +76,9 @@ def write_vectors(path: Path, shape: VectorFileShape, blocks: Iterable[Tensor]) 
 
 
 class VectorFile:
-    """A file of vectors, mapped into memory and read by row.
-
-    Example::
-
-        shape = VectorFileShape(2, 4, "fp16")
-        write_vectors(Path("item.vectors"), shape, [torch.ones(2, 4)])
-        VectorFile(Path("item.vectors"), shape).rows(np.array([1]))  # ones [1, 4]
-    """
+    """A file of vectors, mapped into memory and read by row; the package checks its size."""
 
     def __init__(self, path: Path, shape: VectorFileShape) -> None:
-        """Map the file; its size is checked by the package."""
         self.shape = shape
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

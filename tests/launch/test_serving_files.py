@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 
 from recsys.commands.options import command_parser
 from recsys.commands.packages import TOKEN
-from recsys.serving.server.gate import OPEN
+from recsys.serving.server.http_app import PROBES
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "launch" / "serving"
@@ -74,7 +74,7 @@ def test_the_manifest_starts_the_server_with_its_own_ports_and_probes(
     assert [of["containerPort"] for of in container["ports"]] == [arguments.port]
     for probe in (container["readinessProbe"], container["livenessProbe"]):
         assert probe["httpGet"]["port"] == arguments.port
-        assert probe["httpGet"]["path"] in OPEN
+        assert probe["httpGet"]["path"] in PROBES
     assert arguments.workers * arguments.threads == int(container["resources"]["limits"]["cpu"])
     names = {of["name"] for of in container["env"]}
     assert names == {"STORAGE_URI", TOKEN}

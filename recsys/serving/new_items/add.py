@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from recsys.checkpoint.run_schema import load_run_schema
 from recsys.data.filesystem import Location
@@ -40,8 +40,6 @@ from recsys.storage.manifest import describe_all, differences
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".lock"
-
 
 @dataclass(frozen=True)
 class AddedCounts:
@@ -53,7 +51,6 @@ class AddedCounts:
     without_row: int  # new ones with the ID vector of unknown ids, as the table is full
 
     def __str__(self) -> str:
-        """Describe the counts in a line."""
         full = f" ({self.without_row:,} by content alone, the ID table is full)"
         return (
             f"{self.new:,} items added{full if self.without_row else ''}, "
@@ -77,13 +74,13 @@ def add_items(package: Path, items: str) -> AddedCounts:
     with _locked(package), TemporaryDirectory() as cache:
         manifest = read_manifest(package, verify=False)
         _require_encoder(package, manifest)
-        added = AddedItems.open(package, manifest.added)
-        table, ids = _open_items(package, added, Location.of(items))
+        previous = AddedItems.open(package, manifest.added)
+        table, ids = _open_items(package, previous, Location.of(items))
         encoder = ItemEncoder(package, manifest.entry_shapes)
         store = encoder.read(table, Path(cache))
         index = content_index(store)
-        known = np.load(package / ENCODER / INDEX, allow_pickle=False)
-        is_new, is_changed = _compare(index, known, added.index, table)
+        exported = np.load(package / ENCODER / INDEX, allow_pickle=False)
+        is_new, is_changed = _compare(index, exported, previous.index, table)
         counts = AddedCounts(
             int(is_new.sum()),
             int(is_changed.sum()),
@@ -91,20 +88,16 @@ def add_items(package: Path, items: str) -> AddedCounts:
             int((index["item"][is_new] >= table.schema.num_items).sum()),
         )
         if counts.new or counts.changed:
-            chosen = index[is_new | is_changed]
-            vectors = encoder.encode(store, chosen["item"])
-            _write(package, manifest, added, *added.merged_with(chosen, vectors), ids)
+            to_encode = index[is_new | is_changed]
+            vectors = encoder.encode(store, to_encode["item"])
+            _write(package, manifest, previous, *previous.merged_with(to_encode, vectors), ids)
     return counts
 
 
 @contextmanager
 def _locked(package: Path) -> Iterator[None]:
-    """Let one process at a time add items; others wait for it.
-
-    Raises:
-        ValueError: the package cannot be written to.
-    """
-    lock = FileLock(package / LOCK)
+    """Let one process at a time add items; a ValueError says that the package is read-only."""
+    lock = FileLock(package / ".lock")
     try:
         try:
             lock.acquire(timeout=0)
@@ -126,13 +119,13 @@ def _require_encoder(package: Path, manifest: Manifest) -> None:
             f"{package}: its model reads no content, so an item is known by its ID alone; ids that "
             "it does not know are scored as unknown, or train a model with `content`"
         )
-    read = ("items/", "added/", "vocabulary/", "schema.yaml")
-    files = {name: of for name, of in manifest.files.items() if name.startswith(read)}
+    prefixes = ("items/", "added/", "vocabulary/", "schema.yaml")
+    files = {name: file for name, file in manifest.files.items() if name.startswith(prefixes)}
     for difference in differences(package, files):
         raise ValueError(f"{difference}; export the run again, or copy the package again")
 
 
-def _open_items(package: Path, added: AddedItems, files: Location) -> tuple[ItemTable, pa.Array]:
+def _open_items(package: Path, previous: AddedItems, files: Location) -> tuple[ItemTable, pa.Array]:
     """Return the items of files, and all raw ids that were added to the map of the run.
 
     Raises:
@@ -140,40 +133,41 @@ def _open_items(package: Path, added: AddedItems, files: Location) -> tuple[Item
     """
     schema = load_run_schema(package)
     assert schema is not None
-    known = schema.vocabularies.get(schema.target_item)
-    vocabulary = grow_vocabulary(schema, [added.ids])
-    num_items, ids = schema.num_items, added.ids
-    if vocabulary is not None and known is not None:
+    exported = schema.vocabularies.get(schema.target_item)
+    vocabulary = grow_vocabulary(schema, [previous.ids])
+    num_items, ids = schema.num_items, previous.ids
+    if vocabulary is not None and exported is not None:
         assert schema.items is not None
         name = schema.items.id
         for file in files.files(".parquet"):
             with open_parquet(file) as parquet:
                 column_type(parquet, file, name)
-                of_file = parquet.read(columns=[name]).column(0).combine_chunks()
+                column = parquet.read(columns=[name]).column(0).combine_chunks()
             try:
-                vocabulary.extend([plain_values(of_file).drop_null()])
+                vocabulary.extend([plain_values(column).drop_null()])
             except ValueError as error:
                 raise ValueError(f"{file}: column '{name}': {error}") from error
-        num_items, ids = vocabulary.num_items, vocabulary.ids.slice(len(known))  # type: ignore[arg-type]
+        num_items = vocabulary.num_items
+        ids = vocabulary.ids.slice(len(exported))  # type: ignore[arg-type]
     root = Location(files.filesystem, files.path.rpartition("/")[0])
     return ItemTable(root, schema, "error", files, num_items), ids
 
 
 def _compare(
-    index: np.ndarray, known: np.ndarray, added: np.ndarray, table: ItemTable
+    index: np.ndarray, exported: np.ndarray, added: np.ndarray, table: ItemTable
 ) -> tuple[np.ndarray, np.ndarray]:  # bool [N] each
     """Return which items of an index are new, and of which the content has changed.
 
     Raises:
         ValueError: another item has the row of one of them, by its hash.
     """
-    before = np.zeros(len(index), index.dtype)
+    stored = np.zeros(len(index), index.dtype)
     is_new = np.ones(len(index), bool)
-    for stored in (known, added):
-        place, has_item = lookup(stored, index["item"])
-        before[has_item] = stored[place[has_item]]
+    for part in (exported, added):
+        place, has_item = lookup(part, index["item"])
+        stored[has_item] = part[place[has_item]]
         is_new &= ~has_item
-    collides = ~is_new & (before["raw"] != index["raw"])
+    collides = ~is_new & (stored["raw"] != index["raw"])
     if collides.any():
         row = table.rows[np.argsort(table.ids)][int(collides.argmax())]
         raise ValueError(
@@ -181,17 +175,22 @@ def _compare(
             "has this item's hash, and content is kept by hash; leave the item out, or train with "
             "a vocabulary of kind exact"
         )
-    return is_new, ~is_new & (before["content"] != index["content"])
+    return is_new, ~is_new & (stored["content"] != index["content"])
 
 
 def _write(
-    package: Path, manifest: Manifest, added: AddedItems, index: np.ndarray, vectors: Any, ids: Any
+    package: Path,
+    manifest: Manifest,
+    previous: AddedItems,
+    index: np.ndarray,
+    vectors: Tensor,
+    ids: pa.Array,
 ) -> None:
     """Write the files of the addition, then the manifest that names them."""
-    of_content = VectorFileShape(**manifest.content["history"])
-    shape = replace(of_content, num_rows=len(index))
-    named = added.write_next(package, index, vectors, ids, shape)
-    folder = package / FOLDER / str(named["number"])
-    kept = {name: of for name, of in manifest.files.items() if not name.startswith(f"{FOLDER}/")}
-    files = kept | describe_all(package, sorted(folder.iterdir()))
-    replace_manifest(package, replace(manifest, added=named, files=files))
+    shape = replace(VectorFileShape(**manifest.content["history"]), num_rows=len(index))
+    entry = previous.write_next(package, index, vectors, ids, shape)
+    folder = package / FOLDER / str(entry["number"])
+    files = {
+        name: file for name, file in manifest.files.items() if not name.startswith(f"{FOLDER}/")
+    } | describe_all(package, sorted(folder.iterdir()))
+    replace_manifest(package, replace(manifest, added=entry, files=files))

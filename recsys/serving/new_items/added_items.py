@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from recsys.data.filesystem import whole_folder
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
 from recsys.data.schema import Schema
-from recsys.serving.new_items.vocabulary import GrowingVocabulary
 from recsys.serving.vector_file import VectorFile, VectorFileShape, write_vectors
 
 FOLDER = "added"
@@ -48,15 +48,15 @@ class AddedItems:
     vectors: VectorFile | None  # float32 [K, E] by place in the index; None if K = 0
 
     @staticmethod
-    def open(package: Path, added: dict[str, Any]) -> AddedItems:
-        """Open the items that a manifest names; none if it names none."""
-        if not added:
+    def open(package: Path, entry: dict[str, Any]) -> AddedItems:
+        """Open the items that a manifest's entry `added` names; none if it is empty."""
+        if not entry:
             return AddedItems(0, np.zeros(0, INDEX_TYPE), pa.array([], pa.int64()), None)
-        folder = package / FOLDER / str(added["number"])
+        folder = package / FOLDER / str(entry["number"])
         index = np.load(folder / INDEX, allow_pickle=False)
         ids = pq.read_table(folder / IDS)["id"].combine_chunks()
-        shape = VectorFileShape(**added["shape"])
-        return AddedItems(added["number"], index, ids, VectorFile(folder / VECTORS, shape))
+        shape = VectorFileShape(**entry["shape"])
+        return AddedItems(entry["number"], index, ids, VectorFile(folder / VECTORS, shape))
 
     def replace_in(self, vectors: Tensor, items: np.ndarray) -> None:  # [N, E], [N]
         """Put the vectors of added items in the place of those that were exported."""
@@ -70,14 +70,16 @@ class AddedItems:
         self, index: np.ndarray, vectors: Tensor
     ) -> tuple[np.ndarray, Tensor]:  # INDEX_TYPE, and as many vectors [E]
         """Return index and vectors of these items and of further ones, which replace equal ones."""
-        both = merged(self.index, index)
-        result = torch.empty(len(both), vectors.shape[1])
-        place, is_before = lookup(self.index, both["item"])
+        old = self.index[~np.isin(self.index["item"], index["item"])]
+        union = np.concatenate([old, index])
+        union = union[np.argsort(union["item"])]
+        result = torch.empty(len(union), vectors.shape[1])
         if self.vectors is not None:
-            result[torch.from_numpy(is_before)] = self.vectors.rows(place[is_before])
-        place, is_new = lookup(index, both["item"])
+            place, is_old = lookup(self.index, union["item"])
+            result[torch.from_numpy(is_old)] = self.vectors.rows(place[is_old])
+        place, is_new = lookup(index, union["item"])
         result[torch.from_numpy(is_new)] = vectors[torch.from_numpy(place[is_new])]
-        return both, result
+        return union, result
 
     def write_next(
         self,
@@ -87,7 +89,7 @@ class AddedItems:
         ids: pa.Array,
         shape: VectorFileShape,
     ) -> dict[str, Any]:
-        """Write the folder of the next addition and return what a manifest names it by.
+        """Write the folder of the next addition and return the manifest's entry `added`.
 
         Folders that an interrupted addition left are removed. The one before the present one goes
         only now, so that a process that has just read its manifest still opens its files.
@@ -107,18 +109,39 @@ class AddedItems:
         return {"number": number, "shape": asdict(shape)}
 
 
-def grow_vocabulary(schema: Schema, ids: list[pa.Array]) -> GrowingVocabulary | None:
-    """Give the schema a map of items with further ids; None if it has no exact map.
+class GrowingVocabulary(ExactVocabulary):
+    """An exact map that takes ids beyond its table, which then have content alone.
 
-    Raises:
-        ValueError: an id is of another type.
+    New ids get the free rows of the table, as `recsys prepare vocabulary` gives them. Where none is
+    left they are numbered on after the table; a lookup of its vectors takes the last row, that of
+    unknown ids. A ValueError says that an id is null or not of the map's type.
     """
-    known = schema.vocabularies.get(schema.target_item)
-    if not isinstance(known, ExactVocabulary):
+
+    is_limited = False
+
+    def __init__(self, vocabulary: ExactVocabulary, new_ids: Iterable[pa.Array] = ()) -> None:
+        super().__init__(vocabulary.num_embeddings)
+        self.extend([vocabulary.ids, *new_ids])
+
+    @property
+    def num_items(self) -> int:
+        """Number of rows of content: those of the table, and one per id beyond it."""
+        return self.num_embeddings + max(0, len(self) - self.unknown_row)
+
+    def find(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """Return the rows of raw ids: int64 [N], -1 where the map does not know one."""
+        rows = super().find(ids)
+        return rows + (rows >= self.unknown_row)
+
+
+def grow_vocabulary(schema: Schema, ids: list[pa.Array]) -> GrowingVocabulary | None:
+    """Give the schema a map of items with further ids; None if it has no exact map."""
+    vocabulary = schema.vocabularies.get(schema.target_item)
+    if not isinstance(vocabulary, ExactVocabulary):
         return None
-    vocabulary = GrowingVocabulary(known, ids)
-    schema.vocabularies[schema.target_item] = vocabulary
-    return vocabulary
+    grown = GrowingVocabulary(vocabulary, ids)
+    schema.vocabularies[schema.target_item] = grown
+    return grown
 
 
 def content_index(store: ContentStore) -> np.ndarray:  # INDEX_TYPE, by item
@@ -133,19 +156,12 @@ def content_index(store: ContentStore) -> np.ndarray:  # INDEX_TYPE, by item
 
 
 def _raw_ids(table: ItemTable) -> np.ndarray:  # int64, of all rows of the files; 0 for null
-    found = []
+    arrays = []
     for _, _, chunk in table.chunks(table.items.id):
-        of_chunk = np.zeros(len(chunk), np.int64)
-        of_chunk[np.asarray(chunk.is_valid())] = integer_ids(chunk.drop_null())
-        found.append(of_chunk)
-    return np.concatenate(found)
-
-
-def merged(before: np.ndarray, after: np.ndarray) -> np.ndarray:  # INDEX_TYPE, by item
-    """Return the entries of both; those of `after` replace those of the same items."""
-    kept = before[~np.isin(before["item"], after["item"])]
-    both = np.concatenate([kept, after])
-    return both[np.argsort(both["item"])]
+        ids = np.zeros(len(chunk), np.int64)
+        ids[np.asarray(chunk.is_valid())] = integer_ids(chunk.drop_null())
+        arrays.append(ids)
+    return np.concatenate(arrays)
 
 
 def lookup(index: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [N]

@@ -36,16 +36,11 @@ EntryShapes = dict[str, list[int]]
 class ItemEncoder:
     """Encodes items as the run of a package does.
 
-    Args:
-        package: the folder.
-        shapes: shape of an item's entries, by modality.
-
     Raises:
         ValueError: the ranking model keeps more of the items than their content.
     """
 
     def __init__(self, package: Path, shapes: EntryShapes) -> None:
-        """Read the settings."""
         self.folder, self.shapes = package / FOLDER, shapes
         self.config: Config = load_config(self.folder / CONFIG, ["--device", "cpu"])
         content = content_settings(self.config)
@@ -59,30 +54,22 @@ class ItemEncoder:
             )
 
     def read(self, items: ItemTable, cache: Path) -> ContentStore:
-        """Tokenise texts, decode images and read features of items.
-
-        Raises:
-            ValueError: a value cannot be used; names file, column and row.
-        """
+        """Prepare the content of items; a ValueError names a bad value by file, column and row."""
         store = ContentStore(items, self.content.modalities, cache, may_be_empty=True)
         for name, kind in store.kinds.items():
             kind.entry_shape = tuple(self.shapes[name])
             store.build(name)
-            found = list(store.arrays[name].values.shape[1:])
-            if found != self.shapes[name]:
+            shape = list(store.arrays[name].values.shape[1:])
+            if shape != self.shapes[name]:
                 raise ValueError(
-                    f"{items.folder}: column '{kind.modality.column}' has entries of {found} "
+                    f"{items.folder}: column '{kind.modality.column}' has entries of {shape} "
                     f"values, the model reads {self.shapes[name]}; write them as for training"
                 )
         return store
 
     @torch.no_grad()
     def encode(self, store: ContentStore, ids: np.ndarray) -> Tensor:  # [K] -> [K, E]
-        """Return the content vectors of items.
-
-        Raises:
-            ValueError: an encoder cannot be loaded, or is not that of the run.
-        """
+        """Return content vectors; a ValueError names an encoder that is not that of the run."""
         branch = self._branch(store)
         calls = [ids[at : at + ITEMS_PER_CALL] for at in range(0, len(ids), ITEMS_PER_CALL)]
         return torch.cat([branch.encode(store.gather(call)) for call in calls])
@@ -92,8 +79,10 @@ class ItemEncoder:
         encoders = {
             name: encoder_of(kind, tuple(self.shapes[name])) for name, kind in store.kinds.items()
         }
-        identities = {name: encoder.identity for name, encoder in encoders.items()}
-        check_identities({name: of for name, of in identities.items() if of}, self.folder)
+        identities = {
+            name: encoder.identity for name, encoder in encoders.items() if encoder.identity
+        }
+        check_identities(identities, self.folder)
         mode, width = self.content.history.mode, self.content.vector_dim
         bank = None if mode == "full" else MemoryBank(1, width, "cpu")  # no history is read
         branch = ContentBranch(encoders, self.content, bank)

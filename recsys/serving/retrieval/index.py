@@ -23,11 +23,7 @@ IVF_TRAINED_ON = 64  # vectors per cluster
 
 
 def require_faiss() -> Any:
-    """Import FAISS.
-
-    Raises:
-        ValueError: it is not installed.
-    """
+    """Import FAISS; a ValueError says how to install it."""
     try:
         import faiss
     except ImportError as error:
@@ -35,48 +31,36 @@ def require_faiss() -> Any:
     return faiss
 
 
+def unit(vectors: np.ndarray) -> np.ndarray:  # [I, V] -> [I, V]
+    """Return the vectors with length one; a vector of zeros stays."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+
+
 def build_index(vectors: np.ndarray, kind: IndexKind) -> Any:  # float32 [I, V]
     """Build an index of vectors by dot product.
 
-    Args:
-        vectors: of the items, in the order of their positions.
-        kind: flat compares all; ivf those in the nearest of some clusters; hnsw follows a graph of
-            neighbours.
-
-    Raises:
-        ValueError: FAISS is not installed.
+    `flat` compares all; `ivf` those in the nearest of some clusters; `hnsw` follows a graph of
+    neighbours.
     """
     faiss = require_faiss()
     num_items, dim = vectors.shape
-    if kind == "flat":
-        index = faiss.IndexFlatIP(dim)
-    elif kind == "hnsw":
-        index = faiss.IndexHNSWFlat(dim, HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
+    clusters = max(1, min(int(IVF_CLUSTERS * math.sqrt(num_items)), num_items))
+    names = {"flat": "Flat", "hnsw": f"HNSW{HNSW_LINKS}", "ivf": f"IVF{clusters},Flat"}
+    index = faiss.index_factory(dim, names[kind], faiss.METRIC_INNER_PRODUCT)
+    if kind == "hnsw":
         index.hnsw.efConstruction, index.hnsw.efSearch = HNSW_BUILD, HNSW_SEARCH
-    else:
-        clusters = max(1, min(int(IVF_CLUSTERS * math.sqrt(num_items)), num_items))
-        index = faiss.IndexIVFFlat(
-            faiss.IndexFlatIP(dim), dim, clusters, faiss.METRIC_INNER_PRODUCT
-        )
+    elif kind == "ivf":
         index.cp.min_points_per_centroid = 1
-        chosen = np.random.default_rng(0).permutation(num_items)[: clusters * IVF_TRAINED_ON]
-        index.train(vectors[np.sort(chosen)])
+        sample = np.random.default_rng(0).permutation(num_items)[: clusters * IVF_TRAINED_ON]
+        index.train(vectors[np.sort(sample)])
         index.nprobe = math.ceil(clusters * IVF_PROBED)
     index.add(vectors)
     return index
 
 
-def write_index(index: Any, path: Path) -> None:
-    """Write an index to a file."""
-    require_faiss().write_index(index, str(path))
-
-
 def read_index(path: Path) -> Any:
-    """Read an index from a file that `write_index` wrote.
-
-    Raises:
-        ValueError: FAISS is not installed, or cannot read the file.
-    """
+    """Read an index; a ValueError says that FAISS is not installed, or cannot read the file."""
     faiss = require_faiss()
     try:
         return faiss.read_index(str(path))
@@ -91,8 +75,8 @@ def search_index(
 
     K is `count`, or I if it is less. A graph or clusters may yield fewer: their positions are -1.
     """
-    depth = None
+    parameters = None
     if hasattr(index, "hnsw"):
-        depth = require_faiss().SearchParametersHNSW(efSearch=max(HNSW_SEARCH, count))
+        parameters = require_faiss().SearchParametersHNSW(efSearch=max(HNSW_SEARCH, count))
     queries = np.ascontiguousarray(queries, np.float32)
-    return index.search(queries, min(count, index.ntotal), params=depth)
+    return index.search(queries, min(count, index.ntotal), params=parameters)

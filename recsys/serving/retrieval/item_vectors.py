@@ -1,24 +1,61 @@
-"""Vectors of all items of a run, with their raw ids: content vectors, or those of an item tower.
+"""Item vectors: what `recsys export-vectors` writes and `recsys retrieve` reads.
+
+`vectors.npy` has the vectors, `items.parquet` the raw id (`id`) and table row (`row`) of each, in
+the same order; `index.faiss` is the index, whose positions are these places; `manifest.json` lists
+the files with their sizes and hashes. `queries/` is the package of the user tower, with a manifest
+of its own, as items may be added to it.
 
 Shapes: I items, D content dimension, V width of a vector.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
+from recsys.data.filesystem import whole_folder
 from recsys.data.items.item_table import ItemTable
 from recsys.distributed.lockstep import Lockstep
+from recsys.distributed.ranks import Ranks
 from recsys.evaluation.retrieval import catalogue_of, catalogue_vectors
-from recsys.serving.export import ITEMS_PER_CALL, encoded
+from recsys.ranking.two_tower import TwoTower
+from recsys.serving.export import encoded_blocks, load_for_export
+from recsys.serving.package import GRAPH, BaseManifest, write_manifest
+from recsys.serving.retrieval.index import IndexKind, build_index, require_faiss, unit
+from recsys.serving.retrieval.user_tower import write_user_tower
 
 VectorKind = Literal["content", "item_tower"]
+
+VECTORS, ITEMS, INDEX, QUERIES = "vectors.npy", "items.parquet", "index.faiss", "queries"
+
+
+@dataclass
+class VectorsManifest(BaseManifest):
+    """Contents of a folder of item vectors.
+
+    ranking: the model's name. vectors: content or item_tower. num_items, dim: size of the vectors.
+    target_item, history: columns of the schema. index: kind of the index; None without one.
+    normalized: vectors in the index have length one, so that it compares cosines. tower: size and
+    hashes of the user tower's graph; empty without one.
+    """
+
+    run: str
+    ranking: str
+    vectors: VectorKind
+    num_items: int
+    dim: int
+    target_item: str
+    history: str | None
+    index: IndexKind | None
+    normalized: bool
+    tower: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -30,13 +67,79 @@ class ItemVectors:
     vectors: np.ndarray  # float32 [I, V]
 
 
+def export_vectors(
+    run: Path,
+    out: Path,
+    kind: VectorKind | None,
+    index: IndexKind | None,
+    ranks: Ranks,
+    data: str | None = None,
+) -> VectorsManifest:
+    """Write the vectors of all items of a run's best model; they appear whole or not at all.
+
+    Args:
+        run: folder of the finished run.
+        out: a folder that does not exist.
+        kind: content: of any model with content; item_tower: of two_tower, with its user tower;
+            None: item_tower of two_tower, else content.
+        index: also build an index of this kind.
+        ranks: this process alone.
+        data: dataset whose items are exported; default the dataset of the run.
+
+    Raises:
+        ValueError: there are several ranks, the folder exists, the run is not finished or has no
+            such vectors, or FAISS is not installed.
+    """
+    if index is not None:
+        require_faiss()
+    job = load_for_export(run, out, ranks, data)
+    if kind is None:
+        kind = "item_tower" if isinstance(job.em3.ranking, TwoTower) else "content"
+    tower: dict[str, Any] = {}
+    with whole_folder(out) as partial:
+        if kind == "item_tower":
+            (partial / QUERIES).mkdir()
+            tower = write_user_tower(run, job, partial / QUERIES).files[GRAPH]
+        manifest = _write(partial, run, job, kind, index)
+        manifest.tower = tower
+        write_manifest(partial, manifest, leave_out=QUERIES)
+    return manifest
+
+
+def _write(
+    folder: Path, run: Path, job: Job, kind: VectorKind, index: IndexKind | None
+) -> VectorsManifest:
+    """Write vectors, ids and index of all items; return their manifest."""
+    items = item_vectors(job, kind)
+    num_items, dim = items.vectors.shape
+    np.save(folder / VECTORS, items.vectors)
+    pq.write_table(pa.table({"id": items.ids, "row": items.rows}), folder / ITEMS)
+    manifest = VectorsManifest(
+        run=str(run),
+        ranking=job.config.ranking.name,
+        vectors=kind,
+        num_items=num_items,
+        dim=dim,
+        target_item=job.schema.target_item,
+        history=job.schema.history,
+        index=index,
+        normalized=kind == "content",
+    )
+    if index is not None:
+        faiss = require_faiss()
+        vectors = unit(items.vectors) if manifest.normalized else items.vectors
+        faiss.write_index(build_index(vectors, index), str(folder / INDEX))
+        manifest.versions["faiss"] = faiss.__version__
+    return manifest
+
+
 def item_vectors(job: Job, kind: VectorKind) -> ItemVectors:
     """Compute the vectors of the items that `recsys evaluate` ranks. A collective.
 
     Args:
         job: a job of one process with the best model of a run.
-        kind: content: content vectors, as the model encodes ranked items; item_tower: those of a
-            two-tower model.
+        kind: content: content vectors, as the model encodes ranked items, of which the memory bank
+            may still have those of earlier steps; item_tower: those of a two-tower model.
 
     Raises:
         ValueError: the run has no content, or raw ids are not known.
@@ -45,27 +148,16 @@ def item_vectors(job: Job, kind: VectorKind) -> ItemVectors:
     if kind == "item_tower":
         items, vectors = catalogue_vectors(job, Lockstep(job.ranks))
         return ItemVectors(items.numpy(), ids, vectors.float().numpy())
-    rows = np.asarray(catalogue_of(job))
-    return ItemVectors(rows, ids, content_vectors(job, rows))
-
-
-def content_vectors(job: Job, rows: np.ndarray) -> np.ndarray:  # int64 [I] -> float32 [I, D]
-    """Encode the content of items, as the model does for ranked items.
-
-    The memory bank may still have vectors of earlier steps, of unseen items those of the first.
-
-    Raises:
-        ValueError: the run has no content.
-    """
-    branch, store = job.em3.content, job.store
+    branch, store, rows = job.em3.content, job.store, np.asarray(catalogue_of(job))
     if branch is None or store is None:
         raise ValueError(
             "the run has no content (its setting is `content: none`); give a run with content, or "
             "one of two_tower with --vectors item_tower"
         )
-    starts = range(0, len(rows), ITEMS_PER_CALL)
-    blocks = (encoded(branch, store, rows[start : start + ITEMS_PER_CALL]) for start in starts)
-    return np.concatenate([block[:, : branch.dim].float().numpy() for block in blocks])
+    blocks = [
+        block[:, : branch.dim].float().numpy() for block in encoded_blocks(branch, store, rows)
+    ]
+    return ItemVectors(rows, ids, np.concatenate(blocks))
 
 
 def raw_ids(job: Job) -> pa.Array:

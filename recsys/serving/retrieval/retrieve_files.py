@@ -18,14 +18,14 @@ import pyarrow.parquet as pq
 
 from recsys.data.filesystem import Location, whole_file
 from recsys.data.parquet.file import column_type, open_parquet
-from recsys.serving.retrieval.retriever import NothingToSearchBy, Retrieved, Retriever
+from recsys.serving.retrieval.retriever import NoQueryError, Retrieved, Retriever
 from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 
 REQUESTS_PER_BLOCK = 1024
 
-Request = tuple[str, dict[str, Any]]  # its place, for messages; `user` and `history`
+PlacedRequest = tuple[str, Any, Any]  # place for messages, user, history
 
 
 def retrieve_files(
@@ -49,8 +49,8 @@ def retrieve_files(
         total = 0
         for block in _retrieved(retriever, requests, count):
             total += len(block)
-            for of in block:
-                print(json.dumps({"items": of.items, "scores": of.scores.tolist()}))
+            for result in block:
+                print(json.dumps({"items": result.items, "scores": result.scores.tolist()}))
         return total
     check_output(out, [Location.of(name) for name in inputs])
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -59,41 +59,44 @@ def retrieve_files(
     with whole_file(out) as partial, pq.ParquetWriter(partial, pa.schema(types)) as writer:
         for block in _retrieved(retriever, requests, count):
             total += len(block)
-            columns = {"items": [of.items for of in block], "scores": [of.scores for of in block]}
+            columns = {
+                "items": [result.items for result in block],
+                "scores": [result.scores for result in block],
+            }
             writer.write_table(pa.table(columns, pa.schema(types)))
     return total
 
 
 def _retrieved(
-    retriever: Retriever, requests: Iterator[Request], count: int
+    retriever: Retriever, requests: Iterator[PlacedRequest], count: int
 ) -> Iterator[list[Retrieved]]:
     """Yield the results of blocks of requests."""
-    nothing = Retrieved([], np.zeros(0, np.float32))
-    without = 0
+    no_match = Retrieved([], np.zeros(0, np.float32))
+    num_empty = 0
     while block := list(itertools.islice(requests, REQUESTS_PER_BLOCK)):
         queries: list[np.ndarray | None] = []  # [V] each
-        for place, request in block:
+        for place, user, history in block:
             try:
-                queries.append(retriever.query(request["user"], request["history"]))
-            except NothingToSearchBy:
+                queries.append(retriever.query(user, history))
+            except NoQueryError:
                 queries.append(None)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
-        known = [query for query in queries if query is not None]
-        found = iter(retriever.search(np.stack(known), count) if known else [])
-        without += len(block) - len(known)
-        yield [nothing if query is None else next(found) for query in queries]
-    if without:
+        vectors = [query for query in queries if query is not None]
+        matches = iter(retriever.search(np.stack(vectors), count) if vectors else [])
+        num_empty += len(block) - len(vectors)
+        yield [no_match if query is None else next(matches) for query in queries]
+    if num_empty:
         logger.warning(
             "%s requests have no history item with a content vector; their lists are empty",
-            f"{without:,}",
+            f"{num_empty:,}",
         )
 
 
-def _requests(name: str, retriever: Retriever) -> Iterator[Request]:
+def _requests(name: str, retriever: Retriever) -> Iterator[PlacedRequest]:
     """Yield the requests of an input."""
     if name.endswith(".json"):
-        yield from _of_json(Location.of(name))
+        yield from _json_requests(Location.of(name))
         return
     files = Location.of(name).files(".parquet")
     if not files:
@@ -107,13 +110,12 @@ def _requests(name: str, retriever: Retriever) -> Iterator[Request]:
             number = 0
             for batch in parquet.iter_batches(REQUESTS_PER_BLOCK, columns=columns):
                 for row in batch.to_pylist():
-                    parts = ({each: row[each] for each in names} for names in (user, history))
-                    yield f"{file} row {number}", dict(zip(("user", "history"), parts))
+                    parts = ({name: row[name] for name in names} for names in (user, history))
+                    yield f"{file} row {number}", *parts
                     number += 1
 
 
-def _of_json(file: Location) -> Iterator[Request]:
-    """Yield the requests of a JSON file."""
+def _json_requests(file: Location) -> Iterator[PlacedRequest]:
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -122,4 +124,4 @@ def _of_json(file: Location) -> Iterator[Request]:
         place = f"{file} request {number}"
         if not isinstance(request, dict):
             raise ValueError(f"{place}: is no object; give one with `user` and `history`")
-        yield place, {"user": request.get("user", {}), "history": request.get("history", [])}
+        yield place, request.get("user", {}), request.get("history", [])

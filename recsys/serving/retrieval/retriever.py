@@ -16,24 +16,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recsys.serving.package import GRAPH, read_manifest_of
-from recsys.serving.requests import listed
-from recsys.serving.retrieval.index import read_index, search_index
+from recsys.serving.requests import value_list
+from recsys.serving.retrieval.index import read_index, search_index, unit
+from recsys.serving.retrieval.item_vectors import INDEX, ITEMS, QUERIES, VECTORS, VectorsManifest
 from recsys.serving.retrieval.user_tower import UserTower
-from recsys.serving.retrieval.vectors_folder import (
-    INDEX,
-    ITEMS,
-    QUERIES,
-    VECTORS,
-    VectorsManifest,
-    unit,
-)
 from recsys.serving.scorer import Scorer
 
 Values = Mapping[str, Any]
 History = Mapping[str, Sequence[Any]] | Sequence[Any]
 
 
-class NothingToSearchBy(ValueError):
+class NoQueryError(ValueError):
     """No item of a history has a vector, and the query is made of these."""
 
 
@@ -64,11 +57,6 @@ class Retriever:
     the mean of the unit vectors of the history's items, and scores are dot products with unit
     vectors. Several threads may call it at once.
 
-    Args:
-        folder: the folder.
-        manifest: its manifest.
-        verify: compare the hashes of the user tower's package.
-
     Example::
 
         from recsys.serving.retrieval import Retriever
@@ -96,11 +84,7 @@ class Retriever:
 
     @staticmethod
     def load(folder: str | Path, verify: bool = True) -> Retriever:
-        """Load a folder of vectors.
-
-        Args:
-            folder: what `recsys export-vectors` wrote.
-            verify: compare the hash of every file; else only their sizes.
+        """Load a folder of vectors; compare the hashes of its files, or only their sizes.
 
         Raises:
             ValueError: the folder is none, a file of it differs (it is named), it has no index, or
@@ -141,14 +125,14 @@ class Retriever:
             return self.tower.query(user, history)
         name = self._history
         items = history.get(name) if isinstance(history, Mapping) else history
-        items = listed({name: () if items is None else items}, name, "history")
+        items = value_list({name: () if items is None else items}, name, "history")
         try:
-            given = pa.array(items, self.ids.type)
+            item_ids = pa.array(items, self.ids.type)
         except (pa.ArrowException, TypeError, OverflowError) as error:
             raise ValueError(f"history: column '{name}': {error}") from error
-        places = pc.index_in(given, self.ids).drop_null().to_numpy()
+        places = pc.index_in(item_ids, self.ids).drop_null().to_numpy()
         if not len(places):
-            raise NothingToSearchBy(
+            raise NoQueryError(
                 f"history: no item of '{name}' has a vector in {self.folder}, and content vectors "
                 "are searched by those of the history; give items that it has"
             )
@@ -160,22 +144,16 @@ class Retriever:
         """Return the best items of each query; `exclude` has a list of raw ids for each."""
         if count < 1:
             raise ValueError(f"count is {count}; ask for at least one item")
-        excluded = [set(each) for each in exclude or [()] * len(queries)]
-        most = count + max(map(len, excluded), default=0)
-        scores, places = search_index(self._index, queries, most)
-        return [
-            self._named(*of_query, without, count)
-            for of_query, without in zip(zip(scores, places), excluded, strict=True)
-        ]
-
-    def _named(
-        self, scores: np.ndarray, places: np.ndarray, without: set[Any], count: int
-    ) -> Retrieved:
-        """Return the results of one query by raw id."""
-        known = places >= 0
-        ids = self.ids.take(pa.array(places[known])).to_pylist()
-        kept = [place for place, each in enumerate(ids) if each not in without][:count]
-        return Retrieved([ids[place] for place in kept], scores[known][kept])
+        excluded = [set(ids) for ids in exclude or [()] * len(queries)]
+        depth = count + max(map(len, excluded), default=0)
+        matches = search_index(self._index, queries, depth)
+        results = []
+        for scores, places, excluded_ids in zip(*matches, excluded, strict=True):
+            scores, places = scores[places >= 0], places[places >= 0]
+            ids = self.ids.take(pa.array(places)).to_pylist()
+            best = [rank for rank, item in enumerate(ids) if item not in excluded_ids][:count]
+            results.append(Retrieved([ids[rank] for rank in best], scores[best]))
+        return results
 
 
 class TwoStage:
@@ -205,7 +183,6 @@ class TwoStage:
         scorer: Scorer,
         item_columns: Callable[[list[Any]], Mapping[str, Sequence[Any]]] | None = None,
     ) -> None:
-        """Keep both stages."""
         self.retriever, self.scorer, self.item_columns = retriever, scorer, item_columns
 
     def rank(
@@ -219,16 +196,9 @@ class TwoStage:
     ) -> Retrieved:
         """Return the best of the candidates by the ranking model's prediction of a label.
 
-        Args:
-            user: values of the columns that either model reads.
-            history: the user's items, oldest first; with parallel lists: each list by its column.
-            count: most items to return.
-            candidates: items to retrieve and rank.
-            label: number of the label to sort by, in the order of `scorer.labels`.
-            exclude: raw ids not to return.
-
-        Raises:
-            ValueError: names the column with a missing or unusable value.
+        `user` has the columns that either model reads; `candidates` items are retrieved and ranked
+        by the label of this number in `scorer.labels`. Other arguments are those of
+        `Retriever.retrieve`, with its errors.
         """
         items = self.retriever.retrieve(user, history, candidates, exclude).items
         columns: dict[str, Sequence[Any]] = {self.retriever.manifest.target_item: items}

@@ -5,43 +5,54 @@ each further one what the codebooks before it leave of them. Vectors are compare
 codes of an item depend on its vector and the codebooks alone, so that items added later get codes
 without changing those of others.
 
+`recsys semantic-ids` writes a folder: `items.parquet` has the raw id of each item and its semantic
+ids as a list, `codebooks.npy` the centres of each level, `collisions.json` the report,
+`manifest.json` the files with their hashes.
+
 Shapes: I items, D content dimension, L levels, C codes of a level.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import yaml
 
-from recsys.serving.retrieval.index import require_faiss
-from recsys.serving.retrieval.vectors_folder import unit
+from recsys.build import SPLITS
+from recsys.checkpoint.files import model_of
+from recsys.checkpoint.new_rows.trained_counts import trained_counts
+from recsys.config.plain_yaml import load_plain_yaml
+from recsys.data.filesystem import Location, link_or_copy, whole_folder
+from recsys.data.parquet.file import open_parquet
+from recsys.data.schema import Schema
+from recsys.distributed.ranks import Ranks
+from recsys.evaluation.predict import data_of
+from recsys.evaluation.retrieval import catalogue_of
+from recsys.serving.export import load_for_export
+from recsys.serving.package import BaseManifest, read_manifest_of, write_manifest
+from recsys.serving.retrieval.index import require_faiss, unit
+from recsys.serving.retrieval.item_vectors import item_vectors
 
 ITERATIONS = 25
 TRAINED_ON = 1024  # vectors per code, at most
 ITEMS_PER_BLOCK = 4096
 SHOWN = 5  # of the items that share their codes with most others
-
-
-def check_codes(codes: int, num_items: int) -> None:
-    """Raise a ValueError if there are more codes of a level than trained items."""
-    if codes > num_items:
-        raise ValueError(
-            f"--codes is {codes}, but {num_items:,} items have training rows; set at most that"
-        )
+ITEMS, CODEBOOKS, COLLISIONS = "items.parquet", "codebooks.npy", "collisions.json"
+COLUMN = "semantic_ids"
 
 
 @dataclass(frozen=True)
 class Codebooks:
-    """Centres of each level.
-
-    Example::
-
-        vectors = np.random.default_rng(0).standard_normal((100, 8)).astype(np.float32)
-        Codebooks.fit(vectors, levels=2, codes=4).codes_of(vectors)  # int64 [100, 2], in [0, 4)
-    """
+    """Centres of each level."""
 
     centres: np.ndarray  # float32 [L, C, D]
 
@@ -52,7 +63,7 @@ class Codebooks:
         Raises:
             ValueError: there are fewer vectors than codes, or FAISS is not installed.
         """
-        check_codes(codes, len(vectors))
+        _check_codes(codes, len(vectors))
         faiss, rest, centres = require_faiss(), unit(vectors), []
         for _ in range(levels):
             means = faiss.Kmeans(
@@ -87,6 +98,13 @@ class Codebooks:
         return self.codes_of(vectors) + np.arange(levels) * codes
 
 
+def _check_codes(codes: int, num_items: int) -> None:
+    if codes > num_items:
+        raise ValueError(
+            f"--codes is {codes}, but {num_items:,} items have training rows; set at most that"
+        )
+
+
 def _nearest(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:  # [I, D], [C, D] -> [I]
     """Return the nearest centre of each vector."""
     wide = centres.astype(np.float64)  # whatever the block, an item has the same code
@@ -106,14 +124,13 @@ def collision_report(codes: np.ndarray, ids: list[Any], num_codes: int) -> dict[
     `perplexity` is the number of codes that, used evenly, would tell as much.
     """
     _, inverse, counts = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
-    inverse = inverse.reshape(-1)
-    largest = np.flatnonzero(inverse == counts.argmax())
+    largest = np.flatnonzero(inverse.reshape(-1) == counts.argmax())
     levels = []
     for level in codes.T:
         share = np.bincount(level, minlength=num_codes) / len(level)
-        used = share[share > 0]
-        perplexity = float(np.exp(-(used * np.log(used)).sum()))
-        levels.append({"codes": num_codes, "used": len(used), "perplexity": perplexity})
+        positive = share[share > 0]
+        perplexity = float(np.exp(-(positive * np.log(positive)).sum()))
+        levels.append({"codes": num_codes, "used": len(positive), "perplexity": perplexity})
     return {
         "items": len(codes),
         "distinct": len(counts),
@@ -139,3 +156,161 @@ def format_collisions(report: dict[str, Any]) -> str:
             f"perplexity {level['perplexity']:.1f}"
         )
     return "\n".join(lines)
+
+
+@dataclass
+class SemanticManifest(BaseManifest):
+    """Contents of a folder of semantic ids.
+
+    model: hash of the model whose content vectors were clustered. levels, codes, dim: L, C and D.
+    """
+
+    run: str
+    model: str | None
+    target_item: str
+    levels: int
+    codes: int
+    dim: int
+
+
+def export_semantic_ids(
+    run: Path,
+    out: Path,
+    levels: int,
+    codes: int,
+    ranks: Ranks,
+    data: str | None = None,
+    codebooks: Path | None = None,
+    dataset: Path | None = None,
+) -> dict[str, Any]:
+    """Write semantic ids of all items, fitted to trained ones; return the collision report.
+
+    Args:
+        run: folder of a finished run with content.
+        out: a folder that does not exist; it appears whole or not at all.
+        levels: codes of each item, L.
+        codes: codes of each level, C.
+        ranks: this process alone.
+        data: dataset whose items get ids; default the dataset of the run.
+        codebooks: an earlier folder of the same run, whose codebooks, levels and codes are used,
+            so that its items keep their ids.
+        dataset: also write the dataset with a column of its ranked items' ids, to this folder.
+
+    Raises:
+        ValueError: a folder exists, the run has no content or fewer trained items than codes, the
+            codebooks are of another model, or FAISS is not installed.
+    """
+    if dataset is not None:
+        if dataset.exists():
+            raise ValueError(f"{dataset}: exists already; remove it, or name another folder")
+        _schema_without(Location.of(data_of(run, data)), COLUMN)
+    if codebooks is None:
+        require_faiss()
+    model = model_of(run)
+    books = None if codebooks is None else load_codebooks(codebooks, model)
+    job = load_for_export(run, out, ranks, data)
+    # Items without training rows, as of the test split, came later.
+    counts = trained_counts(run, job.schema.item_id_limit)
+    is_trained = counts.of(np.asarray(catalogue_of(job))) > 0
+    if books is None:
+        _check_codes(codes, int(is_trained.sum()))
+    items = item_vectors(job, "content")
+    books = books or Codebooks.fit(items.vectors[is_trained], levels, codes)
+    ids, sizes = books.ids_of(items.vectors), books.centres.shape  # L, C, D
+    report = collision_report(ids % sizes[1], items.ids.to_pylist(), sizes[1])
+    table = pa.table({job.schema.target_item: items.ids, COLUMN: pa.array(list(ids))})
+    with whole_folder(out) as partial:
+        pq.write_table(table, partial / ITEMS)
+        np.save(partial / CODEBOOKS, books.centres)
+        (partial / COLLISIONS).write_text(json.dumps(report, indent=1) + "\n")
+        manifest = SemanticManifest(str(run), model, job.schema.target_item, *sizes)
+        write_manifest(partial, manifest)
+        if dataset is not None:
+            write_dataset_with(job.root, job.schema, table, COLUMN, books.num_ids, dataset)
+    return report
+
+
+def load_codebooks(folder: Path, model: str | None = None) -> Codebooks:
+    """Load the codebooks of a folder of semantic ids, to give later items their codes.
+
+    Args:
+        folder: what `recsys semantic-ids` wrote.
+        model: hash of the model that encodes these items; None: not compared.
+
+    Raises:
+        ValueError: the folder is none, a file of it differs, or its codes are of another model.
+    """
+    what, command = "folder of semantic ids", "recsys semantic-ids"
+    manifest = read_manifest_of(folder, SemanticManifest, what, command, verify=True)
+    if model is not None and manifest.model != model:
+        raise ValueError(
+            f"{folder}: its codebooks are of the model of {manifest.run}, whose content vectors "
+            "another model does not share; name that run, or leave --codebooks out for new ids"
+        )
+    return Codebooks(np.load(folder / CODEBOOKS))
+
+
+def write_dataset_with(
+    root: Location, schema: Schema, ids: pa.Table, column: str, num_ids: int, out: Path
+) -> None:
+    """Write a dataset whose rows also have the ids of their item; it appears whole or not at all.
+
+    Files that do not change are hard links where the file system has them, else copies.
+
+    Args:
+        root: the dataset, on a local disk.
+        schema: its columns.
+        ids: raw ids of the items in the column of the target item, and lists of ids in `column`.
+        column: name of the new column, of kind ids.
+        num_ids: the ids lie in [0, num_ids).
+        out: a folder that does not exist. Rows of other items have an empty list.
+
+    Raises:
+        ValueError: the dataset is not local, or has such a column.
+    """
+    content = _schema_without(root, column)
+    content["columns"][column] = {"kind": "ids", "num_embeddings": num_ids}
+    with whole_folder(out) as partial:
+        for entry in sorted(Path(root.path).iterdir()):
+            if entry.is_dir() and entry.name not in SPLITS:
+                shutil.copytree(entry, partial / entry.name, copy_function=link_or_copy)
+            elif entry.is_file() and entry.name != "schema.yaml":
+                link_or_copy(entry, partial / entry.name)
+        (partial / "schema.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        for split in SPLITS:
+            folder = root / split
+            for file in folder.files(".parquet"):  # partitions have files of equal names
+                path = partial / split / Path(file.path).relative_to(folder.path)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _write_file(file, path, schema, ids, column)
+
+
+def _schema_without(root: Location, column: str) -> dict[str, Any]:
+    """Return the content of a dataset's `schema.yaml`, to which a column is to be added.
+
+    Raises:
+        ValueError: the dataset is not local, or has such a column.
+    """
+    if not root.is_local:
+        raise ValueError(f"{root}: is not on a local disk; copy the dataset to one")
+    content: dict[str, Any] = load_plain_yaml((root / "schema.yaml").read_bytes())
+    if column in content["columns"]:
+        raise ValueError(f"{root}/schema.yaml: has a column '{column}' already; remove it")
+    return content
+
+
+def _write_file(file: Location, out: Path, schema: Schema, ids: pa.Table, column: str) -> None:
+    """Write a file of rows with the new column, a row group at a time."""
+    items, lists = ids[schema.target_item].combine_chunks(), ids[column].combine_chunks()
+    writer: pq.ParquetWriter | None = None
+    with open_parquet(file) as parquet:
+        for index in range(parquet.num_row_groups):
+            rows = parquet.read_row_group(index)
+            places = pc.index_in(rows[schema.target_item].cast(items.type), items)
+            row_lists = lists.take(places.combine_chunks())
+            row_lists = pc.if_else(row_lists.is_valid(), row_lists, pa.scalar([], lists.type))
+            rows = rows.append_column(column, row_lists)
+            writer = writer or pq.ParquetWriter(out, rows.schema)
+            writer.write_table(rows)
+    if writer is not None:
+        writer.close()

@@ -32,16 +32,12 @@ from recsys.serving.scorer import Scorer
 class QueryVectors(nn.Module):
     """Query vectors of the first label, from the columns that a two-tower model reads of a user.
 
-    Args:
-        towers: the model.
-        num_pooled: pooled vectors that the model is given.
-        num_dense: F.
+    `num_pooled` is the number of pooled vectors that the model takes, `num_dense` is F.
     """
 
     places: Tensor
 
     def __init__(self, towers: TwoTower, num_pooled: int, num_dense: int) -> None:
-        """Keep the model, and the places of the query's columns among its own."""
         super().__init__()
         self.towers, self.num_pooled, self.num_dense = towers, num_pooled, num_dense
         self.register_buffer("places", torch.tensor(towers.dense, dtype=torch.int64), False)
@@ -50,9 +46,9 @@ class QueryVectors(nn.Module):
         self, ids: IDVectors, content: ContentVectors | None, batch: CandidateBatch
     ) -> Tensor:  # [N, V]
         """Return the query of each row; ranked items and their content may be any."""
-        given = dict(zip(self.towers.pooled, ids.pooled, strict=True))
+        by_place = dict(zip(self.towers.pooled, ids.pooled, strict=True))
         unread = batch.dense_features.new_zeros(0)
-        pooled = [given.get(place, unread) for place in range(self.num_pooled)]
+        pooled = [by_place.get(place, unread) for place in range(self.num_pooled)]
         dense = batch.dense_features.new_zeros(ids.target.shape[0], self.num_dense)
         dense = dense.index_copy(1, self.places, batch.dense_features)
         rows = replace(batch, dense_features=dense)
@@ -91,14 +87,6 @@ class UserTower(Scorer):
     """Computes query vectors from the package of a user tower.
 
     Several threads may call `query` at once.
-
-    Example::
-
-        from recsys.serving.retrieval.user_tower import UserTower
-
-        tower = UserTower.load("vectors/queries")
-        history = {"history": [3, 12], "history_liked": [1.0, 0.0]}
-        tower.query({"user": 7, "price": 0.5}, history)  # [V]
     """
 
     @property

@@ -14,10 +14,10 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 READ_TIMEOUT = "read_timeout"  # its seconds, in the state that the application's lifespan yields
 MAX_HEAD = 2**16  # bytes of the URL and all headers of a request
-MAX_PIPELINED = 100  # requests of a connection that wait for the answer of the one before
+MAX_PIPELINED = 100  # requests of a connection that wait for an earlier answer
 
 
-class RefusedRequest(Exception):
+class HeadError(Exception):
     """Ends the parsing of a connection's bytes; the connection is closed."""
 
 
@@ -56,7 +56,7 @@ class BoundedConnection(HttpToolsProtocol):
             self._refuse_head()
 
     def on_message_begin(self) -> None:
-        """Begin a request."""
+        """Begin a request, and its time."""
         super().on_message_begin()
         self._in_head = True
         self._start_timer()
@@ -66,9 +66,9 @@ class BoundedConnection(HttpToolsProtocol):
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > MAX_HEAD:
             self._refuse_head()
-            raise RefusedRequest
+            raise HeadError
         if len(self.pipeline) >= MAX_PIPELINED:
-            raise RefusedRequest
+            raise HeadError
         super().on_headers_complete()
         self._in_head, self._head_size = False, 0
 

@@ -18,23 +18,27 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc.aio import ServicerContext
 from grpc_tools import protoc
 
-from recsys.serving.server.engine import Engine
 from recsys.serving.server.http_app import INTERNAL, model_metadata
-from recsys.serving.server.protocol.tensors import Tensor
-from recsys.serving.server.refusals import Incomplete, Refusal
-from recsys.serving.server.request_log import ID_HEADER, RequestLog
+from recsys.serving.server.metrics import ID_HEADER, RequestLog
+from recsys.serving.server.protocol import (
+    NamedTensor,
+    RequestError,
+    tensor_of_bytes,
+    tensor_of_values,
+)
+from recsys.serving.server.scoring_service import ScoringService
 
 logger = logging.getLogger(__name__)
 
 PROTOCOL = Path(__file__).with_name("open_inference.proto")
 SERVICE = "inference.GRPCInferenceService"
-OPEN = ("ServerLive", "ServerReady")  # probes send no token
+PROBES = ("ServerLive", "ServerReady")  # they send no token
 Method = Callable[[Any, str], Awaitable[dict[str, Any]]]
 
 
-def grpc_server(engine: Engine, address: str) -> grpc.aio.Server:
+def grpc_server(scoring: ScoringService, address: str) -> grpc.aio.Server:
     """Return a server that is not started yet."""
-    settings = engine.settings
+    settings = scoring.settings
     options = [
         ("grpc.max_receive_message_length", settings.limits.max_body),
         ("grpc.server_handshake_timeout_ms", 1000 * settings.read_timeout),
@@ -42,7 +46,7 @@ def grpc_server(engine: Engine, address: str) -> grpc.aio.Server:
         ("grpc.so_reuseport", 1),
     ]
     server = grpc.aio.server(options=options)
-    server.add_generic_rpc_handlers((_handlers(InferenceService(engine)),))
+    server.add_generic_rpc_handlers((_handlers(InferenceService(scoring)),))
     server.add_insecure_port(address)
     return server
 
@@ -55,26 +59,25 @@ def _handlers(service: InferenceService) -> grpc.GenericRpcHandler:
         code = protoc.main(["protoc", *words])
         assert code == 0, PROTOCOL
         files = FileDescriptorSet.FromString(out.read_bytes()).file
-    pool = DescriptorPool()
+    pool = DescriptorPool()  # of its own: clients in this process may have the same messages
     for file in files:
         pool.Add(file)
     handlers = {}
     for method in pool.FindServiceByName(SERVICE).methods:
-        sent, returned = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
+        request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
         # As a stream of one message: gRPC would wait for it without a limit on the time.
         handlers[method.name] = grpc.stream_unary_rpc_method_handler(
-            service.answer_of(method.name, sent, returned),
-            response_serializer=returned.SerializeToString,
+            service.handler(method.name, request, response),
+            response_serializer=response.SerializeToString,
         )
     return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
 
 class InferenceService:
-    """The answers of the methods: each takes a message and the request's id, and returns fields."""
+    """The methods: each takes a message and the request's id, and returns fields."""
 
-    def __init__(self, engine: Engine) -> None:
-        """Keep what answers the requests."""
-        self._engine = engine
+    def __init__(self, scoring: ScoringService) -> None:
+        self._scoring = scoring
         self._methods: dict[str, Method] = {
             "ServerLive": self._live,
             "ServerReady": self._ready,
@@ -84,20 +87,20 @@ class InferenceService:
             "ModelInfer": self._infer,
         }
 
-    def answer_of(self, name: str, sent: Any, returned: Any) -> Callable[..., Any]:
+    def handler(self, name: str, request: Any, response: Any) -> Callable[..., Any]:
         """Return a method with token, request id, codes of errors, log line and metrics."""
         method = self._methods[name]
 
         async def answer(messages: AsyncIterator[bytes], context: ServicerContext) -> Any:
-            """Answer one request."""
             metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
             log, code = RequestLog(f"grpc {name}", metadata.get(ID_HEADER, "")), "OK"
             context.set_trailing_metadata(((ID_HEADER, log.id),))
             try:
-                if name not in OPEN:
-                    self._engine.require_token(metadata.get("authorization", ""))
-                return returned(**await method(await self._first(messages, sent), log.id))
-            except Refusal as error:
+                if name not in PROBES:
+                    self._scoring.require_token(metadata.get("authorization", ""))
+                message = await self._read_message(messages, request)
+                return response(**await method(message, log.id))
+            except RequestError as error:
                 code, problem = error.code, str(error)
             except Exception:
                 logger.exception("request %s failed", log.id)
@@ -108,69 +111,63 @@ class InferenceService:
 
         return answer
 
-    async def _first(self, messages: AsyncIterator[bytes], kind: Any) -> Any:
-        """Return the only message of a request.
-
-        Raises:
-            Refusal: it did not arrive in time, or is no such message.
-        """
-        seconds = self._engine.settings.read_timeout
+    async def _read_message(self, messages: AsyncIterator[bytes], kind: Any) -> Any:
+        """Return a request's only message; a RequestError says that it is late or malformed."""
+        seconds = self._scoring.settings.read_timeout
         try:
             async with asyncio.timeout(seconds):
                 return kind.FromString(await anext(aiter(messages)))
         except TimeoutError as error:
-            raise Incomplete(f"the request was not complete after {seconds} s") from error
+            raise RequestError(f"the request was not complete after {seconds} s", 408) from error
         except StopAsyncIteration as error:
-            raise Refusal("the request has no message") from error
+            raise RequestError("the request has no message") from error
         except DecodeError as error:
-            raise Refusal(f"the request is no {kind.DESCRIPTOR.name}: {error}") from error
+            raise RequestError(f"the request is no {kind.DESCRIPTOR.name}: {error}") from error
 
     async def _live(self, message: Any, request_id: str) -> dict[str, Any]:
         return {"live": True}
 
     async def _ready(self, message: Any, request_id: str) -> dict[str, Any]:
-        self._engine.require_ready()
+        self._scoring.require_ready()
         return {"ready": True}
 
     async def _server(self, message: Any, request_id: str) -> dict[str, Any]:
         return {"name": "recsys", "version": version("recsys-em3")}
 
     async def _model_ready(self, message: Any, request_id: str) -> dict[str, Any]:
-        self._engine.require_model(message.name, message.version)
-        self._engine.require_ready()
-        return {"ready": True}
+        self._scoring.require_model(message.name, message.version)
+        return await self._ready(message, request_id)
 
     async def _model(self, message: Any, request_id: str) -> dict[str, Any]:
-        served = self._engine.require_model(message.name, message.version)
-        return model_metadata(message.name, served)
+        package = self._scoring.require_model(message.name, message.version)
+        return model_metadata(message.name, package)
 
     async def _infer(self, message: Any, request_id: str) -> dict[str, Any]:
-        served = self._engine.require_model(message.model_name, message.model_version)
-        wanted = [output.name for output in message.outputs]
-        columns = await self._engine.infer(served, wanted, _tensors(message))
+        package = self._scoring.require_model(message.model_name, message.model_version)
+        labels = [output.name for output in message.outputs]
+        scores = await self._scoring.infer(package, labels, _tensors(message))
         return {
             "model_name": message.model_name,
-            "model_version": served.version,
+            "model_version": package.version,
             "id": message.id or request_id,
             "outputs": [
-                {"name": name, "datatype": "FP32", "shape": [len(values)]}
-                for name, values in columns.items()
+                {"name": label, "datatype": "FP32", "shape": [len(values)]}
+                for label, values in scores.items()
             ],
-            "raw_output_contents": [values.astype("<f4").tobytes() for values in columns.values()],
+            "raw_output_contents": [values.astype("<f4").tobytes() for values in scores.values()],
         }
 
 
-def _tensors(message: Any) -> list[Tensor]:
-    """Return the inputs of a request."""
+def _tensors(message: Any) -> list[NamedTensor]:
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
-        raise Refusal(f"raw_input_contents: {len(raw)} for {len(message.inputs)} inputs")
+        raise RequestError(f"raw_input_contents: {len(raw)} for {len(message.inputs)} inputs")
     tensors = []
-    for number, given in enumerate(message.inputs):
-        about = given.name, given.datatype, list(given.shape)
+    for number, tensor in enumerate(message.inputs):
+        header = tensor.name, tensor.datatype, list(tensor.shape)
         if raw:
-            tensors.append(Tensor.of_raw(*about, raw[number]))
+            tensors.append(tensor_of_bytes(*header, raw[number]))
         else:
-            lists = [list(values) for _, values in given.contents.ListFields()]
-            tensors.append(Tensor.of_values(*about, lists[0] if lists else []))
+            fields = tensor.contents.ListFields()
+            tensors.append(tensor_of_values(*header, fields[0][1] if fields else []))
     return tensors

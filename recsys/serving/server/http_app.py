@@ -1,40 +1,50 @@
-"""The routes of HTTP: Open Inference Protocol v2, `/v1/rank` and the metrics."""
+"""HTTP: Open Inference Protocol v2, `/v1/rank`, the metrics, and what each request passes first."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
+from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
 from pydantic_core import to_json
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.routing import Match, Route
-from starlette.types import Scope
+from starlette.types import Message, Receive, Scope, Send
 
 from recsys.serving.server import metrics
-from recsys.serving.server.description import body_of, describe
-from recsys.serving.server.engine import Engine
-from recsys.serving.server.protocol.infer import JSON_LENGTH, read_request, write_response
-from recsys.serving.server.protocol.messages import (
+from recsys.serving.server.input_columns import ScoreArguments
+from recsys.serving.server.metrics import ID_HEADER, RequestLog
+from recsys.serving.server.protocol import (
+    JSON_LENGTH,
     ErrorResponse,
     InferRequest,
     InferResponse,
     RankRequest,
     RankResponse,
-    parsed,
+    RequestError,
+    parse_message,
+    read_infer_request,
+    write_infer_response,
 )
-from recsys.serving.server.protocol.rank import ranked, user_of
-from recsys.serving.server.refusals import Refusal, TooLarge
-from recsys.serving.server.served import Served
+from recsys.serving.server.scoring_service import LoadedPackage, ScoringService
+
+logger = logging.getLogger(__name__)
 
 MODEL = "/v2/models/{name}"
 RANK = "/v1/rank"
 VERSION = MODEL + "/versions/{model_version}"
+PROBES = ("/v2/health/live", "/v2/health/ready")  # those of Kubernetes send no token
 INTERNAL = "internal error; the log of the server has its cause under the request's id"
+SCHEMAS = "#/components/schemas/{model}"
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 404, 405, 408, 413, 431, 500, 503)
 }
@@ -49,11 +59,11 @@ class DirectRoute(Route):
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Match as Starlette does, and name the route as FastAPI does."""
-        match, found = super().matches(scope)
-        return match, {**found, "route": self}
+        match, child_scope = super().matches(scope)
+        return match, {**child_scope, "route": self}
 
 
-def http_app(engine: Engine, lifespan: Lifespan) -> FastAPI:
+def http_app(scoring: ScoringService, lifespan: Lifespan) -> FastAPI:
     """Return the application of a worker."""
     app = FastAPI(
         title="recsys serve",
@@ -63,7 +73,7 @@ def http_app(engine: Engine, lifespan: Lifespan) -> FastAPI:
         lifespan=lifespan,
         responses=ERRORS,
     )
-    routes = Routes(engine)
+    routes = Routes(scoring)
     read: dict[str, Callable[..., Any]] = {
         "/v2": routes.server,
         "/v2/health/live": routes.live,
@@ -77,22 +87,24 @@ def http_app(engine: Engine, lifespan: Lifespan) -> FastAPI:
     for path, handler in read.items():
         app.get(path)(handler)
     for path in (f"{MODEL}/infer", f"{VERSION}/infer"):
-        described = body_of(InferRequest)
-        app.post(path, response_model=InferResponse, openapi_extra=described)(routes.infer)
-    app.post(RANK, response_model=RankResponse, openapi_extra=body_of(RankRequest))(routes.rank)
+        body = _described_body(InferRequest)
+        app.post(path, response_model=InferResponse, openapi_extra=body)(routes.infer)
+    body = _described_body(RankRequest)
+    app.post(RANK, response_model=RankResponse, openapi_extra=body)(routes.rank)
     app.router.routes.insert(0, DirectRoute(RANK, routes.rank, methods=["POST"]))
-    app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(RequestError, _refuse)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(ClientDisconnect, _incomplete)
-    app.add_exception_handler(Exception, _failed)
-    describe(app, engine.settings.name, engine.served)
+    # The client has gone, or `BoundedConnection` has answered it: the log gets a status.
+    app.add_exception_handler(ClientDisconnect, lambda *_: Response(status_code=408))
+    app.add_exception_handler(Exception, lambda *_: JSONResponse({"error": INTERNAL}, 500))
+    _describe(app, scoring.settings.name, scoring.package)
     return app
 
 
-def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
-    headers = {"retry-after": "1"} if error.status == 503 else None
-    return JSONResponse({"error": str(error)}, error.status, headers)
+def _refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    headers = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}
+    return JSONResponse({"error": str(error)}, error.status, headers.get(error.status))
 
 
 def _http_error(request: Request, error: Exception) -> Response:
@@ -100,21 +112,43 @@ def _http_error(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
 
-def _incomplete(request: Request, error: Exception) -> Response:
-    """Give the log a status: the client has gone, or `BoundedConnection` has answered it."""
-    return Response(status_code=408)
+def _described_body(kind: type[BaseModel]) -> dict[str, Any]:
+    """Describe a body that a route itself reads, as it may be partly bytes and has a limit."""
+    content = {"application/json": {"schema": {"$ref": SCHEMAS.format(model=kind.__name__)}}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
-def _failed(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": INTERNAL}, 500)
+def _describe(app: FastAPI, name: str, package: LoadedPackage) -> None:
+    """Complete the description in OpenAPI: messages, model and columns.
+
+    `package` is that of the start; one that replaces it may have other columns.
+    """
+    document = app.openapi()
+    schemas = document["components"]["schemas"]
+    for kind in (InferRequest, RankRequest):
+        schema = kind.model_json_schema(ref_template=SCHEMAS)
+        schemas |= schema.pop("$defs", {})
+        schemas[kind.__name__] = schema
+    columns = package.columns
+    schemas["RankRequest"]["properties"] |= columns.json_schema(package.scorer.labels)
+    schemas["InputTensor"]["properties"]["name"]["enum"] = [
+        tensor["name"] for tensor in columns.metadata()
+    ]
+    parameters = {
+        "name": {"const": name},
+        "model_version": {"type": "string", "examples": [package.version]},
+    }
+    for routes in document["paths"].values():
+        for route in routes.values():
+            for parameter in route.get("parameters", ()):
+                parameter["schema"] = parameters[parameter["name"]]
 
 
 class Routes:
-    """Handlers of the routes."""
+    """Handlers of the routes; each returns or raises what its docstring promises clients."""
 
-    def __init__(self, engine: Engine) -> None:
-        """Keep what answers the requests."""
-        self._engine = engine
+    def __init__(self, scoring: ScoringService) -> None:
+        self._scoring = scoring
 
     async def server(self) -> dict[str, Any]:
         """Return the metadata of the server."""
@@ -130,7 +164,7 @@ class Routes:
 
     async def ready(self) -> dict[str, bool]:
         """Return that the server has its package, and is not about to end."""
-        self._engine.require_ready()
+        self._scoring.require_ready()
         return {"ready": True}
 
     async def metrics(self) -> Response:
@@ -139,30 +173,29 @@ class Routes:
 
     async def model(self, name: str, model_version: str | None = None) -> dict[str, Any]:
         """Return the metadata of the model."""
-        served = self._engine.require_model(name, model_version)
-        return model_metadata(name, served)
+        return model_metadata(name, self._scoring.require_model(name, model_version))
 
     async def model_ready(self, name: str, model_version: str | None = None) -> dict[str, Any]:
         """Return that the model is ready."""
-        self._engine.require_model(name, model_version)
-        self._engine.require_ready()
+        self._scoring.require_model(name, model_version)
+        self._scoring.require_ready()
         return {"name": name, "ready": True}
 
     async def infer(
         self, request: Request, name: str, model_version: str | None = None
     ) -> Response:
         """Return the predictions of the labels for the candidates."""
-        served = self._engine.require_model(name, model_version)
-        body = await self._body_of(request)
-        asked, tensors = read_request(body, request.headers.get(JSON_LENGTH))
-        wanted = [output.name for output in asked.outputs or ()]
-        columns = await self._engine.infer(served, wanted, tensors)
+        package = self._scoring.require_model(name, model_version)
+        body = await self._body(request)
+        message, tensors = read_infer_request(body, request.headers.get(JSON_LENGTH))
+        labels = [output.name for output in message.outputs or ()]
+        scores = await self._scoring.infer(package, labels, tensors)
         head = {
             "model_name": name,
-            "model_version": served.version,
-            "id": asked.id or request.state.request_id,
+            "model_version": package.version,
+            "id": message.id or request.state.request_id,
         }
-        content, json_length = write_response(asked, head, columns)
+        content, json_length = write_infer_response(message, head, scores)
         if json_length is None:
             return Response(content, media_type="application/json")
         return Response(
@@ -171,34 +204,106 @@ class Routes:
 
     async def rank(self, request: Request) -> Response:
         """Return the candidates, the best one first."""
-        served, limits = self._engine.served, self._engine.settings.limits
-        asked = parsed(RankRequest, await self._body_of(request))
-        user = user_of(asked, served, limits)
-        scores = await self._engine.score(served, user)
-        head = {"id": request.state.request_id, "model_version": served.version}
+        package, limits = self._scoring.package, self._scoring.settings.limits
+        message = parse_message(RankRequest, await self._body(request))
+        candidates = _candidates(message, package, limits.max_candidates)
+        arguments = ScoreArguments(message.user, message.history, candidates)
+        scores = await self._scoring.score(package, arguments)
+        head = {"id": request.state.request_id, "model_version": package.version}
         # Several times as fast as json.dumps with hundreds of numbers.
-        content = to_json(head | ranked(asked, user, served, scores))
+        content = to_json(head | _ranking(message, candidates, package, scores))
         return Response(content, media_type="application/json")
 
-    async def _body_of(self, request: Request) -> bytes:
+    async def _body(self, request: Request) -> bytes:
         """Return the body, of which no more than the limit is read."""
-        limit, chunks, size = self._engine.settings.limits.max_body, [], 0
+        limit, chunks, size = self._scoring.settings.limits.max_body, [], 0
         async for chunk in request.stream():
             size += len(chunk)
             if size > limit:
-                raise TooLarge(f"the body has more than {limit} bytes, the limit")
+                raise RequestError(f"the body has more than {limit} bytes, the limit", 413)
             chunks.append(chunk)
         return b"".join(chunks)
 
 
-def model_metadata(name: str, served: Served) -> dict[str, Any]:
+def _candidates(message: RankRequest, package: LoadedPackage, limit: int) -> Any:
+    """Return the candidates of a request, which are all items if it says so; check its options."""
+    labels = package.scorer.labels
+    if message.by is not None and message.by not in labels:
+        raise RequestError(f"by: '{message.by[:99]}' is none of the labels {list(labels)}")
+    if message.top_k is not None and message.top_k < 1:
+        raise RequestError(f"top_k: is {message.top_k}; give at least 1")
+    if message.candidates != "all":
+        return message.candidates
+    try:
+        return package.scorer.read.item_ids(limit)
+    except ValueError as error:
+        raise RequestError(f"candidates: {error}") from error
+
+
+def _ranking(
+    message: RankRequest, candidates: Any, package: LoadedPackage, scores: np.ndarray
+) -> dict[str, Any]:  # scores: float32 [N, C]
+    """Return the label, the items and the predictions of a response."""
+    labels = package.scorer.labels
+    items = candidates[package.columns.item] if isinstance(candidates, dict) else candidates
+    by = message.by or labels[0]
+    order = np.argsort(-scores[:, labels.index(by)], kind="stable")[: message.top_k]
+    best = scores[order]
+    return {
+        "by": by,
+        "items": [items[place] for place in order.tolist()],
+        "scores": {label: best[:, number].tolist() for number, label in enumerate(labels)},
+    }
+
+
+def model_metadata(name: str, package: LoadedPackage) -> dict[str, Any]:
     """Return the metadata of a model, as the protocol has them."""
+    labels = package.scorer.labels
     return {
         "name": name,
-        "versions": [served.version],
+        "versions": [package.version],
         "platform": "recsys_em3",
-        "inputs": served.columns.described(),
-        "outputs": [
-            {"name": label, "datatype": "FP32", "shape": [-1]} for label in served.scorer.labels
-        ],
+        "inputs": package.columns.metadata(),
+        "outputs": [{"name": label, "datatype": "FP32", "shape": [-1]} for label in labels],
     }
+
+
+class RequestMiddleware:
+    """Adds request id, bearer token, log line and metrics to each request of an application."""
+
+    def __init__(self, app: FastAPI, scoring: ScoringService) -> None:
+        self._app, self._scoring = app, scoring
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request of ASGI."""
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self._app(scope, receive, send)
+            return
+        headers, status = Headers(scope=scope), 500
+        log = RequestLog("", headers.get(ID_HEADER, ""))
+        scope.setdefault("state", {})["request_id"] = log.id
+
+        async def send_with_id(message: Message) -> None:
+            """Add the id to the headers and note the status."""
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                response_headers = MutableHeaders(scope=message)
+                response_headers[ID_HEADER] = log.id
+                if self._scoring.is_draining:  # the next request finds another server
+                    response_headers["connection"] = "close"
+            await send(message)
+
+        try:
+            if scope["path"] not in PROBES:
+                self._scoring.require_token(headers.get("authorization", ""))
+            await self._app(scope, receive, send_with_id)
+        except RequestError as error:
+            await _refuse(Request(scope), error)(scope, receive, send_with_id)
+        except Exception:
+            logger.exception("request %s failed", log.id)
+        route: Any = scope.get("route")
+        is_known = route is not None and status != HTTPStatus.METHOD_NOT_ALLOWED
+        log.route = f"{scope['method']} {route.path}" if is_known else "other"
+        log.end(str(status))

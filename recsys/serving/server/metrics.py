@@ -1,4 +1,4 @@
-"""Metrics of the server in the format of Prometheus, summed over all worker processes.
+"""Metrics of the server in the format of Prometheus, summed over all workers, and the log line.
 
 prometheus-client keeps them in files of the folder `PROMETHEUS_MULTIPROC_DIR`, which must be set
 before this module is imported.
@@ -6,12 +6,19 @@ before this module is imported.
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+import time
 from pathlib import Path
+from uuid import uuid4
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
+logger = logging.getLogger(__name__)
+
+ID_HEADER = "x-request-id"
 SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 
@@ -41,3 +48,27 @@ def exposition() -> bytes:
     registry = CollectorRegistry()
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     return generate_latest(registry)
+
+
+class RequestLog:
+    """The log line and the seconds of one request, whose clock starts now.
+
+    Args:
+        route: method and route.
+        client_id: the client's id, replaced by a new one if it is empty or not fit for a log.
+    """
+
+    def __init__(self, route: str, client_id: str) -> None:
+        is_usable = re.fullmatch(r"[\w.:/+=-]{1,128}", client_id, re.ASCII)
+        self.route, self.id = route, client_id if is_usable else uuid4().hex
+        self._started = time.perf_counter()
+
+    def end(self, status: str) -> None:
+        """Write the line and count the seconds."""
+        seconds = time.perf_counter() - self._started
+        REQUESTS.labels(self.route, status).observe(seconds)
+        logger.info(
+            "%s %s %.2f ms, request %s",
+            *(self.route, status, seconds * 1000, self.id),
+            extra={"route": self.route, "status": status, "seconds": seconds, "request": self.id},
+        )

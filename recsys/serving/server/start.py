@@ -18,17 +18,13 @@ from pathlib import Path
 from recsys.config.server import ServerSettings
 from recsys.extras import missing_extra
 
-NEEDED = ("fastapi", "grpc_tools", "httptools", "prometheus_client", "uvicorn")
+REQUIRED_PACKAGES = ("fastapi", "grpc_tools", "httptools", "prometheus_client", "uvicorn")
 HEALTH_SECONDS = 60  # without an answer of a worker, after which it is replaced
 
 
 def require_installation() -> None:
-    """Require the packages of the server.
-
-    Raises:
-        ValueError: some are not installed; names the command that installs them.
-    """
-    missing = [name for name in NEEDED if find_spec(name) is None]
+    """Require the packages of the server; a ValueError names the command that installs them."""
+    missing = [name for name in REQUIRED_PACKAGES if find_spec(name) is None]
     if missing:
         raise missing_extra("serve", "recsys serve", f"{', '.join(missing)} is missing")
 
@@ -56,8 +52,7 @@ def _run(settings: ServerSettings, http: socket.socket) -> None:
 
     from recsys.serving.package import read_manifest
     from recsys.serving.server.connection import BoundedConnection
-    from recsys.serving.server.drain import Workers
-    from recsys.serving.server.worker import worker_app
+    from recsys.serving.server.worker import Workers, worker_app
     from recsys.storage.manifest import VerifiedFiles
 
     # Of connections whose client does not take its answer; they inherit it.
@@ -78,11 +73,11 @@ def _run(settings: ServerSettings, http: socket.socket) -> None:
         timeout_worker_healthcheck=HEALTH_SECONDS,
     )
     if settings.workers == 1:
-        # uvicorn raises the signal once more at its end, which would end this process before us.
+        # uvicorn raises the signal again when it ends, which would kill this process.
         signal.signal(signal.SIGTERM, lambda *_: None)
         uvicorn.Server(config).run([http])
         return
-    read_manifest(Path(settings.package), settings.verify is True, verified)  # for all workers
+    read_manifest(Path(settings.package), settings.verify, verified)  # for all workers
     workers = Workers(config, [http])
     workers.run()
     if any(process.exitcode == STARTUP_FAILURE for process in workers.processes):
@@ -90,11 +85,7 @@ def _run(settings: ServerSettings, http: socket.socket) -> None:
 
 
 def _bound(name: str, host: str, port: int, is_shared: bool = False) -> socket.socket:
-    """Return a socket with an address.
-
-    Raises:
-        ValueError: the address is taken, or none of this machine.
-    """
+    """Return a socket; a ValueError says that its address is taken or none of this machine."""
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -108,7 +99,7 @@ def _bound(name: str, host: str, port: int, is_shared: bool = False) -> socket.s
 
 
 def _reserved(name: str, host: str, port: int) -> socket.socket:
-    """Return a socket that keeps an address, on which the workers' own sockets may listen."""
+    """Return a socket that reserves an address, on which the workers' sockets may listen."""
     with _bound(name, host, port) as alone:  # another server could share the port of a shared one
         port = alone.getsockname()[1]
     return _bound(name, host, port, is_shared=True)

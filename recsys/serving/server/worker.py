@@ -1,26 +1,34 @@
-"""A worker: one process that answers HTTP and gRPC from its package."""
+"""A worker: one process that answers HTTP and gRPC from its package, until its clients have gone.
+
+A load balancer takes seconds to notice that a server ends. Until then it sends new connections,
+which would be refused.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import logging
+import signal
 import socket
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from types import FrameType
 from typing import Any
 
+import grpc
 from fastapi import FastAPI
 from uvicorn.config import STARTUP_FAILURE
+from uvicorn.server import HANDLED_SIGNALS
+from uvicorn.supervisors import Multiprocess
 
 from recsys.config.server import ServerSettings
 from recsys.distributed.log import configure_logging
 from recsys.serving.server.connection import READ_TIMEOUT
-from recsys.serving.server.drain import Drain
-from recsys.serving.server.engine import Engine
-from recsys.serving.server.gate import Gate
 from recsys.serving.server.grpc_service import grpc_server
-from recsys.serving.server.http_app import http_app
+from recsys.serving.server.http_app import RequestMiddleware, http_app
+from recsys.serving.server.scoring_service import ScoringService
 from recsys.storage.manifest import VerifiedFiles
 
 logger = logging.getLogger(__name__)
@@ -28,25 +36,26 @@ logger = logging.getLogger(__name__)
 
 def worker_app(
     settings: ServerSettings, http: socket.socket, verified: VerifiedFiles | None = None
-) -> Gate:
+) -> RequestMiddleware:
     """Load the package and return the application, which also answers gRPC while it runs.
 
     Args:
         settings: those of the server.
         http: the bound socket on which uvicorn answers.
-        verified: files that the process which began this one has compared with their hashes.
+        verified: files that the parent process has compared with their hashes.
 
     Raises:
         ValueError: the package cannot be loaded by the only worker; one of several ends its
-            process with the exit code by which the others are ended, too.
+            process with the exit code that stops all workers.
     """
-    gc.disable()  # until it answers; the search for garbage takes a fifth of the start
+    gc.disable()  # until it answers; garbage collection takes a fifth of the start
     configure_logging(0, settings.log_level, settings.log_format)
-    of_http = logging.getLogger("uvicorn")
-    of_http.handlers, of_http.propagate = logging.getLogger("recsys").handlers, False
+    uvicorn_logger = logging.getLogger("uvicorn")
+    uvicorn_logger.handlers = logging.getLogger("recsys").handlers
+    uvicorn_logger.propagate = False
     drain = Drain()
     try:
-        engine = Engine(settings, verified)
+        scoring = ScoringService(settings, verified)
     except ValueError as error:
         if settings.workers == 1:
             raise
@@ -58,21 +67,79 @@ def worker_app(
         """Answer gRPC and watch the package as long as HTTP is answered."""
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         addresses = [f"{host}:{port}" for port in (settings.port, settings.grpc_port)]
-        server = grpc_server(engine, addresses[1])
+        server = grpc_server(scoring, addresses[1])
         await server.start()
-        gc.freeze()  # a search for garbage among all modules would stop requests for 0.2 s
+        gc.freeze()  # a collection among all modules would stop requests for 0.2 s
         gc.enable()
-        engine.count_worker()
-        watch = asyncio.create_task(engine.watch())
-        drain.start(engine, server)
+        scoring.count_worker()
+        watch = asyncio.create_task(scoring.watch())
+        drain.start(scoring, server)
         http.listen()  # uvicorn accepts connections a moment later
-        served = engine.served.version, settings.package, settings.name
+        package = scoring.package.version, settings.package, settings.name
         text = "ready, version %s: %s as model '%s', HTTP on %s, gRPC on %s"
-        logger.info(text, *served, *addresses)
+        logger.info(text, *package, *addresses)
         yield {READ_TIMEOUT: settings.read_timeout}
         watch.cancel()
         with suppress(asyncio.CancelledError):
             await watch
         await drain.finish()
 
-    return Gate(http_app(engine, lifespan), engine)
+    return RequestMiddleware(http_app(scoring, lifespan), scoring)
+
+
+class Drain:
+    """Handles the signals that end a worker, in place of uvicorn.
+
+    SIGTERM makes the worker not ready, and ends it `drain` seconds later; a second signal, or
+    SIGINT, ends it at once. Then HTTP and gRPC finish their requests together, in `grace` seconds.
+    """
+
+    _scoring: ScoringService
+    _server: grpc.aio.Server
+    _loop: asyncio.AbstractEventLoop
+
+    def __init__(self) -> None:
+        """Let signals end the process while it loads the package; called by the main thread."""
+        self._stop: asyncio.Task[None] | None = None
+        self._end_http = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def start(self, scoring: ScoringService, server: grpc.aio.Server) -> None:
+        """Let signals begin the end of HTTP and gRPC, inside the event loop."""
+        self._scoring, self._server = scoring, server
+        self._loop = asyncio.get_running_loop()
+        for number in HANDLED_SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._loop.call_soon_threadsafe(self._begin, number)
+
+    def _begin(self, number: int) -> None:
+        seconds = self._scoring.settings.drain
+        if number != signal.SIGTERM or self._scoring.is_draining:
+            seconds = 0
+        self._scoring.is_draining = True
+        if seconds:
+            logger.info("draining: not ready, but requests are answered for %s s", seconds)
+        self._loop.call_later(seconds, self._end, number)
+
+    def _end(self, number: int) -> None:
+        if self._stop is None:
+            self._stop = self._loop.create_task(self._server.stop(self._scoring.settings.grace))
+        assert callable(self._end_http)  # uvicorn's own handler
+        self._end_http(number, None)
+
+    async def finish(self) -> None:
+        """Wait until gRPC has ended, after HTTP."""
+        await (self._stop or self._server.stop(self._scoring.settings.grace))
+
+
+class Workers(Multiprocess):
+    """Several workers, whose supervisor keeps no socket open behind them."""
+
+    def terminate_all(self) -> None:
+        """End the workers; later connections are refused instead of waiting for nobody."""
+        for shared in self.sockets:
+            shared.close()
+        super().terminate_all()

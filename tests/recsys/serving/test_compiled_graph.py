@@ -49,7 +49,7 @@ def test_a_compiled_package_scores_as_predict(
 
 @pytest.mark.parametrize("name", ["machine", "instructions", "torch"])
 def test_code_for_another_machine_is_not_run(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    here = compiled_graph._here()
+    here = compiled_graph._this_machine()
     manifest: Any = SimpleNamespace(compiled=here)
     assert graph_file(Path("package"), manifest) == COMPILED and not caplog.text
 

@@ -9,6 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from embeddings.vocabulary.bounded import BoundedVocabulary
+from recsys.data.schema import Schema
+from recsys.data.schema_columns import Column, VocabularySettings
+from recsys.distributed.ranks import joined_ranks
+from recsys.serving.export import save_bounded
 from recsys.serving.package import (
     MANIFEST,
     Manifest,
@@ -16,7 +21,8 @@ from recsys.serving.package import (
     read_manifest_of,
     write_manifest,
 )
-from recsys.serving.retrieval.vectors_folder import VectorsManifest
+from recsys.serving.retrieval.item_vectors import VectorsManifest
+from recsys.serving.scorer import load_bounded
 from recsys.serving.vector_file import VectorFile, VectorFileShape, write_vectors
 
 
@@ -108,3 +114,19 @@ def test_vectors_come_back_as_stored(tmp_path: Path, stored_as: str, error: floa
 def test_int4_needs_an_even_width() -> None:
     with pytest.raises(ValueError, match="int4"):
         VectorFileShape(10, 7, "int4")
+
+
+def test_the_map_of_a_job_is_loaded_by_a_process_without_one(tmp_path: Path) -> None:
+    settings = VocabularySettings("bounded")
+    shop = Column("id", num_embeddings=6, vocabulary=settings)
+    schema = Schema("item", None, {"item": Column("id", num_embeddings=3), "shop": shop})
+    ids = torch.tensor([90, 2**40, 90])
+    with joined_ranks("cpu") as ranks:
+        learned = BoundedVocabulary(6, process_group=ranks.group)
+        expected = learned.rows_of(ids, step=0, training=True)
+        save_bounded(tmp_path, "shop", learned)
+
+    loaded = load_bounded(tmp_path, "shop", schema)
+
+    assert torch.equal(loaded.rows_of(ids, step=0, training=False), expected)
+    assert expected.unique().numel() == 2

@@ -17,7 +17,7 @@ from recsys.evaluation.evaluate import score, split_interactions
 from recsys.evaluation.predict import load_run
 from recsys.serving import Scorer
 from recsys.serving.retrieval import Retriever
-from recsys.serving.retrieval.vectors_folder import export_vectors
+from recsys.serving.retrieval.item_vectors import export_vectors
 from tests.recsys.ranking.backbone_runs import backbone_config
 from tests.recsys.serving.serving_runs import HISTORY_COLUMNS, exported, requests
 from tests.several_histories import write_several_histories

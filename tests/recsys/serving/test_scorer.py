@@ -167,7 +167,7 @@ def test_a_package_takes_over_the_equal_graph_of_the_one_before(
     write_manifest(package, read_manifest(run[1], verify=False))
     request = next(requests(run[0] / "data"))
 
-    following = Scorer.load(package, before=scorer)
+    following = Scorer.load(package, previous=scorer)
 
     assert following._graph is scorer._graph
     scores = following.score(**request)

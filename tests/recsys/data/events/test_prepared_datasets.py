@@ -23,8 +23,8 @@ from recsys.evaluation.predict import predict
 from recsys.serving.export import export_run
 from recsys.serving.package import REQUEST
 from recsys.serving.scorer import Scorer
-from recsys.serving.server.columns import Columns, RankedUser
-from recsys.serving.server.protocol.messages import RankRequest, parsed
+from recsys.serving.server.input_columns import InputColumns, ScoreArguments
+from recsys.serving.server.protocol import RankRequest, parse_message
 from recsys.training.train import train
 from tests.recsys.command_runs import ROOT
 from tests.recsys.data.events.generated import LABELS, write_case
@@ -94,20 +94,20 @@ def round_trip(folder: Path, draw: Callable[[st.SearchStrategy], object], ranks:
 def check_package(package: Path, predictions: pa.Table) -> None:
     """Compare answers to JSON requests with predictions, and the metadata with the file's types."""
     scorer = Scorer.load(package)
-    columns = Columns(scorer, json.loads((package / REQUEST).read_text()))
+    columns = InputColumns(scorer, json.loads((package / REQUEST).read_text()))
     for row in predictions.slice(0, 10).to_pylist():
         body = {
             "user": {name: row[name] for name in columns.user},
             "history": {name: row[name] for name in columns.history},
             "candidates": [row[columns.item]],
         }
-        request = parsed(RankRequest, json.dumps(body).encode())
-        ranked = RankedUser(request.user, request.history, request.candidates)
-        columns.check(ranked, Limits())
-        scores = scorer.score(ranked.user, ranked.history, ranked.candidates)
+        request = parse_message(RankRequest, json.dumps(body).encode())
+        arguments = ScoreArguments(request.user, request.history, request.candidates)
+        columns.check(arguments, Limits())
+        scores = scorer.score(arguments.user, arguments.history, arguments.candidates)
         expected = [row[f"prediction_{label}"] for label in scorer.labels]
         np.testing.assert_allclose(scores[0], expected, rtol=1e-4, atol=1e-6)
-    for described in columns.described():
+    for described in columns.metadata():
         kind = predictions.schema.field(described["name"]).type
         kind = kind.value_type if pa.types.is_list(kind) else kind
         assert (described["datatype"] == "BYTES") == pa.types.is_string(kind), described

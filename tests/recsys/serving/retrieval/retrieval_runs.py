@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from recsys.config import ContentSettings
 from recsys.data.prepare_vocabulary import prepare_vocabularies
 from recsys.distributed.ranks import joined_ranks
-from recsys.serving.retrieval.vectors_folder import export_vectors
+from recsys.serving.retrieval.item_vectors import export_vectors
 from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.recsys.ranking.backbone_runs import backbone_config

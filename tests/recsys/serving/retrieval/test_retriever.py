@@ -26,8 +26,8 @@ from recsys.serving.export import export_run
 from recsys.serving.new_items.add import add_items
 from recsys.serving.package import GRAPH, MANIFEST, read_manifest, write_manifest
 from recsys.serving.retrieval import Retrieved, Retriever, TwoStage
-from recsys.serving.retrieval.index import build_index, search_index
-from recsys.serving.retrieval.vectors_folder import INDEX, VECTORS, export_vectors, unit
+from recsys.serving.retrieval.index import build_index, search_index, unit
+from recsys.serving.retrieval.item_vectors import INDEX, VECTORS, export_vectors
 from tests.recsys.serving.retrieval.retrieval_runs import NUM_ITEMS, liked_rows
 from tests.recsys.test_docstring_examples import run_example
 

@@ -16,11 +16,15 @@ from recsys.cli import main
 from recsys.data.filesystem import Location
 from recsys.data.schema import load_schema
 from recsys.distributed.ranks import joined_ranks
-from recsys.serving.retrieval import semantic_folder
-from recsys.serving.retrieval.semantic_dataset import write_dataset_with
-from recsys.serving.retrieval.semantic_folder import export_semantic_ids, load_codebooks
-from recsys.serving.retrieval.semantic_ids import Codebooks, collision_report
-from recsys.serving.retrieval.vectors_folder import unit
+from recsys.serving.retrieval import semantic_ids
+from recsys.serving.retrieval.index import unit
+from recsys.serving.retrieval.semantic_ids import (
+    Codebooks,
+    collision_report,
+    export_semantic_ids,
+    load_codebooks,
+    write_dataset_with,
+)
 from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.recsys.ranking.backbone_runs import backbone_config
@@ -145,7 +149,7 @@ def test_what_cannot_be_written_is_refused_before_items_are_encoded(
     def not_called(*arguments: object) -> None:
         raise AssertionError("items were encoded")
 
-    monkeypatch.setattr(semantic_folder, "item_vectors", not_called)
+    monkeypatch.setattr(semantic_ids, "item_vectors", not_called)
     run, out = towers / "run", tmp_path / "ids"
     with joined_ranks("cpu") as ranks:
         with pytest.raises(ValueError, match="--codes is 9999"):

@@ -10,14 +10,16 @@ import pytest
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import Column, IdType, VocabularySettings
 from recsys.serving.scorer import Scorer
-from recsys.serving.server.columns import Columns
-from recsys.serving.server.description import _value_of
-from recsys.serving.server.protocol.infer import JSON_LENGTH, read_request
-from recsys.serving.server.protocol.tensors import Tensor
-from recsys.serving.server.refusals import Refusal
+from recsys.serving.server.input_columns import InputColumns
+from recsys.serving.server.protocol import (
+    JSON_LENGTH,
+    RequestError,
+    read_infer_request,
+    tensor_of_values,
+)
 
 
-def columns(example: dict[str, Any]) -> Columns:
+def columns(example: dict[str, Any]) -> InputColumns:
     """Columns of string ids with every vocabulary, beside a table without one."""
     raw: dict[str, Any] = {
         name: Column("id", num_embeddings=9, vocabulary=VocabularySettings(cast(Any, kind)))
@@ -30,7 +32,7 @@ def columns(example: dict[str, Any]) -> Columns:
         schema.id_types[table] = IdType("string", "train")
     pooled = ["user", "shop", "place"]
     manifest = SimpleNamespace(pooled=pooled, dense=["age"])
-    return Columns(cast(Scorer, SimpleNamespace(schema=schema, manifest=manifest)), example)
+    return InputColumns(cast(Scorer, SimpleNamespace(schema=schema, manifest=manifest)), example)
 
 
 @pytest.mark.parametrize(
@@ -44,34 +46,30 @@ def columns(example: dict[str, Any]) -> Columns:
 def test_string_ids_are_bytes_in_the_metadata_whatever_the_example_has(
     example: dict[str, Any],
 ) -> None:
-    types = {of["name"]: of["datatype"] for of in columns(example).described()}
+    types = {column["name"]: column["datatype"] for column in columns(example).metadata()}
     strings = dict.fromkeys(("item", "shop", "place", "past"), "BYTES")
     assert types == {**strings, "user": "INT64", "age": "FP32", "price": "FP32"}
 
 
 def test_the_description_lets_unknown_ids_be_null_but_no_ranked_item() -> None:
-    of = columns({})
-    kinds = {name: _value_of(name, "BYTES", of)["type"] for name in ("item", "shop", "past")}
-    assert kinds == {"item": "string", "shop": ["string", "null"], "past": ["string", "null"]}
-    assert _value_of("user", "INT64", of)["type"] == "integer"
+    schema = columns({}).json_schema(["liked"])
+
+    assert schema["candidates"]["anyOf"][1]["items"]["type"] == "string"
+    assert schema["user"]["properties"]["shop"]["type"] == ["string", "null"]
+    assert schema["history"]["properties"]["past"]["items"]["type"] == ["string", "null"]
+    assert schema["user"]["properties"]["user"]["type"] == "integer"
 
 
 def test_a_tensor_in_json_may_have_null() -> None:
-    assert Tensor.of_values("shop", "BYTES", [2], ["a", None]).values == ["a", None]
-    assert Tensor.of_values("n", "INT64", [2, 2], [[1, None], [None, 2]]).values == [
-        *(1, None),
-        *(None, 2),
-    ]
-    with pytest.raises(Refusal, match="str in INT64"):
-        Tensor.of_values("n", "INT64", [2], [None, "1"])
-    with pytest.raises(Refusal, match="range of INT8"):
-        Tensor.of_values("n", "INT8", [2], [None, 1000])
+    assert tensor_of_values("shop", "BYTES", [2], ["a", None]).values == ["a", None]
+    rows = tensor_of_values("n", "INT64", [2, 2], [[1, None], [None, 2]])
+    assert rows.values == [1, None, None, 2]
 
 
 @pytest.mark.parametrize("data", [[[1], [2, 3, 4]], [[1, 2, 3, 4]], [1, [2, 3], 4], [[1, 2, 3], 4]])
 def test_a_tensor_whose_lists_differ_from_its_shape_is_refused(data: list[Any]) -> None:
-    with pytest.raises(Refusal, match=r"'n'.*\[2, 2\]"):
-        Tensor.of_values("n", "INT64", [2, 2], data)
+    with pytest.raises(RequestError, match=r"'n'.*\[2, 2\]"):
+        tensor_of_values("n", "INT64", [2, 2], data)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +77,6 @@ def test_a_tensor_whose_lists_differ_from_its_shape_is_refused(data: list[Any]) 
 )
 def test_a_length_of_the_json_that_is_none_is_refused(length: str) -> None:
     with pytest.raises(
-        Refusal, match="JSON" if length.strip("0") == "" and length else JSON_LENGTH
+        RequestError, match="JSON" if length.strip("0") == "" and length else JSON_LENGTH
     ):
-        read_request(b'{"inputs": []}', length)
+        read_infer_request(b'{"inputs": []}', length)

@@ -30,7 +30,7 @@ def load(*arguments):
     print("loads", flush=True)
     time.sleep(600)
 
-worker.Engine = load
+worker.ScoringService = load
 sys.exit(main(["serve", "package", "--port", "0", "--grpc_port", "0"]))
 """
 

@@ -59,7 +59,7 @@ def test_what_is_not_installed_is_named_with_its_installation(
     lines = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     group = lines["optional-dependencies"]["serve"]
     monkeypatch.setattr(extras, "requires", lambda _: [f'{of}; extra == "serve"' for of in group])
-    monkeypatch.setattr(start, "NEEDED", ("fastapi", "server_that_is_absent"))
+    monkeypatch.setattr(start, "REQUIRED_PACKAGES", ("fastapi", "server_that_is_absent"))
 
     assert main(["serve", "package"]) == 1
 

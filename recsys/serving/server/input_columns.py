@@ -1,0 +1,175 @@
+"""Input columns that a package accepts, as tensors by name or as JSON, and their limits.
+
+Shapes: N candidates, L events of a history, K values of a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from recsys.config.server import Limits
+from recsys.serving.requests import request_columns
+from recsys.serving.scorer import Scorer
+from recsys.serving.server.protocol import NamedTensor, RequestError
+
+
+@dataclass(frozen=True)
+class ScoreArguments:
+    """Arguments of `Scorer.score`."""
+
+    user: Mapping[str, Any]
+    history: Mapping[str, Any] | Sequence[Any]
+    candidates: Mapping[str, Sequence[Any]] | Sequence[Any]
+
+
+class InputColumns:
+    """Input columns that a package accepts.
+
+    Args:
+        scorer: the package.
+        example: a request for it, whose values show their types.
+    """
+
+    def __init__(self, scorer: Scorer, example: Mapping[str, Any]) -> None:
+        schema, manifest = scorer.schema, scorer.manifest
+        self.schema, self.item = schema, schema.target_item
+        self.user, self.history = request_columns(schema, manifest.pooled, manifest.dense)
+        self.example = {**example.get("user", {}), **example.get("history", {})}
+        self.example[self.item] = next(iter(example.get("candidates", ())), None)
+        lists = [name for name in manifest.pooled if schema.columns[name].kind == "ids"]
+        self.lists = {
+            name
+            for name in self.user
+            if isinstance(self.example.get(name), list)
+            or (self.example.get(name) is None and name in schema.file_columns(lists))
+        }
+
+    def metadata(self) -> list[dict[str, Any]]:
+        """Return name, datatype and shape of each input, as the protocol's metadata has them."""
+        names = dict.fromkeys([self.item, *self.user, *self.history])
+        return [{"name": name, "datatype": self._datatype(name), "shape": [-1]} for name in names]
+
+    def _datatype(self, name: str) -> str:
+        value = self.example.get(name)
+        value = next(iter(value), None) if isinstance(value, list) else value
+        if value is not None:
+            return {bool: "BOOL", int: "INT64", float: "FP32"}.get(type(value), "BYTES")
+        column = self.schema.columns.get(name)
+        table = name if column is None else self.schema.table_of(name)
+        if (id_type := self.schema.id_types.get(table)) is not None:
+            return "BYTES" if id_type.name == "string" else "INT64"
+        return "FP32" if column is None or column.kind == "dense" else "INT64"
+
+    def json_schema(self, labels: Sequence[str]) -> dict[str, Any]:
+        """Return the JSON schema of `RankRequest`'s fields, with names and ranges of columns."""
+        types = {
+            tensor["name"]: self._value_schema(tensor["name"], tensor["datatype"])
+            for tensor in self.metadata()
+        }
+        user = {
+            name: _list_of(types[name]) if name in self.lists else types[name] for name in self.user
+        }
+        history = {name: _list_of(types[name]) for name in self.history}
+        closed = {"type": "object", "additionalProperties": False}
+        return {
+            "user": {**closed, "properties": user, "required": self.user},
+            "history": {**closed, "properties": history, "required": self.history},
+            "candidates": {"anyOf": [{"const": "all"}, _list_of(types[self.item])]},
+            "by": {"enum": [*labels, None]},
+        }
+
+    def _value_schema(self, name: str, datatype: str) -> dict[str, Any]:
+        types = {"BOOL": "boolean", "INT64": "integer", "FP32": "number", "BYTES": "string"}
+        schema: dict[str, Any] = {"type": types[datatype]}
+        if (value := self.example.get(name)) not in (None, []):
+            schema["examples"] = [value[0] if isinstance(value, list) else value]
+        column = self.schema.columns.get(name)
+        if column is None or name in self.schema.transforms:
+            return schema
+        if self.schema.vocabulary_of(name) is not None:
+            if name != self.item:  # null is the unknown id
+                schema["type"] = [schema["type"], "null"]
+        elif column.kind in ("id", "ids", "sequence"):  # rows of a table
+            schema |= {"minimum": 0, "maximum": self.schema.limit(name) - 1}
+        return schema
+
+    def arguments(self, tensors: Iterable[NamedTensor]) -> ScoreArguments:
+        """Return tensors by column as arguments of a scorer.
+
+        The item's tensor has the candidates, [N]; histories are [L]. A column of single values is
+        [1] for the user or [N] for the candidates; one of lists [K], or [N, K] for the candidates.
+
+        Raises:
+            RequestError: a column is not of the package, is given twice, or has another shape.
+        """
+        by_name: dict[str, NamedTensor] = {}
+        for tensor in tensors:
+            if by_name.setdefault(tensor.name, tensor) is not tensor:
+                raise RequestError(f"input '{tensor.name}': is given twice")
+        if self.item not in by_name:
+            raise RequestError(f"inputs: lack '{self.item}', the candidates")
+        items = by_name.pop(self.item).values
+        history = {name: by_name.pop(name).values for name in self.history if name in by_name}
+        user, candidates = dict[str, Any](), {self.item: items}
+        for name, tensor in by_name.items():
+            _require_column(name, self.user, "inputs")
+            shape, values = tensor.shape, tensor.values
+            if name in self.lists:
+                rows, width = shape if len(shape) == 2 else (1, *shape)
+                values = [values[row * width : (row + 1) * width] for row in range(rows)]
+            if len(values) == 1:
+                user[name] = values[0]
+            elif len(values) == len(items):
+                candidates[name] = values
+            else:
+                raise RequestError(
+                    f"input '{name}': shape {list(shape)} for {len(items)} candidates"
+                )
+        return ScoreArguments(user, history, candidates)
+
+    def check(self, arguments: ScoreArguments, limits: Limits) -> None:
+        """Require columns of the package and sizes within the limits.
+
+        Raises:
+            RequestError: names the column, its size and the limit.
+        """
+        history, candidates = arguments.history, arguments.candidates
+        if not isinstance(candidates, Mapping):
+            candidates = {self.item: candidates}
+        events = history if isinstance(history, Mapping) else {"items": history}
+        for name, value in arguments.user.items():
+            _require_column(name, self.user, "user")
+            _check_size(f"user: '{name}'", [value], 1, limits)
+        for name, values in events.items():
+            if isinstance(history, Mapping):
+                _require_column(name, self.history, "history")
+            _check_size(f"history: '{name}'", values or [], limits.max_history, limits)
+        for name, values in candidates.items():
+            _require_column(name, [self.item, *self.user], "candidates")
+            _check_size(f"candidates: '{name}'", values, limits.max_candidates, limits)
+
+
+def _list_of(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": schema}
+
+
+def _require_column(name: str, columns: Sequence[str], place: str) -> None:
+    if name not in columns:
+        raise RequestError(f"{place}: '{name[:99]}' is none of the columns {list(columns)}")
+
+
+def _check_size(place: str, values: Sequence[Any], limit: int, limits: Limits) -> None:
+    """Require at most `limit` values, and lists and strings in them within the limits."""
+    if len(values) > limit:
+        raise RequestError(f"{place} has {len(values)} values; the limit is {limit}")
+    if not {str, list} & set(map(type, values)):  # a loop takes as long as parsing the request
+        return
+    for value in values:
+        if isinstance(value, str) and len(value) > limits.max_text:
+            raise RequestError(
+                f"{place} has a text of {len(value)} characters; the limit is {limits.max_text}"
+            )
+        if isinstance(value, list):
+            _check_size(place, value, limits.max_values, limits)

@@ -1,0 +1,216 @@
+"""A worker's package with its queue of requests: loads, exchanges and scores.
+
+A package is replaced by renaming: its folder, a link to it, or its manifest after files were
+added. A request uses one package from its first to its last line, whatever is loaded meanwhile.
+
+Shapes: N candidates, C labels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from recsys.config.server import ServerSettings
+from recsys.serving.package import MANIFEST, REQUEST, digest_of
+from recsys.serving.scorer import Scorer
+from recsys.serving.server import metrics
+from recsys.serving.server.input_columns import InputColumns, ScoreArguments
+from recsys.serving.server.protocol import NamedTensor, RequestError
+from recsys.storage.manifest import VerifiedFiles
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.25
+LONGEST_PAUSE = 60.0  # seconds between attempts to load a package that cannot be loaded
+SWITCH_SECONDS = 1e-4  # of a thread while a package is loaded; Python's default is 5 ms
+# Linux has priorities by thread: 5 is a third of the share of the others. Lowest priority could
+# hold the GIL and starve requests.
+LOADER_NICENESS = 5
+
+
+@dataclass(frozen=True)
+class LoadedPackage:
+    """A package that answers requests; version: the start of its manifest's hash."""
+
+    scorer: Scorer
+    columns: InputColumns
+    version: str
+
+    @staticmethod
+    def load(
+        folder: Path,
+        verify: bool,
+        previous: Scorer | None = None,
+        verified: VerifiedFiles | None = None,
+    ) -> LoadedPackage:
+        """Load a package as `Scorer.load` does, with its errors."""
+        folder = folder.resolve()  # of a link, which may be exchanged meanwhile
+        scorer = Scorer.load(folder, verify=verify, previous=previous, verified=verified)
+        example = json.loads((folder / REQUEST).read_text())
+        return LoadedPackage(scorer, InputColumns(scorer, example), digest_of(scorer.manifest)[:12])
+
+    def score(self, arguments: ScoreArguments) -> np.ndarray:  # float32 [N, C]
+        """Return the predictions of a request and count its candidates and unknown ids."""
+        scorer = self.scorer
+        rows = scorer.read(arguments.user, arguments.history, arguments.candidates)
+        metrics.CANDIDATES.observe(len(rows.target))
+        for column, count in scorer.read.unknown_ids(rows).items():
+            metrics.UNKNOWN_IDS.labels(column).inc(count)
+        return scorer.score_rows(rows)
+
+
+class ScoringService:
+    """Scores a worker's requests, one at a time, and exchanges its package.
+
+    A request is scored by one thread, of which torch uses `threads`; more requests at once come
+    from more workers.
+
+    Args:
+        settings: of the server.
+        verified: files that another process has compared with their hashes.
+
+    Raises:
+        ValueError: the package cannot be loaded.
+    """
+
+    def __init__(self, settings: ServerSettings, verified: VerifiedFiles | None = None) -> None:
+        self.settings, self.is_draining = settings, False
+        torch.set_num_threads(settings.threads)
+        self._folder = Path(settings.package)
+        self._manifest_identity = self._identify_manifest()
+        self.package = LoadedPackage.load(self._folder, settings.verify, verified=verified)
+        self._failures, self._retry_at = 0, 0.0
+        self._scorer_thread = ThreadPoolExecutor(1, "scorer")
+        # A thread of its own: without privileges its priority cannot be raised again.
+        self._loader_thread = ThreadPoolExecutor(1, "loader", _lower_priority)
+        self._num_waiting = 0
+
+    def require_token(self, header: str) -> None:
+        """Require the bearer token, if one is set; a RequestError has status 401."""
+        if (token := self.settings.token) is not None and not hmac.compare_digest(
+            header.encode(), f"Bearer {token}".encode()
+        ):
+            raise RequestError("authorization: the bearer token is missing or wrong", 401)
+
+    def require_ready(self) -> None:
+        """Raise a RequestError of status 503 if the server is about to end."""
+        if self.is_draining:
+            raise RequestError("the server is about to end; send requests to another", 503)
+
+    def require_model(self, name: str, version: str | None) -> LoadedPackage:
+        """Return the package for a request to a model; a RequestError of 404 names another."""
+        package = self.package
+        if name != self.settings.name:
+            raise RequestError(f"model '{name[:99]}': not served; '{self.settings.name}' is", 404)
+        if version and version != package.version:
+            raise RequestError(f"version '{version[:99]}': not served; '{package.version}' is", 404)
+        return package
+
+    async def score(
+        self, package: LoadedPackage, arguments: ScoreArguments
+    ) -> np.ndarray:  # float32 [N, C]
+        """Return the predictions of a request.
+
+        Raises:
+            RequestError: too many requests wait (503); or names the column that is missing,
+                unknown, too large or unusable.
+        """
+        limits = self.settings.limits
+        if self._num_waiting >= limits.max_waiting:
+            raise RequestError(f"{self._num_waiting} requests wait already; send it again", 503)
+        package.columns.check(arguments, limits)
+        self._num_waiting += 1
+        metrics.WAITING.inc()
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._scorer_thread, package.score, arguments)
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+        finally:
+            self._num_waiting -= 1
+            metrics.WAITING.dec()
+
+    async def infer(
+        self, package: LoadedPackage, labels: list[str], tensors: list[NamedTensor]
+    ) -> dict[str, np.ndarray]:  # float32 [N] by label
+        """Return the scores of these labels, or of all if there are none; errors as `score`."""
+        known = package.scorer.labels
+        for label in labels:
+            if label not in known:
+                raise RequestError(f"output '{label[:99]}': is none of {list(known)}")
+        scores = await self.score(package, package.columns.arguments(tensors))
+        return {label: scores[:, known.index(label)] for label in labels or known}
+
+    def count_worker(self) -> None:
+        """Count this worker in the metrics, once it answers."""
+        metrics.WORKERS.labels(self.package.version).set(1)
+
+    async def watch(self) -> None:
+        """Load each new package, for ever."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            identity = self._identify_manifest()
+            is_new = identity not in (None, self._manifest_identity)
+            if is_new and time.monotonic() >= self._retry_at:
+                version = self.package.version
+                if await loop.run_in_executor(self._loader_thread, self._reload, identity):
+                    metrics.WORKERS.labels(version).set(0)
+                    self.count_worker()
+                else:
+                    metrics.RELOAD_FAILURES.inc()
+
+    def _identify_manifest(self) -> tuple[int, ...] | None:
+        try:
+            status = (self._folder / MANIFEST).stat()
+        except OSError:
+            return None  # between two renames
+        return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+
+    def _reload(self, identity: tuple[int, ...] | None) -> bool:
+        """Load the folder's package and serve it; keep the old one if that fails."""
+        try:
+            with _short_switches():
+                self.package = LoadedPackage.load(
+                    self._folder, self.settings.verify, self.package.scorer
+                )
+        except (ValueError, OSError) as error:
+            self._failures += 1
+            self._retry_at = time.monotonic() + min(2.0**self._failures, LONGEST_PAUSE)
+            text = "the new package is not served, version %s still is: %s"
+            logger.error(text, self.package.version, error)
+            return False
+        self._manifest_identity, self._failures, self._retry_at = identity, 0, 0.0
+        logger.info("serving version %s", self.package.version)
+        return True
+
+
+def _lower_priority() -> None:
+    """Let the threads that answer requests run before this one where cores are few."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADER_NICENESS)
+
+
+@contextmanager
+def _short_switches() -> Iterator[None]:
+    """Switch threads often: a request would wait for the loading thread at each of its steps."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
