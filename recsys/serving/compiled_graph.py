@@ -32,11 +32,7 @@ Graph = Callable[..., Tensor]
 
 
 def is_compiled(option: Compile) -> bool:
-    """Return whether a graph is to be compiled; `auto`: if there is a C++ compiler.
-
-    Raises:
-        ValueError: it must be compiled, and the compiler that AOTInductor calls is not installed.
-    """
+    """Return whether to compile; a ValueError says that a compiler is required but missing."""
     compiler = os.environ.get("CXX", "g++")
     if option is False or shutil.which(compiler) is not None:
         return option is not False
@@ -50,11 +46,7 @@ def is_compiled(option: Compile) -> bool:
 
 
 def compile_if_possible(program: ExportedProgram, path: Path, option: Compile) -> dict[str, str]:
-    """Compile a graph as `compile_graph` does; with `auto`, warn and go without if that fails.
-
-    Raises:
-        ValueError: the graph must be compiled, and cannot be.
-    """
+    """Compile a graph as `compile_graph` does; with `auto`, warn and go without if that fails."""
     logger.info("compiling the graph takes a minute; --compile false leaves it out")
     try:
         return compile_graph(program, path)

@@ -83,11 +83,7 @@ def export_run(
 
 
 def load_for_export(run: Path, out: Path, ranks: Ranks, data: str | None) -> Job:
-    """Load the best model of a run on this process; make the parent folder of `out`.
-
-    Raises:
-        ValueError: there are several ranks, the folder exists, or the run is not finished.
-    """
+    """Load the best model of a run on this process; make the parent folder of `out`."""
     if ranks.world_size > 1:
         raise ValueError("export runs in one process; start it without torchrun")
     if out.exists():
@@ -174,7 +170,7 @@ def save_bounded(folder: Path, table: str, vocabulary: BoundedVocabulary) -> Non
 def _write_tables(
     checkpoint: Path, folder: Path, stored_as: StoredType, names: set[str]
 ) -> dict[str, dict[str, Any]]:
-    """Write ID tables of a checkpoint, a block of rows at a time; return the layouts."""
+    """Write ID tables a block of rows at a time; return the layouts."""
     folder.mkdir()
     layouts = {}
     for name, table in stored_tables(checkpoint).items():
@@ -223,10 +219,7 @@ def encoded_blocks(
 
 
 def _write_item_encoder(job: Job, folder: Path) -> EntryShapes:
-    """Write what `ItemEncoder` reads, and the index of the items that the package has.
-
-    Returns the shape of an item's entries by modality; none without content.
-    """
+    """Write what `ItemEncoder` reads; return the shape of an item's entries by modality."""
     if job.em3.content is None or job.store is None:
         return {}
     folder.mkdir()
@@ -249,7 +242,6 @@ def _write_item_encoder(job: Job, folder: Path) -> EntryShapes:
 
 
 def _write_graph(job: Job, manifest: Manifest, ranking: nn.Module, path: Path) -> ExportedProgram:
-    """Export the ranking model, or a part of it, with the history map to a file."""
     branch = job.em3.content
     dims = {name: layout["dim"] for name, layout in manifest.tables.items()}
     pooled = [torch.zeros(1, dims[job.schema.table_of(name)]) for name in manifest.pooled]

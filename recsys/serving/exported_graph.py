@@ -79,7 +79,6 @@ def _state_of(program: ExportedProgram) -> dict[str, Tensor]:
 
 
 def _root_of(archive: ZipFile) -> str:
-    """Return the folder that all records of an archive are in, named as the file first was."""
     return archive.namelist()[0].split("/")[0]
 
 

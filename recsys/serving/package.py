@@ -97,12 +97,9 @@ def replace_manifest(folder: Path, manifest: BaseManifest) -> None:
 def read_manifest(
     folder: Path, verify: bool = True, verified: VerifiedFiles | None = None
 ) -> Manifest:
-    """Read a package's manifest and check its files.
+    """Read a package's manifest and check its files, by their hashes or by their sizes alone.
 
-    Args:
-        folder: the package.
-        verify: read every file and compare its hashes; False: compare sizes alone.
-        verified: files that need not be read again; those that are read are added.
+    Files in `verified` are not read again; those that are read are added.
 
     Raises:
         ValueError: the folder is no package, of another format, or a file differs; it is named.

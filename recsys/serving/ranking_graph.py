@@ -67,7 +67,7 @@ class SharedEvents:
     content: ContentVectors | None  # of the candidates and these events
 
     def jagged(self) -> SharedHistory:
-        """As that of `FurtherHistory`."""
+        """Return the history that all candidates share."""
         return self.history
 
     def content_of(
@@ -237,7 +237,7 @@ def _require_any_length(program: ExportedProgram, inputs: RankingInputs) -> None
 
 
 def _names_of_rows(inputs: RankingInputs) -> list[str]:
-    """Return what the rows of each tensor among the graph's arguments are."""
+    """Return what the rows of each tensor among the arguments are."""
     names: list[str] = []
     for name, part in vars(inputs).items():
         rows = "history items" if name in HISTORY_INPUTS else "candidates"

@@ -31,10 +31,7 @@ Values = Mapping[str, Any]
 def request_columns(
     schema: Schema, pooled: Sequence[str], dense: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Return the file columns of the user, and of the history, that a model's columns are made of.
-
-    `pooled` and `dense` are the columns of pooled tables and the dense ones that the model reads.
-    """
+    """Return the file columns of user and history that these model columns are made of."""
     lists = [
         name for events in schema.histories for name in (events.name, *events.numbers, *events.ids)
     ]
@@ -81,11 +78,8 @@ class RequestRows:
 class RequestReader:
     """Reads requests by the schema of a package.
 
-    Args:
-        schema: columns of the run, with its vocabularies.
-        pooled: columns of the pooled tables that the model reads.
-        bounded: maps of raw ids that were learned in training, by table.
-        dense: dense columns that the model reads; default: all.
+    `pooled` and `dense` are the columns that the model reads, `bounded` the maps of raw ids that
+    were learned in training, by table.
     """
 
     def __init__(
@@ -150,11 +144,7 @@ class RequestReader:
         return {name: count for name, count in counts.items() if count}
 
     def item_ids(self, limit: int) -> list[Any]:
-        """Return the ids of all items, in the order of their rows.
-
-        Raises:
-            ValueError: they are more than the limit, or are not kept in the package.
-        """
+        """Return the ids of all items by row; a ValueError says if they are too many or unknown."""
         item = self.schema.target_item
         vocabulary = self.schema.vocabularies.get(item)
         count = (
@@ -202,7 +192,6 @@ class RequestReader:
         return HistoryRows(ids, np.stack(numbers, axis=1) if numbers else empty)
 
     def _table_rows(self, name: str, values: Mapping[str, Sequence[Any]], place: str) -> TableRows:
-        """Return the table rows of ids, or of lists of ids."""
         array = self._column(name, values, place)
         lengths = list_lengths(array) if is_list(array.type) else np.ones(len(array), np.int64)
         flat = array.flatten() if is_list(array.type) else array
@@ -262,12 +251,7 @@ class RequestReader:
 def value_list(
     lists: Values, name: str, place: str, length: int | None = None, what: str = ""
 ) -> Sequence[Any]:
-    """Return the list of values of a column.
-
-    Raises:
-        ValueError: the column is missing, is no list, or not one of `length` values, one for each
-            of `what`.
-    """
+    """Return the list of values of a column; with `length`, it must have one for each `what`."""
     if name not in lists:
         raise ValueError(f"{place}: lacks '{name}'; give a list")
     values = lists[name]

@@ -54,7 +54,6 @@ class Scorer:
     """
 
     def __init__(self, folder: Path, manifest: Manifest, previous: Scorer | None = None) -> None:
-        """Map the files and load the graph; see `load`."""
         self.manifest, self.labels = manifest, tuple(manifest.labels)
         schema = load_run_schema(folder)
         assert schema is not None
@@ -123,7 +122,6 @@ class Scorer:
         return scorer
 
     def _load_graph(self, folder: Path, previous: Scorer | None) -> Graph:
-        """Load the graph, or take over that of another package if the files are equal."""
         if previous is None:
             return load_graph(folder / self.graph_file)
         file = self.manifest.files[self.graph_file]
@@ -152,18 +150,13 @@ class Scorer:
         return self.score_rows(self.read(user, history, candidates))
 
     def score_rows(self, rows: RequestRows) -> np.ndarray:  # float32 [N, C]
-        """Return the predictions for a request that was read by `read`.
-
-        Raises:
-            ValueError: numbers are so large that predictions are not finite.
-        """
+        """Return the predictions for a request of `read`; ValueError: they are not finite."""
         if not len(rows.target):
             return np.zeros((0, len(self.labels)), np.float32)
         return predictions(self._run(rows), self.schema.label_losses).numpy()
 
     @torch.inference_mode()
     def _run(self, rows: RequestRows) -> Tensor:
-        """Look the vectors up and run the graph."""
         outputs = self._graph(*self._inputs(rows).arguments())
         if not torch.isfinite(outputs).all():
             raise ValueError(
@@ -243,7 +236,6 @@ class Scorer:
         return torch.from_numpy(matrix)
 
     def _warm_up(self) -> None:
-        """Score the first item without histories."""
         one = np.zeros(1, np.int64)
         histories = [
             HistoryRows(

@@ -161,11 +161,7 @@ class SharedHistory:
         return self._selected[-1][0]
 
     def select(self, places: Tensor) -> SharedHistory:
-        """Return the history of the flat places that `highest` or `latest` has returned.
-
-        Raises:
-            ValueError: other places, of which rows may have different numbers.
-        """
+        """Return the history of places that `highest` or `latest` has returned; no others."""
         masks = [mask for selected, mask in self._selected if selected is places]
         if not masks:
             raise ValueError(

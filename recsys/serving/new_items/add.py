@@ -126,11 +126,7 @@ def _require_encoder(package: Path, manifest: Manifest) -> None:
 
 
 def _open_items(package: Path, previous: AddedItems, files: Location) -> tuple[ItemTable, pa.Array]:
-    """Return the items of files, and all raw ids that were added to the map of the run.
-
-    Raises:
-        ValueError: the files have no rows, an id is null, occurs twice or is of another type.
-    """
+    """Return the items of files, and all raw ids that were added to the map of the run."""
     schema = load_run_schema(package)
     assert schema is not None
     exported = schema.vocabularies.get(schema.target_item)
@@ -156,11 +152,7 @@ def _open_items(package: Path, previous: AddedItems, files: Location) -> tuple[I
 def _compare(
     index: np.ndarray, exported: np.ndarray, added: np.ndarray, table: ItemTable
 ) -> tuple[np.ndarray, np.ndarray]:  # bool [N] each
-    """Return which items of an index are new, and of which the content has changed.
-
-    Raises:
-        ValueError: another item has the row of one of them, by its hash.
-    """
+    """Return which items of an index are new, and of which the content has changed."""
     stored = np.zeros(len(index), index.dtype)
     is_new = np.ones(len(index), bool)
     for part in (exported, added):
@@ -186,7 +178,6 @@ def _write(
     vectors: Tensor,
     ids: pa.Array,
 ) -> None:
-    """Write the files of the addition, then the manifest that names them."""
     shape = replace(VectorFileShape(**manifest.content["history"]), num_rows=len(index))
     entry = previous.write_next(package, index, vectors, ids, shape)
     folder = package / FOLDER / str(entry["number"])

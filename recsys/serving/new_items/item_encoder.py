@@ -34,11 +34,7 @@ EntryShapes = dict[str, list[int]]
 
 
 class ItemEncoder:
-    """Encodes items as the run of a package does.
-
-    Raises:
-        ValueError: the ranking model keeps more of the items than their content.
-    """
+    """Encodes items as the run of a package does; refuses models that keep more than content."""
 
     def __init__(self, package: Path, shapes: EntryShapes) -> None:
         self.folder, self.shapes = package / FOLDER, shapes
@@ -75,7 +71,6 @@ class ItemEncoder:
         return torch.cat([branch.encode(store.gather(call)) for call in calls])
 
     def _branch(self, store: ContentStore) -> ContentBranch:
-        """Build the content branch with the weights of the run."""
         encoders = {
             name: encoder_of(kind, tuple(self.shapes[name])) for name, kind in store.kinds.items()
         }

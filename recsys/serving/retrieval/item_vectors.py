@@ -109,7 +109,6 @@ def export_vectors(
 def _write(
     folder: Path, run: Path, job: Job, kind: VectorKind, index: IndexKind | None
 ) -> VectorsManifest:
-    """Write vectors, ids and index of all items; return their manifest."""
     items = item_vectors(job, kind)
     num_items, dim = items.vectors.shape
     np.save(folder / VECTORS, items.vectors)
@@ -136,10 +135,8 @@ def _write(
 def item_vectors(job: Job, kind: VectorKind) -> ItemVectors:
     """Compute the vectors of the items that `recsys evaluate` ranks. A collective.
 
-    Args:
-        job: a job of one process with the best model of a run.
-        kind: content: content vectors, as the model encodes ranked items, of which the memory bank
-            may still have those of earlier steps; item_tower: those of a two-tower model.
+    `content` are content vectors, as the model encodes ranked items (the memory bank may have those
+    of earlier steps); `item_tower` are those of a two-tower model.
 
     Raises:
         ValueError: the run has no content, or raw ids are not known.
@@ -161,11 +158,7 @@ def item_vectors(job: Job, kind: VectorKind) -> ItemVectors:
 
 
 def raw_ids(job: Job) -> pa.Array:
-    """Return the raw ids of the items that `recsys evaluate` ranks, in its order.
-
-    Raises:
-        ValueError: they are hashed, and no files of the items have them.
-    """
+    """Return the raw ids of the items that `recsys evaluate` ranks; ValueError: they are hashed."""
     schema = job.schema
     if schema.items is not None:
         store = job.store
@@ -184,7 +177,6 @@ def raw_ids(job: Job) -> pa.Array:
 
 
 def _plain(ids: pa.Array) -> pa.Array:
-    """Return ids as int64 or strings."""
     if pa.types.is_dictionary(ids.type):
         ids = ids.dictionary_decode()
     return ids.cast(pa.int64() if pa.types.is_integer(ids.type) else pa.string())

@@ -40,9 +40,6 @@ def retrieve_files(
         count: most items of a request.
         out: Parquet file with columns `items` and `scores`; None prints a line of JSON for each
             request. A request of which no history item has a content vector gets an empty list.
-
-    Raises:
-        ValueError: an input cannot be read, or a request lacks a column or has a wrong value.
     """
     requests = itertools.chain.from_iterable(_requests(name, retriever) for name in inputs)
     if out is None:
@@ -70,7 +67,6 @@ def retrieve_files(
 def _retrieved(
     retriever: Retriever, requests: Iterator[PlacedRequest], count: int
 ) -> Iterator[list[Retrieved]]:
-    """Yield the results of blocks of requests."""
     no_match = Retrieved([], np.zeros(0, np.float32))
     num_empty = 0
     while block := list(itertools.islice(requests, REQUESTS_PER_BLOCK)):
@@ -94,7 +90,6 @@ def _retrieved(
 
 
 def _requests(name: str, retriever: Retriever) -> Iterator[PlacedRequest]:
-    """Yield the requests of an input."""
     if name.endswith(".json"):
         yield from _json_requests(Location.of(name))
         return

@@ -67,7 +67,6 @@ class Retriever:
     """
 
     def __init__(self, folder: Path, manifest: VectorsManifest, verify: bool) -> None:
-        """Load the ids, the index and the user tower; see `load`."""
         self.folder, self.manifest = folder, manifest
         self.ids = pq.read_table(folder / ITEMS)["id"].combine_chunks()
         self.vectors = np.load(folder / VECTORS, mmap_mode="r")

@@ -58,11 +58,7 @@ class Codebooks:
 
     @staticmethod
     def fit(vectors: np.ndarray, levels: int, codes: int, seed: int = 0) -> Codebooks:  # [I, D]
-        """Cluster vectors, and what each level leaves of them.
-
-        Raises:
-            ValueError: there are fewer vectors than codes, or FAISS is not installed.
-        """
+        """Cluster vectors, and what each level leaves of them; at least as many as codes."""
         _check_codes(codes, len(vectors))
         faiss, rest, centres = require_faiss(), unit(vectors), []
         for _ in range(levels):
@@ -106,7 +102,6 @@ def _check_codes(codes: int, num_items: int) -> None:
 
 
 def _nearest(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:  # [I, D], [C, D] -> [I]
-    """Return the nearest centre of each vector."""
     wide = centres.astype(np.float64)  # whatever the block, an item has the same code
     halves = (wide**2).sum(axis=1) / 2
 
@@ -192,8 +187,7 @@ def export_semantic_ids(
         codes: codes of each level, C.
         ranks: this process alone.
         data: dataset whose items get ids; default the dataset of the run.
-        codebooks: an earlier folder of the same run, whose codebooks, levels and codes are used,
-            so that its items keep their ids.
+        codebooks: an earlier folder of the same run, whose codebooks and sizes are used.
         dataset: also write the dataset with a column of its ranked items' ids, to this folder.
 
     Raises:
@@ -233,12 +227,8 @@ def export_semantic_ids(
 def load_codebooks(folder: Path, model: str | None = None) -> Codebooks:
     """Load the codebooks of a folder of semantic ids, to give later items their codes.
 
-    Args:
-        folder: what `recsys semantic-ids` wrote.
-        model: hash of the model that encodes these items; None: not compared.
-
     Raises:
-        ValueError: the folder is none, a file of it differs, or its codes are of another model.
+        ValueError: the folder is none, a file differs, or its codes are of another model.
     """
     what, command = "folder of semantic ids", "recsys semantic-ids"
     manifest = read_manifest_of(folder, SemanticManifest, what, command, verify=True)
@@ -255,7 +245,8 @@ def write_dataset_with(
 ) -> None:
     """Write a dataset whose rows also have the ids of their item; it appears whole or not at all.
 
-    Files that do not change are hard links where the file system has them, else copies.
+    Files that do not change are hard links where the file system has them, else copies. Rows of
+    unlisted items have an empty list.
 
     Args:
         root: the dataset, on a local disk.
@@ -263,10 +254,7 @@ def write_dataset_with(
         ids: raw ids of the items in the column of the target item, and lists of ids in `column`.
         column: name of the new column, of kind ids.
         num_ids: the ids lie in [0, num_ids).
-        out: a folder that does not exist. Rows of other items have an empty list.
-
-    Raises:
-        ValueError: the dataset is not local, or has such a column.
+        out: a folder that does not exist.
     """
     content = _schema_without(root, column)
     content["columns"][column] = {"kind": "ids", "num_embeddings": num_ids}
@@ -286,11 +274,7 @@ def write_dataset_with(
 
 
 def _schema_without(root: Location, column: str) -> dict[str, Any]:
-    """Return the content of a dataset's `schema.yaml`, to which a column is to be added.
-
-    Raises:
-        ValueError: the dataset is not local, or has such a column.
-    """
+    """Return the content of a local dataset's `schema.yaml`, which must not have the column yet."""
     if not root.is_local:
         raise ValueError(f"{root}: is not on a local disk; copy the dataset to one")
     content: dict[str, Any] = load_plain_yaml((root / "schema.yaml").read_bytes())

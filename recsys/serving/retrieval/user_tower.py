@@ -56,7 +56,7 @@ class QueryVectors(nn.Module):
 
 
 def write_user_tower(run: Path, job: Job, folder: Path) -> Manifest:
-    """Write the package of a run's user tower into an empty folder.
+    """Write the package of a two_tower run's user tower into an empty folder.
 
     Raises:
         ValueError: the model is no two_tower, or its queries depend on the ranked item.
@@ -84,10 +84,7 @@ def write_user_tower(run: Path, job: Job, folder: Path) -> Manifest:
 
 
 class UserTower(Scorer):
-    """Computes query vectors from the package of a user tower.
-
-    Several threads may call `query` at once.
-    """
+    """Computes query vectors from the package of a user tower; threads may share one."""
 
     @property
     def columns(self) -> tuple[list[str], list[str]]:
@@ -97,10 +94,6 @@ class UserTower(Scorer):
     def query(
         self, user: Mapping[str, Any], history: Mapping[str, Sequence[Any]] | Sequence[Any] = ()
     ) -> np.ndarray:  # float32 [V]
-        """Return the query of a user, whose dot product with an item's vector ranks the item.
-
-        Raises:
-            ValueError: names the column with a missing, unknown or unusable value.
-        """
+        """Return the query of a user, whose dot product with an item's vector ranks the item."""
         rows = replace(self.read(user, history, []), target=np.zeros(1, np.int64))
         return self._run(rows).numpy()[0]

@@ -128,7 +128,7 @@ class BoundedConnection(HttpToolsProtocol):
             self.transport.close()
 
     def _awaits_answer(self) -> bool:
-        """Return whether a request that arrived whole is not answered yet."""
+        """Return whether a request that arrived whole has no answer yet."""
         cycle = self.cycle
         return bool(self.pipeline) or not (
             cycle is None or cycle.response_complete or cycle.more_body

@@ -52,7 +52,6 @@ def grpc_server(scoring: ScoringService, address: str) -> grpc.aio.Server:
 
 
 def _handlers(service: InferenceService) -> grpc.GenericRpcHandler:
-    """Return the handlers of the protocol's methods, read from its description."""
     with TemporaryDirectory() as folder:
         out = Path(folder, "descriptors")
         words = [f"-I{PROTOCOL.parent}", f"--descriptor_set_out={out}", PROTOCOL.name]
@@ -112,7 +111,6 @@ class InferenceService:
         return answer
 
     async def _read_message(self, messages: AsyncIterator[bytes], kind: Any) -> Any:
-        """Return a request's only message; a RequestError says that it is late or malformed."""
         seconds = self._scoring.settings.read_timeout
         try:
             async with asyncio.timeout(seconds):

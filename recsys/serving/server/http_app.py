@@ -113,7 +113,6 @@ def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _described_body(kind: type[BaseModel]) -> dict[str, Any]:
-    """Describe a body that a route itself reads, as it may be partly bytes and has a limit."""
     content = {"application/json": {"schema": {"$ref": SCHEMAS.format(model=kind.__name__)}}}
     return {"requestBody": {"required": True, "content": content}}
 
@@ -215,7 +214,6 @@ class Routes:
         return Response(content, media_type="application/json")
 
     async def _body(self, request: Request) -> bytes:
-        """Return the body, of which no more than the limit is read."""
         limit, chunks, size = self._scoring.settings.limits.max_body, [], 0
         async for chunk in request.stream():
             size += len(chunk)
@@ -226,7 +224,7 @@ class Routes:
 
 
 def _candidates(message: RankRequest, package: LoadedPackage, limit: int) -> Any:
-    """Return the candidates of a request, which are all items if it says so; check its options."""
+    """Return the candidates of a request, or all items; check its options."""
     labels = package.scorer.labels
     if message.by is not None and message.by not in labels:
         raise RequestError(f"by: '{message.by[:99]}' is none of the labels {list(labels)}")
@@ -243,7 +241,6 @@ def _candidates(message: RankRequest, package: LoadedPackage, limit: int) -> Any
 def _ranking(
     message: RankRequest, candidates: Any, package: LoadedPackage, scores: np.ndarray
 ) -> dict[str, Any]:  # scores: float32 [N, C]
-    """Return the label, the items and the predictions of a response."""
     labels = package.scorer.labels
     items = candidates[package.columns.item] if isinstance(candidates, dict) else candidates
     by = message.by or labels[0]

@@ -25,12 +25,7 @@ class ScoreArguments:
 
 
 class InputColumns:
-    """Input columns that a package accepts.
-
-    Args:
-        scorer: the package.
-        example: a request for it, whose values show their types.
-    """
+    """Input columns that a package accepts; the values of an example request show their types."""
 
     def __init__(self, scorer: Scorer, example: Mapping[str, Any]) -> None:
         schema, manifest = scorer.schema, scorer.manifest
@@ -130,11 +125,7 @@ class InputColumns:
         return ScoreArguments(user, history, candidates)
 
     def check(self, arguments: ScoreArguments, limits: Limits) -> None:
-        """Require columns of the package and sizes within the limits.
-
-        Raises:
-            RequestError: names the column, its size and the limit.
-        """
+        """Require columns of the package and sizes within the limits; a RequestError names them."""
         history, candidates = arguments.history, arguments.candidates
         if not isinstance(candidates, Mapping):
             candidates = {self.item: candidates}

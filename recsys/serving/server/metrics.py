@@ -51,12 +51,7 @@ def exposition() -> bytes:
 
 
 class RequestLog:
-    """The log line and the seconds of one request, whose clock starts now.
-
-    Args:
-        route: method and route.
-        client_id: the client's id, replaced by a new one if it is empty or not fit for a log.
-    """
+    """The log line and the seconds of one request, whose clock starts now."""
 
     def __init__(self, route: str, client_id: str) -> None:
         is_usable = re.fullmatch(r"[\w.:/+=-]{1,128}", client_id, re.ASCII)

@@ -153,11 +153,7 @@ class NamedTensor:
 def tensor_of_values(
     name: str, datatype: str, shape: Sequence[int], data: Sequence[Any]
 ) -> NamedTensor:
-    """Return a tensor of values, flat or nested as the shape; null is an unknown id.
-
-    Raises:
-        RequestError: the values do not fit the shape.
-    """
+    """Return a tensor of values, flat or nested as the shape; null is an unknown id."""
     size, values = _num_values(name, datatype, shape), list(data)
     if any(isinstance(row, list) for row in data):
         widths = {len(row) if isinstance(row, list) else None for row in data}

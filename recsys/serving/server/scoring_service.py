@@ -78,14 +78,7 @@ class ScoringService:
     """Scores a worker's requests, one at a time, and exchanges its package.
 
     A request is scored by one thread, of which torch uses `threads`; more requests at once come
-    from more workers.
-
-    Args:
-        settings: of the server.
-        verified: files that another process has compared with their hashes.
-
-    Raises:
-        ValueError: the package cannot be loaded.
+    from more workers. `verified` are files that another process has compared with their hashes.
     """
 
     def __init__(self, settings: ServerSettings, verified: VerifiedFiles | None = None) -> None:
@@ -124,12 +117,7 @@ class ScoringService:
     async def score(
         self, package: LoadedPackage, arguments: ScoreArguments
     ) -> np.ndarray:  # float32 [N, C]
-        """Return the predictions of a request.
-
-        Raises:
-            RequestError: too many requests wait (503); or names the column that is missing,
-                unknown, too large or unusable.
-        """
+        """Return the predictions of a request; errors name a column, or say that too many wait."""
         limits = self.settings.limits
         if self._num_waiting >= limits.max_waiting:
             raise RequestError(f"{self._num_waiting} requests wait already; send it again", 503)
@@ -183,7 +171,6 @@ class ScoringService:
         return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
     def _reload(self, identity: tuple[int, ...] | None) -> bool:
-        """Load the folder's package and serve it; keep the old one if that fails."""
         try:
             with _short_switches():
                 self.package = LoadedPackage.load(

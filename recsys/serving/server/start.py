@@ -30,11 +30,7 @@ def require_installation() -> None:
 
 
 def serve(settings: ServerSettings) -> None:
-    """Serve a package until SIGTERM or SIGINT.
-
-    Raises:
-        ValueError: a port is taken, or the package cannot be loaded.
-    """
+    """Serve a package until SIGTERM or SIGINT; ValueError: no package, or a port is taken."""
     with (
         tempfile.TemporaryDirectory(prefix="recsys-serve-") as folder,
         _bound("port", settings.host, settings.port) as http,
@@ -46,7 +42,6 @@ def serve(settings: ServerSettings) -> None:
 
 
 def _run(settings: ServerSettings, http: socket.socket) -> None:
-    """Run the only worker in this process, or several under a supervisor."""
     import uvicorn
     from uvicorn.config import STARTUP_FAILURE
 

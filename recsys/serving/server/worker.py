@@ -39,14 +39,9 @@ def worker_app(
 ) -> RequestMiddleware:
     """Load the package and return the application, which also answers gRPC while it runs.
 
-    Args:
-        settings: those of the server.
-        http: the bound socket on which uvicorn answers.
-        verified: files that the parent process has compared with their hashes.
-
-    Raises:
-        ValueError: the package cannot be loaded by the only worker; one of several ends its
-            process with the exit code that stops all workers.
+    `http` is the bound socket on which uvicorn answers, `verified` are files that the parent
+    process has compared with their hashes. A ValueError says that the only worker cannot load the
+    package; one of several ends its process with the exit code that stops all workers.
     """
     gc.disable()  # until it answers; garbage collection takes a fifth of the start
     configure_logging(0, settings.log_level, settings.log_format)
