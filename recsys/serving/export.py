@@ -30,7 +30,6 @@ from recsys.config import content_settings, save_config
 from recsys.content.branch import ContentBranch
 from recsys.content.encoders.base import Encoder
 from recsys.content.encoders.identity import write_identities
-from recsys.data.filesystem import whole_folder
 from recsys.data.items.content_store import ContentStore
 from recsys.data.parquet.file import open_parquet
 from recsys.distributed.ranks import Ranks
@@ -45,6 +44,7 @@ from recsys.serving.ranking_graph import RankingGraph, RankingInputs, export_gra
 from recsys.serving.requests import request_columns
 from recsys.serving.scorer import bounded_file
 from recsys.serving.vector_file import StoredType, VectorFileShape, write_vectors
+from recsys.storage.files import whole_folder
 from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)

@@ -1,33 +1,24 @@
 """Manifests of folders: size and hashes of each file, signed by a hash of the manifest itself.
 
-Files are hashed by block. A file of 4 GB takes seconds to read, which a server may spend answering:
-it compares some blocks of each file, the first and the last among them, before its first answer,
-and the rest in a thread. A file that is cut short or exchanged differs at once.
+Files are hashed by block, several blocks at once, as a file of 4 GB takes seconds to read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
-import random
-import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from recsys.storage.files import regular_file, whole_file
 
-logger = logging.getLogger(__name__)
-
 BLOCK_BYTES = 2**24
-SAMPLED_BLOCKS = 8  # of a file
 THREADS = 4
 
-Verify = bool | Literal["sample"]  # all blocks, none, or some of each file
 # By name: bytes, and SHA-256 of each block in hexadecimals. Checkpoints of format 2 have the pair
 # [bytes, CRC-32].
 Files = Mapping[str, Any]
@@ -112,16 +103,15 @@ def describe_all(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any
 
 
 def differences(
-    folder: Path, files: Files, verify: Verify = True, verified: VerifiedFiles | None = None
+    folder: Path, files: Files, verify: bool = True, verified: VerifiedFiles | None = None
 ) -> Iterator[str]:
     """Yield a description of each file that is missing or differs.
 
     Args:
         folder: the package or checkpoint.
         files: of its manifest.
-        verify: compare the hashes of all blocks; False: sizes alone; sample: those of
-            `SAMPLED_BLOCKS` blocks of each file, among them the first and the last.
-        verified: files that need not be read again; those that are read whole are added.
+        verify: compare the hashes of all blocks; False: sizes alone.
+        verified: files that need not be read again; those that are read are added.
     """
     verified = VerifiedFiles() if verified is None else verified
     for name, entry in files.items():
@@ -140,17 +130,15 @@ def differences(
             is_known, identity = verified.known(path, digests)
             if is_known:
                 continue
-            if not _has_digests(path, digests, verify):
+            if not _has_digests(path, digests):
                 yield f"{path}: its content differs from the manifest"
-            elif verify is True:
+            else:
                 verified.identities.add(identity)
 
 
-def _has_digests(path: Path, digests: list[str], verify: Verify) -> bool:
-    blocks = list(range(len(digests)))
-    if verify == "sample" and len(blocks) > SAMPLED_BLOCKS:
-        blocks = [0, *random.sample(blocks[1:-1], SAMPLED_BLOCKS - 2), blocks[-1]]
+def _has_digests(path: Path, digests: list[str]) -> bool:
     with ThreadPoolExecutor(THREADS) as threads:
+        blocks = range(len(digests))
         return all(threads.map(lambda block: _digest(path, block) == digests[block], blocks))
 
 
@@ -170,31 +158,3 @@ def _crc32(path: Path) -> int:
         while content := file.read(BLOCK_BYTES):
             value = zlib.crc32(content, value)
     return value
-
-
-class BackgroundCheck:
-    """Compares all blocks of files in a thread.
-
-    Attributes:
-        difference: description of the first file that differs; None as long as none does.
-    """
-
-    def __init__(self, folder: Path, files: Files, verified: VerifiedFiles | None = None) -> None:
-        """Start the thread."""
-        self.difference: str | None = None
-        self._thread = threading.Thread(
-            target=self._run, args=(folder, files, verified), name="package check", daemon=True
-        )
-        self._thread.start()
-
-    def join(self) -> None:
-        """Wait until all files are compared."""
-        self._thread.join()
-
-    def _run(self, folder: Path, files: Files, verified: VerifiedFiles | None) -> None:
-        try:
-            self.difference = next(differences(folder, files, True, verified), None)
-        except OSError as error:
-            self.difference = f"{folder}: {error}"
-        if self.difference is not None:
-            logger.error("%s; requests are refused; export the run again", self.difference)

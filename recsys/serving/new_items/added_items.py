@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary, integer_ids
-from recsys.data.filesystem import whole_folder
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
 from recsys.data.schema import Schema
 from recsys.serving.vector_file import VectorFile, VectorFileShape, write_vectors
+from recsys.storage.files import whole_folder
 
 FOLDER = "added"
 INDEX, VECTORS, IDS = "index.npy", "content.vectors", "ids.parquet"

@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
-from recsys.data.filesystem import whole_folder
 from recsys.data.items.item_table import ItemTable
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
@@ -30,6 +29,7 @@ from recsys.serving.export import encoded_blocks, load_for_export
 from recsys.serving.package import GRAPH, BaseManifest, write_manifest
 from recsys.serving.retrieval.index import IndexKind, build_index, require_faiss, unit
 from recsys.serving.retrieval.user_tower import write_user_tower
+from recsys.storage.files import whole_folder
 
 VectorKind = Literal["content", "item_tower"]
 
