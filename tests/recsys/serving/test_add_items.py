@@ -23,7 +23,7 @@ from recsys.config import ModalitySettings
 from recsys.data.prepare_vocabulary import prepare_vocabularies
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import predict
-from recsys.serving import Scorer, export
+from recsys.serving import Scorer
 from recsys.serving.new_items import added_items
 from recsys.serving.new_items.add import AddedCounts, add_items
 from recsys.serving.new_items.added_items import AddedItems
@@ -33,7 +33,7 @@ from tests.datasets import item_rows, png, write_dataset
 from tests.recsys.serving.serving_runs import exported, requests, small_config
 
 NEW = [100, 101, 102]  # rows 30, 31, 32 of the table; row 33 is that of unknown ids
-EDITED, SAME = 5, 7
+EDITED, UNCHANGED = 5, 7
 FULL = 33  # ids that the table holds
 WIDTH = 16 * 4  # content vector and mean token of three modalities
 PICTURE = png(np.random.default_rng(3))
@@ -50,8 +50,8 @@ def dataset(folder: Path) -> Path:
     """The small dataset with raw ids of items: a table with rows for three more."""
     data = write_dataset(folder / "data")
     schema = data / "schema.yaml"
-    of_item = f"num_embeddings: {FULL + 1}, vocabulary: {{kind: exact}}"
-    schema.write_text(schema.read_text().replace("num_embeddings: 30", of_item))
+    exact = f"num_embeddings: {FULL + 1}, vocabulary: {{kind: exact}}"
+    schema.write_text(schema.read_text().replace("num_embeddings: 30", exact))
     prepare_vocabularies(str(data))
     return data
 
@@ -71,7 +71,7 @@ def edited_items(data: Path) -> pa.Table:
     table = pq.read_table(data / "items").to_pylist()
     rows = {row["item"]: row for row in table}
     edited = rows[EDITED] | {"text": "another house"}
-    return pa.Table.from_pylist([edited, rows[SAME]], pq.read_table(data / "items").schema)
+    return pa.Table.from_pylist([edited, rows[UNCHANGED]], pq.read_table(data / "items").schema)
 
 
 def run_in(folder: Path, fusion: str) -> Path:
@@ -97,7 +97,7 @@ def package(run: Path, tmp_path: Path) -> Path:
 def impressions(run: Path) -> pa.Table:
     """The test rows with new and edited items, ranked and in histories."""
     table = pq.read_table(run / "data" / "test")
-    ids = itertools.cycle([*NEW, EDITED, SAME])
+    ids = itertools.cycle([*NEW, EDITED, UNCHANGED])
     rows = table.to_pylist()
     for row, item in zip(rows, ids):
         row["item"] = item
@@ -108,11 +108,11 @@ def impressions(run: Path) -> pa.Table:
 def predictions(run: Path, folder: Path) -> np.ndarray:
     """What `predict` makes of the impressions with the items in `items/`."""
     data = Path(shutil.copytree(run / "data", folder / "data"))
-    kept = [row for row in pq.read_table(data / "items").to_pylist() if row["item"] != EDITED]
+    rows = [row for row in pq.read_table(data / "items").to_pylist() if row["item"] != EDITED]
     like = pq.read_table(data / "items").schema
-    pq.write_table(pa.Table.from_pylist(kept, like), data / "items" / "part-0.parquet")
-    added = pq.read_table(run / "new" / "items.parquet").slice(0, len(NEW) + 1)
-    pq.write_table(added, data / "items" / "part-1.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, like), data / "items" / "part-0.parquet")
+    new = pq.read_table(run / "new" / "items.parquet").slice(0, len(NEW) + 1)
+    pq.write_table(new, data / "items" / "part-1.parquet")
     prepare_vocabularies(str(data))
     pq.write_table(impressions(run), folder / "input.parquet")
     out = folder / "out.parquet"
@@ -142,21 +142,6 @@ def test_added_items_score_as_predict_with_them_in_items(
     np.testing.assert_allclose(scores(package, run), predictions(run, tmp_path), rtol=0, atol=1e-6)
     again = add_items(package, str(run / "new" / "items.parquet"))
     assert again == AddedCounts(new=0, changed=0, unchanged=5, without_row=0)
-
-
-@pytest.mark.long
-def test_added_one_after_the_other_they_score_as_added_together(
-    run: Path, package: Path, tmp_path: Path
-) -> None:
-    items = pq.read_table(run / "new" / "items.parquet")
-    for part in (items.slice(0, 2), items.slice(2)):
-        pq.write_table(part, tmp_path / "part.parquet")
-        add_items(package, str(tmp_path / "part.parquet"))
-    one_by_one = scores(package, run)
-
-    together = Path(shutil.copytree(run / "package_fp32", tmp_path / "together"))
-    add_items(together, str(run / "new" / "items.parquet"))
-    np.testing.assert_allclose(one_by_one, scores(together, run), rtol=0, atol=1e-6)
 
 
 def test_an_item_beyond_the_table_has_its_content_and_the_id_of_unknown_items(
@@ -202,13 +187,13 @@ def kill_at(patch: pytest.MonkeyPatch, number: int) -> list[str]:
     patch.setattr(ItemEncoder, "encode", noted)
 
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             calls.extend([name] if encoded else [])
             if len(calls) == number:
                 patch.setattr(shutil, "rmtree", lambda *ignored, **also: None)
                 patch.setattr(Path, "unlink", lambda *ignored, **also: None)
                 raise Killed
-            return function(*arguments, **named)
+            return function(*arguments, **options)
 
         return call
 
@@ -250,8 +235,8 @@ def test_a_killed_process_leaves_the_package_whole_and_the_next_addition_works(
 
     assert {"save", "write_table", "write_vectors", "rename", "replace", "fsync"} <= {*calls}
     manifest = read_manifest(package)
-    added = AddedItems.open(package, manifest.added)
-    assert added.ids.to_pylist() == NEW and len(added.index) == len(NEW) + 1
+    items = AddedItems.open(package, manifest.added)
+    assert items.ids.to_pylist() == NEW and len(items.index) == len(NEW) + 1
     assert {path.name for path in (package / "added").iterdir()} == {"1", "2"}
     Scorer.load(package)
 
@@ -288,24 +273,7 @@ def test_a_damaged_file_of_items_is_refused_by_name(
         add_items(package, items)
 
 
-def test_a_killed_export_leaves_no_package(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*arguments: Any) -> None:
-        monkeypatch.setattr(shutil, "rmtree", lambda *ignored, **also: None)
-        raise Killed
-
-    monkeypatch.setattr(export, "export_graph", killed)
-    out = tmp_path / "package"
-    with joined_ranks("cpu") as ranks, pytest.raises(Killed):
-        export.export_run(run / "run", out, "fp32", ranks, str(run / "data"))
-
-    assert not out.exists() and [path.name for path in tmp_path.glob(".package.*.partial/items")]
-    with pytest.raises(ValueError, match=str(out)):
-        Scorer.load(out)
-
-
-def listed(package: Path) -> dict[str, bytes]:
+def files_of(package: Path) -> dict[str, bytes]:
     return {str(file): file.read_bytes() for file in package.rglob("*") if file.is_file()}
 
 
@@ -331,9 +299,11 @@ def test_bad_rows_are_refused_by_file_column_and_row_and_nothing_is_written(
     if values is not None:
         items = items.add_column(place, column, pa.array(values, kind))
     pq.write_table(items, file)
-    before = listed(package)
+    before = files_of(package)
 
     with pytest.raises(ValueError, match=f"{file}.*{message}"):
         add_items(package, str(file))
 
-    assert {name: of for name, of in listed(package).items() if ".lock" not in name} == before
+    assert {
+        name: content for name, content in files_of(package).items() if ".lock" not in name
+    } == before

@@ -32,31 +32,31 @@ def test_a_compiled_package_scores_as_predict(
     folder, _, predicted = package_run
     with joined_ranks("cpu") as ranks:
         export_run(folder / "run", tmp_path / "package", "fp32", ranks, compiles=True)
-    given = list(requests(folder / "data"))
+    rows = list(requests(folder / "data"))
     scorer = Scorer.load(tmp_path / "package")
 
-    scores = np.concatenate([scorer.score(**request) for request in given])
+    scores = np.concatenate([scorer.score(**request) for request in rows])
 
     assert scorer.graph_file == COMPILED
     np.testing.assert_allclose(scores, predicted, rtol=0, atol=1e-5)
     monkeypatch.setattr(compiled_graph.platform, "machine", lambda: "riscv64")
     elsewhere = Scorer.load(tmp_path / "package")
     assert elsewhere.graph_file == GRAPH and "riscv64" in caplog.text
-    np.testing.assert_allclose(elsewhere.score(**given[0]), predicted[:1], rtol=0, atol=1e-6)
-    many = given[0] | {"candidates": list(range(30))}
+    np.testing.assert_allclose(elsewhere.score(**rows[0]), predicted[:1], rtol=0, atol=1e-6)
+    many = rows[0] | {"candidates": list(range(30))}
     np.testing.assert_allclose(scorer.score(**many), elsewhere.score(**many), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["machine", "instructions", "torch"])
 def test_code_for_another_machine_is_not_run(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    here = compiled_graph._this_machine()
-    manifest: Any = SimpleNamespace(compiled=here)
+    machine = compiled_graph._this_machine()
+    manifest: Any = SimpleNamespace(compiled=machine)
     assert graph_file(Path("package"), manifest) == COMPILED and not caplog.text
 
-    manifest.compiled = here | {name: "another"}
+    manifest.compiled = machine | {name: "another"}
 
     assert graph_file(Path("package"), manifest) == GRAPH
-    assert "another" in caplog.text and here[name] in caplog.text
+    assert "another" in caplog.text and machine[name] in caplog.text
 
 
 def test_without_a_compiler_nothing_is_written(

@@ -27,10 +27,10 @@ class Small(nn.Module):
 
 def write(path: Path, module: nn.Module) -> nn.Module:
     """Exports a module for any number of rows."""
-    given = ([torch.randn(5, 3), torch.randn(5, 3)], torch.randn(5))
+    inputs = ([torch.randn(5, 3), torch.randn(5, 3)], torch.randn(5))
     any_number = {0: torch.export.Dim.AUTO}
     program = torch.export.export(
-        module, given, dynamic_shapes=([any_number] * 2, any_number), strict=False
+        module, inputs, dynamic_shapes=([any_number] * 2, any_number), strict=False
     )
     torch.export.save(program, path)
     return module
@@ -45,23 +45,23 @@ def assert_equal(graph: ExportedGraph, module: nn.Module) -> None:
 def test_weights_of_another_file_run_with_the_same_operations(tmp_path: Path) -> None:
     first = write(tmp_path / "first.pt2", Small(4))
     second = write(tmp_path / "second.pt2", Small(4))
-    of_first = ExportedGraph.load(tmp_path / "first.pt2")
+    first_graph = ExportedGraph.load(tmp_path / "first.pt2")
 
-    of_second = ExportedGraph.load(tmp_path / "second.pt2", of_first)
+    second_graph = ExportedGraph.load(tmp_path / "second.pt2", first_graph)
 
-    assert of_second.operations is of_first.operations
-    assert_equal(of_second, second)
-    assert_equal(of_first, first)  # which a request may still use
+    assert second_graph.operations is first_graph.operations
+    assert_equal(second_graph, second)
+    assert_equal(first_graph, first)  # which a request may still use
 
 
 def test_other_operations_are_loaded(tmp_path: Path) -> None:
     write(tmp_path / "first.pt2", Small(4))
-    of_first = ExportedGraph.load(tmp_path / "first.pt2")
+    first_graph = ExportedGraph.load(tmp_path / "first.pt2")
     for name, module in {"wide": Small(5), "factor": Small(4, factor=3.0)}.items():
         path = tmp_path / f"{name}.pt2"
         write(path, module)
 
-        graph = ExportedGraph.load(path, of_first)
+        graph = ExportedGraph.load(path, first_graph)
 
-        assert graph.operations is not of_first.operations
+        assert graph.operations is not first_graph.operations
         assert_equal(graph, module)

@@ -88,15 +88,6 @@ def test_a_folder_of_another_command_is_refused_with_the_command_that_makes_one(
         read_manifest_of(tmp_path / "package", *about, verify=True)
 
 
-def test_a_package_of_another_format_is_refused(tmp_path: Path) -> None:
-    write_package(tmp_path / "package")
-    path = tmp_path / "package" / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
-
-    with pytest.raises(ValueError, match="format 1"):
-        read_manifest(tmp_path / "package")
-
-
 @pytest.mark.parametrize(
     ("stored_as", "error"), [("fp32", 0.0), ("fp16", 1e-3), ("int8", 0.01), ("int4", 0.2)]
 )
@@ -109,11 +100,6 @@ def test_vectors_come_back_as_stored(tmp_path: Path, stored_as: str, error: floa
     assert (tmp_path / "item.vectors").stat().st_size == 50 * shape.row_bytes
     torch.testing.assert_close(file.rows(ids), vectors[ids], rtol=0, atol=error)
     assert file.rows(ids[:0]).shape == (0, 8)
-
-
-def test_int4_needs_an_even_width() -> None:
-    with pytest.raises(ValueError, match="int4"):
-        VectorFileShape(10, 7, "int4")
 
 
 def test_the_map_of_a_job_is_loaded_by_a_process_without_one(tmp_path: Path) -> None:

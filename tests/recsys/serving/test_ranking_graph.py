@@ -55,28 +55,28 @@ def request(num_rows: int, num_items: int, seed: int = 0) -> RankingInputs:
     )
 
 
-def tiled(given: RankingInputs, history_map: nn.Module | None) -> tuple[Any, Any, Any]:
+def tiled(request: RankingInputs, history_map: nn.Module | None) -> tuple[Any, Any, Any]:
     """The same request as a batch in which each row has a history of its own."""
-    num_rows, num_items = len(given.target), len(given.history)
+    num_rows, num_items = len(request.target), len(request.history)
     lengths = torch.full((num_rows,), num_items)
     content = None
     if history_map is not None:
-        of_target, of_history = (
+        target_modalities, history_modalities = (
             part[:, CONTENT_DIM:].unflatten(1, (-1, CONTENT_DIM))
-            for part in (given.target_content, given.history_content)
+            for part in (request.target_content, request.history_content)
         )
-        mapped = history_map(given.history_content[:, :CONTENT_DIM])
-        target = given.target_content[:, :CONTENT_DIM]
-        content = ContentVectors(target, mapped, of_target, of_history)
+        mapped = history_map(request.history_content[:, :CONTENT_DIM])
+        target = request.target_content[:, :CONTENT_DIM]
+        content = ContentVectors(target, mapped, target_modalities, history_modalities)
     batch = replace(
         inputs(lengths)[2],
-        dense_features=given.dense,
-        history_values=given.parallel.repeat(num_rows, 1),
-        history_items=given.history_items,
+        dense_features=request.dense,
+        history_values=request.parallel.repeat(num_rows, 1),
+        history_items=request.history_items,
         history_index=torch.arange(num_items).repeat(num_rows),
-        target_items=given.target_items,
+        target_items=request.target_items,
     )
-    return IDVectors(given.pooled, given.target, given.history), content, batch
+    return IDVectors(request.pooled, request.target, request.history), content, batch
 
 
 def graph_of(name: str, content: ContentSettings | None) -> RankingGraph:
@@ -93,28 +93,28 @@ def test_candidates_of_one_user_score_as_rows_of_a_batch(
     graph = graph_of(name, content)
 
     for size in SIZES:
-        given = request(*size)
-        expected = graph.ranking(*tiled(given, graph.history_map))
+        rows = request(*size)
+        expected = graph.ranking(*tiled(rows, graph.history_map))
         expected = expected.logits if isinstance(expected, TowerVectors) else expected
-        torch.testing.assert_close(graph(*given.arguments()), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(graph(*rows.arguments()), expected, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
 def test_a_search_keeps_the_items_whose_content_is_most_like_the_candidate() -> None:
-    graph, given = graph_of("din", CONTENT), request(1, 3)
-    like = torch.stack([given.target_content[0], -given.target_content[0]])
-    found = replace(given, history_content=torch.cat([given.history_content[:1] * 0, like]))
-    found = replace(found, target_in_bank=given.target_content)
+    graph, rows = graph_of("din", CONTENT), request(1, 3)
+    like = torch.stack([rows.target_content[0], -rows.target_content[0]])
+    rows = replace(rows, history_content=torch.cat([rows.history_content[:1] * 0, like]))
+    rows = replace(rows, target_in_bank=rows.target_content)
     alone = {
         name: part[1:2]
-        for name, part in vars(found).items()
+        for name, part in vars(rows).items()
         if name in ("history", "parallel", "history_items", "history_content")
     }
 
     searching = RankingGraph(graph.ranking, graph.history_map, CONTENT_DIM, top_k=1)
 
-    expected = graph(*replace(found, **alone).arguments())
-    torch.testing.assert_close(searching(*found.arguments()), expected)
+    expected = graph(*replace(rows, **alone).arguments())
+    torch.testing.assert_close(searching(*rows.arguments()), expected)
 
 
 def exported(graph: RankingGraph, name: str, folder: Path) -> ExportedGraph:
@@ -134,8 +134,8 @@ def test_the_exported_graph_takes_any_number_of_candidates_and_history_items(
 
     with torch.no_grad():
         for size in [(37, 9), (1, 0)]:
-            given = request(*size, seed=1).arguments()
-            torch.testing.assert_close(loaded(*given), graph(*given), rtol=1e-5, atol=1e-6)
+            inputs = request(*size, seed=1).arguments()
+            torch.testing.assert_close(loaded(*inputs), graph(*inputs), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.long
@@ -201,11 +201,11 @@ def test_a_search_by_category_keeps_other_numbers_of_items_for_each_candidate(
     module = exported(graph, "sim", tmp_path) if exports else graph
 
     for num_rows, items in [(4, [4, 0, 1, 2, 6, 5]), (1, [1]), (2, [])]:
-        given = replace(
+        rows = replace(
             request(num_rows, len(items)), history_items=torch.tensor(items, dtype=torch.int64)
         )
-        expected = graph.ranking(*tiled(given, graph.history_map))
-        scores = module(*given.arguments())
+        expected = graph.ranking(*tiled(rows, graph.history_map))
+        scores = module(*rows.arguments())
         torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
 
 

