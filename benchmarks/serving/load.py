@@ -24,7 +24,7 @@ import psutil
 import torch
 
 from benchmarks.serving.server import served
-from recsys.serving.compiled_graph import COMPILED, compile_graph
+from recsys.serving.exported_graph import COMPILED, compile_graph
 from recsys.serving.package import GRAPH, MANIFEST, read_manifest, write_manifest
 
 FIRST_OF_WEIGHTS = "/data/weights/weight_"

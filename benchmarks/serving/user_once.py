@@ -36,9 +36,9 @@ from recsys.data.batch import Batch
 from recsys.model.build import build_ranking
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.vectors import IDVectors, TowerVectors
-from recsys.serving.exported_graph import ExportedGraph
+from recsys.serving.exported_graph import ExportedGraph, export_graph
 from recsys.serving.package import GRAPH
-from recsys.serving.ranking_graph import RankingGraph, RankingInputs, export_graph
+from recsys.serving.ranking_graph import RankingGraph, RankingInputs
 
 RECIPE = ROOT / "recsys" / "recipes" / "movielens_multimodal.yaml"
 BACKBONES = ("din", "two_tower", "din_dcn", "dlrm")

@@ -35,12 +35,18 @@ from recsys.data.parquet.file import open_parquet
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.predict import load_run
 from recsys.model.tables import pooled_features
-from recsys.serving.compiled_graph import COMPILED, Compile, compile_if_possible, is_compiled
+from recsys.serving.exported_graph import (
+    COMPILED,
+    Compile,
+    compile_if_possible,
+    export_graph,
+    is_compiled,
+)
 from recsys.serving.new_items import item_encoder
 from recsys.serving.new_items.added_items import content_index
 from recsys.serving.new_items.item_encoder import ITEMS_PER_CALL, EntryShapes
 from recsys.serving.package import GRAPH, REQUEST, Manifest, write_manifest
-from recsys.serving.ranking_graph import RankingGraph, RankingInputs, export_graph
+from recsys.serving.ranking_graph import RankingGraph, RankingInputs
 from recsys.serving.requests import request_columns
 from recsys.serving.scorer import bounded_file
 from recsys.serving.vector_file import StoredType, VectorFileShape, write_vectors
@@ -66,13 +72,12 @@ def export_run(
         run: folder of the finished run.
         out: the package, a folder that does not exist.
         tables: stored type of ID tables; content vectors are in fp32, or else in fp16.
-        ranks: this process alone.
+        ranks: a single process.
         data: dataset whose items are ranked; default the dataset of the run.
         compiles: also compile the graph to machine code; auto: if that is possible here.
 
     Raises:
-        ValueError: there are several ranks, the folder exists, the run is not finished, its model
-            cannot be exported or compiled, or no C++ compiler is installed.
+        ValueError: the run is not finished, or its model cannot be exported or compiled.
     """
     compiles = compiles if is_compiled(compiles) else False
     job = load_for_export(run, out, ranks, data)
@@ -105,7 +110,7 @@ class PackagedModel:
     """Computations of a package.
 
     ranking: the ranking model, or a part of it. pooled, dense: the columns that it reads.
-    reads_targets: it reads the content of ranked items. compiles: write its machine code, too.
+    reads_targets: it reads the content of ranked items. compiles: also write its machine code.
     """
 
     ranking: nn.Module

@@ -1,17 +1,30 @@
-"""The exported graph of a package, apart from its weights.
+"""The ranking graph of a package as a file: exported by torch.export, and compiled to machine code.
 
 A run that trains on is exported with equal operations and other weights. To deserialise operations
 takes a second of Python, in which requests wait for the interpreter; to read weights, milliseconds.
 So a server that exchanges packages keeps the operations, which take weights as arguments, and
 exchanges the weights. The file is a PT2 archive, a ZIP file with a record for each weight
 (https://docs.pytorch.org/docs/stable/export/pt2_archive.html).
+
+AOTInductor makes machine code of the graph with a C++ compiler. The code has the vector
+instructions of the processor that compiled it, and calls the torch it was compiled for. Elsewhere
+the exported graph runs in its place, with a warning. Compiled code reads its inputs by their
+address, so they must be contiguous.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Literal
 from zipfile import ZipFile
 
 import torch
@@ -19,18 +32,29 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from recsys.serving.package import GRAPH, Manifest
+from recsys.serving.ranking_graph import RankingGraph, RankingInputs
+
+logger = logging.getLogger(__name__)
+
 WEIGHTS = "/data/weights/"
 CONFIG = "model_weights_config.json"  # names of the weights and their records
 NO_OPERATIONS = ("/.data/", "/data/sample_inputs/", f"{WEIGHTS}weight_")
+COMPILED = "compiled.pt2"
+Compile = bool | Literal["auto"]
+Graph = Callable[..., Tensor]
+# Candidates, history items and events of further histories in the calls in which an exported graph
+# must equal the model: none, one, and more than a search keeps.
+CHECKED_SIZES = ((2, 3, 4), (1, 1, 0), (3, 0, 2), (1, 0, 1), (4, 70, 70))
+TRACED_SIZE = (5, 7, 3)
+TOLERANCE = 1e-5
+HISTORY_INPUTS = ("history", "parallel", "history_items", "history_content")
 
 
 class ExportedGraph:
-    """A graph that runs.
+    """A graph that runs: `operations` on the `state` (weights and constants) and the inputs.
 
-    Args:
-        operations: the graph; its first arguments are the state, its others the inputs.
-        state: weights and constants by name, in the order of the arguments.
-        digest: hash of all that the file has besides weights and examples.
+    `digest` is the hash of all that the file has besides weights and examples.
     """
 
     def __init__(self, operations: nn.Module, state: dict[str, Tensor], digest: str) -> None:
@@ -47,7 +71,7 @@ class ExportedGraph:
 
     @staticmethod
     def load(path: Path, previous: object = None) -> ExportedGraph:
-        """Load a graph; take over the operations of `previous` if those of the file are equal."""
+        """Load a graph; take over the operations of `previous` if the file has the same."""
         with ZipFile(path) as archive:
             digest = _digest_of_operations(archive)
             if isinstance(previous, ExportedGraph) and previous.digest == digest:
@@ -90,3 +114,187 @@ def _digest_of_operations(archive: ZipFile) -> str:
             digest.update(f"{record} {archive.getinfo(name).file_size} ".encode())
             digest.update(archive.read(name))
     return digest.hexdigest()
+
+
+def export_graph(
+    graph: RankingGraph, shapes: RankingInputs, name: str, path: Path
+) -> ExportedProgram:
+    """Export the graph for any number of candidates and history items, and write it to a file.
+
+    What a scorer loads from the file is compared to the model. `shapes` are inputs of any values
+    with the model's widths; `name` is the ranking model, for messages.
+
+    Raises:
+        ValueError: torch.export refuses the model, its graph takes some numbers of candidates or
+            items alone, or gives other numbers.
+    """
+    traced = random_like(shapes, *TRACED_SIZE)
+    sizes = {0: torch.export.Dim.AUTO}
+    axes = tuple(
+        [sizes] * len(part) if isinstance(part, list) else sizes for part in traced.arguments()
+    )
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                graph, traced.arguments(), dynamic_shapes=(axes,), strict=False
+            )
+            # A region of autocast without operations can be written, but not read.
+            program.graph.eliminate_dead_code()
+            program.graph_module.recompile()
+            _require_any_length(program, traced)
+            torch.export.save(program, path)
+            compare_graphs(ExportedGraph.load(path), graph, shapes)
+    except Exception as error:  # torch.export raises errors of many types
+        raise ValueError(
+            f"ranking.name '{name}' cannot be exported: {type(error).__name__}: {error}; replace "
+            "the operation that torch.export names, or whose shape depends on values"
+        ) from error
+    return program
+
+
+def _require_any_length(program: ExportedProgram, inputs: RankingInputs) -> None:
+    """Raise a ValueError if the graph fixes a number of candidates, history items or events.
+
+    torch.export fixes or bounds a number in silence where the model branches on it.
+    """
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    for argument, rows in zip(program.graph_signature.user_inputs, _names_of_rows(inputs)):
+        length = values[argument].shape[0]
+        symbol = length.node.expr if isinstance(length, torch.SymInt) else None
+        if (bounds := program.range_constraints.get(symbol)) is None:
+            raise ValueError(
+                f"the graph fixes the number of {rows} to {length}; read it from tensor.shape, as "
+                "len(tensor) is a constant in the graph"
+            )
+        if bounds.lower > 2 or bounds.upper < sys.maxsize:
+            raise ValueError(f"the graph takes {bounds.lower} to {bounds.upper} {rows} only")
+
+
+def _names_of_rows(inputs: RankingInputs) -> list[str]:
+    """Return what the rows of each tensor among the arguments are."""
+    names: list[str] = []
+    for name, part in vars(inputs).items():
+        rows = "history items" if name in HISTORY_INPUTS else "candidates"
+        rows = "events of a further history" if name.startswith("further") else rows
+        names += [rows] * (len(part) if isinstance(part, list) else 1)
+    return names
+
+
+def compare_graphs(
+    graph: Callable[..., Tensor], expected: Callable[..., Tensor], shapes: RankingInputs
+) -> None:
+    """Require equal outputs of two graphs for any numbers of rows, by an AssertionError."""
+    for size in CHECKED_SIZES:
+        inputs = random_like(shapes, *size).arguments()
+        torch.testing.assert_close(
+            graph(*inputs), expected(*inputs), rtol=TOLERANCE, atol=TOLERANCE
+        )
+
+
+def random_like(
+    shapes: RankingInputs, num_rows: int, num_items: int, num_events: int
+) -> RankingInputs:
+    """Return random inputs with the widths of `shapes`; each further history has an event more."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(like: Tensor, length: int) -> Tensor:
+        if like.dtype == torch.int64:
+            return torch.zeros(length, dtype=torch.int64)
+        return torch.randn(length, like.shape[1], generator=generator)
+
+    inputs: dict[str, Any] = {
+        name: [random(like, num_rows) for like in part]
+        if name == "pooled"
+        else [random(like, num_events + place) for place, like in enumerate(part)]
+        if isinstance(part, list)
+        else random(part, num_items if name in HISTORY_INPUTS else num_rows)
+        for name, part in vars(shapes).items()
+    }
+    return RankingInputs(**inputs)
+
+
+def is_compiled(option: Compile) -> bool:
+    """Return whether to compile; a ValueError says that a compiler is required but missing."""
+    compiler = os.environ.get("CXX", "g++")
+    if option is False or shutil.which(compiler) is not None:
+        return option is not False
+    if option is True:
+        raise ValueError(
+            f"--compile needs the C++ compiler '{compiler}', which is not found; install it (apt "
+            "install g++), name another by the variable CXX, or set --compile auto"
+        )
+    logger.info("the graph is not compiled, as the C++ compiler '%s' is not found", compiler)
+    return False
+
+
+def compile_if_possible(program: ExportedProgram, path: Path, option: Compile) -> dict[str, str]:
+    """Compile a graph as `compile_graph` does; with `auto`, warn and go without if that fails."""
+    logger.info("compiling the graph takes a minute; --compile false leaves it out")
+    try:
+        return compile_graph(program, path)
+    except ValueError as error:
+        if option is True:
+            raise
+        logger.warning("%s", error)
+        path.unlink(missing_ok=True)
+        return {}
+
+
+def compile_graph(program: ExportedProgram, path: Path) -> dict[str, str]:
+    """Compile an exported graph, compare both, and return what the code needs, for a manifest.
+
+    Raises:
+        ValueError: the graph cannot be compiled, or the code gives other numbers.
+    """
+    try:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        assert program.example_inputs is not None
+        shapes = RankingInputs(*program.example_inputs[0])
+        with torch.inference_mode():
+            compare_graphs(_load_compiled(path), program.module(check_guards=False), shapes)
+    except Exception as error:  # AOTInductor raises errors of many types
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"--compile: AOTInductor cannot compile this model ({type(error).__name__}: {reason}); "
+            "set --compile false"
+        ) from error
+    return _this_machine()
+
+
+def graph_file(folder: Path, manifest: Manifest) -> str:
+    """Return the file of the graph that runs here: the compiled one where it can."""
+    if not manifest.compiled:
+        return GRAPH
+    if manifest.compiled == _this_machine():
+        return COMPILED
+    logger.warning(
+        "%s: compiled for %s, but this is %s, so the graph runs uncompiled; export the run here",
+        folder,
+        *(", ".join(machine.values()) for machine in (manifest.compiled, _this_machine())),
+    )
+    return GRAPH
+
+
+def load_graph(path: Path, previous: Graph | None = None) -> Graph:
+    """Load an exported or a compiled graph; see `ExportedGraph.load`."""
+    return _load_compiled(path) if path.name == COMPILED else ExportedGraph.load(path, previous)
+
+
+def _this_machine() -> dict[str, str]:
+    """Return what compiled code depends on."""
+    return {
+        "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": version("torch"),
+    }
+
+
+def _load_compiled(path: Path) -> Graph:
+    run = torch._inductor.aoti_load_package(str(path))
+
+    def contiguous(argument: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        if isinstance(argument, list):
+            return [tensor.contiguous() for tensor in argument]
+        return argument.contiguous()
+
+    return lambda *arguments: run(*map(contiguous, arguments))

@@ -77,9 +77,9 @@ M = TypeVar("M", bound=BaseManifest)
 
 
 def write_manifest(folder: Path, manifest: BaseManifest, leave_out: str | None = None) -> None:
-    """Hash the files of a folder and write its manifest, with a hash of its own.
+    """Hash the files of a folder and write its signed manifest.
 
-    `leave_out` is a folder in it with a manifest of its own, which may change.
+    `leave_out` is a folder in it that may change and has its own manifest.
     """
     inner = None if leave_out is None else folder / leave_out
     manifest.files = describe_all(
@@ -90,14 +90,14 @@ def write_manifest(folder: Path, manifest: BaseManifest, leave_out: str | None =
 
 
 def replace_manifest(folder: Path, manifest: BaseManifest) -> None:
-    """Write the manifest of a folder, by one rename, with a hash of its own."""
+    """Write the signed manifest of a folder, by one rename."""
     write_signed(folder / MANIFEST, asdict(manifest))
 
 
 def read_manifest(
     folder: Path, verify: bool = True, verified: VerifiedFiles | None = None
 ) -> Manifest:
-    """Read a package's manifest and check its files, by their hashes or by their sizes alone.
+    """Read a package's manifest and check its files, by their hashes or only by their sizes.
 
     Files in `verified` are not read again; those that are read are added.
 
@@ -141,7 +141,7 @@ def digest_of(manifest: Manifest) -> str:
 
 
 def differing_versions(manifest: Manifest) -> list[str]:
-    """Describe each library of which the package was written with another minor version."""
+    """Describe libraries whose minor version differs from the one that wrote the package."""
     differing = []
     for name, stored in manifest.versions.items():
         try:

@@ -9,20 +9,15 @@ Shapes: N candidates, L history items, D dimension of ID vectors, E width of con
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 from torch.nn import functional as F
 
 from recsys.content.vectors import ContentVectors
 from recsys.ranking.vectors import IDVectors
-from recsys.serving.exported_graph import ExportedGraph
 from recsys.serving.shared_history import SharedHistory
 
 
@@ -60,7 +55,7 @@ class RankingInputs:
 
 @dataclass
 class SharedEvents:
-    """Stand-in for a `FurtherHistory`: its events are those of every candidate."""
+    """Stand-in for a `FurtherHistory` whose events all candidates share."""
 
     values: Tensor  # [N * K, P]
     history: SharedHistory
@@ -73,7 +68,7 @@ class SharedEvents:
     def content_of(
         self, content: ContentVectors, num_items: int
     ) -> tuple[ContentVectors | None, SharedHistory]:
-        """Return the content vectors of these events, in place of those of the batch."""
+        """Return the content vectors of these events; the batch's are not read."""
         return self.content, self.history
 
 
@@ -105,15 +100,10 @@ class CandidateBatch:
 
 
 class RankingGraph(nn.Module):
-    """History map and ranking model over the candidates of one user.
+    """History map and ranking model over the candidates of one user, in evaluation mode.
 
-    Args:
-        ranking: the ranking model of a run.
-        history_map: the map of the history's content vectors; None without content.
-        content_dim: width of a content vector; 0 without content.
-        top_k: history items kept by a search for the target's content; 0: all.
-        further_histories: encodes the histories after the first one.
-        scaling: standardises numbers of the model's columns.
+    `content_dim` is the width of a content vector, 0 without content; `top_k` the number of history
+    items that a search for the target's content keeps, 0: all. `scaling` standardises numbers.
     """
 
     def __init__(
@@ -172,107 +162,3 @@ class RankingGraph(nn.Module):
         shared = SharedHistory(target.shape[0], parallel.shape[0], parallel.device)
         vectors = self._content(target, content) if content.shape[1] else None
         return SharedEvents(shared.gather(parallel), shared, vectors)
-
-
-# Candidates, history items and events of further histories in the calls in which an exported graph
-# must equal the model: none, one, and more than a search keeps.
-CHECKED_SIZES = ((2, 3, 4), (1, 1, 0), (3, 0, 2), (1, 0, 1), (4, 70, 70))
-TRACED_SIZE = (5, 7, 3)
-TOLERANCE = 1e-5
-HISTORY_INPUTS = ("history", "parallel", "history_items", "history_content")
-
-
-def export_graph(
-    graph: RankingGraph, shapes: RankingInputs, name: str, path: Path
-) -> ExportedProgram:
-    """Export the graph for any number of candidates and history items, and write it to a file.
-
-    What a scorer loads from the file is compared to the model. `shapes` are inputs of any values
-    with the model's widths; `name` is the ranking model, for messages.
-
-    Raises:
-        ValueError: torch.export refuses the model, its graph takes some numbers of candidates or
-            items alone, or gives other numbers.
-    """
-    traced = random_like(shapes, *TRACED_SIZE)
-    sizes = {0: torch.export.Dim.AUTO}
-    axes = tuple(
-        [sizes] * len(part) if isinstance(part, list) else sizes for part in traced.arguments()
-    )
-    try:
-        with torch.no_grad():
-            program = torch.export.export(
-                graph, traced.arguments(), dynamic_shapes=(axes,), strict=False
-            )
-            # A region of autocast without operations can be written, but not read.
-            program.graph.eliminate_dead_code()
-            program.graph_module.recompile()
-            _require_any_length(program, traced)
-            torch.export.save(program, path)
-            compare_graphs(ExportedGraph.load(path), graph, shapes)
-    except Exception as error:  # torch.export raises errors of many types
-        raise ValueError(
-            f"ranking.name '{name}' cannot be exported: {type(error).__name__}: {error}; replace "
-            "the operation that torch.export names, or whose shape depends on values"
-        ) from error
-    return program
-
-
-def _require_any_length(program: ExportedProgram, inputs: RankingInputs) -> None:
-    """Raise a ValueError if the graph fixes a number of candidates, history items or events.
-
-    torch.export fixes or bounds a number in silence where the model branches on it.
-    """
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
-    for argument, rows in zip(program.graph_signature.user_inputs, _names_of_rows(inputs)):
-        length = values[argument].shape[0]
-        symbol = length.node.expr if isinstance(length, torch.SymInt) else None
-        if (bounds := program.range_constraints.get(symbol)) is None:
-            raise ValueError(
-                f"the graph fixes the number of {rows} to {length}; read it from tensor.shape, as "
-                "len(tensor) is a constant in the graph"
-            )
-        if bounds.lower > 2 or bounds.upper < sys.maxsize:
-            raise ValueError(f"the graph takes {bounds.lower} to {bounds.upper} {rows} only")
-
-
-def _names_of_rows(inputs: RankingInputs) -> list[str]:
-    """Return what the rows of each tensor among the arguments are."""
-    names: list[str] = []
-    for name, part in vars(inputs).items():
-        rows = "history items" if name in HISTORY_INPUTS else "candidates"
-        rows = "events of a further history" if name.startswith("further") else rows
-        names += [rows] * (len(part) if isinstance(part, list) else 1)
-    return names
-
-
-def compare_graphs(
-    graph: Callable[..., Tensor], expected: Callable[..., Tensor], shapes: RankingInputs
-) -> None:
-    """Require equal outputs of two graphs for any numbers of rows, by an AssertionError."""
-    for size in CHECKED_SIZES:
-        inputs = random_like(shapes, *size).arguments()
-        scores, tolerance = graph(*inputs), {"rtol": TOLERANCE, "atol": TOLERANCE}
-        torch.testing.assert_close(scores, expected(*inputs), **tolerance)
-
-
-def random_like(
-    shapes: RankingInputs, num_rows: int, num_items: int, num_events: int
-) -> RankingInputs:
-    """Return random inputs with the widths of `shapes`; each further history has an event more."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(like: Tensor, length: int) -> Tensor:
-        if like.dtype == torch.int64:
-            return torch.zeros(length, dtype=torch.int64)
-        return torch.randn(length, like.shape[1], generator=generator)
-
-    inputs: dict[str, Any] = {
-        name: [random(like, num_rows) for like in part]
-        if name == "pooled"
-        else [random(like, num_events + place) for place, like in enumerate(part)]
-        if isinstance(part, list)
-        else random(part, num_items if name in HISTORY_INPUTS else num_rows)
-        for name, part in vars(shapes).items()
-    }
-    return RankingInputs(**inputs)

@@ -40,39 +40,30 @@ def request_columns(
 
 @dataclass(frozen=True)
 class TableRows:
-    """Rows of a table for each value of a column.
+    """Rows of a table for each value of a column."""
 
-    rows: int64 [K], those of one value after those of the other; lengths: int64 [R].
-    """
-
-    rows: np.ndarray
-    lengths: np.ndarray
+    rows: np.ndarray  # int64 [K], grouped by value
+    lengths: np.ndarray  # int64 [R]
 
 
 @dataclass(frozen=True)
 class HistoryRows:
-    """A history of a request.
+    """A history of a request."""
 
-    ids: table rows of its events, and of each list of ids beside it, by column: int64 [L], or
-    several for each event where its table has several rows per id; numbers: float32 [L, P].
-    """
-
+    # By column, of the events and of each list of ids beside them: int64 [L], or several for each
+    # event where its table has several rows per id.
     ids: dict[str, np.ndarray]
-    numbers: np.ndarray
+    numbers: np.ndarray  # float32 [L, P]
 
 
 @dataclass(frozen=True)
 class RequestRows:
-    """A request in the numbers of the model.
+    """A request in the numbers of the model."""
 
-    pooled: by column, of 1 or N values; dense: float32 [1 or N] by column; target: int64 [N];
-    histories: in the order of the schema.
-    """
-
-    pooled: dict[str, TableRows]
-    dense: dict[str, np.ndarray]
-    target: np.ndarray
-    histories: list[HistoryRows]
+    pooled: dict[str, TableRows]  # by column, of 1 or N values
+    dense: dict[str, np.ndarray]  # float32 [1 or N] by column
+    target: np.ndarray  # int64 [N]
+    histories: list[HistoryRows]  # in the order of the schema
 
 
 class RequestReader:
@@ -220,7 +211,7 @@ class RequestReader:
         return usable_column(table, name, self.schema, refuse)
 
     def _array(self, name: str, values: Sequence[Any], place: str, column: str) -> pa.Array:
-        """Return the values of a file column, of which `column` is made, as an array."""
+        """Return the values of a file column, a source of `column`, as an array."""
         try:
             array = pa.array(values)
             kind = array.type

@@ -1,7 +1,7 @@
-"""Scorer: answers ranking requests from a package, in a process of its own.
+"""Scorer: answers ranking requests from a package.
 
-It needs no process group, no encoders and no dataset. What depends on the user alone is looked up
-and computed once, whatever the number of candidates.
+It needs no process group, no encoders and no dataset. Vectors of the user are looked up and
+computed once, whatever the number of candidates.
 
 Shapes: N candidates, L history items, D dimension, C labels.
 """
@@ -22,7 +22,7 @@ from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.checkpoint.run_schema import load_run_schema
 from recsys.data.schema import Schema
 from recsys.model.losses import predictions
-from recsys.serving.compiled_graph import Graph, graph_file, load_graph
+from recsys.serving.exported_graph import Graph, graph_file, load_graph
 from recsys.serving.new_items.added_items import AddedItems, grow_vocabulary
 from recsys.serving.package import Manifest, differing_versions, read_manifest
 from recsys.serving.ranking_graph import RankingInputs
@@ -77,7 +77,6 @@ class Scorer:
     def load(
         cls,
         package: str | Path,
-        num_threads: int | None = None,
         verify: bool = True,
         previous: Scorer | None = None,
         verified: VerifiedFiles | None = None,
@@ -86,8 +85,7 @@ class Scorer:
 
         Args:
             package: folder that `recsys export` wrote.
-            num_threads: threads of one request, for the whole process; default: torch's.
-            verify: read every file and compare its hashes; False: compare sizes alone.
+            verify: read every file and compare its hashes; False: compare sizes only.
             previous: the package that this one replaces; unchanged files are not read again.
             verified: files whose hashes were compared before; default: by `previous`.
 
@@ -95,8 +93,6 @@ class Scorer:
             ValueError: the folder is no package, a file of it differs (it is named), or the files
                 do not fit together.
         """
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)
         folder = Path(package)
         if verified is None and previous is not None:
             verified = previous.verified
@@ -197,7 +193,7 @@ class Scorer:
         )
 
     def _vectors(self, table: str, rows: np.ndarray) -> Tensor:  # [N] -> [N, D]
-        """Return rows of a table; items beyond it, which have content alone, have the last one."""
+        """Return rows of a table; items beyond it, which only have content, get the last row."""
         file = self._tables[table]
         return file.rows(np.minimum(rows, file.shape.num_rows - 1))
 
@@ -255,7 +251,7 @@ def bounded_file(folder: Path, table: str) -> Path:
 
 
 def load_bounded(folder: Path, table: str, schema: Schema) -> BoundedVocabulary:
-    """Load the map of a table into a vocabulary of this process alone."""
+    """Load the map of a table into a vocabulary without a process group."""
     settings = schema.vocabulary_of(table)
     assert settings is not None
     vocabulary = BoundedVocabulary(

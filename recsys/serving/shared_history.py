@@ -24,13 +24,7 @@ class SharedHistory:
     """The same history for each candidate; the methods are those of `JaggedHistory`.
 
     places: int64 [N, L], the item at each place of each row; None: all items, in their order.
-    mask: bool [N, L], the places that count; None: all.
-    num_rows: N; num_items: U.
-
-    Example::
-
-        history = SharedHistory(num_rows=2, num_items=3, device=torch.device("cpu"))
-        history.dot(torch.ones(2, 4), torch.eye(3, 4))  # ones [2 * 3]
+    mask: bool [N, L], the places that count; None: all. num_rows: N; num_items: U.
     """
 
     num_rows: int
@@ -81,7 +75,7 @@ class SharedHistory:
         return self.places is None
 
     def of_one_row(self, values: Tensor) -> Tensor:
-        """Map [N * L, K], of which all rows have the same values, to those of a row: [L, K]."""
+        """Map [N * L, K] with equal values in all rows to the values of one row: [L, K]."""
         return values.view(self.num_rows, self.longest, values.shape[1])[0]
 
     def unindexed(self) -> SharedHistory:
@@ -120,7 +114,7 @@ class SharedHistory:
         """Normalise [N * L] or [N * L, K] over the places of each row."""
         columns = scores if scores.dim() == 2 else scores.unsqueeze(1)
         softmax = self._by_row(columns, fill=-torch.inf).softmax(dim=1)
-        if self.mask is not None:  # no number in a row of which no place counts
+        if self.mask is not None:  # NaN in a row without a place that counts
             softmax = softmax.where(self.mask.unsqueeze(2), 0.0)
         return softmax.reshape(scores.shape)
 

@@ -1,15 +1,14 @@
 """Adds items to a package, or replaces the content of items that it has, without training.
 
-What is written is small: the vectors of added items, in a folder of its own, and the manifest. The
-manifest is replaced last, by one rename, so that a process that is killed leaves the package as it
-was, and one that serves goes on with the files it has.
+Only the vectors of added items, in a new folder, and the manifest are written. The manifest is
+replaced last, by one rename, so that a killed process leaves the package unchanged, and servers go
+on with the files that they have open.
 
 Shapes: K items that are new or changed, N items of the files.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import Tensor
 
 from recsys.checkpoint.run_schema import load_run_schema
@@ -37,8 +36,6 @@ from recsys.serving.new_items.item_encoder import INDEX, ItemEncoder
 from recsys.serving.package import Manifest, read_manifest, replace_manifest
 from recsys.serving.vector_file import VectorFileShape
 from recsys.storage.manifest import describe_all, differences
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,10 +58,8 @@ class AddedCounts:
 def add_items(package: Path, items: str) -> AddedCounts:
     """Encode new and changed items of Parquet files and put them into a package, all or none.
 
-    Args:
-        package: the folder; it may be in use by servers.
-        items: Parquet file, or folder of them, with the columns of the dataset's `items/`. Files of
-            features that `schema.yaml` names are read from the folder that holds it.
+    The package may be in use by servers. `items` is a file, or a folder of them, with the columns
+    of the dataset's `items/`; files of features are read from the folder that holds it.
 
     Raises:
         ValueError: a value cannot be used (it names file, column and row), an encoder is not that
@@ -99,11 +94,7 @@ def _locked(package: Path) -> Iterator[None]:
     """Let one process at a time add items; a ValueError says that the package is read-only."""
     lock = FileLock(package / ".lock")
     try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.info("%s: another process adds items; waiting for it", package)
-            lock.acquire()
+        lock.acquire()
     except OSError as error:
         raise ValueError(f"{package}: cannot be written to ({error}); change its rights") from error
     try:
@@ -152,7 +143,7 @@ def _open_items(package: Path, previous: AddedItems, files: Location) -> tuple[I
 def _compare(
     index: np.ndarray, exported: np.ndarray, added: np.ndarray, table: ItemTable
 ) -> tuple[np.ndarray, np.ndarray]:  # bool [N] each
-    """Return which items of an index are new, and of which the content has changed."""
+    """Return which items of an index are new, and which have changed content."""
     stored = np.zeros(len(index), index.dtype)
     is_new = np.ones(len(index), bool)
     for part in (exported, added):

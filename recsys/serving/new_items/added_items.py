@@ -1,8 +1,8 @@
 """Items that were added to a package since its export, or changed: a folder per addition.
 
-`added/NUMBER/` holds all of them, not the last ones alone: `index.npy`, their content vectors, and
-the raw ids that the exact map of the run does not have. The manifest names the folder, so that an
-addition is there for all readers at once, or not at all.
+`added/NUMBER/` holds the items of all additions: `index.npy`, their content vectors, and the raw
+ids that the run's exact map does not have. The manifest names the folder, so that readers see a
+whole addition or none.
 
 An index has a hash of each item's content, which shows whether the content has changed.
 
@@ -91,8 +91,7 @@ class AddedItems:
     ) -> dict[str, Any]:
         """Write the folder of the next addition and return the manifest's entry `added`.
 
-        Folders that an interrupted addition left are removed. The one before the present one goes
-        only now, so that a process that has just read its manifest still opens its files.
+        The last folder but one goes only now, as a process may have just read the manifest before.
         """
         root, number = package / FOLDER, self.number + 1
         for path in root.glob("*"):
@@ -110,11 +109,11 @@ class AddedItems:
 
 
 class GrowingVocabulary(ExactVocabulary):
-    """An exact map that takes ids beyond its table, which then have content alone.
+    """An exact map that takes ids beyond its table, which then only have content.
 
-    New ids get the free rows of the table, as `recsys prepare vocabulary` gives them. Where none is
-    left they are numbered on after the table; a lookup of its vectors takes the last row, that of
-    unknown ids. A ValueError says that an id is null or not of the map's type.
+    New ids get the free rows of the table, as `recsys prepare vocabulary` gives them. In a full
+    table they are numbered on after its end; scorers use the vector of unknown ids for them. A
+    ValueError says that an id is null or not of the map's type.
     """
 
     is_limited = False

@@ -1,8 +1,8 @@
 """Encoder of items in a package: settings, trained weights, and identities of the encoders.
 
 Trained weights (adapters, projections, fusion) are in the package. Frozen weights, tokenizers and
-the preparation of images are those of the encoders that the run names; the package has their
-hashes, and other ones are refused.
+image processors are loaded by the encoders' names; if their hashes are not the package's, they are
+refused.
 
 Shapes: K items to encode, E width of content vectors.
 """

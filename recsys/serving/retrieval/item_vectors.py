@@ -2,8 +2,8 @@
 
 `vectors.npy` has the vectors, `items.parquet` the raw id (`id`) and table row (`row`) of each, in
 the same order; `index.faiss` is the index, whose positions are these places; `manifest.json` lists
-the files with their sizes and hashes. `queries/` is the package of the user tower, with a manifest
-of its own, as items may be added to it.
+the files with their sizes and hashes. `queries/` is the package of the user tower; it has its own
+manifest, as items may be added to it.
 
 Shapes: I items, D content dimension, V width of a vector.
 """
@@ -83,12 +83,11 @@ def export_vectors(
         kind: content: of any model with content; item_tower: of two_tower, with its user tower;
             None: item_tower of two_tower, else content.
         index: also build an index of this kind.
-        ranks: this process alone.
+        ranks: a single process.
         data: dataset whose items are exported; default the dataset of the run.
 
     Raises:
-        ValueError: there are several ranks, the folder exists, the run is not finished or has no
-            such vectors, or FAISS is not installed.
+        ValueError: the run is not finished or has no such vectors, or FAISS is not installed.
     """
     if index is not None:
         require_faiss()
@@ -135,8 +134,8 @@ def _write(
 def item_vectors(job: Job, kind: VectorKind) -> ItemVectors:
     """Compute the vectors of the items that `recsys evaluate` ranks. A collective.
 
-    `content` are content vectors, as the model encodes ranked items (the memory bank may have those
-    of earlier steps); `item_tower` are those of a two-tower model.
+    `content` are content vectors, as the model encodes ranked items (the memory bank may have older
+    ones); `item_tower` are vectors of a two-tower model.
 
     Raises:
         ValueError: the run has no content, or raw ids are not known.

@@ -33,13 +33,10 @@ def retrieve_files(
 ) -> int:
     """Retrieve items for each request, in their order; return the number of requests.
 
-    Args:
-        retriever: of any folder of vectors.
-        inputs: Parquet files with a request in each row, or folders of them; or JSON files with one
-            request (`user` and `history`) or a list of them.
-        count: most items of a request.
-        out: Parquet file with columns `items` and `scores`; None prints a line of JSON for each
-            request. A request of which no history item has a content vector gets an empty list.
+    `inputs` are Parquet files with a request in each row, or folders of them; or JSON files with
+    one request (`user` and `history`) or a list of them. `out` is a Parquet file with columns
+    `items` and `scores`; None prints a line of JSON for each request. A request without a history
+    item that has a content vector gets an empty list.
     """
     requests = itertools.chain.from_iterable(_requests(name, retriever) for name in inputs)
     if out is None:

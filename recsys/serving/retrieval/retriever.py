@@ -34,8 +34,6 @@ class NoQueryError(ValueError):
 class Retrieved:
     """Items of one request, best first, and their scores.
 
-    items: raw ids [K]; scores: float32 [K] dot products, or [K, C] predictions of a ranking model.
-
     Example::
 
         from recsys.serving.retrieval import Retrieved, Retriever
@@ -46,8 +44,8 @@ class Retrieved:
         dict(zip(retrieved.items, retrieved.scores))  # dot product by raw id
     """
 
-    items: list[Any]
-    scores: np.ndarray
+    items: list[Any]  # raw ids [K]
+    scores: np.ndarray  # float32 [K] dot products, or [K, C] predictions of a ranking model
 
 
 class Retriever:
@@ -108,8 +106,7 @@ class Retriever:
             exclude: raw ids not to return, such as items that the user knows.
 
         Raises:
-            ValueError: names the column with a missing or unusable value; or no item of the history
-                has a content vector.
+            ValueError: names a missing or unusable column; or no history item has a content vector.
         """
         return self.search(self.query(user, history)[np.newaxis], count, [exclude])[0]
 
@@ -132,8 +129,8 @@ class Retriever:
         places = pc.index_in(item_ids, self.ids).drop_null().to_numpy()
         if not len(places):
             raise NoQueryError(
-                f"history: no item of '{name}' has a vector in {self.folder}, and content vectors "
-                "are searched by those of the history; give items that it has"
+                f"history: no item of '{name}' has a vector in {self.folder}, and the query is "
+                "their mean; give items that it has"
             )
         return unit(self.vectors[places]).mean(axis=0)
 
@@ -195,9 +192,8 @@ class TwoStage:
     ) -> Retrieved:
         """Return the best of the candidates by the ranking model's prediction of a label.
 
-        `user` has the columns that either model reads; `candidates` items are retrieved and ranked
-        by the label of this number in `scorer.labels`. Other arguments are those of
-        `Retriever.retrieve`, with its errors.
+        `user` has the columns that either model reads; `candidates` is the number of items to
+        retrieve; `label` is a place in `scorer.labels`. For the rest see `Retriever.retrieve`.
         """
         items = self.retriever.retrieve(user, history, candidates, exclude).items
         columns: dict[str, Sequence[Any]] = {self.retriever.manifest.target_item: items}

@@ -1,9 +1,8 @@
 """Semantic ids: a few codes per item, from coarse to fine, that similar items share.
 
 Residual k-means, as in QARM (arXiv 2411.11739): the first codebook clusters the content vectors,
-each further one what the codebooks before it leave of them. Vectors are compared by direction. The
-codes of an item depend on its vector and the codebooks alone, so that items added later get codes
-without changing those of others.
+each further one clusters the residuals. Vectors are compared by direction. The codes of an item
+only depend on its vector and the codebooks, so that new items do not change the codes of others.
 
 `recsys semantic-ids` writes a folder: `items.parquet` has the raw id of each item and its semantic
 ids as a list, `codebooks.npy` the centres of each level, `collisions.json` the report,
@@ -185,7 +184,7 @@ def export_semantic_ids(
         out: a folder that does not exist; it appears whole or not at all.
         levels: codes of each item, L.
         codes: codes of each level, C.
-        ranks: this process alone.
+        ranks: a single process.
         data: dataset whose items get ids; default the dataset of the run.
         codebooks: an earlier folder of the same run, whose codebooks and sizes are used.
         dataset: also write the dataset with a column of its ranked items' ids, to this folder.
@@ -243,18 +242,11 @@ def load_codebooks(folder: Path, model: str | None = None) -> Codebooks:
 def write_dataset_with(
     root: Location, schema: Schema, ids: pa.Table, column: str, num_ids: int, out: Path
 ) -> None:
-    """Write a dataset whose rows also have the ids of their item; it appears whole or not at all.
+    """Write a local dataset whose rows also have the ids of their item, whole or not at all.
 
-    Files that do not change are hard links where the file system has them, else copies. Rows of
-    unlisted items have an empty list.
-
-    Args:
-        root: the dataset, on a local disk.
-        schema: its columns.
-        ids: raw ids of the items in the column of the target item, and lists of ids in `column`.
-        column: name of the new column, of kind ids.
-        num_ids: the ids lie in [0, num_ids).
-        out: a folder that does not exist.
+    Files that do not change are hard links where the file system has them, else copies. `ids` has
+    the raw ids of items in the column of the target item, and lists of ids in [0, num_ids) in
+    `column`; rows of other items have an empty list.
     """
     content = _schema_without(root, column)
     content["columns"][column] = {"kind": "ids", "num_embeddings": num_ids}

@@ -1,4 +1,4 @@
-"""The user's tower of a two-tower run, as a package of its own: requests -> query vectors.
+"""The user tower of a two-tower run as a package: requests -> query vectors.
 
 The package has the form of any other (`recsys.serving.package`); its graph returns a vector in
 place of logits, and it has only the tables and columns that this vector depends on.

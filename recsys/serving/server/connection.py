@@ -1,7 +1,7 @@
 """HTTP connections that end when a client does not send its request.
 
-uvicorn limits the time between two requests alone: a client that sends half a request, or a head
-without an end, keeps its connection and its memory for as long as it likes.
+uvicorn only limits the time between two requests. A client that sends half a request, or a head
+without an end, would keep its connection and memory for ever.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class HeadError(Exception):
 class BoundedConnection(HttpToolsProtocol):
     """A connection of uvicorn with limits on its requests.
 
-    A request must be complete `READ_TIMEOUT` seconds after its first byte, the first one after the
-    connection was made. uvicorn ends connections that are idle after an answer.
+    A request must be complete `READ_TIMEOUT` seconds after its first byte; the first request, after
+    the start of the connection. uvicorn ends connections that are idle after an answer.
     """
 
     _timer: asyncio.TimerHandle | None = None
@@ -45,7 +45,7 @@ class BoundedConnection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse bytes, of which a head may have no more than `MAX_HEAD`."""
+        """Parse bytes; refuse heads of more than `MAX_HEAD`."""
         if self._is_refused:
             return
         if self._timer is None:
@@ -78,7 +78,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._head_size = 0
 
     def on_message_complete(self) -> None:
-        """End a request; after one that was answered before, the timer ends an idle connection."""
+        """End a request; if it has its answer already, the timer still ends the connection."""
         super().on_message_complete()
         self._head_size = 0
         if not self.cycle.response_complete:

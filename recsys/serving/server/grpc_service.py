@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 PROTOCOL = Path(__file__).with_name("open_inference.proto")
 SERVICE = "inference.GRPCInferenceService"
 PROBES = ("ServerLive", "ServerReady")  # they send no token
-Method = Callable[[Any, str], Awaitable[dict[str, Any]]]
 
 
 def grpc_server(scoring: ScoringService, address: str) -> grpc.aio.Server:
@@ -58,7 +57,7 @@ def _handlers(service: InferenceService) -> grpc.GenericRpcHandler:
         code = protoc.main(["protoc", *words])
         assert code == 0, PROTOCOL
         files = FileDescriptorSet.FromString(out.read_bytes()).file
-    pool = DescriptorPool()  # of its own: clients in this process may have the same messages
+    pool = DescriptorPool()  # not the default one: clients in this process may use its names
     for file in files:
         pool.Add(file)
     handlers = {}
@@ -73,22 +72,13 @@ def _handlers(service: InferenceService) -> grpc.GenericRpcHandler:
 
 
 class InferenceService:
-    """The methods: each takes a message and the request's id, and returns fields."""
+    """The methods of the protocol, with token, request id, codes of errors, log and metrics."""
 
     def __init__(self, scoring: ScoringService) -> None:
         self._scoring = scoring
-        self._methods: dict[str, Method] = {
-            "ServerLive": self._live,
-            "ServerReady": self._ready,
-            "ServerMetadata": self._server,
-            "ModelReady": self._model_ready,
-            "ModelMetadata": self._model,
-            "ModelInfer": self._infer,
-        }
 
     def handler(self, name: str, request: Any, response: Any) -> Callable[..., Any]:
-        """Return a method with token, request id, codes of errors, log line and metrics."""
-        method = self._methods[name]
+        """Return the function that answers a method, of these types of messages."""
 
         async def answer(messages: AsyncIterator[bytes], context: ServicerContext) -> Any:
             metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
@@ -98,7 +88,7 @@ class InferenceService:
                 if name not in PROBES:
                     self._scoring.require_token(metadata.get("authorization", ""))
                 message = await self._read_message(messages, request)
-                return response(**await method(message, log.id))
+                return response(**await self._fields(name, message, log.id))
             except RequestError as error:
                 code, problem = error.code, str(error)
             except Exception:
@@ -122,23 +112,21 @@ class InferenceService:
         except DecodeError as error:
             raise RequestError(f"the request is no {kind.DESCRIPTOR.name}: {error}") from error
 
-    async def _live(self, message: Any, request_id: str) -> dict[str, Any]:
-        return {"live": True}
-
-    async def _ready(self, message: Any, request_id: str) -> dict[str, Any]:
+    async def _fields(self, name: str, message: Any, request_id: str) -> dict[str, Any]:
+        """Return the fields of a method's response."""
+        if name == "ServerLive":
+            return {"live": True}
+        if name == "ServerMetadata":
+            return {"name": "recsys", "version": version("recsys-em3")}
+        if name == "ModelMetadata":
+            package = self._scoring.require_model(message.name, message.version)
+            return model_metadata(message.name, package)
+        if name == "ModelInfer":
+            return await self._infer(message, request_id)
+        if name == "ModelReady":
+            self._scoring.require_model(message.name, message.version)
         self._scoring.require_ready()
         return {"ready": True}
-
-    async def _server(self, message: Any, request_id: str) -> dict[str, Any]:
-        return {"name": "recsys", "version": version("recsys-em3")}
-
-    async def _model_ready(self, message: Any, request_id: str) -> dict[str, Any]:
-        self._scoring.require_model(message.name, message.version)
-        return await self._ready(message, request_id)
-
-    async def _model(self, message: Any, request_id: str) -> dict[str, Any]:
-        package = self._scoring.require_model(message.name, message.version)
-        return model_metadata(message.name, package)
 
     async def _infer(self, message: Any, request_id: str) -> dict[str, Any]:
         package = self._scoring.require_model(message.model_name, message.model_version)

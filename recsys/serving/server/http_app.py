@@ -1,4 +1,4 @@
-"""HTTP: Open Inference Protocol v2, `/v1/rank`, the metrics, and what each request passes first."""
+"""HTTP: Open Inference Protocol v2, `/v1/rank`, the metrics, and the middleware of requests."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 MODEL = "/v2/models/{name}"
 RANK = "/v1/rank"
 VERSION = MODEL + "/versions/{model_version}"
-PROBES = ("/v2/health/live", "/v2/health/ready")  # those of Kubernetes send no token
+PROBES = ("/v2/health/live", "/v2/health/ready")  # Kubernetes sends no token with them
 INTERNAL = "internal error; the log of the server has its cause under the request's id"
 SCHEMAS = "#/components/schemas/{model}"
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -54,7 +54,7 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Mapping[str, Any]]]
 class DirectRoute(Route):
     """A route that is found before FastAPI's own of the same path, which describes it.
 
-    Starlette alone passes a request to its handler in less time: .2 ms of a request's 1.5.
+    Starlette calls the handler sooner than FastAPI: it saves .2 of a request's 1.5 ms.
     """
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
@@ -120,7 +120,7 @@ def _described_body(kind: type[BaseModel]) -> dict[str, Any]:
 def _describe(app: FastAPI, name: str, package: LoadedPackage) -> None:
     """Complete the description in OpenAPI: messages, model and columns.
 
-    `package` is that of the start; one that replaces it may have other columns.
+    Columns are those of the first `package`; a package that replaces it may have others.
     """
     document = app.openapi()
     schemas = document["components"]["schemas"]
@@ -144,7 +144,7 @@ def _describe(app: FastAPI, name: str, package: LoadedPackage) -> None:
 
 
 class Routes:
-    """Handlers of the routes; each returns or raises what its docstring promises clients."""
+    """Handlers of the routes; clients read their docstrings in the description."""
 
     def __init__(self, scoring: ScoringService) -> None:
         self._scoring = scoring

@@ -77,8 +77,8 @@ class LoadedPackage:
 class ScoringService:
     """Scores a worker's requests, one at a time, and exchanges its package.
 
-    A request is scored by one thread, of which torch uses `threads`; more requests at once come
-    from more workers. `verified` are files that another process has compared with their hashes.
+    Torch uses `threads` for a request; to score several requests at once, start more workers.
+    `verified` are files that another process has compared with their hashes.
     """
 
     def __init__(self, settings: ServerSettings, verified: VerifiedFiles | None = None) -> None:
@@ -89,7 +89,7 @@ class ScoringService:
         self.package = LoadedPackage.load(self._folder, settings.verify, verified=verified)
         self._failures, self._retry_at = 0, 0.0
         self._scorer_thread = ThreadPoolExecutor(1, "scorer")
-        # A thread of its own: without privileges its priority cannot be raised again.
+        # A separate thread: without privileges its priority cannot be raised again.
         self._loader_thread = ThreadPoolExecutor(1, "loader", _lower_priority)
         self._num_waiting = 0
 

@@ -95,6 +95,7 @@ def _bound(name: str, host: str, port: int, is_shared: bool = False) -> socket.s
 
 def _reserved(name: str, host: str, port: int) -> socket.socket:
     """Return a socket that reserves an address, on which the workers' sockets may listen."""
-    with _bound(name, host, port) as alone:  # another server could share the port of a shared one
-        port = alone.getsockname()[1]
+    # An exclusive socket first: a shared one could take the port of another server.
+    with _bound(name, host, port) as exclusive:
+        port = exclusive.getsockname()[1]
     return _bound(name, host, port, is_shared=True)

@@ -16,9 +16,9 @@ from recsys.content.vectors import ContentVectors
 from recsys.model.precision import use_bfloat16
 from recsys.ranking.sim import ItemCategories
 from recsys.ranking.vectors import IDVectors, TowerVectors
-from recsys.serving.exported_graph import ExportedGraph
+from recsys.serving.exported_graph import ExportedGraph, export_graph
 from recsys.serving.package import GRAPH
-from recsys.serving.ranking_graph import RankingGraph, RankingInputs, export_graph
+from recsys.serving.ranking_graph import RankingGraph, RankingInputs
 from recsys.serving.shared_history import SharedHistory
 from tests.recsys.ranking.ranking_inputs import (
     CONTENT,
