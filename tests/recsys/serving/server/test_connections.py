@@ -7,7 +7,7 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -56,15 +56,16 @@ def statuses(received: bytes) -> list[int]:
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", received)]
 
 
-def descriptors(server: ServedPackage) -> int:
-    return psutil.Process(server.process.pid).num_fds()
+def connections(server: ServedPackage) -> int:
+    opened = psutil.Process(server.process.pid).net_connections("tcp")
+    return sum(connection.status != psutil.CONN_LISTEN for connection in opened)
 
 
-def wait_for_descriptors(server: ServedPackage, number: int) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + READ + IDLE + SLACK
-    while descriptors(server) > number:
-        assert time.monotonic() < deadline, f"{descriptors(server)} are open, not {number}"
-        time.sleep(0.1)
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
@@ -111,31 +112,29 @@ def test_a_request_that_drips_has_no_longer_time(server: ServedPackage) -> None:
 
 
 def test_half_sent_requests_leave_nothing_open(server: ServedPackage) -> None:
-    wait_for_descriptors(server, before := descriptors(server))
     kinds = [HEAD, HEAD + b"content-length: 100\r\n\r\n{", b"", CHUNKED + b"5\r\nabcde\r\n"]
     with ExitStack() as stack:
         for number in range(MANY):
             address = ("127.0.0.1", server.port if number % 5 else server.grpc_port)
             connection = stack.enter_context(socket.create_connection(address))
             connection.sendall(kinds[number % len(kinds)])
+        wait_until(lambda: connections(server) >= MANY)
 
-        wait_for_descriptors(server, before)
+        wait_until(lambda: connections(server) == 0)
 
     assert server.call("/v2").status == 200
 
 
 def test_a_client_that_reads_no_answer_is_disconnected(server: ServedPackage) -> None:
-    wait_for_descriptors(server, before := descriptors(server))
     request = b"GET /openapi.json HTTP/1.1\r\n" + BEARER + b"\r\n"
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(0.5)
         connection.connect(("127.0.0.1", server.port))
         connection.sendall(90 * request)  # more than buffers of the system have room for
-        while descriptors(server) <= before:
-            time.sleep(0.01)
+        wait_until(lambda: connections(server) > 0)
 
-        wait_for_descriptors(server, before)
+        wait_until(lambda: connections(server) == 0)
 
 
 @pytest.mark.parametrize(
