@@ -118,7 +118,7 @@ def test_half_sent_requests_leave_nothing_open(server: ServedPackage) -> None:
             address = ("127.0.0.1", server.port if number % 5 else server.grpc_port)
             connection = stack.enter_context(socket.create_connection(address))
             connection.sendall(kinds[number % len(kinds)])
-        wait_until(lambda: connections(server) >= MANY)
+        wait_until(lambda: connections(server) > MANY // 4)
 
         wait_until(lambda: connections(server) == 0)
 
