@@ -70,4 +70,5 @@ lint: install-dev
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m mypy --num-workers 2
 	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/python -m pytest -q -n 0 tests/test_plain_names.py
 	$(VENV)/bin/python -m recsys.config.settings_page --check

@@ -96,10 +96,13 @@ def _component(**defaults: Any) -> Callable[[Callable[..., AppDef]], Callable[..
     """Give a component the signature and option texts of `_job`, with its own defaults."""
 
     def with_options(component: Callable[..., AppDef]) -> Callable[..., AppDef]:
-        own = {"name": f"recsys-{component.__name__}", **defaults}
+        component_defaults = {"name": f"recsys-{component.__name__}", **defaults}
         _, *options = inspect.signature(_job).parameters.values()  # without the role's name
         component.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [option.replace(default=own.get(option.name, option.default)) for option in options]
+            [
+                option.replace(default=component_defaults.get(option.name, option.default))
+                for option in options
+            ]
         )
         _, arguments = (_job.__doc__ or "").split("    Args:")
         component.__doc__ = f"{component.__doc__}\n\n    Args:{arguments}"

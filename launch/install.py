@@ -43,7 +43,7 @@ if torch.version.cuda is None or version("fbgemm-gpu").endswith("+cpu"):
 """
 NO_DRIVER = "not imported: FBGEMM for CUDA needs an NVIDIA driver, and this machine has none"
 WITHOUT_DEPENDENCIES = ("encoders", "clients")  # extras
-OF_DEVELOPMENT = ("clients", "dev", "serve")
+DEVELOPMENT_EXTRAS = ("clients", "dev", "serve")
 
 
 class InstallError(Exception):
@@ -139,25 +139,25 @@ class Stamp:
     extras: tuple[str, ...] = ()
     complete: bool = False
 
-    def serves(self, wanted: Stamp) -> bool:
+    def serves(self, target: Stamp) -> bool:
         """Return whether all wanted packages are installed, with or without further extras."""
-        is_complete = replace(self, extras=wanted.extras) == replace(wanted, complete=True)
-        return is_complete and {*wanted.extras} <= {*self.extras}
+        is_complete = replace(self, extras=target.extras) == replace(target, complete=True)
+        return is_complete and {*target.extras} <= {*self.extras}
 
-    def is_same_kind(self, wanted: Stamp) -> bool:
+    def is_same_kind(self, target: Stamp) -> bool:
         """Return whether the wanted packages can be installed on top of the present ones.
 
         FBGEMM's distributions overwrite each other; scripts name Python and the folder.
         """
         ours = (self.flavor, self.python, self.location)
-        return ours == (wanted.flavor, wanted.python, wanted.location)
+        return ours == (target.flavor, target.python, target.location)
 
 
 def read_stamp(environment: Path) -> Stamp | None:
     """Read the stamp of an earlier call, or return None if it is absent or not readable."""
     try:
         stamp = json.loads((environment / STAMP_NAME).read_text())
-        extras = OF_DEVELOPMENT if stamp.pop("dev", False) else stamp.get("extras", ())
+        extras = DEVELOPMENT_EXTRAS if stamp.pop("dev", False) else stamp.get("extras", ())
         return Stamp(**stamp | {"extras": tuple(extras)})
     except (OSError, ValueError, TypeError, AttributeError):
         return None
@@ -180,11 +180,11 @@ def make_environment(environment: Path, start_over: bool) -> None:
     elif environment.exists() and any(environment.iterdir()):
         raise InstallError(f"--venv {environment}: is no virtual environment; name another folder")
     command = [sys.executable, "-m", "venv", "--clear", str(environment)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode != 0:
         raise InstallError(
-            f"{' '.join(command)} failed:\n{(done.stdout + done.stderr).strip()}\nOn Debian and "
-            "Ubuntu the module venv is a package of its own: apt install python3-venv"
+            f"{' '.join(command)} failed:\n{(process.stdout + process.stderr).strip()}\n"
+            "On Debian and Ubuntu the module venv has its own package: apt install python3-venv"
         )
 
 
@@ -219,13 +219,13 @@ def check_imports(environment: Path, flavor: str) -> str:
     if flavor == "cuda":
         code = CUDA_BUILDS + (code if nvidia_driver_found() else f"print({NO_DRIVER!r})")
     command = [str(environment / PYTHON), "-I", "-W", "ignore", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode != 0:
         raise InstallError(
-            f"the installed packages cannot be used:\n{done.stderr.strip()}\nStart over: "
+            f"the installed packages cannot be used:\n{process.stderr.strip()}\nStart over: "
             f"rm -r {environment}, then {sys.executable} {Path(__file__)} --flavor {flavor} ..."
         )
-    return done.stdout.strip()
+    return process.stdout.strip()
 
 
 def timed(title: str, step: Callable[..., Any], *arguments: Any) -> Any:
@@ -248,21 +248,21 @@ def install(environment: Path, flavor: str, extras: Collection[str], index_url: 
     stamp = read_stamp(environment)
     flavor = choose_flavor(flavor, stamp.flavor if stamp else None)
     python, digest = platform.python_version(), digest_of_inputs()
-    wanted = Stamp(flavor, python, str(environment), digest, tuple(sorted({*extras})))
-    if stamp is not None and stamp.serves(wanted):
+    target = Stamp(flavor, python, str(environment), digest, tuple(sorted({*extras})))
+    if stamp is not None and stamp.serves(target):
         return
-    start_over = stamp is not None and not stamp.is_same_kind(wanted)
+    start_over = stamp is not None and not stamp.is_same_kind(target)
     if stamp is not None and not start_over:
-        wanted = replace(wanted, extras=tuple(sorted({*extras, *stamp.extras})))
+        target = replace(target, extras=tuple(sorted({*extras, *stamp.extras})))
     project = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())["project"]
-    stages = installation_stages(project, flavor, wanted.extras, index_url)
+    stages = installation_stages(project, flavor, target.extras, index_url)
     print(f"Installing into {environment} (flavor {flavor}, Python {python})")
     timed("virtual environment", make_environment, environment, start_over)
-    write_stamp(environment, wanted)
+    write_stamp(environment, target)
     for stage in stages:
         timed(stage.title, install_stage, environment, stage)
     versions = timed("first import", check_imports, environment, flavor)
-    write_stamp(environment, replace(wanted, complete=True))
+    write_stamp(environment, replace(target, complete=True))
     print(f"Installed: {versions}. Its Python: {environment / PYTHON}")
 
 
@@ -274,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     options = _parser().parse_args(arguments)
     try:
-        extras = [*options.extra, *(OF_DEVELOPMENT if options.dev else ())]
+        extras = [*options.extra, *(DEVELOPMENT_EXTRAS if options.dev else ())]
         install(Path(options.venv).absolute(), options.flavor, extras, options.index_url)
         return 0
     except InstallError as error:

@@ -57,8 +57,8 @@ def _run(words: Sequence[str]) -> int:
         print(f"recsys {version('recsys-em3')}")
         return 0
     if words and not words[0].startswith("-") and not (names and set(words[1:]) <= HELP):
-        command, known = (" ".join(words[:2]), names) if names else (words[0], list(COMMANDS))
-        sys.stderr.write(f"error: recsys has no command '{command}'{meant(command, known)}\n")
+        command, candidates = (" ".join(words[:2]), names) if names else (words[0], list(COMMANDS))
+        sys.stderr.write(f"error: recsys has no command '{command}'{meant(command, candidates)}\n")
         return 2
     _print_commands(names or list(COMMANDS))
     return 0 if HELP & {*words} else 2
@@ -74,8 +74,8 @@ def _run_command(name: str, words: Sequence[str]) -> int:
     configure_logging(
         int(os.environ.get("RANK", "0")), arguments["log_level"], arguments["log_format"]
     )
-    positional, named = options_of(command, arguments)
-    return command(*positional, **named) or 0
+    positional, keywords = options_of(command, arguments)
+    return command(*positional, **keywords) or 0
 
 
 def _print_commands(names: Sequence[str]) -> None:

@@ -133,7 +133,7 @@ def _version(package: str) -> str | None:
 
 def _installed_fbgemm() -> dict[str, str]:
     """Return the versions of FBGEMM's distributions, which share one import name."""
-    return {name: found for name in (FBGEMM_CUDA, FBGEMM_CPU) if (found := _version(name))}
+    return {name: installed for name in (FBGEMM_CUDA, FBGEMM_CPU) if (installed := _version(name))}
 
 
 def _package_problems() -> list[Problem]:
@@ -148,15 +148,15 @@ def _package_problems() -> list[Problem]:
 
 def _fbgemm_problems() -> list[Problem]:
     """Detect both distributions of FBGEMM together, or the CUDA one without a driver."""
-    found = _installed_fbgemm()
-    if len(found) == 2:
+    installed = _installed_fbgemm()
+    if len(installed) == 2:
         what = f"{FBGEMM_CUDA} and {FBGEMM_CPU} are both installed and overwrite each other's files"
         return [Problem(what, _reinstall_command(FBGEMM_CUDA, FBGEMM_CPU))]
     # PyTorch's own index serves a CPU build under the CUDA name, marked +cpu.
-    needs_driver = FBGEMM_CUDA in found and not found[FBGEMM_CUDA].endswith("+cpu")
+    needs_driver = FBGEMM_CUDA in installed and not installed[FBGEMM_CUDA].endswith("+cpu")
     if needs_driver and not nvidia_driver_found():
         what = (
-            f"{FBGEMM_CUDA} {found[FBGEMM_CUDA]} is the CUDA wheel, which cannot be imported "
+            f"{FBGEMM_CUDA} {installed[FBGEMM_CUDA]} is the CUDA wheel, which cannot be imported "
             "without an NVIDIA driver, and this machine has none"
         )
         return [Problem(what, _reinstall_command(FBGEMM_CUDA, FBGEMM_CPU))]
@@ -172,9 +172,9 @@ def _triple_problems() -> list[Problem]:
         return [Problem(f"{', '.join(missing)} not installed", install_command())]
     if tuple(_minor(version or "") for version in installed.values()) in MATCHING_TRIPLES:
         return []
-    found = ", ".join(f"{name} {version}" for name, version in installed.items())
-    known = "; ".join(" / ".join(triple) for triple in MATCHING_TRIPLES)
-    what = f"{found} do not match; the matching versions are {known}"
+    present = ", ".join(f"{name} {version}" for name, version in installed.items())
+    matching = "; ".join(" / ".join(triple) for triple in MATCHING_TRIPLES)
+    what = f"{present} do not match; the matching versions are {matching}"
     return [Problem(what, install_command())]
 
 
@@ -259,10 +259,10 @@ def _minor(version: str) -> str:
 def _from_proc(file: str, field: str) -> str | None:
     """Return the first value of a field in a file of Linux's /proc, or None."""
     try:
-        found = re.search(rf"^{field}\s*:\s*(.+)$", Path("/proc", file).read_text(), re.MULTILINE)
+        match = re.search(rf"^{field}\s*:\s*(.+)$", Path("/proc", file).read_text(), re.MULTILINE)
     except OSError:
         return None
-    return found.group(1) if found else None
+    return match.group(1) if match else None
 
 
 def _processor() -> str:

@@ -23,7 +23,7 @@ settings.load_profile("busy")
 def process_as_before() -> Iterator[None]:
     """Jobs in the process of a test set up loggers and kernels; the next test has its own."""
     loggers = [logging.getLogger(name) for name in OWN_LOGGERS]
-    before = [(each.handlers, each.propagate, each.level) for each in loggers]
+    before = [(log.handlers, log.propagate, log.level) for log in loggers]
     kernels = _Chosen.kernels
     yield
     _Chosen.kernels = kernels

@@ -59,7 +59,7 @@ from tests.recsys.serving.test_requests import USER, reader
 class Case:
     """What a user did, the call that refuses it in an empty folder, and what the error names."""
 
-    done: str
+    action: str
     call: Callable[[Path], object]
     names: tuple[str, ...]
 
@@ -69,12 +69,12 @@ def setting(word: str, *names: str) -> Case:
     return Case(f"`{word}`", lambda folder: load_config(TINY, [word]), names)
 
 
-def recipe(done: str, text: str, *names: str) -> Case:
+def recipe(action: str, text: str, *names: str) -> Case:
     def call(folder: Path) -> None:
         (folder / "recipe.yaml").write_text(text)
         load_config(folder / "recipe.yaml")
 
-    return Case(done, call, ("recipe.yaml", *names))
+    return Case(action, call, ("recipe.yaml", *names))
 
 
 @cache
@@ -91,12 +91,12 @@ def content_of(settings: tuple[str, ...]) -> ContentSettings:
     return content
 
 
-def of_dataset(done: str, bad: BadInput, read: Callable[[Path], object], *names: str) -> Case:
+def of_dataset(action: str, bad: BadInput, read: Callable[[Path], object], *names: str) -> Case:
     def call(folder: Path) -> None:
         bad.spoil(Path(shutil.copytree(Path(good_dataset().name, "data"), folder / "data")))
         read(folder / "data")
 
-    return Case(done, call, names)
+    return Case(action, call, names)
 
 
 def schema_of(data: Path) -> None:
@@ -134,7 +134,7 @@ def item(name: str, *names: str) -> Case:
 
 def log(name: str, *names: str) -> Case:
     """A spoilt event log or its settings."""
-    (bad,) = [each for each in BAD if each.name == name]
+    (bad,) = [case for case in BAD if case.name == name]
 
     def call(folder: Path) -> None:
         config = write_inputs(folder)
@@ -144,29 +144,29 @@ def log(name: str, *names: str) -> Case:
     return Case(name, call, names or bad.named)
 
 
-def movielens(done: str, ratings: str, *names: str) -> Case:
+def movielens(action: str, ratings: str, *names: str) -> Case:
     def call(folder: Path) -> None:
         write_source(folder / "source", [], [(1, "Heat", "Drama")])
         header = "userId,movieId,rating,timestamp\n"
         (folder / "source" / "ratings.csv").write_text(header + ratings)
         prepare_movielens(folder / "source", folder / "data")
 
-    return Case(done, call, ("ratings.csv", *names))
+    return Case(action, call, ("ratings.csv", *names))
 
 
-def request(done: str, *names: str, **parts: Any) -> Case:
+def request(action: str, *names: str, **parts: Any) -> Case:
     """A request to a package."""
     whole = {"user": USER, "history": (), "candidates": ["ann"]} | parts
-    return Case(done, lambda folder: reader()(**whole), names)
+    return Case(action, lambda folder: reader()(**whole), names)
 
 
-def package(done: str, change: Callable[[Path], object], *names: str) -> Case:
+def package(action: str, change: Callable[[Path], object], *names: str) -> Case:
     def call(folder: Path) -> None:
         write_package(folder / "package")
         change(folder / "package")
         read_manifest(folder / "package")
 
-    return Case(done, call, names)
+    return Case(action, call, names)
 
 
 def with_format(package: Path) -> None:
@@ -175,7 +175,7 @@ def with_format(package: Path) -> None:
 
 
 def partitions(
-    done: str,
+    action: str,
     files: Sequence[str],
     *names: str,
     trained: Sequence[str] = (),
@@ -189,26 +189,26 @@ def partitions(
             (folder / "data" / "train" / name).write_text("")
         root = Location.of(folder / "data")
         state = RunState(tuple(Trained(name, 1, "") for name in trained))
-        found = list_partitions(root)
-        chosen = next_partition(root / "train", found, state, span or Span())
-        assert chosen is not None
-        check_whole(root, chosen, found)
-        require_rows(root, chosen)
+        partitions = list_partitions(root)
+        partition = next_partition(root / "train", partitions, state, span or Span())
+        assert partition is not None
+        check_whole(root, partition, partitions)
+        require_rows(root, partition)
 
-    return Case(done, call, names)
+    return Case(action, call, names)
 
 
-def plug_in(done: str, text: str, *names: str) -> Case:
+def plug_in(action: str, text: str, *names: str) -> Case:
     def call(folder: Path) -> None:
         (folder / "content.yaml").write_text(text)
         check(load_plug_in_settings(folder / "content.yaml"))
 
-    return Case(done, call, names)
+    return Case(action, call, names)
 
 
-def table(done: str, *names: str, **changes: Any) -> Case:
+def table(action: str, *names: str, **changes: Any) -> Case:
     fields = {"name": "item", "num_embeddings": 3, "embedding_dim": 4, "features": ["item"]}
-    return Case(done, lambda folder: TableConfig(**(fields | changes)), names)
+    return Case(action, lambda folder: TableConfig(**(fields | changes)), names)
 
 
 def damaged_checkpoint(folder: Path) -> None:

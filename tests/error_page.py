@@ -31,7 +31,7 @@ def text_of(case: Case) -> str:
             case.call(Path(folder))
         except ValueError as error:
             return str(error).replace(f"{folder}/", "").replace(f"{ROOT}/", "")
-    raise AssertionError(f"{case.done}: no ValueError")
+    raise AssertionError(f"{case.action}: no ValueError")
 
 
 def page(sections: dict[str, list[tuple[Case, str]]]) -> str:
@@ -39,7 +39,7 @@ def page(sections: dict[str, list[tuple[Case, str]]]) -> str:
     lines = [HEAD]
     for title, rows in sections.items():
         lines.append(f"## {title}\n")
-        lines += [f"- {case.done}\n  > {quoted(text)}" for case, text in rows]
+        lines += [f"- {case.action}\n  > {quoted(text)}" for case, text in rows]
         lines.append("")
     return "\n".join(lines)
 

@@ -37,13 +37,13 @@ def on_fake_gpu(value: Any) -> Any:
                     tensors[name] = on_fake_gpu(tensor)
         return value
     if isinstance(value, Tensor):
-        made = torch.empty(value.shape, dtype=value.dtype, device="cuda")
-        return nn.Parameter(made, False) if isinstance(value, nn.Parameter) else made
+        result = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+        return nn.Parameter(result, False) if isinstance(value, nn.Parameter) else result
     if isinstance(value, list):
         return [on_fake_gpu(part) for part in value]
     if is_dataclass(value) and not isinstance(value, type):
-        made = {field.name: on_fake_gpu(getattr(value, field.name)) for field in fields(value)}
-        return replace(value, **made)
+        result = {field.name: on_fake_gpu(getattr(value, field.name)) for field in fields(value)}
+        return replace(value, **result)
     return value
 
 
@@ -71,18 +71,18 @@ def _indexed(tensor: Tensor, index: Any) -> Tensor:
         elif isinstance(part, slice):
             tensor = aten.slice(tensor, dim, part.start, part.stop, part.step or 1)
         else:
-            chosen = part
+            selection = part
             if not isinstance(part, Tensor):
-                chosen = torch.tensor(part, dtype=torch.int64, device=tensor.device)
+                selection = torch.tensor(part, dtype=torch.int64, device=tensor.device)
             elif part.dtype == torch.bool:
-                chosen = _places(part).squeeze(1)
-            places.append((dim, chosen))
+                selection = _places(part).squeeze(1)
+            places.append((dim, selection))
         dim += 1
     if not places:
         return tensor
     indices: list[Tensor | None] = [None] * dim
-    for place, chosen in places:
-        indices[place] = chosen
+    for place, selection in places:
+        indices[place] = selection
     return aten.index(tensor, indices)
 
 

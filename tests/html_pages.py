@@ -24,10 +24,10 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.open.append(tag)
-        found = dict(attrs)
+        attributes = dict(attrs)
         if tag == "figure":
-            self.figures.append(found["id"])
-        self.addresses += [found[name] or "" for name in ("src", "href") if name in found]
+            self.figures.append(attributes["id"])
+        self.addresses += [attributes[name] or "" for name in ("src", "href") if name in attributes]
 
     def handle_data(self, data: str) -> None:
         if self.open[-1:] == ["h2"]:
@@ -44,11 +44,11 @@ def browser_dom(page: Path) -> str:
     """Returns the document that chromium has of a page once its scripts have run."""
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"]
     with tempfile.TemporaryDirectory() as profile:
-        done = subprocess.run(
+        process = subprocess.run(
             ["chromium", *options, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()],
             capture_output=True,
             text=True,
             timeout=HANG_SECONDS,
         )
-    assert done.stdout, done.stderr
-    return done.stdout
+    assert process.stdout, process.stderr
+    return process.stdout

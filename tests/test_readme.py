@@ -100,7 +100,7 @@ def lines_not_in(output: str, block: str) -> list[str]:
     return [
         line
         for line, pattern in patterns.items()
-        if not any(re.fullmatch(pattern, each) for each in lines)
+        if not any(re.fullmatch(pattern, printed_line) for printed_line in lines)
     ]
 
 
@@ -115,9 +115,9 @@ def run(command: list[str] | str, folder: Path) -> str:
     }
     if isinstance(command, str) and command.startswith("recsys "):
         words = shlex.split(command)[1:]
-        done = run_recsys(*words, folder=folder, environment=environment)
+        process = run_recsys(*words, folder=folder, environment=environment)
     else:
-        done = subprocess.run(
+        process = subprocess.run(
             command,
             shell=isinstance(command, str),
             cwd=folder,
@@ -126,8 +126,8 @@ def run(command: list[str] | str, folder: Path) -> str:
             text=True,
             timeout=HANG_SECONDS,
         )
-    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
+    assert process.returncode == 0, f"{command}\n{process.stdout[-3000:]}\n{process.stderr[-3000:]}"
+    return process.stdout
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_every_command_of_the_readme_runs(folder: Path) -> None:
 
 
 def test_every_recipe_the_readme_names_exists_and_every_recipe_is_named() -> None:
-    named = set(re.findall(r"`(\w+\.yaml)`", README)) - {
+    names = set(re.findall(r"`(\w+\.yaml)`", README)) - {
         "shop.yaml",
         "events.yaml",
         "media.yaml",
@@ -188,7 +188,7 @@ def test_every_recipe_the_readme_names_exists_and_every_recipe_is_named() -> Non
         "content.yaml",
     }
 
-    assert named == {path.name for path in (PROJECT / "recsys" / "recipes").glob("*.yaml")}
+    assert names == {path.name for path in (PROJECT / "recsys" / "recipes").glob("*.yaml")}
 
 
 def test_recipes_in_the_readme_are_configurations(tmp_path: Path) -> None:
@@ -217,8 +217,8 @@ def test_output_on_a_page_is_what_a_recorded_command_printed(page: str) -> None:
     shown = [block for block in blocks("", (PROJECT / page).read_text()) if "class " not in block]
     beats = [Heartbeat(1, False, 10.0, 9 - rank, 5, "step 57", "") for rank in (0, 1)]
     behind, silent = stalled_ranks(dict(enumerate(beats)), 300), silent_ranks({1: beats[1]}, 300)
-    known = f"{PRINTED}\nrank 0: {silent}\nrank 0: {behind}"
-    assert [line for block in shown for line in lines_not_in(known, block)] == []
+    sources = f"{PRINTED}\nrank 0: {silent}\nrank 0: {behind}"
+    assert [line for block in shown for line in lines_not_in(sources, block)] == []
 
 
 def test_a_figure_that_no_command_printed_is_seen() -> None:
@@ -243,7 +243,9 @@ def test_links_lead_to_files_and_headings_that_exist(page: str) -> None:
         assert path.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
-            slugs = [re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings]
+            slugs = [
+                re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
+            ]
             assert anchor in slugs, target
 
 
@@ -252,11 +254,11 @@ def test_figures_in_the_text_of_a_page_are_those_of_the_results_that_it_links(pa
     """Or of a formula; numbers of two and more decimals, but no arXiv's nor (versions)."""
     text = re.sub(r"^```.*?^```", "", (PROJECT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
     links = re.findall(r"\]\(([^)\s]*results/\w+\.md)\)", text)
-    known = "".join(((PROJECT / page).parent / link).read_text() for link in links)
+    sources = "".join(((PROJECT / page).parent / link).read_text() for link in links)
     text = re.sub(r"\(\d+\.\d+\)", "", text)
-    known += "".join(f" {interval_stretch(users):.2f}" for users in (5, 20, 300))
+    sources += "".join(f" {interval_stretch(users):.2f}" for users in (5, 20, 300))
     figures = re.findall(r"(?<![\w./-])(?!\d{4}\.\d{5})\d*(\.\d{2,})(?![\w.])", text)
-    assert [figure for figure in figures if figure not in known] == []
+    assert [figure for figure in figures if figure not in sources] == []
 
 
 def test_figures_of_the_front_page_are_those_of_the_results() -> None:

@@ -50,8 +50,8 @@ def imports() -> grimp.ImportGraph:
 def test_no_import_runs_upward() -> None:
     # In a process of its own, as the command configures logging and so silences other loggers.
     command = Path(sys.executable).with_name("lint-imports")
-    done = subprocess.run([command, "--no-logo", "--no-cache"], cwd=ROOT, capture_output=True)
-    assert done.returncode == 0, done.stdout.decode()
+    process = subprocess.run([command, "--no-logo", "--no-cache"], cwd=ROOT, capture_output=True)
+    assert process.returncode == 0, process.stdout.decode()
 
 
 def test_no_modules_import_each_other_in_a_circle(imports: grimp.ImportGraph) -> None:

@@ -56,11 +56,11 @@ def warm_environment() -> dict[str, str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     server = subprocess.Popen(words, cwd=ROOT, env=environment, stdin=subprocess.PIPE)
     atexit.register(server.kill)
-    for name, more in PROGRAMS.items():
+    for name, lines in PROGRAMS.items():
         program = folder / name
         client = ROOT / "tests" / "warm_client.py"
         program.write_text(
-            f"#!/bin/sh\nexec '{sys.executable}' -IS '{client}' '{address}'{more} \"$@\"\n"
+            f"#!/bin/sh\nexec '{sys.executable}' -IS '{client}' '{address}'{lines} \"$@\"\n"
         )
         program.chmod(0o755)
     deadline = time.monotonic() + START_SECONDS

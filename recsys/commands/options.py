@@ -64,14 +64,14 @@ def command_parser(name: str, words: Sequence[str]) -> tuple[Command, Parser]:
 
 def options_of(command: Command, arguments: Namespace) -> tuple[list[Any], dict[str, Any]]:
     """Return the positional and the named arguments of a command, as parsed."""
-    positional, named, hints = list[Any](), dict[str, Any](), get_type_hints(command)
+    positional, keywords, hints = list[Any](), dict[str, Any](), get_type_hints(command)
     for key, parameter in inspect.signature(command).parameters.items():
         value = config_from(arguments) if hints[key] is Config else arguments[key]
         if parameter.kind is POSITIONAL:
             positional.append(value)
         else:
-            named[key] = value
-    return positional, named
+            keywords[key] = value
+    return positional, keywords
 
 
 def _element(hint: Any) -> Any:

@@ -47,8 +47,8 @@ def _check_averages(config: Config) -> None:
             "optimizer.ema_tables is true, but optimizer.ema_decay is not set; give a decay, such "
             "as 0.98"
         )
-    of_tables, copies = config.embedding.tables, config.embedding.parallel.copies
-    cached = [name for name, own in of_tables.items() if own.kernel == "uvm_caching"]
+    table_settings, copies = config.embedding.tables, config.embedding.parallel.copies
+    cached = [name for name, settings in table_settings.items() if settings.kernel == "uvm_caching"]
     if cached or copies > 1:
         what = f"embedding.tables.{cached[0]}.kernel is uvm_caching" if cached else ""
         raise ValueError(

@@ -54,8 +54,8 @@ def check_settings(value: Any, name: str = "", hint: Any = None) -> None:
         ValueError: names the setting, its value and its limit.
     """
     if is_dataclass(value):
-        for field, of_field in get_type_hints(type(value), include_extras=True).items():
-            check_settings(getattr(value, field), f"{name}.{field}".lstrip("."), of_field)
+        for field, field_hint in get_type_hints(type(value), include_extras=True).items():
+            check_settings(getattr(value, field), f"{name}.{field}".lstrip("."), field_hint)
         if hasattr(value, "check"):
             value.check(name)
     elif isinstance(value, dict):

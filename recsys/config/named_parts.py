@@ -19,13 +19,13 @@ PRETRAINED = "pretrained:efficientnet_lite0"
 MOVED = {f"recsys.content.{PRETRAINED}": f"recsys.content.encoders.{PRETRAINED}"}
 
 
-def find_part(setting: str, name: str, built_in: Mapping[str, str]) -> Any:
+def find_part(setting: str, name: str, paths: Mapping[str, str]) -> Any:
     """Import the class or function that a setting names.
 
     Args:
         setting: full name of the setting, for messages.
-        name: a key of `built_in`, or `package.module:Class`.
-        built_in: import paths of the parts of this kind, by name.
+        name: a key of `paths`, or `package.module:Class`.
+        paths: import paths of the parts of this kind, by name.
 
     Raises:
         ValueError: the name is unknown or cannot be imported.
@@ -36,10 +36,10 @@ def find_part(setting: str, name: str, built_in: Mapping[str, str]) -> Any:
 
         find_part("optimizer.name", "adamw", {"adamw": "torch.optim:AdamW"})
     """
-    path = built_in.get(name, MOVED.get(name, name))
+    path = paths.get(name, MOVED.get(name, name))
     module, _, attribute = path.partition(":")
     if not module or not attribute:
-        choices = f"choose one of {sorted(built_in)}, or name" if built_in else "name"
+        choices = f"choose one of {sorted(paths)}, or name" if paths else "name"
         raise ValueError(
             f"{setting} '{name}' is unknown; {choices} one of your own as package.module:Class"
         )
@@ -54,19 +54,19 @@ def find_part(setting: str, name: str, built_in: Mapping[str, str]) -> Any:
 def make_part(
     setting: str,
     name: str,
-    built_in: Mapping[str, str],
+    paths: Mapping[str, str],
     kind: type[T],
     *arguments: Any,
-    **named: Any,
+    **keywords: Any,
 ) -> T:
     """Import the class or function that a setting names (`find_part`), call it, check its result.
 
     Raises:
         ValueError: the part cannot be imported or made, or is not a `kind`.
     """
-    build = find_part(setting, name, built_in)
+    build = find_part(setting, name, paths)
     try:
-        part = build(*arguments, **named)
+        part = build(*arguments, **keywords)
     except ValueError:
         raise
     except Exception as error:  # a user's class may raise any error

@@ -182,42 +182,42 @@ def config_first(words: Sequence[str]) -> list[str]:
         config_first(["--epochs", "1", "--config", "r.yaml"])
         # ["--config", "r.yaml", "--epochs", "1"]
     """
-    moved, others = list[str](), list[str]()
+    moved, rest_words = list[str](), list[str]()
     rest = iter(words)
     for word in rest:
         if word == "--config":
             moved += [word, *itertools.islice(rest, 1)]
         else:
-            (moved if word.startswith("--config=") else others).append(word)
-    return [*moved, *others]
+            (moved if word.startswith("--config=") else rest_words).append(word)
+    return [*moved, *rest_words]
 
 
-def problem_of(kind: type, given: dict[str, Any]) -> str | None:
+def problem_of(kind: type, values: dict[str, Any]) -> str | None:
     """Return what is wrong in a file with the settings of a dataclass, None if nothing is."""
-    missing = missing_key({"it": kind}, {"it": given}, "")
-    return problem_of_value(kind, given, "") or (missing and missing.removeprefix("it."))
+    missing = missing_key({"it": kind}, {"it": values}, "")
+    return problem_of_value(kind, values, "") or (missing and missing.removeprefix("it."))
 
 
 def problem_of_keys(
-    hints: dict[str, Any], given: dict[str, Any], name: str, with_values: bool = True
+    hints: dict[str, Any], values: dict[str, Any], name: str, with_values: bool = True
 ) -> str | None:
     """Return what is wrong in a mapping of settings, None if nothing is.
 
     Args:
         hints: the type of each setting, by key.
-        given: the settings, as read from YAML.
+        values: the settings, as read from YAML.
         name: full name of the mapping; empty for the whole configuration.
         with_values: False checks for unknown keys and nulls only, which is fast.
     """
-    for key, value in given.items():
+    for key, value in values.items():
         key = str(key)
         hint = hints.get(key.removesuffix("+"))
         full = f"{name}.{key}".lstrip(".")
-        found = (
+        problem = (
             problem_of_value(hint, value, full, with_values) if hint else f"{full} is no setting"
         )
-        if found is not None:
-            return found if hint else f"{found}{meant(key, hints) or '; remove it'}"
+        if problem is not None:
+            return problem if hint else f"{problem}{meant(key, hints) or '; remove it'}"
     return None
 
 
@@ -245,9 +245,9 @@ def problem_of_value(hint: Any, value: Any, name: str, with_values: bool = True)
     return f"{name} is {short(value)}; it must be {in_words(hint)}"
 
 
-def missing_key(hints: dict[str, Any], given: dict[str, Any], name: str) -> str | None:
+def missing_key(hints: dict[str, Any], values: dict[str, Any], name: str) -> str | None:
     """Return the mapping that lacks a required setting, or None; see `problem_of_keys`."""
-    for key, value in given.items():
+    for key, value in values.items():
         hint, full = hints.get(str(key).removesuffix("+")), f"{name}.{key}".lstrip(".")
         kind = dataclass_in(hint)
         parts = {full: value}
@@ -256,11 +256,14 @@ def missing_key(hints: dict[str, Any], given: dict[str, Any], name: str) -> str 
         for part, settings in parts.items():
             if kind is None or not isinstance(settings, dict):
                 continue
-            for of in fields(kind):
-                if of.default is of.default_factory is MISSING and of.name not in settings:
-                    return f"{part} has no {of.name}; add it"
-            if found := missing_key(get_type_hints(kind, include_extras=True), settings, part):
-                return found
+            for required in fields(kind):
+                if (
+                    required.default is required.default_factory is MISSING
+                    and required.name not in settings
+                ):
+                    return f"{part} has no {required.name}; add it"
+            if problem := missing_key(get_type_hints(kind, include_extras=True), settings, part):
+                return problem
     return None
 
 
@@ -275,9 +278,9 @@ def _is_of(hint: Any, value: Any) -> bool:
     return True
 
 
-def meant(name: str, known: Iterable[str]) -> str:
+def meant(name: str, names: Iterable[str]) -> str:
     """Return a question that suggests a similar name; empty if none is similar."""
-    return "".join(f"; did you mean {near}?" for near in get_close_matches(name, list(known), n=1))
+    return "".join(f"; did you mean {near}?" for near in get_close_matches(name, list(names), n=1))
 
 
 def in_words(hint: Any) -> str:
@@ -304,4 +307,4 @@ def dataclass_in(hint: Any) -> type | None:
     """Return the dataclass that a type is, may be (union) or has as values (dict), or None."""
     if isinstance(hint, type) and is_dataclass(hint):
         return hint
-    return next((kind for each in get_args(hint) if (kind := dataclass_in(each))), None)
+    return next((kind for part in get_args(hint) if (kind := dataclass_in(part))), None)

@@ -137,7 +137,7 @@ def ranking_settings(name: str = DEFAULT_MODEL, **settings: Any) -> RankingSetti
 
 def keys_of(name: str) -> list[str]:
     """Return the keys that a ranking model has under `ranking`."""
-    return [each.name for each in fields(settings_class(name))]
+    return [item.name for item in fields(settings_class(name))]
 
 
 def check_keys(keys: Iterable[str], name: str) -> None:
@@ -146,13 +146,13 @@ def check_keys(keys: Iterable[str], name: str) -> None:
     Raises:
         ValueError: names the first such key, and lists those of the model.
     """
-    known = keys_of(name)
+    names = keys_of(name)
     for key in keys:
         part = key.split(".")[0].removesuffix("+")
-        if part not in known:
+        if part not in names:
             raise ValueError(
-                f"ranking.{key} is no setting of '{name}'{meant(part, known) or '; remove it'} "
-                f"(its settings: {known})"
+                f"ranking.{key} is no setting of '{name}'{meant(part, names) or '; remove it'} "
+                f"(its settings: {names})"
             )
 
 
@@ -165,13 +165,13 @@ def own_keys(section: dict[str, Any], name: str) -> dict[str, Any]:
     Raises:
         ValueError: a key belongs neither to the model nor to that of the recipe.
     """
-    known, of_recipe = keys_of(name), str(section.get("name", DEFAULT_MODEL))
-    others = [key for key in section if key not in known]
-    if others and not section.keys() >= KEYS_OF_EARLIER_RUNS:
-        of_that = [] if of_recipe == name else keys_of(of_recipe)
-        check_keys([key for key in others if key not in of_that], name)
+    names, recipe_model = keys_of(name), str(section.get("name", DEFAULT_MODEL))
+    foreign = [key for key in section if key not in names]
+    if foreign and not section.keys() >= KEYS_OF_EARLIER_RUNS:
+        recipe_names = [] if recipe_model == name else keys_of(recipe_model)
+        check_keys([key for key in foreign if key not in recipe_names], name)
         logger.warning(
-            f"ranking.{', ranking.'.join(others)}: set for '{of_recipe}' in the recipe, and left "
-            f"out, as '{name}' has no such settings"
+            f"ranking.{', ranking.'.join(foreign)}: set for '{recipe_model}' in the recipe, and "
+            f"left out, as '{name}' has no such settings"
         )
-    return {key: value for key, value in section.items() if key in known}
+    return {key: value for key, value in section.items() if key in names}

@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
-KEPT = 8  # results of a function
+NUM_RESULTS = 8  # results of a function
 
 
 def remembered(parse: Callable[P, T]) -> Callable[P, T]:
@@ -30,11 +30,11 @@ def remembered(parse: Callable[P, T]) -> Callable[P, T]:
     results: dict[str, T] = {}
 
     @wraps(parse)
-    def wrapped(*arguments: P.args, **named: P.kwargs) -> T:
-        key = repr((arguments, named))  # tells the key 1 from "1", and true from 1
+    def wrapped(*arguments: P.args, **keywords: P.kwargs) -> T:
+        key = repr((arguments, keywords))  # tells the key 1 from "1", and true from 1
         if key not in results:
-            result = parse(*arguments, **named)
-            if len(results) >= KEPT:
+            result = parse(*arguments, **keywords)
+            if len(results) >= NUM_RESULTS:
                 del results[next(iter(results))]
             results[key] = result
         return copy.deepcopy(results[key])

@@ -32,33 +32,35 @@ generated from the docstrings of `recsys/config`: change them and run
 def settings_page() -> str:
     """Return the page: one list for the run, one per component, one per ranking model."""
     sections = [HEAD, *_sections("", Config)]
-    base = {each.name for each in fields(RankingSettings)}
+    base = {entry.name for entry in fields(RankingSettings)}
     for name in RANKING_MODELS:
-        own = [each for each in fields(settings_class(name)) if each.name not in base]
-        if own:
-            sections.append(f"## ranking, name: {name}\n\n{_list(settings_class(name), own)}")
+        additional = [entry for entry in fields(settings_class(name)) if entry.name not in base]
+        if additional:
+            sections.append(
+                f"## ranking, name: {name}\n\n{_list(settings_class(name), additional)}"
+            )
     return "\n".join(sections)
 
 
 def _sections(path: str, settings: type) -> Iterator[str]:
     """Yield the section of a dataclass, then those of the dataclasses that its fields hold."""
     hints = get_type_hints(settings)
-    inner = {each.name: dataclass_in(hints[each.name]) for each in fields(settings)}
-    plain = [each for each in fields(settings) if inner[each.name] is None]
+    inner = {entry.name: dataclass_in(hints[entry.name]) for entry in fields(settings)}
+    plain = [entry for entry in fields(settings) if inner[entry.name] is None]
     summary = docstring_parser.parse_from_object(settings).short_description
     yield f"## {path or 'Run'}\n\n{summary}\n\n{_list(settings, plain)}"
     for name, kind in inner.items():
         if kind is not None:
-            named = ".NAME" if get_args(hints[name])[:1] == (str,) else ""
-            yield from _sections(f"{path}.{name}{named}".removeprefix("."), kind)
+            placeholder = ".NAME" if get_args(hints[name])[:1] == (str,) else ""
+            yield from _sections(f"{path}.{name}{placeholder}".removeprefix("."), kind)
 
 
 def _list(settings: type, rows: list[Field[Any]]) -> str:
     sentences = {
-        each.arg_name: " ".join((each.description or "").split())
+        entry.arg_name: " ".join((entry.description or "").split())
         for base in reversed(settings.__mro__[:-1])
-        for each in docstring_parser.parse_from_object(base).params
-        if each.description
+        for entry in docstring_parser.parse_from_object(base).params
+        if entry.description
     }
     hints = get_type_hints(settings)
     lines = []
@@ -72,7 +74,7 @@ def _choices(hint: Any) -> list[str]:
     """Return the values of a Literal, also inside a union; empty for other types."""
     if get_origin(hint) is Literal:
         return [f"`{choice}`" for choice in get_args(hint)]
-    return [each for part in get_args(hint) for each in _choices(part)]
+    return [entry for part in get_args(hint) for entry in _choices(part)]
 
 
 def _default(row: Field[Any]) -> str:

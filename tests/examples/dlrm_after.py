@@ -56,10 +56,10 @@ def data_loader(args, stage):
     if args.criteo:
         # The last day is cut into validation and test.
         days = {part: sorted(glob(f"{args.criteo}/*_{part}.npy")) for part in PARTS}
-        of_stage = {p: d[:-1] if stage == "train" else d[-1:] for p, d in days.items()}
+        stage_days = {p: d[:-1] if stage == "train" else d[-1:] for p, d in days.items()}
         dataset = InMemoryBinaryCriteoIterDataPipe(
             stage,
-            *(of_stage[part] for part in PARTS),
+            *(stage_days[part] for part in PARTS),
             batch_size=args.batch_size,
             rank=rank,
             world_size=world_size,

@@ -118,14 +118,14 @@ def why_no_machines(folder: Path) -> str:
         return f"not installed: {', '.join(missing)}"
     try:
         with two_machines(folder) as machines:
-            done = machines[0].run(["hostname"])
-            return "" if done.stdout.strip() == machines[0].name else done.stderr
+            process = machines[0].run(["hostname"])
+            return "" if process.stdout.strip() == machines[0].name else process.stderr
     except RuntimeError as error:
         return str(error)
 
 
 def _ip(*words: str) -> str:
-    done = subprocess.run(["ip", *words], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"ip {' '.join(words)}: {done.stderr.strip()}")
-    return done.stdout
+    process = subprocess.run(["ip", *words], capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(f"ip {' '.join(words)}: {process.stderr.strip()}")
+    return process.stdout

@@ -70,10 +70,12 @@ class SlurmCluster:
         Raises:
             RuntimeError: it failed.
         """
-        done = self.machines[0].run(words, {**self.env, **env}, seconds)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(words)}: {done.returncode}\n{done.stdout}{done.stderr}")
-        return done.stdout
+        process = self.machines[0].run(words, {**self.env, **env}, seconds)
+        if process.returncode:
+            raise RuntimeError(
+                f"{' '.join(words)}: {process.returncode}\n{process.stdout}{process.stderr}"
+            )
+        return process.stdout
 
     def start_node(self, machine: Machine) -> None:
         """Starts Slurm's daemon on a machine where none runs."""

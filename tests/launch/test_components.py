@@ -19,7 +19,7 @@ from torchx.specs.finder import get_component
 from tests.ranks import HANG_SECONDS
 
 COMPONENTS = Path(__file__).parents[2] / "launch" / "components.py"
-STAND_IN = """
+FAKE_COMMAND = """
 import os, signal, sys
 if "--kill-once" in sys.argv and os.environ["RANK"] == "1":
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
@@ -33,15 +33,15 @@ if "--fail" in sys.argv and os.environ["RANK"] == "1":
 
 def component(command: str, *arguments: str) -> AppDef:
     """The job torchx makes of `torchx run launch/components.py:COMMAND ARGUMENTS`."""
-    found = get_component(f"{COMPONENTS}:{command}")
-    return materialize_appdef(found.fn, list(arguments))
+    component = get_component(f"{COMPONENTS}:{command}")
+    return materialize_appdef(component.fn, list(arguments))
 
 
 def run_torchx(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs torchx on this machine in a folder with a stand-in for the project."""
     (folder / "recsys").mkdir()
     (folder / "recsys" / "__init__.py").touch()
-    (folder / "recsys" / "cli.py").write_text(STAND_IN)
+    (folder / "recsys" / "cli.py").write_text(FAKE_COMMAND)
     (folder / "launch").mkdir()
     shutil.copy(COMPONENTS, folder / "launch")
     torchx = Path(sys.executable).parent / "torchx"
@@ -77,12 +77,12 @@ def test_a_benchmark_is_named_first_and_runs_as_a_module() -> None:
 def test_torchx_reads_the_same_options_from_every_component(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = get_component(f"{COMPONENTS}:{command}")
-    assert found.validation_errors == []
+    component = get_component(f"{COMPONENTS}:{command}")
+    assert component.validation_errors == []
     with pytest.raises(SystemExit):
-        materialize_appdef(found.fn, ["--help"])
+        materialize_appdef(component.fn, ["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    options = inspect.signature(found.fn).parameters.values()
+    options = inspect.signature(component.fn).parameters.values()
     assert [option.name for option in options if option.name != "args"] == [
         *("nproc", "nnodes", "cpu", "gpu", "memMB", "max_retries"),
         *("rdzv_port", "name", "image", "env", "mounts"),
@@ -176,31 +176,31 @@ def test_more_ranks_than_gpus_are_refused_with_the_fix() -> None:
 
 
 def test_a_job_runs_on_two_ranks_with_the_python_of_torchx(tmp_path: Path) -> None:
-    done = run_torchx(
+    process = run_torchx(
         tmp_path, "launch/components.py:train", "--nproc", "2", "--", "--out", "a $b c"
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     for rank in (0, 1):
-        assert f"rank {rank} of 2: ['train', '--out', 'a $b c']" in done.stderr
-    assert f"threads 3, python {sys.executable}" in done.stderr
+        assert f"rank {rank} of 2: ['train', '--out', 'a $b c']" in process.stderr
+    assert f"threads 3, python {sys.executable}" in process.stderr
 
 
 def test_a_failing_rank_fails_the_job_and_shows_its_cause(tmp_path: Path) -> None:
-    done = run_torchx(tmp_path, "launch/components.py:evaluate", "--", "--fail")
-    assert done.returncode != 0
-    assert "ValueError: rank 1 says why" in done.stderr
+    process = run_torchx(tmp_path, "launch/components.py:evaluate", "--", "--fail")
+    assert process.returncode != 0
+    assert "ValueError: rank 1 says why" in process.stderr
 
 
 def test_a_job_whose_rank_is_killed_is_restarted(tmp_path: Path) -> None:
     job = ("launch/components.py:train", "--max_retries", "1", "--", "--kill-once")
-    done = run_torchx(tmp_path, *job)
-    assert done.returncode == 0, done.stderr
-    assert "exitcode: -9" in done.stderr
+    process = run_torchx(tmp_path, *job)
+    assert process.returncode == 0, process.stderr
+    assert "exitcode: -9" in process.stderr
     for rank in (0, 1):
-        assert f"rank {rank} of 2: ['train', '--kill-once']" in done.stderr
+        assert f"rank {rank} of 2: ['train', '--kill-once']" in process.stderr
 
 
 def test_a_job_whose_rank_is_killed_fails_without_retries(tmp_path: Path) -> None:
-    done = run_torchx(tmp_path, "launch/components.py:train", "--", "--kill-once")
-    assert done.returncode != 0
-    assert "rank 1 of 2" not in done.stderr
+    process = run_torchx(tmp_path, "launch/components.py:train", "--", "--kill-once")
+    assert process.returncode != 0
+    assert "rank 1 of 2" not in process.stderr

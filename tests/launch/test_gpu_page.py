@@ -80,10 +80,10 @@ def rows_of_page() -> list[tuple[str, str, str, str]]:
 
 
 def test_every_branch_has_one_row_and_every_row_a_branch() -> None:
-    named = [(file, place) for file, place, *_ in rows_of_page()]
-    assert len(named) == len(set(named))
-    found = found_in_sources()
-    missing, stale = found - set(named), set(named) - found
+    listed = [(file, place) for file, place, *_ in rows_of_page()]
+    assert len(listed) == len(set(listed))
+    branches = found_in_sources()
+    missing, stale = branches - set(listed), set(listed) - branches
     assert not missing, f"add to launch/gpu/README.md, with what was checked: {sorted(missing)}"
     assert not stale, f"no branch any more, remove from launch/gpu/README.md: {sorted(stale)}"
 
@@ -95,9 +95,9 @@ def test_every_row_says_how_it_was_checked() -> None:
 
 
 def test_tests_that_the_page_names_ask_for_gpus() -> None:
-    named = set(re.findall(r"`(tests/\S+\.py)`", PAGE.read_text()))
-    assert len(named) == 6
-    for file in named:
+    listed = set(re.findall(r"`(tests/\S+\.py)`", PAGE.read_text()))
+    assert len(listed) == 6
+    for file in listed:
         text = (ROOT / file).read_text()
         assert "device: str" in text or "pytest.mark.gpu" in text, file
 

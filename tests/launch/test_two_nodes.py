@@ -105,11 +105,11 @@ def test_a_job_that_loses_each_node_in_turn_ends_as_if_nothing_had_happened(
     job = Job(undisturbed.run.with_name("disturbed"), machines)
 
     # The first node holds the store where nodes meet: without it the others end, with the cause.
-    _, left = job.start()
+    _, remaining = job.start()
     job.wait_for_checkpoint(3)
     first.lose()
     first.come_back()
-    assert job.end(left) != [0]
+    assert job.end(remaining) != [0]
     assert "C10d store" in job.output()
 
     # The same command goes on. Without another node, the first waits until one comes.

@@ -38,11 +38,11 @@ class TrainedRun:
     output: str
 
 
-def train_words(data: Path, out: Path, *more: str) -> list[str]:
+def train_words(data: Path, out: Path, *options: str) -> list[str]:
     """The words of `recsys train` for the tiny recipe, its cache beside the run."""
     words = ["train", "--config", str(TINY), "--data", str(data), "--out", str(out)]
     words += ["--cache", str(out.parent / "cache"), "--batch_size", "8", "--device", "cpu"]
-    return [*words, *more]
+    return [*words, *options]
 
 
 def program(name: str, *words: str, is_warm: bool = False) -> dict[str, Any]:
@@ -69,8 +69,8 @@ def run_program(
     name: str, *words: str, seconds: float = HANG_SECONDS, is_warm: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Run a program of this environment, in the root of the project; see `program`."""
-    given = program(name, *words, is_warm=is_warm)
-    return subprocess.run(**given, capture_output=True, timeout=seconds)
+    arguments = program(name, *words, is_warm=is_warm)
+    return subprocess.run(**arguments, capture_output=True, timeout=seconds)
 
 
 def run_recsys(
@@ -163,7 +163,7 @@ def train_by_torchx(folder: Path) -> TrainedRun:
     if not output.exists():
         write_dataset(data, NUM_ROWS)
         _, *words = train_words(data, run, "--epochs", "2", "--log_every_steps", "1")
-        done = torchx("train", 2, *words)
-        assert done.returncode == 0, done.stdout + done.stderr
-        output.write_text(done.stdout + done.stderr)
+        process = torchx("train", 2, *words)
+        assert process.returncode == 0, process.stdout + process.stderr
+        output.write_text(process.stdout + process.stderr)
     return TrainedRun(data, run, output.read_text())

@@ -147,8 +147,8 @@ def write_case(folder: Path, case: SchemaCase) -> Path:
 
 def case_config(folder: Path, case: SchemaCase, backbone: str) -> Config:
     """A small configuration of a ranking backbone for a case."""
-    known = set(keys_of(backbone)) - {"query_features"}
-    small = {key: value for key, value in SMALL.items() if key in known}
+    keys = set(keys_of(backbone)) - {"query_features"}
+    small = {key: value for key, value in SMALL.items() if key in keys}
     ranking = ranking_settings(backbone, dropout=0.0, **small, **BACKBONES[backbone])
     config = Config(
         content="none",
@@ -174,10 +174,14 @@ def case_config(folder: Path, case: SchemaCase, backbone: str) -> Config:
 
 def request_of(case: SchemaCase, row: dict[str, Any]) -> dict[str, Any]:
     """A row as a request for its item."""
-    sequences = {name: of for name, of in case.columns.items() if of["kind"] == "sequence"}
-    lists = [name for of in sequences.values() for name in of.get("parallel", [])]
+    sequences = {
+        name: column for name, column in case.columns.items() if column["kind"] == "sequence"
+    }
+    lists = [name for column in sequences.values() for name in column.get("parallel", [])]
     history = [*sequences, *lists]
-    features = {name for name, of in case.columns.items() if of["kind"] in ("id", "ids", "dense")}
+    features = {
+        name for name, column in case.columns.items() if column["kind"] in ("id", "ids", "dense")
+    }
     user = sorted(features - {"item", *history})
     return {
         "user": {name: row[name] for name in user},

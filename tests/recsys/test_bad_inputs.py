@@ -57,11 +57,11 @@ def errors_of_training(rank: int, world_size: int, folder: Path) -> dict[str, Ou
     ranks = Ranks(rank, world_size, rank, world_size, torch.device("cpu"))
     outcomes = {}
     for case, bad in CASES.items():
-        own = folder_of(case, folder)
-        settings = tuple(word.replace("DATA", str(own / "data")) for word in bad.settings)
+        case_folder = folder_of(case, folder)
+        settings = tuple(word.replace("DATA", str(case_folder / "data")) for word in bad.settings)
         try:
-            config = replace(recipe(settings), cache=str(own / "cache"))
-            train(config, str(own / "data"), own / "run", ranks)
+            config = replace(recipe(settings), cache=str(case_folder / "cache"))
+            train(config, str(case_folder / "data"), case_folder / "run", ranks)
             error: Exception | str = "it was trained on"
         except Exception as raised:
             error = raised
@@ -87,11 +87,11 @@ def outcomes(folder: Path) -> list[dict[str, Outcome]]:
 def test_every_rank_ends_with_the_cause(
     outcomes: list[dict[str, Outcome]], folder: Path, case: str
 ) -> None:
-    own = folder_of(case, folder)
+    case_folder = folder_of(case, folder)
     for rank in outcomes:
         kind, message = rank[case]
         for word in CASES[case].words:
-            assert word.replace("DATA", str(own / "data")) in message
+            assert word.replace("DATA", str(case_folder / "data")) in message
         assert kind == "ValueError"
         assert len(message) < 1500  # for people
-    assert not (own / "run").exists()
+    assert not (case_folder / "run").exists()

@@ -27,12 +27,12 @@ PACKAGES = (
     "recsys.kernels",
     *("recsys.optimizer", "recsys.plug_in", "recsys.serving", "recsys.serving.retrieval"),
 )
-NAMED = {
+PUBLIC_PARTS = {
     getattr(package, name) for package in map(import_module, PACKAGES) for name in package.__all__
 }
 # The tests of these run their examples, in folders that have a package or vectors.
 SERVED = {Scorer, Retrieved, Retriever, TwoStage}
-PARTS = sorted({Distillation, *NAMED} - SERVED, key=lambda part: part.__name__)
+PARTS = sorted({Distillation, *PUBLIC_PARTS} - SERVED, key=lambda part: part.__name__)
 SETTINGS = """\
 data: shop
 item: item
@@ -47,9 +47,9 @@ content:
 
 def example_of(part: Any) -> str:
     """The indented block behind `Example::`."""
-    found = re.search(r"^Example::\n\n((?:(?:    .*)?\n)+)", f"{inspect.getdoc(part)}\n", re.M)
-    assert found is not None, f"{part.__name__} has no Example::"
-    return textwrap.dedent(found.group(1))
+    match = re.search(r"^Example::\n\n((?:(?:    .*)?\n)+)", f"{inspect.getdoc(part)}\n", re.M)
+    assert match is not None, f"{part.__name__} has no Example::"
+    return textwrap.dedent(match.group(1))
 
 
 def run_example(part: Any, names: dict[str, Any]) -> None:

@@ -214,12 +214,12 @@ def test_the_doctor_works_where_torch_torchrec_and_fbgemm_do_not() -> None:
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'torchrec', 'fbgemm_gpu']));"
         "import recsys.doctor; sys.exit(recsys.doctor.main())"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 1, done.stderr
-    assert "problem: import torch" in done.stdout
-    assert done.stderr == ""
+    assert process.returncode == 1, process.stderr
+    assert "problem: import torch" in process.stdout
+    assert process.stderr == ""
 
 
 def test_the_tested_triple_is_the_one_the_project_requires() -> None:

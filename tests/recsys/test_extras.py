@@ -58,11 +58,11 @@ def test_every_extra_that_a_text_names_exists() -> None:
     pattern = re.compile(
         r"--extra (\w+)|extras? `(\w+)`|recsys-em3\[(\w+)\]|missing_extra\(\"(\w+)"
     )
-    named = {
+    names = {
         name
         for text in TEXTS.values()
         for match in pattern.finditer(text)
         for name in match.groups()
         if name
     }
-    assert {"serve", "search", "spark", "retrieve"} <= named <= {*EXTRAS, "NAME"}
+    assert {"serve", "search", "spark", "retrieve"} <= names <= {*EXTRAS, "NAME"}

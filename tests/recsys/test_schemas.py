@@ -76,11 +76,11 @@ class SchemaRun:
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SchemaRun:
     schema, backbone = request.param
     folder, case = tmp_path_factory.mktemp("schema"), SCHEMAS[schema]
-    of_run = SchemaRun(case, case_config(folder, case, backbone), folder)
-    write_case(of_run.data, case)
+    schema_run = SchemaRun(case, case_config(folder, case, backbone), folder)
+    write_case(schema_run.data, case)
     with joined_ranks("cpu") as ranks:
-        train(of_run.config, str(of_run.data), folder / "run", ranks)
-    return of_run
+        train(schema_run.config, str(schema_run.data), folder / "run", ranks)
+    return schema_run
 
 
 def test_a_package_scores_as_predict(run: SchemaRun) -> None:

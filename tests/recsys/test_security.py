@@ -133,11 +133,11 @@ def test_a_class_that_a_schema_or_a_configuration_names_is_not_imported(
     (tmp_path / "module_of_a_stranger.py").write_text(f"open({str(trace)!r}, 'w')\n")
     data = write_dataset(tmp_path / "data", {})
     schema = data / "schema.yaml"
-    named = "{class_path: module_of_a_stranger.Column}"
-    schema.write_text(schema.read_text().replace("{kind: dense}", named))
+    text = "{class_path: module_of_a_stranger.Column}"
+    schema.write_text(schema.read_text().replace("{kind: dense}", text))
     with pytest.raises(ValueError, match="'class_path' "):
         load_schema(Location.of(data))
-    (tmp_path / "config.yaml").write_text(f"embedding: {named}")
+    (tmp_path / "config.yaml").write_text(f"embedding: {text}")
     with pytest.raises(ValueError, match="'class_path' "):
         load_config(tmp_path / "config.yaml")
     assert not trace.exists()
@@ -192,15 +192,15 @@ def test_every_loader_in_the_code_is_a_restricted_one() -> None:
         "loader.from_pretrained": {"trust_remote_code": False, "use_safetensors": True},
     }
     forbidden = ("pickle.load", "pickle.loads", "eval", "exec", "yaml.unsafe_load", "os.system")
-    seen = set()
+    kinds = set()
     for file, function, arguments in calls():
         assert function not in forbidden, file
         assert not arguments.get("allow_pickle"), file
         assert not arguments.get("shell"), file
         if function in required:
             assert required[function].items() <= arguments.items(), (file, function)
-            seen.add(function)
-    assert seen == required.keys()
+            kinds.add(function)
+    assert kinds == required.keys()
 
 
 def test_pickle_is_imported_only_where_its_classes_are_restricted() -> None:

@@ -30,7 +30,9 @@ def change_columns(data: Path, **columns: dict[str, object] | None) -> None:
     file = data / "schema.yaml"
     schema = yaml.safe_load(file.read_text())
     schema["columns"] |= columns
-    schema["columns"] = {name: of for name, of in schema["columns"].items() if of is not None}
+    schema["columns"] = {
+        name: column for name, column in schema["columns"].items() if column is not None
+    }
     file.write_text(yaml.safe_dump(schema, sort_keys=False))
 
 

@@ -27,9 +27,9 @@ def test_every_bundled_recipe_is_valid_and_survives_saving(recipe: Path, tmp_pat
 def test_content_none_gives_the_id_only_twin_of_every_recipe(recipe: Path, tmp_path: Path) -> None:
     config, twin = load_config(recipe), load_config(recipe, ["--content", "none"])
     assert twin.content == "none"
-    of_items = config.embedding.tables.get("item")
-    if of_items is not None and of_items.new_rows == "content":
-        of_items.new_rows = "mean"  # no content that rows could be made of
+    item_table = config.embedding.tables.get("item")
+    if item_table is not None and item_table.new_rows == "content":
+        item_table.new_rows = "mean"  # no content that rows could be made of
     assert (twin.embedding, twin.ranking, twin.optimizer) == (
         config.embedding,
         config.ranking,
@@ -85,9 +85,9 @@ def test_installed_recipes_are_found_from_any_folder_by_the_name_on_the_pages(
     expected = load_config(name)
     monkeypatch.chdir(tmp_path)
     assert load_config(name) == expected
-    own = tmp_path / name
-    own.parent.mkdir(parents=True)
-    own.write_text("epochs: 77\n")
+    run_folder = tmp_path / name
+    run_folder.parent.mkdir(parents=True)
+    run_folder.write_text("epochs: 77\n")
     assert load_config(name).epochs == 77
 
 

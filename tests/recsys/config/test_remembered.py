@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from recsys.config.remembered import KEPT, remembered
+from recsys.config.remembered import NUM_RESULTS, remembered
 
 
 def test_equal_settings_are_parsed_once_and_returned_as_copies() -> None:
@@ -21,15 +21,15 @@ def test_equal_settings_are_parsed_once_and_returned_as_copies() -> None:
     first["parsed"].append(4)
     assert parse({"a": 3}) == {"parsed": [3]}
     assert len(calls) == 1
-    for number in range(KEPT):
+    for number in range(NUM_RESULTS):
         parse({"a": 10 + number})
     assert parse({"a": 3}) == {"parsed": [3]}
-    assert len(calls) == KEPT + 2  # the oldest result had been dropped
+    assert len(calls) == NUM_RESULTS + 2  # the oldest result had been dropped
 
 
 @pytest.mark.parametrize(("one", "other"), [(1, True), (1, 1.0), (1, "1"), (None, "None")])
 def test_values_and_keys_of_other_types_are_parsed_by_themselves(one: Any, other: Any) -> None:
-    parse = remembered(lambda content: [(type(key), type(of)) for key, of in content.items()])
+    parse = remembered(lambda content: [(type(key), type(value)) for key, value in content.items()])
     for key in ("a", one):
         assert parse({key: one}) == [(type(key), type(one))]
         assert parse({key: other}) == [(type(key), type(other))]

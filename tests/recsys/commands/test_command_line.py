@@ -61,8 +61,8 @@ def test_train_evaluate_and_predict_work_in_one_process(
 
 @pytest.mark.long
 def test_torchrun_evaluates_with_dashes_before_the_module(folder: Path) -> None:
-    done = torchrun(2, "evaluate", "--run", str(folder / "run"), "--split", "valid")
-    assert done.returncode == 0, done.stderr
+    process = torchrun(2, "evaluate", "--run", str(folder / "run"), "--split", "valid")
+    assert process.returncode == 0, process.stderr
     assert (folder / "run" / "evaluation_valid.json").is_file()
 
 

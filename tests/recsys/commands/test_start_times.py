@@ -49,10 +49,10 @@ def test_help_and_errors_of_arguments_and_files_import_no_slow_package(tmp_path:
         f"compare --runs {none} {none}": 1,
     }
     words = [sys.executable, "-c", PROGRAM, *codes]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = dict(zip(codes, done.stdout.splitlines(), strict=True))
-    assert found == {line: str(code) for line, code in codes.items()}
+    process = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    outputs = dict(zip(codes, process.stdout.splitlines(), strict=True))
+    assert outputs == {line: str(code) for line, code in codes.items()}
 
 
 def test_the_settings_that_help_prints_are_those_of_the_models() -> None:
