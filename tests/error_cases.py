@@ -22,7 +22,7 @@ from recsys.checkpoint.run_folder import find_start
 from recsys.commands.inputs import require_finished
 from recsys.config import ContentSettings, MetricSettings, load_config
 from recsys.content.encoders.pretrained import PretrainedEncoder
-from recsys.data.events.engines.on_duckdb import DuckDBEngine
+from recsys.data.events.duckdb_engine import DuckDBEngine
 from recsys.data.filesystem import Location
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
@@ -141,7 +141,7 @@ def log(name: str, *names: str) -> Case:
         bad.spoil(folder, config)
         prepare(folder, config)
 
-    return Case(name, call, names or bad.named)
+    return Case(name, call, names or bad.words)
 
 
 def movielens(action: str, ratings: str, *names: str) -> Case:

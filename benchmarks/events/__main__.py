@@ -70,14 +70,14 @@ def benchmark(
     _require_equal(out / "small", names, (small, users, items), limits)
     records, failed = [], []
     for number in sizes:
-        done, not_done = _measure(
+        measured_runs, failures = _measure(
             out / f"{number}",
             (number, users, items),
             names if number <= peers_up_to else [OURS],
             limits,
         )
-        records += done
-        failed += not_done
+        records += measured_runs
+        failed += failures
     verdicts = _verdicts(records)
     result = _result(records, verdicts, limits)
     result.reading += failed
@@ -168,10 +168,10 @@ def _verdicts(records: list[dict[str, Any]]) -> dict[str, bool]:
             f"{most['list_values'] / least['list_values']:.1f} times the values in histories), of "
             f"{MOST_GROWTH} times"
         ] = growth <= MOST_GROWTH
-    for number, own in ours.items():
-        others = [r["seconds"] for r in records if r["events"] == number and r["job"] != OURS]
-        if others:
-            share = min(others) / own["seconds"]
+    for number, run in ours.items():
+        peer_seconds = [r["seconds"] for r in records if r["events"] == number and r["job"] != OURS]
+        if peer_seconds:
+            share = min(peer_seconds) / run["seconds"]
             verdicts[
                 f"{share:.2f} times the speed of the fastest other program at {number:,} events, "
                 f"at least {LEAST_SHARE}"

@@ -52,8 +52,8 @@ def measured(words: list[str]) -> Measured:
 
 def _processor() -> float:
     """Return the processor time of all processes that were waited for."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _resident(pid: int) -> int:
@@ -65,14 +65,14 @@ def _resident(pid: int) -> int:
         return 0
 
 
-def differences(left: Path, right: Path) -> list[str]:
+def differences(first_folder: Path, second_folder: Path) -> list[str]:
     """Return the tables and columns in which two datasets differ.
 
     Numbers may differ by the last bits of float32: each program has a logarithm of its own.
     """
     different = []
     for name in TABLES:
-        tables = [pq.read_table(folder / name) for folder in (left, right)]
+        tables = [pq.read_table(folder / name) for folder in (first_folder, second_folder)]
         names = [table.column_names for table in tables]
         if names[0] != names[1]:
             return [f"{name}: columns {names[0]} and {names[1]}"]
@@ -84,10 +84,10 @@ def differences(left: Path, right: Path) -> list[str]:
     return different
 
 
-def _same(left: pa.Array, right: pa.Array) -> bool:
-    if pa.types.is_list(left.type):
-        lengths = [lists.value_lengths().to_numpy() for lists in (left, right)]
-        return np.array_equal(*lengths) and _same(left.flatten(), right.flatten())
-    if pa.types.is_floating(left.type):
-        return len(left) == len(right) and np.allclose(left, right, rtol=1e-6, atol=1e-7)
-    return bool(left.equals(right.cast(left.type)))
+def _same(first: pa.Array, second: pa.Array) -> bool:
+    if pa.types.is_list(first.type):
+        lengths = [lists.value_lengths().to_numpy() for lists in (first, second)]
+        return np.array_equal(*lengths) and _same(first.flatten(), second.flatten())
+    if pa.types.is_floating(first.type):
+        return len(first) == len(second) and np.allclose(first, second, rtol=1e-6, atol=1e-7)
+    return bool(first.equals(second.cast(first.type)))

@@ -89,9 +89,15 @@ def prepare(folder: str, out: Path) -> None:
     counts = train.group_by("item").agg(train_rows=pl.len()).sort("item")
     counts.write_parquet(out / "item_counts.parquet")
     (out / "vocabulary").mkdir()
-    seen = log.filter(pl.col("time") * 1_000_000 <= ends[0])
+    events_before = log.filter(pl.col("time") * 1_000_000 <= ends[0])
     for name in ("user", "item"):
-        ids = seen.select(id=pl.col(name)).unique().sort("id").with_row_index("row").collect()
+        ids = (
+            events_before.select(id=pl.col(name))
+            .unique()
+            .sort("id")
+            .with_row_index("row")
+            .collect()
+        )
         ids.select("id", pl.col("row").cast(pl.Int64)).write_parquet(
             out / "vocabulary" / f"{name}.parquet"
         )

@@ -54,9 +54,9 @@ def key_numbers(chunk: pa.Table, keys: Sequence[str]) -> np.ndarray:  # chunk [N
     return np.cumsum(_starts(chunk, keys)) - 1
 
 
-def _agree(left: pa.RecordBatch, right: pa.RecordBatch, keys: Sequence[str]) -> bool:
+def _agree(previous: pa.RecordBatch, following: pa.RecordBatch, keys: Sequence[str]) -> bool:
     """Return whether the last row of one batch and the first of another have the same key."""
-    return all(left.column(key)[-1].as_py() == right.column(key)[0].as_py() for key in keys)
+    return all(previous.column(key)[-1].as_py() == following.column(key)[0].as_py() for key in keys)
 
 
 class Moments:

@@ -1,4 +1,4 @@
-"""Adds histories and counts of earlier events to samples.
+"""Adds histories and counts of earlier events to samples: one sort for each set of keys.
 
 Samples and events of a key lie together in time; see `as_of`. Samples pass with their columns,
 events do not.
@@ -18,29 +18,182 @@ from recsys.data.events.as_of import Moments, whole_keys
 from recsys.data.events.history_values import (
     AGE,
     HistoryFiles,
-    begin_of,
-    length_of,
-    lists_of,
+    begin_column,
+    history_lists,
+    length_column,
     null_stand_in,
+    slice_columns,
 )
-from recsys.data.events.settings import Count, History, Parallel
+from recsys.data.events.samples import actions_in
+from recsys.data.events.settings import Count, EventsConfig, History, Parallel
+from recsys.data.events.snapshots import with_columns
+from recsys.data.events.sql import SqlEngine, quoted
 from recsys.data.events.times import duration
 from recsys.data.parquet.values import one_chunk
 
+KEYS = {"user": "uid", "item": "iid"}
 SETS = "/sets"
 SAMPLES_AT_ONCE = 1 << 16  # samples whose histories are in memory at a time
 
 
+def add_histories(
+    engine: SqlEngine,
+    config: EventsConfig,
+    types: dict[str, pa.DataType],
+    files: HistoryFiles | None,
+) -> dict[str, pa.DataType]:
+    """Make the stage `complete`: the stage `samples` with counts, and histories or their slices.
+
+    `types` are those of the columns of `clean_events`. Values of histories go into `files`, and
+    samples have slices of these; without files, they have lists.
+
+    Returns:
+        The types of the histories and the lists beside them, by name.
+    """
+    item_columns = _make_past_events(engine, config)
+    schema = _schema(engine, "samples")
+    types = {**types, **{name: schema.field(f"c_{name}").type for name in item_columns}}
+    counts_by_keys: dict[tuple[str, ...], dict[str, Count]] = {}
+    for name, count in config.counts.items():
+        counts_by_keys.setdefault(tuple(count.of), {})[name] = count
+    user_counts = counts_by_keys.pop(("user",), {})
+    samples = "samples"
+    for number, (keys, counts) in enumerate(counts_by_keys.items()):
+        samples = _add_counts(engine, samples, number, list(keys), counts)
+    schema = _schema(engine, samples)
+    added_columns = [(f"n_{name}", pa.float64()) for name in user_counts]
+    lists = {
+        list_name: kind
+        for name, history in config.histories.items()
+        for list_name, kind in _list_types(name, history, types).items()
+    }
+    if files is None:
+        added_columns += [(f"h_{name}", kind) for name, kind in lists.items()]
+    else:
+        added_columns += slice_columns(config.histories).items()
+    features = HistoryFeatures(
+        ["uid"], config.histories, user_counts, lists, pa.schema([*schema, *added_columns]), files
+    )
+    event_columns = _schema(engine, "past_events").names
+    if "action" not in (parallel.column for parallel in config.parallels.values()):
+        event_columns.remove("action")
+    query = _samples_and_events(
+        features,
+        samples,
+        {name: quoted(name) for name in schema.names},
+        {name: quoted(name) for name in event_columns},
+    )
+    order = ["ts", "iid", "position"]
+    engine.add_mapped("complete", query, ["uid"], order, features, features.schema)
+    return lists
+
+
+def _schema(engine: SqlEngine, stage: str) -> pa.Schema:
+    return engine.table(f"SELECT * FROM {stage} LIMIT 0").schema
+
+
+def _make_past_events(engine: SqlEngine, config: EventsConfig) -> list[str]:
+    """Make the stage `past_events`: clean events with the item columns they need; return these."""
+    listed = {parallel.column for parallel in config.parallels.values()}
+    read = listed | {key for count in config.counts.values() for key in count.of}
+    query, item_columns = "SELECT * FROM clean_events", list[str]()
+    if config.items is not None:
+        item_columns = [name for name in config.items.columns if name in read]
+        if item_columns:
+            columns = {name: f"e_{name}" for name in item_columns}
+            query = with_columns(query, "item", "iid", columns, config.items)
+    make = engine.add if item_columns else engine.view
+    names = [
+        "position, uid, iid, ts, action",
+        *(["arrived"] if config.has_arrival else []),
+        *(quoted(f"e_{name}") for name in item_columns),
+        *(
+            f"{quoted(f'c_{name}')} AS {quoted(f'e_{name}')}"
+            for name in sorted(listed - {"age", "action", *item_columns})
+        ),
+    ]
+    make("past_events", f"SELECT {', '.join(names)} FROM ({query})")
+    return item_columns
+
+
+def _list_types(
+    name: str, history: History, types: dict[str, pa.DataType]
+) -> dict[str, pa.DataType]:
+    lists = {name: pa.list_(types["iid"])}
+    for parallel_name, parallel in history.parallel.items():
+        column_type = types.get(f"c_{parallel.column}", types.get(parallel.column))
+        is_id = parallel.column != AGE and column_type in (pa.string(), pa.int64())
+        lists[parallel_name] = pa.list_(column_type if is_id else pa.float32())
+    return lists
+
+
+def _add_counts(
+    engine: SqlEngine, samples: str, number: int, names: list[str], counts: dict[str, Count]
+) -> str:
+    """Make a stage of the samples with counts by some keys, and return its name."""
+    keys = [KEYS.get(name, f"e_{name}") for name in names]
+    schema = pa.schema(
+        [("position", pa.int64()), *((f"n_{name}", pa.float64()) for name in counts)]
+    )
+    features = HistoryFeatures(keys, {}, counts, {}, schema)
+    columns = {"ts": "ts", "position": "position"}
+    has_arrival = "arrived" in _schema(engine, "past_events").names
+    query = _samples_and_events(
+        features,
+        samples,
+        {key: KEYS.get(name) or quoted(f"c_{name}") for name, key in zip(names, keys)} | columns,
+        {key: quoted(key) for key in keys}
+        | columns
+        | ({"arrived": "arrived"} if has_arrival else {}),
+    )
+    has_keys = " AND ".join(f"{quoted(key)} IS NOT NULL" for key in keys)
+    query = f"SELECT * FROM ({query}) WHERE {has_keys}"
+    engine.add_mapped(f"counts_{number}", query, keys, ["ts", "position"], features, schema)
+    count_columns = ", ".join(
+        f"coalesce(c.{quoted(f'n_{name}')}, 0) AS {quoted(f'n_{name}')}" for name in counts
+    )
+    engine.add(
+        f"counted_{number}",
+        f"SELECT s.*, {count_columns} FROM {samples} s LEFT JOIN counts_{number} c "
+        "ON s.position = c.position",
+    )
+    return f"counted_{number}"
+
+
+def _samples_and_events(
+    features: HistoryFeatures,
+    samples: str,
+    sample_columns: dict[str, str],
+    event_columns: dict[str, str],
+) -> str:
+    """Return SQL of a stage of samples and the past events that features use.
+
+    The columns have their SQL by name; those that either lacks are null. `SETS` has a bit for each
+    of `action_sets` that an event is in, and is 0 for samples.
+    """
+    names = dict.fromkeys([*sample_columns, *event_columns])
+    sample, event = (
+        ", ".join(f"{columns.get(name, 'NULL')} AS {quoted(name)}" for name in names)
+        for columns in (sample_columns, event_columns)
+    )
+    tests = [actions_in(actions) for actions in features.action_sets]
+    bits = (f"CASE WHEN {test} THEN {1 << bit} ELSE 0 END" for bit, test in enumerate(tests))
+    is_used = " OR ".join(f"({test})" for test in tests)
+    return (
+        f"SELECT {sample}, 0 AS {quoted(SETS)} FROM {samples} UNION ALL SELECT {event}, "
+        f"{' + '.join(bits) or '0'} FROM past_events WHERE {is_used or '1 = 0'}"
+    )
+
+
 @dataclass(frozen=True)
-class AddPast:
+class HistoryFeatures:
     """Maps sorted chunks of samples and events to the samples with histories and counts.
 
     keys: columns that events and samples share.
     histories, counts: what to add.
     lists: types of the histories and the lists beside them, by name.
     schema: of the result; its first columns are those of samples.
-    files: take the values of histories, of which samples then have slices; None: samples have
-        lists.
+    files: for the values of histories, of which samples then have slices; None: they have lists.
     """
 
     keys: list[str]
@@ -51,43 +204,42 @@ class AddPast:
     files: HistoryFiles | None = None
 
     @property
-    def sets(self) -> list[list[str] | None]:
-        """Return the sets of actions of histories and counts, each once.
-
-        An event's column `SETS` has a bit for each that has its action, and is 0 for samples.
-        """
-        chosen = [of.actions for of in self.histories.values()]
-        chosen += [of.actions for of in self.counts.values()]
-        chosen += [of.per for of in self.counts.values() if of.per is not None]
-        return [actions for place, actions in enumerate(chosen) if actions not in chosen[:place]]
+    def action_sets(self) -> list[list[str] | None]:
+        """Return the sets of actions of histories and counts, each once."""
+        sets = [history.actions for history in self.histories.values()]
+        sets += [count.actions for count in self.counts.values()]
+        sets += [count.per for count in self.counts.values() if count.per is not None]
+        return [actions for place, actions in enumerate(sets) if actions not in sets[:place]]
 
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Yield the samples of each chunk."""
         for chunk in whole_keys(batches, self.keys):
             is_sample = chunk[SETS].to_numpy() == 0
             if is_sample.any():
-                yield from self._of_chunk(chunk, is_sample)
+                yield from self._samples(chunk, is_sample)
 
-    def _of_chunk(self, chunk: pa.Table, is_sample: np.ndarray) -> Iterator[pa.RecordBatch]:
+    def _samples(self, chunk: pa.Table, is_sample: np.ndarray) -> Iterator[pa.RecordBatch]:
         rows = np.flatnonzero(is_sample)
         moments = Moments(chunk, self.keys, is_sample)
-        added = {f"n_{name}": self._count(chunk, moments, of) for name, of in self.counts.items()}
+        columns_of_samples = {
+            f"n_{name}": self._count(chunk, moments, count) for name, count in self.counts.items()
+        }
         values: dict[str, dict[str, pa.Array]] = {}
-        for name, of in self.histories.items():
-            events, begin, length = self._slices(chunk, moments, of)
+        for name, history in self.histories.items():
+            events, begin, length = self._slices(chunk, moments, history)
             values[name] = self._values(chunk, name, events)
-            first = 0 if self.files is None else self.files.append(name, values[name])
-            added[begin_of(name)] = begin + first
-            added[length_of(name)] = length.astype(np.int32)
+            first_value = 0 if self.files is None else self.files.append(name, values[name])
+            columns_of_samples[begin_column(name)] = begin + first_value
+            columns_of_samples[length_column(name)] = length.astype(np.int32)
         for first in range(0, len(rows), SAMPLES_AT_ONCE):
-            here = slice(first, first + SAMPLES_AT_ONCE)
-            samples = chunk.take(pa.array(rows[here]))
+            part = slice(first, first + SAMPLES_AT_ONCE)
+            samples = chunk.take(pa.array(rows[part]))
             columns = {name: one_chunk(samples[name]) for name in samples.schema.names}
-            columns |= {name: pa.array(of[here]) for name, of in added.items()}
+            columns |= {name: pa.array(column[part]) for name, column in columns_of_samples.items()}
             if self.files is None:
-                for name, of in self.histories.items():
-                    made = lists_of(columns, name, of, values[name])
-                    columns |= {f"h_{column}": lists for column, lists in made.items()}
+                for name, history in self.histories.items():
+                    lists = history_lists(columns, name, history, values[name])
+                    columns |= {f"h_{list_name}": column for list_name, column in lists.items()}
             yield pa.record_batch([columns[name] for name in self.schema.names], schema=self.schema)
 
     def _slices(
@@ -98,23 +250,24 @@ class AddPast:
         A history with a gap, as an event has not arrived, has a slice of its own after all others.
         """
         events = self._events(chunk, history.actions)
-        begin, end, after = moments.known(events, duration(history.delay) or 0, None)
-        most = min(history.length, len(chunk))
-        first, length = np.maximum(begin, end - most), np.minimum(end - begin, most)
+        begin, end, late = moments.known(events, duration(history.delay) or 0, None)
+        longest = min(history.length, len(chunk))
+        first, length = np.maximum(begin, end - longest), np.minimum(end - begin, longest)
         parts, place = [events], len(events)
-        for sample, later in after.items():
-            places = np.concatenate([np.arange(first[sample], end[sample]), later])[-most:]
+        for sample, late_events in late.items():
+            places = np.concatenate([np.arange(first[sample], end[sample]), late_events])
+            places = places[-longest:]
             parts.append(events[places])
             first[sample], length[sample] = place, len(places)
             place += len(places)
         return np.concatenate(parts), first, length
 
-    def _count(self, chunk: pa.Table, moments: Moments, of: Count) -> np.ndarray:  # float64 [S]
+    def _count(self, chunk: pa.Table, moments: Moments, count: Count) -> np.ndarray:  # float64 [S]
         """Return a count or rate for each sample."""
-        number = self._number(chunk, moments, of, of.actions)
-        if of.per is None:
+        number = self._number(chunk, moments, count, count.actions)
+        if count.per is None:
             return number
-        base = self._number(chunk, moments, of, of.per)
+        base = self._number(chunk, moments, count, count.per)
         return number / np.maximum(base, 1) * (base > 0)
 
     def _number(
@@ -122,45 +275,47 @@ class AddPast:
     ) -> np.ndarray:  # float64 [S]
         """Return the number of events in the window of a count."""
         window = duration(count.delay) or 0, duration(count.within)
-        begin, end, after = moments.known(self._events(chunk, actions), *window)
+        begin, end, late = moments.known(self._events(chunk, actions), *window)
         number = (end - begin).astype(np.float64)
-        for sample, later in after.items():
-            number[sample] += len(later)
+        for sample, late_events in late.items():
+            number[sample] += len(late_events)
         return number
 
     def _events(self, chunk: pa.Table, actions: list[str] | None) -> np.ndarray:  # int64 [E]
         """Return the rows of events with one of some actions; None: any but impressions."""
-        return np.flatnonzero(chunk[SETS].to_numpy() >> self.sets.index(actions) & 1)
+        return np.flatnonzero(chunk[SETS].to_numpy() >> self.action_sets.index(actions) & 1)
 
     def _values(
-        self, chunk: pa.Table, name: str, events: np.ndarray
-    ) -> dict[str, pa.Array]:  # events int64 [E] -> [E] each
+        self, chunk: pa.Table, name: str, rows: np.ndarray
+    ) -> dict[str, pa.Array]:  # rows int64 [E] -> [E] each
         """Return the values of a history and beside it, by column."""
-        past = chunk.take(pa.array(events))
-        columns = {name: one_chunk(past["iid"])}
-        for beside, of in self.histories[name].parallel.items():
-            if of.column == AGE:
-                columns[beside] = one_chunk(past["ts"])
+        events = chunk.take(pa.array(rows))
+        columns = {name: one_chunk(events["iid"])}
+        for list_name, parallel in self.histories[name].parallel.items():
+            if parallel.column == AGE:
+                columns[list_name] = one_chunk(events["ts"])
             else:
-                columns[beside] = _beside(past, beside, of, self.lists[beside].value_type)
+                kind = self.lists[list_name].value_type
+                columns[list_name] = _parallel_values(events, list_name, parallel, kind)
         return columns
 
 
-def _beside(
-    past: pa.Table, name: str, of: Parallel, kind: pa.DataType
-) -> pa.Array:  # past [E] -> [E]
+def _parallel_values(
+    events: pa.Table, name: str, parallel: Parallel, kind: pa.DataType
+) -> pa.Array:  # events [E] -> [E]
     """Return the values of a column beside a history."""
-    values = one_chunk(past["action" if of.column == "action" else f"e_{of.column}"])
+    column = "action" if parallel.column == "action" else f"e_{parallel.column}"
+    values = one_chunk(events[column])
     if not pa.types.is_floating(kind):
         return values.fill_null(null_stand_in(kind)).cast(kind)
-    numbers = values.fill_null(of.fill).to_numpy(zero_copy_only=False).astype(np.float32)
-    if of.at_least is not None:
-        return pa.array((numbers >= of.at_least).astype(np.float32))
+    numbers = values.fill_null(parallel.fill).to_numpy(zero_copy_only=False).astype(np.float32)
+    if parallel.at_least is not None:
+        return pa.array((numbers >= parallel.at_least).astype(np.float32))
     with np.errstate(over="ignore"):
-        scaled = numbers / np.float32(of.scale)
+        scaled = numbers / np.float32(parallel.scale)
     if not np.isfinite(scaled).all():
         raise ValueError(
-            f"parallel: '{name}': a value divided by scale {of.scale} is no finite float32; set a "
-            "larger scale"
+            f"parallel: '{name}': a value divided by scale {parallel.scale} is no finite float32; "
+            "set a larger scale"
         )
     return pa.array(scaled)

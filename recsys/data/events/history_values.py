@@ -27,20 +27,22 @@ AGE = "age"
 MOMENT = "/ts"  # a column of samples; names with / are none of the dataset's
 
 
-def begin_of(history: str) -> str:
+def begin_column(history: str) -> str:
     """Return the column with the place of the first value of each sample's slice."""
     return f"/begin {history}"
 
 
-def length_of(history: str) -> str:
+def length_column(history: str) -> str:
     """Return the column with the length of each sample's slice."""
     return f"/length {history}"
 
 
 def slice_columns(histories: Iterable[str]) -> dict[str, pa.DataType]:
     """Return the columns with the slices of histories; narrow ones, as samples are sorted."""
-    types = {begin_of: pa.int64(), length_of: pa.int32()}
-    return {of(name): kind for name in histories for of, kind in types.items()}
+    types: dict[str, pa.DataType] = {}
+    for name in histories:
+        types |= {begin_column(name): pa.int64(), length_column(name): pa.int32()}
+    return types
 
 
 def null_stand_in(kind: pa.DataType) -> int | str:
@@ -48,32 +50,29 @@ def null_stand_in(kind: pa.DataType) -> int | str:
     return "" if pa.types.is_string(kind) else NULL_ID
 
 
-def lists_of(
+def history_lists(
     samples: Mapping[str, pa.Array], name: str, history: History, values: dict[str, pa.Array]
 ) -> dict[str, pa.Array]:  # samples [S] each, values [E] each -> lists [S] each
     """Return the lists of a history of samples, by column.
 
-    Args:
-        samples: their `ts`, and the columns `begin_of` and `length_of` this history.
-        name: of the history.
-        history: its settings.
-        values: of the history and the columns beside it; those beside `age` are times of events.
+    `samples` have `ts`, `begin_column` and `length_column`. `values` are those of the history and
+    the columns beside it; those beside `age` are times of events.
     """
-    begin, length = (samples[of(name)].to_numpy() for of in (begin_of, length_of))
+    begin, length = samples[begin_column(name)].to_numpy(), samples[length_column(name)].to_numpy()
     offsets = np.concatenate([[0], np.cumsum(length)])
     places = pa.array(np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], length))
     bounds = pa.array(offsets, pa.int32())
     lists = {}
-    for column, of in values.items():
-        chosen = pc.take(of, places, boundscheck=False)
+    for column, column_values in values.items():
+        items = pc.take(column_values, places, boundscheck=False)
         if column != name and history.parallel[column].column == AGE:
-            chosen = _ages(np.repeat(samples["ts"].to_numpy(), length) - chosen.to_numpy())
-        elif pa.types.is_dictionary(chosen.type):
-            chosen = chosen.cast(chosen.type.value_type)
-        if column != name and not pa.types.is_floating(chosen.type):
-            is_null = pc.equal(chosen, null_stand_in(chosen.type))
-            chosen = pc.if_else(is_null, None, chosen)
-        lists[column] = pa.ListArray.from_arrays(bounds, chosen)
+            items = _ages(np.repeat(samples["ts"].to_numpy(), length) - items.to_numpy())
+        elif pa.types.is_dictionary(items.type):
+            items = items.cast(items.type.value_type)
+        if column != name and not pa.types.is_floating(items.type):
+            is_null = pc.equal(items, null_stand_in(items.type))
+            items = pc.if_else(is_null, None, items)
+        lists[column] = pa.ListArray.from_arrays(bounds, items)
     return lists
 
 
@@ -88,11 +87,7 @@ def _ages(ago: np.ndarray) -> pa.Array:  # int64, microseconds -> float32
 
 @dataclass
 class HistoryFiles:
-    """Values of histories in files of a folder, which are mapped to memory when they are read.
-
-    folder: for the files; must not exist.
-    histories: their settings, by name.
-    """
+    """Values of histories in files of a new folder, which are mapped to memory when read."""
 
     folder: Path
     histories: dict[str, History]
@@ -103,9 +98,10 @@ class HistoryFiles:
     def append(self, name: str, values: dict[str, pa.Array]) -> int:  # values [E] each
         """Write more values of a history, and return the place of the first."""
         self.folder.mkdir(exist_ok=True)
-        for column, of in values.items():
-            self._types[column] = of.type
-            numbers = self._codes(column, of) if pa.types.is_string(of.type) else of.to_numpy()
+        for column, array in values.items():
+            self._types[column] = array.type
+            is_text = pa.types.is_string(array.type)
+            numbers = self._codes(column, array) if is_text else array.to_numpy()
             with self._path(column).open("ab") as file:
                 file.write(np.ascontiguousarray(numbers).data)
         first = self._lengths.get(name, 0)
@@ -113,17 +109,15 @@ class HistoryFiles:
         return first
 
     def with_lists(self, batch: pa.RecordBatch, columns: Iterable[str]) -> pa.RecordBatch:
-        """Return columns of rows; those that the rows lack are lists by their slices.
+        """Return columns of rows in this order; those that the rows lack are lists by their slices.
 
-        Args:
-            batch: rows with `MOMENT`, and the columns `begin_of` and `length_of` each history.
-            columns: names in the order of the result.
+        Rows have `MOMENT`, and the columns `begin_column` and `length_column` of each history.
         """
-        own = dict(zip(batch.schema.names, batch.columns, strict=True))
-        samples = {**own, "ts": own[MOMENT]}
+        arrays = dict(zip(batch.schema.names, batch.columns, strict=True))
+        samples = {**arrays, "ts": arrays[MOMENT]}
         for name, history in self.histories.items():
-            own |= lists_of(samples, name, history, self._values[name])
-        return pa.record_batch({name: own[name] for name in columns})
+            arrays |= history_lists(samples, name, history, self._values[name])
+        return pa.record_batch({name: arrays[name] for name in columns})
 
     @cached_property
     def _values(self) -> dict[str, dict[str, pa.Array]]:
@@ -150,7 +144,7 @@ class HistoryFiles:
 
     def _codes(self, column: str, values: pa.Array) -> np.ndarray:  # int32 [E]
         """Return the place of each text among those of the column, new ones last."""
-        known = self._texts.setdefault(column, {})
+        places = self._texts.setdefault(column, {})
         encoded = values.dictionary_encode()
-        codes = [known.setdefault(text, len(known)) for text in encoded.dictionary.to_pylist()]
+        codes = [places.setdefault(text, len(places)) for text in encoded.dictionary.to_pylist()]
         return np.array(codes, np.int32)[encoded.indices.to_numpy()]

@@ -1,21 +1,38 @@
-"""Reads an `events.yaml`."""
+"""Reads an `events.yaml`, and checks that its parts fit together before any log is read."""
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator
 from dataclasses import fields
 from datetime import date
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
+from zoneinfo import available_timezones
 
+import numpy as np
 from jsonargparse import ArgumentParser
 
-from recsys.config.parser import problem_of
+from recsys.config.parser import problem_of, short
 from recsys.config.plain_yaml import load_plain_yaml, recipe_file
-from recsys.data.events.checks import check_events_config, sources
-from recsys.data.events.settings import EventsConfig, ItemTable, Source
+from recsys.data.events.clean_events import IMPRESSION, event_columns
+from recsys.data.events.file_columns import LARGEST
+from recsys.data.events.settings import EventsConfig, EventTable, ItemTable, Source
+from recsys.data.events.sql import literal
+from recsys.data.events.times import duration, moment
 from recsys.data.filesystem import home_expanded
+from recsys.data.schema_columns import (
+    RAW_GROUP,
+    ROW_POSITION,
+    Column,
+    check_vocabulary,
+    table_name_problem,
+)
+from recsys.data.transforms.chain import KINDS, chains_of, file_columns
 
+LONGEST_NAME = 200  # bytes of a column's name, which may be that of a file, too
 # Where a word may stand for a mapping of one key, and where for a list.
 SHORT = {
     **{f"/{table}/*": "kind" for table in ("context", "items/columns", "users/columns")},
@@ -48,11 +65,9 @@ def load_events_config(path: Path, data: Path | None = None) -> EventsConfig:
             raise ValueError(problem)
         namespace = parser.instantiate(parser.parse_object(content))
         config = EventsConfig(**{part.name: namespace[part.name] for part in fields(EventsConfig)})
-        for _, source in sources(config):
-            _resolve(source, path.parent if data is None else data)
-        if config.items is not None:
-            _resolve_pictures(config.items, path.parent if data is None else data)
-        check_events_config(config)
+        _resolve_paths(config, path.parent if data is None else data)
+        if (conflict := next(_conflicts(config), None)) is not None:
+            raise ValueError(conflict)
     except Exception as error:
         raise ValueError(f"{path}: {error}") from error
     return config
@@ -67,41 +82,309 @@ def _written_out(content: Any, path: tuple[str, ...] = ()) -> Any:
             name: _written_out(part, (*path, str(name).replace("/", "_") or "_"))
             for name, part in content.items()
         }
-    here = PurePosixPath("/", *path)
-    if isinstance(content, int | str | list) and any(map(here.match, LISTS)):
+    position = PurePosixPath("/", *path)
+    if isinstance(content, int | str | list) and any(map(position.match, LISTS)):
         return [_text(part) for part in (content if isinstance(content, list) else [content])]
     if isinstance(content, list):
         return [_written_out(part, path) for part in content]
     if isinstance(content, str):
-        return next(({key: content} for place, key in SHORT.items() if here.match(place)), content)
+        return next(
+            ({key: content} for place, key in SHORT.items() if position.match(place)), content
+        )
     return content
 
 
 def _text(action: Any) -> Any:
     """Return an action that YAML reads as a number or a truth value as logs have it."""
-    if isinstance(action, bool):
-        return str(action).lower()
-    return str(action) if isinstance(action, int) else action
+    text = str(action).lower() if isinstance(action, bool) else str(action)
+    return text if isinstance(action, int) else action
 
 
-def _resolve(source: Source, folder: Path) -> None:
-    """Make relative paths absolute, in place."""
-    paths = [source.path] if isinstance(source.path, str) else source.path
-    source.path = [
-        path if "://" in path else os.path.realpath(folder / home_expanded(path)) for path in paths
-    ]
-
-
-def _resolve_pictures(items: ItemTable, folder: Path) -> None:
-    """Make folders of pictures absolute, in place; refuse them for other content than images."""
-    for name, content in items.content.items():
-        if content.path_column is None:
-            if content.folder is not None:
-                raise ValueError(f"items.content.{name}: folder without path_column; set both")
-            continue
-        if content.kind != "image":
-            raise ValueError(
-                f"items.content.{name}: path_column is of kind image, not {content.kind}; remove it"
-            )
-        if "://" not in (content.folder or ""):
+def _resolve_paths(config: EventsConfig, folder: Path) -> None:
+    """Make relative paths of tables and pictures absolute, in place."""
+    for _, source in _sources(config):
+        paths = [source.path] if isinstance(source.path, str) else source.path
+        source.path = [
+            path if "://" in path else os.path.realpath(folder / home_expanded(path))
+            for path in paths
+        ]
+    for content in config.items.content.values() if config.items is not None else ():
+        if content.path_column is not None and "://" not in (content.folder or ""):
             content.folder = os.path.realpath(folder / (content.folder or ""))
+
+
+def _sources(config: EventsConfig) -> Iterator[tuple[str, Source]]:
+    """Yield each table with the name of its setting."""
+    yield from ((f"events.{name}", table) for name, table in config.events.items())
+    for name in ("impressions", "items", "users"):
+        if (table := getattr(config, name)) is not None:
+            yield name, table
+
+
+def _conflicts(config: EventsConfig) -> Iterator[str]:
+    """Yield settings that do not fit together, with the fix; each check relies on those before."""
+    for required in ("events", "labels"):
+        if not getattr(config, required):
+            yield f"{required} is empty; name at least one"
+    if IMPRESSION in config.events:
+        yield f"events: '{IMPRESSION}' is the name of the action of impressions; rename the table"
+    for name, source in _sources(config):
+        yield from _source_problems(name, source)
+    yield from _name_problems(config)
+    yield from _transform_problems(config)
+    yield from _column_problems(config)
+    yield from _label_problems(config)
+    yield from _request_problems(config)
+    for setting, actions in config.actions.items():
+        if actions == []:
+            yield f"{setting} is empty; name an action, or leave it out"
+        for action in actions or ():
+            literal(action)
+    yield from _history_problems(config)
+    yield from _count_problems(config)
+    yield from _split_problems(config)
+    if (events := config.drop.max_events_per_user) is not None and events < 1:
+        yield f"drop: max_events_per_user is {events}; set at least 1"
+    if config.drop.later_than is not None:
+        moment(config.drop.later_than, config.time_zone)
+    if config.rows is not None and config.impressions is not None:
+        yield "rows: impressions are the rows already; remove rows or impressions"
+    if config.negatives is not None:
+        if config.impressions is not None:
+            yield "negatives: impressions have negatives already; take one of both out"
+        for name, least, most in (("per_positive", 1, 10_000), ("seed", 0, 2**43 - 1)):
+            if not least <= (value := getattr(config.negatives, name)) <= most:
+                yield f"negatives: {name} is {value}; set {least} to {most}"
+
+
+def _source_problems(name: str, source: Source) -> Iterator[str]:
+    if not source.path:
+        yield "path: empty; name at least one file or folder"
+    delimiter = "," if source.delimiter is None else source.delimiter
+    if len(delimiter.encode()) != 1 or delimiter in '"\r\n\0':
+        yield f"delimiter {delimiter!r}: write one ASCII character, and no quote or end of a line"
+    several = source.several if isinstance(source, EventTable) else None
+    if several is not None and not (several.between and several.separator):
+        yield f"{name}.several: between and separator are texts; write some"
+    if source.time_zone not in available_timezones():
+        yield f"{name}.time_zone '{source.time_zone}' is unknown; write such as Europe/Berlin"
+    for column, content in source.content.items() if isinstance(source, ItemTable) else ():
+        if content.path_column is None and content.folder is not None:
+            yield f"items.content.{column}: folder without path_column; set both"
+        if content.path_column is not None and content.kind != "image":
+            yield f"items.content.{column}: only images have a path_column; remove it"
+
+
+def column_names(config: EventsConfig) -> list[str]:
+    """Return the names of the columns that the splits of a dataset have."""
+    tables = [table.columns for table in (config.items, config.users) if table is not None]
+    parallels = [history.parallel for history in config.histories.values()]
+    names = [config.output.user, config.output.item, config.output.time]
+    names += [config.output.sampled] if config.negatives is not None else []
+    for group in (config.context, *tables, config.labels, config.counts, config.histories):
+        names += group
+    return names + [name for parallel in parallels for name in parallel]
+
+
+def _name_problems(config: EventsConfig) -> Iterator[str]:
+    """Check that columns have distinct names that files and tables of ids may have."""
+    names = column_names(config)
+    for name in names:
+        if not name:
+            yield "a column of the dataset has an empty name; name it"
+        if name in (ROW_POSITION, RAW_GROUP):
+            yield f"'{name}' is a name of this program's; rename the column"
+        if "/" in name or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+            yield (
+                f"{short(repr(name))} names a column of the dataset, and maybe a file; write up to "
+                f"{LONGEST_NAME} bytes of printable characters without /"
+            )
+        if names.count(name) > 1:
+            yield f"'{name}' names two columns of the dataset; rename one"
+    contents = config.items.content if config.items is not None else {}
+    for name in ("", config.output.item):
+        if name in contents:
+            yield f"items.content: '{name}' is no name, or that of the ids; rename it"
+    alike: dict[str, str] = {}
+    for name in dict.fromkeys([*names, *event_columns(config), *contents]):
+        if (other := alike.setdefault(name.lower(), name)) != name:
+            yield (
+                f"'{other}' and '{name}' differ in capitals alone, which SQL does not tell apart; "
+                "rename one"
+            )
+    ids = [config.output.user, config.output.item]
+    ids += [name for name, feature in config.features.items() if feature.kind != "dense"]
+    columns = {name: parallel.column for name, parallel in config.parallels.items()}
+    lists = [name for name, column in columns.items() if column in (*ids, "action")]
+    transforms = [name for name, column in config.transforms.items() if column.kind != "dense"]
+    for name in (*ids, *lists, *transforms):
+        if (problem := table_name_problem(name)) is not None:
+            yield f"'{name}' names a table of ids, and {problem}"
+    counted = [*ids, *(name for name, column in columns.items() if column == "action")]
+    for name, count in config.vocabulary.min_count.items():
+        if name not in counted:
+            yield f"vocabulary: min_count of '{name}', which is none of the id columns {counted}"
+        if count < 1:
+            yield f"vocabulary: min_count of '{name}' is {count}; set at least 1"
+    if config.vocabulary.min_count and config.vocabulary.kind == "rows":
+        yield "vocabulary: min_count is of kind exact alone; remove it, or set that kind"
+
+
+def _transform_problems(config: EventsConfig) -> Iterator[str]:
+    """Check what `schema.yaml` will say of columns that are made of others."""
+    names = column_names(config)
+    for name, column in config.transforms.items():
+        where = f"transforms: '{name}'"
+        if name in names and name not in config.features:
+            yield f"{where} names a column that is no feature; rename it"
+        if column.kind not in KINDS:
+            yield f"{where} is of kind {column.kind}; choose one of {KINDS}"
+        if column.kind != "dense" and (column.num_embeddings or 0) < 1:
+            yield f"{where}: num_embeddings is {column.num_embeddings}; set its rows"
+        if column.vocabulary is not None:
+            check_vocabulary(column, where, is_target=False)
+            if column.vocabulary.kind == "exact":
+                yield f"{where}: a vocabulary of kind exact is of ids alone; use hash"
+    columns = {name: Column("label") for name in config.labels} | config.transforms
+    chains = chains_of(columns, config.output.item, "transforms")
+    for name in config.transforms:
+        if name not in chains:
+            yield f"transforms: '{name}' has neither column nor transform; add one"
+    for name in file_columns(chains, chains):
+        if name not in names:
+            yield f"transforms: the dataset has no column '{name}', but {names}"
+
+
+def _column_problems(config: EventsConfig) -> Iterator[str]:
+    """Check that a table declares each column that something uses."""
+    for source, events in config.events.items():
+        for name in events.columns:
+            if events.columns.count(name) > 1:
+                yield f"events: columns of '{source}' name '{name}' twice; remove one"
+    rows = config.events.values() if config.impressions is None else [config.impressions]
+    row_columns = {name for table in rows for name in table.columns}
+    event_table_columns = {name for table in config.events.values() for name in table.columns}
+    required = dict.fromkeys(config.context, "context")
+    required |= {label.column: "labels" for label in config.labels.values() if label.column}
+    for name, setting in required.items():
+        if name not in row_columns:
+            yield f"{setting}: no table of rows has '{name}' in its `columns`; add it there"
+    listed = {parallel.column for parallel in config.parallels.values()}
+    derived = {"age", "action", *(config.items.columns if config.items is not None else ())}
+    for name in sorted(listed & derived & event_table_columns):
+        yield (
+            f"parallel: '{name}' is a column of events, and of items or made for each event; "
+            "rename it in the file, or leave it out of `columns`"
+        )
+    for name in event_columns(config):
+        if name not in required and name not in event_table_columns:
+            yield (
+                f"parallel: column '{name}' is not in the `columns` of an event or item table; add "
+                "it there"
+            )
+
+
+def _label_problems(config: EventsConfig) -> Iterator[str]:
+    for name, label in config.labels.items():
+        where = f"labels: '{name}'"
+        if (label.action is None) == (label.column is None):
+            yield f"{where} needs one of action and column; set exactly one"
+        if label.within is not None and label.action is None:
+            yield f"{where} of a column has no within; remove it"
+        if label.at_least is not None and label.column is None:
+            yield f"{where} of an action has no at_least; remove it"
+        if label.column in config.context and config.context[label.column].kind != "dense":
+            yield f"{where}: column '{label.column}' has ids; name one of numbers"
+        if label.within is not None and not duration(label.within):
+            yield f"{where}: within is {label.within}; set a duration such as 7d"
+        if label.action is not None and label.within is None and config.impressions is not None:
+            yield f"{where} of impressions has no within; set one such as 7d"
+        if label.at_least is not None and not math.isfinite(label.at_least):
+            yield f"{where}: at_least is {label.at_least}; set a finite number"
+
+
+def _request_problems(config: EventsConfig) -> Iterator[str]:
+    """Require a request column in all tables of rows and of actions that label them, or in none."""
+    actions = {
+        name for label in config.labels.values() if label.within for name in label.action or ()
+    }
+    if config.impressions is None:
+        actions |= set(config.events if config.rows is None else config.rows)
+    tables = {
+        f"events.{name}": table
+        for name, table in config.events.items()
+        if table.action is not None or name in actions
+    }
+    if config.impressions is not None:
+        tables["impressions"] = config.impressions
+    for name, table in tables.items():
+        if config.by_request and actions and table.request is None:
+            yield (
+                f"{name} has no `request`, but other tables have one, and a row and the actions "
+                "that label it agree in it; name its column, or leave `request` out everywhere"
+            )
+
+
+def _history_problems(config: EventsConfig) -> Iterator[str]:
+    for name, history in config.histories.items():
+        if duration(history.delay) is None:
+            yield f"histories: '{name}': delay is {history.delay}; write a duration such as 1h"
+        if history.length < 1:
+            yield f"histories: '{name}': length is {history.length}; set at least 1"
+    features = {**config.context, **(config.items.columns if config.items is not None else {})}
+    for name, parallel in config.parallels.items():
+        column, settings = parallel.column, (parallel.scale, parallel.fill, parallel.at_least)
+        where = f"parallel: '{name}': "
+        numbers = [number or 0.0 for number in settings]
+        if not np.float32(parallel.scale) or not all(abs(number) <= LARGEST for number in numbers):
+            yield (
+                f"{where}scale {parallel.scale}, fill {parallel.fill}, at_least "
+                f"{parallel.at_least}; set numbers that float32 holds, and scale other than 0"
+            )
+        kind = features[column].kind if column in features else "dense"
+        if kind == "ids":
+            yield (
+                f"{where}column '{column}' has lists of ids, and an event one value; name a column "
+                "of kind id or of numbers"
+            )
+        if (kind == "id" or column in ("age", "action")) and settings != (1.0, 0.0, None):
+            yield (
+                f"{where}scale, fill and at_least are of numbers, and '{column}' has none; remove "
+                "them"
+            )
+        if column == "action" and config.vocabulary.kind == "rows":
+            yield f"{where}actions cannot be rows of a table; leave it out"
+
+
+def _count_problems(config: EventsConfig) -> Iterator[str]:
+    columns = config.items.columns if config.items is not None else {}
+    keys = {"user", "item", *(name for name, column in columns.items() if column.kind == "id")}
+    for name, count in config.counts.items():
+        where = f"counts: '{name}'"
+        if duration(count.delay) is None:
+            yield f"{where}: delay is {count.delay}; write a duration such as 1h"
+        if duration(count.within) == 0:
+            yield f"{where}: within is {count.within}, which holds no event"
+        for key in count.of:
+            if key not in keys:
+                yield f"{where}: of has '{key}'; name user, item or an id column of items"
+        if not count.of:
+            yield f"{where}: of is empty; name user, item or both"
+
+
+def _split_problems(config: EventsConfig) -> Iterator[str]:
+    split = config.split
+    if split.by == "windows":
+        if not 1 <= split.windows <= 8:
+            yield f"split: windows is {split.windows}; set 1 to 8"
+        return
+    if not 2 <= len(split.at) <= (2 if split.by == "user" else 3):
+        yield f"split: at has {len(split.at)} values; write the two at which train and valid end"
+    if split.by == "dates":
+        cuts: list[float] = [moment(str(day), config.time_zone) for day in split.at]
+    else:
+        if not all(isinstance(share, float | int) and 0 < share <= 1 for share in split.at):
+            yield f"split: at is {split.at}; write shares between 0 and 1"
+        cuts = [float(share) for share in split.at]
+    if any(late <= early for early, late in pairwise(cuts)):
+        yield f"split: at is {split.at}; write it in ascending order"

@@ -22,10 +22,9 @@ import pyarrow.parquet as pq
 
 from embeddings.vocabulary.fixed import integer_ids, mix64
 from recsys.data.events.as_of import key_numbers, whole_keys
-from recsys.data.events.engines.base import Engine
 from recsys.data.events.settings import EventsConfig, Negatives
-from recsys.data.events.signals import FOREVER, count_rows, quoted
 from recsys.data.events.splits import Conditions
+from recsys.data.events.sql import FOREVER, SqlEngine, count_rows, quoted
 
 ATTEMPTS = 16  # draws that may be refused before the items left are listed
 TAKEN_ITEM, HELD_OUT, POSITIVE = range(3)  # kinds of rows of a chunk
@@ -44,7 +43,7 @@ class KnownItems:
     folder: Path
 
     @classmethod
-    def write(cls, engine: Engine, name: str, query: str) -> KnownItems:
+    def write(cls, engine: SqlEngine, name: str, query: str) -> KnownItems:
         """Write the result of a query with `since` and `inumber`, ordered, as files."""
         folder = engine.work / name
         engine.write(query, folder / "rows")
@@ -297,7 +296,7 @@ class Draws:
 
 
 def add_negatives(
-    engine: Engine, config: EventsConfig, datasets: Conditions
+    engine: SqlEngine, config: EventsConfig, datasets: Conditions
 ) -> tuple[Conditions, dict[str, int]]:
     """Make the stage `drawn` of `rows` and samples drawn for those whose first label is 1.
 
@@ -335,12 +334,12 @@ def add_negatives(
     return conditions, {"no item left to draw": missing} if missing else {}
 
 
-def _make_catalogue(engine: Engine, config: EventsConfig) -> int:
+def _make_catalogue(engine: SqlEngine, config: EventsConfig) -> int:
     """Make the stage `catalogue`: items by number, known since; return how many there are.
 
     An item is known from its first event on, or from its first snapshot with a time.
     """
-    since = f"SELECT iid, min({config.arrival}) AS since FROM signals GROUP BY iid"
+    since = f"SELECT iid, min({config.arrival}) AS since FROM clean_events GROUP BY iid"
     if config.items is not None and config.items.valid_from is not None:
         since += " UNION ALL SELECT id AS iid, first_valid_from AS since FROM item_snapshots"
     engine.add(
@@ -348,16 +347,16 @@ def _make_catalogue(engine: Engine, config: EventsConfig) -> int:
         "SELECT iid, since, row_number() OVER (ORDER BY since, iid) - 1 AS inumber FROM "
         f"(SELECT iid, min(since) AS since FROM ({since}) GROUP BY iid)",
     )
-    return int(engine.table("SELECT count(*) AS n FROM catalogue")["n"][0].as_py())
+    return count_rows(engine, "catalogue")
 
 
-def _known_items(engine: Engine, config: EventsConfig, settings: Negatives) -> KnownItems:
+def _known_items(engine: SqlEngine, config: EventsConfig, settings: Negatives) -> KnownItems:
     """Write what is drawn from: the items, or by popularity each event with its item."""
     if settings.by == "uniform":
         query = "SELECT since, inumber FROM catalogue ORDER BY inumber"
     else:
         query = (
-            f"SELECT s.{config.arrival} AS since, c.inumber FROM signals s "
+            f"SELECT s.{config.arrival} AS since, c.inumber FROM clean_events s "
             "JOIN catalogue c ON s.iid = c.iid ORDER BY 1, 2"
         )
     return KnownItems.write(engine, "known_items", query)
@@ -390,7 +389,7 @@ def _chunk_query(
             f"0 AS {DRAWN_AS} FROM ({rows}) t JOIN catalogue c ON t.iid = c.iid"
         )
 
-    taken_items = f"SELECT uid, iid, min({since}) AS since FROM signals GROUP BY uid, iid"
+    taken_items = f"SELECT uid, iid, min({since}) AS since FROM clean_events GROUP BY uid, iid"
     later = f"SELECT DISTINCT uid, iid, {block} AS block, 0 AS since FROM {held_out_rows}"
     parts = [
         positives("0", 1, train_rows),

@@ -7,26 +7,23 @@ import re
 import shutil
 import tempfile
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
-from recsys.data.events.engines.base import Engine
-from recsys.data.events.engines.on_duckdb import DuckDBEngine
-from recsys.data.events.engines.on_spark import SparkEngine
+from recsys.data.events.clean_events import Dropped, read_events
+from recsys.data.events.dataset import DatasetWriter
+from recsys.data.events.duckdb_engine import DuckDBEngine
+from recsys.data.events.histories import add_histories
 from recsys.data.events.history_values import HistoryFiles
 from recsys.data.events.load import load_events_config
 from recsys.data.events.negatives import add_negatives
-from recsys.data.events.output.dataset import write_dataset
-from recsys.data.events.output.pictures import check_pictures
-from recsys.data.events.past import add_past
-from recsys.data.events.rows import make_rows
+from recsys.data.events.pictures import check_pictures
+from recsys.data.events.samples import make_rows
 from recsys.data.events.settings import EventsConfig
-from recsys.data.events.signals import Dropped, read_signals
 from recsys.data.events.snapshots import add_features, read_snapshots
-from recsys.data.events.splits import Conditions, split_conditions
+from recsys.data.events.spark_engine import SparkEngine
+from recsys.data.events.splits import split_conditions
+from recsys.data.events.sql import SqlEngine
 from recsys.data.filesystem import whole_folder
 
 
@@ -60,10 +57,6 @@ def prepare_events(
 
     Raises:
         ValueError: a setting, file, column or value cannot be used, or a split would be empty.
-
-    Example::
-
-        print(format_report(prepare_events(Path("events.yaml"), Path("data/shop"))))
     """
     settings = load_events_config(config, source)
     with whole_folder(unused_folder(out)) as partial:
@@ -92,15 +85,12 @@ def run_stages(
     threads: int | None = None,
     temp: Path | None = None,
 ) -> dict[str, Any]:
-    """Write the datasets and `report.json` into a folder, and return the report.
-
-    Raises:
-        ValueError: a file, column or value cannot be used, or a split would be empty.
-    """
+    """Write the datasets and `report.json` into a folder, and return the report."""
     if temp is not None and not temp.is_dir():
         raise ValueError(f"--temp {temp}: no such folder; make it, or name another")
-    in_temp = None if temp is None else tempfile.mkdtemp(prefix="prepare-events-", dir=temp)
-    work = folder / "stages" if in_temp is None else Path(in_temp)
+    work = folder / "stages"
+    if temp is not None:
+        work = Path(tempfile.mkdtemp(prefix="prepare-events-", dir=temp))
     try:
         engine = (
             DuckDBEngine(work, memory, threads)
@@ -108,31 +98,16 @@ def run_stages(
             else SparkEngine(work, spark_master)
         )
         with closing(engine):
-            report = write_datasets(engine, config, make_samples(engine, config), folder)
+            report = write_datasets(engine, config, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
-@dataclass(frozen=True)
-class Samples:
-    """The stage `complete`: all samples, with all their columns.
-
-    datasets: SQL conditions of each split of each dataset.
-    lists: types of the histories and the lists beside them, by name.
-    files: values of the histories, if samples have slices of these instead of lists.
-    """
-
-    datasets: Conditions
-    lists: dict[str, pa.DataType]
-    files: HistoryFiles | None
-    dropped: Dropped
-
-
-def make_samples(engine: Engine, config: EventsConfig) -> Samples:
-    """Run the stages up to `complete`."""
-    types, dropped = read_signals(engine, config)
+def make_samples(engine: SqlEngine, config: EventsConfig) -> tuple[DatasetWriter, Dropped]:
+    """Run the stages up to `complete`; return the writer of its datasets, and what was left out."""
+    types, dropped = read_events(engine, config)
     reasons = dict(dropped.reasons)
     if config.items is not None:
         reasons |= read_snapshots(engine, "item", config.items, types["iid"])
@@ -142,30 +117,21 @@ def make_samples(engine: Engine, config: EventsConfig) -> Samples:
     reasons |= make_rows(engine, config)
     datasets, embargoed = split_conditions(engine, config)
     reasons |= embargoed
-    source = "rows"
+    stage = "rows"
     if config.negatives is not None:
-        datasets, given_up = add_negatives(engine, config, datasets)
-        reasons |= given_up
-        source = "drawn"
-    reasons |= add_features(engine, config, source)
-    files = None if engine.own_files is None else HistoryFiles(engine.own_files, config.histories)
-    lists = add_past(engine, config, types, files)
-    return Samples(datasets, lists, files, Dropped(dropped.read, reasons))
+        datasets, missing = add_negatives(engine, config, datasets)
+        reasons |= missing
+        stage = "drawn"
+    reasons |= add_features(engine, config, stage)
+    files = None if engine.scratch is None else HistoryFiles(engine.scratch, config.histories)
+    lists = add_histories(engine, config, types, files)
+    return DatasetWriter(engine, config, datasets, lists, files), Dropped(dropped.read, reasons)
 
 
-def write_datasets(
-    engine: Engine, config: EventsConfig, samples: Samples, folder: Path
-) -> dict[str, Any]:
-    """Write the datasets into a folder and return the report."""
-    splits: dict[str, Any] = {}
-    items: Path | None = None
-    for dataset, conditions in samples.datasets.items():
-        figures = write_dataset(
-            engine, config, conditions, folder, dataset, samples.lists, samples.files, items
-        )
-        items = folder / dataset / "items"
-        splits |= {str(Path(dataset, split)): of for split, of in figures.items()}
-    dropped = samples.dropped
+def write_datasets(engine: SqlEngine, config: EventsConfig, folder: Path) -> dict[str, Any]:
+    """Run all stages, write the datasets into a folder, and return the report."""
+    writer, dropped = make_samples(engine, config)
+    splits = writer.write(folder)
     return {"events": dropped.read, "left_out": dropped.reasons, "splits": splits}
 
 

@@ -213,21 +213,24 @@ class EventsConfig:
     output: Output = field(default_factory=Output)
 
     @property
+    def event_tables(self) -> list[EventTable]:
+        """Tables of events and impressions."""
+        return [*self.events.values(), *([self.impressions] if self.impressions else [])]
+
+    @property
     def time_zone(self) -> str | None:
         """Zone of dates in these settings: that of events and impressions; None: they differ."""
-        tables = [*self.events.values(), *([self.impressions] if self.impressions else [])]
-        zones = {table.time_zone for table in tables}
+        zones = {table.time_zone for table in self.event_tables}
         return zones.pop() if len(zones) == 1 else None
 
     @property
     def has_arrival(self) -> bool:
         """Whether a table says when its events became known."""
-        tables = [*self.events.values(), *([self.impressions] if self.impressions else [])]
-        return any(table.arrived is not None for table in tables)
+        return any(table.arrived is not None for table in self.event_tables)
 
     @property
     def arrival(self) -> str:
-        """Column of signals from whose time on they are known."""
+        """Column of `clean_events` from whose time on they are known."""
         return "arrived" if self.has_arrival else "ts"
 
     @property
@@ -239,13 +242,33 @@ class EventsConfig:
     @property
     def label_window(self) -> int:
         """Microseconds after a row until all of its labels are decided."""
-        return max(
-            (duration(label.within) or 0 for label in self.labels.values() if label.within),
-            default=0,
-        )
+        windows = [duration(label.within) for label in self.labels.values() if label.within]
+        return max((window or 0 for window in windows), default=0)
 
     @property
     def features(self) -> dict[str, Feature]:
-        """Return the features of samples, by name: of the row, the items and the users."""
+        """Features of samples, by name: of the row, the items and the users."""
         tables = [table.columns for table in (self.items, self.users) if table is not None]
-        return {name: of for columns in (self.context, *tables) for name, of in columns.items()}
+        return {
+            name: column for columns in (self.context, *tables) for name, column in columns.items()
+        }
+
+    @property
+    def parallels(self) -> dict[str, Parallel]:
+        """Lists beside all histories, by name."""
+        return {
+            name: parallel
+            for history in self.histories.values()
+            for name, parallel in history.parallel.items()
+        }
+
+    @property
+    def actions(self) -> dict[str, list[str] | None]:
+        """Actions that settings name, by setting."""
+        return {
+            "rows": self.rows,
+            **{f"labels.{name}.action": label.action for name, label in self.labels.items()},
+            **{f"histories.{name}.actions": part.actions for name, part in self.histories.items()},
+            **{f"counts.{name}.actions": count.actions for name, count in self.counts.items()},
+            **{f"counts.{name}.per": count.per for name, count in self.counts.items()},
+        }

@@ -5,25 +5,17 @@ from __future__ import annotations
 import pyarrow as pa
 
 from embeddings.vocabulary.fixed import is_id_type
-from recsys.data.events.engines.base import Engine
-from recsys.data.events.files.columns import Field
-from recsys.data.events.files.reader import Reader, open_source
-from recsys.data.events.rows import count_nulls, is_needed
+from recsys.data.events.clean_events import KINDS, check_unit, settle_fill
+from recsys.data.events.file_columns import Field
+from recsys.data.events.reader import open_source
+from recsys.data.events.samples import complete_rows, required_features
 from recsys.data.events.settings import Content, EventsConfig, ItemTable, Snapshots
-from recsys.data.events.signals import (
-    FOREVER,
-    KINDS,
-    check_unit,
-    count_rows,
-    filled,
-    quoted,
-    settle_fill,
-)
+from recsys.data.events.sql import FOREVER, SqlEngine, count_rows, filled, one_value, quoted
 from recsys.data.parquet.values import is_list
 
 
 def read_snapshots(
-    engine: Engine, name: str, table: Snapshots, kind: pa.DataType
+    engine: SqlEngine, name: str, table: Snapshots, kind: pa.DataType
 ) -> dict[str, int]:
     """Make the stage `NAME_snapshots`: id, valid_from, valid_until, features and content.
 
@@ -37,16 +29,21 @@ def read_snapshots(
     """
     fields = _fields(table)
     reader = open_source(name, table, fields)
-    if (own := reader.schema.field("id").type) != kind:
+    file, id_kind = reader.tasks[0][1], reader.schema.field("id").type
+    if id_kind != kind:
         raise ValueError(
-            f"{reader.tasks[0][1]}: column '{table.id}' has type {own}, but {kind} in the events; "
-            "write one type"
+            f"{file}: column '{table.id}' has type {id_kind}, but {kind} in the events; write one "
+            "type"
         )
-    _settle_columns(table, reader)
+    for column, feature in table.columns.items():
+        settle_fill(column, feature, reader.schema.field(f"f_{column}").type)
+    if isinstance(table, ItemTable):
+        for column, content in table.content.items():
+            _check_content(file, column, content, reader.schema.field(f"t_{column}").type)
     engine.add_files(f"{name}_read", [reader])
     begin = str(-FOREVER) if table.valid_from is None else "valid_from"
     end = f"lead({begin}) OVER (PARTITION BY id ORDER BY {begin})"
-    others = ", ".join(quoted(field.name) for field in fields if field.name != "valid_from")
+    columns = ", ".join(quoted(field.name) for field in fields if field.name != "valid_from")
     names = ", ".join(quoted(field.name) for field in fields)
     usable = f"id IS NOT NULL AND {begin} IS NOT NULL"
     if table.valid_from is not None:
@@ -55,15 +52,15 @@ def read_snapshots(
     distinct = f"SELECT DISTINCT {names} FROM {name}_read WHERE {usable}"
     engine.add(
         f"{name}_snapshots",
-        f"SELECT {others}, {begin} AS valid_from, coalesce({end}, {FOREVER}) AS valid_until, "
+        f"SELECT {columns}, {begin} AS valid_from, coalesce({end}, {FOREVER}) AS valid_until, "
         f"{first} AS first_valid_from FROM ({distinct})",
     )
-    _check_unique(engine, name, table, reader.tasks[0][1])
+    _check_unique(engine, name, table, file)
     key = "iid" if name == "item" else "uid"
-    match = f"SELECT id FROM signals JOIN {name}_snapshots ON {key} = id LIMIT 1"
+    match = f"SELECT id FROM clean_events JOIN {name}_snapshots ON {key} = id LIMIT 1"
     if not engine.table(match).num_rows:
         raise ValueError(
-            f"{reader.tasks[0][1]}: column '{table.id}': no event has one of these ids; correct "
+            f"{file}: column '{table.id}': no event has one of these ids; correct "
             f"the column, or leave {name}s out"
         )
     count = count_rows(engine, f"{name}_read WHERE NOT ({usable})")
@@ -74,7 +71,9 @@ def _fields(table: Snapshots) -> list[Field]:
     fields = [Field("id", table.id, "id")]
     if table.valid_from is not None:
         fields.append(Field("valid_from", table.valid_from, "time"))
-    fields += [Field(f"f_{name}", name, KINDS[of.kind]) for name, of in table.columns.items()]
+    fields += [
+        Field(f"f_{name}", name, KINDS[feature.kind]) for name, feature in table.columns.items()
+    ]
     if isinstance(table, ItemTable):
         for column, content in table.content.items():
             form = "words" if content.kind == "text" else "any"
@@ -83,95 +82,77 @@ def _fields(table: Snapshots) -> list[Field]:
     return fields
 
 
-def _settle_columns(table: Snapshots, reader: Reader) -> None:
-    """Check fills and content by the types of the columns, and give fills these types."""
-    for column, feature in table.columns.items():
-        settle_fill(column, feature, reader.schema.field(f"f_{column}").type)
-    if isinstance(table, ItemTable):
-        for column, content in table.content.items():
-            _check_content(reader.tasks[0][1], column, content, reader.schema.field(f"t_{column}"))
-
-
-def _check_content(file: str, name: str, content: Content, field: pa.Field) -> None:
+def _check_content(file: str, name: str, content: Content, kind: pa.DataType) -> None:
     """Raise a ValueError for content of a type that no dataset has."""
-    own = field.type
-    value = own.value_type if is_list(own) else own
-    last = value.value_type if is_list(value) else value
-    is_number = pa.types.is_floating(last) or (last == own and pa.types.is_integer(own))
+    value = kind.value_type if is_list(kind) else kind
+    number = value.value_type if is_list(value) else value
+    is_integer = number == kind and pa.types.is_integer(kind)
     fits = {
-        "text": pa.types.is_string(own) or pa.types.is_large_string(own),
+        "text": pa.types.is_string(kind) or pa.types.is_large_string(kind),
         "image": pa.types.is_binary(value) or pa.types.is_large_binary(value),
-        "feature": is_number,
+        "feature": pa.types.is_floating(number) or is_integer,
         "category": is_id_type(value) or pa.types.is_null(value),
     }
     if content.path_column is None and not fits.get(content.kind, True):
-        wanted = {
+        expected = {
             "text": "string",
             "image": "binary, or path_column",
             "feature": "a number, list<float> or list<list<float>>",
             "category": "integer or string, or a list of them",
         }[content.kind]
-        raise ValueError(f"{file}: column '{name}' has type {own}, expected {wanted}; write it so")
-
-
-def _check_unique(engine: Engine, name: str, table: Snapshots, file: str) -> None:
-    """Raise a ValueError if an id has several rows at one time."""
-    twice = engine.table(
-        f"SELECT min(id) AS id FROM (SELECT id FROM {name}_snapshots "
-        "GROUP BY id, valid_from HAVING count(*) > 1)"
-    )["id"][0].as_py()
-    if twice is not None:
         raise ValueError(
-            f"{file}: column '{table.id}': {twice} has several rows"
+            f"{file}: column '{name}' has type {kind}, expected {expected}; write it so"
+        )
+
+
+def _check_unique(engine: SqlEngine, name: str, table: Snapshots, file: str) -> None:
+    """Raise a ValueError if an id has several rows at one time."""
+    rows = f"SELECT id FROM {name}_snapshots GROUP BY id, valid_from HAVING count(*) > 1"
+    repeated = one_value(engine, "min(id)", f"({rows})")
+    if repeated is not None:
+        raise ValueError(
+            f"{file}: column '{table.id}': {repeated} has several rows"
             + (" of one time; keep one" if table.valid_from else "; keep one, or set valid_from")
         )
 
 
-def with_columns(source: str, table: str, key: str, columns: dict[str, str], of: Snapshots) -> str:
+def with_columns(
+    source: str, name: str, key: str, columns: dict[str, str], table: Snapshots
+) -> str:
     """Return SQL that adds columns of the snapshot that was valid at each row's time.
 
-    Args:
-        source: SQL with `key` and `ts`.
-        table: name of the stage without `_snapshots`.
-        key: column that holds the ids.
-        columns: new name of each column.
-        of: the table's settings, for values that stand for null.
+    `source` is SQL with `key`, the column of ids, and `ts`; `name` is item or user; `columns` has
+    the new name of each column.
     """
     names = ", ".join(
-        filled(f"t.{quoted(f'f_{name}')}", of.columns[name].fill, new)
-        for name, new in columns.items()
+        filled(f"t.{quoted(f'f_{column}')}", table.columns[column].fill, new)
+        for column, new in columns.items()
     )
     return (
-        f"SELECT s.*, {names} FROM ({source}) s LEFT JOIN {table}_snapshots t ON s.{key} = t.id "
+        f"SELECT s.*, {names} FROM ({source}) s LEFT JOIN {name}_snapshots t ON s.{key} = t.id "
         "AND s.ts >= t.valid_from AND s.ts < t.valid_until"
     )
 
 
-def add_features(engine: Engine, config: EventsConfig, source: str) -> dict[str, int]:
+def add_features(engine: SqlEngine, config: EventsConfig, source: str) -> dict[str, int]:
     """Make the stage `samples` of `source`, with the features of items and users.
 
     Returns:
         The number of samples left out, by reason.
     """
     query = f"SELECT * FROM {source}"
-    needed: dict[str, str] = {}
+    required: dict[str, str] = {}
     for table, name, key in ((config.items, "item", "iid"), (config.users, "user", "uid")):
-        if table is None or not table.columns:
-            continue
-        columns = {column: f"c_{column}" for column in table.columns}
-        query = with_columns(query, name, key, columns, table)
-        needed |= {
-            f"no value in '{column}'": f"c_{column}"
-            for column, feature in table.columns.items()
-            if is_needed(config, feature.kind)
-        }
-    if not needed:
+        if table is not None and table.columns:
+            columns = {column: f"c_{column}" for column in table.columns}
+            query = with_columns(query, name, key, columns, table)
+            required |= required_features(config, list(table.columns))
+    if not required:
         engine.view("samples", query)
         return {}
     engine.add("enriched", query)
-    kept = " AND ".join(f"{quoted(column)} IS NOT NULL" for column in needed.values())
-    engine.view("samples", f"SELECT * FROM enriched WHERE {kept}")
-    reasons = count_nulls(engine, "enriched", needed)
+    is_complete, reasons = complete_rows(engine, "enriched", required)
+    engine.view("samples", f"SELECT * FROM enriched WHERE {is_complete}")
     if not count_rows(engine, "samples"):
         raise ValueError(f"rows: none is left; {reasons} were left out; correct these columns")
     return reasons

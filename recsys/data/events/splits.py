@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 from pathlib import PurePosixPath
 
-from recsys.data.events.engines.base import Engine
 from recsys.data.events.settings import EventsConfig
-from recsys.data.events.signals import count_rows
+from recsys.data.events.sql import SqlEngine, count_rows
 from recsys.data.events.times import moment
 
 SPLITS = ("train", "valid", "test")
@@ -20,7 +19,7 @@ BINS = 1 << 14  # of a histogram of times
 Conditions = dict[str, dict[str, str]]  # dataset -> split -> SQL
 
 
-def split_conditions(engine: Engine, config: EventsConfig) -> tuple[Conditions, dict[str, int]]:
+def split_conditions(engine: SqlEngine, config: EventsConfig) -> tuple[Conditions, dict[str, int]]:
     """Return the SQL condition of each split of each dataset; the only dataset has no name.
 
     With `embargo`, rows of train (valid) are in no split if a label of theirs is decided after
@@ -58,7 +57,7 @@ def split_conditions(engine: Engine, config: EventsConfig) -> tuple[Conditions, 
     return conditions, reasons
 
 
-def _cuts(engine: Engine, config: EventsConfig) -> dict[str, tuple[list[str], str]]:
+def _cuts(engine: SqlEngine, config: EventsConfig) -> dict[str, tuple[list[str], str]]:
     """Return by dataset where its splits end, and the SQL test of a row before such an end."""
     split = config.split
     if split.by == "windows":
@@ -109,13 +108,13 @@ def _until(ends: list[str], test: str) -> dict[str, str]:
     conditions = {}
     before = ""
     for place, name in enumerate(SPLITS):
-        here = test.format(ends[place]) if place < len(ends) else "1 = 1"
-        conditions[name] = f"{here}{before}"
-        before = f" AND NOT ({here})"
+        condition = test.format(ends[place]) if place < len(ends) else "1 = 1"
+        conditions[name] = f"{condition}{before}"
+        before = f" AND NOT ({condition})"
     return conditions
 
 
-def quantiles(engine: Engine, shares: list[float]) -> list[str]:
+def quantiles(engine: SqlEngine, shares: list[float]) -> list[str]:
     """Return times of the rows at these shares of their order, by histograms on the engine."""
     limits = engine.table("SELECT min(ts) AS low, max(ts) AS high, count(*) AS n FROM rows")
     low, high, rows = (limits[name][0].as_py() for name in ("low", "high", "n"))
@@ -123,7 +122,7 @@ def quantiles(engine: Engine, shares: list[float]) -> list[str]:
     return [str(_time_at(engine, place, low, high)) for place in places]
 
 
-def _time_at(engine: Engine, place: int, low: int, high: int) -> int:
+def _time_at(engine: SqlEngine, place: int, low: int, high: int) -> int:
     """Return the time of the row at a place of the order; all rows lie in [low, high]."""
     before = 0  # rows earlier than `low`
     while low < high:

@@ -119,8 +119,8 @@ def _parsed(values: pa.Array, zone: str) -> pa.Array:
             (zoned, pa.timestamp("us", "UTC")),
             (pc.invert(zoned), pa.timestamp("us")),
         ):
-            chosen = pc.if_else(mask, values, None)
-            parts.append(_instants(chosen.cast(kind), zone))
+            masked = pc.if_else(mask, values, None)
+            parts.append(_instants(masked.cast(kind), zone))
     except pa.ArrowInvalid as error:
         row = _first_unparsed(values)
         raise ValueError(

@@ -1,33 +1,53 @@
-"""`recsys prepare movielens`: MovieLens ratings turned into dataset folders.
+"""`recsys prepare movielens`: an archive of MovieLens ratings turned into dataset folders.
 
-`source` reads and checks the archive; `recsys prepare events` turns it into samples, with the
-settings in `events.yaml` in this folder. A rating of 4 or more is a like. For each item of its
-history, a row has whether the user liked it, its stars (as a share of 5) and its age
-(log10(1 + days) / 2). The history holds the user's last ratings with a strictly smaller timestamp.
+Sources are the unpacked GroupLens archives (https://grouplens.org/datasets/movielens/), with files
+`.csv` or, in MovieLens 1M and 10M, `.dat`; and the bundled ml-latest-small (its terms:
+`sample/README.txt`). Errors name the file, the column and the row as an editor counts it, because
+people edit these files. `recsys prepare events` makes the samples, with `events.yaml` of this
+folder.
+
+Shapes: N rows of a file.
 """
 
 from __future__ import annotations
 
+import csv
+import os
+import re
 import shutil
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from recsys.data.events.load import load_events_config
 from recsys.data.events.prepare import format_splits, run_stages, unused_folder
-from recsys.data.events.settings import Content, EventsConfig, SplitBy
+from recsys.data.events.settings import Content, SplitBy
 from recsys.data.filesystem import whole_folder
-from recsys.data.movielens.source import read_movielens
+from recsys.data.items.item_images import check_first_image
 
 EVENTS = Path(__file__).parent / "events.yaml"
+SAMPLE = Path(__file__).parent / "sample"
 ITEMS_PER_GROUP = 1024  # small, since a row may hold a poster
 
 SplitProtocol = Literal["global", "user", "rolling"]
 PROTOCOLS: dict[str, SplitBy] = {"global": "time", "user": "user", "rolling": "windows"}
+Types = dict[str, pa.DataType]
+RATINGS: Types = {
+    "userId": pa.int64(),
+    "movieId": pa.int64(),
+    "rating": pa.float64(),
+    "timestamp": pa.int64(),
+}
+MOVIES: Types = {"movieId": pa.int64(), "title": pa.string(), "genres": pa.string()}
+# Types of all posters together may pass 2 GiB.
+CONTENTS: Types = {"plot": pa.large_string(), "poster": pa.large_binary()}
+END_OF_TIME = 2**32  # seconds: the year 2106; later times have another unit
 
 
 def prepare_movielens(
@@ -47,29 +67,27 @@ def prepare_movielens(
             global split at five origins, a tenth of the ratings apart.
 
     Returns:
-        Per split (`window-1/train` ... for `rolling`): rows, positive (share of likes), users,
-        new_users (share of rows by users without a training row), cold and unseen (share of rows
-        whose item has few and no training rows of the same dataset).
+        Figures of each split (`window-1/train` ... for `rolling`), as in the report of
+        `prepare_events`.
 
     Raises:
         ValueError: `out` is in use, a file or column is missing, a value cannot be used, or a
             split would be empty. Names file, column, row and fix.
-
-    Example::
-
-        print(format_summary(prepare_movielens(None, Path("data/movielens_sample"))))
     """
     if history_length < 1:
         raise ValueError(f"history_length is {history_length}; it must be at least 1")
-    if split not in PROTOCOLS:
-        raise ValueError(f"split is {split!r}; choose one of {', '.join(PROTOCOLS)}")
     out = unused_folder(out)
     movies, ratings = read_movielens(source)
     with whole_folder(out) as partial:
         tables = partial / "source"
         tables.mkdir()
         _write_tables(tables, movies, ratings)
-        config = _config(tables, history_length, split, "poster" in movies.column_names)
+        config = load_events_config(EVENTS, tables)
+        config.histories["history"].length = history_length
+        config.split.by = PROTOCOLS[split]
+        if "poster" in movies.column_names:
+            assert config.items is not None
+            config.items.content["poster"] = Content("image")
         report = run_stages(config, partial)
         shutil.rmtree(tables)
     splits: dict[str, dict[str, Any]] = report["splits"]
@@ -79,17 +97,6 @@ def prepare_movielens(
 def format_summary(summary: dict[str, dict[str, Any]]) -> str:
     """Return the summary of `prepare_movielens` as a plain text table."""
     return format_splits(summary, "liked")
-
-
-def _config(folder: Path, history_length: int, split: SplitProtocol, posters: bool) -> EventsConfig:
-    """Return the settings of `events.yaml` for these tables and options."""
-    config = load_events_config(EVENTS, folder)
-    assert config.items is not None
-    config.histories["history"].length = history_length
-    config.split.by = PROTOCOLS[split]
-    if posters:
-        config.items.content["poster"] = Content("image")
-    return config
 
 
 def _write_tables(folder: Path, movies: pa.Table, ratings: pa.Table) -> None:
@@ -126,3 +133,184 @@ def _text(movies: pa.Table) -> pa.ChunkedArray:
         *parts, pa.scalar(" | ", pa.large_string()), null_handling="skip"
     ).cast(pa.string())
     return pc.if_else(pc.equal(text, ""), None, text)
+
+
+def read_movielens(source: Path | None) -> tuple[pa.Table, pa.Table]:
+    """Read a folder with `ratings`, `movies` and, optionally, `items.parquet`; None: the sample.
+
+    Returns:
+        movies: movieId, title, genres, and plot and poster if available; ordered by movieId.
+        ratings: userId, movieId, rating, timestamp, and item: the row of the movie in movies.
+    """
+    folder, suffix = (SAMPLE, "parquet") if source is None else (Path(source), "csv")
+    if (folder / "ratings.dat").is_file() and not (folder / "ratings.csv").is_file():
+        suffix = "dat"
+    ratings_path, movies_path = folder / f"ratings.{suffix}", folder / f"movies.{suffix}"
+    movies = _read_movies(movies_path, MOVIES).sort_by("movieId")
+    ratings = _read(ratings_path, RATINGS)
+    stars = ratings["rating"].to_numpy()
+    outside = "{} is outside [0, 5]; scale the ratings to five stars"
+    _refuse(ratings_path, ratings, "rating", ~((stars >= 0) & (stars <= 5)), outside)
+    _check_times(ratings_path, ratings)
+    movie, movie_ids = ratings["movieId"].to_numpy(), movies["movieId"].to_numpy()
+    item = np.searchsorted(movie_ids, movie).clip(max=len(movie_ids) - 1)
+    unknown = f"movie {{}} is not in {movies_path.name}; add it there or remove its ratings"
+    _refuse(ratings_path, ratings, "movieId", movie_ids[item] != movie, unknown)
+    if source is not None and os.path.lexists(contents := folder / "items.parquet"):
+        movies = _add_contents(movies, contents)
+    return movies, ratings.append_column("item", pa.array(item))
+
+
+def _check_times(path: Path, ratings: pa.Table) -> None:
+    """Refuse timestamps in another unit than seconds, and repeated ratings."""
+    timestamp = ratings["timestamp"].to_numpy()
+    wrong = (timestamp < 0) | (timestamp >= END_OF_TIME)
+    unit = "{} is no time in seconds since 1970; convert it (milliseconds are divided by 1000)"
+    _refuse(path, ratings, "timestamp", wrong, unit)
+    keys = [ratings[name].to_numpy() for name in ("movieId", "timestamp", "userId")]
+    order = np.lexsort(keys)  # stable: the first of equal rows stays first
+    is_repeated = np.zeros(len(order), dtype=bool)
+    is_repeated[order[1:]] = np.all([np.diff(key[order]) == 0 for key in keys], axis=0)
+    reason = "user {} has rated this movie at this time before; keep one of the rows"
+    _refuse(path, ratings, "userId", is_repeated, reason)
+
+
+def _add_contents(movies: pa.Table, path: Path) -> pa.Table:
+    """Add plot and poster, if `path` has these columns, matched by movieId; else null."""
+    try:
+        available = set(pq.read_schema(path).names)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: {error}; write it again as Parquet, or remove it") from error
+    if not available & CONTENTS.keys():
+        raise ValueError(f"{path}: has neither a column 'plot' nor 'poster'; add one or remove it")
+    for name in (name for name in CONTENTS if name in available):
+        types = {"movieId": pa.int64(), name: CONTENTS[name]}
+        contents = _read_movies(path, types, nullable=name)
+        if name == "poster":
+            where = f"{path}: column '{name}'"
+            check_first_image((chunk, where) for chunk in contents[name].chunks)
+        rows = pc.index_in(movies["movieId"], contents["movieId"])
+        movies = movies.append_column(name, contents[name].combine_chunks().take(rows))
+    return movies
+
+
+def _read(path: Path, types: Types, nullable: str | None = None) -> pa.Table:
+    """Read the named columns of a file and check their types and values."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; the source folder must hold it")
+    try:
+        table = {".csv": _read_csv, ".dat": _read_dat, ".parquet": _read_parquet}[path.suffix](
+            path, types
+        )
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ValueError(f"{path}: {error}; correct the file or fetch it again") from error
+    if table.num_rows == 0:
+        raise ValueError(f"{path}: no rows; the file is empty, fetch it again")
+    for name in types:
+        if name != nullable:
+            is_null = table[name].is_null().to_numpy()
+            _refuse(path, table, name, is_null, "no value; fill it or drop the row")
+    return table
+
+
+def _read_csv(path: Path, types: Types) -> pa.Table:
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        names = next(csv.reader(file), [])
+    if names:  # Arrow says that a file is empty
+        _require_columns(path, names, types)
+    return _parse(path, path, names, types, pa_csv.ParseOptions())
+
+
+def _read_dat(path: Path, types: Types) -> pa.Table:
+    """Read a file of MovieLens 1M or 10M: fields between `::`, no header, UTF-8 or Latin-1."""
+    content = path.read_bytes()
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        content = content.decode("latin-1").encode()
+    # Arrow accepts one character as separator: this one occurs in no title.
+    content = content.replace(b"::", b"\x1f")
+    options = pa_csv.ParseOptions(delimiter="\x1f", quote_char=False)
+    return _parse(path, BytesIO(content), list(types), types, options)
+
+
+def _parse(
+    path: Path,
+    content: Path | BytesIO,
+    names: list[str],
+    types: Types,
+    options: pa_csv.ParseOptions,
+) -> pa.Table:
+    """Parse a text file with columns `names`; an error names column and row."""
+    # One thread: with several, Arrow does not report the row of a bad value.
+    header = path.suffix == ".csv"
+    read = pa_csv.ReadOptions(use_threads=False, column_names=None if header else names)
+    convert = pa_csv.ConvertOptions(include_columns=list(types), column_types=types)
+    try:
+        return pa_csv.read_csv(content, read, options, convert)
+    except pa.ArrowInvalid as error:
+        place = re.match(r"In CSV column #(\d+): Row #(\d+): (.*)", str(error), re.DOTALL)
+        if place is None:
+            raise pa.ArrowInvalid(str(error).replace("\x1f", "::")) from error
+        row = _row(path, int(place[2]) - 1 - header)
+        raise pa.ArrowInvalid(f"column '{names[int(place[1])]}', {row}: {place[3]}") from error
+
+
+def _require_columns(path: Path, names: list[str], types: Types) -> None:
+    """Refuse a file without one of the columns, or with two of its name."""
+    for name in types:
+        if name not in names:
+            raise ValueError(
+                f"{path}: column '{name}' does not exist; its columns are {', '.join(names)}; add "
+                "it, or fetch the file again"
+            )
+        if names.count(name) > 1:
+            raise ValueError(f"{path}: column '{name}' occurs {names.count(name)} times; keep one")
+
+
+def _read_parquet(path: Path, types: Types) -> pa.Table:
+    _require_columns(path, pq.read_schema(path).names, types)
+    table = pq.read_table(path, columns=list(types)).select(list(types))
+    for position, (name, kind) in enumerate(types.items()):
+        file_kind = table[name].type
+        is_text = pa.types.is_string(file_kind) or pa.types.is_large_string(file_kind)
+        if pa.types.is_large_binary(kind) and is_text:
+            raise pa.ArrowInvalid(f"column '{name}' is text; write the bytes of images, not paths")
+        is_number = pa.types.is_primitive(file_kind)
+        if pa.types.is_boolean(file_kind) or (pa.types.is_large_string(kind) and is_number):
+            raise pa.ArrowInvalid(f"column '{name}' has type {file_kind}, expected {kind}")
+        try:
+            table = table.set_column(position, name, table[name].cast(kind))
+        except pa.ArrowException as error:
+            raise pa.ArrowInvalid(f"column '{name}': {error}") from error
+    return table
+
+
+def _read_movies(path: Path, types: Types, nullable: str | None = None) -> pa.Table:
+    table = _read(path, types, nullable)
+    ids = table["movieId"].to_numpy()
+    is_repeated = np.ones(len(ids), dtype=bool)
+    is_repeated[np.unique(ids, return_index=True)[1]] = False
+    reason = "movie {} occurs a second time; keep one row per movie"
+    _refuse(path, table, "movieId", is_repeated, reason)
+    return table
+
+
+def _refuse(
+    path: Path, table: pa.Table, column: str, wrong: np.ndarray, reason: str
+) -> None:  # wrong [N], bool
+    """Raise a ValueError for the first row of a file that `wrong` marks.
+
+    The value replaces `{}` in `reason`, which names the error and the fix.
+    """
+    if wrong.any():
+        row = int(wrong.argmax())
+        value = table[column][row].as_py()
+        raise ValueError(f"{path}: column '{column}', {_row(path, row)}: {reason.format(value)}")
+
+
+def _row(path: Path, index: int) -> str:
+    """Return the number of a row as an editor counts it."""
+    if path.suffix == ".csv":
+        return f"row {index + 2} (the header is row 1)"
+    return f"row {index + 1}" if path.suffix == ".dat" else f"row {index}"

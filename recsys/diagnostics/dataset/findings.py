@@ -9,13 +9,12 @@ from itertools import pairwise
 from recsys.data.items.equal_content import is_mostly_equal
 from recsys.data.number_ranges import dense_finding
 from recsys.data.schema import advice_on_unknown
-from recsys.diagnostics.dataset.dataset_summary import SPLITS, DatasetSummary
 from recsys.diagnostics.dataset.item_summary import ColumnSummary
-from recsys.diagnostics.dataset.split_summary import GROUPS, SplitSummary
-from recsys.diagnostics.dataset.time_columns import in_words, seconds
+from recsys.diagnostics.dataset.summary import GROUPS, SPLITS, DatasetSummary, SplitSummary
 
 # Shares from which on something is reported.
 FEW, MANY, MOST = 0.001, 0.1, 0.5
+MINUTES = "%Y-%m-%d %H:%M"
 LONG_BEGINNING = 80  # characters, about 20 tokens
 
 
@@ -27,25 +26,27 @@ class Finding:
     fix: str
 
 
-def find(found: DatasetSummary) -> list[Finding]:
+def find(summary: DatasetSummary) -> list[Finding]:
     """Return all findings; those that prevent training come first."""
-    of_splits = [f for split in found.splits.values() for f in _of_split(found, split)]
     return [
-        *_bad_rows(found),
-        *_times(found),
-        *of_splits,
-        *_new_groups(found),
-        *_tables(found),
-        *_items(found),
+        *_bad_rows(summary),
+        *_times(summary),
+        *(
+            finding
+            for split in summary.splits.values()
+            for finding in _split_findings(summary, split)
+        ),
+        *_new_groups(summary),
+        *_tables(summary),
+        *_items(summary),
     ]
 
 
-def _bad_rows(found: DatasetSummary) -> Iterator[Finding]:
-    of_items = [] if found.items is None else found.items.bad_rows
+def _bad_rows(summary: DatasetSummary) -> Iterator[Finding]:
     fix = "fix the files, or set on_bad_row: skip, which leaves these rows out"
     for name, entries in [
-        *((split.split, split.bad_rows) for split in found.splits.values()),
-        ("items", of_items),
+        *((split.split, split.bad_rows) for split in summary.splits.values()),
+        ("items", [] if summary.items is None else summary.items.bad_rows),
     ]:
         for entry in entries:
             column = f" column '{entry['column']}'" if entry["column"] else ""
@@ -56,23 +57,23 @@ def _bad_rows(found: DatasetSummary) -> Iterator[Finding]:
             )
 
 
-def _times(found: DatasetSummary) -> Iterator[Finding]:
+def _times(summary: DatasetSummary) -> Iterator[Finding]:
     for before, after in pairwise(SPLITS):
-        for column, (_, last) in found.splits[before].times.items():
-            first = found.splits[after].times.get(column, (None, None))[0]
-            if first is not None and seconds(first) < seconds(last):
+        for column, (_, end) in summary.splits[before].times.items():
+            begin = summary.splits[after].times.get(column, (end, end))[0]
+            if begin < end:
                 yield Finding(
-                    f"{before} goes on until {in_words(last)} by column '{column}', but {after} "
-                    f"begins at {in_words(first)}",
+                    f"{before} goes on until {end:{MINUTES}} by column '{column}', but {after} "
+                    f"begins at {begin:{MINUTES}}",
                     "split by time; else training has seen the future of these rows",
                 )
 
 
-def _of_split(found: DatasetSummary, split: SplitSummary) -> Iterator[Finding]:
+def _split_findings(summary: DatasetSummary, split: SplitSummary) -> Iterator[Finding]:
     if not split.usable_rows:
         return
-    shares = found.shares_of_rows(split.split)
-    yield from _labels_and_numbers(found, split)
+    shares = split.shares
+    yield from _labels_and_numbers(summary, split)
     if shares["repeated_rows"] > FEW:
         yield Finding(
             f"{shares['repeated_rows']:.1%} of the {split.split} rows are exact repeats of others",
@@ -103,12 +104,12 @@ def _of_split(found: DatasetSummary, split: SplitSummary) -> Iterator[Finding]:
         )
 
 
-def _labels_and_numbers(found: DatasetSummary, split: SplitSummary) -> Iterator[Finding]:
-    for label in found.schema.of_kind("label"):
+def _labels_and_numbers(summary: DatasetSummary, split: SplitSummary) -> Iterator[Finding]:
+    for label in summary.schema.of_kind("label"):
         values = split.numbers[label]
-        rate = values.mean
-        is_binary = found.schema.columns[label].loss in (None, "bce")
-        if values.least >= values.greatest:
+        rate = values["mean"]
+        is_binary = summary.schema.columns[label].loss in (None, "bce")
+        if not values["count"] or values["min"] >= values["max"]:
             yield Finding(
                 f"label '{label}' is {rate:.4g} in all {split.split} rows",
                 "a model cannot learn from one value; write rows with other labels, too",
@@ -118,60 +119,60 @@ def _labels_and_numbers(found: DatasetSummary, split: SplitSummary) -> Iterator[
                 f"label '{label}' is 1 in {rate:.4%} of the {split.split} rows",
                 "keep only a share of the frequent label's rows, and calibrate predictions",
             )
-    for column in found.schema.of_kind("dense") if split.split == "train" else []:
+    for column in summary.schema.of_kind("dense") if split.split == "train" else []:
         values = split.numbers[column]
-        if finding := dense_finding(column, values.least, values.greatest):
+        if finding := dense_finding(column, values["min"], values["max"]):
             yield Finding(*finding)
 
 
-def _new_groups(found: DatasetSummary) -> Iterator[Finding]:
+def _new_groups(summary: DatasetSummary) -> Iterator[Finding]:
     for split in SPLITS[1:]:
-        known = found.shares_of_rows(split).get("of_known_groups")
-        group = found.schema.group
-        if known is not None and known < MOST:
-            groups = found.splits[split].keys[GROUPS].distinct
+        share = summary.splits[split].shares.get("of_known_groups", 1.0)
+        group = summary.schema.group
+        if share < MOST:
+            groups = summary.splits[split].distinct[GROUPS]
             yield Finding(
-                f"{1 - known:.1%} of the {split} rows have a '{group}' without a training row "
+                f"{1 - share:.1%} of the {split} rows have a '{group}' without a training row "
                 f"({groups:,} different ones in all)",
                 "their vectors are untrained: drop some vectors in training, so that the model "
                 f"works without them, embedding.tables.{group}.id_dropout 0.5",
             )
 
 
-def _tables(found: DatasetSummary) -> Iterator[Finding]:
-    for name, use in found.tables.items():
-        about = "" if use.is_exact else "about "
+def _tables(summary: DatasetSummary) -> Iterator[Finding]:
+    for name, use in summary.tables.items():
         if use.vocabulary is None and use.unused_share > MOST:
             yield Finding(
-                f"table '{name}' has {use.rows:,} rows, of which {about}{use.ids:,} are ever used",
+                f"table '{name}' has {use.rows:,} rows, of which {use.ids:,} are ever used",
                 "number the ids without gaps, or give the column a vocabulary",
             )
         if use.vocabulary == "bounded" and use.ids > use.rows:
             yield Finding(
-                f"table '{name}' has {use.rows:,} rows for {about}{use.ids:,} ids, so that the "
+                f"table '{name}' has {use.rows:,} rows for {use.ids:,} ids, so that the "
                 "least used ids lose their rows",
                 "raise num_embeddings if rare ids matter, else raise admit_after",
             )
-    for split in found.splits.values():
+    for split in summary.splits.values():
         for name, ids in split.ids.items():
-            if ids.unknown > MANY * max(ids.count, 1):
-                table = found.schema.table_of(name)
+            share = ids["unknown"] / max(ids["count"], 1)
+            if share > MANY:
+                table = summary.schema.table_of(name)
                 fix = "they share the row of unknown ids; train on rows closer to these"
                 if split.split == "train":
-                    fix = advice_on_unknown(found.schema, table, found.root)
+                    fix = advice_on_unknown(summary.schema, table, summary.root)
                     fix = f"fill nulls; for ids that are not rare, {fix}"
                 yield Finding(
-                    f"{ids.unknown / ids.count:.1%} of the ids in column '{name}' of {split.split} "
+                    f"{share:.1%} of the ids in column '{name}' of {split.split} "
                     "are null or unknown to its vocabulary",
                     fix,
                 )
 
 
-def _items(found: DatasetSummary) -> Iterator[Finding]:
-    if found.items is None:
+def _items(summary: DatasetSummary) -> Iterator[Finding]:
+    if summary.items is None:
         return
-    rows = max(found.items.rows, 1)
-    for name, column in found.items.columns.items():
+    rows = max(summary.items.rows, 1)
+    for name, column in summary.items.columns.items():
         if (missing := column.missing_share(rows)) is not None and missing > MANY:
             yield Finding(
                 f"{missing:.1%} of the items have no '{name}'",
@@ -185,7 +186,7 @@ def _items(found: DatasetSummary) -> Iterator[Finding]:
             )
         elif column.problem:
             yield Finding(column.problem, "correct it, or set on_bad_row: skip")
-        yield from _equal_content(name, column, found.items.rows)
+        yield from _equal_content(name, column, summary.items.rows)
         if len(column.widths) > 1:
             yield Finding(
                 f"features '{name}' have widths {dict(sorted(column.widths.items()))}",

@@ -29,11 +29,44 @@ from recsys.data.parquet.bad_rows import by_reason
 from recsys.data.parquet.file import column_type, open_parquet
 from recsys.data.parquet.values import list_lengths
 from recsys.data.schema import Schema
-from recsys.diagnostics.dataset.numbers import Lengths
 from recsys.diagnostics.dataset.time_columns import footer_statistics
 
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+LONGEST = 1 << 20  # longer ones count as this length
 IMAGES_OPENED = 256
 SAMPLED_ITEMS = 1024  # whose content is compared
+
+
+@dataclass
+class Lengths:
+    """Lengths of lists or texts: a histogram, from which quantiles are exact."""
+
+    histogram: np.ndarray = field(default_factory=lambda: np.zeros(1))
+
+    def add(self, lengths: np.ndarray, times: np.ndarray | None = None) -> None:  # int [N] each
+        """Count lengths, each once or so many times."""
+        counts = np.bincount(lengths.astype(np.int64).clip(max=LONGEST), times)
+        size = max(len(counts), len(self.histogram))
+        self.histogram = np.pad(self.histogram, (0, size - len(self.histogram)))
+        self.histogram[: len(counts)] += counts
+
+    @property
+    def count(self) -> int:
+        """Return the number of lengths."""
+        return int(self.histogram.sum())
+
+    def summary(self) -> dict[str, Any]:
+        """Return mean, quantiles, maximum and share of empty ones by name; {} without lengths."""
+        if not self.count:
+            return {}
+        ends = self.histogram.cumsum()
+        quantiles = np.searchsorted(ends, np.array(list(QUANTILES.values())) * self.count)
+        return {
+            "mean": float(np.arange(len(ends)) @ self.histogram / self.count),
+            **dict(zip(QUANTILES, quantiles.tolist(), strict=True)),
+            "max": int(np.flatnonzero(self.histogram)[-1]),
+            "empty_share": float(self.histogram[0] / self.count),
+        }
 
 
 @dataclass
@@ -62,6 +95,11 @@ class ColumnSummary:
     values: int | None = None
     most_common_share: float = 0.0
     shared_beginning: int = 0
+
+    def add_lengths(self, lengths: np.ndarray) -> None:  # int [N]
+        """Count lengths of content; content without any is missing."""
+        self.missing = (self.missing or 0) + int((lengths == 0).sum())
+        self.lengths.add(lengths[lengths > 0])
 
     def missing_share(self, rows: int) -> float | None:
         """Return the share of `rows` items without content; None if unknown."""
@@ -102,53 +140,53 @@ def summarize_items(root: Location, schema: Schema) -> ItemSummary | None:
 
 def _summarize_file(file: Location, num_items: int) -> ColumnSummary:
     """Summarize features in a .npy file, which has rows for all or some of the items."""
-    features, found = FeatureFile(file), ColumnSummary("feature")
-    found.widths[features.width] = features.num_rows
+    features, summary = FeatureFile(file), ColumnSummary("feature")
+    summary.widths[features.width] = features.num_rows
     sample: list[bytes] = []
     for first, values in features.pieces():
-        there = ~np.isnan(values).all(axis=2)
-        lengths = there.sum(axis=1)
-        bad = (there & ~np.isfinite(values).all(axis=2)).any(axis=1)
-        if bad.any() and not found.problem:
-            found.problem = f"{file}: row {first + bad.argmax()} has a value that is not finite"
-        found.lengths.add(lengths[lengths > 0])
+        is_token = ~np.isnan(values).all(axis=2)
+        lengths = is_token.sum(axis=1)
+        bad = (is_token & ~np.isfinite(values).all(axis=2)).any(axis=1)
+        if bad.any() and not summary.problem:
+            summary.problem = f"{file}: row {first + bad.argmax()} has a value that is not finite"
+        summary.lengths.add(lengths[lengths > 0])
         rows = _sampled(first, len(values), features.num_rows)
         sample += [values[row].tobytes() for row in rows if lengths[row]]
-    found.most_common_share = share_of_most_common(sample)
-    found.missing = max(num_items - found.lengths.count, 0)
-    return found
+    summary.most_common_share = share_of_most_common(sample)
+    summary.missing = max(num_items - summary.lengths.count, 0)
+    return summary
 
 
 def _summarize(items: ItemTable, name: str, kind: str) -> ColumnSummary:
-    found = ColumnSummary(kind)
+    summary = ColumnSummary(kind)
     if kind == "image":
-        _summarize_images(items, name, found)
-        return found
+        _summarize_images(items, name, summary)
+        return summary
     categories: set[Any] = set()
     sample: list[Any] = []
     first_row = 0
     for file, row, chunk in items.chunks(name):
         if kind == "text":
-            _add_texts(found, chunk, f"{file}: column '{name}'")
+            _add_texts(summary, chunk, f"{file}: column '{name}'")
         if kind in ("text", "feature"):
             rows = _sampled(first_row, len(chunk), items.num_rows)
             sample += filter(None, chunk.take(pa.array(rows)).to_pylist())
         first_row += len(chunk)
         if kind == "feature":
-            _add_features(found, chunk, f"{file}: column '{name}'", row)
+            _add_features(summary, chunk, f"{file}: column '{name}'", row)
         elif kind == "category":
             lengths, values = category_lists(chunk, f"{file}: column '{name}'")
             is_missing = (lengths == 0) | chunk.is_null().to_numpy(False)
-            found.missing = (found.missing or 0) + int(is_missing.sum())
+            summary.missing = (summary.missing or 0) + int(is_missing.sum())
             categories.update(values.drop_null().unique().to_pylist())
         elif kind == "other":
-            found.missing = (found.missing or 0) + chunk.null_count
+            summary.missing = (summary.missing or 0) + chunk.null_count
     if kind == "category":
-        found.values = len(categories)
+        summary.values = len(categories)
     elif kind == "text":
-        found.shared_beginning = shared_beginning(sample)
-    found.most_common_share = share_of_most_common([repr(content) for content in sample])
-    return found
+        summary.shared_beginning = shared_beginning(sample)
+    summary.most_common_share = share_of_most_common([repr(content) for content in sample])
+    return summary
 
 
 def _sampled(first_row: int, num_rows: int, all_rows: int) -> np.ndarray:
@@ -157,7 +195,7 @@ def _sampled(first_row: int, num_rows: int, all_rows: int) -> np.ndarray:
     return sample[(sample >= 0) & (sample < num_rows)]
 
 
-def _add_texts(found: ColumnSummary, chunk: pa.Array, where: str) -> None:
+def _add_texts(summary: ColumnSummary, chunk: pa.Array, where: str) -> None:
     if not (pa.types.is_string(chunk.type) or pa.types.is_large_string(chunk.type)):
         raise ValueError(f"{where} has type {chunk.type}, expected string")
     try:
@@ -165,48 +203,46 @@ def _add_texts(found: ColumnSummary, chunk: pa.Array, where: str) -> None:
     except pa.ArrowInvalid as error:
         raise ValueError(f"{where}: not UTF-8 ({error}); write it in UTF-8") from error
     lengths = pc.fill_null(pc.utf8_length(chunk), 0).to_numpy(zero_copy_only=False)
-    found.missing = (found.missing or 0) + int((lengths == 0).sum())
-    found.lengths.add(lengths[lengths > 0])
+    summary.add_lengths(lengths)
 
 
-def _add_features(found: ColumnSummary, chunk: pa.Array, where: str, first_row: int) -> None:
+def _add_features(summary: ColumnSummary, chunk: pa.Array, where: str, first_row: int) -> None:
     lengths, tokens = feature_tokens(chunk, where)
 
     def note(bad: np.ndarray, reason: str, message: Callable[[int], str]) -> None:
-        if bad.any() and not found.problem:
+        if bad.any() and not summary.problem:
             row = int(bad.argmax())
-            found.problem = f"{where}, row {first_row + row}: {message(row)}"
+            summary.problem = f"{where}, row {first_row + row}: {message(row)}"
 
-    found.missing = (found.missing or 0) + int((lengths == 0).sum())
-    found.lengths.add(lengths[lengths > 0])
+    summary.add_lengths(lengths)
     widths, times = np.unique(list_lengths(tokens), return_counts=True)
-    found.widths.update(dict(zip(widths.tolist(), times.tolist())))
-    if found.widths:
-        usable_features(lengths, tokens, next(iter(found.widths)), note)
+    summary.widths.update(dict(zip(widths.tolist(), times.tolist())))
+    if summary.widths:
+        usable_features(lengths, tokens, next(iter(summary.widths)), note)
 
 
-def _summarize_images(items: ItemTable, name: str, found: ColumnSummary) -> None:
+def _summarize_images(items: ItemTable, name: str, summary: ColumnSummary) -> None:
     per_file = -(-IMAGES_OPENED // len(items.files))
     sample: list[int] = []
     for file in items.files:
         with open_parquet(file, streaming=True) as parquet:
             column_type(parquet, file, name)
-            for of_group in footer_statistics(parquet.metadata, name):
-                if of_group is None or not of_group.has_null_count:  # such as columns of lists
-                    found.missing = None
-                elif found.missing is not None:
-                    found.missing += of_group.null_count
+            for statistics in footer_statistics(parquet.metadata, name):
+                if statistics is None or not statistics.has_null_count:  # such as columns of lists
+                    summary.missing = None
+                elif summary.missing is not None:
+                    summary.missing += statistics.null_count
             batch = next(parquet.iter_batches(per_file, columns=[name]), None)
         if batch is not None:
             chunk, where = plain_values(batch.column(0)), f"{file}: column '{name}'"
             check_first_image([(chunk, where)], decodes=False)
-            _open_images(found, chunk, where)
+            _open_images(summary, chunk, where)
             contents = chunk.drop_null().slice(0, IMAGES_OPENED).to_pylist()
             sample += [hash(tuple(content)) for content in contents if content]
-    found.most_common_share = share_of_most_common(sample)
+    summary.most_common_share = share_of_most_common(sample)
 
 
-def _open_images(found: ColumnSummary, chunk: pa.Array, where: str) -> None:
+def _open_images(summary: ColumnSummary, chunk: pa.Array, where: str) -> None:
     """Decode the first images, as training does."""
     opened = 0
     for row, content in enumerate(chunk.to_pylist()):
@@ -217,9 +253,9 @@ def _open_images(found: ColumnSummary, chunk: pa.Array, where: str) -> None:
             try:
                 decode_image(encoded, 1, f"{where}, row {row}")
             except ValueError as error:
-                found.broken += 1
-                found.problem = found.problem or str(error)
+                summary.broken += 1
+                summary.problem = summary.problem or str(error)
                 continue
             with Image.open(BytesIO(encoded), formats=FORMATS) as image:
-                found.formats[str(image.format)] += 1
-                found.sizes[f"{image.width} x {image.height}"] += 1
+                summary.formats[str(image.format)] += 1
+                summary.sizes[f"{image.width} x {image.height}"] += 1

@@ -12,8 +12,8 @@ from recsys.data.filesystem import Location
 from recsys.data.items.item_table import ItemTable
 from recsys.data.prepare_vocabulary import prepare_vocabularies
 from recsys.data.schema import load_schema
-from recsys.diagnostics.dataset.dataset_summary import summarize_dataset
 from recsys.diagnostics.dataset.findings import find
+from recsys.diagnostics.dataset.summary import summarize_dataset
 from tests.datasets import write_parquet
 from tests.recsys.data.raw_ids import ITEMS, TEST, TRAIN, write_raw_dataset
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from recsys.data.events.engines.base import Engine
+from recsys.data.events.sql import SqlEngine
 
 # A log of a test has a hundred rows: compiling its queries takes several times as long as they do.
 SMALL = (
@@ -20,13 +20,13 @@ SMALL = (
 
 
 @pytest.fixture(scope="session")
-def open_spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], Engine]]:
+def open_spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], SqlEngine]]:
     """Open engines in one Spark application, whose start takes longer than a test."""
     if importlib.util.find_spec("pyspark") is None:
         pytest.skip("PySpark is not installed: python3 launch/install.py --extra spark")
     if shutil.which("java") is None:
         pytest.skip("Spark needs Java 17, and no java is on the PATH")
-    from recsys.data.events.engines.on_spark import SparkEngine
+    from recsys.data.events.spark_engine import SparkEngine
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYSPARK_SUBMIT_ARGS", SMALL)

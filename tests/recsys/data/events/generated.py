@@ -51,9 +51,9 @@ def write_case(folder: Path, draw: Draw) -> Path:
             "path": "users.parquet",
             "columns": subset(draw, TABLE_COLUMNS, "user_"),
         }
-    own = content["items"]["columns"] if has_items else {}
-    content["histories"] = histories(draw, own, content["context"], is_rows)
-    content["counts"] = subset(draw, counts_of(own))
+    item_columns = content["items"]["columns"] if has_items else {}
+    content["histories"] = histories(draw, item_columns, content["context"], is_rows)
+    content["counts"] = subset(draw, counts_of(item_columns))
     if draw(st.booleans()):
         by = draw(st.sampled_from(["uniform", "popularity"]))
         content["negatives"] = {"per_positive": draw(st.integers(1, 3)), "by": by}
@@ -92,9 +92,11 @@ SPLITS: list[Row] = [
 MIN_COUNT = st.sampled_from([{}, {"item": 3}, {"user": 2, "item": 100}, {"user": 1000}])
 
 
-def subset(draw: Draw, of: Row, prefix: str = "") -> Row:
-    names = draw(st.lists(st.sampled_from(sorted(of)), unique=True, max_size=3)) if of else []
-    return {f"{prefix}{name}": deepcopy(of[name]) for name in names}
+def subset(draw: Draw, options: Row, prefix: str = "") -> Row:
+    names = (
+        draw(st.lists(st.sampled_from(sorted(options)), unique=True, max_size=3)) if options else []
+    )
+    return {f"{prefix}{name}": deepcopy(options[name]) for name in names}
 
 
 def labels(draw: Draw) -> Row:
@@ -102,30 +104,30 @@ def labels(draw: Draw) -> Row:
     return {first: LABELS[first]} | subset(draw, LABELS)
 
 
-def histories(draw: Draw, of_items: Row, context: Row, is_rows: bool) -> Row:
-    made: Row = {}
+def histories(draw: Draw, item_columns: Row, context: Row, is_rows: bool) -> Row:
+    result: Row = {}
     for number in range(draw(st.integers(0, 3))):
         beside: Row = {"age": "age", "price": {"column": "price", "scale": 2}}
         beside |= {} if is_rows else {"action": "action"}
-        beside |= {name: name for name, kind in of_items.items() if kind == "id"}
+        beside |= {name: name for name, kind in item_columns.items() if kind == "id"}
         beside |= {"shop": "shop"} if "shop" in context else {}
-        parallel = {f"h{number}_{name}": of for name, of in subset(draw, beside).items()}
-        made[f"h{number}"] = {
+        parallel = {f"h{number}_{name}": column for name, column in subset(draw, beside).items()}
+        result[f"h{number}"] = {
             "actions": draw(st.sampled_from([None, ["view"], ["buy"]])),
             "length": draw(st.sampled_from([1, 4, 50])),
             "delay": draw(st.sampled_from(["0s", "3h"])),
             "parallel": parallel,
         }
-    return made
+    return result
 
 
-def counts_of(of_items: Row) -> Row:
+def counts_of(item_columns: Row) -> Row:
     counts: Row = {
         "n_user": {"of": "user", "within": "1d"},
         "n_item": {"of": "item", "actions": "buy", "delay": "1h"},
         "n_pair": {"of": ["user", "item"], "actions": "buy", "per": "view"},
     }
-    ids = [name for name, kind in of_items.items() if kind == "id"]
+    ids = [name for name, kind in item_columns.items() if kind == "id"]
     return counts | {f"n_{name}": {"of": name} for name in ids}
 
 
@@ -178,7 +180,12 @@ def make_impressions(folder: Path, content: Row) -> None:
 def id_array(random: np.random.Generator, kind: str, numbers: Any, nulls: float) -> pa.Array:
     """Ids of some numbers, or lists of them, some of them null."""
     if isinstance(numbers, list):
-        flat = id_array(random, kind, np.array([n for of in numbers for n in of], int), nulls)
+        flat = id_array(
+            random,
+            kind,
+            np.array([n for numbers_of_row in numbers for n in numbers_of_row], int),
+            nulls,
+        )
         offsets = np.cumsum([0, *map(len, numbers)])
         return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat)
     mask = random.random(len(numbers)) < nulls

@@ -73,7 +73,9 @@ def snapshots(ids: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Row]]:
             "cost": st.sampled_from([1.0, 2.5, 4.0, 7.0, None]),
         }
     )
-    return st.lists(row, min_size=6, max_size=20, unique_by=lambda of: (of["id"], of["valid_from"]))
+    return st.lists(
+        row, min_size=6, max_size=20, unique_by=lambda row: (row["id"], row["valid_from"])
+    )
 
 
 def times(rows: list[Row], name: str, form: str) -> pa.Array:

@@ -19,8 +19,8 @@ Row = dict[str, Any]
 FOREVER = 2**62
 
 
-def usable(config: EventsConfig, signals: list[Row], now: int, capped: bool = True) -> list[Row]:
-    rows, seen = [], set()
+def usable(config: EventsConfig, signals: list[Row], latest: int, capped: bool = True) -> list[Row]:
+    rows, keys = [], set()
     for place, signal in enumerate(signals):
         has_arrival = config.has_arrival and signal["action"] != "impression"
         arrived = max(signal["arrived"] if has_arrival else signal["ts"], signal["ts"])
@@ -29,9 +29,9 @@ def usable(config: EventsConfig, signals: list[Row], now: int, capped: bool = Tr
     for row in sorted(rows, key=lambda row: (row["arrived"], row["place"])):
         required = [row[name] for name in ("uid", "iid", "ts", "action")]
         key = (*required, row["request"] if config.by_request else None)
-        if None in required or row["ts"] > now or (config.drop.duplicates and key in seen):
+        if None in required or row["ts"] > latest or (config.drop.duplicates and key in keys):
             continue
-        seen.add(key)
+        keys.add(key)
         usable_rows.append(row)
     cap = (capped and config.drop.max_events_per_user) or math.inf
     events: Counter[str] = Counter()
@@ -50,11 +50,11 @@ def snapshot(table: list[Row], key: Any, ts: int) -> Row:
 
 
 def labelled(config: EventsConfig, signals: list[Row]) -> list[Row]:
-    chosen = ["impression"] if config.impressions else config.rows
+    actions = ["impression"] if config.impressions else config.rows
     candidates = [
         one
         for one in signals
-        if (one["action"] in chosen if chosen else one["action"] != "impression")
+        if (one["action"] in actions if actions else one["action"] != "impression")
     ]
     pair = ["uid", "iid", *(["request"] if config.by_request else [])]
     end = max(one["ts"] for one in signals) - config.label_window
@@ -91,11 +91,13 @@ def labelled(config: EventsConfig, signals: list[Row]) -> list[Row]:
                     )
                 )
         context = {
-            name: row.get(name) if row.get(name) is not None else of.fill
-            for name, of in config.context.items()
+            name: row.get(name) if row.get(name) is not None else feature.fill
+            for name, feature in config.context.items()
         }
-        needed = [context[name] for name, of in config.context.items() if of.kind == "dense"]
-        if None not in [*labels.values(), *needed]:
+        required = [
+            context[name] for name, feature in config.context.items() if feature.kind == "dense"
+        ]
+        if None not in [*labels.values(), *required]:
             rows.append({**row, "labels": labels, "context": context})
     return rows
 
@@ -109,9 +111,9 @@ def split_of(config: EventsConfig, rows: list[Row]) -> dict[str, list[str | None
     if split.by == "user":
         names: list[str | None] = []
         for row in rows:
-            own = [other["ts"] for other in rows if other["uid"] == row["uid"]]
-            older = sum(ts < row["ts"] for ts in own)
-            ends = [older <= share * (len(own) - 1) for share in split.at]
+            user_times = [other["ts"] for other in rows if other["uid"] == row["uid"]]
+            older = sum(ts < row["ts"] for ts in user_times)
+            ends = [older <= share * (len(user_times) - 1) for share in split.at]
             names.append("train" if ends[0] else "valid" if ends[1] else "test")
         return {"": without_embargo(config, rows, names, by_user=True)}
     if split.by == "windows":
@@ -161,9 +163,9 @@ def without_embargo(
     return result
 
 
-def past(events: list[Row], row: Row, of: Any, actions: list[str] | None) -> list[Row]:
-    cut = row["ts"] - (duration(of.delay) or 0)
-    within = duration(getattr(of, "within", "all"))
+def past(events: list[Row], row: Row, window: Any, actions: list[str] | None) -> list[Row]:
+    cut = row["ts"] - (duration(window.delay) or 0)
+    within = duration(getattr(window, "within", "all"))
     return [
         event
         for event in events
@@ -174,28 +176,34 @@ def past(events: list[Row], row: Row, of: Any, actions: list[str] | None) -> lis
     ]
 
 
-def history(events: list[Row], row: Row, of: History, items: list[Row]) -> Row:
-    own = [event for event in past(events, row, of, of.actions) if event["uid"] == row["uid"]]
-    own = sorted(own, key=lambda e: (e["ts"], e["iid"], e["place"]))[-of.length :]
-    values = {"": [event["iid"] for event in own]}
-    for name, parallel in of.parallel.items():
-        values[name] = [value(parallel, event, row, items) for event in own]
+def history(events: list[Row], row: Row, settings: History, items: list[Row]) -> Row:
+    user_events = [
+        event
+        for event in past(events, row, settings, settings.actions)
+        if event["uid"] == row["uid"]
+    ]
+    user_events = sorted(user_events, key=lambda e: (e["ts"], e["iid"], e["place"]))[
+        -settings.length :
+    ]
+    values = {"": [event["iid"] for event in user_events]}
+    for name, parallel in settings.parallel.items():
+        values[name] = [value(parallel, event, row, items) for event in user_events]
     return values
 
 
-def value(of: Parallel, event: Row, row: Row, items: list[Row]) -> Any:
-    if of.column == "age":
+def value(parallel: Parallel, event: Row, row: Row, items: list[Row]) -> Any:
+    if parallel.column == "age":
         days = (row["ts"] - event["ts"]) / 86_400_000_000
         return float(np.float32(np.log10(1 + days) / 2))
-    if of.column == "action":
+    if parallel.column == "action":
         return event["action"]
-    if of.column == "brand":
+    if parallel.column == "brand":
         return snapshot(items, event["iid"], event["ts"]).get("brand")
-    number = event.get(of.column)
-    number = of.fill if number is None else number
-    if of.at_least is not None:
-        return float(number >= of.at_least)
-    return float(np.float32(number) / np.float32(of.scale))
+    number = event.get(parallel.column)
+    number = parallel.fill if number is None else number
+    if parallel.at_least is not None:
+        return float(number >= parallel.at_least)
+    return float(np.float32(number) / np.float32(parallel.scale))
 
 
 def features(table: Snapshots | None, rows: list[Row], key: Any, ts: int) -> Row:
@@ -203,21 +211,23 @@ def features(table: Snapshots | None, rows: list[Row], key: Any, ts: int) -> Row
         return {}
     valid = snapshot(rows, key, ts)
     return {
-        name: valid.get(name) if valid.get(name) is not None else of.fill
-        for name, of in table.columns.items()
+        name: valid.get(name) if valid.get(name) is not None else feature.fill
+        for name, feature in table.columns.items()
     }
 
 
-def count(config: EventsConfig, events: list[Row], row: Row, of: Any, items: list[Row]) -> float:
+def count(
+    config: EventsConfig, events: list[Row], row: Row, feature: Any, items: list[Row]
+) -> float:
     def key(where: Row) -> list[Any]:
         brand = snapshot(items, where["iid"], where["ts"]).get("brand")
-        return [{"user": where["uid"], "item": where["iid"], "brand": brand}[k] for k in of.of]
+        return [{"user": where["uid"], "item": where["iid"], "brand": brand}[k] for k in feature.of]
 
-    same = [event for event in events if key(event) == key(row) and None not in key(row)]
-    number = len(past(same, row, of, of.actions))
-    if of.per is None:
+    matches = [event for event in events if key(event) == key(row) and None not in key(row)]
+    number = len(past(matches, row, feature, feature.actions))
+    if feature.per is None:
         return float(number)
-    base = len(past(same, row, of, of.per))
+    base = len(past(matches, row, feature, feature.per))
     return float(np.float32(number / base)) if base else 0.0
 
 
@@ -226,12 +236,12 @@ def datasets(
     signals: list[Row],
     items: list[Row],
     users: list[Row],
-    now: int,
+    latest: int,
 ) -> dict[str, dict[str, list[Row]]]:
     """By dataset and split, the rows in order."""
-    events = usable(config, signals, now)
+    events = usable(config, signals, latest)
     places = {event["place"] for event in events}
-    rows = labelled(config, usable(config, signals, now, capped=False))
+    rows = labelled(config, usable(config, signals, latest, capped=False))
     rows = [row for row in rows if row["place"] in places]
     splits = split_of(config, rows)
     result: dict[str, dict[str, list[Row]]] = {}
@@ -241,17 +251,17 @@ def datasets(
             if split is not None:
                 row["splits"] = [*row.get("splits", []), (dataset, split)]
     for row in sorted(rows, key=lambda r: (r["ts"], r["uid"], r["iid"], r["place"])):
-        of_item = features(config.items, items, row["iid"], row["ts"])
-        of_user = features(config.users, users, row["uid"], row["ts"])
-        if "cost" in of_item and of_item["cost"] is None:
+        item_features = features(config.items, items, row["iid"], row["ts"])
+        user_features = features(config.users, users, row["uid"], row["ts"])
+        if "cost" in item_features and item_features["cost"] is None:
             continue
         sample = {"user": row["uid"], "item": row["iid"]}
-        for name, of in config.histories.items():
-            lists = history(events, row, of, items)
+        for name, settings in config.histories.items():
+            lists = history(events, row, settings, items)
             sample |= {part or name: values for part, values in lists.items()}
-        sample |= {**row["context"], **of_item, **of_user}
-        for name, of_count in config.counts.items():
-            sample[name] = count(config, events, row, of_count, items)
+        sample |= {**row["context"], **item_features, **user_features}
+        for name, settings in config.counts.items():
+            sample[name] = count(config, events, row, settings, items)
         sample |= {**row["labels"], "time": row["ts"]}
         for dataset, split in row.get("splits", []):
             result[dataset][split].append(sample)
@@ -263,16 +273,18 @@ def vocabulary(
     signals: list[Row],
     items: list[Row],
     train: list[Row],
-    now: int,
+    latest: int,
 ) -> dict[str, list[Any]]:
     """The ids of users and items, in order."""
     until = max(row["time"] for row in train)
-    known = [signal for signal in usable(config, signals, now) if signal["arrived"] <= until]
+    arrived_events = [
+        signal for signal in usable(config, signals, latest) if signal["arrived"] <= until
+    ]
     ids = {}
     for name, column in (("user", "uid"), ("item", "iid")):
-        counts = Counter(signal[column] for signal in known)
+        counts = Counter(signal[column] for signal in arrived_events)
         least = config.vocabulary.min_count.get(name, 1)
-        kept = {one for one, number in counts.items() if number >= least}
+        frequent = {one for one, number in counts.items() if number >= least}
         with_items = name == "item" and least == 1
-        ids[name] = sorted(kept | ({row["id"] for row in items} if with_items else set()))
+        ids[name] = sorted(frequent | ({row["id"] for row in items} if with_items else set()))
     return ids

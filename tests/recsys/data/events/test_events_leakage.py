@@ -17,15 +17,15 @@ import yaml
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from recsys.data.events.engines.base import Engine
-from recsys.data.events.engines.on_duckdb import DuckDBEngine
+from recsys.data.events.duckdb_engine import DuckDBEngine
 from recsys.data.events.history_values import MOMENT
 from recsys.data.events.load import load_events_config
 from recsys.data.events.prepare import make_samples
+from recsys.data.events.sql import SqlEngine
 from tests.recsys.data.events import logs
 from tests.recsys.data.events.logs import HOUR, HOURS, Row
 
-OpenEngine = Callable[[Path], Engine]
+OpenEngine = Callable[[Path], SqlEngine]
 DRAWN = 2
 ONCE = settings(
     max_examples=6,
@@ -99,11 +99,11 @@ def test_on_spark_what_arrives_later_changes_no_row_but_its_labels(
 def compare(open_engine: OpenEngine, case: str, data: st.DataObject) -> None:
     log = data.draw(logs.signals(["view", "buy"]))
     items = data.draw(logs.snapshots(st.integers(0, 5)))
-    others = data.draw(logs.signals(["view", "buy"]))
+    other_log = data.draw(logs.signals(["view", "buy"]))
     moment = data.draw(st.sampled_from(HOURS[8:25]))
     arrived = [row for row in log if max(row["arrived"], row["ts"]) <= moment]
     later = [row for row in log if row not in arrived]
-    changed = [row for row in others if max(row["arrived"], row["ts"]) > moment]
+    changed = [row for row in other_log if max(row["arrived"], row["ts"]) > moment]
     delay, options = CASES[case]
     before, after = (
         samples(open_engine, [*arrived, *rest], items, config(delay, **options))
@@ -144,13 +144,13 @@ def samples(open_engine: OpenEngine, log: list[Row], items: list[Row], content: 
 def read_samples(open_engine: OpenEngine, folder: Path) -> list[Row]:
     """All samples of `events.yaml` in a folder, with their histories."""
     with closing(open_engine(folder / "stages")) as engine:
-        prepared = make_samples(engine, load_events_config(folder / "events.yaml"))
+        writer, _ = make_samples(engine, load_events_config(folder / "events.yaml"))
         table = engine.table(f'SELECT *, ts AS "{MOMENT}" FROM complete')
-        if prepared.files is None:
+        if writer.files is None:
             return list(table.drop(MOMENT).to_pylist())
         names = [name for name in table.schema.names if "/" not in name]
         batches = table.combine_chunks().to_batches()
-        parts = [prepared.files.with_lists(batch, [*names, *prepared.lists]) for batch in batches]
+        parts = [writer.files.with_lists(batch, [*names, *writer.lists]) for batch in batches]
         return list(pa.Table.from_batches(parts).to_pylist())
 
 

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from recsys.data.events.files.narrow import narrowed
 from recsys.data.events.prepare import prepare_events
+from recsys.data.events.reader import selected_rows
 from recsys.data.events.settings import EventTable, Several
 from recsys.data.events.times import to_micros
 from recsys.data.filesystem import Location
@@ -23,8 +23,10 @@ def table(**settings: Any) -> EventTable:
     return EventTable(path="log.tsv", item="shown", **settings)
 
 
-def rows(batch: pa.RecordBatch, of: EventTable, first_row: int = 0) -> list[tuple[int, Any]]:
-    result, positions = narrowed(batch, of, FILE, first_row)
+def rows(
+    batch: pa.RecordBatch, event_table: EventTable, first_row: int = 0
+) -> list[tuple[int, Any]]:
+    result, positions = selected_rows(batch, event_table, FILE, first_row, {})
     return list(zip(positions.tolist(), result.to_pylist(), strict=True))
 
 
@@ -61,12 +63,6 @@ def test_any_white_space_is_as_good_as_a_blank_and_is_no_part_of_an_item(
     assert [row["shown"] for _, row in split] == items
 
 
-def test_each_item_of_a_list_becomes_a_row() -> None:
-    batch = pa.record_batch({"user": [1, 2, 3], "shown": [[5, 6], None, [7]]})
-    users = [(row["user"], row["shown"]) for _, row in rows(batch, table(several=Several()))]
-    assert users == [(1, 5), (1, 6), (2, None), (3, 7)]
-
-
 @pytest.mark.parametrize(
     ("where", "expected"),
     [
@@ -101,8 +97,8 @@ def test_where_chooses_files_by_the_names_of_their_folders(
     folder: str | None, values: Any, is_chosen: bool
 ) -> None:
     batch = pa.record_batch({"shown": [1, 2]})
-    chosen, _ = narrowed(batch, table(where={"part": values}), FILE, parts={"part": folder})
-    assert chosen.num_rows == (2 if is_chosen else 0)
+    selected, _ = selected_rows(batch, table(where={"part": values}), FILE, 0, {"part": folder})
+    assert selected.num_rows == (2 if is_chosen else 0)
 
 
 def write_log(folder: Path, day: str) -> Path:
@@ -154,7 +150,7 @@ def test_other_values_are_refused_by_file_and_column(
     shown: list[Any], settings: dict[str, Any], words: list[str]
 ) -> None:
     with pytest.raises(ValueError) as caught:
-        narrowed(pa.record_batch({"shown": shown}), table(**settings), FILE)
+        selected_rows(pa.record_batch({"shown": shown}), table(**settings), FILE, 0, {})
     for word in ["log.tsv", *words]:
         assert word in str(caught.value)
 

@@ -16,17 +16,17 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from recsys.data.events.engines.base import Engine
-from recsys.data.events.engines.on_duckdb import DuckDBEngine
+from recsys.data.events.duckdb_engine import DuckDBEngine
 from recsys.data.events.load import load_events_config
 from recsys.data.events.prepare import make_samples, prepare_events
+from recsys.data.events.sql import SqlEngine
 from recsys.data.filesystem import Location
 from recsys.data.item_frequency import COLD_BELOW, count_items
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
-from recsys.diagnostics.dataset.dataset_summary import summarize_dataset
+from recsys.diagnostics.dataset.summary import summarize_dataset
 
-OpenEngine = Callable[[Path], Engine]
+OpenEngine = Callable[[Path], SqlEngine]
 CONTENT: dict[str, Any] = {
     "events": {"buy": {"path": "log.parquet"}},
     "labels": {"bought": {"action": "buy"}},
@@ -52,10 +52,10 @@ def log() -> pa.Table:
     return pa.table(table)
 
 
-def prepare(path: str, folder: Path, **more: Any) -> Path:
-    has_words = "words" in more.get("context", {})
-    content = {**CONTENT, **more}
-    if "events" not in more:
+def prepare(path: str, folder: Path, **settings: Any) -> Path:
+    has_words = "words" in settings.get("context", {})
+    content = {**CONTENT, **settings}
+    if "events" not in settings:
         table = {"path": path, "columns": ["words"] if has_words else []}
         content["events"] = {"buy": table}
     (folder / "events.yaml").write_text(yaml.safe_dump(content))
@@ -95,8 +95,8 @@ def test_negatives_are_distinct_items_that_existed_and_that_the_user_had_not_tak
     for row in drawn:
         assert first[row["item"]] <= row["time"]
         assert taken_items.get((row["user"], row["item"]), row["time"] + 1) > row["time"]
-    of_moment = Counter((row["user"], row["time"], row["item"]) for row in drawn)
-    assert set(of_moment.values()) == {1}
+    draws = Counter((row["user"], row["time"], row["item"]) for row in drawn)
+    assert set(draws.values()) == {1}
     # Of 30 users all take item 0 and 15 item 1: by popularity these come far more often than most.
     counts = Counter(row["item"] for row in drawn)
     assert (counts[1] > 3 * np.median(list(counts.values()))) == (by == "popularity")
@@ -230,7 +230,7 @@ def test_cold_and_unseen_count_rows_of_the_log_alone(file: str, tmp_path: Path) 
     }
     assert 0 < expected["unseen"] < expected["cold"]
     report = json.loads((out / "report.json").read_text())["splits"]["test"]
-    shares = summarize_dataset(str(out)).shares_of_rows("test")
+    shares = summarize_dataset(str(out)).splits["test"].shares
     for part, share in expected.items():
         assert report[part] == pytest.approx(share)
         assert shares[part] == pytest.approx(share)

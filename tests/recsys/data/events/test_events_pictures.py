@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from recsys.data.events.output import pictures
+from recsys.data.events import pictures
 from recsys.data.events.prepare import prepare_events
 from recsys.data.filesystem import Location
 from recsys.data.schema import load_schema
@@ -73,7 +73,7 @@ def test_a_folder_may_be_a_url(config: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "named"),
+    ("spoil", "words"),
     [
         (lambda shop: (shop / "pictures/small/4.png").unlink(), ["4.png", "item 4", "'file'"]),
         (lambda shop: (shop / "pictures/small/0.png").unlink(), ["0.png", "item 0", "'file'"]),
@@ -81,12 +81,12 @@ def test_a_folder_may_be_a_url(config: dict[str, Any], tmp_path: Path) -> None:
     ],
 )
 def test_a_missing_file_and_other_content_are_refused(
-    config: dict[str, Any], tmp_path: Path, spoil: Any, named: list[str]
+    config: dict[str, Any], tmp_path: Path, spoil: Any, words: list[str]
 ) -> None:
     spoil(tmp_path / "shop")
     with pytest.raises(ValueError) as caught:
         prepare(tmp_path, config)
-    for word in named:
+    for word in words:
         assert word in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["shop"]
 

@@ -128,7 +128,7 @@ def test_a_recipe_reads_the_format_of_its_data_set(name: str, tmp_path: Path) ->
     FORMATS[name](tmp_path)
     report = prepare_events(RECIPES / f"{name}.yaml", tmp_path / "out", tmp_path)
     rows = sum(split["rows"] for split in report["splits"].values())
-    more = {"microlens": 4, "ifdb": 4, "mind": 2}.get(name, 0) * len(ROWS)  # drawn, or shown
-    assert rows + sum(report["left_out"].values()) == len(ROWS) + more
+    extra_rows = {"microlens": 4, "ifdb": 4, "mind": 2}.get(name, 0) * len(ROWS)  # drawn, or shown
+    assert rows + sum(report["left_out"].values()) == len(ROWS) + extra_rows
     assert 0 < report["splits"]["train"]["positive"] < 1
     load_schema(Location.of(tmp_path / "out"))

@@ -77,23 +77,19 @@ def test_a_dataset_has_its_transforms_fitted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "named"),
+    ("name", "change", "pattern"),
     [
         ("hour", {"column": "tim"}, "'tim'"),
         ("hour", {"num_embeddings": 12}, "'hour'.*12.*24"),
-        ("hour", {"num_embeddings": None}, "'hour': num_embeddings"),
-        ("hour", {"transform": ["our"]}, "'hour'.*'our'.*hour"),
         ("shop_hour", {"vocabulary": {"kind": "exact"}}, "'shop_hour'.*exact"),
-        ("hour", {"vocabulary": {"kind": "hash", "num_hashes": 0}}, "'hour'.*num_hashes is 0"),
         ("hour", {"column": "bought"}, "'hour' reads 'bought'"),
         ("bought", {"kind": "dense", "transform": ["log1p"]}, "'bought'"),
         ("other", {"kind": "dense"}, "'other'.*transform"),
-        ("price", {"transforms": ["log1p"]}, "price.transforms.*transform"),
     ],
 )
 def test_what_they_cannot_mean_is_named_before_a_log_is_read(
-    tmp_path: Path, name: str, change: dict[str, Any], named: str
+    tmp_path: Path, name: str, change: dict[str, Any], pattern: str
 ) -> None:
     transforms = {**TRANSFORMS, name: TRANSFORMS.get(name, {}) | change}
-    with pytest.raises(ValueError, match=rf"events.yaml: .*{named}"):
+    with pytest.raises(ValueError, match=rf"events.yaml: .*{pattern}"):
         load_events_config(write(tmp_path, transforms))

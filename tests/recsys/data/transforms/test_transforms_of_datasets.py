@@ -19,7 +19,7 @@ from recsys.data.filesystem import Location
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import Schema, load_schema
 from recsys.data.transforms.prepare import format_fitted, prepare_transforms
-from recsys.diagnostics.dataset.split_summary import summarize_split
+from recsys.diagnostics.dataset.summary import summarize_dataset
 from recsys.distributed.ranks import joined_ranks
 from recsys.training.train import train
 
@@ -84,9 +84,9 @@ def test_fitted_values_are_stored_beside_the_schema_and_shown(data: Path) -> Non
 
 
 def test_explain_data_sees_the_transformed_columns(data: Path) -> None:
-    found = summarize_split(Location.of(data), "train", load_schema(Location.of(data)))
-    assert found.numbers["price"].summary()["mean"] == pytest.approx(0, abs=1e-6)
-    assert found.keys["bucket"].distinct == 4
+    train_split = summarize_dataset(str(data)).splits["train"]
+    assert train_split.numbers["price"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert train_split.ids["bucket"]["distinct"] == 4
 
 
 def test_a_change_of_the_schema_asks_for_another_fit(data: Path) -> None:

@@ -65,9 +65,9 @@ def test_categories_are_counted_one_by_one_in_lists_and_alone(
     categories: pa.Array, values: int, missing: int, tmp_path: Path
 ) -> None:
     data = with_categories(tmp_path, categories)
-    found = explain_data(str(data)).items
-    assert found is not None
-    column = found.columns["genre"]
+    items = explain_data(str(data)).items
+    assert items is not None
+    column = items.columns["genre"]
     assert (column.values, column.missing) == (values, missing)
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from recsys.data.events.engines.base import ROWS_PER_BATCH, ROWS_PER_GROUP, BatchFunction, Complete
-from recsys.data.events.files.reader import Reader
+from recsys.data.events.reader import Reader
+from recsys.data.events.sql import ROWS_PER_BATCH, ROWS_PER_GROUP, BatchFunction, Complete
 from recsys.extras import missing_extra
 
 AT_START = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false"}
@@ -40,7 +40,7 @@ class SparkEngine:
     """
 
     unnest, hash = "explode", "xxhash64"
-    own_files: Path | None = None  # functions run in executors
+    scratch: Path | None = None  # functions run in executors
 
     def __init__(self, work: Path, master: str) -> None:
         """Start a session."""
@@ -48,9 +48,9 @@ class SparkEngine:
             from pyspark.sql import SparkSession
         except ImportError as error:
             raise missing_extra("spark", "--engine spark, with Java 17,", error) from error
-        running = SparkSession.getActiveSession()
-        session: Any = running or _start(SparkSession.builder, master)
-        self._started = session if running is None else None
+        active = SparkSession.getActiveSession()
+        session: Any = active or _start(SparkSession.builder, master)
+        self._started = session if active is None else None
         self._spark = session.newSession()
         for name, value in SETTINGS.items():
             self._spark.conf.set(name, value)
@@ -68,7 +68,9 @@ class SparkEngine:
     def add_files(self, name: str, readers: list[Reader]) -> None:
         """Read the files of tables with the same columns as a stage."""
         tasks = [
-            (number, place) for number, of in enumerate(readers) for place in range(len(of.tasks))
+            (number, place)
+            for number, reader in enumerate(readers)
+            for place in range(len(reader.tasks))
         ]
 
         def read(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -115,7 +117,7 @@ class SparkEngine:
         complete: Complete | None = None,
     ) -> int:
         """Write a result as Parquet files, in its order; return the number of rows."""
-        assert complete is None, "without own_files"
+        assert complete is None, "without scratch"
         frame = self._spark.sql(query)
         options = {"compression": "zstd", "parquet.block.row.count.limit": str(rows_per_group)}
         url = f"file://{folder}"
@@ -161,6 +163,6 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except (PySparkException, Py4JJavaError) as error:
-        own = re.findall(r"^ValueError: (.*)", str(error), re.MULTILINE)
-        own += [f"Spark cannot go on: {line}" for line in str(error).splitlines()[:1]]
-        raise ValueError(own[0]) from error
+        messages = re.findall(r"^ValueError: (.*)", str(error), re.MULTILINE)
+        messages += [f"Spark cannot go on: {line}" for line in str(error).splitlines()[:1]]
+        raise ValueError(messages[0]) from error

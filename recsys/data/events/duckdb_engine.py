@@ -1,23 +1,32 @@
-"""One machine as an engine: DuckDB, with stages as Parquet files until the end."""
+"""DuckDB as an engine, on one machine: stages are Parquet files until the end."""
 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recsys.data.events.engines.base import ROWS_PER_BATCH, ROWS_PER_GROUP, BatchFunction, Complete
-from recsys.data.events.engines.parquet_parts import write_parts
-from recsys.data.events.files.reader import Reader
+from recsys.data.events.reader import Reader
+from recsys.data.events.sql import ROWS_PER_BATCH, ROWS_PER_GROUP, BatchFunction, Complete, quoted
+from recsys.data.parquet.values import is_list
+
+BYTES_PER_PART = 32 << 20  # of rows before they are completed
+VALUES_TO_COMPARE = 1 << 16
+REPEATED = 16  # times a value occurs on average, from which on a dictionary of values pays
 
 
 class DuckDBEngine:
-    """One machine: DuckDB sorts, joins and spills to disk; functions run in this process.
+    """DuckDB sorts, joins and spills to disk; functions run in this process.
 
     Args:
         work: folder of the stages; the caller removes it.
@@ -38,7 +47,7 @@ class DuckDBEngine:
             raise ValueError(f"--threads is {threads}; set at least 1")
         work.mkdir(parents=True, exist_ok=True)
         self.work = work
-        self.own_files: Path | None = work / "values"
+        self.scratch: Path | None = work / "values"
         self._threads = threads or len(os.sched_getaffinity(0))
         with self._explained():
             self._duckdb = duckdb.connect(
@@ -89,7 +98,7 @@ class DuckDBEngine:
         schema: pa.Schema,
     ) -> None:
         """Make a stage of a function over the query's result, sorted by `by` and `order`."""
-        ordered = f"SELECT * FROM ({query}) ORDER BY {', '.join([*by, *order])}"
+        ordered = f"SELECT * FROM ({query}) ORDER BY {', '.join(map(quoted, [*by, *order]))}"
         self._add_batches(name, map_batches(self._batches(ordered)), schema)
 
     def table(self, query: str) -> pa.Table:
@@ -139,3 +148,76 @@ class DuckDBEngine:
             ) from error
         except duckdb.Error as error:  # such as values that SQL cannot convert
             raise ValueError(f"DuckDB cannot go on: {str(error).splitlines()[0]}") from error
+
+
+def write_parts(
+    batches: Iterable[pa.RecordBatch],
+    folder: Path,
+    rows_per_group: int,
+    threads: int,
+    complete: Complete | None,
+) -> int:
+    """Write batches into a new folder and return the number of rows; no file if there is none.
+
+    `part-00000.parquet` and so on have the order of the rows. `complete` makes the rows of a row
+    group, in as many threads as files are written at once.
+    """
+    folder.mkdir(parents=True)
+    rows = 0
+    running: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for number, part in enumerate(_parts(batches)):
+            if len(running) == threads:  # more would only wait in memory
+                running.popleft().result()
+            path = folder / f"part-{number:05}.parquet"
+            running.append(pool.submit(_write_part, part, path, rows_per_group, complete))
+            rows += part.num_rows
+        for future in running:
+            future.result()
+    return rows
+
+
+def _parts(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """Yield tables of some megabytes."""
+    pending: list[pa.RecordBatch] = []
+    for batch in batches:
+        pending.append(batch)
+        if sum(rows.nbytes for rows in pending) >= BYTES_PER_PART:
+            yield pa.Table.from_batches(pending)
+            pending = []
+    if any(rows.num_rows for rows in pending):
+        yield pa.Table.from_batches(pending)
+
+
+def _write_part(part: pa.Table, path: Path, rows_per_group: int, complete: Complete | None) -> None:
+    groups: Iterator[pa.RecordBatch] = (
+        part.slice(first, rows_per_group).combine_chunks().to_batches()[0]
+        for first in range(0, part.num_rows, rows_per_group)
+    )
+    if complete is not None:
+        groups = map(complete, groups)
+    group = next(groups)
+    with pq.ParquetWriter(
+        path, group.schema, compression="zstd", write_page_checksum=True, **_encodings(group)
+    ) as writer:
+        for rows in chain([group], groups):
+            writer.write_batch(rows, row_group_size=rows_per_group)
+
+
+def _encodings(rows: pa.RecordBatch) -> dict[str, Any]:
+    """Return settings of a writer: numbers that hardly repeat are split into streams of bytes.
+
+    That takes half the time of a dictionary of such values, and less space.
+    """
+    dictionary, streams = [], {}
+    for name, column in zip(rows.schema.names, rows.columns, strict=True):
+        path, values = name, column
+        if is_list(column.type):
+            path, values = f"{name}.list.element", column.flatten()
+        first_values = values.slice(0, VALUES_TO_COMPARE)
+        is_number = pa.types.is_int64(values.type) or pa.types.is_float32(values.type)
+        if is_number and REPEATED * pc.count_distinct(first_values).as_py() > len(first_values):
+            streams[path] = "BYTE_STREAM_SPLIT"
+        else:
+            dictionary.append(path)
+    return {"use_dictionary": dictionary, "column_encoding": streams or None}

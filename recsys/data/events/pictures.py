@@ -8,9 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recsys.data.events.engines.base import Engine
 from recsys.data.events.settings import Content, ItemTable
-from recsys.data.events.signals import quoted
+from recsys.data.events.sql import SqlEngine, quoted
 from recsys.data.filesystem import Location, whole_file
 from recsys.data.items.item_images import check_first_image
 
@@ -20,10 +19,10 @@ READERS = 16  # at once: a picture from a URL is mostly waited for
 
 def named_pictures(items: ItemTable) -> dict[str, Content]:
     """Return the contents whose pictures are files."""
-    return {name: of for name, of in items.content.items() if of.path_column is not None}
+    return {name: part for name, part in items.content.items() if part.path_column is not None}
 
 
-def check_pictures(engine: Engine, items: ItemTable) -> None:
+def check_pictures(engine: SqlEngine, items: ItemTable) -> None:
     """Read the first picture of each column, and look for all that are local.
 
     Raises:
@@ -31,11 +30,11 @@ def check_pictures(engine: Engine, items: ItemTable) -> None:
     """
     for name, content in named_pictures(items).items():
         path = quoted(f"t_{name}")
-        named = engine.table(
+        paths = engine.table(
             f"SELECT DISTINCT id, {path} AS path FROM item_snapshots WHERE {path} <> '' "
             "ORDER BY 1, 2"
         )
-        rows = zip(named["id"].to_pylist(), named["path"].to_pylist(), strict=True)
+        rows = zip(paths["id"].to_pylist(), paths["path"].to_pylist(), strict=True)
         for place, (item, path) in enumerate(rows):
             file = _location(content, path)
             if place == 0:

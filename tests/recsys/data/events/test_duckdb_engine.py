@@ -1,4 +1,4 @@
-"""Rows go to several files at a time and keep their order."""
+"""DuckDB as an engine: its settings, and files that are written several at a time, in order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recsys.data.events.engines import parquet_parts
+from recsys.data.events import duckdb_engine
+from recsys.data.events.duckdb_engine import DuckDBEngine
 
 
 def doubled(rows: pa.RecordBatch) -> pa.RecordBatch:
@@ -19,12 +20,14 @@ def doubled(rows: pa.RecordBatch) -> pa.RecordBatch:
 def test_rows_of_several_files_are_completed_and_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet_parts, "BYTES_PER_PART", 1000)
-    numbers, same = np.arange(1000), np.zeros(1000, np.float32)
-    table = pa.table({"number": numbers, "noise": np.sqrt(numbers, dtype=np.float32), "same": same})
+    monkeypatch.setattr(duckdb_engine, "BYTES_PER_PART", 1000)
+    numbers, constant = np.arange(1000), np.zeros(1000, np.float32)
+    table = pa.table(
+        {"number": numbers, "noise": np.sqrt(numbers, dtype=np.float32), "same": constant}
+    )
 
     batches = table.to_batches(max_chunksize=70)
-    rows = parquet_parts.write_parts(batches, tmp_path / "split", 50, 3, doubled)
+    rows = duckdb_engine.write_parts(batches, tmp_path / "split", 50, 3, doubled)
 
     files = sorted((tmp_path / "split").iterdir())
     assert rows == 1000 and len(files) > 5
@@ -46,4 +49,12 @@ def test_an_error_in_a_file_that_is_written_ends_the_writing(tmp_path: Path) -> 
 
     batches = pa.table({"number": np.arange(10)}).to_batches()
     with pytest.raises(ValueError, match="10 rows"):
-        parquet_parts.write_parts(batches, tmp_path / "split", 50, 2, refuse)
+        duckdb_engine.write_parts(batches, tmp_path / "split", 50, 2, refuse)
+
+
+def test_a_memory_that_is_no_size_and_no_thread_are_named(tmp_path: Path) -> None:
+    for memory in ("lots", "1GB'; select 1; --"):
+        with pytest.raises(ValueError, match="--memory is"):
+            DuckDBEngine(tmp_path / "work", memory)
+    with pytest.raises(ValueError, match="--threads is 0"):
+        DuckDBEngine(tmp_path / "work", threads=0)

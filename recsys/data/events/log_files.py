@@ -1,13 +1,15 @@
-"""Reads CSV files batch by batch; an error names column and row.
+"""Lists the files of a table, and reads the text files among them.
 
-Ids are read as texts first: as numbers, `007` and `7` would be one id.
+Ids of text files are read as texts first: as numbers, `007` and `7` would be one id.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,9 +19,69 @@ from recsys.data.events.settings import Source
 from recsys.data.filesystem import Location
 from recsys.data.parquet.file import READ_ERRORS
 
+Parts = dict[str, str | None]  # values of the `key=value/` folders of a file
+ENDINGS = (".parquet", ".csv", ".csv.gz", ".tsv", ".dat")
+# Files of logs that a folder may hold, too, and that would be left out.
+ALIKE = r"\.(parquet|parq|pq|csv|tsv|dat|orc|avro|jsonl?|ndjson|feather|arrow)(\.\w+)?$"
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 INTEGER = "^(0|-?[1-9][0-9]*)$"
 # Arrow's own list has NA and more, which may be ids: a country, the initials of a user.
 NULLS = ["", "NULL", "null", "NaN", "nan", "\\N"]
+
+
+def data_files(name: str, root: Location) -> list[Location]:
+    """Return the data files at and under a path, by name.
+
+    Raises:
+        ValueError: there is none, or one that would be left out.
+    """
+    if root.filesystem.isfile(root.path):
+        if not root.path.endswith(ENDINGS):
+            raise ValueError(f"{root}: none of {', '.join(ENDINGS)}; rename or convert it")
+        return [root]
+    if not root.exists():
+        raise ValueError(f"{root}: no such file or folder; correct the path of '{name}'")
+    files = _files_under(root, set())
+    if not files:
+        raise ValueError(f"{root}: no .parquet or .csv files in it; correct the path of '{name}'")
+    return sorted(files, key=lambda file: file.path)
+
+
+def _files_under(folder: Location, visited: set[str]) -> list[Location]:
+    """Return the data files in a folder and those in it; links to folders count as folders."""
+    real_path = os.path.realpath(folder.path) if folder.is_local else folder.path
+    if real_path in visited:
+        raise ValueError(f"{folder}: a link to a folder that is read already; remove it")
+    visited.add(real_path)
+    files = []
+    for listed in folder.filesystem.ls(folder.path, detail=True):
+        path, kind = listed["name"].rstrip("/"), listed["type"]
+        entry, name = Location(folder.filesystem, path), path.rsplit("/", 1)[-1]
+        if name.startswith((".", "_")) or path == folder.path:
+            continue
+        if kind != "file":  # a link, a pipe ...
+            kind = "directory" if folder.filesystem.isdir(path) else kind
+            kind = "file" if folder.filesystem.isfile(path) or not entry.exists() else kind
+        if kind == "directory":
+            files += _files_under(entry, visited)
+        elif kind == "file" and name.endswith(ENDINGS):
+            files.append(entry)
+        elif re.search(ALIKE, name, re.IGNORECASE):
+            raise ValueError(
+                f"{entry}: would be left out; write {', '.join(ENDINGS)}, or remove it"
+            )
+    return files
+
+
+def partition_values(roots: list[str], url: str) -> Parts:
+    """Return the values of `key=value/` folders between a root and a file, as Hive writes them."""
+    root = max((root for root in roots if url.startswith(root)), key=len)
+    folders = url[len(root) :].split("/")[:-1]
+    texts = dict(part.split("=", 1) for part in folders if "=" in part)
+    return {
+        unquote(name): None if text in ("", HIVE_NULL) else unquote(text)
+        for name, text in texts.items()
+    }
 
 
 def csv_batches(
@@ -58,6 +120,13 @@ def csv_batches(
         raise ValueError(f"{file}: {where}; correct the file") from error
 
 
+def _csv_header(start: bytes, parse: pa_csv.ParseOptions) -> list[str]:
+    line = pa.py_buffer(start.splitlines()[0] + b"\n" if start else b"")
+    if not len(line):
+        raise pa.ArrowInvalid("the file is empty")
+    return pa_csv.read_csv(pa.BufferReader(line), parse_options=parse).column_names
+
+
 def id_type(texts: pa.Array) -> pa.DataType:
     """Return the type of ids: int64 where each is written as integers are, else string.
 
@@ -93,16 +162,9 @@ def with_integers(batch: pa.RecordBatch, ids: list[str]) -> pa.RecordBatch:
     return batch
 
 
-def _csv_header(start: bytes, parse: pa_csv.ParseOptions) -> list[str]:
-    line = pa.py_buffer(start.splitlines()[0] + b"\n" if start else b"")
-    if not len(line):
-        raise pa.ArrowInvalid("the file is empty")
-    return pa_csv.read_csv(pa.BufferReader(line), parse_options=parse).column_names
-
-
-def check_columns(file: Location, names: list[str], wanted: list[str]) -> None:
+def check_columns(file: Location, names: list[str], columns: list[str]) -> None:
     """Raise a ValueError for a column that a file lacks, or has twice."""
-    for name in wanted:
+    for name in columns:
         if names.count(name) > 1:
             raise ValueError(f"{file}: column '{name}' occurs {names.count(name)} times; keep one")
         if name not in names:

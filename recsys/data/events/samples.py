@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import logging
 
-from recsys.data.events.engines.base import Engine
+from recsys.data.events.clean_events import IMPRESSION
 from recsys.data.events.settings import EventsConfig, Label
-from recsys.data.events.signals import FOREVER, IMPRESSION, count_rows, filled, literal, quoted
 from recsys.data.events.splits import user_columns
+from recsys.data.events.sql import (
+    FOREVER,
+    SqlEngine,
+    count_by_reason,
+    count_rows,
+    filled,
+    literal,
+    one_value,
+    quoted,
+)
 from recsys.data.events.times import duration
 
 logger = logging.getLogger(__name__)
@@ -22,7 +31,7 @@ def actions_in(actions: list[str] | None) -> str:
     return f"action IN ({', '.join(map(literal, actions))})"
 
 
-def make_rows(engine: Engine, config: EventsConfig) -> dict[str, int]:
+def make_rows(engine: SqlEngine, config: EventsConfig) -> dict[str, int]:
     """Make the stage `rows`: position, uid, iid, ts, labels `l_NAME`, context `c_NAME`.
 
     With a split by user, there are further columns; see `user_columns`.
@@ -34,13 +43,15 @@ def make_rows(engine: Engine, config: EventsConfig) -> dict[str, int]:
         ValueError: no row is left, a given label is neither 0 nor 1, or no event has a label's
             action.
     """
-    needed = _make_labelled(engine, config)
+    required = _make_labelled(engine, config)
     _check_given_labels(engine, config)
-    reasons = count_nulls(engine, "labelled", needed)
-    complete = " AND ".join(f"{quoted(column)} IS NOT NULL" for column in needed.values())
+    if not count_rows(engine, "labelled"):
+        actions = config.rows or "any"
+        raise ValueError(f"rows: no event has an action of {actions}; correct the names of actions")
     names = engine.table("SELECT * FROM labelled LIMIT 0").schema.names
     columns = ", ".join(quoted(name) for name in names if name != "ripe")
-    query = f"SELECT {columns} FROM labelled WHERE {complete}"
+    is_complete, reasons = complete_rows(engine, "labelled", required)
+    query = f"SELECT {columns} FROM labelled WHERE {is_complete}"
     if config.split.by == "user":
         engine.add("rows", user_columns(query, config))
     else:
@@ -53,55 +64,60 @@ def make_rows(engine: Engine, config: EventsConfig) -> dict[str, int]:
     return reasons
 
 
-def _make_labelled(engine: Engine, config: EventsConfig) -> dict[str, str]:
+def complete_rows(
+    engine: SqlEngine, stage: str, required: dict[str, str]
+) -> tuple[str, dict[str, int]]:
+    """Return the SQL condition of rows without null in some columns; count others by reason.
+
+    `required` has the column of each reason; a row counts for the first.
+    """
+    nulls = {reason: f"{quoted(column)} IS NULL" for reason, column in required.items()}
+    if not nulls:
+        return "1 = 1", {}
+    reasons = count_by_reason(engine, nulls, stage)
+    reasons.pop("", None)
+    return f"NOT ({' OR '.join(nulls.values())})", reasons
+
+
+def _make_labelled(engine: SqlEngine, config: EventsConfig) -> dict[str, str]:
     """Make the stage `labelled` of all rows; return the columns that a sample needs, by reason."""
     _check_actions(engine, config)
-    chosen = [IMPRESSION] if config.impressions is not None else config.rows
-    engine.view("candidates", f"SELECT * FROM signals_once WHERE {actions_in(chosen)}")
-    attributed = {name: of for name, of in config.labels.items() if of.action and of.within}
-    source = _attributed(engine, attributed, config) if attributed else "candidates"
-    labels = {name: _label(name, label) for name, label in config.labels.items()}
-    context = {f"c_{name}": feature for name, feature in config.context.items()}
-    selected = [
-        "position, uid, iid, ts",
-        *(f"{sql} AS {quoted(f'l_{name}')}" for name, sql in labels.items()),
-        *(filled(quoted(column), of.fill, column) for column, of in context.items()),
-    ]
-    drops_unripe = config.unripe == "drop" and config.label_window > 0
-    if drops_unripe:
-        end = engine.table("SELECT max(ts) AS ts FROM signals_once")["ts"][0].as_py()
-        selected.append(f"CASE WHEN ts <= {end - config.label_window} THEN 1 END AS ripe")
-    if config.drop.max_events_per_user is not None:  # those left out label rows, but are none
-        source += " WHERE position IN (SELECT position FROM signals)"
-    engine.view("labelled", f"SELECT {', '.join(selected)} FROM {source}")
-    needed = {f"no label '{name}'": f"l_{name}" for name in labels}
-    needed |= {
-        f"no value in '{column[2:]}'": column
-        for column, feature in context.items()
-        if is_needed(config, feature.kind)
+    actions = [IMPRESSION] if config.impressions is not None else config.rows
+    engine.view("candidates", f"SELECT * FROM unique_events WHERE {actions_in(actions)}")
+    attributed = {
+        name: label for name, label in config.labels.items() if label.action and label.within
     }
-    if drops_unripe:
-        needed[UNRIPE] = "ripe"
-    return needed
+    source = _attributed(engine, attributed, config) if attributed else "candidates"
+    columns = [
+        "position, uid, iid, ts",
+        *(
+            f"{_label(name, label)} AS {quoted(f'l_{name}')}"
+            for name, label in config.labels.items()
+        ),
+        *(
+            filled(quoted(f"c_{name}"), feature.fill, f"c_{name}")
+            for name, feature in config.context.items()
+        ),
+    ]
+    required = {f"no label '{name}'": f"l_{name}" for name in config.labels}
+    required |= required_features(config, list(config.context))
+    if config.unripe == "drop" and config.label_window > 0:
+        end = one_value(engine, "max(ts)", "unique_events")
+        columns.append(f"CASE WHEN ts <= {end - config.label_window} THEN 1 END AS ripe")
+        required[UNRIPE] = "ripe"
+    if config.drop.max_events_per_user is not None:  # those left out label rows, but are none
+        source += " WHERE position IN (SELECT position FROM clean_events)"
+    engine.view("labelled", f"SELECT {', '.join(columns)} FROM {source}")
+    return required
 
 
-def is_needed(config: EventsConfig, kind: str) -> bool:
-    """Return whether a sample needs a value of a feature; else null is an unknown id."""
-    return kind == "dense" or config.vocabulary.kind == "rows"
-
-
-def count_nulls(engine: Engine, stage: str, columns: dict[str, str]) -> dict[str, int]:
-    """Return how many rows lack a value, by reason; a row counts for the first column."""
-    if not columns:
-        return {}
-    cases = " ".join(
-        f"WHEN {quoted(column)} IS NULL THEN {number}"
-        for number, column in enumerate(columns.values())
-    )
-    table = engine.table(f"SELECT CASE {cases} END AS r, count(*) AS n FROM {stage} GROUP BY 1")
-    names = list(columns)
-    pairs = zip(table["r"].to_pylist(), table["n"].to_pylist(), strict=True)
-    return {names[number]: count for number, count in pairs if number is not None}
+def required_features(config: EventsConfig, names: list[str]) -> dict[str, str]:
+    """Return the columns of features that a sample needs, by reason; else null is an unknown id."""
+    return {
+        f"no value in '{name}'": f"c_{name}"
+        for name in names
+        if config.features[name].kind == "dense" or config.vocabulary.kind == "rows"
+    }
 
 
 def _label(name: str, label: Label) -> str:
@@ -110,7 +126,6 @@ def _label(name: str, label: Label) -> str:
         if label.within is not None:
             return f"coalesce({quoted(f'l_{name}')}, 0)"
         return f"CASE WHEN {actions_in(label.action)} THEN 1 ELSE 0 END"
-    assert label.column is not None
     column = quoted(f"c_{label.column}")
     if label.at_least is None:
         return column
@@ -119,7 +134,7 @@ def _label(name: str, label: Label) -> str:
     )
 
 
-def _attributed(engine: Engine, labels: dict[str, Label], config: EventsConfig) -> str:
+def _attributed(engine: SqlEngine, labels: dict[str, Label], config: EventsConfig) -> str:
     """Make a stage of the candidates with labels of actions that follow within a time.
 
     An action follows a row if it is strictly later, so that no row labels itself. The first one
@@ -128,7 +143,7 @@ def _attributed(engine: Engine, labels: dict[str, Label], config: EventsConfig) 
     key = "uid, iid, request" if config.by_request else "uid, iid"
     columns = key.split(", ")
     actions = sorted({action for label in labels.values() for action in label.action or ()})
-    acted = f"FROM signals_once WHERE {actions_in(actions)}"
+    acted = f"FROM unique_events WHERE {actions_in(actions)}"
     same_key = " AND ".join(f"c.{column} = a.{column}" for column in columns)
     touches = (
         f"SELECT c.position, {', '.join(f'c.{column}' for column in columns)}, c.ts, "
@@ -163,36 +178,27 @@ def _attributed(engine: Engine, labels: dict[str, Label], config: EventsConfig) 
     return "attributed"
 
 
-def _check_actions(engine: Engine, config: EventsConfig) -> None:
+def _check_actions(engine: SqlEngine, config: EventsConfig) -> None:
     """Raise a ValueError for a label of an action that no event has; warn of other such actions."""
-    found = set(engine.table("SELECT DISTINCT action FROM signals_once")["action"].to_pylist())
-    named = {f"labels.{name}": label.action for name, label in config.labels.items()}
-    used = {"rows": config.rows}
-    used |= {f"histories.{name}": of.actions for name, of in config.histories.items()}
-    used |= {f"counts.{name}": of.actions for name, of in config.counts.items()}
-    used |= {f"counts.{name}.per": of.per for name, of in config.counts.items()}
-    for name, actions in (named | used).items():
-        if absent := sorted(set(actions or ()) - found):
-            words = f"{name}: no event has the action {absent}; the log has {sorted(found)[:20]}"
-            if name in named:
-                raise ValueError(f"{words}; correct the name, or leave the label out")
-            logger.warning(words)
+    table = engine.table("SELECT DISTINCT action FROM unique_events ORDER BY action")
+    present = table["action"].to_pylist()
+    for setting, actions in config.actions.items():
+        if absent := sorted(set(actions or ()) - set(present)):
+            text = f"{setting}: no event has the action {absent}; the log has {present[:20]}"
+            if setting.startswith("labels"):
+                raise ValueError(f"{text}; correct the name, or leave the label out")
+            logger.warning(text)
 
 
-def _check_given_labels(engine: Engine, config: EventsConfig) -> None:
-    """Raise a ValueError for a label that is given as neither 0 nor 1, or if nothing is left."""
+def _check_given_labels(engine: SqlEngine, config: EventsConfig) -> None:
+    """Raise a ValueError for a label that is given as neither 0 nor 1."""
     for name, label in config.labels.items():
         if label.column is None or label.at_least is not None:
             continue
         column = quoted(f"l_{name}")
-        wrong = engine.table(
-            f"SELECT min({column}) AS value FROM labelled WHERE {column} NOT IN (0, 1)"
-        )["value"][0].as_py()
-        if wrong is not None:
+        value = one_value(engine, f"min({column})", f"labelled WHERE {column} NOT IN (0, 1)")
+        if value is not None:
             raise ValueError(
-                f"labels: '{name}' has the value {wrong} in column '{label.column}'; write 0 and 1 "
+                f"labels: '{name}' has the value {value} in column '{label.column}'; write 0 and 1 "
                 "or set at_least"
             )
-    if not count_rows(engine, "labelled"):
-        wanted = config.rows or "any"
-        raise ValueError(f"rows: no event has an action of {wanted}; correct the names of actions")

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recsys.data.events.log_files import Parts
 from recsys.data.events.settings import Source
 from recsys.data.events.times import to_micros
 from recsys.data.filesystem import Location
@@ -21,7 +22,6 @@ LARGEST = float(np.finfo(np.float32).max)
 
 # Arrow has views, but functions for few of them.
 PLAIN = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
-Parts = dict[str, str | None]  # values of the `key=value/` folders of a file
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,6 @@ class Field:
 def is_text(kind: pa.DataType) -> bool:
     """Return whether a column of this type holds texts."""
     return kind in (pa.string(), pa.large_string(), pa.string_view())
-
-
-def columns_in_files(fields: list[Field], parts: Parts) -> list[str]:
-    """Return the columns that files hold, each once."""
-    names = {of.column: None for of in fields if of.constant is None and of.kind != "missing"}
-    return [name for name in names if name not in parts]
 
 
 def canonical_type(kind: pa.DataType, field: Field, file: Location) -> pa.DataType:
@@ -112,8 +106,8 @@ def canonical(
         if field.kind == "number":
             canonical_type(values.type, field, file)
             values = values.cast(kind, safe=False) if values.type != kind else values
-        own = values.type.value_type if is_list(values.type) else values.type
-        is_id = field.kind in ("id", "ids") and not pa.types.is_null(own)
+        value_type = values.type.value_type if is_list(values.type) else values.type
+        is_id = field.kind in ("id", "ids") and not pa.types.is_null(value_type)
         if is_id and canonical_type(values.type, field, file) != kind:
             raise ValueError(f"type {values.type}, but {kind} in the first file; write one type")
         values = values if values.type == kind else values.cast(kind)

@@ -1,9 +1,8 @@
-"""Datasets of the MovieLens protocols on the bundled sample: no leak, equal items, all or none."""
+"""Split protocols of MovieLens: rules against literal code, and datasets of the bundled sample."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-import recsys.data.events.output.dataset as dataset
 from recsys.cli import main
-from recsys.data.movielens.prepare import format_summary, prepare_movielens
-from recsys.data.movielens.source import SAMPLE
-from tests.recsys.data.movielens.movielens_sources import read_split, tied_ratings, write_source
+from recsys.data.movielens.prepare import SplitProtocol, prepare_movielens
+from tests.recsys.data.movielens.movielens_sources import (
+    Rating,
+    read_split,
+    tied_ratings,
+    write_source,
+)
 
 SPLITS = ("train", "valid", "test")
 WINDOWS = tuple(f"window-{number}" for number in range(1, 6))
@@ -91,30 +93,6 @@ def test_the_last_window_is_the_global_split_to_the_byte(rolling: Prepared, tmp_
     assert {name: rolling[1][f"window-5/{name}"] for name in SPLITS} == summary
 
 
-def test_each_window_validates_on_the_test_rows_of_the_window_before(rolling: Prepared) -> None:
-    out, _ = rolling
-    for earlier, later in pairwise(WINDOWS):
-        assert pq.read_table(out / earlier / "test").equals(pq.read_table(out / later / "valid"))
-        assert not pq.read_table(out / later / "test").equals(pq.read_table(out / later / "valid"))
-
-
-def test_rows_of_a_window_are_all_ratings_up_to_its_end_once(rolling: Prepared) -> None:
-    ratings = pq.read_table(SAMPLE / "ratings.parquet")
-    user = np.unique(column(ratings, "userId"), return_inverse=True)[1]
-    movies = np.sort(column(pq.read_table(SAMPLE / "movies.parquet"), "movieId"))
-    item, time = np.searchsorted(movies, column(ratings, "movieId")), column(ratings, "timestamp")
-    for number, window in enumerate(WINDOWS, start=1):
-        tables = [pq.read_table(rolling[0] / window / name) for name in SPLITS]
-        rows = Counter(
-            pair
-            for table in tables
-            for pair in zip(*(column(table, c).tolist() for c in ("user", "item")), strict=True)
-        )
-        until = time <= np.quantile(time, (5 + number) / 10, method="lower")
-        assert rows == Counter(zip(user[until].tolist(), item[until].tolist(), strict=True))
-    assert sum(rows.values()) == len(time)
-
-
 def test_no_train_row_of_a_window_is_as_late_as_a_row_it_is_judged_by(rolling: Prepared) -> None:
     for window in WINDOWS:
         train, valid, test = (
@@ -134,32 +112,6 @@ def test_no_train_row_of_a_user_is_as_late_as_a_row_the_user_is_judged_by(
         present = [moments for moments in times if len(moments)]
         for earlier, later in pairwise(present):
             assert earlier.max() < later.min()
-
-
-@pytest.mark.parametrize("folder", [*WINDOWS, "user"])
-def test_histories_are_what_the_user_rated_strictly_before_the_row(
-    rolling: Prepared, by_user: Prepared, folder: str
-) -> None:
-    out = by_user[0] if folder == "user" else rolling[0] / folder
-    ratings = pq.read_table(SAMPLE / "ratings.parquet")
-    movies = np.sort(column(pq.read_table(SAMPLE / "movies.parquet"), "movieId"))
-    user = np.unique(column(ratings, "userId"), return_inverse=True)[1]
-    item, time = np.searchsorted(movies, column(ratings, "movieId")), column(ratings, "timestamp")
-    times_of_user = [np.sort(time[user == one]) for one in range(610)]
-    # Nobody rated a movie twice, so that user and item name a rating.
-    key = user * len(movies) + item
-    order = np.argsort(key)
-    key, time = key[order], time[order]
-    for name in SPLITS:
-        table = pq.read_table(out / name)
-        own_user, own_time = column(table, "user"), column(table, "timestamp")
-        lengths = pc.list_value_length(table["history"]).to_numpy()
-        past = np.repeat(own_user, lengths) * len(movies)
-        past += pc.list_flatten(table["history"]).to_numpy()
-        assert (time[np.searchsorted(key, past)] < np.repeat(own_time, lengths)).all()
-        own = zip(own_user, own_time, strict=True)
-        older = [np.searchsorted(times_of_user[user], moment) for user, moment in own]
-        assert lengths.tolist() == np.minimum(older, 20).tolist()
 
 
 def test_cold_and_unseen_are_by_the_train_rows_of_the_same_window(rolling: Prepared) -> None:
@@ -193,30 +145,6 @@ def test_items_are_copied_where_links_are_not_possible(
     assert len({path.stat().st_ino for path in items}) == len(WINDOWS)
 
 
-def test_no_window_appears_when_the_last_cannot_be_written(
-    tied_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = dataset.link_or_copy
-
-    def fail_at_the_last(file: str, target: str) -> None:
-        if "window-5" in target:
-            raise OSError("disk full")
-        write(file, target)
-
-    monkeypatch.setattr(dataset, "link_or_copy", fail_at_the_last)
-    with pytest.raises(OSError, match="disk full"):
-        prepare_movielens(tied_source, tmp_path / "out", split="rolling")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_the_summary_names_each_window(rolling: Prepared) -> None:
-    lines = format_summary(rolling[1]).splitlines()
-    names = [line.split()[0] for line in lines[1:]]
-    assert names == [f"{window}/{name}" for window in WINDOWS for name in SPLITS]
-    assert len({len(line) for line in lines}) == 1
-    assert lines[-1].split()[1:4] == ["10,084", "40.94%", "74"]
-
-
 def test_the_command_takes_protocol_and_history_length(
     tied_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,3 +154,76 @@ def test_the_command_takes_protocol_and_history_length(
     for window in WINDOWS:
         histories = [row["history"] for row in read_split(tmp_path / "out" / window, "test")]
         assert max(map(len, histories)) == 3
+
+
+Places = dict[str, list[int]]  # places of the ratings, by split
+
+
+def splits_of(
+    folder: Path, users: list[int], times: list[int], split: SplitProtocol, dataset: str = ""
+) -> Places:
+    """Prepare ratings of one movie each, so that an item's row is the place of its rating."""
+    ratings: list[Rating] = [
+        (user, place, 4.0, time)
+        for place, (user, time) in enumerate(zip(users, times, strict=True))
+    ]
+    if not (folder / "out").exists():
+        movies = [(place, "movie", "Drama") for place in range(len(ratings))]
+        source = write_source(folder / "source", ratings, movies)
+        prepare_movielens(source, folder / "out", 10**30, split)
+    tables = {
+        name: pq.read_table(folder / "out" / dataset / name) for name in ("train", "valid", "test")
+    }
+    return {name: sorted(table["item"].to_pylist()) for name, table in tables.items()}
+
+
+def test_the_split_never_cuts_a_moment_in_two(tmp_path: Path) -> None:
+    # Places 0.8 * 19 and 0.9 * 19, rounded down, are 15 and 17: the moments 1 and 3.
+    times = [3, 4, 2, 3] + [1] * 16
+    splits = splits_of(tmp_path, [1] * 20, times, "global")
+    assert splits == {"train": list(range(4, 20)), "valid": [0, 2, 3], "test": [1]}
+
+
+def test_each_user_is_split_by_the_quantiles_of_the_users_own_times(tmp_path: Path) -> None:
+    rows, _ = tied_ratings(seed=3)
+    user, time = np.array([row[0] for row in rows]), np.array([row[3] for row in rows])
+    expected: Places = {"train": [], "valid": [], "test": []}
+    for row in range(len(user)):
+        first, second = np.quantile(time[user == user[row]], [0.8, 0.9], method="lower")
+        name = "train" if time[row] <= first else "valid" if time[row] <= second else "test"
+        expected[name].append(row)
+    assert splits_of(tmp_path, user.tolist(), time.tolist(), "user") == expected
+
+
+def test_windows_of_a_hundred_moments_are_tenths_of_them(tmp_path: Path) -> None:
+    # The quantile k / 10 of 0 ... 100 is 10 k.
+    for number in range(1, 6):
+        splits = splits_of(tmp_path, [1] * 101, list(range(101)), "rolling", f"window-{number}")
+        begin = 40 + 10 * number
+        assert splits["train"] == list(range(begin - 9))
+        assert splits["valid"] == list(range(begin - 9, begin + 1))
+        assert splits["test"] == list(range(begin + 1, begin + 11))
+
+
+@pytest.mark.parametrize(
+    ("split", "times", "words"),
+    [
+        ("global", [5] * 9, ["split: valid", "timestamp"]),
+        ("rolling", [5] * 9, ["split: valid of window-1", "timestamp"]),
+        # Enough moments for the global split, but the first half is one.
+        ("rolling", [5] * 10 + list(range(6, 16)), ["split: valid of window-1", "timestamp"]),
+        ("user", range(6), ["split: valid", "user", "7", "timestamp"]),
+        ("user", [5] * 9, ["split: valid", "user", "7", "timestamp"]),
+    ],
+)
+def test_a_split_without_rows_is_refused_with_the_fix(
+    tmp_path: Path, split: SplitProtocol, times: list[int], words: list[str]
+) -> None:
+    ratings: list[Rating] = [(1, movie, 4.0, time) for movie, time in enumerate(times)]
+    movies = [(movie, "Heat (1995)", "Drama") for movie in range(len(ratings))]
+    source = write_source(tmp_path / "source", ratings, movies)
+    with pytest.raises(ValueError) as caught:
+        prepare_movielens(source, tmp_path / "out", split=split)
+    for word in words:
+        assert word in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

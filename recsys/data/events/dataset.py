@@ -1,0 +1,337 @@
+"""Writes datasets of the stage `complete`: splits, items, vocabularies and `schema.yaml`."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from embeddings.vocabulary.fixed import ExactVocabulary
+from recsys.data.events.history_values import MOMENT, HistoryFiles, slice_columns
+from recsys.data.events.negatives import DRAWN_AS
+from recsys.data.events.pictures import add_pictures
+from recsys.data.events.settings import EventsConfig
+from recsys.data.events.splits import SPLITS, Conditions
+from recsys.data.events.sql import SqlEngine, one_value, quoted
+from recsys.data.events.times import MICROS
+from recsys.data.filesystem import Location, link_or_copy
+from recsys.data.item_frequency import COLD_BELOW
+from recsys.data.schema import vocabulary_file
+from recsys.data.transforms.prepare import check_transformed, fit_transforms
+
+ITEMS_PER_GROUP = 1024  # small, since a row may hold pictures
+LARGE_TABLE, ROWS_PER_ID = 1 << 24, 1000  # rows of a table may be unused up to these
+
+
+@dataclass(frozen=True)
+class DatasetWriter:
+    """Writes datasets of the stage `complete`: all samples, with all their columns.
+
+    datasets: SQL condition of each split of each dataset.
+    lists: types of the histories and the lists beside them, by name.
+    files: values of the histories, if samples have slices of these instead of lists.
+    """
+
+    engine: SqlEngine
+    config: EventsConfig
+    datasets: Conditions
+    lists: dict[str, pa.DataType]
+    files: HistoryFiles | None
+
+    def write(self, root: Path) -> dict[str, dict[str, Any]]:
+        """Write the datasets into folders of their names; the only one has none.
+
+        Returns:
+            Figures of each split; see `_figures`.
+
+        Raises:
+            ValueError: a split has no rows, or a transform does not take the values of its column,
+                or makes values that training refuses.
+        """
+        figures: dict[str, dict[str, Any]] = {}
+        items: Path | None = None
+        for name, conditions in self.datasets.items():
+            self._write_dataset(conditions, root / name, items)
+            items = root / name / "items"
+            for split, split_figures in self._figures(conditions).items():
+                figures[str(Path(name, split))] = split_figures
+        return figures
+
+    def _write_dataset(self, conditions: dict[str, str], folder: Path, items: Path | None) -> None:
+        """Write a dataset; `schema.yaml` and what is fitted for it come last.
+
+        `items` is the folder of items of another dataset of these events.
+        """
+        self._write_splits(conditions, folder)
+        train = f"{conditions['train']}{self._is_logged}"
+        counts = self.engine.table(
+            f"SELECT iid AS {quoted(self.config.output.item)}, count(*) AS train_rows "
+            f"FROM complete c WHERE {train} GROUP BY c.iid ORDER BY c.iid"
+        )
+        pq.write_table(counts, folder / "item_counts.parquet")
+        sizes = self._write_vocabularies(train, folder)
+        if self.config.items is not None:
+            self._write_items(train, folder, items)
+        (folder / "schema.yaml").write_text(self._schema(sizes))
+        fit_transforms(Location.of(folder))
+        check_transformed(Location.of(folder))
+
+    def _write_splits(self, conditions: dict[str, str], folder: Path) -> None:
+        """Write the rows of all splits, in the order of time."""
+        columns = output_columns(self.config)
+        read, complete = columns, None
+        if self.files is not None:
+            read = {name: sql for name, sql in columns.items() if name not in self.lists}
+            read |= {name: quoted(name) for name in slice_columns(self.config.histories)}
+            read[MOMENT] = "ts"
+            complete = partial(self.files.with_lists, columns=list(columns))
+        names = ", ".join(f"{sql} AS {quoted(name)}" for name, sql in read.items())
+        for split in SPLITS:
+            rows = self.engine.write(
+                f"SELECT {names} FROM complete c WHERE {conditions[split]} "
+                "ORDER BY c.ts, c.uid, c.iid, c.position",
+                folder / split,
+                complete=complete,
+            )
+            if not rows:
+                window = f" of {folder.name}" if self.config.split.by == "windows" else ""
+                raise ValueError(_no_rows(self.config, split + window))
+
+    @property
+    def _is_logged(self) -> str:
+        """SQL after a condition that leaves out drawn rows."""
+        return f" AND {DRAWN_AS} = 0" if self.config.negatives is not None else ""
+
+    def _write_items(self, train: str, folder: Path, other: Path | None) -> None:
+        """Write each item's content as the last training row could know it.
+
+        An item that comes later has its first snapshot. Items that `min_count` leaves without a row
+        of their own are left out. The files of `other`, a folder of the same items, are
+        hard-linked, or copied where the file system has no hard links.
+        """
+        table, name = self.config.items, self.config.output.item
+        assert table is not None
+        min_count = self.config.vocabulary.min_count.get(name, 1)
+        if other is not None and min_count <= 1 and table.valid_from is None:
+            shutil.copytree(other, folder / "items", copy_function=link_or_copy)
+            return
+        end = one_value(self.engine, "max(ts)", f"complete WHERE {train}")
+        names = [f"{quoted(f't_{column}')} AS {quoted(column)}" for column in table.content]
+        columns = ", ".join([f"id AS {quoted(name)}", *names])
+        frequent = ""
+        if min_count > 1:
+            frequent = f" AND id IN ({_frequent(self._ids(train)[name], min_count)})"
+        rows = self.engine.write(
+            f"SELECT {columns} FROM item_snapshots s WHERE "
+            f"(valid_from <= {end} AND valid_until > {end} OR valid_from > {end} AND "
+            f"valid_from = first_valid_from){frequent} ORDER BY s.id",
+            folder / "items",
+            ITEMS_PER_GROUP,
+        )
+        if not rows:
+            raise ValueError(
+                f"vocabulary: min_count of '{name}' is {min_count}, and no item of `items` occurs "
+                "as often up to the last training row; lower it"
+            )
+        add_pictures(folder / "items", table, name)
+
+    @property
+    def _id_lists(self) -> dict[str, str]:
+        """Lists of ids beside histories, each with its column."""
+        return {
+            name: parallel.column
+            for name, parallel in self.config.parallels.items()
+            if not pa.types.is_floating(self.lists[name].value_type)
+        }
+
+    def _write_vocabularies(self, train: str, folder: Path) -> dict[str, int]:
+        """Write the map of each id table unless ids are rows; return the rows of each table.
+
+        Lists of ids beside histories have tables of their own, with the map of their column.
+        """
+        sizes: dict[str, int] = {}
+        min_counts, item = self.config.vocabulary.min_count, self.config.output.item
+        is_rows = self.config.vocabulary.kind == "rows"
+        if not is_rows:
+            (folder / "vocabulary").mkdir()
+        for name, ids in self._ids("1 = 1" if is_rows else train).items():
+            lists = [list_name for list_name, column in self._id_lists.items() if column == name]
+            if is_rows:
+                if lists:
+                    ids += f" UNION ALL SELECT {quoted(f'e_{name}')} AS id FROM past_events"
+                sizes |= dict.fromkeys([name, *lists], _num_rows(self.engine, name, ids))
+                continue
+            query = _frequent(ids, min_counts.get(name, 1))
+            if name == item and self.config.items is not None and min_counts.get(name, 1) == 1:
+                query = f"{query} UNION SELECT id FROM item_snapshots"
+            distinct = self.engine.table(f"SELECT id FROM ({query}) ORDER BY id")["id"]
+            vocabulary = ExactVocabulary(max(2, len(distinct) + 1))
+            vocabulary.extend([distinct])
+            for table in (name, *lists):
+                vocabulary.save(vocabulary_file(Location.of(folder), table).path)
+                sizes[table] = vocabulary.num_embeddings
+        return sizes
+
+    def _ids(self, train: str) -> dict[str, str]:
+        """Return SQL of the ids that count for each column, and for each list of actions."""
+        config, output = self.config, self.config.output
+        until = f"{config.arrival} <= (SELECT max(ts) FROM complete WHERE {train})"
+        ids = {
+            output.user: f"SELECT uid AS id FROM clean_events WHERE {until}",
+            output.item: f"SELECT iid AS id FROM clean_events WHERE {until}",
+        }
+        if config.vocabulary.kind == "rows":
+            if config.items is not None:
+                ids[output.item] += " UNION ALL SELECT id FROM item_snapshots"
+            ids[output.item] += " UNION ALL SELECT iid AS id FROM complete"
+        for name, feature in config.features.items():
+            column = quoted(f"c_{name}")
+            if feature.kind == "ids":
+                column = f"{self.engine.unnest}({column})"
+            if feature.kind != "dense":
+                ids[name] = f"SELECT {column} AS id FROM complete WHERE {train}"
+        for name, column in self._id_lists.items():
+            if column == "action":
+                ids[name] = f"SELECT action AS id FROM clean_events WHERE {until}"
+        return ids
+
+    def _schema(self, sizes: dict[str, int]) -> str:
+        """Return the text of `schema.yaml`, with the rows of each id table in `sizes`.
+
+        Histories are sequences of items; lists of ids beside them have tables of their own.
+        """
+        config, output = self.config, self.config.output
+        columns = {name: self._id("id", sizes[name]) for name in (output.user, output.item)}
+        for name, history in config.histories.items():
+            parallel = list(history.parallel)
+            columns[name] = {"kind": "sequence", "shares": output.item, "parallel": parallel}
+        for name in self._id_lists:
+            columns[name] = self._id("ids", sizes[name])
+        for name, feature in config.features.items():
+            is_id = feature.kind != "dense"
+            columns[name] = self._id(feature.kind, sizes[name]) if is_id else {"kind": "dense"}
+        columns |= {name: {"kind": "dense"} for name in config.counts}
+        columns |= {name: {"kind": "label"} for name in config.labels}
+        if config.negatives is not None:
+            columns[output.sampled] = {"kind": "sampled"}
+        for name, column in config.transforms.items():
+            settings = asdict(column).items()
+            columns[name] = {key: value for key, value in settings if value not in (None, [])}
+        schema = {"target_item": output.item, "group": output.user, "columns": columns}
+        if config.items is not None:
+            content = {name: {"kind": part.kind} for name, part in config.items.content.items()}
+            schema["items"] = {"id": output.item, "columns": content}
+        return yaml.safe_dump(schema, sort_keys=False, default_flow_style=None)
+
+    def _id(self, kind: str, size: int) -> dict[str, Any]:
+        """Return a column of ids with a table of its own."""
+        column: dict[str, Any] = {"kind": kind, "num_embeddings": size}
+        if self.config.vocabulary.kind == "exact":
+            column["vocabulary"] = {"kind": "exact"}
+        return column
+
+    def _figures(self, conditions: dict[str, str]) -> dict[str, dict[str, Any]]:
+        """Return rows, positive (share by the first label), users, and shares of new and cold ones.
+
+        new_users: rows by users without a training row; cold, unseen: rows whose item has few and
+        no training rows. Drawn rows do not count for the last three, neither here nor there.
+        """
+        train = f"{conditions['train']}{self._is_logged}"
+        label = quoted(f"l_{next(iter(self.config.labels))}")
+        users = f"SELECT uid, count(*) AS n FROM complete WHERE {train} GROUP BY uid"
+        items = f"SELECT iid, count(*) AS n FROM complete WHERE {train} GROUP BY iid"
+        cases = " ".join(f"WHEN {test} THEN '{name}'" for name, test in conditions.items())
+
+        def share(condition: str) -> str:
+            value = f"CASE WHEN {condition} THEN 1.0 ELSE 0.0 END"
+            return f"avg(CASE WHEN 1 = 1{self._is_logged} THEN {value} END)"
+
+        table = self.engine.table(
+            f"SELECT split, count(*) AS rows, avg({label}) AS positive, "
+            f"count(DISTINCT s.uid) AS users, {share('u.n IS NULL')} AS new_users, "
+            f"{share(f'coalesce(i.n, 0) < {COLD_BELOW}')} AS cold, "
+            f"{share('i.n IS NULL')} AS unseen "
+            f"FROM (SELECT *, CASE {cases} END AS split FROM complete) s "
+            f"LEFT JOIN ({users}) u ON s.uid = u.uid LEFT JOIN ({items}) i ON s.iid = i.iid "
+            "WHERE split IS NOT NULL GROUP BY split"
+        )
+        figures = {row.pop("split"): row for row in table.to_pylist()}
+        whole = ("rows", "users")
+        return {
+            split: {
+                name: value if name in whole else float(value)
+                for name, value in figures[split].items()
+            }
+            for split in SPLITS
+        }
+
+
+def output_columns(config: EventsConfig) -> dict[str, str]:
+    """Return SQL of each column of a split, by its name."""
+    output, unit = config.output, MICROS[config.output.time_unit]
+    columns = {output.user: "uid", output.item: "iid"}
+    for history_name, history in config.histories.items():
+        columns |= {name: quoted(f"h_{name}") for name in (history_name, *history.parallel)}
+    for name, feature in config.features.items():
+        column = quoted(f"c_{name}")
+        columns[name] = f"CAST({column} AS FLOAT)" if feature.kind == "dense" else column
+    columns |= {name: f"CAST({quoted(f'n_{name}')} AS FLOAT)" for name in config.counts}
+    columns |= {name: f"CAST({quoted(f'l_{name}')} AS FLOAT)" for name in config.labels}
+    if config.negatives is not None:
+        columns[output.sampled] = f"CAST(CASE WHEN {DRAWN_AS} = 0 THEN 0 ELSE 1 END AS FLOAT)"
+    # % has the sign of its left side, and a time before 1970 is rounded down as well.
+    columns[output.time] = f"CAST((ts - (ts % {unit} + {unit}) % {unit}) / {unit} AS BIGINT)"
+    return columns
+
+
+def _no_rows(config: EventsConfig, split: str) -> str:
+    time = f"'{config.output.time}'"
+    fix = {
+        "user": f"give users with 7 rows or more at distinct {time}, or split by time",
+        "windows": f"give rows at more distinct {time}, or fewer windows",
+        "time": f"give rows at more distinct {time}, or choose other quantiles",
+        "dates": f"choose dates between the first and the last {time}",
+    }[config.split.by]
+    at = "" if config.split.by == "windows" else f" at {config.split.at}"
+    if config.embargo and config.label_window:
+        fix += ", shorten `within`, or set embargo: false"
+    return f"split: {split} has no rows by {config.split.by}{at}; {fix}"
+
+
+def _frequent(ids: str, min_count: int) -> str:
+    """Return SQL of the ids that occur as often."""
+    rows = f"SELECT id FROM ({ids}) WHERE id IS NOT NULL"
+    return f"{rows} GROUP BY id HAVING count(*) >= {min_count}"
+
+
+def _num_rows(engine: SqlEngine, name: str, ids: str) -> int:
+    """Return the rows that the table of a column needs, whose ids are rows.
+
+    Raises:
+        ValueError: they are none, or hardly any row would be used.
+    """
+    figures = (
+        "min(id) AS least, max(id) AS largest, count(*) - count(id) AS nulls, "
+        "count(DISTINCT id) AS distinct_ids"
+    )
+    table = engine.table(f"SELECT {figures} FROM ({ids})")
+    least, largest, nulls, num_ids = (column[0].as_py() for column in table.columns)
+    problem = None
+    if isinstance(largest, str) or (least is not None and least < 0):
+        problem = f"has the id {least!r}; write rows from 0"
+    elif nulls:
+        problem = f"has null in lists or beside events, {nulls} times, which is no row; fill it"
+    elif num_ids and largest >= max(LARGE_TABLE, ROWS_PER_ID * num_ids):
+        problem = (
+            f"has {num_ids:,} ids, of which the largest is {largest}: its table has at most "
+            f"{ROWS_PER_ID:,} rows for each id, or {LARGE_TABLE:,}; number the ids"
+        )
+    if problem is not None:
+        raise ValueError(f"vocabulary: kind is rows, but '{name}' {problem}, or choose kind exact")
+    return 1 if largest is None else largest + 1

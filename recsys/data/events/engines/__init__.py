@@ -1,1 +1,0 @@
-"""Engines that run the stages: DuckDB on one machine, Spark on a cluster."""

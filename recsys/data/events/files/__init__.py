@@ -1,1 +1,0 @@
-"""Reads the files of logs and tables."""

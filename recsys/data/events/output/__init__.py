@@ -1,1 +1,0 @@
-"""Writes datasets of complete samples."""

@@ -1,0 +1,356 @@
+"""Reads the files of a table as Arrow batches with canonical names and types.
+
+A task is a row group of a Parquet file, or a text file. Each is read alone, so that engines may
+read them anywhere, and every error names file and column.
+
+Shapes: N rows of a batch, M rows that it becomes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recsys.data.events.file_columns import (
+    Field,
+    canonical,
+    canonical_type,
+    column_values,
+    is_text,
+    without_views,
+)
+from recsys.data.events.log_files import (
+    Parts,
+    check_columns,
+    csv_batches,
+    data_files,
+    id_type,
+    partition_values,
+    with_integers,
+)
+from recsys.data.events.settings import EventTable, Several, Source, Value
+from recsys.data.filesystem import Location
+from recsys.data.parquet.file import READ_ERRORS, open_parquet
+from recsys.data.parquet.values import is_list, list_lengths
+
+ROWS_PER_BATCH = 1 << 16
+TEXTS = ("id", "text", "words")  # kinds that are texts in text files
+FILE_BITS = 36  # a row's position is its file's number, shifted by this, and its row in the file
+PLACE_BITS = 12  # of a row's position: place of the item among those of its row
+MOST_ITEMS, MOST_ROWS = 1 << PLACE_BITS, 1 << 24  # of a row, and of a file
+
+ReadTask = tuple[int, str, int, int]  # number of the file, its URL, row group (-1: all), first row
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Files of one table, read task by task; see `open_source`."""
+
+    source: Source
+    fields: list[Field]
+    schema: pa.Schema  # position, then the fields
+    tasks: list[ReadTask]
+    roots: list[str]
+
+    def read(self, task: ReadTask) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of a task.
+
+        Raises:
+            ValueError: the file cannot be read, lacks a column, or has one of another type.
+        """
+        number, url, group, first_row = task
+        file = Location.of(url)
+        parts = partition_values(self.roots, url)
+        for batch in self._batches(file, group, parts):
+            rows, positions = selected_rows(batch, self.source, file, first_row, parts)
+            rows = self._with_split_ids(rows, file)
+            arrays = [pa.array((number << FILE_BITS) + positions)]
+            for field, kind in zip(self.fields, self.schema.types[1:], strict=True):
+                if field.kind == "missing":
+                    arrays.append(pa.nulls(rows.num_rows, kind))
+                    continue
+                values = column_values(rows, field, parts, kind)
+                arrays.append(canonical(values, field, self.source, kind, file))
+            yield pa.record_batch(arrays, schema=self.schema)
+            first_row += batch.num_rows
+
+    def _with_split_ids(self, batch: pa.RecordBatch, file: Location) -> pa.RecordBatch:
+        """Return the rows with ids split from texts as integers, if the table's ids are."""
+        if not isinstance(self.source, EventTable) or self.source.several is None:
+            return batch
+        name = self.source.item
+        ids = [self.schema.field(field.name).type for field in self.fields if field.column == name]
+        if not pa.types.is_string(batch.column(name).type) or pa.int64() not in ids:
+            return batch
+        try:
+            return with_integers(batch, [name])
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{file}: {error}") from error
+
+    def completed(self, types: dict[str, pa.DataType]) -> Reader:
+        """Return this reader with exactly the named columns; those it lacks are null.
+
+        Raises:
+            ValueError: a column has another type here.
+        """
+        fields = {field.name: field for field in self.fields}
+        for name, kind in types.items():
+            if name in fields and self.schema.field(name).type != kind:
+                raise ValueError(
+                    f"{self.tasks[0][1]}: column '{fields[name].column}' has type "
+                    f"{self.schema.field(name).type}, but {kind} in another table; write one type"
+                )
+        return replace(
+            self,
+            fields=[fields.get(name, Field(name, "", "missing")) for name in types],
+            schema=pa.schema([("position", pa.int64()), *types.items()]),
+        )
+
+    def _batches(self, file: Location, group: int, parts: Parts) -> Iterator[pa.RecordBatch]:
+        """Yield rows as they are in the file."""
+        columns = _columns_to_read(self.source, self.fields, parts)
+        if group < 0:
+            types = {
+                field.column: kind
+                for field, kind in zip(self.fields, self.schema.types[1:], strict=True)
+                if field.kind in (*TEXTS, "number") and field.column in columns
+            }
+            if isinstance(self.source, EventTable) and self.source.several is not None:
+                del types[self.source.item]  # split first
+            yield from csv_batches(file, self.source, columns, types)
+            return
+        with open_parquet(file) as parquet:
+            check_columns(file, parquet.schema_arrow.names, columns)
+            try:
+                if columns:
+                    batches = parquet.iter_batches(
+                        ROWS_PER_BATCH, row_groups=[group], columns=columns
+                    )
+                    yield from map(without_views, batches)
+            except READ_ERRORS as error:
+                raise ValueError(
+                    f"{file}: row group {group} cannot be read ({error}); write the file again"
+                ) from error
+
+
+def open_source(name: str, source: Source, fields: list[Field], first_file: int = 0) -> Reader:
+    """List the files of a table and decide the types of its columns.
+
+    Positions of rows count files from `first_file`, as those of all tables are counted together.
+
+    Raises:
+        ValueError: there is no file, or the first file cannot be read or lacks a column.
+    """
+    paths = [source.path] if isinstance(source.path, str) else source.path
+    roots = [Location.of(path) for path in paths]
+    files = [file for root in roots for file in data_files(name, root)]
+    urls = Counter(map(str, files))
+    if len(urls) < len(files):
+        raise ValueError(
+            f"{max(urls, key=urls.__getitem__)}: twice in the path of '{name}'; name it once"
+        )
+    tasks, filled, empty = list[ReadTask](), list[Location](), list[Location]()
+    for number, file in enumerate(files, first_file):
+        if not file.path.endswith(".parquet"):
+            tasks.append((number, str(file), -1, 0))
+            filled.append(file)
+            continue
+        first_row = 0
+        with open_parquet(file) as parquet:
+            for group in range(parquet.num_row_groups):
+                tasks.append((number, str(file), group, first_row))
+                first_row += parquet.metadata.row_group(group).num_rows
+        (filled if first_row else empty).append(file)
+    if not tasks:
+        raise ValueError(f"{files[0]}: no rows; write the {name} into it")
+    schema = _schema(source, fields, [str(root) for root in roots], [*filled, *empty])
+    return Reader(source, fields, schema, tasks, [str(root) for root in roots])
+
+
+def _columns_to_read(source: Source, fields: list[Field], parts: Parts) -> list[str]:
+    """Return the columns of the files that fields and settings need, each once."""
+    names = [field.column for field in fields if field.constant is None and field.kind != "missing"]
+    split_column = None
+    if isinstance(source, EventTable):
+        names += source.where
+        split_column = source.several.column if source.several is not None else None
+    return [name for name in dict.fromkeys(names) if name not in parts and name != split_column]
+
+
+def _schema(
+    source: Source, fields: list[Field], roots: list[str], files: list[Location]
+) -> pa.Schema:
+    """Return the canonical types: of each column, by the first file that has a value of it."""
+    types: dict[str, pa.DataType] = {}
+    for file in files:
+        for name, kind in _types(source, fields, roots, file).items():
+            if name not in types or pa.types.is_null(types[name]):
+                types[name] = kind
+        if types and not any(map(pa.types.is_null, types.values())):
+            break
+    if not types:
+        raise ValueError(f"{files[0]}: no rows; write some or remove the file")
+    parts_of_files = [partition_values(roots, str(file)) for file in files]
+    for field in fields:
+        texts = [parts.get(field.column) for parts in parts_of_files]
+        texts = [text for text in texts if text is not None]
+        if texts and field.kind in ("id", "any"):
+            is_number = id_type(pa.array(texts)) == pa.int64()
+            types[field.name] = pa.int64() if is_number else pa.string()
+    kinds = {field.name: canonical_type(types[field.name], field, files[0]) for field in fields}
+    return pa.schema([("position", pa.int64()), *kinds.items()])
+
+
+def _types(
+    source: Source, fields: list[Field], roots: list[str], file: Location
+) -> dict[str, pa.DataType]:
+    """Return the types of fields in one file; none if it is a text file without rows."""
+    parts = partition_values(roots, str(file))
+    columns = _columns_to_read(source, fields, parts)
+    is_parquet = file.path.endswith(".parquet")
+    if is_parquet:
+        with open_parquet(file) as parquet:
+            check_columns(file, parquet.schema_arrow.names, columns)
+            sample = pa.RecordBatch.from_pylist([], schema=parquet.schema_arrow)
+    else:
+        texts = [field.column for field in fields if field.kind in TEXTS]
+        text_types = {name: pa.string() for name in texts if name in columns}
+        first_batch = next(csv_batches(file, source, columns, text_types), None)
+        if first_batch is None:
+            return {}
+        sample = first_batch
+    if isinstance(source, EventTable) and source.several is not None:
+        sample = selected_rows(sample, replace(source, where={}), file, 0, parts)[0]
+    types = {}
+    for field in fields:
+        if field.constant is not None or field.column in parts:
+            types[field.name] = pa.float64() if field.kind == "number" else pa.string()
+            continue
+        kind = sample.schema.field(field.column).type
+        if field.kind == "id" and not is_parquet:
+            kind = id_type(sample.column(field.column))
+        types[field.name] = kind
+        canonical_type(kind, field, file)
+    return types
+
+
+def selected_rows(
+    batch: pa.RecordBatch, source: Source, file: Location, first_row: int, parts: Parts
+) -> tuple[pa.RecordBatch, np.ndarray]:  # batch [N] -> [M], int64 [M]
+    """Split rows with several items, and leave out those that `where` does not select.
+
+    `first_row` is that of the batch in the file, `parts` are the values of the file's folders.
+
+    Returns:
+        The rows, and the position in the file of each.
+
+    Raises:
+        ValueError: a column cannot be split, or is of another type than the value in `where`.
+    """
+    positions = np.arange(first_row, first_row + batch.num_rows)
+    if not isinstance(source, EventTable):
+        return batch, positions
+    if source.several is not None:
+        batch, positions = _split(batch, source.item, source.several, file, positions)
+    for name, values in source.where.items():
+        values = values if isinstance(values, list) else [values]
+        is_selected = _has_value(batch, name, values, parts, file)
+        batch = batch.filter(is_selected)
+        positions = positions[np.asarray(is_selected)]
+    return batch, positions
+
+
+def _has_value(
+    batch: pa.RecordBatch, name: str, values: list[Value], parts: Parts, file: Location
+) -> pa.Array:  # bool [N]
+    """Mark the rows whose column has one of some values.
+
+    Raises:
+        ValueError: one of these is no value of the column's type.
+    """
+    kind = None
+    try:
+        allowed = pa.array(values)
+        column = column_values(batch, Field(name, name, "any"), parts, allowed.type)
+        column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+        kind = column.type
+        if pa.types.is_null(kind):  # a column without any value
+            return pc.is_valid(column)
+        cast = allowed.cast(kind)
+        if pa.types.is_boolean(kind) and not cast.cast(allowed.type).equals(allowed):
+            raise TypeError("a number other than 0 and 1")  # of which a cast makes true
+        return pc.is_in(column, cast)
+    except (pa.ArrowException, TypeError, OverflowError) as error:
+        types = "values of one type" if kind is None else f"type {kind}"
+        raise ValueError(
+            f"{file}: column '{name}' has {types}, but `where` the values {values}; write values "
+            "of that type"
+        ) from error
+
+
+def _split(
+    batch: pa.RecordBatch, item: str, several: Several, file: Location, rows: np.ndarray
+) -> tuple[pa.RecordBatch, np.ndarray]:
+    """Return a row for each item of each row, and the positions of these."""
+    lists = batch.column(item)
+    where = f"{file}: column '{item}'"
+    if pa.types.is_null(lists.type):
+        lists = lists.cast(pa.string())
+    if is_text(lists.type):
+        lists = _item_lists(lists, several.between)
+    elif not is_list(lists.type):
+        raise ValueError(f"{where} has type {lists.type}; `several` needs texts or lists")
+    lengths = list_lengths(lists)
+    counts = np.maximum(lengths, 1)  # a row without items stays one, without an item
+    parents = np.repeat(np.arange(len(lists)), counts)
+    begins = np.cumsum(counts) - counts
+    places = np.arange(len(parents)) - begins[parents]
+    if len(parents) and (places.max() >= MOST_ITEMS or rows.max() >= MOST_ROWS):
+        raise ValueError(
+            f"{where}: a row has at most {MOST_ITEMS} items, and a file at most {MOST_ROWS} rows; "
+            "write more rows, or more files"
+        )
+    is_item = pa.array(lengths[parents] > 0)
+    item_places = pc.if_else(is_item, pa.array(np.cumsum(np.asarray(is_item)) - 1), None)
+    items = pc.list_flatten(lists).take(item_places)
+    columns = dict(zip(batch.schema.names, batch.take(pa.array(parents)).columns, strict=True))
+    if several.column is not None:
+        items, columns[several.column] = _with_number(items, several, where, rows[parents])
+    columns[item] = items
+    return pa.record_batch(columns), (rows[parents] << PLACE_BITS) + places
+
+
+def _item_lists(texts: pa.Array, between: str) -> pa.Array:  # [N] -> lists [N]
+    """Split texts into items without white space around them; any of it is as good as a blank."""
+    texts = pc.utf8_trim_whitespace(texts)
+    texts = pc.if_else(pc.equal(texts, ""), None, texts)
+    if between == " ":
+        return pc.utf8_split_whitespace(texts)
+    lists = pc.split_pattern(texts, between)
+    items = pc.utf8_trim_whitespace(lists.flatten())
+    return pa.ListArray.from_arrays(lists.offsets, items, mask=lists.is_null())
+
+
+def _with_number(
+    items: pa.Array, several: Several, where: str, rows: np.ndarray
+) -> tuple[pa.Array, pa.Array]:
+    """Return items such as `N1-1` as the item and the number after it."""
+    pattern = pc.split_pattern(items, several.separator, max_splits=1, reverse=True)
+    has_both = pc.equal(pc.list_value_length(pattern), 2)
+    has_item = pc.invert(pc.starts_with(items, several.separator))
+    wrong = ~np.asarray(pc.and_(has_both, has_item).fill_null(True))
+    if not wrong.any():
+        try:
+            return pc.list_element(pattern, 0), pc.list_element(pattern, 1).cast(pa.float64())
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{where}: {error}; write a number after each item") from error
+    place = int(wrong.argmax())
+    raise ValueError(
+        f"{where}, row {rows[place]}: '{items[place].as_py()}' is no item with a number after "
+        f"'{several.separator}'; write both, or leave `column` out"
+    )

@@ -1,0 +1,370 @@
+"""Summarizes a dataset for `recsys explain-data`: splits, id tables, items and their overlaps.
+
+A split is read once, as training reads it. Its usable rows go to a temporary Parquet file, of which
+SQL in DuckDB takes all figures; what does not fit into memory goes to the temporary folder, too.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from recsys.data.events.sql import quoted
+from recsys.data.filesystem import Location
+from recsys.data.item_frequency import ItemCounts, frequency_masks
+from recsys.data.parquet.bad_rows import by_reason
+from recsys.data.parquet.rows import ParquetRows
+from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION
+from recsys.data.schema import Schema, load_schema
+from recsys.diagnostics.dataset.item_summary import ItemSummary, Lengths, summarize_items
+from recsys.diagnostics.dataset.time_columns import time_ranges
+
+SPLITS = ("train", "valid", "test")
+GROUPS, PAIRS, ROWS = "groups", "group and item", "rows"
+NUMBERS = ("label", "dense", "extra", "weight", "sampled")  # kinds of columns
+
+
+@dataclass
+class SplitSummary:
+    """Figures of a split; those after `bad_rows` are of the rows that training can use.
+
+    numbers: count, min, max, mean and deviation of each column of numbers; NaN is left out.
+    ids: count, least, greatest, unknown and distinct ids of each column of ids.
+    lists: lengths of the lists of each column of lists.
+    distinct: number of different groups, pairs of group and item, and rows.
+    target_in_history: rows with a history that holds their own target.
+    item_counts: rows of each target item, without those of drawn items.
+    shares: shares of the rows, such as those of cold items.
+    """
+
+    split: str
+    rows: int
+    files: int
+    row_groups: int
+    bytes: int
+    times: dict[str, tuple[datetime, datetime]]
+    bad_rows: list[dict[str, Any]]
+    usable_rows: int
+    numbers: dict[str, dict[str, Any]]
+    ids: dict[str, dict[str, Any]]
+    lists: dict[str, Lengths]
+    distinct: dict[str, int]
+    target_in_history: int
+    item_counts: ItemCounts
+    shares: dict[str, float]
+
+
+@dataclass
+class TableUse:
+    """Number of rows of a table, and of the different ids in all splits that use them."""
+
+    rows: int
+    ids: int
+    vocabulary: str | None
+
+    @property
+    def unused_share(self) -> float:
+        """Return the share of rows without an id that uses them."""
+        return max(0.0, 1 - self.ids / self.rows)
+
+
+@dataclass
+class DatasetSummary:
+    """Everything that `recsys explain-data` prints."""
+
+    root: Location
+    schema: Schema
+    splits: dict[str, SplitSummary]
+    items: ItemSummary | None
+    tables: dict[str, TableUse]
+
+    @property
+    def has_bad_rows(self) -> bool:
+        """Return whether any split or the items have rows that training cannot use."""
+        items_fail = self.items is not None and (
+            bool(self.items.bad_rows) or any(part.problem for part in self.items.columns.values())
+        )
+        return items_fail or any(split.bad_rows for split in self.splits.values())
+
+    def items_without_rows(self) -> int:
+        """Count the items with content that occur in no impression."""
+        assert self.items is not None
+        counts = ItemCounts.sum_of([split.item_counts for split in self.splits.values()])
+        return int((counts.of(self.items.ids) == 0).sum())
+
+
+def summarize_dataset(data: str) -> DatasetSummary:
+    """Read a dataset, a folder or URL, from end to end.
+
+    Raises:
+        ValueError: training could not read the dataset; the message is the same. Or the temporary
+            folder is full.
+    """
+    root = Location.of(data)
+    schema = load_schema(root)
+    with _database() as (database, folder):
+        splits = {
+            split: _summarize_split(database, root, split, schema, folder) for split in SPLITS
+        }
+        items = summarize_items(root, schema)
+        for split in splits.values():
+            split.shares = _shares(database, split, splits["train"], items)
+        return DatasetSummary(root, schema, splits, items, _table_uses(database, schema))
+
+
+@contextmanager
+def _database() -> Iterator[tuple[duckdb.DuckDBPyConnection, Path]]:
+    """Open an empty database, and a temporary folder for what does not fit into memory."""
+    with tempfile.TemporaryDirectory(prefix="explain-data-") as folder:
+        options = {"temp_directory": f"{folder}/spilled", "preserve_insertion_order": False}
+        try:
+            with duckdb.connect(config=options) as database:
+                yield database, Path(folder)
+        except duckdb.Error as error:
+            raise ValueError(
+                f"{folder}: cannot go on ({str(error).splitlines()[0]}); free disk space there, or "
+                "set TMPDIR to a folder with more"
+            ) from error
+
+
+def _summarize_split(
+    database: duckdb.DuckDBPyConnection, root: Location, split: str, schema: Schema, folder: Path
+) -> SplitSummary:
+    """Copy the usable rows of a split to the view of its name, and summarize it.
+
+    The view has further columns for the group, the target item and the hash of a row.
+    """
+    rows = ParquetRows.of_split(root, split, schema, on_bad_row="skip")
+    _copy_usable_rows(rows, folder / f"{split}.parquet")
+    copy = database.read_parquet(str(folder / f"{split}.parquet"))
+    group = quoted(RAW_GROUP if RAW_GROUP in copy.columns else schema.group)
+    target = quoted(schema.target_item)
+    database.execute(
+        f"CREATE VIEW {split} AS SELECT *, {group} AS {quoted('/group')}, {target} AS "
+        f"{quoted('/item')}, hash(r) AS {quoted('/row')} "
+        f"FROM read_parquet('{folder / split}.parquet') r"
+    )
+    histories = [
+        f"list_contains({quoted(name)}, {target})"
+        for name in schema.of_kind("sequence")
+        if schema.table_of(name) == schema.target_item
+    ]
+    usable_rows, target_in_history, groups, pairs, distinct_rows = _row(
+        database,
+        f"SELECT count(*), count(*) FILTER ({' OR '.join(histories) or 'false'}), "
+        'count(DISTINCT "/group"), count(DISTINCT hash("/group", "/item")), '
+        f'count(DISTINCT "/row") FROM {split}',
+    )
+    ids = {
+        name: _id_figures(database, schema, split, name)
+        for name, column in schema.columns.items()
+        if column.kind not in NUMBERS
+    }
+    return SplitSummary(
+        split=split,
+        rows=rows.num_rows,
+        files=len({str(row_group.file) for row_group in rows.row_groups}),
+        row_groups=len(rows.row_groups),
+        bytes=sum(row_group.num_bytes for row_group in rows.row_groups),
+        times=time_ranges(rows, schema),
+        bad_rows=by_reason(rows.bad_rows.found)[1],
+        usable_rows=usable_rows,
+        numbers=_number_figures(database, schema, split),
+        ids=ids,
+        lists=_list_lengths(database, schema, split),
+        distinct={GROUPS: groups, PAIRS: pairs, ROWS: distinct_rows},
+        target_in_history=target_in_history,
+        item_counts=_item_counts(database, schema, split),
+        shares={},
+    )
+
+
+def _copy_usable_rows(rows: ParquetRows, path: Path) -> None:
+    tables = (
+        table.filter(pc.greater_equal(table[ROW_POSITION], 0)).drop_columns(ROW_POSITION)
+        for table in rows.read(0, rows.num_rows)
+    )
+    first = next(tables)
+    with pq.ParquetWriter(path, first.schema, compression="lz4") as writer:
+        for table in chain([first], tables):
+            writer.write_table(table)
+
+
+def _row(database: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
+    """Return the only row of a result."""
+    (row,) = database.sql(query).fetchall()
+    return tuple(row)
+
+
+def _number_figures(
+    database: duckdb.DuckDBPyConnection, schema: Schema, split: str
+) -> dict[str, dict[str, Any]]:
+    """Return count, min, max, mean and deviation of the population by column."""
+    figures = {}
+    for name in (name for kind in NUMBERS for name in schema.of_kind(kind)):
+        number = f"CAST({quoted(name)} AS DOUBLE)"
+        values = _row(
+            database,
+            "SELECT count(x), min(x), max(x), avg(x), stddev_pop(x) FROM "
+            f"(SELECT {number} AS x FROM {split}) WHERE NOT isnan(x)",
+        )
+        names = ("count", "min", "max", "mean", "deviation")
+        figures[name] = dict(zip(names, values, strict=True))
+    return figures
+
+
+def _ids(schema: Schema, split: str, name: str) -> str:
+    """Return SQL of the ids of a column, one by one."""
+    is_list = schema.columns[name].kind != "id" or schema.rows_per_id(name) > 1
+    return f"SELECT {f'unnest({quoted(name)})' if is_list else quoted(name)} AS id FROM {split}"
+
+
+def _id_figures(
+    database: duckdb.DuckDBPyConnection, schema: Schema, split: str, name: str
+) -> dict[str, Any]:
+    vocabulary = schema.vocabulary_of(name)
+    is_exact = vocabulary is not None and vocabulary.kind == "exact"
+    is_unknown = f"id = {schema.limit(name) - 1}" if is_exact else "false"
+    values = _row(
+        database,
+        f"SELECT count(id), min(id), max(id), count(*) FILTER ({is_unknown}), count(DISTINCT id) "
+        f"FROM ({_ids(schema, split, name)})",
+    )
+    names = ("count", "least", "greatest", "unknown", "distinct")
+    return dict(zip(names, values, strict=True))
+
+
+def _list_lengths(
+    database: duckdb.DuckDBPyConnection, schema: Schema, split: str
+) -> dict[str, Lengths]:
+    lengths = {}
+    for name in (*schema.of_kind("ids"), *schema.of_kind("sequence")):
+        counts = database.sql(
+            f"SELECT coalesce(len({quoted(name)}), 0) // {schema.rows_per_id(name)} AS length, "
+            f"count(*) AS n FROM {split} GROUP BY 1"
+        ).fetchnumpy()
+        lengths[name] = Lengths()
+        lengths[name].add(counts["length"], counts["n"])
+    return lengths
+
+
+def _item_counts(database: duckdb.DuckDBPyConnection, schema: Schema, split: str) -> ItemCounts:
+    is_logged = "true" if schema.sampled is None else f"{quoted(schema.sampled)} = 0"
+    counts = database.sql(
+        f'SELECT "/item" AS item, count(*) AS n FROM {split} WHERE {is_logged} '
+        "GROUP BY 1 ORDER BY 1"
+    ).fetchnumpy()
+    return ItemCounts(counts["item"].astype(np.int64), counts["n"].astype(np.int64))
+
+
+def _shares(
+    database: duckdb.DuckDBPyConnection,
+    split: SplitSummary,
+    train: SplitSummary,
+    items: ItemSummary | None,
+) -> dict[str, float]:
+    """Return shares of a split's rows: cold and unseen items, repeats, known groups, ..."""
+    counts = split.item_counts.counts
+    parts = frequency_masks(train.item_counts.of(split.item_counts.items))
+    logged_rows, rows = max(int(counts.sum()), 1), max(split.usable_rows, 1)
+    shares = {
+        **{part: float(counts[parts[part]].sum() / logged_rows) for part in ("cold", "unseen")},
+        "repeated_rows": (split.usable_rows - split.distinct[ROWS]) / rows,
+        "repeated_pairs": (split.usable_rows - split.distinct[PAIRS]) / rows,
+        "target_in_history": split.target_in_history / rows,
+        "of_top_items": share_of_most_frequent(counts),
+    }
+    if items is not None:
+        without_row = ~np.isin(split.item_counts.items, items.ids)
+        shares["without_item_row"] = float(counts[without_row].sum() / logged_rows)
+    if split.split != "train" and split.usable_rows:
+        for share, column in (("of_known_groups", "/group"), ("in_train", "/row")):
+            in_train = f"{quoted(column)} IN (SELECT {quoted(column)} FROM train)"
+            query = f"SELECT count(*) FROM {split.split} WHERE {in_train}"
+            shares[share] = _row(database, query)[0] / rows
+    return shares
+
+
+def share_of_most_frequent(counts: np.ndarray, share: float = 0.01) -> float:
+    """Return the share of all rows that belong to the most frequent `share` of the items.
+
+    `counts` are the rows of each item that has any, int64 [U].
+    """
+    if not len(counts):
+        return 0.0
+    return float(np.sort(counts)[::-1][: max(1, round(share * len(counts)))].sum() / counts.sum())
+
+
+def _table_uses(database: duckdb.DuckDBPyConnection, schema: Schema) -> dict[str, TableUse]:
+    uses = {}
+    for table, column in schema.columns.items():
+        if column.num_embeddings is None:
+            continue
+        names = [
+            name
+            for name, feature in schema.columns.items()
+            if feature.kind in ("id", "ids", "sequence") and schema.table_of(name) == table
+        ]
+        ids = " UNION ALL ".join(_ids(schema, split, name) for split in SPLITS for name in names)
+        distinct = _row(database, f"SELECT count(DISTINCT id) FROM ({ids})")[0]
+        vocabulary = column.vocabulary.kind if column.vocabulary is not None else None
+        uses[table] = TableUse(column.num_embeddings, distinct, vocabulary)
+    return uses
+
+
+def to_json(summary: DatasetSummary, findings: list[Any]) -> dict[str, Any]:
+    """Return summary and findings as plain values for JSON."""
+    splits = {}
+    for name, split in summary.splits.items():
+        figures = vars(split) | {
+            "lists": {column: lengths.summary() for column, lengths in split.lists.items()},
+            "distinct": {column: ids["distinct"] for column, ids in split.ids.items()}
+            | split.distinct,
+            "times": {column: [str(time) for time in ends] for column, ends in split.times.items()},
+            "shares_of_rows": split.shares,
+        }
+        figures["ids"] = {
+            column: ids | {"unknown_share": ids["unknown"] / max(ids["count"], 1)}
+            for column, ids in split.ids.items()
+        }
+        hidden = ("split", "shares", "item_counts", "target_in_history")
+        splits[name] = {key: value for key, value in figures.items() if key not in hidden}
+    return {
+        "data": str(summary.root),
+        "splits": splits,
+        "tables": {
+            name: {**vars(use), "unused_share": use.unused_share}
+            for name, use in summary.tables.items()
+        },
+        "items": None if summary.items is None else _items_to_json(summary, summary.items),
+        "findings": [vars(finding) for finding in findings],
+    }
+
+
+def _items_to_json(summary: DatasetSummary, items: ItemSummary) -> dict[str, Any]:
+    columns = {
+        name: {
+            **vars(column),
+            "lengths": column.lengths.summary(),
+            "missing_share": column.missing_share(items.rows),
+        }
+        for name, column in items.columns.items()
+    }
+    return {
+        "rows": items.rows,
+        "usable_rows": len(items.ids),
+        "without_impressions": summary.items_without_rows(),
+        "columns": columns,
+        "bad_rows": items.bad_rows,
+    }
