@@ -60,15 +60,11 @@ def _agree(previous: pa.RecordBatch, following: pa.RecordBatch, keys: Sequence[s
 
 
 class Moments:
-    """Samples and events of whole keys, sorted by key and time.
+    """Samples and events of whole keys, sorted by key and `ts`; keys have no nulls."""
 
-    Args:
-        chunk: table with the keys and `ts`.
-        keys: its key columns, without nulls.
-        samples: bool [N], which rows are samples; the others are events.
-    """
-
-    def __init__(self, chunk: pa.Table, keys: Sequence[str], samples: np.ndarray) -> None:
+    def __init__(
+        self, chunk: pa.Table, keys: Sequence[str], samples: np.ndarray
+    ) -> None:  # chunk [N], samples bool [N]: which rows are samples
         """Rank the times."""
         self._key = key_numbers(chunk, keys)  # [N]
         time = chunk["ts"].to_numpy()
@@ -80,41 +76,31 @@ class Moments:
         self._arrived = None if arrived is None else arrived.fill_null(0).to_numpy()  # [N]
         self._event_time = time
 
-    def events_before(
+    def _events_before(
         self, events: np.ndarray, delay: int
     ) -> np.ndarray:  # events int64 [E], rows, ascending -> int64 [S]
-        """Return the number of events, of this and earlier keys, before each sample's cut.
-
-        The cut is `delay` microseconds before the sample; an event at the cut is not before it.
-        """
+        """Return the number of events, of this and earlier keys, before each sample's `delay`."""
         rank = np.searchsorted(self._times, self._time - delay)
         place = self._sample_key * (len(self._times) + 1) + rank
         return np.searchsorted(self._place[events], place)
-
-    def window(
-        self, events: np.ndarray, delay: int, within: int | None
-    ) -> tuple[np.ndarray, np.ndarray]:  # events int64 [E], rows, ascending -> int64 [S] each
-        """Return begin and end of each sample's events in `[cut - within, cut)` of its key."""
-        end = self.events_before(events, delay)
-        if within is None:  # all of its key: it begins after the events of earlier keys
-            return np.searchsorted(self._key[events], self._sample_key), end
-        return self.events_before(events, delay + within), end
 
     def known(
         self, events: np.ndarray, delay: int, within: int | None
     ) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:
         """Return the events in each sample's window that had arrived by its time.
 
-        Args:
-            events: int64 [E], rows, ascending.
-            delay: microseconds before the sample at which the window ends.
-            within: length of the window in microseconds; None: all earlier events of the key.
+        The window ends `delay` microseconds before the sample and is `within` long; None: it holds
+        all earlier events of the key. `events` int64 [E] are rows, ascending.
 
         Returns:
             Begin and end of the events known without a gap, int64 [S] each, and for samples with
             events known after a gap these events' places in `events`.
         """
-        begin, end = self.window(events, delay, within)
+        end = self._events_before(events, delay)
+        if within is None:  # all of its key: it begins after the events of earlier keys
+            begin = np.searchsorted(self._key[events], self._sample_key)
+        else:
+            begin = self._events_before(events, delay + within)
         if self._arrived is None:
             return begin, end, {}
         since = np.maximum(self._arrived[events], self._event_time[events] + delay + 1)  # [E]

@@ -35,9 +35,9 @@ BLOCK = "/block"  # number of a positive's split, 0 for train; names with / are 
 
 @dataclass(frozen=True)
 class KnownItems:
-    """Items or events that a negative is drawn from, in the order in which they became known.
+    """Items or events to draw from, in the order in which they became known, as files.
 
-    folder: has the files `since`, the time of each in microseconds, and `item`, its item's number.
+    `since` has the time of each in microseconds, `item` its item's number.
     """
 
     folder: Path
@@ -56,12 +56,12 @@ class KnownItems:
 
     @cached_property
     def since(self) -> np.ndarray:  # int64 [E], ascending
-        """Times from which each is known."""
+        """Times."""
         return np.memmap(self.folder / "since", np.int64, "r")
 
     @cached_property
     def item(self) -> np.ndarray:  # int64 [E]
-        """Numbers of the items."""
+        """Items."""
         return np.memmap(self.folder / "item", np.int64, "r")
 
 
@@ -100,11 +100,8 @@ class Pairs:
 class DrawNegatives:
     """Maps sorted chunks with each user's positives and items taken to the drawn samples.
 
-    settings: number and distribution.
-    catalogue: what is drawn from: the items, or by popularity the events.
-    num_items: number of items of the catalogue.
-    labels, columns: of a sample; labels of drawn ones are 0.
-    schema: of the drawn samples.
+    `catalogue` has the items, or by popularity the events. `columns` of a drawn sample are those of
+    its positive, and its `labels` are 0.
     """
 
     settings: Negatives
@@ -199,13 +196,8 @@ def _copy_numbers(key: np.ndarray, time: np.ndarray, role: np.ndarray) -> np.nda
 class Draws:
     """Draws items for each positive: `items` int64 [P, number], -1 where none is left.
 
-    Args:
-        settings: number per positive, distribution and seed.
-        catalogue: items or events in the order in which they became known.
-        num_items: items of the catalogue.
-        positives: the rows.
-        taken_items: items that a user took, each from its time on.
-        held_out: items that are positives of a user and a split.
+    `taken_items` are those of users, each from its time on; `held_out` the positives of users and
+    splits.
     """
 
     def __init__(

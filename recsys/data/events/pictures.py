@@ -23,11 +23,7 @@ def named_pictures(items: ItemTable) -> dict[str, Content]:
 
 
 def check_pictures(engine: SqlEngine, items: ItemTable) -> None:
-    """Read the first picture of each column, and look for all that are local.
-
-    Raises:
-        ValueError: a file is missing, or the first is no picture.
-    """
+    """Raise a ValueError if the first picture of a column is none, or a local file is missing."""
     for name, content in named_pictures(items).items():
         path = quoted(f"t_{name}")
         paths = engine.table(
@@ -45,11 +41,7 @@ def check_pictures(engine: SqlEngine, items: ItemTable) -> None:
 
 
 def add_pictures(folder: Path, items: ItemTable, id_column: str) -> None:
-    """Replace paths by the bytes of their files in the items' Parquet files.
-
-    Raises:
-        ValueError: a file cannot be read.
-    """
+    """Replace paths by the bytes of their files in the items' Parquet files."""
     contents = named_pictures(items)
     if not contents:
         return

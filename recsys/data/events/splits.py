@@ -27,9 +27,6 @@ def split_conditions(engine: SqlEngine, config: EventsConfig) -> tuple[Condition
 
     Returns:
         The conditions, and the number of rows in no split by reason.
-
-    Raises:
-        ValueError: a date is no date.
     """
     datasets = _cuts(engine, config)
     whole = {name: _until(*cuts) for name, cuts in datasets.items()}
