@@ -57,9 +57,6 @@ def write_case(folder: Path, draw: Draw) -> Path:
     if draw(st.booleans()):
         by = draw(st.sampled_from(["uniform", "popularity"]))
         content["negatives"] = {"per_positive": draw(st.integers(1, 3)), "by": by}
-    content["transforms"] = transforms(draw, content, 0 if kinds["shop"] == "int" else "none")
-    if draw(st.booleans()) and "negatives" not in content:
-        make_impressions(folder, content)
     content = {name: part for name, part in content.items() if part not in (None, {}, [])}
     (folder / "events.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return folder / "events.yaml"
@@ -129,52 +126,6 @@ def counts_of(item_columns: Row) -> Row:
     }
     ids = [name for name, kind in item_columns.items() if kind == "id"]
     return counts | {f"n_{name}": {"of": name} for name in ids}
-
-
-def transforms(draw: Draw, content: Row, fill: int | str) -> Row:
-    chains: Row = {
-        "hour": {
-            "kind": "id",
-            "num_embeddings": 24,
-            "column": "time",
-            "transform": [{"hour": {"unit": "us"}}],
-        }
-    }
-    context = content["context"]
-    if "price" in context:
-        chains["price"] = {"kind": "dense", "transform": ["log1p", "standardize"]}
-    if "shop" in context:
-        chains["crossed"] = {
-            "kind": "id",
-            "num_embeddings": 40,
-            "column": ["shop", "item"],
-            "transform": ["cross"],
-            "vocabulary": {"kind": draw(st.sampled_from(["hash", "bounded"]))},
-        }
-        chains["bucket"] = {
-            "kind": "id",
-            "num_embeddings": 9,
-            "column": "shop",
-            "transform": [{"fill": fill}, {"hash": {"buckets": 9}}],
-        }
-    if content["counts"]:
-        name = next(iter(content["counts"]))
-        chains[f"log_{name}"] = {"kind": "dense", "column": name, "transform": ["log1p"]}
-    return subset(draw, chains)
-
-
-def make_impressions(folder: Path, content: Row) -> None:
-    """Turn the views of the log into impressions."""
-    log = pq.read_table(folder / "log.parquet")
-    is_view = pa.compute.equal(log["action"], "view")
-    pq.write_table(log.filter(is_view), folder / "shown.parquet")
-    pq.write_table(log.filter(pa.compute.invert(is_view)), folder / "log.parquet")
-    content["impressions"] = {"path": "shown.parquet", "columns": [*COLUMNS]}
-    content.pop("rows")
-    for history in content["histories"].values():
-        history["actions"] = None if history["actions"] == ["view"] else history["actions"]
-    content["counts"].pop("n_pair", None)
-    content["transforms"].pop("log_n_pair", None)
 
 
 def id_array(random: np.random.Generator, kind: str, numbers: Any, nulls: float) -> pa.Array:

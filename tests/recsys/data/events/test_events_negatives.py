@@ -209,13 +209,6 @@ def test_counts_of_items_and_min_count_are_those_of_the_log(file: str, tmp_path:
     assert ids == frequent == pq.read_table(out / "items")["item"].to_pylist()
 
 
-def test_a_min_count_that_no_item_reaches_is_refused(file: str, tmp_path: Path) -> None:
-    pq.write_table(pa.table({"item": [*range(ITEMS)]}), tmp_path / "items.parquet")
-    items = {"path": "items.parquet", "id": "item"}
-    with pytest.raises(ValueError, match="min_count of 'item' is 1000"):
-        prepare(file, tmp_path, items=items, vocabulary={"min_count": {"item": 1000}})
-
-
 def test_cold_and_unseen_count_rows_of_the_log_alone(file: str, tmp_path: Path) -> None:
     out = prepare(file, tmp_path, negatives={"per_positive": DRAWN})
     root = Location.of(out)
@@ -262,17 +255,6 @@ def test_both_engines_draw_the_same_whatever_the_order_of_the_files(
             columns = engine.table("SELECT uid, iid, ts, drawn_as FROM complete")
         drawn.append(sorted(map(tuple, zip(*columns.to_pydict().values(), strict=True))))
     assert drawn[0] == drawn[1] == drawn[2]
-
-
-def test_a_seed_gives_the_same_negatives_and_another_gives_others(
-    file: str, tmp_path: Path
-) -> None:
-    first, again, other = (
-        rows(prepare(file, tmp_path, negatives={"per_positive": 2, "seed": seed}))
-        for seed in (1, 1, 2)
-    )
-    assert first == again
-    assert first != other
 
 
 def test_inputs_may_be_urls_and_lists_and_dates_may_split(tmp_path: Path) -> None:

@@ -70,23 +70,6 @@ def test_an_action_never_labels_its_own_row_nor_another_of_its_moment(tmp_path: 
     assert [by_time[second] for second in (0, 10, 20)] == [[1], [0, 0], [0]]
 
 
-@pytest.mark.parametrize("attribute, expected", [("last", [0, 0, 1, 0]), ("all", [0, 1, 1, 0])])
-@pytest.mark.parametrize("table", ["rows", "impressions"])
-def test_attribute_gives_an_action_to_the_last_row_or_to_all_in_time(
-    table: str, attribute: str, expected: list[int], tmp_path: Path
-) -> None:
-    seconds = [0, 5 * DAY, 8 * DAY, 20 * DAY]
-    events = log(*((second, "view") for second in seconds), (10 * DAY, "buy"))
-    options: dict[str, Any] = {"rows": "view"}
-    if table == "impressions":
-        shown = pa.table(events).filter(pa.array([one == "view" for one in events["action"]]))
-        pq.write_table(shown.drop(["action"]), tmp_path / "shown.parquet")
-        options = {"impressions": {"path": "shown.parquet"}}
-    dataset = prepare(tmp_path, events, labels=ONE_WEEK, attribute=attribute, **options, **KEEP_ALL)
-    by_time = labels(dataset, "bought")
-    assert [by_time[second] for second in seconds] == [[label] for label in expected]
-
-
 def test_a_request_that_a_table_of_actions_lacks_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table(log((0, "buy"))), tmp_path / "log.parquet")
     tables = {"view": {"path": "log.parquet", "request": "user"}, "buy": {"path": "log.parquet"}}
