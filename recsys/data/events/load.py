@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from datetime import date
 from itertools import pairwise
@@ -181,9 +181,8 @@ def column_names(config: EventsConfig) -> list[str]:
     parallels = [history.parallel for history in config.histories.values()]
     names = [config.output.user, config.output.item, config.output.time]
     names += [config.output.sampled] if config.negatives is not None else []
-    for group in (config.context, *tables, config.labels, config.counts, config.histories):
-        names += group
-    return names + [name for parallel in parallels for name in parallel]
+    groups: list[Iterable[str]] = [config.context, *tables, config.labels, config.counts]
+    return names + [name for group in (*groups, config.histories, *parallels) for name in group]
 
 
 def _name_problems(config: EventsConfig) -> Iterator[str]:
