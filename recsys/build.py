@@ -8,6 +8,7 @@ Shapes: D dimension.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
 
@@ -21,7 +22,6 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from embeddings import (
     MemoryBank,
-    TableConfig,
     format_plan,
     fuse_table_optimizers,
     plan_sharding,
@@ -29,7 +29,7 @@ from embeddings import (
 )
 from embeddings.placement.copies import CopiesMean, distribute_copies
 from embeddings.row_reset import RowReset
-from recsys.config import Config, content_settings, softmax_settings
+from recsys.config import Config, EmbeddingSettings, content_settings, softmax_settings
 from recsys.config.checks import validate
 from recsys.content.batch_preparation import BatchPreparation, chooses_items
 from recsys.content.build import build_content
@@ -121,20 +121,15 @@ class Job:
             share.end_at(updates)
 
     def rows(self, split: str) -> RowSource:
-        """Return the rows of a split, from the source that the configuration names.
-
-        Raises:
-            ValueError: they cannot be read.
-        """
+        """Return the rows of a split, from the source that the configuration names."""
         config, folder = self.config, self.train_folder if split == "train" else split
         return open_rows(config.source, self.root, folder, self.schema, config.on_bad_row)
 
     def batch_builder(self, with_labels: bool = True, with_content: bool = True) -> BatchBuilder:
         """Return the builder of batches for this model.
 
-        Args:
-            with_labels: False for files to predict.
-            with_content: False if a pass without training encodes each item once.
+        `with_labels` is False for files to predict, `with_content` if a pass encodes each item
+        once.
         """
         content, settings = self.em3.content, content_settings(self.config)
         chosen_later = chooses_items(settings, self.schema.has_bounded_items)
@@ -171,16 +166,32 @@ def build_job(
         categories = load_item_categories(config.ranking, root, schema, config.on_bad_row)
         em3 = build_em3(config, schema, tables, encoders, bank, "meta", categories, ranks.group)
         fuse_table_optimizers(em3, tables)
-        _cast_and_compile(em3, config, ranks.device)
-    cuts = sharders(*astuple(config.embedding.communication))  # forward, backward
-    plan = _plan(em3, tables, config, ranks, cuts)
+        choose_kernels(config.kernels, ranks.device.type)
+        _cast_and_compile(em3, config.precision, config.compile, ranks.device)
+    embedding = config.embedding
+    table_sharders = sharders(*astuple(embedding.communication))  # forward, backward
+    plan = plan_sharding(
+        em3,
+        tables,
+        ranks.group,
+        ranks.device,
+        config.batch_size,
+        module_sharders=table_sharders,
+        prefetch=embedding.prefetch,
+        copies=embedding.parallel.copies,
+    )
     plan_text = format_plan(plan, tables)  # before the copies of tables change its ranks
-    model = _distributed(em3, ranks, plan, cuts, config.embedding.parallel.copies)
+    model = _distributed(em3, ranks, plan, table_sharders, embedding.parallel.copies)
     optimizer, dense = build_dense_optimizer(model, dense_groups(config), config.optimizer)
     averages = build_averages(model, config.optimizer)
-    vocabularies = _bounded_vocabularies(config, schema, ranks, model, tables, bank)
     update = DenseUpdate(optimizer, dense, config.optimizer.clip_norm, averages)
-    pipeline = _pipeline(model, update, config, ranks)
+    pipeline = _pipeline(model, update, embedding, config.accumulate_steps, ranks.device)
+    bounded = [table for table in tables if table.name in schema.tables_with("bounded")]
+    reset = _row_reset(RowReset(model, bounded, config.seed), schema, bank, ranks.device)
+    features = pooled_features(config, schema)
+    vocabularies = BoundedVocabularies(schema, features, ranks.group, reset, embedding.index_dedup)
+    softmax = softmax_settings(config.ranking)
+    sampler = softmax and NegativeSampler(softmax, schema.num_items, schema.target_item)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
     return Job(
         config,
@@ -194,55 +205,43 @@ def build_job(
         update,
         pipeline,
         vocabularies,
-        BatchPreparation(config, store, bank, vocabularies, ranks.group, _sampler(config, schema)),
+        BatchPreparation(config, store, bank, vocabularies, ranks.group, sampler),
         plan=plan_text,
         parameters=describe_optimizers(model, tables, dense),
         train_folder=rows,
     )
 
 
-def _plan(
-    em3: EM3,
-    tables: list[TableConfig],
-    config: Config,
-    ranks: Ranks,
-    cuts: list[ModuleSharder[nn.Module]],
-) -> ShardingPlan:
-    """Plan the sharding of the tables. A collective."""
-    return plan_sharding(
-        em3,
-        tables,
-        ranks.group,
-        ranks.device,
-        config.batch_size,
-        module_sharders=cuts,
-        prefetch=config.embedding.prefetch,
-        copies=config.embedding.parallel.copies,
-    )
-
-
 def _distributed(
-    em3: EM3, ranks: Ranks, plan: ShardingPlan, cuts: list[ModuleSharder[nn.Module]], copies: int
+    em3: EM3,
+    ranks: Ranks,
+    plan: ShardingPlan,
+    table_sharders: list[ModuleSharder[nn.Module]],
+    copies: int,
 ) -> DistributedModelParallel:
     """Shard the tables and make the dense parts data-parallel. A collective."""
-    wrapper = DataParallelWrapper()
+    device, wrapper = ranks.device, DataParallelWrapper()
     if copies > 1:
-        return distribute_copies(em3, plan, copies, ranks.device, ranks.group, cuts, wrapper)
+        return distribute_copies(em3, plan, copies, device, ranks.group, table_sharders, wrapper)
     env = ShardingEnv.from_process_group(ranks.group)
     return DistributedModelParallel(
-        em3, env, ranks.device, plan, cuts, data_parallel_wrapper=wrapper
+        em3, env, device, plan, table_sharders, data_parallel_wrapper=wrapper
     )
 
 
 def _pipeline(
-    model: DistributedModelParallel, update: DenseUpdate, config: Config, ranks: Ranks
+    model: DistributedModelParallel,
+    update: DenseUpdate,
+    embedding: EmbeddingSettings,
+    accumulate_steps: int,
+    device: torch.device,
 ) -> AccumulatingPipeline:
     """Return the pipeline, which keeps several copies of the tables equal if there are."""
-    every, mean = config.embedding.parallel.sync_every_steps, None
+    mean = None
     if isinstance(model, DMPCollection):
-        mean = CopiesMean(model, every)
-    kind = PrefetchingPipeline if config.embedding.prefetch else AccumulatingPipeline
-    return kind(model, update, ranks.device, config.accumulate_steps, mean)
+        mean = CopiesMean(model, embedding.parallel.sync_every_steps)
+    kind = PrefetchingPipeline if embedding.prefetch else AccumulatingPipeline
+    return kind(model, update, device, accumulate_steps, mean)
 
 
 def check_columns(config: Config, data: str, ranks: Ranks, schema: Schema | None = None) -> None:
@@ -261,40 +260,23 @@ def check_columns(config: Config, data: str, ranks: Ranks, schema: Schema | None
                 next(rows.read_chunks([0]))
 
 
-def _sampler(config: Config, schema: Schema) -> NegativeSampler | None:
-    """Return the sampler of the negatives of a softmax loss."""
-    softmax = softmax_settings(config.ranking)
-    return NegativeSampler(softmax, schema.num_items, schema.target_item) if softmax else None
-
-
-def _cast_and_compile(em3: EM3, config: Config, device: torch.device) -> None:
-    """Wrap the dense parts according to `precision` and `compile`, and choose the kernels."""
-    choose_kernels(config.kernels, device.type)
-    if config.precision == "bf16":
+def _cast_and_compile(em3: EM3, precision: str, is_compiled: bool, device: torch.device) -> None:
+    if precision == "bf16":
         use_bfloat16(dense_parts(em3).values(), device)
-    if config.compile:
+    if is_compiled:
         compile_dense_parts(em3, device)
 
 
-def _bounded_vocabularies(
-    config: Config,
-    schema: Schema,
-    ranks: Ranks,
-    model: DistributedModelParallel,
-    tables: list[TableConfig],
-    bank: MemoryBank | None,
-) -> BoundedVocabularies:
-    """Return the maps that learn ids in training; they reset reassigned rows with their content."""
-    bounded = [table for table in tables if table.name in schema.tables_with("bounded")]
-    reset_row = RowReset(model, bounded, config.seed)
+def _row_reset(
+    reset_row: RowReset, schema: Schema, bank: MemoryBank | None, device: torch.device
+) -> Callable[[str, Tensor], None]:
+    """Return what resets reassigned rows of tables, and the bank's vectors of items."""
 
     def reset(table: str, rows: Tensor) -> None:
-        """Reset rows as `RowReset` does, and the vectors of items."""
         reset_row(table, rows)
         if table == schema.target_item and bank is not None:
-            is_cuda = ranks.device.type == "cuda"  # steps write on the default stream
-            with torch.cuda.stream(torch.cuda.default_stream(ranks.device) if is_cuda else None):
+            is_cuda = device.type == "cuda"  # steps write on the default stream
+            with torch.cuda.stream(torch.cuda.default_stream(device) if is_cuda else None):
                 bank.forget(rows)
 
-    features, dedup = pooled_features(config, schema), config.embedding.index_dedup
-    return BoundedVocabularies(schema, features, ranks.group, reset, dedup)
+    return reset

@@ -40,7 +40,12 @@ from recsys.serving.package import read_manifest
 from recsys.serving.vector_file import VectorFileShape
 from recsys.storage.output_file import check_output, check_run_folder
 from recsys.training.continual.partitions import list_partitions
-from recsys.training.continual.queue import Span, check_whole, next_partition, require_rows
+from recsys.training.continual.queue import (
+    PartitionRange,
+    check_whole,
+    next_partition,
+    require_rows,
+)
 from recsys.training.trackers import make_trackers
 from tests.datasets import write_dataset
 from tests.recsys.command_runs import TINY
@@ -179,7 +184,7 @@ def partitions(
     files: Sequence[str],
     *names: str,
     trained: Sequence[str] = (),
-    span: Span | None = None,
+    span: PartitionRange | None = None,
 ) -> Case:
     """Files of a dataset in partitions, some of which are trained on."""
 
@@ -190,7 +195,7 @@ def partitions(
         root = Location.of(folder / "data")
         state = RunState(tuple(Trained(name, 1, "") for name in trained))
         partitions = list_partitions(root)
-        partition = next_partition(root / "train", partitions, state, span or Span())
+        partition = next_partition(root / "train", partitions, state, span or PartitionRange())
         assert partition is not None
         check_whole(root, partition, partitions)
         require_rows(root, partition)
@@ -486,7 +491,7 @@ SECTIONS: dict[str, list[Case]] = {
             "--from 3",
             "day=2",
             trained=["day=1"],
-            span=Span("3"),
+            span=PartitionRange("3"),
         ),
         partitions("a file that is being written", ["day=1/a.parquet.tmp"], "a.parquet.tmp"),
         partitions("no mark", ["day=1/a.parquet", "day=2/_SUCCESS"], "day=1", "_SUCCESS", "day=2"),

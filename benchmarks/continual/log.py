@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from recsys.config import ContinualSettings
 from recsys.data.movielens.prepare import prepare_movielens
-from recsys.training.continual.partition_trainer import passes_over
+from recsys.training.continual.partition_run import passes_over
 
 HISTORY = 50
 

@@ -31,7 +31,7 @@ from recsys.data.filesystem import write_whole
 from recsys.diagnostics.run_report.item_popularity import BUCKETS
 from recsys.diagnostics.run_report.page import Section, Table, html_page, number
 from recsys.evaluation.bootstrap import Interval
-from recsys.evaluation.few_users import LEAST_USERS, MARK_NOTE, marked
+from recsys.evaluation.metrics import LEAST_USERS, MARK_NOTE, marked
 from recsys.evaluation.model_selection import selection_words
 
 INTERVALS = (

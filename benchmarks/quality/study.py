@@ -20,8 +20,7 @@ from benchmarks.quality.plan import Plan
 from benchmarks.quality.runs import Training
 from recsys.config import BestModelBy, load_config
 from recsys.diagnostics.run_report.item_popularity import CountRange, count_ranges
-from recsys.evaluation.bootstrap import Interval, paired_difference, pooled_metric
-from recsys.evaluation.measures import metric_users
+from recsys.evaluation.bootstrap import Interval, metric_users, paired_difference, pooled_metric
 from recsys.evaluation.scores import SplitScores, read_scores, scores_file
 
 # Columns of a table: metric and part of the items.

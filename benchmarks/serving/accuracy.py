@@ -30,7 +30,7 @@ from benchmarks.results import RESULTS, Result, write_result
 from recsys.config.ranking import RANKING_MODELS
 from recsys.data.filesystem import Location
 from recsys.distributed.ranks import joined_ranks
-from recsys.evaluation.auc import grouped_auc
+from recsys.evaluation.metrics import grouped_auc
 from recsys.evaluation.predict import predict
 from recsys.serving import Scorer
 from recsys.serving.export import export_run

@@ -27,11 +27,10 @@ from recsys.data.vocabularies import UnknownIds
 from recsys.diagnostics.profile import mark_parts
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
+from recsys.distributed.torchrec_internals import require_pipelined
 from recsys.evaluation.evaluate import fill_bank
-from recsys.training.garbage import collected_seldom
-from recsys.training.loss_watch import LossWatch
 from recsys.training.train import training_interactions
-from recsys.training.trainer import require_pipelined
+from recsys.training.trainer import LossWatch, relaxed_gc
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class ProductSteps:
 
     def step(self) -> None:
         """Run one training step. A collective."""
-        with collected_seldom():
+        with relaxed_gc():
             self._step()
 
     def _step(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from recsys.config import Config
 from recsys.data.parquet.order import Stage
 
 if TYPE_CHECKING:  # manifests are read without torch
@@ -55,9 +54,9 @@ class Progress:
         self.epoch += 1
         self.stages, self.batches, self.validations = [], 0, 0
 
-    def is_finished(self, config: Config) -> bool:
-        """Return whether the configuration asks for no further step."""
-        return self.epoch >= config.epochs or self.validations_without_gain >= config.patience
+    def is_finished(self, epochs: int, patience: int) -> bool:
+        """Return whether the settings ask for no further step."""
+        return self.epoch >= epochs or self.validations_without_gain >= patience
 
     def continued_by(self, before: Stage, world_size: int, batch_size: int) -> None:
         """Continue with another number of ranks or another batch size than before."""

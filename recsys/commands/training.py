@@ -61,7 +61,7 @@ def train(
     from recsys.distributed.lockstep import TrainingStopped
     from recsys.distributed.ranks import joined_ranks
     from recsys.training.dry_run import dry_run as try_one_step
-    from recsys.training.id_only_twin import id_only_twin, train_with_twin
+    from recsys.training.train import id_only_baseline
     from recsys.training.train import train as train_run
 
     options = (
@@ -70,18 +70,16 @@ def train(
     )
     if warm_start is None and WarmStart(Path(), *options) != WarmStart(Path()):
         raise ValueError("--warm-start-* select state of a run; add --warm-start RUN")
+    baseline = None if compare is None else id_only_baseline(config)
     try:
         with joined_ranks(config.device) as ranks:
             if dry_run:
-                for variant in [config] if compare is None else [config, id_only_twin(config)]:
+                for variant in [config] if baseline is None else [config, baseline]:
                     try_one_step(variant, data, ranks)
                 return 0
             assert out is not None
-            if compare is not None:
-                train_with_twin(config, data, out, ranks, overwrite, resume)
-                return 0
             source = None if warm_start is None else WarmStart(newest_run(warm_start), *options)
-            train_run(config, data, out, ranks, overwrite, resume, source)
+            train_run(config, data, out, ranks, overwrite, resume, source, baseline)
     except TrainingStopped as stopped:
         _on_first_rank(str(stopped))
         return 128 + signal.SIGTERM
@@ -115,11 +113,11 @@ def continual(
     from recsys.checkpoint.warm_start.request import WarmStart
     from recsys.distributed.lockstep import TrainingStopped
     from recsys.distributed.ranks import joined_ranks
-    from recsys.training.continual.queue import Span
+    from recsys.training.continual.queue import PartitionRange
     from recsys.training.continual.walk import Request, train_continually
 
     source = None if warm_start is None else WarmStart(warm_start)
-    request = Request(Span(from_, until), follow, source)
+    request = Request(PartitionRange(from_, until), follow, source)
     try:
         with joined_ranks(config.device) as ranks:
             train_continually(config, data, out, ranks, request)

@@ -17,11 +17,8 @@ from torch.nn import functional as F
 def gather_rows(tensor: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
     """Return the rows of all ranks on every rank, those of rank 0 first. A collective.
 
-    Ranks may have different numbers of rows, [N] or [N, D]; the result, [sum of N] or [sum of N,
-    D], is detached. Without a process group there is only this process.
-
-    Raises:
-        ValueError: dtype or D differ between ranks; raised on every rank.
+    Ranks may have different numbers of rows, [N] or [N, D]; the result is detached. Another dtype
+    or D on a rank is a ValueError on every rank. Without a process group there is this process.
     """
     return _gather(tensor, process_group, to_all=True)
 

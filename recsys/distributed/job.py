@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import psutil
 
 # Variables of these prefixes make a process a rank of torchrun's job.
-OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+RANK_PREFIXES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
 
 @dataclass(frozen=True)
@@ -44,4 +44,4 @@ def restarts(launcher: str) -> int:
 
 def environment_of_no_rank() -> dict[str, str]:
     """Return this process's environment for a process that is no rank of its job."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(OF_RANKS)}
+    return {name: value for name, value in os.environ.items() if not name.startswith(RANK_PREFIXES)}

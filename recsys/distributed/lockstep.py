@@ -76,9 +76,9 @@ class FlagExchange:
         count = self.num_batches - self._measured_batches
         if not count:
             return 0
-        now = time.monotonic()
-        milliseconds = round(1e3 * (now - self._measured_at) / count)
-        self._measured_batches, self._measured_at = self.num_batches, now
+        seconds = time.monotonic()
+        milliseconds = round(1e3 * (seconds - self._measured_at) / count)
+        self._measured_batches, self._measured_at = self.num_batches, seconds
         return max(1, min(milliseconds, 2**30))
 
     def set_pace(self, milliseconds: int) -> None:
@@ -88,7 +88,7 @@ class FlagExchange:
 
 
 @dataclass(frozen=True)
-class _Asked(Generic[B]):
+class _BatchRequest(Generic[B]):
     """A batch, and the flags that the ranks exchange before it is used.
 
     flags: int32 [5], the maximum over all ranks once `work` is done: an error, no batch left, asked
@@ -134,7 +134,7 @@ class Lockstep:
         self._interrupted_at: float | None = None  # the first Ctrl-C
         self._saved_at = time.monotonic()
         self._handlers: dict[int, Any] = {}
-        self._ahead: _Asked[Any] | None = None  # batch fetched for the next step
+        self._ahead: _BatchRequest[Any] | None = None  # batch fetched for the next step
         self._exchange = FlagExchange(is_single_rank=ranks.world_size == 1)
         self._failed_at = 0  # number of the batch before which `_error` was met
         self._has_failed = False  # whether this rank cannot read its next batches
@@ -156,15 +156,15 @@ class Lockstep:
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal: record the request to end, or before the first batch end at once."""
-        now = time.monotonic()
-        if self._interrupted_at is not None and now - self._interrupted_at >= ECHO_SECONDS:
+        seconds = time.monotonic()
+        if self._interrupted_at is not None and seconds - self._interrupted_at >= ECHO_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         if not self._has_begun:
             raise KeyboardInterrupt(number)
         self._is_terminated = True
         if number == signal.SIGINT and self._interrupted_at is None:
-            self._interrupted_at = now
+            self._interrupted_at = seconds
             if self.ranks.is_first:  # the interrupted code may hold the stream
                 os.write(2, b"\nending after this step, with its state saved; again: at once\n")
 
@@ -185,25 +185,19 @@ class Lockstep:
 
         A pipeline fetches batches ahead of its steps. At the end of a stretch it runs the fetched
         batches, so nothing is in flight when the state is saved. The ranks agree on a batch
-        during the step before it, so that no rank waits.
-
-        Args:
-            source: the batches, of equal number on all ranks; those that a stretch does not use
-                remain for the next.
-            count: the largest number of batches.
-            group: number of batches whose gradients are accumulated. No state contains these
-                gradients, so a stretch ends with a whole group; the last of `count` may be smaller.
+        during the step before it, so that no rank waits. No state contains gradients that are
+        accumulated, so a stretch ends with a whole `group`; the last of `count` may be smaller.
         """
         self._is_ending, self._has_begun = False, True
         self._exchange.begin()
         for number in range(count):
             if self._is_ending and number % group == 0:
                 return
-            asked = self._ahead or self._ask(source, self._exchange.is_due())
+            request = self._ahead or self._ask(source, self._exchange.is_due())
             self._ahead = None
             if number + 1 < count:
-                self._ahead = self._ask(source, self._exchange.is_due(), asked.error)
-            batch = self._answer(asked)
+                self._ahead = self._ask(source, self._exchange.is_due(), request.error)
+            batch = self._answer(request)
             if batch is None:
                 return
             if self.ranks.world_size > 1:
@@ -215,11 +209,7 @@ class Lockstep:
         self._is_ending = True
 
     def batches(self, source: Iterator[B]) -> Iterator[B]:
-        """Yield the batches of a pass without training, until a rank has none. A collective.
-
-        Raises:
-            TrainingStopped: the job was asked to end.
-        """
+        """Yield the batches of a pass without training, until a rank has none. A collective."""
         while (batch := self._answer(self._ask(source))) is not None:
             self.raise_if_stopped()
             yield batch
@@ -235,7 +225,7 @@ class Lockstep:
 
     def _ask(
         self, source: Iterator[B], exchange: bool = True, pending: Exception | None = None
-    ) -> _Asked[B]:
+    ) -> _BatchRequest[B]:
         """Take a batch and, with `exchange`, begin to send this rank's flags. A collective.
 
         `pending` is the error of the batch before, which is not answered yet.
@@ -247,7 +237,7 @@ class Lockstep:
         except Exception as raised:
             error, self._has_failed = error or raised, True
         if not exchange:
-            return _Asked(batch, error, None)
+            return _BatchRequest(batch, error, None)
         is_due = (
             self._checkpoint_seconds is not None
             and self.ranks.is_first
@@ -257,21 +247,21 @@ class Lockstep:
         states = [error is not None, batch is None, self._is_terminated, is_due, pace]
         flags = torch.tensor(states, dtype=torch.int32)
         if self.ranks.world_size == 1:
-            return _Asked(batch, error, flags)
+            return _BatchRequest(batch, error, flags)
         work = dist.all_reduce(flags, dist.ReduceOp.MAX, self.ranks.group, async_op=True)
-        return _Asked(batch, error, flags, work)
+        return _BatchRequest(batch, error, flags, work)
 
-    def _answer(self, asked: _Asked[B]) -> B | None:
+    def _answer(self, request: _BatchRequest[B]) -> B | None:
         """Return the batch, once the flags of all ranks are known. A collective."""
-        if asked.flags is None:
-            self.record_error(asked.error)
-            return self._last_batch if self._has_failed and asked.batch is None else asked.batch
-        asked.wait()
-        failed, ended, stop, save, pace = asked.flags.tolist()
+        if request.flags is None:
+            self.record_error(request.error)
+            return self._last_batch if self._has_failed and request.batch is None else request.batch
+        request.wait()
+        failed, ended, stop, save, pace = request.flags.tolist()
         if failed:
-            self.record_error(asked.error)
-            self.ranks.raise_first(asked.error, self._failed_at)
+            self.record_error(request.error)
+            self.ranks.raise_first(request.error, self._failed_at)
         self._exchange.set_pace(pace)
         self.stop |= bool(stop)
         self.save |= bool(save)
-        return None if ended else asked.batch
+        return None if ended else request.batch

@@ -78,15 +78,6 @@ class AccumulatingPipeline(IdsPipeline):
         device: the model's device.
         accumulate_steps: the batches of a group.
         copies: what sets several copies of the tables to their mean, or None.
-
-    Example::
-
-        update = DenseUpdate(optimizer, adamw, clip_norm=1.0)
-        pipeline = AccumulatingPipeline(model, update, device, accumulate_steps=4)
-        pipeline.begin(10)  # groups of 4, 4 and 2
-        for losses, logits, batch in pipeline.outputs(batches):
-            if pipeline.has_stepped:
-                schedule.step()
     """
 
     def __init__(
@@ -137,10 +128,7 @@ class AccumulatingPipeline(IdsPipeline):
         return self._position + 1 == self._group_size
 
     def outputs(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Yield the output of each batch after its step; batches are fetched ahead of their step.
-
-        A collective: all ranks process the same number of batches.
-        """
+        """Yield the output of each batch after its step, of equally many batches on all ranks."""
         while True:
             try:
                 output = self.progress(batches)
@@ -151,11 +139,7 @@ class AccumulatingPipeline(IdsPipeline):
             yield output
 
     def progress(self, dataloader_iter: Any) -> Any:
-        """Run one batch through the pipeline; see `TrainPipelineSparseDist.progress`.
-
-        Raises:
-            StopIteration: there is no batch left.
-        """
+        """Run one batch through the pipeline; see `TrainPipelineSparseDist.progress`."""
         is_training = self.model.training
         if is_training and self.is_first:
             self._group_size = self.accumulate_steps

@@ -28,8 +28,8 @@ TIMEOUT = timedelta(minutes=30)  # one rank may encode items for a long time whi
 POLL_SECONDS = 0.02
 # Parameters of mallopt(3). glibc accepts no threshold above 32 MB: tables are mapped anyway.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-LARGEST_KEPT_BLOCK = 32 * 2**20
-KEPT_MEMORY = 2**30
+LARGEST_HEAP_BLOCK = 32 * 2**20
+HEAP_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,9 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    mallopt(_MMAP_THRESHOLD, LARGEST_KEPT_BLOCK)
-    mallopt(_TRIM_THRESHOLD, KEPT_MEMORY)
-    mallopt(_TOP_PAD, LARGEST_KEPT_BLOCK)
+    mallopt(_MMAP_THRESHOLD, LARGEST_HEAP_BLOCK)
+    mallopt(_TRIM_THRESHOLD, HEAP_BYTES)
+    mallopt(_TOP_PAD, LARGEST_HEAP_BLOCK)
 
 
 def attempt_store(timeout: timedelta) -> tuple[dist.Store, int, int]:

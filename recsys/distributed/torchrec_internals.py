@@ -77,8 +77,8 @@ def require_pipelined(model: nn.Module) -> None:
 class IdsPipeline(TrainPipelineSparseDist[Any, Any]):
     """TorchRec's pipeline with `exchange_ids` and `LocalIds`."""
 
-    def _pipeline_model(self, *arguments: Any, **named: Any) -> None:
-        super()._pipeline_model(*arguments, **named)
+    def _pipeline_model(self, *arguments: Any, **options: Any) -> None:
+        super()._pipeline_model(*arguments, **options)
         if self._model._env.world_size == 1:
             keep_ids(self._pipelined_modules)
 

@@ -46,16 +46,7 @@ class Watchdog:
     """Watches the ranks of a job from threads beside the main one.
 
     Entering it is a collective. A timeout of None or 0 seconds switches it off, and a job of one
-    rank needs none.
-
-    Example::
-
-        with Watchdog(ranks, timeout=300.0) as watchdog:
-            prepare()  # may take one rank much longer than another
-            with watchdog.armed():
-                for step, batch in enumerate(batches):
-                    watchdog.mark(f"batch {step}")
-                    train(batch)
+    rank needs none. The main thread calls `mark` for each step, inside `armed`.
     """
 
     def __init__(self, ranks: Ranks, timeout: float | None) -> None:
@@ -255,10 +246,10 @@ class Unchanged:
 
     def look(self, value: object) -> float:
         """Return the seconds since `value` became its present value."""
-        now = time.monotonic()
-        lapse = min(now - self.looked_at, self.longest_lapse)
+        seconds = time.monotonic()
+        lapse = min(seconds - self.looked_at, self.longest_lapse)
         self.seconds = self.seconds + lapse if value == self.value else 0.0
-        self.value, self.looked_at = value, now
+        self.value, self.looked_at = value, seconds
         return self.seconds
 
 

@@ -1,34 +1,38 @@
 """Tests by a bootstrap over users whether one model ranks better than another.
 
-Rows of one user are not independent, so users are resampled, each with all rows. Both models
-scored the same rows, so each resample is applied to both, which cancels the variance that easy and
-hard users add to either metric. The interval is the one of the resampled differences. It covers
-the choice of users, not of initial weights: for the latter, give runs of several seeds.
-Percentile intervals of a cluster bootstrap: Efron and Tibshirani, An Introduction to the
-Bootstrap, 1993, chapter 13; Field and Welsh, Bootstrapping Clustered Data, 2007. They are too
-narrow if users are few or few of them differ much, and are then widened
-(`recsys.evaluation.few_users`).
+Rows of one user are not independent, so users are resampled, each with all rows. Both models scored
+the same rows, so each resample is applied to both. That cancels the variance that easy and hard
+users add to either metric. The interval covers the choice of users, not of initial weights: for the
+latter, give runs of several seeds. Percentile intervals of a cluster bootstrap: Efron and
+Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13; Field and Welsh, Bootstrapping
+Clustered Data, 2007. Those of few users are widened (`recsys.evaluation.interval_correction`).
 
-scipy.stats.bootstrap is not used: if a resample leaves a metric undefined (few users have cold
-items), its interval is NaN, and it would sort the rows of every resample again. This module sorts
-rows once, and a resample only counts how often each user was drawn.
+scipy.stats.bootstrap gives NaN if one resample leaves a metric undefined (few users have cold
+items), and would sort the rows of every resample again. Here rows are sorted once, and a resample
+only counts how often each user was drawn.
 
-Shapes: N rows of a window, U users of all windows, S resamples.
+Shapes: N rows of a window, U users of all windows, S resamples; P positive and M negative rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from recsys.evaluation.few_users import LEAST_USERS, effective_users, interval_ends
-from recsys.evaluation.measures import Measure, defining_users, measure_of, rows_of_users
+from recsys.data.item_frequency import PARTS, frequency_masks
+from recsys.evaluation.interval_correction import effective_users, interval_ends
+from recsys.evaluation.metrics import ERRORS, LEAST_USERS, grouped_auc, predicted
 from recsys.evaluation.scores import SplitScores, check_same_rows
 
+METRICS = ("auc", "gauc")  # of labels of 0 and 1
 LARGEST = {"auc": 1.0, "gauc": 1.0, "rmse": np.inf, "mae": np.inf}  # differences
 CELLS = 1 << 20  # elements of the largest matrices: resamples times rows or users
+
+# How often each user was drawn, float64 [U, S] -> the metric in each resample, NaN where the rows
+# drawn do not define it, float64 [S].
+Measure = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,13 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Return whether the interval excludes 0, so that the difference is significant."""
+        """Whether the interval excludes 0, so that the difference is significant."""
         return self.low > 0 or self.high < 0
+
+
+def metrics_of(loss: str) -> tuple[str, ...]:
+    """Return the metrics that are compared for a label with this loss."""
+    return METRICS if loss == "bce" else ERRORS
 
 
 def paired_difference(
@@ -62,9 +71,9 @@ def paired_difference(
         second: runs of the second configuration, on the same windows; any number of seeds.
         metric: gauc or auc; rmse or mae of a label that is a number. AUC is the mean over windows,
             weighted by rows; the others are pooled, GAUC with users weighted by rows.
-        part: all, warm, cold or unseen, as in `recsys.data.item_frequency`.
+        part: all, warm, cold or unseen.
         samples: number of resamples. A user in several windows is drawn with the rows of all.
-        seed: seed of the resamples, the same for all metrics and parts.
+        seed: seed of the resamples.
         label: index of the label.
 
     Returns:
@@ -72,66 +81,44 @@ def paired_difference(
 
     Raises:
         ValueError: the runs scored different rows, or the metric or part is unknown.
-
-    Example::
-
-        rows, rng = np.arange(80), np.random.default_rng(0)
-        labels = rng.integers(0, 2, (80, 1)).astype(np.float32)
-        def scores(noise):
-            logits = labels + noise * rng.normal(size=(80, 1)).astype(np.float32)
-            return SplitScores(rows, rows // 4, rows, rows, labels, logits, ("liked",))
-        difference = paired_difference([[scores(9.0)]], [[scores(0.1)]], "gauc", "all")
-        difference.excludes_zero  # True
     """
     windows = _check_windows(first, second)
-    users = np.unique(np.concatenate([window.groups for window in windows]))
-    before, after = (
-        _mean_measure([measure_of(run, users, metric, part, label) for run in side])
-        for side in (first, second)
+    users = _all_users(windows)
+    first_measure, second_measure = (
+        _mean_measure([_measure(run, users, metric, part, label) for run in runs])
+        for runs in (first, second)
     )
-    of_users = rows_of_users(windows, users, metric, part, label)
-    if defining_users(of_users) < LEAST_USERS:
+    user_rows = _rows_by_user(windows, users, metric, part, label)
+    if _defining_users(user_rows) < LEAST_USERS:
+        return None
+    value = float((second_measure(one := np.ones((len(users), 1))) - first_measure(one))[0])
+    if np.isnan(value):
         return None
     cells = max(len(users), *(len(window.groups) for window in windows))
     draws = resamples(len(users), samples, max(1, CELLS // cells), np.random.default_rng(seed))
-    return _interval(lambda drawn: after(drawn) - before(drawn), of_users, draws, LARGEST[metric])
-
-
-def _mean_measure(measures: Sequence[Measure]) -> Measure:
-    """Return the mean of measures of the same users."""
-    return lambda drawn: np.mean([measure(drawn) for measure in measures], axis=0)
-
-
-def _interval(
-    measure: Measure,
-    of_users: np.ndarray,  # [2, U]
-    draws: Iterator[np.ndarray],
-    limit: float,
-) -> Interval | None:
-    """Return the measure of all users and its interval; None if the measure is undefined.
-
-    No end is beyond `limit`, the largest difference.
-    """
-    value = float(measure(np.ones((of_users.shape[1], 1)))[0])
-    if np.isnan(value):
-        return None
-    drawn = np.concatenate([measure(counts) for counts in draws])
+    drawn = np.concatenate([second_measure(counts) - first_measure(counts) for counts in draws])
     deviations = drawn[~np.isnan(drawn)] - value
-    low, high = interval_ends(deviations, min(map(effective_users, of_users)))
+    low, high = interval_ends(deviations, min(map(effective_users, user_rows)))
+    limit = LARGEST[metric]
     return Interval(value, max(-limit, value + low), min(limit, value + high))
 
 
 def pooled_metric(
     windows: Sequence[SplitScores], metric: str, part: str, label: int = 0
 ) -> float | None:
-    """Compute the metric of a run, over its windows as in `paired_difference`; None if undefined.
-
-    Raises:
-        ValueError: the metric or part is unknown.
-    """
-    users = np.unique(np.concatenate([window.groups for window in windows]))
-    value = float(measure_of(windows, users, metric, part, label)(np.ones((len(users), 1)))[0])
+    """Compute the metric of a run as `paired_difference` does; None if undefined."""
+    users = _all_users(windows)
+    value = float(_measure(windows, users, metric, part, label)(np.ones((len(users), 1)))[0])
     return None if np.isnan(value) else value
+
+
+def metric_users(windows: Sequence[SplitScores], metric: str, part: str, label: int = 0) -> int:
+    """Count the users that define a metric, in any window.
+
+    For GAUC these are users with both labels; for AUC, which compares positives with negatives,
+    users with a positive or users with a negative, whichever are fewer; for errors, all.
+    """
+    return _defining_users(_rows_by_user(windows, _all_users(windows), metric, part, label))
 
 
 def resamples(
@@ -153,14 +140,178 @@ def _check_windows(
     if not first or not second or not first[0]:
         raise ValueError("first and second each need the scores of at least one run")
     windows = first[0]
-    for side, runs in (("first", first), ("second", second)):
+    for name, runs in (("first", first), ("second", second)):
         for seed, run in enumerate(runs):
-            where = f"seed {seed} of {side}"
+            where = f"seed {seed} of {name}"
             if len(run) != len(windows):
                 raise ValueError(
                     f"{where} has {len(run)} windows, seed 0 of first {len(windows)}; "
                     "compare runs on the same windows"
                 )
-            for number, (expected, found) in enumerate(zip(windows, run, strict=True)):
-                check_same_rows(expected, found, f"window {number}: seed 0 of first and {where}")
+            for number, (expected, window) in enumerate(zip(windows, run, strict=True)):
+                check_same_rows(expected, window, f"window {number}: seed 0 of first and {where}")
     return windows
+
+
+def _all_users(windows: Sequence[SplitScores]) -> np.ndarray:  # [U], ascending
+    return np.unique(np.concatenate([window.groups for window in windows]))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a window that count for a label and a part of the items."""
+
+    label: np.ndarray  # [N]
+    logit: np.ndarray  # [N]
+    user: np.ndarray  # int64 [N], index in U
+    weight: np.ndarray | None  # [N]; None: 1 each
+    loss: str  # of the label
+
+    @property
+    def positive(self) -> np.ndarray:  # bool [N]
+        return self.label == 1
+
+
+def _counted_rows(
+    windows: Sequence[SplitScores], users: np.ndarray, part: str, label: int
+) -> list[_Rows]:
+    """Return the rows of each window that count."""
+    if part not in PARTS:
+        raise ValueError(f"part '{part}' is none of {PARTS}")
+    rows_of_windows = []
+    for window in windows:
+        scores = window.counted(label)
+        rows = frequency_masks(scores.counts)[part]
+        rows_of_windows.append(
+            _Rows(
+                scores.labels[rows, label],
+                scores.logits[rows, label],
+                np.searchsorted(users, scores.groups[rows]),
+                None if scores.weights is None else scores.weights[rows].astype(np.float64),
+                scores.loss_of(label),
+            )
+        )
+    return rows_of_windows
+
+
+def _rows_by_user(
+    windows: Sequence[SplitScores], users: np.ndarray, metric: str, part: str, label: int
+) -> np.ndarray:  # float64 [2, U]
+    """Sum each user's positive and negative rows; for GAUC and errors, twice all counted rows."""
+    sums = np.zeros((2, len(users)))
+    for rows in _counted_rows(windows, users, part, label):
+        if metric == "gauc":
+            defined, _, user_rows = grouped_auc(rows.positive, rows.user, rows.user, rows.weight)
+            sums[:, defined] += user_rows
+        elif metric in ERRORS:
+            sums += np.bincount(rows.user, rows.weight, minlength=len(users))
+        else:
+            for index, mask in enumerate((rows.positive, ~rows.positive)):
+                weights = None if rows.weight is None else rows.weight[mask]
+                sums[index] += np.bincount(rows.user[mask], weights, minlength=len(users))
+    return sums
+
+
+def _defining_users(user_rows: np.ndarray) -> int:  # user_rows: [2, U]
+    return int((user_rows > 0).sum(axis=1).min())
+
+
+def _measure(
+    windows: Sequence[SplitScores], users: np.ndarray, metric: str, part: str, label: int
+) -> Measure:
+    """Return the metric of one run as a function of how often each user is drawn."""
+    if metric not in (metrics := metrics_of(windows[0].loss_of(label))):
+        raise ValueError(f"metric '{metric}' is none of {metrics}")
+    rows = _counted_rows(windows, users, part, label)
+    if metric == "auc":
+        return _mean_over_windows([RankedPairs.of(window) for window in rows])
+    # The others are a ratio of two sums that are linear in how often each user was drawn.
+    power = 2 if metric == "rmse" else 1
+    numerator, weights = np.zeros(len(users)), np.zeros(len(users))
+    for window in rows:
+        if metric == "gauc":
+            columns = window.positive, window.logit, window.user, window.weight
+            defined, auc, user_rows = grouped_auc(*columns)
+            numerator[defined] += user_rows * auc
+            weights[defined] += user_rows
+        else:
+            weight = np.ones(len(window.label)) if window.weight is None else window.weight
+            error = np.abs(predicted(window.logit, window.loss) - window.label) ** power
+            numerator += np.bincount(window.user, error * weight, minlength=len(users))
+            weights += np.bincount(window.user, weight, minlength=len(users))
+    return lambda drawn: ratio(numerator @ drawn, weights @ drawn) ** (1 / power)
+
+
+def _mean_measure(measures: Sequence[Measure]) -> Measure:
+    return lambda drawn: np.mean([measure(drawn) for measure in measures], axis=0)
+
+
+def _mean_over_windows(windows: Sequence[RankedPairs]) -> Measure:
+    """Return AUC as a measure: the mean over windows that define it, weighted by rows."""
+
+    def measure(drawn: np.ndarray) -> np.ndarray:  # [U, S] -> [S]
+        total, rows = np.zeros(drawn.shape[1]), np.zeros(drawn.shape[1])
+        for window in windows:
+            auc, window_rows = window.auc(drawn)
+            defined = ~np.isnan(auc)
+            total[defined] += (auc * window_rows)[defined]
+            rows[defined] += window_rows[defined]
+        return ratio(total, rows)
+
+    return measure
+
+
+@dataclass(frozen=True)
+class RankedPairs:
+    """Pairs of a positive and a negative row of a window, each with its user's index in U.
+
+    Rows are ranked once, so that AUC of any resample of users is a weighted count.
+    """
+
+    positive_users: np.ndarray  # [P]
+    negative_users: np.ndarray  # [M], lowest logit first
+    below: np.ndarray  # [P], how many negatives have a lower logit
+    not_above: np.ndarray  # [P], how many negatives have no higher logit
+    positive_weights: np.ndarray | None = None  # [P]; None: 1 each
+    negative_weights: np.ndarray | None = None  # [M]
+
+    @classmethod
+    def of(cls, rows: _Rows) -> RankedPairs:
+        """Rank the negative rows of a window and place each positive among them."""
+        positive, logit = rows.positive, rows.logit
+        order = np.argsort(logit[~positive], kind="stable")
+        ranked = logit[~positive][order]
+        return cls(
+            positive_users=rows.user[positive],
+            negative_users=rows.user[~positive][order],
+            below=np.searchsorted(ranked, logit[positive], side="left"),
+            not_above=np.searchsorted(ranked, logit[positive], side="right"),
+            positive_weights=None if rows.weight is None else rows.weight[positive],
+            negative_weights=None if rows.weight is None else rows.weight[~positive][order],
+        )
+
+    def auc(
+        self,
+        drawn: np.ndarray,  # float64 [U, S], how often each user was drawn
+    ) -> tuple[np.ndarray, np.ndarray]:  # float64 [S], [S]
+        """Return the AUC (NaN where there is no pair) and the weight of the rows of each resample.
+
+        A row counts as often as its user was drawn, times its weight; a tie counts half.
+        """
+        positives, drawn_negatives = drawn[self.positive_users], drawn[self.negative_users]
+        if self.positive_weights is not None and self.negative_weights is not None:
+            positives *= self.positive_weights[:, None]
+            drawn_negatives *= self.negative_weights[:, None]
+        negatives = np.zeros((len(self.negative_users) + 1, drawn.shape[1]))
+        np.cumsum(drawn_negatives, axis=0, out=negatives[1:])
+        twice_won = negatives[self.below]
+        twice_won += negatives[self.not_above]
+        wins = np.einsum("ps,ps->s", positives, twice_won) / 2
+        num_positives, num_negatives = positives.sum(axis=0), negatives[-1]
+        return ratio(wins, num_positives * num_negatives), num_positives + num_negatives
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:  # [S], [S] -> [S]
+    """Return the ratio, NaN where the denominator is 0."""
+    undefined = np.full(len(numerator), np.nan)
+    return np.divide(numerator, denominator, out=undefined, where=denominator > 0)

@@ -17,9 +17,14 @@ import numpy as np
 from embeddings.plan_text import align_columns
 from recsys.data.filesystem import write_whole
 from recsys.data.item_frequency import PARTS, frequency_masks
-from recsys.evaluation.bootstrap import Interval, paired_difference, pooled_metric
-from recsys.evaluation.few_users import LEAST_USERS, MARK_NOTE, marked
-from recsys.evaluation.measures import METRICS, metric_users, metrics_of
+from recsys.evaluation.bootstrap import (
+    Interval,
+    metric_users,
+    metrics_of,
+    paired_difference,
+    pooled_metric,
+)
+from recsys.evaluation.metrics import LEAST_USERS, MARK_NOTE, marked
 from recsys.evaluation.scores import (
     SplitScores,
     check_model,
@@ -35,29 +40,22 @@ SAMPLES = 2000
 def compare_runs(runs: Sequence[Path], split: str) -> dict[str, Any]:
     """Compute metrics of each run by part of the items, and differences to the first run.
 
-    They are AUC and GAUC, or RMSE and MAE of a label that is a number.
-
-    Args:
-        runs: two or more run folders with scores of the same rows; of several labels the first is
-            compared.
-        split: the split whose scores are compared.
+    They are AUC and GAUC, or RMSE and MAE of a label that is a number; of several labels the first.
 
     Returns:
         `split`, `label`, `metrics`, `users`, `samples` of the bootstrap, `rows` by part,
-        `metric_users` that define a metric, by part and metric, and `runs`: for each run its name
-        (`run`) and by part and metric its value and, except for the first run, `difference`: value,
-        low, high and excludes_zero; None where it is not defined.
+        `metric_users` that define a metric, by part and metric, and `runs`: by run its name and by
+        part and metric its value and, except for the first run, `difference`; None: not defined.
 
     Raises:
-        ValueError: fewer than two runs, or a run has no scores of the split or scores of different
-            rows.
+        ValueError: fewer than two runs, or a run has no scores of the split or other rows.
     """
     if len(runs) < 2:
         raise ValueError(f"--runs names {len(runs)} run; compare two or more")
     scores = [_scores_of(run, split) for run in runs]
     first = scores[0]
-    others = zip(runs[1:], scores[1:], strict=True)
-    scores[1:] = [with_labels(other, first.label_names, str(run)) for run, other in others]
+    other_runs = zip(runs[1:], scores[1:], strict=True)
+    scores[1:] = [with_labels(other, first.label_names, str(run)) for run, other in other_runs]
     for run, other in zip(runs[1:], scores[1:], strict=True):
         check_same_rows(first, other, f"{runs[0]} and {run}")
     metrics = metrics_of(first.loss_of(0))
@@ -91,16 +89,16 @@ def _scores_of(run: Path, split: str) -> SplitScores:
 
 
 def _compared(first: SplitScores, other: SplitScores) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     metrics = metrics_of(first.loss_of(0))
     for part in PARTS:
-        found[part] = {metric: pooled_metric([other], metric, part) for metric in metrics}
+        parts[part] = {metric: pooled_metric([other], metric, part) for metric in metrics}
         if other is not first:
-            found[part]["difference"] = {
+            parts[part]["difference"] = {
                 metric: _difference(paired_difference([[first]], [[other]], metric, part, SAMPLES))
                 for metric in metrics
             }
-    return found
+    return parts
 
 
 def _difference(interval: Interval | None) -> dict[str, Any] | None:
@@ -113,7 +111,7 @@ def format_comparison(report: dict[str, Any]) -> str:
     """Format the result of `compare_runs` as a plain text table; undefined values are `-`."""
     first = report["runs"][0]["run"]
     head = f"{report['split']}, {report['rows']['all']:,} rows of {report['users']:,} users"
-    names = report.get("metrics", METRICS)
+    names = report["metrics"]
     columns = [column for name in names for column in (name, "difference", "95 % interval")]
     rows = [("items", *columns, "rows", "run")]
     for part in PARTS:
@@ -133,12 +131,12 @@ def _cells(metrics: dict[str, Any], name: str, users: int) -> tuple[str, str, st
     value = "-" if metrics[name] is None else marked(f"{metrics[name]:.4f}", users)
     if "difference" not in metrics:
         return value, "", ""
-    found = metrics["difference"][name]
-    if found is None:
+    difference = metrics["difference"][name]
+    if difference is None:
         return value, "-", "-"
-    mark = " *" if found["excludes_zero"] else ""
-    interval = f"[{found['low']:+.4f}, {found['high']:+.4f}]{mark}"
-    return value, f"{found['value']:+.4f}", interval
+    mark = " *" if difference["excludes_zero"] else ""
+    interval = f"[{difference['low']:+.4f}, {difference['high']:+.4f}]{mark}"
+    return value, f"{difference['value']:+.4f}", interval
 
 
 def write_comparison(report: dict[str, Any], out: Path) -> None:

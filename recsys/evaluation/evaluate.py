@@ -6,28 +6,32 @@ Shapes: N rows of a split, B batch, C labels, Q rows with a query, D dimension.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from recsys.build import SPLITS, Job
-from recsys.config import Config
+from recsys.config import RankingSettings
 from recsys.config.ranking import softmax_settings
 from recsys.content.bank_fill import encode_into_bank
 from recsys.data.batch import Batch
 from recsys.data.interactions import Interactions, loader
-from recsys.data.item_frequency import ItemCounts, count_items
+from recsys.data.item_frequency import ItemCounts, count_items, rows_that_count
 from recsys.data.number_ranges import NumberRange, NumberRanges, dense_finding
+from recsys.data.parquet.values import RAW_GROUP
 from recsys.data.row_source import RowSource
+from recsys.data.schema import Schema
 from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.distributed.gather import gather_rows, gather_rows_to_first
 from recsys.distributed.lockstep import Lockstep
+from recsys.distributed.ranks import Ranks
 from recsys.evaluation.forward_pass import forward_pass, require_finite, rows_per_batch
 from recsys.evaluation.further_metrics import Metric, make_metrics
 from recsys.evaluation.metrics import (
@@ -37,9 +41,9 @@ from recsys.evaluation.metrics import (
     evaluation_report,
     format_report,
 )
-from recsys.evaluation.retrieval import format_retrieval, retrieval_report
+from recsys.evaluation.model_selection import METRICS, RETRIEVAL_DEPTH, needs_search
+from recsys.evaluation.retrieval import catalogue_of, format_retrieval, retrieval_report
 from recsys.evaluation.scores import SplitScores, write_scores
-from recsys.evaluation.validation_check import ValidationLabels, check_validation
 
 logger = logging.getLogger(__name__)
 
@@ -49,16 +53,11 @@ QUERY_COLUMNS = ("queries", "query_targets", "query_items", "query_weights")
 
 @dataclass(frozen=True)
 class CheckedRows:
-    """Results of `check_data`.
+    """Results of `check_data`."""
 
-    item_counts: number of training rows of each item, on rank 0 alone.
-    skipped: the skipped rows by split; empty where `on_bad_row` is error.
-    numbers: ranges of the numbers in the training rows, by column.
-    """
-
-    item_counts: ItemCounts
-    skipped: dict[str, Any]
-    numbers: dict[str, NumberRange]
+    item_counts: ItemCounts  # number of training rows of each item, on rank 0 alone
+    skipped: dict[str, Any]  # the skipped rows by split; empty where `on_bad_row` is error
+    numbers: dict[str, NumberRange]  # of the numbers in the training rows, by column
 
 
 def check_data(job: Job, splits: Sequence[str] = SPLITS) -> CheckedRows:
@@ -76,11 +75,11 @@ def check_data(job: Job, splits: Sequence[str] = SPLITS) -> CheckedRows:
     if is_skip and job.store is not None:
         skipped["items"] = job.store.items.bad_rows.summary(ranks, "items")
     labels, ranges = ValidationLabels(job.schema), NumberRanges(job.schema)
-    also = {"train": ranges.add, "valid": labels.add}
+    readers = {"train": ranges.add, "valid": labels.add}
     for split in splits:
         with ranks.raise_on_all_ranks():
             rows = job.rows(split)
-            counts[split] = count_items(rows, ranks.rank, ranks.world_size, also.get(split))
+            counts[split] = count_items(rows, ranks.rank, ranks.world_size, readers.get(split))
         if job.schema.weight and not sum(ranks.gather(int(counts[split].counts.sum()))):
             raise _without_weight(job, split)
         if is_skip:
@@ -88,18 +87,85 @@ def check_data(job: Job, splits: Sequence[str] = SPLITS) -> CheckedRows:
     if "valid" in splits:
         check_validation(job, labels)
     numbers = ranges.of_all_ranks(ranks)
-    _warn_of_dense_columns(job, numbers)
+    for column in job.schema.of_kind("dense"):
+        extent = numbers[column]  # wide ones may be standardised
+        is_scaled = job.em3.scaling is not None and extent.least < extent.greatest
+        if not is_scaled and (finding := dense_finding(column, extent.least, extent.greatest)):
+            logger.warning("%s; fix: %s", *finding)
     counted = counts["train"].sum_of_ranks(job.schema.item_id_limit, ranks)
     return CheckedRows(counted, skipped, numbers)
 
 
-def _warn_of_dense_columns(job: Job, numbers: Mapping[str, NumberRange]) -> None:
-    """Log what is wrong with dense columns; wide ones may be standardised."""
-    for column in job.schema.of_kind("dense"):
-        rows = numbers[column]
-        is_scaled = job.em3.scaling is not None and rows.least < rows.greatest
-        if not is_scaled and (finding := dense_finding(column, rows.least, rows.greatest)):
-            logger.warning("%s; fix: %s", *finding)
+class ValidationLabels:
+    """Counts the first label's values in a rank's share of a split, and its users with each."""
+
+    def __init__(self, schema: Schema) -> None:
+        self.schema, self.label = schema, schema.of_kind("label")[0]
+        self.rows = np.zeros(2, np.int64)  # with label 0 and 1
+        self.users = [np.zeros(0, np.int64)] * 2  # with a row of label 0 and of 1
+
+    def add(self, table: pa.Table) -> None:
+        """Count the rows of a chunk; rows that do not count or have no label are left out."""
+        counted = rows_that_count(table, self.schema)
+        labels = table[self.label].to_numpy()
+        counted &= ~np.isnan(labels)
+        positive = labels[counted] == 1
+        group = RAW_GROUP if RAW_GROUP in table.column_names else self.schema.group
+        users = table[group].to_numpy()[counted]
+        for value, rows in enumerate((~positive, positive)):
+            self.rows[value] += rows.sum()
+            if not self._has_user_with_both():
+                self.users[value] = np.union1d(self.users[value], users[rows])
+
+    def _has_user_with_both(self) -> bool:
+        """Return whether a user has rows of both labels; then users need not be kept."""
+        return bool(np.isin(self.users[0], self.users[1], assume_unique=True).any())
+
+    def totals(self, ranks: Ranks) -> tuple[int, int, bool]:
+        """Return the rows of all ranks with label 0 and 1, and if a user has both. A collective."""
+        *counts, has_both = zip(*ranks.gather((*self.rows.tolist(), self._has_user_with_both())))
+        negatives, positives = map(sum, counts)
+        if any(has_both):
+            return negatives, positives, True
+        users = [torch.from_numpy(users) for users in self.users]  # no rank has one alone
+        self.users = [gather_rows(ids, ranks.group).unique().numpy() for ids in users]
+        return negatives, positives, self._has_user_with_both()
+
+
+def check_validation(job: Job, labels: ValidationLabels) -> None:
+    """Raise a ValueError on every rank if the validation split cannot choose the best model.
+
+    AUC needs rows of both labels, GAUC a user with rows of both, and recall and NDCG a positive row
+    and a catalogue of more items than the depth. A collective.
+    """
+    negatives, positives, has_both = labels.totals(job.ranks)
+    metric, label = job.config.best_model_by, f"column '{labels.label}'"
+    cause = None
+    if job.schema.label_losses[0] != "bce":
+        cause = None if negatives + positives else f"{label} is known in no row"
+    elif positives == 0:
+        cause = f"{label} has no row with label 1"
+    elif needs_search(metric):
+        with job.ranks.raise_on_all_ranks():
+            items = len(catalogue_of(job))
+        if items <= RETRIEVAL_DEPTH and metric == "recall":
+            cause = f"of a catalogue of {items} items every one is among the {RETRIEVAL_DEPTH} best"
+    elif negatives == 0:
+        cause = f"{label} has no row with label 0"
+    elif "gauc" in METRICS[metric] and not has_both:
+        cause = f"no user has rows of both labels in {label}"
+    if cause is not None:
+        raise ValueError(undefined_selection(job, cause, positives, negatives))
+
+
+def undefined_selection(job: Job, cause: str, positives: int = 1, negatives: int = 1) -> str:
+    """Return the error message on a validation split that cannot choose the best model."""
+    metric, fix = job.config.best_model_by, "use another validation split"
+    if positives and not negatives:
+        fix += ", or set best_model_by: recall with ranking.name two_tower"
+    elif positives and metric != "auc":
+        fix += f", or set best_model_by: {'ndcg' if needs_search(metric) else 'auc'}"
+    return f"{job.root}/valid: best_model_by {metric} cannot choose the best model: {cause}; {fix}"
 
 
 def _without_weight(job: Job, split: str) -> ValueError:
@@ -111,29 +177,20 @@ def _without_weight(job: Job, split: str) -> ValueError:
 
 
 def require_usable(job: Job, rows: RowSource, split: str, scored: Mapping[str, Tensor]) -> None:
-    """Require finite logits of the rows of a split, and a row that counts, on rank 0.
-
-    Raises:
-        ValueError: names the rows with other logits, or the column of weights.
-    """
+    """Raise a ValueError for logits of a split that are not finite, or if no row counts."""
     require_finite(scored, rows)
     if len(weights := scored.get("weights", torch.ones(1))) and not weights.any():
         raise _without_weight(job, split)
 
 
 def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
-    """Encode every item that has a row and write its vector to the memory bank. A collective.
-
-    Raises:
-        TrainingStopped: `lockstep` reports that the job is to end.
-    """
+    """Encode every item that has a row and write its vector to the memory bank. A collective."""
     content, store = job.em3.content, job.store
     if content is None or content.bank is None:
         return
     assert store is not None
 
     def stop_if_asked() -> None:
-        """Raise TrainingStopped on all ranks if the job is to end. A collective."""
         if lockstep is not None:
             lockstep.sync_errors()
             lockstep.raise_if_stopped()
@@ -142,16 +199,12 @@ def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
 
 
 def split_interactions(job: Job, split: str) -> Interactions:
-    """Return this rank's share of a split, for scoring. A collective.
-
-    Raises:
-        ValueError: on every rank: the split cannot be read.
-    """
+    """Return this rank's share of a split, for scoring. A collective."""
     with job.ranks.raise_on_all_ranks():
         return Interactions(
             job.rows(split),
             job.batch_builder(with_content=False),
-            rows_per_batch(job.config),
+            rows_per_batch(job.config.batch_size),
             job.ranks.rank,
             job.ranks.world_size,
         )
@@ -168,14 +221,13 @@ def score(
     """Score the rows of all ranks and return them on rank 0, none on the others. A collective.
 
     Rows that only pad are left out; random states are restored. `unknown` counts the ids that have
-    no row of their own. With `with_queries`, a retrieval model's queries are returned, too, for
-    rows whose first label is positive.
+    no row of their own.
 
     Returns:
-        `positions` [N], `logits` [N, C], `labels` [N, C], `groups` [N] and `items` [N] (targets),
-        and `weights` [N] if there are any. With `with_queries`, if the model makes queries:
-        `queries` [Q, D], the vectors and ids to retrieve, `query_targets` [Q, D] and `query_items`
-        [Q], and `query_weights` [Q] if there are any, on every rank.
+        `positions` [N], `logits` [N, C], `labels` [N, C], `groups` [N], `items` [N] (targets), and
+        `weights` [N] if there are any. With `with_queries`, for rows whose first label is positive,
+        and on every rank: `queries` [Q, D], the vectors and ids to retrieve, `query_targets` [Q, D]
+        and `query_items` [Q], and `query_weights` [Q] if there are any.
 
     Raises:
         TrainingStopped: `lockstep` reports that the job is to end.
@@ -189,10 +241,10 @@ def score(
     ):
         outputs = forward_pass(job, source, lockstep, unknown, total=len(interactions))
         for vectors, logits, batch in outputs:
-            part = _columns(batch, logits)
+            batch_columns = _score_columns(batch, logits)
             if with_queries and "query" in vectors:
-                part |= _queries(batch, vectors)
-            for name, column in part.items():
+                batch_columns |= _query_columns(batch, vectors)
+            for name, column in batch_columns.items():
                 columns.setdefault(name, []).append(column.cpu())
     return {
         name: (gather_rows if name in QUERY_COLUMNS else gather_rows_to_first)(
@@ -202,9 +254,8 @@ def score(
     }
 
 
-def _columns(batch: Batch, logits: Tensor) -> dict[str, Tensor]:  # logits: [B, C]
+def _score_columns(batch: Batch, logits: Tensor) -> dict[str, Tensor]:  # logits: [B, C]
     """Return the score columns of real (non-padding) rows."""
-    known = batch.row_positions >= 0
     columns = {
         "positions": batch.row_positions,
         "logits": logits.float(),
@@ -213,19 +264,20 @@ def _columns(batch: Batch, logits: Tensor) -> dict[str, Tensor]:  # logits: [B, 
         "items": batch.frequency_keys,
         "weights": batch.weights,
     }
-    return {name: column[known] for name, column in columns.items() if column is not None}
+    is_real = batch.row_positions >= 0
+    return {name: column[is_real] for name, column in columns.items() if column is not None}
 
 
-def _queries(batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _query_columns(batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the query columns of rows that count and whose first label is positive."""
-    wanted = (batch.row_weights > 0) & (batch.labels[:, 0] > 0)
     columns = {
         "queries": vectors["query"],
         "query_targets": vectors["item"],
         "query_items": batch.frequency_keys,
         "query_weights": batch.weights,
     }
-    return {name: column[wanted] for name, column in columns.items() if column is not None}
+    is_query = (batch.row_weights > 0) & (batch.labels[:, 0] > 0)
+    return {name: column[is_query] for name, column in columns.items() if column is not None}
 
 
 def split_scores(job: Job, scored: dict[str, Tensor], item_counts: ItemCounts) -> SplitScores:
@@ -250,10 +302,9 @@ def evaluate_split(
 ) -> dict[str, Any]:
     """Compute the metrics of a split: all items, and cold, warm and unseen ones. A collective.
 
-    With several labels, the metrics of the first are at the top level and those of each are under
-    `labels`. With `searches`, a retrieval model also encodes and searches the whole catalogue; the
-    metrics are under `retrieval`. The rows' scores are written to the file `scores_to`, with the
-    name of their `model`. With `shows_skipped`, skipped rows are logged, and one must be left.
+    The metrics of each of several labels are under `labels`. With `searches`, a retrieval model
+    searches the whole catalogue (`retrieval`). Scores are written to `scores_to`, with the name of
+    their `model`. With `shows_skipped`, skipped rows are logged, and one must be left.
 
     Raises:
         TrainingStopped: `lockstep` reports that the job is to end.
@@ -282,31 +333,33 @@ def evaluate_split(
     return {**report, "ids": ids} if ids else report
 
 
-def scores_report(scores: SplitScores, more: Mapping[str, Metric]) -> dict[str, Any]:
+def scores_report(scores: SplitScores, metrics: Mapping[str, Metric]) -> dict[str, Any]:
     """Compute the metrics of the first label, and those of each if there are several."""
     reports = {}
     for index, label in enumerate(scores.label_names):
-        of = scores.counted(index)
-        columns = of.labels[:, index], of.logits[:, index], of.groups, of.counts
-        reports[label] = evaluation_report(*columns, more, of.weights, of.loss_of(index))
+        rows = scores.counted(index)
+        columns = rows.labels[:, index], rows.logits[:, index], rows.groups, rows.counts
+        reports[label] = evaluation_report(*columns, metrics, rows.weights, rows.loss_of(index))
     first = next(iter(reports.values()))
     return dict(first) if len(reports) == 1 else {**first, "labels": reports}
 
 
-def format_evaluation(report: dict[str, Any], config: Config) -> str:
+def format_evaluation(
+    report: dict[str, Any], ranking: RankingSettings, extra_metrics: Collection[str] = ()
+) -> str:
     """Format the result of `evaluate_split` as text tables, one for each label."""
-    of_labels = {f"label {name}": part for name, part in report.get("labels", {}).items()}
+    by_title = {f"label {name}": metrics for name, metrics in report.get("labels", {}).items()}
     texts = []
-    for title, part in (of_labels or {"items": report}).items():
-        more = [name for name in config.metrics if name in part]
-        texts.append(format_report(part, more, shown_metrics(config, part), title))
+    for title, metrics in (by_title or {"items": report}).items():
+        names = [name for name in extra_metrics if name in metrics]
+        texts.append(format_report(metrics, names, shown_metrics(ranking, metrics), title))
     if "retrieval" in report:
         texts.append(format_retrieval(report["retrieval"]))
     return "\n".join(texts)
 
 
-def shown_metrics(config: Config, report: Mapping[str, Any]) -> tuple[str, ...]:
+def shown_metrics(ranking: RankingSettings, report: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the metrics to show: a softmax loss orders items and makes no probabilities."""
     if "rmse" in report:
         return SHOWN_OF_NUMBERS
-    return SHOWN if softmax_settings(config.ranking) is None else ORDER_METRICS
+    return SHOWN if softmax_settings(ranking) is None else ORDER_METRICS

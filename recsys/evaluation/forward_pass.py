@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from recsys.build import Job
-from recsys.config import Config
 from recsys.content.cache.scored_items import ScoredItems
 from recsys.data.batch import Batch
 from recsys.data.row_source import RowSource
@@ -27,9 +26,9 @@ MOST_ROWS = 4  # times those of a training batch
 ENOUGH_ROWS = 2048  # more rows make no difference
 
 
-def rows_per_batch(config: Config) -> int:
+def rows_per_batch(batch_size: int) -> int:
     """Return the rows of a batch that is scored, never less than those of a training batch."""
-    return max(config.batch_size, min(MOST_ROWS * config.batch_size, ENOUGH_ROWS))
+    return max(batch_size, min(MOST_ROWS * batch_size, ENOUGH_ROWS))
 
 
 def forward_pass(
@@ -51,9 +50,6 @@ def forward_pass(
         place: what the watchdog calls a batch in its messages.
         total: number of batches, for a progress bar; None: no bar.
         encodes_once: encode each item once; False: in each batch, whose content the source reads.
-
-    Raises:
-        TrainingStopped: `lockstep` reports that the job is to end.
     """
     job.model.eval()
     unknown = unknown or UnknownIds(job.schema)
@@ -77,10 +73,10 @@ def require_finite(
     rows: RowSource,
 ) -> None:
     """Raise a ValueError that names the rows whose logits are not finite."""
-    bad = ~torch.isfinite(scored["logits"]).all(dim=1)
-    if bad.any():
+    wrong = ~torch.isfinite(scored["logits"]).all(dim=1)
+    if wrong.any():
         raise ValueError(
-            f"the logits of {int(bad.sum()):,} rows are not finite, between "
-            f"{rows.describe_range(scored['positions'][bad].numpy())}; look at the scale of their "
-            "dense columns and features"
+            f"the logits of {int(wrong.sum()):,} rows are not finite, between "
+            f"{rows.describe_range(scored['positions'][wrong].numpy())}; look at the scale of "
+            "their dense columns and features"
         )

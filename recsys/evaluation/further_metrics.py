@@ -3,17 +3,13 @@
 Each entry gives a metric the name that it has in `metrics.json`, validations and trackers: for all
 rows, and nested in `warm`, `cold` and `unseen` for the rows of such items.
 
-    metrics:
-      p10: {metric: precision_at_k, options: {k: 10}}
-      mine: {metric: "package.module:Class"}
-
 Shapes: N rows of a split.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -32,10 +28,9 @@ RESERVED |= {"labels", "retrieval", "ids"}
 class Metric(Protocol):
     """Computes one number from scored rows; made with the `options` of its settings.
 
-    A class of your own has this method; rank 0 calls it with the rows of all ranks, so it must not
-    be a collective. Rows of weight 0 are left out; the other weights are not passed on. It is
-    called for labels of 0 and 1; a class with `regression = True` is called instead for labels that
-    are numbers, with predictions as scores.
+    Rank 0 calls it with the rows of all ranks, so it must not be a collective. Rows of weight 0 are
+    left out; other weights are not passed on. It is called for labels of 0 and 1. A class with
+    `regression = True` is called for labels that are numbers, with predictions as scores.
 
     Example::
 
@@ -55,25 +50,16 @@ class Metric(Protocol):
 
 
 def make_metrics(settings: Mapping[str, MetricSettings]) -> dict[str, Metric]:
-    """Make the metrics of a configuration, by name.
-
-    Raises:
-        ValueError: a name is reserved, or a metric is unknown or rejects its options.
-    """
+    """Make the metrics of a configuration; a reserved name or a bad option is a ValueError."""
     for name in settings:
         if name in RESERVED or not name:
             raise ValueError(
                 f"metrics.{name}: every report has '{name}' already; choose another name than "
                 f"{', '.join(sorted(RESERVED))}"
             )
+    kind: Any = Metric
     return {
-        name: make_part(
-            f"metrics.{name}.metric",
-            entry.metric,
-            METRICS,
-            Metric,  # type: ignore[type-abstract]
-            **entry.options,
-        )
+        name: make_part(f"metrics.{name}.metric", entry.metric, METRICS, kind, **entry.options)
         for name, entry in settings.items()
     }
 
@@ -83,30 +69,19 @@ def fits_loss(metric: Metric, loss: str) -> bool:
     return bool(getattr(metric, "regression", False)) == (loss != "bce")
 
 
-def call_metric(
-    name: str,
-    metric: Metric,
-    labels: np.ndarray,  # float [N], 0 or 1
-    scores: np.ndarray,  # float [N]
-    groups: np.ndarray,  # int64 [N]
-    counts: np.ndarray,  # int64 [N], training rows of each row's item
-) -> float | None:
-    """Call a metric and check its result.
-
-    Raises:
-        ValueError: the metric fails, or returns anything but a finite number or None.
-    """
+def call_metric(name: str, metric: Metric, *columns: np.ndarray) -> float | None:
+    """Call a metric with its columns [N]; fail unless it returns a finite number or None."""
     try:
-        value = metric(labels, scores, groups, counts)
+        value = metric(*columns)
         number = None if value is None else float(value)
     except Exception as error:  # user code may raise anything
         raise ValueError(
-            f"metrics.{name}: failed on {len(labels):,} rows ({type(error).__name__}: {error})"
+            f"metrics.{name}: failed on {len(columns[0]):,} rows ({type(error).__name__}: {error})"
         ) from error
     if number is not None and not np.isfinite(number):
         raise ValueError(
-            f"metrics.{name}: is {number} on {len(labels):,} rows; return None where rows do not "
-            "define it"
+            f"metrics.{name}: is {number} on {len(columns[0]):,} rows; return None where rows "
+            "do not define it"
         )
     return number
 
@@ -116,36 +91,16 @@ class PrecisionAtK:
 
     The metric is the mean over users with at least one positive; for a user with fewer than K rows
     all rows count. If more rows tie for the last places than there are places, each takes one with
-    equal probability, and the expected value counts.
-
-    Args:
-        k: K, at least 1.
-
-    Raises:
-        ValueError: `k` is below 1.
-
-    Example::
-
-        import numpy as np
-        from recsys.evaluation.further_metrics import PrecisionAtK
-
-        labels, scores = np.array([1, 0, 1, 0]), np.array([4.0, 3.0, 2.0, 1.0])
-        users = np.array([7, 7, 7, 7])
-        assert PrecisionAtK(2)(labels, scores, users, np.ones(4)) == 0.5
+    equal probability, and the expected value counts. K below 1 is a ValueError.
     """
 
     def __init__(self, k: int = 10) -> None:
-        """Check and keep `k`."""
         if k < 1:
             raise ValueError(f"k is {k}; it must be at least 1")
         self.k = k
 
     def __call__(
-        self,
-        labels: np.ndarray,  # [N]
-        scores: np.ndarray,  # [N]
-        groups: np.ndarray,  # [N]
-        counts: np.ndarray,  # [N], not used
+        self, labels: np.ndarray, scores: np.ndarray, groups: np.ndarray, counts: np.ndarray
     ) -> float | None:
         """Return the mean precision over users; None without positives."""
         if len(labels) == 0:
@@ -159,8 +114,10 @@ class PrecisionAtK:
 
         rows = np.diff(np.append(tie_begin, len(label)))
         places_before = tie_begin - user_begin[user_of_tie]
-        share_in = np.clip(self.k - places_before, 0, rows) / rows  # expected, of a tie's rows
-        hits = np.add.reduceat(label, tie_begin) * share_in
+        expected_share = (
+            np.clip(self.k - places_before, 0, rows) / rows
+        )  # expected, of a tie's rows
+        hits = np.add.reduceat(label, tie_begin) * expected_share
         user_rows = np.diff(np.append(user_begin, len(label)))
         precision = np.bincount(user_of_tie, hits) / np.minimum(user_rows, self.k)
         has_positive = np.add.reduceat(label, user_begin) > 0

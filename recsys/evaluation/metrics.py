@@ -1,12 +1,12 @@
-"""Computes ranking quality and calibration exactly, in float64.
+"""Computes ranking quality, calibration and errors exactly, in float64.
 
-AUC and GAUC count pairs in integers (`recsys.evaluation.auc`), so ties count exactly half at any
-number of rows; the streaming metrics of torchmetrics bin or sum in float32, which is why they are
-not used here. Rows of all ranks are gathered first: a mean of per-rank AUCs is not the AUC.
+AUC and GAUC count pairs in integers, so ties count exactly half at any number of rows; the
+streaming metrics of torchmetrics bin or sum in float32, which is why they are not used here. Rows
+of all ranks are gathered first: a mean of per-rank AUCs is not the AUC.
 GAUC: Zhu et al., Optimized Cost per Click in Taobao Display Advertising, 2017. Normalised entropy:
 He et al., Practical Lessons from Predicting Clicks on Ads at Facebook, 2014.
 
-Shapes: N rows.
+Shapes: N rows, G groups.
 """
 
 from __future__ import annotations
@@ -17,14 +17,65 @@ from typing import Any
 import numpy as np
 
 from recsys.data.item_frequency import PARTS, frequency_masks
-from recsys.evaluation.auc import sorted_auc
-from recsys.evaluation.few_users import MARK_NOTE, marked
 from recsys.evaluation.further_metrics import Metric, call_metric, fits_loss
-from recsys.evaluation.regression import RegressionRows
 
 ORDER_METRICS = ("auc", "gauc")  # of the order of scores alone
 SHOWN = (*ORDER_METRICS, "logloss", "ne")  # metrics that tables show
 SHOWN_OF_NUMBERS = ("rmse", "mae", "nrmse")  # of labels that are numbers
+ERRORS = ("rmse", "mae")  # lower is better
+LEAST_USERS = 5  # with fewer there is no interval, and figures are marked
+MARK_NOTE = f"Figures in parentheses rest on fewer than {LEAST_USERS} users."
+
+
+def grouped_auc(
+    positive: np.ndarray,  # bool [N]
+    score: np.ndarray,  # [N]
+    group: np.ndarray,  # [N]
+    weight: np.ndarray | None = None,  # float64 [N]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [G], float64 [G], int64 or float64 [G]
+    """Compute the AUC within each group that has both labels.
+
+    Twice the number of pairs won, per positive, is 2 · (negatives below) + (negatives equal). With
+    weights a pair weighs the product of its rows' weights; without, integers are counted.
+
+    Returns:
+        The groups with both labels, ascending, the AUC of each, and the sum of its rows' weights.
+    """
+    order = np.lexsort((score, group))
+    sorted_weight = None if weight is None else weight[order]
+    return _sorted_auc(positive[order], score[order], group[order], sorted_weight)
+
+
+def _sorted_auc(
+    positive: np.ndarray, score: np.ndarray, group: np.ndarray, weight: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Compute `grouped_auc` of rows in the order of their groups, and in each of their scores."""
+    if len(score) == 0:
+        return group, np.zeros(0), np.zeros(0, dtype=np.int64)
+    new_group = np.append(True, group[1:] != group[:-1])
+    new_tie = np.append(True, score[1:] != score[:-1]) | new_group
+    group_begin, tie_begin = np.flatnonzero(new_group), np.flatnonzero(new_tie)
+
+    if weight is None:
+        tie_positives = np.add.reduceat(positive, tie_begin, dtype=np.int64)
+        tie_negatives = np.diff(np.append(tie_begin, len(score))) - tie_positives
+    else:
+        tie_positives, tie_negatives = (
+            np.add.reduceat(np.where(mask, weight, 0.0), tie_begin)
+            for mask in (positive, ~positive)
+        )
+    negatives_before = np.cumsum(tie_negatives) - tie_negatives
+    first_tie = np.searchsorted(tie_begin, group_begin)
+    ties_in_group = np.diff(np.append(first_tie, len(tie_begin)))
+    negatives_below = negatives_before - np.repeat(negatives_before[first_tie], ties_in_group)
+    wins = np.add.reduceat(tie_positives * (2 * negatives_below + tie_negatives), first_tie)
+
+    positives, negatives = (
+        np.add.reduceat(tie_counts, first_tie) for tie_counts in (tie_positives, tie_negatives)
+    )
+    pairs = positives * negatives
+    defined, rows = pairs > 0, positives + negatives
+    return group[group_begin][defined], wins[defined] / (2 * pairs[defined]), rows[defined]
 
 
 class RankedRows:
@@ -38,11 +89,6 @@ class RankedRows:
 
     Raises:
         ValueError: a label is not 0 or 1, or a logit is not finite.
-
-    Example::
-
-        labels, logits = np.array([1, 0, 1]), np.array([2.0, 0.5, 0.5])
-        RankedRows(labels, logits, np.array([7, 7, 7])).metrics()["auc"]  # 0.75
     """
 
     def __init__(
@@ -52,15 +98,17 @@ class RankedRows:
         groups: np.ndarray,
         weights: np.ndarray | None = None,
     ) -> None:
-        """Check the values, sort the rows and compute each row's loss and prediction."""
         label, logit, self.group = labels.astype(np.float64), logits.astype(np.float64), groups
         self.weight = None if weights is None else weights.astype(np.float64)
         assert label.ndim == 1 and label.shape == logit.shape == self.group.shape
-        _check_values(label, logit)
-        self.label, self.logit, self.positive = label, logit, label == 1
+        wrong = (label != 0) & (label != 1)
+        if wrong.any():
+            index = int(wrong.argmax())
+            raise ValueError(f"label of row {index} is {label[index]}; a label must be 0 or 1")
+        _require_finite(logit, "logit")
+        self.label, self.scores, self.positive = label, logit, label == 1
         self.by_score = np.argsort(logit)
         self.by_group = self.by_score[np.argsort(self.group[self.by_score], kind="stable")]
-        self.scores = logit
         self.loss = np.logaddexp(0, logit) - label * logit
         self.prediction = np.exp(-np.logaddexp(0, -logit))
 
@@ -73,10 +121,8 @@ class RankedRows:
             logloss: mean binary cross-entropy.
             ne: normalised entropy, logloss over the entropy of the share of positives.
             calibration: mean prediction over share of positives.
-            num_samples: number of rows.
-            sum_of_weights: of the rows, if they are weighed.
-            num_users: users with rows.
-            gauc_users: users with both labels.
+            num_samples, sum_of_weights: of the rows, the latter if they are weighed.
+            num_users, gauc_users: users with rows, and those with both labels.
             A metric that the rows do not define (one class only, no rows) is None.
         """
         by_score, by_group = self.by_score, self.by_group
@@ -84,27 +130,125 @@ class RankedRows:
             by_score, by_group = by_score[rows[by_score]], by_group[rows[by_group]]
         one_group = np.zeros(len(by_score), np.int64)
         weights = self._weights(by_score)
-        _, auc, _ = sorted_auc(self.positive[by_score], self.logit[by_score], one_group, weights)
-        of_groups = self.positive[by_group], self.logit[by_group], self.group[by_group]
-        _, user_auc, user_rows = sorted_auc(*of_groups, self._weights(by_group))
+        _, auc, _ = _sorted_auc(self.positive[by_score], self.scores[by_score], one_group, weights)
+        users = self.group[by_group]
+        grouped = self.positive[by_group], self.scores[by_group], users
+        _, user_auc, user_rows = _sorted_auc(*grouped, self._weights(by_group))
+        mask = slice(None) if rows is None else rows
+        weights = self._weights(mask)
         metrics: dict[str, Any] = {
             "auc": float(auc[0]) if len(auc) else None,
             "gauc": float(np.average(user_auc, weights=user_rows)) if len(user_auc) else None,
-        }
-        chosen = slice(None) if rows is None else rows
-        columns = self.label[chosen], self.loss[chosen], self.prediction[chosen]
-        users, weights = self.group[by_group], self._weights(chosen)
-        counts: dict[str, Any] = {
+            **_probability_metrics(
+                self.label[mask], self.loss[mask], self.prediction[mask], weights
+            ),
             "num_samples": len(users),
             "num_users": int((users[1:] != users[:-1]).sum()) + (len(users) > 0),
             "gauc_users": len(user_auc),
         }
-        if weights is not None:
-            counts["sum_of_weights"] = float(weights.sum())
-        return metrics | _probability_metrics(*columns, weights) | counts
+        return metrics if weights is None else metrics | {"sum_of_weights": float(weights.sum())}
 
     def _weights(self, rows: np.ndarray | slice) -> np.ndarray | None:
         return None if self.weight is None else self.weight[rows]
+
+
+def _require_finite(values: np.ndarray, name: str) -> None:  # values: [N]
+    wrong = ~np.isfinite(values)
+    if wrong.any():
+        index = int(wrong.argmax())
+        raise ValueError(
+            f"{name} of row {index} is {values[index]} ({wrong.sum()} of {len(values)} rows are "
+            "not finite): the model has diverged; lower the learning rates"
+        )
+
+
+def _probability_metrics(
+    label: np.ndarray,  # [N]
+    loss: np.ndarray,  # [N]
+    prediction: np.ndarray,  # [N]
+    weight: np.ndarray | None,  # [N]
+) -> dict[str, float | None]:
+    metrics: dict[str, float | None] = dict.fromkeys(("logloss", "ne", "calibration"))
+    if len(label) == 0:
+        return metrics
+    logloss, share, mean_prediction = (
+        float(np.average(values, weights=weight)) for values in (loss, label, prediction)
+    )
+    metrics["logloss"] = logloss
+    if share > 0:
+        metrics["calibration"] = mean_prediction / share
+        if not label.all():  # a mean with weights may differ from 1 by rounding
+            entropy = -(share * np.log(share) + (1 - share) * np.log(1 - share))
+            metrics["ne"] = float(logloss / entropy)
+    return metrics
+
+
+def predicted(logits: np.ndarray, loss: str) -> np.ndarray:  # [N] -> float64 [N]
+    """Return the predictions of a label with loss mse, huber or poisson."""
+    with np.errstate(over="ignore"):
+        return np.exp(logits.astype(np.float64)) if loss == "poisson" else logits.astype(np.float64)
+
+
+class RegressionRows:
+    """Rows whose label is a number, from which any part has its metrics.
+
+    Arguments are those of `RankedRows`, with labels that are numbers and the label's loss: mse,
+    huber or poisson.
+
+    Raises:
+        ValueError: a prediction is not finite.
+    """
+
+    def __init__(
+        self,
+        labels: np.ndarray,
+        logits: np.ndarray,
+        groups: np.ndarray,
+        weights: np.ndarray | None = None,
+        loss: str = "mse",
+    ) -> None:
+        self.label, self.scores = labels.astype(np.float64), predicted(logits, loss)
+        self.group, self.weight, self.loss = groups, weights, loss
+        _require_finite(self.scores, "prediction")
+
+    def metrics(self, rows: np.ndarray | None = None) -> dict[str, Any]:  # rows: bool [N]
+        """Compute the metrics of some rows, by default of all; None where they define none.
+
+        Returns:
+            rmse, mae: root mean squared and mean absolute error.
+            nrmse: rmse over that of always predicting the mean, the labels' standard deviation.
+            calibration, deviance: of counts: mean prediction over mean label, and mean Poisson
+                deviance.
+            num_samples, num_users, sum_of_weights: as in `RankedRows`.
+        """
+        mask = slice(None) if rows is None else rows
+        label, value, group = self.label[mask], self.scores[mask], self.group[mask]
+        weight = None if self.weight is None else self.weight[mask].astype(np.float64)
+        names = ["rmse", "mae", "nrmse"]
+        names += ["calibration", "deviance"] if self.loss == "poisson" else []
+        metrics: dict[str, Any] = dict.fromkeys(names)
+        if len(label):
+            metrics |= self._errors(label, value, weight)
+        metrics |= {"num_samples": len(label), "num_users": len(np.unique(group))}
+        return metrics if weight is None else metrics | {"sum_of_weights": float(weight.sum())}
+
+    def _errors(
+        self, label: np.ndarray, value: np.ndarray, weight: np.ndarray | None
+    ) -> dict[str, float | None]:
+        def mean(numbers: np.ndarray) -> float:
+            return float(np.average(numbers, weights=weight))
+
+        rmse, average = mean((value - label) ** 2) ** 0.5, mean(label)
+        errors: dict[str, float | None] = {"rmse": rmse, "mae": mean(np.abs(value - label))}
+        deviation = mean((label - average) ** 2) ** 0.5
+        errors["nrmse"] = rmse / deviation if np.ptp(label) else None
+        if self.loss == "poisson":
+            errors["calibration"] = mean(value) / average if average else None
+            log_ratio = np.log(np.where(label > 0, label, 1.0)) - np.log(
+                np.where(label > 0, value, 1.0)
+            )
+            errors["deviance"] = 2 * mean(label * log_ratio - label + value)
+        return errors
 
 
 def rows_of_loss(
@@ -125,53 +269,44 @@ def evaluation_report(
     logits: np.ndarray,
     groups: np.ndarray,
     item_counts: np.ndarray,
-    more: Mapping[str, Metric] | None = None,
+    extra_metrics: Mapping[str, Metric] | None = None,
     weights: np.ndarray | None = None,
     loss: str = "bce",
 ) -> dict[str, Any]:
     """Compute the metrics of all rows, and nested those of warm, cold and unseen items.
-
-    They are those of `RankedRows`, or for a label that is a number of `RegressionRows`.
 
     Args:
         labels: [N], 0 or 1, or numbers.
         logits: [N], finite.
         groups: int [N], the user of each row.
         item_counts: int [N], training rows of the item of each row, see `frequency_masks`.
-        more: further metrics by their names in the report, which do not weigh rows.
+        extra_metrics: by their names in the report; they do not weigh rows.
         weights: [N], above 0; None: 1 each.
         loss: of the label.
 
     Raises:
-        ValueError: as `RankedRows` does, or one of `more` fails.
+        ValueError: a label or logit cannot be used, or one of `extra_metrics` fails.
     """
     assert item_counts.shape == labels.shape
     ranked, reports = rows_of_loss(labels, logits, groups, weights, loss), {}
     columns = labels, ranked.scores, groups, item_counts
-    more = {name: metric for name, metric in (more or {}).items() if fits_loss(metric, loss)}
+    fitting = {n: metric for n, metric in (extra_metrics or {}).items() if fits_loss(metric, loss)}
     for part, rows in frequency_masks(item_counts).items():
         reports[part] = ranked.metrics(rows) | {
             name: call_metric(name, metric, *(column[rows] for column in columns))
-            for name, metric in more.items()
+            for name, metric in fitting.items()
         }
     return reports.pop("all") | reports
 
 
 def format_report(
     report: dict[str, Any],
-    more: Iterable[str] = (),
+    extra_metrics: Iterable[str] = (),
     names: Iterable[str] = SHOWN,
     title: str = "items",
 ) -> str:
-    """Format a report with nested parts as a plain text table; undefined values are `-`.
-
-    Args:
-        report: such as an `evaluation_report`.
-        more: names of further metrics in it.
-        names: names of the metrics to show before them.
-        title: header of the column of parts.
-    """
-    names = [*names, *more]
+    """Format the metrics `names` and `extra_metrics` of a report as a text table."""
+    names = [*names, *extra_metrics]
     rows = [(title, *names, "rows")]
     for part in PARTS:
         metrics = report if part == "all" else report[part]
@@ -193,36 +328,7 @@ def marked_cell(metrics: Mapping[str, Any], name: str, undefined: str = "-") -> 
     return undefined if metrics[name] is None else marked(f"{metrics[name]:.4f}", users)
 
 
-def _check_values(label: np.ndarray, logit: np.ndarray) -> None:  # label: [N], logit: [N]
-    """Raise ValueError if a label is not 0 or 1, or a logit is not finite."""
-    wrong = (label != 0) & (label != 1)
-    if wrong.any():
-        index = int(wrong.argmax())
-        raise ValueError(f"label of row {index} is {label[index]}; a label must be 0 or 1")
-    wrong = ~np.isfinite(logit)
-    if wrong.any():
-        index = int(wrong.argmax())
-        raise ValueError(
-            f"logit of row {index} is {logit[index]} ({wrong.sum()} of {len(logit)} rows are not "
-            "finite): the model has diverged; lower the learning rates"
-        )
-
-
-def _probability_metrics(
-    label: np.ndarray,  # [N]
-    loss: np.ndarray,  # [N]
-    prediction: np.ndarray,  # [N]
-    weight: np.ndarray | None,  # [N]
-) -> dict[str, float | None]:
-    if len(label) == 0:
-        return {"logloss": None, "ne": None, "calibration": None}
-    logloss, share, predicted = (
-        float(np.average(values, weights=weight)) for values in (loss, label, prediction)
-    )
-    if share == 0:
-        return {"logloss": logloss, "ne": None, "calibration": None}
-    calibration = predicted / share
-    if label.all():  # a mean with weights may differ from 1 by rounding
-        return {"logloss": logloss, "ne": None, "calibration": calibration}
-    entropy = -(share * np.log(share) + (1 - share) * np.log(1 - share))
-    return {"logloss": logloss, "ne": float(logloss / entropy), "calibration": calibration}
+def marked(figure: str, num_users: int | None) -> str:
+    """Put a figure in parentheses if fewer than `LEAST_USERS` users define it; a dash stays."""
+    is_marked = num_users is not None and num_users < LEAST_USERS and figure not in ("-", "–")
+    return f"({figure})" if is_marked else figure

@@ -1,4 +1,4 @@
-"""Selects the best of the models that a run validates: it is kept, tested and served.
+"""Selects the best of the models that a run validates, and refuses one that is of no use.
 
 AUC over all impressions is high if a model separates users, GAUC if it ranks within a user; in one
 training they can peak at different steps. Their mean weights both. Recall and NDCG of a retrieval
@@ -8,12 +8,14 @@ model are those of a search of the whole catalogue, and need no negative rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recsys.config import BestModelBy
-from recsys.evaluation.regression import ERRORS
+
+if TYPE_CHECKING:
+    from recsys.data.row_source import RowSource
 
 RETRIEVAL_DEPTH = 10  # of the recall and NDCG that choose a model
 METRICS: dict[BestModelBy, tuple[str, ...]] = {
@@ -25,89 +27,99 @@ METRICS: dict[BestModelBy, tuple[str, ...]] = {
     "rmse": ("rmse",),
     "mae": ("mae",),
 }
+# A log loss above this is absurd: twice that of predicting one half for every row, which is at
+# least twice that of predicting the share of positives.
+ABSURD_LOG_LOSS = 2 * math.log(2)
+# An RMSE above this times that of always predicting the mean is absurd.
+ABSURD_NRMSE = 2.0
+MOST_NAMED = 5
 
 
-def needs_search(best_model_by: BestModelBy) -> bool:
+def needs_search(metric: BestModelBy) -> bool:
     """Return whether validation must search the catalogue to choose the best model."""
-    return best_model_by in ("recall", "ndcg")
+    return metric in ("recall", "ndcg")
 
 
-def selection_score(report: Mapping[str, Any], best_model_by: BestModelBy) -> float | None:
+def selection_score(report: Mapping[str, Any], metric: BestModelBy) -> float | None:
     """Return the mean of the metrics that choose the best model; None where one is undefined.
 
-    The highest score is best: that of an error is negative.
-
-    Args:
-        report: validation metrics by name; those of a search under `retrieval`.
-        best_model_by: the setting of that name.
-
-    Example::
-
-        selection_score({"auc": 0.75, "gauc": 0.5}, "auc_and_gauc")  # 0.625
+    The highest score is best: that of an error is negative. `report` has the validation metrics by
+    name, those of a search under `retrieval`.
     """
-    names, values = METRICS[best_model_by], {**report.get("retrieval", {}), **report}
-    known = [values[name] for name in names if values.get(name) is not None]
-    if len(known) != len(names):
+    names, values = METRICS[metric], {**report.get("retrieval", {}), **report}
+    scores = [values[name] for name in names if values.get(name) is not None]
+    if len(scores) != len(names):
         return None
-    return -fmean(known) if best_model_by in ERRORS else fmean(known)
+    return -fmean(scores) if metric in ("rmse", "mae") else fmean(scores)
 
 
-def selection_words(best_model_by: BestModelBy) -> str:
+def selection_words(metric: BestModelBy) -> str:
     """Return the selection score in words, such as `mean of AUC and GAUC`."""
-    names = [name.upper() for name in METRICS[best_model_by]]
+    names = [name.upper() for name in METRICS[metric]]
     return names[0] if len(names) == 1 else f"mean of {' and '.join(names)}"
 
 
 def tracked_name(metric: str) -> str:
-    """Return the name of a metric in trackers, some of which accept no `@`.
-
-    Example::
-
-        tracked_name("recall@10")  # "recall_at_10"
-    """
+    """Return the name of a metric in trackers, some of which accept no `@`: recall_at_10."""
     return metric.replace("@", "_at_")
 
 
-# A log loss above this is absurd: twice that of predicting one half for every row, which is at
-# least twice that of predicting the share of positives.
-ABSURD_LOG_LOSS = 2 * math.log(2)
+def require_useful(
+    report: Mapping[str, Any],
+    where: str,
+    rows: Callable[[], RowSource],
+    consequence: str,
+    slack: float = 1.0,
+) -> None:
+    """Check by its metrics that a model's predictions are of use.
 
-
-def check_log_loss(report: Mapping[str, Any], where: str, advice: str, slack: float = 1.0) -> None:
-    """Check that a model's probabilities are of use, by the metrics of a split.
+    Args:
+        report: the metrics of a split.
+        where: what was predicted, for the message.
+        rows: opens rows with the numbers that the model reads; called for a useless model alone.
+        consequence: what is kept all the same, for the message.
+        slack: factor of the limits, above 1 for few rows (`slack_for`).
 
     Raises:
-        ValueError: the log loss of a label is not finite, or above `ABSURD_LOG_LOSS` times `slack`;
-            the message names the split (`where`) and the fix (`advice`).
+        ValueError: the log loss of a label is above `ABSURD_LOG_LOSS` or its RMSE above
+            `ABSURD_NRMSE` times that of the mean; names the columns of wide range.
     """
-    for label, of_label in (report.get("labels") or {"": report}).items():
-        loss = of_label.get("logloss")
+    for name, metrics in (report.get("labels") or {"": report}).items():
+        label = f" of label '{name}'" if name else ""
+        loss, nrmse = metrics.get("logloss"), metrics.get("nrmse")
         if loss is not None and not loss <= ABSURD_LOG_LOSS * slack:
-            of = f" of label '{label}'" if label else ""
             raise ValueError(
-                f"{where}: the log loss{of} of the best model is {loss:.4g}, above "
+                f"{where}: the log loss{label} of the best model is {loss:.4g}, above "
                 f"{ABSURD_LOG_LOSS:.4g}, twice that of predicting one half for every row: the "
-                f"model is of no use; {advice}"
+                f"model is of no use; {_advice(rows())}. {consequence}"
             )
-
-
-# An RMSE above this times that of always predicting the mean is absurd.
-ABSURD_NRMSE = 2.0
-
-
-def check_rmse(report: Mapping[str, Any], where: str, advice: str, slack: float = 1.0) -> None:
-    """Check that a model's predictions of numbers are of use; arguments as for `check_log_loss`.
-
-    Raises:
-        ValueError: the RMSE of a label is above `ABSURD_NRMSE` times `slack`, relative to that of
-            predicting the mean.
-    """
-    for label, of_label in (report.get("labels") or {"": report}).items():
-        ratio = of_label.get("nrmse")
-        if ratio is not None and not ratio <= ABSURD_NRMSE * slack:
-            of = f" of label '{label}'" if label else ""
+        if nrmse is not None and not nrmse <= ABSURD_NRMSE * slack:
             raise ValueError(
-                f"{where}: the RMSE{of} of the best model is {of_label['rmse']:.4g}, {ratio:.4g} "
+                f"{where}: the RMSE{label} of the best model is {metrics['rmse']:.4g}, {nrmse:.4g} "
                 f"times that of always predicting the mean, above {ABSURD_NRMSE:g}: the model "
-                f"is of no use; scale the label to about 1, train for longer, or {advice}"
+                "is of no use; scale the label to about 1, train for longer, or "
+                f"{_advice(rows())}. {consequence}"
             )
+
+
+def slack_for(num_rows: int) -> float:
+    """Return the `slack` of a split that no model was chosen by: the loss of few rows varies."""
+    return 1 + 10 / math.sqrt(max(num_rows, 1))
+
+
+def _advice(rows: RowSource) -> str:
+    """Return what to look at: the columns of wide range, if there are any."""
+    from recsys.data.number_ranges import NumberRanges
+
+    ranges = NumberRanges(rows.schema)
+    for table in rows.read(*rows.share(0, 1)):
+        ranges.add(table)
+    wide = {name: column for name, column in ranges.by_column.items() if column.is_wide}
+    widest = sorted(wide, key=lambda name: -max(-wide[name].least, wide[name].greatest))
+    if not widest:
+        return "look at columns and modalities (`recsys explain-data`), or lower the learning rates"
+    names = ", ".join(f"'{name}' ({wide[name]})" for name in widest[:MOST_NAMED])
+    return (
+        f"its columns of wide range are {names}: take their logarithm or scale them to about 1 "
+        "(ranking.scale_inputs does so by the training rows), or lower the learning rates"
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,9 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
     file = run / f"evaluation_{split}.json"
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
-            print_table(f"{split}\n{format_evaluation(report, job.config)}")
+            print_table(
+                f"{split}\n{format_evaluation(report, job.config.ranking, job.config.metrics)}"
+            )
             if not can_store:
                 raise ValueError(f"{file}: {run} cannot be written to; the result is printed only")
             write_whole(file, json.dumps(report, indent=2) + "\n")
@@ -144,11 +146,11 @@ def predict(
         out: the Parquet file to write; it appears whole or not at all.
         data: dataset whose items are ranked; default the dataset of the run.
         ranks: the ranks that score together.
-        device: device of the model: cpu, cuda or auto.
+        device: cpu, cuda or auto.
 
     Raises:
-        ValueError: an input cannot be read, or already has a column of predictions; `out` is an
-            input, would be one, or cannot be written; or another job writes the same file.
+        ValueError: an input cannot be read or has a column of predictions; `out` is an input or
+            cannot be written; or another job writes it.
     """
     with ranks.raise_on_all_ranks():
         files = [file for name in inputs for file in _parquet_files(name)]
@@ -170,7 +172,7 @@ def _predict(
         interactions = Interactions(
             rows,
             job.batch_builder(with_labels=False, with_content=False),
-            rows_per_batch(job.config),
+            rows_per_batch(job.config.batch_size),
             ranks.rank,
             ranks.world_size,
         )
@@ -230,39 +232,29 @@ def _write(
     """Write the files' row groups in order, with the new columns appended."""
     out.parent.mkdir(parents=True, exist_ok=True)
     writer: pq.ParquetWriter | None = None
-    place = 0
+    start = 0
     with whole_file(out) as partial:
-        for file in files:
-            with open_parquet(file) as parquet:
-                for index in range(parquet.num_row_groups):
-                    table = _read(parquet, index, file)
-                    end = place + table.num_rows
-                    table = _with_columns(table, names, values[place:end])
-                    place = end
-                    if writer is None:
-                        writer = pq.ParquetWriter(partial, table.schema, write_page_checksum=True)
-                    writer.write_table(table)
+        for table in _row_groups(files):
+            end = start + table.num_rows
+            for name, column in zip(names, values[start:end].T, strict=True):
+                table = table.append_column(name, pa.array(column, mask=np.isnan(column)))
+            start = end
+            if writer is None:
+                writer = pq.ParquetWriter(partial, table.schema, write_page_checksum=True)
+            writer.write_table(table)
         assert writer is not None
         writer.close()
 
 
-def _read(parquet: pq.ParquetFile, index: int, file: Location) -> pa.Table:
-    try:
-        return parquet.read_row_group(index)
-    except READ_ERRORS as error:
-        raise ValueError(
-            f"{file}: row group {index} cannot be read ({error}), nor written again with "
-            "predictions; leave the file out or write it again"
-        ) from error
-
-
-def _with_columns(
-    table: pa.Table,
-    names: list[str],  # [C]
-    values: np.ndarray,  # [N, C]
-) -> pa.Table:
-    """Append the predictions of each label, null where they are NaN."""
-    for index, name in enumerate(names):
-        of_label = values[:, index]
-        table = table.append_column(name, pa.array(of_label, mask=np.isnan(of_label)))
-    return table
+def _row_groups(files: list[Location]) -> Iterator[pa.Table]:
+    for file in files:
+        with open_parquet(file) as parquet:
+            for index in range(parquet.num_row_groups):
+                try:
+                    table = parquet.read_row_group(index)
+                except READ_ERRORS as error:
+                    raise ValueError(
+                        f"{file}: row group {index} cannot be read ({error}), nor written again "
+                        "with predictions; leave the file out or write it again"
+                    ) from error
+                yield table

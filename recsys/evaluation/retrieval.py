@@ -22,7 +22,6 @@ from torch import Tensor
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.data.batch import Batch
-from recsys.data.batch_builder import BatchBuilder
 from recsys.data.item_frequency import ItemCounts, frequency_masks
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.columns import RowColumns
@@ -49,51 +48,42 @@ def catalogue_of(job: Job) -> np.ndarray | range:  # int64 [items]
                 f"{job.root}/schema.yaml: a search needs the ids of all items, which a bounded "
                 f"vocabulary of '{job.schema.target_item}' does not keep; add `items`"
             )
-        known = job.schema.vocabularies.get(job.schema.target_item)
-        return range(len(known) if isinstance(known, ExactVocabulary) else job.schema.num_items)
+        ids = job.schema.vocabularies.get(job.schema.target_item)
+        return range(len(ids) if isinstance(ids, ExactVocabulary) else job.schema.num_items)
     return np.sort(ItemTable(job.root, job.schema, job.config.on_bad_row).ids)
 
 
 @torch.no_grad()
 def catalogue_vectors(job: Job, lockstep: Lockstep) -> tuple[Tensor, Tensor]:
-    """Encode this rank's share of the catalogue: ids [I] and vectors [I, D]. A collective.
-
-    Raises:
-        TrainingStopped: `lockstep` reports that the job is to end.
-    """
+    """Encode this rank's share of the catalogue: ids [I] and vectors [I, D]. A collective."""
     ranks = job.ranks
     with ranks.raise_on_all_ranks():
         items = catalogue_of(job)
-    first, end = (part * len(items) // ranks.world_size for part in (ranks.rank, ranks.rank + 1))
+    first, end = (index * len(items) // ranks.world_size for index in (ranks.rank, ranks.rank + 1))
     share = np.asarray(items[first:end])
-    batches = _batches_of_items(job, share, len(items))
-    total = -(-_longest_share(job, len(items)) // job.config.batch_size)
+    longest = -(-len(items) // ranks.world_size)  # of all ranks
+    batches = _batches_of_items(job, share, longest)
+    total = -(-longest // job.config.batch_size)
     outputs = forward_pass(job, batches, lockstep, place="catalogue batch", total=total)
-    vectors = [parts["item"] for parts, _, _ in outputs]
+    vectors = [towers["item"] for towers, _, _ in outputs]
     return torch.from_numpy(share), torch.cat(vectors)[: len(share)].cpu()
 
 
 def _batches_of_items(
     job: Job,
     share: np.ndarray,  # int64 [I]
-    num_items: int,
+    longest: int,
 ) -> Iterator[Batch]:
     """Yield impressions without a user, one per item, in equally many batches on every rank."""
-    build: BatchBuilder = job.batch_builder(with_labels=False, with_content=False)
+    build = job.batch_builder(with_labels=False, with_content=False)
     rows = padding_rows(empty_table(job.schema, columns_to_read(job.schema, with_labels=False)), 1)
     nobody = RowColumns.of(rows)
-    longest = _longest_share(job, num_items)
     ids = np.resize(share if len(share) else np.zeros(1, np.int64), longest)
     for start in range(0, longest, job.config.batch_size):
-        part = ids[start : start + job.config.batch_size]
-        batch_rows = nobody.take(np.zeros(len(part), np.int64))
-        batch_rows.numbers[job.schema.target_item] = part
+        batch_ids = ids[start : start + job.config.batch_size]
+        batch_rows = nobody.take(np.zeros(len(batch_ids), np.int64))
+        batch_rows.numbers[job.schema.target_item] = batch_ids
         yield build(batch_rows)
-
-
-def _longest_share(job: Job, num_items: int) -> int:
-    """Return the number of items that the rank with the most of them encodes."""
-    return -(-num_items // job.ranks.world_size)
 
 
 def search_places(
@@ -107,12 +97,6 @@ def search_places(
     """Count the other items, over all ranks, with a higher and with an equal dot product.
 
     Products are those of float64. A collective if `group` is given.
-
-    Example::
-
-        vectors = torch.eye(3)
-        search_places(torch.tensor([[3.0, 2, 2]]), vectors[1:2], torch.tensor([1]),
-                      torch.arange(3), vectors)  # [1], [1]
     """
     vectors, places = vectors.double(), torch.zeros(2, len(queries), dtype=torch.int64)
     for start in range(0, len(queries), QUERIES_PER_BLOCK):
@@ -129,16 +113,12 @@ def search_places(
 
 
 def retrieval_metrics(above: Tensor, tied: Tensor, weights: Tensor | None = None) -> dict[str, Any]:
-    """Compute Recall@K and NDCG@K, one relevant item per impression.
+    """Compute Recall@K and NDCG@K, one relevant item per impression; None without impressions.
 
     recall@K: share of impressions whose item is in the top K. ndcg@K: mean of 1 / log2(2 + place),
     counting 0 where the item is not in the top K. An item has each of the places `above` to
-    `above + tied` with equal probability. None without impressions.
-
-    Args:
-        above: int [R], the other items with a higher score.
-        tied: int [R], the other items with the same score.
-        weights: float [R], of the impressions in the means; None: 1 each.
+    `above + tied` (the other items with a higher and with the same score, int [R]) with equal
+    probability. `weights` [R] are of the impressions.
     """
     metrics: dict[str, Any] = {}
     above, rows, is_alone = above.long(), tied.long() + 1, tied == 0
@@ -149,10 +129,9 @@ def retrieval_metrics(above: Tensor, tied: Tensor, weights: Tensor | None = None
         gain = (summed[end] - summed[first]) / rows
         # A difference of sums would round the gain of a single place.
         single = torch.where(above < depth, gains[above.clamp(max=depth - 1)], 0)
-        known = len(above) > 0
         recall, ndcg = (end - first) / rows.double(), torch.where(is_alone, single, gain)
-        metrics[f"recall@{depth}"] = _mean(recall, weights) if known else None
-        metrics[f"ndcg@{depth}"] = _mean(ndcg, weights) if known else None
+        for name, values in (("recall", recall), ("ndcg", ndcg)):
+            metrics[f"{name}@{depth}"] = _mean(values, weights) if len(above) else None
     return metrics | {"num_samples": len(above)}
 
 
@@ -171,12 +150,13 @@ def retrieval_report(
     there are any, `query_weights` [R] of the impressions.
     """
     items, vectors = catalogue_vectors(job, lockstep)
-    queries, targets, wanted = scored["queries"], scored["query_targets"], scored["query_items"]
-    above, tied = search_places(queries, targets, wanted, items, vectors, job.ranks.group)
-    counts = item_counts.of(wanted.numpy())
+    queries, targets = scored["queries"], scored["query_targets"]
+    target_items = scored["query_items"]
+    above, tied = search_places(queries, targets, target_items, items, vectors, job.ranks.group)
+    counts = item_counts.of(target_items.numpy())
     columns = [above, tied, *([scored["query_weights"]] if "query_weights" in scored else [])]
     reports = {
-        part: retrieval_metrics(*(of_rows[torch.from_numpy(rows)] for of_rows in columns))
+        part: retrieval_metrics(*(column[torch.from_numpy(rows)] for column in columns))
         for part, rows in frequency_masks(counts).items()
     }
     catalogue = {"catalogue": sum(job.ranks.gather(len(items)))}

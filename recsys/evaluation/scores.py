@@ -1,8 +1,5 @@
 """Stores the scores of a split row by row in the run's folder, so that runs can be compared.
 
-Two runs that scored the same rows are compared row by row or user by user without loading their
-models (`recsys.evaluation.bootstrap`).
-
 Shapes: N rows of the split, C labels.
 """
 
@@ -48,9 +45,9 @@ class SplitScores:
     def take(self, rows: np.ndarray) -> SplitScores:  # rows: bool [N]
         """Return some rows."""
         names = ("positions", "groups", "items", "counts", "labels", "logits")
-        chosen = {name: getattr(self, name)[rows] for name in names}
+        columns = {name: getattr(self, name)[rows] for name in names}
         weights = None if self.weights is None else self.weights[rows]
-        return replace(self, **chosen, weights=weights)
+        return replace(self, **columns, weights=weights)
 
 
 MODEL, LOSSES = "model", "losses"  # keys of the file's metadata
@@ -63,11 +60,7 @@ INTEGERS = {
 
 
 def scores_file(run: Path, split: str) -> Path:
-    """Return the file in which a run keeps the scores of a split.
-
-    Raises:
-        ValueError: the split is no name of a folder.
-    """
+    """Return the file in which a run keeps the scores of a split."""
     if not split or Path(split).name != split:
         raise ValueError(f"--split '{split}': not the name of a split, such as test")
     return run / f"scores_{split}.parquet"
@@ -76,9 +69,8 @@ def scores_file(run: Path, split: str) -> Path:
 def write_scores(scores: SplitScores, path: Path, model: str | None = None) -> None:
     """Write scores as Parquet; the file appears whole or not at all.
 
-    Columns are `row`, `group`, `item` and `training_impressions`, `label_NAME` and `logit_NAME` for
-    each label, and `weight` if rows are weighed. `model` identifies the model, as `model_of` its
-    run.
+    Columns are `row`, `group`, `item`, `training_impressions`, `label_NAME` and `logit_NAME` for
+    each label, and `weight` if rows are weighed. `model` is the `model_of` its run.
     """
     columns = {column: getattr(scores, name) for column, name in INTEGERS.items()}
     for index, name in enumerate(scores.label_names):
@@ -88,17 +80,13 @@ def write_scores(scores: SplitScores, path: Path, model: str | None = None) -> N
         columns["weight"] = scores.weights
     with whole_file(path) as partial:
         metadata = {MODEL: model, LOSSES: ",".join(scores.losses)}
-        known = {name: value for name, value in metadata.items() if value}
-        table = pa.table(columns).replace_schema_metadata(known or None)
+        metadata = {name: value for name, value in metadata.items() if value}
+        table = pa.table(columns).replace_schema_metadata(metadata or None)
         pq.write_table(table, partial, write_page_checksum=True)
 
 
 def read_scores(path: Path) -> SplitScores:
-    """Read scores that `write_scores` wrote.
-
-    Raises:
-        ValueError: the file is missing or cannot be read, or a column is missing or damaged.
-    """
+    """Read scores that `write_scores` wrote; fail if the file or a column is missing or damaged."""
     file = Location.of(str(path))
     with open_parquet(file) as parquet:
         columns = parquet.schema_arrow.names
@@ -131,11 +119,7 @@ def read_scores(path: Path) -> SplitScores:
 
 
 def _check_values(table: pa.Table, name: str, file: Location) -> None:
-    """Check a column of scores.
-
-    Raises:
-        ValueError: it has no rows, another type, a null, or a logit that is not finite.
-    """
+    """Raise a ValueError for no rows, another type, a null, or a logit that is not finite."""
     column = table[name]
     is_of_type = pa.types.is_integer if name in INTEGERS else pa.types.is_floating
     is_whole = len(column) > 0 and is_of_type(column.type) and not column.null_count
@@ -147,15 +131,11 @@ def _check_values(table: pa.Table, name: str, file: Location) -> None:
 
 
 def check_model(path: Path, run: Path) -> None:
-    """Check that scores are of the best model that their run has now.
-
-    Raises:
-        ValueError: they are of another: training went on since, or the file is of another run.
-    """
+    """Raise a ValueError unless scores are of the best model that their run has now."""
     with open_parquet(Location.of(str(path))) as parquet:
         stored = (parquet.schema_arrow.metadata or {}).get(MODEL.encode())
-    now = model_of(run)
-    if stored is not None and now is not None and stored.decode() != now:
+    model = model_of(run)
+    if stored is not None and model is not None and stored.decode() != model:
         raise ValueError(
             f"{path}: holds scores of another model than {run}/checkpoints/best has now; write "
             f"them anew with `recsys evaluate --run {run}`"
@@ -163,11 +143,7 @@ def check_model(path: Path, run: Path) -> None:
 
 
 def with_labels(scores: SplitScores, names: tuple[str, ...], where: str) -> SplitScores:
-    """Return scores with these labels in this order.
-
-    Raises:
-        ValueError: a label is missing; `where` names the scores in the message.
-    """
+    """Return scores with these labels in this order; a missing one is a ValueError."""
     if missing := sorted(set(names) - set(scores.label_names)):
         raise ValueError(f"{where}: has labels {list(scores.label_names)}, not {missing}")
     order = [scores.label_names.index(name) for name in names]
@@ -177,27 +153,28 @@ def with_labels(scores: SplitScores, names: tuple[str, ...], where: str) -> Spli
 
 
 def check_same_rows(first: SplitScores, second: SplitScores, where: str) -> None:
-    """Check that both scores are of the same rows; `where` names both in the error message.
-
-    Raises:
-        ValueError: positions, groups, labels, weights or item counts differ; it says which.
-    """
-    kinds = [[of.loss_of(index) for index in range(len(of.label_names))] for of in (first, second)]
-    if kinds[0] != kinds[1]:
-        raise ValueError(f"{where}: losses of the labels differ ({kinds[0]} and {kinds[1]})")
+    """Raise a ValueError unless both scores are of the same rows; `where` names both."""
+    losses, other_losses = (
+        [scores.loss_of(index) for index in range(len(scores.label_names))]
+        for scores in (first, second)
+    )
+    if losses != other_losses:
+        raise ValueError(f"{where}: losses of the labels differ ({losses} and {other_losses})")
     for name in ("positions", "groups", "labels", "counts", "weights"):
-        one, other = (
-            np.ones(len(of.positions)) if getattr(of, name) is None else getattr(of, name)
-            for of in (first, second)
+        column, other = (
+            np.ones(len(scores.positions))
+            if getattr(scores, name) is None
+            else getattr(scores, name)
+            for scores in (first, second)
         )
-        if one.shape != other.shape:
-            raise ValueError(f"{where}: {name} differ, of shape {one.shape} and {other.shape}")
-        is_same = (one == other) | ((one != one) & (other != other))  # NaN: a label not known
-        differs = ~is_same.reshape(len(one), -1).all(axis=1)
+        if column.shape != other.shape:
+            raise ValueError(f"{where}: {name} differ, of shape {column.shape} and {other.shape}")
+        is_same = (column == other) | ((column != column) & (other != other))  # NaN: unknown label
+        differs = ~is_same.reshape(len(column), -1).all(axis=1)
         if differs.any():
             row = int(differs.argmax())
             raise ValueError(
-                f"{where}: {name} differ in {differs.sum():,} of {len(one):,} rows, first in row "
-                f"{row} ({one[row]} and {other[row]}); compare runs on the same split, trained on "
-                "the same rows"
+                f"{where}: {name} differ in {differs.sum():,} of {len(column):,} rows, first in "
+                f"row {row} ({column[row]} and {other[row]}); compare runs on the same split, "
+                "trained on the same rows"
             )

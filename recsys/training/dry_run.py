@@ -33,7 +33,7 @@ from recsys.distributed.torchrec_internals import require_pipelined
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.evaluate import check_data, split_interactions
 from recsys.evaluation.forward_pass import forward_pass
-from recsys.training.pretrained_tables import load_pretrained_tables
+from recsys.training.initial_state import load_pretrained_tables
 from recsys.training.train import training_interactions
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,6 @@ class DryRun:
     peak_bytes: list[int]  # by rank: of the GPU, or resident in the process
 
     def __str__(self) -> str:
-        """Describe the dry run as text."""
         losses = ", ".join(f"{name} {value:.4f}" for name, value in self.losses.items())
         ranks = f"{len(self.peak_bytes)} rank{'s' if len(self.peak_bytes) > 1 else ''}"
         peak = max(self.peak_bytes) / 2**30
@@ -77,7 +76,7 @@ def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
         Watchdog(ranks, config.stall_timeout) as watchdog,
         Lockstep(ranks, watchdog=watchdog) as lockstep,
     ):
-        begin = time.perf_counter()
+        times = [time.perf_counter()]
         check_columns(config, data, ranks)
         job = build_job(config, data, ranks)
         interactions = training_interactions(job)
@@ -86,32 +85,37 @@ def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
             job.em3.scaling.fit(checked.numbers)
         if ranks.is_first:
             print_table(f"{job.plan}\n\n{job.parameters}\n")
-        load_pretrained_tables(job)  # of the start of a run all that does not grow with the items
+        load_pretrained_tables(job)  # setup steps whose time does not grow with the catalogue
         if job.em3.content is not None and job.store is not None:
             start_projections(job.em3.content, job.store, job.ranks)
-        build_seconds = time.perf_counter() - begin
+        times.append(time.perf_counter())
         with watchdog.armed():
-            losses, batch, step_seconds = _train_step(job, interactions, lockstep)
-            scored, evaluation_seconds = _scored_rows(job, lockstep)
-    peaks = ranks.gather((_peak_bytes(ranks), int((batch.row_positions >= 0).sum()), scored))
-    found = DryRun(
-        losses=losses,
-        rows=sum(rows for _, rows, _ in peaks),
-        scored_rows=sum(rows for _, _, rows in peaks),
-        build_seconds=build_seconds,
-        step_seconds=step_seconds,
-        evaluation_seconds=evaluation_seconds,
-        peak_bytes=[peak for peak, _, _ in peaks],
+            losses, rows = _train_step(job, interactions, lockstep)
+            times.append(time.perf_counter())
+            scored_rows = _score_batch(job, lockstep)
+            times.append(time.perf_counter())
+    peaks, rows_of_ranks, scored = zip(*ranks.gather((_peak_bytes(ranks), rows, scored_rows)))
+    loss_values = ranks.gather(losses)
+    build_seconds, step_seconds, evaluation_seconds = (
+        end - begin for begin, end in itertools.pairwise(times)
     )
-    logger.info("%s", found)
-    return found
+    result = DryRun(
+        {name: sum(values[name] for values in loss_values) / len(loss_values) for name in losses},
+        sum(rows_of_ranks),
+        sum(scored),
+        build_seconds,
+        step_seconds,
+        evaluation_seconds,
+        list(peaks),
+    )
+    logger.info("%s", result)
+    return result
 
 
 def _train_step(
     job: Job, interactions: Interactions, lockstep: Lockstep
-) -> tuple[dict[str, float], Batch, float]:
-    """Take one step; return mean losses of the ranks, the batch, seconds. A collective."""
-    begin = time.perf_counter()
+) -> tuple[dict[str, float], int]:
+    """Take one step; return this rank's losses and rows. A collective."""
     job.model.train()
     job.pipeline.begin(1)
     with closing(_first_batch(job, interactions)) as source:
@@ -120,28 +124,24 @@ def _train_step(
         losses, _, batch = next(job.pipeline.outputs(prepared))
         require_pipelined(job.model)
     values = {name: float(value) for name, value in losses.items()}  # waits for a GPU
-    seconds = time.perf_counter() - begin
+    rows = batch.row_positions[batch.row_positions >= 0].cpu().numpy()
     with job.ranks.raise_on_all_ranks():
         if not math.isfinite(values["loss"]):
-            rows = batch.row_positions[batch.row_positions >= 0].cpu().numpy()
             raise ValueError(
                 f"the loss of the first step is {values['loss']} on rank {job.ranks.rank}, on rows "
                 f"between {interactions.rows.describe_range(rows)}; look at these rows and at the "
                 "scale of dense columns and features"
             )
-    of_ranks = job.ranks.gather(values)
-    means = {name: sum(v[name] for v in of_ranks) / len(of_ranks) for name in values}
-    return means, batch, seconds
+    return values, len(rows)
 
 
-def _scored_rows(job: Job, lockstep: Lockstep) -> tuple[int, float]:
-    """Score a batch of the validation split; return rows and seconds. A collective."""
-    begin = time.perf_counter()
+def _score_batch(job: Job, lockstep: Lockstep) -> int:
+    """Score a batch of the validation split; return its rows. A collective."""
     interactions = split_interactions(job, "valid")
     with closing(_first_batch(job, interactions)) as source, torch.no_grad():
         _, logits, batch = next(forward_pass(job, source, lockstep))
     logits.float().sum().item()  # waits for a GPU
-    return int((batch.row_positions >= 0).sum()), time.perf_counter() - begin
+    return int((batch.row_positions >= 0).sum())
 
 
 def _first_batch(job: Job, interactions: Interactions) -> Generator[Batch]:

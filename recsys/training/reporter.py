@@ -28,19 +28,19 @@ NOT_TRACKED = ("calibration", "num_samples", "num_users", "gauc_users", "sum_of_
 class Reporter:
     """Shows a progress bar on a terminal, logs lines elsewhere, and feeds the trackers.
 
+    Trackers, bar and tables are those of rank 0. Building it is a collective, so that a tracker
+    that fails at its start ends all ranks.
+
     Args:
-        job: the job in training; trackers, bar and tables are those of rank 0.
+        job: the job in training.
         run: the run's folder.
         progress: the point where the run starts or continues.
         counts_all_steps: count the steps of the runs before, too, of which this one is a part.
-
-    Building it is a collective, so that a tracker that fails at its start ends all ranks.
     """
 
     def __init__(
         self, job: Job, run: Path, progress: Progress, counts_all_steps: bool = False
     ) -> None:
-        """Build the trackers and the bar. A collective."""
         self.job, self.active = job, job.ranks.is_first
         self.steps_before = progress.steps_before if counts_all_steps else 0
         self.every = job.config.log_every_steps
@@ -71,11 +71,11 @@ class Reporter:
         text = " ".join(f"{name} {float(value):.4f}" for name, value in losses.items())
         self.bar.set_postfix_str(f"{text} {rate:,.0f} samples/s")
         if self.bar.disable:
-            left = (self.num_batches - progress.batches) * progress.seconds / progress.steps
+            seconds_left = (self.num_batches - progress.batches) * progress.seconds / progress.steps
             logger.info(
                 "epoch %d step %d/%d %s %s samples/s, %s left",
                 *(progress.epoch + 1, progress.batches, self.num_batches),
-                *(text, f"{rate:,.0f}", tqdm.format_interval(left)),
+                *(text, f"{rate:,.0f}", tqdm.format_interval(seconds_left)),
             )
         if is_last:
             self.bar.close()  # its last state stays on the screen
@@ -107,13 +107,12 @@ class Reporter:
 
     def evaluation(self, split: str, step: int, report: dict[str, Any]) -> None:
         """Pass the numeric metrics of a split, and those of each label, to the trackers."""
-        for label, of_label in report.get("labels", {}).items():
-            self.evaluation(f"{split}/{label}", step, of_label)
-        found = report.get("retrieval", {})
-        of_search = {name: value for name, value in found.items() if "@" in name}
+        for label, metrics in report.get("labels", {}).items():
+            self.evaluation(f"{split}/{label}", step, metrics)
+        searched = {k: value for k, value in report.get("retrieval", {}).items() if "@" in k}
         numbers = {
             f"{split}/{tracked_name(name)}": float(value)
-            for name, value in {**of_search, **report}.items()
+            for name, value in {**searched, **report}.items()
             if isinstance(value, int | float) and name not in NOT_TRACKED
         }
         self.write(numbers, step)
@@ -121,7 +120,7 @@ class Reporter:
     def validation(self, progress: Progress, report: dict[str, Any]) -> None:
         """Print the table of a validation and record its metrics."""
         if self.active:
-            tables = format_evaluation(report, self.job.config)
+            tables = format_evaluation(report, self.job.config.ranking, self.job.config.metrics)
             print_table(f"validation after step {progress.steps}\n{tables}")
         self.evaluation("valid", progress.steps, report)
 

@@ -7,9 +7,11 @@ command on the same folder continues from the last checkpoint.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,13 +19,16 @@ from typing import Any
 
 from recsys.build import Job, build_job, check_columns
 from recsys.checkpoint.compatibility import with_automatic
-from recsys.checkpoint.files import BEST, model_of
+from recsys.checkpoint.files import BEST, folders_by_age, model_of
 from recsys.checkpoint.manager import Checkpoints, load_best
 from recsys.checkpoint.new_rows.fill import require_table_state
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.run_folder import (
+    COMPARISON,
     LOCK,
     SKIPPED_ROWS,
+    TWIN,
+    TWIN_MARK,
     Resume,
     begin_run,
     check_encoders,
@@ -36,8 +41,8 @@ from recsys.checkpoint.run_folder import (
 from recsys.checkpoint.run_schema import schema_of_data
 from recsys.checkpoint.warm_start.plan import plan_warm_start
 from recsys.checkpoint.warm_start.request import WarmStart
-from recsys.config import Config, load_config
-from recsys.content.projection_start import start_projections
+from recsys.config import Config, load_config, softmax_settings
+from recsys.config.checks import validate
 from recsys.data.filesystem import Location, read_json, write_whole
 from recsys.data.interactions import Interactions
 from recsys.data.row_source import RowSource, open_rows
@@ -46,21 +51,15 @@ from recsys.distributed.lockstep import Lockstep, TrainingStopped
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks, sole_job
 from recsys.distributed.watchdog import Watchdog
-from recsys.evaluation.evaluate import (
-    CheckedRows,
-    check_data,
-    evaluate_split,
-    fill_bank,
-    format_evaluation,
-)
+from recsys.evaluation.compare import compare_runs, format_comparison, write_comparison
+from recsys.evaluation.evaluate import check_data, evaluate_split, format_evaluation
 from recsys.evaluation.further_metrics import make_metrics
+from recsys.evaluation.model_selection import require_useful, slack_for
 from recsys.evaluation.scores import scores_file
 from recsys.storage.output_file import check_run_folder
-from recsys.training.item_opinions import fill_opinions
-from recsys.training.pretrained_tables import load_pretrained_tables
+from recsys.training.initial_state import start_fresh
 from recsys.training.reporter import Reporter
 from recsys.training.trainer import Trainer
-from recsys.training.useless_models import require_useful, slack_for
 from recsys.training.warm_start import (
     OpenedWarmStart,
     check_begun_from,
@@ -75,11 +74,11 @@ PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "transformers",
 
 def versions() -> dict[str, str]:
     """Return the installed versions of packages that results depend on."""
-    found = {}
+    installed = {}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            installed[package] = version(package)
+    return installed
 
 
 def train(
@@ -90,6 +89,7 @@ def train(
     overwrite: bool = False,
     resume: Resume = "auto",
     warm_start: WarmStart | None = None,
+    baseline: Config | None = None,
 ) -> dict[str, Any]:
     """Train, keep the best model, and return the content of `metrics.json`. A collective.
 
@@ -102,6 +102,8 @@ def train(
         resume: auto: continue if the folder has a run; never: refuse such a folder; must: refuse
             any other.
         warm_start: a run whose state a new run begins with; one that goes on was begun so.
+        baseline: settings of a model to train in `RUN/id_only` and to compare with on the test
+            split (`RUN/comparison.json`); see `id_only_baseline`.
 
     Raises:
         TrainingStopped: the job was asked to end; its state is saved.
@@ -112,20 +114,25 @@ def train(
     with ranks.raise_on_all_ranks():
         check_run_folder(run, data)
     with sole_job(run, ranks, run / LOCK):
-        metrics = train_locked(config, data, run, ranks, overwrite, resume, warm_start)
+        with ranks.raise_on_all_ranks():
+            if baseline is not None and ranks.is_first:
+                _check_baseline_folder(run)
+        metrics = _train_locked(config, data, run, ranks, overwrite, resume, warm_start)
+        if baseline is not None:
+            _compare_with_baseline(baseline, data, run, ranks)
         finish_run(run, ranks)
     check_best(metrics, config, data, run)
     return metrics
 
 
-def train_locked(
+def _train_locked(
     config: Config,
     data: str,
     run: Path,
     ranks: Ranks,
     overwrite: bool,
     resume: Resume,
-    warm_start: WarmStart | None = None,
+    warm_start: WarmStart | None,
 ) -> dict[str, Any]:
     """Train as `train` does, in a folder that this job has locked. A collective."""
     make_metrics(config.metrics)  # invalid settings are reported before any work is done
@@ -203,36 +210,6 @@ def training_interactions(job: Job, is_shuffled: bool = True) -> Interactions:
     return interactions
 
 
-def start_fresh(job: Job, checked: CheckedRows) -> Progress:
-    """Initialise a new run: tables, projections, bank, scales of numbers, opinions. A collective.
-
-    Args:
-        job: the job.
-        checked: what its training rows are like; projections are fitted to the items that have any.
-    """
-    if job.em3.scaling is not None:
-        job.em3.scaling.fit(checked.numbers)
-    load_pretrained_tables(job)
-    if job.em3.content is not None and job.store is not None:
-        start_projections(job.em3.content, job.store, job.ranks, trained=checked.item_counts)
-        fill_bank(job)
-    fill_opinions(job)
-    return Progress()
-
-
-def check_best(metrics: dict[str, Any], config: Config, data: str, run: Path) -> None:
-    """Raise a ValueError on all ranks if the best model's predictions are useless."""
-    root, kept = Location.of(data), "Checkpoints and metrics.json are kept"
-
-    def rows_of(split: str) -> RowSource:
-        return open_rows(config.source, root, split, load_schema(root), config.on_bad_row)
-
-    require_useful(metrics["valid"], config, f"{run}, validation", partial(rows_of, "train"), kept)
-    test = metrics["test"]
-    slack = slack_for(test.get("num_samples", 0))
-    require_useful(test, config, f"{run}, test", partial(rows_of, "test"), kept, slack)
-
-
 def training_figures(job: Job, progress: Progress) -> dict[str, Any]:
     """Return what `metrics.json` says of the training itself."""
     return {
@@ -259,17 +236,86 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
         )
     with job.ranks.raise_on_all_ranks():
         model = model_of(run)
-    given = trainer.item_counts, trainer.lockstep
-    file = scores_file(run, "test")
-    test = evaluate_split(job, "test", *given, searches=True, scores_to=file, model=model)
+    counts, file = trainer.item_counts, scores_file(run, "test")
+    test = evaluate_split(job, "test", counts, trainer.lockstep, True, scores_to=file, model=model)
     metrics = {"valid": progress.best, "test": test, **training_figures(job, progress)}
     if job.config.on_bad_row == "skip":
         metrics["skipped_rows"] = read_json(run / SKIPPED_ROWS)
     with job.ranks.raise_on_all_ranks():  # no rank leaves before the result is written
         if job.ranks.is_first:
             write_whole(run / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-            tables = format_evaluation(metrics["test"], job.config)
+            tables = format_evaluation(test, job.config.ranking, job.config.metrics)
             print_table(f"test, model of step {progress.best_step}\n{tables}")
-    trainer.reporter.evaluation("test", progress.steps, metrics["test"])
+    trainer.reporter.evaluation("test", progress.steps, test)
     logger.info("written to %s", run)
     return metrics
+
+
+def check_best(metrics: dict[str, Any], config: Config, data: str, run: Path) -> None:
+    """Raise a ValueError on all ranks if the best model's predictions are useless."""
+    if softmax_settings(config.ranking) is not None:  # its scores are no probabilities
+        return
+    root, consequence = Location.of(data), "Checkpoints and metrics.json are kept"
+
+    def rows_of(split: str) -> RowSource:
+        return open_rows(config.source, root, split, load_schema(root), config.on_bad_row)
+
+    valid, test = metrics["valid"], metrics["test"]
+    require_useful(valid, f"{run}, validation", partial(rows_of, "train"), consequence)
+    slack = slack_for(test.get("num_samples", 0))
+    require_useful(test, f"{run}, test", partial(rows_of, "test"), consequence, slack)
+
+
+def id_only_baseline(config: Config) -> Config:
+    """Return the same configuration without content and without the parts that need it.
+
+    New rows that the run makes of content get what that rule gives without it: the mean.
+
+    Raises:
+        ValueError: the configuration has no content, or is not valid without it.
+    """
+    if config.content == "none":
+        raise ValueError(
+            "--compare id_only: the run has no content (content: none), so it is its own ID-only "
+            "baseline; leave --compare out or configure content"
+        )
+    tables = {
+        name: replace(table, new_rows="mean") if table.new_rows == "content" else table
+        for name, table in config.embedding.tables.items()
+    }
+    baseline = replace(
+        config,
+        content="none",
+        contrastive=replace(config.contrastive, weight=0.0),
+        embedding=replace(config.embedding, tables=tables),
+    )
+    validate(baseline)
+    return baseline
+
+
+def _check_baseline_folder(run: Path) -> None:
+    """Refuse to replace a folder that is not this run's own."""
+    if (run / TWIN).exists() and not (run / TWIN_MARK).exists():
+        raise ValueError(
+            f"{run / TWIN}: was not made as the baseline of {run}, and would be replaced; move it "
+            "or choose another --out"
+        )
+
+
+def _compare_with_baseline(config: Config, data: str, run: Path, ranks: Ranks) -> None:
+    """Train the baseline of a run, or go on with it, and compare both. A collective."""
+    gc.collect()  # the first model is no longer needed, and its modules refer to each other
+    folder = run / TWIN
+    with ranks.raise_on_all_ranks():
+        if ranks.is_first:
+            (run / TWIN_MARK).touch()
+    logger.info("training the ID-only baseline in %s", folder)
+    # A best model without a checkpoint to continue from may be replaced: the folder is the run's.
+    is_new = ranks.gather(not folders_by_age(folder / "checkpoints"))[0]
+    train(config, data, folder, ranks, overwrite=is_new)
+    with ranks.raise_on_all_ranks():
+        if ranks.is_first:
+            report = compare_runs([folder, run], "test")
+            write_comparison(report, run / COMPARISON)
+            print_table(format_comparison(report))
+            logger.info("written to %s", run / COMPARISON)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from recsys.build import Job
@@ -19,18 +21,19 @@ from recsys.config import content_settings
 from recsys.data.batch import Batch
 from recsys.data.interactions import Interactions, loader
 from recsys.data.item_frequency import ItemCounts
+from recsys.data.row_source import RowSource
 from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.diagnostics.profile import StepProfile
 from recsys.distributed.lockstep import Lockstep, TrainingStopped
+from recsys.distributed.ranks import Ranks
 from recsys.distributed.torchrec_internals import require_pipelined
-from recsys.evaluation.evaluate import evaluate_split, fill_bank
+from recsys.evaluation.evaluate import evaluate_split, fill_bank, undefined_selection
 from recsys.evaluation.model_selection import needs_search, selection_score, selection_words
-from recsys.evaluation.validation_check import undefined_selection
-from recsys.training.garbage import collected_seldom
-from recsys.training.loss_watch import LossWatch
 from recsys.training.reporter import Reporter
 
 logger = logging.getLogger(__name__)
+
+LIVING_OBJECTS = 20_000  # above what a step makes; cycles of a user's own parts still end
 
 
 @dataclass
@@ -47,7 +50,6 @@ class Trainer:
     item_counts: ItemCounts  # training impressions
 
     def __post_init__(self) -> None:
-        """Add the watch of losses and the profile of the first steps; negatives get the counts."""
         if (negatives := self.job.preparation.negatives) is not None:
             negatives.use_counts(self.item_counts)
         # Their functions must not hold the trainer: a circle would keep the model of a run that has
@@ -58,6 +60,11 @@ class Trainer:
         self.loss_watch = LossWatch(job.ranks, rows, every, lambda: checkpoints.last_good)
         self.profile = StepProfile(job.em3, job.ranks, steps, self.run)
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the settings ask for no further step."""
+        return self.progress.is_finished(self.job.config.epochs, self.job.config.patience)
+
     def train(self) -> None:
         """Train until epochs or patience end. A collective.
 
@@ -66,11 +73,11 @@ class Trainer:
             ValueError: on every rank, a row cannot be used, a loss is not finite, or a checkpoint
                 cannot be written.
         """
-        if self.progress.is_finished(self.job.config):
+        if self.is_finished:
             return
         try:
-            with collected_seldom():
-                while not self.progress.is_finished(self.job.config):
+            with relaxed_gc():
+                while not self.is_finished:
                     self.train_epoch()
         except TrainingStopped:
             self.checkpoints.save(self.progress, wait=True)
@@ -83,79 +90,76 @@ class Trainer:
         An epoch has parts, each of which ends with a validation, and parts have stretches, each of
         which ends with a checkpoint: all ranks agree on the end of a stretch in advance.
         """
-        job, progress, lockstep, config = self.job, self.progress, self.lockstep, self.job.config
+        config, progress = self.job.config, self.progress
         self.interactions.begin(progress.epoch, progress.stages, progress.batches)
         self.reporter.begin(self.interactions.num_batches, progress)
-        is_cuda, parts = job.ranks.device.type == "cuda", config.validations_per_epoch
+        is_cuda = self.job.ranks.device.type == "cuda"
         with closing(loader(self.interactions, config.num_workers, is_cuda)) as source:
-            while progress.validations < parts:
-                begin_of_part, end_of_part = self._part(progress.validations)
+            while (part := progress.validations) < config.validations_per_epoch:
+                begin_of_part, end_of_part = (
+                    self.interactions.batches_until(number, config.validations_per_epoch)
+                    for number in (part, part + 1)
+                )
                 first_step = progress.steps
-                unknown = UnknownIds(job.schema)
-                job.pipeline.begin(end_of_part - progress.batches)
-                count = self._batches_until_pause(end_of_part)
-                batches = lockstep.training_batches(source, count, config.accumulate_steps)
-                with lockstep.watchdog.armed(), self.profile:
-                    for losses, batch in self._steps(batches, unknown):
-                        loss, positions = losses["loss"], batch.row_positions
-                        lockstep.record_error(self.loss_watch.step(progress.steps, loss, positions))
-                        self.reporter.step(progress, losses)  # logs every `log_every_steps`
-                        if lockstep.stop or lockstep.save:
-                            lockstep.end_stretch()  # the pipeline ends its fetched batches
-                        lockstep.watchdog.mark(f"step {progress.steps}")
-                        self.profile.step()
-                lockstep.record_error(self.loss_watch.check())
-                lockstep.sync_errors()  # so that no state after a bad loss is ever saved
-                progress.count_ids(job, unknown)
-                if lockstep.stop:
-                    raise TrainingStopped
-                if lockstep.save or self._checkpoint_is_due(first_step, end_of_part):
+                self.train_stretch(source, end_of_part)
+                if self.lockstep.save or self._checkpoint_is_due(first_step, end_of_part):
                     self.checkpoints.save(progress)
-                    lockstep.saved()
+                    self.lockstep.saved()
                 if progress.batches >= end_of_part:
-                    if end_of_part > begin_of_part or progress.validations + 1 == parts:
+                    if end_of_part > begin_of_part or part + 1 == config.validations_per_epoch:
                         self._validate()
                     progress.validations += 1
-                    if progress.is_finished(config):
+                    if self.is_finished:
                         return
         progress.begin_next_epoch()
 
-    def _steps(
-        self, batches: Iterator[Batch], unknown: UnknownIds
-    ) -> Iterator[tuple[dict[str, Tensor], Batch]]:
-        """Yield losses and batch of each step once parameters are updated. A collective."""
-        job, progress = self.job, self.progress
-        job.model.train()
-        start = time.perf_counter() - progress.seconds
-        prepared = job.preparation(batches, unknown, progress.age, training=True)
-        for losses, _, batch in job.pipeline.outputs(prepared):
-            if progress.steps == 0:
-                require_pipelined(job.model)
-            if job.pipeline.has_stepped:
-                job.schedule.step()
-                progress.dense_steps += 1
-            progress.steps += 1
-            progress.batches += 1
-            progress.samples += batch.batch_size * job.ranks.world_size
-            progress.seconds = time.perf_counter() - start
-            yield losses, batch
+    def train_stretch(self, source: Iterator[Batch], end_of_part: int) -> None:
+        """Take steps until a validation, a checkpoint or a request to end. A collective.
 
-    def _part(self, number: int) -> tuple[int, int]:
-        """Return the batches of the epoch before and up to the end of a part."""
-        parts = self.job.config.validations_per_epoch
-        return (
-            self.interactions.batches_until(number, parts),
-            self.interactions.batches_until(number + 1, parts),
-        )
+        Batches are fetched ahead: the ranks agree on a batch, negatives and content are added to
+        it, and the pipeline sends its ids while the batch before it is in its step.
+        """
+        job, progress, lockstep = self.job, self.progress, self.lockstep
+        unknown = UnknownIds(job.schema)
+        start = time.perf_counter() - progress.seconds
+        job.model.train()
+        job.pipeline.begin(end_of_part - progress.batches)
+        count = self._batches_until_pause(end_of_part)
+        batches = lockstep.training_batches(source, count, job.config.accumulate_steps)
+        batches = job.preparation(batches, unknown, progress.age, training=True)
+        with lockstep.watchdog.armed(), self.profile:
+            # Forward, backward and the update: of tables in each step, of the rest once per group.
+            for losses, _, batch in job.pipeline.outputs(batches):
+                if progress.steps == 0:
+                    require_pipelined(job.model)
+                if job.pipeline.has_stepped:
+                    job.schedule.step()
+                    progress.dense_steps += 1
+                progress.steps += 1
+                progress.batches += 1
+                progress.samples += batch.batch_size * job.ranks.world_size
+                progress.seconds = time.perf_counter() - start
+                loss, positions = losses["loss"], batch.row_positions
+                lockstep.record_error(self.loss_watch.step(progress.steps, loss, positions))
+                self.reporter.step(progress, losses)  # logs every `log_every_steps`
+                if lockstep.stop or lockstep.save:
+                    lockstep.end_stretch()  # the pipeline ends its fetched batches
+                lockstep.watchdog.mark(f"step {progress.steps}")
+                self.profile.step()
+        lockstep.record_error(self.loss_watch.check())
+        lockstep.sync_errors()  # so that no state after a bad loss is ever saved
+        progress.count_ids(job, unknown)
+        if lockstep.stop:
+            raise TrainingStopped
 
     def _batches_until_pause(self, end_of_part: int) -> int:
         """Count batches until the part ends or a checkpoint is due by steps, in whole groups."""
         every, group = self.job.config.checkpoint.every_steps, self.job.config.accumulate_steps
-        left = end_of_part - self.progress.batches
+        batches_left = end_of_part - self.progress.batches
         if every is None:
-            return left
+            return batches_left
         until_due = every - self.progress.steps % every
-        return min(left, -(-until_due // group) * group)
+        return min(batches_left, -(-until_due // group) * group)
 
     def _checkpoint_is_due(self, first_step: int, end_of_part: int) -> bool:
         """Return whether a checkpoint has become due by steps since a stretch began.
@@ -178,20 +182,20 @@ class Trainer:
 
     def _validate_weights(self) -> None:
         """Validate the weights in place. A collective."""
-        job, progress = self.job, self.progress
+        job, progress, metric = self.job, self.progress, self.job.config.best_model_by
         self.checkpoints.require_finite(progress)
         content = content_settings(job.config)
         if content is not None and content.history.refresh_bank_every_epoch:
             fill_bank(job, self.lockstep)
         refill_new_rows(job, self.run)
-        searches = needs_search(job.config.best_model_by)
+        searches = needs_search(metric)
         report = evaluate_split(job, "valid", self.item_counts, self.lockstep, searches)
         if (line := format_unknown("train", progress.ids)) is not None:
             logger.info("%s; %s", line, progress.vocabularies)
         self.reporter.validation(progress, report)
-        score = selection_score(report, job.config.best_model_by)
+        score = selection_score(report, metric)
         if score is None:
-            cause = f"the {selection_words(job.config.best_model_by)} is not defined there"
+            cause = f"the {selection_words(metric)} is not defined there"
             raise ValueError(undefined_selection(job, cause))
         if progress.best_step < 0 or score > progress.best_score:
             progress.best_step, progress.best_score, progress.best = progress.steps, score, report
@@ -199,3 +203,55 @@ class Trainer:
             self.checkpoints.save_best(progress)
         else:
             progress.validations_without_gain += 1
+
+
+class LossWatch:
+    """Checks the loss of every step; on a GPU some steps later, so that no step waits for it.
+
+    Args:
+        ranks: the ranks; only the losses of this rank are checked.
+        rows: the training rows, to name those of a bad batch.
+        every: on a GPU, steps between two checks.
+        last_good: returns the last good checkpoint.
+    """
+
+    def __init__(
+        self, ranks: Ranks, rows: RowSource, every: int, last_good: Callable[[], Path | None]
+    ) -> None:
+        self.ranks, self.rows, self.last_good = ranks, rows, last_good
+        self.every = every if ranks.device.type == "cuda" else 1
+        self._unchecked: list[tuple[int, Tensor, Tensor]] = []
+
+    def step(self, step: int, loss: Tensor, row_positions: Tensor) -> Exception | None:  # [], [B]
+        """Record the loss of a step; return an error if an unchecked loss is not finite."""
+        self._unchecked.append((step, loss, row_positions))
+        return self.check() if len(self._unchecked) >= self.every else None
+
+    def check(self) -> Exception | None:
+        """Check the losses recorded so far; return an error if one is not finite."""
+        unchecked, self._unchecked = self._unchecked, []
+        if not unchecked or bool(torch.stack([loss for _, loss, _ in unchecked]).isfinite().all()):
+            return None
+        step, loss, positions = next(entry for entry in unchecked if not entry[1].isfinite())
+        rows = positions[positions >= 0].cpu().numpy()
+        return ValueError(
+            f"the loss is {float(loss)} at step {step} on rank {self.ranks.rank}, on "
+            f"{len(rows)} impressions between {self.rows.describe_range(rows)}; look at these "
+            f"rows, or lower the learning rates. The last good checkpoint is {self.last_good()}"
+        )
+
+
+@contextmanager
+def relaxed_gc() -> Iterator[None]:
+    """Start Python's garbage collector less often inside the block.
+
+    It starts when 700 more objects live than at its last run. The forward of one step makes more,
+    all of which die with its graph: the collector then walks through them several times per step
+    and finds nothing, at about a tenth of a short step's time.
+    """
+    limits = gc.get_threshold()
+    gc.set_threshold(max(limits[0], LIVING_OBJECTS) if limits[0] else 0, *limits[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*limits)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+
+import numpy as np
 
 from embeddings.table_state import set_table_steps
 from embeddings.vocabulary.fixed import ExactVocabulary
@@ -29,8 +31,7 @@ from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.evaluate import fill_bank
 from recsys.model.input_scaling import InputScaling
-from recsys.training.item_opinions import fill_opinions
-from recsys.training.pretrained_tables import load_pretrained_tables
+from recsys.training.initial_state import fill_opinions, load_pretrained_tables
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +44,6 @@ def open_warm_start(
     """Open the run to start from, and the schema of the data as its model reads it. A collective.
 
     Without vocabularies, the caller gives the schema its maps of raw ids.
-
-    Raises:
-        ValueError: on every rank: the run has no such checkpoint, or a column means something else.
     """
     source, differences = open_source(request, run, ranks), Differences()
     with ranks.raise_on_all_ranks():
@@ -59,9 +57,6 @@ def start_warm(
     """Begin a run with what its plan takes over; the rest as in any new run. A collective.
 
     `numbers` are the ranges of the numbers in its training rows.
-
-    Raises:
-        ValueError: on every rank: a file of the checkpoint cannot be read.
     """
     progress = take_over(job, plan)
     fit_to_rows(job, plan, numbers)
@@ -71,11 +66,7 @@ def start_warm(
 
 
 def take_over(job: Job, plan: WarmStartPlan) -> Progress:
-    """Fill the job with what its plan takes over; read no row, and write nothing. A collective.
-
-    Raises:
-        ValueError: on every rank: a file of the checkpoint cannot be read.
-    """
+    """Fill the job with what its plan takes over; read no row, and write nothing. A collective."""
     source = plan.source
     load_pretrained_tables(job)  # rows that the other run has are replaced by its own
     plan.apply(job)
@@ -95,29 +86,30 @@ def take_over(job: Job, plan: WarmStartPlan) -> Progress:
         if plan.items is None:
             fill_bank(job)
         else:
-            is_same = plan.items.is_identity or job.schema.has_bounded_items  # known by raw id
-            new_rows = None if is_same else plan.items.new_rows
             with job.averaged():  # as predictions by the run do
-                encode_changed_items(job, source.request.run, source.model.manifest, new_rows)
+                run, manifest = source.request.run, source.model.manifest
+                encode_changed_items(job, run, manifest, new_item_rows(job, plan))
     return progress
+
+
+def new_item_rows(
+    job: Job, plan: WarmStartPlan
+) -> Callable[[np.ndarray], np.ndarray] | None:  # [N] -> [N]
+    """Return the map from rows of items of the plan to rows of the job; None if they are equal."""
+    assert plan.items is not None
+    is_same = plan.items.is_identity or job.schema.has_bounded_items  # known by raw id
+    return None if is_same else plan.items.new_rows
 
 
 def fit_to_rows(job: Job, plan: WarmStartPlan, numbers: Mapping[str, NumberRange]) -> None:
     """Fit to the job's training rows what training does not learn: once they are scored, if at all.
 
-    A model of an earlier version goes on with its numbers as they are. A collective.
-
-    Args:
-        job: the job, with what its plan takes over.
-        plan: of its start.
-        numbers: ranges of the numbers in its training rows.
-
-    Raises:
-        ValueError: on every rank: the rows cannot be read.
+    A model of an earlier version goes on with its numbers as they are. `numbers` are the ranges of
+    the numbers in its training rows. A collective.
     """
     _load_pretrained_rows_of_new_ids(job, plan)
     scaling = job.em3.scaling
-    if scaling is not None and not _is_of_before(scaling, plan):
+    if scaling is not None and not _takes_raw_numbers(scaling, plan):
         scaling.fit(numbers)
     fill_opinions(job)
     for table, filled in fill_new_rows(job, counts_before(job, plan)).items():
@@ -126,17 +118,18 @@ def fit_to_rows(job: Job, plan: WarmStartPlan, numbers: Mapping[str, NumberRange
 
 def _load_pretrained_rows_of_new_ids(job: Job, plan: WarmStartPlan) -> None:
     """Write the vectors of `init_from` for ids that an exact map has got since. A collective."""
-    known = {}
+    num_old_ids = {}
     for table in job.schema.tables_with("exact"):
-        before, now = (of.vocabularies.get(table) for of in (plan.source.schema, job.schema))
-        if not isinstance(before, ExactVocabulary) or not isinstance(now, ExactVocabulary):
+        previous = plan.source.schema.vocabularies.get(table)
+        current = job.schema.vocabularies.get(table)
+        if not isinstance(previous, ExactVocabulary) or not isinstance(current, ExactVocabulary):
             continue
-        if len(now) > len(before) and now.is_extension_of(before):
-            known[table] = len(before)
-    load_pretrained_tables(job, known)
+        if len(current) > len(previous) and current.is_extension_of(previous):
+            num_old_ids[table] = len(previous)
+    load_pretrained_tables(job, num_old_ids)
 
 
-def _is_of_before(scaling: InputScaling, plan: WarmStartPlan) -> bool:
+def _takes_raw_numbers(scaling: InputScaling, plan: WarmStartPlan) -> bool:
     """Return whether the ranking model that is taken over reads all numbers as they are."""
     if not plan.takes_part("ranking."):
         return False
@@ -146,11 +139,7 @@ def _is_of_before(scaling: InputScaling, plan: WarmStartPlan) -> bool:
 
 
 def check_begun_from(run: Path, request: WarmStart | None) -> None:
-    """Refuse to go on with a run that was not begun from the run that is asked for.
-
-    Raises:
-        ValueError: names both.
-    """
+    """Raise a ValueError for a run that was not begun from the run that is asked for."""
     if request is None:
         return
     file = run / WARM_START
@@ -177,7 +166,7 @@ def describe_start(run: Path, ranks: Ranks, plan: WarmStartPlan) -> None:
                 "checkpoint": model.folder.name,
                 "step": model.manifest["step"],
                 "tensors": len(plan.taken),
-                "differences": [asdict(each) for each in plan.differences.reconciled],
+                "differences": [asdict(difference) for difference in plan.differences.reconciled],
             }
             write_whole(run / WARM_START, json.dumps(content, indent=1) + "\n")
             print_table(

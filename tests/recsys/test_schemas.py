@@ -26,7 +26,7 @@ from recsys.evaluation.scores import read_scores
 from recsys.model.losses import predictions
 from recsys.serving import Scorer
 from recsys.serving.export import export_run
-from recsys.training.continual.queue import Span
+from recsys.training.continual.queue import PartitionRange
 from recsys.training.continual.walk import Request, train_continually
 from recsys.training.train import train
 from tests.recsys.schema_runs import (
@@ -114,7 +114,7 @@ def test_a_warm_start_takes_all_of_a_run(run: SchemaRun) -> None:
 
 def test_a_partition_is_scored_as_the_run_before_predicts(run: SchemaRun) -> None:
     walk = ContinualFolder(run.folder / "walk")
-    request = Request(Span(None, None), False, WarmStart(run.folder / "run"))
+    request = Request(PartitionRange(None, None), False, WarmStart(run.folder / "run"))
     with joined_ranks("cpu") as ranks:
         train_continually(run.config, str(run.data), walk.path, ranks, request)
 

@@ -21,8 +21,7 @@ from recsys.diagnostics.run_report.page import (
     new_figure,
 )
 from recsys.evaluation.bootstrap import paired_difference
-from recsys.evaluation.metrics import RankedRows, marked_cell, rows_of_loss
-from recsys.evaluation.regression import RegressionRows
+from recsys.evaluation.metrics import RankedRows, RegressionRows, marked_cell, rows_of_loss
 from recsys.evaluation.scores import SplitScores
 
 BUCKETS = (0, 1, 5, 20, 100)  # least training impressions of each bucket

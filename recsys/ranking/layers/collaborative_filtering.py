@@ -6,7 +6,7 @@ users value alike have similar vectors (adjusted cosine, Sarwar et al. 2001, Ite
 collaborative filtering). A vote is the user's relative value of a history item, weighted by its
 similarity to the target. Content plays no part, and training learns no parameter.
 
-Vectors (`opinions`) are counted once from the training rows (`recsys.training.item_opinions`). A
+Vectors (`opinions`) are counted once from the training rows (`recsys.training.initial_state`). A
 row in training leaves out its own user's group, so that its label is not among its inputs.
 
 Shapes: B batch, U unique history items, N history items of the batch, I items, G groups of users,

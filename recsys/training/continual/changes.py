@@ -23,57 +23,54 @@ from recsys.data.transforms.chain import set_chain
 from recsys.data.transforms.prepare import fit_chains
 from recsys.distributed.ranks import Ranks
 from recsys.training.continual.partitions import Partition
+from recsys.training.warm_start import new_item_rows
 
 NewIds = dict[str, pa.Array]  # by table with an exact map
 # Rules of a warm start by which a column is read as before.
-AS_BEFORE = ("as in the data", "fit of the run")
+UNCHANGED_RULES = ("as in the data", "fit of the run")
 
 
 def require_unchanged(
     source: Source, differences: Differences, config: Config, root: Location
 ) -> None:
-    """Refuse columns or settings that a warm start would reconcile, but that redefine the model.
-
-    Raises:
-        ValueError: names all that differ.
-    """
-    listed = [each for each in differences.reconciled if each.rule not in AS_BEFORE]
-    found = [f"{each.part}: {each.what}" for each in listed]
-    for name, before, now in differing_settings(source.config, config):
-        found.append(f"{name} was {before}, is {now}")
-    if found:
+    """Refuse columns or settings that a warm start would reconcile, but that redefine the model."""
+    changes = [
+        f"{difference.part}: {difference.what}"
+        for difference in differences.reconciled
+        if difference.rule not in UNCHANGED_RULES
+    ]
+    for name, previous, current in differing_settings(source.config, config):
+        changes.append(f"{name} was {previous}, is {current}")
+    if changes:
         raise ValueError(
             f"{root}/schema.yaml or settings: differ from those of {source.request.run}: "
-            f"{'; '.join(found)}. Set them back, or begin another run from it: --out NEW "
+            f"{'; '.join(changes)}. Set them back, or start another run from it: --out NEW "
             f"--warm-start {source.request.run.parents[1]}"
         )
 
 
 def new_schema(
-    root: Location, partition: Partition, known: tuple[Schema, Schema] | None, ranks: Ranks
+    root: Location, partition: Partition, previous: tuple[Schema, Schema] | None, ranks: Ranks
 ) -> tuple[Schema, NewIds]:
     """Return the columns as the model before the partition reads them, and its new ids.
 
-    The maps of raw ids have those of the run before and of the items; transforms that are fitted
-    are those of the run before, or fitted on the partition. A collective.
-
-    Args:
-        root: the dataset.
-        partition: its next partition.
-        known: the columns without maps, and those of the run before with its maps; None: a new run,
-            whose first maps are the dataset's, if it has any.
-        ranks: the ranks; the first one reads.
+    `previous` are the columns without maps, and those of the run before with its maps. A new run
+    begins with the dataset's maps, if it has any. Transforms that are fitted are those of the run
+    before, or fitted on the partition. A collective; the first rank reads.
 
     Raises:
         ValueError: on every rank: the dataset cannot be read, or a table has too few rows.
     """
     with ranks.raise_on_all_ranks():
-        if known is None:
+        if previous is None:
             schema = read_schema(root)
             maps = _stored_maps(root, schema)
         else:
-            schema, maps = known[0], _maps(known[1])
-            _forget_fits(root, schema, known[1])
+            schema, maps = previous[0], _maps(previous[1])
+            # The dataset's own fits may be of later partitions.
+            for name, chain in read_schema(root).transforms.items():
+                if schema.transforms[name] != previous[1].transforms.get(name):
+                    schema.transforms[name] = chain
         for table in schema.tables_with("exact"):
             vocabulary = ExactVocabulary(schema.limit(table))
             vocabulary.extend([maps[table].ids] if table in maps else [])
@@ -109,31 +106,20 @@ def _stored_maps(root: Location, schema: Schema) -> dict[str, ExactVocabulary]:
     return maps
 
 
-def _forget_fits(root: Location, schema: Schema, before: Schema) -> None:
-    """Undo fits that are not of the run before: the dataset's own may be of later partitions."""
-    for name, chain in read_schema(root).transforms.items():
-        if schema.transforms[name] != before.transforms.get(name):
-            schema.transforms[name] = chain
-
-
 def _maps(schema: Schema) -> dict[str, ExactVocabulary]:
-    found = schema.vocabularies.items()
-    return {table: of for table, of in found if isinstance(of, ExactVocabulary)}
+    vocabularies = schema.vocabularies.items()
+    return {table: ids for table, ids in vocabularies if isinstance(ids, ExactVocabulary)}
 
 
 def check_items(job: Job, plan: WarmStartPlan) -> None:
     """Refuse items whose ids seem to mean other items than before. A collective.
 
-    So it is if a large share of the known items has other content at once.
-
-    Raises:
-        ValueError: on every rank; gives the share, and the setting that allows it.
+    Raised if many known items changed content.
     """
     if plan.items is None:
         return
     source, allowed = plan.source, job.config.continual.edited_items
-    is_same = plan.items.is_identity or job.schema.has_bounded_items  # known by raw id
-    new_rows = None if is_same else plan.items.new_rows
+    new_rows = new_item_rows(job, plan)
     with job.ranks.raise_on_all_ranks():
         changed = changed_items(job, source.request.run, source.model.manifest, new_rows)
         if changed is not None and changed.edited > allowed * changed.known:

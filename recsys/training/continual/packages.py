@@ -1,13 +1,8 @@
-"""Packages of a continual run: a whole one of each partition's model, and a delta to the next.
+"""Packages of a continual run: `PACKAGES/NAME` of each partition's model, `NAME.delta` to the next.
 
-A serving process takes a new day's model over by the delta, or by the link `newest`. A package is
-written by a process of its own (`recsys export`), as that works on one rank, and ranks of a job
-cannot leave their group. Every step can be repeated, so that a job that was killed completes what
-it has begun.
-
-    PACKAGES/NAME          a package
-    PACKAGES/NAME.delta    what makes it of the package before
-    PACKAGES/newest        a link to the newest package, exchanged at once
+A server takes a new model over by the delta, or by the link `newest`, which is exchanged at once. A
+process of its own (`recsys export`) writes a package on one rank, as ranks of a job cannot leave
+their group. A job that was killed repeats and completes what it has begun.
 """
 
 from __future__ import annotations
@@ -30,11 +25,7 @@ NEWEST = "newest"
 
 
 def check_packages(settings: ContinualSettings, schema: Schema, run: Path) -> None:
-    """Refuse to export what has no package, before any training.
-
-    Raises:
-        ValueError: items have a bounded vocabulary, or the folder is that of the run.
-    """
+    """Refuse bounded vocabularies of items, and a folder inside the run's, before any training."""
     if settings.packages is None:
         return
     if schema.has_bounded_items:
@@ -47,27 +38,18 @@ def check_packages(settings: ContinualSettings, schema: Schema, run: Path) -> No
 
 
 def export_newest(settings: ContinualSettings, folder: ContinualFolder, state: RunState) -> None:
-    """Write the package of the partition trained on last, unless it is there. On rank 0.
-
-    Args:
-        settings: the folder of packages, and how many are kept.
-        folder: the continual run's.
-        state: partitions that it has trained on.
-
-    Raises:
-        ValueError: the export failed; says why.
-    """
+    """Write the package of the partition trained on last, unless it is there. On rank 0."""
     if settings.packages is None or state.last is None:
         return
-    names = [file_name(each.name) for each in state.trained]
+    names = [file_name(trained.name) for trained in state.trained]
     packages = Path(settings.packages)
     package = packages / names[-1]
     if not package.exists():
         _export(folder.run_of(state.last.name), package, settings.package_tables)
-    before = packages / names[-2] if len(names) > 1 else None
+    previous = packages / names[-2] if len(names) > 1 else None
     delta = packages / f"{names[-1]}.delta"
-    if before is not None and before.exists() and not delta.exists():
-        logger.info("%s: %s", delta, write_delta(before, package, delta))
+    if previous is not None and previous.exists() and not delta.exists():
+        logger.info("%s: %s", delta, write_delta(previous, package, delta))
     link = packages / f".{NEWEST}.partial"
     link.unlink(missing_ok=True)
     link.symlink_to(names[-1])
@@ -77,22 +59,18 @@ def export_newest(settings: ContinualSettings, folder: ContinualFolder, state: R
 
 
 def _export(run: Path, package: Path, tables: str) -> None:
-    """Run `recsys export` in a process that is no rank.
-
-    Raises:
-        ValueError: it failed; has the last line of its output.
-    """
+    """Run `recsys export` in a process that is no rank; if it fails, raise a ValueError."""
     package.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "recsys.cli", "export", "--run", str(run)]
     command += ["--out", str(package), "--tables", tables]
     command += ["--compile", "false"]  # machine code holds the weights, so each delta would too
-    done = subprocess.run(
+    process = subprocess.run(
         command,
         env=environment_of_no_rank(),
         capture_output=True,
         text=True,
         start_new_session=True,  # Ctrl-C ends the walk, once the package is whole
     )
-    if done.returncode:
-        cause = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+    if process.returncode:
+        cause = (process.stderr.strip() or f"exit code {process.returncode}").splitlines()[-1]
         raise ValueError(f"{package}: export of {run} failed: {cause}")

@@ -8,28 +8,32 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from recsys.build import Job, build_job
 from recsys.checkpoint.compatibility import with_automatic
 from recsys.checkpoint.files import folders_by_age, model_of
 from recsys.checkpoint.manager import Checkpoints
-from recsys.checkpoint.new_rows.fill import fill_rows_of_later_items
+from recsys.checkpoint.new_rows.fill import fill_rows_of_later_items, refill_new_rows
 from recsys.checkpoint.new_rows.trained_counts import counts_before
 from recsys.checkpoint.partitions.state import ContinualFolder, RunState, Trained
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.run_folder import (
+    METRICS,
     begin_run,
     check_encoders,
     describe_run,
+    finish_run,
     read_item_counts,
     recover_checkpoints,
 )
 from recsys.checkpoint.run_schema import PARTITION, schema_of_data
 from recsys.checkpoint.warm_start.plan import WarmStartPlan, plan_warm_start
 from recsys.checkpoint.warm_start.request import WarmStart
-from recsys.config import Config, load_config
+from recsys.config import Config, ContinualSettings, content_settings, load_config
 from recsys.data.filesystem import Location, write_whole
 from recsys.data.interactions import Interactions
 from recsys.data.item_frequency import ItemCounts
@@ -37,7 +41,7 @@ from recsys.data.schema import Schema
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
-from recsys.evaluation.evaluate import check_data
+from recsys.evaluation.evaluate import check_data, fill_bank
 from recsys.evaluation.scores import write_scores
 from recsys.training.continual.changes import (
     NewIds,
@@ -45,12 +49,6 @@ from recsys.training.continual.changes import (
     check_items,
     new_schema,
     require_unchanged,
-)
-from recsys.training.continual.clock import Clock
-from recsys.training.continual.partition_trainer import (
-    PartitionTrainer,
-    config_of_partition,
-    finish,
 )
 from recsys.training.continual.partitions import Partition
 from recsys.training.continual.queue import is_late
@@ -61,8 +59,9 @@ from recsys.training.continual.scoring import (
     score_partition,
     track,
 )
+from recsys.training.initial_state import start_fresh
 from recsys.training.reporter import Reporter
-from recsys.training.train import start_fresh, training_interactions
+from recsys.training.train import training_figures, training_interactions
 from recsys.training.trainer import Trainer
 from recsys.training.warm_start import (
     OpenedWarmStart,
@@ -73,6 +72,35 @@ from recsys.training.warm_start import (
 )
 
 logger = logging.getLogger(__name__)
+
+
+class PhaseTimer:
+    """Seconds of the phases of a partition, for the log and `RUN/seconds.jsonl`."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Begin a partition."""
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """End a phase: the time since the last call belongs to it."""
+        timestamp = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + timestamp - self._since
+        self._since = timestamp
+
+    def append(self, file: Path, partition: str, rows: int) -> None:
+        """Add a line with the seconds of a partition to a file; one that was killed has none."""
+        total = sum(self.seconds.values())
+        line = {"partition": partition, "rows": rows, **self.seconds, "total": total}
+        with file.open("a") as opened:
+            opened.write(json.dumps(line) + "\n")
+
+    def __str__(self) -> str:
+        phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
+        return f"{sum(self.seconds.values()):.1f} s ({phases})"
 
 
 @dataclass(frozen=True)
@@ -86,7 +114,7 @@ class ContinualRun:
     lockstep: Lockstep  # keeps the ranks on the same batch, and learns of requests to end
     writers: Ranks  # the same ranks with a group for checkpoints
     warm_start: WarmStart | None = None  # the run that the first partition's begins from
-    clock: Clock = field(default_factory=Clock)  # of the phases of a partition
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def before(self, state: RunState) -> tuple[str, WarmStart | None]:
         """Return the partition trained on last, and what the next run begins from."""
@@ -112,35 +140,35 @@ def train_partition(continual: ContinualRun, partition: Partition, state: RunSta
             partitions before were trained with.
     """
     run, ranks = continual.folder.run_of(partition.name), continual.ranks
-    continual.clock.start()
+    continual.timer.start()
     config, (_, request) = config_of_partition(continual.config, state), continual.before(state)
     with ranks.raise_on_all_ranks():
         if request is not None:
             if not (request.run / "config.yaml").is_file():
                 raise ValueError(
                     f"{request.run}: has not the model that train/{partition.name} goes on from; "
-                    "bring it back, or walk anew to another --out"
+                    "bring it back, or start a new run in another --out"
                 )
             config = with_automatic(config, load_config(request.run / "config.yaml"))
         if ranks.is_first:
             recover_checkpoints(run)
     goes_on = ranks.from_first(bool(folders_by_age(run / "checkpoints")))
     schema, start = _schema(continual, partition, state, config, goes_on)
-    continual.clock.lap("read")
+    continual.timer.lap("read")
     job = build_job(config, continual.data, ranks, schema, partition.folder)
-    continual.clock.lap("build")
+    continual.timer.lap("build")
     trainer, line = open_partition(continual, partition, state, job, start)
     try:
         if line is not None:
             track(trainer.reporter, line)
-        continual.clock.lap("begin")
+        continual.timer.lap("begin")
         trainer.train()
-        continual.clock.lap("train")
-        finish(trainer, partition)
+        continual.timer.lap("train")
+        _finish(trainer, partition)
     finally:
         trainer.reporter.close()
         trainer.checkpoints.close()
-    continual.clock.lap("finish")
+    continual.timer.lap("finish")
     return _as_read(partition, trainer.interactions)
 
 
@@ -174,30 +202,22 @@ def open_partition(
 ) -> tuple[Trainer, dict[str, Any] | None]:
     """Score the partition and begin its run, or restore the state it has. A collective.
 
-    Args:
-        continual: what the runs of all partitions share.
-        partition: the next one.
-        state: what the run has done.
-        job: the job of the partition.
-        start: how its run begins; None: it goes on.
-
-    Returns:
-        the trainer, and the new line of metrics, on rank 0 if there is one.
+    It goes on if `start` is None. Returns the trainer, and on rank 0 the new line of metrics.
     """
     folder, ranks = continual.folder, continual.ranks
     run = folder.run_of(partition.name)
     interactions = training_interactions(job, job.config.continual.order == "shuffled")
-    now = _as_read(partition, interactions)
+    current = _as_read(partition, interactions)
     with ranks.raise_on_all_ranks():
-        _refuse_changed(folder, state, now, start is None)
-        _refuse_copy(state, now)
-    checkpoints = Checkpoints(job, run, now.fingerprint, continual.writers)
+        _refuse_changed(folder, state, current, start is None)
+        _refuse_copy(state, current)
+    checkpoints = Checkpoints(job, run, current.fingerprint, continual.writers)
     if start is None:
         check_encoders(run, job)
         progress = checkpoints.restore()
         assert progress is not None  # a checkpoint was seen
     else:
-        progress = _begin(continual, now, state, job, start)
+        progress = _begin(continual, current, state, job, start)
     line = _record(continual, partition, state)
     item_counts = read_item_counts(run, job.schema.item_id_limit)
     reporter = Reporter(job, folder.path, progress, counts_all_steps=True)
@@ -210,91 +230,103 @@ def _as_read(partition: Partition, interactions: Interactions) -> Trained:
     return Trained(partition.name, rows.num_rows, rows.fingerprint())
 
 
-def _refuse_changed(folder: ContinualFolder, state: RunState, now: Trained, goes_on: bool) -> None:
+def _refuse_changed(
+    folder: ContinualFolder, state: RunState, current: Trained, goes_on: bool
+) -> None:
     """Refuse a partition that has changed since it was begun."""
-    begun = state.begun
-    if begun is None or begun == now or not (goes_on or folder.scores_of(now.name).exists()):
+    previous = state.begun
+    if (
+        previous is None
+        or previous == current
+        or not (goes_on or folder.scores_of(current.name).exists())
+    ):
         return
     raise ValueError(
-        f"train/{now.name}: has changed since it was scored (then {begun.rows:,} rows, now "
-        f"{now.rows:,}; {begun.fingerprint} and {now.fingerprint}); bring it back, or walk anew to "
-        "another --out"
+        f"train/{current.name}: has changed since it was scored (then {previous.rows:,} rows, now "
+        f"{current.rows:,}; {previous.fingerprint} and {current.fingerprint}); bring it back, or "
+        "start a new run in another --out"
     )
 
 
-def _refuse_copy(state: RunState, now: Trained) -> None:
+def _refuse_copy(state: RunState, current: Trained) -> None:
     """Refuse the rows of a trained partition under another name, whose scores would know them."""
     for trained in state.trained:
-        has_digest = "-" in now.fingerprint  # of the content, not of names and sizes alone
-        if has_digest and trained.fingerprint == now.fingerprint:
+        has_digest = "-" in current.fingerprint  # of the content, not of names and sizes alone
+        if has_digest and trained.fingerprint == current.fingerprint:
             raise ValueError(
-                f"train/{now.name}: has the {now.rows:,} rows of {trained.name}, which is trained "
-                "on; rename it back, or remove the copy"
+                f"train/{current.name}: has the {current.rows:,} rows of {trained.name}, which is "
+                "trained on; rename it back, or remove the copy"
             )
 
 
 def _begin(
-    continual: ContinualRun, now: Trained, state: RunState, job: Job, start: Start
+    continual: ContinualRun, current: Trained, state: RunState, job: Job, start: Start
 ) -> Progress:
     """Begin the run of a partition, whose rows are scored if a model can. A collective.
 
     What is fitted to its rows is fitted behind the scores.
     """
     folder, ranks, plan = continual.folder, continual.ranks, None
-    run = folder.run_of(now.name)
-    begun, known = replace(state, begun=now), ItemCounts.sum_of([])
+    run = folder.run_of(current.name)
+    begun_state, counts = replace(state, begun=current), ItemCounts.sum_of([])
     if start.warm is not None:
         plan = plan_warm_start(job, *start.warm)
         plan.take_unused_rows(job)
         check_items(job, plan)
         progress = take_over(job, plan)
-        known = counts_before(job, plan)
-        continual.clock.lap("warm start")
-        if is_late(now.name, state):
-            logger.info("%s: late, so it is trained on without scores", now.name)
+        counts = counts_before(job, plan)
+        continual.timer.lap("warm start")
+        if is_late(current.name, state):
+            logger.info("%s: late, so it is trained on without scores", current.name)
         else:
-            _write_scores(continual, begun, job, known, plan)
-        continual.clock.lap("score")
+            _write_scores(continual, begun_state, job, counts, plan)
+        continual.timer.lap("score")
     add_ids(job.schema, start.ids, ranks)
     checked = check_data(job, ("train",))
     if plan is None:
         progress = start_fresh(job, checked)
     else:
         fit_to_rows(job, plan, checked.numbers)
-    continual.clock.lap("fit")
+    continual.timer.lap("fit")
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
-            folder.write(begun)
+            folder.write(begun_state)
     reseed(job, progress.age)
-    begin_run(run, job, ItemCounts.sum_of([known, checked.item_counts]), checked.skipped)
+    begin_run(run, job, ItemCounts.sum_of([counts, checked.item_counts]), checked.skipped)
     describe_run(run, job, continual.data)
     if plan is not None:
         describe_start(run, ranks, plan)
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
-            write_whole(run / PARTITION, json.dumps({"name": now.name}) + "\n")
+            write_whole(run / PARTITION, json.dumps({"name": current.name}) + "\n")
     return progress
 
 
 def _write_scores(
-    continual: ContinualRun, begun: RunState, job: Job, known: ItemCounts, plan: WarmStartPlan
+    continual: ContinualRun,
+    begun_state: RunState,
+    job: Job,
+    counts: ItemCounts,
+    plan: WarmStartPlan,
 ) -> None:
     """Score the partition that is begun, unless its scores are written. A collective.
 
     The model is that of the run before, as `recsys predict` loads it.
     """
     folder, ranks, before = continual.folder, continual.ranks, plan.source.request.run
-    assert begun.begun is not None
-    file, model = folder.scores_of(begun.begun.name), model_of(before)
+    assert begun_state.begun is not None
+    file, model = folder.scores_of(begun_state.begun.name), model_of(before)
     if ranks.from_first(file.exists()):
         return
     with job.averaged():
         if plan.maps.get(job.schema.target_item) is not None:
             fill_rows_of_later_items(job, before)
-        scores = score_partition(job, known, continual.lockstep)
+        scores = score_partition(job, counts, continual.lockstep)
     with ranks.raise_on_all_ranks():
         if scores is not None:
-            folder.write(begun)  # before the scores, so that they are known to be of these rows
+            folder.write(
+                begun_state
+            )  # before the scores, so that they are known to be of these rows
             file.parent.mkdir(parents=True, exist_ok=True)
             write_scores(scores, file, model)
 
@@ -306,7 +338,58 @@ def _record(
     folder, ranks, line = continual.folder, continual.ranks, None
     with ranks.raise_on_all_ranks():
         if ranks.is_first and folder.scores_of(partition.name).exists():
-            line = record_metrics(continual.config, folder, partition, continual.before(state)[0])
+            metrics, model_name = continual.config.metrics, continual.before(state)[0]
+            line = record_metrics(metrics, folder, partition, model_name)
             if line is not None:
-                print_table(format_lines(continual.config, [line]))
+                print_table(format_lines(continual.config.ranking, [line]))
     return line
+
+
+class PartitionTrainer(Trainer):
+    """Trains without validation: the next partition's scores tell how good the model is."""
+
+    def _checkpoint_is_due(self, first_step: int, end_of_part: int) -> bool:
+        return self._is_due_by_steps(first_step)
+
+    def _validate(self) -> None:
+        """At the end of a pass fill rows without training and, if asked, the bank. A collective."""
+        content = content_settings(self.job.config)
+        if content is not None and content.history.refresh_bank_every_epoch:
+            fill_bank(self.job, self.lockstep)
+        with self.job.averaged():
+            refill_new_rows(self.job, self.run)
+
+
+def passes_over(settings: ContinualSettings, number: int, from_nothing: bool) -> int:
+    """Return the passes over the rows of a partition, the `number`-th of its run, from 0.
+
+    A model that begins `from_nothing` has made few steps in its first partitions, and gains from
+    seeing their rows again, while later passes over rows that it has seen make it fit them too
+    closely. A run that begins with another one's model has these steps behind it.
+    """
+    first = settings.first_passes if from_nothing else []
+    return first[number] if number < len(first) else settings.passes
+
+
+def config_of_partition(config: Config, state: RunState) -> Config:
+    """Return the settings of the next partition's run; learning rates warm up once."""
+    number, from_nothing = len(state.trained), state.warm_start is None
+    warmup = config.optimizer.warmup_steps if number == 0 and from_nothing else 0
+    return replace(
+        config,
+        epochs=passes_over(config.continual, number, from_nothing),
+        validations_per_epoch=1,
+        optimizer=replace(config.optimizer, warmup_steps=warmup),
+    )
+
+
+def _finish(trainer: Trainer, partition: Partition) -> None:
+    """Keep the model, with averaged weights if there are any, and describe it. A collective."""
+    job, progress = trainer.job, trainer.progress
+    with job.averaged():
+        trainer.checkpoints.save_best(progress)
+    metrics = {"partition": partition.name, **training_figures(job, progress)}
+    with job.ranks.raise_on_all_ranks():
+        if job.ranks.is_first:
+            write_whole(trainer.run / METRICS, json.dumps(metrics, indent=2) + "\n")
+    finish_run(trainer.run, job.ranks)

@@ -2,13 +2,19 @@
 
 Values of a level are ordered as numbers if they are digits, else as text. Names that start with a
 dot or an underscore are no data, as in Spark: `_SUCCESS` marks a partition that is whole.
+
+Partitions are trained in the order of their names. One of next year, of no date among dates, or of
+rows whose date is null would be the newest, and every day after it would be late: such names are
+refused.
 """
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
 from urllib.parse import unquote
@@ -18,6 +24,13 @@ from recsys.data.filesystem import Location, is_partition
 SUCCESS = "_SUCCESS"
 # Names of folders and files that writers use until a file is whole.
 UNFINISHED = ("_temporary", ".partial", ".tmp", ".inprogress", "._COPYING_", ".crdownload")
+NULL = "__HIVE_DEFAULT_PARTITION__"  # the value of rows without one, as Hive writes it
+MONTH = re.compile(r"\d{4}-\d{2}")
+# Clocks differ by time zone, and the day of a partition may be that of its end.
+AHEAD = timedelta(days=1)
+YEARS = range(1970, 2500)  # others are no years
+# Lengths of digits that are dates, and their forms.
+FORMS = {8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M"}
 Key = tuple[tuple[int, int, str], ...]
 
 
@@ -67,19 +80,21 @@ def list_partitions(root: Location) -> list[Partition]:
         ValueError: files lie outside of them, or two have the same values.
     """
     train = root / "train"
-    found = [Partition(name) for name in _leaves(train, "")]
-    found.sort(key=lambda each: each.key)
-    levels = [[level.partition("=")[0] for level in each.name.split("/")] for each in found]
-    for each, names in zip(found, levels):
+    partitions = [Partition(name) for name in _leaves(train, "")]
+    partitions.sort(key=lambda partition: partition.key)
+    levels = [[level.partition("=")[0] for level in p.name.split("/")] for p in partitions]
+    for partition, names in zip(partitions, levels):
         if names != levels[0]:
             raise ValueError(
-                f"{train}: {found[0].name} and {each.name} are of different levels; give all "
-                "partitions the same"
+                f"{train}: {partitions[0].name} and {partition.name} are of different levels; give "
+                "all partitions the same"
             )
-    for one, two in pairwise(found):
-        if one.key == two.key:
-            raise ValueError(f"{train}: {one.name} and {two.name} are one value; merge them")
-    return found
+    for previous, following in pairwise(partitions):
+        if previous.key == following.key:
+            raise ValueError(
+                f"{train}: {previous.name} and {following.name} are one value; merge them"
+            )
+    return partitions
 
 
 def _leaves(train: Location, path: str) -> Iterator[str]:
@@ -103,8 +118,8 @@ def _entries(folder: Location) -> list[tuple[str, bool]]:
     """Return names in a folder that are data, each with whether it is a folder."""
     if not folder.filesystem.isdir(folder.path):
         return []
-    named = [(_name(of), of["type"] == "directory") for of in _details(folder)]
-    return [(name, is_folder) for name, is_folder in named if not name.startswith((".", "_"))]
+    entries = [(_name(entry), entry["type"] == "directory") for entry in _details(folder)]
+    return [(name, is_folder) for name, is_folder in entries if not name.startswith((".", "_"))]
 
 
 def has_success(root: Location, partition: Partition) -> bool:
@@ -121,15 +136,75 @@ def unfinished_file(root: Location, partition: Partition) -> str | None:
 def seconds_quiet(root: Location, partition: Partition) -> float:
     """Return the seconds since a file of a partition changed; 0 if it has none."""
     folder = root / partition.folder
-    files = [str(of["name"]) for of in _details(folder) if of["type"] == "file"]
+    files = [str(entry["name"]) for entry in _details(folder) if entry["type"] == "file"]
     if not files:
         return 0.0
     return time.time() - max(folder.filesystem.modified(file).timestamp() for file in files)
 
 
-def _name(of: dict[str, Any]) -> str:
-    return str(of["name"]).rstrip("/").rsplit("/", 1)[-1]
+def _name(entry: dict[str, Any]) -> str:
+    return str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]
 
 
 def _details(folder: Location) -> list[dict[str, Any]]:
     return list(folder.filesystem.ls(folder.path, detail=True))
+
+
+def refused_partitions(
+    partitions: Sequence[Partition], trained: Sequence[str], today: datetime
+) -> dict[str, str]:
+    """Return the partitions that cannot be trained on by their names, each with the reason.
+
+    Names of `trained` partitions give the form of the others; `today` is in UTC, without a zone.
+    """
+    forms = [_form(name) for name in trained or [partition.name for partition in partitions]]
+    usual = max(forms, key=forms.count, default=())
+    refused = {}
+    for name in (p.name for p in partitions if p.name not in trained):
+        begin = date_of(name)
+        if NULL in name:
+            refused[name] = "has rows without a value for its level"
+        elif _form(name) != usual:
+            refused[name] = f"is no {'/'.join(usual)}, as the other partitions are"
+        elif begin is not None and begin > today + AHEAD:
+            days = (begin - today).days
+            refused[name] = f"lies {days:,} days in the future; all days until then would be late"
+    return refused
+
+
+def date_of(name: str) -> datetime | None:
+    """Return the time at which a partition begins, in UTC; None if its name has no date."""
+    levels = [level.partition("=") for level in name.split("/")]
+    by_level = {level.lower(): unquote(value) for level, _, value in levels}
+    if "year" in by_level:
+        parts = [by_level.get(level, "1").zfill(2) for level in ("year", "month", "day")]
+        return _parsed("-".join(parts))
+    return next(filter(None, map(_parsed, by_level.values())), None)
+
+
+def _form(name: str) -> tuple[str, ...]:
+    """Return what the value of each level is: date, number or text."""
+    values = [unquote(level.partition("=")[2]) for level in name.split("/")]
+    return tuple(
+        "number" if value.isascii() and value.isdigit() else "date" if _parsed(value) else "text"
+        for value in values
+    )
+
+
+def _parsed(value: str) -> datetime | None:
+    """Return the time that a value names; of digits, that of the calendar or of Unix."""
+    value = value.replace("_", "-")
+    try:
+        if MONTH.fullmatch(value):
+            begin = datetime.fromisoformat(f"{value}-01")
+        elif not value.isdigit():
+            begin = datetime.fromisoformat(value)
+        elif len(value) in FORMS and int(value[:4]) in YEARS:
+            begin = datetime.strptime(value, FORMS[len(value)])
+        elif len(value) in (10, 13):
+            begin = datetime.fromtimestamp(int(value) / 10 ** (len(value) - 10), UTC)
+        else:
+            return None
+    except ValueError:
+        return None
+    return begin.astimezone(UTC).replace(tzinfo=None) if begin.tzinfo else begin

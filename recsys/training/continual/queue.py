@@ -21,7 +21,7 @@ from recsys.training.continual.partitions import (
 
 
 @dataclass(frozen=True)
-class Span:
+class PartitionRange:
     """Partitions to walk."""
 
     first: str | None = None  # value such as `2026-11-01` or `2026-11-01/05`; None: from the start
@@ -41,51 +41,46 @@ class Span:
         """Return whether no further partition can come into the span."""
         if self.last is None or state.last is None:
             return False
-        newest = max(key_of(each.name) for each in state.trained)
+        newest = max(key_of(trained.name) for trained in state.trained)
         bound = key_of_bound(self.last, newest)
         is_last = len(newest) == len(bound) and newest >= bound
-        return is_last or any(self.ends_before(each.key) for each in partitions)
+        return is_last or any(self.ends_before(partition.key) for partition in partitions)
 
 
 def next_partition(
     where: object,
     partitions: Sequence[Partition],
     state: RunState,
-    span: Span,
+    span: PartitionRange,
     late: Literal["refuse", "train"] = "refuse",
 ) -> Partition | None:
     """Return the partition to train on now; None if all of the span are trained.
 
-    Args:
-        where: folder of the partitions, for messages.
-        partitions: those of the dataset, in order.
-        state: what the run has done.
-        span: those to walk.
-        late: what becomes of a partition older than one that is trained or begun. Those before the
-            first one that the run was to walk are not late: they are not of this run.
+    `late` says what becomes of a partition older than one that is trained or begun. Those before
+    the first one that the run was to walk are not late: they are not of this run.
 
     Raises:
         ValueError: a partition is late and refused, or the span would leave one out, which could
             never be trained on in order.
     """
-    done = {each.name for each in state.trained}
-    waiting = [each for each in partitions if each.name not in done]
+    trained = {partition.name for partition in state.trained}
+    waiting = [partition for partition in partitions if partition.name not in trained]
     newest = newest_of(state)
     if newest is None:
-        waiting = [each for each in waiting if not span.begins_after(each.key)]
-        return next((each for each in waiting if not span.ends_before(each.key)), None)
-    of_run = Span(state.first)
-    waiting = [each for each in waiting if not of_run.begins_after(each.key)]
-    begun = "" if state.begun is None else state.begun.name
-    older = [each for each in waiting if each.key < key_of(newest) and each.name != begun]
+        waiting = [p for p in waiting if not span.begins_after(p.key)]
+        return next((p for p in waiting if not span.ends_before(p.key)), None)
+    run_range = PartitionRange(state.first)
+    waiting = [p for p in waiting if not run_range.begins_after(p.key)]
+    begun_name = "" if state.begun is None else state.begun.name
+    older = [p for p in waiting if p.key < key_of(newest) and p.name != begun_name]
     if older and late == "refuse":
         raise ValueError(
             f"{where}/{older[0].name}: is older than {newest}, which is trained on already; train "
             "on it all the same, without scores, by --continual.late train, move its rows to the "
-            "next partition or remove it, or walk anew to another --out"
+            "next partition or remove it, or start a new run in another --out"
         )
-    waiting.sort(key=lambda each: (each.name != begun, each.key))  # what is begun goes on first
-    waiting = [each for each in waiting if not span.ends_before(each.key)]
+    waiting.sort(key=lambda p: (p.name != begun_name, p.key))  # what is begun goes on first
+    waiting = [p for p in waiting if not span.ends_before(p.key)]
     if waiting and span.begins_after(waiting[0].key):
         raise ValueError(
             f"--from {span.first}: would leave out {waiting[0].name}, which could then never be "
@@ -96,21 +91,17 @@ def next_partition(
 
 def newest_of(state: RunState) -> str | None:
     """Return the partition that is latest in time among those trained or begun."""
-    begun = [] if state.begun is None else [state.begun]
-    return max((each.name for each in (*state.trained, *begun)), key=key_of, default=None)
+    unfinished = [] if state.begun is None else [state.begun]
+    return max((p.name for p in (*state.trained, *unfinished)), key=key_of, default=None)
 
 
 def is_late(name: str, state: RunState) -> bool:
     """Return whether the model knows rows that are later in time than those of a partition."""
-    return any(key_of(name) < key_of(each.name) for each in state.trained)
+    return any(key_of(name) < key_of(trained.name) for trained in state.trained)
 
 
 def check_whole(root: Location, partition: Partition, partitions: Sequence[Partition]) -> None:
-    """Refuse a partition that is being written.
-
-    Raises:
-        ValueError: it has a file that is, or lacks the _SUCCESS that others have.
-    """
+    """Refuse a partition with an unfinished file, or without the _SUCCESS that others have."""
     folder = root / partition.folder
     if (name := unfinished_file(root, partition)) is not None:
         raise ValueError(
@@ -119,20 +110,17 @@ def check_whole(root: Location, partition: Partition, partitions: Sequence[Parti
         )
     if has_success(root, partition):
         return
-    if (marked := next((each for each in partitions if has_success(root, each)), None)) is not None:
+    if (marked := next((p for p in partitions if has_success(root, p)), None)) is not None:
         raise ValueError(
             f"{folder}: has no {SUCCESS}, as {marked.name} has: it is not whole; wait for it, or "
             f"write {folder}/{SUCCESS}"
         )
 
 
-def awaited(root: Location, partition: Partition, quiet_seconds: float | None) -> str | None:
+def waiting_for(root: Location, partition: Partition, quiet_seconds: float | None) -> str | None:
     """Return what a partition that arrives still needs to count as whole; None if it is.
 
-    Args:
-        root: the dataset.
-        partition: the next partition.
-        quiet_seconds: seconds without a change after which it counts as whole without _SUCCESS.
+    After `quiet_seconds` without a change it counts as whole without _SUCCESS.
     """
     if has_success(root, partition):
         return None
@@ -145,11 +133,7 @@ def awaited(root: Location, partition: Partition, quiet_seconds: float | None) -
 
 
 def require_rows(root: Location, partition: Partition) -> None:
-    """Refuse a partition without files.
-
-    Raises:
-        ValueError: names its folder.
-    """
+    """Refuse a partition without files."""
     folder = root / partition.folder
     if not folder.files(".parquet"):
         raise ValueError(f"{folder}: has no *.parquet files; write its rows, or remove the folder")

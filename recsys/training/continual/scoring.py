@@ -9,6 +9,7 @@ scores a row again nor writes a line twice.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from embeddings.plan_text import align_columns
 from recsys.build import Job
 from recsys.checkpoint.partitions.state import ContinualFolder
 from recsys.checkpoint.run_schema import schema_of_data
-from recsys.config import Config
+from recsys.config import Config, MetricSettings, RankingSettings, softmax_settings
 from recsys.data.filesystem import Location
 from recsys.data.item_frequency import PARTS, ItemCounts
 from recsys.data.row_source import RowSource, open_rows
@@ -33,10 +34,10 @@ from recsys.evaluation.evaluate import (
 )
 from recsys.evaluation.forward_pass import require_finite
 from recsys.evaluation.further_metrics import make_metrics
+from recsys.evaluation.model_selection import require_useful, slack_for
 from recsys.evaluation.scores import SplitScores, read_scores
 from recsys.training.continual.partitions import Partition
 from recsys.training.reporter import Reporter
-from recsys.training.useless_models import require_useful, slack_for
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +45,7 @@ logger = logging.getLogger(__name__)
 def score_partition(job: Job, item_counts: ItemCounts, lockstep: Lockstep) -> SplitScores | None:
     """Return the scores of the job's training rows on rank 0, None on the others. A collective.
 
-    Args:
-        job: the job of a partition, with the model of the partitions before.
-        item_counts: training rows of each item in the partitions before.
-        lockstep: keeps the ranks on the same batch.
-
-    Raises:
-        TrainingStopped: the job was asked to end.
-        ValueError: on every rank: a row cannot be used, or a logit is not finite.
+    The job has the model of the partitions before, in which `item_counts` are counted.
     """
     ranks = job.ranks
     interactions, unknown = split_interactions(job, "train"), UnknownIds(job.schema)
@@ -69,41 +63,36 @@ def score_partition(job: Job, item_counts: ItemCounts, lockstep: Lockstep) -> Sp
 
 
 def record_metrics(
-    config: Config, folder: ContinualFolder, partition: Partition, before: str
+    metrics: Mapping[str, MetricSettings],
+    folder: ContinualFolder,
+    partition: Partition,
+    model_name: str,
 ) -> dict[str, Any] | None:
-    """Add the partition's line to `metrics.jsonl`; return it, None if it was there. On rank 0.
-
-    Raises:
-        ValueError: the scores cannot be read.
-    """
+    """Add the partition's line to `metrics.jsonl`; return it, None if it was there. On rank 0."""
     scores = read_scores(folder.scores_of(partition.name))
-    report = scores_report(scores, make_metrics(config.metrics))
-    line = {"partition": partition.name, "model_of": before, "rows": len(scores.positions)}
-    return {**line, **report} if folder.add_metrics({**line, **report}) else None
+    line = {"partition": partition.name, "model_of": model_name, "rows": len(scores.positions)}
+    line |= scores_report(scores, make_metrics(metrics))
+    return line if folder.add_metrics(line) else None
 
 
 def require_useful_scores(
     config: Config, data: str, folder: ContinualFolder, partition: Partition, ranks: Ranks
 ) -> None:
-    """Refuse to go on from a partition whose scores were useless. On rank 0.
-
-    Raises:
-        ValueError: the log loss or the RMSE is absurd; names the columns of wide range.
-    """
-    line = next((each for each in folder.metrics() if each["partition"] == partition.name), None)
-    if line is None:
+    """Refuse to go on from a partition whose scores were useless. On rank 0."""
+    lines = [line for line in folder.metrics() if line["partition"] == partition.name]
+    if not lines or softmax_settings(config.ranking) is not None:
         return
+    line = lines[0]
 
     def rows() -> RowSource:
         root = Location.of(data)
         schema = schema_of_data(folder.run_of(partition.name), root, ranks)
         return open_rows(config.source, root, partition.folder, schema, config.on_bad_row)
 
-    before = line["model_of"] or "the run that it was begun from"
+    model = line["model_of"] or "the run that it was begun from"
     require_useful(
         line,
-        config,
-        f"{data}/{partition.folder}, scored by the model of {before}",
+        f"{data}/{partition.folder}, scored by the model of {model}",
         rows,
         "Its scores are kept, and it is trained on; the same command goes on with the next one",
         slack=slack_for(line["rows"]),
@@ -117,11 +106,11 @@ def track(reporter: Reporter, line: dict[str, Any]) -> None:
         reporter.evaluation(f"prequential/{part}", 0, line[part])
 
 
-def format_lines(config: Config, lines: list[dict[str, Any]]) -> str:
+def format_lines(ranking: RankingSettings, lines: list[dict[str, Any]]) -> str:
     """Return lines of `metrics.jsonl` as a table."""
     if not lines:
         return ""
-    names = [name for name in shown_metrics(config, lines[-1]) if name in lines[-1]]
+    names = [name for name in shown_metrics(ranking, lines[-1]) if name in lines[-1]]
     parts = [f"{part} {names[0] if len(names) < 2 else names[1]}" for part in ("cold", "unseen")]
     rows = [["partition", "rows", *names, *parts]]
     for line in lines:

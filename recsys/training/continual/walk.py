@@ -28,11 +28,16 @@ from recsys.distributed.ranks import Ranks, sole_job
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.further_metrics import make_metrics
 from recsys.storage.output_file import check_run_folder
-from recsys.training.continual.dates import refused_partitions
 from recsys.training.continual.packages import check_packages, export_newest
 from recsys.training.continual.partition_run import ContinualRun, train_partition
-from recsys.training.continual.partitions import Partition, list_partitions
-from recsys.training.continual.queue import Span, awaited, check_whole, next_partition, require_rows
+from recsys.training.continual.partitions import Partition, list_partitions, refused_partitions
+from recsys.training.continual.queue import (
+    PartitionRange,
+    check_whole,
+    next_partition,
+    require_rows,
+    waiting_for,
+)
 from recsys.training.continual.scoring import format_lines, require_useful_scores
 
 logger = logging.getLogger(__name__)
@@ -45,7 +50,7 @@ LOOK_SECONDS = 0.2  # from one exchange of requests to end to the next
 class Request:
     """Partitions to walk, and the run to begin from."""
 
-    span: Span = field(default_factory=Span)
+    span: PartitionRange = field(default_factory=PartitionRange)
     follow: bool = False  # wait for further partitions, until the job is asked to end
     warm_start: WarmStart | None = None  # the run that the first partition's begins from
 
@@ -54,13 +59,6 @@ def train_continually(
     config: Config, data: str, run: Path, ranks: Ranks, request: Request
 ) -> RunState:
     """Score and train on one partition after another; return what is trained. A collective.
-
-    Args:
-        config: every setting.
-        data: dataset whose `train/` has partitions, a folder or URL.
-        run: folder of the continual run; if it holds one, it goes on.
-        ranks: the ranks of the job.
-        request: which partitions, and whether to wait for more.
 
     Raises:
         TrainingStopped: the job was asked to end; its state is saved.
@@ -88,18 +86,20 @@ def _check_folder(folder: ContinualFolder, request: Request) -> None:
             f"{path}: holds a run of `recsys train` or a dataset; choose another --out (to begin "
             f"with its state: --warm-start {path})"
         )
-    state, asked = folder.read(), _asked(request)
-    must_match = asked is not None or not state.trained  # the first partition begins from it
-    if (path / STATE).exists() and must_match and asked != state.warm_start:
-        names = state.warm_start, asked
-        begun, now = (f"with --warm-start {of}" if of else "without --warm-start" for of in names)
+    state, warm_start = folder.read(), _source_run(request)
+    must_match = warm_start is not None or not state.trained  # the first partition begins from it
+    if (path / STATE).exists() and must_match and warm_start != state.warm_start:
+        start, current = (
+            f"with --warm-start {run}" if run else "without --warm-start"
+            for run in (state.warm_start, warm_start)
+        )
         raise ValueError(
-            f"{path}: was begun {begun}, and now goes on {now}; leave --warm-start as it was, or "
-            "choose another --out"
+            f"{path}: was begun {start}, and now goes on {current}; leave --warm-start as it was, "
+            "or choose another --out"
         )
 
 
-def _asked(request: Request) -> str | None:
+def _source_run(request: Request) -> str | None:
     return None if request.warm_start is None else str(request.warm_start.run.resolve())
 
 
@@ -109,13 +109,13 @@ def _walk(continual: ContinualRun, request: Request) -> RunState:
     with ranks.raise_on_all_ranks():
         state = folder.read() if ranks.is_first else RunState()
         if ranks.is_first:
-            state = replace(state, warm_start=state.warm_start or _asked(request))
+            state = replace(state, warm_start=state.warm_start or _source_run(request))
             if state.last is None and state.begun is None:
                 state = replace(state, first=request.span.first)
             _check_trained(continual, state)
             export_newest(continual.config.continual, folder, state)  # if a job was killed in it
     state = ranks.from_first(state)
-    begun = len(state.trained)
+    num_trained = len(state.trained)
     if ranks.is_first:
         _name_unused(continual.config)
     gc.freeze()  # what is there now stays, so that looking for a partition's model takes no time
@@ -130,16 +130,16 @@ def _walk(continual: ContinualRun, request: Request) -> RunState:
                 _prune(folder, state, continual.config.continual.keep)
                 if continual.config.continual.packages is not None:
                     export_newest(continual.config.continual, folder, state)
-                    continual.clock.lap("export")
-                continual.clock.append(folder.path / SECONDS, partition.name, trained.rows)
+                    continual.timer.lap("export")
+                continual.timer.append(folder.path / SECONDS, partition.name, trained.rows)
         rows = f"{trained.rows:,}"
-        logger.info("trained on %s: %s rows in %s", partition.name, rows, continual.clock)
+        logger.info("trained on %s: %s rows in %s", partition.name, rows, continual.timer)
         with ranks.raise_on_all_ranks():
             if ranks.is_first:
                 require_useful_scores(continual.config, continual.data, folder, partition, ranks)
         gc.collect()  # the model of this partition, before the next is built
-    if ranks.is_first and len(state.trained) > begun:
-        print_table(format_lines(continual.config, folder.metrics()))
+    if ranks.is_first and len(state.trained) > num_trained:
+        print_table(format_lines(continual.config.ranking, folder.metrics()))
         logger.info("written to %s", folder.path)
     elif ranks.is_first:
         logger.info("%s: no new partition to train on", continual.data)
@@ -147,15 +147,15 @@ def _walk(continual: ContinualRun, request: Request) -> RunState:
 
 
 def _name_unused(config: Config) -> None:
-    """Log the settings of a recipe that concern validation, which a continual run has not."""
+    """Log the settings on validation that a continual run ignores."""
     names = ("epochs", "patience", "validations_per_epoch", "best_model_by")
     default = Config()
-    set_ones = [name for name in names if getattr(config, name) != getattr(default, name)]
-    if set_ones:
+    unused = [name for name in names if getattr(config, name) != getattr(default, name)]
+    if unused:
         logger.info(
             "not used: %s; a partition has continual.passes, and the next one's scores in place of "
             "validation",
-            ", ".join(set_ones),
+            ", ".join(unused),
         )
 
 
@@ -174,37 +174,37 @@ def _check_trained(continual: ContinualRun, state: RunState) -> None:
                 f"{root}/{partition.folder}: has changed since it was trained on (then "
                 f"{trained.rows:,} rows, now {rows.num_rows:,}; {trained.fingerprint} and "
                 f"{rows.fingerprint()}); bring it back, put new rows into a later partition, or "
-                "walk anew to another --out"
+                "start a new run in another --out"
             )
 
 
 def _next(continual: ContinualRun, request: Request, state: RunState) -> Partition | None:
     """Return the next partition that is whole; wait for it if asked. A collective."""
-    said, ranks = "", continual.ranks
+    logged, ranks = "", continual.ranks
     while True:
-        found: tuple[Partition | None, str | None] = None, None
+        candidate: tuple[Partition | None, str | None] = None, None
         with ranks.raise_on_all_ranks():
             if ranks.is_first:
-                found = _found(continual, request, state)
-        partition, waits_for = ranks.from_first(found)
+                candidate = _candidate(continual, request, state)
+        partition, waits_for = ranks.from_first(candidate)
         if waits_for is None:
             return partition
-        if waits_for != said:
+        if waits_for != logged:
             logger.info("waiting for %s", waits_for)
-            said = waits_for
+            logged = waits_for
         _pause(continual.lockstep, continual.config.continual.poll_seconds)
 
 
-def _found(
+def _candidate(
     continual: ContinualRun, request: Request, state: RunState
 ) -> tuple[Partition | None, str | None]:
     """Return the next partition, or what is waited for."""
     root = Location.of(continual.data)
     root.filesystem.invalidate_cache()
     partitions, train, span = list_partitions(root), root / "train", request.span
-    trained, now = [each.name for each in state.trained], datetime.now(UTC).replace(tzinfo=None)
-    refused = refused_partitions(partitions, trained, now)
-    in_order = [each for each in partitions if each.name not in refused]
+    trained, today = [p.name for p in state.trained], datetime.now(UTC).replace(tzinfo=None)
+    refused = refused_partitions(partitions, trained, today)
+    in_order = [p for p in partitions if p.name not in refused]
     partition = next_partition(train, in_order, state, span, continual.config.continual.late)
     _check_begun(continual.folder, state, partition)
     if partition is None:
@@ -218,7 +218,7 @@ def _found(
         return None, None
     if request.follow:
         quiet = continual.config.continual.quiet_seconds
-        if (waits_for := awaited(root, partition, quiet)) is not None:
+        if (waits_for := waiting_for(root, partition, quiet)) is not None:
             return partition, waits_for
     else:
         check_whole(root, partition, partitions)
@@ -227,16 +227,16 @@ def _found(
 
 
 def _refusal(
-    train: Location, partitions: list[Partition], refused: dict[str, str], span: Span
+    train: Location, partitions: list[Partition], refused: dict[str, str], span: PartitionRange
 ) -> str | None:
     """Return the message of the first partition of the span that cannot be trained on."""
-    names = [each.name for each in partitions if not span.ends_before(each.key)]
+    names = [p.name for p in partitions if not span.ends_before(p.key)]
     first = next((name for name in names if name in refused), None)
     return first and f"{train}/{first}: {refused[first]}; rename or remove it"
 
 
 def _further(
-    train: Location, partitions: list[Partition], refused: dict[str, str], span: Span
+    train: Location, partitions: list[Partition], refused: dict[str, str], span: PartitionRange
 ) -> str:
     """Return what is waited for where all partitions are trained but those that are refused."""
     message = _refusal(train, partitions, refused, span)
@@ -244,7 +244,7 @@ def _further(
     return f"a further partition of {train}{words}"
 
 
-def _nothing(train: Location, partitions: list[Partition], span: Span) -> str:
+def _nothing(train: Location, partitions: list[Partition], span: PartitionRange) -> str:
     """Return the message that there is nothing to train on."""
     if not partitions:
         return f"{train}: has no partition; write the rows to folders such as date=2026-11-01 in it"
@@ -257,13 +257,13 @@ def _nothing(train: Location, partitions: list[Partition], span: Span) -> str:
 
 def _check_begun(folder: ContinualFolder, state: RunState, partition: Partition | None) -> None:
     """Refuse to leave out a partition whose rows are scored."""
-    begun = state.begun
-    if begun is None or (partition is not None and partition.name == begun.name):
+    unfinished = state.begun
+    if unfinished is None or (partition is not None and partition.name == unfinished.name):
         return
-    if partition is not None and folder.scores_of(begun.name).exists():
+    if partition is not None and folder.scores_of(unfinished.name).exists():
         raise ValueError(
-            f"train/{begun.name}: was scored but not trained on to its end, and is gone; bring it "
-            "back, or walk anew to another --out"
+            f"train/{unfinished.name}: was scored but not trained on to its end, and is gone; "
+            "bring it back, or start a new run in another --out"
         )
 
 
@@ -275,15 +275,15 @@ def _pause(lockstep: Lockstep, seconds: float) -> None:
         lockstep.sync_errors()
         lockstep.raise_if_stopped()
         # All ranks wait for rank 0 in the exchange, so that they leave after the same one.
-        left = lockstep.ranks.from_first(end - time.monotonic())
-        if left <= 0:
+        remaining = lockstep.ranks.from_first(end - time.monotonic())
+        if remaining <= 0:
             return
-        time.sleep(min(LOOK_SECONDS, left))
+        time.sleep(min(LOOK_SECONDS, remaining))
 
 
 def _prune(folder: ContinualFolder, state: RunState, keep: int) -> None:
     """Remove the runs of all but the last partitions, and what killed jobs have left."""
-    kept = {file_name(each.name) for each in state.trained[-keep:]}
+    last = {file_name(trained.name) for trained in state.trained[-keep:]}
     for run in folder.partitions.iterdir():
-        if run.name not in kept:
+        if run.name not in last:
             shutil.rmtree(run, ignore_errors=True)

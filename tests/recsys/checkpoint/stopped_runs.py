@@ -11,8 +11,8 @@ import torch
 
 from recsys.config import Config, load_config
 from recsys.distributed.ranks import joined_ranks
-from recsys.training.loss_watch import LossWatch
 from recsys.training.train import train
+from recsys.training.trainer import LossWatch
 from tests.recsys.checkpoint.kill_ranks import tensors
 from tests.recsys.command_runs import TINY
 

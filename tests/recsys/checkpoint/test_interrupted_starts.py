@@ -21,9 +21,8 @@ from recsys.checkpoint.run_folder import JOB, find_start
 from recsys.distributed.lockstep import TrainingStopped
 from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.evaluation.predict import predict
-from recsys.training.loss_watch import LossWatch
 from recsys.training.train import train
-from recsys.training.trainer import Trainer
+from recsys.training.trainer import LossWatch, Trainer
 from tests.datasets import write_dataset
 from tests.recsys.checkpoint.folder_changes import CHANGES, ENDED, Killed
 from tests.recsys.checkpoint.stopped_runs import StepsSeen, config_of

@@ -14,8 +14,8 @@ from recsys.checkpoint.files import folders_by_age
 from recsys.distributed.lockstep import TrainingStopped
 from recsys.distributed.log import configure_logging
 from recsys.distributed.ranks import joined_ranks
-from recsys.training.loss_watch import LossWatch
 from recsys.training.train import train
+from recsys.training.trainer import LossWatch
 from tests.datasets import write_dataset, write_parquet
 from tests.ranks import run_on_ranks
 from tests.recsys.checkpoint.kill_ranks import tensors

@@ -27,7 +27,7 @@ from recsys.data.parquet.rows import ParquetRows
 from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.evaluate import check_data
-from recsys.training.train import start_fresh
+from recsys.training.initial_state import start_fresh
 from tests.datasets import png, write_dataset
 from tests.recsys.data.items.item_content import rewrite
 from tests.recsys.em3_runs import em3_config

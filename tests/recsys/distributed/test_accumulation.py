@@ -66,7 +66,7 @@ def weights(job: Job) -> dict[str, Tensor]:
 
 def train_in_groups(job: Job) -> dict[str, Any]:
     """What each of the batches leaves behind."""
-    found: dict[str, Any] = {"gradients": [], "stepped": [], "reductions": []}
+    actual: dict[str, Any] = {"gradients": [], "stepped": [], "reductions": []}
     batches = iter(batches_of(job, BATCHES))
     job.model.train()
     job.pipeline.begin(len(BATCHES))
@@ -74,23 +74,23 @@ def train_in_groups(job: Job) -> dict[str, Any]:
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             job.pipeline.progress(batches)
         names = [event.name for event in profiler.events()]
-        found["reductions"].append(names.count("c10d::allreduce_"))
-        found["gradients"].append(gradients(job))
-        found["stepped"].append(job.pipeline.has_stepped)
-    return found | {"weights": weights(job), "tables": table_pieces(job)}
+        actual["reductions"].append(names.count("c10d::allreduce_"))
+        actual["gradients"].append(gradients(job))
+        actual["stepped"].append(job.pipeline.has_stepped)
+    return actual | {"weights": weights(job), "tables": table_pieces(job)}
 
 
 def train_on_joint_batches(job: Job) -> dict[str, Any]:
     """The slow reference: the impressions of a group in one batch, and no pipeline."""
-    found: dict[str, Any] = {"gradients": []}
+    actual: dict[str, Any] = {"gradients": []}
     job.model.train()
     for batch in batches_of(job, JOINT_BATCHES):
         job.optimizer.zero_grad()
         loss, _ = job.model(batch)
         loss.backward()
         job.optimizer.step()
-        found["gradients"].append(gradients(job))
-    return found | {"weights": weights(job), "tables": table_pieces(job)}
+        actual["gradients"].append(gradients(job))
+    return actual | {"weights": weights(job), "tables": table_pieces(job)}
 
 
 def frozen_tables(folder: Path, accumulate_steps: int) -> Config:
@@ -122,9 +122,9 @@ def write_rows_apart(folder: Path, world_size: int) -> Path:
     """Impressions of which no two batches of a group share a row of any table, on any rank."""
     write_dataset(folder, num_users=40, num_items=80)
     count = world_size * sum(BATCHES)
-    of_batch = [row // SIZE for row in range(count)]
+    batch_index = [row // SIZE for row in range(count)]
     # The place of each impression's batch within its group, the same on all ranks.
-    place = [batch % len(BATCHES) % GROUP for batch in of_batch]
+    place = [batch % len(BATCHES) % GROUP for batch in batch_index]
     table = pa.table(
         {
             "user": pa.array([20 * p + row % 20 for row, p in enumerate(place)], pa.int64()),
@@ -143,19 +143,19 @@ def write_rows_apart(folder: Path, world_size: int) -> Path:
 
 
 def train_both_ways(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    ranks, found = ranks_of(rank, world_size), {}
+    ranks, actual = ranks_of(rank, world_size), {}
     apart = folder / f"apart_{world_size}"
-    for name, config_of, data in (
+    for name, make_config, data in (
         ("frozen", frozen_tables, folder / "data"),
         ("sgd", tables_under_sgd, apart),
     ):
-        grouped = build_job(config_of(folder, GROUP), str(data), ranks)
-        found[name] = {
+        grouped = build_job(make_config(folder, GROUP), str(data), ranks)
+        actual[name] = {
             "grouped": train_in_groups(grouped),
-            "joint": train_on_joint_batches(build_job(config_of(folder, 1), str(data), ranks)),
+            "joint": train_on_joint_batches(build_job(make_config(folder, 1), str(data), ranks)),
         }
-    found["complaint"] = complaint_within_a_group(grouped)
-    return found
+    actual["complaint"] = complaint_within_a_group(grouped)
+    return actual
 
 
 def complaint_within_a_group(job: Job) -> str:
@@ -195,10 +195,10 @@ def test_gradients_and_weights_equal_those_of_joint_batches(
         grouped, joint = run[tables]["grouped"], run[tables]["joint"]
         at_ends = [step for step, end in zip(grouped["gradients"], grouped["stepped"]) if end]
         assert len(at_ends) == len(GROUPS)
-        for found, expected in zip(at_ends, joint["gradients"], strict=True):
-            assert found.keys() == expected.keys()
+        for actual, expected in zip(at_ends, joint["gradients"], strict=True):
+            assert actual.keys() == expected.keys()
             for name, gradient in expected.items():
-                assert_close(found[name], gradient, name)
+                assert_close(actual[name], gradient, name)
         for name, weight in joint["weights"].items():
             sizes = torch.stack([step[name].abs() for step in [*joint["gradients"], *at_ends]])
             defined = ((sizes == 0) | (sizes > SMALLEST_GRADIENT)).all(dim=0)

@@ -36,7 +36,7 @@ def test_a_stretch_ends_with_the_group_under_way_and_no_batch_is_lost(
 def seldom_exchanged(rank: int, world_size: int) -> dict[str, Any]:
     """Steps of 50 ms of a fake clock, so that ten batches pass between two exchanges."""
     clock = SimpleNamespace(now=0.0)
-    found: dict[str, Any] = {"exchanges": 0}
+    actual: dict[str, Any] = {"exchanges": 0}
     all_reduce = dist.all_reduce
 
     def source(event: Any = None) -> Iterator[int]:
@@ -49,9 +49,9 @@ def seldom_exchanged(rank: int, world_size: int) -> dict[str, Any]:
     def fail() -> None:
         raise ValueError("row 7 cannot be read")
 
-    def counted(*args: Any, **named: Any) -> Any:
-        found["exchanges"] += 1
-        return all_reduce(*args, **named)
+    def counted(*args: Any, **name: Any) -> Any:
+        actual["exchanges"] += 1
+        return all_reduce(*args, **name)
 
     with pytest.MonkeyPatch.context() as patch:
         fake = SimpleNamespace(monotonic=lambda: clock.now)
@@ -59,27 +59,27 @@ def seldom_exchanged(rank: int, world_size: int) -> dict[str, Any]:
         patch.setattr("recsys.distributed.lockstep.time", fake)
         patch.setattr(dist, "all_reduce", counted)
         lockstep = Lockstep(ranks_of(rank, world_size))
-        found["batches"] = list(lockstep.training_batches(source(), 60))
-        found["exchanges of 60"] = found["exchanges"]
+        actual["batches"] = list(lockstep.training_batches(source(), 60))
+        actual["exchanges of 60"] = actual["exchanges"]
         with Lockstep(ranks_of(rank, world_size)) as lockstep:
             stops = source(lambda: signal.raise_signal(signal.SIGTERM))
-            found["stops"] = [lockstep.stop for _ in lockstep.training_batches(stops, 60)]
-        lockstep, found["before"] = Lockstep(ranks_of(rank, world_size)), []
+            actual["stops"] = [lockstep.stop for _ in lockstep.training_batches(stops, 60)]
+        lockstep, actual["before"] = Lockstep(ranks_of(rank, world_size)), []
         try:
             for batch in lockstep.training_batches(source(fail), 60):
-                found["before"].append(batch)
+                actual["before"].append(batch)
         except ValueError as error:
-            found["error"] = str(error)
-    return found
+            actual["error"] = str(error)
+    return actual
 
 
 def test_between_exchanges_a_rank_that_fails_or_is_asked_to_end_keeps_no_other_waiting() -> None:
     first, second = run_on_ranks(seldom_exchanged, 2)
-    for found in (first, second):
-        assert found["batches"] == list(range(60))
-        assert found["exchanges of 60"] == FIRST_BATCHES + 2 + 5
-        assert found["stops"] == first["stops"]
-        assert 31 <= found["stops"].index(True) <= 31 + 11
+    for actual in (first, second):
+        assert actual["batches"] == list(range(60))
+        assert actual["exchanges of 60"] == FIRST_BATCHES + 2 + 5
+        assert actual["stops"] == first["stops"]
+        assert 31 <= actual["stops"].index(True) <= 31 + 11
     assert len(first["before"]) == len(second["before"]) <= 30 + 11
     assert first["before"] == list(range(len(first["before"])))
     assert second["before"][30:] == [29] * (len(second["before"]) - 30)  # its last batch again

@@ -32,7 +32,7 @@ def received(rank: int, world_size: int) -> dict[str, Any]:
     """By way of sending: what arrives of two collections, and the collectives it takes."""
     group = dist.group.WORLD
     assert group is not None
-    found: dict[str, Any] = {}
+    actual: dict[str, Any] = {}
     for way in ("torchrec", "here"):
         requests = []
         for names, splits, dtype in [
@@ -46,13 +46,13 @@ def received(rank: int, world_size: int) -> dict[str, Any]:
         with patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as sent:
             lists = request.wait() if way == "torchrec" else exchange_ids(request)
             arrived = [one for awaitable in lists for one in awaitable.wait()]
-        found[way] = [
+        actual[way] = [
             (kjt.keys(), kjt.values().tolist(), kjt.lengths().tolist(), kjt.lengths().dtype)
             for kjt in arrived
         ]
-        found[f"{way}, sizes"] = [context.sharding_contexts[0] for context in contexts]
-        found[f"{way}, collectives"] = sent.call_count
-    return found
+        actual[f"{way}, sizes"] = [context.sharding_contexts[0] for context in contexts]
+        actual[f"{way}, collectives"] = sent.call_count
+    return actual
 
 
 def _context() -> Any:
@@ -62,10 +62,10 @@ def _context() -> Any:
 
 
 def test_one_collective_brings_the_same_ids_as_torchrec() -> None:
-    for found in run_on_ranks(received, 2):
-        assert found["here"] == found["torchrec"]
-        assert found["here, sizes"] == found["torchrec, sizes"]
-        assert (found["torchrec, collectives"], found["here, collectives"]) == (4, 1)
+    for actual in run_on_ranks(received, 2):
+        assert actual["here"] == actual["torchrec"]
+        assert actual["here, sizes"] == actual["torchrec, sizes"]
+        assert (actual["torchrec, collectives"], actual["here, collectives"]) == (4, 1)
 
 
 # What `recsys.distributed.torchrec_internals` uses: a part of TorchRec, and names in its source.

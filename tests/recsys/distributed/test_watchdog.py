@@ -25,7 +25,14 @@ import torch
 import torch.distributed as dist
 
 from recsys.distributed.ranks import Ranks, joined_ranks
-from recsys.distributed.watchdog import Watchdog
+from recsys.distributed.watchdog import (
+    Heartbeat,
+    Unchanged,
+    Watchdog,
+    place_of_main_thread,
+    silent_ranks,
+    stalled_ranks,
+)
 from tests.ranks import HANG_SECONDS
 
 TIMEOUT = 4.0
@@ -53,7 +60,7 @@ class Outcome:
 
     exit_codes: list[int | None] = field(default_factory=list)  # None: did not end by itself
     seconds: list[float] = field(default_factory=list)  # from the fault to its end
-    told: list[str] = field(default_factory=list)
+    output: list[str] = field(default_factory=list)
     reports: list[str | None] = field(default_factory=list)  # for torchrun
 
 
@@ -75,13 +82,11 @@ def fail() -> None:
 
 JOBS = {
     "stopped": Job(in_data=stop_this_process),
-    "first of three stopped": Job(world_size=3, faulty=0, in_data=stop_this_process),
     "holder of the store stopped": Job(
         world_size=3, faulty=0, in_data=stop_this_process, launcher_holds_the_store=False
     ),
     "slow in data": Job(in_data=sleep_until_killed),
     "slow in forward": Job(world_size=3, in_forward=sleep_until_killed),
-    "slow before training": Job(in_data=sleep_long, section=None),
     "slow in a pause": Job(in_data=sleep_long, section="paused"),
     "ends later than the others": Job(at_the_end=sleep_long),
     "fails": Job(in_data=fail),
@@ -100,7 +105,7 @@ def run_rank(name: str, rank: int, port: int, folder: Path) -> None:
         "TORCHELASTIC_ERROR_FILE": str(folder / f"{rank}.report"),
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    os.dup2(os.open(folder / f"{rank}.told", os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
+    os.dup2(os.open(folder / f"{rank}.output", os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
     torch.set_num_threads(1)
     try:
         with joined_ranks("cpu") as ranks, Watchdog(ranks, TIMEOUT) as watchdog:
@@ -110,23 +115,23 @@ def run_rank(name: str, rank: int, port: int, folder: Path) -> None:
         sys.exit(str(error))
 
 
-def batches(job: Job, begun: Path) -> Iterator[torch.Tensor]:
+def batches(job: Job, marker: Path) -> Iterator[torch.Tensor]:
     for step in range(STEPS):
         time.sleep(PACE)
         if step == FAULTY_STEP:
-            begun.touch()
+            marker.touch()
             job.in_data()
         yield torch.ones(2)
 
 
-def train(job: Job, watchdog: Watchdog, begun: Path) -> None:
+def train(job: Job, watchdog: Watchdog, marker: Path) -> None:
     """A loop of the shape of the real one, which agrees on each batch and then on gradients."""
     with ExitStack() as sections:
         if job.section is not None:
             sections.enter_context(watchdog.armed())
         if job.section == "paused":
             sections.enter_context(watchdog.paused())
-        for step, batch in enumerate(batches(job, begun)):
+        for step, batch in enumerate(batches(job, marker)):
             watchdog.mark(f"batch {step}")
             dist.all_reduce(batch)
             if step == FAULTY_STEP:
@@ -161,7 +166,7 @@ def collect(job: Job, folder: Path, ends: list[float | None], codes: list[int | 
     for rank, end in enumerate(ends):
         report = folder / f"{rank}.report"
         outcome.seconds.append((end or float("inf")) - fault)
-        outcome.told.append((folder / f"{rank}.told").read_text())
+        outcome.output.append((folder / f"{rank}.output").read_text())
         outcome.reports.append(
             json.loads(report.read_text())["message"]["extraInfo"]["py_callstack"]
             if report.exists()
@@ -209,19 +214,14 @@ def test_a_stopped_rank_is_named_on_every_other_rank(
     outcomes: dict[str, Outcome], name: str
 ) -> None:
     job, outcome = JOBS[name], outcomes[name]
-    others = [rank for rank in range(job.world_size) if rank != job.faulty]
-    named = f"rank {job.faulty}"
+    other_ranks = [rank for rank in range(job.world_size) if rank != job.faulty]
+    rank_words = f"rank {job.faulty}"
     if not job.launcher_holds_the_store:
-        named += ", which holds the job's store,"
-    for rank in others:
-        assert f"rank {rank}: {named} has stopped" in outcome.told[rank]
+        rank_words += ", which holds the job's store,"
+    for rank in other_ranks:
+        assert re.search(rf"rank {rank}: {rank_words} has stopped", outcome.output[rank])
         assert outcome.exit_codes[rank] == 1
         assert outcome.seconds[rank] > 0
-
-
-def test_the_finding_says_where_the_stopped_rank_was(outcomes: dict[str, Outcome]) -> None:
-    told = outcomes["stopped"].told[0]
-    assert re.search(r"'batch \d', in \w+\.py:\d+ \w+", told)
 
 
 @pytest.mark.parametrize("name", ["slow in data", "slow in forward"])
@@ -230,33 +230,26 @@ def test_a_slow_rank_is_named_on_every_rank_itself_included(
 ) -> None:
     outcome = outcomes[name]
     batch = {"slow in data": "batch 2", "slow in forward": "batch 3"}[name]
-    for rank, told in enumerate(outcome.told):
-        assert f"rank {rank}: rank 1 has " in told and " 4 s " in told
-        assert f"'{batch}', in test_watchdog.py:" in told
-        assert "sleep_until_killed" in told
+    for rank, output in enumerate(outcome.output):
+        assert f"rank {rank}: rank 1 has " in output and " 4 s " in output
+        assert f"'{batch}', in test_watchdog.py:" in output
+        assert "sleep_until_killed" in output
         assert outcome.exit_codes[rank] == 1
         assert outcome.seconds[rank] > 0
 
 
 def test_every_rank_prints_the_stacks_of_its_threads(outcomes: dict[str, Outcome]) -> None:
-    slow, waiting = outcomes["slow in data"].told[1], outcomes["slow in data"].told[0]
+    slow, waiting = outcomes["slow in data"].output[1], outcomes["slow in data"].output[0]
     assert "in sleep_until_killed" in slow and "in batches" in slow
     assert "in all_reduce" in waiting and "in train" in waiting
 
 
-def test_torchrun_is_given_the_finding_to_report(outcomes: dict[str, Outcome]) -> None:
-    for report in outcomes["slow in data"].reports:
-        assert report is not None and "rank 1 has " in report
-
-
-@pytest.mark.parametrize(
-    "name", ["slow before training", "slow in a pause", "ends later than the others"]
-)
+@pytest.mark.parametrize("name", ["slow in a pause", "ends later than the others"])
 def test_a_job_is_not_ended_where_a_rank_may_take_long(
     outcomes: dict[str, Outcome], name: str
 ) -> None:
     outcome = outcomes[name]
-    assert outcome.told == ["", ""]
+    assert outcome.output == ["", ""]
     assert outcome.exit_codes == [0, 0]
     assert outcome.seconds[1] > LONG
 
@@ -265,7 +258,7 @@ def test_a_job_that_fails_ends_with_its_own_error_and_no_finding(
     outcomes: dict[str, Outcome],
 ) -> None:
     outcome = outcomes["fails"]
-    assert outcome.told[1] == "the fault of this rank\n"
+    assert outcome.output[1] == "the fault of this rank\n"
     assert outcome.exit_codes[1] == 1
 
 
@@ -277,3 +270,55 @@ def test_it_is_off_without_timeout_and_needless_for_one_rank(
     with Watchdog(Ranks(0, world_size, 0, world_size, torch.device("cpu")), timeout) as watchdog:
         watchdog.mark("batch 0")
         assert threading.active_count() == threads
+
+
+def beat(collectives: int = 9, marks: int = 5, ended: bool = False) -> Heartbeat:
+    return Heartbeat(1, ended, 10.0, collectives, marks, "batch 3", "model.py:7 forward")
+
+
+def test_all_ranks_of_a_machine_that_is_gone_are_named() -> None:
+    assert silent_ranks({9: beat(), 8: beat()}, 300.0) == (
+        "ranks 8, 9 have stopped answering for 300 s (rank 8: last seen after 'batch 3', in "
+        "model.py:7 forward; rank 9: last seen after 'batch 3', in model.py:7 forward)"
+    )
+
+
+def test_ranks_are_told_apart_by_collectives_then_by_marks() -> None:
+    by_collectives = stalled_ranks({0: beat(), 1: beat(collectives=8, marks=6), 2: beat()}, 10.0)
+    assert by_collectives.startswith("rank 1 has ") and " 10 s " in by_collectives
+    by_marks = stalled_ranks({0: beat(), 1: beat(), 2: beat(marks=4)}, 10.0)
+    assert by_marks.startswith("rank 2 has ") and " 10 s " in by_marks
+
+
+def test_a_rank_that_has_ended_while_the_others_wait_is_named() -> None:
+    actual = stalled_ranks({0: beat(), 1: beat(collectives=8, ended=True)}, 10.0)
+    assert actual.endswith("(ended after 'batch 3', in model.py:7 forward)")
+
+
+def test_no_rank_is_accused_where_all_have_come_equally_far() -> None:
+    actual = stalled_ranks({0: beat(), 1: beat()}, 10.0)
+    assert actual.startswith("no rank ") and " 10 s " in actual
+
+
+def test_time_in_which_the_whole_job_was_suspended_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter([0.0, 0.5, 1.5, 1000.0, 1001.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    unchanged = Unchanged(longest_lapse=2.0)
+    assert unchanged.look(1) == 0.0
+    assert unchanged.look(1) == 1.0
+    assert unchanged.look(1) == 1.0 + 2.0
+    assert unchanged.look(2) == 0.0
+
+
+def test_the_place_of_the_main_thread_is_known_to_other_threads() -> None:
+    places: list[str] = []
+    thread = threading.Thread(target=lambda: places.append(place_of_main_thread()))
+    thread.start()
+    thread.join()
+    assert places[0].startswith("threading.py:")
+
+
+def test_a_heartbeat_travels_as_text() -> None:
+    assert Heartbeat.from_json(beat().to_json()) == beat()

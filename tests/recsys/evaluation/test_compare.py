@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,12 @@ import pytest
 from recsys.cli import main
 from recsys.config import load_config
 from recsys.data.item_frequency import PARTS
-from recsys.evaluation.bootstrap import paired_difference
+from recsys.evaluation.bootstrap import METRICS, paired_difference
 from recsys.evaluation.compare import compare_runs, format_comparison
-from recsys.evaluation.measures import METRICS
 from recsys.evaluation.metrics import evaluation_report
 from recsys.evaluation.scores import SplitScores, read_scores, write_scores
 from tests.datasets import write_dataset
-from tests.recsys.command_runs import NUM_ROWS, ROOT, run_recsys, train_words
+from tests.recsys.command_runs import NUM_ROWS, run_recsys, train_words
 
 ROWS = 300
 
@@ -59,14 +57,14 @@ def test_a_comparison_holds_the_metrics_of_each_run_and_the_paired_differences(
             scores.labels[:, 0], scores.logits[:, 0], scores.groups, scores.counts
         )
         for part in PARTS:
-            of_part = expected if part == "all" else expected[part]
-            assert report["rows"][part] == of_part["num_samples"]
+            part_metrics = expected if part == "all" else expected[part]
+            assert report["rows"][part] == part_metrics["num_samples"]
             for metric in METRICS:
-                assert run[part][metric] == pytest.approx(of_part[metric])
+                assert run[part][metric] == pytest.approx(part_metrics[metric])
     interval = paired_difference([[weak]], [[strong]], "gauc", "cold")
-    found = report["runs"][1]["cold"]["difference"]["gauc"]
+    actual = report["runs"][1]["cold"]["difference"]["gauc"]
     assert interval is not None and interval.low > 0
-    assert found == {**interval.__dict__, "excludes_zero": True}
+    assert actual == {**interval.__dict__, "excludes_zero": True}
     assert report["runs"][1]["unseen"]["difference"] == {"auc": None, "gauc": None}
     assert "difference" not in report["runs"][0]["all"]
 
@@ -75,7 +73,7 @@ def test_labels_are_compared_by_name_in_any_order(runs: tuple[Path, Path]) -> No
     for run, turned in zip(runs, (False, True), strict=True):
         scores = read_scores(run / "scores_test.parquet")
         pair = [(scores.labels, scores.logits), (1 - scores.labels, 0 * scores.logits)]
-        labels, logits = (np.hstack(of) for of in zip(*(pair[::-1] if turned else pair)))
+        labels, logits = (np.hstack(entry) for entry in zip(*(pair[::-1] if turned else pair)))
         names = ("left", "liked") if turned else ("liked", "left")
         scores = replace(scores, labels=labels, logits=logits, label_names=names)
         write_scores(scores, run / "scores_test.parquet")
@@ -100,10 +98,10 @@ def test_the_command_prints_a_line_per_part_and_run_and_writes_the_numbers(
     assert [path.name for path in out.parent.iterdir()] == ["comparison.json"]
     table = [line for line in lines if line.endswith(("/weak", "/strong"))]
     assert [line.split()[0] for line in table] == [part for part in PARTS for _ in range(3)]
-    of_strong = report["runs"][1]["all"]
+    strong_metrics = report["runs"][1]["all"]
     assert table[1].split()[1:3] == [
-        f"{of_strong['auc']:.4f}",
-        f"{of_strong['difference']['auc']['value']:+.4f}",
+        f"{strong_metrics['auc']:.4f}",
+        f"{strong_metrics['difference']['auc']['value']:+.4f}",
     ]
     assert table[0].count("*") == 0 and table[1].count("*") == 2
     assert table[2].count("[+0.0000, +0.0000]") == 2 and table[2].count("*") == 0
@@ -119,9 +117,9 @@ def test_figures_of_a_handful_of_users_are_marked_and_have_no_interval(
         write_scores(few, run / "scores_test.parquet")
     report = compare_runs(runs, "test")
     assert report["metric_users"]["all"] == {"auc": 4, "gauc": 4}
-    of_strong = report["runs"][1]["all"]
-    assert of_strong["difference"] == {"auc": None, "gauc": None}
-    auc, gauc = f"({of_strong['auc']:.4f})", f"({of_strong['gauc']:.4f})"
+    strong_metrics = report["runs"][1]["all"]
+    assert strong_metrics["difference"] == {"auc": None, "gauc": None}
+    auc, gauc = f"({strong_metrics['auc']:.4f})", f"({strong_metrics['gauc']:.4f})"
     line = format_comparison(report).splitlines()[4].split()
     assert line[:7] == ["all", auc, "-", "-", gauc, "-", "-"]
 
@@ -142,8 +140,8 @@ def test_runs_that_cannot_be_compared_are_named_with_the_fix(
     assert f"recsys evaluate --run {weak} --split valid" in line
     assert "--runs names 1 run" in fails(capsys, "compare", "--runs", weak)
     scores = scores_with(2.0)
-    others = replace(scores, groups=scores.groups[::-1])
-    write_scores(others, strong / "scores_test.parquet")
+    other_ranks = replace(scores, groups=scores.groups[::-1])
+    write_scores(other_ranks, strong / "scores_test.parquet")
     line = fails(capsys, "compare", "--runs", weak, strong)
     assert f"{weak} and {strong}: groups differ" in line
 
@@ -164,15 +162,15 @@ def test_the_twin_is_trained_after_the_run_goes_on_with_it_and_begins_anew_with_
     run, twin = tmp_path / "run", tmp_path / "run" / "id_only"
     words = train_words(data, run, "--batch_size", "31")
     assert main(words) == 0
-    of_run = (run / "checkpoints" / "step-00000002" / "checkpoint.json").stat().st_mtime_ns
+    time_ns = (run / "checkpoints" / "step-00000002" / "checkpoint.json").stat().st_mtime_ns
 
     assert main([*words, "--compare", "id_only"]) == 0  # the run is finished; its twin is not
-    assert (run / "checkpoints" / "step-00000002" / "checkpoint.json").stat().st_mtime_ns == of_run
-    made = load_config(twin / "config.yaml")
-    assert made == replace(
+    assert (run / "checkpoints" / "step-00000002" / "checkpoint.json").stat().st_mtime_ns == time_ns
+    config = load_config(twin / "config.yaml")
+    assert config == replace(
         load_config(run / "config.yaml"),
         content="none",
-        contrastive=replace(made.contrastive, weight=0.0),
+        contrastive=replace(config.contrastive, weight=0.0),
     )
     report = compare_runs([twin, run], "test")
     assert json.loads((run / "comparison.json").read_text()) == report
@@ -195,14 +193,14 @@ def test_the_twin_is_trained_after_the_run_goes_on_with_it_and_begins_anew_with_
 @pytest.mark.long
 def test_two_ranks_train_run_and_twin(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = run_recsys(*train_words(data, run, "--compare", "id_only"), ranks=2)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = run_recsys(*train_words(data, run, "--compare", "id_only"), ranks=2)
+    assert process.returncode == 0, process.stdout + process.stderr
     for folder in (run, run / "id_only"):
         assert json.loads((folder / "metrics.json").read_text())["world_size"] == 2
     report = json.loads((run / "comparison.json").read_text())
-    assert [of["run"] for of in report["runs"]] == [str(run / "id_only"), str(run)]
+    assert [entry["run"] for entry in report["runs"]] == [str(run / "id_only"), str(run)]
     assert report["rows"]["all"] == NUM_ROWS["test"]
-    assert (done.stdout + done.stderr).count("95 % interval") == 2  # both metrics, one rank
+    assert (process.stdout + process.stderr).count("95 % interval") == 2  # both metrics, one rank
 
 
 def test_a_twin_that_cannot_be_is_refused_before_anything_is_written(
@@ -226,18 +224,8 @@ def test_a_dry_run_takes_a_step_of_both(
     assert not (tmp_path / "run").exists()
 
 
-def test_make_train_passes_the_comparison_on() -> None:
-    for words, count in ((["COMPARE=id_only"], 1), ([], 0)):
-        made = subprocess.run(
-            ["make", "-n", "train", *words], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        assert made.stdout.count("--compare id_only") == count
-
-
 @pytest.mark.parametrize(
-    "values",
-    [["0.5"] * ROWS, [[0.5]] * ROWS, [None] * ROWS, [float("nan")] * ROWS, []],
-    ids=["text", "lists", "nulls", "not finite", "no rows"],
+    "values", [["0.5"] * ROWS, [float("nan")] * ROWS, []], ids=["text", "not finite", "no rows"]
 )
 def test_scores_that_are_no_numbers_are_refused_by_column(
     runs: tuple[Path, Path], values: list[Any]

@@ -48,41 +48,18 @@ def test_precision_at_k_by_hand(
     assert precision(k, rows) == pytest.approx(expected)
 
 
-def test_ties_give_the_mean_over_all_orders() -> None:
-    """Against sampling: random orders within ties, and the first K of each user counted."""
-    rng = np.random.default_rng(0)
-    users, labels = rng.integers(0, 5, 60), rng.integers(0, 2, 60).astype(float)
-    scores = rng.integers(0, 4, 60).astype(float)
-    sampled = [
-        np.mean(
-            [
-                labels[mine][np.lexsort((rng.random(mine.sum()), -scores[mine]))][:3].mean()
-                for mine in (users == user for user in range(5))
-            ]
-        )
-        for _ in range(2000)
-    ]
-    value = PrecisionAtK(3)(labels, scores, users, np.zeros(60, np.int64))
-    assert value == pytest.approx(np.mean(sampled), abs=0.01)
-
-
-def test_without_rows_it_is_not_defined() -> None:
-    nothing = np.zeros(0)
-    assert PrecisionAtK(3)(nothing, nothing, nothing, nothing) is None
-
-
 def test_a_report_has_each_metric_of_all_rows_and_of_each_part() -> None:
-    more = make_metrics({"p1": MetricSettings("precision_at_k", {"k": 1})})
+    extra = make_metrics({"p1": MetricSettings("precision_at_k", {"k": 1})})
     labels, scores = np.array([1.0, 0.0, 0.0, 1.0]), np.array([3.0, 2.0, 1.0, 0.0])
-    report = evaluation_report(labels, scores, np.zeros(4, int), np.array([9, 9, 0, 0]), more)
+    report = evaluation_report(labels, scores, np.zeros(4, int), np.array([9, 9, 0, 0]), extra)
     assert report["p1"] == 1 and report["warm"]["p1"] == 1
     assert report["cold"]["p1"] == 0 and report["unseen"]["p1"] == 0
-    head, everything, *_ = format_report(report, more).splitlines()
+    head, everything, *_ = format_report(report, extra).splitlines()
     assert head.split()[-2:] == ["p1", "rows"] and everything.split()[-2:] == ["(1.0000)", "4"]
 
 
 @pytest.mark.parametrize(
-    ("name", "metric", "options", "told"),
+    ("name", "metric", "options", "message"),
     [
         ("auc", "precision_at_k", {}, "metrics.auc: .*'auc' already"),
         ("p", "precision_at_k", {"k": 0}, "k is 0"),
@@ -91,18 +68,18 @@ def test_a_report_has_each_metric_of_all_rows_and_of_each_part() -> None:
     ],
 )
 def test_a_wrong_setting_is_named(
-    name: str, metric: str, options: dict[str, Any], told: str
+    name: str, metric: str, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         make_metrics({name: MetricSettings(metric, options)})
 
 
 @pytest.mark.parametrize(
-    ("value", "told"), [(np.nan, "metrics.p: .*nan .*1 rows"), ("x", "metrics.p: failed")]
+    ("value", "message"), [(np.nan, "metrics.p: .*nan .*1 rows"), ("x", "metrics.p: failed")]
 )
-def test_a_metric_that_gives_no_number_is_named(value: Any, told: str) -> None:
+def test_a_metric_that_gives_no_number_is_named(value: Any, message: str) -> None:
     row = np.zeros(1)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         evaluation_report(row, row, row, row, {"p": lambda *_: value})
 
 

@@ -28,18 +28,18 @@ NEVER_RANKED, LATER = 28, 901  # raw ids
 def without(item: int, table: pa.Table) -> pa.Table:
     """The rows that neither rank an item nor have it in the history."""
     histories = table["history"].to_pylist()
-    kept = [
+    has_no_item = [
         ranked != item and item not in (history or [])
         for ranked, history in zip(table["item"].to_pylist(), histories, strict=True)
     ]
-    return table.filter(pa.array(kept))
+    return table.filter(pa.array(has_no_item))
 
 
 def with_later_item(items: pa.Table) -> pa.Table:
     """The items and one more, with the content of another."""
     place = items.column_names.index("item")
-    more = items.slice(3, 1).set_column(place, "item", pa.array([LATER], pa.int64()))
-    return pa.concat_tables([items, more])
+    extra = items.slice(3, 1).set_column(place, "item", pa.array([LATER], pa.int64()))
+    return pa.concat_tables([items, extra])
 
 
 def table_and_vectors(job: Job) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor
 
-from recsys.config import Config, ranking_settings
+from recsys.config import BestModelBy, ranking_settings
 from recsys.data.item_frequency import COLD_BELOW
 from recsys.distributed.gather import gather_rows, gather_rows_to_first
 from recsys.evaluation.evaluate import format_evaluation
 from recsys.evaluation.metrics import RankedRows, evaluation_report, format_report
+from recsys.evaluation.model_selection import selection_score, selection_words
 from tests.ranks import run_on_ranks
 
 
@@ -40,24 +41,12 @@ def brute_force_gauc(labels: np.ndarray, logits: np.ndarray, groups: np.ndarray)
     return total / weight
 
 
-def test_auc_equals_scikit_learn_on_a_million_rows_with_many_ties() -> None:
-    labels, logits, groups = random_rows(1_000_000, 1, 1000)
-    metrics = RankedRows(labels, logits, groups).metrics()
-    assert metrics["auc"] == pytest.approx(roc_auc_score(labels, logits), abs=1e-12)
-    assert metrics["gauc"] == metrics["auc"]
-
-
 @pytest.mark.parametrize("num_scores", [1, 3, 100, 10**9])
 def test_auc_and_gauc_equal_scikit_learn_and_a_loop_over_users(num_scores: int) -> None:
     labels, logits, groups = random_rows(3000, 400, num_scores)
     metrics = RankedRows(labels, logits, groups).metrics()
     assert metrics["auc"] == pytest.approx(roc_auc_score(labels, logits), abs=1e-12)
     assert metrics["gauc"] == pytest.approx(brute_force_gauc(labels, logits, groups), abs=1e-12)
-
-
-def test_a_tie_counts_half() -> None:
-    metrics = RankedRows(np.array([1, 0, 1]), np.array([2.0, 0.5, 0.5]), np.zeros(3, int)).metrics()
-    assert metrics["auc"] == 0.75
 
 
 def test_gauc_weighs_users_by_their_rows_and_skips_those_with_one_label() -> None:
@@ -77,13 +66,6 @@ def test_log_loss_entropy_and_calibration_equal_their_definitions() -> None:
     assert metrics["ne"] == pytest.approx(metrics["logloss"] / base, abs=1e-12)
     assert metrics["calibration"] == pytest.approx(predictions.mean() / share, abs=1e-12)
     assert metrics["num_samples"] == 5000
-
-
-def test_always_predicting_the_share_of_positives_has_a_normalised_entropy_of_one() -> None:
-    labels = np.array([1, 0, 0, 0])
-    metrics = RankedRows(labels, np.full(4, np.log(0.25 / 0.75)), np.zeros(4, int)).metrics()
-    assert metrics["ne"] == pytest.approx(1, abs=1e-12)
-    assert metrics["calibration"] == pytest.approx(1, abs=1e-12)
 
 
 def test_huge_logits_give_finite_losses() -> None:
@@ -173,9 +155,9 @@ def test_metrics_of_rows_split_unevenly_over_two_ranks_equal_those_of_all_rows(c
         torch.tensor(labels) == 1,
         torch.tensor(logits, dtype=torch.float32).view(-1, 1).repeat(1, 3),
     ]
-    (_, first), (_, second) = found = run_on_ranks(gather_share, 2, rows, cut)
+    (_, first), (_, second) = gathered_rows = run_on_ranks(gather_share, 2, rows, cut)
     assert [len(tensor) for tensor in second] == [0] * 5
-    for gathered in (first, *(to_all for to_all, _ in found)):
+    for gathered in (first, *(to_all for to_all, _ in gathered_rows)):
         for whole, tensor in zip(rows, gathered, strict=True):
             assert whole.dtype == tensor.dtype
             assert torch.equal(whole, tensor)
@@ -193,18 +175,35 @@ def test_rows_of_unlike_width_are_refused_on_every_rank() -> None:
     assert "(2, 3)" in messages[0] and "(2, 4)" in messages[0]
 
 
-def test_columns_of_a_table_never_run_together() -> None:
-    values = {"auc": 0.5, "gauc": None, "logloss": 2.5e31, "ne": 1e30, "num_samples": 10**15}
-    table = format_report(values | dict.fromkeys(("warm", "cold", "unseen"), values))
-    _, row, *_ = [line.split() for line in table.splitlines()]
-    assert row == ["all", "0.5000", "-", f"{2.5e31:.4f}", f"{1e30:.4f}", f"{10**15:,}"]
-    assert len({len(line) for line in table.splitlines()}) == 1
-
-
 @pytest.mark.parametrize(("loss", "is_shown"), [("pointwise", True), ("in_batch_softmax", False)])
 def test_scores_of_a_softmax_loss_are_no_probabilities_to_judge(loss: str, is_shown: bool) -> None:
     values = {"auc": 0.5, "gauc": None, "logloss": 2.5, "ne": 1.5, "num_samples": 7}
     report = values | dict.fromkeys(("warm", "cold", "unseen"), values)
-    table = format_evaluation(report, Config(ranking=ranking_settings("two_tower", loss=loss)))
+    table = format_evaluation(report, ranking_settings("two_tower", loss=loss))
     assert "auc" in table
     assert ("logloss" in table) == ("2.5" in table) == ("1.5" in table) == is_shown
+
+
+REPORT = {"auc": 0.75, "gauc": 0.5, "retrieval": {"recall@10": 0.25, "ndcg@10": 0.125}}
+
+
+@pytest.mark.parametrize(
+    ("metric", "score", "words"),
+    [
+        ("auc", 0.75, "AUC"),
+        ("gauc", 0.5, "GAUC"),
+        ("auc_and_gauc", 0.625, "mean of AUC and GAUC"),
+        ("recall", 0.25, "RECALL@10"),
+        ("ndcg", 0.125, "NDCG@10"),
+    ],
+)
+def test_a_model_is_chosen_by_the_mean_of_the_metrics_named(
+    metric: BestModelBy, score: float, words: str
+) -> None:
+    assert selection_score(REPORT, metric) == score
+    assert selection_words(metric) == words
+
+
+def test_a_metric_that_is_not_defined_chooses_nothing() -> None:
+    assert selection_score({"auc": 0.5, "gauc": None}, "auc_and_gauc") is None
+    assert selection_score({}, "recall") is None

@@ -34,25 +34,28 @@ def test_each_label_has_the_metrics_of_the_rows_that_know_it(tmp_path: Path) -> 
         metrics = train(config, str(data), tmp_path / "run", ranks)
     bought = table_of(data, "test")["bought"]
     assert 0 < bought.null_count < len(bought)
-    of_label = metrics["test"]["labels"]["bought"]
-    assert of_label["num_samples"] == len(bought) - bought.null_count
+    label_metrics = metrics["test"]["labels"]["bought"]
+    assert label_metrics["num_samples"] == len(bought) - bought.null_count
     assert metrics["test"]["labels"]["liked"]["num_samples"] == len(bought)
     scores = read_scores(scores_file(tmp_path / "run", "test"))
     check_same_rows(scores, scores, "itself")
-    known = ~np.isnan(scores.labels[:, 1])
-    assert known.tolist() == bought.is_valid().to_pylist()
+    is_known = ~np.isnan(scores.labels[:, 1])
+    assert is_known.tolist() == bought.is_valid().to_pylist()
     expected = evaluation_report(
-        scores.labels[known, 1], scores.logits[known, 1], scores.groups[known], scores.counts[known]
+        scores.labels[is_known, 1],
+        scores.logits[is_known, 1],
+        scores.groups[is_known],
+        scores.counts[is_known],
     )
-    assert of_label == expected
+    assert label_metrics == expected
 
 
 def test_nulls_reach_a_batch_as_unknown_labels_of_weight_0(tmp_path: Path) -> None:
     rows = rows_of(write_null_labels(tmp_path / "data"), "test")
     batch = BatchBuilder(rows.schema, ["user"])(next(rows.read(0, rows.num_rows)))
-    known = ~batch.labels.isnan()
-    assert batch.loss_weights.tolist() == known.float().tolist()
-    assert known[:, 0].all() and not known[:, 1].all()
+    is_known = ~batch.labels.isnan()
+    assert batch.loss_weights.tolist() == is_known.float().tolist()
+    assert is_known[:, 0].all() and not is_known[:, 1].all()
 
 
 def test_a_row_without_any_label_is_bad_and_a_null_of_another_label_as_before(
@@ -71,13 +74,3 @@ def test_a_row_without_any_label_is_bad_and_a_null_of_another_label_as_before(
         list(rows_of(data, "test").read(0, table.num_rows))
     read = next(rows_of(data, "test", on_bad_row="skip").read(0, table.num_rows))
     assert (read[ROW_POSITION].to_numpy() < 0).tolist() == [True] + [False] * (table.num_rows - 1)
-
-
-@pytest.mark.parametrize("columns", [{"bought": None}, {"price": {"kind": "dense"}}])
-def test_only_a_label_beside_others_is_nullable(tmp_path: Path, columns: dict[str, Any]) -> None:
-    data = write_null_labels(tmp_path / "data")
-    name = "liked" if "bought" in columns else "price"
-    kind = "label" if name == "liked" else "dense"
-    change_columns(data, **columns | {name: {"kind": kind, "nullable": True}})
-    with pytest.raises(ValueError, match=f"'{name}'.*nullable"):
-        load_schema(Location.of(str(data)))

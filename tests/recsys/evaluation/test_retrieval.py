@@ -38,20 +38,20 @@ def test_the_place_of_an_item_is_the_number_of_items_above_it() -> None:
     items, vectors = torch.arange(40) * 3, torch.randn(40, 5, generator=generator)
     places = torch.randint(40, (600,), generator=generator)
     queries = torch.randn(600, 5, generator=generator)
-    found, tied = search_places(queries, vectors[places], items[places], items, vectors)
+    actual, tied = search_places(queries, vectors[places], items[places], items, vectors)
     scores = (queries.double() @ vectors.double().T).numpy()
     expected = [
         int((row > row[place]).sum()) for row, place in zip(scores, places.tolist(), strict=True)
     ]
-    assert found.tolist() == expected and max(expected) > 30
+    assert actual.tolist() == expected and max(expected) > 30
     assert tied.sum() == 0
 
 
 def test_an_item_outside_the_catalogue_is_ranked_as_if_it_were_in_it() -> None:
     vectors = torch.tensor([[1.0], [2.0], [3.0]])
     query, target = torch.tensor([[1.0]]), torch.tensor([[2.5]])
-    found, tied = search_places(query, target, torch.tensor([9]), torch.arange(3), vectors)
-    assert found.tolist() == [1] and tied.tolist() == [0]
+    actual, tied = search_places(query, target, torch.tensor([9]), torch.arange(3), vectors)
+    assert actual.tolist() == [1] and tied.tolist() == [0]
 
 
 def metrics_of(places: Tensor) -> dict[str, Any]:
@@ -93,10 +93,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_dataset(folder / "data", NUM_ROWS, num_items=NUM_ITEMS)
     # Two items that the catalogue does not have, one of which is ranked in the test split.
     file = folder / "data" / "items" / "part-0.parquet"
-    asked = pq.read_table(folder / "data" / "test")["item"][0].as_py()
+    ranked_item = pq.read_table(folder / "data" / "test")["item"][0].as_py()
     rows = pq.read_table(file)
-    gone = pc.is_in(rows["item"], pa.array([asked, (asked + 1) % NUM_ITEMS]))
-    pq.write_table(rows.filter(pc.invert(gone)), file, row_group_size=7)
+    missing = pc.is_in(rows["item"], pa.array([ranked_item, (ranked_item + 1) % NUM_ITEMS]))
+    pq.write_table(rows.filter(pc.invert(missing)), file, row_group_size=7)
     return folder
 
 
@@ -122,8 +122,8 @@ def places_by_brute_force(folder: Path, run: Path) -> tuple[Tensor, np.ndarray]:
             (batch,) = job.preparation(loaded, UnknownIds(job.schema), 0, training=False)
             with torch.no_grad():
                 logits = job.model(batch)[1][1][:, 0].double()
-            own = logits[int(np.flatnonzero(items == target)[0])]
-            places.append(int((logits > own).sum()))
+            target_score = logits[int(np.flatnonzero(items == target)[0])]
+            places.append(int((logits > target_score).sum()))
             targets.append(target)
     return torch.tensor(places), np.array(targets)
 
@@ -147,8 +147,8 @@ def test_two_ranks_find_what_brute_force_finds(folder: Path, reports: Any, case:
 
 
 def test_the_table_shows_all_parts_and_what_is_not_defined() -> None:
-    nothing, found = metrics_of(torch.zeros(0)), metrics_of(torch.tensor([0, 70]))
-    table = format_retrieval(found | {"warm": found, "cold": nothing, "unseen": nothing})
+    nothing, actual = metrics_of(torch.zeros(0)), metrics_of(torch.tensor([0, 70]))
+    table = format_retrieval(actual | {"warm": actual, "cold": nothing, "unseen": nothing})
     lines = [line.split() for line in table.splitlines()]
     assert lines[0][:4] == ["retrieval", "recall@10", "recall@50", "recall@100"]
     assert [line[0] for line in lines[1:]] == ["all", "warm", "cold", "unseen"]

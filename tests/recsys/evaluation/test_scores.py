@@ -34,9 +34,9 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     read = read_scores(tmp_path / "scores.parquet")
     assert read.label_names == TWO_LABELS.label_names
     for name in FIELDS:
-        expected, found = getattr(TWO_LABELS, name), getattr(read, name)
-        np.testing.assert_array_equal(found, expected)
-        assert found.dtype == expected.dtype
+        expected, actual = getattr(TWO_LABELS, name), getattr(read, name)
+        np.testing.assert_array_equal(actual, expected)
+        assert actual.dtype == expected.dtype
 
 
 def test_a_run_on_two_ranks_leaves_the_test_rows_in_their_order(trained: TrainedRun) -> None:

@@ -37,16 +37,20 @@ def strict_auc(labels: np.ndarray, scores: np.ndarray) -> float | None:
 
 
 def strict_gauc(labels: np.ndarray, scores: np.ndarray, users: np.ndarray) -> float | None:
-    own = [(strict_auc(labels[users == u], scores[users == u]), sum(users == u)) for u in (0, 1)]
-    known = [(auc, rows) for auc, rows in own if auc is not None]
+    by_user = [
+        (strict_auc(labels[users == u], scores[users == u]), sum(users == u)) for u in (0, 1)
+    ]
+    defined = [(auc, rows) for auc, rows in by_user if auc is not None]
     return (
-        sum(auc * rows for auc, rows in known) / sum(rows for _, rows in known) if known else None
+        sum(auc * rows for auc, rows in defined) / sum(rows for _, rows in defined)
+        if defined
+        else None
     )
 
 
 def strict_precision(labels: np.ndarray, scores: np.ndarray, users: np.ndarray) -> float | None:
-    own = [(labels[users == u], -scores[users == u]) for u in (0, 1)]
-    best = [label[np.argsort(lowest)][:2].mean() for label, lowest in own if label.sum()]
+    by_user = [(labels[users == u], -scores[users == u]) for u in (0, 1)]
+    best = [label[np.argsort(lowest)][:2].mean() for label, lowest in by_user if label.sum()]
     return float(np.mean(best)) if best else None
 
 
@@ -58,11 +62,11 @@ FURTHER: dict[str, tuple[dict[str, Any], Callable[..., float | None]]] = {
 
 def over_orders(metric: Callable[[np.ndarray], float | None], scores: np.ndarray) -> float | None:
     """Mean of a metric of strictly ordered scores over all orders that break the ties."""
-    found = [metric(scores + order / 10) for order in ORDERS]
+    actual = [metric(scores + order / 10) for order in ORDERS]
     return (
         None
-        if found[0] is None
-        else float(np.mean([value for value in found if value is not None]))
+        if actual[0] is None
+        else float(np.mean([value for value in actual if value is not None]))
     )
 
 
@@ -70,9 +74,11 @@ def over_orders(metric: Callable[[np.ndarray], float | None], scores: np.ndarray
 def test_auc_gauc_and_further_metrics_are_their_means_over_random_tie_breaks(seed: int) -> None:
     labels, scores, users = random_rows(seed)
     assert set(FURTHER) == set(further_metrics.METRICS)
-    more = {name: further_metrics.PrecisionAtK(**options) for name, (options, _) in FURTHER.items()}
+    extra = {
+        name: further_metrics.PrecisionAtK(**options) for name, (options, _) in FURTHER.items()
+    }
     counts = np.full(ROWS, 9)
-    report = evaluation_report(labels, scores, users, counts, more)
+    report = evaluation_report(labels, scores, users, counts, extra)
     expected = {
         "auc": over_orders(lambda strict: strict_auc(labels, strict), scores),
         "gauc": over_orders(lambda strict: strict_gauc(labels, strict, users), scores),
@@ -104,32 +110,32 @@ def test_recall_and_ndcg_are_their_means_over_random_tie_breaks(
 ) -> None:
     monkeypatch.setattr(retrieval, "DEPTHS", DEPTHS)
     queries, targets, target_items, items, vectors = random_search(seed)
-    found = retrieval_metrics(*search_places(queries, targets, target_items, items, vectors))
+    actual = retrieval_metrics(*search_places(queries, targets, target_items, items, vectors))
     scores = (queries @ vectors.T).numpy()[:, None] + ORDERS / 10  # [9, 720, 6]
-    own = np.take_along_axis(scores, (target_items // 3).numpy()[:, None, None], axis=2)
-    places = (scores > own).sum(axis=2)
+    by_user = np.take_along_axis(scores, (target_items // 3).numpy()[:, None, None], axis=2)
+    places = (scores > by_user).sum(axis=2)
     for depth in DEPTHS:
         gains = np.where(places < depth, 1 / np.log2(2 + places), 0)
-        assert found[f"recall@{depth}"] == pytest.approx((places < depth).mean())
-        assert found[f"ndcg@{depth}"] == pytest.approx(gains.mean())
+        assert actual[f"recall@{depth}"] == pytest.approx((places < depth).mean())
+        assert actual[f"ndcg@{depth}"] == pytest.approx(gains.mean())
 
 
 def search_shares(rank: int, world_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Search with the items of a rank, for several seeds."""
-    mine, found = slice(rank, None, world_size), []
+    mine, actual = slice(rank, None, world_size), []
     for seed in range(8):
         queries, targets, target_items, items, vectors = random_search(seed)
         share = items[mine], vectors[mine], dist.group.WORLD
-        found.append(search_places(queries, targets, target_items, *share))
-    return found
+        actual.append(search_places(queries, targets, target_items, *share))
+    return actual
 
 
 def test_two_ranks_count_the_ties_of_all() -> None:
     expected = [search_places(*random_search(seed)) for seed in range(8)]
     assert all(tied.sum() > 0 for _, tied in expected)
-    for found in run_on_ranks(search_shares, 2):
-        for of_ranks, of_one in zip(found, expected, strict=True):
-            assert all(map(torch.equal, of_ranks, of_one))
+    for actual in run_on_ranks(search_shares, 2):
+        for rank_places, expected_places in zip(actual, expected, strict=True):
+            assert all(map(torch.equal, rank_places, expected_places))
 
 
 @pytest.mark.parametrize("value", [0.0, 1 / 3])
@@ -137,8 +143,8 @@ def test_a_tower_that_gives_all_items_one_vector_scores_as_chance(value: float) 
     items, generator = torch.arange(1000), torch.Generator().manual_seed(0)
     vectors, queries = torch.full((1000, 33), value), torch.randn(40, 33, generator=generator)
     targets = torch.randint(1000, (40,), generator=generator)
-    found = retrieval_metrics(*search_places(queries, vectors[:40], targets, items, vectors))
+    actual = retrieval_metrics(*search_places(queries, vectors[:40], targets, items, vectors))
     gains = 1 / np.log2(2 + np.arange(100))
     for depth in retrieval.DEPTHS:
-        assert found[f"recall@{depth}"] == pytest.approx(depth / 1000)
-        assert found[f"ndcg@{depth}"] == pytest.approx(gains[:depth].sum() / 1000)
+        assert actual[f"recall@{depth}"] == pytest.approx(depth / 1000)
+        assert actual[f"ndcg@{depth}"] == pytest.approx(gains[:depth].sum() / 1000)

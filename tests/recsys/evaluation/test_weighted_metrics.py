@@ -15,11 +15,9 @@ import torch
 from recsys.checkpoint.run_schema import schema_of_data
 from recsys.data.filesystem import Location
 from recsys.data.item_frequency import PARTS
-from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
 from recsys.distributed.ranks import joined_ranks
-from recsys.evaluation.bootstrap import paired_difference, pooled_metric
-from recsys.evaluation.measures import METRICS
+from recsys.evaluation.bootstrap import METRICS, paired_difference, pooled_metric
 from recsys.evaluation.metrics import evaluation_report
 from recsys.evaluation.predict import evaluate, predict
 from recsys.evaluation.retrieval import retrieval_metrics
@@ -60,19 +58,21 @@ def repeated(scores: SplitScores) -> SplitScores:
 
 
 def report_of(scores: SplitScores) -> dict[str, Any]:
-    of = scores.counted(0)
+    rows = scores.counted(0)
     return evaluation_report(
-        of.labels[:, 0], of.logits[:, 0], of.groups, of.counts, weights=of.weights
+        rows.labels[:, 0], rows.logits[:, 0], rows.groups, rows.counts, weights=rows.weights
     )
 
 
 def assert_same_metrics(report: dict[str, Any], expected: dict[str, Any]) -> None:
     """All but the numbers of rows are equal to rounding, in each part of the items."""
     for part in PARTS:
-        of, wanted = ((each if part == "all" else each[part]) for each in (report, expected))
-        assert of["sum_of_weights"] == wanted["num_samples"]
-        for name in wanted.keys() - {*PARTS, *COUNTS, "ids"}:
-            assert of[name] == pytest.approx(wanted[name], abs=1e-6), (part, name)
+        rows, reference = (
+            (scores if part == "all" else scores[part]) for scores in (report, expected)
+        )
+        assert rows["sum_of_weights"] == reference["num_samples"]
+        for name in reference.keys() - {*PARTS, *COUNTS, "ids"}:
+            assert rows[name] == pytest.approx(reference[name], abs=1e-6), (part, name)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -81,7 +81,7 @@ def test_integer_weights_are_repeated_rows_in_every_metric(seed: int) -> None:
     assert_same_metrics(report_of(scores), report_of(repeated(scores)))
     for metric in METRICS:
         for part in PARTS:
-            pair = [pooled_metric([each], metric, part) for each in (scores, repeated(scores))]
+            pair = [pooled_metric([scores], metric, part) for scores in (scores, repeated(scores))]
             assert pair[0] == pytest.approx(pair[1], abs=1e-12)
 
 
@@ -89,12 +89,12 @@ def test_the_interval_of_a_difference_is_that_of_repeated_rows() -> None:
     scores, other = random_scores(0), random_scores(0)
     other.logits[:] += np.random.default_rng(9).normal(size=other.logits.shape)
     for metric in METRICS:
-        found, wanted = (
+        actual, expected = (
             paired_difference([[make(scores)]], [[make(other)]], metric, "all", samples=50)
-            for make in (lambda each: each, repeated)
+            for make in (lambda scores: scores, repeated)
         )
-        assert found is not None and wanted is not None
-        assert vars(found) == pytest.approx(vars(wanted), abs=1e-12)
+        assert actual is not None and expected is not None
+        assert vars(actual) == pytest.approx(vars(expected), abs=1e-12)
 
 
 def test_recall_and_ndcg_weigh_impressions() -> None:
@@ -125,8 +125,8 @@ def evaluated(rank: int, world_size: int, folder: Path, data: str) -> dict[str, 
 def test_an_evaluation_weighs_rows_by_the_column_of_its_data(folder: Path) -> None:
     """And scores are kept with the weights of their rows."""
     (expected,) = run_on_ranks(evaluated, 1, folder, "repeated")
-    for found in run_on_ranks(evaluated, 2, folder, "weighted"):
-        assert_same_metrics(found, expected)
+    for actual in run_on_ranks(evaluated, 2, folder, "weighted"):
+        assert_same_metrics(actual, expected)
     weights = read_scores(scores_file(folder / "run", "test")).weights
     assert weights is not None
     assert weights.tolist() == table_of(folder / "weighted", "test")["times"].to_pylist()
@@ -145,21 +145,6 @@ def test_rows_to_predict_need_no_weights_and_a_run_goes_on_with_its_own_alone(
         with pytest.raises(ValueError, match="'times'"):
             schema_of_data(folder / "run", root, ranks, goes_on=True)
         assert schema_of_data(folder / "run", root, ranks).weight is None
-
-
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [(None, "null"), (-1.0, "-1"), (float("nan"), "nan"), (float("inf"), "inf")],
-)
-def test_an_unusable_weight_is_refused(tmp_path: Path, value: float | None, said: str) -> None:
-    data, _ = write_weighted(tmp_path)
-    table = table_of(data, "test")
-    times = [1.0, value, *[2.0] * (table.num_rows - 2)]
-    place = table.column_names.index("times")
-    write_split(data, "test", table.set_column(place, "times", pa.array(times, pa.float64())))
-    rows = ParquetRows.of_split(Location.of(str(data)), "test", load_schema(Location.of(str(data))))
-    with pytest.raises(ValueError, match=f"(?s)'times', row 1.*{said}"):
-        list(rows.read(0, rows.num_rows))
 
 
 def test_a_second_column_of_weights_is_refused_and_a_split_without_any_weight(

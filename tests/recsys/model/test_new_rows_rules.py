@@ -20,7 +20,7 @@ from recsys.data.filesystem import Location
 from recsys.data.schema import Schema, load_schema
 from recsys.data.schema_columns import VocabularySettings
 from recsys.model.tables import cold_row_rules, table_configs
-from recsys.training.id_only_twin import id_only_twin
+from recsys.training.train import id_only_baseline
 from tests.datasets import write_dataset
 
 CONTENT = ContentSettings({"clip": ModalitySettings("feature", "clip")}, dim=16)
@@ -44,8 +44,8 @@ def test_a_rule_other_than_random_is_that_of_its_table(schema: Schema) -> None:
     }
     both = Config(content=CONTENT, embedding=EmbeddingSettings(tables=tables))
     assert cold_row_rules(both, schema) == {"item": "content", "user": "mean"}
-    twin = id_only_twin(both)
-    assert cold_row_rules(twin, schema) == {"item": "mean", "user": "mean"}
+    baseline = id_only_baseline(both)
+    assert cold_row_rules(baseline, schema) == {"item": "mean", "user": "mean"}
 
 
 @pytest.mark.parametrize(

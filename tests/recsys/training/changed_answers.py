@@ -14,10 +14,10 @@ def set_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
     return table.set_column(table.column_names.index(name), name, values)
 
 
-def change_answers(place: Path, seed: int, kept: Sequence[int] = ()) -> None:
+def change_answers(place: Path, seed: int, unchanged: Sequence[int] = ()) -> None:
     """Permute the labels of a folder of rows, and draw the answers in their histories anew.
 
-    Rows `kept` keep their histories.
+    Rows `unchanged` keep their histories.
     """
     rng, first = np.random.default_rng(seed), 0
     for file in sorted(place.glob("*.parquet")):
@@ -25,7 +25,7 @@ def change_answers(place: Path, seed: int, kept: Sequence[int] = ()) -> None:
         liked = rng.permutation(table["liked"].to_numpy())
         histories = table["history_liked"].to_pylist()
         for row, answers in enumerate(histories):
-            if answers is not None and first + row not in kept:
+            if answers is not None and first + row not in unchanged:
                 histories[row] = rng.integers(2, size=len(answers)).astype(float).tolist()
         table = set_column(table, "liked", pa.array(liked, pa.float32()))
         kind = pa.list_(pa.float32())

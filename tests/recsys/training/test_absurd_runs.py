@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,11 @@ import pytest
 
 from recsys.cli import main
 from recsys.config import Config
-from recsys.evaluation.model_selection import check_log_loss
+from recsys.data.filesystem import Location
+from recsys.data.parquet.rows import ParquetRows
+from recsys.data.row_source import RowSource
+from recsys.data.schema import load_schema
+from recsys.evaluation.model_selection import require_useful
 from recsys.training.train import check_best
 from tests.datasets import write_dataset
 from tests.recsys.command_runs import train_words
@@ -40,15 +45,26 @@ def test_unscaled_numbers_are_named_and_a_useless_model_ends_the_command_with_an
     assert main(["evaluate", "--run", str(run), "--data", str(data), "--device", "cpu"]) == 0
 
 
-def test_a_log_loss_far_above_that_of_a_constant_is_refused() -> None:
+def test_errors_far_above_those_of_a_constant_are_refused(tmp_path: Path) -> None:
+    root = Location.of(str(write_dataset(tmp_path)))
+
+    def require(metrics: dict[str, Any]) -> None:
+        def rows() -> RowSource:
+            return ParquetRows.of_split(root, "valid", load_schema(root))
+
+        require_useful(metrics, "valid", rows, "")
+
     for loss in (None, 0.0, math.log(2), 1.38):
-        check_log_loss({"logloss": loss}, "valid", "")
+        require({"logloss": loss})
+    for ratio in (None, 0.2, 2.0):
+        require({"rmse": 9.0, "nrmse": ratio})
     for loss in (1.39, 2.5e31, math.inf, math.nan):
         with pytest.raises(ValueError, match="valid"):
-            check_log_loss({"logloss": loss}, "valid", "")
-    labels = {"clicked": {"logloss": 0.5}, "bought": {"logloss": 3.0}}
-    with pytest.raises(ValueError, match="bought"):
-        check_log_loss({"logloss": 0.5, "labels": labels}, "valid", "")
+            require({"logloss": loss})
+    for useless in ({"logloss": 3.0}, {"rmse": 9.0, "nrmse": 2.1}):
+        labels = {"clicked": {"logloss": 0.5}, "bought": useless}
+        with pytest.raises(ValueError, match=r"valid.*'bought'"):
+            require({"logloss": 0.5, "labels": labels})
 
 
 def test_a_model_that_is_useless_on_the_test_split_alone_ends_the_command_with_an_error(

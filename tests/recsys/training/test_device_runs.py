@@ -38,8 +38,8 @@ def on_gpu(*case: Any) -> Any:
 def config_of(folder: Path, tables: str = "fused") -> Config:
     config = em3_config(folder, table_optimizer="rowwise_adagrad", epochs=1)
     if tables == "cached":
-        own = TableSettings(kernel="uvm_caching", cache_load_factor=0.5)
-        config.embedding.tables, config.embedding.prefetch = dict.fromkeys(TABLES, own), True
+        settings = TableSettings(kernel="uvm_caching", cache_load_factor=0.5)
+        config.embedding.tables, config.embedding.prefetch = dict.fromkeys(TABLES, settings), True
     return config
 
 
@@ -75,22 +75,22 @@ def test_the_best_model_that_was_stored_is_the_one_that_was_tested(run: Any) -> 
 
 def test_predictions_equal_those_on_cpu_and_those_of_the_package(run: Any) -> None:
     device, folder = run
-    found = predicted(folder, device)
-    np.testing.assert_allclose(found, predicted(folder, "cpu"), rtol=0, atol=CLOSE[device])
+    actual = predicted(folder, device)
+    np.testing.assert_allclose(actual, predicted(folder, "cpu"), rtol=0, atol=CLOSE[device])
     with joined_ranks(device) as ranks:
         export_run(folder / "run", folder / "package", "fp32", ranks)
     scorer = Scorer.load(folder / "package")
     scores = [scorer.score(**request)[0, 0] for request in requests(folder / "data")]
-    np.testing.assert_allclose(scores, found, rtol=0, atol=CLOSE[device])
+    np.testing.assert_allclose(scores, actual, rtol=0, atol=CLOSE[device])
 
 
 @pytest.mark.parametrize(
-    ("first", "then"), [("cpu", "cpu"), on_gpu("cpu", "cuda"), on_gpu("cuda", "cpu")]
+    ("first", "second"), [("cpu", "cpu"), on_gpu("cpu", "cuda"), on_gpu("cuda", "cpu")]
 )
-def test_a_run_goes_on_on_another_device(tmp_path: Path, first: str, then: str) -> None:
-    require_gpus(1 if "cuda" in (first, then) else 0)
+def test_a_run_goes_on_on_another_device(tmp_path: Path, first: str, second: str) -> None:
+    require_gpus(1 if "cuda" in (first, second) else 0)
     write_dataset(tmp_path / "data")
-    for device, epochs in ((first, 1), (then, 2)):
+    for device, epochs in ((first, 1), (second, 2)):
         with joined_ranks(device) as ranks:  # type: ignore[arg-type]
             config = replace(config_of(tmp_path), epochs=epochs)
             metrics = train(config, str(tmp_path / "data"), tmp_path / "run", ranks)

@@ -49,10 +49,10 @@ def write_data(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def changed(data: Path, out: Path, split: str, seed: int, **kept: list[int]) -> Path:
+def changed(data: Path, out: Path, split: str, seed: int, **unchanged: list[int]) -> Path:
     """A copy with other answers in a split."""
     shutil.copytree(data, out)
-    change_answers(out / split, seed, **kept)
+    change_answers(out / split, seed, **unchanged)
     prepare_transforms(str(out))
     return out
 
@@ -60,9 +60,9 @@ def changed(data: Path, out: Path, split: str, seed: int, **kept: list[int]) -> 
 def run_on(data: Path, out: Path, *words: str, warm_start: Path | None = None) -> Path:
     """Train a run in `out`, with one validation."""
     config = load_config(TINY, ["--cache", str(data.parent / "cache"), *WORDS, *words])
-    begun = None if warm_start is None else WarmStart(warm_start)
+    start = None if warm_start is None else WarmStart(warm_start)
     with joined_ranks("cpu") as ranks:
-        train(config, str(data), out, ranks, warm_start=begun)
+        train(config, str(data), out, ranks, warm_start=start)
     return out
 
 
@@ -74,23 +74,23 @@ def scores_by(run: Path, split: str, data: Path) -> np.ndarray:
     return scored["logits"].numpy()[np.argsort(scored["positions"].numpy())]
 
 
-@pytest.mark.parametrize("begun", ["anew", "warm"])
+@pytest.mark.parametrize("start", ["anew", "warm"])
 @pytest.mark.parametrize("model", MODELS)
 def test_scores_of_valid_and_test_depend_on_no_label_there_and_on_no_other_row(
-    model: str, begun: str, tmp_path: Path
+    model: str, start: str, tmp_path: Path
 ) -> None:
     words = MODELS[model]
     data = write_data(tmp_path / "data")
     before = None
-    if begun == "warm":
+    if start == "warm":
         before = run_on(write_data(tmp_path / "old", seed=1), tmp_path / "before", *words)
     first = run_on(data, tmp_path / "first", *words, warm_start=before)
-    kept = list(range(0, 20, 2))
+    unchanged = list(range(0, 20, 2))
     for split in ("valid", "test"):
-        other = changed(data, tmp_path / split, split, seed=2, kept=kept)
+        other = changed(data, tmp_path / split, split, seed=2, unchanged=unchanged)
         second = run_on(other, tmp_path / f"second_{split}", *words, warm_start=before)
-        expected, found = scores_by(first, split, data), scores_by(second, split, other)
-        assert np.array_equal(expected[kept], found[kept])
+        expected, actual = scores_by(first, split, data), scores_by(second, split, other)
+        assert np.array_equal(expected[unchanged], actual[unchanged])
         assert np.array_equal(scores_by(second, split, data), expected)
 
 

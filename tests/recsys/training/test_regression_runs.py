@@ -12,9 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recsys.checkpoint.run_schema import schema_of_data
 from recsys.config import Config
-from recsys.data.filesystem import Location
 from recsys.diagnostics.run_report.command import report_run
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.compare import compare_runs, format_comparison
@@ -88,12 +86,12 @@ def test_each_label_has_its_metrics_and_predictions_in_its_own_unit(folder: Path
     }
     for name, values in expected.items():
         np.testing.assert_allclose(table[f"prediction_{name}"], values, rtol=1e-5)
-    labels, known = test["labels"], ~np.isnan(scores.labels[:, 1])
-    error = expected["clicks"][known] - scores.labels[known, 1]
+    labels, is_known = test["labels"], ~np.isnan(scores.labels[:, 1])
+    error = expected["clicks"][is_known] - scores.labels[is_known, 1]
     assert labels["clicks"]["rmse"] == pytest.approx((error**2).mean() ** 0.5, rel=1e-5)
-    assert labels["clicks"]["num_samples"] == known.sum() < len(known)
+    assert labels["clicks"]["num_samples"] == is_known.sum() < len(is_known)
     assert test["rmse"] == labels["stars"]["rmse"] and "auc" in labels["liked"]
-    shown = format_evaluation(test, config_of(folder, "mmoe"))
+    shown = format_evaluation(test, config_of(folder, "mmoe").ranking)
     assert shown.count("  rmse") == 2 and shown.count("gauc") == 1
 
 
@@ -121,36 +119,15 @@ def test_a_run_of_one_number_is_evaluated_compared_reported_and_served(
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"best_model_by": "auc"}, "best_model_by.*'stars'.*rmse"),
         ({"backbone": "two_tower in_batch"}, "ranking.loss.*'stars'"),
     ],
 )
 def test_settings_that_do_not_fit_a_number_are_refused(
-    folder: Path, tmp_path: Path, settings: dict[str, Any], said: str
+    folder: Path, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     config = config_of(tmp_path, settings.pop("backbone", "dlrm"), **settings)
-    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=said):
+    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=message):
         train(config, str(folder / "one label"), tmp_path / "run", ranks)
-
-
-@pytest.mark.parametrize("goes_on", [False, True])
-def test_a_label_of_another_loss_is_no_label_of_the_run(
-    folder: Path, tmp_path: Path, goes_on: bool
-) -> None:
-    shutil.copytree(folder / "one label", tmp_path / "data")
-    change_columns(tmp_path / "data", stars={"kind": "label", "loss": "huber"})
-    root = Location.of(str(tmp_path / "data"))
-    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=r"'stars' loss.*mse.*huber"):
-        schema_of_data(folder / "one", root, ranks, goes_on)
-
-
-def test_a_count_below_0_is_refused_and_a_number_of_no_loss(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder / "one label", tmp_path / "data")
-    for loss, said in (("poisson", "value -"), (None, "value.*loss")):
-        change_columns(tmp_path / "data", stars={"kind": "label", "loss": loss})
-        by = "auc" if loss is None else "rmse"
-        config = config_of(tmp_path, "dlrm", best_model_by=by)
-        with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=f"'stars', row.*{said}"):
-            train(config, str(tmp_path / "data"), tmp_path / "run", ranks)

@@ -70,8 +70,8 @@ def test_wandb_gets_settings_metrics_and_the_run_to_go_on_with(
         def finish(self) -> None:
             calls.append("finish")
 
-    def init(**given: Any) -> Run:
-        calls.append((given["config"], given["id"], given["resume"]))
+    def init(**arguments: Any) -> Run:
+        calls.append((arguments["config"], arguments["id"], arguments["resume"]))
         return Run()
 
     client: Any = ModuleType("wandb")
@@ -87,18 +87,12 @@ def test_wandb_gets_settings_metrics_and_the_run_to_go_on_with(
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "package"), [("mlflow", "mlflow-skinny"), ("wandb", "wandb")])
 def test_a_client_that_is_not_installed_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=f"tracker {name}: .*pip install {package}"):
-        make_trackers([name], tmp_path, {}, 0)
-
-
-def test_an_unknown_tracker_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="tracker 'x' is unknown"):
-        make_trackers(["x"], tmp_path, {}, 0)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"tracker wandb: .*pip install wandb"):
+        make_trackers(["wandb"], tmp_path, {}, 0)
 
 
 OWN_TRACKER = """

@@ -61,7 +61,7 @@ def begin(rank: int, world_size: int, folder: Path, best: dict[str, list[BestMod
         raise Stepped
 
     Trainer.train = stop  # type: ignore[method-assign]
-    found = {}
+    actual = {}
     for labels, metrics in best.items():
         for by in metrics:
             config = backbone_config(folder, "two_tower in_batch", "none", best_model_by=by)
@@ -69,8 +69,8 @@ def begin(rank: int, world_size: int, folder: Path, best: dict[str, list[BestMod
             try:
                 train(config, str(data), run, ranks_of(rank, world_size))
             except (Stepped, ValueError) as error:
-                found[labels, by] = str(error) or "steps"
-    return found
+                actual[labels, by] = str(error) or "steps"
+    return actual
 
 
 def test_validation_that_cannot_choose_a_model_is_refused_before_the_first_step(
@@ -84,15 +84,15 @@ def test_validation_that_cannot_choose_a_model_is_refused_before_the_first_step(
         "users of one label": ["gauc"],
         "users of both": ["gauc"],
     }
-    for found in run_on_ranks(begin, 2, tmp_path, cases):
-        works = {case for case, said in found.items() if said == "steps"}
+    for actual in run_on_ranks(begin, 2, tmp_path, cases):
+        works = {case for case, message in actual.items() if message == "steps"}
         assert works == {("positives", "recall"), ("users of both", "gauc")}
-        for (labels, by), said in found.items():
-            if said != "steps":
-                assert f"{labels}/valid" in said and f"best_model_by {by}" in said
-                assert "'liked'" in said
-        assert "best_model_by: recall" in found["positives", "auc"]
-        assert "best_model_by: auc" in found["users of one label", "gauc"]
+        for (labels, by), message in actual.items():
+            if message != "steps":
+                assert f"{labels}/valid" in message and f"best_model_by {by}" in message
+                assert "'liked'" in message
+        assert "best_model_by: recall" in actual["positives", "auc"]
+        assert "best_model_by: auc" in actual["users of one label", "gauc"]
 
 
 def test_a_two_tower_model_trains_validates_and_stops_on_positives_alone(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-WATCHED = "recsys.training.loss_watch"
+WATCHED = "recsys.training.trainer"
 
 
 class _Finder(importlib.abc.MetaPathFinder):

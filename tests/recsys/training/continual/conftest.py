@@ -19,6 +19,6 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not (folder / "run" / "done").exists():
             write_walk(folder / "data")
             state = walk(folder, folder / "run")
-            assert [each.name for each in state.trained] == NAMES
+            assert [trained.name for trained in state.trained] == NAMES
             (folder / "run" / "done").touch()
     return folder

@@ -1,21 +1,16 @@
 """Kills the ranks of a continual run again and again, and compares its end with a walk in peace.
 
-`python -m tests.recsys.training.continual.kill_walks --kills 20` walks four partitions, with new
-items and ids in each, twice on two ranks: in peace, and with so many kills at random moments. A
-kill takes one rank (SIGKILL), and the other a little later, as a launcher does. Models, optimizer
-state, vocabularies, bank, scores and metrics must be equal to the last bit, every row trained on
-once per pass, and every partition scored once. It says in which phase each kill came.
-With `--items bounded` the ranked items' table has rows for two thirds of them, so that rows, bank
-vectors and optimizer state pass from item to item meanwhile.
+Four partitions with new items and ids in each are walked twice on two ranks: in peace, and with
+kills at random moments: of one rank (SIGKILL), and of the other a little later. All state, scores
+and metrics must be equal to the last bit, every row trained on once per pass, and every partition
+scored once. With bounded items, rows pass from item to item meanwhile.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
-import tempfile
 import time
 from collections import Counter
 from math import ceil
@@ -28,7 +23,7 @@ import torch.distributed as dist
 from recsys.checkpoint.files import folders_by_age
 from recsys.checkpoint.partitions.state import ContinualFolder
 from recsys.training.continual import walk as walk_module
-from recsys.training.loss_watch import LossWatch
+from recsys.training.trainer import LossWatch
 from tests.ranks import HANG_SECONDS, forking_server
 from tests.recsys.command_runs import ROOT, TINY, rank_environment, run_rank
 from tests.recsys.training.continual.walk_runs import (
@@ -83,25 +78,25 @@ def traced_rank(words: list[str], env: dict[str, str], place: Path, rank: int) -
     run_rank(words, env, ROOT, place / f"output-{rank}")
 
 
-def walk(data: Path, place: Path, kills: int, rng: random.Random, longest: float) -> Counter[str]:
-    """Walk with at most so many kills, each some seconds after a start; return their phases."""
+def walk(data: Path, place: Path, kills: int, rng: random.Random, longest: float) -> int:
+    """Walk with at most so many kills, each some seconds after a start; return how many."""
     place.mkdir()
-    phases = Counter[str]()
+    count = 0
     while True:
         (place / READY).unlink(missing_ok=True)
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         processes = start(data, place, store.port)
-        is_killed = phases.total() < kills
-        if is_killed and not ends_within(processes, place / READY, rng.uniform(0.0, longest)):
+        may_kill = count < kills
+        if may_kill and not ends_within(processes, place / READY, rng.uniform(0.0, longest)):
             kill(processes, rng)
-            phases[phase_of(place / "run")] += 1
+            count += 1
             continue
         for process in processes:
             process.join(HANG_SECONDS)
         codes = [process.exitcode for process in processes]
         if codes != [0, 0]:
             raise SystemExit(f"{codes}: {(place / 'output-0.err').read_text()[-8000:]}")
-        return phases
+        return count
 
 
 def kill(processes: list[BaseProcess], rng: random.Random) -> None:
@@ -126,42 +121,21 @@ def ends_within(processes: list[BaseProcess], ready: Path, seconds: float) -> bo
     return False
 
 
-def phase_of(run: Path) -> str:
-    """What a killed walk was doing, by what it has left."""
-    folder = ContinualFolder(run)
-    state = folder.read()
-    if len(state.trained) == len(NAMES):
-        return "after the last partition"
-    name = NAMES[len(state.trained)]
-    checkpoints = folders_by_age(folder.run_of(name) / "checkpoints")
-    if (folder.run_of(name) / "metrics.json").exists():
-        return "before a partition is marked as trained"
-    if checkpoints:
-        return f"between steps of {name}"
-    if name == NAMES[0]:
-        return "in the first partition, before a checkpoint"
-    if folder.scores_of(name).exists():
-        return "after scores, before a checkpoint"
-    return "before scores, while vocabularies, bank and tables grow"
-
-
-def check_steps(place: Path) -> int:
-    """Every row once per pass, in the steps that led to the result; returns the steps made."""
-    made, counts = 0, {name: Counter[int]() for name in NAMES}
+def check_steps(place: Path) -> None:
+    """Every row once per pass, in the steps that led to the result."""
+    counts = {name: Counter[int]() for name in NAMES}
     for rank in range(2):
-        kept: dict[tuple[str, int], Any] = {}
+        steps: dict[tuple[str, int], Any] = {}
         for line in (place / f"steps-{rank}.jsonl").read_text().splitlines():
             name, number, loss, positions = json.loads(line)
-            again = kept.setdefault((name, number), [loss, positions])
+            again = steps.setdefault((name, number), [loss, positions])
             assert again == [loss, positions], f"rank {rank}, {name} step {number} differs"
-            made += 1
         expected = {(name, n + 1) for name, steps in zip(NAMES, STEPS) for n in range(steps)}
-        assert set(kept) == expected
-        for (name, _), (_, positions) in kept.items():
+        assert set(steps) == expected
+        for (name, _), (_, positions) in steps.items():
             counts[name].update(position for position in positions if position >= 0)
     for name, rows, passes in zip(NAMES, ROWS, PASSES, strict=True):
         assert counts[name] == dict.fromkeys(range(rows), passes), name
-    return made
 
 
 def evicted_of(run: Path) -> int:
@@ -172,40 +146,16 @@ def evicted_of(run: Path) -> int:
     return evicted
 
 
-def survive(folder: Path, kills: int, seed: int, bounded_items: bool = False) -> str:
-    """Walk in peace, and as often with kills as it takes; compare, and say what was seen."""
+def survive(folder: Path, kills: int, seed: int, bounded_items: bool = False) -> None:
+    """Walk in peace, and as often with kills as it takes; compare."""
     data, rng = write_walk(folder / "data", bounded_items=bounded_items), random.Random(seed)
     walk(data, folder / "peaceful", 0, rng, 0.0)
     begin = (folder / "peaceful" / "run" / "scores" / f"{NAMES[1]}.parquet").stat().st_mtime
-    seconds, phases = time.time() - begin, Counter[str]()  # of three partitions
-    steps, compared, walks = check_steps(folder / "peaceful"), 0, 0
-    made = 0
-    while phases.total() < kills:
-        killed = folder / f"killed-{walks}"
-        phases += walk(data, killed, kills - phases.total(), rng, 0.7 * seconds)
-        made += check_steps(killed)
-        compared += assert_same_end(folder / "peaceful" / "run", killed / "run")
-        walks += 1
-    evicted = evicted_of(folder / "peaceful" / "run")
-    assert evicted > 0 or not bounded_items
-    listed = "\n".join(f"  {count} {phase}" for phase, count in sorted(phases.items()))
-    return (
-        f"{kills} kills in {walks} walks, {made} steps made for {steps * walks}; {compared} "
-        f"tensors, scores and metrics equal to the last bit; every row once per pass; {evicted} "
-        f"items have lost their row in the last partition\n{listed}"
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--items", choices=["exact", "bounded"], default="exact")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        bounded = arguments.items == "bounded"
-        print(survive(Path(name), arguments.kills, arguments.seed, bounded), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    seconds, killed = time.time() - begin, 0  # of three partitions
+    check_steps(folder / "peaceful")
+    while killed < kills:
+        place = folder / f"killed-{killed}"
+        killed += walk(data, place, kills - killed, rng, 0.7 * seconds)
+        check_steps(place)
+        assert_same_end(folder / "peaceful" / "run", place / "run")
+    assert not bounded_items or evicted_of(folder / "peaceful" / "run") > 0

@@ -1,4 +1,4 @@
-"""Walks that wait for partitions, and walks of several ranks that are killed."""
+"""Walks that wait for partitions, of several ranks that are killed, and that export packages."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import pytest
 
 from recsys.checkpoint.partitions.state import ContinualFolder
 from recsys.cli import main
+from recsys.serving.delta.apply import apply_delta
+from recsys.training.continual import packages
 from tests.ranks import HANG_SECONDS
 from tests.recsys.command_runs import TINY, program, run_recsys
 from tests.recsys.training.continual.kill_walks import survive
@@ -22,19 +24,21 @@ from tests.recsys.training.continual.walk_runs import (
     NAMES,
     WITHOUT_CONTENT,
     WORDS,
+    files_of,
     lines_of,
+    walk,
     write_partition,
     write_walk,
 )
 
 
-def words_of(folder: Path, *more: str) -> list[str]:
+def words_of(folder: Path, *extra: str) -> list[str]:
     words = ["continual", "--config", str(TINY), "--data", str(folder / "data")]
-    return [*words, "--out", str(folder / "run"), *WORDS, *WITHOUT_CONTENT, *more]
+    return [*words, "--out", str(folder / "run"), *WORDS, *WITHOUT_CONTENT, *extra]
 
 
 def names_of(run: Path) -> list[str]:
-    return [each.name for each in ContinualFolder(run).read().trained]
+    return [trained.name for trained in ContinualFolder(run).read().trained]
 
 
 def wait_for(run: Path, count: int) -> None:
@@ -45,13 +49,13 @@ def wait_for(run: Path, count: int) -> None:
 def test_a_walk_follows_partitions_until_it_is_asked_to_end(tmp_path: Path) -> None:
     write_walk(tmp_path / "data", 1)
     run = tmp_path / "run"
-    seen: list[list[str]] = []
+    recorded: list[list[str]] = []
 
     def write() -> None:
         wait_for(run, 1)
         place = write_partition(tmp_path / "data", 1, is_whole=False)
         time.sleep(0.5)
-        seen.append(names_of(run))
+        recorded.append(names_of(run))
         (place / "_SUCCESS").touch()
         wait_for(run, 2)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -60,7 +64,7 @@ def test_a_walk_follows_partitions_until_it_is_asked_to_end(tmp_path: Path) -> N
     writer.start()
     assert main(words_of(tmp_path, "--follow", "--continual.poll_seconds", "0.1")) == 0
     writer.join()
-    assert seen == [NAMES[:1]]  # it has waited for the mark
+    assert recorded == [NAMES[:1]]  # it has waited for the mark
     assert names_of(run) == NAMES[:2]
     # With a last partition it ends by itself.
     assert main(words_of(tmp_path, "--follow", "--until", "2025-11-09")) == 0
@@ -103,22 +107,67 @@ def wait_until(happens: Callable[[], bool], process: subprocess.Popen[str]) -> N
 @pytest.mark.long
 def test_a_walk_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     write_walk(tmp_path / "data", 3)
-    done = run_recsys(*words_of(tmp_path, "--until", "2025-11-09"), ranks=2)
-    assert done.returncode == 0, done.stderr
+    process = run_recsys(*words_of(tmp_path, "--until", "2025-11-09"), ranks=2)
+    assert process.returncode == 0, process.stderr
     assert main(words_of(tmp_path)) == 0
     assert names_of(tmp_path / "run") == NAMES[:3]
     shutil.rmtree(tmp_path / "data" / "train" / NAMES[0])  # rows that are no longer needed
     write_partition(tmp_path / "data", 3)
     (tmp_path / "data" / "train" / NAMES[3] / "part-0.parquet").write_bytes(b"PAR1")
-    done = run_recsys(*words_of(tmp_path), ranks=2)
-    assert done.returncode == 1 and done.stderr.count("part-0.parquet") == 2
+    process = run_recsys(*words_of(tmp_path), ranks=2)
+    assert process.returncode == 1 and process.stderr.count("part-0.parquet") == 2
     write_partition(tmp_path / "data", 3)
-    done = run_recsys(*words_of(tmp_path), ranks=2)
-    assert done.returncode == 0, done.stderr
+    process = run_recsys(*words_of(tmp_path), ranks=2)
+    assert process.returncode == 0, process.stderr
     assert [line["partition"] for line in lines_of(tmp_path / "run")] == NAMES[1:]
 
 
 @pytest.mark.long
 def test_a_walk_survives_kills_with_the_same_bits(tmp_path: Path) -> None:
-    words = survive(tmp_path, kills=3, seed=1)
-    assert words.startswith("3 kills")
+    survive(tmp_path, kills=3, seed=1)
+
+
+def with_packages(folder: Path) -> list[str]:
+    return [*WITHOUT_CONTENT, "--continual.packages", str(folder)]
+
+
+@pytest.mark.long
+def test_a_package_and_its_deltas_are_the_newest_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_walk(tmp_path / "data", 3)
+    out, words = tmp_path / "packages", with_packages(tmp_path / "packages")
+    walk(tmp_path, tmp_path / "run", *words, last="2025-11-09")
+    assert sorted(files.name for files in out.iterdir()) == [
+        *NAMES[:2],
+        f"{NAMES[1]}.delta",
+        "newest",
+    ]
+    calls = apply_delta(out / NAMES[0], out / f"{NAMES[1]}.delta", tmp_path / "made")
+    assert calls.files and files_of(tmp_path / "made") == files_of(out / NAMES[1])
+    assert (out / "newest").resolve() == (out / NAMES[1]).resolve()
+
+    with monkeypatch.context() as failing:
+        failing.setattr(packages, "_export", lambda *_: 1 / 0)  # as if it was killed
+        with pytest.raises(ZeroDivisionError):
+            walk(tmp_path, tmp_path / "run", *words)
+    walk(tmp_path, tmp_path / "run", *words)  # nothing is left to train on
+    assert sorted(trained.name for trained in out.iterdir() if trained.is_dir()) == [
+        *NAMES[1:3],
+        "newest",
+    ]
+    delta = apply_delta(tmp_path / "made", out / f"{NAMES[2]}.delta", tmp_path / "later")
+    assert delta.files and files_of(tmp_path / "later") == files_of(out / NAMES[2])
+
+
+def test_items_with_a_bounded_vocabulary_have_no_package(tmp_path: Path) -> None:
+    write_walk(tmp_path / "data", 1, bounded_items=True)
+    with pytest.raises(ValueError, match=r"continual\.packages.*'item'.*bounded"):
+        walk(tmp_path, tmp_path / "run", *with_packages(tmp_path / "packages"))
+    assert not (tmp_path / "run" / "continual.json").exists()
+
+
+def test_packages_lie_beside_the_run(tmp_path: Path) -> None:
+    write_walk(tmp_path / "data", 1)
+    with pytest.raises(ValueError, match=r"continual\.packages .*run/packages: lies in"):
+        walk(tmp_path, tmp_path / "run", *with_packages(tmp_path / "run" / "packages"))

@@ -41,13 +41,6 @@ def add(folder: Path, name: str) -> None:
     place.rename(place.with_name(name))
 
 
-def test_a_partition_older_than_all_is_refused_by_name(two: Path) -> None:
-    add(two, LATE)
-    with pytest.raises(ValueError, match=rf"{LATE}: is older than .*--continual\.late train"):
-        walk(two, two / "run", *WITHOUT_CONTENT)
-    assert names_of(two / "run") == NAMES[:2]
-
-
 def test_what_lies_before_the_first_partition_that_was_asked_for_is_not_late(
     tmp_path: Path,
 ) -> None:

@@ -9,19 +9,23 @@ import pytest
 
 from recsys.checkpoint.partitions.state import RunState, Trained
 from recsys.data.filesystem import Location
-from recsys.training.continual.dates import date_of, refused_partitions
-from recsys.training.continual.partitions import Partition, list_partitions
-from recsys.training.continual.queue import Span, awaited, check_whole, next_partition
+from recsys.training.continual.partitions import (
+    Partition,
+    date_of,
+    list_partitions,
+    refused_partitions,
+)
+from recsys.training.continual.queue import PartitionRange, check_whole, next_partition, waiting_for
 
 DAYS = [Partition(f"date=2025-11-{day:02}") for day in (1, 2, 3, 4)]
-NOW = datetime(2026, 11, 28, 7)
+TODAY = datetime(2026, 11, 28, 7)
 HOURS = [Partition(f"date=2025-11-0{day}/hour={hour}") for day in (1, 2) for hour in (5, 9, 10)]
 
 
-def state(*names: str, begun: str | None = None, first: str | None = None) -> RunState:
+def state(*names: str, unfinished: str | None = None, first: str | None = None) -> RunState:
     trained = tuple(Trained(f"date=2025-11-{name}", 1, "x") for name in names)
-    now = None if begun is None else Trained(f"date=2025-11-{begun}", 1, "x")
-    return RunState(trained, now, first=first)
+    current = None if unfinished is None else Trained(f"date=2025-11-{unfinished}", 1, "x")
+    return RunState(trained, current, first=first)
 
 
 def folder_with(root: Path, *names: str) -> Location:
@@ -32,7 +36,7 @@ def folder_with(root: Path, *names: str) -> Location:
 
 
 def test_partitions_are_ordered_by_their_values_numbers_as_numbers(tmp_path: Path) -> None:
-    names = [f"train/{each.name}/part-0.parquet" for each in reversed(HOURS)]
+    names = [f"train/{partition.name}/part-0.parquet" for partition in reversed(HOURS)]
     root = folder_with(tmp_path, *names, "train/_SUCCESS", "train/.hidden=1/a.parquet")
     assert list_partitions(root) == HOURS
 
@@ -56,70 +60,53 @@ def test_folders_without_one_order_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("done", "span", "expected"),
+    ("progress", "span", "expected"),
     [
-        (state(), Span(), "01"),
-        (state(), Span("2025-11-02"), "02"),
-        (state(), Span("date=2025-11-02"), "02"),
-        (state(), Span(None, "2025-10-31"), None),
-        (state("01", "02"), Span(), "03"),
-        (state("02", first="2025-11-02"), Span(), "03"),  # what lies before is not of this run
-        (state("01", "02"), Span("2025-11-03"), "03"),
-        (state("01", "02"), Span(None, "2025-11-02"), None),
-        (state("01", begun="02"), Span(), "02"),
-        (state("01", "02", "03", "04"), Span(), None),
+        (state(), PartitionRange(), "01"),
+        (state(), PartitionRange("2025-11-02"), "02"),
+        (state(), PartitionRange("date=2025-11-02"), "02"),
+        (state(), PartitionRange(None, "2025-10-31"), None),
+        (state("01", "02"), PartitionRange(), "03"),
+        (state("02", first="2025-11-02"), PartitionRange(), "03"),  # not "01"
+        (state("01", "02"), PartitionRange("2025-11-03"), "03"),
+        (state("01", "02"), PartitionRange(None, "2025-11-02"), None),
+        (state("01", unfinished="02"), PartitionRange(), "02"),
+        (state("01", "02", "03", "04"), PartitionRange(), None),
     ],
 )
 def test_the_next_partition_follows_the_last_one(
-    done: RunState, span: Span, expected: str | None
+    progress: RunState, span: PartitionRange, expected: str | None
 ) -> None:
-    found = next_partition("train", DAYS, done, span)
-    assert found == (None if expected is None else Partition(f"date=2025-11-{expected}"))
+    actual = next_partition("train", DAYS, progress, span)
+    assert actual == (None if expected is None else Partition(f"date=2025-11-{expected}"))
 
 
 def test_a_bound_of_one_level_takes_all_partitions_in_it() -> None:
-    one = Span("2025-11-01/9", "2025-11-01")
+    one = PartitionRange("2025-11-01/9", "2025-11-01")
     assert next_partition("train", HOURS, RunState(), one) == HOURS[1]
-    trained = RunState(tuple(Trained(each.name, 1, "x") for each in HOURS[1:3]), first=one.first)
+    trained = RunState(
+        tuple(Trained(partition.name, 1, "x") for partition in HOURS[1:3]), first=one.first
+    )
     assert next_partition("train", HOURS, trained, one) is None
     assert one.is_over(HOURS, trained) and not one.is_over(HOURS[:3], trained)
 
 
 @pytest.mark.parametrize(
-    ("done", "late"),
+    ("progress", "span", "expected"),
     [
-        (state("01", "03"), "02"),
-        (state("01", begun="03"), "02"),
-        (state("02", "03"), "01"),  # older than all
-        (state("03", first="2025-11-02"), "02"),
-        (state("01", "04", "02"), "03"),
-    ],
-)
-def test_a_partition_older_than_a_trained_one_is_refused(done: RunState, late: str) -> None:
-    with pytest.raises(ValueError, match=rf"2025-11-{late}: is older than date=2025-11-0[34]"):
-        next_partition("train", DAYS, done, Span())
-
-
-@pytest.mark.parametrize(
-    ("done", "span", "expected"),
-    [
-        (state("02", "03"), Span(), "01"),
-        (state("02", "03", "01"), Span(), "04"),
-        (state("02", begun="03"), Span(), "03"),  # goes on first
-        (state("03", begun="01"), Span(), "01"),
-        (state("02", "04", first="2025-11-02"), Span(), "03"),
-        (state("03", "01", "02"), Span(None, "2025-11-03"), None),
+        (state("02", "03"), PartitionRange(), "01"),
+        (state("02", "03", "01"), PartitionRange(), "04"),
+        (state("02", unfinished="03"), PartitionRange(), "03"),  # goes on first
+        (state("03", unfinished="01"), PartitionRange(), "01"),
+        (state("02", "04", first="2025-11-02"), PartitionRange(), "03"),
+        (state("03", "01", "02"), PartitionRange(None, "2025-11-03"), None),
     ],
 )
 def test_late_partitions_come_next_where_that_is_asked(
-    done: RunState, span: Span, expected: str | None
+    progress: RunState, span: PartitionRange, expected: str | None
 ) -> None:
-    found = next_partition("train", DAYS, done, span, late="train")
-    assert found == (None if expected is None else Partition(f"date=2025-11-{expected}"))
-
-
-def test_a_span_is_over_by_the_latest_partition_not_by_the_last_that_was_trained() -> None:
-    assert Span(None, "2025-11-03").is_over([], state("01", "03", "02"))
+    actual = next_partition("train", DAYS, progress, span, late="train")
+    assert actual == (None if expected is None else Partition(f"date=2025-11-{expected}"))
 
 
 @pytest.mark.parametrize(
@@ -166,19 +153,21 @@ def test_partitions_that_would_block_all_later_ones_are_refused(
     name: str, reason: str | None, trained: list[str]
 ) -> None:
     usual = ["date=2026-11-07", "date=2026-11-08"] * (not trained)
-    found = refused_partitions([Partition(each) for each in [name, *usual]], trained, NOW)
-    assert list(found) == ([] if reason is None else [name])
-    assert reason is None or reason in found[name]
+    actual = refused_partitions(
+        [Partition(partition) for partition in [name, *usual]], trained, TODAY
+    )
+    assert list(actual) == ([] if reason is None else [name])
+    assert reason is None or reason in actual[name]
 
 
 @pytest.mark.parametrize("names", [["batch=1", "batch=1000000"], ["part=a", "part=b"]])
 def test_partitions_of_numbers_or_words_have_no_date(names: list[str]) -> None:
-    assert not refused_partitions([Partition(name) for name in names], [], NOW)
+    assert not refused_partitions([Partition(name) for name in names], [], TODAY)
 
 
 def test_a_span_may_not_leave_out_partitions() -> None:
     with pytest.raises(ValueError, match=r"--from 2025-11-04: .*2025-11-03"):
-        next_partition("train", DAYS, state("01", "02"), Span("2025-11-04"))
+        next_partition("train", DAYS, state("01", "02"), PartitionRange("2025-11-04"))
 
 
 @pytest.mark.parametrize("name", ["_temporary/0/a.parquet", "part-1.parquet.tmp", ".a.inprogress"])
@@ -201,10 +190,10 @@ def test_a_partition_needs_the_mark_that_others_have(tmp_path: Path) -> None:
 
 def test_a_followed_partition_is_whole_with_its_mark_or_after_a_quiet_time(tmp_path: Path) -> None:
     root = folder_with(tmp_path, f"train/{DAYS[0].name}/part-0.parquet")
-    assert "_SUCCESS" in (awaited(root, DAYS[0], None) or "")
-    assert "3600 seconds" in (awaited(root, DAYS[0], 3600.0) or "")
-    assert awaited(root, DAYS[0], 0.0) is None
+    assert "_SUCCESS" in (waiting_for(root, DAYS[0], None) or "")
+    assert "3600 seconds" in (waiting_for(root, DAYS[0], 3600.0) or "")
+    assert waiting_for(root, DAYS[0], 0.0) is None
     folder_with(tmp_path, f"train/{DAYS[0].name}/part-1.parquet.tmp")
-    assert awaited(root, DAYS[0], 0.0) is not None
+    assert waiting_for(root, DAYS[0], 0.0) is not None
     folder_with(tmp_path, f"train/{DAYS[0].name}/_SUCCESS")
-    assert awaited(root, DAYS[0], None) is None
+    assert waiting_for(root, DAYS[0], None) is None

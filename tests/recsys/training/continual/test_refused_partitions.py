@@ -118,9 +118,12 @@ FAULTS = [
     (bad_label, r"part-1\.parquet.*'liked'.*7"),
     (other_type, r"part-0\.parquet: column 'price'"),
     (other_ids, r"part-0\.parquet: column 'item'"),
-    (schema(lambda of: of.pop("price")), r"'price'.*--warm-start"),
-    (schema(lambda of: of["price"].update(kind="extra")), r"'price': kind"),
-    (schema(lambda of: of["item"].update(num_embeddings=20)), r"'item'.*num_embeddings is 20"),
+    (schema(lambda columns: columns.pop("price")), r"'price'.*--warm-start"),
+    (schema(lambda columns: columns["price"].update(kind="extra")), r"'price': kind"),
+    (
+        schema(lambda columns: columns["item"].update(num_embeddings=20)),
+        r"'item'.*num_embeddings is 20",
+    ),
 ]
 
 
@@ -156,7 +159,7 @@ def test_the_first_partition_begins_with_the_run_that_it_was_begun_from(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("words", "asked", "message"),
+    ("words", "options", "message"),
     [
         (["--ranking.mlp_units", "[8]"], {}, r"ranking\.mlp_units was .*--warm-start"),
         (["--continual.order", "time"], {}, r"continual\.order was shuffled.*time"),
@@ -164,10 +167,10 @@ def test_the_first_partition_begins_with_the_run_that_it_was_begun_from(tmp_path
     ],
 )
 def test_another_model_or_a_gap_is_refused(
-    two: Path, words: list[str], asked: dict[str, str], message: str
+    two: Path, words: list[str], options: dict[str, str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        walk(two, two / "run", *WITHOUT_CONTENT, *words, **asked)
+        walk(two, two / "run", *WITHOUT_CONTENT, *words, **options)
 
 
 def test_items_whose_ids_mean_others_are_refused_and_edited_ones_encoded(
@@ -181,18 +184,6 @@ def test_items_whose_ids_mean_others_are_refused_and_edited_ones_encoded(
     with pytest.raises(ValueError, match=r"items: 14 of 30 known items .*0\.1"):
         walk(tmp_path, tmp_path / "run", "--continual.edited_items", "0.1")
     assert len(walk(tmp_path, tmp_path / "run").trained) == 4
-
-
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [({"first": "2026"}, "--from 2026: no partition"), ({"last": "2024"}, "--until 2024: no part")],
-)
-def test_a_new_run_needs_a_partition(
-    two: Path, tmp_path: Path, asked: dict[str, str], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        walk(two, tmp_path / "run", *WITHOUT_CONTENT, **asked)
-    assert not (tmp_path / "run").exists()
 
 
 def test_folders_of_other_runs_are_refused(

@@ -76,12 +76,12 @@ CASES = {
 def test_a_score_depends_on_no_label_and_on_no_other_row(case: str, tmp_path: Path) -> None:
     write_days(tmp_path / "data")
     walk(tmp_path, tmp_path / "run", *CASES[case])
-    kept = list(range(0, len(logits_of(tmp_path / "run", 1)), 2))
+    unchanged = list(range(0, len(logits_of(tmp_path / "run", 1)), 2))
     shutil.copytree(tmp_path / "data", tmp_path / "other")
-    change_answers(tmp_path / "other" / "train" / NAMES[1], seed=1, kept=kept)
+    change_answers(tmp_path / "other" / "train" / NAMES[1], seed=1, unchanged=unchanged)
     walk(tmp_path, tmp_path / "second", *CASES[case], data=tmp_path / "other")
     first, second = (logits_of(tmp_path / run, 1) for run in ("run", "second"))
-    assert np.array_equal(first[kept], second[kept])
+    assert np.array_equal(first[unchanged], second[unchanged])
 
 
 def assert_predicted_alike(
@@ -188,5 +188,5 @@ def test_new_ids_begin_with_pretrained_vectors_behind_the_scores(tmp_path: Path)
     assert_predicted_alike(tmp_path, 1, tmp_path / "predicted.parquet")
     state = stored_state(run / "checkpoints" / "best")
     for name in ("user", "item"):
-        known = pq.read_table(run / "vocabulary" / f"{name}.parquet").num_rows
-        assert (state[name][:known] == 7).all() and not (state[name][known:] == 7).any()
+        is_known = pq.read_table(run / "vocabulary" / f"{name}.parquet").num_rows
+        assert (state[name][:is_known] == 7).all() and not (state[name][is_known:] == 7).any()

@@ -26,8 +26,8 @@ from recsys.evaluation.evaluate import score, split_interactions
 from recsys.evaluation.predict import load_run
 from recsys.evaluation.scores import read_scores
 from recsys.storage.output_file import check_output
-from recsys.training.continual.partition_trainer import PartitionTrainer, passes_over
-from recsys.training.loss_watch import LossWatch
+from recsys.training.continual.partition_run import PartitionTrainer, passes_over
+from recsys.training.trainer import LossWatch
 from tests.recsys.command_runs import TINY
 from tests.recsys.content.cache.scored_slowly import assert_scored_alike
 from tests.recsys.training.continual.walk_runs import (
@@ -58,7 +58,7 @@ def test_each_partition_but_the_first_is_scored_once(walked: Path) -> None:
 def test_cold_items_are_those_of_all_partitions_before(walked: Path) -> None:
     folder = ContinualFolder(walked / "run")
     before = [pq.read_table(walked / "data" / "train" / name)["item"] for name in NAMES[:3]]
-    counts = Counter(pa.chunked_array([c for of in before for c in of.chunks]).to_pylist())
+    counts = Counter(pa.chunked_array([c for entry in before for c in entry.chunks]).to_pylist())
     items = pq.read_table(walked / "data" / "train" / NAMES[3])["item"].to_pylist()
     assert read_scores(folder.scores_of(NAMES[3])).counts.tolist() == [counts[i] for i in items]
 
@@ -74,8 +74,8 @@ def test_the_last_partitions_are_kept_each_with_its_name_in_its_checkpoint(walke
 def test_trackers_have_one_record_of_all_partitions(walked: Path) -> None:
     events = EventAccumulator(str(walked / "run" / "tensorboard"), {"scalars": 0}).Reload()
     steps = np.cumsum([-(-rows // 8) for rows in ROWS])
-    for tag, of in (("prequential/auc", steps[:-1]), ("train/loss", steps)):
-        assert [event.step for event in events.Scalars(tag)] == of.tolist()
+    for tag, entry in (("prequential/auc", steps[:-1]), ("train/loss", steps)):
+        assert [event.step for event in events.Scalars(tag)] == entry.tolist()
     assert "prequential/unseen/auc" in events.Tags()["scalars"]
 
 
@@ -87,8 +87,8 @@ def test_scores_are_those_of_the_model_before(walked: Path) -> None:
         scored = score(job, split_interactions(job, "train"))
         assert_scored_alike(job, "train")
     expected = scored["logits"][np.argsort(scored["positions"].numpy())]
-    found = torch.from_numpy(read_scores(folder.scores_of(NAMES[3])).logits)
-    assert torch.equal(found, expected)
+    actual = torch.from_numpy(read_scores(folder.scores_of(NAMES[3])).logits)
+    assert torch.equal(actual, expected)
 
 
 def test_scores_do_not_depend_on_labels_and_are_whole_before_any_row_is_trained_on(
@@ -97,16 +97,16 @@ def test_scores_do_not_depend_on_labels_and_are_whole_before_any_row_is_trained_
     """The last partition is poisoned: its labels are turned around."""
     file = rewound(walked, tmp_path).scores_of(NAMES[3])
     change_labels(tmp_path / "data" / "train" / NAMES[3])
-    trained_with: list[bytes] = []
+    score_bytes: list[bytes] = []
     before = PartitionTrainer.train
 
     def train(trainer: PartitionTrainer) -> None:
-        trained_with.append(file.read_bytes())
+        score_bytes.append(file.read_bytes())
         before(trainer)
 
     monkeypatch.setattr(PartitionTrainer, "train", train)
     walk(tmp_path, tmp_path / "run")
-    assert trained_with == [file.read_bytes()]  # whole before the first step, and left alone
+    assert score_bytes == [file.read_bytes()]  # whole before the first step, and left alone
     poisoned = read_scores(file)
     clean = read_scores(ContinualFolder(walked / "run").scores_of(NAMES[3]))
     assert np.array_equal(poisoned.logits, clean.logits)
@@ -176,27 +176,13 @@ def test_a_walk_that_was_stopped_in_a_further_pass_goes_on_with_the_same_bits(
     assert (progress["steps"], progress["steps_before"]) == (9, 30)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("step", [3, 8])
-def test_a_walk_that_was_stopped_sooner_goes_on_with_the_same_bits(
-    walked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
-    with monkeypatch.context() as stopping:
-        stop_after(stopping, step)
-        with pytest.raises(TrainingStopped):
-            walk(walked, tmp_path / "run")
-    assert len(ContinualFolder(tmp_path / "run").read().trained) == {3: 0, 8: 1}[step]
-    walk(walked, tmp_path / "run")
-    assert_same_end(walked / "run", tmp_path / "run")
-
-
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Ask this process to end after so many steps."""
-    made, before = [], LossWatch.step
+    calls, before = [], LossWatch.step
 
     def step(watch: LossWatch, *arguments: Any) -> Any:
-        made.append(0)
-        if len(made) == steps:
+        calls.append(0)
+        if len(calls) == steps:
             os.kill(os.getpid(), signal.SIGTERM)
         return before(watch, *arguments)
 
@@ -224,8 +210,8 @@ def test_commands_on_a_continual_run_take_its_last_partition(walked: Path, tmp_p
     assert all(name in text for name in NAMES[1:]) and "Run run" in text
     words = ["--data", str(walked / "data"), "--out", str(tmp_path / "run")]
     words += ["--cache", str(walked / "cache"), "--config", str(TINY), *WORDS]
-    begun = ["continual", *words, "--from", "2025-11-11", "--warm-start", run]
-    assert main(begun) == 0
+    command = ["continual", *words, "--from", "2025-11-11", "--warm-start", run]
+    assert main(command) == 0
     (line,) = lines_of(tmp_path / "run")
     assert line["partition"] == NAMES[3] and line["model_of"] == ""
-    assert main([*begun[:-1], str(walked / "data")]) == 1  # begun from another run
+    assert main([*command[:-1], str(walked / "data")]) == 1  # begun from another run

@@ -34,8 +34,8 @@ def write_counts(folder: Path, *highest: float) -> Path:
             counts = rng.integers(0, most + 1, table.num_rows).astype(np.float32)
             counts[:2] = 0, most
             lists = [
-                None if of is None else (np.array(of) * most).tolist()
-                for of in table["history_liked"].to_pylist()
+                None if answers is None else (np.array(answers) * most).tolist()
+                for answers in table["history_liked"].to_pylist()
             ]
             table = set_column(table, "price", pa.array(counts))
             table = set_column(table, "history_liked", pa.array(lists, pa.list_(pa.float32())))
@@ -63,7 +63,7 @@ def test_useless_scores_end_the_walk_with_the_column_behind_what_is_written(
     with pytest.raises(ValueError, match=message):
         walk(tmp_path, tmp_path / "run", *words)
     state = ContinualFolder(tmp_path / "run").read()
-    assert [each.name for each in state.trained] == NAMES[:2] and state.begun is None
+    assert [partition.name for partition in state.trained] == NAMES[:2] and state.begun is None
     with pytest.raises(ValueError, match=NAMES[2]):
         walk(tmp_path, tmp_path / "run", *words)
     assert [line["partition"] for line in lines_of(tmp_path / "run")] == NAMES[1:3]

@@ -18,7 +18,7 @@ from recsys.checkpoint.files import folders_by_age
 from recsys.checkpoint.partitions.state import ContinualFolder, RunState
 from recsys.config import Config, load_config
 from recsys.distributed.ranks import joined_ranks
-from recsys.training.continual.queue import Span
+from recsys.training.continual.queue import PartitionRange
 from recsys.training.continual.walk import Request, train_continually
 from tests.datasets import impressions, item_rows, write_parquet
 from tests.recsys.checkpoint.kill_ranks import tensors
@@ -71,10 +71,10 @@ def write_walk(folder: Path, count: int = len(NAMES), bounded_items: bool = Fals
 
 def write_partition(folder: Path, number: int, is_whole: bool = True) -> Path:
     """Write a partition in two files, and a file of items."""
-    known = ITEMS[number - 1] if number else 0
+    first_new = ITEMS[number - 1] if number else 0
     items = item_rows(max(ITEMS), np.random.default_rng(100))
     ids = items["item"].to_numpy()
-    new = items.filter((ids >= known) & (ids < ITEMS[number])).select(["item", "text"])
+    new = items.filter((ids >= first_new) & (ids < ITEMS[number])).select(["item", "text"])
     write_parquet(folder / "items" / f"part-{number}.parquet", new)
     table = impressions(ROWS[number], 10, ITEMS[number], np.random.default_rng(number))
     place = folder / "train" / NAMES[number]
@@ -96,11 +96,11 @@ def walk(
     data: Path | None = None,
     first: str | None = None,
     last: str | None = None,
-    **asked: Any,
+    **options: Any,
 ) -> RunState:
     """Walk `folder`/data on one rank."""
     with joined_ranks("cpu") as ranks:
-        request = Request(Span(first, last), **asked)
+        request = Request(PartitionRange(first, last), **options)
         place = str(data or folder / "data")
         return train_continually(config_of(folder, *words), place, run, ranks, request)
 
@@ -153,16 +153,16 @@ def assert_same_end(one: Path, two: Path) -> int:
     assert names[0] == names[1]
     for name in names[0]:
         runs = [folder.partitions / name for folder in folders]
-        for kept in ("schema.yaml", "item_counts.npy", "vocabulary"):
-            contents = [contents_of(run / kept) for run in runs]
-            assert contents[0] == contents[1], kept
+        for name_of_part in ("schema.yaml", "item_counts.npy", "vocabulary"):
+            contents = [contents_of(run / name_of_part) for run in runs]
+            assert contents[0] == contents[1], name_of_part
         checkpoints = [folders_by_age(run / "checkpoints")[0].name for run in runs]
         assert checkpoints[0] == checkpoints[1]
-        for each in ("best", checkpoints[0]):
-            first, second = (tensors(run / "checkpoints" / each) for run in runs)
+        for checkpoint in ("best", checkpoints[0]):
+            first, second = (tensors(run / "checkpoints" / checkpoint) for run in runs)
             assert first.keys() == second.keys()
             for key, value in first.items():
-                assert torch.equal(value, second[key]), f"{name} {each}: {key}"
+                assert torch.equal(value, second[key]), f"{name} {checkpoint}: {key}"
             compared += len(first)
     return compared
 

@@ -1,16 +1,20 @@
-"""The number of groups of users in votes follows the users, and a run keeps its number."""
+"""Opinions on items are counted from the histories of training rows, by groups of users."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+import torch
 import yaml
 
 from recsys.config import load_config
+from recsys.data.schema import Column, Schema
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import load_run
 from recsys.ranking.layers.collaborative_filtering import CollaborativeFiltering, automatic_groups
+from recsys.training.initial_state import OpinionSums
 from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.recsys.command_runs import TINY
@@ -31,7 +35,9 @@ def groups_of(run: Path) -> int:
     with joined_ranks("cpu") as ranks:
         job = load_run(run, None, ranks, "cpu")
         (votes,) = (
-            of for of in job.em3.ranking.modules() if isinstance(of, CollaborativeFiltering)
+            module
+            for module in job.em3.ranking.modules()
+            if isinstance(module, CollaborativeFiltering)
         )
     settings = yaml.safe_load((run / "config.yaml").read_text())["ranking"]
     assert settings["opinion_groups"] == votes.opinions.shape[1] and votes.opinions.any()
@@ -74,3 +80,32 @@ def test_a_walk_keeps_its_groups_when_the_table_of_users_grows(tmp_path: Path) -
     (tmp_path / "data" / "schema.yaml").write_text(yaml.safe_dump(schema, sort_keys=False))
     walk(tmp_path, tmp_path / "run", *WITHOUT_CONTENT, *VOTES)
     assert groups_of(tmp_path / "run" / "partitions" / NAMES[1]) == 12
+
+
+SCHEMA = Schema(
+    "item",
+    "user",
+    {
+        "user": Column("id", num_embeddings=9),
+        "item": Column("id", num_embeddings=3),
+        "history": Column("sequence", shares="item", parallel=["stars"]),
+        "liked": Column("label"),
+    },
+)
+
+
+def test_an_opinion_is_the_mean_of_a_group_of_users_relative_to_their_own_means() -> None:
+    """Users 1 and 3 are group 1; an item without a row in a group has the opinion 0."""
+    rows = pa.table(
+        {
+            "user": [1, 3, 2, 2],
+            "history": pa.array([[0], [0, 2], [1], []], pa.list_(pa.int64())),
+            "stars": pa.array([[1.0], [0.0, 0.7], [0.4], []], pa.list_(pa.float32())),
+        }
+    )
+    sums = OpinionSums(SCHEMA, "stars", num_groups=2, mean=0.4)
+    sums.add(rows)
+    # With 5 prior values of .4 the means are (1 + 2) / 6, (.7 + 2) / 7 and (.4 + 2) / 6 = .4.
+    first, second = 3 / 6, 2.7 / 7
+    expected = [[0.0, (1 - first + 0 - second) / 2], [0.0, 0.0], [0.0, 0.7 - second]]
+    torch.testing.assert_close(sums.opinions(deviation=0.5), torch.tensor(expected) / 0.5)
