@@ -64,7 +64,7 @@ def frozen_at(run: Path, names: list[str], known: Scores) -> Scores:
         for name in names[len(names) // 2 :]:
             job.train_folder = f"train/{name}"
             scored = score(job, split_interactions(job, "train"))
-            scores = split_scores(job, scored, ItemCounts.sum_of([]))
+            scores = split_scores(job.schema, scored, ItemCounts.sum_of([]))
             found[name] = replace(scores, counts=known[name].counts)
     return found
 

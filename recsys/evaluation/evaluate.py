@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from recsys.build import SPLITS, Job
-from recsys.config import RankingSettings
+from recsys.config import BestModelBy, RankingSettings
 from recsys.config.ranking import softmax_settings
 from recsys.content.bank_fill import encode_into_bank
 from recsys.data.batch import Batch
+from recsys.data.filesystem import Location
 from recsys.data.interactions import Interactions, loader
 from recsys.data.item_frequency import ItemCounts, count_items, rows_that_count
 from recsys.data.number_ranges import NumberRange, NumberRanges, dense_finding
@@ -81,7 +82,7 @@ def check_data(job: Job, splits: Sequence[str] = SPLITS) -> CheckedRows:
             rows = job.rows(split)
             counts[split] = count_items(rows, ranks.rank, ranks.world_size, readers.get(split))
         if job.schema.weight and not sum(ranks.gather(int(counts[split].counts.sum()))):
-            raise _without_weight(job, split)
+            raise _without_weight(job.root / split, job.schema.weight)
         if is_skip:
             skipped[split] = rows.skipped(ranks, split)
     if "valid" in splits:
@@ -155,32 +156,34 @@ def check_validation(job: Job, labels: ValidationLabels) -> None:
     elif "gauc" in METRICS[metric] and not has_both:
         cause = f"no user has rows of both labels in {label}"
     if cause is not None:
-        raise ValueError(undefined_selection(job, cause, positives, negatives))
+        raise ValueError(undefined_selection(job.root, metric, cause, positives, negatives))
 
 
-def undefined_selection(job: Job, cause: str, positives: int = 1, negatives: int = 1) -> str:
+def undefined_selection(
+    root: Location, metric: BestModelBy, cause: str, positives: int = 1, negatives: int = 1
+) -> str:
     """Return the error message on a validation split that cannot choose the best model."""
-    metric, fix = job.config.best_model_by, "use another validation split"
+    fix = "use another validation split"
     if positives and not negatives:
         fix += ", or set best_model_by: recall with ranking.name two_tower"
     elif positives and metric != "auc":
         fix += f", or set best_model_by: {'ndcg' if needs_search(metric) else 'auc'}"
-    return f"{job.root}/valid: best_model_by {metric} cannot choose the best model: {cause}; {fix}"
+    return f"{root}/valid: best_model_by {metric} cannot choose the best model: {cause}; {fix}"
 
 
-def _without_weight(job: Job, split: str) -> ValueError:
+def _without_weight(split: Location, column: str | None) -> ValueError:
     """Return the error to raise where no row of a split counts."""
     return ValueError(
-        f"{job.root}/{split}: column '{job.schema.weight}' is 0 in all rows; write weights above "
+        f"{split}: column '{column}' is 0 in all rows; write weights above "
         "0, or remove it from schema.yaml"
     )
 
 
-def require_usable(job: Job, rows: RowSource, split: str, scored: Mapping[str, Tensor]) -> None:
+def require_usable(rows: RowSource, split: Location, scored: Mapping[str, Tensor]) -> None:
     """Raise a ValueError for logits of a split that are not finite, or if no row counts."""
     require_finite(scored, rows)
     if len(weights := scored.get("weights", torch.ones(1))) and not weights.any():
-        raise _without_weight(job, split)
+        raise _without_weight(split, rows.schema.weight)
 
 
 def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
@@ -280,13 +283,13 @@ def _query_columns(batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor
     return {name: column[is_query] for name, column in columns.items() if column is not None}
 
 
-def split_scores(job: Job, scored: dict[str, Tensor], item_counts: ItemCounts) -> SplitScores:
+def split_scores(schema: Schema, scored: dict[str, Tensor], item_counts: ItemCounts) -> SplitScores:
     """Sort the result of `score`, of all ranks, by the rows' positions in the split."""
     order = np.argsort(scored["positions"].numpy())
     names = ("positions", "groups", "items", "labels", "logits", "weights")
     columns = {name: scored[name].numpy()[order] for name in names if name in scored}
-    labels = tuple(job.schema.of_kind("label"))
-    counts, losses = item_counts.of(columns["items"]), job.schema.label_losses
+    labels = tuple(schema.of_kind("label"))
+    counts, losses = item_counts.of(columns["items"]), schema.label_losses
     return SplitScores(**columns, counts=counts, label_names=labels, losses=losses)
 
 
@@ -319,8 +322,8 @@ def evaluate_split(
     report: dict[str, Any] = {}
     with job.ranks.raise_on_all_ranks():
         if job.ranks.is_first:
-            require_usable(job, interactions.rows, split, scored)
-            scores = split_scores(job, scored, item_counts)
+            require_usable(interactions.rows, job.root / split, scored)
+            scores = split_scores(job.schema, scored, item_counts)
             report = scores_report(scores, make_metrics(job.config.metrics))
             if scores_to is not None:
                 write_scores(scores, scores_to, model)

@@ -94,7 +94,9 @@ def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
             times.append(time.perf_counter())
             scored_rows = _score_batch(job, lockstep)
             times.append(time.perf_counter())
-    peaks, rows_of_ranks, scored = zip(*ranks.gather((_peak_bytes(ranks), rows, scored_rows)))
+    peaks, rows_of_ranks, scored = zip(
+        *ranks.gather((_peak_bytes(ranks.device), rows, scored_rows))
+    )
     loss_values = ranks.gather(losses)
     build_seconds, step_seconds, evaluation_seconds = (
         end - begin for begin, end in itertools.pairwise(times)
@@ -118,7 +120,7 @@ def _train_step(
     """Take one step; return this rank's losses and rows. A collective."""
     job.model.train()
     job.pipeline.begin(1)
-    with closing(_first_batch(job, interactions)) as source:
+    with closing(_first_batch(interactions, job.ranks.device)) as source:
         batches = lockstep.training_batches(source, count=1)
         prepared = job.preparation(batches, UnknownIds(job.schema), first_step=0, training=True)
         losses, _, batch = next(job.pipeline.outputs(prepared))
@@ -138,19 +140,19 @@ def _train_step(
 def _score_batch(job: Job, lockstep: Lockstep) -> int:
     """Score a batch of the validation split; return its rows. A collective."""
     interactions = split_interactions(job, "valid")
-    with closing(_first_batch(job, interactions)) as source, torch.no_grad():
+    with closing(_first_batch(interactions, job.ranks.device)) as source, torch.no_grad():
         _, logits, batch = next(forward_pass(job, source, lockstep))
     logits.float().sum().item()  # waits for a GPU
     return int((batch.row_positions >= 0).sum())
 
 
-def _first_batch(job: Job, interactions: Interactions) -> Generator[Batch]:
-    with closing(loader(interactions, 0, job.ranks.device.type == "cuda")) as batches:
+def _first_batch(interactions: Interactions, device: torch.device) -> Generator[Batch]:
+    with closing(loader(interactions, 0, device.type == "cuda")) as batches:
         yield from itertools.islice(batches, 1)
 
 
-def _peak_bytes(ranks: Ranks) -> int:
-    if ranks.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(ranks.device)
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

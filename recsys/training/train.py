@@ -210,7 +210,7 @@ def training_interactions(job: Job, is_shuffled: bool = True) -> Interactions:
     return interactions
 
 
-def training_figures(job: Job, progress: Progress) -> dict[str, Any]:
+def training_figures(progress: Progress, world_size: int) -> dict[str, Any]:
     """Return what `metrics.json` says of the training itself."""
     return {
         "train": {
@@ -220,7 +220,7 @@ def training_figures(job: Job, progress: Progress) -> dict[str, Any]:
             **({"ids": progress.ids} if progress.ids else {}),
             **({"vocabularies": progress.vocabularies} if progress.vocabularies else {}),
         },
-        "world_size": job.ranks.world_size,
+        "world_size": world_size,
         "versions": versions(),
     }
 
@@ -238,7 +238,11 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
         model = model_of(run)
     counts, file = trainer.item_counts, scores_file(run, "test")
     test = evaluate_split(job, "test", counts, trainer.lockstep, True, scores_to=file, model=model)
-    metrics = {"valid": progress.best, "test": test, **training_figures(job, progress)}
+    metrics = {
+        "valid": progress.best,
+        "test": test,
+        **training_figures(progress, job.ranks.world_size),
+    }
     if job.config.on_bad_row == "skip":
         metrics["skipped_rows"] = read_json(run / SKIPPED_ROWS)
     with job.ranks.raise_on_all_ranks():  # no rank leaves before the result is written

@@ -196,7 +196,7 @@ class Trainer:
         score = selection_score(report, metric)
         if score is None:
             cause = f"the {selection_words(metric)} is not defined there"
-            raise ValueError(undefined_selection(job, cause))
+            raise ValueError(undefined_selection(job.root, metric, cause))
         if progress.best_step < 0 or score > progress.best_score:
             progress.best_step, progress.best_score, progress.best = progress.steps, score, report
             progress.validations_without_gain = 0

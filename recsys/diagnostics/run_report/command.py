@@ -133,9 +133,9 @@ def _scored_rows(job: Job, run: Path) -> SplitScores:
         )
     with job.ranks.raise_on_all_ranks():
         if job.ranks.is_first:
-            require_usable(job, interactions.rows, SPLIT, scored)
+            require_usable(interactions.rows, job.root / SPLIT, scored)
     counts = read_item_counts(run, job.schema.item_id_limit)
-    return split_scores(job, scored, counts).counted(0)
+    return split_scores(job.schema, scored, counts).counted(0)
 
 
 def _item_vectors(folder: Path, num_items: int) -> Section:

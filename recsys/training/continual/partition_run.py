@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from recsys.build import Job, build_job
 from recsys.checkpoint.compatibility import with_automatic
 from recsys.checkpoint.files import folders_by_age, model_of
@@ -55,7 +57,6 @@ from recsys.training.continual.queue import is_late
 from recsys.training.continual.scoring import (
     format_lines,
     record_metrics,
-    reseed,
     score_partition,
     track,
 )
@@ -291,7 +292,8 @@ def _begin(
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
             folder.write(begun_state)
-    reseed(job, progress.age)
+    # Dropout and negatives differ by partition, and are the same at every start.
+    torch.manual_seed(job.config.seed + 1 + ranks.rank + 1000003 * progress.age)
     begin_run(run, job, ItemCounts.sum_of([counts, checked.item_counts]), checked.skipped)
     describe_run(run, job, continual.data)
     if plan is not None:
@@ -388,7 +390,7 @@ def _finish(trainer: Trainer, partition: Partition) -> None:
     job, progress = trainer.job, trainer.progress
     with job.averaged():
         trainer.checkpoints.save_best(progress)
-    metrics = {"partition": partition.name, **training_figures(job, progress)}
+    metrics = {"partition": partition.name, **training_figures(progress, job.ranks.world_size)}
     with job.ranks.raise_on_all_ranks():
         if job.ranks.is_first:
             write_whole(trainer.run / METRICS, json.dumps(metrics, indent=2) + "\n")

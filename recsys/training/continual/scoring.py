@@ -12,8 +12,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from embeddings.plan_text import align_columns
 from recsys.build import Job
 from recsys.checkpoint.partitions.state import ContinualFolder
@@ -56,7 +54,7 @@ def score_partition(job: Job, item_counts: ItemCounts, lockstep: Lockstep) -> Sp
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
             require_finite(scored, interactions.rows)
-            scores = split_scores(job, scored, item_counts)
+            scores = split_scores(job.schema, scored, item_counts)
     if (line := format_unknown(job.train_folder, unknown.totals(ranks.group))) is not None:
         logger.info(line)
     return scores
@@ -119,8 +117,3 @@ def format_lines(ranking: RankingSettings, lines: list[dict[str, Any]]) -> str:
         cells = ["-" if value is None else f"{value:.4f}" for value in values]
         rows.append([line["partition"], f"{line['rows']:,}", *cells])
     return align_columns(rows)
-
-
-def reseed(job: Job, age: int) -> None:
-    """Give dropout and negatives other numbers in each partition, the same at every start."""
-    torch.manual_seed(job.config.seed + 1 + job.ranks.rank + 1000003 * age)
