@@ -4,7 +4,7 @@
 
 All variants take turns, a few steps each, and a ratio is the median over rounds of the ratio
 within a round. FOLDER keeps the dataset (0.7 GB) and the encoded items for the next run. Writes
-`compare.jsonl`, `compare.md` and `compare.png` into `--results`.
+`compare.jsonl` and `compare.md` into `--results`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import auto_cli
-from matplotlib.figure import Figure
 
 from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
 from benchmarks.settings import setting
@@ -32,7 +31,7 @@ def compare(
     overrides: list[str] | None = None,
     effort: Effort = FULL_EFFORT,
     quick: bool = False,
-    here: bool = False,
+    in_process: bool = False,
     results: Path = RESULTS,
 ) -> list[Measurement]:
     """Measure the variants against the twins.
@@ -43,26 +42,26 @@ def compare(
         overrides: words of `recsys train` for all variants, e.g. '["--batch_size", "256"]'.
         effort: rounds, steps and other limits of the measurement.
         quick: tiny sizes, whose figures mean nothing.
-        here: measure all in this process instead of one process per variant.
+        in_process: measure all in this process instead of one process per variant.
         results: folder for the figures.
     """
     require_own_folder(quick, results)
-    chosen = variants(out, quick, overrides or [])
-    unknown = sorted(set(only or []) - {variant.name for variant in chosen})
+    selected = variants(out, quick, overrides or [])
+    unknown = sorted(set(only or []) - {variant.name for variant in selected})
     if unknown:
-        names = [variant.name for variant in chosen]
+        names = [variant.name for variant in selected]
         raise ValueError(f"--only: no variant {unknown}; choose some of {names}")
-    chosen = [variant for variant in chosen if not only or variant.name in only]
-    measured = measure(chosen, QUICK_EFFORT if quick else effort, here)
+    selected = [variant for variant in selected if not only or variant.name in only]
+    measured = measure(selected, QUICK_EFFORT if quick else effort, in_process)
     write_result(_result(measured), results)
     return measured
 
 
 def variants(out: Path, quick: bool, overrides: list[str]) -> list[Variant]:
     """Return the variants of setting A: itself, its twins, and itself with similarity features."""
-    chosen = setting("A", quick)
-    data, words = chosen.prepared(out)
-    base = Variant("bank_lora", str(chosen.recipe), data, (*words, *overrides))
+    sized = setting("A", quick)
+    data, words = sized.prepared(out)
+    base = Variant("bank_lora", str(sized.recipe), data, (*words, *overrides))
     return [
         base.changed(PLAIN, *FULL, kind="plain"),
         base.changed("full", *FULL),
@@ -94,20 +93,8 @@ def _result(measured: list[Measurement]) -> Result:
         row += [f"{r.median:.2f} ({r.lowest:.2f} to {r.highest:.2f})" for r in ratios.values()]
         rows.append(row)
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        names = [m.variant.name for m in measured][::-1]
-        rates = [m.samples_per_second(50) for m in measured][::-1]
-        spread = [
-            [m.samples_per_second(50) - m.samples_per_second(10) for m in measured][::-1],
-            [m.samples_per_second(90) - m.samples_per_second(50) for m in measured][::-1],
-        ]
-        bars = axes.barh(names, rates, xerr=spread, capsize=4)
-        axes.bar_label(bars, [f" {rate:,.0f}" for rate in rates])
-        axes.set_xlabel("samples/s, P50 with P10 and P90")
-
     title = "Setting A: the product beside its twins"
-    return Result("compare", title, records, columns, rows, draw)
+    return Result("compare", title, records, columns, rows)
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ def write_dataset(
         write_dataset(Path("/tmp/bench"), DatasetSize(num_rows=1000, num_items=100))
     """
     about = folder / "size.json"
-    wanted = json.dumps([asdict(size), seed])
-    if about.is_file() and about.read_text() == wanted:
+    identity = json.dumps([asdict(size), seed])
+    if about.is_file() and about.read_text() == identity:
         return folder
     rng = np.random.default_rng(seed)
     popularity = rng.permutation(size.num_items)  # [I], id of each rank
@@ -82,7 +82,7 @@ def write_dataset(
         columns += f"    {name}: {{kind: feature}}\n" if wants else ""
     columns += "    title: {kind: text}\n" if size.words else ""
     (folder / "schema.yaml").write_text(SCHEMA.format(**asdict(size)) + columns)
-    about.write_text(wanted)
+    about.write_text(identity)
     return folder
 
 
@@ -140,7 +140,6 @@ def _write_rows(
 
 
 def _link_items(folder: Path, shared: Path, size: DatasetSize, seed: int) -> None:
-    """Link the items of this size and seed from `shared`, after writing them there if missing."""
     fields = (seed, size.num_items, size.text_dim, size.image_dim, size.words)
     source = shared / "-".join(map(str, fields))
     if not (source / "part-0.parquet").exists():
@@ -162,8 +161,8 @@ def _write_items(folder: Path, size: DatasetSize, rng: np.random.Generator) -> N
                 flat = pa.array(rng.standard_normal(count * width, dtype=np.float32))
                 columns[name] = pa.FixedSizeListArray.from_arrays(flat, width)
         if size.words:
-            chosen = words[rng.integers(len(words), size=(count, size.words))]
-            columns["title"] = pa.array([" ".join(row) for row in chosen])
+            drawn_words = words[rng.integers(len(words), size=(count, size.words))]
+            columns["title"] = pa.array([" ".join(row) for row in drawn_words])
         table = pa.table(columns)
         writer = writer or pq.ParquetWriter(folder / "part-0.parquet", table.schema)
         writer.write_table(table)

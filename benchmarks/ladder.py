@@ -4,7 +4,7 @@
 
 Each row is measured in turns with the row it changes, so that its speed-up comes from one run; the
 speed-up over the first row is the product of the speed-ups in between. The sentence of each row is
-computed from the profiles of both. Writes `ladder_SETTING.jsonl`, `.md` and `.png` into
+computed from the profiles of both. Writes `ladder_SETTING.jsonl` and `.md` into
 `--results`; hand-written notes in `ladder_SETTING_notes.md` there end the page.
 """
 
@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import auto_cli
-from matplotlib.figure import Figure
 
-from benchmarks.ladder_rows import Row, rows_of
 from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
 from benchmarks.settings import setting as named_setting
 from benchmarks.timing.ranks import require_not_launched
@@ -31,6 +29,7 @@ from benchmarks.timing.rounds import (
     measure,
     ratio,
 )
+from benchmarks.timing.steps import Variant
 
 
 @dataclass
@@ -58,7 +57,7 @@ def ladder(
     only: list[str] | None = None,
     effort: Effort = FULL_EFFORT,
     quick: bool = False,
-    here: bool = False,
+    in_process: bool = False,
     results: Path = RESULTS,
 ) -> list[Rung]:
     """Measure the rows of one setting.
@@ -69,45 +68,46 @@ def ladder(
         only: names of rows, to leave the others out; the rows they build on are included.
         effort: rounds, steps and other limits of the measurement; each row needs a profile.
         quick: tiny sizes, whose figures mean nothing.
-        here: measure in this process instead of new ones; rows of several ranks are left out.
+        in_process: measure in this process instead of new ones; rows of several ranks are left out.
         results: folder for the figures.
     """
     require_not_launched("ladder")
     require_own_folder(quick, results)
-    chosen = named_setting(setting, quick)
-    rows = rows_of(setting, str(chosen.recipe), *chosen.prepared(out))
-    rows = _chosen(rows, only, here)
+    sized = named_setting(setting, quick)
+    rows = rows_of(setting, str(sized.recipe), *sized.prepared(out))
+    rows = _chosen(rows, only, in_process)
     rungs: dict[str, Rung] = {}
     for row in rows:
-        rungs[row.name] = _measure(row, rungs, QUICK_EFFORT if quick else effort, here)
-    done = list(rungs.values())
-    write_result(_result(f"ladder_{setting.lower()}", f"Setting {setting}", done), results)
-    return done
+        rungs[row.name] = _measure(row, rungs, QUICK_EFFORT if quick else effort, in_process)
+    measured_rungs = list(rungs.values())
+    write_result(
+        _result(f"ladder_{setting.lower()}", f"Setting {setting}", measured_rungs), results
+    )
+    return measured_rungs
 
 
-def _chosen(rows: list[Row], only: list[str] | None, here: bool) -> list[Row]:
-    """Return the rows asked for and the rows they build on, in order."""
+def _chosen(rows: list[Row], only: list[str] | None, in_process: bool) -> list[Row]:
     by_name = {row.name: row for row in rows}
     unknown = sorted(set(only or []) - set(by_name))
     if unknown:
         raise ValueError(f"--only: no row {unknown}; choose some of {list(by_name)}")
-    wanted: set[str] = set()
+    names: set[str] = set()
     for name in only or list(by_name):
-        if here and by_name[name].variant.ranks > 1:
+        if in_process and by_name[name].variant.ranks > 1:
             continue
         above: str | None = name
         while above is not None:
-            wanted.add(above)
+            names.add(above)
             above = by_name[above].base
-    return [row for row in rows if row.name in wanted]
+    return [row for row in rows if row.name in names]
 
 
-def _measure(row: Row, rungs: dict[str, Rung], effort: Effort, here: bool) -> Rung:
+def _measure(row: Row, rungs: dict[str, Rung], effort: Effort, in_process: bool) -> Rung:
     if row.base is None:
-        (alone,) = measure([row.variant], effort, here)
+        (alone,) = measure([row.variant], effort, in_process)
         return Rung(row, alone, None, Ratio(1.0, 1.0, 1.0), 1.0)
     base = rungs[row.base]
-    before, after = measure([base.row.variant, row.variant], effort, here)
+    before, after = measure([base.row.variant, row.variant], effort, in_process)
     speed_up = ratio(after, before)
     return Rung(row, after, before, speed_up, base.over_first * speed_up.median)
 
@@ -117,9 +117,9 @@ def reading(rung: Rung) -> str:
     after = rung.measured.part_seconds
     total = sum(after.values())
     largest = sorted(after, key=lambda part: -after[part])[:2]
-    left = " and ".join(f"{part} ({after[part] / total:.0%})" for part in largest)
+    remaining = " and ".join(f"{part} ({after[part] / total:.0%})" for part in largest)
     if rung.base is None:
-        return f"Most of a step is {left}."
+        return f"Most of a step is {remaining}."
     before, after = _comparable(rung.base.part_seconds, after)
     change = {part: after.get(part, 0.0) - before.get(part, 0.0) for part in {*before, *after}}
     part = max(change, key=lambda name: abs(change[name]))
@@ -127,14 +127,13 @@ def reading(rung: Rung) -> str:
     return (
         f"{part} {verb} most, from {1e3 * before.get(part, 0.0):.1f} to "
         f"{1e3 * after.get(part, 0.0):.1f} ms of a step that went from "
-        f"{1e3 * sum(before.values()):.1f} to {1e3 * total:.1f} ms; most of it is now {left}."
+        f"{1e3 * sum(before.values()):.1f} to {1e3 * total:.1f} ms; most of it is now {remaining}."
     )
 
 
 def _comparable(
     before: dict[str, float], after: dict[str, float]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Sum the parts of the product's forward if the plain twin, which has none, is compared."""
     if "forward" not in before:
         return before, after
     joined = {"forward": 0.0}
@@ -152,13 +151,13 @@ def _result(name: str, title: str, rungs: list[Rung]) -> Result:
         measured, speed_up = rung.measured, rung.speed_up
         arithmetic = measured.arithmetic_seconds
         share = None if arithmetic is None else arithmetic / measured.step_seconds
-        of_base = "" if rung.base is None else f"{speed_up.median:.2f} of {rung.row.base}"
+        gain = "" if rung.base is None else f"{speed_up.median:.2f} of {rung.row.base}"
         rows.append(
             (
                 rung.row.name,
                 f"{measured.samples_per_second(50):,.0f}",
                 f"{1e3 * measured.step_seconds:.1f}",
-                of_base,
+                gain,
                 f"{rung.over_first:.2f}",
                 "" if rung.encoded is None else f"{rung.encoded:,.0f}",
                 "" if share is None else f"{share:.0%}",
@@ -172,7 +171,7 @@ def _result(name: str, title: str, rungs: list[Rung]) -> Result:
         records,
         columns,
         rows,
-        lambda figure: _draw(figure, rungs),
+        None,
         ["\n".join(sentences)],
     )
 
@@ -198,14 +197,87 @@ def _record(rung: Rung, share: float | None) -> dict[str, Any]:
     }
 
 
-def _draw(figure: Figure, rungs: list[Rung]) -> None:
-    axes = figure.subplots()
-    names = [rung.row.name for rung in rungs][::-1]
-    values = [rung.over_first for rung in rungs][::-1]
-    bars = axes.barh(names, values)
-    axes.bar_label(bars, [f" x {value:.2f}" for value in values])
-    axes.set_xscale("log")
-    axes.set_xlabel("samples/s over the first row")
+@dataclass(frozen=True)
+class Row:
+    """One rung; `base` is the name of the row it changes, None for the first."""
+
+    name: str
+    base: str | None
+    what: str  # description, a sentence
+    variant: Variant
+
+
+class _Rows:
+    """Rows in order, each made from an earlier one."""
+
+    def __init__(self, first: Variant, what: str) -> None:
+        self.rows = [Row(first.name, None, what, first)]
+
+    def add(self, name: str, what: str, *overrides: str, base: str = "", **fields: Any) -> None:
+        by_name = {row.name: row for row in self.rows}
+        before = by_name[base] if base else self.rows[-1]
+        variant = before.variant.changed(name, *overrides, **fields)
+        self.rows.append(Row(name, before.name, what, variant))
+
+
+def rows_of(setting: str, recipe: str, data: str, overrides: tuple[str, ...]) -> list[Row]:
+    """Return the ladder of setting A or B."""
+    variant = Variant("first", recipe, data, (*overrides, "--num_workers", "0"))
+    return rows_of_a(variant) if setting == "A" else rows_of_b(variant)
+
+
+def rows_of_a(variant: Variant) -> list[Row]:
+    """Return rows with stored features: first less work per step, then work beside the step."""
+    mode, dedup = "--content.history.mode", "--embedding.index_dedup"
+    first = variant.changed("plain PyTorch", mode, "full", dedup, "false", kind="plain")
+    rows = _Rows(first, "Every item of every padded history is encoded, on loaded batches.")
+    rows.add(
+        "items encoded once",
+        "TorchRec's tables and pipeline, and each distinct item of a batch encoded once.",
+        kind="product",
+    )
+    rows.add("IDs looked up once", "Each distinct ID of the histories too.", dedup, "true")
+    rows.add(
+        "memory bank",
+        "Histories are read from the bank instead of encoded; their map is dense.",
+        *(mode, "bank_dense"),
+    )
+    rows.add("LoRA map", "The history map is frozen but for a low rank.", mode, "bank_lora")
+    rows.add(
+        "batches from files", "Parquet is read and batches are built in the step.", loaded_batches=0
+    )
+    rows.add("prefetch", "Both happen in threads beside it.", "--num_workers", "1")
+    types = ("--embedding.communication.forward", "--embedding.communication.backward")
+    rows.add("2 ranks", "Two processes of one thread, the batch of each as before.", ranks=2)
+    rows.add(
+        "bf16 communication",
+        "Looked-up vectors and their gradients travel in 16 bits.",
+        *(types[0], "bf16", types[1], "bf16"),
+    )
+    rows.add(
+        "bf16", "Dense parts in bfloat16, on one rank.", "--precision", "bf16", base="prefetch"
+    )
+    rows.add("compile", "Dense parts compiled, on one rank.", "--compile", "true", base="prefetch")
+    return rows.rows
+
+
+def rows_of_b(variant: Variant) -> list[Row]:
+    """Return rows with raw text through an encoder: which parts of the encoder are skipped."""
+    cache = "--content.modalities.title.cache_frozen_layers"
+    dedup = ("--content.dedup", "global")
+    first = variant.changed("no cache", cache, "false")
+    rows = _Rows(first, "All layers of the encoder run in each step, the top one with LoRA.")
+    rows.add("prefix cache", "Outputs of the frozen layers come from disk.", cache, "true")
+    rows.add(
+        "sampling 20 %",
+        "A fifth of a step's items is encoded with gradient, the rest read from the bank.",
+        *("--content.sampling.forward", "0.2", "--content.sampling.backward", "0.2"),
+    )
+    rows.add("2 ranks", "Two processes, each encodes its own items.", base="prefix cache", ranks=2)
+    rows.add("global dedup", "Each item of both batches is encoded by one rank.", *dedup)
+    rows.add("2 ranks, no cache", "The heavy encoder on two processes.", base="no cache", ranks=2)
+    rows.add("global dedup, no cache", "Each item of both is encoded by one rank.", *dedup)
+    return rows.rows
 
 
 if __name__ == "__main__":

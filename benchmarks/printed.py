@@ -32,12 +32,12 @@ def record(command: list[str], page: Path) -> int:
         Exit code of the command; unless it is 0, the page stays as it is.
     """
     # torchx prints the lines of ranks on standard error.
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(done.stdout, end="")
-    if done.returncode == 0:
+    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(process.stdout, end="")
+    if process.returncode == 0:
         text = page.read_text() if page.exists() else HEAD
-        page.write_text(with_section(text, command, done.stdout))
-    return done.returncode
+        page.write_text(with_section(text, command, process.stdout))
+    return process.returncode
 
 
 def with_section(page: str, command: list[str], output: str) -> str:
@@ -47,8 +47,8 @@ def with_section(page: str, command: list[str], output: str) -> str:
     lines = re.sub(LABEL, "", without_places(output), flags=re.MULTILINE).rstrip().splitlines()
     block = "\n".join(line.rstrip() for line in lines[-LAST_LINES:])
     section = f"{title}\n\n{measured_on(provenance())}\n\n```\n{block}\n```"
-    others = [each for each in sections if each.splitlines()[0] != title]
-    return "\n\n".join(each.rstrip() for each in [head, *others, section]) + "\n"
+    other_sections = [section for section in sections if section.splitlines()[0] != title]
+    return "\n\n".join(part.rstrip() for part in [head, *other_sections, section]) + "\n"
 
 
 if __name__ == "__main__":

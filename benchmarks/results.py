@@ -48,7 +48,7 @@ class Result:
     columns: column titles of the table.
     rows: cells of the table, as texts.
     reading: sentences under the table.
-    draw: fills the plot.
+    draw: fills the plot; None: the page has none.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Result:
     records: list[dict[str, Any]]
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    draw: Callable[[Figure], None]
+    draw: Callable[[Figure], None] | None = None
     reading: list[str] = field(default_factory=list)
 
 
@@ -74,7 +74,7 @@ def require_own_folder(quick: bool, folder: Path) -> None:
 
 
 def write_result(result: Result, folder: Path) -> None:
-    """Write `folder/NAME.jsonl`, `.md` and `.png`, on the first rank alone, and print the page.
+    """Write `folder/NAME.jsonl`, `.md` and a plot, on the first rank alone, and print the page.
 
     A file `NAME_notes.md` in the folder, written by hand, ends the page.
     """
@@ -87,11 +87,12 @@ def write_result(result: Result, folder: Path) -> None:
     notes = folder / f"{result.name}_notes.md"
     page = without_places(_page(result, about, notes.read_text() if notes.exists() else ""))
     (folder / f"{result.name}.md").write_text(page)
-    figure = pyplot.figure(figsize=(PIXELS[0] / DPI, PIXELS[1] / DPI), layout="constrained")
-    result.draw(figure)
-    figure.suptitle(result.title)
-    figure.savefig(folder / f"{result.name}.png", dpi=DPI)
-    pyplot.close(figure)
+    if result.draw is not None:
+        figure = pyplot.figure(figsize=(PIXELS[0] / DPI, PIXELS[1] / DPI), layout="constrained")
+        result.draw(figure)
+        figure.suptitle(result.title)
+        figure.savefig(folder / f"{result.name}.png", dpi=DPI)
+        pyplot.close(figure)
     print(page)
 
 
@@ -129,9 +130,9 @@ def provenance() -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Return processor, cores, memory and GPUs."""
-    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return {
-        "processor": found[1] if found else platform.processor(),
+        "processor": match[1] if match else platform.processor(),
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
@@ -139,7 +140,6 @@ def machine() -> dict[str, Any]:
 
 
 def _module() -> str:
-    """Return the module name by which Python was asked to run the benchmark."""
     path = Path(sys.argv[0]).resolve()
     if not path.is_relative_to(ROOT / "benchmarks"):
         return path.name
@@ -148,8 +148,8 @@ def _module() -> str:
 
 def _git(*words: str) -> str | None:
     """Run git in the clone and return its output; None outside a clone."""
-    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
+    process = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+    return process.stdout.strip() if process.returncode == 0 else None
 
 
 def variant_record(variant: Variant) -> dict[str, Any]:
@@ -181,8 +181,7 @@ def _page(result: Result, about: dict[str, Any], notes: str) -> str:
         markdown_table(result.columns, result.rows),
         *(f"\n{sentence}" for sentence in result.reading),
         *([f"\n{notes.strip()}"] if notes else []),
-        "",
-        f"![{result.title}]({result.name}.png)",
+        *([] if result.draw is None else ["", f"![{result.title}]({result.name}.png)"]),
     ]
     return "\n".join(lines) + "\n"
 

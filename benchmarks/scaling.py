@@ -10,7 +10,7 @@ which send nothing: the upper limit of the machine. Writes `scaling.jsonl`, `.md
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
-from benchmarks.scaling_curves import Curve, curves_of
+from benchmarks.settings import setting
 from benchmarks.timing.ranks import require_not_launched
 from benchmarks.timing.rounds import (
     FULL_EFFORT,
@@ -32,6 +32,7 @@ from benchmarks.timing.rounds import (
     ratio,
 )
 from benchmarks.timing.step_work import BatchCounts
+from benchmarks.timing.steps import Variant
 
 
 @dataclass
@@ -56,7 +57,7 @@ def scaling(
     table_rows: list[int] | None = None,
     effort: Effort = replace(FULL_EFFORT, profiled=0),  # noqa: B008
     quick: bool = False,
-    here: bool = False,
+    in_process: bool = False,
     results: Path = RESULTS,
 ) -> list[Point]:
     """Measure the curves.
@@ -68,7 +69,7 @@ def scaling(
         table_rows: rows of the user table; default 1e5 to 5e7.
         effort: rounds, steps and other limits of the measurement.
         quick: tiny sizes, whose figures mean nothing.
-        here: measure in this process instead of new ones; without the curves of ranks.
+        in_process: measure in this process instead of new ones; without the curves of ranks.
         results: folder for the figures.
     """
     require_not_launched("scaling")
@@ -81,20 +82,20 @@ def scaling(
     effort = replace(QUICK_EFFORT, profiled=0) if quick else effort
     points: list[Point] = []
     for curve in all_curves:
-        if curve.name in (curves or [curve.name]) and not (here and curve.x_name == "ranks"):
-            points += _measure(curve, effort, here)
+        if curve.name in (curves or [curve.name]) and not (in_process and curve.x_name == "ranks"):
+            points += _measure(curve, effort, in_process)
     write_result(_result(points), results)
     return points
 
 
-def _measure(curve: Curve, effort: Effort, here: bool) -> list[Point]:
-    (x, first), *others = curve.points()
+def _measure(curve: Curve, effort: Effort, in_process: bool) -> list[Point]:
+    (x, first), *later_points = curve.points()
     points: list[Point] = []
-    if not others:
-        (alone,) = measure([first], effort, here)
+    if not later_points:
+        (alone,) = measure([first], effort, in_process)
         return [Point(curve, x, alone, Ratio(1.0, 1.0, 1.0))]
-    for other_x, other in others:
-        before, after = measure([first, other], effort, here)
+    for other_x, other in later_points:
+        before, after = measure([first, other], effort, in_process)
         if not points:
             points.append(Point(curve, x, before, Ratio(1.0, 1.0, 1.0)))
         points.append(Point(curve, other_x, after, _slower(after, before)))
@@ -102,7 +103,6 @@ def _measure(curve: Curve, effort: Effort, here: bool) -> list[Point]:
 
 
 def _slower(this: Measurement, first: Measurement) -> Ratio:
-    """Divide the seconds of a step, whatever its rows, by those of `first`."""
     rows = this.rows / first.rows
     faster = ratio(this, first)
     return Ratio(rows / faster.median, rows / faster.highest, rows / faster.lowest)
@@ -143,9 +143,9 @@ def _curves(points: list[Point]) -> list[Curve]:
 def _growth(points: list[Point]) -> str:
     first, last = points[0], points[-1]
     samples = last.measured.rows / first.measured.rows / last.slower.median
-    of_what = f"({first.curve.x_name})"
+    unit = f"({first.curve.x_name})"
     return (
-        f"{first.curve.name}: from {_x_of(first):,.4g} to {_x_of(last):,.4g} {of_what} "
+        f"{first.curve.name}: from {_x_of(first):,.4g} to {_x_of(last):,.4g} {unit} "
         f"a step takes {last.slower.median:.2f} times as long, at {samples:.2f} times the "
         f"samples/s, and the peak of memory grows from {first.measured.peak_bytes / 1e9:.2f} to "
         f"{last.measured.peak_bytes / 1e9:.2f} GB."
@@ -199,6 +199,102 @@ def _draw(figure: Figure, points: list[Point]) -> None:
         axes.legend()
     for axes in list(grid.flat)[len(names) :]:
         axes.remove()
+
+
+RANKS = (1, 2)
+TABLE_ROWS = (100_000, 1_000_000, 10_000_000, 50_000_000)
+HISTORIES = (50, 10, 200, 1000)  # the others are compared with the first
+BATCH_SIZES = (64, 256, 512, 1024, 2048)
+# Few items make few unique ones; drawn evenly, most items of a batch are different ones.
+DRAWS: tuple[dict[str, Any], ...] = (
+    {"num_items": 1_000},
+    {"num_items": 10_000},
+    {"num_items": 100_000},
+    {"num_items": 100_000, "uniform": True},
+)
+QUICK_DRAWS: tuple[dict[str, Any], ...] = ({"num_items": 20}, {"num_items": 60, "uniform": True})
+FULL = ("--content.history.mode", "full")
+ROWS_OF_DATA = 16_384  # enough for the loaded batches of the largest size
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """Points of a name; `build_variant` writes the data it needs."""
+
+    name: str
+    x_name: str
+    xs: Sequence[float]
+    build_variant: Callable[[int], Variant]  # by index in `xs`
+
+    def points(self) -> Iterator[tuple[float, Variant]]:
+        """Yield each x with its variant."""
+        for place, x in enumerate(self.xs):
+            yield x, self.build_variant(place)
+
+
+class _Variants:
+    """Makes variants of setting A with some sizes of the data changed."""
+
+    def __init__(self, out: Path, quick: bool) -> None:
+        self.out, self.quick = out, quick
+        self.setting = setting("A", quick)
+        if not quick:
+            self.setting = self.setting.with_data(num_rows=ROWS_OF_DATA)
+
+    def __call__(
+        self, name: str, *overrides: str, ranks: int = 1, apart: bool = False, **sizes: Any
+    ) -> Variant:
+        sized = self.setting.with_data(**sizes)
+        data, words = sized.prepared(self.out)
+        recipe = str(sized.recipe)
+        words = (*words, *overrides)
+        return Variant(name, recipe, data, words, ranks=ranks, apart=apart, loaded_batches=8)
+
+
+def curves_of(
+    out: Path, quick: bool, ranks: list[int] | None, table_rows: list[int] | None
+) -> list[Curve]:
+    """Return all curves."""
+    make = _Variants(out, quick)
+    rank_counts = ranks or list(RANKS)
+    rows = table_rows or list((50, 100) if quick else TABLE_ROWS)
+    histories = (2, 6) if quick else HISTORIES
+    sizes = (8, 16) if quick else BATCH_SIZES
+    draws = QUICK_DRAWS if quick else DRAWS
+    top_k = ("--content.history.top_k", "2" if quick else "50")
+
+    def at_ranks(apart: bool) -> Callable[[int], Variant]:
+        def at(place: int) -> Variant:
+            count = rank_counts[place]
+            return make(f"{count} ranks", ranks=count, apart=apart)
+
+        return at
+
+    def at_rows(place: int) -> Variant:
+        no_content = {"text_dim": 0, "image_dim": 0}
+        count = rows[place]
+        return make(f"{count} rows", "--content", "none", num_users=count, **no_content)
+
+    def at_history(*words: str) -> Callable[[int], Variant]:
+        return lambda place: make(f"history {histories[place]}", *words, history=histories[place])
+
+    def at_size(place: int) -> Variant:
+        return make(f"batch {sizes[place]}", "--batch_size", str(sizes[place]))
+
+    def at_draw(*words: str) -> Callable[[int], Variant]:
+        return lambda place: make(f"items drawn {place}", *words, **draws[place])
+
+    places = list(range(len(draws)))
+    return [
+        Curve("ranks", "ranks", rank_counts, at_ranks(apart=False)),
+        Curve("ranks, apart", "ranks", rank_counts, at_ranks(apart=True)),
+        Curve("table rows, ID only", "rows of the user table", rows, at_rows),
+        Curve("history", "items in each history", histories, at_history()),
+        Curve("history, top_k", "items in each history", histories, at_history(*top_k)),
+        Curve("batch size", "batch size", sizes, at_size),
+        Curve("unique items", "unique / history", places, at_draw()),
+        Curve("unique items, full", "unique / history", places, at_draw(*FULL)),
+    ]
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def throughput(
     overrides: list[str] | None = None,
     effort: Effort = FULL_EFFORT,
     quick: bool = False,
-    here: bool = False,
+    in_process: bool = False,
     results: Path = RESULTS,
 ) -> Measurement:
     """Measure one setting.
@@ -47,21 +47,21 @@ def throughput(
         overrides: words of `recsys train`, e.g. '["--batch_size", "256"]'.
         effort: rounds, steps and other limits of the measurement.
         quick: tiny sizes, whose figures mean nothing.
-        here: measure in this process instead of new ones.
+        in_process: measure in this process instead of new ones.
         results: folder for the figures.
     """
     require_own_folder(quick, results)
-    chosen = named_setting(setting, quick)
-    data, words = chosen.prepared(out)
+    sized = named_setting(setting, quick)
+    data, words = sized.prepared(out)
     variant = Variant(
         f"Setting {setting}",
-        str(chosen.recipe),
+        str(sized.recipe),
         data,
         (*words, *(overrides or [])),
         ranks=ranks,
         loaded_batches=0 if from_files else 16,
     )
-    (measured,) = measure([variant], QUICK_EFFORT if quick else effort, here)
+    (measured,) = measure([variant], QUICK_EFFORT if quick else effort, in_process)
     write_result(_result(f"throughput_{setting.lower()}", measured), results)
     return measured
 

@@ -188,8 +188,9 @@ def build_job(
     pipeline = _pipeline(model, update, embedding, config.accumulate_steps, ranks.device)
     bounded = [table for table in tables if table.name in schema.tables_with("bounded")]
     reset = _row_reset(RowReset(model, bounded, config.seed), schema, bank, ranks.device)
+    content, deduplicates = content_settings(config), embedding.index_dedup
     features = pooled_features(config, schema)
-    vocabularies = BoundedVocabularies(schema, features, ranks.group, reset, embedding.index_dedup)
+    vocabularies = BoundedVocabularies(schema, features, ranks.group, reset, deduplicates)
     softmax = softmax_settings(config.ranking)
     sampler = softmax and NegativeSampler(softmax, schema.num_items, schema.target_item)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
@@ -205,7 +206,9 @@ def build_job(
         update,
         pipeline,
         vocabularies,
-        BatchPreparation(config, store, bank, vocabularies, ranks.group, sampler),
+        BatchPreparation(
+            content, store, bank, vocabularies, ranks.group, sampler, deduplicates, config.seed
+        ),
         plan=plan_text,
         parameters=describe_optimizers(model, tables, dense),
         train_folder=rows,

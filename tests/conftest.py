@@ -10,7 +10,7 @@ from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from recsys.distributed.log import OWN_LOGGERS
-from recsys.kernels.choice import _Chosen
+from recsys.kernels.choice import _KernelChoice
 from tests.ranks import require_gpus
 from tests.recsys.command_runs import TrainedRun, train_by_torchx
 
@@ -24,9 +24,9 @@ def process_as_before() -> Iterator[None]:
     """Jobs in the process of a test set up loggers and kernels; the next test has its own."""
     loggers = [logging.getLogger(name) for name in OWN_LOGGERS]
     before = [(log.handlers, log.propagate, log.level) for log in loggers]
-    kernels = _Chosen.kernels
+    kernels = _KernelChoice.kernels
     yield
-    _Chosen.kernels = kernels
+    _KernelChoice.kernels = kernels
     for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
         logger.handlers, logger.propagate = handlers, propagate
         logger.setLevel(level)

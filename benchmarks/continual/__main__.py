@@ -6,8 +6,8 @@ The MovieLens log lies in 20 partitions in the order of time. Four ways score ea
 seen it: the continual run, a model trained from scratch on all before, the continual run's model
 frozen after the first half, and a continual run without content. Then partitions of a larger
 synthetic dataset are timed, from arrival to checkpoint, beside a plain epoch over the same rows.
-Writes `continual.jsonl`, `.md` and `.png` into `--results`; exits with 1 if a requirement is not
-met. Finished runs in `--out` are read, not trained again.
+Writes `continual.jsonl`, `.md` and `.png` into `--results`; exits with 1 if an aim is
+missed. Finished runs in `--out` are read, not trained again.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from typing import Any
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
-from benchmarks.continual.arrival import Arrival, measure_arrival
-from benchmarks.continual.log import rows_trained, write_log
-from benchmarks.continual.ways import (
+from benchmarks.continual.runs import (
     CONTINUAL,
     FROZEN,
     ID_ONLY,
     RETRAINED,
     WAYS,
+    Arrival,
     Scores,
     frozen_at,
+    measure_arrival,
     retrain,
+    rows_trained,
     scores_of_walk,
     walk_all,
+    write_log,
 )
 from benchmarks.results import RESULTS, Result, require_own_folder, write_result
 from recsys.evaluation.bootstrap import paired_difference, pooled_metric
@@ -61,7 +63,7 @@ def benchmark(
     quick: bool = False,
     results: Path = RESULTS,
 ) -> bool:
-    """Measure, and return whether the requirements are met.
+    """Measure, and return whether the aims are reached.
 
     Args:
         out: folder for datasets and runs.
@@ -83,9 +85,11 @@ def benchmark(
     passes = ("--continual.first_passes", str(FIRST_PASSES))
     walk_all(RECIPE, out, names, (*words, *passes))
     walked = scores_of_walk(out / "runs" / "continual", names)
-    asked = (*words, "--epochs", str(epochs))
-    retrained, rows_retrained = retrain(RECIPE, out, names, retrained_from - 1, asked, jobs)
-    found = {
+    training_words = (*words, "--epochs", str(epochs))
+    retrained, rows_retrained = retrain(
+        RECIPE, out, names, retrained_from - 1, training_words, jobs
+    )
+    scores = {
         CONTINUAL: walked,
         RETRAINED: retrained,
         FROZEN: frozen_at(out / "runs" / "half", names, walked),
@@ -97,21 +101,24 @@ def benchmark(
         FROZEN: rows_trained(out, names, partitions // 2, FIRST_PASSES),
         ID_ONLY: rows_trained(out, names, partitions - 1, FIRST_PASSES),
     }
-    verdicts = _verdicts(found, trained, names, arrival)
-    write_result(_result(found, trained, names, arrival, verdicts), results)
+    verdicts = _verdicts(scores, trained, names, arrival)
+    write_result(_result(scores, trained, names, arrival, verdicts), results)
     return all(verdicts.values())
 
 
-def _second_half(found: dict[str, Scores], names: list[str]) -> list[str]:
-    return [name for name in names[len(names) // 2 :] if all(name in of for of in found.values())]
+def _second_half(scores: dict[str, Scores], names: list[str]) -> list[str]:
+    return [
+        name
+        for name in names[len(names) // 2 :]
+        if all(name in by_partition for by_partition in scores.values())
+    ]
 
 
 def _verdicts(
-    found: dict[str, Scores], trained: dict[str, int], names: list[str], arrival: Arrival
+    scores: dict[str, Scores], trained: dict[str, int], names: list[str], arrival: Arrival
 ) -> dict[str, bool]:
-    """Return each requirement, with what was measured, and whether it is met."""
-    common = [name for name in names if name in found[CONTINUAL] and name in found[RETRAINED]]
-    sides = [[[found[way][name] for name in common]] for way in (RETRAINED, CONTINUAL)]
+    common = [name for name in names if name in scores[CONTINUAL] and name in scores[RETRAINED]]
+    sides = [[[scores[way][name] for name in common]] for way in (RETRAINED, CONTINUAL)]
     gauc = [pooled_metric(side[0], "gauc", "all") or 0.0 for side in sides]
     interval = paired_difference(*sides, "gauc", "all")
     words = "" if interval is None else f" [{interval.low:+.4f}, {interval.high:+.4f}]"
@@ -142,21 +149,21 @@ def _words_on_phases(arrival: Arrival) -> str:
 
 
 def _result(
-    found: dict[str, Scores],
+    scores: dict[str, Scores],
     trained: dict[str, int],
     names: list[str],
     arrival: Arrival,
     verdicts: dict[str, bool],
 ) -> Result:
-    half = _second_half(found, names)
+    half = _second_half(scores, names)
     records: list[dict[str, Any]] = []
     for way in WAYS:
         pooled = {
-            f"{metric} {part}": pooled_metric([found[way][name] for name in half], metric, part)
+            f"{metric} {part}": pooled_metric([scores[way][name] for name in half], metric, part)
             for metric, part in COLUMNS
         }
         curve = {
-            name: pooled_metric([scores], "gauc", "all") for name, scores in found[way].items()
+            name: pooled_metric([scores], "gauc", "all") for name, scores in scores[way].items()
         }
         records.append(
             {"benchmark": "continual", "way": way, **pooled, "rows": trained[way], "gauc": curve}
@@ -164,11 +171,12 @@ def _result(
     columns = ["way", "GAUC", "GAUC cold", "GAUC unseen", "AUC", "rows trained on"]
     rows = [(record["way"], *_cells(record), f"{record['rows']:,}") for record in records]
     reading = [
-        f"Requirement {'met' if met else 'NOT MET'}: {words}." for words, met in verdicts.items()
+        f"Aim {'reached' if is_reached else 'missed'}: {words}."
+        for words, is_reached in verdicts.items()
     ]
     reading.append(
         f"Metrics are pooled over the last {len(half)} of {len(names)} partitions, which all ways "
-        "scored before they had seen them; the first requirement pools all partitions that both "
+        "scored before they had seen them; the first aim pools all partitions that both "
         "ways scored. The retrained model's epoch is the best on the partition that it scores. "
         f"Walks pass {FIRST_PASSES} times over their first partitions, as chosen on rows of these "
         "alone, and once over each later one."
@@ -180,8 +188,8 @@ def _result(
         axes = figure.add_subplot()
         for way in WAYS:
             axes.plot(
-                [names.index(name) + 1 for name in found[way]],
-                [pooled_metric([scores], "gauc", "all") for scores in found[way].values()],
+                [names.index(name) + 1 for name in scores[way]],
+                [pooled_metric([scores], "gauc", "all") for scores in scores[way].values()],
                 label=way,
                 marker=".",
             )

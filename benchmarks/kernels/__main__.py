@@ -5,7 +5,7 @@
 
 Each variant has a process of one thread; those of a case take turns, a few steps each, and a ratio
 is the median over rounds of the ratio within a round. With `--before` the base is the code of that
-clone; else it is this code with `kernels: torch`. Writes `kernel_steps.jsonl`, `.md` and `.png`
+clone; else it is this code with `kernels: torch`. Writes `kernel_steps.jsonl` and `.md`
 into `--results`.
 """
 
@@ -15,16 +15,19 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from jsonargparse import auto_cli
-from matplotlib.figure import Figure
 
-from benchmarks.kernels.cases import cases
+from benchmarks.dataset import write_dataset
 from benchmarks.results import RESULTS, ROOT, Result, require_own_folder, write_result
+from benchmarks.settings import A, setting
 from benchmarks.timing.steps import Variant
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -111,7 +114,7 @@ def _measured(
     }
     if before is not None:
         variants = {BEFORE: (case, before.resolve()), **variants}
-    workers = {kind: Worker(*of, threads) for kind, of in variants.items()}
+    workers = {kind: Worker(*variant, threads) for kind, variant in variants.items()}
     try:
         steps = {}
         for kind, worker in workers.items():
@@ -148,21 +151,77 @@ def _result(records: list[dict[str, Any]]) -> Result:
         row = [record["case"]]
         row += [f"{1e3 * median(record['step_seconds'][kind]):.1f}" for kind in kinds]
         for kind in kinds[1:]:
-            of_rounds = record["ratios"][kind]
-            spread = f"({min(of_rounds):.2f} to {max(of_rounds):.2f})"
-            row.append(f"{median(of_rounds):.2f} {spread}")
+            ratios = record["ratios"][kind]
+            spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
+            row.append(f"{median(ratios):.2f} {spread}")
         row += [f"{record['peak_bytes'][kind] / 1e9:.2f}" for kind in kinds]
         rows.append(row)
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        names = [record["case"] for record in records][::-1]
-        ratios = [median(record["ratios"][kinds[-1]]) for record in records][::-1]
-        axes.bar_label(axes.barh(names, ratios), fmt=" %.2f")
-        axes.set_xlabel(f"{kinds[-1]}: times as fast as {kinds[0]}")
-
     title = "Training steps with kernels"
-    return Result("kernel_steps", title, records, columns, rows, draw)
+    return Result("kernel_steps", title, records, columns, rows)
+
+
+NUM_SPARSE, NUM_DENSE = 26, 13
+HISTORIES = (50, 20, 5)
+ID_ONLY = ("--content", "none")
+SIMILARITY = ("--content.history.similarity_features", "true")
+# DLRM has no dropout in TorchRec.
+WIDE = ("--embedding.dim", "16", "--batch_size", "8192", "--ranking.dropout", "0", "--ranking.name")
+DIN = (*WIDE, "din", "--ranking.attention_units", "[256,64]")
+
+
+def cases(out: Path, quick: bool) -> list[Variant]:
+    """Write the datasets under `out` if they are missing; return a variant for each case."""
+    sized = setting("A", quick)
+    data, words = sized.prepared(out)
+    base = Variant("A, bank_lora", str(sized.recipe), data, words)
+    small = ("--batch_size", "16") if quick else ()
+    variants = [
+        base.changed("A, ID-only", *ID_ONLY),
+        base,
+        base.changed("A, bank_lora, similarity features", *SIMILARITY),
+    ]
+    ids = Variant("", str(A.recipe), "", ID_ONLY, loaded_batches=4)
+    criteo = _write_criteo(out / f"criteo-{quick}", 64 if quick else 65_536, 50 if quick else 10**5)
+    name = "DLRM 26 x 100,000 x 16, batch 8192"
+    variants.append(ids.changed(name, *WIDE, "dlrm", *small, data=str(criteo)))
+    for history in HISTORIES:
+        size = replace(sized.size, history=history, text_dim=0, image_dim=0)
+        if not quick:
+            size = replace(size, num_rows=65_536)
+        data = str(write_dataset(out / f"din-{quick}-{history}", size))
+        name = f"DIN [256, 64], batch 8192, history {history}"
+        variants.append(ids.changed(name, *DIN, *small, data=data))
+    return variants
+
+
+def _write_criteo(folder: Path, num_rows: int, num_embeddings: int) -> Path:
+    """Write random rows of 26 columns of ids and 13 dense features, unless they exist."""
+    if (folder / "schema.yaml").exists():
+        return folder
+    rng = np.random.default_rng(0)
+    lines = ["target_item: id_0", "group: id_1", "columns:"]
+    kind = f"{{kind: id, num_embeddings: {num_embeddings}}}"
+    lines += [f"  id_{column}: {kind}" for column in range(NUM_SPARSE)]
+    lines += [f"  dense_{column}: {{kind: dense}}" for column in range(NUM_DENSE)]
+    lines += ["  clicked: {kind: label}", "items:", "  id: id_0", "  columns:"]
+    for split, rows in (("train", num_rows), ("valid", 64), ("test", 64)):
+        columns = {
+            f"id_{column}": rng.integers(num_embeddings, size=rows) for column in range(NUM_SPARSE)
+        }
+        columns |= {
+            f"dense_{column}": rng.random(rows).astype(np.float32) for column in range(NUM_DENSE)
+        }
+        columns["clicked"] = rng.integers(2, size=rows).astype(np.float32)
+        _write(folder / split, pa.table(columns))
+    _write(folder / "items", pa.table({"id_0": pa.array(np.arange(num_embeddings))}))
+    (folder / "schema.yaml").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def _write(folder: Path, table: pa.Table) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, folder / "part-0.parquet")
 
 
 if __name__ == "__main__":

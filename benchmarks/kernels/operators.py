@@ -3,7 +3,7 @@
     python -m benchmarks.kernels.operators
 
 Both take turns in one process of one thread; a ratio is the median over rounds of the ratio within
-a round. Writes `kernels.jsonl`, `.md` and `.png` into `--results`.
+a round. Writes `kernels.jsonl` and `.md` into `--results`.
 
 Shapes: B rows, L history, D dimension, F sparse features.
 """
@@ -19,15 +19,17 @@ from typing import Any
 
 import torch
 from jsonargparse import auto_cli
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from benchmarks.kernels.content import StoredContentInterest, content_inputs
 from benchmarks.results import RESULTS, Result, require_own_folder, write_result
+from recsys.config import HistorySettings
+from recsys.content.branch import HistoryMap
+from recsys.content.vectors import ContentVectors, StoredHistory
 from recsys.data.jagged_history import JaggedHistory
 from recsys.distributed.ranks import keep_freed_memory
 from recsys.kernels import choose_kernels
 from recsys.ranking.dlrm import DotInteraction
+from recsys.ranking.layers.content_interest import ContentInterest
 from recsys.ranking.layers.target_attention import TargetAttention
 
 NUM_ITEMS = 100_000
@@ -103,7 +105,6 @@ def pass_of(size: Size) -> Callable[[], None]:
 
 
 def _history(size: Size) -> JaggedHistory:
-    """Return histories of items whose frequency falls with their number."""
     places = size.rows * size.history
     drawn = torch.exp(torch.rand(places) * torch.log(torch.tensor(float(NUM_ITEMS)))).long()
     unique, index = drawn.unique(return_inverse=True)
@@ -151,14 +152,54 @@ def _result(records: list[dict[str, Any]]) -> Result:
         for record in records
     ]
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        names = [record["size"] for record in records][::-1]
-        bars = axes.barh(names, [median(record["x"]) for record in records][::-1])
-        axes.bar_label(bars, fmt=" %.2f")
-        axes.set_xlabel("times as fast as PyTorch")
+    return Result("kernels", "Kernels beside their references", records, columns, rows)
 
-    return Result("kernels", "Kernels beside their references", records, columns, rows, draw)
+
+class StoredContentInterest(nn.Module):
+    """History map, attention and, with modalities, the similarities of a history in a bank."""
+
+    def __init__(self, dim: int, num_modalities: int) -> None:
+        """Build the map and the interest; without modalities, without similarities."""
+        super().__init__()
+        settings = HistorySettings(similarity_features=num_modalities > 0)
+        self.map = HistoryMap(dim, settings)
+        self.interest = ContentInterest(dim, num_modalities, 1, settings)
+
+    def forward(
+        self,
+        target: Tensor,  # [B, D]
+        modalities: Tensor,  # [B, M, D]
+        rows: Tensor,  # [U, D + M * D]
+        history: JaggedHistory,
+        parallel: Tensor,  # [N, 1]
+    ) -> Tensor:
+        """Return the interest with its features."""
+        dim, num_modalities = target.shape[1], modalities.shape[1]
+
+        def read() -> tuple[Tensor, Tensor]:
+            mean_tokens = rows[:, dim:].reshape(len(rows), num_modalities, dim)
+            return self.map(rows[:, :dim]), mean_tokens
+
+        content = ContentVectors(
+            target,
+            None,
+            modalities,
+            None,
+            read=read,
+            read_stored=lambda: StoredHistory(rows, self.map.matrix()),
+        )
+        interest: Tensor = self.interest(content, history, parallel)
+        return interest
+
+
+def content_inputs(
+    rows: int, dim: int, num_modalities: int, history: JaggedHistory
+) -> tuple[Tensor, Tensor, Tensor, JaggedHistory, Tensor]:
+    """Return random inputs of `StoredContentInterest`."""
+    target = torch.randn(rows, dim, requires_grad=True)
+    modalities = torch.randn(rows, num_modalities, dim, requires_grad=True)
+    stored = torch.randn(history.num_items, (1 + num_modalities) * dim + 1)[:, :-1]
+    return target, modalities, stored, history, torch.rand(len(history.index), 1).round()
 
 
 if __name__ == "__main__":

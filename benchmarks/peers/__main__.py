@@ -5,26 +5,30 @@
 Each peer is installed from the package index into an environment of its own, tuned on validation by
 the same number of Optuna trials, and trained on every window with several seeds. The recipe is
 trained as it is. Differences have the intervals of a paired bootstrap of users. Writes
-`peers.jsonl`, `.md` and `.png` into `--results`. Finished trainings in `--out` are read, not
+`peers.jsonl` and `.md` into `--results`. Finished trainings in `--out` are read, not
 trained again.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from typing import Any
 
+import numpy as np
 from jsonargparse import auto_cli
 
 from benchmarks.peers.catalogue import Peer, peers_named
-from benchmarks.peers.page import Entry, peers_result
 from benchmarks.peers.rows import write_rows
-from benchmarks.peers.trainings import PeerTraining
-from benchmarks.peers.tuning import tuned
-from benchmarks.quality.plan import in_order, plan_runs, windows
-from benchmarks.quality.runs import RECIPE, finish
-from benchmarks.results import RESULTS, require_own_folder, write_result
-from recsys.evaluation.scores import read_scores, scores_file
+from benchmarks.peers.trainings import PeerTraining, tuned
+from benchmarks.quality.runs import RECIPE, finish, in_order, plan_runs, windows
+from benchmarks.results import RESULTS, Result, require_own_folder, write_result
+from recsys.evaluation.bootstrap import Interval, paired_difference, pooled_metric
+from recsys.evaluation.scores import SplitScores, read_scores, scores_file
 
 OURS = "recsys, the recipe"
 QUICK_ROWS = 2000
@@ -63,7 +67,7 @@ def peers(
         RuntimeError: a training failed; names its log.
     """
     require_own_folder(quick, results)
-    datasets, chosen = windows(data), peers_named(only)
+    datasets, selected = windows(data), peers_named(only)
     if unknown := sorted(set(tune_on or ()) - datasets.keys()):
         raise ValueError(f"--tune_on: {unknown} are unknown; choose of {list(datasets)}")
     if quick:
@@ -75,34 +79,135 @@ def peers(
         write_rows(place, recipe, rows[name], QUICK_ROWS if quick else None)
     tuning = [rows[name] for name in tune_on or [names[len(names) // 2]]]
     entries = [] if quick else [_recipe(datasets, recipe, runs or out / "runs", seeds, jobs)]
-    for peer in chosen:
+    for peer in selected:
         entries.append(_entry(peer, tuned(peer, tuning, trials, out), rows, seeds, jobs, out))
-    write_result(peers_result(entries, names, trials, [each.name for each in tuning]), results)
+    write_result(peers_result(entries, names, trials, [window.name for window in tuning]), results)
 
 
 def _recipe(datasets: dict[str, str], recipe: Path, runs: Path, seeds: int, jobs: int) -> Entry:
-    """Train the recipe and return its scores."""
     plan = plan_runs({OURS: {}}, datasets, runs, recipe, seeds)
     finish(in_order(plan), jobs, None)
-    of_seeds = plan[OURS]
-    scores = [[read_scores(scores_file(run.folder, "test")) for run in of] for of in of_seeds]
-    seconds = [run.metrics()["train"]["seconds"] for of in of_seeds for run in of]
+    runs_by_seed = plan[OURS]
+    scores = [
+        [read_scores(scores_file(run.folder, "test")) for run in seed_runs]
+        for seed_runs in runs_by_seed
+    ]
+    seconds = [run.metrics()["train"]["seconds"] for seed_runs in runs_by_seed for run in seed_runs]
     return Entry(OURS, {}, scores, seconds, None)
 
 
 def _entry(
     peer: Peer, settings: dict[str, object], rows: dict[str, Path], seeds: int, jobs: int, out: Path
 ) -> Entry:
-    """Train a peer and return its scores."""
     trainings = [
         [PeerTraining(peer, place, settings, seed, out) for place in rows.values()]
         for seed in range(seeds)
     ]
     with ThreadPoolExecutor(jobs) as pool:
-        scores = [list(pool.map(lambda each: each.scores("test"), of)) for of in trainings]
-    costs = [training.cost() for of in trainings for training in of]
+        scores = [
+            list(pool.map(lambda training: training.scores("test"), seed_trainings))
+            for seed_trainings in trainings
+        ]
+    costs = [training.cost() for seed_trainings in trainings for training in seed_trainings]
     peak = max(peak for _, peak in costs)
     return Entry(peer.name, settings, scores, [seconds for seconds, _ in costs], peak)
+
+
+METRICS = {
+    "AUC": ("auc", "all"),
+    "GAUC": ("gauc", "all"),
+    "GAUC cold": ("gauc", "cold"),
+    "GAUC unseen": ("gauc", "unseen"),
+}
+DIFFERENCES = ("GAUC", "GAUC unseen", "AUC")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The trainings of a program.
+
+    settings: what the trials chose.
+    scores: of the test split, [seeds][windows].
+    seconds: of each training.
+    peak: most memory of a training in GB; None: not measured.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    scores: list[list[SplitScores]]
+    seconds: list[float]
+    peak: float | None
+
+    def metric(self, name: str) -> float:
+        """Return the mean of a metric over seeds, pooled over windows; NaN if not defined."""
+        values = [pooled_metric(windows, *METRICS[name]) for windows in self.scores]
+        return float(np.mean([np.nan if value is None else value for value in values]))
+
+
+def peers_result(
+    entries: Sequence[Entry], windows: Sequence[str], trials: int, tuned_on: Sequence[str]
+) -> Result:
+    """Return the page; the first entry is compared with the others."""
+    first, *peers = entries
+    gains = {entry.name: _gains(entry, first) for entry in peers}
+    records = [_record(entry, gains.get(entry.name, {}), windows) for entry in entries]
+    rows = [_row(record, gains.get(record["program"], {})) for record in records]
+    columns = ["program", *METRICS, *(f"{first.name} gains: {name}" for name in DIFFERENCES)]
+    columns += ["seconds", "peak, GB"]
+    num_rows = sum(len(window.positions) for window in first.scores[0])
+    reading = [
+        f"{len(first.scores)} seeds, test rows of {', '.join(windows)} pooled: {num_rows:,}. "
+        f"Each peer had {trials} trials on the validation rows of {', '.join(tuned_on)}, by the "
+        "mean of AUC and GAUC; the recipe is as it was. * the 95 % interval of a paired bootstrap "
+        "of users excludes 0.",
+        *(f"{entry.name}: `{json.dumps(dict(entry.settings))}`." for entry in entries[1:]),
+    ]
+
+    return Result("peers", "The recipe beside the field", records, columns, rows, None, reading)
+
+
+def _record(
+    entry: Entry, gains: Mapping[str, Interval | None], windows: Sequence[str]
+) -> dict[str, Any]:
+    """Return everything that is known of a program, as JSON values."""
+    return {
+        "benchmark": "peers",
+        "program": entry.name,
+        "settings": dict(entry.settings),
+        "seeds": len(entry.scores),
+        "windows": list(windows),
+        **{name: entry.metric(name) for name in METRICS},
+        "seconds": median(entry.seconds),
+        "peak_gb": entry.peak,
+        "gain": {
+            name: None if interval is None else [interval.value, interval.low, interval.high]
+            for name, interval in gains.items()
+        },
+    }
+
+
+def _row(record: Mapping[str, Any], gains: Mapping[str, Interval | None]) -> list[str]:
+    peak = record["peak_gb"]
+    return [
+        record["program"],
+        *(f"{record[name]:.4f}" for name in METRICS),
+        *(_cell(gains.get(name)) for name in DIFFERENCES),
+        f"{record['seconds']:.0f}",
+        "-" if peak is None else f"{peak:.2f}",
+    ]
+
+
+def _gains(entry: Entry, first: Entry) -> dict[str, Interval | None]:
+    return {
+        name: paired_difference(entry.scores, first.scores, *METRICS[name]) for name in DIFFERENCES
+    }
+
+
+def _cell(interval: Interval | None) -> str:
+    if interval is None:
+        return "-"
+    star = " *" if interval.excludes_zero else ""
+    return f"{interval.value:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]{star}"
 
 
 if __name__ == "__main__":

@@ -144,8 +144,8 @@ def peers_named(names: list[str] | None) -> tuple[Peer, ...]:
     Raises:
         ValueError: a name is unknown.
     """
-    known = {peer.name: peer for peer in PEERS}
-    unknown = sorted(set(names or ()) - known.keys())
+    peers = {peer.name: peer for peer in PEERS}
+    unknown = sorted(set(names or ()) - peers.keys())
     if unknown:
-        raise ValueError(f"--only: {unknown} are unknown; choose of {list(known)}")
-    return tuple(known[name] for name in names) if names else PEERS
+        raise ValueError(f"--only: {unknown} are unknown; choose of {list(peers)}")
+    return tuple(peers[name] for name in names) if names else PEERS

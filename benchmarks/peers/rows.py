@@ -15,16 +15,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
-from benchmarks.retrieval.semantic_ids import frozen_vectors
-from recsys.build import build_job
+from recsys.build import Job, build_job
 from recsys.config import Config, load_config, to_plain
+from recsys.content.encoders.base import Encoder, mean_token
 from recsys.data.events.splits import SPLITS
 from recsys.data.filesystem import Location, whole_folder
 from recsys.data.row_source import open_rows
 from recsys.data.schema import Schema, load_schema
 from recsys.distributed.ranks import joined_ranks
 from recsys.search.search import dataset_digest
+from recsys.serving.new_items.item_encoder import ITEMS_PER_CALL
+from recsys.serving.retrieval.index import unit
 
 VECTORS, WIDTHS, ABOUT = "item_vectors.npy", "widths.npy", "about.json"
 LISTS = ("history_liked", "history_stars")  # that adapters read by name
@@ -66,7 +69,6 @@ def write_rows(data: str, recipe: Path, out: Path, most_rows: int | None = None)
 
 
 def _check(data: str, schema: Schema) -> None:
-    """Raise a ValueError unless adapters can read the dataset."""
     with_map = [name for name, column in schema.columns.items() if column.vocabulary]
     absent = sorted(set(LISTS) - set(schema.parallel))
     if with_map or absent or len(schema.of_kind("label")) != 1:
@@ -78,7 +80,6 @@ def _check(data: str, schema: Schema) -> None:
 
 
 def _about(data: str, schema: Schema, config: Config, most_rows: int | None) -> dict[str, Any]:
-    """Return what the arrays are made of."""
     root = Location.of(data)
     return {
         "dataset": dataset_digest(root),
@@ -89,7 +90,6 @@ def _about(data: str, schema: Schema, config: Config, most_rows: int | None) -> 
 
 
 def _arrays(table: pa.Table, schema: Schema) -> dict[str, np.ndarray]:
-    """Return the columns of a split by the names that adapters read."""
     history, (label,) = schema.history, schema.of_kind("label")
     assert history is not None
     lists = table[history].combine_chunks()
@@ -107,11 +107,29 @@ def _arrays(table: pa.Table, schema: Schema) -> dict[str, np.ndarray]:
 
 
 def _vectors(data: str, config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Return the outputs of frozen encoders for all items, and the width of each modality."""
     with joined_ranks("cpu") as ranks:
         job = build_job(config, data, ranks)
         assert job.store is not None and job.em3.content is not None
         rows = np.arange(job.schema.columns[job.schema.target_item].num_embeddings)
         vectors = frozen_vectors(job, rows)
-        widths = [int(of.output_dim) for of in job.em3.content.encoders.values()]
+        widths = [int(encoder.output_dim) for encoder in job.em3.content.encoders.values()]
     return vectors, np.array(widths)
+
+
+@torch.no_grad()
+def frozen_vectors(
+    job: Job,
+    rows: np.ndarray,  # int64 [I]
+) -> np.ndarray:  # float32 [I, V]
+    """Return the outputs of a job's frozen encoders for items, of unit length by modality."""
+    branch, store = job.em3.content, job.store
+    assert branch is not None and store is not None
+    blocks = []
+    for start in range(0, len(rows), ITEMS_PER_CALL):
+        content, means = store.gather(rows[start : start + ITEMS_PER_CALL]), []
+        for name, encoder in branch.encoders.items():
+            assert isinstance(encoder, Encoder)
+            tokens = encoder.encode(content[name])
+            means.append(unit(mean_token(tokens.values, tokens.mask).float().numpy()))
+        blocks.append(np.concatenate(means, axis=1))
+    return np.concatenate(blocks)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
+from filelock import FileLock
 
 from benchmarks.peers.catalogue import Peer
-from benchmarks.peers.environments import python_with
 from benchmarks.peers.rows import ABOUT
 from recsys.data.item_frequency import ItemCounts
+from recsys.evaluation.bootstrap import pooled_metric
 from recsys.evaluation.scores import SplitScores
 
 ADAPTERS = Path(__file__).parent / "adapters"
@@ -89,13 +93,81 @@ class PeerTraining:
         job.write_text(json.dumps({**words, "settings": settings}))
         print(f"training {self.peer.name}, {self.rows.name}, seed {self.seed}", flush=True)
         with log.open("w") as output:
-            done = subprocess.run(
+            process = subprocess.run(
                 [str(python), str(ADAPTERS / f"{self.peer.adapter}.py"), str(job.resolve())],
                 stdout=output,
                 stderr=output,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
                 cwd=self.file.parent,
             )
-        if done.returncode:
+        if process.returncode:
             raise RuntimeError(f"training {self.peer.name} failed; see {log}")
         partial.rename(self.file)
+
+
+INSTALLED = "installed.txt"  # written last
+
+
+def python_with(requirements: tuple[str, ...], folder: Path) -> Path:
+    """Return the interpreter of an environment with these packages; make it if it is missing.
+
+    Raises:
+        RuntimeError: a package cannot be installed; names the log.
+    """
+    names = "\n".join([sys.version, *requirements])
+    place = folder / hashlib.sha256(names.encode()).hexdigest()[:12]
+    python, installed = place / "venv" / "bin" / "python", place / INSTALLED
+    place.mkdir(parents=True, exist_ok=True)
+    with FileLock(place / "lock"):
+        if installed.exists():
+            return python
+        log = place / "log.txt"
+        with log.open("w") as output:
+            for command in (
+                [sys.executable, "-m", "venv", "--clear", str(place / "venv")],
+                [str(python), "-m", "pip", "install", *requirements],
+            ):
+                if subprocess.run(command, stdout=output, stderr=output).returncode:
+                    raise RuntimeError(f"{' '.join(requirements)} cannot be installed; see {log}")
+        installed.write_text(names)
+    return python
+
+
+METRICS = ("auc", "gauc")
+
+
+def tuned(peer: Peer, windows: list[Path], trials: int, out: Path) -> dict[str, Any]:
+    """Return the settings with the highest mean of AUC and GAUC of validation, pooled.
+
+    A study that was stopped goes on.
+
+    Args:
+        peer: whose settings are chosen.
+        windows: folders of the rows.
+        trials: trainings on all windows.
+        out: folder of trainings and studies.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space = {name: repr(values) for name, values in peer.space.items()}
+    name = f"{re.sub(r'[^a-z0-9]+', '_', peer.name.lower())}-{digest_of(peer, windows, space)}"
+    file = out / "studies" / f"{name}.sqlite"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(
+        storage=f"sqlite:///{file}",
+        study_name=name,
+        direction="maximize",
+        sampler=optuna.samplers.TPESampler(seed=0),
+        load_if_exists=True,
+    )
+    while len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE])) < trials:
+        trial = study.ask(dict(peer.space))
+        trainings = [PeerTraining(peer, rows, trial.params, 0, out) for rows in windows]
+        study.tell(trial, _value(trainings))
+    print(f"{peer.name}: {study.best_value:.4f} by {json.dumps(study.best_params)}", flush=True)
+    return study.best_params
+
+
+def _value(trainings: list[PeerTraining]) -> float:
+    scores = [training.scores("valid") for training in trainings]
+    values = [pooled_metric(scores, metric, "all") or 0.0 for metric in METRICS]
+    return sum(values) / len(values)

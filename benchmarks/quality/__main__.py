@@ -3,7 +3,7 @@
     python -m benchmarks.quality --data DATA --out runs/quality --grid full --seeds 3
 
 Trains the cells of a grid (`benchmarks.quality.grid`) with several seeds, on a dataset or on all
-windows of a rolling split, and writes a Markdown table, JSON lines and one HTML page with figures.
+windows of a rolling split, and writes a Markdown table and JSON lines.
 Finished runs are not trained again, so the same command continues where it was stopped.
 """
 
@@ -14,12 +14,9 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from benchmarks.quality.cells import Cell
-from benchmarks.quality.grid import chosen_cells
-from benchmarks.quality.page import Study, write_study
-from benchmarks.quality.plan import Plan, finished, in_order, plan_runs, windows
-from benchmarks.quality.runs import RECIPE, finish
-from benchmarks.quality.study import against_peers, effects, read_results
+from benchmarks.quality.grid import Cell, chosen_cells
+from benchmarks.quality.runs import RECIPE, Plan, finish, finished, in_order, plan_runs, windows
+from benchmarks.quality.study import Study, read_results, write_study
 from benchmarks.results import RESULTS, provenance
 from benchmarks.timing.ranks import is_launched
 
@@ -35,7 +32,6 @@ def quality(
     recipe: Path = RECIPE,
     results: Path | None = None,
     train: bool = True,
-    page: bool = True,
 ) -> None:
     """Train the unfinished runs, and write the results of all finished ones.
 
@@ -43,14 +39,13 @@ def quality(
         data: a dataset, or a folder of its windows, which are pooled.
         out: folder of the runs.
         seeds: runs per cell and dataset.
-        grid: parts, history, text or full.
+        grid: parts, history, text, backbones or full.
         only: cells of the grid by name; default: all.
         jobs: how many runs train side by side, one thread each.
         cache: folder of encoded items; default: the usual one.
         recipe: the recipe that cells change.
         results: files to write, without their ending; default: benchmarks/results/quality.
         train: false trains nothing and writes the results of the finished runs, even if incomplete.
-        page: write the HTML page, too.
 
     Raises:
         ValueError: a name, setting or dataset is invalid.
@@ -65,21 +60,15 @@ def quality(
     settings = {cell.name: cell.settings for cell in cells}
     plan = plan_runs(settings, datasets, out, recipe, seeds)
     _require_effects(cells, plan)
-    found = read_results(cells, _trained(plan, jobs, cache, train))
     files = results or RESULTS / "quality"
-    about = provenance()
-    study = Study(found, effects(found), against_peers(found), list(datasets), about)
-    write_study(study, files, with_page=page)
+    cell_results = read_results(cells, _trained(plan, jobs, cache, train))
+    write_study(Study(cell_results, list(datasets), provenance()), files)
     print(files.with_name(f"{files.name}.md").read_text())
 
 
 def _require_effects(cells: Sequence[Cell], plan: Plan) -> None:
-    """Require that every cell differs from its baseline.
-
-    Raises:
-        ValueError: under this recipe a cell and its baseline are the same configuration.
-    """
-    folders = {name: of_seeds[0][0].folder for name, of_seeds in plan.items()}
+    """Require that every cell differs from its baseline."""
+    folders = {name: runs[0][0].folder for name, runs in plan.items()}
     for cell in cells:
         if cell.baseline in folders and folders[cell.name] == folders[cell.baseline]:
             raise ValueError(
@@ -90,17 +79,12 @@ def _require_effects(cells: Sequence[Cell], plan: Plan) -> None:
 
 
 def _trained(plan: Plan, jobs: int, cache: Path | None, train: bool) -> Plan:
-    """Return the plan's finished runs, after training the others if `train`.
-
-    Raises:
-        ValueError: no run is finished, and `train` is false.
-    """
     if train:
         finish(in_order(plan), jobs, cache)
-    done = finished(plan)
-    if not done:
+    finished_runs = finished(plan)
+    if not finished_runs:
         raise ValueError("--train false: no configuration has a seed that is finished")
-    return done
+    return finished_runs
 
 
 if __name__ == "__main__":

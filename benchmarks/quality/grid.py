@@ -7,27 +7,145 @@ all. Cells that a recipe makes equal, such as the recipe and the rank it has, sh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from benchmarks.quality.cells import (
-    ALL_TOKENS,
-    CONCAT,
-    NO_AVERAGES,
-    NO_CIC,
-    NO_SIMILARITY,
-    NO_VOTES,
-    RANDOM_ROWS,
-    SAMPLED,
-    SAMPLING,
-    SIMTIER,
-    STORED,
-    TEXT_TOKENS,
-    Cell,
-    history,
-    qformer,
-    text,
-    with_cic,
-)
+from recsys.config.ranking import keys_of
+
+Settings = Mapping[str, Any]  # by full name, such as `content.fusion.name`
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One configuration of the grid.
+
+    name: name in tables and figures.
+    reason: the purpose, in a line.
+    settings: its changes to the recipe.
+    baseline: the cell that it is compared with.
+    """
+
+    name: str
+    reason: str
+    settings: Settings = field(hash=False)
+    baseline: str | None = None
+
+
+def qformer(preset: str) -> Settings:
+    """Return the settings of the Fusion-Q-Former with a preset."""
+    return {"content.fusion.name": "qformer", "content.fusion.preset": preset}
+
+
+NO_CIC: Settings = {"contrastive.weight": 0}
+IN_BATCH: Settings = {
+    "contrastive.variant": "in_batch",
+    "contrastive.weight": 0.05,
+    "contrastive.temperature": 0.1,
+}
+PUBLISHED: Settings = {
+    "contrastive.variant": "published",
+    "contrastive.weight": 0.001,
+    "contrastive.num_negatives": 16,
+    "contrastive.temperature": 0.1,
+    "contrastive.normalize": True,
+}
+NO_SIMILARITY: Settings = {
+    "content.history.similarity_features": False,
+    "content.history.simtier_bins": 0,
+    "content.history.sorted_cosines": 0,
+}
+CONCAT: Settings = {"content.fusion.name": "concat"}
+SHORT_TEXT: Settings = {"content.modalities.text.max_length": 24}  # training its encoder is costly
+TEXT_TOKENS: Settings = {**qformer("modern"), "content.modalities.text.pooling": "none"}
+ALL_TOKENS: Settings = {
+    **TEXT_TOKENS,
+    **{f"content.modalities.{name}.pooling": "none" for name in ("text", "title", "genres")},
+    "content.modalities.poster.module": (
+        "recsys.content.encoders.efficientnet:efficientnet_lite0_patches"
+    ),
+}
+SAMPLING: Settings = {"content.sampling.forward": 0.2, "content.sampling.backward": 0.2}
+SAMPLED = "a fifth of the items is encoded in each step, the others come from the bank (LEMUR)"
+NONE: Settings = {}
+STORED: Settings = {
+    **CONCAT,
+    **NO_SIMILARITY,
+    "content.modalities.text.training": "frozen",
+    "content.history.mode": "bank_frozen",
+}
+SIMTIER: Settings = {**STORED, "content.history.simtier_bins": 20}
+NO_VOTES: Settings = {"ranking.opinions": None, "ranking.opinion_dropout": 0.0}
+NO_AVERAGES: Settings = {"optimizer.ema_decay": None, "optimizer.ema_tables": False}
+RANDOM_ROWS: Settings = {"embedding.tables.item.new_rows": "random"}
+
+
+def with_cic(name: str, reason: str, settings: Settings, baseline: str) -> list[Cell]:
+    """Return the cell without CIC, and the cells with each variant."""
+    return [
+        Cell(name, reason, {**settings, **NO_CIC}, baseline),
+        Cell(
+            f"{name} + CIC in_batch",
+            "CIC with all items of the batch as negatives, weight 0.05",
+            {**settings, **IN_BATCH},
+            name,
+        ),
+        Cell(
+            f"{name} + CIC published",
+            "CIC as the authors published it: 16 sampled negatives, weight 0.001",
+            {**settings, **PUBLISHED},
+            name,
+        ),
+    ]
+
+
+def history(mode: str, reason: str, baseline: str, rank: int = 0) -> Cell:
+    """Return the cell of a history mode; `rank`: of a low-rank map."""
+    settings: dict[str, Any] = {"content.history.mode": mode}
+    if not rank:
+        return Cell(f"history {mode}", reason, settings, baseline)
+    settings["content.history.lora_rank"] = rank
+    settings["content.history.lora_alpha"] = 2.0 * rank  # the map's scale, alpha / rank, stays
+    return Cell(f"history {mode} rank {rank}", reason, settings, baseline)
+
+
+def text(
+    name: str,
+    reason: str,
+    baseline: str,
+    training: str,
+    top_layers: int = 0,
+    changes: Settings = NONE,
+) -> Cell:
+    """Return the cell of a way to train the text encoder."""
+    settings: dict[str, Any] = {
+        **SHORT_TEXT,
+        "content.modalities.text.training": training,
+        **changes,
+    }
+    if top_layers:
+        settings["content.modalities.text.lora.top_layers"] = top_layers
+    return Cell(f"text {name}", reason, settings, baseline)
+
+
+def backbone(name: str) -> list[Cell]:
+    """Return the cells of a ranking backbone without and with content, with equal heads."""
+    options = set(keys_of(name))
+    equal_heads = {
+        f"ranking.{key}": value
+        for key, value in {
+            "ensemble_members": 1,
+            "standardize_numbers": False,
+            "opinions": None,
+        }.items()
+        if key in options
+    }
+    settings = {"ranking.name": name, **equal_heads}
+    return [
+        Cell(f"{name}, ID only", "the backbone without content", {**settings, "content": "none"}),
+        Cell(name, "the backbone with the recipe's content", settings, f"{name}, ID only"),
+    ]
+
 
 ID_ONLY = Cell("ID only", "the twin without content: what ids alone can do", {"content": "none"})
 RECIPE = Cell(
@@ -98,7 +216,7 @@ TEXT = [
     text("full", "all its weights train", "text frozen", "full"),
     text("LoRA top 1, sampling 20 %", SAMPLED, "text LoRA top 1", "lora", 1, SAMPLING),
 ]
-OTHERS = [
+FURTHER = [
     Cell("sampling 20 %", SAMPLED, SAMPLING, "recipe"),
     Cell(
         "text tokens",
@@ -124,18 +242,17 @@ OTHERS = [
         {"embedding.tables.user.id_dropout": 0},
         "recipe",
     ),
-    Cell("no votes", "the recipe without votes of those who rated alike", NO_VOTES, "recipe"),
-    Cell("no averages", "the recipe without averages of weights and tables", NO_AVERAGES, "recipe"),
-    Cell("random new rows", "the recipe, new items' ID rows at random", RANDOM_ROWS, "recipe"),
     Cell(
-        "no votes, averages or made rows",
-        "the recipe without all three: a network's last weights alone",
-        {**NO_VOTES, **NO_AVERAGES, **RANDOM_ROWS},
+        "no collaborative filtering",
+        "the recipe without item-based collaborative filtering",
+        NO_VOTES,
         "recipe",
     ),
+    Cell("no averages", "the recipe without weight averaging (EMA)", NO_AVERAGES, "recipe"),
+    Cell("random new rows", "the recipe, new items' ID rows at random", RANDOM_ROWS, "recipe"),
     Cell(
-        "recipe before",
-        "the recipe of before: the Fusion-Q-Former, without votes, averages or made rows",
+        "previous recipe",
+        "the Fusion-Q-Former, without collaborative filtering, averages or rows made of content",
         {**qformer("modern"), **NO_VOTES, **NO_AVERAGES, **RANDOM_ROWS},
         "recipe",
     ),
@@ -167,24 +284,16 @@ OTHERS = [
         "recipe",
     ),
 ]
+BACKBONES = ("din_dcn", "din", "dlrm", "dlrm_dcn", "deepfm", "sim", "mmoe", "hstu", "transformer")
 GRIDS: dict[str, list[Cell]] = {
     "parts": PARTS,
     "history": [ID_ONLY, *HISTORY],
     "text": [ID_ONLY, *TEXT],
-    "full": [*PARTS, *HISTORY, *TEXT, *OTHERS],
+    "backbones": [cell for name in BACKBONES for cell in backbone(name)],
+    "full": [*PARTS, *HISTORY, *TEXT, *FURTHER],
 }
 # Peers that the recipe is compared with directly.
 PEERS = ("stored features", "SimTier histogram", "ConcatFusion", "FQ-Former modern")
-# Cells whose curves are drawn, few enough to be distinguishable.
-DRAWN = (
-    "ID only",
-    "stored features",
-    "SimTier histogram",
-    "ConcatFusion",
-    "recipe",
-    "FQ-Former modern",
-    "FQ-Former modern + CIC in_batch",
-)
 
 
 def chosen_cells(grid: str, only: Sequence[str] | None = None) -> list[Cell]:
@@ -192,10 +301,6 @@ def chosen_cells(grid: str, only: Sequence[str] | None = None) -> list[Cell]:
 
     Raises:
         ValueError: there is no such grid or cell.
-
-    Example::
-
-        [cell.name for cell in chosen_cells("text", ["text full"])]  # ["text full"]
     """
     if grid not in GRIDS:
         raise ValueError(f"--grid {grid} is unknown; choose one of {list(GRIDS)}")

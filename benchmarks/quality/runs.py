@@ -1,42 +1,33 @@
-"""Train many configurations for their test metrics: side by side, and none of them twice.
+"""The runs of a study: every configuration, with every seed, on every dataset, none of them twice.
 
 Each is a `recsys train` process of one rank and one thread. A finished run is read; an interrupted
-run continues from its last checkpoint, and a run that another process trains is waited for.
+run continues from its last checkpoint, and a run that another process trains is waited for. Its
+folder is `OUT/DATASET/DIGEST-SEED`, by a digest of the resolved configuration and of the location
+of the data: equal configurations under different names are trained once.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.grid import Settings
 from benchmarks.results import ROOT
+from recsys.config import load_config, to_plain
+from recsys.data.filesystem import Location
 from recsys.distributed.job import environment_of_no_rank
+from recsys.evaluation.scores import scores_file
 
 RECIPE = ROOT / "recsys" / "recipes" / "movielens_multimodal.yaml"
-
-
-@dataclass(frozen=True)
-class QualityRun:
-    """One training run of a grid.
-
-    name: name of its folder, before the seed.
-    overrides: settings besides those of the recipe.
-    """
-
-    name: str
-    seed: int
-    overrides: Sequence[str] = field(default=(), compare=False)
-
-    def folder(self, out: Path) -> Path:
-        """Return the run's folder under `out`."""
-        return out / f"{self.name.lower().replace(' ', '_').replace(',', '')}-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -68,35 +59,6 @@ class Training:
         return json.loads((self.folder / "metrics.json").read_text())
 
 
-def train_all(
-    runs: Sequence[QualityRun],
-    data: str,
-    out: Path,
-    recipe: Path = RECIPE,
-    jobs: int = 1,
-    cache: Path | None = None,
-) -> dict[QualityRun, dict[str, Any]]:
-    """Train all runs and return the test metrics of each.
-
-    Args:
-        runs: runs to train.
-        data: dataset.
-        out: folder of the runs.
-        recipe: the recipe that the overrides change.
-        jobs: how many runs train side by side.
-        cache: folder of encoded items; default: the usual one.
-
-    Raises:
-        RuntimeError: a run failed; names its log. The others are finished first.
-    """
-    trainings = {
-        run: Training(run.folder(out), data, recipe, run.seed, tuple(run.overrides), run.name)
-        for run in runs
-    }
-    finish(list(trainings.values()), jobs, cache)
-    return {run: training.metrics()["test"] for run, training in trainings.items()}
-
-
 def finish(trainings: Sequence[Training], jobs: int, cache: Path | None) -> None:
     """Train the runs that are not finished, `jobs` side by side, in their order.
 
@@ -104,8 +66,8 @@ def finish(trainings: Sequence[Training], jobs: int, cache: Path | None) -> None
         RuntimeError: a run failed; names its log. The others are finished first.
     """
     with ThreadPoolExecutor(jobs) as pool:
-        done = [pool.submit(_train, training, cache) for training in trainings]
-    for result in done:
+        futures = [pool.submit(_train, training, cache) for training in trainings]
+    for result in futures:
         result.result()
 
 
@@ -120,13 +82,13 @@ def _train(training: Training, cache: Path | None) -> None:
         if training.is_finished:
             return
         print(f"training {training.title}, seed {training.seed}, in {folder}", flush=True)
-        done = subprocess.run(
+        process = subprocess.run(
             _command(training, cache),
             stdout=output,
             stderr=output,
             env=environment_of_no_rank() | {"OMP_NUM_THREADS": "1"},
         )
-    if done.returncode:
+    if process.returncode:
         raise RuntimeError(f"training {folder.name} failed; see {log}")
 
 
@@ -153,3 +115,114 @@ def command_words(settings: Mapping[str, Any]) -> tuple[str, ...]:
         for name, value in settings.items()
         for word in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
     )
+
+
+Plan = dict[str, list[list[Training]]]  # by name of the configuration: [seeds][datasets]
+
+
+def plan_runs(
+    changes: Mapping[str, Settings],
+    datasets: Mapping[str, str],
+    out: Path,
+    recipe: Path,
+    seeds: int,
+) -> Plan:
+    """Return the runs of each configuration.
+
+    Args:
+        changes: changes to the recipe by name.
+        datasets: locations by name, as from `windows`.
+        out: folder of the runs.
+        recipe: the recipe that is changed.
+        seeds: number of seeds, from 0.
+
+    Raises:
+        ValueError: a configuration does not resolve; names it.
+    """
+    plan: Plan = {}
+    for name, settings in changes.items():
+        try:
+            configuration = resolved(recipe, settings)
+        except ValueError as error:
+            raise ValueError(f"'{name}': {error}") from error
+        plan[name] = [
+            [
+                _training(name, settings, configuration, dataset, place, out, recipe, seed)
+                for dataset, place in datasets.items()
+            ]
+            for seed in range(seeds)
+        ]
+    return plan
+
+
+def _training(
+    name: str,
+    settings: Settings,
+    configuration: dict[str, Any],
+    dataset: str,
+    place: str,
+    out: Path,
+    recipe: Path,
+    seed: int,
+) -> Training:
+    about = json.dumps([configuration, place], sort_keys=True)
+    folder = out / dataset / f"{sha256(about.encode()).hexdigest()[:10]}-{seed}"
+    leaves = (scores_file(folder, "test").name,)
+    title = f"{name} on {dataset}"
+    return Training(folder, place, recipe, seed, command_words(settings), title, leaves)
+
+
+def resolved(recipe: Path, settings: Settings) -> dict[str, Any]:
+    """Resolve a recipe with these settings; the folder of encoded items is left out.
+
+    Raises:
+        ValueError: a setting is unknown, or does not fit the others.
+    """
+    configuration: dict[str, Any] = to_plain(load_config(recipe, list(command_words(settings))))
+    del configuration["cache"]
+    return configuration
+
+
+def in_order(plan: Plan) -> list[Training]:
+    """Return each run once, seed by seed, so that a study stopped early has all of some seeds."""
+    num_seeds = max((len(by_seed) for by_seed in plan.values()), default=0)
+    runs: dict[Path, Training] = {}
+    for seed in range(num_seeds):
+        for by_seed in plan.values():
+            runs |= {run.folder: run for run in by_seed[seed] if run.folder not in runs}
+    return list(runs.values())
+
+
+def finished(plan: Plan) -> Plan:
+    """Keep the seeds finished on all datasets; configurations without any are left out."""
+    complete = {
+        name: [runs for runs in by_seed if all(run.is_finished for run in runs)]
+        for name, by_seed in plan.items()
+    }
+    return {name: by_seed for name, by_seed in complete.items() if by_seed}
+
+
+def windows(data: str) -> dict[str, str]:
+    """Return the datasets of a folder by name: itself, or those of its windows in their order.
+
+    Args:
+        data: a dataset, or a folder of datasets `window-1`, `window-2` ... as
+            `recsys prepare movielens --split rolling` makes it.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    root = Location.of(data)
+    if (root / "schema.yaml").exists():
+        return {root.path.rsplit("/", 1)[-1]: str(root)}
+    by_number = {
+        int(match[1]): path.parent
+        for path in Path(root.path).glob("window-*/schema.yaml")
+        if (match := re.fullmatch(r"window-(\d+)", path.parent.name))
+    }
+    if not by_number:
+        raise ValueError(
+            f"--data {data}: has neither a schema.yaml nor folders window-1, window-2 ... that "
+            "have; make one with `recsys prepare movielens`"
+        )
+    return {by_number[number].name: str(by_number[number]) for number in sorted(by_number)}

@@ -7,20 +7,23 @@ interval of the paired bootstrap over users.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from benchmarks.quality.cells import Cell
-from benchmarks.quality.grid import PEERS, RECIPE
-from benchmarks.quality.plan import Plan
-from benchmarks.quality.runs import Training
+from benchmarks.quality.grid import PEERS, RECIPE, Cell
+from benchmarks.quality.runs import Plan, Training
+from benchmarks.results import markdown_table, without_places
 from recsys.config import BestModelBy, load_config
-from recsys.diagnostics.run_report.item_popularity import CountRange, count_ranges
+from recsys.data.filesystem import write_whole
 from recsys.evaluation.bootstrap import Interval, metric_users, paired_difference, pooled_metric
+from recsys.evaluation.metrics import LEAST_USERS, MARK_NOTE, marked
+from recsys.evaluation.model_selection import selection_words
 from recsys.evaluation.scores import SplitScores, read_scores, scores_file
 
 # Columns of a table: metric and part of the items.
@@ -31,6 +34,14 @@ COLUMNS = {
     "GAUC unseen": ("gauc", "unseen"),
 }
 EFFECTS = ("GAUC", "GAUC cold", "GAUC unseen", "AUC")
+INTERVALS = (
+    "An effect is the mean over seeds of a cell minus that of its baseline. Intervals are 95 % of "
+    "a paired bootstrap: all rows of a user, in all windows and in both cells, are drawn together, "
+    "2,000 times; they are stretched for few users, as Student's t is, and below "
+    f"{LEAST_USERS} users there is none. They tell what other users would say, not other seeds. An "
+    "effect counts where its interval excludes 0; of many effects that are nothing, about one in "
+    "twenty does so by chance."
+)
 
 
 @dataclass(frozen=True)
@@ -44,11 +55,11 @@ class CellResult:
     runs: list[list[Training]]
     scores: list[list[SplitScores]]
 
-    def of_seeds(self, column: str) -> dict[int, float]:
+    def by_seed(self, column: str) -> dict[int, float]:
         """Return a column of `COLUMNS` by seed; seeds whose rows do not define it are left out."""
         metric, part = COLUMNS[column]
-        seeds = [of_data[0].seed for of_data in self.runs]
-        values = [pooled_metric(of_data, metric, part) for of_data in self.scores]
+        seeds = [runs[0].seed for runs in self.runs]
+        values = [pooled_metric(runs, metric, part) for runs in self.scores]
         return {seed: value for seed, value in zip(seeds, values) if value is not None}
 
     def users(self, column: str) -> int:
@@ -57,7 +68,7 @@ class CellResult:
 
     def median(self, column: str) -> float | None:
         """Return the median of a column over seeds."""
-        return median_of_known(list(self.of_seeds(column).values()))
+        return median_of_known(list(self.by_seed(column).values()))
 
     @property
     def best_model_by(self) -> BestModelBy:
@@ -65,46 +76,18 @@ class CellResult:
         run = self.runs[0][0]
         return load_config(run.recipe, list(run.overrides)).best_model_by
 
-    @property
-    def most_impressions(self) -> int:
-        """Training impressions of the most frequent item scored, at least 1."""
-        return max(int(scores.counts.max(initial=1)) for scores in self.scores[0])
-
-    def median_seed(self) -> int:
-        """Return the index of the seed with the median validation AUC; the lower of two."""
-        aucs = [validation_metric(of_data, "auc") or 0.0 for of_data in self.runs]
-        order = sorted(range(len(aucs)), key=lambda seed: aucs[seed])
-        return order[(len(order) - 1) // 2]
-
-    def by_count(self, metric: str, edges: Sequence[int]) -> dict[str, float | None]:
-        """Return a metric's median over seeds by the training impressions of the row's item.
-
-        Args:
-            metric: `auc` or `gauc`.
-            edges: the least count of each range, ascending; the last range has no end.
-
-        Returns:
-            Values by the name of the range.
-        """
-        found = {}
-        for of_counts in count_ranges(edges):
-            parts = [[_within(scores, of_counts) for scores in of] for of in self.scores]
-            values = [pooled_metric(of_data, metric, "all") for of_data in parts]
-            found[of_counts.name] = median_of_known(values)
-        return found
-
 
 @dataclass(frozen=True)
 class Effect:
     """The difference of a cell to its baseline, by column of `EFFECTS`.
 
     intervals: of the mean over seeds; None where the rows do not define the metric.
-    of_seeds: the difference for each seed of both; seeds that do not define it are left out.
+    by_seed: the difference for each seed of both; seeds that do not define it are left out.
     """
 
     cell: Cell
     intervals: dict[str, Interval | None]
-    of_seeds: dict[str, list[float]]
+    by_seed: dict[str, list[float]]
 
 
 def read_results(cells: Sequence[Cell], plan: Plan) -> list[CellResult]:
@@ -113,13 +96,13 @@ def read_results(cells: Sequence[Cell], plan: Plan) -> list[CellResult]:
     Raises:
         ValueError: a file of scores cannot be read.
     """
-    runs = {run.folder for of_seeds in plan.values() for of_data in of_seeds for run in of_data}
+    runs = {run.folder for by_seed in plan.values() for runs in by_seed for run in runs}
     scores = {folder: read_scores(scores_file(folder, "test")) for folder in sorted(runs)}
     return [
         CellResult(
             cell,
             plan[cell.name],
-            [[scores[run.folder] for run in of_data] for of_data in plan[cell.name]],
+            [[scores[run.folder] for run in runs] for runs in plan[cell.name]],
         )
         for cell in cells
         if cell.name in plan
@@ -159,36 +142,146 @@ def against_peers(results: Sequence[CellResult]) -> list[Effect]:
 
 
 def _effect(first: CellResult, second: CellResult) -> Effect:
-    intervals, of_seeds = {}, {}
+    intervals, by_seed = {}, {}
     for column in EFFECTS:
         intervals[column] = paired_difference(first.scores, second.scores, *COLUMNS[column])
-        before, after = first.of_seeds(column), second.of_seeds(column)
-        of_seeds[column] = [
+        before, after = first.by_seed(column), second.by_seed(column)
+        by_seed[column] = [
             after[seed] - before[seed] for seed in sorted(before.keys() & after.keys())
         ]
-    return Effect(second.cell, intervals, of_seeds)
+    return Effect(second.cell, intervals, by_seed)
 
 
 def validation_metric(runs: Sequence[Training], metric: str, part: str = "all") -> float | None:
     """Average a validation metric of the chosen models over datasets, weighted by their rows."""
     reports = [run.metrics()["valid"] for run in runs]
     reports = [report if part == "all" else report[part] for report in reports]
-    known = [report for report in reports if report[metric] is not None]
-    if not known:
+    defined = [report for report in reports if report[metric] is not None]
+    if not defined:
         return None
-    weights = [report["num_samples"] for report in known]
-    return float(np.average([report[metric] for report in known], weights=weights))
+    weights = [report["num_samples"] for report in defined]
+    return float(np.average([report[metric] for report in defined], weights=weights))
 
 
 def median_of_known(values: Sequence[float | None]) -> float | None:
     """Return the median of the defined values; None if there are none."""
-    known = [value for value in values if value is not None]
-    return median(known) if known else None
+    defined = [value for value in values if value is not None]
+    return median(defined) if defined else None
 
 
-def _within(scores: SplitScores, of_counts: CountRange) -> SplitScores:
-    """Select the rows of items whose training impressions are in the range."""
-    inside = of_counts.holds(scores.counts)
-    names = ("positions", "groups", "items", "counts", "labels", "logits")
-    chosen: dict[str, Any] = {name: getattr(scores, name)[inside] for name in names}
-    return replace(scores, **chosen)
+@dataclass(frozen=True)
+class Study:
+    """A finished study: results, effects against baselines and peers, datasets, provenance."""
+
+    results: list[CellResult]
+    datasets: list[str]
+    about: Mapping[str, Any]
+
+    @property
+    def protocol(self) -> str:
+        """Description of the runs, in words."""
+        rows = sum(len(scores.positions) for scores in self.results[0].scores[0])
+        selection = selection_words(self.results[0].best_model_by)
+        return (
+            f"Test split of {', '.join(self.datasets)}: {rows:,} impressions. Every cell has the "
+            "same data and the recipe's batch size, epochs and rule of early stopping; the "
+            f"{selection} of validation chooses the model that is tested."
+        )
+
+
+def write_study(study: Study, files: Path) -> None:
+    """Write `FILES.md` and `FILES.jsonl`, each whole or not at all."""
+    cell_effects, peer_effects = effects(study.results), against_peers(study.results)
+    records = [
+        json.dumps({**record, **study.about})
+        for record in _records(study, cell_effects, peer_effects)
+    ]
+    lines = ["# Quality of each part", provenance_words(study.about), study.protocol]
+    lines += [_headline(study.results), MARK_NOTE]
+    if cell_effects:
+        lines += [INTERVALS, _effect_table(cell_effects)]
+    if peer_effects:
+        lines += ["The recipe against its peers:", _effect_table(peer_effects)]
+    texts = {"jsonl": "\n".join(records) + "\n", "md": "\n\n".join(lines) + "\n"}
+    for ending, text in texts.items():
+        write_whole(files.with_name(f"{files.name}.{ending}"), without_places(text))
+
+
+def provenance_words(about: Mapping[str, Any]) -> str:
+    """Describe command, commit and date in a sentence."""
+    changed = " with uncommitted changes" if about["uncommitted_changes"] else ""
+    return f"`{about['command']}`, commit {about['commit']}{changed}, {about['date']}."
+
+
+def _records(
+    study: Study, cell_effects: list[Effect], peer_effects: list[Effect]
+) -> list[dict[str, Any]]:
+    """Return one record per cell: its metrics by seed, its effects, and the folders of its runs."""
+    by_cell = {effect.cell.name: _effect_record(effect) for effect in cell_effects}
+    by_peer = {effect.cell.baseline: _effect_record(effect) for effect in peer_effects}
+    return [
+        {
+            "benchmark": "quality",
+            **asdict(result.cell),
+            "datasets": study.datasets,
+            "seeds": [runs[0].seed for runs in result.runs],
+            "median": {column: result.median(column) for column in COLUMNS},
+            "by_seed": {column: result.by_seed(column) for column in COLUMNS},
+            "validation_auc": [validation_metric(runs, "auc") for runs in result.runs],
+            "effect": by_cell.get(result.cell.name, {}),
+            "recipe_against_it": by_peer.get(result.cell.name, {}),
+            "runs": [[run.folder.name for run in runs] for runs in result.runs],
+            "train_seconds": median_of_known(
+                [run.metrics()["train"]["seconds"] for runs in result.runs for run in runs]
+            ),
+        }
+        for result in study.results
+    ]
+
+
+def _effect_record(effect: Effect) -> dict[str, Any]:
+    return {
+        column: {
+            **asdict(interval),
+            "excludes_zero": interval.excludes_zero,
+            "of_seeds": effect.by_seed[column],
+        }
+        for column, interval in effect.intervals.items()
+        if interval is not None
+    }
+
+
+def _headline(results: Sequence[CellResult]) -> str:
+    rows = [
+        [
+            result.cell.name,
+            f"{len(result.runs)}",
+            *(marked(_number(result.median(column)), result.users(column)) for column in COLUMNS),
+        ]
+        for result in results
+    ]
+    return markdown_table(("cell, median over seeds", "seeds", *COLUMNS), rows)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _effect_table(effects: Sequence[Effect]) -> str:
+    rows = [
+        [
+            f"{effect.cell.name} – {effect.cell.baseline}",
+            *(interval_cell(effect.intervals[column]) for column in EFFECTS),
+        ]
+        for effect in effects
+    ]
+    return markdown_table(("effect (* counts)", *EFFECTS), rows)
+
+
+def interval_cell(interval: Interval | None) -> str:
+    """Return a value with its interval, and a star if the interval excludes 0."""
+    if interval is None:
+        return "–"
+    mark = " *" if interval.excludes_zero else ""
+    text = f"{interval.value:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]{mark}"
+    return text.replace(" ", "\N{NO-BREAK SPACE}")

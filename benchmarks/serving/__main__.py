@@ -15,13 +15,17 @@ from typing import Any
 
 import numpy as np
 from jsonargparse import auto_cli
-from matplotlib.figure import Figure
 
 from benchmarks.results import RESULTS, Result, write_result
-from benchmarks.serving.latency import latencies
 from benchmarks.serving.load import NEAR, load, ratio_of_constant_times
-from benchmarks.serving.server import served
-from benchmarks.serving.ways import HTTPClient, graph_call, grpc_client, request_for
+from benchmarks.serving.server import (
+    HTTPClient,
+    graph_call,
+    grpc_client,
+    latencies,
+    request_for,
+    served,
+)
 from recsys.serving import Scorer
 
 GRAPH, SCORER, REST, GRPC = "exported graph", "scorer", "HTTP, JSON", "gRPC"
@@ -55,18 +59,17 @@ def serving(
     scorer = Scorer.load(package, num_threads=1)
     request = request_for(package, scorer, history, candidates)
     times = [_latencies_of_start(package, request, rounds) for _ in range(starts)]
-    seen = None
+    observed = None
     if load_seconds:
-        rate = share * 1e3 / float(np.mean([of_start[REST] for of_start in times]))
-        seen = load(package, request, load_seconds, rate, swap_every)
-        seen["constant"] = ratio_of_constant_times(load_seconds, rate, share)
-    write_result(_result(scorer, request, times, seen, swap_every), results)
+        rate = share * 1e3 / float(np.mean([start_times[REST] for start_times in times]))
+        observed = load(package, request, load_seconds, rate, swap_every)
+        observed["constant"] = ratio_of_constant_times(load_seconds, rate, share)
+    write_result(_result(scorer, request, times, observed, swap_every), results)
 
 
 def _latencies_of_start(
     package: Path, request: dict[str, Any], rounds: int
 ) -> dict[str, np.ndarray]:
-    """Start scorer and server, and return the milliseconds of each way and round."""
     scorer = Scorer.load(package, num_threads=1)
     with served(package) as (_, port, grpc_port):
         ways = {
@@ -82,34 +85,31 @@ def _result(
     scorer: Scorer,
     request: dict[str, Any],
     starts: list[dict[str, np.ndarray]],
-    seen: dict[str, Any] | None,
+    observed: dict[str, Any] | None,
     swap_every: float,
 ) -> Result:
-    times = {name: np.concatenate([of_start[name] for of_start in starts]) for name in starts[0]}
-
-    def draw(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        for name, values in times.items():
-            axes.plot(np.sort(values), np.linspace(0, 100, len(values)), label=name)
-        axes.set(xlabel="milliseconds", ylabel="% of requests below", xscale="log")
-        axes.legend()
+    times = {
+        name: np.concatenate([start_times[name] for start_times in starts]) for name in starts[0]
+    }
 
     p50 = {name: float(np.median(values)) for name, values in times.items()}
     p99 = {name: float(np.percentile(values, 99)) for name, values in times.items()}
-    added = sorted(
-        float(np.median(of_start[REST]) - np.median(of_start[SCORER])) for of_start in starts
+    differences = sorted(
+        float(np.median(start_times[REST]) - np.median(start_times[SCORER]))
+        for start_times in starts
     )
     history = request["history"].get(scorer.schema.history, ())
     compiled = bool(scorer.manifest.compiled)
     about = f"{scorer.manifest.ranking}, {len(history)} history items"
     reading = [
         f"{about}, {len(request['candidates'])} candidates, one thread, {len(starts)} starts of "
-        f"scorer and server. The scorer takes {p50[SCORER] / p50[GRAPH]:.2f} times the graph (bar "
-        f"{MOST_TIMES_THE_GRAPH}). HTTP adds {float(np.median(added)):.2f} ms, median of starts ("
-        f"{added[0]:.2f} to {added[-1]:.2f}; bar {MOST_MILLISECONDS_OF_HTTP})."
+        f"scorer and server. The scorer takes {p50[SCORER] / p50[GRAPH]:.2f} times the graph (aim: "
+        f"at most {MOST_TIMES_THE_GRAPH}). HTTP adds {float(np.median(differences)):.2f} ms, "
+        f"median of starts ({differences[0]:.2f} to {differences[-1]:.2f}; aim: at most "
+        f"{MOST_MILLISECONDS_OF_HTTP})."
     ]
-    if seen:
-        reading.append(_reading_of_load(seen, swap_every))
+    if observed:
+        reading.append(_reading_of_load(observed, swap_every))
     return Result(
         name="serving_compiled" if compiled else "serving",
         title=f"Latency of a {'compiled ' * compiled}package: one user, one thread",
@@ -118,34 +118,35 @@ def _result(
                 "way": name,
                 "p50": p50[name],
                 "p99": p99[name],
-                "p50_of_starts": [float(np.median(of_start[name])) for of_start in starts],
-                "load": seen if name == REST else None,
+                "p50_of_starts": [float(np.median(start_times[name])) for start_times in starts],
+                "load": observed if name == REST else None,
             }
             for name in times
         ],
         columns=["way", "p50, ms", "p99, ms"],
         rows=[[name, f"{p50[name]:.2f}", f"{p99[name]:.2f}"] for name in times],
         reading=reading,
-        draw=draw,
     )
 
 
-def _reading_of_load(seen: dict[str, Any], swap_every: float) -> str:
-    near = seen["p99_near_exchanges"]
+def _reading_of_load(observed: dict[str, Any], swap_every: float) -> str:
+    near = observed["p99_near_exchanges"]
     apart = "" if near is None else f" ({near:.1f} within {NEAR:g} s of an exchange)"
-    megabytes = [resident for _, resident in seen["resident_mb"]]
-    later = [resident for at, resident in seen["resident_mb"] if at > swap_every + NEAR]
+    megabytes = [resident for _, resident in observed["resident_mb"]]
+    later = [resident for at, resident in observed["resident_mb"] if at > swap_every + NEAR]
     growth = f"{later[0]:.0f} MB after the first exchange, " if later else ""
-    mixed = sum(number - 1 for number in seen["different_scores"].values())
+    mixed = sum(number - 1 for number in observed["different_scores"].values())
+    p50, p99 = observed["p50"], observed["p99"]
     return (
-        f"{seen['rate']:.1f} requests per second at random times for {seen['seconds']:.0f} s, an "
-        f"exchange every {swap_every:g} s: {seen['requests']:,} requests, failed: "
-        f"{seen['failed'] or 'none'}; p50 {seen['p50']:.1f} ms, p99 {seen['p99']:.1f} ms{apart}, "
-        f"{seen['p99'] / seen['p50']:.1f} times p50 (bar {MOST_TIMES_THE_MEDIAN}; "
-        f"{seen['constant']:.1f} if each request took the same time, of waiting alone); "
-        f"{len(seen['versions'])} versions of the package answered, {mixed or 'no'} answers with "
-        f"scores of neither. Resident memory: {megabytes[0]:.0f} MB before requests, {growth}"
-        f"{megabytes[-1]:.0f} MB at the end, at most {max(megabytes):.0f} MB."
+        f"{observed['rate']:.1f} requests per second at random times for "
+        f"{observed['seconds']:.0f} s, an exchange every {swap_every:g} s: "
+        f"{observed['requests']:,} requests, failed: {observed['failed'] or 'none'}; "
+        f"p50 {p50:.1f} ms, p99 {p99:.1f} ms{apart}, {p99 / p50:.1f} times p50 (aim: at most "
+        f"{MOST_TIMES_THE_MEDIAN}; {observed['constant']:.1f} if each request took the same time, "
+        f"of waiting alone); {len(observed['versions'])} versions of the package answered, "
+        f"{mixed or 'no'} answers with scores of neither. Resident memory: {megabytes[0]:.0f} MB "
+        f"before requests, {growth}{megabytes[-1]:.0f} MB at the end, at most "
+        f"{max(megabytes):.0f} MB."
     )
 
 

@@ -1,10 +1,8 @@
 """Measures the AUC of packages of the same runs in fp32, fp16, int8 and int4.
 
-    python -m benchmarks.serving.accuracy --data DATA --out packages/accuracy
     python -m benchmarks.serving.accuracy --runs '[runs/movielens]' --out packages/accuracy
 
-With `--data`, every backbone is trained for an epoch without content, with concatenated content and
-with the Fusion-Q-Former, by the recipe of `benchmarks.continual`. Every test row of a run's data is
+Every test row of a run's data is
 scored by the package as a request. Beside the AUC is the largest difference of a package in fp32
 from `recsys predict`. Exits with 1 if fp16 or int8 lose more than they may, or fp32 differs. Runs
 and packages that exist are used as they are.
@@ -21,13 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jsonargparse import auto_cli
-from matplotlib.figure import Figure
 
-from benchmarks.backbones import settings_of
-from benchmarks.continual.ways import WITHOUT_CONTENT
-from benchmarks.quality.runs import QualityRun, train_all
 from benchmarks.results import RESULTS, Result, write_result
-from recsys.config.ranking import RANKING_MODELS
 from recsys.data.filesystem import Location
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.metrics import grouped_auc
@@ -37,12 +30,6 @@ from recsys.serving.export import export_run
 from recsys.serving.requests import request_columns
 from recsys.serving.vector_file import StoredType
 
-RECIPE = Path(__file__).parents[1] / "settings" / "continual.yaml"
-CONTENTS = {
-    "ids": WITHOUT_CONTENT,
-    "concat": ("--content.fusion", "{name: concat}"),
-    "qformer": (),
-}
 MOST_LOST = {"fp16": 0.0005, "int8": 0.001}
 MOST_DIFFERENT = 1e-6  # of fp32 from `recsys predict`
 TYPES: tuple[StoredType, ...] = get_args(StoredType)
@@ -50,43 +37,24 @@ TYPES: tuple[StoredType, ...] = get_args(StoredType)
 
 def accuracy(
     out: Path,
-    runs: list[Path] | None = None,
-    data: str | None = None,
+    runs: list[Path],
     rows: int = 0,
-    only: list[str] | None = None,
-    jobs: int = 1,
     results: Path = RESULTS,
 ) -> bool:
-    """Export and score every run; return whether the bars are met.
+    """Export and score every run; return whether the aims are reached.
 
     Args:
-        out: folder of the packages and predictions, and of the runs that are trained.
+        out: folder of the packages and predictions.
         runs: folders of finished runs.
-        data: dataset to train every backbone on; default: none is trained.
         rows: test rows to score; 0: all.
-        only: backbones to train; default: all.
-        jobs: trainings side by side, one thread each.
         results: folder for the figures.
     """
-    trained = [] if data is None else _train(data, out / "runs", only or list(RANKING_MODELS), jobs)
-    records = [_measure(run, out / run.name, rows) for run in [*(runs or []), *trained]]
+    records = [_measure(run, out / run.name, rows) for run in runs]
     write_result(_result(records), results)
     return all(record["passes"] for record in records)
 
 
-def _train(data: str, out: Path, backbones: list[str], jobs: int) -> list[Path]:
-    """Train backbones with each kind of content; return the folders of the runs."""
-    runs = [
-        QualityRun(f"{name} {content}", 0, [*settings_of(name), *words, "--epochs", "1"])
-        for name in backbones
-        for content, words in CONTENTS.items()
-    ]
-    train_all(runs, data, out, RECIPE, jobs)
-    return [run.folder(out) for run in runs]
-
-
 def _measure(run: Path, out: Path, rows: int) -> dict[str, Any]:
-    """Return the AUC of a run by type of its tables, and how far fp32 is from `recsys predict`."""
     test = (Location.of((run / "data.txt").read_text().strip()) / "test").files(".parquet")
     with joined_ranks("cpu") as ranks:
         if not (predicted := out / "predictions.parquet").exists():
@@ -100,14 +68,14 @@ def _measure(run: Path, out: Path, rows: int) -> dict[str, Any]:
     for stored_as in TYPES:
         scorer = Scorer.load(out / stored_as, num_threads=1)
         label = scorer.labels[0]
-        scores = np.array([scorer.score(**each)[0, 0] for each in _requests(scorer, table)])
+        scores = np.array([scorer.score(**request)[0, 0] for request in _requests(scorer, table)])
         if stored_as == "fp32":
             expected = table[f"prediction_{label}"].to_numpy()
             difference, ranking = float(np.abs(scores - expected).max()), scorer.manifest.ranking
         positive = table[label].to_numpy() > 0.5
         aucs[stored_as] = float(grouped_auc(positive, scores, np.zeros(len(scores)))[1][0])
         files = scorer.manifest.files.values()
-        megabytes[stored_as] = sum(of["bytes"] for of in files) / 1e6
+        megabytes[stored_as] = sum(file["bytes"] for file in files) / 1e6
     lost = {name: aucs["fp32"] - aucs[name] for name in TYPES}
     is_near = all(lost[name] <= most for name, most in MOST_LOST.items())
     return {
@@ -138,33 +106,31 @@ def _requests(scorer: Scorer, table: pa.Table) -> Iterator[dict[str, Any]]:
 
 
 def _result(records: list[dict[str, Any]]) -> Result:
-    columns = ["run", "fp32 - predict", "AUC fp32", *(f"lost by {of}" for of in TYPES[1:]), ""]
+    columns = [
+        "run",
+        "fp32 - predict",
+        "AUC fp32",
+        *(f"lost by {stored_as}" for stored_as in TYPES[1:]),
+        "",
+    ]
     rows = [
         [
             f"{record['run']} ({record['ranking']})",
             f"{record['difference']:.1e}",
             f"{record['auc']['fp32']:.5f}",
             *(f"{record['lost'][name]:+.5f}" for name in TYPES[1:]),
-            "pass" if record["passes"] else "FAIL",
+            "reached" if record["passes"] else "missed",
         ]
         for record in records
     ]
-    bars = ", ".join(f"{name} {most:g}" for name, most in MOST_LOST.items())
+    limits = ", ".join(f"{name} {most:g}" for name, most in MOST_LOST.items())
     reading = [
-        f"{records[0]['rows']:,} test rows, each scored as a request. A package may lose: {bars}; "
-        f"in fp32 it differs from `recsys predict` by at most {MOST_DIFFERENT:g}."
+        f"{records[0]['rows']:,} test rows, each scored as a request. A package may lose: "
+        f"{limits}; in fp32 it differs from `recsys predict` by at most {MOST_DIFFERENT:g}."
     ]
 
-    def draw(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        for record in records:
-            sizes = [record["megabytes"][name] for name in TYPES]
-            axes.plot(sizes, [record["lost"][name] for name in TYPES], "o-", label=record["run"])
-        axes.set(xlabel="MB of the package", ylabel="AUC lost", xscale="log")
-        axes.legend()
-
     title = "AUC of packages by the type of their tables"
-    return Result("package_accuracy", title, records, columns, rows, draw, reading)
+    return Result("package_accuracy", title, records, columns, rows, None, reading)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ RESIDENT_EVERY = 2.0  # seconds
 class Load:
     """Requests to a server, its memory, and the exchanges of its package.
 
-    link: what the server serves, which is exchanged every `swap_every` seconds. taken: time at
+    link: what the server serves, which is exchanged every `swap_every` seconds. latencies: time at
     which a request was due and milliseconds to its answer. scores: by version, the different
     scores that answers had. resident: seconds and megabytes.
     """
@@ -47,7 +47,7 @@ class Load:
     body: str
     link: Path
     swap_every: float
-    taken: list[tuple[float, float]] = field(default_factory=list)
+    latencies: list[tuple[float, float]] = field(default_factory=list)
     failed: Counter[str] = field(default_factory=Counter)
     scores: dict[str, Counter[str]] = field(default_factory=dict)
     resident: list[tuple[float, float]] = field(default_factory=list)
@@ -60,13 +60,15 @@ class Load:
         """Send requests at some times, in seconds."""
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             self.start = time.perf_counter()
-            others = [asyncio.create_task(of) for of in (self._exchange(), self._watch())]
+            background = [
+                asyncio.create_task(coroutine) for coroutine in (self._exchange(), self._watch())
+            ]
             tasks = []
             for due in times:
                 await asyncio.sleep(max(0.0, due - self._now()))
                 tasks.append(asyncio.create_task(self._send(session, due)))
             await asyncio.gather(*tasks)
-            for other in others:
+            for other in background:
                 other.cancel()
 
     async def _send(self, session: aiohttp.ClientSession, due: float) -> None:
@@ -77,7 +79,7 @@ class Load:
         except (aiohttp.ClientError, OSError) as error:
             self.failed[type(error).__name__] += 1
             return
-        self.taken.append((due, (self._now() - due) * 1e3))
+        self.latencies.append((due, (self._now() - due) * 1e3))
         if response.status != 200:
             self.failed[str(response.status)] += 1
             return
@@ -109,10 +111,10 @@ def ratio_of_constant_times(seconds: float, rate: float, share: float) -> float:
 
     It is what waiting alone makes of the ratio: 4.3 at a share of 0.7 in the long run (M/D/1).
     """
-    each = share / rate
-    waiting = np.cumsum(each - np.diff(arrivals(seconds, rate), prepend=0.0))
-    taken = waiting - np.minimum.accumulate(waiting) + each  # Lindley's recursion
-    return float(np.percentile(taken, 99) / np.percentile(taken, 50))
+    service_time = share / rate
+    waiting = np.cumsum(service_time - np.diff(arrivals(seconds, rate), prepend=0.0))
+    durations = waiting - np.minimum.accumulate(waiting) + service_time  # Lindley's recursion
+    return float(np.percentile(durations, 99) / np.percentile(durations, 50))
 
 
 def load(
@@ -136,20 +138,22 @@ def load(
             url = f"http://127.0.0.1:{port}/v1/rank"
             sent = Load(psutil.Process(pid), url, json.dumps(request), link, swap_every)
             asyncio.run(sent.run(times.tolist()))
-    due, taken = np.array(sent.taken).T
+    due, latencies = np.array(sent.latencies).T
     is_near = (due > swap_every) & (due % swap_every < NEAR)
     return {
         "seconds": seconds,
         "rate": rate,
         "requests": len(times),
         "failed": dict(sent.failed),
-        "versions": {version: of.total() for version, of in sent.scores.items()},
-        "different_scores": {version: len(of) for version, of in sent.scores.items()},
-        "p50": float(np.percentile(taken, 50)),
-        "p99": float(np.percentile(taken, 99)),
-        "p99_near_exchanges": float(np.percentile(taken[is_near], 99)) if is_near.any() else None,
-        "p99_elsewhere": float(np.percentile(taken[~is_near], 99)),
-        "resident_mb": [[round(at, 1), round(of, 1)] for at, of in sent.resident],
+        "versions": {version: counts.total() for version, counts in sent.scores.items()},
+        "different_scores": {version: len(counts) for version, counts in sent.scores.items()},
+        "p50": float(np.percentile(latencies, 50)),
+        "p99": float(np.percentile(latencies, 99)),
+        "p99_near_exchanges": float(np.percentile(latencies[is_near], 99))
+        if is_near.any()
+        else None,
+        "p99_elsewhere": float(np.percentile(latencies[~is_near], 99)),
+        "resident_mb": [[round(at, 1), round(megabytes, 1)] for at, megabytes in sent.resident],
     }
 
 
@@ -170,10 +174,7 @@ def _write_another(package: Path, copy: Path) -> None:
 
 
 def _scale_weights(graph: Path, out: Path) -> None:
-    """Write a graph with other weights.
-
-    To save a loaded program again changes more: what is known of the layout of results.
-    """
+    """Write a graph with other weights."""
     with ZipFile(graph) as old, ZipFile(out, "w") as new:
         for name in old.namelist():
             content = old.read(name)

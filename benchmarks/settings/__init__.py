@@ -68,12 +68,12 @@ def setting(name: str, quick: bool = False) -> Setting:
     settings = {"A": A, "B": B}
     if name not in settings:
         raise ValueError(f"setting '{name}' is unknown; choose one of {sorted(settings)}")
-    chosen = settings[name]
+    sized = settings[name]
     if not quick:
-        return chosen
+        return sized
     overrides, size = QUICK, QUICK_SIZE
     if name == "B":
         overrides += ("--content.modalities.title.encoder", "random:bert")
         overrides += ("--content.modalities.title.max_length", "8")
         size = replace(size, words=4, text_dim=0, image_dim=0)
-    return replace(chosen, size=size, overrides=overrides)
+    return replace(sized, size=size, overrides=overrides)

@@ -143,14 +143,14 @@ class OwnProcesses:
         self.processes: list[BaseProcess] = []
         with _environment(OMP_NUM_THREADS=str(threads)):  # read when libraries are loaded
             for rank in range(variant.ranks):
-                here, there = context.Pipe()
+                parent_end, child_end = context.Pipe()
                 place = (0, 1, _free_port()) if variant.apart else (rank, *job)
                 process = context.Process(
-                    target=_serve, args=(variant, *place, threads, there), daemon=True
+                    target=_serve, args=(variant, *place, threads, child_end), daemon=True
                 )
                 process.start()
-                there.close()
-                self.connections.append(here)
+                child_end.close()
+                self.connections.append(parent_end)
                 self.processes.append(process)
 
     def call(self, method: str, *arguments: Any) -> list[Any]:

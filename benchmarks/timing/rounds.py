@@ -83,7 +83,7 @@ class Measurement:
     @property
     def step_seconds(self) -> float:
         """Median seconds over all steps."""
-        return median(second for of_round in self.seconds for second in of_round)
+        return median(second for round_seconds in self.seconds for second in round_seconds)
 
     @property
     def part_seconds(self) -> dict[str, float]:
@@ -100,7 +100,7 @@ class Measurement:
 
     def samples_per_second(self, percentile: float) -> float:
         """Return the rate that `percentile` percent of the steps stay under."""
-        all_seconds = [second for of_round in self.seconds for second in of_round]
+        all_seconds = [second for round_seconds in self.seconds for second in round_seconds]
         return self.rows / float(np.percentile(all_seconds, 100 - percentile))
 
     @property
@@ -132,21 +132,23 @@ def ratio(this: Measurement, other: Measurement) -> Ratio:
     return Ratio(median(ratios), min(ratios), max(ratios))
 
 
-def measure(variants: Sequence[Variant], effort: Effort, here: bool = False) -> list[Measurement]:
+def measure(
+    variants: Sequence[Variant], effort: Effort, in_process: bool = False
+) -> list[Measurement]:
     """Measure the variants in turns.
 
     Args:
         variants: variants with different names.
         effort: length of the measurement.
-        here: measure in this process instead of in new ones, shared by all variants; under torchrun
-            always, in each of its ranks, whatever number of ranks a variant names.
+        in_process: measure in this process instead of in new ones, shared by all variants; under
+            torchrun always, in each of its ranks, whatever number of ranks a variant names.
 
     Raises:
         RuntimeError: a rank of a variant failed; its traceback is in the message.
     """
     with ExitStack() as stack:
         opened: list[Processes] = []
-        if here or is_launched():
+        if in_process or is_launched():
             silence_advice_to_library_developers()
             torch.set_num_threads(effort.threads)
             ranks = stack.enter_context(joined_ranks(variants[0].config().device))

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, cast
 
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.plain.batches import PlainSource
+from benchmarks.plain_twin import PlainSource
 from benchmarks.timing.step_work import BatchCounts, part_seconds, step_flops
 from recsys.build import build_job
 from recsys.config import Config, load_config

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from recsys.build import Job
-from recsys.content.bank_fill import encode_into_bank
+from recsys.content.item_vectors import encode_into_bank
 from recsys.data.items.item_table import digest_of
 from recsys.storage.files import whole_file
 

@@ -207,7 +207,7 @@ def cache(config: Config, data: str) -> None:
     """
     require_schema(data)
     require_working_installation()
-    from recsys.content.fill_caches import fill_caches
+    from recsys.content.build import fill_caches
     from recsys.distributed.ranks import joined_ranks
 
     with joined_ranks(config.device) as ranks:

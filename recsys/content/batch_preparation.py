@@ -2,7 +2,9 @@
 
 It maps raw ids of bounded vocabularies to rows, shortens long histories by search, selects the
 items that this rank encodes, and scales the rows' weights. All ranks prepare the same number of
-batches together, since most steps need data of the other ranks or of the memory bank.
+batches together: most steps need data of the other ranks or of the memory bank.
+
+Shapes: B batch, U unique history items, N history items of the batch, K history items kept.
 """
 
 from __future__ import annotations
@@ -13,18 +15,82 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings import MemoryBank
 from embeddings.memory_bank.routes import Routes
 from embeddings.vocabulary.bounded import BoundedVocabulary
-from recsys.config import Config, ContentSettings
-from recsys.content.history_search import shorten_histories
-from recsys.content.item_exchange import assign_to_owners
-from recsys.content.item_sampling import sample_items
+from recsys.config import ContentSettings
+from recsys.content.item_selection import assign_to_owners, sample_items
 from recsys.data.batch import Batch
 from recsys.data.items.content_store import ContentStore
 from recsys.data.negatives import NegativeSampler
 from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
+
+
+@torch.no_grad()
+def shorten_histories(batch: Batch, bank: MemoryBank, top_k: int, index_dedup: bool) -> Batch:
+    """Keep the top-k history items by the cosine of the target's content and their own.
+
+    A collective. MUSE (arXiv 2512.07216) and SIM search a long history before they attend to it:
+    the ID lookup and both attentions then see `top_k` items, whatever its length. The search runs
+    before the batch enters the pipeline, which prefetches: vectors of the bank are up to three
+    steps old.
+
+    Args:
+        batch: on the host, as is the result.
+        bank: memory bank of content vectors.
+        top_k: items kept of each history, at most.
+        index_dedup: whether `sequence_features` hold the unique ids of the histories or all ids.
+    """
+    ids = torch.cat([batch.target_items, batch.history_items])
+    if bank.device.type == "cuda":
+        # The pipeline fetches its batches on another stream than that of the steps, which write.
+        steps = torch.cuda.default_stream(bank.device)
+        torch.cuda.current_stream(bank.device).wait_stream(steps)
+    vectors = F.normalize(bank.lookup(ids)[0].cpu(), dim=-1)
+    target, items = vectors[: batch.batch_size], vectors[batch.batch_size :]
+    history = batch.jagged_history()
+    positions = history.highest(history.dot(target, items), top_k)
+    index = batch.history_index[positions]
+    is_used = index.bincount(minlength=len(items)) > 0
+    lengths = batch.history_lengths.clamp(max=top_k)
+    unique = batch.history_items[is_used]
+    ids = unique if index_dedup else batch.history_items[index]
+    return replace(
+        batch,
+        history_items=unique,
+        history_index=(is_used.cumsum(0) - 1)[index],
+        history_lengths=lengths,
+        history_values=batch.history_values[positions],
+        longest_history=min(batch.longest_history, top_k),
+        sequence_features=_sequences(batch, ids, None if index_dedup else lengths),
+    )
+
+
+def _sequences(
+    batch: Batch,
+    history: Tensor,  # [U] or [K]
+    lengths: Tensor | None,  # [B]
+) -> KeyedJaggedTensor:
+    """Return the sequence features with other ids of the history; no `lengths` for unique ids."""
+    targets = batch.target_items  # rows
+    if lengths is None:
+        # Unique ids belong to no row, but a KeyedJaggedTensor requires one: the first.
+        lengths = torch.zeros_like(targets)
+        lengths[0] = len(history)
+    features, size = batch.sequence_features, 2 * len(targets)
+    extra_values = (
+        features.values()[sum(features.length_per_key()[:2]) :],
+        features.lengths()[size:],
+    )
+    return KeyedJaggedTensor.from_lengths_sync(
+        keys=features.keys(),
+        values=torch.cat([targets, history, extra_values[0]]),
+        lengths=torch.cat([torch.ones_like(targets), lengths, extra_values[1]]).int(),
+    )
 
 
 def chooses_items(content: ContentSettings | None, has_bounded_items: bool = False) -> bool:
@@ -37,44 +103,32 @@ def chooses_items(content: ContentSettings | None, has_bounded_items: bool = Fal
 def with_bank_rows(batch: Batch, vocabulary: BoundedVocabulary) -> Batch:
     """Return a batch of raw items with their rows in the memory bank. A collective.
 
-    Items that got their row in this step are encoded in it, too, wherever they occur, without
-    gradient: the bank knows nothing of them yet, and histories read it.
+    Items that got their row in this step are encoded without gradient, wherever they occur: the
+    bank has no vector of them yet, and histories read it.
     """
     ids, rows = vocabulary.admitted
     is_further = ~np.isin(ids, batch.content_items.numpy())
-    found = vocabulary.find(batch.content_items)
+    rows_of_items = vocabulary.find(batch.content_items)
     return replace(
         batch,
         content_items=torch.cat([batch.content_items, torch.from_numpy(ids[is_further])]),
-        bank_rows=torch.cat([found, torch.from_numpy(rows[is_further])]),
-        with_gradient=len(found),
+        bank_rows=torch.cat([rows_of_items, torch.from_numpy(rows[is_further])]),
+        with_gradient=len(rows_of_items),
     )
 
 
 @dataclass
 class BatchPreparation:
-    """Prepares batches for the pipeline.
+    """Prepares batches for the pipeline."""
 
-    Args:
-        config: configuration of the run.
-        store: content of the items, if any.
-        bank: memory bank of the items' vectors, if any.
-        vocabularies: bounded vocabularies, which map raw ids to rows.
-        group: the ranks that select items together.
-        negatives: sampler for a retrieval model with a softmax loss.
-    """
-
-    config: Config
-    store: ContentStore | None
-    bank: MemoryBank | None
-    vocabularies: BoundedVocabularies
-    group: dist.ProcessGroup | None = None
-    negatives: NegativeSampler | None = None
-
-    def __post_init__(self) -> None:
-        """Keep the content settings; None for the ID-only twin."""
-        content = self.config.content
-        self.content = content if isinstance(content, ContentSettings) else None
+    content: ContentSettings | None
+    store: ContentStore | None  # content of the items
+    bank: MemoryBank | None  # of the items' vectors
+    vocabularies: BoundedVocabularies  # map raw ids to rows
+    group: dist.ProcessGroup | None = None  # the ranks that select items together
+    negatives: NegativeSampler | None = None  # of a retrieval model with a softmax loss
+    index_dedup: bool = True  # whether lookups of histories are of unique ids
+    seed: int = 0  # of sampled items and negatives
 
     def __call__(
         self,
@@ -91,8 +145,7 @@ class BatchPreparation:
             unknown: counts ids that have no row of their own.
             first_step: the training step of the first batch.
             training: whether bounded vocabularies admit ids and items are sampled.
-            with_content: False if the items that this module selects get their vectors later, from
-                `ScoredItems`.
+            with_content: False if an `ItemVectorCache` supplies the vectors of selected items.
         """
         waiting: Callable[[], Batch] | None = None
         for step, batch in enumerate(batches, first_step):
@@ -114,9 +167,7 @@ class BatchPreparation:
         if self.content is None or not self.content.history.top_k or not has_history:
             return batch
         assert self.bank is not None
-        return shorten_histories(
-            batch, self.bank, self.content.history.top_k, self.config.embedding.index_dedup
-        )
+        return shorten_histories(batch, self.bank, self.content.history.top_k, self.index_dedup)
 
     def _with_items(self, batch: Batch, step: int, training: bool, with_content: bool) -> Batch:
         items = self.vocabularies.items
@@ -141,11 +192,9 @@ class BatchPreparation:
         return self.negatives(batch, self._draw(step), training)
 
     def _draw(self, step: int) -> tuple[int, int, int]:
-        """Return the seed of a step's random choices on this rank."""
-        return (self.config.seed, step, dist.get_rank(self.group))
+        return (self.seed, step, dist.get_rank(self.group))
 
     def _with_routes(self, batch: Batch, prepared: Batch, training: bool) -> Callable[[], Batch]:
-        """Exchange the routes of bank rows ahead, so that the step sends vectors only."""
         routes: Callable[[], Routes] | None = None
         if self.bank is not None:
             writes = prepared.bank_write_rows if training else None
@@ -164,11 +213,7 @@ class BatchPreparation:
         return finish
 
     def _weights(self, batch: Batch) -> Callable[[], Batch] | None:
-        """Sum the weights of all ranks' rows, by which the function returned scales. A collective.
-
-        Every loss is the mean over the rows of a rank, and gradients are averaged over ranks: with
-        weights of mean 1 both together are the weighted mean over the rows of all ranks.
-        """
+        """Return a function that divides weights by their mean over all ranks. A collective."""
         if batch.weights is None and batch.label_weights is None:
             return None
         columns = torch.cat([batch.row_weights.unsqueeze(1), batch.loss_weights], dim=1).double()
@@ -181,7 +226,7 @@ class BatchPreparation:
                 work.wait()
             means = totals / num_rows
             weights = (columns / means.where(means > 0, torch.inf)).float()
-            of_labels = None if batch.label_weights is None else weights[:, 1:].contiguous()
-            return replace(batch, weights=weights[:, 0].contiguous(), label_weights=of_labels)
+            label_weights = None if batch.label_weights is None else weights[:, 1:].contiguous()
+            return replace(batch, weights=weights[:, 0].contiguous(), label_weights=label_weights)
 
         return scaled

@@ -1,9 +1,9 @@
-"""ContentBranch: the content of a batch's items -> their content vectors, each item encoded once.
+"""The content branch: a batch's items -> their content vectors, each item encoded once.
 
-Encoders map each modality to tokens, a linear map per modality brings them to one width, the fusion
-computes one vector per unique item, and indices spread the vectors over targets and history.
-History vectors come from the memory bank (or from the encoder, mode `full`) through the history
-map. The branch holds no sharded module, so it is data-parallel under DistributedModelParallel.
+Encoders map each modality to tokens, and a linear map per modality brings them to one width. The
+fusion computes one vector per unique item; indices spread the vectors over targets and history.
+History vectors come from the memory bank (from the encoder in mode `full`) through the history map.
+The branch has no sharded module, so DistributedModelParallel keeps it data-parallel.
 
 Shapes: E items that this rank encodes, U unique history items, T tokens, D content dimension,
 M modalities, B batch, S sampled negatives, R items that this rank needs.
@@ -13,25 +13,102 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_to_all_single
+from torch.nn import functional as F
 
 from embeddings import MemoryBank
-from recsys.config import ContentSettings
-from recsys.content.encoders.base import Encoder
-from recsys.content.encoders.pooling import mean_token
+from recsys.config import ContentSettings, HistorySettings
+from recsys.content.encoders.base import Encoder, mean_token
 from recsys.content.fusion import build_fusion
-from recsys.content.history_map import HistoryMap
-from recsys.content.item_exchange import exchange_vectors
-from recsys.content.projection import Projection
 from recsys.content.vectors import ContentVectors, StoredHistory
 from recsys.data.items.content_input import ContentInput
 
-if TYPE_CHECKING:  # torchrec takes seconds to import, and encoding items does not need it
-    from recsys.data.batch import Batch
+if TYPE_CHECKING:
+    from recsys.data.batch import Batch, ItemExchange
+
+
+class Projection(nn.Linear):
+    """A linear map of inputs that fixed numbers first shift and scale; by default by 0 and 1.
+
+    Inputs of a large scale, such as unscaled features, need them: otherwise each optimizer step
+    would move the outputs by that scale.
+    """
+
+    shift: Tensor  # [E]
+    scale: Tensor  # []
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.register_buffer("shift", torch.zeros(in_features))
+        self.register_buffer("scale", torch.ones(()))
+
+    def scaled(self, inputs: Tensor) -> Tensor:  # [..., E] -> [..., E]
+        """Return the inputs, shifted and scaled."""
+        return (inputs - self.shift) * self.scale
+
+    def forward(self, inputs: Tensor) -> Tensor:  # [..., E] -> [..., D]
+        """Return the map of the shifted and scaled inputs."""
+        return super().forward(self.scaled(inputs))
+
+
+class HistoryMap(nn.Module):
+    """Maps content vectors of history items.
+
+    EM3 applies "LoRA in the sequential modelling of user content interest". Mode `bank_frozen`
+    keeps W0, the identity, so that history and target share a space. `bank_lora` adds peft's
+    low-rank map, v W0 + (alpha / r) v A B, which starts at zero. `bank_dense` and `full` train W0.
+    """
+
+    def __init__(self, dim: int, settings: HistorySettings) -> None:
+        super().__init__()
+        self.map = nn.Linear(dim, dim, bias=False)
+        nn.init.eye_(self.map.weight)
+        self.scaling: float | None = None  # alpha / r of the adapter, if there is one
+        self.map.requires_grad_(settings.mode in ("bank_dense", "full"))
+        if settings.mode == "bank_lora":
+            from peft import LoraConfig, inject_adapter_in_model
+
+            lora = LoraConfig(
+                r=settings.lora_rank,
+                lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
+                target_modules=["map"],
+            )
+            inject_adapter_in_model(lora, self)
+            self.scaling = settings.lora_alpha / settings.lora_rank
+
+    def forward(self, vectors: Tensor) -> Tensor:  # [U, D] -> [U, D]
+        """Return the mapped vectors."""
+        if self.scaling is None:
+            return self.map(vectors)
+        # peft's own forward does the same in more and smaller steps.
+        layer: Any = self.map
+        low = F.linear(vectors, layer.lora_A["default"].weight)
+        mapped = F.linear(vectors, layer.base_layer.weight)
+        return torch.addmm(mapped, low, layer.lora_B["default"].weight.T, alpha=self.scaling)
+
+    def matrix(self) -> Tensor:  # [D, D]
+        """Return the map as one matrix: `forward` of a vector v is matrix @ v."""
+        if self.scaling is None:
+            return self.map.weight
+        layer: Any = self.map
+        low, high = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
+        return torch.addmm(layer.base_layer.weight, high, low, alpha=self.scaling)
+
+
+def exchange_vectors(
+    vectors: Tensor, exchange: ItemExchange, group: dist.ProcessGroup
+) -> Tensor:  # [E, D] -> [R, D]
+    """Return the vectors that this rank needs, from their owners, with gradient. A collective."""
+    sent = vectors.index_select(0, exchange.rows)
+    received = sent.new_empty(sum(exchange.receive_counts), vectors.shape[1])
+    return all_to_all_single(
+        received, sent, exchange.receive_counts, exchange.send_counts, group=group
+    )
 
 
 class ContentBranch(nn.Module):
@@ -60,7 +137,6 @@ class ContentBranch(nn.Module):
         branch = ContentBranch({"photo": StoredFeatures(32)}, settings, bank)
         photos = ContentInput(torch.randn(5, 1, 32), torch.ones(5, 1, dtype=torch.bool))
         vectors = branch.encode({"photo": photos})  # [5, 32]: content vector, mean photo token
-        bank.update(torch.tensor([7, 8, 9, 40, 99]), vectors, step=0)
         # branch(batch), of a recsys.Batch, encodes its targets and reads its histories
     """
 
@@ -71,7 +147,6 @@ class ContentBranch(nn.Module):
         bank: MemoryBank | None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Build projections, fusion and history map around the encoders and the bank."""
         super().__init__()
         for name in encoders:
             if hasattr(nn.ModuleDict(), name):  # modules are its attributes
@@ -99,9 +174,9 @@ class ContentBranch(nn.Module):
     def encode(self, content: dict[str, ContentInput]) -> Tensor:
         """Encode unique items and return the vectors that the bank keeps, [E, D + M * D].
 
-        First the content vector, then the mean token of each modality (M = 0 without similarities):
-        for unseen items, cosines of single modalities are more informative than those of the fused
-        vector, which must first be learned.
+        The content vector is followed by the mean token of each modality (M = 0 without
+        similarities). For unseen items, their cosines tell more than those of the fused vector,
+        which must first be learned.
         """
         tokens, masks, modality, means = [], [], [], []
         for index, (name, encoder) in enumerate(self.encoders.items()):
@@ -117,11 +192,7 @@ class ContentBranch(nn.Module):
         return torch.cat([fused, *means], dim=1)
 
     def forward(self, batch: Batch) -> ContentVectors:
-        """Return the content vectors of a batch. A collective.
-
-        Ranks exchange items (`settings.dedup`) and the vectors that they write into the bank, so
-        all ranks call it equally often.
-        """
+        """Return the content vectors of a batch. A collective: all ranks call it equally often."""
         fresh = self._encode_items(batch)  # [E, D + M * D]
         if self.bank is None:
             items = self._at_their_ranks(fresh, batch)
@@ -156,16 +227,12 @@ class ContentBranch(nn.Module):
         if count is None or count >= len(batch.content_items):
             return self.encode(batch.content)
         trained = {name: part[:count] for name, part in batch.content.items()}
-        others = {name: part[count:] for name, part in batch.content.items()}
+        untrained = {name: part[count:] for name, part in batch.content.items()}
         with torch.no_grad():
-            refreshed = self.encode(others)
+            refreshed = self.encode(untrained)
         return torch.cat([self.encode(trained), refreshed])
 
     def _reading(self, bank: MemoryBank, batch: Batch) -> Callable[[], tuple[Tensor, ...]]:
-        """Return a function that reads ranked items, histories and negatives from the bank.
-
-        Its first call is a collective.
-        """
         ids = batch.read_items
         sizes = [len(batch.bank_items), len(batch.history_items)]
         sizes.append(len(ids) - sum(sizes))
@@ -202,17 +269,12 @@ class ContentBranch(nn.Module):
     def _at_their_ranks(
         self, items: Tensor, batch: Batch
     ) -> Tensor:  # [E, D + M * D] -> [R, D + M * D]
-        """Return the vectors that this rank needs, of its own items or sent by their owners.
-
-        A collective if items are exchanged.
-        """
         if batch.exchange is None:
             return items
         group = self.group or dist.group.WORLD
         assert group is not None
         return exchange_vectors(items, batch.exchange, group)
 
-    def _split(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Split bank rows [U, D + M * D] into content vectors [U, D] and mean tokens [U, M, D]."""
-        num_modalities = kept.shape[1] // self.dim - 1
-        return kept[:, : self.dim], kept[:, self.dim :].reshape(len(kept), num_modalities, self.dim)
+    def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        num_modalities = rows.shape[1] // self.dim - 1
+        return rows[:, : self.dim], rows[:, self.dim :].reshape(len(rows), num_modalities, self.dim)

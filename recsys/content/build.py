@@ -1,36 +1,42 @@
-"""Builds the parts of the content branch: prepared items, encoders and the memory bank."""
+"""Builds the parts of the content branch; fills the caches of `recsys cache` without training."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from typing import Literal
 
 from embeddings import MemoryBank, build_memory_bank
 from recsys.config import Config, ContentSettings, content_settings
 from recsys.content.cache.fill import cache_frozen_outputs
-from recsys.content.encoders.base import Encoder
+from recsys.content.encoders.base import CacheReport, Encoder
 from recsys.content.encoders.build import encoder_of
+from recsys.content.kinds.feature import Feature
 from recsys.data.filesystem import Location, home_expanded
 from recsys.data.items.content_store import ContentStore, ItemTable, default_cache
-from recsys.data.schema import Schema
+from recsys.data.schema import Schema, load_schema
+from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
 
 def build_content_store(
-    config: Config, content: ContentSettings, root: Location, schema: Schema, ranks: Ranks
+    content: ContentSettings,
+    root: Location,
+    schema: Schema,
+    ranks: Ranks,
+    cache: str | None = None,  # folder; None: the usual one
+    on_bad_row: Literal["error", "skip"] = "error",
 ) -> tuple[ContentStore, dict[str, Encoder]]:
     """Prepare the items once per machine and build the encoders. A collective.
-
-    Texts are tokenised, images decoded, and frozen layers run, unless a cache has their outputs.
 
     Raises:
         ValueError: on every rank, when one cannot use its items or encoders.
     """
     with ranks.raise_on_all_ranks():
-        cache = home_expanded(config.cache) if config.cache else default_cache()
-        items = ItemTable(root, schema, config.on_bad_row)
-        store = ContentStore(items, content.modalities, cache)
+        folder = home_expanded(cache) if cache else default_cache()
+        store = ContentStore(ItemTable(root, schema, on_bad_row), content.modalities, folder)
     encoders: dict[str, Encoder] = {}
     for name, modality in content.modalities.items():
         kind = store.kinds[name]
@@ -54,9 +60,65 @@ def build_content(
     content = content_settings(config)
     if content is None:
         return None, {}, None
-    store, encoders = build_content_store(config, content, root, schema, ranks)
+    store, encoders = build_content_store(
+        content, root, schema, ranks, config.cache, config.on_bad_row
+    )
     if content.history.mode == "full":
         return store, encoders, None
     sizes = schema.num_items, content.vector_dim
     bank = build_memory_bank(*sizes, ranks.device, ranks.group, content.history.bank)
     return store, encoders, bank
+
+
+def fill_caches(config: Config, data: str, ranks: Ranks) -> dict[str, CacheReport | None]:
+    """Fill missing caches and print a line per modality. A collective.
+
+    Returns by modality the report on the cache of its encoder's frozen part; None without a cache.
+
+    Raises:
+        ValueError: on every rank, if the configuration has no content or the data cannot be used.
+    """
+    content = content_settings(config)
+    if content is None:
+        raise ValueError(
+            "content is none: there is nothing to cache; give a configuration with content"
+        )
+    with ranks.raise_on_all_ranks():
+        root = Location.of(data)
+        schema = load_schema(root)
+    store, encoders = build_content_store(
+        content, root, schema, ranks, config.cache, config.on_bad_row
+    )
+    reports = {name: encoder.cache_report for name, encoder in encoders.items()}
+    if ranks.is_first:
+        print_table("\n".join(_line(name, report, store) for name, report in reports.items()))
+    return reports
+
+
+def _line(name: str, report: CacheReport | None, store: ContentStore) -> str:
+    if report is None:
+        folder, items = store.folders[name], int((store.arrays[name].lengths > 0).sum())
+        size = _size(items, sum(path.stat().st_size for path in folder.iterdir()), folder)
+        return f"{name}: {size}; {_why_nothing_is_encoded(name, store)}"
+    size = _size(report.items, report.num_bytes, report.folder)
+    if not report.encoded:
+        return f"{name}: {size}; was already there"
+    rate = report.encoded / report.seconds
+    return (
+        f"{name}: {size}; {report.encoded:,} encoded in {report.seconds:,.1f} s, "
+        f"{rate:,.0f} items/s"
+    )
+
+
+def _size(items: int, num_bytes: int, folder: Path) -> str:
+    return f"{items:,} items, {num_bytes:,} bytes in {folder}"
+
+
+def _why_nothing_is_encoded(name: str, store: ContentStore) -> str:
+    kind = store.kinds[name]
+    modality = kind.modality
+    if isinstance(kind, Feature):
+        return "features need no encoder"
+    if modality.training == "full":
+        return "all layers train, so only their input is kept"
+    return "cache_frozen_layers is false, so only the input of the encoder is kept"

@@ -1,7 +1,6 @@
 """Dropout whose mask is cheap to draw on CPU.
 
-torch draws the mask of `nn.Dropout` on CPU from a Bernoulli distribution in double precision, which
-takes three times as long as uniform numbers in single precision.
+`nn.Dropout` draws its mask on CPU in double precision, which takes three times as long.
 """
 
 from __future__ import annotations
@@ -11,12 +10,7 @@ from torch import Tensor, nn
 
 
 class Dropout(nn.Dropout):
-    """Dropout like `nn.Dropout`: in training an element is zero with probability p, else scaled up.
-
-    Example::
-
-        Dropout(0.5)(torch.ones(2, 2))  # zeros and twos
-    """
+    """`nn.Dropout`: in training an element is zero with probability p, else it is scaled up."""
 
     def forward(self, input: Tensor) -> Tensor:  # any shape -> same shape
         """Return the input with some elements zero in training."""

@@ -1,9 +1,9 @@
 """Initialises each modality's projection with the principal components of its encoder's outputs.
 
 A random map to a few dimensions loses most of the information in a pretrained encoder's output,
-cosines included; the leading components, scaled to unit variance, keep as much as a linear map can.
-Training continues from there. Content that is equal for all items has no components: nothing of it
-is scaled up, and a warning names it.
+cosines included. The leading components, scaled to unit variance, keep as much as a linear map can;
+training continues from there. Content that is equal for all items has no components: it is not
+scaled up, and a warning names it.
 
 Shapes: S sampled items, E width of the encoder, D content dimension, K components.
 """
@@ -19,10 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recsys.config import ModalitySettings
-from recsys.content.branch import ContentBranch
-from recsys.content.encoders.base import Encoder
-from recsys.content.encoders.pooling import mean_token
-from recsys.content.projection import Projection
+from recsys.content.branch import ContentBranch, Projection
+from recsys.content.encoders.base import Encoder, mean_token
 from recsys.data.item_frequency import ItemCounts
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.equal_content import digests_of, is_mostly_equal, share_of_most_common
@@ -49,14 +47,8 @@ def start_projections(
     """Set weights and biases from a sample of the items, equal on all ranks. A collective.
 
     Logs a warning for each modality whose content is equal for most of the sampled items.
-
-    Args:
-        branch: its projections are set.
-        store: the items.
-        ranks: of the job.
-        modalities: those of which the projections are set; None: all.
-        trained: training rows by item, those of rank 0 count; items without came later and are not
-            sampled.
+    `modalities` limits which projections are set. `trained`, the training rows by item of rank 0,
+    excludes items without rows: they came later.
     """
     ids = np.sort(store.items.ids)
     if trained is not None and (has_rows := trained.of(ids) > 0).any():
@@ -72,7 +64,7 @@ def start_projections(
         assert isinstance(encoder, Encoder) and isinstance(projection, Projection)
         outputs, digests = _mean_outputs(encoder, name, share, store, ranks)
         outputs = gather_rows(outputs, ranks.group)
-        digests = [digest for of_rank in ranks.gather(digests) for digest in of_rank]
+        digests = [digest for rank_digests in ranks.gather(digests) for digest in rank_digests]
         if len(set(digests)) == 1:  # differences between the outputs are rounding
             outputs = outputs[:1].expand_as(outputs)
         start_at_components(projection, outputs)
@@ -100,7 +92,6 @@ def _mean_outputs(
 
 
 def _warn_of_equal_items(modality: ModalitySettings, name: str, digests: list[bytes]) -> None:
-    """Log a warning if most items have equal content."""
     share = share_of_most_common(digests)
     if not is_mostly_equal(share, len(digests)):
         return
@@ -141,7 +132,7 @@ def whitening_map(
     """Return weight and bias that give the leading principal components mean 0 and variance 1.
 
     Directions in which the outputs differ by rounding alone get weights of norm 1 at most. `size`,
-    the root mean square length of the outputs before they were centred, decides what is rounding.
+    the root mean square length of the outputs before centring, decides what is rounding.
     """
     center = outputs.mean(dim=0)
     _, singular, directions = torch.linalg.svd(outputs - center, full_matrices=False)

@@ -30,27 +30,18 @@ class StoredHistory(NamedTuple):
 class ContentVectors:
     """Content vectors and, for similarities, the mean token of each of the M modalities.
 
-    Args:
-        target: [B, D], with gradient into fusion and encoders.
-        history: [U, D], vectors of the batch's `history_items` after the history map; None if
-            `read` is given.
-        target_modalities: [B, M, D]; zero where an item lacks a modality, and M = 0 if
-            `content.history.similarity_features` is off.
-        history_modalities: [U, M, D], likewise; None if `read` is given.
-        negatives: [S, D], from the bank and without gradient; None if no negatives are sampled.
-        negative_modalities: [S, M, D], likewise.
-        read: returns `history` and `history_modalities` at the first call of `read_history`.
-        read_stored: the same vectors before the history map, for kernels that apply the map
-            elsewhere; None where they are not read from a memory bank. A collective like `read`.
+    Either `history` and `history_modalities` are given, or `read`, which returns both at the first
+    call of `read_history`. M = 0 if `content.history.similarity_features` is off.
     """
 
-    target: Tensor
-    history: InitVar[Tensor | None]
-    target_modalities: Tensor
-    history_modalities: InitVar[Tensor | None]
-    negatives: Tensor | None = None
-    negative_modalities: Tensor | None = None
+    target: Tensor  # [B, D], with gradient into fusion and encoders
+    history: InitVar[Tensor | None]  # [U, D], of `history_items`, after the history map
+    target_modalities: Tensor  # [B, M, D]; zero where an item lacks a modality
+    history_modalities: InitVar[Tensor | None]  # [U, M, D]
+    negatives: Tensor | None = None  # [S, D], from the bank, without gradient
+    negative_modalities: Tensor | None = None  # [S, M, D]
     read: InitVar[ReadHistory | None] = None
+    # The history before its map, for kernels that apply it elsewhere; a collective like `read`.
     read_stored: Callable[[], StoredHistory] | None = None
 
     def __post_init__(
@@ -59,19 +50,17 @@ class ContentVectors:
         history_modalities: Tensor | None,  # [U, M, D]
         read: ReadHistory | None,
     ) -> None:
-        """Keep the function that reads the history; it runs once."""
         if read is None:
             assert history is not None and history_modalities is not None
-            known = history, history_modalities
-            read = lambda: known  # noqa: E731
+            vectors = history, history_modalities
+            read = lambda: vectors  # noqa: E731
         self._read = functools.cache(read)
 
     def read_history(self) -> tuple[Tensor, Tensor]:  # [U, D], [U, M, D]
-        """Return the vectors of the history items and their modalities' mean tokens.
+        """Return [U, D] vectors of the history items and [U, M, D] mean tokens of their modalities.
 
-        A collective: the first call may read a memory bank that is sharded over the ranks, so
-        either all ranks call it or none does, independent of their data. Later calls return the
-        same tensors. The first call may wait for vectors that other ranks have just computed, so a
-        ranking model makes it late.
+        A collective: the first call may read a bank that is sharded over the ranks, so either all
+        ranks call it or none does, whatever their data. It may wait for vectors that other ranks
+        have just computed, so a ranking model calls it late. Later calls return the same tensors.
         """
         return self._read()

@@ -1,10 +1,8 @@
 """Wraps a module's `forward` in place, visibly in `print`.
 
 The module's class becomes a subclass of itself with a wrapper in front, as in torch's
-`fully_shard`: parameters, names in checkpoints, hooks and `isinstance` stay as they are, and
-`print(model)` shows the wrapper, such as `InBfloat16FusionQFormer(...)`.
-
-A model is wrapped in one order, from the inside out:
+`fully_shard`: parameters, names in checkpoints, hooks and `isinstance` stay as they are. A model is
+wrapped from the inside out:
 
 1. `layer_split.AtCut`: the frozen layers below the cut of an encoder, as it is built;
 2. peft's adapters, which replace linear maps inside the trained layers;
@@ -25,30 +23,13 @@ from torch import nn
 
 @functools.cache
 def _wrapped_class(wrapper: Any, base: Any) -> Any:
-    """Return one class for all modules of a class, so that `print` can fold equal modules."""
     return type(base)(f"{wrapper.__name__}{base.__name__}", (wrapper, base), {})
 
 
 def wrap(module: nn.Module, wrapper: type[nn.Module]) -> None:
     """Put `wrapper` in front of the module's class.
 
-    Args:
-        module: a module that does not have this wrapper yet.
-        wrapper: its `forward(*arguments, **named)` may call `super().forward`; it has no
-            `__init__` of its own.
-
-    Example::
-
-        from torch import nn
-        from recsys.content.wrap import wrap
-
-        class Doubled(nn.Module):
-            def forward(self, *arguments):
-                return 2 * super().forward(*arguments)
-
-        layer = nn.Linear(2, 2)
-        wrap(layer, Doubled)
-        print(layer)  # DoubledLinear(in_features=2, out_features=2, bias=True)
+    `wrapper.forward(*arguments, **keywords)` may call `super().forward`; it has no `__init__`.
     """
     assert not isinstance(module, wrapper), f"wrapped in {wrapper.__name__} already"
     module.__class__ = _wrapped_class(wrapper, type(module))  # type: ignore[arg-type]

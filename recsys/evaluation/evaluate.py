@@ -20,7 +20,7 @@ from torch import Tensor
 from recsys.build import SPLITS, Job
 from recsys.config import BestModelBy, RankingSettings
 from recsys.config.ranking import softmax_settings
-from recsys.content.bank_fill import encode_into_bank
+from recsys.content.item_vectors import encode_into_bank
 from recsys.data.batch import Batch
 from recsys.data.filesystem import Location
 from recsys.data.interactions import Interactions, loader

@@ -1,6 +1,6 @@
 """Runs the model over batches without training, for scoring, retrieval and the dry run.
 
-The weights do not change meanwhile: each item is encoded once in a pass (`ScoredItems`), the losses
+The weights do not change: each item is encoded once in a pass (`ItemVectorCache`), the losses
 are not computed, and a batch has more rows than in training, as no gradient is kept.
 
 Shapes: B batch, C labels, N rows.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from recsys.build import Job
-from recsys.content.cache.scored_items import ScoredItems
+from recsys.content.item_vectors import ItemVectorCache
 from recsys.data.batch import Batch
 from recsys.data.row_source import RowSource
 from recsys.data.vocabularies import UnknownIds
@@ -58,7 +58,7 @@ def forward_pass(
     )
     content, store = job.em3.content, job.store
     if encodes_once and content is not None and store is not None:
-        batches = ScoredItems(content, store, job.ranks.device)(batches)
+        batches = ItemVectorCache(content, store, job.ranks.device)(batches)
     shown = job.ranks.is_first and total is not None
     bar = progress_bar(total or 0, f"{place}es", shown, leave=False)
     with bar, lockstep.watchdog.armed(), job.em3.losses.left_out():

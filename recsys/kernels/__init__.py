@@ -4,26 +4,15 @@ Each kernel is an operator of torch.library with a fake kernel and a backward, s
 `torch.compile` sees it. The slow reference is the layer that calls it.
 """
 
-from recsys.kernels.checks import result_dtype
-from recsys.kernels.choice import choose_kernels, has_native, rounds_products
-from recsys.kernels.content_interest import native_content_interest
-from recsys.kernels.contrastive import native_in_batch_contrastive
-from recsys.kernels.dot_interaction import native_dot_interaction
-from recsys.kernels.few_token_attention import native_few_token_attention
-from recsys.kernels.fusion import AttentionSettings, native_fusion
-from recsys.kernels.target_attention import ScoreWeights, native_target_attention
-
-__all__ = [
-    "AttentionSettings",
-    "ScoreWeights",
-    "choose_kernels",
-    "has_native",
-    "native_content_interest",
-    "native_dot_interaction",
-    "native_few_token_attention",
-    "native_fusion",
-    "native_in_batch_contrastive",
-    "native_target_attention",
-    "result_dtype",
-    "rounds_products",
-]
+from recsys.kernels.choice import choose_kernels as choose_kernels
+from recsys.kernels.choice import has_native as has_native
+from recsys.kernels.choice import rounds_products as rounds_products
+from recsys.kernels.content_interest import native_content_interest as native_content_interest
+from recsys.kernels.contrastive import native_in_batch_contrastive as native_in_batch_contrastive
+from recsys.kernels.dot_interaction import native_dot_interaction as native_dot_interaction
+from recsys.kernels.fusion import AttentionSettings as AttentionSettings
+from recsys.kernels.fusion import native_few_token_attention as native_few_token_attention
+from recsys.kernels.fusion import native_fusion as native_fusion
+from recsys.kernels.operators import result_dtype as result_dtype
+from recsys.kernels.target_attention import ScoreWeights as ScoreWeights
+from recsys.kernels.target_attention import native_target_attention as native_target_attention

@@ -8,15 +8,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from recsys.kernels.checks import FLOATS, is_forward_mode
 from recsys.kernels.compiler import CompileError, load_kernels
+from recsys.kernels.operators import FLOATS, is_forward_mode
 
 logger = logging.getLogger(__name__)
 
 Kernels = Literal["auto", "torch", "native"]
 
 
-class _Chosen:
+class _KernelChoice:
     """The choice of this process."""
 
     kernels: Kernels = "auto"
@@ -27,27 +27,18 @@ class _Chosen:
 def choose_kernels(kernels: Kernels, device: str = "cpu") -> None:
     """Set the kernels of this process; models read it at each call.
 
-    Args:
-        kernels: auto: native kernels where they can be compiled, at the first use; torch: the
-            PyTorch reference; native: native kernels, loaded now.
-        device: cpu or cuda, whose kernels `native` loads.
+    auto: native kernels where they can be compiled, at the first use; torch: the PyTorch reference;
+    native: native kernels of the device, cpu or cuda, loaded now.
 
     Raises:
         ValueError: native kernels cannot be compiled, or triton is missing.
-
-    Example::
-
-        from recsys.kernels import choose_kernels
-
-        choose_kernels("torch")  # the reference from here on
-        choose_kernels("auto")
     """
-    _Chosen.kernels = kernels
+    _KernelChoice.kernels = kernels
     if kernels != "native":
         return
     if device == "cuda":
         _load_for_cuda()
-    elif not _Chosen.are_loaded:
+    elif not _KernelChoice.are_loaded:
         try:
             load_kernels()
         except CompileError as error:
@@ -55,32 +46,23 @@ def choose_kernels(kernels: Kernels, device: str = "cpu") -> None:
                 f"kernels is native, but {error}; install a C++ compiler (Debian: g++; another one "
                 "is named by the environment variable CXX), or set kernels to auto or torch"
             ) from error
-        _Chosen.are_loaded = True
+        _KernelChoice.are_loaded = True
 
 
 def has_native(*tensors: Tensor) -> bool:
     """Return whether native kernels compute these inputs: of one device, and no float64.
 
-    PyTorch computes while a forward-mode derivative is, which kernels have not.
-
-    Loads the kernels for CPU at the first call, where the setting permits. Those for CUDA are used
-    by `native` alone, as they have been measured on no GPU. A graph that torch.export writes has
-    the reference, so that a package loads where no compiler is.
-
-    Example::
-
-        import torch
-        from recsys.kernels import has_native
-
-        has_native(torch.zeros(2, dtype=torch.float64))  # False
+    Loads the kernels for CPU at the first call, where the setting permits. Kernels for CUDA need
+    `native`: no GPU has measured them. Forward-mode derivatives are PyTorch's, and so are graphs of
+    torch.export: a package loads where no compiler is.
     """
-    if _Chosen.kernels == "torch" or torch.compiler.is_exporting() or is_forward_mode():
+    if _KernelChoice.kernels == "torch" or torch.compiler.is_exporting() or is_forward_mode():
         return False
     if any(part.dtype not in FLOATS for part in tensors):
         return False
     devices = {part.device.type for part in tensors}
     if devices == {"cuda"}:
-        return _Chosen.kernels == "native" and _Chosen.cuda_loaded
+        return _KernelChoice.kernels == "native" and _KernelChoice.cuda_loaded
     return devices == {"cpu"} and _are_loaded()
 
 
@@ -89,14 +71,6 @@ def rounds_products(device: torch.device) -> bool:
 
     Kernels then round both factors of their matrix products and add in float32, where the processor
     has an instruction for it; everything else stays in float32.
-
-    Example::
-
-        import torch
-        from recsys.kernels import rounds_products
-
-        with torch.autocast("cpu", torch.bfloat16):
-            rounds_products(torch.device("cpu"))  # True
     """
     return (
         torch.is_autocast_enabled(device.type)
@@ -107,25 +81,20 @@ def rounds_products(device: torch.device) -> bool:
 @torch.compiler.assume_constant_result
 def _are_loaded() -> bool:
     """Load the kernels at the first call; warn in one line if that is not possible."""
-    if _Chosen.are_loaded is None:
+    if _KernelChoice.are_loaded is None:
         try:
             load_kernels()
-            _Chosen.are_loaded = True
+            _KernelChoice.are_loaded = True
         except CompileError as error:
             logger.warning(
                 "native kernels are not used, PyTorch computes in their place: %s", error
             )
-            _Chosen.are_loaded = False
-    return _Chosen.are_loaded
+            _KernelChoice.are_loaded = False
+    return _KernelChoice.are_loaded
 
 
 def _load_for_cuda() -> None:
-    """Register the Triton kernels for CUDA.
-
-    Raises:
-        ValueError: triton is not installed.
-    """
-    if _Chosen.cuda_loaded:
+    if _KernelChoice.cuda_loaded:
         return
     try:
         from recsys.kernels import triton_attention, triton_dot_interaction
@@ -140,4 +109,4 @@ def _load_for_cuda() -> None:
     ):
         for operator in (name, f"{name}_backward"):
             torch.library.impl(f"recsys::{operator}", "cuda")(getattr(module, operator))
-    _Chosen.cuda_loaded = True
+    _KernelChoice.cuda_loaded = True

@@ -1,12 +1,10 @@
 """Compile the C++ kernels once, at first use, and load them in every later process.
 
-The shared library is in the folder of torch's extensions (`TORCH_EXTENSIONS_DIR`, by default
-`~/.cache/torch_extensions`), under a hash of the sources, the flags, the compiler's path and
-version, torch's version and the processor's features: `-march=native` code of one machine may not
-run on another that shares the folder. Processes that start at once wait at a file lock for the one
-that compiles. The compiler is called directly, since `torch.utils.cpp_extension.load` needs ninja;
-paths of headers and libraries are those of that module. The sources include headers of torch's
-stable ABI alone, which take a few seconds.
+The shared library is in `TORCH_EXTENSIONS_DIR` (by default `~/.cache/torch_extensions`), under a
+hash of sources, flags, the compiler's path and version, torch's version and the processor's
+features: `-march=native` code of one machine may not run on another that shares the folder.
+Processes that start at once wait at a file lock for the one that compiles. The compiler is called
+directly, since `torch.utils.cpp_extension.load` needs ninja.
 """
 
 from __future__ import annotations
@@ -60,11 +58,6 @@ def load_kernels() -> None:
 
 
 def _folder() -> Path:
-    """Return the folder of the build for these sources, this compiler, torch and processor.
-
-    Raises:
-        CompileError: no compiler is found, or it names no version.
-    """
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
     compiler = _compiler()
@@ -76,11 +69,6 @@ def _folder() -> Path:
 
 
 def _compiler() -> list[str]:
-    """Return the words of the compiler's command, which CXX names.
-
-    Raises:
-        CompileError: a quotation in it has no end.
-    """
     command = os.environ.get("CXX", "c++")
     try:
         return shlex.split(command) or ["c++"]
@@ -89,37 +77,30 @@ def _compiler() -> list[str]:
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run the compiler.
-
-    Raises:
-        CompileError: it is not found, fails, or exceeds the time limit.
-    """
     environment = os.environ | {"LC_ALL": "C"}  # the same text in every language
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command, capture_output=True, text=True, timeout=TIME_LIMIT, env=environment
         )
     except subprocess.TimeoutExpired as error:
         raise CompileError(f"{command[0]} took more than {TIME_LIMIT:.0f} s") from error
     except OSError as error:
         raise CompileError(f"C++ compiler '{command[0]}' not found") from error
-    if done.returncode:
-        raise CompileError(f"{command[0]} failed: {_first_line(done.stderr)}")
-    return done
+    if process.returncode:
+        raise CompileError(f"{command[0]} failed: {_first_line(process.stderr)}")
+    return process
 
 
 def _processor() -> str:
-    """Return the features of the processor that `-march=native` compiles for."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    wanted = ("cpu family", "flags", "Features", "model\t", "vendor_id")
-    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+    keys = ("cpu family", "flags", "Features", "model\t", "vendor_id")
+    return "\n".join(sorted({line for line in lines if line.startswith(keys)}))
 
 
 def _compile(library: Path) -> None:
-    """Compile into a temporary file, which then takes the library's name."""
     # Imported here, as it imports setuptools, which a process with a build does not need.
     from torch.utils import cpp_extension
 
@@ -132,16 +113,15 @@ def _compile(library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
         command = [*compiler, *FLAGS, *includes, *sources, "-o", str(built)]
-        done = _run([*command, *libraries, "-ltorch_cpu", "-lc10"])
+        process = _run([*command, *libraries, "-ltorch_cpu", "-lc10"])
         built.replace(library)
-    if done.stderr.strip():
-        logger.warning("%s warns of the kernels:\n%s", compiler[0], done.stderr.strip())
+    if process.stderr.strip():
+        logger.warning("%s warns of the kernels:\n%s", compiler[0], process.stderr.strip())
     logger.info(
         "kernels compiled with %s in %.1f s: %s", compiler[0], time.monotonic() - start, library
     )
 
 
 def _first_line(text: str) -> str:
-    """Return the first line that names an error, or else the first line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return next((line for line in lines if "error" in line), lines[0] if lines else "no message")

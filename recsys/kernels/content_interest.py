@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recsys.kernels.checks import (
+from recsys.kernels.operators import (
     as_float32,
     as_int64,
+    empty_like_each,
     refuse_gradient,
-    refuse_second_derivative,
+    register,
 )
 
 _INPUTS = (
@@ -38,55 +39,30 @@ torch.library.define(
 
 
 def native_content_interest(
-    queries: Tensor,  # [B, 1 + S, D]
-    items: Tensor,  # [U, max(S, 1) * D or more]
-    map_: Tensor,  # [D, D]
-    index: Tensor,  # int64 [N]
-    offsets: Tensor,  # int64 [B + 1]
-    of_lists: Tensor,  # [B, P]
-    parallel: Tensor,  # [N, P]
+    queries: Tensor,  # [B, 1 + S, D]: of the attention, then a unit vector in each space
+    items: Tensor,  # [U, max(S, 1) * D or more], without gradient: a vector per space
+    map_: Tensor,  # [D, D], M of the first vectors, which `items` has before the map
+    index: Tensor,  # int64 [N], the item at each place, one row after the other
+    offsets: Tensor,  # int64 [B + 1]; places of a row are `offsets[b]` to `offsets[b + 1]`
+    list_factors: Tensor,  # [B, P], factors of the parallel lists in the scores
+    parallel: Tensor,  # [N, P], numbers beside each place, without gradient
 ) -> tuple[Tensor, Tensor]:  # [B, D + P], [B, S * F]
     """Return attention's weighted sums and the similarity features, in float32, by a kernel.
 
     The sums are those of the items' first vectors and of the parallel lists, by softmax weights of
-    the scores `queries[b, 0] . v + of_lists[b] . parallel[n]`. The features are those of
+    the scores `queries[b, 0] . v + list_factors[b] . parallel[n]`. The features are those of
     `recsys.ranking.layers.content_interest.similarity_features` for the cosines of each space.
-
-    Args:
-        queries: a row's query of the attention, then its unit vector in each space. Those that meet
-            the first vector have passed the transposed map.
-        items: rows of unique items, which get no gradient: a vector of D numbers per space, the
-            first of them not yet mapped.
-        map_: the map M of the first vectors; their cosines are divided by the length of M v.
-        index: the item at each place, one row after the other.
-        offsets: places of a row are `offsets[b]` to `offsets[b + 1]`.
-        of_lists: factors of the parallel lists in the scores.
-        parallel: numbers beside each place, which get no gradient.
-
-    Raises:
-        ValueError: an input is of a type that kernels do not read.
-
-    Example::
-
-        import torch
-        from recsys.kernels import has_native, native_content_interest
-
-        queries, items = torch.rand(2, 2, 4), torch.rand(3, 4)
-        index, offsets = torch.tensor([0, 2, 0]), torch.tensor([0, 2, 3])
-        if has_native(queries, items):
-            liked, factors = torch.ones(3, 1), torch.zeros(2, 1)
-            inputs = (queries, items, torch.eye(4), index, offsets, factors, liked)
-            native_content_interest(*inputs)  # [2, 5], [2, 7]
+    Queries that meet the first vector have passed the transposed map; its cosines are divided by
+    the length of M v.
     """
     operator = "content_interest"
     vectors = as_float32(operator, queries=queries, items=items, map=map_)
     places = as_int64(operator, index=index, offsets=offsets)
-    lists = as_float32(operator, of_lists=of_lists, parallel=parallel)
+    lists = as_float32(operator, of_lists=list_factors, parallel=parallel)
     sums, features, *_ = torch.ops.recsys.content_interest(*vectors, *places, *lists)
     return sums, features
 
 
-@torch.library.register_fake("recsys::content_interest")
 def _fake(queries: Tensor, items: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
     _, index, _, _, parallel = rest
     batch, spaces, dim = queries.shape[0], queries.shape[1] - 1, queries.shape[2]
@@ -100,35 +76,32 @@ def _fake(queries: Tensor, items: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-@torch.library.register_fake("recsys::content_interest_backward")
 def _fake_backward(*inputs: Tensor) -> tuple[Tensor, ...]:
-    *_, queries, _, map_, _, _, of_lists, _ = inputs
-    return tuple(part.new_empty(part.shape) for part in (queries, map_, of_lists))
+    *_, queries, _, map_, _, _, list_factors, _ = inputs
+    return empty_like_each((queries, map_, list_factors))
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
     refuse_gradient("content_interest", items=inputs[1], parallel=inputs[6])
-    kept = output[2:]
-    ctx.save_for_backward(*kept, *inputs)
-    ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)  # no zeros for what is kept
+    ctx.save_for_backward(*output[2:], *inputs)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)  # no zeros for saved tensors
     ctx.widths = [part.shape[1] for part in output[:2]]
 
 
 def _backward(
-    ctx: Any, of_sums: Tensor | None, of_features: Tensor | None, *of_kept: None
+    ctx: Any, sums: Tensor | None, features: Tensor | None, *unused: None
 ) -> tuple[Tensor | None, ...]:
-    del of_kept
+    del unused
     queries = ctx.saved_tensors[3]
-    of_outputs = [
+    gradients = [
         queries.new_zeros(queries.shape[0], width) if gradient is None else gradient
-        for gradient, width in zip((of_sums, of_features), ctx.widths)
+        for gradient, width in zip((sums, features), ctx.widths)
     ]
-    of_queries, of_map, of_lists = torch.ops.recsys.content_interest_backward(
-        *of_outputs, *ctx.saved_tensors
+    to_queries, to_map, to_factors = torch.ops.recsys.content_interest_backward(
+        *gradients, *ctx.saved_tensors
     )
-    return (of_queries, None, of_map, None, None, of_lists, None)
+    return (to_queries, None, to_map, None, None, to_factors, None)
 
 
-torch.library.register_autograd("recsys::content_interest", _backward, setup_context=_save)
-refuse_second_derivative("content_interest")
+register("content_interest", _fake, _fake_backward, _save, _backward)

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recsys.kernels.checks import as_float32, as_int64, refuse_second_derivative, result_dtype
+from recsys.kernels.operators import (
+    as_float32,
+    as_int64,
+    empty_like_each,
+    register,
+    result_dtype,
+    row_stride,
+)
 
 _INPUTS = "Tensor content, Tensor ids, Tensor items, Tensor sharpness, bool normalize"
 torch.library.define(
@@ -24,7 +31,7 @@ torch.library.define(
     f"(Tensor gradient, Tensor logs, Tensor kept, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
 )
 
-MAX_KEPT_BYTES = 16 << 20  # of the logits; the backward computes more of them again
+MAX_LOGIT_BYTES = 16 << 20  # saved for the backward, which computes more of them again
 
 
 def native_in_batch_contrastive(
@@ -38,21 +45,8 @@ def native_in_batch_contrastive(
 
     Rows of the same item and padding rows, whose item is -1, are never negatives. Computed in
     float32; the result has the type of the vectors, and under autocast float32.
-
-    Raises:
-        ValueError: an input is of a type that kernels do not read.
-
-    Example::
-
-        import torch
-        from recsys.kernels import has_native, native_in_batch_contrastive
-
-        content, ids = torch.rand(3, 8), torch.rand(3, 8)
-        items, sharpness = torch.tensor([4, 5, 4]), torch.tensor(10.0)
-        if has_native(content, ids):
-            native_in_batch_contrastive(content, ids, items, sharpness, normalize=True)  # [3]
     """
-    keeps_logits = torch.is_grad_enabled() and 4 * items.numel() ** 2 <= MAX_KEPT_BYTES
+    keeps_logits = torch.is_grad_enabled() and 4 * items.numel() ** 2 <= MAX_LOGIT_BYTES
     operator = "in_batch_contrastive"
     *sides, factor = as_float32(operator, content=content, ids=ids, sharpness=sharpness)
     (rows,) = as_int64(operator, items=items)
@@ -62,38 +56,33 @@ def native_in_batch_contrastive(
     return losses.to(result_dtype(content, ids))
 
 
-@torch.library.register_fake("recsys::in_batch_contrastive")
 def _fake(content: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, keeps_logits = rest
     batch = content.shape[0]
-    whole = (batch + 15) // 16 * 16  # `distance_of` of the C++ code
-    distance = whole + 16 if whole >= 128 else whole
-    kept = content.new_empty(batch if keeps_logits else 0, distance)
-    return content.new_empty(batch), content.new_empty(2, batch), kept
+    logits = content.new_empty(batch if keeps_logits else 0, row_stride(batch))
+    return content.new_empty(batch), content.new_empty(2, batch), logits
 
 
-@torch.library.register_fake("recsys::in_batch_contrastive_backward")
 def _fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
     *_, content, ids, _, sharpness, _ = inputs
-    return tuple(part.new_empty(part.shape) for part in (content, ids, sharpness))
+    return empty_like_each((content, ids, sharpness))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *read, ctx.normalize, _ = inputs
     ctx.save_for_backward(*output[1:], *read)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # no zeros for what is kept
+    ctx.set_materialize_grads(False)  # no zeros for saved tensors
 
 
-def _backward(ctx: Any, gradient: Tensor | None, *of_kept: None) -> tuple[Tensor | None, ...]:
-    del of_kept
+def _backward(ctx: Any, gradient: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+    del unused
     if gradient is None:  # of a result that nothing reads
         return (None,) * 6
-    of_content, of_ids, of_sharpness = torch.ops.recsys.in_batch_contrastive_backward(
+    content, ids, sharpness = torch.ops.recsys.in_batch_contrastive_backward(
         gradient, *ctx.saved_tensors, ctx.normalize
     )
-    return (of_content, of_ids, None, of_sharpness, None, None)
+    return (content, ids, None, sharpness, None, None)
 
 
-torch.library.register_autograd("recsys::in_batch_contrastive", _backward, setup_context=_save)
-refuse_second_derivative("in_batch_contrastive")
+register("in_batch_contrastive", _fake, _fake_backward, _save, _backward)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recsys.kernels.checks import as_float32, refuse_second_derivative, result_dtype
+from recsys.kernels.operators import as_float32, empty_like_each, register, result_dtype
 
 torch.library.define("recsys::dot_interaction", "(Tensor dense, Tensor[] sparse) -> Tensor")
 torch.library.define(
@@ -25,48 +25,33 @@ torch.library.define(
 
 def native_dot_interaction(
     dense: Tensor,  # [B, D]
-    sparse: Tensor | Sequence[Tensor],  # [B, F, D], or F tensors [B, D]
+    sparse: Tensor | Sequence[Tensor],  # [B, F, D], or F tensors [B, D], read where they are
 ) -> Tensor:  # [B, D + I]
     """Return the dense vector and the dot products of the pairs (i, j), i < j, by a kernel.
 
-    Vectors of a list are read where they are, such as in the result of a lookup of all tables.
-    The kernel computes in float32. The result has the type that PyTorch's operations give: under
-    autocast the wider one of `dense` and autocast's type, and else that of all vectors.
-
-    Raises:
-        ValueError: a vector is of a type that kernels do not read.
-
-    Example::
-
-        import torch
-        from recsys.kernels import has_native, native_dot_interaction
-
-        dense, sparse = torch.rand(2, 4), torch.rand(2, 3, 4)
-        if has_native(dense, sparse):
-            native_dot_interaction(dense, sparse)  # [2, 4 + 6]
+    It computes in float32. The result has the type that PyTorch's operations give: under autocast
+    the wider one of `dense` and autocast's type, and else that of all vectors.
     """
     parts = [sparse] if isinstance(sparse, Tensor) else list(sparse)
-    named = {f"sparse[{place}]": part for place, part in enumerate(parts)}
-    first, *others = as_float32("dot_interaction", dense=dense, **named)
-    out: Tensor = torch.ops.recsys.dot_interaction(first, others)
+    vectors = {f"sparse[{place}]": part for place, part in enumerate(parts)}
+    dense32, *sparse32 = as_float32("dot_interaction", dense=dense, **vectors)
+    out: Tensor = torch.ops.recsys.dot_interaction(dense32, sparse32)
     device = dense.device.type
     if torch.is_autocast_enabled(device):
         return out.to(torch.promote_types(dense.dtype, torch.get_autocast_dtype(device)))
     return out.to(result_dtype(dense, *parts))
 
 
-@torch.library.register_fake("recsys::dot_interaction")
 def _fake(dense: Tensor, sparse: Sequence[Tensor]) -> Tensor:
     fields = sum(part.shape[1] if part.dim() == 3 else 1 for part in sparse)
     return dense.new_empty(dense.shape[0], dense.shape[1] + fields * (fields + 1) // 2)
 
 
-@torch.library.register_fake("recsys::dot_interaction_backward")
 def _fake_backward(
     gradient: Tensor, dense: Tensor, sparse: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     del gradient
-    return dense.new_empty(dense.shape), [part.new_empty(part.shape) for part in sparse]
+    return dense.new_empty(dense.shape), list(empty_like_each(sparse))
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Sequence[Tensor]], output: Tensor) -> None:
@@ -74,13 +59,9 @@ def _save(ctx: Any, inputs: tuple[Tensor, Sequence[Tensor]], output: Tensor) -> 
     ctx.save_for_backward(inputs[0], *inputs[1])
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _backward(ctx: Any, gradient: Tensor) -> Any:
     dense, *sparse = ctx.saved_tensors
-    gradients: tuple[Tensor, list[Tensor]] = torch.ops.recsys.dot_interaction_backward(
-        gradient, dense, sparse
-    )
-    return gradients
+    return torch.ops.recsys.dot_interaction_backward(gradient, dense, sparse)
 
 
-torch.library.register_autograd("recsys::dot_interaction", _backward, setup_context=_save)
-refuse_second_derivative("dot_interaction")
+register("dot_interaction", _fake, _fake_backward, _save, _backward)

@@ -2,7 +2,7 @@
 
 The C++ kernel takes rows of the batch in chunks whose intermediate results stay in cache, from the
 gathered items to the weighted sum. Its backward reads the units of both layers that the forward
-kept, or computes them again where they would take more than `MAX_KEPT_BYTES`. The first layer of
+kept, or computes them again where they would take more than `MAX_UNIT_BYTES`. The first layer of
 the score is one matrix per row, M_b = (W1 + W3) + W4 diag(t). Sums over rows are taken in groups
 that depend on the batch alone, and those over the places of an item in their order: results are
 equal to the last bit in every run and for any number of threads.
@@ -18,17 +18,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recsys.kernels.checks import (
+from recsys.kernels.choice import rounds_products
+from recsys.kernels.operators import (
     as_float32,
     as_int64,
+    empty_like_each,
     refuse_gradient,
-    refuse_second_derivative,
+    register,
     result_dtype,
 )
-from recsys.kernels.choice import rounds_products
 
 MAX_UNITS = 512
-MAX_KEPT_BYTES = 16 * 2**20  # of units kept for the backward: larger blocks are not reused
+MAX_UNIT_BYTES = 16 * 2**20  # of units kept for the backward: larger blocks are not reused
 _INPUTS = (
     "Tensor target, Tensor items, Tensor index, Tensor offsets, Tensor parallel, Tensor lists, "
     "Tensor first, Tensor first_bias, Tensor second, Tensor second_bias, Tensor last"
@@ -48,13 +49,6 @@ class ScoreWeights(NamedTuple):
     """Weights of the MLP that scores an item, as `torch.nn.Linear` has them.
 
     first: [H, 4 * D], of (item, target, difference, product); second: [G, H]; last: [1, G].
-
-    Example::
-
-        from torch import nn
-        from recsys.kernels import ScoreWeights
-
-        ScoreWeights.of(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 1)))  # None
     """
 
     first: Tensor
@@ -88,36 +82,12 @@ def native_target_attention(
     """Return the interest of each row in its history, by a kernel.
 
     The result is float32 under autocast, and else of the widest type of targets, items and weights.
-
-    Args:
-        target: vectors of the ranked items.
-        items: vectors of the unique history items.
-        index: the item at each place, one row after the other.
-        offsets: places of a row are `offsets[b]` to `offsets[b + 1]`.
-        parallel: numbers beside each place, which get no gradient.
-        lists: map of these numbers to vectors, which are added to the items.
-        score: weights of the MLP.
-
-    Raises:
-        ValueError: an input is of a type that kernels do not read.
-
-    Example::
-
-        import torch
-        from torch import nn
-        from recsys.kernels import ScoreWeights, has_native, native_target_attention
-
-        layers = nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1)
-        mlp = nn.Sequential(*layers)
-        target, items = torch.rand(2, 4), torch.rand(3, 4)
-        index, offsets = torch.tensor([0, 2, 0]), torch.tensor([0, 2, 3])
-        nothing = torch.zeros(3, 0), torch.zeros(4, 0)
-        if has_native(target, items):
-            score = ScoreWeights.of(mlp)
-            native_target_attention(target, items, index, offsets, *nothing, score)  # [2, 4]
+    `index` has the item at each place, one row after the other; places of a row are `offsets[b]` to
+    `offsets[b + 1]`. `parallel` has numbers beside each place, without gradient; `lists` maps them
+    to vectors, which are added to the items.
     """
-    kept_bytes = 4 * index.numel() * _units_row(score.first, score.second)
-    keeps_units = torch.is_grad_enabled() and kept_bytes <= MAX_KEPT_BYTES
+    unit_bytes = 4 * index.numel() * _units_row(score.first, score.second)
+    keeps_units = torch.is_grad_enabled() and unit_bytes <= MAX_UNIT_BYTES
     vectors = {"target": target, "items": items, "parallel": parallel, "lists": lists}
     floats = as_float32("target_attention", **vectors, **score._asdict())
     places = as_int64("target_attention", index=index, offsets=offsets)
@@ -128,28 +98,23 @@ def native_target_attention(
 
 
 def _units_row(first: Tensor, second: Tensor) -> int:  # [H, 4 D], [G, H]
-    """Return the floats of a row of kept units: both layers up to the ends of cache lines."""
+    """Return the floats of a row of saved units: both layers up to the ends of cache lines."""
     return sum((layer.shape[:1].numel() + 15) // 16 * 16 for layer in (first, second))
 
 
-@torch.library.register_fake("recsys::target_attention")
 def _fake(
     target: Tensor, items: Tensor, index: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     del items
     *_, first, _, second, _, _, _, keeps_units, _ = rest
     units = _units_row(first, second) if keeps_units else 0
-    shares, kept = target.new_empty(index.shape), target.new_empty(index.shape[0], units)
-    return target.new_empty(target.shape), shares, kept
+    shares, saved = target.new_empty(index.shape), target.new_empty(index.shape[0], units)
+    return target.new_empty(target.shape), shares, saved
 
 
-@torch.library.register_fake("recsys::target_attention_backward")
-def _fake_backward(
-    gradient: Tensor, shares: Tensor, kept: Tensor, *inputs: Any
-) -> tuple[Tensor, ...]:
-    del gradient, shares, kept
-    target, items, _, _, _, *weights, _ = inputs
-    return tuple(part.new_empty(part.shape) for part in (target, items, *weights))
+def _fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
+    _, _, _, target, items, _, _, _, *weights, _ = inputs
+    return empty_like_each((target, items, *weights))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -157,21 +122,20 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     *read, last_bias, _, ctx.bfloat16 = inputs
     ctx.save_for_backward(last_bias, *output[1:], *read)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # no zeros for what is kept, megabytes
+    ctx.set_materialize_grads(False)  # no zeros for saved tensors, megabytes
 
 
-def _backward(ctx: Any, gradient: Tensor | None, *of_kept: None) -> tuple[Tensor | None, ...]:
-    del of_kept
+def _backward(ctx: Any, gradient: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+    del unused
     if gradient is None:  # of a result that nothing reads
         return (None,) * 14
     last_bias, *inputs = ctx.saved_tensors
-    of_target, of_items, *of_weights = torch.ops.recsys.target_attention_backward(
+    to_target, to_items, *to_weights = torch.ops.recsys.target_attention_backward(
         gradient, *inputs, ctx.bfloat16
     )
     # A softmax does not change if all its scores do: the gradient of the last bias is zero.
-    of_last_bias = torch.zeros_like(last_bias)
-    return (of_target, of_items, None, None, None, *of_weights, of_last_bias, None, None)
+    to_last_bias = torch.zeros_like(last_bias)
+    return (to_target, to_items, None, None, None, *to_weights, to_last_bias, None, None)
 
 
-torch.library.register_autograd("recsys::target_attention", _backward, setup_context=_save)
-refuse_second_derivative("target_attention")
+register("target_attention", _fake, _fake_backward, _save, _backward)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recsys.kernels.checks import InputChecks
+from recsys.kernels.operators import InputChecks
 
 SMALLEST = 16  # rows and columns of a `tl.dot`
 
@@ -26,9 +26,9 @@ def _load_vectors(dense, sparse, row, V, D, V_PADDED: tl.constexpr, D_PADDED: tl
     """Load a row's vectors [V_PADDED, D_PADDED], the dense one first."""
     v = tl.arange(0, V_PADDED)[:, None]
     d = tl.arange(0, D_PADDED)[None, :]
-    of_dense = tl.load(dense + row * D + d + v * 0, mask=(v == 0) & (d < D), other=0.0)
+    dense_vector = tl.load(dense + row * D + d + v * 0, mask=(v == 0) & (d < D), other=0.0)
     place = row * (V - 1) * D + (v - 1) * D + d
-    return of_dense + tl.load(sparse + place, mask=(v > 0) & (v < V) & (d < D), other=0.0)
+    return dense_vector + tl.load(sparse + place, mask=(v > 0) & (v < V) & (d < D), other=0.0)
 
 
 @triton.jit
@@ -56,13 +56,13 @@ def _backward(  # type: ignore[no-untyped-def]
     low, high = tl.minimum(i, j), tl.maximum(i, j)
     pair = low * V - low * (low + 1) // 2 + high - low - 1
     mask = (low < high) & (high < V)
-    of_pairs = tl.load(gradient + row * width + D + pair, mask=mask, other=0.0)
-    results = tl.dot(of_pairs, vectors, input_precision="ieee")
+    pair_gradients = tl.load(gradient + row * width + D + pair, mask=mask, other=0.0)
+    results = tl.dot(pair_gradients, vectors, input_precision="ieee")
     v = tl.arange(0, V_PADDED)[:, None]
     d = tl.arange(0, D_PADDED)[None, :]
     is_dense = (v == 0) & (d < D)
-    own = tl.load(gradient + row * width + d + v * 0, mask=is_dense, other=0.0)
-    tl.store(to_dense + row * D + d + v * 0, results + own, mask=is_dense)
+    dense_gradient = tl.load(gradient + row * width + d + v * 0, mask=is_dense, other=0.0)
+    tl.store(to_dense + row * D + d + v * 0, results + dense_gradient, mask=is_dense)
     place = row * (V - 1) * D + (v - 1) * D + d
     tl.store(to_sparse + place, results, mask=(v > 0) & (v < V) & (d < D))
 

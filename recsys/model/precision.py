@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from recsys.content.branch import ContentBranch
-from recsys.content.history_map import HistoryMap
+from recsys.content.branch import ContentBranch, HistoryMap
 from recsys.content.wrap import wrap
 from recsys.data.items.content_input import ContentInput
 

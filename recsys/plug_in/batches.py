@@ -17,9 +17,9 @@ import numpy as np
 from torchrec.datasets.utils import Batch as TorchRecBatch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from recsys.content.bank_fill import encode_into_bank
 from recsys.content.batch_preparation import BatchPreparation
 from recsys.content.branch import ContentBranch
+from recsys.content.item_vectors import encode_into_bank
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.parquet.columns import ListColumns, RowColumns

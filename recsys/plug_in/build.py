@@ -109,8 +109,15 @@ class ItemContent:
             ),
         )
         vocabularies = BoundedVocabularies(schema, [], ranks.group)
+        config = settings.config
         self._preparation = BatchPreparation(
-            settings.config, store, branch.bank, vocabularies, ranks.group
+            settings.content,
+            store,
+            branch.bank,
+            vocabularies,
+            ranks.group,
+            index_dedup=config.embedding.index_dedup,
+            seed=config.seed,
         )
 
     def batches(
@@ -290,7 +297,9 @@ def _seeded(settings: PlugInSettings) -> Iterator[None]:
 def _build(settings: PlugInSettings, num_items: int, ranks: Ranks) -> ItemContent:
     """Build content and initialise its projections. A collective."""
     content, root, schema = settings.content, Location.of(settings.data), settings.schema(num_items)
-    store, encoders = build_content_store(settings.config, content, root, schema, ranks)
+    store, encoders = build_content_store(
+        content, root, schema, ranks, settings.config.cache, settings.config.on_bad_row
+    )
     with ranks.raise_on_all_ranks():
         bank: MemoryBank | None = None
         if content.history.mode != "full":

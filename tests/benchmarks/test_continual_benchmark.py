@@ -9,9 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from benchmarks.continual.__main__ import _verdicts
-from benchmarks.continual.arrival import Arrival
-from benchmarks.continual.log import rows_trained, view_before
-from benchmarks.continual.ways import CONTINUAL, RETRAINED
+from benchmarks.continual.runs import CONTINUAL, RETRAINED, Arrival, rows_trained, view_before
 from recsys.data.filesystem import Location
 from recsys.evaluation.scores import SplitScores
 from tests.recsys.training.continual.walk_runs import NAMES, ROWS, write_walk
@@ -45,5 +43,5 @@ def test_a_view_has_the_partitions_before_and_is_tested_on_the_next(tmp_path: Pa
     }
     assert counts == {"train": ROWS[0] + ROWS[1], "valid": ROWS[2], "test": ROWS[2]}
     assert rows_trained(tmp_path, NAMES, 2, []) == counts["train"]
-    of_first = rows_trained(tmp_path, NAMES, 1, [])
-    assert rows_trained(tmp_path, NAMES, 2, [4]) == counts["train"] + 3 * of_first
+    first_rows = rows_trained(tmp_path, NAMES, 1, [])
+    assert rows_trained(tmp_path, NAMES, 2, [4]) == counts["train"] + 3 * first_rows

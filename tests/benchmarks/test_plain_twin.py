@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.dataset import DatasetSize, write_dataset
-from benchmarks.plain.batches import PlainSource, padded
-from benchmarks.plain.twin import PlainTwin
+from benchmarks.plain_twin import PlainSource, PlainTwin, padded
 from benchmarks.settings import QUICK_SIZE
 from benchmarks.timing.steps import ProductSteps
 from recsys.data.batch import Batch

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.timing.ranks import RankReport
-from benchmarks.timing.rounds import QUICK_EFFORT, Effort, Measurement, measure, ratio
+from benchmarks.timing.rounds import QUICK_EFFORT, Measurement, measure, ratio
 from benchmarks.timing.steps import Variant
 from tests.benchmarks.variants import quick_variant
 from tests.ranks import HANG_SECONDS
@@ -29,24 +29,10 @@ def test_a_ratio_is_taken_within_rounds() -> None:
     # The machine is three times slower in the second round, for both.
     this = measurement([[0.1, 0.1, 0.5], [0.3, 0.3, 0.3], [0.1, 0.1, 0.1]])
     other = measurement([[0.2, 0.2, 0.2], [0.6, 0.6, 0.6], [0.4, 0.4, 0.4]])
-    found = ratio(this, other)
-    assert (found.median, found.lowest, found.highest) == pytest.approx((2.0, 2.0, 4.0))
+    actual = ratio(this, other)
+    assert (actual.median, actual.lowest, actual.highest) == pytest.approx((2.0, 2.0, 4.0))
     twice = ratio(measurement(this.seconds, rows=200), other)
     assert twice.median == pytest.approx(4.0)
-
-
-def test_percentiles_of_samples_per_second_rise() -> None:
-    measured = measurement([[0.1] * 5, [0.2] * 4, [1.0]])
-    rates = [measured.samples_per_second(p) for p in (10, 50, 90)]
-    assert rates == sorted(rates)
-    assert measured.samples_per_second(100) == pytest.approx(1000.0)
-    assert measured.samples_per_second(0) == pytest.approx(100.0)
-    assert measured.step_seconds == pytest.approx(0.15)
-
-
-def test_an_effort_without_steps_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"effort\.warm_up is 0"):
-        Effort(warm_up=0)
 
 
 @pytest.fixture
@@ -64,11 +50,11 @@ def test_variants_on_one_and_two_ranks_take_turns_in_processes_of_their_own(
 ) -> None:
     one = quick_variant(tmp_path)
     variants = [one, one.changed("two", ranks=2), one.changed("apart", ranks=2, apart=True)]
-    alone, both, apart = measure(variants, QUICK_EFFORT)
-    assert [m.world_size for m in (alone, both, apart)] == [1, 2, 2]
-    assert both.rows == apart.rows == 2 * alone.rows == 32
-    for measured in (alone, both, apart):
-        assert [len(of_round) for of_round in measured.seconds] == [2, 2]
+    alone, together, apart = measure(variants, QUICK_EFFORT)
+    assert [m.world_size for m in (alone, together, apart)] == [1, 2, 2]
+    assert together.rows == apart.rows == 2 * alone.rows == 32
+    for measured in (alone, together, apart):
+        assert [len(round_seconds) for round_seconds in measured.seconds] == [2, 2]
         assert len(measured.matmul_rates) == 2 * measured.world_size
         steps = QUICK_EFFORT.warm_up + 2 * QUICK_EFFORT.steps
         assert all(len(report.counts) == steps for report in measured.reports)

@@ -15,9 +15,9 @@ NO_DROPOUT = ("--content.fusion.dropout", "0", "--ranking.dropout", "0")
 
 def quick_variant(folder: Path, *overrides: str, name: str = "A") -> Variant:
     """The quick form of a setting, its data and cache in `folder`."""
-    chosen = setting(name, quick=True)
-    data, words = chosen.prepared(folder)
-    return Variant("variant", str(chosen.recipe), data, (*words, *overrides), loaded_batches=2)
+    sized = setting(name, quick=True)
+    data, words = sized.prepared(folder)
+    return Variant("variant", str(sized.recipe), data, (*words, *overrides), loaded_batches=2)
 
 
 @contextmanager

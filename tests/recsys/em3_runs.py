@@ -273,7 +273,7 @@ def _plain_em3(
     torch.manual_seed(config.seed)
     content = content_settings(config)
     assert content is not None
-    store, encoders = build_content_store(config, content, root, schema, ranks)
+    store, encoders = build_content_store(content, root, schema, ranks, config.cache)
     bank = MemoryBank(schema.num_items, content.vector_dim, "cpu")
     em3 = build_em3(config, schema, tables, encoders, bank)
     # Only now, as TorchRec draws numbers before it calls our initialisation, which draws none.

@@ -61,8 +61,10 @@ class EM3(nn.Module):
         super().__init__()
         dim, dropout = int(settings["dim"]), settings["dropout"]
         # Row 0 pads.
-        self.vectors = [torch.from_numpy(np.pad(of, ((1, 0), (0, 0)))).float() for of in vectors]
-        self.maps = nn.ModuleList(nn.Linear(of.shape[1], dim) for of in self.vectors)
+        self.vectors = [
+            torch.from_numpy(np.pad(matrix, ((1, 0), (0, 0)))).float() for matrix in vectors
+        ]
+        self.maps = nn.ModuleList(nn.Linear(matrix.shape[1], dim) for matrix in self.vectors)
         self.items = nn.Embedding(len(self.vectors[0]), dim, padding_idx=0)
         self.users = nn.Embedding(num_users, dim)
         self.stars = nn.Embedding(TARGET + 1, dim, padding_idx=0)
@@ -82,7 +84,7 @@ class EM3(nn.Module):
 
     def fused(self, items: Tensor) -> Tensor:  # [U] -> [U, D]
         """Return the fused vectors of items."""
-        modalities = [layer(of[items]) for layer, of in zip(self.maps, self.vectors)]
+        modalities = [layer(matrix[items]) for layer, matrix in zip(self.maps, self.vectors)]
         tokens = torch.stack([self.items(items), *modalities], dim=1)
         queries = self.queries.expand(len(items), -1, -1)
         tokens = self.layers(torch.cat([queries, tokens], dim=1))
@@ -96,8 +98,8 @@ class EM3(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # [B], []
         """Return the logits and the weighted CIC loss."""
         distinct, places = torch.unique(items, return_inverse=True)
-        both = torch.cat([self.fused(distinct)[places], self.stars(stars)], dim=2)
-        history, target, inside = both[:, :-1], both[:, -1], items[:, :-1] > 0
+        vectors = torch.cat([self.fused(distinct)[places], self.stars(stars)], dim=2)
+        history, target, inside = vectors[:, :-1], vectors[:, -1], items[:, :-1] > 0
         again = target[:, None].expand_as(history)
         pairs = torch.cat([history, again, history - again, history * again], dim=2)
         weights = self.score(pairs).squeeze(2).masked_fill(~inside, 0)  # [B, L], as published
@@ -112,11 +114,11 @@ class EM3(nn.Module):
 def contrastive(content: Tensor, ids: Tensor, items: Tensor) -> Tensor:  # [B, D] twice, [B] -> []
     """Return cross-entropy of each row against the batch in both directions."""
     products = F.normalize(content) @ F.normalize(ids).T / TEMPERATURE
-    own = torch.arange(len(items))
-    same = items[:, None] == items[None, :]
-    same[own, own] = False  # equal items are no negatives of each other
-    products = products.masked_fill(same, -torch.inf)
-    return (F.cross_entropy(products, own) + F.cross_entropy(products.T, own)) / 2
+    diagonal = torch.arange(len(items))
+    is_same_item = items[:, None] == items[None, :]
+    is_same_item[diagonal, diagonal] = False  # equal items are no negatives of each other
+    products = products.masked_fill(is_same_item, -torch.inf)
+    return (F.cross_entropy(products, diagonal) + F.cross_entropy(products.T, diagonal)) / 2
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,11 @@ class Columns:
         """Pad the histories; ids begin at 1."""
         items = rows.padded(rows.history + 1, LENGTH)
         stars = rows.padded(np.rint(rows.beside["history_stars"] * 10), LENGTH)
-        of_target = np.full((len(rows), 1), TARGET)
+        target = np.full((len(rows), 1), TARGET)
         return cls(
             torch.from_numpy(rows.user),
             torch.from_numpy(np.concatenate([items, rows.item[:, None] + 1], axis=1)).long(),
-            torch.from_numpy(np.concatenate([stars, of_target], axis=1)).long(),
+            torch.from_numpy(np.concatenate([stars, target], axis=1)).long(),
             torch.from_numpy(rows.label).float(),
         )
 
@@ -191,14 +193,14 @@ def main() -> None:
     """Train and score."""
     job = PeerJob.of_command_line()
     rows = job.read()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     torch.manual_seed(job.seed)
-    num_users = max(int(of.user.max()) for of in rows.values()) + 1
+    num_users = max(int(split_rows.user.max()) for split_rows in rows.values()) + 1
     model = EM3(item_vectors(job.rows), num_users, job.settings)
-    columns = {split: Columns.of(of) for split, of in rows.items()}
+    columns = {split: Columns.of(split_rows) for split, split_rows in rows.items()}
     train(model, columns, rows["valid"], job)
     size = job.settings["batch_size"]
-    job.write(begun, **{split: scores(model, columns[split], size) for split in ("valid", "test")})
+    job.write(start, **{split: scores(model, columns[split], size) for split in ("valid", "test")})
 
 
 if __name__ == "__main__":

@@ -49,19 +49,19 @@ class Batches:
         for first in range(0, len(order), self.batch_size):
             yield self._batch(order[first : first + self.batch_size])
 
-    def _batch(self, chosen: np.ndarray) -> Inputs:
-        longest = max(int(self.lengths[chosen].max()), 1)
-        items = torch.from_numpy(self.items[chosen, -longest - 1 :]).long()
-        stars = torch.from_numpy(self.stars[chosen, -longest - 1 :]).long()
+    def _batch(self, places: np.ndarray) -> Inputs:
+        longest = max(int(self.lengths[places].max()), 1)
+        items = torch.from_numpy(self.items[places, -longest - 1 :]).long()
+        stars = torch.from_numpy(self.stars[places, -longest - 1 :]).long()
         rows = {
-            "user": torch.from_numpy(self.rows.user[chosen]),
-            "length": torch.from_numpy(np.log1p(self.lengths[chosen])).float(),
-            "group": torch.from_numpy(self.rows.user[chosen]),
-            "label": torch.from_numpy(self.rows.label[chosen]),
+            "user": torch.from_numpy(self.rows.user[places]),
+            "length": torch.from_numpy(np.log1p(self.lengths[places])).float(),
+            "group": torch.from_numpy(self.rows.user[places]),
+            "label": torch.from_numpy(self.rows.label[places]),
         }
         flat = items.flatten()
-        of_items = {"item": flat, "stars": stars.flatten(), "content": self.content[flat]}
-        return rows, of_items, (items[:, :-1] > 0).float()
+        item_features = {"item": flat, "stars": stars.flatten(), "content": self.content[flat]}
+        return rows, item_features, (items[:, :-1] > 0).float()
 
 
 def feature_map(num_users: int, num_items: int, width: int, dim: int, folder: str) -> FeatureMap:
@@ -87,13 +87,14 @@ def main() -> None:
     name, dim = settings.pop("model"), settings["embedding_dim"]
     batch_size = settings.pop("batch_size")
     rows = job.read()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     seed_everything(job.seed)
     content = principal_components(item_vectors(job.rows), settings.pop("content_dim"))
     batches = {
-        split: Batches(of, content, batch_size, split == "train") for split, of in rows.items()
+        split: Batches(split_rows, content, batch_size, split == "train")
+        for split, split_rows in rows.items()
     }
-    users = max(int(of.user.max()) for of in rows.values()) + 1
+    users = max(int(split_rows.user.max()) for split_rows in rows.values()) + 1
     folder = str(job.out.parent)
     features = feature_map(users, *content.shape, dim, folder)
     model_class = getattr(importlib.import_module(f"model_zoo.LongCTR.{name}.{name}"), name)
@@ -112,7 +113,7 @@ def main() -> None:
     )
     os.makedirs(model.model_dir, exist_ok=True)
     model.fit(batches["train"], epochs=MOST_EPOCHS, validation_data=batches["valid"])
-    job.write(begun, **{split: model.predict(batches[split]) for split in ("valid", "test")})
+    job.write(start, **{split: model.predict(batches[split]) for split in ("valid", "test")})
     os.remove(model.checkpoint)
 
 

@@ -23,7 +23,7 @@ MOST_ROUNDS, PATIENCE = 2000, 50
 
 def features(rows: Rows, train: Rows, vectors: list[np.ndarray]) -> np.ndarray:  # [N, K]
     """Return the features of rows."""
-    blocks = [_of_item(rows, train), *(_of_history(rows, of) for of in vectors)]
+    blocks = [_of_item(rows, train), *(_of_history(rows, matrix) for matrix in vectors)]
     return np.concatenate([_of_user(rows), *blocks], axis=1)
 
 
@@ -45,11 +45,11 @@ def _of_item(rows: Rows, train: Rows) -> np.ndarray:
     size = int(max(rows.item.max(), train.item.max())) + 1
     count = np.bincount(train.item, minlength=size).astype(np.float64)
     positive = np.bincount(train.item, train.label, minlength=size)
-    of_rows, of_labels = count[rows.item], positive[rows.item]
+    row_counts, label_sums = count[rows.item], positive[rows.item]
     if rows is train:
-        of_rows, of_labels = of_rows - 1, of_labels - train.label
-    mean = (of_labels + PRIOR * train.label.mean()) / (of_rows + PRIOR)
-    return np.stack([np.log1p(of_rows), mean], axis=1)
+        row_counts, label_sums = row_counts - 1, label_sums - train.label
+    mean = (label_sums + PRIOR * train.label.mean()) / (row_counts + PRIOR)
+    return np.stack([np.log1p(row_counts), mean], axis=1)
 
 
 def _of_history(rows: Rows, vectors: np.ndarray) -> np.ndarray:
@@ -72,15 +72,15 @@ def _similarities(
     mean = (stars * inside).sum(1) / np.maximum(inside.sum(1), 1)
     deviation = (stars - mean[:, None]) * inside
     columns = []
-    for chosen in (inside & (liked > 0), inside & (liked <= 0)):
-        weight = chosen / np.maximum(chosen.sum(1), 1)[:, None]
-        columns += [(cosine * weight).sum(1), np.where(chosen, cosine, 0).max(1)]
+    for mask in (inside & (liked > 0), inside & (liked <= 0)):
+        weight = mask / np.maximum(mask.sum(1), 1)[:, None]
+        columns += [(cosine * weight).sum(1), np.where(mask, cosine, 0).max(1)]
     order = np.argsort(-cosine, axis=1)[:, : max(NEAREST)]
     near = np.maximum(np.take_along_axis(cosine, order, 1), 0)
-    of_near = np.take_along_axis(deviation, order, 1)
+    near_deviation = np.take_along_axis(deviation, order, 1)
     for count in NEAREST:
         total = np.maximum(near[:, :count].sum(1), 1e-6)
-        columns.append((near[:, :count] * of_near[:, :count]).sum(1) / total)
+        columns.append((near[:, :count] * near_deviation[:, :count]).sum(1) / total)
     columns.append((np.maximum(cosine, 0) ** 4 * deviation).sum(1))
     return np.stack(columns, axis=1)
 
@@ -89,16 +89,18 @@ def main() -> None:
     """Train and score."""
     job = PeerJob.of_command_line()
     rows = job.read()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     vectors = item_vectors(job.rows)
-    inputs = {split: features(of, rows["train"], vectors) for split, of in rows.items()}
+    inputs = {
+        split: features(split_rows, rows["train"], vectors) for split, split_rows in rows.items()
+    }
     settings = {"objective": "binary", "verbosity": -1, "num_threads": 1, "seed": job.seed}
     settings |= {"bagging_freq": 1, "deterministic": True, **job.settings}
     data = lightgbm.Dataset(inputs["train"], rows["train"].label)
     valid = lightgbm.Dataset(inputs["valid"], rows["valid"].label, reference=data)
     stop = lightgbm.early_stopping(PATIENCE, verbose=False)
     model = lightgbm.train(settings, data, MOST_ROUNDS, [valid], callbacks=[stop])
-    job.write(begun, **{split: model.predict(inputs[split]) for split in ("valid", "test")})
+    job.write(start, **{split: model.predict(inputs[split]) for split in ("valid", "test")})
 
 
 if __name__ == "__main__":

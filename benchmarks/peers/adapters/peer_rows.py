@@ -34,9 +34,9 @@ class Rows:
     def read(cls, folder: Path, split: str) -> Rows:
         """Read the rows of a split."""
         with np.load(folder / f"{split}.npz") as arrays:
-            own = {name: arrays[name] for name in arrays.files}
+            columns = {name: arrays[name] for name in arrays.files}
         names = ("user", "item", "label", "offsets", "history")
-        return cls(*(own.pop(name) for name in names), own)
+        return cls(*(columns.pop(name) for name in names), columns)
 
     def __len__(self) -> int:
         """Return N."""
@@ -71,9 +71,9 @@ def order_within_users(rows: Rows, values: np.ndarray) -> float:  # [N]
     """
     right = pairs = 0.0
     for user in np.unique(rows.user):
-        own = rows.user == user
-        label = rows.label[own] > 0.5
-        high, low = values[own][label], values[own][~label]
+        is_user = rows.user == user
+        label = rows.label[is_user] > 0.5
+        high, low = values[is_user][label], values[is_user][~label]
         right += float((high[:, None] > low[None, :]).sum())
         pairs += high.size * low.size
     return right / max(pairs, 1)
@@ -98,8 +98,8 @@ class PeerJob:
         """Read all splits."""
         return {split: Rows.read(self.rows, split) for split in SPLITS}
 
-    def write(self, begun: float, **scores: np.ndarray) -> None:  # float [N] each
+    def write(self, start: float, **scores: np.ndarray) -> None:  # float [N] each
         """Write the scores of splits by name, and the cost since `begun` (`time.perf_counter`)."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        cost = {"seconds": time.perf_counter() - begun, "peak": peak}
+        cost = {"seconds": time.perf_counter() - start, "peak": peak}
         np.savez(self.out, **scores, **{name: np.array(value) for name, value in cost.items()})

@@ -38,9 +38,9 @@ class Items:
 
 def interactions(rows: Rows) -> dict[str, np.ndarray]:
     """Return the liked history, its length and the target of each row."""
-    kept = rows.beside["history_liked"] > 0.5
-    ends = np.concatenate([[0], np.cumsum(kept)])
-    liked = Rows(rows.user, rows.item, rows.label, ends[rows.offsets], rows.history[kept], {})
+    is_liked = rows.beside["history_liked"] > 0.5
+    ends = np.concatenate([[0], np.cumsum(is_liked)])
+    liked = Rows(rows.user, rows.item, rows.label, ends[rows.offsets], rows.history[is_liked], {})
     padded = liked.padded(liked.history + 1, LENGTH)
     lengths = np.minimum(np.diff(liked.offsets), LENGTH)
     # RecBole pads behind the items.
@@ -55,8 +55,10 @@ def interactions(rows: Rows) -> dict[str, np.ndarray]:
 def batches(columns: dict[str, np.ndarray], order: np.ndarray, size: int) -> Any:
     """Yield interactions in an order."""
     for first in range(0, len(order), size):
-        chosen = order[first : first + size]
-        yield Interaction({n: torch.from_numpy(of[chosen]).long() for n, of in columns.items()})
+        places = order[first : first + size]
+        yield Interaction(
+            {n: torch.from_numpy(column[places]).long() for n, column in columns.items()}
+        )
 
 
 @torch.no_grad()
@@ -64,24 +66,27 @@ def scores(model: SASRec, columns: dict[str, np.ndarray], size: int) -> np.ndarr
     """Return the score of each row's target."""
     model.eval()
     order = np.arange(len(columns["item_id"]))
-    return torch.cat([model.predict(of) for of in batches(columns, order, size)]).numpy()
+    return torch.cat([model.predict(batch) for batch in batches(columns, order, size)]).numpy()
 
 
 def main() -> None:
     """Train and score."""
     job = PeerJob.of_command_line()
     rows, settings = job.read(), dict(job.settings)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     torch.manual_seed(job.seed)
     random = np.random.default_rng(job.seed)
     size, rate = settings.pop("batch_size"), settings.pop("learning_rate")
-    items = 1 + max(int(max(of.item.max(), of.history.max(initial=0))) for of in rows.values())
+    items = 1 + max(
+        int(max(split_rows.item.max(), split_rows.history.max(initial=0)))
+        for split_rows in rows.values()
+    )
     fixed = {"MAX_ITEM_LIST_LENGTH": LENGTH, "use_gpu": False}
     fixed |= {"loss_type": "CE", "train_neg_sample_args": None}
     config = Config(model="SASRec", dataset="rows", config_dict={**fixed, **settings})
     model = SASRec(config, Items(items))
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    columns = {split: interactions(of) for split, of in rows.items()}
+    columns = {split: interactions(split_rows) for split, split_rows in rows.items()}
     positive = np.flatnonzero(rows["train"].label > 0.5)
     best, weights, waited = -1.0, model.state_dict(), 0
     for _ in range(MOST_EPOCHS):
@@ -97,7 +102,7 @@ def main() -> None:
         if waited == PATIENCE:
             break
     model.load_state_dict(weights)
-    job.write(begun, **{split: scores(model, columns[split], size) for split in ("valid", "test")})
+    job.write(start, **{split: scores(model, columns[split], size) for split in ("valid", "test")})
 
 
 if __name__ == "__main__":

@@ -57,16 +57,18 @@ def main() -> None:
     """Train and score."""
     job = PeerJob.of_command_line()
     rows, settings = job.read(), job.settings
-    begun = time.perf_counter()
+    start = time.perf_counter()
     torch.manual_seed(job.seed)
     np.random.seed(job.seed)
-    parts = {split: (columns(of), of.label) for split, of in rows.items()}
+    parts = {split: (columns(split_rows), split_rows.label) for split, split_rows in rows.items()}
     train, valid, test = DataGenerator(*parts["train"]).generate_dataloader(
         *parts["valid"], *parts["test"], batch_size=settings["batch_size"]
     )
-    users = max(int(of.user.max()) for of in rows.values()) + 1
-    items = 1 + max(int(of.item.max(initial=0)) for of in rows.values())
-    items = max(items, 1 + max(int(of.history.max(initial=0)) for of in rows.values()))
+    users = max(int(split_rows.user.max()) for split_rows in rows.values()) + 1
+    items = 1 + max(int(split_rows.item.max(initial=0)) for split_rows in rows.values())
+    items = max(
+        items, 1 + max(int(split_rows.history.max(initial=0)) for split_rows in rows.values())
+    )
     model = build(users, items, settings)
     optimizer = {"lr": settings["learning_rate"], "weight_decay": settings["weight_decay"]}
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +84,8 @@ def main() -> None:
     model.load_state_dict(trainer.early_stopper.best_weights)
     scores = {"valid": valid, "test": test}
     job.write(
-        begun, **{split: np.array(trainer.predict(model, of)) for split, of in scores.items()}
+        start,
+        **{split: np.array(trainer.predict(model, batches)) for split, batches in scores.items()},
     )
 
 

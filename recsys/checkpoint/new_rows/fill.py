@@ -24,7 +24,7 @@ from embeddings.new_rows.table_rows import BLOCK_ROWS, TableRows
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint.new_rows.trained_counts import trained_counts
-from recsys.content.bank_fill import item_vectors
+from recsys.content.item_vectors import item_vectors
 from recsys.data.item_frequency import COLD_BELOW, ItemCounts
 from recsys.data.schema import vocabulary_file
 from recsys.distributed.gather import gather_rows

@@ -1,11 +1,9 @@
 """Computes the outputs of an encoder's frozen part once per item and keeps them on disk.
 
-Layers below the lowest trained one give the same output for an item at every step, so they run
-once per item instead of once per step. All ranks share the work; ranks that see the same folder,
-on one machine or several, share its files. The output of each encoder call is saved when it is
-done (`parts`), so interrupted work continues where it stopped; then the parts are merged
-into a folder named by a hash of the content, of the frozen weights and of the split, so that
-it is never stale. Items of equal content are encoded once and share one output (`distinct`).
+Layers below the lowest trained one give the same output for an item at every step, so they run once
+per item. All ranks share the work; ranks that see the same folder, on one machine or several, share
+its files. Each call's output is saved when it is done, so interrupted work continues where it
+stopped; then the parts are merged into the folder of the cache.
 
 Shapes: N rows of the store, n rows of a call, D width of the frozen part's output.
 """
@@ -24,23 +22,66 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from recsys.content.cache.distinct import DistinctRows
-from recsys.content.cache.identity import cache_folder, dtype_of, encoder_key, write_about
-from recsys.content.cache.parts import Parts
-from recsys.content.cache.progress import FillProgress
-from recsys.content.cache.reuse import EarlierCache, caches_of, find_in
+from recsys.content.cache.files import (
+    DistinctRows,
+    EarlierCache,
+    Parts,
+    cache_folder,
+    caches_of,
+    dtype_of,
+    encoder_key,
+    find_in,
+    write_about,
+)
 from recsys.content.encoders.base import CacheReport, Encoder
 from recsys.data.filesystem import whole_folder
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.ragged_array import RaggedArray, RowWriter, share_rows
 from recsys.data.items.row_hashes import HASHES
+from recsys.distributed.log import progress_bar
 from recsys.distributed.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
+SECONDS_BETWEEN_LINES = 10.0
+LINE = "{n:,} of {total:,} items, {rate_noinv_fmt}, {remaining} left"
 ITEMS_PER_CALL = 64
 SECONDS_UNTIL_VISIBLE = 120  # network folders appear on other machines with a delay
+
+
+class FillProgress:
+    """Progress of a rank's share, extrapolated to all ranks: a bar on a terminal, lines elsewhere.
+
+    name: the modality; total, share: number of items of all ranks and of this one; shown: whether
+    this rank shows the progress.
+    """
+
+    def __init__(self, name: str, total: int, share: int, shown: bool) -> None:
+        self.name, self.total, self.share, self.shown = name, total, share, shown
+        self.num_done = 0
+        self._start = self._last_line = time.monotonic()
+        self._bar = progress_bar(total, name, shown, unit=" items", unit_scale=True)
+
+    def add(self, items: int) -> None:
+        """Count `items` more items of this rank as done."""
+        self.num_done += items
+        # Ranks have equal shares and do not communicate while they encode.
+        done_by_all = round(self.total * self.num_done / max(self.share, 1))
+        self._bar.update(done_by_all - self._bar.n)
+        now = time.monotonic()
+        if self._bar.disable and self.shown and now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            elapsed = now - self._start
+            counts = tqdm.format_meter(
+                done_by_all, self.total, elapsed, unit=" items", bar_format=LINE
+            )
+            logger.info(f"encoding '{self.name}': {counts}")
+
+    def close(self) -> None:
+        """End the bar."""
+        self._bar.close()
 
 
 @torch.no_grad()
@@ -49,7 +90,7 @@ def cache_frozen_outputs(
 ) -> CacheReport:
     """Fill or reuse the cache of `encoder.frozen` outputs and serve them from `store`.
 
-    A collective: all ranks call it. The encoder's frozen layers are dropped afterwards.
+    A collective. The encoder's frozen layers are dropped afterwards.
 
     Raises:
         ValueError: on every rank, if one cannot read its content.
@@ -90,13 +131,13 @@ def _wait_for(folder: Path) -> None:
 class _Plan:
     """The work on one folder, the same on all ranks that share it.
 
-    earlier: caches with some of the rows; calls: rows [n] of each encoder call; todo: indices of
-    the calls that are not done yet.
+    earlier: caches with some of the rows; calls: rows [n] of each encoder call; missing_calls:
+    indices of the calls that are not done yet.
     """
 
     earlier: list[EarlierCache]
     calls: list[np.ndarray]
-    todo: list[int]
+    missing_calls: list[int]
 
 
 class _Fill:
@@ -137,10 +178,6 @@ class _Fill:
 
     @contextmanager
     def _unless_another_job_was_faster(self) -> Iterator[None]:
-        """Ignore missing files if another job has finished the cache.
-
-        That job removes the parts, which this one then no longer needs.
-        """
         try:
             yield
         except OSError:
@@ -159,8 +196,12 @@ class _Fill:
 
     def _ranks_that_share(self, marks: list[str]) -> list[int]:
         """Return the ranks that share this rank's folder, including itself. A collective."""
-        seen = [mark for mark in marks if (self.parts.folder / mark).exists()]
-        return [rank for rank, others in enumerate(self.ranks.gather(seen)) if others == seen]
+        visible_marks = [mark for mark in marks if (self.parts.folder / mark).exists()]
+        return [
+            rank
+            for rank, marks_of_rank in enumerate(self.ranks.gather(visible_marks))
+            if marks_of_rank == visible_marks
+        ]
 
     def _plan(self, sharers: list[int]) -> _Plan:
         """Return the work to do, as the first of the sharers sees it. A collective."""
@@ -200,7 +241,7 @@ class _Fill:
         return self.parts.name_of(self.hashes[call])
 
     def _encode_share(self, plan: _Plan, sharers: list[int], failed: Path) -> None:
-        todo = [plan.calls[index] for index in plan.todo]
+        todo = [plan.calls[index] for index in plan.missing_calls]
         share = todo[sharers.index(self.ranks.rank) :: len(sharers)]
         total, items = (sum(map(len, calls)) for calls in (todo, share))
         if total:
@@ -224,13 +265,13 @@ class _Fill:
 
     def _announcement(self, plan: _Plan, total: int) -> str:
         earlier = sum(len(cache.rows) for cache in plan.earlier)
-        kept = len(self.distinct.first) - earlier - total
-        known = [f"{kept:,} were done before"] if kept else []
-        known += [f"{earlier:,} are in an earlier cache"] if earlier else []
+        num_done = len(self.distinct.first) - earlier - total
+        reused = [f"{num_done:,} were done before"] if num_done else []
+        reused += [f"{earlier:,} are in an earlier cache"] if earlier else []
         items = self.distinct.describe(total)
         return (
             f"encoding '{self.name}' of {items} once, into {self.folder}"
-            f"{''.join(f'; {text}' for text in known)}"
+            f"{''.join(f'; {text}' for text in reused)}"
         )
 
     def _encode(self, call: np.ndarray) -> None:  # [n]
@@ -251,7 +292,7 @@ class _Fill:
             for cache in plan.earlier:
                 lengths[places[cache.rows]] = RaggedArray(cache.folder).lengths[cache.places]
             for call in plan.calls:
-                lengths[places[call]] = self.parts.read_lengths(self._name_of(call))
+                lengths[places[call]] = self.parts.read(self._name_of(call), "lengths")
             shape = (self.encoder.frozen_dim,)
             with closing(RowWriter(temporary, lengths, shape, dtype_of(self.encoder))) as writer:
                 for rows, values in self._outputs(plan):
@@ -265,11 +306,10 @@ class _Fill:
             write_about(temporary, *about, counts)
 
     def _outputs(self, plan: _Plan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield rows [n] and their concatenated tokens [sum of lengths, D], for the whole cache."""
         for cache in plan.earlier:
             array = RaggedArray(cache.folder)
             for at in range(0, len(cache.rows), ITEMS_PER_CALL):
                 values, mask = array.gather(cache.places[at : at + ITEMS_PER_CALL])
                 yield cache.rows[at : at + ITEMS_PER_CALL], values[mask]
         for call in plan.calls:
-            yield call, self.parts.read(self._name_of(call))[1]
+            yield call, self.parts.read(self._name_of(call), "values")

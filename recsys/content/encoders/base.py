@@ -1,57 +1,154 @@
-"""The interface of all encoders, which map the content of unique items to tokens for the fusion.
+"""The interface of all encoders: the content of unique items -> tokens for the fusion.
 
 Every encoder splits into a frozen part, `frozen(input)`, which gives the same output for an item
-at every step and may therefore be cached on disk, and `forward(input)`, which runs the other
-layers. For a frozen encoder `forward` is the identity; for a fully trained one `frozen` is.
+at every step and may be cached on disk, and `forward(input)`, which runs the other layers.
 
-Shapes: U unique items, T tokens, D width of the encoder.
+Shapes: U unique items, G items of a group, T tokens, D width of the encoder.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from recsys.content.encoders.frozen_groups import run_in_groups
 from recsys.content.encoders.identity import EncoderIdentity
 from recsys.data.items.content_input import ContentInput
 from recsys.data.items.images import ImagePreparation
 
+Pooling = Literal["mean", "cls", "last", "none", "projected"]
+
+
+def mean_token(
+    tokens: Tensor,  # [U, T, D]
+    mask: Tensor,  # [U, T]
+) -> Tensor:  # [U, D], zero for an item without tokens
+    """Return the mean of the tokens that the mask keeps."""
+    weights = mask.to(tokens.dtype).unsqueeze(-1)
+    return (tokens * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+def last_place(mask: Tensor) -> Tensor:  # [U, T] -> [U]
+    """Return the index of the last token; 0 for an item without tokens."""
+    return (mask.sum(dim=1) - 1).clamp(min=0)
+
+
+def pool(
+    hidden: Tensor,  # [U, T, D]
+    mask: Tensor,  # [U, T]
+    pooling: Pooling,
+) -> ContentInput:  # values [U, T or 1, D], mask [U, T or 1]
+    """Return all tokens (`none`) or one: the first (`cls`), the last, or the mean of all."""
+    if pooling == "none":
+        return ContentInput(hidden, mask)
+    if pooling == "cls":
+        token = hidden[:, 0]
+    elif pooling == "last":
+        token = hidden[torch.arange(len(hidden), device=hidden.device), last_place(mask)]
+    else:
+        token = mean_token(hidden, mask)
+    return ContentInput(token.unsqueeze(1), mask.any(dim=1, keepdim=True))
+
+
+ITEMS_PER_GROUP = 32
+# Small multiples of 8; after these 48, 64, 96, 128 ...
+SHORT_LENGTHS = (8, 16, 24, 32)
+
+
+def padded_lengths(lengths: Tensor, longest: int) -> Tensor:  # [U] -> [U]
+    """Return the length that each text is padded to, at most `longest`, the encoder's limit."""
+    steps = [length for length in SHORT_LENGTHS if length < longest]
+    power = 2 * SHORT_LENGTHS[-1]
+    while power * 3 // 4 < longest:
+        steps += [length for length in (power * 3 // 4, power) if length < longest]
+        power *= 2
+    steps.append(longest)
+    places = torch.bucketize(lengths, torch.tensor(steps))
+    return torch.tensor(steps)[places]
+
+
+@torch.compiler.disable  # a compiled part would differ from the cache in the last bits
+def run_in_groups(
+    run: Callable[[ContentInput], ContentInput], content: ContentInput, longest: int, width: int
+) -> ContentInput:
+    """Run `run` on the items of `content`; each item has the same output in any batch.
+
+    The shape of a computation determines its kernel and so the last bits of its sums. Hence groups
+    have one size, G, and each text is padded to a length that depends on its own length alone. A
+    cache then equals a step on the same kind of processor to the last bit.
+
+    Args:
+        run: the frozen part; called with G items at a time, all of which have content.
+        content: token ids [U, T] or pixels [U, 3, H, W], and their mask.
+        longest: maximum number of tokens of a text.
+        width: D of the outputs of `run`.
+
+    Returns:
+        Tokens [U, T, D], zero where the mask [U, T] is False; T is the longest of them, at least 1.
+    """
+    lengths = content.mask.sum(dim=1).cpu()
+    is_text = content.values.dim() == 2
+    shapes = padded_lengths(lengths, longest) if is_text else torch.ones_like(lengths)
+    outputs: list[tuple[Tensor, ContentInput]] = []
+    with torch.autocast(content.values.device.type, enabled=False):
+        for shape in shapes[lengths > 0].unique().tolist():
+            for items in torch.where((shapes == shape) & (lengths > 0))[0].split(ITEMS_PER_GROUP):
+                group = _group(content, items, shape if is_text else None)
+                outputs.append((items, run(group)[: len(items)]))
+    return _together(outputs, content.mask, width)
+
+
+def _group(
+    content: ContentInput,
+    items: Tensor,  # [at most G]
+    length: int | None,  # of the padded texts; None for images
+) -> ContentInput:
+    """Return G items: the given ones, the last repeated as often as needed; texts padded."""
+    missing = ITEMS_PER_GROUP - len(items)
+    items = torch.cat([items, items[-1:].expand(missing)]).to(content.mask.device)
+    values, mask = content.values[items], content.mask[items]
+    if length is not None:
+        values, mask = values[:, :length], mask[:, :length]
+        values = pad(values, (0, length - values.shape[1]))
+        mask = pad(mask, (0, length - mask.shape[1]))
+    return ContentInput(values, mask)
+
+
+def _together(
+    outputs: list[tuple[Tensor, ContentInput]],
+    mask: Tensor,  # [U, T] of the input
+    width: int,
+) -> ContentInput:
+    counts = [int(output.mask.sum(dim=1).max()) for _, output in outputs]
+    longest = max([1, *counts])
+    values = torch.zeros(len(mask), longest, width, device=mask.device)
+    token_mask = torch.zeros(len(mask), longest, dtype=torch.bool, device=mask.device)
+    for (items, output), count in zip(outputs, counts, strict=True):
+        items = items.to(mask.device)
+        tokens, present = output.values[:, :count], output.mask[:, :count]
+        values[items, :count] = tokens.masked_fill(~present.unsqueeze(-1), 0)
+        token_mask[items, :count] = present
+    return ContentInput(values, token_mask)
+
 
 @dataclass(frozen=True)
 class CacheReport:
-    """Report on the cache of a frozen part.
-
-    folder, num_bytes: location and size; items: number of items with content; encoded: number of
-    items encoded by all ranks in this job; seconds: time to look up, encode and write.
-    """
+    """Report on the cache of a frozen part."""
 
     folder: Path
-    items: int
+    items: int  # with content
     num_bytes: int
-    encoded: int
-    seconds: float
+    encoded: int  # by all ranks in this job
+    seconds: float  # to look up, encode and write
 
 
 class Encoder(nn.Module):
     """Interface of all encoders.
-
-    Attributes:
-        output_dim: D of the tokens.
-        frozen_dim: D of the outputs of `frozen`.
-        frozen_tokens: number of tokens that `frozen` returns for one image.
-        frozen_dtype: type of the outputs of `frozen`: float16 if an item has several final tokens.
-        caches: whether `frozen` computes anything, so that caching pays.
-        is_cached: whether batches already carry the outputs of `frozen`.
-        cache_report: report on that cache, if any.
-        max_length: maximum number of tokens of a text; 1 for images.
-        identity: origin of its weights; None if it has none.
-        rewritten: names of frozen parameters that differ from the loaded ones.
-        notes: sentences for the user.
 
     Example::
 
@@ -67,20 +164,19 @@ class Encoder(nn.Module):
                 return ContentInput(2 * content.values, content.mask)
     """
 
-    output_dim: int
-    frozen_tokens: int = 1
-    frozen_dtype: torch.dtype = torch.float32
-    caches: bool
-    max_length: int = 1
-    is_cached: bool = False
+    output_dim: int  # D of the tokens
+    frozen_tokens: int = 1  # that `frozen` returns for one image
+    frozen_dtype: torch.dtype = torch.float32  # float16 if an item has several final tokens
+    caches: bool  # whether `frozen` computes anything, so that caching pays
+    max_length: int = 1  # most tokens of a text; 1 for images
+    is_cached: bool = False  # whether batches already carry the outputs of `frozen`
     cache_report: CacheReport | None = None
-    identity: EncoderIdentity | None = None
+    identity: EncoderIdentity | None = None  # origin of its weights, if it has any
 
     def __init__(self) -> None:
-        """Create the empty notes; subclasses set `output_dim` and `caches`."""
         super().__init__()
-        self.rewritten: set[str] = set()
-        self.notes: list[str] = []
+        self.rewritten: set[str] = set()  # frozen parameters that differ from the loaded ones
+        self.notes: list[str] = []  # sentences for the user
         self._frozen_dim: int | None = None
 
     @property
@@ -140,6 +236,27 @@ class Encoder(nn.Module):
     def forward(self, content: ContentInput) -> ContentInput:
         """Run the layers above `frozen` and return tokens [U, T, D] and their mask [U, T]."""
         raise TypeError(f"{type(self).__name__} defines no forward")
+
+
+class StoredFeatures(Encoder):
+    """Encoder of stored features, which are tokens already: [U, 1, D] -> [U, 1, D].
+
+    Example::
+
+        from recsys.content.encoders.build import StoredFeatures
+
+        assert StoredFeatures(output_dim=6).frozen_dim == 6
+    """
+
+    def __init__(self, output_dim: int) -> None:
+        """Keep the width D of the features."""
+        super().__init__()
+        self.output_dim = output_dim
+        self.caches = False
+
+    def forward(self, content: ContentInput) -> ContentInput:
+        """Return the features unchanged."""
+        return content
 
 
 def normalize_pixels(

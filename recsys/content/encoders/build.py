@@ -5,40 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 from recsys.config import ModalitySettings
-from recsys.content.encoders.base import Encoder
-from recsys.content.encoders.module_encoder import ModuleEncoder, StoredFeatures
-from recsys.content.encoders.transformer import TransformerEncoder
+from recsys.content.encoders.base import Encoder, StoredFeatures
 from recsys.data.items.kind import ModalityKind, make_kind
 
-__all__ = [
-    "Encoder",
-    "ModuleEncoder",
-    "StoredFeatures",
-    "TransformerEncoder",
-    "build_encoder",
-    "encoder_of",
-]
+__all__ = ["Encoder", "StoredFeatures", "build_encoder"]
 
 
 def encoder_of(kind: ModalityKind, entry_shape: tuple[int, ...] = ()) -> Encoder:
     """Return the encoder of a modality kind, with its identity complete.
 
-    Args:
-        kind: kind of the modality; a checkpoint that it has read is not read again.
-        entry_shape: shape of the items' entries in the cache.
+    `entry_shape` is the shape of the items' entries in the cache.
 
     Raises:
         ValueError: the encoder cannot be loaded, does not fit its settings, or is no `Encoder`.
-
-    Example::
-
-        from recsys.config import ModalitySettings
-        from recsys.content.encoders.build import encoder_of
-        from recsys.data.items.kind import make_kind
-
-        modality = ModalitySettings("text", "title", encoder="random:bert")
-        encoder = encoder_of(make_kind("content.modalities.title", modality))
-        assert encoder.identity is not None
     """
     encoder = kind.encoder(entry_shape)
     if not isinstance(encoder, Encoder):

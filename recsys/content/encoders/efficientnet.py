@@ -16,7 +16,6 @@ class EfficientNetFeatures(nn.Module):
     cache_name = "recsys.content.pretrained.EfficientNetFeatures"  # the name in existing caches
 
     def __init__(self, network: nn.Module) -> None:
-        """Keep the network."""
         super().__init__()
         self.network = network
 

@@ -1,8 +1,7 @@
 """Identifies the encoders that a run was trained with: revision, weights, treatment of input.
 
-Frozen weights are in no checkpoint, so a run can only be reproduced with the same encoders. A run's
-folder keeps their identities (`encoders.json`); resuming or predicting with other encoders raises
-an error.
+Frozen weights are in no checkpoint, so a run needs the same encoders again. Its folder keeps their
+identities (`encoders.json`); resuming or predicting with other encoders raises an error.
 """
 
 from __future__ import annotations
@@ -27,12 +26,9 @@ SAMPLE_TEXT = "The quick Brown fox, naïve café №1234! 你好 Привет �
 class EncoderIdentity:
     """Identity of an encoder when it was loaded.
 
-    Attributes:
-        name: its name in the configuration.
-        revision: commit of the hub repository; None if it does not come from the hub.
-        weights: a hash of all weights.
-        preparation: a hash of the tokenizer, or of the treatment of pixels; empty for an encoder
-            that was built for inspection only.
+    name: its name in the configuration; revision: commit of the hub repository, None if it does not
+    come from the hub; weights: a hash of all weights; preparation: a hash of the tokenizer or of
+    the treatment of pixels, empty for an encoder that was built for inspection only.
     """
 
     name: str

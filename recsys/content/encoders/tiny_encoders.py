@@ -1,7 +1,6 @@
 """Tiny encoders with random weights, `random:bert` and the like, for tests and dry runs.
 
-They run the same code as pretrained encoders in milliseconds and need no files. Their weights
-come from a fixed seed, since frozen weights are not stored in checkpoints.
+Their weights come from a fixed seed, since frozen weights are not stored in checkpoints.
 """
 
 from __future__ import annotations
@@ -47,11 +46,7 @@ def tiny_tokenizer() -> Any:
 
 
 def tiny_model(name: str, where: str) -> nn.Module:
-    """Return one of the models `NAMES`; clip and siglip are dual encoders.
-
-    Raises:
-        ValueError: any other name.
-    """
+    """Return one of the models `NAMES`; clip and siglip are dual encoders."""
     if name not in NAMES:
         raise ValueError(f"{where}: encoder '{name}' is unknown; choose {', '.join(NAMES)}")
     vocabulary = _vocabulary()

@@ -1,37 +1,100 @@
 """TransformerEncoder: any `transformers` text or vision model, frozen, with adapters or trained.
 
-The layers below the lowest adapter (LoRA) are frozen, so that their outputs may be cached
-(`recsys.content.cache`) if the model can be cut there (`layer_split`); a note reports if not.
+Adapters are peft's: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732) and DoRA (arXiv 2402.09353).
+The layers below the lowest adapter are frozen; their outputs may be cached if the model can be cut
+there (`layer_split`).
 
 Shapes: U unique items, T tokens, D width of the encoder.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from recsys.config import ModalitySettings
-from recsys.content.encoders.adapters import adapted_layers, add_lora, rewrites_base
-from recsys.content.encoders.base import Encoder
+from recsys.config import LoraSettings, ModalitySettings
+from recsys.content.encoders.base import Encoder, pool
 from recsys.content.encoders.identity import EncoderIdentity, weights_digest
 from recsys.content.encoders.layer_split import LayerSplit, find_layers, find_split
-from recsys.content.encoders.pooling import pool
 from recsys.content.encoders.pretrained import PretrainedEncoder
 from recsys.content.wrap import wrap
 from recsys.data.items.content_input import ContentInput
 from recsys.data.items.images import ImagePreparation
 
+ALL_LINEAR = "all-linear"
+# These move a part of the base weights into the adapter, so that the base weights differ from those
+# of the encoder's checkpoint.
+REWRITING = ("pissa", "olora")
+
+
+def adapted_layers(lora: LoraSettings, num_layers: int, where: str) -> range:
+    """Return the indices of the layers with adapters; ValueError if there are no such layers."""
+    if lora.layers is None:
+        if not 1 <= lora.top_layers <= num_layers:
+            raise ValueError(
+                f"{where}.lora.top_layers is {lora.top_layers}; the encoder has {num_layers} "
+                f"layers, choose 1 to {num_layers}"
+            )
+        return range(num_layers - lora.top_layers, num_layers)
+    first, last = lora.layers
+    if last >= num_layers:
+        raise ValueError(
+            f"{where}.lora.layers is {lora.layers}; the encoder has the layers 0 to "
+            f"{num_layers - 1}"
+        )
+    return range(first, last + 1)
+
+
+def add_lora(layers: Sequence[nn.Module], lora: LoraSettings, where: str) -> None:
+    """Add adapters to each layer; ValueError for a target without linear map, or from peft."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    linear = [name for name, part in layers[0].named_modules() if isinstance(part, nn.Linear)]
+    if lora.rank < 1 or not lora.targets:
+        raise ValueError(
+            f"{where}.lora: rank {lora.rank} and targets {lora.targets}; rank must be at least "
+            f"1 and targets name some of {linear}"
+        )
+    for target in lora.targets:
+        if target != ALL_LINEAR and not any(f".{name}".endswith(f".{target}") for name in linear):
+            raise ValueError(
+                f"{where}.lora.targets: '{target}' fits no linear layer of "
+                f"{type(layers[0]).__name__}; choose from {linear}, or {ALL_LINEAR}"
+            )
+    # Layer by layer: peft's selection of layers by index depends on the name of the model's stack.
+    for layer in layers:
+        names = [name for name, part in layer.named_modules() if isinstance(part, nn.Linear)]
+        try:
+            settings = LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,  # type: ignore[arg-type]
+                lora_dropout=lora.dropout,
+                target_modules=names if ALL_LINEAR in lora.targets else lora.targets,
+                use_dora=lora.use_dora,
+                use_rslora=lora.use_rslora,
+                init_lora_weights=lora.init_lora_weights,  # type: ignore[arg-type]
+            )
+            inject_adapter_in_model(settings, layer)
+        except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+            raise ValueError(f"{where}.lora: peft refuses {asdict(lora)}: {error}") from error
+
+
+def rewrites_base(lora: LoraSettings) -> bool:
+    """Return whether the initialisation of the adapters changes the base weights."""
+    return str(lora.init_lora_weights).startswith(REWRITING)
+
 
 class Recomputed(nn.Module):
     """Wrapper of a layer whose activations are recomputed in the backward instead of kept."""
 
-    def forward(self, *arguments: Any, **named: Any) -> Any:
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """Run the layer under `checkpoint`."""
-        return checkpoint(super().forward, *arguments, use_reentrant=False, **named)
+        return checkpoint(super().forward, *arguments, use_reentrant=False, **keywords)
 
 
 class TransformerEncoder(Encoder):
@@ -47,14 +110,6 @@ class TransformerEncoder(Encoder):
     Raises:
         ValueError: the model cannot be run, some layers or targets of LoRA do not exist, or the
             inputs are larger than it can read.
-
-    Example::
-
-        from recsys.config import ModalitySettings
-        from recsys.content.encoders.build import TransformerEncoder, build_encoder
-
-        encoder = build_encoder("a", ModalitySettings("text", "a", encoder="random:bert"))
-        assert isinstance(encoder, TransformerEncoder)
     """
 
     is_text: bool
@@ -70,7 +125,6 @@ class TransformerEncoder(Encoder):
         projection: nn.Module | None = None,
         pixels: ImagePreparation | None = None,
     ) -> None:
-        """Try the model out, then freeze it, cut it and add adapters, as `training` sets."""
         super().__init__()
         self.model: Any = model
         self.config: Any = model.config
@@ -109,11 +163,9 @@ class TransformerEncoder(Encoder):
     ) -> Self:
         """Return the encoder with its weights and, unless these are on meta, its identity.
 
-        A checkpoint of a dual encoder, such as CLIP or SigLIP, serves two modalities: kind `text`
-        uses the text tower, kind `image` the vision tower. With pooling `projected` both give
-        vectors of one space, in which an image lies near the texts that describe it: CLIP maps each
-        tower's pooled output there (arXiv 2103.00020), SigLIP's pooled outputs lie there (arXiv
-        2303.15343).
+        A checkpoint of a dual encoder serves two modalities, one by each tower. With pooling
+        `projected` both give vectors of one space: CLIP (arXiv 2103.00020) maps each tower's pooled
+        output there, SigLIP's pooled outputs (arXiv 2303.15343) lie there.
 
         Raises:
             ValueError: it cannot be loaded, or does not fit its settings.
@@ -157,11 +209,6 @@ class TransformerEncoder(Encoder):
         return self.first_trained, self.training_mode, self.pooling, config, self.pixels
 
     def _try_out(self, where: str) -> None:
-        """Run the model once: learn its sizes, its cut and which of its weights have an effect.
-
-        Raises:
-            ValueError: it cannot be run.
-        """
         training = self.model.training
         self.model.eval()
         try:
@@ -187,7 +234,6 @@ class TransformerEncoder(Encoder):
         return f"{where}.encoder: {model} cannot be run on {self.inputs} ({cause}); {fix}"
 
     def _freeze_what_has_no_effect(self, tokens: Tensor) -> None:  # [U, T, D]
-        """Freeze weights that no loss reaches (mask tokens, norms of outputs that are not read)."""
         weights = [part for part in self.parameters() if part.requires_grad]
         gradients = torch.autograd.grad(tokens.sum(), weights, allow_unused=True)
         for part, gradient in zip(weights, gradients, strict=True):
@@ -233,7 +279,6 @@ class TransformerEncoder(Encoder):
                 parameter.data = parameter.data.new_empty(0)
 
     def _finish(self, output: Any, mask: Tensor) -> ContentInput:  # mask [U, T]
-        """Return the tokens [U, T or 1, D] for the fusion, from the model's output."""
         hidden = output.last_hidden_state
         if hidden.dim() == 4:  # the feature map of a convolutional network
             hidden = hidden.flatten(2).transpose(1, 2)
@@ -260,7 +305,6 @@ class TransformerEncoder(Encoder):
         return content if self.training_mode == "frozen" else self._trained(content)
 
     def _trained(self, content: ContentInput) -> ContentInput:
-        """Run the layers above the frozen ones."""
         if self.split is None:
             return self._finish(self._run(content.values, content.mask), content.mask)
         hidden, mask = self._all_tokens(content.values), content.mask
@@ -272,11 +316,9 @@ class TransformerEncoder(Encoder):
         """Read and check the settings of texts or images alone."""
 
     def _sample(self) -> tuple[Tensor, Tensor]:
-        """Return a sample input and its mask."""
         raise NotImplementedError
 
     def _run(self, values: Tensor, mask: Tensor) -> Any:  # mask [U, T]
-        """Return the model's output for ids [U, T] or pixels [U, 3, H, W]."""
         raise NotImplementedError
 
     def _run_above_cut(self, mask: Tensor) -> Any:  # [U, T]
@@ -284,7 +326,6 @@ class TransformerEncoder(Encoder):
         raise NotImplementedError
 
     def _token_mask(self, mask: Tensor, length: int) -> Tensor:  # [U, length]
-        """Return the mask of the model's tokens."""
         return mask
 
     def _all_tokens(self, hidden: Tensor) -> Tensor:  # [U, T, D]

@@ -30,13 +30,6 @@ def build_fusion(settings: FusionSettings, dim: int, num_modalities: int) -> nn.
 
     Raises:
         ValueError: the name is unknown, or the class cannot be imported or constructed.
-
-    Example::
-
-        from recsys.config import FusionSettings
-        from recsys.content.fusion import build_fusion
-
-        build_fusion(FusionSettings("concat"), dim=8, num_modalities=2)
     """
     options = settings.options
     if settings.name == "qformer":

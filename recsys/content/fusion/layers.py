@@ -19,7 +19,6 @@ class JointSelfAttention(nn.Module):
     """Multi-head self-attention with the published scale sqrt(d_head + 1e-5)."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
-        """Create the maps of queries, keys, values and output."""
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads + 1e-5) ** -0.5
@@ -57,10 +56,7 @@ class JointSelfAttention(nn.Module):
 
 
 def _has_kernel(x: Tensor) -> bool:  # [U, T, D]
-    """Return whether kernels compute with these few tokens.
-
-    They do in training alone, so that a package needs no compiler.
-    """
+    """Return whether kernels attend: in training alone, so that packages need no compiler."""
     return x.device.type == "cpu" and x.shape[1] <= FEW_TOKENS and has_native(x)
 
 
@@ -71,7 +67,6 @@ def _attention_of_few(
     mask: Tensor,  # [U, T]
     scale: float,
 ) -> Tensor:  # [U, Q, H, D / H]
-    """Attend by plain products and sums, which on CPU beat the kernel made for long texts."""
     scores = (query.unsqueeze(2) * key.unsqueeze(1)).sum(-1) * scale  # [U, Q, T, H]
     weights = scores.masked_fill(~mask[:, None, :, None], -torch.inf).softmax(dim=2)
     return (weights.unsqueeze(-1) * value.unsqueeze(1)).sum(dim=2)
@@ -81,7 +76,6 @@ class PublishedLayer(nn.Module):
     """Joint self-attention, output dropout, then post-LayerNorm of the residual sum; no FFN."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
-        """Build the attention, dropout and norm."""
         super().__init__()
         self.attention = JointSelfAttention(dim, num_heads)
         self.dropout = Dropout(dropout)
@@ -99,7 +93,6 @@ class ModernLayer(nn.Module):
     """Pre-norm joint self-attention and a GELU feed-forward of four times the width."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
-        """Build the attention, the feed-forward network and their norms."""
         super().__init__()
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention = JointSelfAttention(dim, num_heads)

@@ -23,7 +23,6 @@ class ConcatFusion(nn.Module):
     """
 
     def __init__(self, dim: int, num_modalities: int) -> None:
-        """Create the vectors of missing modalities and the linear map."""
         super().__init__()
         self.num_modalities = num_modalities
         self.missing = nn.Parameter(torch.zeros(num_modalities, dim))
@@ -46,21 +45,11 @@ class ConcatFusion(nn.Module):
 class FusionQFormer(nn.Module):
     """Trainable queries attend, jointly with the tokens, to all tokens of an item.
 
-    Missing tokens are masked as keys; with all tokens present `published` is the published
-    formula: layers over [queries; tokens], the Q outputs flattened and projected to D.
-    `modern` adds to each token an embedding of its modality, and to the projected outputs a linear
-    map of the modalities (`ConcatFusion`). The projection starts at zero, as residual branches do
-    (Fixup, arXiv 1901.09321; ReZero, arXiv 2003.04887), so that the queries learn a
-    correction to the linear map.
-
-    Args:
-        dim: D, divisible by `num_heads`.
-        num_modalities: M.
-        num_queries: Q.
-        num_layers: number of attention layers.
-        num_heads: heads of each layer.
-        dropout: dropout probability in the layers.
-        preset: `published` or `modern`.
+    Missing tokens are masked as keys; with all tokens present `published` is the published formula:
+    layers over [queries; tokens], the Q outputs flattened and projected to D. `modern` adds to each
+    token an embedding of its modality, and to the projected outputs a `ConcatFusion`. The
+    projection starts at zero, as residual branches do (Fixup, arXiv 1901.09321; ReZero, arXiv
+    2003.04887): the queries learn a correction to the linear map.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`, or a number is below 1.
@@ -86,7 +75,6 @@ class FusionQFormer(nn.Module):
         dropout: float = 0.1,
         preset: Literal["published", "modern"] = "modern",
     ) -> None:
-        """Create the queries, the layers and the output map."""
         super().__init__()
         if min(num_queries, num_layers, num_heads) < 1 or dim % num_heads:
             raise ValueError(
@@ -134,7 +122,6 @@ class FusionQFormer(nn.Module):
         return fused if self.linear is None else fused + self.linear(tokens, mask, modality)
 
     def _has_kernel(self, tokens: Tensor) -> bool:  # [U, T, D]
-        """Return whether a kernel computes all: in training, with preset `modern`."""
         if self.linear is None or not self.training or tokens.device.type != "cpu":
             return False
         few = tokens.shape[1] + self.queries.shape[0] <= FEW_TOKENS
@@ -158,9 +145,9 @@ class FusionQFormer(nn.Module):
         """Return the weights of preset `modern`, in the order in which they are applied."""
         embedding, linear, norm = self.modality_embedding, self.linear, self.norm
         assert embedding is not None and linear is not None and isinstance(norm, nn.LayerNorm)
-        found = [self.queries, embedding.weight]
+        weights = [self.queries, embedding.weight]
         for layer in self.layers:
             assert isinstance(layer, ModernLayer)
-            found += layer.weights()
-        found += [norm.weight, norm.bias, self.output.weight, self.output.bias]
-        return [*found, linear.missing, linear.output.weight, linear.output.bias]
+            weights += layer.weights()
+        weights += [norm.weight, norm.bias, self.output.weight, self.output.bias]
+        return [*weights, linear.missing, linear.output.weight, linear.output.bias]

@@ -47,9 +47,11 @@ class Feature(ModalityKind):
 
     def write(self, column: ItemColumnReader, folder: Path) -> int:
         """Write the vectors of a column, or of its .npy file, and return their number."""
-        if (found := column.feature_file()) is not None:
-            places = column.places_of(*found)
-            return write_rows(folder, found[0], places, column.table.num_rows, column.report_file)
+        if (feature_file := column.feature_file()) is not None:
+            places = column.places_of(*feature_file)
+            return write_rows(
+                folder, feature_file[0], places, column.table.num_rows, column.report_file
+            )
         width = self._width(column)
         with closing(RaggedWriter(folder, (width,), self.dtype)) as writer:
             for chunk, where, report in column.chunks():
@@ -57,10 +59,6 @@ class Feature(ModalityKind):
         return writer.num_entries
 
     def _width(self, column: ItemColumnReader) -> int:
-        """Return the width of features: if not known, that of the first.
-
-        It is the most frequent one if bad rows are skipped.
-        """
         if self.entry_shape:
             return self.entry_shape[0]
         for chunk, where, _ in column.chunks():
@@ -71,7 +69,7 @@ class Feature(ModalityKind):
 
     def encoder(self, entry_shape: tuple[int, ...]) -> Encoder:
         """Return the encoder that passes the stored features on."""
-        from recsys.content.encoders.module_encoder import StoredFeatures
+        from recsys.content.encoders.base import StoredFeatures
 
         (width,) = entry_shape
         return StoredFeatures(width)

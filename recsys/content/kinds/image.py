@@ -1,4 +1,4 @@
-"""Kind `image`: encoded images, one or a list of them per item, decoded to square pixels.
+"""Kinds `image` and `frames`: encoded images, one or a list per item, decoded to square pixels.
 
 Shapes: n rows of a chunk, U unique items, I images per item, S `image_size`.
 """
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from recsys.content.encoders.pretrained import PretrainedEncoder
     from recsys.data.items.content_input import ContentInput
 
+
 logger = logging.getLogger(__name__)
 
 
@@ -36,7 +37,6 @@ class Image(ModalityKind):
     dtype = "uint8"
 
     def __init__(self, *arguments: Any) -> None:
-        """Keep where and settings, as `ModalityKind` does, and set the shape of an entry."""
         super().__init__(*arguments)
         self.entry_shape = (3, self.modality.image_size, self.modality.image_size)
         self.num_cut = 0  # items with more images
@@ -100,10 +100,7 @@ class Image(ModalityKind):
         return num_images(chunk, where).clip(max=self.modality.max_images)
 
     def write(self, column: ItemColumnReader, folder: Path) -> int:
-        """Write the decoded images of a column and return their number.
-
-        Items with too many images are counted in the log.
-        """
+        """Write the decoded images and return their number; the log counts items with too many."""
         num_entries, most = super().write(column, folder), self.modality.max_images
         if self.num_cut:
             logger.info(
@@ -128,18 +125,16 @@ class Image(ModalityKind):
 
     def encoder(self, entry_shape: tuple[int, ...]) -> Encoder:
         """Return the encoder of the checkpoint or of the module, for one or several images."""
-        from recsys.content.encoders.several_images import SeveralImages
+        from recsys.content.encoders.image_encoders import SeveralImages
 
         encoder = self._single()
         return SeveralImages(encoder) if self.has_several else encoder
 
     def _single(self) -> Encoder:
-        """Return the encoder of one image."""
         from torch import nn
 
         from recsys.content.encoders.identity import EncoderIdentity, weights_digest
-        from recsys.content.encoders.image_transformer import ImageTransformer
-        from recsys.content.encoders.module_encoder import ModuleEncoder
+        from recsys.content.encoders.image_encoders import ImageTransformer, ModuleEncoder
 
         modality = self.modality
         if self.pretrained is not None:
@@ -153,3 +148,23 @@ class Image(ModalityKind):
     def preparation_digest(self) -> str:
         """Return a hash of the preparation of images."""
         return digest_of(self.preparation)
+
+
+class Frames(Image):
+    """Videos as lists of frames of an item column of kind image; each frame is an entry.
+
+    `max_images` frames of each video are used, evenly spaced and in order.
+    """
+
+    has_several = True
+
+    def chosen(self, count: int) -> list[int]:
+        """Return the indices in the middle of `max_images` equal parts of the video."""
+        most = self.modality.max_images
+        if count <= most:
+            return list(range(count))
+        return [int(place) for place in (np.arange(most) + 0.5) * count / most]
+
+    def which_are_used(self) -> str:
+        """Return a description of the frames used of a long video, for the log."""
+        return f"{self.modality.max_images} of each are used, evenly over its length"

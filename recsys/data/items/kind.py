@@ -34,7 +34,7 @@ MODALITY_KINDS = {
     "text": "recsys.content.kinds.text:Text",
     "image": "recsys.content.kinds.image:Image",
     "feature": "recsys.content.kinds.feature:Feature",
-    "frames": "recsys.content.kinds.frames:Frames",
+    "frames": "recsys.content.kinds.image:Frames",
 }
 
 

@@ -1,6 +1,6 @@
 """The user's content interest: target attention and similarities over the history's content.
 
-The history's vectors have passed the history map (`recsys.content.history_map`). The similarity
+The history's vectors have passed the history map (`recsys.content.branch`). The similarity
 features follow SimTier (arXiv 2407.19467), split by whether the user liked the item; its histogram
 and LEMUR's sorted cosines (arXiv 2511.10962) are optional.
 

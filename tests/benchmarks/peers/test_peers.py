@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -10,8 +9,8 @@ import numpy as np
 import optuna
 import pytest
 
-from benchmarks.peers import trainings, tuning
-from benchmarks.peers.catalogue import PEERS, Peer, peers_named
+from benchmarks.peers import trainings
+from benchmarks.peers.catalogue import PEERS, Peer
 from benchmarks.peers.rows import write_rows
 from benchmarks.peers.trainings import PeerTraining
 from tests.datasets import write_dataset
@@ -57,8 +56,8 @@ def test_histories_are_padded_before_their_last_items(peer_rows: ModuleType, row
 def test_principal_components_are_uncorrelated(peer_rows: ModuleType) -> None:
     random = np.random.default_rng(0)
     vectors = random.normal(size=(200, 6)) @ random.normal(size=(6, 6))
-    found = peer_rows.principal_components([vectors[:, :4], vectors[:, 4:]], 3)
-    np.testing.assert_allclose(found.T @ found / 200, np.eye(3), atol=1e-4)
+    components = peer_rows.principal_components([vectors[:, :4], vectors[:, 4:]], 3)
+    np.testing.assert_allclose(components.T @ components / 200, np.eye(3), atol=1e-4)
 
 
 def test_scores_are_those_of_the_rows_with_training_rows_of_their_items(
@@ -103,18 +102,7 @@ def test_a_study_goes_on_to_its_number_of_trials(
 
     monkeypatch.setattr(PeerTraining, "_result", result)
     peer = Peer("some", "none", (), {"rate": optuna.distributions.FloatDistribution(0, 1)})
-    tuning.tuned(peer, [rows], 2, tmp_path)
-    best = tuning.tuned(peer, [rows], 8, tmp_path)
+    trainings.tuned(peer, [rows], 2, tmp_path)
+    best = trainings.tuned(peer, [rows], 8, tmp_path)
     assert len(trained) == 8
     assert best["rate"] > 0.5  # the user's liked row is first
-
-
-def test_an_unknown_peer_is_an_error() -> None:
-    assert peers_named(None) == PEERS
-    with pytest.raises(ValueError, match="FuxiCTR DIEN"):
-        peers_named(["FuxiCTR DIEN"])
-
-
-def test_every_peer_has_its_adapter() -> None:
-    assert all((trainings.ADAPTERS / f"{peer.adapter}.py").is_file() for peer in PEERS)
-    assert "lightgbm" not in sys.modules  # of environments of their own

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torch.utils.tensorboard import SummaryWriter
 
-from benchmarks.quality.cells import Cell
-from benchmarks.quality.grid import GRIDS
-from benchmarks.quality.plan import Plan, plan_runs, windows
+from benchmarks.quality.grid import GRIDS, Cell
+from benchmarks.quality.runs import Plan, plan_runs, windows
 from recsys.evaluation.scores import SplitScores, scores_file, write_scores
 from tests.recsys.command_runs import TINY
 
@@ -55,28 +53,25 @@ def scores(window: int, seed: int, gain: float) -> SplitScores:
     )
 
 
-def write_run(folder: Path, of_scores: SplitScores, validation_auc: float) -> None:
+def write_run(folder: Path, split_scores: SplitScores, validation_auc: float) -> None:
     """What a finished run leaves, as far as the study reads it."""
     folder.mkdir(parents=True)
     part = {"auc": validation_auc, "gauc": validation_auc - 0.1, "num_samples": NUM_ROWS}
     valid = {**part, "cold": part, "unseen": {**part, "gauc": None}}
     metrics = {"valid": valid, "test": {"auc": 0.123}, "train": {"seconds": 2.0}}
-    write_scores(of_scores, scores_file(folder, "test"))
-    with SummaryWriter(str(folder / "tensorboard")) as writer:
-        for step in (10, 20):
-            writer.add_scalar("valid/auc", validation_auc - (20 - step) / 100, step)
+    write_scores(split_scores, scores_file(folder, "test"))
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
 def write_runs(data: Path, out: Path) -> Plan:
     """All runs of the study."""
-    named = {cell.name: cell.settings for cell in CELLS}
-    plan = plan_runs(named, windows(str(data)), out, TINY, seeds=2)
-    for name, of_seeds in plan.items():
-        for seed, of_data in enumerate(of_seeds):
-            for window, run in enumerate(of_data):
-                of_run = scores(window, seed, GAIN[name])
-                write_run(run.folder, of_run, VALIDATION[name][seed])
+    by_name = {cell.name: cell.settings for cell in CELLS}
+    plan = plan_runs(by_name, windows(str(data)), out, TINY, seeds=2)
+    for name, by_seed in plan.items():
+        for seed, runs in enumerate(by_seed):
+            for window, run in enumerate(runs):
+                run_scores = scores(window, seed, GAIN[name])
+                write_run(run.folder, run_scores, VALIDATION[name][seed])
     return plan
 
 

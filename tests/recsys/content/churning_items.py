@@ -57,11 +57,11 @@ def write_churn(folder: Path) -> Path:
             history = [first + 3, *([first + place % 3] if place else [])]
             rows["history"].append(raw(history).tolist())
             rows["liked"].append(float((first + place) % 2))
-    rows["history_liked"] = [[1.0] * len(of) for of in rows["history"]]
+    rows["history_liked"] = [[1.0] * len(history) for history in rows["history"]]
     folder.mkdir(parents=True)
     (folder / "schema.yaml").write_text(SCHEMA)
     floats = {"liked": pa.float32(), "history_liked": pa.list_(pa.float32())}
-    table = pa.table({name: pa.array(of, floats.get(name)) for name, of in rows.items()})
+    table = pa.table({name: pa.array(values, floats.get(name)) for name, values in rows.items()})
     for split in ("train", "valid", "test"):
         write_parquet(folder / split / "part-0.parquet", table)
     clips = np.random.default_rng(0).random((NUM_ITEMS, FEATURE_WIDTH)).astype(np.float32)
@@ -100,9 +100,9 @@ class Trained:
     logits: list[Tensor]
     state: dict[str, list[tuple[list[int], Tensor]]]
 
-    def whole(self, name: str, *others: Trained) -> Tensor:
+    def whole(self, name: str, *other_ranks: Trained) -> Tensor:
         """A tensor of all ranks."""
-        pieces = [piece for of in (self, *others) for piece in of.state[name]]
+        pieces = [piece for rank in (self, *other_ranks) for piece in rank.state[name]]
         sizes = [
             [at + size for at, size in zip(*piece, strict=True)]
             for piece in ((offsets, list(tensor.shape)) for offsets, tensor in pieces)
@@ -121,8 +121,8 @@ def train(job: Job) -> Trained:
     prepared = job.preparation(batches(job), UnknownIds(job.schema), 0, training=True)
     logits = [logits.detach().clone() for _, logits, _ in job.pipeline.outputs(prepared)]
     state = TrainingState(job).state_dict()
-    wanted = ("bank", "vocabulary.item.ids", "vocabulary.item.last_used")
-    names = [name for name in state if name in wanted or ".item.weight" in name]
+    state_names = ("bank", "vocabulary.item.ids", "vocabulary.item.last_used")
+    names = [name for name in state if name in state_names or ".item.weight" in name]
     pieces = {}
     for name in names:
         value = state[name]

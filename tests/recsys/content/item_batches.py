@@ -22,8 +22,8 @@ def batch_of_items(
     places = torch.tensor([item for history in histories for item in history], dtype=torch.long)
     history_items, history_index = places.unique(return_inverse=True)
     content_items, target_index = target.unique(return_inverse=True)
-    of_history = torch.zeros(rows, dtype=torch.long)
-    of_history[0] = len(history_items)
+    history_rows = torch.zeros(rows, dtype=torch.long)
+    history_rows[0] = len(history_items)
     return Batch(
         dense_features=torch.zeros(rows, 0),
         sparse_features=None,
@@ -31,7 +31,7 @@ def batch_of_items(
         sequence_features=KeyedJaggedTensor.from_lengths_sync(
             ["item", "history"],
             torch.cat([target, history_items if index_dedup else places]),
-            torch.cat([torch.ones_like(target), of_history if index_dedup else lengths]).int(),
+            torch.cat([torch.ones_like(target), history_rows if index_dedup else lengths]).int(),
         ),
         target_items=target,
         groups=torch.zeros(rows, dtype=torch.long),

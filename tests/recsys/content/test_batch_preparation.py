@@ -1,15 +1,21 @@
-"""What a batch is prepared with moves to the device as fast as what it came with."""
+"""Batches before the pipeline: pinning, sampled items and searched histories."""
+
+from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from recsys.config import Config
-from recsys.content.batch_preparation import BatchPreparation
+from embeddings import MemoryBank
+from recsys.config import SamplingSettings
+from recsys.content.batch_preparation import BatchPreparation, shorten_histories
+from recsys.content.branch import ContentBranch
+from recsys.content.item_selection import sample_items
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.filesystem import Location
@@ -18,6 +24,16 @@ from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
 from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
 from tests.datasets import write_dataset
+from tests.recsys.content.item_batches import batch_of_items
+from tests.recsys.content.tiny_branch import (
+    DIM,
+    HISTORY,
+    NUM_ITEMS,
+    TARGETS,
+    batch_of,
+    branch_of,
+    content_of,
+)
 
 
 class AddsBankItems(BatchPreparation):
@@ -47,7 +63,7 @@ def test_what_was_added_to_a_pinned_batch_is_pinned_too(
     monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: is_pinned)
     monkeypatch.setattr(Tensor, "pin_memory", pin)
     vocabularies = BoundedVocabularies(schema, [])
-    preparation = preparation_class(Config(), None, None, vocabularies)
+    preparation = preparation_class(None, None, None, vocabularies)
     batches = iter(Interactions(rows, BatchBuilder(schema, ["user"]), 8))
     prepared = preparation(batches, UnknownIds(schema), 7, training=True)
     batch = next(iter(prepared))
@@ -56,3 +72,164 @@ def test_what_was_added_to_a_pinned_batch_is_pinned_too(
         assert (batch.bank_items.data_ptr() in pinned) == is_pinned
     else:
         assert pinned == []  # as it came, so nothing is done twice
+
+
+TARGETS_OF_TEN = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 3, 3]
+
+
+def sampled(forward: float, backward: float, step: int = 0, rank: int = 0) -> Batch:
+    return sample_items(
+        batch_of_items(TARGETS_OF_TEN), SamplingSettings(forward, backward), (7, step, rank)
+    )
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "encoded", "trained"),
+    [(1.0, 0.5, 10, 5), (0.5, 0.2, 5, 2), (0.2, 0.2, 2, 2), (0.01, 0.01, 1, 1)],
+)
+def test_shares_of_the_unique_items_are_encoded_and_the_rest_is_read_from_the_bank(
+    forward: float, backward: float, encoded: int, trained: int
+) -> None:
+    batch = sampled(forward, backward)
+    assert (len(batch.content_items), batch.with_gradient) == (encoded, trained)
+    items = torch.cat([batch.content_items, batch.bank_items])
+    assert items.sort().values.tolist() == list(range(10))
+    assert items[batch.target_index].tolist() == TARGETS_OF_TEN
+
+
+def test_the_choice_depends_on_seed_step_and_rank_alone() -> None:
+    selections = [sampled(0.5, 0.5, *place).content_items.tolist() for place in ((0, 0), (0, 0))]
+    assert selections[0] == selections[1]
+    distinct_selections = {
+        tuple(sampled(0.5, 0.5, step, rank).content_items.tolist())
+        for step in range(3)
+        for rank in range(3)
+    }
+    assert len(distinct_selections) == 9
+
+
+def test_every_item_is_chosen_equally_often() -> None:
+    counts = torch.zeros(10)
+    for step in range(300):
+        counts[sampled(0.5, 0.2, step).content_items] += 1
+    assert counts.min() > 120 and counts.max() < 180
+
+
+def one_by_one(branch: ContentBranch, batch: Batch, stale: Tensor) -> Tensor:
+    """[B, D]: each target encoded with or without gradient, or read, by itself."""
+    encoded = batch.content_items.tolist()
+    rows = []
+    for item in TARGETS.tolist():
+        if item not in encoded:
+            rows.append(stale[item, :DIM])
+            continue
+        vector = branch.encode(content_of(torch.tensor([item])))[0, :DIM]
+        with_gradient = encoded.index(item) < (batch.with_gradient or 0)
+        rows.append(vector if with_gradient else vector.detach())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("backward", [0.3, 0.6])
+def test_vectors_and_gradients_equal_those_of_items_taken_one_by_one(backward: float) -> None:
+    branch, naive = branch_of("bank_lora"), branch_of("bank_lora")
+    batch = sample_items(batch_of("bank_lora"), SamplingSettings(0.6, backward), (0, 0, 0))
+    batch = replace(batch, content=content_of(batch.content_items))
+    assert len(batch.content_items) == 2 and len(batch.bank_items) == 1
+    assert branch.bank is not None
+    stale, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
+    vectors, expected = branch(batch).target, one_by_one(naive, batch, stale)
+    torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=1e-5)
+    factor = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    for result in (vectors, expected):
+        (factor * result.square()).sum().backward()
+    gradients = {name: part.grad for name, part in naive.named_parameters()}
+    assert sum(gradient is not None for gradient in gradients.values()) > 10
+    for name, parameter in branch.named_parameters():
+        assert (parameter.grad is None) == (gradients[name] is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(
+                parameter.grad, gradients[name], atol=1e-5, rtol=1e-4, msg=name
+            )
+    stored, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
+    changed = (stored != stale).any(dim=1).nonzero().squeeze(1)
+    assert changed.tolist() == batch.content_items.sort().values.tolist()
+
+
+def test_without_same_step_histories_see_what_the_bank_held_before() -> None:
+    branch = branch_of("bank_frozen")
+    branch.same_step = False
+    assert branch.bank is not None
+    stale, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
+    vectors = branch(batch_of("bank_frozen"))
+    assert torch.equal(vectors.read_history()[0], stale[HISTORY.unique(), :DIM])
+    stored, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
+    assert not torch.equal(stored, stale)
+
+
+SEARCHED_ITEMS, SEARCH_DIM = 12, 4
+SEARCH_TARGETS = [3, 5, 3, 7]
+SEARCHED_HISTORIES = [[1, 2, 9, 3, 1, 0], [], [4, 8], [11, 10, 9, 8, 7, 6, 5]]
+
+
+def bank() -> MemoryBank:
+    bank = MemoryBank(SEARCHED_ITEMS, SEARCH_DIM, "cpu")
+    vectors = torch.randn(SEARCHED_ITEMS, SEARCH_DIM, generator=torch.Generator().manual_seed(0))
+    bank.update(torch.arange(SEARCHED_ITEMS), vectors, step=0)
+    return bank
+
+
+def kept_by_loop(top_k: int) -> list[list[int]]:
+    """By row: the places that stay, counted over all histories."""
+    vectors, _ = bank().lookup(torch.arange(SEARCHED_ITEMS))
+    rows, first = [], 0
+    for target, history in zip(SEARCH_TARGETS, SEARCHED_HISTORIES, strict=True):
+        cosine = [
+            float(torch.cosine_similarity(vectors[target], vectors[item], dim=0))
+            for item in history
+        ]
+        best = sorted(range(len(history)), key=lambda place: (cosine[place], place))[-top_k:]
+        rows.append([first + place for place in sorted(best)])
+        first += len(history)
+    return rows
+
+
+@pytest.mark.parametrize("index_dedup", [True, False])
+@pytest.mark.parametrize("top_k", [1, 3, 6, 50])
+def test_each_history_keeps_its_items_most_like_the_target_in_their_order(
+    top_k: int, index_dedup: bool
+) -> None:
+    batch = batch_of_items(SEARCH_TARGETS, SEARCHED_HISTORIES, index_dedup)
+    short = shorten_histories(batch, bank(), top_k, index_dedup)
+    rows = kept_by_loop(top_k)
+    places = [place for row in rows for place in row]
+    everything = [item for history in SEARCHED_HISTORIES for item in history]
+    assert short.history_values[:, 0].tolist() == places
+    assert short.history_lengths.tolist() == [len(row) for row in rows]
+    assert short.longest_history == max(len(row) for row in rows)
+    items = short.history_items[short.history_index].tolist()
+    assert items == [everything[place] for place in places]
+    assert short.history_items.tolist() == sorted(set(items))
+    target, history = (short.sequence_features[name] for name in ("item", "history"))
+    assert target.values().tolist() == SEARCH_TARGETS
+    assert history.values().tolist() == (sorted(set(items)) if index_dedup else items)
+    if not index_dedup:
+        assert history.lengths().tolist() == short.history_lengths.tolist()
+
+
+def test_on_cuda_the_search_waits_for_the_writes_of_earlier_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    happened: list[tuple[str, object]] = []
+    streams = {name: SimpleNamespace(name=name) for name in ("copies", "steps")}
+    streams["copies"].wait_stream = lambda other: happened.append(("wait", other))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams["copies"])
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: streams["steps"])
+    on_host = bank()
+
+    def lookup(ids: Tensor) -> tuple[Tensor, Tensor]:
+        happened.append(("read", None))
+        return on_host.lookup(ids)
+
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda", 0), lookup=lookup)
+    shorten_histories(batch_of_items(SEARCH_TARGETS, SEARCHED_HISTORIES), on_gpu, 2, True)
+    assert happened == [("wait", streams["steps"]), ("read", None)]

@@ -46,8 +46,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ids_of(vocabulary: BoundedVocabulary) -> dict[int, int]:
     """The row of each id that has one."""
     sets = vocabulary._sets
-    known = np.flatnonzero(sets.last_used.ravel() >= 0)
-    return {int(sets.ids.ravel()[row]): int(row) for row in known}
+    used_rows = np.flatnonzero(sets.last_used.ravel() >= 0)
+    return {int(sets.ids.ravel()[row]): int(row) for row in used_rows}
 
 
 def test_a_batch_has_rows_for_tables_and_raw_ids_for_content(data: Path, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_evicted_and_readmitted_items_have_fresh_rows_and_their_own_content(
         initial = table.detach().clone()
         vocabulary, bank = job.vocabularies.items, job.em3.content.bank
         assert vocabulary is not None and bank is not None
-        reset, seen = job.vocabularies.reset, []
+        reset, reset_rows = job.vocabularies.reset, []
 
         def watched(name: str, rows: Tensor) -> None:
             assert reset is not None
@@ -94,11 +94,11 @@ def test_evicted_and_readmitted_items_have_fresh_rows_and_their_own_content(
             reset(name, rows)
             assert torch.equal(table[rows], initial[rows])
             assert not bank._rows[rows].any()
-            seen.extend(rows.tolist())
+            reset_rows.extend(rows.tolist())
 
         monkeypatch.setattr(job.vocabularies, "reset", watched)
         trained = train(job)
-        assert len(seen) > 3
+        assert len(reset_rows) > 3
         rows = ids_of(vocabulary)
         assert {int(raw(0)), int(raw(1)), int(raw(2))} <= rows.keys()  # they came back
         job.em3.content.eval()
@@ -107,11 +107,11 @@ def test_evicted_and_readmitted_items_have_fresh_rows_and_their_own_content(
         with torch.no_grad():
             vectors = job.em3.content.encode(job.store.gather(ids))
         torch.testing.assert_close(bank._rows[list(rows.values()), :-1], vectors)
-        others = np.setdiff1d(np.arange(17), list(rows.values()))
-        assert not bank._rows[others].any()
+        free_rows = np.setdiff1d(np.arange(17), list(rows.values()))
+        assert not bank._rows[free_rows].any()
         moments = next(name for name in trained.state if name.startswith("optimizer.tables"))
         # An item that came back was updated in the steps since alone, so its row has moved little.
-        assert (trained.whole(moments)[others] == 0).all()
+        assert (trained.whole(moments)[free_rows] == 0).all()
 
 
 def train_on_rank(rank: int, world_size: int, data: Path, cache: Path) -> list[Trained]:
@@ -132,9 +132,11 @@ def test_two_ranks_train_as_one(data: Path, tmp_path: Path) -> None:
         for name in ("vocabulary.item.ids", "vocabulary.item.last_used"):
             assert torch.equal(first.whole(name, second), expected.whole(name))
         for name in ("bank", WEIGHT):
-            found = first.whole(name, second)
-            torch.testing.assert_close(found, expected.whole(name), rtol=1e-4, atol=1e-5)
-        logits = [torch.cat(of) for of in zip(first.logits, second.logits, strict=True)]
+            actual = first.whole(name, second)
+            torch.testing.assert_close(actual, expected.whole(name), rtol=1e-4, atol=1e-5)
+        logits = [
+            torch.cat(step_logits) for step_logits in zip(first.logits, second.logits, strict=True)
+        ]
         torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-5)
 
 
@@ -177,8 +179,8 @@ def test_a_setting_that_needs_rows_from_the_start_is_refused(
         assert not isinstance(config.content, str)
         config.content.sampling.backward = settings["sampling"]
     else:
-        name, own = settings["ranking"]
-        config.ranking = ranking_settings(name, **own)
+        name, options = settings["ranking"]
+        config.ranking = ranking_settings(name, **options)
     with pytest.raises(ValueError, match=line):
         table_configs(config, load_schema(Location.of(data)))
 

@@ -72,18 +72,10 @@ def test_train_finds_what_cache_has_filled(
 
 def test_two_ranks_fill_the_same_bits_as_one(data: Path, tmp_path: Path) -> None:
     assert main(cache_words(data, TINY, tmp_path / "alone")) == 0
-    done = run_recsys(*cache_words(data, TINY, tmp_path / "both"), ranks=2)
-    assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"^text: 28 items", done.stdout, re.MULTILINE)) == 1
-    (alone,), (both,) = (list((tmp_path / name).glob("frozen-*")) for name in ("alone", "both"))
-    assert alone.name == both.name
-    assert np.array_equal(RaggedArray(alone).values, RaggedArray(both).values)
-    assert np.array_equal(RaggedArray(alone).offsets, RaggedArray(both).offsets)
-
-
-def test_without_content_there_is_nothing_to_cache(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = cache_words(data, TINY, tmp_path / "cache")
-    assert main([*words, "--content", "none"]) == 1
-    assert "content is" in capsys.readouterr().err
+    process = run_recsys(*cache_words(data, TINY, tmp_path / "both"), ranks=2)
+    assert process.returncode == 0, process.stderr
+    assert len(re.findall(r"^text: 28 items", process.stdout, re.MULTILINE)) == 1
+    (alone,), (shared,) = (list((tmp_path / name).glob("frozen-*")) for name in ("alone", "both"))
+    assert alone.name == shared.name
+    assert np.array_equal(RaggedArray(alone).values, RaggedArray(shared).values)
+    assert np.array_equal(RaggedArray(alone).offsets, RaggedArray(shared).offsets)

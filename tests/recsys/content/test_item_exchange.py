@@ -4,14 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from recsys.config import Config, ContentSettings
-from recsys.content.item_exchange import assign_to_owners, exchange_vectors
+from recsys.content.branch import exchange_vectors
+from recsys.content.item_selection import assign_to_owners
 from recsys.data.batch import Batch
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
@@ -49,19 +49,19 @@ def test_losses_logits_and_gradients_equal_those_of_each_rank_encoding_its_own(
     runs: list[dict[Any, Run]], mode: str
 ) -> None:
     for run in runs:
-        shared, own = run[mode, "global"], run[mode, "local"]
+        shared, separate = run[mode, "global"], run[mode, "local"]
         for step in range(STEPS):
             torch.testing.assert_close(
-                shared.losses[step], own.losses[step], rtol=0, atol=TOLERANCE
+                shared.losses[step], separate.losses[step], rtol=0, atol=TOLERANCE
             )
             torch.testing.assert_close(
-                shared.logits[step], own.logits[step], rtol=0, atol=TOLERANCE
+                shared.logits[step], separate.logits[step], rtol=0, atol=TOLERANCE
             )
         # Of the first step, as AdamW turns rounding into the direction of a step.
-        assert shared.gradients[0].keys() == own.gradients[0].keys()
+        assert shared.gradients[0].keys() == separate.gradients[0].keys()
         for name, gradient in shared.gradients[0].items():
             torch.testing.assert_close(
-                gradient, own.gradients[0][name], rtol=0, atol=TOLERANCE, msg=name
+                gradient, separate.gradients[0][name], rtol=0, atol=TOLERANCE, msg=name
             )
 
 
@@ -70,11 +70,11 @@ def test_tables_move_as_when_each_rank_encodes_its_own(
     runs: list[dict[Any, Run]], mode: str
 ) -> None:
     for name in TABLES:
-        shared, own = (
+        shared, separate = (
             whole_table([run[mode, dedup] for run in runs], 1, name)
             for dedup in ("global", "local")
         )
-        torch.testing.assert_close(shared, own, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(shared, separate, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -83,20 +83,22 @@ def test_each_item_of_the_global_batch_is_encoded_exactly_once(
 ) -> None:
     repeated = 0
     for step in range(STEPS):
-        wanted = torch.cat([run[mode, "local"].encoded[step] for run in runs])
+        requested = torch.cat([run[mode, "local"].encoded[step] for run in runs])
         encoded = torch.cat([run[mode, "global"].encoded[step] for run in runs])
-        repeated += len(wanted) - len(wanted.unique())
-        assert encoded.sort().values.tolist() == wanted.unique().tolist()
+        repeated += len(requested) - len(requested.unique())
+        assert encoded.sort().values.tolist() == requested.unique().tolist()
         for rank, run in enumerate(runs):
             assert (run[mode, "global"].encoded[step] % len(runs) == rank).all()
     assert repeated or mode != "full"  # with the histories some are wanted by several ranks
 
 
-def exchange(rank: int, world_size: int, wanted: list[list[int]]) -> tuple[Batch, Tensor, Tensor]:
+def exchange(
+    rank: int, world_size: int, requested: list[list[int]]
+) -> tuple[Batch, Tensor, Tensor]:
     """(the assigned batch, vectors received, gradient of the vectors sent)."""
     group = dist.group.WORLD
     assert group is not None
-    batch = assign_to_owners(batch_of_items(wanted[rank]), group)
+    batch = assign_to_owners(batch_of_items(requested[rank]), group)
     assert batch.exchange is not None
     vectors = batch.content_items.unsqueeze(1) * torch.ones(1, 3)
     vectors.requires_grad_()
@@ -107,26 +109,12 @@ def exchange(rank: int, world_size: int, wanted: list[list[int]]) -> tuple[Batch
 
 
 def test_vectors_reach_those_who_need_them_and_gradients_add_up_at_their_owners() -> None:
-    wanted = [[3, 5, 3, 8], [8, 3], [5]]  # nobody wants an item of rank 1
-    results = run_on_ranks(exchange, 3, wanted)
-    for targets, (batch, received, _) in zip(wanted, results):
+    requested = [[3, 5, 3, 8], [8, 3], [5]]  # nobody wants an item of rank 1
+    results = run_on_ranks(exchange, 3, requested)
+    for targets, (batch, received, _) in zip(requested, results):
         assert received[batch.target_index, 0].tolist() == targets
     owned = [batch.content_items.tolist() for batch, _, _ in results]
     assert owned == [[3], [], [5, 8]]
     # Rank r multiplies by r + 1; item 3 goes to ranks 0 and 1, 5 to 0 and 2, 8 to 0 and 1.
     gradients = [gradient[:, 0].tolist() for _, _, gradient in results]
     assert gradients == [[3.0], [], [4.0, 3.0]]
-
-
-def owned_counts(rank: int, world_size: int) -> int:
-    """How many items a rank encodes of large batches drawn by Zipf's law."""
-    group = dist.group.WORLD
-    assert group is not None
-    rng = np.random.default_rng(rank)
-    items = np.exp(rng.random(4000) * np.log(100_000)).astype(int).tolist()
-    return len(assign_to_owners(batch_of_items(items), group).content_items)
-
-
-def test_the_work_is_balanced_under_zipf_ids() -> None:
-    counts = run_on_ranks(owned_counts, 3)
-    assert max(counts) < 1.1 * sum(counts) / len(counts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -97,33 +96,3 @@ def test_a_part_in_a_file_of_one_s_own_trains_by_one_line_of_yaml(
     words = ["--config", str(place / "own.yaml"), "--data", str(place / "data")]
     assert main(["describe", *words, "--device", "h100"]) == 0
     assert main(["evaluate", "--run", str(place / "run"), "--data", str(place / "data")]) == 0
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (
-            ["--content.fusion.name", "my_fusion:Gate"],
-            "content.fusion.name 'my_fusion:Gate' cannot be imported",
-        ),
-        (
-            ["--content.fusion.name", "my_fusion:Gated"],
-            "content.fusion.name 'my_fusion:Gated' cannot be made .* 'start'",
-        ),
-        (
-            ["--content.modalities.text.kind", "my_fusion:Gated"],
-            "content.modalities.text.kind 'my_fusion:Gated'",
-        ),
-        (
-            ["--content.modalities.text.options", "{letters: aer}"],
-            "content.modalities.text.options are for a class of your own",
-        ),
-        (["--content.modalities.text.kind", "sound"], "content.modalities.text.kind .*'sound'"),
-    ],
-)
-def test_a_part_that_is_none_is_named(
-    place: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(train_words(place / "data", place / "run", *words)) != 0
-    error = capsys.readouterr()
-    assert re.search(message, error.err + error.out), error.err

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from embeddings import MemoryBank
 from recsys.config import ContentSettings, FusionSettings, ModalitySettings
 from recsys.content.branch import ContentBranch
-from recsys.content.encoders.build import Encoder, ModuleEncoder, StoredFeatures, build_encoder
+from recsys.content.encoders.build import Encoder, StoredFeatures, build_encoder
 from recsys.content.encoders.efficientnet import EfficientNetFeatures, EfficientNetPatches
+from recsys.content.encoders.image_encoders import ModuleEncoder
 from recsys.content.fusion import FusionQFormer
 from recsys.data.batch import ContentInput
 from tests.recsys.content.tiny_branch import DIM, FEATURE_DIM, MAX_TOKENS, NUM_ITEMS, content_of
@@ -49,8 +50,8 @@ def attended(layer: Any, x: Tensor, num_queries: int) -> Tensor:  # [Q + T, D] -
     heads = []
     for part in torch.arange(DIM).chunk(NUM_HEADS):
         query, key, value = (
-            F.linear(normed, of.weight[part], of.bias[part])
-            for of in (attention.query, attention.key, attention.value)
+            F.linear(normed, layer.weight[part], layer.bias[part])
+            for layer in (attention.query, attention.key, attention.value)
         )
         scores = query[:num_queries] @ key.T / (DIM / NUM_HEADS + 1e-5) ** 0.5
         heads.append(scores.softmax(dim=1) @ value)
@@ -71,13 +72,16 @@ def by_hand(branch: ContentBranch, item: int) -> Tensor:  # [D]
         width = branch.projections[name].in_features
         tokens.append(branch.projections[name](values.reshape(-1, width).float()))
     means = [
-        of.mean(dim=0) if len(of) else fusion.linear.missing[index]
-        for index, of in enumerate(tokens)
+        tokens_of_one.mean(dim=0) if len(tokens_of_one) else fusion.linear.missing[index]
+        for index, tokens_of_one in enumerate(tokens)
     ]
     assert fusion.modality_embedding is not None
-    named = [of + name for of, name in zip(tokens, fusion.modality_embedding.weight, strict=True)]
+    embedded = [
+        modality_tokens + name
+        for modality_tokens, name in zip(tokens, fusion.modality_embedding.weight, strict=True)
+    ]
     (layer,) = fusion.layers
-    queries = attended(layer, torch.cat([fusion.queries, *named]), len(fusion.queries))
+    queries = attended(layer, torch.cat([fusion.queries, *embedded]), len(fusion.queries))
     linear = fusion.linear.output(torch.cat(means))
     fused: Tensor = fusion.output(fusion.norm(queries).flatten()) + linear
     return fused
@@ -95,10 +99,10 @@ def test_items_equal_those_fused_alone_in_plain_pytorch_outputs_and_gradients(
     factor = torch.randn(NUM_ITEMS, DIM, generator=torch.Generator().manual_seed(1))
     for result in (vectors, expected):
         (factor * result).sum().backward()
-    wanted = {name: part.grad for name, part in plain.named_parameters()}
+    gradients = {name: part.grad for name, part in plain.named_parameters()}
     for name, parameter in branch.named_parameters():
         if name.startswith(("fusion.", "projections.text")) or "encoder.layer" in name:
-            gradient = wanted[name]
+            gradient = gradients[name]
             assert (parameter.grad is None) == (gradient is None), name
             if gradient is not None:
                 torch.testing.assert_close(parameter.grad, gradient, atol=5e-3, rtol=5e-3, msg=name)
@@ -128,8 +132,8 @@ def test_the_queries_read_single_tokens_where_their_mean_says_nothing() -> None:
     apart = torch.cat([token, -token], dim=1)  # of mean 0, as no token at all but zeros
     mask, modality = torch.ones(1, 2, dtype=torch.bool), torch.zeros(2, dtype=torch.long)
     assert fusion.linear is not None
-    same = [fusion.linear(tokens, mask, modality) for tokens in (apart, 0 * apart)]
-    torch.testing.assert_close(*same)
+    linear_outputs = [fusion.linear(tokens, mask, modality) for tokens in (apart, 0 * apart)]
+    torch.testing.assert_close(*linear_outputs)
     differ = [fusion(tokens, mask, modality) for tokens in (apart, 0 * apart)]
     assert (differ[0] - differ[1]).abs().max() > 0.01
 
@@ -148,22 +152,6 @@ def test_the_places_of_an_image_are_tokens_whose_mean_is_its_pooled_vector() -> 
     assert patches(pixels).shape == (4, 6, 5)
     torch.testing.assert_close(patches(pixels).mean(dim=1), pooled(pixels))
     assert ModuleEncoder(patches, False, 64).frozen_tokens == 6
-
-
-def test_tokens_of_frozen_encoders_are_kept_in_half_precision_others_are_not() -> None:
-    patches = EfficientNetPatches(FakeNetwork())
-    types = {
-        (training, pooling): build_encoder(
-            "text",
-            ModalitySettings("text", "t", "random:bert", training=training, pooling=pooling),  # type: ignore[arg-type]
-        ).frozen_dtype
-        for training in ("frozen", "lora")
-        for pooling in ("mean", "none")
-    }
-    halves = [key for key, dtype in types.items() if dtype == torch.float16]
-    assert halves == [("frozen", "none")]
-    assert ModuleEncoder(patches, False, 64).frozen_dtype == torch.float16
-    assert ModuleEncoder(patches, True, 64).frozen_dtype == torch.float32
 
 
 def test_a_token_too_large_for_half_precision_is_refused() -> None:

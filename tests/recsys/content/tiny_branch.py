@@ -21,7 +21,7 @@ from recsys.content.encoders.build import Encoder, StoredFeatures, build_encoder
 from recsys.data.batch import Batch, ContentInput
 
 NUM_ITEMS, DIM, FEATURE_DIM, MAX_TOKENS, NUM_MODALITIES = 8, 8, 6, 5, 2
-KEPT_DIM = DIM * (1 + NUM_MODALITIES)  # the content vector and a mean token per modality
+BANK_DIM = DIM * (1 + NUM_MODALITIES)  # the content vector and a mean token per modality
 TARGETS = torch.tensor([3, 5, 3, 7, 5])
 HISTORY = torch.tensor([5, 3, 5, 0, 1, 3, 3])
 LENGTHS = torch.tensor([2, 0, 4, 1, 0])
@@ -43,10 +43,10 @@ def content_of(items: Tensor) -> dict[str, ContentInput]:
     lengths = torch.tensor([0, 5, 2, 0, 4, 3, 1, 2])
     mask = torch.arange(MAX_TOKENS)[None, :] < lengths[:, None]
     features = torch.randn(NUM_ITEMS, 1, FEATURE_DIM, generator=generator)
-    known = torch.tensor([0, 1, 1, 1, 1, 0, 1, 1]).bool().unsqueeze(1)
+    has_clip = torch.tensor([0, 1, 1, 1, 1, 0, 1, 1]).bool().unsqueeze(1)
     return {
         "text": ContentInput(torch.where(mask, ids, 0)[items], mask[items]),
-        "clip": ContentInput(torch.where(known[..., None], features, 0)[items], known[items]),
+        "clip": ContentInput(torch.where(has_clip[..., None], features, 0)[items], has_clip[items]),
     }
 
 
@@ -92,9 +92,9 @@ def branch_of(mode: Mode) -> ContentBranch:
     )
     bank = None
     if mode != "full":
-        assert settings.vector_dim == KEPT_DIM
-        bank = MemoryBank(NUM_ITEMS, KEPT_DIM, "cpu")
-        stale = torch.randn(NUM_ITEMS, KEPT_DIM, generator=torch.Generator().manual_seed(4))
+        assert settings.vector_dim == BANK_DIM
+        bank = MemoryBank(NUM_ITEMS, BANK_DIM, "cpu")
+        stale = torch.randn(NUM_ITEMS, BANK_DIM, generator=torch.Generator().manual_seed(4))
         bank.update(torch.arange(NUM_ITEMS), stale, step=0)
     branch = ContentBranch(encoders, settings, bank)
     for name, parameter in branch.named_parameters():

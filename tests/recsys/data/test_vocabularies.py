@@ -13,7 +13,6 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.vocabulary.fixed import HashVocabulary, integer_ids
-from recsys.config import Config
 from recsys.content.batch_preparation import BatchPreparation
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
@@ -182,7 +181,7 @@ def test_padding_rows_are_neither_admitted_nor_counted(tmp_path: Path) -> None:
     rows = rows_of(data)
     batches = iter(Interactions(rows, BatchBuilder(rows.schema, POOLED), 8, 0, 2))
     vocabularies, unknown = BoundedVocabularies(rows.schema, POOLED), UnknownIds(rows.schema)
-    prepare = BatchPreparation(Config(), None, None, vocabularies)
+    prepare = BatchPreparation(None, None, None, vocabularies)
     (batch,) = prepare(batches, unknown, first_step=0, training=True)
     assert batch.row_positions.tolist() == [0, -1]
     assert lists_of(batch.sparse_features, "user")[1] == [5]
@@ -241,7 +240,7 @@ def count_on_two_ranks(rank: int, world_size: int, data: str) -> tuple[Any, Any,
     batches = Interactions(rows, BatchBuilder(rows.schema, POOLED), 1, rank, world_size)
     vocabularies = BoundedVocabularies(rows.schema, POOLED, dist.group.WORLD)
     unknown = UnknownIds(rows.schema)
-    prepare = BatchPreparation(Config(), None, None, vocabularies)
+    prepare = BatchPreparation(None, None, None, vocabularies)
     assert len(list(prepare(iter(batches), unknown, 0, training=False))) == 2
     return (
         unknown.totals(dist.group.WORLD),

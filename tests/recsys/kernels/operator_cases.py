@@ -91,8 +91,8 @@ def plain_attention(inputs: Inputs) -> Result:
         vectors = inputs["items"][inputs["index"][start:end].long()]
         vectors = vectors + inputs["parallel"][start:end] @ inputs["lists"].T
         target = inputs["target"][row].expand_as(vectors)
-        both = torch.cat([vectors, target, vectors - target, vectors * target], dim=1)
-        first = F.linear(both, score.first, score.first_bias).relu()
+        pairs = torch.cat([vectors, target, vectors - target, vectors * target], dim=1)
+        first = F.linear(pairs, score.first, score.first_bias).relu()
         second = F.linear(first, score.second, score.second_bias).relu()
         weights = F.linear(second, score.last, score.last_bias).softmax(dim=0)
         rows.append((weights * vectors).sum(dim=0))
@@ -120,23 +120,25 @@ def native_interest(inputs: Inputs) -> Result:
 
 
 def plain_interest(inputs: Inputs) -> Result:
-    queries, items, matrix, index, offsets, of_lists, parallel = inputs.values()
+    queries, items, matrix, index, offsets, list_factors, parallel = inputs.values()
     index, dim, spaces = index.long(), queries.shape[2], queries.shape[1] - 1
     if not len(queries):  # PyTorch has no maxima of no rows
         lists = parallel.shape[1]
         width = dim + lists + spaces * num_similarity_features(lists)
-        return queries.new_zeros(0, width) + queries.sum() + matrix.sum() + of_lists.sum()
+        return queries.new_zeros(0, width) + queries.sum() + matrix.sum() + list_factors.sum()
     jagged = JaggedHistory.of(index, offsets.long().diff(), len(items))
     vectors = items[:, : max(spaces, 1) * dim].unflatten(1, (-1, dim))  # [U, S, D]
-    at_place, of_row = vectors[index], queries[jagged.rows]
-    scores = (of_row[:, 0] * at_place[:, 0]).sum(1) + (of_lists[jagged.rows] * parallel).sum(1)
+    at_place, row_queries = vectors[index], queries[jagged.rows]
+    scores = (row_queries[:, 0] * at_place[:, 0]).sum(1) + (
+        list_factors[jagged.rows] * parallel
+    ).sum(1)
     weights = jagged.softmax(scores).unsqueeze(1)
     sums = [jagged.sum(weights * at_place[:, 0]), jagged.sum(weights * parallel)]
     if not spaces:
         return torch.cat(sums, dim=1)
     mapped = [vectors[:, 0] @ matrix.T, *vectors[:, 1:].unbind(1)]
     lengths = torch.stack(mapped, dim=1).norm(dim=2).clamp(min=1e-12)[index]
-    cosines = (of_row[:, 1:] * at_place).sum(2) / lengths
+    cosines = (row_queries[:, 1:] * at_place).sum(2) / lengths
     return torch.cat([*sums, similarity_features(cosines, jagged, parallel)], dim=1)
 
 
@@ -213,8 +215,8 @@ def plain_fused(inputs: Inputs) -> Result:
     module = FusionQFormer(tokens.shape[2], modalities, queries, layers, 2, dropout=0.0)
     module = module.to(tokens.dtype)
     places = {id(weight): place for place, weight in enumerate(module.weights())}
-    named = {name: weights[places[id(part)]] for name, part in module.named_parameters()}
-    return functional_call(module, named, (tokens, mask, modality.long()))
+    by_name = {name: weights[places[id(part)]] for name, part in module.named_parameters()}
+    return functional_call(module, by_name, (tokens, mask, modality.long()))
 
 
 def dots(rows: int, dim: int, fields: list[int]) -> Inputs:
@@ -313,13 +315,13 @@ CASES = {
 
 def tensors(inputs: Inputs) -> dict[str, Tensor]:
     """Return all tensors by the name that errors give them."""
-    named: dict[str, Tensor] = {}
+    by_name: dict[str, Tensor] = {}
     for name, value in inputs.items():
         if isinstance(value, list):
-            named |= {f"{name}[{place}]": part for place, part in enumerate(value)}
+            by_name |= {f"{name}[{place}]": part for place, part in enumerate(value)}
         elif isinstance(value, Tensor):
-            named[name] = value
-    return named
+            by_name[name] = value
+    return by_name
 
 
 def mapped(inputs: Inputs, change: Callable[[str, Tensor], Any]) -> Inputs:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from recsys.data.jagged_history import JaggedHistory
-from recsys.kernels.choice import _Chosen
+from recsys.kernels.choice import _KernelChoice
 from recsys.ranking.layers.target_attention import TargetAttention
 from tests.recsys.kernels.test_fusion_kernel import CASES as FUSION_CASES
 from tests.recsys.kernels.test_fusion_kernel import Case
@@ -29,7 +29,7 @@ pytestmark = [
     ),
 ]
 IN_BFLOAT16 = torch.autocast("cpu", torch.bfloat16)
-SAME = 1e-4
+TOLERANCE = 1e-4
 # Sums are taken in another order: of many factors, some are rounded to their other neighbour.
 SAME_OF_MANY = 3e-3
 
@@ -67,17 +67,17 @@ class RoundedAttention(nn.Module):
 
     def forward(self, target: Tensor, items: Tensor, history: JaggedHistory, _: Tensor) -> Tensor:
         first, second, last = self.score[::2]
-        of_item, of_target, of_difference, of_product = first.weight.T.chunk(4)
-        of_item, of_target = of_item + of_difference, of_target - of_difference
+        item_part, target_part, difference_part, product_part = first.weight.T.chunk(4)
+        item_part, target_part = item_part + difference_part, target_part - difference_part
         rows = []
         for row, index in enumerate(history.index.split(history.lengths.tolist())):
             one, vectors = target[row : row + 1], items[index]
-            constant = RoundedProduct.apply(one, of_target) + first.bias
+            constant = RoundedProduct.apply(one, target_part) + first.bias
             if len(index) < 4:  # rows without a matrix of their own
                 pairs = torch.cat([vectors, vectors * one], dim=1)
-                hidden = RoundedProduct.apply(pairs, torch.cat([of_item, of_product]))
+                hidden = RoundedProduct.apply(pairs, torch.cat([item_part, product_part]))
             else:
-                hidden = RoundedProduct.apply(vectors, of_item + one.T * of_product)
+                hidden = RoundedProduct.apply(vectors, item_part + one.T * product_part)
             units = rounded_linear((hidden + constant).relu(), second.weight, second.bias).relu()
             scores = (units * last.weight).sum(dim=1) + last.bias
             rows.append(scores.softmax(dim=0) @ vectors)
@@ -92,64 +92,40 @@ def attention_results(case: str, threads: int = 1) -> tuple[TargetAttention, Inp
 
 
 def assert_same(
-    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = SAME
+    actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = TOLERANCE
 ) -> None:
     for name, value in expected.items():
         if name.endswith(("score.4.bias", "key.bias")):
             continue  # shift all scores of a softmax, so that their gradient is rounding alone
-        error = (found[name] - value).abs().flatten().tolist()
+        error = (actual[name] - value).abs().flatten().tolist()
         scale = max([1e-2, *value.abs().flatten().tolist()])
         assert max([0.0, *error]) < tolerance * scale, name
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if CASES[name][3] == 0])
 def test_attention_equals_pytorch_with_rounded_factors(case: str) -> None:
-    attention, inputs, found = attention_results(case)
+    attention, inputs, actual = attention_results(case)
     expected = output_and_gradients(RoundedAttention(attention), inputs)
-    assert_same(found, expected)
+    assert_same(actual, expected)
 
 
 @pytest.mark.parametrize("case", FUSION_CASES)
 def test_fusion_equals_pytorch_with_rounded_factors(
     monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    these = Case(*FUSION_CASES[case])
+    fusion_case = Case(*FUSION_CASES[case])
     with monkeypatch.context() as context:  # under autocast the output would be rounded, too
         context.setattr("recsys.kernels.fusion.rounds_products", lambda device: True)
-        found = these.results()
-    monkeypatch.setattr(_Chosen, "kernels", "torch")
+        actual = fusion_case.results()
+    monkeypatch.setattr(_KernelChoice, "kernels", "torch")
     monkeypatch.setattr(nn.functional, "linear", rounded_linear)
-    of_many = len(these.tokens) > 10
-    assert_same(found, these.results(), SAME_OF_MANY if of_many else SAME)
+    has_many = len(fusion_case.tokens) > 10
+    assert_same(actual, fusion_case.results(), SAME_OF_MANY if has_many else TOLERANCE)
 
 
 @pytest.mark.parametrize("case", ["long ones", "wide"])
 def test_attention_with_lists_is_close_to_float32_but_not_equal(case: str) -> None:
-    attention, inputs, found = attention_results(case)
+    attention, inputs, actual = attention_results(case)
     for name, value in output_and_gradients(attention, inputs).items():
         if value.any():
-            assert 0 < float((found[name] - value).norm() / value.norm()) < 0.03, name
-
-
-@pytest.mark.parametrize("case", ["short and empty histories", "long ones"])
-def test_attention_is_equal_to_the_last_bit_for_one_thread_and_two(case: str) -> None:
-    _, _, one = attention_results(case)
-    _, _, two = attention_results(case, threads=2)
-    assert all(torch.equal(one[name], two[name]) for name in one)
-
-
-def test_a_row_s_interest_does_not_depend_on_the_rows_beside_it() -> None:
-    attention, (target, items, history, parallel) = attention_case([3, 40, 2], 6, [9, 5], 1, 30)
-    alone = JaggedHistory.of(history.index[3:43], torch.tensor([40]), 30)
-    with torch.no_grad(), IN_BFLOAT16:
-        together = attention(target, items, history, parallel)
-        assert torch.equal(together[1:2], attention(target[1:2], items, alone, parallel[3:43]))
-
-
-def test_what_is_not_a_number_stays_one() -> None:
-    attention, inputs = attention_case([2, 0, 20], 4, [6, 3], 1, 4)
-    inputs[0][2, 1] = float("nan")
-    with IN_BFLOAT16:
-        found = output_and_gradients(attention, inputs)
-    assert found["output"][2].isnan().all()
-    assert not found["output"][:2].isnan().any()
+            assert 0 < float((actual[name] - value).norm() / value.norm()) < 0.03, name

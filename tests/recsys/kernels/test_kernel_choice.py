@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from recsys.kernels import choose_kernels, compiler, has_native
-from recsys.kernels.choice import _Chosen
+from recsys.kernels import choose_kernels, has_native
+from recsys.kernels.choice import _KernelChoice
 
 OLDER = """
 import sys, torch
@@ -45,8 +45,8 @@ print(native_dot_interaction(torch.ones(1, 2), torch.ones(1, 2, 2)).tolist())
 @pytest.fixture
 def nothing_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As in a process that has loaded nothing, on a machine without builds."""
-    monkeypatch.setattr(_Chosen, "kernels", "auto")
-    monkeypatch.setattr(_Chosen, "are_loaded", None)
+    monkeypatch.setattr(_KernelChoice, "kernels", "auto")
+    monkeypatch.setattr(_KernelChoice, "are_loaded", None)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
 
 
@@ -64,57 +64,6 @@ def test_without_a_compiler_pytorch_computes_and_one_line_says_so(
     assert cause in warning and "\n" not in warning
 
 
-def fake_compiler(folder: Path, version: str) -> str:
-    """Write a compiler that names a version, warns, and makes an empty file."""
-    file = folder / "compiler"
-    file.write_text(
-        f"""#!/bin/sh
-        case "$*" in *--version*) echo {version}; exit;; esac
-        while [ "$1" != -o ]; do shift; done
-        echo "a.cpp:1: warning: unused" >&2
-        touch "$2"
-        """
-    )
-    file.chmod(0o755)
-    return str(file)
-
-
-def test_another_compiler_version_command_or_flag_has_another_build(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def build(command: str) -> Path:
-        monkeypatch.setenv("CXX", command)
-        return compiler._folder()
-
-    (tmp_path / "other").mkdir()
-    first = fake_compiler(tmp_path, "12.4")
-    builds = [build(first), build(fake_compiler(tmp_path / "other", "12.4")), build(f"{first} -g")]
-    assert build(first) == builds[0]
-    builds.append(build(fake_compiler(tmp_path, "13.1")))
-    monkeypatch.setattr(compiler, "FLAGS", [*compiler.FLAGS, "-g"])
-    builds.append(build(first))
-    assert len({*builds}) == 5
-
-
-def test_the_compiler_s_warnings_are_shown(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("CXX", fake_compiler(tmp_path, "12.4"))
-    compiler._compile(tmp_path / "kernels.so")
-    assert "-w" not in compiler.FLAGS
-    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "a.cpp:1: warning: unused" in warning
-
-
-@pytest.mark.usefixtures("nothing_loaded")
-def test_a_compiler_s_command_without_an_end_is_named(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("CXX", "'g++")
-    assert not has_native(torch.zeros(1))
-    assert 'CXX is "\'g++"' in caplog.text
-
-
 @pytest.mark.usefixtures("nothing_loaded")
 def test_native_without_a_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nonexistent/g++")
@@ -123,7 +72,7 @@ def test_native_without_a_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_native_for_cuda_without_triton_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_Chosen, "kernels", "auto")
+    monkeypatch.setattr(_KernelChoice, "kernels", "auto")
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "recsys.kernels.triton_attention", raising=False)
     with pytest.raises(ValueError, match=r"kernels is native.*triton.*auto"):
@@ -134,7 +83,7 @@ def test_other_types_and_the_setting_torch_are_left_to_pytorch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert not has_native(torch.zeros(1, dtype=torch.float64))
-    monkeypatch.setattr(_Chosen, "kernels", "torch")
+    monkeypatch.setattr(_KernelChoice, "kernels", "torch")
     assert not has_native(torch.zeros(1))
 
 
@@ -150,8 +99,8 @@ def test_processors_without_bfloat16_multiply_in_float32(
         pytest.skip(f"this processor runs no code of {processor}")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     command = [sys.executable, "-c", OLDER, processor]
-    done = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
-    assert "warning:" not in done.stderr
+    process = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
+    assert "warning:" not in process.stderr
 
 
 @pytest.mark.long

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recsys.data.jagged_history import JaggedHistory
 from recsys.kernels import choose_kernels
-from recsys.kernels.choice import _Chosen
+from recsys.kernels.choice import _KernelChoice
 from recsys.ranking.dlrm import DotInteraction
 from recsys.ranking.layers.target_attention import TargetAttention
 from tests.ranks import require_gpus
@@ -37,13 +37,13 @@ pytestmark = [] if IS_INTERPRETED else [pytest.mark.gpu]
 @pytest.fixture(autouse=True)
 def reference(monkeypatch: pytest.MonkeyPatch) -> None:
     require_gpus(0 if IS_INTERPRETED else 1)
-    monkeypatch.setattr(_Chosen, "kernels", "torch")
+    monkeypatch.setattr(_KernelChoice, "kernels", "torch")
     torch.manual_seed(0)
 
 
-def assert_like(found: Tensor, expected: Tensor) -> None:
+def assert_like(actual: Tensor, expected: Tensor) -> None:
     scale = float(expected.detach().abs().max())
-    torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-6 + 1e-5 * scale)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-6 + 1e-5 * scale)
 
 
 @pytest.mark.parametrize(("num_fields", "dim"), [(1, 8), (4, 3), (26, 16), (20, 40)])
@@ -53,15 +53,15 @@ def test_dot_interaction_equals_the_reference(num_fields: int, dim: int) -> None
     output = DotInteraction(num_fields)(dense, sparse)
     factor = torch.randn(output.shape)
     expected = torch.autograd.grad(output, [dense, sparse], factor)
-    one, *others = sparse.detach().to(DEVICE).unbind(1)
-    parts = [one, torch.stack(others, dim=1)] if others else [one]
+    one, *rest_vectors = sparse.detach().to(DEVICE).unbind(1)
+    parts = [one, torch.stack(rest_vectors, dim=1)] if rest_vectors else [one]
     inputs = dense.detach().to(DEVICE), parts
     assert_like(triton_dot_interaction.dot_interaction(*inputs), output)
     backward = triton_dot_interaction.dot_interaction_backward
-    of_dense, of_parts = backward(factor.to(DEVICE), *inputs)
-    assert [part.shape for part in of_parts] == [part.shape for part in parts]
-    of_sparse = torch.cat([part.reshape(3, -1, dim) for part in of_parts], dim=1)
-    for pair in zip((of_dense, of_sparse), expected, strict=True):
+    dense_gradient, part_gradients = backward(factor.to(DEVICE), *inputs)
+    assert [part.shape for part in part_gradients] == [part.shape for part in parts]
+    sparse_gradient = torch.cat([part.reshape(3, -1, dim) for part in part_gradients], dim=1)
+    for pair in zip((dense_gradient, sparse_gradient), expected, strict=True):
         assert_like(*pair)
 
 
@@ -85,10 +85,10 @@ def test_attention_equals_the_reference(
     inputs = [target, items, history.index, history.offsets, parallel]
     inputs += [*(lists or [torch.zeros(dim, 0)]), *score]
     inputs = [part.detach().to(DEVICE) for part in inputs]
-    found, shares, kept = triton_attention.target_attention(*inputs, False, False)
-    assert_like(found, output)
+    actual, shares, saved = triton_attention.target_attention(*inputs, False, False)
+    assert_like(actual, output)
     by_kernel = triton_attention.target_attention_backward
-    gradients = list(by_kernel(factor.to(DEVICE), shares, kept, *inputs[:-1], False))
+    gradients = list(by_kernel(factor.to(DEVICE), shares, saved, *inputs[:-1], False))
     if not lists:
         assert gradients.pop(2).shape == (dim, 0)
     for pair in zip(gradients, expected[:-1], strict=True):
@@ -103,9 +103,9 @@ def calls_of(operator: str) -> list[tuple[str, Callable[..., Any], OperatorInput
     module = triton_attention if operator == "target_attention" else triton_dot_interaction
     forward, backward = getattr(module, operator), getattr(module, f"{operator}_backward")
     outputs = forward(*inputs.values())
-    of_backward = backward_inputs(operator, inputs, outputs)
-    backward(*of_backward.values())
-    return [(operator, forward, inputs), (f"{operator}_backward", backward, of_backward)]
+    backward_calls = backward_inputs(operator, inputs, outputs)
+    backward(*backward_calls.values())
+    return [(operator, forward, inputs), (f"{operator}_backward", backward, backward_calls)]
 
 
 @pytest.mark.parametrize("operator", ["target_attention", "dot_interaction"])
@@ -139,7 +139,7 @@ def test_layers_compute_by_the_kernels_of_their_device() -> None:
     attention, inputs = attention_case(*CASES["long ones"], device=DEVICE)
     expected = output_and_gradients(attention, inputs)
     choose_kernels("native", DEVICE)
-    found = output_and_gradients(attention, inputs)
-    assert not found.pop("score.4.bias").any()
-    for name, value in found.items():
+    actual = output_and_gradients(attention, inputs)
+    assert not actual.pop("score.4.bias").any()
+    for name, value in actual.items():
         assert_like(value, expected[name].cpu())

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from recsys.build import Job, build_job
 from recsys.config import HistorySettings
+from recsys.content.branch import HistoryMap
 from recsys.content.fusion import ConcatFusion
-from recsys.content.history_map import HistoryMap
 from recsys.distributed.torchrec_internals import require_pipelined
 from recsys.evaluation.evaluate import fill_bank
 from recsys.model.precision import InBfloat16, use_bfloat16

@@ -7,7 +7,7 @@ import torch
 
 from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
-from recsys.kernels.choice import _Chosen
+from recsys.kernels.choice import _KernelChoice
 from tests.fake_gpu import fake_gpu, on_fake_gpu
 from tests.recsys.ranking.ranking_inputs import CONTENT, inputs
 from tests.recsys.ranking.test_backbones import by_backbone, logits_of, model_of
@@ -18,7 +18,7 @@ from tests.recsys.ranking.test_backbones import by_backbone, logits_of, model_of
 def test_logits_of_a_batch_on_a_gpu_are_on_that_gpu(
     name: str, content: ContentSettings | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_Chosen, "kernels", "torch")
+    monkeypatch.setattr(_KernelChoice, "kernels", "torch")
     model, (ids, vectors, batch) = model_of(name, content), inputs()
     history = vectors.read_history()
     read = [vectors.target, history[0], vectors.target_modalities, history[1]]

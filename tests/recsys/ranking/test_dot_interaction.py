@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.models.dlrm import InteractionArch
 
-from recsys.kernels.choice import _Chosen
+from recsys.kernels.choice import _KernelChoice
 from recsys.plug_in.interactions import DotProducts
 from recsys.ranking.dlrm import DotInteraction
 
@@ -27,7 +27,7 @@ def outputs_and_gradients(module: nn.Module, num_fields: int) -> list[Tensor]:
 def test_outputs_and_gradients_are_torchrecs_to_the_last_bit(
     monkeypatch: pytest.MonkeyPatch, num_fields: int
 ) -> None:
-    monkeypatch.setattr(_Chosen, "kernels", "torch")
+    monkeypatch.setattr(_KernelChoice, "kernels", "torch")
     ours = outputs_and_gradients(DotInteraction(num_fields), num_fields)
     torchrecs = outputs_and_gradients(InteractionArch(num_fields), num_fields)
     assert all(torch.equal(*pair) for pair in zip(ours, torchrecs, strict=True))

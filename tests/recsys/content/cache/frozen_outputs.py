@@ -1,7 +1,8 @@
-"""Small encoders and stores whose frozen outputs are cached, and what comes out of them."""
+"""Small encoders and stores whose frozen outputs are cached; fills that count and fail."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,15 @@ import torch
 from torch import nn
 
 from recsys.config import LoraSettings, ModalitySettings
-from recsys.content.encoders.build import Encoder, TransformerEncoder, build_encoder
+from recsys.content.cache.fill import cache_frozen_outputs
+from recsys.content.encoders.build import Encoder, build_encoder
+from recsys.content.encoders.transformer import TransformerEncoder
+from recsys.data.batch import ContentInput
 from recsys.data.filesystem import Location
 from recsys.data.items.content_store import ContentStore, ItemTable
 from recsys.data.schema import load_schema
+from recsys.distributed.ranks import Ranks
+from tests.ranks import HANG_SECONDS
 
 NUM_ITEMS = 10
 ALL_ITEMS = np.arange(NUM_ITEMS)
@@ -68,3 +74,58 @@ def assert_same_outputs(cached: dict[str, Any], expected: dict[str, Any]) -> Non
     assert cached["gradients"].keys() == expected["gradients"].keys()
     for name, gradient in expected["gradients"].items():
         assert torch.equal(cached["gradients"][name], gradient), name
+
+
+WITH_TEXT = NUM_ITEMS - 2
+TEXT = modality_of("text", "lora")
+CALLS = 4  # of two items each
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Watched:
+    """Counts what an encoder encodes; fails at a call, or stands still from a call on."""
+
+    def __init__(
+        self, encoder: Encoder, failing_call: int | None = None, stalling_call: int | None = None
+    ) -> None:
+        self.items = self.calls = 0
+        self._encode, self._fail_at, self._stand_at = (
+            encoder.frozen_outputs,
+            failing_call,
+            stalling_call,
+        )
+        encoder.frozen_outputs = self  # type: ignore[method-assign, assignment]
+
+    def __call__(self, content: ContentInput) -> ContentInput:
+        if self.calls == self._fail_at:
+            raise Interrupted("on purpose")
+        if self.calls == self._stand_at:
+            time.sleep(HANG_SECONDS)
+        self.calls += 1
+        self.items += len(content.mask)
+        return self._encode(content)
+
+
+def expected_outputs(dataset: Path) -> dict[str, Any]:
+    return outputs(store_of(dataset, "text", TEXT), "text", encoder_of("text", TEXT))
+
+
+def fill(
+    dataset: Path, ranks: Ranks, failing_call: int | None = None
+) -> tuple[ContentStore, Encoder, Watched]:
+    store, encoder = store_of(dataset, "text", TEXT), encoder_of("text", TEXT)
+    watched = Watched(encoder, failing_call)
+    cache_frozen_outputs(store, "text", encoder, ranks)
+    return store, encoder, watched
+
+
+def parts_in(dataset: Path) -> list[Path]:
+    return sorted((dataset.parent / "cache").glob(".frozen-text-*.parts/*.npz"))
+
+
+def assert_nothing_else_is_left(dataset: Path) -> None:
+    names = sorted(path.name.split("-")[0] for path in (dataset.parent / "cache").iterdir())
+    assert names == ["frozen", "text"]

@@ -20,11 +20,11 @@ def logits_slowly(job: Job, split: str) -> tuple[Tensor, Tensor]:
     build = job.batch_builder()
     rows = Interactions(job.rows(split), build, size, ranks.rank, ranks.world_size)
     unknown, lockstep = UnknownIds(job.schema), Lockstep(ranks)
-    found = [
+    pairs = [
         (batch.row_positions, logits)
         for _, logits, batch in forward_pass(job, iter(rows), lockstep, unknown, encodes_once=False)
     ]
-    positions, logits = (torch.cat(list(of)) for of in zip(*found))
+    positions, logits = (torch.cat(list(column)) for column in zip(*pairs))
     return positions[positions >= 0], logits[positions >= 0]
 
 

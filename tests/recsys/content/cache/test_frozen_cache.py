@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,33 +14,21 @@ from torch import nn
 
 from recsys.content.cache import fill as frozen_cache
 from recsys.content.cache.fill import cache_frozen_outputs
-from recsys.content.encoders.build import Encoder, ModuleEncoder
+from recsys.content.encoders.build import Encoder
+from recsys.content.encoders.image_encoders import ModuleEncoder
 from recsys.data.batch import ContentInput
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.ragged_array import RaggedWriter
 from recsys.data.items.row_hashes import stored_hashes
-from recsys.distributed.ranks import Ranks, joined_ranks
-from tests.datasets import write_dataset
+from recsys.distributed.ranks import Ranks
 from tests.ranks import run_on_ranks
 from tests.recsys.content.cache.frozen_outputs import (
-    NUM_ITEMS,
     assert_same_outputs,
     encoder_of,
     modality_of,
     outputs,
     store_of,
 )
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    with joined_ranks("cpu") as alone:
-        yield alone
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> Path:
-    return write_dataset(tmp_path / "data", num_items=NUM_ITEMS)
 
 
 def cached_outputs(
@@ -67,7 +54,6 @@ def test_cached_outputs_give_equal_tokens_and_gradients(
     pooling: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(frozen_cache, "ITEMS_PER_CALL", 2)
     modality = modality_of(name, training, pooling)
     expected = outputs(store_of(dataset, name, modality), name, encoder_of(name, modality))
     cached = cached_outputs(0, 1, dataset, name, training, pooling)
@@ -167,6 +153,6 @@ def test_a_text_of_one_token_does_not_pass_for_a_pooled_one_nor_the_reverse(
     encoder = encoder_of("text", modality)
     expected = outputs(store, "text", encoder)
     cache_frozen_outputs(store, "text", encoder, ranks)
-    kept = lengths if pooling == "none" else lengths.clip(max=1)
-    assert store.arrays["text"].lengths.tolist() == kept.tolist()
+    expected_lengths = lengths if pooling == "none" else lengths.clip(max=1)
+    assert store.arrays["text"].lengths.tolist() == expected_lengths.tolist()
     assert_same_outputs(outputs(store, "text", encoder), expected)

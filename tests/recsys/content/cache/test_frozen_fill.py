@@ -2,70 +2,43 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from recsys.content.cache import fill as frozen_cache
 from recsys.content.cache.fill import cache_frozen_outputs
-from recsys.content.cache.progress import FillProgress
 from recsys.data.batch import ContentInput
-from recsys.data.items.row_hashes import row_hashes
-from recsys.distributed.log import configure_logging
-from recsys.distributed.ranks import Ranks, joined_ranks
-from tests.datasets import write_dataset
-from tests.recsys.content.cache.frozen_fills import (
+from recsys.distributed.ranks import Ranks
+from tests.recsys.content.cache.frozen_outputs import (
     CALLS,
+    NUM_ITEMS,
     TEXT,
     WITH_TEXT,
     Interrupted,
     assert_nothing_else_is_left,
-    expected_outputs,
-    fill,
-    parts_in,
-)
-from tests.recsys.content.cache.frozen_outputs import (
-    ALL_ITEMS,
-    NUM_ITEMS,
     assert_same_outputs,
     encoder_of,
+    expected_outputs,
+    fill,
     outputs,
+    parts_in,
     store_of,
 )
 
 
-@pytest.fixture(autouse=True)
-def small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frozen_cache, "ITEMS_PER_CALL", 2)
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    with joined_ranks("cpu") as alone:
-        yield alone
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> Path:
-    return write_dataset(tmp_path / "data", num_items=NUM_ITEMS)
-
-
-@pytest.mark.parametrize("done", range(CALLS))
+@pytest.mark.parametrize("num_done", range(CALLS))
 def test_a_fill_that_failed_goes_on_where_it_stopped(
-    dataset: Path, ranks: Ranks, done: int
+    dataset: Path, ranks: Ranks, num_done: int
 ) -> None:
     with pytest.raises(Interrupted):
-        fill(dataset, ranks, fail_at=done)
-    assert len(parts_in(dataset)) == done
+        fill(dataset, ranks, failing_call=num_done)
+    assert len(parts_in(dataset)) == num_done
     store, encoder, watched = fill(dataset, ranks)
-    assert watched.items == WITH_TEXT - 2 * done
+    assert watched.items == WITH_TEXT - 2 * num_done
     assert_same_outputs(outputs(store, "text", encoder), expected_outputs(dataset))
     assert_nothing_else_is_left(dataset)
 
@@ -90,7 +63,7 @@ def test_what_was_encoded_is_kept_when_putting_it_together_fails(
 @pytest.mark.parametrize("damage", ["cut off", "empty", "other bits"])
 def test_a_damaged_part_does_not_pass_for_done(dataset: Path, ranks: Ranks, damage: str) -> None:
     with pytest.raises(Interrupted):
-        fill(dataset, ranks, fail_at=3)
+        fill(dataset, ranks, failing_call=3)
     part = parts_in(dataset)[1]
     content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 1
@@ -153,8 +126,8 @@ def repeats(dataset: Path) -> Path:
     """Two items have the text of another one, which leaves two texts fewer to encode."""
     table = pq.read_table(dataset / "items" / "part-0.parquet")
     texts = dict(zip(table["item"].to_pylist(), table["text"].to_pylist()))
-    known = [item for item in sorted(texts) if texts[item]]
-    change_texts(dataset, dict.fromkeys(known[2:4], texts[known[0]]))
+    with_text = [item for item in sorted(texts) if texts[item]]
+    change_texts(dataset, dict.fromkeys(with_text[2:4], texts[with_text[0]]))
     return dataset
 
 
@@ -165,7 +138,7 @@ def test_equal_texts_are_encoded_once_and_share_their_output(
     distinct = set(store_of(repeats, "text", TEXT).hashes["text"]) - {b""}
     assert len(distinct) < WITH_TEXT
     with pytest.raises(Interrupted):
-        fill(repeats, ranks, fail_at=1)  # one text is done
+        fill(repeats, ranks, failing_call=1)  # one text is done
     store, encoder, watched = fill(repeats, ranks)
     assert watched.items == len(distinct) - 1
     assert_same_outputs(outputs(store, "text", encoder), expected_outputs(repeats))
@@ -183,37 +156,3 @@ def test_a_cache_of_shared_outputs_serves_later_catalogues(repeats: Path, ranks:
     store, encoder, watched = fill(repeats, ranks)
     assert watched.items == 1
     assert_same_outputs(outputs(store, "text", encoder), expected)
-
-
-def test_the_folder_says_what_it_holds(dataset: Path, ranks: Ranks) -> None:
-    store = fill(dataset, ranks)[0]
-    about = json.loads((store.folders["text"] / "about.json").read_text())
-    assert about["encoder"] == "random:bert"
-    assert about["layers"] == "embeddings and the lowest 2"
-    assert (about["items"], about["width"], about["dtype"]) == (WITH_TEXT, 32, "float32")
-    assert about["tokens"] == int(store.gather(ALL_ITEMS)["text"].mask.sum())
-    assert about["versions"]["torch"] == torch.__version__
-
-
-def test_where_there_is_no_terminal_lines_tell_of_progress(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    configure_logging()
-    progress = FillProgress("text", total=40_000, share=10_000, shown=True)
-    progress.add(2_500)
-    assert capsys.readouterr().out == ""  # not so soon after the last one
-    line = "encoding 'text': 10,000 of 40,000 items, 100 items/s, 0:05:00 left"
-    assert progress.line(seconds=100) == line
-    monkeypatch.setattr("recsys.content.cache.progress.SECONDS_BETWEEN_LINES", 0)
-    progress.add(2_500)
-    assert capsys.readouterr().out.startswith("encoding 'text': 20,000 of 40,000 items, ")
-
-
-def test_hashes_tell_items_apart_by_content_alone(dataset: Path) -> None:
-    array = store_of(dataset, "text", TEXT).arrays["text"]
-    rows = np.flatnonzero(array.lengths > 0)
-    hashes = row_hashes(array, rows)
-    texts = {bytes(hash_): array.gather(row[None])[0].tobytes() for hash_, row in zip(hashes, rows)}
-    assert len(set(texts.values())) == len(texts) == len(set(hashes.tolist()))
-    # Padding of what happens to be read together is no part of it.
-    assert all(row_hashes(array, row[None])[0] == hash_ for hash_, row in zip(hashes, rows))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +16,28 @@ from recsys.content.cache.fill import cache_frozen_outputs
 from recsys.distributed.ranks import Ranks, joined_ranks
 from tests.datasets import write_dataset
 from tests.ranks import HANG_SECONDS, run_on_ranks
-from tests.recsys.content.cache.frozen_fills import (
+from tests.recsys.content.cache.frozen_outputs import (
     CALLS,
+    NUM_ITEMS,
     TEXT,
     WITH_TEXT,
     Interrupted,
     Watched,
     assert_nothing_else_is_left,
-    expected_outputs,
-    fill,
-    parts_in,
-)
-from tests.recsys.content.cache.frozen_outputs import (
-    NUM_ITEMS,
     assert_same_outputs,
     encoder_of,
+    expected_outputs,
+    fill,
     outputs,
+    parts_in,
     store_of,
 )
-
-
-@pytest.fixture(autouse=True)
-def small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frozen_cache, "ITEMS_PER_CALL", 2)
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    with joined_ranks("cpu") as alone:
-        yield alone
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> Path:
-    return write_dataset(tmp_path / "data", num_items=NUM_ITEMS)
 
 
 def fill_half(dataset: Path) -> None:
     frozen_cache.ITEMS_PER_CALL = 2
     store, encoder = store_of(dataset, "text", TEXT), encoder_of("text", TEXT)
-    Watched(encoder, stand_at=CALLS // 2)
+    Watched(encoder, stalling_call=CALLS // 2)
     with joined_ranks("cpu") as ranks:
         cache_frozen_outputs(store, "text", encoder, ranks)
 
@@ -69,10 +50,10 @@ def test_a_killed_process_loses_no_finished_call(dataset: Path, ranks: Ranks) ->
         time.sleep(0.01)
     process.kill()
     process.join()
-    done = len(parts_in(dataset))
-    assert done == CALLS // 2
+    num_done = len(parts_in(dataset))
+    assert num_done == CALLS // 2
     store, encoder, watched = fill(dataset, ranks)
-    assert watched.items == WITH_TEXT - 2 * done
+    assert watched.items == WITH_TEXT - 2 * num_done
     assert_same_outputs(outputs(store, "text", encoder), expected_outputs(dataset))
     assert_nothing_else_is_left(dataset)
 
@@ -102,14 +83,14 @@ def fill_as_machine(
     """Each rank is the only one of its machine; for each case, the items it encoded and outputs."""
     frozen_cache.ITEMS_PER_CALL = 2
     ranks = Ranks(rank, world_size, 0, 1, torch.device("cpu"))
-    done = []
+    results = []
     for datasets in folders:
         store, encoder = store_of(datasets[rank], "text", TEXT), encoder_of("text", TEXT)
         watched = Watched(encoder)
         report = cache_frozen_outputs(store, "text", encoder, ranks)
         assert report.encoded == sum(ranks.gather(watched.items))
-        done.append((watched.items, outputs(store, "text", encoder)))
-    return done
+        results.append((watched.items, outputs(store, "text", encoder)))
+    return results
 
 
 def test_machines_that_share_a_folder_share_the_work_and_others_fill_their_own(
@@ -121,8 +102,8 @@ def test_machines_that_share_a_folder_share_the_work_and_others_fill_their_own(
     )
     expected = expected_outputs(shared)
     ranks = run_on_ranks(fill_as_machine, 2, [[shared, shared], [first, second]])
-    for (of_shared, shared_outputs), (of_own, own_outputs) in ranks:
-        assert (of_shared, of_own) == (WITH_TEXT // 2, WITH_TEXT)
+    for (num_shared, shared_outputs), (num_separate, own_outputs) in ranks:
+        assert (num_shared, num_separate) == (WITH_TEXT // 2, WITH_TEXT)
         assert_same_outputs(shared_outputs, expected)
         assert_same_outputs(own_outputs, expected)
     for folder in (shared, first, second):
@@ -132,7 +113,7 @@ def test_machines_that_share_a_folder_share_the_work_and_others_fill_their_own(
 def fail_on_rank_1(rank: int, world_size: int, dataset: Path) -> str:
     frozen_cache.ITEMS_PER_CALL = 2
     store, encoder = store_of(dataset, "text", TEXT), encoder_of("text", TEXT)
-    Watched(encoder, fail_at=1 if rank == 1 else None)
+    Watched(encoder, failing_call=1 if rank == 1 else None)
     ranks = Ranks(rank, world_size, rank, world_size, torch.device("cpu"))
     with pytest.raises((Interrupted, RuntimeError)) as caught:
         cache_frozen_outputs(store, "text", encoder, ranks)
@@ -144,11 +125,11 @@ def test_an_error_on_one_rank_ends_both_and_what_was_done_is_kept(
 ) -> None:
     messages = run_on_ranks(fail_on_rank_1, 2, dataset)
     assert all("on purpose" in message for message in messages)
-    done = len(parts_in(dataset))
-    assert 1 <= done <= 3  # that of rank 1, and what rank 0 had done until it noticed
+    num_done = len(parts_in(dataset))
+    assert 1 <= num_done <= 3  # that of rank 1, and what rank 0 had done until it noticed
     names = [path.name for path in (dataset.parent / "cache").iterdir()]
     assert not [name for name in names if name.startswith("frozen")]
     store, encoder, watched = fill(dataset, ranks)
-    assert watched.items == WITH_TEXT - 2 * done
+    assert watched.items == WITH_TEXT - 2 * num_done
     assert_same_outputs(outputs(store, "text", encoder), expected_outputs(dataset))
     assert_nothing_else_is_left(dataset)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from recsys.config import LoraSettings, ModalitySettings
 from recsys.content.encoders import text_transformer
-from recsys.content.encoders.build import TransformerEncoder, build_encoder
+from recsys.content.encoders.build import build_encoder
+from recsys.content.encoders.transformer import TransformerEncoder
 from recsys.data.batch import ContentInput
 from tests.recsys.content.encoders.tiny_transformers import (
     CONFIGS,
@@ -20,6 +21,7 @@ from tests.recsys.content.encoders.tiny_transformers import (
     SIZES,
     content_of,
     kind_of,
+    saved_models,
     tower_of,
 )
 
@@ -42,16 +44,7 @@ def groups_of_two_items(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Each model with random weights, as safetensors; its dropout would show."""
-    folders = {}
-    for name, config in CONFIGS.items():
-        torch.manual_seed(0)
-        model = transformers.AutoModel.from_config(config)
-        for parameter in model.parameters():  # as initialised, biases are 0 and norms 1
-            nn.init.normal_(parameter, std=0.4)
-        folders[name] = tmp_path_factory.mktemp(name)
-        model.save_pretrained(folders[name])
-    return folders
+    return saved_models(CONFIGS, tmp_path_factory, std=0.4)
 
 
 def encoder_of(
@@ -104,10 +97,10 @@ def tokens_by_item(whole: Any, name: str, pooling: Pooling) -> dict[int, Tensor]
 def assert_tokens(output: ContentInput, expected: dict[int, Tensor]) -> None:
     assert torch.isfinite(output.values).all()
     for item in range(len(LENGTHS)):
-        there = output.values[item][output.mask[item]]
-        wanted = expected.get(item, torch.zeros(0, output.values.shape[2]))
-        rounding = 0 if there.dtype == torch.float32 else 2**-11  # all tokens are kept in float16
-        torch.testing.assert_close(there.float(), wanted, atol=1e-5, rtol=1e-5 + rounding)
+        tokens = output.values[item][output.mask[item]]
+        reference = expected.get(item, torch.zeros(0, output.values.shape[2]))
+        rounding = 0 if tokens.dtype == torch.float32 else 2**-11  # all tokens are kept in float16
+        torch.testing.assert_close(tokens.float(), reference, atol=1e-5, rtol=1e-5 + rounding)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -149,9 +142,11 @@ def test_equal_texts_run_once_with_tokens_and_gradients_as_if_each_ran(
     monkeypatch.setattr(encoder, run.__name__, counted)
     for once in (True, False):
         if not once:
-            each = torch.arange(len(repeated))
+            all_items = torch.arange(len(repeated))
             monkeypatch.setattr(
-                text_transformer, "distinct_items", lambda content, each=each: (each, each)
+                text_transformer,
+                "distinct_items",
+                lambda content, all_items=all_items: (all_items, all_items),
             )
         ran.clear()
         output = encoder(encoder.frozen_outputs(content) if training == "lora" else content)
@@ -179,27 +174,6 @@ def test_full_training_gives_the_gradients_of_the_whole_model(
     assert set(trained) == set(expected)  # not heads and the like, which no loss reaches
     for key, parameter in trained.items():
         torch.testing.assert_close(parameter.grad, expected[key], atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_frozen_encoder_trains_nothing(folders: dict[str, Path], name: str) -> None:
-    encoder = encoder_of(folders, name, "frozen")
-    assert not any(parameter.requires_grad for parameter in encoder.parameters())
-    assert not encoder.encode(content_of(name)).values.requires_grad
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_lora_sits_on_the_named_parts_of_the_top_layers_alone(
-    folders: dict[str, Path], name: str
-) -> None:
-    encoder = encoder_of(folders, name, "lora", top_layers=2)
-    trained = {key for key, part in encoder.named_parameters() if part.requires_grad}
-    places = {key.split(".lora_")[0] for key in trained}
-    assert all(".lora_A." in key or ".lora_B." in key for key in trained)
-    assert {place.rsplit(".", 1)[1] for place in places} == set(TARGETS[name])
-    layers = {next(word for word in place.split(".") if word.isdigit()) for place in places}
-    assert layers == {"1", "2"}
-    assert len(trained) == 2 * 2 * len(TARGETS[name])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -243,7 +217,7 @@ def test_dropped_frozen_layers_and_kept_outputs_change_nothing(
     content = content_of(name)
     encoder = encoder_of(folders, name, training, pooling)
     expected = encoder.encode(content)
-    kept = encoder.frozen_outputs(content)
+    saved = encoder.frozen_outputs(content)
     trained = {key: part for key, part in encoder.named_parameters() if part.requires_grad}
     gradients = []
     if trained:
@@ -251,43 +225,14 @@ def test_dropped_frozen_layers_and_kept_outputs_change_nothing(
     size = sum(part.numel() for part in encoder.parameters())
     encoder.drop_frozen_layers()
     assert sum(part.numel() for part in encoder.parameters()) < size
-    left = {key: part for key, part in encoder.named_parameters() if part.requires_grad}
-    assert list(left) == list(trained)
-    output = encoder.encode(kept)
+    remaining = {key: part for key, part in encoder.named_parameters() if part.requires_grad}
+    assert list(remaining) == list(trained)
+    output = encoder.encode(saved)
     assert torch.equal(output.mask, expected.mask)
     assert torch.equal(output.values, expected.values)
     if trained:
-        again = torch.autograd.grad(output.values.sum(), list(left.values()))
+        again = torch.autograd.grad(output.values.sum(), list(remaining.values()))
         assert all(torch.equal(*pair) for pair in zip(again, gradients, strict=True))
-
-
-@pytest.mark.parametrize("training", TRAININGS)
-@pytest.mark.parametrize("name", MODELS)
-def test_an_item_without_content_is_masked_and_harms_no_gradient(
-    folders: dict[str, Path], name: str, training: Training
-) -> None:
-    encoder = encoder_of(folders, name, training, "none")
-    output = encoder.encode(content_of(name))
-    assert not output.mask[2].any()
-    assert output.mask[0].all()
-    assert torch.isfinite(output.values).all()
-    if training != "frozen":
-        output.values.sum().backward()
-        for parameter in encoder.parameters():
-            assert parameter.grad is None or torch.isfinite(parameter.grad).all()
-
-
-@pytest.mark.parametrize("training", TRAININGS)
-@pytest.mark.parametrize("name", ["bert", "roberta"])
-def test_padding_further_does_not_change_an_item(
-    folders: dict[str, Path], name: str, training: Training
-) -> None:
-    encoder = encoder_of(folders, name, training)
-    short, long = encoder.encode(content_of(name)), encoder.encode(content_of(name, 9))
-    assert torch.equal(short.mask, long.mask)
-    torch.testing.assert_close(
-        short.values[short.mask], long.values[long.mask], atol=1e-5, rtol=1e-5
-    )
 
 
 def test_the_frozen_layers_stay_in_eval_mode(folders: dict[str, Path]) -> None:

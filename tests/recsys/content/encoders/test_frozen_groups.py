@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from recsys.config import LoraSettings, ModalitySettings
+from recsys.content.encoders.base import ITEMS_PER_GROUP, run_in_groups
 from recsys.content.encoders.build import Encoder, build_encoder
-from recsys.content.encoders.frozen_groups import ITEMS_PER_GROUP, padded_lengths, run_in_groups
 from recsys.data.batch import ContentInput
 
 NUM_ITEMS, MAX_LENGTH = 80, 40
@@ -82,17 +82,17 @@ def test_groups_give_what_one_call_gives_up_to_rounding(
         expected = encoder.frozen(content)
     output = encoder.frozen_outputs(content)
     longest = output.mask.shape[1]
-    known = output.mask
-    assert torch.equal(known, expected.mask[:, :longest])
+    is_present = output.mask
+    assert torch.equal(is_present, expected.mask[:, :longest])
     assert not expected.mask[:, longest:].any()
     rounding = 1e-5 if encoder.frozen_dtype == torch.float32 else 1e-3
     torch.testing.assert_close(
-        output.values[known].float(),
-        expected.values[:, :longest][known],
+        output.values[is_present].float(),
+        expected.values[:, :longest][is_present],
         atol=rounding,
         rtol=rounding,
     )
-    assert not output.values[~known].any()
+    assert not output.values[~is_present].any()
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:
@@ -130,27 +130,6 @@ def test_every_call_has_one_of_few_shapes() -> None:
     assert {items for items, _ in shapes} == {ITEMS_PER_GROUP}
     assert {length for _, length in shapes} == {8, 16, 24, 32, 40}
     assert torch.equal(output.values[..., 0].long(), content.values)
-
-
-@pytest.mark.parametrize(
-    ("longest", "expected"),
-    [
-        (5, [5, 5]),
-        (8, [8, 8]),
-        (20, [8, 8, 16, 20, 20]),
-        (512, [8, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 512]),
-    ],
-)
-def test_a_text_is_padded_by_its_own_length_and_never_beyond_the_longest(
-    longest: int, expected: list[int]
-) -> None:
-    lengths = torch.arange(1, longest + 1)
-    padded = padded_lengths(lengths, longest)
-    assert (padded >= lengths).all()
-    steps = sorted(set(expected))
-    assert padded.unique().tolist() == steps
-    # The next step up, not a later one.
-    assert all(min(s for s in steps if s >= n) == p for n, p in zip(lengths, padded, strict=True))
 
 
 def test_no_items_and_items_without_content_have_one_empty_token() -> None:

@@ -1,14 +1,19 @@
-"""Encoders that are no transformer: any image module, frozen or trained, and stored features."""
+"""Encoders that are no transformer, and encoders on the meta device."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from recsys.config import ModalitySettings
-from recsys.content.encoders.build import ModuleEncoder, StoredFeatures, build_encoder
+from recsys.config import LoraSettings, ModalitySettings
+from recsys.content.encoders.build import StoredFeatures, build_encoder
+from recsys.content.encoders.image_encoders import ModuleEncoder
 from recsys.data.batch import ContentInput
+from tests.recsys.content.encoders.tiny_transformers import CONFIGS
 
 NUM_IMAGES = 4
 
@@ -42,16 +47,16 @@ def test_a_frozen_module_keeps_its_statistics_and_may_be_dropped(tokens: bool) -
     plain = encoder.module((content.values.float() / 255 - mean_pixel()) / std_pixel())
     assert encoder.output_dim == 5
     assert output.values.shape == (NUM_IMAGES, 4 if tokens else 1, 5)
-    known = content.mask[:, 0]
+    is_present = content.mask[:, 0]
     plain = plain.to(torch.float16 if tokens else torch.float32)
-    torch.testing.assert_close(output.values[known].flatten(1), plain[known].flatten(1))
-    assert not output.values[~known].any()
+    torch.testing.assert_close(output.values[is_present].flatten(1), plain[is_present].flatten(1))
+    assert not output.values[~is_present].any()
     assert torch.equal(output.mask, content.mask.expand(-1, output.values.shape[1]))
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     assert not encoder.module.norm.running_mean.any()  # type: ignore[union-attr, operator]
-    kept = encoder.frozen_outputs(content)
+    saved = encoder.frozen_outputs(content)
     encoder.drop_frozen_layers()
-    assert torch.equal(encoder.encode(kept).values, output.values)
+    assert torch.equal(encoder.encode(saved).values, output.values)
 
 
 def mean_pixel() -> Tensor:
@@ -80,3 +85,40 @@ def test_stored_features_are_the_tokens() -> None:
     assert isinstance(encoder, StoredFeatures) and encoder.output_dim == 4
     output = encoder.encode(content)
     assert output.values is content.values and output.mask is content.mask
+
+
+def sizes(modality: ModalitySettings, device: str) -> dict[str, tuple[list[int], bool, str]]:
+    """Shape, whether it trains and the device of each parameter."""
+    with torch.device(device):
+        encoder = build_encoder("x", modality, None)
+    return {
+        name: (list(parameter.shape), parameter.requires_grad, parameter.device.type)
+        for name, parameter in encoder.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("training", ["frozen", "lora", "full"])
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_parameters_are_those_of_a_real_encoder(kind: Any, training: Any) -> None:
+    targets = ["query", "value"] if kind == "text" else ["q_proj", "v_proj"]
+    modality = ModalitySettings(
+        kind,
+        "column",
+        encoder="random:bert" if kind == "text" else "random:vit",
+        training=training,
+        lora=LoraSettings(rank=2, targets=targets),
+        image_size=32,
+    )
+    real, meta = sizes(modality, "cpu"), sizes(modality, "meta")
+
+    assert {name: size[:2] for name, size in meta.items()} == {n: s[:2] for n, s in real.items()}
+    assert {device for _, _, device in meta.values()} == {"meta"}
+
+
+def test_a_folder_without_weights_is_enough(tmp_path: Path) -> None:
+    CONFIGS["bert"].save_pretrained(tmp_path)
+    modality = ModalitySettings("text", "column", encoder=str(tmp_path), max_length=8)
+
+    assert {device for _, _, device in sizes(modality, "meta").values()} == {"meta"}
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        sizes(modality, "cpu")

@@ -11,9 +11,10 @@ import transformers
 from torch import Tensor, nn
 
 from recsys.config import LoraSettings, ModalitySettings
-from recsys.content.encoders.build import TransformerEncoder, build_encoder
+from recsys.content.encoders.build import build_encoder
+from recsys.content.encoders.transformer import TransformerEncoder
 from recsys.data.batch import ContentInput
-from tests.recsys.content.encoders.tiny_transformers import OTHER_CONFIGS, kind_of
+from tests.recsys.content.encoders.tiny_transformers import OTHER_CONFIGS, kind_of, saved_models
 
 MODELS = list(OTHER_CONFIGS)
 LENGTHS = [6, 0, 3]
@@ -21,15 +22,9 @@ LENGTHS = [6, 0, 3]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folders = {}
-    for name, (config, _, _) in OTHER_CONFIGS.items():
-        torch.manual_seed(0)
-        model = transformers.AutoModel.from_config(config)
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.3)
-        folders[name] = tmp_path_factory.mktemp(name)
-        model.save_pretrained(folders[name])
-    return folders
+    return saved_models(
+        {name: config for name, (config, _, _) in OTHER_CONFIGS.items()}, tmp_path_factory, std=0.3
+    )
 
 
 def encoder_of(
@@ -89,11 +84,11 @@ def test_outputs_are_those_of_the_whole_model(
     model: Any = transformers.AutoModel.from_pretrained(folders[name]).eval()
     model = model.get_encoder() if name == "t5" else model
     for item in (0, 2):
-        there = output.values[item][output.mask[item]]
-        wanted = hidden_states(model, name, item)
-        assert there.dtype == (torch.float16 if training == "frozen" else torch.float32)
+        tokens = output.values[item][output.mask[item]]
+        expected = hidden_states(model, name, item)
+        assert tokens.dtype == (torch.float16 if training == "frozen" else torch.float32)
         rounding = 2**-11 if training == "frozen" else 0
-        torch.testing.assert_close(there.float(), wanted, atol=1e-4, rtol=1e-4 + rounding)
+        torch.testing.assert_close(tokens.float(), expected, atol=1e-4, rtol=1e-4 + rounding)
     assert not output.mask[1].any()
     if training == "full":  # no parameter waits in vain for the gradient that all ranks sum
         output.values.sum().backward()
@@ -112,27 +107,9 @@ def test_adapters_above_a_cut_equal_adapters_in_the_whole_model(
     assert bool(encoder.notes) != encoder.caches
     output = encoder.encode(content_of(name))
     for item in (0, 2):  # adapters are in `model`, which here runs whole
-        there = output.values[item][output.mask[item]]
-        wanted = hidden_states(encoder.model, name, item)
-        torch.testing.assert_close(there, wanted, atol=1e-4, rtol=1e-4)
+        tokens = output.values[item][output.mask[item]]
+        expected = hidden_states(encoder.model, name, item)
+        torch.testing.assert_close(tokens, expected, atol=1e-4, rtol=1e-4)
     output.values[output.mask].square().sum().backward()
     for key, parameter in encoder.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad == ("lora_" in key), key
-
-
-@pytest.mark.parametrize("name", [name for name in MODELS if OTHER_CONFIGS[name][2]])
-def test_freed_layers_are_not_missed(folders: dict[str, Path], name: str) -> None:
-    encoder = encoder_of(folders, name, "lora")
-    content = content_of(name)
-    expected, kept = encoder.encode(content), encoder.frozen_outputs(content)
-    assert kept.values.shape[-1] == encoder.frozen_dim
-    size = sum(part.numel() for part in encoder.parameters())
-    encoder.drop_frozen_layers()
-    assert sum(part.numel() for part in encoder.parameters()) < size
-    assert torch.equal(encoder.encode(kept).values, expected.values)
-
-
-def test_a_model_that_runs_whole_says_so_and_why(folders: dict[str, Path]) -> None:
-    (note,) = encoder_of(folders, "t5", "lora").notes
-    assert note.startswith("content.modalities.it.encoder: T5EncoderModel ")
-    assert "every step" in note

@@ -1,7 +1,6 @@
 """Encoders are found where the setting says, or the setting is named with what is wrong."""
 
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from recsys.config import Config, ContentSettings, ModalitySettings
-from recsys.config import content_settings as content_of
-from recsys.content.build import build_content_store
-from recsys.content.encoders import pretrained
+from recsys.config import ModalitySettings
 from recsys.content.encoders.pretrained import PretrainedEncoder
 from recsys.content.encoders.tiny_encoders import tiny_model, tiny_tokenizer
-from recsys.data.filesystem import Location
 from recsys.data.items.kind import make_kind
-from recsys.data.schema import load_schema
-from recsys.distributed.ranks import joined_ranks
-from tests.datasets import write_dataset
 
 WHERE = "content.modalities.text"
 
@@ -75,13 +67,6 @@ def test_dropout_of_a_checkpoint_is_switched_off(tmp_path: Path) -> None:
     assert dropouts and not any(dropouts)
 
 
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"{WHERE}: encoder folder '{tmp_path}/none'"):
-        PretrainedEncoder(f"{tmp_path}/none", None, WHERE).load_model()
-    with pytest.raises(ValueError, match=rf"{WHERE}: encoder folder './none'"):
-        _ = PretrainedEncoder("./none", None, WHERE).tokenizer
-
-
 @pytest.mark.parametrize(
     "package", ["no_such_package", "no_such_package.inner", "", "json.decoder"]
 )
@@ -101,27 +86,11 @@ def test_a_package_resolves_to_the_outermost_folder_with_a_config(importable: Pa
     assert PretrainedEncoder("package:some_weights", None, WHERE).source == str(inner)
 
 
-def test_a_hub_name_is_left_to_transformers() -> None:
-    assert PretrainedEncoder("someone/some-model", None, WHERE).source == "someone/some-model"
-
-
 def test_a_hub_name_that_cannot_be_fetched_is_named() -> None:
     with pytest.raises(ValueError, match=f"{WHERE}: encoder 'nobody/nothing'"):
         PretrainedEncoder("nobody/nothing", None, WHERE).load_model()
     with pytest.raises(ValueError, match=f"{WHERE}: tokenizer of 'nobody/nothing'"):
         _ = PretrainedEncoder("nobody/nothing", None, WHERE).tokenizer
-
-
-def test_an_unknown_random_encoder_is_named() -> None:
-    with pytest.raises(ValueError, match=f"{WHERE}: encoder 'random:gpt' is unknown"):
-        PretrainedEncoder("random:gpt", None, WHERE).load_model()
-
-
-@pytest.mark.parametrize("config", ["{", "{}", '{"model_type": "no_such_type"}'])
-def test_a_damaged_config_is_named(encoder_folder: Path, config: str) -> None:
-    (encoder_folder / "config.json").write_text(config)
-    with pytest.raises(ValueError, match=f"{WHERE}: encoder '{encoder_folder}'"):
-        PretrainedEncoder(str(encoder_folder), None, WHERE).load_model()
 
 
 def test_missing_and_damaged_weights_are_named(encoder_folder: Path) -> None:
@@ -146,25 +115,6 @@ def test_a_checkpoint_without_some_weights_is_refused_rather_than_left_random(
         PretrainedEncoder(str(encoder_folder), None, WHERE).load_model()
 
 
-def test_weights_of_another_size_are_refused(encoder_folder: Path) -> None:
-    config = encoder_folder / "config.json"
-    config.write_text(
-        config.read_text().replace('"intermediate_size": 64', '"intermediate_size": 48')
-    )
-    with pytest.raises(ValueError, match=f"{WHERE}: encoder '{encoder_folder}'"):
-        PretrainedEncoder(str(encoder_folder), None, WHERE).load_model()
-
-
-def test_a_module_comes_from_its_factory(importable: Path) -> None:
-    (importable / "module_factories.py").write_text(
-        "from torch import nn\n\n"
-        "def good():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 3))\n"
-    )
-    module = module_of("module_factories:good")
-    assert isinstance(module, nn.Sequential)
-    assert module[1].weight.shape == (3, 12)
-
-
 @pytest.mark.parametrize(
     ("path", "message"),
     [
@@ -187,41 +137,3 @@ def test_a_factory_that_gives_no_module_is_named(importable: Path, path: str, me
     )
     with pytest.raises(ValueError, match=f"{WHERE}: .*'{path}' .*{message}"):
         module_of(path)
-
-
-@pytest.mark.parametrize("kind", ["text", "image"])
-def test_a_name_is_resolved_once_on_its_way_into_the_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    name = {"text": "random:bert", "image": "random:vit"}[kind]
-    tiny_model(name, WHERE).save_pretrained(tmp_path / "encoder")  # type: ignore[operator]
-    tiny_tokenizer().save_pretrained(tmp_path / "encoder")
-    column = {"text": "text", "image": "poster"}[kind]
-    modality = ModalitySettings(kind, column, encoder=str(tmp_path / "encoder"), image_size=32)
-    calls = Counter[str]()
-
-    def counted(where: Any, attribute: str) -> None:
-        original = getattr(where, attribute)
-
-        def call(*arguments: Any, **named: Any) -> Any:
-            calls[attribute] += 1
-            return original(*arguments, **named)
-
-        monkeypatch.setattr(where, attribute, call)
-
-    counted(pretrained.PretrainedEncoder, "_find")
-    counted(pretrained, "_architecture")
-    counted(pretrained.AutoTokenizer, "from_pretrained")
-    counted(pretrained.ImageProcessingMixin, "get_image_processor_dict")
-    counted(pretrained.AutoModel, "from_pretrained")
-    data = write_dataset(tmp_path / "data", {"train": 8}, num_items=10)
-    config = Config(content=ContentSettings({"it": modality}, dim=8), cache=str(tmp_path / "cache"))
-    root, content = Location.of(data), content_of(config)
-    assert content is not None
-    with joined_ranks("cpu") as ranks:
-        _, encoders = build_content_store(config, content, root, load_schema(root), ranks)
-    assert encoders["it"].identity is not None and encoders["it"].identity.preparation
-    assert calls["_find"] == calls["_architecture"] == 1
-    # The model and, of texts, the tokenizer, both by a method of this name.
-    assert calls["from_pretrained"] == {"text": 2, "image": 1}[kind]
-    assert calls["get_image_processor_dict"] == {"text": 0, "image": 1}[kind]

@@ -103,19 +103,11 @@ def test_the_first_images_of_each_item_are_kept_and_the_others_told(
     content = store_of(dataset, modality_of()).gather(np.arange(NUM_ITEMS))["it"]
     assert content.values.shape == (NUM_ITEMS, MOST, 3, 32, 32)
     assert content.mask.sum(dim=1).tolist() == [min(count, MOST) for count in COUNTS]
-    told = "column 'poster': 1 items have more than max_images 3 images; the first 3"
-    assert told in capsys.readouterr().out
+    message = "column 'poster': 1 items have more than max_images 3 images; the first 3"
+    assert message in capsys.readouterr().out
     one = store_of(dataset, single(modality_of())).gather(np.arange(NUM_ITEMS))["it"]
     assert one.values.shape == (NUM_ITEMS, 3, 32, 32)
     assert torch.equal(one.values, content.values[:, 0])
-
-
-def test_single_images_of_a_plain_column_are_lists_of_one(tmp_path: Path) -> None:
-    dataset = write_dataset(tmp_path / "data", {}, num_items=NUM_ITEMS)
-    several = store_of(dataset, modality_of()).gather(np.arange(NUM_ITEMS))["it"]
-    one = store_of(dataset, single(modality_of())).gather(np.arange(NUM_ITEMS))["it"]
-    assert torch.equal(several.values[:, 0], one.values)
-    assert torch.equal(several.mask, one.mask)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "none"])
@@ -129,11 +121,13 @@ def test_each_image_is_encoded_by_itself(dataset: Path, training: str, pooling: 
     size = 5 if pooling == "none" else 1
     assert output.mask.sum(dim=1).tolist() == [min(count, MOST) * size for count in COUNTS]
     for item, tokens in expected.items():
-        there = output.values[item][output.mask[item]]
-        kept = torch.float16 if (training, pooling) == ("frozen", "none") else torch.float32
-        assert there.dtype == kept
-        rounding = 2**-10 if kept == torch.float16 else 0  # of both
-        torch.testing.assert_close(there.float(), tokens.float(), atol=1e-5, rtol=1e-5 + rounding)
+        item_tokens = output.values[item][output.mask[item]]
+        dtype = torch.float16 if (training, pooling) == ("frozen", "none") else torch.float32
+        assert item_tokens.dtype == dtype
+        rounding = 2**-10 if dtype == torch.float16 else 0  # of both
+        torch.testing.assert_close(
+            item_tokens.float(), tokens.float(), atol=1e-5, rtol=1e-5 + rounding
+        )
     if training != "frozen":
         output.values[output.mask].square().sum().backward()
         trained = [part for part in encoder.parameters() if part.requires_grad]
@@ -187,14 +181,3 @@ def test_an_image_of_a_list_that_cannot_be_read_is_named_or_left_out(dataset: Pa
     content = store_of(dataset, modality_of(), "skip").gather(np.arange(NUM_ITEMS))["it"]
     assert content.mask.tolist() == [[True]] * NUM_ITEMS
     assert np.array_equal(content.values[0, 0], decode_image(good, 32))
-
-
-def test_a_column_of_another_type_is_named(dataset: Path) -> None:
-    def with_numbers(table: pa.Table) -> pa.Table:
-        place = table.column_names.index("poster")
-        return table.set_column(place, "poster", pa.array([[1]] * NUM_ITEMS))
-
-    rewrite(dataset, with_numbers)
-    message = r"'poster' .*list<.*int64>.*binary"
-    with pytest.raises(ValueError, match=message):
-        store_of(dataset, modality_of())

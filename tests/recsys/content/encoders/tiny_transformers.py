@@ -1,9 +1,12 @@
 """Tiny configurations of the transformers models that encoders are tested with."""
 
+from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 import transformers
+from torch import nn
 
 from recsys.data.batch import ContentInput
 
@@ -137,3 +140,18 @@ def content_of(name: str, padded_length: int = 6) -> ContentInput:
     if name == "clip_text":  # its sign for the end of a text
         ids.scatter_(1, (lengths - 1).clamp(min=0)[:, None], 4)
     return ContentInput(torch.where(mask, ids, 0), mask)
+
+
+def saved_models(
+    configs: dict[str, Any], factory: pytest.TempPathFactory, std: float
+) -> dict[str, Path]:
+    """Folders of models with normal weights: as initialised, biases are 0 and norms 1."""
+    folders = {}
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        model = transformers.AutoModel.from_config(config)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=std)
+        folders[name] = factory.mktemp(name)
+        model.save_pretrained(folders[name])
+    return folders

@@ -14,7 +14,7 @@ from PIL import Image
 from recsys.cli import main
 from recsys.config import ModalitySettings
 from recsys.content.encoders.build import encoder_of
-from recsys.content.kinds.frames import Frames
+from recsys.content.kinds.image import Frames
 from recsys.data.items.content_store import ContentStore
 from tests.datasets import write_dataset
 from tests.recsys.command_runs import train_words
@@ -74,7 +74,7 @@ def test_frames_are_taken_from_the_middle_of_equal_parts(
 def test_frames_stand_in_the_order_of_the_video(dataset: Path) -> None:
     video = store_of(dataset).gather(np.arange(NUM_ITEMS))["video"]
     assert video.mask.sum(dim=1).tolist() == [0, 2, 3, 3]
-    shades = [row[there].tolist() for row, there in zip(video.values[:, :, 0, 0, 0], video.mask)]
+    shades = [row[mask].tolist() for row, mask in zip(video.values[:, :, 0, 0, 0], video.mask)]
     assert shades == [[], [0, 10], [0, 10, 20], [10, 50, 80]]
 
 

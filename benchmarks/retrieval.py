@@ -1,0 +1,161 @@
+"""Speed and recall of the indexes of `recsys export-vectors`, beside exact search.
+
+    python -m benchmarks.retrieval
+
+Vectors of length one are images of clustered points of a few dimensions under a fixed network, as
+those of trained towers vary in fewer directions than they have numbers. Queries come one at a time,
+on one thread, from the same clusters. Writes `retrieval.jsonl` and `.md` into `--results`
+and exits with 1 if the graph misses more than 2 % of what exact search finds, or is not ten times
+as fast.
+
+Shapes: I items, Q queries, V width, K results.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import numpy as np
+
+from benchmarks.results import RESULTS, Result, write_result
+from recsys.serving.retrieval.index import (
+    IndexKind,
+    build_index,
+    require_faiss,
+    search_index,
+    unit,
+)
+
+MOST_MISSED, LEAST_SPEED_UP = 0.02, 10.0  # of the graph
+KINDS: tuple[IndexKind, ...] = ("flat", "ivf", "hnsw")
+LATENT, CLUSTERS, SPREAD = 16, 2000, 0.5
+ROWS_PER_BLOCK = 65_536
+WARM_UP = 10
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An index: seconds to build it, milliseconds of a query, and the share of exact results."""
+
+    index: str
+    items: int
+    dim: int
+    build_seconds: float
+    p50: float
+    p99: float
+    speed_up: float
+    recall: dict[int, float]  # by K
+
+    @property
+    def passes(self) -> bool | None:
+        """Whether the aim is reached; None if none applies."""
+        if self.index != "hnsw":
+            return None
+        is_exact = all(share >= 1 - MOST_MISSED for share in self.recall.values())
+        return is_exact and self.speed_up >= LEAST_SPEED_UP
+
+
+def synthetic_vectors(items: int, queries: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return unit vectors of items float32 [I, V] and of queries float32 [Q, V]."""
+    random = np.random.default_rng(0)
+    centres = random.standard_normal((CLUSTERS, LATENT), np.float32)
+    first = random.standard_normal((LATENT, 2 * dim), np.float32) / LATENT**0.5
+    second = random.standard_normal((2 * dim, dim), np.float32)
+
+    def block(count: int) -> np.ndarray:  # [count, V]
+        noise = random.standard_normal((count, LATENT), np.float32)
+        points = centres[random.integers(CLUSTERS, size=count)] + SPREAD * noise
+        return unit(np.tanh(points @ first) @ second)
+
+    sizes = [min(ROWS_PER_BLOCK, items - start) for start in range(0, items, ROWS_PER_BLOCK)]
+    return np.concatenate([block(size) for size in sizes]), block(queries)
+
+
+def retrieval(
+    items: int = 1_000_000,
+    dim: int = 64,
+    queries: int = 500,
+    depths: tuple[int, ...] = (10, 100),
+    results: Path = RESULTS,
+) -> bool:
+    """Measure all indexes and return whether the aim is reached.
+
+    Args:
+        items: vectors in the index.
+        dim: their width.
+        queries: searches of each index that count.
+        depths: numbers of results of which the recall is computed; the highest is asked for.
+        results: folder for the figures.
+    """
+    vectors, query_vectors = synthetic_vectors(items, queries + WARM_UP, dim)
+    measured: list[Measured] = []
+    exact, exact_p50 = np.zeros((0, 0), np.int64), 0.0
+    for kind in KINDS:
+        start = time.perf_counter()
+        index = build_index(vectors, kind)
+        build = time.perf_counter() - start
+        seconds, matches = _search(index, query_vectors, max(depths))
+        if kind == "flat":
+            exact, exact_p50 = matches, median(seconds)
+        recall = {depth: _shared(exact, matches, depth) for depth in depths}
+        p50, p99 = median(seconds), quantiles(seconds, n=100)[98]
+        speed_up = exact_p50 / p50
+        row = Measured(kind, items, dim, build, 1e3 * p50, 1e3 * p99, speed_up, recall)
+        measured.append(row)
+        print(asdict(row), flush=True)
+    write_result(_result(measured, depths), results)
+    return all(row.passes is not False for row in measured)
+
+
+def _search(index: Any, queries: np.ndarray, count: int) -> tuple[list[float], np.ndarray]:
+    faiss = require_faiss()
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    seconds, matches = [], []
+    for place in range(len(queries)):
+        start = time.perf_counter()
+        matches.append(search_index(index, queries[place : place + 1], count)[1][0])
+        seconds.append(time.perf_counter() - start)
+    faiss.omp_set_num_threads(threads)
+    return seconds[WARM_UP:], np.stack(matches[WARM_UP:])
+
+
+def _shared(
+    exact: np.ndarray,  # [Q, K]
+    matches: np.ndarray,  # [Q, K]
+    depth: int,
+) -> float:
+    pairs = zip(exact[:, :depth], matches[:, :depth], strict=True)
+    return float(np.mean([len(np.intersect1d(*pair)) / len(pair[0]) for pair in pairs]))
+
+
+def _result(measured: list[Measured], depths: tuple[int, ...]) -> Result:
+    columns = ["index", "items", "build, s", "p50, ms", "p99, ms", "x flat"]
+    columns += [*(f"recall@{depth} of flat" for depth in depths), "aim"]
+    verdicts = {True: "reached", False: "missed", None: ""}
+    rows = [
+        (
+            row.index,
+            f"{row.items:,}",
+            f"{row.build_seconds:.1f}",
+            f"{row.p50:.2f}",
+            f"{row.p99:.2f}",
+            f"{row.speed_up:.1f}",
+            *(f"{row.recall[depth]:.4f}" for depth in depths),
+            verdicts[row.passes],
+        )
+        for row in measured
+    ]
+    reading = [
+        f"Synthetic vectors of {measured[0].dim} numbers (`benchmarks/retrieval`), one query at a "
+        "time on one thread; indexes are built on all threads. Recall is the share of the exact "
+        f"results. The aim: hnsw misses at most {MOST_MISSED:.0%}, and is at least "
+        f"{LEAST_SPEED_UP:g} times as fast as flat.",
+    ]
+
+    records = [{"benchmark": "retrieval", **asdict(row), "passes": row.passes} for row in measured]
+    return Result("retrieval", "Indexes of item vectors", records, columns, rows, None, reading)

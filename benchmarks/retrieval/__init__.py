@@ -1,1 +1,0 @@
-"""Speed and recall of indexes of item vectors."""

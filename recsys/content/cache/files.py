@@ -1,0 +1,241 @@
+"""Files of the cache of an encoder's frozen part: their names, unfinished parts, earlier caches.
+
+A cache is named by everything that determines its outputs, so it is never stale. A few changed
+items give it another name, but only they need the encoder: each cache keeps a hash per item, by
+which outputs are reused. Items of equal content share one output.
+
+Shapes: N rows of an array, S distinct contents, n rows of a call or to reuse, D width of the
+output.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from recsys.config import ModalitySettings
+from recsys.content.encoders.base import ITEMS_PER_GROUP, SHORT_LENGTHS, Encoder
+from recsys.content.encoders.identity import weights_digest
+from recsys.data.filesystem import whole_file
+from recsys.data.items.item_table import digest_of
+from recsys.data.items.ragged_array import RaggedArray
+from recsys.data.items.row_hashes import HASHES
+
+ABOUT = "about.json"
+
+
+@dataclass(frozen=True)
+class DistinctRows:
+    """Rows of an array by their content; each content is encoded and stored once.
+
+    Genres, categories and placeholder pictures repeat: 12,930 items of one catalogue have 1,045
+    genre strings. An output depends on the content alone, so sharing it changes no bit.
+
+    first: int64 [S], ascending, the first row of each content.
+    number: int64 [N], the place of each row's content in `first`; -1 for a row without content.
+    """
+
+    first: np.ndarray
+    number: np.ndarray
+
+    @staticmethod
+    def of(hashes: np.ndarray) -> DistinctRows:  # [N], empty for a row without content
+        """Compare the rows by the hashes of their content."""
+        rows = np.flatnonzero(hashes != b"")
+        _, first, group = np.unique(hashes[rows], return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        number = np.full(len(hashes), -1)
+        number[rows] = place[group.reshape(-1)]
+        return DistinctRows(rows[first[order]], number)
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows with content."""
+        return int((self.number >= 0).sum())
+
+    @property
+    def repeat(self) -> bool:
+        """Whether a content occurs in more than one row."""
+        return len(self.first) < self.num_rows
+
+    @property
+    def places(self) -> np.ndarray:  # int64 [N]
+        """Return where each row is stored: with its equals, or in its own place if none repeats."""
+        return self.number if self.repeat else np.arange(len(self.number))
+
+    def describe(self, count: int) -> str:
+        """Return `count` of the contents in words."""
+        items = f"{count:,} items"
+        return f"{count:,} distinct contents of {self.num_rows:,} items" if self.repeat else items
+
+
+def encoder_key(encoder: Encoder) -> str:
+    """Return a hash of frozen weights, settings and batch shapes; adapters are left out."""
+    shapes: tuple[Any, ...] = (ITEMS_PER_GROUP, SHORT_LENGTHS, encoder.max_length)
+    if encoder.frozen_dtype != torch.float32:
+        shapes = (*shapes, dtype_of(encoder))
+    weights = weights_digest(encoder, leave_out=encoder.rewritten)
+    return digest_of(weights, encoder.frozen_settings(), shapes)
+
+
+def dtype_of(encoder: Encoder) -> str:
+    """Return the name of the type in which an encoder's cache stores its outputs."""
+    return str(encoder.frozen_dtype).removeprefix("torch.")
+
+
+def cache_folder(cache: Path, name: str, content: str, key: str, shares: bool) -> Path:
+    """Return the folder of an encoder's cache.
+
+    `content` names the folder with the encoder's input; with `shares`, equal items share an output.
+    Earlier versions, which may use the same folder, cannot read shared rows: these get another
+    name.
+    """
+    apart = cache / f"frozen-{name}-{digest_of(content, key)}"
+    if not shares or apart.exists():
+        return apart
+    return cache / f"frozen-{name}-{digest_of(content, key, 'shared')}"
+
+
+def write_about(
+    folder: Path,
+    key: str,
+    content: str,
+    encoder: Encoder,
+    modality: ModalitySettings,
+    counts: dict[str, int],
+) -> None:
+    """Write `about.json`, for people and for later caches of the same encoder."""
+    layers, identity = encoder.frozen_layers, encoder.identity
+    about = {
+        "encoder": modality.encoder or modality.module,
+        "revision": modality.revision if identity is None else identity.revision,
+        "layers": layers,
+        "pooling": modality.pooling if layers == "all" else "none",
+        "encoder_key": key,
+        "content": content,
+        "dtype": dtype_of(encoder),
+        **counts,
+        "device": str(next((part.device for part in encoder.parameters()), "cpu")),
+        "versions": {
+            "recsys-em3": importlib.metadata.version("recsys-em3"),
+            "torch": torch.__version__,
+        },
+    }
+    (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+
+
+@dataclass
+class EarlierCache:
+    """A finished cache that holds some rows of the new one.
+
+    rows: [n], rows of the new cache; places: [n], rows of the earlier one with the same content.
+    """
+
+    folder: Path
+    rows: np.ndarray
+    places: np.ndarray
+
+
+def caches_of(cache: Path, encoder_key: str) -> list[str]:
+    """Return the names of the usable caches of an encoder, the newest first."""
+    names = []
+    for about in cache.glob(f"frozen-*/{ABOUT}"):
+        try:
+            if json.loads(about.read_text())["encoder_key"] == encoder_key:
+                hashes = np.load(about.parent / HASHES, allow_pickle=False)
+                if len(hashes) == len(RaggedArray(about.parent)) > 0:
+                    names.append((about.stat().st_mtime_ns, about.parent.name))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged, or being removed: encoding again is always correct
+    return [name for _, name in sorted(names, reverse=True)]
+
+
+def find_in(
+    cache: Path,
+    names: list[str],
+    hashes: np.ndarray,  # [N]
+    missing: np.ndarray,  # [n]
+) -> list[EarlierCache]:
+    """Return which of the missing rows earlier caches hold; each row at most once."""
+    caches = []
+    for name in names:
+        cached_hashes = np.load(cache / name / HASHES, allow_pickle=False)
+        order = np.argsort(cached_hashes, kind="stable")
+        place = np.searchsorted(cached_hashes, hashes[missing], sorter=order).clip(
+            max=len(cached_hashes) - 1
+        )
+        is_cached = cached_hashes[order[place]] == hashes[missing]
+        if is_cached.any():
+            caches.append(EarlierCache(cache / name, missing[is_cached], order[place[is_cached]]))
+        missing = missing[~is_cached]
+    return caches
+
+
+class Parts:
+    """Folder of the files of finished calls, each complete or absent.
+
+    A file gets its name when it is complete, and NumPy's archives hold checksums: neither a killed
+    process nor a power failure leaves a partial file that passes as complete. It is named by the
+    content of its items, so any job on any machine writes the same file for the same items.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @staticmethod
+    def name_of(hashes: np.ndarray) -> str:  # [n]
+        """Return the name of a call, from the hashes of its items."""
+        return digest_of(hashes.tobytes())
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.npz"
+
+    def holds(self, name: str) -> bool:
+        """Return whether some process has finished this call."""
+        return self._path(name).exists()
+
+    def write(
+        self,
+        name: str,
+        lengths: np.ndarray,  # [n], number of tokens of each item
+        values: np.ndarray,  # [sum of lengths, D]
+    ) -> None:
+        """Save the outputs of one call."""
+        with whole_file(self._path(name)) as partial, partial.open("wb") as file:
+            np.savez(file, lengths=lengths, values=values)
+
+    def read(self, name: str, array: str) -> np.ndarray:
+        """Return `lengths` [n] or `values` [sum of lengths, D] of one call.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        content = BytesIO(self._path(name).read_bytes())
+        try:
+            with np.load(content, allow_pickle=False) as arrays:
+                return arrays[array]
+        # Damage to an archive may raise any exception.
+        except Exception as error:
+            message = f"{self._path(name)}: damaged ({error}); remove it, it is made again"
+            raise ValueError(message) from error
+
+    def remove_damaged(self, names: list[str]) -> list[str]:
+        """Delete the damaged files among `names`, and return the names of the intact ones."""
+        intact = []
+        for name in filter(self.holds, names):
+            try:
+                self.read(name, "lengths")
+                self.read(name, "values")
+                intact.append(name)
+            except ValueError:
+                self._path(name).unlink(missing_ok=True)
+        return intact
