@@ -318,7 +318,3 @@ def test_the_place_of_the_main_thread_is_known_to_other_threads() -> None:
     thread.start()
     thread.join()
     assert places[0].startswith("threading.py:")
-
-
-def test_a_heartbeat_travels_as_text() -> None:
-    assert Heartbeat.from_json(beat().to_json()) == beat()

@@ -131,11 +131,6 @@ def test_the_table_shows_each_part_and_a_dash_for_what_is_not_defined() -> None:
     assert lines[4] == ["unseen", "-", "-", "(0.4741)", "-", "1"]  # log(1 + exp(-0.5))
 
 
-def test_without_a_process_group_the_rows_are_those_of_this_process() -> None:
-    rows = torch.arange(3)
-    assert gather_rows(rows) is rows
-
-
 def gather_share(
     rank: int, world_size: int, rows: list[Tensor], cut: int
 ) -> tuple[list[Tensor], list[Tensor]]:

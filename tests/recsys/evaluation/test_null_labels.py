@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from recsys.data.batch_builder import BatchBuilder
 from recsys.data.filesystem import Location
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.parquet.values import ROW_POSITION
@@ -48,14 +47,6 @@ def test_each_label_has_the_metrics_of_the_rows_that_know_it(tmp_path: Path) -> 
         scores.counts[is_known],
     )
     assert label_metrics == expected
-
-
-def test_nulls_reach_a_batch_as_unknown_labels_of_weight_0(tmp_path: Path) -> None:
-    rows = rows_of(write_null_labels(tmp_path / "data"), "test")
-    batch = BatchBuilder(rows.schema, ["user"])(next(rows.read(0, rows.num_rows)))
-    is_known = ~batch.labels.isnan()
-    assert batch.loss_weights.tolist() == is_known.float().tolist()
-    assert is_known[:, 0].all() and not is_known[:, 1].all()
 
 
 def test_a_row_without_any_label_is_bad_and_a_null_of_another_label_as_before(

@@ -20,7 +20,7 @@ from recsys.data.parquet.rows import ParquetRows
 from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import evaluate, load_run
-from recsys.evaluation.retrieval import format_retrieval, retrieval_metrics, search_places
+from recsys.evaluation.retrieval import retrieval_metrics, search_places
 from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
@@ -31,20 +31,6 @@ from tests.recsys.ranking.backbone_runs import backbone_config
 NUM_ITEMS = 150  # more than the deepest list
 NUM_ROWS = {"train": 61, "valid": 24, "test": 33}
 CASES = [("two_tower", "none"), ("two_tower sampled", "qformer"), ("two_tower in_batch", "full")]
-
-
-def test_the_place_of_an_item_is_the_number_of_items_above_it() -> None:
-    generator = torch.Generator().manual_seed(0)
-    items, vectors = torch.arange(40) * 3, torch.randn(40, 5, generator=generator)
-    places = torch.randint(40, (600,), generator=generator)
-    queries = torch.randn(600, 5, generator=generator)
-    actual, tied = search_places(queries, vectors[places], items[places], items, vectors)
-    scores = (queries.double() @ vectors.double().T).numpy()
-    expected = [
-        int((row > row[place]).sum()) for row, place in zip(scores, places.tolist(), strict=True)
-    ]
-    assert actual.tolist() == expected and max(expected) > 30
-    assert tied.sum() == 0
 
 
 def test_an_item_outside_the_catalogue_is_ranked_as_if_it_were_in_it() -> None:
@@ -144,13 +130,3 @@ def test_two_ranks_find_what_brute_force_finds(folder: Path, reports: Any, case:
         whole = {name: report[name] for name in metrics_of(places)}
         assert_same_metrics(whole, metrics_of(places))
         assert 0 < report["recall@50"] < 1
-
-
-def test_the_table_shows_all_parts_and_what_is_not_defined() -> None:
-    nothing, actual = metrics_of(torch.zeros(0)), metrics_of(torch.tensor([0, 70]))
-    table = format_retrieval(actual | {"warm": actual, "cold": nothing, "unseen": nothing})
-    lines = [line.split() for line in table.splitlines()]
-    assert lines[0][:4] == ["retrieval", "recall@10", "recall@50", "recall@100"]
-    assert [line[0] for line in lines[1:]] == ["all", "warm", "cold", "unseen"]
-    assert lines[1][1:4] == ["0.5000", "0.5000", "1.0000"] and lines[1][-1] == "2"
-    assert lines[3][1] == "-" and lines[3][-1] == "0"

@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from recsys.evaluation import further_metrics, retrieval
 from recsys.evaluation.bootstrap import pooled_metric
 from recsys.evaluation.metrics import evaluation_report
 from recsys.evaluation.retrieval import retrieval_metrics, search_places
 from recsys.evaluation.scores import SplitScores
-from tests.ranks import run_on_ranks
 
 ROWS = 6  # 720 orders
 ORDERS = np.array(list(permutations(range(ROWS))))  # int [720, 6], each row's place among ties
@@ -118,24 +116,6 @@ def test_recall_and_ndcg_are_their_means_over_random_tie_breaks(
         gains = np.where(places < depth, 1 / np.log2(2 + places), 0)
         assert actual[f"recall@{depth}"] == pytest.approx((places < depth).mean())
         assert actual[f"ndcg@{depth}"] == pytest.approx(gains.mean())
-
-
-def search_shares(rank: int, world_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Search with the items of a rank, for several seeds."""
-    mine, actual = slice(rank, None, world_size), []
-    for seed in range(8):
-        queries, targets, target_items, items, vectors = random_search(seed)
-        share = items[mine], vectors[mine], dist.group.WORLD
-        actual.append(search_places(queries, targets, target_items, *share))
-    return actual
-
-
-def test_two_ranks_count_the_ties_of_all() -> None:
-    expected = [search_places(*random_search(seed)) for seed in range(8)]
-    assert all(tied.sum() > 0 for _, tied in expected)
-    for actual in run_on_ranks(search_shares, 2):
-        for rank_places, expected_places in zip(actual, expected, strict=True):
-            assert all(map(torch.equal, rank_places, expected_places))
 
 
 @pytest.mark.parametrize("value", [0.0, 1 / 3])

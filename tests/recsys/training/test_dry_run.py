@@ -13,7 +13,7 @@ from recsys.cli import main
 from recsys.training.dry_run import DryRun, dry_run
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
-from tests.recsys.command_runs import run_recsys, train_words
+from tests.recsys.command_runs import train_words
 from tests.recsys.em3_runs import em3_config, ranks_of
 
 
@@ -52,16 +52,6 @@ def test_one_step_on_each_rank_and_nothing_written(
     assert "32 validation rows" in printed
 
 
-def test_two_ranks_make_one_step_of_both(folder: Path) -> None:
-    words = train_words(folder / "data", folder / "run", "--dry-run")
-    process = run_recsys(*words, ranks=2)
-
-    assert process.returncode == 0, process.stderr
-    assert " 16 rows on 2 ranks" in process.stdout
-    assert "32 validation rows" in process.stdout
-    assert not (folder / "run").exists()
-
-
 def test_ranks_agree_on_losses_and_tell_each_their_memory(folder: Path) -> None:
     first, second = run_on_ranks(steps_on, 2, folder)
 
@@ -84,31 +74,6 @@ def test_a_step_that_goes_wrong_ends_with_the_rows(folder: Path, tmp_path: Path)
     with pytest.raises(RuntimeError, match=r"step is (nan|inf)") as raised:
         run_on_ranks(unscaled_steps_on, 2, tmp_path)
     assert re.search(r"part-\d\.parquet row \d+", str(raised.value))
-
-
-def fill(folder: Path, column: str, value: float) -> None:
-    """Write one value into all rows of a split."""
-    for file in folder.glob("*.parquet"):
-        table = pq.read_table(file)
-        values = pa.array([value] * table.num_rows, pa.float32())
-        table = table.set_column(table.schema.get_field_index(column), column, values)
-        pq.write_table(table, file)
-
-
-@pytest.mark.parametrize("split", ["train", "valid", "test"])
-def test_a_split_whose_rows_are_all_skipped_ends_it(
-    split: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = write_dataset(tmp_path / "data")
-    fill(data / split, "price", float("nan"))
-    words = train_words(data, tmp_path / "run", "--content", "none", "--on_bad_row", "skip")
-    assert main([*words, "--dry-run"]) == 1
-    error = capsys.readouterr().err
-    rows = {"train": 60, "valid": 24, "test": 20}[split]
-    assert f"{rows} rows of {split}" in error and "'price'" in error
-
-    assert main(["explain-data", str(data), "--on_bad_row", "skip"]) == 1
-    assert f"{rows} rows of {split}" in capsys.readouterr().err
 
 
 def test_a_run_needs_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,15 +80,6 @@ def test_tensorboard_holds_losses_gradient_norm_and_the_state_of_the_bank(
     assert {"valid/auc", "valid/gauc"} <= set(scalars)
 
 
-def test_evaluate_on_two_ranks_gives_the_metrics_of_the_end_of_training(
-    trained: TrainedRun, metrics: dict[str, Any]
-) -> None:
-    process = run_recsys("evaluate", "--run", str(trained.run), "--device", "cpu", ranks=2)
-    assert process.returncode == 0, process.stderr
-    report = json.loads((trained.run / "evaluation_test.json").read_text())
-    assert_same_metrics(report, metrics["test"])
-
-
 @pytest.fixture(scope="module")
 def predicted(trained: TrainedRun) -> tuple[list[pa.Table], pa.Table]:
     """The test and training files without their label and with a column of the user's own, and

@@ -112,16 +112,6 @@ def test_a_walk_that_follows_names_it_and_goes_on_with_others(
     assert f"train/{FUTURE}: lies" in printed and "days in the future" in printed
 
 
-def test_a_walk_that_follows_until_a_day_is_not_over_because_of_it(two: Path) -> None:
-    add(two, FUTURE)
-    writer = threading.Timer(2.0, write_partition, (two / "data", 2))
-    writer.start()
-    words = words_of(two, "--follow", "--continual.poll_seconds", "0.1", "--until", "2025-11-10")
-    assert main(words) == 0
-    writer.join()
-    assert names_of(two / "run") == NAMES[:3]
-
-
 def test_a_late_partition_ends_a_walk_that_follows_with_its_name(
     two: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
