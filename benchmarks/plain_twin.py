@@ -43,7 +43,7 @@ class PlainSource:
         self.config, self.ranks = config, ranks
         self.root = Location.of(data)
         self.schema = load_schema(self.root)
-        content = content_settings(config)
+        content = content_settings(config.content)
         if content is None or any(m.kind != "feature" for m in content.modalities.values()):
             raise ValueError(
                 "the plain twin encodes stored features; give content.modalities of kind feature"
@@ -73,7 +73,8 @@ class PlainSource:
         assert isinstance(ranking, DinDcnSettings)
         return TwinSizes(
             pooled_rows=[
-                schema.limit(schema.table_of(name)) for name in pooled_features(config, schema)
+                schema.limit(schema.table_of(name))
+                for name in pooled_features(config.embedding, schema)
             ],
             num_items=schema.limit(schema.target_item),
             feature_dims={name: values.shape[1] for name, values in self.features.items()},
@@ -98,7 +99,7 @@ class PlainSource:
     def batches(self) -> Iterator[PaddedBatch]:
         """Yield the training batches of this rank, without end."""
         rows = ParquetRows.of_split(self.root, "train", self.schema)
-        build = BatchBuilder(self.schema, pooled_features(self.config, self.schema))
+        build = BatchBuilder(self.schema, pooled_features(self.config.embedding, self.schema))
         interactions = Interactions(
             rows,
             build,

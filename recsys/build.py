@@ -131,11 +131,11 @@ class Job:
         `with_labels` is False for files to predict, `with_content` if a pass encodes each item
         once.
         """
-        content, settings = self.em3.content, content_settings(self.config)
+        content, settings = self.em3.content, content_settings(self.config.content)
         chosen_later = chooses_items(settings, self.schema.has_bounded_items)
         return BatchBuilder(
             self.schema,
-            pooled_features(self.config, self.schema),
+            pooled_features(self.config.embedding, self.schema),
             self.store if with_content and not chosen_later else None,
             encode_history=content is not None and content.encodes_history,
             index_dedup=self.config.embedding.index_dedup,
@@ -188,8 +188,8 @@ def build_job(
     pipeline = _pipeline(model, update, embedding, config.accumulate_steps, ranks.device)
     bounded = [table for table in tables if table.name in schema.tables_with("bounded")]
     reset = _row_reset(RowReset(model, bounded, config.seed), schema, bank, ranks.device)
-    content, deduplicates = content_settings(config), embedding.index_dedup
-    features = pooled_features(config, schema)
+    content, deduplicates = content_settings(config.content), embedding.index_dedup
+    features = pooled_features(embedding, schema)
     vocabularies = BoundedVocabularies(schema, features, ranks.group, reset, deduplicates)
     softmax = softmax_settings(config.ranking)
     sampler = softmax and NegativeSampler(softmax, schema.num_items, schema.target_item)

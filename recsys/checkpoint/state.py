@@ -64,7 +64,7 @@ def _check_feature_widths(job: Job, metadata: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names file, column and both widths.
     """
-    content, items = content_settings(job.config), job.schema.items
+    content, items = content_settings(job.config.content), job.schema.items
     for name, encoder in job.em3.content.encoders.items() if job.em3.content else ():
         weight = metadata.get(f"model.content.projections.{name}.weight")
         width = cast(Encoder, encoder).output_dim

@@ -24,7 +24,7 @@ def validate(config: Config) -> None:
             f"{config.ranking.name}; choose two_tower, or best_model_by auc, gauc or auc_and_gauc"
         )
     _check_averages(config)
-    content, temperature = content_settings(config), config.contrastive.temperature
+    content, temperature = content_settings(config.content), config.contrastive.temperature
     if content is None:
         return
     # An unused temperature may have any value.

@@ -172,6 +172,6 @@ class Config:
 CONFIG_NAMES = tuple(Config.__dataclass_fields__)
 
 
-def content_settings(config: Config) -> ContentSettings | None:
-    """Return the settings of the content branch, None for the ID-only twin."""
-    return config.content if isinstance(config.content, ContentSettings) else None
+def content_settings(content: ContentSettings | Literal["none"]) -> ContentSettings | None:
+    """Return the settings of the content branch, None for the ID-only baseline."""
+    return content if isinstance(content, ContentSettings) else None

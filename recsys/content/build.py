@@ -57,7 +57,7 @@ def build_content(
     config: Config, root: Location, schema: Schema, ranks: Ranks
 ) -> tuple[ContentStore | None, dict[str, Encoder], MemoryBank | None]:
     """Return items, encoders and memory bank; empty for the ID-only twin. A collective."""
-    content = content_settings(config)
+    content = content_settings(config.content)
     if content is None:
         return None, {}, None
     store, encoders = build_content_store(
@@ -78,7 +78,7 @@ def fill_caches(config: Config, data: str, ranks: Ranks) -> dict[str, CacheRepor
     Raises:
         ValueError: on every rank, if the configuration has no content or the data cannot be used.
     """
-    content = content_settings(config)
+    content = content_settings(config.content)
     if content is None:
         raise ValueError(
             "content is none: there is nothing to cache; give a configuration with content"

@@ -64,10 +64,10 @@ def build_em3(
     `process_group` has the ranks that train the model together, None for a single rank.
     """
     config = with_opinion_groups(config, schema)
-    content = content_settings(config)
+    content = content_settings(config.content)
     _check_labels(config, schema)
     dims = {table.name: table.embedding_dim for table in tables}
-    pooled = pooled_features(config, schema)
+    pooled = pooled_features(config.embedding, schema)
     further, widths = _build_further_histories(config, schema, dims[schema.target_item])
     dimensions = InputDimensions.of(schema, pooled, dims, item_categories, process_group, widths)
     embeddings = build_embedding_collection(tables, device)
@@ -120,7 +120,7 @@ def _check_labels(config: Config, schema: Schema) -> None:
 
 def _rows_of_ids(config: Config, schema: Schema) -> tuple[RowsPerID, list[RowsPerID]]:
     """Return the lists of ids beside the first history, and the columns of each further one."""
-    content = content_settings(config)
+    content = content_settings(config.content)
     columns: list[RowsPerID] = [
         {name: schema.rows_per_id(name) for name in (history.name, *history.ids)}
         for history in schema.histories
@@ -140,7 +140,7 @@ def _build_further_histories(
     config: Config, schema: Schema, dim: int
 ) -> tuple[ExtraSequences | None, dict[str, int]]:
     """Return the encoders of the sequences after the first one, if any, and their widths."""
-    content, further = content_settings(config), schema.histories[1:]
+    content, further = content_settings(config.content), schema.histories[1:]
     known = [of.name for of in further if schema.table_of(of.name) == schema.target_item]
     columns = [] if content is None else content.history.columns
     for name in columns:
@@ -167,7 +167,7 @@ def _build_scaling(config: Config, schema: Schema) -> InputScaling | None:
 
 def _build_losses(config: Config, schema: Schema, id_dim: int) -> Losses:
     """Return the losses of a run; `id_dim` is the width of the target item's ID vectors."""
-    content = content_settings(config)
+    content = content_settings(config.content)
     contrastive = None
     if content is not None and config.contrastive.weight > 0:
         contrastive = ContentIDContrastive(content.dim, id_dim, config.contrastive)

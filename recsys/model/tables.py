@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from embeddings import TableConfig
 from embeddings.tables import CACHE_LOAD_FACTOR
-from recsys.config import Config, TableSettings, content_settings, softmax_settings
+from recsys.config import (
+    Config,
+    EmbeddingSettings,
+    TableSettings,
+    content_settings,
+    softmax_settings,
+)
 from recsys.config.embedding import NewRows
 from recsys.data.negatives import negatives_feature
 from recsys.data.schema import Schema
 from recsys.ranking.settings import SimSettings
 
 
-def pooled_features(config: Config, schema: Schema) -> list[str]:
+def pooled_features(embedding: EmbeddingSettings, schema: Schema) -> list[str]:
     """Return columns looked up in pooled tables, in the order of the schema."""
     return [
         name
         for name, column in schema.columns.items()
         if column.kind in ("id", "ids")
         and name not in (schema.target_item, *schema.event_columns)
-        and schema.table_of(name) not in config.embedding.skip
+        and schema.table_of(name) not in embedding.skip
     ]
 
 
@@ -33,7 +39,7 @@ def id_dropouts(config: Config, schema: Schema) -> dict[str, float]:
             )
     return {
         name: tables.get(schema.table_of(name), TableSettings()).id_dropout
-        for name in pooled_features(config, schema)
+        for name in pooled_features(config.embedding, schema)
     }
 
 
@@ -45,7 +51,7 @@ def table_configs(
     `list_lengths` has the mean number of ids per row, for columns that may have several.
     """
     settings = config.embedding
-    pooled = pooled_features(config, schema)
+    pooled = pooled_features(config.embedding, schema)
     sequence = [schema.target_item, *schema.event_columns]
     negatives = negatives_feature(softmax_settings(config.ranking), schema.target_item)
     tables = list(dict.fromkeys(schema.table_of(name) for name in [*pooled, *sequence]))
@@ -77,7 +83,7 @@ def _check_bounded_items(config: Config, schema: Schema) -> None:
     """Check a configuration for data whose items get their rows while training."""
     if not schema.has_bounded_items:
         return
-    content, softmax = content_settings(config), softmax_settings(config.ranking)
+    content, softmax = content_settings(config.content), softmax_settings(config.ranking)
     where = f"'{schema.target_item}' has a vocabulary of kind bounded"
     if content is not None and content.sampling.backward < 1:
         raise ValueError(
@@ -152,6 +158,6 @@ def _problem(config: Config, schema: Schema, table: str, own: TableSettings) -> 
         return None
     if table != schema.target_item:
         return f"only items of '{schema.target_item}' have content; set mean or random"
-    if content_settings(config) is None:
+    if content_settings(config.content) is None:
         return "content is none; configure content, or set mean or random"
     return None

@@ -81,7 +81,7 @@ def export_run(
     """
     compiles = compiles if is_compiled(compiles) else False
     job = load_for_export(run, out, ranks, data)
-    columns = pooled_features(job.config, job.schema), job.schema.of_kind("dense")
+    columns = pooled_features(job.config.embedding, job.schema), job.schema.of_kind("dense")
     with whole_folder(out) as partial:
         model = PackagedModel(job.em3.ranking, *columns, compiles=compiles)
         return write_package(run, job, partial, tables, model)
@@ -157,7 +157,7 @@ def write_package(
 
 def top_k(job: Job) -> int:
     """Return the number of history items that a search for the target's content keeps; 0: all."""
-    content = content_settings(job.config)
+    content = content_settings(job.config.content)
     return 0 if content is None else content.history.top_k
 
 

@@ -184,7 +184,7 @@ class Trainer:
         """Validate the weights in place. A collective."""
         job, progress, metric = self.job, self.progress, self.job.config.best_model_by
         self.checkpoints.require_finite(progress)
-        content = content_settings(job.config)
+        content = content_settings(job.config.content)
         if content is not None and content.history.refresh_bank_every_epoch:
             fill_bank(job, self.lockstep)
         refill_new_rows(job, self.run)

@@ -271,7 +271,7 @@ def _plain_em3(
     config: Config, root: Location, schema: Schema, tables: list[TableConfig], ranks: Ranks
 ) -> tuple[EM3, BatchBuilder]:
     torch.manual_seed(config.seed)
-    content = content_settings(config)
+    content = content_settings(config.content)
     assert content is not None
     store, encoders = build_content_store(content, root, schema, ranks, config.cache)
     bank = MemoryBank(schema.num_items, content.vector_dim, "cpu")
@@ -282,7 +282,7 @@ def _plain_em3(
     embeddings = build_embedding_collection(tables, ranks.device)
     assert bags is not None and embeddings is not None
     em3.embedding_bags, em3.embeddings = bags.cpu(), embeddings.cpu()
-    return em3, BatchBuilder(schema, pooled_features(config, schema), store)
+    return em3, BatchBuilder(schema, pooled_features(config.embedding, schema), store)
 
 
 def _table_weights(em3: EM3) -> dict[str, torch.nn.Parameter]:

@@ -39,7 +39,7 @@ def compare_encoders(
     Frozen weights are in no checkpoint, so other ones are refused for encoders of which a part is
     taken over.
     """
-    before, now = content_settings(source.config), content_settings(job.config)
+    before, now = content_settings(source.config.content), content_settings(job.config.content)
     if before is None or now is None:
         return False
     differing = [of[0] for of in differing_settings(source.config, job.config)]

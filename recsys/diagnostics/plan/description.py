@@ -115,7 +115,7 @@ def describe(
 
 
 def _bank_bytes(meta_model: MetaModel) -> int:
-    branch, content = meta_model.em3.content, content_settings(meta_model.config)
+    branch, content = meta_model.em3.content, content_settings(meta_model.config.content)
     if branch is None or branch.bank is None or content is None:
         return 0
     rows, world_size = meta_model.schema.num_items, meta_model.cluster.world_size
@@ -132,10 +132,10 @@ def _read_a_batch(meta_model: MetaModel) -> int:
     """
     config, schema = meta_model.config, meta_model.schema
     rows = open_rows(config.source, meta_model.root, "train", schema, config.on_bad_row)
-    content = content_settings(config)
+    content = content_settings(config.content)
     build = BatchBuilder(
         schema,
-        pooled_features(config, schema),
+        pooled_features(config.embedding, schema),
         encode_history=content is not None and content.history.mode == "full",
         index_dedup=config.embedding.index_dedup,
         content_histories=[] if content is None else content.history.columns,

@@ -75,7 +75,7 @@ def build_meta_model(
     sizes = cluster.world_size, cluster.ranks_per_node
     check_placement(config, schema, cluster.device.kind, *sizes)
     tables = table_configs(config, schema, mean_list_lengths(root, schema))
-    content = content_settings(config)
+    content = content_settings(config.content)
     encoders, frozen_layers = {}, {}
     bank: MemoryBank | None = None
     if content is not None:

@@ -39,7 +39,7 @@ class ItemEncoder:
     def __init__(self, package: Path, shapes: EntryShapes) -> None:
         self.folder, self.shapes = package / FOLDER, shapes
         self.config: Config = load_config(self.folder / CONFIG, ["--device", "cpu"])
-        content = content_settings(self.config)
+        content = content_settings(self.config.content)
         assert content is not None
         self.content = content
         ranking = self.config.ranking

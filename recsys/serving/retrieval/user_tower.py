@@ -72,7 +72,7 @@ def write_user_tower(run: Path, job: Job, folder: Path) -> Manifest:
             f"{run}: content.history.top_k is {top_k(job)}, which chooses history items by the "
             "ranked item, so that queries differ between items; train with top_k 0"
         )
-    pooled, dense = pooled_features(job.config, job.schema), job.schema.of_kind("dense")
+    pooled, dense = pooled_features(job.config.embedding, job.schema), job.schema.of_kind("dense")
     num_pooled = len(pooled) + (0 if further is None else len(further.widths))
     model = PackagedModel(
         QueryVectors(towers, num_pooled, len(dense)),

@@ -355,7 +355,7 @@ class PartitionTrainer(Trainer):
 
     def _validate(self) -> None:
         """At the end of a pass fill rows without training and, if asked, the bank. A collective."""
-        content = content_settings(self.job.config)
+        content = content_settings(self.job.config.content)
         if content is not None and content.history.refresh_bank_every_epoch:
             fill_bank(self.job, self.lockstep)
         with self.job.averaged():

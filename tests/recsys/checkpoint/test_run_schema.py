@@ -213,7 +213,7 @@ def drifted_schemas(draw: st.DrawFn) -> tuple[dict[str, Any], set[str]]:
 def batch_tensors(root: Location, schema: Schema) -> list[Tensor]:
     """All that a model reads of the test split, in its order."""
     rows = ParquetRows.of_split(root, "test", schema)
-    pooled = pooled_features(config_of(Path("unused"), *WORDS), schema)
+    pooled = pooled_features(config_of(Path("unused"), *WORDS).embedding, schema)
     batch = BatchBuilder(schema, pooled)(next(rows.read(0, rows.num_rows)))
     found = []
     for value in vars(batch).values():

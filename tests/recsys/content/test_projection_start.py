@@ -217,7 +217,7 @@ def spoiled(folder: Path, case: str, num_items: int = 30) -> Path:
 def config_of(folder: Path) -> Config:
     """Text with LoRA, stored features and images of a small EM3 without dropout."""
     config = em3_config(folder)
-    content = content_settings(config)
+    content = content_settings(config.content)
     assert content is not None
     modalities = {**content.modalities, "image": IMAGE}
     return replace(config, content=replace(content, modalities=modalities))

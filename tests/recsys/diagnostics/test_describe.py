@@ -241,7 +241,7 @@ def test_this_machine_is_described(folder: Path, capsys: pytest.CaptureFixture[s
 
 def test_layers_of_an_encoder_that_are_cached_leave_the_run(folder: Path) -> None:
     config = em3_config(folder)
-    content = content_settings(config)
+    content = content_settings(config.content)
     assert content is not None
     modality = replace(content.modalities["text"], cache_frozen_layers=False)
     modalities = {**content.modalities, "text": modality}

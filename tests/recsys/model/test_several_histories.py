@@ -55,7 +55,7 @@ def unsharded(data: Path, config: Config) -> tuple[EM3, Batch]:
     schema = load_schema(root)
     torch.manual_seed(0)
     em3 = build_em3(config, schema, table_configs(config, schema), {}, None, "cpu")
-    pooled = pooled_features(config, schema)
+    pooled = pooled_features(config.embedding, schema)
     build = BatchBuilder(schema, pooled, index_dedup=config.embedding.index_dedup)
     batch = build(next(ParquetRows.of_split(root, "train", schema).read(0, ROWS)))
     BoundedVocabularies(schema, pooled).map_batch(batch, 0, training=True)
