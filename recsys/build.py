@@ -29,7 +29,13 @@ from embeddings import (
 )
 from embeddings.placement.copies import CopiesMean, distribute_copies
 from embeddings.row_reset import RowReset
-from recsys.config import Config, EmbeddingSettings, content_settings, softmax_settings
+from recsys.config import (
+    Config,
+    EmbeddingSettings,
+    SourceSettings,
+    content_settings,
+    softmax_settings,
+)
 from recsys.config.checks import validate
 from recsys.content.batch_preparation import BatchPreparation, chooses_items
 from recsys.content.build import build_content
@@ -37,6 +43,7 @@ from recsys.data.batch_builder import BatchBuilder
 from recsys.data.filesystem import Location
 from recsys.data.items.content_store import ContentStore
 from recsys.data.negatives import NegativeSampler
+from recsys.data.parquet.bad_rows import OnBadRow
 from recsys.data.parquet.file import mean_list_lengths
 from recsys.data.row_source import RowSource, open_rows
 from recsys.data.schema import Schema, load_schema
@@ -247,7 +254,13 @@ def _pipeline(
     return kind(model, update, device, accumulate_steps, mean)
 
 
-def check_columns(config: Config, data: str, ranks: Ranks, schema: Schema | None = None) -> None:
+def check_columns(
+    source: SourceSettings,
+    on_bad_row: OnBadRow,
+    data: str,
+    ranks: Ranks,
+    schema: Schema | None = None,
+) -> None:
     """Open all splits and read their first rows, which checks the columns' types. A collective.
 
     Raises:
@@ -255,11 +268,10 @@ def check_columns(config: Config, data: str, ranks: Ranks, schema: Schema | None
     """
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
-            validate(config)
             root = Location.of(data)
             schema = schema or load_schema(root)
             for split in SPLITS:
-                rows = open_rows(config.source, root, split, schema, config.on_bad_row)
+                rows = open_rows(source, root, split, schema, on_bad_row)
                 next(rows.read_chunks([0]))
 
 

@@ -77,7 +77,7 @@ def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
         Lockstep(ranks, watchdog=watchdog) as lockstep,
     ):
         times = [time.perf_counter()]
-        check_columns(config, data, ranks)
+        check_columns(config.source, config.on_bad_row, data, ranks)
         job = build_job(config, data, ranks)
         interactions = training_interactions(job)
         checked = check_data(job)

@@ -151,7 +151,9 @@ def _train_locked(
         elif warm_start is not None:
             warm, schema = open_warm_start(warm_start, data, run, ranks)
             config = with_automatic(config, warm[0].config)
-        check_columns(config, data, ranks, schema)  # before items are encoded
+        check_columns(
+            config.source, config.on_bad_row, data, ranks, schema
+        )  # before items are encoded
         job = build_job(config, data, ranks, schema)
         trainer = open_run(job, run, data, goes_on, lockstep, warm)
         try:
