@@ -89,17 +89,11 @@ class DuckDBEngine:
             self._duckdb.execute(f"CREATE VIEW {name} AS {query}")
 
     def add_mapped(
-        self,
-        name: str,
-        query: str,
-        by: list[str],
-        order: list[str],
-        map_batches: BatchFunction,
-        schema: pa.Schema,
+        self, name: str, query: str, by: list[str], order: list[str], function: BatchFunction
     ) -> None:
         """Make a stage of a function over the query's result, sorted by `by` and `order`."""
         ordered = f"SELECT * FROM ({query}) ORDER BY {', '.join(map(quoted, [*by, *order]))}"
-        self._add_batches(name, map_batches(self._batches(ordered)), schema)
+        self._add_batches(name, function(self._batches(ordered)), function.schema)
 
     def table(self, query: str) -> pa.Table:
         """Return a small result."""

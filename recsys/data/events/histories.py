@@ -84,7 +84,7 @@ def add_histories(
         {name: quoted(name) for name in event_columns},
     )
     order = ["ts", "iid", "position"]
-    engine.add_mapped("complete", query, ["uid"], order, features, features.schema)
+    engine.add_mapped("complete", query, ["uid"], order, features)
     return lists
 
 
@@ -148,7 +148,7 @@ def _add_counts(
     )
     has_keys = " AND ".join(f"{quoted(key)} IS NOT NULL" for key in keys)
     query = f"SELECT * FROM ({query}) WHERE {has_keys}"
-    engine.add_mapped(f"counts_{number}", query, keys, ["ts", "position"], features, schema)
+    engine.add_mapped(f"counts_{number}", query, keys, ["ts", "position"], features)
     count_columns = ", ".join(
         f"coalesce(c.{quoted(f'n_{name}')}, 0) AS {quoted(f'n_{name}')}" for name in counts
     )

@@ -308,7 +308,7 @@ def add_negatives(
     kinds += [pa.field("inumber", pa.int64()), pa.field(DRAWN_AS, pa.int64())]
     draw = DrawNegatives(settings, catalogue, num_items, labels, columns, pa.schema(kinds))
     query = _chunk_query(config, settings, columns, datasets)
-    engine.add_mapped("draws", query, ["uid"], ["kind", "position"], draw, draw.schema)
+    engine.add_mapped("draws", query, ["uid"], ["kind", "position"], draw)
     names = ", ".join(map(quoted, columns))
     engine.add(
         "drawn",

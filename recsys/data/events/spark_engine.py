@@ -92,17 +92,11 @@ class SparkEngine:
         self._spark.sql(query).createOrReplaceTempView(name)
 
     def add_mapped(
-        self,
-        name: str,
-        query: str,
-        by: list[str],
-        order: list[str],
-        map_batches: BatchFunction,
-        schema: pa.Schema,
+        self, name: str, query: str, by: list[str], order: list[str], function: BatchFunction
     ) -> None:
         """Make a stage of a function over the query's result, sorted by `by` and `order`."""
         frame = self._spark.sql(query).repartition(*by).sortWithinPartitions(*by, *order)
-        self._save(name, frame.mapInArrow(map_batches, self._schema(schema)))
+        self._save(name, frame.mapInArrow(function, self._schema(function.schema)))
 
     def table(self, query: str) -> pa.Table:
         """Return a small result."""

@@ -23,8 +23,17 @@ ROWS_PER_GROUP = 8192  # small enough that several ranks share a split evenly
 
 # Adds columns to rows, and chooses them.
 Complete = Callable[[pa.RecordBatch], pa.RecordBatch]
-# Maps the batches of a partition, in order, to other batches.
-BatchFunction = Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]
+
+
+class BatchFunction(Protocol):
+    """Maps the batches of a partition, in order, to others of a schema."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of the result."""
+
+    def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Yield the result of sorted batches."""
 
 
 class SqlEngine(Protocol):
@@ -51,13 +60,7 @@ class SqlEngine(Protocol):
         """Name a query, to be run wherever the name is used."""
 
     def add_mapped(
-        self,
-        name: str,
-        query: str,
-        by: list[str],
-        order: list[str],
-        map_batches: BatchFunction,
-        schema: pa.Schema,
+        self, name: str, query: str, by: list[str], order: list[str], function: BatchFunction
     ) -> None:
         """Make a stage of a function over the query's result, sorted by `by` and `order`.
 
