@@ -28,7 +28,9 @@ def whole_keys(batches: Iterable[pa.RecordBatch], keys: Sequence[str]) -> Iterat
         start = int(np.flatnonzero(_starts(batch, keys))[-1])
         if start:
             pending.append(batch.slice(0, start))
-        elif pending and _agree(pending[-1], batch, keys):
+        elif pending and all(
+            pending[-1].column(key)[-1].as_py() == batch.column(key)[0].as_py() for key in keys
+        ):
             pending.append(batch)
             continue
         if pending:
@@ -52,11 +54,6 @@ def _starts(batch: pa.RecordBatch | pa.Table, keys: Sequence[str]) -> np.ndarray
 def key_numbers(chunk: pa.Table, keys: Sequence[str]) -> np.ndarray:  # chunk [N] -> int64 [N]
     """Return the number of each row's key: 0, 1, 2 ... in their order."""
     return np.cumsum(_starts(chunk, keys)) - 1
-
-
-def _agree(previous: pa.RecordBatch, following: pa.RecordBatch, keys: Sequence[str]) -> bool:
-    """Return whether the last row of one batch and the first of another have the same key."""
-    return all(previous.column(key)[-1].as_py() == following.column(key)[0].as_py() for key in keys)
 
 
 class Moments:

@@ -299,8 +299,7 @@ def add_negatives(
     """
     settings = config.negatives
     assert settings is not None
-    num_items = _make_catalogue(engine, config)
-    catalogue = _known_items(engine, config, settings)
+    num_items, catalogue = _make_catalogue(engine, config, settings)
     schema = engine.table("SELECT * FROM rows LIMIT 0").schema
     columns = [name for name in schema.names if name != "iid"]
     labels = [f"l_{name}" for name in config.labels]
@@ -326,10 +325,13 @@ def add_negatives(
     return conditions, {"no item left to draw": missing} if missing else {}
 
 
-def _make_catalogue(engine: SqlEngine, config: EventsConfig) -> int:
-    """Make the stage `catalogue`: items by number, known since; return how many there are.
+def _make_catalogue(
+    engine: SqlEngine, config: EventsConfig, settings: Negatives
+) -> tuple[int, KnownItems]:
+    """Make the stage `catalogue` of numbered items; return their number, and what is drawn from.
 
-    An item is known from its first event on, or from its first snapshot with a time.
+    An item is known from its first event on, or from its first snapshot with a time. Drawn from are
+    the items, or by popularity each event with its item.
     """
     since = f"SELECT iid, min({config.arrival}) AS since FROM clean_events GROUP BY iid"
     if config.items is not None and config.items.valid_from is not None:
@@ -339,19 +341,13 @@ def _make_catalogue(engine: SqlEngine, config: EventsConfig) -> int:
         "SELECT iid, since, row_number() OVER (ORDER BY since, iid) - 1 AS inumber FROM "
         f"(SELECT iid, min(since) AS since FROM ({since}) GROUP BY iid)",
     )
-    return count_rows(engine, "catalogue")
-
-
-def _known_items(engine: SqlEngine, config: EventsConfig, settings: Negatives) -> KnownItems:
-    """Write what is drawn from: the items, or by popularity each event with its item."""
-    if settings.by == "uniform":
-        query = "SELECT since, inumber FROM catalogue ORDER BY inumber"
-    else:
+    query = "SELECT since, inumber FROM catalogue ORDER BY inumber"
+    if settings.by == "popularity":
         query = (
             f"SELECT s.{config.arrival} AS since, c.inumber FROM clean_events s "
             "JOIN catalogue c ON s.iid = c.iid ORDER BY 1, 2"
         )
-    return KnownItems.write(engine, "known_items", query)
+    return count_rows(engine, "catalogue"), KnownItems.write(engine, "known_items", query)
 
 
 def _chunk_query(

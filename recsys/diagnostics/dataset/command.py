@@ -120,12 +120,10 @@ def _splits(summary: DatasetSummary) -> str:
             add(name, lambda split: _percent(split.shares.get(key)))  # noqa: B023
     for column in dict.fromkeys(column for split in splits for column in split.times):
         for name, end in (("from", 0), ("to", 1)):
-            add(f"{column} {name}", lambda split: _moment(split, column, end))  # noqa: B023
+            times = [split.times.get(column) for split in splits]
+            cells = ["-" if ends is None else f"{ends[end]:{MINUTES}}" for ends in times]
+            rows.append((f"{column} {name}", *cells))
     return align_columns(rows)
-
-
-def _moment(split: SplitSummary, column: str, end: int) -> str:
-    return f"{split.times[column][end]:{MINUTES}}" if column in split.times else "-"
 
 
 def _percent(share: float | None) -> str:
