@@ -3,8 +3,8 @@
     python -m benchmarks.events.in_time --log FOLDER --out FOLDER
 
 `--log` holds the files of the recipe `recsys/recipes/events/ifdb.yaml`. Items that were known too
-early show in two figures: the share of test positives without a training row, and the AUC of an
-item's mean training label, which falls far below a half where later items were drawn as negatives.
+early show in two figures. One is the share of test positives without a training row. The other is
+the AUC of an item's mean training label: it falls far below 0.5 if later items were drawn.
 A logistic regression on counts and on the similarity of texts shows that the columns rank what
 comes next. Writes `events_in_time.jsonl`, `.md` and `.png` into `--results`.
 

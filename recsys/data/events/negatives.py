@@ -1,9 +1,9 @@
 """Draws items as negatives of rows whose first label is 1: items that existed at the row's moment.
 
-A draw depends on the seed, its positive and its number alone, and on nothing after the positive's
-moment: the items are numbered in the order in which they became known, so that those known at a
-moment are a prefix of the catalogue, and the events so far a prefix of the log. The exceptions are
-the user's other positives of valid and test, and the setting `exclude: whole_log`.
+A draw depends on the seed, its positive and its number, and on nothing after the positive's moment.
+Items are numbered in the order in which they became known, so those known at a moment are a prefix
+of the catalogue; the events so far are a prefix of the log. Two exceptions know later events: the
+user's other positives of valid and test, and the setting `exclude: whole_log`.
 
 Shapes: P positives of a chunk, D draws, N items of the catalogue, E events of the log, T pairs of a
 user and an item.
