@@ -29,7 +29,7 @@ users = st.sampled_from(USERS)
 prices = st.sampled_from([None, 0.5, 3.0, 4.0, float("nan")])
 
 
-def signals(actions: list[str], largest: int = 90) -> st.SearchStrategy[list[Row]]:
+def events(actions: list[str], largest: int = 90) -> st.SearchStrategy[list[Row]]:
     """Events with ties in time, duplicates, and rows that cannot be used; every action occurs."""
     row = st.fixed_dictionaries(
         {

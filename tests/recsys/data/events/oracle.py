@@ -1,6 +1,6 @@
 """What `recsys prepare events` must write, by loops over lists of plain Python.
 
-A signal is a dictionary with uid, iid, ts (microseconds), action, request and columns; the order of
+An event is a dictionary with uid, iid, ts (microseconds), action, request and columns; the order of
 the list is that of the files. A snapshot has id, valid_from and columns.
 """
 
@@ -19,12 +19,12 @@ Row = dict[str, Any]
 FOREVER = 2**62
 
 
-def usable(config: EventsConfig, signals: list[Row], latest: int, capped: bool = True) -> list[Row]:
+def usable(config: EventsConfig, log: list[Row], latest: int, capped: bool = True) -> list[Row]:
     rows, keys = [], set()
-    for place, signal in enumerate(signals):
-        has_arrival = config.has_arrival and signal["action"] != "impression"
-        arrived = max(signal["arrived"] if has_arrival else signal["ts"], signal["ts"])
-        rows.append({**signal, "place": place, "arrived": arrived})
+    for place, event in enumerate(log):
+        has_arrival = config.has_arrival and event["action"] != "impression"
+        arrived = max(event["arrived"] if has_arrival else event["ts"], event["ts"])
+        rows.append({**event, "place": place, "arrived": arrived})
     usable_rows = []
     for row in sorted(rows, key=lambda row: (row["arrived"], row["place"])):
         required = [row[name] for name in ("uid", "iid", "ts", "action")]
@@ -49,15 +49,15 @@ def snapshot(table: list[Row], key: Any, ts: int) -> Row:
     return max(valid, key=lambda row: row["valid_from"]) if valid else {}
 
 
-def labelled(config: EventsConfig, signals: list[Row]) -> list[Row]:
+def labelled(config: EventsConfig, log: list[Row]) -> list[Row]:
     actions = ["impression"] if config.impressions else config.rows
     candidates = [
         one
-        for one in signals
+        for one in log
         if (one["action"] in actions if actions else one["action"] != "impression")
     ]
     pair = ["uid", "iid", *(["request"] if config.by_request else [])]
-    end = max(one["ts"] for one in signals) - config.label_window
+    end = max(one["ts"] for one in log) - config.label_window
     rows = []
 
     def last(pair: list[str], event: Row) -> int:
@@ -87,7 +87,7 @@ def labelled(config: EventsConfig, signals: list[Row]) -> list[Row]:
                         and all(event[part] == row[part] is not None for part in pair)
                         and 0 < event["ts"] - row["ts"] <= duration(label.within)
                         and (config.attribute == "all" or row["ts"] == last(pair, event))
-                        for event in signals
+                        for event in log
                     )
                 )
         context = {
@@ -233,15 +233,15 @@ def count(
 
 def datasets(
     config: EventsConfig,
-    signals: list[Row],
+    log: list[Row],
     items: list[Row],
     users: list[Row],
     latest: int,
 ) -> dict[str, dict[str, list[Row]]]:
     """By dataset and split, the rows in order."""
-    events = usable(config, signals, latest)
+    events = usable(config, log, latest)
     places = {event["place"] for event in events}
-    rows = labelled(config, usable(config, signals, latest, capped=False))
+    rows = labelled(config, usable(config, log, latest, capped=False))
     rows = [row for row in rows if row["place"] in places]
     splits = split_of(config, rows)
     result: dict[str, dict[str, list[Row]]] = {}
@@ -270,19 +270,17 @@ def datasets(
 
 def vocabulary(
     config: EventsConfig,
-    signals: list[Row],
+    log: list[Row],
     items: list[Row],
     train: list[Row],
     latest: int,
 ) -> dict[str, list[Any]]:
     """The ids of users and items, in order."""
     until = max(row["time"] for row in train)
-    arrived_events = [
-        signal for signal in usable(config, signals, latest) if signal["arrived"] <= until
-    ]
+    arrived_events = [event for event in usable(config, log, latest) if event["arrived"] <= until]
     ids = {}
     for name, column in (("user", "uid"), ("item", "iid")):
-        counts = Counter(signal[column] for signal in arrived_events)
+        counts = Counter(event[column] for event in arrived_events)
         least = config.vocabulary.min_count.get(name, 1)
         frequent = {one for one, number in counts.items() if number >= least}
         with_items = name == "item" and least == 1

@@ -97,9 +97,9 @@ def test_on_spark_what_arrives_later_changes_no_row_but_its_labels(
 
 
 def compare(open_engine: OpenEngine, case: str, data: st.DataObject) -> None:
-    log = data.draw(logs.signals(["view", "buy"]))
+    log = data.draw(logs.events(["view", "buy"]))
     items = data.draw(logs.snapshots(st.integers(0, 5)))
-    other_log = data.draw(logs.signals(["view", "buy"]))
+    other_log = data.draw(logs.events(["view", "buy"]))
     moment = data.draw(st.sampled_from(HOURS[8:25]))
     arrived = [row for row in log if max(row["arrived"], row["ts"]) <= moment]
     later = [row for row in log if row not in arrived]

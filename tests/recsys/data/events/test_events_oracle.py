@@ -140,8 +140,8 @@ def test_on_spark_a_dataset_is_what_loops_over_the_log_give(
 def compare(open_engine: OpenEngine, case: str, data: st.DataObject) -> None:
     """Make a log and its dataset, and compare that with the loops."""
     wanted_impressions = case == "impressions"
-    events = data.draw(logs.signals(["view", "view", "buy", "share"]))
-    shown = data.draw(logs.signals(["impression"], 60)) if wanted_impressions else []
+    events = data.draw(logs.events(["view", "view", "buy", "share"]))
+    shown = data.draw(logs.events(["impression"], 60)) if wanted_impressions else []
     items = data.draw(logs.snapshots(st.integers(0, 5)))
     users = data.draw(logs.snapshots(logs.users))
     form = data.draw(st.sampled_from(logs.FORMS))
@@ -192,15 +192,15 @@ def check(
     open_engine: OpenEngine,
     folder: Path,
     config: EventsConfig,
-    signals: list[Row],
+    log: list[Row],
     items: list[Row],
     users: list[Row],
 ) -> None:
-    for signal in signals:
-        signal["price"] = None if signal["price"] != signal["price"] else signal["price"]
+    for event in log:
+        event["price"] = None if event["price"] != event["price"] else event["price"]
     for row in users:
         row["country"] = row["brand"]
-    expected = oracle.datasets(config, signals, items, users, NOW)
+    expected = oracle.datasets(config, log, items, users, NOW)
     assume(all(rows for dataset in expected.values() for rows in dataset.values()))
     engine = open_engine(folder / "stages")
     try:
@@ -212,7 +212,7 @@ def check(
         for split, rows in splits.items():
             assert differences(read_rows(out / split), rows) == []
             assert report["splits"][str(Path(dataset, split))]["rows"] == len(rows)
-        ids = oracle.vocabulary(config, signals, items, splits["train"], NOW)
+        ids = oracle.vocabulary(config, log, items, splits["train"], NOW)
         for name, values in ids.items():
             table = pq.read_table(out / "vocabulary" / f"{name}.parquet")
             assert table["id"].to_pylist() == values
