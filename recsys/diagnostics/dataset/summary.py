@@ -127,9 +127,9 @@ def summarize_dataset(data: str) -> DatasetSummary:
 def _database() -> Iterator[tuple[duckdb.DuckDBPyConnection, Path]]:
     """Open an empty database, and a temporary folder for what does not fit into memory."""
     with tempfile.TemporaryDirectory(prefix="explain-data-") as folder:
-        options = {"temp_directory": f"{folder}/spilled", "preserve_insertion_order": False}
+        spilled = f"{folder}/spilled"
         try:
-            with duckdb.connect(config=options) as database:
+            with duckdb.connect(config={"temp_directory": spilled}) as database:
                 yield database, Path(folder)
         except duckdb.Error as error:
             raise ValueError(
