@@ -46,7 +46,7 @@ from recsys.checkpoint.state import (
     num_bytes,
 )
 from recsys.config import to_plain
-from recsys.data.parquet.order import Stage
+from recsys.data.row_source import Stage
 from recsys.distributed.ranks import Ranks
 from recsys.storage.files import recover_folder, replace_folder
 from recsys.storage.manifest import describe_all

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from recsys.data.parquet.order import Stage
+from recsys.data.row_source import Stage
 
 if TYPE_CHECKING:  # manifests are read without torch
     from recsys.build import Job

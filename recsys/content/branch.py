@@ -26,7 +26,7 @@ from recsys.config import ContentSettings, HistorySettings
 from recsys.content.encoders.base import Encoder, mean_token
 from recsys.content.fusion import build_fusion
 from recsys.content.vectors import ContentVectors, StoredHistory
-from recsys.data.items.content_input import ContentInput
+from recsys.data.items.kind import ContentInput
 
 if TYPE_CHECKING:
     from recsys.data.batch import Batch, ItemExchange

@@ -23,7 +23,7 @@ from recsys.content.branch import ContentBranch, Projection
 from recsys.content.encoders.base import Encoder, mean_token
 from recsys.data.item_frequency import ItemCounts
 from recsys.data.items.content_store import ContentStore
-from recsys.data.items.equal_content import digests_of, is_mostly_equal, share_of_most_common
+from recsys.data.items.item_values import digests_of, is_mostly_equal, share_of_most_common
 from recsys.distributed.gather import gather_rows
 from recsys.distributed.ranks import Ranks
 

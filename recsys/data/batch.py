@@ -13,7 +13,7 @@ X columns of kind extra, K sampled negatives, C labels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -22,10 +22,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from embeddings import BankRoute
-from recsys.data.items.content_input import ContentInput as ContentInput
+from recsys.data.items.kind import ContentInput as ContentInput
 from recsys.data.jagged_history import JaggedHistory
 
 Content = TypeVar("Content")
+Part = TypeVar("Part")
 
 
 @dataclass
@@ -33,8 +34,6 @@ class ItemExchange:
     """Rows of item vectors that a rank sends to each rank, and how many it receives from each.
 
     rows: int64 [sum of send_counts], rows of the local item vectors, grouped by receiving rank.
-    send_counts: number of rows sent to each rank.
-    receive_counts: number of rows received from each rank.
     """
 
     rows: Tensor
@@ -58,15 +57,10 @@ class FurtherHistory:
     longest: int
     content_index: Tensor
 
-    def map(self, function: Callable[[Tensor], Any]) -> FurtherHistory:
-        """Return a copy with `function` applied to its tensors."""
-        lengths, values, index = map(function, (self.lengths, self.values, self.content_index))
-        return FurtherHistory(lengths, values, self.longest, index)
-
     def content_of(self, content: Content, num_items: int) -> tuple[Content, JaggedHistory]:
         """Return the content vectors of a batch, and the history as an index into its U items."""
-        of_items = JaggedHistory.of(self.content_index, self.lengths, num_items, self.longest)
-        return content, of_items
+        index = self.content_index
+        return content, JaggedHistory.of(index, self.lengths, num_items, self.longest)
 
     def jagged(self) -> JaggedHistory:
         """Return the histories over N events, one for each place."""
@@ -82,39 +76,33 @@ class Batch(Pipelineable):
     sequence_features: ids of the target item (length 1 each) and of the history: either the unique
         ones, `history_items`, whose lengths by row have no meaning, or all of them; then all ids of
         the further histories and of the lists of ids beside histories.
-    history_items: unique items of the histories whose content is read [U]; `history_index` [N], of
-        the first history, points into them.
-    history_lengths: int64 [B], summing to N; `longest_history` is their maximum.
-        `history_values` float32 [N, P] holds the parallel lists; `unscaled_values` [N, P] as they
-        were recorded if a model has standardised them, else None.
-    content_items: unique items that this rank encodes [E]; `content` holds their content, or
-        `content_vectors` [E, V] their vectors if they are known, as in a pass without training.
-    bank_rows: with a bounded vocabulary of items, of which `content_items` are raw ids: their rows
-        in the memory bank [E], -1 for items without a row; None: the items are rows.
-    target_index: [B], row of each target item in the local item vectors
-        (`ContentBranch.item_vectors`).
-    target_items: [B], rows of the ranked items; with a bounded vocabulary, `item_keys` [B] are
-        their raw ids and `has_row` [B] is False for those that share the row of unknown ids.
-    history_content_index: [U], rows of the history items in the same vectors if they are encoded
-        too; else empty.
-    with_gradient: the first `with_gradient` of `content_items` are encoded with gradient; None
-        for all.
-    bank_items: ranked items whose vectors are read from the bank instead of encoded [S].
+    history_items: unique items of the histories whose content is read; `history_index`, of the
+        first history, points into them.
+    history_values: the parallel lists; `unscaled_values` as recorded if a model standardised them.
+    content_items: unique items that this rank encodes; `content` holds their content, or
+        `content_vectors` their vectors if they are known, as in a pass without training.
+    bank_rows: rows of `content_items` in the memory bank, -1 without one, if a bounded vocabulary
+        has raw ids of items; None: the items are rows.
+    target_items: rows of the ranked items; with a bounded vocabulary, `item_keys` are their raw ids
+        and `has_row` is False for those that share the row of unknown ids.
+    target_index: row of each target item in the local item vectors (`ContentBranch.item_vectors`);
+        `history_content_index` that of the history items if they are encoded too, else empty.
+    with_gradient: number of `content_items` that are encoded with gradient, the first; None: all.
+    bank_items: ranked items whose vectors are read from the bank instead of encoded.
     bank_reads: route of the bank's rows to this rank, for `read_items`; `bank_writes` the route of
         the rows of `content_items` to the bank. None: computed in the step.
     exchange: routes of item vectors from the ranks that own them to the ranks that need them;
         None if each rank encodes its own items.
-    row_positions: position of each row in its files [B], -1 for a padding row.
-    weights: the column of kind weight [B], 0 for a padding row; in training `BatchPreparation`
-        scales it to a mean of 1 over the rows of all ranks, padding included. None without one.
-    label_weights: of each row in the loss of each label [B, C], likewise, 0 where a label is null
-        (NaN in `labels`); None if no label is nullable.
-    extra: float32 [B, X], the columns of kind extra in schema order, NaN where a row has no value;
-        None if there are no such columns or no labels.
+    row_positions: position of each row in its files, -1 for a padding row.
+    weights: the column of kind weight, 0 for a padding row; in training `BatchPreparation` scales
+        it to a mean of 1 over the rows of all ranks, padding included. None without one.
+    label_weights: likewise for each label, 0 where it is null (NaN in `labels`); None if no label
+        is nullable.
+    extra: columns of kind extra, NaN where a row has no value; None without any, or without labels.
     further: the histories after the first one, in schema order.
-    negative_items: items sampled as negatives of retrieval [K], also a feature of
-        `sequence_features`; `negative_log_q` [K] and `target_log_q` [B] are the log-probabilities
-        with which they and the ranked items are sampled.
+    negative_items: items sampled as negatives of retrieval, also a feature of `sequence_features`;
+        `negative_log_q` and `target_log_q` are the log-probabilities with which they and the ranked
+        items are sampled.
 
     Example::
 
@@ -148,53 +136,35 @@ class Batch(Pipelineable):
     history_content_index: Tensor  # [U] or [0]
     bank_items: Tensor  # [S]
     content: dict[str, ContentInput] = field(default_factory=dict)
-    content_vectors: Tensor | None = None
-    longest_history: int = 0
+    content_vectors: Tensor | None = None  # [E, V]
+    longest_history: int = 0  # maximum of history_lengths, which sum to N
     with_gradient: int | None = None
     bank_reads: BankRoute | None = None
     bank_writes: BankRoute | None = None
     exchange: ItemExchange | None = None
-    weights: Tensor | None = None
-    label_weights: Tensor | None = None
-    extra: Tensor | None = None
+    weights: Tensor | None = None  # [B]
+    label_weights: Tensor | None = None  # [B, C]
+    extra: Tensor | None = None  # [B, X]
     further: list[FurtherHistory] = field(default_factory=list)
-    bank_rows: Tensor | None = None
-    item_keys: Tensor | None = None
-    has_row: Tensor | None = None
-    negative_items: Tensor | None = None
-    negative_log_q: Tensor | None = None
-    target_log_q: Tensor | None = None
-    unscaled_values: Tensor | None = None
-
-    def _map(self, function: Callable[[Any], Any]) -> Batch:
-        """Return a batch with `function` applied to every tensor and KeyedJaggedTensor."""
-        changed: dict[str, Any] = {}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if item.name == "content":
-                changed["content"] = {name: part.map(function) for name, part in value.items()}
-            elif item.name == "further":
-                changed["further"] = [part.map(function) for part in value]
-            elif isinstance(value, ItemExchange):
-                changed[item.name] = replace(value, rows=function(value.rows))
-            elif isinstance(value, BankRoute):
-                order, rows = function(value.order), function(value.rows)
-                changed[item.name] = replace(value, order=order, rows=rows)
-            elif isinstance(value, Tensor | KeyedJaggedTensor):
-                changed[item.name] = function(value)
-        return replace(self, **changed)
+    bank_rows: Tensor | None = None  # [E]
+    item_keys: Tensor | None = None  # [B]
+    has_row: Tensor | None = None  # [B]
+    negative_items: Tensor | None = None  # [K]
+    negative_log_q: Tensor | None = None  # [K]
+    target_log_q: Tensor | None = None  # [B]
+    unscaled_values: Tensor | None = None  # [N, P]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """Return a copy with every tensor on `device`."""
-        return self._map(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
+        return _mapped(self, lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """Return a copy in page-locked memory."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return _mapped(self, lambda tensor: tensor.pin_memory())
 
     def record_stream(self, stream: Any) -> None:
         """Record the use of every tensor on a CUDA stream."""
-        self._map(lambda tensor: tensor.record_stream(stream))
+        _mapped(self, lambda tensor: tensor.record_stream(stream))
 
     def jagged_history(self) -> JaggedHistory:
         """Return the histories as an index into `history_items`."""
@@ -244,3 +214,17 @@ class Batch(Pipelineable):
     def batch_size(self) -> int:
         """Number of rows, padding included."""
         return self.labels.shape[0]
+
+
+def _mapped(part: Part, function: Callable[[Any], Any]) -> Part:
+    """Return a copy of a part of a batch with `function` applied to every tensor in it."""
+    if isinstance(part, Tensor | KeyedJaggedTensor):
+        return function(part)
+    if isinstance(part, dict):
+        return {name: _mapped(value, function) for name, value in part.items()}  # type: ignore[return-value]
+    if isinstance(part, list):
+        return [_mapped(value, function) for value in part]  # type: ignore[return-value]
+    if is_dataclass(part) and not isinstance(part, type):
+        values = {item.name: _mapped(getattr(part, item.name), function) for item in fields(part)}
+        return replace(part, **values)
+    return part

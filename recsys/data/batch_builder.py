@@ -3,7 +3,7 @@
 Arrow stores list columns as values and lengths, which are also the parts of a KeyedJaggedTensor;
 nothing here loops over rows. The batch owns its memory, so it may be written to.
 
-Shapes: B batch, N history items of the whole batch, U unique history items, C columns.
+Shapes: B batch, N history items of the whole batch, U unique items, n ids, C columns.
 """
 
 from __future__ import annotations
@@ -18,11 +18,52 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.data.batch import Batch, FurtherHistory
 from recsys.data.items.content_store import ContentStore
-from recsys.data.items.unique_items import UniqueItems
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import HistoryColumns
+
+# Scanning a table of all items is faster than hashing if it has at most MOST_MARKS entries, and at
+# most MARKS_PER_ID per id.
+MOST_MARKS, MARKS_PER_ID = 1 << 22, 256
+
+
+class UniqueItems:
+    """`np.unique(items, return_inverse=True)` of ids in `[0, num_items)`, several times as fast.
+
+    Several threads may call it at once.
+    """
+
+    def __init__(self, num_items: int) -> None:
+        self.num_items = num_items
+        # For each thread, whether each possible item occurs (unset between calls), and its place.
+        self._spare: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def __call__(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n]
+        """Return the distinct items [U], ascending, and the place of each id among them [n]."""
+        if self.num_items > min(MOST_MARKS, MARKS_PER_ID * len(items)):
+            return unique_by_hashing(items)
+        try:
+            occurs, place = self._spare.pop()
+        except IndexError:
+            occurs, place = np.zeros(self.num_items, bool), np.empty(self.num_items, np.int64)
+        occurs[items] = True
+        distinct = np.flatnonzero(occurs)
+        occurs[distinct] = False
+        place[distinct] = np.arange(len(distinct))
+        places = place[items]
+        self._spare.append((occurs, place))
+        return distinct, places
+
+
+def unique_by_hashing(items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n] -> [U], [n]
+    """Do the same as `UniqueItems` by a hash table: only the distinct items are sorted."""
+    encoded = pa.array(items, pa.int64()).dictionary_encode()
+    distinct = encoded.dictionary.to_numpy()
+    order = distinct.argsort()
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    return distinct[order], place[encoded.indices.to_numpy()]
 
 
 def keyed_jagged(
@@ -31,7 +72,7 @@ def keyed_jagged(
     lengths: Sequence[np.ndarray],  # of each feature, [B]
 ) -> KeyedJaggedTensor:
     """Do `KeyedJaggedTensor.from_lengths_sync`, with its sums computed from the arrays."""
-    sizes = [len(of_key) for of_key in values]
+    sizes = [len(ids) for ids in values]
     return KeyedJaggedTensor(
         keys=names,
         values=torch.from_numpy(np.concatenate(values)),
@@ -46,7 +87,7 @@ class BatchBuilder:
     """Turns rows of impressions into a `Batch`; several threads may call it at once.
 
     Args:
-        schema: meaning of the columns.
+        schema: of the dataset.
         pooled_features: columns whose tables are pooled, in the order of the model.
         store: content of the items; None for a model without content.
         encode_history: encode the history items as well, instead of reading them from the bank.
@@ -65,7 +106,6 @@ class BatchBuilder:
         with_labels: bool = True,
         content_histories: Sequence[str] = (),
     ) -> None:
-        """Keep the arguments and prepare the search for unique items."""
         self.schema = schema
         self.pooled_features = pooled_features
         self.store = store
@@ -86,8 +126,9 @@ class BatchBuilder:
             history, history_lengths = rows.values(schema.history), rows.lengths(schema.history)
         with_content = [history, *(rows.values(name) for name in self.content_histories)]
         history_items, index = self.unique_items(np.concatenate(with_content))
-        history_index, *others = np.split(index, np.cumsum([len(of) for of in with_content[:-1]]))
-        content_index = dict(zip(self.content_histories, others, strict=True))
+        ends = np.cumsum([len(items) for items in with_content[:-1]])
+        history_index, *further_index = np.split(index, ends)
+        content_index = dict(zip(self.content_histories, further_index, strict=True))
         encoded = np.concatenate([target, history_items]) if self.encode_history else target
         content_items, encoded_index = self.unique_items(encoded)
         group = RAW_GROUP if RAW_GROUP in rows.numbers else schema.group
@@ -119,11 +160,12 @@ class BatchBuilder:
             longest_history=int(history_lengths.max(initial=0)),
             weights=torch.from_numpy(rows.numbers[weight]) if weight else None,
             extra=_columns(rows, extra) if extra else None,
-            further=[self._further(rows, of, content_index) for of in schema.histories[1:]],
+            further=[
+                self._further(rows, columns, content_index) for columns in schema.histories[1:]
+            ],
         )
         if self.with_labels and any(column.nullable for column in schema.columns.values()):
-            known = ~batch.labels.isnan()
-            batch.label_weights = batch.row_weights.unsqueeze(1) * known
+            batch.label_weights = batch.row_weights.unsqueeze(1) * ~batch.labels.isnan()
         return batch
 
     def _further(
@@ -137,11 +179,11 @@ class BatchBuilder:
         return FurtherHistory(torch.from_numpy(lengths), values, longest, torch.from_numpy(index))
 
     def _pooled(self, rows: RowColumns) -> KeyedJaggedTensor | None:
-        """Return the ids of the pooled features; None without any."""
         names = self.pooled_features
         if not names:
             return None
-        return keyed_jagged(names, *zip(*((rows.values(of), rows.lengths(of)) for of in names)))
+        parts = ((rows.values(name), rows.lengths(name)) for name in names)
+        return keyed_jagged(names, *zip(*parts))
 
     def _sequences(
         self, rows: RowColumns, history: np.ndarray, lengths: np.ndarray | None

@@ -9,29 +9,29 @@ Shapes: R rows of a window.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import numpy as np
 
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.parquet.columns import RowColumns
-from recsys.data.parquet.order import EpochShare, Stage, num_batches_of, rows_before
-from recsys.data.prefetch import Later, Result, Submit, in_order, threads
-from recsys.data.row_source import RowSource
+from recsys.data.prefetch import LazyResult, Result, Submit, in_order, threads
+from recsys.data.row_source import (
+    EpochShare,
+    RowSource,
+    Slice,
+    Stage,
+    Window,
+    between,
+    num_batches_of,
+    rows_before,
+)
 
 AHEAD = 2  # batches in progress per building thread
-
-
-@dataclass(frozen=True)
-class WindowPart:
-    """Rows of a batch: positions `[low, high)` of one slice of the share."""
-
-    number: int  # number of the slice in the share
-    low: int
-    high: int
 
 
 WindowRows = tuple[RowColumns, np.ndarray]  # a window that was read, and the order of its rows [R]
@@ -40,15 +40,8 @@ WindowRows = tuple[RowColumns, np.ndarray]  # a window that was read, and the or
 class Interactions:
     """Batches of one rank's share of a split.
 
-    Args:
-        rows: the split.
-        build: turns a table into a `Batch`.
-        batch_size: largest number of impressions per batch.
-        rank, world_size: select the share.
-        seed: shuffles, differently in each epoch; None keeps the order of the files.
-
-    Raises:
-        ValueError: there are fewer training rows than ranks.
+    `batch_size` is the largest number of rows of a batch. `seed` shuffles them, differently in each
+    epoch; None keeps the order of the files.
     """
 
     def __init__(
@@ -60,7 +53,6 @@ class Interactions:
         world_size: int = 1,
         seed: int | None = None,
     ) -> None:
-        """Check that every rank has a row, and start at epoch 0."""
         if seed is not None and rows.num_rows < world_size:
             raise ValueError(
                 f"{rows.chunks[0].place}: {rows.num_rows} training rows cannot be shared by "
@@ -73,10 +65,8 @@ class Interactions:
     def begin(self, epoch: int, stages: Sequence[Stage] = (), first_batch: int = 0) -> None:
         """Set the position at which the next iteration starts.
 
-        Args:
-            epoch: seeds the shuffle.
-            stages: parts of this epoch already read by other numbers of ranks or batch sizes.
-            first_batch: number of batches of the remaining rows already read by these ranks.
+        `stages` are parts of this epoch that other numbers of ranks or batch sizes have read;
+        `first_batch` is the number of batches of the remaining rows that these ranks have read.
         """
         self.epoch, self.first_batch = epoch, first_batch
         self.shuffle_seed = None if self.seed is None else (self.seed, epoch)
@@ -85,68 +75,44 @@ class Interactions:
 
     def batches_until(self, part: int, parts: int) -> int:
         """Return the number of batches of this share in the first `part` of `parts` of an epoch."""
-        left = self.rows.num_rows - self.share.rows_done
-        if part == parts or not left:
+        remaining = self.rows.num_rows - self.share.rows_done
+        if part == parts or not remaining:
             return self.num_batches
-        wanted = self.rows.num_rows * part - self.share.rows_done * parts
-        return max(0, wanted * self.num_batches // (left * parts))
+        rows = self.rows.num_rows * part - self.share.rows_done * parts
+        return max(0, rows * self.num_batches // (remaining * parts))
 
     def __len__(self) -> int:
-        """Return the number of batches left in the epoch."""
         return self.num_batches - self.first_batch
 
     def __iter__(self) -> Iterator[Batch]:
         """Return the remaining batches of the epoch, read and built in this thread; see `begin`."""
-        return in_order(self.jobs(Later), Later, ahead=0)
+        return in_order(self.jobs(LazyResult), LazyResult, ahead=0)
 
     def jobs(self, submit: Submit) -> Iterator[Callable[[], Batch]]:
         """Yield one job per batch. A job waits for its windows, whose reading is submitted here.
 
         While a window is in use the next is being read, and no other is held in memory.
         """
-        windows: dict[int, Result[WindowRows]] = {}
-        for parts, padding in self._parts_of_batches():
-            if parts:
-                needed = range(parts[0].number, min(parts[-1].number + 2, len(self.share.slices)))
-                windows = {
-                    number: windows.get(number) or submit(partial(self._read, number))
-                    for number in needed
-                }
-            sources = [(windows[part.number], part) for part in parts]
-            yield partial(self._build, sources, padding)
-
-    def _parts_of_batches(self) -> Iterator[tuple[list[WindowPart], int]]:
-        """Yield the rows that each batch takes from each slice, and its number of padding rows."""
-        done = rows_before(self.first_batch, self.share.num_rows, self.num_batches)
-        slices = self.share.slices
-        number = first = 0  # the next row's slice, and the position of its first row
-        while number < len(slices) and first + len(slices[number]) <= done:
-            first += len(slices[number])
-            number += 1
+        slices, starts = self.share.slices, [0, *accumulate(map(len, self.share.slices))]
+        windows: dict[Window, Result[WindowRows]] = {}
         for batch in range(self.first_batch, self.num_batches):
-            end = rows_before(batch + 1, self.share.num_rows, self.num_batches)
-            parts = []
-            while number < len(slices) and done < end:
-                piece = slices[number]
-                stop = min(end, first + len(piece))
-                parts.append(WindowPart(number, piece.low + done - first, piece.low + stop - first))
-                done = stop
-                if done == first + len(piece):
-                    first += len(piece)
-                    number += 1
-            yield parts, end - done
-            done = end
+            low = rows_before(batch, self.share.num_rows, self.num_batches)
+            high = rows_before(batch + 1, self.share.num_rows, self.num_batches)
+            first, last = bisect_right(starts, low) - 1, bisect_left(starts, high)
+            parts = between(slices[first:last], low - starts[first], high - starts[first])
+            if parts:
+                windows = {
+                    window: windows.get(window) or submit(partial(self._read, window))
+                    for window in dict.fromkeys(part.window for part in slices[first : last + 1])
+                }
+            sources = [(windows[part.window], part) for part in parts]
+            yield partial(self._build, sources, high - low - sum(map(len, parts)))
 
-    def _read(self, number: int) -> WindowRows:
-        """Read one window and compute the order of its rows."""
-        window = self.share.slices[number].window
+    def _read(self, window: Window) -> WindowRows:
         table = self.rows.read_window(window, self.shuffle_seed)
         return RowColumns.of(table), self.rows.row_order(window, self.shuffle_seed)
 
-    def _build(
-        self, sources: Sequence[tuple[Result[WindowRows], WindowPart]], padding: int
-    ) -> Batch:
-        """Build one batch from its parts of windows and padding rows."""
+    def _build(self, sources: Sequence[tuple[Result[WindowRows], Slice]], padding: int) -> Batch:
         rows = []
         for window, part in sources:
             columns, order = window.result()
@@ -161,28 +127,21 @@ def loader(interactions: Interactions, num_workers: int, pin_memory: bool) -> Ge
 
     One thread reads the window after the one in use, `num_workers` threads build batches ahead;
     with 0 the calling thread does both on demand. An error is raised in place of the batch it
-    concerns. Close the generator when stopping early, so that its threads end. `pin_memory` puts
-    batches in page-locked memory, from which a GPU copies asynchronously.
+    concerns. Close the generator when stopping early, so that its threads end.
     """
+
+    def pinned(job: Callable[[], Batch]) -> Batch:
+        return job().pin_memory()
+
+    def batches(read: Submit, build: Submit, ahead: int) -> Iterator[Batch]:
+        jobs = interactions.jobs(read)
+        return in_order(
+            (partial(pinned, job) for job in jobs) if pin_memory else jobs, build, ahead
+        )
+
     if not num_workers:
-        yield from _batches(interactions, Later, Later, 0, pin_memory)
+        yield from batches(LazyResult, LazyResult, 0)
         return
     # Stop the reader first: builders may block on it.
     with threads(num_workers, "build") as builders, threads(1, "read") as reader:
-        ahead = AHEAD * num_workers
-        yield from _batches(interactions, reader.submit, builders.submit, ahead, pin_memory)
-
-
-def _batches(
-    interactions: Interactions, read: Submit, build: Submit, ahead: int, pin_memory: bool
-) -> Iterator[Batch]:
-    """Return the built batches in order, pinned if required."""
-    jobs = interactions.jobs(read)
-    if pin_memory:
-        jobs = (partial(_pinned, job) for job in jobs)
-    return in_order(jobs, build, ahead)
-
-
-def _pinned(job: Callable[[], Batch]) -> Batch:
-    """Run a job and pin its batch."""
-    return job().pin_memory()
+        yield from batches(reader.submit, builders.submit, AHEAD * num_workers)

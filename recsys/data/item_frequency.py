@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from recsys.data.filesystem import whole_file
 from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.row_source import RowSource
+from recsys.storage.files import whole_file
 
 if TYPE_CHECKING:
     from recsys.data.schema import Schema
@@ -40,13 +40,7 @@ def frequency_masks(item_counts: np.ndarray) -> dict[str, np.ndarray]:  # [N], i
 
 @dataclass(frozen=True)
 class ItemCounts:
-    """Numbers of training rows by item. Items without rows take no memory.
-
-    Example::
-
-        counts = ItemCounts(np.array([2, 9]), np.array([3, 1]))
-        counts.of(np.array([9, 4, 2]))  # [1, 0, 3]
-    """
+    """Numbers of training rows by item. Items without rows take no memory."""
 
     items: np.ndarray  # int64 [U], ascending
     counts: np.ndarray  # int64 [U]
@@ -112,9 +106,9 @@ class ItemCounts:
             block[self.items[low:high] - start] = self.counts[low:high]
             dist.reduce(torch.from_numpy(block), group_dst=0, group=ranks.group)
             if ranks.is_first:
-                found = np.flatnonzero(block)
-                items.append(found + start)
-                counts.append(block[found])
+                occurring = np.flatnonzero(block)
+                items.append(occurring + start)
+                counts.append(block[occurring])
         return ItemCounts(np.concatenate(items), np.concatenate(counts))
 
 
@@ -122,14 +116,14 @@ class ItemCounter:
     """Counts items chunk by chunk; memory grows with the number of distinct items."""
 
     def __init__(self) -> None:
-        """Start without items."""
         self._merged = ItemCounts.sum_of([])
         self._waiting: list[ItemCounts] = []
 
     def add(self, items: np.ndarray) -> None:  # int64 [N]
         """Count items."""
         self._waiting.append(ItemCounts.of_rows(items))
-        if sum(len(of.items) for of in self._waiting) > max(len(self._merged.items), LEAST_MERGED):
+        num_waiting = sum(len(counts.items) for counts in self._waiting)
+        if num_waiting > max(len(self._merged.items), LEAST_MERGED):
             self.total()
 
     def total(self) -> ItemCounts:
@@ -141,8 +135,8 @@ class ItemCounter:
 
 def rows_that_count(table: pa.Table, schema: Schema) -> np.ndarray:  # table R rows -> bool [R]
     """Return a mask of the rows that are not padding and have a weight above 0."""
-    known = table[ROW_POSITION].to_numpy() >= 0
-    return known if schema.weight is None else known & (table[schema.weight].to_numpy() > 0)
+    is_row = table[ROW_POSITION].to_numpy() >= 0
+    return is_row if schema.weight is None else is_row & (table[schema.weight].to_numpy() > 0)
 
 
 def rows_of_items(table: pa.Table, schema: Schema) -> np.ndarray:  # table R rows -> bool [R]
@@ -163,6 +157,6 @@ def count_items(
     for table in rows.read(*rows.share(rank, world_size)):
         if also is not None:
             also(table)
-        known = rows_of_items(table, rows.schema)
-        counter.add(table[rows.schema.target_item].to_numpy()[known])
+        is_counted = rows_of_items(table, rows.schema)
+        counter.add(table[rows.schema.target_item].to_numpy()[is_counted])
     return counter.total()

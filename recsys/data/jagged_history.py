@@ -26,12 +26,7 @@ from torch.nn import functional as F
 
 @dataclass
 class JaggedHistory:
-    """Histories of a batch; see the module for the letters of shapes.
-
-    index: int64 [N], the unique item at each position, one row of the batch after the other.
-    lengths: int64 [B].
-    longest: maximum of `lengths`, at least 1.
-    num_items: U.
+    """Histories of a batch, one row after the other; `longest` is at least 1.
 
     Example::
 
@@ -41,12 +36,12 @@ class JaggedHistory:
         history.weighted_sum(weights, items)  # [[.5, .5], [1, 0]]
     """
 
-    index: Tensor
-    lengths: Tensor
+    index: Tensor  # int64 [N], the unique item at each place
+    lengths: Tensor  # int64 [B]
     offsets: Tensor  # [B + 1]
     rows: Tensor  # [N], the row of the batch that each item belongs to
-    longest: int
-    num_items: int
+    longest: int  # maximum of lengths, at least 1
+    num_items: int  # U
 
     @staticmethod
     def of(
@@ -92,10 +87,10 @@ class JaggedHistory:
         return order[position < count].sort().values
 
     def latest(
-        self, wanted: Tensor, count: int
-    ) -> Tensor:  # wanted bool [N] -> [P], places in ascending order
-        """Return the `count` latest wanted places of each row; all of a row with fewer."""
-        places = wanted.nonzero().squeeze(1)
+        self, mask: Tensor, count: int
+    ) -> Tensor:  # mask bool [N] -> [P], places in ascending order
+        """Return the `count` latest marked places of each row; all of a row with fewer."""
+        places = mask.nonzero().squeeze(1)
         return places[self.select(places).highest(torch.zeros_like(places), count)]
 
     def ones_like(self, values: Tensor) -> Tensor:
@@ -120,9 +115,9 @@ class JaggedHistory:
         """Map [U, K] -> [N, K]: the item of each place, with gradient."""
         return _Gather.apply(items, self)
 
-    def spread(self, of_rows: Tensor) -> Tensor:
+    def spread(self, rows: Tensor) -> Tensor:
         """Map [B, K] -> [N, K]: the row of each place, with gradient."""
-        return _Spread.apply(of_rows, self)
+        return _Spread.apply(rows, self)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum [N, K] over the items of each row: [B, K], with gradient."""
@@ -141,18 +136,18 @@ class JaggedHistory:
         columns = scores if scores.dim() == 2 else scores.unsqueeze(1)
         return _Softmax.apply(columns.contiguous(), self).view(scores.shape)
 
-    def maximum(self, values: Tensor, of_nothing: float) -> Tensor:
-        """Return maxima of [N, K] by row: [B, K]; `of_nothing` for an empty row.
+    def maximum(self, values: Tensor, if_empty: float) -> Tensor:
+        """Return maxima of [N, K] by row: [B, K]; `if_empty` for an empty row.
 
         Equal maxima share the gradient; `torch.segment_reduce` (2.13) shares positive ones alone.
         """
-        kept = values.detach()
-        maxima = torch.segment_reduce(kept, "max", lengths=self.lengths, initial=of_nothing)
+        detached = values.detach()
+        maxima = torch.segment_reduce(detached, "max", lengths=self.lengths, initial=if_empty)
         if not values.requires_grad:
             return maxima
-        highest = (kept == self.spread(maxima)).to(values.dtype)  # [N, K]
+        highest = (detached == self.spread(maxima)).to(values.dtype)  # [N, K]
         shares = highest / self.spread(self.sum(highest).clamp(min=1))
-        return maxima + self.sum((values - kept) * shares)  # a sum of zeros, for its gradient
+        return maxima + self.sum((values - detached) * shares)  # a sum of zeros, for its gradient
 
     def padded(self, values: Tensor, fill: float) -> Tensor:
         """Pad [N] to [B, longest] with `fill`."""
@@ -160,10 +155,10 @@ class JaggedHistory:
         padded = values.new_full((len(self.lengths), self.longest), fill)
         return padded.index_put((self.rows, places), values)
 
-    def _sum_items(self, weights: Tensor, of_rows: Tensor) -> Tensor:
-        """Return the sum over each item's places of weights [N] times of_rows[rows]: [U, D]."""
+    def _sum_items(self, weights: Tensor, vectors: Tensor) -> Tensor:
+        """Return the sum over each item's places of weights [N] times vectors[rows]: [U, D]."""
         order, rows, offsets = self.by_item
-        return _bag(rows, of_rows, offsets, weights[order])
+        return _bag(rows, vectors, offsets, weights[order])
 
 
 def _stable_order(numbers: Tensor, limit: int) -> Tensor:
@@ -206,9 +201,9 @@ class _Spread(torch.autograd.Function):
     """Autograd of rows [B, K] -> [N, K]."""
 
     @staticmethod
-    def forward(ctx: Any, of_rows: Tensor, history: JaggedHistory) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, history: JaggedHistory) -> Tensor:
         ctx.history = history
-        return of_rows.index_select(0, history.rows)
+        return rows.index_select(0, history.rows)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

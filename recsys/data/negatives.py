@@ -34,20 +34,10 @@ def negatives_feature(settings: RetrievalSettings | None, target_item: str) -> s
 class NegativeSampler:
     """Adds negatives and their log-probabilities to batches, for `RetrievalLoss`.
 
-    Args:
-        settings: `loss`, `num_negatives`, `negative_sampling`.
-        num_items: ids run from 0 to num_items - 1.
-        target_item: column of the ranked item.
-
-    Example::
-
-        sampler = NegativeSampler(settings, num_items=100, target_item="item")
-        sampler.use_counts(counts)
-        sampler(batch, (seed, step, rank), training=True).negative_items  # [S]
+    Ids run from 0 to num_items - 1; `target_item` is the column of the ranked item.
     """
 
     def __init__(self, settings: RetrievalSettings, num_items: int, target_item: str) -> None:
-        """Start with equal counts for all items; see `use_counts`."""
         self.settings = settings
         self.num_items = num_items
         self.feature = negatives_feature(settings, target_item)
@@ -75,7 +65,7 @@ class NegativeSampler:
         elif self._is_uniform or not total:
             log_q = np.full(len(ids), -np.log(num_drawn))
         else:
-            log_q = np.log(np.log1p(1 / (self._place_of(ids) + 1)) / np.log(num_drawn + 1))
+            log_q = np.log(np.log1p(1 / (self._frequency_rank(ids) + 1)) / np.log(num_drawn + 1))
         return torch.from_numpy(log_q.astype(np.float32))
 
     @property
@@ -87,7 +77,7 @@ class NegativeSampler:
     def _is_uniform(self) -> bool:
         return self.settings.negative_sampling == "uniform"
 
-    def _place_of(self, items: np.ndarray) -> np.ndarray:  # int64 [N] -> int64 [N]
+    def _frequency_rank(self, items: np.ndarray) -> np.ndarray:  # int64 [N] -> int64 [N]
         """Return the rank of each item by frequency; equally frequent items are ordered by id."""
         below = np.searchsorted(self._counts.items, items)
         is_counted = np.append(self._counts.items, -1)[below] == items

@@ -67,22 +67,13 @@ class NumberRange:
         return max(-self.least, self.greatest) > WIDE
 
     def __str__(self) -> str:
-        """Return the range as text."""
         return f"{self.least:g} to {self.greatest:g}"
 
 
 class NumberRanges:
-    """Ranges of each dense column and each list of numbers, collected while rows are read.
-
-    Example::
-
-        ranges = NumberRanges(schema)
-        ranges.add(table)
-        ranges.by_column["price"].mean
-    """
+    """Ranges of each dense column and each list of numbers, collected while rows are read."""
 
     def __init__(self, schema: Schema) -> None:
-        """Start without rows."""
         self.dense = schema.of_kind("dense")
         lists = [name for history in schema.histories for name in history.numbers]
         self.by_column = {name: NumberRange() for name in (*self.dense, *lists)}
@@ -93,14 +84,13 @@ class NumberRanges:
         for name, column in self.by_column.items():
             column.add(table[name].to_numpy()[is_row] if name in self.dense else rows.values(name))
 
-    def of_all_ranks(self, ranks: Ranks) -> dict[str, NumberRange]:
+    def gather(self, ranks: Ranks) -> dict[str, NumberRange]:
         """Return the ranges over the rows of all ranks, on each. A collective."""
-        for name, others in zip(
-            self.by_column, zip(*(of.values() for of in ranks.gather(self.by_column)))
-        ):
-            self.by_column[name] = NumberRange()
-            for other in others:
-                self.by_column[name].include(other)
+        gathered = ranks.gather(self.by_column)
+        self.by_column = {name: NumberRange() for name in self.by_column}
+        for ranges in gathered:
+            for name, column in self.by_column.items():
+                column.include(ranges[name])
         return self.by_column
 
 

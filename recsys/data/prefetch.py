@@ -20,17 +20,16 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Result(Protocol[T_co]):
-    """Result of a job: a `concurrent.futures.Future`, or a `Later`."""
+    """Result of a job: a `concurrent.futures.Future`, or a `LazyResult`."""
 
     def result(self) -> T_co:
         """Wait for the result; raise the job's error if it failed."""
 
 
-class Later(Generic[T]):
+class LazyResult(Generic[T]):
     """A job that runs once, in the thread that requests its result."""
 
     def __init__(self, job: Callable[[], T]) -> None:
-        """Keep the job until its result is requested."""
         self._job: Callable[[], T] | None = job
         self._result: T
 
@@ -43,11 +42,10 @@ class Later(Generic[T]):
 
 
 class Submit(Protocol):
-    """Accepts a job: `Later`, or the `submit` of a pool of threads."""
+    """Accepts a job: `LazyResult`, or the `submit` of a pool of threads."""
 
     def __call__(self, job: Callable[[], T], /) -> Result[T]:
         """Accept a job and return its future result."""
-        ...
 
 
 @contextmanager

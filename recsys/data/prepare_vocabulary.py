@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from embeddings.vocabulary.fixed import ExactVocabulary, is_id_type
-from recsys.data.filesystem import Location
 from recsys.data.parquet.file import column_type, open_parquet, read_row_group
 from recsys.data.parquet.values import is_list
 from recsys.data.schema import Schema, load_schema, vocabulary_file
 from recsys.data.transforms.columns import read_columns
+from recsys.storage.location import Location
 
 SPLITS = ("train", "valid", "test")
 ITEMS = "items"
@@ -34,12 +34,7 @@ class PreparedVocabulary:
 
 
 def prepare_vocabularies(data: str) -> list[PreparedVocabulary]:
-    """Build or extend the maps of the dataset at `data`.
-
-    Raises:
-        ValueError: no column has a vocabulary of kind exact, a file cannot be read, ids have
-            different types, or a table has too few rows for its ids. Existing maps do not change.
-    """
+    """Build or extend the maps of the dataset at `data`; on an error, none of them changes."""
     root = Location.of(data)
     schema = load_schema(root, with_vocabularies=False)
     tables = schema.tables_with("exact")
@@ -55,29 +50,18 @@ def prepare_vocabularies(data: str) -> list[PreparedVocabulary]:
 
 
 def new_ids(
-    root: Location, schema: Schema, split: str | None, known: Mapping[str, ExactVocabulary]
+    root: Location, schema: Schema, split: str | None, maps: Mapping[str, ExactVocabulary]
 ) -> dict[str, pa.Array]:
-    """Return, by table, the ids of a split that its map does not have yet.
-
-    `split` None stands for the items. The maps in `known` do not change.
-
-    Raises:
-        ValueError: a file cannot be read, ids have different types, or a table has too few rows.
-    """
-    folders, found = [ITEMS if split is None else split], {}
+    """Return, by table, the ids of a split (None: of the items) that its map does not have yet."""
+    folders, ids = [ITEMS if split is None else split], {}
     for table in schema.tables_with("exact"):
-        extended = ExactVocabulary(schema.limit(table))
-        if table in known:
-            extended.extend([known[table].ids])
-        before = len(extended)
-        try:
-            extended.extend(_raw_ids(root, schema, table, extended, folders))
-        except ValueError as error:
-            raise ValueError(
-                f"vocabulary of column '{table}' in {root}/schema.yaml: {error}"
-            ) from error
-        found[table] = extended.ids.slice(before)
-    return found
+        vocabulary = ExactVocabulary(schema.limit(table))
+        if table in maps:
+            vocabulary.extend([maps[table].ids])
+        num_before = len(vocabulary)
+        _extend(root, schema, table, vocabulary, folders)
+        ids[table] = vocabulary.ids.slice(num_before)
+    return ids
 
 
 def _extended(
@@ -88,13 +72,24 @@ def _extended(
     vocabulary = ExactVocabulary(num_embeddings)
     if file.exists():
         vocabulary = ExactVocabulary.load(file.path, num_embeddings, file.arrow)
+    num_new = _extend(root, schema, table, vocabulary, (*SPLITS, ITEMS))
+    return PreparedVocabulary(file, len(vocabulary), num_new, num_embeddings), vocabulary
+
+
+def _extend(
+    root: Location,
+    schema: Schema,
+    table: str,
+    vocabulary: ExactVocabulary,
+    folders: Sequence[str],
+) -> int:
+    """Add the ids in some folders to the vocabulary of a table; return the number of new ones."""
     try:
-        num_new = vocabulary.extend(_raw_ids(root, schema, table, vocabulary))
+        return vocabulary.extend(_raw_ids(root, schema, table, vocabulary, folders))
     except ValueError as error:
         raise ValueError(
             f"vocabulary of column '{table}' in {root}/schema.yaml: {error}"
         ) from error
-    return PreparedVocabulary(file, len(vocabulary), num_new, num_embeddings), vocabulary
 
 
 def _raw_ids(
@@ -102,7 +97,7 @@ def _raw_ids(
     schema: Schema,
     table: str,
     vocabulary: ExactVocabulary,
-    folders: Sequence[str] = (*SPLITS, ITEMS),
+    folders: Sequence[str],
 ) -> Iterator[pa.Array]:
     """Yield ids of a table without nulls, one row group of one column at a time."""
     columns = [name for name in schema.columns if schema.vocabulary_of(name) is not None]
@@ -121,10 +116,10 @@ def _raw_ids(
                 if pa.types.is_null(chunk.type.value_type if is_list(chunk.type) else chunk.type):
                     continue  # nulls and empty lists alone
                 if is_list(chunk.type) != takes_lists:
-                    wanted = "a list of ids" if takes_lists else "one id per row"
+                    expected = "a list of ids" if takes_lists else "one id per row"
                     raise ValueError(
-                        f"{file}: column '{name}' has type {chunk.type}, expected {wanted}; write "
-                        "it so, or change its kind in schema.yaml"
+                        f"{file}: column '{name}' has type {chunk.type}, expected {expected}; "
+                        "write it so, or change its kind in schema.yaml"
                     )
                 ids = chunk.flatten() if takes_lists else chunk
                 _check_type(file, name, ids.type, vocabulary)
@@ -135,12 +130,13 @@ def _chunks(file: Location, name: str, schema: Schema | None) -> Iterator[pa.Arr
     """Yield the values of a column, one of the schema or else of the file."""
     columns = [name] if schema is None else schema.file_columns([name])
     with open_parquet(file) as parquet:
-        for each in columns:
-            column_type(parquet, file, each)
+        for column in columns:
+            column_type(parquet, file, column)
         for index in range(parquet.num_row_groups):
             table = read_row_group(parquet, file, index, columns)
-            read = table if schema is None else read_columns(table, schema, [name], str(file))
-            yield from read[name].chunks
+            if schema is not None:
+                table = read_columns(table, schema, [name], str(file))
+            yield from table[name].chunks
 
 
 def _check_type(file: Location, name: str, kind: pa.DataType, vocabulary: ExactVocabulary) -> None:
@@ -154,7 +150,6 @@ def _check_type(file: Location, name: str, kind: pa.DataType, vocabulary: ExactV
 
 
 def _write(vocabulary: ExactVocabulary, file: Location) -> None:
-    """Replace the file once the new one is complete."""
     folder, name = file.path.rsplit("/", 1)
     partial = Location(file.filesystem, f"{folder}/.{name}.partial")
     file.filesystem.makedirs(folder, exist_ok=True)

@@ -3,7 +3,9 @@
 Chunks are the unit of reading: row groups of Parquet files, or units that your own source
 defines. They have one global order (shuffled by seed and epoch in training); a rank's
 share is a contiguous range of that order, so that every row belongs to exactly one rank, each rank
-reads only the chunks it needs, and shares differ by at most one row.
+reads only the chunks it needs, and shares differ by at most one row. The order depends only on the
+seed, the epoch and the number of ranks. When another number of ranks (or batch size) continues an
+epoch, the rows not yet read are distributed again: none is read twice or left out.
 
 Your own source is a class in one file and a line of YAML. It counts the rows of each chunk
 and reads a chunk; this module does the rest, including the check of every value:
@@ -20,11 +22,12 @@ and reads a chunk; this module does the rest, including the check of every value
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,13 +35,11 @@ import pyarrow as pa
 
 from recsys.config import SourceSettings
 from recsys.config.named_parts import make_part
-from recsys.data.chunk import Chunk as Chunk
-from recsys.data.chunk import fingerprint_of
-from recsys.data.filesystem import Location
 from recsys.data.parquet.bad_rows import BadRows, OnBadRow, no_row_left
 from recsys.data.parquet.values import empty_table, padding_rows, usable_table
 from recsys.data.schema import Schema
 from recsys.data.transforms.columns import check_types, read_columns
+from recsys.storage.location import Location
 
 if TYPE_CHECKING:
     from recsys.distributed.ranks import Ranks
@@ -46,10 +47,27 @@ if TYPE_CHECKING:
 SOURCES = {"parquet": "recsys.data.parquet.rows:split_rows"}
 
 # Limits of a window, the rows that a rank shuffles together in memory: a number of rows, or of
-# # bytes if histories are long, but at least one chunk. For Parquet this is the size of encoded
-# # pages, the only size known before reading; ids need about five times as much memory.
+# bytes if histories are long, but at least one chunk. For Parquet this is the size of encoded
+# pages, the only size known before reading; ids need about five times as much memory.
 SHUFFLE_ROWS = 262_144
 SHUFFLE_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows that are read at once.
+
+    place: file, URL or name of the chunk, for messages and the fingerprint.
+    first_row: number of its first row at that place.
+    num_bytes: size, which limits windows; 0 if unknown.
+    digest: hash that changes with the content; empty if unknown.
+    """
+
+    place: str
+    num_rows: int
+    first_row: int = 0
+    num_bytes: int = 0
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,17 +79,10 @@ class Window:
 
 
 class RowSource(ABC):
-    """Rows of one split. Subclasses define its chunks, and read them.
+    """Rows of one split. Subclasses define its chunks, in the order of their rows, and read them.
 
-    Args:
-        schema: meaning of the columns.
-        chunks: in the order of their rows.
-        with_labels: False for rows that need not have labels.
-        on_bad_row: treatment of a row with an unusable value: `error` raises; `skip` replaces it by
-            a padding row, which `bad_rows` counts.
-
-    Raises:
-        ValueError: there are no rows.
+    Without `with_labels`, rows need not have labels. With `on_bad_row` error, an unusable value is
+    an error; with skip, its row becomes a padding row, which `bad_rows` counts.
     """
 
     def __init__(
@@ -81,7 +92,6 @@ class RowSource(ABC):
         with_labels: bool = True,
         on_bad_row: OnBadRow = "error",
     ) -> None:
-        """Keep the chunks and locate the first row of each."""
         self.schema, self.chunks = schema, chunks
         self.bad_rows = BadRows(on_bad_row)
         self.names = columns_to_read(schema, with_labels)  # columns of the schema
@@ -116,11 +126,7 @@ class RowSource(ABC):
             yield self.usable(number, table)
 
     def usable(self, number: int, table: pa.Table) -> pa.Table:
-        """Return a chunk's rows in canonical types; bad rows are reported and become padding rows.
-
-        Raises:
-            ValueError: a row is bad and `on_bad_row` is error.
-        """
+        """Return a chunk's rows in canonical types; bad rows are reported and become padding."""
         chunk = self.chunks[number]
 
         def report(
@@ -149,17 +155,21 @@ class RowSource(ABC):
         return chunk.place, chunk.first_row + position - self._first_positions[number]
 
     def fingerprint(self) -> str:
-        """Return hashes of the order of the rows and of their content; see `fingerprint_of`."""
-        return fingerprint_of(self.chunks)
+        """Return a hash of all that determines the order of the rows, and one of their content.
+
+        A dash separates them. A change that leaves the digests of the chunks as they are is not
+        detected (for Parquet see `footer_digest`). Without any digest, the second hash is missing.
+        """
+        names = [chunk.place.rsplit("/", 1)[-1] for chunk in self.chunks]
+        sizes = [(chunk.num_rows, chunk.num_bytes) for chunk in self.chunks]
+        digests = [chunk.digest for chunk in self.chunks]
+        parts = [(names, sizes), *([digests] if any(digests) else [])]
+        return "-".join(
+            hashlib.blake2b(repr(part).encode(), digest_size=16).hexdigest() for part in parts
+        )
 
     def skipped(self, ranks: Ranks, what: str) -> dict[str, Any]:
-        """Return the rows that all ranks have skipped so far; see `BadRows.summary`.
-
-        Rank 0 logs it as the skipped rows of `what`. A collective.
-
-        Raises:
-            ValueError: no row is left.
-        """
+        """Return and log the rows skipped so far, an error if all are. A collective."""
         summary = self.bad_rows.summary(ranks, what)
         if summary["rows"] == self.num_rows:
             raise no_row_left(self.num_rows, what, summary["found"])
@@ -178,28 +188,24 @@ class RowSource(ABC):
         `SHUFFLE_BYTES`. `shuffle_seed` (seed, epoch) permutes the chunks, the same on
         every rank, and the rows within each window.
         """
-        found: list[Window] = []
+        windows: list[Window] = []
         place = num_bytes = 0
         for number in self._ordered(shuffle_seed):
             chunk = self.chunks[number]
             low, high = max(start - place, 0), min(stop - place, chunk.num_rows)
-            more = chunk.num_bytes * (high - low) // chunk.num_rows if low < high else 0
-            if num_bytes and more and num_bytes + more > SHUFFLE_BYTES:
-                found.append(Window(start, place))
+            size = chunk.num_bytes * (high - low) // chunk.num_rows if low < high else 0
+            if num_bytes and size and num_bytes + size > SHUFFLE_BYTES:
+                windows.append(Window(start, place))
                 start, num_bytes = place, 0
-            num_bytes += more
+            num_bytes += size
             place += chunk.num_rows
             if min(place, stop) - start >= SHUFFLE_ROWS or place >= stop > start:
-                found.append(Window(start, min(place, stop)))
-                start, num_bytes = found[-1].stop, 0
-        return found
+                windows.append(Window(start, min(place, stop)))
+                start, num_bytes = windows[-1].stop, 0
+        return windows
 
     def read_window(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> pa.Table:
-        """Return the rows of a window, in the order of its chunks; see `row_order`.
-
-        Raises:
-            ValueError: a file is missing, or a row is bad and `on_bad_row` is error.
-        """
+        """Return the rows of a window, in the order of its chunks; see `row_order`."""
         pieces: list[tuple[int, int, int]] = []  # a chunk and its rows [low, high)
         place = 0
         for number in self._ordered(shuffle_seed):
@@ -259,11 +265,7 @@ def open_rows(
     schema: Schema,
     on_bad_row: OnBadRow = "error",
 ) -> RowSource:
-    """Return the rows of a split, from the source that the settings name.
-
-    Raises:
-        ValueError: the source cannot be built, or cannot read the split.
-    """
+    """Return the rows of a split from the source that the settings name, or raise a ValueError."""
     rows: RowSource = make_part(
         "source.name",
         settings.name,
@@ -276,3 +278,91 @@ def open_rows(
     )
     rows.bad_rows = BadRows(on_bad_row)
     return rows
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of an epoch read by one number of ranks: the first `batches` of each rank."""
+
+    world_size: int
+    batch_size: int
+    batches: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows `[low, high)` of a window, counted after the window's shuffle."""
+
+    window: Window
+    low: int
+    high: int
+
+    def __len__(self) -> int:
+        return self.high - self.low
+
+
+def between(slices: Sequence[Slice], low: int, high: int) -> list[Slice]:
+    """Return the rows at positions `[low, high)` of the concatenated slices."""
+    pieces, place = [], 0
+    for piece in slices:
+        first, last = max(low - place, 0), min(high - place, len(piece))
+        if first < last:
+            pieces.append(Slice(piece.window, piece.low + first, piece.low + last))
+        place += len(piece)
+    return pieces
+
+
+def num_batches_of(num_rows: int, batch_size: int) -> int:
+    """Return the number of batches of at most `batch_size` rows that hold `num_rows` rows."""
+    return -(-num_rows // batch_size)
+
+
+def rows_before(batch: int, num_rows: int, num_batches: int) -> int:
+    """Return the number of rows before number `batch` of `num_batches` nearly equal batches."""
+    return num_rows * batch // num_batches if num_batches else 0
+
+
+@dataclass(frozen=True)
+class EpochShare:
+    """Rows of an epoch that one rank reads."""
+
+    slices: list[Slice]
+    num_rows: int  # rows of the largest share of all ranks, to which the others are padded
+    rows_done: int  # rows read by all ranks of earlier stages
+
+    @staticmethod
+    def of(
+        rows: RowSource,
+        stages: Sequence[Stage],
+        rank: int,
+        world_size: int,
+        shuffle_seed: tuple[int, int] | None,
+    ) -> EpochShare:
+        """Return the share of `rank` in the rows that the `stages` have not read."""
+        rest: list[Slice] | None = None
+        for stage in stages:
+            shares = _shares(rows, rest, stage.world_size, shuffle_seed)
+            largest = max(sum(map(len, share)) for share in shares)
+            num_batches = num_batches_of(largest, stage.batch_size)
+            rows_read = rows_before(stage.batches, largest, num_batches)
+            rest = [piece for share in shares for piece in between(share, rows_read, largest)]
+        shares = _shares(rows, rest, world_size, shuffle_seed)
+        remaining = rows.num_rows if rest is None else sum(map(len, rest))
+        return EpochShare(shares[rank], -(-remaining // world_size), rows.num_rows - remaining)
+
+
+def _shares(
+    rows: RowSource, rest: list[Slice] | None, world_size: int, shuffle_seed: tuple[int, int] | None
+) -> list[list[Slice]]:
+    """Return the shares of all ranks in the remaining rows or the epoch, each in own windows."""
+    if rest is not None:  # one contiguous share per rank; lengths differ by at most one row
+        num_rows = sum(map(len, rest))
+        cuts = [num_rows * rank // world_size for rank in range(world_size + 1)]
+        return [between(rest, low, high) for low, high in pairwise(cuts)]
+    return [
+        [
+            Slice(window, 0, window.stop - window.start)
+            for window in rows.windows(*rows.share(rank, world_size), shuffle_seed)
+        ]
+        for rank in range(world_size)
+    ]

@@ -28,15 +28,8 @@ that the schema does not name are ignored.
         clip:   {kind: feature}
         audio:  {kind: feature, file: audio.npy, ids: audio_ids.npy}
 
-Ids are rows of tables, unless a column has a `vocabulary`, which maps raw ids to rows:
-
-      user:    {kind: id, num_embeddings: 1000, vocabulary: {kind: bounded, admit_after: 2}}
-      item:    {kind: id, num_embeddings: 9743, vocabulary: {kind: exact}}
-      query:   {kind: ids, num_embeddings: 5000, vocabulary: {kind: hash, num_hashes: 2}}
-
-Features may be made of other columns by steps (`recsys.data.transforms.steps`):
-
-      spent:   {kind: dense, column: price, transform: [{fill: 0}, log1p, standardize]}
+Ids are rows of tables, unless a column has a `vocabulary`, which maps raw ids to rows. Features
+may be made of other columns by steps (`recsys.data.transforms.steps`).
 """
 
 from __future__ import annotations
@@ -51,7 +44,6 @@ from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary
 from recsys.config.parser import Parser, problem_of
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.config.remembered import remembered
-from recsys.data.filesystem import Location
 from recsys.data.schema_columns import (
     Column,
     HistoryColumns,
@@ -66,8 +58,8 @@ from recsys.data.schema_columns import (
     label_problem,
     without_empty,
 )
-from recsys.data.transforms import fitted_file
-from recsys.data.transforms.chain import Chain, chains_of, file_columns
+from recsys.data.transforms.chain import Chain, chains_of, file_columns, load_fitted
+from recsys.storage.location import Location
 
 
 @dataclass
@@ -104,7 +96,7 @@ class Schema:
     @property
     def event_columns(self) -> list[str]:
         """Names of the sequences, and of the lists of ids beside them."""
-        return [name for of in self.histories for name in (of.name, *of.ids)]
+        return [name for history in self.histories for name in (history.name, *history.ids)]
 
     @property
     def weight(self) -> str | None:
@@ -157,8 +149,8 @@ class Schema:
 
     def tables_with(self, kind: Literal["exact", "hash", "bounded"]) -> list[str]:
         """Return the tables that have a vocabulary of that kind."""
-        columns = self.columns.items()
-        return [name for name, of in columns if of.vocabulary and of.vocabulary.kind == kind]
+        vocabularies = ((name, column.vocabulary) for name, column in self.columns.items())
+        return [name for name, settings in vocabularies if settings and settings.kind == kind]
 
     @property
     def parallel(self) -> list[str]:
@@ -170,17 +162,13 @@ class Schema:
         return file_columns(names, self.transforms)
 
     def require_id_type(self, name: str, kind: pa.DataType, place: str, table: str) -> None:
-        """Require raw ids of the same type as in the other files and columns of their table.
-
-        Raises:
-            ValueError: some are integers and others are strings.
-        """
-        known = self.id_types.setdefault(table, IdType(id_type(kind), place))
-        if known.name != id_type(kind):
+        """Require raw ids of the same type as in the other files and columns of their table."""
+        first = self.id_types.setdefault(table, IdType(id_type(kind), place))
+        if first.name != id_type(kind):
             raise ValueError(
-                f"{place}: column '{name}' has {id_type(kind)} ids ({kind}), but {known.place} has "
-                f"{known.name} ids of '{table}', and a vocabulary takes 7 and '7' for two ids; "
-                f"write the column with {known.name} ids"
+                f"{place}: column '{name}' has {id_type(kind)} ids ({kind}), but {first.place} has "
+                f"{first.name} ids of '{table}', and a vocabulary takes 7 and '7' for two ids; "
+                f"write the column with {first.name} ids"
             )
 
 
@@ -192,28 +180,21 @@ def vocabulary_file(root: Location, table: str) -> Location:
 def load_schema(root: Location, with_vocabularies: bool = True) -> Schema:
     """Read and check `schema.yaml` of the dataset at `root`, its vocabularies and transforms.
 
-    Args:
-        root: the dataset.
-        with_vocabularies: False leaves out the maps of ids, and accepts transforms without fitted
-            values, which may not be prepared yet.
+    Without vocabularies, neither maps of ids nor fitted values of transforms need be prepared yet.
 
     Raises:
-        ValueError: the file is missing, has an unknown key, or its parts do not fit together; a
-            map or a fitted value is missing or does not fit its column.
+        ValueError: the file is unusable (`read_schema`), or a map or a fitted value is missing or
+            does not fit its column.
     """
     schema = read_schema(root)
-    fitted_file.load_fitted(schema.transforms, schema.columns, root, required=with_vocabularies)
+    load_fitted(schema.transforms, schema.columns, root, required=with_vocabularies)
     if with_vocabularies:
         load_vocabularies(schema, root)
     return schema
 
 
 def read_schema(root: Location) -> Schema:
-    """Read and check `schema.yaml` alone.
-
-    Raises:
-        ValueError: the file is missing, has an unknown key, or its parts do not fit together.
-    """
+    """Read and check `schema.yaml` alone."""
     path = root / "schema.yaml"
     if not path.exists():
         raise ValueError(f"{path}: no such file; write it, or correct the path of the dataset")
@@ -226,11 +207,7 @@ def read_schema(root: Location) -> Schema:
 
 @remembered
 def parse_schema(content: Any, place: str) -> Schema:
-    """Return the schema of plain values, as `schema.yaml` has them; `place` names their file.
-
-    Raises:
-        ValueError: a key is unknown, or the parts do not fit together.
-    """
+    """Return the schema of plain values, as `schema.yaml` has them; `place` names their file."""
     parser = Parser(exit_on_error=False)
     parser.add_class_arguments(Schema, None)
     try:
@@ -250,9 +227,7 @@ def parse_schema(content: Any, place: str) -> Schema:
 def load_vocabularies(schema: Schema, root: Location, fix: str | None = None) -> None:
     """Load the schema's exact maps from the folder `root`, and build its hashes.
 
-    Raises:
-        ValueError: a map is missing or does not fit its table. The message ends with `fix`, by
-            default the command that writes the maps of a dataset.
+    The error about a missing map ends with `fix`, by default the command that writes the maps.
     """
     fix = fix or f"run `recsys prepare vocabulary --data {root}`"
     for table in schema.tables_with("exact"):
@@ -268,9 +243,9 @@ def load_vocabularies(schema: Schema, root: Location, fix: str | None = None) ->
 
 def advice_on_unknown(schema: Schema, table: str, root: Location) -> str:
     """Return what gives the unknown ids of a table with an exact map rows of their own."""
-    known, command = schema.vocabularies[table], f"run `recsys prepare vocabulary --data {root}`"
-    assert isinstance(known, ExactVocabulary)
-    if len(known) < known.unknown_row:
+    ids, command = schema.vocabularies[table], f"run `recsys prepare vocabulary --data {root}`"
+    assert isinstance(ids, ExactVocabulary)
+    if len(ids) < ids.unknown_row:
         return command
     return f"raise num_embeddings of '{table}' in schema.yaml, as its map is full, and {command}"
 
@@ -278,9 +253,9 @@ def advice_on_unknown(schema: Schema, table: str, root: Location) -> str:
 def build_hashes(schema: Schema) -> None:
     """Build the vocabularies that need no file."""
     for table in schema.tables_with("hash"):
-        of = schema.vocabulary_of(table)
-        assert of is not None
-        schema.vocabularies[table] = HashVocabulary(schema.limit(table), of.num_hashes, of.seed)
+        settings, num_rows = schema.vocabulary_of(table), schema.limit(table)
+        assert settings is not None
+        schema.vocabularies[table] = HashVocabulary(num_rows, settings.num_hashes, settings.seed)
 
 
 def _validate(schema: Schema, path: str) -> None:

@@ -84,8 +84,8 @@ def histories_of(columns: dict[str, Column]) -> list[HistoryColumns]:
     return [
         HistoryColumns(
             name,
-            [each for each in column.parallel if each not in columns],
-            [each for each in column.parallel if each in columns],
+            [beside for beside in column.parallel if beside not in columns],
+            [beside for beside in column.parallel if beside in columns],
         )
         for name, column in columns.items()
         if column.kind == "sequence"
@@ -93,13 +93,9 @@ def histories_of(columns: dict[str, Column]) -> list[HistoryColumns]:
 
 
 def check_histories(columns: dict[str, Column], target_item: str, path: str) -> None:
-    """Check the sequences, the lists beside them, and which columns share their tables.
-
-    Raises:
-        ValueError: names the column.
-    """
+    """Check the sequences, the lists beside them, and which columns share their tables."""
     histories = histories_of(columns)
-    lists = [name for of in histories for name in (*of.numbers, *of.ids)]
+    lists = [name for history in histories for name in (*history.numbers, *history.ids)]
     for name in {ROW_POSITION, RAW_GROUP} & {*columns, *lists}:
         raise ValueError(f"{path}: column '{name}' has a name of this program's; rename it")
     for name in lists:
@@ -115,7 +111,8 @@ def check_histories(columns: dict[str, Column], target_item: str, path: str) -> 
             f"{path}: column '{histories[0].name}': the first sequence holds past target items; "
             f"write `shares: {target_item}`"
         )
-    events = {target_item, *(name for of in histories for name in (of.name, *of.ids))}
+    event_lists = (name for history in histories for name in (history.name, *history.ids))
+    events = {target_item, *event_lists}
     for name, column in columns.items():
         if column.shares in columns and (name in events) != (column.shares in events):
             raise ValueError(
@@ -146,11 +143,7 @@ class Items:
 
 
 def check_items(items: Items, path: str) -> None:
-    """Check the columns of the items.
-
-    Raises:
-        ValueError: names the column.
-    """
+    """Check the columns of the items."""
     for name, content in items.columns.items():
         if content.file is not None and content.kind != "feature":
             raise ValueError(f"{path}: item column '{name}': only a feature has a file; remove it")
@@ -184,11 +177,7 @@ def id_type(kind: pa.DataType) -> Literal["integer", "string"]:
 
 
 def check_vocabulary(column: Column, where: str, is_target: bool) -> None:
-    """Check the vocabulary of a column that has one; `where` names file and column.
-
-    Raises:
-        ValueError: names a setting that is out of range or does not fit the column.
-    """
+    """Check the vocabulary of a column that has one; `where` names file and column."""
     settings = column.vocabulary
     assert settings is not None
     if column.num_embeddings is None:
@@ -220,12 +209,7 @@ def check_vocabulary(column: Column, where: str, is_target: bool) -> None:
 
 
 def table_name_problem(name: str) -> str | None:
-    """Return why a column with a table of ids cannot have a name, and the fix, or None.
-
-    Example::
-
-        table_name_problem("type")  # "is an attribute of torch.nn.ModuleDict, ..."
-    """
+    """Return why a column with a table of ids cannot have a name, and the fix, or None."""
     if not name or "." in name:
         return "is part of a parameter's name, which a dot would end; rename the column"
     if name in MODULE_ATTRIBUTES:
@@ -239,11 +223,7 @@ def table_name_problem(name: str) -> str | None:
 def check_column(
     columns: dict[str, Column], name: str, column: Column, where: str, target_item: str
 ) -> None:
-    """Check the keys of one column; `where` names it and its file.
-
-    Raises:
-        ValueError: a key does not fit the kind, or is missing.
-    """
+    """Check the keys of one column; `where` names it and its file."""
     if column.kind in ("dense", "label", "extra", "weight", "sampled"):
         if column.num_embeddings or column.shares or column.parallel or column.vocabulary:
             raise ValueError(f"{where} of kind {column.kind} takes no further key")

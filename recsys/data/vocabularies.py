@@ -31,17 +31,9 @@ MAPPED_AHEAD = PIPELINED_STEPS + 1
 class BoundedVocabularies:
     """Bounded vocabularies of a job, by table. Every method is a collective.
 
-    Args:
-        schema: meaning of the columns.
-        pooled_features: columns that the model looks up in pooled tables.
-        group: the ranks; None for this process alone.
-        reset: resets the weights and optimizer state of reassigned rows.
-        index_dedup: whether the first history is looked up once per distinct item.
-
-    Example::
-
-        vocabularies = BoundedVocabularies(schema, features, group, RowReset(model, tables, seed))
-        vocabularies.map_batch(batch, step, training=True)  # the batch then holds rows
+    `pooled_features` are the columns that the model looks up in pooled tables. `reset` resets the
+    weights and optimizer state of reassigned rows. With `index_dedup`, the first history is looked
+    up once per distinct item.
     """
 
     def __init__(
@@ -52,7 +44,6 @@ class BoundedVocabularies:
         reset: ResetRows | None = None,
         index_dedup: bool = True,
     ) -> None:
-        """Build one vocabulary per bounded table that the model looks up."""
         self.reset, self.index_dedup = reset, index_dedup
         self.target, self.history = schema.target_item, schema.history
         self.features: dict[str, list[str]] = {}
@@ -85,26 +76,24 @@ class BoundedVocabularies:
     def map_batch(self, batch: Batch, step: int, training: bool) -> None:
         """Replace raw ids by rows, in the batch's own memory; call it once per batch.
 
-        Args:
-            batch: on the host, not yet in a pipeline.
-            step: the training step that the batch is for.
-            training: whether to admit and evict ids, and to reset reassigned rows.
+        The batch is on the host, for this training step. Only `training` admits and evicts ids, and
+        resets reassigned rows.
         """
         for table, vocabulary in self.by_table.items():
-            places = [self._ids_of(batch, name, training) for name in self.features[table]]
+            places = [self._feature_ids(batch, name, training) for name in self.features[table]]
             raw = [ids.raw() for ids in places]
             rows = vocabulary.rows_of(torch.cat(raw), step, training)
             evicted = vocabulary.take_evicted_rows()
             if self.reset is not None and len(evicted):
                 self.reset(table, evicted)
-            for ids, part in zip(places, rows.split([len(of) for of in raw]), strict=True):
+            for ids, part in zip(places, rows.split([len(keys) for keys in raw]), strict=True):
                 ids.put(part, vocabulary.unknown_row)
             if table == self.target:
                 batch.item_keys = batch.target_items
                 batch.target_items = batch.sequence_features.values()[: batch.batch_size].clone()
                 batch.has_row = batch.target_items != vocabulary.unknown_row
 
-    def _ids_of(self, batch: Batch, name: str, training: bool) -> _Ids | _HistoryIds:
+    def _feature_ids(self, batch: Batch, name: str, training: bool) -> _Ids | _HistoryIds:
         """Return the ids of a feature, pooled or of events.
 
         Without training the items of padding rows are mapped, too: a catalogue is encoded in them.
@@ -141,7 +130,6 @@ class _Ids:
 
     @staticmethod
     def of(batch: Batch, features: KeyedJaggedTensor, name: str) -> _Ids:
-        """Return views of the batch's ids and mark those of real rows."""
         index = features.keys().index(name)
         first, last = features.offset_per_key()[index : index + 2]
         lengths = features.lengths().view(len(features.keys()), -1)[index]  # [B]
@@ -149,11 +137,9 @@ class _Ids:
         return _Ids(features.values()[first:last], counts)
 
     def raw(self) -> Tensor:
-        """Return the ids that count."""
         return self.values[self.counts]
 
     def put(self, rows: Tensor, unknown_row: int) -> None:
-        """Write the rows of these ids, and that of unknown ids for padding rows."""
         self.values.fill_(unknown_row)
         self.values[self.counts] = rows
 
@@ -172,11 +158,10 @@ class _HistoryIds:
 
     @property
     def _index(self) -> Tensor:
-        further = [of.content_index for of in self.batch.further]
+        further = [history.content_index for history in self.batch.further]
         return torch.cat([self.batch.history_index, *further])
 
     def raw(self) -> Tensor:
-        """Return the item of every event."""
         return self.batch.history_items[self._index]
 
     def put(self, rows: Tensor, unknown_row: int) -> None:
@@ -190,16 +175,9 @@ class UnknownIds:
     """Counts the ids of a pass over data that map to the row of unknown ids.
 
     Columns without an exact or bounded vocabulary do not count.
-
-    Example::
-
-        unknown = UnknownIds(schema)
-        unknown.add(batch)  # of each batch, its ids mapped
-        unknown.totals(group)  # {"customer": {"ids": 100, "unknown": 3}}
     """
 
     def __init__(self, schema: Schema) -> None:
-        """Start with zero counts of the columns that can have unknown ids."""
         self._unknown_row = {
             name: schema.limit(name) - 1
             for name in schema.columns
@@ -213,11 +191,11 @@ class UnknownIds:
         for features in (batch.sparse_features, batch.sequence_features):
             for name in features.keys() if features is not None else ():
                 if name in self._counts:
-                    ids = self._ids_of(batch, features, name)
+                    ids = self._feature_ids(batch, features, name)
                     unknown = (ids.values == self._unknown_row[name]) & ids.counts
                     self._counts[name] += torch.stack([ids.counts.sum(), unknown.sum()])
 
-    def _ids_of(self, batch: Batch, features: KeyedJaggedTensor, name: str) -> _Ids:
+    def _feature_ids(self, batch: Batch, features: KeyedJaggedTensor, name: str) -> _Ids:
         """Return the ids of a feature, the history's before they were made unique."""
         if name != self._history:
             return _Ids.of(batch, features, name)

@@ -87,7 +87,7 @@ def check_data(job: Job, splits: Sequence[str] = SPLITS) -> CheckedRows:
             skipped[split] = rows.skipped(ranks, split)
     if "valid" in splits:
         check_validation(job, labels)
-    numbers = ranges.of_all_ranks(ranks)
+    numbers = ranges.gather(ranks)
     for column in job.schema.of_kind("dense"):
         extent = numbers[column]  # wide ones may be standardised
         is_scaled = job.em3.scaling is not None and extent.least < extent.greatest

@@ -26,7 +26,7 @@ from torch import nn
 
 from recsys.content.branch import ContentBranch, HistoryMap
 from recsys.content.wrap import wrap
-from recsys.data.items.content_input import ContentInput
+from recsys.data.items.kind import ContentInput
 
 if TYPE_CHECKING:  # torchrec takes seconds to import, and encoding items does not need it
     from recsys.model.em3 import EM3

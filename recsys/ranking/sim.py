@@ -23,8 +23,8 @@ from recsys.config import ContentSettings, RankingSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.filesystem import Location
-from recsys.data.items.category_lists import category_lists
 from recsys.data.items.item_table import ItemTable
+from recsys.data.items.item_values import category_lists
 from recsys.data.jagged_history import JaggedHistory
 from recsys.data.parquet.bad_rows import OnBadRow
 from recsys.data.schema import Schema

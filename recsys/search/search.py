@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from recsys.checkpoint.compatibility import flattened
 from recsys.config import Config, load_config, save_config, to_plain
 from recsys.data.filesystem import Location, whole_file
-from recsys.data.items.feature_file import FeatureFile
+from recsys.data.items.item_column import FeatureFile
 from recsys.data.parquet.file import footer_digest, open_parquet
 from recsys.data.schema import load_schema
 from recsys.search.space import Parameter, check_space, words_of

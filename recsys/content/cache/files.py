@@ -25,8 +25,7 @@ from recsys.content.encoders.base import ITEMS_PER_GROUP, SHORT_LENGTHS, Encoder
 from recsys.content.encoders.identity import weights_digest
 from recsys.data.filesystem import whole_file
 from recsys.data.items.item_table import digest_of
-from recsys.data.items.ragged_array import RaggedArray
-from recsys.data.items.row_hashes import HASHES
+from recsys.data.items.ragged_array import HASHES, RaggedArray
 
 ABOUT = "about.json"
 

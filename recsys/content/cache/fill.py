@@ -38,8 +38,7 @@ from recsys.content.cache.files import (
 from recsys.content.encoders.base import CacheReport, Encoder
 from recsys.data.filesystem import whole_folder
 from recsys.data.items.content_store import ContentStore
-from recsys.data.items.ragged_array import RaggedArray, RowWriter, share_rows
-from recsys.data.items.row_hashes import HASHES
+from recsys.data.items.ragged_array import HASHES, RaggedArray, RowWriter, share_rows
 from recsys.distributed.log import progress_bar
 from recsys.distributed.ranks import Ranks
 

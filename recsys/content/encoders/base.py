@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from recsys.content.encoders.identity import EncoderIdentity
-from recsys.data.items.content_input import ContentInput
 from recsys.data.items.images import ImagePreparation
+from recsys.data.items.kind import ContentInput
 
 Pooling = Literal["mean", "cls", "last", "none", "projected"]
 

@@ -15,8 +15,8 @@ from torch.nn.functional import pad
 from recsys.config import ModalitySettings
 from recsys.content.encoders.base import Encoder, normalize_pixels
 from recsys.content.encoders.transformer import TransformerEncoder
-from recsys.data.items.content_input import ContentInput
 from recsys.data.items.images import ImagePreparation
+from recsys.data.items.kind import ContentInput
 
 
 class ImageTransformer(TransformerEncoder):

@@ -14,7 +14,7 @@ from recsys.config import ModalitySettings
 from recsys.content.encoders.base import last_place
 from recsys.content.encoders.pretrained import reads_whole_texts
 from recsys.content.encoders.transformer import TransformerEncoder
-from recsys.data.items.content_input import ContentInput
+from recsys.data.items.kind import ContentInput
 
 ITEMS_PER_GROUP = 32  # of similar length, run through the trained layers together
 

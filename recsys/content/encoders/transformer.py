@@ -23,8 +23,8 @@ from recsys.content.encoders.identity import EncoderIdentity, weights_digest
 from recsys.content.encoders.layer_split import LayerSplit, find_layers, find_split
 from recsys.content.encoders.pretrained import PretrainedEncoder
 from recsys.content.wrap import wrap
-from recsys.data.items.content_input import ContentInput
 from recsys.data.items.images import ImagePreparation
+from recsys.data.items.kind import ContentInput
 
 ALL_LINEAR = "all-linear"
 # These move a part of the base weights into the adapter, so that the base weights differ from those

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from recsys.data.items.feature_file import write_rows
-from recsys.data.items.item_column import ItemColumnReader
-from recsys.data.items.item_features import feature_tokens, usable_features
+from recsys.data.items.item_column import ItemColumnReader, write_rows
+from recsys.data.items.item_values import feature_tokens, usable_features
 from recsys.data.items.kind import ModalityKind
 from recsys.data.items.ragged_array import RaggedWriter
 from recsys.data.parquet.values import list_lengths

@@ -14,9 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from recsys.config.named_parts import make_part
-from recsys.data.items.images import ImagePreparation
+from recsys.data.items.images import ImagePreparation, check_first_image, decoded_images, num_images
 from recsys.data.items.item_column import ItemColumnReader
-from recsys.data.items.item_images import check_first_image, decoded_images, num_images
 from recsys.data.items.item_table import digest_of
 from recsys.data.items.kind import ModalityKind
 from recsys.data.parquet.bad_rows import Report
@@ -24,7 +23,7 @@ from recsys.data.parquet.bad_rows import Report
 if TYPE_CHECKING:
     from recsys.content.encoders.base import Encoder
     from recsys.content.encoders.pretrained import PretrainedEncoder
-    from recsys.data.items.content_input import ContentInput
+    from recsys.data.items.kind import ContentInput
 
 
 logger = logging.getLogger(__name__)

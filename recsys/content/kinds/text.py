@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from recsys.data.items.item_table import digest_of
-from recsys.data.items.item_text import texts_of, tokenize, tokenizer_state
+from recsys.data.items.item_values import texts_of, tokenize, tokenizer_state
 from recsys.data.items.kind import ModalityKind
 from recsys.data.parquet.bad_rows import Report
 

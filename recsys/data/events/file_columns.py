@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 from recsys.data.events.log_files import Parts
 from recsys.data.events.settings import Source
 from recsys.data.events.times import to_micros
-from recsys.data.filesystem import Location
 from recsys.data.parquet.values import is_list
+from recsys.storage.location import Location
 
 LARGEST = float(np.finfo(np.float32).max)
 

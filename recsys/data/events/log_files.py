@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from recsys.data.events.settings import Source
-from recsys.data.filesystem import Location
 from recsys.data.parquet.file import READ_ERRORS
+from recsys.storage.location import Location
 
 Parts = dict[str, str | None]  # values of the `key=value/` folders of a file
 ENDINGS = (".parquet", ".csv", ".csv.gz", ".tsv", ".dat")

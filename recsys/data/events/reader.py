@@ -34,9 +34,9 @@ from recsys.data.events.log_files import (
     with_integers,
 )
 from recsys.data.events.settings import EventTable, Several, Source, Value
-from recsys.data.filesystem import Location
 from recsys.data.parquet.file import READ_ERRORS, open_parquet
 from recsys.data.parquet.values import is_list, list_lengths
+from recsys.storage.location import Location
 
 ROWS_PER_BATCH = 1 << 16
 TEXTS = ("id", "text", "words")  # kinds that are texts in text files

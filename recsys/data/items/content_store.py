@@ -1,11 +1,9 @@
 """Content of all items, read, tokenised and decoded once, served to batches by item id.
 
-Each modality becomes a `RaggedArray` in a cache folder named by a hash of its inputs (the items'
-content and the modality's settings), so that it is built once per machine and never stale. A
-modality kind creates the entries (`recsys.data.items.kind`): text is tokenised, images are decoded
-and resized to uint8 pixels, stored features are copied; the outputs of an encoder's frozen part may
-then replace them (`recsys.content.cache.fill`). An item without text or image has no entry; the
-batch's mask shows this.
+Each modality becomes a `RaggedArray` in a cache folder named by a hash of the items' content and
+the modality's settings, so that it is built once per machine and never stale. Its kind
+(`recsys.data.items.kind`) creates the entries; the outputs of an encoder's frozen part may then
+replace them (`recsys.content.cache.fill`). An item without content has no entry.
 
 Shapes: U unique items, N items with a row.
 """
@@ -14,56 +12,32 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from embeddings.vocabulary.fixed import mix64
 from recsys.config import ModalitySettings
-from recsys.data.filesystem import home_expanded, whole_folder
-from recsys.data.items.content_input import ContentInput
 from recsys.data.items.item_column import ItemColumnReader
 from recsys.data.items.item_table import ItemTable, digest_of
-from recsys.data.items.kind import ModalityKind, make_kinds
-from recsys.data.items.ragged_array import RaggedArray
-from recsys.data.items.row_hashes import stored_hashes
+from recsys.data.items.kind import ContentInput, ModalityKind, make_kinds
+from recsys.data.items.ragged_array import RaggedArray, stored_hashes
 from recsys.data.schema_columns import Items
+from recsys.storage.files import home_expanded, whole_folder
 
 SKIPPED = "skipped.json"  # beside an array: the rows left out of it because they are unusable
 
 
 def default_cache() -> Path:
-    """Return the cache folder that is used unless the configuration sets one.
-
-    Raises:
-        ValueError: no home folder is known.
-    """
+    """Return the cache folder that is used unless the configuration sets one."""
     return home_expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "recsys"
-
-
-def publish(folder: Path, write: Callable[[Path], None]) -> None:
-    """Create `folder` by `write(temporary folder)`; it exists complete or not at all."""
-    if folder.exists():
-        return
-    with whole_folder(folder, may_exist=True) as partial:
-        write(partial)
 
 
 class ContentStore:
     """Content of all items by modality.
 
-    Args:
-        items: the items' files.
-        modalities: settings by modality name.
-        cache: folder for the arrays.
-        may_be_empty: take modalities of which no item has any content.
-
-    Example::
-
-        store = ContentStore(ItemTable(root, schema), content.modalities, default_cache())
-        store.build("text")
-        store.gather(np.array([3, 5]))["text"].values  # [2, T]
+    `cache` is the folder for the arrays. With `may_be_empty`, no item need have any content.
     """
 
     def __init__(
@@ -73,7 +47,6 @@ class ContentStore:
         cache: Path,
         may_be_empty: bool = False,
     ) -> None:
-        """Make the modality kinds and check that their columns exist."""
         assert items.schema.items is not None
         self.items, self.kinds, self.cache = items, make_kinds(modalities), cache
         self.may_be_empty = may_be_empty
@@ -89,9 +62,7 @@ class ContentStore:
     def build(self, name: str) -> None:
         """Build the array of one modality, or open it from the cache.
 
-        Raises:
-            ValueError: a text, image or feature is unusable, with file and row (unless the items'
-                `on_bad_row` is skip: it is then left out), or every row is empty.
+        Unusable content is a ValueError, or left out, as the items' `on_bad_row` says.
         """
         kind = self.kinds[name]
         column = ItemColumnReader(self.items, kind.modality.column)
@@ -100,9 +71,11 @@ class ContentStore:
             settings = (settings, "skip", str(self.items.folder))  # the report names it
         key = digest_of(column.fingerprint(), kind.modality.kind, settings)
         folder = self.cache / f"{type(kind).__name__.lower()}-{key}"
-        publish(folder, lambda path: self._write(path, kind, column))
+        if not folder.exists():
+            with whole_folder(folder, may_exist=True) as partial:
+                self._write(partial, kind, column)
         for *place, rows, first in json.loads((folder / SKIPPED).read_text()):
-            self.items.bad_rows.found[tuple(place)] = (rows, first)
+            self.items.bad_rows.counts[tuple(place)] = (rows, first)
         self.hashes[name] = stored_hashes(folder)
         self.use(name, folder)
         assert len(self.arrays[name]) == self.items.num_rows
@@ -127,8 +100,8 @@ class ContentStore:
     def item_hashes(self) -> tuple[np.ndarray, np.ndarray]:  # int64 [N], uint64 [N]
         """Return the ids of all items, ascending, and a hash of the content of each."""
         hashes = np.zeros(len(self._ids), np.uint64)
-        for of_modality in self.hashes.values():
-            for half in of_modality[self._rows].view(np.uint64).reshape(-1, 2).T:
+        for row_hashes in self.hashes.values():
+            for half in row_hashes[self._rows].view(np.uint64).reshape(-1, 2).T:
                 hashes = mix64(hashes ^ half)
         return self._ids, hashes
 
@@ -136,7 +109,7 @@ class ContentStore:
         """Write the array and, beside it, the skipped rows."""
         if not kind.write(column, folder) and not self.may_be_empty:
             raise column.empty()
-        bad_rows = self.items.bad_rows.found.items()
+        bad_rows = self.items.bad_rows.counts.items()
         skipped = [[*place, *rows] for place, rows in bad_rows if place[1] == column.name]
         (folder / SKIPPED).write_text(json.dumps(skipped))
 
@@ -146,8 +119,8 @@ def require_column(items: Items, kind: ModalityKind) -> None:
     name = kind.modality.column
     column = items.columns.get(name)
     if column is None or column.kind != kind.column_kind:
-        known = ", ".join(f"{name} ({one.kind})" for name, one in items.columns.items())
+        choices = ", ".join(f"{name} ({one.kind})" for name, one in items.columns.items())
         raise ValueError(
             f"{kind.where}: schema.yaml has no item column '{name}' of kind {kind.column_kind}; "
-            f"name one of {known}"
+            f"name one of {choices}"
         )

@@ -1,20 +1,26 @@
-"""Encoded images -> square pixels, for any mode and shape; other bytes are refused.
+"""Encoded images of items -> square pixels, for any mode and shape; other bytes are refused.
 
 Only formats whose decoders merely read pixels are accepted (PostScript, for example, needs an
 interpreter that runs it), and an image's size is checked before it is decoded.
 
-Shapes: S side of the square.
+Shapes: n rows of a chunk, S side of the square.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
+
+from recsys.data.parquet.bad_rows import Report
+from recsys.data.parquet.values import is_list, list_lengths
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 LONGEST_PATH = 260
@@ -39,7 +45,7 @@ class ImagePreparation:
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check colours, share and filter."""
+        """Check colours, share and filter, which come from a checkpoint's files."""
         if len(self.mean) != 3 or len(self.std) != 3 or 0 in self.std:
             raise ValueError(f"mean {self.mean} and std {self.std}; images have three colours")
         if not 0 < self.share <= 1:
@@ -49,19 +55,10 @@ class ImagePreparation:
 
 def decode_image(
     encoded: bytes, size: int, where: str = "", preparation: ImagePreparation | None = None
-) -> np.ndarray:  # [3, S, S]
-    """Decode image bytes to uint8 pixels: the visible part, resized to a square.
+) -> np.ndarray:  # uint8 [3, S, S]
+    """Decode image bytes: the visible part, resized to a square of side `size`.
 
-    An animation gives its first frame; 16 bits become 8.
-
-    Args:
-        encoded: bytes of the file.
-        size: S.
-        where: prefix of the error message; may be empty.
-        preparation: of the encoder; None for that of ImageNet encoders.
-
-    Raises:
-        ValueError: the bytes are not a readable image.
+    An animation gives its first frame; 16 bits become 8. Other bytes are a ValueError at `where`.
     """
     try:
         image = open_image(encoded)
@@ -72,11 +69,11 @@ def decode_image(
         raise ValueError(f"{place}not a readable image ({cause}); {fix}") from error
     preparation = preparation or ImagePreparation()
     width, height = image.size
-    seen = (min(width, height),) * 2 if preparation.keeps_aspect else (width, height)
-    across, down = (side * preparation.share for side in seen)
-    left, top = (width - across) / 2, (height - down) / 2
-    box = (left, top, left + across, top + down)
-    image = image.resize((size, size), Image.Resampling(preparation.resampling), box=box)
+    visible = (min(width, height),) * 2 if preparation.keeps_aspect else (width, height)
+    across, down = (side * preparation.share for side in visible)
+    x, y = (width - across) / 2, (height - down) / 2
+    resampling = Image.Resampling(preparation.resampling)
+    image = image.resize((size, size), resampling, box=(x, y, x + across, y + down))
     return np.asarray(image).transpose(2, 0, 1)
 
 
@@ -112,3 +109,70 @@ def _formats() -> list[str]:
     """Return those of `FORMATS` that this build of Pillow can read."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
+
+
+def decoded_images(
+    chunk: pa.Array,
+    size: int,
+    select: Callable[[int], list[int]],
+    preparation: ImagePreparation,
+    where: str,
+    report: Report,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Decode images of each row, one or a list; an unreadable one is reported and left out.
+
+    `select` maps a row's number of images to the positions of those to use, in order.
+
+    Returns:
+        number of images of each row [n], their pixels uint8 [sum, 3, S, S], and the number of rows
+        with images that were not selected.
+    """
+    has_lists = is_list(chunk.type)
+    lengths = np.zeros(len(chunk), np.int64)
+    most = sum(len(select(count)) for count in num_images(chunk, where).tolist())
+    pixels = np.empty((most, 3, size, size), np.uint8)
+    causes: dict[int, list[str]] = defaultdict(list)
+    cut = 0
+    for row, value in enumerate(chunk):
+        images = (value.values if has_lists else [value]) if value.is_valid else []
+        encoded = [image for image in images if image.is_valid]
+        places = select(len(encoded))
+        cut += len(places) < len(encoded)
+        for place in places:
+            which = f"image {place} of its {len(encoded)}" if has_lists else ""
+            try:
+                image = encoded[place].as_py()
+                pixels[lengths.sum()] = decode_image(image, size, which, preparation)
+                lengths[row] += 1
+            except ValueError as error:
+                causes[row].append(str(error))
+    bad = np.isin(np.arange(len(chunk)), list(causes))
+    report(bad, "unreadable image", lambda row: "; ".join(causes[row]))
+    return lengths, pixels[: lengths.sum()], cut
+
+
+def check_first_image(chunks: Iterable[tuple[pa.Array, str]], decodes: bool = True) -> None:
+    """Decode the first image of a column, so that wrong content ends the job before long work.
+
+    Without `decodes`, the type alone is checked, as where unreadable images are skipped.
+    """
+    for chunk, where in chunks:
+        num_images(chunk, where)
+        images = chunk.flatten() if is_list(chunk.type) else chunk
+        for image in images.drop_null().slice(0, 1):
+            if decodes:
+                decode_image(image.as_py(), 1, f"{where}, first image")
+            return
+
+
+def num_images(chunk: pa.Array, where: str) -> np.ndarray:  # [n]
+    """Return the number of images of each row, including null ones in a list."""
+    kind = chunk.type
+    image = kind.value_type if is_list(kind) else kind
+    if not (pa.types.is_binary(image) or pa.types.is_large_binary(image)):
+        raise ValueError(
+            f"{where} has type {kind}, expected binary or list<binary>; write the bytes of images"
+        )
+    if is_list(kind):
+        return list_lengths(chunk)
+    return chunk.is_valid().to_numpy(zero_copy_only=False).astype(np.int64)

@@ -1,26 +1,132 @@
 """One column of the items: its chunks, or the .npy file that schema.yaml names in its place.
 
-Shapes: n rows of a piece, R rows of a feature file.
+A file of stored features, [items, W] or [items, T, W], may have any size and lie at a URL: it is
+read in pieces, front to back. A token of NaN alone is missing, so an item can have fewer tokens
+than others, or none.
+
+Shapes: n rows of a piece, R rows of the file, T tokens of a row, W values of a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.lib import format as npy
 
-from recsys.data.items.feature_file import FeatureFile, read_ids
 from recsys.data.items.item_table import ItemTable, digest_of
+from recsys.data.items.ragged_array import RowWriter
 from recsys.data.parquet.bad_rows import Report
+from recsys.storage.location import Location
+
+BYTES_PER_PIECE = 2**24
+FLOATS = ("float16", "float32", "float64")
+
+# Reports bad rows: (first row of a piece, bad bool [n], reason).
+ReportRows = Callable[[int, np.ndarray, str], None]
+
+
+class FeatureFile:
+    """A .npy file with a row of features per item; another file is a ValueError."""
+
+    def __init__(self, file: Location) -> None:
+        self.file = file
+        try:
+            with file.filesystem.open(file.path, "rb") as stream:
+                shape, is_fortran, dtype = _header(stream)
+                self._start = stream.tell()
+        except FileNotFoundError:
+            raise ValueError(f"{file}: no such file; schema.yaml names it") from None
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{file}: not a readable .npy file ({error})") from error
+        if dtype.name not in FLOATS:
+            raise ValueError(f"{file}: holds {dtype}, expected one of {', '.join(FLOATS)}")
+        if len(shape) not in (2, 3) or min(shape) < 1 or is_fortran:
+            order = " in column order" if is_fortran else ""
+            raise ValueError(
+                f"{file}: has shape {list(shape)}{order}; save [items, values] or [items, tokens, "
+                "values], by np.ascontiguousarray"
+            )
+        self.num_rows, self.width, self.dtype = shape[0], shape[-1], dtype
+        self.row_shape = (shape[1] if len(shape) == 3 else 1, shape[-1])
+
+    def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (first row, values float32 [n, T, W]) from front to back."""
+        row_bytes = int(np.prod(self.row_shape)) * self.dtype.itemsize
+        step = max(BYTES_PER_PIECE // row_bytes, 1)
+        with self.file.filesystem.open(self.file.path, "rb") as stream:
+            stream.seek(self._start)
+            for first in range(0, self.num_rows, step):
+                count = min(step, self.num_rows - first)
+                content = stream.read(count * row_bytes)
+                if len(content) < count * row_bytes:
+                    raise ValueError(
+                        f"{self.file}: ends before row {self.num_rows - 1}; write it again"
+                    )
+                values = np.frombuffer(content, self.dtype).reshape(count, *self.row_shape)
+                with np.errstate(over="ignore"):  # values beyond float32 are refused as infinite
+                    yield first, values.astype(np.float32)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the values."""
+        return digest_of(self.num_rows, *(values.data.cast("B") for _, values in self.pieces()))
+
+
+def _header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Return shape, whether in column order, and type from the header."""
+    version = npy.read_magic(stream)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    return read(stream)
+
+
+def _read_ids(file: Location, num_rows: int) -> np.ndarray:  # [R]
+    """Return the id of each row of a feature file, integers or strings."""
+    try:
+        ids = np.load(BytesIO(file.read_bytes()), allow_pickle=False)
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file; schema.yaml names it") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{file}: not a readable .npy file ({error})") from error
+    if ids.shape != (num_rows,) or ids.dtype.kind not in "iuU":
+        raise ValueError(
+            f"{file}: has shape {list(ids.shape)} of {ids.dtype}; save the ids of the {num_rows} "
+            "rows of features, integers or strings"
+        )
+    return ids
+
+
+def write_rows(
+    folder: Path, features: FeatureFile, places: np.ndarray, num_rows: int, report: ReportRows
+) -> int:  # places [R], row of the array for each row, -1: left out
+    """Write the `RaggedArray` of a feature file and return its number of tokens."""
+    lengths = np.zeros(num_rows, np.int64)
+    usable = np.ones(features.num_rows, bool)
+    for first, values in features.pieces():
+        piece = slice(first, first + len(values))
+        is_token = ~np.isnan(values).all(axis=2)
+        bad = (is_token & ~np.isfinite(values).all(axis=2)).any(axis=1)
+        rows = places[piece]
+        report(first, bad & (rows >= 0), "a feature with a value that is not finite")
+        usable[piece] = ~bad & (rows >= 0)
+        lengths[rows[usable[piece]]] = is_token[usable[piece]].sum(axis=1)
+    with closing(RowWriter(folder, lengths, (features.width,), "float32")) as writer:
+        for first, values in features.pieces():
+            piece = slice(first, first + len(values))
+            values = values[usable[piece]]
+            writer.write(places[piece][usable[piece]], values[~np.isnan(values).all(axis=2)])
+    return int(lengths.sum())
 
 
 class ItemColumnReader:
-    """Reads one column of the items' files."""
+    """Reads one column, which schema.yaml names, of the items' files."""
 
     def __init__(self, table: ItemTable, name: str) -> None:
-        """Select a column that schema.yaml names."""
         self.table, self.name, self.settings = table, name, table.items.columns[name]
 
     @property
@@ -39,14 +145,12 @@ class ItemColumnReader:
         if self.settings.file is None:
             return None
         features, ids = FeatureFile(self.table.root / self.settings.file), self.settings.ids
-        return features, None if ids is None else read_ids(self.table.root / ids, features.num_rows)
+        if ids is None:
+            return features, None
+        return features, _read_ids(self.table.root / ids, features.num_rows)
 
     def places_of(self, features: FeatureFile, ids: np.ndarray | None) -> np.ndarray:  # [R]
-        """Return the item's row for each row of a feature file, -1 for none.
-
-        Raises:
-            ValueError: the file has no ids, and its number of rows is not that of the items.
-        """
+        """Return the item's row for each row of a feature file, -1 for none."""
         if ids is not None:
             return self.table.places_of(ids, self.table.root / str(self.settings.ids))
         if features.num_rows != self.table.num_rows:
@@ -65,9 +169,9 @@ class ItemColumnReader:
 
     def fingerprint(self) -> str:
         """Return a hash of the content and of the ids it belongs to."""
-        if (found := self.feature_file()) is None:
+        if (feature_file := self.feature_file()) is None:
             return self.table.fingerprint(self.name)
-        features, ids = found
+        features, ids = feature_file
         by_row = [] if ids is None else [str(ids.dtype), ids.tobytes()]
         rows = [self.table.ids.tobytes(), self.table.rows.tobytes()]
         return digest_of(features.fingerprint(), *by_row, *rows)

@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from embeddings.vocabulary.fixed import ExactVocabulary, integer_ids, is_id_type
-from recsys.data.filesystem import Location
 from recsys.data.parquet.bad_rows import BadRows, OnBadRow
 from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
 from recsys.data.schema import Schema, advice_on_unknown
+from recsys.storage.location import Location
 
 ROWS_PER_CHUNK = 256  # items in memory at once, as the encoded images of all items would not fit
 
@@ -39,21 +39,15 @@ class ItemTable:
 
     Args:
         root: the dataset, in which files of features are named.
-        schema: its columns.
-        on_bad_row: raise or skip on an invalid row.
-        folder: folder of the files, or one file; default `items` of the dataset.
+        schema: of the dataset.
+        on_bad_row: raise or skip on an id that is null, occurs twice or has no row.
+        folder: of the files, or one file; default `items` of the dataset.
         num_items: limit of the rows that ids have; default that of the target item's table.
 
     Attributes:
         ids: int64 [N], of the usable items: rows of the target item's table, or raw ids as integers
             if its vocabulary is bounded.
-        rows: int64 [N], their positions among the rows of all files.
-        num_rows: number of rows of all files, R.
-        bad_rows: rows that were invalid and skipped.
-
-    Raises:
-        ValueError: no file, a missing column, a wrong type; an id that is null, occurs twice or
-            lies outside the target item's table, unless `on_bad_row` is skip.
+        rows: int64 [N], their positions among the R rows of all files.
     """
 
     def __init__(
@@ -64,7 +58,6 @@ class ItemTable:
         folder: Location | None = None,
         num_items: int | None = None,
     ) -> None:
-        """List the files and read their ids."""
         if schema.items is None:
             raise ValueError(
                 f"{root}/schema.yaml: a model with content needs `items` with their columns; add "
@@ -80,12 +73,11 @@ class ItemTable:
         self._read_ids()
 
     def _read_ids(self) -> None:
-        """Read and check the ids of all files."""
         ids, rows, chunks, place = [], [], [], 0
         for file, first_row, chunk in self.chunks(self.items.id):
-            found = self._rows_of_ids(file, chunk)
-            usable = self._usable_rows(file, first_row, chunk, found)
-            ids.append(found[usable].astype(np.int64))
+            table_rows = self._rows_of_ids(file, chunk)
+            usable = self._usable_rows(file, first_row, chunk, table_rows)
+            ids.append(table_rows[usable].astype(np.int64))
             rows.append(place + usable)
             chunks.append((file, first_row, place))
             place += len(chunk)
@@ -106,21 +98,18 @@ class ItemTable:
         name, target = self.items.id, self.schema.target_item
         is_raw = self.schema.vocabulary_of(target) is not None
         if not (is_id_type(chunk.type) if is_raw else pa.types.is_integer(chunk.type)):
-            wanted = "integer or string" if is_raw else "integer"
+            expected = "integer or string" if is_raw else "integer"
             raise ValueError(
-                f"{file}: column '{name}' has type {chunk.type}, expected {wanted}; write it so"
+                f"{file}: column '{name}' has type {chunk.type}, expected {expected}; write it so"
             )
         if not is_raw:
             # Keep the type of the file, since a cast makes large unsigned ids negative.
             return chunk.fill_null(0).to_numpy(zero_copy_only=False)
         self.schema.require_id_type(name, chunk.type, str(file), target)
         vocabulary = self.schema.vocabularies.get(target)
-        if vocabulary is None:
-            find = integer_ids
-        elif isinstance(vocabulary, ExactVocabulary):
+        find = integer_ids if vocabulary is None else vocabulary.rows_of
+        if isinstance(vocabulary, ExactVocabulary):
             find = vocabulary.find
-        else:
-            find = vocabulary.rows_of
         rows = np.zeros(len(chunk), np.int64)
         try:
             rows[chunk.is_valid().to_numpy(zero_copy_only=False)] = find(chunk.drop_null()).ravel()
@@ -129,12 +118,12 @@ class ItemTable:
         return rows
 
     def _usable_rows(
-        self, file: Location, first_row: int, chunk: pa.Array, found: np.ndarray
-    ) -> np.ndarray:  # chunk [n], found [n], row in the target item's table -> at most [n]
+        self, file: Location, first_row: int, chunk: pa.Array, table_rows: np.ndarray
+    ) -> np.ndarray:  # chunk [n], table_rows [n], of the target item -> at most [n]
         """Report null and unknown ids; return the positions of the others in the chunk."""
         name, limit, target = self.items.id, self.num_items, self.schema.target_item
         null = chunk.is_null().to_numpy(zero_copy_only=False)
-        outside = ~null & ((found < 0) | (found >= limit))
+        outside = ~null & ((table_rows < 0) | (table_rows >= limit))
         if self.schema.has_bounded_items:
             outside[:] = False
         self.bad_rows.add(
@@ -166,12 +155,12 @@ class ItemTable:
         repeated[self.rows[again]] = self.ids[again]
         stops = [place for _, _, place in chunks[1:]]
         for (file, first_row, _), ids in zip(chunks, np.split(repeated, stops), strict=True):
-            message = partial(self._has_a_row, ids)
+            message = partial(self._second_row_message, ids)
             reason = "a second row of an item"
             self.bad_rows.add(file, self.items.id, first_row, ids >= 0, reason, message)
         self.ids, self.rows = self.ids[~again], self.rows[~again]
 
-    def _has_a_row(self, ids: np.ndarray, row: int) -> str:  # ids [n], -1 unless repeated
+    def _second_row_message(self, ids: np.ndarray, row: int) -> str:  # ids [n], -1 unless repeated
         """Return the message about the second row of an item."""
         vocabulary = self.schema.vocabulary_of(self.schema.target_item)
         if vocabulary is None:
@@ -184,11 +173,7 @@ class ItemTable:
         )
 
     def chunks(self, name: str) -> Iterator[Chunk]:
-        """Yield a column in order, `ROWS_PER_CHUNK` values at a time.
-
-        Raises:
-            ValueError: a file cannot be read, or lacks the column.
-        """
+        """Yield a column in order, `ROWS_PER_CHUNK` values at a time; damage is a ValueError."""
         for file in self.files:
             with open_parquet(file, streaming=True) as parquet:
                 column_type(parquet, file, name)
@@ -209,22 +194,14 @@ class ItemTable:
                     )
 
     def places_of(self, ids: np.ndarray, file: Location) -> np.ndarray:  # [n] -> [n]
-        """Return the row of each id among the rows of all item files; -1 for none.
-
-        Args:
-            ids: integers or strings.
-            file: their file, for messages.
-
-        Raises:
-            ValueError: they are of another type, or occur twice.
-        """
-        found = self._rows_of_ids(file, pa.array(ids))
+        """Return the row of each id of a file among the rows of all item files; -1 for none."""
+        table_rows = self._rows_of_ids(file, pa.array(ids))
         order = np.argsort(self.ids)
-        at = np.searchsorted(self.ids[order], found).clip(max=len(order) - 1)
-        has_item = self.ids[order][at] == found
-        known, counts = np.unique(found[has_item], return_counts=True)
+        at = np.searchsorted(self.ids[order], table_rows).clip(max=len(order) - 1)
+        has_item = self.ids[order][at] == table_rows
+        items, counts = np.unique(table_rows[has_item], return_counts=True)
         if (counts > 1).any():
-            twice = ids[found == known[counts > 1][0]][0]
+            twice = ids[table_rows == items[counts > 1][0]][0]
             raise ValueError(f"{file}: id {twice} has two rows; keep one row per item")
         return np.where(has_item, self.rows[order][at], -1)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +27,8 @@ from recsys.data.items.ragged_array import RaggedWriter
 from recsys.data.parquet.bad_rows import Report
 
 if TYPE_CHECKING:  # the check of settings does without torch
-    from torch import nn
-
-    from recsys.data.items.content_input import ContentInput
+    import torch
+    from torch import Tensor, nn
 
 MODALITY_KINDS = {
     "text": "recsys.content.kinds.text:Text",
@@ -38,14 +38,32 @@ MODALITY_KINDS = {
 }
 
 
+@dataclass
+class ContentInput:
+    """Content of one modality for U unique items, as its encoder reads it.
+
+    values: token ids int64 [U, T], pixels uint8 [U, 3, H, W] or features float32 [U, T, width].
+    mask: bool [U, T], False for padding; [U, 1] for pixels. It has no True for an item without this
+        modality.
+    """
+
+    values: Tensor
+    mask: Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> ContentInput:
+        """Return a copy with both tensors on `device`."""
+        values = self.values.to(device=device, non_blocking=non_blocking)
+        return ContentInput(values, self.mask.to(device=device, non_blocking=non_blocking))
+
+    def __getitem__(self, items: slice) -> ContentInput:
+        return ContentInput(self.values[items], self.mask[items])
+
+
 class ModalityKind:
     """Interface of all modality kinds.
 
-    Args:
-        where: full name of the settings, for messages.
-        modality: the settings.
-
     Attributes:
+        where, modality: full name of the settings, for messages, and the settings.
         column_kind: kind of the item columns in schema.yaml that it reads.
         entry_shape, dtype: shape and type of one entry of an item's row in the cache.
         notes: sentences for the user, set when the encoder is built.
@@ -56,14 +74,9 @@ class ModalityKind:
     dtype: str = "float32"
 
     def __init__(self, where: str, modality: ModalitySettings) -> None:
-        """Keep the settings and check them."""
         self.where, self.modality = where, modality
         self.notes: list[str] = []
         self.check()
-
-    def __reduce__(self) -> Any:
-        """Pickle only the settings: another process rebuilds the kind and its tokenizer."""
-        return make_kind, (self.where, self.modality)
 
     def check(self) -> None:
         """Raise a ValueError that names settings that do not fit this kind."""
@@ -73,10 +86,7 @@ class ModalityKind:
             )
 
     def check_column(self, column: ItemColumnReader) -> None:
-        """Raise a ValueError if the column's first content is of another kind.
-
-        It is called before all content is prepared, which may take long.
-        """
+        """Raise a ValueError if the first content does not fit, before all is prepared."""
 
     def key(self) -> Any:
         """Return, in printable form, all that entries depend on besides the column's content."""
@@ -87,13 +97,8 @@ class ModalityKind:
     ) -> tuple[np.ndarray, np.ndarray]:  # [n], [sum of them, *entry_shape]
         """Return the number of entries of each row of a chunk, and all entries in order.
 
-        Args:
-            chunk: values of the column.
-            where: file and column, for messages.
-            report: reports unusable rows; they have no entries.
-
-        Raises:
-            ValueError: the column has another type.
+        `report` receives unusable rows, which have no entries; `where` names file and column in the
+        ValueError that refuses a column of another type.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no entries")
 
@@ -103,26 +108,14 @@ class ModalityKind:
         """Return padded rows, or outputs of the frozen part, in the form that the encoder takes."""
         import torch
 
-        from recsys.data.items.content_input import ContentInput
-
         return ContentInput(torch.from_numpy(values), torch.from_numpy(mask))
 
     def encoder(self, entry_shape: tuple[int, ...]) -> nn.Module:
-        """Return the encoder, a `recsys.content.encoders.base.Encoder`.
-
-        Args:
-            entry_shape: shape of the cached entries.
-
-        Raises:
-            ValueError: it cannot be loaded, or does not fit its settings.
-        """
+        """Return the encoder of cached entries, a `recsys.content.encoders.base.Encoder`."""
         raise NotImplementedError(f"{type(self).__name__} defines no encoder")
 
     def preparation_digest(self) -> str:
-        """Return a hash of the preparation of content before the encoder.
-
-        Scoring refuses a run whose encoder was trained with another preparation.
-        """
+        """Return a hash of the preparation of content; scoring refuses a run with another."""
         return digest_of(self.key())
 
     def lengths(self, chunk: pa.Array, where: str) -> np.ndarray:  # [n]
@@ -138,11 +131,7 @@ class ModalityKind:
 
 
 def make_kind(where: str, modality: ModalitySettings) -> ModalityKind:
-    """Return the kind that a modality's settings name; its constructor checks them.
-
-    Raises:
-        ValueError: it is unknown, cannot be made, or refuses the settings.
-    """
+    """Return the kind that a modality's settings name, or raise a ValueError about them."""
     setting = f"{where}.kind"
     if modality.options and modality.kind in MODALITY_KINDS:
         raise ValueError(

@@ -5,42 +5,43 @@ threads of one machine share its pages, and one index operation gathers a batch.
 read count as memory of the process until they are released, which happens whenever about
 `RESIDENT_BYTES` of a larger file may be mapped; the system's page cache still has them then.
 
-Rows of equal content may share their entries: beside the entries of S distinct rows lies then the
-number of the distinct row of each of the N rows.
-
-Shapes: N rows of the array, S distinct rows, n rows written at once, U rows gathered, T entries of
-the longest.
+Shapes: N rows of the array, S distinct rows, n rows written or hashed at once, U rows gathered,
+T entries of the longest.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import mmap
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 from numpy.lib import format as npy
 
+from recsys.storage.files import whole_file
+
 RESIDENT_BYTES = 2**30
 MAPPED_AROUND = 2**16  # bytes that the kernel maps around each page read
 SHARED = "distinct.npy"  # number of the distinct row of each row; -1 for a row without entries
+HASHES = "hashes.npy"  # of each row's content
+HASH_TYPE = "S16"  # empty for an item without content
+ROWS_PER_HASHING = 256
 
 
 class RaggedArray:
     """N rows; row n holds `lengths[n]` entries of one shape and type.
 
-    On disk: `values.npy` [sum of lengths, ...] and `offsets.npy` [N + 1], or, of rows that share
-    their entries, `offsets.npy` [S + 1] and `distinct.npy` [N] (`share_rows`).
+    On disk: `values.npy` [sum of lengths, ...] and `offsets.npy` [N + 1]. Rows of equal content may
+    share their entries: `offsets.npy` [S + 1] and `distinct.npy` [N] (`share_rows`).
 
     Raises:
         ValueError: the files are damaged.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Map the values and read the offsets."""
         try:
             self.values = np.load(folder / "values.npy", "r", allow_pickle=False)
             self.offsets = np.load(folder / "offsets.npy", allow_pickle=False)
@@ -59,12 +60,7 @@ class RaggedArray:
         self._plain = np.asarray(self.values)
         self._mapped = 0  # upper bound in bytes
 
-    def __reduce__(self) -> tuple[Callable[[Path], RaggedArray], tuple[Path]]:
-        """Pickle only the folder: another process opens the files again."""
-        return RaggedArray, (self.folder,)
-
     def __len__(self) -> int:
-        """Return the number of rows, N."""
         return len(self.offsets) - 1 if self.distinct is None else len(self.distinct)
 
     @property
@@ -103,15 +99,12 @@ class RaggedWriter:
     It uses write calls, not mapped pages: the file does not count as memory of the process, and a
     full disk raises an error instead of a signal that kills.
 
-    Example::
-
-        with closing(RaggedWriter(folder, (), "int64")) as writer:
-            writer.add(np.array([2, 0, 1]), np.array([7, 8, 9]))  # [7, 8], [], [9]
-        RaggedArray(folder).lengths  # [2, 0, 1]
+    Args:
+        folder: of the array.
+        shape, dtype: of one entry.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, ...], dtype: str) -> None:
-        """Open the file of values; `shape` and `dtype` are those of one entry."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.shape, self.dtype = folder, shape, np.dtype(dtype)
         self.lengths: list[np.ndarray] = []
@@ -120,7 +113,6 @@ class RaggedWriter:
         self._write_header()
 
     def _write_header(self) -> None:
-        """Write the header for the number of entries so far."""
         # numpy leaves room in the header for the number of entries to grow. It is 1 at least, since
         # an empty file cannot be mapped.
         shape = (max(self.num_entries, 1), *self.shape)
@@ -150,22 +142,11 @@ class RaggedWriter:
 
 
 class RowWriter(RaggedWriter):
-    """Writes a `RaggedArray` of known lengths, with rows in any order.
-
-    Example::
-
-        with closing(RowWriter(folder, np.array([1, 0, 2]), (4,), "float32")) as writer:
-            writer.write(np.array([2, 0]), values)  # [3, 4]: first the two entries of row 2
-    """
+    """Writes a `RaggedArray` of known lengths [N], with rows in any order."""
 
     def __init__(
-        self,
-        folder: Path,
-        lengths: np.ndarray,  # [N]
-        shape: tuple[int, ...],
-        dtype: str,
+        self, folder: Path, lengths: np.ndarray, shape: tuple[int, ...], dtype: str
     ) -> None:
-        """Reserve the file for rows of these lengths."""
         super().__init__(folder, shape, dtype)
         self.lengths, self.num_entries = [lengths], int(lengths.sum())
         self._starts = np.cumsum(lengths) - lengths
@@ -195,3 +176,31 @@ def share_rows(folder: Path, distinct: np.ndarray) -> None:  # distinct [N], in 
         np.save(file, distinct.astype(np.int64))
         file.flush()
         os.fsync(file.fileno())
+
+
+def row_hashes(array: RaggedArray, rows: np.ndarray) -> np.ndarray:  # rows [n] -> [n]
+    """Return a hash of the content of each row."""
+    hashes = np.zeros(len(rows), HASH_TYPE)
+    for start in range(0, len(rows), ROWS_PER_HASHING):
+        values, mask = array.gather(rows[start : start + ROWS_PER_HASHING])
+        for place, (entries, is_entry) in enumerate(zip(values, mask, strict=True)):
+            digest = hashlib.blake2b(entries[is_entry].tobytes(), digest_size=16).digest()
+            hashes[start + place] = digest
+    return hashes
+
+
+def stored_hashes(folder: Path) -> np.ndarray:  # [N], memory-mapped
+    """Return the hashes of all rows of the array in `folder`, computed at the first call.
+
+    After an edit of the items they show which items changed, so that frozen caches and memory banks
+    encode only these.
+    """
+    path = folder / HASHES
+    if not path.exists():
+        array = RaggedArray(folder)
+        rows = np.flatnonzero(array.lengths > 0)
+        hashes = np.zeros(len(array), HASH_TYPE)
+        hashes[rows] = row_hashes(array, rows)
+        with whole_file(path) as partial, partial.open("wb") as file:
+            np.save(file, hashes)
+    return np.load(path, "r", allow_pickle=False)

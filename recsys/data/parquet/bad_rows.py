@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from recsys.data.filesystem import Location
 from recsys.distributed.log import print_table
+from recsys.storage.location import Location
 
 if TYPE_CHECKING:
     from recsys.distributed.ranks import Ranks
@@ -35,18 +35,11 @@ class BadRows:
     """Raises at the first bad row, or counts all of them.
 
     A part of a file (a row group) may be read again in each epoch and by two ranks; it counts once.
-
-    Example::
-
-        bad_rows = BadRows("skip")
-        bad_rows.add(file, "price", 100, np.isnan(prices), "NaN", lambda row: "NaN; write a number")
-        bad_rows.summary(ranks, "train")["rows"]
     """
 
     def __init__(self, on_bad_row: OnBadRow = "error") -> None:
-        """Start with no bad rows."""
         self.on_bad_row = on_bad_row
-        self.found: dict[Place, tuple[int, int]] = {}  # number of rows, the first of them
+        self.counts: dict[Place, tuple[int, int]] = {}  # number of rows, the first of them
 
     def add(
         self,
@@ -59,13 +52,8 @@ class BadRows:
     ) -> None:
         """Record the bad rows of one column in a part of a file, if there are any.
 
-        Args:
-            file: the file, for messages.
-            column: the column; "" for whole rows.
-            first_row: position of the part's first row in the file.
-            bad: mask of the part's bad rows.
-            reason: description that all of them share.
-            message: maps a row of the part to its error and the fix.
+        The part begins at `first_row` of the file. `column` is "" for whole rows; `message` maps a
+        row of the part to its error and the fix.
 
         Raises:
             ValueError: a row is bad and `on_bad_row` is error; names file, column and row.
@@ -76,28 +64,26 @@ class BadRows:
         if self.on_bad_row == "error":
             where = f"column '{column}', row {first_row + row}: " if column else ""
             raise ValueError(f"{file}: {where}{message(row)}")
-        self.found[str(file), column, first_row, reason] = (int(bad.sum()), first_row + row)
+        self.counts[str(file), column, first_row, reason] = (int(bad.sum()), first_row + row)
 
     def summary(self, ranks: Ranks, what: str) -> dict[str, Any]:
-        """Return counts over all ranks, which rank 0 logs as skipped rows of `what`. A collective.
+        """Return {"rows": number of skipped rows, "found": entries of `by_reason`} of all ranks.
 
-        Returns:
-            rows: number of skipped rows.
-            found: by file, column and reason, each with its number of rows and the first of them.
+        Rank 0 logs them as skipped rows of `what`. A collective.
         """
         merged: dict[Place, tuple[int, int]] = {}
-        for found in ranks.gather(self.found):
-            merged |= found
+        for bad_rows in ranks.gather(self.counts):
+            merged |= bad_rows
         total_rows, entries = by_reason(merged)
         if entries and ranks.is_first:
             print_table(format_skipped(what, total_rows, entries))
         return {"rows": total_rows, "found": entries}
 
 
-def by_reason(found: dict[Place, tuple[int, int]]) -> tuple[int, list[dict[str, Any]]]:
+def by_reason(bad_rows: dict[Place, tuple[int, int]]) -> tuple[int, list[dict[str, Any]]]:
     """Return the number of bad rows, and an entry by file, column and reason."""
     merged: dict[tuple[str, str, str], tuple[int, int]] = {}
-    for (file, column, _, reason), (rows, first) in sorted(found.items()):
+    for (file, column, _, reason), (rows, first) in sorted(bad_rows.items()):
         # Parts are in order, so the first row of the first part is kept.
         total, earliest = merged.get((file, column, reason), (0, first))
         merged[file, column, reason] = (total + rows, earliest)
@@ -109,7 +95,7 @@ def by_reason(found: dict[Place, tuple[int, int]]) -> tuple[int, list[dict[str, 
 
 
 def format_skipped(what: str, rows: int, entries: list[dict[str, Any]]) -> str:
-    """Return the report as lines of text."""
+    """Return the report of skipped rows as text."""
     lines = [f"skipped {_rows(rows)} of {what}:"]
     lines += [f"  {_entry(entry)}" for entry in entries[:LINES]]
     if len(entries) > LINES:

@@ -36,7 +36,8 @@ class ListColumns:
         places = np.repeat(starts - ends + lengths, lengths)
         places += np.arange(len(places))
         offsets = np.concatenate([[0], ends])
-        return ListColumns(offsets, {name: of.take(places) for name, of in self.values.items()})
+        selected = {name: values.take(places) for name, values in self.values.items()}
+        return ListColumns(offsets, selected)
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,6 @@ class RowColumns:
 
     numbers: [R], the values of each column with one value per row.
     lists: the other columns, grouped by equal lengths.
-
-    Example::
-
-        columns = RowColumns.of(pa.table({"user": [7, 8], "history": [[1, 2], [3]]}))
-        columns.take(np.array([1])).values("history")  # [3]
     """
 
     numbers: dict[str, np.ndarray]

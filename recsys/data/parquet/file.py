@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recsys.data.filesystem import Location
 from recsys.data.schema import Schema
+from recsys.storage.location import Location
 
 # A damaged footer may hold names that are not UTF-8.
 READ_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
@@ -25,13 +25,8 @@ STREAM_BYTES = 1 << 20
 def open_parquet(file: Location, streaming: bool = False) -> Iterator[pq.ParquetFile]:
     """Open a file for the length of a block.
 
-    Args:
-        file: its location.
-        streaming: whether to read pages on demand, since a column of images may exceed the memory;
-            else whole columns are read at once, with fewer requests.
-
-    Raises:
-        ValueError: there is no such file, or its footer cannot be read.
+    With `streaming`, pages are read on demand, since a column of images may exceed the memory;
+    else whole columns are read at once, with fewer requests. A ValueError names a damaged file.
     """
     try:
         if not file.exists():
@@ -52,11 +47,7 @@ def open_parquet(file: Location, streaming: bool = False) -> Iterator[pq.Parquet
 def read_row_group(
     parquet: pq.ParquetFile, file: Location, index: int, columns: list[str]
 ) -> pa.Table:
-    """Read columns of a row group.
-
-    Raises:
-        ValueError: it is damaged; names file and row group.
-    """
+    """Read columns of a row group; a ValueError names the file if it is damaged."""
     try:
         return parquet.read_row_group(index, columns=columns)
     except READ_ERRORS as error:
@@ -80,11 +71,7 @@ def footer_digest(file: Location, parquet: pq.ParquetFile) -> str:
 
 
 def column_type(parquet: pq.ParquetFile, file: Location, name: str) -> pa.DataType:
-    """Return the Arrow type of a column.
-
-    Raises:
-        ValueError: the file does not have the column, or has it twice.
-    """
+    """Return the Arrow type of a column; a ValueError says if it is missing or occurs twice."""
     names = parquet.schema_arrow.names
     if name not in names:
         raise ValueError(

@@ -11,34 +11,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recsys.data.chunk import Chunk
-from recsys.data.filesystem import Location
 from recsys.data.parquet.bad_rows import OnBadRow
 from recsys.data.parquet.file import READ_ERRORS, column_type, footer_digest, open_parquet
-from recsys.data.row_source import RowSource, columns_to_read
+from recsys.data.row_source import Chunk, RowSource, columns_to_read
 from recsys.data.schema import Schema
 from recsys.data.transforms.columns import check_types
+from recsys.storage.location import Location
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowGroup(Chunk):
-    """One row group of one file; its size is that of its encoded, uncompressed pages.
-
-    Its digest is the digest of the file's footer.
-    """
+    """A row group of a file: size of its uncompressed pages, digest of the file's footer."""
 
     file: Location
     index: int
 
 
 class ParquetRows(RowSource):
-    """Rows of all `*.parquet` files of one split, or of the files given, in their order.
-
-    `on_bad_row` is as in `RowSource`, and for unreadable row groups, too.
-
-    Raises:
-        ValueError: no file, an empty or unreadable file, a missing column or a wrong type.
-    """
+    """Rows of Parquet files, in their order; `on_bad_row` is for unreadable row groups, too."""
 
     def __init__(
         self,
@@ -47,7 +37,6 @@ class ParquetRows(RowSource):
         with_labels: bool = True,
         on_bad_row: OnBadRow = "error",
     ) -> None:
-        """List the row groups of the files and check the types of their columns."""
         names = columns_to_read(schema, with_labels)
         groups = [group for file in files for group in _row_groups(file, schema, names)]
         super().__init__(schema, groups, with_labels, on_bad_row)
@@ -56,11 +45,7 @@ class ParquetRows(RowSource):
     def of_split(
         root: Location, split: str, schema: Schema, on_bad_row: OnBadRow = "error"
     ) -> ParquetRows:
-        """Return the split `train`, `valid` or `test` of a dataset.
-
-        Raises:
-            ValueError: as in the class.
-        """
+        """Return all `*.parquet` files of the split `train`, `valid` or `test` of a dataset."""
         folder = root / split
         files = folder.files(".parquet")
         if not files:
@@ -78,10 +63,10 @@ class ParquetRows(RowSource):
 
     def read_chunks(self, numbers: Sequence[int]) -> Iterator[pa.Table]:
         """Yield the checked rows of some row groups; each file is opened once."""
-        for file, of_file in groupby(numbers, lambda number: self.row_groups[number].file):
+        for file, groups in groupby(numbers, lambda number: self.row_groups[number].file):
             with open_parquet(file) as parquet:
                 digest = footer_digest(file, parquet)
-                for number in of_file:
+                for number in groups:
                     if self.chunks[number].digest != digest:
                         raise ValueError(
                             f"{file}: was replaced after the job had opened it; bring it back and "
@@ -113,9 +98,7 @@ class ParquetRows(RowSource):
         return self.usable(number, table)
 
 
-def split_rows(root: Location, split: str, schema: Schema) -> ParquetRows:
-    """Return the rows of a split: the source `parquet`."""
-    return ParquetRows.of_split(root, split, schema)
+split_rows = ParquetRows.of_split  # the source `parquet`
 
 
 def _row_groups(file: Location, schema: Schema, names: list[str]) -> Iterator[RowGroup]:

@@ -4,12 +4,15 @@ Ids become int64 (raw ones become rows if their vocabulary is fixed), numbers fl
 `list<...>` of them. A row with an unusable value is reported (which may end the job) and becomes a
 padding row: position -1, no weight, no metric.
 
+A raw id of null is the unknown id: the last row of an exact or bounded map, an id of its own of a
+hash. Raw ids of a bounded map stay integers, as the map learns their rows in training.
+
 Shapes: R rows, N values of a column, H rows per id.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,12 +20,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embeddings.vocabulary.fixed import ExactVocabulary, is_id_type
-from recsys.data.parquet.numbers import bad_numbers, note_rows_without_label
-from recsys.data.parquet.raw_ids import plain_ids, raw_groups, rows_of_ids
+from embeddings.vocabulary.fixed import (
+    NULL_ID,
+    ExactVocabulary,
+    HashVocabulary,
+    integer_ids,
+    is_id_type,
+    mix64,
+)
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import RAW_GROUP as RAW_GROUP
 from recsys.data.schema_columns import ROW_POSITION as ROW_POSITION
+from recsys.data.schema_columns import Column
 
 MAX_LIST_VALUES = np.iinfo(np.int32).max  # of a column of lists, whose offsets are int32
 
@@ -55,18 +64,18 @@ def _expected(schema: Schema, name: str) -> tuple[bool, bool]:
 
 def check_type(schema: Schema, name: str, kind: pa.DataType, file: str) -> None:
     """Raise a ValueError if a column's type differs from the schema's."""
-    wants_list, wants_integer = _expected(schema, name)
+    has_lists, has_integers = _expected(schema, name)
     is_raw = schema.vocabulary_of(name) is not None
     value = kind.value_type if is_list(kind) else kind
     if pa.types.is_null(value) and _takes_nulls(schema, name, kind):
         return
-    is_fitting = is_id_type if is_raw else pa.types.is_integer if wants_integer else _is_number
-    if is_list(kind) != wants_list or not is_fitting(value):
-        wanted = "integer or string" if is_raw else "integer" if wants_integer else "float"
-        wanted = f"list<{wanted}>" if wants_list else wanted
+    is_fitting = is_id_type if is_raw else pa.types.is_integer if has_integers else _is_number
+    if is_list(kind) != has_lists or not is_fitting(value):
+        expected = "integer or string" if is_raw else "integer" if has_integers else "float"
+        expected = f"list<{expected}>" if has_lists else expected
         raise ValueError(
-            f"{file}: column '{name}' has type {kind}, expected {wanted}; write it with that type "
-            "or correct its kind in schema.yaml"
+            f"{file}: column '{name}' has type {kind}, expected {expected}; write it with that "
+            "type or correct its kind in schema.yaml"
         )
     if not is_raw:
         return
@@ -88,10 +97,7 @@ def _takes_nulls(schema: Schema, name: str, kind: pa.DataType) -> bool:
 
 
 def empty_table(schema: Schema, names: list[str]) -> pa.Table:
-    """Return an empty table with the columns of a batch: `names` and row positions.
-
-    If the group has a vocabulary, its raw ids are a column of their own.
-    """
+    """Return an empty table with the columns of a batch: `names`, raw groups, row positions."""
     kinds = []
     for name in names:
         is_list_column, is_integer = _expected(schema, name)
@@ -132,7 +138,7 @@ def usable_table(
         arrays.append(pa.array(raw_groups(groups, positions)))
     usable = pa.table([*arrays, positions], schema=empty_table(schema, table.column_names).schema)
     _check_parallel(usable, schema, note)
-    note_rows_without_label(usable, schema, note)
+    _note_rows_without_label(usable, schema, note)
     if not bad.any():
         return usable
     with_padding = pa.concat_tables([usable, padding_rows(usable, 1)])
@@ -158,29 +164,24 @@ def usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn
         null += ", or give the column a vocabulary, in which null is the unknown id"
     numbers = values.fill_null(0).to_numpy(zero_copy_only=False)
 
-    def note_values(bad: np.ndarray, reason: str, message: Callable[[Any], str]) -> None:
-        """Note the rows of bad values [N]; the message is about the first of them."""
-        rows = _rows_of_values(array, bad)
-        note(name, rows, reason, lambda row: message(numbers[bad.argmax()]))
-
+    note_values = partial(_note_values, note, name, array)
     column = schema.columns.get(name)
     if values.null_count and not (column and column.nullable):
-        note_values(values.is_null().to_numpy(False), "null", lambda value: null)
+        note_values(values.is_null().to_numpy(False), "null", null)
     if is_integer:
         limit, owner = schema.limit(name), schema.table_of(name)
         if len(numbers) and (numbers.min() < 0 or numbers.max() >= limit):
+            outside = (numbers < 0) | (numbers >= limit)
             note_values(
-                (numbers < 0) | (numbers >= limit),
+                outside,
                 f"id outside [0, {limit})",
-                lambda value: (
-                    f"id {value} is outside [0, {limit}); raise num_embeddings of '{owner}' "
-                    "in schema.yaml or map the ids to rows"
-                ),
+                f"id {numbers[outside.argmax()]} is outside [0, {limit}); raise num_embeddings of "
+                f"'{owner}' in schema.yaml or map the ids to rows",
             )
         return _cast(array, pa.int64(), is_list_column)
-    for bad, reason, message in bad_numbers(numbers, column):
+    for bad, reason, fix in _bad_numbers(numbers, column):
         if bad.any():
-            note_values(bad, reason, message)
+            note_values(bad, reason, f"value {numbers[bad.argmax()]}; {fix}")
     return array
 
 
@@ -202,12 +203,14 @@ def _extra_column(array: pa.Array, name: str, note: ReportColumn) -> pa.Array:
     return array
 
 
-def _rows_of_values(array: pa.Array, values: np.ndarray) -> np.ndarray:
-    """Return a mask of the rows [R] that hold a marked value; a row is a value or a list."""
-    if not is_list(array.type):
-        return values
-    rows = np.repeat(np.arange(len(array)), list_lengths(array))
-    return np.bincount(rows[values], minlength=len(array)) > 0
+def _note_values(
+    note: ReportColumn, name: str, array: pa.Array, bad: np.ndarray, reason: str, message: str
+) -> None:  # array [R], of values or lists; bad bool [N]
+    """Note the rows that hold a bad value."""
+    if is_list(array.type):
+        rows = np.repeat(np.arange(len(array)), list_lengths(array))
+        bad = np.bincount(rows[bad], minlength=len(array)) > 0
+    note(name, bad, reason, lambda row: message)
 
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:
@@ -224,10 +227,7 @@ def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportCol
     values = array.flatten() if as_list else array
     lengths = list_lengths(array).astype(np.int64) if as_list else np.ones(len(array), np.int64)
     values, null, too_large = plain_ids(values)
-
-    def note_values(bad: np.ndarray, reason: str, message: str) -> None:
-        note(name, _rows_of_values(array, bad), reason, lambda row: message)
-
+    note_values = partial(_note_values, note, name, array)
     if name == schema.target_item:
         note_values(null, "null", "null; every row ranks an item: fill it or drop the row")
     note_values(too_large, "id beyond int64", "an id that does not fit int64; renumber it")
@@ -237,11 +237,82 @@ def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportCol
         reason = f"more than {MAX_LIST_VALUES:,} rows of ids in a row group"
         note(name, np.ones(len(array), bool), reason, lambda row: f"{reason}; write smaller ones")
         return pa.array([[]] * len(array), pa.list_(pa.int64()))
-    found = rows_of_ids(values, null, too_large, vocabulary).reshape(-1, num_rows)
+    rows = rows_of_ids(values, null, too_large, vocabulary).reshape(-1, num_rows)
     if not as_list and num_rows == 1:
-        return pa.array(found[:, 0])
+        return pa.array(rows[:, 0])
     offsets = np.concatenate([[0], np.cumsum(lengths * num_rows)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(found.reshape(-1)))
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(rows.reshape(-1)))
+
+
+def plain_ids(ids: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
+    """Return raw ids without dictionary, and masks [N] of null ids and of ids beyond int64."""
+    if pa.types.is_dictionary(ids.type):
+        ids = ids.dictionary_decode()
+    too_large = np.zeros(len(ids), bool)
+    if pa.types.is_uint64(ids.type):
+        too_large = ids.fill_null(0).to_numpy(zero_copy_only=False) > np.iinfo(np.int64).max
+    return ids, ids.is_null().to_numpy(False), too_large
+
+
+def rows_of_ids(
+    ids: pa.Array,
+    null: np.ndarray,
+    too_large: np.ndarray,
+    vocabulary: ExactVocabulary | HashVocabulary | None,
+) -> np.ndarray:  # ids, null, too_large [N] -> int64 [N] or [N, H]
+    """Return rows of raw ids, or the ids as integers if `vocabulary` is None.
+
+    Null becomes the unknown id; ids that are too large become zeros.
+    """
+    find_rows = integer_ids if vocabulary is None else vocabulary.rows_of
+    usable = ~(null | too_large)
+    if usable.all():
+        return find_rows(ids)
+    usable_rows = find_rows(ids.filter(pa.array(usable)))
+    rows = np.zeros((len(ids), *usable_rows.shape[1:]), np.int64)
+    rows[usable] = usable_rows
+    if isinstance(vocabulary, ExactVocabulary):
+        rows[null] = vocabulary.unknown_row
+    else:
+        rows[null] = find_rows(pa.array([NULL_ID]))[0]
+    return rows
+
+
+def raw_groups(ids: pa.Array, positions: np.ndarray) -> np.ndarray:  # [R], [R] -> int64 [R]
+    """Return raw ids of the group as integers; a row without one is a group of its own."""
+    ids, null, too_large = plain_ids(ids)
+    groups = rows_of_ids(ids, null, too_large, None)
+    return np.where(null, mix64(positions).view(np.int64), groups)
+
+
+def _bad_numbers(
+    numbers: np.ndarray, column: Column | None
+) -> Iterator[tuple[np.ndarray, str, str]]:  # numbers float32 [N]
+    """Yield a mask of unusable values [N], their reason and the fix; column None: a list."""
+    finite = np.isfinite(numbers)
+    yield ~finite, "not finite", "write a finite number that fits float32"
+    if column is None:
+        return
+    negative, not_binary = finite & (numbers < 0), finite & (numbers != 0) & (numbers != 1)
+    if column.kind == "weight":
+        yield negative, "weight below 0", "a weight is 0 or more"
+    if column.kind == "sampled":
+        fix = "write 1 in rows whose item was drawn, else 0"
+        yield not_binary, "sampled other than 0 and 1", fix
+    if column.kind == "label" and column.loss == "poisson":
+        yield negative, "label below 0", "a count is 0 or more"
+    if column.kind == "label" and column.loss in (None, "bce"):
+        fix = "a label is 0 or 1, or give it a loss (mse, huber, poisson)"
+        yield not_binary, "label other than 0 and 1", fix
+
+
+def _note_rows_without_label(table: pa.Table, schema: Schema, note: ReportColumn) -> None:
+    """Note the rows in which all labels are null."""
+    labels = [name for name in schema.of_kind("label") if name in table.column_names]
+    if labels and all(schema.columns[name].nullable for name in labels):
+        unknown = np.logical_and.reduce([table[name].is_null().to_numpy() for name in labels])
+        message = f"null, as all of {labels}; drop rows without any label"
+        note(labels[0], unknown, "no label", lambda row: message)
 
 
 def _check_parallel(table: pa.Table, schema: Schema, note: ReportColumn) -> None:

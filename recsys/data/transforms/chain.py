@@ -6,6 +6,9 @@
 A chain reads the columns that `column` names, by default the file's column with its own name.
 A name means the file's column, unless another column of the schema with that name is transformed;
 then it means the result of that transform.
+
+`transforms.yaml` of a dataset has the chains with all values fitted on train/. It repeats the whole
+chains, so that values of another chain are never used.
 """
 
 from __future__ import annotations
@@ -19,14 +22,18 @@ from typing import Any, get_type_hints
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import yaml
 
 from recsys.config.parser import meant, problem_of_keys, short
+from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.schema_columns import Column
-from recsys.data.transforms.fit import Fit
-from recsys.data.transforms.steps import STEPS
+from recsys.data.transforms.steps import STEPS, Fit
+from recsys.storage.location import Location
 
 KINDS = ("id", "ids", "dense")
 INPUTS = (*KINDS, "sequence")  # kinds that may be the source of another column
+FILE = "transforms.yaml"
+HEAD = "# Written by `recsys prepare transforms`: fitted on the rows in train/.\n"
 
 
 @dataclass(frozen=True)
@@ -37,36 +44,33 @@ class Call:
     settings: dict[str, Any]
 
     @staticmethod
-    def of(given: Any) -> Call:
-        """Read a step in the form of `schema.yaml`: its name, or a mapping of its name to settings.
-
-        Raises:
-            ValueError: the step or a setting is unknown, missing or out of range.
-        """
-        given = {given: {}} if isinstance(given, str) else given
-        if not isinstance(given, dict) or len(given) != 1:
-            raise ValueError(f"{short(given)} is no step; write a name, or {{name: settings}}")
-        [(name, settings)] = given.items()
+    def of(step: Any) -> Call:
+        """Read and check a step as in `schema.yaml`: its name, or a mapping of it to settings."""
+        step = {step: {}} if isinstance(step, str) else step
+        if not isinstance(step, dict) or len(step) != 1:
+            raise ValueError(f"{short(step)} is no step; write a name, or {{name: settings}}")
+        [(name, settings)] = step.items()
         if name not in STEPS:
             raise ValueError(f"'{name}' is no step, but {list(STEPS)}{meant(str(name), STEPS)}")
         function = STEPS[name].apply
-        known = dict(list(inspect.signature(function).parameters.items())[1:])
-        hints = {each: get_type_hints(function)[each] for each in known}
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+        defaults = {parameter.name: parameter.default for parameter in parameters}
+        hints = {setting: get_type_hints(function)[setting] for setting in defaults}
         if not isinstance(settings, dict):
-            settings = dict(zip(list(known)[:1] or ["settings"], [settings], strict=True))
-        missing = [each for each in known if each not in settings]
-        needed = [each for each in missing if known[each].default is inspect.Parameter.empty]
+            settings = dict(zip(list(defaults)[:1] or ["settings"], [settings], strict=True))
+        unset = {setting: value for setting, value in defaults.items() if setting not in settings}
+        required = [setting for setting in unset if unset[setting] is inspect.Parameter.empty]
         problem = problem_of_keys(hints, settings, name) or _unusable(settings)
-        if problem or needed:
-            raise ValueError(problem or f"{name} needs {needed[0]}")
-        call = Call(name, settings | {each: known[each].default for each in missing})
+        if problem or required:
+            raise ValueError(problem or f"{name} needs {required[0]}")
+        call = Call(name, settings | unset)
         call([pa.nulls(0), pa.nulls(0)])  # the function checks its settings
         return call
 
     @property
     def is_fitted(self) -> bool:
-        """Return whether all settings are known."""
-        return all(self.settings[each] is not None for each in self.fitted_settings)
+        """Whether all settings are known."""
+        return all(self.settings[name] is not None for name in self.fitted_settings)
 
     @property
     def fitted_settings(self) -> tuple[str, ...]:
@@ -92,7 +96,8 @@ class Call:
 
     def plain(self) -> dict[str, Any]:
         """Return the step in the form of `schema.yaml`."""
-        return {self.name: {name: of for name, of in self.settings.items() if of is not None}}
+        settings = self.settings.items()
+        return {self.name: {name: value for name, value in settings if value is not None}}
 
     def __call__(self, columns: list[pa.Array]) -> list[pa.Array]:
         """Apply the step to the values of each column, or of all columns together."""
@@ -141,8 +146,8 @@ class Chain:
         return self.unfitted is None and chain == Chain(
             self.sources,
             tuple(
-                step if own.is_fitted else step.without_fit
-                for step, own in zip(self.steps, chain.steps, strict=False)
+                step if target.is_fitted else step.without_fit
+                for step, target in zip(self.steps, chain.steps, strict=False)
             ),
         )
 
@@ -151,11 +156,7 @@ class Chain:
         return {"column": list(self.sources), "transform": [step.plain() for step in self.steps]}
 
     def __call__(self, columns: list[pa.Array]) -> pa.Array:
-        """Apply all steps to the values of the sources, and return one column.
-
-        Raises:
-            ValueError: names the step that does not accept values of this type, or is not fitted.
-        """
+        """Apply all steps to the values of the sources, and return one column."""
         columns = [_read(values) for values in columns]
         for step in self.steps:
             try:
@@ -177,16 +178,12 @@ def _read(values: pa.Array) -> pa.Array:
 
 
 def chain_of(name: str, column: Column) -> Chain:
-    """Return the chain of a column that has one.
-
-    Raises:
-        ValueError: a step is unusable, or does not fit the number of columns.
-    """
+    """Return the chain of a column that has one; a ValueError says which step is unusable."""
     sources = column.column if isinstance(column.column, list) else [column.column or name]
     steps = []
-    for number, given in enumerate(column.transform):
+    for number, step in enumerate(column.transform):
         try:
-            steps.append(Call.of(given))
+            steps.append(Call.of(step))
         except ValueError as error:
             raise ValueError(f"transform, step {number + 1}: {error}") from error
     joins = [number for number, step in enumerate(steps) if STEPS[step.name].joins]
@@ -206,12 +203,8 @@ def chain_of(name: str, column: Column) -> Chain:
 
 
 def chains_of(columns: Mapping[str, Column], target_item: str, path: str) -> dict[str, Chain]:
-    """Return the chains of a schema's columns, and write them there with all defaults.
-
-    Raises:
-        ValueError: names file and column: a chain is unusable, or several read each other.
-    """
-    found: dict[str, Chain] = {}
+    """Return the checked chains of a schema's columns, and write them there with all defaults."""
+    chains: dict[str, Chain] = {}
     for name, column in columns.items():
         if column.column is None and not column.transform:
             continue
@@ -220,23 +213,25 @@ def chains_of(columns: Mapping[str, Column], target_item: str, path: str) -> dic
             what = "the target item" if name == target_item else f"of kind {column.kind}"
             raise ValueError(f"{where} is {what}; only features of kinds {KINDS} are transformed")
         try:
-            found[name] = chain_of(name, column)
+            chains[name] = chain_of(name, column)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        for source in found[name].sources:
+        for source in chains[name].sources:
             if source in columns and columns[source].kind not in INPUTS:
                 raise ValueError(
                     f"{where} reads '{source}', which is of kind {columns[source].kind} and is not "
                     "known when a model is asked; name another column"
                 )
     try:
-        TopologicalSorter({name: set(results_read(name, found)) for name in found}).prepare()
+        TopologicalSorter(
+            {name: set(transformed_sources(name, chains)) for name in chains}
+        ).prepare()
     except CycleError as error:
         names = " -> ".join(reversed(error.args[1]))
         raise ValueError(f"{path}: columns read each other: {names}; end the circle") from error
-    for name, chain in found.items():
+    for name, chain in chains.items():
         set_chain(columns[name], chain)
-    return found
+    return chains
 
 
 def set_chain(column: Column, chain: Chain) -> None:
@@ -245,7 +240,7 @@ def set_chain(column: Column, chain: Chain) -> None:
     column.column, column.transform = plain["column"], plain["transform"]
 
 
-def results_read(name: str, chains: Mapping[str, Chain]) -> Iterator[str]:
+def transformed_sources(name: str, chains: Mapping[str, Chain]) -> Iterator[str]:
     """Yield the sources of a transformed column that are results of other chains."""
     for source in chains[name].sources:
         if source != name and source in chains:
@@ -254,12 +249,50 @@ def results_read(name: str, chains: Mapping[str, Chain]) -> Iterator[str]:
 
 def file_columns(names: Iterable[str], chains: Mapping[str, Chain]) -> list[str]:
     """Return the columns of the files from which some columns are read, each once."""
-    found: dict[str, None] = {}
+    columns: dict[str, None] = {}
     for name in names:
         if name not in chains:
-            found[name] = None
+            columns[name] = None
             continue
-        results = list(results_read(name, chains))
-        found |= dict.fromkeys(source for source in chains[name].sources if source not in results)
-        found |= dict.fromkeys(file_columns(results, chains))
-    return list(found)
+        results = list(transformed_sources(name, chains))
+        columns |= dict.fromkeys(source for source in chains[name].sources if source not in results)
+        columns |= dict.fromkeys(file_columns(results, chains))
+    return list(columns)
+
+
+def write_fitted(chains: Mapping[str, Chain], root: Location) -> None:
+    """Write the chains of a dataset to its `transforms.yaml`, complete or not at all."""
+    partial = root / f".{FILE}.partial"
+    content = {name: chain.plain() for name, chain in chains.items()}
+    text = HEAD + yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
+    partial.filesystem.pipe_file(partial.path, text.encode())
+    partial.filesystem.mv(partial.path, (root / FILE).path)
+
+
+def load_fitted(
+    chains: dict[str, Chain], columns: Mapping[str, Column], root: Location, required: bool
+) -> None:
+    """Put the fitted values of the dataset at `root` into the chains of its schema's columns."""
+    unfitted = [name for name, chain in chains.items() if chain.unfitted is not None]
+    file, command = root / FILE, f"run `recsys prepare transforms --data {root}`"
+    if not unfitted or not (required or file.exists()):
+        return
+    if not file.exists():
+        raise ValueError(
+            f"{file}: no such file, but the transforms of columns {unfitted} need values fitted on "
+            f"train/; {command}"
+        )
+    try:
+        stored = load_plain_yaml(file.read_bytes())
+        fitted = {name: chain_of(name, Column("dense", **keys)) for name, keys in stored.items()}
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: damaged ({' '.join(str(error).split())}); {command}") from error
+    for name, chain in chains.items():
+        if name not in fitted or not fitted[name].is_fit_of(chain):
+            raise ValueError(
+                f"{file}: was fitted with other transforms than schema.yaml has now: column "
+                f"'{name}' differs; {command}"
+            )
+    for name in chains:
+        chains[name] = fitted[name]
+        set_chain(columns[name], fitted[name])

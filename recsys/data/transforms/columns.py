@@ -21,9 +21,6 @@ def read_columns(table: pa.Table, schema: Schema, names: Sequence[str], place: s
     """Return the columns `names` of a schema, with its transforms applied.
 
     The table has the columns `schema.file_columns(names)`; `place` names it in messages.
-
-    Raises:
-        ValueError: names column and step: it refuses values of this type, or is not fitted.
     """
     if not any(name in schema.transforms for name in names):
         return table.select(names)
@@ -35,7 +32,6 @@ class TransformedRows:
     """Columns of a schema, each computed on demand; see `read_columns`."""
 
     def __init__(self, table: pa.Table, schema: Schema, place: str) -> None:
-        """Keep the rows."""
         self.table, self.chains, self.place = table, schema.transforms, place
         self._made: dict[str, pa.Array] = {}
 
@@ -68,18 +64,14 @@ class TransformedRows:
 
 
 def check_types(
-    schema: Schema, names: Iterable[str], kind_of: Callable[[str], pa.DataType], place: str
+    schema: Schema, names: Iterable[str], column_type: Callable[[str], pa.DataType], place: str
 ) -> None:
-    """Check the types of columns, which `kind_of` returns by name, against the schema.
-
-    Raises:
-        ValueError: a column cannot be read, transformed or used by the model.
-    """
+    """Check the types of columns, which `column_type` returns by name, against the schema."""
     for name in names:
         if name not in schema.transforms:
-            check_type(schema, name, kind_of(name), place)
+            check_type(schema, name, column_type(name), place)
             continue
-        kinds = {source: kind_of(source) for source in schema.file_columns([name])}
+        kinds = {source: column_type(source) for source in schema.file_columns([name])}
         empty = pa.table({source: pa.array([], kind) for source, kind in kinds.items()})
         check_type(schema, name, read_columns(empty, schema, [name], place)[name].type, place)
         for source, kind in kinds.items():

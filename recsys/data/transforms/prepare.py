@@ -11,24 +11,23 @@ import numpy as np
 import pyarrow as pa
 
 from recsys.config.parser import short
-from recsys.data.filesystem import Location
 from recsys.data.parquet.file import column_type, open_parquet, read_row_group
 from recsys.data.parquet.values import is_list, usable_column
 from recsys.data.prepare_vocabulary import SPLITS
 from recsys.data.schema import Schema, build_hashes, read_schema
-from recsys.data.transforms import fitted_file
-from recsys.data.transforms.chain import Chain, results_read, set_chain
+from recsys.data.transforms.chain import (
+    Chain,
+    load_fitted,
+    set_chain,
+    transformed_sources,
+    write_fitted,
+)
 from recsys.data.transforms.columns import TransformedRows, check_types
-from recsys.data.transforms.fitted_file import write_fitted
+from recsys.storage.location import Location
 
 
 def prepare_transforms(data: str) -> dict[str, Chain]:
-    """Fit the transforms of the dataset at `data`, write its `transforms.yaml` and return them.
-
-    Raises:
-        ValueError: no transform needs fitted values, a file cannot be read, or a column has no
-            finite value. Then nothing is written.
-    """
+    """Fit the transforms of the dataset at `data`, write its `transforms.yaml` and return them."""
     root = Location.of(data)
     chains = fit_transforms(root)
     if not chains:
@@ -47,26 +46,20 @@ def fit_transforms(root: Location) -> dict[str, Chain]:
 
 
 def fit_chains(root: Location, schema: Schema, folder: str) -> None:
-    """Fit the steps of a schema's columns that are not fitted on the rows in a folder.
-
-    Raises:
-        ValueError: a file cannot be read, or a column has no finite value.
-    """
+    """Fit the steps of a schema's columns that are not fitted on the rows in a folder."""
     while unfitted := _unfitted(schema):
-        ready = {name: number for name, number in unfitted.items() if not _waits(schema, name)}
+        ready = {
+            name: number for name, number in unfitted.items() if not _reads_unfitted(schema, name)
+        }
         _fit(root, schema, folder, ready)
     for name, chain in schema.transforms.items():
         set_chain(schema.columns[name], chain)
 
 
 def check_transformed(root: Location) -> None:
-    """Apply the transforms of a dataset to all rows, as training does.
-
-    Raises:
-        ValueError: names split, column and row of a value that training would refuse.
-    """
+    """Apply the transforms of a dataset to all rows; name a value that training would refuse."""
     schema = read_schema(root)
-    fitted_file.load_fitted(schema.transforms, schema.columns, root, required=True)
+    load_fitted(schema.transforms, schema.columns, root, required=True)
     build_hashes(schema)
     for split in SPLITS if schema.transforms else ():
         first = 0
@@ -93,7 +86,7 @@ def format_fitted(chains: dict[str, Chain]) -> str:
     for name, chain in chains.items():
         for step, bare in zip(chain.steps, chain.without_fit.steps, strict=True):
             if step != bare:
-                parts = [f"{each} {short(step.settings[each])}" for each in step.fitted_settings]
+                parts = [f"{part} {short(step.settings[part])}" for part in step.fitted_settings]
                 lines.append(f"{name}: {step.name}: {', '.join(parts)}")
     return "\n".join(lines)
 
@@ -104,12 +97,12 @@ def _unfitted(schema: Schema) -> dict[str, int]:
     return {name: number for name, number in numbers.items() if number is not None}
 
 
-def _waits(schema: Schema, name: str) -> bool:
+def _reads_unfitted(schema: Schema, name: str) -> bool:
     """Return whether a column reads another that is not fitted."""
     chains = schema.transforms
     return any(
-        chains[source].unfitted is not None or _waits(schema, source)
-        for source in results_read(name, chains)
+        chains[source].unfitted is not None or _reads_unfitted(schema, source)
+        for source in transformed_sources(name, chains)
     )
 
 

@@ -4,28 +4,97 @@ A step maps the values of a column, an Arrow array of any length, to the same nu
 result of a row depends on it alone. Null stays null, except in `fill`. The keyword arguments
 of the function are the settings of the step. When `schema.yaml` is read, their type hints check
 them, and so does the function, which is then called without values. The first setting may be
-written alone: `fill: 0`. A step with a fit has settings that `recsys prepare transforms` computes;
-see `recsys.data.transforms.fit`.
+written alone: `fill: 0`. A step with a `Fit` has settings that `recsys prepare transforms` computes
+in one pass over the finite values of all training rows.
 
 Shapes: N values, S columns to cross.
 """
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embeddings.vocabulary.fixed import HashVocabulary, is_id_type
-from recsys.data.transforms.fit import Fit, Moments, Quantiles
+from embeddings.vocabulary.fixed import HashVocabulary, is_id_type, mix64
 
 SEPARATOR = "\x1f"  # between crossed values: the ASCII unit separator, which no text has
 ZONED_TEXT = r"[T ].*(Z|[+-]\d\d(:?\d\d)?)$"
+SAMPLED = 1 << 22  # largest number of values with exact quantiles; also the size of a sample
 Unit = Literal["s", "ms", "us"]
+
+
+class Fit(ABC):
+    """Computes settings of one step; subclasses take its other settings as keyword arguments.
+
+    The result depends only on the values and their order.
+    """
+
+    num_values = 0  # number of values so far
+
+    def add(self, values: np.ndarray) -> None:  # float64 [N]
+        """Include some values; those that are not finite are left out."""
+        values = values[np.isfinite(values)]
+        if len(values):
+            self._add(values)
+            self.num_values += len(values)
+
+    @abstractmethod
+    def _add(self, values: np.ndarray) -> None:
+        """Include finite values, at least one."""
+
+    @abstractmethod
+    def result(self) -> dict[str, Any]:
+        """Return the fitted settings as plain values; at least one value was added."""
+
+
+class Moments(Fit):
+    """Mean and standard deviation, merged from those of the parts (Chan et al., 1979)."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.mean = self.squares = 0.0  # squares: sum of squared distances to the mean
+
+    def _add(self, values: np.ndarray) -> None:
+        total, mean = self.num_values + len(values), float(values.mean())
+        distance = mean - self.mean
+        self.squares += float(np.square(values - mean).sum())
+        self.squares += distance**2 * self.num_values * len(values) / total
+        self.mean += distance * len(values) / total
+
+    def result(self) -> dict[str, Any]:
+        """Return mean and deviation."""
+        return {"mean": self.mean, "std": math.sqrt(self.squares / self.num_values)}
+
+
+class Quantiles(Fit):
+    """Boundaries of `quantiles` buckets with nearly equal numbers of values.
+
+    Of more than `SAMPLED` values it uses those with the smallest hashes of their positions: a
+    sample without replacement, the same in every run.
+    """
+
+    def __init__(self, quantiles: int, **settings: Any) -> None:
+        self.quantiles = quantiles
+        self.values, self.keys = np.zeros(0), np.zeros(0, np.uint64)
+
+    def _add(self, values: np.ndarray) -> None:
+        numbers = np.arange(self.num_values, self.num_values + len(values), dtype=np.uint64)
+        self.values = np.concatenate([self.values, values])
+        self.keys = np.concatenate([self.keys, mix64(numbers)])
+        if len(self.keys) > SAMPLED:
+            sample = np.argpartition(self.keys, SAMPLED)[:SAMPLED]
+            self.values, self.keys = self.values[sample], self.keys[sample]
+
+    def result(self) -> dict[str, Any]:
+        """Return the boundaries, each once."""
+        shares = np.arange(1, self.quantiles) / self.quantiles
+        return {"boundaries": np.unique(np.quantile(self.values, shares)).tolist()}
 
 
 @dataclass(frozen=True)
@@ -34,8 +103,7 @@ class Step:
 
     apply: maps values [N] and settings to values [N]; or a list of S columns, if `joins` is set.
     num_ids: maps settings to the number of ids that the step gives, if that is known.
-    fit: computes settings from the values of all training rows; None for a step without a fit.
-    fitted: the settings that it computes.
+    fit: computes the settings `fitted` from all training rows; None for a step without a fit.
     """
 
     apply: Callable[..., pa.Array]
@@ -206,7 +274,7 @@ def _parsed(texts: pa.Array) -> pa.Array:
     is_zoned, none = pc.match_substring_regex(texts, ZONED_TEXT), pa.scalar(None, pa.string())
     try:
         zoned = pc.if_else(is_zoned, texts, none).cast(pa.timestamp("us", "UTC"))
-        others = pc.if_else(is_zoned, none, texts).cast(pa.timestamp("us"))
+        unzoned = pc.if_else(is_zoned, none, texts).cast(pa.timestamp("us"))
     except pa.ArrowInvalid as error:
         raise ValueError(f"takes times; {error}") from error
-    return pc.coalesce(zoned, pc.assume_timezone(others, "UTC"))
+    return pc.coalesce(zoned, pc.assume_timezone(unzoned, "UTC"))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from recsys.data.items.equal_content import is_mostly_equal
+from recsys.data.items.item_values import is_mostly_equal
 from recsys.data.number_ranges import dense_finding
 from recsys.data.schema import advice_on_unknown
 from recsys.diagnostics.dataset.item_summary import ColumnSummary

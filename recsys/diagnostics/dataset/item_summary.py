@@ -18,13 +18,16 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from recsys.data.filesystem import Location
-from recsys.data.items.category_lists import category_lists
-from recsys.data.items.equal_content import share_of_most_common, shared_beginning
-from recsys.data.items.feature_file import FeatureFile
-from recsys.data.items.images import FORMATS, decode_image
-from recsys.data.items.item_features import feature_tokens, usable_features
-from recsys.data.items.item_images import check_first_image
+from recsys.data.items.images import FORMATS, check_first_image, decode_image
+from recsys.data.items.item_column import FeatureFile
 from recsys.data.items.item_table import ItemTable, plain_values
+from recsys.data.items.item_values import (
+    category_lists,
+    feature_tokens,
+    share_of_most_common,
+    shared_beginning,
+    usable_features,
+)
 from recsys.data.parquet.bad_rows import by_reason
 from recsys.data.parquet.file import column_type, open_parquet
 from recsys.data.parquet.values import list_lengths
@@ -134,7 +137,7 @@ def summarize_items(root: Location, schema: Schema) -> ItemSummary | None:
             columns[name] = _summarize(items, name, column.kind)
         else:
             columns[name] = _summarize_file(root / column.file, items.num_rows)
-    _, bad_rows = by_reason(items.bad_rows.found)
+    _, bad_rows = by_reason(items.bad_rows.counts)
     return ItemSummary(items.num_rows, items.ids, columns, bad_rows)
 
 

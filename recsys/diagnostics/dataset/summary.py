@@ -178,7 +178,7 @@ def _summarize_split(
         row_groups=len(rows.row_groups),
         bytes=sum(row_group.num_bytes for row_group in rows.row_groups),
         times=time_ranges(rows, schema),
-        bad_rows=by_reason(rows.bad_rows.found)[1],
+        bad_rows=by_reason(rows.bad_rows.counts)[1],
         usable_rows=usable_rows,
         numbers=_number_figures(database, schema, split),
         ids=ids,

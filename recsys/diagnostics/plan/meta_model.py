@@ -20,8 +20,8 @@ from recsys.content.encoders.build import Encoder, build_encoder
 from recsys.content.kinds.feature import Feature
 from recsys.data.filesystem import Location
 from recsys.data.items.content_store import require_column
-from recsys.data.items.feature_file import FeatureFile
-from recsys.data.items.item_features import feature_tokens
+from recsys.data.items.item_column import FeatureFile
+from recsys.data.items.item_values import feature_tokens
 from recsys.data.items.kind import make_kind
 from recsys.data.parquet.file import READ_ERRORS, column_type, mean_list_lengths, open_parquet
 from recsys.data.parquet.values import list_lengths

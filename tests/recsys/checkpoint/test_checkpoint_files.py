@@ -18,7 +18,7 @@ from recsys.checkpoint.files import MANIFEST, folder_of_step, folders_by_age, re
 from recsys.checkpoint.manager import Checkpoints, logger
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.run_folder import read_item_counts
-from recsys.data.parquet.order import Stage
+from recsys.data.row_source import Stage
 from recsys.distributed.ranks import joined_ranks
 from tests.datasets import write_dataset
 from tests.recsys.checkpoint.stopped_runs import config_of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from recsys.content.item_vectors import ItemVectorCache, item_vectors
-from recsys.data.items.content_input import ContentInput
+from recsys.data.items.kind import ContentInput
 from recsys.distributed.ranks import joined_ranks
 from tests.recsys.content.tiny_branch import BANK_DIM, NUM_ITEMS, batch_of, branch_of, content_of
 

@@ -75,11 +75,11 @@ def write_rows_dataset(folder: Path) -> Path:
         "words": WORD_ROWS,
     }
     for part, columns in (("train", TRAIN), ("test", TEST), ("items", ITEMS)):
-        written = {
+        row_columns = {
             name: [_row_in(rows[name], value) if name in rows else value for value in values]
             for name, values in columns.items()
         }
-        write_parquet(folder / part / "part-0.parquet", pa.table(written))
+        write_parquet(folder / part / "part-0.parquet", pa.table(row_columns))
     return folder
 
 

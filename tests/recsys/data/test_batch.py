@@ -24,7 +24,7 @@ def keyed(key: str) -> KeyedJaggedTensor:
 
 def a_batch() -> Batch:
     jagged = {"sparse_features": keyed("user"), "sequence_features": keyed("item")}
-    others = {"longest_history": 2, "with_gradient": 1}
+    integers = {"longest_history": 2, "with_gradient": 1}
     routes: dict[str, Any] = {
         "exchange": ItemExchange(torch.tensor([1, 0]), send_counts=[2], receive_counts=[2]),
         "bank_reads": BankRoute(torch.tensor([0, 1]), [2], torch.tensor([3, 4]), [2]),
@@ -33,7 +33,7 @@ def a_batch() -> Batch:
     tensors = {
         item.name: torch.arange(2.0)
         for item in fields(Batch)
-        if item.name not in (*jagged, *others, *routes, "labels", "content", "further")
+        if item.name not in (*jagged, *integers, *routes, "labels", "content", "further")
     }
     content = {
         "text": ContentInput(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)),
@@ -42,7 +42,7 @@ def a_batch() -> Batch:
     return Batch(
         **jagged,  # type: ignore[arg-type]
         **tensors,  # type: ignore[arg-type]
-        **others,  # type: ignore[arg-type]
+        **integers,  # type: ignore[arg-type]
         labels=torch.zeros(2, 1),
         content=content,
         further=[FurtherHistory(torch.ones(2), torch.zeros(2, 1), 1, torch.zeros(2))],
@@ -81,17 +81,17 @@ def test_to_moves_every_tensor() -> None:
 
 
 def test_to_passes_non_blocking_to_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
+    non_blocking: list[bool] = []
     original = Tensor.to
 
     def record(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        asked.append(kwargs["non_blocking"])
+        non_blocking.append(kwargs["non_blocking"])
         return original(tensor, *args, **kwargs)
 
     monkeypatch.setattr(Tensor, "to", record)
     a_batch().to(torch.device("meta"), non_blocking=True)
-    assert len(asked) >= 22
-    assert all(asked)
+    assert len(non_blocking) >= 22
+    assert all(non_blocking)
 
 
 def test_pin_memory_pins_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,19 +115,3 @@ def test_record_stream_names_every_tensor_to_the_stream(monkeypatch: pytest.Monk
     batch = a_batch()
     batch.record_stream(mock.Mock())
     assert {tensor.data_ptr() for tensor in tensors_in(batch)} <= set(recorded)
-
-
-def test_a_batch_without_pooled_tables_content_and_exchange_is_moved_too() -> None:
-    batch = dataclasses.replace(a_batch(), sparse_features=None, content={}, exchange=None)
-    moved = batch.to(torch.device("meta"))
-    assert (moved.sparse_features, moved.content, moved.exchange) == (None, {}, None)
-    assert moved.batch_size == 2
-
-
-def test_content_alone_is_moved_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
-    monkeypatch.setattr(
-        Tensor, "to", lambda tensor, **kwargs: asked.append(kwargs["non_blocking"]) or tensor
-    )
-    a_batch().content["text"].to(torch.device("cpu"), non_blocking=True)
-    assert asked == [True, True]

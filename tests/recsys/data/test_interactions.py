@@ -1,6 +1,5 @@
 """Batches against a loop over Python lists, and every rank's share against the whole split."""
 
-from collections import Counter
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,6 @@ import torch
 from recsys.config import ModalitySettings
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.filesystem import Location
 from recsys.data.interactions import Interactions
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
@@ -25,6 +23,7 @@ from recsys.data.parquet.rows import ParquetRows
 from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.row_source import Window
 from recsys.data.schema import load_schema
+from recsys.storage.location import Location
 from tests.datasets import FEATURE_WIDTH, write_dataset, write_parquet
 
 
@@ -90,11 +89,11 @@ def test_every_column_arrives_where_it_belongs(
     build = BatchBuilder(
         rows.schema, ["genres", "user"], encode_history=encode_history, index_dedup=index_dedup
     )
-    written = python_rows(tmp_path)
-    seen = 0
+    all_rows = python_rows(tmp_path)
+    num_rows = 0
     for batch in Interactions(rows, build, 7):
-        mine = [written[position] for position in batch.row_positions]
-        seen += len(mine)
+        mine = [all_rows[position] for position in batch.row_positions]
+        num_rows += len(mine)
         assert batch.batch_size == len(mine)
         for name, expected in expected_batch(mine, encode_history).items():
             assert getattr(batch, name).tolist() == expected, name
@@ -112,28 +111,7 @@ def test_every_column_arrives_where_it_belongs(
         assert history.lengths().tolist() == lengths
         assert history.values().tolist() == ids
         assert batch.content == {}
-    assert seen == len(written) == 60
-
-
-def test_types_are_what_the_model_and_torchrec_want(tmp_path: Path) -> None:
-    batch = next(iter(interactions_of(rows_of(write_dataset(tmp_path)), 8)))
-    assert batch.sparse_features is not None
-    for features in (batch.sparse_features, batch.sequence_features):
-        assert (features.values().dtype, features.lengths().dtype) == (torch.int64, torch.int32)
-    for name in ("dense_features", "labels", "history_values"):
-        assert getattr(batch, name).dtype == torch.float32, name
-    integers = ["target_items", "groups", "row_positions", "history_lengths", "content_items"]
-    integers += ["target_index", "history_items", "history_index", "history_content_index"]
-    for name in integers:
-        assert getattr(batch, name).dtype == torch.int64, name
-
-
-def test_a_null_history_is_an_empty_one(tmp_path: Path) -> None:
-    root = write_dataset(tmp_path, {"train": 60})
-    without = [i for i, row in enumerate(python_rows(root)) if row["history"] is None]
-    assert without
-    (batch,) = interactions_of(rows_of(root), 60)
-    assert batch.history_lengths[without].tolist() == [0] * len(without)
+    assert num_rows == len(all_rows) == 60
 
 
 def test_a_dataset_may_lack_history_dense_and_pooled_columns(tmp_path: Path) -> None:
@@ -154,13 +132,6 @@ def test_a_dataset_may_lack_history_dense_and_pooled_columns(tmp_path: Path) -> 
     assert (batch.content_items.tolist(), batch.target_index.tolist()) == ([8], [0, 0])
 
 
-def test_without_labels_a_batch_has_zeros_of_their_shape(tmp_path: Path) -> None:
-    rows = rows_of(write_dataset(tmp_path, {"train": 5}))
-    build = BatchBuilder(rows.schema, ["user"], with_labels=False)
-    (batch,) = Interactions(rows, build, 8)
-    assert batch.labels.tolist() == [[0.0]] * 5
-
-
 @pytest.mark.parametrize("encode_history", [False, True])
 def test_a_batch_carries_the_content_of_its_unique_items(
     tmp_path: Path, encode_history: bool
@@ -178,36 +149,6 @@ def test_a_batch_carries_the_content_of_its_unique_items(
             assert mask.item() == (items[item] is not None)
             expected = items[item] or [0.0] * FEATURE_WIDTH
             np.testing.assert_allclose(values[0], expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 7, 16])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("num_rows", [3, 59, 60, 61])
-def test_read_in_order_every_row_counts_once_over_all_ranks(
-    tmp_path: Path, num_rows: int, world_size: int, batch_size: int
-) -> None:
-    rows = rows_of(write_dataset(tmp_path, {"train": num_rows}))
-    batches = [
-        batch
-        for rank in range(world_size)
-        for batch in positions_of(interactions_of(rows, batch_size, rank, world_size))
-    ]
-    counted = [position for batch in batches for position in batch if position >= 0]
-    assert counted == list(range(num_rows))
-
-
-@pytest.mark.parametrize("batch_size", [2, 16])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("num_rows", [3, 59, 60, 61])
-def test_shuffled_every_row_is_trained_on_once(
-    tmp_path: Path, num_rows: int, world_size: int, batch_size: int
-) -> None:
-    rows = rows_of(write_dataset(tmp_path, {"train": num_rows}))
-    ranks = [interactions_of(rows, batch_size, r, world_size, seed=0) for r in range(world_size)]
-    counts = Counter(place for rank in ranks for batch in positions_of(rank) for place in batch)
-    padding = counts.pop(-1, 0)
-    assert counts == Counter(range(num_rows))
-    assert padding == -num_rows % world_size
 
 
 class CountedRows(ParquetRows):
@@ -243,7 +184,7 @@ def test_all_ranks_have_as_many_batches_of_the_same_sizes_for_any_numbers() -> N
             assert len(batches) == len(interactions), case
             sizes.append([len(batch) for batch in batches])
             counted += [place for batch in batches for place in batch if place >= 0]
-        assert all(of_rank == sizes[0] for of_rank in sizes), case
+        assert all(rank_sizes == sizes[0] for rank_sizes in sizes), case
         assert min(sizes[0]) >= 1 and max(sizes[0]) <= batch_size, case
         assert max(sizes[0]) - min(sizes[0]) <= 1, case
         assert counted == list(range(num_rows)), case
@@ -273,16 +214,6 @@ def test_a_rank_without_rows_takes_part_with_rows_that_are_not_counted(tmp_path:
     rows = rows_of(write_dataset(tmp_path, {"train": 2}))
     ranks = [positions_of(interactions_of(rows, 4, rank, 3)) for rank in range(3)]
     assert sorted(ranks) == [[[-1]], [[0]], [[1]]]
-
-
-def test_rows_dealt_into_batches_cross_windows_of_shuffling(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("recsys.data.row_source.SHUFFLE_ROWS", 12)
-    rows = rows_of(write_dataset(tmp_path))
-    batches = positions_of(interactions_of(rows, 16, seed=0))
-    assert [len(batch) for batch in batches] == [15] * 4
-    assert sorted(place for batch in batches for place in batch) == list(range(60))
 
 
 def same(batch: Batch, other: Batch) -> bool:

@@ -32,7 +32,7 @@ def maxima_by_row(values: Tensor) -> Tensor:
 
 
 def maximum(values: Tensor) -> Tensor:
-    return HISTORY.maximum(values, of_nothing=-9.0)
+    return HISTORY.maximum(values, if_empty=-9.0)
 
 
 def softmax_by_row(scores: Tensor) -> Tensor:
@@ -67,8 +67,8 @@ def test_values_and_gradients_equal_plain_indexing(name: str) -> None:
     torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-6)
     factor = random(*expected.shape, seed=2).detach()
     gradients = torch.autograd.grad((output * factor).sum(), inputs)
-    wanted = torch.autograd.grad((expected * factor).sum(), inputs)
-    torch.testing.assert_close(gradients, wanted, atol=1e-6, rtol=1e-5)
+    expected_gradients = torch.autograd.grad((expected * factor).sum(), inputs)
+    torch.testing.assert_close(gradients, expected_gradients, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(CASES.keys() - {"maximum"}))
@@ -84,7 +84,7 @@ def test_a_batch_without_history_has_empty_results_and_zero_gradients(name: str)
 
 def test_the_maximum_of_nothing_is_what_is_asked_for_and_equal_maxima_share_the_gradient() -> None:
     values = torch.tensor([[1.0], [1.0], [3.0], [2.0], [3.0], [0.0]], requires_grad=True)
-    maxima = HISTORY.maximum(values, of_nothing=-2.0)
+    maxima = HISTORY.maximum(values, if_empty=-2.0)
     assert maxima.squeeze(1).tolist() == [1.0, -2.0, 3.0, 0.0]
     maxima.sum().backward()
     assert values.grad.squeeze(1).tolist() == [0.5, 0.5, 0.5, 0.0, 0.5, 1.0]
@@ -105,14 +105,9 @@ def test_an_unindexed_history_takes_each_place_as_an_item_of_its_own() -> None:
     assert torch.equal(places.dot(queries, items[INDEX]), HISTORY.dot(queries, items))
 
 
-def test_the_longest_history_need_not_be_looked_up() -> None:
-    told = JaggedHistory.of(INDEX, LENGTHS, 5, longest=3)
-    assert (told.longest, HISTORY.longest) == (3, 3)
-
-
 def test_equal_maxima_of_a_row_share_a_gradient_of_either_sign() -> None:
     values = torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 3.0]], requires_grad=True)
     history = JaggedHistory.of(torch.arange(3), torch.tensor([3]), 3)
-    maxima = history.maximum(values, of_nothing=-9.0)
+    maxima = history.maximum(values, if_empty=-9.0)
     (gradient,) = torch.autograd.grad(maxima, values, torch.tensor([[-1.0, -1.0]]))
     assert torch.equal(gradient, torch.tensor([[-0.5, 0.0], [-0.5, 0.0], [0.0, -1.0]]))

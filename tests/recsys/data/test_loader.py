@@ -6,7 +6,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,13 +17,13 @@ from recsys.config import ModalitySettings
 from recsys.data import prefetch
 from recsys.data.batch import Batch, ContentInput
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.filesystem import Location
 from recsys.data.interactions import AHEAD, Interactions, loader
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.row_source import Window
 from recsys.data.schema import load_schema
+from recsys.storage.location import Location
 from tests.datasets import write_dataset, write_parquet
 from tests.ranks import HANG_SECONDS
 
@@ -102,12 +101,12 @@ def test_an_error_is_raised_in_place_of_its_batch_and_names_the_row(
     items[25] = 99
     write_parquet(file, table.set_column(1, "item", pa.array(items)), row_group_size=11)
     batches = loader(interactions_of(root, seed=None), num_workers, False)
-    taken = []
+    positions = []
     with pytest.raises(ValueError, match=f"{file}: column 'item', row 25: id 99 is outside"):
         for batch in batches:
-            taken += batch.row_positions.tolist()
+            positions += batch.row_positions.tolist()
     # Windows end at rows 22, 41 and 60; the batch with rows 40 to 43 needs the last one.
-    assert taken == list(range(40))
+    assert positions == list(range(40))
     assert list(batches) == []
 
 
@@ -150,19 +149,11 @@ def test_the_next_window_is_read_before_it_is_needed_and_no_other(tmp_path: Path
 def test_only_so_many_batches_are_built_ahead(tmp_path: Path, num_workers: int) -> None:
     interactions = Watched(write_dataset(tmp_path))
     batches = loader(interactions, num_workers, False)
-    for taken in (1, 2, 3):
+    for num_batches in (1, 2, 3):
         next(batches)
-        assert taken <= interactions.built <= taken + AHEAD * num_workers
+        assert num_batches <= interactions.built <= num_batches + AHEAD * num_workers
     batches.close()
     assert interactions.built <= 3 + AHEAD * num_workers
-
-
-def test_without_threads_nothing_is_done_before_it_is_needed(tmp_path: Path) -> None:
-    interactions = Watched(write_dataset(tmp_path))
-    batches = loader(interactions, 0, False)
-    next(batches)
-    assert (interactions.built, len(interactions.windows)) == (1, 1)
-    batches.close()
 
 
 def leave_by_close(batches: Any) -> None:
@@ -216,32 +207,25 @@ def test_batches_are_pinned_by_whom_they_are_built(
 
 
 def test_threads_pin_memory_for_the_gpu_of_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen: list[int] = []
+    devices: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     with prefetch.threads(1, "test") as pool:
-        assert pool.submit(lambda: list(chosen)).result() == [3]
+        assert pool.submit(lambda: list(devices)).result() == [3]
 
 
 def test_a_batch_owns_its_memory(tmp_path: Path) -> None:
     """Ids are mapped in place, which must not reach the rows of the window."""
     interactions = interactions_of(write_dataset(tmp_path))
     expected = list(map(whole, interactions))
-    found = []
+    actual = []
     for batch in interactions:
-        found.append(whole(batch))
+        actual.append(whole(batch))
         for item in fields(batch):
             value = getattr(batch, item.name)
             if isinstance(value, KeyedJaggedTensor):
                 value = value.values()
             if isinstance(value, Tensor):
                 value.fill_(0)
-    assert found == expected
-
-
-def test_permutations_are_those_of_seed_epoch_and_window(tmp_path: Path) -> None:
-    interactions = interactions_of(write_dataset(tmp_path))
-    read = np.concatenate([batch.row_positions.numpy() for batch in interactions])
-    tables = interactions.rows.read(0, ROWS, (0, 0))
-    assert read.tolist() == [place for t in tables for place in t["__row_position"].to_pylist()]
+    assert actual == expected

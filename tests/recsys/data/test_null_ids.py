@@ -11,11 +11,11 @@ import torch
 
 from embeddings.vocabulary.fixed import integer_ids
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.filesystem import Location
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.prepare_vocabulary import prepare_vocabularies
 from recsys.data.schema import load_schema
 from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
+from recsys.storage.location import Location
 from tests.datasets import write_parquet
 from tests.ranks import run_on_ranks
 from tests.recsys.data.raw_ids import TRAIN, write_raw_dataset
@@ -76,20 +76,20 @@ def map_nulls(rank: int, world_size: int, folder: str) -> tuple[list[Any], list[
     group = torch.distributed.group.WORLD if world_size > 1 else None
     vocabularies = BoundedVocabularies(schema, POOLED, group)
     vocabularies.map_batch(batch, step=0, training=True)
-    known = vocabularies.counts()["user"].known
+    num_known = vocabularies.counts()["user"].known
     features = batch.sparse_features
-    return lists_of(features, "user"), lists_of(features, "friends"), known
+    return lists_of(features, "user"), lists_of(features, "friends"), num_known
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_null_never_gets_a_row_of_a_bounded_vocabulary(tmp_path: Path, ranks: int) -> None:
     data = str(write(tmp_path, dict.fromkeys(("user", "item", "words"), BOUNDED)))
     results = [map_nulls(0, 1, data)] if ranks == 1 else run_on_ranks(map_nulls, ranks, data)
-    for users, friends, known in results:
+    for users, friends, num_known in results:
         assert users[1:] == [[5], [5]]
         assert friends[0][0] == 5
         assert friends[0][1] != 5
-        assert known == 2  # ann and bob
+        assert num_known == 2  # ann and bob
 
 
 def test_a_row_without_a_user_is_a_group_of_its_own(tmp_path: Path) -> None:
@@ -116,19 +116,6 @@ def test_null_is_refused_where_it_is_no_id(
     with pytest.raises(ValueError, match=r"train/part-0\.parquet") as caught:
         read(data)
     assert all(word in str(caught.value) for word in words)
-
-
-def test_null_in_a_column_whose_ids_are_rows_is_refused_with_what_accepts_it(
-    tmp_path: Path,
-) -> None:
-    data = write(tmp_path, dict.fromkeys(("user", "item", "words"), "{kind: hash}"))
-    text = (data / "schema.yaml").read_text()
-    (data / "schema.yaml").write_text(text.replace(", vocabulary: {kind: hash}}", "}"))
-    rows = {"user": [1, None, 2], "friends": [[], [], []], "item": [1, 2, 3]}
-    rows |= {"history": [[], [1], [1, 1]], "words": [[], [], []]}
-    write_parquet(data / "train" / "part-0.parquet", pa.table({**TRAIN, **rows}))
-    with pytest.raises(ValueError, match=r"'user', row 1: null.*vocabulary"):
-        read(data)
 
 
 def test_nulls_and_empty_lists_need_no_type(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 
 from recsys.checkpoint.run_folder import check_vocabularies, keep_vocabularies
 from recsys.cli import main
-from recsys.data.filesystem import Location
 from recsys.data.prepare_vocabulary import prepare_vocabularies
 from recsys.data.schema import load_schema
+from recsys.storage.location import Location
 from tests.datasets import write_parquet
 from tests.recsys.data.raw_ids import (
     ITEM_ROWS,
@@ -62,8 +62,8 @@ def test_items_that_nobody_saw_are_in_the_map(tmp_path: Path) -> None:
 def test_later_data_extends_the_maps_and_moves_no_row(tmp_path: Path) -> None:
     data = write_raw_dataset(tmp_path / "data", words=HASH)
     prepare_vocabularies(str(data))
-    more = pa.table({**TRAIN, "user": ["zoe", "joe", "ann"]})
-    write_parquet(data / "train" / "part--1.parquet", more)  # read before the earlier part
+    later_rows = pa.table({**TRAIN, "user": ["zoe", "joe", "ann"]})
+    write_parquet(data / "train" / "part--1.parquet", later_rows)  # read before the earlier part
     user, item = prepare_vocabularies(str(data))
     assert map_of(data, "user") == {**USER_ROWS, "joe": 4}
     assert (user.num_new, item.num_new) == (1, 0)
@@ -80,8 +80,8 @@ def test_a_dataset_at_a_url_is_prepared_there(tmp_path: Path) -> None:
 def test_ids_that_do_not_fit_leave_all_maps_as_they_were(tmp_path: Path) -> None:
     data = write_raw_dataset(tmp_path / "data")
     prepare_vocabularies(str(data))
-    more = pa.table({**TRAIN, "user": ["a", "b", "c"], "item": [5, 6, 7]})
-    write_parquet(data / "train" / "part-1.parquet", more)
+    later_rows = pa.table({**TRAIN, "user": ["a", "b", "c"], "item": [5, 6, 7]})
+    write_parquet(data / "train" / "part-1.parquet", later_rows)
     with pytest.raises(
         ValueError,
         match=r"column 'user' in .*/schema.yaml: 7 ids .* num_embeddings is 6.*at least 8",
@@ -107,36 +107,6 @@ def test_ids_of_another_type_are_named(
     with pytest.raises(ValueError, match=message):
         prepare_vocabularies(str(data))
     assert not (data / "vocabulary").exists()
-
-
-@pytest.mark.parametrize("name", ["user", "words"])
-def test_lists_in_place_of_ids_and_ids_in_place_of_lists_are_named(
-    tmp_path: Path, name: str
-) -> None:
-    data = write_raw_dataset(tmp_path / "data")
-    file = next((data / "train").glob("*.parquet"))
-    table = pq.read_table(file)
-    values = table[name].to_pylist()
-    other = [[value] for value in values] if name == "user" else ["a" for _ in values]
-    place = table.column_names.index(name)
-    pq.write_table(table.set_column(place, name, pa.array(other)), file)
-    with pytest.raises(ValueError, match=f"{file.name}: column '{name}'"):
-        prepare_vocabularies(str(data))
-
-
-def test_a_dataset_without_rows_gets_no_empty_map(tmp_path: Path) -> None:
-    data = write_raw_dataset(tmp_path / "data")
-    for file in data.glob("*/*.parquet"):
-        file.unlink()
-    with pytest.raises(ValueError, match="train, valid, test"):
-        prepare_vocabularies(str(data))
-    assert not (data / "vocabulary").exists()
-
-
-def test_without_an_exact_vocabulary_there_is_nothing_to_prepare(tmp_path: Path) -> None:
-    data = write_raw_dataset(tmp_path / "data", user=HASH, item=HASH, words=HASH)
-    with pytest.raises(ValueError, match=r"schema.yaml: .*kind exact"):
-        prepare_vocabularies(str(data))
 
 
 def test_a_map_that_was_not_prepared_is_told_with_the_command(tmp_path: Path) -> None:

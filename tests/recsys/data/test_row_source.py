@@ -10,15 +10,15 @@ import pytest
 import yaml
 
 from recsys.config import SourceSettings
-from recsys.data.filesystem import Location
 from recsys.data.item_frequency import count_items
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.row_source import Chunk, RowSource, Window, open_rows
 from recsys.data.schema import Schema, load_schema
+from recsys.storage.location import Location
 from tests.datasets import write_dataset
 from tests.recsys.command_runs import TINY, run_recsys, train_words
 
-OWN = '''\
+SOURCE_CODE = '''\
 import json
 from pathlib import Path
 
@@ -50,13 +50,13 @@ class Counted(RowSource):
     """Rows that are made, not read: row n has the item n."""
 
     def __init__(
-        self, root: Location, split: str, schema: Schema, sizes: list[int], more: int = 0
+        self, root: Location, split: str, schema: Schema, sizes: list[int], extra_rows: int = 0
     ) -> None:
         super().__init__(schema, [Chunk(f"chunk-{n}", size) for n, size in enumerate(sizes)])
-        self.starts, self.more = [sum(sizes[:n]) for n in range(len(sizes))], more
+        self.starts, self.extra_rows = [sum(sizes[:n]) for n in range(len(sizes))], extra_rows
 
     def read_chunk(self, number: int) -> pa.Table:
-        start, size = self.starts[number], self.chunks[number].num_rows + self.more
+        start, size = self.starts[number], self.chunks[number].num_rows + self.extra_rows
         items = list(range(start, start + size))
         lists = pa.array([[]] * size, pa.list_(pa.int64()))
         return pa.table(
@@ -115,15 +115,15 @@ def test_a_source_that_cannot_be_is_refused(
 
 def test_what_a_source_reads_is_checked_as_files_are(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"chunk-0: 4 rows .*3 "):
-        list(opened(tmp_path, sizes=[3], more=1).read(0, 3))
+        list(opened(tmp_path, sizes=[3], extra_rows=1).read(0, 3))
     with pytest.raises(ValueError, match=r"chunk-1: column 'item', row 2: id 30 is outside"):
         list(opened(tmp_path, sizes=[28, 5]).read(0, 33))
 
 
 def test_the_built_in_source_is_that_of_parquet_files(tmp_path: Path) -> None:
     rows = opened(tmp_path, "parquet")
-    same = ParquetRows.of_split(Location.of(tmp_path / "data"), "train", rows.schema)
-    assert isinstance(rows, ParquetRows) and rows.fingerprint() == same.fingerprint()
+    expected = ParquetRows.of_split(Location.of(tmp_path / "data"), "train", rows.schema)
+    assert isinstance(rows, ParquetRows) and rows.fingerprint() == expected.fingerprint()
 
 
 def test_a_source_of_one_s_own_trains_and_evaluates_as_the_same_rows_in_parquet(
@@ -138,7 +138,7 @@ def test_a_source_of_one_s_own_trains_and_evaluates_as_the_same_rows_in_parquet(
             text = "".join(json.dumps(row) + "\n" for row in rows)
             path.with_suffix(".jsonl").write_text(text)
             path.unlink()
-    (tmp_path / "own_rows.py").write_text(OWN)
+    (tmp_path / "own_rows.py").write_text(SOURCE_CODE)
     source = {"name": "own_rows:JsonLines", "options": {"lines_per_chunk": 64}}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(yaml.safe_load(TINY.read_text()) | {"source": source}))
@@ -147,8 +147,8 @@ def test_a_source_of_one_s_own_trains_and_evaluates_as_the_same_rows_in_parquet(
     for folder, config in ((data, TINY), (lines, recipe)):
         words = train_words(folder, folder.parent / f"{folder.name}-run", "--content", "none")
         words[words.index(str(TINY))] = str(config)
-        done = run_recsys(*words)
-        assert done.returncode == 0, done.stdout + done.stderr
+        process = run_recsys(*words)
+        assert process.returncode == 0, process.stdout + process.stderr
         reports.append(json.loads((tmp_path / f"{folder.name}-run" / "metrics.json").read_text()))
     assert reports[0]["test"]["num_samples"] == reports[1]["test"]["num_samples"] == 20
     assert reports[0]["train"]["steps"] == reports[1]["train"]["steps"] == 8

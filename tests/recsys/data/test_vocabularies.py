@@ -16,7 +16,6 @@ from embeddings.vocabulary.fixed import HashVocabulary, integer_ids
 from recsys.content.batch_preparation import BatchPreparation
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.filesystem import Location
 from recsys.data.interactions import Interactions
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.bad_rows import OnBadRow
@@ -25,6 +24,7 @@ from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.prepare_vocabulary import prepare_vocabularies
 from recsys.data.schema import load_schema
 from recsys.data.vocabularies import BoundedVocabularies, UnknownIds, format_unknown
+from recsys.storage.location import Location
 from tests.datasets import write_parquet
 from tests.ranks import run_on_ranks
 from tests.recsys.data.raw_ids import ITEM_ROWS, TRAIN, write_raw_dataset, write_rows_dataset
@@ -70,12 +70,6 @@ def test_a_batch_of_raw_ids_is_that_of_their_rows(tmp_path: Path, split: str) ->
     for part in fields(Batch):
         if part.name != "groups":
             assert_equal(getattr(batch, part.name), getattr(expected, part.name))
-
-
-def test_items_are_those_of_their_rows(tmp_path: Path) -> None:
-    data = prepared(write_raw_dataset(tmp_path / "raw"))
-    items = ItemTable(Location.of(data), load_schema(Location.of(data)))
-    assert items.ids.tolist() == [2, 3, 0, 1]
 
 
 def test_unknown_ids_have_the_last_row_and_stay_apart_as_groups(tmp_path: Path) -> None:
@@ -226,15 +220,6 @@ def test_unknown_ids_are_told_by_column(tmp_path: Path) -> None:
     )
 
 
-def test_without_vocabularies_nothing_is_told(tmp_path: Path) -> None:
-    schema = load_schema(Location.of(write_rows_dataset(tmp_path)))
-    unknown = UnknownIds(schema)
-    unknown.add(batch_of(tmp_path))
-    assert unknown.totals() == {}
-    assert format_unknown("valid", {}) is None
-    assert BoundedVocabularies(schema, POOLED).state_dict() == {}
-
-
 def count_on_two_ranks(rank: int, world_size: int, data: str) -> tuple[Any, Any, list[str]]:
     rows = rows_of(Path(data))
     batches = Interactions(rows, BatchBuilder(rows.schema, POOLED), 1, rank, world_size)
@@ -277,33 +262,17 @@ def test_ids_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         assert positions.tolist() == [-1 if row == bad else row for row in range(6)]
 
 
-def test_a_column_of_another_type_than_its_map_is_named(tmp_path: Path) -> None:
-    data = prepared(write_raw_dataset(tmp_path))
-    write_parquet(data / "train" / "part-1.parquet", pa.table({**TRAIN, "friends": [[1], [], []]}))
-    with pytest.raises(ValueError, match=r"part-1.parquet: column 'friends': .*strings"):
-        rows_of(data)
-
-
-@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int8(), pa.string())])
-def test_every_list_type_of_words_is_read(tmp_path: Path, kind: pa.DataType) -> None:
-    data = prepared(write_raw_dataset(tmp_path))
-    expected = lists_of(batch_of(data).sparse_features, "friends")
-    friends = pa.array(TRAIN["friends"], pa.large_list(pa.string())).cast(pa.large_list(kind))
-    write_parquet(data / "train" / "part-0.parquet", pa.table({**TRAIN, "friends": friends}))
-    assert lists_of(batch_of(data).sparse_features, "friends") == expected
-
-
 def items_of(data: Path) -> ItemTable:
     return ItemTable(Location.of(data), load_schema(Location.of(data)))
 
 
 def test_items_without_a_row_of_their_own_are_refused(tmp_path: Path) -> None:
     data = prepared(write_raw_dataset(tmp_path / "exact"))
-    more = pa.table({"item": [-7, 99], "text": ["again", "new"]})
-    write_parquet(data / "items" / "part-1.parquet", more.slice(1))
+    new_items = pa.table({"item": [-7, 99], "text": ["again", "new"]})
+    write_parquet(data / "items" / "part-1.parquet", new_items.slice(1))
     with pytest.raises(ValueError, match=r"part-1.parquet: column 'item', row 0: id 99 "):
         items_of(data)
-    write_parquet(data / "items" / "part-1.parquet", more.slice(0, 1))
+    write_parquet(data / "items" / "part-1.parquet", new_items.slice(0, 1))
     with pytest.raises(ValueError, match=r"row 0: .*row already"):
         items_of(data)
     hashed = prepared(write_raw_dataset(tmp_path / "hash", item="{kind: hash}"))

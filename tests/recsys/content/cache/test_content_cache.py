@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from recsys.config import ModalitySettings
-from recsys.data.items.content_store import ContentStore, default_cache, publish
+from recsys.data.items.content_store import ContentStore, default_cache
 from tests.datasets import png, write_dataset
 from tests.recsys.data.items.item_content import (
     MODALITIES,
@@ -89,38 +89,6 @@ def test_what_fails_while_being_written_leaves_nothing(dataset: Path) -> None:
     with pytest.raises(ValueError, match="readable image"):
         store_of(dataset, "poster")
     assert list((dataset.parent / "cache").iterdir()) == []
-
-
-def write_file(path: Path, text: str) -> None:
-    path.write_text(text)
-
-
-def test_what_a_killed_process_left_is_not_used(tmp_path: Path) -> None:
-    def killed(path: Path) -> None:
-        (path / "values.npy").write_text("half")
-        raise KeyboardInterrupt
-
-    target = tmp_path / "array"
-    with pytest.raises(KeyboardInterrupt):
-        publish(target, killed)
-    # A killed process does not even clean up: its folder stays, under another name.
-    (tmp_path / ".array.left").mkdir()
-    (tmp_path / ".array.left" / "values.npy").write_text("half")
-    assert not target.exists()
-    publish(target, lambda path: write_file(path / "values.npy", "whole"))
-    assert (target / "values.npy").read_text() == "whole"
-
-
-def test_of_two_processes_that_write_the_same_the_first_wins(tmp_path: Path) -> None:
-    target = tmp_path / "array"
-
-    def slower(path: Path) -> None:
-        publish(target, lambda other: write_file(other / "name", "first"))
-        (path / "name").write_text("second")
-
-    publish(target, slower)
-    assert (target / "name").read_text() == "first"
-    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_the_default_cache_follows_the_environment(

@@ -18,8 +18,7 @@ from recsys.content.encoders.build import Encoder
 from recsys.content.encoders.image_encoders import ModuleEncoder
 from recsys.data.batch import ContentInput
 from recsys.data.items.content_store import ContentStore
-from recsys.data.items.ragged_array import RaggedWriter
-from recsys.data.items.row_hashes import stored_hashes
+from recsys.data.items.ragged_array import RaggedWriter, stored_hashes
 from recsys.distributed.ranks import Ranks
 from tests.ranks import run_on_ranks
 from tests.recsys.content.cache.frozen_outputs import (

@@ -14,7 +14,7 @@ from recsys.data.events.prepare import prepare_events
 from recsys.data.events.reader import selected_rows
 from recsys.data.events.settings import EventTable, Several
 from recsys.data.events.times import to_micros
-from recsys.data.filesystem import Location
+from recsys.storage.location import Location
 
 FILE = Location.of("log.tsv")
 

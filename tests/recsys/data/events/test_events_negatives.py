@@ -20,11 +20,11 @@ from recsys.data.events.duckdb_engine import DuckDBEngine
 from recsys.data.events.load import load_events_config
 from recsys.data.events.prepare import make_samples, prepare_events
 from recsys.data.events.sql import SqlEngine
-from recsys.data.filesystem import Location
 from recsys.data.item_frequency import COLD_BELOW, count_items
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
 from recsys.diagnostics.dataset.summary import summarize_dataset
+from recsys.storage.location import Location
 
 OpenEngine = Callable[[Path], SqlEngine]
 CONTENT: dict[str, Any] = {

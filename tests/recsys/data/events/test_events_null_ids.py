@@ -14,9 +14,9 @@ import yaml
 from recsys.data.events.load import load_events_config
 from recsys.data.events.prepare import prepare_events, write_datasets
 from recsys.data.events.sql import SqlEngine
-from recsys.data.filesystem import Location
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
+from recsys.storage.location import Location
 
 START, ROWS, ITEMS = 1_790_000_000, 60, 7
 Change = Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], None]

@@ -14,8 +14,8 @@ import yaml
 
 from recsys.data.events import pictures
 from recsys.data.events.prepare import prepare_events
-from recsys.data.filesystem import Location
 from recsys.data.schema import load_schema
+from recsys.storage.location import Location
 from tests.datasets import png
 
 PICTURES = [png(np.random.default_rng(seed)) for seed in range(5)]

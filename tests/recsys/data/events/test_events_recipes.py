@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.data.events.prepare import prepare_events
-from recsys.data.filesystem import Location
 from recsys.data.schema import load_schema
+from recsys.storage.location import Location
 
 RECIPES = Path(__file__).parents[4] / "recsys" / "recipes" / "events"
 ROWS = range(60)

@@ -13,9 +13,9 @@ import yaml
 
 from recsys.data.events.load import load_events_config
 from recsys.data.events.prepare import prepare_events
-from recsys.data.filesystem import Location
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
+from recsys.storage.location import Location
 
 START, ROWS = 1_790_000_000, 60
 TRANSFORMS: dict[str, Any] = {

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.config import ModalitySettings
-from recsys.data.filesystem import Location
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
 from recsys.data.schema import load_schema
+from recsys.storage.location import Location
 from tests.datasets import write_parquet
 
 TEXT = ModalitySettings(kind="text", column="text", encoder="random:bert", max_length=8)

@@ -1,6 +1,5 @@
 """What a batch gets of each item's content, against the rows of the items' files."""
 
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +9,11 @@ import pytest
 import torch
 
 from recsys.content.encoders.tiny_encoders import tiny_tokenizer
-from recsys.data.filesystem import Location
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.images import decode_image
 from recsys.data.items.item_table import ItemTable
 from recsys.data.schema import load_schema
+from recsys.storage.location import Location
 from tests.datasets import FEATURE_WIDTH, write_dataset
 from tests.recsys.data.items.item_content import (
     MODALITIES,
@@ -72,26 +71,6 @@ def test_features_are_copied_and_null_features_are_masked(dataset: Path) -> None
         assert clip.values[item, 0].tolist() == expected
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pa.list_(pa.float64(), 2),
-        pa.list_(pa.float16()),
-        pa.large_list(pa.float32()),
-    ],
-    ids=str,
-)
-def test_features_of_every_list_type_are_read(dataset: Path, kind: pa.DataType) -> None:
-    values = [None, [1, 2], [0.5, 0], None]
-    numbers = [value and [np.float16(x) for x in value] for value in values]
-    column = pa.array(numbers, kind)
-    rewrite(dataset, lambda table: table.slice(0, 4).set_column(3, "clip", column))
-    ids = pq.read_table(dataset / "items")["item"].to_numpy()
-    clip = store_of(dataset, "clip").gather(ids)["clip"]
-    assert clip.values[:, 0].tolist() == [[0, 0], [1, 2], [0.5, 0], [0, 0]]
-    assert clip.mask[:, 0].tolist() == [False, True, True, False]
-
-
 def test_a_feature_may_have_several_tokens(dataset: Path) -> None:
     column = pa.array([[[1, 2], [3, 4]], None, [[5, 6]], []], pa.list_(pa.list_(pa.float32())))
     rewrite(dataset, lambda table: table.slice(0, 4).set_column(3, "clip", column))
@@ -115,18 +94,6 @@ def test_an_item_without_a_row_has_no_content(dataset: Path) -> None:
         assert part.mask[1].any(), name
 
 
-def test_content_of_no_items_is_empty(dataset: Path) -> None:
-    for part in store_of(dataset, *MODALITIES).gather(np.zeros(0, np.int64)).values():
-        assert part.values.shape[0] == part.mask.shape[0] == 0
-
-
-def test_items_may_lie_in_several_files(dataset: Path) -> None:
-    write_items(dataset, clip=pa.array([None, [1.0] * 6, [2.0] * 6], pa.list_(pa.float32())))
-    clip = store_of(dataset, "clip").gather(np.array([10, 9, 8]))["clip"]
-    assert clip.values[:, 0, 0].tolist() == [2, 1, 0]
-    assert clip.mask[:, 0].tolist() == [True, True, False]
-
-
 def test_a_url_gives_the_same_content_as_a_local_folder(dataset: Path) -> None:
     url = f"memory://items-{id(dataset)}"
     root = Location.of(url)
@@ -137,13 +104,3 @@ def test_a_url_gives_the_same_content_as_a_local_folder(dataset: Path) -> None:
         store.build(name)
         assert torch.equal(store.gather(np.arange(8))[name].values, local[name].values)
     root.filesystem.rm(root.path, recursive=True)
-
-
-def test_a_store_travels_to_another_process_without_tokenizers(dataset: Path) -> None:
-    store = store_of(dataset, *MODALITIES)
-    pickled = pickle.dumps(store.kinds)
-    assert len(pickled) < 3000
-    again = pickle.loads(pickled)
-    assert {name: type(kind) for name, kind in again.items()} == {
-        name: type(kind) for name, kind in store.kinds.items()
-    }

@@ -10,16 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recsys.config import Config, ContentSettings, ModalitySettings
-from recsys.data.filesystem import Location
-from recsys.data.items import feature_file
+from recsys.config import ModalitySettings
+from recsys.data.items import item_column
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
 from recsys.data.schema import load_schema
-from recsys.distributed.ranks import joined_ranks
-from recsys.training.train import train
+from recsys.storage.location import Location
 from tests.datasets import write_dataset
-from tests.recsys.em3_runs import em3_config
 
 NUM_ITEMS = 8
 AUDIO = ModalitySettings(kind="feature", column="audio")
@@ -27,7 +24,7 @@ AUDIO = ModalitySettings(kind="feature", column="audio")
 
 @pytest.fixture(autouse=True)
 def pieces_of_three_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_file, "BYTES_PER_PIECE", 3 * 4 * 5 * 2)
+    monkeypatch.setattr(item_column, "BYTES_PER_PIECE", 3 * 4 * 5 * 2)
 
 
 @pytest.fixture
@@ -89,10 +86,10 @@ def test_rows_by_id_in_any_order_for_some_items_and_for_others_that_do_not_exist
 ) -> None:
     features = random_features(4, 5)
     content = store_of(with_audio(dataset, features, np.array([6, 99, 0, 3])))
-    found = content.gather(np.arange(NUM_ITEMS))["audio"]
-    assert found.mask[:, 0].tolist() == [item in (0, 3, 6) for item in range(NUM_ITEMS)]
+    audio = content.gather(np.arange(NUM_ITEMS))["audio"]
+    assert audio.mask[:, 0].tolist() == [item in (0, 3, 6) for item in range(NUM_ITEMS)]
     for row, item in ((0, 6), (2, 0), (3, 3)):
-        assert np.array_equal(found.values[item, 0], features[row])
+        assert np.array_equal(audio.values[item, 0], features[row])
 
 
 def test_raw_ids_find_their_items(dataset: Path) -> None:
@@ -109,8 +106,8 @@ def test_raw_ids_find_their_items(dataset: Path) -> None:
     features = random_features(2, 5)
     store = store_of(with_audio(dataset, features, np.array(["sku 5", "sku 2"])))
     rows = dict(zip(raw, store.items.ids.tolist()))
-    found = store.gather(np.array([rows["sku 2"], rows["sku 5"]]))["audio"]
-    assert np.array_equal(found.values[:, 0], features[::-1])
+    audio = store.gather(np.array([rows["sku 2"], rows["sku 5"]]))["audio"]
+    assert np.array_equal(audio.values[:, 0], features[::-1])
 
 
 BAD: list[tuple[np.ndarray, np.ndarray | None, str]] = [
@@ -158,10 +155,10 @@ def test_a_value_that_is_not_finite_is_named_by_row_or_its_item_left_out(dataset
     with pytest.raises(ValueError, match=r"audio.npy: column 'audio', row 4: .*not finite"):
         store_of(dataset)
     store = store_of(dataset, "skip")
-    found = store.gather(np.arange(NUM_ITEMS))["audio"]
-    assert found.mask.sum() == NUM_ITEMS - 1
-    assert not found.mask[ids_in_files(dataset)[4]].any()
-    assert store.items.bad_rows.found
+    audio = store.gather(np.arange(NUM_ITEMS))["audio"]
+    assert audio.mask.sum() == NUM_ITEMS - 1
+    assert not audio.mask[ids_in_files(dataset)[4]].any()
+    assert store.items.bad_rows.counts
 
 
 def test_only_features_have_a_file(dataset: Path) -> None:
@@ -173,13 +170,3 @@ def test_only_features_have_a_file(dataset: Path) -> None:
     schema.write_text(good + "    song: {kind: feature, ids: ids.npy}\n")
     with pytest.raises(ValueError, match="item column 'song': ids"):
         load_schema(Location.of(dataset))
-
-
-def test_audio_is_a_modality_by_configuration_alone(tmp_path: Path) -> None:
-    dataset = write_dataset(tmp_path / "data")
-    with_audio(dataset, random_features(30, 3, 5))
-    content = ContentSettings(modalities={"audio": AUDIO}, dim=16)
-    config: Config = em3_config(tmp_path, content=content, epochs=1)
-    with joined_ranks("cpu") as ranks:
-        metrics = train(config, str(dataset), tmp_path / "run", ranks)
-    assert 0 <= metrics["test"]["auc"] <= 1

@@ -1,7 +1,6 @@
 """Content of unusual size or form: read as it is meant, in bounded memory, or skipped and told."""
 
 import json
-from contextlib import closing
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,14 @@ import pytest
 from PIL import Image
 
 from recsys.content.encoders.tiny_encoders import tiny_tokenizer
-from recsys.data.filesystem import Location
 from recsys.data.items import item_table
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.images import decode_image
 from recsys.data.items.item_table import ItemTable
-from recsys.data.items.item_text import CHARACTERS_PER_TOKEN, tokenize
-from recsys.data.items.ragged_array import RaggedArray, RaggedWriter
+from recsys.data.items.item_values import CHARACTERS_PER_TOKEN, tokenize
 from recsys.data.schema import load_schema
 from recsys.distributed.ranks import joined_ranks
+from recsys.storage.location import Location
 from tests.datasets import FEATURE_WIDTH, png, write_dataset
 from tests.recsys.data.items.bad_items import not_utf8
 from tests.recsys.data.items.item_content import MODALITIES, store_of, write_items
@@ -88,8 +86,8 @@ def test_texts_of_every_string_type_are_read(dataset: Path, kind: pa.DataType) -
     write_items(dataset, text=pa.array(["a", None, "bc", "a"], kind))
     text = store_of(dataset, "text").gather(np.arange(8, 12))["text"]
     expected = tiny_tokenizer()(["a", "bc"])["input_ids"]
-    found = [row[mask].tolist() for row, mask in zip(text.values, text.mask, strict=True)]
-    assert found == [expected[0], [], expected[1], expected[0]]
+    tokens = [row[mask].tolist() for row, mask in zip(text.values, text.mask, strict=True)]
+    assert tokens == [expected[0], [], expected[1], expected[0]]
 
 
 def test_columns_are_read_a_few_rows_at_a_time(
@@ -120,17 +118,6 @@ def test_an_animation_is_its_first_frame() -> None:
     buffer = BytesIO()
     frames[0].save(buffer, format="GIF", save_all=True, append_images=frames[1:])
     assert (decode_image(buffer.getvalue(), 4)[0] == 200).all()
-
-
-def test_an_array_written_in_chunks_is_the_one_written_whole(tmp_path: Path) -> None:
-    lengths = np.array([2, 0, 1, 3, 0])
-    values = np.arange(24, dtype=np.uint8).reshape(6, 2, 2)
-    with closing(RaggedWriter(tmp_path, (2, 2), "uint8")) as writer:
-        writer.add(lengths[:2], values[:2])
-        writer.add(lengths[2:], values[2:])
-    array = RaggedArray(tmp_path)
-    assert array.lengths.tolist() == lengths.tolist()
-    assert np.array_equal(array.values, values)
 
 
 def test_a_damaged_cache_is_named(dataset: Path) -> None:
@@ -164,11 +151,11 @@ def test_bad_content_is_skipped_as_missing_and_counted(dataset: Path) -> None:
         assert known(store, "clip", 8, 9, 10, 11) == [False, True, False, True]
         with joined_ranks("cpu") as ranks:
             summary = store.items.bad_rows.summary(ranks, "items")
-        found = {
+        entries = {
             (entry["column"], entry["reason"]): (entry["rows"], entry["first_row"])
             for entry in summary["found"]
         }
-        assert found == {
+        assert entries == {
             ("text", "text that is not UTF-8"): (1, 2),
             ("poster", "unreadable image"): (2, 0),
             ("clip", f"a feature of other than {FEATURE_WIDTH} values"): (1, 0),
@@ -196,7 +183,7 @@ def test_rows_of_unusable_items_are_skipped_and_the_others_keep_their_content(
     store = skipping_store(dataset, "clip")
     assert store.items.ids[-2:].tolist() == [19, 12]
     assert store.gather(np.array([19, 12]))["clip"].values[:, 0, 0].tolist() == [0.0, 5.0]
-    assert store.items.bad_rows.found == {
+    assert store.items.bad_rows.counts == {
         (str(file), "item", 0, "null"): (1, 1),
         (str(file), "item", 0, "id outside [0, 20)"): (1, 2),
         (str(file), "item", 0, "a second row of an item"): (2, 3),

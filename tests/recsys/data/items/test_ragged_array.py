@@ -1,6 +1,5 @@
 """Rows of varying length on disk against a list of lists, and every way to gather them."""
 
-import pickle
 from contextlib import closing
 from pathlib import Path
 
@@ -49,15 +48,6 @@ def test_rows_may_share_their_entries(tmp_path: Path) -> None:
         RaggedArray(tmp_path)
 
 
-def test_no_rows_and_only_empty_rows_have_width_one(tmp_path: Path) -> None:
-    array = write(tmp_path / "a", [[8], []])
-    values, mask = array.gather(np.zeros(0, np.int64))
-    assert values.shape == mask.shape == (0, 1)
-    values, mask = write(tmp_path / "b", [[], []]).gather(np.array([0, 1]))
-    assert values.tolist() == [[0], [0]]
-    assert not mask.any()
-
-
 def test_entries_may_have_a_shape_and_a_type(tmp_path: Path) -> None:
     array = written(
         tmp_path, np.array([1, 0, 2]), np.arange(36, dtype=np.uint8).reshape(3, 3, 2, 2)
@@ -67,61 +57,6 @@ def test_entries_may_have_a_shape_and_a_type(tmp_path: Path) -> None:
     assert values[0].ravel().tolist() == list(range(12, 36))
     assert not values[1].any()
     assert mask.tolist() == [[True, True], [False, False]]
-
-
-def test_what_is_gathered_is_a_copy_that_may_be_changed(tmp_path: Path) -> None:
-    array = write(tmp_path, [[1], [2]])
-    values, _ = array.gather(np.array([0]))
-    values[:] = 7
-    assert array.gather(np.array([0]))[0].tolist() == [[1]]
-
-
-def gathered_by_one_index(array: RaggedArray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The plain way: an index of every entry, padding overwritten."""
-    starts = array.offsets[rows]
-    lengths = np.where(rows >= 0, array.offsets[rows + 1] - starts, 0)
-    positions = np.arange(max(int(lengths.max(initial=0)), 1))
-    mask = positions[None, :] < lengths[:, None]
-    values = np.array(array.values[np.where(mask, starts[:, None] + positions[None, :], 0)])
-    values[~mask] = 0
-    return values, mask
-
-
-@pytest.mark.parametrize(
-    ("shape", "longest", "dtype"),
-    [
-        ((), 5, "int64"),  # token ids
-        ((7,), 3, "float32"),  # short rows: one index
-        ((700,), 3, "float32"),  # long rows: copied one by one
-        ((700,), 1, "float32"),  # stored features
-        ((3, 4, 4), 1, "uint8"),  # pixels
-        ((), 5, "float64"),
-    ],
-    ids=str,
-)
-def test_gathering_gives_what_plain_indexing_gives(
-    tmp_path: Path, shape: tuple[int, ...], longest: int, dtype: str
-) -> None:
-    random = np.random.default_rng(0)
-    lengths = random.integers(longest + 1, size=40)
-    lengths[-1] = 0  # its start lies behind the last entry
-    entries = random.integers(1, 100, (lengths.sum(), *shape)).astype(dtype)
-    # NaN in entry 0 shows where padding was read and not cleared.
-    entries[0] = np.nan if dtype.startswith("float") else 9
-    array = written(tmp_path, lengths, entries)
-    for rows in (
-        np.arange(40),
-        random.integers(-1, 40, 25),
-        np.array([-1]),
-        np.array([39, -1, 39]),
-        np.zeros(0, np.int64),
-    ):
-        expected_values, expected_mask = gathered_by_one_index(array, rows)
-        values, mask = array.gather(rows)
-        assert values.dtype == expected_values.dtype
-        assert np.array_equal(mask, expected_mask)
-        np.testing.assert_array_equal(values, expected_values)
-        assert values.flags.owndata and values.flags.c_contiguous
 
 
 def mapped_bytes(file: Path) -> int:
@@ -170,10 +105,3 @@ def test_rows_are_written_in_any_order(tmp_path: Path) -> None:
         [[5, 6], [7, 8]],
         [[9, 9], [0, 0]],
     ]
-
-
-def test_another_process_gets_the_folder_not_the_values(tmp_path: Path) -> None:
-    array = write(tmp_path, [list(range(5000)), [7]])
-    pickled = pickle.dumps(array)
-    assert len(pickled) < 1000
-    assert pickle.loads(pickled).gather(np.array([1]))[0].tolist() == [[7]]

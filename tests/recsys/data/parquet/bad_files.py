@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import shutil
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from pyarrow.parquet import encryption
 
 from tests.recsys.data.bad_impressions import FILE, BadInput, Spoil, table
 
@@ -52,32 +50,6 @@ def cut_page(data: Path) -> None:
     content(lambda whole: whole[: start + 30] + whole[start + 60 :])(data)
 
 
-class _Keys(encryption.KmsClient):
-    """Keys wrapped by nothing, which is enough to write an encrypted file."""
-
-    def __init__(self, _: encryption.KmsConnectionConfig) -> None:
-        super().__init__()
-
-    def wrap_key(self, key_bytes: bytes, master_key_identifier: str) -> bytes:
-        return base64.b64encode(key_bytes)
-
-    def unwrap_key(self, wrapped_key: bytes, master_key_identifier: str) -> bytes:
-        return base64.b64decode(wrapped_key)
-
-
-def encrypted(plaintext_footer: bool) -> Spoil:
-    def spoil(data: Path) -> None:
-        properties = encryption.CryptoFactory(_Keys).file_encryption_properties(
-            encryption.KmsConnectionConfig(),
-            encryption.EncryptionConfiguration(
-                "footer", column_keys={"column": ["user"]}, plaintext_footer=plaintext_footer
-            ),
-        )
-        pq.write_table(pq.read_table(data / FILE), data / FILE, encryption_properties=properties)
-
-    return spoil
-
-
 def beside(make: Spoil) -> Spoil:
     """Something else with the name of a data file."""
     return lambda data: make(data / "train" / "part-2.parquet")
@@ -93,10 +65,7 @@ UNREADABLE = [f"{FILE}: ", "readable Parquet"]
 
 FILES = {
     "zero bytes": BadInput(content(lambda _: b""), UNREADABLE),
-    "magic bytes only": BadInput(content(lambda _: b"PAR1PAR1"), UNREADABLE),
     "CSV": BadInput(content(lambda _: b"user,item\n1,2\n" * 99), UNREADABLE),
-    "footer cut": BadInput(content(lambda whole: whole[:-20]), UNREADABLE),
-    "second half gone": BadInput(content(lambda whole: whole[: len(whole) // 2]), UNREADABLE),
     "footer overwritten": BadInput(
         content(lambda whole: whole[:-900] + b"\xff" * 800 + whole[-100:]), UNREADABLE
     ),
@@ -105,13 +74,8 @@ FILES = {
     "flipped bit under a checksum": BadInput(
         flipped_bit_under_a_checksum, [f"{FILE}: row group 0 (rows from 0)", "CRC"]
     ),
-    "encrypted footer": BadInput(encrypted(False), [*UNREADABLE, "encrypted"]),
-    "encrypted column": BadInput(encrypted(True), [f"{FILE}: row group 0", "rypt"]),
     "no rows": BadInput(table(lambda rows: rows.slice(0, 0)), [f"{FILE}: ", "no rows"]),
     "a folder named like a file": BadInput(beside(Path.mkdir), ["train/part-2.parquet: "]),
-    "a broken link": BadInput(
-        beside(lambda path: path.symlink_to("gone")), ["train/part-2.parquet: "]
-    ),
     "a pipe": BadInput(beside(os.mkfifo), ["train/part-2.parquet: "]),
     "fewer rows than ranks": BadInput(one_row, ["1 training rows", "2 ranks"]),
     "no training files": BadInput(

@@ -5,9 +5,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from recsys.data.filesystem import Location
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import Schema, load_schema
+from recsys.storage.location import Location
 from tests.datasets import write_parquet
 
 COLUMNS: dict[str, tuple[list[Any], pa.DataType]] = {

@@ -3,76 +3,19 @@
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from recsys.data.filesystem import Location
-from recsys.data.item_frequency import count_items
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.parquet.values import ROW_POSITION
+from recsys.storage.location import Location
 from tests.datasets import write_dataset
-from tests.recsys.data.parquet.four_rows import COLUMNS, open_rows, read_all, schema_of, table_of
+from tests.recsys.data.parquet.four_rows import open_rows, read_all, schema_of, table_of
 
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
     """A dataset whose train split a test writes itself."""
     return write_dataset(tmp_path / "data", num_rows={})
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("user", pa.int32()),
-        ("user", pa.uint8()),
-        ("item", pa.uint64()),
-        ("history", pa.large_list(pa.int64())),
-        ("history", pa.list_(pa.int32())),
-        ("genres", pa.large_list(pa.int16())),
-        ("history_liked", pa.list_(pa.bool_())),
-        ("history_liked", pa.large_list(pa.float64())),
-        ("history_liked", pa.list_(pa.int8())),
-        ("price", pa.float64()),
-        ("price", pa.float16()),
-        ("liked", pa.bool_()),
-        ("liked", pa.int64()),
-    ],
-    ids=str,
-)
-def test_every_number_and_list_type_is_read_as_the_same_values(
-    dataset: Path, name: str, kind: pa.DataType
-) -> None:
-    values = COLUMNS[name][0]
-    if kind == pa.float16():
-        values = list(np.array(values, np.float16))
-    if kind in (pa.bool_(), pa.list_(pa.bool_())):
-        values = [list(map(bool, row)) if isinstance(row, list) else bool(row) for row in values]
-    rows = open_rows(dataset, table_of(**{name: pa.array(values, kind)}))
-    (table,) = rows.read(0, 4)
-    assert table.to_pydict() == {
-        **{column: expected for column, (expected, _) in COLUMNS.items()},
-        ROW_POSITION: [0, 1, 2, 3],
-    }
-    assert table.schema.field(name).type == COLUMNS[name][1]
-
-
-def test_fixed_size_lists_are_read_like_others(dataset: Path) -> None:
-    history = pa.array([[1, 2], None, [3, 4], [5, 6]], pa.list_(pa.int32(), 2))
-    liked = pa.array([[1, 0], None, [0, 1], [1, 1]], pa.list_(pa.float64(), 2))
-    read = read_all(open_rows(dataset, table_of(history=history, history_liked=liked)))
-    assert read["history"] == [[1, 2], None, [3, 4], [5, 6]]
-    assert read["history_liked"] == [[1, 0], None, [0, 1], [1, 1]]
-
-
-def test_a_whole_number_too_fine_for_float32_is_rounded(dataset: Path) -> None:
-    price = pa.array([2**24 + 1, 0, 0, 0], pa.int64())
-    assert read_all(open_rows(dataset, table_of(price=price)))["price"][0] == 2.0**24
-
-
-def test_columns_that_the_schema_does_not_name_are_not_read(dataset: Path) -> None:
-    read = read_all(open_rows(dataset, table_of(note=pa.array(list("abcd")))))
-    assert set(read) == {*COLUMNS, ROW_POSITION}
 
 
 def test_labels_may_lack_where_none_are_wanted(dataset: Path) -> None:
@@ -95,15 +38,6 @@ def test_rows_of_all_files_and_row_groups_keep_their_order(dataset: Path) -> Non
     assert read[ROW_POSITION] == list(range(9))
 
 
-@pytest.mark.parametrize("num_rows", [1, 5, 9])
-def test_a_range_of_places_is_read_alone(dataset: Path, num_rows: int) -> None:
-    rows = open_rows(dataset, table_of(), table_of(), table_of(), row_group_size=3)
-    for start in range(12 - num_rows + 1):
-        tables = list(rows.read(start, start + num_rows))
-        positions = np.concatenate([table[ROW_POSITION].to_numpy() for table in tables])
-        assert positions.tolist() == list(range(start, start + num_rows))
-
-
 def test_a_shuffle_keeps_each_row_whole_and_differs_by_seed_and_epoch(tmp_path: Path) -> None:
     root = write_dataset(tmp_path, {"train": 60})
     rows = ParquetRows.of_split(Location.of(root), "train", schema_of(root))
@@ -121,17 +55,6 @@ def test_a_shuffle_keeps_each_row_whole_and_differs_by_seed_and_epoch(tmp_path: 
     # Rows of different row groups are mixed, not only the groups put in another order.
     neighbours = np.abs(np.diff(first)) == 1
     assert neighbours.mean() < 0.2
-
-
-def test_items_are_counted_over_the_shares_of_all_ranks(tmp_path: Path) -> None:
-    root = write_dataset(tmp_path, {"train": 47})
-    rows = ParquetRows.of_split(Location.of(root), "train", schema_of(root))
-    expected = np.bincount(pq.read_table(root / "train")["item"].to_numpy(), minlength=30)
-    for world_size in (1, 3):
-        parts = [
-            count_items(rows, rank, world_size).of(np.arange(30)) for rank in range(world_size)
-        ]
-        assert sum(parts).tolist() == expected.tolist()  # type: ignore[union-attr]
 
 
 def test_hidden_files_and_files_of_other_endings_are_no_data(dataset: Path) -> None:

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.checkpoint.compatibility import check_equal
-from recsys.data.filesystem import Location
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
+from recsys.storage.location import Location
 from tests.datasets import write_dataset
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.filesystem import Location
 from recsys.data.interactions import Interactions, loader
-from recsys.data.parquet.order import Stage
 from recsys.data.parquet.rows import ParquetRows
+from recsys.data.row_source import Stage
 from recsys.data.schema import load_schema
+from recsys.storage.location import Location
 from tests.datasets import write_dataset
 
 
@@ -31,23 +31,23 @@ def share(rows: ParquetRows, rank: int, stage: Stage, seed: int | None = 5) -> I
 def read(rows: ParquetRows, stages: list[Stage], first_batch: int = 0) -> list[list[list[int]]]:
     """By rank the positions of its batches in the last stage, after the stages before it."""
     *earlier, last = stages
-    found = []
+    positions = []
     for rank in range(last.world_size):
         interactions = share(rows, rank, last)
         interactions.begin(3, earlier, first_batch)
-        found.append([batch.row_positions.tolist() for batch in interactions])
-    return found
+        positions.append([batch.row_positions.tolist() for batch in interactions])
+    return positions
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("done", [0, 1, 4, 7])
+@pytest.mark.parametrize("num_read", [0, 1, 4, 7])
 def test_the_rest_of_a_share_is_what_an_uninterrupted_one_reads_after_it(
-    rows: ParquetRows, world_size: int, done: int
+    rows: ParquetRows, world_size: int, num_read: int
 ) -> None:
     stage = Stage(world_size, 3, 0)
     whole = read(rows, [stage])
     assert len(whole[0]) >= 7
-    assert read(rows, [stage], done) == [batches[done:] for batches in whole]
+    assert read(rows, [stage], num_read) == [batches[num_read:] for batches in whole]
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,7 @@ from recsys.data.schema import Schema
 from recsys.data.schema_columns import Column
 from recsys.data.transforms.chain import chains_of
 from recsys.data.transforms.columns import read_columns
-from recsys.data.transforms.fit import Quantiles
-from recsys.data.transforms.steps import STEPS
+from recsys.data.transforms.steps import STEPS, Quantiles
 
 NOON = datetime(2026, 11, 1, 12, tzinfo=UTC)  # a Sunday
 EVENING = 1_798_758_000  # 2026-12-31 23:00 UTC, already 2027 in Berlin, a Friday
@@ -27,8 +26,8 @@ EVENING = 1_798_758_000  # 2026-12-31 23:00 UTC, already 2027 in Berlin, a Frida
 
 def schema_with(**columns: dict[str, Any]) -> Schema:
     """The checks of a whole schema.yaml would take a tenth of a second."""
-    of = {name: Column(**column) for name, column in columns.items()}
-    schema = Schema("item", "user", of | {"liked": Column("label")})
+    by_name = {name: Column(**column) for name, column in columns.items()}
+    schema = Schema("item", "user", by_name | {"liked": Column("label")})
     schema.transforms = chains_of(schema.columns, "item", "data/schema.yaml")
     return schema
 
@@ -127,7 +126,7 @@ def test_a_column_reads_the_result_of_another_but_itself_from_the_file() -> None
 
 
 @pytest.mark.parametrize(
-    ("values", "steps", "named"),
+    ("values", "steps", "message"),
     [
         (["a"], ["log1p"], "x'.*log1p.*string"),
         ([1.5], ["lower"], "x'.*lower.*double"),
@@ -140,13 +139,13 @@ def test_a_column_reads_the_result_of_another_but_itself_from_the_file() -> None
         ([1], ["standardize"], "x'.*standardize.*recsys prepare transforms"),
     ],
 )
-def test_a_step_on_a_wrong_type_is_named(values: list[Any], steps: list[Any], named: str) -> None:
-    with pytest.raises(ValueError, match=f"part-0.parquet: column '{named}"):
+def test_a_step_on_a_wrong_type_is_named(values: list[Any], steps: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"part-0.parquet: column '{message}"):
         result(pa.array(values), *steps)
 
 
 @pytest.mark.parametrize(
-    ("column", "named"),
+    ("column", "message"),
     [
         ({"transform": ["logp"]}, "'logp'.*log1p"),
         ({"transform": [{"clip": {"lov": 1}}]}, "clip.lov.*low"),
@@ -178,10 +177,10 @@ def test_a_step_on_a_wrong_type_is_named(values: list[Any], steps: list[Any], na
     ],
 )
 def test_what_a_schema_cannot_mean_is_named_before_any_row_is_read(
-    column: dict[str, Any], named: str
+    column: dict[str, Any], message: str
 ) -> None:
     y = {"kind": "id", "num_embeddings": 30, "column": "x"}
-    with pytest.raises(ValueError, match=rf"^data/schema.yaml: (?s:.)*{named}"):
+    with pytest.raises(ValueError, match=rf"^data/schema.yaml: (?s:.)*{message}"):
         schema_with(x={"kind": "id", "num_embeddings": 30} | column, y=y)
 
 
@@ -206,7 +205,7 @@ def test_the_page_has_every_step_and_its_example_is_a_schema() -> None:
 
 
 def test_quantiles_of_many_values_are_those_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recsys.data.transforms.fit.SAMPLED", 20_000)
+    monkeypatch.setattr("recsys.data.transforms.steps.SAMPLED", 20_000)
     values, fit = np.random.default_rng(0).permutation(100_000) / 1e5, Quantiles(quantiles=4)
     for part in np.array_split(values, 7):
         fit.add(part)

@@ -26,7 +26,6 @@ from hypothesis import strategies as some
 
 from embeddings import HashVocabulary
 from embeddings.vocabulary.fixed import NULL_ID
-from recsys.data.filesystem import Location
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.prepare_vocabulary import prepare_vocabularies
@@ -35,6 +34,7 @@ from recsys.data.schema_columns import Column, VocabularySettings
 from recsys.data.transforms.chain import chains_of
 from recsys.data.transforms.prepare import prepare_transforms
 from recsys.serving.requests import RequestReader
+from recsys.storage.location import Location
 
 ZONE = "Europe/Berlin"
 EXACT, HASHED, WORDS = 9, 50, 7
@@ -110,9 +110,9 @@ def schema_without_parser(columns: dict[str, Column]) -> Iterator[None]:
     plain = {name: Column("id", 3) for name in ("user", "item")}
 
     def read_schema(root: Location) -> Schema:
-        of = copy.deepcopy({**plain, **columns, "liked": Column("label")})
-        schema = Schema("item", "user", of)
-        schema.transforms = chains_of(of, "item", str(root))
+        schema_columns = copy.deepcopy({**plain, **columns, "liked": Column("label")})
+        schema = Schema("item", "user", schema_columns)
+        schema.transforms = chains_of(schema_columns, "item", str(root))
         return schema
 
     with (
@@ -141,10 +141,10 @@ def write(folder: Path, rows: list[Row], kinds: Row, row_group_size: int) -> Pat
 
 def reference(row: Row, schema: Schema) -> Row | None:
     """The columns of one row, a value at a time; None for a row that cannot be used."""
-    found: Row = {}
+    columns: Row = {}
     for name, steps in [(name, chain.steps) for name, chain in schema.transforms.items()]:
         if name == "pair":
-            pair = found["town_text"], row["device"]
+            pair = columns["town_text"], row["device"]
             value: Any = None if None in pair else f"{pair[0]}\x1f{pair[1]}"
         else:
             value = row[schema.transforms[name].sources[0]]
@@ -156,44 +156,44 @@ def reference(row: Row, schema: Schema) -> Row | None:
             if step.name == "cross":
                 continue
             if name == "words":
-                value = [one_value(step.name, step.settings, each) for each in value]
+                value = [one_value(step.name, step.settings, part) for part in value]
             else:
                 value = one_value(step.name, step.settings, value)
         if name == "town":
-            found["town_text"] = value
+            columns["town_text"] = value
             place = schema.vocabularies["town"].ids.to_pylist()
             value = place.index(value) if value in place else EXACT - 1
         if name == "pair":  # null is an id of its own of a hash
             id_or_null = NULL_ID if value is None else value
             value = int(HashVocabulary(HASHED).rows_of(pa.array([id_or_null]))[0, 0])
-        found[name] = value
-    del found["town_text"]
-    if None in found.values() or not math.isfinite(found["size"]):
+        columns[name] = value
+    del columns["town_text"]
+    if None in columns.values() or not math.isfinite(columns["size"]):
         return None
-    return found | {"size": pytest.approx(found["size"], rel=1e-5, abs=1e-5)}
+    return columns | {"size": pytest.approx(columns["size"], rel=1e-5, abs=1e-5)}
 
 
-def one_value(step: str, given: Row, value: Any) -> Any:
+def one_value(step: str, step_settings: Row, value: Any) -> Any:
     """One step on one value."""
     if isinstance(value, float):
         value = None if math.isnan(value) else value
     if step == "fill":
-        return given["value"] if value is None else value
+        return step_settings["value"] if value is None else value
     if value is None:
         return None
     if step == "clip":
-        return min(max(value, given["low"]), given["high"])
+        return min(max(value, step_settings["low"]), step_settings["high"])
     if step == "log1p":
         return math.log1p(value) if value > -1 else None
     if step == "standardize":
-        return (value - given["mean"]) / (given["std"] or 1)
+        return (value - step_settings["mean"]) / (step_settings["std"] or 1)
     if step == "bucketize":
-        return sum(boundary <= value for boundary in given["boundaries"])
+        return sum(boundary <= value for boundary in step_settings["boundaries"])
     if step == "lower":
         return value.lower()
     if step == "hash":
-        return int(HashVocabulary(given["buckets"]).rows_of(pa.array([value]))[0, 0])
-    moment = datetime.fromtimestamp(value, UTC).astimezone(ZoneInfo(given["zone"]))
+        return int(HashVocabulary(step_settings["buckets"]).rows_of(pa.array([value]))[0, 0])
+    moment = datetime.fromtimestamp(value, UTC).astimezone(ZoneInfo(step_settings["zone"]))
     parts = {"hour": moment.hour, "weekday": moment.weekday()}
     return parts.get(step, moment.timetuple().tm_yday - 1)
 
@@ -210,9 +210,12 @@ def asked(reader: RequestReader, row: Row) -> Row | None:
         rows = reader({"user": 0} | row, (), [1])
     except ValueError:
         return None
-    pooled = {name: of.rows.tolist() for name, of in rows.pooled.items() if name != "user"}
-    values = {name: of if name == "words" else of[0] for name, of in pooled.items()}
-    return values | {name: of.tolist()[0] for name, of in rows.dense.items()}
+    pooled = {name: ids.rows.tolist() for name, ids in rows.pooled.items() if name != "user"}
+    values = {
+        name: rows_of_name if name == "words" else rows_of_name[0]
+        for name, rows_of_name in pooled.items()
+    }
+    return values | {name: numbers.tolist()[0] for name, numbers in rows.dense.items()}
 
 
 # Without the search for a smaller example, which would take minutes.
@@ -245,8 +248,8 @@ def test_all_who_read_a_row_read_what_the_steps_say(
     reader = RequestReader(schema, pooled, {})
     assert predicted[: len(rows)] == trained
     assert [asked(reader, row) for row in rows + new] == predicted
-    for found, row in zip(predicted, rows + new, strict=True):
-        assert found == reference(row, schema)
+    for actual, row in zip(predicted, rows + new, strict=True):
+        assert actual == reference(row, schema)
 
 
 @settings(max_examples=10, deadline=None, database=None, derandomize=True)

@@ -15,12 +15,12 @@ import yaml
 
 from recsys.checkpoint.run_schema import load_run_schema, schema_of_data, write_run_schema
 from recsys.config import Config
-from recsys.data.filesystem import Location
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import Schema, load_schema
 from recsys.data.transforms.prepare import format_fitted, prepare_transforms
 from recsys.diagnostics.dataset.summary import summarize_dataset
 from recsys.distributed.ranks import joined_ranks
+from recsys.storage.location import Location
 from recsys.training.train import train
 
 COLUMNS = """\
@@ -110,9 +110,12 @@ def test_a_run_keeps_its_fitted_values_and_refuses_others_by_name(
 ) -> None:
     schema = load_schema(Location.of(data))
     run = run_of(schema, tmp_path / "run")
-    kept = load_run_schema(run)
-    assert kept is not None and kept.transforms == schema.transforms
-    assert schema_of_data(run, Location.of(data), RANKS, goes_on=True).transforms == kept.transforms
+    run_schema = load_run_schema(run)
+    assert run_schema is not None and run_schema.transforms == schema.transforms
+    assert (
+        schema_of_data(run, Location.of(data), RANKS, goes_on=True).transforms
+        == run_schema.transforms
+    )
 
     write(data, cost=[1, 2, 3, 40])
     prepare_transforms(str(data))
@@ -152,15 +155,3 @@ def test_integers_and_strings_of_one_column_are_refused(tmp_path: Path) -> None:
     ParquetRows.of_split(root, "test", schema)
     with pytest.raises(ValueError, match=r"valid/part-0.parquet: column 'price' has string ids"):
         ParquetRows.of_split(root, "valid", schema)
-
-
-def test_a_dataset_without_steps_to_fit_has_nothing_to_prepare(tmp_path: Path) -> None:
-    root = write(
-        tmp_path,
-        COLUMNS.replace("standardize", "{clip: {low: 0}}").replace(
-            "quantiles: 4", "boundaries: [1]"
-        ),
-    )
-    with pytest.raises(ValueError, match=r"schema.yaml: no transform"):
-        prepare_transforms(str(root))
-    load_schema(root)

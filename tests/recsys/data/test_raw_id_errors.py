@@ -1,4 +1,4 @@
-"""Advice on ids that a map lacks: the command that adds them, where it can."""
+"""Errors about raw ids: of two types in one table, or absent from a map that a command extends."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import pyarrow as pa
 import pytest
 
 from recsys.checkpoint.run_schema import load_run_schema, write_run_schema
-from recsys.data.filesystem import Location
 from recsys.data.items.item_table import ItemTable
+from recsys.data.parquet.rows import ParquetRows
 from recsys.data.prepare_vocabulary import prepare_vocabularies
-from recsys.data.schema import load_schema
-from recsys.diagnostics.dataset.findings import find
-from recsys.diagnostics.dataset.summary import summarize_dataset
+from recsys.data.schema import Schema, load_schema
+from recsys.storage.location import Location
 from tests.datasets import write_parquet
-from tests.recsys.data.raw_ids import ITEMS, TEST, TRAIN, write_raw_dataset
+from tests.recsys.data.raw_ids import ITEMS, TEST, write_raw_dataset
 
 COMMAND = "run `recsys prepare vocabulary --data {data}`"
 
@@ -30,8 +29,8 @@ def prepared(folder: Path) -> Path:
 
 def add_items(data: Path, number: int) -> str:
     """Write new items, and return the message about the first of them."""
-    more = {"item": [*ITEMS["item"], *range(100, 100 + number)], "text": ["x"] * (4 + number)}
-    write_parquet(data / "items" / "part-0.parquet", pa.table(more))
+    items = {"item": [*ITEMS["item"], *range(100, 100 + number)], "text": ["x"] * (4 + number)}
+    write_parquet(data / "items" / "part-0.parquet", pa.table(items))
     root = Location.of(data)
     with pytest.raises(ValueError, match=r"id 100 .*'item'") as caught:
         ItemTable(root, load_schema(root))
@@ -72,18 +71,26 @@ def test_a_run_without_its_map_is_not_advised_to_prepare_one(tmp_path: Path) -> 
     assert "prepare vocabulary" not in str(caught.value)
 
 
-def test_findings_on_unknown_ids_say_what_helps(tmp_path: Path) -> None:
-    data = prepared(tmp_path)
-    names = {**TRAIN, "user": ["new", None, "new"], "words": [["x"], ["new"], ["newer"]]}
-    write_parquet(data / "train" / "part-0.parquet", pa.table(names))
-    write_parquet(data / "test" / "part-0.parquet", pa.table({**TEST, "user": ["newest"]}))
-    fixes = {
-        finding.what.split("'")[1] + of: finding.fix
-        for finding in find(summarize_dataset(str(data)))
-        for of in ("train", "test")
-        if f"of {of} are null or unknown" in finding.what
-    }
-    command = COMMAND.format(data=data)
-    assert fixes["usertrain"] == f"fill nulls; for ids that are not rare, {command}"
-    assert fixes["wordstrain"].endswith(command)
-    assert "prepare vocabulary" not in fixes["usertest"]
+def written(folder: Path) -> tuple[Path, Schema]:
+    """A dataset without exact maps, and its schema once the training files were opened."""
+    data = write_raw_dataset(folder, "{kind: bounded}", "{kind: hash}", "{kind: hash}")
+    schema = load_schema(Location.of(data))
+    ParquetRows.of_split(Location.of(data), "train", schema)
+    return data, schema
+
+
+@pytest.mark.parametrize("column", ["user", "friends", "words"])
+def test_a_split_with_ids_of_another_type_is_refused(tmp_path: Path, column: str) -> None:
+    data, schema = written(tmp_path / "data")
+    values = [1] if column == "user" else [[1]]
+    write_parquet(data / "test" / "part-0.parquet", pa.table({**TEST, column: values}))
+    with pytest.raises(ValueError, match=rf"test/part-0.parquet: column '{column}' .*integer"):
+        ParquetRows.of_split(Location.of(data), "test", schema)
+
+
+def test_items_with_ids_of_another_type_than_the_impressions_are_refused(tmp_path: Path) -> None:
+    data, schema = written(tmp_path / "data")
+    names = {**ITEMS, "item": [str(item) for item in ITEMS["item"]]}
+    write_parquet(data / "items" / "part-0.parquet", pa.table(names))
+    with pytest.raises(ValueError, match=r"items/part-0.parquet: column 'item' .*string"):
+        ItemTable(Location.of(data), schema)
