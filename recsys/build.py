@@ -166,7 +166,9 @@ def build_job(
         root = Location.of(data)
         schema = schema or load_schema(root)
         config = with_opinion_groups(config, schema)
-        check_placement(config, schema, ranks.device.type, ranks.world_size, ranks.local_world_size)
+        check_placement(
+            config.embedding, schema, ranks.device.type, ranks.world_size, ranks.local_world_size
+        )
         tables = table_configs(config, schema, mean_list_lengths(root, schema, rows))
     store, encoders, bank = build_content(config, root, schema, ranks)
     with ranks.raise_on_all_ranks():
@@ -189,7 +191,9 @@ def build_job(
     )
     plan_text = format_plan(plan, tables)  # before the copies of tables change its ranks
     model = _distributed(em3, ranks, plan, table_sharders, embedding.parallel.copies)
-    optimizer, dense = build_dense_optimizer(model, dense_groups(config), config.optimizer)
+    optimizer, dense = build_dense_optimizer(
+        model, dense_groups(config.optimizer), config.optimizer
+    )
     averages = build_averages(model, config.optimizer)
     update = DenseUpdate(optimizer, dense, config.optimizer.clip_norm, averages)
     pipeline = _pipeline(model, update, embedding, config.accumulate_steps, ranks.device)

@@ -33,8 +33,8 @@ from recsys.data.schema import load_schema
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.compare import compare_runs
 from recsys.evaluation.further_metrics import make_metrics
-from recsys.plug_in.build import with_content_optimizer
 from recsys.plug_in.interactions import AddedColumns
+from recsys.plug_in.model import with_content_optimizer
 from recsys.plug_in.settings import check, load_plug_in_settings
 from recsys.serving.package import read_manifest
 from recsys.serving.vector_file import VectorFileShape

@@ -53,7 +53,6 @@ PUBLISHED: Settings = {
 NO_SIMILARITY: Settings = {
     "content.history.similarity_features": False,
     "content.history.simtier_bins": 0,
-    "content.history.sorted_cosines": 0,
 }
 CONCAT: Settings = {"content.fusion.name": "concat"}
 SHORT_TEXT: Settings = {"content.modalities.text.max_length": 24}  # training its encoder is costly

@@ -139,8 +139,6 @@ class HistorySettings:
     modality."""
     simtier_bins: NonNegativeInt = 0
     """Number of bins of a histogram of those cosines (SimTier); 0: none."""
-    sorted_cosines: NonNegativeInt = 0
-    """Number of highest cosines used as features, sorted (LEMUR); 0: none."""
     top_k: NonNegativeInt = 0
     """Keep only the top-k items of each row's first history by cosine similarity to the target's
     content, prior to any other use of the history (MUSE); 0: all."""

@@ -174,6 +174,7 @@ def _for_model(recipe: Any, name: str) -> Any:
 # setting was removed.
 REMOVED = {
     ("content", "sampling", "encoders"): (1, "encoders are not sampled"),
+    ("content", "history", "sorted_cosines"): (0, "no trial showed a gain"),
     ("embedding", "reset_every_epoch"): (
         False,
         "new rows in each epoch did not improve ranking beyond chance",

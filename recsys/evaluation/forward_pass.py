@@ -61,7 +61,7 @@ def forward_pass(
         batches = ItemVectorCache(content, store, job.ranks.device)(batches)
     shown = job.ranks.is_first and total is not None
     bar = progress_bar(total or 0, f"{place}es", shown, leave=False)
-    with bar, lockstep.watchdog.armed(), job.em3.losses.left_out():
+    with bar, lockstep.watchdog.armed(), job.em3.losses.disabled():
         for number, output in enumerate(job.pipeline.outputs(batches), 1):
             yield output
             bar.update()

@@ -28,7 +28,7 @@ from recsys.ranking.vectors import IDVectors
 
 LOSSES = {"distillation": "recsys.model.auxiliary:Distillation"}
 # Names in use for other parts of the loss.
-TAKEN = ("loss", "ranking", "contrastive", "query", "item")
+RESERVED_NAMES = ("loss", "ranking", "contrastive", "query", "item")
 
 
 @dataclass
@@ -60,7 +60,6 @@ class AuxiliaryLosses(nn.Module):
         self.weights, self.extra = dict(weights), extra
 
     def forward(self, inputs: AuxiliaryInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted sum [], and each loss [] without its weight."""
         parts = {}
         for name, loss in self.losses.items():
             inputs.columns = {
@@ -133,11 +132,11 @@ def build_auxiliary(
 ) -> AuxiliaryLosses | None:
     """Return the losses that `auxiliary` names; None if it names none."""
     extra, losses = schema.of_kind("extra"), {}
-    for name, own in settings.items():
+    for name, entry in settings.items():
         where = f"auxiliary.{name}"
-        if name in TAKEN or "." in name or hasattr(nn.ModuleDict(), name):
+        if name in RESERVED_NAMES or "." in name or hasattr(nn.ModuleDict(), name):
             raise ValueError(f"{where}: a loss cannot have this name; choose another")
-        loss = make_part(f"{where}.loss", own.loss, LOSSES, nn.Module, **own.options)
+        loss = make_part(f"{where}.loss", entry.loss, LOSSES, nn.Module, **entry.options)
         if unknown := sorted(set(_columns_of(loss)) - set(extra)):
             raise ValueError(
                 f"{where}: column '{unknown[0]}' is not of kind extra in schema.yaml, which has "
@@ -149,5 +148,5 @@ def build_auxiliary(
                 f"{schema.label_losses[loss.label]}; a distillation needs a label of 0 and 1"
             )
         losses[name] = loss
-    weights = {name: own.weight for name, own in settings.items()}
+    weights = {name: entry.weight for name, entry in settings.items()}
     return AuxiliaryLosses(losses, weights, extra) if losses else None

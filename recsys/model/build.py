@@ -65,10 +65,10 @@ def build_em3(
     """
     config = with_opinion_groups(config, schema)
     content = content_settings(config.content)
-    _check_labels(config, schema)
+    _check_labels(config.ranking, config.best_model_by, schema)
     dims = {table.name: table.embedding_dim for table in tables}
     pooled = pooled_features(config.embedding, schema)
-    further, widths = _build_further_histories(config, schema, dims[schema.target_item])
+    further, widths = _build_extra_sequences(config, schema, dims[schema.target_item])
     dimensions = InputDimensions.of(schema, pooled, dims, item_categories, process_group, widths)
     embeddings = build_embedding_collection(tables, device)
     assert embeddings is not None
@@ -81,8 +81,8 @@ def build_em3(
         schema.history,
         config.embedding.index_dedup,
         negatives,
-        id_dropouts(config, schema),
-        *_rows_of_ids(config, schema),
+        id_dropouts(config.embedding, schema),
+        *_rows_of_ids(content, schema),
     )
     return EM3(
         embedding_bags=build_embedding_bag_collection(tables, device),
@@ -92,24 +92,23 @@ def build_em3(
         ranking=build_ranking(config.ranking, dimensions, content),
         losses=losses,
         further_histories=further,
-        scaling=_build_scaling(config, schema),
+        scaling=_build_scaling(config.ranking, schema),
     )
 
 
-def _check_labels(config: Config, schema: Schema) -> None:
-    """Raise a ValueError for settings that do not fit the labels."""
+def _check_labels(ranking: RankingSettings, best_model_by: str, schema: Schema) -> None:
     labels = dict(zip(schema.of_kind("label"), schema.label_losses, strict=True))
-    if unknown := sorted(set(config.ranking.label_weights) - set(labels)):
+    if unknown := sorted(set(ranking.label_weights) - set(labels)):
         raise ValueError(
             f"ranking.label_weights: no label {unknown}; the labels are {list(labels)}"
         )
     numbers = [name for name, loss in labels.items() if loss != "bce"]
-    if numbers and softmax_settings(config.ranking) is not None:
+    if numbers and softmax_settings(ranking) is not None:
         raise ValueError(
             f"ranking.loss is a softmax over items, which label '{numbers[0]}' with loss "
             f"{labels[numbers[0]]} cannot choose; set ranking.loss to pointwise"
         )
-    first, by = next(iter(labels)), config.best_model_by
+    first, by = next(iter(labels)), best_model_by
     if (first in numbers) != (by in ("rmse", "mae")):
         fitting = "rmse or mae" if first in numbers else "auc, gauc or auc_and_gauc"
         raise ValueError(
@@ -118,9 +117,10 @@ def _check_labels(config: Config, schema: Schema) -> None:
         )
 
 
-def _rows_of_ids(config: Config, schema: Schema) -> tuple[RowsPerID, list[RowsPerID]]:
+def _rows_of_ids(
+    content: ContentSettings | None, schema: Schema
+) -> tuple[RowsPerID, list[RowsPerID]]:
     """Return the lists of ids beside the first history, and the columns of each further one."""
-    content = content_settings(config.content)
     columns: list[RowsPerID] = [
         {name: schema.rows_per_id(name) for name in (history.name, *history.ids)}
         for history in schema.histories
@@ -136,18 +136,22 @@ def _rows_of_ids(config: Config, schema: Schema) -> tuple[RowsPerID, list[RowsPe
     return beside, columns[1:]
 
 
-def _build_further_histories(
+def _build_extra_sequences(
     config: Config, schema: Schema, dim: int
 ) -> tuple[ExtraSequences | None, dict[str, int]]:
     """Return the encoders of the sequences after the first one, if any, and their widths."""
     content, further = content_settings(config.content), schema.histories[1:]
-    known = [of.name for of in further if schema.table_of(of.name) == schema.target_item]
+    allowed = [
+        sequence.name
+        for sequence in further
+        if schema.table_of(sequence.name) == schema.target_item
+    ]
     columns = [] if content is None else content.history.columns
     for name in columns:
-        if name not in known or columns.count(name) > 1:
+        if name not in allowed or columns.count(name) > 1:
             raise ValueError(
                 f"content.history.columns: '{name}' is named twice or is no further sequence of "
-                f"items of '{schema.target_item}'; these are {known}"
+                f"items of '{schema.target_item}'; these are {allowed}"
             )
     if not further:
         return None, {}
@@ -155,9 +159,9 @@ def _build_further_histories(
     return histories, histories.widths
 
 
-def _build_scaling(config: Config, schema: Schema) -> InputScaling | None:
+def _build_scaling(ranking: RankingSettings, schema: Schema) -> InputScaling | None:
     """Return what standardises numbers, but not those that the ranking model standardises."""
-    ranking, lists = config.ranking, [history.numbers for history in schema.histories]
+    lists = [history.numbers for history in schema.histories]
     if not ranking.scale_inputs:
         return None
     by_model = isinstance(ranking, NumbersSettings) and ranking.standardize_numbers

@@ -28,14 +28,14 @@ class Compiled(nn.Module):
 
 def compiled_parts(em3: EM3) -> dict[str, nn.Module]:
     """Return the parts that `compile` compiles, by name in the model."""
-    wanted: list[nn.Module] = [part for part in em3.ranking.children() if isinstance(part, STACKS)]
+    parts: list[nn.Module] = [part for part in em3.ranking.children() if isinstance(part, STACKS)]
     if em3.content is not None:
-        wanted.append(em3.content.fusion)
+        parts.append(em3.content.fusion)
         for encoder in em3.content.encoders.values():
             assert isinstance(encoder, Encoder)
-            wanted += encoder.trained_parts
-    chosen = {id(part) for part in wanted}
-    return {name: part for name, part in em3.named_modules() if id(part) in chosen}
+            parts += encoder.trained_parts
+    part_ids = {id(part) for part in parts}
+    return {name: part for name, part in em3.named_modules() if id(part) in part_ids}
 
 
 def compile_dense_parts(em3: EM3, device: torch.device, backend: str = "inductor") -> None:

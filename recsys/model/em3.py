@@ -47,8 +47,8 @@ class Losses(nn.Module):
         self._computes = True
 
     @contextmanager
-    def left_out(self) -> Iterator[None]:
-        """Compute no losses meanwhile: a pass without training uses the logits alone."""
+    def disabled(self) -> Iterator[None]:
+        """Skip the losses inside this context."""
         self._computes = False
         try:
             yield
@@ -72,9 +72,10 @@ class Losses(nn.Module):
         if self._computes:
             loss, parts = self._parts(scored, logits, ids, content, batch)
         if self.auxiliary is not None and self.training:
-            more, of_auxiliary = self.auxiliary(AuxiliaryInputs(logits, ids, content, batch))
-            parts = {"loss": loss + more, "ranking": loss} | parts | of_auxiliary
-            loss = parts["loss"] = loss + more
+            inputs = AuxiliaryInputs(logits, ids, content, batch)
+            auxiliary_loss, auxiliary_parts = self.auxiliary(inputs)
+            parts = {"loss": loss + auxiliary_loss, "ranking": loss} | parts | auxiliary_parts
+            loss = parts["loss"] = loss + auxiliary_loss
         if isinstance(scored, TowerVectors) and not self.training:
             parts |= {"query": scored.query[:, 0], "item": scored.item}
         return loss, {name: value.detach() for name, value in parts.items()}, logits
@@ -95,8 +96,8 @@ class Losses(nn.Module):
                 )
             ranking = self.retrieval(scored, batch)
         else:
-            each = scored.members if isinstance(scored, MemberLogits) else logits
-            ranking = self.ranking(each, batch.labels, batch.loss_weights)
+            member_logits = scored.members if isinstance(scored, MemberLogits) else logits
+            ranking = self.ranking(member_logits, batch.labels, batch.loss_weights)
         if self.contrastive is None:
             return ranking, {"loss": ranking}
         assert content is not None

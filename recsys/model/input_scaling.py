@@ -52,12 +52,12 @@ class InputScaling(nn.Module):
         self.register_buffer("fits", torch.zeros(()))
 
     def of_dense(self, dense: Sequence[str]) -> InputScaling:
-        """Return the same for a model that is given these dense columns, in this order."""
-        chosen = InputScaling([name for name in dense if name in self.dense], self.lists)
-        places = [self.names.index(name) for name in chosen.names]
-        for own, other in zip(chosen.buffers(), self.buffers(), strict=True):
-            own.copy_(other[places] if other.dim() else other)
-        return chosen
+        """Return the scaling of these dense columns, in this order."""
+        selected = InputScaling([name for name in dense if name in self.dense], self.lists)
+        places = [self.names.index(name) for name in selected.names]
+        for buffer, source in zip(selected.buffers(), self.buffers(), strict=True):
+            buffer.copy_(source[places] if source.dim() else source)
+        return selected
 
     @torch.no_grad()
     def fit(self, numbers: Mapping[str, NumberRange]) -> None:
@@ -85,8 +85,8 @@ class InputScaling(nn.Module):
             history_values=values,
             unscaled_values=batch.history_values,
             further=[
-                replace(history, values=own)
-                for history, own in zip(batch.further, further, strict=True)
+                replace(history, values=values)
+                for history, values in zip(batch.further, further, strict=True)
             ],
         )
 

@@ -50,15 +50,16 @@ def label_losses(
     """Return the loss of each row and label."""
     if set(losses) == {"bce"}:
         return LOSSES["bce"](logits, labels)
-    of_labels = zip(losses, logits.unbind(-1), labels.unbind(-1), strict=True)
-    return torch.stack([LOSSES[loss](*columns) for loss, *columns in of_labels], dim=-1)
+    columns_by_loss = zip(losses, logits.unbind(-1), labels.unbind(-1), strict=True)
+    return torch.stack([LOSSES[loss](*columns) for loss, *columns in columns_by_loss], dim=-1)
 
 
 def predictions(logits: Tensor, losses: Sequence[str]) -> Tensor:  # [B, C], [C] -> [B, C]
     """Return the prediction of each label: a probability (bce), a number, or an expected count."""
-    of_losses = {"bce": torch.sigmoid, "poisson": torch.exp}
+    activations = {"bce": torch.sigmoid, "poisson": torch.exp}
     columns = zip(losses, logits.unbind(1), strict=True)
-    return torch.stack([of_losses.get(loss, torch.clone)(of) for loss, of in columns], dim=1)
+    predicted = [activations.get(loss, torch.clone)(column) for loss, column in columns]
+    return torch.stack(predicted, dim=1)
 
 
 class RankingLoss(nn.Module):
@@ -126,15 +127,15 @@ def in_batch_contrastive(
     Rows of the same item and padding rows, whose item is -1, are never negatives.
     """
     positive = torch.arange(len(items), device=items.device) + first_row  # [B]
-    same = (items[:, None] == all_items[None, :]) | (all_items == -1)  # [B, G]
-    same[torch.arange(len(items), device=items.device), positive] = False
+    is_excluded = (items[:, None] == all_items[None, :]) | (all_items == -1)  # [B, G]
+    is_excluded[torch.arange(len(items), device=items.device), positive] = False
     content_to_id = content @ all_ids.T / temperature
     if all_content is content and all_ids is ids:
         id_to_content = content_to_id.T  # the same products
     else:
         id_to_content = ids @ all_content.T / temperature
     losses = [
-        F.cross_entropy(logits.masked_fill(same, -torch.inf), positive, reduction="none")
+        F.cross_entropy(logits.masked_fill(is_excluded, -torch.inf), positive, reduction="none")
         for logits in (content_to_id, id_to_content)
     ]
     return (losses[0] + losses[1]) / 2
@@ -217,11 +218,11 @@ def _gather_sides(
     ids: Tensor,  # [B, D]
     items: Tensor,  # [B]
 ) -> tuple[Tensor, Tensor, Tensor, int]:  # [G, D], [G, D], [G], first row
-    both, first_row = gather_rows_with_gradient(torch.cat([content, ids], dim=1))
+    sides, first_row = gather_rows_with_gradient(torch.cat([content, ids], dim=1))
     with torch.no_grad():
         all_items, _ = gather_rows_with_gradient(items.to(torch.float64).unsqueeze(1))
     width = content.shape[1]
-    return both[:, :width], both[:, width:], all_items[:, 0].to(items.dtype), first_row
+    return sides[:, :width], sides[:, width:], all_items[:, 0].to(items.dtype), first_row
 
 
 PADDING = -1  # replaces the item of a padding row
@@ -244,20 +245,20 @@ class RetrievalLoss(nn.Module):
 
     def forward(self, towers: TowerVectors, batch: Batch) -> Tensor:  # []
         """Return the loss of a batch with log Q. A collective if `settings.all_ranks` is on."""
-        of_items = batch.target_items.masked_fill(batch.row_weights == 0, PADDING)
+        target_items = batch.target_items.masked_fill(batch.row_weights == 0, PADDING)
         own_log_q = batch.target_log_q
         assert own_log_q is not None
         if self.in_batch:
-            vectors, items, log_q = towers.item, of_items, own_log_q
+            vectors, items, log_q = towers.item, target_items, own_log_q
         else:
             assert towers.negatives is not None and batch.negative_items is not None
             assert batch.negative_log_q is not None
             vectors, items, log_q = towers.negatives, batch.negative_items, batch.negative_log_q
         vectors, items, log_q = self._candidates(vectors, items, log_q)
         is_no_negative = (items == batch.target_items.unsqueeze(1)) | (items == PADDING)  # [B, K]
-        own = towers.scores - own_log_q.unsqueeze(1)  # [B, C]
+        positives = (towers.scores - own_log_q.unsqueeze(1)).unbind(dim=1)  # C of [B]
         losses = []
-        for query, positive in zip(towers.query.unbind(dim=1), own.unbind(dim=1), strict=True):
+        for query, positive in zip(towers.query.unbind(dim=1), positives, strict=True):
             scores = (query @ vectors.T - log_q).masked_fill(is_no_negative, -torch.inf)
             every = torch.cat([positive.unsqueeze(1), scores], dim=1)
             losses.append(every.logsumexp(dim=1) - positive)
@@ -276,6 +277,6 @@ class RetrievalLoss(nn.Module):
             return vectors, items, log_q
         vectors, _ = gather_rows_with_gradient(vectors.contiguous())
         with torch.no_grad():  # in float64 an id is exact
-            both = torch.stack([items.double(), log_q.double()], dim=1)
-            both, _ = gather_rows_with_gradient(both)
-        return vectors, both[:, 0].to(items.dtype), both[:, 1].to(log_q.dtype)
+            items_and_log_q = torch.stack([items.double(), log_q.double()], dim=1)
+            items_and_log_q, _ = gather_rows_with_gradient(items_and_log_q)
+        return vectors, items_and_log_q[:, 0].to(items.dtype), items_and_log_q[:, 1].to(log_q.dtype)

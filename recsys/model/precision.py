@@ -40,9 +40,9 @@ class InBfloat16(nn.Module):
 
     device_type: str
 
-    def forward(self, *arguments: Any, **named: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(self.device_type, torch.bfloat16):
-            output = super().forward(*arguments, **named)
+            output = super().forward(*args, **kwargs)
         if isinstance(output, ContentInput):
             return ContentInput(output.values.float(), output.mask)
         return output.float()  # of a Tensor, or of the vectors and logits of ranking models
@@ -53,9 +53,9 @@ class InFloat32(nn.Module):
 
     device_type: str
 
-    def forward(self, *arguments: Any, **named: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(self.device_type, enabled=False):
-            return super().forward(*arguments, **named)
+            return super().forward(*args, **kwargs)
 
 
 def dense_parts(em3: EM3) -> dict[str, nn.Module]:

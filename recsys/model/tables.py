@@ -17,20 +17,20 @@ from recsys.data.schema import Schema
 from recsys.ranking.settings import SimSettings
 
 
-def pooled_features(embedding: EmbeddingSettings, schema: Schema) -> list[str]:
+def pooled_features(settings: EmbeddingSettings, schema: Schema) -> list[str]:
     """Return columns looked up in pooled tables, in the order of the schema."""
     return [
         name
         for name, column in schema.columns.items()
         if column.kind in ("id", "ids")
         and name not in (schema.target_item, *schema.event_columns)
-        and schema.table_of(name) not in embedding.skip
+        and schema.table_of(name) not in settings.skip
     ]
 
 
-def id_dropouts(config: Config, schema: Schema) -> dict[str, float]:
+def id_dropouts(settings: EmbeddingSettings, schema: Schema) -> dict[str, float]:
     """Return the dropout of each pooled feature's vectors, as its table sets it."""
-    tables = config.embedding.tables
+    tables = settings.tables
     for name in (schema.target_item, *schema.event_columns):
         if tables.get(name, TableSettings()).id_dropout:
             raise ValueError(
@@ -39,7 +39,7 @@ def id_dropouts(config: Config, schema: Schema) -> dict[str, float]:
             )
     return {
         name: tables.get(schema.table_of(name), TableSettings()).id_dropout
-        for name in pooled_features(config.embedding, schema)
+        for name in pooled_features(settings, schema)
     }
 
 
@@ -51,7 +51,7 @@ def table_configs(
     `list_lengths` has the mean number of ids per row, for columns that may have several.
     """
     settings = config.embedding
-    pooled = pooled_features(config.embedding, schema)
+    pooled = pooled_features(settings, schema)
     sequence = [schema.target_item, *schema.event_columns]
     negatives = negatives_feature(softmax_settings(config.ranking), schema.target_item)
     tables = list(dict.fromkeys(schema.table_of(name) for name in [*pooled, *sequence]))
@@ -68,7 +68,7 @@ def table_configs(
     _check_bounded_items(config, schema)
     return [
         _table_config(
-            config,
+            settings,
             schema,
             name,
             [feature for feature in [*pooled, *sequence] if schema.table_of(feature) == name]
@@ -80,7 +80,6 @@ def table_configs(
 
 
 def _check_bounded_items(config: Config, schema: Schema) -> None:
-    """Check a configuration for data whose items get their rows while training."""
     if not schema.has_bounded_items:
         return
     content, softmax = content_settings(config.content), softmax_settings(config.ranking)
@@ -103,23 +102,28 @@ def _check_bounded_items(config: Config, schema: Schema) -> None:
 
 
 def _table_config(
-    config: Config, schema: Schema, name: str, features: list[str], list_lengths: dict[str, float]
+    settings: EmbeddingSettings,
+    schema: Schema,
+    name: str,
+    features: list[str],
+    list_lengths: dict[str, float],
 ) -> TableConfig:
-    defaults, own = config.embedding, config.embedding.tables.get(name, TableSettings())
+    defaults, table = settings, settings.tables.get(name, TableSettings())
+    rate = defaults.learning_rate if table.learning_rate is None else table.learning_rate
     return TableConfig(
         name=name,
         num_embeddings=schema.limit(name),
-        embedding_dim=own.embedding_dim or defaults.dim,
+        embedding_dim=table.embedding_dim or defaults.dim,
         features=features,
         pooling="none" if name in (schema.target_item, *schema.event_columns) else "sum",
-        sharding=own.sharding or defaults.sharding,
-        optimizer=own.optimizer or defaults.optimizer,
-        learning_rate=defaults.learning_rate if own.learning_rate is None else own.learning_rate,
-        weight_decay=defaults.weight_decay if own.weight_decay is None else own.weight_decay,
+        sharding=table.sharding or defaults.sharding,
+        optimizer=table.optimizer or defaults.optimizer,
+        learning_rate=rate,
+        weight_decay=defaults.weight_decay if table.weight_decay is None else table.weight_decay,
         init_std=defaults.init_std,
-        frozen=own.frozen,
-        kernel=own.kernel,
-        cache_load_factor=own.cache_load_factor or CACHE_LOAD_FACTOR,
+        frozen=table.frozen,
+        kernel=table.kernel,
+        cache_load_factor=table.cache_load_factor or CACHE_LOAD_FACTOR,
         ids_per_row={name: list_lengths[name] for name in features if name in list_lengths},
     )
 
@@ -127,22 +131,24 @@ def _table_config(
 def cold_row_rules(config: Config, schema: Schema) -> dict[str, NewRows]:
     """Return the rule of untrained rows, of each table with another one than `random`."""
     rules: dict[str, NewRows] = {}
-    for table, own in config.embedding.tables.items():
-        if own.new_rows == "random":
+    for table, settings in config.embedding.tables.items():
+        if settings.new_rows == "random":
             continue
-        if problem := _problem(config, schema, table, own):
-            raise ValueError(f"embedding.tables.{table}.new_rows is {own.new_rows}, but {problem}")
-        rules[table] = own.new_rows
+        if problem := _problem(config, schema, table, settings):
+            raise ValueError(
+                f"embedding.tables.{table}.new_rows is {settings.new_rows}, but {problem}"
+            )
+        rules[table] = settings.new_rows
     return rules
 
 
-def _problem(config: Config, schema: Schema, table: str, own: TableSettings) -> str | None:
+def _problem(config: Config, schema: Schema, table: str, settings: TableSettings) -> str | None:
     """Return the reason why a rule does not fit its table, with the fix, or None."""
-    optimizer = own.optimizer or config.embedding.optimizer
+    optimizer = settings.optimizer or config.embedding.optimizer
     vocabulary = schema.vocabulary_of(table)
-    if own.frozen:
+    if settings.frozen:
         return "the table is frozen, so that no row is ever trained; set random"
-    if own.init_from is not None:
+    if settings.init_from is not None:
         return "init_from gives rows their first values, too; leave one of them out"
     if optimizer == "sgd":
         return (
@@ -154,7 +160,7 @@ def _problem(config: Config, schema: Schema, table: str, own: TableSettings) -> 
             "a vocabulary of kind bounded gives rows to ids within training, with initial "
             "weights; set random, or choose kind exact"
         )
-    if own.new_rows != "content":
+    if settings.new_rows != "content":
         return None
     if table != schema.target_item:
         return f"only items of '{schema.target_item}' have content; set mean or random"

@@ -7,13 +7,15 @@ parameters, `build_schedule` its learning rates, `AveragedWeights` their moving 
 
 from recsys.optimizer.averaging import AveragedWeights
 from recsys.optimizer.averaging import build_averages as build_averages
-from recsys.optimizer.dense import DenseGroup, build_dense_optimizer
+from recsys.optimizer.dense import DenseGroup as DenseGroup
+from recsys.optimizer.dense import build_dense_optimizer
 from recsys.optimizer.dense import count_state as count_state
 from recsys.optimizer.dense import dense_groups as dense_groups
 from recsys.optimizer.dense import dense_parameters as dense_parameters
 from recsys.optimizer.dense import describe_optimizers as describe_optimizers
 from recsys.optimizer.dense import gradient_norm as gradient_norm
-from recsys.optimizer.schedules import LearningRateShare, build_schedule
+from recsys.optimizer.schedules import LearningRateShare
+from recsys.optimizer.schedules import build_schedule as build_schedule
 from recsys.optimizer.schedules import set_updates as set_updates
 from recsys.optimizer.state import make_room as make_room
 from recsys.optimizer.state import numbers_loaded as numbers_loaded
@@ -21,8 +23,6 @@ from recsys.optimizer.state import state_tensors as state_tensors
 
 __all__ = [
     "AveragedWeights",
-    "DenseGroup",
     "LearningRateShare",
     "build_dense_optimizer",
-    "build_schedule",
 ]

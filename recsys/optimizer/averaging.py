@@ -76,17 +76,17 @@ class AveragedWeights:
         """Exchange weights and averages."""
         averages = self.averaged.module.parameters()
         for weight, average in zip(self.weights, averages, strict=True):
-            kept = weight.clone()
+            previous = weight.clone()
             weight.copy_(average)
-            average.copy_(kept)
+            average.copy_(previous)
 
     def state_dict(self) -> State:
         """Return averages by name and their number of updates, in the memory of this object."""
         averages = [average.detach() for average in self.averaged.module.parameters()]
         state: State = dict(zip(self.names, averages))
-        of_tables = iter(averages[len(self.names) :])
+        shard_averages = iter(averages[len(self.names) :])
         for name, table in self.tables.items():
-            local = [next(of_tables) for _ in table.local_shards()]
+            local = [next(shard_averages) for _ in table.local_shards()]
             state[name] = with_shards(table, local)
         return {**state, "num_updates": self.averaged.n_averaged}
 

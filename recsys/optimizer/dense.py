@@ -16,7 +16,7 @@ from torchrec.optim import CombinedOptimizer, KeyedOptimizerWrapper
 
 from embeddings.plan_text import align_columns
 from embeddings.tables import TableConfig
-from recsys.config import Config, OptimizerSettings
+from recsys.config import OptimizerSettings
 from recsys.config.named_parts import make_part
 
 _NORMALIZATIONS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -27,24 +27,16 @@ class DenseGroup:
     """Parameters outside the tables that share a learning rate and a weight decay.
 
     Biases, normalisation layers and one-dimensional parameters get no weight decay.
-
-    Example::
-
-        from recsys.optimizer import DenseGroup
-
-        [DenseGroup("content", ["content."], 1e-4), DenseGroup("rest", [""], weight_decay=0.01)]
     """
 
     name: str
     prefixes: list[str]  # of parameter names in the unwrapped model; [""] matches all
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
-    betas: tuple[float, float] | None = None  # of Adam and AdamW; None: the optimizer's default
 
 
-def dense_groups(config: Config) -> list[DenseGroup]:
+def dense_groups(settings: OptimizerSettings) -> list[DenseGroup]:
     """Return the groups of a run: trained encoders, other content parameters, and the rest."""
-    settings = config.optimizer
     decay = settings.weight_decay
     return [
         DenseGroup("encoders", ["content.encoders."], settings.encoder_learning_rate, decay),
@@ -89,19 +81,17 @@ def parameter_groups(
     remaining = dict(parameters)
     for group in groups:
         prefixes = tuple(group.prefixes)
-        taken = [name for name in remaining if name.startswith(prefixes)]
-        decayed = [name for name in taken if group.weight_decay > 0 and name not in undecayed]
+        matching = [name for name in remaining if name.startswith(prefixes)]
+        decayed = [name for name in matching if group.weight_decay > 0 and name not in undecayed]
         for names, weight_decay in [
             (decayed, group.weight_decay),
-            ([name for name in taken if name not in decayed], 0.0),
+            ([name for name in matching if name not in decayed], 0.0),
         ]:
             if names:
                 settings: dict[str, Any] = {"lr": group.learning_rate, "weight_decay": weight_decay}
-                if group.betas is not None:
-                    settings["betas"] = tuple(group.betas)
                 params = [remaining[name] for name in names]
                 result.append({"params": params, "names": names, "name": group.name, **settings})
-        for name in taken:
+        for name in matching:
             del remaining[name]
     if remaining:
         raise ValueError(
@@ -159,9 +149,9 @@ def build_dense_optimizer(
     parameters = dense_parameters(model)
     if not parameters:
         raise ValueError("the model has no trainable parameter outside its tables; unfreeze some")
-    made = parameter_groups(model, parameters, groups)
-    ordered = {name: parameters[name] for group in made for name in group.pop("names")}
-    dense = _make(settings, made)
+    optimizer_groups = parameter_groups(model, parameters, groups)
+    ordered = {name: parameters[name] for group in optimizer_groups for name in group.pop("names")}
+    dense = _make(settings, optimizer_groups)
     keyed = KeyedOptimizerWrapper(ordered, lambda _: dense)
     if isinstance(model, DistributedModelParallel):
         return CombinedOptimizer([model.fused_optimizer, keyed]), dense

@@ -88,18 +88,7 @@ class LearningRateShare:
 
 
 def build_schedule(optimizer: Optimizer, settings: OptimizerSettings) -> LambdaLR:
-    """Return the schedule of an optimizer's learning rates; step it after each dense update.
-
-    Example::
-
-        from torch import nn, optim
-        from recsys.config import OptimizerSettings
-        from recsys.optimizer import build_schedule
-
-        adamw = optim.AdamW(nn.Linear(2, 1).parameters(), lr=1e-3)
-        schedule = build_schedule(adamw, OptimizerSettings(warmup_steps=10))
-        schedule.get_last_lr()  # [0.0001]
-    """
+    """Return the schedule of an optimizer's learning rates; step it after each dense update."""
     return LambdaLR(optimizer, LearningRateShare(settings))
 
 

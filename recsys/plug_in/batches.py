@@ -17,18 +17,20 @@ import numpy as np
 from torchrec.datasets.utils import Batch as TorchRecBatch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from recsys.content.batch_preparation import BatchPreparation
+from recsys.content.batch_preparation import BatchPreparation, chooses_items
 from recsys.content.branch import ContentBranch
 from recsys.content.item_vectors import encode_into_bank
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
+from recsys.data.items.content_store import ContentStore
 from recsys.data.parquet.columns import ListColumns, RowColumns
 from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.prefetch import in_order, threads
 from recsys.data.schema import Schema
-from recsys.data.vocabularies import UnknownIds
+from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
+from recsys.plug_in.settings import PlugInSettings
 
 AHEAD = 2  # batches that are built while one is in use
 
@@ -129,3 +131,59 @@ class ContentBatches(Iterable[Batch]):
             jobs = (partial(self.items, batch) for batch in self.source)
             with closing(in_order(jobs, builder.submit, AHEAD)) as source:
                 yield from Lockstep(self.ranks).batches(source)
+
+
+class ItemContent:
+    """Content of items for any model: the branch that encodes it, and batches that carry it.
+
+    Example::
+
+        from recsys.plug_in import ItemContent, build_item_content
+
+        content: ItemContent = build_item_content("content.yaml", 30, device)
+        batch = next(iter(content.batches(loader)))
+        target = content.branch(batch).target  # [B, D]
+        assert target.shape == (len(batch.labels), 16)
+    """
+
+    def __init__(
+        self, branch: ContentBranch, settings: PlugInSettings, store: ContentStore, ranks: Ranks
+    ) -> None:
+        self.branch, self.store, self.ranks = branch, store, ranks
+        schema, gathers_later = store.items.schema, chooses_items(settings.content)
+        self._items = ItemsOfBatch(
+            schema,
+            BatchBuilder(
+                schema,
+                pooled_features=[],
+                store=None if gathers_later else store,
+                encode_history=branch.encodes_history,
+                with_labels=False,
+            ),
+        )
+        vocabularies = BoundedVocabularies(schema, [], ranks.group)
+        config = settings.config
+        self._preparation = BatchPreparation(
+            settings.content,
+            store,
+            branch.bank,
+            vocabularies,
+            ranks.group,
+            index_dedup=config.embedding.index_dedup,
+            seed=config.seed,
+        )
+
+    def batches(
+        self, source: Iterable[TorchRecBatch], require_ready: Callable[[], None] = lambda: None
+    ) -> ContentBatches:
+        """Return the batches of a dataset or data loader with content, for use in its place.
+
+        Call it after all other wrappers of the loader. Iterate after the model is sharded; each
+        pass is a collective. Batches are `torchrec.datasets.utils.Batch`, or have its attributes.
+
+        Raises:
+            ValueError: on every rank, during iteration: a batch lacks a feature, or an id is not a
+                row of the item table.
+        """
+        parts = self._items, self._preparation, self.branch, self.ranks
+        return ContentBatches(source, *parts, require_ready)

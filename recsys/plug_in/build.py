@@ -1,215 +1,43 @@
-"""Builds the content of a DLRM from settings, and adds it to the DLRM.
-
-Shapes: D dimension.
-"""
+"""Builds the content of a DLRM from settings, and adds it to the DLRM."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torchrec.datasets.utils import Batch as TorchRecBatch
 from torchrec.models.dlrm import DLRM, DLRMTrain
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
 from embeddings import MemoryBank, build_memory_bank
-from recsys.content.batch_preparation import BatchPreparation, chooses_items
 from recsys.content.branch import ContentBranch
 from recsys.content.build import build_content_store
 from recsys.content.projection_start import start_projections
-from recsys.data.batch_builder import BatchBuilder
 from recsys.data.filesystem import Location
-from recsys.data.items.content_store import ContentStore
-from recsys.data.vocabularies import BoundedVocabularies
 from recsys.distributed.ranks import Ranks
-from recsys.optimizer.dense import DenseGroup, parameter_groups
-from recsys.plug_in.batches import ContentBatches, ItemsOfBatch
-from recsys.plug_in.model import DLRMWithContent, DLRMWithContentTrain, new_prefixes, require_dlrm
-from recsys.plug_in.settings import ContentRates, PlugInSettings, check, load_plug_in_settings
-
-
-def with_content_optimizer(
-    optimizer: KeyedOptimizer, model: nn.Module, rates: ContentRates
-) -> CombinedOptimizer:
-    """Take the new parameters out of the user's optimizer, and combine it with an AdamW for them.
-
-    Content has its own learning rates: a rate that suits a DLRM, such as 15.0 for plain SGD in
-    TorchRec's example, destroys an encoder in one step.
-    """
-    if not isinstance(optimizer, KeyedOptimizer):
-        raise ValueError(
-            f"the optimizer is a {type(optimizer).__name__}; give a torchrec KeyedOptimizer, such "
-            "as CombinedOptimizer([model.fused_optimizer, KeyedOptimizerWrapper(...)])"
-        )
-    prefixes = new_prefixes(model)
-    new = {name: p for name, p in model.named_parameters() if name.startswith(prefixes)}
-    _take_out(optimizer, {id(parameter) for parameter in new.values()})
-    trained = {name: parameter for name, parameter in new.items() if parameter.requires_grad}
-    encoders = [f"{prefix}branch.encoders." for prefix in prefixes]
-    decay = rates.weight_decay
-    groups = parameter_groups(
-        model,
-        trained,
-        [
-            DenseGroup("encoders", encoders, rates.encoder_learning_rate, decay),
-            DenseGroup("content", [""], rates.learning_rate, decay),
-        ],
-    )
-    ordered = {name: trained[name] for group in groups for name in group.pop("names")}
-    adamw = torch.optim.AdamW(groups, fused=True)
-    return CombinedOptimizer([optimizer, KeyedOptimizerWrapper(ordered, lambda _: adamw)])
-
-
-def _take_out(optimizer: KeyedOptimizer, parameters: set[int]) -> None:
-    """Remove parameters, given by their ids, from an optimizer and those inside it."""
-    if isinstance(optimizer, CombinedOptimizer):
-        for _, part in optimizer.optimizers:
-            _take_out(part, parameters)
-        return
-    named: Any = optimizer.params
-    for name in [name for name, parameter in named.items() if id(parameter) in parameters]:
-        optimizer.state.pop(named.pop(name), None)  # type: ignore[attr-defined]
-    for group in optimizer.param_groups:
-        kept = [parameter for parameter in group["params"] if id(parameter) not in parameters]
-        group["params"][:] = kept
-
-
-class ItemContent:
-    """Content of items for any model: the branch that encodes it, and batches that carry it.
-
-    Example::
-
-        from recsys.plug_in import ItemContent, build_item_content
-
-        content: ItemContent = build_item_content("content.yaml", 30, device)
-        batch = next(iter(content.batches(loader)))
-        target = content.branch(batch).target  # [B, D]
-        assert target.shape == (len(batch.labels), 16)
-    """
-
-    def __init__(
-        self, branch: ContentBranch, settings: PlugInSettings, store: ContentStore, ranks: Ranks
-    ) -> None:
-        self.branch, self.store, self.ranks = branch, store, ranks
-        schema, gathers_later = store.items.schema, chooses_items(settings.content)
-        self._items = ItemsOfBatch(
-            schema,
-            BatchBuilder(
-                schema,
-                pooled_features=[],
-                store=None if gathers_later else store,
-                encode_history=branch.encodes_history,
-                with_labels=False,
-            ),
-        )
-        vocabularies = BoundedVocabularies(schema, [], ranks.group)
-        config = settings.config
-        self._preparation = BatchPreparation(
-            settings.content,
-            store,
-            branch.bank,
-            vocabularies,
-            ranks.group,
-            index_dedup=config.embedding.index_dedup,
-            seed=config.seed,
-        )
-
-    def batches(
-        self, source: Iterable[TorchRecBatch], require_ready: Callable[[], None] = lambda: None
-    ) -> ContentBatches:
-        """Return the batches of a dataset or data loader with content, for use in its place.
-
-        Call it after all other wrappers of the loader. Iterate after the model is sharded; each
-        pass is a collective. Batches are `torchrec.datasets.utils.Batch`, or have its attributes.
-
-        Raises:
-            ValueError: on every rank, during iteration: a batch lacks a feature, or an id is not a
-                row of the item table.
-        """
-        parts = self._items, self._preparation, self.branch, self.ranks
-        return ContentBatches(source, *parts, require_ready)
-
-
-class DLRMOfItems(DLRMWithContent):
-    """A `DLRMWithContent` with its items, so that it can make its batches. See `add_content`.
-
-    Example::
-
-        from recsys.plug_in import DLRMOfItems, add_content
-
-        model: DLRMOfItems = add_content(dlrm, "content.yaml", device)
-        logits = model(next(iter(model.batches(loader))))  # [B, 1]
-    """
-
-    def __init__(self, dlrm: DLRM, items: ItemContent, settings: PlugInSettings) -> None:
-        has_history, contrastive = settings.history is not None, settings.contrastive
-        super().__init__(
-            dlrm, items.branch, settings.content, settings.item, has_history, contrastive
-        )
-        self.items = items
-        self.batches = items.batches
-
-
-class DLRMOfItemsTrain(DLRMWithContentTrain):
-    """A `DLRMWithContentTrain` with its items and its optimizer. See `add_content`.
-
-    Example::
-
-        from torchrec.models.dlrm import DLRMTrain
-
-        from recsys.plug_in import DLRMOfItemsTrain, add_content
-
-        train_model: DLRMOfItemsTrain = add_content(DLRMTrain(dlrm), "content.yaml", device)
-        batch = next(iter(train_model.eval().batches(loader)))
-        loss, (_, logits, labels) = train_model(batch)  # logits and labels [B]
-    """
-
-    def __init__(self, model: DLRMOfItems, rates: ContentRates | None) -> None:
-        super().__init__(model)
-        self.items, self.rates, self._has_optimizer = model.items, rates, rates is None
-
-    def optimizer(self, optimizer: KeyedOptimizer) -> KeyedOptimizer:
-        """Return the user's optimizer without the new parameters, and an AdamW of these."""
-        if self.rates is None:
-            return optimizer
-        combined = with_content_optimizer(optimizer, self, self.rates)
-        self._has_optimizer = True
-        return combined
-
-    def batches(self, source: Iterable[TorchRecBatch]) -> ContentBatches:
-        """Return the batches of a dataset or data loader with content; see `ItemContent`."""
-        return self.items.batches(source, self._require_optimizer)
-
-    def _require_optimizer(self) -> None:
-        if not self._has_optimizer:
-            raise ValueError(
-                "the new parameters have no optimizer of their own: add `optimizer = "
-                "train_model.optimizer(optimizer)` after yours, or set `optimizer: null` in the "
-                "settings to train them with yours"
-            )
+from recsys.plug_in.batches import ItemContent
+from recsys.plug_in.model import DLRMWithContent, DLRMWithContentTrain, require_dlrm
+from recsys.plug_in.settings import PlugInSettings, check, load_plug_in_settings
 
 
 @overload
 def add_content(
     model: DLRMTrain, settings: PlugInSettings | Path | str, device: torch.device
-) -> DLRMOfItemsTrain: ...
+) -> DLRMWithContentTrain: ...
 
 
 @overload
 def add_content(  # type: ignore[overload-cannot-match]
     model: DLRM, settings: PlugInSettings | Path | str, device: torch.device
-) -> DLRMOfItems: ...
+) -> DLRMWithContent: ...
 
 
 def add_content(
     model: DLRM | DLRMTrain, settings: PlugInSettings | Path | str, device: torch.device
-) -> DLRMOfItems | DLRMOfItemsTrain:
+) -> DLRMWithContent | DLRMWithContentTrain:
     """Build a DLRM with content of its items in its interaction. A collective.
 
     Tokenises, decodes and encodes the frozen part of the items' content, once per machine, and
@@ -244,9 +72,9 @@ def add_content(
         settings = _checked(settings)
         num_items = _num_items(dlrm, settings.item)
     with _seeded(settings):
-        result = DLRMOfItems(dlrm, _build(settings, num_items, ranks), settings)
+        result = DLRMWithContent(dlrm, _build(settings, num_items, ranks), settings)
         if isinstance(model, DLRMTrain):
-            return DLRMOfItemsTrain(result, settings.optimizer)
+            return DLRMWithContentTrain(result, settings.optimizer)
         return result
 
 

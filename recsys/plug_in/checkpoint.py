@@ -45,9 +45,11 @@ def dlrm_state(
     state = {"model": weights}
     if optimizer is not None:
         moments = optimizer.state_dict()["state"]
-        own = {key: value for key, value in moments.items() if value and not key.startswith(new)}
-        if own:
-            state["optimizer"] = {"state": own}
+        old_moments = {
+            key: value for key, value in moments.items() if value and not key.startswith(new)
+        }
+        if old_moments:
+            state["optimizer"] = {"state": old_moments}
     return state
 
 
@@ -71,24 +73,24 @@ def load_dlrm(
         model = add_content(dlrm, "content.yaml", device)
         load_dlrm(model, {"model": dlrm.state_dict()})
     """
-    own = dlrm_state(model, optimizer)
-    _check_names(own["model"], state["model"], "model")
+    current = dlrm_state(model, optimizer)
+    _check_names(current["model"], state["model"], "model")
     everything = {**model.state_dict(), **state["model"]}
     model.load_state_dict(everything)  # type: ignore[arg-type]
     if optimizer is not None:
         empty: dict[str, Any] = {"state": {}}
-        given = state.get("optimizer", empty)["state"]
-        given = {key: value for key, value in given.items() if value}
-        _check_names(own.get("optimizer", empty)["state"], given, "optimizer")
+        loaded = state.get("optimizer", empty)["state"]
+        loaded = {key: value for key, value in loaded.items() if value}
+        _check_names(current.get("optimizer", empty)["state"], loaded, "optimizer")
         moments = optimizer.state_dict()
-        moments["state"] = {**moments["state"], **given}
+        moments["state"] = {**moments["state"], **loaded}
         optimizer.load_state_dict(moments)
 
 
-def _check_names(own: Mapping[str, Any], given: Mapping[str, Any], part: str) -> None:
+def _check_names(expected: Mapping[str, Any], loaded: Mapping[str, Any], part: str) -> None:
     """Raise a ValueError for the first name that only one of both states has."""
-    for name in sorted(own.keys() ^ given.keys()):
-        place = "this DLRM" if name in own else "the checkpoint"
+    for name in sorted(expected.keys() ^ loaded.keys()):
+        place = "this DLRM" if name in expected else "the checkpoint"
         raise ValueError(
             f"{part} state '{name}' is only in {place}; a checkpoint fits the DLRM it was written "
             "by, and an optimizer that has state (`optimizer.init_state()`)"

@@ -82,9 +82,9 @@ class WidenedModule(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, X]
-        added: Tensor,  # [B, Z]
+        columns: Tensor,  # [B, Z]
     ) -> Tensor:  # [B, ...], the module's output
-        with self.columns.added(added) if self.columns is not None else nullcontext():
+        with self.columns.added(columns) if self.columns is not None else nullcontext():
             output: Tensor = self._module[0](x)
         return output
 
@@ -107,19 +107,21 @@ class DotProducts(WidenedInteraction):
     `recsys.ranking.dlrm`.
     """
 
-    known: Tensor
+    pairs: Tensor
     places: Tensor
 
     def __init__(self, original: InteractionArch, num_vectors: int) -> None:
         super().__init__()
         self._original = (original,)
         self.is_torchrecs = type(original).forward is InteractionArch.forward
-        known = original.F + 1
-        pairs = torch.triu_indices(known + num_vectors, known + num_vectors, offset=1)
-        left, right = pairs[:, pairs[1] >= known]
-        self.register_buffer("known", pair_places(known), persistent=False)
-        self.register_buffer("places", left * num_vectors + right - known, persistent=False)
-        self.num_columns = len(left)
+        num_original = original.F + 1
+        pairs = torch.triu_indices(num_original + num_vectors, num_original + num_vectors, offset=1)
+        rows, columns = pairs[:, pairs[1] >= num_original]
+        self.register_buffer("pairs", pair_places(num_original), persistent=False)
+        self.register_buffer(
+            "places", rows * num_vectors + columns - num_original, persistent=False
+        )
+        self.num_columns = len(rows)
 
     def forward(
         self,
@@ -129,18 +131,18 @@ class DotProducts(WidenedInteraction):
     ) -> tuple[Tensor, Tensor]:  # [B, I], [B, J]
         everything = torch.cat([dense.unsqueeze(1), sparse, vectors], dim=1)  # [B, 1 + F + K, D]
         products = everything @ vectors.transpose(1, 2)  # [B, 1 + F + K, K]
-        added = products.flatten(1).index_select(1, self.places)
+        content_columns = products.flatten(1).index_select(1, self.places)
         if self.is_torchrecs:
-            return dot_interaction(dense, sparse, self.known), added
-        return self._original[0](dense, sparse), added  # a subclass of the user's
+            return dot_interaction(dense, sparse, self.pairs), content_columns
+        return self._original[0](dense, sparse), content_columns  # a subclass of the user's
 
 
 class CrossNet(WidenedInteraction):
     """DLRM_DCN: the low-rank cross net (DCN-v2, arXiv 2008.13535) over (F + 1 + K) * D columns.
 
-    Each layer is x0 * (W V x + b) + x with W [columns, R] and V [R, columns]. The rows of W and b
-    for content are initialised as TorchRec's, the columns of V for content with zeros, so that
-    content does not change the original's columns at first.
+    Each layer is x0 * (W V x + b) + x with W [columns, R] and V [R, columns]. The new rows of W and
+    b start as TorchRec's. The new columns of V start at zero, so that content does not change the
+    original's columns at first.
     """
 
     def __init__(self, original: InteractionDCNArch, num_vectors: int, dim: int) -> None:
@@ -165,15 +167,15 @@ class CrossNet(WidenedInteraction):
         sparse: Tensor,  # [B, F, D]
         vectors: Tensor,  # [B, K, D]
     ) -> tuple[Tensor, Tensor]:  # [B, I], [B, J]
-        net, added = self._crossnet[0], self.added
+        net, content_net = self._crossnet[0], self.added
         first = torch.cat([dense.unsqueeze(1), sparse], dim=1).flatten(1)  # [B, (1 + F) * D]
         first_added = vectors.flatten(1)  # [B, K * D]
         x, x_added = first, first_added
         for layer in range(len(net.bias)):
             low = F.linear(x, net.V_kernels[layer])  # [B, R]
-            low = low + F.linear(x_added, added.V_kernels[layer])
+            low = low + F.linear(x_added, content_net.V_kernels[layer])
             x = first * (F.linear(low, net.W_kernels[layer]) + net.bias[layer]) + x
-            crossed = F.linear(low, added.W_kernels[layer]) + added.bias[layer]
+            crossed = F.linear(low, content_net.W_kernels[layer]) + content_net.bias[layer]
             x_added = first_added * crossed + x_added
         return x, x_added
 
@@ -194,8 +196,8 @@ class Projections(WidenedInteraction):
         sparse: Tensor,  # [B, F, D]
         vectors: Tensor,  # [B, K, D]
     ) -> tuple[Tensor, Tensor]:  # [B, I], [B, 0]
-        added = vectors.flatten(1)
-        with self.branch1.added(added), self.branch2.added(added):
+        content_columns = vectors.flatten(1)
+        with self.branch1.added(content_columns), self.branch2.added(content_columns):
             return self._original[0](dense, sparse), no_columns(dense)
 
 

@@ -14,18 +14,24 @@ S further features.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchrec.datasets.utils import Batch as TorchRecBatch
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 from torchrec.models.dlrm import DLRM
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
-from recsys.config import ContentSettings, ContrastiveSettings
+from recsys.config import ContentSettings
 from recsys.content.branch import ContentBranch
 from recsys.data.batch import Batch
 from recsys.model.losses import ContentIDContrastive
+from recsys.optimizer.dense import DenseGroup, parameter_groups
+from recsys.plug_in.batches import ContentBatches, ItemContent
 from recsys.plug_in.interactions import WidenedModule, no_columns, widened_interaction
+from recsys.plug_in.settings import ContentRates, PlugInSettings
 from recsys.ranking.layers.content_interest import ContentInterest
 from recsys.ranking.layers.fields import history_numbers, num_history_numbers
 
@@ -117,41 +123,8 @@ class DLRMWithContent(nn.Module):
     """A DLRM whose interaction has K more vectors: the target's content, and the content interest.
 
     Its children are the DLRM's own modules and two of content; the DLRM itself stays usable, also
-    after this model is sharded. `recsys.plug_in.add_content` builds it from settings.
-
-    Args:
-        dlrm: DLRM, DLRM_DCN or DLRM_Projection, its tables on meta or not.
-        branch: encodes the items of `recsys.Batch`.
-        settings: of the branch; `history` selects the similarities that become features.
-        item: the sparse feature that holds the id of the ranked item.
-        has_history: whether batches have a history.
-        contrastive: of the Content-ID-Contrastive loss, for `DLRMWithContentTrain`.
-
-    Raises:
-        ValueError: the model is of another class, or has no such feature.
-
-    Example::
-
-        import torch
-        from torchrec.models.dlrm import DLRM
-        from torchrec.modules.embedding_configs import EmbeddingBagConfig
-        from torchrec.modules.embedding_modules import EmbeddingBagCollection
-
-        from embeddings import MemoryBank
-        from recsys import ContentBranch
-        from recsys.config import ContentSettings, ModalitySettings
-        from recsys.content.encoders.build import StoredFeatures
-        from recsys.plug_in import DLRMWithContent
-
-        table = EmbeddingBagConfig(
-            name="item", num_embeddings=100, embedding_dim=8, feature_names=["item"]
-        )
-        dlrm = DLRM(EmbeddingBagCollection(tables=[table]), 4, [8], [8, 1])
-        settings = ContentSettings({"photo": ModalitySettings("feature", "photo")}, dim=16)
-        bank = MemoryBank(100, settings.vector_dim, "cpu")
-        branch = ContentBranch({"photo": StoredFeatures(32)}, settings, bank)
-        model = DLRMWithContent(dlrm, branch, settings, item="item", has_history=True)
-        assert model.state_dict().keys() > dlrm.state_dict().keys()
+    after this model is sharded. `recsys.plug_in.add_content` builds it. `batches` returns the
+    batches of a loader with content, as `ItemContent.batches` does.
     """
 
     dense_arch: nn.Module
@@ -159,26 +132,15 @@ class DLRMWithContent(nn.Module):
     content: ContentOfBatch
     content_head: ContentHead
 
-    def __init__(
-        self,
-        dlrm: DLRM,
-        branch: ContentBranch,
-        settings: ContentSettings,
-        item: str,
-        has_history: bool,
-        contrastive: ContrastiveSettings | None = None,
-    ) -> None:
+    def __init__(self, dlrm: DLRM, items: ItemContent, settings: PlugInSettings) -> None:
         super().__init__()
         require_dlrm(dlrm)
-        features = dlrm.sparse_arch.sparse_feature_names
-        if item not in features:
-            raise ValueError(f"the DLRM has no sparse feature '{item}'; it has {features}")
-        self.item_place = features.index(item)
-        self.contrastive = contrastive or ContrastiveSettings()
+        self.items, self.batches, self.contrastive = items, items.batches, settings.contrastive
+        self.item_place = dlrm.sparse_arch.sparse_feature_names.index(settings.item)
         for name, part in dlrm.named_children():
             self.add_module(name, part)
-        dim = dlrm.sparse_arch.D
-        content = ContentOfBatch(branch, settings, dim, has_history)
+        dim, has_history = dlrm.sparse_arch.D, settings.history is not None
+        content = ContentOfBatch(items.branch, settings.content, dim, has_history)
         self.content = content
         self.content_head = ContentHead(dlrm, content.num_vectors, content.num_features, dim)
 
@@ -198,20 +160,14 @@ class DLRMWithContentTrain(nn.Module):
     """Maps a batch to (loss, (loss, logits [B], labels [B])), like torchrec's DLRMTrain.
 
     The loss is DLRMTrain's and, if `contrastive.weight` is above 0, that weight times the
-    Content-ID-Contrastive loss between the target's content and its row of the item table.
-
-    Example::
-
-        from recsys.plug_in import DLRMWithContentTrain, add_content
-
-        model = add_content(dlrm, "content.yaml", device)
-        train_model = DLRMWithContentTrain(model)
-        loss, (_, logits, labels) = train_model(next(iter(model.batches(loader))))
+    Content-ID-Contrastive loss between the target's content and its row of the item table. With
+    `rates`, an AdamW of its own trains the new parameters; else the user's optimizer does.
     """
 
-    def __init__(self, model: DLRMWithContent) -> None:
+    def __init__(self, model: DLRMWithContent, rates: ContentRates | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.items, self.rates = model, model.items, rates
+        self._has_optimizer = rates is None
         self.loss_fn = nn.BCEWithLogitsLoss()
         self.weight = model.contrastive.weight
         self.contrastive: ContentIDContrastive | None = None
@@ -228,6 +184,26 @@ class DLRMWithContentTrain(nn.Module):
             loss = loss + self.weight * contrastive
         return loss, (loss.detach(), logits.detach(), batch.labels.detach())
 
+    def optimizer(self, optimizer: KeyedOptimizer) -> KeyedOptimizer:
+        """Return the user's optimizer without the new parameters, and an AdamW of these."""
+        if self.rates is None:
+            return optimizer
+        combined = with_content_optimizer(optimizer, self, self.rates)
+        self._has_optimizer = True
+        return combined
+
+    def batches(self, source: Iterable[TorchRecBatch]) -> ContentBatches:
+        """Return the batches of a dataset or data loader with content; see `ItemContent`."""
+        return self.items.batches(source, self._require_optimizer)
+
+    def _require_optimizer(self) -> None:
+        if not self._has_optimizer:
+            raise ValueError(
+                "the new parameters have no optimizer of their own: add `optimizer = "
+                "train_model.optimizer(optimizer)` after yours, or set `optimizer: null` in the "
+                "settings to train them with yours"
+            )
+
 
 def new_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Return the prefixes of all names that the DLRM alone does not have."""
@@ -240,3 +216,49 @@ def new_prefixes(model: nn.Module) -> tuple[str, ...]:
         if isinstance(module, DLRMWithContent):
             return (*new, f"{path}content.", f"{path}content_head.")
     raise ValueError(f"{type(inner).__name__} holds no DLRMWithContent; give it the whole model")
+
+
+def with_content_optimizer(
+    optimizer: KeyedOptimizer, model: nn.Module, rates: ContentRates
+) -> CombinedOptimizer:
+    """Take the new parameters out of the user's optimizer, and combine it with an AdamW for them.
+
+    Content has its own learning rates: a rate that suits a DLRM, such as 15.0 for plain SGD in
+    TorchRec's example, destroys an encoder in one step.
+    """
+    if not isinstance(optimizer, KeyedOptimizer):
+        raise ValueError(
+            f"the optimizer is a {type(optimizer).__name__}; give a torchrec KeyedOptimizer, such "
+            "as CombinedOptimizer([model.fused_optimizer, KeyedOptimizerWrapper(...)])"
+        )
+    prefixes = new_prefixes(model)
+    new = {name: p for name, p in model.named_parameters() if name.startswith(prefixes)}
+    _take_out(optimizer, {id(parameter) for parameter in new.values()})
+    trained = {name: parameter for name, parameter in new.items() if parameter.requires_grad}
+    encoders = [f"{prefix}branch.encoders." for prefix in prefixes]
+    decay = rates.weight_decay
+    groups = parameter_groups(
+        model,
+        trained,
+        [
+            DenseGroup("encoders", encoders, rates.encoder_learning_rate, decay),
+            DenseGroup("content", [""], rates.learning_rate, decay),
+        ],
+    )
+    ordered = {name: trained[name] for group in groups for name in group.pop("names")}
+    adamw = torch.optim.AdamW(groups, fused=True)
+    return CombinedOptimizer([optimizer, KeyedOptimizerWrapper(ordered, lambda _: adamw)])
+
+
+def _take_out(optimizer: KeyedOptimizer, parameters: set[int]) -> None:
+    """Remove parameters, given by their ids, from an optimizer and those inside it."""
+    if isinstance(optimizer, CombinedOptimizer):
+        for _, part in optimizer.optimizers:
+            _take_out(part, parameters)
+        return
+    by_name: Any = optimizer.params
+    for name in [name for name, parameter in by_name.items() if id(parameter) in parameters]:
+        optimizer.state.pop(by_name.pop(name), None)  # type: ignore[attr-defined]
+    for group in optimizer.param_groups:
+        remaining = [parameter for parameter in group["params"] if id(parameter) not in parameters]
+        group["params"][:] = remaining

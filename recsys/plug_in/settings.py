@@ -18,14 +18,7 @@ from recsys.data.schema_columns import Column, ItemColumn, Items
 
 @dataclass
 class ContentRates:
-    """Rates of AdamW for the new parameters, those of a recipe; your schedule scales them, too.
-
-    Example::
-
-        from recsys.plug_in import ContentRates
-
-        rates = ContentRates(learning_rate=0.001, weight_decay=0.0)
-    """
+    """Rates of AdamW for the new parameters, those of a recipe; your schedule scales them, too."""
 
     learning_rate: NonNegativeFloat = OptimizerSettings.content_learning_rate
     encoder_learning_rate: NonNegativeFloat = OptimizerSettings.encoder_learning_rate
@@ -34,17 +27,7 @@ class ContentRates:
 
 @dataclass
 class PlugInSettings:
-    """Content of the items of a DLRM.
-
-    Example::
-
-        from recsys.config import ContentSettings, ModalitySettings
-        from recsys.plug_in import PlugInSettings
-
-        content = ContentSettings({"clip": ModalitySettings("feature", "clip")}, dim=16)
-        settings = PlugInSettings(data="shop", item="item", content=content)
-        assert settings.schema(num_items=30).target_item == "item"
-    """
+    """Content of the items of a DLRM."""
 
     data: str  # folder or URL with items/*.parquet, one row per item
     item: str  # the sparse feature with the id of the ranked item, one id per row

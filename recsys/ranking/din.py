@@ -79,13 +79,13 @@ class Mmoe(AttendedFeatures):
                 "ranking.mlp_units is empty, but the first of them are the units of an expert of "
                 "mmoe; give at least one layer"
             )
-        width, (units, *of_towers) = self.feature_dim, settings.mlp_units
+        width, (units, *tower_units) = self.feature_dim, settings.mlp_units
         self.num_experts, self.num_labels = settings.num_experts, dimensions.num_labels
         self.dropout = Dropout(settings.dropout)
         self.experts = nn.Linear(width, self.num_experts * units)
         self.gates = nn.Linear(width, self.num_labels * self.num_experts, bias=False)
         self.towers = nn.ModuleList(
-            multilayer_perceptron(units, settings, 1, of_towers) for _ in range(self.num_labels)
+            multilayer_perceptron(units, settings, 1, tower_units) for _ in range(self.num_labels)
         )
 
     def mixtures(self, features: Tensor) -> Tensor:  # [B, W] -> [B, C, H]

@@ -22,7 +22,6 @@ from recsys.ranking.layers.sequence_model import (
     NUM_AGES,
     Events,
     Read,
-    SequenceLayer,
     SequenceModel,
     doubling_buckets,
     times_between,
@@ -32,7 +31,7 @@ from recsys.ranking.settings import HstuSettings
 EPSILON = 1e-12  # of the norm of sums, which are small where a history is short
 
 
-class HstuLayer(SequenceLayer):
+class HstuLayer(nn.Module):
     """A layer of HSTU; its maps read the ages of events if `has_ages`."""
 
     def __init__(self, settings: HstuSettings, has_ages: bool) -> None:
@@ -83,18 +82,18 @@ class HstuLayer(SequenceLayer):
     def target(self, target: Tensor, read: Read, events: Events) -> Tensor:  # [B, D] -> [B, D]
         kvqu = F.silu(self.kvqu(self.norm(target)))
         own_key, own_value, query, gates = kvqu.float().chunk(4, dim=1)
-        of_events, of_itself = self.of_places[:, events.places + 1], self.of_places[:, 0]
+        event_bias, self_bias = self.of_places[:, events.places + 1], self.of_places[:, 0]
         if self.of_times is not None:
             assert events.ages is not None
-            of_events = of_events + self.of_times[:, doubling_buckets(events.ages.squeeze(1))]
-            of_itself = of_itself + self.of_times[:, 0]
+            event_bias = event_bias + self.of_times[:, doubling_buckets(events.ages.squeeze(1))]
+            self_bias = self_bias + self.of_times[:, 0]
         keys, values = read
         sequences = events.sequences
-        scores = sequences.dots(query, keys, self.heads) + sequences.at_places(of_events)
+        scores = sequences.dots(query, keys, self.heads) + sequences.at_places(event_bias)
         sums = sequences.sums(F.silu(scores), values)
-        own = (query * own_key).unflatten(1, (self.heads, -1)).sum(dim=2) + of_itself  # [B, H]
-        of_target = F.silu(own).unsqueeze(2) * own_value.unflatten(1, (self.heads, -1))
-        return self._gated(target, sums + of_target.flatten(1), gates)
+        to_self = (query * own_key).unflatten(1, (self.heads, -1)).sum(dim=2) + self_bias  # [B, H]
+        self_value = F.silu(to_self).unsqueeze(2) * own_value.unflatten(1, (self.heads, -1))
+        return self._gated(target, sums + self_value.flatten(1), gates)
 
     def _gated(self, states: Tensor, sums: Tensor, gates: Tensor) -> Tensor:
         """Add the normalised sums times their gates, mapped, to the states."""

@@ -48,15 +48,15 @@ class NumbersSettings(RankingSettings):
     """Standardise dense features, numbers of the history's lists and similarities to mean 0 and
     variance 1 over the rows trained on so far, whatever their range."""
     opinions: str | None = None
-    """List of numbers beside the history, such as stars, from which votes of the history's items on
-    the target are computed, by how alike users valued both; default: none."""
+    """List of numbers beside the history, such as stars, for item-based collaborative filtering:
+    history items vote for the target, by how alike users valued both; default: none."""
     opinion_groups: PositiveInt | None = None
-    """Numbers in the opinion on an item, one per group of users; users of one group share it.
-    Default: one per row of the users' table, at most 8192, and at most as many as fit into 1 GiB
-    for all items, of 2 bytes each. More groups than users bring nothing."""
+    """Groups of users, each a number in an item's vector for collaborative filtering. Default: one
+    per row of the users' table, at most 8192, and at most as many as fit into 1 GiB for all items,
+    of 2 bytes each."""
     opinion_dropout: Dropout = 0.0
-    """Share of a training batch's rows whose item counts as new, without opinions, so that the
-    model learns to rank new items by the rest."""
+    """Share of a training batch's rows whose item counts as new and gets no votes, so that the
+    model learns to rank new items by other features."""
 
 
 @dataclass

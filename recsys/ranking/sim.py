@@ -72,16 +72,16 @@ class AgedAttention(nn.Module):
     def _head(
         self, query: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor, ages: Tensor
     ) -> Tensor:  # [B, D], [U, D], [K, P], [K] -> [B, D]
-        of_ages = query @ self.ages.weight.T  # [B, A]
+        age_scores = query @ self.ages.weight.T  # [B, A]
         places = history.rows * NUM_AGES + ages  # in [B, A], flattened
-        scores = history.dot(query, items) + of_ages.flatten().float()[places]
+        scores = history.dot(query, items) + age_scores.flatten().float()[places]
         if self.parallel_map is not None:
-            of_parallel = (query @ self.parallel_map.weight).float()
-            scores = scores + (history.spread(of_parallel) * parallel).sum(dim=1)
+            list_factors = (query @ self.parallel_map.weight).float()
+            scores = scores + (history.spread(list_factors) * parallel).sum(dim=1)
         weights = history.softmax(scores)
         interest = history.weighted_sum(weights, items)
-        by_age = weights.new_zeros(of_ages.numel()).index_add(0, places, weights)
-        interest = interest + by_age.view_as(of_ages) @ self.ages.weight
+        by_age = weights.new_zeros(age_scores.numel()).index_add(0, places, weights)
+        interest = interest + by_age.view_as(age_scores) @ self.ages.weight
         if self.parallel_map is not None:
             interest = interest + self.parallel_map(history.sum(weights.unsqueeze(1) * parallel))
         return interest
@@ -119,12 +119,12 @@ def load_item_categories(
     if not isinstance(settings, SimSettings) or settings.search != "category":
         return None
     columns = schema.items.columns if schema.items is not None else {}
-    known = [name for name, column in columns.items() if column.kind == "category"]
+    categories = [name for name, column in columns.items() if column.kind == "category"]
     name = settings.category
-    if name not in known:
+    if name not in categories:
         raise ValueError(
             f"ranking.category is '{name}', but ranking.search category reads an item column of "
-            f"kind category; schema.yaml has {known}"
+            f"kind category; schema.yaml has {categories}"
         )
     items = ItemTable(root, schema, on_bad_row)
     lists = [_lists(*chunk, name) for chunk in items.chunks(name)]
@@ -180,14 +180,14 @@ class Sim(RowFeatures):
     ) -> Tensor | MemberLogits:  # [B, C]
         history = batch.jagged_history()
         id_history = history if ids.history_is_unique else history.unindexed()
-        found = self.search(ids, content, batch, history, id_history)
-        ages = self._ages(batch, history)[found]
+        places = self.search(ids, content, batch, history, id_history)
+        ages = self._ages(batch, history)[places]
         parallel = batch.history_values[:, self.gaps.flags]
         numbers = self.history_numbers(history, parallel, batch)
         history, id_history, parallel = (
-            history.select(found),
-            id_history.select(found),
-            parallel[found],
+            history.select(places),
+            id_history.select(places),
+            parallel[places],
         )
         interest = self.interest(ids.target, ids.history, id_history, parallel, ages)
         return self.mlp(self.features(ids, content, batch, interest, numbers, history, parallel))
@@ -216,9 +216,9 @@ class Sim(RowFeatures):
     def _in_category(self, batch: Batch, history: JaggedHistory) -> Tensor:  # [K]
         """Return the latest positions whose item shares a category with the target."""
         assert self.categories is not None
-        of_items = self.categories(batch.history_items)[history.index].unsqueeze(2)  # [N, C, 1]
-        of_targets = self.categories(batch.target_items)[history.rows].unsqueeze(1)  # [N, 1, C]
-        shared = (of_items == of_targets) & (of_targets >= 0)  # [N, C, C]
+        items = self.categories(batch.history_items)[history.index].unsqueeze(2)  # [N, M, 1]
+        targets = self.categories(batch.target_items)[history.rows].unsqueeze(1)  # [N, 1, M]
+        shared = (items == targets) & (targets >= 0)  # [N, M, M]
         return history.latest(shared.flatten(1).any(dim=1), self.top_k)
 
     def _ages(self, batch: Batch, history: JaggedHistory) -> Tensor:  # [N]
@@ -232,6 +232,6 @@ def _content_similarity(content: ContentVectors, history: JaggedHistory) -> Tens
     items, modalities = content.read_history()
     spaces = zip(content.target_modalities.unbind(dim=1), modalities.unbind(dim=1))
     total = cosines(content.target, items, history)
-    for target, of_items in spaces:
-        total = total + cosines(target, of_items, history)
+    for target, item_vectors in spaces:
+        total = total + cosines(target, item_vectors, history)
     return total

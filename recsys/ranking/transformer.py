@@ -21,7 +21,6 @@ from recsys.ranking.layers.sequence_model import (
     NUM_AGES,
     Events,
     Read,
-    SequenceLayer,
     SequenceModel,
     doubling_buckets,
 )
@@ -30,7 +29,7 @@ from recsys.ranking.settings import TransformerSettings
 WIDENING = 4  # of the feed-forward layer, as in BST
 
 
-class TransformerLayer(SequenceLayer):
+class TransformerLayer(nn.Module):
     """A layer of attention and feed-forward; embeddings of ages are in its tokens."""
 
     def __init__(self, settings: TransformerSettings, has_ages: bool) -> None:
@@ -46,7 +45,7 @@ class TransformerLayer(SequenceLayer):
 
     def read(self, states: Tensor) -> Read:  # [T, D]
         normed = self.norm(states)
-        keys, values = (F.linear(normed, of).float() for of in self.kvq.weight.chunk(3)[:2])
+        keys, values = (F.linear(normed, weight).float() for weight in self.kvq.weight.chunk(3)[:2])
         return keys, values
 
     def history(self, states: Tensor, events: Events) -> tuple[Tensor, Read]:  # [T, D] -> [T, D]
@@ -68,14 +67,14 @@ class TransformerLayer(SequenceLayer):
         (keys, values), sequences = read, events.sequences
         history = sequences.history
         scores = sequences.dots(query, keys, self.heads)  # [H, T or B * T]
-        own = (query * own_key).unflatten(1, (self.heads, -1)).sum(dim=2)  # [B, H]
+        to_self = (query * own_key).unflatten(1, (self.heads, -1)).sum(dim=2)  # [B, H]
         with torch.no_grad():  # any number may be subtracted from all scores of a row
-            highest = torch.maximum(own, history.maximum(scores.T.contiguous(), -torch.inf))
+            highest = torch.maximum(to_self, history.maximum(scores.T.contiguous(), -torch.inf))
         weights = torch.exp(scores - history.spread(highest).T)
-        of_target = torch.exp(own - highest)
-        total = (history.sum(weights.T.contiguous()) + of_target).unsqueeze(2)  # [B, H, 1]
+        self_weight = torch.exp(to_self - highest)
+        total = (history.sum(weights.T.contiguous()) + self_weight).unsqueeze(2)  # [B, H, 1]
         summed = sequences.sums(weights, values).unflatten(1, (self.heads, -1))
-        summed = summed + of_target.unsqueeze(2) * own_value.unflatten(1, (self.heads, -1))
+        summed = summed + self_weight.unsqueeze(2) * own_value.unflatten(1, (self.heads, -1))
         return self._fed_forward(target, (summed / total).flatten(1))
 
     def _fed_forward(self, states: Tensor, attended: Tensor) -> Tensor:

@@ -71,8 +71,8 @@ class TwoTower(nn.Module):
         query = self._query(ids, content, batch)  # [B, C, D]
         item, negatives = self._item(ids.target, None if content is None else content.target), None
         if ids.negatives is not None:
-            of_content = None if content is None else content.negatives
-            negatives = self._item(ids.negatives, of_content)
+            content_vector = None if content is None else content.negatives
+            negatives = self._item(ids.negatives, content_vector)
         if self.similarity is not None:
             assert content is not None
             history = batch.jagged_history()
@@ -102,9 +102,9 @@ class TwoTower(nn.Module):
         return F.normalize(query, dim=2)
 
     def _item(
-        self, of_id: Tensor, of_content: Tensor | None
+        self, id_vector: Tensor, content_vector: Tensor | None
     ) -> Tensor:  # [B or S, I], [B or S, E] -> [B or S, D]
-        vectors = [of_id] if of_content is None else [of_id, of_content]
+        vectors = [id_vector] if content_vector is None else [id_vector, content_vector]
         return F.normalize(self.item_tower(torch.cat(vectors, dim=1)), dim=1)
 
 
@@ -147,19 +147,19 @@ def _query_columns(
     settings: TwoTowerSettings, dimensions: InputDimensions
 ) -> tuple[list[int], list[int]]:
     """Return the positions of the pooled and of the dense features that the query tower reads."""
-    known = [*dimensions.pooled_names, *dimensions.dense_names]
+    columns = [*dimensions.pooled_names, *dimensions.dense_names]
     for name in settings.query_features:
-        if name not in known:
+        if name not in columns:
             raise ValueError(
                 f"ranking.query_features: '{name}' is no pooled or dense column of the model; "
-                f"these are {known}"
+                f"these are {columns}"
             )
-    wanted = {dimensions.group, *settings.query_features, *dimensions.further_histories}
-    pooled = [place for place, name in enumerate(dimensions.pooled_names) if name in wanted]
-    dense = [place for place, name in enumerate(dimensions.dense_names) if name in wanted]
+    query_columns = {dimensions.group, *settings.query_features, *dimensions.further_histories}
+    pooled = [place for place, name in enumerate(dimensions.pooled_names) if name in query_columns]
+    dense = [place for place, name in enumerate(dimensions.dense_names) if name in query_columns]
     if not pooled and not dense and not dimensions.has_history:
         raise ValueError(
-            f"two_tower has nothing to read of a user: there is no history, and none of {known} is "
-            f"the group '{dimensions.group}' or in ranking.query_features; name the columns there"
+            f"two_tower has nothing to read: there is no history, and none of {columns} is "
+            f"the group '{dimensions.group}' or in ranking.query_features; name columns there"
         )
     return pooled, dense

@@ -73,7 +73,7 @@ def build_meta_model(
     categories = load_item_categories(config.ranking, root, schema, config.on_bad_row)
     _resize(schema, rows or {})
     sizes = cluster.world_size, cluster.ranks_per_node
-    check_placement(config, schema, cluster.device.kind, *sizes)
+    check_placement(config.embedding, schema, cluster.device.kind, *sizes)
     tables = table_configs(config, schema, mean_list_lengths(root, schema))
     content = content_settings(config.content)
     encoders, frozen_layers = {}, {}

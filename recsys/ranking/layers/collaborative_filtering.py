@@ -73,9 +73,9 @@ class CollaborativeFiltering(nn.Module):
     def forward(self, history: JaggedHistory, batch: Batch) -> Tensor:  # [B, NUM_VOTES]
         """Return numbers of each row, all 0 for an empty history, without gradient.
 
-        They are the mean of the user's relative values weighted by positive similarities, the same
-        weighted by their squares, the sum weighted by all similarities over the root of the
-        history's length, and log(1 + sum of positive similarities).
+        Two are means of the user's relative values, weighted by positive similarities and by their
+        squares. One is their sum weighted by all similarities, over the root of the history's
+        length. One is log(1 + sum of positive similarities).
         """
         values = self._relative_values(history, batch.recorded_values[:, self.column])
         target = self._opinions_of(batch.target_items)  # [B, G]

@@ -2,7 +2,7 @@
 
 The history's vectors have passed the history map (`recsys.content.branch`). The similarity
 features follow SimTier (arXiv 2407.19467), split by whether the user liked the item; its histogram
-and LEMUR's sorted cosines (arXiv 2511.10962) are optional.
+is optional.
 
 Shapes: B batch, U unique history items, N history items of the batch, D dimension, M modalities,
 P parallel lists, G groups of history items.
@@ -77,19 +77,6 @@ def similarity_histogram(
     return torch.log1p(counts).view(-1, bins)
 
 
-def sorted_cosines(
-    cosine: Tensor, history: JaggedHistory, count: int
-) -> Tensor:  # [N] -> [B, count]
-    """Return the `count` highest cosines, falling; 0 if the history is shorter.
-
-    The feature is that of LEMUR (arXiv 2511.10962).
-    """
-    padded = history.padded(cosine, LOWER_THAN_COSINE)  # [B, longest]
-    padded = F.pad(padded, (0, max(count - padded.shape[1], 0)), value=LOWER_THAN_COSINE)
-    highest = padded.topk(count, dim=1).values
-    return torch.where(highest > LOWER_THAN_COSINE, highest, 0.0)
-
-
 class ContentInterest(nn.Module):
     """Target attention over the history's content, with similarities beside it.
 
@@ -103,13 +90,12 @@ class ContentInterest(nn.Module):
         super().__init__()
         self.attention = DotAttention(dim, num_parallel)
         self.settings = settings
-        self.output_dim = dim + settings.simtier_bins + settings.sorted_cosines
+        self.output_dim = dim + settings.simtier_bins
         if settings.similarity_features:
             self.output_dim += (1 + num_modalities) * num_similarity_features(num_parallel)
 
     @staticmethod
     def of(content: ContentSettings, num_parallel: int) -> ContentInterest:
-        """Return the interest over the output of a content branch with these settings."""
         num_modalities = len(content.modalities)
         return ContentInterest(content.dim, num_modalities, num_parallel, content.history)
 
@@ -123,16 +109,14 @@ class ContentInterest(nn.Module):
             return self._by_kernel(content, content.read_stored(), history, parallel).to(dtype)
         items, modalities = content.read_history()
         features = [self.attention(content.target, items, history, parallel)]
-        if settings.similarity_features or settings.simtier_bins or settings.sorted_cosines:
+        if settings.similarity_features or settings.simtier_bins:
             cosine = cosines(content.target, items, history)
         if settings.similarity_features:
-            of_modalities = zip(content.target_modalities.unbind(dim=1), modalities.unbind(dim=1))
-            spaces = [cosine, *(cosines(*vectors, history) for vectors in of_modalities)]
+            pairs = zip(content.target_modalities.unbind(dim=1), modalities.unbind(dim=1))
+            spaces = [cosine, *(cosines(*vectors, history) for vectors in pairs)]
             features.append(similarity_features(torch.stack(spaces, dim=1), history, parallel))
         if settings.simtier_bins:
             features.append(similarity_histogram(cosine, history, settings.simtier_bins))
-        if settings.sorted_cosines:
-            features.append(sorted_cosines(cosine, history, settings.sorted_cosines))
         return torch.cat(features, dim=1).to(dtype)
 
     def _has_native(
@@ -144,7 +128,7 @@ class ContentInterest(nn.Module):
         """Return whether a kernel computes these features, on CPU and of items in a bank."""
         if content.read_stored is None or parallel.requires_grad or history.is_shared:
             return False
-        if self.settings.simtier_bins or self.settings.sorted_cosines:
+        if self.settings.simtier_bins:
             return False
         is_on_cpu = content.target.device.type == "cpu"
         return is_on_cpu and has_native(content.target, *self.attention.parameters())
@@ -156,17 +140,23 @@ class ContentInterest(nn.Module):
         history: JaggedHistory,
         parallel: Tensor,  # [N, P]
     ) -> Tensor:  # [B, output_dim]
-        """Return the same as the operations of `forward`, with the map applied to queries."""
+        """Compute the same as `forward` in float32, with the map applied to queries.
+
+        For a history item v with map M, a dot product q . (M v) is (M^T q) . v, and the sum of
+        weighted M v is M times that of v.
+        """
         with torch.autocast("cpu", enabled=False):
             target, matrix = content.target.float(), stored.matrix.float()
-            query, of_lists = self.attention.query_of(target.to(self.attention.query.weight.dtype))
+            query, list_factors = self.attention.query_of(
+                target.to(self.attention.query.weight.dtype)
+            )
             queries = [query @ matrix]
             if self.settings.similarity_features:
                 queries.append(F.normalize(target, dim=-1) @ matrix)
                 queries += F.normalize(content.target_modalities.float(), dim=-1).unbind(dim=1)
-            listed = parallel[:, : of_lists.shape[1]].float()
+            listed = parallel[:, : list_factors.shape[1]].float()
             items = stored.rows, matrix, history.index, history.offsets
             stacked = torch.stack(queries, dim=1)
-            sums, features = native_content_interest(stacked, *items, of_lists, listed)
+            sums, features = native_content_interest(stacked, *items, list_factors, listed)
             interest = self.attention.interest_of(sums, matrix)
             return torch.cat([interest, features], dim=1)

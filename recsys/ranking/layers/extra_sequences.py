@@ -57,18 +57,18 @@ class ExtraSequences(nn.Module):
         is_mean = settings.further_histories == "mean"
         attention = partial(TargetAttention, units=attended.attention_units)
         kind: Callable[[int, int], HistoryAttention] = MeanOfEvents if is_mean else attention
-        self.encoders = nn.ModuleList(kind(dim, len(of.numbers)) for of in histories)
-        self.widths = {of.name: dim for of in histories}
+        self.encoders = nn.ModuleList(kind(dim, len(sequence.numbers)) for sequence in histories)
+        self.widths = {sequence.name: dim for sequence in histories}
         self.content_places: list[int] = []
         self.content_encoders = nn.ModuleList()
-        for place, of in enumerate(histories):
-            if content is not None and of.name in content.history.columns:
-                interest = ContentInterest.of(content, len(of.numbers))
-                mean = MeanOfEvents(content.dim, len(of.numbers))
+        for place, sequence in enumerate(histories):
+            if content is not None and sequence.name in content.history.columns:
+                interest = ContentInterest.of(content, len(sequence.numbers))
+                mean = MeanOfEvents(content.dim, len(sequence.numbers))
                 self.content_places.append(place)
                 self.content_encoders.append(mean if is_mean else interest)
                 width = content.dim if is_mean else interest.output_dim
-                self.widths[f"content of {of.name}"] = width
+                self.widths[f"content of {sequence.name}"] = width
 
     def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> IDVectors:
         """Append the vectors [B, width] of extra sequences. A collective with content."""

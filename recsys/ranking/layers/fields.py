@@ -117,7 +117,7 @@ class Fields(nn.Module):
         return self.num_fields if self.num_numbers else self.num_fields - 1
 
     def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> FieldVectors:
-        vectors = [of(pooled) for of, pooled in zip(self.pooled_maps, ids.pooled)]
+        vectors = [linear(pooled) for linear, pooled in zip(self.pooled_maps, ids.pooled)]
         vectors.append(ids.target)
         numbers, similarities = [batch.dense_features], ids.target[:, :0]
         history, parallel = batch.jagged_history(), batch.history_values
@@ -127,9 +127,9 @@ class Fields(nn.Module):
             numbers.append(history_numbers(history, parallel))
         if self.content_interest is not None:
             assert content is not None
-            found = self.content_interest(content, history, parallel)
-            widths = [found.shape[1] - self.num_similarities, self.num_similarities]
-            interest, similarities = found.split(widths, dim=1)
+            interest_features = self.content_interest(content, history, parallel)
+            widths = [interest_features.shape[1] - self.num_similarities, self.num_similarities]
+            interest, similarities = interest_features.split(widths, dim=1)
             vectors += [self.target_map(content.target), self.interest_map(interest)]
         return FieldVectors(vectors, torch.cat(numbers, dim=1), similarities)
 

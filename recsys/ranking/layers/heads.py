@@ -33,10 +33,10 @@ class EnsembleLinear(nn.Module):
     def __init__(self, num_inputs: int, num_outputs: int, members: int, signs: bool) -> None:
         super().__init__()
         bound = num_inputs**-0.5
-        scale_in = torch.ones(members, 1, num_inputs)
+        input_scale = torch.ones(members, 1, num_inputs)
         if signs:
-            scale_in = torch.randint_like(scale_in, 2) * 2 - 1
-        self.scale_in = nn.Parameter(scale_in)
+            input_scale = torch.randint_like(input_scale, 2) * 2 - 1
+        self.scale_in = nn.Parameter(input_scale)
         self.weight = nn.Parameter(torch.empty(num_inputs, num_outputs).uniform_(-bound, bound))
         self.scale_out = nn.Parameter(torch.ones(members, 1, num_outputs))
         self.bias = nn.Parameter(torch.empty(members, 1, num_outputs).uniform_(-bound, bound))
@@ -46,7 +46,7 @@ class EnsembleLinear(nn.Module):
 
 
 class MemberLinear(nn.Module):
-    """Separate linear map of each member, used as the last layer."""
+    """A linear map of each member: the last layer."""
 
     def __init__(self, num_inputs: int, num_outputs: int, members: int) -> None:
         super().__init__()

@@ -72,8 +72,8 @@ class Standardization(nn.Module):
         weights = numbers.new_ones(len(numbers)) if row_weights is None else row_weights
         # In double precision: squares of numbers far from 0 cancel.
         apart = numbers.double() - self.mean
-        of_rows = torch.cat([torch.ones_like(apart[:, :1]), apart, apart.square()], dim=1)
-        totals = weights.double() @ of_rows  # [1 + 2 W]
+        moments = torch.cat([torch.ones_like(apart[:, :1]), apart, apart.square()], dim=1)
+        totals = weights.double() @ moments  # [1 + 2 W]
         if self.process_group is not None:
             dist.all_reduce(totals, group=self.process_group)
         shift, square = (totals[1:] / totals[0].clamp(min=1)).chunk(2)
@@ -136,16 +136,18 @@ class RowFeatures(nn.Module):
         parallel: Tensor,  # [K, P]
     ) -> Tensor:  # [B, W]
         """Return all vectors and numbers of each row, concatenated. A collective."""
-        of_content, similarities = [], []
+        content_parts, similarities = [], []
         if self.content_interest is not None:
             assert content is not None
             interests = self.content_interest(content, history, parallel)
             dim = content.target.shape[1]
-            of_content, similarities = [content.target, interests[:, :dim]], [interests[:, dim:]]
+            content_parts = [content.target, interests[:, :dim]]
+            similarities = [interests[:, dim:]]
         dense, numbers, *similarities = self._standardized(
             [batch.dense_features, numbers, *similarities], batch
         )
-        vectors = [dense, *ids.pooled, ids.target, interest, numbers, *of_content, *similarities]
+        vectors = [dense, *ids.pooled, ids.target, interest, numbers]
+        vectors += [*content_parts, *similarities]
         return torch.cat(vectors, dim=1)
 
     def _standardized(self, numbers: list[Tensor], batch: Batch) -> list[Tensor]:

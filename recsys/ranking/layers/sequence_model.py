@@ -16,8 +16,9 @@ U unique items, P parallel lists, C labels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,22 +116,6 @@ class Events:
     ages: Tensor | None
 
 
-class SequenceLayer(nn.Module):
-    """A layer of attention; subclasses compute states of events and of targets."""
-
-    def history(self, states: Tensor, events: Events) -> tuple[Tensor, Read]:
-        """Return new states of the events [T, D], and keys and values of the old ones."""
-        raise TypeError(f"{type(self).__name__} defines no attention among events")
-
-    def read(self, states: Tensor) -> Read:
-        """Return keys and values of the states of events [T, D]."""
-        raise TypeError(f"{type(self).__name__} defines nothing that targets read")
-
-    def target(self, target: Tensor, read: Read, events: Events) -> Tensor:
-        """Return new states of the targets [B, D], from theirs and what they read of events."""
-        raise TypeError(f"{type(self).__name__} defines no attention of targets")
-
-
 class EventTokens(nn.Module):
     """ID vectors, content vectors and lists beside the history -> tokens of events and targets.
 
@@ -160,10 +145,10 @@ class EventTokens(nn.Module):
         if self.content_map is not None:
             assert content is not None
             target = target + self.content_map(content.target)
-            of_content = self.content_map(content.read_history()[0])
+            content_terms = self.content_map(content.read_history()[0])
             if not ids.history_is_unique:
-                of_content = sequences.tokens(of_content, history)
-            items = items + of_content
+                content_terms = sequences.tokens(content_terms, history)
+            items = items + content_terms
         tokens = sequences.tokens(items, history) if ids.history_is_unique else items
         if self.list_map is not None:
             tokens = torch.addmm(tokens, lists, self.list_map.weight.T)
@@ -171,14 +156,18 @@ class EventTokens(nn.Module):
 
 
 class SequenceModel(RowFeatures):
-    """Layers of attention over tokens -> one logit per label."""
+    """Layers of attention over tokens -> one logit per label.
+
+    A layer maps states of events [T, D] to keys and values (`read`), or to these and new states
+    (`history`); `target` maps states of targets [B, D] and keys and values to new states.
+    """
 
     def __init__(
         self,
         settings: SequenceSettings,
         dimensions: InputDimensions,
         content: ContentSettings | None,
-        layer: type[SequenceLayer],
+        layer: Callable[[Any, bool], nn.Module],
     ) -> None:
         dim, heads = settings.sequence_dim, settings.sequence_heads
         if dim % heads:
@@ -217,9 +206,8 @@ class SequenceModel(RowFeatures):
     def encoded(
         self, tokens: Tensor, target: Tensor, events: Events
     ) -> Tensor:  # [T, D], [B, D] -> [B, D]
-        """Return the state of each target after the last layer."""
         tokens, target = self.positioned(tokens, target, events)
-        *lower, last = (cast(SequenceLayer, layer) for layer in self.layers)
+        *lower, last = cast(Any, self.layers)
         if lower:
             recent, states = self._recent(events, tokens)
             for layer in lower:
@@ -243,7 +231,6 @@ class SequenceModel(RowFeatures):
         events: Events,
         tokens: Tensor,  # [T, D]
     ) -> tuple[Events, Tensor]:
-        """Return the latest events of each sequence, and their tokens."""
         whole = events.sequences
         latest = whole.latest(self.recent_items)
         places = whole.take_latest(events.places.unsqueeze(1), latest).squeeze(1)

@@ -41,7 +41,7 @@ def head_sums(history: JaggedHistory, weights: Tensor, values: Tensor) -> Tensor
     return _Sums.apply(weights, values, history)
 
 
-def _dots(history: JaggedHistory, of_rows: Tensor, table: Tensor, heads: int) -> Tensor:
+def _dots(history: JaggedHistory, queries: Tensor, table: Tensor, heads: int) -> Tensor:
     """Return dot products [H, T] of rows [B, H * D] and tokens [T, H * D]."""
     split = table.view(-1, table.shape[1] // heads)
     return torch.stack(
@@ -54,7 +54,7 @@ def _dots(history: JaggedHistory, of_rows: Tensor, table: Tensor, heads: int) ->
                 history.rows,
                 0,
             )
-            for head, part in enumerate(of_rows.chunk(heads, dim=1))
+            for head, part in enumerate(queries.chunk(heads, dim=1))
         ]
     )
 
@@ -69,17 +69,17 @@ def _sums(history: JaggedHistory, weights: Tensor, table: Tensor) -> Tensor:
             split,
             history.offsets,
             mode="sum",
-            per_sample_weights=of_head,
+            per_sample_weights=head_weights,
             include_last_offset=True,
         )
-        for head, of_head in enumerate(weights.contiguous())
+        for head, head_weights in enumerate(weights.contiguous())
     ]
     return torch.cat(sums, dim=1)
 
 
-def _products(history: JaggedHistory, of_rows: Tensor, weights: Tensor) -> Tensor:
+def _products(history: JaggedHistory, vectors: Tensor, weights: Tensor) -> Tensor:
     """Return the row [B, H * D] of each token times its weights [H, T]: [T, H * D]."""
-    products = of_rows.index_select(0, history.rows)
+    products = vectors.index_select(0, history.rows)
     heads = weights.shape[0]
     products.view(-1, heads, products.shape[1] // heads).mul_(weights.T.unsqueeze(2))
     return products
@@ -99,8 +99,8 @@ class _Dots(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         queries, keys = ctx.saved_tensors
-        of_queries = _sums(ctx.history, gradient, keys)
-        return of_queries, _products(ctx.history, queries, gradient), None, None
+        query_gradient = _sums(ctx.history, gradient, keys)
+        return query_gradient, _products(ctx.history, queries, gradient), None, None
 
 
 class _Sums(torch.autograd.Function):
@@ -115,8 +115,8 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         weights, values = ctx.saved_tensors
-        of_weights = _dots(ctx.history, gradient, values, weights.shape[0])
-        return of_weights, _products(ctx.history, gradient, weights), None
+        weight_gradient = _dots(ctx.history, gradient, values, weights.shape[0])
+        return weight_gradient, _products(ctx.history, gradient, weights), None
 
 
 Attention = Callable[[Tensor], Tensor]  # [S, L, K] -> [S, L, D]
@@ -176,8 +176,8 @@ class JaggedSequences:
         blocks = []
         for rows in order.split(size):
             # A GPU would have to be waited for.
-            own = int(lengths[rows[-1]]) if lengths.device.type == "cpu" else longest
-            block = padded[rows, : max(own, 1)]
+            block_length = int(lengths[rows[-1]]) if lengths.device.type == "cpu" else longest
+            block = padded[rows, : max(block_length, 1)]
             if recomputes and torch.is_grad_enabled():
                 attended = checkpoint(attention, block, use_reentrant=False)
             else:
@@ -193,9 +193,9 @@ class JaggedSequences:
         """Return sums [B, D] of values [T, D] with weights [H, T]."""
         return head_sums(self.history, weights, values)
 
-    def at_places(self, of_tokens: Tensor) -> Tensor:
+    def at_places(self, values: Tensor) -> Tensor:
         """Return [H, T] itself: each token has one place."""
-        return of_tokens
+        return values
 
     def latest(self, count: int) -> JaggedSequences:
         """Return the sequences of the `count` latest tokens of each row."""
@@ -210,12 +210,12 @@ class JaggedSequences:
         assert isinstance(latest, JaggedSequences)
         return tokens if latest.places is None else tokens.index_select(0, latest.places)
 
-    def put_latest(self, tokens: Tensor, of_latest: Tensor, latest: Sequences) -> Tensor:
+    def put_latest(self, tokens: Tensor, latest_tokens: Tensor, latest: Sequences) -> Tensor:
         """Return tokens [T, K] with those of `latest` replaced."""
         assert isinstance(latest, JaggedSequences)
         if latest.places is None:
-            return of_latest
-        return tokens.index_copy(0, latest.places, of_latest.to(tokens.dtype))
+            return latest_tokens
+        return tokens.index_copy(0, latest.places, latest_tokens.to(tokens.dtype))
 
 
 @dataclass
@@ -269,26 +269,26 @@ class EqualSequences:
         parts = zip(weights, values.chunk(weights.shape[0], dim=1))
         return torch.cat([self.history.weighted_sum(*part) for part in parts], dim=1)
 
-    def at_places(self, of_tokens: Tensor) -> Tensor:
+    def at_places(self, values: Tensor) -> Tensor:
         """Map [H, T] -> [H, N]: the token of each place."""
-        return self.history.gather(of_tokens.T).T
+        return self.history.gather(values.T).T
 
     def latest(self, count: int) -> EqualSequences:
-        kept = torch.sym_min(self.history.longest, count)
+        length = torch.sym_min(self.history.longest, count)
         places = None
         if not self.history.is_shared:
-            places = torch.arange(self.count * kept, device=self.history.device)
-            places = places.view(self.count, kept)
-        history = replace(self.history, num_items=self.count * kept, places=places)
+            places = torch.arange(self.count * length, device=self.history.device)
+            places = places.view(self.count, length)
+        history = replace(self.history, num_items=self.count * length, places=places)
         return EqualSequences(history, self.source, self.count)
 
     def take_latest(self, tokens: Tensor, latest: Sequences) -> Tensor:
         older = self.history.longest - latest.history.longest
         return self.padded(tokens)[:, older:].reshape(-1, tokens.shape[1])
 
-    def put_latest(self, tokens: Tensor, of_latest: Tensor, latest: Sequences) -> Tensor:
+    def put_latest(self, tokens: Tensor, latest_tokens: Tensor, latest: Sequences) -> Tensor:
         older = self.history.longest - latest.history.longest
-        parts = [self.padded(tokens)[:, :older], latest.padded(of_latest)]
+        parts = [self.padded(tokens)[:, :older], latest.padded(latest_tokens)]
         return self.flat(torch.cat(parts, dim=1))
 
 

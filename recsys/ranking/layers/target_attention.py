@@ -6,8 +6,8 @@ dot product, which costs a thousandth and suits content vectors, whose direction
 When a package ranks candidates for one user, what depends on the history alone is computed once.
 
 Nothing is padded, and terms that depend on an item alone are computed once per unique item. The
-first layer of DIN's MLP is linear in (h, t, h - t, h * t), so with its weight split into four parts
-it is (W1 + W3) h + (W2 - W3) t + W4 (h * t): only the last term depends on both item and target.
+first layer of DIN's MLP is linear in (h, t, h - t, h * t). With its weight split into four parts it
+is (W1 + W3) h + (W2 - W3) t + W4 (h * t), where only the last term depends on both item and target.
 
 Shapes: B batch, U unique history items, N history items of the batch, D dimension, P parallel
 lists, H units of the first layer.
@@ -46,7 +46,6 @@ class HistoryAttention(nn.Module):
         history: JaggedHistory,
         parallel: Tensor,  # [N, P]
     ) -> Tensor:  # [N]
-        """Return the score of each history item for its row's target."""
         raise TypeError(f"{type(self).__name__} defines no scores")
 
     def forward(
@@ -56,7 +55,6 @@ class HistoryAttention(nn.Module):
         history: JaggedHistory,
         parallel: Tensor,  # [N, P]
     ) -> Tensor:  # [B, D]
-        """Return the interest of each row in its history, for its target."""
         scores = at_least_float32(self.scores(target, items, history, parallel))
         weights = history.softmax(scores)
         interest = history.weighted_sum(weights, items.to(weights.dtype))
@@ -87,10 +85,10 @@ class TargetAttention(HistoryAttention):
         if parallel.requires_grad or not has_native(target, items, *weights):
             return super().forward(target, items, history, parallel)
         lists = self.parallel_map
-        of_lists = target.new_empty(target.shape[1], 0) if lists is None else lists.weight
-        listed = parallel[:, : of_lists.shape[1]]
+        list_weight = target.new_empty(target.shape[1], 0) if lists is None else lists.weight
+        listed = parallel[:, : list_weight.shape[1]]
         return native_target_attention(
-            target, items, history.index, history.offsets, listed, of_lists, weights
+            target, items, history.index, history.offsets, listed, list_weight, weights
         )
 
     def scores(
@@ -101,20 +99,23 @@ class TargetAttention(HistoryAttention):
         if history.is_shared and not torch.is_autocast_enabled(target.device.type):
             hidden = self._hidden_of_shared(target, items, history.of_one_row(parallel))
             return self.score[1:](hidden).squeeze(1)
-        of_item, of_target, of_difference, of_product = first.weight.chunk(4, dim=1)  # [H, D]
-        of_item, of_target = of_item + of_difference, of_target - of_difference
-        of_items = items @ of_item.T  # [U, H]
+        w_item, w_target, w_difference, w_product = first.weight.chunk(4, dim=1)  # [H, D]
+        w_item, w_target = (
+            w_item + w_difference,
+            w_target - w_difference,
+        )
+        item_terms = items @ w_item.T  # [U, H]
         # Under autocast this is bfloat16, and terms added in place must have the same type.
-        dtype = of_items.dtype
-        vectors, hidden = history.gather(items.to(dtype)), history.gather(of_items)  # [N, ...]
+        dtype = item_terms.dtype
+        vectors, hidden = history.gather(items.to(dtype)), history.gather(item_terms)  # [N, ...]
         # Added up in place: N is large, and each new [N, ...] costs as much as the arithmetic.
         if self.parallel_map is not None:
-            lists, of_lists = parallel.to(dtype), self.parallel_map.weight  # [N, P], [D, P]
-            vectors.addmm_(lists, of_lists.T.to(dtype))
-            hidden.addmm_(lists, (of_item @ of_lists).T.to(dtype))
+            lists, list_weight = parallel.to(dtype), self.parallel_map.weight  # [N, P], [D, P]
+            vectors.addmm_(lists, list_weight.T.to(dtype))
+            hidden.addmm_(lists, (w_item @ list_weight).T.to(dtype))
         products = vectors * history.spread(target.to(dtype))
-        hidden.addmm_(products, of_product.T.to(dtype))
-        hidden += history.spread(torch.addmm(first.bias, target, of_target.T).to(dtype))
+        hidden.addmm_(products, w_product.T.to(dtype))
+        hidden += history.spread(torch.addmm(first.bias, target, w_target.T).to(dtype))
         return self.score[1:](hidden).squeeze(1)
 
     def _hidden_of_shared(
@@ -126,12 +127,12 @@ class TargetAttention(HistoryAttention):
         """Return the first layer where all rows have the same history, by one product."""
         first = self.score[0]
         assert isinstance(first, nn.Linear)
-        of_item, of_target, of_difference, of_product = first.weight.chunk(4, dim=1)  # [H, D]
+        w_item, w_target, w_difference, w_product = first.weight.chunk(4, dim=1)  # [H, D]
         if self.parallel_map is not None:
             items = items + self.parallel_map(parallel.to(items.dtype))
-        constant = torch.addmm(first.bias, items, (of_item + of_difference).T)  # [U, H]
-        factors = items.T.unsqueeze(2) * of_product.T.unsqueeze(1)  # [D, U, H]
-        factors = factors + (of_target - of_difference).T.unsqueeze(1)
+        constant = torch.addmm(first.bias, items, (w_item + w_difference).T)  # [U, H]
+        factors = items.T.unsqueeze(2) * w_product.T.unsqueeze(1)  # [D, U, H]
+        factors = factors + (w_target - w_difference).T.unsqueeze(1)
         hidden = torch.addmm(constant.view(1, -1), target, factors.flatten(1))  # [B, U * H]
         return hidden.view(-1, constant.shape[1])
 
@@ -147,10 +148,10 @@ class DotAttention(HistoryAttention):
     def scores(
         self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
     ) -> Tensor:  # [B, D], [U, D], [N, P] -> [N]
-        query, of_lists = self.query_of(target)
+        query, list_factors = self.query_of(target)
         scores = history.dot(query, items.to(query.dtype))
         if self.parallel_map is not None:
-            scores = scores + (history.spread(of_lists) * parallel).sum(dim=1)
+            scores = scores + (history.spread(list_factors) * parallel).sum(dim=1)
         return scores
 
     def query_of(self, target: Tensor) -> tuple[Tensor, Tensor]:  # [B, D] -> [B, D], [B, P]

@@ -22,7 +22,6 @@ RECIPES = {
         "--content.dedup=global",
         "--content.history.top_k=2",
         "--content.history.simtier_bins=4",
-        "--content.history.sorted_cosines=2",
     ],
     "shared and sampled": [
         "--content.dedup=global",

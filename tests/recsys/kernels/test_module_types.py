@@ -33,8 +33,8 @@ def attention(module: HistoryAttention, lists: int) -> Module:
     return module, vectors, lambda *parts: module(*parts, HISTORY, parallel)
 
 
-def content_interest(num_sorted: int) -> Module:
-    settings = HistorySettings(similarity_features=True, sorted_cosines=num_sorted)
+def content_interest(num_bins: int) -> Module:
+    settings = HistorySettings(similarity_features=True, simtier_bins=num_bins)
     module, rows = ContentInterest(4, 1, 1, settings), torch.randn(3, 8)
 
     def interest(target: Tensor, modality_tokens: Tensor, matrix: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ MODULES: dict[str, Callable[[], Module]] = {
     "dot attention": lambda: attention(DotAttention(4, 0), 0),
     "dot attention with a list": lambda: attention(DotAttention(4, 1), 1),
     "content interest": lambda: content_interest(0),
-    "content interest with sorted cosines": lambda: content_interest(3),
+    "content interest with a histogram": lambda: content_interest(3),
     "contrastive": contrastive,
     "fusion, modern": lambda: fusion("modern"),
     "fusion, published": lambda: fusion("published"),

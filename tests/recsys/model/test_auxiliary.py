@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -27,7 +26,7 @@ from tests.recsys.command_runs import TINY, run_recsys, train_words
 LOGITS = torch.tensor([[0.5], [-1.0], [2.0], [0.0]])
 TEACHER = torch.tensor([1.0, -2.0, math.nan, 9.0])
 ROW_WEIGHTS = torch.tensor([1.0, 1.0, 1.0, 0.0])  # the last row pads
-OWN = '''\
+OWN_LOSS = '''\
 from torch import nn
 
 
@@ -137,31 +136,6 @@ def test_the_loss_of_a_step_is_ranking_plus_the_weighted_auxiliary_loss(
     torch.testing.assert_close(plain.model(batch)[0].detach(), parts["ranking"])
 
 
-def test_rows_to_predict_need_no_extra_column(tmp_path: Path) -> None:
-    data = write_dataset(tmp_path / "data")
-    schema = data / "schema.yaml"
-    schema.write_text(schema.read_text().replace("  liked:", "  teacher: {kind: extra}\n  liked:"))
-    root = Location.of(data)
-    files = (root / "test").files(".parquet")
-    rows = ParquetRows(files, load_schema(root), with_labels=False)
-    assert "teacher" not in next(rows.read(0, 3)).column_names
-    with pytest.raises(ValueError, match="column 'teacher' is missing"):
-        ParquetRows(files, load_schema(root))
-
-
-def test_an_infinite_value_is_refused_where_a_missing_one_is_not(tmp_path: Path) -> None:
-    data = with_teacher(tmp_path)
-    path = next((data / "test").glob("*.parquet"))
-    table = pq.read_table(path).drop_columns(["teacher"])
-    values = np.full(table.num_rows, np.nan, np.float32)
-    values[4] = np.inf
-    pq.write_table(table.append_column("teacher", pa.array(values)), path)
-    root = Location.of(data)
-    rows = ParquetRows.of_split(root, "test", load_schema(root))
-    with pytest.raises(ValueError, match="column 'teacher', row 4: value inf"):
-        list(rows.read(0, rows.num_rows))
-
-
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
@@ -191,14 +165,14 @@ def test_a_loss_that_cannot_be_is_refused(
 def test_a_loss_of_one_s_own_is_a_file_and_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "own_losses.py").write_text(OWN)
+    (tmp_path / "own_losses.py").write_text(OWN_LOSS)
     recipe = tmp_path / "recipe.yaml"
-    own = "auxiliary: {calm: {loss: own_losses:Calm, weight: 0.5, options: {power: 2}}}\n"
-    recipe.write_text(TINY.read_text() + own)
+    lines = "auxiliary: {calm: {loss: own_losses:Calm, weight: 0.5, options: {power: 2}}}\n"
+    recipe.write_text(TINY.read_text() + lines)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     words = train_words(with_teacher(tmp_path), tmp_path / "run", "--log_every_steps", "1")
     words[words.index(str(TINY))] = str(recipe)
-    done = run_recsys(*words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(" calm 0.") == 8
+    process = run_recsys(*words)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stdout.count(" calm 0.") == 8
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["auc"] is not None

@@ -37,20 +37,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(job: Job) -> dict[str, Any]:
     """Some steps and a pass of evaluation, with the graphs there are after each."""
-    found: dict[str, Any] = {"logits": [], "graphs": []}
+    result: dict[str, Any] = {"logits": [], "graphs": []}
     counters.clear()
     fill_bank(job)
     for index, size in enumerate(SIZES):
         job.model.train()
         _, logits, _ = job.pipeline.progress(iter(batches_of(job, index + 1, size)[-1:]))
-        found["logits"].append(logits.detach().clone())
-        found["gradients"] = gradients(job)
+        result["logits"].append(logits.detach().clone())
+        result["gradients"] = gradients(job)
         job.model.eval()
         with torch.no_grad():
             job.pipeline.progress(iter(batches_of(job, 1, size)))
-        found["graphs"].append(counters["stats"]["unique_graphs"])
+        result["graphs"].append(counters["stats"]["unique_graphs"])
     require_pipelined(job.model)
-    return found | {
+    return result | {
         "tables": table_pieces(job),
         "names": list(job.model.state_dict()),
         "breaks": dict(counters["graph_break"]),
@@ -70,18 +70,18 @@ def train_both_ways(
 ) -> dict[str, Any]:
     ranks, data = ranks_of(rank, world_size), str(folder / "data")
     config = em3_config(folder, precision=precision)
-    found = {"eager": train(build_job(config, data, ranks))}
+    results = {"eager": train(build_job(config, data, ranks))}
     job = build_job(config, data, ranks)
     compile_dense_parts(job.em3, CPU, backend)
-    return found | {"compiled": train(job), "parts": set(compiled_parts(job.em3))}
+    return results | {"compiled": train(job), "parts": set(compiled_parts(job.em3))}
 
 
 def assert_same_numbers(run: dict[str, Any], tolerance: float) -> None:
     eager, compiled = run["eager"], run["compiled"]
-    same: dict[str, Any] = {"rtol": 0, "atol": tolerance}
-    torch.testing.assert_close(compiled["logits"], eager["logits"], **same)
-    torch.testing.assert_close(compiled["gradients"], eager["gradients"], **same)
-    torch.testing.assert_close(compiled["tables"], eager["tables"], **same)
+    tolerances: dict[str, Any] = {"rtol": 0, "atol": tolerance}
+    torch.testing.assert_close(compiled["logits"], eager["logits"], **tolerances)
+    torch.testing.assert_close(compiled["gradients"], eager["gradients"], **tolerances)
+    torch.testing.assert_close(compiled["tables"], eager["tables"], **tolerances)
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +113,8 @@ def test_without_a_compiler_a_job_is_refused_before_it_starts(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inductor_config.cpp, "cxx", (None, "no-such-compiler"))
-    told = "compile is .* cpu .*no-such-compiler"
-    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=told):
+    message = "compile is .* cpu .*no-such-compiler"
+    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=message):
         build_job(em3_config(folder, compile=True), str(folder / "data"), ranks)
 
 

@@ -42,13 +42,13 @@ def _gradients(
     loss, _ = job.model(batches_of(job, 1, 8)[0])
     loss.backward()
     after = table_pieces(job)["item"]
-    found = {
+    gradients_by_name = {
         name: float(parameter.grad.abs().max())
         for name, parameter in job.em3.named_parameters()
         if parameter.grad is not None
     }
     moved = [(new - old).abs().max() for (_, old), (_, new) in zip(before, after, strict=True)]
-    return found | {"item table": float(torch.stack(moved).max())}
+    return gradients_by_name | {"item table": float(torch.stack(moved).max())}
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +61,22 @@ def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, dict[str
 @pytest.mark.parametrize("case", CASES, ids=[" ".join(case) for case in CASES])
 def test_one_loss_alone_reaches_fusion_lora_and_the_sharded_table(by_rank: Any, case: Any) -> None:
     for rank in by_rank:
-        found = rank[case]
-        fusion = [name for name in found if name.startswith("content.fusion.")]
+        gradients_by_name = rank[case]
+        fusion = [name for name in gradients_by_name if name.startswith("content.fusion.")]
         # A starts as noise and B as zero, so that only B has a gradient in the first step.
-        lora = [name for name in found if "encoders.text" in name and "lora_B" in name]
+        lora = [name for name in gradients_by_name if "encoders.text" in name and "lora_B" in name]
         assert "content.fusion.queries" in fusion and lora
         for name in lora:
-            assert found[name] > 1e-7, name
+            assert gradients_by_name[name] > 1e-7, name
         # So does what the queries of `modern` say, but for its last map.
-        assert found["content.fusion.output.weight"] > 1e-6
-        assert found["item table"] > 1e-6
+        assert gradients_by_name["content.fusion.output.weight"] > 1e-6
+        assert gradients_by_name["item table"] > 1e-6
 
 
 @pytest.mark.parametrize("preset", ["modern", "published"])
 def test_the_ranking_loss_reaches_the_low_rank_map_of_the_history(
     by_rank: Any, preset: str
 ) -> None:
-    found = by_rank[0]["ranking loss", preset]
+    gradients_by_name = by_rank[0]["ranking loss", preset]
     # The bank is filled by this very step, so that its vectors are not zero.
-    assert found["content.history_map.map.lora_B.default.weight"] > 1e-7
+    assert gradients_by_name["content.history_map.map.lora_B.default.weight"] > 1e-7

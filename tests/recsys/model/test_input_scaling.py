@@ -35,9 +35,9 @@ WITHOUT_CONTENT = ["--content", "none", "--contrastive.weight", "0", "--device",
 
 
 def range_of(*values: float) -> NumberRange:
-    found = NumberRange()
-    found.add(np.array(values, np.float32))
-    return found
+    number_range = NumberRange()
+    number_range.add(np.array(values, np.float32))
+    return number_range
 
 
 def batch_of(dense: list[list[float]], values: list[list[float]]) -> Batch:
@@ -61,13 +61,13 @@ def test_wide_numbers_are_standardized_and_others_stay_to_the_last_bit() -> None
         "price": range_of(0, 1),
     }
     scaling.fit(numbers)
-    found = scaling(batch_of([[340.0, 0.1]], [[0.0], [4.0], [1.7]]))
+    scaled = scaling(batch_of([[340.0, 0.1]], [[0.0], [4.0], [1.7]]))
     counts = np.array([0, 10, 20, 30, 340])
-    assert found.dense_features[0, 0].item() == pytest.approx((340 - counts.mean()) / counts.std())
-    assert torch.equal(found.dense_features[0, 1], torch.tensor(0.1))
-    torch.testing.assert_close(found.history_values, torch.tensor([[-1.0], [1.0], [-0.15]]))
-    assert torch.equal(found.recorded_values, torch.tensor([[0.0], [4.0], [1.7]]))
-    assert torch.equal(found.further[0].values, torch.tensor([[0.0], [4.0], [1.7]]))
+    assert scaled.dense_features[0, 0].item() == pytest.approx((340 - counts.mean()) / counts.std())
+    assert torch.equal(scaled.dense_features[0, 1], torch.tensor(0.1))
+    torch.testing.assert_close(scaled.history_values, torch.tensor([[-1.0], [1.0], [-0.15]]))
+    assert torch.equal(scaled.recorded_values, torch.tensor([[0.0], [4.0], [1.7]]))
+    assert torch.equal(scaled.further[0].values, torch.tensor([[0.0], [4.0], [1.7]]))
 
 
 def test_far_outliers_are_clamped() -> None:
@@ -93,24 +93,17 @@ def test_later_rows_move_mean_and_deviation_to_those_of_all_rows() -> None:
     assert scaling.is_scaled.item() and scaling.mean.item() < everything.mean()
 
 
-def test_a_column_that_becomes_wide_takes_the_moments_of_its_rows() -> None:
-    scaling = InputScaling(["count"], [])
-    for part in (range_of(0, 1), range_of(0, 10)):
-        scaling.fit({"count": part})
-    assert (scaling.mean.item(), scaling.deviation.item()) == (5.0, 5.0)
-
-
 def test_ranges_are_those_of_the_rows_of_all_ranks(tmp_path: Path) -> None:
     write_dataset(tmp_path / "data")
-    found = run_on_ranks(ranges_on, 2, tmp_path)
-    assert found[0] == found[1]
+    ranges = run_on_ranks(ranges_on, 2, tmp_path)
+    assert ranges[0] == ranges[1]
     with joined_ranks("cpu") as ranks:
         job = build_job(em3_config(tmp_path), str(tmp_path / "data"), ranks)
         whole = NumberRanges(job.schema)
         for table in job.rows("train").read(0, 60):
             whole.add(table)
     for name, rows in whole.by_column.items():
-        assert vars(found[0][name]) == pytest.approx(vars(rows))
+        assert vars(ranges[0][name]) == pytest.approx(vars(rows))
 
 
 def ranges_on(rank: int, world_size: int, folder: Path) -> dict[str, NumberRange]:
@@ -120,7 +113,7 @@ def ranges_on(rank: int, world_size: int, folder: Path) -> dict[str, NumberRange
 
 
 @pytest.fixture(scope="module")
-def of_before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def previous_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run as earlier versions wrote it, on prices up to 40."""
     folder = tmp_path_factory.mktemp("before")
     write_dataset(folder / "data")
@@ -147,10 +140,10 @@ def widen(data: Path) -> None:
 
 
 def run_on(folder: Path, out: str, *words: str, warm_start: Path | None = None) -> None:
-    begun = None if warm_start is None else WarmStart(warm_start)
+    request = None if warm_start is None else WarmStart(warm_start)
     with joined_ranks("cpu") as ranks:
         config = load_config(TINY, [*WITHOUT_CONTENT, *words])
-        train(config, str(folder / "data"), folder / out, ranks, warm_start=begun)
+        train(config, str(folder / "data"), folder / out, ranks, warm_start=request)
 
 
 def scaling_of(run: Path) -> tuple[InputScaling, torch.Tensor]:
@@ -163,27 +156,27 @@ def scaling_of(run: Path) -> tuple[InputScaling, torch.Tensor]:
 
 
 def test_a_run_of_before_loads_goes_on_and_is_begun_from_with_its_numbers_as_they_are(
-    of_before: Path,
+    previous_run: Path,
 ) -> None:
-    scaling, logits = scaling_of(of_before / "run")
+    scaling, logits = scaling_of(previous_run / "run")
     assert not scaling.is_scaled.any()
-    stored = pq.read_table(of_before / "run" / "scores_test.parquet")
+    stored = pq.read_table(previous_run / "run" / "scores_test.parquet")
     name = next(name for name in stored.column_names if "logit" in name)
     values = np.array(stored[name].to_pylist(), np.float32).reshape(-1)
     assert np.array_equal(np.sort(logits[:, 0].numpy()), np.sort(values))
-    run_on(of_before, "begun", "--batch_size", "64", warm_start=of_before / "run")
-    assert not scaling_of(of_before / "begun")[0].is_scaled.any()
-    run_on(of_before, "run", "--batch_size", "64", "--epochs", "2")
-    assert not scaling_of(of_before / "run")[0].is_scaled.any()
+    run_on(previous_run, "begun", "--batch_size", "64", warm_start=previous_run / "run")
+    assert not scaling_of(previous_run / "begun")[0].is_scaled.any()
+    run_on(previous_run, "run", "--batch_size", "64", "--epochs", "2")
+    assert not scaling_of(previous_run / "run")[0].is_scaled.any()
 
 
-def test_a_new_run_standardizes_and_one_that_begins_with_it_goes_on(of_before: Path) -> None:
-    run_on(of_before, "new", "--batch_size", "64")
-    scaling = scaling_of(of_before / "new")[0]
+def test_a_new_run_standardizes_and_one_that_begins_with_it_goes_on(previous_run: Path) -> None:
+    run_on(previous_run, "new", "--batch_size", "64")
+    scaling = scaling_of(previous_run / "new")[0]
     assert scaling.is_scaled.tolist() == [True, False]  # price, history_liked
-    run_on(of_before, "next", "--batch_size", "64", warm_start=of_before / "new")
-    following = scaling_of(of_before / "next")[0]
+    run_on(previous_run, "next", "--batch_size", "64", warm_start=previous_run / "new")
+    following = scaling_of(previous_run / "next")[0]
     assert float(following.fits) == 2 and following.is_scaled.tolist() == [True, False]
     torch.testing.assert_close(following.mean, scaling.mean)
     with pytest.raises(ValueError, match=r"ranking\.scale_inputs"):
-        run_on(of_before, "new", "--epochs", "2", "--ranking.scale_inputs", "false")
+        run_on(previous_run, "new", "--epochs", "2", "--ranking.scale_inputs", "false")

@@ -63,10 +63,10 @@ class WithoutStreams(PrefetchingPipeline):
         for module in self._pipelined_modules:
             name = module.forward._name
             data = context.input_dist_tensors_requests.pop(name).wait()
-            of_module = context.module_contexts.pop(name)
-            module.prefetch(ctx=of_module, dist_input=data, forward_stream=None)
+            module_context = context.module_contexts.pop(name)
+            module.prefetch(ctx=module_context, dist_input=data, forward_stream=None)
             context.module_input_post_prefetch[name] = data
-            context.module_contexts_post_prefetch[name] = of_module
+            context.module_contexts_post_prefetch[name] = module_context
 
 
 def losses_of_prefetching(folder: Path, ranks: Ranks) -> list[float]:

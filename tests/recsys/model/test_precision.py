@@ -59,7 +59,7 @@ def run_job(job: Job) -> dict[str, Any]:
     """Fills the bank, scores a batch and trains on it."""
     content = job.em3.content
     assert content is not None and content.bank is not None
-    seen = TypesSeen(job)
+    types = TypesSeen(job)
     fill_bank(job)
     bank, _ = content.bank.lookup(torch.arange(job.schema.num_items))
     job.model.eval()
@@ -80,9 +80,9 @@ def run_job(job: Job) -> dict[str, Any]:
         "gradient": torch.cat([p.grad.flatten() for p in dense]),
         "tables": {name: moved(before, table_pieces(job), name) for name in TABLES},
         "types": {tensor.dtype for tensor in (*dense, *state, *pieces, bank, scored, logits)},
-        "around": seen.around,
-        "linear": seen.linear,
-        "losses_in_autocast": seen.losses_in_autocast,
+        "around": types.around,
+        "linear": types.linear,
+        "losses_in_autocast": types.losses_in_autocast,
     }
 
 

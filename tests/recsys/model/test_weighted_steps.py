@@ -32,7 +32,7 @@ def step(
     rank: int, world_size: int, folder: Path, sizes: dict[tuple[str, str], int]
 ) -> dict[tuple[str, str], Run]:
     """One step of each backbone on a dataset's first rows, cut into equal parts for the ranks."""
-    found = {}
+    results = {}
     for (backbone, name), size in sizes.items():
         config = backbone_config(folder, backbone, "none")
         config = replace(config, ranking=replace(config.ranking, dropout=0.0))
@@ -51,19 +51,19 @@ def step(
         }
         run = Run(gradients=[gradients], tables=[table_pieces(job)])
         run.losses, run.logits = [loss.detach()], [logits.detach()]
-        found[backbone, name] = run
-    return found
+        results[backbone, name] = run
+    return results
 
 
 def assert_same_step(runs: list[Run], expected: list[Run]) -> None:
     """The same mean loss, dense gradients and, after their update, tables."""
-    means = [torch.stack([run.losses[0] for run in each]).mean() for each in (runs, expected)]
+    means = [torch.stack([run.losses[0] for run in side]).mean() for side in (runs, expected)]
     torch.testing.assert_close(means[0], means[1], atol=1e-6, rtol=1e-5)
     for name, gradient in expected[0].gradients[0].items():
         for run in runs:
             torch.testing.assert_close(run.gradients[0][name], gradient, atol=1e-6, rtol=1e-4)
     for name in TABLES:
-        pair = [whole_table(each, 0, name) for each in (runs, expected)]
+        pair = [whole_table(side, 0, name) for side in (runs, expected)]
         torch.testing.assert_close(*pair, atol=1e-6, rtol=1e-5)
 
 
@@ -79,8 +79,8 @@ def repeated(folder: Path) -> list[Run]:
     """The step on repeated rows, on one rank."""
     weights = table_of(folder / "weighted", "train")["times"].to_numpy()[:ROWS]
     assert weights[: ROWS // 2].sum() != weights[ROWS // 2 :].sum() and not weights.all()
-    (found,) = run_on_ranks(step, 1, folder, {("mmoe", "repeated"): int(weights.sum())})
-    return [found["mmoe", "repeated"]]
+    (results,) = run_on_ranks(step, 1, folder, {("mmoe", "repeated"): int(weights.sum())})
+    return [results["mmoe", "repeated"]]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -88,24 +88,24 @@ def test_integer_weights_are_repeated_rows_in_loss_and_gradients(
     folder: Path, repeated: list[Run], world_size: int
 ) -> None:
     case = ("mmoe", "weighted")
-    found = run_on_ranks(step, world_size, folder, {case: ROWS})
-    assert_same_step([of_rank[case] for of_rank in found], repeated)
+    ranks = run_on_ranks(step, world_size, folder, {case: ROWS})
+    assert_same_step([results[case] for results in ranks], repeated)
 
 
 def test_a_null_label_has_no_part_in_the_loss_nor_in_gradients(folder: Path) -> None:
     """One step of two labels on one rank and on two, where ranks know a label of unlike rows."""
     data = write_null_labels(folder / "nulls")
     sizes = {(backbone, "nulls"): ROWS for backbone in ("mmoe", "dlrm")}
-    alone, both = (run_on_ranks(step, world_size, folder, sizes) for world_size in (1, 2))
+    alone, two_ranks = (run_on_ranks(step, world_size, folder, sizes) for world_size in (1, 2))
     rows = table_of(data, "train").slice(0, ROWS)
     for case in sizes:
         run = alone[0][case]
-        assert_same_step([of_rank[case] for of_rank in both], [run])
+        assert_same_step([results[case] for results in two_ranks], [run])
         expected = torch.zeros(())
         for column, name in enumerate(("liked", "bought")):
             label = torch.tensor(rows[name].to_numpy())
-            known = ~label.isnan()
-            logits = run.logits[0][known, column]
-            expected += F.binary_cross_entropy_with_logits(logits, label[known])
+            is_labelled = ~label.isnan()
+            logits = run.logits[0][is_labelled, column]
+            expected += F.binary_cross_entropy_with_logits(logits, label[is_labelled])
         assert rows["bought"].null_count
         torch.testing.assert_close(run.losses[0], expected)

@@ -129,8 +129,8 @@ def test_state_holds_each_moment_by_the_name_of_its_parameter() -> None:
     assert state_tensors(optimizer, names_of(model)) == {}
     take_steps(optimizer, model, 1)
     shapes = {key: tuple(v.shape) for key, v in state_tensors(optimizer, names_of(model)).items()}
-    of_matrix = {"0.weight.step": (), "0.weight.row_var": (3, 1), "0.weight.col_var": (1, 4)}
-    assert shapes.items() >= {**of_matrix, "0.bias.step": (), "0.bias.variance": (3,)}.items()
+    matrix_shapes = {"0.weight.step": (), "0.weight.row_var": (3, 1), "0.weight.col_var": (1, 4)}
+    assert shapes.items() >= {**matrix_shapes, "0.bias.step": (), "0.bias.variance": (3,)}.items()
 
 
 def test_what_is_neither_tensor_nor_number_is_refused() -> None:

@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "adam": {"name": "adam", "ema_decay": 0.5},
 }
-OWN = '''\
+OWN_STEPS = '''\
 import torch
 
 
@@ -83,11 +83,11 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 def assert_equal_ends(one: Path, other: Path) -> dict[str, torch.Tensor]:
     for name in ("best", sorted(p.name for p in (one / "checkpoints").glob("step-*"))[-1]):
-        expected, found = stored(one / "checkpoints" / name), stored(other / "checkpoints" / name)
-        assert expected.keys() == found.keys()
+        expected, actual = stored(one / "checkpoints" / name), stored(other / "checkpoints" / name)
+        assert expected.keys() == actual.keys()
         for key, value in expected.items():
-            assert torch.equal(value, found[key]), key
-    return found
+            assert torch.equal(value, actual[key]), key
+    return actual
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -100,8 +100,8 @@ def test_a_run_goes_on_to_the_same_bits(data: Path, tmp_path: Path, name: str) -
     assert whole["test"] == parts["test"]
     averaged = "ema_decay" in SETTINGS[name]
     assert ("optimizer.average.num_updates" in state) == averaged
-    of_tables = [key for key in state if key.startswith("optimizer.average.embedding")]
-    assert bool(of_tables) == (name == "adafactor")
+    table_averages = [key for key in state if key.startswith("optimizer.average.embedding")]
+    assert bool(table_averages) == (name == "adafactor")
     assert state["model.ranking.opinion_votes.opinions"].any()
     assert any("row_var" in key for key in state) == (name == "adafactor")
     assert any("momentum_buffer" in key for key in state) == (name == "momentum")
@@ -149,7 +149,7 @@ def test_an_optimizer_that_differs_from_the_checkpoint_s_is_refused(
 def test_an_optimizer_and_a_schedule_of_one_s_own_are_a_file_and_two_lines(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "own_steps.py").write_text(OWN)
+    (tmp_path / "own_steps.py").write_text(OWN_STEPS)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         TINY.read_text()
@@ -159,8 +159,8 @@ def test_an_optimizer_and_a_schedule_of_one_s_own_are_a_file_and_two_lines(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     words = train_words(data, tmp_path / "run", "--content", "none")
     words[words.index(str(TINY))] = str(recipe)
-    done = run_recsys(*words)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = run_recsys(*words)
+    assert process.returncode == 0, process.stdout + process.stderr
     assert "SignDescent" in (tmp_path / "run" / "plan.txt").read_text()
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train"]["steps"] == 8
     state = stored(tmp_path / "run" / "checkpoints" / "step-00000008")

@@ -38,12 +38,12 @@ def test_linear_decay_ends_at_its_final_share_and_stays_there() -> None:
 
 
 def rates(schedule: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
-    found = []
+    values = []
     for _ in range(steps):
-        found.append(optimizer.param_groups[0]["lr"])
+        values.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    return found
+    return values
 
 
 def test_cosine_decay_is_that_of_torch_after_warm_up() -> None:

@@ -12,7 +12,7 @@ from torchrec.datasets.utils import Batch as TorchRecBatch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.data.batch import Batch
-from recsys.plug_in import DLRMOfItems, add_content, load_plug_in_settings
+from recsys.plug_in import DLRMWithContent, add_content, load_plug_in_settings
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
 from tests.recsys.plug_in.plug_in_runs import NUM_ITEMS, build_dlrm, plug_in_settings, user_batches
@@ -20,7 +20,7 @@ from tests.recsys.plug_in.plug_in_runs import NUM_ITEMS, build_dlrm, plug_in_set
 CPU = torch.device("cpu")
 
 
-def plugged_in(folder: Path, **changed: Any) -> DLRMOfItems:
+def plugged_in(folder: Path, **changed: Any) -> DLRMWithContent:
     return add_content(build_dlrm("dlrm", "cpu"), plug_in_settings(folder, **changed), CPU)
 
 
@@ -93,14 +93,14 @@ def gathered(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("plug_in_batches")
     write_dataset(folder / "data", num_items=NUM_ITEMS)
     return run_on_ranks(gathered, 2, folder)
 
 
-def test_dense_and_sparse_features_and_labels_are_handed_on_untouched(found: Any) -> None:
-    for rank in found:
+def test_dense_and_sparse_features_and_labels_are_handed_on_untouched(results: Any) -> None:
+    for rank in results:
         assert rank["kept"] == [True] * 3
 
 
@@ -109,8 +109,8 @@ def histories(batch: TorchRecBatch) -> Iterator[np.ndarray]:
     yield from np.split(viewed.values().numpy(), np.cumsum(viewed.lengths().numpy())[:-1])
 
 
-def test_items_and_histories_are_those_of_the_named_features(found: Any) -> None:
-    for rank in found:
+def test_items_and_histories_are_those_of_the_named_features(results: Any) -> None:
+    for rank in results:
         batch, theirs = rank["batch"], rank["expected"]
         assert isinstance(batch, Batch) and batch.batch_size == theirs.labels.shape[0]
         items = theirs.sparse_features["item"].values()
@@ -125,16 +125,18 @@ def test_items_and_histories_are_those_of_the_named_features(found: Any) -> None
         assert bool((batch.row_weights == 1).all())
 
 
-def test_batches_can_be_gone_through_again_and_have_the_length_of_their_source(found: Any) -> None:
-    assert [rank["lengths"] for rank in found] == [[3, 3, 3]] * 2
+def test_batches_can_be_iterated_again_and_have_the_length_of_their_source(
+    results: Any,
+) -> None:
+    assert [rank["lengths"] for rank in results] == [[3, 3, 3]] * 2
 
 
-def test_all_ranks_end_with_the_one_that_has_the_fewest_batches(found: Any) -> None:
-    assert [rank["uneven"] for rank in found] == [2, 2]
+def test_all_ranks_end_with_the_one_that_has_the_fewest_batches(results: Any) -> None:
+    assert [rank["uneven"] for rank in results] == [2, 2]
 
 
-def test_every_rank_ends_with_the_cause_that_one_has_met(found: Any) -> None:
-    for rank in found:
+def test_every_rank_ends_with_the_cause_that_one_has_met(results: Any) -> None:
+    for rank in results:
         assert "'item' has 2 ids" in rank["several"]
         assert "sparse feature 'viewed': id 30 is outside [0, 30)" in rank["outside"]
         assert "'user2'; they have ['item', 'viewed', 'user']" in rank["absent"]
@@ -144,15 +146,15 @@ def test_every_rank_ends_with_the_cause_that_one_has_met(found: Any) -> None:
         assert "content.history.columns" in rank["further"]
 
 
-def test_the_bank_is_filled_before_the_first_batch_if_it_is_read(found: Any) -> None:
-    for rank in found:
+def test_the_bank_is_filled_before_the_first_batch_if_it_is_read(results: Any) -> None:
+    for rank in results:
         assert rank["filled"] == 1.0
         assert rank["unread"] == (0, 0.0)
 
 
-def test_long_histories_are_searched_as_in_em3(found: Any) -> None:
-    assert all(rank["longest"] == 1 for rank in found)
-    assert all(rank["batch"].longest_history > 1 for rank in found)
+def test_long_histories_are_searched_as_in_em3(results: Any) -> None:
+    assert all(rank["longest"] == 1 for rank in results)
+    assert all(rank["batch"].longest_history > 1 for rank in results)
 
 
 def test_settings_are_read_from_yaml_and_their_faults_are_named(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """A DLRM with content starts as the DLRM, and is then TorchRec's own model for F + K features."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,13 @@ from recsys.content.branch import ContentBranch
 from recsys.content.encoders.build import StoredFeatures
 from recsys.data.batch import Batch, ContentInput
 from recsys.model.losses import ContentIDContrastive
-from recsys.plug_in import DLRMWithContent, DLRMWithContentTrain, dlrm_state, load_dlrm
+from recsys.plug_in import (
+    DLRMWithContent,
+    DLRMWithContentTrain,
+    PlugInSettings,
+    dlrm_state,
+    load_dlrm,
+)
 from recsys.plug_in.interactions import AddedColumns
 from tests.recsys.content.item_batches import batch_of_items
 from tests.recsys.plug_in.plug_in_runs import BATCH, DIM, KINDS, NUM_DENSE, NUM_ITEMS, build_dlrm
@@ -42,7 +50,11 @@ def with_content(
     bank = MemoryBank(NUM_ITEMS, SETTINGS.vector_dim, "cpu")
     bank.update(torch.arange(NUM_ITEMS), torch.randn(NUM_ITEMS, SETTINGS.vector_dim), step=0)
     branch = ContentBranch({"clip": StoredFeatures(WIDTH)}, SETTINGS, bank)
-    return DLRMWithContent(dlrm, branch, SETTINGS, "item", has_history, contrastive)
+    items: Any = SimpleNamespace(branch=branch, batches=None)
+    settings = PlugInSettings("shop", "item", SETTINGS, history="viewed" if has_history else None)
+    if contrastive is not None:
+        settings = replace(settings, contrastive=contrastive)
+    return DLRMWithContent(dlrm, items, settings)
 
 
 def content_batch() -> Batch:
@@ -119,13 +131,13 @@ def first_linear(module: nn.Module) -> nn.Linear:
 
 
 def over_arch_over(
-    model: DLRMWithContent, dlrm: DLRM, inputs: Tensor, added: Tensor
+    model: DLRMWithContent, dlrm: DLRM, inputs: Tensor, columns: Tensor
 ) -> Tensor:  # [B, 1]
     """The over arch with one wide first layer, computed by hand."""
     assert model.content_head.over.columns is not None
     first = first_linear(dlrm.over_arch)
     weight = torch.cat([first.weight, model.content_head.over.columns.map.weight], dim=1)
-    hidden = torch.cat([inputs, added], dim=1) @ weight.T + first.bias
+    hidden = torch.cat([inputs, columns], dim=1) @ weight.T + first.bias
     last = [part for part in dlrm.over_arch.modules() if isinstance(part, nn.Linear)][-1]
     return last(torch.relu(hidden))
 
@@ -226,21 +238,17 @@ class OwnForward(DLRM):
 
 
 def test_models_that_content_cannot_be_added_to_are_named() -> None:
-    own, other, crossed = build_dlrm("dlrm"), build_dlrm("dlrm"), build_dlrm("dcn")
-    own.__class__ = OwnForward
+    subclass, other, crossed = build_dlrm("dlrm"), build_dlrm("dlrm"), build_dlrm("dcn")
+    subclass.__class__ = OwnForward
     other.inter_arch = nn.Identity()
     crossed.inter_arch = InteractionDCNArch(3, CrossNet(4 * DIM, 2))
 
     with pytest.raises(ValueError, match="OwnForward"):
-        with_content(own)
+        with_content(subclass)
     with pytest.raises(ValueError, match="class Identity"):
         with_content(other)
     with pytest.raises(ValueError, match=r"DLRM_DCN .*CrossNet"):
         with_content(crossed)
-    with pytest.raises(ValueError, match="sparse feature 'product'"):
-        bank = MemoryBank(NUM_ITEMS, SETTINGS.vector_dim, "cpu")
-        branch = ContentBranch({"clip": StoredFeatures(WIDTH)}, SETTINGS, bank)
-        DLRMWithContent(build_dlrm("dlrm"), branch, SETTINGS, "product", has_history=False)
     with pytest.raises(ValueError, match=r"ReLU .*linear layer"):
         AddedColumns(nn.ReLU(), 3)
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import TrainPipelineBase
 from torchrec.models.dlrm import DLRMTrain
 
-from recsys.config import OptimizerSettings
 from recsys.plug_in import ContentRates, add_content, build_item_content
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
@@ -59,18 +58,18 @@ def steep_run(rank: int, world_size: int, folder: Path, rates: ContentRates | No
 
 
 def plugged_in(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    found = {str(r): steep_run(rank, world_size, folder, r) for r in (ContentRates(), None)}
+    results = {str(r): steep_run(rank, world_size, folder, r) for r in (ContentRates(), None)}
     items: Any = build_item_content(plug_in_settings(folder), NUM_ITEMS, CPU)
     features = items.store.gather(np.sort(items.store.items.ids))["clip"]
     with torch.no_grad():
         projected = items.branch.projections["clip"](features.values[:, 0])
-    found["projected"] = projected[features.mask[:, 0]]
-    found["two tower"] = two_tower_gradients(items, rank)
+    results["projected"] = projected[features.mask[:, 0]]
+    results["two tower"] = two_tower_gradients(items, rank)
     try:
         add_content(nn.Linear(1, 1), plug_in_settings(folder), CPU)  # type: ignore[call-overload]
     except ValueError as error:
-        found["refused"] = str(error)
-    return found
+        results["refused"] = str(error)
+    return results
 
 
 def two_tower_gradients(items: Any, rank: int) -> tuple[torch.Size, float]:
@@ -91,13 +90,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("plug_in_optimizer")
     write_dataset(folder / "data", num_items=NUM_ITEMS)
     return run_on_ranks(plugged_in, 2, folder)
-
-
-def test_the_rates_are_those_of_a_recipe() -> None:
-    rates, recipe = ContentRates(), OptimizerSettings()
-    assert rates.learning_rate == recipe.content_learning_rate
-    assert rates.encoder_learning_rate == recipe.encoder_learning_rate
-    assert rates.weight_decay == recipe.weight_decay
 
 
 def test_content_trains_by_an_adamw_of_its_own_under_a_steep_sgd(runs: Any) -> None:

@@ -19,8 +19,8 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from recsys.config import SamplingSettings
 from recsys.plug_in import (
-    DLRMOfItemsTrain,
     DLRMWithContent,
+    DLRMWithContentTrain,
     add_content,
     dlrm_state,
     load_dlrm,
@@ -50,7 +50,7 @@ def users_job(kind: str) -> tuple[DistributedModelParallel, CombinedOptimizer]:
 
 def content_job(
     kind: str, folder: Path, **changed: Any
-) -> tuple[DLRMOfItemsTrain, DistributedModelParallel, Any]:
+) -> tuple[DLRMWithContentTrain, DistributedModelParallel, Any]:
     """The same script with content."""
     torch.manual_seed(0)
     settings = plug_in_settings(folder, **changed)
@@ -95,50 +95,54 @@ def users_state(model: Any, optimizer: Any) -> dict[str, Any]:
     return {"model": model.state_dict(), "optimizer": {"state": optimizer.state_dict()["state"]}}
 
 
-def differences(left: Any, right: Any, path: str = "") -> list[str]:
+def differences(first: Any, second: Any, path: str = "") -> list[str]:
     """Names of tensors that are not equal to the bit, or only on one side."""
-    if isinstance(left, dict):
-        alone = [f"{path}.{name}" for name in left.keys() ^ right.keys()]
-        inner = [differences(left[n], right[n], f"{path}.{n}") for n in left.keys() & right.keys()]
+    if isinstance(first, dict):
+        alone = [f"{path}.{name}" for name in first.keys() ^ second.keys()]
+        inner = [
+            differences(first[n], second[n], f"{path}.{n}") for n in first.keys() & second.keys()
+        ]
         return alone + [name for names in inner for name in names]
-    if isinstance(left, list):
-        same = len(left) == len(right) and all(map(torch.equal, left, right))
+    if isinstance(first, list):
+        is_equal = len(first) == len(second) and all(map(torch.equal, first, second))
     else:
-        same = torch.equal(left, right)
-    return [] if same else [path]
+        is_equal = torch.equal(first, second)
+    return [] if is_equal else [path]
 
 
 def write_checkpoints(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     """The user's script: trains, saves, and says which logits it has."""
-    found = {}
+    results = {}
     for kind in KINDS:
         model, optimizer = users_job(kind)
         losses = train(TrainPipelineBase(model, optimizer, CPU), user_batches(rank, 3))
         dcp.save(users_state(model, optimizer), checkpoint_id=folder / kind)
         logits = logits_of(model, user_batches(rank, 3))
-        found[kind] = {"losses": losses, "logits": logits}
-        found[kind]["state"] = copied(users_state(model, optimizer))
-    return found
+        results[kind] = {"losses": losses, "logits": logits}
+        results[kind]["state"] = copied(users_state(model, optimizer))
+    return results
 
 
 def plug_content_in(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     """The same with content, from the checkpoint: first logits, and the DLRM taken out again."""
-    found = {}
+    results = {}
     for kind in KINDS:
         dlrm, model, optimizer = content_job(kind, folder)
         names = {"model": model, "optimizer": optimizer}
         users, _ = (part for _, part in optimizer.optimizers)
         names["dense_optimizer"] = users.optimizers[-1][1]
         exec(LOADING.replace("dlrm_checkpoint", str(folder / kind)), names)
-        found[kind] = {"logits": logits_of(model, dlrm.batches(user_batches(rank, 3)))}
-        found[kind]["state"] = copied(dlrm_state(model, optimizer))
-        found[kind]["bank"] = dlrm.model.content.branch.bank.coverage()
-        found[kind] |= train_and_take_out(rank, folder / f"{kind}-trained", dlrm, model, optimizer)
-    return found
+        results[kind] = {"logits": logits_of(model, dlrm.batches(user_batches(rank, 3)))}
+        results[kind]["state"] = copied(dlrm_state(model, optimizer))
+        results[kind]["bank"] = dlrm.model.content.branch.bank.coverage()
+        results[kind] |= train_and_take_out(
+            rank, folder / f"{kind}-trained", dlrm, model, optimizer
+        )
+    return results
 
 
 def train_and_take_out(
-    rank: int, folder: Path, dlrm: DLRMOfItemsTrain, model: Any, optimizer: Any
+    rank: int, folder: Path, dlrm: DLRMWithContentTrain, model: Any, optimizer: Any
 ) -> dict[str, Any]:
     before = copied(model.state_dict())
     pipeline = TrainPipelineSparseDist(model, optimizer, CPU)
@@ -165,7 +169,7 @@ def dlrm_logits(dlrm: DLRMWithContent, batch: Batch) -> Tensor:
 
 def take_back(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     """The user's script again, from what was taken out of the model with content."""
-    found = {}
+    results = {}
     for kind in KINDS:
         model, optimizer = users_job(kind)
         optimizer.optimizers[-1][1].init_state()
@@ -173,20 +177,20 @@ def take_back(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         dcp.load(state, checkpoint_id=folder / f"{kind}-trained")
         optimizer.load_state_dict(state["optimizer"])
         logits = logits_of(model, user_batches(rank, 3))
-        found[kind] = {"logits": logits, "state": copied(users_state(model, optimizer))}
-    return found
+        results[kind] = {"logits": logits, "state": copied(users_state(model, optimizer))}
+    return results
 
 
 def plug_content_in_on_one_rank(rank: int, world_size: int, folder: Path) -> dict[str, Tensor]:
-    found = {}
+    results = {}
     for kind in KINDS:
         dlrm, model, _ = content_job(kind, folder)
         state = dlrm_state(model)
         dcp.load(state, checkpoint_id=folder / kind)
         load_dlrm(model, state)
         batches = [*user_batches(0, 3), *user_batches(1, 3)]
-        found[kind] = logits_of(model, dlrm.batches(batches))
-    return found
+        results[kind] = logits_of(model, dlrm.batches(batches))
+    return results
 
 
 def both_pipelines(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
@@ -201,16 +205,16 @@ def both_pipelines(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         history=replace(settings.content.history, simtier_bins=4),
         dedup="global",
     )
-    found: dict[str, Any] = {"logits": [logits_of(user, user_batches(rank, 2))]}
+    results: dict[str, Any] = {"logits": [logits_of(user, user_batches(rank, 2))]}
     for kind in (TrainPipelineBase, TrainPipelineSparseDist):
         dlrm, model, optimizer = content_job("dlrm", folder, content=content)
         load_dlrm(model, {"model": user.state_dict()})
-        found["logits"].append(logits_of(model, dlrm.batches(user_batches(rank, 2))))
+        results["logits"].append(logits_of(model, dlrm.batches(user_batches(rank, 2))))
         batches = dlrm.batches(user_batches(rank, 4))
         pipeline: Any = kind(model, optimizer, CPU)
-        found[kind.__name__] = train(pipeline, batches)
-        found["again"] = train(pipeline, batches)
-    return found
+        results[kind.__name__] = train(pipeline, batches)
+        results["again"] = train(pipeline, batches)
+    return results
 
 
 @pytest.fixture(scope="module")

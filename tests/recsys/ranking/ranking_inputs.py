@@ -74,23 +74,23 @@ def one_row(
     ids, content, batch = parts
     history, history_modalities = content.read_history()
     stop = int(batch.history_lengths[: row + 1].sum())
-    own = slice(stop - int(batch.history_lengths[row]), stop)
+    events = slice(stop - int(batch.history_lengths[row]), stop)
     this = slice(row, row + 1)
     alone = replace(
         batch,
         dense_features=batch.dense_features[this],
         history_lengths=batch.history_lengths[this],
-        history_values=batch.history_values[own],
-        history_items=batch.history_items[own],
-        history_index=torch.arange(own.stop - own.start),
+        history_values=batch.history_values[events],
+        history_items=batch.history_items[events],
+        history_index=torch.arange(events.stop - events.start),
     )
     return (
-        IDVectors([part[this] for part in ids.pooled], ids.target[this], ids.history[own]),
+        IDVectors([part[this] for part in ids.pooled], ids.target[this], ids.history[events]),
         ContentVectors(
             content.target[this],
-            history[own],
+            history[events],
             content.target_modalities[this],
-            history_modalities[own],
+            history_modalities[events],
         ),
         alone,
     )

@@ -17,6 +17,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.config import ContentSettings, RankingSettings, ranking_settings
 from recsys.config.ranking import keys_of
+from recsys.content.vectors import ContentVectors
+from recsys.kernels.choice import _KernelChoice
 from recsys.model.build import build_ranking
 from recsys.model.compilation import compiled_parts
 from recsys.ranking import RANKING_MODELS
@@ -24,6 +26,7 @@ from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.din import Mmoe
 from recsys.ranking.layers.fields import history_numbers
 from recsys.ranking.vectors import IDVectors, TowerVectors
+from tests.fake_gpu import fake_gpu, on_fake_gpu
 from tests.recsys.ranking.ranking_inputs import (
     CONTENT,
     DIMENSIONS,
@@ -51,8 +54,8 @@ by_content = pytest.mark.parametrize("content", [CONTENT, None], ids=["content",
 
 def settings_of(name: str, **settings: Any) -> RankingSettings:
     """Small settings, of those that the backbone has, and these."""
-    known = keys_of(name)
-    small = {key: value for key, value in SMALL.items() if key in known}
+    keys = keys_of(name)
+    small = {key: value for key, value in SMALL.items() if key in keys}
     return ranking_settings(name, **(small | settings))
 
 
@@ -111,9 +114,9 @@ def test_every_parameter_gets_gradient(name: str, content: ContentSettings | Non
 def test_a_batch_without_events_trains(name: str, content: ContentSettings | None) -> None:
     model, parts = model_of(name, content), inputs(torch.tensor([0, 0]))
     logits_of(model, *parts).sum().backward()
-    gradients = [each.grad for each in model.parameters() if each.grad is not None]
-    assert gradients and all(torch.isfinite(each).all() for each in gradients)
-    assert max(each.abs().max() for each in gradients) > 0
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert max(gradient.abs().max() for gradient in gradients) > 0
 
 
 @by_content
@@ -130,12 +133,12 @@ def test_there_is_one_logit_per_label(name: str, content: ContentSettings | None
 def test_a_dataset_without_history_dense_or_parallel_columns_is_ranked(
     name: str, content: ContentSettings | None
 ) -> None:
-    ids, of_content, batch = inputs(torch.tensor([0, 0]))
+    ids, vectors, batch = inputs(torch.tensor([0, 0]))
     batch = replace(batch, dense_features=torch.zeros(2, 0), history_values=torch.zeros(0, 0))
     dimensions = InputDimensions(
         [3, 5], ID_DIM, 0, 0, 1, pooled_names=("user", "genres"), group="user", has_history=False
     )
-    logits = logits_of(model_of(name, content, dimensions), ids, of_content, batch)
+    logits = logits_of(model_of(name, content, dimensions), ids, vectors, batch)
     assert logits.shape == (2, 1) and torch.isfinite(logits).all()
 
 
@@ -165,8 +168,8 @@ def copied_weights(name: str, twin: nn.Module, model: nn.Module) -> None:
     }
     state = twin.state_dict()
     for key, value in model.state_dict().items():
-        for own, torchrec in renamed.items() if name == "deepfm" else ():
-            key = key.replace(own, torchrec)
+        for name_here, torchrec in renamed.items() if name == "deepfm" else ():
+            key = key.replace(name_here, torchrec)
         assert state[key].shape == value.shape, key
         state[key] = value
     twin.load_state_dict(state)
@@ -216,6 +219,32 @@ def test_the_history_of_the_twin_is_a_mean_pooled_feature(name: str) -> None:
     torch.testing.assert_close(model(ids, None, batch), expected)
 
 
+def test_logits_are_the_mlp_of_the_cross_network_of_all_vectors() -> None:
+    model: Any = model_of("din_dcn")
+    parts = inputs()
+    ids, content, batch = one_row(parts, 2)
+    assert model.content_interest is not None
+    values, history = batch.history_values, batch.jagged_history()
+    vectors = [
+        batch.dense_features,
+        *ids.pooled,
+        ids.target,
+        model.interest(ids.target, ids.history, history, values),
+        history_numbers(history, values),
+        content.target,
+        model.content_interest(content, history, values),
+    ]
+    x0 = torch.cat(vectors, dim=1)
+    x = x0
+    for v, w, bias in zip(model.cross.V_kernels, model.cross.W_kernels, model.cross.bias):
+        x = x0 * ((x @ v.T) @ w.T + bias) + x  # DCN-v2, low rank
+    linears = [layer for layer in model.mlp if isinstance(layer, nn.Linear)]
+    for layer in linears[:-1]:
+        x = torch.relu(x @ layer.weight.T + layer.bias)
+    expected = x @ linears[-1].weight.T + linears[-1].bias
+    torch.testing.assert_close(model(ids, content, batch), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_the_experts_of_mmoe_are_mixed_by_each_label_s_gate() -> None:
     model = model_of("mmoe", None, replace(DIMENSIONS, num_labels=2))
     assert isinstance(model, Mmoe)
@@ -225,8 +254,8 @@ def test_the_experts_of_mmoe_are_mixed_by_each_label_s_gate() -> None:
         for weight, bias in zip(model.experts.weight.chunk(3), model.experts.bias.chunk(3))
     ]
     mixtures = model.mixtures(features)
-    for label, of_gate in enumerate(model.gates.weight.chunk(2)):
-        gate = torch.softmax(features @ of_gate.T, dim=1)
+    for label, gate_weight in enumerate(model.gates.weight.chunk(2)):
+        gate = torch.softmax(features @ gate_weight.T, dim=1)
         expected = sum(gate[:, [place]] * expert for place, expert in enumerate(experts))
         torch.testing.assert_close(mixtures[:, label], expected)
 
@@ -239,6 +268,8 @@ def test_the_experts_of_mmoe_are_mixed_by_each_label_s_gate() -> None:
         ({"name": "deepfm", "dense_units": [4, 4]}, r"dense_units \[4, 4\]; deepfm"),
         ({"name": "sim", "time_gaps": "age"}, r"ranking.time_gaps is 'age'.*\['liked'\]"),
         ({"name": "two_tower", "query_features": ["item"]}, "query_features: 'item' "),
+        ({"name": "hstu", "sequence_heads": 3}, r"ranking.sequence_heads is 3.*sequence_dim \(8\)"),
+        ({"name": "hstu", "time_gaps": "age"}, r"ranking.time_gaps is 'age'.*\['liked'\]"),
         (
             {"name": "no.such.module:Model"},
             "'no.such.module:Model' ",
@@ -258,24 +289,30 @@ def test_a_model_of_interactions_wants_two_inputs() -> None:
         build_ranking(settings_of("dlrm"), InputDimensions([], 4, 0, 0, 1, has_history=False), None)
 
 
-class ScaledTarget(nn.Module):
-    """A user's own ranking model."""
-
-    def __init__(self, settings: RankingSettings, dimensions: InputDimensions, content: Any):
-        super().__init__()
-        self.scale = settings.options["scale"]
-
-    def forward(self, ids: IDVectors, content: Any, batch: Any) -> Tensor:
-        return ids.target.sum(dim=1, keepdim=True) * self.scale
-
-
-def test_a_class_of_the_user_s_is_made_with_its_options() -> None:
-    settings = RankingSettings(name=f"{__name__}:ScaledTarget", options={"scale": 3.0})
-    model, parts = build_ranking(settings, DIMENSIONS, None), inputs()
-    torch.testing.assert_close(model(*parts)[:, 0], 3 * parts[0].target.sum(dim=1))
-
-
 def test_the_mlps_of_dlrm_are_compiled_like_those_of_other_models() -> None:
     em3 = nn.Module()
     em3.ranking, em3.content = model_of("dlrm"), None
     assert set(compiled_parts(em3)) == {"ranking.dense_arch", "ranking.over_arch"}  # type: ignore[arg-type]
+
+
+@by_content
+@by_backbone
+def test_logits_of_a_batch_on_a_gpu_are_on_that_gpu(
+    name: str, content: ContentSettings | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_KernelChoice, "kernels", "torch")
+    model, (ids, vectors, batch) = model_of(name, content), inputs()
+    history = vectors.read_history()
+    read = [vectors.target, history[0], vectors.target_modalities, history[1]]
+    with fake_gpu():
+        content_vectors = None if content is None else ContentVectors(*on_fake_gpu(read))
+        on_fake_gpu(batch.sequence_features)
+        logits = logits_of(
+            on_fake_gpu(model), on_fake_gpu(ids), content_vectors, on_fake_gpu(batch)
+        )
+        assert logits.shape == (3, 1) and logits.device.type == "cuda"
+
+
+def test_a_tensor_on_another_device_is_found() -> None:
+    with fake_gpu(), pytest.raises(RuntimeError, match="cuda:0 and cpu"):
+        on_fake_gpu(torch.ones(3)) + torch.arange(3)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +15,6 @@ from recsys.ranking.layers.content_interest import (
     num_similarity_features,
     similarity_features,
     similarity_histogram,
-    sorted_cosines,
 )
 
 DIM = 3
@@ -39,12 +36,12 @@ def by_loop(target: Tensor, history: Tensor, flags: Tensor) -> Tensor:
     """Means, then maxima, of all, with and without each flag; then each flag's vote."""
     rows, start, num_flags = [], 0, flags.shape[1]
     for row, length in enumerate(LENGTHS.tolist()):
-        own, own_flags = history[start : start + length], flags[start : start + length]
+        vectors, row_flags = history[start : start + length], flags[start : start + length]
         start += length
-        cosines = [v @ target[row] / (v.norm() * target[row].norm()) for v in own]
+        cosines = [v @ target[row] / (v.norm() * target[row].norm()) for v in vectors]
         groups = [list(range(length))]
-        groups += [[i for i in range(length) if own_flags[i, f] == 1] for f in range(num_flags)]
-        groups += [[i for i in range(length) if own_flags[i, f] == 0] for f in range(num_flags)]
+        groups += [[i for i in range(length) if row_flags[i, f] == 1] for f in range(num_flags)]
+        groups += [[i for i in range(length) if row_flags[i, f] == 0] for f in range(num_flags)]
         zero = torch.zeros(())
         means = [torch.stack([cosines[i] for i in g]).mean() if g else zero for g in groups]
         maxima = [torch.stack([cosines[i] for i in g]).max() if g else zero for g in groups]
@@ -52,7 +49,7 @@ def by_loop(target: Tensor, history: Tensor, flags: Tensor) -> Tensor:
         if length:
             weights = torch.stack([torch.exp(cosine / 0.1) for cosine in cosines])
             weights = weights / weights.sum()
-        votes = [(weights * own_flags[:, f]).sum() for f in range(num_flags)]
+        votes = [(weights * row_flags[:, f]).sum() for f in range(num_flags)]
         rows.append(torch.stack([*means, *maxima, *votes]))
     return torch.stack(rows)
 
@@ -67,23 +64,13 @@ def test_similarity_features_equal_a_loop_over_the_groups(num_flags: int) -> Non
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
     factor = torch.randn(features.shape, generator=torch.Generator().manual_seed(9))
     gradients = torch.autograd.grad((features * factor).sum(), [target, history])
-    wanted = torch.autograd.grad((expected * factor).sum(), [target, history])
-    torch.testing.assert_close(gradients, wanted, atol=1e-5, rtol=1e-4)
+    expected_gradients = torch.autograd.grad((expected * factor).sum(), [target, history])
+    torch.testing.assert_close(gradients, expected_gradients, atol=1e-5, rtol=1e-4)
 
 
 def features_of(target: Tensor, items: Tensor, lengths: list[int], flags: Tensor) -> Tensor:
     history = JaggedHistory.of(torch.arange(len(items)), torch.tensor(lengths), len(items))
     return similarity_features(cosines(target, items, history).unsqueeze(1), history, flags)
-
-
-def test_similarity_features_by_hand() -> None:
-    target = torch.tensor([[2.0, 0.0]])
-    history = torch.tensor([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0]])  # cosines 1, 0, -1
-    liked = torch.tensor([[1.0], [0.0], [0.0]])
-    features = features_of(target, history, [3], liked)
-    vote = math.exp(10) / (math.exp(10) + 1 + math.exp(-10))
-    expected = [0.0, 1.0, -0.5, 1.0, 1.0, 0.0, vote]
-    torch.testing.assert_close(features, torch.tensor([expected]), atol=1e-6, rtol=1e-6)
 
 
 def test_groups_without_items_give_zero_even_where_all_others_are_dissimilar() -> None:
@@ -115,21 +102,11 @@ def test_the_histogram_counts_cosines_by_tier() -> None:
     assert torch.equal(histogram, torch.log1p(counts))
 
 
-def test_sorted_cosines_are_the_highest_and_zero_where_the_history_is_shorter() -> None:
-    cosine = torch.tensor([-1.0, -0.1, 0.1, 1.0, -0.6, 0.0, 0.5, -0.6], requires_grad=True)
-    highest = sorted_cosines(cosine, HISTORY, count=3)
-    expected = torch.tensor([[1.0, 0.1, -0.1], [0, 0, 0], [-0.6, 0, 0], [0.5, 0.0, -0.6]])
-    assert torch.equal(highest, expected)
-    highest.sum().backward()
-    assert torch.equal(cosine.grad, torch.tensor([0.0, 1, 1, 1, 1, 1, 1, 1]))
-    assert sorted_cosines(cosine, HISTORY, count=6).shape == (4, 6)
-
-
 @pytest.mark.parametrize("num_modalities", [0, 2])
-@pytest.mark.parametrize("extras", [(0, 0), (4, 2)])
+@pytest.mark.parametrize("num_bins", [0, 4])
 @pytest.mark.parametrize("uses_similarity", [True, False])
 def test_content_interest_is_attention_with_the_similarities_in_each_space_beside_it(
-    uses_similarity: bool, extras: tuple[int, int], num_modalities: int
+    uses_similarity: bool, num_bins: int, num_modalities: int
 ) -> None:
     target, history, flags = inputs(1)
     generator = torch.Generator().manual_seed(8)
@@ -137,19 +114,17 @@ def test_content_interest_is_attention_with_the_similarities_in_each_space_besid
         torch.randn(len(rows), num_modalities, DIM, generator=generator)
         for rows in (target, history)
     ]
-    settings = HistorySettings(
-        similarity_features=uses_similarity, simtier_bins=extras[0], sorted_cosines=extras[1]
-    )
+    settings = HistorySettings(similarity_features=uses_similarity, simtier_bins=num_bins)
     interest = ContentInterest(DIM, num_modalities, 1, settings)
     parts = [interest.attention(target, history, HISTORY, flags)]
     cosine = cosines(target, history, HISTORY)
     if uses_similarity:
         parts.append(similarity_features(cosine.unsqueeze(1), HISTORY, flags))
         for index in range(num_modalities):
-            own = cosines(modalities[0][:, index], modalities[1][:, index], HISTORY)
-            parts.append(similarity_features(own.unsqueeze(1), HISTORY, flags))
-    if extras[0]:
-        parts += [similarity_histogram(cosine, HISTORY, 4), sorted_cosines(cosine, HISTORY, 2)]
+            cosine_of_modality = cosines(modalities[0][:, index], modalities[1][:, index], HISTORY)
+            parts.append(similarity_features(cosine_of_modality.unsqueeze(1), HISTORY, flags))
+    if num_bins:
+        parts.append(similarity_histogram(cosine, HISTORY, num_bins))
     output = interest(ContentVectors(target, history, *modalities), HISTORY, flags)
     assert torch.equal(output, torch.cat(parts, dim=1))
     assert output.shape[1] == interest.output_dim

@@ -13,7 +13,7 @@ from recsys.cli import main
 from tests.datasets import write_dataset
 from tests.recsys.command_runs import TINY, train_words
 
-OWN = '''
+OWN_MODEL = '''
 """The target's vector through a hidden layer."""
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class OfTarget(nn.Module):
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a dataset, the model and a recipe, from which Python imports."""
     write_dataset(tmp_path / "data")
-    (tmp_path / "my_backbone.py").write_text(OWN)
+    (tmp_path / "my_backbone.py").write_text(OWN_MODEL)
     recipe = yaml.safe_load(TINY.read_text())
     recipe["ranking"] = {"name": "my_backbone:OfTarget", "units": 3}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))

@@ -40,12 +40,12 @@ def found_by(model: Sim, content: Any, ids: Any, batch: Batch) -> list[int]:
 
 def best_by_loop(scores: list[list[float]], top_k: int) -> list[int]:
     """By row of scores the places of the highest, counted over all rows."""
-    found, first = [], 0
+    places, first = [], 0
     for row in scores:
         best = sorted(range(len(row)), key=lambda place: row[place])[-top_k:]
-        found += [first + place for place in sorted(best)]
+        places += [first + place for place in sorted(best)]
         first += len(row)
-    return found
+    return places
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 10])
@@ -109,8 +109,8 @@ def test_items_that_are_not_found_change_nothing() -> None:
     ids, content, batch = inputs(LENGTHS)
     model = Sim(SETTINGS, DIMENSIONS, CONTENT).eval()
     logits = model(ids, content, batch)
-    found = torch.tensor(found_by(model, content, ids, batch))
-    is_found = torch.zeros(10, 1, dtype=torch.bool).index_fill_(0, found, True)
+    places = torch.tensor(found_by(model, content, ids, batch))
+    is_found = torch.zeros(10, 1, dtype=torch.bool).index_fill_(0, places, True)
     moved = replace(ids, history=torch.where(is_found, ids.history, 100.0))
     assert torch.equal(model(moved, content, batch), logits)
     moved = replace(ids, history=torch.where(is_found, 100.0, ids.history))
@@ -177,33 +177,13 @@ def load(root: Path, **settings: Any) -> ItemCategories | None:
 
 
 def test_categories_come_from_a_column_of_the_items(root: Path) -> None:
-    found = load(root, category="kind")
-    assert found is not None
-    categories = found(torch.tensor([*range(30), 30, (1 << 40) - 1]))
+    loaded = load(root, category="kind")
+    assert loaded is not None
+    categories = loaded(torch.tensor([*range(30), 30, (1 << 40) - 1]))
     assert categories[[4, 30, 31]].tolist() == [[-1], [-1], [-1]]
     for item in (0, 1, 2, 7, 29):
-        same = (categories[:, 0] == categories[item, 0]).nonzero().flatten().tolist()
-        assert same == [other for other in range(item % 3, 30, 3) if other != 4]
-
-
-@pytest.mark.parametrize("kind", [pa.list_(pa.string()), pa.large_list(pa.large_string())])
-def test_categories_may_be_lists(root: Path, kind: pa.DataType) -> None:
-    file = root / "items" / "part-0.parquet"
-    items = pq.read_table(file)
-    lists = [[f"kind {item % 3}", "all"][: item % 4] for item in range(30)]
-    lists[5] = None  # type: ignore[call-overload]
-    column = pa.array([lists[item] for item in items["item"].to_pylist()], kind)
-    place = items.column_names.index("kind")
-    pq.write_table(items.set_column(place, "kind", column), file, row_group_size=7)
-    found = load(root, category="kind")
-    assert found is not None
-    categories = found(torch.arange(30))
-    assert categories.shape == (30, 2)
-    names = {f"kind {n}": int(categories[item, 0]) for n, item in ((0, 6), (1, 1), (2, 2))}
-    names["all"] = int(categories[2, 1])
-    for item, words in enumerate(lists):
-        expected = [names[word] for word in words or []]
-        assert categories[item].tolist() == [*expected, *[-1] * (2 - len(expected))]
+        items = (categories[:, 0] == categories[item, 0]).nonzero().flatten().tolist()
+        assert items == [other for other in range(item % 3, 30, 3) if other != 4]
 
 
 def test_more_than_sixteen_categories_are_refused_with_the_row(root: Path) -> None:

@@ -177,7 +177,7 @@ class SumOf(nn.Module):
         return self.vectors(ids).sum(dim=1, keepdim=True)
 
 
-SIMILARITIES = replace(CONTENT, history=replace(CONTENT.history, simtier_bins=4, sorted_cosines=3))
+SIMILARITIES = replace(CONTENT, history=replace(CONTENT.history, simtier_bins=4))
 
 
 def sim_by_category(content: ContentSettings | None) -> RankingGraph:

@@ -53,11 +53,12 @@ def test_votes_have_their_hand_values() -> None:
 
 def test_a_row_in_training_leaves_out_the_group_of_its_own_user() -> None:
     """With what its own group thinks of the target changed, training gives the same votes."""
-    others = OPINIONS.clone()
-    others[0, 3 % 2] = 2.0  # user 3 is in group 1
-    same = [votes_of(of, [1.0, 0.0], user=3, training=True) for of in (OPINIONS, others)]
-    torch.testing.assert_close(*same)
-    scored = [votes_of(of, [1.0, 0.0], user=3) for of in (OPINIONS, others)]
+    changed = OPINIONS.clone()
+    changed[0, 3 % 2] = 2.0  # user 3 is in group 1
+    pair = (OPINIONS, changed)
+    votes = [votes_of(opinions, [1.0, 0.0], user=3, training=True) for opinions in pair]
+    torch.testing.assert_close(*votes)
+    scored = [votes_of(opinions, [1.0, 0.0], user=3) for opinions in pair]
     assert not torch.allclose(*scored)
 
 
@@ -80,8 +81,8 @@ def test_long_histories_lose_no_digits_so_that_a_package_agrees() -> None:
     votes.fill(torch.ones(300, 2), mean=0.7, deviation=0.2)
     exact, mean, deviation = values.double(), votes.mean.double(), votes.deviation.double()
     expected = (exact - (exact.sum() + 5 * mean) / 305) / deviation
-    found = votes._relative_values(history, values)
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+    actual = votes._relative_values(history, values)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-6)
 
 
 def test_new_opinions_replace_only_those_that_have_rows() -> None:
@@ -110,12 +111,12 @@ def test_a_package_computes_the_votes_of_the_model(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "message"),
     [({"num_items": 9}, "'stars'.*liked"), ({"parallel_names": ("stars",)}, "bounded")],
 )
 def test_opinions_need_a_list_and_items_with_rows_of_their_own(
-    changes: dict[str, Any], named: str
+    changes: dict[str, Any], message: str
 ) -> None:
     settings = ranking_settings("din", opinions="stars")
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=message):
         build_ranking(settings, replace(DIMENSIONS, **changes), None)
