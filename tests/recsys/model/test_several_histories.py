@@ -64,11 +64,11 @@ def unsharded(data: Path, config: Config) -> tuple[EM3, Batch]:
 
 def encoded(em3: EM3, batch: Batch) -> IDVectors:
     """The vectors that the ranking model gets."""
-    inputs: list[IDVectors] = []
-    handle = em3.ranking.register_forward_pre_hook(lambda _, inputs: inputs.append(inputs[0]))
+    vectors: list[IDVectors] = []
+    handle = em3.ranking.register_forward_pre_hook(lambda _, inputs: vectors.append(inputs[0]))
     em3(batch)
     handle.remove()
-    return inputs[0]
+    return vectors[0]
 
 
 def weight(em3: EM3, table: str) -> Tensor:
