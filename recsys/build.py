@@ -203,7 +203,9 @@ def build_job(
     features = pooled_features(embedding, schema)
     vocabularies = BoundedVocabularies(schema, features, ranks.group, reset, deduplicates)
     softmax = softmax_settings(config.ranking)
-    sampler = softmax and NegativeSampler(softmax, schema.num_items, schema.target_item)
+    sampler = None
+    if softmax is not None:
+        sampler = NegativeSampler(softmax, schema.num_items, schema.target_item)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
     return Job(
         config,
