@@ -110,12 +110,8 @@ class Lockstep:
     """Agrees with the other ranks before each batch; no other code agrees on batches.
 
     Within `with Lockstep(...)`, SIGTERM and SIGINT end this process before its first batch, when
-    nothing can be lost; later they set `stop` on all ranks. A second Ctrl-C ends it at once.
-
-    Args:
-        ranks: the ranks of the job.
-        checkpoint_seconds: time after which a checkpoint is due; None: never.
-        watchdog: the watchdog of the job.
+    nothing can be lost; later they set `stop` on all ranks. A second Ctrl-C ends it at once. After
+    `checkpoint_seconds`, if given, a checkpoint is due.
     """
 
     def __init__(

@@ -30,11 +30,8 @@ from recsys.optimizer import AveragedWeights, gradient_norm
 class DenseUpdate:
     """One update of the dense parameters: clip the gradient, step, update the averaged weights.
 
-    Args:
-        optimizer: the optimizer of all parameters; `zero_grad` sets the rates of the fused ones.
-        dense: the optimizer of the dense parameters inside it.
-        clip_norm: the largest norm of their gradient; None: no clipping.
-        averages: averages of their weights, or None.
+    `optimizer` is the optimizer of all parameters, whose `zero_grad` sets the rates of the fused
+    ones, `dense` the one of the dense parameters inside it.
     """
 
     def __init__(
@@ -58,10 +55,7 @@ class DenseUpdate:
             self.averages.update()
 
     def gradient_norm(self) -> Tensor:
-        """Return the norm [] of the dense gradient of the last update, before clipping.
-
-        It is equal on all ranks, as gradients are averaged over them.
-        """
+        """Return the norm [] of the last dense gradient before clipping, equal on all ranks."""
         return gradient_norm(self.dense) if self._norm is None else self._norm
 
 

@@ -115,8 +115,8 @@ def pooled_metric(
 def metric_users(windows: Sequence[SplitScores], metric: str, part: str, label: int = 0) -> int:
     """Count the users that define a metric, in any window.
 
-    For GAUC these are users with both labels; for AUC, which compares positives with negatives,
-    users with a positive or users with a negative, whichever are fewer; for errors, all.
+    For AUC these are users with a positive or with a negative row, whichever are fewer; for GAUC
+    users with both labels; for errors all.
     """
     return _defining_users(_rows_by_user(windows, _all_users(windows), metric, part, label))
 

@@ -42,14 +42,10 @@ def forward_pass(
 ) -> Iterator[tuple[dict[str, Any], Tensor, Batch]]:
     """Yield (vectors of a retrieval model, logits [B, C], batch) of each batch. A collective.
 
-    Args:
-        job: the job; its model is put into evaluation mode. Callers disable gradients themselves.
-        source: batches of this rank, as many as on every other rank.
-        lockstep: keeps the ranks on the same batch.
-        unknown: counts ids that have no row of their own.
-        place: what the watchdog calls a batch in its messages.
-        total: number of batches, for a progress bar; None: no bar.
-        encodes_once: encode each item once; False: in each batch, whose content the source reads.
+    The model is put into evaluation mode; callers disable gradients themselves. `unknown` counts
+    ids that have no row of their own. `place` is what the watchdog calls a batch, `total` their number
+    for a progress bar. With `encodes_once` each item is encoded once, else in each batch, whose
+    content the source reads.
     """
     job.model.eval()
     unknown = unknown or UnknownIds(job.schema)

@@ -42,12 +42,9 @@ def interval_stretch(users: float) -> float:
 def interval_ends(deviations: np.ndarray, users: float) -> tuple[float, float]:  # deviations: [S]
     """Return how far a 95 % interval reaches below and above a value, from a bootstrap of users.
 
-    Each end is the farthest of three: the stretched percentile, Student's, and Student's corrected
-    for the skewness of the resamples.
-
-    Args:
-        deviations: metric in each resample minus the metric of all users.
-        users: effective number of users; fewer than 2 count as 2.
+    `deviations` are the metric in each resample minus that of all users; fewer than 2 effective
+    `users` count as 2. Each end is the farthest of three: the stretched percentile, Student's, and
+    Student's corrected for the skewness of the resamples.
     """
     from scipy.special import stdtrit
 

@@ -81,14 +81,8 @@ def _sorted_auc(
 class RankedRows:
     """Rows sorted once, by score and by group and score, from which any part has its metrics.
 
-    Args:
-        labels: [N], 0 or 1.
-        logits: [N], finite.
-        groups: int [N], the user of each row.
-        weights: [N], above 0; a weight of 2 is a row that is there twice. None: 1 each.
-
-    Raises:
-        ValueError: a label is not 0 or 1, or a logit is not finite.
+    Labels [N] are 0 or 1, logits [N] finite, else it is a ValueError; groups [N] are the users. A
+    weight [N] of 2 is a row that is there twice; None: 1 each.
     """
 
     def __init__(
@@ -192,11 +186,8 @@ def predicted(logits: np.ndarray, loss: str) -> np.ndarray:  # [N] -> float64 [N
 class RegressionRows:
     """Rows whose label is a number, from which any part has its metrics.
 
-    Arguments are those of `RankedRows`, with labels that are numbers and the label's loss: mse,
-    huber or poisson.
-
-    Raises:
-        ValueError: a prediction is not finite.
+    Arguments are those of `RankedRows`, and the label's loss: mse, huber or poisson. A prediction
+    that is not finite is a ValueError.
     """
 
     def __init__(

@@ -71,18 +71,11 @@ def require_useful(
     consequence: str,
     slack: float = 1.0,
 ) -> None:
-    """Check by its metrics that a model's predictions are of use.
+    """Raise a ValueError if a model's predictions are of no use by the metrics of a split.
 
-    Args:
-        report: the metrics of a split.
-        where: what was predicted, for the message.
-        rows: opens rows with the numbers that the model reads; called for a useless model alone.
-        consequence: what is kept all the same, for the message.
-        slack: factor of the limits, above 1 for few rows (`slack_for`).
-
-    Raises:
-        ValueError: the log loss of a label is above `ABSURD_LOG_LOSS` or its RMSE above
-            `ABSURD_NRMSE` times that of the mean; names the columns of wide range.
+    The log loss of a label is above `ABSURD_LOG_LOSS`, or its RMSE above `ABSURD_NRMSE` times that
+    of the mean, each times `slack`. The message says what was predicted (`where`), the columns of
+    wide range in the `rows`, which are opened for it, and the `consequence`.
     """
     for name, metrics in (report.get("labels") or {"": report}).items():
         label = f" of label '{name}'" if name else ""

@@ -65,13 +65,7 @@ class DryRun:
 
 
 def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
-    """Build a job, train on one batch per rank, score one, and print the result. A collective.
-
-    Raises:
-        TrainingStopped: the job was asked to end.
-        ValueError: on every rank, if data, configuration or plan is invalid or the loss is not
-            finite on any rank.
-    """
+    """Build a job, train on one batch per rank, score one, and print the result. A collective."""
     with (
         Watchdog(ranks, config.stall_timeout) as watchdog,
         Lockstep(ranks, watchdog=watchdog) as lockstep,

@@ -51,10 +51,8 @@ def start_fresh(job: Job, checked: CheckedRows) -> Progress:
 def load_pretrained_tables(job: Job, num_old_ids: Mapping[str, int] | None = None) -> None:
     """Write the vectors of every `embedding.tables.NAME.init_from` into its table. A collective.
 
-    Args:
-        job: the job.
-        num_old_ids: by table with an exact map, the number of its first ids, whose rows stay as
-            they are; other tables stay whole. None: all rows are written.
+    `num_old_ids` is by table with an exact map the number of its first ids, whose rows stay as they
+    are; other tables stay whole. None: all rows are written.
 
     Raises:
         ValueError: the file does not exist, or its content does not fit the table.

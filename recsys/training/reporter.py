@@ -29,13 +29,8 @@ class Reporter:
     """Shows a progress bar on a terminal, logs lines elsewhere, and feeds the trackers.
 
     Trackers, bar and tables are those of rank 0. Building it is a collective, so that a tracker
-    that fails at its start ends all ranks.
-
-    Args:
-        job: the job in training.
-        run: the run's folder.
-        progress: the point where the run starts or continues.
-        counts_all_steps: count the steps of the runs before, too, of which this one is a part.
+    that fails at its start ends all ranks. `progress` is the point where the run starts or
+    continues; with `counts_all_steps` the steps of the runs before count, too.
     """
 
     def __init__(

@@ -275,10 +275,7 @@ def check_best(metrics: dict[str, Any], config: Config, data: str, run: Path) ->
 def id_only_baseline(config: Config) -> Config:
     """Return the same configuration without content and without the parts that need it.
 
-    New rows that the run makes of content get what that rule gives without it: the mean.
-
-    Raises:
-        ValueError: the configuration has no content, or is not valid without it.
+    New rows that the run makes of content get the mean. No content is a ValueError.
     """
     if config.content == "none":
         raise ValueError(

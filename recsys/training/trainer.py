@@ -206,13 +206,9 @@ class Trainer:
 
 
 class LossWatch:
-    """Checks the loss of every step; on a GPU some steps later, so that no step waits for it.
+    """Checks the losses of this rank; on a GPU every few steps, so that no step waits for it.
 
-    Args:
-        ranks: the ranks; only the losses of this rank are checked.
-        rows: the training rows, to name those of a bad batch.
-        every: on a GPU, steps between two checks.
-        last_good: returns the last good checkpoint.
+    `rows` name those of a bad batch, and `last_good` returns the last good checkpoint.
     """
 
     def __init__(

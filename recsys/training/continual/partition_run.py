@@ -137,8 +137,7 @@ def train_partition(continual: ContinualRun, partition: Partition, state: RunSta
 
     Raises:
         TrainingStopped: the job was asked to end; its state is saved.
-        ValueError: on every rank: a row cannot be used, or data or settings are not those that the
-            partitions before were trained with.
+        ValueError: on every rank: a row cannot be used, or data or settings define another model.
     """
     run, ranks = continual.folder.run_of(partition.name), continual.ranks
     continual.timer.start()
