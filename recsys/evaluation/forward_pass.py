@@ -43,9 +43,9 @@ def forward_pass(
     """Yield (vectors of a retrieval model, logits [B, C], batch) of each batch. A collective.
 
     The model is put into evaluation mode; callers disable gradients themselves. `unknown` counts
-    ids that have no row of their own. `place` is what the watchdog calls a batch, `total` their number
-    for a progress bar. With `encodes_once` each item is encoded once, else in each batch, whose
-    content the source reads.
+    ids that have no row of their own. `place` is what the watchdog calls a batch, `total` their
+    number for a progress bar. With `encodes_once` each item is encoded once, else in each batch,
+    whose content the source reads.
     """
     job.model.eval()
     unknown = unknown or UnknownIds(job.schema)
