@@ -244,6 +244,11 @@ def test_every_rank_prints_the_stacks_of_its_threads(outcomes: dict[str, Outcome
     assert "in all_reduce" in waiting and "in train" in waiting
 
 
+def test_torchrun_is_given_the_finding_to_report(outcomes: dict[str, Outcome]) -> None:
+    for report in outcomes["slow in data"].reports:
+        assert report is not None and "rank 1 has " in report
+
+
 @pytest.mark.parametrize("name", ["slow in a pause", "ends later than the others"])
 def test_a_job_is_not_ended_where_a_rank_may_take_long(
     outcomes: dict[str, Outcome], name: str
