@@ -32,6 +32,7 @@ from embeddings.row_reset import RowReset
 from recsys.config import (
     Config,
     EmbeddingSettings,
+    RankingSettings,
     SourceSettings,
     content_settings,
     softmax_settings,
@@ -179,16 +180,7 @@ def build_job(
         _cast_and_compile(em3, config.precision, config.compile, ranks.device)
     embedding = config.embedding
     table_sharders = sharders(*astuple(embedding.communication))  # forward, backward
-    plan = plan_sharding(
-        em3,
-        tables,
-        ranks.group,
-        ranks.device,
-        config.batch_size,
-        module_sharders=table_sharders,
-        prefetch=embedding.prefetch,
-        copies=embedding.parallel.copies,
-    )
+    plan = _plan(em3, tables, config.batch_size, embedding, ranks, table_sharders)
     plan_text = format_plan(plan, tables)  # before the copies of tables change its ranks
     model = _distributed(em3, ranks, plan, table_sharders, embedding.parallel.copies)
     optimizer, dense = build_dense_optimizer(
@@ -199,13 +191,9 @@ def build_job(
     pipeline = _pipeline(model, update, embedding, config.accumulate_steps, ranks.device)
     bounded = [table for table in tables if table.name in schema.tables_with("bounded")]
     reset = _row_reset(RowReset(model, bounded, config.seed), schema, bank, ranks.device)
-    content, deduplicates = content_settings(config.content), embedding.index_dedup
-    features = pooled_features(embedding, schema)
+    features, deduplicates = pooled_features(embedding, schema), embedding.index_dedup
     vocabularies = BoundedVocabularies(schema, features, ranks.group, reset, deduplicates)
-    softmax = softmax_settings(config.ranking)
-    sampler = None
-    if softmax is not None:
-        sampler = NegativeSampler(softmax, schema.num_items, schema.target_item)
+    content, sampler = content_settings(config.content), _sampler(config.ranking, schema)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
     return Job(
         config,
@@ -226,6 +214,33 @@ def build_job(
         parameters=describe_optimizers(model, tables, dense),
         train_folder=rows,
     )
+
+
+def _plan(
+    em3: EM3,
+    tables: list[TableConfig],
+    batch_size: int,
+    embedding: EmbeddingSettings,
+    ranks: Ranks,
+    table_sharders: list[ModuleSharder[nn.Module]],
+) -> ShardingPlan:
+    """Plan the sharding of the tables. A collective."""
+    return plan_sharding(
+        em3,
+        tables,
+        ranks.group,
+        ranks.device,
+        batch_size,
+        module_sharders=table_sharders,
+        prefetch=embedding.prefetch,
+        copies=embedding.parallel.copies,
+    )
+
+
+def _sampler(ranking: RankingSettings, schema: Schema) -> NegativeSampler | None:
+    """Return the sampler of the negatives of a softmax loss."""
+    softmax = softmax_settings(ranking)
+    return NegativeSampler(softmax, schema.num_items, schema.target_item) if softmax else None
 
 
 def _distributed(

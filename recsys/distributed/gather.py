@@ -29,6 +29,7 @@ def gather_rows_to_first(tensor: Tensor, process_group: dist.ProcessGroup | None
 
 
 def _gather(tensor: Tensor, process_group: dist.ProcessGroup | None, to_all: bool) -> Tensor:
+    """Return the rows of all ranks, on every rank or on rank 0. A collective."""
     if not dist.is_initialized() or dist.get_world_size(process_group) == 1:
         return tensor
     rows = tensor.detach()
