@@ -22,6 +22,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from embeddings import (
     MemoryBank,
+    TableConfig,
     format_plan,
     fuse_table_optimizers,
     plan_sharding,
