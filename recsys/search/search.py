@@ -1,8 +1,16 @@
-"""The search: claims trials, trains them, records their ends, and writes the best configuration."""
+"""The search: an Optuna study in a folder, shared by processes, whose trials are trainings.
+
+A trial is claimed by a lock on its log, which its trainings inherit: a trial whose lock is free and
+that has not ended was interrupted, and whoever claims it next goes on with it. Each trial has a
+sampler of its own seed, so what a trial tries depends on the trials before it alone, and not on
+interruptions.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -13,9 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
-from optuna.trial import FrozenTrial, TrialState
+import optuna
+from filelock import FileLock
+from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from recsys.checkpoint.compatibility import flattened
 from recsys.config import Config, load_config, save_config, to_plain
@@ -23,16 +34,17 @@ from recsys.data.filesystem import Location, whole_file
 from recsys.data.items.item_column import FeatureFile
 from recsys.data.parquet.file import footer_digest, open_parquet
 from recsys.data.schema import load_schema
-from recsys.search.space import Parameter, check_space, words_of
-from recsys.search.study import Claim, Sampler, SearchStudy
-from recsys.search.trial_runs import SearchStopped, TrialEnd, TrialRuns
+from recsys.search.space import Parameter, check_space, grid_of, words_of
+from recsys.search.trial_runs import Claim, SearchStopped, TrialFailed, TrialRuns
 from recsys.storage.output_file import check_run_folder
 
 logger = logging.getLogger(__name__)
 
-RECIPE, BEST = "recipe.yaml", "best.yaml"
+RECIPE, BEST, DATABASE, NAME = "recipe.yaml", "best.yaml", "study.db", "recsys"
 # Settings that may differ from one command on the folder to the next: no result depends on them.
 FREE = ("cache", "log_every_steps", "log_format", "log_level", "num_workers", "stall_timeout")
+ABOUT = "about"  # attribute of the study: its settings and hashes of its data
+SEEDS_APART = 1_000_003
 FAILURES = 3  # trials that may fail before one is complete
 WAIT_SECONDS = 1.0
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
@@ -55,7 +67,7 @@ class Request:
     jobs: int = 1
     seeds: int = 1
     nproc: int = 1
-    sampler: Sampler = "tpe"
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
     prunes: bool = True
     keeps: Literal["best", "all"] = "best"
 
@@ -77,46 +89,70 @@ class Search:
         request: Request,
     ) -> None:
         """Check the space, and create or open the study."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.config, self.space, self.data, self.out = config, space, data, out
         self.request, self.stop = request, threading.Event()
-        settings = {name: of for name, of in to_plain(config).items() if name not in FREE}
-        about = {
-            **flattened(settings),
-            **{f"space {one.name}": repr((one.distribution, one.sets)) for one in space},
-            **{f"content of {one}": dataset_digest(Location.of(one)) for one in data},
-            "--seeds": request.seeds,
-            "--nproc": request.nproc,
-            "--sampler": request.sampler,
-            "--prune": request.prunes,
-        }
-        self.study = SearchStudy(out, space, request.sampler, config.seed, request.prunes)
-        self._open(about)
-
-    def _open(self, about: dict[str, object]) -> None:
-        """Create the folder with recipe and study, or open the study that it holds."""
-        for data in self.data:
-            check_run_folder(self.out, data)
-        is_new = not self.out.exists()
-        self.out.mkdir(parents=True, exist_ok=True)
+        for dataset in data:
+            check_run_folder(out, dataset)
+        is_new = not out.exists()
+        out.mkdir(parents=True, exist_ok=True)
         try:
-            with self.study.locked():
-                if not self.study.exists():  # a recipe without a study is of a refused search
-                    self._refuse_other_files()
-                    with whole_file(self.out / RECIPE) as partial:
-                        save_config(self.config, partial)
-                check_space(self.space, self.out / RECIPE)
-                self.study.begin(about)
+            with self._locked():
+                if not (out / DATABASE).exists():  # a recipe alone is of a refused search
+                    self._create()
+                self.storage = optuna.storages.RDBStorage(_url(out / DATABASE))
+                self._require_same()
         except ValueError:
             if is_new:
-                shutil.rmtree(self.out)
+                shutil.rmtree(out)
             raise
 
-    def _refuse_other_files(self) -> None:
-        """Raise a ValueError if the folder holds files of anything but a search."""
-        others = [path.name for path in self.out.iterdir() if path.name != RECIPE]
-        if others := sorted(name for name in others if not name.startswith(".")):
+    def _create(self) -> None:
+        """Write recipe and study.
+
+        Raises:
+            ValueError: the folder holds other files, or the recipe does not accept a value.
+        """
+        names = sorted(path.name for path in self.out.iterdir() if path.name != RECIPE)
+        if other_names := [name for name in names if not name.startswith(".")]:
             raise ValueError(
-                f"{self.out}: holds '{others[0]}', but no search; choose another --out"
+                f"{self.out}: holds '{other_names[0]}', but no search; choose another --out"
+            )
+        with whole_file(self.out / RECIPE) as partial:
+            save_config(self.config, partial)
+        check_space(self.space, self.out / RECIPE)
+        with whole_file(self.out / DATABASE) as partial:
+            study = optuna.create_study(
+                storage=_url(partial), study_name=NAME, direction="maximize"
+            )
+            for values in grid_of(self.space) if self.request.sampler == "grid" else ():
+                study.enqueue_trial(values)
+            study.set_user_attr(ABOUT, self._about())
+
+    def _about(self) -> dict[str, object]:
+        """Return everything that the trials have in common, as JSON values by name."""
+        plain = to_plain(self.config)
+        settings = {name: value for name, value in plain.items() if name not in FREE}
+        about = {
+            **flattened(settings),
+            **{f"space {p.name}": repr((p.distribution, p.sets)) for p in self.space},
+            **{f"content of {data}": dataset_digest(Location.of(data)) for data in self.data},
+            "--seeds": self.request.seeds,
+            "--nproc": self.request.nproc,
+            "--sampler": self.request.sampler,
+            "--prune": self.request.prunes,
+        }
+        return dict(json.loads(json.dumps(about)))
+
+    def _require_same(self) -> None:
+        before, current = self._study(0).user_attrs[ABOUT], self._about()
+        if names := [
+            name for name in {**before, **current} if before.get(name) != current.get(name)
+        ]:
+            lines = [f"{name}: {before.get(name)}, now {current.get(name)}" for name in names[:3]]
+            raise ValueError(
+                f"{self.out}: holds a search with other settings ({'; '.join(lines)}); give the "
+                "same ones to go on with it, or another --out"
             )
 
     def run(self) -> list[FrozenTrial]:
@@ -132,13 +168,17 @@ class Search:
         # A worker that fails stops the others: its error is the cause.
         for error in sorted(errors, key=lambda error: isinstance(error, SearchStopped)):
             raise error
-        with self.study.locked():  # a search killed between a trial's end and this may lack it
+        with self._locked():  # a search killed between a trial's end and this may lack it
             self._keep_best()
         return self.ranking()
 
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """Return the trials in some states, in their order; default: all."""
+        return self._study(0).get_trials(deepcopy=False, states=states or None)
+
     def ranking(self) -> list[FrozenTrial]:
         """Return the complete trials, the best first."""
-        return sorted(self.study.trials(TrialState.COMPLETE), key=lambda trial: -trial.values[0])
+        return sorted(self.trials(TrialState.COMPLETE), key=lambda trial: -trial.values[0])
 
     def _work(self) -> None:
         """Run trials until none is left; wait for those of other processes."""
@@ -155,11 +195,10 @@ class Search:
         )
         try:
             while not self.stop.is_set():
-                claim = self.study.claim(self.request.trials)
-                if claim is not None:
+                if (claim := self._claim()) is not None:
                     with closing(claim.log):  # and with it the claim
-                        self._end(claim, self._known_end(claim) or runs.run(claim))
-                elif self.study.trials(TrialState.RUNNING):
+                        self._run(claim, runs)
+                elif self.trials(TrialState.RUNNING):
                     self.stop.wait(WAIT_SECONDS)
                 else:
                     return
@@ -168,33 +207,64 @@ class Search:
             raise
         raise SearchStopped
 
-    def _known_end(self, claim: Claim) -> TrialEnd | None:
-        """Return the end of a complete trial with the same values, which would be trained again."""
-        for trial in self.study.trials(TrialState.COMPLETE):
-            if trial.params == claim.values:
-                return TrialEnd(TrialState.COMPLETE, trial.values[0], f"as trial {trial.number}")
-        return None
+    def _claim(self) -> Claim | None:
+        """Return an interrupted trial, or a new one if too few have begun, or None."""
+        with self._locked():
+            for interrupted in self.trials(TrialState.RUNNING):
+                if (log := self._lock_log(interrupted.number)) is not None:
+                    trial = Trial(self._study(interrupted.number), interrupted._trial_id)
+                    return self._suggested(trial, log, len(interrupted.intermediate_values))
+            waiting = self.trials(TrialState.WAITING)
+            number = len(self.trials()) - len(waiting)
+            if number >= self.request.trials or (self.request.sampler == "grid" and not waiting):
+                return None
+            trial = self._study(number).ask()
+            log = self._lock_log(trial.number)
+            assert log is not None, "only a claim locks a trial's log"
+            return self._suggested(trial, log, 0)
 
-    def _end(self, claim: Claim, end: TrialEnd) -> None:
-        """Record a trial's end, and keep the best configuration."""
-        with self.study.locked():
-            trial = self.study.end(claim, end.state, end.value)
-            ended, best = self.study.trials(*ENDED), self._keep_best()
-        state = f"{end.value:.4f}" if end.value is not None else trial.state.name.lower()
+    def _suggested(self, trial: Trial, log: IO[str], num_reported: int) -> Claim:
+        """Give the trial a value for each parameter; one that it has already stays."""
+        for parameter in self.space:
+            name, values = parameter.name, parameter.distribution
+            if isinstance(values, CategoricalDistribution):
+                trial.suggest_categorical(name, values.choices)
+            elif isinstance(values, IntDistribution):
+                trial.suggest_int(name, values.low, values.high, step=values.step, log=values.log)
+            else:
+                trial.suggest_float(name, values.low, values.high, step=values.step, log=values.log)
+        return Claim(trial, self._folder_of(trial.number), log, num_reported)
+
+    def _run(self, claim: Claim, runs: TrialRuns) -> None:
+        """Run a trial and record its end; one with the values of a complete trial has its value."""
+        equal = [t for t in self.trials(TrialState.COMPLETE) if t.params == claim.trial.params]
+        state, value, cause = TrialState.COMPLETE, None, ""
+        try:
+            if equal:
+                value, cause = equal[0].values[0], f"as trial {equal[0].number}"
+            else:
+                value = runs.run(claim)
+        except optuna.TrialPruned:
+            state = TrialState.PRUNED
+        except TrialFailed as error:
+            state, cause = TrialState.FAIL, str(error)
+        with self._locked():
+            self._study(0).tell(claim.trial.number, value, state)
+            ended, best = self.trials(*ENDED), self._keep_best()
         logger.info(
             "trial %d: %s%s; %d of %d ended%s",
-            trial.number,
-            state,
-            f" ({end.cause})" if end.cause else "",
+            claim.trial.number,
+            state.name.lower() if value is None else f"{value:.4f}",
+            f" ({cause})" if cause else "",
             len(ended),
             self.request.trials,
             f", best {best.values[0]:.4f} of trial {best.number}" if best is not None else "",
         )
         if len(ended) >= min(FAILURES, self.request.trials) and all(
-            one.state == TrialState.FAIL for one in ended
+            trial.state == TrialState.FAIL for trial in ended
         ):
             raise ValueError(
-                f"{self.out}: the first {len(ended)} trials failed, the last one so: {end.cause}"
+                f"{self.out}: the first {len(ended)} trials failed, the last one so: {cause}"
             )
 
     def _keep_best(self) -> FrozenTrial | None:
@@ -204,11 +274,41 @@ class Search:
             config = load_config(self.out / RECIPE, words_of(self.space, best.params))
             with whole_file(self.out / BEST) as partial:
                 save_config(config, partial)
-        for trial in self.study.trials(*ENDED) if self.request.keeps == "best" else ():
+        for trial in self.trials(*ENDED) if self.request.keeps == "best" else ():
             if best is None or trial.number != best.number:
-                for run in self.study.trial_folder(trial.number).glob("run-*"):
+                for run in self._folder_of(trial.number).glob("run-*"):
                     shutil.rmtree(run / "checkpoints", ignore_errors=True)
         return best
+
+    def _study(self, number: int) -> optuna.Study:
+        """Return the study with the sampler of a trial."""
+        samplers, pruners = optuna.samplers, optuna.pruners
+        sampler = samplers.TPESampler if self.request.sampler == "tpe" else samplers.RandomSampler
+        return optuna.load_study(
+            storage=self.storage,
+            study_name=NAME,
+            sampler=sampler(seed=self.config.seed * SEEDS_APART + number),
+            pruner=pruners.MedianPruner() if self.request.prunes else pruners.NopPruner(),
+        )
+
+    def _folder_of(self, number: int) -> Path:
+        return self.out / "trials" / f"{number:04d}"
+
+    def _lock_log(self, number: int) -> IO[str] | None:
+        """Return the locked log of a trial, or None if another process has it."""
+        folder = self._folder_of(number)
+        folder.mkdir(parents=True, exist_ok=True)
+        log = (folder / "log.txt").open("a")
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.close()
+            return None
+        return log
+
+    def _locked(self) -> FileLock:
+        """Return a context in which no other thread or process claims or ends a trial."""
+        return FileLock(self.out / ".lock")
 
     @contextmanager
     def _stopped_by_signals(self) -> Iterator[None]:
@@ -220,6 +320,10 @@ class Search:
         finally:
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
+
+
+def _url(database: Path | str) -> str:
+    return f"sqlite:///{Path(database).absolute()}"
 
 
 def dataset_digest(data: Location) -> str:

@@ -3,8 +3,6 @@
 A YAML file maps settings by full name to ranges or choices::
 
     optimizer.learning_rate: {low: 1.0e-4, high: 1.0e-2, log: true}
-    content.fusion.num_queries: {low: 1, high: 8}
-    ranking.dropout: {low: 0.0, high: 0.5, step: 0.1}
     ranking.mlp_units: {choices: [[64], [128, 64]]}
     width:
       sets:
@@ -20,22 +18,17 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from recsys.config import load_config
 from recsys.config.plain_yaml import load_plain_yaml
 
-RANGE_KEYS = ("low", "high", "log", "step")
+Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 
 
 @dataclass(frozen=True)
@@ -43,13 +36,13 @@ class Parameter:
     """A setting, or a group of settings, and the values that it may have.
 
     name: full name of the setting, or name of the group.
-    distribution: Optuna's form of the values; lists and groups are choices by JSON text or name.
+    distribution: Optuna's form of the values; choices are JSON texts, groups are names.
     sets: settings of each group by its name; empty for a single setting.
     """
 
     name: str
-    distribution: BaseDistribution
-    sets: Mapping[str, Mapping[str, Any]]
+    distribution: Distribution
+    sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def settings(self, value: Any) -> dict[str, Any]:
         """Return settings by full name for a value as Optuna stores it."""
@@ -62,7 +55,6 @@ class Parameter:
         """Return the ends of a range, or all choices, as Optuna stores them."""
         if isinstance(self.distribution, CategoricalDistribution):
             return list(self.distribution.choices)
-        assert isinstance(self.distribution, IntDistribution | FloatDistribution)
         return [self.distribution.low, self.distribution.high]
 
     def grid(self) -> list[Any]:
@@ -74,15 +66,13 @@ class Parameter:
         ranged = self.distribution
         if isinstance(ranged, CategoricalDistribution):
             return list(ranged.choices)
-        if isinstance(ranged, IntDistribution) and not ranged.log:
-            return list(range(ranged.low, ranged.high + 1, ranged.step))
-        if isinstance(ranged, FloatDistribution) and ranged.step is not None:
-            count = round((ranged.high - ranged.low) / ranged.step) + 1
-            return [round(ranged.low + number * ranged.step, 12) for number in range(count)]
-        raise ValueError(
-            f"--space: '{self.name}' has no list of values for --sampler grid; give a step or "
-            "choices, or take tpe or random"
-        )
+        if ranged.step is None or ranged.log:
+            raise ValueError(
+                f"--space: '{self.name}' has no list of values for --sampler grid; give a step or "
+                "choices, or take tpe or random"
+            )
+        count = round((ranged.high - ranged.low) / ranged.step) + 1
+        return [round(ranged.low + number * ranged.step, 12) for number in range(count)]
 
 
 def read_space(file: Path) -> list[Parameter]:
@@ -98,26 +88,33 @@ def read_space(file: Path) -> list[Parameter]:
     if not file.is_file():
         raise ValueError(f"--space {file}: no such file; give a YAML file of settings")
     try:
-        given = load_plain_yaml(file.read_bytes())
+        entries = load_plain_yaml(file.read_bytes())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--space {file}: {error}") from error
-    if not isinstance(given, dict) or not given:
+    if not isinstance(entries, dict) or not entries:
         raise ValueError(
             f"--space {file}: give settings and their values, such as "
             "`ranking.dropout: {low: 0.0, high: 0.5}`"
         )
-    space = [_parameter(f"--space {file}: '{name}'", name, of) for name, of in given.items()]
-    _refuse_shared_settings(file, space)
+    space = [_parameter(f"--space {file}: '{name}'", name, e) for name, e in entries.items()]
+    owners: dict[str, str] = {}
+    for parameter in space:
+        for name in {name for value in parameter.extremes() for name in parameter.settings(value)}:
+            if owners.setdefault(name, parameter.name) != parameter.name:
+                raise ValueError(
+                    f"--space {file}: '{owners[name]}' and '{parameter.name}' both give values to "
+                    f"{name}; leave one of them out"
+                )
     return space
 
 
-def _parameter(place: str, name: str, given: Any) -> Parameter:
-    keys = set(given) if isinstance(given, dict) else set()
+def _parameter(place: str, name: str, entry: Any) -> Parameter:
+    keys = set(entry) if isinstance(entry, dict) else set()
     if keys == {"choices"}:
-        choices = _choices(place, given["choices"], list)
-        return Parameter(name, CategoricalDistribution([json.dumps(one) for one in choices]), {})
+        choices = [json.dumps(choice) for choice in _choices(place, entry["choices"], list)]
+        return Parameter(name, CategoricalDistribution(choices))
     if keys == {"sets"}:
-        sets = _choices(place, given["sets"], dict)
+        sets = _choices(place, entry["sets"], dict)
         for group, settings in sets.items():
             if not isinstance(settings, dict):
                 raise ValueError(
@@ -125,66 +122,46 @@ def _parameter(place: str, name: str, given: Any) -> Parameter:
                     "as {ranking.dropout: 0.1}, or {} for the recipe itself"
                 )
         return Parameter(name, CategoricalDistribution(list(sets)), sets)
-    if not {"low", "high"} <= keys or keys - set(RANGE_KEYS):
+    if not {"low", "high"} <= keys or keys - {"low", "high", "log", "step"}:
         raise ValueError(
-            f"{place} is {given!r}; give {{low: .., high: ..}} with log: true or a step, "
+            f"{place} is {entry!r}; give {{low: .., high: ..}} with log: true or a step, "
             "{choices: [..]} or {sets: {NAME: {..}}}"
         )
-    return Parameter(name, _range(place, given), {})
+    return Parameter(name, _range(place, entry))
 
 
-def _choices(place: str, given: Any, kind: type[Any]) -> Any:
+def _choices(place: str, choices: Any, kind: type[Any]) -> Any:
     """Check that choices are a list, or groups a mapping, and return them."""
-    if type(given) is not kind or not given:
+    if type(choices) is not kind or not choices:
         form = "[..]" if kind is list else "{NAME: {..}}"
-        raise ValueError(f"{place}: has {given!r} for its choices; give {form}")
-    if len({json.dumps(one) for one in given}) < len(given):
-        raise ValueError(f"{place}: names a choice twice: {given}")
-    return given
+        raise ValueError(f"{place}: has {choices!r} for its choices; give {form}")
+    if len({json.dumps(choice) for choice in choices}) < len(choices):
+        raise ValueError(f"{place}: names a choice twice: {choices}")
+    return choices
 
 
-def _range(place: str, given: Mapping[str, Any]) -> BaseDistribution:
-    low, high, step = given["low"], given["high"], given.get("step")
-    numbers = [low, high] if step is None else [low, high, step]
-    if any(isinstance(one, bool) or not isinstance(one, int | float) for one in numbers):
-        raise ValueError(f"{place} is {given!r}; low, high and step are numbers")
-    if low >= high:
-        raise ValueError(f"{place}: low {low} is not below high {high}")
-    if not isinstance(given.get("log", False), bool):
-        raise ValueError(f"{place}: log is {given['log']!r}; give true or false")
-    is_log = given.get("log", False)
+def _range(place: str, entry: Mapping[str, Any]) -> Distribution:
+    numbers = [entry[key] for key in ("low", "high", "step") if key in entry]
+    if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
+        raise ValueError(f"{place} is {entry!r}; low, high and step are numbers")
+    if entry["low"] >= entry["high"]:
+        raise ValueError(f"{place}: low {entry['low']} is not below high {entry['high']}")
+    if not isinstance(entry.get("log", False), bool):
+        raise ValueError(f"{place}: log is {entry['log']!r}; give true or false")
+    are_integers = all(isinstance(number, int) for number in numbers)
     try:
-        if all(isinstance(one, int) for one in numbers):
-            return IntDistribution(low, high, log=is_log, step=1 if step is None else step)
-        return FloatDistribution(low, high, log=is_log, step=step)
+        return (IntDistribution if are_integers else FloatDistribution)(**entry)
     except ValueError as error:
-        raise ValueError(f"{place} is {given!r}: {error}") from error
-
-
-def _refuse_shared_settings(file: Path, space: Sequence[Parameter]) -> None:
-    """Raise a ValueError if two parameters give values to one setting."""
-    owners: dict[str, str] = {}
-    for parameter in space:
-        names = {name for value in parameter.extremes() for name in parameter.settings(value)}
-        for name in sorted(names):
-            if name in owners:
-                raise ValueError(
-                    f"--space {file}: '{owners[name]}' and '{parameter.name}' both give values to "
-                    f"{name}; leave one of them out"
-                )
-            owners[name] = parameter.name
+        raise ValueError(f"{place} is {entry!r}: {error}") from error
 
 
 def words_of(space: Sequence[Parameter], values: Mapping[str, Any]) -> list[str]:
     """Return a trial's values, by parameter as Optuna stores them, as words of a command line."""
-    settings: dict[str, Any] = {}
+    words: list[str] = []
     for parameter in space:
-        settings |= parameter.settings(values[parameter.name])
-    return [
-        word
-        for name, value in settings.items()
-        for word in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
-    ]
+        for name, value in parameter.settings(values[parameter.name]).items():
+            words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    return words
 
 
 def check_space(space: Sequence[Parameter], recipe: Path) -> None:
@@ -195,9 +172,8 @@ def check_space(space: Sequence[Parameter], recipe: Path) -> None:
     """
     for parameter in space:
         for value in parameter.extremes():
-            words = words_of([parameter], {parameter.name: value})
             try:
-                load_config(recipe, words)
+                load_config(recipe, words_of([parameter], {parameter.name: value}))
             except ValueError as error:
                 cause = str(error).removeprefix(f"config {recipe}: ")
                 raise ValueError(
@@ -208,6 +184,5 @@ def check_space(space: Sequence[Parameter], recipe: Path) -> None:
 
 def grid_of(space: Sequence[Parameter]) -> Iterator[dict[str, Any]]:
     """Yield every combination of values, the last parameter's fastest."""
-    names = [parameter.name for parameter in space]
     for values in itertools.product(*(parameter.grid() for parameter in space)):
-        yield dict(zip(names, values, strict=True))
+        yield {parameter.name: value for parameter, value in zip(space, values, strict=True)}

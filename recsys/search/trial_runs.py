@@ -16,14 +16,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import IO
 
-from optuna.trial import TrialState
+from optuna import TrialPruned
+from optuna.trial import Trial
 
 from recsys.config import Config, load_config
 from recsys.distributed.job import environment_of_no_rank
 from recsys.evaluation.model_selection import selection_score
 from recsys.search.space import Parameter, words_of
-from recsys.search.study import Claim
 from recsys.search.validations import TRACKER, read_lines
 
 POLL_SECONDS = 0.2
@@ -33,13 +34,35 @@ class SearchStopped(Exception):
     """The search was asked to end; its trials go on when it is started again."""
 
 
-@dataclass(frozen=True)
-class TrialEnd:
-    """The end of a trial: its state and, if it is complete, its value, else the cause."""
+class TrialFailed(Exception):
+    """A trial has no value; says why."""
 
-    state: TrialState
-    value: float | None = None
-    cause: str = ""
+
+@dataclass(frozen=True)
+class Claim:
+    """A trial that this process runs.
+
+    log: the output of its trainings, locked.
+    num_reported: number of intermediate values that the study has of it already.
+    """
+
+    trial: Trial
+    folder: Path
+    log: IO[str]
+    num_reported: int
+
+    def report(self, place: int, score: float) -> None:
+        """Report an intermediate value, unless the study has it.
+
+        Raises:
+            TrialPruned: the trial is worse than others.
+        """
+        if place < self.num_reported - 1:  # judged before an interruption
+            return
+        if place >= self.num_reported:
+            self.trial.report(score, place)
+        if self.trial.should_prune():
+            raise TrialPruned
 
 
 @dataclass(frozen=True)
@@ -48,10 +71,6 @@ class TrialRuns:
 
     recipe: resolved configuration that trials change.
     config: the same, read.
-    space: the parameters.
-    data: datasets; a trial's value is the mean over them.
-    seeds: seeds of each dataset.
-    nproc: ranks of each training.
     threads: threads of each rank; None: as the environment says.
     stop: set when the search is to end.
     """
@@ -65,34 +84,33 @@ class TrialRuns:
     threads: int | None
     stop: threading.Event
 
-    def run(self, claim: Claim) -> TrialEnd:
-        """Train all runs of a trial, unless it is pruned or one fails.
+    def run(self, claim: Claim) -> float:
+        """Train all runs of a trial; return the mean of their scores.
 
         Raises:
+            TrialPruned: the trial is worse than others.
+            TrialFailed: the recipe does not accept its values, or a run fails.
             SearchStopped: the search was asked to end.
         """
-        words = words_of(self.space, claim.values)
+        words = words_of(self.space, claim.trial.params)
         try:
             load_config(self.recipe, words)
         except ValueError as error:
-            return TrialEnd(TrialState.FAIL, cause=str(error))
+            raise TrialFailed(str(error)) from error
         runs = [(data, seed) for seed in self.seeds for data in self.data]
         scores: list[float] = []
         for number, (data, seed) in enumerate(runs):
             folder = claim.folder / f"run-{number}"
-            command = [*self._command(folder, data, seed), *words]
-            if not self._train(command, claim, folder, len(runs) == 1):
-                return TrialEnd(TrialState.PRUNED)
             metrics = folder / "metrics.json"
             if not metrics.exists():
-                return TrialEnd(TrialState.FAIL, cause=f"see {claim.folder / 'log.txt'}")
-            report = json.loads(metrics.read_text())["valid"]
-            score = selection_score(report, self.config.best_model_by)
-            assert score is not None, "a run without a score of validation fails"
-            scores.append(score)
-            if len(runs) > 1 and _is_hopeless(claim, number, fmean(scores)):
-                return TrialEnd(TrialState.PRUNED)
-        return TrialEnd(TrialState.COMPLETE, fmean(scores))
+                command = [*self._command(folder, data, seed), *words]
+                self._train(command, claim, folder if len(runs) == 1 else None)
+            if not metrics.exists():
+                raise TrialFailed(f"see {claim.folder / 'log.txt'}")
+            scores.append(self._score(json.loads(metrics.read_text())["valid"]))
+            if len(runs) > 1:
+                claim.report(number, fmean(scores))
+        return fmean(scores)
 
     def _command(self, folder: Path, data: str, seed: int) -> list[str]:
         """Return the command of a training, without the trial's settings."""
@@ -104,50 +122,36 @@ class TrialRuns:
         command = [*launcher, "train", "--config", str(self.recipe), "--data", data]
         return [*command, "--out", str(folder), "--seed", str(seed), "--tracker", trackers]
 
-    def _train(self, command: list[str], claim: Claim, folder: Path, watches: bool) -> bool:
-        """Train a run, unless it is finished; return False if the trial was pruned meanwhile.
+    def _train(self, command: list[str], claim: Claim, watched: Path | None) -> None:
+        """Run a training, and report the validations of the `watched` folder meanwhile.
 
         The process inherits the trial's lock with its output: if the search is killed, the trial
         is not claimed again before the orphan ends.
         """
-        if (folder / "metrics.json").exists():
-            return True
         environment = environment_of_no_rank()
         if self.threads is not None:
             environment.setdefault("OMP_NUM_THREADS", str(self.threads))
         process = subprocess.Popen(command, stdout=claim.log, stderr=claim.log, env=environment)
-        seen = 0
+        num_seen, has_ended = 0, False
         try:
-            while True:
+            while not has_ended:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(POLL_SECONDS)
                 if self.stop.is_set():
                     raise SearchStopped
                 has_ended = process.poll() is not None
-                lines = read_lines(folder) if watches else []
-                for place in range(seen, len(lines)):
-                    if _is_hopeless(claim, place, self._score(lines[place]["metrics"])):
-                        return False
-                seen = len(lines)
-                if has_ended:
-                    return True
+                lines = [] if watched is None else read_lines(watched)
+                for place in range(num_seen, len(lines)):
+                    claim.report(place, self._score(lines[place]["metrics"]))
+                num_seen = len(lines)
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
                 process.wait()
 
     def _score(self, metrics: dict[str, float]) -> float:
-        """Return the score of a validation from its metrics as trackers name them."""
-        named = {name.replace("_at_", "@"): value for name, value in metrics.items()}
-        score = selection_score(named, self.config.best_model_by)
+        """Return the score of a validation; trackers name `@` otherwise."""
+        metric_values = {name.replace("_at_", "@"): value for name, value in metrics.items()}
+        score = selection_score(metric_values, self.config.best_model_by)
         assert score is not None, "a validation without a score ends its run"
         return score
-
-
-def _is_hopeless(claim: Claim, place: int, score: float) -> bool:
-    """Report an intermediate value, unless the study has it; return whether to prune the trial."""
-    if place < claim.reported - 1:  # judged before an interruption
-        return False
-    if place >= claim.reported:
-        claim.trial.report(score, place)
-    return claim.trial.should_prune()

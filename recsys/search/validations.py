@@ -23,16 +23,18 @@ class ValidationLines:
 
     def __init__(self, run: Path, settings: dict[str, Any], first_step: int) -> None:
         """Open the file."""
-        kept = [line for line in read_lines(run) if line["step"] <= first_step]
+        lines = [line for line in read_lines(run) if line["step"] <= first_step]
         path = run / FILE
-        path.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         self._file = path.open("a")
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Write the metrics of all labels together, if these are of a validation."""
-        found = {name.removeprefix(PREFIX): value for name, value in values.items()}
-        if found and not any("/" in name for name in found):  # of one label, or of another split
-            self._file.write(f"{json.dumps({'step': step, 'metrics': found})}\n")
+        metrics = {name.removeprefix(PREFIX): value for name, value in values.items()}
+        if metrics and not any(
+            "/" in name for name in metrics
+        ):  # of one label, or of another split
+            self._file.write(f"{json.dumps({'step': step, 'metrics': metrics})}\n")
             self._file.flush()
 
     def close(self) -> None:

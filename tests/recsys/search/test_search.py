@@ -38,11 +38,11 @@ def parts(folder: Path, space: str = SPACE) -> tuple[Config, list[Parameter]]:
     return load_config(TINY, ["--content", "none"]), read_space(folder / "space.yaml")
 
 
-def search_in(folder: Path, trials: int, space: str = SPACE, **asked: Any) -> Search:
+def search_in(folder: Path, trials: int, space: str = SPACE, **options: Any) -> Search:
     """A search with the fake training on the dataset in `folder`."""
     config, read = parts(folder, space)
     data = [str(folder / "data")]
-    return Search(config, read, data, folder / "search", Request(trials, **asked))
+    return Search(config, read, data, folder / "search", Request(trials, **options))
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +59,7 @@ def use_fake_training(setattr: Any = setattr) -> None:
 
 def tried(search: Search) -> list[tuple[int, str, dict[str, Any], list[float] | None]]:
     return [
-        (trial.number, trial.state.name, trial.params, trial.values)
-        for trial in search.study.trials()
+        (trial.number, trial.state.name, trial.params, trial.values) for trial in search.trials()
     ]
 
 
@@ -74,7 +73,7 @@ def test_the_best_of_the_trials_is_written_as_a_configuration(tmp_path: Path) ->
     search = search_in(tmp_path, 4, prunes=False)
     best = search.run()[0]
 
-    rates = [trial.params["optimizer.learning_rate"] for trial in search.study.trials()]
+    rates = [trial.params["optimizer.learning_rate"] for trial in search.trials()]
     assert best.params == {"optimizer.learning_rate": min(rates)} and len(set(rates)) == 4
     expected = load_config(TINY, ["--content", "none"])
     expected.optimizer.learning_rate = min(rates)
@@ -121,7 +120,7 @@ def test_a_killed_search_loses_and_repeats_no_trial(tmp_path: Path) -> None:
     (killed / "hold-1").unlink()
 
     goes_on = search_in(killed, 4)
-    states = [trial.state for trial in goes_on.study.trials()]
+    states = [trial.state for trial in goes_on.trials()]
     assert states == [TrialState.COMPLETE, TrialState.RUNNING]
     goes_on.run()
     assert tried(goes_on) == tried(whole)
@@ -139,10 +138,10 @@ def waited_for(file: Path) -> None:
 def test_a_search_that_is_asked_to_end_ends_its_training_and_goes_on_later(tmp_path: Path) -> None:
     search = search_in(tmp_path, 2)
     (tmp_path / "hold-0").touch()
-    begun = tmp_path / "search" / "trials" / "0000" / "run-0" / "starts.txt"
+    started = tmp_path / "search" / "trials" / "0000" / "run-0" / "starts.txt"
 
     def ask(*_: Any) -> None:
-        waited_for(begun)
+        waited_for(started)
         signal.raise_signal(signal.SIGTERM)
 
     before = signal.signal(signal.SIGALRM, ask)
@@ -168,11 +167,11 @@ def test_trials_worse_than_the_median_are_pruned(tmp_path: Path) -> None:
     search = search_in(tmp_path, 9)
     search.run()
 
-    states = [trial.state for trial in search.study.trials()]
+    states = [trial.state for trial in search.trials()]
     assert states[:5] == [TrialState.COMPLETE] * 5  # a median needs five
-    for trial in search.study.trials(TrialState.PRUNED):
-        others = [other for other in search.ranking() if other.number < trial.number]
-        at_last = [other.intermediate_values[trial.last_step or 0] for other in others]
+    for trial in search.trials(TrialState.PRUNED):
+        earlier = [other for other in search.ranking() if other.number < trial.number]
+        at_last = [other.intermediate_values[trial.last_step or 0] for other in earlier]
         assert max(trial.intermediate_values.values()) < sorted(at_last)[len(at_last) // 2]
     assert TrialState.PRUNED in states
 
@@ -225,7 +224,7 @@ def test_a_search_of_few_trials_that_all_fail_ends_with_an_error(
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "message"),
     [
         ({"space": "optimizer.learning_rate: {low: 1.0e-4, high: 0.07}\n"}, "0.08.*0.07"),
         ({"seeds": 2}, "--seeds: 1, now 2"),
@@ -233,10 +232,10 @@ def test_a_search_of_few_trials_that_all_fail_ends_with_an_error(
     ],
 )
 def test_another_search_in_the_folder_is_refused(
-    tmp_path: Path, change: dict[str, Any], named: str
+    tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     search_in(tmp_path, 1)
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=message):
         search_in(tmp_path, 1, **change)
 
 
@@ -286,9 +285,9 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> 
     data, other = tmp_path / "data", tmp_path / "notes"
     other.mkdir()
     (other / "plan.md").touch()
-    for out, named in ((data, "data: is part of"), (other, "notes: holds 'plan.md'")):
+    for out, message in ((data, "data: is part of"), (other, "notes: holds 'plan.md'")):
         before = sorted(path.name for path in out.iterdir())
-        with pytest.raises(ValueError, match=named):
+        with pytest.raises(ValueError, match=message):
             Search(config, space, [str(data)], out, Request(1))
         assert before == sorted(path.name for path in out.iterdir() if path.name != ".lock")
 

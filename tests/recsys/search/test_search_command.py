@@ -40,8 +40,8 @@ def test_a_killed_search_ends_as_another_and_its_best_trains_to_the_same_figures
         waited_for(run / "validations.jsonl")
         search.send_signal(signal.SIGKILL)
     for out in ("killed", "whole"):
-        done = run_recsys(*words, "--out", out, folder=tmp_path, environment=environment)
-        assert done.returncode == 0, done.stderr
+        process = run_recsys(*words, "--out", out, folder=tmp_path, environment=environment)
+        assert process.returncode == 0, process.stderr
 
     def metrics(folder: str) -> list[object]:
         files = sorted((tmp_path / folder / "trials").glob("*/run-0/metrics.json"))
@@ -52,7 +52,7 @@ def test_a_killed_search_ends_as_another_and_its_best_trains_to_the_same_figures
     assert load_config(tmp_path / "killed" / "best.yaml") == load_config(best)
 
     retrained = ["train", "--config", str(best), "--data", "data", "--out", "again"]
-    done = run_recsys(*retrained, folder=tmp_path, environment=environment)
-    assert done.returncode == 0, done.stderr
+    process = run_recsys(*retrained, folder=tmp_path, environment=environment)
+    assert process.returncode == 0, process.stderr
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())["valid"]
     assert again == max(metrics("whole"), key=lambda valid: valid["auc"])

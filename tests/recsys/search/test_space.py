@@ -51,7 +51,9 @@ def test_values_become_words_of_the_command_line(tmp_path: Path) -> None:
 
 def test_a_grid_has_every_combination(tmp_path: Path) -> None:
     _, queries, dropout, *_ = read_space(write(tmp_path, SPACE))
-    assert [value for each in grid_of([queries, dropout]) for value in each.values()] == [
+    assert [
+        value for combination in grid_of([queries, dropout]) for value in combination.values()
+    ] == [
         *(1, 0.0, 1, 0.1, 1, 0.2),
         *(2, 0.0, 2, 0.1, 2, 0.2),
         *(3, 0.0, 3, 0.1, 3, 0.2),
@@ -63,7 +65,7 @@ def test_the_recipe_accepts_all_ends_and_choices(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "named"),
+    ("text", "message"),
     [
         ("", "ranking.dropout"),
         ("a: 3", "'a' is 3"),
@@ -81,13 +83,13 @@ def test_the_recipe_accepts_all_ends_and_choices(tmp_path: Path) -> None:
         ("a: [", "space.yaml"),
     ],
 )
-def test_what_is_no_space_is_refused(tmp_path: Path, text: str, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
+def test_what_is_no_space_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         read_space(write(tmp_path, text))
 
 
 @pytest.mark.parametrize(
-    ("text", "named"),
+    ("text", "message"),
     [
         ("ranking.dropuot: {choices: [0.1]}", "'ranking.dropuot' 0.1: .*dropout"),
         ("ranking.dropout: {low: 0.5, high: 1.5}", "'ranking.dropout' 1.5: .*ranking.dropout"),
@@ -95,9 +97,9 @@ def test_what_is_no_space_is_refused(tmp_path: Path, text: str, named: str) -> N
     ],
 )
 def test_values_that_the_recipe_does_not_accept_are_refused(
-    tmp_path: Path, text: str, named: str
+    tmp_path: Path, text: str, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=message):
         check_space(read_space(write(tmp_path, text)), TINY)
 
 
