@@ -12,45 +12,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from embeddings.memory_bank import BankRoute as BankRoute
     from embeddings.memory_bank import MemoryBank as MemoryBank
-    from embeddings.memory_bank import ReplicatedMemoryBank as ReplicatedMemoryBank
     from embeddings.memory_bank import build_memory_bank as build_memory_bank
-    from embeddings.memory_bank import is_replicated as is_replicated
     from embeddings.plan_text import format_plan as format_plan
-    from embeddings.pretrained_files import PretrainedFiles as PretrainedFiles
-    from embeddings.pretrained_rows import load_pretrained_rows as load_pretrained_rows
-    from embeddings.row_reset import RowReset as RowReset
-    from embeddings.sharding import machine_topology as machine_topology
+    from embeddings.pretrained import PretrainedFiles as PretrainedFiles
+    from embeddings.pretrained import load_pretrained_rows as load_pretrained_rows
+    from embeddings.sharding import fuse_table_optimizers as fuse_table_optimizers
     from embeddings.sharding import plan_sharding as plan_sharding
-    from embeddings.table_optimizers import fuse_table_optimizers as fuse_table_optimizers
     from embeddings.table_sharders import sharders as sharders
     from embeddings.tables import TableConfig as TableConfig
     from embeddings.tables import build_embedding_bag_collection as build_embedding_bag_collection
     from embeddings.tables import build_embedding_collection as build_embedding_collection
-    from embeddings.tables import check_tables as check_tables
     from embeddings.vocabulary.bounded import BoundedVocabulary as BoundedVocabulary
     from embeddings.vocabulary.fixed import ExactVocabulary as ExactVocabulary
     from embeddings.vocabulary.fixed import HashVocabulary as HashVocabulary
 
 _HOMES = {
-    "BankRoute": "embeddings.memory_bank",
     "MemoryBank": "embeddings.memory_bank",
-    "ReplicatedMemoryBank": "embeddings.memory_bank",
     "build_memory_bank": "embeddings.memory_bank",
-    "is_replicated": "embeddings.memory_bank",
     "format_plan": "embeddings.plan_text",
-    "PretrainedFiles": "embeddings.pretrained_files",
-    "load_pretrained_rows": "embeddings.pretrained_rows",
-    "RowReset": "embeddings.row_reset",
-    "machine_topology": "embeddings.sharding",
+    "PretrainedFiles": "embeddings.pretrained",
+    "load_pretrained_rows": "embeddings.pretrained",
     "plan_sharding": "embeddings.sharding",
-    "fuse_table_optimizers": "embeddings.table_optimizers",
+    "fuse_table_optimizers": "embeddings.sharding",
     "sharders": "embeddings.table_sharders",
     "TableConfig": "embeddings.tables",
     "build_embedding_bag_collection": "embeddings.tables",
     "build_embedding_collection": "embeddings.tables",
-    "check_tables": "embeddings.tables",
     "BoundedVocabulary": "embeddings.vocabulary.bounded",
     "ExactVocabulary": "embeddings.vocabulary.fixed",
     "HashVocabulary": "embeddings.vocabulary.fixed",

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 def format_plan(plan: ShardingPlan, tables: Sequence[TableConfig]) -> str:
     """Return the plan as a text table: one line per table, in the order of the configuration.
 
-    TorchRec's EmbeddingStats prints more, 300 columns wide, and needs the planner's own objects,
-    which only rank 0 has.
-
     Example::
 
         from embeddings import TableConfig, build_embedding_collection, format_plan

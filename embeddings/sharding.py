@@ -1,9 +1,15 @@
-"""Plan which rank holds each piece of each table.
+"""Plan which rank holds each piece of each table, and give each table its optimizer.
 
-TorchRec's planner gets the memory of this machine and the settings of each
-:class:`~embeddings.tables.TableConfig`. It runs on rank 0, which broadcasts the plan or the reason
-of its failure, so that a job that cannot fit ends on every rank instead of hanging.
+TorchRec's planner gets the memory of this machine and the settings of each `TableConfig`. It runs
+on
+rank 0, which broadcasts the plan or the reason of its failure, so that a job that cannot fit ends
+on
+every rank instead of hanging. With C copies of the tables on W ranks, lookups travel among the W /
+C
+ranks of a copy, and every few steps the copies are set to their mean (TorchRec's 2D parallelism).
 """
+
+from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +19,12 @@ from typing import Any, cast
 import psutil
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import nn
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.model_parallel import DataParallelWrapper, DMPCollection
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.stats import NoopEmbeddingStats
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import (
@@ -24,12 +34,80 @@ from torchrec.distributed.planner.types import (
     TopologyFactory,
     TrainerConfig,
 )
-from torchrec.distributed.types import ModuleSharder, ShardingPlan
+from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingPlan, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.optim import RowWiseAdagrad
 
-from embeddings.placement.constraints import check_kernels, constraints
 from embeddings.table_sharders import sharders
-from embeddings.tables import TableConfig, check_tables
+from embeddings.tables import Kernel, TableConfig, check_tables
+
+# The planner makes no column shards narrower than this: every shard looks up all ids.
+MIN_COLUMNS = 32
+
+KERNELS: dict[Kernel, EmbeddingComputeKernel] = {
+    "fused": EmbeddingComputeKernel.FUSED,
+    "uvm": EmbeddingComputeKernel.FUSED_UVM,
+    "uvm_caching": EmbeddingComputeKernel.FUSED_UVM_CACHING,
+}
+
+
+def constraints(table: TableConfig, world_size: int, prefetch: bool) -> ParameterConstraints:
+    """Return the constraints of one table, for the ranks that share one copy of it.
+
+    One rank holds whole tables: TorchRec's planner might split them by rows, for the same bytes,
+    and each step would sort all ids into its only bucket.
+    """
+    cache = None
+    sharding_types = None if table.sharding == "auto" else [table.sharding]
+    if sharding_types is None and world_size == 1:
+        sharding_types = [ShardingType.TABLE_WISE.value]
+    if table.kernel == "uvm_caching":
+        cache = CacheParams(load_factor=table.cache_load_factor, prefetch_pipeline=prefetch)
+    return ParameterConstraints(
+        sharding_types=sharding_types,
+        compute_kernels=[KERNELS[table.kernel].value],
+        cache_params=cache,
+        min_partition=_column_shard_width(
+            table.embedding_dim, world_size, MIN_COLUMNS if table.sharding == "auto" else 1
+        ),
+        # At least 1: with an estimated load of 0 the planner would put the table anywhere.
+        pooling_factors=[max(table.ids_per_row.get(name, 1.0), 1.0) for name in table.features],
+    )
+
+
+def _column_shard_width(dim: int, world_size: int, min_columns: int) -> int:
+    """Return the width of equal column shards, as many as possible up to one per rank."""
+    for shards in range(world_size, 1, -1):
+        width = dim // shards
+        if dim % shards == 0 and width % 4 == 0 and width >= min_columns:
+            return width
+    return dim
+
+
+def check_kernels(table: TableConfig, device: torch.device) -> None:
+    """Check that the device has the fused kernel of a table.
+
+    Raises:
+        ValueError: the table needs a GPU, and `device` is a CPU.
+    """
+    if device.type != "cpu":
+        return
+    if table.kernel != "fused":
+        raise ValueError(
+            f"table '{table.name}': kernel '{table.kernel}' needs CUDA, as a CPU has no memory "
+            "apart from the host's; set it to 'fused'"
+        )
+    if table.optimizer == "adam" and not table.frozen:
+        raise ValueError(
+            f"table '{table.name}': the fused kernel of optimizer 'adam' needs CUDA; choose "
+            "'rowwise_adagrad', 'adagrad' or 'sgd' on CPU"
+        )
+    if table.weight_decay > 0 and not table.frozen:
+        raise ValueError(
+            f"table '{table.name}': weight_decay {table.weight_decay} needs CUDA, the fused "
+            "kernels on CPU ignore it; set it to 0"
+        )
+
 
 # Share of the memory left to the dense model, activations and batches. TorchRec's heuristic
 # would instead count every dense parameter six times, a frozen encoder's included.
@@ -48,20 +126,6 @@ def machine_topology(
 
     Host memory is the memory free now (within a container's limit), divided by the ranks of this
     machine; device memory is that of the GPU. All machines are assumed to be like this one.
-
-    Args:
-        world_size: ranks in all.
-        local_world_size: ranks on this machine.
-        device: device of this rank; its type decides which memory holds the tables.
-        device_memory_bytes: GPU memory per rank, instead of the detected one.
-        host_memory_bytes: host memory per rank, instead of the detected one.
-
-    Example::
-
-        import torch
-        from embeddings import machine_topology
-
-        machine_topology(16, 8, torch.device("cpu"), host_memory_bytes=2**35).world_size  # 16
     """
     if host_memory_bytes is None:
         host_memory_bytes = free_host_memory() // local_world_size
@@ -104,15 +168,13 @@ def plan_sharding(
     """Plan on rank 0 how ``module``'s tables are sharded. A collective: all ranks get the plan.
 
     Args:
-        module: the whole model, with collections on meta, after
-            :func:`~embeddings.table_optimizers.fuse_table_optimizers`.
+        module: the whole model, with collections on meta, after `fuse_table_optimizers`.
         tables: the configuration of every table in ``module``.
         process_group: the ranks to shard over; the default group if there is one, else one rank.
         device: device type of the ranks.
         batch_size: rows per rank and step, for the planner's estimate of time and memory.
-        topology: default :func:`machine_topology`; without a process group, of any cluster.
-        module_sharders: sharders that DistributedModelParallel will use, whose communication types
-            the planner needs; default :func:`sharders` without arguments.
+        topology: default `machine_topology`; without a process group, of any cluster.
+        module_sharders: those that DistributedModelParallel will use; default `sharders()`.
         prefetch: whether the pipeline fetches rows into the caches of ``uvm_caching`` tables ahead.
         copies: copies of all tables; the plan is that of the ranks that share one.
 
@@ -123,6 +185,7 @@ def plan_sharding(
 
         from embeddings import TableConfig, build_embedding_collection
         from embeddings import fuse_table_optimizers, plan_sharding
+
         tables = [TableConfig("item", 100, 4, ["item"])]
         model = build_embedding_collection(tables)
         fuse_table_optimizers(model, tables)
@@ -159,21 +222,17 @@ def _made_on_first(
 
 
 def _topology(
-    given: Topology | None, world_size: int, copies: int, device: torch.device
+    topology: Topology | None, world_size: int, copies: int, device: torch.device
 ) -> Topology:
-    """Describe the ranks that share one copy of the tables; each node has some of each copy.
-
-    Raises:
-        ValueError: the given topology has another number of ranks than the job.
-    """
+    """Describe the ranks that share one copy of the tables; each node has some of each copy."""
     sharing = world_size // copies
-    if given is not None:
-        if dist.is_initialized() and given.world_size != sharing:
+    if topology is not None:
+        if dist.is_initialized() and topology.world_size != sharing:
             raise ValueError(
-                f"the topology has {given.world_size} ranks and the process group {sharing} per "
+                f"the topology has {topology.world_size} ranks and the process group {sharing} per "
                 "copy of the tables; make them equal"
             )
-        return given
+        return topology
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return machine_topology(
         sharing,
@@ -256,3 +315,88 @@ def _does_not_fit(error: PlannerError, tables: Sequence[TableConfig]) -> str:
         "'row_wise' or 'auto' for the large tables, or lower num_embeddings or embedding_dim. "
         f"The planner says: {error}"
     )
+
+
+def fuse_table_optimizers(module: nn.Module, tables: Sequence[TableConfig]) -> None:
+    """Give every table of the unsharded ``module`` its optimizer in backward; call before planning.
+
+    Raises:
+        ValueError: a table is in the model or in the configuration only.
+
+    Example::
+
+        from embeddings import TableConfig, build_embedding_collection, fuse_table_optimizers
+
+        tables = [TableConfig("item", 100, 4, ["item"], optimizer="adagrad")]
+        fuse_table_optimizers(build_embedding_collection(tables), tables)
+    """
+    configured = {table.name: table for table in tables}
+    for name, parameter in parameters_of(module, tables).items():
+        optimizer_class, arguments = _table_optimizer(configured[name])
+        apply_optimizer_in_backward(optimizer_class, [parameter], arguments)
+
+
+def _table_optimizer(table: TableConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    if table.frozen:
+        # requires_grad=False would not keep the fused kernel from updating it.
+        return torch.optim.SGD, {"lr": 0.0}
+    arguments: dict[str, Any] = {"lr": table.learning_rate}
+    if table.optimizer == "sgd":
+        return torch.optim.SGD, arguments
+    arguments["eps"] = table.eps
+    if table.optimizer == "adagrad":
+        return torch.optim.Adagrad, arguments
+    arguments["weight_decay"] = table.weight_decay
+    if table.optimizer == "adam":
+        return torch.optim.Adam, arguments
+    # Without a mode the fused kernel ignores the weight decay.
+    arguments["weight_decay_mode"] = WeightDecayMode.L2
+    return RowWiseAdagrad, arguments
+
+
+def distribute_copies(
+    model: nn.Module,
+    plan: ShardingPlan,
+    copies: int,
+    device: torch.device,
+    group: dist.ProcessGroup,
+    sharders: list[ModuleSharder[nn.Module]],
+    wrapper: DataParallelWrapper | None = None,
+) -> DMPCollection:
+    """Shard each copy of the tables as the plan says, and make dense parts data-parallel.
+
+    A collective. `plan` is that of one copy, from `plan_sharding(..., copies=copies)`; TorchRec
+    changes it in place to the numbers of the ranks of this copy. `wrapper` is that of the dense
+    parts.
+    """
+    world_size = dist.get_world_size(group)
+    return DMPCollection(
+        model,
+        device,
+        plan,
+        world_size=world_size,
+        sharding_group_size=world_size // copies,
+        global_pg=group,
+        sharders=sharders,
+        data_parallel_wrapper=wrapper,
+    )
+
+
+class CopiesMean:
+    """Sets the copies of all tables to their mean every few steps. Each call is a collective."""
+
+    def __init__(self, model: DMPCollection, every: int) -> None:
+        """Keep the model; see the class."""
+        self.model, self.every, self._since = model, every, 0
+
+    def step(self) -> None:
+        """Count a training step, after which a mean may be due. A collective."""
+        self._since += 1
+        if self._since >= self.every:
+            self.settle()
+
+    def settle(self) -> None:
+        """Take the mean unless no step was made since the last one. A collective."""
+        if self._since:
+            self.model.sync()
+            self._since = 0

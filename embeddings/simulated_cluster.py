@@ -41,13 +41,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of equal devices, one rank per device.
-
-    Example::
-
-        cluster = Cluster(nodes=8, ranks_per_node=8, device=DEVICES["h100"])
-        plan = plan_sharding(model, tables, device="cuda", topology=cluster.topology())
-    """
+    """Nodes of equal devices, one rank per device."""
 
     nodes: int
     ranks_per_node: int

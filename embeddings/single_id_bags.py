@@ -20,17 +20,11 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
-from embeddings.placement.current_state import table_kernels
+from embeddings.table_state import table_kernels
 
 
 class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
-    """A lookup without pooling, by the kernels for bags; its results stay [N, D].
-
-    Example::
-
-        SingleIdBags.take_over(lookup)  # a lookup with PoolingMode.NONE
-        vectors = lookup(indices, offsets)
-    """
+    """A lookup without pooling, by the kernels for bags; its results stay [N, D]."""
 
     @staticmethod
     def take_over(lookup: SplitTableBatchedEmbeddingBagsCodegen) -> None:
@@ -44,21 +38,21 @@ class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
         self,
         indices: Tensor,  # [N]
         offsets: Tensor,  # [T * B + 1]
-        **more: Any,
+        **options: Any,
     ) -> Tensor:  # [N, D]
         """Look up the vectors of the ids, in their order."""
-        assert not any(value is not None for value in more.values()), more.keys()
-        features_of_tables = [len(list(of)) for _, of in groupby(self.feature_table_map)]
+        assert not any(value is not None for value in options.values()), options.keys()
+        features_of_tables = [len(list(group)) for _, group in groupby(self.feature_table_map)]
         edges = [0, *accumulate(features_of_tables)]
         bounds = offsets[:: (len(offsets) - 1) // edges[-1]][edges].tolist()
         ids_of_tables = [indices[start:end] for start, end in pairwise(bounds)]
         # The features of a table take its ids in turn: its bags are in the order of the ids.
         ids = [
-            of_table[place::count]
-            for of_table, count in zip(ids_of_tables, features_of_tables)
+            table_ids[place::count]
+            for table_ids, count in zip(ids_of_tables, features_of_tables)
             for place in range(count)
         ]
-        counts = torch.tensor([len(of_feature) for of_feature in ids])
+        counts = torch.tensor([len(feature_ids) for feature_ids in ids])
         # The same number of bags for each feature; those after its last id are empty.
         most = max(int(counts.max()), 1)
         places = torch.minimum(torch.arange(most), counts.unsqueeze(1))
@@ -68,8 +62,8 @@ class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
         widths = [count * self.max_D for count in features_of_tables]
         bags_of_tables = bags.split(widths, dim=1) if len(widths) > 1 else [bags]
         vectors = [
-            _first_rows(of_table.reshape(-1, self.max_D), len(of_ids))
-            for of_table, of_ids in zip(bags_of_tables, ids_of_tables)
+            _first_rows(table_bags.reshape(-1, self.max_D), len(table_ids))
+            for table_bags, table_ids in zip(bags_of_tables, ids_of_tables)
         ]
         return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
 

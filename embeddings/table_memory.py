@@ -32,24 +32,12 @@ class TableShard:
 
 @dataclass(frozen=True)
 class TableMemory:
-    """The shards of a table in a plan.
-
-    Example::
-
-        memory = table_memory(table, plan)
-        memory.weight_bytes + memory.state_bytes  # over all ranks
-    """
+    """The shards of a table in a plan."""
 
     table: TableConfig
     sharding: str
     kernel: str
     shards: list[TableShard]
-
-    @property
-    def column_shards(self) -> int:
-        """Number of pieces of a row."""
-        widest = max(shard.columns for shard in self.shards)
-        return -(-self.table.embedding_dim // widest)
 
     @property
     def weight_bytes(self) -> int:
@@ -61,21 +49,16 @@ class TableMemory:
         """Bytes of the optimizer state, over all ranks."""
         return sum(state_bytes(self.table, s.rows, s.columns) for s in self.shards)
 
-    @property
-    def state_bytes_per_row(self) -> float:
-        """Bytes of optimizer state per row, over all pieces of the row."""
-        return self.state_bytes / self.table.num_embeddings
-
     def on_rank(self, rank: int) -> tuple[int, int]:
         """Return (bytes of weights, bytes of optimizer state) on a rank."""
-        here = [shard for shard in self.shards if shard.rank == rank]
-        weights = FLOAT * sum(shard.rows * shard.columns for shard in here)
-        return weights, sum(state_bytes(self.table, s.rows, s.columns) for s in here)
+        shards = [shard for shard in self.shards if shard.rank == rank]
+        weights = FLOAT * sum(shard.rows * shard.columns for shard in shards)
+        return weights, sum(state_bytes(self.table, s.rows, s.columns) for s in shards)
 
     def on_device_of(self, rank: int) -> int:
         """Return the bytes in the memory of a rank's device."""
-        here = [shard for shard in self.shards if shard.rank == rank]
-        return sum(device_bytes(self.table, shard.rows, shard.columns) for shard in here)
+        shards = [shard for shard in self.shards if shard.rank == rank]
+        return sum(device_bytes(self.table, shard.rows, shard.columns) for shard in shards)
 
     def on_host_of(self, rank: int) -> int:
         """Return the bytes in host memory beside a rank's GPU."""
@@ -133,11 +116,9 @@ def what_does_not_fit(
 ) -> list[str]:
     """List the tables that do not fit, the largest first, and changes that would make all fit.
 
-    Args:
-        tables: the tables of a model.
-        bytes_per_rank: memory of a rank; the planner reserves a share of it for everything else.
-        world_size: number of ranks, which share one copy of the tables.
-        host_bytes: host memory per rank that tables may take beside a GPU's; 0: none.
+    The planner reserves a share of `bytes_per_rank` for everything else. `world_size` ranks share
+    one
+    copy of the tables. `host_bytes` per rank may hold tables beside a GPU; 0: none.
     """
     room = int(bytes_per_rank * (1 - RESERVED_SHARE))
     total = sum(map(_on_devices, tables))
@@ -169,11 +150,11 @@ def _most_pieces(table: TableConfig, world_size: int) -> int:
 def _fixes(tables: Sequence[TableConfig], room: int, world_size: int, host_bytes: int) -> list[str]:
     """List changes, each of which alone makes all tables fit."""
     largest = max(tables, key=_on_devices)
-    name, others = largest.name, sum(map(_on_devices, tables)) - _on_devices(largest)
+    name, other_bytes = largest.name, sum(map(_on_devices, tables)) - _on_devices(largest)
     fixes = []
     if _fit(tables, room, world_size):
         return []
-    ranks = -(-(others + _on_devices(largest)) // room)
+    ranks = -(-(other_bytes + _on_devices(largest)) // room)
     if _fit(tables, room, ranks):
         fixes.append(f"{ranks:,} ranks")
     if largest.sharding in ("table_wise", "column_wise"):
@@ -183,13 +164,13 @@ def _fixes(tables: Sequence[TableConfig], room: int, world_size: int, host_bytes
     on_host = sum(table_bytes(t) for t in tables if t is largest or t.kernel != "fused")
     if largest.kernel == "fused" and on_host <= world_size * host_bytes:
         fixes += _if_fits(tables, replace(largest, kernel="uvm_caching"), room, world_size)
-    left = _most_pieces(largest, world_size) * room
-    left = min(left, world_size * room - others)
+    room_left = _most_pieces(largest, world_size) * room
+    room_left = min(room_left, world_size * room - other_bytes)
     for dim in range(largest.embedding_dim // 4 * 4, 0, -4):
-        if _on_devices(replace(largest, embedding_dim=dim)) <= left:
+        if _on_devices(replace(largest, embedding_dim=dim)) <= room_left:
             fixes.append(f"embedding_dim {dim} for table '{name}'")
             break
-    rows = left * largest.num_embeddings // _on_devices(largest)
+    rows = room_left * largest.num_embeddings // _on_devices(largest)
     if rows > 0:
         fixes.append(f"num_embeddings {rows:,} for table '{name}'")
     return fixes

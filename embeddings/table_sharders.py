@@ -1,14 +1,19 @@
-"""TorchRec's sharders with two changes, on which every table of this product relies.
+"""TorchRec's sharders with three changes, on which every table of this product relies.
 
-No table is ever data-parallel, and pooled tables may be row-wise on CPU. These sharders also set
-the weights of shards: to those of the unsharded module, or, if that is on meta, to their rectangle
-of the table's initial weights, so that a model starts equal under every plan and number of ranks.
+No table is ever data-parallel, and pooled tables may be row-wise on CPU. Shards get their
+rectangle of
+the table's initial weights (or those of an unsharded module), so that a model starts equal under
+every
+plan and number of ranks. Looked-up vectors and their gradients may travel in 16 bits (DLRM with
+quantised collectives, Yang et al. 2020), which rounds each value once.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import nn
@@ -19,13 +24,40 @@ from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionSharder,
     ShardedEmbeddingBagCollection,
 )
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
 from torchrec.distributed.shards_wrapper import LocalShardsWrapper
-from torchrec.distributed.types import ModuleSharder, ShardingType
+from torchrec.distributed.types import CommOp, ModuleSharder, QuantizedCommCodecs, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from embeddings.communication import CommunicationType, communication_codecs
 from embeddings.single_id_bags import look_up_as_bags
 from embeddings.tables import NormalInitializer
+
+CommunicationType = Literal["fp32", "fp16", "bf16"]
+
+
+def communication_codecs(
+    forward: CommunicationType, backward: CommunicationType
+) -> dict[str, QuantizedCommCodecs] | None:
+    """Build TorchRec's codecs for every collective of embeddings; None where both types are fp32.
+
+    A gradient is divided by the batch size and may be too small for fp16, below 6e-8: prefer
+    bf16 for ``backward``. TorchRec's ``get_qcomm_codecs_registry`` replaces bf16 by fp16 on CPU.
+
+    Raises:
+        ValueError: an unknown type.
+    """
+    allowed = get_args(CommunicationType)
+    for direction, name in (("forward", forward), ("backward", backward)):
+        if name not in allowed:
+            raise ValueError(
+                f"communication {direction} is '{name}', which is no type that vectors can travel "
+                f"in; choose one of {list(allowed)}"
+            )
+    if forward == backward == "fp32":
+        return None
+    types = QCommsConfig(CommType(forward), CommType(backward))
+    return {operation.name: get_qcomm_codecs(types) for operation in CommOp}
+
 
 ShardedCollection = TypeVar(
     "ShardedCollection", ShardedEmbeddingBagCollection, ShardedEmbeddingCollection
@@ -44,10 +76,10 @@ class BagSharder(EmbeddingBagCollectionSharder):
         return sorted(set(types) - {ShardingType.DATA_PARALLEL.value})
 
     def shard(
-        self, module: EmbeddingBagCollection, *arguments: Any, **named: Any
+        self, module: EmbeddingBagCollection, *arguments: Any, **options: Any
     ) -> ShardedEmbeddingBagCollection:
         """Shard ``module`` and give every shard its part of the table's initial weights."""
-        shard = partial(super().shard, module, *arguments, **named)
+        shard = partial(super().shard, module, *arguments, **options)
         return _shard_with_weights(module, module.embedding_bag_configs(), shard)
 
 
@@ -60,10 +92,10 @@ class SequenceSharder(EmbeddingCollectionSharder):
         return sorted(set(types) - {ShardingType.DATA_PARALLEL.value})
 
     def shard(
-        self, module: EmbeddingCollection, *arguments: Any, **named: Any
+        self, module: EmbeddingCollection, *arguments: Any, **options: Any
     ) -> ShardedEmbeddingCollection:
         """Shard ``module`` and give every shard its part of the table's initial weights."""
-        shard = partial(super().shard, module, *arguments, **named)
+        shard = partial(super().shard, module, *arguments, **options)
         sharded = _shard_with_weights(module, module.embedding_configs(), shard)
         look_up_as_bags(sharded)
         return sharded
@@ -75,9 +107,6 @@ def sharders(
     """Return the sharders for the planner and for DistributedModelParallel; give both the same.
 
     Looked-up vectors travel between ranks as `forward`, their gradients as `backward`.
-
-    Raises:
-        ValueError: an unknown type.
 
     Example::
 

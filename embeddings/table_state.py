@@ -1,33 +1,107 @@
 """Tables and the state of their optimizers as named tensors that fit every sharding plan.
 
-torch.distributed.checkpoint saves these from any number of ranks and loads them, in place, under
-another plan on another number of ranks. TorchRec's own tensors do not allow it for two reasons:
+torch.distributed.checkpoint saves them from any number of ranks and loads them, in place, under
+another plan on another number of ranks. TorchRec's own tensors do not allow it for these reasons:
 
 - A stored shard is read whole before a part of it is used, so a resume would need the memory of
   another shard. Shards are therefore split into blocks of rows.
-- Under column-wise sharding `rowwise_adagrad` keeps a moment of each row per column shard, in a
-  tensor whose size depends on the plan. Here each range of columns has an entry of its own. A plan
-  with other ranges gets their mean, weighted by the shared columns. From column shards to whole
-  rows this is exactly the moment of the unsharded table; in the other direction it is approximate.
+- Under column-wise sharding `rowwise_adagrad` keeps a moment of each row per column shard. Here
+each
+  range of columns has an entry of its own; a plan with other ranges gets their mean, weighted by
+  the
+  shared columns. To whole rows this is exactly the moment of the unsharded table.
+- Rows of a table of kernel `uvm_caching` may be newer in the device's cache than in host memory.
+- A model with several copies of its tables has DTensors, which know the shards of this rank alone.
 
 Shapes: R rows, D dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardMetadata
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
 from torch.distributed.remote_device import _remote_device
+from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.shards_wrapper import LocalShardsWrapper
+from torchrec.distributed.types import EmbeddingModuleShardingPlan
 
-from embeddings.placement.current_state import current_state, local_tensors, table_kernels
+
+def current_state(model: DistributedModelParallel) -> dict[str, Any]:
+    """Return the model's `state_dict`, tables as ShardedTensors that share memory with the model.
+
+    Rows in a cache are written back and leave it. So the tensors are current, and what is written
+    to them before the next step takes effect.
+    """
+    state = model.state_dict()  # TorchRec writes cached rows back
+    for kernel in table_kernels(model):
+        kernel.reset_cache_states()
+    copied = {name: value for name, value in state.items() if isinstance(value, DTensor)}
+    if copied:
+        shards = _shards_by_table(model)
+        for name, value in copied.items():
+            state[name] = _as_sharded_tensor(value, shards[name.split(".")[-2]], model)
+    return state
+
+
+def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    """Yield the modules of FBGEMM that hold the shards of this rank.
+
+    TorchRec keeps its lookups in a plain list, which `model.modules()` does not visit.
+    """
+    for collection in model.modules():
+        for lookup in getattr(collection, "_lookups", []):
+            for module in lookup.modules():
+                if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
+                    yield module
+
+
+def local_tensors(value: ShardedTensor | DTensor) -> list[Tensor]:
+    """Return the shards on this rank, in the order of their offsets in the plan."""
+    if isinstance(value, ShardedTensor):
+        return [shard.tensor for shard in value.local_shards()]
+    return cast(LocalShardsWrapper, value.to_local()).local_shards()
+
+
+def _shards_by_table(model: DistributedModelParallel) -> dict[str, list[Any]]:
+    """Return the metadata of all shards of each table, in the copy that this rank has a part of."""
+    shards: dict[str, list[Any]] = {}
+    for module_plan in model.plan.plan.values():
+        assert isinstance(module_plan, EmbeddingModuleShardingPlan)
+        for table, sharding in module_plan.items():
+            shards[table] = sharding.sharding_spec.shards  # type: ignore[union-attr]
+    return shards
+
+
+def _as_sharded_tensor(
+    value: DTensor, shards: list[Any], model: DistributedModelParallel
+) -> ShardedTensor:
+    """Return a table as its copy on some of the ranks, which are named by their number in the job.
+
+    All copies are equal once they were averaged, so that each rank may save its own as the table.
+    """
+    group = model._env.process_group
+    local_shards = [shard for shard in shards if shard.placement.rank() == dist.get_rank(group)]
+    tensors = local_tensors(value)
+    assert [list(tensor.shape) for tensor in tensors] == [
+        shard.shard_sizes for shard in local_shards
+    ]
+    return ShardedTensor._init_from_local_shards_and_global_metadata(
+        [Shard(tensor, shard) for tensor, shard in zip(tensors, local_shards, strict=True)],
+        ShardedTensorMetadata(shards, value.shape, TensorProperties(dtype=value.dtype)),
+        process_group=group,
+    )
+
 
 BLOCK_BYTES = 64 * 2**20
 MAX_BLOCKS = 64  # of a shard: checks inside torch are quadratic in their number
@@ -52,12 +126,8 @@ def sharded_in_blocks(
 ) -> ShardedTensor:
     """Build a ShardedTensor of `size` whose shards are blocks of rows of the given ones.
 
-    Args:
-        placed: the shards of all ranks, each with its tensor [rows, columns] or [rows] if it is on
-            this rank, else None.
-        size: size of the whole tensor.
-        dtype: dtype of the whole tensor.
-        group: the ranks.
+    `placed` are the shards of all ranks, each with its tensor [rows, columns] or [rows] if it is on
+    this rank, else None.
     """
     metadata: list[ShardMetadata] = []
     local: list[Shard] = []
@@ -82,12 +152,12 @@ def _placed(
     tensor: ShardedTensor, local: Iterable[Tensor] | None = None
 ) -> list[tuple[ShardMetadata, Tensor | None]]:
     """Return all shards, each with its tensor, or that of `local`, if it is on this rank."""
-    own = tensor.local_shards()
-    offsets = [tuple(shard.metadata.shard_offsets) for shard in own]
-    tensors = [shard.tensor for shard in own] if local is None else local
-    here = dict(zip(offsets, tensors, strict=True))
+    own_shards = tensor.local_shards()
+    offsets = [tuple(shard.metadata.shard_offsets) for shard in own_shards]
+    tensors = [shard.tensor for shard in own_shards] if local is None else local
+    local_by_offsets = dict(zip(offsets, tensors, strict=True))
     shards = tensor.metadata().shards_metadata
-    return [(shard, here.get(tuple(shard.shard_offsets))) for shard in shards]
+    return [(shard, local_by_offsets.get(tuple(shard.shard_offsets))) for shard in shards]
 
 
 def in_blocks(tensor: ShardedTensor, group: dist.ProcessGroup | None = None) -> ShardedTensor:
@@ -136,17 +206,7 @@ def table_weights(model: DistributedModelParallel) -> dict[str, ShardedTensor]:
 
 
 class TableOptimizerState:
-    """The state of the fused optimizers of all tables, by name. Building it is a collective.
-
-    Example::
-
-        moments = TableOptimizerState(model, group)
-        dcp.save(moments.state_dict(), checkpoint_id=folder)
-        ...
-        state = moments.state_dict(stored_names)
-        dcp.load(state, checkpoint_id=folder)
-        moments.finish_loading()
-    """
+    """The state of the fused optimizers of all tables, by name. Building it is a collective."""
 
     def __init__(self, model: DistributedModelParallel, group: dist.ProcessGroup) -> None:
         """Collect the moments of all ranks. A collective."""
@@ -161,9 +221,9 @@ class TableOptimizerState:
                 row_wise = len(value.metadata().size if is_sharded else value.size()) == 1
                 moment = _Moment(key, name.rsplit(".", 1)[-1], row_wise)
                 self.local[moment] = local_tensors(value)
-        of_ranks: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(of_ranks, list(self.local), group=group)
-        everywhere = {moment for moments in of_ranks for moment in moments}
+        rank_moments: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(rank_moments, list(self.local), group=group)
+        everywhere = {moment for moments in rank_moments for moment in moments}
         self.moments = sorted(everywhere, key=lambda moment: (moment.key, moment.name))
         self._unfinished: list[Callable[[], None]] = []
 
@@ -206,10 +266,10 @@ class TableOptimizerState:
         """Return one entry [R] per range of columns."""
         prefix = f"{moment.key}.{moment.name}.columns_"
         shards = self.weights[moment.key].metadata().shards_metadata
-        own = sorted({_columns(shard) for shard in shards})
-        there = own
+        plan_columns = sorted({_columns(shard) for shard in shards})
+        stored_columns = plan_columns
         if stored is not None:
-            there = sorted(
+            stored_columns = sorted(
                 (int(first), int(last))
                 for first, last in (
                     name.removeprefix(prefix).split("_")
@@ -217,13 +277,13 @@ class TableOptimizerState:
                     if name.startswith(prefix)
                 )
             )
-        if there == own:
+        if stored_columns == plan_columns:
             local = self._local_by_offsets(moment)
             return {
                 f"{prefix}{first}_{last}": self._rows_of(moment, (first, last), local)
-                for first, last in own
+                for first, last in plan_columns
             }
-        return self._row_wise_from(moment, prefix, own, there)
+        return self._row_wise_from(moment, prefix, plan_columns, stored_columns)
 
     def _rows_of(
         self, moment: _Moment, columns: tuple[int, int], local: dict[tuple[int, ...], Tensor]
@@ -241,20 +301,21 @@ class TableOptimizerState:
         return sharded_in_blocks(placed, weight.size[:1], torch.float32, self.group)
 
     def _row_wise_from(
-        self, moment: _Moment, prefix: str, own: list[tuple[int, int]], there: list[tuple[int, int]]
+        self,
+        moment: _Moment,
+        prefix: str,
+        plan_columns: list[tuple[int, int]],
+        stored_columns: list[tuple[int, int]],
     ) -> State:
-        """Return empty tensors [R] for stored column ranges; `finish_loading` combines them.
-
-        Each rank reads them for its own rows, which are all rows under column-wise sharding.
-        """
+        """Return empty tensors [R] for stored column ranges; `finish_loading` combines them."""
         local = self._local_by_offsets(moment)
         state: State = {}
         rooms: dict[tuple[int, int], dict[tuple[int, ...], Tensor]] = {}
-        for columns in there:
+        for columns in stored_columns:
             name = f"{prefix}{columns[0]}_{columns[1]}"
-            if len(own) == 1:
+            if len(plan_columns) == 1:
                 rooms[columns] = {at: torch.zeros_like(tensor) for at, tensor in local.items()}
-                state[name] = self._rows_of(moment, own[0], rooms[columns])
+                state[name] = self._rows_of(moment, plan_columns[0], rooms[columns])
             elif local:
                 room = torch.zeros(self.weights[moment.key].metadata().size[0])
                 rooms[columns] = dict.fromkeys(local, room)

@@ -31,13 +31,12 @@ CACHE_LOAD_FACTOR = 0.2  # TorchRec's
 class TableConfig:
     """One embedding table.
 
-    ``rowwise_adagrad`` keeps one moment per row. Under ``column_wise`` sharding each column
-    shard keeps its own moment of each row, so its updates differ slightly from those of an
-    unsharded table; every other optimizer gives the same updates under every sharding.
+    Under ``column_wise`` sharding each column shard of a ``rowwise_adagrad`` table keeps its own
+    moment of each row, so its updates differ slightly from those of an unsharded table; every other
+    optimizer gives the same updates under every sharding.
 
     Weight decay acts on the rows in the batch: an L2 term in the gradient (``rowwise_adagrad``)
-    or decoupled (``adam``). The fused kernels of ``adagrad`` and ``sgd``, and all of them on CPU,
-    would silently ignore it, so it is an error there.
+    or decoupled (``adam``). Fused kernels without it would silently ignore it: an error.
 
     Raises:
         ValueError: a field is out of range, or two fields contradict each other.
@@ -46,13 +45,7 @@ class TableConfig:
 
         from embeddings import TableConfig, build_embedding_collection
 
-        item = TableConfig(
-            name="item",
-            num_embeddings=1000,
-            embedding_dim=16,
-            features=["item_id", "history"],
-            learning_rate=0.02,
-        )
+        item = TableConfig("item", 1000, 16, ["item_id", "history"], learning_rate=0.02)
         collection = build_embedding_collection([item], device="cpu")
     """
 
@@ -203,12 +196,6 @@ def check_tables(tables: Sequence[TableConfig]) -> None:
     Raises:
         ValueError: two tables have the same name, a feature is on two tables, or the tables without
             pooling differ in dimension.
-
-    Example::
-
-        from embeddings import TableConfig, check_tables
-
-        check_tables([TableConfig("item", 100, 4, ["item"]), TableConfig("user", 9, 4, ["user"])])
     """
     table_of_feature: dict[str, str] = {}
     names: set[str] = set()

@@ -28,8 +28,8 @@ from embeddings import (
     plan_sharding,
     sharders,
 )
-from embeddings.placement.copies import CopiesMean, distribute_copies
-from embeddings.row_reset import RowReset
+from embeddings.sharding import CopiesMean, distribute_copies
+from embeddings.table_rows import RowReset
 from recsys.config import (
     Config,
     EmbeddingSettings,

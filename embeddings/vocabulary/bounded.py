@@ -3,12 +3,15 @@
 A table of fixed size serves an endless stream of ids: an id gets a row when it was seen often
 enough, and when all rows are taken, the new id takes the least used row. The rows are split
 into sets of about a hundred; a hash assigns each id to one set, in which it competes for rows
-(:mod:`embeddings.vocabulary.row_sets`). Each rank serves some of the sets, so the map is the same
+(`embeddings.vocabulary.row_sets`). Each rank serves some of the sets, so the map is the same
 on every rank and for every number of ranks.
 
-Shapes: N ids, U distinct ids, S sets, R rows per set.
+Shapes: N ids or rows, U distinct ids, S sets, R rows per set.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,8 +60,7 @@ class BoundedVocabulary:
 
     A pipeline maps batches ahead of their step, so an id could lose its row to an id of a later
     batch before its own batch has run. Rows used in the last ``protect_steps`` steps are therefore
-    never reassigned, and the weights of a row in :meth:`take_evicted_rows` may be reset at once:
-    every batch that used the row for its old id has run.
+    never reassigned, and the weights of a row in `take_evicted_rows` may be reset at once.
 
     With a process group every method except the properties is a collective: all ranks call it
     together, each with its own ids, or with none.
@@ -123,15 +125,11 @@ class BoundedVocabulary:
         return (mix64(ids) % np.uint64(self.num_sets)).astype(np.int64)
 
     def rows_of(self, ids: Tensor, step: int, training: bool) -> Tensor:
-        """Return the row of each id. A collective.
+        """Return the row of each id, int64 [N], on its device. A collective.
 
-        Args:
-            ids: int64 [N], raw; ``NULL_ID`` is never admitted.
-            step: the training step that uses the rows, the same on all ranks.
-            training: whether to count, admit and evict ids; else the map does not change.
-
-        Returns:
-            int64 [N], on the device of ``ids``.
+        `ids` are raw, int64 [N]; ``NULL_ID`` is never admitted. `step` is the training step that
+        uses the
+        rows, the same on all ranks. Without `training` the map does not change.
         """
         distinct, inverse, counts = np.unique(
             ids.cpu().numpy(), return_inverse=True, return_counts=True
@@ -161,10 +159,10 @@ class BoundedVocabulary:
             self._counts[2:] += [admitted.sum(), evicted.sum()]
         else:
             rows, evicted = self._sets.find(sets, ids), np.zeros(len(ids), bool)
-        of_table = (sets + self._first_set) * self.rows_per_set + rows
+        table_rows = (sets + self._first_set) * self.rows_per_set + rows
         if training:
-            self.admitted = ids[admitted], of_table[admitted]
-        return np.where(rows < 0, self.unknown_row, of_table), of_table[evicted]
+            self.admitted = ids[admitted], table_rows[admitted]
+        return np.where(rows < 0, self.unknown_row, table_rows), table_rows[evicted]
 
     def _ask(
         self, ids: np.ndarray, counts: np.ndarray, step: int, training: bool
@@ -174,15 +172,15 @@ class BoundedVocabulary:
         order = np.argsort(owner, kind="stable")
         sizes = np.bincount(owner, minlength=self._world_size).tolist()
         pairs = torch.from_numpy(np.stack([ids, counts], axis=1)[order])
-        asked, asked_sizes = self._exchange(pairs, sizes)
+        requests, asked_sizes = self._exchange(pairs, sizes)
         # The same id may come from several ranks.
-        distinct, inverse = np.unique(asked[:, 0].numpy(), return_inverse=True)
+        distinct, inverse = np.unique(requests[:, 0].numpy(), return_inverse=True)
         totals = np.zeros(len(distinct), np.int64)
-        np.add.at(totals, inverse, asked[:, 1].numpy())
-        found, evicted = self._serve(distinct, totals, step, training)
+        np.add.at(totals, inverse, requests[:, 1].numpy())
+        distinct_rows, evicted = self._serve(distinct, totals, step, training)
         answers = torch.empty(len(ids), dtype=torch.int64)
         dist.all_to_all_single(
-            answers, torch.from_numpy(found[inverse]), sizes, asked_sizes, group=self._group
+            answers, torch.from_numpy(distinct_rows[inverse]), sizes, asked_sizes, group=self._group
         )
         rows = np.empty(len(ids), np.int64)
         rows[order] = answers.numpy()
@@ -196,11 +194,7 @@ class BoundedVocabulary:
         values: Tensor,  # [sum(sizes), ...]
         sizes: list[int],
     ) -> tuple[Tensor, list[int]]:
-        """Send each rank the next ``sizes[rank]`` values. A collective.
-
-        Returns:
-            The values that the ranks sent to this rank, and their number by rank.
-        """
+        """Send each rank the next ``sizes[rank]`` values."""
         received = torch.empty(self._world_size, dtype=torch.int64)
         dist.all_to_all_single(received, torch.tensor(sizes), group=self._group)
         received_sizes = received.tolist()
@@ -227,11 +221,7 @@ class BoundedVocabulary:
         return VocabularyCounts(*totals.tolist())
 
     def state_dict(self) -> dict[str, Tensor | ShardedTensor]:
-        """Return the map, the use of its rows and the waiting ids: [S, R] each, with shared memory.
-
-        torch.distributed.checkpoint saves them from any number of ranks and loads them, in
-        place, on any other; the map then continues unchanged.
-        """
+        """Return the map, the use of its rows and the waiting ids: [S, R] each, shared."""
         sets = self._sets
         arrays = {"ids": sets.ids, "last_used": sets.last_used, "scores": sets.scores}
         if sets.admit_after > 1:
@@ -249,3 +239,46 @@ class BoundedVocabulary:
         return init_from_local_shards(
             pieces, self.num_sets, self.rows_per_set, process_group=self._group
         )
+
+
+@dataclass(frozen=True)
+class UsedRows:
+    """A range of rows of the old table, with the entries of `BoundedVocabulary.state_dict`."""
+
+    first: int
+    ids: np.ndarray  # int64 [N]
+    last_used: np.ndarray  # int64 [N], -1 where a row is free
+    scores: np.ndarray  # float64 [N]
+
+
+def rows_in_resized(
+    ranges: Iterable[UsedRows], num_embeddings: int, half_life: float, start: int, stop: int
+) -> np.ndarray:
+    """Return the old row of each row `[start, stop)` of the new table, -1 where none: int64.
+
+    `used` are the rows of the old table, in ranges; `half_life` is that of the new vocabulary.
+    """
+    num_sets, rows_per_set = rows_of_sets(num_embeddings)
+    first, last = start // rows_per_set, min(-(-stop // rows_per_set), num_sets)
+    places, sets, worth = [], [], []
+    for rows in ranges:
+        id_sets = (mix64(rows.ids) % np.uint64(num_sets)).astype(np.int64)
+        inside = np.flatnonzero((rows.last_used >= 0) & (id_sets >= first) & (id_sets < last))
+        with np.errstate(divide="ignore"):  # a use long ago may have faded to 0
+            faded = np.log2(rows.scores[inside]) + rows.last_used[inside] / half_life
+        places.append(rows.first + inside)
+        sets.append(id_sets[inside])
+        worth.append(np.stack([faded, rows.last_used[inside]]))
+    place, id_sets = np.concatenate(places), np.concatenate(sets)
+    faded, recent = np.concatenate(worth, axis=1)
+    order = np.lexsort((place, -recent, -faded, id_sets))
+    place, id_sets = place[order], id_sets[order]
+    turn = np.arange(len(id_sets)) - np.searchsorted(id_sets, id_sets)
+    old_rows = np.full(max(last - first, 0) * rows_per_set, -1)
+    fits = turn < rows_per_set
+    old_rows[(id_sets[fits] - first) * rows_per_set + turn[fits]] = place[fits]
+    result = np.full(stop - start, -1)
+    begin = first * rows_per_set
+    end = min(stop, begin + len(old_rows))
+    result[: max(end - start, 0)] = old_rows[start - begin : end - begin]
+    return result

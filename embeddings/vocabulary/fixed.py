@@ -25,14 +25,7 @@ NULL_ID = GOLDEN - 2**64
 
 
 def mix64(keys: np.ndarray) -> np.ndarray:
-    """Scatter 64-bit integers by a bijection, the finaliser of splitmix64.
-
-    Args:
-        keys: int64 or uint64 [N].
-
-    Returns:
-        uint64 [N], the same on every machine and in every version.
-    """
+    """Scatter 64-bit integers [N] by a bijection, the finaliser of splitmix64: uint64 [N]."""
     mixed = keys.astype(np.uint64) + np.uint64(GOLDEN)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -99,14 +92,9 @@ class ExactVocabulary:
     """A map from raw ids to rows, built from data, stored as Parquet, and only ever extended.
 
     Rows count up from 0 in the order in which ids were added; later ids never move earlier
-    ones, so a table trained with the map fits every extension of it. Unknown ids map to
-    ``unknown_row``, the last row of the table.
-
-    Args:
-        num_embeddings: rows of the table; it holds ``num_embeddings - 1`` ids.
-
-    Raises:
-        ValueError: fewer than two rows.
+    ones, so a table trained with the map fits every extension of it. It holds ``num_embeddings -
+    1``
+    ids; unknown ids map to ``unknown_row``, the last row of the table.
 
     Example::
 
@@ -137,10 +125,7 @@ class ExactVocabulary:
         return len(self.ids)
 
     def extend(self, chunks: Iterable[pa.Array | pa.ChunkedArray]) -> int:
-        """Add the new ids after the known ones and return their number.
-
-        Args:
-            chunks: raw ids, repeated or not, read one chunk at a time.
+        """Add the new ids of chunks of raw ids after the known ones and return their number.
 
         Raises:
             ValueError: the ids do not fit the table, or are not all integers or all strings. The
@@ -180,9 +165,11 @@ class ExactVocabulary:
     def check_type(self, kind: pa.DataType) -> None:
         """Raise a ValueError if ids of this Arrow type cannot be in the map."""
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        own = "strings" if _is_string(self.ids.type) else "integers"
+        kind_name = "strings" if _is_string(self.ids.type) else "integers"
         if len(self) and _is_string(kind) != _is_string(self.ids.type):
-            raise ValueError(f"the map holds {own}, these ids are {kind}; write them with one type")
+            raise ValueError(
+                f"the map holds {kind_name}, these ids are {kind}; write them with one type"
+            )
 
     def find(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """Return the rows of raw ids: int64 [N], -1 for unknown ids.
@@ -198,18 +185,14 @@ class ExactVocabulary:
         distinct, inverse = np.unique(keys, return_inverse=True)  # five times as fast
         place = np.searchsorted(self._ordered_keys, distinct)[inverse]
         place[place == len(self)] = 0
-        known = self._ordered_keys[place] == keys
+        is_known = self._ordered_keys[place] == keys
         rows = self._row_in_order[place]
         if not pa.types.is_integer(ids.type):  # an unknown string may have a known fingerprint
-            known &= pc.equal(self.ids.take(pa.array(rows)), ids).to_numpy(False)
-        return np.where(known, rows, -1)
+            is_known &= pc.equal(self.ids.take(pa.array(rows)), ids).to_numpy(False)
+        return np.where(is_known, rows, -1)
 
     def rows_of(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """Return the rows of raw ids: int64 [N], ``unknown_row`` for unknown ids.
-
-        Raises:
-            ValueError: an id is null or not of the map's type.
-        """
+        """Return the rows of raw ids: int64 [N], ``unknown_row`` for unknown ids."""
         rows = self.find(ids)
         return np.where(rows < 0, self.unknown_row, rows)
 
@@ -240,10 +223,10 @@ class ExactVocabulary:
             raise ValueError(f"{path}: its rows are not 0, 1, 2 ... each once; write it anew")
         vocabulary = ExactVocabulary(num_embeddings)
         try:
-            known = vocabulary.extend([table["id"]])
+            num_ids = vocabulary.extend([table["id"]])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        if known != table.num_rows:
+        if num_ids != table.num_rows:
             raise ValueError(f"{path}: an id has several rows; write it anew")
         return vocabulary
 
@@ -253,14 +236,6 @@ class HashVocabulary:
 
     With K functions into n rows two ids share all their rows with probability about ``n ** -K``;
     the sum of an id's K rows then still distinguishes it from nearly all others.
-
-    Args:
-        num_embeddings: rows of the table, n.
-        num_hashes: hash functions, K.
-        seed: another seed gives other functions.
-
-    Raises:
-        ValueError: a size is out of range.
 
     Example::
 
@@ -280,11 +255,7 @@ class HashVocabulary:
         self._offsets = mix64(mix64(np.array([seed])) + np.arange(num_hashes, dtype=np.uint64))
 
     def rows_of(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """Return the rows of raw ids: int64 [N, K].
-
-        Raises:
-            ValueError: an id is null or neither integer nor string.
-        """
+        """Return the rows of raw ids: int64 [N, K]."""
         keys = integer_ids(ids).astype(np.uint64)
         hashes = mix64(keys[:, None] ^ self._offsets[None, :])
         return (hashes % np.uint64(self.num_embeddings)).astype(np.int64)

@@ -17,14 +17,9 @@ BLOCK = 4096  # ids compared with their sets at once: a few megabytes
 class RowSets:
     """The ids in some sets of rows, with their counts of uses and the step of the last use.
 
-    Rows of a set are filled in order and never emptied, so its free rows come last.
-
-    Args:
-        num_sets: S.
-        rows_per_set: R.
-        admit_after: occurrences after which an id gets a row.
-        half_life: steps in which the count of uses that decides on eviction halves.
-        protect_steps: rows used in the last ``protect_steps`` steps are not evicted.
+    Rows of a set are filled in order and never emptied, so its free rows come last. The arguments
+    are
+    those of `BoundedVocabulary`.
     """
 
     def __init__(
@@ -54,62 +49,54 @@ class RowSets:
             part = slice(start, start + BLOCK)
             rows[part] = (self.ids[sets[part]] == ids[part, None]).argmax(axis=1)
         # argmax gives 0 if nothing is equal, and a free row holds id 0: both mean no row.
-        known = (self.ids[sets, rows] == ids) & (self.last_used[sets, rows] >= 0)
-        return np.where(known, rows, -1)
+        has_row = (self.ids[sets, rows] == ids) & (self.last_used[sets, rows] >= 0)
+        return np.where(has_row, rows, -1)
 
     def use(
         self, sets: np.ndarray, ids: np.ndarray, counts: np.ndarray, step: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Count a step's uses of ids and assign rows to the ids that are due for one.
 
-        Args:
-            sets: int64 [N], the set of each id.
-            ids: int64 [N].
-            counts: int64 [N], uses of each id, at least 1.
-            step: not smaller than in any earlier call.
+        `sets`, `ids` and `counts` are int64 [N]: the set of each id, the ids, each once, and their
+        uses, at
+        least 1. `step` never falls.
 
         Returns:
-            rows: row of each id in its set, -1 without one, int64 [N].
-            admitted: whether an id got its row in this call, bool [N].
-            evicted: whether its row was taken from another id, bool [N].
+            [N] each: row of each id in its set, -1 without one; whether it got its row in this
+            call;
+            whether the row was taken from another id.
         """
         rows = self.find(sets, ids)
-        known = rows >= 0
-        at = sets[known], rows[known]
-        self.scores[at] = self._faded(self.scores[at], self.last_used[at], step) + counts[known]
+        has_row = rows >= 0
+        at = sets[has_row], rows[has_row]
+        self.scores[at] = self._faded(self.scores[at], self.last_used[at], step) + counts[has_row]
         self.last_used[at] = step
         admitted, evicted = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
-        new = np.flatnonzero(~known)
-        seen = self._seen(sets[new], ids[new], counts[new])
-        ripe = seen >= self.admit_after
-        places, given = self._give_rows(sets[new[ripe]], seen[ripe], step)
-        new, seen = new[ripe][places], seen[ripe][places]
-        at = sets[new], given
-        rows[new], admitted[new], evicted[new] = given, True, self.last_used[at] >= 0
-        self.ids[at], self.scores[at], self.last_used[at] = ids[new], seen, step
+        new = np.flatnonzero(~has_row)
+        occurrences = self._seen(sets[new], ids[new], counts[new])
+        ripe = occurrences >= self.admit_after
+        places, new_rows = self._give_rows(sets[new[ripe]], occurrences[ripe], step)
+        new, occurrences = new[ripe][places], occurrences[ripe][places]
+        at = sets[new], new_rows
+        rows[new], admitted[new], evicted[new] = new_rows, True, self.last_used[at] >= 0
+        self.ids[at], self.scores[at], self.last_used[at] = ids[new], occurrences, step
         self._stop_waiting(sets[new], ids[new])
         return rows, admitted, evicted
 
     def _give_rows(
-        self, sets: np.ndarray, seen: np.ndarray, step: int
+        self, sets: np.ndarray, occurrences: np.ndarray, step: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Assign rows to ids of sets [N]; those most often `seen` [N] first if rows are scarce.
-
-        Returns the positions of the ids that get a row, and these rows; int64, at most [N].
-        """
-        order = np.lexsort((-seen, sets))
-        asked, first, numbers = np.unique(sets[order], return_index=True, return_counts=True)
+        """Assign rows to ids of sets [N]; those most often `seen` [N] first if rows are scarce."""
+        order = np.lexsort((-occurrences, sets))
+        set_numbers, first, numbers = np.unique(sets[order], return_index=True, return_counts=True)
         turn = np.arange(len(order)) - np.repeat(first, numbers)  # 0, 1, 2 ... within each set
-        rows, num_rows = self._by_use(asked, step)
+        rows, num_rows = self._by_use(set_numbers, step)
         has_row = turn < np.repeat(num_rows, numbers)
-        line = np.repeat(np.arange(len(asked)), numbers)
+        line = np.repeat(np.arange(len(set_numbers)), numbers)
         return order[has_row], rows[line[has_row], turn[has_row]]
 
     def _by_use(self, sets: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows [N, R] of sets [N] in order of assignment, and how many are available.
-
-        Free rows come first, then the less used; among equals, the less recently used.
-        """
+        """Return the rows [N, R] of sets [N] in order of assignment, and how many are available."""
         last = self.last_used[sets]
         worth = self._faded(self.scores[sets], last, step)
         is_protected = (last >= 0) & (last >= step - self.protect_steps)
@@ -137,14 +124,16 @@ class RowSets:
         if self.admit_after == 1:
             return counts
         slots = self._slots(sets, ids)
-        seen = counts + np.where(self.waiting_ids[slots] == ids, self.waiting_counts[slots], 0)
+        occurrences = counts + np.where(
+            self.waiting_ids[slots] == ids, self.waiting_counts[slots], 0
+        )
         self.waiting_ids[slots] = ids
-        self.waiting_counts[slots] = seen
-        return seen
+        self.waiting_counts[slots] = occurrences
+        return occurrences
 
     def _stop_waiting(self, sets: np.ndarray, ids: np.ndarray) -> None:  # [N], [N]
         if self.admit_after == 1:
             return
         sets, slots = self._slots(sets, ids)
-        own = self.waiting_ids[sets, slots] == ids
-        self.waiting_counts[sets[own], slots[own]] = 0
+        is_waiting = self.waiting_ids[sets, slots] == ids
+        self.waiting_counts[sets[is_waiting], slots[is_waiting]] = 0

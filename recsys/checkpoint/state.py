@@ -18,8 +18,13 @@ import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from embeddings.placement.current_state import current_state
-from embeddings.table_state import State, TableOptimizerState, copied_to_host, in_blocks
+from embeddings.table_state import (
+    State,
+    TableOptimizerState,
+    copied_to_host,
+    current_state,
+    in_blocks,
+)
 from recsys.build import Job
 from recsys.config import content_settings
 from recsys.content.encoders.base import Encoder

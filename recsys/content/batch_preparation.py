@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings import MemoryBank
-from embeddings.memory_bank.routes import Routes
+from embeddings.memory_bank import Routes
 from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.config import ContentSettings
 from recsys.content.item_selection import assign_to_owners, sample_items

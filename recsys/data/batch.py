@@ -21,7 +21,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from embeddings import BankRoute
+from embeddings.memory_bank import BankRoute
 from recsys.data.items.kind import ContentInput as ContentInput
 from recsys.data.jagged_history import JaggedHistory
 

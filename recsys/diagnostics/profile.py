@@ -170,9 +170,9 @@ def _mark_forward(module: nn.Module, part: str, marks: ExitStack) -> None:
 def _mark_method(module: nn.Module, name: str, part: str, marks: ExitStack) -> None:
     method = getattr(module, name)
 
-    def marked(*arguments: Any, **named: Any) -> Any:
+    def marked(*arguments: Any, **options: Any) -> Any:
         with record_function(f"## {part} ##"):
-            return method(*arguments, **named)
+            return method(*arguments, **options)
 
     setattr(module, name, marked)
     marks.callback(delattr, module, name)

@@ -22,7 +22,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
-from embeddings.placement.copies import CopiesMean
+from embeddings.sharding import CopiesMean
 from recsys.distributed.torchrec_internals import IdsPipeline, no_gradient_reduction
 from recsys.optimizer import AveragedWeights, gradient_norm
 

@@ -1,7 +1,7 @@
 """Optimizer of the dense parameters: groups, schedules, clipping and averaged weights.
 
 ID tables are not included: fused kernels update them in the backward pass
-(`embeddings.table_optimizers`). `build_dense_optimizer` builds the optimizer of all other
+(`embeddings.sharding`). `build_dense_optimizer` builds the optimizer of all other
 parameters, `build_schedule` its learning rates, `AveragedWeights` their moving average.
 """
 

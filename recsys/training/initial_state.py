@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from embeddings import PretrainedFiles, load_pretrained_rows
-from embeddings.pretrained_files import RowsOfIds
+from embeddings.pretrained import RowsOfIds
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint.progress import Progress

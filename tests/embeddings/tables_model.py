@@ -151,13 +151,13 @@ def train_in_plain_pytorch(
 
 def _plain_vectors(tables: dict[str, Tensor], step: int) -> Tensor:
     mode = {"user": "sum", "tags": "mean", "item": "sum", "history": "sum"}
-    table_of = {"user": "user", "tags": "tags", "item": "item", "history": "item"}
+    tables_by_feature = {"user": "user", "tags": "tags", "item": "item", "history": "item"}
     pieces = []
     for feature in FEATURES:
         lists = BATCHES[step][feature]
         offsets = torch.tensor([0, *[len(ids) for ids in lists]]).cumsum(0)[:-1]
         ids = torch.tensor([item for row in lists for item in row])
-        weight = tables[table_of[feature]]
+        weight = tables[tables_by_feature[feature]]
         pieces.append(functional.embedding_bag(ids, weight, offsets, mode=mode[feature]))
     return torch.cat(pieces, dim=1)
 

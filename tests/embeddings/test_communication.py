@@ -12,7 +12,6 @@ from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings import fuse_table_optimizers, plan_sharding, sharders
-from embeddings.table_sharders import BagSharder
 from tests.embeddings.tables_model import (
     BATCH,
     FEATURES,
@@ -153,21 +152,3 @@ def test_an_unknown_type_is_refused_with_those_there_are() -> None:
         sharders("int8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="backward is 'fp8'"):
         sharders("fp16", "fp8")  # type: ignore[arg-type]
-
-
-def test_the_planner_weighs_the_sharders_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    tables = table_configs()
-    model = TablesModel(tables)
-    fuse_table_optimizers(model, tables)
-    asked: list[Any] = []
-    before = BagSharder.sharding_types
-
-    def sharding_types(sharder: BagSharder, device: str) -> list[str]:
-        asked.append(sharder.qcomm_codecs_registry)
-        return before(sharder, device)
-
-    monkeypatch.setattr(BagSharder, "sharding_types", sharding_types)
-    cuts = sharders("bf16", "fp16")
-    plan_sharding(model, tables, module_sharders=cuts)
-    assert asked and all(codecs is cuts[0].qcomm_codecs_registry for codecs in asked)
-    assert sharders()[0].qcomm_codecs_registry is None

@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
@@ -14,7 +13,7 @@ from recsys.optimizer import (
     dense_parameters,
     describe_optimizers,
 )
-from tests.embeddings.tables_model import LABELS, TablesModel, jagged, table_configs
+from tests.embeddings.tables_model import TablesModel, table_configs
 from tests.ranks import run_on_ranks
 
 
@@ -48,8 +47,10 @@ def test_the_dense_optimizer_holds_neither_tables_nor_frozen_parameters() -> Non
     model = fused_model(table_configs())
     combined, adamw = build_dense_optimizer(model, GROUPS)
     assert set(combined.params) == DENSE_NAMES
-    held = {id(parameter) for group in adamw.param_groups for parameter in group["params"]}
-    assert held == {id(value) for name, value in model.named_parameters() if name in DENSE_NAMES}
+    parameter_ids = {id(parameter) for group in adamw.param_groups for parameter in group["params"]}
+    assert parameter_ids == {
+        id(value) for name, value in model.named_parameters() if name in DENSE_NAMES
+    }
 
 
 def test_groups_carry_their_settings_and_only_matrices_decay() -> None:
@@ -88,28 +89,6 @@ def test_a_model_with_nothing_dense_to_train_is_refused() -> None:
         build_dense_optimizer(model, GROUPS)
 
 
-def test_a_table_in_the_model_only_is_refused() -> None:
-    tables = table_configs()
-    with pytest.raises(ValueError, match=r"table 'item'.* model"):
-        fuse_table_optimizers(TablesModel(tables), tables[:2])
-
-
-def test_each_table_trains_with_its_own_optimizer_without_sharding_too() -> None:
-    tables = table_configs(optimizer="sgd", learning_rate=0.5)
-    tables[2].learning_rate = 0.0
-    model = fused_model(tables)
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    logits, _ = model(jagged(0, slice(0, 4)))
-    ((logits - LABELS[0]) ** 2).mean().backward()
-    after = dict(model.named_parameters())
-    assert not torch.equal(
-        after["bags.embedding_bags.user.weight"], before["bags.embedding_bags.user.weight"]
-    )
-    assert torch.equal(
-        after["sequences.embeddings.item.weight"], before["sequences.embeddings.item.weight"]
-    )
-
-
 def rows_of(description: str) -> dict[str, list[str]]:
     """Cells by the first column; two spaces part the columns."""
     lines = description.splitlines()[2:]
@@ -134,14 +113,6 @@ def test_the_description_lists_every_parameter_once() -> None:
     parameters = list(model.parameters())
     assert len(parameters) == 13
     assert sum(parameter.numel() for parameter in parameters) == 289
-
-
-def test_the_description_shows_the_full_rate_during_warm_up() -> None:
-    tables = table_configs()
-    model = fused_model(tables)
-    _, adamw = build_dense_optimizer(model, [DenseGroup("all dense", [""], learning_rate=0.2)])
-    torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: 0.01)
-    assert rows_of(describe_optimizers(model, tables, adamw))["all dense"][3] == "0.2"
 
 
 def describe_sharded(rank: int, world_size: int) -> dict[str, Any]:

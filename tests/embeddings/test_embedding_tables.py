@@ -72,11 +72,6 @@ def test_each_collection_holds_its_kind_of_table_on_meta() -> None:
     assert all(parameter.is_meta for parameter in [*bags.parameters(), *sequences.parameters()])
 
 
-def test_a_collection_without_tables_is_none() -> None:
-    assert build_embedding_bag_collection([table("item")]) is None
-    assert build_embedding_collection([table("user", pooling="sum")]) is None
-
-
 def initial_weights(config: TableConfig, seed: int) -> torch.Tensor:
     torch.manual_seed(seed)
     weights = torch.empty(config.num_embeddings, config.embedding_dim)
@@ -89,12 +84,6 @@ def test_initial_weights_follow_the_seed_and_the_table() -> None:
     assert torch.equal(weights, initial_weights(table("item"), seed=1))
     assert not torch.equal(weights, initial_weights(table("item"), seed=2))
     assert not torch.equal(weights, initial_weights(table("user"), seed=1))
-
-
-def test_initial_weights_have_the_configured_deviation() -> None:
-    weights = initial_weights(table(num_embeddings=5000, init_std=0.3), seed=0)
-    assert weights.std().item() == pytest.approx(0.3, rel=0.02)
-    assert weights.mean().item() == pytest.approx(0.0, abs=0.01)
 
 
 def test_a_shard_starts_with_its_rectangle_of_the_whole_table(

@@ -14,7 +14,6 @@ from recsys.optimizer import (
     DenseGroup,
     build_dense_optimizer,
     dense_parameters,
-    describe_optimizers,
 )
 from tests.embeddings.tables_model import (
     BATCH,
@@ -135,21 +134,3 @@ def test_each_table_moves_at_its_own_rate(runs: list[Any], case: Any) -> None:
         expected = start[name] - (rate or 0.0) * gradients[name]
         torch.testing.assert_close(table, expected, rtol=0, atol=1e-6)
         assert gradients[name].abs().max() > 1e-2
-
-
-@by_case
-def test_no_table_enters_the_dense_optimizer(runs: list[Any], case: Any) -> None:
-    for run in runs:
-        assert run[case].dense == {"dense.weight", "dense.bias"}
-        assert "data_parallel" not in run[case].kinds
-    assert set.union(*(set(run[case].states) for run in runs)) == {"user", "tags", "item"}
-
-
-def test_the_description_shows_what_is_frozen() -> None:
-    tables = configured("auto", RATES[0])
-    model = TablesModel(tables, device="cpu")
-    fuse_table_optimizers(model, tables)
-    _, adamw = build_dense_optimizer(model, [DenseGroup("all", [""])])
-    lines = describe_optimizers(model, tables, adamw).splitlines()
-    row = next(line.split() for line in lines if line.startswith("table tags"))
-    assert row == ["table", "tags", "1", "24", "none", "(frozen)", "-", "-"]

@@ -14,9 +14,8 @@ from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embeddings import fuse_table_optimizers, plan_sharding, pretrained_files, sharders
-from embeddings.pretrained_files import PretrainedFiles
-from embeddings.pretrained_rows import LoadedRows, load_pretrained_rows
+from embeddings import fuse_table_optimizers, plan_sharding, pretrained, sharders
+from embeddings.pretrained import LoadedRows, PretrainedFiles, load_pretrained_rows
 from embeddings.vocabulary.fixed import ExactVocabulary
 from tests.embeddings.tables_model import (
     DIM,
@@ -39,10 +38,10 @@ def vectors(ids: list[int]) -> np.ndarray:
     return np.array(ids)[:, None] * 100.0 + np.arange(DIM)
 
 
-def write(path: Path, ids: Any, values: Any, row_group_size: int = 2, **more: Any) -> str:
+def write(path: Path, ids: Any, values: Any, row_group_size: int = 2, **other_columns: Any) -> str:
     """One file; ``values`` as nested lists or as an Arrow array."""
     values = values.tolist() if isinstance(values, np.ndarray) else values
-    columns = {"id": ids, "vector": values, **more}
+    columns = {"id": ids, "vector": values, **other_columns}
     pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
     return str(path)
 
@@ -72,9 +71,9 @@ def weights_of(model: TablesModel, table: str) -> Tensor:
     return {**model.bags.embedding_bags, **model.sequences.embeddings}[table].weight.detach()
 
 
-def load(path: str | list[str], rows_of_ids: Any = None, **more: Any) -> LoadedRows:
+def load(path: str | list[str], rows_of_ids: Any = None, **options: Any) -> LoadedRows:
     paths = [path] if isinstance(path, str) else path
-    files = PretrainedFiles(paths, **more)
+    files = PretrainedFiles(paths, **options)
     return load_pretrained_rows(model_with_tables(), "user", files, rows_of_ids)
 
 
@@ -174,8 +173,8 @@ def test_raw_ids_are_mapped_and_unknown_ones_left_out(tmp_path: Path) -> None:
     path = write(tmp_path / "vectors.parquet", names, vectors(rows))
     model, files = model_with_tables(), PretrainedFiles([path])
     assert load_pretrained_rows(model, "user", files, vocabulary.find) == LoadedRows(5, 1)
-    weights, known = initial_tables()["user"], [7, 0, 3, 8, 5]
-    weights[known] = torch.tensor(vectors(known), dtype=torch.float32)
+    weights, mapped = initial_tables()["user"], [7, 0, 3, 8, 5]
+    weights[mapped] = torch.tensor(vectors(mapped), dtype=torch.float32)
     assert torch.equal(weights_of(model, "user"), weights)
     with pytest.raises(ValueError, match="6 ids"):
         load(path, ExactVocabulary(10).find)
@@ -222,9 +221,9 @@ def test_row_groups_of_other_tables_are_not_read(
     read: list[int] = []
     iter_batches = pq.ParquetFile.iter_batches
 
-    def recorded(file: pq.ParquetFile, size: int, row_groups: list[int], **more: Any) -> Any:
+    def recorded(file: pq.ParquetFile, size: int, row_groups: list[int], **options: Any) -> Any:
         read.extend(row_groups)
-        return iter_batches(file, size, row_groups, **more)
+        return iter_batches(file, size, row_groups, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", recorded)
     assert load(path) == LoadedRows(2, 0)
@@ -276,7 +275,7 @@ def test_what_cannot_be_used_is_refused_with_its_place(
     values: Any,
     message: str,
 ) -> None:
-    monkeypatch.setattr(pretrained_files, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(pretrained, "BLOCK_BYTES", block_bytes)
     path = write(tmp_path / "vectors.parquet", ids, values)
     with pytest.raises(ValueError, match=f"vectors.parquet: .*{message}"):
         load(path)

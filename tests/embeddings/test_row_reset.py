@@ -11,10 +11,9 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-import embeddings.row_reset as row_reset_module
+import embeddings.table_rows as row_reset_module
 from embeddings import fuse_table_optimizers, plan_sharding, sharders
-from embeddings.row_reset import RowReset
-from embeddings.table_shards import TableShard
+from embeddings.table_rows import RowReset, TableShard
 from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.optimizer import DenseGroup, build_dense_optimizer
 from tests.embeddings.tables_model import SEED, TablesModel, initial_tables, jagged, table_configs
@@ -61,7 +60,7 @@ def state_of(model: DistributedModelParallel) -> dict[str, list[tuple[str, list[
 
 
 def train_and_reset(rank: int, world_size: int) -> dict[tuple[str, str], Any]:
-    found = {}
+    states = {}
     for plan in PLANS:
         sharding: Any = plan[0]
         optimizer: Any = plan[1]
@@ -75,8 +74,8 @@ def train_and_reset(rank: int, world_size: int) -> dict[tuple[str, str], Any]:
         reset = RowReset(model, table_configs(sharding, optimizer), seed=SEED)
         for table, rows in RESET.items():
             reset(table, torch.tensor(rows))
-        found[plan] = before, state_of(model)
-    return found
+        states[plan] = before, state_of(model)
+    return states
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +88,7 @@ def test_reset_rows_have_their_initial_weights_and_others_stay(
     resets: list[dict[tuple[str, str], Any]], plan: tuple[str, str]
 ) -> None:
     initial = initial_tables()
-    seen = set()
+    reset_places = set()
     for rank in resets:
         before, after = (state["weights"] for state in rank[plan])
         for (key, (row, column), old), (_, _, new) in zip(before, after, strict=True):
@@ -101,11 +100,13 @@ def test_reset_rows_have_their_initial_weights_and_others_stay(
             start = initial[table][row : row + len(old), columns]
             assert not any(torch.equal(old[place], start[place]) for place in places)
             assert torch.equal(new[places], start[places])
-            others = [place for place in range(len(old)) if place not in places]
-            assert torch.equal(new[others], old[others])
-            seen |= {(table, row + place, column) for place in places}
+            other_places = [place for place in range(len(old)) if place not in places]
+            assert torch.equal(new[other_places], old[other_places])
+            reset_places |= {(table, row + place, column) for place in places}
     starts = (0, 4) if plan[0] == "column_wise" else (0,)
-    assert seen == {(table, row, c) for table in RESET for row in RESET[table] for c in starts}
+    assert reset_places == {
+        (table, row, c) for table in RESET for row in RESET[table] for c in starts
+    }
 
 
 @pytest.mark.parametrize("plan", PLANS, ids="-".join)

@@ -68,8 +68,8 @@ def test_vectors_weights_and_moments_equal_those_without_pooling(optimizer: EmbO
     SingleIdBags.take_over(bags)
     expected, results = train(unpooled, steps=2), train(bags, steps=2)
     assert len(expected) == len(results)
-    for result, wanted in zip(results, expected):
-        torch.testing.assert_close(result, wanted, atol=1e-6, rtol=1e-6)
+    for result, reference in zip(results, expected):
+        torch.testing.assert_close(result, reference, atol=1e-6, rtol=1e-6)
     before = lookup(optimizer).split_embedding_weights()[0]
     assert not torch.allclose(bags.split_embedding_weights()[0], before, atol=1e-3)
 
@@ -83,14 +83,6 @@ def test_features_of_one_table_keep_the_order_of_the_ids_and_their_gradients(cou
         assert torch.equal(module(ids, offsets), module.split_embedding_weights()[0][ids])
         (module(ids, offsets) * torch.arange(1.0, count + 1).unsqueeze(1)).sum().backward()
     torch.testing.assert_close(*(m.split_embedding_weights()[0] for m in (bags, unpooled)))
-
-
-def test_vectors_are_the_table_s_rows_in_the_order_of_the_ids() -> None:
-    bags = lookup(EmbOptimType.EXACT_SGD)
-    SingleIdBags.take_over(bags)
-    first, second = bags.split_embedding_weights()
-    output = bags(torch.tensor([3, 3, 0, 6, 2]), torch.tensor([0, 1, 1, 1, 4, 4, 4, 4, 5, 5]))
-    assert torch.equal(output, torch.stack([first[3], first[3], first[0], first[6], second[2]]))
 
 
 def test_a_lookup_shows_what_it_is_and_keeps_the_names_of_its_state() -> None:

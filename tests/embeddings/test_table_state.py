@@ -99,11 +99,11 @@ def test_the_same_column_shards_get_their_own_moments_back(folder: Path) -> None
 
 def test_other_column_shards_get_the_mean_of_what_they_share(folder: Path) -> None:
     """Columns [0, 8) were at 0 and [8, 16) at 800; on 4 ranks a shard has 4 columns."""
-    found: dict[tuple[int, int], Tensor] = {}
+    actual: dict[tuple[int, int], Tensor] = {}
     for rank in run_on_ranks(load, 4, folder, "column_wise"):
-        found |= rank
+        actual |= rank
     for column, expected in ((0, 0.0), (4, 0.0), (8, 800.0), (12, 800.0)):
-        torch.testing.assert_close(found[0, column], torch.arange(ROWS) + expected)
+        torch.testing.assert_close(actual[0, column], torch.arange(ROWS) + expected)
 
 
 def steps_of_kernels(rank: int, world_size: int) -> list[int]:
@@ -123,8 +123,8 @@ def blocks(rank: int, world_size: int) -> list[tuple[list[int], list[int]]]:
     cut = in_blocks(weight)
     for shard in cut.local_shards():
         first = shard.metadata.shard_offsets[0] - weight.local_shards()[0].metadata.shard_offsets[0]
-        own = weight.local_shards()[0].tensor[first:]
-        assert shard.tensor.data_ptr() == own.data_ptr()
+        columns = weight.local_shards()[0].tensor[first:]
+        assert shard.tensor.data_ptr() == columns.data_ptr()
     return [(part.shard_offsets, part.shard_sizes) for part in cut.metadata().shards_metadata]
 
 

@@ -23,7 +23,7 @@ from tests.recsys.plug_in.plug_in_runs import build_dlrm, user_batches
 
 PROJECT = Path(__file__).parents[2]
 PACKAGES = (
-    *("embeddings", "embeddings.memory_bank", "recsys", "recsys.content.encoders.build"),
+    *("embeddings", "recsys", "recsys.content.encoders.build"),
     *("recsys.optimizer", "recsys.plug_in", "recsys.serving", "recsys.serving.retrieval"),
 )
 PUBLIC_PARTS = {

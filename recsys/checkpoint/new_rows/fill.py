@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embeddings.new_rows.ridge import RidgeMap, fit_ridge
-from embeddings.new_rows.table_rows import BLOCK_ROWS, TableRows
+from embeddings.ridge import RidgeMap, fit_ridge
+from embeddings.table_rows import BLOCK_ROWS, TableRows
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint.new_rows.trained_counts import trained_counts

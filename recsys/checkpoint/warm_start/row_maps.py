@@ -14,8 +14,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from embeddings.vocabulary.bounded import UsedRows, rows_in_resized
 from embeddings.vocabulary.fixed import ExactVocabulary
-from embeddings.vocabulary.resized import UsedRows, rows_in_resized
 from recsys.build import Job
 from recsys.checkpoint.warm_start.differences import Differences
 from recsys.checkpoint.warm_start.source import Source

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from embeddings import format_plan, is_replicated
+from embeddings import format_plan
+from embeddings.memory_bank import is_replicated
 from embeddings.sharding import free_host_memory
 from embeddings.simulated_cluster import DEVICES, Cluster, Device
 from embeddings.table_memory import FLOAT

@@ -99,15 +99,15 @@ def _table_part(memory: TableMemory) -> ModelPart:
 
 def _dense_parts(em3: EM3, world_size: int, optimizer: OptimizerSettings) -> Iterator[ModelPart]:
     trained = dense_parameters(em3)
-    kept = count_state(optimizer, {name: part.shape for name, part in trained.items()})
-    of_tables = {id(parameter) for _, parameter in table_parameters(em3)}
+    state_sizes = count_state(optimizer, {name: part.shape for name, part in trained.items()})
+    table_ids = {id(parameter) for _, parameter in table_parameters(em3)}
     sizes: Counter[tuple[str, bool]] = Counter()
     state: Counter[tuple[str, bool]] = Counter()
     for name, parameter in em3.named_parameters():
-        if id(parameter) not in of_tables:
+        if id(parameter) not in table_ids:
             key = part_of(name), name in trained
             sizes[key] += parameter.numel()
-            state[key] += kept.get(name, 0)
+            state[key] += state_sizes.get(name, 0)
     copies = 1 if world_size == 1 else 2
     for (name, is_trained), size in sizes.items():
         yield ModelPart(

@@ -109,14 +109,14 @@ def _verdict(description: Description) -> str:
     if description.problems:
         return "\n".join(["does not fit", *(f"  {line}" for line in description.problems)])
     memory = description.memory
-    left, others = memory.limit - memory.total, memory.dense + memory.bank
+    free_bytes, other_bytes = memory.limit - memory.total, memory.dense + memory.bank
     reserve = memory.limit * RESERVED_SHARE
-    if left >= 0 and others <= reserve:
-        return f"fits: {in_bytes(left)} per rank are left"
-    if left >= 0:
+    if free_bytes >= 0 and other_bytes <= reserve:
+        return f"fits: {in_bytes(free_bytes)} per rank are left"
+    if free_bytes >= 0:
         return (
-            f"fits, {in_bytes(left)} per rank are left; but dense parts and bank take "
-            f"{in_bytes(others)}, and the planner counts on {in_bytes(reserve)} for them"
+            f"fits, {in_bytes(free_bytes)} per rank are left; but dense parts and bank take "
+            f"{in_bytes(other_bytes)}, and the planner counts on {in_bytes(reserve)} for them"
         )
     # The largest part is reported.
     size, name, fix = max(

@@ -160,13 +160,17 @@ def summary(metrics: dict[str, Any], has_probabilities: bool) -> Section:
     for label, report in test.get("labels", {"items": test}).items():
         names = _names(report, has_probabilities)
         rows = [
-            (part, *(marked_cell(of, name, "–") for name in names), f"{of['num_samples']:,}")
-            for part, of in _parts(report).items()
+            (
+                part,
+                *(marked_cell(values, name, "–") for name in names),
+                f"{values['num_samples']:,}",
+            )
+            for part, values in _parts(report).items()
         ]
         tables.append(Table((label, *names.values(), "rows"), rows))
     undefined = {} if has_probabilities else dict.fromkeys(PROBABILITY_METRICS)
-    known = {part: of | undefined for part, of in _parts(test).items()}
-    words = findings(known) if "auc" in test else _compared_with_mean("RMSE", test["nrmse"])
+    defined = {part: values | undefined for part, values in _parts(test).items()}
+    words = findings(defined) if "auc" in test else _compared_with_mean("RMSE", test["nrmse"])
     return Section("Test metrics", words, tables=tables)
 
 
@@ -190,23 +194,23 @@ def _parts(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {part: report if part == "all" else report[part] for part in PARTS}
 
 
-def findings(of_part: dict[str, dict[str, Any]]) -> list[str]:
+def findings(metrics_by_part: dict[str, dict[str, Any]]) -> list[str]:
     """Return findings from the test metrics of all, warm, cold and unseen items as sentences."""
-    every, warm, unseen = of_part["all"], of_part["warm"], of_part["unseen"]
-    found = _compared_with_mean("Log loss", every["ne"])
+    every, warm, unseen = metrics_by_part["all"], metrics_by_part["warm"], metrics_by_part["unseen"]
+    sentences = _compared_with_mean("Log loss", every["ne"])
     if warm["gauc"] is not None and unseen["gauc"] is not None:
-        found.append(
+        sentences.append(
             f"Within a user, items never seen in training are ranked with a GAUC of "
             f"{unseen['gauc']:.4f}, items seen often with {warm['gauc']:.4f}: a difference of "
             f"{warm['gauc'] - unseen['gauc']:+.4f}. Chance is 0.5."
         )
     if every["calibration"] is not None and abs(every["calibration"] - 1) > 0.1:
         way = "high" if every["calibration"] > 1 else "low"
-        found.append(
+        sentences.append(
             f"Predicted probabilities are too {way}: their mean is {every['calibration']:.2f} "
             "times the share of positives."
         )
-    return found
+    return sentences
 
 
 def _settings(run: Path, metrics: dict[str, Any]) -> Section:

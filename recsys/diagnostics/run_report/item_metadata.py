@@ -53,22 +53,22 @@ def column_values(table: ItemTable, name: str, items: np.ndarray) -> list[Any]:
     Raises:
         ValueError: a file lacks the column or cannot be read.
     """
-    row_of = dict(zip(table.ids.tolist(), table.rows.tolist()))
-    rows = [row_of.get(item, -1) for item in items.tolist()]
-    wanted = np.array(sorted(set(rows) - {-1}), np.int64)
-    found: dict[int, Any] = {}
+    rows_by_item = dict(zip(table.ids.tolist(), table.rows.tolist()))
+    rows = [rows_by_item.get(item, -1) for item in items.tolist()]
+    sorted_rows = np.array(sorted(set(rows) - {-1}), np.int64)
+    values_by_row: dict[int, Any] = {}
     first = 0
     for file in table.files:
         with open_parquet(file, streaming=True) as parquet:
             column_type(parquet, file, name)
             for group in range(parquet.num_row_groups):
                 stop = first + parquet.metadata.row_group(group).num_rows
-                inside = wanted[(wanted >= first) & (wanted < stop)]
+                inside = sorted_rows[(sorted_rows >= first) & (sorted_rows < stop)]
                 if len(inside):
                     values = _values_in(parquet, file, group, name, inside - first)
-                    found.update(zip(inside.tolist(), values))
+                    values_by_row.update(zip(inside.tolist(), values))
                 first = stop
-    return [found.get(row) for row in rows]
+    return [values_by_row.get(row) for row in rows]
 
 
 def _values_in(
@@ -106,12 +106,16 @@ def column_types(files: Sequence[Location]) -> dict[str, pa.DataType]:
     kinds: dict[str, pa.DataType] | None = None
     for file in files:
         with open_parquet(file) as parquet:
-            found = {field.name: field.type for field in parquet.schema_arrow}
-        kinds = found if kinds is None else {name: kinds[name] for name in kinds if name in found}
+            file_types = {field.name: field.type for field in parquet.schema_arrow}
+        kinds = (
+            file_types
+            if kinds is None
+            else {name: kinds[name] for name in kinds if name in file_types}
+        )
     return kinds or {}
 
 
-def category_column(files: Sequence[Location], chosen: str | None) -> str | None:
+def category_column(files: Sequence[Location], column: str | None) -> str | None:
     """Return the column to colour items by: the chosen one, or the first of the usual ones.
 
     `files` are those of the items, if the dataset has any.
@@ -120,22 +124,22 @@ def category_column(files: Sequence[Location], chosen: str | None) -> str | None
         ValueError: the chosen column is missing, or is neither of texts nor of integers.
     """
     if not files:
-        if chosen is None:
+        if column is None:
             return None
         raise ValueError(
-            f"--colour_by {chosen}: the dataset has no items with columns; leave the option out"
+            f"--colour_by {column}: the dataset has no items with columns; leave the option out"
         )
     kinds = column_types(files)
-    if chosen is None:
+    if column is None:
         return next((name for name in CATEGORY_COLUMNS if _is_category(kinds.get(name))), None)
-    if not _is_category(kinds.get(chosen)):
+    if not _is_category(kinds.get(column)):
         usable = [name for name, kind in kinds.items() if _is_category(kind)]
-        cause = f"is of type {kinds[chosen]}" if chosen in kinds else "is missing"
+        cause = f"is of type {kinds[column]}" if column in kinds else "is missing"
         raise ValueError(
-            f"{files[0]}: column '{chosen}' {cause}; name by --colour_by one of texts or integers: "
+            f"{files[0]}: column '{column}' {cause}; name by --colour_by one of texts or integers: "
             f"{usable}"
         )
-    return chosen
+    return column
 
 
 def _is_category(kind: pa.DataType | None) -> bool:
@@ -179,12 +183,12 @@ def item_names(table: ItemTable | None, items: np.ndarray) -> list[str]:  # int6
     called: list[str] = [""] * len(items)
     for source in sources:
         values = column_values(table, source, items)
-        called = [known or _beginning(value) for known, value in zip(called, values)]
+        called = [name or _beginning(value) for name, value in zip(called, values)]
     ids = column_values(table, table.items.id, items)
     rows = items.tolist()
     return [
-        known or f"{table.items.id} {row if identity is None else identity}"
-        for known, identity, row in zip(called, ids, rows)
+        name or f"{table.items.id} {row if identity is None else identity}"
+        for name, identity, row in zip(called, ids, rows)
     ]
 
 

@@ -73,11 +73,13 @@ def metrics_by_count(
 
     `edges` are the least counts of the ranges, ascending; the last range has no end.
     """
-    found = {}
-    for of_counts in count_ranges(edges):
-        inside = of_counts.holds(counts)
-        found[of_counts.name] = rows.metrics(inside) | {"positives": int(rows.label[inside].sum())}
-    return found
+    metrics = {}
+    for count_range in count_ranges(edges):
+        inside = count_range.holds(counts)
+        metrics[count_range.name] = rows.metrics(inside) | {
+            "positives": int(rows.label[inside].sum())
+        }
+    return metrics
 
 
 def auc_error(auc: float, positives: int, negatives: int) -> float:
@@ -102,8 +104,12 @@ def item_popularity(scores: SplitScores, split: str) -> Section:
     table = Table(
         ("training impressions", *names.values(), "rows"),
         [
-            (name, *(marked_cell(of, metric, "–") for metric in names), f"{of['num_samples']:,}")
-            for name, of in buckets.items()
+            (
+                name,
+                *(marked_cell(values, metric, "–") for metric in names),
+                f"{values['num_samples']:,}",
+            )
+            for name, values in buckets.items()
         ],
     )
     if loss != "bce":
@@ -112,7 +118,7 @@ def item_popularity(scores: SplitScores, split: str) -> Section:
     curve = metrics_by_count(rows, scores.counts, edges)
     words = [UNTRAINED]
     drawings = []
-    if any(of["auc"] is not None for of in curve.values()):
+    if any(values["auc"] is not None for values in curve.values()):
         drawings = [_bars(scores, buckets, split), _curve(curve, split)]
     else:
         words.append("No figure: the items of each range have rows of one label only.")
@@ -128,17 +134,17 @@ def metric_interval(scores: SplitScores, metric: str) -> tuple[float, float] | N
         Both ends; None where too few users define the metric (`paired_difference`).
     """
     chance = replace(scores, logits=np.zeros_like(scores.logits))
-    found = paired_difference([[chance]], [[scores]], metric, "all")
-    if found is None:
+    difference = paired_difference([[chance]], [[scores]], metric, "all")
+    if difference is None:
         return None
-    return max(0.0, 0.5 + found.low), min(1.0, 0.5 + found.high)
+    return max(0.0, 0.5 + difference.low), min(1.0, 0.5 + difference.high)
 
 
 def _errors(scores: SplitScores, metric: str, heights: Sequence[float]) -> np.ndarray:
     """Return how far intervals reach below and above the bars [2, buckets]; NaN: no interval."""
     errors = np.full((2, len(heights)), np.nan)
-    for bucket, of_counts in enumerate(count_ranges(BUCKETS)):
-        inside = scores.take(of_counts.holds(scores.counts))
+    for bucket, count_range in enumerate(count_ranges(BUCKETS)):
+        inside = scores.take(count_range.holds(scores.counts))
         if np.isnan(heights[bucket]) or len(np.unique(inside.groups)) > MOST_USERS:
             continue
         if (interval := metric_interval(inside, metric)) is not None:
@@ -151,7 +157,9 @@ def _bars(scores: SplitScores, buckets: dict[str, dict[str, Any]], split: str) -
     figure, (axes,) = new_figure(1)
     places = np.arange(len(buckets))
     for shift, name, colour in ((-0.2, "auc", BLUE), (0.2, "gauc", ORANGE)):
-        heights = [of[name] if of[name] is not None else np.nan for of in buckets.values()]
+        heights = [
+            values[name] if values[name] is not None else np.nan for values in buckets.values()
+        ]
         errors = _errors(scores, name, heights)
         axes.bar(places + shift, heights, 0.38, color=colour, label=name.upper())
         axes.errorbar(places + shift, heights, errors, fmt="none", ecolor="black", capsize=4)
@@ -160,7 +168,7 @@ def _bars(scores: SplitScores, buckets: dict[str, dict[str, Any]], split: str) -
                 inside = "white" if height > 0.1 else "black"
                 axes.text(place, 0.03, f"{height:.3f}", ha="center", color=inside)
     axes.axhline(0.5, color="black", linewidth=1)
-    names = [f"{name}\n{of['num_samples']:,} rows" for name, of in buckets.items()]
+    names = [f"{name}\n{values['num_samples']:,} rows" for name, values in buckets.items()]
     axes.set_xticks(places, names)
     axes.set(xlabel="training impressions of the item", ylim=(0, 1))
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
@@ -175,12 +183,15 @@ def _bars(scores: SplitScores, buckets: dict[str, dict[str, Any]], split: str) -
 
 def _curve(curve: dict[str, dict[str, Any]], split: str) -> Drawing:
     figure, (axes,) = new_figure(1)
-    known = [(place, of) for place, of in enumerate(curve.values()) if of["auc"] is not None]
-    errors = [
-        1.96 * auc_error(of["auc"], of["positives"], of["num_samples"] - of["positives"])
-        for _, of in known
+    points = [
+        (place, values) for place, values in enumerate(curve.values()) if values["auc"] is not None
     ]
-    places, aucs = [place for place, _ in known], [of["auc"] for _, of in known]
+    errors = [
+        1.96
+        * auc_error(values["auc"], values["positives"], values["num_samples"] - values["positives"])
+        for _, values in points
+    ]
+    places, aucs = [place for place, _ in points], [values["auc"] for _, values in points]
     axes.errorbar(places, aucs, errors, color=BLUE, marker="o", capsize=4)
     axes.axhline(0.5, color="black", linewidth=1)
     axes.set_xticks(range(len(curve)), list(curve))

@@ -50,13 +50,16 @@ def selection_curve(curves: dict[str, Curve], best_model_by: BestModelBy) -> Cur
 
     That of an error is negative (`selection_score`). Empty if the run has not written it.
     """
-    of_steps: dict[int, dict[str, float]] = {}
+    metrics_by_step: dict[int, dict[str, float]] = {}
     for name in METRICS[best_model_by]:
         for step, value in zip(*curves.get(f"valid/{tracked_name(name)}", ([], []))):
-            of_steps.setdefault(step, {})[name] = value
-    scores = {step: selection_score(of_step, best_model_by) for step, of_step in of_steps.items()}
-    known = {step: score for step, score in sorted(scores.items()) if score is not None}
-    return list(known), list(known.values())
+            metrics_by_step.setdefault(step, {})[name] = value
+    scores = {
+        step: selection_score(step_metrics, best_model_by)
+        for step, step_metrics in metrics_by_step.items()
+    }
+    defined = {step: score for step, score in sorted(scores.items()) if score is not None}
+    return list(defined), list(defined.values())
 
 
 def learning_curves(run: Path, best_model_by: BestModelBy, best_step: int | None = None) -> Section:
@@ -71,19 +74,19 @@ def learning_curves(run: Path, best_model_by: BestModelBy, best_step: int | None
         ("training loss", "train/", LOSS_COLOURS),
         ("validation", "valid/", METRIC_COLOURS),
     ):
-        if known := {name: curves[tag + name] for name in colours if tag + name in curves}:
-            plots[title] = known
+        if drawn_curves := {name: curves[tag + name] for name in colours if tag + name in curves}:
+            plots[title] = drawn_curves
     if not plots:
         return Section(
             "Learning curves",
             ["The run has no TensorBoard events to draw: tracker has no tensorboard."],
         )
     figure, all_axes = new_figure(len(plots))
-    for axes, (title, of_title) in zip(all_axes, plots.items()):
-        _draw(axes, of_title)
+    for axes, (title, plot_curves) in zip(all_axes, plots.items()):
+        _draw(axes, plot_curves)
         axes.set(title=title, xlabel="step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if title == "validation" and "auc" in of_title:
+        if title == "validation" and "auc" in plot_curves:
             axes.set_ylim(top=min(1.0, axes.get_ylim()[1]))
     steps, scores = selection_curve(curves, best_model_by)
     words = []
@@ -99,15 +102,15 @@ def learning_curves(run: Path, best_model_by: BestModelBy, best_step: int | None
 
 def _best_in_words(best: int, steps: list[int], scores: list[float], name: str) -> str:
     """Return a sentence on the best model, or that the events do not fit it."""
-    of_best = dict(zip(steps, scores)).get(best, float("-inf"))
-    if of_best < max(scores) - ROUNDING:
+    best_score = dict(zip(steps, scores)).get(best, float("-inf"))
+    if best_score < max(scores) - ROUNDING:
         return (
             f"The model that this page shows is of step {best:,}, but by these events the {name} "
             "of another step is better: event files are damaged, missing or of another run."
         )
     return (
-        f"The {name} of validation is best after step {best:,}: {abs(of_best):.4f}. The model of "
-        "that step is the one that this page shows; the last validation, after step "
+        f"The {name} of validation is best after step {best:,}: {abs(best_score):.4f}. The model "
+        "of that step is the one that this page shows; the last validation, after step "
         f"{steps[-1]:,}, has {abs(scores[-1]):.4f}."
     )
 

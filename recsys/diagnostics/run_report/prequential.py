@@ -33,16 +33,18 @@ def prequential(run: Path) -> Section:
     for axes, name in zip(all_axes, shown):
         for part in PARTS:
             values = [_of(line, part).get(name) for line in lines]
-            known = [(place, value) for place, value in enumerate(values) if value is not None]
-            axes.plot(*zip(*known), label=part, color=COLOURS[part], marker=".") if known else None
+            points = [(place, value) for place, value in enumerate(values) if value is not None]
+            axes.plot(
+                *zip(*points), label=part, color=COLOURS[part], marker="."
+            ) if points else None
         axes.set(title=names[name], xlabel="partition")
         axes.legend()
     caption = "Metrics of each partition by the model that was trained on all before it."
     head = ("partition", *names.values(), "GAUC cold", "GAUC unseen", "rows")
     rows = []
     for line in lines:
-        of_parts = [_of(line, part).get("gauc") for part in ("cold", "unseen")]
-        cells = [number(value) for value in (*map(line.get, names), *of_parts)]
+        part_gaucs = [_of(line, part).get("gauc") for part in ("cold", "unseen")]
+        cells = [number(value) for value in (*map(line.get, names), *part_gaucs)]
         rows.append([line["partition"], *cells, f"{line['rows']:,}"])
     words = [
         f"{len(lines)} partitions were scored before they were trained on; the model of this page "
@@ -54,5 +56,5 @@ def prequential(run: Path) -> Section:
 
 
 def _of(line: dict[str, Any], part: str) -> dict[str, Any]:
-    found: dict[str, Any] = line if part == "all" else line[part]
-    return found
+    metrics: dict[str, Any] = line if part == "all" else line[part]
+    return metrics

@@ -85,9 +85,9 @@ def write_projector(
     pictures = item_pictures(table, items)
     shutil.rmtree(folder, ignore_errors=True)
     with SummaryWriter(str(folder)) as writer:
-        for kind, of_items in vectors.items():
+        for kind, matrix in vectors.items():
             rows = [list(row) for row in zip(*columns.values())]
-            writer.add_embedding(of_items, rows, pictures, tag=kind, metadata_header=[*columns])
+            writer.add_embedding(matrix, rows, pictures, tag=kind, metadata_header=[*columns])
     return len(items)
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings import fuse_table_optimizers, plan_sharding, sharders
-from embeddings.pretrained_files import PretrainedFiles
-from embeddings.pretrained_rows import load_pretrained_rows
+from embeddings.pretrained import PretrainedFiles, load_pretrained_rows
 from recsys.build import build_job
 from recsys.checkpoint import table_export
 from recsys.checkpoint.state import model_state

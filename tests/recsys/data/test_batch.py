@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrec.datasets.utils import Batch as TorchRecBatch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embeddings import BankRoute
+from embeddings.memory_bank import BankRoute
 from recsys.data.batch import Batch, ContentInput, FurtherHistory, ItemExchange
 
 

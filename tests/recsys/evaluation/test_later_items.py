@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from embeddings.new_rows.ridge import fit_ridge
+from embeddings.ridge import fit_ridge
 from recsys.build import Job
 from recsys.checkpoint.new_rows import fill
 from recsys.checkpoint.new_rows.trained_counts import trained_counts

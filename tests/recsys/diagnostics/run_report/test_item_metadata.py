@@ -49,9 +49,9 @@ def test_values_are_those_of_the_items_whatever_file_and_row_group_they_lie_in(
     second = {"item": pa.array([50, 40]), "brand": pa.array(["y", "x"])}
     table = items_of(tmp_path, first, second)
 
-    found = column_values(table, "brand", np.array([40, 2, 9, 7, 99, 2]))
+    values = column_values(table, "brand", np.array([40, 2, 9, 7, 99, 2]))
 
-    assert found == ["x", "b", None, "g", None, "b"]
+    assert values == ["x", "b", None, "g", None, "b"]
 
 
 def test_an_item_is_called_by_title_then_by_the_beginning_of_its_text_then_by_id(

@@ -133,12 +133,12 @@ def test_rows_are_put_into_ranges_by_the_count_of_their_item() -> None:
     logits = np.array([2.0, 1, 0, 1, 1, 1, 3, 4, 5, 6])
     rows = RankedRows(labels, logits, np.zeros(10, int))
 
-    found = metrics_by_count(rows, counts, BUCKETS)
+    metrics = metrics_by_count(rows, counts, BUCKETS)
 
-    assert list(found) == ["0", "1–4", "5–19", "20–99", "100+"]
-    assert [of["auc"] for of in found.values()] == [1.0, 0.0, 0.5, None, 0.0]
-    assert [of["num_samples"] for of in found.values()] == [2] * 5
-    assert [of["positives"] for of in found.values()] == [1, 1, 1, 2, 1]
+    assert list(metrics) == ["0", "1–4", "5–19", "20–99", "100+"]
+    assert [values["auc"] for values in metrics.values()] == [1.0, 0.0, 0.5, None, 0.0]
+    assert [values["num_samples"] for values in metrics.values()] == [2] * 5
+    assert [values["positives"] for values in metrics.values()] == [1, 1, 1, 2, 1]
 
 
 def test_the_error_of_an_auc_is_that_of_ranking_at_random() -> None:
@@ -169,28 +169,30 @@ def test_the_best_model_is_that_of_the_first_highest_point_of_what_chose_it(tmp_
 
 
 def test_findings_are_about_what_is_defined() -> None:
-    known = {"ne": 0.8, "gauc": 0.75, "calibration": 1.3}
+    metrics = {"ne": 0.8, "gauc": 0.75, "calibration": 1.3}
     nothing = {"ne": None, "gauc": None, "calibration": None}
 
-    said = " ".join(findings({"all": known, "warm": known, "unseen": known | {"gauc": 0.5}}))
+    sentences = " ".join(
+        findings({"all": metrics, "warm": metrics, "unseen": metrics | {"gauc": 0.5}})
+    )
 
-    assert "better by 20.0 %" in said and "+0.2500" in said and "too high" in said
+    assert "better by 20.0 %" in sentences and "+0.2500" in sentences and "too high" in sentences
     assert findings({"all": nothing, "warm": nothing, "unseen": nothing}) == []
 
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
     """Figures by name, as they are drawn."""
-    found: dict[str, Figure] = {}
+    figures_by_name: dict[str, Figure] = {}
     for module in (learning_curves, item_popularity):
         draw = module.drawn
 
         def keep(name: str, figure: Figure, caption: str, draw: Any = draw) -> Drawing:
-            found[name] = figure
+            figures_by_name[name] = figure
             return draw(name, figure, caption)
 
         monkeypatch.setattr(module, "drawn", keep)
-    return found
+    return figures_by_name
 
 
 def test_a_run_of_one_step_has_a_point_to_see_and_one_without_events_no_plot(
@@ -242,7 +244,7 @@ def test_bars_of_few_users_have_the_interval_of_a_bootstrap_of_users() -> None:
 def test_bars_of_few_users_are_drawn_with_their_interval(figures: dict[str, Figure]) -> None:
     item_popularity.item_popularity(rows_of_users(40), "test")
     (axes,) = figures["quality-by-popularity"].axes
-    drawn = [each for each in axes.containers if isinstance(each, ErrorbarContainer)]
+    drawn = [container for container in axes.containers if isinstance(container, ErrorbarContainer)]
     assert len(drawn) == 2  # of AUC and of GAUC
     for bars in drawn:
         (lines,) = bars.lines[2]

@@ -20,7 +20,7 @@ from torchrec.distributed import model_parallel
 from torchrec.distributed.model_parallel import DMPCollection
 
 from embeddings import fuse_table_optimizers, plan_sharding, sharders
-from embeddings.placement import copies
+from embeddings import sharding as copies
 from embeddings.table_state import TableOptimizerState, in_blocks, table_weights
 from recsys.optimizer import DenseGroup, build_dense_optimizer
 from tests.embeddings.tables_model import (
@@ -121,8 +121,8 @@ def save_and_restore(model: DMPCollection, folder: Path) -> None:
     assert not any(tensor.any() for pieces in pieces_of(model).values() for _, tensor in pieces)
     dcp.load(state, checkpoint_id=folder)
     for name, pieces in pieces_of(model).items():
-        for (_, found), (_, expected) in zip(pieces, before[name], strict=True):
-            assert torch.equal(found, expected)
+        for (_, result), (_, expected) in zip(pieces, before[name], strict=True):
+            assert torch.equal(result, expected)
 
 
 @pytest.fixture(scope="module")
@@ -140,16 +140,20 @@ def test_copies_under_sgd_train_as_one_table(device: str, runs: Any, sharding: s
     assert BATCH == RANKS
     for copy in range(COPIES):
         for name in ("user", "tags", "item"):
-            of_copy = [piece for rank in ranks[copy::COPIES] for piece in rank["pieces"][name]]
-            torch.testing.assert_close(whole_table(of_copy), plain.weights[name], rtol=0, atol=1e-5)
+            copy_losses = [piece for rank in ranks[copy::COPIES] for piece in rank["pieces"][name]]
+            torch.testing.assert_close(
+                whole_table(copy_losses), plain.weights[name], rtol=0, atol=1e-5
+            )
 
 
 def test_copies_keep_equal_weights_and_store_their_moments(runs: Any) -> None:
-    folder, of_ranks = runs
-    first, second, *_ = [run["row_wise", "rowwise_adagrad"] for run in of_ranks]
+    folder, rank_losses = runs
+    first, second, *_ = [run["row_wise", "rowwise_adagrad"] for run in rank_losses]
     for name, pieces in first["pieces"].items():
-        for (offsets, mine), (others, theirs) in zip(pieces, second["pieces"][name], strict=True):
-            assert offsets == others and torch.equal(mine, theirs)
+        for (offsets, mine), (other_runs, theirs) in zip(
+            pieces, second["pieces"][name], strict=True
+        ):
+            assert offsets == other_runs and torch.equal(mine, theirs)
     reader = dcp.FileSystemReader(folder / "row_wise-rowwise_adagrad")
     names = reader.read_metadata().state_dict_metadata
     assert len([name for name in names if name.startswith("moments.")]) == 3

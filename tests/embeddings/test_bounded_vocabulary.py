@@ -55,36 +55,42 @@ class SlowVocabulary:
         for item in counts.keys() & self.known.keys():
             entry = self.known[item]
             entry.score, entry.last_used = self.faded(entry, step) + counts[item], step
-        seen = {item: counts[item] for item in sorted(counts.keys() - self.known.keys())}
+        occurrences = {item: counts[item] for item in sorted(counts.keys() - self.known.keys())}
         if self.admit_after > 1:
-            for item, there in [(item, self.waiting.get(self.slot_of(item))) for item in seen]:
-                seen[item] += there[1] if there and there[0] == item else 0
-            for item, count in seen.items():
+            for item, slot in [
+                (item, self.waiting.get(self.slot_of(item))) for item in occurrences
+            ]:
+                occurrences[item] += slot[1] if slot and slot[0] == item else 0
+            for item, count in occurrences.items():
                 self.waiting[self.slot_of(item)] = (item, count)
         evicted = set()
-        for item in sorted(seen, key=lambda item: -seen[item]):
-            row = self.next_row(self.set_of(item), step) if seen[item] >= self.admit_after else None
+        for item in sorted(occurrences, key=lambda item: -occurrences[item]):
+            row = (
+                self.next_row(self.set_of(item), step)
+                if occurrences[item] >= self.admit_after
+                else None
+            )
             if row is None:
                 continue
             for other in [other for other, entry in self.known.items() if entry.row == row]:
                 del self.known[other]
                 evicted.add(row)
-            self.known[item] = _Known(row, seen[item], step)
+            self.known[item] = _Known(row, occurrences[item], step)
             self.admitted += 1
             if self.waiting.get(self.slot_of(item), (None,))[0] == item:
                 del self.waiting[self.slot_of(item)]
         return evicted
 
-    def next_row(self, of_set: int, step: int) -> int | None:
-        rows = range(of_set * self.rows_per_set, (of_set + 1) * self.rows_per_set)
-        taken = {entry.row: entry for entry in self.known.values()}
-        free = [row for row in rows if row not in taken]
+    def next_row(self, set_number: int, step: int) -> int | None:
+        rows = range(set_number * self.rows_per_set, (set_number + 1) * self.rows_per_set)
+        entries = {entry.row: entry for entry in self.known.values()}
+        free = [row for row in rows if row not in entries]
         if free:
             return free[0]
-        usable = [row for row in rows if taken[row].last_used < step - self.protect_steps]
+        usable = [row for row in rows if entries[row].last_used < step - self.protect_steps]
         return min(
             usable,
-            key=lambda row: (self.faded(taken[row], step), taken[row].last_used, row),
+            key=lambda row: (self.faded(entries[row], step), entries[row].last_used, row),
             default=None,
         )
 
@@ -123,14 +129,14 @@ def test_rows_are_those_of_the_slow_vocabulary(
         evicted = set(vocabulary.take_evicted_rows().tolist())
         assert evicted == slow.use(ids, step)
         evictions += len(evicted)
-        known = {item: entry.row for item, entry in slow.known.items()}
-        assert rows.tolist() == [known.get(item, unknown) for item in ids]
+        expected = {item: entry.row for item, entry in slow.known.items()}
+        assert rows.tolist() == [expected.get(item, unknown) for item in ids]
         # What must hold whatever the policy.
         assert all(step - last_used[row] > protect_steps for row in evicted)
-        of_row = {row: item for item, row in zip(ids, rows.tolist()) if row != unknown}
-        assert all(row < unknown for row in of_row)
-        assert len(of_row) == len({item for item, row in zip(ids, rows) if row != unknown})
-        last_used |= dict.fromkeys(of_row, step)
+        item_by_row = {row: item for item, row in zip(ids, rows.tolist()) if row != unknown}
+        assert all(row < unknown for row in item_by_row)
+        assert len(item_by_row) == len({item for item, row in zip(ids, rows) if row != unknown})
+        last_used |= dict.fromkeys(item_by_row, step)
         step += pause
     assert len(slow.known) <= num_embeddings - 1
     counts = vocabulary.counts()

@@ -43,23 +43,23 @@ def test_ids_get_rows_from_zero_in_the_order_they_came(ids: list[int] | list[str
 
 @given(two_lists_of_ids)
 def test_ids_not_in_the_map_have_the_last_row(lists: tuple[list[int], list[int]]) -> None:
-    known, asked = lists
-    vocabulary = vocabulary_of(known)
-    rows = vocabulary.rows_of(array(asked))
-    assert [row == vocabulary.unknown_row for row in rows] == [item not in known for item in asked]
-    found = vocabulary.find(array(asked))
-    assert [row == -1 for row in found] == [item not in known for item in asked]
+    first, second = lists
+    vocabulary = vocabulary_of(first)
+    rows = vocabulary.rows_of(array(second))
+    assert [row == vocabulary.unknown_row for row in rows] == [item not in first for item in second]
+    rows_found = vocabulary.find(array(second))
+    assert [row == -1 for row in rows_found] == [item not in first for item in second]
 
 
 @given(two_lists_of_ids)
 def test_an_extension_keeps_every_row(lists: tuple[list[int], list[int]]) -> None:
     earlier, later = lists
     before, after = vocabulary_of(earlier), vocabulary_of(earlier)
-    added = after.extend([array(later)])
-    assert added == len({*later} - {*earlier}) == len(after) - len(before)
+    num_added = after.extend([array(later)])
+    assert num_added == len({*later} - {*earlier}) == len(after) - len(before)
     assert after.rows_of(array(earlier)).tolist() == before.rows_of(array(earlier)).tolist()
     assert after.is_extension_of(before)
-    assert before.is_extension_of(after) == (added == 0)
+    assert before.is_extension_of(after) == (num_added == 0)
 
 
 @given(ids=lists_of_ids)
@@ -71,11 +71,6 @@ def test_a_saved_map_is_read_back(tmp_path: Path, ids: list[int] | list[str]) ->
     assert loaded.is_extension_of(vocabulary) and vocabulary.is_extension_of(loaded)
     assert loaded.find(array(ids)).tolist() == vocabulary.find(array(ids)).tolist()
     assert loaded.unknown_row == 1999
-
-
-def test_other_ids_before_or_between_are_no_extension() -> None:
-    assert not vocabulary_of([2, 1]).is_extension_of(vocabulary_of([1, 2]))
-    assert not vocabulary_of(["1"]).is_extension_of(vocabulary_of([1]))
 
 
 @pytest.mark.parametrize(
@@ -167,11 +162,6 @@ def test_strings_with_one_fingerprint_are_never_taken_for_each_other(
         vocabulary.extend([array(["bob"])])
 
 
-@given(st.lists(integers, max_size=20))
-def test_integers_are_their_own_fingerprints(ids: list[int]) -> None:
-    assert integer_ids(array(ids)).tolist() == ids
-
-
 def test_fingerprints_and_hashes_stay_as_they_are() -> None:
     """Trained tables rest on these very numbers."""
     assert integer_ids(pa.array(["", "é"])).tolist() == [-5426141060434712860, 3394012004367669963]
@@ -206,12 +196,6 @@ def test_two_ids_share_all_rows_with_probability_one_in_n_to_the_number_of_hashe
         shared = (sizes * (sizes - 1) / 2).sum()
         expected = pairs / num_embeddings**num_hashes
         assert abs(shared - expected) < 5 * np.sqrt(expected)
-
-
-def test_another_seed_gives_other_rows() -> None:
-    ids = pa.array(range(100))
-    first, second = (HashVocabulary(1000, 1, seed).rows_of(ids) for seed in (0, 1))
-    assert (first == second).mean() < 0.05
 
 
 @pytest.mark.parametrize(("num_embeddings", "num_hashes"), [(0, 1), (1, 0)])

@@ -60,15 +60,6 @@ def fit_ridge(
 
     Sums over pairs are those of float64, so that other numbers of ranks agree to rounding; all
     ranks return the map of the first one.
-
-    Example::
-
-        import torch
-        from embeddings.new_rows.ridge import fit_ridge
-
-        x = torch.randn(100, 3)
-        fitted = fit_ridge(x, x @ torch.ones(3, 2))
-        fitted(torch.eye(3))  # close to ones(3, 2)
     """
     counts = _summed(torch.tensor(float(len(x)), dtype=torch.float64), group)
     num_pairs = int(counts)
@@ -87,8 +78,10 @@ def fit_ridge(
     weights = vectors @ (shrink[:, best, None] * turned)
     if group is not None:
         dist.broadcast(weights, group_src=0, group=group)
-    penalty, error, of_mean = (float(each) for each in (penalties[best], errors[best], errors[0]))
-    return RidgeMap(x_mean, y_mean, weights, penalty, num_pairs, error, of_mean)
+    penalty, error, mean_error = (
+        float(number) for number in (penalties[best], errors[best], errors[0])
+    )
+    return RidgeMap(x_mean, y_mean, weights, penalty, num_pairs, error, mean_error)
 
 
 def _eigen(
@@ -105,10 +98,7 @@ def _eigen(
 
 
 def _penalties(values: Tensor, x_mean: Tensor, num_pairs: int) -> Tensor:  # [E], [E] -> [P]
-    """Return the penalties to try: the infinite one alone if the vectors are all but equal.
-
-    Of two pairs either one left out leaves a single row, which is the mean whatever the penalty.
-    """
+    """Return the penalties to try: the infinite one alone if the vectors are all but equal."""
     scale = float(values.mean())
     is_constant = scale <= NO_VARIANCE * num_pairs * float(x_mean.square().mean())
     if is_constant or num_pairs < 3:
@@ -127,8 +117,8 @@ def _left_out_errors(
     leverage = x.square() @ shrink + 1 / num_pairs  # [N, P]
     factor = 1 / (1 - leverage).clamp(min=1e-9)
     errors = [
-        ((y - x @ (each.unsqueeze(1) * turned)) * factor[:, index, None]).square().sum()
-        for index, each in enumerate(shrink.T)
+        ((y - x @ (factors.unsqueeze(1) * turned)) * factor[:, index, None]).square().sum()
+        for index, factors in enumerate(shrink.T)
     ]
     return torch.stack(errors)
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from embeddings.new_rows.table_rows import TableRows
+from embeddings.table_rows import TableRows
 from tests.embeddings.tables_model import DIM, initial_tables, jagged, local_shards, whole_table
 from tests.embeddings.test_row_reset import sharded_model
 from tests.ranks import run_on_ranks
@@ -21,7 +21,7 @@ ROWS = torch.tensor([6, 0, 5])
 def rows_on_rank(rank: int, world_size: int) -> dict[str, Any]:
     group = dist.group.WORLD
     assert group is not None
-    found = {}
+    result = {}
     for sharding in SHARDINGS:
         model, combined = sharded_model(sharding, "rowwise_adagrad")
         untrained = TableRows(model, "item", group).mean()
@@ -37,11 +37,11 @@ def rows_on_rank(rank: int, world_size: int) -> dict[str, Any]:
             local_shards(model)["item"],
             TableRows(model, "item", group).read(ROWS)[1],
         )
-        given = TableRows(
+        trained = TableRows(
             model, "item", group, lambda start, stop: torch.arange(start, stop).numpy() < 2
         )
-        found[sharding] = untrained, before, read, mean, after, is_trained, given.read(ROWS)[1]
-    return found
+        result[sharding] = untrained, before, read, mean, after, is_trained, trained.read(ROWS)[1]
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -49,21 +49,21 @@ def found() -> list[dict[str, Any]]:
     return run_on_ranks(rows_on_rank, 2)
 
 
-def of_plan(found: list[dict[str, Any]], sharding: str, part: int) -> Tensor:
-    return whole_table([piece for rank in found for piece in rank[sharding][part]])
+def of_plan(values: list[dict[str, Any]], sharding: str, part: int) -> Tensor:
+    return whole_table([piece for rank in values for piece in rank[sharding][part]])
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_rows_are_read_averaged_and_written(found: list[dict[str, Any]], sharding: str) -> None:
-    before, after = of_plan(found, sharding, 1), of_plan(found, sharding, 4)
+def test_rows_are_read_averaged_and_written(result: list[dict[str, Any]], sharding: str) -> None:
+    before, after = of_plan(result, sharding, 1), of_plan(result, sharding, 4)
     changed = (before != initial_tables()["item"]).any(dim=1).nonzero().flatten().tolist()
-    for rank in found:
-        untrained, _, (values, is_trained), (mean, count), _, still, given = rank[sharding]
+    for rank in result:
+        untrained, _, (values, is_trained), (mean, count), _, still, trained = rank[sharding]
         assert untrained[1] == 0
         assert torch.equal(values, before[ROWS])
         assert is_trained.tolist() == [row in changed for row in ROWS.tolist()]
         assert is_trained.tolist() == still.tolist()  # values alone do not train a row
-        assert given.tolist() == [False, True, False]
+        assert trained.tolist() == [False, True, False]
         assert count == len(changed)
         torch.testing.assert_close(mean, before[changed].double().mean(dim=0))
     expected = before.clone()

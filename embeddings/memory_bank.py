@@ -1,0 +1,446 @@
+"""The memory bank: one content vector per item, written when the item is encoded and read by id.
+
+User histories read from the bank instead of running the encoder again (LEMUR, arXiv 2511.10962). A
+`MemoryBank` is split over the ranks in blocks of rows; a `ReplicatedMemoryBank` has all rows on
+every
+rank, for item sets that fit. The route of each row follows from the ids: a `BankRoute` is computed
+for
+a whole batch before its step, so that the step itself sends vectors and nothing else.
+
+Shapes: U ids, D dimension, W ranks, P ids per rank after padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import (
+    Shard,
+    ShardedTensor,
+    ShardMetadata,
+    init_from_local_shards,
+)
+
+
+@dataclass(frozen=True)
+class BankRoute:
+    """The route of the rows of some ids, from the ranks that hold them to the requesting rank.
+
+    order: int64 [U], the order that sorts the ids by the rank that holds them; `wanted_counts` of
+        them are on each rank.
+    rows: int64, rows of this rank's block that the ranks request, those for rank 0 first;
+        `asked_counts` for each rank.
+    """
+
+    order: Tensor
+    wanted_counts: list[int]
+    rows: Tensor
+    asked_counts: list[int]
+
+
+Routes = tuple[BankRoute | None, BankRoute | None]  # to read, to write
+
+
+def exchange_routes(
+    id_lists: Sequence[Tensor], block_size: int, group: dist.ProcessGroup | None
+) -> Callable[[], list[BankRoute]]:
+    """Begin to compute a route for each of several lists of ids [U], on the host.
+
+    Call the result to finish. Both are collectives. Rank r holds the rows from r * `block_size` on.
+    """
+    kinds, world_size = len(id_lists), dist.get_world_size(group)
+    first = dist.get_rank(group) * block_size
+    ids = torch.cat(list(id_lists))
+    kind = torch.arange(kinds).repeat_interleave(torch.tensor([len(part) for part in id_lists]))
+    owner = ids // block_size
+    key = owner * kinds + kind
+    counts = key.bincount(minlength=world_size * kinds).view(-1, kinds)  # [W, kinds]
+    request_counts = torch.empty_like(counts)
+    work = dist.all_to_all_single(request_counts, counts, group=group, async_op=True)
+
+    def finish() -> list[BankRoute]:
+        """Send the ids to their owners, once the counts have arrived. A collective."""
+        work.wait()
+        received = ids.new_empty(int(request_counts.sum()))
+        splits = request_counts.sum(1).tolist(), counts.sum(1).tolist()
+        dist.all_to_all_single(received, ids[key.argsort(stable=True)], *splits, group=group)
+        received_kinds = (
+            torch.arange(kinds).repeat(world_size).repeat_interleave(request_counts.flatten())
+        )
+        return [
+            BankRoute(
+                order=owner[kind == index].argsort(stable=True),
+                wanted_counts=counts[:, index].tolist(),
+                rows=received[received_kinds == index] - first,
+                asked_counts=request_counts[:, index].tolist(),
+            )
+            for index in range(kinds)
+        ]
+
+    return finish
+
+
+class MemoryBank:
+    """Vectors of items by id, [num_items, D], and the steps that wrote them; split over the ranks.
+
+    It is no ``nn.Module``, on purpose: TrainPipelineSparseDist would trace a submodule,
+    DistributedDataParallel would broadcast its buffers, and its rows would enter the model's
+    ``state_dict`` as weights. ``module.to`` does not move it.
+
+    With a process group every method is a collective: all ranks call it together, each with its
+    own ids, or with none. Every id outside [0, num_items) is a ValueError.
+
+    Example::
+
+        import torch
+        from embeddings import MemoryBank
+
+        bank = MemoryBank(num_items=100, dim=8, device="cpu")
+        bank.update(torch.tensor([3, 7]), torch.ones(2, 8), step=0)
+        vectors, written = bank.lookup(torch.tensor([7, 8]))  # [2, 8]; [0, -1]
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        dim: int,
+        device: torch.device | str,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Allocate the rows of this rank, filled with zeros."""
+        for name, value in [("num_items", num_items), ("dim", dim)]:
+            if value < 1:
+                raise ValueError(f"memory bank: {name} is {value}; set at least 1")
+        self.num_items, self.dim = num_items, dim
+        self.device, self._group = torch.device(device), process_group
+        world_size = 1 if process_group is None else dist.get_world_size(process_group)
+        self._rank = 0 if process_group is None else dist.get_rank(process_group)
+        self.world_size = world_size
+        self._block_size = -(-num_items // world_size)
+        self._first = self._rank * self._block_size
+        size = max(0, min(self._block_size, num_items - self._first))
+        try:
+            self._rows, self._block = self._allocated(size)
+        except RuntimeError as error:
+            raise ValueError(
+                f"memory bank: {num_items:,} items x {dim} do not fit into the memory of "
+                f"{world_size} ranks ({error}); add ranks, lower dim, or lower num_embeddings of "
+                "the target item"
+            ) from error
+
+    def _allocated(self, size: int) -> tuple[Tensor, Tensor]:  # [.., D + 1], [size, D + 1]
+        """Return the rows on this rank, and among them the block that this rank owns."""
+        rows = torch.zeros(size, self.dim + 1, device=self.device)
+        return rows, rows
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the rows on this rank."""
+        return self._rows.nbytes
+
+    def routes(
+        self,
+        reads: Tensor,  # [U]
+        writes: Tensor | None = None,  # [U]
+    ) -> Callable[[], Routes]:
+        """Begin to compute routes for ids to read and ids to write; call the result to get them.
+
+        They are on the host; None if no route is needed. Both calls are collectives; work between
+        them
+        does not wait for other ranks.
+        """
+        if self.world_size == 1:
+            return lambda: (None, None)
+        routes = self._routes([reads] if writes is None else [reads, writes])
+
+        def finish() -> Routes:
+            read, *write = routes()
+            return read, write[0] if write else None
+
+        return finish
+
+    def _routes(self, id_lists: Sequence[Tensor]) -> Callable[[], list[BankRoute]]:
+        ids = [self._checked(part).cpu() for part in id_lists]
+        return exchange_routes(ids, self._block_size, self._group)
+
+    def _route(self, ids: Tensor, route: BankRoute | None) -> BankRoute:  # ids [U]
+        return self._on_device(self._routes([ids])()[0] if route is None else route)
+
+    def _on_device(self, route: BankRoute) -> BankRoute:
+        return replace(route, order=route.order.to(self.device), rows=route.rows.to(self.device))
+
+    @torch.no_grad()
+    def lookup(self, item_ids: Tensor, route: BankRoute | None = None) -> tuple[Tensor, Tensor]:
+        """Read vectors, without gradient, and the steps of their last writes. A collective.
+
+        Vectors are zero and steps -1 where never written; steps are rounded to float32. `route` is
+        that
+        of these ids, on the device of the rows; None: computed now.
+        """
+        self._finish_write()
+        if self.world_size == 1:
+            rows = self._rows.index_select(0, self._checked(item_ids))
+        else:
+            route = self._route(item_ids, route)
+            sent = self._rows.index_select(0, route.rows)
+            received = sent.new_empty(len(item_ids), self.dim + 1)
+            splits = route.wanted_counts, route.asked_counts
+            dist.all_to_all_single(received, sent, *splits, group=self._group)
+            rows = torch.empty_like(received).index_copy_(0, route.order, received)
+        return rows[:, : self.dim], rows[:, self.dim].long() - 1
+
+    @torch.no_grad()
+    def update(
+        self, item_ids: Tensor, vectors: Tensor, step: int, route: BankRoute | None = None
+    ) -> None:
+        """Write vectors by id, stored as float32 with the step as age. A collective.
+
+        If an id is written several times in one call, the last vector of the highest rank is kept.
+
+        Raises:
+            ValueError: the step is negative, or the shapes do not fit.
+        """
+        ids = self._checked(item_ids) if route is None else item_ids
+        if vectors.shape != (ids.numel(), self.dim):
+            raise ValueError(
+                f"memory bank: vectors of shape {tuple(vectors.shape)} for {ids.numel()} ids; "
+                f"pass [{ids.numel()}, {self.dim}]"
+            )
+        if step < 0:
+            raise ValueError(f"memory bank: step {step} is outside [0, ...); pass at least 0")
+        marks = torch.full((ids.numel(), 1), step + 1, dtype=torch.float32, device=self.device)
+        values = torch.cat([vectors.detach().to(self.device, torch.float32), marks], dim=1)
+        if self.world_size == 1:
+            self._rows[ids] = values
+        else:
+            self._write(item_ids, values, route)
+
+    def _write(self, item_ids: Tensor, values: Tensor, route: BankRoute | None) -> None:
+        """Send rows [U, D + 1] to the ranks that hold them. A collective."""
+        route = self._route(item_ids, route)
+        received = values.new_empty(len(route.rows), self.dim + 1)
+        splits = route.asked_counts, route.wanted_counts
+        dist.all_to_all_single(received, values[route.order], *splits, group=self._group)
+        self._rows[route.rows] = received
+
+    @torch.no_grad()
+    def forget(self, item_ids: Tensor) -> None:
+        """Zero vectors as if never written, of ids [U] equal on all ranks; not a collective."""
+        self._finish_write()
+        places = item_ids - (self._first if self._rows is self._block else 0)
+        inside = (places >= 0) & (places < len(self._rows))
+        self._rows[places[inside].to(self.device)] = 0
+
+    def _checked(self, item_ids: Tensor) -> Tensor:  # [U] -> int64 [U]
+        if item_ids.dim() != 1 or item_ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"memory bank: ids of shape {tuple(item_ids.shape)} and {item_ids.dtype}; pass "
+                "[U] int64"
+            )
+        outside = item_ids[(item_ids < 0) | (item_ids >= self.num_items)]
+        if outside.numel() > 0:
+            raise ValueError(
+                f"memory bank: item id {int(outside[0])} is outside [0, {self.num_items}); "
+                "raise num_items or map the item to a known id"
+            )
+        return item_ids.to(self.device, torch.int64)
+
+    def coverage(self) -> float:
+        """Return the share of all items that were ever written, over all ranks."""
+        return self._written_count_and_steps()[0] / self.num_items
+
+    def mean_age(self, step: int) -> float:
+        """Return the mean number of steps since the last writes of written items; nan for none."""
+        count, steps = self._written_count_and_steps()
+        return step - steps / count if count else float("nan")
+
+    def _written_count_and_steps(self) -> tuple[float, float]:
+        """Count written items and sum the steps of their last writes. A collective."""
+        self._finish_write()
+        marks = self._block[:, self.dim].double()
+        count = (marks > 0).sum(dtype=torch.float64)
+        totals = torch.stack([count, marks.sum() - count])
+        if self._group is not None:
+            dist.all_reduce(totals, group=self._group)
+        return float(totals[0]), float(totals[1])
+
+    def _finish_write(self) -> None:
+        """Finish a write that is still in progress; called before rows are read."""
+
+    def finish_loading(self) -> None:
+        """Complete a load into `state_dict` from a checkpoint. A collective."""
+
+    def state_dict(self) -> dict[str, Tensor | ShardedTensor]:
+        """Return the rows, [num_items, D + 1], sharing memory with the bank.
+
+        torch.distributed.checkpoint loads them in place on any number of ranks; then call
+        `finish_loading`.
+        """
+        self._finish_write()
+        rows = self._block
+        if self._group is None:
+            return {"pool": rows}
+        pieces = []
+        if len(rows) > 0:
+            placement = f"rank:{dist.get_rank()}/{rows.device}"
+            metadata = ShardMetadata([self._first, 0], list(rows.shape), placement)
+            pieces.append(Shard(tensor=rows, metadata=metadata))
+        size = (self.num_items, self.dim + 1)
+        return {"pool": init_from_local_shards(pieces, *size, process_group=self._group)}
+
+
+# Largest replica. With more ranks than MAX_REPLICAS, all ranks together write more rows than one
+# rank reads.
+MAX_REPLICA_BYTES = 256 * 2**20
+MAX_REPLICAS = 16
+
+
+@dataclass(frozen=True)
+class _Write:
+    """An all-gather of written vectors in progress; `sent` must exist until it has ended."""
+
+    work: Any
+    sent: Tensor  # [P, D + 1]
+    gathered: Tensor  # [W * P, D + 1]
+    route: BankRoute
+
+
+class ReplicatedMemoryBank(MemoryBank):
+    """A memory bank with all rows on every rank; `lookup` is not a collective.
+
+    A step reads far more vectors (items of all histories) than it writes (ranked items), so only
+    written rows are sent, asynchronously; the next read waits for them. Its rows are those of a
+    `MemoryBank`, and a checkpoint of either loads into the other. In its routes, `rows` are the ids
+    that all ranks write, each once; `order` holds the positions of their vectors among the gathered
+    ones; each rank sends `wanted_counts` rows.
+    """
+
+    _capacity = 0  # ids that a rank sends beside their number
+    _under_way: _Write | None = None
+
+    def _allocated(self, size: int) -> tuple[Tensor, Tensor]:
+        rows = torch.zeros(self.num_items, self.dim + 1, device=self.device)
+        return rows, rows[self._first : self._first + size]
+
+    def routes(
+        self,
+        reads: Tensor,  # [U]
+        writes: Tensor | None = None,  # [U]
+    ) -> Callable[[], Routes]:
+        """Begin to compute the route of `writes`; reads need none. Both calls are collectives."""
+        if writes is None:
+            return lambda: (None, None)
+        finish = self._write_route(writes)
+        return lambda: (None, finish())
+
+    def _write_route(self, ids: Tensor) -> Callable[[], BankRoute]:
+        """Begin to send these ids [U] to all ranks; the result finishes. Both are collectives."""
+        ids = self._checked(ids).cpu()
+        # Up to `_capacity` ids are sent with their count, so that one message is usually enough.
+        message = _padded(torch.cat([torch.tensor([len(ids)]), ids]), 1 + self._capacity)
+        arrived = torch.empty(self.world_size * len(message), dtype=torch.int64)
+        work = dist.all_gather_into_tensor(arrived, message, group=self._group, async_op=True)
+
+        def finish() -> BankRoute:
+            """Wait for the ids of all ranks; where they are more than expected, a collective."""
+            work.wait()
+            by_rank = arrived.view(self.world_size, -1)
+            counts, gathered = by_rank[:, 0], by_rank[:, 1:]
+            padded = int(counts.max())
+            if padded > gathered.shape[1]:
+                self._capacity = max(self._capacity, padded)
+                whole = torch.empty(self.world_size * padded, dtype=torch.int64)
+                mine = _padded(ids, padded)
+                dist.all_gather_into_tensor(whole, mine, group=self._group)
+                gathered = whole.view(self.world_size, -1)
+            rows, places = _last_of_each(gathered[:, :padded].reshape(-1))
+            return BankRoute(places, [padded] * self.world_size, rows, counts.tolist())
+
+        return finish
+
+    @torch.no_grad()
+    def lookup(
+        self,
+        item_ids: Tensor,  # [U]
+        route: BankRoute | None = None,
+    ) -> tuple[Tensor, Tensor]:  # vectors [U, D], steps int64 [U]
+        """Read vectors and the steps of their last writes from this rank; not a collective."""
+        ids = self._checked(item_ids)
+        self._finish_write()
+        rows = self._rows.index_select(0, ids)
+        return rows[:, : self.dim], rows[:, self.dim].long() - 1
+
+    def _write(self, item_ids: Tensor, values: Tensor, route: BankRoute | None) -> None:
+        """Begin to send rows [U, D + 1] to all ranks. A collective."""
+        self._finish_write()
+        route = self._on_device(self._write_route(item_ids)() if route is None else route)
+        padded = values.new_zeros(route.wanted_counts[0], self.dim + 1)
+        padded[: len(values)] = values
+        gathered = values.new_empty(self.world_size * len(padded), self.dim + 1)
+        work = dist.all_gather_into_tensor(gathered, padded, group=self._group, async_op=True)
+        self._under_way = _Write(work, padded, gathered, route)
+
+    def _finish_write(self) -> None:
+        if (write := self._under_way) is not None:
+            self._under_way = None
+            write.work.wait()
+            self._rows[write.route.rows] = write.gathered.index_select(0, write.route.order)
+
+    def finish_loading(self) -> None:
+        """Bring the block of each rank, loaded from a checkpoint, to all ranks. A collective."""
+        padded = self._rows.new_zeros(self._block_size, self.dim + 1)
+        padded[: len(self._block)] = self._block
+        gathered = self._rows.new_empty(self.world_size * self._block_size, self.dim + 1)
+        dist.all_gather_into_tensor(gathered, padded, group=self._group)
+        self._rows.copy_(gathered[: self.num_items])
+
+
+def _padded(ids: Tensor, length: int) -> Tensor:  # [U] -> [length]
+    """Return the first `length` ids, filled up with -1."""
+    padded = torch.full((length,), -1)
+    padded[: len(ids)] = ids[:length]
+    return padded
+
+
+def _last_of_each(ids: Tensor) -> tuple[Tensor, Tensor]:  # [N] -> [U], [U]
+    """Return the distinct ids without -1, ascending, and the last position of each."""
+    unique, inverse = ids.unique(return_inverse=True)
+    places = torch.arange(len(ids))
+    last = torch.zeros_like(unique).scatter_reduce_(0, inverse, places, "amax")
+    is_id = unique >= 0
+    return unique[is_id], last[is_id]
+
+
+def is_replicated(num_items: int, dim: int, world_size: int, placement: str) -> bool:
+    """Return whether every rank holds the whole bank.
+
+    `placement` is `sharded`, `replicated`, or `auto`: replicated if the bank is small and the ranks
+    are few.
+    """
+    is_small = num_items * (dim + 1) * 4 <= MAX_REPLICA_BYTES and world_size <= MAX_REPLICAS
+    return world_size > 1 and (placement == "replicated" or (placement == "auto" and is_small))
+
+
+def build_memory_bank(
+    num_items: int,
+    dim: int,
+    device: torch.device | str,
+    process_group: dist.ProcessGroup | None,
+    placement: str = "auto",
+) -> MemoryBank:
+    """Build the memory bank of a job; `placement` as for `is_replicated`.
+
+    Example::
+
+        from embeddings import build_memory_bank
+
+        build_memory_bank(1000, 32, "cpu", process_group=None)  # one rank: a MemoryBank
+    """
+    world_size = 1 if process_group is None else dist.get_world_size(process_group)
+    whole = is_replicated(num_items, dim, world_size, placement)
+    return (ReplicatedMemoryBank if whole else MemoryBank)(num_items, dim, device, process_group)

@@ -1,1 +1,0 @@
-"""Placement of tables in host memory and in several copies."""

@@ -1,0 +1,414 @@
+"""Load pretrained vectors from Parquet into the shards of a table, by id.
+
+Every rank that holds a shard streams the files and keeps the rows of its shards; ranks exchange
+only
+counts. Rows that no file names keep their initial weights. Anything that would put a wrong number
+into
+a table is an error with file, column and row. The scanner of pyarrow.dataset is not used: it loses
+the
+position of filtered rows in their file, and it holds whole row groups.
+
+Shapes: N rows of one block of a file, D dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from pyarrow.fs import FileSystem
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+
+BLOCK_BYTES = 2**24  # vectors decoded at a time
+READ_BYTES = 2**20  # read at a time, as a row group may be a whole file
+TABLE_COLUMN = "table"
+
+# Ids as stored in a file -> rows of the table, int64 [N]; -1 leaves an id out.
+RowsOfIds = Callable[[pa.Array], np.ndarray]
+
+
+@dataclass(frozen=True)
+class PretrainedFiles:
+    """Parquet files with one vector per id, each id once in all files together.
+
+    The id column holds integers, the vector column lists of floats. If a file has a column
+    ``table``, only the rows of one table are read.
+
+    Example::
+
+        from embeddings import PretrainedFiles
+
+        PretrainedFiles(["item_vectors.parquet"], id_column="item", vector_column="vector")
+    """
+
+    paths: Sequence[str]
+    filesystem: FileSystem | None = None  # None: local
+    id_column: str | None = None  # None: `id`, or `row` in a file without it
+    vector_column: str = "vector"
+    table: str | None = None  # name in the column `table`; None: that of the table loaded into
+
+
+@dataclass(frozen=True)
+class PretrainedBlock:
+    """Some rows of one file, all checked except for the ids."""
+
+    file: str
+    id_column: str
+    ids: pa.Array  # [N], without null
+    vectors: np.ndarray  # float32 [N, D], finite
+    positions: np.ndarray  # [N] rows in the file, for messages
+
+    def id_error(self, index: int, fault: str) -> ValueError:
+        """Build the error for the id at ``index``, with file, column and row."""
+        return _error(self.file, self.id_column, self.positions[index], fault)
+
+    def rows(self, rows_of_ids: RowsOfIds | None) -> np.ndarray:
+        """Return the rows of the ids, int64 [N]: from ``rows_of_ids``, or the ids themselves.
+
+        Raises:
+            ValueError: the function refuses the ids, or without a function they are not integers.
+        """
+        if rows_of_ids is not None:
+            try:
+                return rows_of_ids(self.ids)
+            except ValueError as error:
+                raise ValueError(f"{self.file}: column '{self.id_column}': {error}") from error
+        if not pa.types.is_integer(self.ids.type):
+            raise ValueError(
+                f"{self.file}: column '{self.id_column}' has type {self.ids.type}, but ids are "
+                "integers; write rows of the table or name another column"
+            )
+        return self.ids.cast(pa.int64(), safe=False).to_numpy()
+
+
+def read_pretrained(files: PretrainedFiles, table: str, dim: int) -> Iterator[PretrainedBlock]:
+    """Yield the rows of ``table`` from all files, block by block.
+
+    Raises:
+        ValueError: a file cannot be read, a column is missing or of another type or width, or a
+        value
+            is null or not finite in float32.
+    """
+    for path in files.paths:
+        try:
+            with pq.ParquetFile(
+                path, filesystem=files.filesystem, pre_buffer=False, buffer_size=READ_BYTES
+            ) as file:
+                yield from _read_file(path, file, files, table, dim)
+        except FileNotFoundError as error:
+            raise ValueError(f"{path}: no such file") from error
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
+
+
+def _read_file(
+    path: str, file: pq.ParquetFile, files: PretrainedFiles, table: str, dim: int
+) -> Iterator[PretrainedBlock]:
+    names = file.schema_arrow.names
+    id_column = files.id_column or ("id" if "id" in names else "row")
+    columns = [id_column, files.vector_column]
+    for name in columns:
+        if name not in names:
+            raise ValueError(f"{path}: column '{name}' is missing; the file has {names}")
+    _check_type(path, file.schema_arrow.field(files.vector_column), dim)
+    if TABLE_COLUMN in names:
+        columns.append(TABLE_COLUMN)
+        _check_names_tables(path, file.schema_arrow.field(TABLE_COLUMN).type)
+    for positions, batch in _batches(file, columns, table, height=max(1, BLOCK_BYTES // (4 * dim))):
+        ids, lists = batch[id_column], batch[files.vector_column]
+        for column, array in [(id_column, ids), (files.vector_column, lists)]:
+            if array.null_count:
+                index = int(array.is_null().to_numpy(False).argmax())
+                fault = "null; fill it or drop the row"
+                raise _error(path, column, positions[index], fault)
+        vectors = _floats(lists)
+        if (bad_vector := _bad_vector(lists, vectors, dim)) is not None:
+            raise _error(path, files.vector_column, positions[bad_vector[0]], bad_vector[1])
+        yield PretrainedBlock(path, id_column, ids, vectors.reshape(-1, dim), positions)
+
+
+def _batches(
+    file: pq.ParquetFile, columns: list[str], table: str, height: int
+) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+    """Yield the columns of the rows of ``table``, with their positions [N] in the file."""
+    first_row = 0
+    for index in range(file.num_row_groups):
+        row_group = file.metadata.row_group(index)
+        position = first_row
+        first_row += row_group.num_rows
+        if TABLE_COLUMN in columns and not _may_hold(row_group, table):
+            continue
+        for batch in file.iter_batches(height, row_groups=[index], columns=columns):
+            positions = np.arange(position, position + len(batch))
+            position += len(batch)
+            if TABLE_COLUMN in columns:
+                mine = pc.fill_null(pc.equal(batch[TABLE_COLUMN].cast(pa.string()), table), False)
+                batch, positions = batch.filter(mine), positions[mine.to_numpy(False)]
+            yield positions, batch
+
+
+def _may_hold(row_group: pq.RowGroupMetaData, table: str) -> bool:
+    """Return whether the row group can hold ``table``, by the statistics of its table column."""
+    for index in range(row_group.num_columns):
+        column = row_group.column(index)
+        if column.path_in_schema == TABLE_COLUMN and column.is_stats_set:
+            statistics = column.statistics
+            return not statistics.has_min_max or statistics.min <= table <= statistics.max
+    return True
+
+
+def _check_type(path: str, field: pa.Field, dim: int) -> None:
+    kind = field.type
+    is_fixed = pa.types.is_fixed_size_list(kind)
+    is_list = is_fixed or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not is_list or not pa.types.is_floating(kind.value_type):
+        raise ValueError(
+            f"{path}: column '{field.name}' has type {kind}, expected a list of floats; write it "
+            "with that type or name another column"
+        )
+    if is_fixed and kind.list_size != dim:
+        raise ValueError(f"{path}: column '{field.name}': {_wrong_width(kind.list_size, dim)}")
+
+
+def _check_names_tables(path: str, kind: pa.DataType) -> None:
+    name = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(name) or pa.types.is_large_string(name)):
+        raise ValueError(
+            f"{path}: column '{TABLE_COLUMN}' has type {kind}, but it names the table of a row; "
+            "write strings or rename the column"
+        )
+
+
+def _wrong_width(width: int, dim: int) -> str:
+    return (
+        f"vectors of {width} numbers for a table of dimension {dim}; set embedding_dim to {width} "
+        f"or write vectors of {dim}"
+    )
+
+
+def _bad_vector(lists: pa.Array, numbers: np.ndarray, dim: int) -> tuple[int, str] | None:
+    """Return the index of the first of N lists that cannot be used, and the reason."""
+    if not pa.types.is_fixed_size_list(lists.type):
+        lengths = pc.list_value_length(lists).to_numpy()
+        if (lengths != dim).any():
+            index = int((lengths != dim).argmax())
+            return index, _wrong_width(lengths[index], dim)
+    if lists.flatten().null_count:
+        index = int(lists.flatten().is_null().to_numpy(False).argmax())
+        return index // dim, "null inside the vector; fill it or drop the row"
+    finite = np.isfinite(numbers)
+    if not finite.all():
+        index = int((~finite).argmax())
+        value = lists.flatten()[index].as_py()
+        return index // dim, f"value {value}; write a finite number that fits float32"
+    return None
+
+
+def _floats(lists: pa.Array) -> np.ndarray:
+    """Return all numbers of the lists, one list after the other: float32 [N * D]."""
+    return lists.flatten().cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+
+
+def _error(file: str, column: str, row: int, fault: str) -> ValueError:
+    return ValueError(f"{file}: column '{column}', row {row}: {fault}")
+
+
+@dataclass(frozen=True)
+class LoadedRows:
+    """Counts of table rows that were set and of ids in the files that were left out."""
+
+    num_set: int
+    num_left_out: int
+
+
+def load_pretrained_rows(
+    model: nn.Module,
+    table: str,
+    files: PretrainedFiles,
+    rows_of_ids: RowsOfIds | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    may_be_empty: bool = False,
+) -> LoadedRows:
+    """Write vectors into a table of ``model``, before its first step. A collective.
+
+    Args:
+        model: sharded by DistributedModelParallel under any plan, or unsharded and not on meta.
+        table: name of the table.
+        files: the files to read.
+        rows_of_ids: maps ids of the files to rows; default: an id is its row.
+        process_group: the ranks of the model; the default group if there is one.
+        may_be_empty: accept files without a row for the table.
+
+    Raises:
+        ValueError: on every rank, if on any rank the table is missing, a file cannot be used, an id
+            is outside the table, two ids name one row, or the files hold no row for the table.
+            Blocks
+            before the error are already written.
+
+    Example::
+
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        from embeddings import PretrainedFiles, TableConfig
+        from embeddings import build_embedding_collection, load_pretrained_rows
+
+        model = build_embedding_collection([TableConfig("item", 100, 4, ["item"])], "cpu")
+        vectors = pa.array([[1.0, 2.0, 3.0, 4.0]], pa.list_(pa.float32()))
+        pq.write_table(pa.table({"id": [7], "vector": vectors}), "item_vectors.parquet")
+        load_pretrained_rows(model, "item", PretrainedFiles(["item_vectors.parquet"]))
+    """
+    if process_group is None and dist.is_initialized():
+        process_group = dist.group.WORLD
+    loaded: LoadedRows | None = None
+    error: Exception | None = None
+    try:
+        table_rows = _TableRows.of(model, table)
+        if table_rows.pieces:
+            loaded = _load(table_rows, files, rows_of_ids, may_be_empty)
+    except Exception as raised:  # of any type: the other ranks wait for the outcome
+        error = raised
+    return _agree(loaded, error, process_group)
+
+
+def _agree(
+    loaded: LoadedRows | None, error: Exception | None, process_group: dist.ProcessGroup | None
+) -> LoadedRows:
+    """Return the counts of any rank with a shard; raise on all if one failed. A collective."""
+    mine = (loaded, None if error is None else (isinstance(error, ValueError), str(error)))
+    outcomes = [mine]
+    if process_group is not None:
+        outcomes *= dist.get_world_size(process_group)
+        dist.all_gather_object(outcomes, mine, group=process_group)
+    if error is not None:
+        raise error
+    for rank, (_, failure) in enumerate(outcomes):
+        if failure is not None:
+            is_value_error, message = failure
+            raise (ValueError if is_value_error else RuntimeError)(f"rank {rank}: {message}")
+    return next(result for result, _ in outcomes if result is not None)
+
+
+def _load(
+    table_rows: _TableRows,
+    files: PretrainedFiles,
+    rows_of_ids: RowsOfIds | None,
+    may_be_empty: bool,
+) -> LoadedRows:
+    stored_name = files.table or table_rows.name
+    num_set = num_left_out = 0
+    for block in read_pretrained(files, stored_name, table_rows.dim):
+        rows = block.rows(rows_of_ids)
+        has_row = np.ones(len(rows), dtype=bool) if rows_of_ids is None else rows != -1
+        table_rows.check(block, rows, has_row)
+        for piece in table_rows.pieces:
+            piece.write(rows, block.vectors)
+        num_set += int(has_row.sum())
+        num_left_out += int((~has_row).sum())
+    if num_set == 0 and not may_be_empty:
+        where = ", ".join(files.paths) or "no files"
+        fault = f"none of the {num_left_out} ids is known" if num_left_out else "none is there"
+        raise ValueError(
+            f"{where}: no row for table '{table_rows.name}': {fault} (of '{stored_name}' where the "
+            "files have a column 'table'); name the files, or the table in them, that hold it"
+        )
+    return LoadedRows(num_set, num_left_out)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A rectangle of the table on this rank, with its offsets in the table."""
+
+    weight: Tensor  # [rows, columns], the memory of the model
+    row: int
+    column: int
+
+    def write(self, rows: np.ndarray, vectors: np.ndarray) -> None:
+        """Copy the part of ``vectors`` [N, D] for ``rows`` [N] that lies in the rectangle."""
+        height, width = self.weight.shape
+        inside = (rows >= self.row) & (rows < self.row + height)
+        values = torch.from_numpy(vectors[inside, self.column : self.column + width])
+        places = torch.from_numpy(rows[inside] - self.row)
+        self.weight[places.to(self.weight.device)] = values.to(self.weight)
+
+
+class _TableRows:
+    """The pieces of a table on this rank, and which of their rows are set."""
+
+    def __init__(self, name: str, pieces: list[_Piece], num_embeddings: int, dim: int) -> None:
+        self.name = name
+        self.pieces = pieces
+        self.num_embeddings = num_embeddings
+        self.dim = dim
+        self._first = min((piece.row for piece in pieces), default=0)
+        last = max((piece.row + len(piece.weight) for piece in pieces), default=0)
+        self._is_set = np.zeros(last - self._first, dtype=bool)
+
+    @staticmethod
+    def of(model: nn.Module, name: str) -> _TableRows:
+        """Collect the pieces of table ``name`` in the collections of ``model``."""
+        weights = _table_weights(model)
+        if name not in weights:
+            raise ValueError(f"table '{name}' is not in the model; the tables are {list(weights)}")
+        weight = weights[name]
+        if isinstance(weight, ShardedTensor):
+            pieces = [
+                _Piece(shard.tensor.detach(), *shard.metadata.shard_offsets)
+                for shard in weight.local_shards()
+            ]
+            size = weight.metadata().size
+        else:
+            if weight.is_meta:
+                raise ValueError(f"table '{name}' is on meta; shard the model before loading")
+            pieces, size = [_Piece(weight.detach(), 0, 0)], weight.shape
+        return _TableRows(name, [piece for piece in pieces if piece.weight.numel()], *size)
+
+    def check(self, block: PretrainedBlock, rows: np.ndarray, has_row: np.ndarray) -> None:
+        """Reject rows int64 [N] outside the table, unless not known, and rows set before."""
+        outside = has_row & ((rows < 0) | (rows >= self.num_embeddings))
+        if outside.any():
+            index = int(outside.argmax())
+            raise block.id_error(
+                index,
+                f"id {block.ids[index].as_py()} is outside [0, {self.num_embeddings}), the rows of "
+                f"table '{self.name}'; raise num_embeddings or drop the row",
+            )
+        local = np.flatnonzero((rows >= self._first) & (rows < self._first + len(self._is_set)))
+        places = rows[local] - self._first
+        repeated = self._is_set[places]
+        first_places = np.unique(places, return_index=True)[1]
+        repeated[np.setdiff1d(np.arange(len(places)), first_places)] = True
+        if repeated.any():
+            index = int(local[repeated.argmax()])
+            raise block.id_error(
+                index,
+                f"id {block.ids[index].as_py()}: row {rows[index]} of table '{self.name}' has a "
+                "vector already; keep one per row",
+            )
+        self._is_set[places] = True
+
+
+def _table_weights(model: nn.Module) -> dict[str, Tensor | ShardedTensor]:
+    """Return every table of the collections in ``model`` by name; sharded ones on every rank."""
+    collections = (
+        ShardedEmbeddingBagCollection,
+        ShardedEmbeddingCollection,
+        EmbeddingBagCollection,
+        EmbeddingCollection,
+    )
+    return {
+        key.split(".")[-2]: weight
+        for module in model.modules()
+        if isinstance(module, collections)
+        for key, weight in module.state_dict().items()
+        if key.endswith(".weight")
+    }

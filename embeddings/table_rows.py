@@ -1,0 +1,191 @@
+"""Rows of sharded tables by their numbers, under any plan: read, average, write, reset.
+
+Shapes: N rows, R rows of the table, D dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from embeddings.table_state import local_tensors, table_weights
+from embeddings.tables import INITIALIZATION_BLOCK_ROWS, NormalInitializer, TableConfig
+
+
+@dataclass(frozen=True)
+class TableShard:
+    """A rectangle of a table on this rank.
+
+    weight: [rows, columns], the memory of the model.
+    states: state of the fused optimizer, [rows] or [rows, columns] each, none under SGD.
+    row, column: offsets in the table.
+    """
+
+    weight: Tensor
+    states: list[Tensor]
+    row: int
+    column: int
+
+    @property
+    def columns(self) -> slice:
+        """Columns of the table in this shard."""
+        return slice(self.column, self.column + self.weight.shape[1])
+
+    def contains(self, rows: Tensor) -> Tensor:  # int64 [N] -> bool [N]
+        """Return which rows of the table lie in this shard."""
+        return (rows >= self.row) & (rows < self.row + len(self.weight))
+
+    def is_trained(self) -> Tensor:  # bool [rows], on the host
+        """Return which rows an optimizer with state has updated: their moments are not zero."""
+        trained = torch.zeros(len(self.weight), dtype=torch.bool)
+        for state in self.states:
+            rows = state != 0 if state.dim() == 1 else (state != 0).any(dim=1)
+            trained |= rows.cpu()
+        return trained
+
+
+def local_shards(model: DistributedModelParallel) -> Iterator[tuple[str, TableShard]]:
+    """Yield every table's name with each of its shards on this rank."""
+    states = model.fused_optimizer.state_dict()["state"]
+    for key, weight in table_weights(model).items():
+        optimizer_states = [local_tensors(state) for state in states.get(key, {}).values()]
+        for index, shard in enumerate(weight.local_shards()):
+            row, column = shard.metadata.shard_offsets
+            shard_states = [tensors[index] for tensors in optimizer_states]
+            by_row = [state for state in shard_states if len(state) == len(shard.tensor)]
+            yield key.split(".")[-2], TableShard(shard.tensor.detach(), by_row, row, column)
+
+
+BLOCK_ROWS = 2**16
+TrainedRows = Callable[[int, int], np.ndarray]  # rows [start, stop) -> bool [stop - start]
+
+
+class TableRows:
+    """One table of a sharded model, and which of its rows were trained before.
+
+    `trained` returns which rows of a range count as trained; default: those whose moments in the
+    fused optimizer are not zero, so that a gradient has reached them.
+    """
+
+    def __init__(
+        self,
+        model: DistributedModelParallel,
+        table: str,
+        group: dist.ProcessGroup,
+        trained: TrainedRows | None = None,
+    ) -> None:
+        """Collect the shards on this rank and note which of their rows were trained."""
+        sizes = {
+            key.split(".")[-2]: tuple(weight.metadata().size)
+            for key, weight in table_weights(model).items()
+        }
+        self.num_rows, self.dim = sizes[table]
+        self.group = group
+        self.shards = [shard for name, shard in local_shards(model) if name == table]
+        self.trained = [_trained(shard, trained) for shard in self.shards]  # bool [rows] each
+
+    @torch.no_grad()
+    def mean(self) -> tuple[Tensor, int]:  # float64 [D], number of rows
+        """Return the mean of the trained rows, each counted once, and their number. A collective.
+
+        Under column-wise sharding with no explicit `trained`, each column shard averages the rows
+        that it has moments of.
+        """
+        totals = torch.zeros(2, self.dim, dtype=torch.float64)  # sums and counts
+        for shard, trained in zip(self.shards, self.trained, strict=True):
+            for start in range(0, len(trained), BLOCK_ROWS):
+                is_trained = trained[start : start + BLOCK_ROWS].to(shard.weight.device)
+                block = shard.weight[start : start + BLOCK_ROWS][is_trained]
+                totals[0, shard.columns] += block.double().sum(dim=0).cpu()
+            totals[1, shard.columns] += trained.sum()
+        dist.all_reduce(totals, group=self.group)
+        return totals[0] / totals[1].clamp(min=1), int(totals[1].min())
+
+    @torch.no_grad()
+    def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:  # int64 [N] -> float32 [N, D], bool [N]
+        """Return rows and whether they were trained; all ranks ask for the same. A collective."""
+        values = torch.zeros(len(rows), self.dim)
+        is_trained = torch.zeros(len(rows), dtype=torch.uint8)
+        for shard, trained in zip(self.shards, self.trained, strict=True):
+            inside = torch.nonzero(shard.contains(rows)).squeeze(1)
+            places = rows[inside] - shard.row
+            weights = shard.weight[places.to(shard.weight.device)].float().cpu()
+            values[inside, shard.columns] = weights
+            is_trained[inside] |= trained[places].to(torch.uint8)
+        # Exactly one shard of all ranks has each number, so the sums are the numbers themselves.
+        dist.all_reduce(values, group=self.group)
+        dist.all_reduce(is_trained, op=dist.ReduceOp.MAX, group=self.group)
+        return values, is_trained.bool()
+
+    @torch.no_grad()
+    def fill_untrained(self, value: Tensor) -> None:  # [D]
+        """Write one vector into every row that was not trained; not a collective."""
+        for shard, trained in zip(self.shards, self.trained, strict=True):
+            places = torch.nonzero(~trained).squeeze(1).to(shard.weight.device)
+            shard.weight[places] = value[shard.columns].to(shard.weight)
+
+    @torch.no_grad()
+    def write(self, rows: Tensor, values: Tensor) -> None:  # int64 [N], [N, D]
+        """Write rows, the same on all ranks; not a collective. The state of optimizers stays."""
+        for shard in self.shards:
+            inside = shard.contains(rows)
+            places = (rows[inside] - shard.row).to(shard.weight.device)
+            shard.weight[places] = values[inside, shard.columns].to(shard.weight)
+
+
+def _trained(shard: TableShard, trained: TrainedRows | None) -> Tensor:  # bool [rows]
+    if trained is None:
+        return shard.is_trained()
+    return torch.from_numpy(trained(shard.row, shard.row + len(shard.weight)))
+
+
+class RowReset:
+    """Sets rows of a sharded model to initial weights and zeroes their optimizer state.
+
+    Only the first block of ``INITIALIZATION_BLOCK_ROWS`` rows is drawn and kept, on CPU; later rows
+    reuse it, block after block. So weights are the same on every rank and under every plan. `seed`
+    is
+    that given to ``torch.manual_seed`` before the tables were built.
+    """
+
+    def __init__(
+        self, model: DistributedModelParallel, tables: Sequence[TableConfig], seed: int
+    ) -> None:
+        """Draw the initial weights of each table and collect its shards on this rank."""
+        self._fresh = {table.name: _fresh_rows(table, seed) for table in tables}
+        self._shards: dict[str, list[TableShard]] = {table.name: [] for table in tables}
+        for name, shard in local_shards(model):
+            if name in self._shards:
+                self._shards[name].append(shard)
+
+    @torch.no_grad()
+    def __call__(self, table: str, rows: Tensor) -> None:
+        """Reset ``rows``, int64 [N] and the same on all ranks, of ``table``; not a collective."""
+        for shard in self._shards[table]:
+            inside = rows[shard.contains(rows)]
+            if not len(inside):
+                continue
+            fresh = self._fresh[table][inside % INITIALIZATION_BLOCK_ROWS, shard.columns]
+            device = shard.weight.device
+            on_cuda = device.type == "cuda"
+            with torch.cuda.stream(torch.cuda.default_stream(device) if on_cuda else None):
+                places = (inside - shard.row).to(device)
+                shard.weight[places] = fresh.to(shard.weight)
+                for state in shard.states:
+                    state[places] = 0
+
+
+def _fresh_rows(table: TableConfig, seed: int) -> Tensor:
+    """Return initial weights of the table's first block of rows, [at most a block, D]."""
+    rows = min(INITIALIZATION_BLOCK_ROWS, table.num_embeddings)
+    fresh = torch.empty(rows, table.embedding_dim)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        NormalInitializer(table).fill(fresh)
+    return fresh
