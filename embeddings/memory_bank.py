@@ -2,10 +2,8 @@
 
 User histories read from the bank instead of running the encoder again (LEMUR, arXiv 2511.10962). A
 `MemoryBank` is split over the ranks in blocks of rows; a `ReplicatedMemoryBank` has all rows on
-every
-rank, for item sets that fit. The route of each row follows from the ids: a `BankRoute` is computed
-for
-a whole batch before its step, so that the step itself sends vectors and nothing else.
+every rank, for item sets that fit. The route of each row follows from the ids: a `BankRoute` is
+computed for a whole batch before its step, so that the step itself sends vectors and nothing else.
 
 Shapes: U ids, D dimension, W ranks, P ids per rank after padding.
 """
@@ -25,6 +23,11 @@ from torch.distributed._shard.sharded_tensor import (
     ShardMetadata,
     init_from_local_shards,
 )
+
+# Largest replica. With more ranks than MAX_REPLICAS, all ranks together write more rows than one
+# rank reads.
+MAX_REPLICA_BYTES = 256 * 2**20
+MAX_REPLICAS = 16
 
 
 @dataclass(frozen=True)
@@ -292,12 +295,6 @@ class MemoryBank:
             pieces.append(Shard(tensor=rows, metadata=metadata))
         size = (self.num_items, self.dim + 1)
         return {"pool": init_from_local_shards(pieces, *size, process_group=self._group)}
-
-
-# Largest replica. With more ranks than MAX_REPLICAS, all ranks together write more rows than one
-# rank reads.
-MAX_REPLICA_BYTES = 256 * 2**20
-MAX_REPLICAS = 16
 
 
 @dataclass(frozen=True)

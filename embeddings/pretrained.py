@@ -1,12 +1,9 @@
 """Load pretrained vectors from Parquet into the shards of a table, by id.
 
 Every rank that holds a shard streams the files and keeps the rows of its shards; ranks exchange
-only
-counts. Rows that no file names keep their initial weights. Anything that would put a wrong number
-into
-a table is an error with file, column and row. The scanner of pyarrow.dataset is not used: it loses
-the
-position of filtered rows in their file, and it holds whole row groups.
+only counts. Rows that no file names keep their initial weights. Anything that would put a wrong
+number into a table is an error with file, column and row. The scanner of pyarrow.dataset is not
+used: it loses the position of filtered rows in their file, and it holds whole row groups.
 
 Shapes: N rows of one block of a file, D dimension.
 """

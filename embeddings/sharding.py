@@ -1,12 +1,10 @@
 """Plan which rank holds each piece of each table, and give each table its optimizer.
 
 TorchRec's planner gets the memory of this machine and the settings of each `TableConfig`. It runs
-on
-rank 0, which broadcasts the plan or the reason of its failure, so that a job that cannot fit ends
-on
-every rank instead of hanging. With C copies of the tables on W ranks, lookups travel among the W /
-C
-ranks of a copy, and every few steps the copies are set to their mean (TorchRec's 2D parallelism).
+on rank 0, which broadcasts the plan or the reason of its failure, so that a job that cannot fit
+ends on every rank instead of hanging. With C copies of the tables on W ranks, lookups travel among
+the W / C ranks of a copy, and every few steps the copies are set to their mean (TorchRec's 2D
+parallelism).
 """
 
 from __future__ import annotations
@@ -41,6 +39,9 @@ from torchrec.optim import RowWiseAdagrad
 from embeddings.table_sharders import sharders
 from embeddings.tables import Kernel, TableConfig, check_tables
 
+# Share of the memory left to the dense model, activations and batches. TorchRec's heuristic
+# would instead count every dense parameter six times, a frozen encoder's included.
+RESERVED_SHARE = 0.15
 # The planner makes no column shards narrower than this: every shard looks up all ids.
 MIN_COLUMNS = 32
 
@@ -107,11 +108,6 @@ def check_kernels(table: TableConfig, device: torch.device) -> None:
             f"table '{table.name}': weight_decay {table.weight_decay} needs CUDA, the fused "
             "kernels on CPU ignore it; set it to 0"
         )
-
-
-# Share of the memory left to the dense model, activations and batches. TorchRec's heuristic
-# would instead count every dense parameter six times, a frozen encoder's included.
-RESERVED_SHARE = 0.15
 
 
 def machine_topology(

@@ -17,6 +17,9 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from embeddings.table_state import local_tensors, table_weights
 from embeddings.tables import INITIALIZATION_BLOCK_ROWS, NormalInitializer, TableConfig
 
+BLOCK_ROWS = 2**16
+TrainedRows = Callable[[int, int], np.ndarray]  # rows [start, stop) -> bool [stop - start]
+
 
 @dataclass(frozen=True)
 class TableShard:
@@ -60,10 +63,6 @@ def local_shards(model: DistributedModelParallel) -> Iterator[tuple[str, TableSh
             shard_states = [tensors[index] for tensors in optimizer_states]
             by_row = [state for state in shard_states if len(state) == len(shard.tensor)]
             yield key.split(".")[-2], TableShard(shard.tensor.detach(), by_row, row, column)
-
-
-BLOCK_ROWS = 2**16
-TrainedRows = Callable[[int, int], np.ndarray]  # rows [start, stop) -> bool [stop - start]
 
 
 class TableRows:
@@ -150,8 +149,7 @@ class RowReset:
 
     Only the first block of ``INITIALIZATION_BLOCK_ROWS`` rows is drawn and kept, on CPU; later rows
     reuse it, block after block. So weights are the same on every rank and under every plan. `seed`
-    is
-    that given to ``torch.manual_seed`` before the tables were built.
+    is that given to ``torch.manual_seed`` before the tables were built.
     """
 
     def __init__(

@@ -1,11 +1,9 @@
 """TorchRec's sharders with three changes, on which every table of this product relies.
 
-No table is ever data-parallel, and pooled tables may be row-wise on CPU. Shards get their
-rectangle of
-the table's initial weights (or those of an unsharded module), so that a model starts equal under
-every
-plan and number of ranks. Looked-up vectors and their gradients may travel in 16 bits (DLRM with
-quantised collectives, Yang et al. 2020), which rounds each value once.
+No table is ever data-parallel, and pooled tables may be row-wise on CPU. Shards get their rectangle
+of the table's initial weights (or those of an unsharded module), so that a model starts equal under
+every plan and number of ranks. Looked-up vectors and their gradients may travel in 16 bits (DLRM
+with quantised collectives, Yang et al. 2020), which rounds each value once.
 """
 
 from __future__ import annotations

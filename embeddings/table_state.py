@@ -6,10 +6,8 @@ another plan on another number of ranks. TorchRec's own tensors do not allow it 
 - A stored shard is read whole before a part of it is used, so a resume would need the memory of
   another shard. Shards are therefore split into blocks of rows.
 - Under column-wise sharding `rowwise_adagrad` keeps a moment of each row per column shard. Here
-each
-  range of columns has an entry of its own; a plan with other ranges gets their mean, weighted by
-  the
-  shared columns. To whole rows this is exactly the moment of the unsharded table.
+  each range of columns has an entry of its own. A plan with other ranges gets their mean, weighted
+  by the shared columns; to whole rows this is exactly the moment of the unsharded table.
 - Rows of a table of kernel `uvm_caching` may be newer in the device's cache than in host memory.
 - A model with several copies of its tables has DTensors, which know the shards of this rank alone.
 
@@ -35,6 +33,11 @@ from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.shards_wrapper import LocalShardsWrapper
 from torchrec.distributed.types import EmbeddingModuleShardingPlan
+
+BLOCK_BYTES = 64 * 2**20
+MAX_BLOCKS = 64  # of a shard: checks inside torch are quadratic in their number
+
+State = dict[str, Tensor | ShardedTensor]
 
 
 def current_state(model: DistributedModelParallel) -> dict[str, Any]:
@@ -101,12 +104,6 @@ def _as_sharded_tensor(
         ShardedTensorMetadata(shards, value.shape, TensorProperties(dtype=value.dtype)),
         process_group=group,
     )
-
-
-BLOCK_BYTES = 64 * 2**20
-MAX_BLOCKS = 64  # of a shard: checks inside torch are quadratic in their number
-
-State = dict[str, Tensor | ShardedTensor]
 
 
 @dataclass(frozen=True)

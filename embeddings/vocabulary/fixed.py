@@ -91,10 +91,9 @@ def integer_ids(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
 class ExactVocabulary:
     """A map from raw ids to rows, built from data, stored as Parquet, and only ever extended.
 
-    Rows count up from 0 in the order in which ids were added; later ids never move earlier
-    ones, so a table trained with the map fits every extension of it. It holds ``num_embeddings -
-    1``
-    ids; unknown ids map to ``unknown_row``, the last row of the table.
+    Rows count up from 0 in the order in which ids were added; later ids never move earlier ones, so
+    a table trained with the map fits every extension of it. It holds ``num_embeddings - 1`` ids;
+    unknown ids map to ``unknown_row``, the last row of the table.
 
     Example::
 

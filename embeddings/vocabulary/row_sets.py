@@ -18,8 +18,7 @@ class RowSets:
     """The ids in some sets of rows, with their counts of uses and the step of the last use.
 
     Rows of a set are filled in order and never emptied, so its free rows come last. The arguments
-    are
-    those of `BoundedVocabulary`.
+    are those of `BoundedVocabulary`.
     """
 
     def __init__(
@@ -58,8 +57,7 @@ class RowSets:
         """Count a step's uses of ids and assign rows to the ids that are due for one.
 
         `sets`, `ids` and `counts` are int64 [N]: the set of each id, the ids, each once, and their
-        uses, at
-        least 1. `step` never falls.
+        uses, at least 1. `step` never falls.
 
         Returns:
             [N] each: row of each id in its set, -1 without one; whether it got its row in this
