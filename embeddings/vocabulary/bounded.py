@@ -194,7 +194,7 @@ class BoundedVocabulary:
         values: Tensor,  # [sum(sizes), ...]
         sizes: list[int],
     ) -> tuple[Tensor, list[int]]:
-        """Send each rank the next ``sizes[rank]`` values."""
+        """Send each rank the next ``sizes[rank]`` values. A collective."""
         received = torch.empty(self._world_size, dtype=torch.int64)
         dist.all_to_all_single(received, torch.tensor(sizes), group=self._group)
         received_sizes = received.tolist()

@@ -45,7 +45,7 @@ def rows_on_rank(rank: int, world_size: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found() -> list[dict[str, Any]]:
+def result() -> list[dict[str, Any]]:
     return run_on_ranks(rows_on_rank, 2)
 
 
