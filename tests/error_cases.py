@@ -17,7 +17,7 @@ from torch import nn
 from embeddings import TableConfig
 from launch import components
 from recsys.checkpoint.files import read_manifest as read_checkpoint
-from recsys.checkpoint.partitions.state import RunState, Trained
+from recsys.checkpoint.partitions.state import RunState, TrainedPartition
 from recsys.checkpoint.run_folder import find_start
 from recsys.commands.inputs import require_finished
 from recsys.config import ContentSettings, MetricSettings, load_config
@@ -193,7 +193,7 @@ def partitions(
             (folder / "data" / "train" / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / "data" / "train" / name).write_text("")
         root = Location.of(folder / "data")
-        state = RunState(tuple(Trained(name, 1, "") for name in trained))
+        state = RunState(tuple(TrainedPartition(name, 1, "") for name in trained))
         partitions = list_partitions(root)
         partition = next_partition(root / "train", partitions, state, span or PartitionRange())
         assert partition is not None

@@ -67,23 +67,23 @@ CHANGEABLE = (
 def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
     """Flatten settings to a dict by full name; settings that are unset or off are left out."""
     if isinstance(value, dict):
-        found: dict[str, Any] = {}
+        settings: dict[str, Any] = {}
         for name, part in value.items():
-            found |= flattened(part, f"{prefix}.{name}" if prefix else name)
-        return found
+            settings |= flattened(part, f"{prefix}.{name}" if prefix else name)
+        return settings
     return {} if value is None or value is False or value == [] else {prefix: value}
 
 
 def differing_settings(stored: Config, config: Config) -> Iterator[tuple[str, Any, Any]]:
     """Yield name, stored and present value of each setting that differs and is not changeable."""
-    before, now = flattened(to_plain(stored)), flattened(to_plain(config))
-    for name in sorted(before.keys() | now.keys()):
-        values = before.get(name), now.get(name)
+    previous, current = flattened(to_plain(stored)), flattened(to_plain(config))
+    for name in sorted(previous.keys() | current.keys()):
+        values = previous.get(name), current.get(name)
         if values[0] == values[1]:
             continue
         # Without the loss its head is not in the model.
-        is_of_head = name == "contrastive.weight" and 0 in values
-        if is_of_head or not any(fnmatch(name, pattern) for pattern in CHANGEABLE):
+        adds_head = name == "contrastive.weight" and 0 in values
+        if adds_head or not any(fnmatch(name, pattern) for pattern in CHANGEABLE):
             yield name, *values
 
 
@@ -92,28 +92,25 @@ def with_automatic(config: Config, stored: Config) -> Config:
 
     The number of groups of votes is that of the run, unless it has no votes or another is set.
     """
-    now, before = config.ranking, stored.ranking
-    if not isinstance(now, NumbersSettings) or not isinstance(before, NumbersSettings):
+    ranking, previous = config.ranking, stored.ranking
+    if not isinstance(ranking, NumbersSettings) or not isinstance(previous, NumbersSettings):
         return config
-    adds_votes = now.opinions is not None and before.opinions is None
-    if now.opinion_groups is not None or adds_votes:
+    adds_votes = ranking.opinions is not None and previous.opinions is None
+    if ranking.opinion_groups is not None or adds_votes:
         return config
-    return replace(config, ranking=replace(now, opinion_groups=before.opinion_groups))
+    return replace(config, ranking=replace(ranking, opinion_groups=previous.opinion_groups))
 
 
 def check_config(stored: dict[str, Any], config: Config, where: str) -> None:
-    """Refuse to continue from a checkpoint of another model.
+    """Raise a ValueError that names the settings in which a checkpoint is of another model.
 
     Settings that earlier versions did not have are compared by their defaults.
-
-    Raises:
-        ValueError: names every setting that differs and must not.
     """
     if stored == to_plain(config):
         return
     differing = [
-        f"{name} (checkpoint: {before}, now: {now})"
-        for name, before, now in differing_settings(config_of_plain(stored), config)
+        f"{name} (checkpoint: {previous}, now: {current})"
+        for name, previous, current in differing_settings(config_of_plain(stored), config)
     ]
     if differing:
         raise ValueError(
@@ -123,15 +120,11 @@ def check_config(stored: dict[str, Any], config: Config, where: str) -> None:
         )
 
 
-def check_equal(name: str, stored: Any, now: Any, where: str) -> None:
-    """Refuse to continue if something besides the configuration has changed.
-
-    Raises:
-        ValueError: `stored` and `now` differ.
-    """
-    if stored != now:
+def check_equal(name: str, stored: Any, current: Any, where: str) -> None:
+    """Raise a ValueError if something besides the configuration has changed."""
+    if stored != current:
         raise ValueError(
-            f"{where}: {name} changed since it was written (then {stored}, now {now}), so its "
+            f"{where}: {name} changed since it was written (then {stored}, now {current}), so its "
             "position and weights mean nothing; bring them back, choose another --out, or start "
             "anew with --overwrite true"
         )

@@ -52,8 +52,7 @@ def step_of_folder(folder: Path) -> int:
 def folders_to_continue(checkpoints: Path) -> list[Path]:
     """Return the folders from which a run may continue, the first choice first.
 
-    The best model is one only if it is alone: it lacks the state of the optimizers, so any
-    other folder is better, however old.
+    The best model is one only if it is alone, as it lacks the state of the optimizers.
     """
     best = checkpoints / BEST
     return folders_by_age(checkpoints) or ([best] if best.exists() else [])
@@ -77,11 +76,7 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the folder's manifest.
-
-    Raises:
-        ValueError: it is missing, damaged or of another format.
-    """
+    """Read the folder's manifest; a missing or damaged one is a ValueError."""
     path = folder / MANIFEST
     try:
         manifest = read_signed(path, (2, FORMAT))
@@ -97,12 +92,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def model_of(run: Path) -> str | None:
-    """Return a hash of the manifest of a run's best model, which identifies the model.
+    """Return a hash that identifies a run's best model, None if the run has none.
 
-    None if the run no longer keeps that checkpoint.
-
-    Raises:
-        ValueError: the manifest is damaged.
+    A damaged manifest is a ValueError.
     """
     folder = run / "checkpoints" / BEST
     if not (folder / MANIFEST).exists():
@@ -111,20 +103,12 @@ def model_of(run: Path) -> str | None:
 
 
 def best_step(run: Path) -> int:
-    """Return the step of a run's best model.
-
-    Raises:
-        ValueError: its manifest is missing or damaged.
-    """
+    """Return the step of a run's best model; a missing or damaged manifest is a ValueError."""
     return int(read_manifest(run / "checkpoints" / BEST)["step"])
 
 
 def check_files(folder: Path, manifest: dict[str, Any], part: int = 0, parts: int = 1) -> None:
-    """Compare the files with the manifest; each of several ranks checks a part.
-
-    Raises:
-        ValueError: a file is missing, too short or changed; names the first one.
-    """
+    """Raise a ValueError that names the first missing or changed file; each rank checks a part."""
     files = dict(sorted(manifest["files"].items())[part::parts])
     for difference in differences(folder, files):
         raise ValueError(f"{difference}; bring it back")
@@ -133,8 +117,7 @@ def check_files(folder: Path, manifest: dict[str, Any], part: int = 0, parts: in
 def checked_manifest(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Read a manifest and check the files against it, each rank a share. A collective.
 
-    Raises:
-        ValueError: on every rank: the manifest or a file is missing or damaged.
+    A missing or damaged one of them is a ValueError on every rank.
     """
     with ranks.raise_on_all_ranks():
         manifest = read_manifest(folder)
@@ -149,12 +132,7 @@ def run_file_hashes(run: Path) -> dict[str, str]:
 
 
 def check_run_files(folder: Path, manifest: dict[str, Any], ranks: Ranks) -> None:
-    """Refuse a checkpoint if the run's files have changed since it was written. A collective.
-
-    Raises:
-        ValueError: on every rank: a file is missing or was edited, or the checkpoint belongs to
-            another run.
-    """
+    """Raise a ValueError on every rank if files of the run have changed since. A collective."""
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
             run, stored = folder.parents[1], manifest["kept"]

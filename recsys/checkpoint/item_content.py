@@ -32,14 +32,11 @@ NewRows = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class ChangedItems:
-    """Items whose content differs from that at a checkpoint.
-
-    ids: int64, ascending: those that are edited, new or gone. known: items of both.
-    """
+    """Items whose content differs from that at a checkpoint; `num_known` are items of both."""
 
     ids: np.ndarray
     edited: int
-    known: int
+    num_known: int
     words: str
 
 
@@ -69,11 +66,8 @@ def encode_changed_items(
         job: the job, with the checkpoint's weights and bank.
         run: folder of the checkpoint's run.
         manifest: of the checkpoint.
-        new_rows: maps the ids that items had in that run to those that they have now, -1 where they
-            have none; default: they are the same.
-
-    Returns:
-        Number of encoded items.
+        new_rows: maps the ids that items had in that run to their present ones, -1 where they have
+            none; default: they are the same.
 
     Raises:
         ValueError: on every rank: ranks read other items.
@@ -96,15 +90,15 @@ def encode_changed_items(
 def changed_items(
     job: Job, run: Path, manifest: dict[str, Any], new_rows: NewRows | None = None
 ) -> ChangedItems | None:
-    """Compare the items with those at a checkpoint; None if nothing is known or differs.
+    """Compare the items with those at a checkpoint; None if nothing differs.
 
     Arguments are those of `encode_changed_items`. Not a collective.
     """
     if (items := _content(job)) is None:
         return None
-    now = digest_of(items.tobytes())
+    digest = digest_of(items.tobytes())
     stored = manifest["items"]
-    if stored is None or (now == stored and new_rows is None):
+    if stored is None or (digest == stored and new_rows is None):
         return None
     return _changed(items, _file(run, stored), new_rows)
 
@@ -122,22 +116,22 @@ def _file(run: Path, digest: str) -> Path:
     return run / FOLDER / f"{digest}.npy"
 
 
-def _changed(now: np.ndarray, file: Path, new_rows: NewRows | None) -> ChangedItems:
+def _changed(current: np.ndarray, file: Path, new_rows: NewRows | None) -> ChangedItems:
     """Return the items that differ from those in a file."""
     before = np.load(file, allow_pickle=False) if file.is_file() else np.zeros(0, TYPE)
     if digest_of(before.tobytes()) != file.stem:
-        words = f"{file} is missing or damaged, so all {len(now):,} items are taken as changed"
-        return ChangedItems(now["item"].copy(), 0, 0, words)
+        words = f"{file} is missing or damaged, so all {len(current):,} items are taken as changed"
+        return ChangedItems(current["item"].copy(), 0, 0, words)
     if new_rows is not None:
         before["item"] = new_rows(before["item"])
         before = np.sort(before[before["item"] >= 0], order="item")
-    place = np.searchsorted(before["item"], now["item"]).clip(max=len(before) - 1)
-    known = before["item"][place] == now["item"]
-    edited = known & (before["content"][place] != now["content"])
-    gone = np.setdiff1d(before["item"], now["item"], assume_unique=True)
+    place = np.searchsorted(before["item"], current["item"]).clip(max=len(before) - 1)
+    is_stored = before["item"][place] == current["item"]
+    edited = is_stored & (before["content"][place] != current["content"])
+    removed = np.setdiff1d(before["item"], current["item"], assume_unique=True)
     words = (
-        f"since the checkpoint was written {edited.sum():,} of {len(now):,} items were edited, "
-        f"{(~known).sum():,} are new and {len(gone):,} are gone"
+        f"since the checkpoint was written {edited.sum():,} of {len(current):,} items were edited, "
+        f"{(~is_stored).sum():,} are new and {len(removed):,} are gone"
     )
-    ids = np.sort(np.concatenate([now["item"][edited | ~known], gone]))
-    return ChangedItems(ids, int(edited.sum()), int(known.sum()), words)
+    ids = np.sort(np.concatenate([current["item"][edited | ~is_stored], removed]))
+    return ChangedItems(ids, int(edited.sum()), int(is_stored.sum()), words)

@@ -33,7 +33,6 @@ from recsys.checkpoint.files import (
     run_file_hashes,
     write_manifest,
 )
-from recsys.checkpoint.finite import require_finite
 from recsys.checkpoint.item_content import encode_changed_items, item_content_digest
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.reader import SafeFileSystemReader, readable_failure
@@ -44,6 +43,7 @@ from recsys.checkpoint.state import (
     frozen_digest,
     model_state,
     num_bytes,
+    require_finite,
 )
 from recsys.config import to_plain
 from recsys.data.row_source import Stage
@@ -82,8 +82,8 @@ class Checkpoints:
     def save(self, progress: Progress, wait: bool = False) -> None:
         """Save the whole state; return when later steps can no longer change what is written.
 
-        Raises:
-            ValueError: a value is not finite; with `wait` or after some failures, a failed write.
+        A value that is not finite is a ValueError; so is a failed write with `wait`, or the third
+        one.
         """
         self.wait()
         folder = folder_of_step(self.folder, progress.steps)
@@ -96,31 +96,22 @@ class Checkpoints:
             self.wait(strict=wait)
 
     def save_best(self, progress: Progress) -> None:
-        """Save the model as the best so far.
-
-        Raises:
-            ValueError: a value is not finite, or it could not be written.
-        """
+        """Save the model as the best so far; a failure is a ValueError."""
         self.wait()
         self.require_finite(progress, state := model_state(self.job))
         self._start(state, self.folder / BEST, progress)
         self.wait(strict=True)
 
     def require_finite(self, progress: Progress, state: State | None = None) -> None:
-        """Check a state, by default the model's, before it is saved or called good. A collective.
+        """Raise a ValueError on every rank if a value of the state is not finite. A collective.
 
-        Raises:
-            ValueError: on every rank, if a weight or moment is not finite on any.
+        The state is that of the model by default; it is checked before it is saved or called good.
         """
         state = state or model_state(self.job)
         require_finite(self.job, state, progress.steps, lambda: self.last_good)
 
     def wait(self, strict: bool = False) -> None:
-        """Wait for the write in progress.
-
-        Raises:
-            ValueError: it failed, and `strict` or too many have failed before it.
-        """
+        """Wait for the write in progress; its failure is a ValueError if `strict` or the third."""
         if self._pending is None:
             return
         (future, folder), self._pending = self._pending, None
@@ -156,12 +147,14 @@ class Checkpoints:
         if self._copies is None:
             sizes = torch.tensor([num_bytes(state), -psutil.virtual_memory().available])
             dist.all_reduce(sizes, op=dist.ReduceOp.MAX, group=ranks.group)
-            needed, free = int(sizes[0]) * ranks.local_world_size, -int(sizes[1])
-            self._copies = needed <= COPY_SHARE * free if setting == "auto" else setting == "true"
+            copy_bytes, free_bytes = int(sizes[0]) * ranks.local_world_size, -int(sizes[1])
+            self._copies = (
+                copy_bytes <= COPY_SHARE * free_bytes if setting == "auto" else setting == "true"
+            )
             logger.info(
                 f"checkpoints: {num_bytes(state) / 2**20:,.1f} MB on rank 0, {'a' * self._copies}"
-                f"synchronous (setting {setting}; a copy takes {needed / 2**30:.1f} GB of "
-                f"{free / 2**30:.1f} GB free)"
+                f"synchronous (setting {setting}; a copy takes {copy_bytes / 2**30:.1f} GB of "
+                f"{free_bytes / 2**30:.1f} GB free)"
             )
         return self._copies
 

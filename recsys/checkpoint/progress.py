@@ -67,8 +67,10 @@ class Progress:
     def count_ids(self, job: Job, unknown: UnknownIds) -> None:
         """Add the counts of raw ids since the last call. A collective."""
         _add(self.ids, unknown.totals(job.ranks.group))
-        for table, of in job.vocabularies.counts().items():
-            _add(self.vocabularies, {table: {"admitted": of.admitted, "evicted": of.evicted}})
+        for table, counts in job.vocabularies.counts().items():
+            _add(
+                self.vocabularies, {table: {"admitted": counts.admitted, "evicted": counts.evicted}}
+            )
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Progress:
@@ -77,8 +79,8 @@ class Progress:
         return Progress(**{**values, "stages": [Stage(**stage) for stage in values["stages"]]})
 
 
-def _add(totals: dict[str, dict[str, int]], more: dict[str, dict[str, int]]) -> None:
-    for name, counts in more.items():
-        known = totals.setdefault(name, {})
+def _add(totals: dict[str, dict[str, int]], counts_by_name: dict[str, dict[str, int]]) -> None:
+    for name, counts in counts_by_name.items():
+        total = totals.setdefault(name, {})
         for key, count in counts.items():
-            known[key] = known.get(key, 0) + count
+            total[key] = total.get(key, 0) + count

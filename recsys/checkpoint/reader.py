@@ -3,20 +3,37 @@
 torch reads tensors with `weights_only`, but `.metadata` is a pickle, and entries that are not
 tensors would be unpickled without restriction. This reader unpickles only classes of the format in
 the metadata, and refuses entries that are not tensors, which our checkpoints do not have.
+
+A checkpoint holds a table in pieces, cut by rows or columns as on the ranks that trained it.
+torch.load would read whole pieces, and on one rank a piece is the table. So `StoredTensor` loads
+only the header of a piece, which gives the offset of its numbers in the file, and a range of rows.
+
+Shapes: R rows, D dimension.
 """
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+BLOCK_BYTES = 2**25  # of rows that are read at a time
 
 _ALLOWED = {
     "collections": {"OrderedDict"},
@@ -51,9 +68,8 @@ class _FormatUnpickler(pickle.Unpickler):
 class SafeFileSystemReader(FileSystemReader):
     """FileSystemReader for folders that are not trusted.
 
-    Raises:
-        ValueError: the metadata is missing or damaged, refers to anything but the format's own
-            classes, or lists entries that are not tensors.
+    Metadata that is damaged, refers to anything but the format's own classes, or lists entries that
+    are not tensors is a ValueError.
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -84,3 +100,76 @@ def readable_failure() -> Iterator[None]:
     except CheckpointException as error:
         causes = {str(failure[0]) for failure in error.failures.values()}
         raise ValueError("; ".join(sorted(causes))) from error
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint, [R] or [R, D].
+
+    Example::
+
+        reader = SafeFileSystemReader(run / "checkpoints" / "best")
+        StoredTensor(reader, reader.read_metadata(), "bank").rows(100, 200)  # [100, D]
+    """
+
+    reader: SafeFileSystemReader
+    metadata: Metadata
+    key: str  # name in the checkpoint
+
+    @property
+    def _tensor(self) -> TensorStorageMetadata:
+        tensor = self.metadata.state_dict_metadata[self.key]
+        assert isinstance(tensor, TensorStorageMetadata), self.key
+        return tensor
+
+    @property
+    def size(self) -> torch.Size:
+        """Size of the whole tensor."""
+        return self._tensor.size
+
+    @property
+    def title(self) -> str:
+        """Words for the tensor in messages."""
+        return f"'{self.key}'"
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Read the rows `[start, stop)`: [stop - start] or [stop - start, D].
+
+        A missing or damaged file is a ValueError.
+        """
+        sizes = torch.Size([stop - start, *self.size[1:]])
+        offsets = torch.Size([start, *(0 for _ in self.size[1:])])
+        result = torch.empty(sizes, dtype=self._tensor.properties.dtype)
+        range_ = ChunkStorageMetadata(offsets=offsets, sizes=sizes)
+        num_read = 0
+        for item in create_read_items_for_chunk_list(self.key, self._tensor, [range_]):
+            piece = self._read(item)
+            ranges = zip(item.dest_offsets, item.lengths, strict=True)
+            result[tuple(slice(first, first + length) for first, length in ranges)] = piece
+            num_read += piece.numel()
+        assert num_read == result.numel(), f"{self.key}: pieces do not cover the tensor"
+        return result
+
+    def _read(self, item: ReadItem) -> Tensor:
+        """Read rows of one stored piece with all its columns: [rows] or [rows, columns]."""
+        place = self.metadata.storage_data[item.storage_index]
+        assert not place.transform_descriptors, "checkpoints are written without compression"
+        path = Path(self.reader.path, place.relative_path)
+        row, row_size = item.storage_offsets[0], math.prod(item.lengths[1:])
+        try:
+            with path.open("rb") as file:
+                header = torch.load(
+                    self.reader._slice_file(file, place), map_location="meta", weights_only=True
+                )
+                assert header.is_contiguous() and header.shape[1:] == item.lengths[1:], place
+                begin = place.offset + header.untyped_storage()._checkpoint_offset
+                piece = torch.empty(item.lengths, dtype=header.dtype)
+                file.seek(begin + row * row_size * header.itemsize)
+                if file.readinto(piece.view(torch.uint8).numpy().data) != piece.nbytes:
+                    raise EOFError("the file ends early")
+        except (OSError, EOFError, RuntimeError) as error:
+            raise ValueError(
+                f"{path}: {self.title} cannot be read ({error}); copy the checkpoint again or use "
+                "another one"
+            ) from error
+        return piece

@@ -45,9 +45,8 @@ def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool
     `overwrite`, which applies to the first start.
 
     Raises:
-        ValueError: on every rank, if the folder holds a run and `resume` is never, or holds none
-            and `resume` is must; or it holds the model of a finished run without a checkpoint, or
-            a dataset.
+        ValueError: on every rank: `resume` does not fit the folder, which may hold the model of a
+            finished run without a checkpoint, or a dataset.
     """
     checkpoints = run / "checkpoints"
     with ranks.raise_on_all_ranks():
@@ -94,20 +93,20 @@ def recover_checkpoints(run: Path) -> None:
 
 def was_restarted(run: Path) -> bool:
     """Return whether this job has begun the run in an attempt before this one."""
-    now = JobName.of_environment()
+    job = JobName.of_environment()
     elastic, slurm = restarts("TORCHELASTIC") > 0, restarts("SLURM") > 0
-    if now == JobName():  # a launcher that counts but gives no name
+    if job == JobName():  # a launcher that counts but gives no name
         return elastic or slurm
     try:
         stored = json.loads(regular_file(run / JOB).read_text())
-        begun_by, finished = JobName(stored["torchrun"], stored["slurm"]), bool(stored["finished"])
+        first_job, finished = JobName(stored["torchrun"], stored["slurm"]), bool(stored["finished"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
     # A node that came back reports no restarts, and neither does another job with the name of a
     # finished one.
-    if now.torchrun and now.torchrun == begun_by.torchrun and (elastic or not finished):
+    if job.torchrun and job.torchrun == first_job.torchrun and (elastic or not finished):
         return True
-    return slurm and now.slurm == begun_by.slurm
+    return slurm and job.slurm == first_job.slurm
 
 
 def _write_job(run: Path, finished: bool, **results: str | None) -> None:
@@ -123,15 +122,14 @@ def finish_run(run: Path, ranks: Ranks) -> None:
 
 
 def check_metrics(run: Path) -> None:
-    """Refuse metrics of another model than the run's present best model.
+    """Raise a ValueError for metrics of another model than the run's present best model.
 
-    A run of an earlier version has no record; then nothing is compared.
-
-    Raises:
-        ValueError: training has continued since, or the file was edited or belongs to another run.
+    Training has continued since, or the file was edited or belongs to another run.
     """
-    stored, now = read_json(run / JOB) if (run / JOB).exists() else {}, _results(run)
-    if not isinstance(stored, dict) or any(stored.get(key, now[key]) != now[key] for key in now):
+    stored, results = read_json(run / JOB) if (run / JOB).exists() else {}, _results(run)
+    if not isinstance(stored, dict) or any(
+        stored.get(key, results[key]) != results[key] for key in results
+    ):
         raise ValueError(
             f"{run}/metrics.json: not what training wrote when it ended, or {run}/checkpoints/best "
             "has changed since; let the training that goes on end, or bring the file back"
@@ -145,8 +143,7 @@ def _results(run: Path) -> dict[str, str | None]:
 def begin_run(run: Path, job: Job, item_counts: ItemCounts, skipped_rows: dict[str, Any]) -> None:
     """Empty the folder of an earlier run and store the fixed files of this run. A collective.
 
-    Raises:
-        ValueError: on every rank: raw ids of a table are integers in one place, strings in another.
+    Raw ids of a table that are integers in one place and strings in another are a ValueError.
     """
     agree_on_id_types(job.schema, job.ranks)
     with job.ranks.raise_on_all_ranks():
@@ -164,8 +161,7 @@ def begin_run(run: Path, job: Job, item_counts: ItemCounts, skipped_rows: dict[s
 def _empty(run: Path) -> None:
     """Remove an earlier run in an order that lets a job, killed at any point, begin again.
 
-    `metrics.json` goes first, so that a model without checkpoints does not count as a finished
-    run; checkpoints disappear all at once.
+    `metrics.json` goes first: a model without checkpoints then does not count as a finished run.
     """
     (run / METRICS).unlink(missing_ok=True)
     shutil.rmtree(run / REPLACED, ignore_errors=True)
@@ -182,13 +178,8 @@ def _empty(run: Path) -> None:
 def read_item_counts(run: Path, num_items: int | None, name: str = ITEM_COUNTS) -> ItemCounts:
     """Read the number of training rows of each item, which `begin_run` stored.
 
-    Args:
-        run: the run's folder.
-        num_items: bound of the items, as `Schema.item_id_limit`.
-        name: the file in it.
-
-    Raises:
-        ValueError: the file is missing, damaged, or of other items.
+    `num_items` bounds them, as `Schema.item_id_limit`. A missing or damaged file, or one of other
+    items, is a ValueError.
     """
     file = run / name
     try:
@@ -199,8 +190,10 @@ def read_item_counts(run: Path, num_items: int | None, name: str = ITEM_COUNTS) 
         raise ValueError(f"{file}: cannot be read ({error}); train anew") from error
     is_limited = num_items is not None and len(items) > 0
     if not is_counts or (is_limited and not 0 <= items.min() <= items.max() < num_items):
-        of = "raw ids of items" if num_items is None else f"the {num_items:,} items of the schema"
-        raise ValueError(f"{file}: is not of {of}; train anew")
+        items_text = (
+            "raw ids of items" if num_items is None else f"the {num_items:,} items of the schema"
+        )
+        raise ValueError(f"{file}: is not of {items_text}; train anew")
     if (np.diff(items) <= 0).any() or (counts < 0).any():
         raise ValueError(f"{file}: damaged (items do not rise, or a count is negative); train anew")
     return stored
@@ -215,11 +208,7 @@ def keep_vocabularies(run: Path, job: Job) -> None:
 
 
 def check_vocabularies(run: Path, job: Job) -> None:
-    """Refuse data whose maps give ids other rows than those of training. A collective.
-
-    Raises:
-        ValueError: on every rank; names the column.
-    """
+    """Raise a ValueError for data whose maps give ids other rows than in training. A collective."""
     with job.ranks.raise_on_all_ranks():
         for table in job.schema.tables_with("exact"):
             file = vocabulary_file(Location.of(run), table)
@@ -241,16 +230,12 @@ def _exact(job: Job, table: str) -> ExactVocabulary:
 def encoder_identities(job: Job) -> dict[str, EncoderIdentity]:
     """Return the identities of the job's encoders by modality; stored features have none."""
     encoders = job.em3.content.encoders.items() if job.em3.content else ()
-    found = {name: cast(Encoder, encoder).identity for name, encoder in encoders}
-    return {name: identity for name, identity in found.items() if identity is not None}
+    identities = {name: cast(Encoder, encoder).identity for name, encoder in encoders}
+    return {name: identity for name, identity in identities.items() if identity is not None}
 
 
 def check_encoders(run: Path, job: Job) -> None:
-    """Refuse encoders that are not those the run was trained with. A collective.
-
-    Raises:
-        ValueError: on every rank; names the modality.
-    """
+    """Raise a ValueError for encoders that the run was not trained with. A collective."""
     with job.ranks.raise_on_all_ranks():
         check_identities(encoder_identities(job), run)
 

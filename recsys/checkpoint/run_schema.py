@@ -20,11 +20,12 @@ from recsys.checkpoint.compatibility import check_equal, flattened
 from recsys.config.parser import short
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.items.item_table import digest_of
+from recsys.data.prepare_vocabulary import new_ids
 from recsys.data.schema import Schema, load_schema, load_vocabularies, parse_schema
 from recsys.data.schema_columns import VOCABULARY_SETTINGS, Column, IdType
 from recsys.data.transforms.chain import set_chain
 from recsys.distributed.ranks import Ranks
-from recsys.storage.files import write_whole
+from recsys.storage.files import read_json, regular_file, write_whole
 from recsys.storage.location import Location
 
 logger = logging.getLogger(__name__)
@@ -42,67 +43,49 @@ def write_run_schema(run: Path, schema: Schema) -> None:
     write_whole(run / FILE, HEAD + yaml.safe_dump(content, sort_keys=False))
 
 
-def load_run_schema(run: Path, with_vocabularies: bool = True) -> Schema | None:
-    """Load the schema that a run was trained on; None for a run that did not keep it.
+def load_run_schema(run: Path, with_vocabularies: bool = True) -> Schema:
+    """Load the schema that a run was trained on, with its maps of raw ids.
 
-    Args:
-        run: folder of the run.
-        with_vocabularies: also load its exact maps of raw ids, and build its hashes.
-
-    Raises:
-        ValueError: the file is damaged, or a map is not the one of training.
+    A missing or damaged file is a ValueError, and so is a map that is not the one of training.
     """
     path = run / FILE
-    if not path.is_file():
-        return None
     try:
-        content = load_plain_yaml(path.read_bytes())
-        types = {table: IdType(of["type"], str(path)) for table, of in content["raw_ids"].items()}
+        content = load_plain_yaml(regular_file(path).read_bytes())
+        types = {
+            table: IdType(stored["type"], str(path)) for table, stored in content["raw_ids"].items()
+        }
         schema = parse_schema(content["schema"], str(path))
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path}: damaged ({' '.join(str(error).split())}); bring it back, or train anew"
+            f"{path}: cannot be read ({' '.join(str(error).split())}); {FIX}"
         ) from error
     schema.id_types.update(types)
     if with_vocabularies:
         load_vocabularies(schema, Location.of(run), FIX)
-        stored, now = content["raw_ids"], _raw_ids(schema)
+        stored, current = content["raw_ids"], _raw_ids(schema)
         for table in schema.tables_with("exact"):
-            check_equal(f"vocabulary/{table}.parquet", stored[table], now[table], str(path))
+            check_equal(f"vocabulary/{table}.parquet", stored[table], current[table], str(path))
     return schema
 
 
 def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = False) -> Schema:
     """Load a dataset's schema for the model of a run: the run's columns, in the run's order.
 
-    A run that kept no schema takes that of the dataset, with a warning.
-
-    Args:
-        run: folder of the run.
-        root: the dataset.
-        ranks: the ranks; the first one logs.
-        goes_on: whether training continues; then a column that the run does not know is refused.
-            Otherwise it is ignored, and the data's column of weights, if any, weighs the rows.
+    If training goes on, a column that the run does not know is refused. Otherwise it is ignored,
+    and the data's column of weights, if any, weighs the rows. The first of the ranks logs.
 
     Raises:
         ValueError: names each column, list and attribute that differs.
     """
     trained = load_run_schema(run, with_vocabularies=False)
-    if trained is None:
-        if ranks.is_first:
-            logger.warning(
-                f"{run / FILE}: no such file, as an earlier version started the run: whether "
-                f"{root}/{FILE} and the items are those it was trained on could not be checked"
-            )
-        return load_schema(root)
     data = load_schema(root, with_vocabularies=False)
-    # They are those of the run that it was begun from, or of a walk's first partition.
+    # They are those of the run that it was begun from, or of the first partition.
     keeps_fits = (run / WARM_START).is_file() or (run / PARTITION).is_file()
     for name, chain in data.transforms.items():
-        own = trained.transforms.get(name)
+        fitted = trained.transforms.get(name)
         replaced = chain.without_fit if keeps_fits else chain
-        if replaced.unfitted is not None and own is not None and own.is_fit_of(replaced):
-            set_chain(data.columns[name], own)  # data without fitted values takes those of the run
+        if replaced.unfitted is not None and fitted is not None and fitted.is_fit_of(replaced):
+            set_chain(data.columns[name], fitted)  # data without fitted values takes the run's
     if not goes_on:
         _take_weights(trained, data)
     if differences := list(_differences(trained, data, goes_on)):
@@ -124,27 +107,43 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
 
 def _take_weights(trained: Schema, data: Schema) -> None:
     """Take from the data what no prediction uses: weights, and which labels may be null."""
-    columns = {name: of for name, of in trained.columns.items() if of.kind != "weight"}
-    for name, column in columns.items():
-        column.nullable = name in data.columns and data.columns[name].nullable
-    own = {name: data.columns[name] for name in data.of_kind("weight")}
-    trained.columns = own | columns  # a feature that is a weight in the data is refused
+    columns = {name: data.columns[name] for name in data.of_kind("weight")}
+    for name, column in trained.columns.items():
+        if column.kind != "weight":  # a feature that is a weight in the data is refused
+            column.nullable = name in data.columns and data.columns[name].nullable
+            columns[name] = column
+    trained.columns = columns
 
 
 def agree_on_id_types(schema: Schema, ranks: Ranks) -> None:
     """Share the types of raw ids that any rank has read among all ranks. A collective.
 
-    Raises:
-        ValueError: on every rank: some ranks read integers and others strings.
+    A ValueError on every rank says that some read integers and others strings.
     """
-    for of_rank in ranks.gather(schema.id_types):
-        for table, found in of_rank.items():
-            known = schema.id_types.setdefault(table, found)
-            if known.name != found.name:
+    for id_types in ranks.gather(schema.id_types):
+        for table, id_type in id_types.items():
+            first = schema.id_types.setdefault(table, id_type)
+            if first.name != id_type.name:
                 raise ValueError(
-                    f"{found.place}: has {found.name} ids of '{table}', but {known.place} has "
-                    f"{known.name} ids; write them with one type"
+                    f"{id_type.place}: has {id_type.name} ids of '{table}', but {first.place} has "
+                    f"{first.name} ids; write them with one type"
                 )
+
+
+def add_new_items(run: Path, schema: Schema, root: Location) -> str:
+    """Give new items of a dataset rows, if the run is that of a partition.
+
+    A continual run keeps its own maps of raw ids, with the items of its last partition. New items
+    have content, and rows of tables that no training has changed. Returns the folder of the dataset
+    with the run's training rows. Damaged files or too few rows are a ValueError.
+    """
+    if not (run / PARTITION).is_file():
+        return "train"
+    vocabularies = schema.vocabularies.items()
+    exact = {table: ids for table, ids in vocabularies if isinstance(ids, ExactVocabulary)}
+    for table, ids in new_ids(root, schema, None, exact).items():
+        exact[table].extend([ids])
+    return f"train/{read_json(run / PARTITION)['name']}"
 
 
 def _plain(schema: Schema) -> dict[str, Any]:
@@ -154,28 +153,30 @@ def _plain(schema: Schema) -> dict[str, Any]:
         content.pop(unwritten, None)
     for column in content["columns"].values():
         if "vocabulary" in column:
-            kept = ["kind", *VOCABULARY_SETTINGS[column["vocabulary"]["kind"]]]
-            column["vocabulary"] = {name: column["vocabulary"][name] for name in kept}
+            names = ["kind", *VOCABULARY_SETTINGS[column["vocabulary"]["kind"]]]
+            column["vocabulary"] = {name: column["vocabulary"][name] for name in names}
     return content
 
 
 def _without_empty(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    of_parts = {key: _without_empty(part) for key, part in value.items()}
-    return {key: of for key, of in of_parts.items() if of not in (None, [], {}) and of is not False}
+    parts = {key: _without_empty(part) for key, part in value.items()}
+    return {  # a seed of 0 stays, though it is equal to False
+        key: part for key, part in parts.items() if part not in (None, [], {}) and part is not False
+    }
 
 
 def _raw_ids(schema: Schema) -> dict[str, dict[str, Any]]:
     """Return, by table with a vocabulary, the type of its ids and the content of an exact map."""
-    found: dict[str, dict[str, Any]] = {}
-    for table, known in schema.id_types.items():
-        found[table] = {"type": known.name}
+    raw_ids: dict[str, dict[str, Any]] = {}
+    for table, id_type in schema.id_types.items():
+        raw_ids[table] = {"type": id_type.name}
         vocabulary = schema.vocabularies.get(table)
         if isinstance(vocabulary, ExactVocabulary):
             digest = digest_of(integer_ids(vocabulary.ids).tobytes())
-            found[table] |= {"ids": len(vocabulary), "digest": digest}
-    return found
+            raw_ids[table] |= {"ids": len(vocabulary), "digest": digest}
+    return raw_ids
 
 
 def _differences(trained: Schema, data: Schema, goes_on: bool) -> Iterator[str]:
@@ -187,19 +188,19 @@ def _differences(trained: Schema, data: Schema, goes_on: bool) -> Iterator[str]:
         for name in trained.items.columns.keys() & data.items.columns.keys():
             kinds = trained.items.columns[name].kind, data.items.columns[name].kind
             yield from changes(f"item column '{name}'", {"kind": kinds[0]}, {"kind": kinds[1]})
-    before, now = described_columns(trained), described_columns(data)
-    for name in [*before, *(now.keys() - before.keys() if goes_on else ())]:
-        if name not in before or name not in now:
-            owner = "run" if name in before else "data"
+    stored, current = described_columns(trained), described_columns(data)
+    for name in [*stored, *(current.keys() - stored.keys() if goes_on else ())]:
+        if name not in stored or name not in current:
+            owner = "run" if name in stored else "data"
             yield f"{name} is in the {owner}'s schema only"
         else:
-            yield from changes(name, before[name], now[name])
+            yield from changes(name, stored[name], current[name])
 
 
 def described_columns(schema: Schema) -> dict[str, dict[str, Any]]:
     """Return the attributes of each column, and of each list beside a sequence, by its name."""
-    found = {f"column '{name}'": _attributes(column) for name, column in schema.columns.items()}
-    return found | {
+    columns = {f"column '{name}'": _attributes(column) for name, column in schema.columns.items()}
+    return columns | {
         f"list '{name}'": {"beside": history.name}
         for history in schema.histories
         for name in (*history.numbers, *history.ids)
@@ -214,9 +215,9 @@ def _attributes(column: Column) -> dict[str, Any]:
     return attributes
 
 
-def changes(what: str, before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+def changes(part: str, stored: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:
     """Yield each attribute that differs, in words."""
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            thing = f"{what} {name}".rstrip()
-            yield f"{thing} (run: {short(before.get(name))}, data: {short(now.get(name))})"
+    for name in sorted(stored.keys() | current.keys()):
+        if stored.get(name) != current.get(name):
+            values = f"(run: {short(stored.get(name))}, data: {short(current.get(name))})"
+            yield f"{f'{part} {name}'.rstrip()} {values}"

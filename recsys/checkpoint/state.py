@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -31,17 +32,14 @@ from recsys.content.encoders.base import Encoder
 from recsys.optimizer import make_room, numbers_loaded, state_tensors
 
 # Buffers that earlier checkpoints lack; their defaults are neutral.
-_ADDED = re.compile(r"model\.(content\.projections\.[^.]+\.(shift|scale)|scaling\.[^.]+)")
+_LATER_BUFFERS = re.compile(r"model\.(content\.projections\.[^.]+\.(shift|scale)|scaling\.[^.]+)")
 
 
 def model_state(job: Job, metadata: Mapping[str, Any] | None = None) -> State:
     """Return weights and memory bank: the state that evaluation and prediction need.
 
-    With the metadata of a checkpoint, buffers that earlier versions did not have, and the
-    checkpoint lacks, are left out.
-
-    Raises:
-        ValueError: features of items have another width than in the checkpoint.
+    With the metadata of a checkpoint, buffers that the checkpoint of an earlier version lacks are
+    left out, and features of items of another width are a ValueError.
     """
     _check_feature_widths(job, metadata or {})
     stored = _is_stored(job)
@@ -60,7 +58,7 @@ def model_state(job: Job, metadata: Mapping[str, Any] | None = None) -> State:
     state |= {f"vocabulary.{name}": value for name, value in maps.items()}
     if metadata is None:
         return state
-    return {n: v for n, v in state.items() if n in metadata or not _ADDED.fullmatch(n)}
+    return {n: v for n, v in state.items() if n in metadata or not _LATER_BUFFERS.fullmatch(n)}
 
 
 def _check_feature_widths(job: Job, metadata: Mapping[str, Any]) -> None:
@@ -133,9 +131,9 @@ class TrainingState:
         state |= {f"{prefix}{name}": value for name, value in tables.items()}
         state |= self._dense_optimizer(stored)
         averages = self.job.averages.state_dict() if self.job.averages is not None else {}
-        others = {f"optimizer.average.{name}": value for name, value in averages.items()}
-        others |= self._random()
-        state |= {n: value for n, value in others.items() if stored is None or n in stored}
+        optional = {f"optimizer.average.{name}": value for name, value in averages.items()}
+        optional |= self._random()
+        state |= {n: value for n, value in optional.items() if stored is None or n in stored}
         self._loaded = state
         return state
 
@@ -190,3 +188,54 @@ def copy_of(state: State, job: Job) -> State:
         else value.detach().to("cpu", copy=True)
         for name, value in state.items()
     }
+
+
+def require_finite(job: Job, state: State, step: int, last_good: Callable[[], Path | None]) -> None:
+    """Raise a ValueError on every rank if a weight or moment is not finite on any. A collective.
+
+    `last_good` returns the last good checkpoint, which the error names.
+    """
+    with job.ranks.raise_on_all_ranks():
+        fault = describe_not_finite(state, {name for name, _ in job.em3.named_parameters()})
+        if fault is not None:
+            raise ValueError(
+                f"{fault}, after step {step}, which is not saved; lower the learning rates, or set "
+                f"optimizer.clip_norm. The last good checkpoint is {last_good()}"
+            )
+
+
+@torch.no_grad()
+def describe_not_finite(state: State, parameters: Collection[str]) -> str | None:
+    """Describe the first weight or moment on this rank that is not finite; None if all are.
+
+    Buffers of the model are left out, since a mask may hold infinities. A sum is one pass over
+    memory without a copy; single values are examined only if it is not finite.
+    """
+    for name, value in state.items():
+        is_buffer = name.startswith("model.") and name.removeprefix("model.") not in parameters
+        for first_row, piece in _local_pieces(value):
+            if is_buffer or not piece.is_floating_point() or _has_finite_sum(piece):
+                continue
+            rows = (~piece.isfinite()).reshape(len(piece) if piece.dim() else 1, -1).any(dim=1)
+            if rows.any():
+                place = first_row + int(rows.int().argmax())
+                return f"{_title(name, value)}: not finite in {int(rows.sum())} rows, first {place}"
+    return None
+
+
+def _has_finite_sum(piece: Tensor) -> bool:
+    return bool(piece.sum(dtype=torch.promote_types(piece.dtype, torch.float32)).isfinite())
+
+
+def _local_pieces(value: Tensor | ShardedTensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield the pieces of a tensor on this rank, each with its first row."""
+    if isinstance(value, ShardedTensor):
+        for shard in value.local_shards():
+            yield shard.metadata.shard_offsets[0], shard.tensor
+    else:
+        yield 0, value
+
+
+def _title(name: str, value: Tensor | ShardedTensor) -> str:
+    is_table = isinstance(value, ShardedTensor) and name.startswith("model.")
+    return f"table '{name.split('.')[-2]}'" if is_table else name.removeprefix("model.")

@@ -1,6 +1,6 @@
 """Export the ID tables of a checkpoint as one Parquet file, without building the model.
 
-A block of rows is read at a time (`recsys.checkpoint.stored_tensor`): memory is a few blocks,
+A block of rows is read at a time (`recsys.checkpoint.reader.StoredTensor`): memory is a few blocks,
 however large the table.
 """
 
@@ -16,12 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from recsys.checkpoint.reader import SafeFileSystemReader
-from recsys.checkpoint.stored_tensor import StoredTensor
+from recsys.checkpoint.reader import BLOCK_BYTES, SafeFileSystemReader, StoredTensor
 from recsys.storage.files import whole_file
 from recsys.storage.output_file import check_output
 
-BLOCK_BYTES = 2**25
 # Names in the two collections of recsys.model.em3.EM3.
 _TABLE_KEY = re.compile(
     r"model\.(?:embeddings\.embeddings|embedding_bags\.embedding_bags)\.([^.]+)\.weight"
@@ -32,21 +30,18 @@ def export_tables(folder: Path, out: Path, tables: list[str] | None = None) -> d
     """Write tables of a checkpoint to one Parquet file, one row per row of a table.
 
     Columns: ``table`` (its name), ``row`` (int64, the id that looks it up) and ``vector``,
-    ``fixed_size_list<float32, D>``, or ``list<float32>`` if tables differ in dimension D.
-    Every row group belongs to one table, so that readers skip the others.
+    ``fixed_size_list<float32, D>``, or ``list<float32>`` if tables differ in dimension D. Every row
+    group belongs to one table, so that readers skip the others. Returns the number of rows by
+    table.
 
     Args:
-        folder: a torch.distributed.checkpoint of a model, such as `RUN/checkpoints/best`, with any
-            sharding and number of ranks.
+        folder: a checkpoint of a model, such as `RUN/checkpoints/best`, of any plan.
         out: the file to write; it appears complete or not at all.
         tables: names of the tables; default all.
 
-    Returns:
-        Number of rows written, by table.
-
     Raises:
-        ValueError: `folder` is no checkpoint, has no such table, or its files are missing or cut
-            short; or `out` cannot be written, or is part of a run or dataset.
+        ValueError: `folder` is no checkpoint, has no such table, or is damaged; or `out` cannot be
+            written, or is part of a run or dataset.
 
     Example::
 
@@ -58,11 +53,11 @@ def export_tables(folder: Path, out: Path, tables: list[str] | None = None) -> d
     for name in names:
         if name not in stored:
             raise ValueError(f"{folder}: no table '{name}'; the tables are {sorted(stored)}")
-    chosen = [stored[name] for name in names]
+    selected = [stored[name] for name in names]
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as partial:
-        _write(chosen, partial)
-    return {table.name: table.num_rows for table in chosen}
+        _write(selected, partial)
+    return {table.name: table.num_rows for table in selected}
 
 
 @dataclass(frozen=True)
@@ -98,11 +93,7 @@ class StoredTable(StoredTensor):
 
 
 def require_model_alone(folder: Path) -> None:
-    """Refuse the checkpoint of a step in place of the best model.
-
-    Raises:
-        ValueError: it holds the state of an optimizer.
-    """
+    """Raise a ValueError for the checkpoint of a step in place of the best model."""
     names = SafeFileSystemReader(folder).read_metadata().state_dict_metadata
     if any(name.startswith("optimizer.") for name in names):
         raise ValueError(
@@ -113,8 +104,8 @@ def require_model_alone(folder: Path) -> None:
 
 def table_of_key(key: str) -> str | None:
     """Return the table whose weight, or a tensor beside it, has this name in a checkpoint."""
-    found = _TABLE_KEY.match(key)
-    return None if found is None else found[1]
+    match = _TABLE_KEY.match(key)
+    return None if match is None else match[1]
 
 
 def stored_tables(folder: Path) -> dict[str, StoredTable]:
@@ -125,8 +116,8 @@ def stored_tables(folder: Path) -> dict[str, StoredTable]:
     metadata = reader.read_metadata()
     tables = {}
     for key in metadata.state_dict_metadata:
-        if found := _TABLE_KEY.fullmatch(key):
-            tables[found[1]] = StoredTable(reader, metadata, key, found[1])
+        if match := _TABLE_KEY.fullmatch(key):
+            tables[match[1]] = StoredTable(reader, metadata, key, match[1])
     if not tables:
         raise ValueError(f"{folder}: a checkpoint without tables; name one that `train` wrote")
     return tables
@@ -134,7 +125,7 @@ def stored_tables(folder: Path) -> dict[str, StoredTable]:
 
 def _write(tables: list[StoredTable], path: Path) -> None:
     dims = {table.dim for table in tables}
-    vectors = pa.list_(pa.float32(), dims.pop()) if len(dims) == 1 else pa.list_(pa.float32())
+    vectors = pa.list_(pa.float32(), dims.pop() if len(dims) == 1 else -1)
     schema = pa.schema(
         {"table": pa.dictionary(pa.int32(), pa.string()), "row": pa.int64(), "vector": vectors}
     )
@@ -144,20 +135,8 @@ def _write(tables: list[StoredTable], path: Path) -> None:
     ) as writer:
         for table in tables:
             for start, block in table.blocks():
-                writer.write_table(_arrow_rows(table.name, start, block, schema))
-
-
-def _arrow_rows(name: str, start: int, vectors: Tensor, schema: pa.Schema) -> pa.Table:  # [N, D]
-    num_rows, dim = vectors.shape
-    values = pa.array(vectors.numpy().reshape(-1))
-    kind = schema.field("vector").type
-    if pa.types.is_fixed_size_list(kind):
-        lists = pa.FixedSizeListArray.from_arrays(values, type=kind)
-    else:
-        offsets = pa.array(np.arange(0, len(values) + 1, dim, dtype=np.int32))
-        lists = pa.ListArray.from_arrays(offsets, values, type=kind)
-    names = pa.DictionaryArray.from_arrays(
-        pa.array(np.zeros(num_rows, dtype=np.int32)), pa.array([name])
-    )
-    rows = pa.array(np.arange(start, start + num_rows))
-    return pa.table([names, rows, lists], schema=schema)
+                names = pa.repeat(table.name, len(block)).dictionary_encode()
+                rows = pa.array(np.arange(start, start + len(block)))
+                values = pa.array(block.numpy().reshape(-1))
+                lists = pa.FixedSizeListArray.from_arrays(values, table.dim).cast(vectors)
+                writer.write_table(pa.Table.from_arrays([names, rows, lists], schema=schema))

@@ -162,7 +162,7 @@ def package_delta(base: Path, new: Path, /, out: Path) -> None:
         out: file to write
     """
     from recsys.data.filesystem import Location
-    from recsys.serving.delta.write import write_delta
+    from recsys.serving.delta import write_delta
     from recsys.storage.output_file import check_output
 
     check_output(out, [Location.of(folder) for folder in (base, new)])
@@ -177,7 +177,7 @@ def package_apply(package: Path, /, delta: Path, out: Path) -> None:
         delta: what `package delta` wrote
         out: folder of the newer package
     """
-    from recsys.serving.delta.apply import apply_delta
+    from recsys.serving.delta import apply_delta
 
     logger.info("%s: %s files are whole", out, len(apply_delta(package, delta, out).files))
 

@@ -57,7 +57,7 @@ def train(
     require_schema(data)
     require_working_installation()
     from recsys.checkpoint.partitions.state import newest_run
-    from recsys.checkpoint.warm_start.request import WarmStart
+    from recsys.checkpoint.warm_start.source import WarmStart
     from recsys.distributed.lockstep import TrainingStopped
     from recsys.distributed.ranks import joined_ranks
     from recsys.training.dry_run import dry_run as try_one_step
@@ -110,7 +110,7 @@ def continual(
     if warm_start is not None:
         warm_start = require_finished(warm_start)
     require_working_installation()
-    from recsys.checkpoint.warm_start.request import WarmStart
+    from recsys.checkpoint.warm_start.source import WarmStart
     from recsys.distributed.lockstep import TrainingStopped
     from recsys.distributed.ranks import joined_ranks
     from recsys.training.continual.queue import PartitionRange

@@ -18,12 +18,11 @@ import pyarrow.parquet as pq
 import torch
 
 from recsys.build import Job, build_job
+from recsys.checkpoint.cold_row_init import fill_rows_of_later_items
 from recsys.checkpoint.files import model_of
 from recsys.checkpoint.manager import load_best
-from recsys.checkpoint.new_rows.fill import fill_rows_of_later_items
-from recsys.checkpoint.partitions.items import add_new_items
 from recsys.checkpoint.run_folder import check_encoders, check_vocabularies, read_item_counts
-from recsys.checkpoint.run_schema import load_run_schema, schema_of_data
+from recsys.checkpoint.run_schema import add_new_items, load_run_schema, schema_of_data
 from recsys.config import SourceSettings, load_config
 from recsys.data.filesystem import Location, regular_file, whole_file, write_whole
 from recsys.data.interactions import Interactions
@@ -156,7 +155,7 @@ def predict(
         files = [file for name in inputs for file in _parquet_files(name)]
         check_output(out, [*map(Location.of, inputs), *files])
         trained = load_run_schema(run, with_vocabularies=False)
-        _check_columns(files, [] if trained is None else prediction_names(trained))
+        _check_columns(files, prediction_names(trained))
     with sole_job(out, ranks, out.with_name(f".{out.name}.lock")):
         _predict(run, files, out, data, ranks, device)
 
@@ -167,7 +166,6 @@ def _predict(
     """Predict as `predict` does, into a file that this job has locked. A collective."""
     job = load_run(run, data, ranks, device)
     with ranks.raise_on_all_ranks():
-        _check_columns(files, prediction_names(job.schema))  # a run may have kept no schema
         rows = ParquetRows(files, job.schema, False, job.config.on_bad_row)
         interactions = Interactions(
             rows,

@@ -13,12 +13,9 @@ from typing import Any
 
 
 def regular_file(path: Path) -> Path:
-    """Return the path of a file to read or replace; if it exists, it must be a regular file.
+    """Return the path of a file to read or replace; a folder, pipe or device is a ValueError.
 
     Opening a pipe may block for ever, and root can replace a device by a file.
-
-    Raises:
-        ValueError: it is a folder, a pipe, a socket or a device.
     """
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: a folder, a pipe or a device instead of a file; replace it")
@@ -26,11 +23,7 @@ def regular_file(path: Path) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ValueError: it is missing, no file, or not JSON; names it.
-    """
+    """Read a JSON file; a missing or damaged one is a ValueError that names it."""
     try:
         return json.loads(regular_file(path).read_text(encoding="utf-8"))
     except (OSError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -38,11 +31,7 @@ def read_json(path: Path) -> Any:
 
 
 def home_expanded(path: str) -> Path:
-    """Return a path with a leading `~` replaced by the home folder.
-
-    Raises:
-        ValueError: the home folder is not known.
-    """
+    """Replace a leading `~` by the home folder; an unknown one is a ValueError."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:  # such as a container's user without HOME and passwd entry
@@ -60,10 +49,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, renamed to `path` when the block succeeds.
 
     The folder must exist. The temporary path is absolute, since pyarrow reads a relative path with
-    a colon as a URL.
-
-    Raises:
-        ValueError: `path` is a folder, a pipe or a device, which the new file would replace.
+    a colon as a URL. A folder, pipe or device at `path` is a ValueError.
 
     Example::
 
@@ -89,9 +75,7 @@ def write_whole(path: Path, text: str) -> None:
 def whole_folder(path: Path, may_exist: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, renamed to `path` when the block succeeds.
 
-    Args:
-        path: a folder that does not exist, or is empty.
-        may_exist: if another process has created an equal folder meanwhile, keep that one.
+    With `may_exist`, an equal folder that another process has created meanwhile is kept.
 
     Raises:
         OSError: the folder exists meanwhile, and `may_exist` is false.

@@ -36,11 +36,7 @@ class Location:
 
     @staticmethod
     def of(url: object) -> Location:
-        """Make a location from a local path or a URL.
-
-        Raises:
-            ValueError: no installed filesystem opens a URL of this kind.
-        """
+        """Make a location of a local path or a URL; an unknown kind of URL is a ValueError."""
         if "://" not in str(url):  # a local name, even with `::` or `:`, which fsspec interprets
             path = os.path.abspath(os.path.expanduser(str(url)))
             return Location(LocalFileSystem(), path.rstrip("/"))

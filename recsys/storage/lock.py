@@ -72,8 +72,7 @@ class JobLock:
     def acquire(self, job: str) -> None:
         """Take the lock for a job; wait for its earlier attempts to end.
 
-        Raises:
-            ValueError: another job holds it, or the file cannot be written.
+        A ValueError says that another job holds it, or that the file cannot be written.
         """
         process, deadline = Owner.of_this_process(job), time.monotonic() + PATIENCE_SECONDS
         try:

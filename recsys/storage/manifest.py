@@ -41,9 +41,7 @@ def write_signed(path: Path, content: dict[str, Any]) -> None:
 def read_signed(path: Path, formats: tuple[int, ...]) -> dict[str, Any]:
     """Read what `write_signed` wrote, without the hash.
 
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is no JSON object, of another format, or differs from its hash.
+    Content that is no JSON object, of another format, or differs from its hash is a ValueError.
     """
     try:
         content = json.loads(regular_file(path).read_bytes())
@@ -67,10 +65,7 @@ class VerifiedFiles:
     """Files of which all blocks were compared with their hashes, as they were on the disk before.
 
     A file is known by device, inode, size, times and hashes, so that one that was written or
-    exchanged since is compared again.
-
-    Args:
-        previous: those of the package before this one.
+    exchanged since is compared again. `previous` are those of the package before this one.
     """
 
     def __init__(self, previous: VerifiedFiles | None = None) -> None:
@@ -80,9 +75,9 @@ class VerifiedFiles:
 
     def known(self, path: Path, digests: list[str]) -> tuple[bool, tuple[Any, ...]]:
         """Return whether a file was compared before, and what it is known by."""
-        now = path.stat()
-        times = now.st_mtime_ns, now.st_ctime_ns
-        identity = now.st_dev, now.st_ino, now.st_size, *times, *digests
+        status = path.stat()
+        times = status.st_mtime_ns, status.st_ctime_ns
+        identity = status.st_dev, status.st_ino, status.st_size, *times, *digests
         if identity in self._previous:
             self.identities.add(identity)
         return identity in self.identities, identity
@@ -105,7 +100,7 @@ def describe_all(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any
 def differences(
     folder: Path, files: Files, verify: bool = True, verified: VerifiedFiles | None = None
 ) -> Iterator[str]:
-    """Yield a description of each file that is missing or differs.
+    """Yield a description of each file of a manifest that is missing or differs.
 
     Args:
         folder: the package or checkpoint.

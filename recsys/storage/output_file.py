@@ -10,7 +10,7 @@ from recsys.storage.files import regular_file
 from recsys.storage.location import Location
 
 # Files of a run, a dataset or a package that later commands read.
-_KEPT = (
+_RESULT_FILES = (
     ".job.json",
     ".lock",
     "config.yaml",
@@ -27,36 +27,31 @@ _KEPT = (
     "schema.yaml",
     "skipped_rows.json",
 )
-_OF_RUN = ("checkpoints", "item_content", "tensorboard", "vocabulary")  # folders of a run
-_OF_CONTINUAL = ("partitions", "scores", "tensorboard")  # folders of a continual run
-_READ = ("train", "valid", "test", "items", "vocabulary")  # folders of a dataset
+_RUN_FOLDERS = ("checkpoints", "item_content", "tensorboard", "vocabulary")
+_CONTINUAL_FOLDERS = ("partitions", "scores", "tensorboard")
+_DATASET_FOLDERS = ("train", "valid", "test", "items", "vocabulary")
 
 
 def check_output(out: Path, inputs: Iterable[Location] = ()) -> None:
-    """Refuse an output file that cannot be written, or that would change what a command reads.
+    """Raise a ValueError for an output file that would change what a command reads.
 
-    Args:
-        out: the file to write.
-        inputs: files that the command reads, and folders whose files it reads.
-
-    Raises:
-        ValueError: `out` is a folder, a pipe or a device, or its folder cannot be written to; it is
-            one of the inputs or lies in one; it would be read as part of a dataset; or it belongs
-            to a run.
+    `inputs` are files that the command reads, and folders whose files it reads. A file is refused
+    that cannot be written, lies in an input, would be read as part of a dataset, or belongs to a
+    run.
     """
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; name a file, such as {out / 'result'}")
     target = _real(regular_file(out))
-    for given in inputs:
-        if given.is_local and _real(given.path) in (target, target.parent):
-            raise ValueError(f"{out}: is or lies in the input {given}; name a file elsewhere")
+    for location in inputs:
+        if location.is_local and _real(location.path) in (target, target.parent):
+            raise ValueError(f"{out}: is or lies in the input {location}; name a file elsewhere")
     dataset = target.parent.parent
-    if target.parent.name in _READ and (dataset / "schema.yaml").exists():
+    if target.parent.name in _DATASET_FOLDERS and (dataset / "schema.yaml").exists():
         raise ValueError(f"{out}: would be read as part of {dataset}; name a file elsewhere")
     if (part := _part_of_run(target.parent)) is not None:
         raise ValueError(f"{out}: lies in {part}, which is part of a run; name a file elsewhere")
-    is_kept = target.exists() or target.name.startswith(".")  # locks are recreated
-    if is_kept and (target.name in _KEPT or target.match("scores_*.parquet")):
+    is_present = target.exists() or target.name.startswith(".")  # locks are recreated
+    if is_present and (target.name in _RESULT_FILES or target.match("scores_*.parquet")):
         raise ValueError(f"{out}: is part of a run or dataset; name another file")
     check_writable(target.parent)
 
@@ -69,19 +64,17 @@ def _real(path: Path | str) -> Path:
 def _part_of_run(folder: Path) -> Path | None:
     """Return the folder of a run that this folder is or lies in; None if there is none."""
     for part in (folder, *folder.parents):
-        if part.name in _OF_RUN and (part.parent / ".job.json").exists():
+        if part.name in _RUN_FOLDERS and (part.parent / ".job.json").exists():
             return part
-        if part.name in _OF_CONTINUAL and (part.parent / "continual.json").exists():
+        if part.name in _CONTINUAL_FOLDERS and (part.parent / "continual.json").exists():
             return part
     return None
 
 
 def check_run_folder(run: Path, data: str) -> None:
-    """Refuse a run's folder whose files would replace files of its dataset, or be read as data.
+    """Raise a ValueError for a run's folder whose files would replace or be read as data.
 
-    Raises:
-        ValueError: the folder is the dataset itself, one of its folders that are read, is inside a
-            folder of another run, or is a file.
+    It is the dataset, one of its folders that are read, or lies in a folder of another run.
     """
     if run.exists() and not run.is_dir():
         raise ValueError(
@@ -90,17 +83,13 @@ def check_run_folder(run: Path, data: str) -> None:
     root, folder = Location.of(data), _real(run)
     if (part := _part_of_run(folder)) is not None:
         raise ValueError(f"{run}: lies in {part}, which is part of a run; choose another --out")
-    read = [_real(Path(root.path, *part)) for part in [(), *((name,) for name in _READ)]]
-    if root.is_local and folder in read:
+    parts = [root, *(root / name for name in _DATASET_FOLDERS)]
+    if root.is_local and folder in [_real(part.path) for part in parts]:
         raise ValueError(f"{run}: is part of the dataset {data}; choose another --out")
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be created or written to.
-
-    Raises:
-        ValueError: names the first folder that exists above it.
-    """
+    """Raise a ValueError for a folder that cannot be created or written to."""
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from recsys.build import Job, build_job, check_columns
+from recsys.checkpoint.cold_row_init import require_table_state
 from recsys.checkpoint.compatibility import with_automatic
 from recsys.checkpoint.files import BEST, folders_by_age, model_of
 from recsys.checkpoint.manager import Checkpoints, load_best
-from recsys.checkpoint.new_rows.fill import require_table_state
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.run_folder import (
     COMPARISON,
@@ -40,7 +40,7 @@ from recsys.checkpoint.run_folder import (
 )
 from recsys.checkpoint.run_schema import schema_of_data
 from recsys.checkpoint.warm_start.plan import plan_warm_start
-from recsys.checkpoint.warm_start.request import WarmStart
+from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import Config, load_config, softmax_settings
 from recsys.config.checks import validate
 from recsys.data.filesystem import Location, read_json, write_whole

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from recsys.build import Job
+from recsys.checkpoint.cold_row_init import refill_cold_rows
 from recsys.checkpoint.manager import Checkpoints
-from recsys.checkpoint.new_rows.fill import refill_new_rows
 from recsys.checkpoint.progress import Progress
 from recsys.config import content_settings
 from recsys.data.batch import Batch
@@ -187,7 +187,7 @@ class Trainer:
         content = content_settings(job.config.content)
         if content is not None and content.history.refresh_bank_every_epoch:
             fill_bank(job, self.lockstep)
-        refill_new_rows(job, self.run)
+        refill_cold_rows(job, self.run)
         searches = needs_search(metric)
         report = evaluate_split(job, "valid", self.item_counts, self.lockstep, searches)
         if (line := format_unknown("train", progress.ids)) is not None:

@@ -13,16 +13,13 @@ import numpy as np
 from embeddings.table_state import set_table_steps
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
+from recsys.checkpoint.cold_row_init import counts_before, fill_cold_rows, keep_counts_before
 from recsys.checkpoint.item_content import encode_changed_items
-from recsys.checkpoint.new_rows.fill import fill_new_rows
-from recsys.checkpoint.new_rows.trained_counts import counts_before, keep_counts_before
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.run_schema import WARM_START
-from recsys.checkpoint.warm_start.differences import Differences
+from recsys.checkpoint.warm_start.comparison import reconciled_schema
 from recsys.checkpoint.warm_start.plan import WarmStartPlan
-from recsys.checkpoint.warm_start.request import WarmStart
-from recsys.checkpoint.warm_start.schemas import reconciled_schema
-from recsys.checkpoint.warm_start.source import Source, open_source
+from recsys.checkpoint.warm_start.source import Differences, Source, WarmStart, open_source
 from recsys.content.projection_start import start_projections
 from recsys.data.filesystem import Location, read_json, write_whole
 from recsys.data.number_ranges import NumberRange
@@ -112,7 +109,7 @@ def fit_to_rows(job: Job, plan: WarmStartPlan, numbers: Mapping[str, NumberRange
     if scaling is not None and not _takes_raw_numbers(scaling, plan):
         scaling.fit(numbers)
     fill_opinions(job)
-    for table, filled in fill_new_rows(job, counts_before(job, plan)).items():
+    for table, filled in fill_cold_rows(job, counts_before(job, plan)).items():
         plan.differences.add(f"table '{table}'", f"new_rows: {filled.rule}", str(filled))
 
 
@@ -165,11 +162,11 @@ def describe_start(run: Path, ranks: Ranks, plan: WarmStartPlan) -> None:
                 "request": _plain(plan.source.request),
                 "checkpoint": model.folder.name,
                 "step": model.manifest["step"],
-                "tensors": len(plan.taken),
+                "tensors": len(plan.tensors),
                 "differences": [asdict(difference) for difference in plan.differences.reconciled],
             }
             write_whole(run / WARM_START, json.dumps(content, indent=1) + "\n")
             print_table(
                 f"warm start from {model.folder}, step {model.manifest['step']:,}: "
-                f"{len(plan.taken):,} tensors\n{plan.differences}\n"
+                f"{len(plan.tensors):,} tensors\n{plan.differences}\n"
             )

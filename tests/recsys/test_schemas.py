@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from recsys.checkpoint.partitions.state import ContinualFolder
-from recsys.checkpoint.warm_start.request import WarmStart
+from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import Config
 from recsys.config.ranking import RANKING_MODELS
 from recsys.data.filesystem import Location

@@ -26,7 +26,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedPartition:
     """A partition as it was read."""
 
     name: str  # its folder below `train/`, such as `date=2026-11-01`
@@ -38,23 +38,20 @@ class Trained:
 class RunState:
     """Progress of a continual run."""
 
-    trained: tuple[Trained, ...] = ()  # in order
-    begun: Trained | None = None  # the next one, if its scoring or training has begun
+    trained: tuple[TrainedPartition, ...] = ()  # in order
+    begun: TrainedPartition | None = None  # the next one, if its scoring or training has begun
     warm_start: str | None = None  # the run that the first partition's began from
     first: str | None = None  # `--from` at its begin; what lies before is not of this run
 
     @property
-    def last(self) -> Trained | None:
+    def last(self) -> TrainedPartition | None:
         """The partition that was trained on last, which may be a late one."""
         return self.trained[-1] if self.trained else None
 
 
 @dataclass(frozen=True)
 class ContinualFolder:
-    """Folder of a continual run.
-
-    Args:
-        path: `RUN`.
+    """Folder `RUN` of a continual run.
 
     Example::
 
@@ -78,11 +75,7 @@ class ContinualFolder:
         return self.path / "scores" / f"{file_name(name)}.parquet"
 
     def read(self) -> RunState:
-        """Read the state; an empty one if there is none.
-
-        Raises:
-            ValueError: the file is damaged.
-        """
+        """Read the state, an empty one if there is none; a damaged file is a ValueError."""
         file = self.path / STATE
         if not file.exists():
             return RunState()
@@ -90,11 +83,12 @@ class ContinualFolder:
         try:
             if stored["format"] != FORMAT:
                 raise ValueError(f"format {stored['format']}, not {FORMAT}")
-            begun, trained = stored["begun"], [Trained(**each) for each in stored["trained"]]
+            trained = tuple(TrainedPartition(**partition) for partition in stored["trained"])
+            begun = stored["begun"]
             oldest = trained[0].name if trained else None  # earlier versions kept no `--from`
             return RunState(
-                tuple(trained),
-                None if begun is None else Trained(**begun),
+                trained,
+                None if begun is None else TrainedPartition(**begun),
                 stored["warm_start"],
                 stored.get("first", oldest),
             )
@@ -107,11 +101,7 @@ class ContinualFolder:
         write_whole(self.path / STATE, json.dumps(content, indent=1) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of `metrics.jsonl`, one for each scored partition.
-
-        Raises:
-            ValueError: the file is damaged.
-        """
+        """Return the lines of `metrics.jsonl`, one a scored partition; damage is a ValueError."""
         file = self.path / METRICS_LINES
         if not file.exists():
             return []
@@ -123,9 +113,9 @@ class ContinualFolder:
     def add_metrics(self, line: dict[str, Any]) -> bool:
         """Add the line of a partition; return False if it has one already."""
         lines = self.metrics()
-        if any(each["partition"] == line["partition"] for each in lines):
+        if any(stored["partition"] == line["partition"] for stored in lines):
             return False
-        text = "".join(json.dumps(each) + "\n" for each in [*lines, line])
+        text = "".join(json.dumps(metrics) + "\n" for metrics in [*lines, line])
         write_whole(self.path / METRICS_LINES, text)
         return True
 
@@ -138,8 +128,7 @@ def file_name(name: str) -> str:
 def newest_run(run: Path) -> Path:
     """Return the run of the newest trained partition of a continual run; any other run as it is.
 
-    Raises:
-        ValueError: no partition is trained yet, or the state is damaged.
+    A ValueError says that no partition is trained yet, or the state is damaged.
     """
     if not (run / STATE).exists():
         return run

@@ -7,34 +7,34 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 
+from embeddings.table_state import State
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint.reader import readable_failure
 from recsys.checkpoint.state import TrainingState
 from recsys.checkpoint.table_export import table_of_key
-from recsys.checkpoint.warm_start.differences import Differences
-from recsys.checkpoint.warm_start.load import move_rows, move_sets, size_of
-from recsys.checkpoint.warm_start.optimizers import choose_optimizer_state
-from recsys.checkpoint.warm_start.row_maps import RowMap, row_map
-from recsys.checkpoint.warm_start.settings import compare_encoders, compare_settings
-from recsys.checkpoint.warm_start.source import Source, Stored
-from recsys.model.tables import cold_row_rules
+from recsys.checkpoint.warm_start.comparison import compare_encoders, compare_settings
+from recsys.checkpoint.warm_start.rows import RowMap, move_rows, move_sets, row_map, size_of
+from recsys.checkpoint.warm_start.source import Differences, Source, StoredState
+from recsys.config import Config
+from recsys.data.schema import Schema
+from recsys.model.tables import cold_row_rules, table_configs
 
 logger = logging.getLogger(__name__)
 
 MODEL = "model."
+DENSE, TABLES, AVERAGE = "optimizer.dense.", "optimizer.tables.", "optimizer.average."
 SCALING = f"{MODEL}scaling."  # a number per dense column and list
-OPINIONS = ".opinion_votes.opinions"  # a row per item, as its table
 MOST_SHAPES = 8  # in a message
 # Parts whose weights make the vectors in the memory bank.
 ENCODING = ("model.content.encoders.", "model.content.projections.", "model.content.fusion.")
+OPTIMIZER_FIX = "set it back, or --warm-start.optimizer false"
 
 
 @dataclass
@@ -43,23 +43,25 @@ class WarmStartPlan:
 
     source: Source
     differences: Differences
-    taken: dict[str, Stored] = field(default_factory=dict)  # the checkpoint of each tensor by name
-    # Rows of tables, by table, and of opinions on items, by name of the tensor.
+    tensors: dict[str, StoredState] = field(
+        default_factory=dict
+    )  # checkpoint of each tensor by name
+    # Rows of tables, by table, and of tensors with a row per item, by name.
     maps: dict[str, RowMap] = field(default_factory=dict)
     items: RowMap | None = None  # rows of the items; None if the memory bank is filled anew
 
     def takes(self, parameter: str) -> bool:
         """Return whether a weight or buffer of the model is taken over."""
-        return f"{MODEL}{parameter}" in self.taken
+        return f"{MODEL}{parameter}" in self.tensors
 
     def takes_part(self, prefix: str) -> bool:
         """Return whether any weight or buffer of a part of the model is taken over."""
-        return any(name.startswith(f"{MODEL}{prefix}") for name in self.taken)
+        return any(name.startswith(f"{MODEL}{prefix}") for name in self.tensors)
 
     @property
     def tables_with_state(self) -> set[str]:
         """Return the tables of which optimizer state is taken over."""
-        names = (name for name in self.taken if name.startswith("optimizer.tables."))
+        names = (name for name in self.tensors if name.startswith(TABLES))
         return {table for name in names if (table := _table_of(name)) is not None}
 
     def take_unused_rows(self, job: Job) -> None:
@@ -68,41 +70,44 @@ class WarmStartPlan:
         They were never trained, and predictions by the other run give them to new ids.
         """
         for table in job.schema.tables_with("exact"):
-            old, new = (of.vocabularies.get(table) for of in (self.source.schema, job.schema))
-            rows = self.maps.get(table)
+            old = self.source.schema.vocabularies.get(table)
+            new, rows = job.schema.vocabularies.get(table), self.maps.get(table)
             if rows is None or not isinstance(old, ExactVocabulary):
                 continue
             assert isinstance(new, ExactVocabulary)
             if old.num_embeddings == new.num_embeddings and new.is_extension_of(old):
-                same = RowMap.same(rows.num_rows)
-                self.maps = {name: same if of is rows else of for name, of in self.maps.items()}
-                self.items = same if self.items is rows else self.items
+                identity = RowMap.same(rows.num_rows)
+                self.maps = {
+                    name: identity if other is rows else other for name, other in self.maps.items()
+                }
+                self.items = identity if self.items is rows else self.items
 
     @torch.no_grad()
     def apply(self, job: Job) -> None:
         """Fill the job with what is taken over; the rest stays. A collective."""
-        training = TrainingState(job)
-        state = training.state_dict({name: of.entries[name] for name, of in self.taken.items()})
-        moved = {name: self._map_of(name) for name in self.taken}
-        ranks = job.ranks
-        for stored in dict.fromkeys(self.taken.values()):
-            whole = {
+        training, ranks = TrainingState(job), job.ranks
+        state = training.state_dict(
+            {name: stored.entries[name] for name, stored in self.tensors.items()}
+        )
+        moved = {
+            name: rows for name in self.tensors if (rows := self._moved_rows(name)) is not None
+        }
+        for stored in dict.fromkeys(self.tensors.values()):
+            unmoved = {
                 name: state[name]
-                for name, of in self.taken.items()
-                if of is stored and moved[name] is None
+                for name, checkpoint in self.tensors.items()
+                if checkpoint is stored and name not in moved
             }
-            if not whole:
-                continue
-            with ranks.raise_on_all_ranks(), readable_failure():
-                dcp.load(whole, storage_reader=stored.reader, process_group=ranks.group)
+            if unmoved:
+                with ranks.raise_on_all_ranks(), readable_failure():
+                    dcp.load(unmoved, storage_reader=stored.reader, process_group=ranks.group)
         with ranks.raise_on_all_ranks():
             for name, rows in moved.items():
-                if rows is not None:
-                    move = move_sets if name.startswith("vocabulary.") else move_rows
-                    move(state[name], self.taken[name].tensor(name), rows)
+                move = move_sets if name.startswith("vocabulary.") else move_rows
+                move(state[name], self.tensors[name].tensor(name), rows)
         training.finish_loading()
 
-    def _map_of(self, name: str) -> RowMap | None:
+    def _moved_rows(self, name: str) -> RowMap | None:
         """Return the rows of a tensor whose rows move; None if they are the same."""
         rows = self.items if name == "bank" else self.maps.get(_table_of(name) or name)
         return None if rows is None or rows.is_identity else rows
@@ -112,66 +117,74 @@ def _table_of(name: str) -> str | None:
     """Return the table that a tensor belongs to."""
     if name.startswith("vocabulary."):
         return name.split(".")[1]
-    for prefix in ("optimizer.tables.", "optimizer.average."):
+    for prefix in (TABLES, AVERAGE):
         name = name.replace(prefix, MODEL, 1)
     return table_of_key(name)
 
 
 def plan_warm_start(job: Job, source: Source, differences: Differences) -> WarmStartPlan:
-    """Compare the job with another run, and decide what it takes over. A collective.
+    """Compare the job, not yet trained, with another run; decide what it takes over. A collective.
 
-    Args:
-        job: the new run, not yet trained.
-        source: the other run.
-        differences: those of the columns; gets the others.
-
-    Raises:
-        ValueError: on every rank: something cannot be reconciled; lists it all, with the fix.
+    `differences` are those of the columns, and get the others. If something cannot be reconciled, a
+    ValueError on every rank lists it all, with the fix.
     """
-    plan = WarmStartPlan(source, differences)
-    own = TrainingState(job).state_dict()
+    plan, state = WarmStartPlan(source, differences), TrainingState(job).state_dict()
     with job.ranks.raise_on_all_ranks():
         compare_settings(source, job, differences)
-        _check_patterns(plan, own)
-    shapes: dict[str, str] = {}
-    for name in _shared_weights(plan, own):
-        table = table_of_key(name)
-        rows = row_map(table, source, job, differences) if table is not None else None
-        stored, tensor = source.model.entries[name], own[name]
-        if table is not None and rows is not None:
-            plan.maps[table] = rows
-        if name.startswith(SCALING) and tuple(stored.size) != size_of(tensor):
-            differences.add("scales of numbers", "other columns have numbers", "fitted anew")
-            continue
-        if name.endswith(OPINIONS):
-            if (of_items := plan.maps.get(job.schema.target_item)) is None:
-                words = "the rows of items are not taken over"
-                differences.add(name.removeprefix(MODEL), words, "counted anew")
-                continue
-            plan.maps[name] = of_items
-        # The rows of a table may differ, and so may those of opinions.
-        first = 1 if table is not None or name in plan.maps else 0
-        if tuple(stored.size)[first:] != size_of(tensor)[first:]:
-            shapes[name.removeprefix(MODEL)] = f"{list(stored.size)} -> {list(size_of(tensor))}"
-        plan.taken[name] = source.model
-    _refuse_shapes(shapes, differences)
+        _check_patterns(plan, state)
+    _choose_weights(plan, job, state)
     with job.ranks.raise_on_all_ranks():
-        _choose_vocabularies(plan, own)
+        _choose_vocabularies(plan, state)
         is_same = compare_encoders(source, job, plan.takes, differences)
-    _choose_bank(plan, job, own, is_same)
+    _choose_bank(plan, job, state, is_same)
     with job.ranks.raise_on_all_ranks():
-        choose_optimizer_state(plan.source, job, own, plan.taken, differences)
+        _choose_optimizer_state(plan, job, state)
         _refuse_rules_without_state(plan, job)
         differences.check(source.model.folder)
     return plan
 
 
+def _choose_weights(plan: WarmStartPlan, job: Job, state: State) -> None:
+    """Take the weights and buffers that both runs have, with the rows of tables. A collective."""
+    source, differences, shapes = plan.source, plan.differences, dict[str, str]()
+    item_tensors = _tensors_with_item_rows(job)
+    for name in _shared_weights(plan, state):
+        table = table_of_key(name)
+        rows = row_map(table, source, job, differences) if table is not None else None
+        stored, size = tuple(source.model.entries[name].size), size_of(state[name])
+        if table is not None and rows is not None:
+            plan.maps[table] = rows
+        if name.startswith(SCALING) and stored != size:
+            differences.add("scales of numbers", "other columns have numbers", "fitted anew")
+            continue
+        if name in item_tensors:
+            if (item_rows := plan.maps.get(job.schema.target_item)) is None:
+                reason = "the rows of items are not taken over"
+                differences.add(name.removeprefix(MODEL), reason, "counted anew")
+                continue
+            plan.maps[name] = item_rows
+        has_rows = table is not None or name in plan.maps  # whose number may differ
+        if stored[has_rows:] != size[has_rows:]:
+            shapes[name.removeprefix(MODEL)] = f"{list(stored)} -> {list(size)}"
+        plan.tensors[name] = source.model
+    _refuse_shapes(shapes, differences)
+
+
+def _tensors_with_item_rows(job: Job) -> set[str]:
+    """Return the names of buffers that have a row per item, as its table, by their module."""
+    return {
+        f"{MODEL}{path}.{buffer}"
+        for path, module in job.em3.named_modules()
+        for buffer in getattr(module, "item_row_buffers", ())
+    }
+
+
 def _refuse_rules_without_state(plan: WarmStartPlan, job: Job) -> None:
     """Refuse rules for new rows of a table that is taken over without its optimizer state."""
     with_state = plan.tables_with_state
-    taken = {table_of_key(name) for name in plan.taken if name.startswith(MODEL)}
+    tables = {table_of_key(name) for name in plan.tensors if name.startswith(MODEL)}
     for table, rule in cold_row_rules(job.config, job.schema).items():
-        if table in taken and table not in with_state:
+        if table in tables and table not in with_state:
             plan.differences.refuse(
                 f"embedding.tables.{table}.new_rows",
                 f"{rule} applies to rows whose moments are zero, and the table's optimizer state "
@@ -183,8 +196,8 @@ def _refuse_rules_without_state(plan: WarmStartPlan, job: Job) -> None:
 def _refuse_shapes(shapes: dict[str, str], differences: Differences) -> None:
     """Refuse weights whose shapes do not fit, with the patterns that leave them out."""
     if shapes:
-        listed = [f"{name} {words}" for name, words in shapes.items()][:MOST_SHAPES]
-        more = len(shapes) - len(listed)
+        listed = [f"{name} {sizes}" for name, sizes in shapes.items()][:MOST_SHAPES]
+        num_unlisted = len(shapes) - len(listed)
         patterns = dict.fromkeys(
             f"'*.{table}.*'"
             if (table := table_of_key(MODEL + name))
@@ -193,88 +206,166 @@ def _refuse_shapes(shapes: dict[str, str], differences: Differences) -> None:
         )
         differences.refuse(
             "shapes that do not fit",
-            ", ".join(listed) + (f" and {more:,} more" if more else ""),
+            ", ".join(listed) + (f" and {num_unlisted:,} more" if num_unlisted else ""),
             f"set back what they depend on, or --warm-start.skip {' '.join(patterns)}",
         )
 
 
-def _check_patterns(plan: WarmStartPlan, own: Iterable[str]) -> None:
+def _check_patterns(plan: WarmStartPlan, state: State) -> None:
     """Refuse patterns that match no parameter, which are mistakes."""
-    names = {*own, *plan.source.model.entries}
+    names = {*state, *plan.source.model.entries}
     parameters = [name.removeprefix(MODEL) for name in names if name.startswith(MODEL)]
     for pattern in plan.source.request.unmatched(parameters):
-        example = min(parameters)
         plan.differences.refuse(
             f"'{pattern}'",
             "no parameter of either run has such a name",
-            f"correct the pattern of --warm-start.only or skip; one of the names is {example}",
+            "correct the pattern of --warm-start.only or skip; one of the names is "
+            f"{min(parameters)}",
         )
 
 
-def _shared_weights(plan: WarmStartPlan, own: Iterable[str]) -> list[str]:
+def _shared_weights(plan: WarmStartPlan, state: State) -> list[str]:
     """Return the weights that both runs have and that are asked for; list the others."""
-    source, names = plan.source, {name for name in own if name.startswith(MODEL)}
-    stored = {name for name in source.model.entries if name.startswith(MODEL)}
-    skipped = {name for name in names & stored if not source.request.takes(name[len(MODEL) :])}
-    for part, what, rule in (
+    request, names = plan.source.request, {name for name in state if name.startswith(MODEL)}
+    stored = {name for name in plan.source.model.entries if name.startswith(MODEL)}
+    skipped = {name for name in names & stored if not request.takes(name.removeprefix(MODEL))}
+    for untaken, what, rule in (
         (names - stored, "not in the run", "added, with initial values"),
         (stored - names, "not in this model", "dropped"),
         (skipped, "not asked for", "initial values"),
     ):
-        for group, count in _grouped(part).items():
+        paths = [name.removeprefix(MODEL).split(".") for name in sorted(untaken)]
+        groups = Counter(".".join(path[:3]) + ".*" * (len(path) > 3) for path in paths)
+        for group, count in groups.items():
             plan.differences.add(group, f"{what} ({count:,} tensor{'s' * (count > 1)})", rule)
-    taken = sorted((names & stored) - skipped)
-    if not taken:
+    shared = sorted((names & stored) - skipped)
+    if not shared:
         plan.differences.refuse(
             "the model", "no parameter is taken over", "name others in --warm-start.only or skip"
         )
-    return taken
+    return shared
 
 
-def _grouped(names: set[str]) -> dict[str, int]:
-    """Count names by their first parts."""
-    parts = [name.removeprefix(MODEL).split(".") for name in sorted(names)]
-    return Counter(".".join(each[:3]) + (".*" if len(each) > 3 else "") for each in parts)
-
-
-def _choose_vocabularies(plan: WarmStartPlan, own: Iterable[str]) -> None:
+def _choose_vocabularies(plan: WarmStartPlan, state: State) -> None:
     """Take the bounded vocabularies of the tables that are taken over."""
-    tables = {table_of_key(name) for name in plan.taken}
-    names = [name for name in own if name.startswith("vocabulary.")]
+    tables = {table_of_key(name) for name in plan.tensors}
+    names = [name for name in state if name.startswith("vocabulary.")]
     for table in dict.fromkeys(name.split(".")[1] for name in names):
         part, rows = f"vocabulary of '{table}'", plan.maps.get(table)
         if table not in tables:
             plan.differences.add(part, "its table is not taken over", "begins empty")
             continue
-        for name in [name for name in names if name.split(".")[1] == table]:
+        for name in names:
+            if name.split(".")[1] != table or name not in plan.source.model.entries:
+                continue  # only ids that wait may be missing
             entry = name.split(".")[-1]
-            if name not in plan.source.model.entries:  # only ids that wait may be missing
-                continue
             if entry.startswith("waiting") and rows is not None and not rows.is_identity:
                 plan.differences.add(part, f"{entry} of other sets", "anew")
             else:
-                plan.taken[name] = plan.source.model
+                plan.tensors[name] = plan.source.model
 
 
-def _choose_bank(plan: WarmStartPlan, job: Job, own: dict[str, Any], is_same: bool) -> None:
+def _choose_bank(plan: WarmStartPlan, job: Job, state: State, is_same: bool) -> None:
     """Take the vectors of the memory bank if the encoders that made them are. A collective."""
     stored = plan.source.model.entries
-    if "bank" not in own:
+    if "bank" not in state:
         return
-    item, differences = job.schema.target_item, plan.differences
-    encoding = {name for name in {*own, *stored} if name.startswith(ENCODING)}
+    encoding = {name for name in {*state, *stored} if name.startswith(ENCODING)}
     if "bank" not in stored:
-        why = "not in the run"
-    elif stored["bank"].size[1] != size_of(own["bank"])[1]:
-        why = f"vectors of {stored['bank'].size[1] - 1} numbers before"
-    elif not is_same or not all(name in plan.taken for name in encoding):
-        why = "its vectors are of other encoders"
+        reason = "not in the run"
+    elif stored["bank"].size[1] != size_of(state["bank"])[1]:
+        reason = f"vectors of {stored['bank'].size[1] - 1} numbers before"
+    elif not is_same or not encoding <= plan.tensors.keys():
+        reason = "its vectors are of other encoders"
     else:
+        item = job.schema.target_item
         rows = plan.maps.get(item)
         if rows is None:  # the table is not taken over, but its raw ids are the same
             rows = row_map(item, plan.source, job, Differences())
         if rows is not None:
-            plan.items, plan.taken["bank"] = rows, plan.source.model
+            plan.items, plan.tensors["bank"] = rows, plan.source.model
             return
-        why = "the items have other rows"
-    differences.add("memory bank", why, "all items are encoded")
+        reason = "the items have other rows"
+    plan.differences.add("memory bank", reason, "all items are encoded")
+
+
+def _choose_optimizer_state(plan: WarmStartPlan, job: Job, state: State) -> None:
+    """Take the state of the optimizers of parameters that are taken over."""
+    stored, differences = plan.source.optimizer, plan.differences
+    if stored is None:
+        is_wanted = plan.source.request.optimizer
+        reason = "the run keeps no checkpoint of a step" if is_wanted else "as asked"
+        differences.add("optimizer state", reason, "begins anew")
+        return
+    if stored.step != (model_step := plan.source.model.step):
+        what = f"the run keeps that of step {stored.step:,}, not of the model's step {model_step:,}"
+        differences.add("optimizer state", what, f"of step {stored.step:,}")
+    weights = [name.removeprefix(MODEL) for name in plan.tensors if name.startswith(MODEL)]
+    names = [*_table_states(plan, stored, job, weights), *_dense_states(plan, stored, job, weights)]
+    if job.averages is not None:
+        names += _averages(plan, stored, state, weights)
+    plan.tensors |= dict.fromkeys(names, stored)
+
+
+def _table_states(
+    plan: WarmStartPlan, stored: StoredState, job: Job, weights: list[str]
+) -> Iterator[str]:
+    """Yield the state of fused optimizers to take."""
+    previous = _table_optimizers(plan.source.config, plan.source.schema)
+    current = _table_optimizers(job.config, job.schema)
+    bounded = job.schema.tables_with("bounded")
+    for weight in weights:
+        table = table_of_key(f"{MODEL}{weight}")
+        if table is None:
+            continue
+        optimizers = previous[table], current[table]
+        part, what = f"optimizer state of '{table}'", f"{optimizers[0]} before, {optimizers[1]} now"
+        if optimizers[0] != optimizers[1]:
+            if "none" in optimizers:
+                plan.differences.add(part, what, "begins anew")
+            else:
+                plan.differences.refuse(part, what, OPTIMIZER_FIX)
+        elif table in bounded and stored.step != plan.source.model.step:
+            plan.differences.add(part, "its rows have had other ids since", "begins anew")
+        else:
+            yield from (name for name in stored.entries if name.startswith(f"{TABLES}{weight}."))
+
+
+def _table_optimizers(config: Config, schema: Schema) -> dict[str, str]:
+    """Return the optimizer of each table; none of a frozen one."""
+    tables = table_configs(config, schema)
+    return {table.name: "none" if table.frozen else table.optimizer for table in tables}
+
+
+def _dense_states(
+    plan: WarmStartPlan, stored: StoredState, job: Job, weights: list[str]
+) -> Iterator[str]:
+    """Yield the state of the dense optimizer to take."""
+    previous, current = plan.source.config.optimizer, job.config.optimizer
+    if (previous.name, previous.options) != (current.name, current.options):
+        what = f"{previous.name} {previous.options} before, {current.name} {current.options} now"
+        plan.differences.refuse("state of the dense optimizer", what, OPTIMIZER_FIX)
+        return
+    trained = {name for name, value in job.em3.named_parameters() if value.requires_grad}
+    for name in stored.entries:
+        parameter = name.removeprefix(DENSE).rsplit(".", 1)[0]
+        if name.startswith(DENSE) and parameter in trained and parameter in weights:
+            yield name
+
+
+def _averages(
+    plan: WarmStartPlan, stored: StoredState, state: Iterable[str], weights: list[str]
+) -> list[str]:
+    """Return the moving averages to take, all or none: they have one count of updates."""
+    names = [name for name in state if name.startswith(AVERAGE)]
+    parameters = {name.removeprefix(AVERAGE) for name in names if not name.endswith("num_updates")}
+    if stored is not plan.source.model:
+        reason = "the best model has averages for its weights"
+    elif not all(name in stored.entries for name in names):
+        reason = "not in the run"
+    elif not parameters <= set(weights):
+        reason = "not all of its weights are taken over"
+    else:
+        return names
+    plan.differences.add("averaged weights", reason, "begin at the weights")
+    return []

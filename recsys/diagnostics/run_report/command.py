@@ -216,7 +216,7 @@ def findings(metrics_by_part: dict[str, dict[str, Any]]) -> list[str]:
 def _settings(run: Path, metrics: dict[str, Any]) -> Section:
     train = metrics["train"]
     words = [
-        f"Trained for {train['steps']:,} steps in {train['seconds']:,.0f} s on "
+        f"TrainedPartition for {train['steps']:,} steps in {train['seconds']:,.0f} s on "
         f"{metrics['world_size']} rank(s), {train['samples_per_second']:,.0f} samples/s, with "
         + ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
         + "."

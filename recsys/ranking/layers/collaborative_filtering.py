@@ -45,6 +45,8 @@ class CollaborativeFiltering(nn.Module):
     training whose target counts as new, so that the model learns to rank new items.
     """
 
+    item_row_buffers = ("opinions",)  # have a row per item, as the table of items
+
     opinions: Tensor
     mean: Tensor
     deviation: Tensor

@@ -27,8 +27,8 @@ import pyarrow.parquet as pq
 import yaml
 
 from recsys.build import SPLITS
+from recsys.checkpoint.cold_row_init import trained_counts
 from recsys.checkpoint.files import model_of
-from recsys.checkpoint.new_rows.trained_counts import trained_counts
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.filesystem import Location, link_or_copy, whole_folder
 from recsys.data.parquet.file import open_parquet

@@ -12,9 +12,8 @@ from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint.compatibility import differing_settings
 from recsys.checkpoint.item_content import changed_items
-from recsys.checkpoint.warm_start.differences import Differences
 from recsys.checkpoint.warm_start.plan import WarmStartPlan
-from recsys.checkpoint.warm_start.source import Source
+from recsys.checkpoint.warm_start.source import Differences, Source
 from recsys.config import Config
 from recsys.data.filesystem import Location
 from recsys.data.prepare_vocabulary import new_ids
@@ -122,10 +121,10 @@ def check_items(job: Job, plan: WarmStartPlan) -> None:
     new_rows = new_item_rows(job, plan)
     with job.ranks.raise_on_all_ranks():
         changed = changed_items(job, source.request.run, source.model.manifest, new_rows)
-        if changed is not None and changed.edited > allowed * changed.known:
+        if changed is not None and changed.edited > allowed * changed.num_known:
             raise ValueError(
-                f"{job.root}/items: {changed.edited:,} of {changed.known:,} known items have other "
-                f"content than in {source.request.run}, a larger share than {allowed:g}: their ids "
-                "seem to mean other items now; bring the ids back, or set --continual.edited_items "
-                "1 if the texts or pictures were revised"
+                f"{job.root}/items: {changed.edited:,} of {changed.num_known:,} known items have "
+                f"other content than in {source.request.run}, a larger share than {allowed:g}: "
+                "their ids seem to mean other items now; bring the ids back, or set "
+                "--continual.edited_items 1 if the texts or pictures were revised"
             )

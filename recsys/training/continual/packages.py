@@ -17,7 +17,7 @@ from recsys.checkpoint.partitions.state import ContinualFolder, RunState, file_n
 from recsys.config import ContinualSettings
 from recsys.data.schema import Schema
 from recsys.distributed.job import environment_of_no_rank
-from recsys.serving.delta.write import write_delta
+from recsys.serving.delta import write_delta
 
 logger = logging.getLogger(__name__)
 

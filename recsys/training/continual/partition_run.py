@@ -16,12 +16,15 @@ from typing import Any
 import torch
 
 from recsys.build import Job, build_job
+from recsys.checkpoint.cold_row_init import (
+    counts_before,
+    fill_rows_of_later_items,
+    refill_cold_rows,
+)
 from recsys.checkpoint.compatibility import with_automatic
 from recsys.checkpoint.files import folders_by_age, model_of
 from recsys.checkpoint.manager import Checkpoints
-from recsys.checkpoint.new_rows.fill import fill_rows_of_later_items, refill_new_rows
-from recsys.checkpoint.new_rows.trained_counts import counts_before
-from recsys.checkpoint.partitions.state import ContinualFolder, RunState, Trained
+from recsys.checkpoint.partitions.state import ContinualFolder, RunState, TrainedPartition
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.run_folder import (
     METRICS,
@@ -34,7 +37,7 @@ from recsys.checkpoint.run_folder import (
 )
 from recsys.checkpoint.run_schema import PARTITION, schema_of_data
 from recsys.checkpoint.warm_start.plan import WarmStartPlan, plan_warm_start
-from recsys.checkpoint.warm_start.request import WarmStart
+from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import Config, ContinualSettings, content_settings, load_config
 from recsys.data.filesystem import Location, write_whole
 from recsys.data.interactions import Interactions
@@ -132,7 +135,9 @@ class Start:
     ids: NewIds  # that are new in the partition's rows, and have rows once these are scored
 
 
-def train_partition(continual: ContinualRun, partition: Partition, state: RunState) -> Trained:
+def train_partition(
+    continual: ContinualRun, partition: Partition, state: RunState
+) -> TrainedPartition:
     """Score a partition and train on it, or go on with that. A collective.
 
     Raises:
@@ -225,13 +230,13 @@ def open_partition(
     return PartitionTrainer(job, run, *parts), line
 
 
-def _as_read(partition: Partition, interactions: Interactions) -> Trained:
+def _as_read(partition: Partition, interactions: Interactions) -> TrainedPartition:
     rows = interactions.rows
-    return Trained(partition.name, rows.num_rows, rows.fingerprint())
+    return TrainedPartition(partition.name, rows.num_rows, rows.fingerprint())
 
 
 def _refuse_changed(
-    folder: ContinualFolder, state: RunState, current: Trained, goes_on: bool
+    folder: ContinualFolder, state: RunState, current: TrainedPartition, goes_on: bool
 ) -> None:
     """Refuse a partition that has changed since it was begun."""
     previous = state.begun
@@ -248,7 +253,7 @@ def _refuse_changed(
     )
 
 
-def _refuse_copy(state: RunState, current: Trained) -> None:
+def _refuse_copy(state: RunState, current: TrainedPartition) -> None:
     """Refuse the rows of a trained partition under another name, whose scores would know them."""
     for trained in state.trained:
         has_digest = "-" in current.fingerprint  # of the content, not of names and sizes alone
@@ -260,7 +265,7 @@ def _refuse_copy(state: RunState, current: Trained) -> None:
 
 
 def _begin(
-    continual: ContinualRun, current: Trained, state: RunState, job: Job, start: Start
+    continual: ContinualRun, current: TrainedPartition, state: RunState, job: Job, start: Start
 ) -> Progress:
     """Begin the run of a partition, whose rows are scored if a model can. A collective.
 
@@ -358,7 +363,7 @@ class PartitionTrainer(Trainer):
         if content is not None and content.history.refresh_bank_every_epoch:
             fill_bank(self.job, self.lockstep)
         with self.job.averaged():
-            refill_new_rows(self.job, self.run)
+            refill_cold_rows(self.job, self.run)
 
 
 def passes_over(settings: ContinualSettings, number: int, from_nothing: bool) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from recsys.checkpoint.partitions.state import STATE, ContinualFolder, RunState, file_name
 from recsys.checkpoint.run_folder import LOCK
-from recsys.checkpoint.warm_start.request import WarmStart
+from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import Config
 from recsys.data.filesystem import Location
 from recsys.data.row_source import open_rows

@@ -25,7 +25,7 @@ class _Changes:
     def __init__(self) -> None:
         self.folder: Path | None = None
         self.seen: list[str] = []
-        self.kill_at: int | None = None
+        self.kill_index: int | None = None
         self.at_change: Callable[[str], None] | None = None
         sys.addaudithook(self._hook)  # for good: Python knows no way to remove one
 
@@ -33,10 +33,10 @@ class _Changes:
     def watched(
         self,
         folder: Path,
-        kill_at: int | None = None,
+        kill_index: int | None = None,
         at_change: Callable[[str], None] | None = None,
     ) -> Iterator[list[str]]:
-        self.folder, self.seen, self.kill_at, self.at_change = folder, [], kill_at, at_change
+        self.folder, self.seen, self.kill_index, self.at_change = folder, [], kill_index, at_change
         try:
             yield self.seen
         finally:
@@ -59,7 +59,7 @@ class _Changes:
                 self.at_change(self.seen[-1])
             finally:
                 self.folder = folder
-        if self.kill_at is not None and len(self.seen) > self.kill_at:
+        if self.kill_index is not None and len(self.seen) > self.kill_index:
             raise Killed
 
 

@@ -48,10 +48,10 @@ def train(folder: Path, name: str, plan: Plan) -> Path:
     hook = f"TRACE={place},PYTHONPATH={Path(__file__).parent / 'fault_hook'}:{ROOT}"
     job = ["-s", "local_cwd", "launch/components.py:train", "--nproc", "2", "--env", hook]
     retries = ["--max_retries", str(len(plan) + 1)]
-    done = run_program("torchx", "run", *job, *retries, "--", *words, seconds=900, is_warm=True)
-    (place / "log.txt").write_text(done.stdout + done.stderr)
-    if done.returncode:
-        raise SystemExit(f"the job ended with {done.returncode}:\n{done.stderr[-8000:]}")
+    process = run_program("torchx", "run", *job, *retries, "--", *words, seconds=900, is_warm=True)
+    (place / "log.txt").write_text(process.stdout + process.stderr)
+    if process.returncode:
+        raise SystemExit(f"the job ended with {process.returncode}:\n{process.stderr[-8000:]}")
     return place
 
 
@@ -70,19 +70,19 @@ def check_impressions(place: Path) -> tuple[int, int]:
         steps in the result, and steps made in all.
     """
     counts = [Counter[int]() for _ in range(EPOCHS)]
-    made = steps_made(place)
-    kept: dict[int, list[Any]] = {}
-    for rank, steps in made.items():
-        kept = {}
+    steps_by_rank = steps_made(place)
+    remaining: dict[int, list[Any]] = {}
+    for rank, steps in steps_by_rank.items():
+        remaining = {}
         for number, loss, positions in steps:
-            again = kept.setdefault(number, [loss, positions])
+            again = remaining.setdefault(number, [loss, positions])
             assert again == [loss, positions], f"rank {rank} step {number} differs when made again"
-        assert sorted(kept) == list(range(1, EPOCHS * STEPS_PER_EPOCH + 1))
-        for number, (_, positions) in kept.items():
+        assert sorted(remaining) == list(range(1, EPOCHS * STEPS_PER_EPOCH + 1))
+        for number, (_, positions) in remaining.items():
             epoch = (number - 1) // STEPS_PER_EPOCH
             counts[epoch].update(position for position in positions if position >= 0)
     assert all(count == Counter(range(NUM_ROWS["train"])) for count in counts)
-    return len(kept), len(made[0])
+    return len(remaining), len(steps_by_rank[0])
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -115,12 +115,12 @@ def survive(folder: Path, peaceful: Path, name: str, plan: Plan) -> str:
     disturbed = train(folder, name, plan)
     carried_out = len(list(disturbed.glob("done-*")))
     assert carried_out == len(plan), f"{carried_out} of {len(plan)} signals were sent"
-    steps, made = check_impressions(disturbed)
+    steps, num_made = check_impressions(disturbed)
     if all(number == signal.SIGTERM for _, _, number, _ in plan):
-        assert made == steps, f"SIGTERM lost {made - steps} steps"
+        assert num_made == steps, f"SIGTERM lost {num_made - steps} steps"
     compared = check_equal(peaceful, disturbed)
     return (
-        f"{name}: {carried_out} signals; {steps} steps in the result, {made} made by rank 0; "
+        f"{name}: {carried_out} signals; {steps} steps in the result, {num_made} made by rank 0; "
         f"{compared} tensors and all metrics equal to the last bit; every impression once per epoch"
     )
 

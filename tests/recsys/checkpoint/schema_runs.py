@@ -67,7 +67,7 @@ def _with_columns(table: pa.Table) -> pa.Table:
     random = np.random.default_rng(table.num_rows)
     count = table.num_rows
     lists = table["history_liked"].to_pylist()
-    more = {
+    columns = {
         "friends": pa.array([[f"u{n}"] for n in random.integers(12, size=count)]),
         "history_age": [None if row is None else [x + 0.5 for x in row] for row in lists],
         "shop": random.integers(5, size=count),
@@ -76,7 +76,7 @@ def _with_columns(table: pa.Table) -> pa.Table:
         "teacher": random.random(count).astype(np.float32),
         "other": random.random(count).astype(np.float32),
     }
-    for name, column in more.items():
+    for name, column in columns.items():
         table = table.append_column(name, pa.array(column))
     users = pc.binary_join_element_wise("u", table["user"].cast(pa.string()), "")
     return table.set_column(table.column_names.index("user"), "user", users)

@@ -12,7 +12,7 @@ import torch
 
 from recsys.build import build_job
 from recsys.checkpoint.warm_start.plan import plan_warm_start
-from recsys.checkpoint.warm_start.request import WarmStart
+from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import Config, OptimizerSettings
 from recsys.data.item_frequency import ItemCounts
 from recsys.distributed.lockstep import TrainingStopped
@@ -71,7 +71,7 @@ def test_a_stopped_run_ends_with_the_same_bits(
             assert torch.equal(value, two[key]), key
     metrics = [json.loads((run / "run" / "metrics.json").read_text()) for run in (tmp_path, whole)]
     assert metrics[0]["test"] == metrics[1]["test"]
-    vocabularies = [each["train"]["vocabularies"]["item"] for each in metrics]
+    vocabularies = [result["train"]["vocabularies"]["item"] for result in metrics]
     assert vocabularies[0] == vocabularies[1] and vocabularies[0]["evicted"] > 3
 
 
@@ -99,10 +99,10 @@ def test_a_run_begins_from_another_one_with_a_larger_table(whole: Path, tmp_path
         (tmp_path / "new").mkdir()
         plan = plan_warm_start(job, *opened)
         start_warm(job, tmp_path / "new", plan, check_data(job).numbers)
-        now, places = state_of(job), ids_of(job.vocabularies.by_table["item"])
+        state, places = state_of(job), ids_of(job.vocabularies.by_table["item"])
     assert places.keys() == rows.keys()
     for item, row in rows.items():
-        assert torch.equal(now["item"][places[item]], before["item"][row])
-        assert torch.equal(now["bank"][places[item]], before["bank"][row])
-    others = np.setdiff1d(np.arange(300), list(places.values()))
-    assert not now["bank"][others].any()
+        assert torch.equal(state["item"][places[item]], before["item"][row])
+        assert torch.equal(state["bank"][places[item]], before["bank"][row])
+    free_rows = np.setdiff1d(np.arange(300), list(places.values()))
+    assert not state["bank"][free_rows].any()

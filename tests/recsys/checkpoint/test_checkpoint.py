@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-import yaml
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from embeddings.table_state import table_weights
@@ -23,7 +22,7 @@ from recsys.checkpoint.state import TrainingState
 from recsys.config import load_config
 from recsys.distributed.log import configure_logging
 from recsys.distributed.ranks import Ranks, joined_ranks
-from recsys.evaluation.predict import evaluate, load_run, predict
+from recsys.evaluation.predict import evaluate, load_run
 from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
@@ -192,8 +191,8 @@ def test_folders_are_ordered_by_their_step_however_many_digits_it_has(tmp_path: 
     steps = [path.name.removeprefix("step-") for path in folders_by_age(tmp_path)]
     assert [int(step) for step in steps] == [10**9, 10**8, 10**8 - 1, 5]
     prune(folder_of_step(tmp_path, 10**8), keep=1)
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"step-100000000", "step-1000000000", "step-of-mine"}
+    remaining = {path.name for path in tmp_path.iterdir()}
+    assert remaining == {"step-100000000", "step-1000000000", "step-of-mine"}
 
 
 def test_a_result_that_cannot_be_stored_is_printed_first(
@@ -208,15 +207,6 @@ def test_a_result_that_cannot_be_stored_is_printed_first(
     with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=r"evaluation_valid\.json"):
         evaluate(run, None, "valid", ranks, "cpu")
     assert "logloss" in capfd.readouterr().out
-
-
-def test_predictions_are_not_written_into_the_rows_that_are_read(folder: Path, run: Path) -> None:
-    test = folder / "data" / "test"
-    before = {file: file.read_bytes() for file in test.iterdir()}
-    for out in (test / "predictions.parquet", next(iter(before))):
-        with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=out.name):
-            predict(run, [str(test)], out, None, ranks, "cpu")
-    assert {file: file.read_bytes() for file in test.iterdir()} == before
 
 
 def poison(job: Job, name: str) -> None:
@@ -291,9 +281,9 @@ def test_a_full_disk_ends_the_job_only_when_it_stays_full(
             patch.setattr(dcp, "save", half_written)
             checkpoints.save(Progress(steps=2))
             checkpoints.wait()
-            told = capfd.readouterr().out
-            assert "step-00000002: " in told and "(No space" in told
-            assert f" {tmp_path}/checkpoints/step-00000001" in told
+            output = capfd.readouterr().out
+            assert "step-00000002: " in output and "(No space" in output
+            assert f" {tmp_path}/checkpoints/step-00000001" in output
             checkpoints.save(Progress(steps=3))
             checkpoints.save(Progress(steps=4))
             with pytest.raises(ValueError, match=r"step-00000004: "):
@@ -346,12 +336,3 @@ def test_a_disk_that_runs_full_keeps_the_last_checkpoint_and_its_room(
         checkpoints.save(Progress(steps=4), wait=True)
         checkpoints.close()
         assert checkpoints.last_good == folders / "step-00000004"
-
-
-def test_a_folder_without_finished_run_is_refused(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"epochs": 1}))
-    with (
-        joined_ranks("cpu") as ranks,
-        pytest.raises(ValueError, match=r"metrics\.json"),
-    ):
-        load_run(tmp_path, None, ranks, "cpu")

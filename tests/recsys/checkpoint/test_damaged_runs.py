@@ -97,14 +97,6 @@ def test_a_pipe_in_place_of_a_file_is_refused(run: Path, name: str) -> None:
 
 
 @pytest.mark.usefixtures("alarm")
-def test_a_pipe_in_place_of_the_schema_is_refused(folder: Path, run: Path, tmp_path: Path) -> None:
-    data = Path(shutil.copytree(folder / "data", tmp_path / "data"))
-    pipe(data / "schema.yaml")
-    with pytest.raises(ValueError, match=r"data/schema\.yaml"):
-        evaluated(run, data)
-
-
-@pytest.mark.usefixtures("alarm")
 def test_a_run_does_not_write_into_pipes(run: Path) -> None:
     with joined_ranks("cpu") as ranks:
         job = load_run(run, None, ranks, "cpu")
@@ -116,7 +108,14 @@ def test_a_run_does_not_write_into_pipes(run: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "change"),
-    [("item_counts.npy", doubled_counts), ("vocabulary/item.parquet", turned_map)],
+    [
+        ("item_counts.npy", doubled_counts),
+        ("vocabulary/item.parquet", turned_map),
+        (
+            "schema.yaml",
+            lambda file: file.write_text(file.read_text().replace("seed: 1", "seed: 0")),
+        ),
+    ],
 )
 def test_a_file_that_decides_results_must_be_that_of_the_checkpoint(
     folder: Path, run: Path, tmp_path: Path, name: str, change: Callable[[Path], None]

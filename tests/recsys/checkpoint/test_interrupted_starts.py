@@ -90,7 +90,7 @@ def test_a_start_cut_off_at_any_change_of_its_folder_can_be_repeated(
     _, changes = whole
     assert len(changes) > 20
     for place in sampled(changes, 5):
-        with pytest.raises(ENDED), CHANGES.watched(tmp_path / str(place), kill_at=place):
+        with pytest.raises(ENDED), CHANGES.watched(tmp_path / str(place), kill_index=place):
             run_training(folder, tmp_path / str(place))
         assert start(folder, tmp_path / str(place)), changes[place]
 
@@ -106,7 +106,7 @@ def test_a_replacement_cut_off_at_any_change_leaves_a_folder_that_can_be_begun(
     for place in sampled(changes, 4):
         run = tmp_path / str(place)
         shutil.copytree(whole[0], run)
-        with pytest.raises(ENDED), CHANGES.watched(run, kill_at=place):
+        with pytest.raises(ENDED), CHANGES.watched(run, kill_index=place):
             start(folder, run, overwrite=True)
         assert start(folder, run, **again), changes[place]
 
@@ -126,9 +126,9 @@ def test_killed_after_the_first_validation_a_run_goes_on_with_the_same_end(
         with pytest.raises(Killed):
             run_training(folder, tmp_path / "run")
     with monkeypatch.context() as patch:
-        seen = StepsSeen(patch)
+        steps_seen = StepsSeen(patch)
         run_training(folder, tmp_path / "run")
-    assert [number for number, _ in seen.steps] == [3, 4]
+    assert [number for number, _ in steps_seen.steps] == [3, 4]
     assert result(tmp_path / "run") == result(whole[0])
 
 
@@ -140,9 +140,9 @@ def test_where_only_the_best_model_is_left_an_unfinished_run_goes_on_from_it(
     for checkpoint in folders_by_age(tmp_path / "run" / "checkpoints"):
         shutil.rmtree(checkpoint)
     best = json.loads((tmp_path / "run" / "checkpoints/best/checkpoint.json").read_text())
-    seen = StepsSeen(monkeypatch)
+    steps_seen = StepsSeen(monkeypatch)
     run_training(folder, tmp_path / "run")
-    assert [number for number, _ in seen.steps] == list(range(best["step"] + 1, 5))
+    assert [number for number, _ in steps_seen.steps] == list(range(best["step"] + 1, 5))
 
 
 def test_a_signal_before_the_first_step_ends_the_start_and_leaves_no_lock(
@@ -220,7 +220,7 @@ def test_a_dataset_is_not_taken_for_the_folder_of_a_run(tmp_path: Path) -> None:
         find_start(tmp_path, "auto", True, ranks)
 
 
-def refused_at_each(action: Callable[[], object], named: Path) -> Callable[[str], None]:
+def refused_at_each(action: Callable[[], object], path: Path) -> Callable[[str], None]:
     """Tries another job like this one at every third change, which must be refused with who is at
     work."""
     tried: list[str] = []
@@ -230,7 +230,7 @@ def refused_at_each(action: Callable[[], object], named: Path) -> Callable[[str]
             return  # the other job would have collectives of its own
         tried.append(change)
         if len(tried) % 3 == 1:
-            with pytest.raises(ValueError, match=f"{named}: .*process {os.getpid()} on "):
+            with pytest.raises(ValueError, match=f"{path}: .*process {os.getpid()} on "):
                 action()
 
     return at_change

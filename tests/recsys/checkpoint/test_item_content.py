@@ -25,7 +25,7 @@ from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.recsys.checkpoint.stopped_runs import config_of
 
-EDITED, GONE, NEW = [3, 7], 5, 8
+EDITED, REMOVED, NEW = [3, 7], 5, 8
 CHANGED = [3, 5, 7, 8]
 UNCHANGED = [item for item in range(30) if item not in CHANGED]
 
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             words = [f"{w} new" if i in EDITED else w for i, w in zip(ids, words, strict=True)]
             items = items.set_column(items.column_names.index("text"), "text", pa.array(words))
         write_items(
-            folder / name, items.filter(pc.field("item") != (NEW if name == "data" else GONE))
+            folder / name, items.filter(pc.field("item") != (NEW if name == "data" else REMOVED))
         )
     return folder
 
@@ -77,10 +77,10 @@ def test_changed_items_are_encoded_into_the_bank_by_the_loaded_model_and_counted
         before = bank_of(load_run(run, None, ranks, "cpu"))
         configure_logging()
         job = load_run(run, str(folder / "edited"), ranks, "cpu")
-        now, expected = bank_of(job), encoded(job)
-    torch.testing.assert_close(now[CHANGED], expected)
+        bank, expected = bank_of(job), encoded(job)
+    torch.testing.assert_close(bank[CHANGED], expected)
     assert ((before[CHANGED] - expected).abs().amax(dim=1) > 1e-3).all()
-    assert torch.equal(now[UNCHANGED], before[UNCHANGED])
+    assert torch.equal(bank[UNCHANGED], before[UNCHANGED])
     assert re.search("2 of 29 items .*1 are new .*1 are gone", capfd.readouterr().out)
 
 

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.long
 
 Case = tuple[int, str, str]  # ranks, plan, table optimizer
 # Logits of all ranks on one batch when saved, and the losses of the next steps.
-Seen = tuple[Tensor, list[float]]
+Outcome = tuple[Tensor, list[float]]
 
 
 def job_of(rank: int, world_size: int, folder: Path, plan: str, optimizer: str) -> Job:
@@ -74,9 +74,9 @@ def losses_of_steps(job: Job, first: int) -> list[float]:
     return losses
 
 
-def save_all(rank: int, world_size: int, folder: Path) -> dict[Case, Seen]:
+def save_all(rank: int, world_size: int, folder: Path) -> dict[Case, Outcome]:
     """Trains, saves and trains on under every plan."""
-    seen: dict[Case, Seen] = {}
+    outcomes: dict[Case, Outcome] = {}
     for plan, optimizer in CASES:
         job = job_of(rank, world_size, folder, plan, optimizer)
         losses_of_steps(job, 0)
@@ -84,16 +84,18 @@ def save_all(rank: int, world_size: int, folder: Path) -> dict[Case, Seen]:
         checkpoints.save(Progress(steps=STEPS), wait=True)
         checkpoints.close()
         logits = logits_of_one_batch(job)
-        seen[world_size, plan, optimizer] = logits, losses_of_steps(job, STEPS)
-    return seen
+        outcomes[world_size, plan, optimizer] = logits, losses_of_steps(job, STEPS)
+    return outcomes
 
 
-def load_all(rank: int, world_size: int, folder: Path) -> dict[tuple[Case, str], Seen]:
+def load_all(rank: int, world_size: int, folder: Path) -> dict[tuple[Case, str], Outcome]:
     """Loads every checkpoint under every plan, each into the job of the one before."""
-    seen: dict[tuple[Case, str], Seen] = {}
+    outcomes: dict[tuple[Case, str], Outcome] = {}
     for plan, optimizer in CASES:
         job = job_of(rank, world_size, folder, plan, optimizer)
-        plans = [saved_plan for saved_plan, trained_by in CASES if trained_by == optimizer]
+        plans = [
+            saved_plan for saved_plan, table_optimizer in CASES if table_optimizer == optimizer
+        ]
         for saved_world, saved_plan in product(WORLD_SIZES, plans):
             run = folder / f"{saved_world}-{saved_plan}-{optimizer}"
             checkpoints = Checkpoints(job, run, "data")
@@ -101,18 +103,18 @@ def load_all(rank: int, world_size: int, folder: Path) -> dict[tuple[Case, str],
             checkpoints.close()
             logits = logits_of_one_batch(job)
             case = (saved_world, saved_plan, optimizer)
-            seen[case, plan] = logits, losses_of_steps(job, STEPS)
-    return seen
+            outcomes[case, plan] = logits, losses_of_steps(job, STEPS)
+    return outcomes
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Case, Seen]]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Case, Outcome]]:
     folder = tmp_path_factory.mktemp("resharding")
     write_dataset(folder / "data", {"train": 2 * STEPS * GLOBAL_BATCH, "valid": 40, "test": 20})
-    seen: dict[Case, Seen] = {}
+    outcomes: dict[Case, Outcome] = {}
     for world_size in WORLD_SIZES:
-        seen |= run_on_ranks(save_all, world_size, folder)[0]
-    return folder, seen
+        outcomes |= run_on_ranks(save_all, world_size, folder)[0]
+    return folder, outcomes
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from embeddings.ridge import fit_ridge
 from recsys.build import Job
-from recsys.checkpoint.new_rows import fill
-from recsys.checkpoint.new_rows.trained_counts import trained_counts
+from recsys.checkpoint import cold_row_init
+from recsys.checkpoint.cold_row_init import trained_counts
 from recsys.data.prepare_vocabulary import prepare_vocabularies
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import load_run
@@ -53,7 +53,7 @@ def table_and_vectors(job: Job) -> tuple[Tensor, Tensor]:
 def test_items_without_training_have_the_row_that_their_content_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fill, "COLD_BELOW", 2)
+    monkeypatch.setattr(cold_row_init, "COLD_BELOW", 2)
     data, run = write_data(tmp_path / "data"), tmp_path / "run"
     rewrite(data / "train", lambda table: without(NEVER_RANKED, table))
     with joined_ranks("cpu") as ranks:

@@ -14,7 +14,7 @@ import yaml
 
 from recsys.build import build_job
 from recsys.checkpoint.files import folders_by_age, read_manifest, write_manifest
-from recsys.checkpoint.warm_start.request import WarmStart
+from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import load_config
 from recsys.data.batch import Batch, FurtherHistory
 from recsys.data.batch_builder import BatchBuilder

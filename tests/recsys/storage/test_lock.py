@@ -48,13 +48,13 @@ def test_who_holds_a_folder_is_named_and_its_death_frees_it(
     run, lock = tmp_path / "run", tmp_path / "run" / ".lock"
     try:
         with joined_ranks("cpu") as ranks:
-            named = rf"{run}: .*job shop1, process {holder.pid} on {socket.gethostname()} since"
+            message = rf"{run}: .*job shop1, process {holder.pid} on {socket.gethostname()} since"
             for name in ("other", "shop1"):  # also of the same job, as long as it lives
                 monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
-                with pytest.raises(ValueError, match=named), sole_job(run, ranks, lock):
+                with pytest.raises(ValueError, match=message), sole_job(run, ranks, lock):
                     pass
             holder.send_signal(signal.SIGSTOP)  # not gone, only silent
-            with pytest.raises(ValueError, match=named), sole_job(run, ranks, lock):
+            with pytest.raises(ValueError, match=message), sole_job(run, ranks, lock):
                 pass
             holder.kill()
             holder.wait()

@@ -16,7 +16,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
-from recsys.checkpoint.warm_start.request import WarmStart
+from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.cli import main
 from recsys.config import load_config
 from recsys.data.transforms.prepare import prepare_transforms

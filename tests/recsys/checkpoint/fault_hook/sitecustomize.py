@@ -51,9 +51,9 @@ def watch_steps(loss_watch: Any) -> None:
         with (folder / f"steps-{rank}.jsonl").open("a") as file:
             file.write(json.dumps([number, float(loss), positions.tolist()]) + "\n")
         for at, who, signal, seconds in planned:
-            done = folder / f"done-{at}-{who}-{signal}"
-            if (at, who) == (number, rank) and not done.exists():
-                done.touch()
+            mark = folder / f"done-{at}-{who}-{signal}"
+            if (at, who) == (number, rank) and not mark.exists():
+                mark.touch()
                 threading.Timer(seconds, os.kill, (os.getpid(), signal)).start()
         return step_before(self, number, loss, positions)
 

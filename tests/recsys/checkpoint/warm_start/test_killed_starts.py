@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from recsys.checkpoint.warm_start.request import WarmStart
+from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.distributed.lockstep import TrainingStopped
 from recsys.distributed.ranks import joined_ranks
 from recsys.training.train import train
@@ -37,17 +37,17 @@ def test_a_warm_started_run_that_was_stopped_ends_with_the_same_bits(
     assert "7.5" in fitted.read_text()
     request = WarmStart(plain / "run")
 
-    def run(name: str, **asked: Any) -> Path:
+    def run(name: str, **arguments: Any) -> Path:
         with joined_ranks("cpu") as ranks:
             config = config_of(plain, *WITHOUT_CONTENT)
-            train(config, str(data), tmp_path / name / "run", ranks, **asked)
+            train(config, str(data), tmp_path / name / "run", ranks, **arguments)
         return tmp_path / name
 
     whole = run("whole", warm_start=request)
-    seen = StepsSeen(monkeypatch, stop_after=2)
+    steps_seen = StepsSeen(monkeypatch, stop_after=2)
     with pytest.raises(TrainingStopped):
         run("stopped", warm_start=request)
-    assert [step for step, _ in seen.steps][:2] == [1, 2]  # those of the new run
+    assert [step for step, _ in steps_seen.steps][:2] == [1, 2]  # those of the new run
     with pytest.raises(ValueError, match=r"warm_start\.json"):
         run("stopped", warm_start=WarmStart(plain / "run", optimizer=False))
     stopped = run("stopped", warm_start=request)

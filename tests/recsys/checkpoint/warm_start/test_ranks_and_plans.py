@@ -35,14 +35,14 @@ def begin_on_rank(
     """Whether it predicts as the other run does here, and the shards after a start on new data."""
     ranks = ranks_of(rank, world_size)
     expected = logits(load_run(folder / "run", None, ranks, "cpu", words))
-    same = begin(folder, out / "same", ranks, *words)
-    assert same.words == "nothing differs"
-    is_equal = torch.equal(logits(same.job), expected)
+    unchanged = begin(folder, out / "same", ranks, *words)
+    assert unchanged.words == "nothing differs"
+    is_equal = torch.equal(logits(unchanged.job), expected)
     job = begin(folder, out / "new", ranks, *words, data=data, checkpoint="last").job
     state = TrainingState(job).state_dict()
-    sharded = {name: of for name, of in state.items() if isinstance(of, ShardedTensor)}
+    sharded = {name: value for name, value in state.items() if isinstance(value, ShardedTensor)}
     pieces: Pieces = {
-        name: [(list(of.metadata.shard_offsets), of.tensor) for of in value.local_shards()]
+        name: [(list(shard.metadata.shard_offsets), shard.tensor) for shard in value.local_shards()]
         for name, value in sharded.items()
     }
     return is_equal, pieces
@@ -51,7 +51,7 @@ def begin_on_rank(
 def assembled(pieces: list[Pieces], expected: Tensor, name: str) -> Tensor:
     """A sharded tensor of all ranks."""
     result = torch.full_like(expected, 77)
-    for offsets, tensor in (piece for of_rank in pieces for piece in of_rank[name]):
+    for offsets, tensor in (piece for rank_pieces in pieces for piece in rank_pieces[name]):
         at = zip(offsets, tensor.shape, strict=True)
         result[tuple(slice(first, first + size) for first, size in at)] = tensor
     return result
@@ -78,7 +78,7 @@ def test_every_number_of_ranks_and_plan_gets_the_same_rows(
     on_ranks: list[Any] = [*words, "--embedding.sharding", sharding]
     results = run_on_ranks(begin_on_rank, world_size, folder, data, tmp_path, on_ranks)
     assert all(is_equal for is_equal, _ in results)
-    pieces = [of_rank for _, of_rank in results]
+    pieces = [rank_pieces for _, rank_pieces in results]
     names = [name for name in pieces[0] if name in expected]
     kinds = {name.split(".")[0] for name in names}
     assert kinds >= {"model", "vocabulary", "optimizer"} - (

@@ -18,12 +18,9 @@ import pytest
 from embeddings.vocabulary.bounded import rows_of_sets
 from embeddings.vocabulary.fixed import mix64
 from recsys.build import Job
-from recsys.checkpoint.warm_start.differences import Differences
-from recsys.checkpoint.warm_start.request import WarmStart
-from recsys.checkpoint.warm_start.row_maps import RowMap, row_map
-from recsys.checkpoint.warm_start.schemas import reconciled_schema
-from recsys.checkpoint.warm_start.settings import compare_settings
-from recsys.checkpoint.warm_start.source import Source, open_source
+from recsys.checkpoint.warm_start.comparison import compare_settings, reconciled_schema
+from recsys.checkpoint.warm_start.rows import RowMap, row_map
+from recsys.checkpoint.warm_start.source import Differences, Source, WarmStart, open_source
 from recsys.config import ranking_settings
 from recsys.data.filesystem import Location
 from recsys.data.schema import Schema
@@ -69,10 +66,10 @@ def column(name: str, **attributes: Any) -> Change:
     """Sets attributes of a column, None removes one."""
 
     def change(schema: dict[str, Any]) -> None:
-        of = schema["columns"].setdefault(name, {})
-        of |= attributes
-        for key in [key for key, value in of.items() if value is None]:
-            del of[key]
+        settings = schema["columns"].setdefault(name, {})
+        settings |= attributes
+        for key in [key for key, value in settings.items() if value is None]:
+            del settings[key]
 
     return change
 
@@ -147,19 +144,19 @@ def test_a_column_that_means_something_else_is_refused(
 def test_fitted_values_are_those_of_the_run(opened: Opened, tmp_path: Path) -> None:
     data = changed(opened.folder, tmp_path, lambda _: None)
     file = data / "transforms.yaml"
-    own = opened.source.schema.transforms["scaled"]
-    mean = own.steps[0].settings["mean"]
+    fitted = opened.source.schema.transforms["scaled"]
+    mean = fitted.steps[0].settings["mean"]
     file.write_text(file.read_text().replace(str(mean), "7.5"))
     schema, words = opened.schema(data)
-    assert schema.transforms["scaled"] == own
+    assert schema.transforms["scaled"] == fitted
     assert re.search(r"'scaled' .*transform.*  fit of", words)
     file.unlink()
-    assert opened.schema(data)[0].transforms["scaled"] == own
+    assert opened.schema(data)[0].transforms["scaled"] == fitted
 
 
 def test_raw_ids_have_the_type_that_they_had_in_the_run(opened: Opened) -> None:
     schema, _ = opened.schema(opened.folder / "data")
-    assert {name: of.name for name, of in schema.id_types.items()} == {
+    assert {name: id_type.name for name, id_type in schema.id_types.items()} == {
         "user": "string",
         "item": "integer",
         "genres": "integer",
@@ -195,22 +192,22 @@ def test_rows_of_an_exact_map_follow_the_raw_ids(
     opened: Opened, tmp_path: Path, change: Any, size: int
 ) -> None:
     before = ids_of(opened.folder / "data")
-    now = change(before)
+    new_ids = change(before)
     data = changed(opened.folder, tmp_path, column("item", num_embeddings=size))
-    rows, differences = opened.rows(write_ids(data, now), "item")
+    rows, differences = opened.rows(write_ids(data, new_ids), "item")
     assert rows is not None
-    known = {raw: row for row, raw in enumerate(before)}
-    expected = [known.get(raw, -1) for raw in now] + [-1] * (size - 1 - len(now)) + [39]
+    row_of_id = {raw: row for row, raw in enumerate(before)}
+    expected = [row_of_id.get(raw, -1) for raw in new_ids] + [-1] * (size - 1 - len(new_ids)) + [39]
     assert rows.find(0, size).tolist() == expected
     assert rows.find(5, size - 3).tolist() == expected[5:-3]
     assert rows.new_rows(np.arange(30)).tolist() == [
-        now.index(raw) if raw in now else -1 for raw in before
+        new_ids.index(raw) if raw in new_ids else -1 for raw in before
     ]
     if rows.is_identity:
-        assert size == 40 and now == before and not differences.reconciled
+        assert size == 40 and new_ids == before and not differences.reconciled
     else:
-        assert f"{len(set(now) - set(before))} are new" in str(differences)
-        assert f"{len(set(before) - set(now))} are gone" in str(differences)
+        assert f"{len(set(new_ids) - set(before))} are new" in str(differences)
+        assert f"{len(set(before) - set(new_ids))} are gone" in str(differences)
 
 
 @pytest.mark.parametrize("size", [40, 400])
@@ -220,22 +217,25 @@ def test_ids_of_a_bounded_vocabulary_go_to_the_sets_of_the_new_size(
     data = changed(opened.folder, tmp_path, column("user", num_embeddings=size))
     rows, differences = opened.rows(data, "user")
     assert rows is not None
-    ids, used = (
+    ids, last_used = (
         opened.source.model.tensor(f"vocabulary.user.{name}").rows(0, 1).flatten().numpy()
         for name in ("ids", "last_used")
     )
-    known = np.flatnonzero(used >= 0)
-    assert len(known) > 4
-    found = rows.find(0, size)
-    assert sorted(found[found >= 0]) == [*known, 11]  # the last row is that of unknown ids
-    assert found[size - 1] == 11
+    used_rows = np.flatnonzero(last_used >= 0)
+    assert len(used_rows) > 4
+    old_rows = rows.find(0, size)
+    assert sorted(old_rows[old_rows >= 0]) == [
+        *used_rows,
+        11,
+    ]  # last: of unknown ids
+    assert old_rows[size - 1] == 11
     num_sets, per_set = rows_of_sets(size)
-    places = np.flatnonzero(found[:-1] >= 0)
-    sets = (mix64(ids[found[places]]) % np.uint64(num_sets)).astype(int)
+    places = np.flatnonzero(old_rows[:-1] >= 0)
+    sets = (mix64(ids[old_rows[places]]) % np.uint64(num_sets)).astype(int)
     assert (places // per_set == sets).all()
     parts = [rows.find(start, min(start + 33, size)) for start in range(0, size, 33)]
-    assert np.concatenate(parts).tolist() == found.tolist()
-    assert re.search(rf"{len(known)} ids keep .*, 0 have no", str(differences))
+    assert np.concatenate(parts).tolist() == old_rows.tolist()
+    assert re.search(rf"{len(used_rows)} ids keep .*, 0 have no", str(differences))
 
 
 def test_the_least_used_ids_have_no_room_in_a_smaller_bounded_table(
@@ -244,14 +244,14 @@ def test_the_least_used_ids_have_no_room_in_a_smaller_bounded_table(
     data = changed(opened.folder, tmp_path, column("user", num_embeddings=4))
     rows, differences = opened.rows(data, "user")
     assert rows is not None
-    used, scores = (
+    last_used, scores = (
         opened.source.model.tensor(f"vocabulary.user.{name}").rows(0, 1).flatten().numpy()
         for name in ("last_used", "scores")
     )
-    worth = np.where(used >= 0, np.log2(np.maximum(scores, 1e-9)) + used / 50.0, -np.inf)
-    order = np.lexsort((np.arange(11), -used, -worth))
+    worth = np.where(last_used >= 0, np.log2(np.maximum(scores, 1e-9)) + last_used / 50.0, -np.inf)
+    order = np.lexsort((np.arange(11), -last_used, -worth))
     assert rows.find(0, 4).tolist() == [*order[:3], 11]
-    assert f"{(used >= 0).sum() - 3} have no room" in str(differences)
+    assert f"{(last_used >= 0).sum() - 3} have no room" in str(differences)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_a_setting_that_means_more_than_how_long_to_train_is_listed(
     )
     differences = Differences()
     compare_settings(opened.source, cast(Job, job), differences)
-    assert [each.part for each in differences.reconciled] == lines
+    assert [difference.part for difference in differences.reconciled] == lines
 
 
 def test_weights_of_another_ranking_model_are_refused(opened: Opened) -> None:

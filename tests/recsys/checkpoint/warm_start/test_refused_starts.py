@@ -39,10 +39,10 @@ def refusal(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("refusal")
     data = changed(plain, folder, lambda schema: schema["columns"]["shop"].update(num_embeddings=4))
     words = ["--embedding.dim", "8", "--embedding.optimizer", "adagrad", "--optimizer.name", "sgd"]
-    asked = {"only": ("*", "ranking.none"), "skip": ("rankin.*",)}
+    request = {"only": ("*", "ranking.none"), "skip": ("rankin.*",)}
     with (
         pytest.raises(ValueError, match="cannot start") as refused,
-        begun(plain, folder / "new", *WITHOUT_CONTENT, *words, data=data, **asked),
+        begun(plain, folder / "new", *WITHOUT_CONTENT, *words, data=data, **request),
     ):
         pass
     assert not (folder / "new").exists()
@@ -66,8 +66,8 @@ def test_a_start_without_any_parameter_is_refused(plain: Path, tmp_path: Path) -
 
 def test_with_the_fixes_it_starts(plain: Path, tmp_path: Path) -> None:
     words = ["--embedding.optimizer", "adagrad", "--ranking.mlp_units", "[8]"]
-    asked: dict[str, Any] = {"skip": ("ranking.*",), "optimizer": False}
-    with begun(plain, tmp_path / "new", *WITHOUT_CONTENT, *words, **asked) as new:
+    request: dict[str, Any] = {"skip": ("ranking.*",), "optimizer": False}
+    with begun(plain, tmp_path / "new", *WITHOUT_CONTENT, *words, **request) as new:
         assert re.search(r"ranking\.mlp\S+ +not asked for", new.words)
         assert re.search(r"setting ranking\.mlp_units", new.words)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recsys.build import Job, build_job
 from recsys.checkpoint.files import folders_by_age
-from recsys.checkpoint.warm_start import load
+from recsys.checkpoint.warm_start import rows
 from recsys.config import Config, ContentSettings, ModalitySettings
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import load_run
@@ -118,15 +118,15 @@ def test_what_is_not_asked_for_begins_anew_and_its_optimizer_state_with_it(
     tmp_path: Path,
     fresh: dict[str, Tensor],
     request_: dict[str, Any],
-    taken: list[str],
+    equal_parts: list[str],
     anew: list[str],
 ) -> None:
     with joined_ranks("cpu") as ranks:
         new = begin(plain, tmp_path / "new", ranks, *WITHOUT_CONTENT, **request_)
         state, old = state_of(new.job), stored_state(best_of(plain))
-    assert_equal(state, old, *taken)
+    assert_equal(state, old, *equal_parts)
     assert_equal(state, fresh, *anew)
-    moments = [name for name in new.plan.taken if name.startswith("optimizer.")]
+    moments = [name for name in new.plan.tensors if name.startswith("optimizer.")]
     assert moments
     for name in moments:
         weight = re.sub(r"optimizer\.(tables|dense)\.(.*)\.[^.]+$", r"\2", name)
@@ -141,10 +141,10 @@ def test_what_is_not_asked_for_begins_anew_and_its_optimizer_state_with_it(
 def test_rows_follow_their_ids_and_new_ones_have_the_initial_values_of_the_new_run(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "BLOCK_BYTES", 300)  # several blocks of each tensor
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 300)  # several blocks of each tensor
     before = ids_of(plain / "data")
-    now = [901, *reversed(before), 902]
-    data = write_ids(changed(plain, tmp_path, grow), now)
+    new_ids = [901, *reversed(before), 902]
+    data = write_ids(changed(plain, tmp_path, grow), new_ids)
     words = (*WITHOUT_CONTENT, "--seed", "5")
     with joined_ranks("cpu") as ranks:
         fresh = state_of(build_job(config_of(plain, *words), str(data), ranks))
@@ -152,10 +152,10 @@ def test_rows_follow_their_ids_and_new_ones_have_the_initial_values_of_the_new_r
         state, old = state_of(new.job), stored_state(last_of(plain))
     moment = "optimizer.tables.embeddings.embeddings.item.weight.momentum1.columns_0_16"
     for name, empty in (("item", fresh["item"]), (moment, torch.zeros(55))):
-        for row, raw in enumerate(now):
+        for row, raw in enumerate(new_ids):
             expected = old[name][before.index(raw)] if raw in before else empty[row]
             assert torch.equal(state[name][row], expected), (name, raw)
-        assert torch.equal(state[name][len(now) : 54], empty[len(now) : 54])
+        assert torch.equal(state[name][len(new_ids) : 54], empty[len(new_ids) : 54])
         assert torch.equal(state[name][54], old[name][39])  # of unknown ids
     assert torch.equal(state["shop"], torch.cat([old["shop"], fresh["shop"][5:]]))
     _assert_users_moved(state, old, fresh)
@@ -172,15 +172,15 @@ def test_opinions_go_with_their_items(
 ) -> None:
     monkeypatch.setattr("recsys.training.warm_start.fill_opinions", lambda job: None)
     before = ids_of(with_opinions / "data")
-    now = [901, *reversed(before)]
-    data = write_ids(changed(with_opinions, tmp_path, grow), now)
+    new_ids = [901, *reversed(before)]
+    data = write_ids(changed(with_opinions, tmp_path, grow), new_ids)
     words = (*WITHOUT_CONTENT, *OPINIONS)
     old = stored_state(best_of(with_opinions))
     (name,) = (name for name in old if name.endswith("opinions"))
     with begun(with_opinions, tmp_path / "new", *words, data=data) as new:
         moved = state_of(new.job)[name]
     assert old[name].any()
-    for row, raw in enumerate(now):
+    for row, raw in enumerate(new_ids):
         expected = old[name][before.index(raw)] if raw in before else torch.zeros(4)
         assert torch.equal(moved[row], expected.to(moved.dtype)), raw
     skipped = {"skip": ["*.item.weight"], "data": data}
@@ -195,16 +195,16 @@ def _assert_users_moved(
     """Rows, moments and counts of the bounded vocabulary go together, by id."""
     moment = "optimizer.tables.embedding_bags.embedding_bags.user.weight.momentum1.columns_0_16"
     names = [f"vocabulary.user.{name}" for name in ("ids", "last_used", "scores")]
-    ids, used, scores = (state[name].flatten() for name in names)
+    ids, last_used, scores = (state[name].flatten() for name in names)
     old_ids, old_used, old_scores = (old[name].flatten() for name in names)
-    known = (old_used >= 0).nonzero().flatten().tolist()
-    assert int((used >= 0).sum()) == len(known) > 4
-    for row in known:
-        (place,) = ((ids == old_ids[row]) & (used >= 0)).nonzero().flatten().tolist()
-        assert used[place] == old_used[row] and scores[place] == old_scores[row]
+    used_rows = (old_used >= 0).nonzero().flatten().tolist()
+    assert int((last_used >= 0).sum()) == len(used_rows) > 4
+    for row in used_rows:
+        (place,) = ((ids == old_ids[row]) & (last_used >= 0)).nonzero().flatten().tolist()
+        assert last_used[place] == old_used[row] and scores[place] == old_scores[row]
         assert torch.equal(state["user"][place], old["user"][row])
         assert torch.equal(state[moment][place], old[moment][row])
-    free = [*(used < 0).nonzero().flatten().tolist(), *range(len(used), 299)]
+    free = [*(last_used < 0).nonzero().flatten().tolist(), *range(len(last_used), 299)]
     assert torch.equal(state["user"][free], fresh["user"][free])
     assert not state[moment][free].any()
     assert torch.equal(state["user"][299], old["user"][11])
@@ -233,8 +233,8 @@ def test_an_added_modality_has_initial_values_and_all_items_are_encoded(
 
 
 def test_without_content_what_belongs_to_it_is_dropped(multimodal: Path, tmp_path: Path) -> None:
-    asked = {"skip": ("ranking.*",)}
-    with begun(multimodal, tmp_path / "new", *WITHOUT_CONTENT, **asked) as new:
+    request = {"skip": ("ranking.*",)}
+    with begun(multimodal, tmp_path / "new", *WITHOUT_CONTENT, **request) as new:
         assert re.search(r"content\.fusion\.\S+ .*  dropped", new.words)
         assert re.search(r"setting content +was None, is none", new.words)
         assert_equal(state_of(new.job), stored_state(best_of(multimodal)), "item", "user")
@@ -254,11 +254,11 @@ def test_items_keep_their_vectors_by_raw_id_and_changed_new_and_gone_ones_are_en
     multimodal: Path, tmp_path: Path
 ) -> None:
     before = ids_of(multimodal / "data")
-    edited, gone, new_item = before[4], before[7], 901
-    now = [new_item, *reversed(before)]
+    edited, removed, new_item = before[4], before[7], 901
+    new_ids = [new_item, *reversed(before)]
 
     def edit(items: pa.Table) -> pa.Table:
-        items = items.filter(pc.field("item") != gone)
+        items = items.filter(pc.field("item") != removed)
         extra = items.slice(0, 1)
         place = items.column_names.index("item")
         extra = extra.set_column(place, "item", pa.array([new_item]))
@@ -269,14 +269,14 @@ def test_items_keep_their_vectors_by_raw_id_and_changed_new_and_gone_ones_are_en
         items = items.set_column(items.column_names.index("text"), "text", pa.array(words))
         return pa.concat_tables([items, extra])
 
-    data = write_ids(changed(multimodal, tmp_path, lambda _: None), now)
+    data = write_ids(changed(multimodal, tmp_path, lambda _: None), new_ids)
     rewrite(data / "items", edit)
     with begun(multimodal, tmp_path / "new", data=data) as new:
         bank, old = state_of(new.job)["bank"], stored_state(best_of(multimodal))["bank"]
-        fresh = [now.index(raw) for raw in (edited, gone, new_item)]
-        for row, raw in enumerate(now):
+        fresh = [new_ids.index(raw) for raw in (edited, removed, new_item)]
+        for row, raw in enumerate(new_ids):
             if row not in fresh:
                 assert torch.equal(bank[row], old[before.index(raw)]), raw
         assert_bank_is_encoded(new.job, fresh)
-        assert not torch.equal(bank[now.index(edited)], old[before.index(edited)])
+        assert not torch.equal(bank[new_ids.index(edited)], old[before.index(edited)])
         assert bank[fresh, -1].tolist() == [new.progress.age + 1] * 3

@@ -19,11 +19,10 @@ from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job, build_job
 from recsys.checkpoint.files import folders_by_age
 from recsys.checkpoint.progress import Progress
-from recsys.checkpoint.reader import SafeFileSystemReader
+from recsys.checkpoint.reader import SafeFileSystemReader, StoredTensor
 from recsys.checkpoint.state import TrainingState
-from recsys.checkpoint.stored_tensor import StoredTensor
 from recsys.checkpoint.warm_start.plan import WarmStartPlan, plan_warm_start
-from recsys.checkpoint.warm_start.request import WarmStart
+from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import Config, load_config
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.transforms.prepare import prepare_transforms
@@ -100,8 +99,8 @@ def begin(
     config = config_of(folder, *words)
     change(config)
     place = str(data or folder / "data")
-    asked = WarmStart(**{"run": folder / "run", **request})
-    opened, schema = open_warm_start(asked, place, out, ranks)
+    opened_request = WarmStart(**{"run": folder / "run", **request})
+    opened, schema = open_warm_start(opened_request, place, out, ranks)
     job = build_job(config, place, ranks, schema)
     plan = plan_warm_start(job, *opened)
     out.mkdir(exist_ok=True)
@@ -122,8 +121,8 @@ def logits(job: Job) -> Tensor:
     loaded = iter([job.batch_builder()(rows)])
     (batch,) = job.preparation(loaded, UnknownIds(job.schema), 0, training=False)
     job.model.eval()
-    found: Tensor = job.model(batch)[1][1]
-    return found.clone()
+    result: Tensor = job.model(batch)[1][1]
+    return result.clone()
 
 
 def whole(value: Tensor | ShardedTensor) -> Tensor:
@@ -154,7 +153,7 @@ def stored_state(checkpoint: Path) -> dict[str, Tensor]:
         if not name.startswith("random."):
             tensor = StoredTensor(reader, metadata, name)
             state[name] = tensor.rows(0, entry.size[0]) if entry.size else torch.zeros(0)
-    tables = {name: of for name, of in state.items() if name.startswith("model.embedding")}
+    tables = {name: value for name, value in state.items() if name.startswith("model.embedding")}
     return state | {name.split(".")[-2]: value for name, value in tables.items()}
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from recsys.checkpoint.partitions.state import ContinualFolder
 from recsys.cli import main
-from recsys.serving.delta.apply import apply_delta
+from recsys.serving.delta import apply_delta
 from recsys.training.continual import packages
 from tests.ranks import HANG_SECONDS
 from tests.recsys.command_runs import TINY, program, run_recsys

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from recsys.checkpoint.partitions.state import RunState, Trained
+from recsys.checkpoint.partitions.state import RunState, TrainedPartition
 from recsys.data.filesystem import Location
 from recsys.training.continual.partitions import (
     Partition,
@@ -23,8 +23,8 @@ HOURS = [Partition(f"date=2025-11-0{day}/hour={hour}") for day in (1, 2) for hou
 
 
 def state(*names: str, unfinished: str | None = None, first: str | None = None) -> RunState:
-    trained = tuple(Trained(f"date=2025-11-{name}", 1, "x") for name in names)
-    current = None if unfinished is None else Trained(f"date=2025-11-{unfinished}", 1, "x")
+    trained = tuple(TrainedPartition(f"date=2025-11-{name}", 1, "x") for name in names)
+    current = None if unfinished is None else TrainedPartition(f"date=2025-11-{unfinished}", 1, "x")
     return RunState(trained, current, first=first)
 
 
@@ -82,7 +82,7 @@ def test_a_bound_of_one_level_takes_all_partitions_in_it() -> None:
     one = PartitionRange("2025-11-01/9", "2025-11-01")
     assert next_partition("train", HOURS, RunState(), one) == HOURS[1]
     trained = RunState(
-        tuple(Trained(partition.name, 1, "x") for partition in HOURS[1:3]), first=one.first
+        tuple(TrainedPartition(partition.name, 1, "x") for partition in HOURS[1:3]), first=one.first
     )
     assert next_partition("train", HOURS, trained, one) is None
     assert one.is_over(HOURS, trained) and not one.is_over(HOURS[:3], trained)

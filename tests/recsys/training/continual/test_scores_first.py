@@ -14,7 +14,7 @@ import yaml
 
 from recsys.checkpoint.partitions.state import ContinualFolder, newest_run
 from recsys.checkpoint.run_schema import load_run_schema
-from recsys.checkpoint.warm_start.request import WarmStart
+from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config.ranking import RANKING_MODELS, keys_of
 from recsys.data.prepare_vocabulary import prepare_vocabularies
 from recsys.data.transforms.prepare import prepare_transforms

@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from recsys.serving import Scorer
-from recsys.serving.delta.apply import apply_delta
-from recsys.serving.delta.write import bytes_of_rows, write_delta
+from recsys.serving.delta import apply_delta, bytes_of_rows, write_delta
 from recsys.serving.new_items.added_items import INDEX_TYPE, AddedItems
 from recsys.serving.package import MANIFEST, REQUEST, Manifest, read_manifest, write_manifest
 from recsys.serving.vector_file import VectorFileShape
@@ -64,8 +63,10 @@ def with_two_items(folder: Path, manifest: Manifest) -> Manifest:
     index["item"] = [100, 101]
     shape = replace(VectorFileShape(**manifest.content["history"]), num_rows=2)
     vectors, ids = torch.zeros(2, shape.dim), pa.array([100, 101])
-    added = AddedItems.open(folder, manifest.added).write_next(folder, index, vectors, ids, shape)
-    return replace(manifest, added=added)
+    addition = AddedItems.open(folder, manifest.added).write_next(
+        folder, index, vectors, ids, shape
+    )
+    return replace(manifest, added=addition)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -150,9 +151,9 @@ def test_a_package_that_was_made_answers(package: Path, tmp_path: Path) -> None:
     write_delta(package, newer, tmp_path / "delta")
     apply_delta(package, tmp_path / "delta", tmp_path / "made")
 
-    made, written = (Scorer.load(each) for each in (tmp_path / "made", newer))
+    from_delta, expected = (Scorer.load(path) for path in (tmp_path / "made", newer))
     request = json.loads((package / REQUEST).read_text())
-    np.testing.assert_array_equal(made.score(**request), written.score(**request))
+    np.testing.assert_array_equal(from_delta.score(**request), expected.score(**request))
 
 
 def test_another_older_package_is_refused_by_the_file_that_differs(

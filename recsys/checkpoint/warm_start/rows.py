@@ -1,0 +1,291 @@
+"""Maps the rows of a new run's tables to those that the same ids had in another run; moves them.
+
+Raw ids decide where a table has a map of them, since a new dataset may number them otherwise; else
+ids are rows, and keep them. Rows without an id in the other run have the row -1: they begin anew.
+A rank reads what its own shards need, once, in the order of the file: memory is a few blocks beside
+the shards and two numbers per row, however large the table.
+
+Shapes: R rows, N rows of a range or block, D dimension, S sets of a bounded vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+from embeddings.vocabulary.fixed import ExactVocabulary
+from embeddings.vocabulary.bounded import UsedRows, rows_in_resized
+from recsys.build import Job
+from recsys.checkpoint.reader import BLOCK_BYTES, StoredTensor
+from recsys.checkpoint.warm_start.source import Differences, Source
+
+SETS_PER_READ = 2**16
+OldRows = Callable[[int, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class RowMap:
+    """Rows of the other run by those of the new one.
+
+    Attributes:
+        is_identity: every row keeps its place, and there are no more and no fewer.
+        num_rows: rows of the new table.
+        find: called with the range `[start, stop)` of new rows, returns their old rows, int64 [N],
+            -1 where there is none; it keeps the last result.
+    """
+
+    is_identity: bool
+    num_rows: int
+    find: OldRows
+
+    @staticmethod
+    def same(num_rows: int) -> RowMap:
+        """Return the identity."""
+        return RowMap.of(True, num_rows, np.arange)
+
+    @staticmethod
+    def of(is_identity: bool, num_rows: int, find: OldRows) -> RowMap:
+        """Return a map that keeps its last result, as several tensors of a table need it."""
+        return RowMap(is_identity, num_rows, lru_cache(maxsize=1)(find))
+
+    def new_rows(self, old: np.ndarray) -> np.ndarray:  # int64 [N] -> [N], -1: has no place
+        """Return the new rows of some old ones; for items, whose ids every rank holds anyway."""
+        old_of_new = self.find(0, self.num_rows)
+        mapped_rows = np.flatnonzero(old_of_new >= 0)
+        mapped_rows = mapped_rows[np.argsort(old_of_new[mapped_rows])]
+        if not len(mapped_rows):
+            return np.full(len(old), -1)
+        place = np.searchsorted(old_of_new[mapped_rows], old).clip(max=len(mapped_rows) - 1)
+        return np.where(old_of_new[mapped_rows][place] == old, mapped_rows[place], -1)
+
+
+def row_map(table: str, source: Source, job: Job, differences: Differences) -> RowMap | None:
+    """Return the map of a table, None if there is none; list what differs. A collective."""
+    part, fix = f"table '{table}'", f"or --warm-start.skip '*.{table}.weight'"
+    stored, current = source.schema.vocabulary_of(table), job.schema.vocabulary_of(table)
+    old_rows, num_rows = source.schema.limit(table), job.schema.limit(table)
+    kinds = tuple(None if settings is None else settings.kind for settings in (stored, current))
+    if kinds[0] != kinds[1]:
+        differences.refuse(
+            part,
+            f"its ids were {_kind_words(kinds[0])}, and are {_kind_words(kinds[1])}",
+            f"keep the kind of vocabulary, {fix}",
+        )
+        return None
+    if stored is None or current is None:
+        return _map_without_vocabulary(part, old_rows, num_rows, fix, differences)
+    if current.kind == "exact":
+        old, new = source.schema.vocabularies[table], job.schema.vocabularies[table]
+        assert isinstance(old, ExactVocabulary) and isinstance(new, ExactVocabulary)
+        return _map_exact(part, old, new, fix, differences)
+    if current.kind == "bounded":
+        return _map_bounded(table, source, job, current.half_life, differences)
+    old_hash = old_rows, stored.num_hashes, stored.seed
+    new_hash = num_rows, current.num_hashes, current.seed
+    if old_hash != new_hash:
+        differences.refuse(
+            part,
+            f"rows, hashes and seed of its vocabulary were {old_hash}, and are {new_hash}: its "
+            "ids have other rows",
+            f"set them back, {fix}",
+        )
+        return None
+    return RowMap.same(num_rows)
+
+
+def _kind_words(kind: str | None) -> str:
+    return "rows, without a vocabulary" if kind is None else f"of a vocabulary of kind {kind}"
+
+
+def _map_without_vocabulary(
+    part: str, old_rows: int, num_rows: int, fix: str, differences: Differences
+) -> RowMap | None:
+    """Map a table whose ids are rows."""
+    if num_rows < old_rows:
+        differences.refuse(
+            part,
+            f"had {old_rows:,} rows, num_embeddings is {num_rows:,}",
+            f"set it to at least {old_rows:,}, {fix}",
+        )
+        return None
+
+    def find(start: int, stop: int) -> np.ndarray:
+        rows = np.arange(start, stop)
+        return np.where(rows < old_rows, rows, -1)
+
+    if num_rows > old_rows:
+        differences.add(
+            part,
+            f"grew from {old_rows:,} to {num_rows:,} rows",
+            f"{num_rows - old_rows:,} rows with initial values",
+        )
+    return RowMap.of(num_rows == old_rows, num_rows, find)
+
+
+def _map_exact(
+    part: str, old: ExactVocabulary, new: ExactVocabulary, fix: str, differences: Differences
+) -> RowMap | None:
+    """Map a table by raw id; the row of unknown ids goes to that of the new table."""
+    try:
+        old_of_new = old.find(new.ids)
+    except ValueError as error:
+        differences.refuse(part, str(error), f"write ids of one type, {fix}")
+        return None
+    num_kept = int((old_of_new >= 0).sum())
+    if len(old) and not num_kept:
+        differences.refuse(
+            part,
+            f"none of the run's {len(old):,} ids is among the {len(new):,} of the data",
+            f"bring the run's vocabulary into the dataset and extend it, {fix}",
+        )
+        return None
+
+    def find(start: int, stop: int) -> np.ndarray:
+        rows = np.full(stop - start, -1)
+        ids = old_of_new[start:stop]
+        rows[: len(ids)] = ids
+        if start <= new.unknown_row < stop:
+            rows[new.unknown_row - start] = old.unknown_row
+        return rows
+
+    is_equal = len(old) == len(new) == num_kept and old.is_extension_of(new)
+    is_identity = is_equal and old.num_embeddings == new.num_embeddings
+    if not is_identity:
+        num_moved = int((np.flatnonzero(old_of_new >= 0) != old_of_new[old_of_new >= 0]).sum())
+        differences.add(
+            part,
+            f"{old.num_embeddings:,} rows and {len(old):,} ids before, {new.num_embeddings:,} and "
+            f"{len(new):,} now",
+            f"{num_kept:,} ids keep their rows ({num_moved:,} at another place), "
+            f"{len(new) - num_kept:,} are new with initial values, {len(old) - num_kept:,} are "
+            "gone",
+        )
+    return RowMap.of(is_identity, new.num_embeddings, find)
+
+
+def _map_bounded(
+    table: str, source: Source, job: Job, half_life: float, differences: Differences
+) -> RowMap:
+    """Map a table whose ids were learned while training. A collective."""
+    old_rows, num_rows, ranks = source.schema.limit(table), job.schema.limit(table), job.ranks
+    if num_rows == old_rows:
+        return RowMap.same(num_rows)
+
+    def find(start: int, stop: int) -> np.ndarray:
+        rows = rows_in_resized(_used_rows(source, table), num_rows, half_life, start, stop)
+        if start <= num_rows - 1 < stop:
+            rows[num_rows - 1 - start] = old_rows - 1
+        return rows
+
+    with ranks.raise_on_all_ranks():
+        first, last = (num_rows * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
+        num_own = int((find(first, last) >= 0).sum())
+        num_ids = sum(
+            int((vocabulary_rows.last_used >= 0).sum())
+            for vocabulary_rows in _used_rows(source, table)
+        )
+    num_kept = sum(ranks.gather(num_own)) - 1  # without the row of unknown ids
+    differences.add(
+        f"table '{table}'",
+        f"{old_rows:,} rows and {num_ids:,} ids before, {num_rows:,} rows now",
+        f"{num_kept:,} ids keep their rows at another place, {num_ids - num_kept:,} have no room",
+    )
+    return RowMap.of(False, num_rows, find)
+
+
+def _used_rows(source: Source, table: str) -> Iterator[UsedRows]:
+    """Yield the rows of a bounded vocabulary in the checkpoint, in ranges."""
+    names = ("ids", "last_used", "scores")
+    parts = [source.model.tensor(f"vocabulary.{table}.{name}") for name in names]
+    num_sets, rows_per_set = parts[0].size
+    for start in range(0, num_sets, SETS_PER_READ):
+        stop = min(start + SETS_PER_READ, num_sets)
+        values = [part.rows(start, stop).flatten().numpy() for part in parts]
+        yield UsedRows(start * rows_per_set, *values)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of the new tensor on this rank."""
+
+    tensor: Tensor  # [rows] or [rows, columns], the memory of the job
+    row: int
+    columns: slice
+
+
+def size_of(tensor: Tensor | ShardedTensor) -> tuple[int, ...]:
+    """Return the size of a whole tensor."""
+    return tuple(tensor.metadata().size if isinstance(tensor, ShardedTensor) else tensor.shape)
+
+
+@torch.no_grad()
+def move_rows(target: Tensor | ShardedTensor, stored: StoredTensor, rows: RowMap) -> None:
+    """Fill the rows of `target` that have an old row in `stored`. Not a collective.
+
+    `target` is [R] or [R, D]; of a sharded one the shards on this rank. A file of the checkpoint
+    that cannot be read is a ValueError.
+    """
+    row_bytes = 8 * math.prod(stored.size[1:])
+    _move(list(_pieces(target)), stored.rows, max(1, BLOCK_BYTES // row_bytes), rows)
+
+
+@torch.no_grad()
+def move_sets(target: Tensor | ShardedTensor, stored: StoredTensor, rows: RowMap) -> None:
+    """Fill an entry of a bounded vocabulary, [S, R / S], with one number per row of its table.
+
+    Otherwise as `move_rows`.
+    """
+    per_set, old_per_set = size_of(target)[1], stored.size[1]
+    pieces = [
+        _Piece(piece.tensor.view(-1), piece.row * per_set, slice(None)) for piece in _pieces(target)
+    ]
+
+    def read(start: int, stop: int) -> Tensor:
+        first, last = start // old_per_set, -(-stop // old_per_set)
+        return stored.rows(first, last).flatten()[start - first * old_per_set :][: stop - start]
+
+    _move(pieces, read, BLOCK_BYTES // 8, rows)
+
+
+def _pieces(target: Tensor | ShardedTensor) -> Iterator[_Piece]:
+    if not isinstance(target, ShardedTensor):
+        yield _Piece(target, 0, slice(None))
+        return
+    for shard in target.local_shards():
+        row, column = [*shard.metadata.shard_offsets, 0][:2]
+        is_matrix = shard.tensor.dim() > 1
+        columns = slice(column, column + shard.tensor.shape[1]) if is_matrix else slice(None)
+        yield _Piece(shard.tensor, row, columns)
+
+
+def _move(
+    pieces: list[_Piece], read: Callable[[int, int], Tensor], height: int, rows: RowMap
+) -> None:
+    if not pieces:
+        return
+    first = min(piece.row for piece in pieces)
+    last = max(piece.row + len(piece.tensor) for piece in pieces)
+    old_of_new = rows.find(first, last)
+    order = np.flatnonzero(old_of_new >= 0)  # new rows, in the order of the old ones
+    order = order[np.argsort(old_of_new[order], kind="stable")]
+    old_rows, begin = old_of_new[order], 0
+    while begin < len(old_rows):
+        start = int(old_rows[begin])
+        stop = min(start + height, int(old_rows[-1]) + 1)
+        end = int(np.searchsorted(old_rows, stop))
+        block = read(start, stop)  # [N] or [N, D]
+        new_rows, block_rows = order[begin:end] + first, old_rows[begin:end] - start
+        for piece in pieces:
+            inside = (new_rows >= piece.row) & (new_rows < piece.row + len(piece.tensor))
+            values = block[torch.from_numpy(block_rows[inside])]
+            targets = torch.from_numpy(new_rows[inside] - piece.row).to(piece.tensor.device)
+            values = values[:, piece.columns] if values.dim() > 1 else values
+            piece.tensor[targets] = values.to(piece.tensor)
+        begin = end
