@@ -227,9 +227,7 @@ def test_any_drift_of_the_schema_is_refused_by_name_or_changes_nothing(
         assert any(name in str(error) for name in touched), error
         return
     assert not touched
-    batches = (
-        batch_tensors(place, of) for place, of in ((root, trained), (Location.of(data), reconciled))
-    )
+    batches = batch_tensors(root, trained), batch_tensors(Location.of(data), reconciled)
     for one, other in zip(*batches, strict=True):
         assert torch.equal(one, other)
 
