@@ -14,7 +14,7 @@ from recsys.checkpoint.run_folder import encoder_identities
 from recsys.checkpoint.run_schema import FILE, changes, described_columns
 from recsys.checkpoint.state import frozen_digest
 from recsys.checkpoint.warm_start.source import Differences, Source
-from recsys.config import content_settings
+from recsys.config import Config, content_settings
 from recsys.config.parser import short
 from recsys.content.encoders.identity import check_identities
 from recsys.data.schema import Schema, load_schema, load_vocabularies
@@ -99,13 +99,13 @@ def _compare_attributes(
             differences.refuse(name, change, "set it back, or give the column another name")
 
 
-def compare_settings(source: Source, job: Job, differences: Differences) -> None:
+def compare_settings(source: Source, config: Config, differences: Differences) -> None:
     """List the settings that differ and decide more than how long and fast a run trains.
 
     Weights of another ranking model mean something else, even where they have names in common.
     """
-    lacks_content = None in map(content_settings, (source.config, job.config))
-    for name, stored, current in differing_settings(source.config, job.config):
+    lacks_content = None in map(content_settings, (source.config, config))
+    for name, stored, current in differing_settings(source.config, config):
         if name.startswith("content.") and lacks_content:
             continue
         change = f"was {short(stored)}, is {short(current)}"

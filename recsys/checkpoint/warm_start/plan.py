@@ -130,7 +130,7 @@ def plan_warm_start(job: Job, source: Source, differences: Differences) -> WarmS
     """
     plan, state = WarmStartPlan(source, differences), TrainingState(job).state_dict()
     with job.ranks.raise_on_all_ranks():
-        compare_settings(source, job, differences)
+        compare_settings(source, job.config, differences)
         _check_patterns(plan, state)
     _choose_weights(plan, job, state)
     with job.ranks.raise_on_all_ranks():
@@ -150,7 +150,11 @@ def _choose_weights(plan: WarmStartPlan, job: Job, state: State) -> None:
     item_tensors = _tensors_with_item_rows(job)
     for name in _shared_weights(plan, state):
         table = table_of_key(name)
-        rows = row_map(table, source, job, differences) if table is not None else None
+        rows = (
+            row_map(table, source, job.schema, job.ranks, differences)
+            if table is not None
+            else None
+        )
         stored, size = tuple(source.model.entries[name].size), size_of(state[name])
         if table is not None and rows is not None:
             plan.maps[table] = rows
@@ -281,7 +285,7 @@ def _choose_bank(plan: WarmStartPlan, job: Job, state: State, is_same: bool) -> 
         item = job.schema.target_item
         rows = plan.maps.get(item)
         if rows is None:  # the table is not taken over, but its raw ids are the same
-            rows = row_map(item, plan.source, job, Differences())
+            rows = row_map(item, plan.source, job.schema, job.ranks, Differences())
         if rows is not None:
             plan.items, plan.tensors["bank"] = rows, plan.source.model
             return

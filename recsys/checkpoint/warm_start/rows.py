@@ -22,9 +22,10 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from embeddings.vocabulary.fixed import ExactVocabulary
 from embeddings.vocabulary.bounded import UsedRows, rows_in_resized
-from recsys.build import Job
 from recsys.checkpoint.reader import BLOCK_BYTES, StoredTensor
 from recsys.checkpoint.warm_start.source import Differences, Source
+from recsys.data.schema import Schema
+from recsys.distributed.ranks import Ranks
 
 SETS_PER_READ = 2**16
 OldRows = Callable[[int, int], np.ndarray]
@@ -66,11 +67,13 @@ class RowMap:
         return np.where(old_of_new[mapped_rows][place] == old, mapped_rows[place], -1)
 
 
-def row_map(table: str, source: Source, job: Job, differences: Differences) -> RowMap | None:
+def row_map(
+    table: str, source: Source, schema: Schema, ranks: Ranks, differences: Differences
+) -> RowMap | None:
     """Return the map of a table, None if there is none; list what differs. A collective."""
     part, fix = f"table '{table}'", f"or --warm-start.skip '*.{table}.weight'"
-    stored, current = source.schema.vocabulary_of(table), job.schema.vocabulary_of(table)
-    old_rows, num_rows = source.schema.limit(table), job.schema.limit(table)
+    stored, current = source.schema.vocabulary_of(table), schema.vocabulary_of(table)
+    old_rows, num_rows = source.schema.limit(table), schema.limit(table)
     kinds = tuple(None if settings is None else settings.kind for settings in (stored, current))
     if kinds[0] != kinds[1]:
         differences.refuse(
@@ -82,11 +85,11 @@ def row_map(table: str, source: Source, job: Job, differences: Differences) -> R
     if stored is None or current is None:
         return _map_without_vocabulary(part, old_rows, num_rows, fix, differences)
     if current.kind == "exact":
-        old, new = source.schema.vocabularies[table], job.schema.vocabularies[table]
+        old, new = source.schema.vocabularies[table], schema.vocabularies[table]
         assert isinstance(old, ExactVocabulary) and isinstance(new, ExactVocabulary)
         return _map_exact(part, old, new, fix, differences)
     if current.kind == "bounded":
-        return _map_bounded(table, source, job, current.half_life, differences)
+        return _map_bounded(table, source, num_rows, current.half_life, ranks, differences)
     old_hash = old_rows, stored.num_hashes, stored.seed
     new_hash = num_rows, current.num_hashes, current.seed
     if old_hash != new_hash:
@@ -171,10 +174,15 @@ def _map_exact(
 
 
 def _map_bounded(
-    table: str, source: Source, job: Job, half_life: float, differences: Differences
+    table: str,
+    source: Source,
+    num_rows: int,
+    half_life: float,
+    ranks: Ranks,
+    differences: Differences,
 ) -> RowMap:
     """Map a table whose ids were learned while training. A collective."""
-    old_rows, num_rows, ranks = source.schema.limit(table), job.schema.limit(table), job.ranks
+    old_rows = source.schema.limit(table)
     if num_rows == old_rows:
         return RowMap.same(num_rows)
 

@@ -9,15 +9,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 
 from embeddings.vocabulary.bounded import rows_of_sets
 from embeddings.vocabulary.fixed import mix64
-from recsys.build import Job
 from recsys.checkpoint.warm_start.comparison import compare_settings, reconciled_schema
 from recsys.checkpoint.warm_start.rows import RowMap, row_map
 from recsys.checkpoint.warm_start.source import Differences, Source, WarmStart, open_source
@@ -50,9 +48,9 @@ class Opened:
 
     def rows(self, data: Path, table: str) -> tuple[RowMap | None, Differences]:
         """The map of a table and its differences alone."""
-        job = SimpleNamespace(schema=self.schema(data)[0], ranks=self.ranks)
+        schema, _ = self.schema(data)
         differences = Differences()
-        return row_map(table, self.source, cast(Job, job), differences), differences
+        return row_map(table, self.source, schema, self.ranks, differences), differences
 
 
 @pytest.fixture(scope="module")
@@ -311,11 +309,9 @@ def test_an_exact_map_without_an_id_of_the_run_is_refused(
 def test_a_setting_that_means_more_than_how_long_to_train_is_listed(
     opened: Opened, words: list[str], lines: list[str]
 ) -> None:
-    job = SimpleNamespace(
-        config=config_of(opened.folder, *WITHOUT_CONTENT, "--epochs", "2", *words)
-    )
+    config = config_of(opened.folder, *WITHOUT_CONTENT, "--epochs", "2", *words)
     differences = Differences()
-    compare_settings(opened.source, cast(Job, job), differences)
+    compare_settings(opened.source, config, differences)
     assert [difference.part for difference in differences.reconciled] == lines
 
 
@@ -323,6 +319,6 @@ def test_weights_of_another_ranking_model_are_refused(opened: Opened) -> None:
     config = config_of(opened.folder, *WITHOUT_CONTENT)
     config.ranking = ranking_settings("dlrm")
     differences = Differences()
-    compare_settings(opened.source, cast(Job, SimpleNamespace(config=config)), differences)
+    compare_settings(opened.source, config, differences)
     with pytest.raises(ValueError, match=r"ranking\.name: .*dlrm.*skip 'ranking"):
         differences.check("RUN")
