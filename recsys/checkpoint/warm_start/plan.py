@@ -150,14 +150,10 @@ def _choose_weights(plan: WarmStartPlan, job: Job, state: State) -> None:
     item_tensors = _tensors_with_item_rows(job)
     for name in _shared_weights(plan, state):
         table = table_of_key(name)
-        rows = (
-            row_map(table, source, job.schema, job.ranks, differences)
-            if table is not None
-            else None
-        )
+        if table is not None:
+            rows = row_map(table, source, job.schema, job.ranks, differences)
+            plan.maps |= {} if rows is None else {table: rows}
         stored, size = tuple(source.model.entries[name].size), size_of(state[name])
-        if table is not None and rows is not None:
-            plan.maps[table] = rows
         if name.startswith(SCALING) and stored != size:
             differences.add("scales of numbers", "other columns have numbers", "fitted anew")
             continue
