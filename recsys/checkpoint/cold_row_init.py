@@ -1,13 +1,13 @@
 """First values of table rows that no training step has updated, by their table's `new_rows`.
 
 `mean`: the mean of the trained rows. `content`: a ridge regression from the content vectors of
-items to their rows, fitted to the trained rows of warm items (`COLD_BELOW` training rows or more),
-gives rows to all other items with content. Further rows, such as that of unknown ids, have the mean
-of the trained rows. The moments of the rows stay zero; training goes on from these values.
+items to their rows. It is fitted to warm items, those with `COLD_BELOW` training rows or more, and
+gives rows to all other items with content. Further rows, such as that of unknown ids, have the mean.
+The moments of the rows stay zero; training goes on from these values.
 
 A run counts the training rows of its items in `item_counts.npy`, which decides what is cold in its
-reports. An item that was trained well before a warm start need not occur again, so the sums of the
-earlier runs are kept in `item_counts_before.npy`, by the rows of the new run.
+reports. An item that was warm before a warm start need not occur again. So the sums of the earlier
+runs are kept in `item_counts_before.npy`, by the rows of the new run.
 
 Shapes: U items of a block, E width of content vectors, D dimension.
 """

@@ -81,8 +81,8 @@ class Location:
     def files(self, ending: str) -> list[Location]:
         """Return the files with this ending in the folder, by name; this file if it is one.
 
-        As in Spark and Arrow, names that start with a dot or an underscore are not data, and the
-        files of folders such as `date=2026-11-01` (Hive partitions) are those of the folder.
+        As in Spark and Arrow, names that start with a dot or an underscore are not data. Files in
+        Hive partitions, folders such as `date=2026-11-01`, are those of the folder.
 
         Raises:
             ValueError: skipping an entry would lose rows silently: one with this ending is no file,

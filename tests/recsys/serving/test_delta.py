@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import zipfile
@@ -15,7 +14,6 @@ import pyarrow as pa
 import pytest
 import torch
 
-from recsys.serving import Scorer
 from recsys.serving.delta import apply_delta, bytes_of_rows, write_delta
 from recsys.serving.new_items.added_items import INDEX_TYPE, AddedItems
 from recsys.serving.package import MANIFEST, REQUEST, Manifest, read_manifest, write_manifest
@@ -144,16 +142,6 @@ def test_a_table_of_another_width_is_taken_whole(package: Path, tmp_path: Path) 
     assert write_delta(package, other, tmp_path / "delta").whole == [TABLE]
     apply_delta(package, tmp_path / "delta", tmp_path / "made")
     assert files_of(tmp_path / "made") == files_of(other)
-
-
-def test_a_package_that_was_made_answers(package: Path, tmp_path: Path) -> None:
-    newer = edited(package, tmp_path / "newer", further)
-    write_delta(package, newer, tmp_path / "delta")
-    apply_delta(package, tmp_path / "delta", tmp_path / "made")
-
-    from_delta, expected = (Scorer.load(path) for path in (tmp_path / "made", newer))
-    request = json.loads((package / REQUEST).read_text())
-    np.testing.assert_array_equal(from_delta.score(**request), expected.score(**request))
 
 
 def test_another_older_package_is_refused_by_the_file_that_differs(
