@@ -2,8 +2,8 @@
 
 `mean`: the mean of the trained rows. `content`: a ridge regression from the content vectors of
 items to their rows. It is fitted to warm items, those with `COLD_BELOW` training rows or more, and
-gives rows to all other items with content. Further rows, such as that of unknown ids, have the mean.
-The moments of the rows stay zero; training goes on from these values.
+gives rows to all other items with content. Further rows, such as that of unknown ids, have the
+mean. The moments of the rows stay zero; training goes on from these values.
 
 A run counts the training rows of its items in `item_counts.npy`, which decides what is cold in its
 reports. An item that was warm before a warm start need not occur again. So the sums of the earlier
