@@ -128,7 +128,7 @@ def test_where_every_checkpoint_is_damaged_nothing_starts_from_the_beginning(
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("words", "message"),
     [
         (["--embedding.dim", "8"], r"embedding.dim \(checkpoint: 16, now: 8\)"),
         (["--seed", "4"], r"seed \(checkpoint: 0, now: 4\)"),

@@ -197,7 +197,7 @@ def test_what_cannot_be_exported_is_told_with_the_fix(tmp_path: Path) -> None:
     assert not out.exists()
 
 
-@pytest.mark.parametrize("kept_bytes", [None, 0, 700, 60_000])
+@pytest.mark.parametrize("num_bytes", [None, 0, 700, 60_000])
 def test_a_checkpoint_cut_short_leaves_the_earlier_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_bytes: int | None
 ) -> None:

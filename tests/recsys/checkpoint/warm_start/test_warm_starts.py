@@ -105,7 +105,7 @@ def test_optimizers_begin_anew_where_asked(plain: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_", "taken", "anew"),
+    ("request_", "equal_parts", "anew"),
     [
         ({"skip": ("ranking.*",)}, ["item", "user"], ["model.ranking."]),
         ({"only": ("ranking.*",)}, ["model.ranking."], ["item", "user"]),
