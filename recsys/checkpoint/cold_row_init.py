@@ -28,7 +28,7 @@ from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint.run_folder import ITEM_COUNTS, ITEM_COUNTS_BEFORE, read_item_counts
 from recsys.checkpoint.warm_start.plan import WarmStartPlan
-from recsys.content.bank_fill import item_vectors
+from recsys.content.item_vectors import item_vectors
 from recsys.data.item_frequency import COLD_BELOW, ItemCounts
 from recsys.data.schema import vocabulary_file
 from recsys.distributed.gather import gather_rows

@@ -104,7 +104,7 @@ def compare_settings(source: Source, config: Config, differences: Differences) -
 
     Weights of another ranking model mean something else, even where they have names in common.
     """
-    lacks_content = None in map(content_settings, (source.config, config))
+    lacks_content = None in map(content_settings, (source.config.content, config.content))
     for name, stored, current in differing_settings(source.config, config):
         if name.startswith("content.") and lacks_content:
             continue
@@ -123,7 +123,7 @@ def compare_encoders(
     Frozen weights are in no checkpoint. So other ones are refused for encoders of which a part is
     taken over.
     """
-    stored, current = content_settings(source.config), content_settings(job.config)
+    stored, current = content_settings(source.config.content), content_settings(job.config.content)
     if stored is None or current is None:
         return False
     settings = [name for name, *_ in differing_settings(source.config, job.config)]
