@@ -177,7 +177,8 @@ def open_source(request: WarmStart, out: Path, ranks: Ranks) -> Source:
         other = "best" if best else "last" if steps else None
         fix = f"--warm-start.checkpoint {other}" if other else "the folder of a trained run"
         raise ValueError(f"{request.run}: has no {request.checkpoint} checkpoint; give {fix}")
-    model = optimizer = StoredState.open(folder, ranks)
+    model = StoredState.open(folder, ranks)
+    optimizer: StoredState | None = model
     if not request.optimizer or not steps:
         optimizer = None
     elif folder not in steps:
