@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from embeddings.vocabulary.fixed import ExactVocabulary
 from embeddings.vocabulary.bounded import UsedRows, rows_in_resized
+from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.checkpoint.reader import BLOCK_BYTES, StoredTensor
 from recsys.checkpoint.warm_start.source import Differences, Source
 from recsys.data.schema import Schema
