@@ -1,12 +1,9 @@
-"""Applies torch.compile to the dense parts in which many small operations can be fused.
+"""Applies torch.compile to the fusion, trained encoder layers and the ranking model's MLPs.
 
-These are the fusion, each trained layer of the encoders and the ranking model's stacks of layers.
-Each is one graph without breaks, for inputs of any length. The rest of a ranking model is not
-compiled: the custom kernels of its history arithmetic would break the graph into dozens of
-fragments. Frozen layers are not compiled, or their outputs would differ from those in the cache.
-
-The parts are compiled in place, so that names of parameters do not change; `print(model)` shows the
-compiled parts (`recsys.content.wrap`).
+Each is one graph without breaks, for inputs of any length. The history arithmetic of a ranking
+model is not compiled: its custom kernels would break the graph into dozens of fragments. Frozen
+layers are not compiled, or their outputs would differ from those in the cache. Parts are compiled
+in place, so names of parameters stay; `print(model)` shows them (`recsys.content.wrap`).
 """
 
 from __future__ import annotations

@@ -1,17 +1,16 @@
 """bfloat16 in the dense parts of the model, float32 everywhere else.
 
-Autocast runs the matrix products of the trained encoder layers, the projections, the fusion, the
-history map and the ranking model in bfloat16. Each part has float32 inputs and outputs, so that
-lookups, memory bank, losses and metrics never see another type. Weights, gradients and optimizer
-state stay in float32, and bfloat16 needs no loss scaling. Frozen encoder layers stay in float32.
+Autocast runs the matrix products of trained encoder layers, projections, fusion, history map and
+ranking model in bfloat16. Each part has float32 inputs and outputs, so that lookups, memory bank,
+losses and metrics never see another type. Weights, gradients and optimizer state stay in float32.
 
-On CPU target attention and fusion are kernels that round the factors of their products and keep
-all else in float32 (`recsys.kernels`). The history map stays in float32 there: it reads far more
-rows than any other part, and casting them takes longer than its narrow product.
+On CPU target attention and fusion are kernels that round the factors of their products
+(`recsys.kernels`). The history map stays in float32 there: it reads far more rows than any other
+part, and casting them takes longer than its narrow product.
 
-The parts themselves are wrapped (`recsys.content.wrap`), so that training, evaluation, prediction
-and filling of the bank compute alike. Wrapping also limits autocast's cache of cast weights to one
-part: a weight that was first cast without gradient would otherwise get none.
+Parts are wrapped (`recsys.content.wrap`), so that training, evaluation and prediction compute
+alike. It also limits autocast's cache of cast weights to one part: a weight that was first cast
+without gradient would otherwise get none.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Loads a checkpoint of a DLRM into the DLRM with content, and saves one.
 
-The DLRM's tensors have the same names in both, so that a checkpoint of the DLRM is one of the DLRM
-with content minus the new tensors. Tensors are shared with the model or the optimizer, not copied:
-loading into them loads the model. Whole and sharded tensors are treated alike, on any number of
-ranks.
+The DLRM's tensors have the same names in both. Tensors are shared with the model or the optimizer,
+not copied: loading into them loads the model, whole or sharded, on any number of ranks.
 """
 
 from __future__ import annotations

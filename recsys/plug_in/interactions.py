@@ -1,13 +1,11 @@
 """Interactions of torchrec.models.dlrm with K more vectors as inputs.
 
-Each computes its original's interaction for F + K sparse features, in two parts. The first is the
-original's own output, bit for bit while the new weights have their initial values. The second has
+Each gives the original's own output, bit for bit while new weights have their initial values, and
 the columns that the K vectors add, which the over arch reads through weights that start at zero.
-All use the original's public parts and change nothing in it.
 
-A module whose first layer is linear, y = W x + b, gets inputs z beside x as y = W x + V z + b: V z
-is added to the layer's output. So the module keeps its parameters and their names. With V = 0 its
-outputs are the same to the last bit; a product with one wider matrix would add up in another order.
+A module whose first layer is y = W x + b gets inputs z as y = W x + V z + b. So it keeps its
+parameters and their names. With V = 0 its outputs are the same to the last bit; a product with one
+wider matrix would add up in another order.
 
 Shapes: B batch, F sparse features, K content vectors, D dimension, I columns of the original, J new
 columns, R rank, X columns of a module's own input, Z added columns, O outputs of its first layer.

@@ -1,12 +1,9 @@
 """Content in an existing DLRM: torchrec's DLRM, DLRM_DCN or DLRM_Projection.
 
-The DLRM's own parts stay unchanged. `DLRMWithContent` has them as children under the names they
-have in the DLRM, so that tables, optimizers and checkpoints keep their names; two more children
-hold the new parts. The first logits equal those of the DLRM to the last bit, since content enters
-through weights that start at zero.
-
-The top forward is a straight line, as `TrainPipelineSparseDist` traces it. The tracer does not
-enter direct children, so the new parts must be two children instead of one.
+`DLRMWithContent` has the DLRM's parts as children under their names, so that tables, optimizers and
+checkpoints keep them; two more children hold the new parts. The first logits equal those of the
+DLRM to the last bit, since content enters through weights that start at zero. The top forward is a
+straight line, as `TrainPipelineSparseDist` traces it without entering direct children.
 
 Shapes: B batch, F sparse features, K content vectors, D dimension of the DLRM, C of content,
 S further features.

@@ -1,10 +1,9 @@
 """A causal transformer over the history, with the target as its last token.
 
-As in SASRec (Kang and McAuley 2018, arXiv 1808.09781) items attend to earlier ones, and as in BST
-(Chen et al. 2019, arXiv 1905.06874) the target is a token and embeddings of place and age are added
-to each. Norms stand before attention and feed-forward (pre-norm). The attention among items is
-`scaled_dot_product_attention`: sequences begin at the first place, so that its causal mask alone
-keeps tokens from the padding behind them.
+As in SASRec (Kang and McAuley 2018, arXiv 1808.09781) items attend to earlier ones. As in BST
+(Chen et al. 2019, arXiv 1905.06874) the target is a token, and embeddings of place and age are
+added. Norms stand before attention and feed-forward (pre-norm). Sequences begin at the first place,
+so that the causal mask alone keeps tokens from the padding behind them.
 
 Shapes: B batch, T tokens of all histories, S sequences, L longest sequence, D width, H heads.
 """

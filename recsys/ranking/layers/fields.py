@@ -1,12 +1,9 @@
 """Fields: every vector of a row at one width, as factorisation models (DLRM, DeepFM) need them.
 
-Fields are the pooled ID features, the target item and its history, pooled: its mean, and its mean
-weighted by each parallel list (such as liked flags). Content adds the content vector of the target
-and the user's content interest. Numbers of the history join the dense features. Content
-similarities stay apart, as they are inputs of a model's top layers.
-
-Numbers of a history are means of its lists. Several of these halve an item's weight after a fixed
-number of newer items (its half-life), since a user's taste changes.
+Fields are the pooled ID features, the target item and the means of its history. Content adds the
+content vector of the target and the user's content interest. Numbers of the history join the dense
+features: means of its lists, some of which halve an item's weight after a number of newer items
+(its half-life). Content similarities stay apart, as inputs of a model's top layers.
 
 Shapes: B batch, F fields, D dimension of the ID vectors, N history items of the batch, P parallel
 lists, H half-lives, U unique history items, S similarities, X dense numbers.

@@ -1,14 +1,12 @@
 """Output heads of ranking models: a stack of layers, or an ensemble of such stacks (TabM).
 
-Dropout acts after each hidden layer, not on the model's inputs. A content similarity is a single
-number without a duplicate: an MLP that misses it in a third of the steps learns to ignore it. On
-MovieLens that alone decided whether content helped DIN.
+Dropout acts after each hidden layer, not on the model's inputs: an MLP that misses a content
+similarity, a single number, in a third of the steps learns to ignore it. On MovieLens that alone
+decided whether content helped DIN.
 
-The ensemble follows TabM (Gorishniy et al. 2025, arXiv 2410.24210) and BatchEnsemble (Wen et al.
-2020, arXiv 2002.06715). All members share the weight of each hidden layer. Each member scales its
-inputs and outputs, and has its own biases, last layer and training loss. Random signs of the input
-scales make members differ at the start. Items are ranked by the mean logit, which varies less
-between seeds.
+In the ensemble (Gorishniy et al. 2025, arXiv 2410.24210; BatchEnsemble, arXiv 2002.06715) members
+share the weight of each hidden layer. Each scales its inputs and outputs, and has its own biases,
+last layer and loss. Random signs of the input scales make members differ at the start.
 
 Shapes: K members, B batch, I and O units of a layer, C labels.
 """

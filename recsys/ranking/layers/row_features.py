@@ -1,14 +1,10 @@
 """All features of a row as one vector, after attention to the history: the base of most backbones.
 
-The vector joins the interest in the ID history and, with content, in the content history to the
-pooled ID vectors, the target and the dense features. Backbones differ in the layers above it, or in
-the history items that they attend to.
-
-`ranking.standardize_numbers` standardises numbers (dense features, numbers of the history's lists,
-content similarities) before they join the vectors. Cosines differ by about a tenth, logarithms of
-lengths by ten, and an MLP learns late from numbers that vary little. Batch normalization (Ioffe &
-Szegedy 2015, arXiv 1502.03167) would make a row's logit depend on the other rows of its batch. Here
-the statistics cover all steps so far and all ranks, and pass on no gradient.
+The vector joins the interest in the ID history and in the content history, the pooled ID vectors,
+the target and numbers. `ranking.standardize_numbers` standardises the numbers first: cosines differ
+by about a tenth, logarithms of lengths by ten, and an MLP learns late from those that vary little.
+Batch normalization (arXiv 1502.03167) would make a row's logit depend on the other rows of its
+batch. Here the statistics cover all steps and ranks so far, and pass on no gradient.
 
 Shapes: B batch, K history items that are attended to, P parallel lists, D dimension of ID vectors,
 W width of the vector, S standardised numbers.

@@ -1,17 +1,17 @@
 """The base of models in which the items of a history attend to each other.
 
-A token joins what is known of one event: the item's ID vector, its content vector and the lists
-beside the history, such as liked flags and stars. The target is a token without these lists, the
-last of its sequence. Attention is causal, so that no event depends on the target: the states of a
-history are computed once for all candidates of a user, and each candidate attends to them alone
+A token joins what is known of one event: ID vector, content vector and the lists beside the
+history. The target is the last token, without lists. Attention is causal, so the states of a
+history are computed once for all candidates of a user, and each candidate attends to them
 (the M-FALCON algorithm of HSTU, arXiv 2402.17152).
 
 The last layer computes the target's state alone. In the layers below, the latest
-`ranking.recent_items` of each history attend to each other, and the target to them; older items
-enter the last layer as they are. Cost is linear in the length of a history.
+`ranking.recent_items` of each history attend to each other, and the target to them. Older items
+enter the last layer as they are, so that cost is linear in the length of a history. Ages are counted
+back from the moment of the ranked row: nothing that happens later can be read from them.
 
-Shapes: B batch, T tokens of all histories, S sequences, L longest sequence, D width of a token,
-U unique items, P parallel lists, C labels.
+Shapes: B batch, T tokens of all histories, N history items of the batch, S sequences, L longest
+sequence, D width of a token, U unique items, P parallel lists, C labels.
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
 """Histories as sequences of tokens: flat for linear maps, padded for attention among a row's items.
 
-A layer of self-attention needs both forms. Its linear maps run over the T tokens that exist; only
-attention itself pads, since every token meets others of its row. In training each row has a history
-of its own (`JaggedHistory`). The graph of a package has one history for all candidates
+Linear maps run over the T tokens that exist; only attention pads. In training each row has a
+history of its own (`JaggedHistory`). The graph of a package has one history for all candidates
 (`recsys.serving.shared_history`): there it is one sequence, computed once.
 
-Attention among the items of S sequences has S * L * L numbers. Where these are many, blocks of
-sequences of similar length pass one after the other, each padded to its own longest. The backward
-pass computes their numbers again.
+Attention among S sequences has S * L * L numbers. Where these are many, blocks of sequences of
+similar length pass one after the other, and the backward pass computes their numbers again.
 
 Keys [T, H * D] are a table of T * H rows of width D, in which head h of token t is row t * H + h.
 So the kernels of `embedding_bag` that `JaggedHistory` uses read each head without a copy.
