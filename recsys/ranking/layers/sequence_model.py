@@ -7,8 +7,8 @@ history are computed once for all candidates of a user, and each candidate atten
 
 The last layer computes the target's state alone. In the layers below, the latest
 `ranking.recent_items` of each history attend to each other, and the target to them. Older items
-enter the last layer as they are, so that cost is linear in the length of a history. Ages are counted
-back from the moment of the ranked row: nothing that happens later can be read from them.
+enter the last layer as they are, so that cost is linear in the length of a history. Ages are
+counted back from the moment of the ranked row: nothing that happens later can be read from them.
 
 Shapes: B batch, T tokens of all histories, N history items of the batch, S sequences, L longest
 sequence, D width of a token, U unique items, P parallel lists, C labels.
