@@ -39,14 +39,6 @@ class StepProfile:
         steps: number of steps to profile; 0: none.
         folder: the run's folder.
         say: prints a text.
-
-    Example::
-
-        profile = StepProfile(job.em3, job.ranks, 10, run)
-        with profile:  # as often as the loop is left and entered again
-            for batch in batches:
-                pipeline.progress(batches)
-                profile.step()
     """
 
     def __init__(

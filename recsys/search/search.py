@@ -108,11 +108,7 @@ class Search:
             raise
 
     def _create(self) -> None:
-        """Write recipe and study.
-
-        Raises:
-            ValueError: the folder holds other files, or the recipe does not accept a value.
-        """
+        """Write recipe and study."""
         names = sorted(path.name for path in self.out.iterdir() if path.name != RECIPE)
         if other_names := [name for name in names if not name.startswith(".")]:
             raise ValueError(

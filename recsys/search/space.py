@@ -80,10 +80,6 @@ def read_space(file: Path) -> list[Parameter]:
 
     Raises:
         ValueError: the file is missing or is no search space; names parameter and fix.
-
-    Example::
-
-        read_space(Path("space.yaml"))[0].name  # "optimizer.learning_rate"
     """
     if not file.is_file():
         raise ValueError(f"--space {file}: no such file; give a YAML file of settings")

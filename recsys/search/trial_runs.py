@@ -123,14 +123,11 @@ class TrialRuns:
         return [*command, "--out", str(folder), "--seed", str(seed), "--tracker", trackers]
 
     def _train(self, command: list[str], claim: Claim, watched: Path | None) -> None:
-        """Run a training, and report the validations of the `watched` folder meanwhile.
-
-        The process inherits the trial's lock with its output: if the search is killed, the trial
-        is not claimed again before the orphan ends.
-        """
+        """Run a training, and report the validations of the `watched` folder meanwhile."""
         environment = environment_of_no_rank()
         if self.threads is not None:
             environment.setdefault("OMP_NUM_THREADS", str(self.threads))
+        # It inherits the lock with its output: the orphan of a killed search keeps the claim.
         process = subprocess.Popen(command, stdout=claim.log, stderr=claim.log, env=environment)
         num_seen, has_ended = 0, False
         try:

@@ -85,11 +85,6 @@ def describe(
 
     Raises:
         ValueError: the configuration does not match the data.
-
-    Example::
-
-        cluster = Cluster(nodes=8, ranks_per_node=8, device=DEVICES["h100"])
-        describe(load_config("shop.yaml"), "shop", cluster, {"product": 4_000_000_000}).problems
     """
     meta_model = build_meta_model(config, data, cluster, rows)
     tables, plan = meta_model.tables, meta_model.plan
@@ -126,11 +121,7 @@ def _bank_bytes(meta_model: MetaModel) -> int:
 
 
 def _read_a_batch(meta_model: MetaModel) -> int:
-    """Read a first batch as training does, and return the number of training rows.
-
-    Raises:
-        ValueError: there is no training split, or a row of the batch cannot be used.
-    """
+    """Read a first batch as training does, and return the number of training rows."""
     config, schema = meta_model.config, meta_model.schema
     rows = open_rows(config.source, meta_model.root, "train", schema, config.on_bad_row)
     content = content_settings(config.content)

@@ -96,11 +96,7 @@ def report_run(
 
 
 def _of_metrics(run: Path, job: Job) -> tuple[Section, Section]:
-    """Return the sections on the test metrics and on the configuration.
-
-    Raises:
-        ValueError: `metrics.json` is damaged, or belongs to another model than the run has now.
-    """
+    """Return the sections on the test metrics and on the configuration."""
     file = run / "metrics.json"
     metrics = read_json(file)
     check_metrics(run)

@@ -161,12 +161,7 @@ def categories(
 
 
 def first_category(value: Any) -> str | None:
-    """Return the first of several categories; None if there is none.
-
-    Example::
-
-        first_category("Comedy|Drama")  # "Comedy"
-    """
+    """Return the first of several categories; None if there is none."""
     if isinstance(value, list):
         value = value[0] if value else None
     first = "" if value is None else " ".join(str(value).split("|")[0].split())

@@ -83,12 +83,7 @@ def metrics_by_count(
 
 
 def auc_error(auc: float, positives: int, negatives: int) -> float:
-    """Return the standard error of an AUC (Hanley and McNeil, Radiology 143, 1982, equation 2).
-
-    Example::
-
-        auc_error(0.5, 10, 10)  # 0.1323
-    """
+    """Return the standard error of an AUC (Hanley and McNeil, Radiology 143, 1982, equation 2)."""
     above_two = auc / (2 - auc) - auc**2
     below_two = 2 * auc**2 / (1 + auc) - auc**2
     spread = auc * (1 - auc) + (positives - 1) * above_two + (negatives - 1) * below_two

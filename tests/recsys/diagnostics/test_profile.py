@@ -24,7 +24,7 @@ FOLDERS = ("whole", "short", "off", "failed")
 class Run:
     """What a rank saw."""
 
-    said: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
     hooks: list[int] = field(default_factory=list)  # before, while recording, after
 
 
@@ -52,7 +52,7 @@ def profiled_runs(rank: int, world_size: int, folder: Path) -> dict[str, Run]:
         ("failed", STEPS, [ALL_STEPS - 1]),
     ):
         run = runs[name] = Run()
-        profile = StepProfile(job.em3, job.ranks, steps, folder / name, run.said.append)
+        profile = StepProfile(job.em3, job.ranks, steps, folder / name, run.texts.append)
         run.hooks.append(hooks_of(job))
         try:
             for length in loops:
@@ -88,8 +88,8 @@ def test_rank_0_prints_the_parts_and_writes_its_trace(
     ranks: list[dict[str, Run]], folder: Path
 ) -> None:
     first, second = (rank["whole"] for rank in ranks)
-    assert second.said == []
-    [table] = first.said
+    assert second.texts == []
+    [table] = first.texts
     with gzip.open(folder / "whole" / TRACE, "rt") as file:
         names = {event["name"] for event in json.load(file)["traceEvents"]}
     for part in ("lookup", "output dist", "encoders", "fusion", "content", "ranking", "losses"):
@@ -107,7 +107,7 @@ def test_modules_are_hooked_only_while_steps_are_recorded(ranks: list[dict[str, 
 def test_a_loop_that_ends_early_is_profiled_as_far_as_it_came(
     ranks: list[dict[str, Run]], folder: Path
 ) -> None:
-    why, table = ranks[0]["short"].said
+    why, table = ranks[0]["short"].texts
     assert why.startswith("profile_steps: 0 of 3 ") and "## ranking ##" in table
     assert (folder / "short" / TRACE).exists()
 
@@ -116,4 +116,4 @@ def test_without_steps_or_after_an_error_nothing_is_written(
     ranks: list[dict[str, Run]], folder: Path
 ) -> None:
     for name in ("off", "failed"):
-        assert list((folder / name).iterdir()) == [] and ranks[0][name].said == []
+        assert list((folder / name).iterdir()) == [] and ranks[0][name].texts == []
