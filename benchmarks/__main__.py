@@ -46,7 +46,9 @@ def main(words: list[str]) -> None:
     suite, name, *options = [*words, "", ""]
     module = SUITES.get(suite, {}).get(name)
     if module is None:
-        names = "\n".join(f"  {suite}: {', '.join(known)}" for suite, known in SUITES.items())
+        names = "\n".join(
+            f"  {suite}: {', '.join(benchmarks)}" for suite, benchmarks in SUITES.items()
+        )
         raise SystemExit(f"python -m benchmarks SUITE NAME --option ...; suites:\n{names}")
     sys.argv = [module, *options[: len(words) - 2]]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

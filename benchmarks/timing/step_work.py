@@ -95,11 +95,11 @@ def step_flops(step: Callable[[], None], kernels: Kernels) -> int:
 
 def matmul_rate(size: int, device: torch.device | str = "cpu") -> float:
     """Return the FLOP/s of a product of square float32 matrices."""
-    left = torch.randn(size, size, device=device)
-    right, product = torch.randn_like(left), torch.empty_like(left)
+    first = torch.randn(size, size, device=device)
+    second, product = torch.randn_like(first), torch.empty_like(first)
     wait_for_device()
     begin = time.perf_counter()
-    torch.mm(left, right, out=product)
+    torch.mm(first, second, out=product)
     wait_for_device()
     return 2 * size**3 / (time.perf_counter() - begin)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from collections.abc import Iterator
 from multiprocessing import spawn
 from pathlib import Path
@@ -15,7 +12,6 @@ from benchmarks.timing.ranks import RankReport
 from benchmarks.timing.rounds import QUICK_EFFORT, Measurement, measure, ratio
 from benchmarks.timing.steps import Variant
 from tests.benchmarks.variants import quick_variant
-from tests.ranks import HANG_SECONDS
 from tests.warm_python import warm_environment
 
 
@@ -65,15 +61,3 @@ def test_a_rank_that_fails_ends_the_benchmark_with_its_cause(tmp_path: Path) -> 
     missing = quick_variant(tmp_path).changed("missing", data=str(tmp_path / "nowhere"))
     with pytest.raises(RuntimeError, match=r"variant 'missing', rank 0(.|\n)*nowhere"):
         measure([missing], QUICK_EFFORT)
-
-
-@pytest.mark.long
-def test_under_torchrun_all_variants_use_its_ranks(tmp_path: Path) -> None:
-    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "--"]
-    command += ["benchmarks.throughput", "--out", str(tmp_path), "--quick", "true"]
-    command += ["--results", str(tmp_path)]
-    environment = {**os.environ, **warm_environment(), "GLOO_SOCKET_IFNAME": "lo"}
-    root = Path(__file__).parents[2]
-    subprocess.run(command, cwd=root, env=environment, check=True, timeout=HANG_SECONDS)
-    (record,) = map(json.loads, (tmp_path / "throughput_a.jsonl").read_text().splitlines())
-    assert record["world_size"] == 2

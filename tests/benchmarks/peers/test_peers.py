@@ -11,10 +11,7 @@ import pytest
 
 from benchmarks.peers import trainings
 from benchmarks.peers.catalogue import PEERS, Peer
-from benchmarks.peers.rows import write_rows
 from benchmarks.peers.trainings import PeerTraining
-from tests.datasets import write_dataset
-from tests.recsys.command_runs import TINY
 
 
 @pytest.fixture
@@ -76,19 +73,6 @@ def test_scores_of_other_rows_are_an_error(
     with_scores(monkeypatch, values)
     with pytest.raises(RuntimeError, match="finite score"):
         PeerTraining(PEERS[0], rows, {}, 0, rows).scores("test")
-
-
-def test_trainings_on_other_rows_are_others(rows: Path, tmp_path: Path) -> None:
-    training = PeerTraining(PEERS[0], rows, {}, 0, tmp_path)
-    before = training.file
-    (rows / "about.json").write_text('{"dataset": "changed"}')
-    assert training.file != before
-
-
-def test_rows_of_other_data_are_refused(tmp_path: Path) -> None:
-    data = write_dataset(tmp_path / "data")
-    with pytest.raises(ValueError, match="history_stars"):
-        write_rows(str(data), TINY, tmp_path / "rows")
 
 
 def test_a_study_goes_on_to_its_number_of_trials(

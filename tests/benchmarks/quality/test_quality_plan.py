@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from benchmarks.quality.__main__ import quality
 from benchmarks.quality.grid import GRIDS, PARTS, Cell, chosen_cells
-from benchmarks.quality.runs import RECIPE, finish, finished, in_order, plan_runs, windows
-from recsys.evaluation.scores import read_scores
+from benchmarks.quality.runs import RECIPE, finished, in_order, plan_runs, windows
 from tests.benchmarks.quality.quality_cells import use_small_grid, write_runs, write_windows
-from tests.datasets import write_dataset
-from tests.ranks import HANG_SECONDS
-from tests.recsys.command_runs import TINY, torchx
+from tests.recsys.command_runs import TINY
 
 
 @pytest.mark.long
@@ -108,41 +102,3 @@ def test_what_is_wrong_is_said_before_anything_is_trained(
     with pytest.raises(ValueError, match="--nproc 1"):
         quality(data, out)
     assert not out.exists()
-
-
-def test_a_run_that_another_process_trains_is_waited_for(tmp_path: Path) -> None:
-    (trainings,) = plan_runs({"recipe": {}}, {"data": "nothing"}, tmp_path, TINY, seeds=1)["recipe"]
-    (run,) = trainings
-    run.folder.mkdir(parents=True)
-    with ThreadPoolExecutor(1) as pool, (run.folder / "log.txt").open("a") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
-        waiting = pool.submit(finish, trainings, 1, None)
-        with pytest.raises(TimeoutError):
-            waiting.result(timeout=0.2)
-        for name in ("scores_test.parquet", "metrics.json"):
-            (run.folder / name).touch()
-        fcntl.flock(log, fcntl.LOCK_UN)
-
-        waiting.result(timeout=HANG_SECONDS)
-    assert (run.folder / "log.txt").read_text() == ""
-
-
-@pytest.mark.long
-def test_torchx_trains_a_cell_whose_scores_are_then_read_and_not_made_again(
-    tmp_path: Path,
-) -> None:
-    data, results = write_dataset(tmp_path / "data"), tmp_path / "results" / "quality"
-    words = ["quality", "--data", str(data), "--out", str(tmp_path / "runs"), "--seeds", "1"]
-    words += ["--only", "[ID only]", "--recipe", str(TINY), "--results", str(results)]
-
-    process = torchx("benchmark", 1, *words, is_warm=True)
-
-    assert process.returncode == 0, process.stdout + process.stderr
-    (run,) = (tmp_path / "runs" / "data").iterdir()
-    metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["test"]["num_samples"] == len(read_scores(run / "scores_test.parquet").positions)
-    (record,) = map(json.loads, (tmp_path / "results" / "quality.jsonl").read_text().splitlines())
-    assert record["by_seed"]["AUC"] == pytest.approx({"0": metrics["test"]["auc"]})
-    modified = (run / "metrics.json").stat().st_mtime_ns
-    quality(str(data), tmp_path / "runs", 1, only=["ID only"], recipe=TINY, results=results)
-    assert (run / "metrics.json").stat().st_mtime_ns == modified

@@ -115,15 +115,6 @@ def test_what_lies_under_the_mask_does_not_matter(preset: str) -> None:
     assert torch.isfinite(result).all()
 
 
-@pytest.mark.parametrize("preset", ["published", "modern"])
-def test_a_masked_token_is_as_good_as_none(preset: str) -> None:
-    fusion = qformer(preset, num_layers=2).eval()
-    mask = torch.tensor([[True, False]]).expand(NUM_ITEMS, -1)
-    tokens = some_tokens()
-    shorter = fusion(tokens[:, :1], mask[:, :1], MODALITY[:1])
-    torch.testing.assert_close(fusion(tokens, mask, MODALITY), shorter, atol=1e-5, rtol=1e-5)
-
-
 def test_modern_with_no_token_at_all_is_finite_and_so_are_gradients() -> None:
     fusion = qformer("modern")
     tokens = some_tokens().requires_grad_()

@@ -152,14 +152,6 @@ def test_pixels_are_prepared_as_the_checkpoint_says(
     assert checkpoint.images == expected and not checkpoint.notes
 
 
-def test_without_a_preparation_it_is_that_of_imagenet_and_this_is_said(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    checkpoint = PretrainedEncoder(str(tmp_path), None, WHERE)
-    assert checkpoint.images == ImagePreparation()
-    (note,) = checkpoint.notes
-    assert "has no preprocessor_config.json" in note
-
-
 def test_an_image_is_squeezed_or_cut_as_its_encoder_was_trained(tmp_path: Path) -> None:
     pixels = np.zeros((4, 8, 3), np.uint8)
     pixels[:, :2] = 255  # white at the left, which the centre square does not reach

@@ -93,15 +93,6 @@ def test_a_hub_encoder_knows_its_commit_and_asks_to_be_pinned(hub: Path) -> None
     ]
 
 
-def test_a_pinned_encoder_is_that_of_its_commit_wherever_the_branch_is(hub: Path) -> None:
-    set_main(hub, COMMITS[1])
-    encoder = encoder_of(NAME, COMMITS[0])
-    assert encoder.identity is not None and encoder.identity.revision == COMMITS[0]
-    assert not encoder.notes
-    other = encoder_of(NAME, COMMITS[1])
-    assert other.identity is not None and other.identity.weights != encoder.identity.weights
-
-
 def test_one_encoder_has_one_identity_whatever_its_place_and_training(
     hub: Path, tmp_path: Path
 ) -> None:

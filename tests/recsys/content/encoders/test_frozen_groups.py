@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from recsys.config import LoraSettings, ModalitySettings
-from recsys.content.encoders.base import ITEMS_PER_GROUP, run_in_groups
 from recsys.content.encoders.build import Encoder, build_encoder
 from recsys.data.batch import ContentInput
 
@@ -115,21 +114,6 @@ def test_autocast_does_not_reach_the_frozen_part() -> None:
         output = encoder.frozen_outputs(content).values
     assert output.dtype == torch.float32
     assert torch.equal(output, expected)
-
-
-def test_every_call_has_one_of_few_shapes() -> None:
-    shapes: list[tuple[int, ...]] = []
-
-    def run(content: ContentInput) -> ContentInput:
-        shapes.append(tuple(content.values.shape))
-        assert content.mask.any(dim=1).all()  # an item without content is not run
-        return ContentInput(content.values.unsqueeze(-1).float(), content.mask)
-
-    content = content_of("text")
-    output = run_in_groups(run, content, MAX_LENGTH, 1)
-    assert {items for items, _ in shapes} == {ITEMS_PER_GROUP}
-    assert {length for _, length in shapes} == {8, 16, 24, 32, 40}
-    assert torch.equal(output.values[..., 0].long(), content.values)
 
 
 def test_no_items_and_items_without_content_have_one_empty_token() -> None:

@@ -86,13 +86,6 @@ def test_a_package_resolves_to_the_outermost_folder_with_a_config(importable: Pa
     assert PretrainedEncoder("package:some_weights", None, WHERE).source == str(inner)
 
 
-def test_a_hub_name_that_cannot_be_fetched_is_named() -> None:
-    with pytest.raises(ValueError, match=f"{WHERE}: encoder 'nobody/nothing'"):
-        PretrainedEncoder("nobody/nothing", None, WHERE).load_model()
-    with pytest.raises(ValueError, match=f"{WHERE}: tokenizer of 'nobody/nothing'"):
-        _ = PretrainedEncoder("nobody/nothing", None, WHERE).tokenizer
-
-
 def test_missing_and_damaged_weights_are_named(encoder_folder: Path) -> None:
     weights = encoder_folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
