@@ -172,9 +172,10 @@ def build_job(
             config.embedding, schema, ranks.device.type, ranks.world_size, ranks.local_world_size
         )
         tables = table_configs(config, schema, mean_list_lengths(root, schema, rows))
-    store, encoders, bank = build_content(config, root, schema, ranks)
+    content, on_bad_row = content_settings(config.content), config.on_bad_row
+    store, encoders, bank = build_content(content, root, schema, ranks, config.cache, on_bad_row)
     with ranks.raise_on_all_ranks():
-        categories = load_item_categories(config.ranking, root, schema, config.on_bad_row)
+        categories = load_item_categories(config.ranking, root, schema, on_bad_row)
         em3 = build_em3(config, schema, tables, encoders, bank, "meta", categories, ranks.group)
         fuse_table_optimizers(em3, tables)
         choose_kernels(config.kernels, ranks.device.type)
@@ -194,7 +195,7 @@ def build_job(
     reset = _row_reset(RowReset(model, bounded, config.seed), schema, bank, ranks.device)
     features, deduplicates = pooled_features(embedding, schema), embedding.index_dedup
     vocabularies = BoundedVocabularies(schema, features, ranks.group, reset, deduplicates)
-    content, sampler = content_settings(config.content), _sampler(config.ranking, schema)
+    sampler = _sampler(config.ranking, schema)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
     return Job(
         config,

@@ -54,15 +54,17 @@ def build_content_store(
 
 
 def build_content(
-    config: Config, root: Location, schema: Schema, ranks: Ranks
+    content: ContentSettings | None,
+    root: Location,
+    schema: Schema,
+    ranks: Ranks,
+    cache: str | None = None,
+    on_bad_row: Literal["error", "skip"] = "error",
 ) -> tuple[ContentStore | None, dict[str, Encoder], MemoryBank | None]:
-    """Return items, encoders and memory bank; empty for the ID-only twin. A collective."""
-    content = content_settings(config.content)
+    """Return items, encoders and memory bank; empty for the ID-only baseline. A collective."""
     if content is None:
         return None, {}, None
-    store, encoders = build_content_store(
-        content, root, schema, ranks, config.cache, config.on_bad_row
-    )
+    store, encoders = build_content_store(content, root, schema, ranks, cache, on_bad_row)
     if content.history.mode == "full":
         return store, encoders, None
     sizes = schema.num_items, content.vector_dim
