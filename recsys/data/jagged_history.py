@@ -26,15 +26,7 @@ from torch.nn import functional as F
 
 @dataclass
 class JaggedHistory:
-    """Histories of a batch, one row after the other; `longest` is at least 1.
-
-    Example::
-
-        history = JaggedHistory.of(torch.tensor([0, 1, 0]), torch.tensor([2, 1]), num_items=2)
-        items = torch.eye(2)
-        weights = history.softmax(history.dot(torch.ones(2, 2), items))  # [.5, .5, 1]
-        history.weighted_sum(weights, items)  # [[.5, .5], [1, 0]]
-    """
+    """Histories of a batch, one row after the other."""
 
     index: Tensor  # int64 [N], the unique item at each place
     lengths: Tensor  # int64 [B]

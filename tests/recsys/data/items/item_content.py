@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from recsys.config import ModalitySettings
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
+from recsys.data.parquet.bad_rows import OnBadRow
 from recsys.data.schema import load_schema
 from recsys.storage.location import Location
 from tests.datasets import write_parquet
@@ -20,14 +21,14 @@ CLIP = ModalitySettings(kind="feature", column="clip")
 MODALITIES = {"text": TEXT, "poster": POSTER, "clip": CLIP}
 
 
-def table_of(dataset: Path) -> ItemTable:
+def table_of(dataset: Path, on_bad_row: OnBadRow = "error") -> ItemTable:
     root = Location.of(dataset)
-    return ItemTable(root, load_schema(root))
+    return ItemTable(root, load_schema(root), on_bad_row)
 
 
-def store_of(dataset: Path, *names: str) -> ContentStore:
+def store_of(dataset: Path, *names: str, on_bad_row: OnBadRow = "error") -> ContentStore:
     modalities = {name: MODALITIES[name] for name in names}
-    store = ContentStore(table_of(dataset), modalities, dataset.parent / "cache")
+    store = ContentStore(table_of(dataset, on_bad_row), modalities, dataset.parent / "cache")
     for name in names:
         store.build(name)
     return store

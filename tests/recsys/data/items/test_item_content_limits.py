@@ -29,16 +29,6 @@ def dataset(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "data", {}, num_items=8)
 
 
-def skipping_store(dataset: Path, *names: str) -> ContentStore:
-    root = Location.of(dataset)
-    items = ItemTable(root, load_schema(root), on_bad_row="skip")
-    modalities = {name: MODALITIES[name] for name in names}
-    store = ContentStore(items, modalities, dataset.parent / "cache")
-    for name in names:
-        store.build(name)
-    return store
-
-
 def known(store: ContentStore, name: str, *items: int) -> list[bool]:
     """Which items have this content."""
     return store.gather(np.array(items))[name].mask.any(dim=1).tolist()
@@ -145,7 +135,7 @@ def test_bad_content_is_skipped_as_missing_and_counted(dataset: Path) -> None:
         clip=pa.array([[1.0] * 5, good, [nan] * FEATURE_WIDTH, good], pa.list_(pa.float32())),
     )
     for _ in range(2):
-        store = skipping_store(dataset, "text", "poster", "clip")
+        store = store_of(dataset, "text", "poster", "clip", on_bad_row="skip")
         assert known(store, "text", 8, 9, 10, 11) == [True, False, False, True]
         assert known(store, "poster", 8, 9, 10, 11) == [False, True, False, False]
         assert known(store, "clip", 8, 9, 10, 11) == [False, True, False, True]
@@ -169,7 +159,7 @@ def test_a_first_feature_of_another_width_does_not_decide_for_all(dataset: Path)
     clips = [[1.0] * 5, *[[float(index)] * 4 for index in range(11)]]
     write_items(dataset, clip=pa.array(clips, pa.list_(pa.float32())))
     (dataset / "items" / "part-0.parquet").unlink()
-    store = skipping_store(dataset, "clip")
+    store = store_of(dataset, "clip", on_bad_row="skip")
     assert known(store, "clip", *range(8, 20)) == [False, *[True] * 11]
     assert store.gather(np.array([19]))["clip"].values.tolist() == [[[10.0] * 4]]
 
@@ -180,7 +170,7 @@ def test_rows_of_unusable_items_are_skipped_and_the_others_keep_their_content(
     ids = pa.array([19, None, 20, 3, 19, 12])
     clips = pa.array([[float(index)] * FEATURE_WIDTH for index in range(6)], pa.list_(pa.float32()))
     file = write_items(dataset, item=ids, clip=clips)
-    store = skipping_store(dataset, "clip")
+    store = store_of(dataset, "clip", on_bad_row="skip")
     assert store.items.ids[-2:].tolist() == [19, 12]
     assert store.gather(np.array([19, 12]))["clip"].values[:, 0, 0].tolist() == [0.0, 5.0]
     assert store.items.bad_rows.counts == {
