@@ -73,9 +73,9 @@ class Batch(Pipelineable):
     """Impressions of one step on one rank, with the content of their items.
 
     sparse_features: ids of the pooled tables; None when there are none.
-    sequence_features: ids of the target item (length 1 each) and of the history: either the unique
-        ones, `history_items`, whose lengths by row have no meaning, or all of them; then all ids of
-        the further histories and of the lists of ids beside histories.
+    sequence_features: ids of the target item (length 1 each), of the history, of the further
+        histories and of the lists of ids beside histories. The history has its unique ids,
+        `history_items`, with lengths by row that have no meaning, or all of them.
     history_items: unique items of the histories whose content is read; `history_index`, of the
         first history, points into them.
     history_values: the parallel lists; `unscaled_values` as recorded if a model standardised them.

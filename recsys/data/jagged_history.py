@@ -4,8 +4,8 @@ The histories of a batch hold N items but far fewer distinct ones, U. Everything
 item alone (looked-up rows, content vectors, linear maps) is computed for U; scores and weights are
 N numbers. `dot` and `weighted_sum` allocate no [N, D] and no [B, longest, D], so that memory and
 time grow with the items present. Their kernels are those of `embedding_bag` with weights per
-sample, which run on CPU and CUDA: the sum is its forward, and the gradient of its weights is the
-dot product of each item with its row.
+sample, on CPU and CUDA. The sum is its forward; the gradient of its weights is the dot product of
+each item with its row.
 
 Shapes: B batch, U unique items, N history items of the batch, P some of them, D dimension,
 K any width.

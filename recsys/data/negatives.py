@@ -1,10 +1,9 @@
 """Negatives of a retrieval model's softmax losses: the items, and their probabilities.
 
-A batch gets the log of the probability Q with which its items are drawn as negatives: for in-batch
-negatives an item's share of the training rows, for sampled ones that of the draw; zeros if
-`log_q_correction` is off. The ids of sampled negatives join the sequence features as one more
-feature of the item table, so that their vectors are looked up with those of target and history;
-their content comes from the memory bank.
+A batch gets the log of the probability Q with which its items are drawn as negatives. For in-batch
+negatives Q is an item's share of the training rows, for sampled ones that of the draw. Without
+`log_q_correction` the logs are zeros. The ids of sampled negatives join the sequence features as
+one more feature of the item table; their content comes from the memory bank.
 
 Sampled negatives are items with training rows alone: others, such as those of valid and test, were
 not known while the training rows were written. So memory does not grow with the table.

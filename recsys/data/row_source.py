@@ -1,10 +1,9 @@
 """Rows of a split as chunks that are counted, checked and read in shares.
 
-Chunks are the unit of reading: row groups of Parquet files, or units that your own source
-defines. They have one global order (shuffled by seed and epoch in training); a rank's
-share is a contiguous range of that order, so that every row belongs to exactly one rank, each rank
-reads only the chunks it needs, and shares differ by at most one row. The order depends only on the
-seed, the epoch and the number of ranks. When another number of ranks (or batch size) continues an
+Chunks are the unit of reading: row groups of Parquet files, or units that your own source defines.
+They have one global order, shuffled by seed and epoch in training. A rank's share is a contiguous
+range of that order: every row belongs to exactly one rank, which reads only the chunks it needs,
+and shares differ by at most one row. When another number of ranks (or batch size) continues an
 epoch, the rows not yet read are distributed again: none is read twice or left out.
 
 Your own source is a class in one file and a line of YAML. It counts the rows of each chunk

@@ -1,8 +1,8 @@
 """Ids of a batch before it enters the pipeline: bounded maps, and counts of unknown ids.
 
-Exact maps and hashes are applied when rows are read, in any thread. A bounded map changes
-with every batch and is shared by all ranks, so its ids stay raw in the batch until the main thread
-maps them, in the order of the steps.
+Exact maps and hashes are applied when rows are read, in any thread. A bounded map changes with
+every batch and is shared by all ranks. So its ids stay raw in the batch until the main thread maps
+them, in the order of the steps.
 
 Shapes: B batch, N ids of one feature.
 """

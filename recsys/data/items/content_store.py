@@ -1,7 +1,7 @@
 """Content of all items, read, tokenised and decoded once, served to batches by item id.
 
-Each modality becomes a `RaggedArray` in a cache folder named by a hash of the items' content and
-the modality's settings, so that it is built once per machine and never stale. Its kind
+Each modality becomes a `RaggedArray` in a cache folder, built once per machine. A hash of the
+items' content and of the modality's settings names the folder, so that it is never stale. Its kind
 (`recsys.data.items.kind`) creates the entries; the outputs of an encoder's frozen part may then
 replace them (`recsys.content.cache.fill`). An item without content has no entry.
 

@@ -47,7 +47,7 @@ def category_lists(values: pa.Array, where: str) -> tuple[np.ndarray, pa.Array]:
 def feature_tokens(chunk: pa.Array, where: str) -> tuple[np.ndarray, pa.Array]:
     """Return the number of tokens of each row [n], and all tokens [T] as lists of floats.
 
-    A number, such as a price, is one token of width 1, a list of floats is one token, a list of
+    A number, such as a price, is one token of width 1, and a list of floats is one token. A list of
     lists has one token per inner list; null and empty have none.
     """
     kind = chunk.type

@@ -1,9 +1,9 @@
 """Modality kinds, each of which reads, stores and encodes one kind of item content.
 
 `content.modalities.NAME.kind` names a kind of the package, or a class of your own as
-`package.module:Class`: a subclass of `ModalityKind` with two or three class attributes and five
-methods, `check`, `key`, `entries`, `as_input` and `encoder`, of which only `entries` and `encoder`
-have no default. `recsys/content/README.md` has a complete one.
+`package.module:Class`: a subclass of `ModalityKind` with two or three class attributes. It defines
+`entries` and `encoder`; `check`, `key` and `as_input` have defaults. `recsys/content/README.md` has
+a complete one.
 
 Shapes: n rows of a chunk, U unique items, T entries of the longest of them.
 """

@@ -2,8 +2,8 @@
 
 Item content is stored on disk in this form: token ids, pixels, features or hidden states. Ranks and
 threads of one machine share its pages, and one index operation gathers a batch. Pages that were
-read count as memory of the process until they are released, which happens whenever about
-`RESIDENT_BYTES` of a larger file may be mapped; the system's page cache still has them then.
+read count as memory of the process until they are released. That happens whenever about
+`RESIDENT_BYTES` may be mapped; the system's page cache still has them then.
 
 Shapes: N rows of the array, S distinct rows, n rows written or hashed at once, U rows gathered,
 T entries of the longest.

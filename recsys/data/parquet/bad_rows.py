@@ -1,7 +1,7 @@
 """Unusable rows: the first one ends the job, or all are skipped and counted.
 
-A row is bad if one of its values is unusable (null, NaN, an id outside its table, lists of
-unequal length, bytes that are no image) or if its row group cannot be read. A defect of a whole
+A row is bad if its row group cannot be read, or if one of its values is unusable: null, NaN, an id
+outside its table, lists of unequal length, bytes that are no image. A defect of a whole
 file (no footer, a missing column, a wrong type) is always an error, since the number of lost rows
 would be unknown.
 

@@ -59,10 +59,10 @@ def read_row_group(
 def footer_digest(file: Location, parquet: pq.ParquetFile) -> str:
     """Return a hash of a file's footer, which changes with nearly any change of the content.
 
-    For each column of each row group, the footer has number, encodings and sizes of the values, the
-    position of their pages and, if the writer stores them (pyarrow and Spark do), smallest and
-    largest value and number of nulls. A change that preserves all of these, such as two swapped
-    values of a row group, is detected only if the encoded pages differ in size.
+    For each column of each row group, the footer has number, encodings and sizes of the values and
+    the position of their pages. pyarrow and Spark also store least and greatest value and number of
+    nulls. A change that preserves all of these, such as two swapped values of a row group, is
+    detected only if the encoded pages differ in size.
     """
     end_of_file = 8  # length of the footer and the magic number
     start = -(parquet.metadata.serialized_size + end_of_file)
