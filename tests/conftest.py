@@ -41,13 +41,17 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
-    """A run over two ranks, trained once for all tests, whichever worker asks first."""
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of the session share."""
     folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder inside that of the session
-        folder = folder.parent
-    with FileLock(folder / "trained.lock"):
-        return train_by_torchx(Path(folder, "trained"))
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def trained(session_folder: Path) -> TrainedRun:
+    """A run over two ranks, trained once for all tests, whichever worker asks first."""
+    with FileLock(session_folder / "trained.lock"):
+        return train_by_torchx(session_folder / "trained")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

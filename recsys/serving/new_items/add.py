@@ -9,8 +9,6 @@ Shapes: K items that are new or changed, N items of the files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -66,7 +64,8 @@ def add_items(package: Path, items: str) -> AddedCounts:
             of the run, or the package has no content or is damaged. Nothing is written then.
     """
     read_manifest(package, verify=False)
-    with _locked(package), TemporaryDirectory() as cache:
+    # Processes that add items at once wait for each other.
+    with FileLock(package / ".lock"), TemporaryDirectory() as cache:
         manifest = read_manifest(package, verify=False)
         _require_encoder(package, manifest)
         previous = AddedItems.open(package, manifest.added)
@@ -87,20 +86,6 @@ def add_items(package: Path, items: str) -> AddedCounts:
             vectors = encoder.encode(store, to_encode["item"])
             _write(package, manifest, previous, *previous.merged_with(to_encode, vectors), ids)
     return counts
-
-
-@contextmanager
-def _locked(package: Path) -> Iterator[None]:
-    """Let one process at a time add items; a ValueError says that the package is read-only."""
-    lock = FileLock(package / ".lock")
-    try:
-        lock.acquire()
-    except OSError as error:
-        raise ValueError(f"{package}: cannot be written to ({error}); change its rights") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _require_encoder(package: Path, manifest: Manifest) -> None:
@@ -141,12 +126,12 @@ def _open_items(package: Path, previous: AddedItems, files: Location) -> tuple[I
 
 
 def _compare(
-    index: np.ndarray, exported: np.ndarray, added: np.ndarray, table: ItemTable
+    index: np.ndarray, exported: np.ndarray, previous: np.ndarray, table: ItemTable
 ) -> tuple[np.ndarray, np.ndarray]:  # bool [N] each
     """Return which items of an index are new, and which have changed content."""
     stored = np.zeros(len(index), index.dtype)
     is_new = np.ones(len(index), bool)
-    for part in (exported, added):
+    for part in (exported, previous):
         place, has_item = lookup(part, index["item"])
         stored[has_item] = part[place[has_item]]
         is_new &= ~has_item

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from recsys.data.filesystem import Location, whole_file
 from recsys.data.parquet.file import column_type, open_parquet
-from recsys.serving.retrieval.retriever import NoQueryError, Retrieved, Retriever
+from recsys.serving.retrieval.retriever import NoQueryError, Retriever
 from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
@@ -39,46 +39,43 @@ def retrieve_files(
     item that has a content vector gets an empty list.
     """
     requests = itertools.chain.from_iterable(_requests(name, retriever) for name in inputs)
+    blocks = _retrieved(retriever, requests, count)
     if out is None:
         total = 0
-        for block in _retrieved(retriever, requests, count):
-            total += len(block)
-            for result in block:
-                print(json.dumps({"items": result.items, "scores": result.scores.tolist()}))
+        for row in itertools.chain.from_iterable(blocks):
+            print(json.dumps(row))
+            total += 1
         return total
     check_output(out, [Location.of(name) for name in inputs])
     out.parent.mkdir(parents=True, exist_ok=True)
     types = {"items": pa.list_(retriever.ids.type), "scores": pa.list_(pa.float32())}
-    total = 0
     with whole_file(out) as partial, pq.ParquetWriter(partial, pa.schema(types)) as writer:
-        for block in _retrieved(retriever, requests, count):
+        total = 0
+        for block in blocks:
+            writer.write_table(pa.Table.from_pylist(block, pa.schema(types)))
             total += len(block)
-            columns = {
-                "items": [result.items for result in block],
-                "scores": [result.scores for result in block],
-            }
-            writer.write_table(pa.table(columns, pa.schema(types)))
     return total
 
 
 def _retrieved(
     retriever: Retriever, requests: Iterator[PlacedRequest], count: int
-) -> Iterator[list[Retrieved]]:
-    no_match = Retrieved([], np.zeros(0, np.float32))
+) -> Iterator[list[dict[str, list[Any]]]]:
+    """Yield the items and scores of blocks of requests."""
     num_empty = 0
     while block := list(itertools.islice(requests, REQUESTS_PER_BLOCK)):
-        queries: list[np.ndarray | None] = []  # [V] each
-        for place, user, history in block:
+        rows: list[dict[str, list[Any]]] = [{"items": [], "scores": []} for _ in block]
+        queries: dict[int, np.ndarray] = {}  # [V] by place in the block
+        for number, (place, user, history) in enumerate(block):
             try:
-                queries.append(retriever.query(user, history))
+                queries[number] = retriever.query(user, history)
             except NoQueryError:
-                queries.append(None)
+                num_empty += 1
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
-        vectors = [query for query in queries if query is not None]
-        matches = iter(retriever.search(np.stack(vectors), count) if vectors else [])
-        num_empty += len(block) - len(vectors)
-        yield [no_match if query is None else next(matches) for query in queries]
+        matches = retriever.search(np.stack([*queries.values()]), count) if queries else []
+        for number, result in zip(queries, matches, strict=True):
+            rows[number] = {"items": result.items, "scores": result.scores.tolist()}
+        yield rows
     if num_empty:
         logger.warning(
             "%s requests have no history item with a content vector; their lists are empty",

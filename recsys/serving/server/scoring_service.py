@@ -137,12 +137,12 @@ class ScoringService:
         self, package: LoadedPackage, labels: list[str], tensors: list[NamedTensor]
     ) -> dict[str, np.ndarray]:  # float32 [N] by label
         """Return the scores of these labels, or of all if there are none; errors as `score`."""
-        known = package.scorer.labels
+        outputs = package.scorer.labels
         for label in labels:
-            if label not in known:
-                raise RequestError(f"output '{label[:99]}': is none of {list(known)}")
+            if label not in outputs:
+                raise RequestError(f"output '{label[:99]}': is none of {list(outputs)}")
         scores = await self.score(package, package.columns.arguments(tensors))
-        return {label: scores[:, known.index(label)] for label in labels or known}
+        return {label: scores[:, outputs.index(label)] for label in labels or outputs}
 
     def count_worker(self) -> None:
         """Count this worker in the metrics, once it answers."""

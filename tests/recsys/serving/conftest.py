@@ -1,27 +1,32 @@
-"""A run and its package, made once for all tests of serving."""
+"""Runs and their packages, made once for all tests of serving."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from filelock import FileLock
 
-from tests.recsys.serving.serving_runs import exported, small_config
+from tests.recsys.em3_runs import em3_config
+from tests.recsys.serving.retrieval.retrieval_runs import train_towers
+from tests.recsys.serving.serving_runs import exported
 
 
 @pytest.fixture(scope="session")
-def package_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, np.ndarray]:
+def package_run(session_folder: Path) -> tuple[Path, Path, np.ndarray]:
     """The folder of dataset and run, the package, and the predictions of the test rows."""
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder inside that of the session
-        base = base.parent
-    folder, package = base / "served", base / "served" / "package_fp32"
-    with FileLock(base / "served.lock"):
+    folder = session_folder / "served"
+    with FileLock(session_folder / "served.lock"):
         if not (folder / "predictions.npy").exists():
             folder.mkdir()
-            _, predictions = exported(folder, small_config(folder))
+            _, predictions = exported(folder, em3_config(folder))
             np.save(folder / "predictions.npy", predictions)
-    return folder, package, np.load(folder / "predictions.npy")
+    return folder, folder / "package_fp32", np.load(folder / "predictions.npy")
+
+
+@pytest.fixture(scope="session")
+def towers(session_folder: Path) -> Path:
+    """A dataset, its two-tower run, and the folder of its item vectors; do not change them."""
+    with FileLock(session_folder / "towers.lock"):
+        return train_towers(session_folder / "towers")

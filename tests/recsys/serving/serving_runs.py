@@ -18,7 +18,6 @@ from recsys.evaluation.predict import predict
 from recsys.serving.export import export_run
 from recsys.training.train import train
 from tests.datasets import write_dataset
-from tests.recsys.em3_runs import em3_config
 
 USER_COLUMNS = ("user", "genres", "price", "city", "when")
 HISTORY_COLUMNS = ("history", "history_liked")
@@ -69,8 +68,3 @@ def requests(data: Path, history: tuple[str, ...] = HISTORY_COLUMNS) -> Iterator
             "history": {name: row[name] for name in history},
             "candidates": [row["item"]],
         }
-
-
-def small_config(folder: Path, **settings: Any) -> Config:
-    """The small EM3 of the other tests."""
-    return em3_config(folder, **settings)

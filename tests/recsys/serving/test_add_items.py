@@ -30,7 +30,8 @@ from recsys.serving.new_items.added_items import AddedItems
 from recsys.serving.new_items.item_encoder import ItemEncoder
 from recsys.serving.package import read_manifest, write_manifest
 from tests.datasets import item_rows, png, write_dataset
-from tests.recsys.serving.serving_runs import exported, requests, small_config
+from tests.recsys.em3_runs import em3_config
+from tests.recsys.serving.serving_runs import exported, requests
 
 NEW = [100, 101, 102]  # rows 30, 31, 32 of the table; row 33 is that of unknown ids
 EDITED, UNCHANGED = 5, 7
@@ -40,7 +41,7 @@ PICTURE = png(np.random.default_rng(3))
 
 
 def config_of(folder: Path, fusion: str) -> Any:
-    config = small_config(folder)
+    config = em3_config(folder)
     poster = ModalitySettings("image", "poster", encoder="random:vit", image_size=32)
     content = replace(config.content, modalities=config.content.modalities | {"poster": poster})
     return replace(config, content=replace(content, fusion=replace(content.fusion, name=fusion)))

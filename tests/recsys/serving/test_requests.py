@@ -44,8 +44,8 @@ def reader() -> RequestReader:
 
 
 def test_null_is_the_unknown_id_of_a_column_with_a_vocabulary() -> None:
-    user, seen = USER | {"shop": None, "query": ["a", None]}, HISTORY | {"seen": [None, "eve"]}
-    rows: RequestRows = reader()(user, seen, ["eve"])
+    user, history = USER | {"shop": None, "query": ["a", None]}, HISTORY | {"seen": [None, "eve"]}
+    rows: RequestRows = reader()(user, history, ["eve"])
     assert rows.histories[0].ids["seen"].tolist() == [3, 2]
     assert rows.pooled["shop"].rows.tolist() == [5]
     null_row = HashVocabulary(7, 2).rows_of(pa.array([NULL_ID]))[0].tolist()

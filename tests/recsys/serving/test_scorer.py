@@ -54,16 +54,6 @@ def test_scores_equal_those_of_predict(package_run: Run, scorer: Scorer) -> None
     np.testing.assert_allclose(np.concatenate(scores), package_run[2], rtol=0, atol=1e-6)
 
 
-def test_candidates_scored_together_equal_one_by_one(package_run: Run, scorer: Scorer) -> None:
-    request = next(requests(package_run[0] / "data"))
-    items = list(range(30))
-
-    together = scorer.score(request["user"], request["history"], items)
-
-    alone = [scorer.score(request["user"], request["history"], [item]) for item in items]
-    np.testing.assert_allclose(together, np.concatenate(alone), rtol=0, atol=1e-6)
-
-
 def test_a_process_without_a_process_group_scores(package_run: Run) -> None:
     process = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", ALONE, str(package_run[1])],
