@@ -107,17 +107,13 @@ def load_for_export(run: Path, out: Path, ranks: Ranks, data: str | None) -> Job
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """Computations of a package.
+    """Computations of a package."""
 
-    ranking: the ranking model, or a part of it. pooled, dense: the columns that it reads.
-    reads_targets: it reads the content of ranked items. compiles: also write its machine code.
-    """
-
-    ranking: nn.Module
-    pooled: list[str]
+    ranking: nn.Module  # the ranking model, or a part of it
+    pooled: list[str]  # columns that it reads
     dense: list[str]
-    reads_targets: bool = True
-    compiles: Compile = False
+    reads_targets: bool = True  # it reads the content of ranked items
+    compiles: Compile = False  # also write its machine code
 
 
 def write_package(

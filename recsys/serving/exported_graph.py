@@ -153,10 +153,7 @@ def export_graph(
 
 
 def _require_any_length(program: ExportedProgram, inputs: RankingInputs) -> None:
-    """Raise a ValueError if the graph fixes a number of candidates, history items or events.
-
-    torch.export fixes or bounds a number in silence where the model branches on it.
-    """
+    """Refuse what torch.export does in silence where a model branches: fix or bound a number."""
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     for argument, rows in zip(program.graph_signature.user_inputs, _names_of_rows(inputs)):
         length = values[argument].shape[0]
@@ -241,11 +238,7 @@ def compile_if_possible(program: ExportedProgram, path: Path, option: Compile) -
 
 
 def compile_graph(program: ExportedProgram, path: Path) -> dict[str, str]:
-    """Compile an exported graph, compare both, and return what the code needs, for a manifest.
-
-    Raises:
-        ValueError: the graph cannot be compiled, or the code gives other numbers.
-    """
+    """Compile an exported graph, compare both, and return what the code needs, for a manifest."""
     try:
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
         assert program.example_inputs is not None
@@ -281,7 +274,6 @@ def load_graph(path: Path, previous: Graph | None = None) -> Graph:
 
 
 def _this_machine() -> dict[str, str]:
-    """Return what compiled code depends on."""
     return {
         "machine": platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

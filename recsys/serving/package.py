@@ -45,32 +45,24 @@ class BaseManifest:
 
 @dataclass
 class Manifest(BaseManifest):
-    """Contents of a package.
-
-    labels: names of the outputs. pooled, dense, parallel: columns in the order of the graph.
-    tables: layout of each table's file, by table; content: layouts of the files `target` and
-    `history`, none without content. searches: the graph also reads the candidates' vectors in the
-    memory bank. bounded: tables whose map of raw ids was learned in training. content_histories:
-    further histories whose content is read. entry_shapes: shape of an item's entries by modality.
-    compiled: what the machine code needs. added: number and layout of the items added.
-    """
+    """Contents of a package."""
 
     run: str
     ranking: str
-    labels: list[str]
-    pooled: list[str]
+    labels: list[str]  # names of the outputs
+    pooled: list[str]  # columns in the order of the graph
     dense: list[str]
     parallel: list[str]
     target_item: str
     history: str | None
-    tables: dict[str, dict[str, Any]]
-    content: dict[str, dict[str, Any]]
-    searches: bool
-    bounded: list[str]
-    content_histories: list[str] = field(default_factory=list)
-    entry_shapes: dict[str, list[int]] = field(default_factory=dict)
-    compiled: dict[str, str] = field(default_factory=dict)
-    added: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, dict[str, Any]]  # layout of each table's file
+    content: dict[str, dict[str, Any]]  # layouts of the files `target` and `history`
+    searches: bool  # the graph also reads the candidates' vectors in the memory bank
+    bounded: list[str]  # tables whose map of raw ids was learned in training
+    content_histories: list[str] = field(default_factory=list)  # further ones with content
+    entry_shapes: dict[str, list[int]] = field(default_factory=dict)  # of an item, by modality
+    compiled: dict[str, str] = field(default_factory=dict)  # what the machine code needs
+    added: dict[str, Any] = field(default_factory=dict)  # number and layout of added items
 
 
 M = TypeVar("M", bound=BaseManifest)

@@ -23,29 +23,22 @@ from recsys.serving.shared_history import SharedHistory
 
 @dataclass
 class RankingInputs:
-    """Inputs of the graph, in the order of its arguments.
+    """Inputs of the graph, in the order of its arguments."""
 
-    pooled: one [N, D_table] per pooled feature; dense: [N, F]; target: [N, D]; history: [L, D];
-    parallel: [L, P]; target_items: int64 [N]; history_items: int64 [L]; target_content: [N, E] and
-    history_content: [L, E], E = 0 without content; target_in_bank: [N, E], the memory bank's vector
-    of each candidate, by which long histories are searched; [N, 0] if they are not. further: one
-    [K, D] per further history, of K events of its own; further_parallel: one [K, P] each;
-    further_content: one [K, E] each, [K, 0] if its content is not read.
-    """
-
-    pooled: list[Tensor]
-    dense: Tensor
-    target: Tensor
-    history: Tensor
-    parallel: Tensor
-    target_items: Tensor
-    history_items: Tensor
-    target_content: Tensor
-    history_content: Tensor
-    target_in_bank: Tensor
-    further: list[Tensor] = field(default_factory=list)
-    further_parallel: list[Tensor] = field(default_factory=list)
-    further_content: list[Tensor] = field(default_factory=list)
+    pooled: list[Tensor]  # one [N, D_table] per pooled feature
+    dense: Tensor  # [N, F]
+    target: Tensor  # [N, D]
+    history: Tensor  # [L, D]
+    parallel: Tensor  # [L, P]
+    target_items: Tensor  # int64 [N]
+    history_items: Tensor  # int64 [L]
+    target_content: Tensor  # [N, E], E = 0 without content
+    history_content: Tensor  # [L, E]
+    target_in_bank: Tensor  # [N, E] of the memory bank to search by; [N, 0] without a search
+    # One per further history of K events; [K, 0] if its content is not read.
+    further: list[Tensor] = field(default_factory=list)  # [K, D]
+    further_parallel: list[Tensor] = field(default_factory=list)  # [K, P]
+    further_content: list[Tensor] = field(default_factory=list)  # [K, E]
 
     def arguments(self) -> tuple[object, ...]:
         """Return the graph's arguments; the last three only with further histories."""

@@ -86,11 +86,7 @@ class RequestReader:
     def __call__(
         self, user: Values, history: Values | Sequence[Any], candidates: Values | Sequence[Any]
     ) -> RequestRows:
-        """Return the rows of a request; `Scorer.score` describes its parts.
-
-        Raises:
-            ValueError: names the column with a missing, unknown or unusable value.
-        """
+        """Return the rows of a request, as `Scorer.score` describes it; errors name a column."""
         if not isinstance(user, Mapping):
             raise ValueError(f"user: is {type(user).__name__}; give a mapping of column to value")
         item = self.schema.target_item

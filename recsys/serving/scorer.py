@@ -220,7 +220,6 @@ class Scorer:
         return total
 
     def _pooled(self, name: str, column: TableRows, num_rows: int) -> Tensor:  # [N, D]
-        """Return the sum of the vectors of each value, for every candidate."""
         vectors = self._vectors(self.schema.table_of(name), column.rows)
         lengths = torch.from_numpy(np.asarray(column.lengths, np.int64))
         sums = torch.segment_reduce(vectors, "sum", lengths=lengths, initial=0.0)

@@ -21,17 +21,13 @@ from torch import Tensor
 
 @dataclass
 class SharedHistory:
-    """The same history for each candidate; the methods are those of `JaggedHistory`.
+    """The same history for each candidate; the methods are those of `JaggedHistory`."""
 
-    places: int64 [N, L], the item at each place of each row; None: all items, in their order.
-    mask: bool [N, L], the places that count; None: all. num_rows: N; num_items: U.
-    """
-
-    num_rows: int
-    num_items: int
+    num_rows: int  # N
+    num_items: int  # U
     device: torch.device
-    places: Tensor | None = None
-    mask: Tensor | None = None
+    places: Tensor | None = None  # int64 [N, L], the item at each place; None: all, in order
+    mask: Tensor | None = None  # bool [N, L], the places that count; None: all
     # Places that `highest` and `latest` have returned, and which of them count.
     _selected: list[tuple[Tensor, Tensor | None]] = field(default_factory=list, repr=False)
 

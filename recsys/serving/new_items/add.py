@@ -89,7 +89,6 @@ def add_items(package: Path, items: str) -> AddedCounts:
 
 
 def _require_encoder(package: Path, manifest: Manifest) -> None:
-    """Require a package with content, whose files besides tables and graph are whole."""
     if not manifest.entry_shapes:
         raise ValueError(
             f"{package}: its model reads no content, so an item is known by its ID alone; ids that "
@@ -128,7 +127,6 @@ def _open_items(package: Path, previous: AddedItems, files: Location) -> tuple[I
 def _compare(
     index: np.ndarray, exported: np.ndarray, previous: np.ndarray, table: ItemTable
 ) -> tuple[np.ndarray, np.ndarray]:  # bool [N] each
-    """Return which items of an index are new, and which have changed content."""
     stored = np.zeros(len(index), index.dtype)
     is_new = np.ones(len(index), bool)
     for part in (exported, previous):

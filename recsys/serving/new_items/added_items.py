@@ -172,7 +172,6 @@ def lookup(index: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _flush(path: Path) -> None:
-    """Write a file or folder to the disk, safe from a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

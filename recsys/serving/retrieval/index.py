@@ -38,11 +38,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:  # [I, V] -> [I, V]
 
 
 def build_index(vectors: np.ndarray, kind: IndexKind) -> Any:  # float32 [I, V]
-    """Build an index of vectors by dot product.
-
-    `flat` compares all; `ivf` those in the nearest of some clusters; `hnsw` follows a graph of
-    neighbours.
-    """
+    """Build an index by dot product: of all vectors, of clusters, or a graph of neighbours."""
     faiss = require_faiss()
     num_items, dim = vectors.shape
     clusters = max(1, min(int(IVF_CLUSTERS * math.sqrt(num_items)), num_items))

@@ -38,13 +38,7 @@ VECTORS, ITEMS, INDEX, QUERIES = "vectors.npy", "items.parquet", "index.faiss", 
 
 @dataclass
 class VectorsManifest(BaseManifest):
-    """Contents of a folder of item vectors.
-
-    ranking: the model's name. vectors: content or item_tower. num_items, dim: size of the vectors.
-    target_item, history: columns of the schema. index: kind of the index; None without one.
-    normalized: vectors in the index have length one, so that it compares cosines. tower: size and
-    hashes of the user tower's graph; empty without one.
-    """
+    """Contents of a folder of item vectors."""
 
     run: str
     ranking: str
@@ -54,8 +48,8 @@ class VectorsManifest(BaseManifest):
     target_item: str
     history: str | None
     index: IndexKind | None
-    normalized: bool
-    tower: dict[str, Any] = field(default_factory=dict)
+    normalized: bool  # vectors in the index have length one, so that it compares cosines
+    tower: dict[str, Any] = field(default_factory=dict)  # size and hashes of the tower's graph
 
 
 @dataclass(frozen=True)

@@ -81,12 +81,7 @@ class Retriever:
 
     @staticmethod
     def load(folder: str | Path, verify: bool = True) -> Retriever:
-        """Load a folder of vectors; compare the hashes of its files, or only their sizes.
-
-        Raises:
-            ValueError: the folder is none, a file of it differs (it is named), it has no index, or
-                FAISS is not installed.
-        """
+        """Load a folder with an index; compare the hashes of its files, or only their sizes."""
         folder = Path(folder)
         what, command = "folder of item vectors", "recsys export-vectors"
         manifest = read_manifest_of(folder, VectorsManifest, what, command, verify)

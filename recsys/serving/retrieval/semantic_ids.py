@@ -154,17 +154,14 @@ def format_collisions(report: dict[str, Any]) -> str:
 
 @dataclass
 class SemanticManifest(BaseManifest):
-    """Contents of a folder of semantic ids.
-
-    model: hash of the model whose content vectors were clustered. levels, codes, dim: L, C and D.
-    """
+    """Contents of a folder of semantic ids."""
 
     run: str
-    model: str | None
+    model: str | None  # hash of the model whose content vectors were clustered
     target_item: str
-    levels: int
-    codes: int
-    dim: int
+    levels: int  # L
+    codes: int  # C
+    dim: int  # D
 
 
 def export_semantic_ids(
@@ -224,11 +221,7 @@ def export_semantic_ids(
 
 
 def load_codebooks(folder: Path, model: str | None = None) -> Codebooks:
-    """Load the codebooks of a folder of semantic ids, to give later items their codes.
-
-    Raises:
-        ValueError: the folder is none, a file differs, or its codes are of another model.
-    """
+    """Load the codebooks of a folder of semantic ids, whose model has this hash if one is given."""
     what, command = "folder of semantic ids", "recsys semantic-ids"
     manifest = read_manifest_of(folder, SemanticManifest, what, command, verify=True)
     if model is not None and manifest.model != model:
@@ -276,7 +269,6 @@ def _schema_without(root: Location, column: str) -> dict[str, Any]:
 
 
 def _write_file(file: Location, out: Path, schema: Schema, ids: pa.Table, column: str) -> None:
-    """Write a file of rows with the new column, a row group at a time."""
     items, lists = ids[schema.target_item].combine_chunks(), ids[column].combine_chunks()
     writer: pq.ParquetWriter | None = None
     with open_parquet(file) as parquet:

@@ -56,11 +56,7 @@ class QueryVectors(nn.Module):
 
 
 def write_user_tower(run: Path, job: Job, folder: Path) -> Manifest:
-    """Write the package of a two_tower run's user tower into an empty folder.
-
-    Raises:
-        ValueError: the model is no two_tower, or its queries depend on the ranked item.
-    """
+    """Write the package of a two_tower run's user tower into an empty folder."""
     towers, further = job.em3.ranking, job.em3.further_histories
     if not isinstance(towers, TwoTower):
         raise ValueError(

@@ -118,10 +118,7 @@ def _described_body(kind: type[BaseModel]) -> dict[str, Any]:
 
 
 def _describe(app: FastAPI, name: str, package: LoadedPackage) -> None:
-    """Complete the description in OpenAPI: messages, model and columns.
-
-    Columns are those of the first `package`; a package that replaces it may have others.
-    """
+    """Complete the description in OpenAPI: messages, model, and columns of the first package."""
     document = app.openapi()
     schemas = document["components"]["schemas"]
     for kind in (InferRequest, RankRequest):

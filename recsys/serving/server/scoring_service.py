@@ -188,7 +188,6 @@ class ScoringService:
 
 
 def _lower_priority() -> None:
-    """Let the threads that answer requests run before this one where cores are few."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADER_NICENESS)
 
 
