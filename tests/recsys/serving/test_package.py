@@ -37,20 +37,13 @@ def write_package(folder: Path) -> None:
     write_manifest(folder, manifest)
 
 
-@pytest.mark.parametrize("name", ["graph.pt2", "tables/item.vectors"])
-@pytest.mark.parametrize("change", ["removed", "cut short", "other bytes"])
-def test_a_file_that_differs_is_refused_by_name(tmp_path: Path, name: str, change: str) -> None:
-    folder = tmp_path / "package"
+def test_a_file_that_differs_is_refused_by_name(tmp_path: Path) -> None:
+    folder, path = tmp_path / "package", tmp_path / "package" / "tables" / "item.vectors"
     write_package(folder)
     assert read_manifest(folder).labels == ["liked"]
-    path = folder / name
-    if change == "removed":
-        path.unlink()
-    elif change == "cut short":
-        path.write_bytes(path.read_bytes()[:-1])
-    else:
-        path.write_bytes(path.read_bytes()[::-1])
+    path.write_bytes(path.read_bytes()[::-1])
 
+    assert read_manifest(folder, verify=False).labels == ["liked"]
     with pytest.raises(ValueError, match=str(path)):
         read_manifest(folder)
 
