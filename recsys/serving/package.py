@@ -1,10 +1,9 @@
 """A package: the files that answer requests, listed with their sizes and hashes in a manifest.
 
-`manifest.json` describes the package; `schema.yaml` and `vocabulary/` have the columns of the
-run; `graph.pt2` is the ranking model by torch.export, and `compiled.pt2` its machine code, if it
-was compiled; `tables/*.vectors` are the ID tables and `content/*.vectors` the content vectors of
-the items; `request.json` is an example. `items/` has the encoder of further items, `added/` those
-that were added.
+`schema.yaml` and `vocabulary/` have the columns of the run. `graph.pt2` is the ranking model by
+torch.export, `compiled.pt2` its machine code, if it was compiled. `tables/*.vectors` are the ID
+tables, `content/*.vectors` the content vectors of the items. `request.json` is an example. `items/`
+has the encoder of further items, `added/` the added ones.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The history of one user for many candidates, with the arithmetic of `JaggedHistory`.
 
-A request ranks N candidates for one user. All N rows have the same history, so what `JaggedHistory`
-computes with an index over N * L places is a dense product here: the history's L vectors exist
-once, not once per candidate. Every operation can be traced by torch.export with N and L dynamic.
+A request ranks N candidates for one user, so all N rows have the same history. `JaggedHistory`
+computes with an index over N * L places; here these are dense products, as the L vectors of the
+history exist once. Every operation can be traced by torch.export with N and L dynamic.
 
 All rows have equally many places, also if they keep different numbers of items. Places of items
 that a row does not keep are marked, and count in no sum, maximum or softmax.

@@ -1,7 +1,7 @@
 """Item vectors: what `recsys export-vectors` writes and `recsys retrieve` reads.
 
 `vectors.npy` has the vectors, `items.parquet` the raw id (`id`) and table row (`row`) of each, in
-the same order; `index.faiss` is the index, whose positions are these places; `manifest.json` lists
+the same order. `index.faiss` is the index; its positions are these places. `manifest.json` lists
 the files with their sizes and hashes. `queries/` is the package of the user tower; it has its own
 manifest, as items may be added to it.
 

@@ -4,9 +4,8 @@ Residual k-means, as in QARM (arXiv 2411.11739): the first codebook clusters the
 each further one clusters the residuals. Vectors are compared by direction. The codes of an item
 only depend on its vector and the codebooks, so that new items do not change the codes of others.
 
-`recsys semantic-ids` writes a folder: `items.parquet` has the raw id of each item and its semantic
-ids as a list, `codebooks.npy` the centres of each level, `collisions.json` the report,
-`manifest.json` the files with their hashes.
+`recsys semantic-ids` writes a folder. `items.parquet` has the raw id of each item and its semantic
+ids as a list. `codebooks.npy` has the centres of each level, `collisions.json` the report.
 
 Shapes: I items, D content dimension, L levels, C codes of a level.
 """

@@ -1,7 +1,7 @@
 """The user tower of a two-tower run as a package: requests -> query vectors.
 
-The package has the form of any other (`recsys.serving.package`); its graph returns a vector in
-place of logits, and it has only the tables and columns that this vector depends on.
+The package is like any other (`recsys.serving.package`), but its graph returns a vector in place
+of logits. It has only the tables and columns that this vector depends on.
 
 Shapes: N rows, V width of tower vectors, F dense features of the model.
 """
