@@ -99,8 +99,9 @@ def _requests(name: str, retriever: Retriever) -> Iterator[PlacedRequest]:
             number = 0
             for batch in parquet.iter_batches(REQUESTS_PER_BLOCK, columns=columns):
                 for row in batch.to_pylist():
-                    parts = ({name: row[name] for name in names} for names in (user, history))
-                    yield f"{file} row {number}", *parts
+                    values = {name: row[name] for name in user}
+                    lists = {name: row[name] for name in history}
+                    yield f"{file} row {number}", values, lists
                     number += 1
 
 
