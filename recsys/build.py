@@ -168,9 +168,8 @@ def build_job(
         root = Location.of(data)
         schema = schema or load_schema(root)
         config = with_opinion_groups(config, schema)
-        check_placement(
-            config.embedding, schema, ranks.device.type, ranks.world_size, ranks.local_world_size
-        )
+        world = ranks.device.type, ranks.world_size, ranks.local_world_size
+        check_placement(config.embedding, schema, *world)
         tables = table_configs(config, schema, mean_list_lengths(root, schema, rows))
     content, on_bad_row = content_settings(config.content), config.on_bad_row
     store, encoders, bank = build_content(content, root, schema, ranks, config.cache, on_bad_row)
@@ -180,22 +179,20 @@ def build_job(
         fuse_table_optimizers(em3, tables)
         choose_kernels(config.kernels, ranks.device.type)
         _cast_and_compile(em3, config.precision, config.compile, ranks.device)
-    embedding = config.embedding
+    embedding, optimization = config.embedding, config.optimizer
     table_sharders = sharders(*astuple(embedding.communication))  # forward, backward
     plan = _plan(em3, tables, config.batch_size, embedding, ranks, table_sharders)
     plan_text = format_plan(plan, tables)  # before the copies of tables change its ranks
     model = _distributed(em3, ranks, plan, table_sharders, embedding.parallel.copies)
-    optimizer, dense = build_dense_optimizer(
-        model, dense_groups(config.optimizer), config.optimizer
-    )
-    averages = build_averages(model, config.optimizer)
-    update = DenseUpdate(optimizer, dense, config.optimizer.clip_norm, averages)
+    optimizer, dense = build_dense_optimizer(model, dense_groups(optimization), optimization)
+    averages = build_averages(model, optimization)
+    update = DenseUpdate(optimizer, dense, optimization.clip_norm, averages)
     pipeline = _pipeline(model, update, embedding, config.accumulate_steps, ranks.device)
     bounded = [table for table in tables if table.name in schema.tables_with("bounded")]
     reset = _row_reset(RowReset(model, bounded, config.seed), schema, bank, ranks.device)
     features, deduplicates = pooled_features(embedding, schema), embedding.index_dedup
     vocabularies = BoundedVocabularies(schema, features, ranks.group, reset, deduplicates)
-    sampler = _sampler(config.ranking, schema)
+    parts = content, store, bank, vocabularies, ranks.group, _sampler(config.ranking, schema)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
     return Job(
         config,
@@ -205,13 +202,11 @@ def build_job(
         store,
         model,
         optimizer,
-        build_schedule(dense, config.optimizer),
+        build_schedule(dense, optimization),
         update,
         pipeline,
         vocabularies,
-        BatchPreparation(
-            content, store, bank, vocabularies, ranks.group, sampler, deduplicates, config.seed
-        ),
+        BatchPreparation(*parts, deduplicates, config.seed),
         plan=plan_text,
         parameters=describe_optimizers(model, tables, dense),
         train_folder=rows,
