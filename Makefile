@@ -38,11 +38,11 @@ install-dev:
 
 # The schema is the last file that prepare writes: with it the dataset is whole.
 $(DATA)/schema.yaml: | install
-	$(VENV)/bin/recsys prepare movielens --history_length 200 --out $(DATA)
+	$(VENV)/bin/recsys prepare movielens --history-length 200 --out $(DATA)
 
 train: install $(DATA)/schema.yaml
 	$(VENV)/bin/torchx run -s local_cwd launch/components.py:train --nproc $(NPROC) -- \
-		--config $(CONFIG) --data $(DATA) --out $(RUN) --overwrite true \
+		--config $(CONFIG) --data $(DATA) --out $(RUN) --overwrite \
 		$(if $(COMPARE),--compare $(COMPARE))
 
 # --dev has the packages of the server.

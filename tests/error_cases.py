@@ -367,7 +367,7 @@ SECTIONS: dict[str, list[Case]] = {
         movielens("MovieLens: a rating of 50", "7,1,50,1\n", "rating", "row 1", "50.0"),
         movielens("MovieLens: no ratings", "", "ratings.csv"),
         Case(
-            "MovieLens: `--history_length 0`",
+            "MovieLens: `--history-length 0`",
             lambda folder: prepare_movielens(None, folder / "data", history_length=0),
             ("history_length", "0"),
         ),

@@ -104,7 +104,7 @@ def require_table_state(job: Job, checkpoint: Path | None) -> None:
         raise ValueError(
             f"embedding.tables.{next(iter(rules))}.new_rows: the run has its best model only, "
             "without the optimizer state that tells trained rows from others; bring back its last "
-            "checkpoint, or train anew with --overwrite true"
+            "checkpoint, or train anew with --overwrite"
         )
 
 

@@ -116,7 +116,7 @@ def check_config(stored: dict[str, Any], config: Config, where: str) -> None:
         raise ValueError(
             f"{where}: written with another configuration; these settings differ: "
             f"{', '.join(differing)}. Set them back, choose another --out, or start anew with "
-            "--overwrite true"
+            "--overwrite"
         )
 
 
@@ -126,5 +126,5 @@ def check_equal(name: str, stored: Any, current: Any, where: str) -> None:
         raise ValueError(
             f"{where}: {name} changed since it was written (then {stored}, now {current}), so its "
             "position and weights mean nothing; bring them back, choose another --out, or start "
-            "anew with --overwrite true"
+            "anew with --overwrite"
         )

@@ -230,7 +230,7 @@ class Checkpoints:
         if faults:
             raise ValueError(
                 f"{self.folder}: no checkpoint is whole ({'; '.join(faults)}); bring one back, or "
-                "start anew with --overwrite true"
+                "start anew with --overwrite"
             )
         return None
 

@@ -67,7 +67,7 @@ def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool
         return exists
     if resume == "must" and overwrite:
         raise ValueError(
-            "--resume must continues a run and --overwrite true replaces it; give one of them"
+            "--resume must continues a run and --overwrite replaces it; give one of them"
         )
     if resume == "must" and not exists:
         raise ValueError(
@@ -76,9 +76,7 @@ def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool
     if overwrite:
         return False
     if (finished or exists) and (resume == "never" or not exists):  # or only its model is left
-        raise ValueError(
-            f"{run}: holds a run already; choose another --out or pass --overwrite true"
-        )
+        raise ValueError(f"{run}: holds a run already; choose another --out or pass --overwrite")
     return exists
 
 

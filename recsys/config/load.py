@@ -20,11 +20,11 @@ from typing import Any, get_type_hints
 import yaml
 from jsonargparse import ActionConfigFile, Namespace, set_parsing_settings
 
+from recsys.config.cached_copy import cached_copy
 from recsys.config.checks import validate
 from recsys.config.parser import Parser, config_first, with_underscores
 from recsys.config.plain_yaml import RefusedYaml, load_plain_yaml, recipe_file
 from recsys.config.ranking import DEFAULT_MODEL, check_keys, own_keys, settings_class
-from recsys.config.remembered import remembered
 from recsys.config.run import CONFIG_NAMES, Config
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -93,7 +93,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     return config_from(namespace)
 
 
-@remembered
+@cached_copy
 def config_of_plain(plain: dict[str, Any]) -> Config:
     """Invert `to_plain`: return the `Config`, with defaults for missing settings.
 

@@ -65,13 +65,15 @@ class ServerSettings:
         lowest = {"port": 0, "grpc_port": 0, "workers": 1, "threads": 1} | seconds
         for name in seconds:
             if (value := getattr(self, name)) > LONGEST_SECONDS:
-                raise ValueError(f"--{name}: is {value}; give at most {LONGEST_SECONDS}")
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: is {value}; give at most {LONGEST_SECONDS}"
+                )
         for name, least in lowest.items():
             if (value := getattr(self, name)) < least:
-                raise ValueError(f"--{name}: is {value}; give at least {least}")
+                raise ValueError(f"--{name.replace('_', '-')}: is {value}; give at least {least}")
         for name, value in vars(self.limits).items():
             if value < 1:
-                raise ValueError(f"--{name}: is {value}; give at least 1")
+                raise ValueError(f"--{name.replace('_', '-')}: is {value}; give at least 1")
         if self.token is not None and (not self.token.isascii() or not self.token.isprintable()):
             raise ValueError("--token: has characters that no header may have; use ASCII")
         if self.token == "":

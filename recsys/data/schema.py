@@ -41,9 +41,9 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary
+from recsys.config.cached_copy import cached_copy
 from recsys.config.parser import Parser, problem_of
 from recsys.config.plain_yaml import load_plain_yaml
-from recsys.config.remembered import remembered
 from recsys.data.schema_columns import (
     Column,
     HistoryColumns,
@@ -205,7 +205,7 @@ def read_schema(root: Location) -> Schema:
     return parse_schema(content, str(path))
 
 
-@remembered
+@cached_copy
 def parse_schema(content: Any, place: str) -> Schema:
     """Return the schema of plain values, as `schema.yaml` has them; `place` names their file."""
     parser = Parser(exit_on_error=False)

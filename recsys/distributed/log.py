@@ -1,6 +1,6 @@
 """Set up Python's `logging` for the ranks of a job.
 
-Rank 0 logs from INFO on and the others from WARNING on, unless `--log_level` is set. Lines
+Rank 0 logs from INFO on and the others from WARNING on, unless `--log-level` is set. Lines
 go to standard output: plain text for people, or one JSON object per line. Tables for people are
 printed by `print_table`, on rank 0 alone. Both are written above a `progress_bar`, if one is drawn.
 """

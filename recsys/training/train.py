@@ -234,7 +234,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
     if best["step"] != progress.best_step:
         raise ValueError(
             f"{run}/checkpoints/best: is of step {best['step']}, but the best of this run is of "
-            f"step {progress.best_step}; train on with more epochs, or anew with --overwrite true"
+            f"step {progress.best_step}; train on with more epochs, or anew with --overwrite"
         )
     with job.ranks.raise_on_all_ranks():
         model = model_of(run)

@@ -144,7 +144,7 @@ def _start(builder: Any, master: str) -> Any:
     except Exception as error:
         first = str(error).splitlines()[:1]
         raise ValueError(
-            f"--spark_master {master}: Spark does not start {first}; is Java 17 installed?"
+            f"--spark-master {master}: Spark does not start {first}; is Java 17 installed?"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Runs `recsys explain-data DATA [--on_bad_row skip] [--json FILE]`: tables, and warnings last."""
+"""Runs `recsys explain-data DATA [--on-bad-row skip] [--json FILE]`: tables, and warnings last."""
 
 from __future__ import annotations
 

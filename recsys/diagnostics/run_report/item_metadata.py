@@ -127,7 +127,7 @@ def category_column(files: Sequence[Location], column: str | None) -> str | None
         if column is None:
             return None
         raise ValueError(
-            f"--colour_by {column}: the dataset has no items with columns; leave the option out"
+            f"--colour-by {column}: the dataset has no items with columns; leave the option out"
         )
     kinds = column_types(files)
     if column is None:
@@ -136,7 +136,7 @@ def category_column(files: Sequence[Location], column: str | None) -> str | None
         usable = [name for name, kind in kinds.items() if _is_category(kind)]
         cause = f"is of type {kinds[column]}" if column in kinds else "is missing"
         raise ValueError(
-            f"{files[0]}: column '{column}' {cause}; name by --colour_by one of texts or integers: "
+            f"{files[0]}: column '{column}' {cause}; name by --colour-by one of texts or integers: "
             f"{usable}"
         )
     return column

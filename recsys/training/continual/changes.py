@@ -126,5 +126,5 @@ def check_items(job: Job, plan: WarmStartPlan) -> None:
                 f"{job.root}/items: {changed.edited:,} of {changed.num_known:,} known items have "
                 f"other content than in {source.request.run}, a larger share than {allowed:g}: "
                 "their ids seem to mean other items now; bring the ids back, or set "
-                "--continual.edited_items 1 if the texts or pictures were revised"
+                "--continual.edited-items 1 if the texts or pictures were revised"
             )

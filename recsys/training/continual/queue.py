@@ -125,7 +125,7 @@ def waiting_for(root: Location, partition: Partition, quiet_seconds: float | Non
     if has_success(root, partition):
         return None
     if quiet_seconds is None:
-        return f"{root / partition.folder}/{SUCCESS} (or set --continual.quiet_seconds)"
+        return f"{root / partition.folder}/{SUCCESS} (or set --continual.quiet-seconds)"
     is_written = unfinished_file(root, partition) is not None
     if is_written or seconds_quiet(root, partition) < quiet_seconds:
         return f"{quiet_seconds:g} seconds without a change of {root / partition.folder}"

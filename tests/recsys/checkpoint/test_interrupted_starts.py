@@ -190,7 +190,7 @@ def test_overwrite_and_never_count_for_all_but_the_restarts_of_the_job_that_bega
         if goes_on:
             assert find_start(run, "never", False, ranks)
         else:
-            with pytest.raises(ValueError, match="--overwrite true"):
+            with pytest.raises(ValueError, match="--overwrite"):
                 find_start(run, "never", False, ranks)
 
 

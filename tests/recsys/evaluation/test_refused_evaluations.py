@@ -141,5 +141,5 @@ def test_a_column_that_cannot_colour_maps_is_refused_before_the_model_is_loaded(
     words: str,
 ) -> None:
     monkeypatch.setattr(command, "load_run", not_called)
-    with pytest.raises(ValueError, match=rf"items/part-0\.parquet: column {words}.*--colour_by"):
+    with pytest.raises(ValueError, match=rf"items/part-0\.parquet: column {words}.*--colour-by"):
         report_run(trained.run, None, tmp_path / "page.html", alone, "cpu", column)

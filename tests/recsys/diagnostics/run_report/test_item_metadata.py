@@ -103,7 +103,7 @@ def test_integers_are_categories_and_zero_is_one(tmp_path: Path) -> None:
 
 
 def test_a_column_chosen_without_items_is_refused() -> None:
-    with pytest.raises(ValueError, match="--colour_by brand: "):
+    with pytest.raises(ValueError, match="--colour-by brand: "):
         category_column([], "brand")
 
 

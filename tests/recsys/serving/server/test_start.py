@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[4]
     ("words", "message"),
     [
         (["--workers", "0"], "--workers: is 0"),
-        (["--max_history", "0"], "--max_history: is 0"),
+        (["--max_history", "0"], "--max-history: is 0"),
         (["--drain", "-1"], "--drain: is -1"),
-        (["--idle_timeout", "3000000"], "--idle_timeout: is 3000000; give at most"),
+        (["--idle_timeout", "3000000"], "--idle-timeout: is 3000000; give at most"),
         (["--token", ""], "--token"),
         (["--token", "naïve"], "--token"),
     ],

@@ -16,7 +16,7 @@ T = TypeVar("T")
 NUM_RESULTS = 8  # results of a function
 
 
-def remembered(parse: Callable[P, T]) -> Callable[P, T]:
+def cached_copy(parse: Callable[P, T]) -> Callable[P, T]:
     """Return a function that keeps its last results, and returns copies of them.
 
     Args:
@@ -24,7 +24,7 @@ def remembered(parse: Callable[P, T]) -> Callable[P, T]:
 
     Example::
 
-        @remembered
+        @cached_copy
         def parse(content: Any, place: str) -> Settings: ...
     """
     results: dict[str, T] = {}

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from recsys.config.remembered import NUM_RESULTS, remembered
+from recsys.config.cached_copy import NUM_RESULTS, cached_copy
 
 
 def test_equal_settings_are_parsed_once_and_returned_as_copies() -> None:
     calls = []
 
-    @remembered
+    @cached_copy
     def parse(content: dict[str, Any]) -> dict[str, Any]:
         calls.append(content)
         return {"parsed": [content["a"]]}
@@ -29,7 +29,9 @@ def test_equal_settings_are_parsed_once_and_returned_as_copies() -> None:
 
 @pytest.mark.parametrize(("one", "other"), [(1, True), (1, 1.0), (1, "1"), (None, "None")])
 def test_values_and_keys_of_other_types_are_parsed_by_themselves(one: Any, other: Any) -> None:
-    parse = remembered(lambda content: [(type(key), type(value)) for key, value in content.items()])
+    parse = cached_copy(
+        lambda content: [(type(key), type(value)) for key, value in content.items()]
+    )
     for key in ("a", one):
         assert parse({key: one}) == [(type(key), type(one))]
         assert parse({key: other}) == [(type(key), type(other))]
