@@ -160,11 +160,13 @@ def _summarize_split(
         for name in schema.of_kind("sequence")
         if schema.table_of(name) == schema.target_item
     ]
-    usable_rows, target_in_history, groups, pairs, distinct_rows = _row(
+    counts = _row(
         database,
-        f"SELECT count(*), count(*) FILTER ({' OR '.join(histories) or 'false'}), "
-        'count(DISTINCT "/group"), count(DISTINCT hash("/group", "/item")), '
-        f'count(DISTINCT "/row") FROM {split}',
+        "SELECT count(*) AS usable_rows, "
+        f"count(*) FILTER ({' OR '.join(histories) or 'false'}) AS target_in_history, "
+        f'count(DISTINCT "/group") AS {GROUPS}, '
+        f'count(DISTINCT hash("/group", "/item")) AS {quoted(PAIRS)}, '
+        f'count(DISTINCT "/row") AS {ROWS} FROM {split}',
     )
     ids = {
         name: _id_figures(database, schema, split, name)
@@ -179,12 +181,12 @@ def _summarize_split(
         bytes=sum(row_group.num_bytes for row_group in rows.row_groups),
         times=time_ranges(rows, schema),
         bad_rows=by_reason(rows.bad_rows.counts)[1],
-        usable_rows=usable_rows,
+        usable_rows=counts["usable_rows"],
         numbers=_number_figures(database, schema, split),
         ids=ids,
         lists=_list_lengths(database, schema, split),
-        distinct={GROUPS: groups, PAIRS: pairs, ROWS: distinct_rows},
-        target_in_history=target_in_history,
+        distinct={kind: counts[kind] for kind in (GROUPS, PAIRS, ROWS)},
+        target_in_history=counts["target_in_history"],
         item_counts=_item_counts(database, schema, split),
         shares={},
     )
@@ -201,27 +203,29 @@ def _copy_usable_rows(rows: ParquetRows, path: Path) -> None:
             writer.write_table(table)
 
 
-def _row(database: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
+def _row(database: duckdb.DuckDBPyConnection, query: str) -> dict[str, Any]:
     """Return the only row of a result."""
-    (row,) = database.sql(query).fetchall()
-    return tuple(row)
+    (row,) = database.sql(query).to_arrow_table().to_pylist()
+    return dict(row)
 
 
 def _number_figures(
     database: duckdb.DuckDBPyConnection, schema: Schema, split: str
 ) -> dict[str, dict[str, Any]]:
     """Return count, min, max, mean and deviation of the population by column."""
-    figures = {}
-    for name in (name for kind in NUMBERS for name in schema.of_kind(kind)):
-        number = f"CAST({quoted(name)} AS DOUBLE)"
-        values = _row(
+    figures = (
+        "count(x) AS count, min(x) AS min, max(x) AS max, avg(x) AS mean, "
+        "stddev_pop(x) AS deviation"
+    )
+    return {
+        name: _row(
             database,
-            "SELECT count(x), min(x), max(x), avg(x), stddev_pop(x) FROM "
-            f"(SELECT {number} AS x FROM {split}) WHERE NOT isnan(x)",
+            f"SELECT {figures} FROM (SELECT CAST({quoted(name)} AS DOUBLE) AS x FROM {split}) "
+            "WHERE NOT isnan(x)",
         )
-        names = ("count", "min", "max", "mean", "deviation")
-        figures[name] = dict(zip(names, values, strict=True))
-    return figures
+        for kind in NUMBERS
+        for name in schema.of_kind(kind)
+    }
 
 
 def _ids(schema: Schema, split: str, name: str) -> str:
@@ -236,13 +240,12 @@ def _id_figures(
     vocabulary = schema.vocabulary_of(name)
     is_exact = vocabulary is not None and vocabulary.kind == "exact"
     is_unknown = f"id = {schema.limit(name) - 1}" if is_exact else "false"
-    values = _row(
+    return _row(
         database,
-        f"SELECT count(id), min(id), max(id), count(*) FILTER ({is_unknown}), count(DISTINCT id) "
+        "SELECT count(id) AS count, min(id) AS least, max(id) AS greatest, "
+        f'count(*) FILTER ({is_unknown}) AS unknown, count(DISTINCT id) AS "distinct" '
         f"FROM ({_ids(schema, split, name)})",
     )
-    names = ("count", "least", "greatest", "unknown", "distinct")
-    return dict(zip(names, values, strict=True))
 
 
 def _list_lengths(
@@ -291,8 +294,8 @@ def _shares(
     if split.split != "train" and split.usable_rows:
         for share, column in (("of_known_groups", "/group"), ("in_train", "/row")):
             in_train = f"{quoted(column)} IN (SELECT {quoted(column)} FROM train)"
-            query = f"SELECT count(*) FROM {split.split} WHERE {in_train}"
-            shares[share] = _row(database, query)[0] / rows
+            query = f"SELECT count(*) AS n FROM {split.split} WHERE {in_train}"
+            shares[share] = _row(database, query)["n"] / rows
     return shares
 
 
@@ -317,7 +320,7 @@ def _table_uses(database: duckdb.DuckDBPyConnection, schema: Schema) -> dict[str
             if feature.kind in ("id", "ids", "sequence") and schema.table_of(name) == table
         ]
         ids = " UNION ALL ".join(_ids(schema, split, name) for split in SPLITS for name in names)
-        distinct = _row(database, f"SELECT count(DISTINCT id) FROM ({ids})")[0]
+        distinct = _row(database, f"SELECT count(DISTINCT id) AS n FROM ({ids})")["n"]
         vocabulary = column.vocabulary.kind if column.vocabulary is not None else None
         uses[table] = TableUse(column.num_embeddings, distinct, vocabulary)
     return uses
