@@ -69,16 +69,6 @@ def test_a_prepared_dataset_is_trained_predicted_exported_and_scored(
         round_trip(Path(folder), data.draw, alone)
 
 
-@pytest.mark.long
-@settings(FEW, max_examples=30)
-@given(data=st.data())
-def test_many_prepared_datasets_are_trained_predicted_exported_and_scored(
-    alone: Ranks, data: st.DataObject
-) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        round_trip(Path(folder), data.draw, alone)
-
-
 def round_trip(folder: Path, draw: Callable[[st.SearchStrategy], object], ranks: Ranks) -> None:
     data, run, package = folder / "data", folder / "run", folder / "package"
     prepare_events(write_case(folder, draw), data)

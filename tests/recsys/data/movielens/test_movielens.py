@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from recsys.data.movielens.prepare import SplitProtocol, format_summary, prepare_movielens
+from recsys.data.movielens.prepare import SplitProtocol, prepare_movielens
 from tests.datasets import png
 from tests.recsys.data.movielens.movielens_sources import (
     Rating,
@@ -111,14 +111,6 @@ def test_the_sample_has_the_figures_of_the_protocol(
     assert pq.read_table(out / "valid")["timestamp"].to_numpy().max() == 1498029445
 
 
-def test_a_split_has_row_groups_small_enough_to_share(
-    sample: tuple[Path, dict[str, dict[str, Any]]],
-) -> None:
-    metadata = pq.ParquetFile(sample[0] / "train" / "part-00000.parquet").metadata
-    sizes = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-    assert sizes == [8192] * 9 + [80669 - 9 * 8192]
-
-
 def test_the_schema_of_the_sample_names_its_columns_and_table_sizes(
     sample: tuple[Path, dict[str, dict[str, Any]]],
 ) -> None:
@@ -178,14 +170,6 @@ def test_plots_join_the_text_and_posters_keep_their_bytes_and_nulls(
     assert items["poster"].type == pa.binary()
     schema = yaml.safe_load((tmp_path / "out" / "schema.yaml").read_text())
     assert schema["items"]["columns"]["poster"] == {"kind": "image"}
-
-
-def test_the_summary_is_a_table_with_one_line_per_split(
-    sample: tuple[Path, dict[str, dict[str, Any]]],
-) -> None:
-    lines = format_summary(sample[1]).splitlines()
-    assert [line.split()[0] for line in lines] == ["split", "train", "valid", "test"]
-    assert lines[3].split() == ["test", "10,084", "40.94%", "74", "90.8%", "33.3%", "20.1%"]
 
 
 def replace_line(path: Path, number: int, line: str) -> None:

@@ -1,4 +1,4 @@
-"""Split protocols of MovieLens: rules against literal code, and datasets of the bundled sample."""
+"""Split protocols of MovieLens on the bundled sample: no leak, equal items, splits with rows."""
 
 from __future__ import annotations
 
@@ -154,55 +154,6 @@ def test_the_command_takes_protocol_and_history_length(
     for window in WINDOWS:
         histories = [row["history"] for row in read_split(tmp_path / "out" / window, "test")]
         assert max(map(len, histories)) == 3
-
-
-Places = dict[str, list[int]]  # places of the ratings, by split
-
-
-def splits_of(
-    folder: Path, users: list[int], times: list[int], split: SplitProtocol, dataset: str = ""
-) -> Places:
-    """Prepare ratings of one movie each, so that an item's row is the place of its rating."""
-    ratings: list[Rating] = [
-        (user, place, 4.0, time)
-        for place, (user, time) in enumerate(zip(users, times, strict=True))
-    ]
-    if not (folder / "out").exists():
-        movies = [(place, "movie", "Drama") for place in range(len(ratings))]
-        source = write_source(folder / "source", ratings, movies)
-        prepare_movielens(source, folder / "out", 10**30, split)
-    tables = {
-        name: pq.read_table(folder / "out" / dataset / name) for name in ("train", "valid", "test")
-    }
-    return {name: sorted(table["item"].to_pylist()) for name, table in tables.items()}
-
-
-def test_the_split_never_cuts_a_moment_in_two(tmp_path: Path) -> None:
-    # Places 0.8 * 19 and 0.9 * 19, rounded down, are 15 and 17: the moments 1 and 3.
-    times = [3, 4, 2, 3] + [1] * 16
-    splits = splits_of(tmp_path, [1] * 20, times, "global")
-    assert splits == {"train": list(range(4, 20)), "valid": [0, 2, 3], "test": [1]}
-
-
-def test_each_user_is_split_by_the_quantiles_of_the_users_own_times(tmp_path: Path) -> None:
-    rows, _ = tied_ratings(seed=3)
-    user, time = np.array([row[0] for row in rows]), np.array([row[3] for row in rows])
-    expected: Places = {"train": [], "valid": [], "test": []}
-    for row in range(len(user)):
-        first, second = np.quantile(time[user == user[row]], [0.8, 0.9], method="lower")
-        name = "train" if time[row] <= first else "valid" if time[row] <= second else "test"
-        expected[name].append(row)
-    assert splits_of(tmp_path, user.tolist(), time.tolist(), "user") == expected
-
-
-def test_windows_of_a_hundred_moments_are_tenths_of_them(tmp_path: Path) -> None:
-    # The quantile k / 10 of 0 ... 100 is 10 k.
-    for number in range(1, 6):
-        splits = splits_of(tmp_path, [1] * 101, list(range(101)), "rolling", f"window-{number}")
-        begin = 40 + 10 * number
-        assert splits["train"] == list(range(begin - 9))
-        assert splits["valid"] == list(range(begin - 9, begin + 1))
-        assert splits["test"] == list(range(begin + 1, begin + 11))
 
 
 @pytest.mark.parametrize(
