@@ -123,8 +123,10 @@ def count_by_reason(engine: SqlEngine, cases: dict[str, str], source: str) -> di
     numbered = " ".join(
         f"WHEN {condition} THEN {number}" for number, condition in enumerate(cases.values())
     )
-    case = f"CASE {numbered} ELSE {len(cases)} END" if cases else "0"
-    table = engine.table(f"SELECT {case} AS r, count(*) AS n FROM {source} GROUP BY 1 ORDER BY 1")
+    table = engine.table(
+        f"SELECT CASE {numbered} ELSE {len(cases)} END AS r, count(*) AS n FROM {source} "
+        "GROUP BY 1 ORDER BY 1"
+    )
     reasons = [*cases, ""]
     counts = zip(table["r"].to_pylist(), table["n"].to_pylist(), strict=True)
     return {reasons[number]: count for number, count in counts}
