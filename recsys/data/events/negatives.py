@@ -306,7 +306,9 @@ def add_negatives(
     kinds = [*(schema.field(name) for name in columns)]
     kinds += [pa.field("inumber", pa.int64()), pa.field(DRAWN_AS, pa.int64())]
     draw = DrawNegatives(settings, catalogue, num_items, labels, columns, pa.schema(kinds))
-    query = _chunk_query(config, settings, columns, datasets)
+    positive_rows = _positive_rows(labels[0], datasets)
+    since = config.arrival if settings.exclude == "past" else f"{-FOREVER}"
+    query = _chunk_query(columns, positive_rows, datasets, since)
     engine.add_mapped("draws", query, ["uid"], ["kind", "position"], draw)
     names = ", ".join(map(quoted, columns))
     engine.add(
@@ -315,7 +317,7 @@ def add_negatives(
         f"{', '.join(f'd.{quoted(name)}' for name in columns)}, c.iid, d.{DRAWN_AS} "
         "FROM draws d JOIN catalogue c ON d.inumber = c.inumber",
     )
-    positives = sum(count_rows(engine, rows) for rows in _positive_rows(config, datasets))
+    positives = sum(count_rows(engine, rows) for rows in positive_rows)
     missing = positives * settings.per_positive - count_rows(engine, "draws")
     other = {"train": 2, "valid": 1, "test": 1}
     conditions = {
@@ -351,15 +353,17 @@ def _make_catalogue(
 
 
 def _chunk_query(
-    config: EventsConfig, settings: Negatives, columns: list[str], datasets: Conditions
+    columns: list[str], positive_rows: tuple[str, str], datasets: Conditions, since: str
 ) -> str:
-    """Return SQL of each user's items taken, positives held out, and positives to draw for."""
-    train_rows, held_out_rows = _positive_rows(config, datasets)
+    """Return SQL of each user's items taken, positives held out, and positives to draw for.
+
+    `positive_rows` are those of train and of other splits; an item is taken from `since` on.
+    """
+    train_rows, held_out_rows = positive_rows
     # A split that is valid of one dataset and test of the one before has one number.
     held_out = [splits[split] for split in ("test", "valid") for splits in datasets.values()]
     cases = " ".join(f"WHEN {sql} THEN {number}" for number, sql in enumerate(held_out, 1))
     block = f"CASE {cases} ELSE 0 END"
-    since = config.arrival if settings.exclude == "past" else f"{-FOREVER}"
     pair_columns = {"uid": "t.uid", "ts": "t.since"}
     empty = ", ".join(f"{pair_columns.get(name, 'NULL')} AS {quoted(name)}" for name in columns)
     names = ", ".join(map(quoted, columns))
@@ -388,11 +392,10 @@ def _chunk_query(
     return " UNION ALL ".join(parts)
 
 
-def _positive_rows(config: EventsConfig, datasets: Conditions) -> tuple[str, str]:
+def _positive_rows(label: str, datasets: Conditions) -> tuple[str, str]:
     """Return SQL after FROM of the positive rows in train, and of those in valid or test."""
-    label = quoted(f"l_{next(iter(config.labels))}")
     train = [splits["train"] for splits in datasets.values()]
     held_out = [splits[split] for splits in datasets.values() for split in ("valid", "test")]
     tests = (" OR ".join(f"({sql})" for sql in part) for part in (train, held_out))
-    train_rows, held_out_rows = (f"rows WHERE {label} = 1 AND ({test})" for test in tests)
+    train_rows, held_out_rows = (f"rows WHERE {quoted(label)} = 1 AND ({test})" for test in tests)
     return train_rows, held_out_rows

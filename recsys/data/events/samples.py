@@ -44,7 +44,7 @@ def make_rows(engine: SqlEngine, config: EventsConfig) -> dict[str, int]:
             action.
     """
     required = _make_labelled(engine, config)
-    _check_given_labels(engine, config)
+    _check_given_labels(engine, config.labels)
     if not count_rows(engine, "labelled"):
         actions = config.rows or "any"
         raise ValueError(f"rows: no event has an action of {actions}; correct the names of actions")
@@ -53,7 +53,7 @@ def make_rows(engine: SqlEngine, config: EventsConfig) -> dict[str, int]:
     is_complete, reasons = complete_rows(engine, "labelled", required)
     query = f"SELECT {columns} FROM labelled WHERE {is_complete}"
     if config.split.by == "user":
-        engine.add("rows", user_columns(query, config))
+        engine.add("rows", user_columns(query, config.split.at))
     else:
         engine.view("rows", query)
     if not count_rows(engine, "rows"):
@@ -81,7 +81,7 @@ def complete_rows(
 
 def _make_labelled(engine: SqlEngine, config: EventsConfig) -> dict[str, str]:
     """Make the stage `labelled` of all rows; return the columns that a sample needs, by reason."""
-    _check_actions(engine, config)
+    _check_actions(engine, config.actions)
     actions = [IMPRESSION] if config.impressions is not None else config.rows
     engine.view("candidates", f"SELECT * FROM unique_events WHERE {actions_in(actions)}")
     attributed = {
@@ -178,11 +178,11 @@ def _attributed(engine: SqlEngine, labels: dict[str, Label], config: EventsConfi
     return "attributed"
 
 
-def _check_actions(engine: SqlEngine, config: EventsConfig) -> None:
+def _check_actions(engine: SqlEngine, settings: dict[str, list[str] | None]) -> None:
     """Raise a ValueError for a label of an action that no event has; warn of other such actions."""
     table = engine.table("SELECT DISTINCT action FROM unique_events ORDER BY action")
     present = table["action"].to_pylist()
-    for setting, actions in config.actions.items():
+    for setting, actions in settings.items():
         if absent := sorted(set(actions or ()) - set(present)):
             text = f"{setting}: no event has the action {absent}; the log has {present[:20]}"
             if setting.startswith("labels"):
@@ -190,9 +190,9 @@ def _check_actions(engine: SqlEngine, config: EventsConfig) -> None:
             logger.warning(text)
 
 
-def _check_given_labels(engine: SqlEngine, config: EventsConfig) -> None:
+def _check_given_labels(engine: SqlEngine, labels: dict[str, Label]) -> None:
     """Raise a ValueError for a label that is given as neither 0 nor 1."""
-    for name, label in config.labels.items():
+    for name, label in labels.items():
         if label.column is None or label.at_least is not None:
             continue
         column = quoted(f"l_{name}")

@@ -82,7 +82,7 @@ def _user_end(share: float | str) -> str:
     return f"CAST('{share}' AS DOUBLE) * (total - 1)"
 
 
-def user_columns(rows: str, config: EventsConfig) -> str:
+def user_columns(rows: str, shares: list[float | str]) -> str:
     """Return SQL that adds what a split by user needs to a query of rows.
 
     `older` and `total` count the user's earlier rows and all of them; `valid_begin` and
@@ -95,7 +95,7 @@ def user_columns(rows: str, config: EventsConfig) -> str:
     begins = ", ".join(
         f"min(CASE WHEN older > {_user_end(share)} THEN ts END) OVER (PARTITION BY uid) "
         f"AS {split}_begin"
-        for split, share in zip(SPLITS[1:], config.split.at, strict=False)
+        for split, share in zip(SPLITS[1:], shares, strict=False)
     )
     return f"SELECT *, {begins} FROM ({ordered})"
 
