@@ -31,12 +31,12 @@ from benchmarks.results import RESULTS, Result, write_result
 from recsys.config import ModalitySettings
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.filesystem import Location
 from recsys.data.interactions import Interactions, loader
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import Schema, load_schema
+from recsys.storage.location import Location
 
 AIM, AIM_HISTORY = 100_000, 50  # samples/s per core, content included
 MOST_WAITING = 0.02  # share of a step

@@ -42,7 +42,6 @@ from recsys.config.checks import validate
 from recsys.content.batch_preparation import BatchPreparation, chooses_items
 from recsys.content.build import build_content
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.filesystem import Location
 from recsys.data.items.content_store import ContentStore
 from recsys.data.negatives import NegativeSampler
 from recsys.data.parquet.bad_rows import OnBadRow
@@ -71,6 +70,7 @@ from recsys.optimizer import (
     set_updates,
 )
 from recsys.ranking.sim import load_item_categories
+from recsys.storage.location import Location
 
 SPLITS = ("train", "valid", "test")
 

@@ -17,13 +17,12 @@ from torch import nn
 from embeddings import TableConfig
 from launch import components
 from recsys.checkpoint.files import read_manifest as read_checkpoint
-from recsys.checkpoint.partitions.state import RunState, TrainedPartition
+from recsys.checkpoint.partitions import RunState, TrainedPartition
 from recsys.checkpoint.run_folder import find_start
 from recsys.commands.inputs import require_finished
 from recsys.config import ContentSettings, MetricSettings, load_config
 from recsys.content.encoders.pretrained import PretrainedEncoder
 from recsys.data.events.duckdb_engine import DuckDBEngine
-from recsys.data.filesystem import Location
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
 from recsys.data.movielens.prepare import prepare_movielens
@@ -38,6 +37,7 @@ from recsys.plug_in.model import with_content_optimizer
 from recsys.plug_in.settings import check, load_plug_in_settings
 from recsys.serving.package import read_manifest
 from recsys.serving.vector_file import VectorFileShape
+from recsys.storage.location import Location
 from recsys.storage.output_file import check_output, check_run_folder
 from recsys.training.continual.partitions import list_partitions
 from recsys.training.continual.queue import (

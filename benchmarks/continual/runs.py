@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.dataset import DatasetSize, write_dataset
 from benchmarks.quality.runs import Training, finish
-from recsys.checkpoint.partitions.state import ContinualFolder, newest_run
+from recsys.checkpoint.partitions import ContinualFolder, newest_run
 from recsys.config import ContinualSettings
 from recsys.data.item_frequency import ItemCounts
 from recsys.data.movielens.prepare import prepare_movielens

@@ -23,9 +23,9 @@ from typing import Any
 from benchmarks.quality.grid import Settings
 from benchmarks.results import ROOT
 from recsys.config import load_config, to_plain
-from recsys.data.filesystem import Location
 from recsys.distributed.job import environment_of_no_rank
 from recsys.evaluation.scores import scores_file
+from recsys.storage.location import Location
 
 RECIPE = ROOT / "recsys" / "recipes" / "movielens_multimodal.yaml"
 

@@ -20,11 +20,11 @@ from benchmarks.quality.grid import PEERS, RECIPE, Cell
 from benchmarks.quality.runs import Plan, Training
 from benchmarks.results import markdown_table, without_places
 from recsys.config import BestModelBy, load_config
-from recsys.data.filesystem import write_whole
 from recsys.evaluation.bootstrap import Interval, metric_users, paired_difference, pooled_metric
 from recsys.evaluation.metrics import LEAST_USERS, MARK_NOTE, marked
 from recsys.evaluation.model_selection import selection_words
 from recsys.evaluation.scores import SplitScores, read_scores, scores_file
+from recsys.storage.files import write_whole
 
 # Columns of a table: metric and part of the items.
 COLUMNS = {

@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 from jsonargparse import auto_cli
 
 from benchmarks.results import RESULTS, Result, write_result
-from recsys.data.filesystem import Location
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.metrics import grouped_auc
 from recsys.evaluation.predict import predict
@@ -29,6 +28,7 @@ from recsys.serving import Scorer
 from recsys.serving.export import export_run
 from recsys.serving.requests import request_columns
 from recsys.serving.vector_file import StoredType
+from recsys.storage.location import Location
 
 MOST_LOST = {"fp16": 0.0005, "int8": 0.001}
 MOST_DIFFERENT = 1e-6  # of fp32 from `recsys predict`

@@ -30,10 +30,10 @@ from jsonargparse import auto_cli
 
 from benchmarks.results import RESULTS, ROOT, Result, write_result
 from benchmarks.serving.server import served
-from recsys.data.filesystem import Location
 from recsys.data.schema import load_schema
 from recsys.serving import Scorer
 from recsys.serving.package import REQUEST
+from recsys.storage.location import Location
 
 MOST_SECONDS = 10.0
 TOLERANCE = 1e-6

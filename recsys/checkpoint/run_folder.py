@@ -14,7 +14,7 @@ from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint.files import BEST, file_digest, folders_to_continue, model_of
 from recsys.checkpoint.item_content import FOLDER, keep_item_content
-from recsys.checkpoint.partitions.state import STATE
+from recsys.checkpoint.partitions import STATE
 from recsys.checkpoint.run_schema import WARM_START, agree_on_id_types, write_run_schema
 from recsys.config import Resume, save_config
 from recsys.content.encoders.base import Encoder

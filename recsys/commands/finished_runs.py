@@ -88,7 +88,7 @@ def compare(runs: list[Path], split: str = "test", out: Path | None = None) -> N
         split: train, valid or test
         out: JSON file to write the numbers to
     """
-    from recsys.checkpoint.partitions.state import newest_run
+    from recsys.checkpoint.partitions import newest_run
     from recsys.distributed.log import print_table
     from recsys.evaluation.compare import compare_runs, format_comparison, write_comparison
     from recsys.storage.output_file import check_output
@@ -117,7 +117,7 @@ def export_tables(run: Path, out: Path, table: list[str] | None = None) -> None:
     from recsys.checkpoint.table_export import export_tables as write_tables
     from recsys.checkpoint.table_export import require_model_alone
     from recsys.config import load_config
-    from recsys.data.filesystem import recover_folder
+    from recsys.storage.files import recover_folder
 
     best = run / "checkpoints" / BEST
     recover_folder(best)

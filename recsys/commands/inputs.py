@@ -14,8 +14,8 @@ def require_schema(data: str) -> None:
     Raises:
         ValueError: `schema.yaml` is missing or invalid.
     """
-    from recsys.data.filesystem import Location
     from recsys.data.schema import load_schema
+    from recsys.storage.location import Location
 
     if "RANK" not in os.environ:
         load_schema(Location.of(data), with_vocabularies=False)
@@ -27,7 +27,7 @@ def require_finished(run: Path) -> Path:
     Raises:
         ValueError: the folder holds none.
     """
-    from recsys.checkpoint.partitions.state import newest_run
+    from recsys.checkpoint.partitions import newest_run
 
     run = newest_run(run)
     if not (run / "metrics.json").is_file():

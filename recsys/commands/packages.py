@@ -161,8 +161,8 @@ def package_delta(base: Path, new: Path, /, out: Path) -> None:
         new: the newer package
         out: file to write
     """
-    from recsys.data.filesystem import Location
     from recsys.serving.delta import write_delta
+    from recsys.storage.location import Location
     from recsys.storage.output_file import check_output
 
     check_output(out, [Location.of(folder) for folder in (base, new)])

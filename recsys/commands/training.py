@@ -56,7 +56,7 @@ def train(
         raise ValueError("--warm-start starts a run: leave out --dry-run and --compare")
     require_schema(data)
     require_working_installation()
-    from recsys.checkpoint.partitions.state import newest_run
+    from recsys.checkpoint.partitions import newest_run
     from recsys.checkpoint.warm_start.source import WarmStart
     from recsys.distributed.lockstep import TrainingStopped
     from recsys.distributed.ranks import joined_ranks

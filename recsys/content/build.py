@@ -12,11 +12,12 @@ from recsys.content.cache.fill import cache_frozen_outputs
 from recsys.content.encoders.base import CacheReport, Encoder
 from recsys.content.encoders.build import encoder_of
 from recsys.content.kinds.feature import Feature
-from recsys.data.filesystem import Location, home_expanded
 from recsys.data.items.content_store import ContentStore, ItemTable, default_cache
 from recsys.data.schema import Schema, load_schema
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
+from recsys.storage.files import home_expanded
+from recsys.storage.location import Location
 
 logger = logging.getLogger(__name__)
 

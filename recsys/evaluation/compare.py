@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from embeddings.plan_text import align_columns
-from recsys.data.filesystem import write_whole
 from recsys.data.item_frequency import PARTS, frequency_masks
 from recsys.evaluation.bootstrap import (
     Interval,
@@ -33,6 +32,7 @@ from recsys.evaluation.scores import (
     scores_file,
     with_labels,
 )
+from recsys.storage.files import write_whole
 
 SAMPLES = 2000
 

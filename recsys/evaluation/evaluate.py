@@ -22,7 +22,6 @@ from recsys.config import BestModelBy, RankingSettings
 from recsys.config.ranking import softmax_settings
 from recsys.content.item_vectors import encode_into_bank
 from recsys.data.batch import Batch
-from recsys.data.filesystem import Location
 from recsys.data.interactions import Interactions, loader
 from recsys.data.item_frequency import ItemCounts, count_items, rows_that_count
 from recsys.data.number_ranges import NumberRange, NumberRanges, dense_finding
@@ -45,6 +44,7 @@ from recsys.evaluation.metrics import (
 from recsys.evaluation.model_selection import METRICS, RETRIEVAL_DEPTH, needs_search
 from recsys.evaluation.retrieval import catalogue_of, format_retrieval, retrieval_report
 from recsys.evaluation.scores import SplitScores, write_scores
+from recsys.storage.location import Location
 
 logger = logging.getLogger(__name__)
 

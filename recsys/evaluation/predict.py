@@ -24,7 +24,6 @@ from recsys.checkpoint.manager import load_best
 from recsys.checkpoint.run_folder import check_encoders, check_vocabularies, read_item_counts
 from recsys.checkpoint.run_schema import add_new_items, load_run_schema, schema_of_data
 from recsys.config import SourceSettings, load_config
-from recsys.data.filesystem import Location, regular_file, whole_file, write_whole
 from recsys.data.interactions import Interactions
 from recsys.data.parquet.file import READ_ERRORS, open_parquet
 from recsys.data.parquet.rows import ParquetRows
@@ -39,6 +38,8 @@ from recsys.evaluation.forward_pass import require_finite, rows_per_batch
 from recsys.evaluation.scores import scores_file
 from recsys.model.losses import predictions
 from recsys.model.placement import placed_for_scoring
+from recsys.storage.files import regular_file, whole_file, write_whole
+from recsys.storage.location import Location
 from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)

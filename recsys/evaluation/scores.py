@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.checkpoint.files import model_of
-from recsys.data.filesystem import Location, whole_file
 from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
+from recsys.storage.files import whole_file
+from recsys.storage.location import Location
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from embeddings import MemoryBank, build_memory_bank
 from recsys.content.branch import ContentBranch
 from recsys.content.build import build_content_store
 from recsys.content.projection_start import start_projections
-from recsys.data.filesystem import Location
 from recsys.distributed.ranks import Ranks
 from recsys.plug_in.batches import ItemContent
 from recsys.plug_in.model import DLRMWithContent, DLRMWithContentTrain, require_dlrm
 from recsys.plug_in.settings import PlugInSettings, check, load_plug_in_settings
+from recsys.storage.location import Location
 
 
 @overload

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from recsys.config import ContentSettings, RankingSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
-from recsys.data.filesystem import Location
 from recsys.data.items.item_table import ItemTable
 from recsys.data.items.item_values import category_lists
 from recsys.data.jagged_history import JaggedHistory
@@ -35,6 +34,7 @@ from recsys.ranking.layers.row_features import RowFeatures
 from recsys.ranking.layers.sequence_model import NUM_AGES, TimeGaps, age_of
 from recsys.ranking.settings import SimSettings
 from recsys.ranking.vectors import IDVectors, MemberLogits
+from recsys.storage.location import Location
 
 
 class AgedAttention(nn.Module):

@@ -30,12 +30,13 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from recsys.checkpoint.compatibility import flattened
 from recsys.config import Config, load_config, save_config, to_plain
-from recsys.data.filesystem import Location, whole_file
 from recsys.data.items.item_column import FeatureFile
 from recsys.data.parquet.file import footer_digest, open_parquet
 from recsys.data.schema import load_schema
 from recsys.search.space import Parameter, check_space, grid_of, words_of
 from recsys.search.trial_runs import Claim, SearchStopped, TrialFailed, TrialRuns
+from recsys.storage.files import whole_file
+from recsys.storage.location import Location
 from recsys.storage.output_file import check_run_folder
 
 logger = logging.getLogger(__name__)

@@ -22,13 +22,13 @@ from recsys.build import Job
 from recsys.checkpoint.progress import Progress
 from recsys.config import InitFromSettings
 from recsys.content.projection_start import start_projections
-from recsys.data.filesystem import Location
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import RAW_GROUP
 from recsys.data.schema import Schema
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.evaluate import CheckedRows, fill_bank
 from recsys.ranking.layers.collaborative_filtering import PRIOR_VALUES, CollaborativeFiltering
+from recsys.storage.location import Location
 
 logger = logging.getLogger(__name__)
 

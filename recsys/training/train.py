@@ -43,7 +43,6 @@ from recsys.checkpoint.warm_start.plan import plan_warm_start
 from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import Config, load_config, softmax_settings
 from recsys.config.checks import validate
-from recsys.data.filesystem import Location, read_json, write_whole
 from recsys.data.interactions import Interactions
 from recsys.data.row_source import RowSource, open_rows
 from recsys.data.schema import Schema, load_schema
@@ -56,6 +55,8 @@ from recsys.evaluation.evaluate import check_data, evaluate_split, format_evalua
 from recsys.evaluation.further_metrics import make_metrics
 from recsys.evaluation.model_selection import require_useful, slack_for
 from recsys.evaluation.scores import scores_file
+from recsys.storage.files import read_json, write_whole
+from recsys.storage.location import Location
 from recsys.storage.output_file import check_run_folder
 from recsys.training.initial_state import start_fresh
 from recsys.training.reporter import Reporter

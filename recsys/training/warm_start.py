@@ -21,13 +21,14 @@ from recsys.checkpoint.warm_start.comparison import reconciled_schema
 from recsys.checkpoint.warm_start.plan import WarmStartPlan
 from recsys.checkpoint.warm_start.source import Differences, Source, WarmStart, open_source
 from recsys.content.projection_start import start_projections
-from recsys.data.filesystem import Location, read_json, write_whole
 from recsys.data.number_ranges import NumberRange
 from recsys.data.schema import Schema
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.evaluate import fill_bank
 from recsys.model.input_scaling import InputScaling
+from recsys.storage.files import read_json, write_whole
+from recsys.storage.location import Location
 from recsys.training.initial_state import fill_opinions, load_pretrained_tables
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from benchmarks.continual.__main__ import _verdicts
 from benchmarks.continual.runs import CONTINUAL, RETRAINED, Arrival, rows_trained, view_before
-from recsys.data.filesystem import Location
 from recsys.evaluation.scores import SplitScores
+from recsys.storage.location import Location
 from tests.recsys.training.continual.walk_runs import NAMES, ROWS, write_walk
 
 

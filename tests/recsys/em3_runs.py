@@ -36,7 +36,6 @@ from recsys.config import (
 from recsys.content.build import build_content_store
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.filesystem import Location
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import Schema, load_schema
 from recsys.data.vocabularies import UnknownIds
@@ -45,6 +44,7 @@ from recsys.model.build import build_em3
 from recsys.model.em3 import EM3
 from recsys.model.tables import pooled_features, table_configs
 from recsys.ranking.din import DinDcnSettings
+from recsys.storage.location import Location
 from tests.ranks import rank_device
 
 STEPS, GLOBAL_BATCH = 3, 8

@@ -14,11 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from recsys.checkpoint.partitions.state import ContinualFolder
+from recsys.checkpoint.partitions import ContinualFolder
 from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import Config
 from recsys.config.ranking import RANKING_MODELS
-from recsys.data.filesystem import Location
 from recsys.data.schema import load_schema
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import predict
@@ -26,6 +25,7 @@ from recsys.evaluation.scores import read_scores
 from recsys.model.losses import predictions
 from recsys.serving import Scorer
 from recsys.serving.export import export_run
+from recsys.storage.location import Location
 from recsys.training.continual.queue import PartitionRange
 from recsys.training.continual.walk import Request, train_continually
 from recsys.training.train import train

@@ -20,11 +20,11 @@ import yaml
 from recsys.config import load_config
 from recsys.content.encoders.pretrained import PretrainedEncoder
 from recsys.content.encoders.tiny_encoders import tiny_model, tiny_tokenizer
-from recsys.data.filesystem import Location
 from recsys.data.items.images import decode_image
 from recsys.data.items.ragged_array import RaggedArray, RaggedWriter
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
+from recsys.storage.location import Location
 from tests.datasets import write_dataset
 
 ROOT = Path(__file__).parents[2]

@@ -23,9 +23,9 @@ import torch
 from recsys.config import ModalitySettings
 from recsys.content.encoders.base import ITEMS_PER_GROUP, SHORT_LENGTHS, Encoder
 from recsys.content.encoders.identity import weights_digest
-from recsys.data.filesystem import whole_file
 from recsys.data.items.item_table import digest_of
 from recsys.data.items.ragged_array import HASHES, RaggedArray
+from recsys.storage.files import whole_file
 
 ABOUT = "about.json"
 

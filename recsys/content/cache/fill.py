@@ -36,11 +36,11 @@ from recsys.content.cache.files import (
     write_about,
 )
 from recsys.content.encoders.base import CacheReport, Encoder
-from recsys.data.filesystem import whole_folder
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.ragged_array import HASHES, RaggedArray, RowWriter, share_rows
 from recsys.distributed.log import progress_bar
 from recsys.distributed.ranks import Ranks
+from recsys.storage.files import whole_folder
 
 logger = logging.getLogger(__name__)
 

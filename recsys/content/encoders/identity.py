@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from recsys.data.filesystem import write_whole
 from recsys.data.items.item_table import digest_of
+from recsys.storage.files import write_whole
 
 FILE = "encoders.json"
 # Covers the differences between tokenizers: case, accents, scripts, numbers, punctuation, emoji.

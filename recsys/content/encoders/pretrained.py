@@ -31,8 +31,8 @@ from transformers.utils.hub import extract_commit_hash
 # Recipes name it here.
 from recsys.content.encoders.efficientnet import efficientnet_lite0 as efficientnet_lite0
 from recsys.content.encoders.tiny_encoders import tiny_model, tiny_tokenizer
-from recsys.data.filesystem import home_expanded
 from recsys.data.items.images import ImagePreparation
+from recsys.storage.files import home_expanded
 
 NO_IMAGE_FILE = (
     "has no preprocessor_config.json, so its images are cut to squares and normalised as those of "

@@ -20,10 +20,11 @@ from recsys.data.events.settings import EventsConfig
 from recsys.data.events.splits import SPLITS, Conditions
 from recsys.data.events.sql import SqlEngine, one_value, quoted
 from recsys.data.events.times import MICROS
-from recsys.data.filesystem import Location, link_or_copy
 from recsys.data.item_frequency import COLD_BELOW
 from recsys.data.schema import vocabulary_file
 from recsys.data.transforms.prepare import check_transformed, fit_transforms
+from recsys.storage.files import link_or_copy
+from recsys.storage.location import Location
 
 ITEMS_PER_GROUP = 1024  # small, since a row may hold pictures
 LARGE_TABLE, ROWS_PER_ID = 1 << 24, 1000  # rows of a table may be unused up to these

@@ -22,7 +22,6 @@ from recsys.data.events.file_columns import LARGEST
 from recsys.data.events.settings import EventsConfig, EventTable, ItemTable, Source
 from recsys.data.events.sql import literal
 from recsys.data.events.times import duration, moment
-from recsys.data.filesystem import home_expanded
 from recsys.data.schema_columns import (
     RAW_GROUP,
     ROW_POSITION,
@@ -31,6 +30,7 @@ from recsys.data.schema_columns import (
     table_name_problem,
 )
 from recsys.data.transforms.chain import KINDS, chains_of, file_columns
+from recsys.storage.files import home_expanded
 
 LONGEST_NAME = 200  # bytes of a column's name, which may be that of a file, too
 # Where a word may stand for a mapping of one key, and where for a list.

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 
 from recsys.data.events.settings import Content, ItemTable
 from recsys.data.events.sql import SqlEngine, quoted
-from recsys.data.filesystem import Location, whole_file
 from recsys.data.items.images import check_first_image
+from recsys.storage.files import whole_file
+from recsys.storage.location import Location
 
 PICTURES_PER_GROUP = 128  # pictures in memory at once
 READERS = 16  # at once: a picture from a URL is mostly waited for

@@ -24,7 +24,7 @@ from recsys.data.events.snapshots import add_features, read_snapshots
 from recsys.data.events.spark_engine import SparkEngine
 from recsys.data.events.splits import split_conditions
 from recsys.data.events.sql import SqlEngine
-from recsys.data.filesystem import whole_folder
+from recsys.storage.files import whole_folder
 
 
 def prepare_events(

@@ -28,8 +28,8 @@ import pyarrow.parquet as pq
 from recsys.data.events.load import load_events_config
 from recsys.data.events.prepare import format_splits, run_stages, unused_folder
 from recsys.data.events.settings import Content, SplitBy
-from recsys.data.filesystem import whole_folder
 from recsys.data.items.images import check_first_image
+from recsys.storage.files import whole_folder
 
 EVENTS = Path(__file__).parent / "events.yaml"
 SAMPLE = Path(__file__).parent / "sample"

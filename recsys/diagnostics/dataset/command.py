@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from embeddings.plan_text import align_columns
-from recsys.data.filesystem import Location, write_whole
 from recsys.data.item_frequency import count_items
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.bad_rows import OnBadRow, no_row_left
@@ -27,6 +26,8 @@ from recsys.diagnostics.dataset.summary import (
     to_json,
 )
 from recsys.distributed.log import print_table
+from recsys.storage.files import write_whole
+from recsys.storage.location import Location
 from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from recsys.data.filesystem import Location
 from recsys.data.items.images import FORMATS, check_first_image, decode_image
 from recsys.data.items.item_column import FeatureFile
 from recsys.data.items.item_table import ItemTable, plain_values
@@ -33,6 +32,7 @@ from recsys.data.parquet.file import column_type, open_parquet
 from recsys.data.parquet.values import list_lengths
 from recsys.data.schema import Schema
 from recsys.diagnostics.dataset.time_columns import footer_statistics
+from recsys.storage.location import Location
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 LONGEST = 1 << 20  # longer ones count as this length

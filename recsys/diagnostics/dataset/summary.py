@@ -21,7 +21,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recsys.data.events.sql import quoted
-from recsys.data.filesystem import Location
 from recsys.data.item_frequency import ItemCounts, frequency_masks
 from recsys.data.parquet.bad_rows import by_reason
 from recsys.data.parquet.rows import ParquetRows
@@ -29,6 +28,7 @@ from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION
 from recsys.data.schema import Schema, load_schema
 from recsys.diagnostics.dataset.item_summary import ItemSummary, Lengths, summarize_items
 from recsys.diagnostics.dataset.time_columns import time_ranges
+from recsys.storage.location import Location
 
 SPLITS = ("train", "valid", "test")
 GROUPS, PAIRS, ROWS = "groups", "group and item", "rows"

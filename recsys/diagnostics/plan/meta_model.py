@@ -18,7 +18,6 @@ from embeddings.table_memory import what_does_not_fit
 from recsys.config import Config, ModalitySettings, content_settings
 from recsys.content.encoders.build import Encoder, build_encoder
 from recsys.content.kinds.feature import Feature
-from recsys.data.filesystem import Location
 from recsys.data.items.content_store import require_column
 from recsys.data.items.item_column import FeatureFile
 from recsys.data.items.item_values import feature_tokens
@@ -31,6 +30,7 @@ from recsys.model.em3 import EM3
 from recsys.model.placement import check_placement
 from recsys.model.tables import table_configs
 from recsys.ranking.sim import load_item_categories
+from recsys.storage.location import Location
 
 # More bytes than any table needs: for the plan of devices with unlimited memory.
 NO_LIMIT = 2**60

@@ -10,9 +10,9 @@ from embeddings.plan_text import align_columns
 from embeddings.sharding import RESERVED_SHARE
 from embeddings.simulated_cluster import Cluster
 from recsys.config import Config
-from recsys.data.filesystem import write_whole
 from recsys.diagnostics.plan.description import Description, describe
 from recsys.distributed.log import print_table
+from recsys.storage.files import write_whole
 from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)

@@ -8,11 +8,10 @@ from typing import Any
 
 from recsys.build import Job
 from recsys.checkpoint.files import best_step
-from recsys.checkpoint.partitions.state import ContinualFolder
+from recsys.checkpoint.partitions import ContinualFolder
 from recsys.checkpoint.run_folder import check_metrics, read_item_counts
 from recsys.checkpoint.run_schema import PARTITION
 from recsys.config.ranking import softmax_settings
-from recsys.data.filesystem import Location, read_json, write_whole
 from recsys.data.item_frequency import PARTS
 from recsys.diagnostics.run_report.item_metadata import category_column, item_files, item_table
 from recsys.diagnostics.run_report.item_popularity import item_popularity
@@ -32,6 +31,8 @@ from recsys.evaluation.evaluate import (
 from recsys.evaluation.metrics import marked_cell
 from recsys.evaluation.predict import data_of, load_run
 from recsys.evaluation.scores import SplitScores, read_scores
+from recsys.storage.files import read_json, write_whole
+from recsys.storage.location import Location
 from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)

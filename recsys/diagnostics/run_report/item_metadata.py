@@ -20,12 +20,12 @@ from PIL import Image
 from torch import Tensor
 
 from recsys.build import Job
-from recsys.data.filesystem import Location
 from recsys.data.items.images import open_image
 from recsys.data.items.item_table import ROWS_PER_CHUNK, ItemTable
 from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
 from recsys.data.parquet.values import is_list
 from recsys.data.schema import read_schema
+from recsys.storage.location import Location
 
 CATEGORY_COLUMNS = ("genres", "genre", "category", "categories")  # default: the first there is
 NAME_COLUMNS = ("title", "name")

@@ -9,7 +9,6 @@ from matplotlib.ticker import MaxNLocator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from recsys.config import BestModelBy
-from recsys.data.filesystem import regular_file
 from recsys.diagnostics.run_report.page import BLUE, GREY, ORANGE, Section, drawn, new_figure
 from recsys.evaluation.model_selection import (
     METRICS,
@@ -17,6 +16,7 @@ from recsys.evaluation.model_selection import (
     selection_words,
     tracked_name,
 )
+from recsys.storage.files import regular_file
 
 Curve = tuple[list[int], list[float]]  # steps and values
 LOSS_COLOURS = {"ranking": BLUE, "contrastive": ORANGE, "loss": GREY}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from recsys.checkpoint.partitions.state import ContinualFolder
+from recsys.checkpoint.partitions import ContinualFolder
 from recsys.data.item_frequency import PARTS
 from recsys.diagnostics.run_report.page import (
     BLUE,

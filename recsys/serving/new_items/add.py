@@ -19,7 +19,6 @@ from filelock import FileLock
 from torch import Tensor
 
 from recsys.checkpoint.run_schema import load_run_schema
-from recsys.data.filesystem import Location
 from recsys.data.items.item_table import ItemTable, plain_values
 from recsys.data.parquet.file import column_type, open_parquet
 from recsys.serving.new_items.added_items import (
@@ -33,6 +32,7 @@ from recsys.serving.new_items.item_encoder import FOLDER as ENCODER
 from recsys.serving.new_items.item_encoder import INDEX, ItemEncoder
 from recsys.serving.package import Manifest, read_manifest, replace_manifest
 from recsys.serving.vector_file import VectorFileShape
+from recsys.storage.location import Location
 from recsys.storage.manifest import describe_all, differences
 
 

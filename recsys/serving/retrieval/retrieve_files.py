@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recsys.data.filesystem import Location, whole_file
 from recsys.data.parquet.file import column_type, open_parquet
 from recsys.serving.retrieval.retriever import NoQueryError, Retriever
+from recsys.storage.files import whole_file
+from recsys.storage.location import Location
 from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)

@@ -29,7 +29,6 @@ from recsys.build import SPLITS
 from recsys.checkpoint.cold_row_init import trained_counts
 from recsys.checkpoint.files import model_of
 from recsys.config.plain_yaml import load_plain_yaml
-from recsys.data.filesystem import Location, link_or_copy, whole_folder
 from recsys.data.parquet.file import open_parquet
 from recsys.data.schema import Schema
 from recsys.distributed.ranks import Ranks
@@ -39,6 +38,8 @@ from recsys.serving.export import load_for_export
 from recsys.serving.package import BaseManifest, read_manifest_of, write_manifest
 from recsys.serving.retrieval.index import require_faiss, unit
 from recsys.serving.retrieval.item_vectors import item_vectors
+from recsys.storage.files import link_or_copy, whole_folder
+from recsys.storage.location import Location
 
 ITERATIONS = 25
 TRAINED_ON = 1024  # vectors per code, at most

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from recsys.checkpoint.partitions.state import ContinualFolder, RunState, file_name
+from recsys.checkpoint.partitions import ContinualFolder, RunState, file_name
 from recsys.config import ContinualSettings
 from recsys.data.schema import Schema
 from recsys.distributed.job import environment_of_no_rank

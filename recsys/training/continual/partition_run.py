@@ -24,7 +24,7 @@ from recsys.checkpoint.cold_row_init import (
 from recsys.checkpoint.compatibility import with_automatic
 from recsys.checkpoint.files import folders_by_age, model_of
 from recsys.checkpoint.manager import Checkpoints
-from recsys.checkpoint.partitions.state import ContinualFolder, RunState, TrainedPartition
+from recsys.checkpoint.partitions import ContinualFolder, RunState, TrainedPartition
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.run_folder import (
     METRICS,
@@ -39,7 +39,6 @@ from recsys.checkpoint.run_schema import PARTITION, schema_of_data
 from recsys.checkpoint.warm_start.plan import WarmStartPlan, plan_warm_start
 from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import Config, ContinualSettings, content_settings, load_config
-from recsys.data.filesystem import Location, write_whole
 from recsys.data.interactions import Interactions
 from recsys.data.item_frequency import ItemCounts
 from recsys.data.schema import Schema
@@ -48,6 +47,8 @@ from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.evaluate import check_data, fill_bank
 from recsys.evaluation.scores import write_scores
+from recsys.storage.files import write_whole
+from recsys.storage.location import Location
 from recsys.training.continual.changes import (
     NewIds,
     add_ids,

@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any
 from urllib.parse import unquote
 
-from recsys.data.filesystem import Location, is_partition
+from recsys.storage.location import Location, is_partition
 
 SUCCESS = "_SUCCESS"
 # Names of folders and files that writers use until a file is whole.

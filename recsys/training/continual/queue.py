@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from recsys.checkpoint.partitions.state import RunState
-from recsys.data.filesystem import Location
+from recsys.checkpoint.partitions import RunState
+from recsys.storage.location import Location
 from recsys.training.continual.partitions import (
     SUCCESS,
     Key,

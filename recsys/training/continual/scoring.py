@@ -14,10 +14,9 @@ from typing import Any
 
 from embeddings.plan_text import align_columns
 from recsys.build import Job
-from recsys.checkpoint.partitions.state import ContinualFolder
+from recsys.checkpoint.partitions import ContinualFolder
 from recsys.checkpoint.run_schema import schema_of_data
 from recsys.config import Config, MetricSettings, RankingSettings, softmax_settings
-from recsys.data.filesystem import Location
 from recsys.data.item_frequency import PARTS, ItemCounts
 from recsys.data.row_source import RowSource, open_rows
 from recsys.data.vocabularies import UnknownIds, format_unknown
@@ -34,6 +33,7 @@ from recsys.evaluation.forward_pass import require_finite
 from recsys.evaluation.further_metrics import make_metrics
 from recsys.evaluation.model_selection import require_useful, slack_for
 from recsys.evaluation.scores import SplitScores, read_scores
+from recsys.storage.location import Location
 from recsys.training.continual.partitions import Partition
 from recsys.training.reporter import Reporter
 

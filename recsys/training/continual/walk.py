@@ -15,11 +15,10 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from recsys.checkpoint.partitions.state import STATE, ContinualFolder, RunState, file_name
+from recsys.checkpoint.partitions import STATE, ContinualFolder, RunState, file_name
 from recsys.checkpoint.run_folder import LOCK
 from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import Config
-from recsys.data.filesystem import Location
 from recsys.data.row_source import open_rows
 from recsys.data.schema import load_schema
 from recsys.distributed.lockstep import Lockstep
@@ -27,6 +26,7 @@ from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks, sole_job
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.further_metrics import make_metrics
+from recsys.storage.location import Location
 from recsys.storage.output_file import check_run_folder
 from recsys.training.continual.packages import check_packages, export_newest
 from recsys.training.continual.partition_run import ContinualRun, train_partition

@@ -21,13 +21,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from recsys.checkpoint import run_schema
 from recsys.checkpoint.run_schema import agree_on_id_types, load_run_schema, schema_of_data
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.filesystem import Location
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import IdType
 from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.evaluation.predict import evaluate, predict
 from recsys.model.tables import pooled_features
+from recsys.storage.location import Location
 from recsys.training.train import train
 from tests.recsys.checkpoint.schema_runs import (
     COLUMNS,

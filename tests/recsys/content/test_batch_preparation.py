@@ -18,11 +18,11 @@ from recsys.content.branch import ContentBranch
 from recsys.content.item_selection import sample_items
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.filesystem import Location
 from recsys.data.interactions import Interactions
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
 from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
+from recsys.storage.location import Location
 from tests.datasets import write_dataset
 from tests.recsys.content.item_batches import batch_of_items
 from tests.recsys.content.tiny_branch import (

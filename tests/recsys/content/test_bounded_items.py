@@ -15,11 +15,11 @@ from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.config import ContrastiveSettings, OptimizerSettings
 from recsys.config.ranking import ranking_settings
 from recsys.data.batch import Batch
-from recsys.data.filesystem import Location
 from recsys.data.schema import load_schema
 from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.ranks import joined_ranks
 from recsys.model.tables import table_configs
+from recsys.storage.location import Location
 from tests.ranks import run_on_ranks
 from tests.recsys.content.churning_items import (
     Trained,

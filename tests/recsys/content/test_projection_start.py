@@ -31,7 +31,6 @@ from recsys.content.encoders.base import mean_token
 from recsys.content.encoders.build import StoredFeatures
 from recsys.content.projection_start import start_at_components, start_projections, whitening_map
 from recsys.data.batch import ContentInput
-from recsys.data.filesystem import Location
 from recsys.data.item_frequency import ItemCounts
 from recsys.data.items.content_store import ContentStore, ItemTable
 from recsys.data.parquet.rows import ParquetRows
@@ -39,6 +38,7 @@ from recsys.data.schema import load_schema
 from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.evaluation.evaluate import check_data
+from recsys.storage.location import Location
 from recsys.training.initial_state import start_fresh
 from tests.datasets import png, write_dataset
 from tests.ranks import run_on_ranks

@@ -26,13 +26,13 @@ from recsys.config import (
     TableSettings,
     content_settings,
 )
-from recsys.data.filesystem import Location
 from recsys.data.schema import load_schema
 from recsys.data.vocabularies import UnknownIds
 from recsys.diagnostics.plan.description import Description, describe, parse_rows
 from recsys.diagnostics.plan.meta_model import feature_widths
 from recsys.diagnostics.plan.report import format_description, in_bytes
 from recsys.ranking.din import DinDcnSettings
+from recsys.storage.location import Location
 from recsys.training.train import training_interactions
 from tests.datasets import write_dataset, write_parquet
 from tests.ranks import run_on_ranks

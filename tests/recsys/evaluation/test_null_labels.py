@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from recsys.data.filesystem import Location
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.schema import load_schema
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.metrics import evaluation_report
 from recsys.evaluation.scores import check_same_rows, read_scores, scores_file
+from recsys.storage.location import Location
 from recsys.training.train import train
 from tests.recsys.ranking.backbone_runs import backbone_config
 from tests.recsys.weighted_data import change_columns, table_of, write_null_labels, write_split

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from recsys.checkpoint.run_schema import schema_of_data
-from recsys.data.filesystem import Location
 from recsys.data.item_frequency import PARTS
 from recsys.data.schema import load_schema
 from recsys.distributed.ranks import joined_ranks
@@ -22,6 +21,7 @@ from recsys.evaluation.metrics import evaluation_report
 from recsys.evaluation.predict import evaluate, predict
 from recsys.evaluation.retrieval import retrieval_metrics
 from recsys.evaluation.scores import SplitScores, read_scores, scores_file
+from recsys.storage.location import Location
 from recsys.training.train import train
 from tests.ranks import run_on_ranks
 from tests.recsys.em3_runs import ranks_of

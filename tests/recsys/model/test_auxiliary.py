@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 from recsys.build import build_job
 from recsys.config import AuxiliarySettings, Config, load_config
-from recsys.data.filesystem import Location
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
 from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.model.auxiliary import AuxiliaryInputs, Distillation, build_auxiliary
+from recsys.storage.location import Location
 from tests.datasets import write_dataset
 from tests.recsys.command_runs import TINY, run_recsys, train_words
 

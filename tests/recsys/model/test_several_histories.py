@@ -19,7 +19,6 @@ from recsys.config import (
 )
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.filesystem import Location
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
 from recsys.data.vocabularies import BoundedVocabularies
@@ -28,6 +27,7 @@ from recsys.model.em3 import EM3
 from recsys.model.tables import id_dropouts, pooled_features, table_configs
 from recsys.ranking import RANKING_MODELS
 from recsys.ranking.vectors import IDVectors
+from recsys.storage.location import Location
 from tests.ranks import run_on_ranks
 from tests.recsys.command_runs import assert_same_metrics
 from tests.recsys.em3_runs import STEPS, Run, em3_config, train_configs, whole_table

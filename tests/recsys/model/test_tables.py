@@ -20,12 +20,12 @@ from recsys.config import (
     ParallelSettings,
     TableSettings,
 )
-from recsys.data.filesystem import Location
 from recsys.data.schema import Schema, load_schema
 from recsys.data.schema_columns import VocabularySettings
 from recsys.model.id_vectors import IDVectorReader
 from recsys.model.placement import check_placement, placed_for_scoring
 from recsys.model.tables import cold_row_rules, id_dropouts, table_configs
+from recsys.storage.location import Location
 from recsys.training.train import id_only_baseline
 from tests.datasets import write_dataset
 from tests.recsys.em3_runs import em3_config

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from recsys.data.batch import Batch
-from recsys.data.filesystem import Location
 from recsys.data.jagged_history import JaggedHistory
 from recsys.data.schema import load_schema
 from recsys.ranking.layers.fields import num_history_numbers
@@ -26,6 +25,7 @@ from recsys.ranking.sim import (
     SimSettings,
     load_item_categories,
 )
+from recsys.storage.location import Location
 from tests.datasets import write_dataset
 from tests.recsys.ranking.ranking_inputs import CONTENT, DIMENSIONS, ID_DIM, inputs
 

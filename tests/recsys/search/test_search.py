@@ -17,11 +17,11 @@ import pytest
 from optuna.trial import TrialState
 
 from recsys.config import Config, load_config
-from recsys.data.filesystem import Location
 from recsys.search.search import BEST, Request, Search, dataset_digest
 from recsys.search.space import Parameter, read_space
 from recsys.search.trial_runs import SearchStopped, TrialRuns
 from recsys.search.validations import ValidationLines, read_lines
+from recsys.storage.location import Location
 from tests.datasets import write_dataset
 from tests.recsys.search import fake_training
 

@@ -7,14 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recsys.data.filesystem import (
-    Location,
+from recsys.storage.files import (
     recover_folder,
     replace_folder,
     whole_file,
     whole_folder,
     write_whole,
 )
+from recsys.storage.location import Location
 
 
 def test_the_text_is_there_and_nothing_else(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ import pytest
 
 from recsys.cli import main
 from recsys.config import Config
-from recsys.data.filesystem import Location
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.row_source import RowSource
 from recsys.data.schema import load_schema
 from recsys.evaluation.model_selection import require_useful
+from recsys.storage.location import Location
 from recsys.training.train import check_best
 from tests.datasets import write_dataset
 from tests.recsys.command_runs import train_words

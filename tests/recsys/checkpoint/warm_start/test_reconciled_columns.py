@@ -20,9 +20,9 @@ from recsys.checkpoint.warm_start.comparison import compare_settings, reconciled
 from recsys.checkpoint.warm_start.rows import RowMap, row_map
 from recsys.checkpoint.warm_start.source import Differences, Source, WarmStart, open_source
 from recsys.config import ranking_settings
-from recsys.data.filesystem import Location
 from recsys.data.schema import Schema
 from recsys.distributed.ranks import Ranks, joined_ranks
+from recsys.storage.location import Location
 from tests.recsys.checkpoint.warm_start.warm_runs import (
     WITHOUT_CONTENT,
     Change,

@@ -15,10 +15,10 @@ from recsys.content.cache.fill import cache_frozen_outputs
 from recsys.content.encoders.build import Encoder, build_encoder
 from recsys.content.encoders.transformer import TransformerEncoder
 from recsys.data.batch import ContentInput
-from recsys.data.filesystem import Location
 from recsys.data.items.content_store import ContentStore, ItemTable
 from recsys.data.schema import load_schema
 from recsys.distributed.ranks import Ranks
+from recsys.storage.location import Location
 from tests.ranks import HANG_SECONDS
 
 NUM_ITEMS = 10

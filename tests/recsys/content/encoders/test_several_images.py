@@ -15,13 +15,13 @@ from recsys.config import LoraSettings, ModalitySettings
 from recsys.content.cache import fill as frozen_cache
 from recsys.content.cache.fill import cache_frozen_outputs
 from recsys.content.encoders.build import Encoder, build_encoder
-from recsys.data.filesystem import Location
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.images import decode_image
 from recsys.data.items.item_table import ItemTable
 from recsys.data.schema import load_schema
 from recsys.distributed.log import configure_logging
 from recsys.distributed.ranks import joined_ranks
+from recsys.storage.location import Location
 from tests.datasets import png, write_dataset
 from tests.recsys.data.items.item_content import rewrite
 

@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from recsys.data.filesystem import Location
 from recsys.data.items.item_table import ItemTable
 from recsys.data.schema import load_schema
 from recsys.diagnostics.run_report.item_metadata import (
@@ -16,6 +15,7 @@ from recsys.diagnostics.run_report.item_metadata import (
     item_names,
     item_pictures,
 )
+from recsys.storage.location import Location
 from tests.datasets import png, write_parquet
 
 SCHEMA = """

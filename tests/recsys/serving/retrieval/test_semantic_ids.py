@@ -13,7 +13,6 @@ import pytest
 
 from recsys.checkpoint.table_export import stored_tables
 from recsys.cli import main
-from recsys.data.filesystem import Location
 from recsys.data.schema import load_schema
 from recsys.distributed.ranks import joined_ranks
 from recsys.serving.retrieval import semantic_ids
@@ -25,6 +24,7 @@ from recsys.serving.retrieval.semantic_ids import (
     load_codebooks,
     write_dataset_with,
 )
+from recsys.storage.location import Location
 from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.recsys.ranking.backbone_runs import backbone_config

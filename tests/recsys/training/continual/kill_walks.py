@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from recsys.checkpoint.files import folders_by_age
-from recsys.checkpoint.partitions.state import ContinualFolder
+from recsys.checkpoint.partitions import ContinualFolder
 from recsys.training.continual import walk as walk_module
 from recsys.training.trainer import LossWatch
 from tests.ranks import HANG_SECONDS, forking_server

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from recsys.checkpoint.partitions.state import ContinualFolder
+from recsys.checkpoint.partitions import ContinualFolder
 from recsys.cli import main
 from recsys.serving.delta import apply_delta
 from recsys.training.continual import packages

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from recsys.checkpoint.partitions.state import ContinualFolder
+from recsys.checkpoint.partitions import ContinualFolder
 from recsys.cli import main
 from tests.recsys.training.continual.test_followed_walks import names_of, wait_for, words_of
 from tests.recsys.training.continual.test_scores_first import assert_predicted_alike

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from recsys.checkpoint.partitions.state import RunState, TrainedPartition
-from recsys.data.filesystem import Location
+from recsys.checkpoint.partitions import RunState, TrainedPartition
+from recsys.storage.location import Location
 from recsys.training.continual.partitions import (
     Partition,
     date_of,

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from recsys.checkpoint.partitions.state import ContinualFolder, RunState
+from recsys.checkpoint.partitions import ContinualFolder, RunState
 from recsys.cli import main
 from tests.recsys.training.continual.walk_runs import (
     NAMES,

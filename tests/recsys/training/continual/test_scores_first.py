@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from recsys.checkpoint.partitions.state import ContinualFolder, newest_run
+from recsys.checkpoint.partitions import ContinualFolder, newest_run
 from recsys.checkpoint.run_schema import load_run_schema
 from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config.ranking import RANKING_MODELS, keys_of

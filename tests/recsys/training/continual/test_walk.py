@@ -17,7 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from recsys.checkpoint.files import folders_by_age
-from recsys.checkpoint.partitions.state import ContinualFolder
+from recsys.checkpoint.partitions import ContinualFolder
 from recsys.cli import main
 from recsys.config import ContinualSettings
 from recsys.distributed.lockstep import TrainingStopped

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recsys.checkpoint.partitions.state import ContinualFolder
+from recsys.checkpoint.partitions import ContinualFolder
 from recsys.config.ranking import RANKING_MODELS
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import load_run

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from recsys.checkpoint.files import folders_by_age
-from recsys.checkpoint.partitions.state import ContinualFolder, RunState
+from recsys.checkpoint.partitions import ContinualFolder, RunState
 from recsys.config import Config, load_config
 from recsys.distributed.ranks import joined_ranks
 from recsys.training.continual.queue import PartitionRange
