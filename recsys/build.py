@@ -38,7 +38,6 @@ from recsys.config import (
     content_settings,
     softmax_settings,
 )
-from recsys.config.checks import validate
 from recsys.content.batch_preparation import BatchPreparation, chooses_items
 from recsys.content.build import build_content
 from recsys.data.batch_builder import BatchBuilder
@@ -158,13 +157,14 @@ def build_job(
 ) -> Job:
     """Build all parts of a run, by default with the dataset's own schema. A collective.
 
+    `config` is one that `load_config` or `validate` has checked.
+
     Raises:
-        ValueError: if data, configuration or plan is invalid on any rank; raised on all.
+        ValueError: if data or plan is invalid on any rank; raised on all.
     """
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.manual_seed(config.seed)  # the same on all ranks: initial weights agree
     with ranks.raise_on_all_ranks():
-        validate(config)
         root = Location.of(data)
         schema = schema or load_schema(root)
         config = with_opinion_groups(config, schema)
