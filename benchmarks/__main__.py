@@ -9,6 +9,8 @@ from __future__ import annotations
 import runpy
 import sys
 
+from recsys.config.parser import with_underscores
+
 SUITES = {
     "speed": {
         "compare": "benchmarks.compare",
@@ -41,18 +43,19 @@ SUITES = {
 }
 
 
-def main(words: list[str]) -> None:
+def main(words: list[str]) -> int:
     """Run the benchmark that the first two words name, with the others as its command line."""
-    suite, name, *options = [*words, "", ""]
+    suite, name = [*words, "", ""][:2]
     module = SUITES.get(suite, {}).get(name)
     if module is None:
-        names = "\n".join(
-            f"  {suite}: {', '.join(benchmarks)}" for suite, benchmarks in SUITES.items()
-        )
-        raise SystemExit(f"python -m benchmarks SUITE NAME --option ...; suites:\n{names}")
-    sys.argv = [module, *options[: len(words) - 2]]
+        print("usage: python -m benchmarks SUITE NAME --option ...\n\nThe suites:\n")
+        for title, benchmarks in SUITES.items():
+            print(f"  {title}: {', '.join(benchmarks)}")
+        return 2 if words else 0
+    sys.argv = [module, *with_underscores(words[2:])]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -61,26 +61,13 @@ EXCHANGED = (
     (r"--config movielens_sample", "--config tiny"),
     (r"^recsys serve (.*)$", r"timeout 300 recsys serve \1 >serve.log 2>&1 &"),
     (
-        r"^python -m benchmarks\.loader (.*)$",
-        # Its bars are for real sizes, so that its exit code tells nothing here.
-        r"python -m benchmarks.loader \1 --rows 2048 --items 500 --passes 1 --results figures; "
-        "test -s figures/loader.jsonl",
-    ),
-    (
-        r"^python -m benchmarks\.attention$",
-        "python -m benchmarks.attention --longest [10] --rounds 1 --results figures",
-    ),
-    (
-        r"^(python -m benchmarks\.(?:compare|throughput|ladder|scaling)|torchx .*:benchmark) (.*)$",
+        r"^(python -m benchmarks speed \w+|torchx .*:benchmark) (.*)$",
         r"\1 \2 --quick true --results figures",
     ),
     (
-        r"^(python -m benchmarks\.backbones) --data \S+ (.*)$",
-        r"\1 --data shop --recipe shop.yaml --seeds 1 --only [two_tower] --results figures \2",
+        r"^(python -m benchmarks quality parts --grid backbones) --data \S+ (.*)$",
+        r"\1 --data shop --recipe shop.yaml --seeds 1 X \2",
     ),
-    # Whole ladders and all curves take minutes at any size.
-    (r"^(python -m benchmarks\.ladder .*)$", r"""\1 --only '["items encoded once"]'"""),
-    (r"^(python -m benchmarks\.scaling .*)$", r"""\1 --curves '["history, top_k"]'"""),
 )
 
 
