@@ -66,7 +66,7 @@ EXCHANGED = (
     ),
     (
         r"^(python -m benchmarks quality parts --grid backbones) --data \S+ (.*)$",
-        r"\1 --data shop --recipe shop.yaml --seeds 1 X \2",
+        r"\1 --data shop --recipe shop.yaml --seeds 1 --only [din] \2",
     ),
 )
 
