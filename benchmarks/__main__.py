@@ -1,7 +1,6 @@
 """Run a benchmark of a suite: `python -m benchmarks SUITE NAME --option ...`.
 
-`python -m benchmarks` lists the suites. A benchmark's module also runs by itself, such as
-`python -m benchmarks.compare`.
+Without words, list the suites.
 """
 
 from __future__ import annotations

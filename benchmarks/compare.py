@@ -2,9 +2,7 @@
 
     python -m benchmarks.compare --out FOLDER
 
-All variants take turns, a few steps each, and a ratio is the median over rounds of the ratio
-within a round. FOLDER keeps the dataset (0.7 GB) and the encoded items for the next run. Writes
-`compare.jsonl` and `compare.md` into `--results`.
+A ratio is the median over rounds of the ratio within a round. FOLDER keeps the dataset (0.7 GB).
 """
 
 from __future__ import annotations

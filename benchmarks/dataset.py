@@ -1,8 +1,7 @@
-"""Synthetic datasets in the product's format for measuring speed: given sizes, random labels.
+"""Synthetic datasets for measuring speed: given sizes, random labels.
 
-Items are drawn log-uniformly (Zipf's law with exponent 1): the item of rank r has a chance of about
-1 / (r ln I), as in real logs, so that few items fill most histories. Ids get their popularity ranks
-at random, since ids determine where rows are stored. Shapes: I items, N values of a column.
+Items are drawn log-uniformly (Zipf's law with exponent 1), as in real logs. Popularity ranks are
+assigned to ids at random. Shapes: I items, N values of a column.
 """
 
 from __future__ import annotations
@@ -57,12 +56,7 @@ def write_dataset(
 ) -> Path:
     """Write the dataset unless `folder` already holds the same one; return `folder`.
 
-    Datasets on one file system may share the files of equal items, which `shared_items` then keeps
-    (one folder per kind of items).
-
-    Example::
-
-        write_dataset(Path("/tmp/bench"), DatasetSize(num_rows=1000, num_items=100))
+    Datasets with equal items share their files in `shared_items`.
     """
     about = folder / "size.json"
     identity = json.dumps([asdict(size), seed])

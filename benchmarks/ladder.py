@@ -2,10 +2,8 @@
 
     python -m benchmarks.ladder --out FOLDER --setting A
 
-Each row is measured in turns with the row it changes, so that its speed-up comes from one run; the
-speed-up over the first row is the product of the speed-ups in between. The sentence of each row is
-computed from the profiles of both. Writes `ladder_SETTING.jsonl` and `.md` into
-`--results`; hand-written notes in `ladder_SETTING_notes.md` there end the page.
+Each row is measured in turns with the row it changes. The speed-up over the first row is the
+product of these. Hand-written notes in `ladder_SETTING_notes.md` end the page.
 """
 
 from __future__ import annotations
@@ -65,7 +63,7 @@ def ladder(
     Args:
         out: folder for the dataset and the encoded items.
         setting: A (stored features) or B (raw text through an encoder).
-        only: names of rows, to leave the others out; the rows they build on are included.
+        only: names of rows; the rows they build on are included.
         effort: rounds, steps and other limits of the measurement; each row needs a profile.
         quick: tiny sizes, whose figures mean nothing.
         in_process: measure in this process instead of new ones; rows of several ranks are left out.

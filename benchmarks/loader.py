@@ -2,12 +2,9 @@
 
     python -m benchmarks.loader --out FOLDER
 
-Whole epochs of setting A in batches of 512: rows read, checked and shuffled, histories indexed by
-their unique items, the content of the targets gathered. For each length of history, with content
-and without, one thread builds alone (the figure per core), then threads build ahead of a trainer
-that computes for `--step_ms` per batch. Writes `loader.jsonl` and `.md` into `--results`
-and exits with 1 if one core delivers less than 100,000 samples/s at a history of 50, or if
-waiting for it takes 2 % of a step or more.
+Whole epochs of setting A in batches of 512, per history length, with content and without. One
+thread builds alone, then threads build ahead of a trainer that computes `--step_ms` per batch.
+Exits with 1 below 100,000 samples/s per core at a history of 50, or at 2 % of a step waiting.
 """
 
 from __future__ import annotations
@@ -63,8 +60,7 @@ class Measured:
     """Medians over the passes.
 
     per_core: samples per second of processor time, of all threads of the process.
-    first_batch: seconds from the begin of an epoch until its first batch is ready, after the first
-        window has been read.
+    first_batch: seconds from the first read window until the first batch is ready.
     waiting: share of a step spent waiting for the next batch, after the first.
     """
 
@@ -86,12 +82,10 @@ class Step:
     """Stand-in for a training step: matrix products that keep one core busy for `seconds`."""
 
     def __init__(self, seconds: float) -> None:
-        """Create the matrix to multiply."""
         self.seconds = seconds
         self.matrix = torch.rand(256, 256)
 
     def __call__(self) -> None:
-        """Compute until the time is over."""
         end = time.perf_counter() + self.seconds
         while time.perf_counter() < end:
             self.matrix @ self.matrix

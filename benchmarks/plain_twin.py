@@ -1,8 +1,7 @@
-"""Inputs of the plain twin: padded batches, features of all items, and its sizes.
+"""A plain PyTorch twin of the product: padded batches, features of all items, and its sizes.
 
+Product and twin read the same rows through the product's data layer.
 Shapes: B batch, L longest history, I items, E width of a feature.
-
-Everything is read through the product's data layer, so that product and twin see the same rows.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ class PlainSource:
     """
 
     def __init__(self, config: Config, data: str, ranks: Ranks) -> None:
-        """Load the schema and the features of all items."""
         self.config, self.ranks = config, ranks
         self.root = Location.of(data)
         self.schema = load_schema(self.root)
@@ -199,7 +197,6 @@ class ItemEncoder(nn.Module):
     """Encodes features of items [..., E] as content vectors [..., D]: projections and Q-Former."""
 
     def __init__(self, sizes: TwinSizes) -> None:
-        """Build the projections, the Fusion-Q-Former and the linear shortcut."""
         super().__init__()
         dim, dropout = sizes.content_dim, sizes.fusion_dropout
         self.projections = nn.ModuleList(
@@ -222,7 +219,6 @@ class ItemEncoder(nn.Module):
         nn.init.zeros_(self.output.bias)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """Encode features of items, [..., E] per modality, as content [..., D]."""
         shape = features[0].shape[:-1]
         tokens = torch.stack(
             [
@@ -243,7 +239,6 @@ class PaddedAttention(nn.Module):
     """Weights padded history items for the target and sums them; subclasses define `scores`."""
 
     def __init__(self, dim: int, num_parallel: int) -> None:
-        """Map the parallel lists to the items' dimension D."""
         super().__init__()
         self.parallel_map = nn.Linear(num_parallel, dim, bias=False)
 
@@ -257,7 +252,6 @@ class PaddedAttention(nn.Module):
         history: Tensor,  # [B, L, D]
         batch: PaddedBatch,
     ) -> Tensor:  # [B, D]
-        """Return the weighted sum of the history items."""
         history = history + self.parallel_map(batch.parallel)
         scores = self.scores(target, history).masked_fill(~batch.mask, -1e4)
         weights = torch.softmax(scores, dim=1) * batch.mask
@@ -280,7 +274,6 @@ class PairAttention(PaddedAttention):
     """DIN: an MLP of (item, target, difference, product)."""
 
     def __init__(self, dim: int, num_parallel: int, units: list[int]) -> None:
-        """Build the MLP over pairs."""
         super().__init__(dim, num_parallel)
         widths = [4 * dim, *units]
         layers: list[nn.Module] = []
@@ -289,7 +282,6 @@ class PairAttention(PaddedAttention):
         self.score = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 
     def scores(self, target: Tensor, history: Tensor) -> Tensor:
-        """Score each history item [B, L, D] for its target [B, D]: [B, L]."""
         query = target.unsqueeze(1).expand_as(history)
         pairs = torch.cat([history, query, history - query, history * query], dim=-1)
         return self.score(pairs).squeeze(-1)
@@ -299,12 +291,10 @@ class ProductAttention(PaddedAttention):
     """The scaled dot product with the projected target."""
 
     def __init__(self, dim: int, num_parallel: int) -> None:
-        """Build the projection of the target."""
         super().__init__(dim, num_parallel)
         self.query = nn.Linear(dim, dim)
 
     def scores(self, target: Tensor, history: Tensor) -> Tensor:
-        """Score each history item [B, L, D] for its target [B, D]: [B, L]."""
         query = self.query(target) * target.shape[-1] ** -0.5
         return torch.einsum("bd,bld->bl", query, history)
 
@@ -313,7 +303,6 @@ class CrossNetwork(nn.Module):
     """DCN-v2 with low rank: x0 * (W V x + b) + x in each layer."""
 
     def __init__(self, width: int, num_layers: int, rank: int) -> None:
-        """Build the down and up projections of each layer."""
         super().__init__()
         self.down = nn.ModuleList(nn.Linear(width, rank, bias=False) for _ in range(num_layers))
         self.up = nn.ModuleList(nn.Linear(rank, width) for _ in range(num_layers))
@@ -327,15 +316,9 @@ class CrossNetwork(nn.Module):
 
 
 class PlainTwin(nn.Module):
-    """Maps a padded batch to (loss, logits [B, 1]).
-
-    Args:
-        sizes: sizes of the product's configuration and data.
-        features: features of all items, [I, E] for each modality; looked up in each step.
-    """
+    """Maps a padded batch to (loss, logits [B, 1]); `features` are [I, E] by modality."""
 
     def __init__(self, sizes: TwinSizes, features: list[Tensor]) -> None:
-        """Build tables, encoder, attentions and head."""
         super().__init__()
         self.sizes, self.features = sizes, features
         dim, content_dim, parallel = sizes.id_dim, sizes.content_dim, sizes.num_parallel
@@ -393,10 +376,7 @@ class PlainTwin(nn.Module):
         return encoded[:, 0], encoded[:, 1:]
 
     def contrastive(self, content: Tensor, ids: Tensor, items: Tensor) -> Tensor:
-        """Compute the loss [] of both directions against the other items of the batch.
-
-        Shapes: content and ids [B, D], items [B].
-        """
+        """Compute the loss [] of content and ids [B, D] in both directions, for items [B]."""
         content = F.normalize(self.content_map(content), dim=-1, eps=1e-5)
         ids = F.normalize(self.id_map(ids), dim=-1, eps=1e-5)
         is_same_item = items[:, None] == items[None, :]

@@ -1,10 +1,8 @@
 """Record what a command prints, for the pages that show its output.
 
-    python -m benchmarks.printed make train COMPARE=id_only
     python -m benchmarks.printed recsys describe --config shop.yaml ...
 
-The command runs in the current folder. The end of its output, with machine, versions, commit and
-date, replaces the section of that command in `benchmarks/results/printed.md`.
+The end of its output replaces the command's section in `benchmarks/results/printed.md`.
 """
 
 from __future__ import annotations
@@ -26,10 +24,9 @@ Each section is the end of what one command printed, written by
 
 
 def record(command: list[str], page: Path) -> int:
-    """Run the command, print its output, and write its end into the page.
+    """Run the command, write the end of its output into the page, and return its exit code.
 
-    Returns:
-        Exit code of the command; unless it is 0, the page stays as it is.
+    Unless the code is 0, the page stays as it is.
     """
     # torchx prints the lines of ranks on standard error.
     process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

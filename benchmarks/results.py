@@ -1,8 +1,4 @@
-"""Output of a benchmark: JSON lines, a Markdown table and a plot, with their provenance.
-
-Each line records the machine, versions, commit, date, command and configuration of its
-measurement, so that it can be measured again.
-"""
+"""Output of a benchmark: JSON lines, a Markdown table and a plot, with their provenance."""
 
 from __future__ import annotations
 
@@ -42,10 +38,7 @@ DPI = 100
 class Result:
     """A benchmark's outcome.
 
-    name: name of the files.
-    title: title of the page.
-    records: one per row of the table.
-    columns: column titles of the table.
+    records: one JSON line each.
     rows: cells of the table, as texts.
     reading: sentences under the table.
     draw: fills the plot; None: the page has none.
@@ -74,10 +67,7 @@ def require_own_folder(quick: bool, folder: Path) -> None:
 
 
 def write_result(result: Result, folder: Path) -> None:
-    """Write `folder/NAME.jsonl`, `.md` and a plot, on the first rank alone, and print the page.
-
-    A file `NAME_notes.md` in the folder, written by hand, ends the page.
-    """
+    """Write `NAME.jsonl`, `.md`, ended by `NAME_notes.md`, and a plot on rank 0; print the page."""
     if os.environ.get("RANK", "0") != "0":
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,15 +87,7 @@ def write_result(result: Result, folder: Path) -> None:
 
 
 def without_places(text: str) -> str:
-    """Replace this machine's folders in the text by neutral names.
-
-    Folders of the command become the names of their options, those of the clone start at its root.
-
-    Example::
-
-        # of a program started as `... --out /disk/bench`
-        without_places("/disk/bench/data")  # "OUT/data"
-    """
+    """Replace this machine's folders by the names of their options, or relative paths."""
     words = [part for word in sys.argv for part in word.split("=", 1)]
     for option, value in itertools.pairwise(words):
         for folder in value.strip("[]").split(",") if option in PLACES else ():

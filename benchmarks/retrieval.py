@@ -2,11 +2,9 @@
 
     python -m benchmarks.retrieval
 
-Vectors of length one are images of clustered points of a few dimensions under a fixed network, as
-those of trained towers vary in fewer directions than they have numbers. Queries come one at a time,
-on one thread, from the same clusters. Writes `retrieval.jsonl` and `.md` into `--results`
-and exits with 1 if the graph misses more than 2 % of what exact search finds, or is not ten times
-as fast.
+Unit vectors are clustered points of few dimensions under a fixed network. Queries come one at a
+time on one thread. Exits with 1 if the graph misses more than 2 % of what exact search finds, or is
+not ten times as fast.
 
 Shapes: I items, Q queries, V width, K results.
 """
@@ -52,7 +50,6 @@ class Measured:
 
     @property
     def passes(self) -> bool | None:
-        """Whether the aim is reached; None if none applies."""
         if self.index != "hnsw":
             return None
         is_exact = all(share >= 1 - MOST_MISSED for share in self.recall.values())

@@ -2,10 +2,9 @@
 
     python -m benchmarks.scaling --out FOLDER
 
-Setting A with one size changed at a time. Each point is measured in turns with the first of its
-curve, so that the growth is of one run. `ranks, apart` are jobs of one rank each at the same time,
-which send nothing: the upper limit of the machine. Writes `scaling.jsonl`, `.md` and `.png` into
-`--results`. FOLDER needs about 2 GB; the largest table needs 13 GB of memory.
+Setting A with one size changed at a time, each in turns with the first point of its curve.
+`ranks, apart` are jobs that send nothing, the machine's upper limit.
+FOLDER needs about 2 GB; the largest table needs 13 GB of memory.
 """
 
 from __future__ import annotations
@@ -46,7 +45,6 @@ class Point:
 
     @property
     def counts(self) -> BatchCounts:
-        """Mean counts of the measured batches."""
         return BatchCounts.mean(self.measured.counts)
 
 
@@ -64,7 +62,7 @@ def scaling(
 
     Args:
         out: folder for the datasets and the encoded items.
-        curves: names of curves, to leave the others out.
+        curves: names of curves; default: all.
         ranks: numbers of ranks on this machine; default 1 and 2.
         table_rows: rows of the user table; default 1e5 to 5e7.
         effort: rounds, steps and other limits of the measurement.
@@ -178,7 +176,6 @@ def _record(point: Point) -> dict[str, Any]:
 
 
 def _draw(figure: Figure, points: list[Point]) -> None:
-    """Draw a panel per size; step times as lines, peaks of memory dashed."""
     names = list(dict.fromkeys(curve.x_name for curve in _curves(points)))
     columns = min(len(names), 3)
     grid = figure.subplots(-(-len(names) // columns), columns, squeeze=False)
@@ -227,7 +224,6 @@ class Curve:
     build_variant: Callable[[int], Variant]  # by index in `xs`
 
     def points(self) -> Iterator[tuple[float, Variant]]:
-        """Yield each x with its variant."""
         for place, x in enumerate(self.xs):
             yield x, self.build_variant(place)
 

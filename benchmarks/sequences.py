@@ -2,10 +2,8 @@
 
     python -m benchmarks.sequences --out FOLDER
 
-Setting A with and without content, in one process of one thread. All variants take turns, a step
-each, and the time of the processor is measured, so that other load of the machine counts little.
-DIN and SIM stand beside them. Exits with 1 if a step of `hstu` or `transformer` at its default
-settings takes more than six times as long with the long histories.
+Processor time of setting A with and without content, on one thread, beside DIN and SIM. Exits with
+1 if a default `hstu` or `transformer` step takes over six times as long with long histories.
 """
 
 from __future__ import annotations
@@ -50,12 +48,10 @@ class Growth:
 
     @property
     def ratio(self) -> float:
-        """Long over short."""
         return self.milliseconds[1] / self.milliseconds[0]
 
     @property
     def passes(self) -> bool | None:
-        """Whether the aim is reached; None without one."""
         return self.ratio <= AIM if self.model in WITH_AIM else None
 
 
@@ -114,7 +110,7 @@ def sequences(
         out: folder for the datasets and the encoded items.
         batch_size: rows of a step.
         rounds: steps of each variant that count.
-        only: names of models, to leave the others out.
+        only: names of models; default: all.
         quick: tiny sizes, whose figures mean nothing.
         results: folder for the figures.
     """

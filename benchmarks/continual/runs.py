@@ -62,12 +62,9 @@ def scores_of_walk(run: Path, names: list[str]) -> Scores:
 
 
 def frozen_at(run: Path, names: list[str], walked: Scores) -> Scores:
-    """Score the second half by the model that a walk over the first half has left.
+    """Score the second half by the model of a walk over the first half.
 
-    Args:
-        run: the walk over the first half.
-        names: all partitions.
-        walked: scores of the walk that goes on, whose counts say which items are cold.
+    `walked` are the scores of the whole walk, whose counts say which items are cold.
     """
     scores_by_name = {}
     with joined_ranks("cpu") as ranks:
@@ -85,7 +82,7 @@ def retrain(
 ) -> tuple[Scores, int]:
     """Train from scratch on all partitions before each; return the scores and the rows trained on.
 
-    The best of its epochs is chosen on the partition itself, which is in its favour.
+    The best epoch is chosen on the scored partition, which favours retraining.
     """
     trainings = {}
     for number in range(first, len(names)):
@@ -130,11 +127,7 @@ HISTORY = 50
 def write_log(folder: Path, partitions: int, source: Path | None, rows: int | None) -> list[str]:
     """Write `folder/data` unless it is there; return the names of its partitions, in order.
 
-    Args:
-        folder: gets the dataset.
-        partitions: their number.
-        source: MovieLens as `recsys prepare movielens` reads it; None: the bundled sample.
-        rows: number of first ratings; None: all.
+    `source` is MovieLens (None: the bundled sample), `rows` a number of ratings (None: all).
     """
     names = [f"part={number + 1:02}" for number in range(partitions)]
     data, prepared = folder / "data", folder / "movielens"
@@ -199,10 +192,7 @@ MODALITIES = "{text: {kind: feature, column: text}}"
 
 @dataclass(frozen=True)
 class Arrival:
-    """Seconds of a partition.
-
-    phases: medians over the partitions, by phase. plain: of the same rows inside a plain epoch.
-    """
+    """Seconds of a partition: median by phase, and `plain` for the same rows in a plain epoch."""
 
     rows: int
     phases: dict[str, float]
@@ -210,15 +200,11 @@ class Arrival:
 
     @property
     def total(self) -> float:
-        """Seconds from arrival to checkpoint."""
         return self.phases["total"]
 
 
 def measure_arrival(out: Path, rows: int, partitions: int = 4) -> Arrival:
-    """Walk partitions of so many rows, and train one plain epoch over all of them.
-
-    The first two partitions warm the process up, and the first is not scored.
-    """
+    """Time partitions of so many rows, after two that warm up, and one plain epoch over all."""
     folder = out / f"arrival-{rows}"
     _write(folder, rows, partitions)
     words = ("--content.modalities", MODALITIES, "--device", "cpu")
@@ -232,7 +218,6 @@ def measure_arrival(out: Path, rows: int, partitions: int = 4) -> Arrival:
 
 
 def _write(folder: Path, rows: int, partitions: int) -> None:
-    """Write a dataset whose training rows lie in partitions."""
     data = folder / "data"
     if (data / "train" / f"part={partitions - 1}").exists():
         return
@@ -248,7 +233,6 @@ def _write(folder: Path, rows: int, partitions: int) -> None:
 
 
 def _plain_epoch(folder: Path, words: tuple[str, ...]) -> dict[str, Any]:
-    """Train one epoch over all partitions; return what `metrics.json` says of the training."""
     run, log = folder / "runs" / "plain", folder / "runs" / "plain.log"
     command = [sys.executable, "-m", "recsys.cli", "train", "--config", str(RECIPE)]
     command += ["--data", str(folder / "data"), "--out", str(run), "--epochs", "1", *words]

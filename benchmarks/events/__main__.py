@@ -2,12 +2,9 @@
 
     python -m benchmarks.events --out FOLDER
 
-Users click and buy; each click is a sample with the user's last 50 clicks, and whether the item was
-bought within a day. `plain_sql` and `plain_polars` write the same rows of this one log by hand: a
-small log shows that splits, item counts and maps of ids are equal. Each program is a process of its
-own. Larger logs than `--peers_up_to` are prepared by `recsys` alone: the others hold all lists in
-memory or sort them on disk. Polars is left out if it is not installed (`pip install polars`).
-Writes `events.jsonl`, `.md` and `.png` into `--results`.
+Each click is a sample with the user's last 50 clicks, and whether the item was bought within a day.
+A small log shows that all programs write equal datasets. Logs of more events than `--peers_up_to`
+are prepared by `recsys` alone. Polars is optional (`pip install polars`).
 """
 
 from __future__ import annotations
@@ -106,7 +103,6 @@ def _write(folder: Path, size: tuple[int, int, int]) -> None:
 
 
 def _words(name: str, folder: Path, limits: dict[str, str]) -> list[str]:
-    """Return the words after `python` that make `folder/data`."""
     log, data = str(folder / "log"), str(folder / "data")
     if name == SQL:
         return ["-m", "benchmarks.events.plain_sql", log, data, limits[SQL]]
@@ -119,7 +115,6 @@ def _words(name: str, folder: Path, limits: dict[str, str]) -> list[str]:
 def _require_equal(
     folder: Path, names: list[str], size: tuple[int, int, int], limits: dict[str, str]
 ) -> None:
-    """Require that all programs write the same dataset of a small log."""
     _write(folder, size)
     for name in names:
         measured(_words(name, folder, limits))
@@ -130,7 +125,6 @@ def _require_equal(
 
 
 def _list_values(data: Path) -> int:
-    """Return the number of values in all histories of a dataset."""
     values = 0
     for split in SPLITS:
         for file in (data / split).iterdir():
@@ -161,10 +155,7 @@ def measured(words: list[str]) -> dict[str, float]:
 
 
 def differences(first_folder: Path, second_folder: Path) -> list[str]:
-    """Return the tables and columns in which two datasets differ.
-
-    Numbers may differ by the last bits of float32: each program has a logarithm of its own.
-    """
+    """Return the tables and columns that differ by more than the last bits of float32."""
     different = []
     for name in TABLES:
         tables = [pq.read_table(folder / name) for folder in (first_folder, second_folder)]

@@ -2,11 +2,9 @@
 
     python -m benchmarks.events.in_time --log FOLDER --out FOLDER
 
-`--log` holds the files of the recipe `recsys/recipes/events/ifdb.yaml`. Items that were known too
-early show in two figures. One is the share of test positives without a training row. The other is
-the AUC of an item's mean training label: it falls far below 0.5 if later items were drawn.
-A logistic regression on counts and on the similarity of texts shows that the columns rank what
-comes next. Writes `events_in_time.jsonl`, `.md` and `.png` into `--results`.
+`--log` holds the files of the recipe `recsys/recipes/events/ifdb.yaml`. Two figures show items
+known too early: the share of test positives without a training row, and the AUC of an item's
+mean label. A logistic regression on counts and text similarity shows what the columns can rank.
 
 Shapes: R rows of a split, L items of all their histories, N items.
 """
@@ -100,10 +98,7 @@ def _aucs(data: Path) -> dict[str, float]:
 
 
 def _columns(table: pa.Table, items: pa.ChunkedArray, tfidf: csr_matrix) -> np.ndarray:
-    """Return logarithms of counts, whether the history is empty, and the similarity: [R, 6].
-
-    The similarity is the mean cosine of the row's item and the items of its history.
-    """
+    """Return log counts, whether the history is empty, and mean cosine to the history: [R, 6]."""
     history = table["history"].combine_chunks()
     lengths = pc.list_value_length(history).to_numpy(zero_copy_only=False)
     rows = np.repeat(np.arange(len(table)), lengths)  # [L]

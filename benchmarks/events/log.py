@@ -27,10 +27,7 @@ EXPONENT, SHIFT = 1.2, 100  # of users: the one of rank r has a share as (r + SH
 
 
 def write_log(folder: Path, rows: int, users: int, items: int) -> None:
-    """Write clicks and purchases; the activity of users and items follows Zipf's law.
-
-    Users follow it as Mandelbrot shifted it, so that the first of a million has one event in 600.
-    """
+    """Write clicks and purchases; activity follows Zipf's law, shifted for users (Mandelbrot)."""
     folder.mkdir(parents=True)
     shares = np.cumsum((np.arange(1.0, users + 1) + SHIFT) ** -EXPONENT)
     numbers = np.random.default_rng(0).permutation(users)  # ranks do not show in ids

@@ -1,8 +1,6 @@
-"""The dataset of the benchmark by Polars, for this log alone, in memory and without checks.
+"""The dataset of the benchmark by Polars (`pip install polars`), for this log alone.
 
-    python -m benchmarks.events.plain_polars LOG OUT
-
-Polars is needed for this alone: `pip install polars`.
+python -m benchmarks.events.plain_polars LOG OUT
 """
 
 from __future__ import annotations

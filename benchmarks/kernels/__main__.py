@@ -3,10 +3,8 @@
     python -m benchmarks.kernels --out FOLDER
     python -m benchmarks.kernels --out FOLDER --before CLONE
 
-Each variant has a process of one thread; those of a case take turns, a few steps each, and a ratio
-is the median over rounds of the ratio within a round. With `--before` the base is the code of that
-clone; else it is this code with `kernels: torch`. Writes `kernel_steps.jsonl` and `.md`
-into `--results`.
+Each variant has a process of one thread. A ratio is the median over rounds of the ratio within a
+round. The base is the code in CLONE, or else `kernels: torch`.
 """
 
 from __future__ import annotations
@@ -38,7 +36,6 @@ class Worker:
     """A process that runs the steps of a variant in a clone."""
 
     def __init__(self, variant: Variant, clone: Path, threads: int) -> None:
-        """Start the process."""
         read, write = os.pipe()
         environment = os.environ | {"PYTHONPATH": str(clone), "OMP_NUM_THREADS": str(threads)}
         command = [sys.executable, str(WORKER), str(write), json.dumps(asdict(variant))]
@@ -68,7 +65,6 @@ class Worker:
         return json.loads(answer)
 
     def close(self) -> None:
-        """End the process."""
         self.process.kill()
         self.process.wait()
         self.answers.close()

@@ -2,8 +2,7 @@
 
     python -m benchmarks.kernels.operators
 
-Both take turns in one process of one thread; a ratio is the median over rounds of the ratio within
-a round. Writes `kernels.jsonl` and `.md` into `--results`.
+A ratio is the median over rounds of the ratio within a round, in one process of one thread.
 
 Shapes: B rows, L history, D dimension, F sparse features.
 """
@@ -37,9 +36,9 @@ NUM_ITEMS = 100_000
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of one row of the table: of target attention if `units` are given.
+    """Sizes of a row: of target attention with `units`, of content interest with `modalities`.
 
-    With `modalities` they are those of content interest: 0 of them are attention alone.
+    0 modalities are attention alone.
     """
 
     rows: int
@@ -51,7 +50,6 @@ class Size:
 
     @property
     def name(self) -> str:
-        """Name in the table."""
         if self.modalities is not None:
             spaces = f", similarities in {1 + self.modalities} spaces" if self.modalities else ""
             return f"content interest, {self.rows} x {self.history} x {self.dim}{spaces}"
@@ -95,7 +93,6 @@ def pass_of(size: Size) -> Callable[[], None]:
     factor: Tensor = torch.randn(module(*inputs).shape)
 
     def run() -> None:
-        """Compute outputs and all gradients."""
         module.zero_grad()
         for part in inputs[:2]:
             part.grad = None
@@ -112,13 +109,7 @@ def _history(size: Size) -> JaggedHistory:
 
 
 def operators(rounds: int = 7, quick: bool = False, results: Path = RESULTS) -> None:
-    """Measure each size by turns.
-
-    Args:
-        rounds: number of rounds.
-        quick: tiny sizes, whose figures mean nothing.
-        results: folder for the figures.
-    """
+    """Measure each size by turns; `quick` sizes give figures that mean nothing."""
     require_own_folder(quick, results)
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -159,7 +150,6 @@ class StoredContentInterest(nn.Module):
     """History map, attention and, with modalities, the similarities of a history in a bank."""
 
     def __init__(self, dim: int, num_modalities: int) -> None:
-        """Build the map and the interest; without modalities, without similarities."""
         super().__init__()
         settings = HistorySettings(similarity_features=num_modalities > 0)
         self.map = HistoryMap(dim, settings)
@@ -173,7 +163,6 @@ class StoredContentInterest(nn.Module):
         history: JaggedHistory,
         parallel: Tensor,  # [N, 1]
     ) -> Tensor:
-        """Return the interest with its features."""
         dim, num_modalities = target.shape[1], modalities.shape[1]
 
         def read() -> tuple[Tensor, Tensor]:

@@ -1,8 +1,7 @@
-"""Steps of one variant in a clone of its own: answers requests on standard input.
+"""Steps of one variant in a clone of its own, started as a file with `PYTHONPATH=CLONE`.
 
-Started as a file with `PYTHONPATH=CLONE`, so that the code of an earlier commit is measured in the
-same run as that of this one. A line `run N` is answered by the seconds of N steps, `peak` by the
-bytes of the peak of resident memory, both in JSON.
+Answers each line of standard input in JSON: `run N` by the seconds of N steps, `peak` by the bytes
+of peak resident memory.
 """
 
 from __future__ import annotations
@@ -23,13 +22,7 @@ from recsys.distributed.ranks import joined_ranks  # noqa: E402
 
 
 def serve(answers: int, variant: Variant, threads: int) -> None:
-    """Build the variant and answer until the input ends.
-
-    Args:
-        answers: file descriptor to write answers to.
-        variant: the steps to run.
-        threads: threads of the process.
-    """
+    """Build the variant and answer on the file descriptor `answers` until the input ends."""
     silence_advice_to_library_developers()
     torch.set_num_threads(threads)
     with joined_ranks("cpu") as ranks, os.fdopen(answers, "w") as out:

@@ -1,12 +1,10 @@
-"""Our recipe beside programs of the field, on the same rows, labels, histories and item vectors.
+"""Our recipe beside other programs, on the same rows, labels, histories and item vectors.
 
     python -m benchmarks.peers --data DATA --out runs/peers
 
-Each peer is installed from the package index into an environment of its own, tuned on validation by
-the same number of Optuna trials, and trained on every window with several seeds. The recipe is
-trained as it is. Differences have the intervals of a paired bootstrap of users. Writes
-`peers.jsonl` and `.md` into `--results`. Finished trainings in `--out` are read, not
-trained again.
+Each peer has its own environment and the same number of Optuna trials on validation, and trains on
+every window with several seeds. Intervals are of a paired bootstrap of users. Finished trainings in
+`--out` are read, not trained again.
 """
 
 from __future__ import annotations
@@ -126,7 +124,6 @@ DIFFERENCES = ("GAUC", "GAUC unseen", "AUC")
 class Entry:
     """The trainings of a program.
 
-    settings: what the trials chose.
     scores: of the test split, [seeds][windows].
     seconds: of each training.
     peak: most memory of a training in GB; None: not measured.
@@ -169,7 +166,6 @@ def peers_result(
 def _record(
     entry: Entry, gains: Mapping[str, Interval | None], windows: Sequence[str]
 ) -> dict[str, Any]:
-    """Return everything that is known of a program, as JSON values."""
     return {
         "benchmark": "peers",
         "program": entry.name,

@@ -22,9 +22,7 @@ Space = Mapping[str, BaseDistribution]
 class Peer:
     """A program of the field.
 
-    name: in the table.
     adapter: file of `adapters`, which trains and scores in the peer's environment.
-    requirements: packages of that environment.
     space: settings that trials choose.
     fixed: settings that they do not.
     """

@@ -1,8 +1,6 @@
 """Writes a dataset as plain arrays, which every peer's environment can read.
 
-All peers get the rows, labels and histories of `recsys train`, with the parallel lists beside each
-history, and the outputs of the recipe's frozen encoders for each item, of unit length by modality.
-
+Item vectors are the outputs of the recipe's frozen encoders, of unit length by modality.
 Shapes: N rows of a split, H history items of a split, I items, V width of all modalities.
 """
 
@@ -40,8 +38,7 @@ def write_rows(data: str, recipe: Path, out: Path, most_rows: int | None = None)
     The folder appears whole or not at all; one that exists is kept if it is of this data.
 
     Args:
-        data: dataset with one label, whose ids are rows of tables, as `recsys prepare movielens`
-            makes it.
+        data: dataset with one label, whose ids are rows of tables.
         recipe: names the encoders.
         out: folder to write.
         most_rows: of each split, the first in time; None: all.

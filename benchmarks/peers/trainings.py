@@ -36,11 +36,7 @@ def digest_of(peer: Peer, windows: list[Path], *further: Any) -> str:
 
 @dataclass(frozen=True)
 class PeerTraining:
-    """A training of a peer on the rows of a window.
-
-    rows: folder that `write_rows` wrote.
-    out: folder of environments and trainings.
-    """
+    """A training of a peer on `rows`, a folder of `write_rows`; `out` has the environments."""
 
     peer: Peer
     rows: Path
@@ -50,7 +46,6 @@ class PeerTraining:
 
     @property
     def file(self) -> Path:
-        """The file with the scores."""
         digest = digest_of(self.peer, [self.rows], dict(self.settings), self.seed)
         return self.out / "trainings" / f"{digest}.npz"
 
@@ -139,13 +134,7 @@ METRICS = ("auc", "gauc")
 def tuned(peer: Peer, windows: list[Path], trials: int, out: Path) -> dict[str, Any]:
     """Return the settings with the highest mean of AUC and GAUC of validation, pooled.
 
-    A study that was stopped goes on.
-
-    Args:
-        peer: whose settings are chosen.
-        windows: folders of the rows.
-        trials: trainings on all windows.
-        out: folder of trainings and studies.
+    A study that was stopped goes on. `windows` are folders of rows; a trial trains on all of them.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = {name: repr(values) for name, values in peer.space.items()}

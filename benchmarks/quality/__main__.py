@@ -3,8 +3,7 @@
     python -m benchmarks.quality --data DATA --out runs/quality --grid full --seeds 3
 
 Trains the cells of a grid (`benchmarks.quality.grid`) with several seeds, on a dataset or on all
-windows of a rolling split, and writes a Markdown table and JSON lines.
-Finished runs are not trained again, so the same command continues where it was stopped.
+windows of a rolling split. Finished runs are not trained again.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def quality(
         cache: folder of encoded items; default: the usual one.
         recipe: the recipe that cells change.
         results: files to write, without their ending; default: benchmarks/results/quality.
-        train: false trains nothing and writes the results of the finished runs, even if incomplete.
+        train: false only writes the results of the finished runs, even if incomplete.
 
     Raises:
         ValueError: a name, setting or dataset is invalid.
@@ -67,7 +66,6 @@ def quality(
 
 
 def _require_effects(cells: Sequence[Cell], plan: Plan) -> None:
-    """Require that every cell differs from its baseline."""
     folders = {name: runs[0][0].folder for name, runs in plan.items()}
     for cell in cells:
         if cell.baseline in folders and folders[cell.name] == folders[cell.baseline]:

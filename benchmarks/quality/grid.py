@@ -1,8 +1,7 @@
 """The cells of the quality study: their changes to the recipe, reasons and baselines.
 
-The difference of a cell to its baseline is the effect of one named part. All other settings are
-the recipe's, so that data, batch size, epochs and the rule of early stopping are the same for
-all. Cells that a recipe makes equal, such as the recipe and the rank it has, share their runs.
+The difference of a cell to its baseline is the effect of one part; all other settings are equal.
+Cells that a recipe makes equal share their runs.
 """
 
 from __future__ import annotations
@@ -18,13 +17,7 @@ Settings = Mapping[str, Any]  # by full name, such as `content.fusion.name`
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration of the grid.
-
-    name: name in tables and figures.
-    reason: the purpose, in a line.
-    settings: its changes to the recipe.
-    baseline: the cell that it is compared with.
-    """
+    """One configuration of the grid: its changes to the recipe, and its baseline cell."""
 
     name: str
     reason: str

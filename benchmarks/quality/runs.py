@@ -1,9 +1,7 @@
-"""The runs of a study: every configuration, with every seed, on every dataset, none of them twice.
+"""The runs of a study: every configuration, with every seed, on every dataset, each trained once.
 
-Each is a `recsys train` process of one rank and one thread. A finished run is read; an interrupted
-run continues from its last checkpoint, and a run that another process trains is waited for. Its
-folder is `OUT/DATASET/DIGEST-SEED`, by a digest of the resolved configuration and of the location
-of the data: equal configurations under different names are trained once.
+Each is a `recsys train` process of one rank and one thread in `OUT/DATASET/DIGEST-SEED`. Finished
+runs are read, interrupted ones continue, and those of another process are waited for.
 """
 
 from __future__ import annotations
@@ -32,12 +30,8 @@ RECIPE = ROOT / "recsys" / "recipes" / "movielens_multimodal.yaml"
 
 @dataclass(frozen=True)
 class Training:
-    """A `recsys train` process.
+    """A `recsys train` process in `folder`.
 
-    folder: folder of the run.
-    data: dataset.
-    recipe: the recipe that the overrides change.
-    title: description of the run.
     leaves: files of the folder besides `metrics.json`; if one is missing, the run is repeated.
     """
 
@@ -51,11 +45,9 @@ class Training:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the folder holds the metrics and all `leaves`."""
         return all((self.folder / name).exists() for name in ("metrics.json", *self.leaves))
 
     def metrics(self) -> dict[str, Any]:
-        """Read the metrics of the finished run."""
         return json.loads((self.folder / "metrics.json").read_text())
 
 
@@ -76,8 +68,7 @@ def _train(training: Training, cache: Path | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
     with log.open("a") as output:
-        # The process that trains inherits the lock with its output, so that another study, or this
-        # one started again while an orphan still trains, waits for the run instead of making it.
+        # The training inherits the lock with its output, so that another study waits for an orphan.
         fcntl.flock(output, fcntl.LOCK_EX)
         if training.is_finished:
             return
@@ -103,13 +94,7 @@ def _command(training: Training, cache: Path | None) -> list[str]:
 
 
 def command_words(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return settings by full name as words of the command line.
-
-    Example::
-
-        command_words({"content": "none", "ranking.mlp_units": [8]})
-        # ("--content", "none", "--ranking.mlp_units", "[8]")
-    """
+    """Return settings by full name as words of the command line."""
     return tuple(
         word
         for name, value in settings.items()
@@ -127,14 +112,7 @@ def plan_runs(
     recipe: Path,
     seeds: int,
 ) -> Plan:
-    """Return the runs of each configuration.
-
-    Args:
-        changes: changes to the recipe by name.
-        datasets: locations by name, as from `windows`.
-        out: folder of the runs.
-        recipe: the recipe that is changed.
-        seeds: number of seeds, from 0.
+    """Return the runs of each configuration, with seeds from 0.
 
     Raises:
         ValueError: a configuration does not resolve; names it.
@@ -203,11 +181,7 @@ def finished(plan: Plan) -> Plan:
 
 
 def windows(data: str) -> dict[str, str]:
-    """Return the datasets of a folder by name: itself, or those of its windows in their order.
-
-    Args:
-        data: a dataset, or a folder of datasets `window-1`, `window-2` ... as
-            `recsys prepare movielens --split rolling` makes it.
+    """Return a dataset, or those in the folders `window-1`, `window-2` ..., by name.
 
     Raises:
         ValueError: it is neither.

@@ -1,8 +1,7 @@
 """Results of a study's finished runs: medians over seeds, and effects with their intervals.
 
-Datasets of a folder of windows are pooled: a metric of a seed is that of the rows of all windows
-(`recsys.evaluation.bootstrap`). An effect is the difference of a cell to its baseline, with an
-interval of the paired bootstrap over users.
+Windows are pooled. An effect is the difference of a cell to its baseline, with an interval of the
+paired bootstrap over users (`recsys.evaluation.bootstrap`).
 """
 
 from __future__ import annotations
@@ -46,10 +45,7 @@ INTERVALS = (
 
 @dataclass(frozen=True)
 class CellResult:
-    """The finished runs of a cell.
-
-    runs, scores: [seeds][datasets].
-    """
+    """The finished runs of a cell and their scores, each [seeds][datasets]."""
 
     cell: Cell
     runs: list[list[Training]]
@@ -63,11 +59,9 @@ class CellResult:
         return {seed: value for seed, value in zip(seeds, values) if value is not None}
 
     def users(self, column: str) -> int:
-        """Return the number of users that define a column of `COLUMNS`."""
         return metric_users(self.scores[0], *COLUMNS[column])
 
     def median(self, column: str) -> float | None:
-        """Return the median of a column over seeds."""
         return median_of_known(list(self.by_seed(column).values()))
 
     @property
@@ -216,7 +210,6 @@ def provenance_words(about: Mapping[str, Any]) -> str:
 def _records(
     study: Study, cell_effects: list[Effect], peer_effects: list[Effect]
 ) -> list[dict[str, Any]]:
-    """Return one record per cell: its metrics by seed, its effects, and the folders of its runs."""
     by_cell = {effect.cell.name: _effect_record(effect) for effect in cell_effects}
     by_peer = {effect.cell.baseline: _effect_record(effect) for effect in peer_effects}
     return [

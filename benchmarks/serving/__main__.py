@@ -3,9 +3,7 @@
     python -m benchmarks.serving --package packages/movielens
     python -m benchmarks.serving --package packages/movielens --load_seconds 300
 
-One user with a history, and candidates to rank; one thread scores. The four ways take turns within
-each round. Scorer and server are started anew several times, since two processes of the same
-program differ by milliseconds for as long as they live.
+One thread scores. Scorer and server start several times, as equal processes differ by milliseconds.
 """
 
 from __future__ import annotations

@@ -2,10 +2,8 @@
 
     python -m benchmarks.serving.accuracy --runs '[runs/movielens]' --out packages/accuracy
 
-Every test row of a run's data is
-scored by the package as a request. Beside the AUC is the largest difference of a package in fp32
-from `recsys predict`. Exits with 1 if fp16 or int8 lose more than they may, or fp32 differs. Runs
-and packages that exist are used as they are.
+The package scores every test row as a request. Exits with 1 if fp16 or int8 lose too much, or fp32
+differs from `recsys predict`. Existing packages are used as they are.
 """
 
 from __future__ import annotations
@@ -92,7 +90,6 @@ def _measure(run: Path, out: Path, rows: int) -> dict[str, Any]:
 
 
 def _requests(scorer: Scorer, table: pa.Table) -> Iterator[dict[str, Any]]:
-    """Yield the rows, each as a request for its one item."""
     manifest, schema = scorer.manifest, scorer.schema
     user, history = request_columns(schema, manifest.pooled, manifest.dense)
     columns = list(dict.fromkeys([*user, *history, schema.target_item]))

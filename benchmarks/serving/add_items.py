@@ -2,10 +2,8 @@
 
     python -m benchmarks.serving.add_items --package packages/movielens --data data/movielens
 
-A server has a copy of the package. Items of the dataset get another text, which replaces their
-content; the time counts from the start of the command until the server ranks them by it. The answer
-must equal that of a scorer which loads the package afterwards. Exits with 1 if the median is not
-below the aim.
+Items of the dataset get another text, until the server ranks them by it. The answer must equal that
+of a scorer that loads the package afterwards. Exits with 1 if the median is not below the aim.
 """
 
 from __future__ import annotations

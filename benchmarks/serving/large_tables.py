@@ -2,10 +2,8 @@
 
     python -m benchmarks.serving.large_tables --package packages/movielens
 
-One table of the package is replaced by a large one of random rows. A server of one worker starts
-with `--verify false`: seconds until it is ready, and its resident memory before any request. Then
-two workers answer requests that read many rows: the pages of the table's file that both have read
-must be in memory once. Exits with 1 if an aim is missed.
+Measures seconds and resident memory of a server started with `--verify false`, and whether two
+workers share the pages that both have read. Exits with 1 if an aim is missed.
 """
 
 from __future__ import annotations

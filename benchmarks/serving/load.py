@@ -1,7 +1,6 @@
 """An open load on a server whose package is exchanged again and again.
 
-Requests start at random times that do not wait for answers, and their seconds count from the time
-at which they should start: a server that falls behind shows it.
+Requests start at random times, and their latency counts from the time at which they are due.
 """
 
 from __future__ import annotations
@@ -37,9 +36,8 @@ RESIDENT_EVERY = 2.0  # seconds
 class Load:
     """Requests to a server, its memory, and the exchanges of its package.
 
-    link: what the server serves, which is exchanged every `swap_every` seconds. latencies: time at
-    which a request was due and milliseconds to its answer. scores: by version, the different
-    scores that answers had. resident: seconds and megabytes.
+    link: what the server serves. scores: the different scores of answers by version.
+    latencies: due time and milliseconds to its answer. resident: seconds and megabytes.
     """
 
     process: psutil.Process
@@ -57,7 +55,6 @@ class Load:
         return time.perf_counter() - self.start
 
     async def run(self, times: list[float]) -> None:
-        """Send requests at some times, in seconds."""
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             self.start = time.perf_counter()
             background = [
@@ -72,7 +69,6 @@ class Load:
                 other.cancel()
 
     async def _send(self, session: aiohttp.ClientSession, due: float) -> None:
-        """Send a request and note its milliseconds since it was due."""
         try:
             async with session.post(self.url, data=self.body) as response:
                 content = await response.read()
@@ -88,14 +84,12 @@ class Load:
         self.scores.setdefault(answer["model_version"], Counter())[scores] += 1
 
     async def _exchange(self) -> None:
-        """Exchange the package for ever."""
         for package in itertools.cycle([self.link.with_name("copy"), self.link.resolve()]):
             await asyncio.sleep(self.swap_every)
             (new := self.link.with_name("new")).symlink_to(package)
             new.replace(self.link)
 
     async def _watch(self) -> None:
-        """Note the resident memory for ever."""
         while True:
             self.resident.append((self._now(), self.process.memory_info().rss / 1e6))
             await asyncio.sleep(RESIDENT_EVERY)
@@ -107,10 +101,7 @@ def arrivals(seconds: float, rate: float) -> np.ndarray:  # float64 [requests]
 
 
 def ratio_of_constant_times(seconds: float, rate: float, share: float) -> float:
-    """Return p99 / p50 of the same arrivals if each takes the same time, one after the other.
-
-    It is what waiting alone makes of the ratio: 4.3 at a share of 0.7 in the long run (M/D/1).
-    """
+    """Return p99 / p50 of the same arrivals if each takes the same time: waiting alone (M/D/1)."""
     service_time = share / rate
     waiting = np.cumsum(service_time - np.diff(arrivals(seconds, rate), prepend=0.0))
     durations = waiting - np.minimum.accumulate(waiting) + service_time  # Lindley's recursion
@@ -122,12 +113,7 @@ def load(
 ) -> dict[str, Any]:
     """Send requests to a server whose package is exchanged; return what was seen.
 
-    Args:
-        package: the package; a copy of other weights takes turns with it.
-        request: the request.
-        seconds: how long.
-        rate: requests per second on average, at random times.
-        swap_every: seconds between exchanges.
+    `rate` is the mean number of requests per second, `swap_every` the seconds between exchanges.
     """
     times = arrivals(seconds, rate)
     with tempfile.TemporaryDirectory(dir=package.parent) as folder:
@@ -174,7 +160,6 @@ def _write_another(package: Path, copy: Path) -> None:
 
 
 def _scale_weights(graph: Path, out: Path) -> None:
-    """Write a graph with other weights."""
     with ZipFile(graph) as old, ZipFile(out, "w") as new:
         for name in old.namelist():
             content = old.read(name)

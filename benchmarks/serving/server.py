@@ -81,12 +81,10 @@ class HTTPClient:
     """Ranks over one connection that is kept open."""
 
     def __init__(self, port: int, request: dict[str, Any]) -> None:
-        """Connect and write the body once."""
         self._connection = http.client.HTTPConnection("127.0.0.1", port)
         self._body = json.dumps(request)
 
     def __call__(self) -> bytes:
-        """Send the request and return the body of the answer."""
         self._connection.request("POST", "/v1/rank", self._body)
         response = self._connection.getresponse()
         body = response.read()
@@ -118,7 +116,6 @@ def graph_call(scorer: Scorer, request: dict[str, Any]) -> Callable[[], object]:
     arguments = scorer._inputs(scorer.read(**request)).arguments()
 
     def call() -> object:
-        """Run the graph."""
         with torch.inference_mode():
             return scorer._graph(*arguments)
 

@@ -1,8 +1,6 @@
 """The settings that benchmarks measure: a recipe each and the synthetic dataset it runs on.
 
-Setting A has stored features of text and image, so that everything except encoders is measured.
-Setting B has raw text through a small real encoder, so that encoders are most of it. Each has a
-quick form of a few seconds for tests, whose figures mean nothing.
+A has stored features, so that all except encoders is measured; B has raw text through an encoder.
 """
 
 from __future__ import annotations
@@ -30,10 +28,7 @@ class Setting:
         return replace(self, size=replace(self.size, **sizes))
 
     def prepared(self, out: Path) -> tuple[str, tuple[str, ...]]:
-        """Write the dataset under `out` if it is missing; return its folder and the overrides.
-
-        The caches of encoded items go beside it, so that all variants of a setting share them.
-        """
+        """Write the dataset under `out` if it is missing; return its folder and the overrides."""
         data = write_dataset(out / self._data_name(), self.size, shared_items=out / "items")
         return str(data), (*self.overrides, "--cache", str(out / "cache"))
 

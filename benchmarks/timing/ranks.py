@@ -1,9 +1,6 @@
-"""The processes that a variant's steps run in.
+"""The processes that a variant's steps run in: one per rank, with its own peak of memory.
 
-Each variant has processes of its own, one per rank with as many threads as set, so that its peak
-of memory is its own and variants on one and on two ranks can take turns; the others sleep
-meanwhile. Under torchrun or torchx the ranks are already running: all variants are then in
-each of them.
+Under torchrun or torchx the ranks already run, and all variants share each of them.
 """
 
 from __future__ import annotations
@@ -73,11 +70,9 @@ class RankSteps:
         return matmul_rate(size, self.ranks.device)
 
     def profile(self, steps: int) -> dict[str, Any]:
-        """Profile some steps."""
         return self.steps.profile(steps)
 
     def report(self) -> RankReport:
-        """Report rows, memory and counts."""
         status = STATUS.read_text()
         marked = int(status.split("VmHWM:")[1].split()[0]) * 1024
         # The kernel updates the peak separately from the current size, and counts some pages late.
@@ -88,13 +83,9 @@ class RankSteps:
 class Processes(Protocol):
     """The ranks of a variant: `call` runs a method of `RankSteps` on each, in rank order."""
 
-    def call(self, method: str, *arguments: Any) -> list[Any]:
-        """Call a method of `RankSteps` on each rank; return the results in rank order."""
-        ...
+    def call(self, method: str, *arguments: Any) -> list[Any]: ...
 
-    def close(self) -> None:
-        """End the processes."""
-        ...
+    def close(self) -> None: ...
 
 
 def is_launched() -> bool:
@@ -135,7 +126,6 @@ class OwnProcesses:
     """New processes, which wait for calls."""
 
     def __init__(self, variant: Variant, threads: int) -> None:
-        """Start one process per rank."""
         self.variant = variant
         job = (variant.ranks, _free_port())
         context = multiprocessing.get_context("spawn")
@@ -181,7 +171,6 @@ class OwnProcesses:
         return result
 
     def close(self) -> None:
-        """Kill the processes and close their connections."""
         for process in self.processes:
             process.kill()
             process.join()

@@ -1,8 +1,6 @@
 """Time variants against each other in one run: a few steps of each in turn, round after round.
 
-A machine with other load is slower in some minutes than in others. For variants that
-take turns, the ratio within a round is hardly affected; the median over rounds is
-reported, with the lowest and the highest.
+The ratio within a round hardly depends on other load; its median over rounds is reported.
 """
 
 from __future__ import annotations
@@ -35,7 +33,6 @@ class Effort:
     """Length of a measurement.
 
     warm_up: steps before the first round, at least 1.
-    rounds: number of rounds.
     steps: the least steps of each variant in a round.
     seconds: the least time of a variant's steps in a round; quick steps are then repeated.
     profiled: steps under the profiler at the end; 0: none.
@@ -52,7 +49,6 @@ class Effort:
     matmul_size: int = 2048
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
         for name in ("warm_up", "rounds", "steps", "threads", "matmul_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"effort.{name} is {getattr(self, name)}; it must be at least 1")
@@ -135,13 +131,9 @@ def ratio(this: Measurement, other: Measurement) -> Ratio:
 def measure(
     variants: Sequence[Variant], effort: Effort, in_process: bool = False
 ) -> list[Measurement]:
-    """Measure the variants in turns.
+    """Measure the variants, of different names, in turns.
 
-    Args:
-        variants: variants with different names.
-        effort: length of the measurement.
-        in_process: measure in this process instead of in new ones, shared by all variants; under
-            torchrun always, in each of its ranks, whatever number of ranks a variant names.
+    With `in_process`, and always under torchrun, all share this process.
 
     Raises:
         RuntimeError: a rank of a variant failed; its traceback is in the message.

@@ -54,7 +54,6 @@ class BatchCounts:
 
     @staticmethod
     def mean(counts: Iterable[BatchCounts]) -> BatchCounts:
-        """Return the mean over steps."""
         return BatchCounts(*map(fmean, zip(*map(astuple, counts), strict=True)))
 
 
@@ -82,7 +81,7 @@ def part_seconds(events: Iterable[FunctionEvent]) -> dict[str, float]:
 def step_flops(step: Callable[[], None], kernels: Kernels) -> int:
     """Return the FLOPs of a step: products of matrices, convolutions and attention.
 
-    Meanwhile PyTorch's operations run in place of `kernels`, whose FLOPs PyTorch does not count.
+    PyTorch's operations replace `kernels`, whose FLOPs PyTorch does not count.
     """
     choose_kernels("torch")
     try:

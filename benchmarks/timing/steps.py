@@ -1,8 +1,6 @@
 """Training steps to be timed: the product's own, and those of its plain PyTorch twin.
 
-`ProductSteps` is a job built as `recsys train` builds it, whose batches pass the same stages:
-loader, lockstep, preparation, pipeline, optimizer. Batches are loaded before the clock starts
-and used in turn, or read from their files within the steps, as a variant says.
+Batches are loaded before the clock starts, or read from files within the steps.
 """
 
 from __future__ import annotations
@@ -35,16 +33,11 @@ from recsys.training.trainer import LossWatch, relaxed_gc
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant of training steps to time.
+    """A variant of training steps to time, the product or its plain PyTorch twin.
 
-    name: name in tables.
-    recipe: as for `recsys train`; so are `data` and `overrides`.
-    kind: the product, or its plain PyTorch twin with the same settings.
     ranks: number of processes, one thread each unless set otherwise.
-    apart: each process is a job of one rank, so that none sends anything: the machine's limit for
-        this number of processes.
-    loaded_batches: number of batches loaded beforehand and used in turn; 0: the loader runs within
-        the steps.
+    apart: each process is a job of one rank and sends nothing: the machine's limit.
+    loaded_batches: number of batches loaded beforehand and used in turn; 0: loads within steps.
     """
 
     name: str
@@ -57,7 +50,6 @@ class Variant:
     loaded_batches: int = 16
 
     def config(self) -> Config:
-        """Load and check the settings."""
         return load_config(self.recipe, list(self.overrides))
 
     def changed(self, name: str, *overrides: str, **fields: Any) -> Variant:
@@ -91,7 +83,6 @@ class ProductSteps:
     """Steps of a job, as in the trainer. Building them is a collective."""
 
     def __init__(self, variant: Variant, ranks: Ranks) -> None:
-        """Build the job and load its batches. A collective."""
         config = variant.config()
         self.rows = config.batch_size
         self.ranks = ranks
@@ -130,7 +121,6 @@ class ProductSteps:
             raise error
 
     def counts(self) -> list[BatchCounts]:
-        """Return the counts of the last step's batch."""
         return [] if self.batch is None else [BatchCounts.of(self.batch)]
 
     def profile(self, steps: int) -> dict[str, Any]:
@@ -152,7 +142,6 @@ class PlainSteps:
     """Steps of the plain twin; of several ranks each trains its own, without communication."""
 
     def __init__(self, variant: Variant, ranks: Ranks) -> None:
-        """Build the twin and load its batches."""
         config = variant.config()
         self.rows = config.batch_size
         source = PlainSource(config, variant.data, ranks)
@@ -163,11 +152,9 @@ class PlainSteps:
         self.parts: list[dict[str, float]] = []
 
     def counts(self) -> list[BatchCounts]:
-        """Return no counts: the twin has none."""
         return []
 
     def step(self) -> None:
-        """Run one training step."""
         batch, moments = next(self.batches), [time.perf_counter()]
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -184,7 +171,6 @@ class PlainSteps:
         )
 
     def profile(self, steps: int) -> dict[str, Any]:
-        """Time some steps by part."""
         for _ in range(steps):
             self.step()
         last = self.parts[-steps:]

@@ -1,11 +1,8 @@
 """EM3 as public implementations build it: a Q-Former over every history item, with gradient.
 
-A plain PyTorch model of our own by their description (the authors' code and MMCTR-Bench): the item
-id is one more token beside those of the modalities, queries and tokens attend to each other, and
-DIN pools the fused vectors of the history. Content-ID-Contrastive compares the target's content
-and id, with the batch as negatives. No memory bank, LoRA or similarities. Each distinct item of a
-batch is fused once, which gives the same numbers as fusing it at each place. As the other peers,
-it has the stars of the history.
+A plain PyTorch model by the description of the authors' code and MMCTR-Bench: the item id is one
+more token, DIN pools the fused vectors, and CIC compares content and id of the target in the batch.
+It has no memory bank, LoRA or similarities.
 
 Shapes: N rows, B batch, L history length, I items, U distinct items of a batch, M modalities,
 Q queries, T tokens (Q + 1 + M), D dimension.
@@ -34,30 +31,21 @@ class JointAttention(nn.Module):
     """One published layer: self-attention over queries and tokens, then LayerNorm(x + residual)."""
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
-        """Create the four linear maps."""
         super().__init__()
         self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.dropout, self.norm = nn.Dropout(dropout), nn.LayerNorm(dim, eps=1e-5)
 
     def forward(self, tokens: Tensor) -> Tensor:  # [U, T, D] -> [U, T, D]
-        """Return the tokens after attention among them."""
         mixed, _ = self.attention(tokens, tokens, tokens, need_weights=False)
         return self.norm(tokens + self.dropout(mixed))
 
 
 class EM3(nn.Module):
-    """Ids, stars and histories -> logits and the CIC loss.
-
-    Args:
-        vectors: [I, V] of each modality.
-        num_users: rows of the table of users.
-        settings: of a trial.
-    """
+    """Ids, stars and histories -> logits and the CIC loss; `vectors` are [I, V] by modality."""
 
     def __init__(
         self, vectors: list[np.ndarray], num_users: int, settings: dict[str, float]
     ) -> None:
-        """Create tables, fusion, attention and head."""
         super().__init__()
         dim, dropout = int(settings["dim"]), settings["dropout"]
         # Row 0 pads.
@@ -83,7 +71,6 @@ class EM3(nn.Module):
         self.weight = settings["contrastive_weight"]
 
     def fused(self, items: Tensor) -> Tensor:  # [U] -> [U, D]
-        """Return the fused vectors of items."""
         modalities = [layer(matrix[items]) for layer, matrix in zip(self.maps, self.vectors)]
         tokens = torch.stack([self.items(items), *modalities], dim=1)
         queries = self.queries.expand(len(items), -1, -1)

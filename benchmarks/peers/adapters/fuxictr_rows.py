@@ -1,8 +1,6 @@
 """DIN, DCNv2 and FinalMLP of FuxiCTR, by its classes for long histories.
 
-Every history item has its id, its stars and its vector of content; the target has the code of a
-target in place of stars. The vectors are the principal components of all modalities.
-
+History items have ids, stars and principal components of their content.
 Shapes: N rows, B batch, L history length, I items, V width of content.
 """
 
@@ -40,7 +38,6 @@ class Batches:
         self.lengths = np.minimum(np.diff(rows.offsets), LENGTH)
 
     def __len__(self) -> int:
-        """Return the number of batches."""
         return -(-len(self.rows) // self.batch_size)
 
     def __iter__(self) -> Iterator[Inputs]:

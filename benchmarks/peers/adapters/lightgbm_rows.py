@@ -1,10 +1,7 @@
 """LightGBM on statistics of users and items, and on content similarities.
 
-Statistics of a user are of the row's history, those of an item of training rows, the row itself
-left out. A row's similarities are cosines of the target's vector to those of its history, by
-modality.
-
-Shapes: N rows, L history length, K features.
+Statistics of an item are of training rows, without the row itself. Similarities are cosines of the
+target to its history by modality. Shapes: N rows, L history length, K features.
 """
 
 from __future__ import annotations

@@ -32,14 +32,12 @@ class Rows:
 
     @classmethod
     def read(cls, folder: Path, split: str) -> Rows:
-        """Read the rows of a split."""
         with np.load(folder / f"{split}.npz") as arrays:
             columns = {name: arrays[name] for name in arrays.files}
         names = ("user", "item", "label", "offsets", "history")
         return cls(*(columns.pop(name) for name in names), columns)
 
     def __len__(self) -> int:
-        """Return N."""
         return len(self.item)
 
     def padded(self, values: np.ndarray, length: int) -> np.ndarray:  # [H] -> [N, L]
@@ -65,10 +63,7 @@ def principal_components(vectors: list[np.ndarray], width: int) -> np.ndarray:  
 
 
 def order_within_users(rows: Rows, values: np.ndarray) -> float:  # [N]
-    """Return the share of pairs of a user's rows that the values order, by which epochs are chosen.
-
-    The rows of a pair have different labels.
-    """
+    """Return the share of a user's pairs with different labels that the values order correctly."""
     right = pairs = 0.0
     for user in np.unique(rows.user):
         is_user = rows.user == user
@@ -95,7 +90,6 @@ class PeerJob:
         return cls(Path(job["rows"]), job["settings"], job["seed"], Path(job["out"]))
 
     def read(self) -> dict[str, Rows]:
-        """Read all splits."""
         return {split: Rows.read(self.rows, split) for split in SPLITS}
 
     def write(self, start: float, **scores: np.ndarray) -> None:  # float [N] each

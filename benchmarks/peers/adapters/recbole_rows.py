@@ -1,8 +1,6 @@
 """SASRec of RecBole: the next item that a user likes, of the items that the user liked before.
 
-It learns from positive rows alone and from no label of the others, as it was published; its score
-of a row is that of the target as the next item.
-
+It learns from positive rows alone, as published. A row's score is that of its target.
 Shapes: N rows, B batch, L history length.
 """
 
@@ -27,11 +25,9 @@ class Items:
     """The number of items, which is all that the model reads of a dataset."""
 
     def __init__(self, num_items: int) -> None:
-        """Count the padding, too."""
         self.num_items = num_items + 1
 
     def num(self, field: str) -> int:
-        """Return the number of values of a field."""
         del field
         return self.num_items
 

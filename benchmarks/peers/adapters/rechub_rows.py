@@ -1,8 +1,6 @@
 """DIN of Torch-RecHub: histories of ids and of stars, each with an attention of its own.
 
-The target's stars are the code of a target. Its trainer keeps the best epoch by validation AUC.
-
-Shapes: N rows, L history length.
+Its trainer keeps the best epoch by validation AUC. Shapes: N rows, L history length.
 """
 
 from __future__ import annotations
