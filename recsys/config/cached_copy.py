@@ -1,8 +1,4 @@
-"""Parse equal settings once.
-
-jsonargparse takes tenths of a second for the settings of a run. A continual run reads the same ones
-for every partition.
-"""
+"""Parse equal settings once, since jsonargparse takes tenths of a second."""
 
 from __future__ import annotations
 
@@ -17,16 +13,7 @@ NUM_RESULTS = 8  # results of a function
 
 
 def cached_copy(parse: Callable[P, T]) -> Callable[P, T]:
-    """Return a function that keeps its last results, and returns copies of them.
-
-    Args:
-        parse: a function of plain values, without effects; an error is not kept.
-
-    Example::
-
-        @cached_copy
-        def parse(content: Any, place: str) -> Settings: ...
-    """
+    """Return a function of plain values that keeps its last results, and returns copies of them."""
     results: dict[str, T] = {}
 
     @wraps(parse)

@@ -35,7 +35,6 @@ class LoraSettings:
     """Initial weights: true, false, gaussian, orthogonal, olora, pissa or pissa_niter_N of peft."""
 
     def check(self, name: str) -> None:
-        """Check the range of layers and the initialisation."""
         layers, init = self.layers, self.init_lora_weights
         if layers is not None and (len(layers) != 2 or not 0 <= layers[0] <= layers[1]):
             raise ValueError(
@@ -85,7 +84,6 @@ class ModalitySettings:
     """Arguments of a class of your own."""
 
     def check(self, name: str) -> None:
-        """Check the settings of the kind, and that the parts to train exist."""
         make_kind = find_part(f"{name}.kind", "recsys.data.items.kind:make_kind", {})
         make_kind(name, self)  # checks the settings of its kind
         if self.module and self.training == "lora":
@@ -119,7 +117,6 @@ class FusionSettings:
     """Arguments of a class of your own."""
 
     def check(self, name: str) -> None:
-        """Refuse `options` for a built-in fusion."""
         refuse_options(name, self.name, self.options)
 
 
@@ -163,7 +160,6 @@ class SamplingSettings:
     """Share of the items that are encoded with gradient; at most `forward`."""
 
     def check(self, name: str) -> None:
-        """Check the order of the shares."""
         if not 0 < self.backward <= self.forward <= 1:
             raise ValueError(
                 f"{name}.forward is {self.forward} and {name}.backward {self.backward}; shares "
@@ -192,7 +188,6 @@ class ContentSettings:
         return self.dim * (1 + len(self.modalities) * self.history.similarity_features)
 
     def check(self, name: str) -> None:
-        """Check widths, and that mode full uses nothing that needs the memory bank."""
         if not self.modalities:
             raise ValueError(
                 f"{name}.modalities is empty; name at least one modality, or set `content: none`"

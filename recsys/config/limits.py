@@ -1,8 +1,6 @@
 """Types of numbers with limits, and the check of a tree of settings against them.
 
-The parser of jsonargparse checks names and types, but only of settings that it has parsed. A limit
-is in the annotation of its field, as one of jsonargparse's restricted types, and `check_settings`
-applies it to any settings: parsed, built in Python, or replaced.
+`check_settings` applies them to any settings: parsed, built in Python, or replaced.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ UnitInterval = Annotated[float, typing.OpenUnitInterval]
 
 
 def _limited(name: str, kind: type, *limits: tuple[str, float]) -> Any:
-    """Return a type of number whose description is used in messages."""
     words = " and ".join(f"{sign} {limit}" for sign, limit in limits)
     return typing.restricted_number_type(name, kind, list(limits), docstring=words)
 
@@ -75,7 +72,6 @@ def check_settings(value: Any, name: str = "", hint: Any = None) -> None:
 
 
 def _limits(hint: Any) -> Iterator[type]:
-    """Yield the limits in an annotation, inside containers and unions as well."""
     if get_origin(hint) is Annotated:
         yield from hint.__metadata__
     for part in get_args(hint):

@@ -1,8 +1,6 @@
 """Reads the configuration of a run from YAML and the command line, and writes it.
 
-Every field of `Config` is a setting that users may write in a recipe (`recsys/recipes/*.yaml`) or
-override as `--any.setting VALUE`. jsonargparse checks names and types, `recsys.config.checks` the
-rest. The name of the ranking model is read first, since it decides the settings in `ranking`.
+Every field of `Config` is a setting of recipes, and an option `--any.setting VALUE`.
 """
 
 from __future__ import annotations
@@ -39,8 +37,7 @@ def add_config_arguments(
 
     Args:
         parser: parser of a command.
-        words: the command line, whose recipe or `--ranking.name` chooses the ranking model, and so
-            the settings under `ranking`.
+        words: the command line, which chooses the ranking model and so its settings.
         skip: settings that the command adds by itself.
 
     Raises:
@@ -75,10 +72,6 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
     Raises:
         ValueError: a missing file, an unknown key or a wrong type, named.
-
-    Example::
-
-        config = load_config("recsys/recipes/tiny.yaml", ["--content", "none"])
     """
     if not recipe_file(path).is_file():
         raise ValueError(f"config {path}: no such file; correct the path of the recipe")
@@ -183,11 +176,6 @@ REMOVED = {
 
 
 def _without_removed_keys(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Drop removed settings whose value did nothing.
-
-    Raises:
-        ValueError: a removed setting has another value.
-    """
     recipe = copy.deepcopy(recipe)
     for (*sections, key), (inert, reason) in REMOVED.items():
         section: Any = recipe

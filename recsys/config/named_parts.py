@@ -1,9 +1,6 @@
 """Parts that a configuration names: built in, or a user's own as `package.module:Class`.
 
-Ranking models, fusions, encoders, modality kinds, losses, optimizers, schedules, metrics and row
-sources are all resolved here, so that each accepts the same names and fails with the same messages.
-Built-in parts are named by their import path too, and imported when a configuration names them: a
-package may list parts of the packages above it without importing them.
+Built-in parts are named by import path, so that a package lists parts of packages above it.
 """
 
 from __future__ import annotations
@@ -29,12 +26,6 @@ def find_part(setting: str, name: str, paths: Mapping[str, str]) -> Any:
 
     Raises:
         ValueError: the name is unknown or cannot be imported.
-
-    Example::
-
-        from recsys.config.named_parts import find_part
-
-        find_part("optimizer.name", "adamw", {"adamw": "torch.optim:AdamW"})
     """
     path = paths.get(name, MOVED.get(name, name))
     module, _, attribute = path.partition(":")

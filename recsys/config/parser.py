@@ -1,8 +1,4 @@
-"""The parser of commands and settings: plain data, and errors that name setting, value and fix.
-
-jsonargparse describes a wrong value by the types that it tried. This parser looks up a refused
-value in the dataclasses of settings, and describes it by its full name and its allowed values.
-"""
+"""The parser of commands and settings: plain data, and errors that name setting, value and fix."""
 
 from __future__ import annotations
 
@@ -29,9 +25,6 @@ LONGEST = 300  # characters of a value in a message
 class Parser(ArgumentParser):
     """Parser that reads values as plain data and takes no abbreviations.
 
-    An abbreviated option would change its meaning when a setting with the same prefix is added.
-    Options are spelled with hyphens or underscores; one that is true or false needs no value.
-
     Attributes:
         settings: the dataclass or type of each setting at the top level.
         options: the types of the options beside them.
@@ -39,14 +32,12 @@ class Parser(ArgumentParser):
     """
 
     def __init__(self, **arguments: Any) -> None:
-        """Build a parser with these arguments of `jsonargparse.ArgumentParser`."""
         super().__init__(**{"allow_abbrev": False, "parser_mode": MODE, **arguments})
         self.settings: dict[str, Any] = {}
         self.options: dict[str, Any] = {}
         self.values: list[dict[str, Any]] = []
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the error and end with exit code 2, or raise it."""
         hints = self._hints()
         problems = [problem_of_keys(hints, mapping, "") for mapping in self.values]
         if "the following arguments are required" in message:
@@ -66,7 +57,6 @@ class Parser(ArgumentParser):
         return super().parse_args(words, *arguments, **options)
 
     def parse_object(self, *arguments: Any, **options: Any) -> Any:
-        """Parse settings in mappings."""
         self._check_keys()
         return super().parse_object(*arguments, **options)
 
@@ -75,7 +65,6 @@ class Parser(ArgumentParser):
         return with_hyphens(super().format_help(*arguments))
 
     def _hints(self) -> dict[str, Any]:
-        """Return the types of all settings, and of the options beside them."""
         return {action.dest: Any for action in self._actions} | self.settings
 
     def _check_keys(self) -> None:
@@ -102,7 +91,6 @@ class Parser(ArgumentParser):
             self.error(str(error), error)
 
     def _in_words(self, message: str) -> str:
-        """Translate an error of jsonargparse about options into the terms of this program."""
         command = self.prog.replace(" [options]", "")  # such as `recsys prepare movielens`
         if match := re.match(r"unrecognized arguments: (--[^ =]+)", message):
             names = [name for name in self._option_string_actions if name.startswith("--")]
@@ -175,13 +163,7 @@ def _allows(kind: Any, hint: Any) -> bool:
 
 
 def config_first(words: Sequence[str]) -> list[str]:
-    """Return a command line with its recipes before the options, which then override them.
-
-    Example::
-
-        config_first(["--epochs", "1", "--config", "r.yaml"])
-        # ["--config", "r.yaml", "--epochs", "1"]
-    """
+    """Return a command line with its recipes before the options, which then override them."""
     moved, rest_words = list[str](), list[str]()
     rest = iter(words)
     for word in rest:
@@ -268,7 +250,6 @@ def missing_key(hints: dict[str, Any], values: dict[str, Any], name: str) -> str
 
 
 def _is_of(hint: Any, value: Any) -> bool:
-    """Return whether the parser accepts a value for this type."""
     parser = ArgumentParser(exit_on_error=False, parser_mode=MODE)
     parser.add_argument("--value", type=hint)
     try:

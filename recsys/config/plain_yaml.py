@@ -1,8 +1,6 @@
 """YAML that stays data, for schemas and configurations from other people.
 
-The argument parser would import the module of any `class_path`, a few lines of aliases can expand
-to more than any memory, and a duplicate key would lose a value. So this module checks every text
-that is read as YAML: files, values on the command line, and files that either of them names.
+Refused are `class_path`, which imports modules, aliases, which expand, and duplicate keys.
 """
 
 from __future__ import annotations
@@ -67,7 +65,6 @@ class _PlainLoader(yaml.SafeLoader):
     """Loader that refuses aliases, class paths, and keys that are duplicate or not text."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Refuse an alias."""
         if self.check_event(yaml.AliasEvent):
             alias = self.peek_event()
             line = alias.start_mark.line + 1

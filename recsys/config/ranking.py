@@ -1,8 +1,6 @@
 """Settings of the ranking model, `ranking` in a recipe: the common ones, and their resolution.
 
-Each ranking model has a dataclass of its settings, the attribute `Settings` of its class, so that
-`ranking: {name: sim, search_top_k: 50}` has the keys of `sim` and no others. This module has the
-base of these dataclasses, and maps a model's name to its dataclass.
+The attribute `Settings` of a model's class is the dataclass of its settings.
 """
 
 from __future__ import annotations
@@ -62,7 +60,6 @@ class RankingSettings:
     mean of its events."""
 
     def check(self, name: str) -> None:
-        """Refuse `options` for a built-in model."""
         refuse_options(name, self.name, self.options)
 
 
@@ -100,8 +97,7 @@ def settings_class(name: str) -> type[RankingSettings]:
     A user's class without `Settings` has `options` and the settings of retrieval.
 
     Raises:
-        ValueError: the model is unknown or cannot be imported, or its `Settings` do not derive from
-            `RankingSettings`.
+        ValueError: the model cannot be imported, or its `Settings` is no `RankingSettings`.
     """
     if name in RANKING_SETTINGS:
         settings: type[RankingSettings] = find_part("ranking.name", name, RANKING_SETTINGS)
@@ -123,12 +119,6 @@ def ranking_settings(name: str = DEFAULT_MODEL, **settings: Any) -> RankingSetti
 
     Raises:
         ValueError: the model is unknown, or has no such setting.
-
-    Example::
-
-        from recsys.config import ranking_settings
-
-        ranking_settings("sim", search_top_k=20).search_heads  # 2
     """
     kind = settings_class(name)
     check_keys(settings, name)
@@ -159,8 +149,7 @@ def check_keys(keys: Iterable[str], name: str) -> None:
 def own_keys(section: dict[str, Any], name: str) -> dict[str, Any]:
     """Return the part of a recipe's `ranking` that belongs to the ranking model of a run.
 
-    Keys of another model are dropped with a warning if the recipe is for that model and the command
-    line chooses this one; and silently if a run of an earlier version wrote the keys of all models.
+    Keys of the recipe's own model are dropped with a warning; those of earlier runs silently.
 
     Raises:
         ValueError: a key belongs neither to the model nor to that of the recipe.

@@ -164,7 +164,6 @@ class Config:
     """Seconds without progress after which the job ends and names the rank; 0: never."""
 
     def __post_init__(self) -> None:
-        """Turn a single tracker into a list."""
         if isinstance(self.tracker, str):
             self.tracker = [self.tracker]
 

@@ -56,11 +56,6 @@ class ServerSettings:
     log_format: LogFormat = "text"
 
     def __post_init__(self) -> None:
-        """Check the numbers.
-
-        Raises:
-            ValueError: names the setting that is out of range.
-        """
         seconds = {"read_timeout": 1, "idle_timeout": 1, "drain": 0, "grace": 0}
         lowest = {"port": 0, "grpc_port": 0, "workers": 1, "threads": 1} | seconds
         for name in seconds:

@@ -1,8 +1,6 @@
 """Write the reference of all settings, SETTINGS.md, from the dataclasses of this folder.
 
-`python -m recsys.config.settings_page` writes the page; with `--check` it only compares, and ends
-with status 1 if the page differs from the code. A setting's sentence is its attribute docstring,
-which `recsys train --help` prints too.
+With `--check` it only compares, and ends with status 1 if the page differs from the code.
 """
 
 from __future__ import annotations

@@ -1,10 +1,5 @@
 """Batch: everything one training step needs, moved and pinned as one object.
 
-It is a superset of `torchrec.datasets.utils.Batch` (`dense_features`, `sparse_features`,
-`labels`), so code that reads those keeps working. Sharded modules read their ids directly from an
-attribute of the batch (`sparse_features`, `sequence_features`), which `TrainPipelineSparseDist`
-needs to send them ahead of the step.
-
 Shapes: B batch, N history items of the whole batch, U unique history items, E items to encode,
 S items whose vectors are read from the bank, T tokens, F dense features, P parallel lists,
 X columns of kind extra, K sampled negatives, C labels.
@@ -48,8 +43,7 @@ class FurtherHistory:
     lengths: int64 [B], summing to N.
     values: float32 [N, P], the lists of floats beside it.
     longest: maximum of `lengths`.
-    content_index: int64 [N], positions of its items in `Batch.history_items` if their content is
-        read; else empty.
+    content_index: int64 [N], positions in `Batch.history_items` if content is read; else empty.
     """
 
     lengths: Tensor
@@ -72,37 +66,34 @@ class FurtherHistory:
 class Batch(Pipelineable):
     """Impressions of one step on one rank, with the content of their items.
 
+    It has the fields of `torchrec.datasets.utils.Batch`. `TrainPipelineSparseDist` needs sharded
+    features as attributes of the batch, to send their ids ahead of the step.
+
     sparse_features: ids of the pooled tables; None when there are none.
-    sequence_features: ids of the target item (length 1 each), of the history, of the further
-        histories and of the lists of ids beside histories. The history has its unique ids,
-        `history_items`, with lengths by row that have no meaning, or all of them.
-    history_items: unique items of the histories whose content is read; `history_index`, of the
-        first history, points into them.
+    sequence_features: ids of the target item (length 1 each), of the history, of further histories
+        and of lists of ids beside them. The history has all ids, or its unique ones.
+    history_items: unique items of the histories whose content is read.
     history_values: the parallel lists; `unscaled_values` as recorded if a model standardised them.
-    content_items: unique items that this rank encodes; `content` holds their content, or
-        `content_vectors` their vectors if they are known, as in a pass without training.
-    bank_rows: rows of `content_items` in the memory bank, -1 without one, if a bounded vocabulary
-        has raw ids of items; None: the items are rows.
-    target_items: rows of the ranked items; with a bounded vocabulary, `item_keys` are their raw ids
-        and `has_row` is False for those that share the row of unknown ids.
-    target_index: row of each target item in the local item vectors (`ContentBranch.item_vectors`);
-        `history_content_index` that of the history items if they are encoded too, else empty.
-    with_gradient: number of `content_items` that are encoded with gradient, the first; None: all.
+    content_items: unique items that this rank encodes. `content` holds their content, or
+        `content_vectors` their vectors in a pass without training.
+    bank_rows: rows of `content_items` in the memory bank, -1 without one; None: the items are rows.
+    target_items: rows of the ranked items. With a bounded vocabulary, `item_keys` are raw ids,
+        and `has_row` is False for the row of unknown ids.
+    target_index: row of each target item in the local item vectors (`ContentBranch.item_vectors`).
+    history_content_index: likewise for the history items if they are encoded, else empty.
+    with_gradient: number of `content_items`, the first, that are encoded with gradient; None: all.
     bank_items: ranked items whose vectors are read from the bank instead of encoded.
-    bank_reads: route of the bank's rows to this rank, for `read_items`; `bank_writes` the route of
-        the rows of `content_items` to the bank. None: computed in the step.
-    exchange: routes of item vectors from the ranks that own them to the ranks that need them;
-        None if each rank encodes its own items.
+    bank_reads: route of the bank's rows for `read_items`; None: computed in the step.
+    bank_writes: route of the rows of `content_items` to the bank; None: computed in the step.
+    exchange: routes of item vectors between ranks; None if each rank encodes its own items.
     row_positions: position of each row in its files, -1 for a padding row.
-    weights: the column of kind weight, 0 for a padding row; in training `BatchPreparation` scales
-        it to a mean of 1 over the rows of all ranks, padding included. None without one.
-    label_weights: likewise for each label, 0 where it is null (NaN in `labels`); None if no label
-        is nullable.
+    weights: the column of kind weight, 0 for a padding row. In training, the mean over the rows of
+        all ranks is 1. None without such a column.
+    label_weights: likewise by label, 0 where it is null; None if no label is nullable.
     extra: columns of kind extra, NaN where a row has no value; None without any, or without labels.
     further: the histories after the first one, in schema order.
-    negative_items: items sampled as negatives of retrieval, also a feature of `sequence_features`;
-        `negative_log_q` and `target_log_q` are the log-probabilities with which they and the ranked
-        items are sampled.
+    negative_items: sampled negatives of retrieval, also a feature of `sequence_features`.
+    negative_log_q, target_log_q: log-probabilities of sampling the negatives and the ranked items.
 
     Example::
 
@@ -155,15 +146,12 @@ class Batch(Pipelineable):
     unscaled_values: Tensor | None = None  # [N, P]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
-        """Return a copy with every tensor on `device`."""
         return _mapped(self, lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """Return a copy in page-locked memory."""
         return _mapped(self, lambda tensor: tensor.pin_memory())
 
     def record_stream(self, stream: Any) -> None:
-        """Record the use of every tensor on a CUDA stream."""
         _mapped(self, lambda tensor: tensor.record_stream(stream))
 
     def jagged_history(self) -> JaggedHistory:
@@ -212,12 +200,10 @@ class Batch(Pipelineable):
 
     @property
     def batch_size(self) -> int:
-        """Number of rows, padding included."""
         return self.labels.shape[0]
 
 
 def _mapped(part: Part, function: Callable[[Any], Any]) -> Part:
-    """Return a copy of a part of a batch with `function` applied to every tensor in it."""
     if isinstance(part, Tensor | KeyedJaggedTensor):
         return function(part)
     if isinstance(part, dict):

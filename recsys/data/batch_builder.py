@@ -1,8 +1,5 @@
 """Rows of impressions -> `Batch`, with each item of the batch once.
 
-Arrow stores list columns as values and lengths, which are also the parts of a KeyedJaggedTensor;
-nothing here loops over rows. The batch owns its memory, so it may be written to.
-
 Shapes: B batch, N history items of the whole batch, U unique items, n ids, C columns.
 """
 
@@ -29,10 +26,7 @@ MOST_MARKS, MARKS_PER_ID = 1 << 22, 256
 
 
 class UniqueItems:
-    """`np.unique(items, return_inverse=True)` of ids in `[0, num_items)`, several times as fast.
-
-    Several threads may call it at once.
-    """
+    """Thread-safe, faster `np.unique(items, return_inverse=True)` of ids in `[0, num_items)`."""
 
     def __init__(self, num_items: int) -> None:
         self.num_items = num_items
@@ -90,10 +84,10 @@ class BatchBuilder:
         schema: of the dataset.
         pooled_features: columns whose tables are pooled, in the order of the model.
         store: content of the items; None for a model without content.
-        encode_history: encode the history items as well, instead of reading them from the bank.
-        index_dedup: look up each history item once in the ID table, too.
-        with_labels: False for files to predict, which need not have labels.
-        content_histories: further histories whose items' content is read, too.
+        encode_history: encode the history items instead of reading them from the bank.
+        index_dedup: look up each history item once in the ID table.
+        with_labels: False for files to predict, which need no labels.
+        content_histories: further histories whose items' content is read.
     """
 
     def __init__(

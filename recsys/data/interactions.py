@@ -1,9 +1,5 @@
 """Impressions -> the batches of one rank, built ahead of the trainer.
 
-All ranks get the same number of batches of the same sizes, as collectives require: row-wise tables
-refuse unequal sizes, and a missing batch hangs the job. If the number of ranks does not divide the
-rows, a rank with one row fewer adds a padding row, which has no weight in losses and metrics.
-
 Shapes: R rows of a window.
 """
 
@@ -40,8 +36,8 @@ WindowRows = tuple[RowColumns, np.ndarray]  # a window that was read, and the or
 class Interactions:
     """Batches of one rank's share of a split.
 
-    `batch_size` is the largest number of rows of a batch. `seed` shuffles them, differently in each
-    epoch; None keeps the order of the files.
+    All ranks get as many batches of the same sizes, as collectives require. A rank with a row less
+    adds a padding row. `seed` shuffles the rows, differently in each epoch; None keeps their order.
     """
 
     def __init__(
@@ -66,7 +62,7 @@ class Interactions:
         """Set the position at which the next iteration starts.
 
         `stages` are parts of this epoch that other numbers of ranks or batch sizes have read;
-        `first_batch` is the number of batches of the remaining rows that these ranks have read.
+        `first_batch` counts the batches of the remaining rows that are read.
         """
         self.epoch, self.first_batch = epoch, first_batch
         self.shuffle_seed = None if self.seed is None else (self.seed, epoch)
@@ -89,10 +85,7 @@ class Interactions:
         return in_order(self.jobs(LazyResult), LazyResult, ahead=0)
 
     def jobs(self, submit: Submit) -> Iterator[Callable[[], Batch]]:
-        """Yield one job per batch. A job waits for its windows, whose reading is submitted here.
-
-        While a window is in use the next is being read, and no other is held in memory.
-        """
+        """Yield one job per batch. While a window is in use, the next is being read."""
         slices, starts = self.share.slices, [0, *accumulate(map(len, self.share.slices))]
         windows: dict[Window, Result[WindowRows]] = {}
         for batch in range(self.first_batch, self.num_batches):
@@ -125,9 +118,7 @@ class Interactions:
 def loader(interactions: Interactions, num_workers: int, pin_memory: bool) -> Generator[Batch]:
     """Yield the batches of `interactions`, in the same order for any number of threads.
 
-    One thread reads the window after the one in use, `num_workers` threads build batches ahead;
-    with 0 the calling thread does both on demand. An error is raised in place of the batch it
-    concerns. Close the generator when stopping early, so that its threads end.
+    With 0 workers the calling thread reads and builds. Close the generator when stopping early.
     """
 
     def pinned(job: Callable[[], Batch]) -> Batch:

@@ -30,8 +30,7 @@ LEAST_MERGED = 1 << 20  # least number of counted items that are merged at once
 def frequency_masks(item_counts: np.ndarray) -> dict[str, np.ndarray]:  # [N], int -> [N], bool each
     """Return the rows of each of `PARTS` by the number of training rows of their item.
 
-    `unseen`: none; `cold`: fewer than `COLD_BELOW`, unseen ones included; `warm`: all others;
-    `all`: every row.
+    Cold items have fewer than `COLD_BELOW`, unseen ones included; warm items have more.
     """
     cold = item_counts < COLD_BELOW
     every = np.ones(len(item_counts), dtype=bool)
@@ -47,12 +46,10 @@ class ItemCounts:
 
     @classmethod
     def of_rows(cls, items: np.ndarray) -> ItemCounts:  # int64 [N]
-        """Count how often each item occurs."""
         return cls(*np.unique(items, return_counts=True))
 
     @classmethod
     def sum_of(cls, parts: Sequence[ItemCounts]) -> ItemCounts:
-        """Add counts up."""
         items = np.concatenate([np.zeros(0, np.int64), *(part.items for part in parts)])
         counts = np.concatenate([np.zeros(0, np.int64), *(part.counts for part in parts)])
         order = np.argsort(items)
@@ -62,7 +59,7 @@ class ItemCounts:
 
     @classmethod
     def load(cls, path: Path) -> ItemCounts:
-        """Open counts that `save` wrote; they stay in the file until they are looked up."""
+        """Open counts that `save` wrote, memory-mapped."""
         stored = np.load(path, mmap_mode="r")
         if stored.ndim == 1:  # a count of every item, as earlier runs stored them
             items = np.flatnonzero(stored)
@@ -70,7 +67,6 @@ class ItemCounts:
         return cls(*stored)
 
     def save(self, path: Path) -> None:
-        """Write the counts."""
         with whole_file(path) as partial, partial.open("wb") as file:
             np.save(file, np.stack([self.items, self.counts]))
 
@@ -82,11 +78,7 @@ class ItemCounts:
         return np.where(self.items[place] == items, self.counts[place], 0)
 
     def sum_of_ranks(self, num_items: int | None, ranks: Ranks) -> ItemCounts:
-        """Return the sums over all ranks on rank 0, and nothing on the others. A collective.
-
-        Counts are added in blocks of ids, so that no rank holds those of all items. Raw ids have no
-        bound `num_items` and lie too far apart for blocks: rank 0 gets the counts of each rank.
-        """
+        """Return the sums over all ranks on rank 0, and nothing on the others. A collective."""
         import torch
         import torch.distributed as dist
 
@@ -120,14 +112,12 @@ class ItemCounter:
         self._waiting: list[ItemCounts] = []
 
     def add(self, items: np.ndarray) -> None:  # int64 [N]
-        """Count items."""
         self._waiting.append(ItemCounts.of_rows(items))
         num_waiting = sum(len(counts.items) for counts in self._waiting)
         if num_waiting > max(len(self._merged.items), LEAST_MERGED):
             self.total()
 
     def total(self) -> ItemCounts:
-        """Return the counts so far."""
         if self._waiting:
             self._merged, self._waiting = ItemCounts.sum_of([self._merged, *self._waiting]), []
         return self._merged
@@ -150,8 +140,7 @@ def count_items(
 ) -> ItemCounts:
     """Count how often each item is the target in a rank's share; see `rows_of_items`.
 
-    All columns are read, so that an unusable value ends the job before its first step. `also` is
-    called with each chunk of rows.
+    It reads all columns, so that an unusable value ends the job early. `also` gets each chunk.
     """
     counter = ItemCounter()
     for table in rows.read(*rows.share(rank, world_size)):

@@ -1,11 +1,6 @@
 """Histories as an index into their unique items, and the arithmetic on it, without padding.
 
-The histories of a batch hold N items but far fewer distinct ones, U. Everything that depends on an
-item alone (looked-up rows, content vectors, linear maps) is computed for U; scores and weights are
-N numbers. `dot` and `weighted_sum` allocate no [N, D] and no [B, longest, D], so that memory and
-time grow with the items present. Their kernels are those of `embedding_bag` with weights per
-sample, on CPU and CUDA. The sum is its forward; the gradient of its weights is the dot product of
-each item with its row.
+`dot` and `weighted_sum` allocate no [N, D]; their kernels are those of `embedding_bag`.
 
 Shapes: B batch, U unique items, N history items of the batch, P some of them, D dimension,
 K any width.
@@ -68,10 +63,7 @@ class JaggedHistory:
     def highest(
         self, scores: Tensor, count: int
     ) -> Tensor:  # scores [N] -> [P], places in ascending order
-        """Return the positions of the `count` highest scores of each row; all of a shorter row.
-
-        Of equal scores, the later position wins.
-        """
+        """Return the places of the `count` highest scores of each row; later ones win ties."""
         last = len(scores) - 1
         order = last - scores.flip(0).argsort(descending=True, stable=True)
         order = order[_stable_order(self.rows[order], len(self.lengths))]  # by row, then by score

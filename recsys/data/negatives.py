@@ -1,12 +1,6 @@
 """Negatives of a retrieval model's softmax losses: the items, and their probabilities.
 
-A batch gets the log of the probability Q with which its items are drawn as negatives. For in-batch
-negatives Q is an item's share of the training rows, for sampled ones that of the draw. Without
-`log_q_correction` the logs are zeros. The ids of sampled negatives join the sequence features as
-one more feature of the item table; their content comes from the memory bank.
-
-Sampled negatives are items with training rows alone: others, such as those of valid and test, were
-not known while the training rows were written. So memory does not grow with the table.
+Only items with training rows are sampled. Without `log_q_correction` the logs of Q are zeros.
 
 Shapes: B batch, S sampled negatives, U items with training rows, N any items.
 """
@@ -53,8 +47,7 @@ class NegativeSampler:
     def log_q(self, items: torch.Tensor) -> torch.Tensor:  # int64 [N] -> [N]
         """Return the log of the probability that each item is drawn.
 
-        An item without training rows, which only validation has, counts as if it had one, or came
-        after the least frequent.
+        An item without training rows counts as if it had one, or came after the least frequent.
         """
         if not self.settings.log_q_correction:
             return torch.zeros(len(items))

@@ -31,7 +31,6 @@ class NumberRange:
     squares: float = 0.0
 
     def add(self, values: np.ndarray) -> None:
-        """Include numbers."""
         values = values.astype(np.float64)
         self.include(
             NumberRange(
@@ -44,7 +43,6 @@ class NumberRange:
         )
 
     def include(self, other: NumberRange) -> None:
-        """Include the numbers of another range."""
         self.least = min(self.least, other.least)
         self.greatest = max(self.greatest, other.greatest)
         self.count += other.count
@@ -53,12 +51,10 @@ class NumberRange:
 
     @property
     def mean(self) -> float:
-        """Mean of the numbers."""
         return self.total / self.count
 
     @property
     def variance(self) -> float:
-        """Variance of the numbers."""
         return max(self.squares / self.count - self.mean**2, 0.0)
 
     @property

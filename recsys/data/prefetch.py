@@ -1,9 +1,4 @@
-"""Run jobs ahead of the use of their results, in threads, in order and within bounds.
-
-Decoding and gathering happen in pyarrow and numpy, which release the interpreter lock, so threads
-suffice: they share the rows of a window and pass a batch on without a copy. Worker processes
-would each decode all rows and send every batch through shared memory.
-"""
+"""Run jobs ahead of the use of their results, in threads, in order and within bounds."""
 
 from __future__ import annotations
 
@@ -34,7 +29,6 @@ class LazyResult(Generic[T]):
         self._result: T
 
     def result(self) -> T:
-        """Run the job on the first call; return its result."""
         if self._job is not None:
             self._result = self._job()
             self._job = None
@@ -66,10 +60,7 @@ def _on_device() -> tuple[Callable[[int], None], tuple[int]] | tuple[()]:
 
 
 def in_order(jobs: Iterable[Callable[[], T]], submit: Submit, ahead: int) -> Generator[T]:
-    """Yield the results of the jobs in order; run up to `ahead` further jobs meanwhile.
-
-    An error in a job is raised in place of its result.
-    """
+    """Yield the results of jobs in order, or raise their errors; run up to `ahead` more jobs."""
     pending: deque[Result[T]] = deque()
     for job in jobs:
         pending.append(submit(job))

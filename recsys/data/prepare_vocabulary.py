@@ -1,8 +1,6 @@
 """Build the maps of raw ids to rows, once, from a whole dataset before any training.
 
-Every column of `schema.yaml` with `vocabulary: {kind: exact}` gets `vocabulary/COLUMN.parquet` with
-the ids of all splits and, for the target item, of the items. A map that is built again, after data
-was added, keeps its rows and appends the new ids, so that earlier models stay valid.
+A map that is built again keeps its rows and appends new ids, so that earlier models stay valid.
 """
 
 from __future__ import annotations
@@ -67,7 +65,6 @@ def new_ids(
 def _extended(
     root: Location, schema: Schema, table: str
 ) -> tuple[PreparedVocabulary, ExactVocabulary]:
-    """Return the result for one table and its vocabulary, not yet written."""
     file, num_embeddings = vocabulary_file(root, table), schema.limit(table)
     vocabulary = ExactVocabulary(num_embeddings)
     if file.exists():
@@ -127,7 +124,6 @@ def _raw_ids(
 
 
 def _chunks(file: Location, name: str, schema: Schema | None) -> Iterator[pa.Array]:
-    """Yield the values of a column, one of the schema or else of the file."""
     columns = [name] if schema is None else schema.file_columns([name])
     with open_parquet(file) as parquet:
         for column in columns:

@@ -1,22 +1,7 @@
 """Rows of a split as chunks that are counted, checked and read in shares.
 
-Chunks are the unit of reading: row groups of Parquet files, or units that your own source defines.
-They have one global order, shuffled by seed and epoch in training. A rank's share is a contiguous
-range of that order: every row belongs to exactly one rank, which reads only the chunks it needs,
-and shares differ by at most one row. When another number of ranks (or batch size) continues an
-epoch, the rows not yet read are distributed again: none is read twice or left out.
-
-Your own source is a class in one file and a line of YAML. It counts the rows of each chunk
-and reads a chunk; this module does the rest, including the check of every value:
-
-    class CsvRows(RowSource):
-        def __init__(self, root: Location, split: str, schema: Schema, sep: str = ",") -> None:
-            self.files = sorted(Path(root.path, split).glob("*.csv"))
-            super().__init__(schema, [Chunk(str(f), count_lines(f)) for f in self.files])
-
-        def read_chunk(self, number: int) -> pa.Table: ...  # the columns `self.columns`
-
-    source: {name: "my_rows:CsvRows", options: {sep: ";"}}
+Chunks have one global order, shuffled by seed and epoch in training. A rank's share is a contiguous
+range of it; shares differ by at most one row. Another number of ranks can continue an epoch.
 """
 
 from __future__ import annotations
@@ -56,7 +41,7 @@ SHUFFLE_BYTES = 1 << 26
 class Chunk:
     """Rows that are read at once.
 
-    place: file, URL or name of the chunk, for messages and the fingerprint.
+    place: file, URL or name of the chunk.
     first_row: number of its first row at that place.
     num_bytes: size, which limits windows; 0 if unknown.
     digest: hash that changes with the content; empty if unknown.
@@ -80,8 +65,14 @@ class Window:
 class RowSource(ABC):
     """Rows of one split. Subclasses define its chunks, in the order of their rows, and read them.
 
-    Without `with_labels`, rows need not have labels. With `on_bad_row` error, an unusable value is
-    an error; with skip, its row becomes a padding row, which `bad_rows` counts.
+    Without `with_labels`, rows need no labels. With `on_bad_row` skip, bad rows become padding:
+
+        class CsvRows(RowSource):  # source: {name: "my_rows:CsvRows", options: {sep: ";"}}
+            def __init__(self, root: Location, split: str, schema: Schema, sep: str = ",") -> None:
+                self.files = sorted(Path(root.path, split).glob("*.csv"))
+                super().__init__(schema, [Chunk(str(f), count_lines(f)) for f in self.files])
+
+            def read_chunk(self, number: int) -> pa.Table: ...  # the columns `self.columns`
     """
 
     def __init__(
@@ -148,16 +139,14 @@ class RowSource(ABC):
         return " and ".join(f"{place} row {row}" for place, row in ends)
 
     def _place(self, position: int) -> tuple[str, int]:
-        """Return the chunk's place of a row of the split, and the row's number in it."""
         number = bisect_right(self._first_positions, position) - 1
         chunk = self.chunks[number]
         return chunk.place, chunk.first_row + position - self._first_positions[number]
 
     def fingerprint(self) -> str:
-        """Return a hash of all that determines the order of the rows, and one of their content.
+        """Return a hash of the order of the rows, a dash, and a hash of their content.
 
-        A dash separates them. A change that leaves the digests of the chunks as they are is not
-        detected (for Parquet see `footer_digest`). Without any digest, the second hash is missing.
+        Without any digest of a chunk, the second hash is missing.
         """
         names = [chunk.place.rsplit("/", 1)[-1] for chunk in self.chunks]
         sizes = [(chunk.num_rows, chunk.num_bytes) for chunk in self.chunks]
@@ -183,9 +172,7 @@ class RowSource(ABC):
     ) -> list[Window]:
         """Split the positions `[start, stop)` at chunks into windows that are shuffled together.
 
-        A window ends with the chunk that reaches `SHUFFLE_ROWS`, or before the one that exceeds
-        `SHUFFLE_BYTES`. `shuffle_seed` (seed, epoch) permutes the chunks, the same on
-        every rank, and the rows within each window.
+        `shuffle_seed` (seed, epoch) permutes chunks, alike on all ranks, and the rows of windows.
         """
         windows: list[Window] = []
         place = num_bytes = 0
@@ -353,7 +340,6 @@ class EpochShare:
 def _shares(
     rows: RowSource, rest: list[Slice] | None, world_size: int, shuffle_seed: tuple[int, int] | None
 ) -> list[list[Slice]]:
-    """Return the shares of all ranks in the remaining rows or the epoch, each in own windows."""
     if rest is not None:  # one contiguous share per rank; lengths differ by at most one row
         num_rows = sum(map(len, rest))
         cuts = [num_rows * rank // world_size for rank in range(world_size + 1)]

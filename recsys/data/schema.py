@@ -1,8 +1,7 @@
 """A dataset's `schema.yaml`: the meaning of its Parquet columns.
 
-A dataset is a folder with `schema.yaml`, `train/ valid/ test/*.parquet` (one row per impression)
-and `items/*.parquet` (one row per item), at a local path or any fsspec URL. Columns of the files
-that the schema does not name are ignored.
+A dataset is a folder or fsspec URL with `schema.yaml`, `train/ valid/ test/*.parquet` (one row per
+impression) and `items/*.parquet` (one row per item). Other columns of the files are ignored.
 
     target_item: item           # the id column that is ranked
     group: user                 # the id column whose AUC is averaged in GAUC
@@ -11,12 +10,10 @@ that the schema does not name are ignored.
       item:    {kind: id, num_embeddings: 9742}
       history: {kind: sequence, shares: item, parallel: [history_liked, history_genre]}
       history_genre: {kind: ids, num_embeddings: 20}    # beside the items of the history
-      bought:  {kind: sequence, shares: item}           # a further history
       genres:  {kind: ids, num_embeddings: 20}
       price:   {kind: dense}
       liked:   {kind: label}    # 0 or 1
-      rating:  {kind: label, loss: mse}       # a number
-      shared:  {kind: label, nullable: true}  # not known in rows with null
+      rating:  {kind: label, loss: mse, nullable: true}  # null: not known
       teacher: {kind: extra}    # a float that auxiliary losses may ask for, never a feature
       times:   {kind: weight}   # of the row in losses and metrics, 0 or more
       drawn:   {kind: sampled}  # 1 in rows whose item was drawn as a negative, else 0
@@ -25,11 +22,7 @@ that the schema does not name are ignored.
       columns:
         text:   {kind: text}
         poster: {kind: image}       # or a list of images, or of a video's frames, per item
-        clip:   {kind: feature}
         audio:  {kind: feature, file: audio.npy, ids: audio_ids.npy}
-
-Ids are rows of tables, unless a column has a `vocabulary`, which maps raw ids to rows. Features
-may be made of other columns by steps (`recsys.data.transforms.steps`).
 """
 
 from __future__ import annotations
@@ -64,7 +57,7 @@ from recsys.storage.location import Location
 
 @dataclass
 class Schema:
-    """Meaning of a dataset's columns; see the module's docstring."""
+    """Meaning of a dataset's columns; ids are rows of tables unless they have a `vocabulary`."""
 
     target_item: str
     group: str
@@ -80,7 +73,6 @@ class Schema:
     transforms: dict[str, Chain] = field(default_factory=dict, init=False)
 
     def of_kind(self, kind: str) -> list[str]:
-        """Return the names of the columns of one kind, in the order of the schema."""
         return [name for name, column in self.columns.items() if column.kind == kind]
 
     @property
@@ -100,7 +92,6 @@ class Schema:
 
     @property
     def weight(self) -> str | None:
-        """Name of the column with the rows' weights, if there is one."""
         return next(iter(self.of_kind("weight")), None)
 
     @property
@@ -115,7 +106,6 @@ class Schema:
 
     @property
     def num_items(self) -> int:
-        """Number of rows of the target item's table."""
         return self.limit(self.target_item)
 
     @property
@@ -148,7 +138,6 @@ class Schema:
         return 1 if vocabulary is None else vocabulary.num_hashes
 
     def tables_with(self, kind: Literal["exact", "hash", "bounded"]) -> list[str]:
-        """Return the tables that have a vocabulary of that kind."""
         vocabularies = ((name, column.vocabulary) for name, column in self.columns.items())
         return [name for name, settings in vocabularies if settings and settings.kind == kind]
 
@@ -180,11 +169,10 @@ def vocabulary_file(root: Location, table: str) -> Location:
 def load_schema(root: Location, with_vocabularies: bool = True) -> Schema:
     """Read and check `schema.yaml` of the dataset at `root`, its vocabularies and transforms.
 
-    Without vocabularies, neither maps of ids nor fitted values of transforms need be prepared yet.
+    Without vocabularies, maps of ids and fitted values need not be prepared yet.
 
     Raises:
-        ValueError: the file is unusable (`read_schema`), or a map or a fitted value is missing or
-            does not fit its column.
+        ValueError: the file is unusable, or a map or fitted value is missing or does not fit.
     """
     schema = read_schema(root)
     load_fitted(schema.transforms, schema.columns, root, required=with_vocabularies)
@@ -227,7 +215,7 @@ def parse_schema(content: Any, place: str) -> Schema:
 def load_vocabularies(schema: Schema, root: Location, fix: str | None = None) -> None:
     """Load the schema's exact maps from the folder `root`, and build its hashes.
 
-    The error about a missing map ends with `fix`, by default the command that writes the maps.
+    The error about a missing map ends with `fix`; default: the command that writes the maps.
     """
     fix = fix or f"run `recsys prepare vocabulary --data {root}`"
     for table in schema.tables_with("exact"):

@@ -1,8 +1,7 @@
 """Ids of a batch before it enters the pipeline: bounded maps, and counts of unknown ids.
 
-Exact maps and hashes are applied when rows are read, in any thread. A bounded map changes with
-every batch and is shared by all ranks. So its ids stay raw in the batch until the main thread maps
-them, in the order of the steps.
+A bounded map changes with every batch and is shared by all ranks. The main thread maps its ids, in
+the order of the steps.
 
 Shapes: B batch, N ids of one feature.
 """
@@ -31,9 +30,8 @@ MAPPED_AHEAD = PIPELINED_STEPS + 1
 class BoundedVocabularies:
     """Bounded vocabularies of a job, by table. Every method is a collective.
 
-    `pooled_features` are the columns that the model looks up in pooled tables. `reset` resets the
-    weights and optimizer state of reassigned rows. With `index_dedup`, the first history is looked
-    up once per distinct item.
+    `pooled_features` are the columns of pooled tables. `reset` resets weights and state of
+    reassigned rows. With `index_dedup`, the first history is looked up once per distinct item.
     """
 
     def __init__(
@@ -74,10 +72,9 @@ class BoundedVocabularies:
         return None if self.items is None else self.items.find
 
     def map_batch(self, batch: Batch, step: int, training: bool) -> None:
-        """Replace raw ids by rows, in the batch's own memory; call it once per batch.
+        """Replace raw ids by rows, in the memory of a batch on the host; call it once per batch.
 
-        The batch is on the host, for this training step. Only `training` admits and evicts ids, and
-        resets reassigned rows.
+        Only `training` admits and evicts ids, and resets reassigned rows. A collective.
         """
         for table, vocabulary in self.by_table.items():
             places = [self._feature_ids(batch, name, training) for name in self.features[table]]
@@ -94,10 +91,7 @@ class BoundedVocabularies:
                 batch.has_row = batch.target_items != vocabulary.unknown_row
 
     def _feature_ids(self, batch: Batch, name: str, training: bool) -> _Ids | _HistoryIds:
-        """Return the ids of a feature, pooled or of events.
-
-        Without training the items of padding rows are mapped, too: a catalogue is encoded in them.
-        """
+        """Return the ids of a feature; without training, those of padding rows too."""
         pooled, features = batch.sparse_features, batch.sequence_features
         if pooled is not None and name in pooled.keys():  # noqa: SIM118 - it is no dict
             features = pooled
@@ -146,11 +140,7 @@ class _Ids:
 
 @dataclass(frozen=True)
 class _HistoryIds:
-    """Items of the histories whose content is read; padding rows have none.
-
-    A batch has each once, but every occurrence is a use: on several ranks an item would else count
-    as often as there are ranks that have it.
-    """
+    """Items of the histories whose content is read; every occurrence counts as a use."""
 
     batch: Batch
     values: Tensor  # of the first history's feature, the batch's memory
@@ -172,10 +162,7 @@ class _HistoryIds:
 
 
 class UnknownIds:
-    """Counts the ids of a pass over data that map to the row of unknown ids.
-
-    Columns without an exact or bounded vocabulary do not count.
-    """
+    """Counts the ids of a pass over data that map to the row of unknown ids."""
 
     def __init__(self, schema: Schema) -> None:
         self._unknown_row = {
@@ -187,7 +174,6 @@ class UnknownIds:
         self._history = schema.history
 
     def add(self, batch: Batch) -> None:
-        """Count the ids of a batch that is on the host."""
         for features in (batch.sparse_features, batch.sequence_features):
             for name in features.keys() if features is not None else ():
                 if name in self._counts:
@@ -196,7 +182,6 @@ class UnknownIds:
                     self._counts[name] += torch.stack([ids.counts.sum(), unknown.sum()])
 
     def _feature_ids(self, batch: Batch, features: KeyedJaggedTensor, name: str) -> _Ids:
-        """Return the ids of a feature, the history's before they were made unique."""
         if name != self._history:
             return _Ids.of(batch, features, name)
         ids = batch.history_items[batch.history_index]  # padding rows have no history

@@ -1,8 +1,4 @@
-"""Profiles training steps by `torch.profiler`, with the parts of the model named in its records.
-
-Rank 0 records a few steps after the first ones. While it does, hooks name the model's parts;
-TorchRec's pipeline names its own stages. Nothing is hooked before or after.
-"""
+"""Profiles training steps by `torch.profiler`, with the parts of the model named in its records."""
 
 from __future__ import annotations
 
@@ -30,8 +26,7 @@ PRINTED_ROWS = 40
 class StepProfile:
     """Profiles some steps of a training loop on rank 0; on other ranks it does nothing.
 
-    It prints the operations that took most time, and writes the trace, which Perfetto opens, into
-    the run's folder.
+    It prints the slowest operations, and writes the trace, which Perfetto opens.
 
     Args:
         em3: the model inside its wrappers.
@@ -49,7 +44,6 @@ class StepProfile:
         folder: Path,
         say: Callable[[str], None] = print_table,
     ) -> None:
-        """Keep the parts; profiling starts when a loop is entered."""
         self.em3, self.steps, self.folder, self.say = em3, steps, folder, say
         self._is_cuda = ranks.device.type == "cuda"
         self._done = steps == 0 or not ranks.is_first
@@ -59,7 +53,6 @@ class StepProfile:
         self._steps_of_loop = 0
 
     def __enter__(self) -> StepProfile:
-        """Start the profiler for a loop, unless the steps are profiled."""
         if self._done:
             return self
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._is_cuda
@@ -84,7 +77,6 @@ class StepProfile:
             self._stop()
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        """End the recording with its loop; fewer steps than asked for are reported, too."""
         if self._profiler is None:
             return
         recorded = max(0, self._steps_of_loop - FIRST_STEPS - 1)
@@ -118,10 +110,7 @@ class StepProfile:
 
 
 def mark_parts(em3: EM3) -> ExitStack:
-    """Name the calls of the model's parts in the profiler's records, until the result is closed.
-
-    The names are like those of TorchRec's pipeline: `## encoders ##`.
-    """
+    """Name the model's parts in the profiler's records, such as `## encoders ##`, until closed."""
     marks = ExitStack()
     for module, part in _parts_of(em3):
         _mark_forward(module, part, marks)

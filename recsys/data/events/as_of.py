@@ -1,11 +1,7 @@
 """Finds what was known at a sample's moment: positions of cuts among sorted events.
 
-A stream is sorted by key (a user, an item) and time, and holds samples and events. Per key, the
-events before a moment are a prefix, which one binary search locates: so a history is a slice, and
-a count the difference of two positions, whatever the number of events.
-
-An event that arrives late is used from its arrival on: those known at a moment are a prefix and,
-where one arrived before earlier ones, some events after a gap.
+Per key, the events before a moment are a prefix, which one binary search locates. An event that
+arrives late is used from its arrival on.
 
 Shapes: N rows of a chunk, E events of them that match, S samples of them.
 """
@@ -62,7 +58,6 @@ class Moments:
     def __init__(
         self, chunk: pa.Table, keys: Sequence[str], samples: np.ndarray
     ) -> None:  # chunk [N], samples bool [N]: which rows are samples
-        """Rank the times."""
         self._key = key_numbers(chunk, keys)  # [N]
         time = chunk["ts"].to_numpy()
         ordered = np.sort(time)  # numpy.unique takes a hash table first, several times as long
@@ -86,12 +81,12 @@ class Moments:
     ) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:
         """Return the events in each sample's window that had arrived by its time.
 
-        The window ends `delay` microseconds before the sample and is `within` long; None: it holds
-        all earlier events of the key. `events` int64 [E] are rows, ascending.
+        The window ends `delay` microseconds before it and is `within` long (None: unbounded).
+        `events` int64 [E] are rows, ascending.
 
         Returns:
-            Begin and end of the events known without a gap, int64 [S] each, and for samples with
-            events known after a gap these events' places in `events`.
+            Begin and end of the events known without a gap, int64 [S] each. For samples with events
+            after a gap, their places in `events`.
         """
         end = self._events_before(events, delay)
         if within is None:  # all of its key: it begins after the events of earlier keys

@@ -28,7 +28,7 @@ class Dropped:
 
 
 def settle_fill(name: str, feature: Feature, kind: pa.DataType) -> None:
-    """Give the value that stands for a feature's nulls the type of its column, in place.
+    """Give a feature's `fill` the type of its column, in place.
 
     Raises:
         ValueError: it is no value of that type.
@@ -58,14 +58,10 @@ def event_columns(config: EventsConfig) -> dict[str, str]:
 
 
 def read_events(engine: SqlEngine, config: EventsConfig) -> tuple[dict[str, pa.DataType], Dropped]:
-    """Make the stage `clean_events`: events, and impressions as events of that action.
-
-    Returns:
-        The type of each column, and what was left out.
+    """Make the stage `clean_events`; return its types by column, and what was left out.
 
     Raises:
-        ValueError: a file or column cannot be used, tables do not agree in a type, or no row is
-            left.
+        ValueError: a file or column cannot be used, types of tables differ, or no row is left.
     """
     tables = dict(config.events)
     if config.impressions is not None:
@@ -109,10 +105,7 @@ def _check_no_impressions(engine: SqlEngine, file: str, column: str, rows: str) 
 
 
 def check_unit(engine: SqlEngine, name: str, table: Source, column: str, rows: str) -> None:
-    """Raise a ValueError if all times of a table lie in 1970 and a larger unit puts them near now.
-
-    `rows` are a stage and the condition of the table's rows; times of 0 and below are ignored.
-    """
+    """Raise a ValueError if all times lie in 1970 and a larger unit puts them near now."""
     larger = {"ms": ["s"], "us": ["ms", "s"]}.get(table.time_unit, [])
     if not larger:
         return
@@ -206,10 +199,7 @@ def _clean(engine: SqlEngine, config: EventsConfig, types: dict[str, pa.DataType
 
 
 def _find_copies(engine: SqlEngine, types: dict[str, pa.DataType]) -> int:
-    """Make the stage `copies`: positions of rows whose key an earlier row has; return their number.
-
-    Only rows whose hash is not the only one are compared, which are few.
-    """
+    """Make the stage `copies`: positions of repeated rows; return their number."""
     key = "uid, iid, ts, action" + (", request" if "request" in types else "")
     order = "arrived, position" if "arrived" in types else "position"
     hashed = f"{engine.hash}({key})"

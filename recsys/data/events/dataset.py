@@ -46,14 +46,10 @@ class DatasetWriter:
     files: HistoryFiles | None
 
     def write(self, root: Path) -> dict[str, dict[str, Any]]:
-        """Write the datasets into folders of their names; the only one has none.
-
-        Returns:
-            Figures of each split; see `_figures`.
+        """Write the datasets into folders of their names; return figures of each split.
 
         Raises:
-            ValueError: a split has no rows, or a transform does not take the values of its column,
-                or makes values that training refuses.
+            ValueError: a split has no rows, or a transform does not fit the values of its column.
         """
         figures: dict[str, dict[str, Any]] = {}
         items: Path | None = None
@@ -65,10 +61,7 @@ class DatasetWriter:
         return figures
 
     def _write_dataset(self, conditions: dict[str, str], folder: Path, items: Path | None) -> None:
-        """Write a dataset; `schema.yaml` and what is fitted for it come last.
-
-        `items` is the folder of items of another dataset of these events.
-        """
+        """Write a dataset; `schema.yaml` and what is fitted for it come last."""
         self._write_splits(conditions, folder)
         train = f"{conditions['train']}{self._is_logged}"
         counts = self.engine.table(
@@ -110,11 +103,9 @@ class DatasetWriter:
         return f" AND {DRAWN_AS} = 0" if self.config.negatives is not None else ""
 
     def _write_items(self, train: str, folder: Path, other: Path | None) -> None:
-        """Write each item's content as the last training row could know it.
+        """Write each item's content as of the last training row, or of its first snapshot.
 
-        An item that comes later has its first snapshot. Items that `min_count` leaves without a row
-        of their own are left out. The files of `other`, a folder of the same items, are
-        hard-linked, or copied where the file system has no hard links.
+        Files of `other`, a folder of the same items, are hard-linked or copied.
         """
         table, name = self.config.items, self.config.output.item
         assert table is not None
@@ -152,10 +143,7 @@ class DatasetWriter:
         }
 
     def _write_vocabularies(self, train: str, folder: Path) -> dict[str, int]:
-        """Write the map of each id table unless ids are rows; return the rows of each table.
-
-        Lists of ids beside histories have tables of their own, with the map of their column.
-        """
+        """Write the map of each id table unless ids are rows; return the rows of each table."""
         sizes: dict[str, int] = {}
         min_counts, item = self.config.vocabulary.min_count, self.config.output.item
         is_rows = self.config.vocabulary.kind == "rows"
@@ -203,10 +191,7 @@ class DatasetWriter:
         return ids
 
     def _schema(self, sizes: dict[str, int]) -> str:
-        """Return the text of `schema.yaml`, with the rows of each id table in `sizes`.
-
-        Histories are sequences of items; lists of ids beside them have tables of their own.
-        """
+        """Return the text of `schema.yaml`, with the rows of each id table in `sizes`."""
         config, output = self.config, self.config.output
         columns = {name: self._id("id", sizes[name]) for name in (output.user, output.item)}
         for name, history in config.histories.items():
@@ -238,11 +223,7 @@ class DatasetWriter:
         return column
 
     def _figures(self, conditions: dict[str, str]) -> dict[str, dict[str, Any]]:
-        """Return rows, positive (share by the first label), users, and shares of new and cold ones.
-
-        new_users: rows by users without a training row; cold, unseen: rows whose item has few and
-        no training rows. Drawn rows do not count for the last three, neither here nor there.
-        """
+        """Return rows, positive share, users, and shares of new users and cold items, by split."""
         train = f"{conditions['train']}{self._is_logged}"
         label = quoted(f"l_{next(iter(self.config.labels))}")
         users = f"SELECT uid, count(*) AS n FROM complete WHERE {train} GROUP BY uid"
@@ -312,11 +293,7 @@ def _frequent(ids: str, min_count: int) -> str:
 
 
 def _num_rows(engine: SqlEngine, name: str, ids: str) -> int:
-    """Return the rows that the table of a column needs, whose ids are rows.
-
-    Raises:
-        ValueError: they are none, or hardly any row would be used.
-    """
+    """Return the rows that a table needs whose ids are rows, or raise a ValueError."""
     figures = (
         "min(id) AS least, max(id) AS largest, count(*) - count(id) AS nulls, "
         "count(DISTINCT id) AS distinct_ids"

@@ -31,18 +31,15 @@ class DuckDBEngine:
     Args:
         work: folder of the stages; the caller removes it.
         memory: most memory that DuckDB takes, such as 4GB; None: 80 % of the machine's.
-        threads: threads of DuckDB, and files written at a time; None: the cores that this process
-            may use.
+        threads: threads, and files written at a time; None: the cores available.
 
     Raises:
-        ValueError: DuckDB cannot go on, such as on a full disk, `memory` is no size, or `threads`
-            is below 1.
+        ValueError: the disk is full, `memory` is no size, or `threads` is below 1.
     """
 
     unnest, hash = "unnest", "hash"
 
     def __init__(self, work: Path, memory: str | None = None, threads: int | None = None) -> None:
-        """Start an empty database in memory."""
         if threads is not None and threads < 1:
             raise ValueError(f"--threads is {threads}; set at least 1")
         work.mkdir(parents=True, exist_ok=True)
@@ -64,18 +61,15 @@ class DuckDBEngine:
                 raise ValueError(f"--memory is {memory}; write a size such as 4GB") from error
 
     def close(self) -> None:
-        """Release the memory."""
         self._duckdb.close()
 
     def add_files(self, name: str, readers: list[Reader]) -> None:
-        """Read the files of tables with the same columns as a stage."""
         batches = (
             batch for reader in readers for task in reader.tasks for batch in reader.read(task)
         )
         self._add_batches(name, batches, readers[0].schema)
 
     def add(self, name: str, query: str) -> None:
-        """Make a stage of a query's result."""
         file = self._new_file(name)
         with self._explained():
             self._duckdb.execute(
@@ -84,19 +78,16 @@ class DuckDBEngine:
         self.view(name, f"SELECT * FROM read_parquet('{file}')")
 
     def view(self, name: str, query: str) -> None:
-        """Name a query, to be run wherever the name is used."""
         with self._explained():
             self._duckdb.execute(f"CREATE VIEW {name} AS {query}")
 
     def add_mapped(
         self, name: str, query: str, by: list[str], order: list[str], function: BatchFunction
     ) -> None:
-        """Make a stage of a function over the query's result, sorted by `by` and `order`."""
         ordered = f"SELECT * FROM ({query}) ORDER BY {', '.join(map(quoted, [*by, *order]))}"
         self._add_batches(name, function(self._batches(ordered)), function.schema)
 
     def table(self, query: str) -> pa.Table:
-        """Return a small result."""
         with self._explained():
             return self._duckdb.sql(query).to_arrow_table()
 
@@ -107,7 +98,6 @@ class DuckDBEngine:
         rows_per_group: int = ROWS_PER_GROUP,
         complete: Complete | None = None,
     ) -> int:
-        """Write a result as Parquet files, in its order; return the number of rows."""
         batches = self._batches(query, 16 * rows_per_group)
         with self._explained():
             return write_parts(batches, folder, rows_per_group, self._threads, complete)
@@ -151,10 +141,9 @@ def write_parts(
     threads: int,
     complete: Complete | None,
 ) -> int:
-    """Write batches into a new folder and return the number of rows; no file if there is none.
+    """Write batches in order into a new folder, no file without rows; return the number of rows.
 
-    `part-00000.parquet` and so on have the order of the rows. `complete` makes the rows of a row
-    group, in as many threads as files are written at once.
+    `complete` makes the rows of a row group, in as many threads as files are written at once.
     """
     folder.mkdir(parents=True)
     rows = 0
@@ -172,7 +161,6 @@ def write_parts(
 
 
 def _parts(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """Yield tables of some megabytes."""
     pending: list[pa.RecordBatch] = []
     for batch in batches:
         pending.append(batch)
@@ -199,10 +187,7 @@ def _write_part(part: pa.Table, path: Path, rows_per_group: int, complete: Compl
 
 
 def _encodings(rows: pa.RecordBatch) -> dict[str, Any]:
-    """Return settings of a writer: numbers that hardly repeat are split into streams of bytes.
-
-    That takes half the time of a dictionary of such values, and less space.
-    """
+    """Return settings of a writer: numbers that hardly repeat are split into streams of bytes."""
     dictionary, streams = [], {}
     for name, column in zip(rows.schema.names, rows.columns, strict=True):
         path, values = name, column

@@ -28,8 +28,8 @@ PLAIN = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
 class Field:
     """A column to read.
 
-    kind: id (integer or string), time, text, number, ids (list of ids), any, words (any that text
-        files have as text), or missing (null).
+    kind: id (integer or string), time, text, number, ids (list), any, words (any, but text in text
+        files), or missing (null).
     constant: value of all rows, instead of a column.
     """
 

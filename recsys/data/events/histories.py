@@ -1,8 +1,5 @@
 """Adds histories and counts of earlier events to samples: one sort for each set of keys.
 
-Samples and events of a key lie together in time; see `as_of`. Samples pass with their columns,
-events do not.
-
 Shapes: N rows of a chunk, E events of them that match, S samples.
 """
 
@@ -42,13 +39,9 @@ def add_histories(
     types: dict[str, pa.DataType],
     files: HistoryFiles | None,
 ) -> dict[str, pa.DataType]:
-    """Make the stage `complete`: the stage `samples` with counts, and histories or their slices.
+    """Make the stage `complete`, samples with counts and histories; return the types of the lists.
 
-    `types` are those of the columns of `clean_events`. Values of histories go into `files`, and
-    samples have slices of these; without files, they have lists.
-
-    Returns:
-        The types of the histories and the lists beside them, by name.
+    Values of histories go into `files`, and samples have slices of these; None: lists.
     """
     item_columns = _make_past_events(engine, config)
     schema = _schema(engine, "samples")
@@ -166,11 +159,7 @@ def _samples_and_events(
     sample_columns: dict[str, str],
     event_columns: dict[str, str],
 ) -> str:
-    """Return SQL of a stage of samples and the past events that features use.
-
-    The columns have their SQL by name; those that either lacks are null. `SETS` has a bit for each
-    of `action_sets` that an event is in, and is 0 for samples.
-    """
+    """Return SQL of a stage of samples and the past events that features use."""
     names = dict.fromkeys([*sample_columns, *event_columns])
     sample, event = (
         ", ".join(f"{columns.get(name, 'NULL')} AS {quoted(name)}" for name in names)
@@ -190,7 +179,6 @@ class HistoryFeatures:
     """Maps sorted chunks of samples and events to the samples with histories and counts.
 
     keys: columns that events and samples share.
-    histories, counts: what to add.
     lists: types of the histories and the lists beside them, by name.
     schema: of the result; its first columns are those of samples.
     files: for the values of histories, of which samples then have slices; None: they have lists.
@@ -212,7 +200,6 @@ class HistoryFeatures:
         return [actions for place, actions in enumerate(sets) if actions not in sets[:place]]
 
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Yield the samples of each chunk."""
         for chunk in whole_keys(batches, self.keys):
             is_sample = chunk[SETS].to_numpy() == 0
             if is_sample.any():
@@ -245,10 +232,7 @@ class HistoryFeatures:
     def _slices(
         self, chunk: pa.Table, moments: Moments, history: History
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return rows of events, and begin and length [S] of each sample's slice of them.
-
-        A history with a gap, as an event has not arrived, has a slice of its own after all others.
-        """
+        """Return rows of events, and begin and length [S] of each sample's slice of them."""
         events = self._events(chunk, history.actions)
         begin, end, late = moments.known(events, duration(history.delay) or 0, None)
         longest = min(history.length, len(chunk))
@@ -263,7 +247,6 @@ class HistoryFeatures:
         return np.concatenate(parts), first, length
 
     def _count(self, chunk: pa.Table, moments: Moments, count: Count) -> np.ndarray:  # float64 [S]
-        """Return a count or rate for each sample."""
         number = self._number(chunk, moments, count, count.actions)
         if count.per is None:
             return number
@@ -273,7 +256,6 @@ class HistoryFeatures:
     def _number(
         self, chunk: pa.Table, moments: Moments, count: Count, actions: list[str] | None
     ) -> np.ndarray:  # float64 [S]
-        """Return the number of events in the window of a count."""
         window = duration(count.delay) or 0, duration(count.within)
         begin, end, late = moments.known(self._events(chunk, actions), *window)
         number = (end - begin).astype(np.float64)
@@ -303,7 +285,6 @@ class HistoryFeatures:
 def _parallel_values(
     events: pa.Table, name: str, parallel: Parallel, kind: pa.DataType
 ) -> pa.Array:  # events [E] -> [E]
-    """Return the values of a column beside a history."""
     column = "action" if parallel.column == "action" else f"e_{parallel.column}"
     values = one_chunk(events[column])
     if not pa.types.is_floating(kind):

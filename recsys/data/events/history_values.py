@@ -1,8 +1,6 @@
 """Values of histories: those of all events one after another, and lists as slices of them.
 
-A sample's list is a slice, given by its begin and its length, of the values of its user's events.
-Slices are a few bytes where lists are hundreds: on one machine samples are sorted and split with
-slices of files, and get their lists as they are written.
+Slices are a few bytes where lists are hundreds, so samples are sorted with slices.
 
 Shapes: E events with the actions of a history, S samples.
 """
@@ -55,8 +53,7 @@ def history_lists(
 ) -> dict[str, pa.Array]:  # samples [S] each, values [E] each -> lists [S] each
     """Return the lists of a history of samples, by column.
 
-    `samples` have `ts`, `begin_column` and `length_column`. `values` are those of the history and
-    the columns beside it; those beside `age` are times of events.
+    `samples` have `ts`, `begin_column`, `length_column`; values beside `age` are times of events.
     """
     begin, length = samples[begin_column(name)].to_numpy(), samples[length_column(name)].to_numpy()
     offsets = np.concatenate([[0], np.cumsum(length)])
@@ -109,10 +106,7 @@ class HistoryFiles:
         return first
 
     def with_lists(self, batch: pa.RecordBatch, columns: Iterable[str]) -> pa.RecordBatch:
-        """Return columns of rows in this order; those that the rows lack are lists by their slices.
-
-        Rows have `MOMENT`, and the columns `begin_column` and `length_column` of each history.
-        """
+        """Return columns of rows in this order; those that rows lack are lists by their slices."""
         arrays = dict(zip(batch.schema.names, batch.columns, strict=True))
         samples = {**arrays, "ts": arrays[MOMENT]}
         for name, history in self.histories.items():
@@ -121,14 +115,12 @@ class HistoryFiles:
 
     @cached_property
     def _values(self) -> dict[str, dict[str, pa.Array]]:
-        """Return all values, by history and column."""
         return {
             name: {column: self._mapped(column) for column in (name, *history.parallel)}
             for name, history in self.histories.items()
         }
 
     def _mapped(self, column: str) -> pa.Array:
-        """Return the values of a column, mapped to memory."""
         path, kind = self._path(column), self._types[column]
         if not path.stat().st_size:
             return pa.array([], kind)
@@ -143,7 +135,6 @@ class HistoryFiles:
         return self.folder / f"h_{column}"
 
     def _codes(self, column: str, values: pa.Array) -> np.ndarray:  # int32 [E]
-        """Return the place of each text among those of the column, new ones last."""
         places = self._texts.setdefault(column, {})
         encoded = values.dictionary_encode()
         codes = [places.setdefault(text, len(places)) for text in encoded.dictionary.to_pylist()]

@@ -101,7 +101,6 @@ def _text(action: Any) -> Any:
 
 
 def _resolve_paths(config: EventsConfig, folder: Path) -> None:
-    """Make relative paths of tables and pictures absolute, in place."""
     for _, source in _sources(config):
         paths = [source.path] if isinstance(source.path, str) else source.path
         source.path = [

@@ -1,7 +1,4 @@
-"""Lists the files of a table, and reads the text files among them.
-
-Ids of text files are read as texts first: as numbers, `007` and `7` would be one id.
-"""
+"""Lists the files of a table, and reads the text files among them."""
 
 from __future__ import annotations
 
@@ -87,9 +84,7 @@ def partition_values(roots: list[str], url: str) -> Parts:
 def csv_batches(
     file: Location, source: Source, columns: list[str], types: dict[str, pa.DataType]
 ) -> Iterator[pa.RecordBatch]:
-    """Yield some columns of a text file; an error names column and row.
-
-    `types` are those of columns whose type is known; integers are those of ids.
+    """Yield some columns of a text file; `types` are those of columns whose type is known.
 
     Raises:
         ValueError: the file cannot be read, lacks a column, or has a value of another type.
@@ -128,10 +123,7 @@ def _csv_header(start: bytes, parse: pa_csv.ParseOptions) -> list[str]:
 
 
 def id_type(texts: pa.Array) -> pa.DataType:
-    """Return the type of ids: int64 where each is written as integers are, else string.
-
-    float64 stands for numbers that are no integers, which are no ids.
-    """
+    """Return int64 if all ids are integers as written; float64 for other numbers; else string."""
     if not len(texts.drop_null()):
         return pa.null()
     with suppress(pa.ArrowInvalid):

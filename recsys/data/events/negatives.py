@@ -1,9 +1,6 @@
 """Draws items as negatives of rows whose first label is 1: items that existed at the row's moment.
 
-A draw depends on the seed, its positive and its number, and on nothing after the positive's moment.
-Items are numbered in the order in which they became known, so those known at a moment are a prefix
-of the catalogue; the events so far are a prefix of the log. Two exceptions know later events: the
-user's other positives of valid and test, and the setting `exclude: whole_log`.
+Items are numbered as they became known, so those known at a moment are a prefix of the catalogue.
 
 Shapes: P positives of a chunk, D draws, N items of the catalogue, E events of the log, T pairs of a
 user and an item.
@@ -35,10 +32,7 @@ BLOCK = "/block"  # number of a positive's split, 0 for train; names with / are 
 
 @dataclass(frozen=True)
 class KnownItems:
-    """Items or events to draw from, in the order in which they became known, as files.
-
-    `since` has the time of each in microseconds, `item` its item's number.
-    """
+    """Items or events to draw from, as files, in the order in which they became known."""
 
     folder: Path
 
@@ -56,12 +50,10 @@ class KnownItems:
 
     @cached_property
     def since(self) -> np.ndarray:  # int64 [E], ascending
-        """Times."""
         return np.memmap(self.folder / "since", np.int64, "r")
 
     @cached_property
     def item(self) -> np.ndarray:  # int64 [E]
-        """Items."""
         return np.memmap(self.folder / "item", np.int64, "r")
 
 
@@ -100,8 +92,7 @@ class Pairs:
 class DrawNegatives:
     """Maps sorted chunks with each user's positives and items taken to the drawn samples.
 
-    `catalogue` has the items, or by popularity the events. `columns` of a drawn sample are those of
-    its positive, and its `labels` are 0.
+    `catalogue` has the items, or by popularity the events. Labels of drawn samples are 0.
     """
 
     settings: Negatives
@@ -112,7 +103,6 @@ class DrawNegatives:
     schema: pa.Schema
 
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Yield the drawn samples of each chunk."""
         for chunk in whole_keys(batches, ["uid"]):
             yield from self._samples(chunk).cast(self.schema).to_batches()
 
@@ -148,8 +138,8 @@ class DrawNegatives:
 class Positives:
     """Rows of a chunk that get negatives, int64 [P] each.
 
-    rows: places in the chunk. user: number in the chunk. block: 0 in train, else a number of the
-    split. role: value of `DRAWN_AS`. key: random bits of user, item and time, uint64.
+    rows, user: numbers in the chunk. block: 0 in train, else a number of the split. role: value of
+    `DRAWN_AS`. key: random bits of user, item and time, uint64.
     """
 
     rows: np.ndarray
@@ -174,7 +164,6 @@ class Positives:
         return cls(rows, user, item, time, position, block, role, key)
 
     def split_user(self, user: np.ndarray, block: np.ndarray) -> np.ndarray:
-        """Return numbers of pairs of a user and a split."""
         return user * (1 + self.block.max(initial=0)) + block
 
 
@@ -196,8 +185,7 @@ def _copy_numbers(key: np.ndarray, time: np.ndarray, role: np.ndarray) -> np.nda
 class Draws:
     """Draws items for each positive: `items` int64 [P, number], -1 where none is left.
 
-    `taken_items` are those of users, each from its time on; `held_out` the positives of users and
-    splits.
+    `taken_items` count from their times on; `held_out` are the positives of users and splits.
     """
 
     def __init__(
@@ -209,7 +197,6 @@ class Draws:
         taken_items: Pairs,
         held_out: Pairs,
     ) -> None:
-        """Draw at random while items are refused, then exactly from those left."""
         self.number, self._num_items = settings.per_positive, num_items
         self._catalogue, self._positives = catalogue, positives
         self._taken, self._held_out = taken_items, held_out
@@ -224,7 +211,6 @@ class Draws:
         self._draw_left(by_events=settings.by == "popularity")
 
     def _bits(self, attempt: int, place: np.ndarray, nth: np.ndarray) -> np.ndarray:
-        """Return random bits of some draws as int64 at least 0."""
         noise = mix64(self._noise[place, nth] + np.uint64(attempt))
         return (noise >> np.uint64(1)).astype(np.int64)
 
@@ -248,10 +234,7 @@ class Draws:
         return len(place) > 0
 
     def _draw_left(self, by_events: bool) -> None:
-        """Draw exactly, for each draw without an item, from the items that are left.
-
-        By popularity, events are counted as time goes on, each once.
-        """
+        """Draw exactly, for each draw without an item, from the items that are left."""
         place, nth = np.nonzero(self.items < 0)
         bits = self._bits(ATTEMPTS, place, nth)
         counts, counted = np.zeros(self._num_items, np.int64), 0
@@ -292,8 +275,6 @@ def add_negatives(
 ) -> tuple[Conditions, dict[str, int]]:
     """Make the stage `drawn` of `rows` and samples drawn for those whose first label is 1.
 
-    Rows that are in train of one dataset and in valid or test of another have draws for each.
-
     Returns:
         The conditions of the splits with their draws, and how many draws found no item left.
     """
@@ -330,11 +311,7 @@ def add_negatives(
 def _make_catalogue(
     engine: SqlEngine, config: EventsConfig, settings: Negatives
 ) -> tuple[int, KnownItems]:
-    """Make the stage `catalogue` of numbered items; return their number, and what is drawn from.
-
-    An item is known from its first event on, or from its first snapshot with a time. Drawn from are
-    the items, or by popularity each event with its item.
-    """
+    """Make the stage `catalogue` of numbered items; return their number, and what is drawn from."""
     since = f"SELECT iid, min({config.arrival}) AS since FROM clean_events GROUP BY iid"
     if config.items is not None and config.items.valid_from is not None:
         since += " UNION ALL SELECT id AS iid, first_valid_from AS since FROM item_snapshots"
@@ -355,10 +332,7 @@ def _make_catalogue(
 def _chunk_query(
     columns: list[str], positive_rows: tuple[str, str], datasets: Conditions, since: str
 ) -> str:
-    """Return SQL of each user's items taken, positives held out, and positives to draw for.
-
-    `positive_rows` are those of train and of other splits; an item is taken from `since` on.
-    """
+    """Return SQL of each user's items taken, positives held out, and positives to draw for."""
     train_rows, held_out_rows = positive_rows
     # A split that is valid of one dataset and test of the one before has one number.
     held_out = [splits[split] for split in ("test", "valid") for splits in datasets.values()]

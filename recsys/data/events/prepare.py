@@ -40,20 +40,15 @@ def prepare_events(
 
     Args:
         config: an `events.yaml`; see `settings`.
-        out: folder to write; must not exist or be empty. With rolling windows it holds the datasets
-            `window-1`, `window-2` ...
+        out: folder to write; must not exist or be empty. Windows are `window-1`, `window-2` ...
         source: folder of the relative paths in `config`; None: its own.
-        memory: most memory that DuckDB takes, such as 4GB; None: 80 % of the machine's. Python
-            takes up to 2 GB more.
+        memory: most memory that DuckDB takes, such as 4GB; None: 80 % of the machine's.
         spark_master: address of a Spark cluster, or such as local[2], to run on instead of DuckDB.
-        threads: threads of DuckDB, and files written at a time; None: the cores that this process
-            may use.
-        temp: folder for the stages and what does not fit into memory, a few times the size of the
-            logs; None: in `out`.
+        threads: threads of DuckDB, and files written at a time; None: the cores available.
+        temp: folder for the stages, a few times the size of the logs; None: in `out`.
 
     Returns:
-        The report, which is also in `report.json`: events read, rows left out by reason, and
-        figures of each split.
+        The report, also in `report.json`: events read, rows left out, and figures of each split.
 
     Raises:
         ValueError: a setting, file, column or value cannot be used, or a split would be empty.

@@ -1,7 +1,6 @@
 """Reads the files of a table as Arrow batches with canonical names and types.
 
-A task is a row group of a Parquet file, or a text file. Each is read alone, so that engines may
-read them anywhere, and every error names file and column.
+A task is a row group of a Parquet file, or a text file.
 
 Shapes: N rows of a batch, M rows that it becomes.
 """
@@ -112,7 +111,6 @@ class Reader:
         )
 
     def _batches(self, file: Location, group: int, parts: Parts) -> Iterator[pa.RecordBatch]:
-        """Yield rows as they are in the file."""
         columns = _columns_to_read(self.source, self.fields, parts)
         if group < 0:
             types = {
@@ -141,7 +139,7 @@ class Reader:
 def open_source(name: str, source: Source, fields: list[Field], first_file: int = 0) -> Reader:
     """List the files of a table and decide the types of its columns.
 
-    Positions of rows count files from `first_file`, as those of all tables are counted together.
+    Positions of rows count files from `first_file`.
 
     Raises:
         ValueError: there is no file, or the first file cannot be read or lacks a column.
@@ -268,11 +266,7 @@ def selected_rows(
 def _has_value(
     batch: pa.RecordBatch, name: str, values: list[Value], parts: Parts, file: Location
 ) -> pa.Array:  # bool [N]
-    """Mark the rows whose column has one of some values.
-
-    Raises:
-        ValueError: one of these is no value of the column's type.
-    """
+    """Mark the rows whose column has one of some values, or raise a ValueError."""
     kind = None
     try:
         allowed = pa.array(values)
@@ -296,7 +290,6 @@ def _has_value(
 def _split(
     batch: pa.RecordBatch, item: str, several: Several, file: Location, rows: np.ndarray
 ) -> tuple[pa.RecordBatch, np.ndarray]:
-    """Return a row for each item of each row, and the positions of these."""
     lists = batch.column(item)
     where = f"{file}: column '{item}'"
     if pa.types.is_null(lists.type):

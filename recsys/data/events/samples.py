@@ -34,14 +34,11 @@ def actions_in(actions: list[str] | None) -> str:
 def make_rows(engine: SqlEngine, config: EventsConfig) -> dict[str, int]:
     """Make the stage `rows`: position, uid, iid, ts, labels `l_NAME`, context `c_NAME`.
 
-    With a split by user, there are further columns; see `user_columns`.
-
     Returns:
         The number of rows left out, by reason.
 
     Raises:
-        ValueError: no row is left, a given label is neither 0 nor 1, or no event has a label's
-            action.
+        ValueError: no row is left, a given label is not 0 or 1, or a label's action is missing.
     """
     required = _make_labelled(engine, config)
     _check_given_labels(engine, config.labels)
@@ -137,8 +134,7 @@ def _label(name: str, label: Label) -> str:
 def _attributed(engine: SqlEngine, labels: dict[str, Label], config: EventsConfig) -> str:
     """Make a stage of the candidates with labels of actions that follow within a time.
 
-    An action follows a row if it is strictly later, so that no row labels itself. The first one
-    decides: with `attribute: last`, those after the next row with the user and item belong to that.
+    The first strictly later action decides. See `EventsConfig.attribute`.
     """
     key = "uid, iid, request" if config.by_request else "uid, iid"
     columns = key.split(", ")

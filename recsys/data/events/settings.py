@@ -214,7 +214,6 @@ class EventsConfig:
 
     @property
     def event_tables(self) -> list[EventTable]:
-        """Tables of events and impressions."""
         return [*self.events.values(), *([self.impressions] if self.impressions else [])]
 
     @property

@@ -19,10 +19,7 @@ def read_snapshots(
 ) -> dict[str, int]:
     """Make the stage `NAME_snapshots`: id, valid_from, valid_until, features and content.
 
-    `name` is item or user, `kind` the type of its ids in events.
-
-    Returns:
-        The number of rows left out, by reason.
+    `name` is item or user, `kind` the type of its ids. Rows left out are counted by reason.
 
     Raises:
         ValueError: a file or column cannot be used, or an id has several rows at one time.
@@ -121,8 +118,7 @@ def with_columns(
 ) -> str:
     """Return SQL that adds columns of the snapshot that was valid at each row's time.
 
-    `source` is SQL with `key`, the column of ids, and `ts`; `name` is item or user; `columns` has
-    the new name of each column.
+    `source` is SQL with `key`, the column of ids, and `ts`; `columns` has the new names.
     """
     names = ", ".join(
         filled(f"t.{quoted(f'f_{column}')}", table.columns[column].fill, new)
@@ -135,11 +131,7 @@ def with_columns(
 
 
 def add_features(engine: SqlEngine, config: EventsConfig, source: str) -> dict[str, int]:
-    """Make the stage `samples` of `source`, with the features of items and users.
-
-    Returns:
-        The number of samples left out, by reason.
-    """
+    """Make the stage `samples` of `source` with item and user features; count those left out."""
     query = f"SELECT * FROM {source}"
     required: dict[str, str] = {}
     for table, name, key in ((config.items, "item", "iid"), (config.users, "user", "uid")):

@@ -1,8 +1,4 @@
-"""Spark as an engine, local or a cluster: the same SQL, the same Arrow functions.
-
-The stages and the dataset lie in folders that the driver and all executors share. Executors need
-this package installed.
-"""
+"""Spark as an engine, local or a cluster; all executors share its folders and have this package."""
 
 from __future__ import annotations
 
@@ -43,7 +39,6 @@ class SparkEngine:
     scratch: Path | None = None  # functions run in executors
 
     def __init__(self, work: Path, master: str) -> None:
-        """Start a session."""
         try:
             from pyspark.sql import SparkSession
         except ImportError as error:
@@ -66,7 +61,6 @@ class SparkEngine:
             self._started.stop()
 
     def add_files(self, name: str, readers: list[Reader]) -> None:
-        """Read the files of tables with the same columns as a stage."""
         tasks = [
             (number, place)
             for number, reader in enumerate(readers)
@@ -84,22 +78,18 @@ class SparkEngine:
         self._save(name, frame.mapInArrow(read, self._schema(readers[0].schema)))
 
     def add(self, name: str, query: str) -> None:
-        """Make a stage of a query's result."""
         self._save(name, self._spark.sql(query))
 
     def view(self, name: str, query: str) -> None:
-        """Name a query, to be run wherever the name is used."""
         self._spark.sql(query).createOrReplaceTempView(name)
 
     def add_mapped(
         self, name: str, query: str, by: list[str], order: list[str], function: BatchFunction
     ) -> None:
-        """Make a stage of a function over the query's result, sorted by `by` and `order`."""
         frame = self._spark.sql(query).repartition(*by).sortWithinPartitions(*by, *order)
         self._save(name, frame.mapInArrow(function, self._schema(function.schema)))
 
     def table(self, query: str) -> pa.Table:
-        """Return a small result."""
         with _explained():
             return self._spark.sql(query).toArrow()
 
@@ -110,7 +100,6 @@ class SparkEngine:
         rows_per_group: int = ROWS_PER_GROUP,
         complete: Complete | None = None,
     ) -> int:
-        """Write a result as Parquet files, in its order; return the number of rows."""
         assert complete is None, "without scratch"
         frame = self._spark.sql(query)
         options = {"compression": "zstd", "parquet.block.row.count.limit": str(rows_per_group)}
@@ -133,7 +122,6 @@ class SparkEngine:
 
 
 def _start(builder: Any, master: str) -> Any:
-    """Return a session of a new application."""
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder = builder.master(master).appName("recsys prepare events")
     if master.startswith("local"):

@@ -1,7 +1,6 @@
 """Decides which samples are train, valid and test: SQL conditions on the stage `rows`.
 
-A cut in time lies at a quantile of the rows' times, and the rows of that moment come before it, as
-`numpy.quantile(..., method="lower")` has it: so a moment is never cut in two.
+Cuts are lower quantiles of time, so that a moment is never cut in two.
 """
 
 from __future__ import annotations
@@ -20,13 +19,9 @@ Conditions = dict[str, dict[str, str]]  # dataset -> split -> SQL
 
 
 def split_conditions(engine: SqlEngine, config: EventsConfig) -> tuple[Conditions, dict[str, int]]:
-    """Return the SQL condition of each split of each dataset; the only dataset has no name.
+    """Return the SQL condition of each split of each dataset, and rows in no split by reason.
 
-    With `embargo`, rows of train (valid) are in no split if a label of theirs is decided after
-    valid (test) begins. Where `at` has a third value, neither are the rows after it.
-
-    Returns:
-        The conditions, and the number of rows in no split by reason.
+    With `embargo`, rows of train (valid) whose label is decided in valid (test) are in no split.
     """
     datasets = _cuts(engine, config)
     whole = {name: _until(*cuts) for name, cuts in datasets.items()}
@@ -83,11 +78,7 @@ def _user_end(share: float | str) -> str:
 
 
 def user_columns(rows: str, shares: list[float | str]) -> str:
-    """Return SQL that adds what a split by user needs to a query of rows.
-
-    `older` and `total` count the user's earlier rows and all of them; `valid_begin` and
-    `test_begin` are the times of the user's first rows of these splits.
-    """
+    """Return SQL that adds `older`, `total`, `valid_begin` and `test_begin` for a split by user."""
     ordered = (
         f"SELECT *, rank() OVER (PARTITION BY uid ORDER BY ts) - 1 AS older, "
         f"count(*) OVER (PARTITION BY uid) AS total FROM ({rows})"

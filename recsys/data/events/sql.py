@@ -1,9 +1,6 @@
 """Interface of the engines that run the stages of a transformation, and parts of their SQL.
 
-DuckDB and Spark share the SQL of the stages: joins, GROUP BY, window functions, names in double
-quotes. Sorted partitions go through Arrow functions, in this process or in those of Spark
-(`mapInArrow`). SQLFrame runs DataFrame code on both, but has no `mapInArrow`, and its planning
-takes longer than the queries of a small log.
+Sorted partitions go through Arrow functions, in this process or in Spark's (`mapInArrow`).
 """
 
 from __future__ import annotations
@@ -39,8 +36,7 @@ class BatchFunction(Protocol):
 class SqlEngine(Protocol):
     """Runs the stages of a transformation. Stages are tables, and SQL refers to them by name.
 
-    unnest: name of the SQL function that makes a row of each value of a list.
-    hash: name of the SQL function that hashes several values to 64 bits.
+    unnest, hash: names of SQL functions: one row per value of a list; several values to 64 bits.
     work: folder of the stages, which all processes of the engine share.
     scratch: folder for files that functions write, if they run in this process; else None.
     """
@@ -116,10 +112,7 @@ def count_rows(engine: SqlEngine, source: str) -> int:
 
 
 def count_by_reason(engine: SqlEngine, cases: dict[str, str], source: str) -> dict[str, int]:
-    """Count the rows of a stage by the first SQL condition they meet, "" for none.
-
-    `cases` has the condition of each reason; reasons without rows are left out.
-    """
+    """Count the rows of a stage by the first condition in `cases` that they meet, "" for none."""
     numbered = " ".join(
         f"WHEN {condition} THEN {number}" for number, condition in enumerate(cases.values())
     )

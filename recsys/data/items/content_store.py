@@ -1,9 +1,6 @@
 """Content of all items, read, tokenised and decoded once, served to batches by item id.
 
-Each modality becomes a `RaggedArray` in a cache folder, built once per machine. A hash of the
-items' content and of the modality's settings names the folder, so that it is never stale. Its kind
-(`recsys.data.items.kind`) creates the entries; the outputs of an encoder's frozen part may then
-replace them (`recsys.content.cache.fill`). An item without content has no entry.
+Each modality is a `RaggedArray` in a cache folder named by a hash of content and settings.
 
 Shapes: U unique items, N items with a row.
 """
@@ -106,7 +103,6 @@ class ContentStore:
         return self._ids, hashes
 
     def _write(self, folder: Path, kind: ModalityKind, column: ItemColumnReader) -> None:
-        """Write the array and, beside it, the skipped rows."""
         if not kind.write(column, folder) and not self.may_be_empty:
             raise column.empty()
         bad_rows = self.items.bad_rows.counts.items()

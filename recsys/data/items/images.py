@@ -1,7 +1,6 @@
 """Encoded images of items -> square pixels, for any mode and shape; other bytes are refused.
 
-Only formats whose decoders merely read pixels are accepted (PostScript, for example, needs an
-interpreter that runs it), and an image's size is checked before it is decoded.
+Only formats whose decoders merely read pixels are accepted.
 
 Shapes: n rows of a chunk, S side of the square.
 """
@@ -32,7 +31,7 @@ class ImagePreparation:
     """Treatment of an image before its encoder; the default is that of ImageNet encoders.
 
     Attributes:
-        mean, std: statistics of red, green and blue, on the scale 0 to 1, that normalise pixels.
+        mean, std: statistics of red, green and blue, on the scale 0 to 1.
         resampling: Pillow's number of a filter (2 bilinear, 3 bicubic).
         keeps_aspect: crop the centre square; else squeeze the whole image into a square.
         share: visible share of that square's side, or of both sides.
@@ -45,7 +44,6 @@ class ImagePreparation:
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check colours, share and filter, which come from a checkpoint's files."""
         if len(self.mean) != 3 or len(self.std) != 3 or 0 in self.std:
             raise ValueError(f"mean {self.mean} and std {self.std}; images have three colours")
         if not 0 < self.share <= 1:
@@ -94,7 +92,6 @@ def open_image(encoded: bytes) -> Image.Image:
 
 
 def _cause_and_fix(error: Exception, encoded: bytes) -> tuple[str, str]:
-    """Return the cause of a decoding error and its fix, as text for users."""
     if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
         return str(error), "scale it down"
     # Pillow's own message names an object in memory.
@@ -124,8 +121,7 @@ def decoded_images(
     `select` maps a row's number of images to the positions of those to use, in order.
 
     Returns:
-        number of images of each row [n], their pixels uint8 [sum, 3, S, S], and the number of rows
-        with images that were not selected.
+        Images of each row [n], their pixels uint8 [sum, 3, S, S], and rows with unselected images.
     """
     has_lists = is_list(chunk.type)
     lengths = np.zeros(len(chunk), np.int64)
@@ -152,10 +148,7 @@ def decoded_images(
 
 
 def check_first_image(chunks: Iterable[tuple[pa.Array, str]], decodes: bool = True) -> None:
-    """Decode the first image of a column, so that wrong content ends the job before long work.
-
-    Without `decodes`, the type alone is checked, as where unreadable images are skipped.
-    """
+    """Check the first image of a column before long work; without `decodes`, its type alone."""
     for chunk, where in chunks:
         num_images(chunk, where)
         images = chunk.flatten() if is_list(chunk.type) else chunk

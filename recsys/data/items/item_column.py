@@ -1,8 +1,6 @@
 """One column of the items: its chunks, or the .npy file that schema.yaml names in its place.
 
-A file of stored features, [items, W] or [items, T, W], may have any size and lie at a URL: it is
-read in pieces, front to back. A token of NaN alone is missing, so an item can have fewer tokens
-than others, or none.
+A file [items, W] or [items, T, W] is read in pieces. A token of NaN alone is missing.
 
 Shapes: n rows of a piece, R rows of the file, T tokens of a row, W values of a token.
 """
@@ -86,7 +84,6 @@ def _header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 
 def _read_ids(file: Location, num_rows: int) -> np.ndarray:  # [R]
-    """Return the id of each row of a feature file, integers or strings."""
     try:
         ids = np.load(BytesIO(file.read_bytes()), allow_pickle=False)
     except FileNotFoundError:

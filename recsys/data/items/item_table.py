@@ -1,7 +1,5 @@
 """Parquet files of the items: one row per item, its id checked, its columns read chunk by chunk.
 
-They are read when content is tokenised or decoded, once per machine, never in a training step.
-
 Shapes: N usable items, R rows of all files, n rows of a chunk.
 """
 
@@ -45,8 +43,7 @@ class ItemTable:
         num_items: limit of the rows that ids have; default that of the target item's table.
 
     Attributes:
-        ids: int64 [N], of the usable items: rows of the target item's table, or raw ids as integers
-            if its vocabulary is bounded.
+        ids: int64 [N], of the usable items: rows of the target item's table, or raw bounded ids.
         rows: int64 [N], their positions among the R rows of all files.
     """
 
@@ -91,10 +88,7 @@ class ItemTable:
     def _rows_of_ids(
         self, file: Location, chunk: pa.Array
     ) -> np.ndarray:  # chunk [n] -> [n], int64
-        """Return each id's row in the target item's table; any row for null, -1 if unknown.
-
-        Ids of a bounded vocabulary stay raw: content is kept whether or not they have a row.
-        """
+        """Return each id's row, -1 if unknown, any for null; bounded ids stay raw."""
         name, target = self.items.id, self.schema.target_item
         is_raw = self.schema.vocabulary_of(target) is not None
         if not (is_id_type(chunk.type) if is_raw else pa.types.is_integer(chunk.type)):
@@ -161,7 +155,6 @@ class ItemTable:
         self.ids, self.rows = self.ids[~again], self.rows[~again]
 
     def _second_row_message(self, ids: np.ndarray, row: int) -> str:  # ids [n], -1 unless repeated
-        """Return the message about the second row of an item."""
         vocabulary = self.schema.vocabulary_of(self.schema.target_item)
         if vocabulary is None:
             return f"item {ids[row]} has a row already; keep one row per item"

@@ -27,10 +27,7 @@ MOST = 0.5  # share of the items from which on equal content is reported
 
 
 def category_lists(values: pa.Array, where: str) -> tuple[np.ndarray, pa.Array]:
-    """Return the number of categories of each row, int64 [n], and those of all rows.
-
-    A row without a list has one category, which may be null. `where` names file and column.
-    """
+    """Return the number of categories of each row, int64 [n], and those of all rows."""
     has_lists = is_list(values.type)
     kind = values.type.value_type if has_lists else values.type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -47,8 +44,7 @@ def category_lists(values: pa.Array, where: str) -> tuple[np.ndarray, pa.Array]:
 def feature_tokens(chunk: pa.Array, where: str) -> tuple[np.ndarray, pa.Array]:
     """Return the number of tokens of each row [n], and all tokens [T] as lists of floats.
 
-    A number, such as a price, is one token of width 1, and a list of floats is one token. A list of
-    lists has one token per inner list; null and empty have none.
+    A number is one token of width 1, a list of floats one token; null and empty have none.
     """
     kind = chunk.type
     if pa.types.is_integer(kind) or pa.types.is_floating(kind):
@@ -127,10 +123,7 @@ def tokenize(
 ) -> list[list[int]]:
     """Return at most `max_length` token ids of each text; none for an empty one.
 
-    With `fills` exactly `max_length`, padding included, for encoders that read it.
-
-    A tokenizer truncates only after it has made all tokens, which takes a second and a quarter of a
-    gigabyte for a text of a megabyte. So a text is cut first, far after its last needed token.
+    With `fills` exactly `max_length`, padding included. Long texts are cut before the tokenizer.
     """
     limit = CHARACTERS_PER_TOKEN * max_length
     non_empty = [text for text in texts if text]

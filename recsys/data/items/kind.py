@@ -1,10 +1,5 @@
 """Modality kinds, each of which reads, stores and encodes one kind of item content.
 
-`content.modalities.NAME.kind` names a kind of the package, or a class of your own as
-`package.module:Class`: a subclass of `ModalityKind` with two or three class attributes. It defines
-`entries` and `encoder`; `check`, `key` and `as_input` have defaults. `recsys/content/README.md` has
-a complete one.
-
 Shapes: n rows of a chunk, U unique items, T entries of the longest of them.
 """
 
@@ -43,15 +38,13 @@ class ContentInput:
     """Content of one modality for U unique items, as its encoder reads it.
 
     values: token ids int64 [U, T], pixels uint8 [U, 3, H, W] or features float32 [U, T, width].
-    mask: bool [U, T], False for padding; [U, 1] for pixels. It has no True for an item without this
-        modality.
+    mask: bool [U, T], False for padding; [U, 1] for pixels. All False: the item has no content.
     """
 
     values: Tensor
     mask: Tensor
 
     def to(self, device: torch.device, non_blocking: bool = False) -> ContentInput:
-        """Return a copy with both tensors on `device`."""
         values = self.values.to(device=device, non_blocking=non_blocking)
         return ContentInput(values, self.mask.to(device=device, non_blocking=non_blocking))
 
@@ -60,7 +53,7 @@ class ContentInput:
 
 
 class ModalityKind:
-    """Interface of all modality kinds.
+    """Interface of all modality kinds; `recsys/content/README.md` has one of your own.
 
     Attributes:
         where, modality: full name of the settings, for messages, and the settings.
@@ -97,8 +90,7 @@ class ModalityKind:
     ) -> tuple[np.ndarray, np.ndarray]:  # [n], [sum of them, *entry_shape]
         """Return the number of entries of each row of a chunk, and all entries in order.
 
-        `report` receives unusable rows, which have no entries; `where` names file and column in the
-        ValueError that refuses a column of another type.
+        `report` receives unusable rows, which have no entries; `where` is for errors.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no entries")
 

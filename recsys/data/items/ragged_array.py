@@ -1,9 +1,6 @@
 """Rows of varying length, stored as one flat memory-mapped array plus offsets.
 
-Item content is stored on disk in this form: token ids, pixels, features or hidden states. Ranks and
-threads of one machine share its pages, and one index operation gathers a batch. Pages that were
-read count as memory of the process until they are released. That happens whenever about
-`RESIDENT_BYTES` may be mapped; the system's page cache still has them then.
+Pages read are released whenever about `RESIDENT_BYTES` may be mapped.
 
 Shapes: N rows of the array, S distinct rows, n rows written or hashed at once, U rows gathered,
 T entries of the longest.
@@ -72,10 +69,7 @@ class RaggedArray:
         return np.where(self.distinct >= 0, lengths[self.distinct], 0)
 
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [U]
-        """Return padded rows (values [U, T, ...], mask bool [U, T]); T is at least 1.
-
-        Row -1 stands for an item that the array lacks: it has no entry.
-        """
+        """Return padded rows (values [U, T, ...], mask bool [U, T], T > 0); row -1 is empty."""
         if self.distinct is not None:
             rows = np.where(rows >= 0, self.distinct[rows], -1)
         starts = self.offsets[rows]
@@ -95,9 +89,6 @@ class RaggedArray:
 
 class RaggedWriter:
     """Writes a `RaggedArray` chunk by chunk, with one chunk in memory.
-
-    It uses write calls, not mapped pages: the file does not count as memory of the process, and a
-    full disk raises an error instead of a signal that kills.
 
     Args:
         folder: of the array.
@@ -170,7 +161,7 @@ class RowWriter(RaggedWriter):
 def share_rows(folder: Path, distinct: np.ndarray) -> None:  # distinct [N], in [-1, S)
     """Turn the array of S distinct rows in `folder` into one of N rows that share their entries.
 
-    The array is closed and not in use yet; -1 in `distinct` stands for a row without entries.
+    The array is closed and unused; -1 in `distinct` is a row without entries.
     """
     with open(folder / SHARED, "wb") as file:
         np.save(file, distinct.astype(np.int64))
@@ -190,11 +181,7 @@ def row_hashes(array: RaggedArray, rows: np.ndarray) -> np.ndarray:  # rows [n] 
 
 
 def stored_hashes(folder: Path) -> np.ndarray:  # [N], memory-mapped
-    """Return the hashes of all rows of the array in `folder`, computed at the first call.
-
-    After an edit of the items they show which items changed, so that frozen caches and memory banks
-    encode only these.
-    """
+    """Return the hashes of all rows of the array in `folder`, computed at the first call."""
     path = folder / HASHES
     if not path.exists():
         array = RaggedArray(folder)

@@ -1,10 +1,6 @@
 """`recsys prepare movielens`: an archive of MovieLens ratings turned into dataset folders.
 
-Sources are the unpacked GroupLens archives (https://grouplens.org/datasets/movielens/), with files
-`.csv` or, in MovieLens 1M and 10M, `.dat`; and the bundled ml-latest-small (its terms:
-`sample/README.txt`). Errors name the file, the column and the row as an editor counts it, because
-people edit these files. `recsys prepare events` makes the samples, with `events.yaml` of this
-folder.
+Sources are the archives of https://grouplens.org/datasets/movielens/, `.csv` or `.dat`.
 
 Shapes: N rows of a file.
 """
@@ -56,23 +52,19 @@ def prepare_movielens(
     """Write the dataset folder `out`; it appears complete or not at all.
 
     Args:
-        source: folder with `ratings.csv` and `movies.csv`, or both as `.dat` (MovieLens 1M and
-            10M), and, optionally, `items.parquet` (movieId with plot, poster or both). None: the
-            bundled sample.
-        out: folder to write; must not exist or be empty. With `rolling` it holds the datasets
-            `window-1` to `window-5`, with the same items, hard-linked where the disk allows it.
+        source: folder with `ratings` and `movies`, `.csv` or `.dat`, and maybe `items.parquet`
+            (movieId with plot, poster or both). None: the bundled sample.
+        out: folder to write; must not exist or be empty. `rolling` makes `window-1` to `window-5`.
         history_length: longest history of a row.
-        split: `global`, all ratings split at the quantiles 0.8 and 0.9 of time; `user`, each
-            user's ratings split in time, so that users need 7 ratings or more; `rolling`, the
-            global split at five origins, a tenth of the ratings apart.
+        split: `global`: at quantiles 0.8 and 0.9 of time; `user`: each user's ratings in time (7
+            or more); `rolling`: the global split at five origins, a tenth of the ratings apart.
 
     Returns:
-        Figures of each split (`window-1/train` ... for `rolling`), as in the report of
-        `prepare_events`.
+        Figures of each split (`window-1/train` ... for `rolling`), as in `prepare_events`.
 
     Raises:
         ValueError: `out` is in use, a file or column is missing, a value cannot be used, or a
-            split would be empty. Names file, column, row and fix.
+            split would be empty.
     """
     if history_length < 1:
         raise ValueError(f"history_length is {history_length}; it must be at least 1")
@@ -139,8 +131,7 @@ def read_movielens(source: Path | None) -> tuple[pa.Table, pa.Table]:
     """Read a folder with `ratings`, `movies` and, optionally, `items.parquet`; None: the sample.
 
     Returns:
-        movies: movieId, title, genres, and plot and poster if available; ordered by movieId.
-        ratings: userId, movieId, rating, timestamp, and item: the row of the movie in movies.
+        movies, ordered by movieId, and ratings, with `item`, the row of the movie.
     """
     folder, suffix = (SAMPLE, "parquet") if source is None else (Path(source), "csv")
     if (folder / "ratings.dat").is_file() and not (folder / "ratings.csv").is_file():
@@ -195,7 +186,6 @@ def _add_contents(movies: pa.Table, path: Path) -> pa.Table:
 
 
 def _read(path: Path, types: Types, nullable: str | None = None) -> pa.Table:
-    """Read the named columns of a file and check their types and values."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; the source folder must hold it")
     try:
@@ -299,10 +289,7 @@ def _read_movies(path: Path, types: Types, nullable: str | None = None) -> pa.Ta
 def _refuse(
     path: Path, table: pa.Table, column: str, wrong: np.ndarray, reason: str
 ) -> None:  # wrong [N], bool
-    """Raise a ValueError for the first row of a file that `wrong` marks.
-
-    The value replaces `{}` in `reason`, which names the error and the fix.
-    """
+    """Raise a ValueError for the first wrong row; its value replaces `{}` in `reason`."""
     if wrong.any():
         row = int(wrong.argmax())
         value = table[column][row].as_py()
@@ -310,7 +297,6 @@ def _refuse(
 
 
 def _row(path: Path, index: int) -> str:
-    """Return the number of a row as an editor counts it."""
     if path.suffix == ".csv":
         return f"row {index + 2} (the header is row 1)"
     return f"row {index + 1}" if path.suffix == ".dat" else f"row {index}"

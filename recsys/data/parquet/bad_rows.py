@@ -1,9 +1,6 @@
 """Unusable rows: the first one ends the job, or all are skipped and counted.
 
-A row is bad if its row group cannot be read, or if one of its values is unusable: null, NaN, an id
-outside its table, lists of unequal length, bytes that are no image. A defect of a whole
-file (no footer, a missing column, a wrong type) is always an error, since the number of lost rows
-would be unknown.
+A defect of a whole file (no footer, a missing column, a wrong type) is always an error.
 
 Shapes: n rows of the part of a file that is read at once.
 """
@@ -32,10 +29,7 @@ Place = tuple[str, str, int, str]
 
 
 class BadRows:
-    """Raises at the first bad row, or counts all of them.
-
-    A part of a file (a row group) may be read again in each epoch and by two ranks; it counts once.
-    """
+    """Raises at the first bad row, or counts all; a part of a file read again counts once."""
 
     def __init__(self, on_bad_row: OnBadRow = "error") -> None:
         self.on_bad_row = on_bad_row
@@ -50,10 +44,9 @@ class BadRows:
         reason: str,
         message: Callable[[int], str],
     ) -> None:
-        """Record the bad rows of one column in a part of a file, if there are any.
+        """Record the bad rows of one column in the part of a file from `first_row` on.
 
-        The part begins at `first_row` of the file. `column` is "" for whole rows; `message` maps a
-        row of the part to its error and the fix.
+        `column` is "" for whole rows; `message` maps a row of the part to its error and the fix.
 
         Raises:
             ValueError: a row is bad and `on_bad_row` is error; names file, column and row.
@@ -67,10 +60,7 @@ class BadRows:
         self.counts[str(file), column, first_row, reason] = (int(bad.sum()), first_row + row)
 
     def summary(self, ranks: Ranks, what: str) -> dict[str, Any]:
-        """Return {"rows": number of skipped rows, "found": entries of `by_reason`} of all ranks.
-
-        Rank 0 logs them as skipped rows of `what`. A collective.
-        """
+        """Return `rows` and `found` (`by_reason`) of all ranks; rank 0 logs them. A collective."""
         merged: dict[Place, tuple[int, int]] = {}
         for bad_rows in ranks.gather(self.counts):
             merged |= bad_rows

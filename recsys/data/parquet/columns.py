@@ -1,8 +1,5 @@
 """Impressions as numpy arrays, from which the rows of a batch are copied by position.
 
-A window of rows is decoded once and stays in the order of its files; each batch takes the rows that
-the shuffle assigns to it. So no window is ever copied as a whole, and a batch owns its memory.
-
 Shapes: R rows, N values of all lists of a column, n rows taken.
 """
 
@@ -66,7 +63,6 @@ class RowColumns:
 
     @property
     def num_rows(self) -> int:
-        """Number of rows, R."""
         return len(next(iter(self.numbers.values())))
 
     def values(self, name: str) -> np.ndarray:

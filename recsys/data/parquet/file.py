@@ -1,7 +1,6 @@
 """Open Parquet files and read their columns; every error names the file.
 
-Pages are checked against their checksums if the writer stored them (Spark does, pyarrow with
-`write_page_checksum=True`). Without checksums, a flipped bit may appear as another value.
+Pages are checked if the writer stored checksums (pyarrow: `write_page_checksum=True`).
 """
 
 from __future__ import annotations
@@ -23,10 +22,9 @@ STREAM_BYTES = 1 << 20
 
 @contextmanager
 def open_parquet(file: Location, streaming: bool = False) -> Iterator[pq.ParquetFile]:
-    """Open a file for the length of a block.
+    """Open a file for the length of a block; a ValueError names a damaged file.
 
-    With `streaming`, pages are read on demand, since a column of images may exceed the memory;
-    else whole columns are read at once, with fewer requests. A ValueError names a damaged file.
+    With `streaming`, pages are read on demand, as images may exceed the memory.
     """
     try:
         if not file.exists():
@@ -59,10 +57,7 @@ def read_row_group(
 def footer_digest(file: Location, parquet: pq.ParquetFile) -> str:
     """Return a hash of a file's footer, which changes with nearly any change of the content.
 
-    For each column of each row group, the footer has number, encodings and sizes of the values and
-    the position of their pages. pyarrow and Spark also store least and greatest value and number of
-    nulls. A change that preserves all of these, such as two swapped values of a row group, is
-    detected only if the encoded pages differ in size.
+    It misses a change that keeps encoded sizes, least and greatest values and number of nulls.
     """
     end_of_file = 8  # length of the footer and the magic number
     start = -(parquet.metadata.serialized_size + end_of_file)
@@ -84,10 +79,7 @@ def column_type(parquet: pq.ParquetFile, file: Location, name: str) -> pa.DataTy
 
 
 def mean_list_lengths(root: Location, schema: Schema, folder: str = "train") -> dict[str, float]:
-    """Return the mean ids per row of each list column, from the footer of the first training file.
-
-    Empty without a readable file in the folder; reading its rows later reports the error.
-    """
+    """Return the mean ids per row of the first training file by list column; {} if unreadable."""
     lists = [name for name, column in schema.columns.items() if column.kind in ("ids", "sequence")]
     try:
         file = (root / folder).files(".parquet")[0]

@@ -54,15 +54,12 @@ class ParquetRows(RowSource):
 
     @property
     def row_groups(self) -> Sequence[RowGroup]:
-        """Chunks of this source."""
         return cast(Sequence[RowGroup], self.chunks)
 
     def read_chunk(self, number: int) -> pa.Table:
-        """Return the checked rows of a row group."""
         return next(iter(self.read_chunks([number])))
 
     def read_chunks(self, numbers: Sequence[int]) -> Iterator[pa.Table]:
-        """Yield the checked rows of some row groups; each file is opened once."""
         for file, groups in groupby(numbers, lambda number: self.row_groups[number].file):
             with open_parquet(file) as parquet:
                 digest = footer_digest(file, parquet)
@@ -102,7 +99,6 @@ split_rows = ParquetRows.of_split  # the source `parquet`
 
 
 def _row_groups(file: Location, schema: Schema, names: list[str]) -> Iterator[RowGroup]:
-    """Yield the row groups of a file after checking its columns."""
     with open_parquet(file) as parquet:
         metadata, digest = parquet.metadata, footer_digest(file, parquet)
         check_types(schema, names, lambda name: column_type(parquet, file, name), str(file))

@@ -1,11 +1,6 @@
 """Columns of a row group in the types of a batch, with their values checked.
 
-Ids become int64 (raw ones become rows if their vocabulary is fixed), numbers float32, lists
-`list<...>` of them. A row with an unusable value is reported (which may end the job) and becomes a
-padding row: position -1, no weight, no metric.
-
-A raw id of null is the unknown id: the last row of an exact or bounded map, an id of its own of a
-hash. Raw ids of a bounded map stay integers, as the map learns their rows in training.
+A raw id of null is the unknown id: the last row of an exact or bounded map, an own id of a hash.
 
 Shapes: R rows, N values of a column, H rows per id.
 """
@@ -123,8 +118,7 @@ def usable_table(
 ) -> pa.Table:
     """Return the columns of a chunk in canonical types, with padding rows in place of bad ones.
 
-    `positions` int64 [R] are those of its rows in the split. `report` receives the bad rows of each
-    column; a row counts for its first bad column.
+    `positions` int64 [R] are those of its rows in the split; a row counts for its first bad column.
     """
     bad = np.zeros(table.num_rows, bool)
 
@@ -336,10 +330,8 @@ def _length_message(history: str, lengths: np.ndarray, row: int) -> str:
 
 
 def _num_ids(table: pa.Table, name: str, schema: Schema) -> np.ndarray:  # [R]
-    """Return the lengths of the lists as they were written, before ids became rows."""
     return list_lengths(table[name]) // schema.rows_per_id(name)
 
 
 def _cast(array: pa.Array, value_type: pa.DataType, as_list: bool) -> pa.Array:
-    """Cast numbers, or the values of lists."""
     return array.cast(pa.list_(value_type) if as_list else value_type, safe=False)

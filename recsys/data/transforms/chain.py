@@ -1,14 +1,7 @@
 """Chains of steps, from `column` and `transform` of a column in `schema.yaml`.
 
-    log_price:   {kind: dense, column: price, transform: [{fill: 0}, log1p, standardize]}
-    city_device: {kind: id, num_embeddings: 5000, column: [city, device], transform: [cross], ...}
-
-A chain reads the columns that `column` names, by default the file's column with its own name.
-A name means the file's column, unless another column of the schema with that name is transformed;
-then it means the result of that transform.
-
-`transforms.yaml` of a dataset has the chains with all values fitted on train/. It repeats the whole
-chains, so that values of another chain are never used.
+`column` names columns of the file, or results of other transforms: `{kind: dense, column: price,
+transform: [{fill: 0}, log1p, standardize]}`. `transforms.yaml` has the chains with fitted values.
 """
 
 from __future__ import annotations
@@ -69,7 +62,6 @@ class Call:
 
     @property
     def is_fitted(self) -> bool:
-        """Whether all settings are known."""
         return all(self.settings[name] is not None for name in self.fitted_settings)
 
     @property
@@ -79,7 +71,6 @@ class Call:
 
     @property
     def without_fit(self) -> Call:
-        """Return the step without fitted settings."""
         return Call(self.name, self.settings | dict.fromkeys(self.fitted_settings))
 
     @property
@@ -95,7 +86,6 @@ class Call:
         return fit(**self.settings)
 
     def plain(self) -> dict[str, Any]:
-        """Return the step in the form of `schema.yaml`."""
         settings = self.settings.items()
         return {self.name: {name: value for name, value in settings if value is not None}}
 
@@ -132,7 +122,6 @@ class Chain:
 
     @property
     def without_fit(self) -> Chain:
-        """Return the chain without fitted settings."""
         return Chain(self.sources, tuple(step.without_fit for step in self.steps))
 
     def fitted(self, number: int, settings: dict[str, Any]) -> Chain:
@@ -152,7 +141,6 @@ class Chain:
         )
 
     def plain(self) -> dict[str, Any]:
-        """Return the chain in the form of `schema.yaml`."""
         return {"column": list(self.sources), "transform": [step.plain() for step in self.steps]}
 
     def __call__(self, columns: list[pa.Array]) -> pa.Array:

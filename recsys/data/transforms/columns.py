@@ -1,8 +1,4 @@
-"""Compute the columns of a schema from those of a file or request; no other module does.
-
-Training, evaluation, prediction, `explain-data`, `prepare vocabulary` and the scorer of a package
-all read rows through `read_columns`, so that none can differ from the others.
-"""
+"""Compute the columns of a schema from those of a file or request; no other module does."""
 
 from __future__ import annotations
 
@@ -49,7 +45,6 @@ class TransformedRows:
         return self._apply(Chain(chain.sources, chain.steps[:number]), name)
 
     def _apply(self, chain: Chain, name: str) -> pa.Array:
-        """Apply a chain to values, or to the values of lists."""
         columns = [
             one_chunk(self.table[source]) if source == name else self.column(source)
             for source in chain.sources

@@ -1,7 +1,4 @@
-"""`recsys prepare transforms`: fit the steps of a dataset's columns on its training rows.
-
-A pass over train/ fits one step of each column; a step after a fitted one needs a further pass.
-"""
+"""`recsys prepare transforms`: fit the steps of a dataset's columns on its training rows."""
 
 from __future__ import annotations
 
@@ -107,7 +104,6 @@ def _reads_unfitted(schema: Schema, name: str) -> bool:
 
 
 def _fit(root: Location, schema: Schema, folder: str, steps: Mapping[str, int]) -> None:
-    """Fit one step of some columns."""
     chains = schema.transforms
     fits = {name: chains[name].steps[number].start_fit() for name, number in steps.items()}
     for rows in _rows(root / folder, schema, list(steps)):

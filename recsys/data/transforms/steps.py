@@ -1,11 +1,7 @@
 """The steps of a column's `transform`: one function each, and its name in `STEPS`.
 
-A step maps the values of a column, an Arrow array of any length, to the same number of values; the
-result of a row depends on it alone. Null stays null, except in `fill`. The keyword arguments
-of the function are the settings of the step. When `schema.yaml` is read, their type hints check
-them, and so does the function, which is then called without values. The first setting may be
-written alone: `fill: 0`. A step with a `Fit` has settings that `recsys prepare transforms` computes
-in one pass over the finite values of all training rows.
+A step maps N values to N; a row depends on itself alone. Null stays null, except in `fill`. Its
+keyword arguments are its settings; a `Fit` computes those that are fitted on the training rows.
 
 Shapes: N values, S columns to cross.
 """
@@ -31,10 +27,7 @@ Unit = Literal["s", "ms", "us"]
 
 
 class Fit(ABC):
-    """Computes settings of one step; subclasses take its other settings as keyword arguments.
-
-    The result depends only on the values and their order.
-    """
+    """Computes settings of one step from values; other settings are its keyword arguments."""
 
     num_values = 0  # number of values so far
 
@@ -68,15 +61,13 @@ class Moments(Fit):
         self.mean += distance * len(values) / total
 
     def result(self) -> dict[str, Any]:
-        """Return mean and deviation."""
         return {"mean": self.mean, "std": math.sqrt(self.squares / self.num_values)}
 
 
 class Quantiles(Fit):
     """Boundaries of `quantiles` buckets with nearly equal numbers of values.
 
-    Of more than `SAMPLED` values it uses those with the smallest hashes of their positions: a
-    sample without replacement, the same in every run.
+    Of more than `SAMPLED` values it uses a sample without replacement, the same in every run.
     """
 
     def __init__(self, quantiles: int, **settings: Any) -> None:

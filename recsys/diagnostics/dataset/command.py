@@ -39,9 +39,8 @@ def explain_data(
     """Read a dataset, print its summary, and write the numbers to `json_file`.
 
     Raises:
-        ValueError: the dataset cannot be read, or `json_file` cannot be written; or, after the
-            summary is printed, there is a row at which training would fail, with its message; or,
-            if `on_bad_row` is skip, a split has no row that can be used.
+        ValueError: the dataset cannot be read, `json_file` cannot be written, training would fail
+            at a row, or, if `on_bad_row` is skip, a split has no row that can be used.
     """
     if json_file is not None:
         check_output(json_file)
@@ -132,7 +131,6 @@ def _percent(share: float | None) -> str:
 
 
 def _columns(summary: DatasetSummary) -> str:
-    """Return the tables of lists and dense columns."""
     lists: list[Sequence[str]] = [("lengths of lists", "split", "mean", *QUANTILES, "max", "empty")]
     numbers: list[Sequence[str]] = [("numbers", "split", "min", "mean", "max", "deviation")]
     columns = [name for name, column in summary.schema.columns.items() if column.kind != "label"]

@@ -1,7 +1,6 @@
 """Summarizes the items' files: number of items, and their content by column.
 
-Texts, features and categories are read from end to end. Missing images are counted from the files'
-footers, and a few images are opened.
+Missing images are counted from the files' footers, and a few images are opened.
 """
 
 from __future__ import annotations
@@ -55,7 +54,6 @@ class Lengths:
 
     @property
     def count(self) -> int:
-        """Return the number of lengths."""
         return int(self.histogram.sum())
 
     def summary(self) -> dict[str, Any]:
@@ -79,11 +77,10 @@ class ColumnSummary:
     missing: items without content; None if unknown without reading all images.
     lengths: lengths of texts in characters, of features in tokens.
     widths: number of feature vectors by width.
-    formats, sizes: number of opened images by format and by size.
-    broken: images that could not be opened.
-    problem: description of the first content at which training would fail.
+    formats, sizes, broken: opened images by format and by size, and those not opened.
+    problem: the first content at which training would fail.
     values: number of different categories.
-    most_common_share: share of the most frequent content among a sample of the items that have it.
+    most_common_share: share of the most frequent content in a sample.
     shared_beginning: number of characters with which most texts of the sample begin alike.
     """
 
@@ -246,7 +243,6 @@ def _summarize_images(items: ItemTable, name: str, summary: ColumnSummary) -> No
 
 
 def _open_images(summary: ColumnSummary, chunk: pa.Array, where: str) -> None:
-    """Decode the first images, as training does."""
     opened = 0
     for row, content in enumerate(chunk.to_pylist()):
         for encoded in content if isinstance(content, list) else [content]:

@@ -1,7 +1,6 @@
 """Summarizes a dataset for `recsys explain-data`: splits, id tables, items and their overlaps.
 
-A split is read once, as training reads it. Its usable rows go to a temporary Parquet file, of which
-SQL in DuckDB takes all figures; what does not fit into memory goes to the temporary folder, too.
+A split is read once; DuckDB takes all figures of its usable rows from a temporary Parquet file.
 """
 
 from __future__ import annotations
@@ -108,8 +107,7 @@ def summarize_dataset(data: str) -> DatasetSummary:
     """Read a dataset, a folder or URL, from end to end.
 
     Raises:
-        ValueError: training could not read the dataset; the message is the same. Or the temporary
-            folder is full.
+        ValueError: training could not read the dataset, or the temporary folder is full.
     """
     root = Location.of(data)
     schema = load_schema(root)
@@ -141,10 +139,6 @@ def _database() -> Iterator[tuple[duckdb.DuckDBPyConnection, Path]]:
 def _summarize_split(
     database: duckdb.DuckDBPyConnection, root: Location, split: str, schema: Schema, folder: Path
 ) -> SplitSummary:
-    """Copy the usable rows of a split to the view of its name, and summarize it.
-
-    The view has further columns for the group, the target item and the hash of a row.
-    """
     rows = ParquetRows.of_split(root, split, schema, on_bad_row="skip")
     _copy_usable_rows(rows, folder / f"{split}.parquet")
     copy = database.read_parquet(str(folder / f"{split}.parquet"))

@@ -1,7 +1,6 @@
 """Reads the time range of a split from the files' footers, if a column has times.
 
-A column has times if its type is a timestamp or date, or if it is an integer with a usual name. The
-schema need not name it.
+A column has times if its type is a timestamp or date, or an integer with a usual name.
 """
 
 from __future__ import annotations

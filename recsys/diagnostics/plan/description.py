@@ -42,7 +42,6 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        """Return the sum of all parts."""
         return self.tables + self.dense + self.bank
 
 
@@ -64,7 +63,6 @@ class Description:
     training_rows: int
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values by the names of the fields, and derived totals."""
         return {
             **asdict(self),
             "world_size": self.cluster.world_size,
@@ -79,7 +77,7 @@ def describe(
 
     Args:
         config: configuration of the run.
-        data: dataset, a folder or URL; a small sample of the real one is enough.
+        data: dataset, a folder or URL; a small sample is enough.
         cluster: the cluster, which need not exist.
         rows: numbers of rows for tables, by column, that replace those of the dataset.
 
@@ -121,7 +119,6 @@ def _bank_bytes(meta_model: MetaModel) -> int:
 
 
 def _read_a_batch(meta_model: MetaModel) -> int:
-    """Read a first batch as training does, and return the number of training rows."""
     config, schema = meta_model.config, meta_model.schema
     rows = open_rows(config.source, meta_model.root, "train", schema, config.on_bad_row)
     content = content_settings(config.content)

@@ -1,8 +1,4 @@
-"""Builds a meta model: everything that a run builds, without weights, data or devices.
-
-Tables, memory bank and transformers are on the meta device, which keeps only shapes, so tables of
-billions of rows and encoders of any size take neither time nor memory.
-"""
+"""Builds a meta model: everything that a run builds, without weights, data or devices."""
 
 from __future__ import annotations
 
@@ -41,10 +37,8 @@ SAMPLED_ITEMS = 2048
 class MetaModel:
     """Everything that a run would build.
 
-    frozen_layers: for each encoder with cached outputs, the number of parameters that run only
-        before training.
-    problems: reasons why the tables do not fit, with fixes; the plan is then that of devices with
-        unlimited memory.
+    frozen_layers: by encoder with cached outputs, the parameters that run only before training.
+    problems: why the tables do not fit, with fixes; the plan is then for unlimited memory.
     """
 
     config: Config
@@ -163,11 +157,9 @@ def _drop_frozen_layers(encoder: Encoder) -> int:
 def _plan(
     config: Config, em3: EM3, tables: list[TableConfig], cluster: Cluster
 ) -> tuple[ShardingPlan, list[str]]:
-    """Return the plan of training, or one for unlimited memory and why tables do not fit."""
     types, copies = config.embedding.communication, config.embedding.parallel.copies
 
     def plan_on(where: Cluster) -> ShardingPlan:
-        """Plan the model's tables for a cluster."""
         return plan_sharding(
             em3,
             tables,

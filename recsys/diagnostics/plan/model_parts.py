@@ -1,8 +1,6 @@
 """Lists the parts of a model: parameters, their optimizer, their ranks and their bytes.
 
-Tables are sharded over the ranks; all else is on every rank. All weights, gradients and optimizer
-state are float32, also if the arithmetic is bfloat16. On several ranks
-DistributedDataParallel keeps a second copy of the dense gradients, in the buckets that it sends.
+On several ranks DistributedDataParallel keeps a second copy of the dense gradients.
 """
 
 from __future__ import annotations

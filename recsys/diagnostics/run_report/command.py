@@ -56,16 +56,14 @@ def report_run(
 ) -> Path:
     """Write the page of a run, by default `RUN/report.html`, and a projector. A collective.
 
-    The projector of TensorBoard is a folder beside the page, `report_projector`. Its items can be
-    coloured by column `colour_by` of their files; default: genres, genre, category or categories.
+    The projector is the folder `report_projector` beside the page; `colour_by` names a column.
 
     Returns:
         The file written, which appears whole or not at all.
 
     Raises:
-        ValueError: the folder holds no finished run, `out` cannot be written or is part of a run or
-            dataset, or column `colour_by` is missing from the items' files or is neither of texts
-            nor of integers.
+        ValueError: there is no finished run, `out` cannot be used, or column `colour_by` is missing
+            or neither of texts nor of integers.
     """
     out = out or run / "report.html"
     with ranks.raise_on_all_ranks():
@@ -97,7 +95,6 @@ def report_run(
 
 
 def _of_metrics(run: Path, job: Job) -> tuple[Section, Section]:
-    """Return the sections on the test metrics and on the configuration."""
     file = run / "metrics.json"
     metrics = read_json(file)
     check_metrics(run)
@@ -148,10 +145,7 @@ def _item_vectors(folder: Path, num_items: int) -> Section:
 
 
 def summary(metrics: dict[str, Any], has_probabilities: bool) -> Section:
-    """Return the test metrics of `metrics.json` as a table per label, with findings as sentences.
-
-    A softmax loss makes no probabilities (`has_probabilities`).
-    """
+    """Return the test metrics of `metrics.json` as a table per label, with findings."""
     test = metrics[SPLIT]
     tables = []
     for label, report in test.get("labels", {"items": test}).items():
@@ -187,7 +181,6 @@ def _compared_with_mean(name: str, ratio: float | None) -> list[str]:
 
 
 def _parts(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the metrics of all, warm, cold and unseen items."""
     return {part: report if part == "all" else report[part] for part in PARTS}
 
 

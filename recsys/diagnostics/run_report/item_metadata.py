@@ -1,7 +1,6 @@
 """Describes items for readers: names, categories and small pictures, from their Parquet files.
 
-Only row groups that hold one of the items are read, since all images may be terabytes. Columns
-need not be in the schema.
+Only row groups that hold one of the items are read.
 
 Shapes: I chosen items.
 """
@@ -78,7 +77,6 @@ def _values_in(
     name: str,
     places: np.ndarray,  # int64 [items of the group], ascending
 ) -> Iterator[Any]:
-    """Yield the values at these rows of a row group."""
     start = 0
     try:
         for batch in parquet.iter_batches(ROWS_PER_CHUNK, row_groups=[group], columns=[name]):
@@ -117,8 +115,6 @@ def column_types(files: Sequence[Location]) -> dict[str, pa.DataType]:
 
 def category_column(files: Sequence[Location], column: str | None) -> str | None:
     """Return the column to colour items by: the chosen one, or the first of the usual ones.
-
-    `files` are those of the items, if the dataset has any.
 
     Raises:
         ValueError: the chosen column is missing, or is neither of texts nor of integers.
@@ -196,10 +192,7 @@ def item_pictures(
     table: ItemTable | None,
     items: np.ndarray,  # int64 [I]
 ) -> Tensor | None:  # float32 [I, 3, PICTURE_SIZE, PICTURE_SIZE]
-    """Return the (first) image of each item, white where it has none that can be read.
-
-    None if the schema has no images.
-    """
+    """Return the first image of each item, white without one; None if the schema has no images."""
     columns = table.items.columns if table is not None else {}
     source = next((name for name, column in columns.items() if column.kind == "image"), None)
     if table is None or source is None:

@@ -69,10 +69,7 @@ def metrics_by_count(
     counts: np.ndarray,  # int64 [N], training impressions of the row's item
     edges: Sequence[int],
 ) -> dict[str, dict[str, Any]]:
-    """Return the metrics and `positives` of each range of counts by its name, also without rows.
-
-    `edges` are the least counts of the ranges, ascending; the last range has no end.
-    """
+    """Return the metrics and `positives` of each range of counts; `edges` are the least counts."""
     metrics = {}
     for count_range in count_ranges(edges):
         inside = count_range.holds(counts)
@@ -123,10 +120,7 @@ def item_popularity(scores: SplitScores, split: str) -> Section:
 def metric_interval(scores: SplitScores, metric: str) -> tuple[float, float] | None:
     """Return the 95 % interval of AUC or GAUC over the choice of users.
 
-    It is the interval of the difference from equal scores for all rows, whose AUC is 0.5.
-
-    Returns:
-        Both ends; None where too few users define the metric (`paired_difference`).
+    None where too few users define the metric (`paired_difference`).
     """
     chance = replace(scores, logits=np.zeros_like(scores.logits))
     difference = paired_difference([[chance]], [[scores]], metric, "all")

@@ -46,9 +46,9 @@ def read_curves(run: Path) -> dict[str, Curve]:
 
 
 def selection_curve(curves: dict[str, Curve], best_model_by: BestModelBy) -> Curve:
-    """Return the score that chose the best model, by step; the first maximum is the best model.
+    """Return the score that chose the best model, by step; empty if the run has not written it.
 
-    That of an error is negative (`selection_score`). Empty if the run has not written it.
+    That of an error is negative (`selection_score`).
     """
     metrics_by_step: dict[int, dict[str, float]] = {}
     for name in METRICS[best_model_by]:
@@ -65,8 +65,7 @@ def selection_curve(curves: dict[str, Curve], best_model_by: BestModelBy) -> Cur
 def learning_curves(run: Path, best_model_by: BestModelBy, best_step: int | None = None) -> Section:
     """Return the section; curves that the run has not written are left out.
 
-    `best_step` is that of the best model, to notice events that are not all of this run's; default:
-    as the events have it.
+    `best_step` is that of the best model; default: as the events have it.
     """
     curves = read_curves(run)
     plots = {}

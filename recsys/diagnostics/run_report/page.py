@@ -1,8 +1,4 @@
-"""Writes a page of sections as one self-contained HTML file: figures are embedded in it.
-
-A figure is drawn by matplotlib as SVG and embedded as a data URI, so that the ids of drawings do
-not collide.
-"""
+"""Writes a page of sections as one self-contained HTML file, with figures as data URIs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """Writes what a run has learned of items for TensorBoard's projector: vectors, names, pictures.
 
-`tensorboard --logdir FOLDER` then shows maps (PCA, t-SNE, UMAP) and nearest items by cosine,
-coloured by category, impressions or the attention of the fusion.
-
 Shapes: I items, D ID dimension, E content dimension, U items of a call, T tokens, Q queries,
 S = Q + T keys, H heads, M modalities.
 """
@@ -153,8 +150,7 @@ def attention_weights(
 def recorded_attention(fusion: nn.Module | None, num_modalities: int) -> Iterator[list[Tensor]]:
     """Yield the attention of the queries to each modality, [U, M] of each call of the fusion.
 
-    It is the mean over layers, queries and heads; tokens of a modality are added up. The list stays
-    empty for fusions without queries.
+    It is the mean over layers, queries and heads; empty for fusions without queries.
     """
     calls: list[Tensor] = []
     if not isinstance(fusion, FusionQFormer):
