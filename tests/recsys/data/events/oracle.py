@@ -16,7 +16,6 @@ from recsys.data.events.settings import EventsConfig, History, Parallel, Snapsho
 from recsys.data.events.times import duration
 
 Row = dict[str, Any]
-FOREVER = 2**62
 
 
 def usable(config: EventsConfig, log: list[Row], latest: int, capped: bool = True) -> list[Row]:

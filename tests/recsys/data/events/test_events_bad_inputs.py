@@ -145,7 +145,6 @@ BAD = [
         )
         for kind, values, word in [
             ("category", pa.array([0.5] * 7), "double"),
-            ("feature", pa.array(["x"] * 7), "string"),
             ("feature", pa.array([[1]] * 7), "int64"),
             ("feature", pa.nulls(7), "null"),
         ]
@@ -238,11 +237,6 @@ BAD = [
         "no time zone", change("events", "log", "time_zone", value="Mars/X"), ("time_zone", "Mars")
     ),
     Bad("duration", change("histories", "viewed", "delay", value="1 hour"), ("1 hour", "7d")),
-    Bad(
-        "unknown key of a table",
-        change("events", "log", "pth", value="x"),
-        ("events.log.pth", "path?"),
-    ),
     Bad("no path", change("events", "log", "path", value=[]), ("path",)),
     Bad(
         "label from no number on",
@@ -317,10 +311,6 @@ def test_an_error_names_what_is_wrong_and_nothing_is_written(bad: Bad, tmp_path:
     assert [path.name for path in tmp_path.iterdir() if "data" in path.name] == []
 
 
-def test_the_inputs_that_are_spoiled_can_be_used(tmp_path: Path) -> None:
-    assert prepare(tmp_path, write_inputs(tmp_path))["splits"]["train"]["rows"] == 32
-
-
 def test_a_full_disk_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     config = write_inputs(tmp_path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -369,15 +359,6 @@ def test_an_id_that_stands_for_null_has_the_type_of_its_column(tmp_path: Path) -
         train = pq.read_table(tmp_path / "data" / "train")
         assert set(train["brand"].to_pylist()) == {fill, brands[1]}
         shutil.rmtree(tmp_path / "data")
-
-
-def test_a_price_that_is_not_a_number_is_none(tmp_path: Path) -> None:
-    config = write_inputs(tmp_path)
-    config["context"] = {"price": {"kind": "dense", "fill": -1}}
-    column("price", [float("nan"), 1.5])(tmp_path, config)
-    prepare(tmp_path, config)
-    train = pq.read_table(tmp_path / "data" / "train")
-    assert set(train["price"].to_pylist()) == {-1.0, 1.5}
 
 
 def test_the_folder_of_temporary_files_is_checked(tmp_path: Path) -> None:

@@ -11,9 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from recsys.data.events.load import load_events_config
-from recsys.data.events.prepare import prepare_events, write_datasets
-from recsys.data.events.sql import SqlEngine
+from recsys.data.events.prepare import prepare_events
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
 from recsys.storage.location import Location
@@ -80,19 +78,6 @@ def test_null_ids_stay_null_and_are_read_as_unknown(tmp_path: Path) -> None:
     first = next(row for row in read if row["item"] == 0)
     assert (first["brand"], first["tags"]) == (unknown, [])
     assert any(unknown in row["past_brand"] for row in read)
-
-
-@pytest.mark.long
-def test_on_spark_null_ids_stay_null(
-    open_spark: Callable[[Path], SqlEngine], tmp_path: Path
-) -> None:
-    config = load_events_config(write(tmp_path))
-    engine = open_spark(tmp_path / "stages")
-    try:
-        write_datasets(engine, config, tmp_path / "out")
-    finally:
-        engine.close()
-    check_nulls(tmp_path / "out")
 
 
 def whole(log: dict[str, Any], items: dict[str, Any], content: dict[str, Any]) -> None:

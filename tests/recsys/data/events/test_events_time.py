@@ -60,14 +60,6 @@ def log(*rows: tuple[int, str]) -> dict[str, list[Any]]:
 
 
 ONE_WEEK = {"bought": {"action": "buy", "within": "7d"}}
-KEEP_ALL = {"embargo": False, "unripe": "keep", "split": {"at": [0.2, 0.7]}}
-
-
-def test_an_action_never_labels_its_own_row_nor_another_of_its_moment(tmp_path: Path) -> None:
-    # Each action is a row: the purchase at 10 labels the view at 0, and not itself.
-    events = log((0, "view"), (10, "view"), (10, "buy"), (20, "view"))
-    by_time = labels(prepare(tmp_path, events, labels=ONE_WEEK, **KEEP_ALL), "bought")
-    assert [by_time[second] for second in (0, 10, 20)] == [[1], [0, 0], [0]]
 
 
 def test_a_request_that_a_table_of_actions_lacks_is_refused(tmp_path: Path) -> None:
@@ -214,10 +206,3 @@ def test_times_in_1970_are_refused_with_the_unit_that_fits(
     options = {"labels": {"viewed": {"action": "view"}}, "table": {"time_unit": read_as}}
     with pytest.raises(ValueError, match=f"view: .* 1970 .* time_unit: {true_unit}"):
         prepare(tmp_path, events, **options)
-
-
-def test_times_from_the_begin_of_a_log_are_times_of_1970(tmp_path: Path) -> None:
-    events = {"user": [0] * 9, "item": [0] * 9, "time": [1000 * n for n in range(9)]}
-    options = {"labels": {"viewed": {"action": "view"}}, "table": {"time_unit": "ms"}}
-    dataset = prepare(tmp_path, events, **options)
-    assert sum(len(dataset[split]) for split in SPLITS) == 9
