@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 from recsys.config import ModalitySettings
-from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.interactions import Interactions
 from recsys.data.items.content_store import ContentStore
@@ -200,38 +198,3 @@ def test_the_same_seed_gives_the_same_order_and_another_epoch_another(tmp_path: 
     first.begin(0)
     assert positions_of(first) == order
     assert positions_of(interactions_of(rows, 8, 1, 2, seed=4)) != order
-
-
-def test_training_on_fewer_rows_than_ranks_is_refused(tmp_path: Path) -> None:
-    rows = rows_of(write_dataset(tmp_path, {"train": 2}))
-    message = f"{tmp_path}/train/part-0.parquet: 2 training rows .*3 ranks"
-    for rank in range(3):
-        with pytest.raises(ValueError, match=message):
-            interactions_of(rows, 4, rank, 3, seed=0)
-
-
-def test_a_rank_without_rows_takes_part_with_rows_that_are_not_counted(tmp_path: Path) -> None:
-    rows = rows_of(write_dataset(tmp_path, {"train": 2}))
-    ranks = [positions_of(interactions_of(rows, 4, rank, 3)) for rank in range(3)]
-    assert sorted(ranks) == [[[-1]], [[0]], [[1]]]
-
-
-def same(batch: Batch, other: Batch) -> bool:
-    return all(
-        torch.equal(getattr(batch, name), getattr(other, name))
-        for name in ("row_positions", "labels", "dense_features", "history_index", "history_values")
-    )
-
-
-def test_a_url_reads_the_same_batches_as_a_local_folder(tmp_path: Path) -> None:
-    write_dataset(tmp_path)
-    url = f"memory://{tmp_path.name}-{id(tmp_path)}"
-    filesystem, remote = fsspec.core.url_to_fs(url)
-    filesystem.put(f"{tmp_path}/", remote, recursive=True)
-    local = list(interactions_of(rows_of(tmp_path), 16, 1, 2, seed=0))
-    rows = rows_of(url)
-    assert all(map(same, local, interactions_of(rows, 16, 1, 2, seed=0)))
-    assert len(local) == 2
-    with pytest.raises(ValueError, match=r"memory:///\S+/train/part-7.parquet: "):
-        ParquetRows([Location.of(f"{url}/train/part-7.parquet")], rows.schema)
-    filesystem.rm(remote, recursive=True)

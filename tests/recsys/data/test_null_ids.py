@@ -105,7 +105,6 @@ def test_a_row_without_a_user_is_a_group_of_its_own(tmp_path: Path) -> None:
         ("item", [-7, None, 2**62], ["'item', row 1: null", "ranks an item"]),
         ("item", [None, None, None], ["'item'", "null"]),
         ("history_liked", [[], [None], [0.0, 1.0]], ["'history_liked', row 1: null"]),
-        ("liked", [1, None, 0], ["'liked', row 1: null"]),
     ],
 )
 def test_null_is_refused_where_it_is_no_id(

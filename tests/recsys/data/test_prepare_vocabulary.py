@@ -96,7 +96,6 @@ def test_ids_that_do_not_fit_leave_all_maps_as_they_were(tmp_path: Path) -> None
         ("user", pa.array([1, 2, 3]), r"train/part-1.parquet: column 'user': .*int64"),
         ("friends", pa.array([[1], [], []]), "part-1.parquet: column 'friends': .*int64"),
         ("item", pa.array([0.5, 1, 2]), "column 'item': type double"),
-        ("item", pa.array([2**63, 1, 2], pa.uint64()), "64-bit"),
     ],
 )
 def test_ids_of_another_type_are_named(
@@ -107,12 +106,6 @@ def test_ids_of_another_type_are_named(
     with pytest.raises(ValueError, match=message):
         prepare_vocabularies(str(data))
     assert not (data / "vocabulary").exists()
-
-
-def test_a_map_that_was_not_prepared_is_told_with_the_command(tmp_path: Path) -> None:
-    data = write_raw_dataset(tmp_path / "data")
-    with pytest.raises(ValueError, match=rf"user.parquet: .* `recsys prepare .*--data {data}`"):
-        load_schema(Location.of(data))
 
 
 def job_on(data: Path) -> Any:

@@ -11,7 +11,6 @@ import yaml
 
 from recsys.config import SourceSettings
 from recsys.data.item_frequency import count_items
-from recsys.data.parquet.rows import ParquetRows
 from recsys.data.row_source import Chunk, RowSource, Window, open_rows
 from recsys.data.schema import Schema, load_schema
 from recsys.storage.location import Location
@@ -118,12 +117,6 @@ def test_what_a_source_reads_is_checked_as_files_are(tmp_path: Path) -> None:
         list(opened(tmp_path, sizes=[3], extra_rows=1).read(0, 3))
     with pytest.raises(ValueError, match=r"chunk-1: column 'item', row 2: id 30 is outside"):
         list(opened(tmp_path, sizes=[28, 5]).read(0, 33))
-
-
-def test_the_built_in_source_is_that_of_parquet_files(tmp_path: Path) -> None:
-    rows = opened(tmp_path, "parquet")
-    expected = ParquetRows.of_split(Location.of(tmp_path / "data"), "train", rows.schema)
-    assert isinstance(rows, ParquetRows) and rows.fingerprint() == expected.fingerprint()
 
 
 def test_a_source_of_one_s_own_trains_and_evaluates_as_the_same_rows_in_parquet(

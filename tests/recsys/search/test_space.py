@@ -69,7 +69,6 @@ def test_the_recipe_accepts_all_ends_and_choices(tmp_path: Path) -> None:
     [
         ("", "ranking.dropout"),
         ("a: 3", "'a' is 3"),
-        ("a: {low: 1}", "'a' is .*low"),
         ("a: {low: 1, high: 2, most: 3}", "most"),
         ("a: {low: 2, high: 1}", "low 2 .* high 1"),
         ("a: {low: x, high: 1}", "'x'"),
@@ -78,7 +77,6 @@ def test_the_recipe_accepts_all_ends_and_choices(tmp_path: Path) -> None:
         ("a: {choices: []}", r"\[\]"),
         ("a: {choices: [1, 1]}", r"\[1, 1\]"),
         ("a: {sets: {x: 3}}", "'x' is 3"),
-        ("a: {sets: [1]}", r"\[1\]"),
         ("a: {choices: [1]}\nb: {sets: {x: {a: 2}}}", "'a' and 'b' .* a;"),
         ("a: [", "space.yaml"),
     ],
@@ -93,7 +91,6 @@ def test_what_is_no_space_is_refused(tmp_path: Path, text: str, message: str) ->
     [
         ("ranking.dropuot: {choices: [0.1]}", "'ranking.dropuot' 0.1: .*dropout"),
         ("ranking.dropout: {low: 0.5, high: 1.5}", "'ranking.dropout' 1.5: .*ranking.dropout"),
-        ("content.fusion.num_heads: {choices: [2, 3]}", "'content.fusion.num_heads' 3: .*"),
     ],
 )
 def test_values_that_the_recipe_does_not_accept_are_refused(

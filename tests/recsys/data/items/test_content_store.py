@@ -14,7 +14,7 @@ from recsys.data.items.images import decode_image
 from recsys.data.items.item_table import ItemTable
 from recsys.data.schema import load_schema
 from recsys.storage.location import Location
-from tests.datasets import FEATURE_WIDTH, write_dataset
+from tests.datasets import write_dataset
 from tests.recsys.data.items.item_content import (
     MODALITIES,
     items_of,
@@ -45,12 +45,6 @@ def test_text_is_tokenised_and_null_or_empty_text_is_masked(dataset: Path) -> No
     assert text.mask[2:].any(dim=1).all()
 
 
-def test_tokens_are_padded_to_the_longest_text_of_the_batch(dataset: Path) -> None:
-    write_items(dataset, text=pa.array(["a", "ab"]))
-    text = store_of(dataset, "text").gather(np.array([8, 9]))["text"]
-    assert text.mask.tolist() == [[True, True, True, False], [True, True, True, True]]
-
-
 def test_images_are_decoded_and_null_images_are_masked(dataset: Path) -> None:
     poster = store_of(dataset, "poster").gather(np.arange(8))["poster"]
     assert (poster.values.dtype, poster.values.shape) == (torch.uint8, (8, 3, 8, 8))
@@ -60,15 +54,6 @@ def test_images_are_decoded_and_null_images_are_masked(dataset: Path) -> None:
         if row["poster"] is not None:
             expected = decode_image(row["poster"], 8, "")
             assert np.array_equal(poster.values[item], expected)
-
-
-def test_features_are_copied_and_null_features_are_masked(dataset: Path) -> None:
-    clip = store_of(dataset, "clip").gather(np.arange(8))["clip"]
-    assert (clip.values.dtype, clip.values.shape) == (torch.float32, (8, 1, FEATURE_WIDTH))
-    assert clip.mask.tolist() == [[item != 2] for item in range(8)]
-    for item, row in items_of(dataset).items():
-        expected = row["clip"] or [0.0] * FEATURE_WIDTH
-        assert clip.values[item, 0].tolist() == expected
 
 
 def test_a_feature_may_have_several_tokens(dataset: Path) -> None:

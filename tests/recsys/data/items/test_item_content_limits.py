@@ -103,13 +103,6 @@ def test_an_image_of_16_bits_keeps_its_shades() -> None:
     assert decode_image(buffer.getvalue(), 4)[0, 0].tolist() == [0, 64, 128, 192]
 
 
-def test_an_animation_is_its_first_frame() -> None:
-    frames = [Image.new("RGB", (9, 9), (shade, 0, 0)) for shade in (200, 100, 0)]
-    buffer = BytesIO()
-    frames[0].save(buffer, format="GIF", save_all=True, append_images=frames[1:])
-    assert (decode_image(buffer.getvalue(), 4)[0] == 200).all()
-
-
 def test_a_damaged_cache_is_named(dataset: Path) -> None:
     folder = store_of(dataset, "text").folders["text"]
     for name in ("values.npy", "offsets.npy"):

@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from recsys.config import ModalitySettings
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_values import feature_tokens, usable_features
 from recsys.diagnostics.dataset.command import explain_data
@@ -38,21 +37,6 @@ def test_a_schema_without_items_is_told_how_to_go_without_content(dataset: Path)
     schema.write_text(schema.read_text().split("items:")[0])
     with pytest.raises(ValueError, match=f"{schema}: .* needs `items`.*`content: none`"):
         table_of(dataset)
-
-
-@pytest.mark.parametrize(
-    "modality",
-    [
-        ModalitySettings(kind="text", column="title", encoder="random:bert"),
-        ModalitySettings(kind="feature", column="poster"),
-    ],
-)
-def test_a_modality_that_the_schema_does_not_have_is_named(
-    dataset: Path, modality: ModalitySettings
-) -> None:
-    message = f"content.modalities.x: .* column '{modality.column}' of kind {modality.kind}"
-    with pytest.raises(ValueError, match=message):
-        ContentStore(table_of(dataset), {"x": modality}, dataset.parent / "cache")
 
 
 @pytest.mark.parametrize("content", [["posters/1.jpg"] * 8, [b"posters/1.jpg"] * 8])

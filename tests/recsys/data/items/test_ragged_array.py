@@ -29,12 +29,6 @@ def test_gathered_rows_are_padded_to_the_longest_of_them(tmp_path: Path) -> None
     assert (len(array), array.lengths.tolist()) == (4, [4, 1, 0, 2])
 
 
-def test_an_unknown_row_has_no_entry_and_zero_values(tmp_path: Path) -> None:
-    values, mask = write(tmp_path, [[8], [9, 9]]).gather(np.array([-1, 0]))
-    assert values.tolist() == [[0], [8]]
-    assert mask.tolist() == [[False], [True]]
-
-
 def test_rows_may_share_their_entries(tmp_path: Path) -> None:
     write(tmp_path, [[8], [9, 9]])
     share_rows(tmp_path, np.array([1, -1, 0, 1]))
@@ -46,17 +40,6 @@ def test_rows_may_share_their_entries(tmp_path: Path) -> None:
     share_rows(tmp_path, np.array([2]))
     with pytest.raises(ValueError, match="damaged"):
         RaggedArray(tmp_path)
-
-
-def test_entries_may_have_a_shape_and_a_type(tmp_path: Path) -> None:
-    array = written(
-        tmp_path, np.array([1, 0, 2]), np.arange(36, dtype=np.uint8).reshape(3, 3, 2, 2)
-    )
-    values, mask = array.gather(np.array([2, 1]))
-    assert (values.shape, values.dtype) == ((2, 2, 3, 2, 2), np.uint8)
-    assert values[0].ravel().tolist() == list(range(12, 36))
-    assert not values[1].any()
-    assert mask.tolist() == [[True, True], [False, False]]
 
 
 def mapped_bytes(file: Path) -> int:

@@ -164,7 +164,6 @@ def test_the_command_takes_protocol_and_history_length(
         # Enough moments for the global split, but the first half is one.
         ("rolling", [5] * 10 + list(range(6, 16)), ["split: valid of window-1", "timestamp"]),
         ("user", range(6), ["split: valid", "user", "7", "timestamp"]),
-        ("user", [5] * 9, ["split: valid", "user", "7", "timestamp"]),
     ],
 )
 def test_a_split_without_rows_is_refused_with_the_fix(

@@ -27,17 +27,6 @@ def test_labels_may_lack_where_none_are_wanted(dataset: Path) -> None:
     assert "liked" not in read_all(rows)
 
 
-def test_rows_of_all_files_and_row_groups_keep_their_order(dataset: Path) -> None:
-    tables = [table_of(), table_of().slice(0, 3), table_of().slice(2)]
-    rows = open_rows(dataset, *tables, row_group_size=2)
-    assert [group.num_rows for group in rows.row_groups] == [2, 2, 2, 1, 2]
-    assert [group.first_row for group in rows.row_groups] == [0, 2, 0, 2, 0]
-    assert rows.num_rows == 9
-    read = read_all(rows)
-    assert read["user"] == [0, 1, 2, 3, 0, 1, 2, 2, 3]
-    assert read[ROW_POSITION] == list(range(9))
-
-
 def test_a_shuffle_keeps_each_row_whole_and_differs_by_seed_and_epoch(tmp_path: Path) -> None:
     root = write_dataset(tmp_path, {"train": 60})
     rows = ParquetRows.of_split(Location.of(root), "train", schema_of(root))
