@@ -161,45 +161,6 @@ def test_prediction_gives_unknown_ids_the_last_row_and_learns_nothing() -> None:
     assert astuple(vocabulary.counts()) == (0, 0, 0, 0, 1)
 
 
-def test_of_ids_used_as_often_the_less_recent_goes_and_its_row_is_told_once() -> None:
-    vocabulary = BoundedVocabulary(num_embeddings=3, half_life=float("inf"), protect_steps=0)
-    for step, item in enumerate([7, 8, 8, 7, 9]):
-        use(vocabulary, [item], step)  # 9 finds 7 and 8 used as often, 7 later
-    assert look_up(vocabulary, [7, 8, 9]) == [0, 2, 1]
-    assert vocabulary.take_evicted_rows().tolist() == [1]
-    assert vocabulary.take_evicted_rows().tolist() == []
-
-
-def test_use_long_ago_counts_less_than_use_now() -> None:
-    for half_life, goes in ((1.0, 7), (100.0, 8)):
-        vocabulary = BoundedVocabulary(num_embeddings=3, half_life=half_life)
-        use(vocabulary, [7, 7, 7], step=0)
-        use(vocabulary, [8], step=5)
-        use(vocabulary, [9], step=10)
-        assert look_up(vocabulary, [goes]) == [2]
-
-
-@pytest.mark.parametrize("protect_steps", [0, 2])
-def test_rows_of_the_last_steps_are_not_given_away(protect_steps: int) -> None:
-    vocabulary = BoundedVocabulary(num_embeddings=2, protect_steps=protect_steps)
-    use(vocabulary, [7], step=0)
-    rows = [use(vocabulary, [8 + step], step)[0] for step in range(1, 4)]
-    assert rows == ([0, 0, 0] if protect_steps == 0 else [1, 1, 0])
-
-
-def test_an_id_gets_a_row_when_it_was_seen_often_enough() -> None:
-    vocabulary = BoundedVocabulary(num_embeddings=101, admit_after=3)
-    assert use(vocabulary, [7, 7, 8], step=0) == [100, 100, 100]
-    look_up(vocabulary, [7])  # does not count
-    assert use(vocabulary, [8], step=1) == [100]
-    assert use(vocabulary, [7, 8], step=2) == [0, 1]
-
-
-def test_where_rows_are_short_the_ids_seen_most_get_them() -> None:
-    vocabulary = BoundedVocabulary(num_embeddings=2)
-    assert use(vocabulary, [7, 8, 8], step=0) == [1, 0, 0]
-
-
 def test_a_large_table_holds_nearly_as_many_ids_as_it_has_rows() -> None:
     vocabulary = BoundedVocabulary(num_embeddings=10_001)
     for step, ids in enumerate(np.split(np.arange(10_000) * 977, 50)):

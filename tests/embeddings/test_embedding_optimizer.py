@@ -43,16 +43,6 @@ def fused_model(tables: list[TableConfig], device: str = "cpu") -> ContentModel:
     return model
 
 
-def test_the_dense_optimizer_holds_neither_tables_nor_frozen_parameters() -> None:
-    model = fused_model(table_configs())
-    combined, adamw = build_dense_optimizer(model, GROUPS)
-    assert set(combined.params) == DENSE_NAMES
-    parameter_ids = {id(parameter) for group in adamw.param_groups for parameter in group["params"]}
-    assert parameter_ids == {
-        id(value) for name, value in model.named_parameters() if name in DENSE_NAMES
-    }
-
-
 def test_groups_carry_their_settings_and_only_matrices_decay() -> None:
     model = fused_model(table_configs())
     _, adamw = build_dense_optimizer(model, GROUPS)

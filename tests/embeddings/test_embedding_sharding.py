@@ -115,12 +115,6 @@ def small_topology(world_size: int) -> Topology:
     return machine_topology(world_size, world_size, CPU, host_memory_bytes=10 * 2**20)
 
 
-def test_a_table_larger_than_memory_is_an_error_with_its_name_and_the_fix() -> None:
-    tables = [table("huge", rows=10**7, sharding="row_wise"), table("small")]
-    with pytest.raises(ValueError, match=r"(?s)'huge' 610.4 MB \(row_wise\)"):
-        plan(tables, small_topology(1))
-
-
 def plan_too_large(rank: int, world_size: int) -> str:
     with pytest.raises(ValueError) as error:
         plan([table("huge", rows=10**7)], small_topology(world_size))

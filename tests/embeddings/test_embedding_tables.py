@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from embeddings import TableConfig, build_embedding_bag_collection, build_embedding_collection
+from embeddings import TableConfig, build_embedding_collection
 from embeddings import tables as tables_module
 from embeddings.tables import NormalInitializer, check_tables
 
@@ -18,17 +18,13 @@ def table(name: str = "item", **changes: Any) -> TableConfig:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_embeddings": 0}, "table 'item': num_embeddings is 0"),
         ({"embedding_dim": -4}, "table 'item': embedding_dim is -4"),
         ({"features": []}, "table 'item': no features"),
         ({"features": ["a", "a"]}, "table 'item': feature 'a'"),
         ({"pooling": "max"}, "pooling is 'max'"),
         ({"sharding": "data_parallel"}, "sharding is 'data_parallel'.*auto"),
-        ({"optimizer": "lion"}, "optimizer is 'lion'.*rowwise_adagrad"),
         ({"learning_rate": -0.1}, "learning_rate is -0.1"),
         ({"init_std": float("nan")}, "init_std is nan"),
-        ({"embedding_dim": 6}, "table 'item': embedding_dim is 6"),
-        ({"optimizer": "sgd", "weight_decay": 0.1}, "weight_decay 0.1 with optimizer 'sgd'"),
     ],
 )
 def test_a_wrong_field_is_refused_with_its_value_and_the_fix(
@@ -59,17 +55,6 @@ def test_tables_without_pooling_must_have_one_dimension() -> None:
     with pytest.raises(ValueError, match="table 'b' has embedding_dim 4 and table 'a' 8"):
         check_tables([table("a"), table("b", embedding_dim=4)])
     check_tables([table("a"), table("b", embedding_dim=4, pooling="sum")])
-
-
-def test_each_collection_holds_its_kind_of_table_on_meta() -> None:
-    tables = [table("user", pooling="mean"), table("item", features=["item", "history"])]
-    bags, sequences = build_embedding_bag_collection(tables), build_embedding_collection(tables)
-    assert bags is not None and sequences is not None
-    assert [config.name for config in bags.embedding_bag_configs()] == ["user"]
-    assert bags.embedding_bag_configs()[0].pooling.value == "MEAN"
-    assert [config.name for config in sequences.embedding_configs()] == ["item"]
-    assert sequences.embedding_configs()[0].feature_names == ["item", "history"]
-    assert all(parameter.is_meta for parameter in [*bags.parameters(), *sequences.parameters()])
 
 
 def initial_weights(config: TableConfig, seed: int) -> torch.Tensor:

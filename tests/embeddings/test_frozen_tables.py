@@ -7,13 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import EmbeddingModuleShardingPlan
 
 from embeddings import TableConfig, fuse_table_optimizers, plan_sharding, sharders
 from recsys.optimizer import (
     DenseGroup,
     build_dense_optimizer,
-    dense_parameters,
 )
 from tests.embeddings.tables_model import (
     BATCH,
@@ -58,8 +56,6 @@ class RankRun:
     after_one_step: dict[str, list[tuple[list[int], Tensor]]]  # by table: offsets and weights
     at_the_end: dict[str, list[tuple[list[int], Tensor]]]
     states: dict[str, list[str]]  # by table here: the tensors that its fused optimizer keeps
-    dense: set[str]
-    kinds: set[str]  # of sharding
 
 
 def train_all_cases(rank: int, world_size: int) -> dict[tuple[str, int], RankRun]:
@@ -88,13 +84,6 @@ def train(rank: int, world_size: int, sharding: str, rates: dict[str, float | No
         after_one_step=shards[0],
         at_the_end=shards[-1],
         states={name.split(".")[-2]: list(state) for name, state in states.items()},
-        dense=set(dense_parameters(sharded)),
-        kinds={
-            parameter.sharding_type
-            for module_plan in plan.plan.values()
-            if isinstance(module_plan, EmbeddingModuleShardingPlan)
-            for parameter in module_plan.values()
-        },
     )
 
 

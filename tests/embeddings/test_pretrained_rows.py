@@ -147,13 +147,6 @@ def test_what_only_one_rank_can_see_ends_every_rank(ranks: list[Any], sharding: 
 # Reading
 
 
-def test_a_table_that_is_not_sharded_is_loaded_too(tmp_path: Path) -> None:
-    model = model_with_tables()
-    path = write(tmp_path / "vectors.parquet", IDS["user"], vectors(IDS["user"]))
-    assert load_pretrained_rows(model, "user", PretrainedFiles([path])) == LoadedRows(5, 0)
-    assert torch.equal(weights_of(model, "user"), expected("user"))
-
-
 @pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()])
 @pytest.mark.parametrize("make_list", [pa.list_, pa.large_list, lambda kind: pa.list_(kind, DIM)])
 def test_lists_of_every_kind_of_float_are_read(

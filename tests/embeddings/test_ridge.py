@@ -58,11 +58,6 @@ def test_the_map_is_the_closed_form_with_the_penalty_of_the_least_left_out_error
     np.testing.assert_allclose(result(torch.from_numpy(new)), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_rows_that_the_vectors_determine_are_reproduced() -> None:
-    x, y = pairs(60, noise=0)
-    torch.testing.assert_close(fit(x, y)(x).float(), y, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize(
     "x",
     [torch.full((20, 6), 0.1), torch.zeros(20, 6), torch.full((1, 6), 2.0)],
@@ -74,11 +69,6 @@ def test_vectors_that_tell_nothing_give_the_mean(x: Tensor) -> None:
     assert result.penalty == np.inf
     expected = y.double().mean(dim=0).expand(3, 4)
     torch.testing.assert_close(result(torch.randn(3, 6)), expected, rtol=1e-12, atol=1e-12)
-
-
-def test_rows_that_the_vectors_do_not_explain_give_the_mean() -> None:
-    x, y = pairs(60)[0], torch.randn(60, 4, generator=torch.Generator().manual_seed(1))
-    assert fit(x, y).error >= 0.9 * fit(x, y).mean_error
 
 
 def test_without_pairs_there_is_no_map() -> None:

@@ -42,10 +42,8 @@ class RankRun:
     """What one rank saw: its rows of the batch, its shards of the tables."""
 
     device: str
-    vectors: dict[str, Tensor]  # of the first step, [rows, D] by feature
     logits: Tensor  # [steps, rows]
-    first_shards: dict[str, list[tuple[list[int], Tensor]]]  # by table: offsets and weights
-    last_shards: dict[str, list[tuple[list[int], Tensor]]]
+    last_shards: dict[str, list[tuple[list[int], Tensor]]]  # by table: offsets and weights
     dense: dict[str, Tensor]
     ranks_of_table: dict[str, set[int]]
 
@@ -65,15 +63,13 @@ def train(
     plan = plan_sharding(model, tables, device=device, batch_size=BATCH // world_size)
     sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders())
     combined, _ = build_dense_optimizer(sharded, [DenseGroup("all", [""], learning_rate=0.01)])
-    first_shards = local_shards(sharded)
     size = BATCH // world_size
     rows = slice(rank * size, (rank + 1) * size)
     labels = LABELS[:, rows].to(device)
-    all_logits, all_vectors = [], []
+    all_logits = []
     for step in range(STEPS):
-        logits, vectors = sharded(jagged(step, rows, device))
+        logits, _ = sharded(jagged(step, rows, device))
         all_logits.append(logits.detach().clone())
-        all_vectors.append({name: value.detach().clone() for name, value in vectors.items()})
         combined.zero_grad()
         ((logits - labels[step]) ** 2).mean().backward()
         combined.step()
@@ -82,9 +78,7 @@ def train(
     }
     return RankRun(
         device=device.type,
-        vectors=all_vectors[0],
         logits=torch.stack(all_logits),
-        first_shards=first_shards,
         last_shards=local_shards(sharded),
         dense=dense,
         ranks_of_table=ranks_of_table(plan),
@@ -144,33 +138,6 @@ def test_rows_in_host_memory_equal_plain_pytorch(kernel: str, world_size: int) -
     for case in CASES:
         ranks = run_on_ranks(train, world_size, *case, kernel, device="cuda")
         assert_equal_to_plain_pytorch(ranks, *case)
-
-
-@by_world_size
-@by_case
-def test_tables_start_equal_under_every_plan(
-    runs: dict[int, list[Any]], world_size: int, case: Any
-) -> None:
-    start = initial_tables(runs[world_size][0][case].device)
-    for name, expected in start.items():
-        pieces = [piece for run in runs[world_size] for piece in run[case].first_shards[name]]
-        assert torch.equal(whole_table(pieces), expected)
-
-
-@by_case
-def test_vectors_read_by_feature_do_not_depend_on_the_plan(
-    runs: dict[int, list[Any]], case: Any
-) -> None:
-    reference: RankRun = runs[1][0]["table_wise", "sgd"]
-    for feature, expected in reference.vectors.items():
-        vectors = torch.cat([run[case].vectors[feature] for run in runs[2]])
-        torch.testing.assert_close(vectors, expected, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("sharding", ["row_wise", "column_wise"])
-def test_a_table_that_is_cut_lies_on_both_ranks(runs: dict[int, list[Any]], sharding: str) -> None:
-    run: RankRun = runs[2][0][sharding, "sgd"]
-    assert run.ranks_of_table == {"user": {0, 1}, "tags": {0, 1}, "item": {0, 1}}
 
 
 def test_table_wise_tables_are_spread_but_not_cut(runs: dict[int, list[Any]]) -> None:

@@ -38,16 +38,6 @@ def planned(tables: list[TableConfig], cluster: Cluster, copies: int = 1) -> Sha
     )
 
 
-def test_four_billion_rows_over_64_gpus_take_the_bytes_of_a_hand_calculation() -> None:
-    plan = planned([table(pooling="none")], EIGHT_BY_EIGHT)
-    memory = table_memory(table(pooling="none"), plan)
-
-    assert memory.weight_bytes == 4 * BILLION * 128 * 4
-    assert memory.state_bytes == 4 * BILLION * 4  # one moment per row
-    for rank in range(64):
-        assert memory.on_rank(rank) == (62_500_000 * 128 * 4, 62_500_000 * 4)
-
-
 def test_a_table_in_host_memory_takes_the_bytes_of_its_cache_on_the_device() -> None:
     cached = table(pooling="none", kernel="uvm_caching", cache_load_factor=0.1)
     memory = table_memory(cached, planned([cached], EIGHT_BY_EIGHT))
