@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "launch" / "gpu" / "README.md"
 PACKAGES = ("recsys", "embeddings", "launch")
@@ -100,21 +98,3 @@ def test_tests_that_the_page_names_ask_for_gpus() -> None:
     for file in listed:
         text = (ROOT / file).read_text()
         assert "device: str" in text or "pytest.mark.gpu" in text, file
-
-
-@pytest.mark.parametrize(
-    ("source", "places"),
-    [
-        ("def f(x):\n    return x.device.type == 'cpu'", ["f"]),
-        ("class A:\n    def g(self):\n        torch.cuda.synchronize()", ["g"]),
-        ("def f(device: Literal['cpu', 'cuda']):\n    'On cuda.'", []),
-        ("import triton.language as tl", ["module"]),
-        ("BACKEND = 'cpu:gloo,cuda:nccl'", ["module"]),
-        ("def f(kernel):\n    return kernel == 'uvm'", ["f"]),
-        ("def f(values):\n    return values.type == kind", []),
-    ],
-)
-def test_branches_are_found(tmp_path: Path, source: str, places: list[str]) -> None:
-    file = tmp_path / "source.py"
-    file.write_text(source)
-    assert sorted(set(branches(file))) == places

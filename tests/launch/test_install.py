@@ -102,19 +102,6 @@ def test_the_flavor_is_the_one_asked_for_then_the_installed_one_then_the_machine
     assert install.choose_flavor(requested, installed) == expected
 
 
-@pytest.mark.parametrize(
-    ("requirement", "rewritten"),
-    [
-        ("fbgemm-gpu==1.8.*", "fbgemm-gpu-cpu==1.8.*"),
-        ("fbgemm_gpu>=1.8,<1.9", "fbgemm-gpu-cpu>=1.8,<1.9"),
-        ("fbgemm-gpu-cpu==1.8.*", "fbgemm-gpu-cpu==1.8.*"),
-        ("torch>=2.13", "torch>=2.13"),
-    ],
-)
-def test_only_fbgemm_has_another_name_on_a_cpu_machine(requirement: str, rewritten: str) -> None:
-    assert install.for_cpu(requirement) == rewritten
-
-
 def test_on_a_cpu_machine_torchrec_and_encoders_are_installed_without_dependencies() -> None:
     stages = install.installation_stages(PROJECT, "cpu", root=Path("/project"))
     assert [stage.arguments for stage in stages] == [
