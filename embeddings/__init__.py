@@ -1,11 +1,7 @@
 """The large ID tables: configuration, sharding, optimizers and the memory bank.
 
-This package depends on TorchRec and on no model. Shapes in its docstrings: B batch, L history,
-N ids, D dimension, F features, U unique items, W ranks. The order of use is that of every TorchRec
-script: tables on meta, model, optimizer in backward, plan, DistributedModelParallel, dense
-optimizer.
-
-The public names are imported on first use, so that the maps of ids load without torch.
+Shapes: B batch, L history, N ids, D dimension, F features, U unique items, W ranks.
+Public names are imported on first use, so that the maps of ids load without torch.
 """
 
 from importlib import import_module
@@ -47,7 +43,6 @@ __all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module 'embeddings' has no attribute '{name}'")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,10 +1,6 @@
-"""The memory bank: one content vector per item, written when the item is encoded and read by id.
+"""The memory bank: one content vector per item, written when encoded, read by id.
 
-User histories read from the bank instead of running the encoder again (LEMUR, arXiv 2511.10962). A
-`MemoryBank` is split over the ranks in blocks of rows; a `ReplicatedMemoryBank` has all rows on
-every rank, for item sets that fit. The route of each row follows from the ids: a `BankRoute` is
-computed for a whole batch before its step, so that the step itself sends vectors and nothing else.
-
+User histories read it instead of running the encoder again (LEMUR, arXiv 2511.10962).
 Shapes: U ids, D dimension, W ranks, P ids per rank after padding.
 """
 
@@ -24,8 +20,7 @@ from torch.distributed._shard.sharded_tensor import (
     init_from_local_shards,
 )
 
-# Largest replica. With more ranks than MAX_REPLICAS, all ranks together write more rows than one
-# rank reads.
+# Largest replica; with more ranks, all together write more rows than one rank reads.
 MAX_REPLICA_BYTES = 256 * 2**20
 MAX_REPLICAS = 16
 
@@ -34,10 +29,8 @@ MAX_REPLICAS = 16
 class BankRoute:
     """The route of the rows of some ids, from the ranks that hold them to the requesting rank.
 
-    order: int64 [U], the order that sorts the ids by the rank that holds them; `wanted_counts` of
-        them are on each rank.
-    rows: int64, rows of this rank's block that the ranks request, those for rank 0 first;
-        `asked_counts` for each rank.
+    order: int64 [U], sorts the ids by the rank that holds them; `wanted_counts` by rank.
+    rows: int64, rows of this rank's block that each rank requests; `asked_counts` by rank.
     """
 
     order: Tensor
@@ -52,10 +45,7 @@ Routes = tuple[BankRoute | None, BankRoute | None]  # to read, to write
 def exchange_routes(
     id_lists: Sequence[Tensor], block_size: int, group: dist.ProcessGroup | None
 ) -> Callable[[], list[BankRoute]]:
-    """Begin to compute a route for each of several lists of ids [U], on the host.
-
-    Call the result to finish. Both are collectives. Rank r holds the rows from r * `block_size` on.
-    """
+    """Begin to compute routes for lists of ids [U], on the host; call the result. A collective."""
     kinds, world_size = len(id_lists), dist.get_world_size(group)
     first = dist.get_rank(group) * block_size
     ids = torch.cat(list(id_lists))
@@ -67,7 +57,7 @@ def exchange_routes(
     work = dist.all_to_all_single(request_counts, counts, group=group, async_op=True)
 
     def finish() -> list[BankRoute]:
-        """Send the ids to their owners, once the counts have arrived. A collective."""
+        """Send the ids to their owners. A collective."""
         work.wait()
         received = ids.new_empty(int(request_counts.sum()))
         splits = request_counts.sum(1).tolist(), counts.sum(1).tolist()
@@ -91,12 +81,8 @@ def exchange_routes(
 class MemoryBank:
     """Vectors of items by id, [num_items, D], and the steps that wrote them; split over the ranks.
 
-    It is no ``nn.Module``, on purpose: TrainPipelineSparseDist would trace a submodule,
-    DistributedDataParallel would broadcast its buffers, and its rows would enter the model's
-    ``state_dict`` as weights. ``module.to`` does not move it.
-
-    With a process group every method is a collective: all ranks call it together, each with its
-    own ids, or with none. Every id outside [0, num_items) is a ValueError.
+    It is no ``nn.Module``, so that its rows are neither traced, broadcast nor saved as weights.
+    With a process group every method is a collective. Ids outside [0, num_items) are a ValueError.
 
     Example::
 
@@ -115,7 +101,6 @@ class MemoryBank:
         device: torch.device | str,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Allocate the rows of this rank, filled with zeros."""
         for name, value in [("num_items", num_items), ("dim", dim)]:
             if value < 1:
                 raise ValueError(f"memory bank: {name} is {value}; set at least 1")
@@ -143,7 +128,6 @@ class MemoryBank:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the rows on this rank."""
         return self._rows.nbytes
 
     def routes(
@@ -151,12 +135,7 @@ class MemoryBank:
         reads: Tensor,  # [U]
         writes: Tensor | None = None,  # [U]
     ) -> Callable[[], Routes]:
-        """Begin to compute routes for ids to read and ids to write; call the result to get them.
-
-        They are on the host; None if no route is needed. Both calls are collectives; work between
-        them
-        does not wait for other ranks.
-        """
+        """Begin to compute the routes of ids on the host; call the result. Both are collectives."""
         if self.world_size == 1:
             return lambda: (None, None)
         routes = self._routes([reads] if writes is None else [reads, writes])
@@ -179,11 +158,9 @@ class MemoryBank:
 
     @torch.no_grad()
     def lookup(self, item_ids: Tensor, route: BankRoute | None = None) -> tuple[Tensor, Tensor]:
-        """Read vectors, without gradient, and the steps of their last writes. A collective.
+        """Read vectors without gradient, and the steps of their last writes. A collective.
 
-        Vectors are zero and steps -1 where never written; steps are rounded to float32. `route` is
-        that
-        of these ids, on the device of the rows; None: computed now.
+        Where never written, vectors are zero and steps -1.
         """
         self._finish_write()
         if self.world_size == 1:
@@ -201,9 +178,9 @@ class MemoryBank:
     def update(
         self, item_ids: Tensor, vectors: Tensor, step: int, route: BankRoute | None = None
     ) -> None:
-        """Write vectors by id, stored as float32 with the step as age. A collective.
+        """Write vectors by id, float32, with the step as age. A collective.
 
-        If an id is written several times in one call, the last vector of the highest rank is kept.
+        Of an id written twice the last vector of the highest rank is kept.
 
         Raises:
             ValueError: the step is negative, or the shapes do not fit.
@@ -254,7 +231,7 @@ class MemoryBank:
         return item_ids.to(self.device, torch.int64)
 
     def coverage(self) -> float:
-        """Return the share of all items that were ever written, over all ranks."""
+        """Return the share of all items that were ever written. A collective."""
         return self._written_count_and_steps()[0] / self.num_items
 
     def mean_age(self, step: int) -> float:
@@ -279,11 +256,7 @@ class MemoryBank:
         """Complete a load into `state_dict` from a checkpoint. A collective."""
 
     def state_dict(self) -> dict[str, Tensor | ShardedTensor]:
-        """Return the rows, [num_items, D + 1], sharing memory with the bank.
-
-        torch.distributed.checkpoint loads them in place on any number of ranks; then call
-        `finish_loading`.
-        """
+        """Return the rows, [num_items, D + 1], sharing memory with the bank."""
         self._finish_write()
         rows = self._block
         if self._group is None:
@@ -310,11 +283,8 @@ class _Write:
 class ReplicatedMemoryBank(MemoryBank):
     """A memory bank with all rows on every rank; `lookup` is not a collective.
 
-    A step reads far more vectors (items of all histories) than it writes (ranked items), so only
-    written rows are sent, asynchronously; the next read waits for them. Its rows are those of a
-    `MemoryBank`, and a checkpoint of either loads into the other. In its routes, `rows` are the ids
-    that all ranks write, each once; `order` holds the positions of their vectors among the gathered
-    ones; each rank sends `wanted_counts` rows.
+    Written rows go to all ranks asynchronously; the next read waits. In a route `rows` are
+    the ids that all ranks write, each once, and `order` their positions among those gathered.
     """
 
     _capacity = 0  # ids that a rank sends beside their number
@@ -338,7 +308,7 @@ class ReplicatedMemoryBank(MemoryBank):
     def _write_route(self, ids: Tensor) -> Callable[[], BankRoute]:
         """Begin to send these ids [U] to all ranks; the result finishes. Both are collectives."""
         ids = self._checked(ids).cpu()
-        # Up to `_capacity` ids are sent with their count, so that one message is usually enough.
+        # `_capacity` ids are sent with their count, so that one message is usually enough.
         message = _padded(torch.cat([torch.tensor([len(ids)]), ids]), 1 + self._capacity)
         arrived = torch.empty(self.world_size * len(message), dtype=torch.int64)
         work = dist.all_gather_into_tensor(arrived, message, group=self._group, async_op=True)
@@ -398,7 +368,6 @@ class ReplicatedMemoryBank(MemoryBank):
 
 
 def _padded(ids: Tensor, length: int) -> Tensor:  # [U] -> [length]
-    """Return the first `length` ids, filled up with -1."""
     padded = torch.full((length,), -1)
     padded[: len(ids)] = ids[:length]
     return padded
@@ -414,11 +383,7 @@ def _last_of_each(ids: Tensor) -> tuple[Tensor, Tensor]:  # [N] -> [U], [U]
 
 
 def is_replicated(num_items: int, dim: int, world_size: int, placement: str) -> bool:
-    """Return whether every rank holds the whole bank.
-
-    `placement` is `sharded`, `replicated`, or `auto`: replicated if the bank is small and the ranks
-    are few.
-    """
+    """Return whether every rank holds the whole bank, by default if bank and job are small."""
     is_small = num_items * (dim + 1) * 4 <= MAX_REPLICA_BYTES and world_size <= MAX_REPLICAS
     return world_size > 1 and (placement == "replicated" or (placement == "auto" and is_small))
 
@@ -430,7 +395,7 @@ def build_memory_bank(
     process_group: dist.ProcessGroup | None,
     placement: str = "auto",
 ) -> MemoryBank:
-    """Build the memory bank of a job; `placement` as for `is_replicated`.
+    """Build the memory bank of a job.
 
     Example::
 

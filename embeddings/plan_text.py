@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def format_plan(plan: ShardingPlan, tables: Sequence[TableConfig]) -> str:
-    """Return the plan as a text table: one line per table, in the order of the configuration.
+    """Return the plan as a text table, one line per table.
 
     Example::
 

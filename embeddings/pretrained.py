@@ -1,10 +1,6 @@
 """Load pretrained vectors from Parquet into the shards of a table, by id.
 
-Every rank that holds a shard streams the files and keeps the rows of its shards; ranks exchange
-only counts. Rows that no file names keep their initial weights. Anything that would put a wrong
-number into a table is an error with file, column and row. The scanner of pyarrow.dataset is not
-used: it loses the position of filtered rows in their file, and it holds whole row groups.
-
+Each rank with a shard reads the files by row groups; pyarrow.dataset would hold them whole.
 Shapes: N rows of one block of a file, D dimension.
 """
 
@@ -38,8 +34,7 @@ RowsOfIds = Callable[[pa.Array], np.ndarray]
 class PretrainedFiles:
     """Parquet files with one vector per id, each id once in all files together.
 
-    The id column holds integers, the vector column lists of floats. If a file has a column
-    ``table``, only the rows of one table are read.
+    Ids are integers, vectors lists of floats; a column ``table`` selects the rows of a table.
 
     Example::
 
@@ -66,14 +61,13 @@ class PretrainedBlock:
     positions: np.ndarray  # [N] rows in the file, for messages
 
     def id_error(self, index: int, fault: str) -> ValueError:
-        """Build the error for the id at ``index``, with file, column and row."""
         return _error(self.file, self.id_column, self.positions[index], fault)
 
     def rows(self, rows_of_ids: RowsOfIds | None) -> np.ndarray:
-        """Return the rows of the ids, int64 [N]: from ``rows_of_ids``, or the ids themselves.
+        """Return the rows of the ids, int64 [N]; without ``rows_of_ids`` the ids themselves.
 
         Raises:
-            ValueError: the function refuses the ids, or without a function they are not integers.
+            ValueError: the ids are refused, or are not integers.
         """
         if rows_of_ids is not None:
             try:
@@ -92,9 +86,7 @@ def read_pretrained(files: PretrainedFiles, table: str, dim: int) -> Iterator[Pr
     """Yield the rows of ``table`` from all files, block by block.
 
     Raises:
-        ValueError: a file cannot be read, a column is missing or of another type or width, or a
-        value
-            is null or not finite in float32.
+        ValueError: a file, column or value cannot be used.
     """
     for path in files.paths:
         try:
@@ -137,7 +129,7 @@ def _read_file(
 def _batches(
     file: pq.ParquetFile, columns: list[str], table: str, height: int
 ) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
-    """Yield the columns of the rows of ``table``, with their positions [N] in the file."""
+    """Yield columns of the rows of ``table``, with their positions [N] in the file."""
     first_row = 0
     for index in range(file.num_row_groups):
         row_group = file.metadata.row_group(index)
@@ -194,7 +186,7 @@ def _wrong_width(width: int, dim: int) -> str:
 
 
 def _bad_vector(lists: pa.Array, numbers: np.ndarray, dim: int) -> tuple[int, str] | None:
-    """Return the index of the first of N lists that cannot be used, and the reason."""
+    """Return the index of the first list that cannot be used, and the reason."""
     if not pa.types.is_fixed_size_list(lists.type):
         lengths = pc.list_value_length(lists).to_numpy()
         if (lengths != dim).any():
@@ -212,7 +204,7 @@ def _bad_vector(lists: pa.Array, numbers: np.ndarray, dim: int) -> tuple[int, st
 
 
 def _floats(lists: pa.Array) -> np.ndarray:
-    """Return all numbers of the lists, one list after the other: float32 [N * D]."""
+    """Return all numbers of the lists, float32 [N * D]."""
     return lists.flatten().cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
 
 
@@ -239,7 +231,7 @@ def load_pretrained_rows(
     """Write vectors into a table of ``model``, before its first step. A collective.
 
     Args:
-        model: sharded by DistributedModelParallel under any plan, or unsharded and not on meta.
+        model: sharded under any plan, or unsharded and not on meta.
         table: name of the table.
         files: the files to read.
         rows_of_ids: maps ids of the files to rows; default: an id is its row.
@@ -247,10 +239,7 @@ def load_pretrained_rows(
         may_be_empty: accept files without a row for the table.
 
     Raises:
-        ValueError: on every rank, if on any rank the table is missing, a file cannot be used, an id
-            is outside the table, two ids name one row, or the files hold no row for the table.
-            Blocks
-            before the error are already written.
+        ValueError: on every rank: no such table, or a file, an id or the rows cannot be used.
 
     Example::
 
@@ -330,7 +319,7 @@ class _Piece:
     column: int
 
     def write(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-        """Copy the part of ``vectors`` [N, D] for ``rows`` [N] that lies in the rectangle."""
+        """Write the part of ``vectors`` [N, D] for ``rows`` [N] that lies in the rectangle."""
         height, width = self.weight.shape
         inside = (rows >= self.row) & (rows < self.row + height)
         values = torch.from_numpy(vectors[inside, self.column : self.column + width])
@@ -352,7 +341,6 @@ class _TableRows:
 
     @staticmethod
     def of(model: nn.Module, name: str) -> _TableRows:
-        """Collect the pieces of table ``name`` in the collections of ``model``."""
         weights = _table_weights(model)
         if name not in weights:
             raise ValueError(f"table '{name}' is not in the model; the tables are {list(weights)}")
@@ -395,7 +383,7 @@ class _TableRows:
 
 
 def _table_weights(model: nn.Module) -> dict[str, Tensor | ShardedTensor]:
-    """Return every table of the collections in ``model`` by name; sharded ones on every rank."""
+    """Return every table of the collections by name."""
     collections = (
         ShardedEmbeddingBagCollection,
         ShardedEmbeddingCollection,

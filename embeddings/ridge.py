@@ -1,16 +1,7 @@
-r"""Ridge regression over the rows of all ranks, its penalty chosen by leave-one-out.
+r"""Ridge regression over all ranks' rows, its penalty chosen by leave-one-out (PRESS).
 
-For pairs of a vector x and a row y, centred by their means, the map W minimises
-
-    sum ||y - x W||^2 + penalty * ||W||^2,    W = (X'X + penalty I)^-1 X'Y
-
-Its error on a pair that it was fitted without follows from the fit with it, e / (1 - h), where h is
-the pair's diagonal entry of X (X'X + penalty I)^-1 X' + 1/n (Allen's PRESS; Golub, Heath and Wahba
-1979). So every penalty is judged by all pairs, without a split that would depend on the ranks. The
-largest penalty is infinite: the mean of the rows, whatever the vector.
-
-Shapes: N pairs of this rank, n pairs of all ranks, E width of a vector, D width of a row, P
-penalties.
+W minimises sum ||y - x W||^2 + penalty ||W||^2; the error of a pair left out is e / (1 - h)
+(Golub, Heath and Wahba 1979). Shapes: N pairs of this rank, n of all, E and D widths, P penalties.
 """
 
 from collections.abc import Iterator
@@ -21,8 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 BLOCK_ROWS = 2**16
-# Penalties as multiples of the mean eigenvalue of X'X, the largest first, so that among equal
-# errors the simpler map is chosen.
+# Multiples of the mean eigenvalue of X'X, the simplest map first.
 MULTIPLES = (float("inf"), *(10.0**power for power in range(4, -7, -1)))
 TIE = 1e-9  # relative difference of errors that are equal to rounding, as those of two pairs are
 NO_VARIANCE = 1e-12  # a variance below this share of the mean square is that of rounding
@@ -33,7 +23,7 @@ class RidgeMap:
     """A linear map from vectors to rows, in float64.
 
     x_mean: [E], y_mean: [D], weights: [E, D].
-    penalty: the chosen one; infinite for the mean of the rows.
+    penalty: infinite for the mean of the rows.
     num_pairs: n.
     error: mean squared error per number of a pair left out; that of the mean is `mean_error`.
     """
@@ -47,7 +37,6 @@ class RidgeMap:
     mean_error: float
 
     def __call__(self, x: Tensor) -> Tensor:  # [N, E] -> [N, D]
-        """Return the rows of some vectors, float64."""
         return (x.double() - self.x_mean) @ self.weights + self.y_mean
 
 
@@ -56,11 +45,7 @@ def fit_ridge(
     y: Tensor,  # [N, D]
     group: dist.ProcessGroup | None = None,
 ) -> RidgeMap | None:
-    """Fit the map to the pairs of all ranks; None without any pair. A collective.
-
-    Sums over pairs are those of float64, so that other numbers of ranks agree to rounding; all
-    ranks return the map of the first one.
-    """
+    """Fit the map to the pairs of all ranks, in float64; None without any pair. A collective."""
     counts = _summed(torch.tensor(float(len(x)), dtype=torch.float64), group)
     num_pairs = int(counts)
     if not num_pairs:
@@ -98,7 +83,6 @@ def _eigen(
 
 
 def _penalties(values: Tensor, x_mean: Tensor, num_pairs: int) -> Tensor:  # [E], [E] -> [P]
-    """Return the penalties to try: the infinite one alone if the vectors are all but equal."""
     scale = float(values.mean())
     is_constant = scale <= NO_VARIANCE * num_pairs * float(x_mean.square().mean())
     if is_constant or num_pairs < 3:
@@ -113,7 +97,7 @@ def _left_out_errors(
     shrink: Tensor,  # [E, P]
     num_pairs: int,
 ) -> Tensor:  # [P]
-    """Return the sums of squared errors of pairs left out, by penalty."""
+    """Return sums of squared errors of pairs left out, [P]."""
     leverage = x.square() @ shrink + 1 / num_pairs  # [N, P]
     factor = 1 / (1 - leverage).clamp(min=1e-9)
     errors = [

@@ -1,10 +1,7 @@
 """Plan which rank holds each piece of each table, and give each table its optimizer.
 
-TorchRec's planner gets the memory of this machine and the settings of each `TableConfig`. It runs
-on rank 0, which broadcasts the plan or the reason of its failure, so that a job that cannot fit
-ends on every rank instead of hanging. With C copies of the tables on W ranks, lookups travel among
-the W / C ranks of a copy, and every few steps the copies are set to their mean (TorchRec's 2D
-parallelism).
+With C copies of the tables on W ranks, lookups travel among the W / C ranks of a copy, and the
+copies are set to their mean every few steps (TorchRec's 2D parallelism).
 """
 
 from __future__ import annotations
@@ -39,8 +36,8 @@ from torchrec.optim import RowWiseAdagrad
 from embeddings.table_sharders import sharders
 from embeddings.tables import Kernel, TableConfig, check_tables
 
-# Share of the memory left to the dense model, activations and batches. TorchRec's heuristic
-# would instead count every dense parameter six times, a frozen encoder's included.
+# Share of memory left to the dense model, activations and batches. TorchRec's heuristic would
+# count frozen parameters, too, six times.
 RESERVED_SHARE = 0.15
 # The planner makes no column shards narrower than this: every shard looks up all ids.
 MIN_COLUMNS = 32
@@ -53,11 +50,7 @@ KERNELS: dict[Kernel, EmbeddingComputeKernel] = {
 
 
 def constraints(table: TableConfig, world_size: int, prefetch: bool) -> ParameterConstraints:
-    """Return the constraints of one table, for the ranks that share one copy of it.
-
-    One rank holds whole tables: TorchRec's planner might split them by rows, for the same bytes,
-    and each step would sort all ids into its only bucket.
-    """
+    """Return the constraints of one table, for the ranks that share a copy of it."""
     cache = None
     sharding_types = None if table.sharding == "auto" else [table.sharding]
     if sharding_types is None and world_size == 1:
@@ -118,11 +111,7 @@ def machine_topology(
     device_memory_bytes: int | None = None,
     host_memory_bytes: int | None = None,
 ) -> Topology:
-    """Describe the machines for the planner: ranks and memory per rank.
-
-    Host memory is the memory free now (within a container's limit), divided by the ranks of this
-    machine; device memory is that of the GPU. All machines are assumed to be like this one.
-    """
+    """Describe the machines, all like this one, for the planner: ranks and free memory per rank."""
     if host_memory_bytes is None:
         host_memory_bytes = free_host_memory() // local_world_size
     if device_memory_bytes is None and device.type == "cuda":
@@ -164,18 +153,18 @@ def plan_sharding(
     """Plan on rank 0 how ``module``'s tables are sharded. A collective: all ranks get the plan.
 
     Args:
-        module: the whole model, with collections on meta, after `fuse_table_optimizers`.
+        module: the model, with collections on meta, after `fuse_table_optimizers`.
         tables: the configuration of every table in ``module``.
         process_group: the ranks to shard over; the default group if there is one, else one rank.
         device: device type of the ranks.
-        batch_size: rows per rank and step, for the planner's estimate of time and memory.
+        batch_size: rows per rank and step.
         topology: default `machine_topology`; without a process group, of any cluster.
         module_sharders: those that DistributedModelParallel will use; default `sharders()`.
-        prefetch: whether the pipeline fetches rows into the caches of ``uvm_caching`` tables ahead.
+        prefetch: fetch rows into caches of ``uvm_caching`` tables ahead.
         copies: copies of all tables; the plan is that of the ranks that share one.
 
     Raises:
-        ValueError: no plan is possible; the same on every rank, with the planner's reason.
+        ValueError: no plan is possible; the same on every rank.
 
     Example::
 
@@ -359,12 +348,7 @@ def distribute_copies(
     sharders: list[ModuleSharder[nn.Module]],
     wrapper: DataParallelWrapper | None = None,
 ) -> DMPCollection:
-    """Shard each copy of the tables as the plan says, and make dense parts data-parallel.
-
-    A collective. `plan` is that of one copy, from `plan_sharding(..., copies=copies)`; TorchRec
-    changes it in place to the numbers of the ranks of this copy. `wrapper` is that of the dense
-    parts.
-    """
+    """Shard each copy of the tables by its `plan`; make dense parts data-parallel. A collective."""
     world_size = dist.get_world_size(group)
     return DMPCollection(
         model,
@@ -382,7 +366,6 @@ class CopiesMean:
     """Sets the copies of all tables to their mean every few steps. Each call is a collective."""
 
     def __init__(self, model: DMPCollection, every: int) -> None:
-        """Keep the model; see the class."""
         self.model, self.every, self._since = model, every, 0
 
     def step(self) -> None:

@@ -1,8 +1,4 @@
-"""A simulated cluster: the planner's view of devices that this machine does not have.
-
-TorchRec's planner needs memory sizes, not devices, so a laptop can plan tables for thousands of
-GPUs.
-"""
+"""A simulated cluster, so that a laptop can plan tables for devices that it does not have."""
 
 from __future__ import annotations
 
@@ -48,14 +44,12 @@ class Cluster:
     device: Device
 
     def __post_init__(self) -> None:
-        """Check the sizes."""
         for name in ("nodes", "ranks_per_node"):
             if getattr(self, name) < 1:
                 raise ValueError(f"a cluster of {getattr(self, name)} {name}; give at least 1")
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
         return self.nodes * self.ranks_per_node
 
     def topology(self, copies: int = 1) -> Topology:

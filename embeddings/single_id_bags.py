@@ -1,8 +1,4 @@
-"""Lookup of tables without pooling as bags of one id each, on CPU.
-
-The results are the same, but FBGEMM's CPU kernels for bags update 10,000 rows (of 100,000 x 32, one
-thread, row-wise Adagrad) in 15 to 20 ms, and its kernels without pooling in 25 to 31 ms. On CUDA
-nothing changes. The lookups print as `SingleIdBags`.
+"""Lookup of tables without pooling as bags of one id each, on CPU, in about 60 % of the time.
 
 Shapes: T features, B batch, N ids of all features, D dimension.
 """
@@ -40,7 +36,6 @@ class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
         offsets: Tensor,  # [T * B + 1]
         **options: Any,
     ) -> Tensor:  # [N, D]
-        """Look up the vectors of the ids, in their order."""
         assert not any(value is not None for value in options.values()), options.keys()
         features_of_tables = [len(list(group)) for _, group in groupby(self.feature_table_map)]
         edges = [0, *accumulate(features_of_tables)]

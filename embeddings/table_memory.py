@@ -1,9 +1,4 @@
-"""Bytes of a table's weights and optimizer state, on each rank of a plan, and how to make it fit.
-
-Weights and moments are float32. Row-wise Adagrad keeps one moment per row of each shard, Adagrad
-one per weight, Adam two per weight, SGD and frozen tables none. A table of kernel `uvm` lies in
-host memory, with its state; `uvm_caching` has a cache on the device beside it.
-"""
+"""Bytes of a table's weights and optimizer state on each rank, and how to make it fit."""
 
 from __future__ import annotations
 
@@ -41,12 +36,10 @@ class TableMemory:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights, over all ranks."""
         return FLOAT * sum(shard.rows * shard.columns for shard in self.shards)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the optimizer state, over all ranks."""
         return sum(state_bytes(self.table, s.rows, s.columns) for s in self.shards)
 
     def on_rank(self, rank: int) -> tuple[int, int]:
@@ -116,9 +109,7 @@ def what_does_not_fit(
 ) -> list[str]:
     """List the tables that do not fit, the largest first, and changes that would make all fit.
 
-    The planner reserves a share of `bytes_per_rank` for everything else. `world_size` ranks share
-    one
-    copy of the tables. `host_bytes` per rank may hold tables beside a GPU; 0: none.
+    `world_size` ranks share one copy of the tables; `host_bytes` per rank are beside a GPU.
     """
     room = int(bytes_per_rank * (1 - RESERVED_SHARE))
     total = sum(map(_on_devices, tables))
@@ -179,7 +170,6 @@ def _fixes(tables: Sequence[TableConfig], room: int, world_size: int, host_bytes
 def _if_fits(
     tables: Sequence[TableConfig], changed: TableConfig, room: int, world_size: int
 ) -> list[str]:
-    """Describe the change if it makes all tables fit, else return an empty list."""
     after = [changed if table.name == changed.name else table for table in tables]
     if not _fit(after, room, world_size):
         return []

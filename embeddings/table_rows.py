@@ -37,7 +37,6 @@ class TableShard:
 
     @property
     def columns(self) -> slice:
-        """Columns of the table in this shard."""
         return slice(self.column, self.column + self.weight.shape[1])
 
     def contains(self, rows: Tensor) -> Tensor:  # int64 [N] -> bool [N]
@@ -66,11 +65,7 @@ def local_shards(model: DistributedModelParallel) -> Iterator[tuple[str, TableSh
 
 
 class TableRows:
-    """One table of a sharded model, and which of its rows were trained before.
-
-    `trained` returns which rows of a range count as trained; default: those whose moments in the
-    fused optimizer are not zero, so that a gradient has reached them.
-    """
+    """One table of a sharded model, and which of its rows were trained before."""
 
     def __init__(
         self,
@@ -79,7 +74,6 @@ class TableRows:
         group: dist.ProcessGroup,
         trained: TrainedRows | None = None,
     ) -> None:
-        """Collect the shards on this rank and note which of their rows were trained."""
         sizes = {
             key.split(".")[-2]: tuple(weight.metadata().size)
             for key, weight in table_weights(model).items()
@@ -91,11 +85,7 @@ class TableRows:
 
     @torch.no_grad()
     def mean(self) -> tuple[Tensor, int]:  # float64 [D], number of rows
-        """Return the mean of the trained rows, each counted once, and their number. A collective.
-
-        Under column-wise sharding with no explicit `trained`, each column shard averages the rows
-        that it has moments of.
-        """
+        """Return the mean of the trained rows and their number. A collective."""
         totals = torch.zeros(2, self.dim, dtype=torch.float64)  # sums and counts
         for shard, trained in zip(self.shards, self.trained, strict=True):
             for start in range(0, len(trained), BLOCK_ROWS):
@@ -147,15 +137,12 @@ def _trained(shard: TableShard, trained: TrainedRows | None) -> Tensor:  # bool 
 class RowReset:
     """Sets rows of a sharded model to initial weights and zeroes their optimizer state.
 
-    Only the first block of ``INITIALIZATION_BLOCK_ROWS`` rows is drawn and kept, on CPU; later rows
-    reuse it, block after block. So weights are the same on every rank and under every plan. `seed`
-    is that given to ``torch.manual_seed`` before the tables were built.
+    Weights are the same on every rank and plan; `seed` is that before the tables were built.
     """
 
     def __init__(
         self, model: DistributedModelParallel, tables: Sequence[TableConfig], seed: int
     ) -> None:
-        """Draw the initial weights of each table and collect its shards on this rank."""
         self._fresh = {table.name: _fresh_rows(table, seed) for table in tables}
         self._shards: dict[str, list[TableShard]] = {table.name: [] for table in tables}
         for name, shard in local_shards(model):
@@ -180,7 +167,7 @@ class RowReset:
 
 
 def _fresh_rows(table: TableConfig, seed: int) -> Tensor:
-    """Return initial weights of the table's first block of rows, [at most a block, D]."""
+    """Return initial weights of the table's first block of rows, [rows, D]."""
     rows = min(INITIALIZATION_BLOCK_ROWS, table.num_embeddings)
     fresh = torch.empty(rows, table.embedding_dim)
     with torch.random.fork_rng(devices=[]):

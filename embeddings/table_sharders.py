@@ -1,9 +1,6 @@
-"""TorchRec's sharders with three changes, on which every table of this product relies.
+"""TorchRec's sharders, in which no table is data-parallel and initial weights fit every plan.
 
-No table is ever data-parallel, and pooled tables may be row-wise on CPU. Shards get their rectangle
-of the table's initial weights (or those of an unsharded module), so that a model starts equal under
-every plan and number of ranks. Looked-up vectors and their gradients may travel in 16 bits (DLRM
-with quantised collectives, Yang et al. 2020), which rounds each value once.
+Vectors and gradients may travel in 16 bits (DLRM with quantised collectives, Yang et al. 2020).
 """
 
 from __future__ import annotations
@@ -36,10 +33,9 @@ CommunicationType = Literal["fp32", "fp16", "bf16"]
 def communication_codecs(
     forward: CommunicationType, backward: CommunicationType
 ) -> dict[str, QuantizedCommCodecs] | None:
-    """Build TorchRec's codecs for every collective of embeddings; None where both types are fp32.
+    """Build TorchRec's codecs for collectives of embeddings; None where both types are fp32.
 
-    A gradient is divided by the batch size and may be too small for fp16, below 6e-8: prefer
-    bf16 for ``backward``. TorchRec's ``get_qcomm_codecs_registry`` replaces bf16 by fp16 on CPU.
+    Prefer bf16 for ``backward``: gradients may be too small for fp16, below 6e-8.
 
     Raises:
         ValueError: an unknown type.
@@ -63,13 +59,9 @@ ShardedCollection = TypeVar(
 
 
 class BagSharder(EmbeddingBagCollectionSharder):
-    """Shards pooled tables: row-wise on CPU too, never data-parallel.
-
-    The dense optimizer, not the fused one, would silently update a data-parallel table.
-    """
+    """Shards pooled tables: row-wise on CPU too, never data-parallel."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Return the sharding types for the planner to choose from, row-wise on CPU, too."""
         types = [*super().sharding_types(compute_device_type), ShardingType.ROW_WISE.value]
         return sorted(set(types) - {ShardingType.DATA_PARALLEL.value})
 
@@ -85,7 +77,6 @@ class SequenceSharder(EmbeddingCollectionSharder):
     """Shards tables without pooling; never data-parallel."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Return the sharding types that the planner may choose from."""
         types = super().sharding_types(compute_device_type)
         return sorted(set(types) - {ShardingType.DATA_PARALLEL.value})
 

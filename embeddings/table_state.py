@@ -1,17 +1,7 @@
 """Tables and the state of their optimizers as named tensors that fit every sharding plan.
 
-torch.distributed.checkpoint saves them from any number of ranks and loads them, in place, under
-another plan on another number of ranks. TorchRec's own tensors do not allow it for these reasons:
-
-- A stored shard is read whole before a part of it is used, so a resume would need the memory of
-  another shard. Shards are therefore split into blocks of rows.
-- Under column-wise sharding `rowwise_adagrad` keeps a moment of each row per column shard. Here
-  each range of columns has an entry of its own. A plan with other ranges gets their mean, weighted
-  by the shared columns; to whole rows this is exactly the moment of the unsharded table.
-- Rows of a table of kernel `uvm_caching` may be newer in the device's cache than in host memory.
-- A model with several copies of its tables has DTensors, which know the shards of this rank alone.
-
-Shapes: R rows, D dimension.
+TorchRec's tensors do not: shards are read whole, moments differ by column shard, and copies are
+DTensors. Shapes: R rows, D dimension.
 """
 
 from __future__ import annotations
@@ -41,11 +31,7 @@ State = dict[str, Tensor | ShardedTensor]
 
 
 def current_state(model: DistributedModelParallel) -> dict[str, Any]:
-    """Return the model's `state_dict`, tables as ShardedTensors that share memory with the model.
-
-    Rows in a cache are written back and leave it. So the tensors are current, and what is written
-    to them before the next step takes effect.
-    """
+    """Return the model's `state_dict`, tables as ShardedTensors, after caches are written back."""
     state = model.state_dict()  # TorchRec writes cached rows back
     for kernel in table_kernels(model):
         kernel.reset_cache_states()
@@ -58,10 +44,7 @@ def current_state(model: DistributedModelParallel) -> dict[str, Any]:
 
 
 def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
-    """Yield the modules of FBGEMM that hold the shards of this rank.
-
-    TorchRec keeps its lookups in a plain list, which `model.modules()` does not visit.
-    """
+    """Yield the modules of FBGEMM that hold the shards of this rank."""
     for collection in model.modules():
         for lookup in getattr(collection, "_lookups", []):
             for module in lookup.modules():
@@ -77,7 +60,6 @@ def local_tensors(value: ShardedTensor | DTensor) -> list[Tensor]:
 
 
 def _shards_by_table(model: DistributedModelParallel) -> dict[str, list[Any]]:
-    """Return the metadata of all shards of each table, in the copy that this rank has a part of."""
     shards: dict[str, list[Any]] = {}
     for module_plan in model.plan.plan.values():
         assert isinstance(module_plan, EmbeddingModuleShardingPlan)
@@ -89,10 +71,7 @@ def _shards_by_table(model: DistributedModelParallel) -> dict[str, list[Any]]:
 def _as_sharded_tensor(
     value: DTensor, shards: list[Any], model: DistributedModelParallel
 ) -> ShardedTensor:
-    """Return a table as its copy on some of the ranks, which are named by their number in the job.
-
-    All copies are equal once they were averaged, so that each rank may save its own as the table.
-    """
+    """Return a table as its copy on some of the ranks; all copies are equal."""
     group = model._env.process_group
     local_shards = [shard for shard in shards if shard.placement.rank() == dist.get_rank(group)]
     tensors = local_tensors(value)
@@ -123,8 +102,7 @@ def sharded_in_blocks(
 ) -> ShardedTensor:
     """Build a ShardedTensor of `size` whose shards are blocks of rows of the given ones.
 
-    `placed` are the shards of all ranks, each with its tensor [rows, columns] or [rows] if it is on
-    this rank, else None.
+    `placed` are the shards of all ranks, with their tensors where they are on this rank.
     """
     metadata: list[ShardMetadata] = []
     local: list[Shard] = []
@@ -148,7 +126,6 @@ def sharded_in_blocks(
 def _placed(
     tensor: ShardedTensor, local: Iterable[Tensor] | None = None
 ) -> list[tuple[ShardMetadata, Tensor | None]]:
-    """Return all shards, each with its tensor, or that of `local`, if it is on this rank."""
     own_shards = tensor.local_shards()
     offsets = [tuple(shard.metadata.shard_offsets) for shard in own_shards]
     tensors = [shard.tensor for shard in own_shards] if local is None else local
@@ -164,10 +141,7 @@ def in_blocks(tensor: ShardedTensor, group: dist.ProcessGroup | None = None) -> 
 
 
 def with_shards(tensor: ShardedTensor, local: Sequence[Tensor]) -> ShardedTensor:
-    """Return a tensor with the shards of another, split into blocks of rows.
-
-    `local` is the new content of each shard on this rank, in their order.
-    """
+    """Return a tensor with the shards of another, whose content on this rank is `local`."""
     size, dtype = tensor.metadata().size, tensor.metadata().tensor_properties.dtype
     return sharded_in_blocks(_placed(tensor, local), size, dtype, tensor._process_group)
 
@@ -191,10 +165,7 @@ def set_table_steps(model: nn.Module, step: int) -> None:
 
 
 def table_weights(model: DistributedModelParallel) -> dict[str, ShardedTensor]:
-    """Return the tables by parameter name, each [R, D], sharing memory with the model.
-
-    What is written before the next step takes effect; see `current_state`.
-    """
+    """Return the tables by parameter name, each [R, D], sharing memory with the model."""
     return {
         name: value
         for name, value in current_state(model).items()
@@ -248,7 +219,7 @@ class TableOptimizerState:
         return sharded_in_blocks(placed, weight.metadata().size, torch.float32, self.group)
 
     def _local_by_offsets(self, moment: _Moment) -> dict[tuple[int, ...], Tensor]:
-        """Return this rank's tensors [rows] or [rows, columns] by the offsets of their weights."""
+        """Return this rank's tensors [rows] or [rows, columns] by offsets."""
         if moment not in self.local:
             return {}
         weights = self.weights[moment.key].local_shards()
@@ -319,7 +290,6 @@ class TableOptimizerState:
                 state[name] = room
 
         def combine() -> None:
-            """Average what was loaded over the columns of each shard of this rank."""
             for shard in self.weights[moment.key].local_shards():
                 offsets = tuple(shard.metadata.shard_offsets)
                 first, last = _columns(shard.metadata)

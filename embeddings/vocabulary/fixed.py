@@ -1,10 +1,4 @@
-"""Map raw ids, any 64-bit integers or strings, to rows of an embedding table.
-
-There are three classes. :class:`ExactVocabulary` is a map built once from all data: every id has
-its own row. :class:`HashVocabulary` needs no data: an id gets several rows by several hash
-functions, so that two ids hardly ever share all of them (the hashing trick with several functions,
-arXiv 1709.03933). :class:`~embeddings.vocabulary.bounded.BoundedVocabulary` learns its ids during
-training. Unknown ids get the table's last row, which no known id has.
+"""Maps raw ids, any 64-bit integers or strings, to rows of an embedding table, without training.
 
 Shapes: N ids, K hash functions.
 """
@@ -46,7 +40,6 @@ def _is_string(kind: pa.DataType) -> bool:
 
 
 def _plain_ids(ids: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """Return the ids as one array of int64 or large_string without nulls."""
     if not is_id_type(ids.type):
         raise ValueError(f"ids of type {ids.type}; ids are integers or strings")
     if isinstance(ids, pa.ChunkedArray):
@@ -80,8 +73,6 @@ def _keys(plain: pa.Array) -> np.ndarray:
 def integer_ids(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """Return raw ids as int64 [N]: integers as they are, strings by a stable 64-bit fingerprint.
 
-    Among ten million strings the chance that any two share a fingerprint is about 3 in a million.
-
     Raises:
         ValueError: an id is null or of another type, or an unsigned one does not fit.
     """
@@ -91,9 +82,7 @@ def integer_ids(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
 class ExactVocabulary:
     """A map from raw ids to rows, built from data, stored as Parquet, and only ever extended.
 
-    Rows count up from 0 in the order in which ids were added; later ids never move earlier ones, so
-    a table trained with the map fits every extension of it. It holds ``num_embeddings - 1`` ids;
-    unknown ids map to ``unknown_row``, the last row of the table.
+    It holds ``num_embeddings - 1`` ids in order of arrival; others map to the last row.
 
     Example::
 
@@ -108,7 +97,6 @@ class ExactVocabulary:
     is_limited = True  # to the ids that have rows of their own
 
     def __init__(self, num_embeddings: int) -> None:
-        """Start with an empty map."""
         self.num_embeddings = check_num_embeddings(num_embeddings)
         self.ids = pa.array([], pa.int64())  # in order of row
         self._ordered_keys = np.zeros(0, np.int64)
@@ -116,19 +104,16 @@ class ExactVocabulary:
 
     @property
     def unknown_row(self) -> int:
-        """Row of unknown ids."""
         return self.num_embeddings - 1
 
     def __len__(self) -> int:
-        """Count the ids of the map."""
         return len(self.ids)
 
     def extend(self, chunks: Iterable[pa.Array | pa.ChunkedArray]) -> int:
-        """Add the new ids of chunks of raw ids after the known ones and return their number.
+        """Add the new ids of chunks after the known ones and return their number.
 
         Raises:
-            ValueError: the ids do not fit the table, or are not all integers or all strings. The
-                map is then unchanged.
+            ValueError: ids do not fit the table or differ in type; the map is then unchanged.
         """
         before = self.ids, self._ordered_keys, self._row_in_order
         try:
@@ -231,10 +216,9 @@ class ExactVocabulary:
 
 
 class HashVocabulary:
-    """Rows of raw ids by hash functions, without a map: no id is unknown, and ids may collide.
+    """Rows of raw ids by K hash functions; two ids share all with probability ``n ** -K``.
 
-    With K functions into n rows two ids share all their rows with probability about ``n ** -K``;
-    the sum of an id's K rows then still distinguishes it from nearly all others.
+    Hashing trick with several functions: arXiv 1709.03933.
 
     Example::
 
@@ -245,7 +229,6 @@ class HashVocabulary:
     """
 
     def __init__(self, num_embeddings: int, num_hashes: int = 1, seed: int = 0) -> None:
-        """Check the sizes and derive one offset per hash function from the seed."""
         for name, value in [("num_embeddings", num_embeddings), ("num_hashes", num_hashes)]:
             if value < 1:
                 raise ValueError(f"{name} is {value}; set at least 1")

@@ -1,8 +1,4 @@
-"""Sets of rows: look up the row of an id, assign one, and evict the least used.
-
-A set is a group of rows; a hash assigns each id to a set, as in set-associative caches. Sets are
-small enough to search by comparison and to scan for their least used row, so a few arrays by
-row suffice, which are also the state in a checkpoint.
+"""Sets of rows: find the row of an id, assign one, and evict the least used.
 
 Shapes: S sets on this rank, R rows per set, N ids, each once.
 """
@@ -15,11 +11,7 @@ BLOCK = 4096  # ids compared with their sets at once: a few megabytes
 
 
 class RowSets:
-    """The ids in some sets of rows, with their counts of uses and the step of the last use.
-
-    Rows of a set are filled in order and never emptied, so its free rows come last. The arguments
-    are those of `BoundedVocabulary`.
-    """
+    """The ids in some sets of rows, with their counts of uses and the step of the last use."""
 
     def __init__(
         self,
@@ -29,7 +21,6 @@ class RowSets:
         half_life: float,
         protect_steps: int,
     ) -> None:
-        """Allocate arrays [S, R] for sets without ids."""
         self.admit_after, self.half_life = admit_after, half_life
         self.protect_steps = protect_steps
         shape = (num_sets, rows_per_set)
@@ -56,13 +47,10 @@ class RowSets:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Count a step's uses of ids and assign rows to the ids that are due for one.
 
-        `sets`, `ids` and `counts` are int64 [N]: the set of each id, the ids, each once, and their
-        uses, at least 1. `step` never falls.
+        `sets`, distinct `ids` and their `counts` are int64 [N]; `step` never falls.
 
         Returns:
-            [N] each: row of each id in its set, -1 without one; whether it got its row in this
-            call;
-            whether the row was taken from another id.
+            [N] each: row in its set or -1; whether it is new; whether another id lost it.
         """
         rows = self.find(sets, ids)
         has_row = rows >= 0
@@ -84,7 +72,7 @@ class RowSets:
     def _give_rows(
         self, sets: np.ndarray, occurrences: np.ndarray, step: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Assign rows to ids of sets [N]; those most often `seen` [N] first if rows are scarce."""
+        """Assign rows to ids of sets [N]; those most often `seen` [N] first."""
         order = np.lexsort((-occurrences, sets))
         set_numbers, first, numbers = np.unique(sets[order], return_index=True, return_counts=True)
         turn = np.arange(len(order)) - np.repeat(first, numbers)  # 0, 1, 2 ... within each set
