@@ -1,7 +1,4 @@
-"""Build a job from configuration and data, in the usual order of TorchRec.
-
-Tables on meta, model, optimizer in backward, plan, DistributedModelParallel, dense optimizer,
-pipeline: `build_job` is that list, one line each.
+"""Build a job from configuration and data, in the usual order of TorchRec (`build_job`).
 
 Shapes: D dimension.
 """
@@ -96,7 +93,6 @@ class Job:
 
     @property
     def dense_optimizer(self) -> Optimizer:
-        """Optimizer of the dense parameters, inside `optimizer`."""
         return self.update.dense
 
     @property
@@ -110,7 +106,6 @@ class Job:
 
     @property
     def em3(self) -> EM3:
-        """Model inside its wrappers."""
         model = self.model.module
         assert isinstance(model, EM3)
         return model
@@ -129,16 +124,11 @@ class Job:
             share.end_at(updates)
 
     def rows(self, split: str) -> RowSource:
-        """Return the rows of a split, from the source that the configuration names."""
         config, folder = self.config, self.train_folder if split == "train" else split
         return open_rows(config.source, self.root, folder, self.schema, config.on_bad_row)
 
     def batch_builder(self, with_labels: bool = True, with_content: bool = True) -> BatchBuilder:
-        """Return the builder of batches for this model.
-
-        `with_labels` is False for files to predict, `with_content` if a pass encodes each item
-        once.
-        """
+        """Return the builder of batches; without labels for files to predict."""
         content, settings = self.em3.content, content_settings(self.config.content)
         chosen_later = chooses_items(settings, self.schema.has_bounded_items)
         return BatchBuilder(
@@ -157,10 +147,8 @@ def build_job(
 ) -> Job:
     """Build all parts of a run, by default with the dataset's own schema. A collective.
 
-    `config` is one that `load_config` or `validate` has checked.
-
     Raises:
-        ValueError: if data or plan is invalid on any rank; raised on all.
+        ValueError: on every rank: data or plan is invalid.
     """
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.manual_seed(config.seed)  # the same on all ranks: initial weights agree
@@ -235,7 +223,6 @@ def _plan(
 
 
 def _sampler(ranking: RankingSettings, schema: Schema) -> NegativeSampler | None:
-    """Return the sampler of the negatives of a softmax loss."""
     softmax = softmax_settings(ranking)
     return NegativeSampler(softmax, schema.num_items, schema.target_item) if softmax else None
 
@@ -264,7 +251,6 @@ def _pipeline(
     accumulate_steps: int,
     device: torch.device,
 ) -> AccumulatingPipeline:
-    """Return the pipeline, which keeps several copies of the tables equal if there are."""
     mean = None
     if isinstance(model, DMPCollection):
         mean = CopiesMean(model, embedding.parallel.sync_every_steps)
@@ -279,7 +265,7 @@ def check_columns(
     ranks: Ranks,
     schema: Schema | None = None,
 ) -> None:
-    """Open all splits and read their first rows, which checks the columns' types. A collective.
+    """Open all splits and check the columns' types by their first rows. A collective.
 
     Raises:
         ValueError: on every rank: a split cannot be read, or a column does not fit the schema.
@@ -303,8 +289,6 @@ def _cast_and_compile(em3: EM3, precision: str, is_compiled: bool, device: torch
 def _row_reset(
     reset_row: RowReset, schema: Schema, bank: MemoryBank | None, device: torch.device
 ) -> Callable[[str, Tensor], None]:
-    """Return what resets reassigned rows of tables, and the bank's vectors of items."""
-
     def reset(table: str, rows: Tensor) -> None:
         reset_row(table, rows)
         if table == schema.target_item and bank is not None:

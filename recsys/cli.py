@@ -1,9 +1,4 @@
-"""The command line: `recsys COMMAND`, with a recipe, a dataset or a run.
-
-The commands are functions in the modules of `recsys.commands`; only that of the command to run is
-imported. `cache`, `train`, `evaluate`, `predict` and `report` run alone or under torchrun and
-torchx unchanged.
-"""
+"""The command line: `recsys COMMAND`; only the modules of that command are imported."""
 
 from __future__ import annotations
 
@@ -41,7 +36,6 @@ def main(words: list[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str]) -> int:
-    """Parse the words and run the command; return the exit code."""
     from recsys.config.parser import meant
 
     if broken := next((word for word in words if "\0" in word), None):
@@ -65,7 +59,6 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _run_command(name: str, words: Sequence[str]) -> int:
-    """Parse the options of a command and run it; return the exit code."""
     from recsys.commands.options import command_parser, options_of
     from recsys.distributed.log import configure_logging
 
@@ -79,7 +72,6 @@ def _run_command(name: str, words: Sequence[str]) -> int:
 
 
 def _print_commands(names: Sequence[str]) -> None:
-    """Print a line for each of these commands."""
     width = max(map(len, names))
     print("usage: recsys COMMAND [--option VALUE ...]\n\nTrain and run EM3 recommenders.\n")
     print("\n".join(f"  {name:<{width}}  {COMMANDS[name][1]}" for name in names))

@@ -1,9 +1,6 @@
 """Checks that torch, torchrec and FBGEMM fit together, and names the command that fixes a mismatch.
 
-Each version of the three is built for one version of the others; a mismatch appears as "undefined
-symbol" or a missing operator inside an import, which does not help a user. Every job runs the check
-first, and `recsys doctor` prints it with the machine's devices and memory. Heavy packages are
-imported on demand, so that this module works even if they do not.
+Heavy packages are imported on demand, so that this module works without them.
 """
 
 import ctypes
@@ -53,21 +50,13 @@ class InstallationError(RuntimeError):
 def check_installation() -> list[Problem]:
     r"""Return the problems of the installed packages; an empty list if a job can run.
 
-    Versions are compared first, from the packages' metadata; only if they match are the packages
-    imported and one FBGEMM operator run, as a mismatch makes imports fail in misleading ways.
-
-    Example::
-
-        for problem in check_installation():
-            print(problem.what, problem.fix, sep="\n")
+    Versions are compared first, as a mismatch makes imports fail in misleading ways.
     """
     return _package_problems() or _import_problems(("torch", "fbgemm_gpu", "torchrec"))
 
 
 def require_working_installation(imports_torchrec: bool = True) -> None:
     """End a job before it starts if the installed packages do not work.
-
-    A job without sharded tables leaves torchrec out, whose import takes seconds.
 
     Raises:
         InstallationError: a package is missing or broken; names each problem and its fix.
@@ -124,7 +113,6 @@ def main() -> int:
 
 
 def _version(package: str) -> str | None:
-    """Return the installed version of a distribution, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -132,12 +120,10 @@ def _version(package: str) -> str | None:
 
 
 def _installed_fbgemm() -> dict[str, str]:
-    """Return the versions of FBGEMM's distributions, which share one import name."""
     return {name: installed for name in (FBGEMM_CUDA, FBGEMM_CPU) if (installed := _version(name))}
 
 
 def _package_problems() -> list[Problem]:
-    """Detect packages that are missing or do not match."""
     problems = _fbgemm_problems() or _triple_problems()
     return problems + [
         Problem(f"{package} is not installed", _pip("install", package))
@@ -179,7 +165,7 @@ def _triple_problems() -> list[Problem]:
 
 
 def _import_problems(names: tuple[str, ...]) -> list[Problem]:
-    """Detect packages, torch first, that have the right versions but fail to import or compute."""
+    """Detect packages that have the right versions but fail to import or compute."""
     for name in names:
         try:
             _import(name)
@@ -204,7 +190,7 @@ def _import_problems(names: tuple[str, ...]) -> list[Problem]:
 
 
 def _import(name: str) -> Any:
-    """Import a package without the search for garbage, which takes a fifth of the time."""
+    """Import a package without garbage collection, which takes a fifth of the time."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -215,11 +201,7 @@ def _import(name: str) -> Any:
 
 
 def install_command(force: bool = False) -> str:
-    """Return the shell command that installs the tested triple for this machine.
-
-    Args:
-        force: reinstall packages that are present, because their files may be broken.
-    """
+    """Return the shell command that installs the tested triple; `force` reinstalls it."""
     has_driver = nvidia_driver_found()
     names = ("torch", "torchrec", FBGEMM_CUDA if has_driver else FBGEMM_CPU)
     torch, torchrec, fbgemm = (f"{name}=={minor}.*" for name, minor in zip(names, TESTED_TRIPLE))
@@ -232,7 +214,6 @@ def install_command(force: bool = False) -> str:
 
 
 def _reinstall_command(*packages: str) -> str:
-    """Return the shell command that removes packages and installs the triple."""
     return f"{_pip('uninstall', '-y', *packages)} && {install_command()}"
 
 
@@ -266,13 +247,11 @@ def _from_proc(file: str, field: str) -> str | None:
 
 
 def _processor() -> str:
-    """Return the processor's name and usable cores."""
     name = _from_proc("cpuinfo", "model name") or platform.processor() or "unknown processor"
     return f"{name}, {len(os.sched_getaffinity(0))} cores usable"
 
 
 def _memory() -> str:
-    """Return the machine's total and available memory."""
     total, available = (_from_proc("meminfo", name) for name in ("MemTotal", "MemAvailable"))
     if total is None or available is None:
         return "unknown: /proc/meminfo does not say"
@@ -281,7 +260,6 @@ def _memory() -> str:
 
 
 def _gpu_rows() -> list[tuple[str, str]]:
-    """Return each GPU that torch can use, with its memory."""
     try:
         torch = _import("torch")
         count = torch.cuda.device_count()

@@ -1,7 +1,4 @@
-"""Gather the rows of all ranks, with and without gradient; every function here is a collective.
-
-Shapes: N rows of this rank, D dimension.
-"""
+"""Gather the rows of all ranks, with or without gradient. Shapes: N rows, D dimension."""
 
 from __future__ import annotations
 
@@ -15,10 +12,10 @@ from torch.nn import functional as F
 
 
 def gather_rows(tensor: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
-    """Return the rows of all ranks on every rank, those of rank 0 first. A collective.
+    """Return the rows [N] or [N, D] of all ranks, detached, those of rank 0 first. A collective.
 
-    Ranks may have different numbers of rows, [N] or [N, D]; the result is detached. Another dtype
-    or D on a rank is a ValueError on every rank. Without a process group there is this process.
+    Raises:
+        ValueError: on every rank: dtype or D differs.
     """
     return _gather(tensor, process_group, to_all=True)
 
@@ -58,10 +55,7 @@ def _gather(tensor: Tensor, process_group: dist.ProcessGroup | None, to_all: boo
 def gather_rows_with_gradient(
     rows: Tensor,  # [N, D]
 ) -> tuple[Tensor, int]:  # [sum of N, D], first row of this rank
-    """Return the rows of all ranks, with gradient, and the index of this rank's first row.
-
-    A collective. Ranks may hold different numbers of rows: they are padded to the longest.
-    """
+    """Return the rows of all ranks and the index of this rank's first row. A collective."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
     sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size)]
     dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))

@@ -1,8 +1,4 @@
-"""Names of this process's job, which its launcher keeps over restarts.
-
-torchrun and Slurm restart the ranks of a job in new processes. Only these names show whether
-this job or an earlier one began a folder.
-"""
+"""Names of this process's job, which torchrun and Slurm keep when they restart its ranks."""
 
 from __future__ import annotations
 
@@ -33,7 +29,6 @@ class JobName:
         return JobName(run_id, os.environ.get("SLURM_JOB_ID", ""))
 
     def __str__(self) -> str:
-        """Return the name for messages."""
         return self.torchrun or self.slurm
 
 

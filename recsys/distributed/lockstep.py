@@ -1,11 +1,7 @@
 """Keep the ranks of a loop in step: all react to an event of any rank before the same batch.
 
-A small collective reports whether a rank met an error, was asked to end (by SIGTERM, which
-schedulers and torchrun send before they kill, or SIGINT, which Ctrl-C sends), or is due for a
-checkpoint. In training it runs about every `SECONDS_BETWEEN` seconds (`FlagExchange`), since a
-collective per batch costs a noticeable share of a short step. A rank that cannot read a batch
-between two of them trains on its last one again, so that no other rank waits for it: the job ends
-with its error, and nothing that these steps change is saved. A job of one rank sends nothing.
+Events are an error, SIGTERM, SIGINT and a checkpoint that is due. Between two exchanges of flags a
+rank without a batch trains on its last one again; the job then ends with its error.
 """
 
 from __future__ import annotations
@@ -30,12 +26,11 @@ B = TypeVar("B")  # a batch; this package does not use its content
 
 # Seconds in which a second SIGINT is the launcher's copy of the first; later ones are the user's.
 ECHO_SECONDS = 1.0
-# Seconds between two exchanges at the pace of the last one: about as long as a request to end, or
-# an error of one rank, waits for the others. Schedulers kill 30 seconds after they ask.
+# Seconds between exchanges, in which ranks wait for an error or a request to end. Schedulers kill
+# 30 seconds after they ask.
 SECONDS_BETWEEN = 0.5
 MOST_BATCHES = 16
-# Flags are exchanged with each of a stretch's first batches: a pipeline fetches several before its
-# first step, so that their pace says nothing of the steps.
+# Exchanges with the first batches of a stretch, which a pipeline fetches before its first step.
 FIRST_BATCHES = 8
 
 
@@ -44,11 +39,7 @@ class TrainingStopped(Exception):
 
 
 class FlagExchange:
-    """Decides at which batches the ranks exchange flags: often enough by the clock, not each time.
-
-    All ranks decide alike without a further collective: the pace of the slowest rank is among the
-    flags. A single rank, whose flags cost nothing, reads them with every batch.
-    """
+    """Decides at which batches ranks exchange flags, alike on all: by the pace of the slowest."""
 
     def __init__(self, is_single_rank: bool) -> None:
         self.num_batches = 0
@@ -58,7 +49,6 @@ class FlagExchange:
         self._measured_batches, self._measured_at = 0, time.monotonic()
 
     def begin(self) -> None:
-        """Begin a stretch of batches."""
         self._skipped_left, self._interval = 0, 1
         self._end_of_first = self.num_batches + FIRST_BATCHES
 
@@ -91,8 +81,8 @@ class FlagExchange:
 class _BatchRequest(Generic[B]):
     """A batch, and the flags that the ranks exchange before it is used.
 
-    flags: int32 [5], the maximum over all ranks once `work` is done: an error, no batch left, asked
-    to end, a checkpoint due, milliseconds per batch. None: they are exchanged with a later batch.
+    flags: int32 [5], the maximum over ranks: error, no batch left, stop, checkpoint due, pace in
+    ms. None: they are exchanged with a later batch.
     """
 
     batch: B | None
@@ -101,17 +91,14 @@ class _BatchRequest(Generic[B]):
     work: Any = None
 
     def wait(self) -> None:
-        """Wait for the flags of the other ranks."""
         if self.work is not None:
             self.work.wait()
 
 
 class Lockstep:
-    """Agrees with the other ranks before each batch; no other code agrees on batches.
+    """Agrees with the other ranks before each batch.
 
-    Within `with Lockstep(...)`, SIGTERM and SIGINT end this process before its first batch, when
-    nothing can be lost; later they set `stop` on all ranks. A second Ctrl-C ends it at once. After
-    `checkpoint_seconds`, if given, a checkpoint is due.
+    Inside it, SIGTERM and SIGINT set `stop` on all ranks, or end it before the first batch.
     """
 
     def __init__(
@@ -170,7 +157,6 @@ class Lockstep:
             self._error, self._failed_at = error, self._exchange.num_batches
 
     def saved(self) -> None:
-        """Restart the time to the next checkpoint."""
         self.save, self._saved_at = False, time.monotonic()
         if self._ahead is not None and self._ahead.flags is not None:
             self._ahead.wait()  # it may report the checkpoint just saved as due
@@ -179,10 +165,7 @@ class Lockstep:
     def training_batches(self, source: Iterator[B], count: int, group: int = 1) -> Iterator[B]:
         """Yield the batches of a stretch of training, up to `end_stretch`. A collective.
 
-        A pipeline fetches batches ahead of its steps. At the end of a stretch it runs the fetched
-        batches, so nothing is in flight when the state is saved. The ranks agree on a batch
-        during the step before it, so that no rank waits. No state contains gradients that are
-        accumulated, so a stretch ends with a whole `group`; the last of `count` may be smaller.
+        A stretch ends with a whole `group`; only the last of `count` may be smaller.
         """
         self._is_ending, self._has_begun = False, True
         self._exchange.begin()
@@ -222,10 +205,7 @@ class Lockstep:
     def _ask(
         self, source: Iterator[B], exchange: bool = True, pending: Exception | None = None
     ) -> _BatchRequest[B]:
-        """Take a batch and, with `exchange`, begin to send this rank's flags. A collective.
-
-        `pending` is the error of the batch before, which is not answered yet.
-        """
+        """Take a batch and, with `exchange`, begin to send this rank's flags. A collective."""
         batch: B | None = None
         error = self._error or pending
         try:

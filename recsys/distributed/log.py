@@ -1,9 +1,4 @@
-"""Set up Python's `logging` for the ranks of a job.
-
-Rank 0 logs from INFO on and the others from WARNING on, unless `--log-level` is set. Lines
-go to standard output: plain text for people, or one JSON object per line. Tables for people are
-printed by `print_table`, on rank 0 alone. Both are written above a `progress_bar`, if one is drawn.
-"""
+"""Set up Python's `logging` for the ranks of a job: from INFO on rank 0, from WARNING on others."""
 
 from __future__ import annotations
 
@@ -68,10 +63,7 @@ def print_table(text: str) -> None:
 
 
 def progress_bar(total: int, name: str, shown: bool = True, **options: Any) -> tqdm:
-    """Return a progress bar with the time left, on standard error; `options` are tqdm's.
-
-    Nothing is drawn unless `shown`, on no terminal, or where logs are JSON lines.
-    """
+    """Return a bar on standard error; nothing is drawn without a terminal or with JSON logs."""
     from tqdm import tqdm
 
     handlers = logging.getLogger(OWN_LOGGERS[0]).handlers

@@ -1,12 +1,6 @@
 """TorchRec's pipeline with gradient accumulation: one dense update for several batches.
 
-A batch that would not fit into memory is split into a group of smaller batches. At the end of a
-group, dense gradients are averaged over ranks, and the dense optimizer gets the group's mean
-gradient. ID tables cannot wait: the fused kernels update them in every backward pass, so the second
-batch of a group reads tables that the first one has updated. Each batch's loss is divided by the
-size of its group. So a table under SGD gets the same sum of updates as from one batch of the
-group's size, except that it changes between the batches; a table under Adagrad sees several small
-gradients instead of one large gradient.
+ID tables are updated in each batch, as their kernels are fused; the loss is divided by the group.
 """
 
 from __future__ import annotations
@@ -30,8 +24,7 @@ from recsys.optimizer import AveragedWeights, gradient_norm
 class DenseUpdate:
     """One update of the dense parameters: clip the gradient, step, update the averaged weights.
 
-    `optimizer` is the optimizer of all parameters, whose `zero_grad` sets the rates of the fused
-    ones, `dense` the one of the dense parameters inside it.
+    `optimizer` also sets the rates of fused optimizers; `dense` is the one inside it.
     """
 
     def __init__(
@@ -46,7 +39,6 @@ class DenseUpdate:
         self._norm: Tensor | None = None  # norm of the last gradient, before it was clipped
 
     def step(self) -> None:
-        """Clip the gradient, step the optimizer and update the averages."""
         if self.clip_norm is not None:
             parameters = [p for group in self.dense.param_groups for p in group["params"]]
             self._norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
@@ -62,16 +54,12 @@ class DenseUpdate:
 class AccumulatingPipeline(IdsPipeline):
     """TorchRec's pipeline, which steps the optimizer once for each group of training batches.
 
-    With groups of one batch it equals `TrainPipelineSparseDist` to the bit. TorchRec's own
-    `GradientAccumulationWrapper` is not used: it does not divide the loss. If batches end within a
-    group, it steps with gradients that no collective has averaged, so that replicas differ.
+    TorchRec's `GradientAccumulationWrapper` does not divide the loss.
 
     Args:
-        model: in training mode it is trained, else only its output is computed.
         update: the update of the dense parameters at the end of each group.
-        device: the model's device.
         accumulate_steps: the batches of a group.
-        copies: what sets several copies of the tables to their mean, or None.
+        copies: sets copies of the tables to their mean, or None.
     """
 
     def __init__(
@@ -99,8 +87,6 @@ class AccumulatingPipeline(IdsPipeline):
     def begin(self, num_batches: int) -> None:
         """Set the number of following training batches, so that the last group may be smaller.
 
-        Fewer batches may follow if they end with a group.
-
         Raises:
             RuntimeError: a group is not complete, and its gradients would be lost.
         """
@@ -118,7 +104,6 @@ class AccumulatingPipeline(IdsPipeline):
 
     @property
     def is_last(self) -> bool:
-        """Whether the current batch is the last of its group."""
         return self._position + 1 == self._group_size
 
     def outputs(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -133,7 +118,6 @@ class AccumulatingPipeline(IdsPipeline):
             yield output
 
     def progress(self, dataloader_iter: Any) -> Any:
-        """Run one batch through the pipeline; see `TrainPipelineSparseDist.progress`."""
         is_training = self.model.training
         if is_training and self.is_first:
             self._group_size = self.accumulate_steps
@@ -155,12 +139,7 @@ class AccumulatingPipeline(IdsPipeline):
         return losses / self._group_size if self.model.training else losses, output
 
     def _synchronization(self) -> AbstractContextManager[Any]:
-        """Skip the all_reduce of dense gradients for a batch that does not end a group.
-
-        DistributedDataParallel with a static graph records it in its first backward, which must
-        therefore synchronise: part of the group's gradient is then averaged early, which does not
-        change the mean.
-        """
+        """Skip the all_reduce inside a group, except in the first backward, which DDP records."""
         if not self.model.training or self.is_last or not self._has_synchronized:
             self._has_synchronized = self._has_synchronized or self.model.training
             return nullcontext()
@@ -168,11 +147,7 @@ class AccumulatingPipeline(IdsPipeline):
 
 
 class PrefetchingPipeline(AccumulatingPipeline, PrefetchTrainPipelineSparseDist[Any, Any]):
-    """The same pipeline, which fetches rows of the next batch into the caches of `uvm_caching`.
-
-    TorchRec's stage runs between the forward and the backward of the current batch, on a stream of
-    its own. Tables without a cache are left as they are.
-    """
+    """The same pipeline, which fetches rows of the next batch into the caches of `uvm_caching`."""
 
 
 class _GroupOptimizer:

@@ -1,9 +1,4 @@
-"""The ranks of a job: join them, and end them together.
-
-A job started alone has one rank; under torchrun or torchx the environment describes the ranks.
-An error that only one rank sees (a bad row in its share, a full disk) is reported to all,
-so that every rank ends with the cause instead of waiting in a collective.
-"""
+"""The ranks of a job: join them, and report an error on any rank to all, so that all end."""
 
 from __future__ import annotations
 
@@ -45,7 +40,6 @@ class Ranks:
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """Process group for the collectives of this object."""
         group = self.own_group or dist.group.WORLD
         assert group is not None
         return group
@@ -92,11 +86,7 @@ class Ranks:
         self.raise_first(error)
 
     def raise_first(self, error: Exception | None, moment: int = 0) -> None:
-        """Report an error on any rank to all ranks; each raises it. A collective.
-
-        Of several errors all ranks raise the one of the earliest `moment`; a rank with an error of
-        that moment raises its own.
-        """
+        """Raise on all ranks the error of the earliest `moment`, if any has one. A collective."""
         failed = torch.tensor([error is not None], dtype=torch.int32)
         dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self.group)
         if not failed.item():
@@ -146,13 +136,7 @@ def joined_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
 
 
 def keep_freed_memory() -> None:
-    """Keep freed host memory for the next step instead of returning it to the kernel.
-
-    A step on CPU allocates and frees the same megabytes again and again. By default glibc maps
-    large blocks anew each time, and the kernel clears their pages, which costs more than most of
-    the arithmetic on them: whole histories train 6 to 10 % faster with this setting. Blocks up to
-    32 MB then come from a heap that keeps up to 1 GB. Without glibc, nothing happens.
-    """
+    """Keep freed host memory, which glibc returns, for the next step: 6 to 10 % faster on CPU."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
@@ -165,10 +149,8 @@ def keep_freed_memory() -> None:
 def attempt_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """Return the store of this attempt, this rank and the number of ranks, by the environment.
 
-    torchrun keeps one store for all restarts of a job, and nothing distinguishes the attempts: gloo
-    and NCCL then wait in vain at the addresses of ranks that have ended
-    (https://github.com/pytorch/pytorch/issues/135712). So each attempt gets a name of its own as
-    the prefix of its keys. The number of restarts is no such name, as it differs between nodes.
+    Each attempt has its own prefix: torchrun keeps one store for all restarts of a job
+    (https://github.com/pytorch/pytorch/issues/135712).
 
     Raises:
         TimeoutError: some ranks did not join in time.
@@ -183,9 +165,7 @@ def attempt_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
 def name_attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
     """Agree on a name with all ranks running now, although the store has keys of earlier attempts.
 
-    Every rank writes a random word. Rank 0 answers each word with its own, which is the name, until
-    all have confirmed it. No rank reads the answer to an old word; an answer is replaced when a
-    running rank writes its word.
+    Each rank writes a random word; rank 0 answers each with the name until all confirm it.
     """
     word, deadline = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
     if rank > 0:
@@ -225,8 +205,6 @@ def _poll(deadline: float, complaint: str) -> None:
 @contextmanager
 def sole_job(target: Path, ranks: Ranks, lock_file: Path) -> Iterator[None]:
     """Let no other job write `target` inside the block. A collective; rank 0 holds the lock.
-
-    Folders created for the lock are removed at the end if they are empty.
 
     Raises:
         ValueError: on every rank; another job holds it, or the file cannot be written.

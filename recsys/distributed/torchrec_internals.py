@@ -1,17 +1,7 @@
 """All private parts of TorchRec that training uses, written for TorchRec 1.8.
 
 `tests/recsys/distributed/test_torchrec_internals.py` says which of them an upgrade has changed.
-
-- `DataParallelWrapper`: no DistributedDataParallel on one rank. It would average each gradient over
-  itself, and its hooks and buckets cost some milliseconds per step, a third of a short one.
-- `exchange_ids`: one collective for the ids of all sharded collections, between ranks on CPU.
-  TorchRec exchanges the sizes of all collections together, but sends lengths and values of each
-  apart: two collections, four collectives, for some 50 KB. Over gloo each costs a round trip and
-  wakes a thread that competes with the step. Every rank gets the same tensors as from TorchRec's
-  exchange, which stays in use on GPUs, where it runs beside the step.
-- `LocalIds`: no collective at all on one rank.
-
-Shapes: W ranks.
+On CPU ids travel in one collective, not in two per collection. Shapes: W ranks.
 """
 
 from __future__ import annotations
@@ -62,10 +52,7 @@ def no_gradient_reduction(model: DistributedModelParallel) -> AbstractContextMan
 
 
 def require_pipelined(model: nn.Module) -> None:
-    """Raise a RuntimeError if, after a first step, a sharded module does not send its ids ahead.
-
-    TorchRec only logs a warning, and training is as slow as without a pipeline.
-    """
+    """Raise a RuntimeError if, after a first step, a sharded module does not send its ids ahead."""
     for name, module in model.named_modules():
         if isinstance(module, ShardedModule) and not isinstance(module.forward, BaseForward):
             raise RuntimeError(
@@ -109,7 +96,6 @@ class LocalIds(KJTAllToAll):
     """Hands the ids of one sharding of a collection over on the only rank."""
 
     def forward(self, ids: KeyedJaggedTensor) -> Awaitable[KJTAllToAllTensorsAwaitable]:
-        """Return the ids as they are."""
         return NoWait(_KeptIds(ids))
 
 
@@ -124,10 +110,7 @@ class _KeptIds(KJTAllToAllTensorsAwaitable):
 
 
 def exchange_ids(request: FusedKJTListSplitsAwaitable) -> list[KJTListAwaitable]:
-    """Wait for the sizes and begin to send the ids; return one awaitable per collection.
-
-    A collective. It equals `request.wait()`, except for the number of collectives.
-    """
+    """Begin to send the ids; return one awaitable per collection. A collective."""
     if not _is_one_exchange(request):
         return request.wait()
     assert request._splits_awaitable is not None
@@ -168,7 +151,6 @@ class _ShardingIds(KJTAllToAllTensorsAwaitable):
         meta: KJTSplitsAllToAllMeta,
         sizes: Sequence[list[int]],  # of each tensor, then of the batches, by rank
     ) -> None:
-        """Keep what TorchRec's awaitable keeps, and send nothing."""
         super(KJTAllToAllTensorsAwaitable, self).__init__()
         *output_splits, strides = sizes
         rank = meta.pg.rank()
@@ -193,8 +175,8 @@ class _Exchange:
         """Begin to send. A collective."""
         self.shardings = shardings
         ranks = range(shardings[0]._workers)
-        # All travels in units of 4 bytes: numbers of 8 bytes are two of them.
-        # Flattened by `cat`, as an expanded length of one row has a stride that no view accepts.
+        # All travels in units of 4 bytes; numbers of 8 bytes are two.
+        # `cat` flattens, as an expanded length of one row has a stride that no view accepts.
         tensors = [
             torch.cat([tensor]).view(torch.int32)
             for sharding in shardings

@@ -1,17 +1,7 @@
 """End a job whose ranks wait for one that is stopped, lost or stuck, and name that rank.
 
-Ranks of a training job wait for each other in every step, so one rank that hangs stops all, and
-nothing shows which one it is. Each rank publishes a heartbeat once a second, over its own
-connection to the job's store, with the progress and the source line of its main thread. Two
-findings end the job:
-
-- silent: a rank has published nothing for `timeout` seconds; its process is stopped or its machine
-  gone.
-- stalled: in a section where steps are expected (`armed`) no rank has made progress for `timeout`
-  seconds; the rank that the others wait for has begun the fewest collectives.
-
-Then every rank prints the finding and its own stacks, and exits with code 1, by `os._exit`: the
-main thread hangs in a collective, where no exception can reach it.
+Each rank publishes a heartbeat every second. A rank is silent without one for `timeout` seconds;
+a job is stalled if no `armed` rank makes progress. Then all ranks exit by `os._exit`.
 """
 
 from __future__ import annotations
@@ -43,11 +33,7 @@ OWN_SOURCE = tuple(str(Path(__file__).parents[2] / part) for part in ("recsys", 
 
 
 class Watchdog:
-    """Watches the ranks of a job from threads beside the main one.
-
-    Entering it is a collective. A timeout of None or 0 seconds switches it off, and a job of one
-    rank needs none. The main thread calls `mark` for each step, inside `armed`.
-    """
+    """Watches the ranks of a job from threads beside the main one. Entering it is a collective."""
 
     def __init__(self, ranks: Ranks, timeout: float | None) -> None:
         self.ranks = ranks
@@ -218,12 +204,10 @@ class Heartbeat:
     place: str  # source line of the main thread
 
     def to_json(self) -> str:
-        """Return the heartbeat as JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Heartbeat:
-        """Build the heartbeat from its JSON."""
         return cls(**json.loads(text))
 
     def __str__(self) -> str:
@@ -232,11 +216,7 @@ class Heartbeat:
 
 
 class Unchanged:
-    """Measures how long a value has been the same, counting only while this process was running.
-
-    Between two looks at most `longest_lapse` seconds count: after a job is suspended as a whole and
-    resumed, no rank counts as silent.
-    """
+    """Measures how long a value has been the same, without the time that the job was suspended."""
 
     def __init__(self, longest_lapse: float) -> None:
         self.longest_lapse = longest_lapse
@@ -259,11 +239,7 @@ def silent_ranks(beats: dict[int, Heartbeat], timeout: float) -> str:
 
 
 def stalled_ranks(beats: dict[int, Heartbeat], timeout: float) -> str:
-    """Describe the ranks that the others wait for, when no rank makes progress.
-
-    Ranks begin the same collectives, so the others wait for the rank that has begun the fewest.
-    Among ranks that have begun the same number, marks decide.
-    """
+    """Describe the ranks that the others wait for: those that have begun the fewest collectives."""
     last = min((beat.collectives, beat.marks) for beat in beats.values())
     behind = {rank: beat for rank, beat in beats.items() if (beat.collectives, beat.marks) == last}
     if len(behind) == len(beats):

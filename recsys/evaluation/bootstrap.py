@@ -1,17 +1,7 @@
-"""Tests by a bootstrap over users whether one model ranks better than another.
+"""Tests by a paired bootstrap over users whether one model ranks better than another.
 
-Rows of one user are not independent, so users are resampled, each with all rows. Both models scored
-the same rows, so each resample is applied to both. That cancels the variance that easy and hard
-users add to either metric. The interval covers the choice of users, not of initial weights: for the
-latter, give runs of several seeds. Percentile intervals of a cluster bootstrap: Efron and
-Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13; Field and Welsh, Bootstrapping
-Clustered Data, 2007. Those of few users are widened (`recsys.evaluation.interval_correction`).
-
-scipy.stats.bootstrap gives NaN if one resample leaves a metric undefined (few users have cold
-items), and would sort the rows of every resample again. Here rows are sorted once, and a resample
-only counts how often each user was drawn.
-
-Shapes: N rows of a window, U users of all windows, S resamples; P positive and M negative rows.
+Percentile intervals of a cluster bootstrap: Efron and Tibshirani 1993, chapter 13; Field and Welsh
+2007. Shapes: N rows of a window, U users, S resamples; P positive and M negative rows.
 """
 
 from __future__ import annotations
@@ -30,8 +20,7 @@ METRICS = ("auc", "gauc")  # of labels of 0 and 1
 LARGEST = {"auc": 1.0, "gauc": 1.0, "rmse": np.inf, "mae": np.inf}  # differences
 CELLS = 1 << 20  # elements of the largest matrices: resamples times rows or users
 
-# How often each user was drawn, float64 [U, S] -> the metric in each resample, NaN where the rows
-# drawn do not define it, float64 [S].
+# Draws of each user, float64 [U, S] -> the metric, NaN where undefined, float64 [S].
 Measure = Callable[[np.ndarray], np.ndarray]
 
 
@@ -66,11 +55,9 @@ def paired_difference(
     """Return the difference of `second` from `first` in a metric, by a paired bootstrap of users.
 
     Args:
-        first: runs of the first configuration: for each seed, the scores of each window (the test
-            splits of a rolling split; one window for any other split). Seeds are averaged.
-        second: runs of the second configuration, on the same windows; any number of seeds.
-        metric: gauc or auc; rmse or mae of a label that is a number. AUC is the mean over windows,
-            weighted by rows; the others are pooled, GAUC with users weighted by rows.
+        first: scores of the first configuration by seed and window; seeds are averaged.
+        second: those of the second one, on the same windows.
+        metric: gauc or auc; rmse or mae of a label that is a number.
         part: all, warm, cold or unseen.
         samples: number of resamples. A user in several windows is drawn with the rows of all.
         seed: seed of the resamples.
@@ -113,11 +100,7 @@ def pooled_metric(
 
 
 def metric_users(windows: Sequence[SplitScores], metric: str, part: str, label: int = 0) -> int:
-    """Count the users that define a metric, in any window.
-
-    For AUC these are users with a positive or with a negative row, whichever are fewer; for GAUC
-    users with both labels; for errors all.
-    """
+    """Count the users that define a metric, in any window; for AUC those of the rarer label."""
     return _defining_users(_rows_by_user(windows, _all_users(windows), metric, part, label))
 
 
@@ -175,7 +158,6 @@ class _Rows:
 def _counted_rows(
     windows: Sequence[SplitScores], users: np.ndarray, part: str, label: int
 ) -> list[_Rows]:
-    """Return the rows of each window that count."""
     if part not in PARTS:
         raise ValueError(f"part '{part}' is none of {PARTS}")
     rows_of_windows = []
@@ -263,10 +245,7 @@ def _mean_over_windows(windows: Sequence[RankedPairs]) -> Measure:
 
 @dataclass(frozen=True)
 class RankedPairs:
-    """Pairs of a positive and a negative row of a window, each with its user's index in U.
-
-    Rows are ranked once, so that AUC of any resample of users is a weighted count.
-    """
+    """Pairs of a positive and a negative row of a window, ranked once for all resamples."""
 
     positive_users: np.ndarray  # [P]
     negative_users: np.ndarray  # [M], lowest logit first
@@ -294,10 +273,7 @@ class RankedPairs:
         self,
         drawn: np.ndarray,  # float64 [U, S], how often each user was drawn
     ) -> tuple[np.ndarray, np.ndarray]:  # float64 [S], [S]
-        """Return the AUC (NaN where there is no pair) and the weight of the rows of each resample.
-
-        A row counts as often as its user was drawn, times its weight; a tie counts half.
-        """
+        """Return AUC (NaN without a pair; a tie counts half) and the weight of rows by resample."""
         positives, drawn_negatives = drawn[self.positive_users], drawn[self.negative_users]
         if self.positive_weights is not None and self.negative_weights is not None:
             positives *= self.positive_weights[:, None]

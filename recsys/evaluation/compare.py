@@ -1,8 +1,4 @@
-"""Runs `recsys compare`: metrics of runs side by side, and which differences are significant.
-
-It reads the scores that the runs wrote (`recsys.evaluation.scores`), so nothing is scored again.
-Rows and labels must be the same; the datasets may lie in different places.
-"""
+"""Runs `recsys compare`: metrics of runs side by side, and which differences are significant."""
 
 from __future__ import annotations
 
@@ -41,11 +37,6 @@ def compare_runs(runs: Sequence[Path], split: str) -> dict[str, Any]:
     """Compute metrics of each run by part of the items, and differences to the first run.
 
     They are AUC and GAUC, or RMSE and MAE of a label that is a number; of several labels the first.
-
-    Returns:
-        `split`, `label`, `metrics`, `users`, `samples` of the bootstrap, `rows` by part,
-        `metric_users` that define a metric, by part and metric, and `runs`: by run its name and by
-        part and metric its value and, except for the first run, `difference`; None: not defined.
 
     Raises:
         ValueError: fewer than two runs, or a run has no scores of the split or other rows.

@@ -64,11 +64,8 @@ class CheckedRows:
 def check_data(job: Job, splits: Sequence[str] = SPLITS) -> CheckedRows:
     """Read all splits once, so that a bad value shows before the first step. A collective.
 
-    Logs a warning for each dense column that is constant or unscaled in the training rows.
-
     Raises:
-        ValueError: on every rank: a row cannot be used and `on_bad_row` is error, no row can, or
-            the validation split cannot choose the best model.
+        ValueError: on every rank: a row cannot be used, or the validation split is of no use.
     """
     ranks, is_skip = job.ranks, job.config.on_bad_row == "skip"
     counts: dict[str, ItemCounts] = {}
@@ -119,7 +116,6 @@ class ValidationLabels:
                 self.users[value] = np.union1d(self.users[value], users[rows])
 
     def _has_user_with_both(self) -> bool:
-        """Return whether a user has rows of both labels; then users need not be kept."""
         return bool(np.isin(self.users[0], self.users[1], assume_unique=True).any())
 
     def totals(self, ranks: Ranks) -> tuple[int, int, bool]:
@@ -134,10 +130,10 @@ class ValidationLabels:
 
 
 def check_validation(job: Job, labels: ValidationLabels) -> None:
-    """Raise a ValueError on every rank if the validation split cannot choose the best model.
+    """Refuse, on every rank, a validation split that cannot choose the best model. A collective.
 
-    AUC needs rows of both labels, GAUC a user with rows of both, and recall and NDCG a positive row
-    and a catalogue of more items than the depth. A collective.
+    Raises:
+        ValueError: the metric is undefined on the split.
     """
     negatives, positives, has_both = labels.totals(job.ranks)
     metric, label = job.config.best_model_by, f"column '{labels.label}'"
@@ -172,7 +168,6 @@ def undefined_selection(
 
 
 def _without_weight(split: Location, column: str | None) -> ValueError:
-    """Return the error to raise where no row of a split counts."""
     return ValueError(
         f"{split}: column '{column}' is 0 in all rows; write weights above "
         "0, or remove it from schema.yaml"
@@ -223,14 +218,9 @@ def score(
 ) -> dict[str, Tensor]:
     """Score the rows of all ranks and return them on rank 0, none on the others. A collective.
 
-    Rows that only pad are left out; random states are restored. `unknown` counts the ids that have
-    no row of their own.
-
     Returns:
-        `positions` [N], `logits` [N, C], `labels` [N, C], `groups` [N], `items` [N] (targets), and
-        `weights` [N] if there are any. With `with_queries`, for rows whose first label is positive,
-        and on every rank: `queries` [Q, D], the vectors and ids to retrieve, `query_targets` [Q, D]
-        and `query_items` [Q], and `query_weights` [Q] if there are any.
+        `positions`, `groups`, `items`, `weights` [N], `logits` and `labels` [N, C]. On every rank
+        with `with_queries`: `queries`, `query_targets` [Q, D], `query_items`, `query_weights` [Q].
 
     Raises:
         TrainingStopped: `lockstep` reports that the job is to end.
@@ -258,7 +248,6 @@ def score(
 
 
 def _score_columns(batch: Batch, logits: Tensor) -> dict[str, Tensor]:  # logits: [B, C]
-    """Return the score columns of real (non-padding) rows."""
     columns = {
         "positions": batch.row_positions,
         "logits": logits.float(),
@@ -305,9 +294,7 @@ def evaluate_split(
 ) -> dict[str, Any]:
     """Compute the metrics of a split: all items, and cold, warm and unseen ones. A collective.
 
-    The metrics of each of several labels are under `labels`. With `searches`, a retrieval model
-    searches the whole catalogue (`retrieval`). Scores are written to `scores_to`, with the name of
-    their `model`. With `shows_skipped`, skipped rows are logged, and one must be left.
+    With `searches`, a retrieval model searches the whole catalogue.
 
     Raises:
         TrainingStopped: `lockstep` reports that the job is to end.

@@ -1,8 +1,5 @@
 """Runs the model over batches without training, for scoring, retrieval and the dry run.
 
-The weights do not change: each item is encoded once in a pass (`ItemVectorCache`), the losses
-are not computed, and a batch has more rows than in training, as no gradient is kept.
-
 Shapes: B batch, C labels, N rows.
 """
 
@@ -42,10 +39,7 @@ def forward_pass(
 ) -> Iterator[tuple[dict[str, Any], Tensor, Batch]]:
     """Yield (vectors of a retrieval model, logits [B, C], batch) of each batch. A collective.
 
-    The model is put into evaluation mode; callers disable gradients themselves. `unknown` counts
-    ids that have no row of their own. `place` is what the watchdog calls a batch, `total` their
-    number for a progress bar. With `encodes_once` each item is encoded once, else in each batch,
-    whose content the source reads.
+    Callers disable gradients themselves. With `encodes_once` each item is encoded once.
     """
     job.model.eval()
     unknown = unknown or UnknownIds(job.schema)

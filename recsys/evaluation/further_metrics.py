@@ -1,8 +1,5 @@
 """Adds metrics to those of every evaluation: the setting `metrics`, built in or of your own.
 
-Each entry gives a metric the name that it has in `metrics.json`, validations and trackers: for all
-rows, and nested in `warm`, `cold` and `unseen` for the rows of such items.
-
 Shapes: N rows of a split.
 """
 
@@ -28,15 +25,8 @@ RESERVED |= {"labels", "retrieval", "ids"}
 class Metric(Protocol):
     """Computes one number from scored rows; made with the `options` of its settings.
 
-    Rank 0 calls it with the rows of all ranks, so it must not be a collective. Rows of weight 0 are
-    left out; other weights are not passed on. It is called for labels of 0 and 1. A class with
-    `regression = True` is called for labels that are numbers, with predictions as scores.
-
-    Example::
-
-        class ShareOfPositives:
-            def __call__(self, labels, scores, groups, counts):
-                return float(labels.mean()) if len(labels) else None
+    Rank 0 calls it, so it must not be a collective. Labels are 0 and 1; with `regression = True`
+    in the class, numbers.
     """
 
     def __call__(
@@ -87,11 +77,9 @@ def call_metric(name: str, metric: Metric, *columns: np.ndarray) -> float | None
 
 
 class PrecisionAtK:
-    """Precision@K within each user: the share of positives among the K rows with highest scores.
+    """Share of positives among each user's K rows with highest scores, as the mean over users.
 
-    The metric is the mean over users with at least one positive; for a user with fewer than K rows
-    all rows count. If more rows tie for the last places than there are places, each takes one with
-    equal probability, and the expected value counts. K below 1 is a ValueError.
+    Ties count their expected value. Users without a positive are left out.
     """
 
     def __init__(self, k: int = 10) -> None:
@@ -102,7 +90,6 @@ class PrecisionAtK:
     def __call__(
         self, labels: np.ndarray, scores: np.ndarray, groups: np.ndarray, counts: np.ndarray
     ) -> float | None:
-        """Return the mean precision over users; None without positives."""
         if len(labels) == 0:
             return None
         order = np.lexsort((-scores, groups))  # users one after the other, best rows first

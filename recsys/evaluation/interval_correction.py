@@ -1,17 +1,7 @@
-"""Widen bootstrap intervals of few users.
+"""Widen bootstrap intervals of few users, which exclude 0 too often: 17 % for 5 users.
 
-Percentile intervals of a bootstrap over U users are too narrow by sqrt((U - 1) / U), and treat as
-known a variance that U users only estimate: with 5 users they exclude 0 for 17 % of pairs of models
-that are equally good, not for 5 %. Widened by both factors of Student's interval they exclude it
-for about 5 %: Hesterberg, What Teachers Should Know about the Bootstrap, The American Statistician
-69, 2015. Users of unequal weight count as fewer: Kish, Survey Sampling, 1965.
-
-If a few users gain much and many lose little, the mean is skewed, and such an interval of 10
-users excludes 0 for 8 % to 15 % of such pairs. So the longer side is widened by the transformation
-of Hall, On the Removal of Skewness by Transformation, Journal of the Royal Statistical Society B
-54, 1992. Then the share is 6 % to 12 %, and 5 % to 8 % with 20 users.
-
-Shapes: U users, S resamples.
+By Student's interval (Hesterberg, The American Statistician 69, 2015), effective users (Kish 1965)
+and the longer side by Hall's removal of skewness (JRSS B 54, 1992). Shapes: U users, S resamples.
 """
 
 from __future__ import annotations
@@ -29,10 +19,7 @@ def effective_users(weights: np.ndarray) -> float:  # weights: [U]
 
 
 def interval_stretch(users: float) -> float:
-    """Return the factor that widens a percentile interval of a bootstrap to its nominal level.
-
-    It is 1.58 for 5 effective users and 1.01 for 300; fewer than 2 count as 2.
-    """
+    """Return the factor that widens a percentile interval, for effective users: 1.58 for 5."""
     from scipy.special import ndtri, stdtrit
 
     users, upper = max(users, 2.0), (1 + CONFIDENCE) / 2
@@ -42,9 +29,7 @@ def interval_stretch(users: float) -> float:
 def interval_ends(deviations: np.ndarray, users: float) -> tuple[float, float]:  # deviations: [S]
     """Return how far a 95 % interval reaches below and above a value, from a bootstrap of users.
 
-    `deviations` are the metric in each resample minus that of all users; fewer than 2 effective
-    `users` count as 2. Each end is the farthest of three: the stretched percentile, Student's, and
-    Student's corrected for the skewness of the resamples.
+    `deviations` are the metric in each resample minus that of all users.
     """
     from scipy.special import stdtrit
 
@@ -60,7 +45,7 @@ def interval_ends(deviations: np.ndarray, users: float) -> tuple[float, float]: 
 
 
 def _skewness(deviations: np.ndarray, users: float) -> float:
-    """Return the skewness of the resamples, reduced by the share that chance can explain."""
+    """Return the skewness of the resamples, less what chance can explain."""
     centred = deviations - deviations.mean()
     variance = (centred**2).mean()
     if variance == 0:

@@ -1,12 +1,7 @@
 """Computes ranking quality, calibration and errors exactly, in float64.
 
-AUC and GAUC count pairs in integers, so ties count exactly half at any number of rows; the
-streaming metrics of torchmetrics bin or sum in float32, which is why they are not used here. Rows
-of all ranks are gathered first: a mean of per-rank AUCs is not the AUC.
-GAUC: Zhu et al., Optimized Cost per Click in Taobao Display Advertising, 2017. Normalised entropy:
-He et al., Practical Lessons from Predicting Clicks on Ads at Facebook, 2014.
-
-Shapes: N rows, G groups.
+GAUC: Zhu et al., Optimized Cost per Click in Taobao, 2017. Normalised entropy: He et al., Practical
+Lessons from Predicting Clicks on Ads at Facebook, 2014. Shapes: N rows, G groups.
 """
 
 from __future__ import annotations
@@ -33,10 +28,7 @@ def grouped_auc(
     group: np.ndarray,  # [N]
     weight: np.ndarray | None = None,  # float64 [N]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [G], float64 [G], int64 or float64 [G]
-    """Compute the AUC within each group that has both labels.
-
-    Twice the number of pairs won, per positive, is 2 · (negatives below) + (negatives equal). With
-    weights a pair weighs the product of its rows' weights; without, integers are counted.
+    """Compute the AUC within each group that has both labels; ties count exactly half.
 
     Returns:
         The groups with both labels, ascending, the AUC of each, and the sum of its rows' weights.
@@ -79,10 +71,9 @@ def _sorted_auc(
 
 
 class RankedRows:
-    """Rows sorted once, by score and by group and score, from which any part has its metrics.
+    """Rows sorted once by score and by group and score, from which any part has its metrics.
 
-    Labels [N] are 0 or 1, logits [N] finite, else it is a ValueError; groups [N] are the users. A
-    weight [N] of 2 is a row that is there twice; None: 1 each.
+    Labels [N] are 0 or 1; logits [N] are finite; groups [N] are the users; weights [N].
     """
 
     def __init__(
@@ -107,17 +98,14 @@ class RankedRows:
         self.prediction = np.exp(-np.logaddexp(0, -logit))
 
     def metrics(self, rows: np.ndarray | None = None) -> dict[str, Any]:  # rows: bool [N]
-        """Compute the metrics of some rows, by default of all.
+        """Compute the metrics of some rows, by default of all; None where undefined.
 
         Returns:
             auc: probability that a positive is above a negative; a tie counts half.
             gauc: AUC within each user, weighted by the user's rows; users with both labels only.
-            logloss: mean binary cross-entropy.
-            ne: normalised entropy, logloss over the entropy of the share of positives.
+            logloss, ne: mean binary cross-entropy, and that over the entropy of the mean label.
             calibration: mean prediction over share of positives.
-            num_samples, sum_of_weights: of the rows, the latter if they are weighed.
             num_users, gauc_users: users with rows, and those with both labels.
-            A metric that the rows do not define (one class only, no rows) is None.
         """
         by_score, by_group = self.by_score, self.by_group
         if rows is not None:
@@ -184,11 +172,7 @@ def predicted(logits: np.ndarray, loss: str) -> np.ndarray:  # [N] -> float64 [N
 
 
 class RegressionRows:
-    """Rows whose label is a number, from which any part has its metrics.
-
-    Arguments are those of `RankedRows`, and the label's loss: mse, huber or poisson. A prediction
-    that is not finite is a ValueError.
-    """
+    """Rows whose label is a number, from which any part has its metrics; see `RankedRows`."""
 
     def __init__(
         self,
@@ -206,11 +190,8 @@ class RegressionRows:
         """Compute the metrics of some rows, by default of all; None where they define none.
 
         Returns:
-            rmse, mae: root mean squared and mean absolute error.
             nrmse: rmse over that of always predicting the mean, the labels' standard deviation.
-            calibration, deviance: of counts: mean prediction over mean label, and mean Poisson
-                deviance.
-            num_samples, num_users, sum_of_weights: as in `RankedRows`.
+            calibration, deviance: mean prediction over mean label, mean Poisson deviance.
         """
         mask = slice(None) if rows is None else rows
         label, value, group = self.label[mask], self.scores[mask], self.group[mask]
@@ -270,8 +251,8 @@ def evaluation_report(
         labels: [N], 0 or 1, or numbers.
         logits: [N], finite.
         groups: int [N], the user of each row.
-        item_counts: int [N], training rows of the item of each row, see `frequency_masks`.
-        extra_metrics: by their names in the report; they do not weigh rows.
+        item_counts: int [N], training rows of the item of each row.
+        extra_metrics: by their names in the report.
         weights: [N], above 0; None: 1 each.
         loss: of the label.
 

@@ -1,9 +1,4 @@
-"""Selects the best of the models that a run validates, and refuses one that is of no use.
-
-AUC over all impressions is high if a model separates users, GAUC if it ranks within a user; in one
-training they can peak at different steps. Their mean weights both. Recall and NDCG of a retrieval
-model are those of a search of the whole catalogue, and need no negative rows.
-"""
+"""Selects the best of the models that a run validates, and refuses one that is of no use."""
 
 from __future__ import annotations
 
@@ -27,8 +22,7 @@ METRICS: dict[BestModelBy, tuple[str, ...]] = {
     "rmse": ("rmse",),
     "mae": ("mae",),
 }
-# A log loss above this is absurd: twice that of predicting one half for every row, which is at
-# least twice that of predicting the share of positives.
+# A log loss above this is absurd: twice that of predicting one half for every row.
 ABSURD_LOG_LOSS = 2 * math.log(2)
 # An RMSE above this times that of always predicting the mean is absurd.
 ABSURD_NRMSE = 2.0
@@ -41,11 +35,7 @@ def needs_search(metric: BestModelBy) -> bool:
 
 
 def selection_score(report: Mapping[str, Any], metric: BestModelBy) -> float | None:
-    """Return the mean of the metrics that choose the best model; None where one is undefined.
-
-    The highest score is best: that of an error is negative. `report` has the validation metrics by
-    name, those of a search under `retrieval`.
-    """
+    """Return the score that chooses the best model, highest first; None where it is undefined."""
     names, values = METRICS[metric], {**report.get("retrieval", {}), **report}
     scores = [values[name] for name in names if values.get(name) is not None]
     if len(scores) != len(names):
@@ -71,12 +61,7 @@ def require_useful(
     consequence: str,
     slack: float = 1.0,
 ) -> None:
-    """Raise a ValueError if a model's predictions are of no use by the metrics of a split.
-
-    The log loss of a label is above `ABSURD_LOG_LOSS`, or its RMSE above `ABSURD_NRMSE` times that
-    of the mean, each times `slack`. The message says what was predicted (`where`), the columns of
-    wide range in the `rows`, which are opened for it, and the `consequence`.
-    """
+    """Raise a ValueError if a model's predictions are of no use by the metrics of a split."""
     for name, metrics in (report.get("labels") or {"": report}).items():
         label = f" of label '{name}'" if name else ""
         loss, nrmse = metrics.get("logloss"), metrics.get("nrmse")
@@ -101,7 +86,6 @@ def slack_for(num_rows: int) -> float:
 
 
 def _advice(rows: RowSource) -> str:
-    """Return what to look at: the columns of wide range, if there are any."""
     from recsys.data.number_ranges import NumberRanges
 
     ranges = NumberRanges(rows.schema)

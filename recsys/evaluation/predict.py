@@ -55,8 +55,6 @@ def load_run(
 ) -> Job:
     """Load the best model of a run, with `data` or its training data. A collective.
 
-    `changed` are settings that differ from the run's, as on the command line.
-
     Raises:
         ValueError: the folder holds no finished run, or the data has another schema.
     """
@@ -77,9 +75,7 @@ def load_run(
 
 
 def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str) -> dict[str, Any]:
-    """Evaluate a split, print and write `RUN/evaluation_SPLIT.json`. A collective.
-
-    The scores of its rows are written to `RUN/scores_SPLIT.parquet`.
+    """Evaluate a split, print and write `RUN/evaluation_SPLIT.json` and its scores. A collective.
 
     Raises:
         ValueError: no row can be used, or the result could not be stored; it is printed before.
@@ -137,8 +133,7 @@ def predict(
 ) -> None:
     """Write the input rows, in their order, with one prediction per label. A collective.
 
-    It is a probability, or for a label that is a number (its `loss` in schema.yaml) the number.
-    A row that was skipped (the run's `on_bad_row` is skip) has null.
+    It is a probability, or a number for labels that are numbers; null for a skipped row.
 
     Args:
         run: folder of the finished run.
@@ -149,8 +144,7 @@ def predict(
         device: cpu, cuda or auto.
 
     Raises:
-        ValueError: an input cannot be read or has a column of predictions; `out` is an input or
-            cannot be written; or another job writes it.
+        ValueError: an input or `out` cannot be used, or another job writes it.
     """
     with ranks.raise_on_all_ranks():
         files = [file for name in inputs for file in _parquet_files(name)]

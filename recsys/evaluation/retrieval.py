@@ -1,11 +1,6 @@
 """Measures how well a retrieval model ranks the whole catalogue, by exact search.
 
-For every impression with a positive first label, the place of its item in the catalogue is the
-number of items whose dot product with the query is higher. Items that tie with it are in any order
-with equal probability, and the expected value counts: a model that cannot tell items apart scores
-as chance. Items stay on the ranks that encoded them; queries go to all ranks and the counts are
-summed, so that no rank holds the whole catalogue and no approximate index is needed.
-
+Ties count their expected value. Items stay on the ranks that encoded them; queries go to all.
 Shapes: R impressions with a query, I items of this rank, D dimension, B batch.
 """
 
@@ -33,8 +28,7 @@ from recsys.evaluation.metrics import format_report
 
 DEPTHS = (10, 50, 100)
 QUERIES_PER_BLOCK = 256
-# Dot products closer than this share of the product of the vectors' lengths are equal: float64 sums
-# of the same products in another order differ by less.
+# Share of the product of lengths below which dot products are equal: rounding of float64 sums.
 TIE = 1e-12
 
 
@@ -94,10 +88,7 @@ def search_places(
     vectors: Tensor,  # [I, D]
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:  # int64 [R], int64 [R]
-    """Count the other items, over all ranks, with a higher and with an equal dot product.
-
-    Products are those of float64. A collective if `group` is given.
-    """
+    """Count the other items of all ranks with a higher and an equal dot product. A collective."""
     vectors, places = vectors.double(), torch.zeros(2, len(queries), dtype=torch.int64)
     for start in range(0, len(queries), QUERIES_PER_BLOCK):
         block = slice(start, start + QUERIES_PER_BLOCK)
@@ -115,10 +106,7 @@ def search_places(
 def retrieval_metrics(above: Tensor, tied: Tensor, weights: Tensor | None = None) -> dict[str, Any]:
     """Compute Recall@K and NDCG@K, one relevant item per impression; None without impressions.
 
-    recall@K: share of impressions whose item is in the top K. ndcg@K: mean of 1 / log2(2 + place),
-    counting 0 where the item is not in the top K. An item has each of the places `above` to
-    `above + tied` (the other items with a higher and with the same score, int [R]) with equal
-    probability. `weights` [R] are of the impressions.
+    An item has each of the places `above` to `above + tied`, int [R], with equal probability.
     """
     metrics: dict[str, Any] = {}
     above, rows, is_alone = above.long(), tied.long() + 1, tied == 0
@@ -144,11 +132,7 @@ def _mean(values: Tensor, weights: Tensor | None) -> float:  # [R], [R]
 def retrieval_report(
     job: Job, scored: dict[str, Tensor], item_counts: ItemCounts, lockstep: Lockstep
 ) -> dict[str, Any]:
-    """Compute `retrieval_metrics` of all rows, and nested those of warm, cold and unseen items.
-
-    A collective. `scored` has `queries` [R, D], `query_targets` [R, D], `query_items` [R] and, if
-    there are any, `query_weights` [R] of the impressions.
-    """
+    """Compute `retrieval_metrics` of all rows and of warm, cold and unseen items. A collective."""
     items, vectors = catalogue_vectors(job, lockstep)
     queries, targets = scored["queries"], scored["query_targets"]
     target_items = scored["query_items"]

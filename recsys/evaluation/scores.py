@@ -1,7 +1,4 @@
-"""Stores the scores of a split row by row in the run's folder, so that runs can be compared.
-
-Shapes: N rows of the split, C labels.
-"""
+"""Stores the scores of a split by row, so that runs can be compared. Shapes: N rows, C labels."""
 
 from __future__ import annotations
 
@@ -33,7 +30,6 @@ class SplitScores:
     losses: tuple[str, ...] = ()  # [C] of the labels; empty: bce each
 
     def loss_of(self, label: int) -> str:
-        """Return the loss of a label."""
         return self.losses[label] if self.losses else "bce"
 
     def counted(self, label: int) -> SplitScores:
@@ -44,7 +40,6 @@ class SplitScores:
         return self if rows.all() else self.take(rows)
 
     def take(self, rows: np.ndarray) -> SplitScores:  # rows: bool [N]
-        """Return some rows."""
         names = ("positions", "groups", "items", "counts", "labels", "logits")
         columns = {name: getattr(self, name)[rows] for name in names}
         weights = None if self.weights is None else self.weights[rows]
@@ -68,11 +63,7 @@ def scores_file(run: Path, split: str) -> Path:
 
 
 def write_scores(scores: SplitScores, path: Path, model: str | None = None) -> None:
-    """Write scores as Parquet; the file appears whole or not at all.
-
-    Columns are `row`, `group`, `item`, `training_impressions`, `label_NAME` and `logit_NAME` for
-    each label, and `weight` if rows are weighed. `model` is the `model_of` its run.
-    """
+    """Write scores as Parquet; the file appears whole or not at all."""
     columns = {column: getattr(scores, name) for column, name in INTEGERS.items()}
     for index, name in enumerate(scores.label_names):
         columns[f"label_{name}"] = scores.labels[:, index]

@@ -1,10 +1,4 @@
-"""`recsys train --dry-run`: build everything, take one step, and write no run.
-
-All rows are read and checked as before training. Errors that appear only when a step runs (memory,
-collectives, shapes, a loss that is not finite) then appear within a minute. Caches of item content
-are filled as in training and kept for it. The memory bank is not filled, so the histories of this
-step read only the vectors that the step computes.
-"""
+"""`recsys train --dry-run`: build everything, take one step, and write no run."""
 
 from __future__ import annotations
 

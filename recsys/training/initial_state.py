@@ -34,10 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def start_fresh(job: Job, checked: CheckedRows) -> Progress:
-    """Initialise a new run: tables, projections, bank, scales of numbers, opinions. A collective.
-
-    Projections are fitted to the items that have training rows.
-    """
+    """Initialise a new run: tables, projections, bank, scales, opinions. A collective."""
     if job.em3.scaling is not None:
         job.em3.scaling.fit(checked.numbers)
     load_pretrained_tables(job)
@@ -51,8 +48,7 @@ def start_fresh(job: Job, checked: CheckedRows) -> Progress:
 def load_pretrained_tables(job: Job, num_old_ids: Mapping[str, int] | None = None) -> None:
     """Write the vectors of every `embedding.tables.NAME.init_from` into its table. A collective.
 
-    `num_old_ids` is by table with an exact map the number of its first ids, whose rows stay as they
-    are; other tables stay whole. None: all rows are written.
+    `num_old_ids` are the first ids of exact maps, whose rows stay; None: all rows are written.
 
     Raises:
         ValueError: the file does not exist, or its content does not fit the table.
@@ -109,11 +105,7 @@ def _pretrained_files(
 
 
 class OpinionSums:
-    """Sums of the values of each item by group of users, row by row.
-
-    A pair of user and item counts as often as rows have it in their history; the opinion is a mean.
-    `column` is the list beside the history whose values are opinions, of this `mean` in all rows.
-    """
+    """Sums of the values of each item by group of users; an opinion is their mean."""
 
     def __init__(self, schema: Schema, column: str, num_groups: int, mean: float) -> None:
         self.schema, self.column, self.mean = schema, column, mean
@@ -147,10 +139,7 @@ class OpinionSums:
 
 
 def fill_opinions(job: Job) -> None:
-    """Count opinions in the training rows, if the ranking model has votes by them. A collective.
-
-    Opinions of a run that this one begins with stay where its own rows have none.
-    """
+    """Count opinions in the training rows, if the ranking model has votes by them. A collective."""
     votes = [
         module for module in job.em3.ranking.modules() if isinstance(module, CollaborativeFiltering)
     ]
@@ -180,7 +169,6 @@ def fill_opinions(job: Job) -> None:
 
 
 def _describe_votes(votes: CollaborativeFiltering, schema: Schema) -> None:
-    """Log the number of groups, and what is lost if users share them."""
     (num_items, groups), users = votes.opinions.shape, schema.limit(schema.group)
     words = f"votes: opinions on {num_items:,} items by {groups:,} groups of users"
     if groups < users:

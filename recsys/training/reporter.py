@@ -26,11 +26,9 @@ NOT_TRACKED = ("calibration", "num_samples", "num_users", "gauc_users", "sum_of_
 
 
 class Reporter:
-    """Shows a progress bar on a terminal, logs lines elsewhere, and feeds the trackers.
+    """Shows a progress bar on a terminal, logs lines elsewhere, and feeds the trackers, on rank 0.
 
-    Trackers, bar and tables are those of rank 0. Building it is a collective, so that a tracker
-    that fails at its start ends all ranks. `progress` is the point where the run starts or
-    continues; with `counts_all_steps` the steps of the runs before count, too.
+    Building it is a collective, so that a tracker that fails at its start ends all ranks.
     """
 
     def __init__(
@@ -120,7 +118,6 @@ class Reporter:
         self.evaluation("valid", progress.steps, report)
 
     def close(self) -> None:
-        """End bar and trackers."""
         self.bar.close()
         for tracker in self.trackers:
             with self._warning_of(tracker):

@@ -1,7 +1,4 @@
-"""Trackers, which record a run's settings and metrics: the setting `tracker`.
-
-A tracker of your own is a class with the methods of `Tracker`, named `package.module:Class`.
-"""
+"""Trackers, which record a run's settings and metrics: built in, or `package.module:Class`."""
 
 from __future__ import annotations
 
@@ -19,31 +16,18 @@ TRACKERS = {
     "wandb": "recsys.training.trackers:WandbTracker",
 }
 MLFLOW_EXPERIMENT = "recsys"  # unless MLFLOW_EXPERIMENT_NAME is set
-# Files of the run with its identifier, by which a continued run is one run of the tracker, too.
+# Files of the run with its identifier, for a run that continues.
 MLFLOW_RUN, WANDB_RUN = "mlflow_run_id", "wandb_run_id"
 
 
 @runtime_checkable
 class Tracker(Protocol):
-    r"""Records one run; only rank 0 builds it.
+    r"""Records one run, on rank 0 alone.
 
-    It is called with these arguments:
-        run: the run's folder, in which the tracker may write files.
-        settings: settings of the run, by full name (`optimizer.learning_rate`).
-        first_step: the step from which the run continues; 0 for a new run. Existing records of
-            later steps come from a job that ended before its checkpoint.
-
-    Example::
-
-        class LinesTracker:
-            def __init__(self, run: Path, settings: dict[str, Any], first_step: int) -> None:
-                self.file = open(run / "metrics.txt", "a" if first_step else "w")
-
-            def log(self, values: dict[str, float], step: int) -> None:
-                self.file.writelines(f"{step} {name} {value}\n" for name, value in values.items())
-
-            def close(self) -> None:
-                self.file.close()
+    Arguments:
+        run: the run's folder.
+        settings: by full name (`optimizer.learning_rate`).
+        first_step: from which the run continues; existing later records are void.
     """
 
     def log(self, values: dict[str, float], step: int) -> None:
@@ -75,12 +59,10 @@ class TensorBoardTracker:
         self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Record metrics of a step."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Close the event files."""
         self.writer.close()
 
 
@@ -115,7 +97,6 @@ class MLflowTracker:
         self._client.log_batch(self.run_id, params=params)
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Record metrics of a step."""
         milliseconds = int(1000 * time.time())
         # MLflow allows no `@` in names, as in recall@10.
         metrics = [
@@ -125,7 +106,6 @@ class MLflowTracker:
         self._client.log_batch(self.run_id, metrics=metrics)
 
     def close(self) -> None:
-        """Mark the MLflow run as ended."""
         self._client.set_terminated(self.run_id)
 
 
@@ -152,9 +132,7 @@ class WandbTracker:
         id_file.write_text(f"{self.run.id}\n")
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Record metrics of a step."""
         self.run.log(values, step=step)
 
     def close(self) -> None:
-        """End the W&B run."""
         self.run.finish()

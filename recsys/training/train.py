@@ -1,8 +1,6 @@
 """Training: begin or continue a run, and write its results; the loop is in `trainer`.
 
-A run's folder holds `config.yaml` (resolved), `plan.txt`, `checkpoints/`, TensorBoard events, the
-scores of the test split's rows (`scores_test.parquet`) and, written last, `metrics.json`. The same
-command on the same folder continues from the last checkpoint.
+The same command on the same folder continues from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -100,17 +98,14 @@ def train(
         run: folder of the run; if it holds a checkpoint, training continues from it.
         ranks: the ranks of the job.
         overwrite: start a new run instead, and replace the content of the folder.
-        resume: auto: continue if the folder has a run; never: refuse such a folder; must: refuse
-            any other.
+        resume: auto: continue if the folder has a run; never, must: refuse one, or none.
         warm_start: a run whose state a new run begins with; one that goes on was begun so.
-        baseline: settings of a model to train in `RUN/id_only` and to compare with on the test
-            split (`RUN/comparison.json`); see `id_only_baseline`.
+        baseline: settings of a model to train in `RUN/id_only` and to compare with on test.
 
     Raises:
         TrainingStopped: the job was asked to end; its state is saved.
-        ValueError: on every rank, if data, configuration, plan or checkpoint is invalid on any, if
-            another job writes the folder, or, after everything is written, if the best model's
-            predictions are useless.
+        ValueError: on every rank: an input is invalid, another job writes the folder, or the
+            written model's predictions are useless.
     """
     with ranks.raise_on_all_ranks():
         check_run_folder(run, data)
@@ -274,9 +269,10 @@ def check_best(metrics: dict[str, Any], config: Config, data: str, run: Path) ->
 
 
 def id_only_baseline(config: Config) -> Config:
-    """Return the same configuration without content and without the parts that need it.
+    """Return the same configuration without content and the parts that need it.
 
-    New rows that the run makes of content get the mean. No content is a ValueError.
+    Raises:
+        ValueError: there is no content.
     """
     if config.content == "none":
         raise ValueError(

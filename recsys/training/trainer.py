@@ -52,8 +52,7 @@ class Trainer:
     def __post_init__(self) -> None:
         if (negatives := self.job.preparation.negatives) is not None:
             negatives.use_counts(self.item_counts)
-        # Their functions must not hold the trainer: a circle would keep the model of a run that has
-        # ended until garbage is collected, at the latest while the interpreter shuts down.
+        # Must not hold the trainer: a circle would keep the model after the run has ended.
         job, checkpoints = self.job, self.checkpoints
         every, steps = job.config.log_every_steps, job.config.profile_steps
         rows = self.interactions.rows
@@ -70,8 +69,7 @@ class Trainer:
 
         Raises:
             TrainingStopped: the job was asked to end; its state is saved.
-            ValueError: on every rank, a row cannot be used, a loss is not finite, or a checkpoint
-                cannot be written.
+            ValueError: on every rank: a row, a loss or a checkpoint cannot be used.
         """
         if self.is_finished:
             return
@@ -87,8 +85,7 @@ class Trainer:
     def train_epoch(self) -> None:
         """Train for the rest of an epoch, or until patience ends. A collective.
 
-        An epoch has parts, each of which ends with a validation, and parts have stretches, each of
-        which ends with a checkpoint: all ranks agree on the end of a stretch in advance.
+        An epoch has parts, which end with a validation, of stretches, which end with a checkpoint.
         """
         config, progress = self.job.config, self.progress
         self.interactions.begin(progress.epoch, progress.stages, progress.batches)
@@ -114,11 +111,7 @@ class Trainer:
         progress.begin_next_epoch()
 
     def train_stretch(self, source: Iterator[Batch], end_of_part: int) -> None:
-        """Take steps until a validation, a checkpoint or a request to end. A collective.
-
-        Batches are fetched ahead: the ranks agree on a batch, negatives and content are added to
-        it, and the pipeline sends its ids while the batch before it is in its step.
-        """
+        """Take steps until a validation, a checkpoint or a request to end. A collective."""
         job, progress, lockstep = self.job, self.progress, self.lockstep
         unknown = UnknownIds(job.schema)
         start = time.perf_counter() - progress.seconds
@@ -162,11 +155,7 @@ class Trainer:
         return min(batches_left, -(-until_due // group) * group)
 
     def _checkpoint_is_due(self, first_step: int, end_of_part: int) -> bool:
-        """Return whether a checkpoint has become due by steps since a stretch began.
-
-        One is due before the first validation, too: a killed run with only a best model would lose
-        the state of its optimizers.
-        """
+        """Return whether a checkpoint is due: by steps, or before the first validation."""
         if self.progress.best_step < 0 and self.progress.batches >= end_of_part:
             return True
         return self._is_due_by_steps(first_step)
@@ -206,10 +195,7 @@ class Trainer:
 
 
 class LossWatch:
-    """Checks the losses of this rank; on a GPU every few steps, so that no step waits for it.
-
-    `rows` name those of a bad batch, and `last_good` returns the last good checkpoint.
-    """
+    """Checks the losses of this rank; on a GPU every few steps, so that no step waits for it."""
 
     def __init__(
         self, ranks: Ranks, rows: RowSource, every: int, last_good: Callable[[], Path | None]
@@ -239,12 +225,7 @@ class LossWatch:
 
 @contextmanager
 def relaxed_gc() -> Iterator[None]:
-    """Start Python's garbage collector less often inside the block.
-
-    It starts when 700 more objects live than at its last run. The forward of one step makes more,
-    all of which die with its graph: the collector then walks through them several times per step
-    and finds nothing, at about a tenth of a short step's time.
-    """
+    """Start Python's garbage collector less often: it finds nothing in a step, for 10 % of time."""
     limits = gc.get_threshold()
     gc.set_threshold(max(limits[0], LIVING_OBJECTS) if limits[0] else 0, *limits[1:])
     try:

@@ -52,10 +52,7 @@ def open_warm_start(
 def start_warm(
     job: Job, run: Path, plan: WarmStartPlan, numbers: Mapping[str, NumberRange]
 ) -> Progress:
-    """Begin a run with what its plan takes over; the rest as in any new run. A collective.
-
-    `numbers` are the ranges of the numbers in its training rows.
-    """
+    """Begin a run with what its plan takes over; the rest as in any new run. A collective."""
     progress = take_over(job, plan)
     fit_to_rows(job, plan, numbers)
     keep_counts_before(run, job, plan)
@@ -100,11 +97,7 @@ def new_item_rows(
 
 
 def fit_to_rows(job: Job, plan: WarmStartPlan, numbers: Mapping[str, NumberRange]) -> None:
-    """Fit to the job's training rows what training does not learn: once they are scored, if at all.
-
-    A model of an earlier version goes on with its numbers as they are. `numbers` are the ranges of
-    the numbers in its training rows. A collective.
-    """
+    """Fit what training does not learn to the job's training rows, once scored. A collective."""
     _load_pretrained_rows_of_new_ids(job, plan)
     scaling = job.em3.scaling
     if scaling is not None and not _takes_raw_numbers(scaling, plan):

@@ -1,8 +1,4 @@
-"""Compares a partition's columns, settings and items with those of the partitions before.
-
-Tables, maps of raw ids and the catalogue may grow from partition to partition; what the model reads
-may not change its meaning within a run.
-"""
+"""Compares a partition's columns, settings and items with those of the partitions before."""
 
 from __future__ import annotations
 
@@ -53,9 +49,7 @@ def new_schema(
 ) -> tuple[Schema, NewIds]:
     """Return the columns as the model before the partition reads them, and its new ids.
 
-    `previous` are the columns without maps, and those of the run before with its maps. A new run
-    begins with the dataset's maps, if it has any. Transforms that are fitted are those of the run
-    before, or fitted on the partition. A collective; the first rank reads.
+    `previous` are the columns without maps, and those of the run before. A collective.
 
     Raises:
         ValueError: on every rank: the dataset cannot be read, or a table has too few rows.
@@ -113,7 +107,8 @@ def _maps(schema: Schema) -> dict[str, ExactVocabulary]:
 def check_items(job: Job, plan: WarmStartPlan) -> None:
     """Refuse items whose ids seem to mean other items than before. A collective.
 
-    Raised if many known items changed content.
+    Raises:
+        ValueError: many known items changed content.
     """
     if plan.items is None:
         return

@@ -1,8 +1,6 @@
 """Packages of a continual run: `PACKAGES/NAME` of each partition's model, `NAME.delta` to the next.
 
-A server takes a new model over by the delta, or by the link `newest`, which is exchanged at once. A
-process of its own (`recsys export`) writes a package on one rank, as ranks of a job cannot leave
-their group. A job that was killed repeats and completes what it has begun.
+A process of its own writes them, as ranks of a job cannot leave their group.
 """
 
 from __future__ import annotations

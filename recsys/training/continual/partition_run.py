@@ -1,8 +1,4 @@
-"""Trains on one partition: a run of its own that begins with the state of the one before.
-
-It is stopped, killed and continued as any run. Before its first step the partition is scored
-(`scoring`), and nothing is written before all of its rows have been read without a fault.
-"""
+"""Trains on one partition: a run of its own that begins with the state of the one before."""
 
 from __future__ import annotations
 
@@ -86,7 +82,6 @@ class PhaseTimer:
         self.start()
 
     def start(self) -> None:
-        """Begin a partition."""
         self.seconds: dict[str, float] = {}
         self._since = time.perf_counter()
 
@@ -206,10 +201,7 @@ def open_partition(
     job: Job,
     start: Start | None,
 ) -> tuple[Trainer, dict[str, Any] | None]:
-    """Score the partition and begin its run, or restore the state it has. A collective.
-
-    It goes on if `start` is None. Returns the trainer, and on rank 0 the new line of metrics.
-    """
+    """Return the trainer of a new or restored run, and the line of metrics. A collective."""
     folder, ranks = continual.folder, continual.ranks
     run = folder.run_of(partition.name)
     interactions = training_interactions(job, job.config.continual.order == "shuffled")
@@ -239,7 +231,6 @@ def _as_read(partition: Partition, interactions: Interactions) -> TrainedPartiti
 def _refuse_changed(
     folder: ContinualFolder, state: RunState, current: TrainedPartition, goes_on: bool
 ) -> None:
-    """Refuse a partition that has changed since it was begun."""
     previous = state.begun
     if (
         previous is None
@@ -268,10 +259,7 @@ def _refuse_copy(state: RunState, current: TrainedPartition) -> None:
 def _begin(
     continual: ContinualRun, current: TrainedPartition, state: RunState, job: Job, start: Start
 ) -> Progress:
-    """Begin the run of a partition, whose rows are scored if a model can. A collective.
-
-    What is fitted to its rows is fitted behind the scores.
-    """
+    """Begin the run of a partition, whose rows are scored if a model can. A collective."""
     folder, ranks, plan = continual.folder, continual.ranks, None
     run = folder.run_of(current.name)
     begun_state, counts = replace(state, begun=current), ItemCounts.sum_of([])
@@ -316,10 +304,7 @@ def _write_scores(
     counts: ItemCounts,
     plan: WarmStartPlan,
 ) -> None:
-    """Score the partition that is begun, unless its scores are written. A collective.
-
-    The model is that of the run before, as `recsys predict` loads it.
-    """
+    """Score the partition that is begun, unless its scores are written. A collective."""
     folder, ranks, before = continual.folder, continual.ranks, plan.source.request.run
     assert begun_state.begun is not None
     file, model = folder.scores_of(begun_state.begun.name), model_of(before)
@@ -368,11 +353,9 @@ class PartitionTrainer(Trainer):
 
 
 def passes_over(settings: ContinualSettings, number: int, from_nothing: bool) -> int:
-    """Return the passes over the rows of a partition, the `number`-th of its run, from 0.
+    """Return the passes over the rows of the `number`-th partition, from 0.
 
-    A model that begins `from_nothing` has made few steps in its first partitions, and gains from
-    seeing their rows again, while later passes over rows that it has seen make it fit them too
-    closely. A run that begins with another one's model has these steps behind it.
+    A model that begins `from_nothing` gains from seeing its first partitions again.
     """
     first = settings.first_passes if from_nothing else []
     return first[number] if number < len(first) else settings.passes

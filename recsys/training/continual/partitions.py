@@ -1,11 +1,7 @@
 """Partitions of the training rows: Hive folders such as `train/date=2026-11-01/hour=05`.
 
-Values of a level are ordered as numbers if they are digits, else as text. Names that start with a
-dot or an underscore are no data, as in Spark: `_SUCCESS` marks a partition that is whole.
-
-Partitions are trained in the order of their names. One of next year, of no date among dates, or of
-rows whose date is null would be the newest, and every day after it would be late: such names are
-refused.
+Values are ordered as numbers or text. A name out of order, as of next year, would make every later
+day late: it is refused.
 """
 
 from __future__ import annotations
@@ -42,7 +38,6 @@ class Partition:
 
     @property
     def folder(self) -> str:
-        """Path in the dataset."""
         return f"train/{self.name}"
 
     @property
@@ -57,10 +52,7 @@ def key_of(name: str) -> Key:
 
 
 def key_of_bound(bound: str, like: Key) -> Key:
-    """Return the place of a bound such as `2026-11-01/05` among values like those of a partition.
-
-    Digits are text where the partition's value is: the year 2027 lies behind 2026-11-01.
-    """
+    """Return the place of a bound such as `2026-11-01/05` among partitions."""
     keys = []
     for level, (kind, *_) in zip(bound.split("/"), like):
         value = level.partition("=")[2] or level
@@ -153,10 +145,7 @@ def _details(folder: Location) -> list[dict[str, Any]]:
 def refused_partitions(
     partitions: Sequence[Partition], trained: Sequence[str], today: datetime
 ) -> dict[str, str]:
-    """Return the partitions that cannot be trained on by their names, each with the reason.
-
-    Names of `trained` partitions give the form of the others; `today` is in UTC, without a zone.
-    """
+    """Return the partitions that cannot be trained on by their names, each with the reason."""
     forms = [_form(name) for name in trained or [partition.name for partition in partitions]]
     usual = max(forms, key=forms.count, default=())
     refused = {}
@@ -183,7 +172,6 @@ def date_of(name: str) -> datetime | None:
 
 
 def _form(name: str) -> tuple[str, ...]:
-    """Return what the value of each level is: date, number or text."""
     values = [unquote(level.partition("=")[2]) for level in name.split("/")]
     return tuple(
         "number" if value.isascii() and value.isdigit() else "date" if _parsed(value) else "text"

@@ -33,7 +33,6 @@ class PartitionRange:
         return key[: len(bound)] < bound
 
     def ends_before(self, key: Key) -> bool:
-        """Return whether a partition is behind the span."""
         bound = () if self.last is None else key_of_bound(self.last, key)
         return key[: len(bound)] > bound
 
@@ -56,12 +55,10 @@ def next_partition(
 ) -> Partition | None:
     """Return the partition to train on now; None if all of the span are trained.
 
-    `late` says what becomes of a partition older than one that is trained or begun. Those before
-    the first one that the run was to walk are not late: they are not of this run.
+    `late` is for partitions older than one that is trained or begun.
 
     Raises:
-        ValueError: a partition is late and refused, or the span would leave one out, which could
-            never be trained on in order.
+        ValueError: a partition is late and refused, or the span would leave one out.
     """
     trained = {partition.name for partition in state.trained}
     waiting = [partition for partition in partitions if partition.name not in trained]
@@ -118,10 +115,7 @@ def check_whole(root: Location, partition: Partition, partitions: Sequence[Parti
 
 
 def waiting_for(root: Location, partition: Partition, quiet_seconds: float | None) -> str | None:
-    """Return what a partition that arrives still needs to count as whole; None if it is.
-
-    After `quiet_seconds` without a change it counts as whole without _SUCCESS.
-    """
+    """Return what a partition lacks to be whole (_SUCCESS, or time without change), or None."""
     if has_success(root, partition):
         return None
     if quiet_seconds is None:

@@ -1,9 +1,6 @@
 """Scores a partition before it is trained on, and records the metrics (prequential evaluation).
 
-The model is that of the partitions before, as `recsys predict` loads it: items that are new in
-`items/` have their content, and ids that are new in the partition are unknown. The metrics are
-computed from the file of scores, which appears whole: a job that was killed meanwhile neither
-scores a row again nor writes a line twice.
+Metrics come from the file of scores, so that a killed job does neither step twice.
 """
 
 from __future__ import annotations
@@ -41,10 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 def score_partition(job: Job, item_counts: ItemCounts, lockstep: Lockstep) -> SplitScores | None:
-    """Return the scores of the job's training rows on rank 0, None on the others. A collective.
-
-    The job has the model of the partitions before, in which `item_counts` are counted.
-    """
+    """Return the scores of the job's training rows on rank 0, else None. A collective."""
     ranks = job.ranks
     interactions, unknown = split_interactions(job, "train"), UnknownIds(job.schema)
     scored = score(job, interactions, lockstep, unknown)

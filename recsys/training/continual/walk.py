@@ -1,7 +1,6 @@
 """Walks the partitions of a dataset in order: `recsys continual`.
 
-One process per rank goes from partition to partition; the model of each is built anew and takes
-over the state of the one before, so that a job that was killed anywhere goes on with the same bits.
+The model of each is built anew from the saved state, so a killed job goes on with the same bits.
 """
 
 from __future__ import annotations
@@ -62,8 +61,8 @@ def train_continually(
 
     Raises:
         TrainingStopped: the job was asked to end; its state is saved.
-        ValueError: on every rank: data or settings are invalid, a partition is not whole, has
-            changed or would break the order, or another job writes the folder.
+        ValueError: on every rank: data, settings or a partition cannot be used, or another job
+            writes the folder.
     """
     make_metrics(config.metrics)
     folder = ContinualFolder(run)
@@ -79,7 +78,6 @@ def train_continually(
 
 
 def _check_folder(folder: ContinualFolder, request: Request) -> None:
-    """Refuse a folder with a run of another kind, or one that began from another run."""
     path = folder.path
     if (path / "checkpoints").exists() or (path / "train").exists():
         raise ValueError(
@@ -245,7 +243,6 @@ def _further(
 
 
 def _nothing(train: Location, partitions: list[Partition], span: PartitionRange) -> str:
-    """Return the message that there is nothing to train on."""
     if not partitions:
         return f"{train}: has no partition; write the rows to folders such as date=2026-11-01 in it"
     bounds = [
