@@ -1,12 +1,7 @@
 """Auxiliary losses, added to the ranking and contrastive losses, each with its weight.
 
-A user's own loss is an `nn.Module`, constructed with its `options` and called in training with
-`AuxiliaryInputs`; it returns the loss [] of the batch. Its attribute `columns` lists the columns of
-kind `extra` that it reads. The recipe names it:
-
-    auxiliary: {calm: {loss: "my_losses:Calm", weight: 0.1, options: {power: 2}}}
-
-Shapes: B batch, C labels, X extra columns.
+A user's loss is an `nn.Module`: `auxiliary: {calm: {loss: "my_losses:Calm", weight:
+0.1}}`. Its attribute `columns` lists the extra columns that it reads. Shapes: B batch, C labels.
 """
 
 from __future__ import annotations
@@ -37,9 +32,9 @@ class AuxiliaryInputs:
 
     logits: [B, C], of the ranking model.
     ids, content: the vectors that were ranked; `content.read_history` is a collective.
-    batch: with `labels` [B, C] (NaN where not known), `row_weights` [B] (0 for a padding row), as
-        label by label `loss_weights` [B, C] or [B, 1], and all other columns.
-    columns: [B] of each extra column that the loss lists, NaN where a row has no value.
+    batch: has `labels` [B, C] (NaN: not known), `row_weights` [B] (0: padding), `loss_weights`
+        [B, C] or [B, 1].
+    columns: [B] of each extra column that the loss lists; NaN: no value.
     """
 
     logits: Tensor
@@ -74,14 +69,12 @@ class AuxiliaryLosses(nn.Module):
 class Distillation(nn.Module):
     """Pulls the logits towards a teacher's, which are a column of the rows.
 
-    The teacher's probability sigmoid(t / T) is the soft target of sigmoid(z / T). The loss is
-    multiplied by T squared, so that its gradient does not shrink with T (Hinton et al. 2015,
-    arXiv 1503.02531). A row without a teacher's logit has loss 0 and stays in the mean's divisor.
+    The teacher's probability sigmoid(t / T) is the target of sigmoid(z / T); the loss is multiplied
+    by T squared (Hinton et al. 2015, arXiv 1503.02531). A row without a teacher's logit has loss 0.
 
     Args:
         column: column of kind `extra` with the teacher's logits.
-        loss: `bce`, the cross-entropy; `kl`, the divergence from the teacher, which has the same
-            gradient and is 0 where both agree.
+        loss: `bce`, the cross-entropy; `kl`, the divergence from the teacher.
         temperature: T.
         label: index of the label that the teacher predicts.
 

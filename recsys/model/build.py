@@ -60,8 +60,7 @@ def build_em3(
 ) -> EM3:
     """Build the model, with its tables on `device` (meta: allocated when sharded).
 
-    `encoders` are by modality; `item_categories` is the result of `load_item_categories`;
-    `process_group` has the ranks that train the model together, None for a single rank.
+    `encoders` are by modality; `process_group` has the ranks that train together, if several.
     """
     config = with_opinion_groups(config, schema)
     content = content_settings(config.content)

@@ -1,9 +1,6 @@
 """Applies torch.compile to the fusion, trained encoder layers and the ranking model's MLPs.
 
-Each is one graph without breaks, for inputs of any length. The history arithmetic of a ranking
-model is not compiled: its custom kernels would break the graph into dozens of fragments. Frozen
-layers are not compiled, or their outputs would differ from those in the cache. Parts are compiled
-in place, so names of parameters stay; `print(model)` shows them (`recsys.content.wrap`).
+Attention to histories has kernels that would break a graph. Frozen layers must equal the cache.
 """
 
 from __future__ import annotations

@@ -1,11 +1,7 @@
 """EM3: one model of sharded ID tables, a content branch, a ranking model and its losses.
 
-The top forward has no branches on data, because `TrainPipelineSparseDist` traces it with torch.fx
-to send the ids of the next batches ahead. For the same reason the sharded collections read their
-ids directly from attributes of the batch. Code that depends on data lives in submodules without
-sharded modules, which the tracer treats as leaves.
-
-Shapes: B batch, C labels, D dimension.
+`TrainPipelineSparseDist` traces the top forward, which therefore has no branches on data. Shapes:
+B batch, C labels, D dimension.
 """
 
 from __future__ import annotations
@@ -48,7 +44,6 @@ class Losses(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Skip the losses inside this context."""
         self._computes = False
         try:
             yield
@@ -64,8 +59,7 @@ class Losses(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Return the loss to minimise [], its parts without gradient, and the logits [B, C].
 
-        When a retrieval model is not training, the parts include its vectors: `query` [B, D] for
-        the first label and `item` [B, D].
+        A retrieval model in evaluation adds `query` and `item` [B, D] of the first label.
         """
         logits = scored if isinstance(scored, Tensor) else scored.logits
         loss, parts = logits.new_zeros(()), dict[str, Tensor]()
@@ -114,11 +108,9 @@ class EM3(nn.Module):
     Args:
         embedding_bags: pooled ID tables, or None.
         embeddings: the table of target item and history.
-        content: the content branch; None for the ID-only baseline.
-        read_ids: reads the lookup results.
+        content: None for the ID-only baseline.
         ranking: a module of `recsys.ranking`; it returns logits, `MemberLogits` or `TowerVectors`.
-        losses: sum of the losses.
-        further_histories: encodes the sequences after the first one; None if there are none.
+        further_histories: encodes the sequences after the first one, if any.
         scaling: standardises numbers of another scale; None leaves all as they are.
 
     Example::
@@ -132,7 +124,6 @@ class EM3(nn.Module):
         columns = {"item": Column("id", num_embeddings=100), "liked": Column("label")}
         tables = [TableConfig("item", 100, 32, ["item"])]
         model: EM3 = build_em3(Config(), Schema("item", "item", columns), tables, {}, None, "cpu")
-        # model(batch), of a recsys.Batch, returns the loss and (its parts, logits, batch)
     """
 
     def __init__(

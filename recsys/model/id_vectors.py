@@ -21,8 +21,7 @@ RowsPerID = Mapping[str, int]
 class IDDropout(nn.Module):
     """In training each ID vector is zero with probability p, without scaling.
 
-    New ids have a vector that was never trained and is nearly zero. A model that never saw such
-    vectors trusts them; a model that did uses history and content instead.
+    So a model learns to rank new items, whose vectors are nearly zero, by history and content.
     """
 
     def __init__(self, p: float) -> None:
@@ -43,8 +42,6 @@ class IDVectorReader(nn.Module):
     """Lookup results -> `IDVectors`, read by key in the order of the configuration.
 
     Args:
-        pooled_features, target, history, negatives: names of the features looked up.
-        history_is_unique: see `IDVectors`.
         dropout: probability p of `IDDropout` by pooled feature; 0 for features not named.
         beside: lists of ids beside the history, whose vectors are added to those of its items.
         further: each extra sequence with the lists of ids beside it.
@@ -93,7 +90,6 @@ class IDVectorReader(nn.Module):
 
 
 def _added_up(sequences: Any, columns: RowsPerID) -> Tensor:  # [N, D]
-    """Return the sum of the vectors that each event has in the columns."""
     vectors = [
         sequences[name].values().unflatten(0, (-1, num_rows)).sum(dim=1)
         if num_rows > 1

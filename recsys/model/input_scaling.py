@@ -1,14 +1,7 @@
-"""Standardises numbers whose scale differs from that of all other inputs of a model.
+"""Standardises dense columns and lists with a training value outside of [-3, 3].
 
-Vectors of IDs have values far below 1, and a linear layer weighs all of its inputs alike at first:
-a count of 340 among them decides every logit. So dense columns and lists of numbers beside
-histories with a training value outside of [-3, 3] get mean 0 and variance 1. All others are read as
-they are, to the last bit. Mean and variance are those of the training rows, computed before the
-first step, and part of the model's state. A warm-started run moves them towards those of its own
-rows, as the mean of the last `HORIZON` runs would.
-
-Shapes: B batch, F dense features, N events of a history in the whole batch, P lists beside it,
-W numbers in all.
+Mean and variance are those of the training rows; a warm-started run averages the last `HORIZON`.
+Shapes: B batch, F dense features, N history items of the batch, P lists, W numbers in all.
 """
 
 from __future__ import annotations
@@ -33,8 +26,7 @@ LARGEST = 8.0  # standard deviations; larger values are clamped
 class InputScaling(nn.Module):
     """A batch -> the same with standardised numbers.
 
-    `dense` are the dense columns [F], empty if the model standardises them itself; `lists` are the
-    names of the lists beside each history [P].
+    `dense` are the columns [F]; `lists` are the names of the lists beside each history [P].
     """
 
     mean: Tensor  # [W]
@@ -52,7 +44,6 @@ class InputScaling(nn.Module):
         self.register_buffer("fits", torch.zeros(()))
 
     def of_dense(self, dense: Sequence[str]) -> InputScaling:
-        """Return the scaling of these dense columns, in this order."""
         selected = InputScaling([name for name in dense if name in self.dense], self.lists)
         places = [self.names.index(name) for name in selected.names]
         for buffer, source in zip(selected.buffers(), self.buffers(), strict=True):

@@ -1,15 +1,8 @@
-"""Losses: of labels for ranking, Content-ID-Contrastive, and the softmax losses of retrieval.
+"""Losses: of labels for ranking, Content-ID-Contrastive (CIC), and the softmax losses of retrieval.
 
-Content-ID-Contrastive (CIC, EM3, arXiv 2404.06078) pulls an item's content vector and its row of
-the sharded ID table together, so that content determines the vectors of items with few impressions.
-The gradient flows into both unless one side is stopped.
-
-Softmax losses of retrieval compare an item with many. In-batch (Yi et al., RecSys 2019): the items
-of the batch's other rows are the negatives. Sampled (Jean et al. 2015, arXiv 1412.2007): negatives
-are drawn from the catalogue. Both draw frequent items more often. Subtracting log Q, the log of the
-probability that an item is drawn, corrects for it: scores then include an item's popularity.
-Without the correction (`ranking.log_q_correction`) they estimate how much more probable an item is
-for this user than for all users.
+CIC (EM3, arXiv 2404.06078) pulls an item's content vector and its ID vector together. In-batch
+softmax: Yi et al., RecSys 2019. Sampled softmax: Jean et al. 2015, arXiv 1412.2007. Subtracting log
+Q, the log of the probability that an item is drawn, corrects for drawing frequent items more often.
 
 Shapes: B batch, G batch of all ranks, D dimension, C labels, E members of an ensemble, S sampled
 negatives, K negatives or candidates (B or S of this rank, or of all).
@@ -65,8 +58,7 @@ def predictions(logits: Tensor, losses: Sequence[str]) -> Tensor:  # [B, C], [C]
 class RankingLoss(nn.Module):
     """Sum over labels of weight times the mean loss: by default binary cross-entropy with logits.
 
-    Padding rows (row weight 0) stay in the mean's divisor, so that every impression of an epoch has
-    the same weight on any rank. A label that is not known is NaN and has weight 0.
+    Padding rows (row weight 0) count in the divisor. An unknown label is NaN, with weight 0.
     """
 
     weights: Tensor
@@ -95,10 +87,7 @@ def published_contrastive(
     negatives: Tensor,  # [B, K] rows of the batch; may hit the row itself
     temperature: Tensor | float,
 ) -> Tensor:  # [B]
-    """Compute the published loss: each row's positive against K rows drawn with replacement.
-
-    L = (L_c2i + L_i2c) / 2, L_c2i = CE([z_i . z_c, z_i_neg . z_c] / tau, 0), L_i2c likewise.
-    """
+    """Return the mean of L_c2i = CE([z_i . z_c, z_i_neg . z_c] / tau, 0) and of L_i2c likewise."""
     positive = (content * ids).sum(-1, keepdim=True)  # [B, 1]
     content_to_id = torch.einsum("bd,bkd->bk", content, ids[negatives])
     id_to_content = torch.einsum("bd,bkd->bk", ids, content[negatives])
@@ -143,8 +132,6 @@ def in_batch_contrastive(
 
 class ContentIDContrastive(nn.Module):
     """Content-ID-Contrastive loss between content vectors and ID embeddings of the same items.
-
-    Each side has a linear map from its width (`content_dim`, `id_dim`) to `settings.dim`.
 
     Example::
 
@@ -209,7 +196,6 @@ class ContentIDContrastive(nn.Module):
 
 
 def _has_kernel(content: Tensor, ids: Tensor) -> bool:
-    """Return whether a kernel computes the loss within a batch: on CPU."""
     return content.device.type == "cpu" and has_native(content, ids)
 
 
@@ -231,8 +217,7 @@ PADDING = -1  # replaces the item of a padding row
 class RetrievalLoss(nn.Module):
     """Sum over labels of weight times the mean over all rows of the positive rows' cross-entropy.
 
-    A row with label 0 has no loss of its own, but its item is a negative for other rows (in-batch).
-    A row's own item and padding rows are never negatives.
+    Items of rows with label 0 are negatives; a row's own item and padding rows never are.
     """
 
     weights: Tensor

@@ -25,10 +25,7 @@ def check_placement(
 
 
 def placed_for_scoring(config: Config, device: str) -> Config:
-    """Return the configuration without settings that only training or only a GPU needs.
-
-    Scores are the same. One copy of the tables is enough, and on CPU all memory is the host's.
-    """
+    """Return the configuration without settings that only training or only a GPU needs."""
     tables = config.embedding.tables
     if device == "cpu":
         tables = {
@@ -42,7 +39,6 @@ def placed_for_scoring(config: Config, device: str) -> Config:
 
 
 def _kernel_problems(settings: EmbeddingSettings, schema: Schema, device: str) -> Iterator[str]:
-    """Yield the tables' settings that do not fit, with value and fix."""
     for name, table in settings.tables.items():
         where, kernel = f"tables.{name}", table.kernel
         if table.cache_load_factor is not None and kernel != "uvm_caching":
@@ -64,7 +60,6 @@ def _kernel_problems(settings: EmbeddingSettings, schema: Schema, device: str) -
 
 
 def _prefetch_problems(settings: EmbeddingSettings, device: str) -> Iterator[str]:
-    """Yield the reasons why rows cannot be prefetched, with the fix."""
     if settings.prefetch and device == "cpu":
         yield (
             "prefetch is true, but the device is cpu; set it to false, or device to cuda on a "
@@ -80,10 +75,7 @@ def _prefetch_problems(settings: EmbeddingSettings, device: str) -> Iterator[str
 def _copies_problems(
     settings: EmbeddingSettings, device: str, world_size: int, ranks_per_node: int
 ) -> Iterator[str]:
-    """Yield the reasons why the ranks cannot hold several copies, with the fix.
-
-    TorchRec 1.8 averages the weights in the memory of the device and the moments of Adagrad alone.
-    """
+    """Yield the reasons why the ranks cannot hold several copies, with the fix."""
     copies = settings.parallel.copies
     where = f"parallel.copies is {copies}, but"
     if device == "cpu":

@@ -1,16 +1,8 @@
 """bfloat16 in the dense parts of the model, float32 everywhere else.
 
-Autocast runs the matrix products of trained encoder layers, projections, fusion, history map and
-ranking model in bfloat16. Each part has float32 inputs and outputs, so that lookups, memory bank,
-losses and metrics never see another type. Weights, gradients and optimizer state stay in float32.
-
-On CPU target attention and fusion are kernels that round the factors of their products
-(`recsys.kernels`). The history map stays in float32 there: it reads far more rows than any other
-part, and casting them takes longer than its narrow product.
-
-Parts are wrapped (`recsys.content.wrap`), so that training, evaluation and prediction compute
-alike. It also limits autocast's cache of cast weights to one part: a weight that was first cast
-without gradient would otherwise get none.
+Parts have float32 inputs and outputs; weights, gradients and optimizer state stay in float32.
+Wrapping each part also limits autocast's cache of cast weights to it: a weight first cast without
+gradient would otherwise get none. On CPU the history map stays in float32.
 """
 
 from __future__ import annotations

@@ -143,7 +143,6 @@ def cold_row_rules(config: Config, schema: Schema) -> dict[str, NewRows]:
 
 
 def _problem(config: Config, schema: Schema, table: str, settings: TableSettings) -> str | None:
-    """Return the reason why a rule does not fit its table, with the fix, or None."""
     optimizer = settings.optimizer or config.embedding.optimizer
     vocabulary = schema.vocabulary_of(table)
     if settings.frozen:

@@ -1,8 +1,6 @@
 """Optimizer of the dense parameters: groups, schedules, clipping and averaged weights.
 
-ID tables are not included: fused kernels update them in the backward pass
-(`embeddings.sharding`). `build_dense_optimizer` builds the optimizer of all other
-parameters, `build_schedule` its learning rates, `AveragedWeights` their moving average.
+Fused kernels update ID tables in the backward pass (`embeddings.sharding`).
 """
 
 from recsys.optimizer.averaging import AveragedWeights

@@ -1,10 +1,6 @@
 """Exponential moving average (EMA) of the weights, through torch.optim.swa_utils.
 
-The averages replace the trained weights in validation, test and the best model. Sharded tables are
-averaged on request alone: most of their rows do not change in a step, but all are read.
-
-After n updates the decay is at most (1 + n) / (10 + n): else the first averages would keep the
-initial weights for long.
+After n updates the decay is at most (1 + n) / (10 + n), so initial weights are soon forgotten.
 """
 
 from __future__ import annotations
@@ -73,7 +69,6 @@ class AveragedWeights:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        """Exchange weights and averages."""
         averages = self.averaged.module.parameters()
         for weight, average in zip(self.weights, averages, strict=True):
             previous = weight.clone()

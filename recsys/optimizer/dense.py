@@ -73,8 +73,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return torch.optim's parameter groups, each with the names of its parameters as `names`.
 
-    A parameter belongs to the first group with a matching prefix. A DenseGroup with weight decay
-    becomes two parameter groups, with and without it.
+    A parameter belongs to the first group with a matching prefix.
     """
     undecayed = _undecayed_names(model)
     result = []
@@ -102,7 +101,6 @@ def parameter_groups(
 
 
 def _undecayed_names(model: nn.Module) -> set[str]:
-    """Return the names of parameters without weight decay."""
     names = set()
     for module_name, module in get_unwrapped_module(model).named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -128,14 +126,11 @@ def build_dense_optimizer(
 
     Args:
         model: a DistributedModelParallel, or any module for training without sharding.
-        groups: a parameter belongs to the first group with a matching prefix. Frozen parameters are
-            left out.
-        settings: `name` and `options` of the optimizer, AdamW by default. A user's class is called
-            with the parameter groups, each with `lr` and `weight_decay`, and with the options.
+        groups: a parameter belongs to the first group with a matching prefix.
+        settings: AdamW by default; a user's class gets parameter groups and options.
 
     Returns:
-        The optimizer to step, and the dense one inside it for schedules and checkpoints. Each of
-        its parameter groups has the ``name`` of its DenseGroup.
+        The optimizer to step, and the dense one inside it for schedules and checkpoints.
 
     Example::
 
@@ -159,7 +154,6 @@ def build_dense_optimizer(
 
 
 def _make(settings: OptimizerSettings, groups: list[dict[str, Any]]) -> Optimizer:
-    """Build the optimizer of the groups."""
     for name in ("lr", "weight_decay"):
         if name in settings.options:
             raise ValueError(
@@ -174,8 +168,7 @@ def _make(settings: OptimizerSettings, groups: list[dict[str, Any]]) -> Optimize
 def count_state(settings: OptimizerSettings, sizes: Mapping[str, torch.Size]) -> dict[str, int]:
     """Count the elements that the optimizer and the moving average keep, by parameter.
 
-    It takes one step on parameters of these sizes: on the meta device, or, for an optimizer that
-    reads values (Adafactor), on zeros on the host.
+    It takes one step on the meta device, or on zeros if the optimizer reads values.
     """
     unfused = replace(settings, options={**settings.options, "fused": False})
     settings = unfused if settings.name in _FUSED else settings
@@ -190,7 +183,6 @@ def count_state(settings: OptimizerSettings, sizes: Mapping[str, torch.Size]) ->
 def _state_after_a_step(
     settings: OptimizerSettings, sizes: Mapping[str, torch.Size], device: str
 ) -> dict[str, int]:
-    """Return the number of state elements of each parameter after one step."""
     parameters = {name: nn.Parameter(torch.zeros(s, device=device)) for name, s in sizes.items()}
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)
@@ -237,7 +229,6 @@ def describe_optimizers(model: nn.Module, tables: Sequence[TableConfig], dense: 
 
 
 def _frozen_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that no optimizer updates."""
     return [
         parameter
         for parameter in get_unwrapped_module(model).parameters()

@@ -1,7 +1,6 @@
 """Learning rates over the steps: linear warm-up, then constant, cosine, linear, or your own.
 
-Each schedule is a share of the configured rate that depends on the number of dense updates alone: a
-run resumed from a checkpoint has the same rates as an uninterrupted one.
+A rate depends on the number of dense updates alone, so a resumed run has the same rates.
 """
 
 from __future__ import annotations
@@ -39,15 +38,13 @@ def linear(step: int, decay_steps: int, final_share: float = 0.0) -> float:
 
 
 def _done(step: int, decay_steps: int) -> float:
-    """Return the share of the decay that is complete at a step, in [0, 1]."""
     return min(step / max(decay_steps, 1), 1.0)
 
 
 class LearningRateShare:
     """Share of the configured learning rates after a number of dense updates.
 
-    `settings.schedule` names a function of this module, or a user's. It gets the number of updates
-    since warm-up, `decay_steps` and the `schedule_options` by name, and returns the share.
+    A user's `settings.schedule` gets the updates since warm-up, `decay_steps` and the options.
 
     Example::
 

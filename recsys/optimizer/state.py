@@ -1,7 +1,6 @@
-"""State of a dense optimizer as named tensors, for checkpoints.
+"""State of any torch.optim optimizer as named tensors, for checkpoints.
 
-Any torch.optim.Optimizer works: AdamW's moments, Adafactor's rows and columns, the momentum of
-SGD or no state. A Python number in the state becomes a tensor with a marked name.
+A Python number in the state becomes a tensor with a marked name.
 """
 
 from __future__ import annotations
@@ -50,9 +49,7 @@ def make_room(
 ) -> dict[str, Tensor]:
     """Replace an optimizer's state by uninitialised tensors of a checkpoint's names and sizes.
 
-    torch.distributed.checkpoint loads only into existing tensors, and an optimizer has no state
-    before its first step. `stored` has size and type of each tensor, by the names of
-    `state_tensors`. `numbers_loaded` turns marked tensors into Python numbers.
+    torch.distributed.checkpoint loads only into existing tensors.
     """
     room = {}
     for group in optimizer.param_groups:
@@ -85,6 +82,5 @@ def _device(group: dict[str, Any], parameter: nn.Parameter, key: str) -> torch.d
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
-    """Yield the parameters of all groups."""
     for group in optimizer.param_groups:
         yield from group["params"]

@@ -16,13 +16,11 @@ from recsys.data.schema import Schema
 class InputDimensions:
     """Widths and names of a ranking model's inputs.
 
-    pooled_dims: D of each pooled feature, then of each vector of extra sequences; id_dim: D of
-        target and history items.
-    num_parallel: number of lists parallel to the history.
-    pooled_names, dense_names, parallel_names: the columns of each kind, in the same order.
-    further_histories: the last of `pooled_names`: the vectors of sequences after the first one.
+    pooled_dims: D of each pooled feature, then of each vector of extra sequences.
+    id_dim: D of target and history items.
+    further_histories: the last of `pooled_names`, which are extra sequences.
     group: the column of the user for whom items are ranked.
-    num_items: rows of the target item's table; 0 if they pass from item to item (bounded).
+    num_items: rows of the target item's table; 0 if items change (bounded).
     item_categories: maps items [N] to categories [N, M]; set if a model searches by category.
     process_group: the ranks that train the model together; None for a single rank.
     """

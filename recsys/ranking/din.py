@@ -1,9 +1,7 @@
 """Backbones over DIN's target attention: DIN, DIN with a DCN-v2 head (the default), and MMoE.
 
-DIN (Zhou et al. 2018, arXiv 1706.06978) differs from the paper in two points: ReLU replaces PReLU
-and Dice, and a softmax normalises the scores, so that long and short histories weigh alike. DCN-v2
-(Wang et al. 2020, arXiv 2008.13535) adds a low-rank cross network under the MLP. MMoE (Ma et al.,
-KDD 2018) has experts that all labels share, and a gate and a tower for each label.
+DIN: Zhou et al. 2018, arXiv 1706.06978, with ReLU and softmax. DCN-v2: Wang et al. 2020, arXiv
+2008.13535. MMoE: Ma et al., KDD 2018.
 
 Shapes: B batch, W width of the features, E experts, H units of an expert, C labels.
 """
@@ -89,7 +87,6 @@ class Mmoe(AttendedFeatures):
         )
 
     def mixtures(self, features: Tensor) -> Tensor:  # [B, W] -> [B, C, H]
-        """Return the outputs of the experts, mixed by each label's gate."""
         experts = self.dropout(torch.relu(self.experts(features)))
         experts = experts.unflatten(1, (self.num_experts, -1))
         gates = self.gates(features).unflatten(1, (self.num_labels, self.num_experts))

@@ -1,12 +1,7 @@
 """DLRM, DLRM-DCNv2 and DeepFM built from TorchRec's modules; content joins the interacting vectors.
 
-DLRM (Naumov et al. 2019, arXiv 1906.00091) takes the dot products of all pairs of vectors.
-DLRM-DCNv2, the MLPerf model, has a low-rank cross network (Wang et al. 2020, arXiv 2008.13535)
-instead. DeepFM (Guo et al. 2017, arXiv 1703.04247) has a factorisation machine beside an MLP.
-Without content each computes what TorchRec's model does from the same vectors (DLRM to the last bit
-with `kernels: torch`), and `dense_arch`, `inter_arch` and `over_arch` have the names of its
-parameters. TorchRec's factorisation machine multiplies every two elements of all vectors, not only
-those at the same place as in the paper.
+DLRM: Naumov et al. 2019, arXiv 1906.00091. DCN-v2: Wang et al. 2020, arXiv 2008.13535. DeepFM: Guo
+et al. 2017, arXiv 1703.04247; TorchRec's version multiplies every two elements.
 
 Shapes: B batch, D dimension, F fields, I = F * (F + 1) / 2 pairs, S similarities, C labels.
 """
@@ -56,10 +51,7 @@ def pair_places(num_vectors: int) -> Tensor:
 class DotInteraction(InteractionArch):
     """TorchRec's `InteractionArch` with one index per pair, which halves the time of its backward.
 
-    TorchRec selects the pairs of fields from the products [B, F + 1, F + 1] by two index tensors,
-    whose backward is `index_put` with accumulation, slow on CPU. `index_select` on the flattened
-    products gives the same outputs and gradients to the last bit; a kernel, where there is one,
-    equals it to rounding.
+    Outputs and gradients are the same to the last bit, or by a kernel to rounding.
     """
 
     places: Tensor
@@ -151,10 +143,7 @@ class DlrmDcn(Dlrm):
 
 
 class DeepFM(nn.Module):
-    """Fields -> factorisation machine beside an MLP -> one logit per label.
-
-    The MLP also reads the similarities of content, and `ranking.dropout` acts on its hidden layers.
-    """
+    """Fields -> factorisation machine beside an MLP -> one logit per label."""
 
     Settings = DeepFMSettings
 

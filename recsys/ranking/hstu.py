@@ -1,11 +1,7 @@
-"""HSTU: attention without softmax, gated, with biases of place and time.
+"""HSTU: attention without softmax, gated, with biases of place and time (arXiv 2402.17152).
 
-As in Zhai et al. 2024 (arXiv 2402.17152, the hierarchical sequential transduction unit of
-generative-recommenders): one linear map with SiLU gives U, V, Q and K; weights are
-SiLU(Q K' + bias) / L with a bias per distance in places and per bucket of the time between events;
-their sum of V is normalised, multiplied by U, mapped and added. Without a softmax, a state keeps
-how many items match a target, and not their share alone. L is `ranking.recent_items`, a constant,
-so that a row does not depend on the others of its batch.
+Weights are SiLU(Q K' + bias) / L with L = `ranking.recent_items`, a constant, so that a row does
+not depend on the others of its batch.
 
 Shapes: B batch, T tokens of all histories, S sequences, L longest sequence, D width, H heads.
 """
@@ -96,7 +92,6 @@ class HstuLayer(nn.Module):
         return self._gated(target, sums + self_value.flatten(1), gates)
 
     def _gated(self, states: Tensor, sums: Tensor, gates: Tensor) -> Tensor:
-        """Add the normalised sums times their gates, mapped, to the states."""
         return states + self.output(self.sum_norm(sums / self.longest) * gates)
 
 

@@ -1,7 +1,4 @@
-"""Settings of the ranking models of the package, and of the layers that they share.
-
-They stand apart from the models, so that the command line knows them without importing torch.
-"""
+"""Settings of the ranking models and of their layers, which need no import of torch."""
 
 from __future__ import annotations
 

@@ -1,10 +1,7 @@
 """SIM: search each long history for items similar to the target, then attend to those.
 
-As in Pi et al. 2020 (arXiv 2006.05639), a general search unit selects at most
-`ranking.search_top_k` items of each history, and the exact search unit (`AgedAttention`) attends to
-these alone. The search is soft, by similarity (the cosine of content as in MUSE, arXiv 2512.07216,
-or the dot product of ID vectors without content), or hard, by category. It costs a dot product or a
-comparison per history item and a sort; all later layers see only the selected items.
+Pi et al. 2020 (arXiv 2006.05639). A soft search is by cosine of content (MUSE, arXiv 2512.07216) or
+dot product of ID vectors, a hard one by category.
 
 Shapes: B batch, U unique history items, N history items of the batch, K selected history items,
 D dimension, P parallel lists, H heads, A ages, C labels, M categories of an item, I items.
@@ -38,11 +35,7 @@ from recsys.storage.location import Location
 
 
 class AgedAttention(nn.Module):
-    """SIM's exact search unit: H heads over items and the time since each, mapped to one interest.
-
-    Linear maps of items are applied to the query instead (the other side of the dot product), so
-    that no [number of items, D] tensor is created.
-    """
+    """SIM's exact search unit: H heads over items and the time since each -> one interest."""
 
     def __init__(self, dim: int, num_parallel: int, num_heads: int) -> None:
         super().__init__()
@@ -144,7 +137,6 @@ def load_item_categories(
 def _lists(
     file: Location, row: int, values: pa.Array, name: str
 ) -> tuple[np.ndarray, pa.Array]:  # int64 [n], all categories
-    """Return the number of categories of each row, and the categories of all rows."""
     lengths, categories = category_lists(values, f"{file}: column '{name}'")
     if (bad := lengths > MOST_CATEGORIES).any():
         place = int(bad.argmax())
@@ -158,8 +150,7 @@ def _lists(
 class Sim(RowFeatures):
     """Search, then attention to the items found -> one logit per label.
 
-    An item's age is the time gap in the parallel list `ranking.time_gaps`; without such a list it
-    is the number of newer items.
+    An item's age is its number in the list `ranking.time_gaps`, or the number of newer items.
     """
 
     Settings = SimSettings
@@ -201,10 +192,7 @@ class Sim(RowFeatures):
         history: JaggedHistory,
         id_history: JaggedHistory,
     ) -> Tensor:  # [K]
-        """Return the places of the history items most similar to each target, in rising order.
-
-        `history` indexes `batch.history_items`, `id_history` indexes `ids.history`.
-        """
+        """Return the places of the history items most similar to each target, in rising order."""
         if self.categories is not None:
             return self._in_category(batch, history)
         if content is None or self.content_interest is None:

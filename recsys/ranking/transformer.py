@@ -1,9 +1,6 @@
-"""A causal transformer over the history, with the target as its last token.
+"""A causal transformer over the history (SASRec, arXiv 1808.09781), with the target as last token.
 
-As in SASRec (Kang and McAuley 2018, arXiv 1808.09781) items attend to earlier ones. As in BST
-(Chen et al. 2019, arXiv 1905.06874) the target is a token, and embeddings of place and age are
-added. Norms stand before attention and feed-forward (pre-norm). Sequences begin at the first place,
-so that the causal mask alone keeps tokens from the padding behind them.
+As in BST (arXiv 1905.06874), embeddings of place and age are added. Norms stand before each part.
 
 Shapes: B batch, T tokens of all histories, S sequences, L longest sequence, D width, H heads.
 """
@@ -54,7 +51,6 @@ class TransformerLayer(nn.Module):
         return self._fed_forward(states, attended), (keys, values)
 
     def _among_events(self, padded: Tensor) -> Tensor:  # [S, L, 3 * D] -> [S, L, D]
-        """Attend to earlier events of the same sequence."""
         keys, values, queries = padded.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         return attended.transpose(1, 2).flatten(2)

@@ -1,13 +1,7 @@
 """Two towers: a query vector and an item vector whose dot product is the logit, for retrieval.
 
-The query tower reads the features of the user (the group's column, `ranking.query_features`, the
-pooled history of ids and of content, extra sequences). The item tower reads the features that every
-item of the catalogue has: its ID vector and its content. Both vectors have length one; the query is
-divided by `ranking.temperature`.
-
-Content similarities are a part of the dot product: the mean cosine of an item to the history's
-items equals the dot product of its direction with the mean of their directions. So with content
-both vectors also carry these directions, weighted per space and kind of mean.
+With content both vectors also carry directions of content: the mean cosine of an item to the
+history is the dot product of its direction with the mean of their directions.
 
 Shapes: B batch, S sampled negatives, C labels, D width of a tower's vector, V width of both vectors
 with the directions, I width of ID vectors, E content dimension, M modalities, P parallel lists,
@@ -111,8 +105,7 @@ class TwoTower(nn.Module):
 class Similarity(nn.Module):
     """Mean cosines of an item to a history, as a dot product of a query part and an item part.
 
-    The weights [1 + M, 1 + P] start at zero: of the content vectors and each modality, for the
-    mean over all items and the means weighted by each parallel list.
+    The weights [1 + M, 1 + P] start at zero: per space, of the mean and of each list's mean.
     """
 
     def __init__(self, num_spaces: int, num_means: int) -> None:
@@ -146,7 +139,6 @@ class Similarity(nn.Module):
 def _query_columns(
     settings: TwoTowerSettings, dimensions: InputDimensions
 ) -> tuple[list[int], list[int]]:
-    """Return the positions of the pooled and of the dense features that the query tower reads."""
     columns = [*dimensions.pooled_names, *dimensions.dense_names]
     for name in settings.query_features:
         if name not in columns:

@@ -15,14 +15,11 @@ from torch import Tensor
 class IDVectors:
     """Looked-up ID embeddings.
 
-    pooled: one [B, D_table] per pooled feature, in the order of the configuration (the order in a
-        KeyedTensor would depend on the sharding plan).
+    pooled: one [B, D_table] per pooled feature, in the order of the configuration.
     target: [B, D], vectors of the target item.
-    history: [U, D], vectors of the batch's `history_items`; if `history_is_unique` is False,
-        [N, D], one vector per history item.
+    history: [U, D], vectors of `history_items`; [N, D] if not `history_is_unique`.
     negatives: [S, D], vectors of the sampled negatives; None if none are sampled.
-    further: one [events, D] per extra sequence, in the order of `Batch.further`. Ranking models
-        need not read it: `ExtraSequences` has encoded each into the last of `pooled`.
+    further: one [events, D] per extra sequence, in the order of `Batch.further`.
     """
 
     pooled: list[Tensor]
@@ -33,26 +30,20 @@ class IDVectors:
     further: list[Tensor] = field(default_factory=list)
 
     def float(self) -> IDVectors:
-        """Return the same vectors, the pooled ones in float32 as the others are."""
         return replace(self, pooled=[vectors.float() for vectors in self.pooled])
 
 
 @dataclass
 class MemberLogits:
-    """Output of an ensemble in training, in place of its mean logits.
-
-    members: [K, B, C]; each member has a loss of its own.
-    """
+    """Output of an ensemble in training: members [K, B, C], each with a loss of its own."""
 
     members: Tensor
 
     @property
     def logits(self) -> Tensor:  # [B, C]
-        """Mean logits of the members."""
         return self.members.mean(0)
 
     def float(self) -> MemberLogits:
-        """Return the same logits in float32."""
         return MemberLogits(self.members.float())
 
 
@@ -78,10 +69,8 @@ class TowerVectors:
 
     @property
     def logits(self) -> Tensor:  # [B, C]
-        """Scores plus the bias."""
         return self.scores if self.bias is None else self.scores + self.bias
 
     def float(self) -> TowerVectors:
-        """Return the same vectors in float32."""
         negatives = None if self.negatives is None else self.negatives.float()
         return TowerVectors(self.query.float(), self.item.float(), negatives, self.bias)

@@ -1,13 +1,8 @@
 """Item-based collaborative filtering: votes of the history's items on the target.
 
-The vector of an item has one number per group of users: how the group valued the item in a list of
-numbers beside the history, such as stars, each user relative to his own mean. Items that the same
-users value alike have similar vectors (adjusted cosine, Sarwar et al. 2001, Item-based
-collaborative filtering). A vote is the user's relative value of a history item, weighted by its
-similarity to the target. Content plays no part, and training learns no parameter.
-
-Vectors (`opinions`) are counted once from the training rows (`recsys.training.initial_state`). A
-row in training leaves out its own user's group, so that its label is not among its inputs.
+An item's vector has the mean relative value that each group of users gave it. Similarity is the
+adjusted cosine (Sarwar et al. 2001). A row in training leaves out its own user's group, and with it
+its label. Training learns no parameter.
 
 Shapes: B batch, U unique history items, N history items of the batch, I items, G groups of users,
 D any width.
@@ -41,8 +36,8 @@ def automatic_groups(num_users: int, num_items: int) -> int:
 class CollaborativeFiltering(nn.Module):
     """The vectors of all items [I, G], and the votes that they give; user u is in group `u % G`.
 
-    `column` of `Batch.history_values` is the valued list. `dropout` is the share of the rows in
-    training whose target counts as new, so that the model learns to rank new items.
+    `column` of `Batch.history_values` is the valued list. In training the share `dropout` of
+    targets counts as new.
     """
 
     item_row_buffers = ("opinions",)  # have a row per item, as the table of items
@@ -73,12 +68,7 @@ class CollaborativeFiltering(nn.Module):
 
     @torch.no_grad()
     def forward(self, history: JaggedHistory, batch: Batch) -> Tensor:  # [B, NUM_VOTES]
-        """Return numbers of each row, all 0 for an empty history, without gradient.
-
-        Two are means of the user's relative values, weighted by positive similarities and by their
-        squares. One is their sum weighted by all similarities, over the root of the history's
-        length. One is log(1 + sum of positive similarities).
-        """
+        """Return means and sum of the votes, and log(1 + sum of positive similarities)."""
         values = self._relative_values(history, batch.recorded_values[:, self.column])
         target = self._opinions_of(batch.target_items)  # [B, G]
         target = target * self._have_opinions(batch.target_items).unsqueeze(1)
@@ -105,7 +95,6 @@ class CollaborativeFiltering(nn.Module):
         return torch.stack(votes, dim=1)
 
     def _relative_values(self, history: JaggedHistory, values: Tensor) -> Tensor:  # [N] -> [N]
-        """Return values minus the mean of their user, in standard deviations of all values."""
         # Deviations from the overall mean are summed, as sums of values lose their last digits.
         deviations = values - self.mean
         total = history.sum(deviations.unsqueeze(1))
@@ -117,7 +106,6 @@ class CollaborativeFiltering(nn.Module):
         return self.opinions[items.clamp(max=len(self.opinions) - 1)].float()
 
     def _have_opinions(self, items: Tensor) -> Tensor:  # [D] -> bool [D]
-        """Return whether items have opinions; one that is added to a package later has none."""
         return items < len(self.opinions)
 
 

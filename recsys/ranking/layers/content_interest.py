@@ -1,8 +1,6 @@
 """The user's content interest: target attention and similarities over the history's content.
 
-The history's vectors have passed the history map (`recsys.content.branch`). The similarity
-features follow SimTier (arXiv 2407.19467), split by whether the user liked the item; its histogram
-is optional.
+Similarity features follow SimTier (arXiv 2407.19467), split by whether the user liked the item.
 
 Shapes: B batch, U unique history items, N history items of the batch, D dimension, M modalities,
 P parallel lists, G groups of history items.
@@ -40,11 +38,10 @@ def similarity_features(
     history: JaggedHistory,
     flags: Tensor,  # [N, P], such as liked (1) or not (0)
 ) -> Tensor:  # [B, M * S], S = 2 * G + P with G = 1 + 2 * P groups of history items
-    """Summarise the cosines of the target to groups of history items: mean, maximum and votes.
+    """Summarise the cosines of the target to groups of history items: G means, G maxima, P votes.
 
-    The groups are all items, those with each flag, and those without it; a list of other numbers
-    is split at 0.5. The features of a space are G means, G maxima and, per list, its mean weighted
-    by softmax(cosine / 0.1): the user's opinion of similar items. Without items they are 0.
+    The groups are all items, those with each flag, and those without it. A list's vote is its mean
+    weighted by softmax(cosine / 0.1). Without items features are 0.
     """
     spaces, batch = cosine.shape[1], history.lengths.shape[0]
     flagged = flags > 0.5
@@ -80,8 +77,7 @@ def similarity_histogram(
 class ContentInterest(nn.Module):
     """Target attention over the history's content, with similarities beside it.
 
-    Similarity features cover the content vectors and each modality's mean tokens; the histogram
-    covers the content vectors after the history map.
+    Similarities cover the content vectors and each modality's mean tokens.
     """
 
     def __init__(
@@ -140,11 +136,7 @@ class ContentInterest(nn.Module):
         history: JaggedHistory,
         parallel: Tensor,  # [N, P]
     ) -> Tensor:  # [B, output_dim]
-        """Compute the same as `forward` in float32, with the map applied to queries.
-
-        For a history item v with map M, a dot product q . (M v) is (M^T q) . v, and the sum of
-        weighted M v is M times that of v.
-        """
+        """Compute the same as `forward` in float32: q . (M v) as (M^T q) . v."""
         with torch.autocast("cpu", enabled=False):
             target, matrix = content.target.float(), stored.matrix.float()
             query, list_factors = self.attention.query_of(

@@ -1,10 +1,5 @@
 """Sequences after the first, each encoded into one vector that ranking models read as pooled.
 
-A model of clicks may also read purchases or searches. Backbones attend to the first sequence of the
-schema. Each other one becomes a vector [B, D] behind the pooled ID features, by the target
-attention of DIN or as the mean of its events. Lists of floats beside it are mapped and added. An
-empty sequence gives zeros.
-
 Shapes: B batch, N events of a history in the whole batch, D dimension, P parallel lists.
 """
 
@@ -40,9 +35,7 @@ class MeanOfEvents(HistoryAttention):
 class ExtraSequences(nn.Module):
     """`IDVectors` -> the same with the vectors of extra sequences behind the pooled ones.
 
-    A sequence of `content.history.columns` has a second vector: the interest in its items' content
-    with the similarities to the target, or the mean of their content. `widths` has the width of
-    each vector, by the sequence's name or `content of` its name, in order.
+    `widths` has each vector's width, by the sequence's name or `content of` its name, in order.
     """
 
     def __init__(

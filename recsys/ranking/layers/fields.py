@@ -1,9 +1,7 @@
 """Fields: every vector of a row at one width, as factorisation models (DLRM, DeepFM) need them.
 
-Fields are the pooled ID features, the target item and the means of its history. Content adds the
-content vector of the target and the user's content interest. Numbers of the history join the dense
-features: means of its lists, some of which halve an item's weight after a number of newer items
-(its half-life). Content similarities stay apart, as inputs of a model's top layers.
+Content similarities stay apart, as inputs of a model's top layers. A half-life is the number of
+newer items that halves an item's weight.
 
 Shapes: B batch, F fields, D dimension of the ID vectors, N history items of the batch, P parallel
 lists, H half-lives, U unique history items, S similarities, X dense numbers.
@@ -30,10 +28,7 @@ HALF_LIVES = (1.0, 3.0, 10.0)  # in newer items
 def history_numbers(
     history: JaggedHistory, parallel: Tensor
 ) -> Tensor:  # [N, P] -> [B, P * (1 + H) + 1]
-    """Return the mean of each parallel list, its means by each half-life, and log(1 + length).
-
-    All are 0 for an empty history.
-    """
+    """Return lists' means, means by half-life, and log(1 + length); 0 for an empty history."""
     lengths = history.lengths.unsqueeze(1)
     half_lives = torch.tensor(HALF_LIVES, device=lengths.device)
     # Denormal weights of very old items would be slow, so they are clamped.
@@ -71,20 +66,14 @@ class FieldVectors:
     similarities: Tensor
 
     def dense_and_sparse(self, dense_arch: nn.Module | None) -> tuple[Tensor, list[Tensor]]:
-        """Return the inputs of TorchRec's interactions: the dense vector [B, D] and the fields.
-
-        Without `dense_arch`, which maps the dense numbers, the last field is the dense vector.
-        """
+        """Return the dense vector [B, D] (the last field if there is no arch), and the fields."""
         if dense_arch is None:
             return self.vectors[-1], self.vectors[:-1]
         return dense_arch(self.numbers), self.vectors
 
 
 class Fields(nn.Module):
-    """ID vectors, content vectors (None for the ID-only baseline) and numbers -> `FieldVectors`.
-
-    Linear maps bring content vectors, and pooled features of another width, to the target's width.
-    """
+    """ID vectors, content vectors (None for the ID-only baseline) and numbers -> `FieldVectors`."""
 
     def __init__(self, dimensions: InputDimensions, content: ContentSettings | None) -> None:
         super().__init__()

@@ -1,12 +1,7 @@
 """Output heads of ranking models: a stack of layers, or an ensemble of such stacks (TabM).
 
-Dropout acts after each hidden layer, not on the model's inputs: an MLP that misses a content
-similarity, a single number, in a third of the steps learns to ignore it. On MovieLens that alone
-decided whether content helped DIN.
-
-In the ensemble (Gorishniy et al. 2025, arXiv 2410.24210; BatchEnsemble, arXiv 2002.06715) members
-share the weight of each hidden layer. Each scales its inputs and outputs, and has its own biases,
-last layer and loss. Random signs of the input scales make members differ at the start.
+TabM: Gorishniy et al. 2025, arXiv 2410.24210; BatchEnsemble: arXiv 2002.06715. Dropout acts after
+hidden layers alone: a model whose inputs it drops learns to ignore single similarities.
 
 Shapes: K members, B batch, I and O units of a layer, C labels.
 """
@@ -99,10 +94,7 @@ def multilayer_perceptron(
 def ranking_head(
     width: int, settings: HeadSettings, num_outputs: int, drops_inputs: bool = False
 ) -> nn.Sequential:
-    """Return a `multilayer_perceptron`, or an ensemble of `settings.ensemble_members` of them.
-
-    With `drops_inputs` dropout also acts on the inputs of the head.
-    """
+    """Return a `multilayer_perceptron`, or an ensemble of `settings.ensemble_members` of them."""
     first = [Dropout(settings.dropout)] if drops_inputs else []
     if settings.ensemble_members == 1:
         return nn.Sequential(*first, *multilayer_perceptron(width, settings, num_outputs))

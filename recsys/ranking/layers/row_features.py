@@ -1,10 +1,7 @@
 """All features of a row as one vector, after attention to the history: the base of most backbones.
 
-The vector joins the interest in the ID history and in the content history, the pooled ID vectors,
-the target and numbers. `ranking.standardize_numbers` standardises the numbers first: cosines differ
-by about a tenth, logarithms of lengths by ten, and an MLP learns late from those that vary little.
-Batch normalization (arXiv 1502.03167) would make a row's logit depend on the other rows of its
-batch. Here the statistics cover all steps and ranks so far, and pass on no gradient.
+`ranking.standardize_numbers` uses statistics of all steps and ranks so far, without gradient. So a
+row's logit does not depend on the other rows of its batch.
 
 Shapes: B batch, K history items that are attended to, P parallel lists, D dimension of ID vectors,
 W width of the vector, S standardised numbers.
@@ -36,8 +33,7 @@ LEAST_VARIANCE = 1e-4  # keeps nearly constant numbers from being scaled up
 class Standardization(nn.Module):
     """(x - mean) / standard deviation, both running over the steps of training. A collective.
 
-    Padding rows do not count. The first steps have equal weight, as in a plain mean. With
-    `accumulate_steps` each batch of a group updates the statistics.
+    Padding rows do not count. Each batch of `accumulate_steps` updates the statistics.
     """
 
     mean: Tensor
@@ -84,8 +80,7 @@ class Standardization(nn.Module):
 class RowFeatures(nn.Module):
     """ID vectors, content vectors (None for the ID-only baseline) and numbers -> one vector [B, W].
 
-    Models add layers on top of `features`, which are `feature_dim` wide. `interest_dim` is the
-    width of the interest in the ID history, which the model itself computes.
+    `interest_dim` is the width of the interest in the ID history, which the model itself computes.
     """
 
     def __init__(
@@ -158,7 +153,6 @@ class RowFeatures(nn.Module):
 def _collaborative_filtering(
     settings: NumbersSettings, dimensions: InputDimensions
 ) -> CollaborativeFiltering:
-    """Return the votes by the list that `ranking.opinions` names."""
     name, names = settings.opinions, dimensions.parallel_names
     if name not in names:
         raise ValueError(

@@ -1,14 +1,8 @@
-"""The base of models in which the items of a history attend to each other.
+"""The base of models in which the items of a history attend to each other, and then the target.
 
-A token joins what is known of one event: ID vector, content vector and the lists beside the
-history. The target is the last token, without lists. Attention is causal, so the states of a
-history are computed once for all candidates of a user, and each candidate attends to them
-(the M-FALCON algorithm of HSTU, arXiv 2402.17152).
-
-The last layer computes the target's state alone. In the layers below, the latest
-`ranking.recent_items` of each history attend to each other, and the target to them. Older items
-enter the last layer as they are, so that cost is linear in the length of a history. Ages are
-counted back from the moment of the ranked row: nothing that happens later can be read from them.
+Attention is causal, so a user's history is computed once for all candidates (M-FALCON of HSTU,
+arXiv 2402.17152). Items before the latest `ranking.recent_items` enter the last layer alone. Ages
+are counted back from the moment of the ranked row.
 
 Shapes: B batch, T tokens of all histories, N history items of the batch, S sequences, L longest
 sequence, D width of a token, U unique items, P parallel lists, C labels.
@@ -47,8 +41,7 @@ def age_of(gaps: Tensor) -> Tensor:  # [K] -> [K]
 def doubling_buckets(gaps: Tensor) -> Tensor:
     """Return floor(log2(1 + gap)), int64 in [0, NUM_AGES), of float32 gaps of any shape.
 
-    It reads the exponent of the float, which costs a fraction of a logarithm of each pair of
-    events. Negative gaps count as 0.
+    Negative gaps count as 0.
     """
     bits = (gaps.float().clamp(min=0) + 1).view(torch.int32)
     return ((bits >> EXPONENT_BITS) - EXPONENT_OF_ONE).clamp(max=NUM_AGES - 1).long()
@@ -65,8 +58,7 @@ class TimeGaps:
 
     column: of the ages; None: there are none.
     flags: the columns that models read as numbers.
-    scale: linear: a unit such as seconds; log_days: log10(1 + days) / 2, as `recsys prepare`
-        writes ages.
+    scale: linear: a unit such as seconds; log_days: log10(1 + days) / 2.
     """
 
     column: int | None
@@ -75,10 +67,7 @@ class TimeGaps:
 
     @staticmethod
     def of(name: str | None, dimensions: InputDimensions, scale: GapScale = "linear") -> TimeGaps:
-        """Find the list of ages by its name.
-
-        Ages in seconds are not among `flags`, since their scale differs too much.
-        """
+        """Find the list of ages by its name; ages in seconds are not among `flags`."""
         lists = dimensions.parallel_names
         if name is not None and name not in lists:
             raise ValueError(
@@ -117,10 +106,7 @@ class Events:
 
 
 class EventTokens(nn.Module):
-    """ID vectors, content vectors and lists beside the history -> tokens of events and targets.
-
-    A width of 0 leaves a part out.
-    """
+    """ID vectors, content vectors and lists beside the history -> tokens; width 0 omits a part."""
 
     def __init__(self, dim: int, id_dim: int, content_dim: int, num_lists: int) -> None:
         super().__init__()
@@ -159,7 +145,7 @@ class SequenceModel(RowFeatures):
     """Layers of attention over tokens -> one logit per label.
 
     A layer maps states of events [T, D] to keys and values (`read`), or to these and new states
-    (`history`); `target` maps states of targets [B, D] and keys and values to new states.
+    (`history`). `target` maps states of targets [B, D] and keys and values to new states.
     """
 
     def __init__(
@@ -223,7 +209,6 @@ class SequenceModel(RowFeatures):
         target: Tensor,  # [B, D]
         events: Events,
     ) -> tuple[Tensor, Tensor]:
-        """Add what the model knows of places and ages to the tokens; here, nothing."""
         return tokens, target
 
     def _recent(

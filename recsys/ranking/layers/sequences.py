@@ -1,14 +1,7 @@
 """Histories as sequences of tokens: flat for linear maps, padded for attention among a row's items.
 
-Linear maps run over the T tokens that exist; only attention pads. In training each row has a
-history of its own (`JaggedHistory`). The graph of a package has one history for all candidates
-(`recsys.serving.shared_history`): there it is one sequence, computed once.
-
-Attention among S sequences has S * L * L numbers. Where these are many, blocks of sequences of
-similar length pass one after the other, and the backward pass computes their numbers again.
-
-Keys [T, H * D] are a table of T * H rows of width D, in which head h of token t is row t * H + h.
-So the kernels of `embedding_bag` that `JaggedHistory` uses read each head without a copy.
+In the graph of a package all candidates share one sequence (`recsys.serving.shared_history`). Keys
+[T, H * D] are a table of T * H rows of width D: head h of token t is row t * H + h.
 
 Shapes: B rows, S sequences (B, or 1 shared by all rows), T tokens of all sequences, L longest
 sequence, U unique items, N places of all rows (T, or B * L if rows share a sequence), H heads,

@@ -1,13 +1,7 @@
 """Target attention (DIN, Zhou et al. 2018, arXiv 1706.06978): the history as the target sees it.
 
-Parallel lists of the history (liked flags, time gaps) are mapped and added to the items they
-belong to. `TargetAttention` computes scores by an MLP, as DIN does. `DotAttention` uses the scaled
-dot product, which costs a thousandth and suits content vectors, whose directions have a meaning.
-When a package ranks candidates for one user, what depends on the history alone is computed once.
-
-Nothing is padded, and terms that depend on an item alone are computed once per unique item. The
-first layer of DIN's MLP is linear in (h, t, h - t, h * t). With its weight split into four parts it
-is (W1 + W3) h + (W2 - W3) t + W4 (h * t), where only the last term depends on both item and target.
+Terms of an item alone are computed once per unique item: the first layer of (h, t, h - t, h * t) is
+(W1 + W3) h + (W2 - W3) t + W4 (h * t).
 
 Shapes: B batch, U unique history items, N history items of the batch, D dimension, P parallel
 lists, H units of the first layer.
@@ -31,8 +25,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 class HistoryAttention(nn.Module):
     """Base of both attentions: softmax over scores, and the sum weighted by it.
 
-    An empty history gives zeros. Both are computed in float32, or in float64; the interest is
-    float32 under autocast, and else has the widest type of targets, items and weights.
+    An empty history gives zeros. Under autocast the interest is float32.
     """
 
     def __init__(self, dim: int, num_parallel: int) -> None:
