@@ -1,7 +1,6 @@
 """Native kernels of single operations, and the choice between them and PyTorch.
 
-Each kernel is an operator of torch.library with a fake kernel and a backward, so that
-`torch.compile` sees it. The slow reference is the layer that calls it.
+Each is an operator of torch.library with a fake kernel and a backward, for `torch.compile`.
 """
 
 from recsys.kernels.choice import choose_kernels as choose_kernels

@@ -27,8 +27,7 @@ class _KernelChoice:
 def choose_kernels(kernels: Kernels, device: str = "cpu") -> None:
     """Set the kernels of this process; models read it at each call.
 
-    auto: native kernels where they can be compiled, at the first use; torch: the PyTorch reference;
-    native: native kernels of the device, cpu or cuda, loaded now.
+    auto: native kernels where they compile; torch: PyTorch; native: those of the device.
 
     Raises:
         ValueError: native kernels cannot be compiled, or triton is missing.
@@ -52,9 +51,8 @@ def choose_kernels(kernels: Kernels, device: str = "cpu") -> None:
 def has_native(*tensors: Tensor) -> bool:
     """Return whether native kernels compute these inputs: of one device, and no float64.
 
-    Loads the kernels for CPU at the first call, where the setting permits. Kernels for CUDA need
-    `native`: no GPU has measured them. Forward-mode derivatives are PyTorch's, and so are graphs of
-    torch.export: a package loads where no compiler is.
+    Loads those for CPU at the first call. CUDA needs `native`: no GPU has measured them. PyTorch
+    computes forward-mode derivatives and graphs of torch.export.
     """
     if _KernelChoice.kernels == "torch" or torch.compiler.is_exporting() or is_forward_mode():
         return False
@@ -69,8 +67,7 @@ def has_native(*tensors: Tensor) -> bool:
 def rounds_products(device: torch.device) -> bool:
     """Return whether autocast asks for products of bfloat16 on this device.
 
-    Kernels then round both factors of their matrix products and add in float32, where the processor
-    has an instruction for it; everything else stays in float32.
+    Kernels then round both factors of their matrix products and add in float32.
     """
     return (
         torch.is_autocast_enabled(device.type)

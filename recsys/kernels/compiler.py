@@ -1,10 +1,7 @@
 """Compile the C++ kernels once, at first use, and load them in every later process.
 
-The shared library is in `TORCH_EXTENSIONS_DIR` (by default `~/.cache/torch_extensions`), under a
-hash of sources, flags, the compiler's path and version, torch's version and the processor's
-features: `-march=native` code of one machine may not run on another that shares the folder.
-Processes that start at once wait at a file lock for the one that compiles. The compiler is called
-directly, since `torch.utils.cpp_extension.load` needs ninja.
+The library is in `TORCH_EXTENSIONS_DIR`, under a hash of sources, flags, compiler, torch and
+processor. A file lock makes other processes wait.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 """Operator `recsys::content_interest`: attention and cosines over items without gradient.
 
-A linear map of the items moves to the other side of each dot product: q . (M v) = (M^T q) . v, so
-that the map is applied to the B queries and the B weighted sums and not to the U items, of which a
-batch has many times more. The C++ kernel reads an item's row once per place for all dot products,
-and its backward writes nothing of size [U, D], as items of a memory bank get no gradient.
+A linear map of the items moves to the B queries: q . (M v) = (M^T q) . v.
 
 Shapes: B batch, U unique items, N history items of the batch, D dimension, S spaces with
 similarities, P parallel lists, F features of a space.
@@ -49,11 +46,9 @@ def native_content_interest(
 ) -> tuple[Tensor, Tensor]:  # [B, D + P], [B, S * F]
     """Return attention's weighted sums and the similarity features, in float32, by a kernel.
 
-    The sums are those of the items' first vectors and of the parallel lists, by softmax weights of
-    the scores `queries[b, 0] . v + list_factors[b] . parallel[n]`. The features are those of
-    `recsys.ranking.layers.content_interest.similarity_features` for the cosines of each space.
-    Queries that meet the first vector have passed the transposed map; its cosines are divided by
-    the length of M v.
+    Sums are of the items' first vectors v and the lists, by the softmax of queries[b, 0] . v +
+    list_factors[b] . parallel[n]. Features are those of `similarity_features`. Queries of the first
+    vector have passed the transposed map.
     """
     operator = "content_interest"
     vectors = as_float32(operator, queries=queries, items=items, map=map_)

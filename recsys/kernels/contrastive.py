@@ -1,9 +1,6 @@
 """Operator `recsys::in_batch_contrastive`: Content-ID-Contrastive of the rows of a batch.
 
-PyTorch writes ten matrices [B, B] for it: logits, masks, their softmax in both directions, and the
-gradients. The C++ kernel computes both directions from a block of logits in cache.
-
-Shapes: B batch, D dimension.
+It writes no matrix [B, B], of which PyTorch needs ten. Shapes: B batch, D dimension.
 """
 
 from __future__ import annotations
@@ -43,8 +40,8 @@ def native_in_batch_contrastive(
 ) -> Tensor:  # [B]
     """Return the mean of both directions' cross-entropies of each row.
 
-    Rows of the same item and padding rows, whose item is -1, are never negatives. Computed in
-    float32; the result has the type of the vectors, and under autocast float32.
+    Rows of the same item and padding rows, whose item is -1, are never negatives. The result has
+    the type of the vectors, and under autocast float32.
     """
     keeps_logits = torch.is_grad_enabled() and 4 * items.numel() ** 2 <= MAX_LOGIT_BYTES
     operator = "in_batch_contrastive"

@@ -1,8 +1,5 @@
 """Operator `recsys::dot_interaction`: the dot products of all pairs of vectors of a DLRM.
 
-The C++ kernel computes one row of the batch after the other in cache: no [B, V, V] tensor exists,
-and its backward is one product of the symmetric gradient of the pairs with the vectors.
-
 Shapes: B batch, F sparse features, V = F + 1 vectors, D dimension, I = F * (F + 1) / 2 pairs.
 """
 
@@ -29,8 +26,7 @@ def native_dot_interaction(
 ) -> Tensor:  # [B, D + I]
     """Return the dense vector and the dot products of the pairs (i, j), i < j, by a kernel.
 
-    It computes in float32. The result has the type that PyTorch's operations give: under autocast
-    the wider one of `dense` and autocast's type, and else that of all vectors.
+    It computes in float32; the result has the type that PyTorch's operations give.
     """
     parts = [sparse] if isinstance(sparse, Tensor) else list(sparse)
     vectors = {f"sparse[{place}]": part for place, part in enumerate(parts)}

@@ -1,9 +1,6 @@
 """Operators `recsys::fusion`, the Fusion-Q-Former of preset `modern`, and `few_token_attention`.
 
-The fusion is 70 small operations on tensors of some thousand rows, and its backward twice as many.
-The C++ kernel computes a block of items, from their tokens to their vectors, whose rows stay in
-cache. Preset `published` uses the attention alone: `scaled_dot_product_attention` is made for long
-texts, and for four tokens its preparation takes longer than the products.
+`scaled_dot_product_attention` is made for long texts: for four tokens its preparation takes most.
 
 Shapes: U unique items, T tokens of an item, Q queries, M modalities, D dimension, H heads.
 """
@@ -65,12 +62,10 @@ def native_fusion(
     weights: Sequence[Tensor],
     settings: AttentionSettings,
 ) -> Tensor:  # [U, D]
-    """Return one vector per item.
+    """Return one vector per item, of autocast's type or else the widest of tokens and weights.
 
-    Computed in float32. The result has autocast's type under autocast, and else the type of the
-    tokens or the wider one of the weights. `noise` has the uniform numbers of the dropouts, one
-    after the other; a number below `settings.dropout` drops. `weights` are
-    `FusionQFormer.weights()`.
+    `noise` has the uniform numbers of the dropouts, one after the other; a number below
+    `settings.dropout` drops. `weights` are `FusionQFormer.weights()`.
     """
     named_weights = {f"weights[{place}]": weight for place, weight in enumerate(weights)}
     (vectors,) = as_float32("fusion", tokens=tokens)
@@ -132,10 +127,7 @@ def native_few_token_attention(
     heads: int,
     scale: float,  # factor of the dot products
 ) -> Tensor:  # [U, Q, D]
-    """Return multi-head attention of the queries to the tokens that the mask keeps, at least one.
-
-    The result has the type of the query.
-    """
+    """Return attention of the queries to the tokens that the mask keeps, in the query's type."""
     vectors = as_float32("few_token_attention", query=query, key=key, value=value)
     attended: Tensor = torch.ops.recsys.few_token_attention(*vectors, mask, heads, scale)[0]
     return attended.to(query.dtype)

@@ -1,8 +1,6 @@
 """What the operators share: their registration, the types of their inputs, and refused inputs.
 
-Kernels read float32, int64 and bool. The functions `native_...` cast to them what PyTorch's
-operations would take; the operators themselves, in C++ and Triton, refuse every other type or
-shape.
+Kernels read float32, int64 and bool. The functions `native_...` cast; operators refuse other types.
 """
 
 from __future__ import annotations
@@ -91,10 +89,7 @@ def is_forward_mode() -> bool:
 
 
 def result_dtype(*inputs: Tensor) -> torch.dtype:
-    """Return the type of a result that sums in float32: float32 under autocast, else the widest.
-
-    A module of bfloat16 gives bfloat16, so that the next layer of its model takes it.
-    """
+    """Return the type of a result that sums in float32: float32 under autocast, else the widest."""
     if torch.is_autocast_enabled(inputs[0].device.type):
         return torch.float32
     dtype = inputs[0].dtype

@@ -1,11 +1,7 @@
 """Operator `recsys::target_attention`: the target attention of DIN over jagged histories.
 
-The C++ kernel takes rows of the batch in chunks whose intermediate results stay in cache, from the
-gathered items to the weighted sum. Its backward reads the units of both layers that the forward
-kept, or computes them again where they would take more than `MAX_UNIT_BYTES`. The first layer of
-the score is one matrix per row, M_b = (W1 + W3) + W4 diag(t). Sums over rows are taken in groups
-that depend on the batch alone, and those over the places of an item in their order: results are
-equal to the last bit in every run and for any number of threads.
+The score's first layer is one matrix per row, M_b = (W1 + W3) + W4 diag(t). Results are equal to
+the last bit in every run and for any number of threads.
 
 Shapes: B batch, U unique items, N history items of the batch, D dimension, P parallel lists, H and
 G units of the two hidden layers.
@@ -82,9 +78,7 @@ def native_target_attention(
     """Return the interest of each row in its history, by a kernel.
 
     The result is float32 under autocast, and else of the widest type of targets, items and weights.
-    `index` has the item at each place, one row after the other; places of a row are `offsets[b]` to
-    `offsets[b + 1]`. `parallel` has numbers beside each place, without gradient; `lists` maps them
-    to vectors, which are added to the items.
+    `index` has the items, row by row; `lists` maps `parallel`, which gets no gradient.
     """
     unit_bytes = 4 * index.numel() * _units_row(score.first, score.second)
     keeps_units = torch.is_grad_enabled() and unit_bytes <= MAX_UNIT_BYTES

@@ -1,9 +1,7 @@
 """Target attention on CUDA, in Triton: forward per row, and backward per group of rows.
 
-The mathematics is that of `cpp/attention.h`: M_b = W_h + W_p diag(t), in blocks of H columns, with
-transposed weights, inputs first. The backward computes the layers again. No GPU has measured it
-yet: tests compare it with the reference in Triton's interpreter. Imported only where triton is
-installed.
+The mathematics is that of `cpp/attention.h`. No GPU has measured it yet: tests use Triton's
+interpreter. Imported only where triton is installed.
 
 Shapes: B rows, U unique items, N history items, D dimension, P parallel lists, H and G units,
 T items of a block. Sizes in capitals with _P are padded to powers of two.
@@ -294,10 +292,7 @@ def target_attention(
     first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor, last: Tensor,
     last_bias: Tensor, keeps_units: bool, bfloat16: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the interest [B, D], the shares [N] of places, and no units, which are not saved.
-
-    Products are in float32, also where bfloat16 is asked for.
-    """
+    """Return the interest [B, D], the shares [N] of places, and no units, by float32 products."""
     del keeps_units, bfloat16
     events = target, items, index, offsets, parallel, lists
     checks = _checked("target_attention", *events, first, first_bias, second, second_bias, last)

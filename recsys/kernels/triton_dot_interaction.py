@@ -1,7 +1,6 @@
-"""The dot interaction on CUDA, in Triton: one program per row of the batch.
+"""The dot interaction on CUDA, in Triton, where it is installed: one program per row of the batch.
 
-Not measured on a GPU yet; tests compare it with the reference in Triton's interpreter. Imported
-only where triton is installed.
+No GPU has measured it yet: tests use Triton's interpreter.
 
 Shapes: B batch, F sparse features, V = F + 1 vectors, D dimension, I = F * (F + 1) / 2 pairs.
 """
