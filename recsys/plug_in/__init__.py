@@ -1,11 +1,7 @@
 """Content for an existing DLRM and its training loop, or for a user's own model.
 
-Three lines of the loop change besides an import: the model (`add_content`), the optimizer
-(`.optimizer`) and the batches (`.batches`). `recsys.plug_in.model` is the model; the other modules
-have its settings, items, batches and optimizer, and load and save checkpoints of the DLRM alone.
-
-In the examples `dlrm`, `loader` and `device` are yours: a torchrec DLRM with 30 items, its
-batches, and the device of this rank; `content.yaml` names a dataset and a modality.
+In the examples `dlrm`, `loader` and `device` are yours: a torchrec DLRM with 30 items, its batches,
+and the device of this rank. `content.yaml` names a dataset and a modality.
 """
 
 from recsys.plug_in.batches import ItemContent

@@ -1,7 +1,4 @@
-"""Batches of a user's own pipeline -> batches with content.
-
-The dense features, the sparse features and the labels of a batch are passed on unchanged. The
-inputs of the content branch are made from the ids in the sparse features and the items' content.
+"""Batches of a user's own pipeline -> batches with content, made from the ids in sparse features.
 
 Shapes: B batch, N ids of a feature.
 """
@@ -87,9 +84,8 @@ class ItemsOfBatch:
 class ContentBatches(Iterable[Batch]):
     """Batches of `source` with content; they can be iterated as often as `source`.
 
-    All ranks iterate together. If one has fewer batches than the others, all end with it, and an
-    error on one is raised by all. The first pass fills the memory bank if it is empty.
-    `require_ready` is called before a pass in training.
+    All ranks iterate together, up to the fewest batches of any; all raise an error of one. The
+    first pass fills the memory bank. `require_ready` is called before a pass in training.
     """
 
     def __init__(
@@ -106,7 +102,6 @@ class ContentBatches(Iterable[Batch]):
         self.branch, self.ranks = branch, ranks
 
     def __len__(self) -> int:
-        """Return the number of batches of the source."""
         return len(self.source)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -182,8 +177,7 @@ class ItemContent:
         pass is a collective. Batches are `torchrec.datasets.utils.Batch`, or have its attributes.
 
         Raises:
-            ValueError: on every rank, during iteration: a batch lacks a feature, or an id is not a
-                row of the item table.
+            ValueError: on every rank, during iteration: a feature is missing, or an id has no row.
         """
         parts = self._items, self._preparation, self.branch, self.ranks
         return ContentBatches(source, *parts, require_ready)

@@ -40,9 +40,7 @@ def add_content(
 ) -> DLRMWithContent | DLRMWithContentTrain:
     """Build a DLRM with content of its items in its interaction. A collective.
 
-    Tokenises, decodes and encodes the frozen part of the items' content, once per machine, and
-    initialises the projections as training does. The state of the caller's random number generator
-    does not change.
+    The state of the caller's random number generator does not change.
 
     Args:
         model: DLRM, DLRM_DCN or DLRM_Projection, not yet sharded, or the DLRMTrain of one.
@@ -84,7 +82,7 @@ def build_item_content(
     """Build the content of items for a model of any kind. A collective.
 
     Args:
-        settings: the settings, or a YAML file with them; `contrastive` and `optimizer` are ignored.
+        settings: or a YAML file with them; `contrastive` and `optimizer` are ignored.
         num_items: rows of the model's item table; item ids are these rows.
         device: device of this rank.
 
@@ -107,7 +105,6 @@ def build_item_content(
 
 
 def _checked(settings: PlugInSettings | Path | str) -> PlugInSettings:
-    """Return the settings, read and checked."""
     if not isinstance(settings, PlugInSettings):
         settings = load_plug_in_settings(settings)
     check(settings)
@@ -141,7 +138,6 @@ def _build(settings: PlugInSettings, num_items: int, ranks: Ranks) -> ItemConten
 
 
 def _num_items(dlrm: DLRM, item: str) -> int:
-    """Return the number of rows of the ranked item's table."""
     tables = dlrm.sparse_arch.embedding_bag_collection.embedding_bag_configs()
     for table in tables:
         if item in table.feature_names:

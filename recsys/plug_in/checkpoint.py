@@ -1,7 +1,6 @@
 """Loads a checkpoint of a DLRM into the DLRM with content, and saves one.
 
-The DLRM's tensors have the same names in both. Tensors are shared with the model or the optimizer,
-not copied: loading into them loads the model, whole or sharded, on any number of ranks.
+Tensors are shared with the model or the optimizer, whole or sharded: loading into them loads it.
 """
 
 from __future__ import annotations
@@ -20,14 +19,12 @@ def dlrm_state(
 ) -> dict[str, dict[str, Any]]:
     """Return the content of a checkpoint of the DLRM alone: {"model": ..., "optimizer": ...}.
 
-    Saved, it is a checkpoint of the DLRM without content. To load, pass it to
-    `torch.distributed.checkpoint.load` and then to `load_dlrm`. What has no state, such as plain
-    SGD, is left out: a checkpoint holds no empty dictionaries, and its loader looks for them.
+    To load, pass it to `torch.distributed.checkpoint.load` and then to `load_dlrm`. What has no
+    state, such as plain SGD, is left out.
 
     Args:
         model: DistributedModelParallel of DLRMWithContentTrain or DLRMWithContent, or one of these.
-        optimizer: optimizer of all its parameters; to load it, it must have the state that it will
-            have in training (`init_state`). None leaves it out.
+        optimizer: of all its parameters; to load it, create its state first (`init_state`).
 
     Example::
 
@@ -58,8 +55,7 @@ def load_dlrm(
 ) -> None:
     """Load a DLRM's checkpoint; the content parameters do not change.
 
-    `state` is {"model": ...} and, for an optimizer with state, {"optimizer": ...}, as the DLRM
-    alone has them: of the same ranks and plan, or loaded by torch.distributed.checkpoint.
+    `state` is {"model": ..., "optimizer": ...}, as `dlrm_state` returns it.
 
     Raises:
         ValueError: the state is not that of this DLRM, with the first name that differs.

@@ -1,11 +1,6 @@
 """Interactions of torchrec.models.dlrm with K more vectors as inputs.
 
-Each gives the original's own output, bit for bit while new weights have their initial values, and
-the columns that the K vectors add, which the over arch reads through weights that start at zero.
-
-A module whose first layer is y = W x + b gets inputs z as y = W x + V z + b. So it keeps its
-parameters and their names. With V = 0 its outputs are the same to the last bit; a product with one
-wider matrix would add up in another order.
+A first layer y = W x + b gets inputs z as y = W x + V z + b, where V starts at zero.
 
 Shapes: B batch, F sparse features, K content vectors, D dimension, I columns of the original, J new
 columns, R rank, X columns of a module's own input, Z added columns, O outputs of its first layer.
@@ -37,10 +32,7 @@ class WidenedLinear(nn.Linear):
 
 
 class AddedColumns(nn.Module):
-    """Columns [B, Z] beside the inputs of a module's first linear layer; weights start at zero.
-
-    The module is no child of this one, so its parameters are listed once.
-    """
+    """Columns [B, Z] beside the inputs of a module's first linear layer; weights start at zero."""
 
     def __init__(self, module: nn.Module, width: int) -> None:
         super().__init__()
@@ -99,11 +91,7 @@ class WidenedInteraction(nn.Module):
 
 
 class DotProducts(WidenedInteraction):
-    """DLRM: the dot products of each content vector with dense, sparse and other content vectors.
-
-    Pairs are those of the original for F + K features; one index selects its own pairs, as in
-    `recsys.ranking.dlrm`.
-    """
+    """DLRM: the dot products of each content vector with dense, sparse and content vectors."""
 
     pairs: Tensor
     places: Tensor
@@ -138,9 +126,7 @@ class DotProducts(WidenedInteraction):
 class CrossNet(WidenedInteraction):
     """DLRM_DCN: the low-rank cross net (DCN-v2, arXiv 2008.13535) over (F + 1 + K) * D columns.
 
-    Each layer is x0 * (W V x + b) + x with W [columns, R] and V [R, columns]. The new rows of W and
-    b start as TorchRec's. The new columns of V start at zero, so that content does not change the
-    original's columns at first.
+    A layer is x0 * (W V x + b) + x, W [columns, R], V [R, columns]. New columns of V start at 0.
     """
 
     def __init__(self, original: InteractionDCNArch, num_vectors: int, dim: int) -> None:

@@ -1,9 +1,7 @@
 """Content in an existing DLRM: torchrec's DLRM, DLRM_DCN or DLRM_Projection.
 
-`DLRMWithContent` has the DLRM's parts as children under their names, so that tables, optimizers and
-checkpoints keep them; two more children hold the new parts. The first logits equal those of the
-DLRM to the last bit, since content enters through weights that start at zero. The top forward is a
-straight line, as `TrainPipelineSparseDist` traces it without entering direct children.
+Names in the DLRM's checkpoints stay, and the first logits equal its own to the last bit.
+`TrainPipelineSparseDist` traces the top forward without entering direct children.
 
 Shapes: B batch, F sparse features, K content vectors, D dimension of the DLRM, C of content,
 S further features.
@@ -119,9 +117,7 @@ def require_dlrm(model: nn.Module) -> None:
 class DLRMWithContent(nn.Module):
     """A DLRM whose interaction has K more vectors: the target's content, and the content interest.
 
-    Its children are the DLRM's own modules and two of content; the DLRM itself stays usable, also
-    after this model is sharded. `recsys.plug_in.add_content` builds it. `batches` returns the
-    batches of a loader with content, as `ItemContent.batches` does.
+    `add_content` builds it. The DLRM itself stays usable, also after this model is sharded.
     """
 
     dense_arch: nn.Module
@@ -156,9 +152,8 @@ class DLRMWithContent(nn.Module):
 class DLRMWithContentTrain(nn.Module):
     """Maps a batch to (loss, (loss, logits [B], labels [B])), like torchrec's DLRMTrain.
 
-    The loss is DLRMTrain's and, if `contrastive.weight` is above 0, that weight times the
-    Content-ID-Contrastive loss between the target's content and its row of the item table. With
-    `rates`, an AdamW of its own trains the new parameters; else the user's optimizer does.
+    Adds `contrastive.weight` times the Content-ID-Contrastive loss. With `rates`, an AdamW trains
+    the new parameters.
     """
 
     def __init__(self, model: DLRMWithContent, rates: ContentRates | None = None) -> None:
@@ -220,8 +215,7 @@ def with_content_optimizer(
 ) -> CombinedOptimizer:
     """Take the new parameters out of the user's optimizer, and combine it with an AdamW for them.
 
-    Content has its own learning rates: a rate that suits a DLRM, such as 15.0 for plain SGD in
-    TorchRec's example, destroys an encoder in one step.
+    A rate that suits a DLRM, such as 15.0 for plain SGD, destroys an encoder in one step.
     """
     if not isinstance(optimizer, KeyedOptimizer):
         raise ValueError(
@@ -248,7 +242,6 @@ def with_content_optimizer(
 
 
 def _take_out(optimizer: KeyedOptimizer, parameters: set[int]) -> None:
-    """Remove parameters, given by their ids, from an optimizer and those inside it."""
     if isinstance(optimizer, CombinedOptimizer):
         for _, part in optimizer.optimizers:
             _take_out(part, parameters)
