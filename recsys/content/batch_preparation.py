@@ -1,10 +1,7 @@
 """Prepares batches between the loader and the pipeline, in the training process.
 
-It maps raw ids of bounded vocabularies to rows, shortens long histories by search, selects the
-items that this rank encodes, and scales the rows' weights. All ranks prepare the same number of
-batches together: most steps need data of the other ranks or of the memory bank.
-
-Shapes: B batch, U unique history items, N history items of the batch, K history items kept.
+All ranks prepare the same number of batches together: most steps are collectives. Shapes: B batch,
+U unique history items, N history items of the batch, K history items kept.
 """
 
 from __future__ import annotations
@@ -32,18 +29,10 @@ from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
 
 @torch.no_grad()
 def shorten_histories(batch: Batch, bank: MemoryBank, top_k: int, index_dedup: bool) -> Batch:
-    """Keep the top-k history items by the cosine of the target's content and their own.
+    """Keep the `top_k` history items by the cosine of the target's content and their own.
 
-    A collective. MUSE (arXiv 2512.07216) and SIM search a long history before they attend to it:
-    the ID lookup and both attentions then see `top_k` items, whatever its length. The search runs
-    before the batch enters the pipeline, which prefetches: vectors of the bank are up to three
-    steps old.
-
-    Args:
-        batch: on the host, as is the result.
-        bank: memory bank of content vectors.
-        top_k: items kept of each history, at most.
-        index_dedup: whether `sequence_features` hold the unique ids of the histories or all ids.
+    A collective (MUSE, arXiv 2512.07216). Batches are on the host. With `index_dedup` their
+    `sequence_features` hold unique ids. Vectors of the bank are up to three steps old.
     """
     ids = torch.cat([batch.target_items, batch.history_items])
     if bank.device.type == "cuda":
@@ -103,8 +92,7 @@ def chooses_items(content: ContentSettings | None, has_bounded_items: bool = Fal
 def with_bank_rows(batch: Batch, vocabulary: BoundedVocabulary) -> Batch:
     """Return a batch of raw items with their rows in the memory bank. A collective.
 
-    Items that got their row in this step are encoded without gradient, wherever they occur: the
-    bank has no vector of them yet, and histories read it.
+    Items that got their row in this step are encoded without gradient, wherever they occur.
     """
     ids, rows = vocabulary.admitted
     is_further = ~np.isin(ids, batch.content_items.numpy())
@@ -138,14 +126,10 @@ class BatchPreparation:
         training: bool,
         with_content: bool = True,
     ) -> Iterator[Batch]:
-        """Yield prepared batches for the pipeline. A collective.
+        """Yield prepared batches for the pipeline, as many on each rank. A collective.
 
-        Args:
-            batches: the same number on all ranks.
-            unknown: counts ids that have no row of their own.
-            first_step: the training step of the first batch.
-            training: whether bounded vocabularies admit ids and items are sampled.
-            with_content: False if an `ItemVectorCache` supplies the vectors of selected items.
+        `unknown` counts ids that have no row. In training, bounded vocabularies admit ids and items
+        are sampled. `with_content` is False if an `ItemVectorCache` supplies the vectors.
         """
         waiting: Callable[[], Batch] | None = None
         for step, batch in enumerate(batches, first_step):

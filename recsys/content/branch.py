@@ -1,9 +1,6 @@
 """The content branch: a batch's items -> their content vectors, each item encoded once.
 
-Encoders map each modality to tokens, and a linear map per modality brings them to one width. The
-fusion computes one vector per unique item; indices spread the vectors over targets and history.
-History vectors come from the memory bank (from the encoder in mode `full`) through the history map.
-The branch has no sharded module, so DistributedModelParallel keeps it data-parallel.
+DistributedModelParallel keeps it data-parallel, as it has no sharded module.
 
 Shapes: E items that this rank encodes, U unique history items, T tokens, D content dimension,
 M modalities, B batch, S sampled negatives, R items that this rank needs.
@@ -35,8 +32,7 @@ if TYPE_CHECKING:
 class Projection(nn.Linear):
     """A linear map of inputs that fixed numbers first shift and scale; by default by 0 and 1.
 
-    Inputs of a large scale, such as unscaled features, need them: otherwise each optimizer step
-    would move the outputs by that scale.
+    Otherwise optimizer steps would move the outputs of large inputs too far.
     """
 
     shift: Tensor  # [E]
@@ -48,20 +44,17 @@ class Projection(nn.Linear):
         self.register_buffer("scale", torch.ones(()))
 
     def scaled(self, inputs: Tensor) -> Tensor:  # [..., E] -> [..., E]
-        """Return the inputs, shifted and scaled."""
         return (inputs - self.shift) * self.scale
 
     def forward(self, inputs: Tensor) -> Tensor:  # [..., E] -> [..., D]
-        """Return the map of the shifted and scaled inputs."""
         return super().forward(self.scaled(inputs))
 
 
 class HistoryMap(nn.Module):
-    """Maps content vectors of history items.
+    """Maps content vectors of history items, by the mode of `content.history`.
 
-    EM3 applies "LoRA in the sequential modelling of user content interest". Mode `bank_frozen`
-    keeps W0, the identity, so that history and target share a space. `bank_lora` adds peft's
-    low-rank map, v W0 + (alpha / r) v A B, which starts at zero. `bank_dense` and `full` train W0.
+    W0, the identity, is frozen in `bank_frozen` and trained in `bank_dense` and `full`. `bank_lora`
+    adds peft's low-rank map to it, v W0 + (alpha / r) v A B, which starts at zero.
     """
 
     def __init__(self, dim: int, settings: HistorySettings) -> None:
@@ -82,7 +75,6 @@ class HistoryMap(nn.Module):
             self.scaling = settings.lora_alpha / settings.lora_rank
 
     def forward(self, vectors: Tensor) -> Tensor:  # [U, D] -> [U, D]
-        """Return the mapped vectors."""
         if self.scaling is None:
             return self.map(vectors)
         # peft's own forward does the same in more and smaller steps.
@@ -116,7 +108,6 @@ class ContentBranch(nn.Module):
 
     Args:
         encoders: encoder of each modality, by its name.
-        settings: dimension, fusion and history.
         bank: memory bank of width `settings.vector_dim`; None for history mode `full`.
         group: the ranks that share items if `settings.dedup` is global; default: all.
 
@@ -137,7 +128,6 @@ class ContentBranch(nn.Module):
         branch = ContentBranch({"photo": StoredFeatures(32)}, settings, bank)
         photos = ContentInput(torch.randn(5, 1, 32), torch.ones(5, 1, dtype=torch.bool))
         vectors = branch.encode({"photo": photos})  # [5, 32]: content vector, mean photo token
-        # branch(batch), of a recsys.Batch, encodes its targets and reads its histories
     """
 
     def __init__(
@@ -174,9 +164,7 @@ class ContentBranch(nn.Module):
     def encode(self, content: dict[str, ContentInput]) -> Tensor:
         """Encode unique items and return the vectors that the bank keeps, [E, D + M * D].
 
-        The content vector is followed by the mean token of each modality (M = 0 without
-        similarities). For unseen items, their cosines tell more than those of the fused vector,
-        which must first be learned.
+        The mean token of each modality follows the content vector (M = 0 without similarities).
         """
         tokens, masks, modality, means = [], [], [], []
         for index, (name, encoder) in enumerate(self.encoders.items()):

@@ -74,9 +74,7 @@ def build_content(
 
 
 def fill_caches(config: Config, data: str, ranks: Ranks) -> dict[str, CacheReport | None]:
-    """Fill missing caches and print a line per modality. A collective.
-
-    Returns by modality the report on the cache of its encoder's frozen part; None without a cache.
+    """Fill missing caches, print a line per modality and return the reports. A collective.
 
     Raises:
         ValueError: on every rank, if the configuration has no content or the data cannot be used.

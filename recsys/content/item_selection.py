@@ -19,9 +19,8 @@ from recsys.data.batch import Batch, ItemExchange
 def assign_to_owners(batch: Batch, group: dist.ProcessGroup) -> Batch:
     """Return a batch that encodes the items which this rank owns and any rank needs. A collective.
 
-    The owner of an item is the rank `id mod W`. It encodes the item once and sends its vector to
-    the ranks that need it; `exchange` says to which. As DistributedDataParallel averages over
-    ranks, losses and gradients equal those of each rank encoding its own items, to rounding.
+    Rank `id mod W` owns an item; `exchange` says to which ranks its vector is sent. Losses and
+    gradients equal those of each rank encoding its own items, to rounding.
     """
     world_size = dist.get_world_size(group)
     owner = batch.content_items % world_size
@@ -51,9 +50,7 @@ def assign_to_owners(batch: Batch, group: dist.ProcessGroup) -> Batch:
 def sample_items(batch: Batch, settings: SamplingSettings, draw: tuple[int, int, int]) -> Batch:
     """Return a batch that encodes a share of its items; the bank has the vectors of the others.
 
-    LEMUR (arXiv 2511.10962) runs its encoder forward for p % and backward for q % of a batch. Here
-    these are shares of a rank's unique items: those with a forward pass refresh the bank, those
-    with gradient train the encoder. At least one is encoded. `draw` is (seed, step, rank).
+    As in LEMUR (arXiv 2511.10962), but at least one item. `draw` is (seed, step, rank).
     """
     count = len(batch.content_items)
     num_forward = math.ceil(settings.forward * count)

@@ -1,7 +1,6 @@
 """Content vectors of items outside of training steps: for the memory bank, for scoring, to return.
 
-Shapes: U items, N items with a row in the files, S cached vectors, V width of a vector as the bank
-keeps it.
+Shapes: U items, N items with a row in the files, S cached vectors, V width of a vector.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ def _encode(
 class ItemVectorCache:
     """Gives batches the content vectors of their items; each item is encoded once.
 
-    While the weights do not change, an item has the same vector in every batch. It is encoded at
-    its first occurrence and cached, up to `max_bytes`; further items are encoded in each batch.
+    The weights must not change. Items beyond `max_bytes` are encoded in each batch.
     """
 
     def __init__(
@@ -80,7 +78,6 @@ class ItemVectorCache:
         return vectors
 
     def _add(self, rows: np.ndarray, vectors: Tensor) -> None:  # [U], [U, V]
-        """Cache vectors as far as they fit."""
         capacity = max(1, self.max_bytes // (vectors.shape[1] * vectors.element_size()))
         num_added = min(len(rows), capacity - self._count)
         end = self._count + num_added

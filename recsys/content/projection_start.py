@@ -1,10 +1,6 @@
 """Initialises each modality's projection with the principal components of its encoder's outputs.
 
-A random map to a few dimensions loses most of the information in a pretrained encoder's output,
-cosines included. The leading components, scaled to unit variance, keep as much as a linear map can;
-training continues from there. Content that is equal for all items has no components: it is not
-scaled up, and a warning names it.
-
+A random map to few dimensions loses most of the information in these outputs, cosines included.
 Shapes: S sampled items, E width of the encoder, D content dimension, K components.
 """
 
@@ -47,8 +43,7 @@ def start_projections(
     """Set weights and biases from a sample of the items, equal on all ranks. A collective.
 
     Logs a warning for each modality whose content is equal for most of the sampled items.
-    `modalities` limits which projections are set. `trained`, the training rows by item of rank 0,
-    excludes items without rows: they came later.
+    `trained`, the training rows by item of rank 0, excludes items without rows.
     """
     ids = np.sort(store.items.ids)
     if trained is not None and (has_rows := trained.of(ids) > 0).any():
@@ -106,10 +101,7 @@ def _warn_of_equal_items(modality: ModalitySettings, name: str, digests: list[by
 
 
 def start_at_components(projection: Projection, outputs: Tensor) -> None:  # [S, E]
-    """Set the first rows to the principal components; further ones keep their random start.
-
-    Outputs of a large scale are centred and scaled to variance 1 before.
-    """
+    """Set the first rows to the principal components; further ones keep their random start."""
     size = _size(outputs)
     if size > LARGEST_SIZE * outputs.shape[1] ** 0.5:
         center = outputs.double().mean(dim=0)
@@ -131,8 +123,7 @@ def whitening_map(
 ) -> tuple[Tensor, Tensor]:  # [K, E], [K] with K = min(dim, S, E)
     """Return weight and bias that give the leading principal components mean 0 and variance 1.
 
-    Directions in which the outputs differ by rounding alone get weights of norm 1 at most. `size`,
-    the root mean square length of the outputs before centring, decides what is rounding.
+    `size`, the root mean square length of the outputs before centring, decides what is rounding.
     """
     center = outputs.mean(dim=0)
     _, singular, directions = torch.linalg.svd(outputs - center, full_matrices=False)

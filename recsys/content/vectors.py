@@ -30,8 +30,7 @@ class StoredHistory(NamedTuple):
 class ContentVectors:
     """Content vectors and, for similarities, the mean token of each of the M modalities.
 
-    Either `history` and `history_modalities` are given, or `read`, which returns both at the first
-    call of `read_history`. M = 0 if `content.history.similarity_features` is off.
+    Has `history` and `history_modalities`, or `read`, which `read_history` calls once for both.
     """
 
     target: Tensor  # [B, D], with gradient into fusion and encoders
@@ -59,8 +58,6 @@ class ContentVectors:
     def read_history(self) -> tuple[Tensor, Tensor]:  # [U, D], [U, M, D]
         """Return [U, D] vectors of the history items and [U, M, D] mean tokens of their modalities.
 
-        A collective: the first call may read a bank that is sharded over the ranks, so either all
-        ranks call it or none does, whatever their data. It may wait for vectors that other ranks
-        have just computed, so a ranking model calls it late. Later calls return the same tensors.
+        A collective at the first call: all ranks call it, or none. It may wait, so call it late.
         """
         return self._read()

@@ -1,16 +1,7 @@
-"""Wraps a module's `forward` in place, visibly in `print`.
+"""Wraps a module's `forward` in place, visibly in `print`, by a subclass as `fully_shard` does.
 
-The module's class becomes a subclass of itself with a wrapper in front, as in torch's
-`fully_shard`: parameters, names in checkpoints, hooks and `isinstance` stay as they are. A model is
-wrapped from the inside out:
-
-1. `layer_split.AtCut`: the frozen layers below the cut of an encoder, as it is built;
-2. peft's adapters, which replace linear maps inside the trained layers;
-3. `transformer.Recomputed`: trained layers, with `activation_checkpointing`;
-4. `recsys.model.precision.InBfloat16`: encoders, projections, fusion, ranking model, and the
-   history map, which on CPU gets `InFloat32`;
-5. `recsys.model.compilation.Compiled`: fusion, trained layers, stacks of the ranking model;
-6. `DistributedModelParallel`, around the whole model.
+A model is wrapped from the inside out: `AtCut`, peft's adapters, `Recomputed`, `InBfloat16` or
+`InFloat32`, `Compiled`, and `DistributedModelParallel`. Names in checkpoints stay.
 """
 
 from __future__ import annotations

@@ -138,7 +138,6 @@ def _rows_of_ids(
 def _build_extra_sequences(
     config: Config, schema: Schema, dim: int
 ) -> tuple[ExtraSequences | None, dict[str, int]]:
-    """Return the encoders of the sequences after the first one, if any, and their widths."""
     content, further = content_settings(config.content), schema.histories[1:]
     allowed = [
         sequence.name

@@ -56,7 +56,6 @@ class TransformerLayer(nn.Module):
         return attended.transpose(1, 2).flatten(2)
 
     def target(self, target: Tensor, read: Read, events: Events) -> Tensor:  # [B, D] -> [B, D]
-        """Softmax attention over the history and the target itself."""
         own_key, own_value, query = self.kvq(self.norm(target)).float().chunk(3, dim=1)
         query = query * (query.shape[1] // self.heads) ** -0.5
         (keys, values), sequences = read, events.sequences

@@ -1,8 +1,6 @@
 """Files of the cache of an encoder's frozen part: their names, unfinished parts, earlier caches.
 
-A cache is named by everything that determines its outputs, so it is never stale. A few changed
-items give it another name, but only they need the encoder: each cache keeps a hash per item, by
-which outputs are reused. Items of equal content share one output.
+A cache is named by all that determines its outputs; hashes of items find those to reuse.
 
 Shapes: N rows of an array, S distinct contents, n rows of a call or to reuse, D width of the
 output.
@@ -34,9 +32,6 @@ ABOUT = "about.json"
 class DistinctRows:
     """Rows of an array by their content; each content is encoded and stored once.
 
-    Genres, categories and placeholder pictures repeat: 12,930 items of one catalogue have 1,045
-    genre strings. An output depends on the content alone, so sharing it changes no bit.
-
     first: int64 [S], ascending, the first row of each content.
     number: int64 [N], the place of each row's content in `first`; -1 for a row without content.
     """
@@ -46,7 +41,6 @@ class DistinctRows:
 
     @staticmethod
     def of(hashes: np.ndarray) -> DistinctRows:  # [N], empty for a row without content
-        """Compare the rows by the hashes of their content."""
         rows = np.flatnonzero(hashes != b"")
         _, first, group = np.unique(hashes[rows], return_index=True, return_inverse=True)
         order = np.argsort(first)
@@ -58,12 +52,10 @@ class DistinctRows:
 
     @property
     def num_rows(self) -> int:
-        """Number of rows with content."""
         return int((self.number >= 0).sum())
 
     @property
     def repeat(self) -> bool:
-        """Whether a content occurs in more than one row."""
         return len(self.first) < self.num_rows
 
     @property
@@ -72,7 +64,6 @@ class DistinctRows:
         return self.number if self.repeat else np.arange(len(self.number))
 
     def describe(self, count: int) -> str:
-        """Return `count` of the contents in words."""
         items = f"{count:,} items"
         return f"{count:,} distinct contents of {self.num_rows:,} items" if self.repeat else items
 
@@ -95,8 +86,6 @@ def cache_folder(cache: Path, name: str, content: str, key: str, shares: bool) -
     """Return the folder of an encoder's cache.
 
     `content` names the folder with the encoder's input; with `shares`, equal items share an output.
-    Earlier versions, which may use the same folder, cannot read shared rows: these get another
-    name.
     """
     apart = cache / f"frozen-{name}-{digest_of(content, key)}"
     if not shares or apart.exists():
@@ -180,11 +169,9 @@ def find_in(
 
 
 class Parts:
-    """Folder of the files of finished calls, each complete or absent.
+    """Folder of the files of finished calls, each complete or absent, named by their content.
 
-    A file gets its name when it is complete, and NumPy's archives hold checksums: neither a killed
-    process nor a power failure leaves a partial file that passes as complete. It is named by the
-    content of its items, so any job on any machine writes the same file for the same items.
+    Any job on any machine writes the same file for the same items.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -208,7 +195,6 @@ class Parts:
         lengths: np.ndarray,  # [n], number of tokens of each item
         values: np.ndarray,  # [sum of lengths, D]
     ) -> None:
-        """Save the outputs of one call."""
         with whole_file(self._path(name)) as partial, partial.open("wb") as file:
             np.savez(file, lengths=lengths, values=values)
 

@@ -1,11 +1,7 @@
 """Computes the outputs of an encoder's frozen part once per item and keeps them on disk.
 
-Layers below the lowest trained one give the same output for an item at every step, so they run once
-per item. All ranks share the work; ranks that see the same folder, on one machine or several, share
-its files. Each call's output is saved when it is done, so interrupted work continues where it
-stopped; then the parts are merged into the folder of the cache.
-
-Shapes: N rows of the store, n rows of a call, D width of the frozen part's output.
+Ranks that see the same folder share its files. Interrupted work continues where it stopped. Shapes:
+N rows of the store, n rows of a call, D width of the frozen part's output.
 """
 
 from __future__ import annotations
@@ -53,8 +49,7 @@ SECONDS_UNTIL_VISIBLE = 120  # network folders appear on other machines with a d
 class FillProgress:
     """Progress of a rank's share, extrapolated to all ranks: a bar on a terminal, lines elsewhere.
 
-    name: the modality; total, share: number of items of all ranks and of this one; shown: whether
-    this rank shows the progress.
+    total, share: number of items of all ranks and of this one; shown: whether this rank shows it.
     """
 
     def __init__(self, name: str, total: int, share: int, shown: bool) -> None:
@@ -64,7 +59,6 @@ class FillProgress:
         self._bar = progress_bar(total, name, shown, unit=" items", unit_scale=True)
 
     def add(self, items: int) -> None:
-        """Count `items` more items of this rank as done."""
         self.num_done += items
         # Ranks have equal shares and do not communicate while they encode.
         done_by_all = round(self.total * self.num_done / max(self.share, 1))
@@ -79,7 +73,6 @@ class FillProgress:
             logger.info(f"encoding '{self.name}': {counts}")
 
     def close(self) -> None:
-        """End the bar."""
         self._bar.close()
 
 
@@ -128,11 +121,7 @@ def _wait_for(folder: Path) -> None:
 
 @dataclass
 class _Plan:
-    """The work on one folder, the same on all ranks that share it.
-
-    earlier: caches with some of the rows; calls: rows [n] of each encoder call; missing_calls:
-    indices of the calls that are not done yet.
-    """
+    """Work of all ranks on a folder: earlier caches, rows [n] of calls, which calls are missing."""
 
     earlier: list[EarlierCache]
     calls: list[np.ndarray]

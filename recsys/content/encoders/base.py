@@ -1,8 +1,6 @@
 """The interface of all encoders: the content of unique items -> tokens for the fusion.
 
-Every encoder splits into a frozen part, `frozen(input)`, which gives the same output for an item
-at every step and may be cached on disk, and `forward(input)`, which runs the other layers.
-
+The frozen part's outputs never change and may be cached on disk; `forward` runs the other layers.
 Shapes: U unique items, G items of a group, T tokens, D width of the encoder.
 """
 
@@ -78,9 +76,8 @@ def run_in_groups(
 ) -> ContentInput:
     """Run `run` on the items of `content`; each item has the same output in any batch.
 
-    The shape of a computation determines its kernel and so the last bits of its sums. Hence groups
-    have one size, G, and each text is padded to a length that depends on its own length alone. A
-    cache then equals a step on the same kind of processor to the last bit.
+    The shape of a computation decides the last bits of its sums. So groups have one size G, and a
+    text is padded to a length that depends on its own length alone.
 
     Args:
         run: the frozen part; called with G items at a time, all of which have content.
@@ -249,13 +246,11 @@ class StoredFeatures(Encoder):
     """
 
     def __init__(self, output_dim: int) -> None:
-        """Keep the width D of the features."""
         super().__init__()
         self.output_dim = output_dim
         self.caches = False
 
     def forward(self, content: ContentInput) -> ContentInput:
-        """Return the features unchanged."""
         return content
 
 

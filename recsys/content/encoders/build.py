@@ -12,9 +12,7 @@ __all__ = ["Encoder", "StoredFeatures", "build_encoder"]
 
 
 def encoder_of(kind: ModalityKind, entry_shape: tuple[int, ...] = ()) -> Encoder:
-    """Return the encoder of a modality kind, with its identity complete.
-
-    `entry_shape` is the shape of the items' entries in the cache.
+    """Return the encoder of a kind and its items' entries [`entry_shape`], with its identity.
 
     Raises:
         ValueError: the encoder cannot be loaded, does not fit its settings, or is no `Encoder`.

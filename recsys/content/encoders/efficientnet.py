@@ -20,7 +20,6 @@ class EfficientNetFeatures(nn.Module):
         self.network = network
 
     def forward(self, pixels: Tensor) -> Tensor:  # [U, 3, H, W] -> [U, 1280]
-        """Return the features of each image."""
         features: Tensor = self.network.extract_features(pixels)  # type: ignore[operator]
         return features.mean(dim=(2, 3))
 
@@ -31,7 +30,6 @@ class EfficientNetPatches(EfficientNetFeatures):
     cache_name = "recsys.content.encoders.efficientnet.EfficientNetPatches"
 
     def forward(self, pixels: Tensor) -> Tensor:  # [U, 3, H, W] -> [U, T, 1280]
-        """Return the features of each place of each image."""
         features: Tensor = self.network.extract_features(pixels)  # type: ignore[operator]
         return features.flatten(2).transpose(1, 2)
 
@@ -42,7 +40,7 @@ def efficientnet_lite0() -> nn.Module:
 
 
 def efficientnet_lite0_patches() -> nn.Module:
-    """Return the network of `efficientnet_lite0` with one token per place of its feature map."""
+    """Return `efficientnet_lite0` with one token per place of its feature map."""
     return EfficientNetPatches(_efficientnet_lite0())
 
 

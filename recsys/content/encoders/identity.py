@@ -1,7 +1,6 @@
 """Identifies the encoders that a run was trained with: revision, weights, treatment of input.
 
-Frozen weights are in no checkpoint, so a run needs the same encoders again. Its folder keeps their
-identities (`encoders.json`); resuming or predicting with other encoders raises an error.
+Frozen weights are in no checkpoint: `encoders.json` of a run says which encoders it needs.
 """
 
 from __future__ import annotations
@@ -26,9 +25,8 @@ SAMPLE_TEXT = "The quick Brown fox, naïve café №1234! 你好 Привет �
 class EncoderIdentity:
     """Identity of an encoder when it was loaded.
 
-    name: its name in the configuration; revision: commit of the hub repository, None if it does not
-    come from the hub; weights: a hash of all weights; preparation: a hash of the tokenizer or of
-    the treatment of pixels, empty for an encoder that was built for inspection only.
+    revision: commit of the hub repository, if it comes from the hub; weights: their hash.
+    preparation: a hash of the tokenizer or the treatment of pixels; empty for inspection.
     """
 
     name: str

@@ -86,24 +86,20 @@ class ModuleEncoder(Encoder):
 
     @property
     def trained_parts(self) -> list[nn.Module]:
-        """The module, unless it is frozen."""
         return [] if self.caches else [self.module]
 
     def frozen_settings(self) -> Any:
-        """Return the module's class and its printed structure."""
         kind = type(self.module)
         name = getattr(kind, "cache_name", f"{kind.__module__}.{kind.__qualname__}")
         return f"{name}: {self.module}"
 
     def train(self, mode: bool = True) -> ModuleEncoder:
-        """Set the mode; a frozen module stays in eval mode."""
         super().train(mode)
         if self.caches:  # frozen: normalisation statistics must not change either
             self.module.eval()
         return self
 
     def drop_frozen_layers(self) -> None:
-        """Free the module, whose outputs come from a cache."""
         super().drop_frozen_layers()
         self.module = nn.Identity()
 
@@ -113,7 +109,6 @@ class ModuleEncoder(Encoder):
         return ContentInput(tokens, content.mask.expand(-1, tokens.shape[1]))
 
     def frozen(self, content: ContentInput) -> ContentInput:
-        """Run the module if it is frozen."""
         return self._encode(content) if self.caches else content
 
     def forward(self, content: ContentInput) -> ContentInput:
@@ -124,9 +119,7 @@ class ModuleEncoder(Encoder):
 class SeveralImages(Encoder):
     """Image encoder over pixels uint8 [U, I, 3, H, W] with mask [U, I] -> tokens [U, I * T, D].
 
-    Each image is encoded by itself, by `encoder` ([N, 3, H, W] -> [N, T, D]), and the tokens of an
-    item's images are concatenated. Images come first: an item with two of four has the mask True,
-    True, False, False. The frozen part is cached per item as usual.
+    `encoder` maps [N, 3, H, W] -> [N, T, D]. An item's images come first in its mask.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -140,20 +133,16 @@ class SeveralImages(Encoder):
 
     @property
     def trained_parts(self) -> list[nn.Module]:
-        """Modules of the inner encoder that run in every step."""
         return self.encoder.trained_parts
 
     @property
     def frozen_layers(self) -> str:
-        """Description of the inner encoder's frozen layers."""
         return self.encoder.frozen_layers
 
     def frozen_settings(self) -> Any:
-        """Return the settings that determine the inner encoder's frozen outputs."""
         return self.encoder.frozen_settings()
 
     def drop_frozen_layers(self) -> None:
-        """Free the inner encoder's frozen layers."""
         super().drop_frozen_layers()
         self.encoder.drop_frozen_layers()
 

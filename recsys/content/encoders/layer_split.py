@@ -1,10 +1,6 @@
 """Cuts a transformers model in two between its layers: frozen layers below run once per item.
 
-The model's own `forward` runs both halves, so its masks, position biases and last norms apply
-unchanged. A run up to the cut is stopped there and its hidden states are taken. A run from the cut
-on lets the embeddings and the layers below return those states instead of computing. Some models do
-not allow this (a later layer may read the embeddings again): `find_split` tries it and compares.
-
+The model's own `forward` runs both halves. Not every model allows a cut: `find_split` tries it.
 Shapes: U unique items, T tokens, D width of the hidden states.
 """
 
@@ -19,10 +15,7 @@ from recsys.content.wrap import unwrap, wrap
 
 
 def find_layers(model: Any) -> list[nn.Module]:
-    """Return the layers of a model from the lowest to the highest, whatever their names.
-
-    Without a stack of `num_hidden_layers`, they are the members of all innermost lists.
-    """
+    """Return the layers of a model from the lowest to the highest, whatever their names."""
     lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part)]
     count = getattr(model.config, "num_hidden_layers", None)
     for stack in lists:
@@ -54,10 +47,7 @@ class _Reached(Exception):
 
 
 class AtCut(nn.Module):
-    """Wrapper of the embeddings and each layer below a cut, for its `LayerSplit`.
-
-    Up to the cut, the last of them ends the run; from the cut on, each returns given hidden states.
-    """
+    """Wrapper of the embeddings and each layer below a cut: ends the run, or returns states."""
 
     cut: LayerSplit
     cut_is_here: bool  # whether this is the last part below the cut
@@ -65,7 +55,6 @@ class AtCut(nn.Module):
     width: int  # D of its hidden states
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        """Run the layer, or return the hidden states given to the split."""
         hidden_states = self.cut.given
         if hidden_states is not None:
             if hidden_states.shape[-1] != self.width:  # embeddings narrower than layers
@@ -82,14 +71,7 @@ class AtCut(nn.Module):
 
 
 class LayerSplit:
-    """Cut of `model` above the last of the layers `below`; if there is none, behind its `entry`.
-
-    Example::
-
-        split = LayerSplit(bert, bert.embeddings, bert.encoder.layer[:2])
-        hidden = split.below(lambda: bert(input_ids=ids))
-        split.above(hidden, lambda: bert(input_ids=ids)).last_hidden_state  # as bert alone gives
-    """
+    """Cut of `model` above the last of the layers `below`; if there is none, behind its `entry`."""
 
     def __init__(self, model: nn.Module, entry: nn.Module, below: Sequence[nn.Module]) -> None:
         self.model = model
@@ -135,7 +117,6 @@ class LayerSplit:
                 value.data = value.data.new_empty(0)
 
     def remove(self) -> None:
-        """Restore the model as it was without the cut."""
         for part in self.parts:
             unwrap(part, AtCut)
 
@@ -148,11 +129,8 @@ def find_split(
 ) -> tuple[LayerSplit | None, str]:
     """Return the cut above `below` if the model gives the same output through it, else the reason.
 
-    Args:
-        model: the model in eval mode.
-        below: its frozen layers.
-        run: returns the model's tokens [U, T, D] for a sample input.
-        run_from_cut: the same from hidden states at the cut, called within `above`.
+    `run` returns tokens [U, T, D] of a sample, `run_from_cut` the same from hidden states at the
+    cut.
     """
     entry = find_entry(model)
     if entry is None:

@@ -1,10 +1,7 @@
 """Resolves an encoder's checkpoint: its location, architecture and preparation of inputs.
 
-A name is a repository of the hub, a folder, `package:NAME` or `random:NAME`. `package:NAME` is the
-folder with a `config.json` inside the installed package NAME, so that weights are installed and
-pinned like any dependency; `random:NAME` is a tiny encoder for tests. A folder or a repository is
-data, not code: weights come from safetensors, and no Python, pickle or kernel that it names is
-loaded. Tokenizer and preparation of images come from the files beside the weights.
+A name is a repository of the hub, a folder, `package:NAME` (the folder with a `config.json` in an
+installed package) or `random:NAME` (tiny, for tests). No code or pickle of a checkpoint is loaded.
 """
 
 from __future__ import annotations
@@ -44,7 +41,6 @@ class PretrainedEncoder:
     """Checkpoint of an encoder; files are read when an attribute needs them.
 
     Args:
-        name: name of the encoder, see the module's docstring.
         revision: revision of a repository; None: its branch main.
         where: the setting, for messages.
 
@@ -132,7 +128,6 @@ class PretrainedEncoder:
 
     @cached_property
     def images(self) -> ImagePreparation:
-        """Preparation of images."""
         if self.is_random:
             return ImagePreparation()
         try:
@@ -153,8 +148,7 @@ class PretrainedEncoder:
     def load_model(self, keeps_pooler: bool = False) -> Any:
         """Return the model without dropout, and without a pooler unless `keeps_pooler`.
 
-        Frozen layers must give one output per item, and adapters have their own dropout. Under
-        `torch.device("meta")` no weights are read.
+        Under `torch.device("meta")` no weights are read.
 
         Raises:
             ValueError: it cannot be loaded, or some of its weights are missing.

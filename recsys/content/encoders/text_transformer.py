@@ -101,10 +101,7 @@ class TextTransformer(TransformerEncoder):
 def distinct_items(
     content: ContentInput,  # values [U, T] or [U, T, D]
 ) -> tuple[Tensor, Tensor]:  # [S], [U]
-    """Return the first item of each of S distinct contents, and the content of each item.
-
-    Genres, categories and missing texts repeat within a batch.
-    """
+    """Return the first item of each of S distinct contents, and the content of each item."""
     rows = torch.cat([content.values.flatten(1), content.mask.to(content.values.dtype)], dim=1)
     unique, place = rows.detach().unique(dim=0, return_inverse=True)
     items = torch.arange(len(rows), device=rows.device)

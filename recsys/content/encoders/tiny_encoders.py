@@ -1,7 +1,4 @@
-"""Tiny encoders with random weights, `random:bert` and the like, for tests and dry runs.
-
-Their weights come from a fixed seed, since frozen weights are not stored in checkpoints.
-"""
+"""Tiny encoders with random weights of a fixed seed, `random:bert` and the like, for tests."""
 
 from __future__ import annotations
 

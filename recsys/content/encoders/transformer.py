@@ -1,10 +1,7 @@
 """TransformerEncoder: any `transformers` text or vision model, frozen, with adapters or trained.
 
-Adapters are peft's: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732) and DoRA (arXiv 2402.09353).
-The layers below the lowest adapter are frozen; their outputs may be cached if the model can be cut
-there (`layer_split`).
-
-Shapes: U unique items, T tokens, D width of the encoder.
+Adapters: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732), DoRA (arXiv 2402.09353). Layers below
+the lowest adapter are frozen. Shapes: U unique items, T tokens, D width of the encoder.
 """
 
 from __future__ import annotations
@@ -93,7 +90,6 @@ class Recomputed(nn.Module):
     """Wrapper of a layer whose activations are recomputed in the backward instead of kept."""
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        """Run the layer under `checkpoint`."""
         return checkpoint(super().forward, *arguments, use_reentrant=False, **keywords)
 
 
@@ -102,14 +98,12 @@ class TransformerEncoder(Encoder):
 
     Args:
         model: it returns `last_hidden_state` for `input_ids` or `pixel_values`.
-        modality: `training`, `lora`, `pooling`, sizes and `activation_checkpointing` are read.
         where: the setting, for messages.
         projection: map of the model's pooled output, for pooling `projected`; None: the identity.
         pixels: normalisation of pixels; None for texts.
 
     Raises:
-        ValueError: the model cannot be run, some layers or targets of LoRA do not exist, or the
-            inputs are larger than it can read.
+        ValueError: the model cannot be run, lacks targets of LoRA, or inputs are too large for it.
     """
 
     is_text: bool
@@ -163,9 +157,8 @@ class TransformerEncoder(Encoder):
     ) -> Self:
         """Return the encoder with its weights and, unless these are on meta, its identity.
 
-        A checkpoint of a dual encoder serves two modalities, one by each tower. With pooling
-        `projected` both give vectors of one space: CLIP (arXiv 2103.00020) maps each tower's pooled
-        output there, SigLIP's pooled outputs (arXiv 2303.15343) lie there.
+        With pooling `projected` both towers of a dual encoder give vectors of one space: CLIP
+        (arXiv 2103.00020), SigLIP (arXiv 2303.15343).
 
         Raises:
             ValueError: it cannot be loaded, or does not fit its settings.
@@ -196,13 +189,11 @@ class TransformerEncoder(Encoder):
 
     @property
     def frozen_layers(self) -> str:
-        """Description of the layers that `frozen` runs."""
         if self.training_mode == "lora":
             return f"embeddings and the lowest {self.first_trained}"
         return "all"
 
     def frozen_settings(self) -> Any:
-        """Return the settings and the architecture that determine the frozen outputs."""
         config = self.config.to_dict()
         for key in ("_name_or_path", "transformers_version"):
             config.pop(key, None)
@@ -261,7 +252,6 @@ class TransformerEncoder(Encoder):
         self.frozen_dim, self.frozen_tokens = hidden.shape[-1], hidden.shape[1]
 
     def train(self, mode: bool = True) -> TransformerEncoder:
-        """Set the mode of trained layers; frozen ones stay in eval mode, without dropout."""
         super().train(mode)
         if self.training_mode != "full":
             self.model.eval()
@@ -270,7 +260,6 @@ class TransformerEncoder(Encoder):
         return self
 
     def drop_frozen_layers(self) -> None:
-        """Free the weights whose outputs come from a cache; parameter names stay."""
         super().drop_frozen_layers()
         if self.split is not None:
             self.split.drop()

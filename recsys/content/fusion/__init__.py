@@ -1,9 +1,7 @@
 """Fusion: the tokens of all modalities -> one content vector per item.
 
-`FusionQFormer` is EM3's Fusion-Q-Former (arXiv 2404.06078, section 3: transformers and a set of
-trainable queries with a fixed-length output); preset `published` follows the authors' public
-code exactly; preset `modern` has later improvements of transformers and starts as `ConcatFusion`,
-the baseline. All have one interface, so a configuration can switch between them by name.
+`FusionQFormer` is EM3's Fusion-Q-Former (arXiv 2404.06078, section 3). Preset `published` equals
+the authors' public code; preset `modern` starts as `ConcatFusion`, the baseline.
 """
 
 from __future__ import annotations

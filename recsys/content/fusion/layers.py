@@ -30,7 +30,6 @@ class JointSelfAttention(nn.Module):
         mask: Tensor,  # [U, T]
         num_outputs: int,
     ) -> Tensor:  # [U, num_outputs, D]
-        """Return the attended values of the first `num_outputs` tokens."""
         heads = (self.num_heads, x.shape[-1] // self.num_heads)
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -84,7 +83,6 @@ class PublishedLayer(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor, num_outputs: int
     ) -> Tensor:  # [U, T, D], [U, T] -> [U, num_outputs, D]
-        """Return the layer's outputs for the first `num_outputs` tokens."""
         attended = self.attention(x, mask, num_outputs)
         return self.norm(x[:, :num_outputs] + self.dropout(attended))
 
@@ -104,7 +102,6 @@ class ModernLayer(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor, num_outputs: int
     ) -> Tensor:  # [U, T, D], [U, T] -> [U, num_outputs, D]
-        """Return the layer's outputs for the first `num_outputs` tokens."""
         attended = self.attention(self.attention_norm(x), mask, num_outputs)
         x = x[:, :num_outputs] + self.dropout(attended)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

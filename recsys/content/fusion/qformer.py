@@ -34,7 +34,6 @@ class ConcatFusion(nn.Module):
         mask: Tensor,  # [U, T]
         modality: Tensor,  # [T]
     ) -> Tensor:  # [U, D]
-        """Return one vector per item."""
         member = F.one_hot(modality, self.num_modalities).T.to(tokens.dtype)  # [M, T]
         weights = member * mask.to(tokens.dtype).unsqueeze(1)  # [U, M, T]
         count = weights.sum(-1, keepdim=True)  # [U, M, 1]
@@ -45,11 +44,9 @@ class ConcatFusion(nn.Module):
 class FusionQFormer(nn.Module):
     """Trainable queries attend, jointly with the tokens, to all tokens of an item.
 
-    Missing tokens are masked as keys; with all tokens present `published` is the published formula:
-    layers over [queries; tokens], the Q outputs flattened and projected to D. `modern` adds to each
-    token an embedding of its modality, and to the projected outputs a `ConcatFusion`. The
-    projection starts at zero, as residual branches do (Fixup, arXiv 1901.09321; ReZero, arXiv
-    2003.04887): the queries learn a correction to the linear map.
+    Missing tokens are masked as keys. `modern` adds to each token an embedding of its modality, and
+    to the projected outputs a `ConcatFusion`. Its projection starts at zero, as residual branches
+    do (Fixup, arXiv 1901.09321; ReZero, arXiv 2003.04887).
 
     Raises:
         ValueError: `num_heads` does not divide `dim`, or a number is below 1.
@@ -105,7 +102,6 @@ class FusionQFormer(nn.Module):
         mask: Tensor,  # [U, T], False for padding
         modality: Tensor,  # [T], index of each token's modality
     ) -> Tensor:  # [U, D]
-        """Return one vector per item."""
         num_items, num_queries = tokens.shape[0], self.queries.shape[0]
         if self._has_kernel(tokens):
             return self._by_kernel(tokens, mask, modality)

@@ -67,7 +67,6 @@ class Feature(ModalityKind):
         raise column.empty()
 
     def encoder(self, entry_shape: tuple[int, ...]) -> Encoder:
-        """Return the encoder that passes the stored features on."""
         from recsys.content.encoders.base import StoredFeatures
 
         (width,) = entry_shape

@@ -123,7 +123,6 @@ class Image(ModalityKind):
         return super().as_input(values, mask)
 
     def encoder(self, entry_shape: tuple[int, ...]) -> Encoder:
-        """Return the encoder of the checkpoint or of the module, for one or several images."""
         from recsys.content.encoders.image_encoders import SeveralImages
 
         encoder = self._single()
@@ -145,15 +144,11 @@ class Image(ModalityKind):
         return encoder
 
     def preparation_digest(self) -> str:
-        """Return a hash of the preparation of images."""
         return digest_of(self.preparation)
 
 
 class Frames(Image):
-    """Videos as lists of frames of an item column of kind image; each frame is an entry.
-
-    `max_images` frames of each video are used, evenly spaced and in order.
-    """
+    """Videos as lists of frames; `max_images` of them are used, evenly spaced and in order."""
 
     has_several = True
 

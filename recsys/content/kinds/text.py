@@ -40,7 +40,6 @@ class Text(ModalityKind):
 
     @cached_property
     def pretrained(self) -> PretrainedEncoder:
-        """Checkpoint of the encoder."""
         from recsys.content.encoders.pretrained import PretrainedEncoder
 
         assert self.modality.encoder is not None
@@ -62,7 +61,6 @@ class Text(ModalityKind):
         return lengths, np.fromiter(chain.from_iterable(tokens), np.int64)
 
     def encoder(self, entry_shape: tuple[int, ...]) -> Encoder:
-        """Return the text encoder with the checkpoint's weights."""
         from recsys.content.encoders.text_transformer import TextTransformer
 
         return TextTransformer.load(self.pretrained, self.modality, self.where)
