@@ -27,7 +27,6 @@ def validate(config: Config) -> None:
     content, temperature = content_settings(config.content), config.contrastive.temperature
     if content is None:
         return
-    # An unused temperature may have any value.
     if config.contrastive.weight > 0 and not 0 < temperature < math.inf:
         raise ValueError(f"contrastive.temperature is {temperature}; it must be > 0 and finite")
     retrieval = softmax_settings(config.ranking)

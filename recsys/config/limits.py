@@ -42,10 +42,7 @@ CacheShare = Annotated[float, _limited("CacheShare", float, (">", 0), ("<=", 1))
 def check_settings(value: Any, name: str = "", hint: Any = None) -> None:
     """Check every number against its limit, and every part by its own method `check(name)`.
 
-    Args:
-        value: a dataclass of settings, or the value of one of its fields.
-        name: the setting in full, such as `content.dim`; empty for the whole configuration.
-        hint: the annotation of the field, if `value` is not a dataclass.
+    `name` is the setting in full, empty for all; `hint` is the annotation of a plain value.
 
     Raises:
         ValueError: names the setting, its value and its limit.

@@ -33,12 +33,9 @@ ReadRecipe = Callable[[str], Any]
 def add_config_arguments(
     parser: Parser, words: Sequence[str], skip: frozenset[str] = frozenset()
 ) -> None:
-    """Add `--config FILE` and every setting of `Config` as `--name.of.setting`.
+    """Add `--config FILE` and every setting of `Config` but `skip` as `--name.of.setting`.
 
-    Args:
-        parser: parser of a command.
-        words: the command line, which chooses the ranking model and so its settings.
-        skip: settings that the command adds by itself.
+    The command line `words` chooses the ranking model, and so its settings.
 
     Raises:
         ValueError: the ranking model is unknown, or has no such key under `ranking`.
@@ -142,7 +139,6 @@ def _recipe_action(name: str, read: ReadRecipe, leaves_content_out: bool) -> typ
 
 
 def _read_recipe(recipe: str) -> Any:
-    """Read a recipe: a file, or YAML on the command line itself."""
     try:
         file = recipe_file(recipe)
         content = load_plain_yaml(file.read_bytes() if os.path.isfile(file) else recipe.encode())
@@ -156,15 +152,13 @@ def _read_recipe(recipe: str) -> Any:
 
 
 def _for_model(recipe: Any, name: str) -> Any:
-    """Return a recipe whose `ranking` has only keys of this ranking model."""
     if not isinstance(recipe, dict):
         return recipe
     recipe, section = _without_removed_keys(recipe), recipe.get("ranking")
     return recipe | {"ranking": own_keys(section, name)} if isinstance(section, dict) else recipe
 
 
-# Removed settings that runs of earlier versions may state: the value that did nothing, and why the
-# setting was removed.
+# Removed settings of earlier versions: the value that did nothing, and why it was removed.
 REMOVED = {
     ("content", "sampling", "encoders"): (1, "encoders are not sampled"),
     ("content", "history", "sorted_cosines"): (0, "no trial showed a gain"),

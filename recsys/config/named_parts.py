@@ -17,12 +17,7 @@ MOVED = {f"recsys.content.{PRETRAINED}": f"recsys.content.encoders.{PRETRAINED}"
 
 
 def find_part(setting: str, name: str, paths: Mapping[str, str]) -> Any:
-    """Import the class or function that a setting names.
-
-    Args:
-        setting: full name of the setting, for messages.
-        name: a key of `paths`, or `package.module:Class`.
-        paths: import paths of the parts of this kind, by name.
+    """Import the part that a setting names: a key of `paths`, or `package.module:Class`.
 
     Raises:
         ValueError: the name is unknown or cannot be imported.

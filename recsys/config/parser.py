@@ -61,7 +61,6 @@ class Parser(ArgumentParser):
         return super().parse_object(*arguments, **options)
 
     def format_help(self, *arguments: Any) -> str:
-        """Return the help, options spelled with hyphens."""
         return with_hyphens(super().format_help(*arguments))
 
     def _hints(self) -> dict[str, Any]:
@@ -185,11 +184,7 @@ def problem_of_keys(
 ) -> str | None:
     """Return what is wrong in a mapping of settings, None if nothing is.
 
-    Args:
-        hints: the type of each setting, by key.
-        values: the settings, as read from YAML.
-        name: full name of the mapping; empty for the whole configuration.
-        with_values: False checks for unknown keys and nulls only, which is fast.
+    `hints` are the types by key. Without `with_values`, only unknown keys and nulls are looked for.
     """
     for key, value in values.items():
         key = str(key)

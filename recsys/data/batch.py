@@ -57,7 +57,6 @@ class FurtherHistory:
         return content, JaggedHistory.of(index, self.lengths, num_items, self.longest)
 
     def jagged(self) -> JaggedHistory:
-        """Return the histories over N events, one for each place."""
         index = torch.arange(len(self.values), device=self.lengths.device)
         return JaggedHistory.of(index, self.lengths, len(index), self.longest)
 
@@ -155,7 +154,6 @@ class Batch(Pipelineable):
         _mapped(self, lambda tensor: tensor.record_stream(stream))
 
     def jagged_history(self) -> JaggedHistory:
-        """Return the histories as an index into `history_items`."""
         return JaggedHistory.of(
             self.history_index, self.history_lengths, len(self.history_items), self.longest_history
         )

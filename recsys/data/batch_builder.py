@@ -20,8 +20,7 @@ from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import HistoryColumns
 
-# Scanning a table of all items is faster than hashing if it has at most MOST_MARKS entries, and at
-# most MARKS_PER_ID per id.
+# Largest table of all items, in all and per id, that is scanned faster than ids are hashed.
 MOST_MARKS, MARKS_PER_ID = 1 << 22, 256
 
 
@@ -80,14 +79,9 @@ def keyed_jagged(
 class BatchBuilder:
     """Turns rows of impressions into a `Batch`; several threads may call it at once.
 
-    Args:
-        schema: of the dataset.
-        pooled_features: columns whose tables are pooled, in the order of the model.
-        store: content of the items; None for a model without content.
-        encode_history: encode the history items instead of reading them from the bank.
-        index_dedup: look up each history item once in the ID table.
-        with_labels: False for files to predict, which need no labels.
-        content_histories: further histories whose items' content is read.
+    `pooled_features` have the order of the model. With `encode_history`, history items are encoded
+    instead of read from the bank; with `index_dedup`, each is looked up once. `content_histories`
+    are the further histories whose items' content is read.
     """
 
     def __init__(

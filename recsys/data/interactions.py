@@ -36,7 +36,7 @@ WindowRows = tuple[RowColumns, np.ndarray]  # a window that was read, and the or
 class Interactions:
     """Batches of one rank's share of a split.
 
-    All ranks get as many batches of the same sizes, as collectives require. A rank with a row less
+    All ranks get as many batches of the same sizes, as collectives require. A rank with fewer rows
     adds a padding row. `seed` shuffles the rows, differently in each epoch; None keeps their order.
     """
 

@@ -71,7 +71,6 @@ class ItemCounts:
             np.save(file, np.stack([self.items, self.counts]))
 
     def of(self, items: np.ndarray) -> np.ndarray:  # int64 [N] -> int64 [N]
-        """Return the number of training rows of each item."""
         if not len(self.items):
             return np.zeros(len(items), np.int64)
         place = np.searchsorted(self.items, items).clip(max=len(self.items) - 1)

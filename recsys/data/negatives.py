@@ -62,7 +62,6 @@ class NegativeSampler:
 
     @property
     def _num_drawn(self) -> int:
-        """Number of items that may be drawn."""
         return len(self._places) or self.num_items
 
     @property
@@ -90,7 +89,6 @@ class NegativeSampler:
         )
 
     def _draw(self, draw: tuple[int, int, int]) -> np.ndarray:  # [S], int64
-        """Sample items with the seed `draw`."""
         random, count = np.random.default_rng(draw), self.settings.num_negatives
         num_drawn = self._num_drawn
         if self._is_uniform or not len(self._places):

@@ -59,7 +59,6 @@ class NumberRange:
 
     @property
     def is_wide(self) -> bool:
-        """Whether a number lies outside of [-3, 3]."""
         return max(-self.least, self.greatest) > WIDE
 
     def __str__(self) -> str:

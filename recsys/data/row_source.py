@@ -30,9 +30,8 @@ if TYPE_CHECKING:
 
 SOURCES = {"parquet": "recsys.data.parquet.rows:split_rows"}
 
-# Limits of a window, the rows that a rank shuffles together in memory: a number of rows, or of
-# bytes if histories are long, but at least one chunk. For Parquet this is the size of encoded
-# pages, the only size known before reading; ids need about five times as much memory.
+# Limits of a window, the rows that a rank shuffles together in memory, of at least one chunk. Bytes
+# of Parquet are those of encoded pages; ids need about five times as much memory.
 SHUFFLE_ROWS = 262_144
 SHUFFLE_BYTES = 1 << 26
 
@@ -86,7 +85,6 @@ class RowSource(ABC):
         self.bad_rows = BadRows(on_bad_row)
         self.names = columns_to_read(schema, with_labels)  # columns of the schema
         self.columns = schema.file_columns(self.names)  # from which they are read
-        # Position of each chunk's first row in the split.
         self._first_positions = [0, *accumulate(chunk.num_rows for chunk in chunks)]
         self.num_rows = self._first_positions.pop()
         if not self.num_rows:
@@ -224,7 +222,6 @@ class RowSource(ABC):
             yield table.combine_chunks()
 
     def padding(self, num_rows: int) -> pa.Table:
-        """Return padding rows, in the types of the rows that are read."""
         return padding_rows(empty_table(self.schema, self.names), num_rows)
 
     def _ordered(self, shuffle_seed: tuple[int, int] | None) -> Sequence[int]:

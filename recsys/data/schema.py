@@ -87,7 +87,6 @@ class Schema:
 
     @property
     def event_columns(self) -> list[str]:
-        """Names of the sequences, and of the lists of ids beside them."""
         return [name for history in self.histories for name in (history.name, *history.ids)]
 
     @property
@@ -96,7 +95,6 @@ class Schema:
 
     @property
     def sampled(self) -> str | None:
-        """Name of the column that marks rows with a drawn item, if there is one."""
         return next(iter(self.of_kind("sampled")), None)
 
     @property
@@ -119,7 +117,6 @@ class Schema:
         return None if self.has_bounded_items else self.num_items
 
     def table_of(self, name: str) -> str:
-        """Return the column that owns the table of `name`."""
         return self.columns[name].shares or name
 
     def limit(self, name: str) -> int:
@@ -143,7 +140,6 @@ class Schema:
 
     @property
     def parallel(self) -> list[str]:
-        """Names of the lists of floats beside the first sequence."""
         return self.histories[0].numbers if self.history else []
 
     def file_columns(self, names: Iterable[str]) -> list[str]:

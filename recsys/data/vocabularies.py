@@ -22,8 +22,7 @@ from recsys.data.batch import Batch
 from recsys.data.schema import Schema
 
 ResetRows = Callable[[str, Tensor], None]  # table, rows
-# Batches that are mapped ahead of their step: those that a pipeline fetches, and one that waits in
-# `recsys.content.batch_preparation`.
+# Batches mapped ahead of their step: in the pipeline, and one in `content.batch_preparation`.
 MAPPED_AHEAD = PIPELINED_STEPS + 1
 
 

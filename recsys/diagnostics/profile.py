@@ -26,14 +26,7 @@ PRINTED_ROWS = 40
 class StepProfile:
     """Profiles some steps of a training loop on rank 0; on other ranks it does nothing.
 
-    It prints the slowest operations, and writes the trace, which Perfetto opens.
-
-    Args:
-        em3: the model inside its wrappers.
-        ranks: the ranks of the job.
-        steps: number of steps to profile; 0: none.
-        folder: the run's folder.
-        say: prints a text.
+    It prints the slowest operations, and writes the trace, which Perfetto opens. 0 steps: nothing.
     """
 
     def __init__(
@@ -66,7 +59,6 @@ class StepProfile:
         return self
 
     def step(self) -> None:
-        """Mark the end of a step."""
         if self._profiler is None:
             return
         self._steps_of_loop += 1

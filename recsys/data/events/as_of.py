@@ -37,7 +37,6 @@ def whole_keys(batches: Iterable[pa.RecordBatch], keys: Sequence[str]) -> Iterat
 
 
 def _starts(batch: pa.RecordBatch | pa.Table, keys: Sequence[str]) -> np.ndarray:  # bool [N]
-    """Mark the rows at which a key begins."""
     starts = np.zeros(batch.num_rows, bool)
     starts[:1] = True
     for key in keys:

@@ -77,7 +77,6 @@ class DatasetWriter:
         check_transformed(Location.of(folder))
 
     def _write_splits(self, conditions: dict[str, str], folder: Path) -> None:
-        """Write the rows of all splits, in the order of time."""
         columns = output_columns(self.config)
         read, complete = columns, None
         if self.files is not None:
@@ -99,7 +98,6 @@ class DatasetWriter:
 
     @property
     def _is_logged(self) -> str:
-        """SQL after a condition that leaves out drawn rows."""
         return f" AND {DRAWN_AS} = 0" if self.config.negatives is not None else ""
 
     def _write_items(self, train: str, folder: Path, other: Path | None) -> None:
@@ -216,7 +214,6 @@ class DatasetWriter:
         return yaml.safe_dump(schema, sort_keys=False, default_flow_style=None)
 
     def _id(self, kind: str, size: int) -> dict[str, Any]:
-        """Return a column of ids with a table of its own."""
         column: dict[str, Any] = {"kind": kind, "num_embeddings": size}
         if self.config.vocabulary.kind == "exact":
             column["vocabulary"] = {"kind": "exact"}
@@ -287,7 +284,6 @@ def _no_rows(config: EventsConfig, split: str) -> str:
 
 
 def _frequent(ids: str, min_count: int) -> str:
-    """Return SQL of the ids that occur as often."""
     rows = f"SELECT id FROM ({ids}) WHERE id IS NOT NULL"
     return f"{rows} GROUP BY id HAVING count(*) >= {min_count}"
 

@@ -28,10 +28,7 @@ REPEATED = 16  # times a value occurs on average, from which on a dictionary of 
 class DuckDBEngine:
     """DuckDB sorts, joins and spills to disk; functions run in this process.
 
-    Args:
-        work: folder of the stages; the caller removes it.
-        memory: most memory that DuckDB takes, such as 4GB; None: 80 % of the machine's.
-        threads: threads, and files written at a time; None: the cores available.
+    The caller removes the folder `work`. By default DuckDB takes 80 % of the memory and all cores.
 
     Raises:
         ValueError: the disk is full, `memory` is no size, or `threads` is below 1.
@@ -116,7 +113,6 @@ class DuckDBEngine:
         return self.work / name / "part-00000.parquet"
 
     def _batches(self, query: str, rows: int = ROWS_PER_BATCH) -> Iterator[pa.RecordBatch]:
-        """Yield a result in order, while DuckDB works on the rest."""
         with self._explained():
             yield from self._duckdb.sql(query).to_arrow_reader(rows)
 

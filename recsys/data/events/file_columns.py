@@ -132,7 +132,6 @@ def _number(values: pa.Array) -> pa.Array:
 
 
 def _without_empty_ids(values: pa.Array) -> pa.Array:
-    """Return ids, or lists of ids, with null for an empty text."""
     if pa.types.is_list(values.type):
         ids = _without_empty_ids(values.flatten())
         offsets = pc.cumulative_sum(pc.fill_null(pc.list_value_length(values), 0))

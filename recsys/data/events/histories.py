@@ -264,7 +264,6 @@ class HistoryFeatures:
         return number
 
     def _events(self, chunk: pa.Table, actions: list[str] | None) -> np.ndarray:  # int64 [E]
-        """Return the rows of events with one of some actions; None: any but impressions."""
         return np.flatnonzero(chunk[SETS].to_numpy() >> self.action_sets.index(actions) & 1)
 
     def _values(

@@ -74,7 +74,6 @@ def load_events_config(path: Path, data: Path | None = None) -> EventsConfig:
 
 
 def _written_out(content: Any, path: tuple[str, ...] = ()) -> Any:
-    """Return YAML with words written out where mappings or lists are expected, dates as texts."""
     if isinstance(content, date):  # as YAML reads them without quotes
         return content.isoformat()
     if isinstance(content, dict):
@@ -113,7 +112,6 @@ def _resolve_paths(config: EventsConfig, folder: Path) -> None:
 
 
 def _sources(config: EventsConfig) -> Iterator[tuple[str, Source]]:
-    """Yield each table with the name of its setting."""
     yield from ((f"events.{name}", table) for name, table in config.events.items())
     for name in ("impressions", "items", "users"):
         if (table := getattr(config, name)) is not None:

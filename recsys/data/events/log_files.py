@@ -45,7 +45,6 @@ def data_files(name: str, root: Location) -> list[Location]:
 
 
 def _files_under(folder: Location, visited: set[str]) -> list[Location]:
-    """Return the data files in a folder and those in it; links to folders count as folders."""
     real_path = os.path.realpath(folder.path) if folder.is_local else folder.path
     if real_path in visited:
         raise ValueError(f"{folder}: a link to a folder that is read already; remove it")

@@ -38,7 +38,6 @@ class KnownItems:
 
     @classmethod
     def write(cls, engine: SqlEngine, name: str, query: str) -> KnownItems:
-        """Write the result of a query with `since` and `inumber`, ordered, as files."""
         folder = engine.work / name
         engine.write(query, folder / "rows")
         with (folder / "since").open("wb") as since, (folder / "item").open("wb") as item:
@@ -70,7 +69,6 @@ class Pairs:
     def of_rows(
         cls, user: np.ndarray, item: np.ndarray, time: np.ndarray, num_items: int
     ) -> Pairs:  # int64 [T] each
-        """Sort distinct pairs."""
         order = np.lexsort([item, user])
         return cls(user[order], item[order], time[order], num_items)
 
@@ -107,7 +105,6 @@ class DrawNegatives:
             yield from self._samples(chunk).cast(self.schema).to_batches()
 
     def _samples(self, chunk: pa.Table) -> pa.Table:
-        """Return the samples that are drawn for the positives of a chunk of whole users."""
         kind, positives = chunk["kind"].to_numpy(), Positives.of_chunk(chunk)
         user, item, time = (key_numbers(chunk, ["uid"]), *_numbers(chunk, "inumber", "ts"))
         rows = kind == TAKEN_ITEM
@@ -153,7 +150,6 @@ class Positives:
 
     @classmethod
     def of_chunk(cls, chunk: pa.Table) -> Positives:
-        """Choose the rows of kind `POSITIVE`."""
         rows = np.flatnonzero(chunk["kind"].to_numpy() == POSITIVE)
         samples = chunk.take(pa.array(rows))
         names = ("inumber", "ts", "position", BLOCK, DRAWN_AS)
@@ -259,7 +255,6 @@ class Draws:
                 self.items[p, n] = rank + before
 
     def _refused(self, place: int) -> np.ndarray:
-        """Return the items that are no negatives of a positive, ascending."""
         time, split_user = self._positives.time[place], self._split_user[place]
         parts = [
             self.items[place][self.items[place] >= 0],

@@ -171,7 +171,6 @@ def open_source(name: str, source: Source, fields: list[Field], first_file: int 
 
 
 def _columns_to_read(source: Source, fields: list[Field], parts: Parts) -> list[str]:
-    """Return the columns of the files that fields and settings need, each once."""
     names = [field.column for field in fields if field.constant is None and field.kind != "missing"]
     split_column = None
     if isinstance(source, EventTable):

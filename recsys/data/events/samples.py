@@ -118,7 +118,6 @@ def required_features(config: EventsConfig, names: list[str]) -> dict[str, str]:
 
 
 def _label(name: str, label: Label) -> str:
-    """Return SQL of a label: 0, 1 or null."""
     if label.action is not None:
         if label.within is not None:
             return f"coalesce({quoted(f'l_{name}')}, 0)"
@@ -187,7 +186,6 @@ def _check_actions(engine: SqlEngine, settings: dict[str, list[str] | None]) -> 
 
 
 def _check_given_labels(engine: SqlEngine, labels: dict[str, Label]) -> None:
-    """Raise a ValueError for a label that is given as neither 0 nor 1."""
     for name, label in labels.items():
         if label.column is None or label.at_least is not None:
             continue

@@ -224,7 +224,6 @@ class EventsConfig:
 
     @property
     def has_arrival(self) -> bool:
-        """Whether a table says when its events became known."""
         return any(table.arrived is not None for table in self.event_tables)
 
     @property
@@ -246,7 +245,6 @@ class EventsConfig:
 
     @property
     def features(self) -> dict[str, Feature]:
-        """Features of samples, by name: of the row, the items and the users."""
         tables = [table.columns for table in (self.items, self.users) if table is not None]
         return {
             name: column for columns in (self.context, *tables) for name, column in columns.items()
@@ -254,7 +252,6 @@ class EventsConfig:
 
     @property
     def parallels(self) -> dict[str, Parallel]:
-        """Lists beside all histories, by name."""
         return {
             name: parallel
             for history in self.histories.values()
@@ -263,7 +260,6 @@ class EventsConfig:
 
     @property
     def actions(self) -> dict[str, list[str] | None]:
-        """Actions that settings name, by setting."""
         return {
             "rows": self.rows,
             **{f"labels.{name}.action": label.action for name, label in self.labels.items()},

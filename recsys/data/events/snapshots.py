@@ -80,7 +80,6 @@ def _fields(table: Snapshots) -> list[Field]:
 
 
 def _check_content(file: str, name: str, content: Content, kind: pa.DataType) -> None:
-    """Raise a ValueError for content of a type that no dataset has."""
     value = kind.value_type if is_list(kind) else kind
     number = value.value_type if is_list(value) else value
     is_integer = number == kind and pa.types.is_integer(kind)
@@ -103,7 +102,6 @@ def _check_content(file: str, name: str, content: Content, kind: pa.DataType) ->
 
 
 def _check_unique(engine: SqlEngine, name: str, table: Snapshots, file: str) -> None:
-    """Raise a ValueError if an id has several rows at one time."""
     rows = f"SELECT id FROM {name}_snapshots GROUP BY id, valid_from HAVING count(*) > 1"
     repeated = one_value(engine, "min(id)", f"({rows})")
     if repeated is not None:

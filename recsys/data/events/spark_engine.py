@@ -25,11 +25,9 @@ SETTINGS = {
 
 
 class SparkEngine:
-    """A Spark session of its own, in the application that runs already or a new one.
+    """A Spark session in the running application, or a new one at `master`.
 
-    Args:
-        work: folder of the stages; the caller removes it.
-        master: address such as local[2], spark://host:7077 or yarn, of a new application.
+    The caller removes the folder `work`.
 
     Raises:
         ValueError: PySpark is not installed, or Spark does not start.
@@ -56,7 +54,6 @@ class SparkEngine:
         self.work = work
 
     def close(self) -> None:
-        """End the application if this engine started it."""
         if self._started is not None:
             self._started.stop()
 

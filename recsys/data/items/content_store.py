@@ -78,7 +78,6 @@ class ContentStore:
         assert len(self.arrays[name]) == self.items.num_rows
 
     def use(self, name: str, folder: Path) -> None:
-        """Serve a modality from the array in `folder`."""
         self.folders[name] = folder
         self.arrays[name] = RaggedArray(folder)
 

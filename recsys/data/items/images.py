@@ -94,7 +94,6 @@ def open_image(encoded: bytes) -> Image.Image:
 def _cause_and_fix(error: Exception, encoded: bytes) -> tuple[str, str]:
     if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
         return str(error), "scale it down"
-    # Pillow's own message names an object in memory.
     cause = "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
     if 0 < len(encoded) <= LONGEST_PATH and encoded.isascii() and encoded.decode().isprintable():
         cause = f"of no known format, but the text '{encoded.decode()}'"
@@ -103,7 +102,6 @@ def _cause_and_fix(error: Exception, encoded: bytes) -> tuple[str, str]:
 
 @cache
 def _formats() -> list[str]:
-    """Return those of `FORMATS` that this build of Pillow can read."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 

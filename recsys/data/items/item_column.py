@@ -72,7 +72,6 @@ class FeatureFile:
                     yield first, values.astype(np.float32)
 
     def fingerprint(self) -> str:
-        """Return a hash of the values."""
         return digest_of(self.num_rows, *(values.data.cast("B") for _, values in self.pieces()))
 
 
@@ -128,7 +127,6 @@ class ItemColumnReader:
 
     @property
     def skips_bad_rows(self) -> bool:
-        """Whether bad rows are skipped instead of raising an error."""
         return self.table.bad_rows.on_bad_row == "skip"
 
     def chunks(self) -> Iterator[tuple[pa.Array, str, Report]]:
@@ -174,7 +172,6 @@ class ItemColumnReader:
         return digest_of(features.fingerprint(), *by_row, *rows)
 
     def empty(self) -> ValueError:
-        """Return the error to raise when no row has any content."""
         return ValueError(
             f"{self.table.folder}: column '{self.name}' is null or empty in every row; write the "
             "content or take the modality out of the configuration"

@@ -33,14 +33,9 @@ def digest_of(*parts: Any) -> str:
 
 
 class ItemTable:
-    """Parquet files of the items: one row per item, ids checked.
+    """Parquet files of the items at `folder`, by default `items` of the dataset: one row per item.
 
-    Args:
-        root: the dataset, in which files of features are named.
-        schema: of the dataset.
-        on_bad_row: raise or skip on an id that is null, occurs twice or has no row.
-        folder: of the files, or one file; default `items` of the dataset.
-        num_items: limit of the rows that ids have; default that of the target item's table.
+    `num_items` limits the rows of ids. `on_bad_row` is for ids that are null, repeated or unknown.
 
     Attributes:
         ids: int64 [N], of the usable items: rows of the target item's table, or raw bounded ids.

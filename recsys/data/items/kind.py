@@ -115,7 +115,6 @@ class ModalityKind:
         return self.entries(chunk, where, lambda bad, reason, message: None)[0]
 
     def write(self, column: ItemColumnReader, folder: Path) -> int:
-        """Write the `RaggedArray` of a column and return its number of entries."""
         with closing(RaggedWriter(folder, self.entry_shape, self.dtype)) as writer:
             for chunk, where, report in column.chunks():
                 writer.add(*self.entries(chunk, where, report))

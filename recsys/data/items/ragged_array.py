@@ -31,8 +31,8 @@ ROWS_PER_HASHING = 256
 class RaggedArray:
     """N rows; row n holds `lengths[n]` entries of one shape and type.
 
-    On disk: `values.npy` [sum of lengths, ...] and `offsets.npy` [N + 1]. Rows of equal content may
-    share their entries: `offsets.npy` [S + 1] and `distinct.npy` [N] (`share_rows`).
+    On disk: `values.npy` [sum of lengths, ...] and `offsets.npy` [N + 1]. With shared rows:
+    `offsets.npy` [S + 1] and `distinct.npy` [N].
 
     Raises:
         ValueError: the files are damaged.
@@ -88,12 +88,7 @@ class RaggedArray:
 
 
 class RaggedWriter:
-    """Writes a `RaggedArray` chunk by chunk, with one chunk in memory.
-
-    Args:
-        folder: of the array.
-        shape, dtype: of one entry.
-    """
+    """Writes a `RaggedArray` chunk by chunk; `shape` and `dtype` are those of one entry."""
 
     def __init__(self, folder: Path, shape: tuple[int, ...], dtype: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,8 +99,7 @@ class RaggedWriter:
         self._write_header()
 
     def _write_header(self) -> None:
-        # numpy leaves room in the header for the number of entries to grow. It is 1 at least, since
-        # an empty file cannot be mapped.
+        # numpy's header has room for a larger number. An empty file cannot be mapped.
         shape = (max(self.num_entries, 1), *self.shape)
         header = {"descr": npy.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
         npy.write_array_header_1_0(self._file, header)
@@ -113,7 +107,6 @@ class RaggedWriter:
     def add(
         self, lengths: np.ndarray, values: np.ndarray
     ) -> None:  # lengths [n], values [sum of lengths, ...]
-        """Append rows of these lengths."""
         assert values.shape == (lengths.sum(), *self.shape)
         self.lengths.append(lengths)
         self.num_entries += len(values)
@@ -148,7 +141,6 @@ class RowWriter(RaggedWriter):
     def write(
         self, rows: np.ndarray, values: np.ndarray
     ) -> None:  # rows [n], values [sum of their lengths, ...]
-        """Write all entries of some rows."""
         place = 0
         for row in rows.tolist():
             entries = values[place : place + self.lengths[0][row]]

@@ -92,7 +92,6 @@ def format_summary(summary: dict[str, dict[str, Any]]) -> str:
 
 
 def _write_tables(folder: Path, movies: pa.Table, ratings: pa.Table) -> None:
-    """Write ratings and movies with the rows of users and movies as ids."""
     users = np.unique(ratings["userId"].to_numpy(), return_inverse=True)[1]
     table = ratings.select(["item", "rating", "timestamp"]).add_column(0, "user", pa.array(users))
     pq.write_table(table, folder / "ratings.parquet", compression="lz4")
@@ -153,7 +152,6 @@ def read_movielens(source: Path | None) -> tuple[pa.Table, pa.Table]:
 
 
 def _check_times(path: Path, ratings: pa.Table) -> None:
-    """Refuse timestamps in another unit than seconds, and repeated ratings."""
     timestamp = ratings["timestamp"].to_numpy()
     wrong = (timestamp < 0) | (timestamp >= END_OF_TIME)
     unit = "{} is no time in seconds since 1970; convert it (milliseconds are divided by 1000)"

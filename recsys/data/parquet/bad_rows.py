@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 OnBadRow = Literal["error", "skip"]
 LINES = 20  # of the report; `metrics.json` has all entries
 
-# The reader of a part of a file passes: mask of its bad rows, their common reason, and a function
-# from a row to its message.
+# Takes the mask of bad rows in a part of a file, their reason, and a function from row to message.
 Report = Callable[[np.ndarray, str, Callable[[int], str]], None]
 # File, column, first row of the part of the file that was read at once, reason.
 Place = tuple[str, str, int, str]
@@ -74,7 +73,6 @@ def by_reason(bad_rows: dict[Place, tuple[int, int]]) -> tuple[int, list[dict[st
     """Return the number of bad rows, and an entry by file, column and reason."""
     merged: dict[tuple[str, str, str], tuple[int, int]] = {}
     for (file, column, _, reason), (rows, first) in sorted(bad_rows.items()):
-        # Parts are in order, so the first row of the first part is kept.
         total, earliest = merged.get((file, column, reason), (0, first))
         merged[file, column, reason] = (total + rows, earliest)
     entries = [

@@ -16,17 +16,12 @@ from recsys.data.parquet.values import is_list, list_lengths, one_chunk
 
 @dataclass(frozen=True)
 class ListColumns:
-    """Columns whose lists are equally long in each row, such as those beside a history.
-
-    offsets: int64 [R + 1], position of each row's first value.
-    values: [N], the values of each column.
-    """
+    """Columns of equal list lengths: `offsets` int64 [R + 1], and `values` [N] of each column."""
 
     offsets: np.ndarray
     values: dict[str, np.ndarray]
 
     def take(self, rows: np.ndarray) -> ListColumns:  # [n]
-        """Return copies of the lists of some rows."""
         starts = self.offsets[rows]
         lengths = self.offsets[rows + 1] - starts
         ends = np.cumsum(lengths)
@@ -39,11 +34,7 @@ class ListColumns:
 
 @dataclass(frozen=True)
 class RowColumns:
-    """R impressions.
-
-    numbers: [R], the values of each column with one value per row.
-    lists: the other columns, grouped by equal lengths.
-    """
+    """R impressions: `numbers` [R] by column, and `lists` grouped by equal lengths."""
 
     numbers: dict[str, np.ndarray]
     lists: tuple[ListColumns, ...]
@@ -79,7 +70,6 @@ class RowColumns:
         return next(columns for columns in self.lists if name in columns.values)
 
     def take(self, rows: np.ndarray) -> RowColumns:  # [n]
-        """Copy some rows, in this order."""
         return RowColumns(
             {name: values.take(rows) for name, values in self.numbers.items()},
             tuple(columns.take(rows) for columns in self.lists),
@@ -87,7 +77,6 @@ class RowColumns:
 
     @staticmethod
     def concat(parts: Sequence[RowColumns]) -> RowColumns:
-        """Return the rows of all parts, one after the other."""
         if len(parts) == 1:
             return parts[0]
 
@@ -103,7 +92,6 @@ class RowColumns:
 
 
 def _add_lists(lists: list[ListColumns], name: str, array: pa.Array) -> None:
-    """Add a column to the lists of the same lengths if there are any, else alone."""
     # flatten omits the values under a null list, so offsets follow from the lengths alone.
     offsets = np.concatenate([[0], np.cumsum(list_lengths(array), dtype=np.int64)])
     values = array.flatten().to_numpy(zero_copy_only=False)

@@ -72,7 +72,6 @@ class ParquetRows(RowSource):
                     yield self._read_group(parquet, number)
 
     def _read_group(self, parquet: pq.ParquetFile, number: int) -> pa.Table:
-        """Return the rows of a row group, with padding rows in place of unusable ones."""
         group = self.row_groups[number]
         try:
             table = parquet.read_row_group(group.index, columns=self.columns)

@@ -301,7 +301,6 @@ def _bad_numbers(
 
 
 def _note_rows_without_label(table: pa.Table, schema: Schema, note: ReportColumn) -> None:
-    """Note the rows in which all labels are null."""
     labels = [name for name in schema.of_kind("label") if name in table.column_names]
     if labels and all(schema.columns[name].nullable for name in labels):
         unknown = np.logical_and.reduce([table[name].is_null().to_numpy() for name in labels])
@@ -310,7 +309,6 @@ def _note_rows_without_label(table: pa.Table, schema: Schema, note: ReportColumn
 
 
 def _check_parallel(table: pa.Table, schema: Schema, note: ReportColumn) -> None:
-    """Note rows with a parallel list of another length than its history."""
     for history in schema.histories:
         lengths = _num_ids(table, history.name, schema)
         for name in (*history.numbers, *history.ids):

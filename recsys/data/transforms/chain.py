@@ -75,12 +75,10 @@ class Call:
 
     @property
     def num_ids(self) -> int | None:
-        """Number of ids that the step gives, if that is known."""
         count = STEPS[self.name].num_ids
         return None if count is None else count(**self.settings)
 
     def start_fit(self) -> Fit:
-        """Return the object that computes the missing settings."""
         fit = STEPS[self.name].fit
         assert fit is not None
         return fit(**self.settings)
@@ -100,7 +98,6 @@ class Call:
 
 
 def _unusable(settings: dict[str, Any]) -> str | None:
-    """Return a message about a setting that is not a number."""
     for name, value in settings.items():
         parts = value if isinstance(value, list) else [value]
         if any(isinstance(part, float) and np.isnan(part) for part in parts):
@@ -125,7 +122,6 @@ class Chain:
         return Chain(self.sources, tuple(step.without_fit for step in self.steps))
 
     def fitted(self, number: int, settings: dict[str, Any]) -> Chain:
-        """Return the chain with fitted settings of step `number`."""
         steps = list(self.steps)
         steps[number] = Call(steps[number].name, steps[number].settings | settings)
         return Chain(self.sources, tuple(steps))
@@ -144,7 +140,6 @@ class Chain:
         return {"column": list(self.sources), "transform": [step.plain() for step in self.steps]}
 
     def __call__(self, columns: list[pa.Array]) -> pa.Array:
-        """Apply all steps to the values of the sources, and return one column."""
         columns = [_read(values) for values in columns]
         for step in self.steps:
             try:

@@ -32,7 +32,6 @@ class TransformedRows:
         self._made: dict[str, pa.Array] = {}
 
     def column(self, name: str) -> pa.Array:
-        """Return a column, transformed if it has a chain."""
         if name not in self.chains:
             return one_chunk(self.table[name])
         if name not in self._made:

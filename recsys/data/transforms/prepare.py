@@ -89,13 +89,11 @@ def format_fitted(chains: dict[str, Chain]) -> str:
 
 
 def _unfitted(schema: Schema) -> dict[str, int]:
-    """Return, by column, the number of the first step that is not fitted."""
     numbers = {name: chain.unfitted for name, chain in schema.transforms.items()}
     return {name: number for name, number in numbers.items() if number is not None}
 
 
 def _reads_unfitted(schema: Schema, name: str) -> bool:
-    """Return whether a column reads another that is not fitted."""
     chains = schema.transforms
     return any(
         chains[source].unfitted is not None or _reads_unfitted(schema, source)
@@ -119,7 +117,6 @@ def _fit(root: Location, schema: Schema, folder: str, steps: Mapping[str, int]) 
 
 
 def _rows(folder: Location, schema: Schema, names: Sequence[str]) -> Iterator[TransformedRows]:
-    """Yield the rows in a folder, one row group at a time, with the sources of some columns."""
     files = folder.files(".parquet")
     if not files:
         raise ValueError(f"{folder}: no *.parquet files; transforms are fitted on them")

@@ -83,7 +83,6 @@ class Quantiles(Fit):
             self.values, self.keys = self.values[sample], self.keys[sample]
 
     def result(self) -> dict[str, Any]:
-        """Return the boundaries, each once."""
         shares = np.arange(1, self.quantiles) / self.quantiles
         return {"boundaries": np.unique(np.quantile(self.values, shares)).tolist()}
 
@@ -236,7 +235,6 @@ def _numbers(values: pa.Array) -> pa.Array:
 
 
 def _with_nulls(numbers: np.ndarray, values: pa.Array) -> pa.Array:
-    """Return integers [N] that are null if the values are."""
     return pa.array(numbers.astype(np.int64), mask=values.is_null().to_numpy(False))
 
 

@@ -46,7 +46,6 @@ class Lengths:
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(1))
 
     def add(self, lengths: np.ndarray, times: np.ndarray | None = None) -> None:  # int [N] each
-        """Count lengths, each once or so many times."""
         counts = np.bincount(lengths.astype(np.int64).clip(max=LONGEST), times)
         size = max(len(counts), len(self.histogram))
         self.histogram = np.pad(self.histogram, (0, size - len(self.histogram)))
@@ -97,7 +96,6 @@ class ColumnSummary:
     shared_beginning: int = 0
 
     def add_lengths(self, lengths: np.ndarray) -> None:  # int [N]
-        """Count lengths of content; content without any is missing."""
         self.missing = (self.missing or 0) + int((lengths == 0).sum())
         self.lengths.add(lengths[lengths > 0])
 

@@ -38,13 +38,11 @@ NUMBERS = ("label", "dense", "extra", "weight", "sampled")  # kinds of columns
 class SplitSummary:
     """Figures of a split; those after `bad_rows` are of the rows that training can use.
 
-    numbers: count, min, max, mean and deviation of each column of numbers; NaN is left out.
-    ids: count, least, greatest, unknown and distinct ids of each column of ids.
-    lists: lengths of the lists of each column of lists.
+    numbers: count, min, max, mean and deviation of each column of numbers, without NaN.
+    ids: count, least, greatest, unknown and distinct ids by column. lists: lengths by column.
     distinct: number of different groups, pairs of group and item, and rows.
     target_in_history: rows with a history that holds their own target.
-    item_counts: rows of each target item, without those of drawn items.
-    shares: shares of the rows, such as those of cold items.
+    item_counts: rows of each target item, without drawn ones. shares: such as of cold items.
     """
 
     split: str
@@ -74,7 +72,6 @@ class TableUse:
 
     @property
     def unused_share(self) -> float:
-        """Return the share of rows without an id that uses them."""
         return max(0.0, 1 - self.ids / self.rows)
 
 
@@ -90,7 +87,6 @@ class DatasetSummary:
 
     @property
     def has_bad_rows(self) -> bool:
-        """Return whether any split or the items have rows that training cannot use."""
         items_fail = self.items is not None and (
             bool(self.items.bad_rows) or any(part.problem for part in self.items.columns.values())
         )
@@ -198,7 +194,6 @@ def _copy_usable_rows(rows: ParquetRows, path: Path) -> None:
 
 
 def _row(database: duckdb.DuckDBPyConnection, query: str) -> dict[str, Any]:
-    """Return the only row of a result."""
     (row,) = database.sql(query).to_arrow_table().to_pylist()
     return dict(row)
 
@@ -223,7 +218,6 @@ def _number_figures(
 
 
 def _ids(schema: Schema, split: str, name: str) -> str:
-    """Return SQL of the ids of a column, one by one."""
     is_list = schema.columns[name].kind != "id" or schema.rows_per_id(name) > 1
     return f"SELECT {f'unnest({quoted(name)})' if is_list else quoted(name)} AS id FROM {split}"
 

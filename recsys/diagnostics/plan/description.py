@@ -75,11 +75,7 @@ def describe(
 ) -> Description:
     """Describe a run with this configuration on that cluster, without starting it.
 
-    Args:
-        config: configuration of the run.
-        data: dataset, a folder or URL; a small sample is enough.
-        cluster: the cluster, which need not exist.
-        rows: numbers of rows for tables, by column, that replace those of the dataset.
+    A small sample of the data is enough. `rows` replaces the numbers of rows of tables, by column.
 
     Raises:
         ValueError: the configuration does not match the data.
@@ -159,11 +155,8 @@ def find_cluster(
 ) -> Cluster:
     """Return the cluster that the command line names.
 
-    Args:
-        device: a name in `DEVICES`; or auto, cpu or cuda for devices like those of this machine.
-        nodes: number of machines.
-        ranks_per_node: default: the GPUs of this machine, or one CPU.
-        memory_bytes: memory of each device; default: that of the data sheet or of this machine.
+    `device` is a name in `DEVICES`, or auto, cpu or cuda. The default of `memory_bytes` is that of
+    the data sheet, else this machine's.
 
     Raises:
         ValueError: the device is unknown, or a number is out of range.

@@ -55,9 +55,7 @@ class MetaModel:
 def build_meta_model(
     config: Config, data: str, cluster: Cluster, rows: dict[str, int] | None = None
 ) -> MetaModel:
-    """Read the schema and a few items, build the model and plan its sharding.
-
-    `rows` are numbers of rows for tables, by column, that replace those of the dataset.
+    """Read the schema and a few items, build the model and plan its sharding; see `describe`.
 
     Raises:
         ValueError: the configuration does not match the data.

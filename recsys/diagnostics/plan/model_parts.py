@@ -45,7 +45,6 @@ class ModelPart:
 
     @property
     def bytes(self) -> int:
-        """Return the bytes of weights, gradients and optimizer state."""
         return self.weight_bytes + self.gradient_bytes + self.state_bytes
 
 

@@ -118,7 +118,6 @@ def _verdict(description: Description) -> str:
             f"fits, {in_bytes(free_bytes)} per rank are left; but dense parts and bank take "
             f"{in_bytes(other_bytes)}, and the planner counts on {in_bytes(reserve)} for them"
         )
-    # The largest part is reported.
     size, name, fix = max(
         (memory.tables, "tables", "more ranks, a smaller embedding.dim or fewer rows"),
         (memory.dense, "dense parts", "smaller encoders, or fewer layers that train"),

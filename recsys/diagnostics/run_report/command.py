@@ -166,7 +166,6 @@ def summary(metrics: dict[str, Any], has_probabilities: bool) -> Section:
 
 
 def _names(report: dict[str, Any], has_probabilities: bool) -> dict[str, str]:
-    """Return the metrics of a label's table, with their names there."""
     if "auc" not in report:
         return {name: name.upper() for name in ("rmse", "mae", "nrmse")}
     return {"auc": "AUC", "gauc": "GAUC"} | (PROBABILITY_METRICS if has_probabilities else {})

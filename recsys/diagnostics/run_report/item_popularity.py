@@ -50,7 +50,6 @@ class CountRange:
         return str(self.first) if is_single else f"{self.first}–{self.end - 1}"
 
     def holds(self, counts: np.ndarray) -> np.ndarray:  # int [N] -> bool [N]
-        """Return which counts are in the range."""
         return (counts >= self.first) & (self.end is None or counts < self.end)
 
 

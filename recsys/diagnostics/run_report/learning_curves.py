@@ -26,9 +26,7 @@ ROUNDING = 1e-6  # of events, which are float32
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """Return every scalar of the run by tag, such as `train/loss` and `valid/auc`, by step.
-
-    Empty if TensorBoard is not among the run's trackers.
+    """Return every scalar of the run by tag and step; empty without the tracker TensorBoard.
 
     Raises:
         ValueError: an event file is a pipe or a device.
@@ -100,7 +98,6 @@ def learning_curves(run: Path, best_model_by: BestModelBy, best_step: int | None
 
 
 def _best_in_words(best: int, steps: list[int], scores: list[float], name: str) -> str:
-    """Return a sentence on the best model, or that the events do not fit it."""
     best_score = dict(zip(steps, scores)).get(best, float("-inf"))
     if best_score < max(scores) - ROUNDING:
         return (
@@ -115,7 +112,6 @@ def _best_in_words(best: int, steps: list[int], scores: list[float], name: str) 
 
 
 def _draw(axes: Axes, curves: dict[str, Curve]) -> None:
-    """Draw curves; few points are marked, as a line through one point would not be seen."""
     for name, (steps, values) in curves.items():
         marker = "o" if len(steps) <= MARKED_POINTS else ""
         colour = {**LOSS_COLOURS, **METRIC_COLOURS}[name]

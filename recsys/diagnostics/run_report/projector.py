@@ -51,14 +51,7 @@ def write_projector(
 ) -> int:
     """Write the vectors of the items most frequent in training, of a job from `load_run`.
 
-    Args:
-        folder: a folder of TensorBoard; an earlier projector in it is replaced.
-        job: the job with the run's best model.
-        run: the run's folder.
-        item_counts: training impressions of each item.
-        most_items: number of items.
-        table: the items' columns, for names and pictures.
-        category: column of `table` to colour by.
+    An earlier projector in `folder` is replaced. `category` is the column of `table` to colour by.
 
     Returns:
         The number of items written.
