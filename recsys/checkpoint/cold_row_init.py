@@ -1,13 +1,8 @@
 """First values of table rows that no training step has updated, by their table's `new_rows`.
 
-`mean`: the mean of the trained rows. `content`: a ridge regression from the content vectors of
-items to their rows. It is fitted to warm items, those with `COLD_BELOW` training rows or more, and
-gives rows to all other items with content. Further rows, such as that of unknown ids, have the
-mean. The moments of the rows stay zero; training goes on from these values.
-
-A run counts the training rows of its items in `item_counts.npy`, which decides what is cold in its
-reports. An item that was warm before a warm start need not occur again. So the sums of the earlier
-runs are kept in `item_counts_before.npy`, by the rows of the new run.
+`mean` is the mean of the trained rows. `content` is a ridge regression from content vectors, fitted
+to items with `COLD_BELOW` training rows or more. The moments of the rows stay zero.
+`item_counts_before.npy` keeps the counts of earlier runs, by the rows of the new run.
 
 Shapes: U items of a block, E width of content vectors, D dimension.
 """
@@ -48,7 +43,6 @@ class FilledRows:
     ridge: RidgeMap | None = None  # the map that made them; None if there was nothing to fit
 
     def __str__(self) -> str:
-        """Describe the values in a line."""
         if not self.num_trained:
             return "initial values, as no row was trained before"
         mean = f"the mean of {self.num_trained:,} trained rows"
@@ -66,7 +60,6 @@ class FilledRows:
 def fill_cold_rows(job: Job, counts: ItemCounts) -> dict[str, FilledRows]:
     """Apply the rules of all tables, and return what was filled, by table. A collective.
 
-    The optimizer state of the job tells trained rows, its memory bank has the vectors of items, and
     `counts` are the training rows of each item so far.
     """
     filled = {}
@@ -85,7 +78,8 @@ def fill_cold_rows(job: Job, counts: ItemCounts) -> dict[str, FilledRows]:
 def refill_cold_rows(job: Job, run: Path) -> None:
     """Apply the rules with the counts of a run in training. A collective.
 
-    Counts that cannot be read are a ValueError on every rank.
+    Raises:
+        ValueError: on every rank: the counts cannot be read.
     """
     if not cold_row_rules(job.config, job.schema):
         return
@@ -96,10 +90,7 @@ def refill_cold_rows(job: Job, run: Path) -> None:
 
 
 def require_table_state(job: Job, checkpoint: Path | None) -> None:
-    """Raise a ValueError for a table with a rule if only the best model is left.
-
-    It has no moments to tell trained rows by.
-    """
+    """Raise a ValueError for a table with a rule if no optimizer state tells its trained rows."""
     if checkpoint is None and (rules := cold_row_rules(job.config, job.schema)):
         raise ValueError(
             f"embedding.tables.{next(iter(rules))}.new_rows: the run has its best model only, "
@@ -111,8 +102,8 @@ def require_table_state(job: Job, checkpoint: Path | None) -> None:
 def fill_rows_of_later_items(job: Job, run: Path) -> None:
     """Make rows of content for items that the data's map has beyond that of the run. A collective.
 
-    For a loaded model, on data whose map was extended after training. Counts or a map of the run
-    that cannot be read are a ValueError on every rank.
+    Raises:
+        ValueError: on every rank: counts or a map of the run cannot be read.
     """
     item = job.schema.target_item
     vocabulary = job.schema.vocabularies.get(item)
@@ -167,9 +158,9 @@ def trained_counts(run: Path, num_items: int | None) -> ItemCounts:
 
 
 def counts_before(job: Job, plan: WarmStartPlan) -> ItemCounts:
-    """Return the counts of the run that a new run starts from, by the rows of the new one.
+    """Return the counts of the run started from, by new rows. A collective.
 
-    None are returned if the item table is not taken over. A collective.
+    There are none if the item table is not taken over.
     """
     source = plan.source
     with job.ranks.raise_on_all_ranks():

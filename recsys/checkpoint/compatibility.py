@@ -10,8 +10,8 @@ from typing import Any
 from recsys.config import Config, config_of_plain, to_plain
 from recsys.ranking.settings import NumbersSettings
 
-# Settings that may change between a checkpoint and the run that continues it: length and speed of
-# training, distribution of the work, reports. All others define the stored tensors.
+# Settings that may change between a checkpoint and the run that continues it. All others define
+# the stored tensors.
 CHANGEABLE = (
     "epochs",
     "validations_per_epoch",
@@ -88,10 +88,7 @@ def differing_settings(stored: Config, config: Config) -> Iterator[tuple[str, An
 
 
 def with_automatic(config: Config, stored: Config) -> Config:
-    """Return the settings of a run that goes on or begins with another one.
-
-    The number of groups of votes is that of the run, unless it has no votes or another is set.
-    """
+    """Return the settings with the stored number of vote groups, unless another is set."""
     ranking, previous = config.ranking, stored.ranking
     if not isinstance(ranking, NumbersSettings) or not isinstance(previous, NumbersSettings):
         return config
@@ -102,10 +99,7 @@ def with_automatic(config: Config, stored: Config) -> Config:
 
 
 def check_config(stored: dict[str, Any], config: Config, where: str) -> None:
-    """Raise a ValueError that names the settings in which a checkpoint is of another model.
-
-    Settings that earlier versions did not have are compared by their defaults.
-    """
+    """Raise a ValueError that names the settings in which a checkpoint is of another model."""
     if stored == to_plain(config):
         return
     differing = [

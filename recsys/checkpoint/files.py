@@ -1,9 +1,7 @@
 """Checkpoints as folders: each is complete or absent, and damage is detected and named.
 
-`RUN/checkpoints` holds the last few folders such as `step-00000123`, and `best`. A folder is
-written under another name, its files are synced, their sizes and hashes go into the manifest
-`checkpoint.json`, and then it is renamed. A folder without manifest, or whose files differ from
-it, is not loaded. A manifest also has the hashes of the run's own files that its model depends on.
+A folder is written under another name, synced, listed with sizes and hashes in `checkpoint.json`,
+and renamed. The manifest also has the hashes of the run's own files that its model depends on.
 """
 
 from __future__ import annotations
@@ -28,8 +26,7 @@ _ENTRIES = {
     *("kept", "files"),
 }
 _STEP = re.compile(r"step-[0-9]+")
-# Files that define the meaning of columns, the row of each id, and which items are cold: edited, or
-# of another run, they would change results silently.
+# Files that define the meaning of columns, the row of each id, and which items are cold.
 _RUN_FILES = ("schema.yaml", "item_counts.npy", "item_counts_before.npy", "vocabulary/*.parquet")
 
 
@@ -50,19 +47,13 @@ def step_of_folder(folder: Path) -> int:
 
 
 def folders_to_continue(checkpoints: Path) -> list[Path]:
-    """Return the folders from which a run may continue, the first choice first.
-
-    The best model is one only if it is alone, as it lacks the state of the optimizers.
-    """
+    """Return the folders from which a run goes on, first choice first; `best` only if alone."""
     best = checkpoints / BEST
     return folders_by_age(checkpoints) or ([best] if best.exists() else [])
 
 
 def prune(newest: Path, keep: int) -> None:
-    """Remove all but the last `keep` folders up to `newest`, and leftovers of killed jobs.
-
-    Folders of later steps are damaged ones that a resume skipped; they do not count as good.
-    """
+    """Remove all but the last `keep` folders up to `newest`, and leftovers of killed jobs."""
     checkpoints, step = newest.parent, step_of_folder(newest)
     good = [folder for folder in folders_by_age(checkpoints) if step_of_folder(folder) <= step]
     partial = [*checkpoints.glob(".step-*.partial"), *checkpoints.glob(".step-*.old")]
@@ -92,10 +83,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def model_of(run: Path) -> str | None:
-    """Return a hash that identifies a run's best model, None if the run has none.
-
-    A damaged manifest is a ValueError.
-    """
+    """Return a hash of a run's best model, None without one; a damaged manifest is a ValueError."""
     folder = run / "checkpoints" / BEST
     if not (folder / MANIFEST).exists():
         return None
@@ -117,7 +105,8 @@ def check_files(folder: Path, manifest: dict[str, Any], part: int = 0, parts: in
 def checked_manifest(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Read a manifest and check the files against it, each rank a share. A collective.
 
-    A missing or damaged one of them is a ValueError on every rank.
+    Raises:
+        ValueError: on every rank: a file is missing or damaged.
     """
     with ranks.raise_on_all_ranks():
         manifest = read_manifest(folder)

@@ -1,11 +1,7 @@
-"""Encode items again, into the memory bank, that were edited after training.
+"""Encode items that were edited after training into the memory bank again.
 
-A model reads a ranked item from the items' files, but an item of a history from the memory bank,
-which is part of a checkpoint. So that both have the same content, a run keeps a hash of each item's
-content (`RUN/item_content/DIGEST.npy`, named by a hash of all hashes, which each checkpoint has).
-At every load, the loaded model encodes the items whose hash differs into the bank.
-
-Shapes: N items with a row in the files.
+A run keeps a hash of each item's content in `RUN/item_content/DIGEST.npy`. At every load, the model
+encodes the items whose hash differs. Shapes: N items with a row in the files.
 """
 
 from __future__ import annotations
@@ -60,14 +56,8 @@ def encode_changed_items(
 ) -> int:
     """Encode the items that differ from those of a loaded checkpoint. A collective.
 
-    Items whose row was removed lose their content, in histories and when they are ranked.
-
-    Args:
-        job: the job, with the checkpoint's weights and bank.
-        run: folder of the checkpoint's run.
-        manifest: of the checkpoint.
-        new_rows: maps the ids that items had in that run to their present ones, -1 where they have
-            none; default: they are the same.
+    Items whose row was removed lose their content. `new_rows` maps old ids to present ones, -1 if
+    there is none; None: ids are the same.
 
     Raises:
         ValueError: on every rank: ranks read other items.
@@ -90,10 +80,7 @@ def encode_changed_items(
 def changed_items(
     job: Job, run: Path, manifest: dict[str, Any], new_rows: NewRows | None = None
 ) -> ChangedItems | None:
-    """Compare the items with those at a checkpoint; None if nothing differs.
-
-    Arguments are those of `encode_changed_items`. Not a collective.
-    """
+    """Compare the items with those at a checkpoint; None if nothing differs. Not a collective."""
     if (items := _content(job)) is None:
         return None
     digest = digest_of(items.tobytes())
@@ -117,7 +104,6 @@ def _file(run: Path, digest: str) -> Path:
 
 
 def _changed(current: np.ndarray, file: Path, new_rows: NewRows | None) -> ChangedItems:
-    """Return the items that differ from those in a file."""
     before = np.load(file, allow_pickle=False) if file.is_file() else np.zeros(0, TYPE)
     if digest_of(before.tobytes()) != file.stem:
         words = f"{file} is missing or damaged, so all {len(current):,} items are taken as changed"

@@ -1,7 +1,6 @@
 """Checkpoints of a run by torch.distributed.checkpoint: asynchronous, atomic, resharding.
 
-`RUN/checkpoints/step-N` is the whole state after N steps, `best` the model of the best validation.
-Shards can be loaded under any plan and number of ranks.
+`RUN/checkpoints/step-N` is the state after N steps, `best` the model of the best validation.
 """
 
 from __future__ import annotations
@@ -68,7 +67,6 @@ class Checkpoints:
     """
 
     def __init__(self, job: Job, run: Path, data: str, writers: Ranks | None = None) -> None:
-        """Hash the frozen weights and start the writer's thread."""
         self.job, self.data, self.folder = job, data, run / "checkpoints"
         self.frozen, self.items = frozen_digest(job), item_content_digest(job)
         self._damaged: list[Path] = []
@@ -82,8 +80,8 @@ class Checkpoints:
     def save(self, progress: Progress, wait: bool = False) -> None:
         """Save the whole state; return when later steps can no longer change what is written.
 
-        A value that is not finite is a ValueError; so is a failed write with `wait`, or the third
-        one.
+        Raises:
+            ValueError: a value is not finite, or a write failed: with `wait`, or three times.
         """
         self.wait()
         folder = folder_of_step(self.folder, progress.steps)
@@ -103,10 +101,7 @@ class Checkpoints:
         self.wait(strict=True)
 
     def require_finite(self, progress: Progress, state: State | None = None) -> None:
-        """Raise a ValueError on every rank if a value of the state is not finite. A collective.
-
-        The state is that of the model by default; it is checked before it is saved or called good.
-        """
+        """Raise a ValueError on every rank if a value of the state is not finite. A collective."""
         state = state or model_state(self.job)
         require_finite(self.job, state, progress.steps, lambda: self.last_good)
 

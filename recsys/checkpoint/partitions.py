@@ -1,14 +1,10 @@
 """State of a continual run: which partitions are trained, and which one is begun.
 
-`RUN/continual.json` is written whole. A job that goes on needs nothing else: the partition that is
-begun has its scores if `RUN/scores` has them, and goes on from its last checkpoint if it has one.
-Read without torch, as commands look for the newest model first.
-
-    RUN/continual.json           what is trained
-    RUN/metrics.jsonl            a line for each scored partition
-    RUN/scores/NAME.parquet      the scores of its rows, made before it was trained on
-    RUN/partitions/NAME          a run, warm-started from that of the partition before
-    RUN/tensorboard              losses and metrics of all partitions
+RUN/continual.json           what is trained
+RUN/metrics.jsonl            a line for each scored partition
+RUN/scores/NAME.parquet      the scores of its rows, made before it was trained on
+RUN/partitions/NAME          a run, warm-started from that of the partition before
+RUN/tensorboard              losses and metrics of all partitions
 """
 
 from __future__ import annotations
@@ -51,27 +47,18 @@ class RunState:
 
 @dataclass(frozen=True)
 class ContinualFolder:
-    """Folder `RUN` of a continual run.
-
-    Example::
-
-        folder = ContinualFolder(Path("runs/shop"))
-        folder.read().last  # the newest partition
-    """
+    """Folder `RUN` of a continual run."""
 
     path: Path
 
     @property
     def partitions(self) -> Path:
-        """Folder of the partitions' runs."""
         return self.path / "partitions"
 
     def run_of(self, name: str) -> Path:
-        """Return the folder of a partition's run."""
         return self.partitions / file_name(name)
 
     def scores_of(self, name: str) -> Path:
-        """Return the file with the scores of a partition's rows."""
         return self.path / "scores" / f"{file_name(name)}.parquet"
 
     def read(self) -> RunState:
@@ -96,7 +83,6 @@ class ContinualFolder:
             raise ValueError(f"{file}: damaged ({error!r}); bring it back") from error
 
     def write(self, state: RunState) -> None:
-        """Replace the state."""
         content = {"format": FORMAT, **asdict(state)}
         write_whole(self.path / STATE, json.dumps(content, indent=1) + "\n")
 
@@ -128,7 +114,8 @@ def file_name(name: str) -> str:
 def newest_run(run: Path) -> Path:
     """Return the run of the newest trained partition of a continual run; any other run as it is.
 
-    A ValueError says that no partition is trained yet, or the state is damaged.
+    Raises:
+        ValueError: no partition is trained yet, or the state is damaged.
     """
     if not (run / STATE).exists():
         return run

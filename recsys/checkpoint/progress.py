@@ -20,12 +20,11 @@ class Progress:
     dense_steps: int = 0  # updates of all other parameters, fewer if gradients are accumulated
     samples: int = 0  # over all ranks
     seconds: float = 0.0  # in training steps, validation excluded
-    # Steps of the runs that a warm start took over: bank vectors and bounded vocabularies have
-    # their ages from the first of them on; fused optimizers count only what their state has seen.
+    # Steps of the runs that a warm start took over, which count for the ages of bank vectors.
     steps_before: int = 0
     table_steps_before: int = 0
     # Position in the data: the epoch, the part of it that other numbers of ranks have read, and the
-    # number of batches that each rank has trained on since.
+    # number of batches of each rank since.
     epoch: int = 0
     stages: list[Stage] = field(default_factory=list)
     batches: int = 0
@@ -34,8 +33,7 @@ class Progress:
     best_score: float = -1.0  # by the metric `best_model_by`
     best: dict[str, Any] = field(default_factory=dict)
     validations_without_gain: int = 0
-    # Counts of training so far: by column, looked-up and unknown ids; by table with a bounded
-    # vocabulary, ids that got and ids that lost a row.
+    # Looked-up and unknown ids by column; ids that got and lost a row by bounded vocabulary.
     ids: dict[str, dict[str, int]] = field(default_factory=dict)
     vocabularies: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -50,12 +48,10 @@ class Progress:
         return self.table_steps_before + self.steps
 
     def begin_next_epoch(self) -> None:
-        """Start the next epoch at its first batch."""
         self.epoch += 1
         self.stages, self.batches, self.validations = [], 0, 0
 
     def is_finished(self, epochs: int, patience: int) -> bool:
-        """Return whether the settings ask for no further step."""
         return self.epoch >= epochs or self.validations_without_gain >= patience
 
     def continued_by(self, before: Stage, world_size: int, batch_size: int) -> None:
@@ -74,7 +70,6 @@ class Progress:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Progress:
-        """Build the counters from the plain values of `dataclasses.asdict`."""
         values = {name: value for name, value in values.items() if name != "schedule"}  # dropped
         return Progress(**{**values, "stages": [Stage(**stage) for stage in values["stages"]]})
 

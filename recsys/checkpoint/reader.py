@@ -1,13 +1,7 @@
 """Read checkpoints of torch.distributed.checkpoint without running code that they contain.
 
-torch reads tensors with `weights_only`, but `.metadata` is a pickle, and entries that are not
-tensors would be unpickled without restriction. This reader unpickles only classes of the format in
-the metadata, and refuses entries that are not tensors, which our checkpoints do not have.
-
-A checkpoint holds a table in pieces, cut by rows or columns as on the ranks that trained it.
-torch.load would read whole pieces, and on one rank a piece is the table. So `StoredTensor` loads
-only the header of a piece, which gives the offset of its numbers in the file, and a range of rows.
-
+`.metadata` is a pickle: only classes of the format are unpickled, and only tensors are accepted.
+`StoredTensor` reads ranges of rows, whatever pieces the ranks of training have written.
 Shapes: R rows, D dimension.
 """
 
@@ -68,12 +62,11 @@ class _FormatUnpickler(pickle.Unpickler):
 class SafeFileSystemReader(FileSystemReader):
     """FileSystemReader for folders that are not trusted.
 
-    Metadata that is damaged, refers to anything but the format's own classes, or lists entries that
-    are not tensors is a ValueError.
+    Raises:
+        ValueError: metadata is damaged, refers to other classes, or lists more than tensors.
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Read `.metadata` through the restricted unpickler."""
         path = Path(self.path) / ".metadata"
         try:
             with path.open("rb") as file:
@@ -104,13 +97,7 @@ def readable_failure() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a checkpoint, [R] or [R, D].
-
-    Example::
-
-        reader = SafeFileSystemReader(run / "checkpoints" / "best")
-        StoredTensor(reader, reader.read_metadata(), "bank").rows(100, 200)  # [100, D]
-    """
+    """A tensor of a checkpoint, [R] or [R, D]."""
 
     reader: SafeFileSystemReader
     metadata: Metadata
@@ -124,18 +111,17 @@ class StoredTensor:
 
     @property
     def size(self) -> torch.Size:
-        """Size of the whole tensor."""
         return self._tensor.size
 
     @property
     def title(self) -> str:
-        """Words for the tensor in messages."""
         return f"'{self.key}'"
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Read the rows `[start, stop)`: [stop - start] or [stop - start, D].
 
-        A missing or damaged file is a ValueError.
+        Raises:
+            ValueError: a file is missing or damaged.
         """
         sizes = torch.Size([stop - start, *self.size[1:]])
         offsets = torch.Size([start, *(0 for _ in self.size[1:])])

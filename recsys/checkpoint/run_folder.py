@@ -41,8 +41,7 @@ TWIN_MARK = ".has_id_only"  # marks the folder TWIN as this run's own, not an in
 def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool:
     """Return whether training continues from a checkpoint in the folder. A collective.
 
-    If torch elastic or a scheduler restarts the job that began the run, it continues even with
-    `overwrite`, which applies to the first start.
+    A restart by torch elastic or a scheduler continues even with `overwrite`.
 
     Raises:
         ValueError: on every rank: `resume` does not fit the folder, which may hold the model of a
@@ -56,8 +55,7 @@ def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool
             if (run / "train").exists():  # its schema.yaml would be overwritten
                 raise ValueError(f"{run}: holds a dataset; choose another --out")
             recover_checkpoints(run)
-    # Folders on the network appear with delay, so rank 0 decides; but a node that returned reports
-    # no restarts.
+    # Rank 0 decides, as network folders appear with delay; a returned node reports no restarts.
     restarted = any(ranks.gather(was_restarted(run)))
     finished, folders = (run / METRICS).exists(), folders_to_continue(checkpoints)
     is_only_best = [folder.name for folder in folders] == [BEST]
@@ -100,8 +98,7 @@ def was_restarted(run: Path) -> bool:
         first_job, finished = JobName(stored["torchrun"], stored["slurm"]), bool(stored["finished"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    # A node that came back reports no restarts, and neither does another job with the name of a
-    # finished one.
+    # A node that came back reports no restarts; neither does another job of a finished one's name.
     if job.torchrun and job.torchrun == first_job.torchrun and (elastic or not finished):
         return True
     return slurm and job.slurm == first_job.slurm
@@ -120,10 +117,7 @@ def finish_run(run: Path, ranks: Ranks) -> None:
 
 
 def check_metrics(run: Path) -> None:
-    """Raise a ValueError for metrics of another model than the run's present best model.
-
-    Training has continued since, or the file was edited or belongs to another run.
-    """
+    """Raise a ValueError for metrics of another model than the run's present best model."""
     stored, results = read_json(run / JOB) if (run / JOB).exists() else {}, _results(run)
     if not isinstance(stored, dict) or any(
         stored.get(key, results[key]) != results[key] for key in results
@@ -141,7 +135,8 @@ def _results(run: Path) -> dict[str, str | None]:
 def begin_run(run: Path, job: Job, item_counts: ItemCounts, skipped_rows: dict[str, Any]) -> None:
     """Empty the folder of an earlier run and store the fixed files of this run. A collective.
 
-    Raw ids of a table that are integers in one place and strings in another are a ValueError.
+    Raises:
+        ValueError: raw ids of a table are integers in one place and strings in another.
     """
     agree_on_id_types(job.schema, job.ranks)
     with job.ranks.raise_on_all_ranks():
@@ -157,10 +152,7 @@ def begin_run(run: Path, job: Job, item_counts: ItemCounts, skipped_rows: dict[s
 
 
 def _empty(run: Path) -> None:
-    """Remove an earlier run in an order that lets a job, killed at any point, begin again.
-
-    `metrics.json` goes first: a model without checkpoints then does not count as a finished run.
-    """
+    """Remove an earlier run; `metrics.json` goes first, so that a killed job can begin again."""
     (run / METRICS).unlink(missing_ok=True)
     shutil.rmtree(run / REPLACED, ignore_errors=True)
     if (run / "checkpoints").exists():
@@ -174,10 +166,10 @@ def _empty(run: Path) -> None:
 
 
 def read_item_counts(run: Path, num_items: int | None, name: str = ITEM_COUNTS) -> ItemCounts:
-    """Read the number of training rows of each item, which `begin_run` stored.
+    """Read the number of training rows of each item, at most `num_items` of them.
 
-    `num_items` bounds them, as `Schema.item_id_limit`. A missing or damaged file, or one of other
-    items, is a ValueError.
+    Raises:
+        ValueError: the file is missing, damaged or of other items.
     """
     file = run / name
     try:

@@ -1,8 +1,7 @@
 """The schema that a run was trained on: kept in its folder, compared with that of other data.
 
-`RUN/schema.yaml` has each column with every attribute that affects the meaning of its values, and
-the type of raw ids. A run reads columns by name, in the order of this file, so their order in a
-dataset's `schema.yaml` does not matter; a change of their meaning is refused by name.
+A run reads columns by name in the order of `RUN/schema.yaml`; their order in a dataset does not
+matter.
 """
 
 from __future__ import annotations
@@ -46,7 +45,8 @@ def write_run_schema(run: Path, schema: Schema) -> None:
 def load_run_schema(run: Path, with_vocabularies: bool = True) -> Schema:
     """Load the schema that a run was trained on, with its maps of raw ids.
 
-    A missing or damaged file is a ValueError, and so is a map that is not the one of training.
+    Raises:
+        ValueError: a file is missing or damaged, or a map is not that of training.
     """
     path = run / FILE
     try:
@@ -71,8 +71,7 @@ def load_run_schema(run: Path, with_vocabularies: bool = True) -> Schema:
 def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = False) -> Schema:
     """Load a dataset's schema for the model of a run: the run's columns, in the run's order.
 
-    If training goes on, a column that the run does not know is refused. Otherwise it is ignored,
-    and the data's column of weights, if any, weighs the rows. The first of the ranks logs.
+    Unknown columns are refused if training goes on, and else ignored.
 
     Raises:
         ValueError: names each column, list and attribute that differs.
@@ -118,7 +117,8 @@ def _take_weights(trained: Schema, data: Schema) -> None:
 def agree_on_id_types(schema: Schema, ranks: Ranks) -> None:
     """Share the types of raw ids that any rank has read among all ranks. A collective.
 
-    A ValueError on every rank says that some read integers and others strings.
+    Raises:
+        ValueError: on every rank: some read integers and others strings.
     """
     for id_types in ranks.gather(schema.id_types):
         for table, id_type in id_types.items():
@@ -133,9 +133,11 @@ def agree_on_id_types(schema: Schema, ranks: Ranks) -> None:
 def add_new_items(run: Path, schema: Schema, root: Location) -> str:
     """Give new items of a dataset rows, if the run is that of a partition.
 
-    A continual run keeps its own maps of raw ids, with the items of its last partition. New items
-    have content, and rows of tables that no training has changed. Returns the folder of the dataset
-    with the run's training rows. Damaged files or too few rows are a ValueError.
+    New items have content, and table rows that no training has changed. Returns the folder of the
+    dataset with the run's training rows.
+
+    Raises:
+        ValueError: files are damaged, or a table has too few rows.
     """
     if not (run / PARTITION).is_file():
         return "train"
@@ -180,7 +182,6 @@ def _raw_ids(schema: Schema) -> dict[str, dict[str, Any]]:
 
 
 def _differences(trained: Schema, data: Schema, goes_on: bool) -> Iterator[str]:
-    """Describe each difference that changes what the model of a run reads."""
     for role in ("target_item", "group"):
         yield from changes(role, {"": getattr(trained, role)}, {"": getattr(data, role)})
     if trained.items is not None and data.items is not None:

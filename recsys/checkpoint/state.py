@@ -1,10 +1,7 @@
 """The state in a checkpoint, as named tensors that share their memory with the job.
 
-`model.*` are the weights that training changes: tables, dense weights, adapters, normalisation
-statistics. The frozen weights of encoders are not stored; the manifest has their hash and the
-configuration, which names their source. `bank` is the memory bank, `vocabulary.*` the maps of raw
-ids that training learns, `optimizer.*` the state of fused and dense optimizers and the averaged
-weights, `random.RANK.*` each rank's generators.
+`model.*` are trained weights, `bank` the memory bank, `vocabulary.*` learned maps of raw ids,
+`optimizer.*` optimizer states and averages, `random.RANK.*` generators. It has no frozen weights.
 """
 
 from __future__ import annotations
@@ -38,8 +35,10 @@ _LATER_BUFFERS = re.compile(r"model\.(content\.projections\.[^.]+\.(shift|scale)
 def model_state(job: Job, metadata: Mapping[str, Any] | None = None) -> State:
     """Return weights and memory bank: the state that evaluation and prediction need.
 
-    With the metadata of a checkpoint, buffers that the checkpoint of an earlier version lacks are
-    left out, and features of items of another width are a ValueError.
+    Buffers that the checkpoint of `metadata` lacks are left out.
+
+    Raises:
+        ValueError: features of items have another width than in the checkpoint.
     """
     _check_feature_widths(job, metadata or {})
     stored = _is_stored(job)
@@ -62,11 +61,7 @@ def model_state(job: Job, metadata: Mapping[str, Any] | None = None) -> State:
 
 
 def _check_feature_widths(job: Job, metadata: Mapping[str, Any]) -> None:
-    """Compare the width of each modality's inputs with that in a checkpoint.
-
-    Raises:
-        ValueError: names file, column and both widths.
-    """
+    """Raise a ValueError if the input width of a modality differs from that in a checkpoint."""
     content, items = content_settings(job.config.content), job.schema.items
     for name, encoder in job.em3.content.encoders.items() if job.em3.content else ():
         weight = metadata.get(f"model.content.projections.{name}.weight")
@@ -89,7 +84,6 @@ def finish_loading_bank(job: Job) -> None:
 
 
 def _is_stored(job: Job) -> Callable[[str], bool]:
-    """Return whether a checkpoint stores an entry of the model's state, by its name."""
     parameters = list(job.em3.named_parameters())
     trained = {name for name, value in parameters if value.requires_grad}
     frozen = {name for name, value in parameters} - trained
@@ -116,7 +110,6 @@ class TrainingState:
     """The whole state of a job in training. Building it is a collective."""
 
     def __init__(self, job: Job) -> None:
-        """Collect the state of the fused optimizers. A collective."""
         self.job = job
         self.moments = TableOptimizerState(job.model, job.ranks.group)
 
@@ -191,10 +184,7 @@ def copy_of(state: State, job: Job) -> State:
 
 
 def require_finite(job: Job, state: State, step: int, last_good: Callable[[], Path | None]) -> None:
-    """Raise a ValueError on every rank if a weight or moment is not finite on any. A collective.
-
-    `last_good` returns the last good checkpoint, which the error names.
-    """
+    """Raise a ValueError on every rank if a weight or moment is not finite on any. A collective."""
     with job.ranks.raise_on_all_ranks():
         fault = describe_not_finite(state, {name for name, _ in job.em3.named_parameters()})
         if fault is not None:
@@ -208,8 +198,7 @@ def require_finite(job: Job, state: State, step: int, last_good: Callable[[], Pa
 def describe_not_finite(state: State, parameters: Collection[str]) -> str | None:
     """Describe the first weight or moment on this rank that is not finite; None if all are.
 
-    Buffers of the model are left out, since a mask may hold infinities. A sum is one pass over
-    memory without a copy; single values are examined only if it is not finite.
+    Buffers of the model are left out, since a mask may hold infinities.
     """
     for name, value in state.items():
         is_buffer = name.startswith("model.") and name.removeprefix("model.") not in parameters

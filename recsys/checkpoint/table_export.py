@@ -1,8 +1,4 @@
-"""Export the ID tables of a checkpoint as one Parquet file, without building the model.
-
-A block of rows is read at a time (`recsys.checkpoint.reader.StoredTensor`): memory is a few blocks,
-however large the table.
-"""
+"""Export the ID tables of a checkpoint as one Parquet file, a block of rows at a time."""
 
 from __future__ import annotations
 
@@ -27,12 +23,11 @@ _TABLE_KEY = re.compile(
 
 
 def export_tables(folder: Path, out: Path, tables: list[str] | None = None) -> dict[str, int]:
-    """Write tables of a checkpoint to one Parquet file, one row per row of a table.
+    """Write tables of a checkpoint to one Parquet file; return the number of rows by table.
 
-    Columns: ``table`` (its name), ``row`` (int64, the id that looks it up) and ``vector``,
-    ``fixed_size_list<float32, D>``, or ``list<float32>`` if tables differ in dimension D. Every row
-    group belongs to one table, so that readers skip the others. Returns the number of rows by
-    table.
+    Columns: ``table``, ``row`` (int64, the id that looks it up) and ``vector``,
+    ``fixed_size_list<float32, D>``, or ``list<float32>`` if dimensions D differ. Every row group
+    belongs to one table.
 
     Args:
         folder: a checkpoint of a model, such as `RUN/checkpoints/best`, of any plan.
@@ -42,10 +37,6 @@ def export_tables(folder: Path, out: Path, tables: list[str] | None = None) -> d
     Raises:
         ValueError: `folder` is no checkpoint, has no such table, or is damaged; or `out` cannot be
             written, or is part of a run or dataset.
-
-    Example::
-
-        export_tables(Path("runs/shop/checkpoints/best"), Path("product.parquet"), ["product"])
     """
     check_output(out)
     stored = stored_tables(folder)
@@ -68,17 +59,14 @@ class StoredTable(StoredTensor):
 
     @property
     def num_rows(self) -> int:
-        """Number of rows."""
         return self.size[0]
 
     @property
     def dim(self) -> int:
-        """Dimension D of the vectors."""
         return self.size[1]
 
     @property
     def title(self) -> str:
-        """Words for the table in messages."""
         return f"table '{self.name}'"
 
     def rows(self, start: int, stop: int) -> Tensor:

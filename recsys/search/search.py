@@ -1,9 +1,7 @@
 """The search: an Optuna study in a folder, shared by processes, whose trials are trainings.
 
-A trial is claimed by a lock on its log, which its trainings inherit: a trial whose lock is free and
-that has not ended was interrupted, and whoever claims it next goes on with it. Each trial has a
-sampler of its own seed, so what a trial tries depends on the trials before it alone, and not on
-interruptions.
+A lock on a trial's log claims it; an interrupted trial is claimed again and goes on. Each trial has
+a sampler of its own seed, so interruptions do not change what is tried.
 """
 
 from __future__ import annotations
@@ -56,10 +54,8 @@ class Request:
     """Numbers and rules of a search.
 
     trials: number of trials, those of earlier commands on the folder included.
-    jobs: trials side by side.
     seeds: runs of each dataset, from the recipe's seed on.
     nproc: ranks of each training.
-    sampler: rule that proposes values.
     prunes: stop trials that are worse than the median of others at the same validation.
     keeps: checkpoints to keep, those of the best trial or of all.
     """
@@ -89,7 +85,6 @@ class Search:
         out: Path,
         request: Request,
     ) -> None:
-        """Check the space, and create or open the study."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.config, self.space, self.data, self.out = config, space, data, out
         self.request, self.stop = request, threading.Event()
@@ -109,7 +104,6 @@ class Search:
             raise
 
     def _create(self) -> None:
-        """Write recipe and study."""
         names = sorted(path.name for path in self.out.iterdir() if path.name != RECIPE)
         if other_names := [name for name in names if not name.startswith(".")]:
             raise ValueError(
@@ -170,11 +164,9 @@ class Search:
         return self.ranking()
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """Return the trials in some states, in their order; default: all."""
         return self._study(0).get_trials(deepcopy=False, states=states or None)
 
     def ranking(self) -> list[FrozenTrial]:
-        """Return the complete trials, the best first."""
         return sorted(self.trials(TrialState.COMPLETE), key=lambda trial: -trial.values[0])
 
     def _work(self) -> None:
@@ -278,7 +270,6 @@ class Search:
         return best
 
     def _study(self, number: int) -> optuna.Study:
-        """Return the study with the sampler of a trial."""
         samplers, pruners = optuna.samplers, optuna.pruners
         sampler = samplers.TPESampler if self.request.sampler == "tpe" else samplers.RandomSampler
         return optuna.load_study(
@@ -324,10 +315,7 @@ def _url(database: Path | str) -> str:
 
 
 def dataset_digest(data: Location) -> str:
-    """Return a hash of a dataset: schema, footers of Parquet files, and content of .npy files.
-
-    Changes that leave a footer as it is are not detected (see `footer_digest`).
-    """
+    """Return a hash of a dataset: schema, footers of Parquet files, and content of .npy files."""
     digest = hashlib.blake2b((data / "schema.yaml").read_bytes(), digest_size=16)
     for split in ("train", "valid", "items", "vocabulary"):
         for file in (data / split).files(".parquet"):

@@ -4,13 +4,9 @@ A YAML file maps settings by full name to ranges or choices::
 
     optimizer.learning_rate: {low: 1.0e-4, high: 1.0e-2, log: true}
     ranking.mlp_units: {choices: [[64], [128, 64]]}
-    width:
-      sets:
-        narrow: {content.dim: 32, embedding.dim: 32}
-        wide: {content.dim: 64, embedding.dim: 64}
+    width: {sets: {narrow: {content.dim: 32}, wide: {content.dim: 64}}}
 
-A range whose ends are integers has integers, any other has floats. `sets` name groups of settings
-that belong together; the name before it is free.
+A range with integer ends has integers. `sets` name groups of settings.
 """
 
 from __future__ import annotations
@@ -33,9 +29,8 @@ Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 
 @dataclass(frozen=True)
 class Parameter:
-    """A setting, or a group of settings, and the values that it may have.
+    """A setting or a group of settings, and the values that it may have.
 
-    name: full name of the setting, or name of the group.
     distribution: Optuna's form of the values; choices are JSON texts, groups are names.
     sets: settings of each group by its name; empty for a single setting.
     """
@@ -127,7 +122,6 @@ def _parameter(place: str, name: str, entry: Any) -> Parameter:
 
 
 def _choices(place: str, choices: Any, kind: type[Any]) -> Any:
-    """Check that choices are a list, or groups a mapping, and return them."""
     if type(choices) is not kind or not choices:
         form = "[..]" if kind is list else "{NAME: {..}}"
         raise ValueError(f"{place}: has {choices!r} for its choices; give {form}")

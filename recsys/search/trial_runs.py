@@ -1,7 +1,6 @@
 """Trains a trial: one `recsys train` process after another, for each dataset and seed.
 
-While a run trains, its validations are passed to Optuna, which may prune the trial. A run that was
-interrupted goes on from its last checkpoint, and a finished one is read.
+Validations are passed to Optuna, which may prune the trial. Interrupted runs go on.
 """
 
 from __future__ import annotations
@@ -40,9 +39,8 @@ class TrialFailed(Exception):
 
 @dataclass(frozen=True)
 class Claim:
-    """A trial that this process runs.
+    """A trial that this process runs, by the lock on the output of its trainings.
 
-    log: the output of its trainings, locked.
     num_reported: number of intermediate values that the study has of it already.
     """
 
@@ -69,8 +67,6 @@ class Claim:
 class TrialRuns:
     """Trains trials.
 
-    recipe: resolved configuration that trials change.
-    config: the same, read.
     threads: threads of each rank; None: as the environment says.
     stop: set when the search is to end.
     """
@@ -113,7 +109,6 @@ class TrialRuns:
         return fmean(scores)
 
     def _command(self, folder: Path, data: str, seed: int) -> list[str]:
-        """Return the command of a training, without the trial's settings."""
         launcher = [sys.executable, "-m", "recsys.cli"]
         if self.nproc > 1:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

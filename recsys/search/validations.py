@@ -1,8 +1,4 @@
-"""The validations of a run in training, one line each, by which a search judges its trial.
-
-`ValidationLines` is a tracker of the run that writes `RUN/validations.jsonl`; the search reads the
-file while the run trains.
-"""
+"""The validations of a run in training, one line each, by which a search judges its trial."""
 
 from __future__ import annotations
 
@@ -16,13 +12,12 @@ PREFIX = "valid/"
 
 
 class ValidationLines:
-    """Writes the metrics of each validation and its step. See `recsys.training.trackers.Tracker`.
+    """A tracker that writes each validation's metrics and step to `RUN/validations.jsonl`.
 
-    Lines of steps after the one from which a run goes on are dropped: it will make them again.
+    Lines of steps after the one from which a run goes on are dropped.
     """
 
     def __init__(self, run: Path, settings: dict[str, Any], first_step: int) -> None:
-        """Open the file."""
         lines = [line for line in read_lines(run) if line["step"] <= first_step]
         path = run / FILE
         path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
@@ -38,7 +33,6 @@ class ValidationLines:
             self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 

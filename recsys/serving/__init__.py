@@ -1,12 +1,4 @@
-"""Serving: a run as a package of files, and a scorer that answers requests from it.
-
-Example::
-
-    from recsys.serving import Scorer
-
-    scorer = Scorer.load("package")
-    scorer.score({"user": 7}, [3, 12], candidates=[41, 42])  # [2, number of labels]
-"""
+"""Serving: a run as a package of files, and a scorer that answers requests from it."""
 
 from recsys.serving.scorer import Scorer
 

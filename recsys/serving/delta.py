@@ -1,9 +1,7 @@
 """Deltas between packages: one is written of two, and makes the second of the first.
 
-A delta is one file, a zip archive without compression: `manifest.json` of the newer package,
-`delta.json`, the rows of tables and content vectors that differ (`rows/` has their numbers, `data/`
-their bytes), and `files/`, the files that are taken whole.
-
+A delta is a zip archive without compression: `manifest.json` of the newer package, `delta.json`,
+numbers (`rows/`) and bytes (`data/`) of rows that differ, and whole `files/`.
 Shapes: R rows of a file, C rows that differ.
 """
 
@@ -34,12 +32,10 @@ BLOCK_BYTES = 2**24
 
 @dataclass(frozen=True)
 class Description:
-    """Origin of each file of the newer package, which is the delta's `delta.json`.
+    """Origin of each file of the newer package, in `delta.json`.
 
     base: hashes by block of the files of the older package that are needed, by name.
-    kept: names of files that are equal in both packages.
     patched: bytes of a row, by name of the files of which some rows differ.
-    whole: names of files that the delta has whole.
     """
 
     base: dict[str, list[str]]
@@ -59,7 +55,6 @@ class DeltaCounts:
     package_bytes: int
 
     def __str__(self) -> str:
-        """Describe the counts in a line."""
         changed = ", ".join(f"{count:,} rows of {name}" for name, count in self.rows.items())
         return (
             f"{self.num_bytes:,} bytes for a package of {self.package_bytes:,}: "
@@ -68,11 +63,10 @@ class DeltaCounts:
 
 
 def write_delta(base: Path, new: Path, out: Path) -> DeltaCounts:
-    """Compare two packages and write what makes the `new` one of the older `base`.
+    """Compare two packages byte by byte and write what makes `new` of the older `base`.
 
-    Rows of tables and content vectors are compared byte by byte, so that every change counts: of
-    training, of evicted and re-used rows, of content that was encoded anew. A damaged package is a
-    ValueError.
+    Raises:
+        ValueError: a package is damaged.
     """
     older, newer = read_manifest(base), read_manifest(new)
     description, counts = _compare(older, newer), dict[str, int]()
@@ -112,7 +106,6 @@ def _compare(older: Manifest, newer: Manifest) -> Description:
 def _write_rows(
     archive: zipfile.ZipFile, name: str, files: tuple[Path, Path], row_bytes: int
 ) -> int:
-    """Write the rows of a file that differ from those of the older one; return their number."""
     old, new = (_mapped_rows(path, row_bytes) for path in files)
     numbers, height = [np.zeros(0, np.int64)], max(1, BLOCK_BYTES // row_bytes)
     with archive.open(DATA + name, "w", force_zip64=True) as data:
@@ -140,8 +133,7 @@ def _mapped_rows(path: Path, row_bytes: int, mode: str = "r") -> np.ndarray:  # 
 def apply_delta(base: Path, delta: Path, out: Path) -> Manifest:
     """Write the newer package, equal to the one that the delta was made of to the last bit.
 
-    All of its files are compared with their hashes before it appears in `out`. Files that did not
-    change are hard links to those of `base`, which a server may have open.
+    Unchanged files are hard links to those of `base`, which a server may have open.
 
     Raises:
         ValueError: the delta is damaged, `base` is another package than the delta needs, or `out`
@@ -182,7 +174,6 @@ def apply_delta(base: Path, delta: Path, out: Path) -> Manifest:
 
 
 def _read_description(archive: zipfile.ZipFile) -> Description:
-    """Read the description and check the names in it."""
     content = json.loads(archive.read(DESCRIPTION))
     if content.get("format") != FORMAT:
         raise ValueError(
@@ -200,7 +191,6 @@ def _read_description(archive: zipfile.ZipFile) -> Description:
 def _write_files(
     archive: zipfile.ZipFile, description: Description, base: Path, folder: Path
 ) -> None:
-    """Write the files of the newer package into a folder."""
     manifest = archive.read(MANIFEST)
     (folder / MANIFEST).write_bytes(manifest)
     for name in (*description.kept, *description.whole, *description.patched):
@@ -217,7 +207,6 @@ def _write_files(
 
 
 def _patch(archive: zipfile.ZipFile, name: str, path: Path, row_bytes: int) -> None:
-    """Write the rows that differ into a copy of the older file."""
     with archive.open(ROWS + name) as file:
         numbers = np.load(file, allow_pickle=False)  # int64 [C]
     rows, height = _mapped_rows(path, row_bytes, "r+"), max(1, BLOCK_BYTES // row_bytes)

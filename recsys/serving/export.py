@@ -171,7 +171,6 @@ def save_bounded(folder: Path, table: str, vocabulary: BoundedVocabulary) -> Non
 def _write_tables(
     checkpoint: Path, folder: Path, stored_as: StoredType, names: set[str]
 ) -> dict[str, dict[str, Any]]:
-    """Write ID tables a block of rows at a time; return the layouts."""
     folder.mkdir()
     layouts = {}
     for name, table in stored_tables(checkpoint).items():

@@ -1,15 +1,10 @@
 """The ranking graph of a package as a file: exported by torch.export, and compiled to machine code.
 
-A run that trains on is exported with equal operations and other weights. To deserialise operations
-takes a second of Python, in which requests wait for the interpreter; to read weights, milliseconds.
-So a server that exchanges packages keeps the operations, which take weights as arguments, and
-exchanges the weights. The file is a PT2 archive, a ZIP file with a record for each weight
+Weights are arguments of the operations: a server that exchanges packages reads new weights in
+milliseconds, and keeps operations that take a second to load. The file is a PT2 archive
 (https://docs.pytorch.org/docs/stable/export/pt2_archive.html).
-
-AOTInductor makes machine code of the graph with a C++ compiler. The code has the vector
-instructions of the processor that compiled it, and calls the torch it was compiled for. Elsewhere
-the exported graph runs in its place, with a warning. Compiled code reads its inputs by their
-address, so they must be contiguous.
+AOTInductor's code fits one processor type and torch; elsewhere the exported graph runs, with a
+warning. Compiled code needs contiguous inputs.
 """
 
 from __future__ import annotations
@@ -43,8 +38,7 @@ NO_OPERATIONS = ("/.data/", "/data/sample_inputs/", f"{WEIGHTS}weight_")
 COMPILED = "compiled.pt2"
 Compile = bool | Literal["auto"]
 Graph = Callable[..., Tensor]
-# Candidates, history items and events of further histories in the calls in which an exported graph
-# must equal the model: none, one, and more than a search keeps.
+# Candidates, history items and events of further histories with which an export is compared.
 CHECKED_SIZES = ((2, 3, 4), (1, 1, 0), (3, 0, 2), (1, 0, 1), (4, 70, 70))
 TRACED_SIZE = (5, 7, 3)
 TOLERANCE = 1e-5
@@ -54,7 +48,7 @@ HISTORY_INPUTS = ("history", "parallel", "history_items", "history_content")
 class ExportedGraph:
     """A graph that runs: `operations` on the `state` (weights and constants) and the inputs.
 
-    `digest` is the hash of all that the file has besides weights and examples.
+    `digest` is the hash of the file without weights and examples.
     """
 
     def __init__(self, operations: nn.Module, state: dict[str, Tensor], digest: str) -> None:
@@ -62,7 +56,6 @@ class ExportedGraph:
         self._state = state
 
     def __call__(self, *arguments: Tensor | list[Tensor]) -> Tensor:
-        """Run the graph on its inputs."""
         inputs: list[Tensor] = []
         for argument in arguments:
             inputs += argument if isinstance(argument, list) else [argument]
@@ -93,7 +86,6 @@ class ExportedGraph:
 
 
 def _state_of(program: ExportedProgram) -> dict[str, Tensor]:
-    """Return what the graph takes besides inputs."""
     tensors = {**program.constants, **program.state_dict}
     specs = program.graph_signature.input_specs
     are_inputs = [spec.kind is InputKind.USER_INPUT for spec in specs]
@@ -121,8 +113,7 @@ def export_graph(
 ) -> ExportedProgram:
     """Export the graph for any number of candidates and history items, and write it to a file.
 
-    What a scorer loads from the file is compared to the model. `shapes` are inputs of any values
-    with the model's widths; `name` is the ranking model, for messages.
+    The file is compared to the model. `shapes` are inputs with the model's widths.
 
     Raises:
         ValueError: torch.export refuses the model, its graph takes some numbers of candidates or

@@ -1,9 +1,7 @@
-"""A package: the files that answer requests, listed with their sizes and hashes in a manifest.
+"""A package: the files that answer requests, listed with sizes and hashes in a manifest.
 
-`schema.yaml` and `vocabulary/` have the columns of the run. `graph.pt2` is the ranking model by
-torch.export, `compiled.pt2` its machine code, if it was compiled. `tables/*.vectors` are the ID
-tables, `content/*.vectors` the content vectors of the items. `request.json` is an example. `items/`
-has the encoder of further items, `added/` the added ones.
+`graph.pt2` is the ranking model by torch.export, `compiled.pt2` its machine code. ID tables are in
+`tables/*.vectors`, content vectors in `content/*.vectors`, the encoder of new items in `items/`.
 """
 
 from __future__ import annotations
@@ -68,10 +66,7 @@ M = TypeVar("M", bound=BaseManifest)
 
 
 def write_manifest(folder: Path, manifest: BaseManifest, leave_out: str | None = None) -> None:
-    """Hash the files of a folder and write its signed manifest.
-
-    `leave_out` is a folder in it that may change and has its own manifest.
-    """
+    """Hash the files of a folder, except the folder `leave_out`, and write its signed manifest."""
     inner = None if leave_out is None else folder / leave_out
     manifest.files = describe_all(
         folder,

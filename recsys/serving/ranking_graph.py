@@ -1,8 +1,6 @@
 """The ranking model of a run as one graph: vectors of a user and N candidates -> logits.
 
-The graph holds the history map and the ranking model. Looking vectors up is left to the scorer,
-so that tables and content vectors stay in files that are mapped into memory.
-
+The scorer looks vectors up, so that tables and content vectors stay in mapped files.
 Shapes: N candidates, L history items, D dimension of ID vectors, E width of content vectors
 (D_content * (1 + M), as the memory bank keeps them), F dense features, P parallel lists, C labels.
 """
@@ -55,7 +53,6 @@ class SharedEvents:
     content: ContentVectors | None  # of the candidates and these events
 
     def jagged(self) -> SharedHistory:
-        """Return the history that all candidates share."""
         return self.history
 
     def content_of(
@@ -83,7 +80,6 @@ class CandidateBatch:
         return self.history_values if self.unscaled_values is None else self.unscaled_values
 
     def jagged_history(self) -> SharedHistory:
-        """Return the history that all candidates share."""
         return self.history
 
     @property
@@ -95,8 +91,8 @@ class CandidateBatch:
 class RankingGraph(nn.Module):
     """History map and ranking model over the candidates of one user, in evaluation mode.
 
-    `content_dim` is the width of a content vector, 0 without content; `top_k` the number of history
-    items that a search for the target's content keeps, 0: all. `scaling` standardises numbers.
+    `content_dim` is the width of a content vector (0: none). `top_k` is the number of history items
+    that a search keeps (0: all). `scaling` standardises numbers.
     """
 
     def __init__(
@@ -115,7 +111,6 @@ class RankingGraph(nn.Module):
         self.eval()
 
     def forward(self, *arguments: Any) -> Tensor:  # [N, C]
-        """Return the logits of the candidates from the arguments of `RankingInputs`."""
         inputs = RankingInputs(*arguments)
         shared = SharedHistory(
             inputs.target.shape[0], inputs.history.shape[0], inputs.target.device

@@ -1,11 +1,8 @@
 """Requests: values of a user, a history and candidates -> rows of tables, as training reads them.
 
-Every column passes the functions that read it from Parquet (`recsys.data.transforms.columns`,
-`recsys.data.parquet.values`), so that transforms, types, raw ids, unknown ids and errors are those
-of training.
-
-Shapes: N candidates, L events of a history, P parallel lists, R rows of a column (1 or N),
-K table rows.
+Columns pass the functions that read Parquet (`recsys.data.transforms.columns`,
+`recsys.data.parquet.values`), with the same errors. Shapes: N candidates, L events of a history,
+P parallel lists, R rows of a column (1 or N), K table rows.
 """
 
 from __future__ import annotations
@@ -50,8 +47,7 @@ class TableRows:
 class HistoryRows:
     """A history of a request."""
 
-    # By column, of the events and of each list of ids beside them: int64 [L], or several for each
-    # event where its table has several rows per id.
+    # By column, of the events and of each list beside them: int64 [L], or several rows per event.
     ids: dict[str, np.ndarray]
     numbers: np.ndarray  # float32 [L, P]
 
@@ -69,8 +65,7 @@ class RequestRows:
 class RequestReader:
     """Reads requests by the schema of a package.
 
-    `pooled` and `dense` are the columns that the model reads, `bounded` the maps of raw ids that
-    were learned in training, by table.
+    The model reads the columns `pooled` and `dense`; `bounded` has learned maps of raw ids.
     """
 
     def __init__(
@@ -118,7 +113,6 @@ class RequestReader:
         )
 
     def unknown_ids(self, rows: RequestRows) -> dict[str, int]:
-        """Count the ids of a request that the model does not know, by column."""
         columns = {name: column.rows for name, column in rows.pooled.items()}
         columns |= {name: ids for events in rows.histories for name, ids in events.ids.items()}
         columns[self.schema.target_item] = rows.target
@@ -207,7 +201,6 @@ class RequestReader:
         return usable_column(table, name, self.schema, refuse)
 
     def _array(self, name: str, values: Sequence[Any], place: str, column: str) -> pa.Array:
-        """Return the values of a file column, a source of `column`, as an array."""
         try:
             array = pa.array(values)
             kind = array.type

@@ -1,7 +1,4 @@
-"""Scorer: answers ranking requests from a package.
-
-It needs no process group, no encoders and no dataset. Vectors of the user are looked up and
-computed once, whatever the number of candidates.
+"""Scorer: answers ranking requests from a package, without process group, encoders or dataset.
 
 Shapes: N candidates, L history items, D dimension, C labels.
 """
@@ -38,8 +35,7 @@ LONGEST = 300  # characters of another library's error in a message
 class Scorer:
     """Scores candidates for a user, from the files of a package.
 
-    Several threads may call `score` at once. Tables and content vectors are mapped into memory, so
-    that processes share them.
+    Several threads may call `score` at once. Processes share tables and content vectors.
 
     Example::
 

@@ -1,11 +1,8 @@
 """The history of one user for many candidates, with the arithmetic of `JaggedHistory`.
 
-A request ranks N candidates for one user, so all N rows have the same history. `JaggedHistory`
-computes with an index over N * L places; here these are dense products, as the L vectors of the
-history exist once. Every operation can be traced by torch.export with N and L dynamic.
-
-All rows have equally many places, also if they keep different numbers of items. Places of items
-that a row does not keep are marked, and count in no sum, maximum or softmax.
+All N rows have the same history, so dense products replace an index over N * L places. Every
+operation can be traced by torch.export with N and L dynamic. Places that a row does not keep count
+in no sum, maximum or softmax.
 
 Shapes: N candidates, U history items, L places of each row (U, or fewer after a selection),
 D dimension, K any width. Flat tensors [N * L] hold one row of L places after the other.
@@ -130,7 +127,7 @@ class SharedHistory:
     def highest(self, scores: Tensor, count: int) -> Tensor:
         """Return the flat places of the `count` highest scores [N * L] of each row, ascending.
 
-        Ties are broken in favour of the later place, as in `JaggedHistory.highest`.
+        Ties go to the later place, as in `JaggedHistory.highest`.
         """
         assert self.mask is None
         by_row = scores.reshape(self.num_rows, self.longest)
@@ -143,7 +140,7 @@ class SharedHistory:
     def latest(self, is_eligible: Tensor, count: int) -> Tensor:
         """Return the flat places of the `count` latest eligible ones [N * L] of each row.
 
-        A row with fewer has further places, which do not count once they are selected.
+        A row with fewer has further places that do not count.
         """
         places = self.highest(is_eligible.float(), count)
         mask = is_eligible[places].reshape(self.num_rows, -1)

@@ -1,8 +1,5 @@
 """Files of vectors that are mapped into memory, whole or quantised by FBGEMM row by row.
 
-A process that maps a file reads from disk only the rows that it looks up, and several processes
-share the pages.
-
 Shapes: R rows of a file, N looked up, D dimension.
 """
 
@@ -87,5 +84,4 @@ class VectorFile:
         self._rows = np.frombuffer(mapped, np.uint8, shape.num_rows * shape.row_bytes).reshape(size)
 
     def rows(self, ids: np.ndarray) -> Tensor:  # int64 [N] -> [N, D]
-        """Return the vectors of some rows."""
         return self.shape.unpacked(torch.from_numpy(self._rows[ids]))

@@ -13,10 +13,7 @@ from typing import Any
 
 
 def regular_file(path: Path) -> Path:
-    """Return the path of a file to read or replace; a folder, pipe or device is a ValueError.
-
-    Opening a pipe may block for ever, and root can replace a device by a file.
-    """
+    """Return the path of a file to read or replace; a folder, pipe or device is a ValueError."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: a folder, a pipe or a device instead of a file; replace it")
     return path
@@ -46,15 +43,12 @@ def _partial_path(path: Path) -> Path:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, renamed to `path` when the block succeeds.
+    """Yield a temporary absolute path beside `path`, renamed to `path` when the block succeeds.
 
-    The folder must exist. The temporary path is absolute, since pyarrow reads a relative path with
-    a colon as a URL. A folder, pipe or device at `path` is a ValueError.
+    The folder must exist.
 
-    Example::
-
-        with whole_file(folder / "scores.parquet") as partial:
-            pq.write_table(table, partial)
+    Raises:
+        ValueError: `path` is a folder, pipe or device.
     """
     partial = _partial_path(regular_file(path).absolute())
     try:
@@ -102,10 +96,7 @@ def whole_folder(path: Path, may_exist: bool = False) -> Iterator[Path]:
 
 
 def replace_folder(partial: Path, path: Path) -> None:
-    """Rename a written folder to `path`; remove an older folder of that name.
-
-    If the job is killed between the two renames, `recover_folder` undoes the first.
-    """
+    """Rename a written folder to `path`, in place of an older one; see `recover_folder`."""
     old = _set_aside(path)
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():

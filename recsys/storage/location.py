@@ -1,7 +1,4 @@
-"""Local paths and fsspec URLs (`s3://`, `gs://`, `memory://`), read in the same way.
-
-pyarrow reads Parquet through the same filesystem object, so no file is copied first.
-"""
+"""Local paths and fsspec URLs (`s3://`, `gs://`, `memory://`), read in the same way."""
 
 from __future__ import annotations
 
@@ -23,13 +20,7 @@ SEARCH_DEPTH = 4  # levels of folders that are searched for files that would be 
 
 @dataclass(frozen=True)
 class Location:
-    """A path on a filesystem.
-
-    Example::
-
-        root = Location.of("s3://bucket/dataset")
-        (root / "schema.yaml").read_bytes()
-    """
+    """A path on a filesystem, as from `Location.of("s3://bucket/dataset")`; `/` joins names."""
 
     filesystem: Any  # an fsspec filesystem
     path: str
@@ -48,12 +39,10 @@ class Location:
 
     @property
     def is_local(self) -> bool:
-        """Whether the path is on the local file system."""
         return isinstance(self.filesystem, LocalFileSystem)
 
     @property
     def arrow(self) -> FileSystem:
-        """The same filesystem as an object of pyarrow."""
         return (
             ArrowLocalFileSystem()
             if self.is_local
@@ -61,15 +50,12 @@ class Location:
         )
 
     def __truediv__(self, name: str) -> Location:
-        """Return the location of `name` inside this folder."""
         return Location(self.filesystem, f"{self.path}/{name}")
 
     def __str__(self) -> str:
-        """Return the local path, or the URL."""
         return self.path if self.is_local else str(self.filesystem.unstrip_protocol(self.path))
 
     def exists(self) -> bool:
-        """Return whether a file or folder exists at this path."""
         return bool(self.filesystem.exists(self.path))
 
     def read_bytes(self) -> bytes:
@@ -81,8 +67,8 @@ class Location:
     def files(self, ending: str) -> list[Location]:
         """Return the files with this ending in the folder, by name; this file if it is one.
 
-        As in Spark and Arrow, names that start with a dot or an underscore are not data. Files in
-        Hive partitions, folders such as `date=2026-11-01`, are those of the folder.
+        Names that start with a dot or an underscore are skipped; files in Hive partitions such as
+        `date=2026-11-01` count.
 
         Raises:
             ValueError: skipping an entry would lose rows silently: one with this ending is no file,

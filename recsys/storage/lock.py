@@ -1,8 +1,6 @@
 """A lock on a folder or file, so that one job at a time writes it; it ends with its owner.
 
-It is a lock of the kernel (`flock`), so no crash leaves it behind. On network file systems it works
-between hosts if their locks do; the server frees the lock of a lost host. A file beside the lock
-describes its owner.
+The lock is the kernel's (`flock`), so no crash leaves it behind. A file beside it names the owner.
 """
 
 from __future__ import annotations
@@ -19,8 +17,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-# Seconds that a killed job may need to disappear: its children hold its files, or the server of a
-# network file system has not noticed yet.
+# Seconds that a killed job may need to disappear, with its children and from network file systems.
 PATIENCE_SECONDS = 120.0
 ATTEMPT_SECONDS = 0.2
 
@@ -37,7 +34,6 @@ class Owner:
 
     @staticmethod
     def of_this_process(job: str) -> Owner:
-        """Describe this process, of the job of that name, as an owner."""
         since = datetime.now().astimezone().isoformat(" ", "seconds")
         started = psutil.Process().create_time()
         return Owner(job, socket.gethostname(), os.getpid(), started, since)
@@ -54,7 +50,6 @@ class Owner:
             return True
 
     def __str__(self) -> str:
-        """Describe the owner in messages."""
         job = f"job {self.job}, " if self.job else ""
         return f"{job}process {self.pid} on {self.host} since {self.since}"
 
@@ -63,7 +58,6 @@ class JobLock:
     """A lock on `target` in a file, with its owner in a file beside it."""
 
     def __init__(self, target: Path, file: Path) -> None:
-        """Make a lock that is not held yet."""
         self.target, self.file = target, file
         self.owner_file = file.with_name(f"{file.name}.json")
         self.lock = FileLock(file)
@@ -72,7 +66,8 @@ class JobLock:
     def acquire(self, job: str) -> None:
         """Take the lock for a job; wait for its earlier attempts to end.
 
-        A ValueError says that another job holds it, or that the file cannot be written.
+        Raises:
+            ValueError: another job holds the lock, or its file cannot be written.
         """
         process, deadline = Owner.of_this_process(job), time.monotonic() + PATIENCE_SECONDS
         try:

@@ -1,6 +1,6 @@
 """Manifests of folders: size and hashes of each file, signed by a hash of the manifest itself.
 
-Files are hashed by block, several blocks at once, as a file of 4 GB takes seconds to read.
+Blocks are hashed side by side.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from recsys.storage.files import regular_file, whole_file
 BLOCK_BYTES = 2**24
 THREADS = 4
 
-# By name: bytes, and SHA-256 of each block in hexadecimals. Checkpoints of format 2 have the pair
-# [bytes, CRC-32].
+# Bytes and SHA-256 of each block by name; format 2 of checkpoints has [bytes, CRC-32].
 Files = Mapping[str, Any]
 
 
@@ -41,7 +40,8 @@ def write_signed(path: Path, content: dict[str, Any]) -> None:
 def read_signed(path: Path, formats: tuple[int, ...]) -> dict[str, Any]:
     """Read what `write_signed` wrote, without the hash.
 
-    Content that is no JSON object, of another format, or differs from its hash is a ValueError.
+    Raises:
+        ValueError: it is no JSON object, of another format, or differs from its hash.
     """
     try:
         content = json.loads(regular_file(path).read_bytes())
@@ -62,14 +62,12 @@ def read_signed(path: Path, formats: tuple[int, ...]) -> dict[str, Any]:
 
 
 class VerifiedFiles:
-    """Files of which all blocks were compared with their hashes, as they were on the disk before.
+    """Files whose blocks were all compared with their hashes.
 
-    A file is known by device, inode, size, times and hashes, so that one that was written or
-    exchanged since is compared again. `previous` are those of the package before this one.
+    A file is known by device, inode, size, times and hashes. `previous` is of the earlier package.
     """
 
     def __init__(self, previous: VerifiedFiles | None = None) -> None:
-        """Begin with no files of this package."""
         self._previous = set() if previous is None else previous.identities
         self.identities: set[tuple[Any, ...]] = set()
 
@@ -102,11 +100,8 @@ def differences(
 ) -> Iterator[str]:
     """Yield a description of each file of a manifest that is missing or differs.
 
-    Args:
-        folder: the package or checkpoint.
-        files: of its manifest.
-        verify: compare the hashes of all blocks; False: sizes alone.
-        verified: files that need not be read again; those that are read are added.
+    `verify` compares all hashes, else sizes alone. Files in `verified` are not read again; others
+    are added to it.
     """
     verified = VerifiedFiles() if verified is None else verified
     for name, entry in files.items():

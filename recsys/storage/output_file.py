@@ -35,9 +35,7 @@ _DATASET_FOLDERS = ("train", "valid", "test", "items", "vocabulary")
 def check_output(out: Path, inputs: Iterable[Location] = ()) -> None:
     """Raise a ValueError for an output file that would change what a command reads.
 
-    `inputs` are files that the command reads, and folders whose files it reads. A file is refused
-    that cannot be written, lies in an input, would be read as part of a dataset, or belongs to a
-    run.
+    `inputs` are files that the command reads, and folders whose files it reads.
     """
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; name a file, such as {out / 'result'}")
@@ -72,10 +70,7 @@ def _part_of_run(folder: Path) -> Path | None:
 
 
 def check_run_folder(run: Path, data: str) -> None:
-    """Raise a ValueError for a run's folder whose files would replace or be read as data.
-
-    It is the dataset, one of its folders that are read, or lies in a folder of another run.
-    """
+    """Raise a ValueError for a run's folder that overlaps the data or lies in another run."""
     if run.exists() and not run.is_dir():
         raise ValueError(
             f"{run}: is no folder, so no run can be written to it; choose another --out"

@@ -1,7 +1,6 @@
 """Compares columns, settings and frozen encoders of a new run with those of the run it starts from.
 
-The model reads columns, labels and lists by their place, so the new run has them in the order of
-the run it starts from, and further ones behind. Values fitted for transforms are those of that run.
+The new run has columns in the order of that run, further ones behind, and its fitted transforms.
 """
 
 from __future__ import annotations
@@ -33,7 +32,8 @@ def reconciled_schema(
 ) -> Schema:
     """Load a dataset's schema for a model that starts from a run.
 
-    A column that cannot be reconciled is a ValueError.
+    Raises:
+        ValueError: a column cannot be reconciled.
     """
     trained, data = source.schema, load_schema(root, with_vocabularies=False)
     _take_fitted_values(trained, data, differences)
@@ -100,10 +100,7 @@ def _compare_attributes(
 
 
 def compare_settings(source: Source, config: Config, differences: Differences) -> None:
-    """List the settings that differ and decide more than how long and fast a run trains.
-
-    Weights of another ranking model mean something else, even where they have names in common.
-    """
+    """List the settings that differ and change more than length and speed of training."""
     lacks_content = None in map(content_settings, (source.config.content, config.content))
     for name, stored, current in differing_settings(source.config, config):
         if name.startswith("content.") and lacks_content:
@@ -118,10 +115,9 @@ def compare_settings(source: Source, config: Config, differences: Differences) -
 def compare_encoders(
     source: Source, job: Job, takes: Callable[[str], bool], differences: Differences
 ) -> bool:
-    """Return whether items are encoded as in the run, as far as frozen weights and settings go.
+    """Return whether items are encoded as in the run, by frozen weights and settings.
 
-    Frozen weights are in no checkpoint. So other ones are refused for encoders of which a part is
-    taken over.
+    Other frozen weights are refused for encoders of which a part is taken over.
     """
     stored, current = content_settings(source.config.content), content_settings(job.config.content)
     if stored is None or current is None:

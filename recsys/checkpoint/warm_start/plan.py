@@ -1,7 +1,4 @@
-"""Decides about every tensor of a new run: taken from the other run, or begun anew, or refused.
-
-`plan_warm_start` changes nothing; `WarmStartPlan.apply` fills the job.
-"""
+"""Decides about every tensor of a new run: taken over, begun anew, or refused."""
 
 from __future__ import annotations
 
@@ -51,11 +48,9 @@ class WarmStartPlan:
     items: RowMap | None = None  # rows of the items; None if the memory bank is filled anew
 
     def takes(self, parameter: str) -> bool:
-        """Return whether a weight or buffer of the model is taken over."""
         return f"{MODEL}{parameter}" in self.tensors
 
     def takes_part(self, prefix: str) -> bool:
-        """Return whether any weight or buffer of a part of the model is taken over."""
         return any(name.startswith(f"{MODEL}{prefix}") for name in self.tensors)
 
     @property
@@ -65,10 +60,7 @@ class WarmStartPlan:
         return {table for name in names if (table := _table_of(name)) is not None}
 
     def take_unused_rows(self, job: Job) -> None:
-        """Take over the rows of ids that are new in exact maps, too.
-
-        They were never trained, and predictions by the other run give them to new ids.
-        """
+        """Take over the rows of ids that are new in exact maps, too."""
         for table in job.schema.tables_with("exact"):
             old = self.source.schema.vocabularies.get(table)
             new, rows = job.schema.vocabularies.get(table), self.maps.get(table)
@@ -114,7 +106,6 @@ class WarmStartPlan:
 
 
 def _table_of(name: str) -> str | None:
-    """Return the table that a tensor belongs to."""
     if name.startswith("vocabulary."):
         return name.split(".")[1]
     for prefix in (TABLES, AVERAGE):
@@ -123,10 +114,10 @@ def _table_of(name: str) -> str | None:
 
 
 def plan_warm_start(job: Job, source: Source, differences: Differences) -> WarmStartPlan:
-    """Compare the job, not yet trained, with another run; decide what it takes over. A collective.
+    """Compare the untrained job with another run; decide what it takes over. A collective.
 
-    `differences` are those of the columns, and get the others. If something cannot be reconciled, a
-    ValueError on every rank lists it all, with the fix.
+    Raises:
+        ValueError: on every rank: lists all that cannot be reconciled, with the fix.
     """
     plan, state = WarmStartPlan(source, differences), TrainingState(job).state_dict()
     with job.ranks.raise_on_all_ranks():
@@ -212,7 +203,6 @@ def _refuse_shapes(shapes: dict[str, str], differences: Differences) -> None:
 
 
 def _check_patterns(plan: WarmStartPlan, state: State) -> None:
-    """Refuse patterns that match no parameter, which are mistakes."""
     names = {*state, *plan.source.model.entries}
     parameters = [name.removeprefix(MODEL) for name in names if name.startswith(MODEL)]
     for pattern in plan.source.request.unmatched(parameters):
@@ -247,7 +237,6 @@ def _shared_weights(plan: WarmStartPlan, state: State) -> list[str]:
 
 
 def _choose_vocabularies(plan: WarmStartPlan, state: State) -> None:
-    """Take the bounded vocabularies of the tables that are taken over."""
     tables = {table_of_key(name) for name in plan.tensors}
     names = [name for name in state if name.startswith("vocabulary.")]
     for table in dict.fromkeys(name.split(".")[1] for name in names):
@@ -290,7 +279,6 @@ def _choose_bank(plan: WarmStartPlan, job: Job, state: State, is_same: bool) -> 
 
 
 def _choose_optimizer_state(plan: WarmStartPlan, job: Job, state: State) -> None:
-    """Take the state of the optimizers of parameters that are taken over."""
     stored, differences = plan.source.optimizer, plan.differences
     if stored is None:
         is_wanted = plan.source.request.optimizer
@@ -310,7 +298,6 @@ def _choose_optimizer_state(plan: WarmStartPlan, job: Job, state: State) -> None
 def _table_states(
     plan: WarmStartPlan, stored: StoredState, job: Job, weights: list[str]
 ) -> Iterator[str]:
-    """Yield the state of fused optimizers to take."""
     previous = _table_optimizers(plan.source.config, plan.source.schema)
     current = _table_optimizers(job.config, job.schema)
     bounded = job.schema.tables_with("bounded")
@@ -340,7 +327,6 @@ def _table_optimizers(config: Config, schema: Schema) -> dict[str, str]:
 def _dense_states(
     plan: WarmStartPlan, stored: StoredState, job: Job, weights: list[str]
 ) -> Iterator[str]:
-    """Yield the state of the dense optimizer to take."""
     previous, current = plan.source.config.optimizer, job.config.optimizer
     if (previous.name, previous.options) != (current.name, current.options):
         what = f"{previous.name} {previous.options} before, {current.name} {current.options} now"

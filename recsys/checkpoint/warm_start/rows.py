@@ -1,10 +1,7 @@
-"""Maps the rows of a new run's tables to those that the same ids had in another run; moves them.
+"""Maps the rows of a new run's tables to those of the same ids in another run, and moves them.
 
-Raw ids decide where a table has a map of them, since a new dataset may number them otherwise; else
-ids are rows, and keep them. Rows without an id in the other run have the row -1: they begin anew.
-A rank reads what its own shards need, once, in the order of the file: memory is a few blocks beside
-the shards and two numbers per row, however large the table.
-
+Rows go by raw id where a table has a map, else they keep their place; -1 begins anew.
+Memory is a few blocks beside the shards and two numbers per row.
 Shapes: R rows, N rows of a range or block, D dimension, S sets of a bounded vocabulary.
 """
 
@@ -38,8 +35,7 @@ class RowMap:
     Attributes:
         is_identity: every row keeps its place, and there are no more and no fewer.
         num_rows: rows of the new table.
-        find: called with the range `[start, stop)` of new rows, returns their old rows, int64 [N],
-            -1 where there is none; it keeps the last result.
+        find: maps the new rows `[start, stop)` to old rows, int64 [N], -1 where there is none.
     """
 
     is_identity: bool
@@ -48,7 +44,6 @@ class RowMap:
 
     @staticmethod
     def same(num_rows: int) -> RowMap:
-        """Return the identity."""
         return RowMap.of(True, num_rows, np.arange)
 
     @staticmethod
@@ -110,7 +105,6 @@ def _kind_words(kind: str | None) -> str:
 def _map_without_vocabulary(
     part: str, old_rows: int, num_rows: int, fix: str, differences: Differences
 ) -> RowMap | None:
-    """Map a table whose ids are rows."""
     if num_rows < old_rows:
         differences.refuse(
             part,
@@ -209,7 +203,6 @@ def _map_bounded(
 
 
 def _used_rows(source: Source, table: str) -> Iterator[UsedRows]:
-    """Yield the rows of a bounded vocabulary in the checkpoint, in ranges."""
     names = ("ids", "last_used", "scores")
     parts = [source.model.tensor(f"vocabulary.{table}.{name}") for name in names]
     num_sets, rows_per_set = parts[0].size
@@ -235,10 +228,10 @@ def size_of(tensor: Tensor | ShardedTensor) -> tuple[int, ...]:
 
 @torch.no_grad()
 def move_rows(target: Tensor | ShardedTensor, stored: StoredTensor, rows: RowMap) -> None:
-    """Fill the rows of `target` that have an old row in `stored`. Not a collective.
+    """Fill the rows of `target`, [R] or [R, D], that have an old row in `stored`. Not a collective.
 
-    `target` is [R] or [R, D]; of a sharded one the shards on this rank. A file of the checkpoint
-    that cannot be read is a ValueError.
+    Raises:
+        ValueError: a file of the checkpoint cannot be read.
     """
     row_bytes = 8 * math.prod(stored.size[1:])
     _move(list(_pieces(target)), stored.rows, max(1, BLOCK_BYTES // row_bytes), rows)
@@ -246,10 +239,7 @@ def move_rows(target: Tensor | ShardedTensor, stored: StoredTensor, rows: RowMap
 
 @torch.no_grad()
 def move_sets(target: Tensor | ShardedTensor, stored: StoredTensor, rows: RowMap) -> None:
-    """Fill an entry of a bounded vocabulary, [S, R / S], with one number per row of its table.
-
-    Otherwise as `move_rows`.
-    """
+    """Fill an entry of a bounded vocabulary, [S, R / S], with one number per row of its table."""
     per_set, old_per_set = size_of(target)[1], stored.size[1]
     pieces = [
         _Piece(piece.tensor.view(-1), piece.row * per_set, slice(None)) for piece in _pieces(target)

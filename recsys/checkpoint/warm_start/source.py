@@ -38,10 +38,6 @@ class WarmStart:
         skip: reinitialise parameters that match these patterns. What belongs to a parameter goes
             with it: the state of its optimizer, and a table's vocabulary.
         optimizer: also take the state of the optimizers.
-
-    Example::
-
-        WarmStart(Path("runs/monday"), skip=("ranking.*",))
     """
 
     run: Path
@@ -51,12 +47,10 @@ class WarmStart:
     optimizer: bool = True
 
     def takes(self, name: str) -> bool:
-        """Return whether a parameter is asked for."""
         is_included = not self.only or any(fnmatchcase(name, pattern) for pattern in self.only)
         return is_included and not any(fnmatchcase(name, pattern) for pattern in self.skip)
 
     def unmatched(self, names: list[str]) -> list[str]:
-        """Return the patterns that match none of the parameters."""
         return [
             pattern
             for pattern in dict.fromkeys([*self.only, *self.skip])
@@ -81,7 +75,6 @@ class Differences:
     faults: list[str] = field(default_factory=list)
 
     def add(self, part: str, what: str, rule: str) -> None:
-        """Add a difference with its rule."""
         self.reconciled.append(Difference(part, what, rule))
 
     def refuse(self, part: str, what: str, fix: str) -> None:
@@ -97,7 +90,6 @@ class Differences:
             raise ValueError(f"{folder}: this model cannot start from it: {'. '.join(listed)}")
 
     def __str__(self) -> str:
-        """Return the reconciled differences as a table of text."""
         if not self.reconciled:
             return "nothing differs"
         rows = [("part", "difference", "in this run")]
@@ -128,21 +120,17 @@ class StoredState:
 
     @property
     def step(self) -> int:
-        """Number of steps after which it was written."""
         return int(self.manifest["step"])
 
     @property
     def entries(self) -> Mapping[str, Any]:
-        """Size and type of each tensor by its name."""
         return self.metadata.state_dict_metadata
 
     @property
     def progress(self) -> Progress:
-        """Counters of the run when it was written."""
         return Progress.from_json(self.manifest["progress"])
 
     def tensor(self, name: str) -> StoredTensor:
-        """Return a tensor, to read by rows."""
         return StoredTensor(self.reader, self.metadata, name)
 
 
@@ -160,8 +148,7 @@ class Source:
 def open_source(request: WarmStart, out: Path, ranks: Ranks) -> Source:
     """Open the checkpoint of a run, for a new run in the folder `out`. A collective.
 
-    The best model has no state of the optimizers. That of the checkpoint of the same step is taken
-    if the run keeps it, else that of its last one.
+    The best model takes optimizer state from the checkpoint of its step, or else the last one.
 
     Raises:
         ValueError: on every rank: the run has no such checkpoint, it is damaged, or is `out`.

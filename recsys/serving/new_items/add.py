@@ -1,10 +1,7 @@
 """Adds items to a package, or replaces the content of items that it has, without training.
 
-Only the vectors of added items, in a new folder, and the manifest are written. The manifest is
-replaced last, by one rename, so that a killed process leaves the package unchanged, and servers go
-on with the files that they have open.
-
-Shapes: K items that are new or changed, N items of the files.
+Vectors go into a new folder; the manifest is replaced last, by one rename. A killed process leaves
+the package unchanged. Shapes: K items that are new or changed, N items of the files.
 """
 
 from __future__ import annotations
@@ -56,8 +53,7 @@ class AddedCounts:
 def add_items(package: Path, items: str) -> AddedCounts:
     """Encode new and changed items of Parquet files and put them into a package, all or none.
 
-    The package may be in use by servers. `items` is a file, or a folder of them, with the columns
-    of the dataset's `items/`; files of features are read from the folder that holds it.
+    The package may be in use by servers. `items` is a file or folder with the columns of `items/`.
 
     Raises:
         ValueError: a value cannot be used (it names file, column and row), an encoder is not that

@@ -1,11 +1,7 @@
 """Items that were added to a package since its export, or changed: a folder per addition.
 
-`added/NUMBER/` holds the items of all additions: `index.npy`, their content vectors, and the raw
-ids that the run's exact map does not have. The manifest names the folder, so that readers see a
-whole addition or none.
-
-An index has a hash of each item's content, which shows whether the content has changed.
-
+`added/NUMBER/` holds all additions: `index.npy` with a hash of each item's content, content
+vectors, and raw ids that the run's exact map lacks. The manifest names the folder.
 Shapes: K items added, N looked up, E width of content vectors.
 """
 
@@ -33,8 +29,7 @@ from recsys.storage.files import whole_folder
 
 FOLDER = "added"
 INDEX, VECTORS, IDS = "index.npy", "content.vectors", "ids.parquet"
-# item: row of its content vector. content: a hash. raw: its raw id as an integer where a
-# hash vocabulary may give several ids one row; else 0.
+# item: row of the content vector. content: a hash. raw: raw integer id of a hash vocabulary, or 0.
 INDEX_TYPE = np.dtype([("item", "<i8"), ("content", "<u8"), ("raw", "<i8")])
 
 
@@ -91,7 +86,7 @@ class AddedItems:
     ) -> dict[str, Any]:
         """Write the folder of the next addition and return the manifest's entry `added`.
 
-        The last folder but one goes only now, as a process may have just read the manifest before.
+        The last folder but one is removed; readers of the previous manifest keep theirs.
         """
         root, number = package / FOLDER, self.number + 1
         for path in root.glob("*"):
@@ -111,9 +106,10 @@ class AddedItems:
 class GrowingVocabulary(ExactVocabulary):
     """An exact map that takes ids beyond its table, which then only have content.
 
-    New ids get the free rows of the table, as `recsys prepare vocabulary` gives them. In a full
-    table they are numbered on after its end; scorers use the vector of unknown ids for them. A
-    ValueError says that an id is null or not of the map's type.
+    New ids get free rows of the table first.
+
+    Raises:
+        ValueError: an id is null or not of the map's type.
     """
 
     is_limited = False

@@ -1,9 +1,6 @@
 """Encoder of items in a package: settings, trained weights, and identities of the encoders.
 
-Trained weights (adapters, projections, fusion) are in the package. Frozen weights, tokenizers and
-image processors are loaded by the encoders' names; if their hashes are not the package's, they are
-refused.
-
+Frozen weights, tokenizers and image processors are loaded by name, and refused if hashes differ.
 Shapes: K items to encode, E width of content vectors.
 """
 

@@ -1,6 +1,4 @@
-"""FAISS indexes of item vectors, searched by dot product.
-
-FAISS, the extra `retrieve`, is imported when it is needed.
+"""FAISS indexes of item vectors, searched by dot product (extra `retrieve`).
 
 Shapes: I items, V width, Q queries, K results.
 """
@@ -67,9 +65,9 @@ def read_index(path: Path) -> Any:
 def search_index(
     index: Any, queries: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:  # float32 [Q, V] -> float32 [Q, K], int64 [Q, K]
-    """Return the highest dot products of each query and the positions of the items, best first.
+    """Return the highest dot products of each query and the items' positions, best first.
 
-    K is `count`, or I if it is less. A graph or clusters may yield fewer: their positions are -1.
+    A graph or clusters may yield fewer than `count`: their positions are -1.
     """
     parameters = None
     if hasattr(index, "hnsw"):

@@ -1,11 +1,8 @@
 """Item vectors: what `recsys export-vectors` writes and `recsys retrieve` reads.
 
-`vectors.npy` has the vectors, `items.parquet` the raw id (`id`) and table row (`row`) of each, in
-the same order. `index.faiss` is the index; its positions are these places. `manifest.json` lists
-the files with their sizes and hashes. `queries/` is the package of the user tower; it has its own
-manifest, as items may be added to it.
-
-Shapes: I items, D content dimension, V width of a vector.
+`vectors.npy`, `items.parquet` (`id` and table row) and `index.faiss` have the same order.
+`queries/` is the package of the user tower. Shapes: I items, D content dimension, V width of a
+vector.
 """
 
 from __future__ import annotations
@@ -127,9 +124,6 @@ def _write(
 
 def item_vectors(job: Job, kind: VectorKind) -> ItemVectors:
     """Compute the vectors of the items that `recsys evaluate` ranks. A collective.
-
-    `content` are content vectors, as the model encodes ranked items (the memory bank may have older
-    ones); `item_tower` are vectors of a two-tower model.
 
     Raises:
         ValueError: the run has no content, or raw ids are not known.

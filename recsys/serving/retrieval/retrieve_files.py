@@ -34,10 +34,9 @@ def retrieve_files(
 ) -> int:
     """Retrieve items for each request, in their order; return the number of requests.
 
-    `inputs` are Parquet files with a request in each row, or folders of them; or JSON files with
-    one request (`user` and `history`) or a list of them. `out` is a Parquet file with columns
-    `items` and `scores`; None prints a line of JSON for each request. A request without a history
-    item that has a content vector gets an empty list.
+    `inputs` are Parquet files or folders of them, a request per row, or JSON files.
+    `out` is a Parquet file of `items` and `scores`; None prints a line of JSON per request.
+    A history without content vectors gets an empty list.
     """
     requests = itertools.chain.from_iterable(_requests(name, retriever) for name in inputs)
     blocks = _retrieved(retriever, requests, count)
@@ -61,7 +60,6 @@ def retrieve_files(
 def _retrieved(
     retriever: Retriever, requests: Iterator[PlacedRequest], count: int
 ) -> Iterator[list[dict[str, list[Any]]]]:
-    """Yield the items and scores of blocks of requests."""
     num_empty = 0
     while block := list(itertools.islice(requests, REQUESTS_PER_BLOCK)):
         rows: list[dict[str, list[Any]]] = [{"items": [], "scores": []} for _ in block]

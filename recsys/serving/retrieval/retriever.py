@@ -51,9 +51,8 @@ class Retrieved:
 class Retriever:
     """Retrieves items for a user, from what `recsys export-vectors --index` wrote.
 
-    With the vectors of an item tower, the query is the user tower's. With content vectors, it is
-    the mean of the unit vectors of the history's items, and scores are dot products with unit
-    vectors. Several threads may call it at once.
+    The query is the user tower's, or the mean of the unit content vectors of the history.
+    Several threads may call it at once.
 
     Example::
 
@@ -187,8 +186,8 @@ class TwoStage:
     ) -> Retrieved:
         """Return the best of the candidates by the ranking model's prediction of a label.
 
-        `user` has the columns that either model reads; `candidates` is the number of items to
-        retrieve; `label` is a place in `scorer.labels`. For the rest see `Retriever.retrieve`.
+        `user` has the columns of both models, `candidates` is the number of retrieved items, and
+        `label` is a place in `scorer.labels`.
         """
         items = self.retriever.retrieve(user, history, candidates, exclude).items
         columns: dict[str, Sequence[Any]] = {self.retriever.manifest.target_item: items}

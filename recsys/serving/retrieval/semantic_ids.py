@@ -1,13 +1,8 @@
 """Semantic ids: a few codes per item, from coarse to fine, that similar items share.
 
-Residual k-means, as in QARM (arXiv 2411.11739): the first codebook clusters the content vectors,
-each further one clusters the residuals. Vectors are compared by direction. The codes of an item
-only depend on its vector and the codebooks, so that new items do not change the codes of others.
-
-`recsys semantic-ids` writes a folder. `items.parquet` has the raw id of each item and its semantic
-ids as a list. `codebooks.npy` has the centres of each level, `collisions.json` the report.
-
-Shapes: I items, D content dimension, L levels, C codes of a level.
+Residual k-means, as in QARM (arXiv 2411.11739), on unit content vectors. An item's codes depend on
+its vector and the codebooks alone. The folder has `items.parquet`, `codebooks.npy` with the centres
+of each level, and `collisions.json`. Shapes: I items, D content dimension, L levels, C codes.
 """
 
 from __future__ import annotations
@@ -113,10 +108,7 @@ def _nearest(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:  # [I, D],
 
 
 def collision_report(codes: np.ndarray, ids: list[Any], num_codes: int) -> dict[str, Any]:
-    """Describe how many items share all their codes [I, L], and how evenly each level uses its own.
-
-    `perplexity` is the number of codes that, used evenly, would tell as much.
-    """
+    """Describe how many items share all codes [I, L]; `perplexity` is the effective code count."""
     _, inverse, counts = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
     largest = np.flatnonzero(inverse.reshape(-1) == counts.argmax())
     levels = []
@@ -237,9 +229,8 @@ def write_dataset_with(
 ) -> None:
     """Write a local dataset whose rows also have the ids of their item, whole or not at all.
 
-    Files that do not change are hard links where the file system has them, else copies. `ids` has
-    the raw ids of items in the column of the target item, and lists of ids in [0, num_ids) in
-    `column`; rows of other items have an empty list.
+    `ids` has raw ids of items, and lists of ids in [0, num_ids) in `column`. Other items have an
+    empty list. Unchanged files are hard links where possible.
     """
     content = _schema_without(root, column)
     content["columns"][column] = {"kind": "ids", "num_embeddings": num_ids}

@@ -1,9 +1,7 @@
 """The user tower of a two-tower run as a package: requests -> query vectors.
 
-The package is like any other (`recsys.serving.package`), but its graph returns a vector in place
-of logits. It has only the tables and columns that this vector depends on.
-
-Shapes: N rows, V width of tower vectors, F dense features of the model.
+The graph returns a vector in place of logits. Shapes: N rows, V width of tower vectors, F dense
+features of the model.
 """
 
 from __future__ import annotations
@@ -30,10 +28,7 @@ from recsys.serving.scorer import Scorer
 
 
 class QueryVectors(nn.Module):
-    """Query vectors of the first label, from the columns that a two-tower model reads of a user.
-
-    `num_pooled` is the number of pooled vectors that the model takes, `num_dense` is F.
-    """
+    """Query vectors of the first label, from `num_pooled` pooled vectors and F dense features."""
 
     places: Tensor
 

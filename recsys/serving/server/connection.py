@@ -1,7 +1,6 @@
 """HTTP connections that end when a client does not send its request.
 
-uvicorn only limits the time between two requests. A client that sends half a request, or a head
-without an end, would keep its connection and memory for ever.
+uvicorn alone only limits the time between two requests.
 """
 
 from __future__ import annotations
@@ -22,10 +21,9 @@ class HeadError(Exception):
 
 
 class BoundedConnection(HttpToolsProtocol):
-    """A connection of uvicorn with limits on its requests.
+    """A connection of uvicorn whose requests must be complete `READ_TIMEOUT` seconds after a byte.
 
-    A request must be complete `READ_TIMEOUT` seconds after its first byte; the first request, after
-    the start of the connection. uvicorn ends connections that are idle after an answer.
+    The time of the first request counts from the start of the connection.
     """
 
     _timer: asyncio.TimerHandle | None = None
@@ -34,7 +32,6 @@ class BoundedConnection(HttpToolsProtocol):
     _is_refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for the first request."""
         super().connection_made(transport)
         self._start_timer()
 
@@ -56,7 +53,6 @@ class BoundedConnection(HttpToolsProtocol):
             self._refuse_head()
 
     def on_message_begin(self) -> None:
-        """Begin a request, and its time."""
         super().on_message_begin()
         self._in_head = True
         self._start_timer()
@@ -73,7 +69,6 @@ class BoundedConnection(HttpToolsProtocol):
         self._in_head, self._head_size = False, 0
 
     def on_body(self, body: bytes) -> None:
-        """Take a part of a body."""
         super().on_body(body)
         self._head_size = 0
 
@@ -85,7 +80,6 @@ class BoundedConnection(HttpToolsProtocol):
             self._stop_timer()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP."""
         self._refuse(HTTPStatus.BAD_REQUEST, msg)
 
     def timeout_keep_alive_handler(self) -> None:
@@ -115,10 +109,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._refuse(status, f"URL and headers have more than {MAX_HEAD} bytes, the limit")
 
     def _refuse(self, status: HTTPStatus, problem: str) -> None:
-        """Answer the request that is being read, unless it has an answer, and end the connection.
-
-        Earlier requests are answered first, and the connection ends with the last of them.
-        """
+        """Answer the request that is being read, unless it has an answer; end the connection."""
         self._is_refused = True
         if self._awaits_answer():
             self.cycle.keep_alive = False
@@ -128,7 +119,6 @@ class BoundedConnection(HttpToolsProtocol):
             self.transport.close()
 
     def _awaits_answer(self) -> bool:
-        """Return whether a request that arrived whole has no answer yet."""
         cycle = self.cycle
         return bool(self.pipeline) or not (
             cycle is None or cycle.response_complete or cycle.more_body

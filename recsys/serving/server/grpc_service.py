@@ -113,7 +113,6 @@ class InferenceService:
             raise RequestError(f"the request is no {kind.DESCRIPTOR.name}: {error}") from error
 
     async def _fields(self, name: str, message: Any, request_id: str) -> dict[str, Any]:
-        """Return the fields of a method's response."""
         if name == "ServerLive":
             return {"live": True}
         if name == "ServerMetadata":

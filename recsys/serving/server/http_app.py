@@ -52,10 +52,7 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Mapping[str, Any]]]
 
 
 class DirectRoute(Route):
-    """A route that is found before FastAPI's own of the same path, which describes it.
-
-    Starlette calls the handler sooner than FastAPI: it saves .2 of a request's 1.5 ms.
-    """
+    """A route found before FastAPI's own of the same path, which saves .2 of 1.5 ms per request."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Match as Starlette does, and name the route as FastAPI does."""
@@ -269,7 +266,6 @@ class RequestMiddleware:
         self._app, self._scoring = app, scoring
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request of ASGI."""
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
@@ -279,7 +275,6 @@ class RequestMiddleware:
         scope.setdefault("state", {})["request_id"] = log.id
 
         async def send_with_id(message: Message) -> None:
-            """Add the id to the headers and note the status."""
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]

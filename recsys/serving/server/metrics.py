@@ -1,7 +1,6 @@
 """Metrics of the server in the format of Prometheus, summed over all workers, and the log line.
 
-prometheus-client keeps them in files of the folder `PROMETHEUS_MULTIPROC_DIR`, which must be set
-before this module is imported.
+Set the folder `PROMETHEUS_MULTIPROC_DIR` before importing this module.
 """
 
 from __future__ import annotations
@@ -59,7 +58,6 @@ class RequestLog:
         self._started = time.perf_counter()
 
     def end(self, status: str) -> None:
-        """Write the line and count the seconds."""
         seconds = time.perf_counter() - self._started
         REQUESTS.labels(self.route, status).observe(seconds)
         logger.info(

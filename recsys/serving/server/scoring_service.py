@@ -1,8 +1,6 @@
 """A worker's package with its queue of requests: loads, exchanges and scores.
 
-A package is replaced by renaming: its folder, a link to it, or its manifest after files were
-added. A request uses one package from its first to its last line, whatever is loaded meanwhile.
-
+Renaming replaces a package; a request uses one package throughout.
 Shapes: N candidates, C labels.
 """
 
@@ -38,8 +36,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.25
 LONGEST_PAUSE = 60.0  # seconds between attempts to load a package that cannot be loaded
 SWITCH_SECONDS = 1e-4  # of a thread while a package is loaded; Python's default is 5 ms
-# Linux has priorities by thread: 5 is a third of the share of the others. Lowest priority could
-# hold the GIL and starve requests.
+# Linux has priorities by thread. Lowest priority could hold the GIL and starve requests.
 LOADER_NICENESS = 5
 
 
@@ -65,7 +62,6 @@ class LoadedPackage:
         return LoadedPackage(scorer, InputColumns(scorer, example), digest_of(scorer.manifest)[:12])
 
     def score(self, arguments: ScoreArguments) -> np.ndarray:  # float32 [N, C]
-        """Return the predictions of a request and count its candidates and unknown ids."""
         scorer = self.scorer
         rows = scorer.read(arguments.user, arguments.history, arguments.candidates)
         metrics.CANDIDATES.observe(len(rows.target))
@@ -77,7 +73,6 @@ class LoadedPackage:
 class ScoringService:
     """Scores a worker's requests, one at a time, and exchanges its package.
 
-    Torch uses `threads` for a request; to score several requests at once, start more workers.
     `verified` are files that another process has compared with their hashes.
     """
 
@@ -145,11 +140,9 @@ class ScoringService:
         return {label: scores[:, outputs.index(label)] for label in labels or outputs}
 
     def count_worker(self) -> None:
-        """Count this worker in the metrics, once it answers."""
         metrics.WORKERS.labels(self.package.version).set(1)
 
     async def watch(self) -> None:
-        """Load each new package, for ever."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(POLL_SECONDS)

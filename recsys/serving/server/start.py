@@ -1,8 +1,4 @@
-"""Starts the workers of a server and ends them.
-
-All workers listen on the same ports, and the operating system gives each connection to one of them.
-They map the same files, so that tables are in memory once.
-"""
+"""Starts the workers of a server, which share ports and mapped files, and ends them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """A worker: one process that answers HTTP and gRPC from its package, until its clients have gone.
 
-A load balancer takes seconds to notice that a server ends. Until then it sends new connections,
-which would be refused.
+A load balancer takes seconds to notice that a server ends, and sends new connections meanwhile.
 """
 
 from __future__ import annotations
@@ -39,9 +38,10 @@ def worker_app(
 ) -> RequestMiddleware:
     """Load the package and return the application, which also answers gRPC while it runs.
 
-    `http` is the bound socket on which uvicorn answers, `verified` are files that the parent
-    process has compared with their hashes. A ValueError says that the only worker cannot load the
-    package; one of several ends its process with the exit code that stops all workers.
+    `http` is the bound socket; `verified` are files that the parent process has checked.
+
+    Raises:
+        ValueError: the only worker cannot load the package; one of several exits instead.
     """
     gc.disable()  # until it answers; garbage collection takes a fifth of the start
     configure_logging(0, settings.log_level, settings.log_format)
@@ -59,7 +59,6 @@ def worker_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        """Answer gRPC and watch the package as long as HTTP is answered."""
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         addresses = [f"{host}:{port}" for port in (settings.port, settings.grpc_port)]
         server = grpc_server(scoring, addresses[1])
@@ -85,8 +84,8 @@ def worker_app(
 class Drain:
     """Handles the signals that end a worker, in place of uvicorn.
 
-    SIGTERM makes the worker not ready, and ends it `drain` seconds later; a second signal, or
-    SIGINT, ends it at once. Then HTTP and gRPC finish their requests together, in `grace` seconds.
+    SIGTERM ends it `drain` seconds later, a second signal or SIGINT at once. Running requests then
+    have `grace` seconds.
     """
 
     _scoring: ScoringService
@@ -126,7 +125,6 @@ class Drain:
         self._end_http(number, None)
 
     async def finish(self) -> None:
-        """Wait until gRPC has ended, after HTTP."""
         await (self._stop or self._server.stop(self._scoring.settings.grace))
 
 
