@@ -250,13 +250,13 @@ class MemoryBank:
         return float(totals[0]), float(totals[1])
 
     def _finish_write(self) -> None:
-        """Finish a write that is still in progress; called before rows are read."""
+        """Finish a write that is still in progress."""
 
     def finish_loading(self) -> None:
         """Complete a load into `state_dict` from a checkpoint. A collective."""
 
     def state_dict(self) -> dict[str, Tensor | ShardedTensor]:
-        """Return the rows, [num_items, D + 1], sharing memory with the bank."""
+        """Return the rows, [num_items, D + 1], which share the bank's memory."""
         self._finish_write()
         rows = self._block
         if self._group is None:

@@ -129,7 +129,6 @@ def _read_file(
 def _batches(
     file: pq.ParquetFile, columns: list[str], table: str, height: int
 ) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
-    """Yield columns of the rows of ``table``, with their positions [N] in the file."""
     first_row = 0
     for index in range(file.num_row_groups):
         row_group = file.metadata.row_group(index)
@@ -230,13 +229,8 @@ def load_pretrained_rows(
 ) -> LoadedRows:
     """Write vectors into a table of ``model``, before its first step. A collective.
 
-    Args:
-        model: sharded under any plan, or unsharded and not on meta.
-        table: name of the table.
-        files: the files to read.
-        rows_of_ids: maps ids of the files to rows; default: an id is its row.
-        process_group: the ranks of the model; the default group if there is one.
-        may_be_empty: accept files without a row for the table.
+    The model is sharded under any plan, or unsharded and not on meta. ``rows_of_ids`` maps ids of
+    the files to rows; by default an id is its row.
 
     Raises:
         ValueError: on every rank: no such table, or a file, an id or the rows cannot be used.
@@ -383,7 +377,6 @@ class _TableRows:
 
 
 def _table_weights(model: nn.Module) -> dict[str, Tensor | ShardedTensor]:
-    """Return every table of the collections by name."""
     collections = (
         ShardedEmbeddingBagCollection,
         ShardedEmbeddingCollection,

@@ -22,9 +22,8 @@ NO_VARIANCE = 1e-12  # a variance below this share of the mean square is that of
 class RidgeMap:
     """A linear map from vectors to rows, in float64.
 
-    x_mean: [E], y_mean: [D], weights: [E, D].
+    x_mean: [E], y_mean: [D], weights: [E, D]; num_pairs: n.
     penalty: infinite for the mean of the rows.
-    num_pairs: n.
     error: mean squared error per number of a pair left out; that of the mean is `mean_error`.
     """
 
@@ -110,7 +109,6 @@ def _left_out_errors(
 def _centred(
     x: Tensor, y: Tensor, x_mean: Tensor, y_mean: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield blocks of centred pairs in float64."""
     for start in range(0, len(x), BLOCK_ROWS):
         part = slice(start, start + BLOCK_ROWS)
         yield x[part].double() - x_mean, y[part].double() - y_mean

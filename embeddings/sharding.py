@@ -152,16 +152,9 @@ def plan_sharding(
 ) -> ShardingPlan:
     """Plan on rank 0 how ``module``'s tables are sharded. A collective: all ranks get the plan.
 
-    Args:
-        module: the model, with collections on meta, after `fuse_table_optimizers`.
-        tables: the configuration of every table in ``module``.
-        process_group: the ranks to shard over; the default group if there is one, else one rank.
-        device: device type of the ranks.
-        batch_size: rows per rank and step.
-        topology: default `machine_topology`; without a process group, of any cluster.
-        module_sharders: those that DistributedModelParallel will use; default `sharders()`.
-        prefetch: fetch rows into caches of ``uvm_caching`` tables ahead.
-        copies: copies of all tables; the plan is that of the ranks that share one.
+    `module` has its collections on meta, after `fuse_table_optimizers`. `batch_size` is rows per
+    rank and step. The plan is that of the ranks that share one of the `copies`. `topology` is by
+    default that of this machine; without a process group, of any cluster.
 
     Raises:
         ValueError: no plan is possible; the same on every rank.

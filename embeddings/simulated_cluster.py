@@ -53,7 +53,6 @@ class Cluster:
         return self.nodes * self.ranks_per_node
 
     def topology(self, copies: int = 1) -> Topology:
-        """Describe the cluster for the planner: the ranks that share one copy of tables."""
         device = self.device
         is_cpu = device.kind == "cpu"
         return machine_topology(

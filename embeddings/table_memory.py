@@ -43,13 +43,12 @@ class TableMemory:
         return sum(state_bytes(self.table, s.rows, s.columns) for s in self.shards)
 
     def on_rank(self, rank: int) -> tuple[int, int]:
-        """Return (bytes of weights, bytes of optimizer state) on a rank."""
+        """Return bytes of weights and of optimizer state on a rank."""
         shards = [shard for shard in self.shards if shard.rank == rank]
         weights = FLOAT * sum(shard.rows * shard.columns for shard in shards)
         return weights, sum(state_bytes(self.table, s.rows, s.columns) for s in shards)
 
     def on_device_of(self, rank: int) -> int:
-        """Return the bytes in the memory of a rank's device."""
         shards = [shard for shard in self.shards if shard.rank == rank]
         return sum(device_bytes(self.table, shard.rows, shard.columns) for shard in shards)
 
@@ -130,7 +129,6 @@ def what_does_not_fit(
 
 
 def _most_pieces(table: TableConfig, world_size: int) -> int:
-    """Return the largest number of ranks over which a table can be sharded."""
     if table.sharding == "table_wise":
         return 1
     if table.sharding == "column_wise":

@@ -1,7 +1,4 @@
-"""Rows of sharded tables by their numbers, under any plan: read, average, write, reset.
-
-Shapes: N rows, R rows of the table, D dimension.
-"""
+"""Rows of sharded tables under any plan. Shapes: N rows, R rows of the table, D dimension."""
 
 from __future__ import annotations
 
@@ -40,7 +37,6 @@ class TableShard:
         return slice(self.column, self.column + self.weight.shape[1])
 
     def contains(self, rows: Tensor) -> Tensor:  # int64 [N] -> bool [N]
-        """Return which rows of the table lie in this shard."""
         return (rows >= self.row) & (rows < self.row + len(self.weight))
 
     def is_trained(self) -> Tensor:  # bool [rows], on the host

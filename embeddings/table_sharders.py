@@ -68,7 +68,6 @@ class BagSharder(EmbeddingBagCollectionSharder):
     def shard(
         self, module: EmbeddingBagCollection, *arguments: Any, **options: Any
     ) -> ShardedEmbeddingBagCollection:
-        """Shard ``module`` and give every shard its part of the table's initial weights."""
         shard = partial(super().shard, module, *arguments, **options)
         return _shard_with_weights(module, module.embedding_bag_configs(), shard)
 
@@ -83,7 +82,6 @@ class SequenceSharder(EmbeddingCollectionSharder):
     def shard(
         self, module: EmbeddingCollection, *arguments: Any, **options: Any
     ) -> ShardedEmbeddingCollection:
-        """Shard ``module`` and give every shard its part of the table's initial weights."""
         shard = partial(super().shard, module, *arguments, **options)
         sharded = _shard_with_weights(module, module.embedding_configs(), shard)
         look_up_as_bags(sharded)

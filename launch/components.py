@@ -55,8 +55,7 @@ def _job(  # noqa: D417 - components copy the arguments, without the name of the
     """
     _check_counts(nproc, nnodes, gpu, max_retries)
     if gpu > 0:
-        # torchx asks Slurm for GPUs per task but leaves the number of tasks open, which Slurm
-        # refuses. sbatch, which torchx starts from here, reads the GPUs of each node from this.
+        # torchx leaves open the number of tasks, which Slurm refuses; sbatch reads GPUs by node.
         os.environ["SBATCH_GPUS"] = str(gpu)
     env = {**_torchrun_environment(nnodes, max_retries), **(env or {})}
     job = dist.ddp(
@@ -148,14 +147,13 @@ def _torchrun_environment(nnodes: int, max_retries: int) -> Dict[str, str]:
     # The same as --max-restarts; torchx passes its retries to the scheduler only.
     options = {"PET_MAX_RESTARTS": str(max_retries)}
     if nnodes > 1:
-        # Rank 0 creates a new store in each start: a node that returns waits in vain for the store
-        # of torchrun, which announces it at the first start only.
+        # A node that returns would wait in vain for the store of torchrun's first start.
         options["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return options
 
 
 def _node_setup(nproc: int, cpu: int, env: Dict[str, str]) -> str:
-    """Return shell code before torchrun: PATH, variables with a comma, and threads per rank."""
+    """Return shell code that sets PATH, variables with a comma, and threads per rank."""
     cores = str(cpu) if cpu > 0 else "$(nproc)"
     lines = [
         f'export PATH={shlex.quote(os.path.dirname(sys.executable))}:"$PATH"',

@@ -134,7 +134,6 @@ class Stamp:
     complete: bool = False
 
     def serves(self, target: Stamp) -> bool:
-        """Return whether all wanted packages are installed, with or without further extras."""
         is_complete = replace(self, extras=target.extras) == replace(target, complete=True)
         return is_complete and {*target.extras} <= {*self.extras}
 

@@ -1,7 +1,4 @@
-"""Build a job from configuration and data, in the usual order of TorchRec (`build_job`).
-
-Shapes: D dimension.
-"""
+"""Build a job from configuration and data, in the usual order of TorchRec. Shapes: D dimension."""
 
 from __future__ import annotations
 
@@ -97,7 +94,6 @@ class Job:
 
     @property
     def averages(self) -> AveragedWeights | None:
-        """Moving averages of the weights, if the configuration enables them."""
         return self.update.averages
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -128,7 +124,7 @@ class Job:
         return open_rows(config.source, self.root, folder, self.schema, config.on_bad_row)
 
     def batch_builder(self, with_labels: bool = True, with_content: bool = True) -> BatchBuilder:
-        """Return the builder of batches; without labels for files to predict."""
+        """Return the builder of batches; without labels, for files to predict."""
         content, settings = self.em3.content, content_settings(self.config.content)
         chosen_later = chooses_items(settings, self.schema.has_bounded_items)
         return BatchBuilder(

@@ -80,7 +80,7 @@ def _print_commands(names: Sequence[str]) -> None:
 
 
 def _silence_advice_to_library_developers() -> None:
-    """Hide deprecations inside torch and TorchRec, which users of this program cannot fix."""
+    """Hide deprecations inside torch and TorchRec, which users cannot fix."""
     for name in ("torchrec", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")

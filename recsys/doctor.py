@@ -150,7 +150,6 @@ def _fbgemm_problems() -> list[Problem]:
 
 
 def _triple_problems() -> list[Problem]:
-    """Detect versions of torch, torchrec and FBGEMM that are missing or do not match."""
     fbgemm = next(iter(_installed_fbgemm().values()), None)
     installed = {"torch": _version("torch"), "torchrec": _version("torchrec"), "FBGEMM": fbgemm}
     missing = [name for name, version in installed.items() if version is None]
@@ -227,7 +226,6 @@ def nvidia_driver_found() -> bool:
 
 
 def _pip(*arguments: str) -> str:
-    """Return a command of this interpreter's pip, quoted for a shell."""
     return shlex.join([sys.executable, "-m", "pip", *arguments])
 
 
@@ -238,7 +236,7 @@ def _minor(version: str) -> str:
 
 
 def _from_proc(file: str, field: str) -> str | None:
-    """Return the first value of a field in a file of Linux's /proc, or None."""
+    """Return the value of a field in a file of Linux's /proc, or None."""
     try:
         match = re.search(rf"^{field}\s*:\s*(.+)$", Path("/proc", file).read_text(), re.MULTILINE)
     except OSError:

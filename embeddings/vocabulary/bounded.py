@@ -53,11 +53,10 @@ class BoundedVocabulary:
     to ``unknown_row``, the last row. With a process group every method is a collective.
 
     Args:
-        num_embeddings: rows of the table. Up to one in 64 is left unused, as sets are equal.
+        num_embeddings: rows of the table, up to one in 64 of which is unused.
         admit_after: occurrences in training after which an id gets a row.
         half_life: steps in which a count of uses halves; ``float("inf")`` for plain counts.
-        protect_steps: rows used in so many steps are kept; at least the batches mapped ahead.
-        process_group: the ranks that train the table.
+        protect_steps: rows used in these last steps are kept; at least the batches mapped ahead.
 
     Raises:
         ValueError: an argument is out of range.
@@ -184,7 +183,7 @@ class BoundedVocabulary:
         return result, received_sizes
 
     def take_evicted_rows(self) -> Tensor:
-        """Return the rows [N] reassigned since the last call, the same on all ranks; reset them."""
+        """Return the rows [N] taken from other ids since the last call; equal on all ranks."""
         rows = torch.cat([torch.zeros(0, dtype=torch.int64), *self._evicted])
         self._evicted = []
         return rows

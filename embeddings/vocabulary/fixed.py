@@ -1,7 +1,4 @@
-"""Maps raw ids, any 64-bit integers or strings, to rows of an embedding table, without training.
-
-Shapes: N ids, K hash functions.
-"""
+"""Maps raw 64-bit integers or strings to rows of a table. Shapes: N ids, K hash functions."""
 
 import hashlib
 from collections.abc import Iterable
@@ -185,7 +182,6 @@ class ExactVocabulary:
         return len(other) == 0 or self.ids.slice(0, len(other)).equals(other.ids)
 
     def save(self, path: str, filesystem: FileSystem | None = None) -> None:
-        """Write the map as a Parquet file with columns ``id`` and ``row``."""
         table = pa.table({"id": self.ids, "row": np.arange(len(self))})
         pq.write_table(table, path, filesystem=filesystem)
 

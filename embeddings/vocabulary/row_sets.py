@@ -1,7 +1,4 @@
-"""Sets of rows: find the row of an id, assign one, and evict the least used.
-
-Shapes: S sets on this rank, R rows per set, N ids, each once.
-"""
+"""Sets of rows for ids. Shapes: S sets on this rank, R rows per set, N ids, each once."""
 
 import numpy as np
 

@@ -21,7 +21,6 @@ class JobName:
 
     @staticmethod
     def of_environment() -> JobName:
-        """Return the names of the job that this process belongs to."""
         run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
         if run_id == "none":  # attempts share nothing but the agent, which starts them
             agent = psutil.Process().parent()

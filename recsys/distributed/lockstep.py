@@ -26,8 +26,7 @@ B = TypeVar("B")  # a batch; this package does not use its content
 
 # Seconds in which a second SIGINT is the launcher's copy of the first; later ones are the user's.
 ECHO_SECONDS = 1.0
-# Seconds between exchanges, in which ranks wait for an error or a request to end. Schedulers kill
-# 30 seconds after they ask.
+# Seconds between exchanges: how long an error waits. Schedulers kill 30 seconds after they ask.
 SECONDS_BETWEEN = 0.5
 MOST_BATCHES = 16
 # Exchanges with the first batches of a stretch, which a pipeline fetches before its first step.
@@ -98,7 +97,7 @@ class _BatchRequest(Generic[B]):
 class Lockstep:
     """Agrees with the other ranks before each batch.
 
-    Inside it, SIGTERM and SIGINT set `stop` on all ranks, or end it before the first batch.
+    SIGTERM and SIGINT set `stop` on all ranks; before the first batch they end this process.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from recsys.optimizer import AveragedWeights, gradient_norm
 
 
 class DenseUpdate:
-    """One update of the dense parameters: clip the gradient, step, update the averaged weights.
+    """One update of dense parameters: clip the gradient, step, update the averages.
 
     `optimizer` also sets the rates of fused optimizers; `dense` is the one inside it.
     """
@@ -99,7 +99,7 @@ class AccumulatingPipeline(IdsPipeline):
 
     @property
     def is_first(self) -> bool:
-        """Whether the current batch is the first of its group; only then the state may be saved."""
+        """Whether the batch is the first of its group; only then the state may be saved."""
         return self._position == 0
 
     @property

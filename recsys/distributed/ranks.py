@@ -163,10 +163,7 @@ def attempt_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
 
 
 def name_attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
-    """Agree on a name with all ranks running now, although the store has keys of earlier attempts.
-
-    Each rank writes a random word; rank 0 answers each with the name until all confirm it.
-    """
+    """Agree on a name with the ranks running now, though the store has keys of earlier ones."""
     word, deadline = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
     if rank > 0:
         store.set(f"join/word/{rank}", word)

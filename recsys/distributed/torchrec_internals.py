@@ -175,8 +175,7 @@ class _Exchange:
         """Begin to send. A collective."""
         self.shardings = shardings
         ranks = range(shardings[0]._workers)
-        # All travels in units of 4 bytes; numbers of 8 bytes are two.
-        # `cat` flattens, as an expanded length of one row has a stride that no view accepts.
+        # All travels in units of 4 bytes. `cat` flattens: an expanded length has a stride of 0.
         tensors = [
             torch.cat([tensor]).view(torch.int32)
             for sharding in shardings

@@ -80,7 +80,6 @@ class Watchdog:
         self._last_mark = place
 
     def armed(self) -> AbstractContextManager[None]:
-        """Expect steps of all ranks inside the block."""
         return self._set_armed(True)
 
     def paused(self) -> AbstractContextManager[None]:
@@ -140,7 +139,7 @@ class Watchdog:
         beats: dict[int, Heartbeat],
         silence: dict[int, float],
     ) -> str:
-        """Return the finding that ends the job, from the first rank with one; empty if none."""
+        """Return the finding that ends the job; empty if there is none."""
         silence = {rank: seconds for rank, seconds in silence.items() if not beats[rank].ended}
         finding = ""
         if any(seconds >= self.timeout for seconds in silence.values()):
@@ -152,7 +151,6 @@ class Watchdog:
         return store.compare_set(FINDING, "", finding).decode() if finding else ""
 
     def _stalled(self, store: dist.Store) -> str:
-        """Return the finding that no rank makes progress; empty if any does."""
         texts = store.multi_get([str(rank) for rank in range(self.ranks.world_size)])
         beats = dict(enumerate(map(Heartbeat.from_json, texts)))
         nearly = self.timeout - 2 * self.interval  # published values may be as old as that
@@ -167,7 +165,6 @@ class Watchdog:
                 self._end(f"{_store_holder()} has stopped answering for {self.timeout:g} s")
 
     def _end(self, finding: str) -> None:
-        """Report and end this process, as every rank does at the same time."""
         if not self._ending.acquire(blocking=False):
             return
         rank = self.ranks.rank

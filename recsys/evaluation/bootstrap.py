@@ -34,7 +34,6 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval excludes 0, so that the difference is significant."""
         return self.low > 0 or self.high < 0
 
 
@@ -54,14 +53,8 @@ def paired_difference(
 ) -> Interval | None:
     """Return the difference of `second` from `first` in a metric, by a paired bootstrap of users.
 
-    Args:
-        first: scores of the first configuration by seed and window; seeds are averaged.
-        second: those of the second one, on the same windows.
-        metric: gauc or auc; rmse or mae of a label that is a number.
-        part: all, warm, cold or unseen.
-        samples: number of resamples. A user in several windows is drawn with the rows of all.
-        seed: seed of the resamples.
-        label: index of the label.
+    Scores are by seed and window, over seeds averaged. `metric` is gauc, auc, rmse or mae; `part`
+    is all, warm, cold or unseen. A resample draws users, each with the rows of all windows.
 
     Returns:
         The difference and its interval; None where fewer than five users define the metric.
@@ -119,7 +112,6 @@ def resamples(
 def _check_windows(
     first: Sequence[Sequence[SplitScores]], second: Sequence[Sequence[SplitScores]]
 ) -> Sequence[SplitScores]:
-    """Return the windows that all runs scored; raise ValueError if they differ."""
     if not first or not second or not first[0]:
         raise ValueError("first and second each need the scores of at least one run")
     windows = first[0]

@@ -1,7 +1,4 @@
-"""Runs the model over batches without training, for scoring, retrieval and the dry run.
-
-Shapes: B batch, C labels, N rows.
-"""
+"""Runs the model over batches without training. Shapes: B batch, C labels, N rows."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Adds metrics to those of every evaluation: the setting `metrics`, built in or of your own.
-
-Shapes: N rows of a split.
-"""
+"""Metrics of the setting `metrics`, built in or of your own. Shapes: N rows of a split."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Widen bootstrap intervals of few users, which exclude 0 too often: 17 % for 5 users.
+"""Widen bootstrap intervals of few users, which exclude 0 too often: 17 % for 5 users, not 5 %.
 
-By Student's interval (Hesterberg, The American Statistician 69, 2015), effective users (Kish 1965)
-and the longer side by Hall's removal of skewness (JRSS B 54, 1992). Shapes: U users, S resamples.
+Hesterberg, American Statistician 69, 2015; Kish 1965; Hall, JRSS B 54, 1992. Shapes: U users,
+S resamples.
 """
 
 from __future__ import annotations

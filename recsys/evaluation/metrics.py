@@ -102,10 +102,9 @@ class RankedRows:
 
         Returns:
             auc: probability that a positive is above a negative; a tie counts half.
-            gauc: AUC within each user, weighted by the user's rows; users with both labels only.
+            gauc: AUC within users with both labels, weighted by their rows.
             logloss, ne: mean binary cross-entropy, and that over the entropy of the mean label.
             calibration: mean prediction over share of positives.
-            num_users, gauc_users: users with rows, and those with both labels.
         """
         by_score, by_group = self.by_score, self.by_group
         if rows is not None:
@@ -187,11 +186,9 @@ class RegressionRows:
         _require_finite(self.scores, "prediction")
 
     def metrics(self, rows: np.ndarray | None = None) -> dict[str, Any]:  # rows: bool [N]
-        """Compute the metrics of some rows, by default of all; None where they define none.
+        """Compute the metrics of some rows, by default of all; None where undefined.
 
-        Returns:
-            nrmse: rmse over that of always predicting the mean, the labels' standard deviation.
-            calibration, deviance: mean prediction over mean label, mean Poisson deviance.
+        nrmse is rmse over that of predicting the mean; deviance is the mean Poisson deviance.
         """
         mask = slice(None) if rows is None else rows
         label, value, group = self.label[mask], self.scores[mask], self.group[mask]
@@ -247,14 +244,8 @@ def evaluation_report(
 ) -> dict[str, Any]:
     """Compute the metrics of all rows, and nested those of warm, cold and unseen items.
 
-    Args:
-        labels: [N], 0 or 1, or numbers.
-        logits: [N], finite.
-        groups: int [N], the user of each row.
-        item_counts: int [N], training rows of the item of each row.
-        extra_metrics: by their names in the report.
-        weights: [N], above 0; None: 1 each.
-        loss: of the label.
+    All arrays are [N]: labels (0 or 1, or numbers), logits, the user and the training rows of each
+    row's item, and weights (None: 1 each).
 
     Raises:
         ValueError: a label or logit cannot be used, or one of `extra_metrics` fails.

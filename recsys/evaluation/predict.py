@@ -1,7 +1,4 @@
-"""Evaluates and predicts with a finished run, on any number of ranks.
-
-Shapes: N rows of the input or of a row group, C labels.
-"""
+"""Evaluates and predicts with a finished run. Shapes: N rows of a file or row group, C labels."""
 
 from __future__ import annotations
 
@@ -120,7 +117,6 @@ def _require_split(run: Path, root: Location, split: str) -> None:
 
 
 def _can_store(folder: Path) -> bool:
-    """Return whether a file can be created in the folder, which a read-only one refuses."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True
@@ -133,15 +129,8 @@ def predict(
 ) -> None:
     """Write the input rows, in their order, with one prediction per label. A collective.
 
-    It is a probability, or a number for labels that are numbers; null for a skipped row.
-
-    Args:
-        run: folder of the finished run.
-        inputs: Parquet files of impressions (labels not needed), or folders of them.
-        out: the Parquet file to write; it appears whole or not at all.
-        data: dataset whose items are ranked; default the dataset of the run.
-        ranks: the ranks that score together.
-        device: cpu, cuda or auto.
+    It is a probability, or a number for labels that are numbers; null for a skipped row. `inputs`
+    are Parquet files or folders of them; `out` appears whole or not at all.
 
     Raises:
         ValueError: an input or `out` cannot be used, or another job writes it.
@@ -222,7 +211,6 @@ def _write(
     values: np.ndarray,  # [N, C]
     out: Path,
 ) -> None:
-    """Write the files' row groups in order, with the new columns appended."""
     out.parent.mkdir(parents=True, exist_ok=True)
     writer: pq.ParquetWriter | None = None
     start = 0

@@ -1,7 +1,4 @@
-"""What a new run begins with: vectors in Parquet, projections, the bank, opinions of items.
-
-Shapes: R rows, N history items of the rows, I items, G groups of users.
-"""
+"""What a new run begins with. Shapes: R rows, N history items of the rows, I items, G groups."""
 
 from __future__ import annotations
 

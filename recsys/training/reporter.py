@@ -47,7 +47,6 @@ class Reporter:
         self.bar = progress_bar(0, "", shown=False)
 
     def begin(self, num_batches: int, progress: Progress) -> None:
-        """Start the bar of an epoch, or of the rest of it."""
         self.num_batches = num_batches
         self.bar.close()
         name = f"epoch {progress.epoch + 1}/{self.job.config.epochs}"
@@ -111,7 +110,6 @@ class Reporter:
         self.write(numbers, step)
 
     def validation(self, progress: Progress, report: dict[str, Any]) -> None:
-        """Print the table of a validation and record its metrics."""
         if self.active:
             tables = format_evaluation(report, self.job.config.ranking, self.job.config.metrics)
             print_table(f"validation after step {progress.steps}\n{tables}")

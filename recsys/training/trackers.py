@@ -27,7 +27,7 @@ class Tracker(Protocol):
     Arguments:
         run: the run's folder.
         settings: by full name (`optimizer.learning_rate`).
-        first_step: from which the run continues; existing later records are void.
+        first_step: step of this start; existing records of later steps are void.
     """
 
     def log(self, values: dict[str, float], step: int) -> None:

@@ -92,15 +92,9 @@ def train(
 ) -> dict[str, Any]:
     """Train, keep the best model, and return the content of `metrics.json`. A collective.
 
-    Args:
-        config: every setting.
-        data: dataset, a folder or URL.
-        run: folder of the run; if it holds a checkpoint, training continues from it.
-        ranks: the ranks of the job.
-        overwrite: start a new run instead, and replace the content of the folder.
-        resume: auto: continue if the folder has a run; never, must: refuse one, or none.
-        warm_start: a run whose state a new run begins with; one that goes on was begun so.
-        baseline: settings of a model to train in `RUN/id_only` and to compare with on test.
+    A run with a checkpoint continues unless `overwrite` is set. `resume` = never refuses such a
+    run, and must refuses any other. A new run may begin with the state of `warm_start`, and be
+    compared on test with a `baseline`, which is trained in `RUN/id_only`.
 
     Raises:
         TrainingStopped: the job was asked to end; its state is saved.
@@ -294,7 +288,6 @@ def id_only_baseline(config: Config) -> Config:
 
 
 def _check_baseline_folder(run: Path) -> None:
-    """Refuse to replace a folder that is not this run's own."""
     if (run / TWIN).exists() and not (run / TWIN_MARK).exists():
         raise ValueError(
             f"{run / TWIN}: was not made as the baseline of {run}, and would be replaced; move it "

@@ -61,7 +61,6 @@ class Trainer:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the settings ask for no further step."""
         return self.progress.is_finished(self.job.config.epochs, self.job.config.patience)
 
     def train(self) -> None:
@@ -225,7 +224,7 @@ class LossWatch:
 
 @contextmanager
 def relaxed_gc() -> Iterator[None]:
-    """Start Python's garbage collector less often: it finds nothing in a step, for 10 % of time."""
+    """Start Python's garbage collector less often: it costs 10 % of a short step."""
     limits = gc.get_threshold()
     gc.set_threshold(max(limits[0], LIVING_OBJECTS) if limits[0] else 0, *limits[1:])
     try:

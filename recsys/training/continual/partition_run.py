@@ -92,7 +92,7 @@ class PhaseTimer:
         self._since = timestamp
 
     def append(self, file: Path, partition: str, rows: int) -> None:
-        """Add a line with the seconds of a partition to a file; one that was killed has none."""
+        """Add a line with the seconds of a partition to a file."""
         total = sum(self.seconds.values())
         line = {"partition": partition, "rows": rows, **self.seconds, "total": total}
         with file.open("a") as opened:

@@ -42,7 +42,6 @@ class Partition:
 
     @property
     def key(self) -> Key:
-        """Place in the order of all partitions."""
         return key_of(self.name)
 
 

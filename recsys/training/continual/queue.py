@@ -28,7 +28,6 @@ class PartitionRange:
     last: str | None = None  # one of fewer levels takes all partitions in it
 
     def begins_after(self, key: Key) -> bool:
-        """Return whether a partition is before the span."""
         bound = () if self.first is None else key_of_bound(self.first, key)
         return key[: len(bound)] < bound
 
@@ -37,7 +36,6 @@ class PartitionRange:
         return key[: len(bound)] > bound
 
     def is_over(self, partitions: Sequence[Partition], state: RunState) -> bool:
-        """Return whether no further partition can come into the span."""
         if self.last is None or state.last is None:
             return False
         newest = max(key_of(trained.name) for trained in state.trained)

@@ -1,6 +1,6 @@
 """Scores a partition before it is trained on, and records the metrics (prequential evaluation).
 
-Metrics come from the file of scores, so that a killed job does neither step twice.
+Metrics come from the file of scores, so a killed job repeats no row and no line.
 """
 
 from __future__ import annotations

@@ -196,7 +196,6 @@ def _next(continual: ContinualRun, request: Request, state: RunState) -> Partiti
 def _candidate(
     continual: ContinualRun, request: Request, state: RunState
 ) -> tuple[Partition | None, str | None]:
-    """Return the next partition, or what is waited for."""
     root = Location.of(continual.data)
     root.filesystem.invalidate_cache()
     partitions, train, span = list_partitions(root), root / "train", request.span
@@ -236,7 +235,6 @@ def _refusal(
 def _further(
     train: Location, partitions: list[Partition], refused: dict[str, str], span: PartitionRange
 ) -> str:
-    """Return what is waited for where all partitions are trained but those that are refused."""
     message = _refusal(train, partitions, refused, span)
     words = f" (not trained on: {message})" if message else ""
     return f"a further partition of {train}{words}"
@@ -253,7 +251,6 @@ def _nothing(train: Location, partitions: list[Partition], span: PartitionRange)
 
 
 def _check_begun(folder: ContinualFolder, state: RunState, partition: Partition | None) -> None:
-    """Refuse to leave out a partition whose rows are scored."""
     unfinished = state.begun
     if unfinished is None or (partition is not None and partition.name == unfinished.name):
         return
