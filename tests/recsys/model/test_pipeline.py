@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 from torchrec.distributed.train_pipeline import TrainPipelineBase
-from torchrec.distributed.types import ShardedModule
 
 from recsys.build import Job, build_job
 from recsys.config import TableSettings
@@ -45,9 +44,6 @@ def train_every_way(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         "ahead": losses_of(job, job.pipeline),
         "prefetched": losses_of_prefetching(folder, ranks),
     }
-    result["sharded"] = [
-        name for name, module in job.model.named_modules() if isinstance(module, ShardedModule)
-    ]
     require_pipelined(job.model)
     result["unpipelined"] = complaint(plain.model)
     result["indirect"] = complaint_about_an_indirect_input(
@@ -124,12 +120,6 @@ def test_sending_ids_ahead_gives_the_losses_of_the_plain_loop(results: Any) -> N
         assert len(rank["plain"]) == NUM_BATCHES
         assert rank["ahead"] == rank["plain"] == rank["prefetched"]
         assert len(set(rank["plain"])) == NUM_BATCHES
-
-
-def test_every_sharded_collection_of_em3_is_pipelined(results: Any) -> None:
-    for rank in results:
-        names = sorted(name.split(".")[-1] for name in rank["sharded"])
-        assert names == ["embedding_bags", "embeddings"]
 
 
 def test_a_collection_that_is_not_pipelined_is_named(results: Any) -> None:

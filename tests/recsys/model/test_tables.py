@@ -122,7 +122,6 @@ CACHED: dict[str, Any] = {"kernel": "uvm_caching"}
 @pytest.mark.parametrize(
     ("device", "config", "words"),
     [
-        ("cpu", config_with({"kernel": "uvm"}), r"tables\.item\.kernel is uvm,.* cpu.*fused"),
         ("cpu", config_with(CACHED), r"tables\.item\.kernel is uvm_caching,.* cpu.*fused"),
         ("cpu", config_with(prefetch=True), r"embedding\.prefetch is true.* cpu.*false"),
         ("cpu", config_with(parallel=ParallelSettings(2)), r"copies is 2.* cpu.*1"),

@@ -119,29 +119,6 @@ def test_a_batch_without_events_trains(name: str, content: ContentSettings | Non
     assert max(gradient.abs().max() for gradient in gradients) > 0
 
 
-@by_content
-@by_backbone
-def test_there_is_one_logit_per_label(name: str, content: ContentSettings | None) -> None:
-    model = model_of(name, content, replace(DIMENSIONS, num_labels=3))
-    logits = logits_of(model, *inputs())
-    assert logits.shape == (len(LENGTHS), 3)
-    assert not torch.allclose(logits[:, 0], logits[:, 1])
-
-
-@by_content
-@by_backbone
-def test_a_dataset_without_history_dense_or_parallel_columns_is_ranked(
-    name: str, content: ContentSettings | None
-) -> None:
-    ids, vectors, batch = inputs(torch.tensor([0, 0]))
-    batch = replace(batch, dense_features=torch.zeros(2, 0), history_values=torch.zeros(0, 0))
-    dimensions = InputDimensions(
-        [3, 5], ID_DIM, 0, 0, 1, pooled_names=("user", "genres"), group="user", has_history=False
-    )
-    logits = logits_of(model_of(name, content, dimensions), ids, vectors, batch)
-    assert logits.shape == (2, 1) and torch.isfinite(logits).all()
-
-
 ROWS, NUM_FEATURES = 4, 3
 Twin = Callable[[EmbeddingBagCollection, int], nn.Module]
 TWINS: dict[str, Twin] = {

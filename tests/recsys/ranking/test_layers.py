@@ -22,12 +22,11 @@ from recsys.kernels.choice import _KernelChoice
 from recsys.model.build import build_ranking
 from recsys.model.losses import RankingLoss
 from recsys.plug_in.interactions import DotProducts
-from recsys.ranking.din import DinDcnSettings
 from recsys.ranking.dlrm import DotInteraction
 from recsys.ranking.layers.content_interest import ContentInterest
 from recsys.ranking.layers.extra_sequences import ExtraSequences
 from recsys.ranking.layers.fields import HALF_LIVES, history_numbers, num_history_numbers
-from recsys.ranking.layers.heads import EnsembleHead, EnsembleLinear, MemberLinear, ranking_head
+from recsys.ranking.layers.heads import EnsembleHead, EnsembleLinear, MemberLinear
 from recsys.ranking.layers.row_features import LARGEST, LEAST_VARIANCE, RowFeatures, Standardization
 from recsys.ranking.vectors import MemberLogits
 from tests.ranks import run_on_ranks
@@ -60,10 +59,6 @@ def test_outputs_and_gradients_are_torchrecs_to_the_last_bit(
     ours = outputs_and_gradients(DotInteraction(num_fields), num_fields)
     torchrecs = outputs_and_gradients(InteractionArch(num_fields), num_fields)
     assert all(torch.equal(*pair) for pair in zip(ours, torchrecs, strict=True))
-
-
-def test_it_has_no_state_so_that_checkpoints_of_torchrecs_dlrm_load() -> None:
-    assert not DotInteraction(3).state_dict()
 
 
 class Doubled(InteractionArch):
@@ -281,7 +276,6 @@ def _features(model: RowFeatures, has_content: bool) -> Tensor:
 
 
 NUM_FEATURES, UNITS, LABELS, MEMBERS, HEAD_ROWS = 5, [7, 4], 2, 3, 6
-HEAD_SETTINGS = DinDcnSettings(attention_units=[5], mlp_units=UNITS, ensemble_members=MEMBERS)
 
 
 def head_of(dropout: float = 0.0) -> EnsembleHead:
@@ -345,12 +339,6 @@ def test_dropout_of_a_member_is_its_own() -> None:
         parameter.data.fill_(1.0)  # members differ by what they drop alone
     members = head(features().abs()).members
     assert not torch.equal(members[0], members[1])
-
-
-def test_one_member_is_the_mlp_itself() -> None:
-    head = ranking_head(NUM_FEATURES, replace(HEAD_SETTINGS, ensemble_members=1), 1)
-    assert sum(isinstance(layer, nn.Linear) for layer in head) == len(UNITS) + 1
-    assert not any(isinstance(layer, EnsembleHead) for layer in head)
 
 
 @pytest.mark.parametrize("name", ["din_dcn", "din", "sim"])
