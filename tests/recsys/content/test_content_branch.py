@@ -115,22 +115,6 @@ def test_each_encoder_runs_once_per_step_on_exactly_the_unique_items(
         assert torch.equal(values, expected.values)
 
 
-def test_fresh_vectors_are_seen_in_the_histories_of_the_same_step() -> None:
-    branch = branch_of("bank_frozen")
-    assert branch.bank is not None
-    stale, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
-    vectors = at_each_place(branch(batch_of("bank_frozen")), batch_of("bank_frozen"))
-    stored = torch.cat([vectors.target, vectors.target_modalities.flatten(1)], dim=1)
-    fresh = dict(zip(TARGETS.tolist(), stored))
-    items, modalities = vectors.read_history()
-    history = torch.cat([items, modalities.flatten(1)], dim=1)
-    for item, row in zip(HISTORY.tolist(), history, strict=True):
-        assert torch.equal(row, fresh.get(item, stale[item]))
-    rows, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
-    for item in range(NUM_ITEMS):
-        assert torch.equal(rows[item], fresh.get(item, stale[item]))
-
-
 def test_modalities_are_the_mean_projected_token_of_each_and_zero_where_there_is_none() -> None:
     branch = branch_of("full")
     content = content_of(torch.arange(NUM_ITEMS))
@@ -155,26 +139,6 @@ def test_eval_mode_writes_nothing_and_reads_the_bank() -> None:
     assert torch.equal(before, after)
     assert torch.equal(vectors.read_history()[0], before[HISTORY.unique(), :DIM])
     assert branch.step == 0
-
-
-@pytest.mark.parametrize(
-    ("mode", "trained"),
-    [("bank_frozen", []), ("bank_lora", ["lora_A", "lora_B"]), ("bank_dense", ["map.weight"])],
-)
-def test_history_from_the_bank_carries_gradient_to_its_map_alone(
-    mode: Mode, trained: list[str]
-) -> None:
-    branch = branch_of(mode)
-    vectors = branch(batch_of(mode))
-    history, modalities = vectors.read_history()
-    assert not modalities.requires_grad
-    assert history.requires_grad == bool(trained)
-    if trained:
-        history.square().sum().backward()
-    reached = [name for name, part in branch.named_parameters() if part.grad is not None]
-    assert len(reached) == len(trained)
-    for name, name_part in zip(reached, trained):
-        assert name.startswith("history_map.") and name_part in name
 
 
 @pytest.mark.parametrize("mode", ["full", "bank_lora"])

@@ -119,16 +119,6 @@ class Shifted(nn.Module):
         return super().forward(x) + self.shift
 
 
-def test_a_wrapper_shows_in_print_and_changes_no_name() -> None:
-    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
-    names, x = list(model.state_dict()), torch.randn(4, 2)
-    expected = 2 * model[0](x)
-    wrap(model[0], Doubled)
-    assert repr(model).splitlines()[1].strip().startswith("(0): DoubledLinear(in_features=2")
-    assert list(model.state_dict()) == names and isinstance(model[0], nn.Linear)
-    assert torch.equal(model[0](x), expected)
-
-
 def test_wrappers_nest_in_the_order_they_are_put_on_and_come_off_again() -> None:
     layer, x = nn.Linear(2, 2), torch.randn(3, 2)
     plain = layer(x)
@@ -168,8 +158,3 @@ def test_id_dropout_leaves_out_whole_vectors_and_scales_nothing() -> None:
     assert torch.equal(output[~is_dropped], vectors[~is_dropped])
     output.sum().backward()
     assert torch.equal(vectors.grad, (~is_dropped).float().unsqueeze(1).expand(-1, 3))
-
-
-def test_id_dropout_keeps_all_in_evaluation() -> None:
-    vectors = torch.randn(10, 3)
-    assert IDDropout(0.5).eval()(vectors) is vectors

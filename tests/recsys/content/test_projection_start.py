@@ -83,18 +83,6 @@ def test_the_map_is_that_of_a_whitening_pca_up_to_signs() -> None:
     assert (outputs @ weight.T + bias).abs().numpy() == pytest.approx(np.abs(expected), abs=1e-9)
 
 
-def test_ranks_start_at_one_projection_that_gives_tokens_mean_zero_and_variance_one(
-    tmp_path: Path,
-) -> None:
-    data = write_dataset(tmp_path / "data", num_items=40)
-
-    first, second = run_on_ranks(started_branch, 2, data)
-
-    assert torch.equal(first["weight"], second["weight"])
-    assert first["projected"].mean(dim=0).abs().max() < 1e-5
-    torch.testing.assert_close(first["projected"].std(dim=0, correction=0), torch.ones(DIM))
-
-
 def test_a_projection_starts_from_items_with_training_rows_alone(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data", num_items=40)
     items = pq.read_table(data / "items").sort_by("item").to_pylist()

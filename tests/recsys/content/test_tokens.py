@@ -108,36 +108,6 @@ def test_items_equal_those_fused_alone_in_plain_pytorch_outputs_and_gradients(
                 torch.testing.assert_close(parameter.grad, gradient, atol=5e-3, rtol=5e-3, msg=name)
 
 
-def test_padding_and_what_lies_in_it_changes_no_vector() -> None:
-    branch, content = branch_of("full"), content_of(ALL)
-    garbage = {
-        name: ContentInput(
-            part.values.where(part.mask.view(*part.mask.shape, *[1] * (part.values.dim() - 2)), 7),
-            part.mask,
-        )
-        for name, part in content.items()
-    }
-    vectors = branch.encode(content)
-    torch.testing.assert_close(branch.encode(garbage), vectors, atol=1e-5, rtol=1e-5)
-    short = torch.tensor([2, 6, 7])  # at most two tokens of text
-    trimmed = {name: part[:] for name, part in content_of(short).items()}
-    trimmed["text"] = ContentInput(trimmed["text"].values[:, :2], trimmed["text"].mask[:, :2])
-    torch.testing.assert_close(branch.encode(trimmed), vectors[short], atol=1e-5, rtol=1e-5)
-
-
-def test_the_queries_read_single_tokens_where_their_mean_says_nothing() -> None:
-    fusion = FusionQFormer(DIM, 1, num_heads=NUM_HEADS, dropout=0.0).eval()
-    nn.init.normal_(fusion.output.weight)
-    token = torch.randn(1, 1, DIM)
-    apart = torch.cat([token, -token], dim=1)  # of mean 0, as no token at all but zeros
-    mask, modality = torch.ones(1, 2, dtype=torch.bool), torch.zeros(2, dtype=torch.long)
-    assert fusion.linear is not None
-    linear_outputs = [fusion.linear(tokens, mask, modality) for tokens in (apart, 0 * apart)]
-    torch.testing.assert_close(*linear_outputs)
-    differ = [fusion(tokens, mask, modality) for tokens in (apart, 0 * apart)]
-    assert (differ[0] - differ[1]).abs().max() > 0.01
-
-
 class FakeNetwork(nn.Module):
     """Features of 5 channels at each of 2 x 3 places."""
 

@@ -70,30 +70,6 @@ def test_the_output_of_an_item_is_the_same_in_every_batch(kind: str, training: s
         assert torch.equal(part.values, whole.values[items, :longest])
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls", "none"])
-@pytest.mark.parametrize("training", ["frozen", "lora"])
-@pytest.mark.parametrize("kind", ["text", "image"])
-def test_groups_give_what_one_call_gives_up_to_rounding(
-    kind: str, training: str, pooling: str
-) -> None:
-    encoder, content = encoder_of(kind, training, pooling), content_of(kind)
-    with torch.no_grad():
-        expected = encoder.frozen(content)
-    output = encoder.frozen_outputs(content)
-    longest = output.mask.shape[1]
-    is_present = output.mask
-    assert torch.equal(is_present, expected.mask[:, :longest])
-    assert not expected.mask[:, longest:].any()
-    rounding = 1e-5 if encoder.frozen_dtype == torch.float32 else 1e-3
-    torch.testing.assert_close(
-        output.values[is_present].float(),
-        expected.values[:, :longest][is_present],
-        atol=rounding,
-        rtol=rounding,
-    )
-    assert not output.values[~is_present].any()
-
-
 def test_the_number_of_threads_changes_no_bit() -> None:
     encoder, content = encoder_of("text", "lora"), content_of("text")
     before = torch.get_num_threads()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys.config import LoraSettings, ModalitySettings
-from recsys.content.encoders.build import StoredFeatures, build_encoder
+from recsys.content.encoders.build import build_encoder
 from recsys.content.encoders.image_encoders import ModuleEncoder
 from recsys.data.batch import ContentInput
 from tests.recsys.content.encoders.tiny_transformers import CONFIGS
@@ -77,14 +77,6 @@ def test_a_trained_module_gets_gradient() -> None:
 def test_a_module_of_another_output_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Conv2d .*\[1, 5, 2, 2\]"):
         ModuleEncoder(nn.Conv2d(3, 5, 4, 4), trained=False, image_size=8)
-
-
-def test_stored_features_are_the_tokens() -> None:
-    content = ContentInput(torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool))
-    encoder = build_encoder("clip", ModalitySettings(kind="feature", column="clip"), 4)
-    assert isinstance(encoder, StoredFeatures) and encoder.output_dim == 4
-    output = encoder.encode(content)
-    assert output.values is content.values and output.mask is content.mask
 
 
 def sizes(modality: ModalitySettings, device: str) -> dict[str, tuple[list[int], bool, str]]:

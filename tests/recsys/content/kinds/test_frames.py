@@ -8,12 +8,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from PIL import Image
 
 from recsys.cli import main
 from recsys.config import ModalitySettings
-from recsys.content.encoders.build import encoder_of
 from recsys.content.kinds.image import Frames
 from recsys.data.items.content_store import ContentStore
 from tests.datasets import write_dataset
@@ -76,20 +74,6 @@ def test_frames_stand_in_the_order_of_the_video(dataset: Path) -> None:
     assert video.mask.sum(dim=1).tolist() == [0, 2, 3, 3]
     shades = [row[mask].tolist() for row, mask in zip(video.values[:, :, 0, 0, 0], video.mask)]
     assert shades == [[], [0, 10], [0, 10, 20], [10, 50, 80]]
-
-
-def test_each_frame_gives_the_tokens_it_gives_alone(dataset: Path) -> None:
-    store = store_of(dataset)
-    encoder = encoder_of(store.kinds["video"], store.arrays["video"].values.shape[1:])
-    video = store.gather(np.arange(NUM_ITEMS))["video"]
-    tokens = encoder.encode(video)
-    assert tokens.values.shape == (NUM_ITEMS, MOST, encoder.output_dim)
-    assert torch.equal(tokens.mask, video.mask)
-    again = encoder.encode(type(video)(video.values[3:, 1:2], video.mask[3:, 1:2]))
-    torch.testing.assert_close(tokens.values[3, 1], again.values[0, 0])
-    # The first frame of items 1 and 2 is the same picture, the second of item 3 another.
-    torch.testing.assert_close(tokens.values[1, 0], tokens.values[2, 0])
-    assert not torch.allclose(tokens.values[2, 1], tokens.values[3, 1])
 
 
 def test_videos_train_by_one_line_of_yaml(dataset: Path) -> None:
