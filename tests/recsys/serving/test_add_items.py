@@ -29,7 +29,7 @@ from recsys.serving.new_items.add import AddedCounts, add_items
 from recsys.serving.new_items.added_items import AddedItems
 from recsys.serving.new_items.item_encoder import ItemEncoder
 from recsys.serving.package import read_manifest, write_manifest
-from tests.datasets import item_rows, png, write_dataset
+from tests.datasets import item_rows, write_dataset
 from tests.recsys.em3_runs import em3_config
 from tests.recsys.serving.serving_runs import exported, requests
 
@@ -37,7 +37,6 @@ NEW = [100, 101, 102]  # rows 30, 31, 32 of the table; row 33 is that of unknown
 EDITED, UNCHANGED = 5, 7
 FULL = 33  # ids that the table holds
 WIDTH = 16 * 4  # content vector and mean token of three modalities
-PICTURE = png(np.random.default_rng(3))
 
 
 def config_of(folder: Path, fusion: str) -> Any:
@@ -282,10 +281,7 @@ def files_of(package: Path) -> dict[str, bytes]:
     ("column", "values", "message"),
     [
         ("item", [100, None, 102], "'item', row 1"),
-        ("item", [100, 101, 100], "'item', row 2"),
-        ("poster", [PICTURE, None, b"no image"], "'poster', row 2"),
         ("clip", [None, [0.5, 0.5], None], "'clip', row 1"),
-        ("text", [1, 2, 3], "'text'"),
         ("item", ["a", "b", "c"], "'item'"),
         ("clip", None, "'clip'"),
     ],

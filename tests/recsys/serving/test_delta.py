@@ -47,14 +47,6 @@ def trained(folder: Path, manifest: Manifest) -> Manifest:
     return replace(manifest, content=manifest.content | {"history": grown})
 
 
-def further(folder: Path, manifest: Manifest) -> Manifest:
-    """Change the last row of a table."""
-    content = bytearray((folder / TABLE).read_bytes())
-    content[-1] ^= 1
-    (folder / TABLE).write_bytes(content)
-    return manifest
-
-
 def with_two_items(folder: Path, manifest: Manifest) -> Manifest:
     """Add two items as `add-items` does."""
     index = np.zeros(2, INDEX_TYPE)
@@ -111,18 +103,6 @@ def test_the_older_package_and_a_delta_make_the_newer_one(
 
     assert files_of(tmp_path / "made") == files_of(newer)
     assert files_of(package) == before
-
-
-def test_deltas_one_after_another_make_the_last_package(
-    package: Path, newer: Path, delta: Path, tmp_path: Path
-) -> None:
-    newest = edited(newer, tmp_path / "newest", further)
-    assert write_delta(newer, newest, tmp_path / "second").rows == {TABLE: 1}
-
-    apply_delta(package, delta, tmp_path / "made")
-    apply_delta(tmp_path / "made", tmp_path / "second", tmp_path / "last")
-
-    assert files_of(tmp_path / "last") == files_of(newest)
 
 
 def test_a_table_of_fewer_rows_is_cut(package: Path, newer: Path, tmp_path: Path) -> None:

@@ -123,30 +123,6 @@ def exported(graph: RankingGraph, name: str, folder: Path) -> ExportedGraph:
     return ExportedGraph.load(folder / GRAPH)
 
 
-@by_content
-@pytest.mark.parametrize("name", ["dlrm"])
-def test_the_exported_graph_takes_any_number_of_candidates_and_history_items(
-    name: str, content: ContentSettings | None, tmp_path: Path
-) -> None:
-    graph = graph_of(name, content)
-
-    loaded = exported(graph, name, tmp_path)
-
-    with torch.no_grad():
-        for size in [(37, 9), (1, 0)]:
-            inputs = request(*size, seed=1).arguments()
-            torch.testing.assert_close(loaded(*inputs), graph(*inputs), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.long
-@by_content
-@by_backbone
-def test_every_backbone_can_be_exported(
-    name: str, content: ContentSettings | None, tmp_path: Path
-) -> None:
-    exported(graph_of(name, content), name, tmp_path)  # compares numbers itself
-
-
 def test_a_region_of_bfloat16_without_operations_can_be_loaded(tmp_path: Path) -> None:
     graph = graph_of("sim", None)  # its search without gradients leaves such a region before it
     use_bfloat16([graph.ranking], torch.device("cpu"))

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import socket
-from pathlib import Path
 
 import pytest
 
 from recsys.cli import main
 from recsys.serving.server import start
-
-ROOT = Path(__file__).parents[4]
 
 
 @pytest.mark.parametrize(
