@@ -1,7 +1,4 @@
-"""Types of numbers with limits, and the check of a tree of settings against them.
-
-`check_settings` applies them to any settings: parsed, built in Python, or replaced.
-"""
+"""Types of numbers with limits, and the check of any tree of settings against them."""
 
 from __future__ import annotations
 

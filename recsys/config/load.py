@@ -242,7 +242,6 @@ def _as_mapping(
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield each `--option value`, `--option=value` and `--flag`, which is true."""
     for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
         option, equals, value = word.partition("=")
         if option.startswith("--"):

@@ -69,7 +69,6 @@ def _list(settings: type, rows: list[Field[Any]]) -> str:
 
 
 def _choices(hint: Any) -> list[str]:
-    """Return the values of a Literal, also inside a union; empty for other types."""
     if get_origin(hint) is Literal:
         return [f"`{choice}`" for choice in get_args(hint)]
     return [entry for part in get_args(hint) for entry in _choices(part)]

@@ -26,10 +26,7 @@ Part = TypeVar("Part")
 
 @dataclass
 class ItemExchange:
-    """Rows of item vectors that a rank sends to each rank, and how many it receives from each.
-
-    rows: int64 [sum of send_counts], rows of the local item vectors, grouped by receiving rank.
-    """
+    """Routes of item vectors; `rows` int64 [sum of send_counts] are grouped by receiving rank."""
 
     rows: Tensor
     send_counts: list[int]

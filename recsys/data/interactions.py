@@ -116,10 +116,7 @@ class Interactions:
 
 
 def loader(interactions: Interactions, num_workers: int, pin_memory: bool) -> Generator[Batch]:
-    """Yield the batches of `interactions`, in the same order for any number of threads.
-
-    With 0 workers the calling thread reads and builds. Close the generator when stopping early.
-    """
+    """Yield batches that `num_workers` threads build ahead; close it when stopping early."""
 
     def pinned(job: Callable[[], Batch]) -> Batch:
         return job().pin_memory()

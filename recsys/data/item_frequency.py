@@ -28,10 +28,7 @@ LEAST_MERGED = 1 << 20  # least number of counted items that are merged at once
 
 
 def frequency_masks(item_counts: np.ndarray) -> dict[str, np.ndarray]:  # [N], int -> [N], bool each
-    """Return the rows of each of `PARTS` by the number of training rows of their item.
-
-    Cold items have fewer than `COLD_BELOW`, unseen ones included; warm items have more.
-    """
+    """Return the rows of each of `PARTS` by training rows of the item; unseen is cold, too."""
     cold = item_counts < COLD_BELOW
     every = np.ones(len(item_counts), dtype=bool)
     return {"all": every, "warm": ~cold, "cold": cold, "unseen": item_counts == 0}
@@ -59,7 +56,6 @@ class ItemCounts:
 
     @classmethod
     def load(cls, path: Path) -> ItemCounts:
-        """Open counts that `save` wrote, memory-mapped."""
         stored = np.load(path, mmap_mode="r")
         if stored.ndim == 1:  # a count of every item, as earlier runs stored them
             items = np.flatnonzero(stored)
@@ -137,10 +133,7 @@ def rows_of_items(table: pa.Table, schema: Schema) -> np.ndarray:  # table R row
 def count_items(
     rows: RowSource, rank: int, world_size: int, also: Callable[[pa.Table], None] | None = None
 ) -> ItemCounts:
-    """Count how often each item is the target in a rank's share; see `rows_of_items`.
-
-    It reads all columns, so that an unusable value ends the job early. `also` gets each chunk.
-    """
+    """Count the target items of a rank's share (see `rows_of_items`); `also` gets each chunk."""
     counter = ItemCounter()
     for table in rows.read(*rows.share(rank, world_size)):
         if also is not None:

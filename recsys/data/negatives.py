@@ -25,10 +25,7 @@ def negatives_feature(settings: RetrievalSettings | None, target_item: str) -> s
 
 
 class NegativeSampler:
-    """Adds negatives and their log-probabilities to batches, for `RetrievalLoss`.
-
-    Ids run from 0 to num_items - 1; `target_item` is the column of the ranked item.
-    """
+    """Adds negatives and their log-probabilities to batches, for `RetrievalLoss`."""
 
     def __init__(self, settings: RetrievalSettings, num_items: int, target_item: str) -> None:
         self.settings = settings
@@ -45,10 +42,7 @@ class NegativeSampler:
         self._places[by_frequency] = np.arange(len(by_frequency))
 
     def log_q(self, items: torch.Tensor) -> torch.Tensor:  # int64 [N] -> [N]
-        """Return the log of the probability that each item is drawn.
-
-        An item without training rows counts as if it had one, or came after the least frequent.
-        """
+        """Return the log of each item's probability; unknown items count as the rarest."""
         if not self.settings.log_q_correction:
             return torch.zeros(len(items))
         ids, total, num_drawn = items.numpy(), self._counts.counts.sum(), self._num_drawn

@@ -209,10 +209,7 @@ def parse_schema(content: Any, place: str) -> Schema:
 
 
 def load_vocabularies(schema: Schema, root: Location, fix: str | None = None) -> None:
-    """Load the schema's exact maps from the folder `root`, and build its hashes.
-
-    The error about a missing map ends with `fix`; default: the command that writes the maps.
-    """
+    """Load exact maps from `root`, and build hashes; `fix` ends the error about a missing map."""
     fix = fix or f"run `recsys prepare vocabulary --data {root}`"
     for table in schema.tables_with("exact"):
         file = vocabulary_file(root, table)

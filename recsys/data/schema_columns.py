@@ -69,10 +69,7 @@ class Column:
 
 @dataclass(frozen=True)
 class HistoryColumns:
-    """A sequence of past events and the lists beside it.
-
-    numbers: lists of floats. ids: lists of ids, whose vectors are added to those of the events.
-    """
+    """A sequence of past events, and the lists of `numbers` and of `ids` beside it."""
 
     name: str
     numbers: list[str]

@@ -24,10 +24,7 @@ PRINTED_ROWS = 40
 
 
 class StepProfile:
-    """Profiles some steps of a training loop on rank 0; on other ranks it does nothing.
-
-    It prints the slowest operations, and writes the trace, which Perfetto opens. 0 steps: nothing.
-    """
+    """Profiles some steps of a training loop on rank 0, and writes a trace for Perfetto."""
 
     def __init__(
         self,

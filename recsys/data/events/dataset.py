@@ -101,10 +101,7 @@ class DatasetWriter:
         return f" AND {DRAWN_AS} = 0" if self.config.negatives is not None else ""
 
     def _write_items(self, train: str, folder: Path, other: Path | None) -> None:
-        """Write each item's content as of the last training row, or of its first snapshot.
-
-        Files of `other`, a folder of the same items, are hard-linked or copied.
-        """
+        """Write each item's content as of the last training row, or link the files of `other`."""
         table, name = self.config.items, self.config.output.item
         assert table is not None
         min_count = self.config.vocabulary.min_count.get(name, 1)
@@ -133,7 +130,6 @@ class DatasetWriter:
 
     @property
     def _id_lists(self) -> dict[str, str]:
-        """Lists of ids beside histories, each with its column."""
         return {
             name: parallel.column
             for name, parallel in self.config.parallels.items()
@@ -166,7 +162,6 @@ class DatasetWriter:
         return sizes
 
     def _ids(self, train: str) -> dict[str, str]:
-        """Return SQL of the ids that count for each column, and for each list of actions."""
         config, output = self.config, self.config.output
         until = f"{config.arrival} <= (SELECT max(ts) FROM complete WHERE {train})"
         ids = {

@@ -39,10 +39,7 @@ def add_histories(
     types: dict[str, pa.DataType],
     files: HistoryFiles | None,
 ) -> dict[str, pa.DataType]:
-    """Make the stage `complete`, samples with counts and histories; return the types of the lists.
-
-    Values of histories go into `files`, and samples have slices of these; None: lists.
-    """
+    """Make the stage `complete`: samples with counts and histories, slices of `files` or lists."""
     item_columns = _make_past_events(engine, config)
     schema = _schema(engine, "samples")
     types = {**types, **{name: schema.field(f"c_{name}").type for name in item_columns}}
@@ -178,9 +175,7 @@ def _samples_and_events(
 class HistoryFeatures:
     """Maps sorted chunks of samples and events to the samples with histories and counts.
 
-    keys: columns that events and samples share.
-    lists: types of the histories and the lists beside them, by name.
-    schema: of the result; its first columns are those of samples.
+    keys: columns that events and samples share. schema: of the result, samples' columns first.
     files: for the values of histories, of which samples then have slices; None: they have lists.
     """
 

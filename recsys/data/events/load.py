@@ -227,7 +227,6 @@ def _name_problems(config: EventsConfig) -> Iterator[str]:
 
 
 def _transform_problems(config: EventsConfig) -> Iterator[str]:
-    """Check what `schema.yaml` will say of columns that are made of others."""
     names = column_names(config)
     for name, column in config.transforms.items():
         where = f"transforms: '{name}'"
@@ -252,7 +251,6 @@ def _transform_problems(config: EventsConfig) -> Iterator[str]:
 
 
 def _column_problems(config: EventsConfig) -> Iterator[str]:
-    """Check that a table declares each column that something uses."""
     for source, events in config.events.items():
         for name in events.columns:
             if events.columns.count(name) > 1:

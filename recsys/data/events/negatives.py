@@ -88,10 +88,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class DrawNegatives:
-    """Maps sorted chunks with each user's positives and items taken to the drawn samples.
-
-    `catalogue` has the items, or by popularity the events. Labels of drawn samples are 0.
-    """
+    """Maps sorted chunks with each user's positives and items taken to the drawn samples."""
 
     settings: Negatives
     catalogue: KnownItems

@@ -64,10 +64,7 @@ def make_rows(engine: SqlEngine, config: EventsConfig) -> dict[str, int]:
 def complete_rows(
     engine: SqlEngine, stage: str, required: dict[str, str]
 ) -> tuple[str, dict[str, int]]:
-    """Return the SQL condition of rows without null in some columns; count others by reason.
-
-    `required` has the column of each reason; a row counts for the first.
-    """
+    """Return the SQL condition of rows without null in some columns; count the others by reason."""
     nulls = {reason: f"{quoted(column)} IS NULL" for reason, column in required.items()}
     if not nulls:
         return "1 = 1", {}
@@ -131,10 +128,7 @@ def _label(name: str, label: Label) -> str:
 
 
 def _attributed(engine: SqlEngine, labels: dict[str, Label], config: EventsConfig) -> str:
-    """Make a stage of the candidates with labels of actions that follow within a time.
-
-    The first strictly later action decides. See `EventsConfig.attribute`.
-    """
+    """Make a stage of candidates with labels of the first strictly later actions within a time."""
     key = "uid, iid, request" if config.by_request else "uid, iid"
     columns = key.split(", ")
     actions = sorted({action for label in labels.values() for action in label.action or ()})
@@ -174,7 +168,6 @@ def _attributed(engine: SqlEngine, labels: dict[str, Label], config: EventsConfi
 
 
 def _check_actions(engine: SqlEngine, settings: dict[str, list[str] | None]) -> None:
-    """Raise a ValueError for a label of an action that no event has; warn of other such actions."""
     table = engine.table("SELECT DISTINCT action FROM unique_events ORDER BY action")
     present = table["action"].to_pylist()
     for setting, actions in settings.items():

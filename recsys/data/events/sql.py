@@ -1,7 +1,4 @@
-"""Interface of the engines that run the stages of a transformation, and parts of their SQL.
-
-Sorted partitions go through Arrow functions, in this process or in Spark's (`mapInArrow`).
-"""
+"""Interface of the engines that run the stages of a transformation, and parts of their SQL."""
 
 from __future__ import annotations
 
@@ -58,10 +55,7 @@ class SqlEngine(Protocol):
     def add_mapped(
         self, name: str, query: str, by: list[str], order: list[str], function: BatchFunction
     ) -> None:
-        """Make a stage of a function over the query's result, sorted by `by` and `order`.
-
-        All rows that agree in `by` come to one call, one after another.
-        """
+        """Make a stage of a function over a sorted result; rows that agree in `by` share a call."""
 
     def table(self, query: str) -> pa.Table:
         """Return a small result."""
@@ -76,10 +70,7 @@ class SqlEngine(Protocol):
         rows_per_group: int = ROWS_PER_GROUP,
         complete: Complete | None = None,
     ) -> int:
-        """Write a result as Parquet files, in its order; return the number of rows.
-
-        `complete` makes the rows that are written, in several threads; it needs `scratch`.
-        """
+        """Write rows, made by `complete`, as Parquet in their order; return their number."""
 
 
 def quoted(name: str) -> str:

@@ -32,10 +32,7 @@ def default_cache() -> Path:
 
 
 class ContentStore:
-    """Content of all items by modality.
-
-    `cache` is the folder for the arrays. With `may_be_empty`, no item need have any content.
-    """
+    """Content of all items by modality; with `may_be_empty`, no item need have any."""
 
     def __init__(
         self,
@@ -57,10 +54,7 @@ class ContentStore:
         self._ids, self._rows = items.ids[order], items.rows[order]
 
     def build(self, name: str) -> None:
-        """Build the array of one modality, or open it from the cache.
-
-        Unusable content is a ValueError, or left out, as the items' `on_bad_row` says.
-        """
+        """Build the array of one modality, or open it from the cache; see `on_bad_row`."""
         kind = self.kinds[name]
         column = ItemColumnReader(self.items, kind.modality.column)
         settings = kind.key()

@@ -54,10 +54,7 @@ class ImagePreparation:
 def decode_image(
     encoded: bytes, size: int, where: str = "", preparation: ImagePreparation | None = None
 ) -> np.ndarray:  # uint8 [3, S, S]
-    """Decode image bytes: the visible part, resized to a square of side `size`.
-
-    An animation gives its first frame; 16 bits become 8. Other bytes are a ValueError at `where`.
-    """
+    """Decode the visible part as a square of side `size`; a ValueError names the image, `where`."""
     try:
         image = open_image(encoded)
     # A decoder may raise an error of any class for damaged bytes.

@@ -151,10 +151,7 @@ class RowWriter(RaggedWriter):
 
 
 def share_rows(folder: Path, distinct: np.ndarray) -> None:  # distinct [N], in [-1, S)
-    """Turn the array of S distinct rows in `folder` into one of N rows that share their entries.
-
-    The array is closed and unused; -1 in `distinct` is a row without entries.
-    """
+    """Turn S distinct rows in `folder` into N rows that share their entries; -1: no entries."""
     with open(folder / SHARED, "wb") as file:
         np.save(file, distinct.astype(np.int64))
         file.flush()

@@ -108,13 +108,11 @@ def _write_tables(folder: Path, movies: pa.Table, ratings: pa.Table) -> None:
 
 
 def _genres(movies: pa.Table) -> pa.ChunkedArray:
-    """Return genres such as `Comedy|Drama`; null for a movie without genres."""
     has_none = pc.is_in(movies["genres"], pa.array(["", "(no genres listed)"]))
     return pc.if_else(has_none, None, movies["genres"])
 
 
 def _text(movies: pa.Table) -> pa.ChunkedArray:
-    """Return `title | genres | plot`, without the parts that a movie lacks."""
     parts = [movies["title"], pc.replace_substring(_genres(movies), "|", ", ")]
     if "plot" in movies.column_names:
         parts.append(movies["plot"])
@@ -245,7 +243,6 @@ def _parse(
 
 
 def _require_columns(path: Path, names: list[str], types: Types) -> None:
-    """Refuse a file without one of the columns, or with two of its name."""
     for name in types:
         if name not in names:
             raise ValueError(

@@ -22,10 +22,7 @@ STREAM_BYTES = 1 << 20
 
 @contextmanager
 def open_parquet(file: Location, streaming: bool = False) -> Iterator[pq.ParquetFile]:
-    """Open a file for the length of a block; a ValueError names a damaged file.
-
-    With `streaming`, pages are read on demand, as images may exceed the memory.
-    """
+    """Open a file, with `streaming` to read pages on demand; a ValueError names a damaged file."""
     try:
         if not file.exists():
             raise ValueError(f"{file}: no such file; correct the path")
@@ -55,10 +52,7 @@ def read_row_group(
 
 
 def footer_digest(file: Location, parquet: pq.ParquetFile) -> str:
-    """Return a hash of a file's footer, which changes with nearly any change of the content.
-
-    It misses a change that keeps encoded sizes, least and greatest values and number of nulls.
-    """
+    """Return a hash of a file's footer, which changes with nearly any change of the content."""
     end_of_file = 8  # length of the footer and the magic number
     start = -(parquet.metadata.serialized_size + end_of_file)
     footer = file.filesystem.cat_file(file.path, start=start)

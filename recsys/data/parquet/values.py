@@ -50,7 +50,6 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _expected(schema: Schema, name: str) -> tuple[bool, bool]:
-    """Return (is a list, is an integer) of the column according to the schema."""
     column = schema.columns.get(name)
     if column is None:  # a parallel list
         return True, False
@@ -254,10 +253,7 @@ def rows_of_ids(
     too_large: np.ndarray,
     vocabulary: ExactVocabulary | HashVocabulary | None,
 ) -> np.ndarray:  # ids, null, too_large [N] -> int64 [N] or [N, H]
-    """Return rows of raw ids, or the ids as integers if `vocabulary` is None.
-
-    Null becomes the unknown id; ids that are too large become zeros.
-    """
+    """Return rows of raw ids, or integers without `vocabulary`; null is the unknown id."""
     find_rows = integer_ids if vocabulary is None else vocabulary.rows_of
     usable = ~(null | too_large)
     if usable.all():

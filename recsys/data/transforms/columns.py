@@ -14,10 +14,7 @@ from recsys.data.transforms.chain import Chain
 
 
 def read_columns(table: pa.Table, schema: Schema, names: Sequence[str], place: str) -> pa.Table:
-    """Return the columns `names` of a schema, with its transforms applied.
-
-    The table has the columns `schema.file_columns(names)`; `place` names it in messages.
-    """
+    """Return columns `names`, transformed, of a table with `schema.file_columns(names)`."""
     if not any(name in schema.transforms for name in names):
         return table.select(names)
     rows = TransformedRows(table, schema, place)

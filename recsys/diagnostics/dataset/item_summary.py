@@ -1,7 +1,4 @@
-"""Summarizes the items' files: number of items, and their content by column.
-
-Missing images are counted from the files' footers, and a few images are opened.
-"""
+"""Summarizes the items' files: number of items, and their content by column."""
 
 from __future__ import annotations
 
@@ -106,10 +103,7 @@ class ColumnSummary:
 
 @dataclass
 class ItemSummary:
-    """Summary of all items.
-
-    ids: int64 [usable items], their rows in the target item's table.
-    """
+    """Summary of all items; `ids` int64 [usable items] are rows in the target item's table."""
 
     rows: int
     ids: np.ndarray

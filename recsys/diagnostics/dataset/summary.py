@@ -1,7 +1,4 @@
-"""Summarizes a dataset for `recsys explain-data`: splits, id tables, items and their overlaps.
-
-A split is read once; DuckDB takes all figures of its usable rows from a temporary Parquet file.
-"""
+"""Summarizes a dataset for `recsys explain-data`: splits, id tables, items and their overlaps."""
 
 from __future__ import annotations
 
@@ -201,7 +198,6 @@ def _row(database: duckdb.DuckDBPyConnection, query: str) -> dict[str, Any]:
 def _number_figures(
     database: duckdb.DuckDBPyConnection, schema: Schema, split: str
 ) -> dict[str, dict[str, Any]]:
-    """Return count, min, max, mean and deviation of the population by column."""
     figures = (
         "count(x) AS count, min(x) AS min, max(x) AS max, avg(x) AS mean, "
         "stddev_pop(x) AS deviation"
@@ -288,10 +284,7 @@ def _shares(
 
 
 def share_of_most_frequent(counts: np.ndarray, share: float = 0.01) -> float:
-    """Return the share of all rows that belong to the most frequent `share` of the items.
-
-    `counts` are the rows of each item that has any, int64 [U].
-    """
+    """Return the share of all rows of the most frequent `share` of items; `counts` int64 [U]."""
     if not len(counts):
         return 0.0
     return float(np.sort(counts)[::-1][: max(1, round(share * len(counts)))].sum() / counts.sum())

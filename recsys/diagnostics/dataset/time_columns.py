@@ -1,7 +1,4 @@
-"""Reads the time range of a split from the files' footers, if a column has times.
-
-A column has times if its type is a timestamp or date, or an integer with a usual name.
-"""
+"""Reads the time range of a split from the footers: of times, and of integers with a usual name."""
 
 from __future__ import annotations
 

@@ -28,10 +28,7 @@ from recsys.model.tables import pooled_features
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on the rank that holds the most, without activations.
-
-    host_tables: tables in host memory beside the rank's GPU, not part of the total.
-    """
+    """Bytes on the rank that holds the most, without activations; the total omits `host_tables`."""
 
     tables: int
     dense: int
@@ -47,11 +44,7 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Description:
-    """Everything that `recsys describe` prints.
-
-    frozen_layers: number of parameters that run only before training, by modality.
-    problems: why the tables do not fit, with fixes.
-    """
+    """Everything that `recsys describe` prints; see `MetaModel`."""
 
     cluster: Cluster
     parts: list[ModelPart]

@@ -1,7 +1,4 @@
-"""Lists the parts of a model: parameters, their optimizer, their ranks and their bytes.
-
-On several ranks DistributedDataParallel keeps a second copy of the dense gradients.
-"""
+"""Lists the parts of a model: parameters, their optimizer, their ranks and their bytes."""
 
 from __future__ import annotations
 

@@ -117,10 +117,7 @@ def item_popularity(scores: SplitScores, split: str) -> Section:
 
 
 def metric_interval(scores: SplitScores, metric: str) -> tuple[float, float] | None:
-    """Return the 95 % interval of AUC or GAUC over the choice of users.
-
-    None where too few users define the metric (`paired_difference`).
-    """
+    """Return the 95 % interval of AUC or GAUC over the choice of users; None with too few."""
     chance = replace(scores, logits=np.zeros_like(scores.logits))
     difference = paired_difference([[chance]], [[scores]], metric, "all")
     if difference is None:

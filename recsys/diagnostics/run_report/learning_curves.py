@@ -44,10 +44,7 @@ def read_curves(run: Path) -> dict[str, Curve]:
 
 
 def selection_curve(curves: dict[str, Curve], best_model_by: BestModelBy) -> Curve:
-    """Return the score that chose the best model, by step; empty if the run has not written it.
-
-    That of an error is negative (`selection_score`).
-    """
+    """Return the score that chose the best model, by step, negative for errors; may be empty."""
     metrics_by_step: dict[int, dict[str, float]] = {}
     for name in METRICS[best_model_by]:
         for step, value in zip(*curves.get(f"valid/{tracked_name(name)}", ([], []))):
@@ -61,10 +58,7 @@ def selection_curve(curves: dict[str, Curve], best_model_by: BestModelBy) -> Cur
 
 
 def learning_curves(run: Path, best_model_by: BestModelBy, best_step: int | None = None) -> Section:
-    """Return the section; curves that the run has not written are left out.
-
-    `best_step` is that of the best model; default: as the events have it.
-    """
+    """Return the section of the curves that the run has; `best_step` is the best model's."""
     curves = read_curves(run)
     plots = {}
     for title, tag, colours in (

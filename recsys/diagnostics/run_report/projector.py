@@ -95,10 +95,7 @@ def item_vectors(
     run: Path,
     items: np.ndarray,  # int64 [I], with content if the model has a content branch
 ) -> dict[str, Tensor]:  # [I, D] and [I, E], by kind
-    """Return vectors of the run's best model, before and after the maps of the contrastive loss.
-
-    Not a collective: only the rows of these items are read from the run's checkpoint.
-    """
+    """Return vectors of the best model, before and after the contrastive maps. Not a collective."""
     table = stored_tables(run / "checkpoints" / "best")[job.schema.target_item]
     ids = torch.cat([table.rows(row, row + 1) for row in _rows_of(job, items).tolist()])
     branch, store = job.em3.content, job.store
@@ -141,10 +138,7 @@ def attention_weights(
 
 @contextmanager
 def recorded_attention(fusion: nn.Module | None, num_modalities: int) -> Iterator[list[Tensor]]:
-    """Yield the attention of the queries to each modality, [U, M] of each call of the fusion.
-
-    It is the mean over layers, queries and heads; empty for fusions without queries.
-    """
+    """Yield the mean attention of queries to each modality, [U, M] by call of the fusion."""
     calls: list[Tensor] = []
     if not isinstance(fusion, FusionQFormer):
         yield calls
