@@ -64,7 +64,6 @@ def _sequences(
     history: Tensor,  # [U] or [K]
     lengths: Tensor | None,  # [B]
 ) -> KeyedJaggedTensor:
-    """Return the sequence features with other ids of the history; no `lengths` for unique ids."""
     targets = batch.target_items  # rows
     if lengths is None:
         # Unique ids belong to no row, but a KeyedJaggedTensor requires one: the first.

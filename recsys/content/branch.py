@@ -1,7 +1,6 @@
 """The content branch: a batch's items -> their content vectors, each item encoded once.
 
 DistributedModelParallel keeps it data-parallel, as it has no sharded module.
-
 Shapes: E items that this rank encodes, U unique history items, T tokens, D content dimension,
 M modalities, B batch, S sampled negatives, R items that this rank needs.
 """
@@ -106,10 +105,8 @@ def exchange_vectors(
 class ContentBranch(nn.Module):
     """Encodes the unique items of a batch and looks its history up.
 
-    Args:
-        encoders: encoder of each modality, by its name.
-        bank: memory bank of width `settings.vector_dim`; None for history mode `full`.
-        group: the ranks that share items if `settings.dedup` is global; default: all.
+    `bank` has width `settings.vector_dim`, and is None for history mode `full`. `group` has the
+    ranks that share items if `settings.dedup` is global; default: all.
 
     Raises:
         ValueError: a modality has the name of an attribute of torch.nn.ModuleDict.

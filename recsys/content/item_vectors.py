@@ -54,13 +54,11 @@ class ItemVectorCache:
         self._count = 0  # rows of it that are used
 
     def __call__(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield the batches with the vectors of their `content_items`."""
         for batch in batches:
             yield replace(batch, content={}, content_vectors=self.vectors(batch.content_items))
 
     @torch.no_grad()
     def vectors(self, items: Tensor) -> Tensor:  # int64 [U], on the host -> [U, V], on the device
-        """Return the vectors of items, as `ContentBranch.encode` computes them."""
         ids = items.numpy()
         rows = self.store.rows_of(ids)
         new = np.flatnonzero(self._places[rows] < 0)

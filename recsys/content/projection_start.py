@@ -138,5 +138,4 @@ def whitening_map(
 
 
 def _size(outputs: Tensor) -> float:  # [S, E]
-    """Return the root mean square length of the outputs; 0 without any."""
     return float(outputs.double().norm()) / max(len(outputs), 1) ** 0.5

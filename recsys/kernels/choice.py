@@ -17,8 +17,6 @@ Kernels = Literal["auto", "torch", "native"]
 
 
 class _KernelChoice:
-    """The choice of this process."""
-
     kernels: Kernels = "auto"
     are_loaded: bool | None = None  # those for CPU; None: not tried yet
     cuda_loaded: bool = False

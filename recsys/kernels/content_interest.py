@@ -1,7 +1,6 @@
 """Operator `recsys::content_interest`: attention and cosines over items without gradient.
 
 A linear map of the items moves to the B queries: q . (M v) = (M^T q) . v.
-
 Shapes: B batch, U unique items, N history items of the batch, D dimension, S spaces with
 similarities, P parallel lists, F features of a space.
 """

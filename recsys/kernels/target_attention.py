@@ -2,7 +2,6 @@
 
 The score's first layer is one matrix per row, M_b = (W1 + W3) + W4 diag(t). Results are equal to
 the last bit in every run and for any number of threads.
-
 Shapes: B batch, U unique items, N history items of the batch, D dimension, P parallel lists, H and
 G units of the two hidden layers.
 """

@@ -1,7 +1,6 @@
 """The dot interaction on CUDA, in Triton, where it is installed: one program per row of the batch.
 
 No GPU has measured it yet: tests use Triton's interpreter.
-
 Shapes: B batch, F sparse features, V = F + 1 vectors, D dimension, I = F * (F + 1) / 2 pairs.
 """
 

@@ -67,16 +67,11 @@ class AuxiliaryLosses(nn.Module):
 
 
 class Distillation(nn.Module):
-    """Pulls the logits towards a teacher's, which are a column of the rows.
+    """Pulls the logits towards a teacher's, which are in a `column` of kind `extra`.
 
     The teacher's probability sigmoid(t / T) is the target of sigmoid(z / T); the loss is multiplied
-    by T squared (Hinton et al. 2015, arXiv 1503.02531). A row without a teacher's logit has loss 0.
-
-    Args:
-        column: column of kind `extra` with the teacher's logits.
-        loss: `bce`, the cross-entropy; `kl`, the divergence from the teacher.
-        temperature: T.
-        label: index of the label that the teacher predicts.
+    by T squared (Hinton et al. 2015, arXiv 1503.02531). T is `temperature`. `loss` is `bce`, the
+    cross-entropy, or `kl`, the divergence. A row without a teacher's logit has loss 0.
 
     Example::
 

@@ -158,7 +158,6 @@ def _build_extra_sequences(
 
 
 def _build_scaling(ranking: RankingSettings, schema: Schema) -> InputScaling | None:
-    """Return what standardises numbers, but not those that the ranking model standardises."""
     lists = [history.numbers for history in schema.histories]
     if not ranking.scale_inputs:
         return None
@@ -168,7 +167,6 @@ def _build_scaling(ranking: RankingSettings, schema: Schema) -> InputScaling | N
 
 
 def _build_losses(config: Config, schema: Schema, id_dim: int) -> Losses:
-    """Return the losses of a run; `id_dim` is the width of the target item's ID vectors."""
     content = content_settings(config.content)
     contrastive = None
     if content is not None and config.contrastive.weight > 0:

@@ -105,13 +105,8 @@ class Losses(nn.Module):
 class EM3(nn.Module):
     """A batch -> (loss, (parts of the loss, logits [B, C], batch)), as TorchRec's pipelines expect.
 
-    Args:
-        embedding_bags: pooled ID tables, or None.
-        embeddings: the table of target item and history.
-        content: None for the ID-only baseline.
-        ranking: a module of `recsys.ranking`; it returns logits, `MemberLogits` or `TowerVectors`.
-        further_histories: encodes the sequences after the first one, if any.
-        scaling: standardises numbers of another scale; None leaves all as they are.
+    `embeddings` is the table of target and history. `content` is None for the ID-only baseline.
+    `ranking` returns logits, `MemberLogits` or `TowerVectors`. `scaling` standardises numbers.
 
     Example::
 

@@ -41,10 +41,8 @@ class IDDropout(nn.Module):
 class IDVectorReader(nn.Module):
     """Lookup results -> `IDVectors`, read by key in the order of the configuration.
 
-    Args:
-        dropout: probability p of `IDDropout` by pooled feature; 0 for features not named.
-        beside: lists of ids beside the history, whose vectors are added to those of its items.
-        further: each extra sequence with the lists of ids beside it.
+    `dropout` is p of `IDDropout` by pooled feature. Vectors of the lists `beside` the history are
+    added to its items'. `further` has each extra sequence with the lists beside it.
     """
 
     def __init__(

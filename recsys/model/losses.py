@@ -3,7 +3,6 @@
 CIC (EM3, arXiv 2404.06078) pulls an item's content vector and its ID vector together. In-batch
 softmax: Yi et al., RecSys 2019. Sampled softmax: Jean et al. 2015, arXiv 1412.2007. Subtracting log
 Q, the log of the probability that an item is drawn, corrects for drawing frequent items more often.
-
 Shapes: B batch, G batch of all ranks, D dimension, C labels, E members of an ensemble, S sampled
 negatives, K negatives or candidates (B or S of this rank, or of all).
 """

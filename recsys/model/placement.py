@@ -75,7 +75,6 @@ def _prefetch_problems(settings: EmbeddingSettings, device: str) -> Iterator[str
 def _copies_problems(
     settings: EmbeddingSettings, device: str, world_size: int, ranks_per_node: int
 ) -> Iterator[str]:
-    """Yield the reasons why the ranks cannot hold several copies, with the fix."""
     copies = settings.parallel.copies
     where = f"parallel.copies is {copies}, but"
     if device == "cpu":

@@ -89,7 +89,6 @@ class AveragedWeights:
 def _move(
     decay: float, averages: Sequence[Tensor], weights: Sequence[Tensor], count: Tensor | int
 ) -> None:
-    """Move the averages towards the weights, after `count` updates."""
     risen = min(decay, (1 + int(count)) / (10 + int(count)))
     get_ema_multi_avg_fn(risen)(averages, weights, count)
 

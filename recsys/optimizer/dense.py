@@ -124,13 +124,8 @@ def build_dense_optimizer(
 ) -> tuple[CombinedOptimizer, Optimizer]:
     """Build the optimizer of all dense parameters, and join it with the fused ones of tables.
 
-    Args:
-        model: a DistributedModelParallel, or any module for training without sharding.
-        groups: a parameter belongs to the first group with a matching prefix.
-        settings: AdamW by default; a user's class gets parameter groups and options.
-
-    Returns:
-        The optimizer to step, and the dense one inside it for schedules and checkpoints.
+    A parameter belongs to the first group with a matching prefix. The default is AdamW. Returns the
+    optimizer to step, and the dense one inside it for schedules and checkpoints.
 
     Example::
 

@@ -40,12 +40,8 @@ def add_content(
 ) -> DLRMWithContent | DLRMWithContentTrain:
     """Build a DLRM with content of its items in its interaction. A collective.
 
-    The state of the caller's random number generator does not change.
-
-    Args:
-        model: DLRM, DLRM_DCN or DLRM_Projection, not yet sharded, or the DLRMTrain of one.
-        settings: the settings, or a YAML file with them.
-        device: device of this rank.
+    `model` is a DLRM, DLRM_DCN or DLRM_Projection, not yet sharded, or the DLRMTrain of one. The
+    state of the caller's random number generator does not change.
 
     Raises:
         ValueError: on all ranks: settings, items or model are invalid on any rank.
@@ -81,10 +77,8 @@ def build_item_content(
 ) -> ItemContent:
     """Build the content of items for a model of any kind. A collective.
 
-    Args:
-        settings: or a YAML file with them; `contrastive` and `optimizer` are ignored.
-        num_items: rows of the model's item table; item ids are these rows.
-        device: device of this rank.
+    `num_items` is the number of rows of the model's item table; item ids are these rows.
+    `contrastive` and `optimizer` of the settings are ignored.
 
     Raises:
         ValueError: on all ranks: settings or items are invalid on any rank.

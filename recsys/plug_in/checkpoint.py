@@ -20,11 +20,7 @@ def dlrm_state(
     """Return the content of a checkpoint of the DLRM alone: {"model": ..., "optimizer": ...}.
 
     To load, pass it to `torch.distributed.checkpoint.load` and then to `load_dlrm`. What has no
-    state, such as plain SGD, is left out.
-
-    Args:
-        model: DistributedModelParallel of DLRMWithContentTrain or DLRMWithContent, or one of these.
-        optimizer: of all its parameters; to load it, create its state first (`init_state`).
+    state, such as plain SGD, is left out: create the optimizer's state before (`init_state`).
 
     Example::
 

@@ -1,7 +1,6 @@
 """Interactions of torchrec.models.dlrm with K more vectors as inputs.
 
 A first layer y = W x + b gets inputs z as y = W x + V z + b, where V starts at zero.
-
 Shapes: B batch, F sparse features, K content vectors, D dimension, I columns of the original, J new
 columns, R rank, X columns of a module's own input, Z added columns, O outputs of its first layer.
 """
@@ -53,7 +52,6 @@ class AddedColumns(nn.Module):
 
     @contextmanager
     def added(self, columns: Tensor) -> Iterator[None]:  # columns: [B, Z]
-        """Add `columns` to the module's input inside the block."""
         self._first[0].extra = self.map(columns)
         try:
             yield

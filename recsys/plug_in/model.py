@@ -2,7 +2,6 @@
 
 Names in the DLRM's checkpoints stay, and the first logits equal its own to the last bit.
 `TrainPipelineSparseDist` traces the top forward without entering direct children.
-
 Shapes: B batch, F sparse features, K content vectors, D dimension of the DLRM, C of content,
 S further features.
 """
@@ -138,7 +137,6 @@ class DLRMWithContent(nn.Module):
         self.content_head = ContentHead(dlrm, content.num_vectors, content.num_features, dim)
 
     def rank(self, batch: Batch) -> Ranked:
-        """Return logits, and the vectors of the target item that the contrastive loss compares."""
         content = self.content(batch)
         dense = self.dense_arch(batch.dense_features)
         sparse = self.sparse_arch(batch.sparse_features)

@@ -54,7 +54,6 @@ class PlugInSettings:
         )
 
     def schema(self, num_items: int) -> Schema:
-        """Return the schema that the dataset of such a DLRM would have, for content."""
         columns = {self.item: Column("id", num_embeddings=num_items)}
         if self.history is not None:
             columns[self.history] = Column("sequence", shares=self.item)

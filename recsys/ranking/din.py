@@ -2,7 +2,6 @@
 
 DIN: Zhou et al. 2018, arXiv 1706.06978, with ReLU and softmax. DCN-v2: Wang et al. 2020, arXiv
 2008.13535. MMoE: Ma et al., KDD 2018.
-
 Shapes: B batch, W width of the features, E experts, H units of an expert, C labels.
 """
 

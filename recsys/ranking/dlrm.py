@@ -2,7 +2,6 @@
 
 DLRM: Naumov et al. 2019, arXiv 1906.00091. DCN-v2: Wang et al. 2020, arXiv 2008.13535. DeepFM: Guo
 et al. 2017, arXiv 1703.04247; TorchRec's version multiplies every two elements.
-
 Shapes: B batch, D dimension, F fields, I = F * (F + 1) / 2 pairs, S similarities, C labels.
 """
 
@@ -105,7 +104,6 @@ class Dlrm(nn.Module):
     def interaction(
         self, num_fields: int, dim: int, settings: DlrmSettings
     ) -> tuple[nn.Module, int]:
-        """Return the module that combines the dense vector with F fields, and its output width."""
         return DotInteraction(num_fields), dim + math.comb(num_fields + 1, 2)
 
     def forward(

@@ -2,7 +2,6 @@
 
 Weights are SiLU(Q K' + bias) / L with L = `ranking.recent_items`, a constant, so that a row does
 not depend on the others of its batch.
-
 Shapes: B batch, T tokens of all histories, S sequences, L longest sequence, D width, H heads.
 """
 

@@ -2,7 +2,6 @@
 
 Pi et al. 2020 (arXiv 2006.05639). A soft search is by cosine of content (MUSE, arXiv 2512.07216) or
 dot product of ID vectors, a hard one by category.
-
 Shapes: B batch, U unique history items, N history items of the batch, K selected history items,
 D dimension, P parallel lists, H heads, A ages, C labels, M categories of an item, I items.
 """
@@ -202,7 +201,6 @@ class Sim(RowFeatures):
         return history.highest(scores, self.top_k)
 
     def _in_category(self, batch: Batch, history: JaggedHistory) -> Tensor:  # [K]
-        """Return the latest positions whose item shares a category with the target."""
         assert self.categories is not None
         items = self.categories(batch.history_items)[history.index].unsqueeze(2)  # [N, M, 1]
         targets = self.categories(batch.target_items)[history.rows].unsqueeze(1)  # [N, 1, M]
@@ -216,7 +214,6 @@ class Sim(RowFeatures):
 
 
 def _content_similarity(content: ContentVectors, history: JaggedHistory) -> Tensor:  # [N]
-    """Return the cosine of target and history items, summed over content vectors and modalities."""
     items, modalities = content.read_history()
     spaces = zip(content.target_modalities.unbind(dim=1), modalities.unbind(dim=1))
     total = cosines(content.target, items, history)

@@ -1,7 +1,6 @@
 """A causal transformer over the history (SASRec, arXiv 1808.09781), with the target as last token.
 
 As in BST (arXiv 1905.06874), embeddings of place and age are added. Norms stand before each part.
-
 Shapes: B batch, T tokens of all histories, S sequences, L longest sequence, D width, H heads.
 """
 
@@ -101,7 +100,6 @@ class Transformer(SequenceModel):
         target: Tensor,  # [B, D]
         events: Events,
     ) -> tuple[Tensor, Tensor]:
-        """Add the embeddings of places, counted from the latest event, and of ages."""
         tokens = tokens + self.places(events.places)
         if self.ages is not None:
             assert events.ages is not None

@@ -2,7 +2,6 @@
 
 With content both vectors also carry directions of content: the mean cosine of an item to the
 history is the dot product of its direction with the mean of their directions.
-
 Shapes: B batch, S sampled negatives, C labels, D width of a tower's vector, V width of both vectors
 with the directions, I width of ID vectors, E content dimension, M modalities, P parallel lists,
 N history items of the batch.
@@ -130,7 +129,6 @@ class Similarity(nn.Module):
         content: Tensor | None,  # [B, E]
         modalities: Tensor | None,  # [B, M, E]
     ) -> Tensor:  # [B, D + (1 + M) * E]
-        """Return the tower's vector with the directions of an item's content appended."""
         assert content is not None and modalities is not None
         spaces = [content, *modalities.unbind(dim=1)]
         return torch.cat([item, *(F.normalize(vectors, dim=1) for vectors in spaces)], dim=1)

@@ -51,8 +51,7 @@ class MemberLogits:
 class TowerVectors:
     """Output of a retrieval model, in place of logits.
 
-    query: [B, C, D], scaled so that its dot product with an item's vector is the logit.
-    item: [B, D], vectors of the target item.
+    query: [B, C, D]; its dot product with an item's vector is the logit; item: [B, D].
     negatives: [S, D], vectors of the sampled negatives; None if none are sampled.
     bias: [C], added to the logits of all items alike; None for no bias.
     """

@@ -1,7 +1,6 @@
 """Files of the cache of an encoder's frozen part: their names, unfinished parts, earlier caches.
 
 A cache is named by all that determines its outputs; hashes of items find those to reuse.
-
 Shapes: N rows of an array, S distinct contents, n rows of a call or to reuse, D width of the
 output.
 """
@@ -179,14 +178,12 @@ class Parts:
 
     @staticmethod
     def name_of(hashes: np.ndarray) -> str:  # [n]
-        """Return the name of a call, from the hashes of its items."""
         return digest_of(hashes.tobytes())
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npz"
 
     def holds(self, name: str) -> bool:
-        """Return whether some process has finished this call."""
         return self._path(name).exists()
 
     def write(
@@ -214,7 +211,6 @@ class Parts:
             raise ValueError(message) from error
 
     def remove_damaged(self, names: list[str]) -> list[str]:
-        """Delete the damaged files among `names`, and return the names of the intact ones."""
         intact = []
         for name in filter(self.holds, names):
             try:

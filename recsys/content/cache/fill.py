@@ -129,8 +129,6 @@ class _Plan:
 
 
 class _Fill:
-    """Encodes the items of one modality and writes the cache."""
-
     def __init__(self, store: ContentStore, name: str, encoder: Encoder, ranks: Ranks) -> None:
         self.name, self.encoder, self.ranks = name, encoder, ranks
         self.kind = store.kinds[name]

@@ -74,16 +74,11 @@ def padded_lengths(lengths: Tensor, longest: int) -> Tensor:  # [U] -> [U]
 def run_in_groups(
     run: Callable[[ContentInput], ContentInput], content: ContentInput, longest: int, width: int
 ) -> ContentInput:
-    """Run `run` on the items of `content`; each item has the same output in any batch.
+    """Run the frozen part, `run`; each item has the same output in any batch.
 
-    The shape of a computation decides the last bits of its sums. So groups have one size G, and a
-    text is padded to a length that depends on its own length alone.
-
-    Args:
-        run: the frozen part; called with G items at a time, all of which have content.
-        content: token ids [U, T] or pixels [U, 3, H, W], and their mask.
-        longest: maximum number of tokens of a text.
-        width: D of the outputs of `run`.
+    The shape of a computation decides the last bits of its sums. So `run` gets G items at a time,
+    and a text is padded to a length that depends on its own length alone. `content` has token ids
+    [U, T] or pixels [U, 3, H, W]; a text has at most `longest` tokens.
 
     Returns:
         Tokens [U, T, D], zero where the mask [U, T] is False; T is the longest of them, at least 1.
@@ -192,7 +187,6 @@ class Encoder(nn.Module):
 
     @property
     def frozen_layers(self) -> str:
-        """Description of the layers that `frozen` runs."""
         return "all"
 
     def frozen_settings(self) -> Any:
@@ -223,7 +217,6 @@ class Encoder(nn.Module):
         return ContentInput(values, outputs.mask)
 
     def drop_frozen_layers(self) -> None:
-        """Free the layers that `frozen` needs, once its outputs come from a cache."""
         self.is_cached = True
 
     def frozen(self, content: ContentInput) -> ContentInput:

@@ -84,7 +84,6 @@ class LayerSplit:
             part.rest, part.width = None, 0
 
     def below(self, run: Callable[[], Any]) -> Tensor:  # [U, T, D]
-        """Return the hidden states at the cut when `run` runs the model."""
         self.stops = True
         try:
             run()

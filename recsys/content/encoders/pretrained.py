@@ -40,10 +40,6 @@ NO_IMAGE_FILE = (
 class PretrainedEncoder:
     """Checkpoint of an encoder; files are read when an attribute needs them.
 
-    Args:
-        revision: revision of a repository; None: its branch main.
-        where: the setting, for messages.
-
     Raises:
         ValueError: the package or folder is missing. Attributes that read files raise one, too.
     """
@@ -85,14 +81,12 @@ class PretrainedEncoder:
 
     @cached_property
     def config(self) -> Any:
-        """Architecture, without dropout."""
         if self.is_random:
             return cast(Any, tiny_model(self.name, self.where)).config
         return _architecture(self.source, self.revision)
 
     @cached_property
     def commit(self) -> str | None:
-        """Commit of a repository; None if the encoder is not from the hub."""
         if not self.is_on_hub:
             return None
         file = cached_file(self.name, CONFIG_NAME, revision=self.revision)

@@ -96,11 +96,7 @@ class Recomputed(nn.Module):
 class TransformerEncoder(Encoder):
     """A transformers model; `TextTransformer` and `ImageTransformer` define inputs and tokens.
 
-    Args:
-        model: it returns `last_hidden_state` for `input_ids` or `pixel_values`.
-        where: the setting, for messages.
-        projection: map of the model's pooled output, for pooling `projected`; None: the identity.
-        pixels: normalisation of pixels; None for texts.
+    `projection` maps the model's pooled output, for pooling `projected`. Texts have no `pixels`.
 
     Raises:
         ValueError: the model cannot be run, lacks targets of LoRA, or inputs are too large for it.
@@ -281,7 +277,6 @@ class TransformerEncoder(Encoder):
         return ContentInput(token.unsqueeze(1), mask.any(dim=1, keepdim=True))
 
     def frozen(self, content: ContentInput) -> ContentInput:
-        """Run all of a frozen model, or the layers below the cut of an adapted one."""
         if self.training_mode == "frozen":
             return self._finish(self._run(content.values, content.mask), content.mask)
         if self.split is None:
@@ -318,5 +313,4 @@ class TransformerEncoder(Encoder):
         return mask
 
     def _all_tokens(self, hidden: Tensor) -> Tensor:  # [U, T, D]
-        """Return hidden states at the cut with as many tokens as the model expects."""
         return hidden

@@ -107,7 +107,6 @@ class ModernLayer(nn.Module):
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
     def weights(self) -> list[Tensor]:
-        """Return weight and bias of each norm and map, in the order in which they are applied."""
         attention, up, down = self.attention, self.feed_forward[0], self.feed_forward[2]
         assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
         parts: list[nn.Linear | nn.LayerNorm] = [self.attention_norm, attention.query]

@@ -126,7 +126,6 @@ class FusionQFormer(nn.Module):
     def _by_kernel(
         self, tokens: Tensor, mask: Tensor, modality: Tensor
     ) -> Tensor:  # [U, T, D], [U, T], [T] -> [U, D]
-        """Return the same as the operations of `forward`, with their random numbers."""
         first = self.layers[0]
         assert isinstance(first, ModernLayer)
         attention, share = first.attention, first.dropout.p

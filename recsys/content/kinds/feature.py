@@ -41,11 +41,9 @@ class Feature(ModalityKind):
         super().check()
 
     def lengths(self, chunk: pa.Array, where: str) -> np.ndarray:  # [n]
-        """Return the number of entries of each row: 1, or 0 for a row without a vector."""
         return feature_tokens(chunk, where)[0]
 
     def write(self, column: ItemColumnReader, folder: Path) -> int:
-        """Write the vectors of a column, or of its .npy file, and return their number."""
         if (feature_file := column.feature_file()) is not None:
             places = column.places_of(*feature_file)
             return write_rows(

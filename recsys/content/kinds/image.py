@@ -54,12 +54,10 @@ class Image(ModalityKind):
 
     @property
     def has_several(self) -> bool:
-        """Whether an item may have several images."""
         return self.modality.max_images > 1
 
     @cached_property
     def pretrained(self) -> PretrainedEncoder | None:
-        """Checkpoint of the encoder; None for a `module`."""
         from recsys.content.encoders.pretrained import PretrainedEncoder
 
         if not self.modality.encoder:
@@ -68,7 +66,6 @@ class Image(ModalityKind):
 
     @cached_property
     def preparation(self) -> ImagePreparation:
-        """Preparation of images that the checkpoint requires."""
         if self.pretrained is None:
             return ImagePreparation()
         preparation = self.pretrained.images
@@ -76,17 +73,14 @@ class Image(ModalityKind):
         return preparation
 
     def key(self) -> Any:
-        """Return image size, number of images and preparation."""
         return self.modality.image_size, self.modality.max_images, self.preparation
 
     def chosen(self, count: int) -> list[int]:
-        """Return the indices of the images used of an item with `count` images, in order."""
         return list(range(min(count, self.modality.max_images)))
 
     def entries(
         self, chunk: pa.Array, where: str, report: Report
     ) -> tuple[np.ndarray, np.ndarray]:  # [n], uint8 [sum of them, 3, S, S]
-        """Return the number of images of each row, and the decoded pixels of all rows."""
         size = self.modality.image_size
         lengths, pixels, cut = decoded_images(
             chunk, size, self.chosen, self.preparation, where, report
@@ -109,7 +103,6 @@ class Image(ModalityKind):
         return num_entries
 
     def which_are_used(self) -> str:
-        """Return a description of the images used of an item with too many, for the log."""
         return f"the first {self.modality.max_images} of each are used"
 
     def as_input(
@@ -160,5 +153,4 @@ class Frames(Image):
         return [int(place) for place in (np.arange(most) + 0.5) * count / most]
 
     def which_are_used(self) -> str:
-        """Return a description of the frames used of a long video, for the log."""
         return f"{self.modality.max_images} of each are used, evenly over its length"

@@ -46,14 +46,12 @@ class Text(ModalityKind):
         return PretrainedEncoder(self.modality.encoder, self.modality.revision, self.where)
 
     def key(self) -> Any:
-        """Return the settings and the tokenizer state that determine the token ids."""
         state = tokenizer_state(self.pretrained.tokenizer)
         return self.modality.max_length, state, self.pretrained.fills_texts
 
     def entries(
         self, chunk: pa.Array, where: str, report: Report
     ) -> tuple[np.ndarray, np.ndarray]:  # [n], int64 [sum of them]
-        """Return the number of tokens of each row, and the token ids of all rows."""
         texts, pretrained = texts_of(chunk, where, report), self.pretrained
         limit, fills = self.modality.max_length, pretrained.fills_texts
         tokens = tokenize(texts, limit, pretrained.tokenizer, fills)

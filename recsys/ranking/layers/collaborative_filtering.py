@@ -3,7 +3,6 @@
 An item's vector has the mean relative value that each group of users gave it. Similarity is the
 adjusted cosine (Sarwar et al. 2001). A row in training leaves out its own user's group, and with it
 its label. Training learns no parameter.
-
 Shapes: B batch, U unique history items, N history items of the batch, I items, G groups of users,
 D any width.
 """

@@ -1,7 +1,6 @@
 """The user's content interest: target attention and similarities over the history's content.
 
 Similarity features follow SimTier (arXiv 2407.19467), split by whether the user liked the item.
-
 Shapes: B batch, U unique history items, N history items of the batch, D dimension, M modalities,
 P parallel lists, G groups of history items.
 """

@@ -2,7 +2,6 @@
 
 Content similarities stay apart, as inputs of a model's top layers. A half-life is the number of
 newer items that halves an item's weight.
-
 Shapes: B batch, F fields, D dimension of the ID vectors, N history items of the batch, P parallel
 lists, H half-lives, U unique history items, S similarities, X dense numbers.
 """

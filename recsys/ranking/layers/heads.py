@@ -2,7 +2,6 @@
 
 TabM: Gorishniy et al. 2025, arXiv 2410.24210; BatchEnsemble: arXiv 2002.06715. Dropout acts after
 hidden layers alone: a model whose inputs it drops learns to ignore single similarities.
-
 Shapes: K members, B batch, I and O units of a layer, C labels.
 """
 

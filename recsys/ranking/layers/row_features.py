@@ -2,7 +2,6 @@
 
 `ranking.standardize_numbers` uses statistics of all steps and ranks so far, without gradient. So a
 row's logit does not depend on the other rows of its batch.
-
 Shapes: B batch, K history items that are attended to, P parallel lists, D dimension of ID vectors,
 W width of the vector, S standardised numbers.
 """

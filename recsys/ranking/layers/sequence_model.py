@@ -3,7 +3,6 @@
 Attention is causal, so a user's history is computed once for all candidates (M-FALCON of HSTU,
 arXiv 2402.17152). Items before the latest `ranking.recent_items` enter the last layer alone. Ages
 are counted back from the moment of the ranked row.
-
 Shapes: B batch, T tokens of all histories, N history items of the batch, S sequences, L longest
 sequence, D width of a token, U unique items, P parallel lists, C labels.
 """

@@ -2,7 +2,6 @@
 
 In the graph of a package all candidates share one sequence (`recsys.serving.shared_history`). Keys
 [T, H * D] are a table of T * H rows of width D: head h of token t is row t * H + h.
-
 Shapes: B rows, S sequences (B, or 1 shared by all rows), T tokens of all sequences, L longest
 sequence, U unique items, N places of all rows (T, or B * L if rows share a sequence), H heads,
 D width of all heads (of one head where it is H * D), K any width.
@@ -189,7 +188,6 @@ class JaggedSequences:
         return values
 
     def latest(self, count: int) -> JaggedSequences:
-        """Return the sequences of the `count` latest tokens of each row."""
         if self.history.longest <= count:
             return JaggedSequences(self.history)
         places = (self.history.ages < count).nonzero().squeeze(1)
@@ -197,12 +195,10 @@ class JaggedSequences:
         return JaggedSequences(replace(history, longest=count), places)
 
     def take_latest(self, tokens: Tensor, latest: Sequences) -> Tensor:
-        """Map tokens [T, K] to those of `latest`."""
         assert isinstance(latest, JaggedSequences)
         return tokens if latest.places is None else tokens.index_select(0, latest.places)
 
     def put_latest(self, tokens: Tensor, latest_tokens: Tensor, latest: Sequences) -> Tensor:
-        """Return tokens [T, K] with those of `latest` replaced."""
         assert isinstance(latest, JaggedSequences)
         if latest.places is None:
             return latest_tokens

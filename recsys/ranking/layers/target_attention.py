@@ -2,7 +2,6 @@
 
 Terms of an item alone are computed once per unique item: the first layer of (h, t, h - t, h * t) is
 (W1 + W3) h + (W2 - W3) t + W4 (h * t).
-
 Shapes: B batch, U unique history items, N history items of the batch, D dimension, P parallel
 lists, H units of the first layer.
 """
