@@ -1,7 +1,6 @@
-"""Prepares batches between the loader and the pipeline, in the training process.
+"""Prepares batches between the loader and the pipeline; most steps are collectives.
 
-All ranks prepare the same number of batches together: most steps are collectives. Shapes: B batch,
-U unique history items, N history items of the batch, K history items kept.
+Shapes: B batch, U unique history items, N history items of the batch, K history items kept.
 """
 
 from __future__ import annotations
@@ -29,11 +28,7 @@ from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
 
 @torch.no_grad()
 def shorten_histories(batch: Batch, bank: MemoryBank, top_k: int, index_dedup: bool) -> Batch:
-    """Keep the `top_k` history items by the cosine of the target's content and their own.
-
-    A collective (MUSE, arXiv 2512.07216). Batches are on the host. With `index_dedup` their
-    `sequence_features` hold unique ids. Vectors of the bank are up to three steps old.
-    """
+    """Keep `top_k` history items by cosine to the target (MUSE, arXiv 2512.07216). A collective."""
     ids = torch.cat([batch.target_items, batch.history_items])
     if bank.device.type == "cuda":
         # The pipeline fetches its batches on another stream than that of the steps, which write.

@@ -1,6 +1,5 @@
 """The content branch: a batch's items -> their content vectors, each item encoded once.
 
-DistributedModelParallel keeps it data-parallel, as it has no sharded module.
 Shapes: E items that this rank encodes, U unique history items, T tokens, D content dimension,
 M modalities, B batch, S sampled negatives, R items that this rank needs.
 """
@@ -29,10 +28,7 @@ if TYPE_CHECKING:
 
 
 class Projection(nn.Linear):
-    """A linear map of inputs that fixed numbers first shift and scale; by default by 0 and 1.
-
-    Otherwise optimizer steps would move the outputs of large inputs too far.
-    """
+    """A linear map of inputs that fixed numbers first shift and scale; by default by 0 and 1."""
 
     shift: Tensor  # [E]
     scale: Tensor  # []
@@ -159,10 +155,7 @@ class ContentBranch(nn.Module):
         self.step = 0  # training step, stored with the vectors in the bank
 
     def encode(self, content: dict[str, ContentInput]) -> Tensor:
-        """Encode unique items and return the vectors that the bank keeps, [E, D + M * D].
-
-        The mean token of each modality follows the content vector (M = 0 without similarities).
-        """
+        """Return [E, D + M * D]: content vectors, then mean tokens by modality (M = 0 without)."""
         tokens, masks, modality, means = [], [], [], []
         for index, (name, encoder) in enumerate(self.encoders.items()):
             assert isinstance(encoder, Encoder)

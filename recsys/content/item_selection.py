@@ -19,8 +19,7 @@ from recsys.data.batch import Batch, ItemExchange
 def assign_to_owners(batch: Batch, group: dist.ProcessGroup) -> Batch:
     """Return a batch that encodes the items which this rank owns and any rank needs. A collective.
 
-    Rank `id mod W` owns an item; `exchange` says to which ranks its vector is sent. Losses and
-    gradients equal those of each rank encoding its own items, to rounding.
+    Rank `id mod W` owns an item; `exchange` says to which ranks its vector is sent.
     """
     world_size = dist.get_world_size(group)
     owner = batch.content_items % world_size

@@ -33,10 +33,7 @@ def _encode(
 
 
 class ItemVectorCache:
-    """Gives batches the content vectors of their items; each item is encoded once.
-
-    The weights must not change. Items beyond `max_bytes` are encoded in each batch.
-    """
+    """Gives batches the content vectors of their items; caches `max_bytes` of constant vectors."""
 
     def __init__(
         self,

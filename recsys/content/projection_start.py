@@ -1,6 +1,5 @@
 """Initialises each modality's projection with the principal components of its encoder's outputs.
 
-A random map to few dimensions loses most of the information in these outputs, cosines included.
 Shapes: S sampled items, E width of the encoder, D content dimension, K components.
 """
 
@@ -42,7 +41,6 @@ def start_projections(
 ) -> None:
     """Set weights and biases from a sample of the items, equal on all ranks. A collective.
 
-    Logs a warning for each modality whose content is equal for most of the sampled items.
     `trained`, the training rows by item of rank 0, excludes items without rows.
     """
     ids = np.sort(store.items.ids)

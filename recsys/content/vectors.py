@@ -28,10 +28,7 @@ class StoredHistory(NamedTuple):
 
 @dataclass
 class ContentVectors:
-    """Content vectors and, for similarities, the mean token of each of the M modalities.
-
-    Has `history` and `history_modalities`, or `read`, which `read_history` calls once for both.
-    """
+    """Content vectors and, for similarities, the mean token of each of the M modalities."""
 
     target: Tensor  # [B, D], with gradient into fusion and encoders
     history: InitVar[Tensor | None]  # [U, D], of `history_items`, after the history map

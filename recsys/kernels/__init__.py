@@ -1,7 +1,4 @@
-"""Native kernels of single operations, and the choice between them and PyTorch.
-
-Each is an operator of torch.library with a fake kernel and a backward, for `torch.compile`.
-"""
+"""Native kernels, operators of torch.library, and the choice between them and PyTorch."""
 
 from recsys.kernels.choice import choose_kernels as choose_kernels
 from recsys.kernels.choice import has_native as has_native

@@ -1,7 +1,6 @@
 """Compile the C++ kernels once, at first use, and load them in every later process.
 
-The library is in `TORCH_EXTENSIONS_DIR`, under a hash of sources, flags, compiler, torch and
-processor. A file lock makes other processes wait.
+The library is in `TORCH_EXTENSIONS_DIR`, under a hash of all that decides its content.
 """
 
 from __future__ import annotations

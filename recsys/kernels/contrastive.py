@@ -1,6 +1,6 @@
 """Operator `recsys::in_batch_contrastive`: Content-ID-Contrastive of the rows of a batch.
 
-It writes no matrix [B, B], of which PyTorch needs ten. Shapes: B batch, D dimension.
+Shapes: B batch, D dimension.
 """
 
 from __future__ import annotations

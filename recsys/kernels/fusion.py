@@ -1,6 +1,5 @@
 """Operators `recsys::fusion`, the Fusion-Q-Former of preset `modern`, and `few_token_attention`.
 
-`scaled_dot_product_attention` is made for long texts: for four tokens its preparation takes most.
 Shapes: U unique items, T tokens of an item, Q queries, M modalities, D dimension, H heads.
 """
 

@@ -1,7 +1,6 @@
 """Target attention on CUDA, in Triton: forward per row, and backward per group of rows.
 
-The mathematics is that of `cpp/attention.h`. No GPU has measured it yet: tests use Triton's
-interpreter. Imported only where triton is installed.
+The mathematics is that of `cpp/attention.h`. No GPU has measured it yet.
 Shapes: B rows, U unique items, N history items, D dimension, P parallel lists, H and G units,
 T items of a block. Sizes in capitals with _P are padded to powers of two.
 """

@@ -1,6 +1,5 @@
-"""The dot interaction on CUDA, in Triton, where it is installed: one program per row of the batch.
+"""The dot interaction on CUDA, in Triton, not yet measured on a GPU: one program per row.
 
-No GPU has measured it yet: tests use Triton's interpreter.
 Shapes: B batch, F sparse features, V = F + 1 vectors, D dimension, I = F * (F + 1) / 2 pairs.
 """
 

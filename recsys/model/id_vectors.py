@@ -19,10 +19,7 @@ RowsPerID = Mapping[str, int]
 
 
 class IDDropout(nn.Module):
-    """In training each ID vector is zero with probability p, without scaling.
-
-    So a model learns to rank new items, whose vectors are nearly zero, by history and content.
-    """
+    """In training zeroes ID vectors with probability p, so that models learn to rank new items."""
 
     def __init__(self, p: float) -> None:
         super().__init__()

@@ -24,10 +24,7 @@ LARGEST = 8.0  # standard deviations; larger values are clamped
 
 
 class InputScaling(nn.Module):
-    """A batch -> the same with standardised numbers.
-
-    `dense` are the columns [F]; `lists` are the names of the lists beside each history [P].
-    """
+    """Standardises numbers of a batch: columns `dense` [F], and `lists` beside each history [P]."""
 
     mean: Tensor  # [W]
     deviation: Tensor  # [W]

@@ -1,8 +1,6 @@
 """bfloat16 in the dense parts of the model, float32 everywhere else.
 
-Parts have float32 inputs and outputs; weights, gradients and optimizer state stay in float32.
-Wrapping each part also limits autocast's cache of cast weights to it: a weight first cast without
-gradient would otherwise get none. On CPU the history map stays in float32.
+Wrapping each part limits autocast's cache of cast weights to it.
 """
 
 from __future__ import annotations

@@ -71,10 +71,7 @@ def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def parameter_groups(
     model: nn.Module, parameters: dict[str, nn.Parameter], groups: Sequence[DenseGroup]
 ) -> list[dict[str, Any]]:
-    """Return torch.optim's parameter groups, each with the names of its parameters as `names`.
-
-    A parameter belongs to the first group with a matching prefix.
-    """
+    """Return torch.optim's parameter groups with `names`; the first matching prefix decides."""
     undecayed = _undecayed_names(model)
     result = []
     remaining = dict(parameters)
@@ -161,10 +158,7 @@ def _make(settings: OptimizerSettings, groups: list[dict[str, Any]]) -> Optimize
 
 
 def count_state(settings: OptimizerSettings, sizes: Mapping[str, torch.Size]) -> dict[str, int]:
-    """Count the elements that the optimizer and the moving average keep, by parameter.
-
-    It takes one step on the meta device, or on zeros if the optimizer reads values.
-    """
+    """Count the elements that the optimizer and the moving average keep, by parameter."""
     unfused = replace(settings, options={**settings.options, "fused": False})
     settings = unfused if settings.name in _FUSED else settings
     try:

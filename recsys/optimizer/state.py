@@ -47,10 +47,7 @@ def make_room(
     names: Mapping[nn.Parameter, str],
     stored: Mapping[str, tuple[torch.Size, torch.dtype]],
 ) -> dict[str, Tensor]:
-    """Replace an optimizer's state by uninitialised tensors of a checkpoint's names and sizes.
-
-    torch.distributed.checkpoint loads only into existing tensors.
-    """
+    """Replace an optimizer's state by uninitialised tensors of a checkpoint's names and sizes."""
     room = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:

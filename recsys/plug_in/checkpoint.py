@@ -19,8 +19,9 @@ def dlrm_state(
 ) -> dict[str, dict[str, Any]]:
     """Return the content of a checkpoint of the DLRM alone: {"model": ..., "optimizer": ...}.
 
-    To load, pass it to `torch.distributed.checkpoint.load` and then to `load_dlrm`. What has no
-    state, such as plain SGD, is left out: create the optimizer's state before (`init_state`).
+    To load, create the optimizer's state (`init_state`), pass the result to
+    `torch.distributed.checkpoint.load` and then to `load_dlrm`. An optimizer without state, such as
+    plain SGD, is left out.
 
     Example::
 

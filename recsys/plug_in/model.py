@@ -1,7 +1,6 @@
 """Content in an existing DLRM: torchrec's DLRM, DLRM_DCN or DLRM_Projection.
 
 Names in the DLRM's checkpoints stay, and the first logits equal its own to the last bit.
-`TrainPipelineSparseDist` traces the top forward without entering direct children.
 Shapes: B batch, F sparse features, K content vectors, D dimension of the DLRM, C of content,
 S further features.
 """
@@ -211,10 +210,7 @@ def new_prefixes(model: nn.Module) -> tuple[str, ...]:
 def with_content_optimizer(
     optimizer: KeyedOptimizer, model: nn.Module, rates: ContentRates
 ) -> CombinedOptimizer:
-    """Take the new parameters out of the user's optimizer, and combine it with an AdamW for them.
-
-    A rate that suits a DLRM, such as 15.0 for plain SGD, destroys an encoder in one step.
-    """
+    """Take the new parameters out of the user's optimizer, and add an AdamW for them."""
     if not isinstance(optimizer, KeyedOptimizer):
         raise ValueError(
             f"the optimizer is a {type(optimizer).__name__}; give a torchrec KeyedOptimizer, such "

@@ -76,10 +76,7 @@ class DotInteraction(InteractionArch):
 
 
 class Dlrm(nn.Module):
-    """Fields -> dot products of all pairs -> MLP -> one logit per label.
-
-    `ranking.dropout` acts on the interactions that the top MLP reads, not on the similarities.
-    """
+    """Fields -> dot products of all pairs, with dropout -> MLP -> one logit per label."""
 
     Settings: ClassVar[type[DlrmSettings]] = DlrmSettings
 

@@ -1,8 +1,6 @@
 """Files of the cache of an encoder's frozen part: their names, unfinished parts, earlier caches.
 
-A cache is named by all that determines its outputs; hashes of items find those to reuse.
-Shapes: N rows of an array, S distinct contents, n rows of a call or to reuse, D width of the
-output.
+Shapes: N rows of an array, S distinct contents, n rows of a call or to reuse, D output width.
 """
 
 from __future__ import annotations
@@ -82,10 +80,7 @@ def dtype_of(encoder: Encoder) -> str:
 
 
 def cache_folder(cache: Path, name: str, content: str, key: str, shares: bool) -> Path:
-    """Return the folder of an encoder's cache.
-
-    `content` names the folder with the encoder's input; with `shares`, equal items share an output.
-    """
+    """Return the folder of an encoder's cache; `content` names the folder with its input."""
     apart = cache / f"frozen-{name}-{digest_of(content, key)}"
     if not shares or apart.exists():
         return apart
@@ -168,10 +163,7 @@ def find_in(
 
 
 class Parts:
-    """Folder of the files of finished calls, each complete or absent, named by their content.
-
-    Any job on any machine writes the same file for the same items.
-    """
+    """Folder of the files of finished calls, each complete or absent, named by their content."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,7 +1,7 @@
 """Computes the outputs of an encoder's frozen part once per item and keeps them on disk.
 
-Ranks that see the same folder share its files. Interrupted work continues where it stopped. Shapes:
-N rows of the store, n rows of a call, D width of the frozen part's output.
+Interrupted work continues where it stopped.
+Shapes: N rows of the store, n rows of a call, D width of the frozen part's output.
 """
 
 from __future__ import annotations
@@ -47,10 +47,7 @@ SECONDS_UNTIL_VISIBLE = 120  # network folders appear on other machines with a d
 
 
 class FillProgress:
-    """Progress of a rank's share, extrapolated to all ranks: a bar on a terminal, lines elsewhere.
-
-    total, share: number of items of all ranks and of this one; shown: whether this rank shows it.
-    """
+    """Progress of all ranks, extrapolated from this one's `share`; printed as a bar or as lines."""
 
     def __init__(self, name: str, total: int, share: int, shown: bool) -> None:
         self.name, self.total, self.share, self.shown = name, total, share, shown

@@ -1,6 +1,5 @@
 """The interface of all encoders: the content of unique items -> tokens for the fusion.
 
-The frozen part's outputs never change and may be cached on disk; `forward` runs the other layers.
 Shapes: U unique items, G items of a group, T tokens, D width of the encoder.
 """
 

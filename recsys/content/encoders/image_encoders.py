@@ -1,7 +1,6 @@
 """Encoders of images: transformers models, any torch module over pixels, several images per item.
 
-Shapes: U unique items, I images of the item with most images, N images to encode, T tokens of an
-image, D width of the encoder, H and W pixels.
+Shapes: U unique items, I most images of an item, N images, T tokens, D width, H and W pixels.
 """
 
 from __future__ import annotations

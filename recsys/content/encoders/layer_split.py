@@ -1,6 +1,5 @@
 """Cuts a transformers model in two between its layers: frozen layers below run once per item.
 
-The model's own `forward` runs both halves. Not every model allows a cut: `find_split` tries it.
 Shapes: U unique items, T tokens, D width of the hidden states.
 """
 
@@ -94,7 +93,6 @@ class LayerSplit:
         raise RuntimeError(f"{type(self.model).__name__} did not reach the layer it is cut at")
 
     def above(self, hidden: Tensor, run: Callable[[], Any]) -> Any:  # [U, T, D]
-        """Return the output of `run` when the model continues from these hidden states."""
         self.given = hidden
         try:
             return run()
@@ -128,8 +126,7 @@ def find_split(
 ) -> tuple[LayerSplit | None, str]:
     """Return the cut above `below` if the model gives the same output through it, else the reason.
 
-    `run` returns tokens [U, T, D] of a sample, `run_from_cut` the same from hidden states at the
-    cut.
+    `run` returns tokens [U, T, D] of a sample, `run_from_cut` those from hidden states.
     """
     entry = find_entry(model)
     if entry is None:

@@ -1,7 +1,7 @@
 """TransformerEncoder: any `transformers` text or vision model, frozen, with adapters or trained.
 
-Adapters: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732), DoRA (arXiv 2402.09353). Layers below
-the lowest adapter are frozen. Shapes: U unique items, T tokens, D width of the encoder.
+Adapters: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732), DoRA (arXiv 2402.09353).
+Shapes: U unique items, T tokens, D width of the encoder.
 """
 
 from __future__ import annotations

@@ -89,7 +89,6 @@ class Image(ModalityKind):
         return lengths, pixels
 
     def lengths(self, chunk: pa.Array, where: str) -> np.ndarray:  # [n]
-        """Return the number of images used of each row, without decoding them."""
         return num_images(chunk, where).clip(max=self.modality.max_images)
 
     def write(self, column: ItemColumnReader, folder: Path) -> int:

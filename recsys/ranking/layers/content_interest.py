@@ -74,10 +74,7 @@ def similarity_histogram(
 
 
 class ContentInterest(nn.Module):
-    """Target attention over the history's content, with similarities beside it.
-
-    Similarities cover the content vectors and each modality's mean tokens.
-    """
+    """Target attention over the history's content, with similarities beside it."""
 
     def __init__(
         self, dim: int, num_modalities: int, num_parallel: int, settings: HistorySettings

@@ -1,9 +1,7 @@
 """Fields: every vector of a row at one width, as factorisation models (DLRM, DeepFM) need them.
 
-Content similarities stay apart, as inputs of a model's top layers. A half-life is the number of
-newer items that halves an item's weight.
 Shapes: B batch, F fields, D dimension of the ID vectors, N history items of the batch, P parallel
-lists, H half-lives, U unique history items, S similarities, X dense numbers.
+lists, H half-lives (in newer items), U unique history items, S similarities, X dense numbers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Output heads of ranking models: a stack of layers, or an ensemble of such stacks (TabM).
 
-TabM: Gorishniy et al. 2025, arXiv 2410.24210; BatchEnsemble: arXiv 2002.06715. Dropout acts after
-hidden layers alone: a model whose inputs it drops learns to ignore single similarities.
+TabM: Gorishniy et al. 2025, arXiv 2410.24210; BatchEnsemble: arXiv 2002.06715.
 Shapes: K members, B batch, I and O units of a layer, C labels.
 """
 

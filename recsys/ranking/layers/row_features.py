@@ -1,7 +1,6 @@
 """All features of a row as one vector, after attention to the history: the base of most backbones.
 
-`ranking.standardize_numbers` uses statistics of all steps and ranks so far, without gradient. So a
-row's logit does not depend on the other rows of its batch.
+Standardised numbers use statistics of all steps and ranks, so rows do not depend on their batch.
 Shapes: B batch, K history items that are attended to, P parallel lists, D dimension of ID vectors,
 W width of the vector, S standardised numbers.
 """
@@ -77,10 +76,7 @@ class Standardization(nn.Module):
 
 
 class RowFeatures(nn.Module):
-    """ID vectors, content vectors (None for the ID-only baseline) and numbers -> one vector [B, W].
-
-    `interest_dim` is the width of the interest in the ID history, which the model itself computes.
-    """
+    """ID vectors, content vectors (or None: the ID-only baseline), numbers -> a vector [B, W]."""
 
     def __init__(
         self,

@@ -1,7 +1,6 @@
 """Histories as sequences of tokens: flat for linear maps, padded for attention among a row's items.
 
-In the graph of a package all candidates share one sequence (`recsys.serving.shared_history`). Keys
-[T, H * D] are a table of T * H rows of width D: head h of token t is row t * H + h.
+Keys [T, H * D] are a table of T * H rows of width D: head h of token t is row t * H + h.
 Shapes: B rows, S sequences (B, or 1 shared by all rows), T tokens of all sequences, L longest
 sequence, U unique items, N places of all rows (T, or B * L if rows share a sequence), H heads,
 D width of all heads (of one head where it is H * D), K any width.
@@ -154,10 +153,7 @@ class JaggedSequences:
         return torch.ops.fbgemm.dense_to_jagged(padded, offsets, total)[0]
 
     def attend(self, tokens: Tensor, attention: Attention, recomputes: bool) -> Tensor:
-        """Map tokens [T, K] -> [T, D] by causal attention, in blocks of similar length.
-
-        If numbers are many and `recomputes`, the backward pass computes them again.
-        """
+        """Map tokens [T, K] -> [T, D] by causal attention; `recomputes` saves its memory."""
         padded, lengths = self.padded(tokens), self.history.lengths
         longest = padded.shape[1]
         order, size = lengths.argsort(), max(CELLS_OF_BLOCK // longest**2, 1)
@@ -245,7 +241,6 @@ class EqualSequences:
         return padded.reshape(self.count * self.history.longest, padded.shape[2])
 
     def attend(self, tokens: Tensor, attention: Attention, recomputes: bool) -> Tensor:
-        """Map tokens [T, K] -> [T, D], all sequences at once."""
         return self.flat(attention(self.padded(tokens)))
 
     def dots(self, queries: Tensor, keys: Tensor, heads: int) -> Tensor:
