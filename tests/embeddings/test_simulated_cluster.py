@@ -28,14 +28,12 @@ def table(name: str = "item", rows: int = 4 * BILLION, **fields: object) -> Tabl
     return TableConfig(name, rows, 128, [f"{name}_id"], **fields)  # type: ignore[arg-type]
 
 
-def planned(tables: list[TableConfig], cluster: Cluster, copies: int = 1) -> ShardingPlan:
+def planned(tables: list[TableConfig], cluster: Cluster) -> ShardingPlan:
     collections = [build_embedding_collection(tables), build_embedding_bag_collection(tables)]
     model = nn.ModuleList(part for part in collections if part is not None)
     fuse_table_optimizers(model, tables)
-    topology = cluster.topology(copies)
-    return plan_sharding(
-        model, tables, device=cluster.device.kind, topology=topology, copies=copies
-    )
+    topology = cluster.topology()
+    return plan_sharding(model, tables, device=cluster.device.kind, topology=topology)
 
 
 def test_a_table_in_host_memory_takes_the_bytes_of_its_cache_on_the_device() -> None:
@@ -60,12 +58,6 @@ def test_host_memory_is_offered_to_what_does_not_fit_on_the_devices() -> None:
 
     too_little = what_does_not_fit(tables, EIGHT_BY_EIGHT.device.memory_bytes, 64, host // 4)
     assert not any("kernel" in line for line in too_little)
-
-
-def test_the_plan_of_copies_is_that_of_the_ranks_that_share_one() -> None:
-    item = table(rows=BILLION, pooling="none")
-    memory = table_memory(item, planned([item], EIGHT_BY_EIGHT, copies=4))
-    assert {shard.rank for shard in memory.shards} == set(range(16))
 
 
 @pytest.mark.parametrize("kernel", ["uvm", "uvm_caching"])

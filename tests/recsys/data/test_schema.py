@@ -6,9 +6,8 @@ import pytest
 from torch import nn
 
 from recsys.data.schema import Schema, load_schema
-from recsys.data.schema_columns import MODULE_ATTRIBUTES, table_name_problem
+from recsys.data.schema_columns import MODULE_ATTRIBUTES
 from recsys.storage.location import Location
-from tests.datasets import write_dataset
 
 VALID = """\
 target_item: item
@@ -26,22 +25,6 @@ def load(folder: Path, text: str) -> Schema:
     return load_schema(Location.of(folder))
 
 
-def test_a_schema_says_what_each_column_means(tmp_path: Path) -> None:
-    schema = load_schema(Location.of(write_dataset(tmp_path)))
-    assert (schema.target_item, schema.group, schema.history) == ("item", "user", "history")
-    assert schema.parallel == ["history_liked"]
-    assert schema.of_kind("id") == ["user", "item"]
-    assert (schema.of_kind("ids"), schema.of_kind("dense")) == (["genres"], ["price"])
-    assert schema.table_of("history") == "item"
-    assert (schema.limit("history"), schema.num_items, schema.limit("genres")) == (30, 30, 5)
-    assert schema.items is not None and schema.items.id == "item"
-    assert {name: column.kind for name, column in schema.items.columns.items()} == {
-        "text": "text",
-        "poster": "image",
-        "clip": "feature",
-    }
-
-
 def test_an_empty_list_or_mapping_may_be_left_open(tmp_path: Path) -> None:
     text = VALID.replace("[history_liked]", "") + "items:\n  id: item\n  columns:\n"
     schema = load(tmp_path, text)
@@ -53,19 +36,12 @@ def test_an_empty_list_or_mapping_may_be_left_open(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ("shares: item,", "num_embeddings: 30,", "'history'.*`shares: item`"),
-        ("shares: item,", "", "column 'history' .*num_embeddings (and|or) shares"),
-        (
-            "kind: id, num_embeddings: 10",
-            "kind: id, num_embeddings: 10, shares: item",
-            "column 'user' .*num_embeddings (and|or) shares",
-        ),
         (
             "kind: id, num_embeddings: 10",
             "kind: id, shares: item",
             "column 'user' .*'item'",
         ),
         ("kind: id, num_embeddings: 30", "kind: id, shares: user", "'item' .*num_embeddings"),
-        ("num_embeddings: 10", "num_embeddings: 0", "column 'user': num_embeddings is 0"),
         (
             "num_embeddings: 10",
             f"num_embeddings: 10, vocabulary: {{kind: hash, seed: {2**64}}}",
@@ -74,18 +50,10 @@ def test_an_empty_list_or_mapping_may_be_left_open(tmp_path: Path) -> None:
         ("num_embeddings: 10", "num_embeddings: 10, parallel: [x]", "'user': .*parallel lists"),
         ("kind: label", "kind: label, num_embeddings: 2", "'liked' of kind"),
         ("[history_liked]", "[liked]", "'liked' of kind"),
-        (
-            "  liked:",
-            "  shop: {kind: ids, num_embeddings: 3}\n"
-            "  a: {kind: sequence, shares: item, parallel: [shop]}\n"
-            "  b: {kind: sequence, shares: item, parallel: [shop]}\n  liked:",
-            "'shop'",
-        ),
         ("[history_liked]", "[gap, gap]", "parallel list 'gap'"),
         ("[history_liked]", "[__row_position]", "'__row_position'.*rename"),
         ("  user:", "  type: {kind: id, num_embeddings: 3}\n  user:", "'type'.*torch.*'type_id'"),
         ("  user:", "  a.b: {kind: ids, num_embeddings: 3}\n  user:", "'a.b'.*dot"),
-        ("  user:", "  __raw_group: {kind: dense}\n  user:", "'__raw_group'.*rename"),
         (VALID, "", "a mapping"),
         (VALID, "target_item: item\ngroup: user\ncolumns:\n", "has no columns"),
         ("kind: label", "", "columns.liked has no kind"),
@@ -103,25 +71,9 @@ def test_what_does_not_fit_is_named_with_the_file(
     assert str(raised.value).startswith(f"{tmp_path}/schema.yaml: ")
 
 
-def test_a_vocabulary_belongs_to_a_table_and_all_columns_that_share_it(tmp_path: Path) -> None:
-    vocabulary = "vocabulary: {kind: hash, num_hashes: 2, seed: 7}"
-    text = VALID.replace("num_embeddings: 10", f"num_embeddings: 10, {vocabulary}")
-    schema = load(
-        tmp_path, text.replace("  liked:", "  likers: {kind: ids, shares: user}\n  liked:")
-    )
-    settings = schema.vocabulary_of("likers")
-    assert settings is not None and settings is schema.vocabulary_of("user")
-    assert (settings.kind, settings.num_hashes, settings.seed) == ("hash", 2, 7)
-    for name in ("item", "history", "history_liked"):
-        assert schema.vocabulary_of(name) is None
-    assert (schema.tables_with("hash"), schema.tables_with("exact")) == (["user"], [])
-    assert list(schema.vocabularies) == ["user"]
-
-
 @pytest.mark.parametrize(
     ("column", "vocabulary", "message"),
     [
-        ("10", "{kind: hash, num_hashes: 0}", "column 'user': num_hashes is 0"),
         ("10", "{kind: hash, num_hashes: 65}", "column 'user': num_hashes is 65"),
         ("10", "{kind: bounded, num_hashes: 2}", "kind bounded .* num_hashes"),
         ("10", "{kind: bounded, half_life: 0}", "half_life is 0.0"),
@@ -144,7 +96,6 @@ def test_a_vocabulary_that_does_not_fit_its_column_is_named(
     ("old", "new", "message"),
     [
         ("shares: item,", "shares: item, vocabulary: {kind: hash},", "shares 'item' .*vocabulary"),
-        ("kind: label", "kind: label, vocabulary: {kind: hash}", "'liked' of kind"),
     ],
 )
 def test_only_a_column_with_a_table_has_a_vocabulary(
@@ -157,9 +108,3 @@ def test_only_a_column_with_a_table_has_a_vocabulary(
 def test_all_public_attributes_of_the_module_that_keeps_tables_are_known() -> None:
     public = {name for name in dir(nn.ModuleDict()) if not name.startswith("_")}
     assert public - MODULE_ATTRIBUTES == set()
-
-
-@pytest.mark.parametrize("name", ["type", "items", "a.b", ""])
-def test_a_name_that_no_table_can_have_is_told(name: str) -> None:
-    assert table_name_problem(name) is not None
-    assert table_name_problem("city") is None

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from recsys.search.space import check_space, grid_of, read_space, words_of
+from recsys.search.space import check_space, grid_of, read_space
 
 PROJECT = Path(__file__).parents[3]
 TINY = PROJECT / "recsys" / "recipes" / "tiny.yaml"
@@ -37,16 +37,6 @@ def test_ranges_choices_and_sets_are_read(tmp_path: Path) -> None:
     assert units.settings("[16, 8]") == {"ranking.mlp_units": [16, 8]}
     assert width.settings("wide") == {"content.dim": 32, "embedding.dim": 32}
     assert width.settings("recipe") == {}
-
-
-def test_values_become_words_of_the_command_line(tmp_path: Path) -> None:
-    _, queries, _, units, width = read_space(write(tmp_path, SPACE))
-    values = {queries.name: 2, units.name: "[8]", "width": "wide"}
-
-    assert words_of([queries, units, width], values) == [
-        *("--content.fusion.num_queries", "2", "--ranking.mlp_units", "[8]"),
-        *("--content.dim", "32", "--embedding.dim", "32"),
-    ]
 
 
 def test_a_grid_has_every_combination(tmp_path: Path) -> None:

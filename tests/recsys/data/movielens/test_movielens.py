@@ -190,7 +190,6 @@ def replace_line(path: Path, number: int, line: str) -> None:
         ("ratings.csv", 5, "7,1,3.0,2", ["'userId'", "row 5", "user 7", "keep one"]),
         ("ratings.csv", 1, "userId,movieId,stars,timestamp", ["'rating'", "does not exist"]),
         ("ratings.csv", 1, "userId,movieId,rating,timestamp,rating", ["'rating'", "2 times"]),
-        ("movies.csv", 1, "movieId,name,genres", ["'title'", "does not exist"]),
         ("movies.csv", 3, "1,Twin,Drama", ["'movieId'", "row 3", "movie 1", "second time"]),
     ],
 )

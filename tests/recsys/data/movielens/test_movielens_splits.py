@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +99,6 @@ def test_no_train_row_of_a_window_is_as_late_as_a_row_it_is_judged_by(rolling: P
         )
         assert train.max() < valid.min()
         assert valid.max() < test.min()
-
-
-def test_no_train_row_of_a_user_is_as_late_as_a_row_the_user_is_judged_by(
-    by_user: Prepared,
-) -> None:
-    tables = [pq.read_table(by_user[0] / name) for name in SPLITS]
-    assert sum(table.num_rows for table in tables) == 100_836
-    for user in range(610):
-        times = [column(t, "timestamp")[column(t, "user") == user] for t in tables]
-        present = [moments for moments in times if len(moments)]
-        for earlier, later in pairwise(present):
-            assert earlier.max() < later.min()
 
 
 def test_cold_and_unseen_are_by_the_train_rows_of_the_same_window(rolling: Prepared) -> None:

@@ -356,7 +356,6 @@ INF = float("inf")
 @pytest.mark.parametrize(
     ("name", "content", "word"),
     [
-        ("poster", png(np.random.default_rng(0))[:80], "truncated"),
         ("poster", b"<svg/>", "<svg/>"),
         ("clip", [INF] * 6, "not finite"),
         ("clip", [0.5] * 7, "7 values"),
