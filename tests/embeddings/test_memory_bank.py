@@ -55,12 +55,6 @@ def plain_bank() -> MemoryBank:
     return MemoryBank(NUM_ITEMS, DIM, "cpu")
 
 
-def test_one_process_reads_what_a_dict_would_hold() -> None:
-    bank = plain_bank()
-    fill(bank, rank=0)
-    assert_holds(bank.lookup(torch.arange(NUM_ITEMS)), expected_rows(world_size=1))
-
-
 def test_coverage_and_mean_age_count_items_ever_written() -> None:
     bank = plain_bank()
     assert bank.coverage() == 0.0

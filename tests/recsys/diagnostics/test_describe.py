@@ -15,7 +15,6 @@ import torch
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from embeddings.simulated_cluster import Cluster, Device
-from embeddings.table_memory import FLOAT
 from recsys.build import Job, build_job
 from recsys.cli import main
 from recsys.config import (
@@ -133,17 +132,6 @@ def test_a_run_has_what_was_said(runs: Any, folder: Path, sharding: str) -> None
     assert description.table_bytes == tables
     assert description.memory.tables == max(tables)
     assert description.memory.bank == max(rank["bank"] for rank in ranks)
-
-
-def test_weights_are_counted_once_over_all_ranks(folder: Path) -> None:
-    config = config_of(folder, "row_wise")
-    one, four = (described(folder, config, ranks) for ranks in (1, 4))
-
-    assert [part.parameters for part in one.parts] == [part.parameters for part in four.parts]
-    assert sum(one.table_bytes) == sum(four.table_bytes)
-    weights = sum(part.parameters for part in one.parts if part.name.startswith("table "))
-    moments = 50 + 300 + 5  # one per row
-    assert sum(one.table_bytes) == FLOAT * (weights + moments)
 
 
 def test_a_laptop_plans_four_billion_rows_over_64_gpus(

@@ -151,11 +151,6 @@ ITEMS = {
         [POSTER_3, "100000000 pixels", "pixels"],
         POSTER,
     ),
-    "a program instead of an image": BadInput(
-        posters(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"),
-        [POSTER_3, "known format"],
-        POSTER,
-    ),
     "pixels without a range": BadInput(
         posters(encoded(Image.new("F", (9, 9)), "TIFF")), [POSTER_3, "mode F"], POSTER
     ),
