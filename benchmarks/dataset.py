@@ -54,10 +54,7 @@ items:
 def write_dataset(
     folder: Path, size: DatasetSize, seed: int = 0, shared_items: Path | None = None
 ) -> Path:
-    """Write the dataset unless `folder` already holds the same one; return `folder`.
-
-    Datasets with equal items share their files in `shared_items`.
-    """
+    """Write the dataset unless it is there; share the files of equal items in `shared_items`."""
     about = folder / "size.json"
     identity = json.dumps([asdict(size), seed])
     if about.is_file() and about.read_text() == identity:

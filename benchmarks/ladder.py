@@ -206,8 +206,6 @@ class Row:
 
 
 class _Rows:
-    """Rows in order, each made from an earlier one."""
-
     def __init__(self, first: Variant, what: str) -> None:
         self.rows = [Row(first.name, None, what, first)]
 

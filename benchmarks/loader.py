@@ -51,7 +51,6 @@ class Case:
 
     @property
     def has_aim(self) -> bool:
-        """Whether the aim per core or of waiting applies to this case."""
         return self.content and self.history == AIM_HISTORY
 
 
@@ -72,7 +71,6 @@ class Measured:
 
     @property
     def passes(self) -> bool | None:
-        """Whether the aim is reached; None if none applies."""
         if not self.case.has_aim:
             return None
         return self.per_core >= AIM if self.waiting is None else self.waiting < MOST_WAITING

@@ -60,12 +60,10 @@ class PlainSource:
         self.features = features_of_all_items(store, self.schema)
 
     def twin(self) -> PlainTwin:
-        """Build a new twin, with weights from the configuration's seed."""
         torch.manual_seed(self.config.seed)
         return PlainTwin(self.sizes(), list(self.features.values()))
 
     def sizes(self) -> TwinSizes:
-        """Return the sizes of the twin, from the configuration and the data."""
         config, content, schema = self.config, self.content, self.schema
         ranking = config.ranking
         assert isinstance(ranking, DinDcnSettings)
@@ -95,7 +93,6 @@ class PlainSource:
         )
 
     def batches(self) -> Iterator[PaddedBatch]:
-        """Yield the training batches of this rank, without end."""
         rows = ParquetRows.of_split(self.root, "train", self.schema)
         build = BatchBuilder(self.schema, pooled_features(self.config.embedding, self.schema))
         interactions = Interactions(

@@ -24,10 +24,7 @@ Each section is the end of what one command printed, written by
 
 
 def record(command: list[str], page: Path) -> int:
-    """Run the command, write the end of its output into the page, and return its exit code.
-
-    Unless the code is 0, the page stays as it is.
-    """
+    """Run the command and return its exit code; on success, write its output into the page."""
     # torchx prints the lines of ranks on standard error.
     process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(process.stdout, end="")

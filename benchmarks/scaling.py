@@ -229,8 +229,6 @@ class Curve:
 
 
 class _Variants:
-    """Makes variants of setting A with some sizes of the data changed."""
-
     def __init__(self, out: Path, quick: bool) -> None:
         self.out, self.quick = out, quick
         self.setting = setting("A", quick)

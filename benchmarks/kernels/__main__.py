@@ -192,7 +192,6 @@ def cases(out: Path, quick: bool) -> list[Variant]:
 
 
 def _write_criteo(folder: Path, num_rows: int, num_embeddings: int) -> Path:
-    """Write random rows of 26 columns of ids and 13 dense features, unless they exist."""
     if (folder / "schema.yaml").exists():
         return folder
     rng = np.random.default_rng(0)

@@ -36,10 +36,7 @@ NUM_ITEMS = 100_000
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of a row: of target attention with `units`, of content interest with `modalities`.
-
-    0 modalities are attention alone.
-    """
+    """Sizes of a row: of target attention with `units`, of content interest with `modalities`."""
 
     rows: int
     dim: int

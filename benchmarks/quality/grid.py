@@ -284,7 +284,6 @@ GRIDS: dict[str, list[Cell]] = {
     "backbones": [cell for name in BACKBONES for cell in backbone(name)],
     "full": [*PARTS, *HISTORY, *TEXT, *FURTHER],
 }
-# Peers that the recipe is compared with directly.
 PEERS = ("stored features", "SimTier histogram", "ConcatFusion", "FQ-Former modern")
 
 

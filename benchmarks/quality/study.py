@@ -25,7 +25,6 @@ from recsys.evaluation.model_selection import selection_words
 from recsys.evaluation.scores import SplitScores, read_scores, scores_file
 from recsys.storage.files import write_whole
 
-# Columns of a table: metric and part of the items.
 COLUMNS = {
     "AUC": ("auc", "all"),
     "GAUC": ("gauc", "all"),
@@ -66,7 +65,6 @@ class CellResult:
 
     @property
     def best_model_by(self) -> BestModelBy:
-        """Metric that chose the tested models."""
         run = self.runs[0][0]
         return load_config(run.recipe, list(run.overrides)).best_model_by
 
@@ -173,7 +171,6 @@ class Study:
 
     @property
     def protocol(self) -> str:
-        """Description of the runs, in words."""
         rows = sum(len(scores.positions) for scores in self.results[0].scores[0])
         selection = selection_words(self.results[0].best_model_by)
         return (

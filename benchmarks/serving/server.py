@@ -67,7 +67,6 @@ def request_for(package: Path, scorer: Scorer, length: int, count: int) -> dict[
     items = scorer.read.item_ids(limit=10**9)
 
     def drawn(number: int) -> list[Any]:
-        """Draw items, each as likely as any other."""
         return [items[place] for place in rng.integers(len(items), size=number)]
 
     for history in scorer.schema.histories:

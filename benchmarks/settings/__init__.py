@@ -1,7 +1,4 @@
-"""The settings that benchmarks measure: a recipe each and the synthetic dataset it runs on.
-
-A has stored features, so that all except encoders is measured; B has raw text through an encoder.
-"""
+"""Settings A (stored features) and B (raw text): a recipe each and its synthetic dataset."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The processes that a variant's steps run in: one per rank, with its own peak of memory.
-
-Under torchrun or torchx the ranks already run, and all variants share each of them.
-"""
+"""The processes that a variant's steps run in: one per rank, or those that torchrun started."""
 
 from __future__ import annotations
 

@@ -78,7 +78,6 @@ class Measurement:
 
     @property
     def step_seconds(self) -> float:
-        """Median seconds over all steps."""
         return median(second for round_seconds in self.seconds for second in round_seconds)
 
     @property

@@ -48,7 +48,6 @@ class BatchCounts:
 
     @staticmethod
     def of(batch: Batch) -> BatchCounts:
-        """Return the counts of a batch in the form that the model gets."""
         sizes = batch.history_index, batch.history_items, batch.content_items
         return BatchCounts(batch.batch_size, *map(len, sizes))
 
@@ -79,10 +78,7 @@ def part_seconds(events: Iterable[FunctionEvent]) -> dict[str, float]:
 
 
 def step_flops(step: Callable[[], None], kernels: Kernels) -> int:
-    """Return the FLOPs of a step: products of matrices, convolutions and attention.
-
-    PyTorch's operations replace `kernels`, whose FLOPs PyTorch does not count.
-    """
+    """Return the FLOPs of a step, with PyTorch's operations in place of `kernels`."""
     choose_kernels("torch")
     try:
         with FlopCounterMode(display=False) as counter:

@@ -58,10 +58,7 @@ class FilledRows:
 
 
 def fill_cold_rows(job: Job, counts: ItemCounts) -> dict[str, FilledRows]:
-    """Apply the rules of all tables, and return what was filled, by table. A collective.
-
-    `counts` are the training rows of each item so far.
-    """
+    """Apply the rules of all tables, and return what was filled, by table. A collective."""
     filled = {}
     for table, rule in cold_row_rules(job.config, job.schema).items():
         rows = TableRows(job.model, table, job.ranks.group)

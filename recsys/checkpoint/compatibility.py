@@ -10,8 +10,7 @@ from typing import Any
 from recsys.config import Config, config_of_plain, to_plain
 from recsys.ranking.settings import NumbersSettings
 
-# Settings that may change between a checkpoint and the run that continues it. All others define
-# the stored tensors.
+# Settings that a run may change when it continues; all others define the stored tensors.
 CHANGEABLE = (
     "epochs",
     "validations_per_epoch",

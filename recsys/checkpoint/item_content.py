@@ -56,8 +56,7 @@ def encode_changed_items(
 ) -> int:
     """Encode the items that differ from those of a loaded checkpoint. A collective.
 
-    Items whose row was removed lose their content. `new_rows` maps old ids to present ones, -1 if
-    there is none; None: ids are the same.
+    `new_rows` maps old ids to present ones, -1 if there is none; None: ids are the same.
 
     Raises:
         ValueError: on every rank: ranks read other items.

@@ -59,11 +59,7 @@ MAX_FAILURES = 3  # failed writes in a row that end the job
 class Checkpoints:
     """The checkpoints of a run in training. All methods are collectives.
 
-    Args:
-        job: the job whose state is saved and restored.
-        run: the run's folder.
-        data: fingerprint of the training rows.
-        writers: the ranks with a group for the writer's thread alone; default: a new one.
+    `data` is the fingerprint of the training rows; `writers` have a group for the writer's thread.
     """
 
     def __init__(self, job: Job, run: Path, data: str, writers: Ranks | None = None) -> None:

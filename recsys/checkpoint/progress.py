@@ -23,8 +23,7 @@ class Progress:
     # Steps of the runs that a warm start took over, which count for the ages of bank vectors.
     steps_before: int = 0
     table_steps_before: int = 0
-    # Position in the data: the epoch, the part of it that other numbers of ranks have read, and the
-    # number of batches of each rank since.
+    # Position in the data: epoch, parts read by other numbers of ranks, batches of each rank since.
     epoch: int = 0
     stages: list[Stage] = field(default_factory=list)
     batches: int = 0

@@ -1,8 +1,4 @@
-"""The schema that a run was trained on: kept in its folder, compared with that of other data.
-
-A run reads columns by name in the order of `RUN/schema.yaml`; their order in a dataset does not
-matter.
-"""
+"""The schema that a run was trained on: kept in `RUN/schema.yaml`, compared with other data."""
 
 from __future__ import annotations
 

@@ -39,10 +39,7 @@ class TrialFailed(Exception):
 
 @dataclass(frozen=True)
 class Claim:
-    """A trial that this process runs, by the lock on the output of its trainings.
-
-    num_reported: number of intermediate values that the study has of it already.
-    """
+    """A trial that this process runs; the study has `num_reported` values of it already."""
 
     trial: Trial
     folder: Path
@@ -65,11 +62,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class TrialRuns:
-    """Trains trials.
-
-    threads: threads of each rank; None: as the environment says.
-    stop: set when the search is to end.
-    """
+    """Trains trials until `stop` is set, with `threads` per rank (None: by the environment)."""
 
     recipe: Path
     config: Config
@@ -118,7 +111,6 @@ class TrialRuns:
         return [*command, "--out", str(folder), "--seed", str(seed), "--tracker", trackers]
 
     def _train(self, command: list[str], claim: Claim, watched: Path | None) -> None:
-        """Run a training, and report the validations of the `watched` folder meanwhile."""
         environment = environment_of_no_rank()
         if self.threads is not None:
             environment.setdefault("OMP_NUM_THREADS", str(self.threads))

@@ -12,10 +12,7 @@ PREFIX = "valid/"
 
 
 class ValidationLines:
-    """A tracker that writes each validation's metrics and step to `RUN/validations.jsonl`.
-
-    Lines of steps after the one from which a run goes on are dropped.
-    """
+    """A tracker that writes each validation's metrics and step to `RUN/validations.jsonl`."""
 
     def __init__(self, run: Path, settings: dict[str, Any], first_step: int) -> None:
         lines = [line for line in read_lines(run) if line["step"] <= first_step]

@@ -89,7 +89,6 @@ def bytes_of_rows(manifest: Manifest) -> dict[str, int]:
 
 
 def _compare(older: Manifest, newer: Manifest) -> Description:
-    """Decide how each file comes about, by hashes and layouts."""
     old_bytes, new_bytes = bytes_of_rows(older), bytes_of_rows(newer)
     equal, patched, whole = [], {}, []
     for name, entry in newer.files.items():

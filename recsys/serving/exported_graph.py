@@ -73,7 +73,6 @@ class ExportedGraph:
         return ExportedGraph(program.graph_module, _state_of(program), digest)
 
     def with_weights(self, archive: ZipFile) -> ExportedGraph:
-        """Return a graph of the same operations with the weights of a file."""
         root = _root_of(archive)
         records = json.loads(archive.read(f"{root}{WEIGHTS}{CONFIG}"))["config"]
         state = dict(self._state)
@@ -159,7 +158,6 @@ def _require_any_length(program: ExportedProgram, inputs: RankingInputs) -> None
 
 
 def _names_of_rows(inputs: RankingInputs) -> list[str]:
-    """Return what the rows of each tensor among the arguments are."""
     names: list[str] = []
     for name, part in vars(inputs).items():
         rows = "history items" if name in HISTORY_INPUTS else "candidates"

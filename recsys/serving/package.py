@@ -101,10 +101,7 @@ def read_manifest_of(
     verify: bool,
     verified: VerifiedFiles | None = None,
 ) -> M:
-    """Read a manifest of one kind and check the files of its folder, as `read_manifest` does.
-
-    Messages call the folder `what` and name the `command` that makes one.
-    """
+    """Read a manifest of one kind and check its files; messages name `what` and `command`."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder}: no {what} ({MANIFEST} is missing); make one by {command}")

@@ -183,7 +183,6 @@ class RequestReader:
         return TableRows(rows, lengths)
 
     def _column(self, name: str, values: Mapping[str, Sequence[Any]], place: str) -> pa.Array:
-        """Return a column as training reads it, made of the values of columns."""
         arrays = {
             source: self._array(source, source_values, place, name)
             for source, source_values in values.items()

@@ -30,7 +30,6 @@ class SharedHistory:
 
     @property
     def longest(self) -> int:
-        """Number of places L of each row."""
         return self.num_items if self.places is None else self.places.shape[1]
 
     @property
@@ -72,7 +71,6 @@ class SharedHistory:
         return values.view(self.num_rows, self.longest, values.shape[1])[0]
 
     def unindexed(self) -> SharedHistory:
-        """Return itself: items and places are the same."""
         return self
 
     def gather(self, items: Tensor) -> Tensor:
@@ -125,10 +123,7 @@ class SharedHistory:
         return torch.ones_like(values) if self.mask is None else self.mask.reshape(-1).to(values)
 
     def highest(self, scores: Tensor, count: int) -> Tensor:
-        """Return the flat places of the `count` highest scores [N * L] of each row, ascending.
-
-        Ties go to the later place, as in `JaggedHistory.highest`.
-        """
+        """Return flat places of each row's `count` highest scores [N * L]; the later wins a tie."""
         assert self.mask is None
         by_row = scores.reshape(self.num_rows, self.longest)
         order = self.longest - 1 - by_row.flip(1).argsort(dim=1, descending=True, stable=True)
@@ -138,17 +133,13 @@ class SharedHistory:
         return self._selected[-1][0]
 
     def latest(self, is_eligible: Tensor, count: int) -> Tensor:
-        """Return the flat places of the `count` latest eligible ones [N * L] of each row.
-
-        A row with fewer has further places that do not count.
-        """
+        """Return the flat places of the `count` latest eligible ones [N * L] of each row."""
         places = self.highest(is_eligible.float(), count)
         mask = is_eligible[places].reshape(self.num_rows, -1)
         self._selected.append((places.clone(), mask))
         return self._selected[-1][0]
 
     def select(self, places: Tensor) -> SharedHistory:
-        """Return the history of places that `highest` or `latest` has returned; no others."""
         masks = [mask for selected, mask in self._selected if selected is places]
         if not masks:
             raise ValueError(

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-# Seconds that a killed job may need to disappear, with its children and from network file systems.
+# Seconds that a killed job, its children and a network file system may need to free the lock.
 PATIENCE_SECONDS = 120.0
 ATTEMPT_SECONDS = 0.2
 

@@ -1,7 +1,4 @@
-"""Manifests of folders: size and hashes of each file, signed by a hash of the manifest itself.
-
-Blocks are hashed side by side.
-"""
+"""Manifests of folders: size and hashes of each file, signed by a hash of the manifest itself."""
 
 from __future__ import annotations
 
@@ -72,7 +69,6 @@ class VerifiedFiles:
         self.identities: set[tuple[Any, ...]] = set()
 
     def known(self, path: Path, digests: list[str]) -> tuple[bool, tuple[Any, ...]]:
-        """Return whether a file was compared before, and what it is known by."""
         status = path.stat()
         times = status.st_mtime_ns, status.st_ctime_ns
         identity = status.st_dev, status.st_ino, status.st_size, *times, *digests

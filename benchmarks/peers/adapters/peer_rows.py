@@ -85,7 +85,6 @@ class PeerJob:
 
     @classmethod
     def of_command_line(cls) -> PeerJob:
-        """Read the JSON file that the command line names."""
         job = json.loads(Path(sys.argv[1]).read_text())
         return cls(Path(job["rows"]), job["settings"], job["seed"], Path(job["out"]))
 

@@ -55,7 +55,6 @@ def reconciled_schema(
 
 
 def _take_fitted_values(trained: Schema, data: Schema, differences: Differences) -> None:
-    """Give transformed columns the values that were fitted for the run."""
     for name, chain in data.transforms.items():
         fitted = trained.transforms.get(name)
         if fitted is None or not fitted.is_fit_of(chain.without_fit) or fitted == chain:
@@ -115,10 +114,7 @@ def compare_settings(source: Source, config: Config, differences: Differences) -
 def compare_encoders(
     source: Source, job: Job, takes: Callable[[str], bool], differences: Differences
 ) -> bool:
-    """Return whether items are encoded as in the run, by frozen weights and settings.
-
-    Other frozen weights are refused for encoders of which a part is taken over.
-    """
+    """Return whether items are encoded as in the run; refuse used encoders that differ."""
     stored, current = content_settings(source.config.content), content_settings(job.config.content)
     if stored is None or current is None:
         return False

@@ -185,7 +185,6 @@ def _refuse_rules_without_state(plan: WarmStartPlan, job: Job) -> None:
 
 
 def _refuse_shapes(shapes: dict[str, str], differences: Differences) -> None:
-    """Refuse weights whose shapes do not fit, with the patterns that leave them out."""
     if shapes:
         listed = [f"{name} {sizes}" for name, sizes in shapes.items()][:MOST_SHAPES]
         num_unlisted = len(shapes) - len(listed)
@@ -319,7 +318,6 @@ def _table_states(
 
 
 def _table_optimizers(config: Config, schema: Schema) -> dict[str, str]:
-    """Return the optimizer of each table; none of a frozen one."""
     tables = table_configs(config, schema)
     return {table.name: "none" if table.frozen else table.optimizer for table in tables}
 

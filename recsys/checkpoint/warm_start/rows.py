@@ -214,8 +214,6 @@ def _used_rows(source: Source, table: str) -> Iterator[UsedRows]:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows of the new tensor on this rank."""
-
     tensor: Tensor  # [rows] or [rows, columns], the memory of the job
     row: int
     columns: slice

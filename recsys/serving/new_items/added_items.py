@@ -54,7 +54,6 @@ class AddedItems:
         return AddedItems(entry["number"], index, ids, VectorFile(folder / VECTORS, shape))
 
     def replace_in(self, vectors: Tensor, items: np.ndarray) -> None:  # [N, E], [N]
-        """Put the vectors of added items in the place of those that were exported."""
         if self.vectors is None:
             return
         place, is_added = lookup(self.index, items)

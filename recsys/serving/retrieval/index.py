@@ -65,10 +65,7 @@ def read_index(path: Path) -> Any:
 def search_index(
     index: Any, queries: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:  # float32 [Q, V] -> float32 [Q, K], int64 [Q, K]
-    """Return the highest dot products of each query and the items' positions, best first.
-
-    A graph or clusters may yield fewer than `count`: their positions are -1.
-    """
+    """Return the highest dot products of each query and the items' positions; -1: none found."""
     parameters = None
     if hasattr(index, "hnsw"):
         parameters = require_faiss().SearchParametersHNSW(efSearch=max(HNSW_SEARCH, count))

@@ -1,8 +1,7 @@
 """Item vectors: what `recsys export-vectors` writes and `recsys retrieve` reads.
 
-`vectors.npy`, `items.parquet` (`id` and table row) and `index.faiss` have the same order.
-`queries/` is the package of the user tower. Shapes: I items, D content dimension, V width of a
-vector.
+`vectors.npy`, `items.parquet` and `index.faiss` have the same order. `queries/` is the user tower.
+Shapes: I items, D content dimension, V width of a vector.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""HTTP connections that end when a client does not send its request.
-
-uvicorn alone only limits the time between two requests.
-"""
+"""HTTP connections that end when a client does not send its request."""
 
 from __future__ import annotations
 
@@ -21,10 +18,7 @@ class HeadError(Exception):
 
 
 class BoundedConnection(HttpToolsProtocol):
-    """A connection of uvicorn whose requests must be complete `READ_TIMEOUT` seconds after a byte.
-
-    The time of the first request counts from the start of the connection.
-    """
+    """Limits each request of a uvicorn connection to `READ_TIMEOUT` seconds from its first byte."""
 
     _timer: asyncio.TimerHandle | None = None
     _head_size = 0  # bytes since the last end of a head, part of a body, or end of a request
@@ -42,7 +36,6 @@ class BoundedConnection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse bytes; refuse heads of more than `MAX_HEAD`."""
         if self._is_refused:
             return
         if self._timer is None:

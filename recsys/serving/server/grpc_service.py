@@ -78,8 +78,6 @@ class InferenceService:
         self._scoring = scoring
 
     def handler(self, name: str, request: Any, response: Any) -> Callable[..., Any]:
-        """Return the function that answers a method, of these types of messages."""
-
         async def answer(messages: AsyncIterator[bytes], context: ServicerContext) -> Any:
             metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
             log, code = RequestLog(f"grpc {name}", metadata.get(ID_HEADER, "")), "OK"

@@ -100,7 +100,6 @@ class Drain:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def start(self, scoring: ScoringService, server: grpc.aio.Server) -> None:
-        """Let signals begin the end of HTTP and gRPC, inside the event loop."""
         self._scoring, self._server = scoring, server
         self._loop = asyncio.get_running_loop()
         for number in HANDLED_SIGNALS:
