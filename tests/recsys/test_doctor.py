@@ -53,18 +53,6 @@ def test_this_installation_works() -> None:
     doctor.require_working_installation()
 
 
-@pytest.mark.parametrize("triple", doctor.MATCHING_TRIPLES)
-def test_each_matching_triple_is_accepted(install, triple: tuple[str, str, str]) -> None:
-    torch_minor, torchrec_minor, fbgemm_minor = triple
-    versions = {
-        "torch": f"{torch_minor}.1+cpu",
-        "torchrec": f"{torchrec_minor}.0",
-        "fbgemm-gpu-cpu": f"{fbgemm_minor}.0",
-    }
-    install({**HEALTHY, **versions})
-    assert doctor.check_installation() == []
-
-
 @pytest.mark.parametrize(
     "wrong", [{"torch": "2.12.0"}, {"torchrec": "1.7.0"}, {"fbgemm-gpu-cpu": "1.9.0"}]
 )

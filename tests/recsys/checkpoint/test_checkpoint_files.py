@@ -79,17 +79,8 @@ def rewrite_in_format_2(folder: Path, **changes: Any) -> None:
     (folder / MANIFEST).write_text(json.dumps(content | {"checksum": checksum} | changes))
 
 
-def cut_manifest(folder: Path) -> None:
-    (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:-9])
-
-
 def nest_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text("[" * 50_000 + "]" * 50_000)
-
-
-def change_step(folder: Path) -> None:
-    text = (folder / MANIFEST).read_text()
-    (folder / MANIFEST).write_text(text.replace('"step": 6', '"step": 7'))
 
 
 def change_step_in_format_2(folder: Path) -> None:
@@ -115,9 +106,7 @@ def remove_metadata(folder: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        cut_manifest,
         nest_manifest,
-        change_step,
         change_step_in_format_2,
         flip_shard_bit,
         flip_shard_bit_in_format_2,

@@ -30,13 +30,6 @@ class Evil:
         return os.mkdir, (str(self.mark),)
 
 
-def test_tensors_are_read_as_the_library_reads_them(folder: Path) -> None:
-    state = {"weight": torch.zeros(2, 3), "ids": torch.zeros(2, dtype=torch.int64)}
-    dcp.load(state, storage_reader=SafeFileSystemReader(folder), no_dist=True)
-    assert torch.equal(state["weight"], torch.arange(6.0).reshape(2, 3))
-    assert state["ids"].tolist() == [1, 2]
-
-
 def test_code_in_the_metadata_does_not_run(folder: Path, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     (folder / ".metadata").write_bytes(pickle.dumps(Evil(mark)))

@@ -132,19 +132,6 @@ def test_killed_after_the_first_validation_a_run_goes_on_with_the_same_end(
     assert result(tmp_path / "run") == result(whole[0])
 
 
-def test_where_only_the_best_model_is_left_an_unfinished_run_goes_on_from_it(
-    folder: Path, whole: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(whole[0], tmp_path / "run")
-    (tmp_path / "run" / "metrics.json").unlink()
-    for checkpoint in folders_by_age(tmp_path / "run" / "checkpoints"):
-        shutil.rmtree(checkpoint)
-    best = json.loads((tmp_path / "run" / "checkpoints/best/checkpoint.json").read_text())
-    steps_seen = StepsSeen(monkeypatch)
-    run_training(folder, tmp_path / "run")
-    assert [number for number, _ in steps_seen.steps] == list(range(best["step"] + 1, 5))
-
-
 def test_a_signal_before_the_first_step_ends_the_start_and_leaves_no_lock(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

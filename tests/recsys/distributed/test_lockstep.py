@@ -56,7 +56,6 @@ def seldom_exchanged(rank: int, world_size: int) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         fake = SimpleNamespace(monotonic=lambda: clock.now)
         patch.setattr("recsys.distributed.lockstep.time", fake)
-        patch.setattr("recsys.distributed.lockstep.time", fake)
         patch.setattr(dist, "all_reduce", counted)
         lockstep = Lockstep(ranks_of(rank, world_size))
         actual["batches"] = list(lockstep.training_batches(source(), 60))
@@ -93,23 +92,6 @@ def batches_of_unequal_ranks(rank: int, world_size: int) -> list[int]:
 
 def test_all_ranks_end_with_the_first_that_has_no_batch_left() -> None:
     assert run_on_ranks(batches_of_unequal_ranks, 2) == [[0, 1, 2], [0, 1, 2]]
-
-
-def terminated_on_rank_1(rank: int, world_size: int) -> list[bool]:
-    """Whether the job is to end, before each batch; rank 1 gets SIGTERM with its second."""
-
-    def source() -> Iterator[int]:
-        for number in range(3):
-            if (rank, number) == (1, 1):
-                signal.raise_signal(signal.SIGTERM)
-            yield number
-
-    with Lockstep(ranks_of(rank, world_size)) as lockstep:
-        return [lockstep.stop for _ in lockstep.training_batches(source(), 3)]
-
-
-def test_what_one_rank_is_asked_ends_all_after_the_same_batch() -> None:
-    assert run_on_ranks(terminated_on_rank_1, 2) == [[False, True, True]] * 2
 
 
 def interrupted(rank: int, world_size: int, seconds: list[float], numbers: list[int]) -> list[bool]:

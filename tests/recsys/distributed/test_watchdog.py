@@ -29,7 +29,6 @@ from recsys.distributed.watchdog import (
     Heartbeat,
     Unchanged,
     Watchdog,
-    place_of_main_thread,
     silent_ranks,
     stalled_ranks,
 )
@@ -315,11 +314,3 @@ def test_time_in_which_the_whole_job_was_suspended_does_not_count(
     assert unchanged.look(1) == 1.0
     assert unchanged.look(1) == 1.0 + 2.0
     assert unchanged.look(2) == 0.0
-
-
-def test_the_place_of_the_main_thread_is_known_to_other_threads() -> None:
-    places: list[str] = []
-    thread = threading.Thread(target=lambda: places.append(place_of_main_thread()))
-    thread.start()
-    thread.join()
-    assert places[0].startswith("threading.py:")

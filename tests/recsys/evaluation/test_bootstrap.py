@@ -17,7 +17,7 @@ from recsys.evaluation.bootstrap import (
     resamples,
 )
 from recsys.evaluation.interval_correction import effective_users, interval_ends, interval_stretch
-from recsys.evaluation.metrics import RankedRows, evaluation_report
+from recsys.evaluation.metrics import RankedRows
 from recsys.evaluation.scores import SplitScores
 
 METRICS = ["auc", "gauc"]
@@ -124,17 +124,6 @@ def test_memory_is_bounded_by_blocks_that_change_nothing(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_the_pooled_metric_of_one_window_is_that_of_the_report(metric: str) -> None:
-    scores = random_scores(0, 200, 12)
-    report = evaluation_report(
-        scores.labels[:, 0], scores.logits[:, 0], scores.groups, scores.counts
-    )
-    for part in PARTS:
-        expected = report[metric] if part == "all" else report[part][metric]
-        assert pooled_metric([scores], metric, part) == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize("metric", METRICS)
 def test_a_planted_difference_is_found_in_either_direction(metric: str) -> None:
     scores = random_scores(0, 2000, 100)
     weak, strong = rescored(scores, 1, signal=0.5), rescored(scores, 2, signal=1.5)
@@ -143,23 +132,6 @@ def test_a_planted_difference_is_found_in_either_direction(metric: str) -> None:
     assert better is not None and worse is not None
     assert 0 < better.low < better.value < better.high and better.excludes_zero
     assert worse.high < 0 and worse.excludes_zero
-
-
-def test_the_interval_is_that_of_users_not_of_rows() -> None:
-    """Ten copies of each row say nothing new of the users."""
-    scores = random_scores(0, 100, 20)
-    other = rescored(scores, 1)
-    often = np.repeat(np.arange(100), 10)
-    names = ("positions", "groups", "items", "counts", "labels", "logits")
-    repeated = [
-        replace(s, **{name: getattr(s, name)[often] for name in names}) for s in (scores, other)
-    ]
-    once = paired_difference([[scores]], [[other]], "gauc", "all")
-    tenfold = paired_difference([[repeated[0]]], [[repeated[1]]], "gauc", "all")
-    assert once is not None and tenfold is not None
-    assert (tenfold.value, tenfold.low, tenfold.high) == pytest.approx(
-        (once.value, once.low, once.high), abs=1e-12
-    )
 
 
 @pytest.mark.parametrize("metric", METRICS)

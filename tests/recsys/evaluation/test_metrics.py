@@ -13,7 +13,6 @@ from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor
 
 from recsys.config import BestModelBy, ranking_settings
-from recsys.data.item_frequency import COLD_BELOW
 from recsys.distributed.gather import gather_rows, gather_rows_to_first
 from recsys.evaluation.evaluate import format_evaluation
 from recsys.evaluation.metrics import RankedRows, evaluation_report, format_report
@@ -47,13 +46,6 @@ def test_auc_and_gauc_equal_scikit_learn_and_a_loop_over_users(num_scores: int) 
     metrics = RankedRows(labels, logits, groups).metrics()
     assert metrics["auc"] == pytest.approx(roc_auc_score(labels, logits), abs=1e-12)
     assert metrics["gauc"] == pytest.approx(brute_force_gauc(labels, logits, groups), abs=1e-12)
-
-
-def test_gauc_weighs_users_by_their_rows_and_skips_those_with_one_label() -> None:
-    labels = np.array([1, 0, 1, 0, 0, 1, 1])
-    logits = np.array([1.0, 0.0, 0.0, 1.0, 2.0, 9.0, -9.0])
-    users = np.array([4, 4, 2, 2, 2, 8, 8])  # AUC 1 over 2 rows, 0 over 3 rows, none
-    assert RankedRows(labels, logits, users).metrics()["gauc"] == pytest.approx(2 / 5)
 
 
 def test_log_loss_entropy_and_calibration_equal_their_definitions() -> None:
@@ -111,12 +103,6 @@ def test_a_report_holds_the_metrics_of_warm_cold_and_unseen_items() -> None:
     for name, rows in parts.items():
         assert report.pop(name) == RankedRows(labels[rows], logits[rows], groups[rows]).metrics()
     assert report == RankedRows(labels, logits, groups).metrics()
-
-
-def test_an_item_with_five_training_rows_is_warm_and_with_four_cold() -> None:
-    zeros = np.zeros(3, int)
-    report = evaluation_report(zeros, zeros, zeros, np.array([0, COLD_BELOW - 1, COLD_BELOW]))
-    assert [report[name]["num_samples"] for name in ("warm", "cold", "unseen")] == [1, 2, 1]
 
 
 def test_the_table_shows_each_part_and_a_dash_for_what_is_not_defined() -> None:

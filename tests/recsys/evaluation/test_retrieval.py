@@ -20,7 +20,7 @@ from recsys.data.parquet.rows import ParquetRows
 from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import evaluate, load_run
-from recsys.evaluation.retrieval import retrieval_metrics, search_places
+from recsys.evaluation.retrieval import retrieval_metrics
 from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
@@ -31,13 +31,6 @@ from tests.recsys.ranking.backbone_runs import backbone_config
 NUM_ITEMS = 150  # more than the deepest list
 NUM_ROWS = {"train": 61, "valid": 24, "test": 33}
 CASES = [("two_tower", "none"), ("two_tower sampled", "qformer"), ("two_tower in_batch", "full")]
-
-
-def test_an_item_outside_the_catalogue_is_ranked_as_if_it_were_in_it() -> None:
-    vectors = torch.tensor([[1.0], [2.0], [3.0]])
-    query, target = torch.tensor([[1.0]]), torch.tensor([[2.5]])
-    actual, tied = search_places(query, target, torch.tensor([9]), torch.arange(3), vectors)
-    assert actual.tolist() == [1] and tied.tolist() == [0]
 
 
 def metrics_of(places: Tensor) -> dict[str, Any]:

@@ -17,12 +17,6 @@ from recsys.storage.files import (
 from recsys.storage.location import Location
 
 
-def test_the_text_is_there_and_nothing_else(tmp_path: Path) -> None:
-    write_whole(tmp_path / "new" / "page.html", "é\n")
-    assert (tmp_path / "new" / "page.html").read_text(encoding="utf-8") == "é\n"
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.html"]
-
-
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text("old")

@@ -24,12 +24,6 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str
     return {name: describe(tmp_path / name) for name in ("item", "user", "empty")}
 
 
-def test_whole_files_have_no_differences(tmp_path: Path, files: manifest.Files) -> None:
-    assert files["item"]["bytes"] == 100 * BLOCKS - 7 and len(files["item"]["sha256"]) == BLOCKS
-    for verify in (True, False):
-        assert list(differences(tmp_path, files, verify)) == []
-
-
 @pytest.mark.parametrize("place", [0, 1234, 100 * BLOCKS - 8])
 def test_one_bit_is_seen_by_the_hashes(tmp_path: Path, files: manifest.Files, place: int) -> None:
     path = tmp_path / "item"

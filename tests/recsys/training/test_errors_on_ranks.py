@@ -1,8 +1,7 @@
 """An error that one rank sees ends every rank, with the cause; none is left waiting."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 from recsys.config import load_config
-from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 from recsys.training.train import train
 from tests.datasets import write_dataset
@@ -120,30 +118,6 @@ def test_the_command_ends_with_the_cause_from_each_rank_before_anything_is_writt
     assert any(line.startswith("rank 0: error: rank 1: ") for line in lines), process.stderr
     assert any(line.startswith("rank 1: error: ") for line in lines), process.stderr
     assert not out.exists()
-
-
-def batches_until_rank_1_fails(rank: int, world_size: int) -> tuple[int, str]:
-    """How many batches this rank got, and what it raised."""
-
-    def batches() -> Iterator[Any]:
-        yield from ("first", "second")
-        if rank == 1:
-            raise ValueError("part-1.parquet: row group 3 cannot be read")
-        yield from ("third", "fourth")
-
-    ranks = Ranks(rank, world_size, rank, world_size, torch.device("cpu"))
-    count = 0
-    try:
-        for _ in Lockstep(ranks).batches(batches()):
-            count += 1
-    except ValueError as error:
-        return count, str(error)
-    return count, "nothing"
-
-
-def test_a_file_that_fails_in_the_middle_of_an_epoch_ends_all_ranks_in_the_same_step() -> None:
-    cause = "part-1.parquet: row group 3 cannot be read"
-    assert run_on_ranks(batches_until_rank_1_fails, 2) == [(2, f"rank 1: {cause}"), (2, cause)]
 
 
 UNEVEN = (3, 13, 14)

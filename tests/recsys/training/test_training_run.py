@@ -172,31 +172,11 @@ def test_a_run_of_two_ranks_evaluates_alike_on_one_and_on_three(
         assert_same_metrics(evaluate(trained.run, None, "test", ranks, "cpu"), metrics["test"])
 
 
-VARIANTS = {
-    "id only": ["--content", "none"],
-    "full": ["--content.history.mode", "full"],
-    "cic all ranks": ["--contrastive.all_ranks", "true"],
-    "no cic": ["--contrastive.weight", "0"],
-    "concat": ["--content.fusion.name", "concat"],
-    "refreshed bank": ["--content.history.refresh_bank_every_epoch", "true"],
-}
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small")
     write_dataset(folder / "data", {"train": 33, "valid": 20, "test": 20})
     return folder
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_trains(small: Path, tmp_path: Path, variant: str) -> None:
-    words = ["--batch_size", "16", "--cache", str(small / "cache"), "--device", "cpu"]
-    config = load_config(TINY, [*words, *VARIANTS[variant]])
-    with joined_ranks("cpu") as ranks:
-        metrics = train(config, str(small / "data"), tmp_path / "run", ranks)
-    assert metrics["train"]["steps"] == 3
-    assert math.isfinite(metrics["test"]["logloss"]) and metrics["test"]["logloss"] < 2
 
 
 @pytest.mark.parametrize(

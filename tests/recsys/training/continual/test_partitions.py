@@ -44,9 +44,7 @@ def test_partitions_are_ordered_by_their_values_numbers_as_numbers(tmp_path: Pat
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["a.parquet", "date=1/a.parquet"], r"a\.parquet: lies outside"),
         (["date=1/a.parquet", "date=1/hour=2/a.parquet"], r"date=1/a\.parquet: lies outside"),
-        (["date=1/a.parquet", "date=2/hour=2/a.parquet"], "different levels"),
         (["hour=5/a.parquet", "hour=05/a.parquet"], "one value"),
     ],
 )
@@ -157,11 +155,6 @@ def test_partitions_of_numbers_or_words_have_no_date(names: list[str]) -> None:
     assert not refused_partitions([Partition(name) for name in names], [], TODAY)
 
 
-def test_a_span_may_not_leave_out_partitions() -> None:
-    with pytest.raises(ValueError, match=r"--from 2025-11-04: .*2025-11-03"):
-        next_partition("train", DAYS, state("01", "02"), PartitionRange("2025-11-04"))
-
-
 @pytest.mark.parametrize("name", ["_temporary/0/a.parquet", "part-1.parquet.tmp"])
 def test_a_partition_that_is_being_written_is_refused(tmp_path: Path, name: str) -> None:
     place = f"train/{DAYS[0].name}"
@@ -170,14 +163,6 @@ def test_a_partition_that_is_being_written_is_refused(tmp_path: Path, name: str)
     folder_with(tmp_path, f"{place}/{name}")
     with pytest.raises(ValueError, match=r"11-01/.*being written"):
         check_whole(root, DAYS[0], DAYS[:1])
-
-
-def test_a_partition_needs_the_mark_that_others_have(tmp_path: Path) -> None:
-    names = [f"train/{DAYS[0].name}/_SUCCESS", f"train/{DAYS[1].name}/part-0.parquet"]
-    root = folder_with(tmp_path, *names)
-    check_whole(root, DAYS[0], DAYS[:2])
-    with pytest.raises(ValueError, match=r"11-02: has no _SUCCESS"):
-        check_whole(root, DAYS[1], DAYS[:2])
 
 
 def test_a_followed_partition_is_whole_with_its_mark_or_after_a_quiet_time(tmp_path: Path) -> None:
