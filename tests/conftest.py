@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
@@ -24,9 +25,10 @@ def process_as_before() -> Iterator[None]:
     """Jobs in the process of a test set up loggers and kernels; the next test has its own."""
     loggers = [logging.getLogger(name) for name in OWN_LOGGERS]
     before = [(log.handlers, log.propagate, log.level) for log in loggers]
-    kernels = _KernelChoice.kernels
+    kernels, threads = _KernelChoice.kernels, torch.get_num_threads()
     yield
     _KernelChoice.kernels = kernels
+    torch.set_num_threads(threads)
     for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
         logger.handlers, logger.propagate = handlers, propagate
         logger.setLevel(level)

@@ -12,11 +12,13 @@ import re
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recsys.checkpoint.compatibility import check_equal
-from recsys.distributed.ranks import Ranks
 from recsys.storage.manifest import differences, read_signed, write_signed
+
+if TYPE_CHECKING:
+    from recsys.distributed.ranks import Ranks  # imports torch
 
 BEST = "best"
 MANIFEST = "checkpoint.json"
