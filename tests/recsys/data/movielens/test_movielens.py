@@ -137,15 +137,6 @@ def test_the_schema_of_the_sample_names_its_columns_and_table_sizes(
     }
 
 
-def test_text_is_title_and_genres_without_what_is_not_there(source: Path, tmp_path: Path) -> None:
-    prepare_movielens(source, tmp_path / "out")
-    items = pq.read_table(tmp_path / "out" / "items").to_pydict()
-    assert items["text"] == ["Heat (1995) | Action, Crime", "Solo, a film", "X"]
-    assert items["genres"] == ["Action|Crime", None, None]
-    assert items["item"] == [0, 1, 2]
-    assert items["movie_id"] == [1, 5, 9]
-
-
 def test_movies_in_any_order_become_items_in_order_of_id(tmp_path: Path) -> None:
     for name, movies in {"a": MOVIES, "b": MOVIES[::-1]}.items():
         source = write_source(tmp_path / name, RATINGS, movies)
