@@ -3,8 +3,8 @@
     python -m benchmarks.throughput --out FOLDER --setting A
     torchx run -s local_cwd launch/components.py:benchmark --nproc 2 -- throughput --out FOLDER
 
-Samples/s at P10, P50 and P90, the time of each part of a step, peak memory, and the share of the
-step that its FLOPs would take at the rate of a large matrix product.
+Samples/s at P10, P50 and P90, the time of each part of a step, and peak memory. The share of the
+step that its FLOPs would take at the rate of a large matrix product shows the distance.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m benchmarks.continual --out runs/bench
 
-Four ways score each of 20 MovieLens partitions before they have seen it: the continual run, a model
-trained from scratch on all before, the continual model frozen halfway, and a run without content.
+Four ways score each of 20 MovieLens partitions before training on it. They are the continual run,
+retraining from scratch, the continual model frozen halfway, and a run without content.
 Partitions of a synthetic dataset are timed from arrival to checkpoint, beside a plain epoch.
 Exits with 1 if an aim is missed.
 """
