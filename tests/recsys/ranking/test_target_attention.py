@@ -77,16 +77,3 @@ def test_attention_equals_a_loop_over_unpadded_histories(kind: str, num_parallel
     )
     expected_gradients = torch.autograd.grad((expected * factor).sum(), variables)
     torch.testing.assert_close(gradients, expected_gradients, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_without_any_history_gives_zeros_and_finite_gradients(kind: str) -> None:
-    attention = attention_of(kind)
-    target, items, parallel = inputs()
-    nothing = JaggedHistory.of(INDEX[:0], torch.zeros_like(LENGTHS), 0)
-    output = attention(target, items[:0], nothing, parallel[:0])
-    output.sum().backward()
-    assert output.shape == (len(LENGTHS), DIM)
-    assert not output.any()
-    for parameter in attention.parameters():
-        assert parameter.grad is not None and torch.isfinite(parameter.grad).all()

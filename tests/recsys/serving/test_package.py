@@ -48,9 +48,7 @@ def test_a_file_that_differs_is_refused_by_name(tmp_path: Path) -> None:
         read_manifest(folder)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"format": 2}', "[" * 100_000, '{"format": 99}']
-)
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 2}', "[" * 100_000])
 def test_a_damaged_manifest_is_refused_by_name(tmp_path: Path, text: str) -> None:
     write_package(tmp_path / "package")
     path = tmp_path / "package" / MANIFEST

@@ -6,7 +6,6 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -45,26 +44,6 @@ def importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)
     return folder
-
-
-def test_a_folder_is_loaded_with_its_weights_and_without_dropout(encoder_folder: Path) -> None:
-    model = PretrainedEncoder(str(encoder_folder), None, WHERE).load_model().train()
-    expected = tiny_model("random:bert", WHERE).eval()
-    for name, weight in expected.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], weight, rtol=0, atol=0)
-    ids = torch.arange(5, 11)[None]
-    torch.testing.assert_close(model(ids).last_hidden_state, expected(ids).last_hidden_state)
-    tokenizer = PretrainedEncoder(str(encoder_folder), None, WHERE).tokenizer
-    assert tokenizer("Ab c")["input_ids"] == tiny_tokenizer()("Ab c")["input_ids"]
-
-
-def test_dropout_of_a_checkpoint_is_switched_off(tmp_path: Path) -> None:
-    model = tiny_model("random:bert", WHERE)
-    model.config.hidden_dropout_prob = 0.5  # type: ignore[union-attr]
-    model.save_pretrained(tmp_path)  # type: ignore[operator]
-    loaded = PretrainedEncoder(str(tmp_path), None, WHERE).load_model()
-    dropouts = [part.p for part in loaded.modules() if isinstance(part, nn.Dropout)]
-    assert dropouts and not any(dropouts)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from PIL import Image
 
 from recsys.cli import main
 from recsys.config import ModalitySettings
-from recsys.content.kinds.image import Frames
 from recsys.data.items.content_store import ContentStore
 from tests.datasets import write_dataset
 from tests.recsys.command_runs import train_words
@@ -50,23 +49,6 @@ def store_of(dataset: Path) -> ContentStore:
     store = ContentStore(table_of(dataset), {"video": VIDEO}, dataset.parent / "cache")
     store.build("video")
     return store
-
-
-@pytest.mark.parametrize(
-    ("count", "most", "places"),
-    [
-        (0, 3, []),
-        (3, 3, [0, 1, 2]),
-        (10, 3, [1, 5, 8]),  # the middle of each third: 1.67, 5, 8.33
-        (4, 1, [2]),
-        (100, 4, [12, 37, 62, 87]),
-    ],
-)
-def test_frames_are_taken_from_the_middle_of_equal_parts(
-    count: int, most: int, places: list[int]
-) -> None:
-    settings = ModalitySettings("frames", "video", encoder="random:vit", max_images=most)
-    assert Frames("video", settings).chosen(count) == places
 
 
 def test_frames_stand_in_the_order_of_the_video(dataset: Path) -> None:
