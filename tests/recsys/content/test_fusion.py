@@ -15,7 +15,7 @@ NUM_ITEMS, NUM_TOKENS, DIM, NUM_HEADS, NUM_QUERIES = 3, 2, 8, 4, 2
 MODALITY = torch.arange(NUM_TOKENS)
 
 
-def qformer(preset: str, num_layers: int = 1, dropout: float = 0.0) -> FusionQFormer:
+def qformer(preset: str, num_layers: int = 1) -> FusionQFormer:
     torch.manual_seed(0)
     fusion = FusionQFormer(
         DIM,
@@ -23,7 +23,7 @@ def qformer(preset: str, num_layers: int = 1, dropout: float = 0.0) -> FusionQFo
         NUM_QUERIES,
         num_layers,
         NUM_HEADS,
-        dropout,
+        0.0,
         preset,  # type: ignore[arg-type]
     )
     # `modern` starts at zero here, which would hide what the queries do.

@@ -181,9 +181,9 @@ def test_full_rank_outputs_start_as_before_to_the_last_bit() -> None:
     assert torch.equal(projection.weight[WIDTH:], random_rows)
 
 
-def spoiled(folder: Path, case: str, num_items: int = 30) -> Path:
+def spoiled(folder: Path, case: str) -> Path:
     """A dataset with the content of a case; ordinary content where the case has none."""
-    data = write_dataset(folder / "data", {"train": ROWS, "valid": 24, "test": 20}, 10, num_items)
+    data = write_dataset(folder / "data", {"train": ROWS, "valid": 24, "test": 20}, 10, 30)
 
     def spoil(table: pa.Table) -> pa.Table:
         n = table.num_rows

@@ -84,9 +84,9 @@ class RoundedAttention(nn.Module):
         return torch.stack(rows)
 
 
-def attention_results(case: str, threads: int = 1) -> tuple[TargetAttention, Inputs, Any]:
+def attention_results(case: str) -> tuple[TargetAttention, Inputs, Any]:
     attention, inputs = attention_case(*CASES[case])
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     with IN_BFLOAT16:
         return attention, inputs, output_and_gradients(attention, inputs)
 

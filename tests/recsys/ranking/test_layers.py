@@ -151,11 +151,11 @@ def test_content_is_read_as_that_of_a_history_of_these_items_alone(encoder: str)
 NUM_NUMBERS, NUM_ROWS, NUM_STEPS = 3, 8, 4
 
 
-def batches(rows: int = NUM_ROWS) -> list[Tensor]:
+def batches() -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     scale, offset = torch.tensor([0.01, 1.0, 50.0]), torch.tensor([0.8, -2.0, 1000.0])
     return [
-        torch.randn(rows, NUM_NUMBERS, generator=generator) * scale + offset + step
+        torch.randn(NUM_ROWS, NUM_NUMBERS, generator=generator) * scale + offset + step
         for step in range(NUM_STEPS)
     ]
 

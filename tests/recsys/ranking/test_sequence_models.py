@@ -34,9 +34,9 @@ WITH_AGES = replace(DIMENSIONS, num_parallel=2, parallel_names=("liked", "age"))
 by_name = pytest.mark.parametrize("name", ["hstu", "transformer"])
 
 
-def with_ages(batch: Batch, seed: int = 0) -> Batch:
+def with_ages(batch: Batch) -> Batch:
     """The batch with ages in seconds, which fall from each event to the next."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     ages = [
         (10.0 ** (6 * torch.rand(int(length), generator=generator))).sort(descending=True).values
         for length in batch.history_lengths

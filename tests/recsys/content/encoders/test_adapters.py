@@ -24,13 +24,13 @@ BERT: Any = tiny_model("random:bert", "")
 NUM_LAYERS = 3
 
 
-def encoder_of(training: Any = "lora", pooling: Any = "none", **lora: Any) -> TransformerEncoder:
+def encoder_of(**lora: Any) -> TransformerEncoder:
     modality = ModalitySettings(
         kind="text",
         column="content",
         encoder="random:bert",
-        training=training,
-        pooling=pooling,
+        training="lora",
+        pooling="none",
         lora=LoraSettings(**{"rank": 4, "alpha": 6.0, "top_layers": NUM_LAYERS} | lora),
         max_length=8,
     )

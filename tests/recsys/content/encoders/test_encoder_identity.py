@@ -51,9 +51,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return repository
 
 
-def write_encoder(folder: Path, model: Any, tokenizer: Any = None) -> Path:
+def write_encoder(folder: Path, model: Any) -> Path:
     model.save_pretrained(folder)
-    (tokenizer or tiny_tokenizer()).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -65,8 +65,8 @@ def set_main(repository: Path, commit: str) -> None:
     (repository / "refs" / "main").write_text(commit)
 
 
-def encoder_of(name: str, revision: str | None = None) -> Encoder:
-    modality = ModalitySettings("text", "text", encoder=name, revision=revision)
+def encoder_of(name: str) -> Encoder:
+    modality = ModalitySettings("text", "text", encoder=name)
     return encoders.encoder_of(make_kind(WHERE, modality))
 
 
