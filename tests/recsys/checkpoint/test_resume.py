@@ -6,8 +6,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from recsys.checkpoint.files import folders_by_age
@@ -16,7 +14,7 @@ from recsys.distributed.log import configure_logging
 from recsys.distributed.ranks import joined_ranks
 from recsys.training.train import train
 from recsys.training.trainer import LossWatch
-from tests.datasets import write_dataset, write_parquet
+from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
 from tests.recsys.checkpoint.kill_ranks import tensors
 from tests.recsys.checkpoint.stopped_runs import StepsSeen, assert_same_end, config_of, run_training
@@ -172,28 +170,3 @@ def test_an_epoch_begun_on_two_ranks_ends_on_three_with_every_impression_once(
         (folders_by_age(folder / "ranks" / "checkpoints")[0] / "checkpoint.json").read_text()
     )
     assert (manifest["world_size"], manifest["progress"]["epoch"]) == (3, 1)
-
-
-def test_skipped_rows_are_counted_in_the_metrics_and_trained_on_by_nobody(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
-) -> None:
-    configure_logging()
-    data = write_dataset(tmp_path / "data")
-    for split, part in (("train", 0), ("test", 0)):
-        file = data / split / f"part-{part}.parquet"
-        table = pq.read_table(file)
-        price = table["price"].to_numpy().copy()
-        price[[3, 7]] = float("nan")
-        columns = table.set_column(table.column_names.index("price"), "price", pa.array(price))
-        write_parquet(file, columns, row_group_size=11)
-    steps_seen = StepsSeen(monkeypatch)
-    words = ("--on_bad_row", "skip", "--epochs", "1")
-    with joined_ranks("cpu") as ranks:
-        metrics = train(config_of(folder, *words), str(data), tmp_path / "run", ranks)
-    trained_on = Counter(place for _, places in steps_seen.steps for place in places if place >= 0)
-    assert trained_on == Counter(place for place in range(60) if place not in (3, 7))
-    rows = {split: skipped["rows"] for split, skipped in metrics["skipped_rows"].items()}
-    assert rows == {"items": 0, "train": 2, "valid": 0, "test": 2}
-    assert metrics["test"]["num_samples"] == 18
-    output = capfd.readouterr().out
-    assert "skipped 2 rows" in output and "column 'price'" in output and "row 3" in output

@@ -229,13 +229,6 @@ def test_gradients_are_only_reduced_where_a_group_ends_and_not_on_one_rank(
         assert [count > 0 for count in reductions[1:]] == stepped[1:]
 
 
-def test_replicas_are_bit_equal_on_all_ranks_after_a_smaller_last_group(runs: Any) -> None:
-    for tables in ("frozen", "sgd"):
-        first, second = (run[tables]["grouped"]["weights"] for run in runs[2])
-        for name, weight in first.items():
-            assert torch.equal(weight, second[name]), name
-
-
 @by_world_size
 def test_nothing_else_may_begin_within_a_group(runs: Any, world_size: int) -> None:
     for run in runs[world_size]:

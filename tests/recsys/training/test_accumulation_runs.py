@@ -41,11 +41,6 @@ def test_checkpoints_fall_where_a_dense_step_has_just_been_made(whole: Path) -> 
     assert len(steps) > 3 and steps <= set(ENDS_OF_GROUPS)
 
 
-def test_a_dense_step_is_made_for_each_group(whole: Path) -> None:
-    last = progress_of(folders_by_age(whole / "checkpoints")[0])
-    assert (last["steps"], last["dense_steps"]) == (16, len(ENDS_OF_GROUPS))
-
-
 def test_the_norm_of_gradients_is_told_only_of_whole_groups(whole: Path) -> None:
     events = EventAccumulator(str(whole / "tensorboard"))
     events.Reload()

@@ -35,30 +35,17 @@ def a_bad_id_in_the_last_validation_row(data: Path) -> None:
     change_column(data / "valid" / "part-0.parquet", "item", change)
 
 
-def an_unreadable_poster(data: Path) -> None:
-    def change(values: list) -> None:  # type: ignore[type-arg]
-        values[4] = b"not an image"
-
-    change_column(data / "items" / "part-0.parquet", "poster", change)
-
-
 def a_table_for_a_million_machines(data: Path) -> None:
     schema = data / "schema.yaml"
     schema.write_text(schema.read_text().replace("num_embeddings: 5}", "num_embeddings: 10**14}"))
     schema.write_text(schema.read_text().replace("10**14", str(10**14)))
 
 
-POSTER = "{poster: {kind: image, column: poster, encoder: 'random:vit', image_size: 32}}"
 CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "bad id in validation": (
         a_bad_id_in_the_last_validation_row,
         [],
         ["valid/part-0.parquet", "column 'item', row 24", "id 77 is outside [0, 30)"],
-    ),
-    "unreadable image": (
-        an_unreadable_poster,
-        ["--content.modalities", POSTER],
-        ["items/part-0.parquet", "column 'poster', row 4", "not a readable image"],
     ),
     "does not fit": (
         a_table_for_a_million_machines,
