@@ -216,10 +216,10 @@ def test_a_skewed_mean_has_the_longer_side_of_hall_s_transformation() -> None:
     assert interval_ends(deviations, 20)[1] == pytest.approx(percentile * interval_stretch(20))
 
 
-def share_apart(name: str, num_users: int, shift: float = 0.0) -> float:
+def share_apart(name: str, num_users: int) -> float:
     """The share of sets of users whose interval excludes 0."""
     random = np.random.default_rng(num_users)
-    differences = DISTRIBUTIONS[name](random, (num_users, SETS)) + shift
+    differences = DISTRIBUTIONS[name](random, (num_users, SETS))
     counts = random.multinomial(num_users, np.full(num_users, 1 / num_users), size=500)
     means = differences.mean(axis=0)
     resampled = counts @ differences / num_users - means  # [S, SETS]

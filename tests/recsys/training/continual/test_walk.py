@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from recsys.checkpoint.files import folders_by_age
@@ -21,15 +20,11 @@ from recsys.checkpoint.partitions import ContinualFolder
 from recsys.cli import main
 from recsys.config import ContinualSettings
 from recsys.distributed.lockstep import TrainingStopped
-from recsys.distributed.ranks import joined_ranks
-from recsys.evaluation.evaluate import score, split_interactions
-from recsys.evaluation.predict import load_run
 from recsys.evaluation.scores import read_scores
 from recsys.storage.output_file import check_output
 from recsys.training.continual.partition_run import PartitionTrainer, passes_over
 from recsys.training.trainer import LossWatch
 from tests.recsys.command_runs import TINY
-from tests.recsys.content.cache.scored_slowly import assert_scored_alike
 from tests.recsys.training.continual.walk_runs import (
     NAMES,
     ROWS,
@@ -77,18 +72,6 @@ def test_trackers_have_one_record_of_all_partitions(walked: Path) -> None:
     for tag, entry in (("prequential/auc", steps[:-1]), ("train/loss", steps)):
         assert [event.step for event in events.Scalars(tag)] == entry.tolist()
     assert "prequential/unseen/auc" in events.Tags()["scalars"]
-
-
-def test_scores_are_those_of_the_model_before(walked: Path) -> None:
-    folder = ContinualFolder(walked / "run")
-    with joined_ranks("cpu") as ranks:
-        job = load_run(folder.run_of(NAMES[2]), None, ranks, "cpu")
-        job.train_folder = f"train/{NAMES[3]}"
-        scored = score(job, split_interactions(job, "train"))
-        assert_scored_alike(job, "train")
-    expected = scored["logits"][np.argsort(scored["positions"].numpy())]
-    actual = torch.from_numpy(read_scores(folder.scores_of(NAMES[3])).logits)
-    assert torch.equal(actual, expected)
 
 
 def test_scores_do_not_depend_on_labels_and_are_whole_before_any_row_is_trained_on(
