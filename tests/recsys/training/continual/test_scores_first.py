@@ -15,6 +15,7 @@ import yaml
 from recsys.checkpoint.partitions import ContinualFolder, newest_run
 from recsys.checkpoint.run_schema import load_run_schema
 from recsys.checkpoint.warm_start.source import WarmStart
+from recsys.config.ranking import RANKING_MODELS, keys_of
 from recsys.data.prepare_vocabulary import prepare_vocabularies
 from recsys.data.transforms.prepare import prepare_transforms
 from recsys.distributed.ranks import joined_ranks
@@ -54,6 +55,12 @@ def write_days(folder: Path, count: int = 2, **columns: dict[str, Any]) -> Path:
 
 def logits_of(run: Path, number: int) -> np.ndarray:
     return read_scores(ContinualFolder(run).scores_of(NAMES[number])).logits
+
+
+def words_of(name: str) -> list[str]:
+    """Words of a backbone without content, with votes if it has them."""
+    votes = VOTES if "opinions" in keys_of(name) else []
+    return [*WITHOUT_CONTENT, "--ranking.name", name, *votes]
 
 
 CASES = {
@@ -109,6 +116,15 @@ def test_the_metrics_of_a_partition_are_those_of_predictions_before_it(
     write_days(tmp_path / "data", 3)
     walk(tmp_path, tmp_path / "run", *CASES[case])
     assert_predicted_alike(tmp_path, 2, tmp_path / "predicted.parquet")
+
+
+@pytest.mark.parametrize("name", RANKING_MODELS)
+def test_the_metrics_of_every_backbone_are_those_of_predictions_before(
+    name: str, tmp_path: Path
+) -> None:
+    write_days(tmp_path / "data")
+    walk(tmp_path, tmp_path / "run", *words_of(name))
+    assert_predicted_alike(tmp_path, 1, tmp_path / "predicted.parquet")
 
 
 @pytest.mark.parametrize("case", ["content", "averages", "rows_of_content"])
