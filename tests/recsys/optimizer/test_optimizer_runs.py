@@ -1,5 +1,6 @@
-"""Runs with optimizers, schedules and averages, and their checkpoints."""
+"""Runs with optimizers, schedules and averages: one's own from a file, and their checkpoints."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
-from tests.recsys.command_runs import TINY
+from tests.recsys.command_runs import TINY, run_recsys, train_words
 from tests.recsys.em3_runs import ranks_of
 
 WORDS = ["--batch_size", "8", "--device", "cpu", "--patience", "9", "--content", "none"]
@@ -30,6 +31,28 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "adam": {"name": "adam", "ema_decay": 0.5},
 }
+OWN_STEPS = '''\
+import torch
+
+
+class SignDescent(torch.optim.Optimizer):
+    """Steps by the sign of the gradient, so often that a Python number counts it."""
+
+    def __init__(self, groups, scale):
+        super().__init__(groups, {"scale": scale})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.state[parameter]["steps"] = self.state[parameter].get("steps", 0) + 1
+                    parameter -= group["lr"] * group["scale"] * parameter.grad.sign()
+
+
+def staircase(step, decay_steps, every):
+    return 0.5 ** (step // every)
+'''
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +144,25 @@ def test_an_optimizer_that_differs_from_the_checkpoint_s_is_refused(
         trained(data, tmp_path / "run", ranks, "sgd", epochs=1)
         with pytest.raises(ValueError, match=r"optimizer\.name \(checkpoint: sgd, now: adam\)"):
             trained(data, tmp_path / "run", ranks, "adam", epochs=2)
+
+
+def test_an_optimizer_and_a_schedule_of_one_s_own_are_a_file_and_two_lines(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_steps.py").write_text(OWN_STEPS)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        TINY.read_text()
+        + "optimizer: {name: own_steps:SignDescent, options: {scale: 2.0},\n"
+        + "  schedule: own_steps:staircase, schedule_options: {every: 2}}\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    words = train_words(data, tmp_path / "run", "--content", "none")
+    words[words.index(str(TINY))] = str(recipe)
+    process = run_recsys(*words)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "SignDescent" in (tmp_path / "run" / "plan.txt").read_text()
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train"]["steps"] == 8
+    state = stored(tmp_path / "run" / "checkpoints" / "step-00000008")
+    counts = [value for name, value in state.items() if name.endswith(".steps#int")]
+    assert counts and all(count == 8 for count in counts)

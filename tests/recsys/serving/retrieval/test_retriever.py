@@ -23,6 +23,7 @@ from recsys.serving.export import export_run
 from recsys.serving.new_items.add import add_items
 from recsys.serving.package import GRAPH, MANIFEST, read_manifest, write_manifest
 from recsys.serving.retrieval import Retrieved, Retriever, TwoStage
+from recsys.serving.retrieval.index import build_index, search_index, unit
 from recsys.serving.retrieval.item_vectors import INDEX, VECTORS, export_vectors
 from tests.recsys.serving.retrieval.retrieval_runs import NUM_ITEMS, liked_rows
 from tests.recsys.test_docstring_examples import run_example
@@ -216,3 +217,17 @@ def test_what_a_run_does_not_have_is_refused_and_leaves_nothing(
         with pytest.raises(ValueError, match=r"faiss-cpu.*retrieve"):
             export_vectors(towers / "run", out, None, "hnsw", ranks)
     assert not out.exists() and not list(towers.glob(".none*"))
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_approximate_indexes_find_nearly_all_that_a_flat_one_finds(kind: Any) -> None:
+    generator = np.random.default_rng(0)
+    centres = generator.standard_normal((30, 16))
+    near = centres[generator.integers(30, size=3000)] + 0.3 * generator.standard_normal((3000, 16))
+    vectors = unit(near.astype(np.float32))
+    exact = search_index(build_index(vectors, "flat"), vectors[:100], 10)[1]
+
+    actual = search_index(build_index(vectors, kind), vectors[:100], 10)[1]
+
+    shared = [len(np.intersect1d(*pair)) for pair in zip(exact, actual, strict=True)]
+    assert np.mean(shared) / 10 > 0.95
