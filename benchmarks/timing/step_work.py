@@ -1,4 +1,4 @@
-"""What one training step does: counts of its inputs, its FLOPs, and the time of each part."""
+"""Counts of one training step: its inputs, its FLOPs, and the time of each part."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ def completion(shell: Literal["bash", "zsh", "tcsh"], /) -> None:
 def _all_commands() -> ArgumentParser:
     """Return one parser of all commands, with the names of their options alone."""
     from recsys.commands.options import command_parser
+    from recsys.config.parser import with_hyphens
 
     root = ArgumentParser("recsys")
     groups = {"": root.add_subparsers()}
@@ -36,7 +37,7 @@ def _all_commands() -> ArgumentParser:
         parser = groups[first if second else ""].add_parser(second or first, help=line)
         _, options = command_parser(name, [])
         for action in options._actions:
-            names = [option.replace("_", "-") for option in action.option_strings]
+            names = [with_hyphens(option) for option in action.option_strings]
             if names and "--help" not in names:
                 parser.add_argument(*names, help=None)
     return root

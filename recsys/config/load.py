@@ -21,7 +21,7 @@ from jsonargparse import ActionConfigFile, Namespace, set_parsing_settings
 from recsys.config.cached_copy import cached_copy
 from recsys.config.checks import validate
 from recsys.config.parser import Parser, config_first, with_underscores
-from recsys.config.plain_yaml import RefusedYaml, load_plain_yaml, recipe_file
+from recsys.config.plain_yaml import RECIPES, RefusedYaml, load_plain_yaml, recipe_file
 from recsys.config.ranking import DEFAULT_MODEL, check_keys, own_keys, settings_class
 from recsys.config.run import CONFIG_NAMES, Config
 
@@ -130,7 +130,10 @@ def _recipe_action(name: str, read: ReadRecipe, leaves_content_out: bool) -> typ
             """Apply the recipe to the configuration that is being parsed."""
             recipe = _for_model(read(values), name)
             if not isinstance(recipe, dict):
-                raise TypeError(f"config {values}: no such file, nor a mapping of settings")
+                raise TypeError(
+                    f"config {values}: no such file, nor a mapping of settings; correct the path, "
+                    f"or name one of {sorted(file.stem for file in RECIPES.glob('*.yaml'))}"
+                )
             if leaves_content_out:
                 recipe = _without_rows_of_content(recipe)
             self.apply_config(parser, cfg, self.dest, yaml.safe_dump(recipe, sort_keys=False))

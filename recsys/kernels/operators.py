@@ -1,4 +1,4 @@
-"""What the operators share: their registration, the types of their inputs, and refused inputs.
+"""Registration of operators, the types of their inputs, and refused inputs.
 
 Kernels read float32, int64 and bool. The functions `native_...` cast; operators refuse other types.
 """

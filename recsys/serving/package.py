@@ -30,7 +30,7 @@ LIBRARIES = ("torch", "torchrec", "recsys-em3")
 
 @dataclass(kw_only=True)
 class BaseManifest:
-    """What wrote the files of a folder and when; bytes and sha256 of each by name."""
+    """The origin and date of the files in a folder; bytes and sha256 of each by name."""
 
     versions: dict[str, str] = field(
         default_factory=lambda: {name: version(name) for name in LIBRARIES}

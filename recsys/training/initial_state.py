@@ -1,4 +1,4 @@
-"""What a new run begins with. Shapes: R rows, N history items of the rows, I items, G groups."""
+"""The initial state of a run. Shapes: R rows, N history items of the rows, I items, G groups."""
 
 from __future__ import annotations
 

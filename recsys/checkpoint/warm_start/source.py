@@ -1,4 +1,4 @@
-"""What a warm start is asked for, the checkpoints that it reads, and what differs."""
+"""The request of a warm start, the checkpoints that it reads, and their differences."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class InferResponse(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """What is wrong with a request."""
+    """The error of a refused request."""
 
     error: str
 

@@ -125,7 +125,7 @@ class ContinualRun:
 
 @dataclass(frozen=True)
 class Start:
-    """How the run of a partition begins."""
+    """The initial state of a partition's run."""
 
     warm: OpenedWarmStart | None  # with this run's state; None: from nothing
     ids: NewIds  # that are new in the partition's rows, and have rows once these are scored
