@@ -6,13 +6,11 @@ from typing import Any
 import pytest
 
 from recsys.config import load_config
-from recsys.distributed.lockstep import TrainingStopped
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import evaluate, load_run
 from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
-from tests.recsys.checkpoint.stopped_runs import StepsSeen, assert_same_end
 from tests.recsys.command_runs import NUM_ROWS, TINY, assert_same_metrics
 from tests.recsys.content.cache.scored_slowly import assert_scored_alike
 from tests.recsys.em3_runs import ranks_of
@@ -63,17 +61,3 @@ def test_two_ranks_train_each_and_one_rank_evaluates_to_the_same(data: Path) -> 
         with joined_ranks("cpu") as ranks:
             report = evaluate(data.parent / recipe, None, "test", ranks, "cpu")
         assert_same_metrics(report, metrics)
-
-
-def test_a_sampled_run_that_stops_goes_on_with_the_same_bits(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = config_of(data, "shared and sampled", "--epochs=2")
-    for name, stop_after in (("whole", None), ("stopped", 5), ("stopped", None)):
-        with monkeypatch.context() as patch, joined_ranks("cpu") as ranks:
-            StepsSeen(patch, stop_after)
-            try:
-                train(config, str(data), tmp_path / name, ranks)
-            except TrainingStopped:
-                assert stop_after is not None
-    assert_same_end(tmp_path / "stopped", tmp_path / "whole")

@@ -141,18 +141,6 @@ def test_eval_mode_writes_nothing_and_reads_the_bank() -> None:
     assert branch.step == 0
 
 
-@pytest.mark.parametrize("mode", ["full", "bank_lora"])
-def test_the_history_is_read_once_and_only_when_it_is_asked_for(mode: Mode) -> None:
-    branch = branch_of(mode)
-    mapped: list[Tensor] = []
-    branch.history_map.register_forward_hook(lambda part, inputs, output: mapped.append(output))
-    vectors = branch(batch_of(mode))
-    assert not mapped and not hasattr(vectors, "history")
-    history, modalities = vectors.read_history()
-    assert vectors.read_history() == (history, modalities)
-    assert len(mapped) == 1 and history is mapped[0]
-
-
 @pytest.mark.parametrize("name", ["items", "type", "training"])
 def test_a_modality_named_as_an_attribute_of_modules_is_refused(name: str) -> None:
     settings = ContentSettings({name: ModalitySettings("feature", "clip")}, dim=4)

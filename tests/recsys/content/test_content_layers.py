@@ -1,21 +1,19 @@
-"""Layers of the content branch: history map, projection, dropout, wrappers."""
+"""Layers of the content branch: history map, projection and dropout."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from recsys.build import build_job
 from recsys.checkpoint.state import model_state
 from recsys.config import HistorySettings
 from recsys.content.branch import HistoryMap, Projection
 from recsys.content.dropout import Dropout
-from recsys.content.wrap import unwrap, wrap
 from recsys.distributed.ranks import joined_ranks
 from recsys.model.id_vectors import IDDropout
 from tests.datasets import write_dataset
@@ -23,7 +21,6 @@ from tests.recsys.em3_runs import em3_config
 
 DIM, RANK, ALPHA = 5, 2, 6.0
 Mode = Literal["bank_lora", "bank_frozen", "bank_dense", "full"]
-MODES: list[Mode] = ["bank_lora", "bank_frozen", "bank_dense", "full"]
 
 
 def history_map(mode: Mode) -> HistoryMap:
@@ -60,12 +57,6 @@ def test_lora_is_the_frozen_map_plus_the_scaled_low_rank_one() -> None:
     torch.testing.assert_close(b.grad, b_by_hand.grad.T, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_every_mode_starts_as_the_identity(mode: Mode) -> None:
-    vectors = torch.randn(4, DIM)
-    assert torch.equal(history_map(mode)(vectors), vectors)
-
-
 @pytest.mark.parametrize(
     ("mode", "trained"),
     [
@@ -75,8 +66,12 @@ def test_every_mode_starts_as_the_identity(mode: Mode) -> None:
         ("full", {"map.weight"}),
     ],
 )
-def test_each_mode_trains_exactly_its_parameters(mode: Mode, trained: set[str]) -> None:
-    parameters = history_map(mode).named_parameters()
+def test_each_mode_starts_as_the_identity_and_trains_exactly_its_parameters(
+    mode: Mode, trained: set[str]
+) -> None:
+    module, vectors = history_map(mode), torch.randn(4, DIM)
+    assert torch.equal(module(vectors), vectors)
+    parameters = module.named_parameters()
     assert {name for name, parameter in parameters if parameter.requires_grad} == trained
 
 
@@ -105,33 +100,6 @@ def test_a_checkpoint_without_shift_and_scale_is_complete(tmp_path: Path) -> Non
         assert model_state(job, dict.fromkeys(everything)).keys() == everything
         # Others are never left out.
         assert model_state(job, dict.fromkeys(extra)).keys() == everything - scales
-
-
-class Doubled(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-class Shifted(nn.Module):
-    shift: float
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.shift
-
-
-def test_wrappers_nest_in_the_order_they_are_put_on_and_come_off_again() -> None:
-    layer, x = nn.Linear(2, 2), torch.randn(3, 2)
-    plain = layer(x)
-    wrap(layer, Doubled)
-    wrap(layer, Shifted)
-    layer.shift = 1.0  # type: ignore[assignment]
-    assert type(layer).__name__ == "ShiftedDoubledLinear"
-    assert torch.equal(layer(x), 2 * plain + 1)
-    assert torch.equal(copy.deepcopy(layer)(x), 2 * plain + 1)
-    unwrap(layer, Shifted)
-    assert torch.equal(layer(x), 2 * plain)
-    unwrap(layer, Doubled)
-    assert type(layer) is nn.Linear
 
 
 def test_a_share_p_is_dropped_and_the_rest_scaled_so_that_the_mean_stays() -> None:

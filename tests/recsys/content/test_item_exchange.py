@@ -37,11 +37,11 @@ def configs(folder: Path) -> dict[Any, Config]:
     }
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def runs(tmp_path_factory: pytest.TempPathFactory, request: Any) -> list[dict[Any, Run]]:
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Run]]:
     folder = tmp_path_factory.mktemp("exchange")
     write_dataset(folder / "data")
-    return run_on_ranks(train_configs, request.param, folder, configs(folder))
+    return run_on_ranks(train_configs, 3, folder, configs(folder))
 
 
 @pytest.mark.parametrize("mode", MODES)

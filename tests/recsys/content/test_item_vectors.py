@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys.content.item_vectors import ItemVectorCache, item_vectors
+from recsys.content.item_vectors import ItemVectorCache
 from recsys.data.items.kind import ContentInput
-from recsys.distributed.ranks import joined_ranks
 from tests.recsys.content.tiny_branch import BANK_DIM, NUM_ITEMS, batch_of, branch_of, content_of
 
 RAW = 100  # item k has raw id 100 + k, and row NUM_ITEMS - 1 - k of the files
@@ -70,20 +69,3 @@ def test_the_branch_takes_the_vectors_that_a_batch_has() -> None:
     fast = branch(with_vectors)
     torch.testing.assert_close(fast.target, slow.target)
     torch.testing.assert_close(fast.read_history(), slow.read_history())
-
-
-@pytest.mark.parametrize("items", [[], [3], [0, 1, 2, 3, 4]])
-def test_without_a_bank_vectors_are_those_of_the_encoders(
-    items: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    branch = branch_of("full")
-    store: Any = SimpleNamespace(gather=lambda ids: content_of(torch.from_numpy(ids)))
-    monkeypatch.setattr("recsys.content.item_vectors.ITEMS_PER_CALL", 2)
-    ids = np.array(items, np.int64)
-    with joined_ranks("cpu") as ranks:
-        vectors = item_vectors(branch, store, ranks, ids)
-    assert vectors.shape == (len(items), BANK_DIM)
-    if items:
-        with torch.no_grad():
-            expected = branch.eval().encode(content_of(torch.from_numpy(ids)))
-        torch.testing.assert_close(vectors, expected)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from sklearn.decomposition import PCA
-from torch import Tensor, nn
+from torch import Tensor
 
-from recsys.build import Job, build_job
 from recsys.config import (
-    Config,
     ContentSettings,
     FusionSettings,
     HistorySettings,
     ModalitySettings,
-    content_settings,
 )
-from recsys.content import projection_start
 from recsys.content.branch import ContentBranch, Projection
 from recsys.content.encoders.base import mean_token
 from recsys.content.encoders.build import StoredFeatures
@@ -33,17 +27,12 @@ from recsys.content.projection_start import start_at_components, start_projectio
 from recsys.data.batch import ContentInput
 from recsys.data.item_frequency import ItemCounts
 from recsys.data.items.content_store import ContentStore, ItemTable
-from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
-from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.ranks import Ranks, joined_ranks
-from recsys.evaluation.evaluate import check_data
 from recsys.storage.location import Location
-from recsys.training.initial_state import start_fresh
-from tests.datasets import png, write_dataset
+from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
 from tests.recsys.data.items.item_content import rewrite
-from tests.recsys.em3_runs import em3_config
 
 DIM, WIDTH = 4, 6
 CLIP = ModalitySettings(kind="feature", column="clip")
@@ -97,52 +86,44 @@ def test_a_projection_starts_from_items_with_training_rows_alone(tmp_path: Path)
     torch.testing.assert_close(projected.std(dim=0, correction=0), torch.ones(DIM))
 
 
-STEPS, ROWS = 8, 64
-WIDTH = 6
-IMAGE = ModalitySettings("image", "poster", encoder="random:vit", image_size=32, pooling="cls")
+def three_kinds(n: int) -> np.ndarray:
+    return np.arange(n)[:, None] % 3
 
 
-def images(kinds: list[int]) -> list[bytes]:
-    """One random image for each kind."""
-    return [png(np.random.default_rng(kind)) for kind in kinds]
-
-
-def three_kinds(n: int) -> list[int]:
-    return [index % 3 for index in range(n)]
-
-
-def one_of_its_own(n: int) -> list[int]:
-    return [int(index == n // 2) for index in range(n)]
+def one_of_its_own(n: int) -> np.ndarray:
+    return np.arange(n)[:, None] == n // 2
 
 
 def normal(n: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(n, WIDTH))
 
 
+def test_content_that_is_equal_for_most_items_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_dataset(tmp_path / "data")
+    place, clip = 3, pa.array([[1.0] * WIDTH] * 30, pa.list_(pa.float32()))
+    rewrite(data, lambda table: table.set_column(place, "clip", clip))
+
+    with joined_ranks("cpu"):
+        started_branch(0, 1, data)
+
+    assert "'clip'" in caplog.text and "equal content" in caplog.text
+
+
 # Features [n, WIDTH] of each case.
 FEATURES: dict[str, Callable[[int], np.ndarray]] = {
     "constant": lambda n: np.full((n, WIDTH), 1234.567),
-    "three values": lambda n: np.array(three_kinds(n))[:, None] * 3 + np.full((n, WIDTH), 0.7),
+    "three values": lambda n: three_kinds(n) * 3 + np.full((n, WIDTH), 0.7),
     "duplicated columns": lambda n: np.repeat(normal(n)[:, :2] + 5, WIDTH // 2, axis=1),
-    "one outlier": lambda n: normal(n) + 1e6 * np.array(one_of_its_own(n))[:, None],
-    "only an outlier": lambda n: 0.1 + 1e6 * np.array(one_of_its_own(n))[:, None] * np.ones(WIDTH),
+    "one outlier": lambda n: normal(n) + 1e6 * one_of_its_own(n),
+    "only an outlier": lambda n: 0.1 + 1e6 * one_of_its_own(n) * np.ones(WIDTH),
     "tiny variance": lambda n: 7.7 + 1e-7 * normal(n),
     "tiny numbers": lambda n: 1e-38 * normal(n),
     "huge numbers": lambda n: 1e36 * normal(n),
     "zero vectors": lambda n: np.zeros((n, WIDTH)),
     "rank 1": lambda n: normal(n)[:, :1] * np.arange(1, WIDTH + 1) + 100,
     "one constant column": lambda n: np.where(np.arange(WIDTH) == 0, 1e5, normal(n)),
-}
-TEXTS: dict[str, Callable[[int], list[str]]] = {
-    "constant": lambda n: ["the same title"] * n,
-    "three values": lambda n: [f"title {kind}" for kind in three_kinds(n)],
-    "one outlier": lambda n: [f"title {kind}" for kind in one_of_its_own(n)],
-    "tiny variance": lambda n: [f"{'welcome to our shop ' * 10} {item}" for item in range(n)],
-}
-KINDS: dict[str, Callable[[int], list[int]]] = {
-    "constant": lambda n: [0] * n,
-    "three values": three_kinds,
-    "one outlier": one_of_its_own,
 }
 
 
@@ -179,90 +160,3 @@ def test_full_rank_outputs_start_as_before_to_the_last_bit() -> None:
     assert torch.equal(projection.weight[:WIDTH], expected)
     assert torch.equal(projection.bias[:WIDTH], -(expected @ center))
     assert torch.equal(projection.weight[WIDTH:], random_rows)
-
-
-def spoiled(folder: Path, case: str) -> Path:
-    """A dataset with the content of a case; ordinary content where the case has none."""
-    data = write_dataset(folder / "data", {"train": ROWS, "valid": 24, "test": 20}, 10, 30)
-
-    def spoil(table: pa.Table) -> pa.Table:
-        n = table.num_rows
-        columns: dict[str, pa.Array] = {}
-        if case in FEATURES:
-            columns["clip"] = pa.array(FEATURES[case](n).tolist(), pa.list_(pa.float32()))
-        if case in TEXTS:
-            columns["text"] = pa.array(TEXTS[case](n))
-        if case in KINDS:
-            columns["poster"] = pa.array(images(KINDS[case](n)), pa.binary())
-        for name, values in columns.items():
-            table = table.set_column(table.schema.get_field_index(name), name, values)
-        return table
-
-    rewrite(data, spoil)
-    return data
-
-
-def config_of(folder: Path) -> Config:
-    """Text with LoRA, stored features and images of a small EM3 without dropout."""
-    config = em3_config(folder)
-    content = content_settings(config.content)
-    assert content is not None
-    modalities = {**content.modalities, "image": IMAGE}
-    return replace(config, content=replace(content, modalities=modalities))
-
-
-def starts(job: Job) -> Iterator[Tensor]:
-    """Projected mean tokens of all items, by modality."""
-    branch, store = job.em3.content, job.store
-    assert branch is not None and store is not None
-    content = store.gather(np.sort(store.items.ids))
-    for name, encoder in branch.encoders.items():
-        encoded: Any = encoder.encode(content[name])  # type: ignore[operator]
-        yield mean_token(branch.projections[name](encoded.values), encoded.mask)
-
-
-def train_some_steps(data: Path) -> tuple[float, float]:
-    """Largest number of a projected token at the start, and log loss after some steps."""
-    with joined_ranks("cpu") as ranks:
-        job = build_job(config_of(data.parent), str(data), ranks)
-        start_fresh(job, check_data(job, ("train",)))
-        job.em3.eval()
-        with torch.no_grad():
-            largest = max(float(projected.abs().max()) for projected in starts(job))
-        job.em3.train()
-        rows = next(ParquetRows.of_split(job.root, "train", job.schema).read(0, ROWS))
-        sizes = [ROWS // STEPS] * STEPS + [ROWS]
-        build, unknown = job.batch_builder(), UnknownIds(job.schema)
-        for step, size in enumerate(sizes):
-            loaded = iter([build(rows.slice(step * size % ROWS, size))])
-            (batch,) = job.preparation(loaded, unknown, step, training=True)
-            job.optimizer.zero_grad()
-            loss, (_, logits, _) = job.model(batch)
-            if step < STEPS:
-                loss.backward()
-                job.optimizer.step()
-        cross_entropy = nn.functional.binary_cross_entropy_with_logits
-        return largest, float(cross_entropy(logits.detach(), batch.labels))
-
-
-@pytest.mark.parametrize("case", list(dict.fromkeys([*TEXTS, *FEATURES])))
-def test_training_on_degenerate_content_stays_near_the_loss_of_the_mean(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    warnings: list[str] = []
-    monkeypatch.setattr(projection_start.logger, "warning", warnings.append)
-    largest, log_loss = train_some_steps(spoiled(tmp_path, case))
-
-    assert largest < 1 + 10 * (30 * 32) ** 0.5
-    assert log_loss < 1.2 * math.log(2)  # half of the labels are 1
-    equal = {"constant": {"text", "clip", "image"}, "zero vectors": {"clip"}}
-    equal |= {"one outlier": {"text", "image"}, "only an outlier": {"clip"}}
-    equal |= {"tiny variance": {"text"}}
-    assert {text.split("'")[1] for text in warnings} == equal.get(case, set())
-
-
-def test_a_single_item_trains(tmp_path: Path) -> None:
-    data = write_dataset(tmp_path / "data", {"train": ROWS, "valid": 24, "test": 20}, 10, 4)
-    rewrite(data, lambda table: table.filter(pa.array([i == 3 for i in table["item"].to_pylist()])))
-
-    assert train_some_steps(data)[1] < 1.2 * math.log(2)

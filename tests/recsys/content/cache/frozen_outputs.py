@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from recsys.data.items.content_store import ContentStore, ItemTable
 from recsys.data.schema import load_schema
 from recsys.distributed.ranks import Ranks
 from recsys.storage.location import Location
-from tests.ranks import HANG_SECONDS
 
 NUM_ITEMS = 10
 ALL_ITEMS = np.arange(NUM_ITEMS)
@@ -86,24 +84,16 @@ class Interrupted(Exception):
 
 
 class Watched:
-    """Counts what an encoder encodes; fails at a call, or stands still from a call on."""
+    """Counts what an encoder encodes; fails at a call."""
 
-    def __init__(
-        self, encoder: Encoder, failing_call: int | None = None, stalling_call: int | None = None
-    ) -> None:
+    def __init__(self, encoder: Encoder, failing_call: int | None = None) -> None:
         self.items = self.calls = 0
-        self._encode, self._fail_at, self._stand_at = (
-            encoder.frozen_outputs,
-            failing_call,
-            stalling_call,
-        )
+        self._encode, self._fail_at = encoder.frozen_outputs, failing_call
         encoder.frozen_outputs = self  # type: ignore[method-assign, assignment]
 
     def __call__(self, content: ContentInput) -> ContentInput:
         if self.calls == self._fail_at:
             raise Interrupted("on purpose")
-        if self.calls == self._stand_at:
-            time.sleep(HANG_SECONDS)
         self.calls += 1
         self.items += len(content.mask)
         return self._encode(content)

@@ -1,6 +1,5 @@
 """Content is made once, made again when anything it is made from changes, and never half."""
 
-import pwd
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from recsys.config import ModalitySettings
-from recsys.data.items.content_store import ContentStore, default_cache
+from recsys.data.items.content_store import ContentStore
 from tests.datasets import png, write_dataset
 from tests.recsys.data.items.item_content import (
     MODALITIES,
@@ -89,17 +88,3 @@ def test_what_fails_while_being_written_leaves_nothing(dataset: Path) -> None:
     with pytest.raises(ValueError, match="readable image"):
         store_of(dataset, "poster")
     assert list((dataset.parent / "cache").iterdir()) == []
-
-
-def test_the_default_cache_follows_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache() == tmp_path / "recsys"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert default_cache() == tmp_path / "home" / ".cache" / "recsys"
-    monkeypatch.delenv("HOME")
-    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # the machine does not know this user
-    with pytest.raises(ValueError, match="HOME"):
-        default_cache()

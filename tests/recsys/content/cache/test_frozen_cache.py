@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from recsys.content.cache import fill as frozen_cache
 from recsys.content.cache.fill import cache_frozen_outputs
 from recsys.content.encoders.build import Encoder
 from recsys.content.encoders.image_encoders import ModuleEncoder
@@ -20,7 +18,6 @@ from recsys.data.batch import ContentInput
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.ragged_array import RaggedWriter, stored_hashes
 from recsys.distributed.ranks import Ranks
-from tests.ranks import run_on_ranks
 from tests.recsys.content.cache.frozen_outputs import (
     assert_same_outputs,
     encoder_of,
@@ -28,26 +25,6 @@ from tests.recsys.content.cache.frozen_outputs import (
     outputs,
     store_of,
 )
-
-
-def cached_outputs(
-    rank: int, world_size: int, dataset: Path, name: str, training: str, pooling: str
-) -> dict[str, Any]:
-    modality = modality_of(name, training, pooling)
-    store = store_of(dataset, name, modality)
-    encoder = encoder_of(name, modality)
-    ranks = Ranks(rank, world_size, rank, world_size, torch.device("cpu"))
-    frozen_cache.ITEMS_PER_CALL = 2
-    cache_frozen_outputs(store, name, encoder, ranks)
-    return outputs(store, name, encoder)
-
-
-def test_two_ranks_share_the_work_and_both_read_all_of_it(dataset: Path) -> None:
-    modality = modality_of("text", "lora")
-    expected = outputs(store_of(dataset, "text", modality), "text", encoder_of("text", modality))
-    for cached in run_on_ranks(cached_outputs, 2, dataset, "text", "lora", "mean"):
-        assert_same_outputs(cached, expected)
-    assert len(list((dataset.parent / "cache").glob("frozen-text-*"))) == 1
 
 
 def cache_folder(store: ContentStore, encoder: Encoder, ranks: Ranks, name: str = "text") -> str:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from recsys.content.cache import fill as frozen_cache
-from recsys.content.cache.fill import cache_frozen_outputs
-from recsys.data.batch import ContentInput
 from recsys.distributed.ranks import Ranks
 from tests.recsys.content.cache.frozen_outputs import (
     CALLS,
@@ -21,7 +18,6 @@ from tests.recsys.content.cache.frozen_outputs import (
     Interrupted,
     assert_nothing_else_is_left,
     assert_same_outputs,
-    encoder_of,
     expected_outputs,
     fill,
     outputs,
@@ -43,23 +39,6 @@ def test_a_fill_that_failed_goes_on_where_it_stopped(
     assert_nothing_else_is_left(dataset)
 
 
-def test_what_was_encoded_is_kept_when_putting_it_together_fails(
-    dataset: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full_disk(*_: Any, **__: Any) -> None:
-        raise OSError("No space left on device")
-
-    with monkeypatch.context() as context:
-        context.setattr(frozen_cache, "write_about", full_disk)
-        with pytest.raises(OSError, match="No space"):
-            fill(dataset, ranks)
-    assert not list((dataset.parent / "cache").glob("frozen-*"))
-    store, encoder, watched = fill(dataset, ranks)
-    assert watched.items == 0
-    assert_same_outputs(outputs(store, "text", encoder), expected_outputs(dataset))
-    assert_nothing_else_is_left(dataset)
-
-
 @pytest.mark.parametrize("damage", ["cut off", "empty", "other bits"])
 def test_a_damaged_part_does_not_pass_for_done(dataset: Path, ranks: Ranks, damage: str) -> None:
     with pytest.raises(Interrupted):
@@ -71,23 +50,6 @@ def test_a_damaged_part_does_not_pass_for_done(dataset: Path, ranks: Ranks, dama
     store, encoder, watched = fill(dataset, ranks)
     assert watched.items == WITH_TEXT - 2 * 2
     assert_same_outputs(outputs(store, "text", encoder), expected_outputs(dataset))
-
-
-def test_another_job_may_finish_all_under_the_hands_of_this_one(
-    dataset: Path, ranks: Ranks
-) -> None:
-    store, encoder = store_of(dataset, "text", TEXT), encoder_of("text", TEXT)
-    encode = encoder.frozen_outputs
-
-    def while_another_fills(content: ContentInput) -> ContentInput:
-        fill(dataset, ranks)
-        assert not list((dataset.parent / "cache").glob(".frozen-*"))
-        return encode(content)
-
-    encoder.frozen_outputs = while_another_fills  # type: ignore[method-assign, assignment]
-    cache_frozen_outputs(store, "text", encoder, ranks)
-    assert_same_outputs(outputs(store, "text", encoder), expected_outputs(dataset))
-    assert_nothing_else_is_left(dataset)
 
 
 def change_texts(dataset: Path, texts: dict[int, str | None]) -> None:

@@ -1,9 +1,7 @@
-"""Several processes fill one cache: ranks, machines, jobs at once, and one that is killed."""
+"""Several processes fill one cache: ranks, machines, and jobs at once."""
 
 from __future__ import annotations
 
-import multiprocessing
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,10 @@ import torch.distributed as dist
 
 from recsys.content.cache import fill as frozen_cache
 from recsys.content.cache.fill import cache_frozen_outputs
-from recsys.distributed.ranks import Ranks, joined_ranks
+from recsys.distributed.ranks import Ranks
 from tests.datasets import write_dataset
-from tests.ranks import HANG_SECONDS, run_on_ranks
+from tests.ranks import run_on_ranks
 from tests.recsys.content.cache.frozen_outputs import (
-    CALLS,
     NUM_ITEMS,
     TEXT,
     WITH_TEXT,
@@ -32,30 +29,6 @@ from tests.recsys.content.cache.frozen_outputs import (
     parts_in,
     store_of,
 )
-
-
-def fill_half(dataset: Path) -> None:
-    frozen_cache.ITEMS_PER_CALL = 2
-    store, encoder = store_of(dataset, "text", TEXT), encoder_of("text", TEXT)
-    Watched(encoder, stalling_call=CALLS // 2)
-    with joined_ranks("cpu") as ranks:
-        cache_frozen_outputs(store, "text", encoder, ranks)
-
-
-def test_a_killed_process_loses_no_finished_call(dataset: Path, ranks: Ranks) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=fill_half, args=(dataset,))
-    process.start()
-    deadline = time.monotonic() + HANG_SECONDS
-    while len(parts_in(dataset)) < CALLS // 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    process.join()
-    num_done = len(parts_in(dataset))
-    assert num_done == CALLS // 2
-    store, encoder, watched = fill(dataset, ranks)
-    assert watched.items == WITH_TEXT - 2 * num_done
-    assert_same_outputs(outputs(store, "text", encoder), expected_outputs(dataset))
-    assert_nothing_else_is_left(dataset)
 
 
 def fill_as_job_of_one(rank: int, world_size: int, dataset: Path) -> dict[str, Any]:

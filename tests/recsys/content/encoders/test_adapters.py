@@ -126,17 +126,6 @@ def test_a_range_of_layers_is_adapted_and_those_above_run_as_they_are(
     assert torch.equal(encoder.encode(cached).values, expected.values)
 
 
-def test_all_linear_adapts_every_linear_map_of_the_layers() -> None:
-    encoder = encoder_of(targets=["all-linear"], top_layers=1)
-    ends = {name.split("layer.2.")[1] for name in adapted(encoder)}
-    assert ends == {
-        *(f"attention.self.{name}" for name in ("query", "key", "value")),
-        "attention.output.dense",
-        "intermediate.dense",
-        "output.dense",
-    }
-
-
 def note(saved: list[bool], is_on: bool, tensor: Tensor) -> Tensor:
     saved.append(is_on)
     return tensor
@@ -206,15 +195,6 @@ def test_adapters_that_cannot_be_are_refused(settings: dict[str, Any], message: 
     modality = modality_of("text", training="lora", lora=LoraSettings(**settings))
     with pytest.raises(ValueError, match=message):
         transformer("bert", modality)
-
-
-def test_a_model_without_an_own_pooled_output_cannot_be_projected() -> None:
-    with pytest.raises(ValueError, match=r"pooled output .* projected"):
-        TextTransformer(
-            transformers.BertModel(CONFIGS["bert"], add_pooling_layer=False),
-            modality_of("text", pooling="projected"),
-            "it",
-        )
 
 
 def test_texts_of_siglip_are_as_long_as_it_was_trained_on() -> None:

@@ -19,8 +19,6 @@ from recsys.content.encoders import build as encoders
 from recsys.content.encoders.build import Encoder
 from recsys.content.encoders.identity import (
     FILE,
-    EncoderIdentity,
-    check_identities,
 )
 from recsys.content.encoders.tiny_encoders import tiny_model, tiny_tokenizer
 from recsys.data.items.kind import make_kind
@@ -83,16 +81,6 @@ def config_of(folder: Path, encoder: str, training: Any = "lora") -> Config:
     return em3_config(folder, content=content, epochs=1)
 
 
-def test_a_hub_encoder_knows_its_commit_and_asks_to_be_pinned(hub: Path) -> None:
-    encoder = encoder_of(NAME)
-    assert encoder.identity is not None
-    assert (encoder.identity.name, encoder.identity.revision) == (NAME, COMMITS[0])
-    assert encoder.notes == [
-        f"{WHERE}.encoder: '{NAME}' is whatever its repository holds at the time; pin it by "
-        f"`revision: {COMMITS[0]}`"
-    ]
-
-
 def test_one_encoder_has_one_identity_whatever_its_place_and_training(
     hub: Path, tmp_path: Path
 ) -> None:
@@ -145,13 +133,3 @@ def test_a_folder_that_has_changed_is_noticed_though_all_layers_trained(
             cased.save_pretrained(folder)
         with pytest.raises(ValueError, match=f"other {change}"):
             load_run(run, None, ranks, "cpu")
-
-
-NUMBER = '{"text": {"name": "x", "weights": 7, "revision": null}}'
-
-
-@pytest.mark.parametrize("record", ["", "{", "[]", "{}", '{"text": null}', NUMBER])
-def test_a_damaged_record_of_encoders_is_refused(tmp_path: Path, record: str) -> None:
-    (tmp_path / FILE).write_text(record)
-    with pytest.raises(ValueError, match=rf"{FILE}.*content\.modalities\.text"):
-        check_identities({"text": EncoderIdentity("x", None, "abc")}, tmp_path)

@@ -70,19 +70,6 @@ def test_the_output_of_an_item_is_the_same_in_every_batch(kind: str, training: s
         assert torch.equal(part.values, whole.values[items, :longest])
 
 
-def test_the_number_of_threads_changes_no_bit() -> None:
-    encoder, content = encoder_of("text", "lora"), content_of("text")
-    before = torch.get_num_threads()
-    try:
-        outputs = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            outputs.append(encoder.frozen_outputs(content).values)
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(output, outputs[0]) for output in outputs)
-
-
 def test_autocast_does_not_reach_the_frozen_part() -> None:
     encoder, content = encoder_of("text", "lora"), content_of("text")
     expected = encoder.frozen_outputs(content).values
@@ -90,12 +77,3 @@ def test_autocast_does_not_reach_the_frozen_part() -> None:
         output = encoder.frozen_outputs(content).values
     assert output.dtype == torch.float32
     assert torch.equal(output, expected)
-
-
-def test_no_items_and_items_without_content_have_one_empty_token() -> None:
-    encoder, content = encoder_of("text", "lora"), content_of("text")
-    for items in (torch.zeros(0, dtype=torch.long), torch.tensor([5])):
-        empty = ContentInput(content.values[items], content.mask[items])
-        output = encoder.frozen_outputs(empty)
-        assert output.values.shape == (len(items), 1, encoder.output_dim)
-        assert not output.mask.any() and not output.values.any()

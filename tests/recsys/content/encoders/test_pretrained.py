@@ -46,14 +46,6 @@ def importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "package", ["no_such_package", "no_such_package.inner", "", "json.decoder"]
-)
-def test_a_missing_package_is_named_with_its_installation(package: str) -> None:
-    with pytest.raises(ValueError, match=f"{WHERE}: encoder package '{package}'"):
-        PretrainedEncoder(f"package:{package}", None, WHERE)
-
-
 def test_a_package_resolves_to_the_outermost_folder_with_a_config(importable: Path) -> None:
     inner = importable / "some_weights" / "model"
     (inner / "older").mkdir(parents=True)

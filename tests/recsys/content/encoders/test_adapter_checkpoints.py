@@ -1,0 +1,74 @@
+"""A checkpoint brings back adapters, and base weights that their start has changed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from recsys.build import Job, build_job
+from recsys.checkpoint.manager import Checkpoints, load_best
+from recsys.checkpoint.progress import Progress
+from recsys.config import Config, ContentSettings, LoraSettings, ModalitySettings
+from recsys.distributed.ranks import joined_ranks
+from tests.datasets import write_dataset
+from tests.recsys.em3_runs import batches_of, em3_config
+
+ADAPTERS = {
+    "dora": LoraSettings(rank=2, use_dora=True, layers=[0, 1]),
+    "pissa": LoraSettings(rank=2, init_lora_weights="pissa", use_rslora=True),
+}
+
+
+def config_of(folder: Path, name: str) -> Config:
+    text = ModalitySettings(
+        "text",
+        "text",
+        encoder="random:bert",
+        training="lora",
+        lora=ADAPTERS[name],
+        max_length=16,
+    )
+    config = em3_config(folder)
+    assert isinstance(config.content, ContentSettings)
+    return replace(config, content=replace(config.content, modalities={"it": text}))
+
+
+def encoder_parts(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in values.items() if ".encoders." in name}
+
+
+def some_steps(job: Job) -> None:
+    for batch in batches_of(job, 2, 8):
+        job.optimizer.zero_grad()
+        loss, _ = job.model(batch)
+        loss.backward()
+        job.optimizer.step()
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_come_back_from_a_checkpoint(tmp_path: Path, name: str) -> None:
+    data = str(write_dataset(tmp_path / "data"))
+    with joined_ranks("cpu") as ranks:
+        job = build_job(config_of(tmp_path, name), data, ranks)
+        some_steps(job)
+        checkpoints = Checkpoints(job, tmp_path / "run", "data")
+        try:
+            checkpoints.save_best(Progress())
+        finally:
+            checkpoints.close()
+        other = build_job(config_of(tmp_path, name), data, ranks)
+        weights = encoder_parts(dict(job.em3.named_parameters()))
+        content = other.em3.content
+        assert content is not None
+        stored = {f"content.encoders.it.{key}" for key in content.encoders["it"].rewritten}  # type: ignore[union-attr]
+        assert bool(stored) == (name == "pissa")
+        with torch.no_grad():  # base weights too: another processor may start with others
+            for key, value in encoder_parts(dict(other.em3.named_parameters())).items():
+                if value.requires_grad or key in stored:
+                    value.add_(0.1)
+        load_best(other, tmp_path / "run")
+        for key, value in encoder_parts(dict(other.em3.named_parameters())).items():
+            assert torch.equal(value, weights[key]), key
