@@ -22,7 +22,6 @@ from recsys.distributed.watchdog import Heartbeat, silent_ranks, stalled_ranks
 from recsys.evaluation.interval_correction import interval_stretch
 from tests.ranks import HANG_SECONDS
 from tests.recsys.command_runs import run_recsys
-from tests.warm_python import warm_environment
 
 PROJECT = Path(__file__).parent.parent
 # In the order in which a reader meets them: later commands use what earlier ones wrote.
@@ -94,7 +93,7 @@ def lines_not_in(output: str, block: str) -> list[str]:
 def run(command: list[str] | str, folder: Path) -> str:
     """Runs a command without an error and returns what it printed."""
     environment = {
-        **warm_environment(),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(PROJECT),
         "XDG_CACHE_HOME": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from recsys.cli import main
 from tests.datasets import write_dataset
 from tests.ranks import HANG_SECONDS, forking_server
-from tests.warm_python import warm_environment
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "recsys" / "recipes" / "tiny.yaml"
@@ -45,31 +44,24 @@ def train_words(data: Path, out: Path, *options: str) -> list[str]:
     return [*words, *options]
 
 
-def program(name: str, *words: str, is_warm: bool = False) -> dict[str, Any]:
-    """Arguments of `subprocess` for a program of this environment, in the root of the project.
-
-    Args:
-        name: the program.
-        words: its arguments.
-        is_warm: start its ranks, too, in an interpreter that has the libraries imported.
-    """
-    folder = Path(sys.executable).parent
+def program(name: str, *words: str, folder: Path = ROOT, **variables: str) -> dict[str, Any]:
+    """Arguments of `subprocess` for a program of this environment."""
     env = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
-        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
-        **(warm_environment() if is_warm else {}),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        **variables,
     }
     place = shutil.which(name, path=env["PATH"])
-    return {"args": [place, *words], "cwd": ROOT, "env": env, "text": True}
+    return {"args": [place, *words], "cwd": folder, "env": env, "text": True}
 
 
 def run_program(
-    name: str, *words: str, seconds: float = HANG_SECONDS, is_warm: bool = False
+    name: str, *words: str, seconds: float = HANG_SECONDS, folder: Path = ROOT, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program of this environment, in the root of the project; see `program`."""
-    arguments = program(name, *words, is_warm=is_warm)
+    """Run a program of this environment."""
+    arguments = program(name, *words, folder=folder, **variables)
     return subprocess.run(**arguments, capture_output=True, timeout=seconds)
 
 
@@ -130,23 +122,6 @@ def run_rank(words: list[str], env: dict[str, str], folder: Path, output: Path) 
     sys.exit(main(words))
 
 
-def torchrun(
-    world_size: int, *words: str, seconds: float = HANG_SECONDS
-) -> subprocess.CompletedProcess[str]:
-    """`recsys` on some ranks; `--` keeps torchrun from reading `--run` as its `--run-path`."""
-    ranks = ["--standalone", "--nproc-per-node", str(world_size)]
-    words = (*ranks, "-m", "--", "recsys.cli", *words)
-    return run_program("torchrun", *words, seconds=seconds, is_warm=True)
-
-
-def torchx(
-    component: str, nproc: int, *words: str, is_warm: bool = False
-) -> subprocess.CompletedProcess[str]:
-    """`torchx run` of one of the project's components on this machine; see `program`."""
-    job = ["-s", "local_cwd", f"launch/components.py:{component}", "--nproc", str(nproc)]
-    return run_program("torchx", "run", *job, "--", *words, is_warm=is_warm)
-
-
 def assert_same_metrics(report: dict[str, Any], expected: dict[str, Any]) -> None:
     """Equal to 1e-6, parts such as `cold` too."""
     assert report.keys() == expected.keys()
@@ -163,7 +138,8 @@ def train_by_torchx(folder: Path) -> TrainedRun:
     if not output.exists():
         write_dataset(data, NUM_ROWS)
         _, *words = train_words(data, run, "--epochs", "2", "--log_every_steps", "1")
-        process = torchx("train", 2, *words)
+        job = ["-s", "local_cwd", "launch/components.py:train", "--nproc", "2"]
+        process = run_program("torchx", "run", *job, "--", *words)
         assert process.returncode == 0, process.stdout + process.stderr
         output.write_text(process.stdout + process.stderr)
     return TrainedRun(data, run, output.read_text())

@@ -48,7 +48,7 @@ def train(folder: Path, name: str, plan: Plan) -> Path:
     hook = f"TRACE={place},PYTHONPATH={Path(__file__).parent / 'fault_hook'}:{ROOT}"
     job = ["-s", "local_cwd", "launch/components.py:train", "--nproc", "2", "--env", hook]
     retries = ["--max_retries", str(len(plan) + 1)]
-    process = run_program("torchx", "run", *job, *retries, "--", *words, seconds=900, is_warm=True)
+    process = run_program("torchx", "run", *job, *retries, "--", *words, seconds=900)
     (place / "log.txt").write_text(process.stdout + process.stderr)
     if process.returncode:
         raise SystemExit(f"the job ended with {process.returncode}:\n{process.stderr[-8000:]}")

@@ -258,9 +258,7 @@ def test_ctrl_c_under_torchrun_saves_the_state_of_all_ranks(tmp_path: Path) -> N
     ranks = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "--", "recsys.cli"]
     with (
         (tmp_path / "log").open("w") as log,
-        subprocess.Popen(
-            **program(*ranks, *words, is_warm=True), stdout=log, stderr=log
-        ) as process,
+        subprocess.Popen(**program(*ranks, *words), stdout=log, stderr=log) as process,
     ):
         while process.poll() is None and "step 3/" not in (tmp_path / "log").read_text():
             time.sleep(0.05)

@@ -1,6 +1,7 @@
 """Small DLRMs as users have them, with content plugged in and without."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,9 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from recsys.config import (
-    ContentSettings,
-    ContrastiveSettings,
-    FusionSettings,
-    LoraSettings,
-    ModalitySettings,
-)
+from recsys.config import ContrastiveSettings, HistorySettings
 from recsys.plug_in import PlugInSettings
+from tests.recsys.em3_runs import em3_config
 
 KINDS = ("dlrm", "dcn", "projection")
 FEATURES = ("item", "viewed", "user")
@@ -57,21 +53,7 @@ def build_dlrm(kind: str, device: str = "meta") -> DLRM:
 
 def plug_in_settings(folder: Path, **changed: Any) -> PlugInSettings:
     """Text with LoRA and a stored feature of the dataset in `folder / "data"`."""
-    content = ContentSettings(
-        modalities={
-            "text": ModalitySettings(
-                "text",
-                "text",
-                encoder="random:bert",
-                training="lora",
-                lora=LoraSettings(rank=2, top_layers=1),
-                max_length=16,
-            ),
-            "clip": ModalitySettings("feature", "clip"),
-        },
-        dim=16,
-        fusion=FusionSettings(num_heads=2, dropout=0.0),
-    )
+    content: Any = replace(em3_config(folder).content, history=HistorySettings())  # type: ignore[type-var]
     values: dict[str, Any] = {
         "data": str(folder / "data"),
         "item": "item",

@@ -12,7 +12,7 @@ from torchrec.datasets.utils import Batch as TorchRecBatch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.data.batch import Batch
-from recsys.plug_in import DLRMWithContent, add_content, load_plug_in_settings
+from recsys.plug_in import DLRMWithContent, add_content
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
 from tests.recsys.plug_in.plug_in_runs import NUM_ITEMS, build_dlrm, plug_in_settings, user_batches
@@ -64,10 +64,8 @@ def gathered(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     passes = [list(batches), list(batches)]
     several = altered(rank, "item", [1, 2, 3, 4, 5, 6], [1, 2, 0, 1, 1, 1])
     outside = altered(rank, "viewed", [4, NUM_ITEMS], [2, 0, 0, 0, 0, 0])
-    short = plug_in_settings(folder).content
-    short = replace(short, history=replace(short.history, top_k=1))
-    searched = next(iter(plugged_in(folder, content=short).batches(source)))
-    further = replace(short, history=replace(short.history, top_k=0, columns=["bought"]))
+    content = plug_in_settings(folder).content
+    further = replace(content, history=replace(content.history, columns=["bought"]))
     return {
         "kept": [
             ours.dense_features is theirs.dense_features
@@ -85,7 +83,6 @@ def gathered(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         "no_items": message_of(lambda: plugged_in(folder / "nowhere")),
         "no_feature": message_of(lambda: plugged_in(folder, item="product", item_column="item")),
         "further": message_of(lambda: plugged_in(folder, content=further)),
-        "longest": searched.longest_history,
         "filled": dlrm.content.branch.bank.coverage(),
         "unread": without_history(folder, source),
     }
@@ -148,22 +145,6 @@ def test_the_bank_is_filled_before_the_first_batch_if_it_is_read(results: Any) -
     for rank in results:
         assert rank["filled"] == 1.0
         assert rank["unread"] == (0, 0.0)
-
-
-def test_long_histories_are_searched_as_in_em3(results: Any) -> None:
-    assert all(rank["longest"] == 1 for rank in results)
-    assert all(rank["batch"].longest_history > 1 for rank in results)
-
-
-def test_settings_are_read_from_yaml(tmp_path: Path) -> None:
-    path = tmp_path / "content.yaml"
-    path.write_text(
-        "{data: shop, item: cat_0, content: {modalities: {a: {kind: feature, column: c}}}}"
-    )
-    settings = load_plug_in_settings(path)
-    assert settings.content.modalities["a"].column == "c" and settings.history is None
-    items = settings.schema(num_items=7).items
-    assert items is not None and items.id == "cat_0" and list(items.columns) == ["c"]
 
 
 def test_without_a_process_group_the_fix_is_named(tmp_path: Path) -> None:

@@ -42,15 +42,9 @@ TABLES = {
 DENSE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": partial(torch.optim.SGD, lr=0.1, weight_decay=0.1),
     "momentum": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
-    "Adagrad": partial(torch.optim.Adagrad, lr=0.1),
     "Adam": partial(torch.optim.Adam, lr=0.1),
 }
-PAIRS = [
-    *((tables, "SGD") for tables in TABLES),
-    *(("SGD", dense) for dense in DENSE if dense != "SGD"),
-    ("row-wise Adagrad", "momentum"),
-    ("row-wise Adagrad", "Adam"),
-]
+PAIRS = [("SGD", "SGD"), ("Adagrad", "SGD"), ("SGD", "momentum"), ("row-wise Adagrad", "Adam")]
 ALONE = [("row-wise Adagrad", "SGD")]  # on a rank without a table no optimizer keeps anything
 
 

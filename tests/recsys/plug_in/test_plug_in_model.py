@@ -31,9 +31,8 @@ from recsys.plug_in import (
     dlrm_state,
     load_dlrm,
 )
-from recsys.plug_in.interactions import AddedColumns
 from tests.recsys.content.item_batches import batch_of_items
-from tests.recsys.plug_in.plug_in_runs import BATCH, DIM, KINDS, NUM_DENSE, NUM_ITEMS, build_dlrm
+from tests.recsys.plug_in.plug_in_runs import BATCH, DIM, KINDS, NUM_ITEMS, build_dlrm
 from tests.recsys.plug_in.plug_in_runs import user_batches as torchrec_batches
 
 WIDTH = 6  # of the stored feature
@@ -89,9 +88,8 @@ def test_the_first_logits_are_those_of_the_dlrm_to_the_last_bit(
     assert torch.equal(logits, dlrm(batch.dense_features, batch.sparse_features))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_content_counts_once_its_weights_have_moved_from_zero(kind: str) -> None:
-    dlrm, batch = build_dlrm(kind, "cpu"), content_batch()
+def test_content_counts_once_its_weights_have_moved_from_zero() -> None:
+    dlrm, batch = build_dlrm("dlrm", "cpu"), content_batch()
     model = with_content(dlrm)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
     fusion = model.content.branch.fusion
@@ -239,20 +237,3 @@ def test_models_that_content_cannot_be_added_to_are_named() -> None:
         with_content(other)
     with pytest.raises(ValueError, match=r"DLRM_DCN .*CrossNet"):
         with_content(crossed)
-
-
-def test_columns_are_added_while_their_context_lasts_even_where_it_ends_by_an_error() -> None:
-    mlp = nn.Sequential(nn.Linear(NUM_DENSE, 4), nn.ReLU())
-    columns = AddedColumns(mlp, 2)
-    assert "(0): WidenedLinear(" in str(mlp)
-    randomised(columns)
-    x, z = torch.randn(3, NUM_DENSE), torch.randn(3, 2)
-    plain = mlp(x)
-
-    with columns.added(z):
-        widened = mlp(x)
-    with pytest.raises(RuntimeError), columns.added(z):
-        mlp(torch.randn(3, NUM_DENSE + 1))
-
-    torch.testing.assert_close(widened, torch.relu(mlp[0](x) + z @ columns.map.weight.T))
-    assert torch.equal(mlp(x), plain)

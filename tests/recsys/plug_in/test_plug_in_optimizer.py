@@ -60,10 +60,6 @@ def steep_run(rank: int, world_size: int, folder: Path, rates: ContentRates | No
 def plugged_in(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     results = {str(r): steep_run(rank, world_size, folder, r) for r in (ContentRates(), None)}
     items: Any = build_item_content(plug_in_settings(folder), NUM_ITEMS, CPU)
-    features = items.store.gather(np.sort(items.store.items.ids))["clip"]
-    with torch.no_grad():
-        projected = items.branch.projections["clip"](features.values[:, 0])
-    results["projected"] = projected[features.mask[:, 0]]
     results["two tower"] = two_tower_gradients(items, rank)
     try:
         add_content(nn.Linear(1, 1), plug_in_settings(folder), CPU)  # type: ignore[call-overload]
@@ -105,14 +101,6 @@ def test_content_trains_by_an_adamw_of_its_own_under_a_steep_sgd(runs: Any) -> N
         left_to_sgd = rank["None"][1]
         assert max(left_to_sgd[name] for name in new) > 10 * rates.learning_rate
         assert not any("content" in name for name in rank["None"][2])
-
-
-def test_projections_start_as_in_training(runs: Any) -> None:
-    """Principal components have mean 0 and variance 1 over the items."""
-    for rank in runs:
-        components = rank["projected"][:, :5]
-        assert components.mean(dim=0).abs().max() < 1e-5
-        torch.testing.assert_close(components.std(dim=0, correction=0), torch.ones(5))
 
 
 def test_a_model_of_ones_own_gets_batches_and_branch(runs: Any) -> None:

@@ -1,7 +1,6 @@
 """On two ranks: a DLRM's checkpoint goes into the DLRM with content, trains, and comes back."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,11 @@ from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipeline
 from torchrec.models.dlrm import DLRMTrain
 from torchrec.optim.keyed import CombinedOptimizer
 
-from recsys.config import SamplingSettings
 from recsys.plug_in import (
     DLRMWithContent,
     DLRMWithContentTrain,
     add_content,
     dlrm_state,
-    load_dlrm,
 )
 from recsys.training.trainer import require_pipelined
 from tests.datasets import write_dataset
@@ -179,30 +176,6 @@ def take_back(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     return results
 
 
-def both_pipelines(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    """Losses of both, with few of the items encoded; and logits to compare with those of a DLRM in
-    this process."""
-    user, optimizer = users_job("dlrm")
-    train(TrainPipelineBase(user, optimizer, CPU), user_batches(rank, 2))
-    settings = plug_in_settings(folder)
-    content = replace(
-        settings.content,
-        sampling=SamplingSettings(forward=0.8, backward=0.5),
-        history=replace(settings.content.history, simtier_bins=4),
-        dedup="global",
-    )
-    results: dict[str, Any] = {"logits": [logits_of(user, user_batches(rank, 2))]}
-    for kind in (TrainPipelineBase, TrainPipelineSparseDist):
-        dlrm, model, optimizer = content_job("dlrm", folder, content=content)
-        load_dlrm(model, {"model": user.state_dict()})
-        results["logits"].append(logits_of(model, dlrm.batches(user_batches(rank, 2))))
-        batches = dlrm.batches(user_batches(rank, 4))
-        pipeline: Any = kind(model, optimizer, CPU)
-        results[kind.__name__] = train(pipeline, batches)
-        results["again"] = train(pipeline, batches)
-    return results
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("plug_in")
@@ -211,7 +184,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
         "user": run_on_ranks(write_checkpoints, 2, folder),
         "content": run_on_ranks(plug_content_in, 2, folder),
         "back": run_on_ranks(take_back, 2, folder),
-        "pipelines": run_on_ranks(both_pipelines, 2, folder),
     }
 
 
@@ -237,12 +209,3 @@ def test_the_trained_dlrm_goes_back_into_the_users_script(runs: Any, kind: str) 
     for content, back in zip(runs["content"], runs["back"]):
         assert differences(content[kind]["trained"], back[kind]["state"]) == []
         assert torch.equal(content[kind]["plain"], back[kind]["logits"])
-
-
-def test_both_pipelines_of_torchrec_give_equal_losses(runs: Any) -> None:
-    for rank in runs["pipelines"]:
-        first, second, third = rank["logits"]
-        assert torch.equal(first, second) and torch.equal(first, third)
-        assert len(rank["TrainPipelineBase"]) == 4
-        assert rank["TrainPipelineBase"] == rank["TrainPipelineSparseDist"]
-        assert rank["again"] != rank["TrainPipelineBase"]

@@ -16,7 +16,6 @@ from recsys.config import load_config
 from tests.datasets import write_dataset
 from tests.recsys.command_runs import run_recsys
 from tests.recsys.search.test_search import TINY, waited_for
-from tests.warm_python import warm_environment
 
 SPACE = {
     "optimizer.learning_rate": {"low": 0.001, "high": 0.1, "log": True},
@@ -32,7 +31,7 @@ def test_a_killed_search_ends_as_another_and_its_best_trains_to_the_same_figures
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE))
     words = ["search", "--config", str(TINY), "--data", "data", "--space", "space.yaml"]
     words += ["--content", "none", "--trials", "2", "--epochs", "2", "--batch_size", "16"]
-    environment = {**os.environ, **warm_environment(), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "recsys.cli", *words, "--out", "killed"]
 
     with subprocess.Popen(command, cwd=tmp_path, env=environment) as search:

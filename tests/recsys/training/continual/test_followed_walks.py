@@ -79,9 +79,7 @@ def test_ranks_of_torchrun_follow_partitions_and_end_on_its_sigterm(tmp_path: Pa
     words = ["--standalone", "--nproc-per-node", "2", "-m", "--", "recsys.cli", *words]
     for number in (1, 2):
         with (tmp_path / "log").open("w") as log:
-            followed = subprocess.Popen(
-                **program("torchrun", *words, is_warm=True), stdout=log, stderr=log
-            )
+            followed = subprocess.Popen(**program("torchrun", *words), stdout=log, stderr=log)
             wait_until(lambda: "waiting for" in (tmp_path / "log").read_text(), followed)
             write_partition(tmp_path / "data", number)
             scores = ContinualFolder(run).scores_of(NAMES[number])
