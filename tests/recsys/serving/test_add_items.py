@@ -39,11 +39,11 @@ FULL = 33  # ids that the table holds
 WIDTH = 16 * 4  # content vector and mean token of three modalities
 
 
-def config_of(folder: Path, fusion: str) -> Any:
-    config = em3_config(folder)
+def config_of(folder: Path) -> Any:
+    config: Any = em3_config(folder)
     poster = ModalitySettings("image", "poster", encoder="random:vit", image_size=32)
     content = replace(config.content, modalities=config.content.modalities | {"poster": poster})
-    return replace(config, content=replace(content, fusion=replace(content.fusion, name=fusion)))
+    return replace(config, content=content)
 
 
 def dataset(folder: Path) -> Path:
@@ -74,19 +74,16 @@ def edited_items(data: Path) -> pa.Table:
     return pa.Table.from_pylist([edited, rows[UNCHANGED]], pq.read_table(data / "items").schema)
 
 
-def run_in(folder: Path, fusion: str) -> Path:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, run, package, and a file of items: three are new, one is edited, one is as it was."""
+    folder = tmp_path_factory.mktemp("added")
     data = dataset(folder)
-    exported(folder, config_of(folder, fusion))
+    exported(folder, config_of(folder))
     (folder / "new").mkdir()
     items = pa.concat_tables([new_items(data, NEW), edited_items(data)])
     pq.write_table(items, folder / "new" / "items.parquet")
     return folder
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_in(tmp_path_factory.mktemp("added"), "qformer")
 
 
 @pytest.fixture
@@ -128,14 +125,9 @@ def scores(package: Path, run: Path) -> np.ndarray:
     return np.concatenate([scorer.score(**request)[:, 0] for request in requests(folder)])
 
 
-@pytest.mark.parametrize("fusion", ["qformer", pytest.param("concat", marks=pytest.mark.long)])
 def test_added_items_score_as_predict_with_them_in_items(
-    request: pytest.FixtureRequest, tmp_path: Path, fusion: str
+    run: Path, package: Path, tmp_path: Path
 ) -> None:
-    is_shared = fusion == "qformer"
-    run = request.getfixturevalue("run") if is_shared else run_in(tmp_path / "run", fusion)
-    package = Path(shutil.copytree(run / "package_fp32", tmp_path / "package"))
-
     counts = add_items(package, str(run / "new" / "items.parquet"))
 
     assert counts == AddedCounts(new=3, changed=1, unchanged=1, without_row=0)

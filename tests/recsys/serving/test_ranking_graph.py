@@ -19,7 +19,6 @@ from recsys.ranking.vectors import IDVectors, TowerVectors
 from recsys.serving.exported_graph import ExportedGraph, export_graph
 from recsys.serving.package import GRAPH
 from recsys.serving.ranking_graph import RankingGraph, RankingInputs
-from recsys.serving.shared_history import SharedHistory
 from tests.recsys.ranking.ranking_inputs import (
     CONTENT,
     CONTENT_DIM,
@@ -168,27 +167,19 @@ def sim_by_category(content: ContentSettings | None) -> RankingGraph:
 
 
 @pytest.mark.parametrize("content", [None, SIMILARITIES], ids=["id_only", "content"])
-@pytest.mark.parametrize("exports", [False, pytest.param(True, marks=pytest.mark.long)])
 @torch.no_grad()
 def test_a_search_by_category_keeps_other_numbers_of_items_for_each_candidate(
-    content: ContentSettings | None, exports: bool, tmp_path: Path
+    content: ContentSettings | None,
 ) -> None:
     graph = sim_by_category(content)
-    module = exported(graph, "sim", tmp_path) if exports else graph
 
     for num_rows, items in [(4, [4, 0, 1, 2, 6, 5]), (1, [1]), (2, [])]:
         rows = replace(
             request(num_rows, len(items)), history_items=torch.tensor(items, dtype=torch.int64)
         )
         expected = graph.ranking(*tiled(rows, graph.history_map))
-        scores = module(*rows.arguments())
+        scores = graph(*rows.arguments())
         torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_places_of_the_model_s_own_choice_are_refused() -> None:
-    history = SharedHistory(num_rows=2, num_items=3, device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="highest"):
-        history.select(torch.tensor([0, 4]))
 
 
 @pytest.mark.parametrize(

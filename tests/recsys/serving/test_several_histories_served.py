@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 import torch
 
 from recsys.distributed.ranks import joined_ranks
@@ -47,18 +46,9 @@ def widened(value: Any, factor: float) -> Any:
     return None if value is None else value * factor
 
 
-@pytest.mark.parametrize(
-    "backbone",
-    [
-        "din_dcn",
-        pytest.param("hstu", marks=pytest.mark.long),
-        pytest.param("sim", marks=pytest.mark.long),
-        pytest.param("dlrm", marks=pytest.mark.long),
-    ],
-)
-def test_scores_of_a_package_equal_those_of_predict(tmp_path: Path, backbone: str) -> None:
+def test_scores_of_a_package_equal_those_of_predict(tmp_path: Path) -> None:
     data = write_wide(tmp_path / "data")
-    package, predicted = exported(tmp_path, backbone_config(tmp_path, backbone, "none"))
+    package, predicted = exported(tmp_path, backbone_config(tmp_path, "din_dcn", "none"))
     scorer = Scorer.load(package)
     scores = [scorer.score(**request) for request in requests(data, COLUMNS)]
     np.testing.assert_allclose(np.concatenate(scores), predicted, rtol=0, atol=1e-6)

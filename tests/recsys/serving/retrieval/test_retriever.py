@@ -21,7 +21,6 @@ from recsys.evaluation.predict import load_run
 from recsys.serving import Scorer
 from recsys.serving.export import export_run
 from recsys.serving.new_items.add import add_items
-from recsys.serving.package import GRAPH, MANIFEST, read_manifest, write_manifest
 from recsys.serving.retrieval import Retrieved, Retriever, TwoStage
 from recsys.serving.retrieval.index import build_index, search_index, unit
 from recsys.serving.retrieval.item_vectors import INDEX, VECTORS, export_vectors
@@ -190,20 +189,6 @@ def test_items_added_to_the_user_tower_are_in_the_histories_of_queries(
     user, history, _ = next(row for row in liked_rows(towers) if row[1]["history"])
     query = Retriever.load(copy).query(user, history)
     assert not np.array_equal(query, retriever.query(user, history))
-
-
-def test_the_tower_of_other_vectors_is_refused(towers: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(towers / "vectors", tmp_path / "vectors"))
-    tower = copy / "queries"
-    manifest = read_manifest(tower)
-    (tower / MANIFEST).unlink()
-    program = torch.export.load(tower / GRAPH)
-    next(iter(program.state_dict.values())).data.add_(1)
-    torch.export.save(program, tower / GRAPH)
-    write_manifest(tower, manifest)
-
-    with pytest.raises(ValueError, match=str(tower / GRAPH)):
-        Retriever.load(copy)
 
 
 def test_what_a_run_does_not_have_is_refused_and_leaves_nothing(

@@ -163,13 +163,3 @@ def test_what_cannot_be_written_is_refused_before_items_are_encoded(
 def test_codebooks_of_another_model_are_refused(semantic: Path) -> None:
     with pytest.raises(ValueError, match=str(semantic / "ids")):
         load_codebooks(semantic / "ids", "another model")
-
-
-def test_sizes_beside_codebooks_which_have_their_own_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["semantic-ids", "--run", str(tmp_path), "--out", str(tmp_path / "ids")]
-
-    assert main([*words, "--codebooks", "semantic", "--levels", "4"]) == 1
-
-    assert "--codebooks semantic" in capsys.readouterr().err

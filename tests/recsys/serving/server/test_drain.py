@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,23 +14,11 @@ import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
 from tests.ranks import HANG_SECONDS
-from tests.recsys.serving.server.served_package import ROOT, TOKEN, ServedPackage
+from tests.recsys.serving.server.served_package import TOKEN, ServedPackage
 
 READY = ("/v2/health/ready", "/v2/models/shop/ready")
 ANSWERED = ("/v2/health/live", "/v2", "/v2/models/shop", "/metrics")
 DRAIN = 5  # seconds
-LOADING = """
-import sys, time
-from recsys.cli import main
-from recsys.serving.server import worker
-
-def load(*arguments):
-    print("loads", flush=True)
-    time.sleep(600)
-
-worker.ScoringService = load
-sys.exit(main(["serve", "package", "--port", "0", "--grpc_port", "0"]))
-"""
 
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.long)])
@@ -81,18 +67,3 @@ def test_a_second_signal_ends_the_drain(
     server.wait_for("draining")
 
     assert server.end() == 0
-
-
-def test_a_server_that_loads_prints_nothing_and_ends_at_a_signal() -> None:
-    words = [sys.executable, "-W", "ignore", "-c", LOADING]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(words, cwd=ROOT, text=True, **pipes) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "loads\n"
-            process.send_signal(signal.SIGTERM)
-
-            assert process.wait(HANG_SECONDS) == 0
-            assert process.stdout.read() == ""
-        finally:
-            process.kill()

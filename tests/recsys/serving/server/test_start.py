@@ -7,7 +7,6 @@ import socket
 import pytest
 
 from recsys.cli import main
-from recsys.serving.server import start
 
 
 @pytest.mark.parametrize(
@@ -43,14 +42,3 @@ def test_a_port_that_is_taken_is_named(
         assert main([*words, f"--{option}", port]) == 1
 
     assert f"--{option} {port}" in capsys.readouterr().err
-
-
-def test_what_is_not_installed_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(start, "REQUIRED_PACKAGES", ("fastapi", "server_that_is_absent"))
-
-    assert main(["serve", "package"]) == 1
-
-    error = capsys.readouterr().err
-    assert "server_that_is_absent" in error and "fastapi is" not in error
