@@ -7,9 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.distributed._shard.sharded_tensor import ShardedTensor
@@ -21,19 +18,14 @@ from recsys.config import (
     Config,
     ContentSettings,
     EmbeddingSettings,
-    ModalitySettings,
     TableSettings,
     content_settings,
 )
-from recsys.data.schema import load_schema
 from recsys.data.vocabularies import UnknownIds
-from recsys.diagnostics.plan.description import Description, describe, parse_rows
-from recsys.diagnostics.plan.meta_model import feature_widths
-from recsys.diagnostics.plan.report import format_description, in_bytes
+from recsys.diagnostics.plan.description import Description, describe
 from recsys.ranking.din import DinDcnSettings
-from recsys.storage.location import Location
 from recsys.training.train import training_interactions
-from tests.datasets import write_dataset, write_parquet
+from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
 from tests.recsys.command_runs import TINY
 from tests.recsys.em3_runs import em3_config, ranks_of
@@ -186,15 +178,6 @@ def test_what_does_not_fit_is_said_by_table_with_what_would(
     assert ": num_embeddings 12," in printed
 
 
-def test_what_else_does_not_fit_is_named(folder: Path) -> None:
-    small = replace(CPU, memory_bytes=2**24)
-    cluster, data = Cluster(1, 1, small), str(folder / "data")
-    description = describe(em3_config(folder), data, cluster, {"item": 100_000})
-
-    assert description.memory.bank == 100_000 * (3 * 16 + 1) * 4
-    assert "memory bank" in format_description(description).splitlines()[-1]
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -219,13 +202,6 @@ def test_mistakes_are_named(
     assert message in capsys.readouterr().err
 
 
-def test_this_machine_is_described(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(folder, "--device", "cpu", "--gpus-per-node", "2") == 0
-    printed = capsys.readouterr().out
-    assert "2 ranks (1 x 2) on cpu" in printed
-    assert "320 training rows" in printed
-
-
 def test_layers_of_an_encoder_that_are_cached_leave_the_run(folder: Path) -> None:
     config = em3_config(folder)
     content = content_settings(config.content)
@@ -247,37 +223,3 @@ def test_runs_without_content_and_frozen_tables_are_described(folder: Path) -> N
 
     assert description.memory.bank == 0
     assert {part.name.split()[0] for part in description.parts} == {"table", "ranking"}
-
-
-def test_numbers_and_words() -> None:
-    assert parse_rows(["item=4e9", "user=1_000"]) == {"item": 4_000_000_000, "user": 1000}
-    assert [in_bytes(number) for number in (12, 1536, 79 * 2**30)] == ["12 B", "1.5 KiB", "79 GiB"]
-
-
-def test_items_are_checked_before_a_run(tmp_path: Path) -> None:
-    data = write_dataset(tmp_path / "data")
-    np.save(data / "audio.npy", np.ones((30, 3, 5), np.float32))
-    with (data / "schema.yaml").open("a") as schema_file:
-        schema_file.write("    audio: {kind: feature, file: audio.npy}\n")
-    root = Location.of(data)
-    schema = load_schema(root)
-    modalities = {
-        "audio": ModalitySettings("feature", "audio"),
-        "clip": ModalitySettings("feature", "clip"),
-    }
-    file = data / "items" / "part-0.parquet"
-    items = pq.read_table(file)
-    pq.write_table(items.slice(0, 0), data / "items" / "part-1.parquet")
-    assert feature_widths(root, schema, modalities) == {"audio": 5, "clip": 6}
-
-    numbers = pa.array(["no features"] * len(items))
-    place = items.column_names.index("clip")
-    write_parquet(file, items.set_column(place, "clip", numbers))
-    with pytest.raises(ValueError, match=r"part-0\.parquet: column 'clip'.* has type"):
-        feature_widths(root, schema, modalities)
-    pq.write_table(items.slice(0, 0), file)
-    with pytest.raises(ValueError, match=r"data/items: no .*with rows"):
-        feature_widths(root, schema, modalities)
-    schema.items = None
-    with pytest.raises(ValueError, match=r"data/schema\.yaml: .*`items`"):
-        feature_widths(root, schema, modalities)

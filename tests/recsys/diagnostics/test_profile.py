@@ -17,7 +17,7 @@ from tests.recsys.em3_runs import batches_of, em3_config, ranks_of
 
 STEPS = 3
 ALL_STEPS = FIRST_STEPS + 1 + STEPS
-FOLDERS = ("whole", "short", "off", "failed")
+FOLDERS = ("whole", "off", "failed")
 
 
 @dataclass
@@ -40,30 +40,28 @@ def hooks_of(job: Job) -> int:
 
 
 def profiled_runs(rank: int, world_size: int, folder: Path) -> dict[str, Run]:
-    """Whole; left early and entered again; without steps; ended by an error."""
+    """Whole; without steps; ended by an error."""
     job = build_job(em3_config(folder), str(folder / "data"), ranks_of(rank, world_size))
     job.model.train()
     [batch] = batches_of(job, 1, 4)
     batches, runs = repeated(batch), {}
-    for name, steps, loops in (
-        ("whole", STEPS, [ALL_STEPS + 2]),
-        ("short", STEPS, [FIRST_STEPS, FIRST_STEPS + 3]),
-        ("off", 0, [3]),
-        ("failed", STEPS, [ALL_STEPS - 1]),
+    for name, steps, length in (
+        ("whole", STEPS, ALL_STEPS + 2),
+        ("off", 0, 3),
+        ("failed", STEPS, ALL_STEPS - 1),
     ):
         run = runs[name] = Run()
         profile = StepProfile(job.em3, job.ranks, steps, folder / name, run.texts.append)
         run.hooks.append(hooks_of(job))
         try:
-            for length in loops:
-                with profile:
-                    for step in range(length):
-                        job.pipeline.progress(batches)
-                        profile.step()
-                        if step == FIRST_STEPS:
-                            run.hooks.append(hooks_of(job))
-                    if name == "failed":
-                        raise ZeroDivisionError
+            with profile:
+                for step in range(length):
+                    job.pipeline.progress(batches)
+                    profile.step()
+                    if step == FIRST_STEPS:
+                        run.hooks.append(hooks_of(job))
+                if name == "failed":
+                    raise ZeroDivisionError
         except ZeroDivisionError:
             pass
         run.hooks.append(hooks_of(job))
@@ -102,14 +100,6 @@ def test_modules_are_hooked_only_while_steps_are_recorded(ranks: list[dict[str, 
     assert before == after < recording
     assert ranks[0]["failed"].hooks[-1] == before
     assert len(set(ranks[1]["whole"].hooks)) == 1
-
-
-def test_a_loop_that_ends_early_is_profiled_as_far_as_it_came(
-    ranks: list[dict[str, Run]], folder: Path
-) -> None:
-    why, table = ranks[0]["short"].texts
-    assert why.startswith("profile_steps: 0 of 3 ") and "## ranking ##" in table
-    assert (folder / "short" / TRACE).exists()
 
 
 def test_without_steps_or_after_an_error_nothing_is_written(

@@ -15,13 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.cli import main
-from recsys.diagnostics.dataset.command import explain_data, format_dataset
+from recsys.diagnostics.dataset.command import explain_data
 from recsys.diagnostics.dataset.findings import find
 from recsys.diagnostics.dataset.summary import (
     GROUPS,
     PAIRS,
     ROWS,
-    share_of_most_frequent,
     summarize_dataset,
 )
 from tests.datasets import item_rows, png, write_dataset, write_parquet
@@ -213,19 +212,6 @@ def test_times_of_other_types_are_compared_as_times(tmp_path: Path) -> None:
     assert "but test begins" not in text
 
 
-def test_a_column_without_any_value_is_described(tmp_path: Path) -> None:
-    data = write_dataset(tmp_path / "data")
-    schema = (data / "schema.yaml").read_text()
-    columns = "columns:\n  teacher: {kind: extra}\n"
-    (data / "schema.yaml").write_text(schema.replace("columns:\n", columns, 1))
-    for split in SPLITS:
-        change(data, split, teacher=lambda t: pa.nulls(len(t), pa.float32()))
-    lines = format_dataset(summary := summarize_dataset(str(data)), find(summary)).splitlines()
-    assert [line.split() for line in lines if "teacher" in line] == [
-        ["teacher", split, "-", "-", "-", "-"] for split in SPLITS
-    ]
-
-
 def test_unused_rows_of_a_table(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data")
     schema = (data / "schema.yaml").read_text()
@@ -247,12 +233,6 @@ def test_numbers_go_to_a_file_and_tables_to_the_screen(
     assert numbers["items"]["columns"]["text"]["missing_share"] == 2 / 40
     printed = capsys.readouterr().out
     assert "label liked" in printed and "characters: p50" in printed
-
-
-def test_the_share_of_the_most_frequent() -> None:
-    counts = np.array([1] * 199 + [101])
-    assert share_of_most_frequent(counts) == pytest.approx(102 / 300)  # two of 200 items
-    assert share_of_most_frequent(np.zeros(0, np.int64)) == 0.0
 
 
 BROKEN = {**bad_files.FILES, **bad_impressions.TYPES, **bad_impressions.VALUES}
@@ -323,69 +303,6 @@ def test_features_in_a_file_are_told_like_columns(tmp_path: Path) -> None:
     assert audio.lengths.summary()["mean"] == pytest.approx((28 * 2 + 1) / 29)
 
 
-def test_an_item_column_that_is_missing_or_no_text_is_named(tmp_path: Path) -> None:
-    data = write_dataset(tmp_path / "data")
-    file = data / "items" / "part-0.parquet"
-    items = pq.read_table(file)
-    pq.write_table(items.drop_columns(["poster"]), file)
-    with pytest.raises(ValueError, match=r"part-0\.parquet: column 'poster'"):
-        summarize_dataset(str(data))
-    raw = pa.array([b"\xff"] * len(items)).view(pa.string())
-    pq.write_table(items.set_column(items.column_names.index("text"), "text", raw), file)
-    with pytest.raises(ValueError, match=r"part-0\.parquet: column 'text'.*UTF-8"):
-        summarize_dataset(str(data))
-
-
-def test_a_split_whose_items_are_all_drawn_is_described(tmp_path: Path) -> None:
-    data = write_dataset(tmp_path / "data")
-    schema = data / "schema.yaml"
-    schema.write_text(
-        schema.read_text().replace("columns:", "columns:\n  drawn: {kind: sampled}", 1)
-    )
-    for split in SPLITS:
-        change(data, split, drawn=lambda table: pa.array([1.0] * len(table)))
-    summary = summarize_dataset(str(data))
-    assert "test" in format_dataset(summary, find(summary))
-    shares = summary.splits["test"].shares
-    assert (shares["of_known_groups"], shares["in_train"]) == (1.0, 0.0)
-
-
-INF = float("inf")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "word"),
-    [
-        ("poster", b"<svg/>", "<svg/>"),
-        ("clip", [INF] * 6, "not finite"),
-        ("clip", [0.5] * 7, "7 values"),
-    ],
-)
-def test_content_that_ends_training_ends_it_with_the_same_words(
-    name: str, content: Any, word: str, tmp_path: Path
-) -> None:
-    data = write_dataset(tmp_path / "data")
-    file = data / "items" / "part-0.parquet"
-    table = pq.read_table(file)
-    values = table[name].to_pylist()
-    values[20] = content
-    place = table.schema.get_field_index(name)
-    write_parquet(file, table.set_column(place, name, pa.array(values, table[name].type)))
-    with pytest.raises(ValueError, match=f"column '{name}', row 20: .*{word}"):
-        explain_data(str(data))
-    explain_data(str(data), "skip")
-
-
-def test_images_of_any_binary_type_are_opened(tmp_path: Path) -> None:
-    data = write_dataset(tmp_path / "data")
-    file = data / "items" / "part-0.parquet"
-    table = pq.read_table(file)
-    place, posters = table.schema.get_field_index("poster"), table["poster"].combine_chunks()
-    for array in (posters.cast(pa.binary_view()), posters.dictionary_encode()):
-        write_parquet(file, table.set_column(place, "poster", array))
-        assert explain_data(str(data)).items.columns["poster"].formats["PNG"] == 29
-
-
 @pytest.mark.parametrize(
     ("categories", "values", "missing"),
     [
@@ -403,12 +320,6 @@ def test_categories_are_counted_one_by_one_in_lists_and_alone(
     assert items is not None
     column = items.columns["genre"]
     assert (column.values, column.missing) == (values, missing)
-
-
-def test_categories_of_another_type_are_named(tmp_path: Path) -> None:
-    data = with_categories(tmp_path, pa.array([{"a": 1}] * 30))
-    with pytest.raises(ValueError, match=r"items/part-0\.parquet: column 'genre' .*struct"):
-        explain_data(str(data))
 
 
 def with_categories(folder: Path, categories: pa.Array) -> Path:

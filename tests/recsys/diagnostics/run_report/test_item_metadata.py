@@ -72,18 +72,10 @@ def test_an_item_is_called_by_title_then_by_the_beginning_of_its_text_then_by_id
     assert item_names(None, np.array([3])) == ["item 3"]
 
 
-def test_texts_that_are_no_utf_8_are_shown_with_a_mark(tmp_path: Path) -> None:
-    text = pa.array([b"caf\xe9", b"tea"], pa.binary()).view(pa.string())
-    table = items_of(tmp_path, {"item": pa.array([0, 1]), "text": text})
-
-    assert item_names(table, np.arange(2)) == ["caf\ufffd", "tea"]
-
-
 @pytest.mark.parametrize(
     "values",
     [
         pa.array(["Comedy|Drama", " War ", "", None]),
-        pa.array(["Comedy|Drama", "War", "", None]).dictionary_encode(),
         pa.array([["Comedy", "Drama"], ["War"], [], None]),
     ],
 )
@@ -92,19 +84,6 @@ def test_the_first_of_several_categories_counts(tmp_path: Path, values: pa.Array
 
     assert category_column(table.files, None) == "genre"
     assert categories(table, "genre", np.arange(4)) == ["Comedy", "War", None, None]
-
-
-def test_integers_are_categories_and_zero_is_one(tmp_path: Path) -> None:
-    table = items_of(tmp_path, {"item": pa.array([0, 1]), "shelf": pa.array([0, 5])})
-
-    assert category_column(table.files, None) is None
-    assert category_column(table.files, "shelf") == "shelf"
-    assert categories(table, "shelf", np.arange(2)) == ["0", "5"]
-
-
-def test_a_column_chosen_without_items_is_refused() -> None:
-    with pytest.raises(ValueError, match="--colour-by brand: "):
-        category_column([], "brand")
 
 
 def test_pictures_lie_on_white_squares(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Literal
 import pytest
 import torch
 
-from recsys.content.fusion import ConcatFusion, FusionQFormer, JointSelfAttention
+from recsys.content.fusion import FusionQFormer, JointSelfAttention
 from recsys.diagnostics.run_report.projector import attention_weights, recorded_attention
 
 # Items of 3, 2 and 0 tokens, of modalities 0, 0 and 1.
@@ -62,9 +62,3 @@ def test_attention_is_shared_out_over_the_tokens_that_items_have() -> None:
     torch.testing.assert_close(calls[1], calls[0][:2])
     assert calls[0][1, 1] == 0 and calls[0][2].tolist() == [0, 0]  # modalities that items lack
     assert (calls[0][0] > 0).all() and calls[0][0].sum() < 1  # the rest is for the queries
-
-
-def test_fusions_without_queries_have_no_attention() -> None:
-    with recorded_attention(ConcatFusion(8, 2), 2) as calls:
-        pass
-    assert calls == []
