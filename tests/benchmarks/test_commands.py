@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,11 @@ import torch
 
 from benchmarks.__main__ import SUITES, main
 from benchmarks.compare import PLAIN, compare
-from benchmarks.kernels.__main__ import NATIVE, TORCH, kernel_steps
 from benchmarks.kernels.operators import QUICK_SIZES, operators
 from benchmarks.ladder import ladder, reading, rows_of
 from benchmarks.loader import benchmark as loader
 from benchmarks.retrieval import retrieval
 from benchmarks.scaling import scaling
-from benchmarks.sequences import sequences
 from benchmarks.throughput import throughput
 from benchmarks.timing.step_work import PARTS
 from recsys.kernels import has_native
@@ -100,14 +97,6 @@ def test_kernels_are_compared_with_their_references(tmp_path: Path) -> None:
     assert all(record["torch"] > 0 and record["native"] > 0 for record in records)
 
 
-@pytest.mark.long
-def test_steps_with_and_without_kernels_take_turns(tmp_path: Path) -> None:
-    out = tmp_path / "results"
-    kernel_steps(tmp_path, only=["DLRM"], rounds=1, seconds=0.01, quick=True, results=out)
-    (record,) = lines_of(out, "kernel_steps")
-    assert list(record["ratios"]) == [TORCH, NATIVE]
-
-
 def test_the_loader_is_measured_with_and_without_content_and_threads(tmp_path: Path) -> None:
     sizes = {"rows": 64, "items": 20, "batch_size": 16}
     out = tmp_path / "results"
@@ -125,13 +114,6 @@ def test_indexes_are_compared_with_exact_search(tmp_path: Path) -> None:
     records = {record["index"]: record for record in lines_of(tmp_path, "retrieval")}
     assert records["flat"]["recall"] == {"10": 1.0, "100": 1.0}
     assert records["hnsw"]["recall"]["10"] > 0.95 and records["ivf"]["recall"]["10"] > 0.5
-
-
-@pytest.mark.long
-def test_steps_of_sequence_models_are_measured_at_both_lengths(tmp_path: Path) -> None:
-    out = tmp_path / "results"
-    sequences(tmp_path, 16, rounds=1, only=["hstu"], quick=True, results=out)
-    assert [record["content"] for record in lines_of(out, "sequences")] == [False, True]
 
 
 @pytest.mark.parametrize("setting", ["A", "B"])
@@ -162,32 +144,7 @@ def test_scaling_compares_each_point_with_the_first(tmp_path: Path) -> None:
     assert few["x"] < many["x"] and few["counts"]["encoded"] < many["counts"]["encoded"]
 
 
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        (compare, "no variant .'fast'.*bank_lora"),
-        (partial(ladder, setting="A"), "no row .'fast'.*memory bank"),
-        (scaling, "no curve .'fast'.*batch size"),
-    ],
-)
-def test_unknown_names_are_refused_with_the_known_ones(
-    command: Any, message: str, tmp_path: Path
-) -> None:
-    names = {"curves" if command is scaling else "only": ["fast"]}
-    with pytest.raises(ValueError, match=message):
-        command(tmp_path, quick=True, results=tmp_path, **names)
-
-
 @pytest.mark.parametrize("command", [compare, throughput, ladder, scaling])
 def test_quick_figures_never_replace_real_ones(command: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--quick.*--results"):
         command(tmp_path, quick=True)
-
-
-def test_what_starts_its_own_ranks_refuses_to_be_started_on_several(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for call in (lambda: ladder(tmp_path, quick=True), lambda: scaling(tmp_path, quick=True)):
-        with pytest.raises(ValueError, match="--nproc 1"):
-            call()

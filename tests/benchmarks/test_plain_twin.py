@@ -20,7 +20,6 @@ from benchmarks.plain_twin import PlainSource, PlainTwin, padded
 from benchmarks.settings import QUICK_SIZE
 from benchmarks.timing.steps import ProductSteps
 from recsys.data.batch import Batch
-from recsys.distributed.ranks import joined_ranks
 from tests.benchmarks.variants import NO_DROPOUT, product_steps, quick_variant
 
 FULL = ("--content.history.mode", "full")
@@ -140,31 +139,3 @@ def rowwise_adagrad(weight: Tensor, gradient: Tensor, rate: float) -> Tensor:
     """The first step from zero moments."""
     moment = gradient.pow(2).mean(dim=1, keepdim=True)
     return weight - rate * gradient / (moment.sqrt() + 1e-8)
-
-
-def test_twin_learns_from_its_steps(tmp_path: Path) -> None:
-    variant = quick_variant(tmp_path, *FULL, *NO_DROPOUT)
-    with joined_ranks("cpu") as ranks:
-        source = PlainSource(variant.config(), variant.data, ranks)
-        twin, batch = source.twin(), next(source.batches())
-        optimizers, losses = twin.optimizers(), []
-        for _ in range(20):
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            loss, _ = twin(batch)
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-            losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
-
-
-def test_what_the_twin_has_not_is_refused(tmp_path: Path) -> None:
-    with joined_ranks("cpu") as ranks:
-        for overrides, message in [
-            (("--content", "none"), "stored features"),
-            (("--content.fusion.preset", "published"), "preset 'published'"),
-        ]:
-            variant = quick_variant(tmp_path, *overrides)
-            with pytest.raises(ValueError, match=message):
-                PlainSource(variant.config(), variant.data, ranks)

@@ -4,7 +4,6 @@ The job runs a stand-in for `recsys.cli`: what is tested is that arguments, envi
 code pass through torchx and torchrun unchanged.
 """
 
-import inspect
 import os
 import shutil
 import subprocess
@@ -68,27 +67,6 @@ def test_a_benchmark_is_named_first_and_runs_as_a_module() -> None:
     assert (job.name, job.roles[0].name) == ("recsys-benchmark", "benchmark")
     assert job.roles[0].args[-1].endswith(" -m -- benchmarks.throughput --out 'my run'")
     assert " --nproc_per_node 1 " in component("benchmark", "--", "ladder").roles[0].args[-1]
-
-
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "cache", "benchmark"])
-def test_torchx_reads_the_same_options_from_every_component(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    component = get_component(f"{COMPONENTS}:{command}")
-    assert component.validation_errors == []
-    with pytest.raises(SystemExit):
-        materialize_appdef(component.fn, ["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    options = inspect.signature(component.fn).parameters.values()
-    assert [option.name for option in options if option.name != "args"] == [
-        *("nproc", "nnodes", "cpu", "gpu", "memMB", "max_retries"),
-        *("rdzv_port", "name", "image", "env", "mounts"),
-    ]
-    for option in options:
-        if option.name != "args":
-            explanation = shown.split(f" --{option.name} ")[-1].split(" (default: ")
-            assert explanation[0].count(" ") > 0 or option.name == "nnodes", option.name
-            assert explanation[1].startswith(str(option.default)), option.name
 
 
 def test_resources_image_environment_and_retries_reach_the_job(
@@ -164,16 +142,6 @@ def test_a_negative_number_of_retries_is_refused() -> None:
         component("train", "--max_retries", "-1")
 
 
-def test_a_job_runs_on_two_ranks_with_the_python_of_torchx(tmp_path: Path) -> None:
-    process = run_torchx(
-        tmp_path, "launch/components.py:train", "--nproc", "2", "--", "--out", "a $b c"
-    )
-    assert process.returncode == 0, process.stderr
-    for rank in (0, 1):
-        assert f"rank {rank} of 2: ['train', '--out', 'a $b c']" in process.stderr
-    assert f"threads 3, python {sys.executable}" in process.stderr
-
-
 def test_a_failing_rank_fails_the_job_and_shows_its_cause(tmp_path: Path) -> None:
     process = run_torchx(tmp_path, "launch/components.py:evaluate", "--", "--fail")
     assert process.returncode != 0
@@ -181,9 +149,10 @@ def test_a_failing_rank_fails_the_job_and_shows_its_cause(tmp_path: Path) -> Non
 
 
 def test_a_job_whose_rank_is_killed_is_restarted(tmp_path: Path) -> None:
-    job = ("launch/components.py:train", "--max_retries", "1", "--", "--kill-once")
-    process = run_torchx(tmp_path, *job)
+    job = ("launch/components.py:train", "--nproc", "2", "--max_retries", "1")
+    process = run_torchx(tmp_path, *job, "--", "--out", "a $b c", "--kill-once")
     assert process.returncode == 0, process.stderr
     assert "exitcode: -9" in process.stderr
     for rank in (0, 1):
-        assert f"rank {rank} of 2: ['train', '--kill-once']" in process.stderr
+        assert f"rank {rank} of 2: ['train', '--out', 'a $b c', '--kill-once']" in process.stderr
+    assert f"threads 3, python {sys.executable}" in process.stderr

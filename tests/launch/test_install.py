@@ -4,9 +4,6 @@ The calls of pip are replaced by a recorder here; continuous integration makes a
 """
 
 import ast
-import json
-import re
-import subprocess
 import sys
 import tomllib
 from dataclasses import replace
@@ -129,16 +126,6 @@ def test_another_package_index_serves_torch_only() -> None:
     assert not any("--index-url" in stage.arguments for stage in stages[1:])
 
 
-@pytest.mark.parametrize("flavor", ["cpu", "cuda"])
-def test_an_extra_is_one_more_line_of_the_dependencies(flavor: str) -> None:
-    root = Path("/project")
-    without = install.installation_stages(PROJECT, flavor, root=root)
-    stages = install.installation_stages(PROJECT, flavor, ["retrieve", "serve"], root=root)
-
-    assert stages[1].arguments == [*without[1].arguments, "index", "server"]
-    assert [stages[0], *stages[2:]] == [without[0], *without[2:]]
-
-
 def test_an_extra_that_the_project_lacks_is_named_before_anything_is_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,44 +173,6 @@ def test_a_complete_environment_serves_the_same_call_and_one_with_fewer_extras()
 def test_an_environment_that_differs_in_anything_is_installed_again(change: dict) -> None:
     stamp = replace(replace(STAMP, complete=True), **change)
     assert not stamp.serves(STAMP)
-
-
-def test_packages_are_added_on_top_unless_flavor_python_or_location_changed() -> None:
-    assert STAMP.is_same_kind(replace(STAMP, digest="changed", extras=("dev",)))
-    for change in ({"flavor": "cuda"}, {"python": "3.12.1"}, {"location": "/elsewhere"}):
-        assert not STAMP.is_same_kind(replace(STAMP, **change))
-
-
-def test_a_stamp_is_read_as_written_and_a_broken_one_counts_as_none(tmp_path: Path) -> None:
-    assert install.read_stamp(tmp_path) is None
-    install.write_stamp(tmp_path, STAMP)
-    assert install.read_stamp(tmp_path) == STAMP
-    with_extras = replace(STAMP, extras=install.DEVELOPMENT_EXTRAS)
-    install.write_stamp(tmp_path, with_extras)
-    assert install.read_stamp(tmp_path) == with_extras
-    for broken in ('{"flavor": ', '{"flavor": "cpu"}', "[]"):
-        (tmp_path / install.STAMP_NAME).write_text(broken)
-        assert install.read_stamp(tmp_path) is None
-
-
-def test_the_stamp_of_an_older_installer_keeps_flavor_and_development_packages(
-    tmp_path: Path,
-) -> None:
-    older = {"flavor": "cuda", "python": "3.11.7", "location": "/x", "digest": "1"}
-    for dev, extras in ((True, install.DEVELOPMENT_EXTRAS), (False, ())):
-        stamp = json.dumps({**older, "dev": dev, "complete": True})
-        (tmp_path / install.STAMP_NAME).write_text(stamp)
-        assert install.read_stamp(tmp_path) == install.Stamp(
-            "cuda", "3.11.7", "/x", "1", extras, complete=True
-        )
-
-
-def test_the_digest_follows_the_dependencies(tmp_path: Path) -> None:
-    (tmp_path / "pyproject.toml").write_text("one")
-    before = install.digest_of_inputs(tmp_path)
-    assert install.digest_of_inputs(tmp_path) == before
-    (tmp_path / "pyproject.toml").write_text("two")
-    assert install.digest_of_inputs(tmp_path) != before
 
 
 def test_a_second_call_has_nothing_to_do(pip: Recorder, tmp_path: Path) -> None:
@@ -275,73 +224,3 @@ def test_a_folder_that_is_no_environment_is_refused_and_left_alone(tmp_path: Pat
     with pytest.raises(install.InstallError, match="--venv"):
         install.make_environment(tmp_path, start_over=True)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
-
-
-def test_an_environment_without_pip_is_made_again(tmp_path: Path) -> None:
-    environment = tmp_path / "env"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
-    (environment / "left_over").touch()
-    install.make_environment(environment, start_over=False)
-    assert install.succeeds([str(environment / install.PYTHON), "-m", "pip", "--version"])
-    assert not (environment / "left_over").exists()
-    (environment / "kept").touch()
-    install.make_environment(environment, start_over=False)
-    assert (environment / "kept").exists()
-
-
-def test_a_failing_pip_is_reported_with_its_command(tmp_path: Path) -> None:
-    fake_python = tmp_path / install.PYTHON
-    fake_python.parent.mkdir()
-    fake_python.write_text("#!/bin/sh\nexit 7\n")
-    fake_python.chmod(0o755)
-    stage = install.Stage("torch", ["torch>=2.13"])
-    with pytest.raises(install.InstallError, match=r"exited with 7 .*torch(.|\n)*torch>=2\.13"):
-        install.install_stage(tmp_path, stage)
-
-
-def fake_python(environment: Path, torch: str, cuda: str | None, fbgemm: str) -> None:
-    """A Python that imports modules of these versions."""
-    modules = environment / "modules"
-    for name in ("torch", "fbgemm_gpu", "torchrec"):
-        (modules / name).mkdir(parents=True)
-        (modules / name / "__init__.py").write_text(f"__version__ = {fbgemm!r}\n")
-        metadata = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {fbgemm}\n"
-        (modules / f"{name}-1.dist-info").mkdir()
-        (modules / f"{name}-1.dist-info" / "METADATA").write_text(metadata)
-    version = f"__version__ = {torch!r}\nclass version:\n    cuda = {cuda!r}\n"
-    (modules / "torch" / "__init__.py").write_text(version)
-    python = environment / install.PYTHON
-    python.parent.mkdir()
-    words = f"import sys; sys.path.insert(0, {str(modules)!r}); exec(sys.argv[-1])"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{words}" "$@"\n')
-    python.chmod(0o755)
-
-
-@pytest.mark.parametrize(
-    ("torch", "cuda", "fbgemm"), [("2.13.0+cpu", None, "1.8.0"), ("2.13.0", "13.0", "1.8.0+cpu")]
-)
-@pytest.mark.parametrize("driver", [True, False])
-def test_builds_for_cpu_are_no_installation_for_cuda(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    driver: bool,
-    torch: str,
-    cuda: str | None,
-    fbgemm: str,
-) -> None:
-    fake_python(tmp_path, torch, cuda, fbgemm)
-    monkeypatch.setattr(install, "nvidia_driver_found", lambda: driver)
-
-    message = rf"{re.escape(torch)}(.|\n)*--index-url(.|\n)*rm -r"
-    with pytest.raises(install.InstallError, match=message):
-        install.check_imports(tmp_path, "cuda")
-    assert torch in install.check_imports(tmp_path, "cpu")
-
-
-def test_builds_for_cuda_are_imported_where_a_driver_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_python(tmp_path, "2.13.0", "13.0", "1.8.0")
-    for driver, printed in ((True, "torch 2.13.0"), (False, "not imported")):
-        monkeypatch.setattr(install, "nvidia_driver_found", lambda driver=driver: driver)
-        assert install.check_imports(tmp_path, "cuda").startswith(printed)

@@ -6,11 +6,10 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import optuna
 import pytest
 
 from benchmarks.peers import trainings
-from benchmarks.peers.catalogue import PEERS, Peer
+from benchmarks.peers.catalogue import PEERS
 from benchmarks.peers.trainings import PeerTraining
 
 
@@ -50,13 +49,6 @@ def test_histories_are_padded_before_their_last_items(peer_rows: ModuleType, row
     assert read.padded(read.history, 2).tolist() == [[8, 9], [0, 7], [0, 0], [0, 0]]
 
 
-def test_principal_components_are_uncorrelated(peer_rows: ModuleType) -> None:
-    random = np.random.default_rng(0)
-    vectors = random.normal(size=(200, 6)) @ random.normal(size=(6, 6))
-    components = peer_rows.principal_components([vectors[:, :4], vectors[:, 4:]], 3)
-    np.testing.assert_allclose(components.T @ components / 200, np.eye(3), atol=1e-4)
-
-
 def test_scores_are_those_of_the_rows_with_training_rows_of_their_items(
     monkeypatch: pytest.MonkeyPatch, rows: Path
 ) -> None:
@@ -73,20 +65,3 @@ def test_scores_of_other_rows_are_an_error(
     with_scores(monkeypatch, values)
     with pytest.raises(RuntimeError, match="finite score"):
         PeerTraining(PEERS[0], rows, {}, 0, rows).scores("test")
-
-
-def test_a_study_goes_on_to_its_number_of_trials(
-    monkeypatch: pytest.MonkeyPatch, rows: Path, tmp_path: Path
-) -> None:
-    trained: list[float] = []
-
-    def result(self: PeerTraining) -> dict[str, np.ndarray]:
-        trained.append(self.settings["rate"])
-        return {"valid": np.array([self.settings["rate"], 0.5, 1, 0])}
-
-    monkeypatch.setattr(PeerTraining, "_result", result)
-    peer = Peer("some", "none", (), {"rate": optuna.distributions.FloatDistribution(0, 1)})
-    trainings.tuned(peer, [rows], 2, tmp_path)
-    best = trainings.tuned(peer, [rows], 8, tmp_path)
-    assert len(trained) == 8
-    assert best["rate"] > 0.5  # the user's liked row is first

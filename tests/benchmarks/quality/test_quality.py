@@ -18,7 +18,6 @@ from benchmarks.quality.study import against_peers, read_results
 from recsys.evaluation.metrics import RankedRows
 from tests.benchmarks.quality.quality_cells import (
     GAIN,
-    NUM_ROWS,
     NUM_USERS,
     scores,
     use_small_grid,
@@ -85,17 +84,6 @@ def test_what_content_adds_counts_and_is_the_difference_of_the_means(
     assert effect["excludes_zero"]
     assert np.mean(effect["of_seeds"]) == pytest.approx(effect["value"])
     assert by_name["ID only"]["effect"] == {}
-
-
-def test_the_markdown_has_a_row_per_cell_and_per_effect(study: tuple[Path, Plan]) -> None:
-    text = (study[0] / "small.md").read_text()
-    content = records(study[0])["content"]
-    medians = " | ".join(f"{value:.4f}" for value in content["median"].values())
-
-    assert f"| content | 2 | {medians} |" in text
-    assert f"| content – ID only | {content['effect']['GAUC']['value']:+.4f}\xa0[" in text
-    assert f"window-1, window-2: {2 * NUM_ROWS:,} impressions" in text
-    assert "AUC of validation" in text
 
 
 def test_the_recipe_is_compared_with_each_peer_that_has_runs(study: tuple[Path, Plan]) -> None:

@@ -7,37 +7,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality.__main__ import quality
-from benchmarks.quality.grid import GRIDS, PARTS, Cell, chosen_cells
-from benchmarks.quality.runs import RECIPE, finished, in_order, plan_runs, windows
+from benchmarks.quality.grid import GRIDS, Cell, chosen_cells
+from benchmarks.quality.runs import finished, in_order, plan_runs, windows
 from tests.benchmarks.quality.quality_cells import use_small_grid, write_runs, write_windows
 from tests.recsys.command_runs import TINY
-
-
-@pytest.mark.long
-def test_every_cell_changes_its_baseline_which_is_in_the_same_grids() -> None:
-    cells = {cell.name: cell for grid in GRIDS.values() for cell in grid}
-    by_name = {name: cell.settings for name, cell in cells.items()}
-    plan = plan_runs(by_name, {"data": "data"}, Path(), RECIPE, seeds=1)
-    folders = {name: by_seed[0][0].folder for name, by_seed in plan.items()}
-    for grid, cells in GRIDS.items():
-        names = [cell.name for cell in cells]
-        for cell in cells:
-            assert cell.baseline in names or cell.name.endswith("ID only"), (grid, cell.name)
-            assert cell.baseline is None or folders[cell.name] != folders[cell.baseline], cell.name
-
-
-def test_cic_is_compared_with_the_same_fusion_without_it() -> None:
-    cells = {cell.name: cell for cell in PARTS}
-    for name, cell in cells.items():
-        if " + CIC " not in name:
-            continue
-        assert cell.baseline is not None and name.startswith(cell.baseline)
-        without = dict(cells[cell.baseline].settings)
-        assert without.pop("contrastive.weight", 0) == 0  # the recipe's own is 0
-        same_settings = {
-            key: value for key, value in cell.settings.items() if "contrastive" not in key
-        }
-        assert same_settings == without
 
 
 def test_equal_configurations_share_their_runs_and_other_data_do_not(tmp_path: Path) -> None:
