@@ -40,39 +40,21 @@ NO_LIST = {
     "price": PRICE,
     "liked": LIKED,
 }
-MODALITIES = {
-    "clip": ModalitySettings("feature", "clip"),
-    "text": ModalitySettings("text", "text", encoder="random:bert", max_length=8),
-    "words": ModalitySettings("text", "text", encoder="random:bert", max_length=4, pooling="cls"),
-    "poster": ModalitySettings("image", "poster", encoder="random:vit", image_size=32),
-}
 
 
 @dataclass(frozen=True)
 class SchemaCase:
-    """Columns of a schema, the number of its modalities, and further histories with content."""
+    """Columns of a schema, whether items have content, and further histories with content."""
 
     columns: dict[str, Any]
-    modalities: int = 1
+    has_content: bool = True
     content_histories: list[str] = field(default_factory=list)
 
 
 SCHEMAS = {
     "no parallel list": SchemaCase(NO_LIST),
-    "no parallel list, four modalities": SchemaCase(NO_LIST, modalities=4),
     "user, item and history": SchemaCase(
         {"user": USER, "item": ITEM, "history": HISTORY, "liked": LIKED}
-    ),
-    "user, item and history, ids alone": SchemaCase(
-        {"liked": LIKED, "history": HISTORY, "item": ITEM, "user": USER}, modalities=0
-    ),
-    "no feature besides the user": SchemaCase(
-        {
-            "user": USER,
-            "item": ITEM,
-            "history": {**HISTORY, "parallel": ["history_liked"]},
-            "liked": LIKED,
-        }
     ),
     "three labels, no number": SchemaCase(
         {
@@ -98,7 +80,7 @@ SCHEMAS = {
             "bought_shop": {"kind": "ids", "shares": "history_shop"},
             "liked": LIKED,
         },
-        modalities=0,
+        has_content=False,
     ),
     "no history": SchemaCase({"user": USER, "item": ITEM, "price": PRICE, "liked": LIKED}),
     "items alone": SchemaCase({"item": ITEM, "liked": LIKED}),
@@ -134,9 +116,8 @@ def write_case(folder: Path, case: SchemaCase) -> Path:
         "group": "user" if "user" in case.columns else "item",
         "columns": case.columns,
     }
-    if case.modalities:
-        columns = {"clip": {"kind": "feature"}, "text": {"kind": "text"}}
-        schema["items"] = {"id": "item", "columns": {**columns, "poster": {"kind": "image"}}}
+    if case.has_content:
+        schema["items"] = {"id": "item", "columns": {"clip": {"kind": "feature"}}}
     # Aliases are refused in schema.yaml.
     dumper = type("Dumper", (yaml.SafeDumper,), {"ignore_aliases": lambda *_: True})
     (folder / "schema.yaml").write_text(yaml.dump(schema, Dumper=dumper, sort_keys=False))
@@ -160,13 +141,12 @@ def case_config(folder: Path, case: SchemaCase, backbone: str) -> Config:
         cache=str(folder / "cache"),
         device="cpu",
     )
-    if not case.modalities:
+    if not case.has_content:
         return config
-    names = list(MODALITIES)[: case.modalities]
     content = ContentSettings(
-        modalities={name: MODALITIES[name] for name in names},
+        modalities={"clip": ModalitySettings("feature", "clip")},
         dim=8,
-        fusion=FusionSettings(name="qformer" if case.modalities > 1 else "concat", num_heads=2),
+        fusion=FusionSettings(name="concat"),
         history=HistorySettings(lora_rank=2, columns=case.content_histories),
     )
     return replace(config, content=content, contrastive=ContrastiveSettings(weight=0.1, dim=8))

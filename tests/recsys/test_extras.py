@@ -52,17 +52,3 @@ def test_the_page_of_extras_has_those_of_the_project() -> None:
     section = [re.findall(r"`([a-z]+)`", row) for row in rows]
     listed = [name for row in section for name in row if row and {*row} <= EXTRAS.keys()]
     assert sorted(listed) == sorted(EXTRAS)
-
-
-def test_every_extra_that_a_text_names_exists() -> None:
-    pattern = re.compile(
-        r"--extra (\w+)|extras? `(\w+)`|recsys-em3\[(\w+)\]|missing_extra\(\"(\w+)"
-    )
-    names = {
-        name
-        for text in TEXTS.values()
-        for match in pattern.finditer(text)
-        for name in match.groups()
-        if name
-    }
-    assert {"serve", "search", "spark", "retrieve"} <= names <= {*EXTRAS, "NAME"}

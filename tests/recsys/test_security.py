@@ -28,8 +28,6 @@ from recsys.storage.location import Location
 from tests.datasets import write_dataset
 
 ROOT = Path(__file__).parents[2]
-# Reads the metadata of torch.distributed.checkpoint, by an unpickler of its classes alone.
-READS_A_PICKLE = {"recsys/checkpoint/reader.py"}
 
 
 class Payload:
@@ -201,21 +199,3 @@ def test_every_loader_in_the_code_is_a_restricted_one() -> None:
             assert required[function].items() <= arguments.items(), (file, function)
             kinds.add(function)
     assert kinds == required.keys()
-
-
-def test_pickle_is_imported_only_where_its_classes_are_restricted() -> None:
-    importing = {
-        str(file.relative_to(ROOT))
-        for folder in ("embeddings", "recsys", "launch")
-        for file in (ROOT / folder).rglob("*.py")
-        for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        and "pickle" in (name.split(".")[0] for name in _modules(node))
-    }
-    assert importing <= READS_A_PICKLE
-
-
-def _modules(node: ast.Import | ast.ImportFrom) -> list[str]:
-    if isinstance(node, ast.ImportFrom):
-        return [node.module or ""]
-    return [name.name for name in node.names]

@@ -6,9 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig, get_peft_model
-
 from recsys.content.encoders.tiny_encoders import tiny_model, tiny_tokenizer
 from tests.recsys.data.bad_impressions import BadInput, Spoil
 
@@ -58,23 +55,6 @@ def settings_of(file: str, **changes: Any) -> Spoil:
     return spoil
 
 
-def pickled_weights(folder: Path) -> None:
-    torch.save(tiny_model("random:bert", "").state_dict(), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
-def code_of_its_own(folder: Path) -> None:
-    """It would run when the class that config.json names is loaded."""
-    (folder / "code.py").write_text(f"open({str(folder / 'it_ran')!r}, 'w')\n")
-    auto_map = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
-    settings_of("config.json", model_type="own", auto_map=auto_map)(folder)
-
-
-def adapter(folder: Path) -> None:
-    model = get_peft_model(tiny_model("random:bert", ""), LoraConfig(target_modules=["query"]))  # type: ignore[arg-type]
-    model.save_pretrained(str(folder))
-
-
 def without_tokenizer(folder: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
@@ -90,30 +70,8 @@ LOAD = ["content.modalities.text: ", "'DATA/encoder' "]
 SCHEMAS = {
     "no schema": BadInput(lambda data: (data / "schema.yaml").unlink(), ["DATA/schema.yaml: "]),
     "schema that is no YAML": BadInput(schema_of(b"columns: [a"), ["DATA/schema.yaml: "]),
-    "number of rows that is a fraction": BadInput(
-        schema("num_embeddings: 10", "num_embeddings: 10.5"),
-        ["DATA/schema.yaml: columns.user.num_embeddings is 10.5"],
-    ),
-    "kind that does not exist": BadInput(
-        schema("kind: dense", "kind: densee"), ["DATA/schema.yaml: columns.price.kind is densee"]
-    ),
     "schema that is no text": BadInput(schema_of(b"\xff\xfe\x00\xd8"), ["DATA/schema.yaml: "]),
-    "schema that would run a command": BadInput(
-        schema_of(b"!!python/object/apply:os.system ['touch it_ran']"),
-        ["DATA/schema.yaml: ", "python/object/apply"],
-    ),
     "schema that grows": BadInput(schema_of(bomb_of_aliases()), ["DATA/schema.yaml: "]),
-    "schema that names a class": BadInput(
-        schema("kind: dense", "class_path: os.path"),
-        ["DATA/schema.yaml: ", "'class_path'"],
-    ),
-    "column twice in the schema": BadInput(
-        schema("  price:", "  user: {kind: dense}\n  price:"),
-        ["DATA/schema.yaml: ", "key 'user' is twice"],
-    ),
-    "unknown key in the schema": BadInput(
-        schema("kind: dense", "kind: dense, unit: euro"), ["DATA/schema.yaml: ", "unit"]
-    ),
     "table without a size": BadInput(
         schema("num_embeddings: 10", "num_embeddings: ten"),
         ["DATA/schema.yaml: ", "num_embeddings"],
@@ -127,9 +85,6 @@ SCHEMAS = {
 
 ENCODERS = {
     "no such folder": BadInput(nothing, ["encoder folder 'DATA/encoder'"], FOLDER),
-    "weights as a pickle": BadInput(encoder(pickled_weights), [*LOAD, "safetensors only"], FOLDER),
-    "code of its own": BadInput(encoder(code_of_its_own), [*LOAD, "its repository"], FOLDER),
-    "adapter without its model": BadInput(encoder(adapter), [*LOAD, "peft adapter"], FOLDER),
     "truncated weights": BadInput(
         encoder(lambda folder: (folder / "model.safetensors").write_bytes(b"\x00" * 99)),
         LOAD,
@@ -140,11 +95,6 @@ ENCODERS = {
     ),
     "config with values of another type": BadInput(
         encoder(settings_of("config.json", hidden_size="wide")), [*LOAD, "hidden_size"], FOLDER
-    ),
-    "quantised by a library that is not there": BadInput(
-        encoder(settings_of("config.json", quantization_config={"quant_method": "awq"})),
-        LOAD,
-        FOLDER,
     ),
     "no tokenizer": BadInput(encoder(without_tokenizer), ["tokenizer of 'DATA/encoder' "], FOLDER),
     "longer texts than the encoder reads": BadInput(
@@ -165,25 +115,10 @@ ENCODERS = {
         ["top_layers is 4"],
         ("--content.modalities.text.lora.top_layers", "4"),
     ),
-    "column that the items do not have": BadInput(
-        nothing,
-        ["content.modalities.text: ", "item column 'titel'"],
-        ("--content.modalities.text.column", "titel"),
-    ),
 }
 
 SETTINGS = {
-    "unknown setting": ("--epoch=3", "epoch"),
-    "text instead of a number": ("--epochs=many", "epochs"),
-    "no batch": ("--batch_size=0", "batch_size is 0"),
-    "NaN as learning rate": ("--optimizer.learning_rate=.nan", "optimizer.learning_rate is nan"),
-    "infinite learning rate": ("--embedding.learning_rate=.inf", "learning_rate is inf"),
-    "NaN as temperature": ("--contrastive.temperature=.nan", "contrastive.temperature is nan"),
-    "negative dropout": ("--ranking.dropout=-0.1", "ranking.dropout is -0.1"),
-    "heads that do not divide": ("--content.dim=15", "content.dim is 15"),
-    "layer of no units": ("--ranking.mlp_units=[16,0]", "ranking.mlp_units[1] is 0"),
     "width that the kernels cannot do": ("--embedding.dim=7", "embedding_dim is 7"),
-    "modality with a dot": ("--content.modalities={a.b: {kind: feature, column: clip}}", "'a.b'"),
     "modality of a number": ("--content.modalities={1: {kind: feature, column: clip}}", "1 is"),
     "pixels of a slip": (
         "--content.modalities={p: {kind: image, column: poster, image_size: 10000000}}",
@@ -212,7 +147,6 @@ SETTINGS = {
         "--ranking.label_weights.liked=.nan",
         "label_weights.liked is nan",
     ),
-    "unknown ranking model": ("--ranking.name=dlrn", "dlrn"),
     "unknown fusion": ("--content.fusion.name=former", "former"),
     "factory that does not exist": (
         "--content.modalities={p: {kind: image, column: poster, module: 'no.such:thing'}}",

@@ -16,7 +16,6 @@ from recsys.config import (
     Config,
     RankingSettings,
     RetrievalSettings,
-    add_config_arguments,
     load_config,
     ranking_settings,
     save_config,
@@ -24,8 +23,6 @@ from recsys.config import (
 )
 from recsys.config.checks import validate
 from recsys.config.limits import PositiveInt
-from recsys.config.parser import Parser
-from recsys.config.ranking import RANKING_MODELS, keys_of, settings_class
 from recsys.ranking.din import DinDcnSettings
 from recsys.ranking.sim import SimSettings
 from recsys.ranking.two_tower import TwoTowerSettings
@@ -65,13 +62,6 @@ def recipe(path: Path, **ranking: Any) -> Path:
     """A recipe with these keys under `ranking`."""
     path.write_text(yaml.safe_dump({"ranking": ranking}))
     return path
-
-
-@pytest.mark.parametrize("name", RANKING_MODELS)
-def test_settings_of_every_model_name_it_and_have_what_all_models_have(name: str) -> None:
-    settings = settings_class(name)()
-    assert settings == ranking_settings(name) and settings.name == name
-    assert {"name", "options", "mlp_units", "dropout", "label_weights"} <= set(keys_of(name))
 
 
 @pytest.mark.parametrize(
@@ -144,18 +134,6 @@ def test_settings_made_in_python_are_checked(change: dict[str, Any]) -> None:
     config = Config(ranking=replace(DinDcnSettings(), **change))
     with pytest.raises(ValueError, match=rf"ranking\.{name}.* is (0|1\.0);"):
         validate(config)
-
-
-@pytest.mark.parametrize("name", ["sim", "din_dcn"])
-def test_help_has_a_sentence_for_every_setting_and_those_of_the_model_alone(name: str) -> None:
-    parser = Parser()
-    add_config_arguments(parser, ["--help", "--ranking.name", name])
-    page = parser.format_help()
-    assert ("--ranking.search-top-k" in page) == (name == "sim")
-    assert ("--ranking.cross-rank" in page) == (name == "din_dcn")
-    assert "history that" in " ".join(page.split()) or name != "sim"
-    bare = [action.option_strings for action in parser._actions if not action.help]
-    assert bare == []
 
 
 class Own(nn.Module):
