@@ -64,8 +64,6 @@ class Run:
     logits: list[Tensor] = field(default_factory=list)  # [B of this rank, 1] per step
     gradients: list[dict[str, Tensor]] = field(default_factory=list)  # dense, per step
     dense: dict[str, Tensor] = field(default_factory=dict)  # trained, at the end
-    frozen_before: dict[str, Tensor] = field(default_factory=dict)
-    frozen_after: dict[str, Tensor] = field(default_factory=dict)
     tables: list[dict[str, list[tuple[list[int], Tensor]]]] = field(default_factory=list)
     # Pieces of each table on this rank with their offsets, before each step and at the end.
     encoded: list[Tensor] = field(default_factory=list)  # items that this rank encoded, per step
@@ -148,7 +146,7 @@ def train_configs(
 def _train(rank: int, world_size: int, folder: Path, config: Config) -> Run:
     job = build_job(config, str(folder / "data"), ranks_of(rank, world_size))
     round_tables(table_weights(job))
-    run = Run(frozen_before=_copies(job.em3, requires_grad=False))
+    run = Run()
     for step in range(STEPS):
         run.tables.append(table_pieces(job))
         rows = rows_of_step(job.root, job.schema, step, rank, world_size)
@@ -162,32 +160,30 @@ def _train(rank: int, world_size: int, folder: Path, config: Config) -> Run:
         _record(run, job.em3, loss, logits)
         job.optimizer.step()
     run.tables.append(table_pieces(job))
-    run.dense = {
-        name: value
-        for name, value in _copies(job.em3, requires_grad=True).items()
-        if name in run.gradients[0]
-    }
-    run.frozen_after = _copies(job.em3, requires_grad=False)
+    trained = dense_weights(job.em3)
+    run.dense = {name: trained[name] for name in run.gradients[0]}
     return run
 
 
 def _record(run: Run, em3: EM3, loss: Tensor, logits: Tensor) -> None:
     run.losses.append(loss.detach().clone())
     run.logits.append(logits.detach().clone())
-    run.gradients.append(
-        {
-            name: parameter.grad.clone()
-            for name, parameter in em3.named_parameters()
-            if parameter.grad is not None and not name.startswith("embedding")
-        }
-    )
+    run.gradients.append(dense_gradients(em3))
 
 
-def _copies(em3: EM3, requires_grad: bool) -> dict[str, Tensor]:
+def dense_gradients(em3: EM3) -> dict[str, Tensor]:
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in em3.named_parameters()
+        if parameter.grad is not None and not name.startswith("embedding")
+    }
+
+
+def dense_weights(em3: EM3) -> dict[str, Tensor]:
     return {
         name: value.detach().clone()
         for name, value in em3.named_parameters()
-        if value.requires_grad == requires_grad and not name.startswith("embedding")
+        if value.requires_grad and not name.startswith("embedding")
     }
 
 
@@ -252,7 +248,7 @@ def _train_unsharded(ranks: Ranks, folder: Path, table_optimizer: str, column_sh
     round_tables(weights.values())
     moments = {name: torch.zeros(len(value), column_shards) for name, value in weights.items()}
     adamw = torch.optim.AdamW(_dense_groups(em3), weight_decay=0.0, eps=EPS)
-    run = Run(frozen_before=_copies(em3, requires_grad=False))
+    run = Run()
     for step in range(STEPS):
         run.tables.append(_whole_pieces(weights))
         em3.zero_grad()
@@ -263,7 +259,7 @@ def _train_unsharded(ranks: Ranks, folder: Path, table_optimizer: str, column_sh
         for name, weight in weights.items():
             _update_table(weight, moments[name], table_optimizer)
     run.tables.append(_whole_pieces(weights))
-    run.dense = _copies(em3, requires_grad=True)
+    run.dense = dense_weights(em3)
     return run
 
 

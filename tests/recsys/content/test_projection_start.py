@@ -143,20 +143,3 @@ def test_projected_outputs_are_bounded_at_the_start(case: str, size: int) -> Non
         assert projected.abs().max() < bound, dim
         if case in ("constant", "zero vectors"):
             assert unseen.abs().max() < bound, dim
-
-
-def test_full_rank_outputs_start_as_before_to_the_last_bit() -> None:
-    generator = torch.Generator().manual_seed(0)
-    outputs = torch.randn(50, WIDTH, generator=generator) * torch.logspace(0, -2, WIDTH) + 3
-    projection = Projection(WIDTH, 16)
-    random_rows = projection.weight.detach()[WIDTH:].clone()
-
-    with torch.no_grad():
-        start_at_components(projection, outputs)
-
-    center = outputs.mean(dim=0)
-    _, singular, directions = torch.linalg.svd(outputs - center, full_matrices=False)
-    expected = directions / (singular / 50**0.5).unsqueeze(1)
-    assert torch.equal(projection.weight[:WIDTH], expected)
-    assert torch.equal(projection.bias[:WIDTH], -(expected @ center))
-    assert torch.equal(projection.weight[WIDTH:], random_rows)

@@ -157,21 +157,6 @@ def test_what_fewer_than_five_users_define_has_no_interval(metric: str) -> None:
     assert pooled_metric([scores], metric, "unseen") is None
 
 
-def test_runs_on_other_rows_or_windows_are_refused() -> None:
-    scores = random_scores(0, 30, 4)
-    moved = replace(scores, groups=scores.groups + 1)
-    with pytest.raises(ValueError, match=r"window 1: .* seed 1 of second: groups .* 30 of"):
-        paired_difference([[scores] * 2], [[scores] * 2, [scores, moved]], "auc", "all")
-    with pytest.raises(ValueError, match=r"seed 0 of second .* 1 .*first 2"):
-        paired_difference([[scores] * 2], [[scores]], "auc", "all")
-    with pytest.raises(ValueError, match="one run"):
-        paired_difference([], [[scores]], "auc", "all")
-    with pytest.raises(ValueError, match="metric 'ndcg' "):
-        paired_difference([[scores]], [[scores]], "ndcg", "all")
-    with pytest.raises(ValueError, match="part 'hot' "):
-        paired_difference([[scores]], [[scores]], "auc", "hot")
-
-
 SETS = 2000
 # Differences of users, of mean 0 and variance 1.
 DISTRIBUTIONS = {

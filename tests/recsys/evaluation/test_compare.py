@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from recsys.cli import main
@@ -20,7 +18,7 @@ from recsys.evaluation.compare import compare_runs, format_comparison
 from recsys.evaluation.metrics import evaluation_report
 from recsys.evaluation.scores import SplitScores, read_scores, write_scores
 from tests.datasets import write_dataset
-from tests.recsys.command_runs import NUM_ROWS, run_recsys, train_words
+from tests.recsys.command_runs import NUM_ROWS, train_words
 
 ROWS = 300
 
@@ -108,41 +106,11 @@ def test_the_command_prints_a_line_per_part_and_run_and_writes_the_numbers(
     assert re.match(r"unseen +- +- +- +- +- +- +0 ", table[-2])
 
 
-def test_figures_of_a_handful_of_users_are_marked_and_have_no_interval(
-    runs: tuple[Path, Path],
-) -> None:
-    for run in runs:
-        scores = read_scores(run / "scores_test.parquet")
-        few = replace(scores, groups=scores.groups % 4)
-        write_scores(few, run / "scores_test.parquet")
-    report = compare_runs(runs, "test")
-    assert report["metric_users"]["all"] == {"auc": 4, "gauc": 4}
-    strong_metrics = report["runs"][1]["all"]
-    assert strong_metrics["difference"] == {"auc": None, "gauc": None}
-    auc, gauc = f"({strong_metrics['auc']:.4f})", f"({strong_metrics['gauc']:.4f})"
-    line = format_comparison(report).splitlines()[4].split()
-    assert line[:7] == ["all", auc, "-", "-", gauc, "-", "-"]
-
-
 def fails(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
     """The line that a command which must fail says."""
     capsys.readouterr()
     assert main([str(word) for word in words]) == 1
     return capsys.readouterr().err.strip()
-
-
-def test_runs_that_cannot_be_compared_are_named_with_the_fix(
-    runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    weak, strong = runs
-    line = fails(capsys, "compare", "--runs", weak, strong, "--split", "valid")
-    assert f"{weak}: " in line
-    assert f"recsys evaluate --run {weak} --split valid" in line
-    scores = scores_with(2.0)
-    other_ranks = replace(scores, groups=scores.groups[::-1])
-    write_scores(other_ranks, strong / "scores_test.parquet")
-    line = fails(capsys, "compare", "--runs", weak, strong)
-    assert f"{weak} and {strong}: groups differ" in line
 
 
 def steps_of(run: Path) -> list[str]:
@@ -189,19 +157,6 @@ def test_the_twin_is_trained_after_the_run_goes_on_with_it_and_begins_anew_with_
     assert not twin.exists() and not (run / "comparison.json").exists()
 
 
-@pytest.mark.long
-def test_two_ranks_train_run_and_twin(data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = run_recsys(*train_words(data, run, "--compare", "id_only"), ranks=2)
-    assert process.returncode == 0, process.stdout + process.stderr
-    for folder in (run, run / "id_only"):
-        assert json.loads((folder / "metrics.json").read_text())["world_size"] == 2
-    report = json.loads((run / "comparison.json").read_text())
-    assert [entry["run"] for entry in report["runs"]] == [str(run / "id_only"), str(run)]
-    assert report["rows"]["all"] == NUM_ROWS["test"]
-    assert (process.stdout + process.stderr).count("95 % interval") == 2  # both metrics, one rank
-
-
 def test_a_twin_that_cannot_be_is_refused_before_anything_is_written(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,28 +166,3 @@ def test_a_twin_that_cannot_be_is_refused_before_anything_is_written(
     (tmp_path / "run" / "id_only").mkdir(parents=True)  # say, a run beside others
     assert f"{tmp_path}/run/id_only: " in fails(capsys, *words)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["id_only"]
-
-
-def test_a_dry_run_takes_a_step_of_both(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = train_words(data, tmp_path / "run", "--compare", "id_only", "--dry-run")
-    assert main(words) == 0
-    output = capsys.readouterr().out
-    assert output.count("contrastive") == 1 and output.count("Nothing was written") == 2
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    "values", [["0.5"] * ROWS, [float("nan")] * ROWS, []], ids=["text", "not finite", "no rows"]
-)
-def test_scores_that_are_no_numbers_are_refused_by_column(
-    runs: tuple[Path, Path], values: list[Any]
-) -> None:
-    file = runs[1] / "scores_test.parquet"
-    table = pq.read_table(file).slice(0, len(values))
-    place = table.column_names.index("logit_liked")
-    kind = None if values and isinstance(values[0], str | list) else pa.float32()
-    pq.write_table(table.set_column(place, "logit_liked", pa.array(values, kind)), file)
-    with pytest.raises(ValueError, match=r"strong/scores_test\.parquet: column '(logit|row)"):
-        compare_runs(runs, "test")

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -48,30 +47,6 @@ def test_a_report_has_each_metric_of_all_rows_and_of_each_part() -> None:
     assert report["cold"]["p1"] == 0 and report["unseen"]["p1"] == 0
     head, everything, *_ = format_report(report, extra).splitlines()
     assert head.split()[-2:] == ["p1", "rows"] and everything.split()[-2:] == ["(1.0000)", "4"]
-
-
-@pytest.mark.parametrize(
-    ("name", "metric", "options", "message"),
-    [
-        ("p", "precision_at_k", {"k": 0}, "k is 0"),
-        ("p", "precision_at_k", {"top": 3}, "metrics.p.metric 'precision_at_k' .*top"),
-        ("p", "recall", {}, "metrics.p.metric 'recall' is unknown"),
-    ],
-)
-def test_a_wrong_setting_is_named(
-    name: str, metric: str, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_metrics({name: MetricSettings(metric, options)})
-
-
-@pytest.mark.parametrize(
-    ("value", "message"), [(np.nan, "metrics.p: .*nan .*1 rows"), ("x", "metrics.p: failed")]
-)
-def test_a_metric_that_gives_no_number_is_named(value: Any, message: str) -> None:
-    row = np.zeros(1)
-    with pytest.raises(ValueError, match=message):
-        evaluation_report(row, row, row, row, {"p": lambda *_: value})
 
 
 OWN_METRIC = '''

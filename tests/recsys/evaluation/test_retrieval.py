@@ -30,7 +30,7 @@ from tests.recsys.ranking.backbone_runs import backbone_config
 
 NUM_ITEMS = 150  # more than the deepest list
 NUM_ROWS = {"train": 61, "valid": 24, "test": 33}
-CASES = [("two_tower", "none"), ("two_tower sampled", "qformer"), ("two_tower in_batch", "full")]
+CASES = [("two_tower sampled", "qformer"), ("two_tower in_batch", "full")]
 
 
 def metrics_of(places: Tensor) -> dict[str, Any]:

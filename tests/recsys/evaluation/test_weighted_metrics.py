@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from recsys.checkpoint.run_schema import schema_of_data
 from recsys.data.item_frequency import PARTS
-from recsys.data.schema import load_schema
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.bootstrap import METRICS, paired_difference, pooled_metric
 from recsys.evaluation.metrics import evaluation_report
@@ -26,7 +23,7 @@ from recsys.training.train import train
 from tests.ranks import run_on_ranks
 from tests.recsys.em3_runs import ranks_of
 from tests.recsys.ranking.backbone_runs import backbone_config
-from tests.recsys.weighted_data import change_columns, table_of, write_split, write_weighted
+from tests.recsys.weighted_data import table_of, write_weighted
 
 COUNTS = ("num_samples", "sum_of_weights")
 
@@ -145,20 +142,3 @@ def test_rows_to_predict_need_no_weights_and_a_run_goes_on_with_its_own_alone(
         with pytest.raises(ValueError, match="'times'"):
             schema_of_data(folder / "run", root, ranks, goes_on=True)
         assert schema_of_data(folder / "run", root, ranks).weight is None
-
-
-def test_a_second_column_of_weights_is_refused_and_a_split_without_any_weight(
-    folder: Path, tmp_path: Path
-) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(folder / "weighted", data)
-    change_columns(data, price={"kind": "weight"})
-    with pytest.raises(ValueError, match=r"'times'"):
-        load_schema(Location.of(str(data)))
-    change_columns(data, price={"kind": "dense"})
-    table = table_of(data, "test")
-    place, zeros = table.column_names.index("times"), pa.array(np.zeros(table.num_rows))
-    write_split(data, "test", table.set_column(place, "times", zeros))
-    config = backbone_config(tmp_path, "dlrm", "none")
-    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=r"test.*'times'"):
-        train(config, str(data), tmp_path / "run", ranks)

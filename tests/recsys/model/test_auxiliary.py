@@ -140,18 +140,12 @@ def test_the_loss_of_a_step_is_ranking_plus_the_weighted_auxiliary_loss(
     ("name", "settings", "message"),
     [
         ("a", AuxiliarySettings("distilation"), r"auxiliary\.a\.loss 'distilation' is unknown"),
-        ("a", AuxiliarySettings("distillation"), r"auxiliary\.a\.loss 'distillation' .*column"),
         (
             "a",
             AuxiliarySettings("distillation", options={"column": "price"}),
             r"auxiliary\.a: column 'price' .*kind extra.*\['teacher'\]",
         ),
         ("ranking", TEACHING, r"auxiliary\.ranking: "),
-        (
-            "a",
-            AuxiliarySettings("distillation", options={"column": "teacher", "temperature": 0}),
-            r"options\.temperature .* 0; .*> 0",
-        ),
     ],
 )
 def test_a_loss_that_cannot_be_is_refused(

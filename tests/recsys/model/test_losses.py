@@ -9,10 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recsys.config import AuxiliarySettings, ContrastiveSettings
-from recsys.data.schema import Schema
-from recsys.data.schema_columns import Column
-from recsys.model.auxiliary import build_auxiliary
+from recsys.config import ContrastiveSettings
 from recsys.model.losses import ContentIDContrastive, RankingLoss, predictions
 from tests.fake_gpu import fake_gpu, on_fake_gpu
 from tests.ranks import run_on_ranks
@@ -299,20 +296,3 @@ def test_a_prediction_is_what_a_constant_label_would_be_learned_as(target: float
     torch.testing.assert_close(predictions(logits, losses), labels)
     (gradient,) = torch.autograd.grad(RankingLoss([1.0] * 3, losses)(logits, labels), [logits])
     torch.testing.assert_close(gradient, torch.zeros(1, 3), atol=1e-6, rtol=0)
-
-
-def test_a_number_is_no_label_of_a_distillation() -> None:
-    columns = {
-        "item": Column("id", num_embeddings=3),
-        "liked": Column("label"),
-        "stars": Column("label", loss="mse"),
-        "teacher": Column("extra"),
-    }
-    for label in (0, 1):
-        options = {"column": "teacher", "label": label}
-        settings = {"teacher": AuxiliarySettings("distillation", options=options)}
-        if label == 0:
-            assert build_auxiliary(settings, Schema("item", "item", columns)) is not None
-            continue
-        with pytest.raises(ValueError, match=r"auxiliary\.teacher\.options\.label.*mse"):
-            build_auxiliary(settings, Schema("item", "item", columns))

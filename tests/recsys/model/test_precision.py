@@ -1,6 +1,5 @@
 """bfloat16 in the dense parts: close to float32, and nothing around them sees another type."""
 
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -146,17 +145,6 @@ def test_a_gpu_without_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(ValueError, match=r"precision is bf16, .*Tesla T4"):
         use_bfloat16([nn.Module()], torch.device("cuda"))
-
-
-@pytest.mark.parametrize("has_instructions", [True, False])
-def test_a_cpu_without_instructions_for_bfloat16_is_warned_of(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has_instructions: bool
-) -> None:
-    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_instructions)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    use_bfloat16([], torch.device("cpu"))
-    assert ("avx512_bf16" in caplog.text) is not has_instructions
 
 
 def test_on_cpu_the_history_map_stays_in_float32() -> None:

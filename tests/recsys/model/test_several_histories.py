@@ -29,12 +29,10 @@ from recsys.ranking import RANKING_MODELS
 from recsys.ranking.vectors import IDVectors
 from recsys.storage.location import Location
 from tests.ranks import run_on_ranks
-from tests.recsys.command_runs import assert_same_metrics
 from tests.recsys.em3_runs import STEPS, Run, em3_config, train_configs, whole_table
-from tests.recsys.ranking.backbone_runs import Ran, backbone_config, run_backbones
-from tests.several_histories import ONE, write_several_histories
+from tests.recsys.ranking.backbone_runs import backbone_config
+from tests.several_histories import write_several_histories
 
-BOUGHT = ONE + "  bought: {kind: sequence, shares: item, parallel: [bought_price]}\n"
 ROWS = 24
 
 
@@ -130,27 +128,6 @@ def test_every_backbone_reads_the_further_histories(data: Path, name: str) -> No
         assert gradient is not None and torch.isfinite(gradient).all() and gradient.any(), table
 
 
-@pytest.mark.parametrize("encoder", ["attention", "mean"])
-def test_an_empty_further_history_equals_the_model_without_it(tmp_path: Path, encoder: Any) -> None:
-    config = config_of("din", further_histories=encoder)
-    empty = write_several_histories(tmp_path / "empty", BOUGHT, is_empty=True)
-    large, batch = unsharded(empty, config)
-    small, without = unsharded(write_several_histories(tmp_path / "one", ONE), config)
-    weights = {
-        name: value
-        for name, value in large.state_dict().items()
-        if not name.startswith(("further_histories.", "scaling."))
-    }
-    first = weights["ranking.mlp.0.weight"]  # columns: dense, pooled, then the further history
-    begin = batch.dense_features.shape[1] + sum(
-        len(vectors[0]) for vectors in encoded(large, batch).pooled
-    )
-    weights["ranking.mlp.0.weight"] = torch.cat([first[:, : begin - 8], first[:, begin:]], dim=1)
-    small.load_state_dict(weights, strict=False)
-    (loss, (_, logits, _)), (expected, (_, expected_logits, _)) = large(batch), small(without)
-    torch.testing.assert_close((loss, logits), (expected, expected_logits), atol=1e-6, rtol=1e-6)
-
-
 def test_a_mean_does_not_depend_on_the_target(data: Path) -> None:
     em3, batch = unsharded(data, config_of("two_tower"))
     ids = encoded(em3, batch)
@@ -159,24 +136,20 @@ def test_a_mean_does_not_depend_on_the_target(data: Path) -> None:
     torch.testing.assert_close(em3.further_histories(other, None, batch).pooled, ids.pooled)
 
 
-def runs_of(
-    rank: int, world_size: int, folder: Path, backbones: list[Any]
-) -> tuple[dict[Any, Run], dict[Any, Ran]]:
-    """Some steps of the small EM3, and runs that stop and go on."""
+def steps_of(rank: int, world_size: int, folder: Path) -> Run:
+    """Some steps of the small EM3, which reads the content of a further history."""
     settings: dict[str, Any] = {"attention_units": [8], "mlp_units": [8], "dropout": 0.0}
     ranking = ranking_settings("mmoe", num_experts=2, **settings)
     config = em3_config(folder, ranking=ranking)
     assert isinstance(config.content, ContentSettings)
     history = replace(config.content.history, columns=["bought"])
     config = replace(config, content=replace(config.content, history=history))
-    steps = train_configs(rank, world_size, folder, {"mmoe": config})
-    return steps, run_backbones(rank, world_size, folder, backbones)
+    return train_configs(rank, world_size, folder, {"mmoe": config})["mmoe"]
 
 
-def test_two_ranks_train_as_one_and_runs_go_on_where_they_stopped(data: Path) -> None:
-    ranks = run_on_ranks(runs_of, 2, data.parent, [("din", "none")])
-    ((alone, _),) = run_on_ranks(runs_of, 1, data.parent, [])
-    pair, single = [steps["mmoe"] for steps, _ in ranks], alone["mmoe"]
+def test_two_ranks_train_as_one(data: Path) -> None:
+    pair = run_on_ranks(steps_of, 2, data.parent)
+    (single,) = run_on_ranks(steps_of, 1, data.parent)
     for step in range(STEPS):
         torch.testing.assert_close(
             torch.cat([run.logits[step] for run in pair]), single.logits[step]
@@ -192,11 +165,6 @@ def test_two_ranks_train_as_one_and_runs_go_on_where_they_stopped(data: Path) ->
     for table in ("item", "searched", "history_shop", "user"):
         pieces = whole_table(pair, STEPS, table), whole_table([single], STEPS, table)
         torch.testing.assert_close(*pieces, atol=1e-5, rtol=1e-4)
-    for _, backbones in ranks:
-        for ran in backbones.values():
-            assert ran.steps == 6
-            assert_same_metrics(ran.stopped, ran.straight)
-            assert_same_metrics(ran.evaluated, ran.stopped)
 
 
 def test_items_of_further_histories_are_among_those_whose_content_is_read(data: Path) -> None:

@@ -152,22 +152,12 @@ def test_what_does_not_fit_is_named_with_its_value_and_a_fix(
         check_placement(config.embedding, schema, device, world_size=16, ranks_per_node=8)
 
 
-def test_copies_of_every_rank_are_refused(schema: Schema) -> None:
-    with pytest.raises(ValueError, match=r"copies is 8.*8 ranks"):
-        check_placement(config_with(parallel=ParallelSettings(8)).embedding, schema, "cuda", 8, 8)
-
-
 def test_a_cache_is_refused_where_rows_are_reset_behind_it(schema: Schema) -> None:
     bounded = deepcopy(schema)
     bounded.columns["item"].vocabulary = VocabularySettings("bounded")
     with pytest.raises(ValueError, match=r"item\.kernel is uvm_caching.*bounded.*exact"):
         check_placement(config_with(CACHED).embedding, bounded, "cuda", 1, 1)
     check_placement(config_with({"kernel": "uvm"}).embedding, bounded, "cuda", 1, 1)
-
-
-def test_gpus_take_what_fits(schema: Schema) -> None:
-    check_placement(config_with(CACHED, prefetch=True).embedding, schema, "cuda", 16, 8)
-    check_placement(config_with(parallel=ParallelSettings(4)).embedding, schema, "cuda", 16, 8)
 
 
 def test_a_run_is_scored_with_one_copy_and_on_cpu_from_the_host_s_memory() -> None:

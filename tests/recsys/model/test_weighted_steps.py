@@ -16,6 +16,7 @@ from tests.ranks import run_on_ranks
 from tests.recsys.em3_runs import (
     TABLES,
     Run,
+    dense_gradients,
     ranks_of,
     round_tables,
     table_pieces,
@@ -44,12 +45,7 @@ def step(
         (batch,) = job.preparation(batches, UnknownIds(job.schema), 0, training=True)
         loss, (_, logits, _) = job.model(batch)
         loss.backward()
-        gradients = {
-            name: parameter.grad.clone()
-            for name, parameter in job.em3.named_parameters()
-            if parameter.grad is not None and not name.startswith("embedding")
-        }
-        run = Run(gradients=[gradients], tables=[table_pieces(job)])
+        run = Run(gradients=[dense_gradients(job.em3)], tables=[table_pieces(job)])
         run.losses, run.logits = [loss.detach()], [logits.detach()]
         results[backbone, name] = run
     return results

@@ -50,15 +50,6 @@ class Counting(torch.optim.Optimizer):
                 state["last"] = parameter.grad.clone()
 
 
-class Odd(Counting):
-    """Keeps something that no checkpoint can hold."""
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        super().step()
-        for state in self.state.values():
-            state["name"] = "odd"
-
-
 def small_model() -> nn.Module:
     torch.manual_seed(5)
     return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
@@ -121,25 +112,6 @@ def test_an_optimizer_goes_on_from_its_state_to_the_last_bit(name: str) -> None:
     take_steps(fresh, resumed, 2)
     for key, value in model.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], value)
-
-
-def test_state_holds_each_moment_by_the_name_of_its_parameter() -> None:
-    model = small_model()
-    optimizer = built(model, "adafactor")
-    assert state_tensors(optimizer, names_of(model)) == {}
-    take_steps(optimizer, model, 1)
-    shapes = {key: tuple(v.shape) for key, v in state_tensors(optimizer, names_of(model)).items()}
-    matrix_shapes = {"0.weight.step": (), "0.weight.row_var": (3, 1), "0.weight.col_var": (1, 4)}
-    assert shapes.items() >= {**matrix_shapes, "0.bias.step": (), "0.bias.variance": (3,)}.items()
-
-
-def test_what_is_neither_tensor_nor_number_is_refused() -> None:
-    model = small_model()
-    settings = OptimizerSettings(name=f"{__name__}:Odd", options={"rate_share": 1.0})
-    optimizer = build_dense_optimizer(model, GROUPS, settings)[1]
-    take_steps(optimizer, model, 1)
-    with pytest.raises(ValueError, match=r"str .*'name' of parameter '0\.weight'"):
-        state_tensors(optimizer, names_of(model))
 
 
 @pytest.mark.parametrize(

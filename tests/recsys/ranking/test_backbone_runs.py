@@ -1,7 +1,4 @@
-"""Every backbone with every content, on one rank and two: trains, checkpoints, resumes, evaluates.
-
-The quick tests run each backbone once; the whole matrix is `long`.
-"""
+"""Every backbone trains, checkpoints, resumes and evaluates with every content on ranks."""
 
 from __future__ import annotations
 
@@ -24,10 +21,6 @@ from tests.recsys.ranking.backbone_runs import (
 
 Case = tuple[str, Content]
 MATRIX: list[Case] = [(backbone, content) for backbone in BACKBONES for content in CONTENTS]
-# Each backbone once, with the contents in turn.
-DIAGONAL: list[Case] = [
-    (backbone, CONTENTS[place % len(CONTENTS)]) for place, backbone in enumerate(BACKBONES)
-]
 PLANS = ["row_wise", "table_wise", "column_wise"]
 
 
@@ -52,20 +45,12 @@ def test_every_backbone_of_the_package_is_run() -> None:
 
 
 @pytest.mark.long
-def test_each_backbone_trains_checkpoints_resumes_and_evaluates_on_two_ranks(
-    folder: Path,
-) -> None:
-    for ran in run_on_ranks(run_backbones, 2, folder, DIAGONAL):
-        for case in DIAGONAL:
-            check(case, ran[case])
-
-
-@pytest.mark.long
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_every_backbone_does_so_with_every_content(folder: Path, world_size: int) -> None:
-    rest = [case for case in MATRIX if world_size == 1 or case not in DIAGONAL]
-    for ran in run_on_ranks(run_backbones, world_size, folder, rest):
-        for case in rest:
+def test_every_backbone_trains_checkpoints_resumes_and_evaluates_with_every_content(
+    folder: Path, world_size: int
+) -> None:
+    for ran in run_on_ranks(run_backbones, world_size, folder, MATRIX):
+        for case in MATRIX:
             check(case, ran[case])
 
 

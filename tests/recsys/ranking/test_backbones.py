@@ -20,7 +20,6 @@ from recsys.config.ranking import keys_of
 from recsys.content.vectors import ContentVectors
 from recsys.kernels.choice import _KernelChoice
 from recsys.model.build import build_ranking
-from recsys.model.compilation import compiled_parts
 from recsys.ranking import RANKING_MODELS
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.din import Mmoe
@@ -259,17 +258,6 @@ def test_settings_that_a_backbone_cannot_use_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         build_ranking(settings_of(**settings), DIMENSIONS, None)
-
-
-def test_a_model_of_interactions_wants_two_inputs() -> None:
-    with pytest.raises(ValueError, match="only input"):
-        build_ranking(settings_of("dlrm"), InputDimensions([], 4, 0, 0, 1, has_history=False), None)
-
-
-def test_the_mlps_of_dlrm_are_compiled_like_those_of_other_models() -> None:
-    em3 = nn.Module()
-    em3.ranking, em3.content = model_of("dlrm"), None
-    assert set(compiled_parts(em3)) == {"ranking.dense_arch", "ranking.over_arch"}  # type: ignore[arg-type]
 
 
 @by_content

@@ -6,11 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys.config import HistorySettings
-from recsys.content.vectors import ContentVectors
 from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.layers.content_interest import (
-    ContentInterest,
     cosines,
     num_similarity_features,
     similarity_features,
@@ -100,31 +97,3 @@ def test_the_histogram_counts_cosines_by_tier() -> None:
     histogram = similarity_histogram(cosine, HISTORY, bins=4)  # -1 to -.5, to 0, to .5, to 1
     counts = torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1], [1, 0, 2, 0]])
     assert torch.equal(histogram, torch.log1p(counts))
-
-
-@pytest.mark.parametrize("num_modalities", [0, 2])
-@pytest.mark.parametrize("num_bins", [0, 4])
-@pytest.mark.parametrize("uses_similarity", [True, False])
-def test_content_interest_is_attention_with_the_similarities_in_each_space_beside_it(
-    uses_similarity: bool, num_bins: int, num_modalities: int
-) -> None:
-    target, history, flags = inputs(1)
-    generator = torch.Generator().manual_seed(8)
-    modalities = [
-        torch.randn(len(rows), num_modalities, DIM, generator=generator)
-        for rows in (target, history)
-    ]
-    settings = HistorySettings(similarity_features=uses_similarity, simtier_bins=num_bins)
-    interest = ContentInterest(DIM, num_modalities, 1, settings)
-    parts = [interest.attention(target, history, HISTORY, flags)]
-    cosine = cosines(target, history, HISTORY)
-    if uses_similarity:
-        parts.append(similarity_features(cosine.unsqueeze(1), HISTORY, flags))
-        for index in range(num_modalities):
-            cosine_of_modality = cosines(modalities[0][:, index], modalities[1][:, index], HISTORY)
-            parts.append(similarity_features(cosine_of_modality.unsqueeze(1), HISTORY, flags))
-    if num_bins:
-        parts.append(similarity_histogram(cosine, HISTORY, num_bins))
-    output = interest(ContentVectors(target, history, *modalities), HISTORY, flags)
-    assert torch.equal(output, torch.cat(parts, dim=1))
-    assert output.shape[1] == interest.output_dim

@@ -21,7 +21,6 @@ from recsys.data.schema_columns import HistoryColumns
 from recsys.kernels.choice import _KernelChoice
 from recsys.model.build import build_ranking
 from recsys.model.losses import RankingLoss
-from recsys.plug_in.interactions import DotProducts
 from recsys.ranking.dlrm import DotInteraction
 from recsys.ranking.layers.content_interest import ContentInterest
 from recsys.ranking.layers.extra_sequences import ExtraSequences
@@ -59,20 +58,6 @@ def test_outputs_and_gradients_are_torchrecs_to_the_last_bit(
     ours = outputs_and_gradients(DotInteraction(num_fields), num_fields)
     torchrecs = outputs_and_gradients(InteractionArch(num_fields), num_fields)
     assert all(torch.equal(*pair) for pair in zip(ours, torchrecs, strict=True))
-
-
-class Doubled(InteractionArch):
-    def forward(self, dense_features: Tensor, sparse_features: Tensor) -> Tensor:
-        return 2 * super().forward(dense_features, sparse_features)
-
-
-def test_the_plug_in_keeps_the_interaction_of_a_subclass() -> None:
-    dense, sparse, vectors = torch.rand(2, 4), torch.rand(2, 3, 4), torch.rand(2, 1, 4)
-    doubled, plain = (
-        DotProducts(kind(3), 1)(dense, sparse, vectors) for kind in (Doubled, InteractionArch)
-    )
-    assert torch.equal(doubled[0], 2 * plain[0])
-    assert torch.equal(doubled[1], plain[1])
 
 
 HISTORY_LENGTHS = torch.tensor([3, 0, 1])
@@ -219,14 +204,6 @@ def test_what_hardly_varies_and_what_is_far_off_stays_small() -> None:
     assert standardized.abs().max() <= LARGEST
 
 
-def test_gradients_pass_by_the_statistics() -> None:
-    rows = batches()[1].requires_grad_()
-    standardization = Standardization(NUM_NUMBERS)
-    standardization(rows).sum().backward()
-    expected = (standardization.variance + LEAST_VARIANCE).rsqrt().expand_as(rows)
-    torch.testing.assert_close(rows.grad, expected)
-
-
 def statistics_on_rank(rank: int, world_size: int) -> dict[str, Any]:
     parts = [rows[:3] if rank == 0 else rows[3:] for rows in batches()]
     standardization = after_steps(parts, process_group=dist.group.WORLD)
@@ -330,15 +307,6 @@ def test_in_evaluation_the_mean_logit_ranks() -> None:
     logits_by_member = [plain_mlp(head, member, x) for member in range(MEMBERS)]
     torch.testing.assert_close(logits, torch.stack(logits_by_member).mean(0))
     torch.testing.assert_close(MemberLogits(torch.stack(logits_by_member)).logits, logits)
-
-
-def test_dropout_of_a_member_is_its_own() -> None:
-    torch.manual_seed(0)
-    head = EnsembleHead(NUM_FEATURES, [50], 1, members=2, dropout=0.5)
-    for parameter in head.parameters():
-        parameter.data.fill_(1.0)  # members differ by what they drop alone
-    members = head(features().abs()).members
-    assert not torch.equal(members[0], members[1])
 
 
 @pytest.mark.parametrize("name", ["din_dcn", "din", "sim"])

@@ -64,10 +64,3 @@ def test_a_backbone_of_one_s_own_trains_with_settings_of_its_own(
     capsys.readouterr()
     assert main(["train", *recipe, "--data", "data", "--ranking.cross_rank", "4"]) == 1
     assert re.search("ranking.cross_rank .*'my_backbone:OfTarget'", capsys.readouterr().err)
-
-
-def test_help_explains_its_settings(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["train", "--help", "--ranking.name", "my_backbone:OfTarget"])
-    page = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"--ranking\.units UNITS Units .*\(type: int, default: 32\)", page)

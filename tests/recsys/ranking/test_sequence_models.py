@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import replace
 from typing import Any
@@ -161,21 +160,6 @@ def test_outputs_and_gradients_equal_a_padded_reference(
     ]
     for actual_gradient, expected_gradient in zip(*gradients):
         torch.testing.assert_close(actual_gradient, expected_gradient, rtol=1e-4, atol=1e-4)
-
-
-@by_name
-def test_a_history_is_computed_once_for_all_candidates(name: str) -> None:
-    model = model_of(name, None)
-    sizes: list[int] = []
-
-    def note(layer: Any, states: Tensor, events: Any) -> Any:
-        sizes.append(len(states))
-        return type(layer).history(layer, states, events)
-
-    for layer in model.layers:  # type: ignore[union-attr]
-        layer.history = functools.partial(note, layer)
-    RankingGraph(model)(*request(5, 3).arguments())
-    assert sizes == [model.recent_items]  # one layer below the last, of one history
 
 
 def test_times_between_events_do_not_depend_on_the_moment_of_the_row() -> None:

@@ -186,16 +186,6 @@ def test_categories_come_from_a_column_of_the_items(root: Path) -> None:
         assert items == [other for other in range(item % 3, 30, 3) if other != 4]
 
 
-def test_more_than_sixteen_categories_are_refused_with_the_row(root: Path) -> None:
-    file = root / "items" / "part-0.parquet"
-    items = pq.read_table(file)
-    column = pa.array([list(range(17 if row == 9 else 2)) for row in range(items.num_rows)])
-    place = items.column_names.index("kind")
-    pq.write_table(items.set_column(place, "kind", column), file, row_group_size=7)
-    with pytest.raises(ValueError, match=r"part-0.*'kind', row 9: 17 "):
-        load(root, category="kind")
-
-
 def test_a_column_that_is_no_category_is_refused_with_those_that_are(root: Path) -> None:
     with pytest.raises(ValueError, match=r"ranking.category is 'text'.*schema.yaml has \['kind'\]"):
         load(root, category="text")

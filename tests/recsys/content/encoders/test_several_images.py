@@ -16,7 +16,6 @@ from recsys.content.cache import fill as frozen_cache
 from recsys.content.cache.fill import cache_frozen_outputs
 from recsys.content.encoders.build import Encoder, build_encoder
 from recsys.data.items.content_store import ContentStore
-from recsys.data.items.images import decode_image
 from recsys.data.items.item_table import ItemTable
 from recsys.data.schema import load_schema
 from recsys.distributed.log import configure_logging
@@ -165,19 +164,3 @@ def test_a_batch_without_any_image_still_gives_gradient(
     assert not output.mask.any()
     output.values.sum().backward()
     assert all(part.grad is not None for part in encoder.parameters() if part.requires_grad)
-
-
-def test_an_image_of_a_list_that_cannot_be_read_is_named_or_left_out(dataset: Path) -> None:
-    good = png(np.random.default_rng(2))
-
-    def with_damage(table: pa.Table) -> pa.Table:
-        place = table.column_names.index("poster")
-        lists = pa.array([[good, b"no image"]] * NUM_ITEMS, pa.list_(pa.binary()))
-        return table.set_column(place, "poster", lists)
-
-    rewrite(dataset, with_damage)
-    with pytest.raises(ValueError, match=r"'poster', row 0: image 1 of its 2"):
-        store_of(dataset, modality_of())
-    content = store_of(dataset, modality_of(), "skip").gather(np.arange(NUM_ITEMS))["it"]
-    assert content.mask.tolist() == [[True]] * NUM_ITEMS
-    assert np.array_equal(content.values[0, 0], decode_image(good, 32))
