@@ -5,11 +5,9 @@ Each change is made in a copy of one run, in this process.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recsys.checkpoint.files import MANIFEST
-from recsys.checkpoint.run_folder import check_metrics, describe_run
+from recsys.checkpoint.run_folder import check_metrics
 from recsys.cli import main
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.compare import compare_runs
-from recsys.evaluation.predict import evaluate, load_run
+from recsys.evaluation.predict import evaluate
 from recsys.training.train import train
 from tests.recsys.checkpoint.schema_runs import write_data
 from tests.recsys.checkpoint.stopped_runs import config_of
 
 WORDS = ["--content", "none", "--contrastive.weight", "0", "--embedding.skip", "[]"]
-HANG = 60  # seconds; only what waits for ever meets them
-
-
-class StillWaiting(BaseException):
-    """No exception that readers of files catch."""
 
 
 @pytest.fixture(scope="module")
@@ -52,25 +44,6 @@ def run(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder / "run", tmp_path / "run"))
 
 
-@pytest.fixture
-def alarm() -> Iterator[None]:
-    """An error instead of waiting for the other end of a pipe."""
-
-    def ring(*_: Any) -> None:
-        raise StillWaiting
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(HANG)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-def pipe(file: Path) -> None:
-    file.unlink()
-    os.mkfifo(file)
-
-
 def doubled_counts(file: Path) -> None:
     items, counts = np.load(file)
     np.save(file, np.stack([items, 2 * counts]))
@@ -86,24 +59,6 @@ def turned_map(file: Path) -> None:
 def evaluated(run: Path, data: Path | None = None) -> dict[str, Any]:
     with joined_ranks("cpu") as ranks:
         return evaluate(run, str(data) if data else None, "test", ranks, "cpu")
-
-
-@pytest.mark.usefixtures("alarm")
-@pytest.mark.parametrize("name", ["item_counts.npy", f"checkpoints/best/{MANIFEST}", "data.txt"])
-def test_a_pipe_in_place_of_a_file_is_refused(run: Path, name: str) -> None:
-    pipe(run / name)
-    with pytest.raises(ValueError, match=re.escape(name)):
-        evaluated(run)
-
-
-@pytest.mark.usefixtures("alarm")
-def test_a_run_does_not_write_into_pipes(run: Path) -> None:
-    with joined_ranks("cpu") as ranks:
-        job = load_run(run, None, ranks, "cpu")
-        for name in ("data.txt", "encoders.json", "plan.txt", "config.yaml"):
-            pipe(run / name)
-            with pytest.raises(ValueError, match=name):
-                describe_run(run, job, "data")
 
 
 @pytest.mark.parametrize(

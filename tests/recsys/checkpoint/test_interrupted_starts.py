@@ -20,7 +20,6 @@ from recsys.checkpoint.files import folders_by_age
 from recsys.checkpoint.run_folder import JOB, find_start
 from recsys.distributed.lockstep import TrainingStopped
 from recsys.distributed.ranks import Ranks, joined_ranks
-from recsys.evaluation.predict import predict
 from recsys.training.train import train
 from recsys.training.trainer import LossWatch, Trainer
 from tests.datasets import write_dataset
@@ -235,20 +234,6 @@ def test_no_second_job_comes_into_a_run_wherever_the_first_is(
     assert len(changes) > 20
     assert result(run) == result(whole[0])
     assert not list(run.glob(".lock*"))
-
-
-def test_no_second_prediction_goes_into_a_file_that_is_written(
-    folder: Path, whole: tuple[Path, list[str]], tmp_path: Path
-) -> None:
-    out, source = tmp_path / "new" / "out.parquet", [str(folder / "data" / "test")]
-    with joined_ranks("cpu") as ranks:
-
-        def predict_once() -> None:
-            predict(whole[0], source, out, None, ranks, "cpu")
-
-        with CHANGES.watched(out.parent, at_change=refused_at_each(predict_once, out)) as changes:
-            predict_once()
-    assert changes and [path.name for path in out.parent.iterdir()] == [out.name]
 
 
 @pytest.mark.long

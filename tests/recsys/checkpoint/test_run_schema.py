@@ -11,21 +11,14 @@ from typing import Any, cast
 
 import pyarrow.parquet as pq
 import pytest
-import torch
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.checkpoint import run_schema
 from recsys.checkpoint.run_schema import agree_on_id_types, load_run_schema, schema_of_data
-from recsys.data.batch_builder import BatchBuilder
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import IdType
 from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.evaluation.predict import evaluate, predict
-from recsys.model.tables import pooled_features
 from recsys.storage.location import Location
 from recsys.training.train import train
 from tests.recsys.checkpoint.schema_runs import (
@@ -153,64 +146,6 @@ def test_a_change_of_meaning_is_refused_with_column_and_attribute(
     column, attribute, _ = change
     with pytest.raises(ValueError, match=rf"column '{column}'.* {re.escape(attribute)}"):
         schema_of_data(run, Location.of(tmp_path), ranks_of(0, 1))
-
-
-@st.composite
-def drifted_schemas(draw: st.DrawFn) -> tuple[dict[str, Any], set[str]]:
-    """A schema with random changes, and the names that an error may speak of."""
-    name, attribute, value = "", "", None
-    if draw(st.booleans()):
-        name, attribute, value = draw(st.sampled_from(CHANGES))
-    changed = with_change(name, attribute, value) if name else copy.deepcopy(SCHEMA)
-    touched = {name} - {""}
-    for kind in draw(st.sets(st.sampled_from(["dense", "label", "extra"]))):
-        changed["columns"][f"new_{kind}"] = {"kind": kind}  # read by nobody: no file has it
-    for dropped in draw(st.sets(st.sampled_from(["shop", "price", "age", "bought", "other"]))):
-        del changed["columns"][dropped]
-        touched.add(dropped)
-    changed = in_order(draw(st.permutations(list(changed["columns"]))), changed)
-    if draw(st.booleans()):
-        touched.add(changed["columns"]["history"]["parallel"].pop())
-    if "shop" in changed["columns"] and draw(st.integers(0, 9)) == 0:
-        changed["group"] = "shop"
-        touched |= {"group"}
-    return changed, touched
-
-
-def batch_tensors(root: Location, schema: Schema) -> list[Tensor]:
-    """All that a model reads of the test split, in its order."""
-    rows = ParquetRows.of_split(root, "test", schema)
-    pooled = pooled_features(config_of(Path("unused"), *WORDS).embedding, schema)
-    batch = BatchBuilder(schema, pooled)(next(rows.read(0, rows.num_rows)))
-    tensors = []
-    for value in vars(batch).values():
-        if isinstance(value, KeyedJaggedTensor):
-            tensors += [value.values(), value.lengths()]
-        elif isinstance(value, Tensor):
-            tensors.append(value)
-    return tensors
-
-
-@settings(max_examples=30, deadline=None, derandomize=True, phases=[Phase.generate])
-@given(drifted_schemas())
-def test_any_drift_of_the_schema_is_refused_by_name_or_changes_nothing(
-    folder: Path, run: Path, trained: Schema, drift: Any
-) -> None:
-    schema, touched = drift
-    root, data = Location.of(folder / "data"), folder / "drifted"
-    if not data.exists():
-        copy_of(folder / "data", data)
-    write_schema(data, schema)
-    try:
-        reconciled = schema_of_data(run, Location.of(data), ranks_of(0, 1))
-    except ValueError as error:
-        assert "schema.yaml" in str(error)
-        assert any(name in str(error) for name in touched), error
-        return
-    assert not touched
-    batches = batch_tensors(root, trained), batch_tensors(Location.of(data), reconciled)
-    for one, other in zip(*batches, strict=True):
-        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("column", ["user", "friends", "genres", "item", "history"])

@@ -30,17 +30,6 @@ def rows_of(root: Path | str, split: str = "train") -> ParquetRows:
     return ParquetRows.of_split(location, split, load_schema(location))
 
 
-def interactions_of(
-    rows: ParquetRows, batch_size: int, rank: int = 0, world_size: int = 1, seed: int | None = None
-) -> Interactions:
-    build = BatchBuilder(rows.schema, ["user", "genres"])
-    return Interactions(rows, build, batch_size, rank, world_size, seed)
-
-
-def positions_of(interactions: Interactions) -> list[list[int]]:
-    return [batch.row_positions.tolist() for batch in interactions]
-
-
 def python_rows(root: Path, split: str = "train") -> list[dict[str, Any]]:
     files = sorted((root / split).glob("*.parquet"))
     return [row for file in files for row in pq.read_table(file).to_pylist()]
@@ -186,15 +175,3 @@ def test_all_ranks_have_as_many_batches_of_the_same_sizes_for_any_numbers() -> N
         assert min(sizes[0]) >= 1 and max(sizes[0]) <= batch_size, case
         assert max(sizes[0]) - min(sizes[0]) <= 1, case
         assert counted == list(range(num_rows)), case
-
-
-def test_the_same_seed_gives_the_same_order_and_another_epoch_another(tmp_path: Path) -> None:
-    rows = rows_of(write_dataset(tmp_path))
-    first, again = (interactions_of(rows, 8, 1, 2, seed=3) for _ in range(2))
-    order = positions_of(first)
-    assert positions_of(again) == order
-    first.begin(1)
-    assert positions_of(first) != order
-    first.begin(0)
-    assert positions_of(first) == order
-    assert positions_of(interactions_of(rows, 8, 1, 2, seed=4)) != order

@@ -103,11 +103,3 @@ def test_an_unindexed_history_takes_each_place_as_an_item_of_its_own() -> None:
     assert places.num_items == len(INDEX)
     queries = random(4, DIM, seed=1).detach()
     assert torch.equal(places.dot(queries, items[INDEX]), HISTORY.dot(queries, items))
-
-
-def test_equal_maxima_of_a_row_share_a_gradient_of_either_sign() -> None:
-    values = torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 3.0]], requires_grad=True)
-    history = JaggedHistory.of(torch.arange(3), torch.tensor([3]), 3)
-    maxima = history.maximum(values, if_empty=-9.0)
-    (gradient,) = torch.autograd.grad(maxima, values, torch.tensor([[-1.0, -1.0]]))
-    assert torch.equal(gradient, torch.tensor([[-0.5, 0.0], [-0.5, 0.0], [0.0, -1.0]]))

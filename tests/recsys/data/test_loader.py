@@ -183,23 +183,6 @@ def test_no_thread_is_left_however_a_pass_ends(
     assert threading.active_count() == before
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_batches_are_pinned_by_whom_they_are_built(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
-) -> None:
-    by: list[str] = []
-
-    def pin(batch: Batch) -> Batch:
-        by.append(threading.current_thread().name)
-        return batch
-
-    monkeypatch.setattr(Batch, "pin_memory", pin)
-    batches = list(loader(interactions_of(write_dataset(tmp_path)), num_workers, True))
-    main = threading.main_thread().name
-    assert len(by) == len(batches)
-    assert all((name == main) == (num_workers == 0) for name in by)
-
-
 def test_threads_pin_memory_for_the_gpu_of_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     devices: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)

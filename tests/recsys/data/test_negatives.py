@@ -97,41 +97,6 @@ def test_outside_training_nothing_is_drawn() -> None:
     assert batch.sequence_features["negatives of item"].values().numel() == 0
 
 
-def dense_log_q(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [I] -> [I], [I]
-    """Log Q of all items in the batch, and under Zipf's law of those with training rows."""
-    order = np.argsort(-counts, kind="stable")
-    places = np.arange(1, len(counts) + 1).clip(max=(number := np.count_nonzero(counts)) + 1)
-    zipf = np.empty(len(counts))
-    zipf[order] = np.log(np.log1p(1 / places) / np.log(number + 1))
-    return np.log(counts.clip(min=1) / counts.sum()), zipf
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_counts_of_the_items_that_have_rows_give_what_counts_of_all_items_give(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    counts = rng.integers(4, size=200) * rng.integers(2, size=200)  # many ties, most of them at 0
-    counts[rng.integers(200)] = 9
-    items = np.flatnonzero(counts)
-    in_batch, zipf = (
-        NegativeSampler(
-            RetrievalSettings(loss=loss, negative_sampling="log_uniform", num_negatives=500),
-            200,
-            "item",
-        )
-        for loss in ("in_batch_softmax", "sampled_softmax")
-    )
-    for negative_sampler, expected in zip((in_batch, zipf), dense_log_q(counts)):
-        negative_sampler.use_counts(ItemCounts(items, counts[items]))
-        assert torch.equal(
-            negative_sampler.log_q(torch.arange(200)), torch.from_numpy(expected).float()
-        )
-    batch = zipf(batch_of_items(TARGETS), (seed, 0, 0), training=True)
-    draws = np.random.default_rng((seed, 0, 0)).random(500)
-    places = np.exp(draws * np.log(len(items) + 1)).astype(int) - 1
-    assert batch.negative_items is not None
-    assert batch.negative_items.tolist() == np.argsort(-counts, kind="stable")[places].tolist()
-
-
 @pytest.mark.parametrize("loss", ["in_batch_softmax", "sampled_softmax"])
 @pytest.mark.parametrize("kind", ["uniform", "log_uniform"])
 def test_memory_does_not_grow_with_the_table(loss: str, kind: str) -> None:

@@ -90,24 +90,6 @@ def test_ids_that_do_not_fit_leave_all_maps_as_they_were(tmp_path: Path) -> None
     assert (map_of(data, "user"), map_of(data, "item")) == (USER_ROWS, ITEM_ROWS)
 
 
-@pytest.mark.parametrize(
-    ("column", "values", "message"),
-    [
-        ("user", pa.array([1, 2, 3]), r"train/part-1.parquet: column 'user': .*int64"),
-        ("friends", pa.array([[1], [], []]), "part-1.parquet: column 'friends': .*int64"),
-        ("item", pa.array([0.5, 1, 2]), "column 'item': type double"),
-    ],
-)
-def test_ids_of_another_type_are_named(
-    tmp_path: Path, column: str, values: pa.Array, message: str
-) -> None:
-    data = write_raw_dataset(tmp_path / "data")
-    write_parquet(data / "train" / "part-1.parquet", pa.table({**TRAIN, column: values}))
-    with pytest.raises(ValueError, match=message):
-        prepare_vocabularies(str(data))
-    assert not (data / "vocabulary").exists()
-
-
 def job_on(data: Path) -> Any:
     """As much of a job, of one rank, as looks after the maps of a run."""
     root, ranks = Location.of(data), SimpleNamespace(is_first=True, raise_on_all_ranks=nullcontext)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from recsys.checkpoint.run_schema import load_run_schema, write_run_schema
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.prepare_vocabulary import prepare_vocabularies
@@ -43,32 +42,6 @@ def test_an_item_that_a_map_lacks_is_advised_to_be_added(tmp_path: Path) -> None
     assert f"; {COMMAND.format(data=data)}, or remove" in message
     prepare_vocabularies(str(data))  # the command helps
     ItemTable(Location.of(data), load_schema(Location.of(data)))
-
-
-def test_of_a_full_map_more_rows_are_advised_first(tmp_path: Path) -> None:
-    data = prepared(tmp_path)
-    add_items(data, 3)
-    prepare_vocabularies(str(data))
-    write_parquet(
-        data / "items" / "part-0.parquet", pa.table({"item": [200, -7], "text": ["x", "y"]})
-    )
-    root = Location.of(data)
-    with pytest.raises(ValueError, match=r"raise num_embeddings of 'item' in schema\.yaml"):
-        ItemTable(root, load_schema(root))
-
-
-def test_a_run_without_its_map_is_not_advised_to_prepare_one(tmp_path: Path) -> None:
-    data, run = prepared(tmp_path / "data"), tmp_path / "run"
-    root = Location.of(data)
-    schema = load_schema(root)
-    ItemTable(root, schema)  # tells the type of ids
-    run.mkdir()
-    write_run_schema(run, schema)
-    with pytest.raises(
-        ValueError, match=r"run/vocabulary/user\.parquet: .*bring it back"
-    ) as caught:
-        load_run_schema(run)
-    assert "prepare vocabulary" not in str(caught.value)
 
 
 def written(folder: Path) -> tuple[Path, Schema]:

@@ -36,27 +36,21 @@ def test_an_empty_list_or_mapping_may_be_left_open(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ("shares: item,", "num_embeddings: 30,", "'history'.*`shares: item`"),
-        (
-            "kind: id, num_embeddings: 10",
-            "kind: id, shares: item",
-            "column 'user' .*'item'",
-        ),
         ("kind: id, num_embeddings: 30", "kind: id, shares: user", "'item' .*num_embeddings"),
         (
             "num_embeddings: 10",
-            f"num_embeddings: 10, vocabulary: {{kind: hash, seed: {2**64}}}",
-            f"column 'user': seed is {2**64}",
+            "num_embeddings: 10, vocabulary: {kind: hash, num_hashes: 65}",
+            "column 'user': num_hashes is 65",
         ),
+        ("num_embeddings: 10", "num_embeddings: 1, vocabulary: {kind: exact}", "'user'.* is 1"),
+        ("shares: item,", "shares: item, vocabulary: {kind: hash},", "shares 'item' .*vocabulary"),
         ("num_embeddings: 10", "num_embeddings: 10, parallel: [x]", "'user': .*parallel lists"),
-        ("kind: label", "kind: label, num_embeddings: 2", "'liked' of kind"),
         ("[history_liked]", "[liked]", "'liked' of kind"),
         ("[history_liked]", "[gap, gap]", "parallel list 'gap'"),
         ("[history_liked]", "[__row_position]", "'__row_position'.*rename"),
         ("  user:", "  type: {kind: id, num_embeddings: 3}\n  user:", "'type'.*torch.*'type_id'"),
         ("  user:", "  a.b: {kind: ids, num_embeddings: 3}\n  user:", "'a.b'.*dot"),
         (VALID, "", "a mapping"),
-        (VALID, "target_item: item\ngroup: user\ncolumns:\n", "has no columns"),
-        ("kind: label", "", "columns.liked has no kind"),
         ("  liked:", "  no:", "line .: key no .*bool"),
         ("num_embeddings: 10", f"num_embeddings: {2**70}", f"'user': num_embeddings is {2**70}"),
     ],
@@ -69,40 +63,6 @@ def test_what_does_not_fit_is_named_with_the_file(
     with pytest.raises(ValueError, match=message) as raised:
         load(tmp_path, VALID.replace(old, new))
     assert str(raised.value).startswith(f"{tmp_path}/schema.yaml: ")
-
-
-@pytest.mark.parametrize(
-    ("column", "vocabulary", "message"),
-    [
-        ("10", "{kind: hash, num_hashes: 65}", "column 'user': num_hashes is 65"),
-        ("10", "{kind: bounded, num_hashes: 2}", "kind bounded .* num_hashes"),
-        ("10", "{kind: bounded, half_life: 0}", "half_life is 0.0"),
-        ("1}", "{kind: exact}", "column 'genre': num_embeddings is 1"),
-    ],
-)
-def test_a_vocabulary_that_does_not_fit_its_column_is_named(
-    tmp_path: Path, column: str, vocabulary: str, message: str
-) -> None:
-    text = VALID.replace("  liked:", "  genre: {kind: id, num_embeddings: 1}\n  liked:")
-    old = f"num_embeddings: {column}"
-    new = f"num_embeddings: {column.rstrip('}')}, vocabulary: {vocabulary}" + "}" * column.count(
-        "}"
-    )
-    with pytest.raises(ValueError, match=message):
-        load(tmp_path, text.replace(old, new))
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("shares: item,", "shares: item, vocabulary: {kind: hash},", "shares 'item' .*vocabulary"),
-    ],
-)
-def test_only_a_column_with_a_table_has_a_vocabulary(
-    tmp_path: Path, old: str, new: str, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        load(tmp_path, VALID.replace(old, new))
 
 
 def test_all_public_attributes_of_the_module_that_keeps_tables_are_known() -> None:

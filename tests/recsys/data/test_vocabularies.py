@@ -20,7 +20,6 @@ from recsys.data.interactions import Interactions
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.bad_rows import OnBadRow
 from recsys.data.parquet.rows import ParquetRows
-from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.prepare_vocabulary import prepare_vocabularies
 from recsys.data.schema import load_schema
 from recsys.data.vocabularies import BoundedVocabularies, UnknownIds, format_unknown
@@ -103,30 +102,6 @@ def test_a_hashed_id_has_as_many_rows_as_hashes_in_every_column_of_its_table(
     assert lists_of(batch.sparse_features, "words") == [hashed(ids, 9) for ids in words]
     assert lists_of(batch.sequence_features, "item") == [hashed(ids, 8) for ids in items]
     assert batch.groups.tolist() == integer_ids(pa.array(TRAIN["user"])).tolist()
-
-
-def test_a_row_group_with_more_ids_than_its_offsets_can_count_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("recsys.data.parquet.values.MAX_LIST_VALUES", 3, raising=False)
-    several = "{kind: hash, num_hashes: 2}"
-    data = write_raw_dataset(tmp_path, user=several, item="{kind: hash}", words="{kind: hash}")
-    with pytest.raises(ValueError, match=r"train/part-0.parquet.*'user'.* 3\b"):
-        list(rows_of(data).read(0, 3))
-    (read,) = rows_of(data, on_bad_row="skip").read(0, 3)
-    assert read["user"].to_pylist() == [[]] * 3
-
-
-def test_padding_rows_of_a_table_with_several_hashes_have_no_ids(tmp_path: Path) -> None:
-    data = write_raw_dataset(
-        tmp_path, user="{kind: hash, num_hashes: 2}", item="{kind: hash}", words="{kind: hash}"
-    )
-    rows = rows_of(data)
-    (batch,) = Interactions(rows, BatchBuilder(rows.schema, POOLED), 8, rank=1, world_size=2)
-    (padded,) = Interactions(rows, BatchBuilder(rows.schema, POOLED), 8, rank=0, world_size=2)
-    assert batch.row_positions.tolist() == [1, 2]
-    assert padded.row_positions.tolist() == [0, -1]
-    assert lists_of(padded.sparse_features, "user")[1] == []
 
 
 def bounded_dataset(folder: Path) -> Path:
@@ -243,23 +218,6 @@ def test_counts_are_those_of_all_ranks(tmp_path: Path) -> None:
         assert names == [
             f"{t}.{n}" for t in ("user", "words") for n in ("ids", "last_used", "scores")
         ]
-
-
-def test_ids_that_cannot_be_used_are_named(tmp_path: Path) -> None:
-    for name, values, message in [
-        ("item", pa.array([5, None, 6]), r"part-1.parquet: column 'item', row 1: null"),
-        ("item", pa.array([5, 6, 2**63], pa.uint64()), "column 'item', row 2: "),
-    ]:
-        data = prepared(write_raw_dataset(tmp_path / str(values.type)))
-        write_parquet(data / "train" / "part-1.parquet", pa.table({**TRAIN, name: values}))
-        rows = rows_of(data)
-        with pytest.raises(ValueError, match=message):
-            list(rows.read(0, rows.num_rows))
-        skipping = rows_of(data, on_bad_row="skip")
-        (table,) = skipping.read(0, 6)
-        positions = np.array(table[ROW_POSITION])
-        bad = 4 if values.null_count else 5
-        assert positions.tolist() == [-1 if row == bad else row for row in range(6)]
 
 
 def items_of(data: Path) -> ItemTable:

@@ -91,9 +91,3 @@ def test_a_pipe_or_device_is_neither_written_nor_replaced(tmp_path: Path) -> Non
     assert (tmp_path / "pipe").is_fifo()
     with pytest.raises(ValueError, match="/dev/null"):  # only checked, never written
         check_output(Path("/dev/null"))
-
-
-def test_a_link_to_itself_is_refused_or_free(tmp_path: Path, data: Path) -> None:
-    (tmp_path / "loop").symlink_to("loop")
-    check_run_folder(tmp_path / "loop", str(data))  # making the folder fails, with its name
-    check_output(tmp_path / "out", [Location.of(tmp_path / "loop")])

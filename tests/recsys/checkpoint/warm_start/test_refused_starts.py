@@ -56,14 +56,6 @@ def test_what_does_not_fit_is_refused_with_the_fix_before_anything_is_written(
     assert re.search(fault, refusal), refusal
 
 
-def test_a_start_without_any_parameter_is_refused(plain: Path, tmp_path: Path) -> None:
-    with (
-        pytest.raises(ValueError, match=r"--warm-start\.only or skip"),
-        begun(plain, tmp_path / "new", *WITHOUT_CONTENT, skip=("*",)),
-    ):
-        pass
-
-
 def test_with_the_fixes_it_starts(plain: Path, tmp_path: Path) -> None:
     words = ["--embedding.optimizer", "adagrad", "--ranking.mlp_units", "[8]"]
     request: dict[str, Any] = {"skip": ("ranking.*",), "optimizer": False}
@@ -126,13 +118,5 @@ def test_a_run_that_cannot_be_started_from_is_refused(
     with (
         pytest.raises(ValueError, match=line),
         begun(plain, tmp_path / "new", *WITHOUT_CONTENT, run=run),
-    ):
-        pass
-
-
-def test_a_run_is_not_started_from_itself(plain: Path) -> None:
-    with (
-        pytest.raises(ValueError, match="--out"),
-        begun(plain, plain / "run", *WITHOUT_CONTENT),
     ):
         pass

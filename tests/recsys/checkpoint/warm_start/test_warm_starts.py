@@ -232,14 +232,6 @@ def test_an_added_modality_has_initial_values_and_all_items_are_encoded(
         assert_bank_is_encoded(new.job, list(range(30)))
 
 
-def test_without_content_what_belongs_to_it_is_dropped(multimodal: Path, tmp_path: Path) -> None:
-    request = {"skip": ("ranking.*",)}
-    with begun(multimodal, tmp_path / "new", *WITHOUT_CONTENT, **request) as new:
-        assert re.search(r"content\.fusion\.\S+ .*  dropped", new.words)
-        assert re.search(r"setting content +was None, is none", new.words)
-        assert_equal(state_of(new.job), stored_state(best_of(multimodal)), "item", "user")
-
-
 @torch.no_grad()
 def assert_bank_is_encoded(job: Job, items: list[int]) -> None:
     """The bank has these items as the model encodes them now."""

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.data.events import duckdb_engine
-from recsys.data.events.duckdb_engine import DuckDBEngine
 
 
 def doubled(rows: pa.RecordBatch) -> pa.RecordBatch:
@@ -50,11 +49,3 @@ def test_an_error_in_a_file_that_is_written_ends_the_writing(tmp_path: Path) -> 
     batches = pa.table({"number": np.arange(10)}).to_batches()
     with pytest.raises(ValueError, match="10 rows"):
         duckdb_engine.write_parts(batches, tmp_path / "split", 50, 2, refuse)
-
-
-def test_a_memory_that_is_no_size_and_no_thread_are_named(tmp_path: Path) -> None:
-    for memory in ("lots", "1GB'; select 1; --"):
-        with pytest.raises(ValueError, match="--memory is"):
-            DuckDBEngine(tmp_path / "work", memory)
-    with pytest.raises(ValueError, match="--threads is 0"):
-        DuckDBEngine(tmp_path / "work", threads=0)

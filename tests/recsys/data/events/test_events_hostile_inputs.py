@@ -86,15 +86,6 @@ def test_values_of_folders_are_those_that_hive_wrote(
     assert [row["shop"] for row in rows] == [value for value in values for _ in range(20)]
 
 
-def test_a_folder_may_be_the_time(tmp_path: Path) -> None:
-    days = [f"2026-01-{day:02}" for day in range(1, 11)]
-    parts = [(f"day={d}/p.parquet", log().slice(4 * n, 4)) for n, d in enumerate(days)]
-    write_parts(tmp_path, *parts)
-    rows = prepare(tmp_path, "log", table={"time": "day"})
-    assert rows[0]["time"] == to_micros(pa.array(["2026-01-01"]), "s", "UTC")[0].as_py()
-    assert len(rows) == 40
-
-
 @pytest.mark.parametrize("column", ["item", "price"])
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_file_without_any_value_of_a_column_leaves_its_type_to_the_others(
@@ -110,25 +101,6 @@ def test_a_file_without_any_value_of_a_column_leaves_its_type_to_the_others(
     rows = prepare(tmp_path, "log", split={"at": [0.5, 0.7]})
     assert len(rows) == (20 if column == "item" else 40)
     assert {type(row["item"]) for row in rows} == {int}
-
-
-def test_a_text_file_with_its_header_alone_has_no_rows(tmp_path: Path) -> None:
-    (tmp_path / "log").mkdir()
-    header = "user,item,time,type,price\n"
-    (tmp_path / "log" / "a.csv").write_text(header)
-    lines = [f"u{row % 4},{row % 7},{START + row},view,1\n" for row in ROWS]
-    (tmp_path / "log" / "b.csv").write_text(header + "".join(lines))
-    rows = prepare(tmp_path, "log", labels={"seen": {"action": "view"}})
-    assert [row["item"] for row in rows] == [row % 7 for row in ROWS]
-
-
-def test_links_to_folders_are_read(tmp_path: Path) -> None:
-    first, second = halves(log())
-    write_parts(tmp_path, ("day=1/p.parquet", first))
-    (tmp_path / "disk").mkdir()
-    pq.write_table(second, tmp_path / "disk" / "p.parquet")
-    (tmp_path / "log" / "day=2").symlink_to(tmp_path / "disk")
-    assert len(prepare(tmp_path, "log")) == 40
 
 
 def linked_in_a_circle(folder: Path) -> None:
@@ -223,16 +195,6 @@ def test_a_file_is_read_once(tmp_path: Path) -> None:
         prepare(tmp_path, table={"path": ["log", "log/a.parquet"]})
 
 
-def test_the_output_may_be_a_link_to_an_empty_folder_but_no_url(tmp_path: Path) -> None:
-    pq.write_table(log(), tmp_path / "log.parquet")
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "data").symlink_to(tmp_path / "disk")
-    prepare(tmp_path)
-    assert (tmp_path / "disk" / "schema.yaml").is_file()
-    with pytest.raises(ValueError, match="s3:"):
-        prepare_events(tmp_path / "events.yaml", Path("s3://bucket/data"))
-
-
 def test_times_of_databases_and_clocks() -> None:
     texts = ["2026-01-01 00:00:00+01", "2026-01-01 00:00", "2026-01-01", "2026-01-01T00:00:01.5-05"]
     seconds = [micros / 10**6 for micros in to_micros(pa.array(texts), "s", "UTC").to_pylist()]
@@ -242,21 +204,3 @@ def test_times_of_databases_and_clocks() -> None:
     )
     with pytest.raises(ValueError, match=r"02:00:00.*time_zone"):
         to_micros(gap, "s", "Europe/Berlin")
-
-
-def test_events_with_the_action_of_impressions_are_refused_beside_these(tmp_path: Path) -> None:
-    pq.write_table(log(type=["impression", "buy"] * 20), tmp_path / "log.parquet")
-    pq.write_table(log(), tmp_path / "shown.parquet")
-    shown = {"path": "shown.parquet", "columns": ["price"]}
-    labels = {"bought": {"action": "buy", "within": "5s"}}
-    with pytest.raises(
-        ValueError, match=r"log\.parquet: column 'type' has 'impression' in 20 rows"
-    ):
-        prepare(tmp_path, labels=labels, impressions=shown)
-
-
-@pytest.mark.parametrize("delimiter", ["::", '"', "\n"])
-def test_a_delimiter_that_text_files_cannot_have_is_named(delimiter: str, tmp_path: Path) -> None:
-    (tmp_path / "log.csv").write_text("user,item,time,type,price\n")
-    with pytest.raises(ValueError, match=r"delimiter .*: write one ASCII character"):
-        prepare(tmp_path, "log.csv", table={"delimiter": delimiter})

@@ -14,7 +14,6 @@ import pytest
 import yaml
 
 from recsys.data.events.prepare import prepare_events
-from recsys.data.events.times import moment
 
 DAY = 86_400
 START = 1_790_000_000
@@ -57,18 +56,6 @@ def log(*rows: tuple[int, str]) -> dict[str, list[Any]]:
         "time": [START + second for second, *_ in events],
         "action": [action for _, action, _ in events],
     }
-
-
-ONE_WEEK = {"bought": {"action": "buy", "within": "7d"}}
-
-
-def test_a_request_that_a_table_of_actions_lacks_is_refused(tmp_path: Path) -> None:
-    pq.write_table(pa.table(log((0, "buy"))), tmp_path / "log.parquet")
-    tables = {"view": {"path": "log.parquet", "request": "user"}, "buy": {"path": "log.parquet"}}
-    content = {"events": tables, "rows": "view", "labels": ONE_WEEK}
-    (tmp_path / "events.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(ValueError, match=r"events\.buy has no `request`"):
-        prepare_events(tmp_path / "events.yaml", tmp_path / "out")
 
 
 def daily(days: int) -> dict[str, list[Any]]:
@@ -123,14 +110,6 @@ def test_rows_after_the_end_of_test_are_counted(tmp_path: Path) -> None:
     assert dataset["left_out"] == {"after the end of test": 2}
 
 
-def test_times_before_1970_are_rounded_down(tmp_path: Path) -> None:
-    times = [1000 * n + 1 for n in range(-5, 5)]
-    events = {"user": [0] * 10, "item": [0] * 10, "time": times}
-    options = {"table": {"time_unit": "ms"}, "output": {"time_unit": "s"}}
-    dataset = prepare(tmp_path, events, labels={"viewed": {"action": "view"}}, **options)
-    assert [row["time"] for split in SPLITS for row in dataset[split]] == [*range(-5, 5)]
-
-
 def test_items_have_the_content_that_the_last_training_row_could_know(tmp_path: Path) -> None:
     skus = pa.table(
         {
@@ -159,12 +138,6 @@ def test_items_have_the_content_that_the_last_training_row_could_know(tmp_path: 
     ]
 
 
-@pytest.mark.parametrize("fraction", [0.499999, 0.6])
-def test_a_moment_keeps_its_fraction(fraction: float) -> None:
-    text = f"2026-11-01T12:00:{fraction:09.6f}"
-    assert moment(text, "UTC") == 1_793_534_400 * 10**6 + round(fraction * 10**6)
-
-
 def test_dates_of_a_split_are_in_the_time_zone_of_the_tables(tmp_path: Path) -> None:
     begin = int(datetime(2026, 3, 1, tzinfo=ZoneInfo("Asia/Tokyo")).timestamp())
     hours = [begin + 3600 * hour for hour in range(24 * 3)]
@@ -178,23 +151,6 @@ def test_dates_of_a_split_are_in_the_time_zone_of_the_tables(tmp_path: Path) -> 
     """
     dataset = prepare(tmp_path, events, text=text)
     assert [len(dataset[split]) for split in SPLITS] == [24, 24, 24]
-
-
-def test_a_date_without_an_offset_is_refused_where_tables_have_several_zones(
-    tmp_path: Path,
-) -> None:
-    pq.write_table(pa.table(log()), tmp_path / "log.parquet")
-    content = {
-        "events": {
-            "view": {"path": "log.parquet", "time_zone": "Asia/Tokyo"},
-            "buy": {"path": "log.parquet"},
-        },
-        "labels": {"bought": {"action": "buy"}},
-        "split": {"by": "dates", "at": ["2026-03-02", "2026-03-03"]},
-    }
-    (tmp_path / "events.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(ValueError, match="'2026-03-02' has no offset"):
-        prepare_events(tmp_path / "events.yaml", tmp_path / "out")
 
 
 @pytest.mark.parametrize("read_as, true_unit", [("ms", "s"), ("us", "ms")])

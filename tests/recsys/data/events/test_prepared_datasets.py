@@ -1,24 +1,18 @@
-"""Whatever `prepare events` writes, `train`, `predict`, `export` and the scorer accept."""
+"""What `prepare events` writes, `train`, `predict`, `export` and the scorer accept."""
 
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
-from hypothesis import HealthCheck, Phase, assume, given, settings
-from hypothesis import strategies as st
 
 from recsys.config import Config, load_config
 from recsys.config.server import Limits
-from recsys.data.events.prepare import prepare_events
 from recsys.diagnostics.dataset.command import explain_data
-from recsys.distributed.ranks import Ranks, joined_ranks
+from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import predict
 from recsys.serving.export import export_run
 from recsys.serving.package import REQUEST
@@ -27,16 +21,8 @@ from recsys.serving.server.input_columns import InputColumns, ScoreArguments
 from recsys.serving.server.protocol import RankRequest, parse_message
 from recsys.training.train import train
 from tests.recsys.command_runs import ROOT
-from tests.recsys.data.events.generated import LABELS, write_case
+from tests.recsys.data.events.test_events_bad_inputs import prepare, write_inputs
 
-FEW = settings(
-    max_examples=6,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    phases=[Phase.generate],  # an example takes seconds
-    suppress_health_check=list(HealthCheck),
-)
 SETTINGS = {
     "epochs": "1",
     "batch_size": "16",
@@ -49,36 +35,36 @@ SETTINGS = {
 }
 
 
-@pytest.fixture
-def alone() -> Iterator[Ranks]:
-    with joined_ranks("cpu") as ranks:
-        yield ranks
-
-
 def tiny_config() -> Config:
     words = [word for name, value in SETTINGS.items() for word in (f"--{name}", value)]
     return load_config(ROOT / "recsys" / "recipes" / "id_only.yaml", words)
 
 
-@FEW
-@given(data=st.data())
-def test_a_prepared_dataset_is_trained_predicted_exported_and_scored(
-    alone: Ranks, data: st.DataObject
-) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        round_trip(Path(folder), data.draw, alone)
-
-
-def round_trip(folder: Path, draw: Callable[[st.SearchStrategy], object], ranks: Ranks) -> None:
-    data, run, package = folder / "data", folder / "run", folder / "package"
-    prepare_events(write_case(folder, draw), data)
+def test_a_prepared_dataset_is_trained_predicted_exported_and_scored(tmp_path: Path) -> None:
+    """Of features of every kind: ids, numbers, lists of ids, counts, and lists beside a history."""
+    config = write_inputs(tmp_path)
+    items = pq.read_table(tmp_path / "items.parquet")
+    tags = pa.array([["a"], [], ["b", "a"], None, ["c"], ["b"], [None]])
+    pq.write_table(items.append_column("tags", tags), tmp_path / "items.parquet")
+    config["items"]["columns"]["tags"] = "ids"
+    config["histories"]["viewed"]["parallel"] |= {"viewed_age": "age", "viewed_brand": "brand"}
+    prepare(
+        tmp_path,
+        config
+        | {
+            "context": {"price": {"kind": "dense", "fill": 0.5}},
+            "counts": {"item_views": {"of": "item", "actions": "view"}},
+            "negatives": {"per_positive": 2},
+            "split": {"at": [0.6, 0.8]},
+        },
+    )
+    data, run, package = tmp_path / "data", tmp_path / "run", tmp_path / "package"
     explain_data(str(data))
-    labels = {split: first_labels(data / split) for split in ("train", "valid")}
-    assume(all(values == {0, 1} for values in labels.values()))  # AUC chooses the model
-    train(tiny_config(), str(data), run, ranks)
-    predict(run, [str(data / "test")], folder / "out.parquet", None, ranks, "cpu")
-    export_run(run, package, "fp32", ranks)
-    check_package(package, pq.read_table(folder / "out.parquet"))
+    with joined_ranks("cpu") as ranks:
+        train(tiny_config(), str(data), run, ranks)
+        predict(run, [str(data / "test")], tmp_path / "out.parquet", None, ranks, "cpu")
+        export_run(run, package, "fp32", ranks)
+    check_package(package, pq.read_table(tmp_path / "out.parquet"))
 
 
 def check_package(package: Path, predictions: pa.Table) -> None:
@@ -101,9 +87,3 @@ def check_package(package: Path, predictions: pa.Table) -> None:
         kind = predictions.schema.field(described["name"]).type
         kind = kind.value_type if pa.types.is_list(kind) else kind
         assert (described["datatype"] == "BYTES") == pa.types.is_string(kind), described
-
-
-def first_labels(folder: Path) -> set[float]:
-    table = pq.read_table(folder)
-    label = next(name for name in table.column_names if name in LABELS)
-    return set(table[label].to_pylist())

@@ -9,11 +9,7 @@ import pytest
 import torch
 
 from recsys.content.encoders.tiny_encoders import tiny_tokenizer
-from recsys.data.items.content_store import ContentStore
 from recsys.data.items.images import decode_image
-from recsys.data.items.item_table import ItemTable
-from recsys.data.schema import load_schema
-from recsys.storage.location import Location
 from tests.datasets import write_dataset
 from tests.recsys.data.items.item_content import (
     MODALITIES,
@@ -77,15 +73,3 @@ def test_an_item_without_a_row_has_no_content(dataset: Path) -> None:
         assert not part.mask[0].any(), name
         assert not part.values[0].any(), name
         assert part.mask[1].any(), name
-
-
-def test_a_url_gives_the_same_content_as_a_local_folder(dataset: Path) -> None:
-    url = f"memory://items-{id(dataset)}"
-    root = Location.of(url)
-    root.filesystem.put(f"{dataset}/", root.path, recursive=True)
-    store = ContentStore(ItemTable(root, load_schema(root)), MODALITIES, dataset.parent / "other")
-    local = store_of(dataset, *MODALITIES).gather(np.arange(8))
-    for name in MODALITIES:
-        store.build(name)
-        assert torch.equal(store.gather(np.arange(8))[name].values, local[name].values)
-    root.filesystem.rm(root.path, recursive=True)

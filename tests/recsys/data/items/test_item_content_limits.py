@@ -62,24 +62,6 @@ def test_a_long_text_is_cut_before_it_is_tokenised(text: str, whole: bool) -> No
     assert tokenizer.longest == [16 * CHARACTERS_PER_TOKEN, *([len(text)] if whole else [])]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pa.large_string(),
-        pa.string_view(),
-        pa.dictionary(pa.int32(), pa.string()),
-        pa.dictionary(pa.int8(), pa.large_string()),
-    ],
-    ids=str,
-)
-def test_texts_of_every_string_type_are_read(dataset: Path, kind: pa.DataType) -> None:
-    write_items(dataset, text=pa.array(["a", None, "bc", "a"], kind))
-    text = store_of(dataset, "text").gather(np.arange(8, 12))["text"]
-    expected = tiny_tokenizer()(["a", "bc"])["input_ids"]
-    tokens = [row[mask].tolist() for row, mask in zip(text.values, text.mask, strict=True)]
-    assert tokens == [expected[0], [], expected[1], expected[0]]
-
-
 def test_columns_are_read_a_few_rows_at_a_time(
     dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,15 +128,6 @@ def test_bad_content_is_skipped_as_missing_and_counted(dataset: Path) -> None:
         }
         assert {entry["file"] for entry in summary["found"]} == {str(file)}
         json.dumps(summary)
-
-
-def test_a_first_feature_of_another_width_does_not_decide_for_all(dataset: Path) -> None:
-    clips = [[1.0] * 5, *[[float(index)] * 4 for index in range(11)]]
-    write_items(dataset, clip=pa.array(clips, pa.list_(pa.float32())))
-    (dataset / "items" / "part-0.parquet").unlink()
-    store = store_of(dataset, "clip", on_bad_row="skip")
-    assert known(store, "clip", *range(8, 20)) == [False, *[True] * 11]
-    assert store.gather(np.array([19]))["clip"].values.tolist() == [[[10.0] * 4]]
 
 
 def test_rows_of_unusable_items_are_skipped_and_the_others_keep_their_content(

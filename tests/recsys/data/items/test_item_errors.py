@@ -14,7 +14,6 @@ from tests.datasets import write_dataset
 from tests.recsys.data.items.item_content import (
     MODALITIES,
     rewrite,
-    store_of,
     table_of,
 )
 
@@ -22,14 +21,6 @@ from tests.recsys.data.items.item_content import (
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "data", {}, num_items=8)
-
-
-def test_a_token_of_another_width_is_named_with_its_row(dataset: Path) -> None:
-    tokens = [[[1.0, 2], [3, 4]], None, [[5, 6], None], [[7, 8]]]
-    column = pa.array(tokens, pa.list_(pa.list_(pa.float32())))
-    rewrite(dataset, lambda table: table.slice(0, 4).set_column(3, "clip", column))
-    with pytest.raises(ValueError, match=r"column 'clip', row 2: .*0 values"):
-        store_of(dataset, "clip")
 
 
 def test_a_schema_without_items_is_told_how_to_go_without_content(dataset: Path) -> None:
@@ -69,19 +60,3 @@ def test_a_number_is_a_token_of_width_one_and_null_has_none(kind: pa.DataType) -
     assert lengths.tolist() == [1, 0, 1]
     assert values.tolist() == [[3], [7]]
     assert values.dtype == np.float32
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
-def test_a_number_that_is_not_finite_is_reported(value: float) -> None:
-    reported: list[list[bool]] = []
-    column = pa.array([1.0, value])
-    usable_features(
-        *feature_tokens(column, "items"), 1, lambda bad, *words: reported.append(bad.tolist())
-    )
-    assert [False, True] in reported
-
-
-@pytest.mark.parametrize("column", [pa.array(["9.5"]), pa.array([True]), pa.array([[1, 2]])])
-def test_other_types_are_refused_by_name(column: pa.Array) -> None:
-    with pytest.raises(ValueError, match="'price'"):
-        feature_tokens(column, "items, column 'price'")

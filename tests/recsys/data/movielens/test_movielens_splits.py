@@ -101,37 +101,6 @@ def test_no_train_row_of_a_window_is_as_late_as_a_row_it_is_judged_by(rolling: P
         assert valid.max() < test.min()
 
 
-def test_cold_and_unseen_are_by_the_train_rows_of_the_same_window(rolling: Prepared) -> None:
-    out, summary = rolling
-    for window in WINDOWS:
-        counts = np.bincount(column(pq.read_table(out / window / "train"), "item"), minlength=9742)
-        trained = counts[column(pq.read_table(out / window / "test"), "item")]
-        figures = summary[f"{window}/test"]
-        assert figures["cold"] == pytest.approx(np.mean(trained < 5))
-        assert figures["unseen"] == pytest.approx(np.mean(trained == 0))
-    assert summary["window-1/test"]["unseen"] > summary["window-5/test"]["unseen"]
-
-
-def test_the_items_of_all_windows_are_one_file(rolling: Prepared) -> None:
-    items = [rolling[0] / window / "items" / "part-00000.parquet" for window in WINDOWS]
-    assert len({path.stat().st_ino for path in items}) == 1
-
-
-def test_items_are_copied_where_links_are_not_possible(
-    tied_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepare_movielens(tied_source, tmp_path / "linked", split="rolling")
-
-    def refuse(self: Path, target: Path) -> None:
-        raise OSError("no links here")
-
-    monkeypatch.setattr(Path, "hardlink_to", refuse)
-    prepare_movielens(tied_source, tmp_path / "copied", split="rolling")
-    assert files_in(tmp_path / "copied") == files_in(tmp_path / "linked")
-    items = [tmp_path / "copied" / window / "items" / "part-00000.parquet" for window in WINDOWS]
-    assert len({path.stat().st_ino for path in items}) == len(WINDOWS)
-
-
 def test_the_command_takes_protocol_and_history_length(
     tied_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

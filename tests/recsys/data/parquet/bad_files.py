@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -44,12 +43,6 @@ def flipped_bit_under_a_checksum(data: Path) -> None:
     content(flip)(data)
 
 
-def cut_page(data: Path) -> None:
-    """Bytes inside the file are gone, those behind have moved."""
-    start = _first_page(data, 1)
-    content(lambda whole: whole[: start + 30] + whole[start + 60 :])(data)
-
-
 def beside(make: Spoil) -> Spoil:
     """Something else with the name of a data file."""
     return lambda data: make(data / "train" / "part-2.parquet")
@@ -65,26 +58,15 @@ UNREADABLE = [f"{FILE}: ", "readable Parquet"]
 
 FILES = {
     "zero bytes": BadInput(content(lambda _: b""), UNREADABLE),
-    "CSV": BadInput(content(lambda _: b"user,item\n1,2\n" * 99), UNREADABLE),
-    "footer overwritten": BadInput(
-        content(lambda whole: whole[:-900] + b"\xff" * 800 + whole[-100:]), UNREADABLE
-    ),
     "page header overwritten": BadInput(damaged_page, [f"{FILE}: row group 2 (rows from 22)"]),
-    "bytes cut out of a page": BadInput(cut_page, [f"{FILE}: row group 1 (rows from 11)"]),
     "flipped bit under a checksum": BadInput(
         flipped_bit_under_a_checksum, [f"{FILE}: row group 0 (rows from 0)", "CRC"]
     ),
     "no rows": BadInput(table(lambda rows: rows.slice(0, 0)), [f"{FILE}: ", "no rows"]),
     "a folder named like a file": BadInput(beside(Path.mkdir), ["train/part-2.parquet: "]),
-    "a pipe": BadInput(beside(os.mkfifo), ["train/part-2.parquet: "]),
     "fewer rows than ranks": BadInput(one_row, ["1 training rows", "2 ranks"]),
     "no training files": BadInput(
         lambda data: shutil.rmtree(data / "train"),
         ["train: no *.parquet"],
     ),
 }
-
-if os.geteuid():  # root may read everything
-    FILES["a file without permission"] = BadInput(
-        lambda data: (data / FILE).chmod(0), [*UNREADABLE, "Permission denied"]
-    )

@@ -92,17 +92,6 @@ def test_rows_are_counted_by_file_column_and_reason_with_the_first_of_them(
     ]
 
 
-def test_a_row_with_several_faults_is_one_row(dataset: Path, alone: Ranks) -> None:
-    file = write_four(
-        dataset, user=[0, 1, 2, -1], price=[0.5, 1, 1, NAN], history=[[], [], [], [99]]
-    )
-    rows = skipping(dataset)
-    read_all(rows)
-    skipped = rows.skipped(alone, "train")
-    assert skipped["rows"] == 1 + 2  # and the lists beside the history no longer fit
-    assert skipped["found"][1] == entry(file, "user", "id outside [0, 10)", 1, 3)
-
-
 def test_items_of_skipped_rows_are_not_counted_as_seen(dataset: Path) -> None:
     write_four(dataset, item=[5, 6, 6, 8], price=[NAN, 1.0, NAN, 1.0])
     assert count_items(skipping(dataset), 0, 1).items.tolist() == [6, 8]

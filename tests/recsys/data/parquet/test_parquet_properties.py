@@ -246,23 +246,3 @@ def test_exactly_the_rows_with_bad_values_are_skipped(
         data = way.write([row | bad for row, bad in rows], Path(folder))
         actual = read_back(reading.batches(data, "skip"))
     assert actual == {index: without_nulls(row) for index, (row, bad) in enumerate(rows) if not bad}
-
-
-@MANY
-@given(
-    values=some.lists(some.none() | some.tuples(genres, genres), min_size=1),
-    row_group_size=some.integers(1, 4),
-)
-def test_lists_of_one_size_are_read_like_others(
-    values: list[tuple[int, int] | None], row_group_size: int
-) -> None:
-    """`fixed_size_list` has values also under its nulls."""
-    row = {"user": 1, "item": 2, "history": [], "history_liked": [], "price": 0.5, "liked": 1}
-    kinds = WIDE | {"genres": pa.list_(pa.int32(), 2)}
-    with tempfile.TemporaryDirectory() as folder:
-        way = Written([], row_group_size, kinds, {})
-        data = way.write([row | {"genres": value} for value in values], Path(folder))
-        actual = read_back(Reading(1, 5, None, 1000).batches(data))
-    assert [actual[index]["genres"] for index in range(len(values))] == [
-        list(value or ()) for value in values
-    ]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from recsys.data.parquet.rows import ParquetRows
@@ -25,6 +26,12 @@ def test_labels_may_lack_where_none_are_wanted(dataset: Path) -> None:
     file = Location.of(dataset / "train" / "part-0.parquet")
     rows = ParquetRows([file], schema_of(dataset), with_labels=False)
     assert "liked" not in read_all(rows)
+
+
+def test_lists_of_one_size_keep_their_values_and_nulls(dataset: Path) -> None:
+    genres = pa.array([[0, 1], None, [2, 3], [4, 0]], pa.list_(pa.int32(), 2))
+    rows = open_rows(dataset, table_of(genres=genres), row_group_size=3)
+    assert read_all(rows)["genres"] == [[0, 1], None, [2, 3], [4, 0]]
 
 
 def test_a_shuffle_keeps_each_row_whole_and_differs_by_seed_and_epoch(tmp_path: Path) -> None:

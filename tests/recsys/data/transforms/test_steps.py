@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -105,13 +104,9 @@ def test_a_column_reads_the_result_of_another_but_itself_from_the_file() -> None
     ("values", "steps", "message"),
     [
         (["a"], ["log1p"], "x'.*log1p.*string"),
-        ([1.5], ["lower"], "x'.*lower.*double"),
-        ([1.5], [{"hash": 5}], "x'.*hash.*double"),
-        ([1.5], ["hour"], "x'.*hour.*double"),
         (["tea"], ["hour"], "x'.*hour.*tea"),
         ([1], [{"fill": "a"}], "x'.*fill.*'a'.*int64"),
         (["a"], [{"fill": 1}], "x'.*fill.*1.*string"),
-        ([1], [{"fill": 0.5}], "x'.*fill.*0.5.*int64"),
         ([1], ["standardize"], "x'.*standardize.*recsys prepare transforms"),
     ],
 )
@@ -126,21 +121,13 @@ def test_a_step_on_a_wrong_type_is_named(values: list[Any], steps: list[Any], me
         ({"transform": ["logp"]}, "'logp'.*log1p"),
         ({"transform": [{"clip": {"lov": 1}}]}, "clip.lov.*low"),
         ({"transform": [{"clip": {"low": 2, "high": 1}}]}, "step 1: .*low is 2"),
-        ({"transform": [{"clip": {"low": math.nan}}]}, "low is nan"),
-        ({"transform": ["clip"]}, "low or high"),
         ({"transform": ["fill"]}, "fill needs value"),
-        ({"transform": [{"lower": 3}]}, "lower"),
         ({"transform": [{"fill": 1, "clip": 2}]}, "fill.*clip"),
         ({"transform": [{"bucketize": [2, 1]}]}, "boundaries are .2.*, 1"),
-        ({"transform": ["bucketize"]}, "boundaries, or .*quantiles"),
-        ({"transform": [{"bucketize": {"quantiles": 1}}]}, "quantiles is 1"),
-        ({"transform": [{"bucketize": ["a"]}]}, "bucketize.boundaries"),
-        ({"transform": [{"standardize": {"mean": 1}}]}, "mean is 1"),
         ({"transform": [{"hash": 0}]}, "0"),
         ({"transform": [{"hour": "Europe/Berlim"}]}, "Europe/Berlim"),
         ({"transform": [{"hour": {"unit": "h"}}]}, "hour.unit is h"),
         ({"transform": [{"bucketize": {"quantiles": 20}}], "num_embeddings": 19}, "19.*20"),
-        ({"transform": ["cross"]}, "cross"),
         ({"column": ["a", "b"]}, "2 columns"),
         ({"column": ["a", "b"], "transform": ["standardize", "cross"]}, "before cross"),
         ({"column": "liked"}, "'liked', .* kind label"),

@@ -18,7 +18,6 @@ from recsys.config import Config
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import Schema, load_schema
 from recsys.data.transforms.prepare import format_fitted, prepare_transforms
-from recsys.diagnostics.dataset.summary import summarize_dataset
 from recsys.distributed.ranks import joined_ranks
 from recsys.storage.location import Location
 from recsys.training.train import train
@@ -83,12 +82,6 @@ def test_fitted_values_are_stored_beside_the_schema_and_shown(data: Path) -> Non
     assert chains["price"].steps[2].settings["mean"] == pytest.approx(1.5 * math.log(2))
 
 
-def test_explain_data_sees_the_transformed_columns(data: Path) -> None:
-    train_split = summarize_dataset(str(data)).splits["train"]
-    assert train_split.numbers["price"]["mean"] == pytest.approx(0, abs=1e-6)
-    assert train_split.ids["bucket"]["distinct"] == 4
-
-
 def test_a_change_of_the_schema_asks_for_another_fit(data: Path) -> None:
     for old, new in [("fill: 0", "fill: 1"), ("column: cost", "column: price")]:
         (data / "schema.yaml").write_text(COLUMNS.replace(old, new))
@@ -142,16 +135,3 @@ def test_what_a_step_has_made_of_a_bad_row_is_named_with_file_and_row(data: Path
     rows = ParquetRows.of_split(root, "train", load_schema(root))
     with pytest.raises(ValueError, match=r"train/part-0.parquet: column 'price', row 2: .*null"):
         rows.read_chunk(0)
-
-
-def test_integers_and_strings_of_one_column_are_refused(tmp_path: Path) -> None:
-    text = COLUMNS.replace("{fill: 0}, log1p, standardize", "{hash: 9}")
-    root = write(tmp_path, text.replace("quantiles: 4", "boundaries: [2]"))
-    schema = load_schema(root)
-    table = pq.read_table(tmp_path / "test" / "part-0.parquet")
-    for split, kind in (("test", pa.int64()), ("valid", pa.string())):
-        values = table.set_column(2, "price", pa.array([1, 2, 3, 4]).cast(kind))
-        pq.write_table(values, tmp_path / split / "part-0.parquet")
-    ParquetRows.of_split(root, "test", schema)
-    with pytest.raises(ValueError, match=r"valid/part-0.parquet: column 'price' has string ids"):
-        ParquetRows.of_split(root, "valid", schema)
