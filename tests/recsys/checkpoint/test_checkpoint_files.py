@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as some
 
 from recsys.build import Job, build_job
 from recsys.checkpoint.files import MANIFEST, folder_of_step, folders_by_age, read_manifest
@@ -133,30 +131,6 @@ def test_a_checkpoint_of_format_2_still_loads(job: Job, saved: Path, tmp_path: P
     for folder in folders_by_age(run / "checkpoints"):
         rewrite_in_format_2(folder)
     assert restored(job, run) == NEWEST
-
-
-@settings(
-    deadline=None,
-    derandomize=True,
-    database=None,
-    max_examples=200,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(place=some.integers(0, 10**6), way=some.sampled_from(["cut", "flip", "digit"]))
-def test_whatever_changes_in_a_manifest_it_reads_as_written_or_is_damaged(
-    saved: Path, tmp_path: Path, place: int, way: str
-) -> None:
-    text = (newest_of(saved) / MANIFEST).read_text()
-    place %= len(text)
-    changed = {"cut": "", "flip": chr(ord(text[place]) ^ 1), "digit": "7"}[way]
-    rest = "" if way == "cut" else text[place + 1 :]
-    (tmp_path / MANIFEST).write_text(text[:place] + changed + rest)
-    try:
-        manifest = read_manifest(tmp_path)
-    except ValueError as error:
-        assert str(tmp_path / MANIFEST) in str(error)
-    else:
-        assert manifest == read_manifest(newest_of(saved))
 
 
 @pytest.mark.parametrize("change", ["longer", "falling", "below zero", "cut", "missing"])

@@ -1,22 +1,19 @@
 """Wherever a start is cut off, the same command goes on or starts anew, with the same result.
 
-Wherever a job writes, another on the same folder or file is refused.
+Wherever a job writes, another on the same folder is refused.
 """
 
 import json
 import os
 import shutil
 import signal
-import subprocess
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from recsys.checkpoint.files import folders_by_age
 from recsys.checkpoint.run_folder import JOB, find_start
 from recsys.distributed.lockstep import TrainingStopped
 from recsys.distributed.ranks import Ranks, joined_ranks
@@ -25,11 +22,10 @@ from recsys.training.trainer import LossWatch, Trainer
 from tests.datasets import write_dataset
 from tests.recsys.checkpoint.folder_changes import CHANGES, ENDED, Killed
 from tests.recsys.checkpoint.stopped_runs import StepsSeen, config_of
-from tests.recsys.command_runs import program, train_words
 
 # 4 steps with two validations, and no periodic checkpoint.
-WORDS = ["--content", "none", "--embedding.skip", "[]", "--batch_size", "16", "--epochs", "1"]
-SETTINGS = [*WORDS, "--checkpoint.every_steps", "99", "--validations_per_epoch", "2"]
+SETTINGS = ["--content", "none", "--embedding.skip", "[]", "--batch_size", "16", "--epochs", "1"]
+SETTINGS += ["--checkpoint.every_steps", "99", "--validations_per_epoch", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +90,8 @@ def test_a_start_cut_off_at_any_change_of_its_folder_can_be_repeated(
         assert start(folder, tmp_path / str(place)), changes[place]
 
 
-@pytest.mark.parametrize("again", [{}, {"overwrite": True}])
 def test_a_replacement_cut_off_at_any_change_leaves_a_folder_that_can_be_begun(
-    folder: Path, whole: tuple[Path, list[str]], tmp_path: Path, again: dict[str, Any]
+    folder: Path, whole: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     shutil.copytree(whole[0], tmp_path / "seen")
     with CHANGES.watched(tmp_path / "seen") as changes:
@@ -107,7 +102,7 @@ def test_a_replacement_cut_off_at_any_change_leaves_a_folder_that_can_be_begun(
         shutil.copytree(whole[0], run)
         with pytest.raises(ENDED), CHANGES.watched(run, kill_index=place):
             start(folder, run, overwrite=True)
-        assert start(folder, run, **again), changes[place]
+        assert start(folder, run), changes[place]
 
 
 def test_killed_after_the_first_validation_a_run_goes_on_with_the_same_end(
@@ -207,15 +202,14 @@ def test_a_dataset_is_not_taken_for_the_folder_of_a_run(tmp_path: Path) -> None:
 
 
 def refused_at_each(action: Callable[[], object], path: Path) -> Callable[[str], None]:
-    """Tries another job like this one at every third change, which must be refused with who is at
-    work."""
+    """Try another job at every tenth change; the error must name the job at work."""
     tried: list[str] = []
 
     def at_change(change: str) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # the other job would have collectives of its own
         tried.append(change)
-        if len(tried) % 3 == 1:
+        if len(tried) % 10 == 1:
             with pytest.raises(ValueError, match=f"{path}: .*process {os.getpid()} on "):
                 action()
 
@@ -234,22 +228,3 @@ def test_no_second_job_comes_into_a_run_wherever_the_first_is(
     assert len(changes) > 20
     assert result(run) == result(whole[0])
     assert not list(run.glob(".lock*"))
-
-
-@pytest.mark.long
-def test_ctrl_c_under_torchrun_saves_the_state_of_all_ranks(tmp_path: Path) -> None:
-    data, run = write_dataset(tmp_path / "data", {"train": 900, "valid": 41, "test": 37}), "run"
-    words = train_words(data, tmp_path / run, *WORDS[:4], "--log_every_steps", "1")
-    ranks = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "--", "recsys.cli"]
-    with (
-        (tmp_path / "log").open("w") as log,
-        subprocess.Popen(**program(*ranks, *words), stdout=log, stderr=log) as process,
-    ):
-        while process.poll() is None and "step 3/" not in (tmp_path / "log").read_text():
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)  # workers are in sessions of their own
-        assert process.wait() != 0
-    output = (tmp_path / "log").read_text()
-    (checkpoint,) = folders_by_age(tmp_path / run / "checkpoints")
-    assert str(checkpoint) in output and int(checkpoint.name[5:]) >= 3, output
-    assert "KeyboardInterrupt" not in output

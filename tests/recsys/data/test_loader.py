@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,11 +22,9 @@ from recsys.data.interactions import AHEAD, Interactions, loader
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.rows import ParquetRows
-from recsys.data.row_source import Window
 from recsys.data.schema import load_schema
 from recsys.storage.location import Location
 from tests.datasets import write_dataset, write_parquet
-from tests.ranks import HANG_SECONDS
 
 BATCH, WINDOW, ROWS = 4, 12, 60  # windows end with a row group, of which there are six
 
@@ -110,50 +109,16 @@ def test_an_error_is_raised_in_place_of_its_batch_and_names_the_row(
     assert list(batches) == []
 
 
-class Watched(Interactions):
-    """Tells which windows are read, and counts batches."""
-
-    def __init__(self, root: Path) -> None:
-        self.windows: list[int] = []
-        self.second_is_read = threading.Event()
-        self.built = 0
-        plain = interactions_of(root)
-        super().__init__(plain.rows, plain.build, BATCH, seed=0)
-        read, build = self.rows.read_window, self.build
-
-        def read_window(window: Window, seed: tuple[int, int] | None = None) -> pa.Table:
-            self.windows.append(window.start)
-            if window.start:
-                self.second_is_read.set()
-            return read(window, seed)
-
-        def count(rows: Any) -> Batch:
-            self.built += 1
-            return build(rows)
-
-        self.rows.read_window = read_window  # type: ignore[method-assign]
-        self.build = count  # type: ignore[assignment]
-
-
-def test_the_next_window_is_read_before_it_is_needed_and_no_other(tmp_path: Path) -> None:
-    interactions = Watched(write_dataset(tmp_path))
-    batches = loader(interactions, 1, False)
-    next(batches)
-    assert interactions.second_is_read.wait(HANG_SECONDS)
-    batches.close()
-    first, second = interactions.share.slices[:2]
-    assert interactions.windows == [first.window.start, second.window.start]
-
-
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_only_so_many_batches_are_built_ahead(tmp_path: Path, num_workers: int) -> None:
-    interactions = Watched(write_dataset(tmp_path))
+    interactions = interactions_of(write_dataset(tmp_path))
+    interactions.build = build = mock.Mock(wraps=interactions.build)
     batches = loader(interactions, num_workers, False)
     for num_batches in (1, 2, 3):
         next(batches)
-        assert num_batches <= interactions.built <= num_batches + AHEAD * num_workers
+        assert num_batches <= build.call_count <= num_batches + AHEAD * num_workers
     batches.close()
-    assert interactions.built <= 3 + AHEAD * num_workers
+    assert build.call_count <= 3 + AHEAD * num_workers
 
 
 def leave_by_close(batches: Any) -> None:

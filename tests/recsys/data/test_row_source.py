@@ -11,7 +11,7 @@ import yaml
 
 from recsys.config import SourceSettings
 from recsys.data.item_frequency import count_items
-from recsys.data.row_source import Chunk, RowSource, Window, open_rows
+from recsys.data.row_source import Chunk, RowSource, open_rows
 from recsys.data.schema import Schema, load_schema
 from recsys.storage.location import Location
 from tests.datasets import write_dataset
@@ -84,16 +84,6 @@ def test_rows_of_all_chunks_stand_in_one_order_and_are_counted(tmp_path: Path) -
     assert tables["item"].to_pylist() == [2, 3, 4, 5, 6]
     assert count_items(rows, 1, 2).of(np.arange(10)).tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1, 0]
     assert rows.describe_range(tables["item"].to_numpy()) == "chunk-0 row 2 and chunk-2 row 1"
-
-
-def test_a_shuffled_window_holds_its_chunks_in_the_order_of_the_epoch(tmp_path: Path) -> None:
-    rows = opened(tmp_path, sizes=[3, 2, 4])
-    table = rows.read_window(Window(0, 9), shuffle_seed=(5, 0))
-    items = table["item"].to_pylist()
-    assert sorted(items) == list(range(9)) and items != sorted(items)
-    for chunk in ([0, 1, 2], [3, 4], [5, 6, 7, 8]):
-        start = items.index(chunk[0])
-        assert items[start : start + len(chunk)] == chunk
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,19 @@ from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.bad_rows import OnBadRow
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.prepare_vocabulary import prepare_vocabularies
-from recsys.data.schema import load_schema
+from recsys.data.schema import Schema, load_schema
 from recsys.data.vocabularies import BoundedVocabularies, UnknownIds, format_unknown
 from recsys.storage.location import Location
 from tests.datasets import write_parquet
 from tests.ranks import run_on_ranks
-from tests.recsys.data.raw_ids import ITEM_ROWS, TRAIN, write_raw_dataset, write_rows_dataset
+from tests.recsys.data.raw_ids import (
+    ITEM_ROWS,
+    ITEMS,
+    TEST,
+    TRAIN,
+    write_raw_dataset,
+    write_rows_dataset,
+)
 
 POOLED = ["user", "friends", "words"]
 BOUNDED = "{kind: bounded}"
@@ -228,7 +235,9 @@ def test_items_without_a_row_of_their_own_are_refused(tmp_path: Path) -> None:
     data = prepared(write_raw_dataset(tmp_path / "exact"))
     new_items = pa.table({"item": [-7, 99], "text": ["again", "new"]})
     write_parquet(data / "items" / "part-1.parquet", new_items.slice(1))
-    with pytest.raises(ValueError, match=r"part-1.parquet: column 'item', row 0: id 99 "):
+    with pytest.raises(
+        ValueError, match=r"column 'item', row 0: id 99 .*recsys prepare vocabulary"
+    ):
         items_of(data)
     write_parquet(data / "items" / "part-1.parquet", new_items.slice(0, 1))
     with pytest.raises(ValueError, match=r"row 0: .*row already"):
@@ -238,3 +247,28 @@ def test_items_without_a_row_of_their_own_are_refused(tmp_path: Path) -> None:
     assert len(np.unique(rows)) < len(ITEM_ROWS)
     with pytest.raises(ValueError, match="item's hash"):
         items_of(hashed)
+
+
+def written(folder: Path) -> tuple[Path, Schema]:
+    """A dataset without exact maps, and its schema once the training files were opened."""
+    data = write_raw_dataset(folder, "{kind: bounded}", "{kind: hash}", "{kind: hash}")
+    schema = load_schema(Location.of(data))
+    ParquetRows.of_split(Location.of(data), "train", schema)
+    return data, schema
+
+
+@pytest.mark.parametrize("column", ["user", "friends", "words"])
+def test_a_split_with_ids_of_another_type_is_refused(tmp_path: Path, column: str) -> None:
+    data, schema = written(tmp_path / "data")
+    values = [1] if column == "user" else [[1]]
+    write_parquet(data / "test" / "part-0.parquet", pa.table({**TEST, column: values}))
+    with pytest.raises(ValueError, match=rf"test/part-0.parquet: column '{column}' .*integer"):
+        ParquetRows.of_split(Location.of(data), "test", schema)
+
+
+def test_items_with_ids_of_another_type_than_the_impressions_are_refused(tmp_path: Path) -> None:
+    data, schema = written(tmp_path / "data")
+    names = {**ITEMS, "item": [str(item) for item in ITEMS["item"]]}
+    write_parquet(data / "items" / "part-0.parquet", pa.table(names))
+    with pytest.raises(ValueError, match=r"items/part-0.parquet: column 'item' .*string"):
+        ItemTable(Location.of(data), schema)

@@ -54,15 +54,6 @@ def test_files_of_hive_partitions_are_those_of_the_folder(tmp_path: Path) -> Non
         folder.files(".parquet")
 
 
-def test_a_place_where_no_folder_can_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for name in ("broken", "loop"):
-        (tmp_path / name).symlink_to(tmp_path / ("loop" if name == "loop" else "gone"))
-    for path in (tmp_path / "file" / "new", tmp_path / "broken", tmp_path / "loop"):
-        with pytest.raises(ValueError, match=str(path)), whole_folder(path):
-            pytest.fail("there is no folder to write to")
-
-
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "new") as partial:
         (partial / "part").write_text("1")

@@ -110,6 +110,6 @@ def without_brand(log: dict[str, Any], items: dict[str, Any], content: dict[str,
 
 
 def test_a_null_where_ids_are_rows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="kind is rows, but 'brand' has null .*exact"):
+    with pytest.raises(ValueError, match=r"kind is rows, but 'brand' has null .*exact"):
         prepare_events(write(tmp_path, without_brand, "rows"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

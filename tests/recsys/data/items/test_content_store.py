@@ -1,6 +1,7 @@
 """What a batch gets of each item's content, against the rows of the items' files."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,13 +10,17 @@ import pytest
 import torch
 
 from recsys.content.encoders.tiny_encoders import tiny_tokenizer
+from recsys.data.items.content_store import ContentStore
 from recsys.data.items.images import decode_image
+from recsys.data.items.item_values import feature_tokens, usable_features
+from recsys.diagnostics.dataset.command import explain_data
 from tests.datasets import write_dataset
 from tests.recsys.data.items.item_content import (
     MODALITIES,
     items_of,
     rewrite,
     store_of,
+    table_of,
     write_items,
 )
 
@@ -73,3 +78,38 @@ def test_an_item_without_a_row_has_no_content(dataset: Path) -> None:
         assert not part.mask[0].any(), name
         assert not part.values[0].any(), name
         assert part.mask[1].any(), name
+
+
+def test_a_schema_without_items_is_told_how_to_go_without_content(dataset: Path) -> None:
+    schema = dataset / "schema.yaml"
+    schema.write_text(schema.read_text().split("items:")[0])
+    with pytest.raises(ValueError, match=f"{schema}: .* needs `items`.*`content: none`"):
+        table_of(dataset)
+
+
+@pytest.mark.parametrize("content", [["posters/1.jpg"] * 8, [b"posters/1.jpg"] * 8])
+def test_paths_in_place_of_images_are_refused_before_any_content_is_prepared(
+    tmp_path: Path, content: list[Any]
+) -> None:
+    data = write_dataset(tmp_path / "data", num_items=8)
+    rewrite(
+        data,
+        lambda table: table.set_column(
+            table.column_names.index("poster"), "poster", pa.array(content)
+        ),
+    )
+    with pytest.raises(ValueError, match=r"column 'poster'.*(string|posters/1\.jpg)"):
+        ContentStore(table_of(data), MODALITIES, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(ValueError, match=r"column 'poster'.*(string|posters/1\.jpg)"):
+        explain_data(str(data))
+
+
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float16(), pa.int64(), pa.uint8()])
+def test_a_number_is_a_token_of_width_one_and_null_has_none(kind: pa.DataType) -> None:
+    column = pa.array([3, None, 7], kind)
+    assert feature_tokens(column.slice(1), "items")[0].tolist() == [0, 1]
+    lengths, values = usable_features(*feature_tokens(column, "items"), 1, lambda *_: None)
+    assert lengths.tolist() == [1, 0, 1]
+    assert values.tolist() == [[3], [7]]
+    assert values.dtype == np.float32

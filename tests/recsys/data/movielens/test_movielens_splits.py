@@ -63,11 +63,6 @@ def digest(files: list[Path]) -> str:
     return values.hexdigest()
 
 
-def files_in(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
 # Of what the adapter of version 0.1, with code of its own for splits and histories, wrote.
 DIGESTS = {
     "rolling": "d3e3c5a1963b6dda294b6787589bacdda27387e26ce59c24c7917cc2245b610d",
@@ -82,14 +77,6 @@ def test_datasets_of_the_sample_never_change(
     out = {"rolling": rolling, "user": by_user}[split][0]
     files = [file for name in (*SPLITS, "items") for file in out.rglob(f"{name}/*.parquet")]
     assert digest(files) == DIGESTS[split]
-
-
-def test_the_last_window_is_the_global_split_to_the_byte(rolling: Prepared, tmp_path: Path) -> None:
-    summary = prepare_movielens(None, tmp_path / "global")
-    files = files_in(tmp_path / "global")
-    del files["report.json"]  # that of all windows is above them
-    assert files_in(rolling[0] / "window-5") == files
-    assert {name: rolling[1][f"window-5/{name}"] for name in SPLITS} == summary
 
 
 def test_no_train_row_of_a_window_is_as_late_as_a_row_it_is_judged_by(rolling: Prepared) -> None:

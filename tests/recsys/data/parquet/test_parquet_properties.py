@@ -34,7 +34,7 @@ NUM_USERS, NUM_ITEMS = 10, 30
 INTEGERS = [getattr(pa, f"{sign}int{bits}")() for sign in ("", "u") for bits in (8, 16, 32, 64)]
 FLOATS = [pa.float16(), pa.float32(), pa.float64()]
 LISTS = [pa.list_, pa.large_list]
-MANY = settings(max_examples=40, deadline=None, database=None, derandomize=True)
+MANY = settings(max_examples=25, deadline=None, database=None, derandomize=True)
 
 users, items = some.integers(0, NUM_USERS - 1), some.integers(0, NUM_ITEMS - 1)
 genres = some.integers(0, NUM_GENRES - 1)
