@@ -123,8 +123,8 @@ class Config:
     """Compile the dense parts with torch.compile; on CPU it needs a C++ compiler."""
     kernels: Literal["auto", "torch", "native"] = "auto"
     """Target attention and dot products of DLRM by kernels of this package. auto: on CPU where a
-    C++ compiler is, once per machine, else by PyTorch; torch: by PyTorch; native: by kernels, on
-    CUDA those in Triton, or an error."""
+    C++ compiler is, once per machine, else by PyTorch; torch: by PyTorch; native: by kernels, or an
+    error. On CUDA PyTorch computes."""
     epochs: PositiveInt = 10
     """Largest number of passes over the training rows; early stopping may end sooner."""
     validations_per_epoch: PositiveInt = 1

@@ -18,24 +18,22 @@ Kernels = Literal["auto", "torch", "native"]
 
 class _KernelChoice:
     kernels: Kernels = "auto"
-    are_loaded: bool | None = None  # those for CPU; None: not tried yet
-    cuda_loaded: bool = False
+    are_loaded: bool | None = None  # None: not tried yet
 
 
 def choose_kernels(kernels: Kernels, device: str = "cpu") -> None:
     """Set the kernels of this process; models read it at each call.
 
-    auto: native kernels where they compile; torch: PyTorch; native: those of the device.
+    auto: native kernels where they compile; torch: PyTorch; native: kernels or an error. On CUDA
+    PyTorch computes.
 
     Raises:
-        ValueError: native kernels cannot be compiled, or triton is missing.
+        ValueError: native kernels cannot be compiled.
     """
     _KernelChoice.kernels = kernels
-    if kernels != "native":
-        return
-    if device == "cuda":
-        _load_for_cuda()
-    elif not _KernelChoice.are_loaded:
+    if device == "cuda" and kernels != "torch":
+        logger.info("kernels is %s: on CUDA PyTorch computes, as kernels exist for CPU", kernels)
+    elif kernels == "native" and not _KernelChoice.are_loaded:
         try:
             load_kernels()
         except CompileError as error:
@@ -47,19 +45,15 @@ def choose_kernels(kernels: Kernels, device: str = "cpu") -> None:
 
 
 def has_native(*tensors: Tensor) -> bool:
-    """Return whether native kernels compute these inputs: of one device, and no float64.
+    """Return whether native kernels compute these inputs: on CPU, and no float64.
 
-    Loads those for CPU at the first call. CUDA needs `native`: no GPU has measured them. PyTorch
-    computes forward-mode derivatives and graphs of torch.export.
+    The first call loads them. PyTorch computes forward-mode derivatives and graphs of torch.export.
     """
     if _KernelChoice.kernels == "torch" or torch.compiler.is_exporting() or is_forward_mode():
         return False
     if any(part.dtype not in FLOATS for part in tensors):
         return False
-    devices = {part.device.type for part in tensors}
-    if devices == {"cuda"}:
-        return _KernelChoice.kernels == "native" and _KernelChoice.cuda_loaded
-    return devices == {"cpu"} and _are_loaded()
+    return all(part.device.type == "cpu" for part in tensors) and _are_loaded()
 
 
 def rounds_products(device: torch.device) -> bool:
@@ -86,22 +80,3 @@ def _are_loaded() -> bool:
             )
             _KernelChoice.are_loaded = False
     return _KernelChoice.are_loaded
-
-
-def _load_for_cuda() -> None:
-    if _KernelChoice.cuda_loaded:
-        return
-    try:
-        from recsys.kernels import triton_attention, triton_dot_interaction
-    except ImportError as error:
-        raise ValueError(
-            f"kernels is native, but triton cannot be imported ({error}); install it, or set "
-            "kernels to auto or torch"
-        ) from error
-    for module, name in (
-        (triton_dot_interaction, "dot_interaction"),
-        (triton_attention, "target_attention"),
-    ):
-        for operator in (name, f"{name}_backward"):
-            torch.library.impl(f"recsys::{operator}", "cuda")(getattr(module, operator))
-    _KernelChoice.cuda_loaded = True

@@ -6,7 +6,6 @@ Kernels read float32, int64 and bool. The functions `native_...` cast; operators
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -96,33 +95,6 @@ def result_dtype(*inputs: Tensor) -> torch.dtype:
     for tensor in inputs[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
-
-
-@dataclass(frozen=True)
-class InputChecks:
-    """Checks of an operator's inputs in Triton; those of C++ are in `cpp/tensors.h`."""
-
-    operator: str
-    device: torch.device  # of its first input
-
-    def require(
-        self, name: str, tensor: Tensor, shape: Sequence[int | None], dtype: torch.dtype
-    ) -> None:
-        """Raise a RuntimeError unless an input has type, device and shape; None is any size."""
-        sizes = [has if size is None else size for has, size in zip(tensor.shape, shape)]
-        fits = tensor.dim() == len(shape) and list(tensor.shape) == sizes
-        if fits and (tensor.dtype, tensor.device) == (dtype, self.device):
-            return
-        expected = ", ".join("any" if size is None else str(size) for size in shape)
-        raise RuntimeError(
-            f"recsys::{self.operator}: {name} is {_name(tensor.dtype)} of shape "
-            f"{list(tensor.shape)} on {tensor.device}, but must be {_name(dtype)} of shape "
-            f"[{expected}] on {self.device}"
-        )
-
-    def require_all(self, condition: Tensor, text: str) -> None:  # bool, any shape
-        """Require a condition of numbers on the device, without waiting for it there."""
-        torch._assert_async(condition.all(), f"recsys::{self.operator}: {text}")
 
 
 def refuse_gradient(operator: str, **inputs: Tensor) -> None:

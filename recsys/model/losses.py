@@ -177,7 +177,7 @@ class ContentIDContrastive(nn.Module):
     ) -> Tensor:  # [B, D], [B, D], [B] -> [B]
         settings = self.settings
         gathers = settings.all_ranks and dist.is_initialized() and dist.get_world_size() > 1
-        if settings.variant == "in_batch" and not gathers and _has_kernel(content, ids):
+        if settings.variant == "in_batch" and not gathers and has_native(content, ids):
             sharpness = (-self.log_temperature).exp()
             return native_in_batch_contrastive(content, ids, items, sharpness, settings.normalize)
         temperature = self.log_temperature.exp()
@@ -192,10 +192,6 @@ class ContentIDContrastive(nn.Module):
             # One collective carries both sides; ids of items are exact in float64.
             everyone = _gather_sides(content, ids, items)
         return in_batch_contrastive(content, ids, items, *everyone, temperature)
-
-
-def _has_kernel(content: Tensor, ids: Tensor) -> bool:
-    return content.device.type == "cpu" and has_native(content, ids)
 
 
 def _gather_sides(

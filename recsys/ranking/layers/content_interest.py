@@ -122,8 +122,7 @@ class ContentInterest(nn.Module):
             return False
         if self.settings.simtier_bins:
             return False
-        is_on_cpu = content.target.device.type == "cpu"
-        return is_on_cpu and has_native(content.target, *self.attention.parameters())
+        return has_native(content.target, *self.attention.parameters())
 
     def _by_kernel(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from recsys.kernels import choose_kernels, has_native
 from recsys.kernels.choice import _KernelChoice
@@ -71,12 +73,15 @@ def test_native_without_a_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch) 
         choose_kernels("native")
 
 
-def test_native_for_cuda_without_triton_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_KernelChoice, "kernels", "auto")
-    monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "recsys.kernels.triton_attention", raising=False)
-    with pytest.raises(ValueError, match=r"kernels is native.*triton.*auto"):
-        choose_kernels("native", "cuda")
+@pytest.mark.usefixtures("nothing_loaded")
+def test_on_cuda_pytorch_computes_and_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    choose_kernels("native", "cuda")
+    assert [record.getMessage() for record in caplog.records] == [
+        "kernels is native: on CUDA PyTorch computes, as kernels exist for CPU"
+    ]
+    with FakeTensorMode():
+        assert not has_native(torch.zeros(1, device="cuda"))
 
 
 def test_other_types_and_the_setting_torch_are_left_to_pytorch(

@@ -35,23 +35,21 @@ def attention_case(
     units: list[int],
     num_parallel: int,
     num_items: int,
-    device: str = "cpu",
 ) -> tuple[TargetAttention, Inputs]:
     torch.manual_seed(0)
     places = sum(lengths)
     history = JaggedHistory.of(
-        torch.randint(num_items, (places,)).to(device), torch.tensor(lengths).to(device), num_items
+        torch.randint(num_items, (places,)), torch.tensor(lengths), num_items
     )
     target, items = torch.randn(len(lengths), dim), torch.randn(num_items, dim)
     parallel = torch.rand(places, num_parallel)
-    vectors = target.to(device), items.to(device), history, parallel.to(device)
-    return TargetAttention(dim, num_parallel, units).to(device), vectors
+    return TargetAttention(dim, num_parallel, units), (target, items, history, parallel)
 
 
 def output_and_gradients(attention: TargetAttention, inputs: Inputs) -> dict[str, Tensor]:
     target, items = (part.detach().clone().requires_grad_() for part in inputs[:2])
     output = attention(target, items, *inputs[2:])
-    factor = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.device)
+    factor = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
     variables = {"target": target, "items": items, **dict(attention.named_parameters())}
     gradients = torch.autograd.grad(
         (output * factor).sum(), list(variables.values()), allow_unused=False
