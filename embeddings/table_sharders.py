@@ -24,8 +24,8 @@ from torchrec.distributed.shards_wrapper import LocalShardsWrapper
 from torchrec.distributed.types import CommOp, ModuleSharder, QuantizedCommCodecs, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from embeddings.single_id_bags import look_up_as_bags
 from embeddings.tables import NormalInitializer
+from embeddings.torchrec_internals import look_up_as_bags
 
 CommunicationType = Literal["fp32", "fp16", "bf16"]
 

@@ -12,10 +12,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-    SplitTableBatchedEmbeddingBagsCodegen,
-)
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardMetadata
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
 from torch.distributed.remote_device import _remote_device
@@ -23,6 +20,8 @@ from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.shards_wrapper import LocalShardsWrapper
 from torchrec.distributed.types import EmbeddingModuleShardingPlan
+
+from embeddings.torchrec_internals import table_kernels
 
 BLOCK_BYTES = 64 * 2**20
 MAX_BLOCKS = 64  # of a shard: checks inside torch are quadratic in their number
@@ -36,20 +35,9 @@ def current_state(model: DistributedModelParallel) -> dict[str, Any]:
     for kernel in table_kernels(model):
         kernel.reset_cache_states()
     copied = {name: value for name, value in state.items() if isinstance(value, DTensor)}
-    if copied:
-        shards = _shards_by_table(model)
-        for name, value in copied.items():
-            state[name] = _as_sharded_tensor(value, shards[name.split(".")[-2]], model)
+    for name, value in copied.items():
+        state[name] = _as_sharded_tensor(value, _planned_shards(model, name.split(".")[-2]))
     return state
-
-
-def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
-    """Yield the modules of FBGEMM that hold the shards of this rank."""
-    for collection in model.modules():
-        for lookup in getattr(collection, "_lookups", []):
-            for module in lookup.modules():
-                if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
-                    yield module
 
 
 def local_tensors(value: ShardedTensor | DTensor) -> list[Tensor]:
@@ -59,21 +47,18 @@ def local_tensors(value: ShardedTensor | DTensor) -> list[Tensor]:
     return cast(LocalShardsWrapper, value.to_local()).local_shards()
 
 
-def _shards_by_table(model: DistributedModelParallel) -> dict[str, list[Any]]:
-    shards: dict[str, list[Any]] = {}
+def _planned_shards(model: DistributedModelParallel, table: str) -> list[ShardMetadata]:
     for module_plan in model.plan.plan.values():
         assert isinstance(module_plan, EmbeddingModuleShardingPlan)
-        for table, sharding in module_plan.items():
-            shards[table] = sharding.sharding_spec.shards  # type: ignore[union-attr]
-    return shards
+        if table in module_plan:
+            return module_plan[table].sharding_spec.shards  # type: ignore[union-attr]
+    raise AssertionError(f"table '{table}' is not in the plan")
 
 
-def _as_sharded_tensor(
-    value: DTensor, shards: list[Any], model: DistributedModelParallel
-) -> ShardedTensor:
+def _as_sharded_tensor(value: DTensor, shards: list[ShardMetadata]) -> ShardedTensor:
     """Return a table as its copy on some of the ranks; all copies are equal."""
-    group = model._env.process_group
-    local_shards = [shard for shard in shards if shard.placement.rank() == dist.get_rank(group)]
+    group, rank = value.device_mesh.get_group("shard"), value.device_mesh.get_local_rank("shard")
+    local_shards = [shard for shard in shards if shard.placement.rank() == rank]  # type: ignore[union-attr]
     tensors = local_tensors(value)
     assert [list(tensor.shape) for tensor in tensors] == [
         shard.shard_sizes for shard in local_shards
@@ -156,12 +141,6 @@ def copied_to_host(tensor: ShardedTensor, group: dist.ProcessGroup | None = None
         metadata = ShardMetadata(shard.shard_offsets, shard.shard_sizes, on_host)
         placed.append((metadata, None if local is None else local.to("cpu", copy=True)))
     return sharded_in_blocks(placed, size, dtype, group)
-
-
-def set_table_steps(model: nn.Module, step: int) -> None:
-    """Set the step count of the fused optimizers, which their state does not include."""
-    for kernel in table_kernels(model):
-        kernel.set_optimizer_step(step)
 
 
 def table_weights(model: DistributedModelParallel) -> dict[str, ShardedTensor]:

@@ -7,30 +7,18 @@ similarities, P parallel lists, F features of a space.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from recsys.kernels.operators import (
+    Operator,
     as_float32,
     as_int64,
-    empty_like_each,
-    refuse_gradient,
-    register,
 )
 
 _INPUTS = (
     "Tensor queries, Tensor items, Tensor map, Tensor index, Tensor offsets, Tensor of_lists, "
     "Tensor parallel"
-)
-torch.library.define(
-    "recsys::content_interest", f"({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-torch.library.define(
-    "recsys::content_interest_backward",
-    "(Tensor of_sums, Tensor of_features, Tensor weights, Tensor cosines, Tensor inverse, "
-    f"{_INPUTS}) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -70,32 +58,13 @@ def _fake(queries: Tensor, items: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def _fake_backward(*inputs: Tensor) -> tuple[Tensor, ...]:
-    *_, queries, _, map_, _, _, list_factors, _ = inputs
-    return empty_like_each((queries, map_, list_factors))
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-    refuse_gradient("content_interest", items=inputs[1], parallel=inputs[6])
-    ctx.save_for_backward(*output[2:], *inputs)
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(False)  # no zeros for saved tensors
-    ctx.widths = [part.shape[1] for part in output[:2]]
-
-
-def _backward(
-    ctx: Any, sums: Tensor | None, features: Tensor | None, *unused: None
-) -> tuple[Tensor | None, ...]:
-    del unused
-    queries = ctx.saved_tensors[3]
-    gradients = [
-        queries.new_zeros(queries.shape[0], width) if gradient is None else gradient
-        for gradient, width in zip((sums, features), ctx.widths)
-    ]
-    to_queries, to_map, to_factors = torch.ops.recsys.content_interest_backward(
-        *gradients, *ctx.saved_tensors
-    )
-    return (to_queries, None, to_map, None, None, to_factors, None)
-
-
-register("content_interest", _fake, _fake_backward, _save, _backward)
+Operator(
+    "content_interest",
+    inputs=_INPUTS,
+    backward_inputs="Tensor of_sums, Tensor of_features, Tensor weights, Tensor cosines, "
+    f"Tensor inverse, {_INPUTS}",
+    gradients=("queries", "map", "of_lists"),
+    num_outputs=5,
+    num_results=2,
+    without_gradient=("items", "parallel"),
+).define(_fake)

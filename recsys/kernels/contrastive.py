@@ -11,23 +11,14 @@ import torch
 from torch import Tensor
 
 from recsys.kernels.operators import (
+    Operator,
     as_float32,
     as_int64,
-    empty_like_each,
-    register,
     result_dtype,
     row_stride,
 )
 
 _INPUTS = "Tensor content, Tensor ids, Tensor items, Tensor sharpness, bool normalize"
-torch.library.define(
-    "recsys::in_batch_contrastive", f"({_INPUTS}, bool keeps_logits) -> (Tensor, Tensor, Tensor)"
-)
-torch.library.define(
-    "recsys::in_batch_contrastive_backward",
-    f"(Tensor gradient, Tensor logs, Tensor kept, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
-)
-
 MAX_LOGIT_BYTES = 16 << 20  # saved for the backward, which computes more of them again
 
 
@@ -60,26 +51,10 @@ def _fake(content: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return content.new_empty(batch), content.new_empty(2, batch), logits
 
 
-def _fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
-    *_, content, ids, _, sharpness, _ = inputs
-    return empty_like_each((content, ids, sharpness))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *read, ctx.normalize, _ = inputs
-    ctx.save_for_backward(*output[1:], *read)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # no zeros for saved tensors
-
-
-def _backward(ctx: Any, gradient: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-    del unused
-    if gradient is None:  # of a result that nothing reads
-        return (None,) * 6
-    content, ids, sharpness = torch.ops.recsys.in_batch_contrastive_backward(
-        gradient, *ctx.saved_tensors, ctx.normalize
-    )
-    return (content, ids, None, sharpness, None, None)
-
-
-register("in_batch_contrastive", _fake, _fake_backward, _save, _backward)
+Operator(
+    "in_batch_contrastive",
+    inputs=f"{_INPUTS}, bool keeps_logits",
+    backward_inputs=f"Tensor gradient, Tensor logs, Tensor kept, {_INPUTS}",
+    gradients=("content", "ids", "sharpness"),
+    num_outputs=3,
+).define(_fake)

@@ -6,18 +6,11 @@ Shapes: B batch, F sparse features, V = F + 1 vectors, D dimension, I = F * (F +
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from recsys.kernels.operators import as_float32, empty_like_each, register, result_dtype
-
-torch.library.define("recsys::dot_interaction", "(Tensor dense, Tensor[] sparse) -> Tensor")
-torch.library.define(
-    "recsys::dot_interaction_backward",
-    "(Tensor gradient, Tensor dense, Tensor[] sparse) -> (Tensor, Tensor[])",
-)
+from recsys.kernels.operators import Operator, as_float32, result_dtype
 
 
 def native_dot_interaction(
@@ -43,21 +36,10 @@ def _fake(dense: Tensor, sparse: Sequence[Tensor]) -> Tensor:
     return dense.new_empty(dense.shape[0], dense.shape[1] + fields * (fields + 1) // 2)
 
 
-def _fake_backward(
-    gradient: Tensor, dense: Tensor, sparse: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    del gradient
-    return dense.new_empty(dense.shape), list(empty_like_each(sparse))
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Sequence[Tensor]], output: Tensor) -> None:
-    del output
-    ctx.save_for_backward(inputs[0], *inputs[1])
-
-
-def _backward(ctx: Any, gradient: Tensor) -> Any:
-    dense, *sparse = ctx.saved_tensors
-    return torch.ops.recsys.dot_interaction_backward(gradient, dense, sparse)
-
-
-register("dot_interaction", _fake, _fake_backward, _save, _backward)
+Operator(
+    "dot_interaction",
+    inputs="Tensor dense, Tensor[] sparse",
+    backward_inputs="Tensor gradient, Tensor dense, Tensor[] sparse",
+    gradients=("dense", "sparse"),
+    num_outputs=1,
+).define(_fake)

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from recsys.kernels.choice import rounds_products
 from recsys.kernels.operators import (
+    Operator,
     as_float32,
     as_int64,
-    empty_like_each,
-    register,
     result_dtype,
     row_stride,
 )
@@ -25,21 +24,6 @@ _INPUTS = (
     "Tensor tokens, Tensor mask, Tensor modality, Tensor noise, Tensor[] weights, int layers, "
     "int heads, float scale, float dropout, bool bfloat16"
 )
-torch.library.define("recsys::fusion", f"({_INPUTS}) -> (Tensor, Tensor)")
-torch.library.define(
-    "recsys::fusion_backward", f"(Tensor gradient, Tensor kept, {_INPUTS}) -> (Tensor, Tensor[])"
-)
-torch.library.define(
-    "recsys::few_token_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor mask, int heads, float scale) "
-    "-> (Tensor, Tensor)",
-)
-torch.library.define(
-    "recsys::few_token_attention_backward",
-    "(Tensor gradient, Tensor weights, Tensor query, Tensor key, Tensor value, int heads, "
-    "float scale) -> (Tensor, Tensor, Tensor)",
-)
-
 _WEIGHTS_OF_LAYER, _UP = 16, 12  # place of the map from D to the hidden units
 
 
@@ -91,30 +75,13 @@ def _fake(tokens: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return tokens.new_empty(tokens.shape[0], dim), tokens.new_empty(tokens.shape[0] * num_saved)
 
 
-def _fake_backward(*inputs: Any) -> tuple[Tensor, list[Tensor]]:
-    _, _, tokens, _, _, _, weights, *_ = inputs
-    return tokens.new_empty(tokens.shape), list(empty_like_each(weights))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *read, weights = inputs[:5]
-    ctx.settings = inputs[5:]  # layers, heads, scale, dropout, bfloat16
-    ctx.save_for_backward(output[1], *read, *weights)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros for saved tensors
-
-
-def _backward(ctx: Any, gradient: Tensor | None, unused: None) -> tuple[Any, ...]:
-    del unused
-    saved, tokens, mask, modality, noise, *weights = ctx.saved_tensors
-    inputs = (tokens, mask, modality, noise, weights, *ctx.settings)
-    to_tokens, to_weights = None, [None] * len(weights)
-    if gradient is not None:  # of a result that is read
-        to_tokens, to_weights = torch.ops.recsys.fusion_backward(gradient, saved, *inputs)
-    return (to_tokens, None, None, None, to_weights, *[None] * len(ctx.settings))
-
-
-register("fusion", _fake, _fake_backward, _save, _backward)
+Operator(
+    "fusion",
+    inputs=_INPUTS,
+    backward_inputs=f"Tensor gradient, Tensor kept, {_INPUTS}",
+    gradients=("tokens", "weights"),
+    num_outputs=2,
+).define(_fake)
 
 
 def native_few_token_attention(
@@ -139,31 +106,11 @@ def _fake_attention(
     return query.new_empty(query.shape), weights
 
 
-def _fake_attention_backward(*inputs: Any) -> tuple[Tensor, ...]:
-    return empty_like_each(inputs[2:5])  # query, key, value
-
-
-def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, _, ctx.heads, ctx.scale = inputs
-    ctx.save_for_backward(output[1], query, key, value)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros for saved tensors
-
-
-def _attention_backward(ctx: Any, gradient: Tensor | None, unused: None) -> tuple[Any, ...]:
-    del unused
-    if gradient is None:  # of a result that nothing reads
-        return (None,) * 6
-    gradients = torch.ops.recsys.few_token_attention_backward(
-        gradient, *ctx.saved_tensors, ctx.heads, ctx.scale
-    )
-    return (*gradients, None, None, None)
-
-
-register(
+Operator(
     "few_token_attention",
-    _fake_attention,
-    _fake_attention_backward,
-    _save_attention,
-    _attention_backward,
-)
+    inputs="Tensor query, Tensor key, Tensor value, Tensor mask, int heads, float scale",
+    backward_inputs="Tensor gradient, Tensor weights, Tensor query, Tensor key, Tensor value, "
+    "int heads, float scale",
+    gradients=("query", "key", "value"),
+    num_outputs=2,
+).define(_fake_attention)

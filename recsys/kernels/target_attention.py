@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 from recsys.kernels.choice import rounds_products
 from recsys.kernels.operators import (
+    Operator,
     as_float32,
     as_int64,
-    empty_like_each,
-    refuse_gradient,
-    register,
     result_dtype,
 )
 
@@ -28,15 +26,6 @@ MAX_UNIT_BYTES = 16 * 2**20  # of units kept for the backward: larger blocks are
 _INPUTS = (
     "Tensor target, Tensor items, Tensor index, Tensor offsets, Tensor parallel, Tensor lists, "
     "Tensor first, Tensor first_bias, Tensor second, Tensor second_bias, Tensor last"
-)
-torch.library.define(
-    "recsys::target_attention",
-    f"({_INPUTS}, Tensor last_bias, bool keeps_units, bool bfloat16) -> (Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "recsys::target_attention_backward",
-    f"(Tensor gradient, Tensor shares, Tensor kept, {_INPUTS}, bool bfloat16) -> "
-    f"({', '.join(['Tensor'] * 8)})",
 )
 
 
@@ -105,30 +94,15 @@ def _fake(
     return target.new_empty(target.shape), shares, saved
 
 
-def _fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
-    _, _, _, target, items, _, _, _, *weights, _ = inputs
-    return empty_like_each((target, items, *weights))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    refuse_gradient("target_attention", parallel=inputs[4])
-    *read, last_bias, _, ctx.bfloat16 = inputs
-    ctx.save_for_backward(last_bias, *output[1:], *read)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # no zeros for saved tensors, megabytes
-
-
-def _backward(ctx: Any, gradient: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-    del unused
-    if gradient is None:  # of a result that nothing reads
-        return (None,) * 14
-    last_bias, *inputs = ctx.saved_tensors
-    to_target, to_items, *to_weights = torch.ops.recsys.target_attention_backward(
-        gradient, *inputs, ctx.bfloat16
-    )
-    # A softmax does not change if all its scores do: the gradient of the last bias is zero.
-    to_last_bias = torch.zeros_like(last_bias)
-    return (to_target, to_items, None, None, None, *to_weights, to_last_bias, None, None)
-
-
-register("target_attention", _fake, _fake_backward, _save, _backward)
+Operator(
+    "target_attention",
+    inputs=f"{_INPUTS}, Tensor last_bias, bool keeps_units, bool bfloat16",
+    backward_inputs=f"Tensor gradient, Tensor shares, Tensor kept, {_INPUTS}, bool bfloat16",
+    gradients=(
+        *("target", "items", "lists"),
+        *("first", "first_bias", "second", "second_bias", "last"),
+    ),
+    num_outputs=3,
+    zero_gradients=("last_bias",),  # a softmax does not change if all its scores do
+    without_gradient=("parallel",),
+).define(_fake)

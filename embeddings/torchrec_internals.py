@@ -1,10 +1,13 @@
-"""Lookup of tables without pooling as bags of one id each, on CPU, in about 60 % of the time.
+"""All private parts of TorchRec that the tables use, written for TorchRec 1.8.
 
+`tests/embeddings/test_torchrec_internals.py` says which of them an upgrade has changed. On CPU,
+lookups without pooling run as bags of one id each, in about 60 % of the time.
 Shapes: T features, B batch, N ids of all features, D dimension.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import accumulate, groupby, pairwise
 from typing import Any
 
@@ -13,10 +16,25 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
-from torch import Tensor
-from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torch import Tensor, nn
 
-from embeddings.table_state import table_kernels
+TORCHREC_VERSION = "1.8"
+
+
+def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    """Yield the modules of FBGEMM that hold the shards of this rank."""
+    for collection in model.modules():
+        for lookup in getattr(collection, "_lookups", []):
+            for module in lookup.modules():
+                if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
+                    yield module
+
+
+def look_up_as_bags(collection: nn.Module) -> None:
+    """Change the CPU lookups of a sharded collection in place."""
+    for lookup in table_kernels(collection):
+        if lookup.use_cpu:
+            SingleIdBags.take_over(lookup)
 
 
 class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
@@ -56,20 +74,9 @@ class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
         bags = super().forward(torch.cat(ids), ends)  # [most, T * D]
         widths = [count * self.max_D for count in features_of_tables]
         bags_of_tables = bags.split(widths, dim=1) if len(widths) > 1 else [bags]
-        vectors = [
-            _first_rows(table_bags.reshape(-1, self.max_D), len(table_ids))
-            for table_bags, table_ids in zip(bags_of_tables, ids_of_tables)
-        ]
+        vectors = []
+        for table_bags, table_ids in zip(bags_of_tables, ids_of_tables):
+            rows = table_bags.reshape(-1, self.max_D)
+            # A slice of all rows would cost a copy of their gradient.
+            vectors.append(rows if len(rows) == len(table_ids) else rows[: len(table_ids)])
         return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
-
-
-def _first_rows(vectors: Tensor, count: int) -> Tensor:  # [M, D] -> [N, D]
-    """Return the first rows, which costs a copy of their gradient unless they are all."""
-    return vectors if count == len(vectors) else vectors[:count]
-
-
-def look_up_as_bags(collection: ShardedEmbeddingCollection) -> None:
-    """Change the CPU lookups of a sharded collection in place."""
-    for lookup in table_kernels(collection):
-        if lookup.use_cpu:
-            SingleIdBags.take_over(lookup)
