@@ -23,26 +23,21 @@ if TYPE_CHECKING:
     from embeddings.vocabulary.fixed import ExactVocabulary as ExactVocabulary
     from embeddings.vocabulary.fixed import HashVocabulary as HashVocabulary
 
-_HOMES = {
-    "MemoryBank": "embeddings.memory_bank",
-    "build_memory_bank": "embeddings.memory_bank",
-    "format_plan": "embeddings.plan_text",
-    "PretrainedFiles": "embeddings.pretrained",
-    "load_pretrained_rows": "embeddings.pretrained",
-    "plan_sharding": "embeddings.sharding",
-    "fuse_table_optimizers": "embeddings.sharding",
-    "sharders": "embeddings.table_sharders",
-    "TableConfig": "embeddings.tables",
-    "build_embedding_bag_collection": "embeddings.tables",
-    "build_embedding_collection": "embeddings.tables",
-    "BoundedVocabulary": "embeddings.vocabulary.bounded",
-    "ExactVocabulary": "embeddings.vocabulary.fixed",
-    "HashVocabulary": "embeddings.vocabulary.fixed",
+_MODULES = {
+    "memory_bank": ("MemoryBank", "build_memory_bank"),
+    "plan_text": ("format_plan",),
+    "pretrained": ("PretrainedFiles", "load_pretrained_rows"),
+    "sharding": ("plan_sharding", "fuse_table_optimizers"),
+    "table_sharders": ("sharders",),
+    "tables": ("TableConfig", "build_embedding_bag_collection", "build_embedding_collection"),
+    "vocabulary.bounded": ("BoundedVocabulary",),
+    "vocabulary.fixed": ("ExactVocabulary", "HashVocabulary"),
 }
-__all__ = list(_HOMES)
+__all__ = [name for names in _MODULES.values() for name in names]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'embeddings' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"embeddings.{module}"), name)
+    raise AttributeError(f"module 'embeddings' has no attribute '{name}'")

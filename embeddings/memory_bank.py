@@ -42,42 +42,6 @@ class BankRoute:
 Routes = tuple[BankRoute | None, BankRoute | None]  # to read, to write
 
 
-def exchange_routes(
-    id_lists: Sequence[Tensor], block_size: int, group: dist.ProcessGroup | None
-) -> Callable[[], list[BankRoute]]:
-    """Begin to compute routes for lists of ids [U], on the host; call the result. A collective."""
-    kinds, world_size = len(id_lists), dist.get_world_size(group)
-    first = dist.get_rank(group) * block_size
-    ids = torch.cat(list(id_lists))
-    kind = torch.arange(kinds).repeat_interleave(torch.tensor([len(part) for part in id_lists]))
-    owner = ids // block_size
-    key = owner * kinds + kind
-    counts = key.bincount(minlength=world_size * kinds).view(-1, kinds)  # [W, kinds]
-    request_counts = torch.empty_like(counts)
-    work = dist.all_to_all_single(request_counts, counts, group=group, async_op=True)
-
-    def finish() -> list[BankRoute]:
-        """Send the ids to their owners. A collective."""
-        work.wait()
-        received = ids.new_empty(int(request_counts.sum()))
-        splits = request_counts.sum(1).tolist(), counts.sum(1).tolist()
-        dist.all_to_all_single(received, ids[key.argsort(stable=True)], *splits, group=group)
-        received_kinds = (
-            torch.arange(kinds).repeat(world_size).repeat_interleave(request_counts.flatten())
-        )
-        return [
-            BankRoute(
-                order=owner[kind == index].argsort(stable=True),
-                wanted_counts=counts[:, index].tolist(),
-                rows=received[received_kinds == index] - first,
-                asked_counts=request_counts[:, index].tolist(),
-            )
-            for index in range(kinds)
-        ]
-
-    return finish
-
-
 class MemoryBank:
     """Vectors of items by id, [num_items, D], and the steps that wrote them; split over the ranks.
 
@@ -93,6 +57,8 @@ class MemoryBank:
         bank.update(torch.tensor([3, 7]), torch.ones(2, 8), step=0)
         vectors, written = bank.lookup(torch.tensor([7, 8]))  # [2, 8]; [0, -1]
     """
+
+    holds_all = False  # every rank has all rows, not its block alone
 
     def __init__(
         self,
@@ -112,19 +78,18 @@ class MemoryBank:
         self._block_size = -(-num_items // world_size)
         self._first = self._rank * self._block_size
         size = max(0, min(self._block_size, num_items - self._first))
+        self._start = 0 if self.holds_all else self._first  # id of the first row here
         try:
-            self._rows, self._block = self._allocated(size)
+            rows = num_items if self.holds_all else size
+            self._rows = torch.zeros(rows, dim + 1, device=self.device)
         except RuntimeError as error:
             raise ValueError(
                 f"memory bank: {num_items:,} items x {dim} do not fit into the memory of "
                 f"{world_size} ranks ({error}); add ranks, lower dim, or lower num_embeddings of "
                 "the target item"
             ) from error
-
-    def _allocated(self, size: int) -> tuple[Tensor, Tensor]:  # [.., D + 1], [size, D + 1]
-        """Return the rows on this rank, and among them the block that this rank owns."""
-        rows = torch.zeros(size, self.dim + 1, device=self.device)
-        return rows, rows
+        # The block that this rank owns.
+        self._block = self._rows[self._first : self._first + size] if self.holds_all else self._rows
 
     @property
     def num_bytes(self) -> int:
@@ -138,7 +103,7 @@ class MemoryBank:
         """Begin to compute the routes of ids on the host; call the result. Both are collectives."""
         if self.world_size == 1:
             return lambda: (None, None)
-        routes = self._routes([reads] if writes is None else [reads, writes])
+        routes = self._begin_routes([reads] if writes is None else [reads, writes])
 
         def finish() -> Routes:
             read, *write = routes()
@@ -146,24 +111,52 @@ class MemoryBank:
 
         return finish
 
-    def _routes(self, id_lists: Sequence[Tensor]) -> Callable[[], list[BankRoute]]:
-        ids = [self._checked(part).cpu() for part in id_lists]
-        return exchange_routes(ids, self._block_size, self._group)
+    def _begin_routes(self, id_lists: Sequence[Tensor]) -> Callable[[], list[BankRoute]]:
+        """Begin to compute routes for lists of ids [U], on the host. Both are collectives."""
+        checked = [self._checked(part).cpu() for part in id_lists]
+        kinds, ids = len(checked), torch.cat(checked)
+        kind = torch.arange(kinds).repeat_interleave(torch.tensor([len(part) for part in checked]))
+        owner = ids // self._block_size
+        key = owner * kinds + kind
+        counts = key.bincount(minlength=self.world_size * kinds).view(-1, kinds)  # [W, kinds]
+        request_counts = torch.empty_like(counts)
+        work = dist.all_to_all_single(request_counts, counts, group=self._group, async_op=True)
+
+        def finish() -> list[BankRoute]:
+            """Send the ids to their owners. A collective."""
+            work.wait()
+            received = ids.new_empty(int(request_counts.sum()))
+            splits = request_counts.sum(1).tolist(), counts.sum(1).tolist()
+            sent = ids[key.argsort(stable=True)]
+            dist.all_to_all_single(received, sent, *splits, group=self._group)
+            ranks_kinds = torch.arange(kinds).repeat(self.world_size)
+            received_kinds = ranks_kinds.repeat_interleave(request_counts.flatten())
+            return [
+                BankRoute(
+                    order=owner[kind == index].argsort(stable=True),
+                    wanted_counts=counts[:, index].tolist(),
+                    rows=received[received_kinds == index] - self._first,
+                    asked_counts=request_counts[:, index].tolist(),
+                )
+                for index in range(kinds)
+            ]
+
+        return finish
 
     def _route(self, ids: Tensor, route: BankRoute | None) -> BankRoute:  # ids [U]
-        return self._on_device(self._routes([ids])()[0] if route is None else route)
+        return self._on_device(self._begin_routes([ids])()[0] if route is None else route)
 
     def _on_device(self, route: BankRoute) -> BankRoute:
         return replace(route, order=route.order.to(self.device), rows=route.rows.to(self.device))
 
     @torch.no_grad()
     def lookup(self, item_ids: Tensor, route: BankRoute | None = None) -> tuple[Tensor, Tensor]:
-        """Read vectors without gradient, and the steps of their last writes. A collective.
+        """Read vectors [U, D] without gradient, and the steps of their last writes, int64 [U].
 
-        Where never written, vectors are zero and steps -1.
+        Where never written, vectors are zero and steps -1. A collective unless `holds_all`.
         """
         self._finish_write()
-        if self.world_size == 1:
+        if self.holds_all or self.world_size == 1:
             rows = self._rows.index_select(0, self._checked(item_ids))
         else:
             route = self._route(item_ids, route)
@@ -183,7 +176,7 @@ class MemoryBank:
         Of an id written twice the last vector of the highest rank is kept.
 
         Raises:
-            ValueError: the step is negative, or the shapes do not fit.
+            ValueError: the shapes do not fit.
         """
         ids = self._checked(item_ids) if route is None else item_ids
         if vectors.shape != (ids.numel(), self.dim):
@@ -191,8 +184,6 @@ class MemoryBank:
                 f"memory bank: vectors of shape {tuple(vectors.shape)} for {ids.numel()} ids; "
                 f"pass [{ids.numel()}, {self.dim}]"
             )
-        if step < 0:
-            raise ValueError(f"memory bank: step {step} is outside [0, ...); pass at least 0")
         marks = torch.full((ids.numel(), 1), step + 1, dtype=torch.float32, device=self.device)
         values = torch.cat([vectors.detach().to(self.device, torch.float32), marks], dim=1)
         if self.world_size == 1:
@@ -212,7 +203,7 @@ class MemoryBank:
     def forget(self, item_ids: Tensor) -> None:
         """Zero vectors as if never written, of ids [U] equal on all ranks; not a collective."""
         self._finish_write()
-        places = item_ids - (self._first if self._rows is self._block else 0)
+        places = item_ids - self._start
         inside = (places >= 0) & (places < len(self._rows))
         self._rows[places[inside].to(self.device)] = 0
 
@@ -287,12 +278,9 @@ class ReplicatedMemoryBank(MemoryBank):
     the ids that all ranks write, each once, and `order` their positions among those gathered.
     """
 
+    holds_all = True
     _capacity = 0  # ids that a rank sends beside their number
     _under_way: _Write | None = None
-
-    def _allocated(self, size: int) -> tuple[Tensor, Tensor]:
-        rows = torch.zeros(self.num_items, self.dim + 1, device=self.device)
-        return rows, rows[self._first : self._first + size]
 
     def routes(
         self,
@@ -329,18 +317,6 @@ class ReplicatedMemoryBank(MemoryBank):
             return BankRoute(places, [padded] * self.world_size, rows, counts.tolist())
 
         return finish
-
-    @torch.no_grad()
-    def lookup(
-        self,
-        item_ids: Tensor,  # [U]
-        route: BankRoute | None = None,
-    ) -> tuple[Tensor, Tensor]:  # vectors [U, D], steps int64 [U]
-        """Read vectors and the steps of their last writes from this rank; not a collective."""
-        ids = self._checked(item_ids)
-        self._finish_write()
-        rows = self._rows.index_select(0, ids)
-        return rows[:, : self.dim], rows[:, self.dim].long() - 1
 
     def _write(self, item_ids: Tensor, values: Tensor, route: BankRoute | None) -> None:
         """Begin to send rows [U, D + 1] to all ranks. A collective."""

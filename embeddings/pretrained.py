@@ -1,6 +1,6 @@
 """Load pretrained vectors from Parquet into the shards of a table, by id.
 
-Each rank with a shard reads the files by row groups; pyarrow.dataset would hold them whole.
+Each rank reads the files by row groups; pyarrow.dataset would hold them whole.
 Shapes: N rows of one block of a file, D dimension.
 """
 
@@ -14,13 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-import torch.distributed as dist
 from pyarrow.fs import FileSystem
-from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torchrec.distributed.embedding import ShardedEmbeddingCollection
-from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torch import nn
+
+from embeddings.sharding import table_parameters
+from embeddings.table_rows import TableShard
+from embeddings.table_state import table_weights
 
 BLOCK_BYTES = 2**24  # vectors decoded at a time
 READ_BYTES = 2**20  # read at a time, as a row group may be a whole file
@@ -61,14 +60,11 @@ class PretrainedBlock:
     positions: np.ndarray  # [N] rows in the file, for messages
 
     def id_error(self, index: int, fault: str) -> ValueError:
-        return _error(self.file, self.id_column, self.positions[index], fault)
+        text = f"id {self.ids[index].as_py()}{fault}"
+        return _error(self.file, self.id_column, self.positions[index], text)
 
     def rows(self, rows_of_ids: RowsOfIds | None) -> np.ndarray:
-        """Return the rows of the ids, int64 [N]; without ``rows_of_ids`` the ids themselves.
-
-        Raises:
-            ValueError: the ids are refused, or are not integers.
-        """
+        """Return the rows of the ids, int64 [N]; without ``rows_of_ids`` the ids themselves."""
         if rows_of_ids is not None:
             try:
                 return rows_of_ids(self.ids)
@@ -82,12 +78,7 @@ class PretrainedBlock:
         return self.ids.cast(pa.int64(), safe=False).to_numpy()
 
 
-def read_pretrained(files: PretrainedFiles, table: str, dim: int) -> Iterator[PretrainedBlock]:
-    """Yield the rows of ``table`` from all files, block by block.
-
-    Raises:
-        ValueError: a file, column or value cannot be used.
-    """
+def _read_pretrained(files: PretrainedFiles, table: str, dim: int) -> Iterator[PretrainedBlock]:
     for path in files.paths:
         try:
             with pq.ParquetFile(
@@ -118,9 +109,8 @@ def _read_file(
         for column, array in [(id_column, ids), (files.vector_column, lists)]:
             if array.null_count:
                 index = int(array.is_null().to_numpy(False).argmax())
-                fault = "null; fill it or drop the row"
-                raise _error(path, column, positions[index], fault)
-        vectors = _floats(lists)
+                raise _error(path, column, positions[index], "null; fill it or drop the row")
+        vectors = lists.flatten().cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
         if (bad_vector := _bad_vector(lists, vectors, dim)) is not None:
             raise _error(path, files.vector_column, positions[bad_vector[0]], bad_vector[1])
         yield PretrainedBlock(path, id_column, ids, vectors.reshape(-1, dim), positions)
@@ -129,12 +119,12 @@ def _read_file(
 def _batches(
     file: pq.ParquetFile, columns: list[str], table: str, height: int
 ) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
-    first_row = 0
+    """Yield rows of the table with their places in the file."""
+    position = 0
     for index in range(file.num_row_groups):
         row_group = file.metadata.row_group(index)
-        position = first_row
-        first_row += row_group.num_rows
         if TABLE_COLUMN in columns and not _may_hold(row_group, table):
+            position += row_group.num_rows
             continue
         for batch in file.iter_batches(height, row_groups=[index], columns=columns):
             positions = np.arange(position, position + len(batch))
@@ -202,11 +192,6 @@ def _bad_vector(lists: pa.Array, numbers: np.ndarray, dim: int) -> tuple[int, st
     return None
 
 
-def _floats(lists: pa.Array) -> np.ndarray:
-    """Return all numbers of the lists, float32 [N * D]."""
-    return lists.flatten().cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
-
-
 def _error(file: str, column: str, row: int, fault: str) -> ValueError:
     return ValueError(f"{file}: column '{column}', row {row}: {fault}")
 
@@ -224,16 +209,16 @@ def load_pretrained_rows(
     table: str,
     files: PretrainedFiles,
     rows_of_ids: RowsOfIds | None = None,
-    process_group: dist.ProcessGroup | None = None,
     may_be_empty: bool = False,
 ) -> LoadedRows:
-    """Write vectors into a table of ``model``, before its first step. A collective.
+    """Write vectors into a table of ``model``, before its first step; call it on every rank.
 
     The model is sharded under any plan, or unsharded and not on meta. ``rows_of_ids`` maps ids of
     the files to rows; by default an id is its row.
 
     Raises:
-        ValueError: on every rank: no such table, or a file, an id or the rows cannot be used.
+        ValueError: no such table, or a file, an id or the rows cannot be used. A repeated row is
+            an error on the ranks that hold it.
 
     Example::
 
@@ -247,119 +232,60 @@ def load_pretrained_rows(
         pq.write_table(pa.table({"id": [7], "vector": vectors}), "item_vectors.parquet")
         load_pretrained_rows(model, "item", PretrainedFiles(["item_vectors.parquet"]))
     """
-    if process_group is None and dist.is_initialized():
-        process_group = dist.group.WORLD
-    loaded: LoadedRows | None = None
-    error: Exception | None = None
-    try:
-        table_rows = _TableRows.of(model, table)
-        if table_rows.pieces:
-            loaded = _load(table_rows, files, rows_of_ids, may_be_empty)
-    except Exception as raised:  # of any type: the other ranks wait for the outcome
-        error = raised
-    return _agree(loaded, error, process_group)
-
-
-def _agree(
-    loaded: LoadedRows | None, error: Exception | None, process_group: dist.ProcessGroup | None
-) -> LoadedRows:
-    """Return the counts of any rank with a shard; raise on all if one failed. A collective."""
-    mine = (loaded, None if error is None else (isinstance(error, ValueError), str(error)))
-    outcomes = [mine]
-    if process_group is not None:
-        outcomes *= dist.get_world_size(process_group)
-        dist.all_gather_object(outcomes, mine, group=process_group)
-    if error is not None:
-        raise error
-    for rank, (_, failure) in enumerate(outcomes):
-        if failure is not None:
-            is_value_error, message = failure
-            raise (ValueError if is_value_error else RuntimeError)(f"rank {rank}: {message}")
-    return next(result for result, _ in outcomes if result is not None)
-
-
-def _load(
-    table_rows: _TableRows,
-    files: PretrainedFiles,
-    rows_of_ids: RowsOfIds | None,
-    may_be_empty: bool,
-) -> LoadedRows:
-    stored_name = files.table or table_rows.name
+    target, stored_name = _Target(model, table), files.table or table
     num_set = num_left_out = 0
-    for block in read_pretrained(files, stored_name, table_rows.dim):
+    for block in _read_pretrained(files, stored_name, target.dim):
         rows = block.rows(rows_of_ids)
         has_row = np.ones(len(rows), dtype=bool) if rows_of_ids is None else rows != -1
-        table_rows.check(block, rows, has_row)
-        for piece in table_rows.pieces:
-            piece.write(rows, block.vectors)
+        target.check(block, rows, has_row)
+        for shard in target.shards:
+            shard.write(torch.tensor(rows), torch.tensor(block.vectors))
         num_set += int(has_row.sum())
         num_left_out += int((~has_row).sum())
     if num_set == 0 and not may_be_empty:
         where = ", ".join(files.paths) or "no files"
         fault = f"none of the {num_left_out} ids is known" if num_left_out else "none is there"
         raise ValueError(
-            f"{where}: no row for table '{table_rows.name}': {fault} (of '{stored_name}' where the "
+            f"{where}: no row for table '{table}': {fault} (of '{stored_name}' where the "
             "files have a column 'table'); name the files, or the table in them, that hold it"
         )
     return LoadedRows(num_set, num_left_out)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A rectangle of the table on this rank, with its offsets in the table."""
+class _Target:
+    """A table of a model: its shards on this rank, and which of their rows are set."""
 
-    weight: Tensor  # [rows, columns], the memory of the model
-    row: int
-    column: int
-
-    def write(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-        """Write the part of ``vectors`` [N, D] for ``rows`` [N] that lies in the rectangle."""
-        height, width = self.weight.shape
-        inside = (rows >= self.row) & (rows < self.row + height)
-        values = torch.from_numpy(vectors[inside, self.column : self.column + width])
-        places = torch.from_numpy(rows[inside] - self.row)
-        self.weight[places.to(self.weight.device)] = values.to(self.weight)
-
-
-class _TableRows:
-    """The pieces of a table on this rank, and which of their rows are set."""
-
-    def __init__(self, name: str, pieces: list[_Piece], num_embeddings: int, dim: int) -> None:
+    def __init__(self, model: nn.Module, name: str) -> None:
         self.name = name
-        self.pieces = pieces
-        self.num_embeddings = num_embeddings
-        self.dim = dim
-        self._first = min((piece.row for piece in pieces), default=0)
-        last = max((piece.row + len(piece.weight) for piece in pieces), default=0)
-        self._is_set = np.zeros(last - self._first, dtype=bool)
-
-    @staticmethod
-    def of(model: nn.Module, name: str) -> _TableRows:
-        weights = _table_weights(model)
-        if name not in weights:
-            raise ValueError(f"table '{name}' is not in the model; the tables are {list(weights)}")
-        weight = weights[name]
-        if isinstance(weight, ShardedTensor):
-            pieces = [
-                _Piece(shard.tensor.detach(), *shard.metadata.shard_offsets)
-                for shard in weight.local_shards()
+        sharded = {key.split(".")[-2]: weight for key, weight in table_weights(model).items()}
+        whole = dict(table_parameters(model))
+        if name in sharded:
+            self.num_rows, self.dim = sharded[name].metadata().size
+            self.shards = [
+                TableShard(shard.tensor.detach(), [], *shard.metadata.shard_offsets)
+                for shard in sharded[name].local_shards()
+                if shard.tensor.numel()
             ]
-            size = weight.metadata().size
+        elif name not in whole:
+            tables = [*sharded, *whole]
+            raise ValueError(f"table '{name}' is not in the model; the tables are {tables}")
+        elif whole[name].is_meta:
+            raise ValueError(f"table '{name}' is on meta; shard the model before loading")
         else:
-            if weight.is_meta:
-                raise ValueError(f"table '{name}' is on meta; shard the model before loading")
-            pieces, size = [_Piece(weight.detach(), 0, 0)], weight.shape
-        return _TableRows(name, [piece for piece in pieces if piece.weight.numel()], *size)
+            self.num_rows, self.dim = whole[name].shape
+            self.shards = [TableShard(whole[name].detach(), [], 0, 0)]
+        self._first = min((shard.row for shard in self.shards), default=0)
+        last = max((shard.row + len(shard.weight) for shard in self.shards), default=0)
+        self._is_set = np.zeros(last - self._first, dtype=bool)
 
     def check(self, block: PretrainedBlock, rows: np.ndarray, has_row: np.ndarray) -> None:
         """Reject rows int64 [N] outside the table, unless not known, and rows set before."""
-        outside = has_row & ((rows < 0) | (rows >= self.num_embeddings))
+        outside = has_row & ((rows < 0) | (rows >= self.num_rows))
         if outside.any():
-            index = int(outside.argmax())
             raise block.id_error(
-                index,
-                f"id {block.ids[index].as_py()} is outside [0, {self.num_embeddings}), the rows of "
-                f"table '{self.name}'; raise num_embeddings or drop the row",
+                int(outside.argmax()),
+                f" is outside [0, {self.num_rows}), the rows of table '{self.name}'; raise "
+                "num_embeddings or drop the row",
             )
         local = np.flatnonzero((rows >= self._first) & (rows < self._first + len(self._is_set)))
         places = rows[local] - self._first
@@ -370,23 +296,7 @@ class _TableRows:
             index = int(local[repeated.argmax()])
             raise block.id_error(
                 index,
-                f"id {block.ids[index].as_py()}: row {rows[index]} of table '{self.name}' has a "
-                "vector already; keep one per row",
+                f": row {rows[index]} of table '{self.name}' has a vector already; keep one per "
+                "row",
             )
         self._is_set[places] = True
-
-
-def _table_weights(model: nn.Module) -> dict[str, Tensor | ShardedTensor]:
-    collections = (
-        ShardedEmbeddingBagCollection,
-        ShardedEmbeddingCollection,
-        EmbeddingBagCollection,
-        EmbeddingCollection,
-    )
-    return {
-        key.split(".")[-2]: weight
-        for module in model.modules()
-        if isinstance(module, collections)
-        for key, weight in module.state_dict().items()
-        if key.endswith(".weight")
-    }

@@ -7,7 +7,7 @@ copies are set to their mean every few steps (TorchRec's 2D parallelism).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMo
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.model_parallel import DataParallelWrapper, DMPCollection
+from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.stats import NoopEmbeddingStats
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
@@ -170,83 +170,62 @@ def plan_sharding(
         plan = plan_sharding(model, tables)  # for DistributedModelParallel, with sharders()
     """
     group = process_group or (dist.group.WORLD if dist.is_initialized() else None)
-    world_size = 1 if group is None else dist.get_world_size(group)
-
-    def plan() -> ShardingPlan:
-        where, cuts = torch.device(device), module_sharders or sharders()
-        ranks = _topology(topology, world_size, copies, where)
-        return _plan(module, tables, where, batch_size, ranks, cuts, prefetch)
-
-    return _made_on_first(plan, group)
-
-
-def _made_on_first(
-    plan: Callable[[], ShardingPlan], group: dist.ProcessGroup | None
-) -> ShardingPlan:
-    """Return what `plan` returns on rank 0, or raise what it raises there. A collective."""
-    message: list[Any] = [None, None]  # the plan, or the reason of the failure
+    outcome: list[Any] = [None, None]  # the plan, or the reason of the failure
     cause: Exception | None = None
     if group is None or dist.get_rank(group) == 0:
         try:
-            message[0] = plan()
-        except Exception as error:  # of any type: the other ranks wait for the outcome
-            cause = error
-            message[1] = str(error) if type(error) is ValueError else f"planning failed: {error!r}"
-    if group is not None:
-        dist.broadcast_object_list(message, src=dist.get_global_rank(group, 0), group=group)
-    if message[1] is not None:
-        raise ValueError(message[1]) from cause
-    return cast(ShardingPlan, message[0])
-
-
-def _topology(
-    topology: Topology | None, world_size: int, copies: int, device: torch.device
-) -> Topology:
-    """Describe the ranks that share one copy of the tables; each node has some of each copy."""
-    sharing = world_size // copies
-    if topology is not None:
-        if dist.is_initialized() and topology.world_size != sharing:
-            raise ValueError(
-                f"the topology has {topology.world_size} ranks and the process group {sharing} per "
-                "copy of the tables; make them equal"
+            _check_module(module, tables, torch.device(device))
+            planner = _planner(
+                tables, topology, group, torch.device(device), batch_size, prefetch, copies
             )
-        return topology
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return machine_topology(
-        sharing,
-        max(local_world_size // copies, 1),
-        device,
-        host_memory_bytes=free_host_memory() // local_world_size,
-    )
+            outcome[0] = planner.plan(module, module_sharders or sharders())
+        except Exception as error:  # of any type: the other ranks wait for the outcome
+            cause, outcome[1] = error, _reason(error, tables)
+    if group is not None:
+        dist.broadcast_object_list(outcome, src=dist.get_global_rank(group, 0), group=group)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1]) from cause
+    return cast(ShardingPlan, outcome[0])
 
 
-def _plan(
-    module: nn.Module,
+def _planner(
     tables: Sequence[TableConfig],
+    topology: Topology | None,
+    group: dist.ProcessGroup | None,
     device: torch.device,
     batch_size: int,
-    topology: Topology,
-    module_sharders: list[ModuleSharder[nn.Module]],
     prefetch: bool,
-) -> ShardingPlan:
-    check_tables(tables)
-    _check_module(module, tables, device)
-    world_size = topology.world_size
-    planner = EmbeddingShardingPlanner(
+    copies: int,
+) -> EmbeddingShardingPlanner:
+    """Return TorchRec's planner for the ranks that share one copy of the tables."""
+    world_size = 1 if group is None else dist.get_world_size(group)
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if topology is None:  # each node has some ranks of each copy
+        topology = machine_topology(
+            world_size // copies,
+            max(local_world_size // copies, 1),
+            device,
+            host_memory_bytes=free_host_memory() // local_world_size,
+        )
+    elif group is not None and topology.world_size != world_size // copies:
+        raise ValueError(
+            f"the topology has {topology.world_size} ranks and the process group "
+            f"{world_size // copies} per copy of the tables; make them equal"
+        )
+    return EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size,
         storage_reservation=FixedPercentageStorageReservation(RESERVED_SHARE),
-        constraints={table.name: constraints(table, world_size, prefetch) for table in tables},
+        constraints={
+            table.name: constraints(table, topology.world_size, prefetch) for table in tables
+        },
         stats=NoopEmbeddingStats(),
         debug=False,
     )
-    try:
-        return planner.plan(module, module_sharders)
-    except PlannerError as error:
-        raise ValueError(_does_not_fit(error, tables)) from error
 
 
 def _check_module(module: nn.Module, tables: Sequence[TableConfig], device: torch.device) -> None:
+    check_tables(tables)
     parameters = parameters_of(module, tables)
     for table in tables:
         if not hasattr(parameters[table.name], "_optimizer_classes"):
@@ -283,7 +262,9 @@ def parameters_of(module: nn.Module, tables: Sequence[TableConfig]) -> dict[str,
     return parameters
 
 
-def _does_not_fit(error: PlannerError, tables: Sequence[TableConfig]) -> str:
+def _reason(error: Exception, tables: Sequence[TableConfig]) -> str:
+    if not isinstance(error, PlannerError):
+        return str(error) if type(error) is ValueError else f"planning failed: {error!r}"
     sizes = sorted(tables, key=lambda table: -table.num_embeddings * table.embedding_dim)
     largest = ", ".join(
         f"'{table.name}' {table.megabytes:.1f} MB ({table.sharding})" for table in sizes[:3]
@@ -330,29 +311,6 @@ def _table_optimizer(table: TableConfig) -> tuple[type[torch.optim.Optimizer], d
     # Without a mode the fused kernel ignores the weight decay.
     arguments["weight_decay_mode"] = WeightDecayMode.L2
     return RowWiseAdagrad, arguments
-
-
-def distribute_copies(
-    model: nn.Module,
-    plan: ShardingPlan,
-    copies: int,
-    device: torch.device,
-    group: dist.ProcessGroup,
-    sharders: list[ModuleSharder[nn.Module]],
-    wrapper: DataParallelWrapper | None = None,
-) -> DMPCollection:
-    """Shard each copy of the tables by its `plan`; make dense parts data-parallel. A collective."""
-    world_size = dist.get_world_size(group)
-    return DMPCollection(
-        model,
-        device,
-        plan,
-        world_size=world_size,
-        sharding_group_size=world_size // copies,
-        global_pg=group,
-        sharders=sharders,
-        data_parallel_wrapper=wrapper,
-    )
 
 
 class CopiesMean:

@@ -43,11 +43,6 @@ class Cluster:
     ranks_per_node: int
     device: Device
 
-    def __post_init__(self) -> None:
-        for name in ("nodes", "ranks_per_node"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"a cluster of {getattr(self, name)} {name}; give at least 1")
-
     @property
     def world_size(self) -> int:
         return self.nodes * self.ranks_per_node

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import Any, NamedTuple
 
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
+from torchrec.distributed.types import ShardingPlan
 
 from embeddings.sharding import RESERVED_SHARE
+from embeddings.table_state import planned_sharding
 from embeddings.tables import TableConfig
 
 FLOAT = 4  # bytes
@@ -16,8 +18,7 @@ FLOAT = 4  # bytes
 CACHE_INDEX_BYTES, CACHE_SLOT_BYTES = 4, 16
 
 
-@dataclass(frozen=True)
-class TableShard:
+class PlannedShard(NamedTuple):
     """A piece of a table."""
 
     rank: int
@@ -32,25 +33,19 @@ class TableMemory:
     table: TableConfig
     sharding: str
     kernel: str
-    shards: list[TableShard]
-
-    @property
-    def weight_bytes(self) -> int:
-        return FLOAT * sum(shard.rows * shard.columns for shard in self.shards)
-
-    @property
-    def state_bytes(self) -> int:
-        return sum(state_bytes(self.table, s.rows, s.columns) for s in self.shards)
+    shards: list[PlannedShard]
 
     def on_rank(self, rank: int) -> tuple[int, int]:
         """Return bytes of weights and of optimizer state on a rank."""
-        shards = [shard for shard in self.shards if shard.rank == rank]
-        weights = FLOAT * sum(shard.rows * shard.columns for shard in shards)
-        return weights, sum(state_bytes(self.table, s.rows, s.columns) for s in shards)
+        sizes = self._sizes(rank)
+        weights = FLOAT * sum(rows * columns for rows, columns in sizes)
+        return weights, sum(state_bytes(self.table, *size) for size in sizes)
 
     def on_device_of(self, rank: int) -> int:
-        shards = [shard for shard in self.shards if shard.rank == rank]
-        return sum(device_bytes(self.table, shard.rows, shard.columns) for shard in shards)
+        return sum(device_bytes(self.table, *size) for size in self._sizes(rank))
+
+    def _sizes(self, rank: int) -> list[tuple[int, int]]:
+        return [(shard.rows, shard.columns) for shard in self.shards if shard.rank == rank]
 
     def on_host_of(self, rank: int) -> int:
         """Return the bytes in host memory beside a rank's GPU."""
@@ -89,18 +84,12 @@ def _on_devices(table: TableConfig) -> int:
 
 def table_memory(table: TableConfig, plan: ShardingPlan) -> TableMemory:
     """Describe how a plan shards a table."""
-    for module_plan in plan.plan.values():
-        assert isinstance(module_plan, EmbeddingModuleShardingPlan)
-        if table.name in module_plan:
-            sharding = module_plan[table.name]
-            spec = sharding.sharding_spec
-            shards = [
-                TableShard(piece.placement.rank(), *piece.shard_sizes)
-                for piece in spec.shards  # type: ignore[union-attr]
-            ]
-            kind, kernel = sharding.sharding_type, sharding.compute_kernel
-            return TableMemory(table, kind, kernel, shards)
-    raise AssertionError(f"table '{table.name}' is not in the plan")
+    sharding = planned_sharding(plan, table.name)
+    shards = [
+        PlannedShard(piece.placement.rank(), *piece.shard_sizes)
+        for piece in sharding.sharding_spec.shards  # type: ignore[union-attr]
+    ]
+    return TableMemory(table, sharding.sharding_type, sharding.compute_kernel, shards)
 
 
 def what_does_not_fit(
@@ -147,12 +136,12 @@ def _fixes(tables: Sequence[TableConfig], room: int, world_size: int, host_bytes
     if _fit(tables, room, ranks):
         fixes.append(f"{ranks:,} ranks")
     if largest.sharding in ("table_wise", "column_wise"):
-        fixes += _if_fits(tables, replace(largest, sharding="row_wise"), room, world_size)
+        fixes += _if_fits(tables, largest, room, world_size, sharding="row_wise")
     if largest.optimizer in ("adam", "adagrad"):
-        fixes += _if_fits(tables, replace(largest, optimizer="rowwise_adagrad"), room, world_size)
+        fixes += _if_fits(tables, largest, room, world_size, optimizer="rowwise_adagrad")
     on_host = sum(table_bytes(t) for t in tables if t is largest or t.kernel != "fused")
     if largest.kernel == "fused" and on_host <= world_size * host_bytes:
-        fixes += _if_fits(tables, replace(largest, kernel="uvm_caching"), room, world_size)
+        fixes += _if_fits(tables, largest, room, world_size, kernel="uvm_caching")
     room_left = _most_pieces(largest, world_size) * room
     room_left = min(room_left, world_size * room - other_bytes)
     for dim in range(largest.embedding_dim // 4 * 4, 0, -4):
@@ -166,18 +155,11 @@ def _fixes(tables: Sequence[TableConfig], room: int, world_size: int, host_bytes
 
 
 def _if_fits(
-    tables: Sequence[TableConfig], changed: TableConfig, room: int, world_size: int
+    tables: Sequence[TableConfig], table: TableConfig, room: int, world_size: int, **change: Any
 ) -> list[str]:
-    after = [changed if table.name == changed.name else table for table in tables]
-    if not _fit(after, room, world_size):
-        return []
-    before = next(table for table in tables if table.name == changed.name)
-    words = [
-        f"{field} '{getattr(changed, field)}'"
-        for field in ("sharding", "optimizer", "kernel")
-        if getattr(changed, field) != getattr(before, field)
-    ]
-    return [f"{', '.join(words)} for table '{changed.name}'"]
+    after = [replace(part, **change) if part is table else part for part in tables]
+    words = ", ".join(f"{field} '{value}'" for field, value in change.items())
+    return [f"{words} for table '{table.name}'"] if _fit(after, room, world_size) else []
 
 
 def _fit(tables: Sequence[TableConfig], room: int, world_size: int) -> bool:

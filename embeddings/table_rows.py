@@ -39,6 +39,12 @@ class TableShard:
     def contains(self, rows: Tensor) -> Tensor:  # int64 [N] -> bool [N]
         return (rows >= self.row) & (rows < self.row + len(self.weight))
 
+    def write(self, rows: Tensor, values: Tensor) -> None:  # int64 [N], [N, D]
+        """Write the part of the rows that lies in the rectangle."""
+        inside = self.contains(rows)
+        places = (rows[inside] - self.row).to(self.weight.device)
+        self.weight[places] = values[inside, self.columns].to(self.weight)
+
     def is_trained(self) -> Tensor:  # bool [rows], on the host
         """Return which rows an optimizer with state has updated: their moments are not zero."""
         trained = torch.zeros(len(self.weight), dtype=torch.bool)
@@ -119,9 +125,7 @@ class TableRows:
     def write(self, rows: Tensor, values: Tensor) -> None:  # int64 [N], [N, D]
         """Write rows, the same on all ranks; not a collective. The state of optimizers stays."""
         for shard in self.shards:
-            inside = shard.contains(rows)
-            places = (rows[inside] - shard.row).to(shard.weight.device)
-            shard.weight[places] = values[inside, shard.columns].to(shard.weight)
+            shard.write(rows, values)
 
 
 def _trained(shard: TableShard, trained: TrainedRows | None) -> Tensor:  # bool [rows]

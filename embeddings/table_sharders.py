@@ -30,40 +30,21 @@ from embeddings.torchrec_internals import look_up_as_bags
 CommunicationType = Literal["fp32", "fp16", "bf16"]
 
 
-def communication_codecs(
-    forward: CommunicationType, backward: CommunicationType
-) -> dict[str, QuantizedCommCodecs] | None:
-    """Build TorchRec's codecs for collectives of embeddings; None where both types are fp32.
-
-    Prefer bf16 for ``backward``: gradients may be too small for fp16, below 6e-8.
-
-    Raises:
-        ValueError: an unknown type.
-    """
-    allowed = get_args(CommunicationType)
-    for direction, name in (("forward", forward), ("backward", backward)):
-        if name not in allowed:
-            raise ValueError(
-                f"communication {direction} is '{name}', which is no type that vectors can travel "
-                f"in; choose one of {list(allowed)}"
-            )
-    if forward == backward == "fp32":
-        return None
-    types = QCommsConfig(CommType(forward), CommType(backward))
-    return {operation.name: get_qcomm_codecs(types) for operation in CommOp}
-
-
 ShardedCollection = TypeVar(
     "ShardedCollection", ShardedEmbeddingBagCollection, ShardedEmbeddingCollection
 )
 
 
+def _without_data_parallel(types: Sequence[str]) -> list[str]:
+    """Return the types with row-wise, on CPU too, and without data-parallel."""
+    return sorted({*types, ShardingType.ROW_WISE.value} - {ShardingType.DATA_PARALLEL.value})
+
+
 class BagSharder(EmbeddingBagCollectionSharder):
-    """Shards pooled tables: row-wise on CPU too, never data-parallel."""
+    """Shards pooled tables."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        types = [*super().sharding_types(compute_device_type), ShardingType.ROW_WISE.value]
-        return sorted(set(types) - {ShardingType.DATA_PARALLEL.value})
+        return _without_data_parallel(super().sharding_types(compute_device_type))
 
     def shard(
         self, module: EmbeddingBagCollection, *arguments: Any, **options: Any
@@ -73,11 +54,10 @@ class BagSharder(EmbeddingBagCollectionSharder):
 
 
 class SequenceSharder(EmbeddingCollectionSharder):
-    """Shards tables without pooling; never data-parallel."""
+    """Shards tables without pooling."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        types = super().sharding_types(compute_device_type)
-        return sorted(set(types) - {ShardingType.DATA_PARALLEL.value})
+        return _without_data_parallel(super().sharding_types(compute_device_type))
 
     def shard(
         self, module: EmbeddingCollection, *arguments: Any, **options: Any
@@ -93,7 +73,11 @@ def sharders(
 ) -> list[ModuleSharder[nn.Module]]:
     """Return the sharders for the planner and for DistributedModelParallel; give both the same.
 
-    Looked-up vectors travel between ranks as `forward`, their gradients as `backward`.
+    Looked-up vectors travel between ranks as `forward`, their gradients as `backward`. Prefer bf16
+    for gradients, which may be too small for fp16, below 6e-8.
+
+    Raises:
+        ValueError: an unknown type.
 
     Example::
 
@@ -101,7 +85,17 @@ def sharders(
 
         sharders("fp16", "bf16")  # vectors travel in fp16, their gradients in bf16
     """
-    codecs = communication_codecs(forward, backward)
+    allowed = get_args(CommunicationType)
+    for direction, name in (("forward", forward), ("backward", backward)):
+        if name not in allowed:
+            raise ValueError(
+                f"communication {direction} is '{name}', which is no type that vectors can travel "
+                f"in; choose one of {list(allowed)}"
+            )
+    codecs: dict[str, QuantizedCommCodecs] | None = None
+    if not forward == backward == "fp32":
+        types = QCommsConfig(CommType(forward), CommType(backward))
+        codecs = {operation.name: get_qcomm_codecs(types) for operation in CommOp}
     return [
         cast(ModuleSharder[nn.Module], BagSharder(qcomm_codecs_registry=codecs)),
         cast(ModuleSharder[nn.Module], SequenceSharder(qcomm_codecs_registry=codecs)),

@@ -6,20 +6,19 @@ DTensors. Shapes: R rows, D dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardMetadata
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
 from torch.distributed.remote_device import _remote_device
 from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.shards_wrapper import LocalShardsWrapper
-from torchrec.distributed.types import EmbeddingModuleShardingPlan
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
 from embeddings.torchrec_internals import table_kernels
 
@@ -27,17 +26,29 @@ BLOCK_BYTES = 64 * 2**20
 MAX_BLOCKS = 64  # of a shard: checks inside torch are quadratic in their number
 
 State = dict[str, Tensor | ShardedTensor]
+Columns = tuple[int, int]  # first, and one after the last
 
 
-def current_state(model: DistributedModelParallel) -> dict[str, Any]:
+def current_state(model: nn.Module) -> dict[str, Any]:
     """Return the model's `state_dict`, tables as ShardedTensors, after caches are written back."""
     state = model.state_dict()  # TorchRec writes cached rows back
     for kernel in table_kernels(model):
         kernel.reset_cache_states()
     copied = {name: value for name, value in state.items() if isinstance(value, DTensor)}
     for name, value in copied.items():
-        state[name] = _as_sharded_tensor(value, _planned_shards(model, name.split(".")[-2]))
+        assert isinstance(model, DistributedModelParallel)
+        spec = planned_sharding(model.plan, name.split(".")[-2]).sharding_spec
+        state[name] = _as_sharded_tensor(value, spec.shards)  # type: ignore[union-attr]
     return state
+
+
+def planned_sharding(plan: ShardingPlan, table: str) -> ParameterSharding:
+    """Return how a plan shards a table."""
+    for module_plan in plan.plan.values():
+        assert isinstance(module_plan, EmbeddingModuleShardingPlan)
+        if table in module_plan:
+            return module_plan[table]
+    raise AssertionError(f"table '{table}' is not in the plan")
 
 
 def local_tensors(value: ShardedTensor | DTensor) -> list[Tensor]:
@@ -45,14 +56,6 @@ def local_tensors(value: ShardedTensor | DTensor) -> list[Tensor]:
     if isinstance(value, ShardedTensor):
         return [shard.tensor for shard in value.local_shards()]
     return cast(LocalShardsWrapper, value.to_local()).local_shards()
-
-
-def _planned_shards(model: DistributedModelParallel, table: str) -> list[ShardMetadata]:
-    for module_plan in model.plan.plan.values():
-        assert isinstance(module_plan, EmbeddingModuleShardingPlan)
-        if table in module_plan:
-            return module_plan[table].sharding_spec.shards  # type: ignore[union-attr]
-    raise AssertionError(f"table '{table}' is not in the plan")
 
 
 def _as_sharded_tensor(value: DTensor, shards: list[ShardMetadata]) -> ShardedTensor:
@@ -70,8 +73,7 @@ def _as_sharded_tensor(value: DTensor, shards: list[ShardMetadata]) -> ShardedTe
     )
 
 
-@dataclass(frozen=True)
-class _Moment:
+class _Moment(NamedTuple):
     """A tensor that a fused optimizer keeps for a table."""
 
     key: str  # name of the table's weight
@@ -119,16 +121,17 @@ def _placed(
     return [(shard, local_by_offsets.get(tuple(shard.shard_offsets))) for shard in shards]
 
 
-def in_blocks(tensor: ShardedTensor, group: dist.ProcessGroup | None = None) -> ShardedTensor:
-    """Return the same tensor, with shared memory, split into blocks of rows."""
-    size, dtype = tensor.metadata().size, tensor.metadata().tensor_properties.dtype
-    return sharded_in_blocks(_placed(tensor), size, dtype, group)
+def in_blocks(
+    tensor: ShardedTensor,
+    group: dist.ProcessGroup | None = None,
+    local: Sequence[Tensor] | None = None,
+) -> ShardedTensor:
+    """Return the tensor, or one with the shards `local` on this rank, in blocks of rows.
 
-
-def with_shards(tensor: ShardedTensor, local: Sequence[Tensor]) -> ShardedTensor:
-    """Return a tensor with the shards of another, whose content on this rank is `local`."""
+    Memory is shared with its shards.
+    """
     size, dtype = tensor.metadata().size, tensor.metadata().tensor_properties.dtype
-    return sharded_in_blocks(_placed(tensor, local), size, dtype, tensor._process_group)
+    return sharded_in_blocks(_placed(tensor, local), size, dtype, group)
 
 
 def copied_to_host(tensor: ShardedTensor, group: dist.ProcessGroup | None = None) -> ShardedTensor:
@@ -143,7 +146,7 @@ def copied_to_host(tensor: ShardedTensor, group: dist.ProcessGroup | None = None
     return sharded_in_blocks(placed, size, dtype, group)
 
 
-def table_weights(model: DistributedModelParallel) -> dict[str, ShardedTensor]:
+def table_weights(model: nn.Module) -> dict[str, ShardedTensor]:
     """Return the tables by parameter name, each [R, D], sharing memory with the model."""
     return {
         name: value
@@ -170,20 +173,35 @@ class TableOptimizerState:
                 self.local[moment] = local_tensors(value)
         rank_moments: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(rank_moments, list(self.local), group=group)
-        everywhere = {moment for moments in rank_moments for moment in moments}
-        self.moments = sorted(everywhere, key=lambda moment: (moment.key, moment.name))
+        self.moments = sorted({moment for moments in rank_moments for moment in moments})
         self._unfinished: list[Callable[[], None]] = []
 
     def state_dict(self, stored: Iterable[str] | None = None) -> State:
-        """Return tensors to save; with the names `stored` in a checkpoint, tensors to load into."""
+        """Return tensors to save; with the names `stored` in a checkpoint, tensors to load into.
+
+        A moment with one number per row has one entry [R] per range of columns.
+        """
         names = None if stored is None else list(stored)
         self._unfinished = []
         state: State = {}
         for moment in self.moments:
-            if moment.row_wise:
-                state |= self._row_wise(moment, names)
-            else:
+            if not moment.row_wise:
                 state[f"{moment.key}.{moment.name}"] = self._per_weight(moment)
+                continue
+            prefix = f"{moment.key}.{moment.name}.columns_"
+            shards = self.weights[moment.key].metadata().shards_metadata
+            rows: list[Tensor | ShardedTensor | None]
+            ranges = plan_ranges = sorted({_columns(shard) for shard in shards})
+            if names is not None:
+                words = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+                ranges = sorted((int(w.split("_")[0]), int(w.split("_")[1])) for w in words)
+            if ranges == plan_ranges:
+                local = self._local_by_offsets(moment)
+                rows = [self._rows_of(moment, columns, local) for columns in ranges]
+            else:
+                rows = self._to_combine(moment, plan_ranges, ranges)
+            named = zip(ranges, rows, strict=True)
+            state |= {f"{prefix}{a}_{b}": value for (a, b), value in named if value is not None}
         return state
 
     def finish_loading(self) -> None:
@@ -209,31 +227,8 @@ class TableOptimizerState:
             for weight, tensor in zip(weights, tensors, strict=True)
         }
 
-    def _row_wise(self, moment: _Moment, stored: list[str] | None) -> State:
-        """Return one entry [R] per range of columns."""
-        prefix = f"{moment.key}.{moment.name}.columns_"
-        shards = self.weights[moment.key].metadata().shards_metadata
-        plan_columns = sorted({_columns(shard) for shard in shards})
-        stored_columns = plan_columns
-        if stored is not None:
-            stored_columns = sorted(
-                (int(first), int(last))
-                for first, last in (
-                    name.removeprefix(prefix).split("_")
-                    for name in stored
-                    if name.startswith(prefix)
-                )
-            )
-        if stored_columns == plan_columns:
-            local = self._local_by_offsets(moment)
-            return {
-                f"{prefix}{first}_{last}": self._rows_of(moment, (first, last), local)
-                for first, last in plan_columns
-            }
-        return self._row_wise_from(moment, prefix, plan_columns, stored_columns)
-
     def _rows_of(
-        self, moment: _Moment, columns: tuple[int, int], local: dict[tuple[int, ...], Tensor]
+        self, moment: _Moment, columns: Columns, local: dict[tuple[int, ...], Tensor]
     ) -> ShardedTensor:
         """Return the moment [R] of a range of columns of this plan."""
         weight = self.weights[moment.key].metadata()
@@ -247,26 +242,23 @@ class TableOptimizerState:
         ]
         return sharded_in_blocks(placed, weight.size[:1], torch.float32, self.group)
 
-    def _row_wise_from(
-        self,
-        moment: _Moment,
-        prefix: str,
-        plan_columns: list[tuple[int, int]],
-        stored_columns: list[tuple[int, int]],
-    ) -> State:
+    def _to_combine(
+        self, moment: _Moment, plan_ranges: list[Columns], ranges: list[Columns]
+    ) -> list[Tensor | ShardedTensor | None]:
         """Return empty tensors [R] for stored column ranges; `finish_loading` combines them."""
         local = self._local_by_offsets(moment)
-        state: State = {}
-        rooms: dict[tuple[int, int], dict[tuple[int, ...], Tensor]] = {}
-        for columns in stored_columns:
-            name = f"{prefix}{columns[0]}_{columns[1]}"
-            if len(plan_columns) == 1:
+        rows: list[Tensor | ShardedTensor | None] = []
+        rooms: dict[Columns, dict[tuple[int, ...], Tensor]] = {}
+        for columns in ranges:
+            if len(plan_ranges) == 1:
                 rooms[columns] = {at: torch.zeros_like(tensor) for at, tensor in local.items()}
-                state[name] = self._rows_of(moment, plan_columns[0], rooms[columns])
+                rows.append(self._rows_of(moment, plan_ranges[0], rooms[columns]))
             elif local:
                 room = torch.zeros(self.weights[moment.key].metadata().size[0])
                 rooms[columns] = dict.fromkeys(local, room)
-                state[name] = room
+                rows.append(room)
+            else:
+                rows.append(None)
 
         def combine() -> None:
             for shard in self.weights[moment.key].local_shards():
@@ -280,8 +272,8 @@ class TableOptimizerState:
                         local[offsets].add_(loaded, alpha=shared / (last - first))
 
         self._unfinished.append(combine)
-        return state
+        return rows
 
 
-def _columns(shard: ShardMetadata) -> tuple[int, int]:
+def _columns(shard: ShardMetadata) -> Columns:
     return shard.shard_offsets[1], shard.shard_offsets[1] + shard.shard_sizes[1]

@@ -4,8 +4,9 @@ Initial weights depend on the seed, the table and the row alone, never on the sh
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal, get_args
 
 import torch
@@ -60,69 +61,57 @@ class TableConfig:
     ids_per_row: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._check_names()
-        self._check_choices()
-        for field_name, limit in [("num_embeddings", 1), ("embedding_dim", 1)]:
-            value = getattr(self, field_name)
-            if not isinstance(value, int) or value < limit:
-                raise ValueError(
-                    f"table '{self.name}': {field_name} is {value!r}; set an integer of at "
-                    f"least {limit}"
-                )
-        for field_name in ["learning_rate", "weight_decay", "eps", "init_std"]:
-            value = getattr(self, field_name)
-            if not 0.0 <= value < float("inf"):
-                raise ValueError(
-                    f"table '{self.name}': {field_name} is {value!r}; set a finite number of at "
-                    "least 0"
-                )
-        if not 0.0 < (share := self.cache_load_factor) <= 1.0:
-            raise ValueError(f"table '{self.name}': cache_load_factor is {share!r}; set (0, 1]")
-        if self.embedding_dim % 4 != 0:
-            raise ValueError(
-                f"table '{self.name}': embedding_dim is {self.embedding_dim}, and FBGEMM's kernels "
-                "take multiples of 4; round it up (embedding.dim, or embedding_dim of the table)"
-            )
-        if self.weight_decay > 0 and self.optimizer in ("sgd", "adagrad"):
-            raise ValueError(
-                f"table '{self.name}': weight_decay {self.weight_decay} with optimizer "
-                f"'{self.optimizer}', whose fused kernel has none; set weight_decay to 0 or "
-                "optimizer to 'rowwise_adagrad'"
-            )
+        for problem in chain(self._name_problems(), self._number_problems()):
+            raise ValueError(f"table '{self.name}': {problem}")
 
     @property
     def megabytes(self) -> float:
         return self.num_embeddings * self.embedding_dim * 4 / 2**20
 
-    def _check_names(self) -> None:
+    def _name_problems(self) -> Iterator[str]:
         if not self.name or "." in self.name:
-            raise ValueError(
-                f"table '{self.name}': a table's name must not be empty or contain a dot, "
-                "since it is part of a parameter's name; rename the table"
+            yield (
+                "a table's name must not be empty or contain a dot, since it is part of a "
+                "parameter's name; rename the table"
             )
         if hasattr(nn.ModuleDict(), self.name):
             # The collections keep their tables in a ModuleDict, with the names as attributes.
-            raise ValueError(
-                f"table '{self.name}': this name is an attribute of torch.nn.ModuleDict; rename "
-                f"the table, for instance to '{self.name}_table'"
+            yield (
+                "this name is an attribute of torch.nn.ModuleDict; rename the table, for instance "
+                f"to '{self.name}_table'"
             )
         if not self.features:
-            raise ValueError(f"table '{self.name}': no features; list at least one")
-        repeated = sorted({name for name in self.features if self.features.count(name) > 1})
-        if repeated:
-            raise ValueError(
-                f"table '{self.name}': feature '{repeated[0]}' is listed twice; list it once"
-            )
-
-    def _check_choices(self) -> None:
-        choices = [("pooling", Pooling), ("sharding", Sharding), ("optimizer", TableOptimizer)]
-        for field_name, choice in [*choices, ("kernel", Kernel)]:
+            yield "no features; list at least one"
+        for name in self.features:
+            if self.features.count(name) > 1:
+                yield f"feature '{name}' is listed twice; list it once"
+        choices = {"pooling": Pooling, "sharding": Sharding, "optimizer": TableOptimizer}
+        for field_name, choice in (choices | {"kernel": Kernel}).items():
             value, allowed = getattr(self, field_name), get_args(choice)
             if value not in allowed:
-                raise ValueError(
-                    f"table '{self.name}': {field_name} is {value!r}; choose one of "
-                    f"{', '.join(allowed)}"
-                )
+                yield f"{field_name} is {value!r}; choose one of {', '.join(allowed)}"
+
+    def _number_problems(self) -> Iterator[str]:
+        for field_name in ("num_embeddings", "embedding_dim"):
+            value = getattr(self, field_name)
+            if not isinstance(value, int) or value < 1:
+                yield f"{field_name} is {value!r}; set an integer of at least 1"
+        for field_name in ("learning_rate", "weight_decay", "eps", "init_std"):
+            value = getattr(self, field_name)
+            if not 0.0 <= value < float("inf"):
+                yield f"{field_name} is {value!r}; set a finite number of at least 0"
+        if not 0.0 < (share := self.cache_load_factor) <= 1.0:
+            yield f"cache_load_factor is {share!r}; set (0, 1]"
+        if self.embedding_dim % 4 != 0:
+            yield (
+                f"embedding_dim is {self.embedding_dim}, and FBGEMM's kernels take multiples of 4; "
+                "round it up (embedding.dim, or embedding_dim of the table)"
+            )
+        if self.weight_decay > 0 and self.optimizer in ("sgd", "adagrad"):
+            yield (
+                f"weight_decay {self.weight_decay} with optimizer '{self.optimizer}', whose fused "
+                "kernel has none; set weight_decay to 0 or optimizer to 'rowwise_adagrad'"
+            )
 
 
 class NormalInitializer:
@@ -183,14 +172,14 @@ def check_tables(tables: Sequence[TableConfig]) -> None:
         ValueError: names or features repeat, or dimensions of tables without pooling differ.
     """
     table_of_feature: dict[str, str] = {}
-    names: set[str] = set()
+    names = [table.name for table in tables]
+    unpooled = [table for table in tables if table.pooling == "none"]
     for table in tables:
-        if table.name in names:
+        if names.count(table.name) > 1:
             raise ValueError(
                 f"table '{table.name}' is configured twice; table names must be unique over all "
                 "collections, so rename one"
             )
-        names.add(table.name)
         for feature in table.features:
             if feature in table_of_feature:
                 raise ValueError(
@@ -198,7 +187,6 @@ def check_tables(tables: Sequence[TableConfig]) -> None:
                     f"'{table.name}'; leave it on one table, or add a second feature to the data"
                 )
             table_of_feature[feature] = table.name
-    unpooled = [table for table in tables if table.pooling == "none"]
     for table in unpooled:
         if table.embedding_dim != unpooled[0].embedding_dim:
             raise ValueError(

@@ -22,7 +22,7 @@ from embeddings import (
     plan_sharding,
     sharders,
 )
-from embeddings.sharding import CopiesMean, distribute_copies
+from embeddings.sharding import CopiesMean
 from embeddings.table_rows import RowReset
 from recsys.config import (
     Config,
@@ -233,7 +233,16 @@ def _distributed(
     """Shard the tables and make the dense parts data-parallel. A collective."""
     device, wrapper = ranks.device, DataParallelWrapper()
     if copies > 1:
-        return distribute_copies(em3, plan, copies, device, ranks.group, table_sharders, wrapper)
+        return DMPCollection(
+            em3,
+            device,
+            plan,
+            world_size=ranks.world_size,
+            sharding_group_size=ranks.world_size // copies,
+            global_pg=ranks.group,
+            sharders=table_sharders,
+            data_parallel_wrapper=wrapper,
+        )
     env = ShardingEnv.from_process_group(ranks.group)
     return DistributedModelParallel(
         em3, env, device, plan, table_sharders, data_parallel_wrapper=wrapper

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from embeddings.table_state import State, set_table_steps
+from embeddings.table_state import State
 from recsys.build import Job
 from recsys.checkpoint.compatibility import check_config, check_equal
 from recsys.checkpoint.files import (
@@ -244,7 +244,7 @@ class Checkpoints:
         if before.world_size != ranks.world_size:
             torch.manual_seed(job.config.seed + 1 + ranks.rank + 1000003 * progress.steps)
         job.set_step(progress.age, progress.dense_steps)
-        set_table_steps(job.model, progress.table_steps)
+        job.model.fused_optimizer.set_optimizer_step(progress.table_steps)
         return progress
 
 

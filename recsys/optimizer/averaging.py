@@ -15,7 +15,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embeddings.table_state import State, table_weights, with_shards
+from embeddings.table_state import State, in_blocks, table_weights
 from recsys.config import OptimizerSettings
 from recsys.optimizer.dense import dense_parameters
 
@@ -82,7 +82,7 @@ class AveragedWeights:
         shard_averages = iter(averages[len(self.names) :])
         for name, table in self.tables.items():
             local = [next(shard_averages) for _ in table.local_shards()]
-            state[name] = with_shards(table, local)
+            state[name] = in_blocks(table, table._process_group, local)
         return {**state, "num_updates": self.averaged.n_averaged}
 
 

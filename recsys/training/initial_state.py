@@ -60,8 +60,10 @@ def load_pretrained_tables(job: Job, num_old_ids: Mapping[str, int] | None = Non
             if rows_of_ids is None:  # the file has rows, of which new ids have none
                 continue
             rows_of_ids = partial(_rows_of_new_ids, rows_of_ids, num_old_ids[name])
-        arguments = job.model, name, files, rows_of_ids, job.ranks.group
-        loaded = load_pretrained_rows(*arguments, may_be_empty=num_old_ids is not None)
+        with job.ranks.raise_on_all_ranks():
+            loaded = load_pretrained_rows(
+                job.model, name, files, rows_of_ids, may_be_empty=num_old_ids is not None
+            )
         logger.info(
             f"table '{name}': {loaded.num_set:,} rows set, {loaded.num_left_out:,} unknown ids "
             f"left out, from {source.path}"

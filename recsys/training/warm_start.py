@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from embeddings.table_state import set_table_steps
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint.cold_row_init import counts_before, fill_cold_rows, keep_counts_before
@@ -72,7 +71,7 @@ def take_over(job: Job, plan: WarmStartPlan) -> Progress:
         else 0,
     )
     job.set_step(progress.age, progress.dense_steps)
-    set_table_steps(job.model, progress.table_steps)
+    job.model.fused_optimizer.set_optimizer_step(progress.table_steps)
     content = job.em3.content
     if content is not None and job.store is not None:
         weights = {name: f"content.projections.{name}.weight" for name in content.projections}

@@ -12,9 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.nn import functional
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embeddings import TableConfig, build_embedding_bag_collection, build_embedding_collection
+from embeddings import (
+    TableConfig,
+    build_embedding_bag_collection,
+    build_embedding_collection,
+    fuse_table_optimizers,
+    plan_sharding,
+    sharders,
+)
+from embeddings.table_sharders import CommunicationType
 from embeddings.tables import Kernel, Sharding, TableOptimizer
 
 DIM, SEED, STEPS, BATCH = 8, 11, 3, 4
@@ -103,6 +112,28 @@ class TablesModel(nn.Module):
             "history": sequences["history"].to_padded_dense(3).sum(dim=1),
         }
         return self.dense(torch.cat([vectors[name] for name in FEATURES], dim=1))[:, 0], vectors
+
+
+def sharded_model(
+    tables: list[TableConfig],
+    model: TablesModel | None = None,
+    device: torch.device | str = "cpu",
+    batch_size: int = BATCH,
+    communication: tuple[CommunicationType, CommunicationType] = ("fp32", "fp32"),
+) -> DistributedModelParallel:
+    """The model, by default a new one, with its tables sharded over this job's ranks."""
+    torch.manual_seed(SEED)
+    model = TablesModel(tables) if model is None else model
+    fuse_table_optimizers(model, tables)
+    cuts = sharders(*communication)
+    plan = plan_sharding(model, tables, device=device, batch_size=batch_size, module_sharders=cuts)
+    return DistributedModelParallel(model, device=torch.device(device), plan=plan, sharders=cuts)
+
+
+def rank_rows(rank: int, world_size: int) -> slice:
+    """A rank's share of each batch."""
+    size = BATCH // world_size
+    return slice(rank * size, (rank + 1) * size)
 
 
 @dataclass

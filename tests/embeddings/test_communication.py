@@ -9,17 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embeddings import fuse_table_optimizers, plan_sharding, sharders
+from embeddings import sharders
 from tests.embeddings.tables_model import (
-    BATCH,
     FEATURES,
     LABELS,
-    SEED,
-    TablesModel,
     jagged,
     local_shards,
+    rank_rows,
+    sharded_model,
     table_configs,
     whole_table,
 )
@@ -52,15 +50,8 @@ def one_step(rank: int, world_size: int) -> dict[Any, dict[str, Any]]:
 def _one_step(
     rank: int, world_size: int, sharding: Any, forward: Any, backward: Any
 ) -> dict[str, Any]:
-    torch.manual_seed(SEED)
-    tables = table_configs(sharding, "sgd", RATE)
-    model = TablesModel(tables)
-    fuse_table_optimizers(model, tables)
-    cuts = sharders(forward, backward)
-    plan = plan_sharding(model, tables, batch_size=BATCH // world_size, module_sharders=cuts)
-    sharded = DistributedModelParallel(model, plan=plan, sharders=cuts)
-    size = BATCH // world_size
-    rows = slice(rank * size, (rank + 1) * size)
+    tables, rows = table_configs(sharding, "sgd", RATE), rank_rows(rank, world_size)
+    sharded = sharded_model(tables, communication=(forward, backward))
     before = local_shards(sharded)
     logits, vectors = sharded(jagged(0, rows))
     ((logits - LABELS[0, rows]) ** 2).mean().backward()

@@ -20,7 +20,7 @@ from torchrec.distributed import model_parallel
 from torchrec.distributed.model_parallel import DMPCollection
 
 from embeddings import fuse_table_optimizers, plan_sharding, sharders
-from embeddings import sharding as copies
+from embeddings.sharding import CopiesMean
 from embeddings.table_state import TableOptimizerState, in_blocks, table_weights
 from recsys.optimizer import DenseGroup, build_dense_optimizer
 from tests.embeddings.tables_model import (
@@ -57,9 +57,9 @@ def without_assertions() -> Any:
 def distributed(model: TablesModel, plan: Any, device: torch.device) -> DMPCollection:
     group = dist.group.WORLD
     assert group is not None
-    if device.type == "cpu":
-        copies.DMPCollection = without_assertions().DMPCollection  # type: ignore[attr-defined]
-    result = copies.distribute_copies(model, plan, COPIES, device, group, sharders())
+    kind = without_assertions().DMPCollection if device.type == "cpu" else DMPCollection
+    sizes = {"world_size": RANKS, "sharding_group_size": RANKS // COPIES}
+    result: DMPCollection = kind(model, device, plan, **sizes, global_pg=group, sharders=sharders())
     if device.type == "cpu":
         result.set_all_reduce_hook(lambda tensors: mean_over(result, tensors))
     return result
@@ -84,7 +84,7 @@ def train(rank: int, folder: Path, sharding: Any, optimizer: Any) -> dict[str, A
     plan = plan_sharding(model, tables, device=device, batch_size=1, copies=COPIES)
     sharded = distributed(model, plan, device)
     combined, _ = build_dense_optimizer(sharded, [DenseGroup("all", [""], learning_rate=0.01)])
-    mean, rows = copies.CopiesMean(sharded, every=1), slice(rank, rank + 1)
+    mean, rows = CopiesMean(sharded, every=1), slice(rank, rank + 1)
     labels, logits = LABELS[:, rows].to(device), []
     for step in range(STEPS):
         output, _ = sharded(jagged(step, rows, device))

@@ -4,16 +4,15 @@ from typing import Any
 
 import pytest
 from torch import nn
-from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embeddings import TableConfig, fuse_table_optimizers, plan_sharding, sharders
+from embeddings import TableConfig, fuse_table_optimizers
 from recsys.optimizer import (
     DenseGroup,
     build_dense_optimizer,
     dense_parameters,
     describe_optimizers,
 )
-from tests.embeddings.tables_model import TablesModel, table_configs
+from tests.embeddings.tables_model import TablesModel, sharded_model, table_configs
 from tests.ranks import run_on_ranks
 
 
@@ -37,8 +36,8 @@ DENSE_NAMES = {
 }
 
 
-def fused_model(tables: list[TableConfig], device: str = "cpu") -> ContentModel:
-    model = ContentModel(tables, device)
+def fused_model(tables: list[TableConfig]) -> ContentModel:
+    model = ContentModel(tables, "cpu")
     fuse_table_optimizers(model, tables)
     return model
 
@@ -107,9 +106,7 @@ def test_the_description_lists_every_parameter_once() -> None:
 
 def describe_sharded(rank: int, world_size: int) -> dict[str, Any]:
     tables = table_configs("table_wise", "rowwise_adagrad", learning_rate=0.25)
-    model = fused_model(tables, device="meta")
-    plan = plan_sharding(model, tables)
-    sharded = DistributedModelParallel(model, plan=plan, sharders=sharders())
+    sharded = sharded_model(tables, ContentModel(tables))
     combined, adamw = build_dense_optimizer(sharded, GROUPS)
     rates = {name.split(".")[-2] for name in sharded.fused_optimizer.params}
     return {
@@ -123,11 +120,9 @@ def describe_sharded(rank: int, world_size: int) -> dict[str, Any]:
 
 def test_sharding_leaves_every_parameter_with_its_optimizer() -> None:
     ranks = run_on_ranks(describe_sharded, 2)
-    unsharded = fused_model(table_configs("table_wise", "rowwise_adagrad", learning_rate=0.25))
-    _, adamw = build_dense_optimizer(unsharded, GROUPS)
-    expected = describe_optimizers(
-        unsharded, table_configs("table_wise", "rowwise_adagrad", learning_rate=0.25), adamw
-    )
+    tables = table_configs("table_wise", "rowwise_adagrad", learning_rate=0.25)
+    unsharded = fused_model(tables)
+    expected = describe_optimizers(unsharded, tables, build_dense_optimizer(unsharded, GROUPS)[1])
     for rank in ranks:
         assert rank["description"] == expected
         assert rank["dense"] == DENSE_NAMES

@@ -6,13 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embeddings import TableConfig, fuse_table_optimizers, plan_sharding, sharders
-from recsys.optimizer import (
-    DenseGroup,
-    build_dense_optimizer,
-)
+from embeddings import TableConfig
+from recsys.optimizer import DenseGroup, build_dense_optimizer
 from tests.embeddings.tables_model import (
     BATCH,
     LABELS,
@@ -22,6 +18,8 @@ from tests.embeddings.tables_model import (
     initial_tables,
     jagged,
     local_shards,
+    rank_rows,
+    sharded_model,
     table_configs,
     whole_table,
 )
@@ -63,16 +61,9 @@ def train_all_cases(rank: int, world_size: int) -> dict[tuple[str, int], RankRun
 
 
 def train(rank: int, world_size: int, sharding: str, rates: dict[str, float | None]) -> RankRun:
-    torch.manual_seed(SEED)
-    tables = configured(sharding, rates)
-    model = TablesModel(tables)
-    fuse_table_optimizers(model, tables)
-    plan = plan_sharding(model, tables, batch_size=BATCH // world_size)
-    sharded = DistributedModelParallel(model, plan=plan, sharders=sharders())
+    sharded = sharded_model(configured(sharding, rates), batch_size=BATCH // world_size)
     optimizer, _ = build_dense_optimizer(sharded, [DenseGroup("all", [""], weight_decay=0.1)])
-    size = BATCH // world_size
-    rows = slice(rank * size, (rank + 1) * size)
-    shards = []
+    rows, shards = rank_rows(rank, world_size), []
     for step in range(STEPS):
         logits, _ = sharded(jagged(step, rows))
         optimizer.zero_grad()

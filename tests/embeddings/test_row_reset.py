@@ -12,11 +12,18 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embeddings.table_rows as row_reset_module
-from embeddings import fuse_table_optimizers, plan_sharding, sharders
+from embeddings import TableConfig
 from embeddings.table_rows import RowReset, TableShard
 from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.optimizer import DenseGroup, build_dense_optimizer
-from tests.embeddings.tables_model import SEED, TablesModel, initial_tables, jagged, table_configs
+from tests.embeddings.tables_model import (
+    SEED,
+    TablesModel,
+    initial_tables,
+    jagged,
+    sharded_model,
+    table_configs,
+)
 from tests.ranks import run_on_ranks
 
 PLANS = [
@@ -28,15 +35,10 @@ PLANS = [
 RESET = {"user": [0, 9], "item": [3, 6]}  # on either rank under row-wise sharding
 
 
-def sharded_model(
-    sharding: Any, optimizer: Any, model_class: type[TablesModel] = TablesModel
+def with_optimizer(
+    tables: list[TableConfig], model: TablesModel | None = None
 ) -> tuple[DistributedModelParallel, Any]:
-    torch.manual_seed(SEED)
-    tables = table_configs(sharding, optimizer)
-    model = model_class(tables)
-    fuse_table_optimizers(model, tables)
-    plan = plan_sharding(model, tables, batch_size=4)
-    sharded = DistributedModelParallel(model, plan=plan, sharders=sharders())
+    sharded = sharded_model(tables, model)
     return sharded, build_dense_optimizer(sharded, [DenseGroup("all", [""])])[0]
 
 
@@ -64,14 +66,15 @@ def train_and_reset(rank: int, world_size: int) -> dict[tuple[str, str], Any]:
     for plan in PLANS:
         sharding: Any = plan[0]
         optimizer: Any = plan[1]
-        model, combined = sharded_model(sharding, optimizer)
+        tables = table_configs(sharding, optimizer)
+        model, combined = with_optimizer(tables)
         for step in range(2):
             loss = model(jagged(step, slice(rank, 4, world_size)))[0].square().mean()
             combined.zero_grad()
             loss.backward()
             combined.step()
         before = state_of(model)
-        reset = RowReset(model, table_configs(sharding, optimizer), seed=SEED)
+        reset = RowReset(model, tables, seed=SEED)
         for table, rows in RESET.items():
             reset(table, torch.tensor(rows))
         states[plan] = before, state_of(model)
@@ -184,7 +187,8 @@ def train_ahead_and_in_turn(rank: int, world_size: int) -> list[tuple[Any, Any]]
     for sharding in ("row_wise", "column_wise"):
         ends = []
         for ahead in (True, False):
-            model, combined = sharded_model(sharding, "rowwise_adagrad", PipelinedModel)
+            tables = table_configs(sharding, "rowwise_adagrad")
+            model, combined = with_optimizer(tables, PipelinedModel(tables))
             batches = mapped_batches(model, sharding, rank, world_size)
             if ahead:
                 pipeline = TrainPipelineSparseDist(model, combined, torch.device("cpu"))

@@ -10,20 +10,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import EmbeddingModuleShardingPlan
 
-from embeddings import fuse_table_optimizers, plan_sharding, sharders
 from recsys.optimizer import DenseGroup, build_dense_optimizer
 from tests.embeddings.tables_model import (
     BATCH,
     LABELS,
-    SEED,
     STEPS,
     TablesModel,
     initial_tables,
     jagged,
     local_shards,
+    rank_rows,
+    sharded_model,
     table_configs,
     train_in_plain_pytorch,
     whole_table,
@@ -55,16 +54,10 @@ def train_all_cases(rank: int, world_size: int) -> dict[tuple[str, str], RankRun
 def train(
     rank: int, world_size: int, sharding: Any, optimizer: Any, kernel: Any = "fused"
 ) -> RankRun:
-    torch.manual_seed(SEED)
-    device = rank_device()
+    device, rows = rank_device(), rank_rows(rank, world_size)
     tables = table_configs(sharding, optimizer, kernel=kernel)
-    model = TablesModel(tables)
-    fuse_table_optimizers(model, tables)
-    plan = plan_sharding(model, tables, device=device, batch_size=BATCH // world_size)
-    sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders())
+    sharded = sharded_model(tables, device=device, batch_size=BATCH // world_size)
     combined, _ = build_dense_optimizer(sharded, [DenseGroup("all", [""], learning_rate=0.01)])
-    size = BATCH // world_size
-    rows = slice(rank * size, (rank + 1) * size)
     labels = LABELS[:, rows].to(device)
     all_logits = []
     for step in range(STEPS):
@@ -81,7 +74,7 @@ def train(
         logits=torch.stack(all_logits),
         last_shards=local_shards(sharded),
         dense=dense,
-        ranks_of_table=ranks_of_table(plan),
+        ranks_of_table=ranks_of_table(sharded.plan),
     )
 
 
@@ -154,10 +147,7 @@ def shard_real_weights(rank: int, world_size: int) -> dict[str, dict[str, list[A
         with torch.no_grad():
             for parameter in [*model.bags.parameters(), *model.sequences.parameters()]:
                 parameter.copy_(torch.arange(parameter.numel()).view(parameter.shape))
-        fuse_table_optimizers(model, tables)
-        plan = plan_sharding(model, tables)
-        sharded = DistributedModelParallel(model, plan=plan, sharders=sharders())
-        shards[sharding] = local_shards(sharded)
+        shards[sharding] = local_shards(sharded_model(tables, model))
     return shards
 
 

@@ -10,8 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from embeddings.table_rows import TableRows
-from tests.embeddings.tables_model import DIM, initial_tables, jagged, local_shards, whole_table
-from tests.embeddings.test_row_reset import sharded_model
+from tests.embeddings.tables_model import (
+    DIM,
+    initial_tables,
+    jagged,
+    local_shards,
+    table_configs,
+    whole_table,
+)
+from tests.embeddings.test_row_reset import with_optimizer
 from tests.ranks import run_on_ranks
 
 SHARDINGS = ["row_wise", "table_wise", "column_wise"]
@@ -23,7 +30,7 @@ def rows_on_rank(rank: int, world_size: int) -> dict[str, Any]:
     assert group is not None
     result = {}
     for sharding in SHARDINGS:
-        model, combined = sharded_model(sharding, "rowwise_adagrad")
+        model, combined = with_optimizer(table_configs(sharding, "rowwise_adagrad"))
         untrained = TableRows(model, "item", group).mean()
         loss = model(jagged(1, slice(rank, 4, world_size)))[0].square().mean()
         combined.zero_grad()

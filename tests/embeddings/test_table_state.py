@@ -22,10 +22,9 @@ from embeddings import table_state as table_state_module
 from embeddings.table_state import (
     TableOptimizerState,
     in_blocks,
-    set_table_steps,
-    table_kernels,
     table_weights,
 )
+from embeddings.torchrec_internals import table_kernels
 from tests.ranks import run_on_ranks
 
 ROWS, DIM = 7, 16
@@ -108,7 +107,7 @@ def test_other_column_shards_get_the_mean_of_what_they_share(folder: Path) -> No
 
 def steps_of_kernels(rank: int, world_size: int) -> list[int]:
     model = build("row_wise")
-    set_table_steps(model, 7)
+    model.fused_optimizer.set_optimizer_step(7)
     return [int(kernel.iter) for kernel in table_kernels(model)]
 
 

@@ -1,8 +1,14 @@
-"""Unpooled lookups as bags of one id against FBGEMM's own kernels for unpooled lookups."""
+"""Private parts of TorchRec and FBGEMM: which have changed, and lookups as bags of one id.
+
+The reference of the bags are FBGEMM's own kernels for lookups without pooling.
+"""
 
 from __future__ import annotations
 
+import inspect
+from importlib.metadata import version
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +19,10 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from torch import Tensor
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
-from embeddings.single_id_bags import SingleIdBags
+from embeddings.torchrec_internals import TORCHREC_VERSION, SingleIdBags
 
 ROWS, DIM, BATCH = (7, 5), 4, 3
 # Of three features, two on the first table: ids of each, and lengths of each by row of the batch.
@@ -91,3 +99,21 @@ def test_a_lookup_shows_what_it_is_and_keeps_the_names_of_its_state() -> None:
     SingleIdBags.take_over(bags)
     assert str(bags).startswith("SingleIdBags(")
     assert bags.state_dict().keys() == names
+
+
+PRIVATE_PARTS: dict[Any, str] = {
+    ShardedEmbeddingCollection: "_lookups",
+    ShardedEmbeddingBagCollection: "_lookups",
+    SplitTableBatchedEmbeddingBagsCodegen: "use_cpu pooling_mode feature_dims feature_table_map "
+    "max_D reset_cache_states",
+}
+
+
+def test_the_installed_torchrec_has_the_private_parts_that_tables_use() -> None:
+    missing = [
+        f"{part.__name__}.{name}"
+        for part, names in PRIVATE_PARTS.items()
+        for name in names.split()
+        if name not in inspect.getsource(part)
+    ]
+    assert not missing, f"written for TorchRec {TORCHREC_VERSION}, not {version('torchrec')}"

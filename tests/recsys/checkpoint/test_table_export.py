@@ -1,7 +1,6 @@
 """The tables in a checkpoint end in Parquet row for row, whatever cut them; and back again."""
 
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,9 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embeddings import fuse_table_optimizers, plan_sharding, sharders
 from recsys.build import build_job
 from recsys.checkpoint import table_export
 from recsys.checkpoint.state import model_state
@@ -20,10 +17,9 @@ from recsys.config import load_config
 from recsys.distributed.ranks import joined_ranks
 from tests.datasets import write_dataset
 from tests.embeddings.tables_model import (
-    SEED,
-    TablesModel,
     initial_tables,
     local_shards,
+    sharded_model,
     table_configs,
     whole_table,
 )
@@ -68,18 +64,9 @@ def assert_equal(tables: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 # On ranks
 
 
-def sharded_model(sharding: Any, seed: int) -> DistributedModelParallel:
-    torch.manual_seed(seed)
-    tables = table_configs(sharding)
-    model = TablesModel(tables)
-    fuse_table_optimizers(model, tables)
-    plan = plan_sharding(model, tables)
-    return DistributedModelParallel(model, plan=plan, sharders=sharders())
-
-
 def save_shards(rank: int, world_size: int, folder: str) -> None:
     for sharding in SHARDINGS:
-        state = sharded_model(sharding, SEED).state_dict()
+        state = sharded_model(table_configs(sharding)).state_dict()  # type: ignore[arg-type]
         tables = {
             key(name.split(".")[-2]): value
             for name, value in state.items()
