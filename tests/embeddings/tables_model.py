@@ -50,14 +50,16 @@ BATCHES: list[dict[str, list[list[int]]]] = [
         "history": [[], [2, 3, 4], [6, 0], [1]],
     },
 ]
+RATES = {"user": 0.1, "tags": 0.05, "item": 0.07}  # learning rate of each table
 LABELS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
 
 
 def table_configs(
     sharding: Sharding = "auto",
     optimizer: TableOptimizer = "sgd",
-    learning_rate: float = 0.1,
+    learning_rate: float | None = None,
     kernel: Kernel = "fused",
+    frozen: str = "",
 ) -> list[TableConfig]:
     def table(name: str, rows: int, features: list[str], pooling: str) -> TableConfig:
         return TableConfig(
@@ -68,8 +70,9 @@ def table_configs(
             pooling=pooling,  # type: ignore[arg-type]
             sharding=sharding,
             optimizer=optimizer,
-            learning_rate=learning_rate,
+            learning_rate=learning_rate or RATES[name],
             init_std=0.1,
+            frozen=name == frozen,
             kernel=kernel,
         )
 
@@ -153,7 +156,7 @@ def initial_tables(device: str = "cpu") -> dict[str, Tensor]:
 
 
 def train_in_plain_pytorch(
-    optimizer: TableOptimizer, column_shards: int, learning_rate: float = 0.1, device: str = "cpu"
+    optimizer: TableOptimizer, column_shards: int, device: str = "cpu", frozen: str = ""
 ) -> PlainRun:
     """The whole batch on the host with ``embedding_bag`` and a hand-written update.
 
@@ -174,7 +177,8 @@ def train_in_plain_pytorch(
         ((logits - LABELS[step]) ** 2).mean().backward()
         adamw.step()
         for name, weight in tables.items():
-            _update(weight, moments[name], optimizer, learning_rate)
+            rate = 0.0 if name == frozen else RATES[name]
+            _update(weight, moments[name], optimizer, rate)
     weights = {name: weight.detach() for name, weight in tables.items()}
     weights |= {f"dense.{name}": value.detach() for name, value in dense.named_parameters()}
     return PlainRun(torch.stack(all_logits), weights)

@@ -168,20 +168,6 @@ def test_a_large_table_holds_nearly_as_many_ids_as_it_has_rows() -> None:
     assert vocabulary.counts().known > 0.94 * 10_000
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_embeddings": 1}, "num_embeddings is 1"),
-        ({"admit_after": 0}, "admit_after is 0"),
-        ({"half_life": 0.0}, "half_life is 0.0"),
-        ({"protect_steps": -1}, "protect_steps is -1"),
-    ],
-)
-def test_arguments_out_of_range_are_named(arguments: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        BoundedVocabulary(**{"num_embeddings": 9, **arguments})  # type: ignore[arg-type]
-
-
 # 301 rows: three sets, so that of two ranks one has more, and of three each has one.
 STEPS, IDS_PER_STEP = 15, 200
 

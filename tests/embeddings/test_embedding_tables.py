@@ -18,12 +18,10 @@ def table(name: str = "item", **changes: Any) -> TableConfig:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"embedding_dim": -4}, "table 'item': embedding_dim is -4"),
         ({"features": []}, "table 'item': no features"),
         ({"features": ["a", "a"]}, "table 'item': feature 'a'"),
         ({"pooling": "max"}, "pooling is 'max'"),
         ({"sharding": "data_parallel"}, "sharding is 'data_parallel'.*auto"),
-        ({"learning_rate": -0.1}, "learning_rate is -0.1"),
         ({"init_std": float("nan")}, "init_std is nan"),
     ],
 )

@@ -157,14 +157,6 @@ def test_raw_ids_are_mapped_and_unknown_ones_left_out(tmp_path: Path) -> None:
         load(path, ExactVocabulary(10).find)
 
 
-def test_a_map_that_refuses_the_ids_is_told_with_the_file(tmp_path: Path) -> None:
-    vocabulary = ExactVocabulary(10)
-    vocabulary.extend([pa.array([7])])
-    path = write(tmp_path / "vectors.parquet", ["seven"], vectors([0]))
-    with pytest.raises(ValueError, match=r"vectors\.parquet: column 'id': .*integers"):
-        load(path, vocabulary.find)
-
-
 def test_columns_may_have_other_names(tmp_path: Path) -> None:
     columns = {"movie": [1], "embedding": vectors([1]).tolist(), "id": ["unrelated"]}
     pq.write_table(pa.table(columns), tmp_path / "vectors.parquet")

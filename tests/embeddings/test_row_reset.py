@@ -87,7 +87,7 @@ def resets() -> list[dict[tuple[str, str], Any]]:
 
 
 @pytest.mark.parametrize("plan", PLANS, ids="-".join)
-def test_reset_rows_have_their_initial_weights_and_others_stay(
+def test_reset_rows_have_initial_weights_and_no_moments_and_others_stay(
     resets: list[dict[tuple[str, str], Any]], plan: tuple[str, str]
 ) -> None:
     initial = initial_tables()
@@ -110,12 +110,6 @@ def test_reset_rows_have_their_initial_weights_and_others_stay(
     assert reset_places == {
         (table, row, c) for table in RESET for row in RESET[table] for c in starts
     }
-
-
-@pytest.mark.parametrize("plan", PLANS, ids="-".join)
-def test_reset_rows_have_no_moments_and_others_keep_theirs(
-    resets: list[dict[tuple[str, str], Any]], plan: tuple[str, str]
-) -> None:
     for rank in resets:
         weights, before, after = (
             rank[plan][0]["weights"],

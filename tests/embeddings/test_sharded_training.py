@@ -29,10 +29,11 @@ from tests.embeddings.tables_model import (
 )
 from tests.ranks import RunsByWorldSize, rank_device, run_on_ranks
 
+# Sharding, optimizer, and the table that is frozen, one of either collection.
 CASES = [
-    (sharding, optimizer)
+    (sharding, optimizer, frozen)
     for sharding in ("row_wise", "table_wise", "column_wise")
-    for optimizer in ("sgd", "rowwise_adagrad")
+    for optimizer, frozen in (("sgd", "tags"), ("rowwise_adagrad", ""), ("rowwise_adagrad", "item"))
 ]
 
 
@@ -45,17 +46,18 @@ class RankRun:
     last_shards: dict[str, list[tuple[list[int], Tensor]]]  # by table: offsets and weights
     dense: dict[str, Tensor]
     ranks_of_table: dict[str, set[int]]
+    states: dict[str, list[str]]  # by table here: the tensors that its fused optimizer keeps
 
 
-def train_all_cases(rank: int, world_size: int) -> dict[tuple[str, str], RankRun]:
+def train_all_cases(rank: int, world_size: int) -> dict[tuple[str, str, str], RankRun]:
     return {case: train(rank, world_size, *case) for case in CASES}
 
 
 def train(
-    rank: int, world_size: int, sharding: Any, optimizer: Any, kernel: Any = "fused"
+    rank: int, world_size: int, sharding: Any, optimizer: Any, frozen: str, kernel: Any = "fused"
 ) -> RankRun:
     device, rows = rank_device(), rank_rows(rank, world_size)
-    tables = table_configs(sharding, optimizer, kernel=kernel)
+    tables = table_configs(sharding, optimizer, kernel=kernel, frozen=frozen)
     sharded = sharded_model(tables, device=device, batch_size=BATCH // world_size)
     combined, _ = build_dense_optimizer(sharded, [DenseGroup("all", [""], learning_rate=0.01)])
     labels = LABELS[:, rows].to(device)
@@ -69,12 +71,14 @@ def train(
     dense = {
         name: value.detach().clone() for name, value in sharded.module.dense.named_parameters()
     }
+    states = sharded.fused_optimizer.state_dict()["state"]
     return RankRun(
         device=device.type,
         logits=torch.stack(all_logits),
         last_shards=local_shards(sharded),
         dense=dense,
         ranks_of_table=ranks_of_table(sharded.plan),
+        states={name.split(".")[-2]: list(state) for name, state in states.items()},
     )
 
 
@@ -88,7 +92,7 @@ def ranks_of_table(plan: Any) -> dict[str, set[int]]:
 
 
 @pytest.fixture(scope="module")
-def runs(device: str) -> dict[int, list[dict[tuple[str, str], RankRun]]]:
+def runs(device: str) -> dict[int, list[dict[tuple[str, str, str], RankRun]]]:
     """By number of ranks: every rank's runs of every case."""
     return RunsByWorldSize(train_all_cases, device=device)
 
@@ -105,11 +109,13 @@ def test_logits_and_weights_equal_plain_pytorch(
     assert_equal_to_plain_pytorch([run[case] for run in runs[world_size]], *case)
 
 
-def assert_equal_to_plain_pytorch(ranks: list[RankRun], sharding: str, optimizer: Any) -> None:
+def assert_equal_to_plain_pytorch(
+    ranks: list[RankRun], sharding: str, optimizer: Any, frozen: str
+) -> None:
     # Under column-wise sharding each column shard keeps its own row-wise moment.
     column_shards = len(ranks) if sharding == "column_wise" else 1
     device = ranks[0].device
-    plain = train_in_plain_pytorch(optimizer, column_shards, device=device)
+    plain = train_in_plain_pytorch(optimizer, column_shards, device, frozen)
     # A GPU adds up in another order.
     close = {"rtol": 0, "atol": 1e-6 if device == "cpu" else 1e-5}
     logits = torch.cat([run.logits for run in ranks], dim=1)
@@ -118,7 +124,11 @@ def assert_equal_to_plain_pytorch(ranks: list[RankRun], sharding: str, optimizer
     for name in ("user", "tags", "item"):
         table = whole_table([piece for run in ranks for piece in run.last_shards[name]])
         torch.testing.assert_close(table, plain.weights[name], **close)
-        assert not torch.allclose(table, start[name], atol=1e-3)
+        if name == frozen:
+            assert torch.equal(table, start[name])
+            assert not any(run.states.get(name) for run in ranks)
+        else:
+            assert not torch.allclose(table, start[name], atol=1e-3)
     for run in ranks:
         for name, value in run.dense.items():
             torch.testing.assert_close(value, plain.weights[f"dense.{name}"], **close)
@@ -134,7 +144,7 @@ def test_rows_in_host_memory_equal_plain_pytorch(kernel: str, world_size: int) -
 
 
 def test_table_wise_tables_are_spread_but_not_cut(runs: dict[int, list[Any]]) -> None:
-    places = runs[2][0]["table_wise", "sgd"].ranks_of_table
+    places = runs[2][0]["table_wise", "sgd", "tags"].ranks_of_table
     assert all(len(ranks) == 1 for ranks in places.values())
     assert set.union(*places.values()) == {0, 1}
 

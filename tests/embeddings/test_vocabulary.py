@@ -187,9 +187,3 @@ def test_two_ids_share_all_rows_with_probability_one_in_n_to_the_number_of_hashe
         shared = (sizes * (sizes - 1) / 2).sum()
         expected = pairs / num_embeddings**num_hashes
         assert abs(shared - expected) < 5 * np.sqrt(expected)
-
-
-@pytest.mark.parametrize(("num_embeddings", "num_hashes"), [(0, 1), (1, 0)])
-def test_hash_sizes_out_of_range_are_refused(num_embeddings: int, num_hashes: int) -> None:
-    with pytest.raises(ValueError, match=r"num_(embeddings|hashes) is 0"):
-        HashVocabulary(num_embeddings, num_hashes)

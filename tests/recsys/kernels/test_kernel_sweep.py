@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from tests.recsys.kernels.operator_cases import CASES, Case, Inputs, changed, mapped, tensors
 
@@ -110,13 +109,6 @@ def test_an_input_without_gradient_that_requires_one_is_refused(operator: str) -
         inputs[name].requires_grad_()
         with pytest.raises(ValueError, match=rf"recsys::{operator}: {name} requires a gradient"):
             case.native(inputs)
-
-
-@pytest.mark.parametrize("operator", CASES)
-def test_a_forward_mode_derivative_is_refused_by_name(operator: str) -> None:
-    case, inputs = CASES[operator], inputs_of(operator, "usual")
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"recsys::{operator} has no"):
-        case.native(inputs)
 
 
 @pytest.mark.parametrize("operator", CASES)
