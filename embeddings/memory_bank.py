@@ -247,18 +247,26 @@ class MemoryBank:
         """Complete a load into `state_dict` from a checkpoint. A collective."""
 
     def state_dict(self) -> dict[str, Tensor | ShardedTensor]:
-        """Return the rows, [num_items, D + 1], which share the bank's memory."""
+        """Return the rows, [num_items, D + 1], which share the bank's memory. A collective."""
         self._finish_write()
-        rows = self._block
-        if self._group is None:
-            return {"pool": rows}
-        pieces = []
-        if len(rows) > 0:
-            placement = f"rank:{dist.get_rank()}/{rows.device}"
-            metadata = ShardMetadata([self._first, 0], list(rows.shape), placement)
-            pieces.append(Shard(tensor=rows, metadata=metadata))
-        size = (self.num_items, self.dim + 1)
-        return {"pool": init_from_local_shards(pieces, *size, process_group=self._group)}
+        return {"pool": sharded_by_rows(self._block, self._first, self.num_items, self._group)}
+
+
+def sharded_by_rows(
+    block: Tensor,  # [rows of this rank, D]
+    first_row: int,
+    num_rows: int,
+    group: dist.ProcessGroup | None,
+) -> Tensor | ShardedTensor:  # [num_rows, D]
+    """Return the blocks of all ranks as one tensor that shares their memory. A collective."""
+    if group is None:
+        return block
+    pieces = []
+    if len(block):
+        placement = f"rank:{dist.get_rank()}/{block.device}"
+        metadata = ShardMetadata([first_row, 0], list(block.shape), placement)
+        pieces.append(Shard(tensor=block, metadata=metadata))
+    return init_from_local_shards(pieces, num_rows, block.shape[1], process_group=group)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._shard.sharded_tensor import (
-    Shard,
-    ShardedTensor,
-    ShardMetadata,
-    init_from_local_shards,
-)
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
+from embeddings.memory_bank import sharded_by_rows
 from embeddings.vocabulary.fixed import NULL_ID, check_num_embeddings, mix64
 from embeddings.vocabulary.row_sets import RowSets
 
@@ -197,24 +193,17 @@ class BoundedVocabulary:
         return VocabularyCounts(*totals.tolist())
 
     def state_dict(self) -> dict[str, Tensor | ShardedTensor]:
-        """Return the map, the use of its rows and the waiting ids: [S, R] each, shared."""
+        """Return the map, the use of its rows and the waiting ids: [S, R] each. A collective."""
         sets = self._sets
         arrays = {"ids": sets.ids, "last_used": sets.last_used, "scores": sets.scores}
         if sets.admit_after > 1:
             arrays |= {"waiting_ids": sets.waiting_ids, "waiting_counts": sets.waiting_counts}
-        return {name: self._sharded(torch.from_numpy(array)) for name, array in arrays.items()}
-
-    def _sharded(self, local: Tensor) -> Tensor | ShardedTensor:  # [sets of this rank, R] -> [S, R]
-        if self._group is None:
-            return local
-        pieces = []
-        if len(local):
-            placement = f"rank:{dist.get_rank()}/cpu"
-            metadata = ShardMetadata([self._first_set, 0], list(local.shape), placement)
-            pieces.append(Shard(local, metadata))
-        return init_from_local_shards(
-            pieces, self.num_sets, self.rows_per_set, process_group=self._group
-        )
+        return {
+            name: sharded_by_rows(
+                torch.from_numpy(array), self._first_set, self.num_sets, self._group
+            )
+            for name, array in arrays.items()
+        }
 
 
 @dataclass(frozen=True)

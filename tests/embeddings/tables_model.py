@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.nn import functional
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -24,6 +23,7 @@ from embeddings import (
     sharders,
 )
 from embeddings.table_sharders import CommunicationType
+from embeddings.table_state import table_weights
 from embeddings.tables import Kernel, Sharding, TableOptimizer
 
 DIM, SEED, STEPS, BATCH = 8, 11, 3, 4
@@ -218,8 +218,7 @@ def local_shards(model: torch.nn.Module) -> dict[str, list[tuple[list[int], Tens
             (list(piece.metadata.shard_offsets), piece.tensor.detach().clone())
             for piece in value.local_shards()
         ]
-        for name, value in model.state_dict().items()
-        if isinstance(value, ShardedTensor)
+        for name, value in table_weights(model).items()
     }
 
 

@@ -30,6 +30,7 @@ from tests.embeddings.tables_model import (
     STEPS,
     TablesModel,
     jagged,
+    local_shards,
     table_configs,
     train_in_plain_pytorch,
     whole_table,
@@ -94,22 +95,12 @@ def train(rank: int, folder: Path, sharding: Any, optimizer: Any) -> dict[str, A
         combined.step()
         mean.step()
     save_and_restore(sharded, folder)
-    return {"logits": torch.stack(logits), "pieces": pieces_of(sharded)}
-
-
-def pieces_of(model: DMPCollection) -> dict[str, list[tuple[list[int], Tensor]]]:
-    return {
-        name.split(".")[-2]: [
-            (list(piece.metadata.shard_offsets), piece.tensor.detach().clone())
-            for piece in value.local_shards()
-        ]
-        for name, value in table_weights(model).items()
-    }
+    return {"logits": torch.stack(logits), "pieces": local_shards(sharded)}
 
 
 def save_and_restore(model: DMPCollection, folder: Path) -> None:
     """Stores tables and moments once, not once per copy, and reads both copies from there."""
-    group, before = dist.group.WORLD, pieces_of(model)
+    group, before = dist.group.WORLD, local_shards(model)
     assert group is not None
     moments = TableOptimizerState(model, group)
     state = {name: in_blocks(value, group) for name, value in table_weights(model).items()}
@@ -118,9 +109,9 @@ def save_and_restore(model: DMPCollection, folder: Path) -> None:
     with torch.no_grad():
         for piece in (piece for value in state.values() for piece in value.local_shards()):
             piece.tensor.zero_()
-    assert not any(tensor.any() for pieces in pieces_of(model).values() for _, tensor in pieces)
+    assert not any(tensor.any() for pieces in local_shards(model).values() for _, tensor in pieces)
     dcp.load(state, checkpoint_id=folder)
-    for name, pieces in pieces_of(model).items():
+    for name, pieces in local_shards(model).items():
         for (_, result), (_, expected) in zip(pieces, before[name], strict=True):
             assert torch.equal(result, expected)
 

@@ -12,7 +12,6 @@ from embeddings import (
     TableConfig,
     build_embedding_bag_collection,
     build_embedding_collection,
-    format_plan,
     fuse_table_optimizers,
     plan_sharding,
 )
@@ -88,21 +87,6 @@ def test_column_shards_are_as_many_as_ranks_where_kernels_allow(
         pieces = shards(sharding_of(plan(tables, machine_topology(world_size, 1, CPU)))["wide"])
         assert [piece.shard_sizes[1] for piece in pieces] == widths
         assert len({piece.placement.rank() for piece in pieces}) == len(widths)
-
-
-def test_a_plan_reads_as_one_line_per_table() -> None:
-    tables = [
-        table("user", rows=1 << 16, pooling="sum", sharding="row_wise"),
-        table("item", rows=10, sharding="table_wise"),
-    ]
-    header, rule, user, item = format_plan(
-        plan(tables, machine_topology(2, 2, CPU)), tables
-    ).splitlines()
-    assert header.split("  ")[0] == "table" and set(rule) == {"-", " "}
-    assert " ".join(user.split()) == (
-        "user 65536 x 16 4.00 row_wise fused 0: 32768 x 16, 1: 32768 x 16"
-    )
-    assert item.split()[:7] == ["item", "10", "x", "16", "0.00", "table_wise", "fused"]
 
 
 def small_topology(world_size: int) -> Topology:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from torch import nn
@@ -49,17 +50,6 @@ def test_a_table_in_host_memory_takes_the_bytes_of_its_cache_on_the_device() -> 
     assert table_memory(uncached, planned([uncached], EIGHT_BY_EIGHT)).on_device_of(0) == 0
 
 
-def test_host_memory_is_offered_to_what_does_not_fit_on_the_devices() -> None:
-    tables = [table(rows=20 * BILLION, pooling="none")]
-    host = EIGHT_BY_EIGHT.device.host_memory_bytes
-    lines = what_does_not_fit(tables, EIGHT_BY_EIGHT.device.memory_bytes, 64, host)
-    assert "enough would be: kernel 'uvm_caching' for table 'item'" in lines
-    planned([replace(tables[0], kernel="uvm_caching")], EIGHT_BY_EIGHT)
-
-    too_little = what_does_not_fit(tables, EIGHT_BY_EIGHT.device.memory_bytes, 64, host // 4)
-    assert not any("kernel" in line for line in too_little)
-
-
 @pytest.mark.parametrize("kernel", ["uvm", "uvm_caching"])
 def test_host_memory_beside_a_gpu_is_refused_on_cpu(kernel: str) -> None:
     with pytest.raises(ValueError, match=rf"'item': kernel '{kernel}' needs CUDA.*'fused'"):
@@ -100,19 +90,24 @@ def test_what_does_not_fit_is_refused_by_the_planner_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "fix"),
     [
-        ({"sharding": "table_wise"}, "sharding 'row_wise' for table 'item'"),
-        ({"optimizer": "adam"}, "optimizer 'rowwise_adagrad' for table 'item'"),
+        ({"sharding": "table_wise"}, "sharding 'row_wise'"),
+        ({"optimizer": "adam"}, "optimizer 'rowwise_adagrad'"),
+        ({"num_embeddings": 20 * BILLION}, "kernel 'uvm_caching'"),
     ],
 )
-def test_a_fix_that_is_named_is_enough(change: dict[str, str], words: str) -> None:
-    too_large = table(rows=6 * BILLION, **change)
-    lines = what_does_not_fit([too_large], 79 * GIB, 64)
+def test_a_fix_that_is_named_is_enough(change: dict[str, Any], fix: str) -> None:
+    too_large = replace(table(rows=6 * BILLION), **change)
+    bytes_per_rank, host_bytes = 79 * GIB, EIGHT_BY_EIGHT.device.host_memory_bytes
+    lines = what_does_not_fit([too_large], bytes_per_rank, 64, host_bytes)
 
-    assert any(line.endswith(f": {words}") for line in lines)
-    setting, value = words.split(" for ")[0].split(" ")
-    assert not what_does_not_fit([replace(too_large, **{setting: value.strip("'")})], 79 * GIB, 64)
+    assert f"enough would be: {fix} for table 'item'" in lines
+    setting, value = fix.split(" ")
+    changed = replace(too_large, **{setting: value.strip("'")})
+    assert not what_does_not_fit([changed], bytes_per_rank, 64, host_bytes)
+    too_little = what_does_not_fit([too_large], bytes_per_rank, 64, host_bytes // 100)
+    assert not any("kernel" in line for line in too_little)
 
 
 def test_dimension_and_rows_that_would_fit_are_the_largest_that_do() -> None:

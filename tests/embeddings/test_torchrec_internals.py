@@ -33,15 +33,10 @@ BATCHES = {
 }
 
 
-def lookup(
-    optimizer: EmbOptimType, tables: tuple[int, ...] = (0, 0, 1)
-) -> SplitTableBatchedEmbeddingBagsCodegen:
+def lookup(optimizer: EmbOptimType) -> SplitTableBatchedEmbeddingBagsCodegen:
     module = SplitTableBatchedEmbeddingBagsCodegen(
-        [
-            (rows, DIM, EmbeddingLocation.HOST, ComputeDevice.CPU)
-            for rows in ROWS[: len(set(tables))]
-        ],
-        feature_table_map=list(tables),
+        [(rows, DIM, EmbeddingLocation.HOST, ComputeDevice.CPU) for rows in ROWS],
+        feature_table_map=[0, 0, 1],
         pooling_mode=PoolingMode.NONE,
         optimizer=optimizer,
         learning_rate=0.1,
@@ -80,17 +75,6 @@ def test_vectors_weights_and_moments_equal_those_without_pooling(optimizer: EmbO
         torch.testing.assert_close(result, reference, atol=1e-6, rtol=1e-6)
     before = lookup(optimizer).split_embedding_weights()[0]
     assert not torch.allclose(bags.split_embedding_weights()[0], before, atol=1e-3)
-
-
-@pytest.mark.parametrize("count", [4, 5])
-def test_features_of_one_table_keep_the_order_of_the_ids_and_their_gradients(count: int) -> None:
-    unpooled, bags = (lookup(EmbOptimType.EXACT_SGD, (0, 0)) for _ in range(2))
-    SingleIdBags.take_over(bags)
-    ids, offsets = torch.tensor([5, 1, 6, 1, 0][:count]), torch.tensor([0, 3, 3, count, count])
-    for module in (unpooled, bags):
-        assert torch.equal(module(ids, offsets), module.split_embedding_weights()[0][ids])
-        (module(ids, offsets) * torch.arange(1.0, count + 1).unsqueeze(1)).sum().backward()
-    torch.testing.assert_close(*(m.split_embedding_weights()[0] for m in (bags, unpooled)))
 
 
 PRIVATE_PARTS: dict[Any, str] = {

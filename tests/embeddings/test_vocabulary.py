@@ -73,18 +73,17 @@ def test_a_saved_map_is_read_back(tmp_path: Path, ids: list[int] | list[str]) ->
     assert loaded.unknown_row == 1999
 
 
-@pytest.mark.parametrize("kind", [pa.int8(), pa.uint64(), pa.dictionary(pa.int32(), pa.int16())])
-def test_every_integer_type_means_the_same_ids(kind: pa.DataType) -> None:
-    assert vocabulary_of([7, 5]).rows_of(pa.array([5, 6, 7], kind)).tolist() == [1, 999, 0]
-
-
+INTEGERS = [pa.int8(), pa.uint64(), pa.dictionary(pa.int32(), pa.int16())]
 STRINGS = [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
 
 
-@pytest.mark.parametrize("kind", STRINGS)
-def test_every_string_type_means_the_same_ids(kind: pa.DataType) -> None:
-    ids = pa.array(["b", "c", "a"], pa.string()).cast(kind)
-    assert vocabulary_of(["a", "b"]).rows_of(ids).tolist() == [1, 999, 0]
+@pytest.mark.parametrize("kind", INTEGERS + STRINGS)
+def test_every_type_of_integer_and_string_means_the_same_ids(kind: pa.DataType) -> None:
+    if kind in INTEGERS:
+        ids, known = pa.array([5, 6, 7], kind), [7, 5]
+    else:
+        ids, known = pa.array(["b", "c", "a"]).cast(kind), ["a", "b"]
+    assert vocabulary_of(known).rows_of(ids).tolist() == [1, 999, 0]  # type: ignore[arg-type]
 
 
 def test_slices_and_chunks_mean_their_own_ids() -> None:
@@ -172,18 +171,3 @@ def test_a_hashed_row_depends_on_the_id_alone_and_lies_in_the_table(
     assert rows.shape == (len(ids), 3) and rows.dtype == np.int64
     assert rows.min() >= 0 and rows.max() < num_embeddings
     assert np.array_equal(vocabulary.rows_of(array(ids[-1:])), rows[-1:])
-
-
-@pytest.mark.parametrize("text", [False, True], ids=["consecutive integers", "strings"])
-def test_two_ids_share_all_rows_with_probability_one_in_n_to_the_number_of_hashes(
-    text: bool,
-) -> None:
-    count, num_embeddings = 3000, 64
-    ids = pa.array([f"id-{i}" for i in range(count)] if text else range(count))
-    pairs = count * (count - 1) / 2
-    for num_hashes in (1, 2):
-        rows = HashVocabulary(num_embeddings, num_hashes).rows_of(ids)
-        _, sizes = np.unique(rows, axis=0, return_counts=True)
-        shared = (sizes * (sizes - 1) / 2).sum()
-        expected = pairs / num_embeddings**num_hashes
-        assert abs(shared - expected) < 5 * np.sqrt(expected)

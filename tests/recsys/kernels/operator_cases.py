@@ -338,12 +338,3 @@ def mapped(inputs: Inputs, change: Callable[[str, Tensor], Any]) -> Inputs:
 def changed(inputs: Inputs, name: str, tensor: Tensor) -> Inputs:
     """Return the inputs with another tensor of a name."""
     return mapped(inputs, lambda other, part: tensor if other == name else part)
-
-
-def backward_inputs(operator: str, inputs: Inputs, outputs: Any) -> Inputs:
-    """Return inputs of the backward: in place of a gradient the output of its shape."""
-    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-    schema = getattr(torch.ops.recsys, f"{operator}_backward").default._schema
-    names = [argument.name for argument in schema.arguments]
-    leading = dict(zip(names, outputs, strict=False))
-    return leading | {name: inputs[name] for name in names[len(outputs) :]}
