@@ -10,11 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recsys.kernels.operators import (
-    Operator,
-    as_float32,
-    as_int64,
-)
+from recsys.kernels.operators import Operator, as_float32, as_int64
 
 _INPUTS = (
     "Tensor queries, Tensor items, Tensor map, Tensor index, Tensor offsets, Tensor of_lists, "

@@ -10,13 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recsys.kernels.operators import (
-    Operator,
-    as_float32,
-    as_int64,
-    result_dtype,
-    row_stride,
-)
+from recsys.kernels.operators import Operator, as_float32, as_int64, result_dtype, row_stride
 
 _INPUTS = "Tensor content, Tensor ids, Tensor items, Tensor sharpness, bool normalize"
 MAX_LOGIT_BYTES = 16 << 20  # saved for the backward, which computes more of them again

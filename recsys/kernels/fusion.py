@@ -12,13 +12,7 @@ import torch
 from torch import Tensor
 
 from recsys.kernels.choice import rounds_products
-from recsys.kernels.operators import (
-    Operator,
-    as_float32,
-    as_int64,
-    result_dtype,
-    row_stride,
-)
+from recsys.kernels.operators import Operator, as_float32, as_int64, result_dtype, row_stride
 
 _INPUTS = (
     "Tensor tokens, Tensor mask, Tensor modality, Tensor noise, Tensor[] weights, int layers, "

@@ -1,4 +1,4 @@
-"""Registration of operators, the types of their inputs, and refused inputs.
+"""Operators with their backward, and the types of their inputs.
 
 Kernels read float32, int64 and bool. The functions `native_...` cast; operators refuse other types.
 """

@@ -14,12 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys.kernels.choice import rounds_products
-from recsys.kernels.operators import (
-    Operator,
-    as_float32,
-    as_int64,
-    result_dtype,
-)
+from recsys.kernels.operators import Operator, as_float32, as_int64, result_dtype
 
 MAX_UNITS = 512
 MAX_UNIT_BYTES = 16 * 2**20  # of units kept for the backward: larger blocks are not reused
