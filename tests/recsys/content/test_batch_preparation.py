@@ -1,4 +1,4 @@
-"""Batches before the pipeline: pinning, sampled items and searched histories."""
+"""Batches before the pipeline: sampled items and searched histories."""
 
 from __future__ import annotations
 

@@ -26,7 +26,14 @@ from recsys.data.batch import Batch
 from recsys.data.parquet.rows import ParquetRows
 from tests.datasets import write_dataset, write_parquet
 from tests.ranks import run_on_ranks
-from tests.recsys.em3_runs import TABLES, em3_config, ranks_of, table_pieces
+from tests.recsys.em3_runs import (
+    TABLES,
+    dense_gradients,
+    dense_weights,
+    em3_config,
+    ranks_of,
+    table_pieces,
+)
 
 SIZE, GROUP = 2, 2  # impressions per rank and batch, batches in a group
 GROUPS = [2, 2, 1]  # of five batches the last group has what is left
@@ -48,22 +55,6 @@ def batches_of(job: Job, sizes: list[int]) -> list[Batch]:
     return [job.batch_builder()(table.slice(*part)) for part in zip(starts, sizes)]
 
 
-def gradients(job: Job) -> dict[str, Tensor]:
-    return {
-        name: parameter.grad.clone()
-        for name, parameter in job.em3.named_parameters()
-        if parameter.grad is not None and not name.startswith("embedding")
-    }
-
-
-def weights(job: Job) -> dict[str, Tensor]:
-    return {
-        name: parameter.detach().clone()
-        for name, parameter in job.em3.named_parameters()
-        if parameter.requires_grad and not name.startswith("embedding")
-    }
-
-
 def train_in_groups(job: Job) -> dict[str, Any]:
     """What each of the batches leaves behind."""
     actual: dict[str, Any] = {"gradients": [], "stepped": [], "reductions": []}
@@ -75,9 +66,9 @@ def train_in_groups(job: Job) -> dict[str, Any]:
             job.pipeline.progress(batches)
         names = [event.name for event in profiler.events()]
         actual["reductions"].append(names.count("c10d::allreduce_"))
-        actual["gradients"].append(gradients(job))
+        actual["gradients"].append(dense_gradients(job.em3))
         actual["stepped"].append(job.pipeline.has_stepped)
-    return actual | {"weights": weights(job), "tables": table_pieces(job)}
+    return actual | {"weights": dense_weights(job.em3), "tables": table_pieces(job)}
 
 
 def train_on_joint_batches(job: Job) -> dict[str, Any]:
@@ -89,8 +80,8 @@ def train_on_joint_batches(job: Job) -> dict[str, Any]:
         loss, _ = job.model(batch)
         loss.backward()
         job.optimizer.step()
-        actual["gradients"].append(gradients(job))
-    return actual | {"weights": weights(job), "tables": table_pieces(job)}
+        actual["gradients"].append(dense_gradients(job.em3))
+    return actual | {"weights": dense_weights(job.em3), "tables": table_pieces(job)}
 
 
 def frozen_tables(folder: Path, accumulate_steps: int) -> Config:
@@ -154,20 +145,7 @@ def train_both_ways(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
             "grouped": train_in_groups(grouped),
             "joint": train_on_joint_batches(build_job(make_config(folder, 1), str(data), ranks)),
         }
-    actual["complaint"] = complaint_within_a_group(grouped)
     return actual
-
-
-def complaint_within_a_group(job: Job) -> str:
-    job.pipeline.begin(GROUP)
-    batches = iter(batches_of(job, BATCHES[:GROUP]))
-    job.pipeline.progress(batches)
-    try:
-        job.pipeline.begin(GROUP)
-    except RuntimeError as error:
-        job.pipeline.progress(batches)
-        return str(error)
-    return ""
 
 
 @pytest.fixture(scope="module")
@@ -227,11 +205,3 @@ def test_gradients_are_only_reduced_where_a_group_ends_and_not_on_one_rank(
         assert stepped == [False, True, False, True, True]
         # In its first backward of all DistributedDataParallel learns the graph, and reduces.
         assert [count > 0 for count in reductions[1:]] == stepped[1:]
-
-
-@by_world_size
-def test_nothing_else_may_begin_within_a_group(runs: Any, world_size: int) -> None:
-    for run in runs[world_size]:
-        assert run["complaint"] == (
-            "1 of 2 batches are accumulated; a dense step must end them before anything else begins"
-        )

@@ -71,17 +71,6 @@ def test_rank_0_says_what_happens_and_marks_warnings(capsys: pytest.CaptureFixtu
     assert logged(capsys, 0) == ["step 3", "warning: rank 0: slow"]
 
 
-def test_other_ranks_say_warnings_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    assert logged(capsys, 1) == ["warning: rank 1: slow"]
-
-
-@pytest.mark.parametrize(("level", "lines"), [("debug", 3), ("warning", 1), ("error", 0)])
-def test_a_level_holds_for_all_ranks(
-    capsys: pytest.CaptureFixture[str], level: str, lines: int
-) -> None:
-    assert len(logged(capsys, 1, level)) == lines
-
-
 def test_json_lines_have_level_source_rank_and_message(capsys: pytest.CaptureFixture[str]) -> None:
     first, _ = (json.loads(line) for line in logged(capsys, 2, "info", "json"))
     assert first.pop("asctime")

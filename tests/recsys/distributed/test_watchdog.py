@@ -4,14 +4,12 @@ All jobs run at the same time, as each mostly waits; the tests look at what they
 are forked from a server that has imported torch once.
 """
 
-import json
 import multiprocessing
 import os
 import re
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -24,7 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from recsys.distributed.ranks import Ranks, joined_ranks
+from recsys.distributed.ranks import joined_ranks
 from recsys.distributed.watchdog import (
     Heartbeat,
     Unchanged,
@@ -47,7 +45,6 @@ class Job:
     world_size: int = 2
     faulty: int = 1
     in_data: Callable[[], None] = lambda: None
-    in_forward: Callable[[], None] = lambda: None
     at_the_end: Callable[[], None] = lambda: None
     section: str | None = "armed"
     launcher_holds_the_store: bool = True
@@ -60,7 +57,6 @@ class Outcome:
     exit_codes: list[int | None] = field(default_factory=list)  # None: did not end by itself
     seconds: list[float] = field(default_factory=list)  # from the fault to its end
     output: list[str] = field(default_factory=list)
-    reports: list[str | None] = field(default_factory=list)  # for torchrun
 
 
 def stop_this_process() -> None:
@@ -85,7 +81,6 @@ JOBS = {
         world_size=3, faulty=0, in_data=stop_this_process, launcher_holds_the_store=False
     ),
     "slow in data": Job(in_data=sleep_until_killed),
-    "slow in forward": Job(world_size=3, in_forward=sleep_until_killed),
     "slow in a pause": Job(in_data=sleep_long, section="paused"),
     "ends later than the others": Job(at_the_end=sleep_long),
     "fails": Job(in_data=fail),
@@ -101,7 +96,6 @@ def run_rank(name: str, rank: int, port: int, folder: Path) -> None:
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": str(job.launcher_holds_the_store),
-        "TORCHELASTIC_ERROR_FILE": str(folder / f"{rank}.report"),
         "GLOO_SOCKET_IFNAME": "lo",
     }
     os.dup2(os.open(folder / f"{rank}.output", os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
@@ -133,8 +127,6 @@ def train(job: Job, watchdog: Watchdog, marker: Path) -> None:
         for step, batch in enumerate(batches(job, marker)):
             watchdog.mark(f"batch {step}")
             dist.all_reduce(batch)
-            if step == FAULTY_STEP:
-                job.in_forward()
             dist.all_reduce(batch)
     job.at_the_end()
 
@@ -163,14 +155,8 @@ def collect(job: Job, folder: Path, ends: list[float | None], codes: list[int | 
     outcome = Outcome(exit_codes=codes)
     fault = (folder / f"{job.faulty}.fault").stat().st_mtime
     for rank, end in enumerate(ends):
-        report = folder / f"{rank}.report"
         outcome.seconds.append((end or float("inf")) - fault)
         outcome.output.append((folder / f"{rank}.output").read_text())
-        outcome.reports.append(
-            json.loads(report.read_text())["message"]["extraInfo"]["py_callstack"]
-            if report.exists()
-            else None
-        )
     return outcome
 
 
@@ -223,15 +209,11 @@ def test_a_stopped_rank_is_named_on_every_other_rank(
         assert outcome.seconds[rank] > 0
 
 
-@pytest.mark.parametrize("name", ["slow in data", "slow in forward"])
-def test_a_slow_rank_is_named_on_every_rank_itself_included(
-    outcomes: dict[str, Outcome], name: str
-) -> None:
-    outcome = outcomes[name]
-    batch = {"slow in data": "batch 2", "slow in forward": "batch 3"}[name]
+def test_a_slow_rank_is_named_on_every_rank_itself_included(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["slow in data"]
     for rank, output in enumerate(outcome.output):
         assert f"rank {rank}: rank 1 has " in output and " 4 s " in output
-        assert f"'{batch}', in test_watchdog.py:" in output
+        assert "'batch 2', in test_watchdog.py:" in output
         assert "sleep_until_killed" in output
         assert outcome.exit_codes[rank] == 1
         assert outcome.seconds[rank] > 0
@@ -241,11 +223,6 @@ def test_every_rank_prints_the_stacks_of_its_threads(outcomes: dict[str, Outcome
     slow, waiting = outcomes["slow in data"].output[1], outcomes["slow in data"].output[0]
     assert "in sleep_until_killed" in slow and "in batches" in slow
     assert "in all_reduce" in waiting and "in train" in waiting
-
-
-def test_torchrun_is_given_the_finding_to_report(outcomes: dict[str, Outcome]) -> None:
-    for report in outcomes["slow in data"].reports:
-        assert report is not None and "rank 1 has " in report
 
 
 @pytest.mark.parametrize("name", ["slow in a pause", "ends later than the others"])
@@ -264,16 +241,6 @@ def test_a_job_that_fails_ends_with_its_own_error_and_no_finding(
     outcome = outcomes["fails"]
     assert outcome.output[1] == "the fault of this rank\n"
     assert outcome.exit_codes[1] == 1
-
-
-@pytest.mark.parametrize(("world_size", "timeout"), [(2, None), (2, 0.0), (1, 5.0)])
-def test_it_is_off_without_timeout_and_needless_for_one_rank(
-    world_size: int, timeout: float | None
-) -> None:
-    threads = threading.active_count()
-    with Watchdog(Ranks(0, world_size, 0, world_size, torch.device("cpu")), timeout) as watchdog:
-        watchdog.mark("batch 0")
-        assert threading.active_count() == threads
 
 
 def beat(collectives: int = 9, marks: int = 5, ended: bool = False) -> Heartbeat:

@@ -1,4 +1,4 @@
-"""Data and options that a run's evaluation, prediction or report cannot use, named in time."""
+"""Data that a run's evaluation or prediction cannot use, named in time."""
 
 from __future__ import annotations
 

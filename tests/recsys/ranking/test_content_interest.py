@@ -1,4 +1,4 @@
-"""Similarity features against a loop over groups, and what content interest puts together."""
+"""Similarity features against a loop over groups."""
 
 from __future__ import annotations
 

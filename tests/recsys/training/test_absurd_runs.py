@@ -12,13 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.cli import main
-from recsys.config import Config
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.row_source import RowSource
 from recsys.data.schema import load_schema
 from recsys.evaluation.model_selection import require_useful
 from recsys.storage.location import Location
-from recsys.training.train import check_best
 from tests.datasets import write_dataset
 from tests.recsys.command_runs import train_words
 
@@ -65,19 +63,3 @@ def test_errors_far_above_those_of_a_constant_are_refused(tmp_path: Path) -> Non
         labels = {"clicked": {"logloss": 0.5}, "bought": useless}
         with pytest.raises(ValueError, match=r"valid.*'bought'"):
             require({"logloss": 0.5, "labels": labels})
-
-
-def test_a_model_that_is_useless_on_the_test_split_alone_ends_the_command_with_an_error(
-    tmp_path: Path,
-) -> None:
-    data = write_dataset(tmp_path / "data")
-    file = data / "test" / "part-0.parquet"
-    table = pq.read_table(file)
-    prices = pa.array(np.full(table.num_rows, 1e6, np.float32))
-    place = table.schema.get_field_index("price")
-    pq.write_table(table.set_column(place, "price", prices), file)
-    metrics = {"valid": {"logloss": 0.7}, "test": {"logloss": 0.7, "num_samples": 20}}
-    check_best(metrics, Config(), str(data), tmp_path / "run")
-    metrics["test"]["logloss"] = 2e8
-    with pytest.raises(ValueError, match=r"test: the log loss.*'price' \(1e\+06"):
-        check_best(metrics, Config(), str(data), tmp_path / "run")

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.optim.lr_scheduler import LambdaLR
 
 from recsys.checkpoint.files import folders_by_age
 from recsys.distributed.lockstep import TrainingStopped
@@ -61,22 +60,3 @@ def test_sigterm_within_a_group_is_obeyed_at_its_end_and_the_run_goes_on_to_the_
         run_training(folder, tmp_path / "run", *GROUP)
     assert [number for number, _ in first.steps + second.steps] == list(range(1, 17))
     assert_same_end(tmp_path / "run", whole)
-
-
-def test_a_run_may_go_on_with_groups_of_another_size_and_in_other_types(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_training(folder, tmp_path / "run", *GROUP, "--epochs", "1")
-    scheduled: list[int] = []
-    before = LambdaLR.step
-
-    def step(schedule: LambdaLR) -> None:
-        before(schedule)
-        scheduled.append(schedule.last_epoch)
-
-    monkeypatch.setattr(LambdaLR, "step", step)
-    types = ["--precision", "bf16", "--embedding.communication.forward", "fp16"]
-    run_training(folder, tmp_path / "run", "--accumulate_steps", "8", *types)
-    last = progress_of(folders_by_age(tmp_path / "run" / "checkpoints")[0])
-    assert (last["steps"], last["dense_steps"]) == (16, 4 + 1)
-    assert scheduled == [0, 5]  # when it is built, and after the one group of 8

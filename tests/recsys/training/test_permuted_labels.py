@@ -13,8 +13,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as some
 
 from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.cli import main
@@ -92,20 +90,6 @@ def test_scores_of_valid_and_test_depend_on_no_label_there_and_on_no_other_row(
         expected, actual = scores_by(first, split, data), scores_by(second, split, other)
         assert np.array_equal(expected[unchanged], actual[unchanged])
         assert np.array_equal(scores_by(second, split, data), expected)
-
-
-@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=some.integers(0, 2**16), groups=some.integers(1, 12), split=some.sampled_from("vt"))
-def test_whatever_the_permutation_no_score_changes(
-    seed: int, groups: int, split: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    name, folder = {"v": "valid", "t": "test"}[split], tmp_path_factory.mktemp("any")
-    words = [*MODELS["votes"], "--ranking.opinion_groups", str(groups)]
-    data = write_data(folder / "data")
-    other = changed(data, folder / "other", name, seed)
-    runs = [run_on(place, folder / f"run_{place.name}", *words) for place in (data, other)]
-    first, second = (scores_by(run, name, data) for run in runs)
-    assert np.array_equal(first, second)
 
 
 @pytest.mark.long

@@ -17,7 +17,7 @@ from recsys.distributed.log import configure_logging, progress_bar
 from tests.datasets import write_dataset
 from tests.recsys.command_runs import train_words
 
-SHORT = ["--epochs", "2", "--batch_size", "24", "--content", "none", "--profile_steps", "2"]
+SHORT = ["--epochs", "2", "--batch_size", "24", "--content", "none"]
 
 
 class Terminal(io.StringIO):
@@ -80,22 +80,11 @@ def test_each_epoch_has_a_bar_that_ends_with_a_loss(trained: Terminal) -> None:
         assert re.search(r"loss \d\.\d{4} .* samples/s\]$", bar)
 
 
-def test_no_line_is_mixed_with_a_bar(trained: Terminal) -> None:
-    bars = [line for line in trained.screen() if re.search(r"\d+%|it/s|\[\d\d:\d\d", line)]
-    assert len(bars) == 2
-    assert any(line.endswith("step 3") for line in trained.screen())
-
-
 def test_every_label_is_shown_and_the_step_whose_model_was_tested(trained: Terminal) -> None:
     *_, valid, test = re.split(r"^validation|^test", "\n".join(trained.screen()), flags=re.M)
     for table in (valid, test):
         assert re.findall(r"^label (\w+) +auc +gauc", table, flags=re.M) == ["liked", "hated"]
     assert re.match(r", .*step [36]\n", test)
-
-
-def test_a_profile_says_why_it_has_no_steps(trained: Terminal) -> None:
-    (line,) = [line for line in trained.screen() if "profile_steps" in line]
-    assert "3 steps" in line and "6" in line  # of a stretch; what it takes
 
 
 def test_evaluate_and_predict_show_bars_and_leave_none(data: Path, trained: Terminal) -> None:

@@ -116,18 +116,3 @@ def test_a_run_of_one_number_is_evaluated_compared_reported_and_served(
     served = scorer.score(request["user"], request["history"], request["candidates"])
     first = predicted(folder, "one")["prediction_stars"][0].as_py()
     assert served[0, 0] == pytest.approx(first, abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"best_model_by": "auc"}, "best_model_by.*'stars'.*rmse"),
-        ({"backbone": "two_tower in_batch"}, "ranking.loss.*'stars'"),
-    ],
-)
-def test_settings_that_do_not_fit_a_number_are_refused(
-    folder: Path, tmp_path: Path, settings: dict[str, Any], message: str
-) -> None:
-    config = config_of(tmp_path, settings.pop("backbone", "dlrm"), **settings)
-    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=message):
-        train(config, str(folder / "one label"), tmp_path / "run", ranks)

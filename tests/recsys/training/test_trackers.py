@@ -34,17 +34,6 @@ def stored_runs(folder: Path) -> list[Any]:
     return list(client.search_runs([e.experiment_id for e in client.search_experiments()]))
 
 
-def test_mlflow_keeps_settings_and_metrics_in_the_run(tmp_path: Path, no_server: None) -> None:
-    (tracker,) = make_trackers(["mlflow"], tmp_path, SETTINGS, 0)
-    tracker.log({"train/loss": 0.5, "test/recall@10": 0.25}, 3)
-    tracker.close()
-
-    (run,) = stored_runs(tmp_path / "mlflow")
-    assert run.data.params == {"optimizer.learning_rate": "0.001", "tracker": "['mlflow']"}
-    assert run.data.metrics == {"train/loss": 0.5, "test/recall_at_10": 0.25}
-    assert run.info.status == "FINISHED"
-
-
 def test_a_run_that_goes_on_is_one_run_of_mlflow(tmp_path: Path, no_server: None) -> None:
     for first_step in (0, 3):
         (tracker,) = make_trackers(["mlflow"], tmp_path, SETTINGS, first_step)

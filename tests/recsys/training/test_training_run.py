@@ -18,10 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import recsys.training.train
 import recsys.training.trainer
-from recsys.build import Job, build_job
+from recsys.build import Job
 from recsys.config import load_config
-from recsys.distributed.ranks import Ranks, joined_ranks
-from recsys.evaluation.predict import evaluate, predict
+from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.predict import evaluate
 from recsys.training.train import train
 from recsys.training.trainer import Trainer
 from tests.datasets import write_dataset
@@ -33,6 +33,7 @@ from tests.recsys.command_runs import (
     assert_same_metrics,
     run_recsys,
 )
+from tests.recsys.em3_runs import ranks_of
 
 METRICS = {"auc", "gauc", "logloss", "ne", "num_samples"}
 
@@ -137,39 +138,16 @@ def test_metrics_json_equals_brute_force_over_the_predictions(
     assert report["cold"]["auc"] == pytest.approx(roc_auc_score(labels[cold], probability[cold]))
 
 
-def evaluate_and_predict(
-    rank: int, world_size: int, run: Path, source: Path, out: Path
-) -> dict[str, Any]:
-    ranks = Ranks(rank, world_size, rank, world_size, torch.device("cpu"))
-    predict(run, [str(source)], out, None, ranks, "cpu")
-    return evaluate(run, None, "test", ranks, "cpu")
+def evaluated(rank: int, world_size: int, run: Path) -> dict[str, Any]:
+    return evaluate(run, None, "test", ranks_of(rank, world_size), "cpu")
 
 
-@pytest.fixture(scope="module")
-def on_three_ranks(trained: TrainedRun, predicted: Any) -> tuple[list[dict[str, Any]], pa.Table]:
-    """The test metrics of each rank, and the predictions for a file of one row."""
-    source, out = trained.run.parent / "one.parquet", trained.run.parent / "one-out.parquet"
-    pq.write_table(predicted[0][0].slice(3, 1), source)
-    reports = run_on_ranks(evaluate_and_predict, 3, trained.run, source, out)
-    return reports, pq.read_table(out)
-
-
-def test_a_file_with_fewer_rows_than_ranks_is_predicted(
-    on_three_ranks: Any, predicted: Any
-) -> None:
-    _, table = on_three_ranks
-    assert table.num_rows == 1
-    expected = predicted[1]["prediction_liked"][3].as_py()
-    assert table["prediction_liked"][0].as_py() == pytest.approx(expected, abs=1e-6)
-
-
+@pytest.mark.parametrize("world_size", [1, 3])
 def test_a_run_of_two_ranks_evaluates_alike_on_one_and_on_three(
-    trained: TrainedRun, metrics: dict[str, Any], on_three_ranks: Any
+    trained: TrainedRun, metrics: dict[str, Any], world_size: int
 ) -> None:
-    for report in on_three_ranks[0]:
+    for report in run_on_ranks(evaluated, world_size, trained.run):
         assert_same_metrics(report, metrics["test"])
-    with joined_ranks("cpu") as ranks:
-        assert_same_metrics(evaluate(trained.run, None, "test", ranks, "cpu"), metrics["test"])
 
 
 @pytest.fixture(scope="module")
@@ -216,18 +194,6 @@ def test_training_ends_without_gain_and_the_best_model_is_kept_and_tested(
     assert metrics["valid"]["auc"] == aucs[best]
     assert [torch.equal(tested, weight) for weight in validated].index(True) == best
     assert not torch.equal(tested, validated[-1])
-
-
-@pytest.mark.parametrize("tf32", [True, False])
-def test_a_job_sets_the_precision_of_products(tmp_path: Path, tf32: bool) -> None:
-    data = write_dataset(tmp_path / "data")
-    words = ["--content", "none", "--contrastive.weight", "0", "--device", "cpu"]
-    with joined_ranks("cpu") as ranks:
-        build_job(load_config(TINY, [*words, "--tf32", str(tf32).lower()]), str(data), ranks)
-    try:
-        assert torch.backends.cuda.matmul.allow_tf32 == tf32
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 def test_the_trainer_is_freed_with_its_run_and_not_by_garbage_collection(tmp_path: Path) -> None:

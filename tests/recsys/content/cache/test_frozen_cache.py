@@ -1,4 +1,4 @@
-"""Cached outputs of frozen layers against running them at every step, on one rank and on two."""
+"""Cached outputs of frozen layers against running them at every step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoders that are no transformer, and encoders on the meta device."""
+"""Encoders that are no transformer."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Four partitions with new items and ids in each are walked twice on two ranks: in peace, and with
 kills at random moments: of one rank (SIGKILL), and of the other a little later. All state, scores
 and metrics must be equal to the last bit, every row trained on once per pass, and every partition
-scored once. With bounded items, rows pass from item to item meanwhile.
+scored once.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from recsys.checkpoint.files import folders_by_age
-from recsys.checkpoint.partitions import ContinualFolder
 from recsys.training.continual import walk as walk_module
 from recsys.training.trainer import LossWatch
 from tests.ranks import HANG_SECONDS, forking_server
@@ -138,17 +136,9 @@ def check_steps(place: Path) -> None:
         assert counts[name] == dict.fromkeys(range(rows), passes), name
 
 
-def evicted_of(run: Path) -> int:
-    """How many items lost their row in the last partition."""
-    (last, *_) = folders_by_age(ContinualFolder(run).run_of(NAMES[-1]) / "checkpoints")
-    progress = json.loads((last / "checkpoint.json").read_text())["progress"]
-    evicted: int = progress["vocabularies"].get("item", {}).get("evicted", 0)
-    return evicted
-
-
-def survive(folder: Path, kills: int, seed: int, bounded_items: bool = False) -> None:
+def survive(folder: Path, kills: int, seed: int) -> None:
     """Walk in peace, and as often with kills as it takes; compare."""
-    data, rng = write_walk(folder / "data", bounded_items=bounded_items), random.Random(seed)
+    data, rng = write_walk(folder / "data"), random.Random(seed)
     walk(data, folder / "peaceful", 0, rng, 0.0)
     begin = (folder / "peaceful" / "run" / "scores" / f"{NAMES[1]}.parquet").stat().st_mtime
     seconds, killed = time.time() - begin, 0  # of three partitions
@@ -158,4 +148,3 @@ def survive(folder: Path, kills: int, seed: int, bounded_items: bool = False) ->
         killed += walk(data, place, kills - killed, rng, 0.7 * seconds)
         check_steps(place)
         assert_same_end(folder / "peaceful" / "run", place / "run")
-    assert not bounded_items or evicted_of(folder / "peaceful" / "run") > 0

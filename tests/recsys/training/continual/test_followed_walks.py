@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -18,7 +17,7 @@ from recsys.cli import main
 from recsys.serving.delta import apply_delta
 from recsys.training.continual import packages
 from tests.ranks import HANG_SECONDS
-from tests.recsys.command_runs import TINY, program, run_recsys
+from tests.recsys.command_runs import TINY, program
 from tests.recsys.training.continual.kill_walks import survive
 from tests.recsys.training.continual.walk_runs import (
     NAMES,
@@ -103,24 +102,6 @@ def wait_until(happens: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 @pytest.mark.long
-def test_a_walk_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
-    write_walk(tmp_path / "data", 3)
-    process = run_recsys(*words_of(tmp_path, "--until", "2025-11-09"), ranks=2)
-    assert process.returncode == 0, process.stderr
-    assert main(words_of(tmp_path)) == 0
-    assert names_of(tmp_path / "run") == NAMES[:3]
-    shutil.rmtree(tmp_path / "data" / "train" / NAMES[0])  # rows that are no longer needed
-    write_partition(tmp_path / "data", 3)
-    (tmp_path / "data" / "train" / NAMES[3] / "part-0.parquet").write_bytes(b"PAR1")
-    process = run_recsys(*words_of(tmp_path), ranks=2)
-    assert process.returncode == 1 and process.stderr.count("part-0.parquet") == 2
-    write_partition(tmp_path / "data", 3)
-    process = run_recsys(*words_of(tmp_path), ranks=2)
-    assert process.returncode == 0, process.stderr
-    assert [line["partition"] for line in lines_of(tmp_path / "run")] == NAMES[1:]
-
-
-@pytest.mark.long
 def test_a_walk_survives_kills_with_the_same_bits(tmp_path: Path) -> None:
     survive(tmp_path, kills=3, seed=1)
 
@@ -163,9 +144,3 @@ def test_items_with_a_bounded_vocabulary_have_no_package(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"continual\.packages.*'item'.*bounded"):
         walk(tmp_path, tmp_path / "run", *with_packages(tmp_path / "packages"))
     assert not (tmp_path / "run" / "continual.json").exists()
-
-
-def test_packages_lie_beside_the_run(tmp_path: Path) -> None:
-    write_walk(tmp_path / "data", 1)
-    with pytest.raises(ValueError, match=r"continual\.packages .*run/packages: lies in"):
-        walk(tmp_path, tmp_path / "run", *with_packages(tmp_path / "run" / "packages"))

@@ -9,7 +9,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
 from recsys.checkpoint.partitions import ContinualFolder, RunState
 from recsys.cli import main
@@ -61,25 +60,11 @@ def bad_label(data: Path) -> None:
     pq.write_table(table.set_column(index, "liked", labels), file)
 
 
-def schema(change: Callable[[dict], object]) -> Callable[[Path], None]:
-    def write(data: Path) -> None:
-        content = yaml.safe_load((data / "schema.yaml").read_text())
-        change(content["columns"])
-        (data / "schema.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-
-    return write
-
-
 FAULTS = [
     (cut_short, r"part-1\.parquet"),
     (copied, rf"{NEXT}: has the 40 rows of {NAMES[0]}"),
     (rewritten, rf"{NAMES[0]}: has changed .*then 40 rows, now 39"),
     (bad_label, r"part-1\.parquet.*'liked'.*7"),
-    (schema(lambda columns: columns.pop("price")), r"'price'.*--warm-start"),
-    (
-        schema(lambda columns: columns["item"].update(num_embeddings=20)),
-        r"'item'.*num_embeddings is 20",
-    ),
 ]
 
 

@@ -127,7 +127,7 @@ def test_the_metrics_of_every_backbone_are_those_of_predictions_before(
     assert_predicted_alike(tmp_path, 1, tmp_path / "predicted.parquet")
 
 
-@pytest.mark.parametrize("case", ["content", "averages", "rows_of_content"])
+@pytest.mark.parametrize("case", ["content", "averages"])
 def test_the_first_partition_of_a_walk_is_scored_as_the_run_that_it_was_begun_from_predicts(
     case: str, tmp_path: Path
 ) -> None:

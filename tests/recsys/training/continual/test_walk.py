@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from recsys.checkpoint.files import folders_by_age
 from recsys.checkpoint.partitions import ContinualFolder
@@ -56,22 +55,6 @@ def test_cold_items_are_those_of_all_partitions_before(walked: Path) -> None:
     counts = Counter(pa.chunked_array([c for entry in before for c in entry.chunks]).to_pylist())
     items = pq.read_table(walked / "data" / "train" / NAMES[3])["item"].to_pylist()
     assert read_scores(folder.scores_of(NAMES[3])).counts.tolist() == [counts[i] for i in items]
-
-
-def test_the_last_partitions_are_kept_each_with_its_name_in_its_checkpoint(walked: Path) -> None:
-    folder = ContinualFolder(walked / "run")
-    assert sorted(run.name for run in folder.partitions.iterdir()) == NAMES[2:]
-    for name in NAMES[2:]:
-        (last, *_) = folders_by_age(folder.run_of(name) / "checkpoints")
-        assert json.loads((last / "checkpoint.json").read_text())["rows"] == f"train/{name}"
-
-
-def test_trackers_have_one_record_of_all_partitions(walked: Path) -> None:
-    events = EventAccumulator(str(walked / "run" / "tensorboard"), {"scalars": 0}).Reload()
-    steps = np.cumsum([-(-rows // 8) for rows in ROWS])
-    for tag, entry in (("prequential/auc", steps[:-1]), ("train/loss", steps)):
-        assert [event.step for event in events.Scalars(tag)] == entry.tolist()
-    assert "prequential/unseen/auc" in events.Tags()["scalars"]
 
 
 def test_scores_do_not_depend_on_labels_and_are_whole_before_any_row_is_trained_on(
@@ -136,27 +119,6 @@ def test_first_passes_are_over_the_first_partitions_of_a_model_that_starts_from_
     settings = ContinualSettings(passes=2, first_passes=[5, 3])
     assert [passes_over(settings, number, True) for number in range(4)] == [5, 3, 2, 2]
     assert [passes_over(settings, number, False) for number in range(2)] == [2, 2]
-
-
-def test_a_walk_that_was_stopped_in_a_further_pass_goes_on_with_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_walk(tmp_path / "data", 2)
-    words = (*WITHOUT_CONTENT, "--continual.first_passes", "[3]", "--batch_size", "4")
-    walk(tmp_path, tmp_path / "peaceful", *words)
-    folder = ContinualFolder(tmp_path / "run")
-    with monkeypatch.context() as stopping:
-        stop_after(stopping, 22)  # in the last of three passes of ten steps
-        with pytest.raises(TrainingStopped):
-            walk(tmp_path, tmp_path / "run", *words)
-    (last, *_) = folders_by_age(folder.run_of(NAMES[0]) / "checkpoints")
-    progress = json.loads((last / "checkpoint.json").read_text())["progress"]
-    assert progress["epoch"] == 2 and 0 < progress["batches"] < 10
-    walk(tmp_path, tmp_path / "run", *words)
-    assert assert_same_end(tmp_path / "peaceful", tmp_path / "run") > 50
-    (last, *_) = folders_by_age(folder.run_of(NAMES[1]) / "checkpoints")
-    progress = json.loads((last / "checkpoint.json").read_text())["progress"]
-    assert (progress["steps"], progress["steps_before"]) == (9, 30)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:

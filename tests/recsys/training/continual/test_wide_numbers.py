@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.checkpoint.partitions import ContinualFolder
-from recsys.config.ranking import RANKING_MODELS
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import load_run
 from tests.recsys.training.changed_answers import set_column
@@ -43,8 +42,8 @@ def write_counts(folder: Path, *highest: float) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", RANKING_MODELS)
-def test_counts_are_standardized_by_default_in_every_backbone(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["din_dcn", "deepfm", "hstu", "two_tower"])
+def test_counts_are_standardized_by_default(name: str, tmp_path: Path) -> None:
     write_counts(tmp_path / "data", 340, 340)
     words = [*WITHOUT_CONTENT, "--ranking.name", name]
     if name == "two_tower":
