@@ -164,12 +164,12 @@ def search(
         import optuna  # noqa: F401
     except ImportError as error:
         raise missing_extra("search", "recsys search", error) from error
-    from recsys.search.search import Request, Search
+    from recsys.search.search import Search, SearchStopped
     from recsys.search.space import read_space
-    from recsys.search.trial_runs import SearchStopped
 
-    request = Request(trials, jobs, seeds, nproc, sampler, prune, keep_checkpoints)
-    study = Search(config, read_space(space), data, out, request)
+    numbers = trials, jobs, seeds, nproc
+    rules = sampler, prune, keep_checkpoints
+    study = Search(config, read_space(space), data, out, *numbers, *rules)
     try:
         study.run()
     except SearchStopped:

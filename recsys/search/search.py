@@ -1,7 +1,7 @@
 """The search: an Optuna study in a folder, shared by processes, whose trials are trainings.
 
-A lock on a trial's log claims it; an interrupted trial is claimed again and goes on. Each trial has
-a sampler of its own seed, so interruptions do not change what is tried.
+A lock on a trial's log claims it. An interrupted trial goes back to the study's queue, and its runs
+go on. Each trial has a sampler of its own seed, so interruptions do not change what is tried.
 """
 
 from __future__ import annotations
@@ -11,19 +11,23 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
+from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import IO, Literal
 
 import optuna
 from filelock import FileLock
-from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from recsys.checkpoint.compatibility import flattened
@@ -31,8 +35,10 @@ from recsys.config import Config, load_config, save_config, to_plain
 from recsys.data.items.item_column import FeatureFile
 from recsys.data.parquet.file import footer_digest, open_parquet
 from recsys.data.schema import load_schema
+from recsys.distributed.job import environment_of_no_rank
+from recsys.evaluation.model_selection import selection_score
 from recsys.search.space import Parameter, check_space, grid_of, words_of
-from recsys.search.trial_runs import Claim, SearchStopped, TrialFailed, TrialRuns
+from recsys.search.validations import TRACKER, read_lines
 from recsys.storage.files import whole_file
 from recsys.storage.location import Location
 from recsys.storage.output_file import check_run_folder
@@ -45,65 +51,58 @@ FREE = ("cache", "log_every_steps", "log_format", "log_level", "num_workers", "s
 ABOUT = "about"  # attribute of the study: its settings and hashes of its data
 SEEDS_APART = 1_000_003
 FAILURES = 3  # trials that may fail before one is complete
-WAIT_SECONDS = 1.0
+WAIT_SECONDS, POLL_SECONDS = 1.0, 0.2
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
-@dataclass(frozen=True)
-class Request:
-    """Numbers and rules of a search.
+class SearchStopped(Exception):
+    """The search was asked to end; its trials go on when it is started again."""
 
-    trials: number of trials, those of earlier commands on the folder included.
+
+@dataclass
+class Search:
+    """A search in the folder `out`, of values in `space` for the recipe `config`.
+
+    num_trials: number of trials, those of earlier commands on the folder included.
     seeds: runs of each dataset, from the recipe's seed on.
     nproc: ranks of each training.
     prunes: stop trials that are worse than the median of others at the same validation.
-    keeps: checkpoints to keep, those of the best trial or of all.
-    """
-
-    trials: int
-    jobs: int = 1
-    seeds: int = 1
-    nproc: int = 1
-    sampler: Literal["tpe", "random", "grid"] = "tpe"
-    prunes: bool = True
-    keeps: Literal["best", "all"] = "best"
-
-
-class Search:
-    """A search in the folder `out`, of values in `space` for the recipe `config`.
 
     Raises:
         ValueError: a value of the space does not fit the recipe, or the folder holds a search with
             other settings or data.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        space: Sequence[Parameter],
-        data: Sequence[str],
-        out: Path,
-        request: Request,
-    ) -> None:
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.config, self.space, self.data, self.out = config, space, data, out
-        self.request, self.stop = request, threading.Event()
-        for dataset in data:
-            check_run_folder(out, dataset)
-        is_new = not out.exists()
-        out.mkdir(parents=True, exist_ok=True)
-        try:
-            with self._locked():
-                if not (out / DATABASE).exists():  # a recipe alone is of a refused search
-                    self._create()
-                self.storage = optuna.storages.RDBStorage(_url(out / DATABASE))
-                self._require_same()
-        except ValueError:
-            if is_new:
-                shutil.rmtree(out)
-            raise
+    config: Config
+    space: Sequence[Parameter]
+    data: Sequence[str]
+    out: Path
+    num_trials: int
+    jobs: int = 1
+    seeds: int = 1
+    nproc: int = 1
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    prunes: bool = True
+    keep_checkpoints: Literal["best", "all"] = "best"
 
-    def _create(self) -> None:
+    def __post_init__(self) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.filterwarnings("ignore", "The reported value is ignored")  # of a resumed trial
+        self.stop = threading.Event()
+        for dataset in self.data:
+            check_run_folder(self.out, dataset)
+        with TemporaryDirectory() as folder:  # a refused space leaves nothing in `out`
+            save_config(self.config, Path(folder) / RECIPE)
+            check_space(self.space, Path(folder) / RECIPE)
+        grid = grid_of(self.space) if self.sampler == "grid" else []
+        self.out.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            if not (self.out / DATABASE).exists():
+                self._create(grid)
+            self.storage = optuna.storages.RDBStorage(_url(self.out / DATABASE))
+            self._require_same()
+
+    def _create(self, grid: Sequence[dict[str, object]]) -> None:
         names = sorted(path.name for path in self.out.iterdir() if path.name != RECIPE)
         if other_names := [name for name in names if not name.startswith(".")]:
             raise ValueError(
@@ -111,12 +110,11 @@ class Search:
             )
         with whole_file(self.out / RECIPE) as partial:
             save_config(self.config, partial)
-        check_space(self.space, self.out / RECIPE)
         with whole_file(self.out / DATABASE) as partial:
             study = optuna.create_study(
                 storage=_url(partial), study_name=NAME, direction="maximize"
             )
-            for values in grid_of(self.space) if self.request.sampler == "grid" else ():
+            for values in grid:
                 study.enqueue_trial(values)
             study.set_user_attr(ABOUT, self._about())
 
@@ -128,18 +126,17 @@ class Search:
             **flattened(settings),
             **{f"space {p.name}": repr((p.distribution, p.sets)) for p in self.space},
             **{f"content of {data}": dataset_digest(Location.of(data)) for data in self.data},
-            "--seeds": self.request.seeds,
-            "--nproc": self.request.nproc,
-            "--sampler": self.request.sampler,
-            "--prune": self.request.prunes,
+            "--seeds": self.seeds,
+            "--nproc": self.nproc,
+            "--sampler": self.sampler,
+            "--prune": self.prunes,
         }
         return dict(json.loads(json.dumps(about)))
 
     def _require_same(self) -> None:
         before, current = self._study(0).user_attrs[ABOUT], self._about()
-        if names := [
-            name for name in {**before, **current} if before.get(name) != current.get(name)
-        ]:
+        names = [name for name in {**before, **current} if before.get(name) != current.get(name)]
+        if names:
             lines = [f"{name}: {before.get(name)}, now {current.get(name)}" for name in names[:3]]
             raise ValueError(
                 f"{self.out}: holds a search with other settings ({'; '.join(lines)}); give the "
@@ -153,12 +150,18 @@ class Search:
             SearchStopped: SIGTERM or SIGINT; the same command goes on.
             ValueError: the first trials all failed.
         """
-        with self._stopped_by_signals(), ThreadPoolExecutor(self.request.jobs) as pool:
-            workers = [pool.submit(self._work) for _ in range(self.request.jobs)]
-        errors = [error for worker in workers if (error := worker.exception()) is not None]
-        # A worker that fails stops the others: its error is the cause.
-        for error in sorted(errors, key=lambda error: isinstance(error, SearchStopped)):
-            raise error
+        numbers = signal.SIGTERM, signal.SIGINT
+        handlers = [signal.signal(number, lambda *_: self.stop.set()) for number in numbers]
+        try:
+            with ThreadPoolExecutor(self.jobs) as pool:
+                workers = [pool.submit(self._work) for _ in range(self.jobs)]
+        finally:
+            for number, handler in zip(numbers, handlers, strict=True):
+                signal.signal(number, handler)
+        for worker in workers:
+            worker.result()
+        if self.stop.is_set():
+            raise SearchStopped
         with self._locked():  # a search killed between a trial's end and this may lack it
             self._keep_best()
         return self.ranking()
@@ -170,23 +173,13 @@ class Search:
         return sorted(self.trials(TrialState.COMPLETE), key=lambda trial: -trial.values[0])
 
     def _work(self) -> None:
-        """Run trials until none is left; wait for those of other processes."""
-        jobs = self.request.jobs
-        runs = TrialRuns(
-            recipe=self.out / RECIPE,
-            config=self.config,
-            space=self.space,
-            data=self.data,
-            seeds=range(self.config.seed, self.config.seed + self.request.seeds),
-            nproc=self.request.nproc,
-            threads=None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs),
-            stop=self.stop,
-        )
+        """Run trials until none is left or the search ends; wait for those of other processes."""
         try:
             while not self.stop.is_set():
                 if (claim := self._claim()) is not None:
-                    with closing(claim.log):  # and with it the claim
-                        self._run(claim, runs)
+                    trial, log = claim
+                    with log, suppress(SearchStopped):  # closing it ends the claim
+                        self._run(trial, log)
                 elif self.trials(TrialState.RUNNING):
                     self.stop.wait(WAIT_SECONDS)
                 else:
@@ -194,67 +187,123 @@ class Search:
         except BaseException:
             self.stop.set()  # other workers end, too
             raise
-        raise SearchStopped
 
-    def _claim(self) -> Claim | None:
-        """Return an interrupted trial, or a new one if too few have begun, or None."""
+    def _claim(self) -> tuple[Trial, IO[str]] | None:
+        """Return an interrupted or new trial with its locked log, or None if all have begun."""
         with self._locked():
-            for interrupted in self.trials(TrialState.RUNNING):
-                if (log := self._lock_log(interrupted.number)) is not None:
-                    trial = Trial(self._study(interrupted.number), interrupted._trial_id)
-                    return self._suggested(trial, log, len(interrupted.intermediate_values))
-            waiting = self.trials(TrialState.WAITING)
-            number = len(self.trials()) - len(waiting)
-            if number >= self.request.trials or (self.request.sampler == "grid" and not waiting):
+            for trial in self.trials(TrialState.RUNNING):
+                if (log := self._lock_log(trial.number)) is not None:  # its process has ended
+                    log.close()
+                    self.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+            waiting = [trial.number for trial in self.trials(TrialState.WAITING)]
+            number = min(waiting, default=len(self.trials()))
+            if number >= self.num_trials or (self.sampler == "grid" and not waiting):
                 return None
-            trial = self._study(number).ask()
-            log = self._lock_log(trial.number)
-            assert log is not None, "only a claim locks a trial's log"
-            return self._suggested(trial, log, 0)
+            values = {parameter.name: parameter.distribution for parameter in self.space}
+            claimed = self._study(number).ask(values)  # values that it has already stay
+            claimed_log = self._lock_log(claimed.number)
+            assert claimed_log is not None, "only a claim locks a trial's log"
+            return claimed, claimed_log
 
-    def _suggested(self, trial: Trial, log: IO[str], num_reported: int) -> Claim:
-        """Give the trial a value for each parameter; one that it has already stays."""
-        for parameter in self.space:
-            name, values = parameter.name, parameter.distribution
-            if isinstance(values, CategoricalDistribution):
-                trial.suggest_categorical(name, values.choices)
-            elif isinstance(values, IntDistribution):
-                trial.suggest_int(name, values.low, values.high, step=values.step, log=values.log)
-            else:
-                trial.suggest_float(name, values.low, values.high, step=values.step, log=values.log)
-        return Claim(trial, self._folder_of(trial.number), log, num_reported)
-
-    def _run(self, claim: Claim, runs: TrialRuns) -> None:
+    def _run(self, trial: Trial, log: IO[str]) -> None:
         """Run a trial and record its end; one with the values of a complete trial has its value."""
-        equal = [t for t in self.trials(TrialState.COMPLETE) if t.params == claim.trial.params]
+        equal = [t for t in self.trials(TrialState.COMPLETE) if t.params == trial.params]
         state, value, cause = TrialState.COMPLETE, None, ""
         try:
             if equal:
                 value, cause = equal[0].values[0], f"as trial {equal[0].number}"
             else:
-                value = runs.run(claim)
+                value = self._score_of(trial, log)
         except optuna.TrialPruned:
             state = TrialState.PRUNED
-        except TrialFailed as error:
+        except ValueError as error:
             state, cause = TrialState.FAIL, str(error)
         with self._locked():
-            self._study(0).tell(claim.trial.number, value, state)
+            self._study(0).tell(trial.number, value, state)
             ended, best = self.trials(*ENDED), self._keep_best()
         logger.info(
             "trial %d: %s%s; %d of %d ended%s",
-            claim.trial.number,
+            trial.number,
             state.name.lower() if value is None else f"{value:.4f}",
             f" ({cause})" if cause else "",
             len(ended),
-            self.request.trials,
+            self.num_trials,
             f", best {best.values[0]:.4f} of trial {best.number}" if best is not None else "",
         )
-        if len(ended) >= min(FAILURES, self.request.trials) and all(
+        if len(ended) >= min(FAILURES, self.num_trials) and all(
             trial.state == TrialState.FAIL for trial in ended
         ):
             raise ValueError(
                 f"{self.out}: the first {len(ended)} trials failed, the last one so: {cause}"
             )
+
+    def _score_of(self, trial: Trial, log: IO[str]) -> float:
+        """Train all runs of a trial; return the mean of their scores.
+
+        Raises:
+            TrialPruned: the trial is worse than others.
+            ValueError: the recipe does not accept its values, or a run fails.
+            SearchStopped: the search was asked to end.
+        """
+        words, folder = words_of(self.space, trial.params), self._folder_of(trial.number)
+        load_config(self.out / RECIPE, words)
+        seeds = range(self.config.seed, self.config.seed + self.seeds)
+        runs = [(data, seed) for seed in seeds for data in self.data]
+        scores: list[float] = []
+        for number, (data, seed) in enumerate(runs):
+            run = folder / f"run-{number}"
+            metrics = run / "metrics.json"
+            if not metrics.exists():
+                self._train([*self._command(run, data, seed), *words], log, trial, run, len(runs))
+            if not metrics.exists():
+                raise ValueError(f"see {folder / 'log.txt'}")
+            scores.append(self._score(json.loads(metrics.read_text())["valid"]))
+            if len(runs) > 1:
+                _report(trial, number, fmean(scores))
+        return fmean(scores)
+
+    def _command(self, run: Path, data: str, seed: int) -> list[str]:
+        launcher = [sys.executable, "-m", "recsys.cli"]
+        if self.nproc > 1:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            launcher += ["--nproc-per-node", str(self.nproc), "-m", "recsys.cli"]
+        trackers = json.dumps([*self.config.tracker, TRACKER])
+        command = [*launcher, "train", "--config", str(self.out / RECIPE), "--data", data]
+        return [*command, "--out", str(run), "--seed", str(seed), "--tracker", trackers]
+
+    def _train(
+        self, command: list[str], log: IO[str], trial: Trial, run: Path, num_runs: int
+    ) -> None:
+        """Run a training; a trial of one run reports its validations."""
+        environment = environment_of_no_rank()
+        if self.jobs > 1:
+            threads = max(1, (os.cpu_count() or 1) // self.jobs)
+            environment.setdefault("OMP_NUM_THREADS", str(threads))
+        # It inherits the lock with its output: the orphan of a killed search keeps the claim.
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        num_reported, has_ended = 0, False
+        try:
+            while not has_ended:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(POLL_SECONDS)
+                if self.stop.is_set():
+                    raise SearchStopped
+                has_ended = process.poll() is not None
+                lines = read_lines(run) if num_runs == 1 else []
+                for place in range(num_reported, len(lines)):
+                    _report(trial, place, self._score(lines[place]["metrics"]))
+                num_reported = len(lines)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+
+    def _score(self, metrics: dict[str, float]) -> float:
+        """Return the score of a validation; trackers name `@` otherwise."""
+        metric_values = {name.replace("_at_", "@"): value for name, value in metrics.items()}
+        score = selection_score(metric_values, self.config.best_model_by)
+        assert score is not None, "a validation without a score ends its run"
+        return score
 
     def _keep_best(self) -> FrozenTrial | None:
         """Write the best configuration and drop checkpoints of other trials; call it locked."""
@@ -263,20 +312,20 @@ class Search:
             config = load_config(self.out / RECIPE, words_of(self.space, best.params))
             with whole_file(self.out / BEST) as partial:
                 save_config(config, partial)
-        for trial in self.trials(*ENDED) if self.request.keeps == "best" else ():
+        for trial in self.trials(*ENDED) if self.keep_checkpoints == "best" else ():
             if best is None or trial.number != best.number:
                 for run in self._folder_of(trial.number).glob("run-*"):
-                    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+                    rmtree(run / "checkpoints", ignore_errors=True)
         return best
 
     def _study(self, number: int) -> optuna.Study:
         samplers, pruners = optuna.samplers, optuna.pruners
-        sampler = samplers.TPESampler if self.request.sampler == "tpe" else samplers.RandomSampler
+        sampler = samplers.TPESampler if self.sampler == "tpe" else samplers.RandomSampler
         return optuna.load_study(
             storage=self.storage,
             study_name=NAME,
             sampler=sampler(seed=self.config.seed * SEEDS_APART + number),
-            pruner=pruners.MedianPruner() if self.request.prunes else pruners.NopPruner(),
+            pruner=pruners.MedianPruner() if self.prunes else pruners.NopPruner(),
         )
 
     def _folder_of(self, number: int) -> Path:
@@ -298,20 +347,16 @@ class Search:
         """Return a context in which no other thread or process claims or ends a trial."""
         return FileLock(self.out / ".lock")
 
-    @contextmanager
-    def _stopped_by_signals(self) -> Iterator[None]:
-        """Let SIGTERM and SIGINT end the search inside the block."""
-        numbers = signal.SIGTERM, signal.SIGINT
-        before = [signal.signal(number, lambda *_: self.stop.set()) for number in numbers]
-        try:
-            yield
-        finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
+
+def _report(trial: Trial, place: int, score: float) -> None:
+    """Report an intermediate value; a trial worse than others raises TrialPruned."""
+    trial.report(score, place)
+    if trial.should_prune():
+        raise optuna.TrialPruned
 
 
-def _url(database: Path | str) -> str:
-    return f"sqlite:///{Path(database).absolute()}"
+def _url(database: Path) -> str:
+    return f"sqlite:///{database.absolute()}"
 
 
 def dataset_digest(data: Location) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,49 +100,27 @@ def read_space(file: Path) -> list[Parameter]:
 
 
 def _parameter(place: str, name: str, entry: Any) -> Parameter:
-    keys = set(entry) if isinstance(entry, dict) else set()
-    if keys == {"choices"}:
-        choices = [json.dumps(choice) for choice in _choices(place, entry["choices"], list)]
-        return Parameter(name, CategoricalDistribution(choices))
-    if keys == {"sets"}:
-        sets = _choices(place, entry["sets"], dict)
-        for group, settings in sets.items():
-            if not isinstance(settings, dict):
-                raise ValueError(
-                    f"{place}: '{group}' is {settings!r}; give settings by their full names, such "
-                    "as {ranking.dropout: 0.1}, or {} for the recipe itself"
-                )
-        return Parameter(name, CategoricalDistribution(list(sets)), sets)
-    if not {"low", "high"} <= keys or keys - {"low", "high", "log", "step"}:
-        raise ValueError(
-            f"{place} is {entry!r}; give {{low: .., high: ..}} with log: true or a step, "
-            "{choices: [..]} or {sets: {NAME: {..}}}"
-        )
-    return Parameter(name, _range(place, entry))
-
-
-def _choices(place: str, choices: Any, kind: type[Any]) -> Any:
-    if type(choices) is not kind or not choices:
-        form = "[..]" if kind is list else "{NAME: {..}}"
-        raise ValueError(f"{place}: has {choices!r} for its choices; give {form}")
-    if len({json.dumps(choice) for choice in choices}) < len(choices):
-        raise ValueError(f"{place}: names a choice twice: {choices}")
-    return choices
-
-
-def _range(place: str, entry: Mapping[str, Any]) -> Distribution:
-    numbers = [entry[key] for key in ("low", "high", "step") if key in entry]
-    if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
-        raise ValueError(f"{place} is {entry!r}; low, high and step are numbers")
-    if entry["low"] >= entry["high"]:
-        raise ValueError(f"{place}: low {entry['low']} is not below high {entry['high']}")
-    if not isinstance(entry.get("log", False), bool):
-        raise ValueError(f"{place}: log is {entry['log']!r}; give true or false")
-    are_integers = all(isinstance(number, int) for number in numbers)
-    try:
-        return (IntDistribution if are_integers else FloatDistribution)(**entry)
-    except ValueError as error:
-        raise ValueError(f"{place} is {entry!r}: {error}") from error
+    match entry:
+        case {"choices": [_, *_] as choices, **rest} if not rest:
+            texts = [json.dumps(choice) for choice in choices]
+            if len(set(texts)) < len(texts):
+                raise ValueError(f"{place}: names a choice twice: {choices}")
+            return Parameter(name, CategoricalDistribution(texts))
+        case {"sets": {} as sets, **rest} if sets and not rest:
+            if all(isinstance(settings, dict) for settings in sets.values()):
+                return Parameter(name, CategoricalDistribution(list(sets)), sets)
+        case {"low": _, "high": _, **rest} if rest.keys() <= {"log", "step"}:
+            types = {type(number) for key, number in entry.items() if key != "log"}
+            if types <= {int, float} and isinstance(rest.get("log", False), bool):
+                try:
+                    kind = IntDistribution if types == {int} else FloatDistribution
+                    return Parameter(name, kind(**entry))
+                except ValueError as error:
+                    raise ValueError(f"{place} is {entry!r}: {error}") from error
+    raise ValueError(
+        f"{place} is {entry!r}; give numbers {{low: .., high: ..}} with log: true or a step, "
+        "{choices: [..]}, or {sets: {NAME: {SETTING: ..}}}, where {} is the recipe itself"
+    )
 
 
 def words_of(space: Sequence[Parameter], values: Mapping[str, Any]) -> list[str]:
@@ -172,7 +150,8 @@ def check_space(space: Sequence[Parameter], recipe: Path) -> None:
                 ) from error
 
 
-def grid_of(space: Sequence[Parameter]) -> Iterator[dict[str, Any]]:
-    """Yield every combination of values, the last parameter's fastest."""
-    for values in itertools.product(*(parameter.grid() for parameter in space)):
-        yield {parameter.name: value for parameter, value in zip(space, values, strict=True)}
+def grid_of(space: Sequence[Parameter]) -> list[dict[str, Any]]:
+    """Return every combination of values, the last parameter's fastest."""
+    names = [parameter.name for parameter in space]
+    grids = [parameter.grid() for parameter in space]
+    return [dict(zip(names, values, strict=True)) for values in itertools.product(*grids)]
