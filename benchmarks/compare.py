@@ -1,4 +1,4 @@
-"""The product beside its ID-only twin and a plain PyTorch twin, on the same batches in one run.
+"""The product, the ID-only baseline and a plain PyTorch baseline, on the same batches in one run.
 
     python -m benchmarks.compare --out FOLDER
 
@@ -32,7 +32,7 @@ def compare(
     in_process: bool = False,
     results: Path = RESULTS,
 ) -> list[Measurement]:
-    """Measure the variants against the twins.
+    """Measure the variants against the baselines.
 
     Args:
         out: folder for the dataset and the encoded items.
@@ -56,7 +56,7 @@ def compare(
 
 
 def variants(out: Path, quick: bool, overrides: list[str]) -> list[Variant]:
-    """Return the variants of setting A: itself, its twins, and itself with similarity features."""
+    """Return the variants of setting A: itself, its baselines, and with similarity features."""
     sized = setting("A", quick)
     data, words = sized.prepared(out)
     base = Variant("bank_lora", str(sized.recipe), data, (*words, *overrides))
@@ -70,13 +70,13 @@ def variants(out: Path, quick: bool, overrides: list[str]) -> list[Variant]:
 
 
 def _result(measured: list[Measurement]) -> Result:
-    twins = {m.variant.name: m for m in measured if m.variant.name in (PLAIN, ID_ONLY)}
+    baselines = {m.variant.name: m for m in measured if m.variant.name in (PLAIN, ID_ONLY)}
     columns = ["variant", "samples/s P50", "step, ms", "peak GB"]
-    columns += [f"x {name} (lowest to highest)" for name in twins]
+    columns += [f"x {name} (lowest to highest)" for name in baselines]
     rows: list[Sequence[str]] = []
     records = []
     for this in measured:
-        ratios = {name: ratio(this, twin) for name, twin in twins.items()}
+        ratios = {name: ratio(this, baseline) for name, baseline in baselines.items()}
         figures: dict[str, Any] = {
             "samples_per_second": {f"P{p}": this.samples_per_second(p) for p in (10, 50, 90)},
             "step_seconds": this.step_seconds,
@@ -91,7 +91,7 @@ def _result(measured: list[Measurement]) -> Result:
         row += [f"{r.median:.2f} ({r.lowest:.2f} to {r.highest:.2f})" for r in ratios.values()]
         rows.append(row)
 
-    title = "Setting A: the product beside its twins"
+    title = "Setting A: the product beside its baselines"
     return Result("compare", title, records, columns, rows)
 
 

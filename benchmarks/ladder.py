@@ -42,7 +42,7 @@ class Rung:
 
     @property
     def encoded(self) -> float | None:
-        """Items encoded per step, on all ranks; None for the plain twin, which counts none."""
+        """Items encoded per step, on all ranks; None for the plain baseline, which counts none."""
         reports = self.measured.reports
         if not reports[0].counts:
             return None

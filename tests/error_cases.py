@@ -22,7 +22,7 @@ from recsys.checkpoint.run_folder import find_start
 from recsys.commands.inputs import require_finished
 from recsys.config import ContentSettings, MetricSettings, load_config
 from recsys.content.encoders.pretrained import PretrainedEncoder
-from recsys.data.events.duckdb_engine import DuckDBEngine
+from recsys.data.events.sql import DuckDBEngine
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
 from recsys.data.movielens.prepare import prepare_movielens

@@ -139,7 +139,9 @@ def backbone(name: str) -> list[Cell]:
     ]
 
 
-ID_ONLY = Cell("ID only", "the twin without content: what ids alone can do", {"content": "none"})
+ID_ONLY = Cell(
+    "ID only", "the baseline without content: what ids alone can do", {"content": "none"}
+)
 RECIPE = Cell(
     "recipe",
     "the recipe as it stands: from ConcatFusion it differs by similarity features",

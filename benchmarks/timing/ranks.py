@@ -35,7 +35,7 @@ class RankReport:
     rows: int
     peak_bytes: int  # peak of resident memory during the steps
     resting_bytes: int  # resident memory before the steps
-    counts: list[BatchCounts]  # of all steps; empty for the plain twin
+    counts: list[BatchCounts]  # of all steps; empty for the plain baseline
 
 
 class RankSteps:

@@ -89,7 +89,7 @@ class Measurement:
 
     @property
     def arithmetic_seconds(self) -> float | None:
-        """Seconds of the step's FLOPs at the rate of a large product; None for the plain twin."""
+        """Seconds of the step's FLOPs at the rate of a large product; None for plain PyTorch."""
         flops = self.profile.get("flops")
         return None if flops is None else float(flops / median(self.matmul_rates))
 
@@ -100,7 +100,7 @@ class Measurement:
 
     @property
     def counts(self) -> list[BatchCounts]:
-        """Counts of all steps and ranks; empty for the plain twin."""
+        """Counts of all steps and ranks; empty for the plain baseline."""
         return [count for report in self.reports for count in report.counts]
 
     @property

@@ -1,4 +1,4 @@
-"""Training steps to be timed: the product's own, and those of its plain PyTorch twin.
+"""Training steps to be timed: the product's own, and those of its plain PyTorch baseline.
 
 Batches are loaded before the clock starts, or read from files within the steps.
 """
@@ -33,7 +33,7 @@ from recsys.training.trainer import LossWatch, relaxed_gc
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant of training steps to time, the product or its plain PyTorch twin.
+    """A variant of training steps to time, the product or its plain PyTorch baseline.
 
     ranks: number of processes, one thread each unless set otherwise.
     apart: each process is a job of one rank and sends nothing: the machine's limit.
@@ -63,7 +63,7 @@ class Steps(Protocol):
     rows: int  # rows of this rank, per step
 
     def counts(self) -> list[BatchCounts]:
-        """Return the counts of the last step; none for the plain twin."""
+        """Return the counts of the last step; none for the plain baseline."""
 
     def step(self) -> None:
         """Run one training step. A collective."""
@@ -139,7 +139,7 @@ class ProductSteps:
 
 
 class PlainSteps:
-    """Steps of the plain twin; of several ranks each trains its own, without communication."""
+    """Steps of the plain baseline; of several ranks each trains its own, without communication."""
 
     def __init__(self, variant: Variant, ranks: Ranks) -> None:
         config = variant.config()

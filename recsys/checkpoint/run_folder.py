@@ -34,8 +34,10 @@ METRICS = "metrics.json"
 JOB = ".job.json"  # the job that began the run, and with what results it has ended well
 REPLACED = ".checkpoints.replaced"
 COMPARISON = "comparison.json"
-TWIN = "id_only"  # folder of the ID-only twin's run
-TWIN_MARK = ".has_id_only"  # marks the folder TWIN as this run's own, not an independent run
+BASELINE = "id_only"  # folder of the ID-only baseline's run
+BASELINE_MARK = (
+    ".has_id_only"  # marks the folder BASELINE as this run's own, not an independent run
+)
 
 
 def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool:
@@ -157,10 +159,10 @@ def _empty(run: Path) -> None:
     shutil.rmtree(run / REPLACED, ignore_errors=True)
     if (run / "checkpoints").exists():
         (run / "checkpoints").rename(run / REPLACED)
-    twin = [TWIN] if (run / TWIN_MARK).exists() else []
-    for part in (REPLACED, "tensorboard", "vocabulary", FOLDER, *twin):
+    baseline = [BASELINE] if (run / BASELINE_MARK).exists() else []
+    for part in (REPLACED, "tensorboard", "vocabulary", FOLDER, *baseline):
         shutil.rmtree(run / part, ignore_errors=True)
-    results = (run / COMPARISON, run / TWIN_MARK, run / JOB, run / WARM_START)
+    results = (run / COMPARISON, run / BASELINE_MARK, run / JOB, run / WARM_START)
     for file in [*results, *run.glob("scores_*.parquet")]:
         file.unlink(missing_ok=True)
 

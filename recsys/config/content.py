@@ -169,7 +169,7 @@ class SamplingSettings:
 
 @dataclass
 class ContentSettings:
-    """The content branch; `content: none` instead gives the ID-only twin."""
+    """The content branch; `content: none` instead gives the ID-only baseline."""
 
     modalities: dict[str, ModalitySettings]
     """Sources of content, by names that you choose."""

@@ -117,7 +117,7 @@ def _parts_of(em3: EM3) -> list[tuple[nn.Module, str]]:
             parts.append((collection, "output dist"))
             lookups: Any = getattr(collection, "_lookups", [])
             parts += [(lookup, "lookup") for lookup in lookups]
-    parts.append((em3.read_ids, "output dist"))  # waits for the vectors
+    parts.append((em3.id_reader, "output dist"))  # waits for the vectors
     if em3.content is not None:
         parts += [(em3.content, "content"), (em3.content.fusion, "fusion")]
     return [*parts, (em3.ranking, "ranking"), (em3.losses, "losses")]

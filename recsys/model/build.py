@@ -26,7 +26,7 @@ from recsys.content.encoders.base import Encoder
 from recsys.data.negatives import negatives_feature
 from recsys.data.schema import Schema
 from recsys.model.auxiliary import build_auxiliary
-from recsys.model.em3 import EM3, Losses
+from recsys.model.em3 import EM3, TotalLoss
 from recsys.model.id_vectors import IDVectorReader, RowsPerID
 from recsys.model.input_scaling import InputScaling
 from recsys.model.losses import ContentIDContrastive, RankingLoss, RetrievalLoss
@@ -74,7 +74,7 @@ def build_em3(
     # Built before content and ranking: the order decides which random numbers each part gets.
     losses = _build_losses(config, schema, dims[schema.target_item])
     negatives = negatives_feature(softmax_settings(config.ranking), schema.target_item)
-    read_ids = IDVectorReader(
+    id_reader = IDVectorReader(
         pooled,
         schema.target_item,
         schema.history,
@@ -87,7 +87,7 @@ def build_em3(
         embedding_bags=build_embedding_bag_collection(tables, device),
         embeddings=embeddings,
         content=ContentBranch(encoders, content, bank) if content is not None else None,
-        read_ids=read_ids,
+        id_reader=id_reader,
         ranking=build_ranking(config.ranking, dimensions, content),
         losses=losses,
         further_histories=further,
@@ -166,14 +166,14 @@ def _build_scaling(ranking: RankingSettings, schema: Schema) -> InputScaling | N
     return scaling if scaling.names else None
 
 
-def _build_losses(config: Config, schema: Schema, id_dim: int) -> Losses:
+def _build_losses(config: Config, schema: Schema, id_dim: int) -> TotalLoss:
     content = content_settings(config.content)
     contrastive = None
     if content is not None and config.contrastive.weight > 0:
         contrastive = ContentIDContrastive(content.dim, id_dim, config.contrastive)
     labels, softmax = schema.of_kind("label"), softmax_settings(config.ranking)
     weights = [config.ranking.label_weights.get(label, 1.0) for label in labels]
-    return Losses(
+    return TotalLoss(
         RankingLoss(weights, schema.label_losses),
         contrastive,
         config.contrastive.weight,

@@ -23,7 +23,7 @@ from recsys.ranking.layers.extra_sequences import ExtraSequences
 from recsys.ranking.vectors import IDVectors, MemberLogits, TowerVectors
 
 
-class Losses(nn.Module):
+class TotalLoss(nn.Module):
     """Sum of the losses: ranking or retrieval, Content-ID-Contrastive (CIC), and auxiliary ones.
 
     `weight` is that of CIC. Without `retrieval`, `ranking` applies to the logits of tower vectors.
@@ -126,15 +126,15 @@ class EM3(nn.Module):
         embedding_bags: EmbeddingBagCollection | None,
         embeddings: EmbeddingCollection,
         content: ContentBranch | None,
-        read_ids: IDVectorReader,
+        id_reader: IDVectorReader,
         ranking: nn.Module,
-        losses: Losses,
+        losses: TotalLoss,
         further_histories: ExtraSequences | None = None,
         scaling: InputScaling | None = None,
     ) -> None:
         super().__init__()
         self.embedding_bags, self.embeddings = embedding_bags, embeddings
-        self.content, self.read_ids = content, read_ids
+        self.content, self.id_reader = content, id_reader
         self.further_histories, self.scaling = further_histories, scaling
         self.ranking, self.losses = ranking, losses
 
@@ -147,7 +147,7 @@ class EM3(nn.Module):
         # Runs before the looked-up vectors are read, so that it overlaps with their communication,
         # and in the backward with that of their gradients.
         content = self.content(batch) if self.content is not None else None
-        ids = self.read_ids(pooled, sequences, batch)
+        ids = self.id_reader(pooled, sequences, batch)
         rows = self.scaling(batch) if self.scaling is not None else batch
         if self.further_histories is not None:
             ids = self.further_histories(ids, content, rows)

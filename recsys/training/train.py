@@ -22,11 +22,11 @@ from recsys.checkpoint.files import BEST, folders_by_age, model_of
 from recsys.checkpoint.manager import Checkpoints, load_best
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.run_folder import (
+    BASELINE,
+    BASELINE_MARK,
     COMPARISON,
     LOCK,
     SKIPPED_ROWS,
-    TWIN,
-    TWIN_MARK,
     Resume,
     begin_run,
     check_encoders,
@@ -288,20 +288,20 @@ def id_only_baseline(config: Config) -> Config:
 
 
 def _check_baseline_folder(run: Path) -> None:
-    if (run / TWIN).exists() and not (run / TWIN_MARK).exists():
+    if (run / BASELINE).exists() and not (run / BASELINE_MARK).exists():
         raise ValueError(
-            f"{run / TWIN}: was not made as the baseline of {run}, and would be replaced; move it "
-            "or choose another --out"
+            f"{run / BASELINE}: was not made as the baseline of {run}, and would be replaced; move "
+            "it or choose another --out"
         )
 
 
 def _compare_with_baseline(config: Config, data: str, run: Path, ranks: Ranks) -> None:
     """Train the baseline of a run, or go on with it, and compare both. A collective."""
     gc.collect()  # the first model is no longer needed, and its modules refer to each other
-    folder = run / TWIN
+    folder = run / BASELINE
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
-            (run / TWIN_MARK).touch()
+            (run / BASELINE_MARK).touch()
     logger.info("training the ID-only baseline in %s", folder)
     # A best model without a checkpoint to continue from may be replaced: the folder is the run's.
     is_new = ranks.gather(not folders_by_age(folder / "checkpoints"))[0]

@@ -27,7 +27,7 @@ from recsys.serving import Scorer
 from recsys.serving.export import export_run
 from recsys.storage.location import Location
 from recsys.training.continual.queue import PartitionRange
-from recsys.training.continual.walk import Request, train_continually
+from recsys.training.continual.walk import WalkOptions, train_continually
 from recsys.training.train import train
 from tests.recsys.schema_runs import (
     PARTITIONS,
@@ -114,9 +114,9 @@ def test_a_warm_start_takes_all_of_a_run(run: SchemaRun) -> None:
 
 def test_a_partition_is_scored_as_the_run_before_predicts(run: SchemaRun) -> None:
     walk = ContinualFolder(run.folder / "walk")
-    request = Request(PartitionRange(None, None), False, WarmStart(run.folder / "run"))
+    options = WalkOptions(PartitionRange(None, None), False, WarmStart(run.folder / "run"))
     with joined_ranks("cpu") as ranks:
-        train_continually(run.config, str(run.data), walk.path, ranks, request)
+        train_continually(run.config, str(run.data), walk.path, ranks, options)
 
     losses = load_schema(Location.of(run.data), with_vocabularies=False).label_losses
     before = (run.folder / "run", walk.run_of(PARTITIONS[0]))

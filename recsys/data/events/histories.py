@@ -74,7 +74,7 @@ def add_histories(
         {name: quoted(name) for name in event_columns},
     )
     order = ["ts", "iid", "position"]
-    engine.add_mapped("complete", query, ["uid"], order, features)
+    engine.add_mapped("complete", query, ["uid"], order, features, features.schema)
     return lists
 
 
@@ -138,7 +138,9 @@ def _add_counts(
     )
     has_keys = " AND ".join(f"{quoted(key)} IS NOT NULL" for key in keys)
     query = f"SELECT * FROM ({query}) WHERE {has_keys}"
-    engine.add_mapped(f"counts_{number}", query, keys, ["ts", "position"], features)
+    engine.add_mapped(
+        f"counts_{number}", query, keys, ["ts", "position"], features, features.schema
+    )
     count_columns = ", ".join(
         f"coalesce(c.{quoted(f'n_{name}')}, 0) AS {quoted(f'n_{name}')}" for name in counts
     )

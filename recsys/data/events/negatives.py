@@ -282,7 +282,7 @@ def add_negatives(
     positive_rows = _positive_rows(labels[0], datasets)
     since = config.arrival if settings.exclude == "past" else f"{-FOREVER}"
     query = _chunk_query(columns, positive_rows, datasets, since)
-    engine.add_mapped("draws", query, ["uid"], ["kind", "position"], draw)
+    engine.add_mapped("draws", query, ["uid"], ["kind", "position"], draw, draw.schema)
     names = ", ".join(map(quoted, columns))
     engine.add(
         "drawn",

@@ -12,7 +12,6 @@ from typing import Any
 
 from recsys.data.events.clean_events import Dropped, read_events
 from recsys.data.events.dataset import DatasetWriter
-from recsys.data.events.duckdb_engine import DuckDBEngine
 from recsys.data.events.histories import add_histories
 from recsys.data.events.history_values import HistoryFiles
 from recsys.data.events.load import load_events_config
@@ -21,9 +20,8 @@ from recsys.data.events.pictures import check_pictures
 from recsys.data.events.samples import make_rows
 from recsys.data.events.settings import EventsConfig
 from recsys.data.events.snapshots import add_features, read_snapshots
-from recsys.data.events.spark_engine import SparkEngine
 from recsys.data.events.splits import split_conditions
-from recsys.data.events.sql import SqlEngine
+from recsys.data.events.sql import DuckDBEngine, SparkEngine, SqlEngine
 from recsys.storage.files import whole_folder
 
 

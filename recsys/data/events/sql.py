@@ -1,12 +1,29 @@
-"""Interface of the engines that run the stages of a transformation, and parts of their SQL."""
+"""SQL engines that run the stages of a transformation, and parts of their SQL.
+
+DuckDB runs on one machine; its stages are Parquet files until the end. Spark runs locally or on a
+cluster, whose executors share its folders and have this package.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
+import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from recsys.data.parquet.values import is_list
+from recsys.extras import missing_extra
 
 if TYPE_CHECKING:
     from recsys.data.events.reader import Reader
@@ -14,54 +31,99 @@ if TYPE_CHECKING:
 FOREVER = 2**62  # later than any time
 ROWS_PER_BATCH = 1 << 17
 ROWS_PER_GROUP = 8192  # small enough that several ranks share a split evenly
+BYTES_PER_PART = 32 << 20  # of rows before they are completed
+VALUES_TO_COMPARE = 1 << 16
+REPEATED = 16  # times a value occurs on average, from which on a dictionary of values pays
+AT_START = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false"}
+SETTINGS = {
+    "spark.sql.ansi.enabled": "true",
+    "spark.sql.ansi.doubleQuotedIdentifiers": "true",
+    "spark.sql.execution.arrow.maxRecordsPerBatch": str(ROWS_PER_BATCH),
+}
 
 # Adds columns to rows, and chooses them.
 Complete = Callable[[pa.RecordBatch], pa.RecordBatch]
+# Maps the sorted batches of a partition, in order, to others.
+BatchFunction = Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]
 
 
-class BatchFunction(Protocol):
-    """Maps the batches of a partition, in order, to others of a schema."""
+class DuckDBEngine:
+    """Runs stages, which are tables: DuckDB sorts, joins and spills; functions run in this process.
 
-    @property
-    def schema(self) -> pa.Schema:
-        """Columns of the result."""
-
-    def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Yield the result of sorted batches."""
-
-
-class SqlEngine(Protocol):
-    """Runs the stages of a transformation. Stages are tables, and SQL refers to them by name.
+    The caller removes the folder `work`. By default DuckDB takes 80 % of the memory and all cores.
 
     unnest, hash: names of SQL functions: one row per value of a list; several values to 64 bits.
     work: folder of the stages, which all processes of the engine share.
     scratch: folder for files that functions write, if they run in this process; else None.
+
+    Raises:
+        ValueError: the disk is full, `memory` is no size, or `threads` is below 1.
     """
 
-    unnest: str
-    hash: str
-    work: Path
-    scratch: Path | None
+    unnest, hash = "unnest", "hash"
+
+    def __init__(self, work: Path, memory: str | None = None, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise ValueError(f"--threads is {threads}; set at least 1")
+        work.mkdir(parents=True, exist_ok=True)
+        self.work = work
+        self.scratch: Path | None = work / "values"
+        self._threads = threads or len(os.sched_getaffinity(0))
+        with self._explained():
+            self._duckdb = duckdb.connect(
+                config={
+                    "temp_directory": str(work / "spilled"),
+                    "preserve_insertion_order": False,
+                    "threads": self._threads,
+                }
+            )
+        if memory is not None:
+            try:
+                self._duckdb.execute("SET memory_limit = ?", [memory])
+            except duckdb.Error as error:
+                raise ValueError(f"--memory is {memory}; write a size such as 4GB") from error
+
+    def close(self) -> None:
+        self._duckdb.close()
 
     def add_files(self, name: str, readers: list[Reader]) -> None:
         """Read the files of tables with the same columns as a stage."""
+        batches = (
+            batch for reader in readers for task in reader.tasks for batch in reader.read(task)
+        )
+        self._add_batches(name, batches, readers[0].schema)
 
     def add(self, name: str, query: str) -> None:
         """Make a stage of a query's result."""
+        file = self._new_file(name)
+        with self._explained():
+            self._duckdb.execute(
+                f"COPY ({query}) TO '{file}' (FORMAT parquet, COMPRESSION lz4_raw)"
+            )
+        self.view(name, f"SELECT * FROM read_parquet('{file}')")
 
     def view(self, name: str, query: str) -> None:
         """Name a query, to be run wherever the name is used."""
+        with self._explained():
+            self._duckdb.execute(f"CREATE VIEW {name} AS {query}")
 
     def add_mapped(
-        self, name: str, query: str, by: list[str], order: list[str], function: BatchFunction
+        self,
+        name: str,
+        query: str,
+        by: list[str],
+        order: list[str],
+        function: BatchFunction,
+        schema: pa.Schema,
     ) -> None:
         """Make a stage of a function over a sorted result; rows that agree in `by` share a call."""
+        ordered = f"SELECT * FROM ({query}) ORDER BY {', '.join(map(quoted, [*by, *order]))}"
+        self._add_batches(name, function(self._batches(ordered)), schema)
 
     def table(self, query: str) -> pa.Table:
         """Return a small result."""
-
-    def close(self) -> None:
-        """Release what the engine holds."""
+        with self._explained():
+            return self._duckdb.sql(query).to_arrow_table()
 
     def write(
         self,
@@ -71,6 +133,239 @@ class SqlEngine(Protocol):
         complete: Complete | None = None,
     ) -> int:
         """Write rows, made by `complete`, as Parquet in their order; return their number."""
+        batches = self._batches(query, 16 * rows_per_group)
+        with self._explained():
+            return write_parts(batches, folder, rows_per_group, self._threads, complete)
+
+    def _add_batches(self, name: str, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
+        file = self._new_file(name)
+        # Read soon, and not searched; by the limits in the statistics DuckDB sorts narrow keys.
+        options = {"compression": "lz4", "use_dictionary": False}
+        with self._explained(), pq.ParquetWriter(file, schema, **options) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        self.view(name, f"SELECT * FROM read_parquet('{file}')")
+
+    def _new_file(self, name: str) -> Path:
+        (self.work / name).mkdir()
+        return self.work / name / "part-00000.parquet"
+
+    def _batches(self, query: str, rows: int = ROWS_PER_BATCH) -> Iterator[pa.RecordBatch]:
+        with self._explained():
+            yield from self._duckdb.sql(query).to_arrow_reader(rows)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Raise DuckDB's errors as ValueErrors; what disk and memory refuse names the folder."""
+        try:
+            yield
+        except (duckdb.IOException, duckdb.OutOfMemoryException, OSError) as error:
+            raise ValueError(
+                f"{self.work}: cannot go on ({str(error).splitlines()[0]}); free disk space "
+                "there, or set --memory to what this machine has"
+            ) from error
+        except duckdb.Error as error:  # such as values that SQL cannot convert
+            raise ValueError(f"DuckDB cannot go on: {str(error).splitlines()[0]}") from error
+
+
+class SparkEngine:
+    """A Spark session in the running application, or a new one at `master`.
+
+    The caller removes the folder `work`.
+
+    Raises:
+        ValueError: PySpark is not installed, or Spark does not start.
+    """
+
+    unnest, hash = "explode", "xxhash64"
+    scratch: Path | None = None  # functions run in executors
+
+    def __init__(self, work: Path, master: str) -> None:
+        try:
+            from pyspark.sql import SparkSession
+        except ImportError as error:
+            raise missing_extra("spark", "--engine spark, with Java 17,", error) from error
+        active = SparkSession.getActiveSession()
+        session: Any = active or _start(SparkSession.builder, master)
+        self._started = session if active is None else None
+        self._spark = session.newSession()
+        for name, value in SETTINGS.items():
+            self._spark.conf.set(name, value)
+        if self._spark.sparkContext.master.startswith("local"):
+            # As many tasks as a cluster has would spend their time in starting.
+            tasks = self._spark.sparkContext.defaultParallelism
+            self._spark.conf.set("spark.sql.shuffle.partitions", tasks)
+        self.work = work
+
+    def close(self) -> None:
+        if self._started is not None:
+            self._started.stop()
+
+    def add_files(self, name: str, readers: list[Reader]) -> None:
+        tasks = [
+            (number, place)
+            for number, reader in enumerate(readers)
+            for place in range(len(reader.tasks))
+        ]
+
+        def read(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+            for batch in batches:
+                for row in batch.to_pylist():
+                    reader = readers[row["reader"]]
+                    yield from reader.read(reader.tasks[row["task"]])
+
+        parts = min(len(tasks), 10 * self._spark.sparkContext.defaultParallelism)
+        frame = self._spark.createDataFrame(tasks, "reader int, task int").repartition(parts)
+        self._save(name, frame.mapInArrow(read, _spark_schema(readers[0].schema)))
+
+    def add(self, name: str, query: str) -> None:
+        self._save(name, self._spark.sql(query))
+
+    def view(self, name: str, query: str) -> None:
+        self._spark.sql(query).createOrReplaceTempView(name)
+
+    def add_mapped(
+        self,
+        name: str,
+        query: str,
+        by: list[str],
+        order: list[str],
+        function: BatchFunction,
+        schema: pa.Schema,
+    ) -> None:
+        frame = self._spark.sql(query).repartition(*by).sortWithinPartitions(*by, *order)
+        self._save(name, frame.mapInArrow(function, _spark_schema(schema)))
+
+    def table(self, query: str) -> pa.Table:
+        with _spark_explained():
+            return self._spark.sql(query).toArrow()
+
+    def write(
+        self,
+        query: str,
+        folder: Path,
+        rows_per_group: int = ROWS_PER_GROUP,
+        complete: Complete | None = None,
+    ) -> int:
+        assert complete is None, "without scratch"
+        frame = self._spark.sql(query)
+        options = {"compression": "zstd", "parquet.block.row.count.limit": str(rows_per_group)}
+        url = f"file://{folder}"
+        with _spark_explained():
+            frame.write.options(**options).parquet(url)
+            return int(self._spark.read.parquet(url).count())
+
+    def _save(self, name: str, frame: Any) -> None:
+        folder = f"file://{self.work / name}"
+        with _spark_explained():
+            frame.write.parquet(folder)
+            self._spark.read.schema(frame.schema).parquet(folder).createOrReplaceTempView(name)
+
+
+SqlEngine = DuckDBEngine | SparkEngine
+
+
+def write_parts(
+    batches: Iterable[pa.RecordBatch],
+    folder: Path,
+    rows_per_group: int,
+    threads: int,
+    complete: Complete | None,
+) -> int:
+    """Write batches in order into a new folder, no file without rows; return the number of rows.
+
+    `complete` makes the rows of a row group, in as many threads as files are written at once.
+    """
+    folder.mkdir(parents=True)
+    rows = 0
+    running: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for number, part in enumerate(_parts(batches)):
+            if len(running) == threads:  # more would only wait in memory
+                running.popleft().result()
+            path = folder / f"part-{number:05}.parquet"
+            running.append(pool.submit(_write_part, part, path, rows_per_group, complete))
+            rows += part.num_rows
+        for future in running:
+            future.result()
+    return rows
+
+
+def _parts(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+    pending: list[pa.RecordBatch] = []
+    for batch in batches:
+        pending.append(batch)
+        if sum(rows.nbytes for rows in pending) >= BYTES_PER_PART:
+            yield pa.Table.from_batches(pending)
+            pending = []
+    if any(rows.num_rows for rows in pending):
+        yield pa.Table.from_batches(pending)
+
+
+def _write_part(part: pa.Table, path: Path, rows_per_group: int, complete: Complete | None) -> None:
+    groups: Iterator[pa.RecordBatch] = (
+        part.slice(first, rows_per_group).combine_chunks().to_batches()[0]
+        for first in range(0, part.num_rows, rows_per_group)
+    )
+    if complete is not None:
+        groups = map(complete, groups)
+    group = next(groups)
+    with pq.ParquetWriter(
+        path, group.schema, compression="zstd", write_page_checksum=True, **_encodings(group)
+    ) as writer:
+        for rows in chain([group], groups):
+            writer.write_batch(rows, row_group_size=rows_per_group)
+
+
+def _encodings(rows: pa.RecordBatch) -> dict[str, Any]:
+    """Return settings of a writer: numbers that hardly repeat are split into streams of bytes."""
+    dictionary, streams = [], {}
+    for name, column in zip(rows.schema.names, rows.columns, strict=True):
+        path, values = name, column
+        if is_list(column.type):
+            path, values = f"{name}.list.element", column.flatten()
+        first_values = values.slice(0, VALUES_TO_COMPARE)
+        is_number = pa.types.is_int64(values.type) or pa.types.is_float32(values.type)
+        if is_number and REPEATED * pc.count_distinct(first_values).as_py() > len(first_values):
+            streams[path] = "BYTE_STREAM_SPLIT"
+        else:
+            dictionary.append(path)
+    return {"use_dictionary": dictionary, "column_encoding": streams or None}
+
+
+def _spark_schema(schema: pa.Schema) -> Any:
+    from pyspark.sql.pandas.types import from_arrow_schema
+
+    return from_arrow_schema(schema)
+
+
+def _start(builder: Any, master: str) -> Any:
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    builder = builder.master(master).appName("recsys prepare events")
+    if master.startswith("local"):
+        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+        builder = builder.config("spark.driver.host", "127.0.0.1")
+    try:
+        return builder.config(map=AT_START).getOrCreate()
+    except Exception as error:
+        first = str(error).splitlines()[:1]
+        raise ValueError(
+            f"--spark-master {master}: Spark does not start {first}; is Java 17 installed?"
+        ) from error
+
+
+@contextmanager
+def _spark_explained() -> Iterator[None]:
+    """Raise what Spark reports as a ValueError: that of a function in an executor, or its own."""
+    from py4j.protocol import Py4JJavaError
+    from pyspark.errors import PySparkException
+
+    try:
+        yield
+    except (PySparkException, Py4JJavaError) as error:
+        messages = re.findall(r"^ValueError: (.*)", str(error), re.MULTILINE)
+        messages += [f"Spark cannot go on: {line}" for line in str(error).splitlines()[:1]]
+        raise ValueError(messages[0]) from error
 
 
 def quoted(name: str) -> str:

@@ -46,7 +46,7 @@ LOOK_SECONDS = 0.2  # from one exchange of requests to end to the next
 
 
 @dataclass(frozen=True)
-class Request:
+class WalkOptions:
     """Partitions to walk, and the run to begin from."""
 
     span: PartitionRange = field(default_factory=PartitionRange)
@@ -55,7 +55,7 @@ class Request:
 
 
 def train_continually(
-    config: Config, data: str, run: Path, ranks: Ranks, request: Request
+    config: Config, data: str, run: Path, ranks: Ranks, options: WalkOptions
 ) -> RunState:
     """Score and train on one partition after another; return what is trained. A collective.
 
@@ -68,23 +68,23 @@ def train_continually(
     folder = ContinualFolder(run)
     with ranks.raise_on_all_ranks():
         check_run_folder(run, data)
-        _check_folder(folder, request)
+        _check_folder(folder, options)
     with ExitStack() as stack:
         stack.enter_context(sole_job(run, ranks, run / LOCK))
         watchdog = stack.enter_context(Watchdog(ranks, config.stall_timeout))
         lockstep = stack.enter_context(Lockstep(ranks, config.checkpoint.every_seconds, watchdog))
-        parts = config, data, folder, ranks, lockstep, ranks.apart(), request.warm_start
-        return _walk(ContinualRun(*parts), request)
+        parts = config, data, folder, ranks, lockstep, ranks.apart(), options.warm_start
+        return _walk(ContinualRun(*parts), options)
 
 
-def _check_folder(folder: ContinualFolder, request: Request) -> None:
+def _check_folder(folder: ContinualFolder, options: WalkOptions) -> None:
     path = folder.path
     if (path / "checkpoints").exists() or (path / "train").exists():
         raise ValueError(
             f"{path}: holds a run of `recsys train` or a dataset; choose another --out (to begin "
             f"with its state: --warm-start {path})"
         )
-    state, warm_start = folder.read(), _source_run(request)
+    state, warm_start = folder.read(), _source_run(options)
     must_match = warm_start is not None or not state.trained  # the first partition begins from it
     if (path / STATE).exists() and must_match and warm_start != state.warm_start:
         start, current = (
@@ -97,19 +97,19 @@ def _check_folder(folder: ContinualFolder, request: Request) -> None:
         )
 
 
-def _source_run(request: Request) -> str | None:
-    return None if request.warm_start is None else str(request.warm_start.run.resolve())
+def _source_run(options: WalkOptions) -> str | None:
+    return None if options.warm_start is None else str(options.warm_start.run.resolve())
 
 
-def _walk(continual: ContinualRun, request: Request) -> RunState:
+def _walk(continual: ContinualRun, options: WalkOptions) -> RunState:
     """Go from partition to partition. A collective."""
     folder, ranks = continual.folder, continual.ranks
     with ranks.raise_on_all_ranks():
         state = folder.read() if ranks.is_first else RunState()
         if ranks.is_first:
-            state = replace(state, warm_start=state.warm_start or _source_run(request))
+            state = replace(state, warm_start=state.warm_start or _source_run(options))
             if state.last is None and state.begun is None:
-                state = replace(state, first=request.span.first)
+                state = replace(state, first=options.span.first)
             _check_trained(continual, state)
             export_newest(continual.config.continual, folder, state)  # if a job was killed in it
     state = ranks.from_first(state)
@@ -117,9 +117,9 @@ def _walk(continual: ContinualRun, request: Request) -> RunState:
     if ranks.is_first:
         _name_unused(continual.config)
     gc.freeze()  # what is there now stays, so that looking for a partition's model takes no time
-    if request.follow:
+    if options.follow:
         continual.lockstep.listen()
-    while (partition := _next(continual, request, state)) is not None:
+    while (partition := _next(continual, options, state)) is not None:
         trained = train_partition(continual, partition, state)
         state = replace(state, trained=(*state.trained, trained), begun=None)
         with ranks.raise_on_all_ranks():
@@ -176,14 +176,14 @@ def _check_trained(continual: ContinualRun, state: RunState) -> None:
             )
 
 
-def _next(continual: ContinualRun, request: Request, state: RunState) -> Partition | None:
+def _next(continual: ContinualRun, options: WalkOptions, state: RunState) -> Partition | None:
     """Return the next partition that is whole; wait for it if asked. A collective."""
     logged, ranks = "", continual.ranks
     while True:
         candidate: tuple[Partition | None, str | None] = None, None
         with ranks.raise_on_all_ranks():
             if ranks.is_first:
-                candidate = _candidate(continual, request, state)
+                candidate = _candidate(continual, options, state)
         partition, waits_for = ranks.from_first(candidate)
         if waits_for is None:
             return partition
@@ -194,18 +194,18 @@ def _next(continual: ContinualRun, request: Request, state: RunState) -> Partiti
 
 
 def _candidate(
-    continual: ContinualRun, request: Request, state: RunState
+    continual: ContinualRun, options: WalkOptions, state: RunState
 ) -> tuple[Partition | None, str | None]:
     root = Location.of(continual.data)
     root.filesystem.invalidate_cache()
-    partitions, train, span = list_partitions(root), root / "train", request.span
+    partitions, train, span = list_partitions(root), root / "train", options.span
     trained, today = [p.name for p in state.trained], datetime.now(UTC).replace(tzinfo=None)
     refused = refused_partitions(partitions, trained, today)
     in_order = [p for p in partitions if p.name not in refused]
     partition = next_partition(train, in_order, state, span, continual.config.continual.late)
     _check_begun(continual.folder, state, partition)
     if partition is None:
-        if request.follow:
+        if options.follow:
             is_over = span.is_over(in_order, state)
             return None, None if is_over else _further(train, partitions, refused, span)
         if message := _refusal(train, partitions, refused, span):
@@ -213,7 +213,7 @@ def _candidate(
         if state.last is None:
             raise ValueError(_nothing(train, partitions, span))
         return None, None
-    if request.follow:
+    if options.follow:
         quiet = continual.config.continual.quiet_seconds
         if (waits_for := waiting_for(root, partition, quiet)) is not None:
             return partition, waits_for

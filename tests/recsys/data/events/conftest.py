@@ -26,7 +26,7 @@ def open_spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[P
         pytest.skip("PySpark is not installed: python3 launch/install.py --extra spark")
     if shutil.which("java") is None:
         pytest.skip("Spark needs Java 17, and no java is on the PATH")
-    from recsys.data.events.spark_engine import SparkEngine
+    from recsys.data.events.sql import SparkEngine
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYSPARK_SUBMIT_ARGS", SMALL)

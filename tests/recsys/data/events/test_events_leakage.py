@@ -17,11 +17,10 @@ import yaml
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from recsys.data.events.duckdb_engine import DuckDBEngine
 from recsys.data.events.history_values import MOMENT
 from recsys.data.events.load import load_events_config
 from recsys.data.events.prepare import make_samples
-from recsys.data.events.sql import SqlEngine
+from recsys.data.events.sql import DuckDBEngine, SqlEngine
 from tests.recsys.data.events import logs
 from tests.recsys.data.events.logs import HOUR, HOURS, Row
 

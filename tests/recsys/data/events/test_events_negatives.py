@@ -16,10 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from recsys.data.events.duckdb_engine import DuckDBEngine
 from recsys.data.events.load import load_events_config
 from recsys.data.events.prepare import make_samples, prepare_events
-from recsys.data.events.sql import SqlEngine
+from recsys.data.events.sql import DuckDBEngine, SqlEngine
 from recsys.data.item_frequency import COLD_BELOW, count_items
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema

@@ -19,7 +19,7 @@ from recsys.checkpoint.partitions import ContinualFolder, RunState
 from recsys.config import Config, load_config
 from recsys.distributed.ranks import joined_ranks
 from recsys.training.continual.queue import PartitionRange
-from recsys.training.continual.walk import Request, train_continually
+from recsys.training.continual.walk import WalkOptions, train_continually
 from tests.datasets import impressions, item_rows, write_parquet
 from tests.recsys.checkpoint.kill_ranks import tensors
 from tests.recsys.command_runs import TINY
@@ -100,9 +100,9 @@ def walk(
 ) -> RunState:
     """Walk `folder`/data on one rank."""
     with joined_ranks("cpu") as ranks:
-        request = Request(PartitionRange(first, last), **options)
+        walk = WalkOptions(PartitionRange(first, last), **options)
         place = str(data or folder / "data")
-        return train_continually(config_of(folder, *words), place, run, ranks, request)
+        return train_continually(config_of(folder, *words), place, run, ranks, walk)
 
 
 def rewound(walked: Path, out: Path) -> ContinualFolder:
