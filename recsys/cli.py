@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 
 from recsys import doctor
 from recsys.commands import COMMANDS
@@ -40,6 +41,7 @@ def _run(words: Sequence[str]) -> int:
 
     if broken := next((word for word in words if "\0" in word), None):
         raise ValueError(f"{broken!r} has a NUL character, which no name or value may have")
+    words = _action_first(words)
     for length in (2, 1):  # such as `prepare events`, then `train`
         name = " ".join(words[:length])
         if name in COMMANDS:
@@ -56,6 +58,15 @@ def _run(words: Sequence[str]) -> int:
         return 2
     _print_commands(names or list(COMMANDS))
     return 0 if HELP & {*words} else 2
+
+
+def _action_first(words: Sequence[str]) -> Sequence[str]:
+    """Put the action of `prepare --log-level debug events` before the options."""
+    for place, (before, word) in enumerate(pairwise(words), 1):
+        is_value = before.startswith("--") and "=" not in before
+        if f"{words[0]} {word}" in COMMANDS and not is_value:
+            return [words[0], word, *words[1:place], *words[place + 1 :]]
+    return words
 
 
 def _run_command(name: str, words: Sequence[str]) -> int:

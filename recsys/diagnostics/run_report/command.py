@@ -137,9 +137,9 @@ def _item_vectors(folder: Path, num_items: int) -> Section:
         return Section("Item vectors", ["No item has training impressions and content."])
     words = [
         f"The vectors of the {num_items:,} items seen most in training are in the projector of "
-        "TensorBoard: maps and nearest items, coloured by category, impressions or the attention "
-        "of the fusion. Choose Projector in the menu, and there ID, content, or their vectors "
-        "after the maps of the contrastive loss (CIC)."
+        "TensorBoard: maps and nearest items, coloured by category or impressions. Choose "
+        "Projector in the menu, and there ID, content, or their vectors after the maps of the "
+        "contrastive loss (CIC)."
     ]
     return Section("Item vectors", words, text=f"tensorboard --logdir {folder}")
 
@@ -205,7 +205,7 @@ def findings(metrics_by_part: dict[str, dict[str, Any]]) -> list[str]:
 def _settings(run: Path, metrics: dict[str, Any]) -> Section:
     train = metrics["train"]
     words = [
-        f"TrainedPartition for {train['steps']:,} steps in {train['seconds']:,.0f} s on "
+        f"Trained for {train['steps']:,} steps in {train['seconds']:,.0f} s on "
         f"{metrics['world_size']} rank(s), {train['samples_per_second']:,.0f} samples/s, with "
         + ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
         + "."

@@ -6,7 +6,7 @@ Shapes: N rows of the split, I items.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ from recsys.evaluation.bootstrap import paired_difference
 from recsys.evaluation.metrics import RankedRows, RegressionRows, marked_cell, rows_of_loss
 from recsys.evaluation.scores import SplitScores
 
-BUCKETS = (0, 1, 5, 20, 100)  # least training impressions of each bucket
+# Least and most training impressions of an item by bucket.
+BUCKETS = {"0": (0, 0), "1–4": (1, 4), "5–19": (5, 19), "20–99": (20, 99), "100+": (100, np.inf)}
 NAMES = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss"}
 NAMES_OF_NUMBERS = {"rmse": "RMSE", "mae": "MAE"}
 UNTRAINED = (
@@ -34,63 +35,25 @@ UNTRAINED = (
 MOST_USERS = 1000  # of a bar with an interval: that of more users is too narrow to be seen
 
 
-@dataclass(frozen=True)
-class CountRange:
-    """Items with `first` to `end - 1` training impressions; `first` or more if `end` is None."""
-
-    first: int
-    end: int | None
-
-    @property
-    def name(self) -> str:
-        """Return a name such as `5–19`, `0` or `100+`."""
-        if self.end is None:
-            return f"{self.first}+"
-        is_single = self.end == self.first + 1
-        return str(self.first) if is_single else f"{self.first}–{self.end - 1}"
-
-    def holds(self, counts: np.ndarray) -> np.ndarray:  # int [N] -> bool [N]
-        return (counts >= self.first) & (self.end is None or counts < self.end)
-
-
-def count_ranges(edges: Sequence[int]) -> list[CountRange]:
-    """Return the ranges between ascending edges, and one without end from the last edge on."""
-    return [CountRange(*pair) for pair in zip(edges, [*edges[1:], None], strict=True)]
-
-
-def doubling_edges(most: int) -> list[int]:
-    """Return 0, 1, 2, 4 ... up to `most`, at least 1."""
-    return [0, *(2**power for power in range(most.bit_length()))]
+def in_bucket(name: str, counts: np.ndarray) -> np.ndarray:  # int64 [N] -> bool [N]
+    """Return which rows are of items whose training impressions are in a bucket."""
+    least, most = BUCKETS[name]
+    return (counts >= least) & (counts <= most)
 
 
 def metrics_by_count(
     rows: RankedRows | RegressionRows,
     counts: np.ndarray,  # int64 [N], training impressions of the row's item
-    edges: Sequence[int],
 ) -> dict[str, dict[str, Any]]:
-    """Return the metrics and `positives` of each range of counts; `edges` are the least counts."""
-    metrics = {}
-    for count_range in count_ranges(edges):
-        inside = count_range.holds(counts)
-        metrics[count_range.name] = rows.metrics(inside) | {
-            "positives": int(rows.label[inside].sum())
-        }
-    return metrics
-
-
-def auc_error(auc: float, positives: int, negatives: int) -> float:
-    """Return the standard error of an AUC (Hanley and McNeil, Radiology 143, 1982, equation 2)."""
-    above_two = auc / (2 - auc) - auc**2
-    below_two = 2 * auc**2 / (1 + auc) - auc**2
-    spread = auc * (1 - auc) + (positives - 1) * above_two + (negatives - 1) * below_two
-    return float(np.sqrt(spread / (positives * negatives)))
+    """Return the metrics of each bucket."""
+    return {name: rows.metrics(in_bucket(name, counts)) for name in BUCKETS}
 
 
 def item_popularity(scores: SplitScores, split: str) -> Section:
-    """Return the section with both figures and the table, of rows that count for label 0."""
+    """Return the section with figure and table, of rows that count for label 0."""
     loss, columns = scores.loss_of(0), (scores.labels[:, 0], scores.logits[:, 0], scores.groups)
     rows = rows_of_loss(*columns, scores.weights, loss)
-    buckets = metrics_by_count(rows, scores.counts, BUCKETS)
+    buckets = metrics_by_count(rows, scores.counts)
     names = NAMES if loss == "bce" else NAMES_OF_NUMBERS
     table = Table(
         ("training impressions", *names.values(), "rows"),
@@ -105,12 +68,9 @@ def item_popularity(scores: SplitScores, split: str) -> Section:
     )
     if loss != "bce":
         return Section("Quality by item popularity", [UNTRAINED], [], [table])
-    edges = doubling_edges(int(scores.counts.max(initial=1)))
-    curve = metrics_by_count(rows, scores.counts, edges)
-    words = [UNTRAINED]
-    drawings = []
-    if any(values["auc"] is not None for values in curve.values()):
-        drawings = [_bars(scores, buckets, split), _curve(curve, split)]
+    words, drawings = [UNTRAINED], []
+    if any(values["auc"] is not None for values in buckets.values()):
+        drawings = [_bars(scores, buckets, split)]
     else:
         words.append("No figure: the items of each range have rows of one label only.")
     return Section("Quality by item popularity", words, drawings, [table])
@@ -128,8 +88,8 @@ def metric_interval(scores: SplitScores, metric: str) -> tuple[float, float] | N
 def _errors(scores: SplitScores, metric: str, heights: Sequence[float]) -> np.ndarray:
     """Return how far intervals reach below and above the bars [2, buckets]; NaN: no interval."""
     errors = np.full((2, len(heights)), np.nan)
-    for bucket, count_range in enumerate(count_ranges(BUCKETS)):
-        inside = scores.take(count_range.holds(scores.counts))
+    for bucket, name in enumerate(BUCKETS):
+        inside = scores.take(in_bucket(name, scores.counts))
         if np.isnan(heights[bucket]) or len(np.unique(inside.groups)) > MOST_USERS:
             continue
         if (interval := metric_interval(inside, metric)) is not None:
@@ -164,26 +124,3 @@ def _bars(scores: SplitScores, buckets: dict[str, dict[str, Any]], split: str) -
         "none."
     )
     return drawn("quality-by-popularity", figure, caption)
-
-
-def _curve(curve: dict[str, dict[str, Any]], split: str) -> Drawing:
-    figure, (axes,) = new_figure(1)
-    points = [
-        (place, values) for place, values in enumerate(curve.values()) if values["auc"] is not None
-    ]
-    errors = [
-        1.96
-        * auc_error(values["auc"], values["positives"], values["num_samples"] - values["positives"])
-        for _, values in points
-    ]
-    places, aucs = [place for place, _ in points], [values["auc"] for _, values in points]
-    axes.errorbar(places, aucs, errors, color=BLUE, marker="o", capsize=4)
-    axes.axhline(0.5, color="black", linewidth=1)
-    axes.set_xticks(range(len(curve)), list(curve))
-    axes.set(xlabel="training impressions of the item", ylabel="AUC", ylim=(0, 1))
-    caption = (
-        f"Cold start: AUC of the {split} split by the item's training impressions, each range "
-        "twice as wide as the one before. Bars are 95 % intervals from the numbers of positives "
-        "and negatives (Hanley and McNeil), rows taken as independent."
-    )
-    return drawn("cold-start", figure, caption)

@@ -1,25 +1,20 @@
 """Writes what a run has learned of items for TensorBoard's projector: vectors, names, pictures.
 
-Shapes: I items, D ID dimension, E content dimension, U items of a call, T tokens, Q queries,
-S = Q + T keys, H heads, M modalities.
+Shapes: I items, D ID dimension, E content dimension.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from recsys.build import Job
 from recsys.checkpoint.table_export import stored_tables
-from recsys.content.fusion import FusionQFormer, JointSelfAttention
 from recsys.data.item_frequency import ItemCounts
 from recsys.data.items.item_table import ItemTable
 from recsys.diagnostics.run_report.item_metadata import categories, item_names, item_pictures
@@ -59,19 +54,13 @@ def write_projector(
     items = frequent_items(job, item_counts, most_items)
     if not len(items):
         return 0
-    branch = job.em3.content
-    fusion, modalities = (None, []) if branch is None else (branch.fusion, [*branch.encoders])
-    with recorded_attention(fusion, len(modalities)) as calls:
-        vectors = item_vectors(job, run, items)
+    vectors = item_vectors(job, run, items)
     columns = {
         "name": item_names(table, items),
         "impressions": [str(count) for count in item_counts.of(items).tolist()],
     }
     if table is not None and category is not None:
         columns[category] = [value or "" for value in categories(table, category, items)]
-    if calls:
-        for name, shares in zip(modalities, torch.cat(calls).T.tolist()):
-            columns[f"attention to {name}"] = [f"{share:.4f}" for share in shares]
     pictures = item_pictures(table, items)
     shutil.rmtree(folder, ignore_errors=True)
     with SummaryWriter(str(folder)) as writer:
@@ -120,48 +109,3 @@ def _rows_of(job: Job, items: np.ndarray) -> Tensor:  # int64 [I]
         return ids
     rows = find(ids)
     return rows.where(rows >= 0, job.schema.num_items - 1)
-
-
-def attention_weights(
-    attention: JointSelfAttention,
-    x: Tensor,  # [U, S, D]
-    mask: Tensor,  # [U, S]
-    num_outputs: int,
-) -> Tensor:  # [U, num_outputs, H, S]
-    """Return the softmax weights with which `attention` averages its values."""
-    heads = (attention.num_heads, x.shape[-1] // attention.num_heads)
-    query = attention.query(x[:, :num_outputs]).unflatten(-1, heads)
-    key = attention.key(x).unflatten(-1, heads)
-    scores = torch.einsum("uqhd,ushd->uqhs", query.float(), key.float()) * attention.scale
-    return scores.masked_fill(~mask[:, None, None, :], -torch.inf).softmax(dim=-1)
-
-
-@contextmanager
-def recorded_attention(fusion: nn.Module | None, num_modalities: int) -> Iterator[list[Tensor]]:
-    """Yield the mean attention of queries to each modality, [U, M] by call of the fusion."""
-    calls: list[Tensor] = []
-    if not isinstance(fusion, FusionQFormer):
-        yield calls
-        return
-    num_queries, modality, layers = len(fusion.queries), torch.zeros(0), [*fusion.layers]
-
-    def begin(_: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
-        nonlocal modality
-        modality = inputs[2]
-        calls.append(torch.zeros(len(inputs[0]), num_modalities))
-
-    @torch.no_grad()
-    def add(attention: JointSelfAttention, inputs: tuple[Tensor, Tensor]) -> None:
-        weights = attention_weights(attention, *inputs[:2], num_queries).mean(dim=(1, 2))  # [U, S]
-        member = F.one_hot(modality, num_modalities).float()  # [T, M]
-        calls[-1] += (weights[:, num_queries:] @ member).cpu() / len(layers)
-
-    handles = [fusion.register_forward_pre_hook(begin)]
-    handles += [layer.attention.register_forward_pre_hook(add) for layer in layers]
-    try:
-        # Compiled code would not run hooks that were registered after compilation.
-        with torch.compiler.set_stance("force_eager"):
-            yield calls
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from recsys.cli import main
 from recsys.diagnostics.run_report import item_popularity, learning_curves
 from recsys.diagnostics.run_report.command import summary
-from recsys.diagnostics.run_report.item_popularity import BUCKETS, metrics_by_count
+from recsys.diagnostics.run_report.item_popularity import metrics_by_count
 from recsys.diagnostics.run_report.learning_curves import read_curves, selection_curve
 from recsys.diagnostics.run_report.page import Section, Table, html_page
 from recsys.diagnostics.run_report.projector import check_folder
@@ -24,7 +24,7 @@ from recsys.evaluation.metrics import RankedRows
 from recsys.evaluation.scores import SplitScores
 from tests.recsys.command_runs import TrainedRun
 
-FIGURES = ["learning-curves", "quality-by-popularity", "cold-start"]
+FIGURES = ["learning-curves", "quality-by-popularity"]
 VECTORS = ["ID", "content", "ID_after_CIC", "content_after_CIC"]
 
 
@@ -100,7 +100,7 @@ def test_the_page_has_every_figure_and_fetches_nothing(report: Path) -> None:
         assert 'href="http' not in drawing and "url(http" not in drawing
 
 
-def test_the_projector_has_vectors_names_and_attention_of_items(report: Path) -> None:
+def test_the_projector_has_vectors_and_names_of_items(report: Path) -> None:
     folder = report.with_name("page_projector")
     config = (folder / "projector_config.pbtxt").read_text()
     assert re.findall('tensor_name: "(.*?):', config) == VECTORS
@@ -109,13 +109,11 @@ def test_the_projector_has_vectors_names_and_attention_of_items(report: Path) ->
         line.split("\t")
         for line in (folder / "00000/content/metadata.tsv").read_text().splitlines()
     ]
-    assert header[:3] == ["name", "impressions", "genres"]
-    assert header[3:] == ["attention to text"]
+    assert header == ["name", "impressions", "genres"]
     assert rows[0][0] == "green red" and any(row[0].startswith("<script>no ") for row in rows)
     counts = [int(row[1]) for row in rows]
     assert counts == sorted(counts, reverse=True) and counts[-1] > 0
     assert {row[2] for row in rows} <= {"$_0$", "$_1$", ""}
-    assert all(0 <= float(row[3]) < 1 for row in rows) and float(rows[0][3]) > 0
     vectors = np.loadtxt(folder / "00000/content/tensors.tsv")
     assert len(vectors) == len(rows)
 
@@ -141,12 +139,11 @@ def test_rows_are_put_into_ranges_by_the_count_of_their_item() -> None:
     logits = np.array([2.0, 1, 0, 1, 1, 1, 3, 4, 5, 6])
     rows = RankedRows(labels, logits, np.zeros(10, int))
 
-    metrics = metrics_by_count(rows, counts, BUCKETS)
+    metrics = metrics_by_count(rows, counts)
 
     assert list(metrics) == ["0", "1–4", "5–19", "20–99", "100+"]
     assert [values["auc"] for values in metrics.values()] == [1.0, 0.0, 0.5, None, 0.0]
     assert [values["num_samples"] for values in metrics.values()] == [2] * 5
-    assert [values["positives"] for values in metrics.values()] == [1, 1, 1, 2, 1]
 
 
 def test_the_best_model_is_that_of_the_first_highest_point_of_what_chose_it(tmp_path: Path) -> None:
