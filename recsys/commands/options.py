@@ -46,8 +46,9 @@ def command_parser(name: str, words: Sequence[str]) -> tuple[Command, Parser]:
         hint, is_required = hints[key], parameter.default is parameter.empty
         if hint is Config:
             add_config_arguments(parser, with_underscores(words), skip=frozenset(parameters))
-        elif is_dataclass(hint):
-            parser.add_class_arguments(hint, key)
+        elif is_dataclass(hint):  # its fields are options of the command
+            parser.add_class_arguments(hint, None, skip=set(parameters))
+            parser.options |= get_type_hints(hint)
         elif parameter.kind is POSITIONAL:
             parser.add_argument(key, type=hint, help=texts[key])
         else:
@@ -57,7 +58,7 @@ def command_parser(name: str, words: Sequence[str]) -> tuple[Command, Parser]:
             parser.add_argument(f"--{key}", help=texts[key], **repeated, **default)
     if Config not in hints.values():
         for key, (hint, value, text) in LOG_OPTIONS.items():
-            if key not in parameters:
+            if key not in parser.options:
                 parser.add_argument(f"--{key}", type=hint, default=value, help=text)
     return command, parser
 
@@ -66,7 +67,15 @@ def options_of(command: Command, arguments: Namespace) -> tuple[list[Any], dict[
     """Return the positional and the named arguments of a command, as parsed."""
     positional, keywords, hints = list[Any](), dict[str, Any](), get_type_hints(command)
     for key, parameter in inspect.signature(command).parameters.items():
-        value = config_from(arguments) if hints[key] is Config else arguments[key]
+        hint = hints[key]
+        if hint is Config:
+            value = config_from(arguments)
+        elif is_dataclass(hint):
+            value = hint(
+                **{name: arguments[name] for name in get_type_hints(hint) if name in arguments}
+            )
+        else:
+            value = arguments[key]
         if parameter.kind is POSITIONAL:
             positional.append(value)
         else:

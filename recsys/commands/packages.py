@@ -7,14 +7,14 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from jsonargparse.typing import PositiveInt
 
 from recsys.commands.inputs import require_finished
-from recsys.config import LogFormat, LogLevel
-from recsys.config.server import Limits, ServerSettings, default_threads
+from recsys.config.server import ServerSettings
 from recsys.doctor import require_working_installation
 
 logger = logging.getLogger(__name__)
@@ -49,54 +49,12 @@ def export(
     logger.info("%s: %s files, %.1f MB", out, len(manifest.files), size / 1e6)
 
 
-def serve(
-    package: Path,
-    /,
-    name: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8080,
-    grpc_port: int = 8081,
-    workers: int = 1,
-    threads: int | None = None,
-    verify: bool = True,
-    token: str | None = None,
-    read_timeout: int = ServerSettings.read_timeout,
-    idle_timeout: int = ServerSettings.idle_timeout,
-    drain: int = ServerSettings.drain,
-    grace: int = ServerSettings.grace,
-    max_body: int = Limits.max_body,
-    max_candidates: int = Limits.max_candidates,
-    max_history: int = Limits.max_history,
-    max_values: int = Limits.max_values,
-    max_text: int = Limits.max_text,
-    max_waiting: int = Limits.max_waiting,
-    log_level: LogLevel = "auto",
-    log_format: LogFormat = "text",
-) -> None:
+def serve(package: Path, /, settings: ServerSettings) -> None:
     """Serve a package over HTTP and gRPC until the process is asked to end.
 
     Args:
         package: package that `recsys export` wrote, or a link to one
-        name: name of the model; default: that of the folder
-        host: address to listen on; 0.0.0.0: all of this machine
-        port: port of HTTP; 0: a free one
-        grpc_port: port of gRPC; 0: a free one
-        workers: processes that answer requests
-        threads: threads of each; default: together all cores
-        verify: compare the hashes of the files first, or their sizes alone
-        token: bearer token of requests; default: that of RECSYS_TOKEN
-        read_timeout: seconds in which a request must arrive; a slower one is answered by 408
-        idle_timeout: seconds that a connection may be idle; longer than load balancers keep theirs
-        drain: seconds from SIGTERM in which the server is not ready but answers all requests
-        grace: seconds that open requests have after that
-        max_body: largest number of bytes of a request
-        max_candidates: largest number of candidates of a request
-        max_history: largest number of events of each history
-        max_values: largest number of values of any other list
-        max_text: largest number of characters of a string
-        max_waiting: requests that wait in a worker; one more is answered by 503 at once
-        log_level: lowest level to log
-        log_format: text, or json: an object per line
+        settings: addresses, workers and limits.
     """
     with _without_garbage_collection():
         from recsys.serving.server.start import require_installation
@@ -104,28 +62,15 @@ def serve(
 
         require_installation()
         require_working_installation(imports_torchrec=False)
-        start_server(
-            ServerSettings(
-                package=str(package),
-                name=name or package.absolute().name,
-                host=host,
-                port=port,
-                grpc_port=grpc_port,
-                workers=workers,
-                threads=threads or default_threads(workers),
-                limits=Limits(
-                    max_body, max_candidates, max_history, max_values, max_text, max_waiting
-                ),
-                verify=verify,
-                token=os.environ.get(TOKEN) if token is None else token,
-                read_timeout=read_timeout,
-                idle_timeout=idle_timeout,
-                drain=drain,
-                grace=grace,
-                log_level=log_level,
-                log_format=log_format,
-            )
+        threads = len(os.sched_getaffinity(0)) // settings.workers  # that together use all cores
+        settings = replace(
+            settings,
+            package=str(package),
+            name=settings.name or package.absolute().name,
+            threads=settings.threads or max(1, threads),
+            token=os.environ.get(TOKEN) if settings.token is None else settings.token,
         )
+        start_server(settings)
 
 
 def package_add_items(package: Path, /, items: str) -> None:

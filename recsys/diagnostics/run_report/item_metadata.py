@@ -1,27 +1,24 @@
 """Describes items for readers: names, categories and small pictures, from their Parquet files.
 
-Only row groups that hold one of the items are read.
-
 Shapes: I chosen items.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
 
 from recsys.build import Job
 from recsys.data.items.images import open_image
-from recsys.data.items.item_table import ROWS_PER_CHUNK, ItemTable
-from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
+from recsys.data.items.item_table import ItemTable
+from recsys.data.parquet.file import open_parquet
 from recsys.data.parquet.values import is_list
 from recsys.data.schema import read_schema
 from recsys.storage.location import Location
@@ -54,40 +51,13 @@ def column_values(table: ItemTable, name: str, items: np.ndarray) -> list[Any]:
     """
     rows_by_item = dict(zip(table.ids.tolist(), table.rows.tolist()))
     rows = [rows_by_item.get(item, -1) for item in items.tolist()]
-    sorted_rows = np.array(sorted(set(rows) - {-1}), np.int64)
+    sorted_rows, first = np.array(sorted(set(rows) - {-1}), np.int64), 0
     values_by_row: dict[int, Any] = {}
-    first = 0
-    for file in table.files:
-        with open_parquet(file, streaming=True) as parquet:
-            column_type(parquet, file, name)
-            for group in range(parquet.num_row_groups):
-                stop = first + parquet.metadata.row_group(group).num_rows
-                inside = sorted_rows[(sorted_rows >= first) & (sorted_rows < stop)]
-                if len(inside):
-                    values = _values_in(parquet, file, group, name, inside - first)
-                    values_by_row.update(zip(inside.tolist(), values))
-                first = stop
+    for _, _, chunk in table.chunks(name):
+        inside = sorted_rows[(sorted_rows >= first) & (sorted_rows < first + len(chunk))]
+        values_by_row.update(zip(inside.tolist(), _as_python(chunk.take(pa.array(inside - first)))))
+        first += len(chunk)
     return [values_by_row.get(row) for row in rows]
-
-
-def _values_in(
-    parquet: pq.ParquetFile,
-    file: Location,
-    group: int,
-    name: str,
-    places: np.ndarray,  # int64 [items of the group], ascending
-) -> Iterator[Any]:
-    start = 0
-    try:
-        for batch in parquet.iter_batches(ROWS_PER_CHUNK, row_groups=[group], columns=[name]):
-            inside = places[(places >= start) & (places < start + len(batch))] - start
-            yield from _as_python(batch.column(0).take(pa.array(inside)))
-            start += len(batch)
-    except READ_ERRORS as error:
-        raise ValueError(
-            f"{file}: column '{name}', row group {group}: cannot be read ({error}); write the "
-            "file again"
-        ) from error
 
 
 def _as_python(values: pa.Array) -> list[Any]:

@@ -39,7 +39,7 @@ def grpc_server(scoring: ScoringService, address: str) -> grpc.aio.Server:
     """Return a server that is not started yet."""
     settings = scoring.settings
     options = [
-        ("grpc.max_receive_message_length", settings.limits.max_body),
+        ("grpc.max_receive_message_length", settings.max_body),
         ("grpc.server_handshake_timeout_ms", 1000 * settings.read_timeout),
         ("grpc.max_connection_idle_ms", 1000 * settings.idle_timeout),
         ("grpc.so_reuseport", 1),

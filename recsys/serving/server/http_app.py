@@ -197,7 +197,7 @@ class Routes:
 
     async def rank(self, request: Request) -> Response:
         """Return the candidates, the best one first."""
-        package, limits = self._scoring.package, self._scoring.settings.limits
+        package, limits = self._scoring.package, self._scoring.settings
         message = parse_message(RankRequest, await self._body(request))
         candidates = _candidates(message, package, limits.max_candidates)
         arguments = ScoreArguments(message.user, message.history, candidates)
@@ -208,7 +208,7 @@ class Routes:
         return Response(content, media_type="application/json")
 
     async def _body(self, request: Request) -> bytes:
-        limit, chunks, size = self._scoring.settings.limits.max_body, [], 0
+        limit, chunks, size = self._scoring.settings.max_body, [], 0
         async for chunk in request.stream():
             size += len(chunk)
             if size > limit:

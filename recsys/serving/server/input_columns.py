@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recsys.config.server import Limits
+from recsys.config.server import ServerSettings
 from recsys.serving.requests import request_columns
 from recsys.serving.scorer import Scorer
 from recsys.serving.server.protocol import NamedTensor, RequestError
@@ -124,7 +124,7 @@ class InputColumns:
                 )
         return ScoreArguments(user, history, candidates)
 
-    def check(self, arguments: ScoreArguments, limits: Limits) -> None:
+    def check(self, arguments: ScoreArguments, limits: ServerSettings) -> None:
         """Require columns of the package and sizes within the limits; a RequestError names them."""
         history, candidates = arguments.history, arguments.candidates
         if not isinstance(candidates, Mapping):
@@ -151,7 +151,7 @@ def _require_column(name: str, columns: Sequence[str], place: str) -> None:
         raise RequestError(f"{place}: '{name[:99]}' is none of the columns {list(columns)}")
 
 
-def _check_size(place: str, values: Sequence[Any], limit: int, limits: Limits) -> None:
+def _check_size(place: str, values: Sequence[Any], limit: int, limits: ServerSettings) -> None:
     """Require at most `limit` values, and lists and strings in them within the limits."""
     if len(values) > limit:
         raise RequestError(f"{place} has {len(values)} values; the limit is {limit}")

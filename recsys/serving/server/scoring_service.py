@@ -113,7 +113,7 @@ class ScoringService:
         self, package: LoadedPackage, arguments: ScoreArguments
     ) -> np.ndarray:  # float32 [N, C]
         """Return the predictions of a request; errors name a column, or say that too many wait."""
-        limits = self.settings.limits
+        limits = self.settings
         if self._num_waiting >= limits.max_waiting:
             raise RequestError(f"{self._num_waiting} requests wait already; send it again", 503)
         package.columns.check(arguments, limits)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.config import Config, load_config
-from recsys.config.server import Limits
+from recsys.config.server import ServerSettings
 from recsys.diagnostics.dataset.command import explain_data
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import predict
@@ -79,7 +79,7 @@ def check_package(package: Path, predictions: pa.Table) -> None:
         }
         request = parse_message(RankRequest, json.dumps(body).encode())
         arguments = ScoreArguments(request.user, request.history, request.candidates)
-        columns.check(arguments, Limits())
+        columns.check(arguments, ServerSettings())
         scores = scorer.score(arguments.user, arguments.history, arguments.candidates)
         expected = [row[f"prediction_{label}"] for label in scorer.labels]
         np.testing.assert_allclose(scores[0], expected, rtol=1e-4, atol=1e-6)
