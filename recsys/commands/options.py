@@ -66,11 +66,12 @@ def command_parser(name: str, words: Sequence[str]) -> tuple[Command, Parser]:
 def options_of(command: Command, arguments: Namespace) -> tuple[list[Any], dict[str, Any]]:
     """Return the positional and the named arguments of a command, as parsed."""
     positional, keywords, hints = list[Any](), dict[str, Any](), get_type_hints(command)
+    value: Any
     for key, parameter in inspect.signature(command).parameters.items():
         hint = hints[key]
         if hint is Config:
             value = config_from(arguments)
-        elif is_dataclass(hint):
+        elif isinstance(hint, type) and is_dataclass(hint):
             value = hint(
                 **{name: arguments[name] for name in get_type_hints(hint) if name in arguments}
             )
