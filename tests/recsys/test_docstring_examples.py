@@ -17,7 +17,7 @@ import torch
 from recsys.distributed.ranks import joined_ranks
 from recsys.model.auxiliary import Distillation
 from recsys.serving import Scorer
-from recsys.serving.retrieval import Retrieved, Retriever, TwoStage
+from recsys.serving.retrieval import Retrieved, Retriever
 from tests.datasets import write_dataset
 from tests.recsys.plug_in.plug_in_runs import build_dlrm, user_batches
 
@@ -30,7 +30,7 @@ PUBLIC_PARTS = {
     getattr(package, name) for package in map(import_module, PACKAGES) for name in package.__all__
 }
 # The tests of these run their examples, in folders that have a package or vectors.
-SERVED = {Scorer, Retrieved, Retriever, TwoStage}
+SERVED = {Scorer, Retrieved, Retriever}
 PARTS = sorted({Distillation, *PUBLIC_PARTS} - SERVED, key=lambda part: part.__name__)
 SETTINGS = """\
 data: shop

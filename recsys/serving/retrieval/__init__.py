@@ -1,5 +1,5 @@
 """Retrieval: item vectors of a run, their index, and the items that suit a user best."""
 
-from recsys.serving.retrieval.retriever import Retrieved, Retriever, TwoStage
+from recsys.serving.retrieval.retriever import Retrieved, Retriever
 
-__all__ = ["Retrieved", "Retriever", "TwoStage"]
+__all__ = ["Retrieved", "Retriever"]

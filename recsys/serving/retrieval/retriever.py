@@ -1,11 +1,11 @@
 """Retriever: the items that suit a user best among all, from a folder of item vectors.
 
-Shapes: K results, Q queries, V width of a vector, C labels.
+Shapes: K results, Q queries, V width of a vector.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from recsys.serving.requests import value_list
 from recsys.serving.retrieval.index import read_index, search_index, unit
 from recsys.serving.retrieval.item_vectors import INDEX, ITEMS, QUERIES, VECTORS, VectorsManifest
 from recsys.serving.retrieval.user_tower import UserTower
-from recsys.serving.scorer import Scorer
 
 Values = Mapping[str, Any]
 History = Mapping[str, Sequence[Any]] | Sequence[Any]
@@ -45,7 +44,7 @@ class Retrieved:
     """
 
     items: list[Any]  # raw ids [K]
-    scores: np.ndarray  # float32 [K] dot products, or [K, C] predictions of a ranking model
+    scores: np.ndarray  # float32 [K] dot products
 
 
 class Retriever:
@@ -144,55 +143,3 @@ class Retriever:
             best = [rank for rank, item in enumerate(ids) if item not in excluded_ids][:count]
             results.append(Retrieved([ids[rank] for rank in best], scores[best]))
         return results
-
-
-class TwoStage:
-    """Retrieves candidates by an index and ranks them by a package, in one call.
-
-    Args:
-        retriever: of any run.
-        scorer: of any run on the same items.
-        item_columns: returns columns that differ between candidates and that the ranking model
-            reads, each a list, for a list of raw ids; None if it reads none.
-
-    Example::
-
-        from recsys.serving import Scorer
-        from recsys.serving.retrieval import Retriever, TwoStage
-
-        both = TwoStage(Retriever.load("vectors"), Scorer.load("package"))
-        user = {"user": 7, "genres": [1, 2], "price": 0.5}
-        user |= {"city": "Rom", "when": "2026-11-26T12:00:00"}
-        history = {"history": ["item 3", "item 12"], "history_liked": [1.0, 0.0]}
-        both.rank(user, history, count=10, candidates=20).items  # 10 raw ids
-    """
-
-    def __init__(
-        self,
-        retriever: Retriever,
-        scorer: Scorer,
-        item_columns: Callable[[list[Any]], Mapping[str, Sequence[Any]]] | None = None,
-    ) -> None:
-        self.retriever, self.scorer, self.item_columns = retriever, scorer, item_columns
-
-    def rank(
-        self,
-        user: Values,
-        history: History = (),
-        count: int = 10,
-        candidates: int = 500,
-        label: int = 0,
-        exclude: Sequence[Any] = (),
-    ) -> Retrieved:
-        """Return the best of the candidates by the ranking model's prediction of a label.
-
-        `user` has the columns of both models, `candidates` is the number of retrieved items, and
-        `label` is a place in `scorer.labels`.
-        """
-        items = self.retriever.retrieve(user, history, candidates, exclude).items
-        columns: dict[str, Sequence[Any]] = {self.retriever.manifest.target_item: items}
-        if self.item_columns is not None:
-            columns |= self.item_columns(items)
-        scores = self.scorer.score(user, history, columns)
-        best = np.argsort(-scores[:, label], kind="stable")[:count]
-        return Retrieved([items[place] for place in best], scores[best])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,8 @@ import torch
 from recsys.cli import main
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import load_run
-from recsys.serving import Scorer
-from recsys.serving.export import export_run
 from recsys.serving.new_items.add import add_items
-from recsys.serving.retrieval import Retrieved, Retriever, TwoStage
+from recsys.serving.retrieval import Retrieved, Retriever
 from recsys.serving.retrieval.index import build_index, search_index, unit
 from recsys.serving.retrieval.item_vectors import INDEX, VECTORS, export_vectors
 from tests.recsys.serving.retrieval.retrieval_runs import NUM_ITEMS, liked_rows
@@ -75,40 +72,6 @@ def test_the_example_in_the_docstring_runs(
 ) -> None:
     monkeypatch.chdir(towers)
     run_example(part, {})
-
-
-@pytest.mark.long
-def test_candidates_are_ranked_by_the_scores_of_a_package(
-    towers: Path, retriever: Retriever, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with joined_ranks("cpu") as ranks:
-        export_run(towers / "run", towers / "package", "fp32", ranks)
-    scorer = Scorer.load(towers / "package")
-    user, history, _ = next(liked_rows(towers))
-    columns = user | {"genres": [1]}
-    candidates = retriever.retrieve(user, history, 20)
-
-    # The same model in both stages: dot products become probabilities in the same order.
-    ranked = TwoStage(retriever, scorer).rank(columns, history, count=5, candidates=20)
-    assert ranked.items == candidates.items[:5]
-    expected = torch.from_numpy(candidates.scores[:5]).sigmoid()
-    np.testing.assert_allclose(ranked.scores[:, 0], expected, rtol=0, atol=1e-6)
-
-    monkeypatch.chdir(towers)
-    run_example(TwoStage, {})  # of its docstring
-
-
-def test_candidates_are_ranked_with_columns_of_their_own(
-    towers: Path, retriever: Retriever
-) -> None:
-    class Reversed:
-        def score(self, user: Any, history: Any, candidates: Mapping[str, Sequence[Any]]) -> Any:
-            return np.asarray(candidates["place"], np.float32)[:, np.newaxis]
-
-    user, history, _ = next(liked_rows(towers))
-    candidates = retriever.retrieve(user, history, 20)
-    stages = TwoStage(retriever, Reversed(), lambda items: {"place": range(len(items))})  # type: ignore[arg-type]
-    assert stages.rank(user, history, 5, 20).items == candidates.items[::-1][:5]
 
 
 def test_content_vectors_are_those_of_the_bank(towers: Path, by_content: Retriever) -> None:
