@@ -28,6 +28,7 @@ from typing import IO, Literal
 
 import optuna
 from filelock import FileLock
+from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from recsys.checkpoint.compatibility import flattened
@@ -199,8 +200,8 @@ class Search:
             number = min(waiting, default=len(self.trials()))
             if number >= self.num_trials or (self.sampler == "grid" and not waiting):
                 return None
-            values = {parameter.name: parameter.distribution for parameter in self.space}
-            claimed = self._study(number).ask(values)  # values that it has already stay
+            space: dict[str, BaseDistribution] = {p.name: p.distribution for p in self.space}
+            claimed = self._study(number).ask(space)  # values that it has already stay
             claimed_log = self._lock_log(claimed.number)
             assert claimed_log is not None, "only a claim locks a trial's log"
             return claimed, claimed_log
