@@ -76,14 +76,16 @@ class TableRows:
         group: dist.ProcessGroup,
         trained: TrainedRows | None = None,
     ) -> None:
-        sizes = {
-            key.split(".")[-2]: tuple(weight.metadata().size)
-            for key, weight in table_weights(model).items()
-        }
-        self.num_rows, self.dim = sizes[table]
+        weights = {key.split(".")[-2]: weight for key, weight in table_weights(model).items()}
+        self.num_rows, self.dim = weights[table].metadata().size
         self.group = group
         self.shards = [shard for name, shard in local_shards(model) if name == table]
-        self.trained = [_trained(shard, trained) for shard in self.shards]  # bool [rows] each
+        self.trained = [  # bool [rows] each
+            shard.is_trained()
+            if trained is None
+            else torch.from_numpy(trained(shard.row, shard.row + len(shard.weight)))
+            for shard in self.shards
+        ]
 
     @torch.no_grad()
     def mean(self) -> tuple[Tensor, int]:  # float64 [D], number of rows
@@ -126,12 +128,6 @@ class TableRows:
         """Write rows, the same on all ranks; not a collective. The state of optimizers stays."""
         for shard in self.shards:
             shard.write(rows, values)
-
-
-def _trained(shard: TableShard, trained: TrainedRows | None) -> Tensor:  # bool [rows]
-    if trained is None:
-        return shard.is_trained()
-    return torch.from_numpy(trained(shard.row, shard.row + len(shard.weight)))
 
 
 class RowReset:
