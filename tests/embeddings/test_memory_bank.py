@@ -84,14 +84,6 @@ def test_wrong_shapes_are_refused() -> None:
         MemoryBank(0, DIM, "cpu")
 
 
-@pytest.mark.parametrize("step", [2**24 - 2, 2**24 - 1, 2**24 + 1, 10**9 + 7, 2**40 + 1])
-def test_a_run_may_have_any_number_of_steps(step: int) -> None:
-    bank = plain_bank()
-    bank.update(torch.tensor([0]), torch.zeros(1, DIM), step=step)
-    assert int(bank.lookup(torch.tensor([0]))[1]) == pytest.approx(step, rel=2**-24)
-    assert bank.mean_age(step=step) == pytest.approx(0, abs=step * 2**-24)
-
-
 def fill_and_save(
     rank: int, world_size: int, folder: str, kind: type[MemoryBank]
 ) -> tuple[tuple[Tensor, Tensor], float, float]:
