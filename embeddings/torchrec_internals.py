@@ -1,6 +1,6 @@
 """All private parts of TorchRec that the tables use, written for TorchRec 1.8.
 
-`tests/embeddings/test_torchrec_internals.py` says which of them an upgrade has changed. On CPU,
+`tests/embeddings/test_table_internals.py` says which of them an upgrade has changed. On CPU,
 lookups without pooling run as bags of one id each, in about 60 % of the time.
 Shapes: T features, B batch, N ids of all features, D dimension.
 """
