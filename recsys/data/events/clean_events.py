@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import pyarrow as pa
 
@@ -17,14 +16,6 @@ YEAR = 365 * DURATIONS["d"] * MICROS["s"]
 PLAUSIBLE = 20 * YEAR  # a log that begins later may be one of this time
 IMPRESSION = "impression"  # the action of impressions
 KINDS = {"id": "id", "ids": "ids", "dense": "number"}  # of features, as fields
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """Rows of a table that were read, and how many of them were left out, by reason."""
-
-    read: int
-    reasons: dict[str, int]
 
 
 def settle_fill(name: str, feature: Feature, kind: pa.DataType) -> None:
@@ -57,8 +48,10 @@ def event_columns(config: EventsConfig) -> dict[str, str]:
     return kinds
 
 
-def read_events(engine: SqlEngine, config: EventsConfig) -> tuple[dict[str, pa.DataType], Dropped]:
-    """Make the stage `clean_events`; return its types by column, and what was left out.
+def read_events(
+    engine: SqlEngine, config: EventsConfig
+) -> tuple[dict[str, pa.DataType], int, dict[str, int]]:
+    """Make the stage `clean_events`; return its types, and rows read and left out by reason.
 
     Raises:
         ValueError: a file or column cannot be used, types of tables differ, or no row is left.
@@ -92,7 +85,7 @@ def read_events(engine: SqlEngine, config: EventsConfig) -> tuple[dict[str, pa.D
                 f"{file}: `where` of '{name}' chooses no row: {table.where}; correct its values, "
                 "or leave the table out"
             )
-    return types, _clean(engine, config, types)
+    return types, *_clean(engine, config, types)
 
 
 def _check_no_impressions(engine: SqlEngine, file: str, column: str, rows: str) -> None:
@@ -148,7 +141,9 @@ def _fields(
     return [*fields, *(Field(f"c_{column}", column, columns[column]) for column in names)]
 
 
-def _clean(engine: SqlEngine, config: EventsConfig, types: dict[str, pa.DataType]) -> Dropped:
+def _clean(
+    engine: SqlEngine, config: EventsConfig, types: dict[str, pa.DataType]
+) -> tuple[int, dict[str, int]]:
     """Make the stage `clean_events` of `events_read`: `unique_events` up to each user's limit."""
     drop, zone = config.drop, config.time_zone
     latest = time.time_ns() // 1000 if drop.later_than is None else moment(drop.later_than, zone)
@@ -195,7 +190,7 @@ def _clean(engine: SqlEngine, config: EventsConfig, types: dict[str, pa.DataType
             f"events: none of the {num_read} rows can be used; {reasons} were left out; correct "
             "these columns, or drop.later_than"
         )
-    return Dropped(num_read, reasons)
+    return num_read, reasons
 
 
 def _find_copies(engine: SqlEngine, types: dict[str, pa.DataType]) -> int:

@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from recsys.data.events.clean_events import Dropped, read_events
+from recsys.data.events.clean_events import read_events
 from recsys.data.events.dataset import DatasetWriter
 from recsys.data.events.histories import add_histories
 from recsys.data.events.history_values import HistoryFiles
@@ -36,14 +36,7 @@ def prepare_events(
 ) -> dict[str, Any]:
     """Write the dataset that `config` describes; it appears complete or not at all.
 
-    Args:
-        config: an `events.yaml`; see `settings`.
-        out: folder to write; must not exist or be empty. Windows are `window-1`, `window-2` ...
-        source: folder of the relative paths in `config`; None: its own.
-        memory: most memory that DuckDB takes, such as 4GB; None: 80 % of the machine's.
-        spark_master: address of a Spark cluster, or such as local[2], to run on instead of DuckDB.
-        threads: threads of DuckDB, and files written at a time; None: the cores available.
-        temp: folder for the stages, a few times the size of the logs; None: in `out`.
+    The arguments are those of the command; with `spark_master`, such as local[2], Spark runs it.
 
     Returns:
         The report, also in `report.json`: events read, rows left out, and figures of each split.
@@ -98,10 +91,9 @@ def run_stages(
     return report
 
 
-def make_samples(engine: SqlEngine, config: EventsConfig) -> tuple[DatasetWriter, Dropped]:
-    """Run the stages up to `complete`; return the writer of its datasets, and what was left out."""
-    types, dropped = read_events(engine, config)
-    reasons = dict(dropped.reasons)
+def make_samples(engine: SqlEngine, config: EventsConfig) -> tuple[DatasetWriter, dict[str, Any]]:
+    """Run the stages up to `complete`; return the writer of its datasets, and the report so far."""
+    types, num_read, reasons = read_events(engine, config)
     if config.items is not None:
         reasons |= read_snapshots(engine, "item", config.items, types["iid"])
         check_pictures(engine, config.items)
@@ -118,14 +110,14 @@ def make_samples(engine: SqlEngine, config: EventsConfig) -> tuple[DatasetWriter
     reasons |= add_features(engine, config, stage)
     files = None if engine.scratch is None else HistoryFiles(engine.scratch, config.histories)
     lists = add_histories(engine, config, types, files)
-    return DatasetWriter(engine, config, datasets, lists, files), Dropped(dropped.read, reasons)
+    writer = DatasetWriter(engine, config, datasets, lists, files)
+    return writer, {"events": num_read, "left_out": reasons}
 
 
 def write_datasets(engine: SqlEngine, config: EventsConfig, folder: Path) -> dict[str, Any]:
     """Run all stages, write the datasets into a folder, and return the report."""
-    writer, dropped = make_samples(engine, config)
-    splits = writer.write(folder)
-    return {"events": dropped.read, "left_out": dropped.reasons, "splits": splits}
+    writer, report = make_samples(engine, config)
+    return report | {"splits": writer.write(folder)}
 
 
 def format_report(report: dict[str, Any]) -> str:
