@@ -128,12 +128,12 @@ def features_of_all_items(store: ContentStore, schema: Schema) -> dict[str, Tens
 
 def padded(batch: Batch) -> PaddedBatch:
     """Return the same impressions with histories padded to the longest."""
-    lengths = batch.history_lengths
+    lengths = batch.history.lengths
     mask = torch.arange(max(int(lengths.max()), 1)) < lengths[:, None]  # [B, L]
     history = torch.zeros(mask.shape, dtype=torch.int64)
-    history[mask] = batch.history_items[batch.history_index]
-    parallel = torch.zeros(*mask.shape, batch.history_values.shape[1])
-    parallel[mask] = batch.history_values
+    history[mask] = batch.history.items[batch.history.index]
+    parallel = torch.zeros(*mask.shape, batch.history.values.shape[1])
+    parallel[mask] = batch.history.values
     pooled = []
     if batch.sparse_features is not None:
         for feature in batch.sparse_features.to_dict().values():
@@ -142,7 +142,7 @@ def padded(batch: Batch) -> PaddedBatch:
         pooled=pooled,
         dense=batch.dense_features,
         labels=batch.labels,
-        target=batch.target_items,
+        target=batch.target.items,
         history=history,
         parallel=parallel,
         mask=mask,

@@ -48,7 +48,7 @@ class BatchCounts:
 
     @staticmethod
     def of(batch: Batch) -> BatchCounts:
-        sizes = batch.history_index, batch.history_items, batch.content_items
+        sizes = batch.history.index, batch.history.items, batch.content.items
         return BatchCounts(batch.batch_size, *map(len, sizes))
 
     @staticmethod

@@ -116,7 +116,7 @@ class ProductSteps:
         if job.pipeline.has_stepped:
             job.schedule.step()
         self.num_steps, self.batch = self.num_steps + 1, batch
-        error = self.loss_watch.step(self.num_steps, losses["loss"], batch.row_positions)
+        error = self.loss_watch.step(self.num_steps, losses["loss"], batch.rows.positions)
         if error is not None:
             raise error
 

@@ -20,7 +20,7 @@ from embeddings.memory_bank import Routes
 from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.config import ContentSettings
 from recsys.content.item_selection import assign_to_owners, sample_items
-from recsys.data.batch import Batch
+from recsys.data.batch import Batch, BatchContent, Rows
 from recsys.data.items.content_store import ContentStore
 from recsys.data.negatives import NegativeSampler
 from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
@@ -29,27 +29,31 @@ from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
 @torch.no_grad()
 def shorten_histories(batch: Batch, bank: MemoryBank, top_k: int, index_dedup: bool) -> Batch:
     """Keep `top_k` history items by cosine to the target (MUSE, arXiv 2512.07216). A collective."""
-    ids = torch.cat([batch.target_items, batch.history_items])
+    ids = torch.cat([batch.target.items, batch.history.items])
     if bank.device.type == "cuda":
         # The pipeline fetches its batches on another stream than that of the steps, which write.
         steps = torch.cuda.default_stream(bank.device)
         torch.cuda.current_stream(bank.device).wait_stream(steps)
     vectors = F.normalize(bank.lookup(ids)[0].cpu(), dim=-1)
     target, items = vectors[: batch.batch_size], vectors[batch.batch_size :]
-    history = batch.jagged_history()
+    history = batch.history.jagged()
     positions = history.highest(history.dot(target, items), top_k)
-    index = batch.history_index[positions]
+    index = batch.history.index[positions]
     is_used = index.bincount(minlength=len(items)) > 0
-    lengths = batch.history_lengths.clamp(max=top_k)
-    unique = batch.history_items[is_used]
-    ids = unique if index_dedup else batch.history_items[index]
+    lengths = batch.history.lengths.clamp(max=top_k)
+    unique = batch.history.items[is_used]
+    ids = unique if index_dedup else batch.history.items[index]
+    shortened = replace(
+        batch.history,
+        lengths=lengths,
+        values=batch.history.values[positions],
+        longest=min(batch.history.longest, top_k),
+        index=(is_used.cumsum(0) - 1)[index],
+        items=unique,
+    )
     return replace(
         batch,
-        history_items=unique,
-        history_index=(is_used.cumsum(0) - 1)[index],
-        history_lengths=lengths,
-        history_values=batch.history_values[positions],
-        longest_history=min(batch.longest_history, top_k),
+        history=shortened,
         sequence_features=_sequences(batch, ids, None if index_dedup else lengths),
     )
 
@@ -59,7 +63,7 @@ def _sequences(
     history: Tensor,  # [U] or [K]
     lengths: Tensor | None,  # [B]
 ) -> KeyedJaggedTensor:
-    targets = batch.target_items  # rows
+    targets = batch.target.items  # rows
     if lengths is None:
         # Unique ids belong to no row, but a KeyedJaggedTensor requires one: the first.
         lengths = torch.zeros_like(targets)
@@ -83,17 +87,17 @@ def chooses_items(content: ContentSettings | None, has_bounded_items: bool = Fal
     )
 
 
-def with_bank_rows(batch: Batch, vocabulary: BoundedVocabulary) -> Batch:
-    """Return a batch of raw items with their rows in the memory bank. A collective.
+def with_bank_rows(content: BatchContent, vocabulary: BoundedVocabulary) -> BatchContent:
+    """Return content of raw items with their rows in the memory bank. A collective.
 
     Items that got their row in this step are encoded without gradient, wherever they occur.
     """
     ids, rows = vocabulary.admitted
-    is_further = ~np.isin(ids, batch.content_items.numpy())
-    rows_of_items = vocabulary.find(batch.content_items)
+    is_further = ~np.isin(ids, content.items.numpy())
+    rows_of_items = vocabulary.find(content.items)
     return replace(
-        batch,
-        content_items=torch.cat([batch.content_items, torch.from_numpy(ids[is_further])]),
+        content,
+        items=torch.cat([content.items, torch.from_numpy(ids[is_further])]),
         bank_rows=torch.cat([rows_of_items, torch.from_numpy(rows[is_further])]),
         with_gradient=len(rows_of_items),
     )
@@ -152,17 +156,18 @@ class BatchPreparation:
         if self.content is None or not chooses_items(self.content, items is not None):
             return batch
         assert self.store is not None
+        content = batch.content
         if self.content.dedup == "global":
             assert self.group is not None
-            batch = assign_to_owners(batch, self.group)
+            content = assign_to_owners(content, self.group)
         sampling = self.content.sampling
         if training and sampling.backward < 1:
-            batch = sample_items(batch, sampling, self._draw(step))
+            content = sample_items(content, sampling, self._draw(step))
         if training and items is not None and self.bank is not None:
-            batch = with_bank_rows(batch, items)
-        if not with_content:
-            return batch
-        return replace(batch, content=self.store.gather(batch.content_items.numpy()))
+            content = with_bank_rows(content, items)
+        if with_content:
+            content = replace(content, inputs=self.store.gather(content.items.numpy()))
+        return replace(batch, content=content)
 
     def _with_negatives(self, batch: Batch, step: int, training: bool) -> Batch:
         if self.negatives is None:
@@ -175,36 +180,38 @@ class BatchPreparation:
     def _with_routes(self, batch: Batch, prepared: Batch, training: bool) -> Callable[[], Batch]:
         routes: Callable[[], Routes] | None = None
         if self.bank is not None:
-            writes = prepared.bank_write_rows if training else None
+            writes = prepared.content.bank_write_rows if training else None
             routes = self.bank.routes(prepared.read_items, writes)
-        with_weights = self._weights(prepared) if training else None
+        scaled_rows = self._scaled_weights(prepared.rows) if training else None
 
         def finish() -> Batch:
             read, write = routes() if routes is not None else (None, None)
-            ready = prepared if with_weights is None else with_weights()
+            ready = prepared if scaled_rows is None else replace(prepared, rows=scaled_rows())
             if read is not None or write is not None:
-                ready = replace(ready, bank_reads=read, bank_writes=write)
+                content = replace(ready.content, bank_reads=read, bank_writes=write)
+                ready = replace(ready, content=content)
             # The loader pins before this; unpinned new tensors would be copied synchronously.
-            is_new = ready is not batch and batch.target_items.is_pinned()
+            is_new = ready is not batch and batch.target.items.is_pinned()
             return ready.pin_memory() if is_new else ready
 
         return finish
 
-    def _weights(self, batch: Batch) -> Callable[[], Batch] | None:
+    def _scaled_weights(self, rows: Rows) -> Callable[[], Rows] | None:
         """Return a function that divides weights by their mean over all ranks. A collective."""
-        if batch.weights is None and batch.label_weights is None:
+        if rows.weights is None and rows.label_weights is None:
             return None
-        columns = torch.cat([batch.row_weights.unsqueeze(1), batch.loss_weights], dim=1).double()
-        totals = columns.sum(dim=0)
+        columns = [rows.loss_weights.unsqueeze(1), rows.label_loss_weights]
+        weights = torch.cat(columns, dim=1).double()  # [B, 1 + C]
+        totals = weights.sum(dim=0)
         work = dist.all_reduce(totals, group=self.group, async_op=True)
-        num_rows = batch.batch_size * dist.get_world_size(self.group)
+        num_rows = len(weights) * dist.get_world_size(self.group)
 
-        def scaled() -> Batch:
+        def scaled() -> Rows:
             if work is not None:
                 work.wait()
             means = totals / num_rows
-            weights = (columns / means.where(means > 0, torch.inf)).float()
-            label_weights = None if batch.label_weights is None else weights[:, 1:].contiguous()
-            return replace(batch, weights=weights[:, 0].contiguous(), label_weights=label_weights)
+            new = (weights / means.where(means > 0, torch.inf)).float()
+            label_weights = None if rows.label_weights is None else new[:, 1:].contiguous()
+            return replace(rows, weights=new[:, 0].contiguous(), label_weights=label_weights)
 
         return scaled

@@ -24,7 +24,7 @@ from recsys.content.vectors import ContentVectors, StoredHistory
 from recsys.data.items.kind import ContentInput
 
 if TYPE_CHECKING:
-    from recsys.data.batch import Batch, ItemExchange
+    from recsys.data.batch import Batch, BatchContent, ItemExchange
 
 
 class Projection(nn.Linear):
@@ -171,57 +171,57 @@ class ContentBranch(nn.Module):
 
     def forward(self, batch: Batch) -> ContentVectors:
         """Return the content vectors of a batch. A collective: all ranks call it equally often."""
-        fresh = self._encode_items(batch)  # [E, D + M * D]
+        content = batch.content
+        fresh = self._encode_items(content)  # [E, D + M * D]
         if self.bank is None:
-            items = self._at_their_ranks(fresh, batch)
-            encoded = items.index_select(0, batch.history_content_index)
-            return self._vectors(items, lambda: encoded, None, batch, is_stored=False)
+            items = self._at_their_ranks(fresh, content.exchange)
+            encoded = items.index_select(0, content.history_index)
+            return self._vectors(items, lambda: encoded, None, content.target_index, False)
         if self.training and self.same_step:
             # Written before the lookup: vectors just computed on any rank replace stale ones in
             # the histories of all ranks in the same step (LEMUR, 2511.10962).
-            self._write(self.bank, fresh, batch)
+            self._write(self.bank, fresh, content)
         read = self._reading(self.bank, batch)
         if self.training and not self.same_step:
             read()
-            self._write(self.bank, fresh, batch)
+            self._write(self.bank, fresh, content)
         self.step += self.training
-        if batch.with_gradient is not None:  # on all ranks or on none, as reading is a collective
+        if content.with_gradient is not None:  # on all ranks or on none, as reading is a collective
             fresh = torch.cat([fresh, read()[0]])
-        items = self._at_their_ranks(fresh, batch)
-        negatives = None if batch.negative_items is None else read()[2]
-        return self._vectors(items, lambda: read()[1], negatives, batch, is_stored=True)
+        items = self._at_their_ranks(fresh, content.exchange)
+        negatives = None if batch.negatives is None else read()[2]
+        return self._vectors(items, lambda: read()[1], negatives, content.target_index, True)
 
-    def _write(self, bank: MemoryBank, fresh: Tensor, batch: Batch) -> None:
+    def _write(self, bank: MemoryBank, fresh: Tensor, content: BatchContent) -> None:
         """Write the vectors [E, D + M * D] of items with a row to the bank. A collective."""
-        if batch.bank_rows is not None:
-            fresh = fresh[batch.bank_rows >= 0]
-        bank.update(batch.bank_write_rows, fresh, self.step, batch.bank_writes)
+        if content.bank_rows is not None:
+            fresh = fresh[content.bank_rows >= 0]
+        bank.update(content.bank_write_rows, fresh, self.step, content.bank_writes)
 
-    def _encode_items(self, batch: Batch) -> Tensor:
+    def _encode_items(self, content: BatchContent) -> Tensor:
         """Encode this rank's items, the first of them with gradient; [E, D + M * D]."""
-        if batch.content_vectors is not None:
-            return batch.content_vectors
-        count = batch.with_gradient
-        if count is None or count >= len(batch.content_items):
-            return self.encode(batch.content)
-        trained = {name: part[:count] for name, part in batch.content.items()}
-        untrained = {name: part[count:] for name, part in batch.content.items()}
+        if content.vectors is not None:
+            return content.vectors
+        inputs, count = content.inputs, content.with_gradient
+        if count is None or count >= len(content.items):
+            return self.encode(inputs)
         with torch.no_grad():
-            refreshed = self.encode(untrained)
-        return torch.cat([self.encode(trained), refreshed])
+            refreshed = self.encode({name: part[count:] for name, part in inputs.items()})
+        trained = self.encode({name: part[:count] for name, part in inputs.items()})
+        return torch.cat([trained, refreshed])
 
     def _reading(self, bank: MemoryBank, batch: Batch) -> Callable[[], tuple[Tensor, ...]]:
         ids = batch.read_items
-        sizes = [len(batch.bank_items), len(batch.history_items)]
+        sizes = [len(batch.content.bank_items), len(batch.history.items)]
         sizes.append(len(ids) - sum(sizes))
-        return functools.cache(lambda: bank.lookup(ids, batch.bank_reads)[0].split(sizes))
+        return functools.cache(lambda: bank.lookup(ids, batch.content.bank_reads)[0].split(sizes))
 
     def _vectors(
         self,
         items: Tensor,  # [R, D + M * D]
         history: Callable[[], Tensor],
         negatives: Tensor | None,  # [S, D + M * D]
-        batch: Batch,
+        target_index: Tensor,  # [B]
         is_stored: bool,
     ) -> ContentVectors:
         target, target_modalities = self._split(items)
@@ -234,9 +234,9 @@ class ContentBranch(nn.Module):
             return self.history_map(vectors), modalities
 
         return ContentVectors(
-            target.index_select(0, batch.target_index),
+            target.index_select(0, target_index),
             None,
-            target_modalities.index_select(0, batch.target_index),
+            target_modalities.index_select(0, target_index),
             None,
             negative,
             negative_modalities,
@@ -245,13 +245,13 @@ class ContentBranch(nn.Module):
         )
 
     def _at_their_ranks(
-        self, items: Tensor, batch: Batch
+        self, items: Tensor, exchange: ItemExchange | None
     ) -> Tensor:  # [E, D + M * D] -> [R, D + M * D]
-        if batch.exchange is None:
+        if exchange is None:
             return items
         group = self.group or dist.group.WORLD
         assert group is not None
-        return exchange_vectors(items, batch.exchange, group)
+        return exchange_vectors(items, exchange, group)
 
     def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         num_modalities = rows.shape[1] // self.dim - 1

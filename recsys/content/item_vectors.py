@@ -52,7 +52,8 @@ class ItemVectorCache:
 
     def __call__(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
-            yield replace(batch, content={}, content_vectors=self.vectors(batch.content_items))
+            vectors = self.vectors(batch.content.items)
+            yield replace(batch, content=replace(batch.content, inputs={}, vectors=vectors))
 
     @torch.no_grad()
     def vectors(self, items: Tensor) -> Tensor:  # int64 [U], on the host -> [U, V], on the device

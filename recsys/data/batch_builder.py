@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from recsys.data.batch import Batch, FurtherHistory
+from recsys.data.batch import Batch, BatchContent, FurtherHistory, History, Rows, TargetItems
 from recsys.data.items.content_store import ContentStore
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION
@@ -119,42 +119,55 @@ class BatchBuilder:
         content_index = dict(zip(self.content_histories, further_index, strict=True))
         encoded = np.concatenate([target, history_items]) if self.encode_history else target
         content_items, encoded_index = self.unique_items(encoded)
-        group = RAW_GROUP if RAW_GROUP in rows.numbers else schema.group
-        extra = schema.of_kind("extra") if self.with_labels else []
-        weight = schema.weight if self.with_labels else None
-        batch = Batch(
+        labels = (
+            _columns(rows, schema.of_kind("label"))
+            if self.with_labels
+            else torch.zeros(num_rows, len(schema.of_kind("label")))
+        )
+        return Batch(
             dense_features=_columns(rows, schema.of_kind("dense")),
             sparse_features=self._pooled(rows),
-            labels=_columns(rows, schema.of_kind("label"))
-            if self.with_labels
-            else torch.zeros(num_rows, len(schema.of_kind("label"))),
+            labels=labels,
             sequence_features=self._sequences(
                 rows,
                 history_items if self.index_dedup else history,
                 None if self.index_dedup else history_lengths,
             ),
-            target_items=torch.from_numpy(target),
-            groups=torch.from_numpy(rows.numbers[group]),
-            row_positions=torch.from_numpy(rows.numbers[ROW_POSITION]),
-            history_lengths=torch.from_numpy(history_lengths),
-            history_values=_stacked([rows.values(name) for name in schema.parallel], len(history)),
-            history_items=torch.from_numpy(history_items),
-            history_index=torch.from_numpy(history_index),
-            content_items=torch.from_numpy(content_items),
-            target_index=torch.from_numpy(encoded_index[:num_rows]),
-            history_content_index=torch.from_numpy(encoded_index[num_rows:]),
-            bank_items=torch.zeros(0, dtype=torch.int64),
-            content=self.store.gather(content_items) if self.store is not None else {},
-            longest_history=int(history_lengths.max(initial=0)),
-            weights=torch.from_numpy(rows.numbers[weight]) if weight else None,
-            extra=_columns(rows, extra) if extra else None,
-            further=[
-                self._further(rows, columns, content_index) for columns in schema.histories[1:]
-            ],
+            rows=self._rows(rows, labels),
+            target=TargetItems(torch.from_numpy(target)),
+            history=History(
+                torch.from_numpy(history_lengths),
+                _stacked([rows.values(name) for name in schema.parallel], len(history)),
+                int(history_lengths.max(initial=0)),
+                index=torch.from_numpy(history_index),
+                items=torch.from_numpy(history_items),
+                further=[
+                    self._further(rows, columns, content_index) for columns in schema.histories[1:]
+                ],
+            ),
+            content=BatchContent(
+                items=torch.from_numpy(content_items),
+                target_index=torch.from_numpy(encoded_index[:num_rows]),
+                history_index=torch.from_numpy(encoded_index[num_rows:]),
+                bank_items=torch.zeros(0, dtype=torch.int64),
+                inputs=self.store.gather(content_items) if self.store is not None else {},
+            ),
         )
-        if self.with_labels and any(column.nullable for column in schema.columns.values()):
-            batch.label_weights = batch.row_weights.unsqueeze(1) * ~batch.labels.isnan()
-        return batch
+
+    def _rows(self, columns: RowColumns, labels: Tensor) -> Rows:  # labels [B, C]
+        schema = self.schema
+        positions = torch.from_numpy(columns.numbers[ROW_POSITION])
+        group = RAW_GROUP if RAW_GROUP in columns.numbers else schema.group
+        rows = Rows(positions, torch.from_numpy(columns.numbers[group]))
+        if not self.with_labels:
+            return rows
+        if schema.weight:
+            rows.weights = torch.from_numpy(columns.numbers[schema.weight])
+        if any(column.nullable for column in schema.columns.values()):
+            rows.label_weights = rows.loss_weights.unsqueeze(1) * ~labels.isnan()
+        if extra := schema.of_kind("extra"):
+            rows.extra = _columns(columns, extra)
+        return rows
 
     def _further(
         self, rows: RowColumns, history: HistoryColumns, content_index: dict[str, np.ndarray]

@@ -14,7 +14,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.config import RetrievalSettings
-from recsys.data.batch import Batch
+from recsys.data.batch import Batch, Negatives
 from recsys.data.item_frequency import ItemCounts
 
 
@@ -70,15 +70,14 @@ class NegativeSampler:
 
     def __call__(self, batch: Batch, draw: tuple[int, int, int], training: bool) -> Batch:
         """Return a batch, on the host, with log Q and, in training, this draw's negatives."""
-        log_q = self.log_q(batch.frequency_keys)
+        log_q = self.log_q(batch.target.frequency_keys)
+        batch = replace(batch, target=replace(batch.target, log_q=log_q))
         if self.feature is None:
-            return replace(batch, target_log_q=log_q)
+            return batch
         items = torch.from_numpy(self._draw(draw) if training else np.zeros(0, np.int64))
         return replace(
             batch,
-            target_log_q=log_q,
-            negative_items=items,
-            negative_log_q=self.log_q(items),
+            negatives=Negatives(items, self.log_q(items)),
             sequence_features=_with_feature(batch.sequence_features, self.feature, items),
         )
 

@@ -18,7 +18,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.table_state import State
 from embeddings.vocabulary.bounded import PIPELINED_STEPS, BoundedVocabulary, VocabularyCounts
-from recsys.data.batch import Batch
+from recsys.data.batch import Batch, TargetItems
 from recsys.data.schema import Schema
 
 ResetRows = Callable[[str, Tensor], None]  # table, rows
@@ -85,9 +85,9 @@ class BoundedVocabularies:
             for ids, part in zip(places, rows.split([len(keys) for keys in raw]), strict=True):
                 ids.put(part, vocabulary.unknown_row)
             if table == self.target:
-                batch.item_keys = batch.target_items
-                batch.target_items = batch.sequence_features.values()[: batch.batch_size].clone()
-                batch.has_row = batch.target_items != vocabulary.unknown_row
+                items = batch.sequence_features.values()[: batch.batch_size].clone()
+                has_row = items != vocabulary.unknown_row
+                batch.target = TargetItems(items, batch.target.items, has_row)
 
     def _feature_ids(self, batch: Batch, name: str, training: bool) -> _Ids | _HistoryIds:
         """Return the ids of a feature; without training, those of padding rows too."""
@@ -126,7 +126,7 @@ class _Ids:
         index = features.keys().index(name)
         first, last = features.offset_per_key()[index : index + 2]
         lengths = features.lengths().view(len(features.keys()), -1)[index]  # [B]
-        counts = torch.repeat_interleave(batch.row_positions >= 0, lengths)
+        counts = torch.repeat_interleave(batch.rows.positions >= 0, lengths)
         return _Ids(features.values()[first:last], counts)
 
     def raw(self) -> Tensor:
@@ -147,17 +147,17 @@ class _HistoryIds:
 
     @property
     def _index(self) -> Tensor:
-        further = [history.content_index for history in self.batch.further]
-        return torch.cat([self.batch.history_index, *further])
+        further = [history.index for history in self.batch.history.further]
+        return torch.cat([self.batch.history.index, *further])
 
     def raw(self) -> Tensor:
-        return self.batch.history_items[self._index]
+        return self.batch.history.items[self._index]
 
     def put(self, rows: Tensor, unknown_row: int) -> None:
-        unique = torch.full_like(self.batch.history_items, unknown_row)
+        unique = torch.full_like(self.batch.history.items, unknown_row)
         unique[self._index] = rows
-        self.batch.history_items = unique
-        self.values.copy_(unique if self.is_unique else unique[self.batch.history_index])
+        self.batch.history = replace(self.batch.history, items=unique)
+        self.values.copy_(unique if self.is_unique else unique[self.batch.history.index])
 
 
 class UnknownIds:
@@ -183,7 +183,7 @@ class UnknownIds:
     def _feature_ids(self, batch: Batch, features: KeyedJaggedTensor, name: str) -> _Ids:
         if name != self._history:
             return _Ids.of(batch, features, name)
-        ids = batch.history_items[batch.history_index]  # padding rows have no history
+        ids = batch.history.items[batch.history.index]  # padding rows have no history
         return _Ids(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def totals(self, group: dist.ProcessGroup | None = None) -> dict[str, dict[str, int]]:

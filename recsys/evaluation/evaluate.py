@@ -249,14 +249,14 @@ def score(
 
 def _score_columns(batch: Batch, logits: Tensor) -> dict[str, Tensor]:  # logits: [B, C]
     columns = {
-        "positions": batch.row_positions,
+        "positions": batch.rows.positions,
         "logits": logits.float(),
         "labels": batch.labels,
-        "groups": batch.groups,
-        "items": batch.frequency_keys,
-        "weights": batch.weights,
+        "groups": batch.rows.groups,
+        "items": batch.target.frequency_keys,
+        "weights": batch.rows.weights,
     }
-    is_real = batch.row_positions >= 0
+    is_real = batch.rows.positions >= 0
     return {name: column[is_real] for name, column in columns.items() if column is not None}
 
 
@@ -265,10 +265,10 @@ def _query_columns(batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor
     columns = {
         "queries": vectors["query"],
         "query_targets": vectors["item"],
-        "query_items": batch.frequency_keys,
-        "query_weights": batch.weights,
+        "query_items": batch.target.frequency_keys,
+        "query_weights": batch.rows.weights,
     }
-    is_query = (batch.row_weights > 0) & (batch.labels[:, 0] > 0)
+    is_query = (batch.rows.loss_weights > 0) & (batch.labels[:, 0] > 0)
     return {name: column[is_query] for name, column in columns.items() if column is not None}
 
 

@@ -32,8 +32,8 @@ class AuxiliaryInputs:
 
     logits: [B, C], of the ranking model.
     ids, content: the vectors that were ranked; `content.read_history` is a collective.
-    batch: has `labels` [B, C] (NaN: not known), `row_weights` [B] (0: padding), `loss_weights`
-        [B, C] or [B, 1].
+    batch: has `labels` [B, C] (NaN: not known), `rows.loss_weights` [B] (0: padding) and
+        `rows.label_loss_weights` [B, C] or [B, 1].
     columns: [B] of each extra column that the loss lists; NaN: no value.
     """
 
@@ -58,7 +58,7 @@ class AuxiliaryLosses(nn.Module):
         parts = {}
         for name, loss in self.losses.items():
             inputs.columns = {
-                column: cast(Tensor, inputs.batch.extra)[:, self.extra.index(column)]
+                column: cast(Tensor, inputs.batch.rows.extra)[:, self.extra.index(column)]
                 for column in _columns_of(loss)
             }
             parts[name] = loss(inputs)
@@ -107,7 +107,7 @@ class Distillation(nn.Module):
         losses = F.binary_cross_entropy_with_logits(student, target, reduction="none")
         if self.loss == "kl":
             losses = losses - F.binary_cross_entropy_with_logits(teacher, target, reduction="none")
-        counts = is_known * inputs.batch.row_weights
+        counts = is_known * inputs.batch.rows.loss_weights
         return (losses * counts).mean() * self.temperature**2
 
 

@@ -91,12 +91,12 @@ class TotalLoss(nn.Module):
             ranking = self.retrieval(scored, batch)
         else:
             member_logits = scored.members if isinstance(scored, MemberLogits) else logits
-            ranking = self.ranking(member_logits, batch.labels, batch.loss_weights)
+            ranking = self.ranking(member_logits, batch.labels, batch.rows.label_loss_weights)
         if self.contrastive is None:
             return ranking, {"loss": ranking}
         assert content is not None
         contrastive = self.contrastive(
-            content.target, ids.target, batch.target_items, batch.contrastive_weights
+            content.target, ids.target, batch.target.items, batch.contrastive_weights
         )
         loss = ranking + self.weight * contrastive
         return loss, {"loss": loss, "ranking": ranking, "contrastive": contrastive}

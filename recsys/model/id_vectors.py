@@ -72,7 +72,7 @@ class IDVectorReader(nn.Module):
             for name, dropout in zip(self.pooled_features, self.pooled_dropouts)
         ]
         if self.beside:
-            items = batch.jagged_history().gather(history) if self.history_is_unique else history
+            items = batch.history.jagged().gather(history) if self.history_is_unique else history
             history = items + _added_up(sequences, self.beside)
         return IDVectors(
             pooled_vectors,

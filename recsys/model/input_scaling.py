@@ -67,22 +67,22 @@ class InputScaling(nn.Module):
     def forward(self, batch: Batch) -> Batch:
         """Return the batch with standardised numbers; `recorded_values` stay as they are."""
         dense, values, *further = self._parts(batch)
-        return replace(
-            batch,
-            dense_features=dense,
-            history_values=values,
-            unscaled_values=batch.history_values,
+        history = replace(
+            batch.history,
+            values=values,
+            unscaled_values=batch.history.values,
             further=[
-                replace(history, values=values)
-                for history, values in zip(batch.further, further, strict=True)
+                replace(events, values=values)
+                for events, values in zip(batch.history.further, further, strict=True)
             ],
         )
+        return replace(batch, dense_features=dense, history=history)
 
     def _parts(self, batch: Batch) -> list[Tensor]:
         """Return the dense features [B, F] and the lists beside each history [N, P]."""
         first = 0
         scaled = []
-        lists = [batch.history_values, *(history.values for history in batch.further)]
+        lists = [history.values for history in (batch.history, *batch.history.further)]
         names = [self.dense, *(self.lists or [[]])]
         for numbers, columns in zip([batch.dense_features, *lists], names, strict=True):
             places = slice(first, first + len(columns))

@@ -225,24 +225,23 @@ class RetrievalLoss(nn.Module):
 
     def forward(self, towers: TowerVectors, batch: Batch) -> Tensor:  # []
         """Return the loss of a batch with log Q. A collective if `settings.all_ranks` is on."""
-        target_items = batch.target_items.masked_fill(batch.row_weights == 0, PADDING)
-        own_log_q = batch.target_log_q
+        target_items = batch.target.items.masked_fill(batch.rows.loss_weights == 0, PADDING)
+        own_log_q = batch.target.log_q
         assert own_log_q is not None
         if self.in_batch:
             vectors, items, log_q = towers.item, target_items, own_log_q
         else:
-            assert towers.negatives is not None and batch.negative_items is not None
-            assert batch.negative_log_q is not None
-            vectors, items, log_q = towers.negatives, batch.negative_items, batch.negative_log_q
+            assert towers.negatives is not None and batch.negatives is not None
+            vectors, items, log_q = towers.negatives, batch.negatives.items, batch.negatives.log_q
         vectors, items, log_q = self._candidates(vectors, items, log_q)
-        is_no_negative = (items == batch.target_items.unsqueeze(1)) | (items == PADDING)  # [B, K]
+        is_no_negative = (items == batch.target.items.unsqueeze(1)) | (items == PADDING)  # [B, K]
         positives = (towers.scores - own_log_q.unsqueeze(1)).unbind(dim=1)  # C of [B]
         losses = []
         for query, positive in zip(towers.query.unbind(dim=1), positives, strict=True):
             scores = (query @ vectors.T - log_q).masked_fill(is_no_negative, -torch.inf)
             every = torch.cat([positive.unsqueeze(1), scores], dim=1)
             losses.append(every.logsumexp(dim=1) - positive)
-        counts = batch.labels.nan_to_num() * batch.loss_weights  # [B, C]
+        counts = batch.labels.nan_to_num() * batch.rows.label_loss_weights  # [B, C]
         # The mean is over all rows, so that each positive has the same weight on any rank.
         return ((torch.stack(losses, dim=1) * counts).mean(0) * self.weights).sum()
 

@@ -74,7 +74,7 @@ class ContentOfBatch(nn.Module):
         vectors, features = [self.target_map(content.target)], no_columns(content.target)
         if self.interest is not None:
             # The first C columns of the interest are its vector, the others single features.
-            history, parallel = batch.jagged_history(), batch.history_values
+            history, parallel = batch.history.jagged(), batch.history.values
             interest = self.interest(content, history, parallel)
             vectors.append(self.interest_map(interest[:, : self.dim]))
             numbers = history_numbers(history, parallel)
@@ -169,7 +169,7 @@ class DLRMWithContentTrain(nn.Module):
         logits = ranked.logits.squeeze(-1)
         loss = self.loss_fn(logits, batch.labels.float())
         if self.contrastive is not None:
-            contrastive = self.contrastive(ranked.content, ranked.item, batch.target_items)
+            contrastive = self.contrastive(ranked.content, ranked.item, batch.target.items)
             loss = loss + self.weight * contrastive
         return loss, (loss.detach(), logits.detach(), batch.labels.detach())
 

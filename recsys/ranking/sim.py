@@ -168,11 +168,11 @@ class Sim(RowFeatures):
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> Tensor | MemberLogits:  # [B, C]
-        history = batch.jagged_history()
+        history = batch.history.jagged()
         id_history = history if ids.history_is_unique else history.unindexed()
         places = self.search(ids, content, batch, history, id_history)
         ages = self._ages(batch, history)[places]
-        parallel = batch.history_values[:, self.gaps.flags]
+        parallel = batch.history.values[:, self.gaps.flags]
         numbers = self.history_numbers(history, parallel, batch)
         history, id_history, parallel = (
             history.select(places),
@@ -202,14 +202,14 @@ class Sim(RowFeatures):
 
     def _in_category(self, batch: Batch, history: JaggedHistory) -> Tensor:  # [K]
         assert self.categories is not None
-        items = self.categories(batch.history_items)[history.index].unsqueeze(2)  # [N, M, 1]
-        targets = self.categories(batch.target_items)[history.rows].unsqueeze(1)  # [N, 1, M]
+        items = self.categories(batch.history.items)[history.index].unsqueeze(2)  # [N, M, 1]
+        targets = self.categories(batch.target.items)[history.rows].unsqueeze(1)  # [N, 1, M]
         shared = (items == targets) & (targets >= 0)  # [N, M, M]
         return history.latest(shared.flatten(1).any(dim=1), self.top_k)
 
     def _ages(self, batch: Batch, history: JaggedHistory) -> Tensor:  # [N]
         if self.gaps.column is not None:
-            return age_of(batch.recorded_values[:, self.gaps.column])
+            return age_of(batch.history.recorded_values[:, self.gaps.column])
         return age_of(history.ages)
 
 

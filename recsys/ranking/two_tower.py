@@ -68,8 +68,8 @@ class TwoTower(nn.Module):
             negatives = self._item(ids.negatives, content_vector)
         if self.similarity is not None:
             assert content is not None
-            history = batch.jagged_history()
-            direction = self.similarity.query(content, history, batch.history_values)
+            history = batch.history.jagged()
+            direction = self.similarity.query(content, history, batch.history.values)
             direction = direction.unsqueeze(1).expand(-1, self.num_labels, -1)
             query = torch.cat([query, direction.to(query.dtype)], dim=2)
             item = self.similarity.item(item, content.target, content.target_modalities)
@@ -85,7 +85,7 @@ class TwoTower(nn.Module):
         vectors = [ids.pooled[place] for place in self.pooled]
         vectors.append(batch.dense_features[:, self.dense])
         if self.has_history:
-            history, parallel = batch.jagged_history(), batch.history_values
+            history, parallel = batch.history.jagged(), batch.history.values
             id_history = history if ids.history_is_unique else history.unindexed()
             vectors += pooled_history(ids.history.float(), id_history, parallel)
             vectors.append(history_numbers(history, parallel))

@@ -19,7 +19,7 @@ class IDVectors:
     target: [B, D], vectors of the target item.
     history: [U, D], vectors of `history_items`; [N, D] if not `history_is_unique`.
     negatives: [S, D], vectors of the sampled negatives; None if none are sampled.
-    further: one [events, D] per extra sequence, in the order of `Batch.further`.
+    further: one [events, D] per extra sequence, in the order of `Batch.history.further`.
     """
 
     pooled: list[Tensor]

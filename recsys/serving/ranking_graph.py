@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.content.vectors import ContentVectors
+from recsys.data.batch import Rows, TargetItems
 from recsys.ranking.vectors import IDVectors
 from recsys.serving.shared_history import SharedHistory
 
@@ -63,13 +64,11 @@ class SharedEvents:
 
 
 @dataclass
-class CandidateBatch:
-    """Stand-in for a `Batch`: the fields that ranking models read, for candidates of one user."""
+class CandidateHistory:
+    """Stand-in for a `History` that all candidates share."""
 
-    dense_features: Tensor  # [N, F]
-    history_values: Tensor  # [N * L, P]
-    history_items: Tensor  # [L]
-    target_items: Tensor  # [N]
+    values: Tensor  # [N * L, P]
+    items: Tensor  # [L]
     history: SharedHistory
     further: list[SharedEvents]
     unscaled_values: Tensor | None = None  # [N * L, P]
@@ -77,15 +76,25 @@ class CandidateBatch:
     @property
     def recorded_values(self) -> Tensor:
         """The parallel lists before scaling: float32 [N * L, P]."""
-        return self.history_values if self.unscaled_values is None else self.unscaled_values
+        return self.values if self.unscaled_values is None else self.unscaled_values
 
-    def jagged_history(self) -> SharedHistory:
+    def jagged(self) -> SharedHistory:
         return self.history
 
+
+@dataclass
+class CandidateBatch:
+    """Stand-in for a `Batch`: the fields that ranking models read, for candidates of one user."""
+
+    dense_features: Tensor  # [N, F]
+    target: TargetItems
+    history: CandidateHistory
+
     @property
-    def row_weights(self) -> Tensor:
-        """Ones: no row is padding; float32 [N]."""
-        return torch.ones_like(self.target_items, dtype=torch.float32)
+    def rows(self) -> Rows:
+        """Rows of one group, none of which is padding."""
+        zeros = torch.zeros_like(self.target.items)
+        return Rows(zeros, zeros)
 
 
 class RankingGraph(nn.Module):
@@ -124,9 +133,8 @@ class RankingGraph(nn.Module):
             self._shared_events(inputs.target_content, *parts)
             for parts in zip(inputs.further_parallel, inputs.further_content, strict=True)
         ]
-        batch = CandidateBatch(
-            inputs.dense, values, inputs.history_items, inputs.target_items, shared, events
-        )
+        history = CandidateHistory(values, inputs.history_items, shared, events)
+        batch = CandidateBatch(inputs.dense, TargetItems(inputs.target_items), history)
         if self.scaling is not None:
             batch = self.scaling(batch)
         ids = IDVectors(inputs.pooled, inputs.target, inputs.history, further=inputs.further)

@@ -114,7 +114,7 @@ def _train_step(
         losses, _, batch = next(job.pipeline.outputs(prepared))
         require_pipelined(job.model)
     values = {name: float(value) for name, value in losses.items()}  # waits for a GPU
-    rows = batch.row_positions[batch.row_positions >= 0].cpu().numpy()
+    rows = batch.rows.positions[batch.rows.positions >= 0].cpu().numpy()
     with job.ranks.raise_on_all_ranks():
         if not math.isfinite(values["loss"]):
             raise ValueError(
@@ -131,7 +131,7 @@ def _score_batch(job: Job, lockstep: Lockstep) -> int:
     with closing(_first_batch(interactions, job.ranks.device)) as source, torch.no_grad():
         _, logits, batch = next(forward_pass(job, source, lockstep))
     logits.float().sum().item()  # waits for a GPU
-    return int((batch.row_positions >= 0).sum())
+    return int((batch.rows.positions >= 0).sum())
 
 
 def _first_batch(interactions: Interactions, device: torch.device) -> Generator[Batch]:

@@ -131,7 +131,7 @@ class Trainer:
                 progress.batches += 1
                 progress.samples += batch.batch_size * job.ranks.world_size
                 progress.seconds = time.perf_counter() - start
-                loss, positions = losses["loss"], batch.row_positions
+                loss, positions = losses["loss"], batch.rows.positions
                 lockstep.record_error(self.loss_watch.step(progress.steps, loss, positions))
                 self.reporter.step(progress, losses)  # logs every `log_every_steps`
                 if lockstep.stop or lockstep.save:

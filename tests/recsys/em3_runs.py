@@ -153,7 +153,7 @@ def _train(rank: int, world_size: int, folder: Path, config: Config) -> Run:
         loaded = iter([job.batch_builder()(rows)])
         (batch,) = job.preparation(loaded, UnknownIds(job.schema), step, training=True)
         batch = batch.to(job.ranks.device)
-        run.encoded.append(batch.content_items)
+        run.encoded.append(batch.content.items)
         job.optimizer.zero_grad()
         loss, (_, logits, _) = job.model(batch)
         loss.backward()

@@ -35,7 +35,7 @@ def automatic_groups(num_users: int, num_items: int) -> int:
 class CollaborativeFiltering(nn.Module):
     """The vectors of all items [I, G], and the votes that they give; user u is in group `u % G`.
 
-    `column` of `Batch.history_values` is the valued list. In training the share `dropout` of
+    `column` of `Batch.history.values` is the valued list. In training the share `dropout` of
     targets counts as new.
     """
 
@@ -68,16 +68,16 @@ class CollaborativeFiltering(nn.Module):
     @torch.no_grad()
     def forward(self, history: JaggedHistory, batch: Batch) -> Tensor:  # [B, NUM_VOTES]
         """Return means and sum of the votes, and log(1 + sum of positive similarities)."""
-        values = self._relative_values(history, batch.recorded_values[:, self.column])
-        target = self._opinions_of(batch.target_items)  # [B, G]
-        target = target * self._have_opinions(batch.target_items).unsqueeze(1)
+        values = self._relative_values(history, batch.history.recorded_values[:, self.column])
+        target = self._opinions_of(batch.target.items)  # [B, G]
+        target = target * self._have_opinions(batch.target.items).unsqueeze(1)
         if self.training:
-            groups = batch.groups.remainder(target.shape[1]).unsqueeze(1)
+            groups = batch.rows.groups.remainder(target.shape[1]).unsqueeze(1)
             target = target.scatter(1, groups, 0.0)
             target = target * (torch.rand_like(target[:, :1]) >= self.dropout)
         # [U, G] is large with many groups: it is read, but not written again to be shortened.
-        items = self._opinions_of(batch.history_items)
-        factors = _factors(items) * self._have_opinions(batch.history_items)  # [U]
+        items = self._opinions_of(batch.history.items)
+        factors = _factors(items) * self._have_opinions(batch.history.items)  # [U]
         similarity = history.dot(target * _factors(target).unsqueeze(1), items)  # [N]
         similarity = similarity * history.gather(factors.unsqueeze(1)).squeeze(1)
         positive = similarity.clamp(min=0)

@@ -68,13 +68,13 @@ class ExtraSequences(nn.Module):
         encoded = [
             encode(ids.target, events, history.jagged(), history.values)
             for encode, events, history in zip(
-                self.encoders, ids.further, batch.further, strict=True
+                self.encoders, ids.further, batch.history.further, strict=True
             )
         ]
         for place, encode in zip(self.content_places, self.content_encoders):
             assert content is not None
-            history = batch.further[place]
-            vectors, jagged = history.content_of(content, batch.history_items.shape[0])
+            history = batch.history.further[place]
+            vectors, jagged = history.content_of(content, batch.history.items.shape[0])
             if isinstance(encode, MeanOfEvents):
                 items = vectors.read_history()[0]
                 encoded.append(encode(vectors.target, items, jagged, history.values))

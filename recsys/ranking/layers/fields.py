@@ -103,7 +103,7 @@ class Fields(nn.Module):
         vectors = [linear(pooled) for linear, pooled in zip(self.pooled_maps, ids.pooled)]
         vectors.append(ids.target)
         numbers, similarities = [batch.dense_features], ids.target[:, :0]
-        history, parallel = batch.jagged_history(), batch.history_values
+        history, parallel = batch.history.jagged(), batch.history.values
         if self.has_history:
             id_history = history if ids.history_is_unique else history.unindexed()
             vectors += pooled_history(ids.history, id_history, parallel)

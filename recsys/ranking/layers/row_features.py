@@ -118,7 +118,7 @@ class RowFeatures(nn.Module):
         batch: Batch,
         interest: Tensor,  # [B, interest_dim]
         numbers: Tensor,  # [B, ...], `self.history_numbers` of the whole history
-        history: JaggedHistory,  # the one attended to, over `batch.history_items`
+        history: JaggedHistory,  # the one attended to, over `batch.history.items`
         parallel: Tensor,  # [K, P]
     ) -> Tensor:  # [B, W]
         """Return all vectors and numbers of each row, concatenated. A collective."""
@@ -141,7 +141,7 @@ class RowFeatures(nn.Module):
         if self.standardization is None:
             return numbers
         widths = [part.shape[1] for part in numbers]
-        joined = self.standardization(torch.cat(numbers, dim=1), batch.row_weights)
+        joined = self.standardization(torch.cat(numbers, dim=1), batch.rows.loss_weights)
         return list(joined.split(widths, dim=1))
 
 
@@ -183,9 +183,9 @@ class AttendedFeatures(RowFeatures):
     def attended(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> Tensor:  # [B, W]
-        history = batch.jagged_history()
+        history = batch.history.jagged()
         id_history = history if ids.history_is_unique else history.unindexed()
-        parallel = batch.history_values
+        parallel = batch.history.values
         interest = self.interest(ids.target, ids.history, id_history, parallel)
         numbers = self.history_numbers(history, parallel, batch)
         return self.features(ids, content, batch, interest, numbers, history, parallel)

@@ -123,7 +123,7 @@ class EventTokens(nn.Module):
         lists: Tensor,  # [T, P]
     ) -> tuple[Tensor, Tensor]:  # [T, D], [B, D]
         """Return the tokens of events and targets. A collective with content."""
-        history = batch.jagged_history()
+        history = batch.history.jagged()
         target = self.id_map(ids.target) + self.of_target
         # Terms of an item alone are added for each unique item, in place of each event.
         items = self.id_map(ids.history) + self.of_event
@@ -176,10 +176,10 @@ class SequenceModel(RowFeatures):
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> Tensor | MemberLogits:  # [B, C]
-        history: JaggedHistory = batch.jagged_history()
-        parallel = batch.history_values[:, self.gaps.flags]
+        history: JaggedHistory = batch.history.jagged()
+        parallel = batch.history.values[:, self.gaps.flags]
         sequences = sequences_of(history)
-        ages = self.gaps.ages(batch.recorded_values)
+        ages = self.gaps.ages(batch.history.recorded_values)
         ages = None if ages is None else sequences.own(ages)
         events = Events(sequences, sequences.ages().clamp(max=self.recent_items), ages)
         lists = sequences.own(parallel)

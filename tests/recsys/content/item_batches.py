@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from recsys.data.batch import Batch
+from recsys.data.batch import Batch, BatchContent, History, Rows, TargetItems
 
 
 def batch_of_items(
@@ -33,16 +33,14 @@ def batch_of_items(
             torch.cat([target, history_items if index_dedup else places]),
             torch.cat([torch.ones_like(target), history_rows if index_dedup else lengths]).int(),
         ),
-        target_items=target,
-        groups=torch.zeros(rows, dtype=torch.long),
-        row_positions=torch.arange(rows),
-        history_lengths=lengths,
-        history_values=torch.arange(len(places)).float().unsqueeze(1),
-        history_items=history_items,
-        history_index=history_index,
-        content_items=content_items,
-        target_index=target_index,
-        history_content_index=target[:0],
-        bank_items=target[:0],
-        longest_history=int(lengths.max()),
+        rows=Rows(torch.arange(rows), torch.zeros(rows, dtype=torch.long)),
+        target=TargetItems(target),
+        history=History(
+            lengths,
+            torch.arange(len(places)).float().unsqueeze(1),
+            int(lengths.max()),
+            history_index,
+            history_items,
+        ),
+        content=BatchContent(content_items, target_index, target[:0], target[:0]),
     )

@@ -15,7 +15,7 @@ from recsys.config import SamplingSettings
 from recsys.content.batch_preparation import shorten_histories
 from recsys.content.branch import ContentBranch
 from recsys.content.item_selection import sample_items
-from recsys.data.batch import Batch
+from recsys.data.batch import BatchContent
 from tests.recsys.content.item_batches import batch_of_items
 from tests.recsys.content.tiny_branch import (
     DIM,
@@ -30,10 +30,9 @@ from tests.recsys.content.tiny_branch import (
 TARGETS_OF_TEN = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 3, 3]
 
 
-def sampled(forward: float, backward: float, step: int = 0, rank: int = 0) -> Batch:
-    return sample_items(
-        batch_of_items(TARGETS_OF_TEN), SamplingSettings(forward, backward), (7, step, rank)
-    )
+def sampled(forward: float, backward: float, step: int = 0, rank: int = 0) -> BatchContent:
+    content = batch_of_items(TARGETS_OF_TEN).content
+    return sample_items(content, SamplingSettings(forward, backward), (7, step, rank))
 
 
 @pytest.mark.parametrize(
@@ -43,18 +42,18 @@ def sampled(forward: float, backward: float, step: int = 0, rank: int = 0) -> Ba
 def test_shares_of_the_unique_items_are_encoded_and_the_rest_is_read_from_the_bank(
     forward: float, backward: float, encoded: int, trained: int
 ) -> None:
-    batch = sampled(forward, backward)
-    assert (len(batch.content_items), batch.with_gradient) == (encoded, trained)
-    items = torch.cat([batch.content_items, batch.bank_items])
+    content = sampled(forward, backward)
+    assert (len(content.items), content.with_gradient) == (encoded, trained)
+    items = torch.cat([content.items, content.bank_items])
     assert items.sort().values.tolist() == list(range(10))
-    assert items[batch.target_index].tolist() == TARGETS_OF_TEN
+    assert items[content.target_index].tolist() == TARGETS_OF_TEN
 
 
 def test_the_choice_depends_on_seed_step_and_rank_alone() -> None:
-    selections = [sampled(0.5, 0.5, *place).content_items.tolist() for place in ((0, 0), (0, 0))]
+    selections = [sampled(0.5, 0.5, *place).items.tolist() for place in ((0, 0), (0, 0))]
     assert selections[0] == selections[1]
     distinct_selections = {
-        tuple(sampled(0.5, 0.5, step, rank).content_items.tolist())
+        tuple(sampled(0.5, 0.5, step, rank).items.tolist())
         for step in range(3)
         for rank in range(3)
     }
@@ -64,20 +63,20 @@ def test_the_choice_depends_on_seed_step_and_rank_alone() -> None:
 def test_every_item_is_chosen_equally_often() -> None:
     counts = torch.zeros(10)
     for step in range(300):
-        counts[sampled(0.5, 0.2, step).content_items] += 1
+        counts[sampled(0.5, 0.2, step).items] += 1
     assert counts.min() > 120 and counts.max() < 180
 
 
-def one_by_one(branch: ContentBranch, batch: Batch, stale: Tensor) -> Tensor:
+def one_by_one(branch: ContentBranch, content: BatchContent, stale: Tensor) -> Tensor:
     """[B, D]: each target encoded with or without gradient, or read, by itself."""
-    encoded = batch.content_items.tolist()
+    encoded = content.items.tolist()
     rows = []
     for item in TARGETS.tolist():
         if item not in encoded:
             rows.append(stale[item, :DIM])
             continue
         vector = branch.encode(content_of(torch.tensor([item])))[0, :DIM]
-        with_gradient = encoded.index(item) < (batch.with_gradient or 0)
+        with_gradient = encoded.index(item) < (content.with_gradient or 0)
         rows.append(vector if with_gradient else vector.detach())
     return torch.stack(rows)
 
@@ -85,12 +84,14 @@ def one_by_one(branch: ContentBranch, batch: Batch, stale: Tensor) -> Tensor:
 @pytest.mark.parametrize("backward", [0.3, 0.6])
 def test_vectors_and_gradients_equal_those_of_items_taken_one_by_one(backward: float) -> None:
     branch, naive = branch_of("bank_lora"), branch_of("bank_lora")
-    batch = sample_items(batch_of("bank_lora"), SamplingSettings(0.6, backward), (0, 0, 0))
-    batch = replace(batch, content=content_of(batch.content_items))
-    assert len(batch.content_items) == 2 and len(batch.bank_items) == 1
+    batch = batch_of("bank_lora")
+    content = sample_items(batch.content, SamplingSettings(0.6, backward), (0, 0, 0))
+    content.inputs = content_of(content.items)
+    batch = replace(batch, content=content)
+    assert len(content.items) == 2 and len(content.bank_items) == 1
     assert branch.bank is not None
     stale, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
-    vectors, expected = branch(batch).target, one_by_one(naive, batch, stale)
+    vectors, expected = branch(batch).target, one_by_one(naive, content, stale)
     torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=1e-5)
     factor = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     for result in (vectors, expected):
@@ -105,7 +106,7 @@ def test_vectors_and_gradients_equal_those_of_items_taken_one_by_one(backward: f
             )
     stored, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
     changed = (stored != stale).any(dim=1).nonzero().squeeze(1)
-    assert changed.tolist() == batch.content_items.sort().values.tolist()
+    assert changed.tolist() == content.items.sort().values.tolist()
 
 
 def test_without_same_step_histories_see_what_the_bank_held_before() -> None:
@@ -156,17 +157,17 @@ def test_each_history_keeps_its_items_most_like_the_target_in_their_order(
     rows = kept_by_loop(top_k)
     places = [place for row in rows for place in row]
     everything = [item for history in SEARCHED_HISTORIES for item in history]
-    assert short.history_values[:, 0].tolist() == places
-    assert short.history_lengths.tolist() == [len(row) for row in rows]
-    assert short.longest_history == max(len(row) for row in rows)
-    items = short.history_items[short.history_index].tolist()
+    assert short.history.values[:, 0].tolist() == places
+    assert short.history.lengths.tolist() == [len(row) for row in rows]
+    assert short.history.longest == max(len(row) for row in rows)
+    items = short.history.items[short.history.index].tolist()
     assert items == [everything[place] for place in places]
-    assert short.history_items.tolist() == sorted(set(items))
+    assert short.history.items.tolist() == sorted(set(items))
     target, history = (short.sequence_features[name] for name in ("item", "history"))
     assert target.values().tolist() == SEARCH_TARGETS
     assert history.values().tolist() == (sorted(set(items)) if index_dedup else items)
     if not index_dedup:
-        assert history.lengths().tolist() == short.history_lengths.tolist()
+        assert history.lengths().tolist() == short.history.lengths.tolist()
 
 
 def test_on_cuda_the_search_waits_for_the_writes_of_earlier_steps(

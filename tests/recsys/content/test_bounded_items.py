@@ -57,15 +57,16 @@ def test_a_batch_has_rows_for_tables_and_raw_ids_for_content(data: Path, tmp_pat
         assert job.vocabularies.items is not None
         rows = ids_of(job.vocabularies.items)
         first, second = ([int(raw(item)) for item in items] for items in ((0, 1, 2), (2, 3, 4)))
-        assert prepared[0].frequency_keys.tolist() == [*first, first[0]]
-        assert prepared[0].target_items.tolist() == [rows[item] for item in [*first, first[0]]]
-        assert prepared[0].has_row is not None and prepared[0].has_row.all()
+        assert prepared[0].target.frequency_keys.tolist() == [*first, first[0]]
+        assert prepared[0].target.items.tolist() == [rows[item] for item in [*first, first[0]]]
+        assert prepared[0].target.has_row is not None and prepared[0].target.has_row.all()
         # Item 3 is in histories alone: it is encoded in the step that gives it a row, and no more.
-        assert prepared[0].content_items.tolist() == [*first, int(raw(3))]
-        assert prepared[0].with_gradient == 3
-        assert prepared[0].bank_write_rows.tolist() == [rows[int(raw(item))] for item in range(4)]
-        assert prepared[1].content_items.tolist() == [*second, int(raw(5))]
-        events = prepared[0].history_items[prepared[0].history_index].tolist()
+        assert prepared[0].content.items.tolist() == [*first, int(raw(3))]
+        assert prepared[0].content.with_gradient == 3
+        written = prepared[0].content.bank_write_rows.tolist()
+        assert written == [rows[int(raw(item))] for item in range(4)]
+        assert prepared[1].content.items.tolist() == [*second, int(raw(5))]
+        events = prepared[0].history.items[prepared[0].history.index].tolist()
         expected = [3, 3, 1, 3, 2, 3, 0]
         assert events == [rows[int(raw(item))] for item in expected]
         assert prepared[0].sequence_features["history"].values().tolist() == [
@@ -189,5 +190,5 @@ def test_items_without_a_row_do_not_link_content_and_id(data: Path, tmp_path: Pa
     with joined_ranks("cpu") as ranks:
         job = build(data, ranks, tmp_path, contrastive=ContrastiveSettings(weight=0.5, dim=8))
         (batch,) = job.preparation(batches(job, 1), UnknownIds(job.schema), 0, training=False)
-        assert batch.has_row is not None and not batch.has_row.any()
+        assert batch.target.has_row is not None and not batch.target.has_row.any()
         assert batch.contrastive_weights.tolist() == [0.0] * 4

@@ -46,9 +46,9 @@ def at_each_place(vectors: ContentVectors, batch: Batch) -> ContentVectors:
     history, modalities = vectors.read_history()
     return ContentVectors(
         vectors.target,
-        history[batch.history_index],
+        history[batch.history.index],
         vectors.target_modalities,
-        modalities[batch.history_index],
+        modalities[batch.history.index],
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from recsys.config import Config, ContentSettings
 from recsys.content.branch import exchange_vectors
 from recsys.content.item_selection import assign_to_owners
-from recsys.data.batch import Batch
+from recsys.data.batch import BatchContent
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
 from tests.recsys.content.item_batches import batch_of_items
@@ -94,26 +94,26 @@ def test_each_item_of_the_global_batch_is_encoded_exactly_once(
 
 def exchange(
     rank: int, world_size: int, requested: list[list[int]]
-) -> tuple[Batch, Tensor, Tensor]:
-    """(the assigned batch, vectors received, gradient of the vectors sent)."""
+) -> tuple[BatchContent, Tensor, Tensor]:
+    """(the assigned content, vectors received, gradient of the vectors sent)."""
     group = dist.group.WORLD
     assert group is not None
-    batch = assign_to_owners(batch_of_items(requested[rank]), group)
-    assert batch.exchange is not None
-    vectors = batch.content_items.unsqueeze(1) * torch.ones(1, 3)
+    content = assign_to_owners(batch_of_items(requested[rank]).content, group)
+    assert content.exchange is not None
+    vectors = content.items.unsqueeze(1) * torch.ones(1, 3)
     vectors.requires_grad_()
-    received = exchange_vectors(vectors, batch.exchange, group)
+    received = exchange_vectors(vectors, content.exchange, group)
     ((rank + 1) * received).sum().backward()
     assert vectors.grad is not None
-    return batch, received.detach(), vectors.grad
+    return content, received.detach(), vectors.grad
 
 
 def test_vectors_reach_those_who_need_them_and_gradients_add_up_at_their_owners() -> None:
     requested = [[3, 5, 3, 8], [8, 3], [5]]  # nobody wants an item of rank 1
     results = run_on_ranks(exchange, 3, requested)
-    for targets, (batch, received, _) in zip(requested, results):
-        assert received[batch.target_index, 0].tolist() == targets
-    owned = [batch.content_items.tolist() for batch, _, _ in results]
+    for targets, (content, received, _) in zip(requested, results):
+        assert received[content.target_index, 0].tolist() == targets
+    owned = [content.items.tolist() for content, _, _ in results]
     assert owned == [[3], [], [5, 8]]
     # Rank r multiplies by r + 1; item 3 goes to ranks 0 and 1, 5 to 0 and 2, 8 to 0 and 1.
     gradients = [gradient[:, 0].tolist() for _, _, gradient in results]

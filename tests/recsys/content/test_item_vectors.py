@@ -64,7 +64,7 @@ def test_the_branch_takes_the_vectors_that_a_batch_has() -> None:
     store.rows_of = lambda ids: ids
     slow = branch(batch)
     (with_vectors,) = ItemVectorCache(branch, store, torch.device("cpu"))(iter([batch]))
-    assert not with_vectors.content
+    assert not with_vectors.content.inputs
     branch.encode = None  # type: ignore[method-assign, assignment]
     fast = branch(with_vectors)
     torch.testing.assert_close(fast.target, slow.target)

@@ -18,7 +18,7 @@ from recsys.config import (
 )
 from recsys.content.branch import ContentBranch
 from recsys.content.encoders.build import Encoder, StoredFeatures, build_encoder
-from recsys.data.batch import Batch, ContentInput
+from recsys.data.batch import Batch, BatchContent, ContentInput, History, Rows, TargetItems
 
 NUM_ITEMS, DIM, FEATURE_DIM, MAX_TOKENS, NUM_MODALITIES = 8, 8, 6, 5, 2
 BANK_DIM = DIM * (1 + NUM_MODALITIES)  # the content vector and a mean token per modality
@@ -62,19 +62,22 @@ def batch_of(mode: Mode) -> Batch:
         sequence_features=KeyedJaggedTensor.from_lengths_sync(
             ["item"], TARGETS, torch.ones(len(TARGETS), dtype=torch.long)
         ),
-        target_items=TARGETS,
-        groups=torch.zeros(len(TARGETS), dtype=torch.long),
-        row_positions=torch.arange(len(TARGETS)),
-        history_lengths=LENGTHS,
-        history_values=torch.zeros(len(HISTORY), 0),
-        history_items=history_items,
-        history_index=history_index,
-        content_items=items,
-        target_index=index[: len(TARGETS)],
-        history_content_index=index[len(TARGETS) :],
-        bank_items=HISTORY[:0],
-        content=content_of(items),
-        longest_history=int(LENGTHS.max()),
+        rows=Rows(torch.arange(len(TARGETS)), torch.zeros(len(TARGETS), dtype=torch.long)),
+        target=TargetItems(TARGETS),
+        history=History(
+            LENGTHS,
+            torch.zeros(len(HISTORY), 0),
+            int(LENGTHS.max()),
+            history_index,
+            history_items,
+        ),
+        content=BatchContent(
+            items,
+            index[: len(TARGETS)],
+            index[len(TARGETS) :],
+            HISTORY[:0],
+            content_of(items),
+        ),
     )
 
 

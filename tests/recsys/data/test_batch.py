@@ -1,7 +1,5 @@
 """A batch is moved, pinned and handed to a stream whole: no tensor is forgotten."""
 
-import dataclasses
-from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 from unittest import mock
@@ -13,7 +11,18 @@ from torchrec.datasets.utils import Batch as TorchRecBatch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.memory_bank import BankRoute
-from recsys.data.batch import Batch, ContentInput, FurtherHistory, ItemExchange
+from recsys.data.batch import (
+    Batch,
+    BatchContent,
+    ContentInput,
+    FurtherHistory,
+    History,
+    ItemExchange,
+    Negatives,
+    Rows,
+    TargetItems,
+)
+from tests.recsys.data.batch_tensors import tensors_in
 
 
 def keyed(key: str) -> KeyedJaggedTensor:
@@ -22,50 +31,34 @@ def keyed(key: str) -> KeyedJaggedTensor:
     )
 
 
+def part(kind: type, **given: Any) -> Any:
+    """A part of a batch, with a tensor in each field that is not given."""
+    tensors = {item.name: torch.arange(2.0) for item in fields(kind) if item.name not in given}
+    return kind(**tensors, **given)
+
+
 def a_batch() -> Batch:
-    jagged = {"sparse_features": keyed("user"), "sequence_features": keyed("item")}
-    integers = {"longest_history": 2, "with_gradient": 1}
-    routes: dict[str, Any] = {
-        "exchange": ItemExchange(torch.tensor([1, 0]), send_counts=[2], receive_counts=[2]),
-        "bank_reads": BankRoute(torch.tensor([0, 1]), [2], torch.tensor([3, 4]), [2]),
-        "bank_writes": BankRoute(torch.tensor([1, 0]), [2], torch.tensor([5, 6]), [2]),
-    }
-    tensors = {
-        item.name: torch.arange(2.0)
-        for item in fields(Batch)
-        if item.name not in (*jagged, *integers, *routes, "labels", "content", "further")
-    }
-    content = {
-        "text": ContentInput(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)),
-        "clip": ContentInput(torch.zeros(2, 1, 6), torch.ones(2, 1, dtype=torch.bool)),
-    }
-    return Batch(
-        **jagged,  # type: ignore[arg-type]
-        **tensors,  # type: ignore[arg-type]
-        **integers,  # type: ignore[arg-type]
-        labels=torch.zeros(2, 1),
-        content=content,
-        further=[FurtherHistory(torch.ones(2), torch.zeros(2, 1), 1, torch.zeros(2))],
-        **routes,
+    content = part(
+        BatchContent,
+        inputs={
+            "text": ContentInput(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)),
+            "clip": ContentInput(torch.zeros(2, 1, 6), torch.ones(2, 1, dtype=torch.bool)),
+        },
+        with_gradient=1,
+        bank_reads=BankRoute(torch.tensor([0, 1]), [2], torch.tensor([3, 4]), [2]),
+        bank_writes=BankRoute(torch.tensor([1, 0]), [2], torch.tensor([5, 6]), [2]),
+        exchange=ItemExchange(torch.tensor([1, 0]), send_counts=[2], receive_counts=[2]),
     )
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor held anywhere in a batch, found without its help."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, KeyedJaggedTensor):
-        yield value.values()
-        yield value.lengths()
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from tensors_in(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from tensors_in(part)
-    elif dataclasses.is_dataclass(value):
-        for item in fields(value):
-            yield from tensors_in(getattr(value, item.name))
+    return part(
+        Batch,
+        sparse_features=keyed("user"),
+        sequence_features=keyed("item"),
+        rows=part(Rows),
+        target=part(TargetItems),
+        history=part(History, longest=2, further=[part(FurtherHistory, longest=1)]),
+        content=content,
+        negatives=part(Negatives),
+    )
 
 
 def test_a_batch_has_all_that_a_torchrec_batch_has() -> None:

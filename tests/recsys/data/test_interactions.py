@@ -1,6 +1,7 @@
 """Batches against a loop over Python lists, and every rank's share against the whole split."""
 
 from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,16 +45,16 @@ def expected_batch(rows: list[dict[str, Any]], encode_history: bool) -> dict[str
     return {
         "dense_features": [[row["price"]] for row in rows],
         "labels": [[row["liked"]] for row in rows],
-        "target_items": target,
-        "groups": [row["user"] for row in rows],
-        "history_lengths": [len(row["history"] or []) for row in rows],
-        "history_values": [[flag] for row in rows for flag in row["history_liked"] or []],
-        "content_items": items,
-        "target_index": [items.index(item) for item in target],
-        "history_items": unique,
-        "history_index": [unique.index(item) for item in history],
-        "history_content_index": [items.index(item) for item in unique] if encode_history else [],
-        "bank_items": [],
+        "target.items": target,
+        "rows.groups": [row["user"] for row in rows],
+        "history.lengths": [len(row["history"] or []) for row in rows],
+        "history.values": [[flag] for row in rows for flag in row["history_liked"] or []],
+        "content.items": items,
+        "content.target_index": [items.index(item) for item in target],
+        "history.items": unique,
+        "history.index": [unique.index(item) for item in history],
+        "content.history_index": [items.index(item) for item in unique] if encode_history else [],
+        "content.bank_items": [],
     }
 
 
@@ -79,25 +80,25 @@ def test_every_column_arrives_where_it_belongs(
     all_rows = python_rows(tmp_path)
     num_rows = 0
     for batch in Interactions(rows, build, 7):
-        mine = [all_rows[position] for position in batch.row_positions]
+        mine = [all_rows[position] for position in batch.rows.positions]
         num_rows += len(mine)
         assert batch.batch_size == len(mine)
         for name, expected in expected_batch(mine, encode_history).items():
-            assert getattr(batch, name).tolist() == expected, name
+            assert attrgetter(name)(batch).tolist() == expected, name
         assert batch.sparse_features is not None
         assert batch.sparse_features.keys() == ["genres", "user"]
         genres, user = (batch.sparse_features[name] for name in ("genres", "user"))
         assert genres.lengths().tolist() == [len(row["genres"]) for row in mine]
         assert genres.values().tolist() == [genre for row in mine for genre in row["genres"]]
-        assert user.values().tolist() == batch.groups.tolist()
+        assert user.values().tolist() == batch.rows.groups.tolist()
         assert batch.sequence_features.keys() == ["item", "history"]
         item, history = (batch.sequence_features[name] for name in ("item", "history"))
-        assert item.values().tolist() == batch.target_items.tolist()
+        assert item.values().tolist() == batch.target.items.tolist()
         assert item.lengths().tolist() == [1] * len(mine)
         lengths, ids = expected_history_ids(mine, index_dedup)
         assert history.lengths().tolist() == lengths
         assert history.values().tolist() == ids
-        assert batch.content == {}
+        assert batch.content.inputs == {}
     assert num_rows == len(all_rows) == 60
 
 
@@ -113,10 +114,10 @@ def test_a_dataset_may_lack_history_dense_and_pooled_columns(tmp_path: Path) -> 
     assert batch.sparse_features is None
     assert batch.sequence_features.keys() == ["item"]
     assert batch.labels.tolist() == [[1, 1], [0, 1]]
-    assert (batch.dense_features.shape, batch.history_values.shape) == ((2, 0), (0, 0))
-    assert batch.history_lengths.tolist() == [0, 0]
-    assert batch.history_index.tolist() == []
-    assert (batch.content_items.tolist(), batch.target_index.tolist()) == ([8], [0, 0])
+    assert (batch.dense_features.shape, batch.history.values.shape) == ((2, 0), (0, 0))
+    assert batch.history.lengths.tolist() == [0, 0]
+    assert batch.history.index.tolist() == []
+    assert (batch.content.items.tolist(), batch.content.target_index.tolist()) == ([8], [0, 0])
 
 
 @pytest.mark.parametrize("encode_history", [False, True])
@@ -131,8 +132,8 @@ def test_a_batch_carries_the_content_of_its_unique_items(
     items = {row["item"]: row["clip"] for row in python_rows(tmp_path / "data", "items")}
     build = BatchBuilder(schema, [], store, encode_history)
     for batch in Interactions(ParquetRows.of_split(root, "train", schema), build, 9):
-        clip = batch.content["clip"]
-        for item, values, mask in zip(batch.content_items.tolist(), clip.values, clip.mask):
+        clip = batch.content.inputs["clip"]
+        for item, values, mask in zip(batch.content.items.tolist(), clip.values, clip.mask):
             assert mask.item() == (items[item] is not None)
             expected = items[item] or [0.0] * FEATURE_WIDTH
             np.testing.assert_allclose(values[0], expected, rtol=1e-6)
@@ -158,7 +159,8 @@ class CountedRows(ParquetRows):
 
 def places_only(rows: RowColumns) -> Any:
     """Stands for a batch where only the places of its rows matter."""
-    return SimpleNamespace(row_positions=torch.from_numpy(rows.numbers[ROW_POSITION]))
+    positions = torch.from_numpy(rows.numbers[ROW_POSITION])
+    return SimpleNamespace(rows=SimpleNamespace(positions=positions))
 
 
 def test_all_ranks_have_as_many_batches_of_the_same_sizes_for_any_numbers() -> None:
@@ -167,7 +169,7 @@ def test_all_ranks_have_as_many_batches_of_the_same_sizes_for_any_numbers() -> N
         sizes, counted = [], []
         for rank in range(world_size):
             interactions = Interactions(rows, places_only, batch_size, rank, world_size)  # type: ignore[arg-type]
-            batches = [batch.row_positions.tolist() for batch in interactions]
+            batches = [batch.rows.positions.tolist() for batch in interactions]
             assert len(batches) == len(interactions), case
             sizes.append([len(batch) for batch in batches])
             counted += [place for batch in batches for place in batch if place >= 0]

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,7 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.config import ModalitySettings
 from recsys.data import prefetch
-from recsys.data.batch import Batch, ContentInput
+from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.interactions import AHEAD, Interactions, loader
 from recsys.data.items.content_store import ContentStore
@@ -25,6 +25,7 @@ from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import load_schema
 from recsys.storage.location import Location
 from tests.datasets import write_dataset, write_parquet
+from tests.recsys.data.batch_tensors import tensors_in
 
 BATCH, WINDOW, ROWS = 4, 12, 60  # windows end with a row group, of which there are six
 
@@ -63,20 +64,16 @@ def content_of(root: Path, cache: Path) -> ContentStore:
 
 
 def parts_of(value: Any) -> Any:
-    """What a field of a batch holds, comparable."""
+    """What a batch, or a part of it, holds, comparable."""
     if isinstance(value, Tensor):
         return value.dtype, value.tolist()
     if isinstance(value, KeyedJaggedTensor):
         return value.keys(), parts_of(value.values()), parts_of(value.lengths())
-    if isinstance(value, ContentInput):
-        return parts_of(value.values), parts_of(value.mask)
+    if is_dataclass(value):
+        return {item.name: parts_of(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, dict):
         return {name: parts_of(part) for name, part in value.items()}
     return value
-
-
-def whole(batch: Batch) -> dict[str, Any]:
-    return {item.name: parts_of(getattr(batch, item.name)) for item in fields(batch)}
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
@@ -84,9 +81,9 @@ def test_batches_are_the_same_for_any_number_of_threads(tmp_path: Path, num_work
     root = write_dataset(tmp_path / "data")
     interactions = interactions_of(root, content_of(root, tmp_path / "cache"))
     interactions.begin(2)
-    expected = list(map(whole, interactions))
+    expected = list(map(parts_of, interactions))
     assert len(expected) == ROWS // BATCH
-    assert list(map(whole, loader(interactions, num_workers, False))) == expected
+    assert list(map(parts_of, loader(interactions, num_workers, False))) == expected
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
@@ -103,7 +100,7 @@ def test_an_error_is_raised_in_place_of_its_batch_and_names_the_row(
     positions = []
     with pytest.raises(ValueError, match=f"{file}: column 'item', row 25: id 99 is outside"):
         for batch in batches:
-            positions += batch.row_positions.tolist()
+            positions += batch.rows.positions.tolist()
     # Windows end at rows 22, 41 and 60; the batch with rows 40 to 43 needs the last one.
     assert positions == list(range(40))
     assert list(batches) == []
@@ -160,14 +157,10 @@ def test_threads_pin_memory_for_the_gpu_of_their_rank(monkeypatch: pytest.Monkey
 def test_a_batch_owns_its_memory(tmp_path: Path) -> None:
     """Ids are mapped in place, which must not reach the rows of the window."""
     interactions = interactions_of(write_dataset(tmp_path))
-    expected = list(map(whole, interactions))
+    expected = list(map(parts_of, interactions))
     actual = []
     for batch in interactions:
-        actual.append(whole(batch))
-        for item in fields(batch):
-            value = getattr(batch, item.name)
-            if isinstance(value, KeyedJaggedTensor):
-                value = value.values()
-            if isinstance(value, Tensor):
-                value.fill_(0)
+        actual.append(parts_of(batch))
+        for tensor in tensors_in(batch):
+            tensor.fill_(0)
     assert actual == expected

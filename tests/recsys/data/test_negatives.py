@@ -28,8 +28,8 @@ def sampler(**settings: Any) -> NegativeSampler:
 def test_in_batch_q_is_an_item_s_share_of_the_training_rows() -> None:
     in_batch = sampler(loss="in_batch_softmax")
     batch = in_batch(batch_of_items(TARGETS, HISTORIES), (0, 0, 0), training=True)
-    assert batch.target_log_q is not None and batch.negative_items is None
-    assert batch.target_log_q.exp().tolist() == pytest.approx([0.2, 0.4, 0.4])
+    assert batch.target.log_q is not None and batch.negatives is None
+    assert batch.target.log_q.exp().tolist() == pytest.approx([0.2, 0.4, 0.4])
     assert batch.sequence_features.keys() == ["item", "history"]
 
 
@@ -37,24 +37,24 @@ def test_in_batch_q_is_an_item_s_share_of_the_training_rows() -> None:
 def test_without_the_correction_log_q_is_zero(loss: str) -> None:
     plain = sampler(loss=loss, log_q_correction=False, num_negatives=3)
     batch = plain(batch_of_items(TARGETS, HISTORIES), (0, 0, 0), training=True)
-    assert batch.target_log_q is not None and batch.target_log_q.tolist() == [0, 0, 0]
+    assert batch.target.log_q is not None and batch.target.log_q.tolist() == [0, 0, 0]
     if loss == "sampled_softmax":
-        assert batch.negative_log_q is not None and batch.negative_log_q.tolist() == [0, 0, 0]
+        assert batch.negatives is not None and batch.negatives.log_q.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("kind", ["uniform", "log_uniform"])
 def test_items_are_drawn_as_often_as_q_says(kind: str) -> None:
     many = sampler(loss="sampled_softmax", num_negatives=20_000, negative_sampling=kind)
     batch = many(batch_of_items(TARGETS, HISTORIES), (0, 0, 0), training=True)
-    assert batch.negative_items is not None and batch.negative_log_q is not None
+    assert batch.negatives is not None
     q = many.log_q(torch.from_numpy(COUNTS.items)).exp()
     assert float(q.sum()) == pytest.approx(1)
-    share = batch.negative_items.bincount(minlength=NUM_ITEMS) / 20_000
+    share = batch.negatives.items.bincount(minlength=NUM_ITEMS) / 20_000
     assert share[2] == 0  # an item without training rows was not known
     assert share[COUNTS.items].tolist() == pytest.approx(q.tolist(), abs=0.02)
-    assert torch.equal(batch.negative_log_q, many.log_q(batch.negative_items))
-    assert batch.target_log_q is not None
-    assert torch.equal(batch.target_log_q, many.log_q(torch.tensor(TARGETS)))
+    assert torch.equal(batch.negatives.log_q, many.log_q(batch.negatives.items))
+    assert batch.target.log_q is not None
+    assert torch.equal(batch.target.log_q, many.log_q(torch.tensor(TARGETS)))
     if kind == "uniform":
         assert q.tolist() == pytest.approx([0.25] * 4)
     else:  # item 1 is the most frequent, then 3, 4, 0: log((n + 2) / (n + 1)) / log 5
@@ -68,13 +68,13 @@ def test_negatives_are_a_feature_of_the_item_table_behind_target_and_history() -
     batch = negative_sampler(before, (0, 0, 0), training=True)
     features = batch.sequence_features
     assert features.keys() == ["item", "history", "negatives of item"]
-    assert batch.negative_items is not None
-    assert features["negatives of item"].values().tolist() == batch.negative_items.tolist()
+    assert batch.negatives is not None
+    assert features["negatives of item"].values().tolist() == batch.negatives.items.tolist()
     for name in ("item", "history"):
         old, new = before.sequence_features[name], features[name]
         assert torch.equal(new.values(), old.values())
         assert torch.equal(new.lengths(), old.lengths())
-    read = torch.cat([batch.history_items, batch.negative_items])
+    read = torch.cat([batch.history.items, batch.negatives.items])
     assert torch.equal(batch.read_items, read)
 
 
@@ -83,8 +83,8 @@ def test_a_draw_depends_on_seed_step_and_rank_alone() -> None:
 
     def draw(*words: int) -> list[int]:
         batch = negative_sampler(batch_of_items(TARGETS), words, training=True)  # type: ignore[arg-type]
-        assert batch.negative_items is not None
-        return batch.negative_items.tolist()
+        assert batch.negatives is not None
+        return batch.negatives.items.tolist()
 
     assert draw(0, 3, 1) == draw(0, 3, 1)
     assert len({tuple(draw(*words)) for words in [(0, 3, 1), (1, 3, 1), (0, 4, 1), (0, 3, 0)]}) == 4
@@ -93,7 +93,7 @@ def test_a_draw_depends_on_seed_step_and_rank_alone() -> None:
 def test_outside_training_nothing_is_drawn() -> None:
     negative_sampler = sampler(loss="sampled_softmax")
     batch = negative_sampler(batch_of_items(TARGETS, HISTORIES), (0, 0, 0), training=False)
-    assert batch.negative_items is not None and len(batch.negative_items) == 0
+    assert batch.negatives is not None and len(batch.negatives.items) == 0
     assert batch.sequence_features["negatives of item"].values().numel() == 0
 
 
@@ -113,7 +113,7 @@ def test_memory_does_not_grow_with_the_table(loss: str, kind: str) -> None:
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
-    assert batch.target_log_q is not None and bool((batch.target_log_q < 0).all())
+    assert batch.target.log_q is not None and bool((batch.target.log_q < 0).all())
     if loss == "sampled_softmax":
-        assert batch.negative_items is not None
-        assert set(batch.negative_items.tolist()) <= set(counts.items.tolist())
+        assert batch.negatives is not None
+        assert set(batch.negatives.items.tolist()) <= set(counts.items.tolist())

@@ -1,6 +1,5 @@
 """Raw ids on their way into batches: rows where they are known, unknown ones in the last row."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.vocabulary.fixed import HashVocabulary, integer_ids
@@ -26,6 +24,7 @@ from recsys.data.vocabularies import BoundedVocabularies, UnknownIds, format_unk
 from recsys.storage.location import Location
 from tests.datasets import write_parquet
 from tests.ranks import run_on_ranks
+from tests.recsys.data.batch_tensors import tensors_in
 from tests.recsys.data.raw_ids import (
     ITEM_ROWS,
     ITEMS,
@@ -60,22 +59,13 @@ def prepared(data: Path) -> Path:
     return data
 
 
-def assert_equal(value: Any, expected: Any) -> None:
-    if isinstance(expected, KeyedJaggedTensor):
-        assert value.keys() == expected.keys()
-        assert torch.equal(value.values(), expected.values())
-        assert torch.equal(value.lengths(), expected.lengths())
-    elif isinstance(expected, Tensor):
-        assert torch.equal(value, expected)
-
-
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_batch_of_raw_ids_is_that_of_their_rows(tmp_path: Path, split: str) -> None:
     batch = batch_of(prepared(write_raw_dataset(tmp_path / "raw")), split)
     expected = batch_of(write_rows_dataset(tmp_path / "rows"), split)
-    for part in fields(Batch):
-        if part.name != "groups":
-            assert_equal(getattr(batch, part.name), getattr(expected, part.name))
+    expected.rows.groups = batch.rows.groups
+    for actual, tensor in zip(tensors_in(batch), tensors_in(expected), strict=True):
+        assert torch.equal(actual, tensor)
 
 
 def test_unknown_ids_have_the_last_row_and_stay_apart_as_groups(tmp_path: Path) -> None:
@@ -85,8 +75,8 @@ def test_unknown_ids_have_the_last_row_and_stay_apart_as_groups(tmp_path: Path) 
     batch = batch_of(data, "valid")
     assert lists_of(batch.sparse_features, "user") == [[5], [5], [0]]
     assert lists_of(batch.sequence_features, "item") == [[7], [7], [0]]
-    assert batch.target_items.tolist() == [7, 7, 0]
-    assert batch.groups.tolist() == integer_ids(pa.array(["new", "newer", "ann"])).tolist()
+    assert batch.target.items.tolist() == [7, 7, 0]
+    assert batch.rows.groups.tolist() == integer_ids(pa.array(["new", "newer", "ann"])).tolist()
 
 
 def test_a_hashed_id_has_as_many_rows_as_hashes_in_every_column_of_its_table(
@@ -108,7 +98,7 @@ def test_a_hashed_id_has_as_many_rows_as_hashes_in_every_column_of_its_table(
     ]
     assert lists_of(batch.sparse_features, "words") == [hashed(ids, 9) for ids in words]
     assert lists_of(batch.sequence_features, "item") == [hashed(ids, 8) for ids in items]
-    assert batch.groups.tolist() == integer_ids(pa.array(TRAIN["user"])).tolist()
+    assert batch.rows.groups.tolist() == integer_ids(pa.array(TRAIN["user"])).tolist()
 
 
 def bounded_dataset(folder: Path) -> Path:
@@ -159,7 +149,7 @@ def test_padding_rows_are_neither_admitted_nor_counted(tmp_path: Path) -> None:
     vocabularies, unknown = BoundedVocabularies(rows.schema, POOLED), UnknownIds(rows.schema)
     prepare = BatchPreparation(None, None, None, vocabularies)
     (batch,) = prepare(batches, unknown, first_step=0, training=True)
-    assert batch.row_positions.tolist() == [0, -1]
+    assert batch.rows.positions.tolist() == [0, -1]
     assert lists_of(batch.sparse_features, "user")[1] == [5]
     counts = vocabularies.counts()["user"]
     assert (counts.lookups, counts.admitted, counts.unknown) == (2, 2, 0)

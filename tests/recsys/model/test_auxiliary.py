@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -48,7 +49,7 @@ class Calm(nn.Module):
 
 
 class FakeBatch:
-    row_weights = ROW_WEIGHTS
+    rows = SimpleNamespace(loss_weights=ROW_WEIGHTS)
 
 
 def distilled(loss: nn.Module, logits: Tensor = LOGITS) -> Tensor:
@@ -122,12 +123,12 @@ def test_the_loss_of_a_step_is_ranking_plus_the_weighted_auxiliary_loss(
     assert job.model.state_dict().keys() == plain.model.state_dict().keys()
     table = next(ParquetRows.of_split(job.root, "train", job.schema).read(0, 20))
     batch = job.batch_builder()(table)
-    assert batch.extra is not None and batch.extra.shape == (20, 1)
-    assert batch.extra.isnan()[:, 0].tolist() == [n % 2 == 0 for n in range(20)]
+    assert batch.rows.extra is not None and batch.rows.extra.shape == (20, 1)
+    assert batch.rows.extra.isnan()[:, 0].tolist() == [n % 2 == 0 for n in range(20)]
     torch.manual_seed(3)
     loss, (parts, logits, _) = job.model(batch)
     assert list(parts) == ["loss", "ranking", "teaching"]
-    target = batch.extra[:, 0].sigmoid()
+    target = batch.rows.extra[:, 0].sigmoid()
     every = F.binary_cross_entropy_with_logits(logits[:, 0], target, reduction="none")
     torch.testing.assert_close(parts["teaching"], every.nan_to_num(0.0).mean().detach())
     expected = parts["ranking"] + 0.25 * parts["teaching"]

@@ -47,9 +47,8 @@ def batch_of(dense: list[list[float]], values: list[list[float]]) -> Batch:
     lists = torch.tensor(values)
     further = FurtherHistory(torch.tensor([len(values)]), lists, len(values), torch.zeros(0))
     batch = BatchBuilder(Schema("item", "item", columns), [])(rows)
-    return replace(
-        batch, dense_features=torch.tensor(dense), history_values=lists, further=[further]
-    )
+    history = replace(batch.history, values=lists, further=[further])
+    return replace(batch, dense_features=torch.tensor(dense), history=history)
 
 
 def test_wide_numbers_are_standardized_and_others_stay_to_the_last_bit() -> None:
@@ -65,9 +64,9 @@ def test_wide_numbers_are_standardized_and_others_stay_to_the_last_bit() -> None
     counts = np.array([0, 10, 20, 30, 340])
     assert scaled.dense_features[0, 0].item() == pytest.approx((340 - counts.mean()) / counts.std())
     assert torch.equal(scaled.dense_features[0, 1], torch.tensor(0.1))
-    torch.testing.assert_close(scaled.history_values, torch.tensor([[-1.0], [1.0], [-0.15]]))
-    assert torch.equal(scaled.recorded_values, torch.tensor([[0.0], [4.0], [1.7]]))
-    assert torch.equal(scaled.further[0].values, torch.tensor([[0.0], [4.0], [1.7]]))
+    torch.testing.assert_close(scaled.history.values, torch.tensor([[-1.0], [1.0], [-0.15]]))
+    assert torch.equal(scaled.history.recorded_values, torch.tensor([[0.0], [4.0], [1.7]]))
+    assert torch.equal(scaled.history.further[0].values, torch.tensor([[0.0], [4.0], [1.7]]))
 
 
 def test_far_outliers_are_clamped() -> None:

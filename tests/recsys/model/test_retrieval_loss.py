@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recsys.config import RetrievalSettings
-from recsys.data.batch import Batch
+from recsys.data.batch import Batch, Negatives, Rows, TargetItems
 from recsys.model.losses import RetrievalLoss
 from recsys.ranking.vectors import TowerVectors
 from tests.ranks import run_on_ranks
@@ -35,10 +35,9 @@ def batch() -> Batch:
     return replace(
         plain,
         labels=torch.tensor(LABELS).unsqueeze(1),
-        row_positions=positions,
-        target_log_q=random(10, seed=2)[plain.target_items],
-        negative_items=torch.tensor(NEGATIVES),
-        negative_log_q=random(10, seed=2)[NEGATIVES],
+        rows=replace(plain.rows, positions=positions),
+        target=replace(plain.target, log_q=random(10, seed=2)[plain.target.items]),
+        negatives=Negatives(torch.tensor(NEGATIVES), random(10, seed=2)[NEGATIVES]),
     )
 
 
@@ -55,10 +54,10 @@ def loss_of(name: str, **settings: Any) -> RetrievalLoss:
 def by_rows(candidates: Tensor, items: list[int], log_q: Tensor, places: list[int]) -> Tensor:
     """Cross-entropy of each positive row's item against the candidates that are other items."""
     rows, vectors = batch(), towers()
-    assert rows.target_log_q is not None
+    assert rows.target.log_q is not None
     total = torch.zeros(())
     for row in places:
-        positive = vectors.query[row, 0] @ vectors.item[row] - rows.target_log_q[row]
+        positive = vectors.query[row, 0] @ vectors.item[row] - rows.target.log_q[row]
         negatives = [
             vectors.query[row, 0] @ candidate - log_q[place]
             for place, candidate in enumerate(candidates)
@@ -74,17 +73,17 @@ POSITIVE_ROWS = [0, 1, 3, 4]
 
 def test_in_batch_each_positive_is_set_against_the_other_items_of_the_batch() -> None:
     rows = batch()
-    assert rows.target_log_q is not None
+    assert rows.target.log_q is not None
     items: list[Any] = [*ITEMS]
     items[PADDING_ROW] = None
-    expected = by_rows(towers().item, items, rows.target_log_q, POSITIVE_ROWS)
+    expected = by_rows(towers().item, items, rows.target.log_q, POSITIVE_ROWS)
     torch.testing.assert_close(loss_of("in_batch_softmax")(towers(), rows), expected)
 
 
 def test_sampled_each_positive_is_set_against_the_drawn_items_but_for_itself() -> None:
     rows, vectors = batch(), towers()
-    assert rows.negative_log_q is not None and vectors.negatives is not None
-    expected = by_rows(vectors.negatives, NEGATIVES, rows.negative_log_q, POSITIVE_ROWS)
+    assert rows.negatives is not None and vectors.negatives is not None
+    expected = by_rows(vectors.negatives, NEGATIVES, rows.negatives.log_q, POSITIVE_ROWS)
     torch.testing.assert_close(loss_of("sampled_softmax")(vectors, rows), expected)
 
 
@@ -120,18 +119,15 @@ def half(rank: int, size: int) -> tuple[TowerVectors, Batch]:
     """A rank's rows, and its sampled negatives."""
     all_rows, vectors = batch(), towers()
     assert vectors.negatives is not None
-    assert all_rows.negative_items is not None and all_rows.negative_log_q is not None
-    assert all_rows.target_log_q is not None
+    assert all_rows.negatives is not None and all_rows.target.log_q is not None
     rows = slice(rank * 6 // size, (rank + 1) * 6 // size)
     drawn = slice(rank * 4 // size, (rank + 1) * 4 // size)
     part = replace(
         all_rows,
         labels=all_rows.labels[rows],
-        target_items=all_rows.target_items[rows],
-        row_positions=all_rows.row_positions[rows],
-        target_log_q=all_rows.target_log_q[rows],
-        negative_items=all_rows.negative_items[drawn],
-        negative_log_q=all_rows.negative_log_q[drawn],
+        rows=Rows(all_rows.rows.positions[rows], all_rows.rows.groups[rows]),
+        target=TargetItems(all_rows.target.items[rows], log_q=all_rows.target.log_q[rows]),
+        negatives=Negatives(all_rows.negatives.items[drawn], all_rows.negatives.log_q[drawn]),
     )
     return TowerVectors(vectors.query[rows], vectors.item[rows], vectors.negatives[drawn]), part
 

@@ -86,20 +86,20 @@ def test_an_event_has_the_vector_of_its_item_plus_those_beside_it(
         return weight(em3, "history_shop")[features[name].values()].view(-1, 2, 8).sum(dim=1)
 
     items = weight(em3, "item")
-    history = items[batch.history_items[batch.history_index]] + shops("history_shop")
+    history = items[batch.history.items[batch.history.index]] + shops("history_shop")
     bought = items[features["bought"].values()] + shops("bought_shop")
     searched = weight(em3, "searched")[features["searched"].values()]
     assert len(bought) > ROWS / 2 and len(searched) > ROWS / 2
     assert not ids.history_is_unique
     torch.testing.assert_close([ids.history, *ids.further], [history, bought, searched])
-    torch.testing.assert_close(ids.target, items[batch.target_items])
+    torch.testing.assert_close(ids.target, items[batch.target.items])
 
 
 def test_a_further_history_is_encoded_as_plain_attention_encodes_it(data: Path) -> None:
     em3, batch = unsharded(data, config_of("dlrm"))
     ids, further = encoded(em3, batch), em3.further_histories
     assert further is not None
-    encoder, history = further.encoders[0], batch.further[0]
+    encoder, history = further.encoders[0], batch.history.further[0]
     start = 0
     for row, length in enumerate(history.lengths.tolist()):
         places = slice(start, start + length)
@@ -174,12 +174,12 @@ def test_items_of_further_histories_are_among_those_whose_content_is_read(data: 
     batch = BatchBuilder(schema, [], content_histories=["bought"])(rows)
     alone = BatchBuilder(schema, [])(rows)
     bought = batch.sequence_features["bought"].values()
-    assert batch.history_items[batch.further[0].content_index].equal(bought)
-    assert len(batch.history_items) > len(alone.history_items)
+    assert batch.history.items[batch.history.further[0].index].equal(bought)
+    assert len(batch.history.items) > len(alone.history.items)
     for built in (batch, alone):
         viewed = [item for items in rows["history"].to_pylist() for item in items or ()]
-        assert built.history_items[built.history_index].tolist() == viewed
-    assert not len(batch.further[1].content_index)
+        assert built.history.items[built.history.index].tolist() == viewed
+    assert not len(batch.history.further[1].index)
 
 
 def test_settings_that_would_be_left_out_are_refused(data: Path) -> None:

@@ -54,7 +54,7 @@ def without_history(folder: Path, source: list[TorchRecBatch]) -> tuple[int, flo
     dlrm = plugged_in(folder, history=None)
     batch = next(iter(dlrm.batches(source)))
     assert dlrm.content.branch.bank is not None
-    return len(batch.history_index), dlrm.content.branch.bank.coverage()
+    return len(batch.history.index), dlrm.content.branch.bank.coverage()
 
 
 def gathered(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
@@ -110,15 +110,15 @@ def test_items_and_histories_are_those_of_the_named_features(results: Any) -> No
         batch, theirs = rank["batch"], rank["expected"]
         assert isinstance(batch, Batch) and batch.batch_size == theirs.labels.shape[0]
         items = theirs.sparse_features["item"].values()
-        assert torch.equal(batch.target_items, items)
-        assert torch.equal(batch.content_items[batch.target_index], items)
-        assert len(batch.content["clip"].values) == len(batch.content_items.unique())
+        assert torch.equal(batch.target.items, items)
+        assert torch.equal(batch.content.items[batch.content.target_index], items)
+        assert len(batch.content.inputs["clip"].values) == len(batch.content.items.unique())
         ours = np.split(
-            batch.history_items[batch.history_index].numpy(),
-            np.cumsum(batch.history_lengths.numpy())[:-1],
+            batch.history.items[batch.history.index].numpy(),
+            np.cumsum(batch.history.lengths.numpy())[:-1],
         )
         assert [list(row) for row in ours] == [list(row) for row in histories(theirs)]
-        assert bool((batch.row_weights == 1).all())
+        assert bool((batch.rows.loss_weights == 1).all())
 
 
 def test_batches_can_be_iterated_again_and_have_the_length_of_their_source(

@@ -62,10 +62,10 @@ def content_batch() -> Batch:
     features = user_batch.sparse_features.to_dict()
     targets = features["item"].values().tolist()
     batch = batch_of_items(targets, [row.tolist() for row in features["viewed"].to_dense()])
-    batch.history_values = batch.history_values[:, :0]
-    items = len(batch.content_items)
+    batch.history.values = batch.history.values[:, :0]
+    items = len(batch.content.items)
     clip = ContentInput(torch.randn(items, 1, WIDTH), torch.ones(items, 1, dtype=torch.bool))
-    batch.content = {"clip": clip}
+    batch.content.inputs = {"clip": clip}
     batch.dense_features = user_batch.dense_features
     batch.sparse_features, batch.labels = user_batch.sparse_features, user_batch.labels
     return batch
@@ -200,7 +200,7 @@ def test_the_loss_is_that_of_dlrm_train_plus_the_contrastive_one() -> None:
     assert isinstance(train_model.contrastive, ContentIDContrastive)
     content = train_model.model.content(batch).target
     ids = dlrm.sparse_arch(batch.sparse_features)[:, 0]  # `item` is the first feature
-    contrastive = train_model.contrastive(content, ids, batch.target_items)
+    contrastive = train_model.contrastive(content, ids, batch.target.items)
     torch.testing.assert_close(loss, before + 0.5 * contrastive)
     assert torch.equal(loss, reported) and not reported.requires_grad
 

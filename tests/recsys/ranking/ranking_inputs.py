@@ -10,7 +10,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.config import ContentSettings, HistorySettings, ModalitySettings
 from recsys.content.vectors import ContentVectors
-from recsys.data.batch import Batch
+from recsys.data.batch import Batch, BatchContent, History, Rows, TargetItems
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.vectors import IDVectors
 
@@ -51,18 +51,16 @@ def inputs(lengths: Tensor = LENGTHS, seed: int = 0) -> tuple[IDVectors, Content
         sparse_features=None,
         labels=torch.zeros(rows, 1),
         sequence_features=KeyedJaggedTensor.from_lengths_sync(["item"], zeros, zeros + 1),
-        target_items=zeros,
-        groups=zeros,
-        row_positions=zeros,
-        history_lengths=lengths,
-        history_values=random(total, 1).sign().clamp(min=0),
-        history_items=torch.arange(total),
-        history_index=torch.arange(total),
-        content_items=zeros,
-        target_index=zeros,
-        history_content_index=zeros[:0],
-        bank_items=zeros[:0],
-        longest_history=int(lengths.max()),
+        rows=Rows(zeros, zeros),
+        target=TargetItems(zeros),
+        history=History(
+            lengths,
+            random(total, 1).sign().clamp(min=0),
+            int(lengths.max()),
+            torch.arange(total),
+            torch.arange(total),
+        ),
+        content=BatchContent(zeros, zeros, zeros[:0], zeros[:0]),
     )
     return ids, content, batch
 
@@ -73,17 +71,18 @@ def one_row(
     """The same row as a batch of its own, its history unpadded."""
     ids, content, batch = parts
     history, history_modalities = content.read_history()
-    stop = int(batch.history_lengths[: row + 1].sum())
-    events = slice(stop - int(batch.history_lengths[row]), stop)
+    stop = int(batch.history.lengths[: row + 1].sum())
+    events = slice(stop - int(batch.history.lengths[row]), stop)
     this = slice(row, row + 1)
-    alone = replace(
-        batch,
-        dense_features=batch.dense_features[this],
-        history_lengths=batch.history_lengths[this],
-        history_values=batch.history_values[events],
-        history_items=batch.history_items[events],
-        history_index=torch.arange(events.stop - events.start),
+    history_of_row = replace(
+        batch.history,
+        lengths=batch.history.lengths[this],
+        values=batch.history.values[events],
+        index=torch.arange(events.stop - events.start),
+        items=batch.history.items[events],
     )
+    dense = batch.dense_features[this]
+    alone = replace(batch, dense_features=dense, history=history_of_row)
     return (
         IDVectors([part[this] for part in ids.pooled], ids.target[this], ids.history[events]),
         ContentVectors(

@@ -165,7 +165,7 @@ def test_the_id_only_twin_equals_torchrec_s_model(name: str) -> None:
     model = model_of(name, None, dimensions, mlp_units=units)
     copied_weights(name, twin, model)
     *_, batch = inputs(torch.zeros(ROWS, dtype=torch.long))
-    batch = replace(batch, history_values=torch.zeros(0, 0))
+    batch = replace(batch, history=replace(batch.history, values=torch.zeros(0, 0)))
     by_name = twin.sparse_arch.embedding_bag_collection(sparse).to_dict()  # type: ignore
     ids = IDVectors([by_name["user"], by_name["genres"]], by_name["item"], torch.zeros(0, ID_DIM))
     logits, expected = model(ids, None, batch), twin(batch.dense_features, sparse)
@@ -182,12 +182,12 @@ def test_the_history_of_the_twin_is_a_mean_pooled_feature(name: str) -> None:
     dimensions = replace(DIMENSIONS, pooled_dims=[], pooled_names=())
     model = model_of(name, None, dimensions)
     history = list(ids.history.split(LENGTHS.tolist()))
-    liked = [part * flags for part, flags in zip(history, batch.history_values.split([2, 0, 3]))]
+    liked = [part * flags for part, flags in zip(history, batch.history.values.split([2, 0, 3]))]
     means, liked_means = (
         torch.stack([rows.sum(0) / max(len(rows), 1) for rows in parts])
         for parts in (history, liked)
     )
-    numbers = history_numbers(batch.jagged_history(), batch.history_values)
+    numbers = history_numbers(batch.history.jagged(), batch.history.values)
     dense = model.dense_arch(torch.cat([batch.dense_features, numbers], dim=1))  # type: ignore
     sparse = torch.stack([ids.target, means, liked_means], dim=1)
     expected = model.over_arch(model.inter_arch(dense, sparse))  # type: ignore
@@ -200,7 +200,7 @@ def test_logits_are_the_mlp_of_the_cross_network_of_all_vectors() -> None:
     parts = inputs()
     ids, content, batch = one_row(parts, 2)
     assert model.content_interest is not None
-    values, history = batch.history_values, batch.jagged_history()
+    values, history = batch.history.values, batch.history.jagged()
     vectors = [
         batch.dense_features,
         *ids.pooled,

@@ -29,13 +29,10 @@ def votes_of(
     )
     votes.fill(opinions, mean=0.0, deviation=1.0)
     _, _, batch = inputs(torch.tensor([2]))
-    batch = replace(
-        batch,
-        history_items=torch.tensor([1, 2]),
-        history_values=torch.tensor(values).unsqueeze(1),
-        groups=torch.tensor([user]),
-    )
-    return votes(batch.jagged_history(), batch)[0]
+    batch.history.items = torch.tensor([1, 2])
+    batch.history.values = torch.tensor(values).unsqueeze(1)
+    batch.rows.groups = torch.tensor([user])
+    return votes(batch.history.jagged(), batch)[0]
 
 
 def test_votes_have_their_hand_values() -> None:
@@ -70,8 +67,8 @@ def test_a_target_that_counts_as_new_in_training_gets_no_votes() -> None:
 def test_without_history_or_opinions_all_votes_are_0() -> None:
     votes = CollaborativeFiltering(column=0, num_items=3, num_groups=2)
     _, _, batch = inputs(torch.tensor([0, 2]))
-    batch = replace(batch, history_items=torch.tensor([1, 7]))  # 7: an item added to a package
-    assert (votes(batch.jagged_history(), batch) == 0).all()
+    batch.history.items = torch.tensor([1, 7])  # 7: an item added to a package
+    assert (votes(batch.history.jagged(), batch) == 0).all()
 
 
 def test_long_histories_lose_no_digits_so_that_a_package_agrees() -> None:
@@ -100,13 +97,13 @@ def test_a_package_computes_the_votes_of_the_model(name: str) -> None:
     model = build_ranking(settings, replace(DIMENSIONS, num_items=9), None).eval()
     model.opinion_votes.fill(torch.randn(9, 4), mean=0.5, deviation=0.5)
     ids, _, batch = inputs(torch.tensor([3]))
-    values, targets = batch.history_values, torch.tensor([4])
-    batch = replace(batch, target_items=targets)
+    values, targets = batch.history.values, torch.tensor([4])
+    batch.target.items = targets
     expected = model(ids, None, batch)
     graph = RankingGraph(model)
     none = torch.zeros(1, 0)
     arguments = [ids.pooled, batch.dense_features, ids.target, ids.history, values, targets]
-    scored = graph(*arguments, batch.history_items, none, torch.zeros(3, 0), none)
+    scored = graph(*arguments, batch.history.items, none, torch.zeros(3, 0), none)
     torch.testing.assert_close(scored, expected)
 
 

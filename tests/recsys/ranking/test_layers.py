@@ -106,7 +106,7 @@ def further_of(encoder: Any) -> ExtraSequences:
 def test_content_is_read_as_that_of_a_history_of_these_items_alone(encoder: str) -> None:
     ids, content, batch = inputs()
     prices = torch.rand(3, 1)
-    batch.further.append(FurtherHistory(BOUGHT_LENGTHS, prices, 2, BOUGHT_PLACES))
+    batch.history.further.append(FurtherHistory(BOUGHT_LENGTHS, prices, 2, BOUGHT_PLACES))
     further = further_of(encoder)
     ids = replace(ids, further=[torch.randn(3, ID_DIM)])
 
@@ -241,7 +241,7 @@ def test_ranking_models_standardise_numbers_and_leave_vectors(name: str, content
 
 def _features(model: RowFeatures, has_content: bool) -> Tensor:
     ids, content, batch = inputs()
-    history, parallel = batch.jagged_history(), batch.history_values
+    history, parallel = batch.history.jagged(), batch.history.values
     width = model.feature_dim
     interest = torch.ones(len(LENGTHS), ids.target.shape[1])
     numbers = history_numbers(history, parallel)

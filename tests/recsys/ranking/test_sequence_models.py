@@ -38,10 +38,10 @@ def with_ages(batch: Batch) -> Batch:
     generator = torch.Generator().manual_seed(0)
     ages = [
         (10.0 ** (6 * torch.rand(int(length), generator=generator))).sort(descending=True).values
-        for length in batch.history_lengths
+        for length in batch.history.lengths
     ]
-    values = torch.cat([batch.history_values, torch.cat(ages).unsqueeze(1)], dim=1)
-    return replace(batch, history_values=values)
+    values = torch.cat([batch.history.values, torch.cat(ages).unsqueeze(1)], dim=1)
+    return replace(batch, history=replace(batch.history, values=values))
 
 
 def sequence_model(name: str, content: ContentSettings | None = CONTENT, **settings: Any) -> Any:
@@ -61,7 +61,7 @@ class Padded:
     """
 
     def __init__(self, model: SequenceModel, ids: Any, content: Any, batch: Batch) -> None:
-        lengths, recent = batch.history_lengths, model.recent_items
+        lengths, recent = batch.history.lengths, model.recent_items
         rows, longest = len(lengths), int(lengths.max()) + 1
         self.places = torch.arange(longest).expand(rows, -1)  # [B, L]
         self.lengths = lengths.unsqueeze(1)
@@ -69,7 +69,7 @@ class Padded:
         states = torch.zeros(rows, longest, 8)
         parts, tokens = [int(length) for length in lengths], model.tokens
         for row, (items, values) in enumerate(
-            zip(batch.history_index.split(parts), batch.history_values.split(parts))
+            zip(batch.history.index.split(parts), batch.history.values.split(parts))
         ):
             joined = torch.cat([ids.history[items], ids.target[[row]]]) @ tokens.id_map.weight.T
             if tokens.content_map is not None:
@@ -146,7 +146,8 @@ def test_outputs_and_gradients_equal_a_padded_reference(
     model = sequence_model(name, content, recent_items=recent)
     ids, vectors, batch = inputs(LENGTHS)
     index = torch.tensor([0, 1, 2, 1, 0, 3, 4, 5, 8, 1, 10])  # items repeat
-    batch = replace(with_ages(batch), history_index=index)
+    batch = with_ages(batch)
+    batch.history.index = index
     leaves = [ids.history.requires_grad_(), ids.target.requires_grad_()]
     leaves += [*model.tokens.parameters(), *model.layers.parameters()]
     weights = torch.randn(4, 8)

@@ -34,7 +34,7 @@ LENGTHS = torch.tensor([4, 0, 6])
 
 
 def found_by(model: Sim, content: Any, ids: Any, batch: Batch) -> list[int]:
-    history = batch.jagged_history()
+    history = batch.history.jagged()
     return model.search(ids, content, batch, history, history).tolist()
 
 
@@ -78,11 +78,11 @@ def test_by_category_the_latest_items_of_the_target_s_category_are_found() -> No
     # Items 0 to 9, of which 3 has none; targets 0, 3 and 9.
     numbers = torch.tensor([0, 0, 1, 1, 1, 0, 1, 1, 1]).unsqueeze(1)
     categories = ItemCategories(torch.tensor([0, 1, 2, 4, 5, 6, 7, 8, 9]), numbers)
-    batch = replace(batch, target_items=torch.tensor([0, 3, 9]))
+    batch.target.items = torch.tensor([0, 3, 9])
     dimensions = replace(DIMENSIONS, item_categories=categories)
     model = Sim(replace(SETTINGS, search="category"), dimensions, None)
     assert found_by(model, None, ids, batch) == [0, 1, 8, 9]
-    batch = replace(batch, target_items=torch.tensor([3, 3, 3]))
+    batch.target.items = torch.tensor([3, 3, 3])
     assert found_by(model, None, ids, batch) == []
     assert torch.isfinite(model(ids, None, batch)).all()
 
@@ -99,10 +99,10 @@ def test_an_item_with_several_categories_shares_one_of_them() -> None:
         None,
     )
     for target in range(10):
-        targets = torch.full((3,), target)
-        items = batch.history_items[batch.jagged_history().index].tolist()
+        batch.target.items = torch.full((3,), target)
+        items = batch.history.items[batch.history.jagged().index].tolist()
         expected = [place for place, item in enumerate(items) if sets[item] & sets[target]]
-        assert found_by(model, None, ids, replace(batch, target_items=targets)) == expected
+        assert found_by(model, None, ids, batch) == expected
 
 
 def test_items_that_are_not_found_change_nothing() -> None:
@@ -141,12 +141,12 @@ def test_an_age_is_the_logarithm_of_the_gap() -> None:
 def test_ages_are_places_from_the_end_or_the_named_list() -> None:
     ids, _, batch = inputs(LENGTHS)
     gaps = torch.arange(10.0).unsqueeze(1) * 100
-    batch = replace(batch, history_values=torch.cat([batch.history_values, gaps], dim=1))
+    batch.history.values = torch.cat([batch.history.values, gaps], dim=1)
     two_lists = replace(DIMENSIONS, num_parallel=2, parallel_names=("liked", "gap"))
     by_place, by_gap = (
         Sim(replace(SETTINGS, time_gaps=name), two_lists, None) for name in (None, "gap")
     )
-    history = batch.jagged_history()
+    history = batch.history.jagged()
     assert by_place._ages(batch, history).tolist() == [2, 1, 1, 0, 2, 2, 2, 1, 1, 0]
     assert torch.equal(by_gap._ages(batch, history), age_of(gaps[:, 0]))
     # The gaps are no flags: there are the numbers of one list less.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
+from recsys.data.batch import TargetItems
 from recsys.model.precision import use_bfloat16
 from recsys.ranking.sim import ItemCategories
 from recsys.ranking.vectors import IDVectors, TowerVectors
@@ -67,14 +68,15 @@ def tiled(request: RankingInputs, history_map: nn.Module | None) -> tuple[Any, A
         mapped = history_map(request.history_content[:, :CONTENT_DIM])
         target = request.target_content[:, :CONTENT_DIM]
         content = ContentVectors(target, mapped, target_modalities, history_modalities)
-    batch = replace(
-        inputs(lengths)[2],
-        dense_features=request.dense,
-        history_values=request.parallel.repeat(num_rows, 1),
-        history_items=request.history_items,
-        history_index=torch.arange(num_items).repeat(num_rows),
-        target_items=request.target_items,
+    batch = inputs(lengths)[2]
+    history = replace(
+        batch.history,
+        values=request.parallel.repeat(num_rows, 1),
+        index=torch.arange(num_items).repeat(num_rows),
+        items=request.history_items,
     )
+    target = TargetItems(request.target_items)
+    batch = replace(batch, dense_features=request.dense, target=target, history=history)
     return IDVectors(request.pooled, request.target, request.history), content, batch
 
 

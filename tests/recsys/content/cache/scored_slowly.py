@@ -21,7 +21,7 @@ def logits_slowly(job: Job, split: str) -> tuple[Tensor, Tensor]:
     rows = Interactions(job.rows(split), build, size, ranks.rank, ranks.world_size)
     unknown, lockstep = UnknownIds(job.schema), Lockstep(ranks)
     pairs = [
-        (batch.row_positions, logits)
+        (batch.rows.positions, logits)
         for _, logits, batch in forward_pass(job, iter(rows), lockstep, unknown, encodes_once=False)
     ]
     positions, logits = (torch.cat(list(column)) for column in zip(*pairs))

@@ -158,7 +158,7 @@ def batches_of_rank(rank: int, world_size: int, data: Path) -> tuple[list[int], 
     rows = skipping(data)
     build = BatchBuilder(schema, ["user", "genres"])
     batches = list(Interactions(rows, build, 8, rank, world_size, seed=0))
-    positions = torch.cat([batch.row_positions for batch in batches])
+    positions = torch.cat([batch.rows.positions for batch in batches])
     ranks = Ranks(rank, world_size, rank, world_size, torch.device("cpu"))
     skipped = rows.skipped(ranks, "train")
     return [batch.batch_size for batch in batches], positions.tolist(), skipped

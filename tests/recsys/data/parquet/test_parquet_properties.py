@@ -158,22 +158,22 @@ def lists_of(features: KeyedJaggedTensor, name: str) -> list[list[int]]:
 def rows_of(batch: Batch) -> dict[int, dict[str, Any]]:
     """The impressions of a batch by their place in the files, read back from its tensors."""
     assert batch.sparse_features is not None
-    ends = batch.history_lengths.cumsum(0).tolist()
-    liked = batch.history_values[:, 0].tolist()
-    history = batch.history_items[batch.history_index].tolist()
-    target = batch.content_items[batch.target_index]
-    assert target.equal(batch.target_items)
+    ends = batch.history.lengths.cumsum(0).tolist()
+    liked = batch.history.values[:, 0].tolist()
+    history = batch.history.items[batch.history.index].tolist()
+    target = batch.content.items[batch.content.target_index]
+    assert target.equal(batch.target.items)
     bags = {name: lists_of(batch.sparse_features, name) for name in ("user", "genres")}
     targets = lists_of(batch.sequence_features, "item")
-    assert batch.sequence_features["history"].values().equal(batch.history_items)
+    assert batch.sequence_features["history"].values().equal(batch.history.items)
     rows_by_position = {}
-    for row, position in enumerate(batch.row_positions.tolist()):
+    for row, position in enumerate(batch.rows.positions.tolist()):
         low, high = ([0, *ends])[row], ends[row]
         assert targets[row] == [target[row]]
-        assert bags["user"][row] == [batch.groups[row]] or position < 0
+        assert bags["user"][row] == [batch.rows.groups[row]] or position < 0
         if position >= 0:
             rows_by_position[position] = {
-                "user": int(batch.groups[row]),
+                "user": int(batch.rows.groups[row]),
                 "item": int(target[row]),
                 "history": history[low:high],
                 "history_liked": liked[low:high],

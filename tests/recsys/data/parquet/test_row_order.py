@@ -35,7 +35,7 @@ def read(rows: ParquetRows, stages: list[Stage], first_batch: int = 0) -> list[l
     for rank in range(last.world_size):
         interactions = share(rows, rank, last)
         interactions.begin(3, earlier, first_batch)
-        positions.append([batch.row_positions.tolist() for batch in interactions])
+        positions.append([batch.rows.positions.tolist() for batch in interactions])
     return positions
 
 
@@ -78,8 +78,8 @@ def test_loader_threads_continue_in_the_same_place(rows: ParquetRows) -> None:
     stage = Stage(2, 4, 0)
     interactions = share(rows, 1, stage)
     interactions.begin(3, [Stage(3, 4, 2)], 2)
-    expected = [batch.row_positions for batch in interactions]
-    loaded = [batch.row_positions for batch in loader(interactions, 2, False)]
+    expected = [batch.rows.positions for batch in interactions]
+    loaded = [batch.rows.positions for batch in loader(interactions, 2, False)]
     assert len(loaded) == len(interactions) == len(expected) > 2
     assert all(torch.equal(one, other) for one, other in zip(loaded, expected, strict=True))
 
