@@ -82,7 +82,7 @@ class InputScaling(nn.Module):
         """Return the dense features [B, F] and the lists beside each history [N, P]."""
         first = 0
         scaled = []
-        lists = [history.values for history in (batch.history, *batch.history.further)]
+        lists = [batch.history.values, *(events.values for events in batch.history.further)]
         names = [self.dense, *(self.lists or [[]])]
         for numbers, columns in zip([batch.dense_features, *lists], names, strict=True):
             places = slice(first, first + len(columns))
