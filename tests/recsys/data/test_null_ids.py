@@ -94,7 +94,7 @@ def test_null_never_gets_a_row_of_a_bounded_vocabulary(tmp_path: Path, ranks: in
 
 def test_a_row_without_a_user_is_a_group_of_its_own(tmp_path: Path) -> None:
     table, schema = read(write(tmp_path, {}))
-    groups = BatchBuilder(schema, POOLED)(table).groups.tolist()
+    groups = BatchBuilder(schema, POOLED)(table).rows.groups.tolist()
     assert groups[0] == integer_ids(pa.array(["ann"]))[0]
     assert len(set(groups)) == 3
 
