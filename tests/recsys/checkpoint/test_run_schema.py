@@ -31,7 +31,6 @@ from tests.recsys.checkpoint.schema_runs import (
     write_schema,
 )
 from tests.recsys.checkpoint.stopped_runs import config_of
-from tests.recsys.data.batch_tensors import tensors_in
 from tests.recsys.em3_runs import ranks_of
 
 WORDS = ["--embedding.skip", "[]", "--epochs", "1"]

@@ -16,7 +16,6 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.config import ModalitySettings
 from recsys.data import prefetch
-from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.interactions import AHEAD, Interactions, loader
 from recsys.data.items.content_store import ContentStore
