@@ -20,7 +20,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.shards_wrapper import LocalShardsWrapper
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
-from embeddings.torchrec_internals import table_kernels
+from embeddings.torchrec_internals import group_of_copies, table_kernels
 
 BLOCK_BYTES = 64 * 2**20
 MAX_BLOCKS = 64  # of a shard: checks inside torch are quadratic in their number
@@ -36,9 +36,9 @@ def current_state(model: nn.Module) -> dict[str, Any]:
         kernel.reset_cache_states()
     copied = {name: value for name, value in state.items() if isinstance(value, DTensor)}
     for name, value in copied.items():
-        assert isinstance(model, DistributedModelParallel)
-        spec = planned_sharding(model.plan, name.split(".")[-2]).sharding_spec
-        state[name] = _as_sharded_tensor(value, spec.shards)  # type: ignore[union-attr]
+        plan, group = cast(DistributedModelParallel, model).plan, group_of_copies(model)
+        spec = planned_sharding(plan, name.split(".")[-2]).sharding_spec
+        state[name] = _as_sharded_tensor(value, spec.shards, group)  # type: ignore[union-attr]
     return state
 
 
@@ -58,9 +58,11 @@ def local_tensors(value: ShardedTensor | DTensor) -> list[Tensor]:
     return cast(LocalShardsWrapper, value.to_local()).local_shards()
 
 
-def _as_sharded_tensor(value: DTensor, shards: list[ShardMetadata]) -> ShardedTensor:
+def _as_sharded_tensor(
+    value: DTensor, shards: list[ShardMetadata], group: dist.ProcessGroup
+) -> ShardedTensor:
     """Return a table as its copy on some of the ranks; all copies are equal."""
-    group, rank = value.device_mesh.get_group("shard"), value.device_mesh.get_local_rank("shard")
+    rank = dist.get_rank(group)
     local_shards = [shard for shard in shards if shard.placement.rank() == rank]  # type: ignore[union-attr]
     tensors = local_tensors(value)
     assert [list(tensor.shape) for tensor in tensors] == [

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import accumulate, groupby, pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
 
 TORCHREC_VERSION = "1.8"
 
@@ -28,6 +30,13 @@ def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCo
             for module in lookup.modules():
                 if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
                     yield module
+
+
+def group_of_copies(model: nn.Module) -> dist.ProcessGroup:
+    """Return the group of all ranks, whose numbers the plan of a model with copies has."""
+    group = cast(DistributedModelParallel, model)._env.process_group
+    assert group is not None
+    return group
 
 
 def look_up_as_bags(collection: nn.Module) -> None:

@@ -21,6 +21,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.torchrec_internals import TORCHREC_VERSION, SingleIdBags
 
@@ -80,6 +81,7 @@ def test_vectors_weights_and_moments_equal_those_without_pooling(optimizer: EmbO
 PRIVATE_PARTS: dict[Any, str] = {
     ShardedEmbeddingCollection: "_lookups",
     ShardedEmbeddingBagCollection: "_lookups",
+    DistributedModelParallel: "_env",
     SplitTableBatchedEmbeddingBagsCodegen: "use_cpu pooling_mode feature_dims feature_table_map "
     "max_D reset_cache_states",
 }
