@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.quality.__main__ import quality
 from benchmarks.quality.grid import GRIDS, Cell, chosen_cells
-from benchmarks.quality.runs import finished, in_order, plan_runs, windows
+from benchmarks.quality.runs import finished, in_order, plan_runs
 from tests.benchmarks.quality.quality_cells import use_small_grid, write_runs, write_windows
 from tests.recsys.command_runs import TINY
 
@@ -37,18 +37,6 @@ def test_a_seed_counts_once_it_is_finished_on_every_window(tmp_path: Path) -> No
 
     assert list(complete) == ["content"]
     assert [run.seed for run in complete["content"][0]] == [1, 1]
-
-
-def test_windows_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
-    for number in (10, 2, 1):
-        (tmp_path / f"window-{number}").mkdir()
-        (tmp_path / f"window-{number}" / "schema.yaml").touch()
-    (tmp_path / "window-3").mkdir()  # has no dataset
-
-    assert list(windows(str(tmp_path))) == ["window-1", "window-2", "window-10"]
-    assert windows(str(tmp_path / "window-2")) == {"window-2": str(tmp_path / "window-2")}
-    with pytest.raises(ValueError, match=r"schema\.yaml.* window-1"):
-        windows(str(tmp_path / "window-3"))
 
 
 def test_what_is_wrong_is_said_before_anything_is_trained(

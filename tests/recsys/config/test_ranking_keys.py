@@ -18,7 +18,6 @@ from recsys.config import (
     RetrievalSettings,
     load_config,
     ranking_settings,
-    save_config,
     to_plain,
 )
 from recsys.config.checks import validate
@@ -75,14 +74,6 @@ def recipe(path: Path, **ranking: Any) -> Path:
 def test_the_name_decides_the_keys_wherever_it_stands(words: list[str], tmp_path: Path) -> None:
     ranking = load_config(recipe(tmp_path / "recipe.yaml", dropout=0.1), words).ranking
     assert ranking == SimSettings(search_top_k=20, dropout=0.1)
-
-
-def test_keys_are_flat_in_a_recipe(tmp_path: Path) -> None:
-    path = recipe(tmp_path / "recipe.yaml", name="two_tower", tower_dim=8)
-    config = load_config(path)
-    assert config.ranking == TwoTowerSettings(tower_dim=8)
-    save_config(config, tmp_path / "config.yaml")
-    assert load_config(tmp_path / "config.yaml") == config
 
 
 def test_a_key_of_another_model_is_refused_with_the_keys_of_this_one(tmp_path: Path) -> None:
@@ -151,12 +142,6 @@ class WithoutSettings(nn.Module):
     """A ranking model of the user's that reads `settings.options`."""
 
 
-class WithOtherSettings(nn.Module):
-    """A ranking model whose `Settings` are none."""
-
-    Settings = dict
-
-
 def test_a_class_of_the_user_s_has_the_keys_of_its_settings() -> None:
     words = ["--ranking.name", f"{__name__}:Own", "--ranking.units", "16"]
     assert load_config(TINY, words).ranking == Own.Settings(words[1], mlp_units=[16], units=16)
@@ -170,8 +155,3 @@ def test_a_class_of_the_user_s_without_settings_has_options() -> None:
     name = f"{__name__}:WithoutSettings"
     ranking = load_config(TINY, [f"--ranking={{name: '{name}', options: {{units: 3}}}}"]).ranking
     assert ranking == RetrievalSettings(name, options={"units": 3}, mlp_units=[16])
-
-
-def test_settings_of_a_class_must_derive_from_those_of_all() -> None:
-    with pytest.raises(ValueError, match=r"Settings .*RankingSettings"):
-        load_config(TINY, ["--ranking.name", f"{__name__}:WithOtherSettings"])

@@ -186,11 +186,6 @@ def test_what_does_not_fit_is_said_by_table_with_what_would(
         (["--device", "h100", "--nodes", "1000000000"], "nodes is 1000000000"),
         (["--device", "h100", "--rows", "shoes=5"], "rows: 'shoes'"),
         (["--device", "h100", "--rows", "item"], "rows: 'item' is not TABLE=NUMBER"),
-        (["--device", "h100", "--memory-bytes", "0"], "memory_bytes is 0"),
-        (
-            ["--device", "h100", "--content.modalities.text.column", "nothing"],
-            "item column 'nothing'",
-        ),
     ],
 )
 def test_mistakes_are_named(

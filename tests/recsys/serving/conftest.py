@@ -22,7 +22,7 @@ def package_run(session_folder: Path) -> tuple[Path, Path, np.ndarray]:
             folder.mkdir()
             _, predictions = exported(folder, em3_config(folder))
             np.save(folder / "predictions.npy", predictions)
-    return folder, folder / "package_fp32", np.load(folder / "predictions.npy")
+    return folder, folder / "package", np.load(folder / "predictions.npy")
 
 
 @pytest.fixture(scope="session")

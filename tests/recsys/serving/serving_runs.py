@@ -31,15 +31,14 @@ columns:
 """
 
 
-def exported(folder: Path, config: Config, tables: Any = "fp32") -> tuple[Path, np.ndarray]:
+def exported(folder: Path, config: Config) -> tuple[Path, np.ndarray]:
     """Trains a run on the small dataset; returns its package and `predict` of the test rows."""
-    data, run, package = folder / "data", folder / "run", folder / f"package_{tables}"
+    data, run, package = folder / "data", folder / "run", folder / "package"
     if not data.exists():
         add_transforms(write_dataset(data))
     with joined_ranks("cpu") as ranks:
-        if not run.exists():
-            train(replace(config, epochs=1), str(data), run, ranks)
-        export_run(run, package, tables, ranks)
+        train(replace(config, epochs=1), str(data), run, ranks)
+        export_run(run, package, "fp32", ranks)
         predict(run, [str(data / "test")], folder / "predictions.parquet", None, ranks, "cpu")
     labels = pq.read_table(folder / "predictions.parquet")
     names = [name for name in labels.column_names if name.startswith("prediction_")]

@@ -88,7 +88,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def package(run: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(run / "package_fp32", tmp_path / "package"))
+    return Path(shutil.copytree(run / "package", tmp_path / "package"))
 
 
 def impressions(run: Path) -> pa.Table:

@@ -121,5 +121,4 @@ def test_the_example_in_the_docstring_runs(
     package_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(package_run[0])
-    Path("package").symlink_to(package_run[1].name)
     run_example(Scorer, {})

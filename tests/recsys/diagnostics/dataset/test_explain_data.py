@@ -268,7 +268,6 @@ def test_bad_rows_are_all_told_before(tmp_path: Path, capsys: pytest.CaptureFixt
     [
         ("text", ["one title"] * 30, "items with a 'text' have the same"),
         ("text", [f"{'welcome to our shop ' * 5} {i}" for i in range(30)], "the same 101 char"),
-        ("clip", [[1.5] * 6] * 30, "items with a 'clip' have the same"),
         ("poster", [png(np.random.default_rng(0))] * 30, "items with a 'poster' have the same"),
     ],
 )
@@ -286,29 +285,10 @@ def test_content_that_is_equal_for_most_items_is_named(
     assert words in findings(data)
 
 
-def test_features_in_a_file_are_told_like_columns(tmp_path: Path) -> None:
-    data = write_dataset(tmp_path / "data", num_items=30)
-    features = np.ones((30, 2, 5), np.float32)
-    features[3], features[4, 1] = np.nan, np.nan  # one has none, one has one token of two
-    np.save(data / "audio.npy", features)
-    schema = (data / "schema.yaml").read_text()
-    line = "    audio: {kind: feature, file: audio.npy}\n"
-    (data / "schema.yaml").write_text(schema + line)
-    items = summarize_dataset(str(data)).items
-
-    assert items is not None
-    audio = items.columns["audio"]
-    assert audio.most_common_share == pytest.approx(28 / 29)
-    assert audio.missing == 1 and audio.widths == {5: 30}
-    assert audio.lengths.summary()["mean"] == pytest.approx((28 * 2 + 1) / 29)
-
-
 @pytest.mark.parametrize(
     ("categories", "values", "missing"),
     [
         (pa.array([["a", "b"], [], None, ["b", None]] + [["a"]] * 26), 2, 2),
-        (pa.array([[1, 2], [3]] * 15), 3, 0),
-        (pa.nulls(30), 0, 30),
         (pa.array(["a", None, "c"] * 10), 2, 10),
     ],
 )
