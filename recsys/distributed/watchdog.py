@@ -29,6 +29,7 @@ from recsys.distributed.ranks import Ranks
 FINDING = "finding"  # key in the store: the finding that ends the job
 WATCHED_RANKS = 8  # number of other ranks that each rank watches, unless a machine has more
 DESCRIBED_RANKS = 8  # how many ranks a finding describes
+LONGEST_JOIN = 30.0  # seconds that the end of a rank waits for a thread of its watchdog
 OWN_SOURCE = tuple(str(Path(__file__).parents[2] / part) for part in ("recsys", "embeddings"))
 
 
@@ -69,8 +70,9 @@ class Watchdog:
         """Stop watching and publish that this rank has ended, so that others expect no beats."""
         self._stopping.set()
         for thread in self._threads:
-            # Limited, as the store itself may have stopped; longer than `_end` takes.
-            thread.join(4 * self.interval)
+            # Limited, as the store itself may have stopped. Long enough for a busy machine: a
+            # thread within a call of the store at the end of the interpreter aborts the process.
+            thread.join(max(4 * self.interval, LONGEST_JOIN))
         self._threads.clear()
         self._backends.clear()
 
