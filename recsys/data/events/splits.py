@@ -13,6 +13,7 @@ from recsys.data.events.sql import SqlEngine, count_rows
 from recsys.data.events.times import moment
 
 SPLITS = ("train", "valid", "test")
+BINS = 1 << 14  # of a histogram of times
 MOMENT = "(ts)"  # SQL of a row's time in conditions
 Conditions = dict[str, dict[str, str]]  # dataset -> split -> SQL
 
@@ -102,13 +103,25 @@ def _until(ends: list[str], test: str) -> dict[str, str]:
 
 
 def quantiles(engine: SqlEngine, shares: list[float]) -> list[str]:
-    """Return times of the rows at these shares of their order."""
-    rows = count_rows(engine, "rows")
+    """Return times of the rows at these shares of their order, by histograms on the engine."""
+    limits = engine.table("SELECT min(ts) AS low, max(ts) AS high, count(*) AS n FROM rows")
+    low, high, rows = (limits[name][0].as_py() for name in ("low", "high", "n"))
     places = [math.floor(share * (rows - 1)) for share in shares]
-    times = ", ".join(
-        f"min(CASE WHEN rows_until > {place} THEN ts END) AS time_{number}"
-        for number, place in enumerate(places)
-    )
-    ordered = "SELECT ts, sum(count(*)) OVER (ORDER BY ts) AS rows_until FROM rows GROUP BY ts"
-    columns = engine.table(f"SELECT {times} FROM ({ordered})").columns
-    return [str(column[0].as_py()) for column in columns]
+    return [str(_time_at(engine, place, low, high)) for place in places]
+
+
+def _time_at(engine: SqlEngine, place: int, low: int, high: int) -> int:
+    """Return the time of the row at a place of the order; all rows lie in [low, high]."""
+    before = 0  # rows earlier than `low`
+    while low < high:
+        width = (high - low) // BINS + 1
+        table = engine.table(
+            f"SELECT CAST((ts - {low} - (ts - {low}) % {width}) / {width} AS BIGINT) AS bin, "
+            f"count(*) AS n FROM rows WHERE ts BETWEEN {low} AND {high} GROUP BY 1 ORDER BY 1"
+        )
+        for number, count in zip(table["bin"].to_pylist(), table["n"].to_pylist(), strict=True):
+            if before + count > place:
+                low, high = low + number * width, min(high, low + (number + 1) * width - 1)
+                break
+            before += count
+    return low
