@@ -98,6 +98,35 @@ def package_verify(package: Path, /) -> None:
     logger.info("%s: %s files are whole", package, len(read_manifest(package).files))
 
 
+def package_delta(base: Path, new: Path, /, out: Path) -> None:
+    """Write what differs between two packages into one file.
+
+    Args:
+        base: the older package, which the receiver has
+        new: the newer package
+        out: file to write
+    """
+    from recsys.serving.delta import write_delta
+    from recsys.storage.location import Location
+    from recsys.storage.output_file import check_output
+
+    check_output(out, [Location.of(folder) for folder in (base, new)])
+    logger.info("%s: %s", out, write_delta(base, new, out))
+
+
+def package_apply(package: Path, /, delta: Path, out: Path) -> None:
+    """Make the newer package of the older one and a delta.
+
+    Args:
+        package: the older package
+        delta: what `package delta` wrote
+        out: folder of the newer package
+    """
+    from recsys.serving.delta import apply_delta
+
+    logger.info("%s: %s files are whole", out, len(apply_delta(package, delta, out).files))
+
+
 def export_vectors(
     run: Path,
     out: Path,

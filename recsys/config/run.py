@@ -86,7 +86,8 @@ class ContinualSettings:
     poll_seconds: PositiveFloat = 10.0
     """With --follow: seconds from one look for a new partition to the next."""
     packages: str | None = None
-    """Folder that gets a package of each partition's model; the last `keep` are kept."""
+    """Folder that gets a package of each partition's model and, from the second on, a delta from
+    the one before (NAME and NAME.delta); the last `keep` packages and all deltas are kept."""
     package_tables: Literal["fp32", "fp16", "int8", "int4"] = "fp32"
     """Type of the ID tables in packages."""
     edited_items: Share = 0.5

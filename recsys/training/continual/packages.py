@@ -1,10 +1,11 @@
-"""Packages of a continual run: `PACKAGES/NAME` of each partition's model.
+"""Packages of a continual run: `PACKAGES/NAME` of each partition's model, `NAME.delta` to the next.
 
 A process of its own writes them, as ranks of a job cannot leave their group.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from recsys.checkpoint.partitions import ContinualFolder, RunState, file_name
 from recsys.config import ContinualSettings
 from recsys.data.schema import Schema
 from recsys.distributed.job import environment_of_no_rank
+from recsys.serving.delta import write_delta
+
+logger = logging.getLogger(__name__)
 
 NEWEST = "newest"
 
@@ -40,6 +44,10 @@ def export_newest(settings: ContinualSettings, folder: ContinualFolder, state: R
     package = packages / names[-1]
     if not package.exists():
         _export(folder.run_of(state.last.name), package, settings.package_tables)
+    previous = packages / names[-2] if len(names) > 1 else None
+    delta = packages / f"{names[-1]}.delta"
+    if previous is not None and previous.exists() and not delta.exists():
+        logger.info("%s: %s", delta, write_delta(previous, package, delta))
     link = packages / f".{NEWEST}.partial"
     link.unlink(missing_ok=True)
     link.symlink_to(names[-1])
@@ -53,7 +61,7 @@ def _export(run: Path, package: Path, tables: str) -> None:
     package.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "recsys.cli", "export", "--run", str(run)]
     command += ["--out", str(package), "--tables", tables]
-    command += ["--compile", "false"]  # it takes a minute, and holds the weights
+    command += ["--compile", "false"]  # machine code holds the weights, so each delta would too
     process = subprocess.run(
         command,
         env=environment_of_no_rank(),

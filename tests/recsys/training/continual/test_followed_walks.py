@@ -14,6 +14,7 @@ import pytest
 
 from recsys.checkpoint.partitions import ContinualFolder
 from recsys.cli import main
+from recsys.serving.delta import apply_delta
 from recsys.training.continual import packages
 from tests.ranks import HANG_SECONDS
 from tests.recsys.command_runs import TINY, program
@@ -22,6 +23,7 @@ from tests.recsys.training.continual.walk_runs import (
     NAMES,
     WITHOUT_CONTENT,
     WORDS,
+    files_of,
     lines_of,
     walk,
     write_partition,
@@ -109,13 +111,19 @@ def with_packages(folder: Path) -> list[str]:
 
 
 @pytest.mark.long
-def test_each_partition_has_a_package_and_the_link_names_the_newest(
+def test_a_package_and_its_deltas_are_the_newest_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_walk(tmp_path / "data", 3)
     out, words = tmp_path / "packages", with_packages(tmp_path / "packages")
     walk(tmp_path, tmp_path / "run", *words, last="2025-11-09")
-    assert sorted(files.name for files in out.iterdir()) == [*NAMES[:2], "newest"]
+    assert sorted(files.name for files in out.iterdir()) == [
+        *NAMES[:2],
+        f"{NAMES[1]}.delta",
+        "newest",
+    ]
+    calls = apply_delta(out / NAMES[0], out / f"{NAMES[1]}.delta", tmp_path / "made")
+    assert calls.files and files_of(tmp_path / "made") == files_of(out / NAMES[1])
     assert (out / "newest").resolve() == (out / NAMES[1]).resolve()
 
     with monkeypatch.context() as failing:
@@ -123,7 +131,12 @@ def test_each_partition_has_a_package_and_the_link_names_the_newest(
         with pytest.raises(ZeroDivisionError):
             walk(tmp_path, tmp_path / "run", *words)
     walk(tmp_path, tmp_path / "run", *words)  # nothing is left to train on
-    assert sorted(package.name for package in out.iterdir()) == [*NAMES[1:3], "newest"]
+    assert sorted(trained.name for trained in out.iterdir() if trained.is_dir()) == [
+        *NAMES[1:3],
+        "newest",
+    ]
+    delta = apply_delta(tmp_path / "made", out / f"{NAMES[2]}.delta", tmp_path / "later")
+    assert delta.files and files_of(tmp_path / "later") == files_of(out / NAMES[2])
 
 
 def test_items_with_a_bounded_vocabulary_have_no_package(tmp_path: Path) -> None:
