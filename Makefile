@@ -54,7 +54,7 @@ serve: install-dev $(PACKAGE)/manifest.json
 	$(VENV)/bin/recsys serve $(PACKAGE) --port $(PORT)
 
 test: install-dev
-	$(VENV)/bin/python -m pytest -n 3 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 test-long: install-dev
 	$(VENV)/bin/python -m pytest -m "long and not gpu" -n 2 --dist loadfile

@@ -80,6 +80,7 @@ def test_the_best_of_the_trials_is_written_as_a_configuration(tmp_path: Path) ->
     assert starts(search) == [1, 1, 1, 1]
 
 
+@pytest.mark.long
 def test_a_longer_search_goes_on_with_the_same_trials(tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     whole, split = search_in(tmp_path, 5), tmp_path / "two"

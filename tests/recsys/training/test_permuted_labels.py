@@ -35,6 +35,12 @@ MODELS = {
     "averages": [*WITHOUT_CONTENT, "--optimizer.ema_decay", "0.9"],
     "content": [*VOTES, "--embedding.tables.item.new_rows", "content"],
 }
+LONG = {("votes", "anew"), ("votes", "warm"), ("averages", "anew"), ("standardized", "warm")}
+PAIRS = [
+    pytest.param(model, start, marks=[pytest.mark.long] if (model, start) in LONG else [])
+    for model in MODELS
+    for start in ("anew", "warm")
+]
 
 
 def write_data(folder: Path, seed: int = 0) -> Path:
@@ -72,8 +78,7 @@ def scores_by(run: Path, split: str, data: Path) -> np.ndarray:
     return scored["logits"].numpy()[np.argsort(scored["positions"].numpy())]
 
 
-@pytest.mark.parametrize("start", ["anew", "warm"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "start"), PAIRS)
 def test_scores_of_valid_and_test_depend_on_no_label_there_and_on_no_other_row(
     model: str, start: str, tmp_path: Path
 ) -> None:
