@@ -11,7 +11,7 @@ impression) and `items/*.parquet` (one row per item). Other columns of the files
       history: {kind: sequence, shares: item, parallel: [history_liked, history_genre]}
       history_genre: {kind: ids, num_embeddings: 20}    # beside the items of the history
       genres:  {kind: ids, num_embeddings: 20}
-      price:   {kind: dense}
+      price:   {kind: dense, fill: 0}  # stands for null, wherever the column is read
       liked:   {kind: label}    # 0 or 1
       rating:  {kind: label, loss: mse, nullable: true}  # null: not known
       teacher: {kind: extra}    # a float that auxiliary losses may ask for, never a feature
@@ -84,6 +84,15 @@ class Schema:
     def history(self) -> str | None:
         """Name of the first sequence, which holds past target items, if there is one."""
         return next(iter(self.of_kind("sequence")), None)
+
+    @property
+    def fills(self) -> dict[str, int | float | str]:
+        """What stands for null, by column of the files and by list beside a sequence."""
+        fills: dict[str, int | float | str] = {}
+        for name, column in self.columns.items():
+            if column.fill is not None:
+                fills |= column.fill if isinstance(column.fill, dict) else {name: column.fill}
+        return fills
 
     @property
     def event_columns(self) -> list[str]:

@@ -62,9 +62,15 @@ class Column:
     vocabulary: VocabularySettings | None = None  # ids are raw; None: they are rows
     column: str | list[str] | None = None  # columns to transform; default: the column of this name
     transform: list[Any] = field(default_factory=list)  # steps, see recsys.data.transforms.steps
+    # Stands for null and NaN of the file, before any step; of a sequence, by list of numbers.
+    fill: int | float | str | dict[str, float] | None = None
     nullable: bool = False  # label besides others: null if unknown
     # Label: bce (default, 0 or 1), mse or huber (a number), or poisson (a count).
     loss: Literal["bce", "mse", "huber", "poisson"] | None = None
+
+    def sources(self, name: str) -> list[str]:
+        """Return the columns that the column `name` is made of."""
+        return self.column if isinstance(self.column, list) else [self.column or name]
 
 
 @dataclass(frozen=True)
@@ -221,6 +227,8 @@ def check_column(
     columns: dict[str, Column], name: str, column: Column, where: str, target_item: str
 ) -> None:
     """Check the keys of one column; `where` names it and its file."""
+    if problem := _fill_problem(columns, name, column):
+        raise ValueError(f"{where}: fill {problem}")
     if column.kind in ("dense", "label", "extra", "weight", "sampled"):
         if column.num_embeddings or column.shares or column.parallel or column.vocabulary:
             raise ValueError(f"{where} of kind {column.kind} takes no further key")
@@ -244,6 +252,24 @@ def check_column(
                 f"{where} shares '{column.shares}', which has no table of its own; name a column "
                 "with num_embeddings"
             )
+
+
+def _fill_problem(columns: dict[str, Column], name: str, column: Column) -> str | None:
+    """Return the problem of a column's fill and the fix, or None."""
+    if column.fill is None:
+        return None
+    if column.kind == "sequence":
+        lists = [beside for beside in column.parallel if beside not in columns]
+        if not isinstance(column.fill, dict) or not column.fill.keys() <= set(lists):
+            return f"of a sequence maps lists of numbers beside it, {lists}, to a number"
+        return None
+    if column.kind not in ("id", "dense") or isinstance(column.fill, dict):
+        return f"of kind {column.kind} has no effect; only an id, a number or a sequence has one"
+    if name not in column.sources(name):
+        return "is of a column of the files; write the step fill in its transform"
+    if column.kind == "dense" and not column.transform and isinstance(column.fill, str):
+        return f"is the text {column.fill!r}; write a number"
+    return None
 
 
 def label_problem(columns: dict[str, Column]) -> str | None:

@@ -92,7 +92,7 @@ def _compare_attributes(
         if values[0] == values[1] or attribute in _ROW_ATTRIBUTES:
             continue
         change = f"{attribute} was {short(values[0])}, is {short(values[1])}"
-        if attribute in _FREE_ATTRIBUTES:
+        if attribute in _FREE_ATTRIBUTES or attribute.split(".")[0] == "fill":
             differences.add(name, change, "as in the data")
         else:
             differences.refuse(name, change, "set it back, or give the column another name")

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from embeddings.vocabulary.fixed import ExactVocabulary
-from recsys.data.events.history_values import MOMENT, HistoryFiles, slice_columns
+from recsys.data.events.history_values import AGE, MOMENT, HistoryFiles, slice_columns
 from recsys.data.events.negatives import DRAWN_AS
 from recsys.data.events.pictures import add_pictures
 from recsys.data.events.settings import EventsConfig
@@ -188,20 +188,32 @@ class DatasetWriter:
         config, output = self.config, self.config.output
         columns = {name: self._id("id", sizes[name]) for name in (output.user, output.item)}
         for name, history in config.histories.items():
-            parallel = list(history.parallel)
-            columns[name] = {"kind": "sequence", "shares": output.item, "parallel": parallel}
+            columns[name] = {
+                "kind": "sequence",
+                "shares": output.item,
+                "parallel": list(history.parallel),
+                "fill": {
+                    beside: parallel.stored_fill
+                    for beside, parallel in history.parallel.items()
+                    if beside not in self._id_lists and parallel.column != AGE
+                },
+            }
         for name in self._id_lists:
             columns[name] = self._id("ids", sizes[name])
         for name, feature in config.features.items():
             is_id = feature.kind != "dense"
             columns[name] = self._id(feature.kind, sizes[name]) if is_id else {"kind": "dense"}
-        columns |= {name: {"kind": "dense"} for name in config.counts}
+            columns[name]["fill"] = feature.fill
+        columns |= {name: {"kind": "dense", "fill": 0.0} for name in config.counts}
         columns |= {name: {"kind": "label"} for name in config.labels}
         if config.negatives is not None:
             columns[output.sampled] = {"kind": "sampled"}
         for name, column in config.transforms.items():
-            settings = asdict(column).items()
-            columns[name] = {key: value for key, value in settings if value not in (None, [])}
+            settings = asdict(column)
+            if column.fill is None and name in column.sources(name):
+                settings["fill"] = columns.get(name, {}).get("fill")  # of the feature it replaces
+            columns[name] = settings
+        columns = {name: _without_empty(column) for name, column in columns.items()}
         schema = {"target_item": output.item, "group": output.user, "columns": columns}
         if config.items is not None:
             content = {name: {"kind": part.kind} for name, part in config.items.content.items()}
@@ -262,6 +274,10 @@ def output_columns(config: EventsConfig) -> dict[str, str]:
     # % has the sign of its left side, and a time before 1970 is rounded down as well.
     columns[output.time] = f"CAST((ts - (ts % {unit} + {unit}) % {unit}) / {unit} AS BIGINT)"
     return columns
+
+
+def _without_empty(column: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in column.items() if value not in (None, [], {})}
 
 
 def _no_rows(config: EventsConfig, split: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from recsys.data.events.times import duration
 from recsys.data.schema_columns import Column
 
@@ -122,6 +124,13 @@ class Parallel:
     at_least: float | None = None  # values become 1 from this one on, else 0
     scale: float = 1.0  # divisor of the values
     fill: float = 0.0  # value instead of null; null ids are unknown
+
+    @property
+    def stored_fill(self) -> float:
+        """What a list has in place of null: the fill as the other values are scaled."""
+        if self.at_least is not None:
+            return float(np.float32(self.fill) >= self.at_least)
+        return float(np.float32(self.fill) / np.float32(self.scale))
 
 
 @dataclass

@@ -162,8 +162,7 @@ def _read(values: pa.Array) -> pa.Array:
 
 def chain_of(name: str, column: Column) -> Chain:
     """Return the chain of a column that has one; a ValueError says which step is unusable."""
-    sources = column.column if isinstance(column.column, list) else [column.column or name]
-    steps = []
+    sources, steps = column.sources(name), []
     for number, step in enumerate(column.transform):
         try:
             steps.append(Call.of(step))

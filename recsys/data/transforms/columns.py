@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from embeddings.vocabulary.fixed import is_id_type
 from recsys.data.parquet.values import check_type, is_list, list_lengths, one_chunk
 from recsys.data.schema import Schema
 from recsys.data.transforms.chain import Chain
+from recsys.data.transforms.steps import fill
 
 
 def read_columns(table: pa.Table, schema: Schema, names: Sequence[str], place: str) -> pa.Table:
-    """Return columns `names`, transformed, of a table with `schema.file_columns(names)`."""
-    if not any(name in schema.transforms for name in names):
+    """Return columns `names`, filled and transformed, of `schema.file_columns(names)`."""
+    if not any(name in schema.transforms or name in schema.fills for name in names):
         return table.select(names)
     rows = TransformedRows(table, schema, place)
     return pa.table([rows.column(name) for name in names], names=list(names))
@@ -26,14 +28,33 @@ class TransformedRows:
 
     def __init__(self, table: pa.Table, schema: Schema, place: str) -> None:
         self.table, self.chains, self.place = table, schema.transforms, place
+        self._fills = schema.fills
         self._made: dict[str, pa.Array] = {}
 
     def column(self, name: str) -> pa.Array:
         if name not in self.chains:
-            return one_chunk(self.table[name])
+            return self._filled(name)
         if name not in self._made:
             self._made[name] = self._apply(self.chains[name], name)
         return self._made[name]
+
+    def _filled(self, name: str) -> pa.Array:
+        """Return a column of the file with its fill in place of null and NaN."""
+        values = one_chunk(self.table[name])
+        if name not in self._fills:
+            return values
+        flat = values.flatten() if is_list(values.type) else values
+        try:
+            if pa.types.is_dictionary(flat.type):
+                flat = flat.dictionary_decode()
+            if pa.types.is_floating(flat.type):
+                flat = pc.if_else(pc.is_nan(flat), pa.scalar(None, flat.type), flat)
+            elif pa.types.is_integer(flat.type) and isinstance(self._fills[name], float):
+                flat = flat.cast(pa.float64())
+            flat = fill(flat, self._fills[name])
+        except (ValueError, pa.ArrowException) as error:
+            raise ValueError(f"{self.place}: column '{name}': fill: {error}") from error
+        return _with_values(values, flat) if is_list(values.type) else flat
 
     def before_step(self, name: str, number: int) -> pa.Array:
         """Return a column before one step of its chain, which follows no cross."""
@@ -42,16 +63,21 @@ class TransformedRows:
 
     def _apply(self, chain: Chain, name: str) -> pa.Array:
         columns = [
-            one_chunk(self.table[source]) if source == name else self.column(source)
+            self._filled(source) if source == name else self.column(source)
             for source in chain.sources
         ]
         try:
             if len(columns) > 1 or not is_list(columns[0].type):
                 return chain(columns)
-            offsets = np.concatenate([[0], np.cumsum(list_lengths(columns[0]), dtype=np.int64)])
-            return pa.LargeListArray.from_arrays(offsets, chain([columns[0].flatten()]))
+            return _with_values(columns[0], chain([columns[0].flatten()]))
         except ValueError as error:
             raise ValueError(f"{self.place}: column '{name}': {error}") from error
+
+
+def _with_values(lists: pa.Array, values: pa.Array) -> pa.Array:
+    """Return lists of the same lengths with other values."""
+    offsets = np.concatenate([[0], np.cumsum(list_lengths(lists), dtype=np.int64)])
+    return pa.LargeListArray.from_arrays(offsets, values)
 
 
 def check_types(
@@ -59,13 +85,13 @@ def check_types(
 ) -> None:
     """Check the types of columns, which `column_type` returns by name, against the schema."""
     for name in names:
-        if name not in schema.transforms:
+        if name not in schema.transforms and name not in schema.fills:
             check_type(schema, name, column_type(name), place)
             continue
         kinds = {source: column_type(source) for source in schema.file_columns([name])}
         empty = pa.table({source: pa.array([], kind) for source, kind in kinds.items()})
         check_type(schema, name, read_columns(empty, schema, [name], place)[name].type, place)
-        for source, kind in kinds.items():
+        for source, kind in kinds.items() if name in schema.transforms else ():
             kind = kind.value_type if is_list(kind) else kind
             if is_id_type(kind):
                 schema.require_id_type(source, kind, place, source)
