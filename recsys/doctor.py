@@ -26,6 +26,12 @@ MATCHING_TRIPLES = (
 # The row that this project is tested with, and which `install_command` installs.
 TESTED_TRIPLE = MATCHING_TRIPLES[1]
 
+# Compute capabilities of FBGEMM's training kernels: sm_80 runs on all of 8.x, sm_90a and sm_100a
+# on no other.
+KERNEL_CAPABILITIES = "8.x, 9.0 and 10.0"
+# NVML's answer where the driver's library and kernel module differ.
+NVML_VERSION_MISMATCH = 18
+
 FBGEMM_CUDA = "fbgemm-gpu"
 FBGEMM_CPU = "fbgemm-gpu-cpu"
 OTHER_PACKAGES = ("transformers", "peft", "pyarrow", "jsonargparse", "torchmetrics", "torchx")
@@ -40,7 +46,7 @@ class Problem:
     """Defect that keeps a job from running."""
 
     what: str
-    fix: str  # a shell command
+    fix: str  # a shell command, or what to do where none is enough
 
 
 class InstallationError(RuntimeError):
@@ -52,7 +58,8 @@ def check_installation() -> list[Problem]:
 
     Versions are compared first, as a mismatch makes imports fail in misleading ways.
     """
-    return _package_problems() or _import_problems(("torch", "fbgemm_gpu", "torchrec"))
+    packages = _package_problems() or _import_problems(("torch", "fbgemm_gpu", "torchrec"))
+    return packages or _gpu_problems()
 
 
 def require_working_installation(imports_torchrec: bool = True) -> None:
@@ -188,6 +195,83 @@ def _import_problems(names: tuple[str, ...]) -> list[Problem]:
     return []
 
 
+def unusable_gpu() -> str | None:
+    """Return torch's reason for not using the GPUs of this machine; None if it can or has none."""
+    import torch
+
+    if torch.cuda.is_available() or not gpus_of_driver():
+        return None
+    try:
+        torch.cuda.init()
+    except Exception as error:  # AssertionError of a build for CPU, RuntimeError of CUDA
+        return str(error)
+    return "torch.cuda.is_available() is False"
+
+
+def gpus_of_driver() -> int:
+    """Return how many GPUs the driver has for this process, whether or not torch can use them."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return 0  # hidden on purpose
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_uint(0)
+    code = nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+    return 1 if code == NVML_VERSION_MISMATCH else count.value
+
+
+def _gpu_problems() -> list[Problem]:
+    """Detect GPUs that torch cannot use, or on which FBGEMM cannot train."""
+    import torch
+
+    if (reason := unusable_gpu()) is not None:
+        fix = (
+            "update the NVIDIA driver, or install wheels for the CUDA that nvidia-smi names; to "
+            "train without the GPU, set device to cpu"
+        )
+        return [Problem(f"torch cannot use this machine's GPU: {reason}", fix)]
+    problems = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        name = f"GPU {index}, {torch.cuda.get_device_name(index)},"
+        major, minor = torch.cuda.get_device_capability(index)
+        if major != 8 and (major, minor) not in ((9, 0), (10, 0)):
+            problems.append(
+                f"{name} has compute capability {major}.{minor}; FBGEMM's training kernels are for "
+                f"{KERNEL_CAPABILITIES}"
+            )
+        elif (reason := untrained_table(f"cuda:{index}")) is not None:
+            problems.append(f"{name} does not train a table of FBGEMM: {reason}")
+    return [Problem(what, "use another GPU, or set device to cpu") for what in problems]
+
+
+def untrained_table(device: str) -> str | None:
+    """Return why FBGEMM cannot train a row of a table on a device, or None if it can."""
+    import torch
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+        ComputeDevice,
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
+
+    on_cpu = device == "cpu"
+    place = (EmbeddingLocation.HOST, ComputeDevice.CPU)
+    try:
+        table = SplitTableBatchedEmbeddingBagsCodegen(
+            [(2, 4, *(place if on_cpu else (EmbeddingLocation.DEVICE, ComputeDevice.CUDA)))],
+            learning_rate=1.0,
+            device=torch.device(device),
+        )
+        weights = table.split_embedding_weights()[0]
+        weights.detach().fill_(1.0)
+        ids, offsets = (torch.tensor(numbers, device=device) for numbers in ([1], [0, 1]))
+        table(ids, offsets).sum().backward()
+        rows = weights.detach()[:, 0].tolist()
+    except Exception as error:  # a kernel that is missing raises one of several types
+        return f"{type(error).__name__}: {error}"
+    return None if rows == [1.0, 0.0] else f"its rows are {rows}, not [1.0, 0.0]"
+
+
 def _import(name: str) -> Any:
     """Import a package without garbage collection, which takes a fifth of the time."""
     collects = gc.isenabled()
@@ -267,7 +351,11 @@ def _gpu_rows() -> list[tuple[str, str]]:
         return [("GPUs", "none that torch can use")]
     devices = [torch.cuda.get_device_properties(index) for index in range(count)]
     return [
-        (f"GPU {index}", f"{device.name}, {device.total_memory / 2**30:.0f} GiB")
+        (
+            f"GPU {index}",
+            f"{device.name}, {device.total_memory / 2**30:.0f} GiB, capability "
+            f"{device.major}.{device.minor}",
+        )
         for index, device in enumerate(devices)
     ]
 

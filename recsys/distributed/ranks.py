@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from recsys.distributed.job import JobName
+from recsys.doctor import unusable_gpu
 from recsys.storage.lock import JobLock
 
 TIMEOUT = timedelta(minutes=30)  # one rank may encode items for a long time while others wait
@@ -107,9 +108,18 @@ class Ranks:
 
 @contextmanager
 def joined_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
-    """Join the process group of the environment, or create one for this process alone."""
+    """Join the process group of the environment, or create one for this process alone.
+
+    Raises:
+        ValueError: `device` is cuda, or auto where the machine has GPUs, and torch can use none.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if device != "cpu" and (reason := unusable_gpu()) is not None:
+        raise ValueError(
+            f"device is {device}, but torch cannot use this machine's GPU: {reason}; update the "
+            "driver or torch (see recsys doctor), or set device to cpu"
+        )
     if use_cuda and not torch.cuda.is_available():
         raise ValueError("device is cuda, but no GPU is usable; set device to cpu or auto")
     torch_device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")

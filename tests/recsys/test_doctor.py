@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from recsys import doctor
+from recsys.diagnostics.plan.description import find_cluster
+from recsys.distributed.ranks import joined_ranks
 
 PROJECT_ROOT = Path(__file__).parents[2]
 HEALTHY = {
@@ -99,6 +101,92 @@ def test_the_cpu_wheel_of_fbgemm_does_not_serve_a_gpu_that_torch_uses(
     problem = the_problem()
     assert "a GPU" in problem.what
     assert "uninstall -y fbgemm-gpu-cpu && " in problem.fix
+
+
+class DriverWithAGPU:
+    """Answers as libnvidia-ml.so.1 with one GPU, or with a code of failure."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code = code
+
+    def nvmlInit_v2(self) -> int:
+        return self.code
+
+    def nvmlDeviceGetCount_v2(self, count) -> int:
+        count._obj.value = 1
+        return 0
+
+
+DRIVER_TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040)."
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch):
+    """A machine with a GPU that torch does not use: its driver is too old."""
+
+    def init() -> None:
+        raise RuntimeError(DRIVER_TOO_OLD)
+
+    def answers(code: int = 0) -> None:
+        monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: DriverWithAGPU(code))
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    answers()
+    return answers
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_job_does_not_train_on_cpu_beside_a_gpu_that_torch_cannot_use(
+    driver, device: str
+) -> None:
+    with pytest.raises(ValueError, match=f"device is {device}(.|\n)*too old"), joined_ranks(device):
+        pass
+    with joined_ranks("cpu") as ranks:
+        assert ranks.device.type == "cpu"
+
+
+def test_the_doctor_gives_torchs_reason_for_a_gpu_that_it_cannot_use(driver) -> None:
+    assert DRIVER_TOO_OLD in the_problem().what
+    assert doctor.main() == 1
+    with pytest.raises(ValueError, match="too old"):
+        find_cluster("auto")
+
+
+@pytest.mark.parametrize(
+    ("code", "hidden", "gpus"),
+    [(doctor.NVML_VERSION_MISMATCH, False, 1), (9, False, 0), (0, True, 0)],
+    ids=["versions differ", "no kernel module", "hidden by CUDA_VISIBLE_DEVICES"],
+)
+def test_a_gpu_that_is_not_there_or_hidden_stops_no_job(
+    driver, code: int, hidden: bool, gpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver(code)
+    if hidden:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert doctor.gpus_of_driver() == gpus
+    assert (doctor.unusable_gpu() is None) == (gpus == 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "trains"), [((7, 5), False), ((8, 6), True), ((9, 0), True), ((12, 0), False)]
+)
+def test_the_doctor_checks_what_fbgemm_has_kernels_for(
+    capability: tuple[int, int], trains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "FBGEMM_CPU", "none")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(doctor, "untrained_table", lambda device: None)
+    problems = doctor._gpu_problems()
+    assert (problems == []) == trains
+    assert trains or "capability 7.5" in problems[0].what or "capability 12.0" in problems[0].what
+
+
+def test_the_doctor_trains_a_row_of_a_table(device: str) -> None:
+    assert doctor.untrained_table(device) is None
+    assert doctor.untrained_table("cuda:99") is not None
 
 
 @pytest.mark.parametrize("name", ["torch", "torchrec", "fbgemm-gpu-cpu"])

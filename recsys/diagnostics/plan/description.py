@@ -23,6 +23,7 @@ from recsys.diagnostics.plan.model_parts import (
     model_parts,
     table_bytes_by_rank,
 )
+from recsys.doctor import unusable_gpu
 from recsys.model.tables import pooled_features
 
 
@@ -158,6 +159,11 @@ def find_cluster(
     if device not in names:
         raise ValueError(f"device '{device}' is unknown; choose one of {names}")
     if device == "auto":
+        if (reason := unusable_gpu()) is not None:
+            raise ValueError(
+                f"device is auto, but torch cannot use this machine's GPU: {reason}; name the "
+                f"device that is meant: {names[:-1]}"
+            )
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
