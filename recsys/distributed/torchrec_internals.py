@@ -69,6 +69,9 @@ class IdsPipeline(TrainPipelineSparseDist[Any, Any]):
         if self._model._env.world_size == 1:
             keep_ids(self._pipelined_modules)
 
+    def sync_embeddings(self, *arguments: Any, **options: Any) -> None:
+        """Leave the mean over copies of tables to `CopiesMean`; TorchRec takes it every batch."""
+
     def wait_sparse_data_dist(self, context: TrainPipelineContext) -> None:
         """Send the ids of the next batch once their sizes are known. A collective."""
         with (

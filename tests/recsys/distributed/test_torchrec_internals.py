@@ -81,7 +81,7 @@ PRIVATE_PARTS: dict[Any, str] = {
     dist_data: "_get_recat",
     model_parallel.DistributedModelParallel: "_dmp_wrapped_module _env",
     train_pipelines.TrainPipelineSparseDist: "_pipeline_model _pipelined_modules "
-    "wait_sparse_data_dist _stream_context _data_dist_stream",
+    "wait_sparse_data_dist _stream_context _data_dist_stream sync_embeddings",
     utils: "_input_dists _dist",
     runtime_forwards: "BaseForward",
 }
