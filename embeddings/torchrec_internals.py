@@ -32,6 +32,16 @@ def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCo
                     yield module
 
 
+def unlock_cached_rows(model: nn.Module) -> None:
+    """Let caches of `uvm_caching` give up their rows, while no batch is in flight.
+
+    Fetching a batch ahead locks its rows, and only its backward unlocks them: after validation,
+    which has none, they would stay.
+    """
+    for kernel in table_kernels(model):
+        kernel.lxu_cache_locking_counter.zero_()  # type: ignore[operator]
+
+
 def group_of_copies(model: nn.Module) -> dist.ProcessGroup:
     """Return the group of all ranks, whose numbers the plan of a model with copies has."""
     group = cast(DistributedModelParallel, model)._env.process_group

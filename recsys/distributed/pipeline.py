@@ -17,6 +17,7 @@ from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
 from embeddings.sharding import CopiesMean
+from embeddings.torchrec_internals import unlock_cached_rows
 from recsys.distributed.torchrec_internals import IdsPipeline, no_gradient_reduction
 from recsys.optimizer import AveragedWeights, gradient_norm
 
@@ -114,6 +115,7 @@ class AccumulatingPipeline(IdsPipeline):
             except StopIteration:
                 if self.copies is not None:
                     self.copies.settle()  # what follows saves or scores the tables
+                unlock_cached_rows(self.model)
                 return
             yield output
 

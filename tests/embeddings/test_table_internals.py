@@ -83,7 +83,7 @@ PRIVATE_PARTS: dict[Any, str] = {
     ShardedEmbeddingBagCollection: "_lookups",
     DistributedModelParallel: "_env",
     SplitTableBatchedEmbeddingBagsCodegen: "use_cpu pooling_mode feature_dims feature_table_map "
-    "max_D reset_cache_states",
+    "max_D reset_cache_states lxu_cache_locking_counter",
 }
 
 
