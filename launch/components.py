@@ -22,7 +22,7 @@ def _job(  # noqa: D417 - components copy the arguments, without the name of the
     nproc: int = 2,
     nnodes: int = 1,
     cpu: int = -1,
-    gpu: int = 0,
+    gpu: int = -1,
     memMB: int = -1,
     max_retries: int = 0,
     rdzv_port: int = 29500,
@@ -42,7 +42,8 @@ def _job(  # noqa: D417 - components copy the arguments, without the name of the
             model
         nnodes: number of nodes
         cpu: processor cores to request per node; -1 leaves that to the scheduler
-        gpu: GPUs to request per node
+        gpu: GPUs to request per node; -1 requests none, and is refused with an image of one's own,
+            whose containers have only the GPUs that are requested
         memMB: memory to request per node, in MB; -1 leaves that to the scheduler
         max_retries: how often torchrun restarts all ranks after one failed, and the scheduler the
             job after torchrun failed or a node was lost (local_cwd: torchrun alone)
@@ -54,6 +55,11 @@ def _job(  # noqa: D417 - components copy the arguments, without the name of the
         mounts: what to mount into containers, e.g. type=bind,src=/data,dst=/data,readonly
     """
     _check_counts(nproc, nnodes, gpu, max_retries)
+    if gpu < 0 and image != torchx.IMAGE:
+        raise ValueError(
+            f"--image {image} without --gpu: its containers would have no GPU; give --gpu {nproc}, "
+            "one per rank, or --gpu 0 to train on processors"
+        )
     if gpu > 0:
         # torchx leaves open the number of tasks, which Slurm refuses; sbatch reads GPUs by node.
         os.environ["SBATCH_GPUS"] = str(gpu)
@@ -65,7 +71,7 @@ def _job(  # noqa: D417 - components copy the arguments, without the name of the
         name=name,
         image=image,
         cpu=cpu,
-        gpu=gpu,
+        gpu=max(gpu, 0),
         memMB=memMB,
         j=f"{nnodes}x{nproc}",
         env={key: value for key, value in env.items() if "," not in value},

@@ -88,6 +88,13 @@ def test_resources_image_environment_and_retries_reach_the_job(
     assert os.environ["SBATCH_GPUS"] == "8"  # of each node; without it sbatch refuses the job
 
 
+def test_a_job_in_an_image_says_how_many_gpus_its_containers_get() -> None:
+    with pytest.raises(ValueError, match=r"without --gpu.*give --gpu 4, .*--gpu 0"):
+        component("train", "--nproc", "4", "--image", "registry/recsys:1")
+    role = component("train", "--image", "registry/recsys:1", "--gpu", "0").roles[0]
+    assert role.resource.gpu == 0
+
+
 def test_a_scheduler_is_asked_for_no_more_than_the_user_asks_for() -> None:
     resource = component("train").roles[0].resource
     assert (resource.cpu, resource.gpu, resource.memMB) == (-1, 0, -1)

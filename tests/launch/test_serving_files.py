@@ -1,4 +1,4 @@
-"""The image and the manifest by which a package is served, read by parsers: nothing runs them."""
+"""Images of training and serving, and the manifest of serving, read by parsers: none runs."""
 
 from __future__ import annotations
 
@@ -25,9 +25,15 @@ def parsed(words: list[str]) -> Namespace:
     return command_parser("serve", words)[1].parse_args(words)
 
 
+def dockerfile(name: str) -> list[dict[str, Any]]:
+    return DockerfileParser(
+        str(ROOT / "launch" / name / "Dockerfile"), cache_content=True
+    ).structure
+
+
 @pytest.fixture(scope="module")
 def image() -> list[dict[str, Any]]:
-    return DockerfileParser(str(FOLDER / "Dockerfile"), cache_content=True).structure
+    return dockerfile("serving")
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +52,22 @@ def words_of(image: list[dict[str, Any]], instruction: str) -> list[str]:
     return [entry["value"] for entry in image if entry["instruction"] == instruction]
 
 
-def test_the_image_copies_what_there_is_and_installs_the_extra(image: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(
+    ("name", "flavor", "options"),
+    [("serving", "cpu", "--flavor cpu --extra serve"), ("training", "cuda", '--flavor "$FLAVOR"')],
+)
+def test_an_image_copies_what_there_is_and_installs_its_flavor(
+    name: str, flavor: str, options: str
+) -> None:
+    image = dockerfile(name)
     copied = [name for value in words_of(image, "COPY") for name in value.split()[:-1]]
     assert [name for name in copied if not (ROOT / name).exists()] == []
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {project["readme"], *project["license-files"]} <= set(copied)
-    (run,) = words_of(image, "RUN")
-    assert "launch/install.py" in run and "--extra serve" in run
+    *_, run = words_of(image, "RUN")
+    assert "launch/install.py" in run and options in run
     assert "pip install" not in run and "serve" in project["optional-dependencies"]
+    assert (name == "serving") or f"FLAVOR={flavor}" in words_of(image, "ARG")
 
 
 def test_the_image_serves_without_rights_what_kserve_mounts(image: list[dict[str, Any]]) -> None:
