@@ -31,12 +31,20 @@ class BankRoute:
 
     order: int64 [U], sorts the ids by the rank that holds them; `wanted_counts` by rank.
     rows: int64, rows of this rank's block that each rank requests; `asked_counts` by rank.
+    last: int64, of a write, whose `rows` are distinct: for each row, the place of its last vector
+        among those received. A GPU would keep any of several vectors.
     """
 
     order: Tensor
     wanted_counts: list[int]
     rows: Tensor
     asked_counts: list[int]
+    last: Tensor | None = None
+
+    def of_write(self) -> BankRoute:
+        """Return the route of a write to the same rows."""
+        rows, last = _last_of_each(self.rows)
+        return replace(self, rows=rows, last=last)
 
 
 Routes = tuple[BankRoute | None, BankRoute | None]  # to read, to write
@@ -107,7 +115,7 @@ class MemoryBank:
 
         def finish() -> Routes:
             read, *write = routes()
-            return read, write[0] if write else None
+            return read, write[0].of_write() if write else None
 
         return finish
 
@@ -143,11 +151,10 @@ class MemoryBank:
 
         return finish
 
-    def _route(self, ids: Tensor, route: BankRoute | None) -> BankRoute:  # ids [U]
-        return self._on_device(self._begin_routes([ids])()[0] if route is None else route)
-
     def _on_device(self, route: BankRoute) -> BankRoute:
-        return replace(route, order=route.order.to(self.device), rows=route.rows.to(self.device))
+        last = None if route.last is None else route.last.to(self.device)
+        order, rows = route.order.to(self.device), route.rows.to(self.device)
+        return replace(route, order=order, rows=rows, last=last)
 
     @torch.no_grad()
     def lookup(self, item_ids: Tensor, route: BankRoute | None = None) -> tuple[Tensor, Tensor]:
@@ -159,7 +166,7 @@ class MemoryBank:
         if self.holds_all or self.world_size == 1:
             rows = self._rows.index_select(0, self._checked(item_ids))
         else:
-            route = self._route(item_ids, route)
+            route = self._on_device(route or self._begin_routes([item_ids])()[0])
             sent = self._rows.index_select(0, route.rows)
             received = sent.new_empty(len(item_ids), self.dim + 1)
             splits = route.wanted_counts, route.asked_counts
@@ -193,11 +200,12 @@ class MemoryBank:
 
     def _write(self, item_ids: Tensor, values: Tensor, route: BankRoute | None) -> None:
         """Send rows [U, D + 1] to the ranks that hold them. A collective."""
-        route = self._route(item_ids, route)
-        received = values.new_empty(len(route.rows), self.dim + 1)
+        route = self._on_device(route or self._begin_routes([item_ids])()[0].of_write())
+        assert route.last is not None
+        received = values.new_empty(sum(route.asked_counts), self.dim + 1)
         splits = route.asked_counts, route.wanted_counts
         dist.all_to_all_single(received, values[route.order], *splits, group=self._group)
-        self._rows[route.rows] = received
+        self._rows[route.rows] = received.index_select(0, route.last)
 
     @torch.no_grad()
     def forget(self, item_ids: Tensor) -> None:

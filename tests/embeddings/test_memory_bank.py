@@ -161,6 +161,21 @@ def test_routes_found_ahead_carry_the_same_rows(world_size: int, kind: type[Memo
         assert only_reads[1] is None and (only_reads[0] is None) == (kind is ReplicatedMemoryBank)
 
 
+def written_by_all(rank: int, world_size: int) -> tuple[BankRoute | None, list[float]]:
+    bank = MemoryBank(NUM_ITEMS, DIM, "cpu", dist.group.WORLD)
+    ids = torch.tensor([0, 2, NUM_ITEMS - 1])
+    _, write = bank.routes(ids, ids)()
+    bank.update(ids, torch.full((3, DIM), float(rank)), 0, write)
+    return write, bank.lookup(ids)[0][:, 0].tolist()
+
+
+def test_a_row_that_several_ranks_write_is_written_once_by_the_last() -> None:
+    """On a GPU the order of several writes to one row is not defined."""
+    for write, values in run_on_ranks(written_by_all, 3):
+        assert write is not None and len(write.rows.unique()) == len(write.rows)
+        assert values == [2.0] * 3
+
+
 def kinds_by_placement(rank: int, world_size: int) -> dict[str, type[MemoryBank]]:
     large = {"auto": 100_000_000, "auto, small": 100, "sharded": 100, "replicated": 100}
     banks = {
