@@ -131,12 +131,14 @@ class BatchPreparation:
         """
         waiting: Callable[[], Batch] | None = None
         for step, batch in enumerate(batches, first_step):
+            is_pinned = batch.target.items.is_pinned()  # before rows replace raw ids
             self.vocabularies.map_batch(batch, step, training)
             unknown.add(batch)
             prepared = self._with_histories(batch)
             prepared = self._with_items(prepared, step, training, with_content)
             prepared = self._with_negatives(prepared, step, training)
-            finish = self._with_routes(batch, prepared, training)
+            is_new = prepared is not batch or bool(self.vocabularies.by_table)
+            finish = self._with_routes(prepared, training, is_new, is_pinned)
             # Works one batch ahead, so that no rank waits here for the others.
             if waiting is not None:
                 yield waiting()
@@ -177,7 +179,9 @@ class BatchPreparation:
     def _draw(self, step: int) -> tuple[int, int, int]:
         return (self.seed, step, dist.get_rank(self.group))
 
-    def _with_routes(self, batch: Batch, prepared: Batch, training: bool) -> Callable[[], Batch]:
+    def _with_routes(
+        self, prepared: Batch, training: bool, is_new: bool, is_pinned: bool
+    ) -> Callable[[], Batch]:
         routes: Callable[[], Routes] | None = None
         if self.bank is not None:
             writes = prepared.content.bank_write_rows if training else None
@@ -191,8 +195,7 @@ class BatchPreparation:
                 content = replace(ready.content, bank_reads=read, bank_writes=write)
                 ready = replace(ready, content=content)
             # The loader pins before this; unpinned new tensors would be copied synchronously.
-            is_new = ready is not batch and batch.target.items.is_pinned()
-            return ready.pin_memory() if is_new else ready
+            return ready.pin_memory() if is_pinned and (is_new or ready is not prepared) else ready
 
         return finish
 

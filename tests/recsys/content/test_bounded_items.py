@@ -50,6 +50,25 @@ def ids_of(vocabulary: BoundedVocabulary) -> dict[int, int]:
     return {int(sets.ids.ravel()[row]): int(row) for row in used_rows}
 
 
+def test_batches_whose_raw_ids_became_rows_are_pinned_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU nothing is pinned: a set of addresses stands for page-locked memory."""
+    pinned: set[int] = set()
+
+    def pin(batch: Batch) -> Batch:
+        pinned.add(batch.target.items.data_ptr())
+        return batch
+
+    monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: tensor.data_ptr() in pinned)
+    monkeypatch.setattr(Batch, "pin_memory", pin)
+    with joined_ranks("cpu") as ranks:
+        job = build(data, ranks, tmp_path)
+        loaded = [batch.pin_memory() for batch in batches(job, 2)]
+        prepared = list(job.preparation(iter(loaded), UnknownIds(job.schema), 0, training=True))
+    assert all(batch.target.items.is_pinned() for batch in prepared)
+
+
 def test_a_batch_has_rows_for_tables_and_raw_ids_for_content(data: Path, tmp_path: Path) -> None:
     with joined_ranks("cpu") as ranks:
         job = build(data, ranks, tmp_path)
