@@ -23,7 +23,6 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterCons
 from torchrec.distributed.planner.stats import NoopEmbeddingStats
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import (
-    HardwareConfig,
     KernelConfig,
     PlannerError,
     TopologyFactory,
@@ -33,12 +32,10 @@ from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingPlan,
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.optim import RowWiseAdagrad
 
+from embeddings.hardware import Hardware, hardware_of
 from embeddings.table_sharders import sharders
 from embeddings.tables import Kernel, TableConfig, check_tables
 
-# Share of memory left to the dense model, activations and batches. TorchRec's heuristic would
-# count frozen parameters, too, six times.
-RESERVED_SHARE = 0.15
 # The planner makes no column shards narrower than this: every shard looks up all ids.
 MIN_COLUMNS = 32
 
@@ -55,6 +52,9 @@ def constraints(table: TableConfig, world_size: int, prefetch: bool) -> Paramete
     sharding_types = None if table.sharding == "auto" else [table.sharding]
     if sharding_types is None and world_size == 1:
         sharding_types = [ShardingType.TABLE_WISE.value]
+    elif sharding_types is None and table.kernel != "fused":
+        # The planner would fill one host: it weighs the time of lookups, and sees room for all.
+        sharding_types = [ShardingType.ROW_WISE.value]
     if table.kernel == "uvm_caching":
         cache = CacheParams(load_factor=table.cache_load_factor, prefetch_pipeline=prefetch)
     return ParameterConstraints(
@@ -110,21 +110,21 @@ def machine_topology(
     *,
     device_memory_bytes: int | None = None,
     host_memory_bytes: int | None = None,
+    hardware: Hardware | None = None,
 ) -> Topology:
-    """Describe the machines, all like this one, for the planner: ranks and free memory per rank."""
+    """Describe the machines, all like this one, for the planner: ranks, memory and bandwidths."""
+    hardware = hardware or Hardware()
     if host_memory_bytes is None:
         host_memory_bytes = free_host_memory() // local_world_size
     if device_memory_bytes is None and device.type == "cuda":
         device_memory_bytes = torch.cuda.get_device_properties(device).total_memory
     if device.type == "cpu":
         # The planner's storage reservation takes its share from device memory alone.
-        host_memory_bytes = int(host_memory_bytes * (1.0 - RESERVED_SHARE))
+        host_memory_bytes = int(host_memory_bytes * (1.0 - hardware.reserved_share))
     return TopologyFactory.create_topology(
         trainer_config=TrainerConfig(world_size=world_size, local_world_size=local_world_size),
-        hardware_config=HardwareConfig(
-            hbm_cap_bytes=device_memory_bytes, ddr_cap_bytes=host_memory_bytes
-        ),
-        kernel_config=KernelConfig(compute_device=device.type),
+        hardware_config=hardware.config(device_memory_bytes, host_memory_bytes),
+        kernel_config=KernelConfig(device.type, use_hardware_based_bandwidth=True),
     )
 
 
@@ -149,12 +149,14 @@ def plan_sharding(
     module_sharders: list[ModuleSharder[nn.Module]] | None = None,
     prefetch: bool = False,
     copies: int = 1,
+    hardware: Hardware | None = None,
 ) -> ShardingPlan:
     """Plan on rank 0 how ``module``'s tables are sharded. A collective: all ranks get the plan.
 
     `module` has its collections on meta, after `fuse_table_optimizers`. `batch_size` is rows per
     rank and step. The plan is that of the ranks that share one of the `copies`. `topology` is by
-    default that of this machine; without a process group, of any cluster.
+    default that of this machine, with figures of `hardware` before those by the name of its GPU;
+    without a process group, of any cluster.
 
     Raises:
         ValueError: no plan is possible; the same on every rank.
@@ -175,9 +177,9 @@ def plan_sharding(
     if group is None or dist.get_rank(group) == 0:
         try:
             _check_module(module, tables, torch.device(device))
-            planner = _planner(
-                tables, topology, group, torch.device(device), batch_size, prefetch, copies
-            )
+            figures = hardware or Hardware()
+            topology = topology or _this_topology(group, torch.device(device), copies, figures)
+            planner = _planner(tables, topology, group, batch_size, prefetch, copies, figures)
             outcome[0] = planner.plan(module, module_sharders or sharders())
         except Exception as error:  # of any type: the other ranks wait for the outcome
             cause, outcome[1] = error, _reason(error, tables)
@@ -188,26 +190,35 @@ def plan_sharding(
     return cast(ShardingPlan, outcome[0])
 
 
+def _this_topology(
+    group: dist.ProcessGroup | None, device: torch.device, copies: int, hardware: Hardware
+) -> Topology:
+    """Return the topology of a copy's ranks, on nodes that have some ranks of each copy."""
+    world_size = 1 if group is None else dist.get_world_size(group)
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if device.type == "cuda":
+        hardware = hardware.or_else(hardware_of(torch.cuda.get_device_name(device)))
+    return machine_topology(
+        world_size // copies,
+        max(local_world_size // copies, 1),
+        device,
+        host_memory_bytes=free_host_memory() // local_world_size,
+        hardware=hardware,
+    )
+
+
 def _planner(
     tables: Sequence[TableConfig],
-    topology: Topology | None,
+    topology: Topology,
     group: dist.ProcessGroup | None,
-    device: torch.device,
     batch_size: int,
     prefetch: bool,
     copies: int,
+    hardware: Hardware,
 ) -> EmbeddingShardingPlanner:
     """Return TorchRec's planner for the ranks that share one copy of the tables."""
     world_size = 1 if group is None else dist.get_world_size(group)
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    if topology is None:  # each node has some ranks of each copy
-        topology = machine_topology(
-            world_size // copies,
-            max(local_world_size // copies, 1),
-            device,
-            host_memory_bytes=free_host_memory() // local_world_size,
-        )
-    elif group is not None and topology.world_size != world_size // copies:
+    if group is not None and topology.world_size != world_size // copies:
         raise ValueError(
             f"the topology has {topology.world_size} ranks and the process group "
             f"{world_size // copies} per copy of the tables; make them equal"
@@ -215,7 +226,7 @@ def _planner(
     return EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size,
-        storage_reservation=FixedPercentageStorageReservation(RESERVED_SHARE),
+        storage_reservation=FixedPercentageStorageReservation(hardware.reserved_share),
         constraints={
             table.name: constraints(table, topology.world_size, prefetch) for table in tables
         },

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torchrec.distributed.planner import Topology
 
+from embeddings.hardware import Hardware, hardware_of
 from embeddings.sharding import machine_topology
 
 GIB = 2**30
@@ -21,16 +22,17 @@ class Device:
     kind: Literal["cuda", "cpu"]
     memory_bytes: int  # memory for tables: of the GPU, or of the host for a CPU
     host_memory_bytes: int = 128 * GIB
+    hardware: Hardware = field(default_factory=Hardware)
 
 
 # Memory as the driver reports it, rounded down, in the makers' eight-GPU machines.
 DEVICES = {
     device.name: device
     for device in (
-        Device("a100", "cuda", 79 * GIB),
-        Device("h100", "cuda", 79 * GIB, 256 * GIB),
-        Device("h200", "cuda", 139 * GIB, 256 * GIB),
-        Device("b200", "cuda", 178 * GIB, 256 * GIB),
+        Device("a100", "cuda", 79 * GIB, hardware=hardware_of("a100")),
+        Device("h100", "cuda", 79 * GIB, 256 * GIB, hardware_of("h100")),
+        Device("h200", "cuda", 139 * GIB, 256 * GIB, hardware_of("h200")),
+        Device("b200", "cuda", 178 * GIB, 256 * GIB, hardware_of("b200")),
     )
 }
 
@@ -48,6 +50,7 @@ class Cluster:
         return self.nodes * self.ranks_per_node
 
     def topology(self, copies: int = 1) -> Topology:
+        """Return the topology of the ranks that share one of the copies of the tables."""
         device = self.device
         is_cpu = device.kind == "cpu"
         return machine_topology(
@@ -56,4 +59,5 @@ class Cluster:
             torch.device(device.kind),
             device_memory_bytes=None if is_cpu else device.memory_bytes,
             host_memory_bytes=device.memory_bytes if is_cpu else device.host_memory_bytes,
+            hardware=device.hardware,
         )

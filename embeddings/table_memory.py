@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torchrec.distributed.types import ShardingPlan
 
-from embeddings.sharding import RESERVED_SHARE
+from embeddings.hardware import RESERVED_SHARE
 from embeddings.table_state import planned_sharding
 from embeddings.tables import TableConfig
 
@@ -93,13 +93,17 @@ def table_memory(table: TableConfig, plan: ShardingPlan) -> TableMemory:
 
 
 def what_does_not_fit(
-    tables: Sequence[TableConfig], bytes_per_rank: int, world_size: int, host_bytes: int = 0
+    tables: Sequence[TableConfig],
+    bytes_per_rank: int,
+    world_size: int,
+    host_bytes: int = 0,
+    reserved_share: float = RESERVED_SHARE,
 ) -> list[str]:
     """List the tables that do not fit, the largest first, and changes that would make all fit.
 
     `world_size` ranks share one copy of the tables; `host_bytes` per rank are beside a GPU.
     """
-    room = int(bytes_per_rank * (1 - RESERVED_SHARE))
+    room = int(bytes_per_rank * (1 - reserved_share))
     total = sum(map(_on_devices, tables))
     lines = []
     for table in sorted(tables, key=_on_devices, reverse=True):

@@ -49,7 +49,7 @@ from recsys.kernels import choose_kernels
 from recsys.model.build import build_em3, with_opinion_groups
 from recsys.model.compilation import compile_dense_parts
 from recsys.model.em3 import EM3
-from recsys.model.placement import check_placement
+from recsys.model.placement import check_placement, planner_hardware
 from recsys.model.precision import dense_parts, use_bfloat16
 from recsys.model.tables import pooled_features, table_configs
 from recsys.optimizer import (
@@ -215,6 +215,7 @@ def _plan(
         module_sharders=table_sharders,
         prefetch=embedding.prefetch,
         copies=embedding.parallel.copies,
+        hardware=planner_hardware(embedding.hardware),
     )
 
 

@@ -49,6 +49,7 @@ CHANGEABLE = (
     "embedding.communication.*",
     "embedding.prefetch",
     "embedding.parallel.*",
+    "embedding.hardware.*",
     "embedding.*learning_rate",
     "embedding.*weight_decay",
     "embedding.tables.*.kernel",

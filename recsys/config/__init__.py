@@ -8,6 +8,7 @@ from recsys.config.content import ModalitySettings as ModalitySettings
 from recsys.config.content import SamplingSettings as SamplingSettings
 from recsys.config.embedding import CommunicationSettings as CommunicationSettings
 from recsys.config.embedding import EmbeddingSettings as EmbeddingSettings
+from recsys.config.embedding import HardwareSettings as HardwareSettings
 from recsys.config.embedding import InitFromSettings as InitFromSettings
 from recsys.config.embedding import ParallelSettings as ParallelSettings
 from recsys.config.embedding import TableSettings as TableSettings

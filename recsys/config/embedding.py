@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from recsys.config.limits import CacheShare, Dropout, NonNegativeFloat, PositiveInt, Width
+from recsys.config.limits import (
+    CacheShare,
+    Dropout,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Width,
+)
 
 Sharding = Literal["auto", "row_wise", "table_wise", "column_wise"]
 TableOptimizer = Literal["rowwise_adagrad", "adagrad", "adam", "sgd"]
@@ -83,6 +90,25 @@ class ParallelSettings:
 
 
 @dataclass
+class HardwareSettings:
+    """What the planner assumes of GPUs and links; None: by the GPU's name, else TorchRec's default.
+
+    Bandwidths are in GB a second and one direction.
+    """
+
+    memory_gb_per_s: PositiveFloat | None = None
+    """Bandwidth of a GPU's memory."""
+    host_link_gb_per_s: PositiveFloat | None = None
+    """Bandwidth between a GPU and its host's memory."""
+    intra_node_gb_per_s: PositiveFloat | None = None
+    """Bandwidth between GPUs of a node."""
+    inter_node_gb_per_s: PositiveFloat | None = None
+    """Bandwidth between nodes, per GPU."""
+    reserved_share: Dropout = 0.15
+    """Share of memory that the tables leave to dense parts, activations and batches."""
+
+
+@dataclass
 class EmbeddingSettings:
     """ID tables: one per `id` or `ids` column of the schema."""
 
@@ -109,3 +135,4 @@ class EmbeddingSettings:
     """Fetch the rows of the next batch into the caches of uvm_caching tables while the current one
     is computed; needs CUDA."""
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    hardware: HardwareSettings = field(default_factory=HardwareSettings)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import astuple, replace
 
-from recsys.config import Config, EmbeddingSettings, ParallelSettings
+from embeddings.hardware import Hardware
+from recsys.config import Config, EmbeddingSettings, HardwareSettings, ParallelSettings
 from recsys.data.schema import Schema
 
 
@@ -36,6 +37,11 @@ def placed_for_scoring(config: Config, device: str) -> Config:
         config.embedding, tables=tables, prefetch=False, parallel=ParallelSettings()
     )
     return replace(config, embedding=embedding)
+
+
+def planner_hardware(settings: HardwareSettings) -> Hardware:
+    """Return the figures that settings give to the planner."""
+    return Hardware(*astuple(settings))
 
 
 def _kernel_problems(settings: EmbeddingSettings, schema: Schema, device: str) -> Iterator[str]:

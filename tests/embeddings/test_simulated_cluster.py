@@ -16,7 +16,7 @@ from embeddings import (
     fuse_table_optimizers,
     plan_sharding,
 )
-from embeddings.sharding import RESERVED_SHARE
+from embeddings.hardware import RESERVED_SHARE, hardware_of
 from embeddings.simulated_cluster import DEVICES, GIB, Cluster
 from embeddings.table_memory import table_bytes, table_memory, what_does_not_fit
 
@@ -35,6 +35,34 @@ def planned(tables: list[TableConfig], cluster: Cluster) -> ShardingPlan:
     fuse_table_optimizers(model, tables)
     topology = cluster.topology()
     return plan_sharding(model, tables, device=cluster.device.kind, topology=topology)
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "intra_node"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 2039, 300),
+        ("NVIDIA A100-SXM4-40GB", 1555, 300),
+        ("NVIDIA A100-PCIE-40GB", 1935, 32),
+        ("NVIDIA H100 80GB HBM3", 3350, 450),
+        ("NVIDIA H100 PCIe", 2039, 64),
+        ("NVIDIA H200", 4800, 450),
+        ("NVIDIA GH200 480GB", 4000, 450),
+        ("NVIDIA L4", 300, 32),
+        ("NVIDIA H1000", None, None),
+    ],
+)
+def test_bandwidths_are_those_of_the_card_and_of_no_other(
+    name: str, memory: float | None, intra_node: float | None
+) -> None:
+    hardware = hardware_of(name)
+    assert (hardware.memory, hardware.intra_node) == (memory, intra_node)
+    assert hardware.is_unknown == (memory is None)
+
+
+def test_the_planner_gets_the_bandwidths_of_the_device() -> None:
+    topology = EIGHT_BY_EIGHT.topology()
+    assert topology.hbm_mem_bw == 3350e9 / 1000  # bytes a millisecond
+    assert topology.hbm_to_ddr_mem_bw == 64e9 / 1000
 
 
 def test_a_table_in_host_memory_takes_the_bytes_of_its_cache_on_the_device() -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from embeddings import format_plan
+from embeddings.hardware import hardware_of
 from embeddings.memory_bank import is_replicated
+from embeddings.plan_time import RankTime
 from embeddings.sharding import free_host_memory
 from embeddings.simulated_cluster import DEVICES, Cluster, Device
 from embeddings.table_memory import FLOAT
@@ -51,6 +53,7 @@ class Description:
     parts: list[ModelPart]
     table_bytes: list[int]  # by rank
     memory: RankMemory
+    times: RankTime | None  # on GPUs
     plan: str
     problems: list[str]
     frozen_layers: dict[str, int]
@@ -80,7 +83,7 @@ def describe(
     sharing = cluster.world_size // config.embedding.parallel.copies
     table_bytes = table_bytes_by_rank(tables, plan, sharing)
     return Description(
-        cluster=cluster,
+        cluster=meta_model.cluster,
         parts=parts,
         table_bytes=table_bytes,
         memory=RankMemory(
@@ -91,6 +94,7 @@ def describe(
             host_tables=host_table_bytes(tables, plan, sharing),
             host_limit=cluster.device.host_memory_bytes,
         ),
+        times=meta_model.times,
         plan=format_plan(plan, tables),
         problems=meta_model.problems,
         frozen_layers=meta_model.frozen_layers,
@@ -187,4 +191,5 @@ def _this_machine(device: str, ranks_per_node: int) -> Device:
     if device == "cpu":
         return Device("cpu of this machine", "cpu", share)
     properties = torch.cuda.get_device_properties(0)
-    return Device(f"{properties.name} of this machine", "cuda", properties.total_memory, share)
+    name, figures = f"{properties.name} of this machine", hardware_of(properties.name)
+    return Device(name, "cuda", properties.total_memory, share, figures)

@@ -9,6 +9,7 @@ import torch
 from torchrec.distributed.types import ShardingPlan
 
 from embeddings import MemoryBank, TableConfig, fuse_table_optimizers, plan_sharding, sharders
+from embeddings.plan_time import RankTime, slowest_rank
 from embeddings.simulated_cluster import Cluster
 from embeddings.table_memory import what_does_not_fit
 from recsys.config import Config, ModalitySettings, content_settings
@@ -23,7 +24,7 @@ from recsys.data.parquet.values import list_lengths
 from recsys.data.schema import Schema, load_schema
 from recsys.model.build import build_em3
 from recsys.model.em3 import EM3
-from recsys.model.placement import check_placement
+from recsys.model.placement import check_placement, planner_hardware
 from recsys.model.tables import table_configs
 from recsys.ranking.sim import load_item_categories
 from recsys.storage.location import Location
@@ -38,6 +39,7 @@ class MetaModel:
     """Everything that a run would build.
 
     frozen_layers: by encoder with cached outputs, the parameters that run only before training.
+    times: of a step's tables, as TorchRec expects them on GPUs; None on CPU.
     problems: why the tables do not fit, with fixes; the plan is then for unlimited memory.
     """
 
@@ -49,6 +51,7 @@ class MetaModel:
     em3: EM3
     frozen_layers: dict[str, int]
     plan: ShardingPlan
+    times: RankTime | None
     problems: list[str]
 
 
@@ -64,6 +67,8 @@ def build_meta_model(
     schema = load_schema(root)
     categories = load_item_categories(config.ranking, root, schema, config.on_bad_row)
     _resize(schema, rows or {})
+    figures = planner_hardware(config.embedding.hardware).or_else(cluster.device.hardware)
+    cluster = replace(cluster, device=replace(cluster.device, hardware=figures))
     sizes = cluster.world_size, cluster.ranks_per_node
     check_placement(config.embedding, schema, cluster.device.kind, *sizes)
     tables = table_configs(config, schema, mean_list_lengths(root, schema))
@@ -81,7 +86,10 @@ def build_meta_model(
     em3 = build_em3(config, schema, tables, encoders, bank, item_categories=categories)
     fuse_table_optimizers(em3, tables)
     plan, problems = _plan(config, em3, tables, cluster)
-    return MetaModel(config, root, schema, cluster, tables, em3, frozen_layers, plan, problems)
+    times = None if cluster.device.kind == "cpu" else _times(config, em3, tables, cluster, plan)
+    return MetaModel(
+        config, root, schema, cluster, tables, em3, frozen_layers, plan, times, problems
+    )
 
 
 def _resize(schema: Schema, rows: dict[str, int]) -> None:
@@ -167,6 +175,7 @@ def _plan(
             module_sharders=sharders(types.forward, types.backward),
             prefetch=config.embedding.prefetch,
             copies=copies,
+            hardware=where.device.hardware,
         )
 
     try:
@@ -179,5 +188,15 @@ def _plan(
             cluster.device.memory_bytes,
             cluster.world_size // copies,
             cluster.device.host_memory_bytes if cluster.device.kind == "cuda" else 0,
+            cluster.device.hardware.reserved_share,
         )
         return plan, lines or [str(error)]
+
+
+def _times(
+    config: Config, em3: EM3, tables: list[TableConfig], cluster: Cluster, plan: ShardingPlan
+) -> RankTime:
+    settings = config.embedding
+    types, topology = settings.communication, cluster.topology(settings.parallel.copies)
+    wires = sharders(types.forward, types.backward)
+    return slowest_rank(em3, tables, plan, topology, wires, config.batch_size, settings.prefetch)

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from embeddings.simulated_cluster import Cluster, Device
+from embeddings.simulated_cluster import DEVICES, Cluster, Device
 from recsys.build import Job, build_job
 from recsys.cli import main
 from recsys.config import (
     Config,
     ContentSettings,
     EmbeddingSettings,
+    HardwareSettings,
     TableSettings,
     content_settings,
 )
@@ -164,6 +165,42 @@ def test_host_memory_and_copies_of_tables_are_planned(
     on_host = EmbeddingSettings(16, tables={"item": TableSettings(kernel="uvm")})
     with pytest.raises(ValueError, match=r"embedding\.tables\.item\.kernel is uvm, .* cpu"):
         described(folder, em3_config(folder, embedding=on_host))
+
+
+@pytest.mark.parametrize("kernel", ["fused", "uvm", "uvm_caching"])
+@pytest.mark.parametrize("rows", [400_000_000, 1_000_000_000])
+def test_auto_spreads_large_tables_over_all_ranks_and_is_never_slower_than_row_wise(
+    folder: Path, rows: int, kernel: Any
+) -> None:
+    times = {}
+    for sharding in ("auto", "row_wise"):
+        settings = TableSettings(kernel=kernel)
+        tables = EmbeddingSettings(128, sharding, tables={"item": settings})  # type: ignore[arg-type]
+        config = em3_config(folder, content="none", embedding=tables)
+        config.contrastive.weight = 0.0
+        cluster = Cluster(1, 8, DEVICES["h100"])
+        description = describe(config, str(folder / "data"), cluster, {"item": rows})
+        (item,) = [part for part in description.parts if part.name == "table item"]
+        assert item.where.startswith("row_wise on 8 ranks") and not description.problems
+        assert description.times is not None
+        assert (description.times.host_link > 0) == (kernel != "fused")
+        times[sharding] = description.times.total
+    assert times["auto"] <= times["row_wise"]
+
+
+def test_settings_replace_the_bandwidths_of_a_device(folder: Path) -> None:
+    times = {}
+    for host_link in (None, 6.4):
+        hardware = HardwareSettings(host_link_gb_per_s=host_link, reserved_share=0.5)
+        tables = {"item": TableSettings(kernel="uvm")}
+        config = em3_config(folder, embedding=EmbeddingSettings(tables=tables, hardware=hardware))
+        cluster = Cluster(1, 2, DEVICES["h100"])
+        description = describe(config, str(folder / "data"), cluster)
+        assert description.times is not None
+        assert description.cluster.device.hardware.memory == 3350
+        assert description.cluster.device.hardware.reserved_share == 0.5
+        times[host_link] = description.times.host_link
+    assert times[6.4] == pytest.approx(10 * times[None])
 
 
 def test_what_does_not_fit_is_said_by_table_with_what_would(

@@ -1,0 +1,98 @@
+"""What the planner assumes of a GPU and its links: by the GPU's name, or as the settings say.
+
+Figures are those of NVIDIA's data sheets, in one direction.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from torchrec.distributed.planner.types import HardwareConfig
+
+# Share of memory left to the dense model, activations and batches. TorchRec's heuristic would
+# count frozen parameters, too, six times.
+RESERVED_SHARE = 0.15
+
+GB = 10**9 / 1000  # bytes a millisecond, TorchRec's unit
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Bandwidths in GB a second, each None where TorchRec's default is taken."""
+
+    memory: float | None = None  # of the device
+    host_link: float | None = None  # from the host's memory to the device
+    intra_node: float | None = None  # between devices of a node
+    inter_node: float | None = None  # between nodes, per device
+    reserved_share: float = RESERVED_SHARE
+
+    def or_else(self, other: Hardware) -> Hardware:
+        """Return these figures, and those of `other` where one is None."""
+        names = "memory", "host_link", "intra_node", "inter_node"
+        chosen = {name: getattr(self, name) or getattr(other, name) for name in names}
+        return replace(self, **chosen)
+
+    @property
+    def is_unknown(self) -> bool:
+        return self.memory is None
+
+    def config(self, device_bytes: int | None, host_bytes: int) -> HardwareConfig:
+        """Return TorchRec's form of the figures."""
+        figures = {
+            "hbm_mem_bw": self.memory,
+            "hbm_to_ddr_mem_bw": self.host_link,
+            "intra_host_bw": self.intra_node,
+            "inter_host_bw": self.inter_node,
+        }
+        return HardwareConfig(
+            hbm_cap_bytes=device_bytes,
+            ddr_cap_bytes=host_bytes,
+            **{name: figure * GB for name, figure in figures.items() if figure},  # type: ignore[arg-type]
+        )
+
+
+class _Card(NamedTuple):
+    memory: float
+    host_link: float
+    nvlink: float | None = None  # None: devices of a node exchange over the host link
+
+
+CARDS = {
+    "a100": _Card(2039, 32, 300),
+    "a100-40gb": _Card(1555, 32, 300),
+    "a100-pcie": _Card(1935, 32),
+    "h100": _Card(3350, 64, 450),
+    "h100-pcie": _Card(2039, 64),
+    "h100-nvl": _Card(3938, 64),  # bridges join two cards alone
+    "h200": _Card(4800, 64, 450),
+    "h200-nvl": _Card(4800, 64),
+    "gh200": _Card(4000, 450, 450),
+    "b200": _Card(8000, 64, 900),
+    "gb200": _Card(8000, 450, 900),
+    "l4": _Card(300, 32),
+    "l40s": _Card(864, 32),
+    "a10": _Card(600, 32),
+}
+
+
+def hardware_of(name: str) -> Hardware:
+    """Return the figures of a GPU by the driver's name; of an unknown one, none.
+
+    Example::
+
+        from embeddings.hardware import hardware_of
+
+        hardware_of("NVIDIA H100 80GB HBM3").intra_node  # 450, of NVLink
+        hardware_of("NVIDIA H100 PCIe").intra_node  # 64: it has no NVLink
+        hardware_of("NVIDIA GH200 480GB").memory  # 4000: it is no H200
+        hardware_of("NVIDIA Z900").is_unknown  # True
+    """
+    words = re.split(r"[\s-]+", name.lower())
+    models = [word for word in words if word in CARDS]
+    if not models:
+        return Hardware()
+    variants = [f"{models[0]}-{word}" for word in ("pcie", "nvl", "40gb") if word in words]
+    card = next((CARDS[variant] for variant in variants if variant in CARDS), CARDS[models[0]])
+    return Hardware(card.memory, card.host_link, card.nvlink or card.host_link)
