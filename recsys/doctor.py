@@ -18,6 +18,7 @@ from typing import Any
 
 # (torch, torchrec, FBGEMM) as their projects release them together.
 MATCHING_TRIPLES = (
+    ("2.11", "1.6", "1.6"),
     ("2.12", "1.7", "1.7"),
     ("2.13", "1.8", "1.8"),
     ("2.14", "1.9", "1.9"),
