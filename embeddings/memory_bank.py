@@ -20,6 +20,8 @@ from torch.distributed._shard.sharded_tensor import (
     init_from_local_shards,
 )
 
+from embeddings.host import is_on_host
+
 # Largest replica; with more ranks, all together write more rows than one rank reads.
 MAX_REPLICA_BYTES = 256 * 2**20
 MAX_REPLICAS = 16
@@ -121,8 +123,8 @@ class MemoryBank:
 
     def _begin_routes(self, id_lists: Sequence[Tensor]) -> Callable[[], list[BankRoute]]:
         """Begin to compute routes for lists of ids [U], on the host. Both are collectives."""
-        checked = [self._checked(part).cpu() for part in id_lists]
-        kinds, ids = len(checked), torch.cat(checked)
+        checked = [self._checked(part) for part in id_lists]
+        kinds, ids = len(checked), torch.cat(checked).cpu()  # already there, but for a fill
         kind = torch.arange(kinds).repeat_interleave(torch.tensor([len(part) for part in checked]))
         owner = ids // self._block_size
         key = owner * kinds + kind
@@ -164,7 +166,7 @@ class MemoryBank:
         """
         self._finish_write()
         if self.holds_all or self.world_size == 1:
-            rows = self._rows.index_select(0, self._checked(item_ids))
+            rows = self._rows.index_select(0, self._checked(item_ids).to(self.device))
         else:
             route = self._on_device(route or self._begin_routes([item_ids])()[0])
             sent = self._rows.index_select(0, route.rows)
@@ -194,7 +196,7 @@ class MemoryBank:
         marks = torch.full((ids.numel(), 1), step + 1, dtype=torch.float32, device=self.device)
         values = torch.cat([vectors.detach().to(self.device, torch.float32), marks], dim=1)
         if self.world_size == 1:
-            self._rows[ids] = values
+            self._rows[ids.to(self.device)] = values
         else:
             self._write(item_ids, values, route)
 
@@ -221,13 +223,14 @@ class MemoryBank:
                 f"memory bank: ids of shape {tuple(item_ids.shape)} and {item_ids.dtype}; pass "
                 "[U] int64"
             )
-        outside = item_ids[(item_ids < 0) | (item_ids >= self.num_items)]
-        if outside.numel() > 0:
-            raise ValueError(
-                f"memory bank: item id {int(outside[0])} is outside [0, {self.num_items}); "
-                "raise num_items or map the item to a known id"
-            )
-        return item_ids.to(self.device, torch.int64)
+        if is_on_host(item_ids):  # a GPU asserts it in the kernel
+            outside = item_ids[(item_ids < 0) | (item_ids >= self.num_items)]
+            if outside.numel() > 0:
+                raise ValueError(
+                    f"memory bank: item id {int(outside[0])} is outside [0, {self.num_items}); "
+                    "raise num_items or map the item to a known id"
+                )
+        return item_ids.long()
 
     def coverage(self) -> float:
         """Return the share of all items that were ever written. A collective."""
@@ -311,7 +314,7 @@ class ReplicatedMemoryBank(MemoryBank):
 
     def _write_route(self, ids: Tensor) -> Callable[[], BankRoute]:
         """Begin to send these ids [U] to all ranks; the result finishes. Both are collectives."""
-        ids = self._checked(ids).cpu()
+        ids = self._checked(ids).cpu()  # already there, but for a fill
         # `_capacity` ids are sent with their count, so that one message is usually enough.
         message = _padded(torch.cat([torch.tensor([len(ids)]), ids]), 1 + self._capacity)
         arrived = torch.empty(self.world_size * len(message), dtype=torch.int64)

@@ -46,6 +46,7 @@ def shorten_histories(batch: Batch, bank: MemoryBank, top_k: int, index_dedup: b
     shortened = replace(
         batch.history,
         lengths=lengths,
+        host_lengths=lengths.numpy(),
         values=batch.history.values[positions],
         longest=min(batch.history.longest, top_k),
         index=(is_used.cumsum(0) - 1)[index],
@@ -95,10 +96,13 @@ def with_bank_rows(content: BatchContent, vocabulary: BoundedVocabulary) -> Batc
     ids, rows = vocabulary.admitted
     is_further = ~np.isin(ids, content.items.numpy())
     rows_of_items = vocabulary.find(content.items)
+    rows_of_all = torch.cat([rows_of_items, torch.from_numpy(rows[is_further])])
+    write_index = (rows_of_all >= 0).nonzero().squeeze(1)
     return replace(
         content,
         items=torch.cat([content.items, torch.from_numpy(ids[is_further])]),
-        bank_rows=torch.cat([rows_of_items, torch.from_numpy(rows[is_further])]),
+        bank_rows=rows_of_all[write_index],
+        write_index=write_index,
         with_gradient=len(rows_of_items),
     )
 

@@ -194,8 +194,8 @@ class ContentBranch(nn.Module):
 
     def _write(self, bank: MemoryBank, fresh: Tensor, content: BatchContent) -> None:
         """Write the vectors [E, D + M * D] of items with a row to the bank. A collective."""
-        if content.bank_rows is not None:
-            fresh = fresh[content.bank_rows >= 0]
+        if content.write_index is not None:
+            fresh = fresh.index_select(0, content.write_index)
         bank.update(content.bank_write_rows, fresh, self.step, content.bank_writes)
 
     def _encode_items(self, content: BatchContent) -> Tensor:

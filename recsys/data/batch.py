@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -88,6 +89,7 @@ class History:
     index: Tensor  # int64 [N], positions in `items`
     items: Tensor  # int64 [U], unique items of the histories whose content is read
     unscaled_values: Tensor | None = None  # [N, P], as recorded, if a model standardised them
+    host_lengths: np.ndarray | None = None  # `lengths`, which stay on the host
     further: list[FurtherHistory] = field(default_factory=list)
 
     @property
@@ -96,7 +98,8 @@ class History:
         return self.values if self.unscaled_values is None else self.unscaled_values
 
     def jagged(self) -> JaggedHistory:
-        return JaggedHistory.of(self.index, self.lengths, len(self.items), self.longest)
+        sizes = len(self.items), self.longest
+        return JaggedHistory.of(self.index, self.lengths, *sizes, self.host_lengths)
 
 
 @dataclass
@@ -110,7 +113,8 @@ class BatchContent:
     inputs: dict[str, ContentInput] = field(default_factory=dict)  # by modality
     vectors: Tensor | None = None  # [E, V], in place of `inputs` in a pass without training
     with_gradient: int | None = None  # None: all
-    bank_rows: Tensor | None = None  # int64 [E] in the bank, -1 without one; None: the items
+    bank_rows: Tensor | None = None  # int64 [K] of items with a row in the bank; None: the items
+    write_index: Tensor | None = None  # int64 [K], places of these items among all E
     bank_reads: BankRoute | None = None  # of `Batch.read_items`; None: computed in the step
     bank_writes: BankRoute | None = None  # of `bank_write_rows`; None: computed in the step
     exchange: ItemExchange | None = None  # None: each rank encodes its own items
@@ -118,7 +122,7 @@ class BatchContent:
     @property
     def bank_write_rows(self) -> Tensor:
         """Rows of the memory bank to which vectors of `items` are written [at most E]."""
-        return self.items if self.bank_rows is None else self.bank_rows[self.bank_rows >= 0]
+        return self.items if self.bank_rows is None else self.bank_rows
 
 
 @dataclass

@@ -141,6 +141,7 @@ class BatchBuilder:
                 int(history_lengths.max(initial=0)),
                 index=torch.from_numpy(history_index),
                 items=torch.from_numpy(history_items),
+                host_lengths=history_lengths,
                 further=[
                     self._further(rows, columns, content_index) for columns in schema.histories[1:]
                 ],

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from embeddings.host import is_on_host
+
 
 @dataclass
 class JaggedHistory:
@@ -29,17 +31,24 @@ class JaggedHistory:
     rows: Tensor  # [N], the row of the batch that each item belongs to
     longest: int  # maximum of lengths, at least 1
     num_items: int  # U
+    host_lengths: np.ndarray | None = None  # `lengths`, if the host has them
 
     @staticmethod
     def of(
-        index: Tensor, lengths: Tensor, num_items: int, longest: int | None = None
-    ) -> JaggedHistory:  # index [N], lengths [B]
+        index: Tensor,  # [N]
+        lengths: Tensor,  # [B]
+        num_items: int,
+        longest: int | None = None,
+        host_lengths: np.ndarray | None = None,
+    ) -> JaggedHistory:
         """Build a history; `longest` is computed if absent, which synchronises with a GPU."""
         offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths)
         batch = torch.arange(len(lengths), device=lengths.device)
         rows = torch.repeat_interleave(batch, lengths, output_size=len(index))
         longest = int(lengths.max()) if longest is None else longest
-        return JaggedHistory(index, lengths, offsets, rows, max(longest, 1), num_items)
+        return JaggedHistory(
+            index, lengths, offsets, rows, max(longest, 1), num_items, host_lengths
+        )
 
     @property
     def is_shared(self) -> bool:
@@ -55,10 +64,16 @@ class JaggedHistory:
         index = torch.arange(len(self.index), device=self.index.device)
         return replace(self, index=index, num_items=len(index))
 
-    def select(self, places: Tensor) -> JaggedHistory:  # [P], ascending
-        """Return the histories reduced to some positions, over the same unique items."""
-        lengths = torch.bincount(self.rows[places], minlength=len(self.lengths))
-        return JaggedHistory.of(self.index[places], lengths, self.num_items, self.longest)
+    def select(self, places: Tensor, count: int | None = None) -> JaggedHistory:
+        """Return the histories reduced to places [P], ascending, over the same unique items.
+
+        `count` is given where each row keeps so many, or all if it has fewer.
+        """
+        lengths, host_lengths = _counts(self.rows[places], len(self.lengths)), None
+        if count is not None and self.host_lengths is not None:
+            host_lengths = self.host_lengths.clip(max=count)
+        index = self.index[places]
+        return JaggedHistory.of(index, lengths, self.num_items, self.longest, host_lengths)
 
     def highest(
         self, scores: Tensor, count: int
@@ -68,7 +83,18 @@ class JaggedHistory:
         order = last - scores.flip(0).argsort(descending=True, stable=True)
         order = order[_stable_order(self.rows[order], len(self.lengths))]  # by row, then by score
         position = torch.arange(len(scores), device=scores.device) - self.offsets[self.rows]
-        return order[position < count].sort().values
+        return order[self._marked(position < count, count)].sort().values
+
+    def newest(self, count: int) -> Tensor:
+        """Return the places [P] of the newest `count` items of each row, or of all it has."""
+        return self._marked(self.ages < count, count)
+
+    def _marked(self, mask: Tensor, count: int) -> Tensor:  # bool [N] -> [P]
+        """Return the marked places, of which each row has `count`, or all if it has fewer."""
+        if is_on_host(mask) or self.host_lengths is None:
+            return mask.nonzero().squeeze(1)
+        size = int(self.host_lengths.clip(max=count).sum())
+        return mask.nonzero_static(size=size).squeeze(1)
 
     def latest(
         self, mask: Tensor, count: int
@@ -90,7 +116,7 @@ class JaggedHistory:
     @cached_property
     def by_item(self) -> tuple[Tensor, Tensor, Tensor]:
         """Index by item: places [N] ordered by item, their rows [N], item offsets [U + 1]."""
-        counts = torch.bincount(self.index, minlength=self.num_items)
+        counts = _counts(self.index, self.num_items)
         offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(counts)
         order = _stable_order(self.index, self.num_items)
         return order, self.rows[order], offsets
@@ -126,7 +152,10 @@ class JaggedHistory:
         Equal maxima share the gradient; `torch.segment_reduce` (2.13) shares positive ones alone.
         """
         detached = values.detach()
-        maxima = torch.segment_reduce(detached, "max", lengths=self.lengths, initial=if_empty)
+        # `unsafe`: checks of the lengths would wait for a GPU.
+        maxima = torch.segment_reduce(
+            detached, "max", lengths=self.lengths, initial=if_empty, unsafe=True
+        )
         if not values.requires_grad:
             return maxima
         highest = (detached == self.spread(maxima)).to(values.dtype)  # [N, K]
@@ -147,10 +176,16 @@ class JaggedHistory:
 
 def _stable_order(numbers: Tensor, limit: int) -> Tensor:
     """Return `numbers.argsort(stable=True)` [N] of numbers [N] in [0, limit)."""
-    if numbers.device.type == "cpu" and limit <= 2**16:
+    if is_on_host(numbers) and limit <= 2**16:
         # numpy sorts 16-bit numbers by radix, ten times as fast as 64-bit ones by comparison.
         return torch.from_numpy(np.argsort(numbers.numpy().astype(np.uint16), kind="stable"))
     return numbers.argsort(stable=True)
+
+
+def _counts(numbers: Tensor, limit: int) -> Tensor:
+    """Return `numbers.bincount(minlength=limit)` of numbers [N] in [0, limit), without a wait."""
+    counts = torch.zeros(limit, dtype=torch.int64, device=numbers.device)
+    return counts.scatter_add_(0, numbers, torch.ones_like(numbers))
 
 
 def _bag(index: Tensor, vectors: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:

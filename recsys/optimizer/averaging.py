@@ -5,14 +5,14 @@ After n updates the decay is at most (1 + n) / (10 + n), so initial weights are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.table_state import State, in_blocks, table_weights
@@ -49,16 +49,25 @@ class AveragedWeights:
             for table in self.tables.values()
             for shard in table.local_shards()
         ]
-        self.weights = nn.ParameterList([*parameters.values(), *shards])
-        self.averaged = AveragedModel(self.weights, multi_avg_fn=partial(_move, decay))
+        self.weights: list[Tensor] = [*parameters.values(), *shards]
+        self.averages = [weight.detach().clone() for weight in self.weights]
+        self.decay = decay
+        # A number on the host, which checkpoints load in place: reading it waits for no GPU.
+        self._num_updates = np.zeros((), np.int64)
 
+    @torch.no_grad()
     def update(self) -> None:
-        self.averaged.update_parameters(self.weights)
+        if count := int(self._num_updates):
+            risen = min(self.decay, (1 + count) / (10 + count))
+            get_ema_multi_avg_fn(risen)(self.averages, self.weights, count)
+        else:
+            torch._foreach_copy_(self.averages, self.weights)
+        self._num_updates += 1
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Replace the weights by the averages, if there are any yet, inside the block."""
-        if not int(self.averaged.n_averaged):
+        if not self._num_updates:
             yield
             return
         self._swap()
@@ -69,28 +78,19 @@ class AveragedWeights:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        averages = self.averaged.module.parameters()
-        for weight, average in zip(self.weights, averages, strict=True):
+        for weight, average in zip(self.weights, self.averages, strict=True):
             previous = weight.clone()
             weight.copy_(average)
             average.copy_(previous)
 
     def state_dict(self) -> State:
         """Return averages by name and their number of updates, in the memory of this object."""
-        averages = [average.detach() for average in self.averaged.module.parameters()]
-        state: State = dict(zip(self.names, averages))
-        shard_averages = iter(averages[len(self.names) :])
+        state: State = dict(zip(self.names, self.averages))
+        shard_averages = iter(self.averages[len(self.names) :])
         for name, table in self.tables.items():
             local = [next(shard_averages) for _ in table.local_shards()]
             state[name] = in_blocks(table, table._process_group, local)
-        return {**state, "num_updates": self.averaged.n_averaged}
-
-
-def _move(
-    decay: float, averages: Sequence[Tensor], weights: Sequence[Tensor], count: Tensor | int
-) -> None:
-    risen = min(decay, (1 + int(count)) / (10 + int(count)))
-    get_ema_multi_avg_fn(risen)(averages, weights, count)
+        return {**state, "num_updates": torch.from_numpy(self._num_updates)}
 
 
 def build_averages(

@@ -23,6 +23,7 @@ NAMES = (
         "is_pinned",
         "record_stream",
         "wait_stream",
+        "is_on_host",
     ),
     *("reset_cache_states", "DMPCollection", "DTensor", "PrefetchTrainPipelineSparseDist"),
 )

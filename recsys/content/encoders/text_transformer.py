@@ -5,11 +5,16 @@ Shapes: U unique items, T tokens, D width of the encoder.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from transformers import masking_utils
 
+from embeddings.host import is_on_host
 from recsys.config import ModalitySettings
 from recsys.content.encoders.base import last_place
 from recsys.content.encoders.pretrained import reads_whole_texts
@@ -68,14 +73,18 @@ class TextTransformer(TransformerEncoder):
         # own mask still marks the result as no token.
         attended = (mask | ~mask.any(dim=1, keepdim=True)).long()
         # transformers reads the values of the mask, which meta tensors do not have.
-        return self.model(input_ids=values, attention_mask=None if mask.is_meta else attended)
+        if mask.is_meta:
+            return self.model(input_ids=values, attention_mask=None)
+        with nullcontext() if is_on_host(mask) else unread_masks():
+            return self.model(input_ids=values, attention_mask=attended)
 
     def _run_above_cut(self, mask: Tensor) -> Any:  # [U, T]
         return self._run(self._ended(torch.zeros_like(mask, dtype=torch.long), mask), mask)
 
     def _trained(self, content: ContentInput) -> ContentInput:
         """Run each text once, with others of similar length if pooled; equal texts share tokens."""
-        if content.mask.is_meta:  # lengths and contents are unknown
+        # Lengths and contents are unknown, or cost a wait for a GPU, which has room for padding.
+        if content.mask.is_meta or not is_on_host(content.mask):
             return super()._trained(content)
         first, place = distinct_items(content)
         if len(first) < len(place):
@@ -96,6 +105,17 @@ class TextTransformer(TransformerEncoder):
         values = torch.cat([part.values for part in parts])
         mask, back = torch.cat([part.mask for part in parts]), order.argsort()
         return ContentInput(values[back], mask[back])
+
+
+@contextmanager
+def unread_masks() -> Iterator[None]:
+    """Keep transformers from reading a mask to learn whether it can be left out: a GPU waits."""
+    names = ("_ignore_bidirectional_mask_sdpa", "_ignore_causal_mask_sdpa")
+    with ExitStack() as stack:
+        for name in names:
+            if hasattr(masking_utils, name):  # later versions may not read
+                stack.enter_context(patch.object(masking_utils, name, lambda *_, **options: False))
+        yield
 
 
 def distinct_items(

@@ -34,7 +34,8 @@ class ConcatFusion(nn.Module):
         mask: Tensor,  # [U, T]
         modality: Tensor,  # [T]
     ) -> Tensor:  # [U, D]
-        member = F.one_hot(modality, self.num_modalities).T.to(tokens.dtype)  # [M, T]
+        modalities = torch.arange(self.num_modalities, device=modality.device)
+        member = (modalities.unsqueeze(1) == modality).to(tokens.dtype)  # [M, T]
         weights = member * mask.to(tokens.dtype).unsqueeze(1)  # [U, M, T]
         count = weights.sum(-1, keepdim=True)  # [U, M, 1]
         mean = weights @ tokens / count.clamp(min=1)  # [U, M, D]

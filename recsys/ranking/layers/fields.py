@@ -27,7 +27,9 @@ def history_numbers(
 ) -> Tensor:  # [N, P] -> [B, P * (1 + H) + 1]
     """Return lists' means, means by half-life, and log(1 + length); 0 for an empty history."""
     lengths = history.lengths.unsqueeze(1)
-    half_lives = torch.tensor(HALF_LIVES, device=lengths.device)
+    # Filled on the device: a tensor of Python numbers would be copied, and a GPU waited for.
+    fills = [torch.full((1,), life, device=lengths.device) for life in HALF_LIVES]
+    half_lives = torch.cat(fills)
     # Denormal weights of very old items would be slow, so they are clamped.
     weights = torch.exp2(-history.ages.unsqueeze(1) / half_lives).clamp(min=1e-30)  # [N, H]
     weights = torch.cat([torch.ones_like(weights[:, :1]), weights], dim=1)

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from embeddings.host import is_on_host
 from recsys.data.jagged_history import JaggedHistory
 
 
@@ -110,6 +112,7 @@ class _Sums(torch.autograd.Function):
 
 Attention = Callable[[Tensor], Tensor]  # [S, L, K] -> [S, L, D]
 CELLS_OF_BLOCK = 2**20  # pairs of places, whose scores fit a cache
+CELLS_ON_GPU = 2**28  # whose scores take a few GB of a GPU's memory
 
 
 def sequences_of(history: Any) -> Sequences:
@@ -156,13 +159,19 @@ class JaggedSequences:
         """Map tokens [T, K] -> [T, D] by causal attention; `recomputes` saves its memory."""
         padded, lengths = self.padded(tokens), self.history.lengths
         longest = padded.shape[1]
-        order, size = lengths.argsort(), max(CELLS_OF_BLOCK // longest**2, 1)
+        cells = CELLS_OF_BLOCK if is_on_host(padded) else CELLS_ON_GPU
+        order, size = lengths.argsort(), max(cells // longest**2, 1)
         if len(order) <= size:
             return self.flat(attention(padded))
+        ordered = None if self.history.host_lengths is None else np.sort(self.history.host_lengths)
         blocks = []
-        for rows in order.split(size):
-            # A GPU would have to be waited for.
-            block_length = int(lengths[rows[-1]]) if lengths.device.type == "cpu" else longest
+        for number, rows in enumerate(order.split(size)):
+            last = min((number + 1) * size, len(order)) - 1
+            block_length = longest  # if the host does not know the lengths: it need not wait
+            if ordered is not None:
+                block_length = int(ordered[last])
+            elif is_on_host(lengths):
+                block_length = int(lengths[rows[-1]])
             block = padded[rows, : max(block_length, 1)]
             if recomputes and torch.is_grad_enabled():
                 attended = checkpoint(attention, block, use_reentrant=False)
@@ -186,8 +195,8 @@ class JaggedSequences:
     def latest(self, count: int) -> JaggedSequences:
         if self.history.longest <= count:
             return JaggedSequences(self.history)
-        places = (self.history.ages < count).nonzero().squeeze(1)
-        history = self.history.select(places).unindexed()
+        places = self.history.newest(count)
+        history = self.history.select(places, count).unindexed()
         return JaggedSequences(replace(history, longest=count), places)
 
     def take_latest(self, tokens: Tensor, latest: Sequences) -> Tensor:

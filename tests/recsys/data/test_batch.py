@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -55,7 +56,9 @@ def a_batch() -> Batch:
         sequence_features=keyed("item"),
         rows=part(Rows),
         target=part(TargetItems),
-        history=part(History, longest=2, further=[part(FurtherHistory, longest=1)]),
+        history=part(
+            History, longest=2, host_lengths=np.ones(2), further=[part(FurtherHistory, longest=1)]
+        ),
         content=content,
         negatives=part(Negatives),
     )
@@ -68,7 +71,7 @@ def test_a_batch_has_all_that_a_torchrec_batch_has() -> None:
 def test_to_moves_every_tensor() -> None:
     batch = a_batch()
     moved = batch.to(torch.device("meta"))
-    assert len(list(tensors_in(moved))) == len(list(tensors_in(batch))) == 40
+    assert len(list(tensors_in(moved))) == len(list(tensors_in(batch))) == 41
     assert {tensor.device.type for tensor in tensors_in(moved)} == {"meta"}
     assert {tensor.device.type for tensor in tensors_in(batch)} == {"cpu"}
 

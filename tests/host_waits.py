@@ -1,0 +1,173 @@
+"""Where a training step would wait for a GPU, found on CPU: by file, line and operation.
+
+The step runs the branches for GPUs. Operators whose result has a size or value that the host must
+know are waits; so are tensors made of Python numbers on the device, and those that go to the host.
+Batches are built and prepared on the host: of that only `Tensor.cpu` counts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from embeddings import table_sharders
+from embeddings.host import _Host
+from recsys.build import Job
+
+ROOT = Path(__file__).parents[1]
+OWN = tuple(f"{ROOT / name}/" for name in ("recsys", "embeddings"))
+
+aten, fbgemm = torch.ops.aten, torch.ops.fbgemm
+# Operators whose result's size depends on values, or whose checks read them.
+WAITING = {
+    aten._local_scalar_dense,
+    aten.nonzero,
+    aten.masked_select,
+    aten.bincount,
+    aten._unique,
+    aten._unique2,
+    aten.unique_dim,
+    aten.unique_consecutive,
+    aten.unique_dim_consecutive,
+    aten.equal,
+}
+FREE = ("empty", "new_empty", "detach", "_local_scalar", "lift_fresh")
+TO_HOST = {Tensor.cpu, Tensor.numpy, Tensor.tolist}
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts waits by place while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: Counter[str] = Counter()
+        self.launches = 0
+        self.logits: list[Tensor] = []  # of each step
+        self.is_paused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.is_paused:
+            self.launches += not _is_free(func)
+            if _waits(func, args, kwargs):
+                self.add(str(func.overloadpacket).removeprefix("aten."))
+        return func(*args, **kwargs)
+
+    def add(self, operation: str) -> None:
+        if place := _place():
+            self.places[f"{place}: {operation}"] += 1
+
+
+def _waits(func: Any, args: Any, kwargs: Any) -> bool:
+    packet = func.overloadpacket
+    if packet in WAITING:
+        return True
+    if packet in (aten.index, aten._unsafe_index):
+        return any(index is not None and index.dtype == torch.bool for index in args[1])
+    if packet in (aten.index_put, aten.index_put_, aten._index_put_impl_):
+        # A single value is written by masked_fill.
+        is_mask = any(index is not None and index.dtype == torch.bool for index in args[1])
+        return is_mask and args[2].numel() > 1
+    if packet is aten.repeat_interleave:
+        return kwargs.get("output_size") is None
+    if packet is aten.segment_reduce:
+        return not kwargs.get("unsafe", False)
+    if packet is fbgemm.dense_to_jagged:
+        return len(args) < 3 and kwargs.get("total_L") is None
+    return False
+
+
+def _is_free(func: Any) -> bool:
+    """Return whether an operator launches no kernel: it makes a view, or memory without values."""
+    name = func.overloadpacket.__name__
+    is_view = any(
+        r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns
+    )
+    return is_view or name.startswith(
+        ("empty", "new_empty", "detach", "_local_scalar", "lift_fresh")
+    )
+
+
+class _ToHost(TorchFunctionMode):
+    """Sees what dispatch does not on CPU: copies to the host, and constants to the device."""
+
+    def __init__(self, waits: HostWaits) -> None:
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        goes_to_host = func in TO_HOST or (func is Tensor.to and "cpu" in args[1:2])
+        is_constant = func is torch.tensor and kwargs.get("device") is not None
+        # Of a tensor on the host these are free, but for `cpu`, which says that it is on a GPU.
+        if func is Tensor.cpu or ((goes_to_host or is_constant) and not self.waits.is_paused):
+            self.waits.add(func.__name__)
+        return func(*args, **kwargs)
+
+
+def _place() -> str:
+    """Return the innermost line of the product that runs, or of TorchRec if it is its own code."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(OWN):
+            return f"{Path(file).relative_to(ROOT)}:{frame.f_lineno}"
+        if "/fbgemm_gpu/" in file:
+            return ""  # its lookups for CPU read values that those for GPUs do not
+        if "/torchrec/distributed/" in file:
+            return f"torchrec/{file.partition('/torchrec/')[2]}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "elsewhere"
+
+
+@contextmanager
+def gpu_branches() -> Iterator[None]:
+    """Run on CPU what a GPU would run."""
+    with (
+        patch.object(_Host, "device", "none"),
+        patch.object(table_sharders, "look_up_as_bags", lambda module: None),
+    ):
+        yield
+
+
+def audited_steps(job: Job, batches: Iterator[Any], warm_up: int = 2) -> HostWaits:
+    """Train with the batches, and return the waits and launches of the steps after `warm_up`."""
+    waits = HostWaits()
+    waits.is_paused = True
+
+    def fed() -> Iterator[Any]:
+        while True:
+            before, waits.is_paused = waits.is_paused, True
+            batch = next(batches, None)
+            waits.is_paused = before
+            if batch is None:
+                return
+            yield batch
+
+    source = fed()
+    job.model.train()
+    with _ToHost(waits), waits:
+        for number in itertools.count():
+            waits.is_paused = number < warm_up
+            try:
+                _, logits, _ = job.pipeline.progress(source)
+            except StopIteration:
+                break
+            waits.is_paused = True
+            waits.logits.append(logits.detach().clone())
+            if job.pipeline.has_stepped:
+                job.schedule.step()
+    return waits

@@ -1,0 +1,172 @@
+"""No training step waits for a GPU: each backbone, recipe and part of a job, by `tests.host_waits`.
+
+The branches that only GPUs take run here on CPU, and give the logits of those for CPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import recsys
+from benchmarks.settings import setting
+from recsys.build import Job, build_job
+from recsys.config import (
+    Config,
+    ModalitySettings,
+    OptimizerSettings,
+    content_settings,
+    load_config,
+)
+from recsys.data.batch import Batch
+from recsys.data.vocabularies import UnknownIds
+from recsys.distributed.ranks import Ranks, joined_ranks
+from recsys.evaluation.evaluate import fill_bank
+from tests.datasets import write_dataset
+from tests.host_waits import HostWaits, audited_steps, gpu_branches
+from tests.recsys.em3_runs import batches_of
+from tests.recsys.ranking.backbone_runs import BACKBONES, backbone_config
+
+STEPS, WARM_UP = 4, 2
+RECIPES = Path(recsys.__file__).parent / "recipes"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("waits")
+    write_dataset(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with joined_ranks("cpu") as ranks:
+        yield ranks
+
+
+def audit(config: Config, data: Path, ranks: Ranks, rows: int = 10) -> HostWaits:
+    """The steps of a run; a column of weights or labels would be scaled among the ranks before."""
+    job = build_job(config, str(data), ranks)
+    if job.em3.content is not None and job.em3.content.bank is not None:
+        fill_bank(job)
+    return audited_steps(job, prepared(job, rows), WARM_UP)
+
+
+def prepared(job: Job, rows: int) -> Iterator[Batch]:
+    batches = iter(batches_of(job, STEPS, rows))
+    return job.preparation(batches, UnknownIds(job.schema), 0, training=True)
+
+
+@pytest.mark.parametrize("content", ["none", "qformer"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_no_backbone_waits_and_its_branches_for_gpus_compute_the_same(
+    folder: Path, ranks: Ranks, backbone: str, content: Any
+) -> None:
+    config = backbone_config(folder, backbone, content, sharding="auto", kernels="torch")
+    with gpu_branches():
+        waits = audit(config, folder / "data", ranks)
+    assert not waits.places
+    on_cpu = audit(config, folder / "data", ranks)
+    torch.testing.assert_close(waits.logits, on_cpu.logits, rtol=0, atol=1e-5)
+
+
+def of_recipe(name: str, folder: Path) -> Config:
+    """A recipe on the small dataset, with encoders drawn at random."""
+    words = ["--device", "cpu", "--kernels", "torch", "--cache", str(folder / "cache")]
+    config = load_config(str(RECIPES / f"{name}.yaml"), words)
+    if getattr(config.ranking, "opinions", None):
+        config.ranking.opinions = "history_liked"  # type: ignore[attr-defined]
+    config.embedding.skip = []
+    content = content_settings(config.content)
+    if content is None:
+        return config
+    modalities = {}
+    for part, modality in content.modalities.items():
+        if modality.kind == "text":
+            text = replace(modality, column="text", encoder="random:bert", max_length=16)
+            modalities[part] = replace(text, lora=replace(modality.lora, top_layers=1, rank=2))
+    if name == "movielens_multimodal":
+        modalities["poster"] = ModalitySettings("feature", "clip")
+    return replace(config, content=replace(content, modalities=modalities))
+
+
+# Kernels of a step of each recipe, whatever the number of rows; a GPU needs about 5 us for each.
+MOST_LAUNCHES = {"tiny": 780, "id_only": 360, "movielens_sample": 940, "movielens_multimodal": 800}
+
+
+@pytest.mark.parametrize("name", MOST_LAUNCHES)
+def test_no_recipe_waits(folder: Path, ranks: Ranks, name: str) -> None:
+    with gpu_branches():
+        waits = audit(of_recipe(name, folder), folder / "data", ranks)
+    assert not waits.places
+    launches = waits.launches / (STEPS - WARM_UP)
+    assert launches <= MOST_LAUNCHES[name], launches
+
+
+@pytest.mark.parametrize(("name", "most_launches"), [("A", 650), ("B", 720)])
+def test_no_setting_of_the_benchmarks_waits(
+    tmp_path: Path, ranks: Ranks, name: str, most_launches: int
+) -> None:
+    data, words = (sized := setting(name, quick=True)).prepared(tmp_path)
+    config = load_config(str(sized.recipe), [*words, "--kernels", "torch"])
+    with gpu_branches():
+        waits = audit(config, Path(data), ranks)
+    assert not waits.places
+    launches = waits.launches / (STEPS - WARM_UP)
+    assert launches <= most_launches, launches
+
+
+def changed(config: Config, **fields: Any) -> Config:
+    content = content_settings(config.content)
+    assert content is not None
+    for name in ("history", "sampling"):
+        if name in fields:
+            fields[name] = replace(getattr(content, name), **fields[name])
+    return replace(config, content=replace(content, **fields))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [{"history": {"mode": "full"}}, {"sampling": {"backward": 0.5}}, {"dedup": "global"}],
+    ids=["encoded histories", "sampled items", "items shared by ranks"],
+)
+def test_no_way_of_reading_content_waits(folder: Path, ranks: Ranks, part: dict[str, Any]) -> None:
+    config = changed(backbone_config(folder, "din_dcn", "concat", sharding="auto"), **part)
+    with gpu_branches():
+        assert not audit(replace(config, kernels="torch"), folder / "data", ranks).places
+
+
+def test_averages_clipping_accumulation_and_bfloat16_do_not_wait(
+    folder: Path, ranks: Ranks
+) -> None:
+    optimizer = OptimizerSettings(ema_decay=0.9, ema_tables=True, clip_norm=1.0)
+    settings: dict[str, Any] = {"sharding": "auto", "kernels": "torch", "precision": "bf16"}
+    config = backbone_config(folder, "din_dcn", "qformer", optimizer=optimizer, **settings)
+    with gpu_branches():
+        assert not audit(replace(config, accumulate_steps=2), folder / "data", ranks).places
+
+
+def test_a_search_by_vectors_of_the_bank_waits_once_before_its_step(
+    folder: Path, ranks: Ranks
+) -> None:
+    """The items of the histories, which the lookups need, depend on vectors on the GPU."""
+    config = backbone_config(folder, "din_dcn", "concat", sharding="auto", kernels="torch")
+    with gpu_branches():
+        waits = audit(changed(config, history={"top_k": 2}), folder / "data", ranks)
+    (place,) = waits.places
+    assert place.startswith("recsys/content/batch_preparation.py:") and place.endswith(": cpu")
+
+
+def test_the_audit_sees_waits(folder: Path, ranks: Ranks) -> None:
+    config = backbone_config(folder, "hstu", "none", sharding="auto", kernels="torch")
+    waits = audit(config, folder / "data", ranks)  # the branches for CPU
+    assert {(place.split(":")[0], place.split()[-1]) for place in waits.places} == {
+        ("embeddings/torchrec_internals.py", "tolist"),
+        ("embeddings/torchrec_internals.py", "_local_scalar_dense"),
+        ("recsys/data/jagged_history.py", "nonzero"),
+    }
