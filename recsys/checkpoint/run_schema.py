@@ -98,6 +98,7 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
             "%s/%s: columns that the run does not know are not read: %s", root, FILE, further
         )
     trained.items = data.items  # read by the names in the configuration
+    trained.features = data.features
     if (run / PARTITION).is_file():
         load_vocabularies(trained, Location.of(run), FIX)
     else:

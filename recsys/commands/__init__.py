@@ -26,6 +26,7 @@ COMMANDS = {
     "serve": ("packages:serve", "Answer requests from a package over HTTP and gRPC."),
     "package add-items": ("packages:package_add_items", "Put new items into a package."),
     "package verify": ("packages:package_verify", "Compare a package's files with their hashes."),
+    "package features": ("packages:package_features", "Write a package with later features."),
     "package delta": ("packages:package_delta", "Write what differs between two packages."),
     "package apply": ("packages:package_apply", "Make the newer package of a delta."),
     "export-vectors": ("packages:export_vectors", "Write item vectors of a run, with an index."),

@@ -87,6 +87,20 @@ def package_add_items(package: Path, /, items: str) -> None:
         logger.info("%s: %s", package, add_items(package, items))
 
 
+def package_features(package: Path, /, data: str, out: Path) -> None:
+    """Write a package with the last known features of a dataset.
+
+    Args:
+        package: folder that `recsys export` wrote
+        data: dataset of `recsys prepare events`
+        out: folder of the newer package
+    """
+    from recsys.serving.features.refresh import refresh_features
+
+    manifest = refresh_features(package, data, out)
+    logger.info("%s: features of %s, %s files", out, data, len(manifest.files))
+
+
 def package_verify(package: Path, /) -> None:
     """Compare all files of a package with their hashes.
 

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from recsys.config.run import LogFormat, LogLevel
 
 LONGEST_SECONDS = 2_000_000  # gRPC and the system count milliseconds in 32 bits
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """Source of the features that are looked up by ids."""
+
+    name: str = "package"
+    """package (its own files), redis, feast, or a class of your own as `package.module:Class`"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """arguments of the class"""
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,8 @@ class ServerSettings:
     """processes that answer requests"""
     threads: int = 0
     """threads of each; 0: together all cores"""
+    features: FeatureSettings = field(default_factory=FeatureSettings)
+    """source of the features that are looked up by ids"""
     verify: bool = True
     """compare the hashes of the files first, or their sizes alone"""
     token: str | None = field(default=None, repr=False)

@@ -23,6 +23,8 @@ impression) and `items/*.parquet` (one row per item). Other columns of the files
         text:   {kind: text}
         poster: {kind: image}       # or a list of images, or of a video's frames, per item
         audio:  {kind: feature, file: audio.npy, ids: audio_ids.npy}
+    features:                       # columns that requests need not give: `features/item`
+      - {by: [item], columns: [genres, price]}
 """
 
 from __future__ import annotations
@@ -39,11 +41,13 @@ from recsys.config.parser import Parser, problem_of
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.schema_columns import (
     Column,
+    FeatureTable,
     HistoryColumns,
     IdType,
     Items,
     VocabularySettings,
     check_column,
+    check_features,
     check_histories,
     check_items,
     histories_of,
@@ -63,6 +67,7 @@ class Schema:
     group: str
     columns: dict[str, Column]
     items: Items | None = None
+    features: list[FeatureTable] = field(default_factory=list)
     # By table: exact maps and hashes, which exist before training.
     vocabularies: dict[str, ExactVocabulary | HashVocabulary] = field(
         default_factory=dict, init=False
@@ -125,6 +130,16 @@ class Schema:
         """Bound of the ids that counts and content know items by; None: any 64-bit integers."""
         return None if self.has_bounded_items else self.num_items
 
+    def lookup_of(self, name: str) -> FeatureTable | None:
+        """Return the table in which a column of the files is looked up, if it is."""
+        return next((table for table in self.features if name in table.columns), None)
+
+    def is_of_items(self, name: str) -> bool:
+        """Whether a column is looked up by the ranked item, so that candidates differ in it."""
+        table = self.lookup_of(name)
+        ids = [] if table is None else table.by
+        return any(source == self.target_item or self.is_of_items(source) for source in ids)
+
     def table_of(self, name: str) -> str:
         return self.columns[name].shares or name
 
@@ -169,6 +184,11 @@ class Schema:
 def vocabulary_file(root: Location, table: str) -> Location:
     """Return the file with a dataset's map of raw ids to rows of a table."""
     return root / "vocabulary" / f"{table}.parquet"
+
+
+def features_folder(root: Location, table: FeatureTable) -> Location:
+    """Return the folder with a dataset's last known values of a table."""
+    return root / "features" / table.name
 
 
 def load_schema(root: Location, with_vocabularies: bool = True) -> Schema:
@@ -263,5 +283,6 @@ def _validate(schema: Schema, path: str) -> None:
         check_column(schema.columns, name, column, f"{path}: column '{name}'", schema.target_item)
     check_histories(schema.columns, schema.target_item, path)
     schema.transforms = chains_of(schema.columns, schema.target_item, path)
+    check_features(schema.features, schema.columns, path)
     if schema.items is not None:
         check_items(schema.items, path)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from graphlib import CycleError, TopologicalSorter
 from typing import Any, Literal
 
 import pyarrow as pa
+
+from recsys.data.events.times import duration
 
 # Columns of tables in memory beside those of the schema.
 ROW_POSITION = "__row_position"  # position of a row in the split, files in order of name
@@ -143,6 +146,60 @@ class Items:
 
     id: str
     columns: dict[str, ItemColumn] = field(default_factory=dict)
+
+
+@dataclass
+class FeatureTable:
+    """Columns of the files that ids decide; `features/NAME` has the last known values of each id.
+
+    by: columns of ids. max_age: by column whose values have a time, `COLUMN@` in microseconds, the
+    duration after which a value is too old and null; all: never.
+    """
+
+    by: list[str]
+    columns: list[str]
+    max_age: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return "-".join(self.by)
+
+    @property
+    def times(self) -> dict[str, str]:
+        """The column of the time of each column that has one."""
+        return {name: f"{name}@" for name in self.max_age}
+
+    @property
+    def max_age_micros(self) -> dict[str, int]:
+        """The age in microseconds from which on values are too old, by column that has one."""
+        ages = {name: duration(age) for name, age in self.max_age.items()}
+        return {name: age for name, age in ages.items() if age is not None}
+
+
+def check_features(tables: list[FeatureTable], columns: dict[str, Column], path: str) -> None:
+    """Check which columns are looked up by which ids."""
+    listed = [name for table in tables for name in table.columns]
+    for table in tables:
+        where = f"{path}: features by {table.by}"
+        if not table.by or not table.columns:
+            raise ValueError(f"{where}: names no id, or no column; name both")
+        for name in table.columns:
+            kind = columns[name].kind if name in columns else "dense"
+            if listed.count(name) > 1 or name in table.by or kind not in ("id", "ids", "dense"):
+                raise ValueError(
+                    f"{where}: '{name}' is looked up already, or no feature; name it once"
+                )
+        if unknown := table.max_age.keys() - set(table.columns):
+            raise ValueError(
+                f"{where}: max_age of {sorted(unknown)}, which are none of its columns"
+            )
+        for age in table.max_age.values():
+            duration(age)
+    sources = {name: set(table.by) for table in tables for name in table.columns}
+    try:
+        TopologicalSorter(sources).prepare()
+    except CycleError as error:
+        raise ValueError(f"{path}: features: {error.args[1]} look up each other") from error
 
 
 def check_items(items: Items, path: str) -> None:

@@ -42,6 +42,7 @@ from recsys.serving.exported_graph import (
     export_graph,
     is_compiled,
 )
+from recsys.serving.features.package_features import write_features
 from recsys.serving.new_items import item_encoder
 from recsys.serving.new_items.added_items import content_index
 from recsys.serving.new_items.item_encoder import ITEMS_PER_CALL, EntryShapes
@@ -123,6 +124,7 @@ def write_package(
     schema = job.schema
     write_run_schema(folder, schema)
     keep_vocabularies(folder, job)
+    write_features(job.root, schema, folder)
     for table, vocabulary in job.vocabularies.by_table.items():
         save_bounded(folder, table, vocabulary)
     columns = [*model.pooled, schema.target_item, *schema.event_columns]
@@ -286,7 +288,7 @@ def _example_request(job: Job, manifest: Manifest) -> str:
         columns = list(dict.fromkeys([*user, *history, manifest.target_item]))
         row = next(parquet.iter_batches(1, columns=columns)).to_pylist()[0]
     request = {
-        "user": {name: row[name] for name in user},
+        "user": {name: row[name] for name in user if job.schema.lookup_of(name) is None},
         "history": {name: row[name] for name in history},
         "candidates": [row[manifest.target_item]],
     }

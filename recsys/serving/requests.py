@@ -7,6 +7,7 @@ P parallel lists, R rows of a column (1 or N), K table rows.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,9 @@ from embeddings.vocabulary.bounded import BoundedVocabulary
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.data.parquet.values import is_list, list_lengths, usable_column
 from recsys.data.schema import Schema
-from recsys.data.schema_columns import HistoryColumns
-from recsys.data.transforms.columns import check_types, read_columns
+from recsys.data.schema_columns import FeatureTable, HistoryColumns
+from recsys.data.transforms.columns import check_types, filled, read_columns
+from recsys.serving.features.source import FeatureSource, without_old_values
 
 Values = Mapping[str, Any]
 
@@ -28,11 +30,88 @@ Values = Mapping[str, Any]
 def request_columns(
     schema: Schema, pooled: Sequence[str], dense: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Return the file columns of user and history that these model columns are made of."""
+    """Return the file columns of user and history that these model columns are made of.
+
+    Columns that are looked up are followed by those of the ids by which they are.
+    """
     lists = [
         name for events in schema.histories for name in (events.name, *events.numbers, *events.ids)
     ]
-    return schema.file_columns([*pooled, *dense]), schema.file_columns(lists)
+    columns = schema.file_columns([*pooled, *dense])
+    for name in columns:  # also those that are added meanwhile
+        table = schema.lookup_of(name)
+        ids = [] if table is None else table.by
+        columns += [key for key in ids if key not in (schema.target_item, *columns)]
+    return columns, schema.file_columns(lists)
+
+
+class RequestValues:
+    """File columns of a request: given to the candidates or the user, else looked up by ids."""
+
+    def __init__(
+        self,
+        schema: Schema,
+        features: FeatureSource | None,
+        user: Values,
+        lists: Values,
+        now: float,
+    ) -> None:
+        """Take the values of the user, and lists of the candidates, of which the item's has N."""
+        self.schema, self.features, self.user, self.lists = schema, features, user, lists
+        self.num_rows, self.now = len(lists[schema.target_item]), now
+        self._looked_up: dict[str, dict[str, pa.Array]] = {}  # by table
+
+    def column(self, name: str) -> Sequence[Any] | pa.Array:
+        """Return N values of the candidates, or one of the user."""
+        if name in self.lists:
+            return value_list(self.lists, name, "candidates", self.num_rows, "candidates")
+        if name in self.user:
+            if self.schema.is_of_items(name):
+                raise ValueError(
+                    f"user: '{name}' is a column of the items, and one value would be that of all "
+                    "candidates; leave it out, or give the candidates a list"
+                )
+            return [self.user[name]]
+        table = self.schema.lookup_of(name)
+        if table is None or self.features is None:
+            raise ValueError(f"user: lacks '{name}'; give it to the user or the candidates")
+        if table.name not in self._looked_up:
+            values = self.features.read(table, self._keys(table))
+            self._looked_up[table.name] = without_old_values(values, table, self.now)
+        return self._looked_up[table.name][name]
+
+    def columns(self, names: Sequence[str]) -> dict[str, Sequence[Any] | pa.Array]:
+        """Return columns of equal lengths: those of the user are repeated beside candidates'."""
+        columns = {name: self.column(name) for name in names}
+        length = max(map(len, columns.values()))
+        return {name: _repeated(values, length) for name, values in columns.items()}
+
+    def place(self, names: Sequence[str]) -> str:
+        """Return where a message says that these columns come from."""
+        for name in names:
+            table = self.schema.lookup_of(name)
+            if table is not None and name not in self.lists and name not in self.user:
+                return f"features by {table.name}"
+        return "candidates" if self.lists.keys() & set(names) else "user"
+
+    def _keys(self, table: FeatureTable) -> list[pa.Array]:
+        fills, columns = self.schema.fills, self.columns(table.by)
+        try:
+            arrays = {name: as_array(values) for name, values in columns.items()}
+            return [filled(ids, name, fills) for name, ids in arrays.items()]
+        except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.place(table.by)}: ids of {table.by}: {error}") from error
+
+
+def as_array(values: Sequence[Any] | pa.Array) -> pa.Array:
+    """Return values as an array, of the type of the first."""
+    return values if isinstance(values, pa.Array) else pa.array(values)
+
+
+def _repeated(values: Sequence[Any] | pa.Array, length: int) -> Sequence[Any] | pa.Array:
+    if len(values) == length:
+        return values
+    return pa.repeat(values[0], length) if isinstance(values, pa.Array) else [*values] * length
 
 
 @dataclass(frozen=True)
@@ -74,8 +153,10 @@ class RequestReader:
         pooled: Sequence[str],
         bounded: Mapping[str, BoundedVocabulary],
         dense: Sequence[str] | None = None,
+        features: FeatureSource | None = None,
     ) -> None:
         self.schema, self.pooled, self.bounded = schema, pooled, bounded
+        self.features, self.clock = features, time.time
         self.dense = schema.of_kind("dense") if dense is None else dense
 
     def __call__(
@@ -89,20 +170,12 @@ class RequestReader:
         ids = {item: value_list(lists, item, "candidates")}
         target = self._table_rows(item, ids, "candidates").rows
 
-        def file_values(column: str) -> tuple[dict[str, Sequence[Any]], str]:
+        request = RequestValues(self.schema, self.features, user, {**lists, **ids}, self.clock())
+
+        def file_values(column: str) -> tuple[dict[str, Any], str]:
             """Return the values that a column is made of, of the user or of N candidates."""
             names = self.schema.file_columns([column])
-            for name in names:
-                if name not in lists and name not in user:
-                    raise ValueError(f"user: lacks '{name}'; give it to the user or the candidates")
-            if not lists.keys() & set(names):
-                return {name: [user[name]] for name in names}, "user"
-            return {
-                name: value_list(lists, name, "candidates", len(target), "candidates")
-                if name in lists
-                else [user[name]] * len(target)
-                for name in names
-            }, "candidates"
+            return request.columns(names), request.place(names)
 
         histories = self._histories(history)
         return RequestRows(
@@ -201,7 +274,7 @@ class RequestReader:
 
     def _array(self, name: str, values: Sequence[Any], place: str, column: str) -> pa.Array:
         try:
-            array = pa.array(values)
+            array = as_array(values)
             kind = array.type
             if pa.types.is_null(kind) or (is_list(kind) and pa.types.is_null(kind.value_type)):
                 expected = self._type_of_nulls(name, column)

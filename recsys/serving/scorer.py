@@ -17,9 +17,12 @@ from torch import Tensor
 
 from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.checkpoint.run_schema import load_run_schema
+from recsys.config.server import FeatureSettings
 from recsys.data.schema import Schema
 from recsys.model.losses import predictions
 from recsys.serving.exported_graph import Graph, graph_file, load_graph
+from recsys.serving.features.package_features import PackageFeatures
+from recsys.serving.features.stores import feature_source
 from recsys.serving.new_items.added_items import AddedItems, grow_vocabulary
 from recsys.serving.package import Manifest, differing_versions, read_manifest
 from recsys.serving.ranking_graph import RankingInputs
@@ -49,15 +52,23 @@ class Scorer:
         assert scores.shape == (3, len(scorer.labels))
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, previous: Scorer | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        previous: Scorer | None = None,
+        features: FeatureSettings | None = None,
+    ) -> None:
         self.manifest, self.labels = manifest, tuple(manifest.labels)
         schema = load_run_schema(folder)
-        assert schema is not None
         self._added = AddedItems.open(folder, manifest.added)
         grow_vocabulary(schema, [self._added.ids])
         bounded = {table: load_bounded(folder, table, schema) for table in manifest.bounded}
         self.schema = schema
-        self.read = RequestReader(schema, manifest.pooled, bounded, manifest.dense)
+        own = PackageFeatures(folder, schema, self._added.features)
+        self.feature_types = own.types
+        source = feature_source(features or FeatureSettings(), own)
+        self.read = RequestReader(schema, manifest.pooled, bounded, manifest.dense, source)
         self._tables, self._content = (
             {
                 name: VectorFile(folder / kind / f"{name}.vectors", VectorFileShape(**shape))
@@ -76,6 +87,7 @@ class Scorer:
         verify: bool = True,
         previous: Scorer | None = None,
         verified: VerifiedFiles | None = None,
+        features: FeatureSettings | None = None,
     ) -> Self:
         """Load a package and score once, so that the first request is as fast as the next.
 
@@ -84,6 +96,7 @@ class Scorer:
             verify: read every file and compare its hashes; False: compare sizes only.
             previous: the package that this one replaces; unchanged files are not read again.
             verified: files whose hashes were compared before; default: by `previous`.
+            features: source of the columns that are looked up; default: the package's own files.
 
         Raises:
             ValueError: the folder is no package, a file of it differs (it is named), or the files
@@ -102,7 +115,7 @@ class Scorer:
                     folder,
                     ", ".join(versions),
                 )
-            scorer = cls(folder, manifest, previous)
+            scorer = cls(folder, manifest, previous, features)
             scorer._warm_up()
         except Exception as error:  # damaged graphs raise errors of any class
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST]
@@ -130,7 +143,8 @@ class Scorer:
         """Return the prediction of each label for each candidate, as `recsys predict` does.
 
         Args:
-            user: values of the files' columns besides the ranked item, history and labels.
+            user: values of the files' columns besides the ranked item, history and labels; columns
+                that the package looks up by ids may be left out, and those of items must be.
             history: the user's items, oldest first; with parallel lists or several histories,
                 each list by its column.
             candidates: ids of the items to rank; or lists by column, for columns that differ

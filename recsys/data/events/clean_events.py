@@ -10,7 +10,7 @@ from recsys.data.events.file_columns import LARGEST, Field
 from recsys.data.events.reader import FILE_BITS, Reader, open_source
 from recsys.data.events.settings import EventsConfig, EventTable, Feature, Source
 from recsys.data.events.sql import FOREVER, SqlEngine, count_by_reason, count_rows, quoted
-from recsys.data.events.times import DURATIONS, MICROS, moment
+from recsys.data.events.times import DURATIONS, MICROS, latest_moment
 
 YEAR = 365 * DURATIONS["d"] * MICROS["s"]
 PLAUSIBLE = 20 * YEAR  # a log that begins later may be one of this time
@@ -145,8 +145,8 @@ def _clean(
     engine: SqlEngine, config: EventsConfig, types: dict[str, pa.DataType]
 ) -> tuple[int, dict[str, int]]:
     """Make the stage `clean_events` of `events_read`: `unique_events` up to each user's limit."""
-    drop, zone = config.drop, config.time_zone
-    latest = time.time_ns() // 1000 if drop.later_than is None else moment(drop.later_than, zone)
+    drop = config.drop
+    latest = latest_moment(drop.later_than, config.time_zone)
     problems = {
         "no user": "uid IS NULL",
         "no item": "iid IS NULL",

@@ -14,6 +14,7 @@ import yaml
 
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.data.events.history_values import AGE, MOMENT, HistoryFiles, slice_columns
+from recsys.data.events.last_features import feature_tables, write_last_features
 from recsys.data.events.negatives import DRAWN_AS
 from recsys.data.events.pictures import add_pictures
 from recsys.data.events.settings import EventsConfig
@@ -72,6 +73,12 @@ class DatasetWriter:
         sizes = self._write_vocabularies(train, folder)
         if self.config.items is not None:
             self._write_items(train, folder, items)
+        if items is None:
+            write_last_features(self.engine, self.config, folder / "features")
+        else:
+            shutil.copytree(
+                items.parent / "features", folder / "features", False, None, link_or_copy
+            )
         (folder / "schema.yaml").write_text(self._schema(sizes))
         fit_transforms(Location.of(folder))
         check_transformed(Location.of(folder))
@@ -215,6 +222,8 @@ class DatasetWriter:
             columns[name] = settings
         columns = {name: _without_empty(column) for name, column in columns.items()}
         schema = {"target_item": output.item, "group": output.user, "columns": columns}
+        if tables := [_without_empty(asdict(table)) for table in feature_tables(config)]:
+            schema["features"] = tables
         if config.items is not None:
             content = {name: {"kind": part.kind} for name, part in config.items.content.items()}
             schema["items"] = {"id": output.item, "columns": content}

@@ -121,26 +121,8 @@ def _add_counts(
     engine: SqlEngine, samples: str, number: int, names: list[str], counts: dict[str, Count]
 ) -> str:
     """Make a stage of the samples with counts by some keys, and return its name."""
-    keys = [KEYS.get(name, f"e_{name}") for name in names]
-    schema = pa.schema(
-        [("position", pa.int64()), *((f"n_{name}", pa.float64()) for name in counts)]
-    )
-    features = HistoryFeatures(keys, {}, counts, {}, schema)
-    columns = {"ts": "ts", "position": "position"}
-    has_arrival = "arrived" in _schema(engine, "past_events").names
-    query = _samples_and_events(
-        features,
-        samples,
-        {key: KEYS.get(name) or quoted(f"c_{name}") for name, key in zip(names, keys)} | columns,
-        {key: quoted(key) for key in keys}
-        | columns
-        | ({"arrived": "arrived"} if has_arrival else {}),
-    )
-    has_keys = " AND ".join(f"{quoted(key)} IS NOT NULL" for key in keys)
-    query = f"SELECT * FROM ({query}) WHERE {has_keys}"
-    engine.add_mapped(
-        f"counts_{number}", query, keys, ["ts", "position"], features, features.schema
-    )
+    keys = {event_key(name): KEYS.get(name) or quoted(f"c_{name}") for name in names}
+    make_counts(engine, f"counts_{number}", samples, keys, counts, ["position"])
     count_columns = ", ".join(
         f"coalesce(c.{quoted(f'n_{name}')}, 0) AS {quoted(f'n_{name}')}" for name in counts
     )
@@ -150,6 +132,37 @@ def _add_counts(
         "ON s.position = c.position",
     )
     return f"counted_{number}"
+
+
+def event_key(name: str) -> str:
+    """Return the column of `past_events` by which a name in `of` of a count counts."""
+    return KEYS.get(name, f"e_{name}")
+
+
+def make_counts(
+    engine: SqlEngine,
+    stage: str,
+    samples: str,
+    keys: dict[str, str],
+    counts: dict[str, Count],
+    output: list[str],
+) -> None:
+    """Make a stage of counts `n_NAME` beside columns `output`, keys or `position`, of samples.
+
+    `keys` has the samples' SQL of each column of `past_events` by which is counted.
+    """
+    past = _schema(engine, "past_events")
+    added_columns = [(f"n_{name}", pa.float64()) for name in counts]
+    schema = pa.schema([*(past.field(name) for name in output), *added_columns])
+    features = HistoryFeatures(list(keys), {}, counts, {}, schema)
+    columns = {"ts": "ts", "position": "position"}
+    event_columns = {key: quoted(key) for key in keys} | columns
+    if "arrived" in past.names:
+        event_columns["arrived"] = "arrived"
+    query = _samples_and_events(features, samples, keys | columns, event_columns)
+    has_keys = " AND ".join(f"{quoted(key)} IS NOT NULL" for key in keys)
+    query = f"SELECT * FROM ({query}) WHERE {has_keys}"
+    engine.add_mapped(stage, query, list(keys), ["ts", "position"], features, features.schema)
 
 
 def _samples_and_events(

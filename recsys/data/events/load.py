@@ -357,6 +357,7 @@ def _count_problems(config: EventsConfig) -> Iterator[str]:
         where = f"counts: '{name}'"
         if duration(count.delay) is None:
             yield f"{where}: delay is {count.delay}; write a duration such as 1h"
+        duration(count.max_age)
         if duration(count.within) == 0:
             yield f"{where}: within is {count.within}, which holds no event"
         for key in count.of:

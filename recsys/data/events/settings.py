@@ -152,6 +152,7 @@ class Count:
     per: list[str] | None = None  # divide by the number of these actions; 0 if there are none
     within: str = "all"
     delay: str = "0s"
+    max_age: str = "all"  # of the last known number, after which a request is scored with 0
 
 
 @dataclass

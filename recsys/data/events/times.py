@@ -6,6 +6,7 @@ Shapes: N values.
 from __future__ import annotations
 
 import re
+import time
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -43,17 +44,22 @@ def moment(text: str, zone: str | None) -> int:
         ValueError: the text is no ISO date or time, or has no offset where there is no zone.
     """
     try:
-        time = datetime.fromisoformat(text)
+        instant = datetime.fromisoformat(text)
     except ValueError as error:
         raise ValueError(f"'{text}' is no ISO time; write such as 2026-11-01T12:00") from error
-    if time.tzinfo is None:
+    if instant.tzinfo is None:
         if zone is None:
             raise ValueError(
                 f"'{text}' has no offset, and the tables have several values of time_zone; write "
                 "such as 2026-11-01T00:00+01:00"
             )
-        time = time.replace(tzinfo=ZoneInfo(zone))
-    return (time - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1)
+        instant = instant.replace(tzinfo=ZoneInfo(zone))
+    return (instant - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1)
+
+
+def latest_moment(later_than: str | None, zone: str | None) -> int:
+    """Return microseconds of the time after which no event counts: now, if none is set."""
+    return time.time_ns() // 1000 if later_than is None else moment(later_than, zone)
 
 
 def to_micros(

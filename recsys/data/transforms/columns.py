@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ from recsys.data.transforms.steps import fill
 
 def read_columns(table: pa.Table, schema: Schema, names: Sequence[str], place: str) -> pa.Table:
     """Return columns `names`, filled and transformed, of `schema.file_columns(names)`."""
-    if not any(name in schema.transforms or name in schema.fills for name in names):
+    if not {*schema.transforms, *schema.fills} & set(names):
         return table.select(names)
     rows = TransformedRows(table, schema, place)
     return pa.table([rows.column(name) for name in names], names=list(names))
@@ -39,22 +39,10 @@ class TransformedRows:
         return self._made[name]
 
     def _filled(self, name: str) -> pa.Array:
-        """Return a column of the file with its fill in place of null and NaN."""
-        values = one_chunk(self.table[name])
-        if name not in self._fills:
-            return values
-        flat = values.flatten() if is_list(values.type) else values
         try:
-            if pa.types.is_dictionary(flat.type):
-                flat = flat.dictionary_decode()
-            if pa.types.is_floating(flat.type):
-                flat = pc.if_else(pc.is_nan(flat), pa.scalar(None, flat.type), flat)
-            elif pa.types.is_integer(flat.type) and isinstance(self._fills[name], float):
-                flat = flat.cast(pa.float64())
-            flat = fill(flat, self._fills[name])
+            return filled(one_chunk(self.table[name]), name, self._fills)
         except (ValueError, pa.ArrowException) as error:
             raise ValueError(f"{self.place}: column '{name}': fill: {error}") from error
-        return _with_values(values, flat) if is_list(values.type) else flat
 
     def before_step(self, name: str, number: int) -> pa.Array:
         """Return a column before one step of its chain, which follows no cross."""
@@ -72,6 +60,21 @@ class TransformedRows:
             return _with_values(columns[0], chain([columns[0].flatten()]))
         except ValueError as error:
             raise ValueError(f"{self.place}: column '{name}': {error}") from error
+
+
+def filled(values: pa.Array, name: str, fills: Mapping[str, int | float | str]) -> pa.Array:
+    """Return values of a column of the files with its fill in place of null and NaN."""
+    if name not in fills:
+        return values
+    flat = values.flatten() if is_list(values.type) else values
+    if pa.types.is_dictionary(flat.type):
+        flat = flat.dictionary_decode()
+    if pa.types.is_floating(flat.type):
+        flat = pc.if_else(pc.is_nan(flat), pa.scalar(None, flat.type), flat)
+    elif pa.types.is_integer(flat.type) and isinstance(fills[name], float):
+        flat = flat.cast(pa.float64())
+    flat = fill(flat, fills[name])
+    return _with_values(values, flat) if is_list(values.type) else flat
 
 
 def _with_values(lists: pa.Array, values: pa.Array) -> pa.Array:

@@ -6,18 +6,28 @@ the package unchanged. Shapes: K items that are new or changed, N items of the f
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import torch
 from filelock import FileLock
 from torch import Tensor
 
 from recsys.checkpoint.run_schema import load_run_schema
 from recsys.data.items.item_table import ItemTable, plain_values
 from recsys.data.parquet.file import column_type, open_parquet
+from recsys.data.parquet.values import usable_column
+from recsys.data.schema import Schema
+from recsys.data.schema_columns import FeatureTable
+from recsys.data.transforms.columns import check_types, read_columns
+from recsys.serving.features.package_features import PackageFeatures, updated_rows
+from recsys.serving.features.source import value_columns
 from recsys.serving.new_items.added_items import (
     FOLDER,
     AddedItems,
@@ -37,23 +47,35 @@ from recsys.storage.manifest import describe_all, differences
 class AddedCounts:
     """Numbers of items of an addition."""
 
-    new: int  # they had no content in the package
-    changed: int  # their content was replaced
-    unchanged: int
-    without_row: int  # new ones with the ID vector of unknown ids, as the table is full
+    new: int = 0  # they had no content in the package
+    changed: int = 0  # their content was replaced
+    unchanged: int = 0
+    without_row: int = 0  # new ones with the ID vector of unknown ids, as the table is full
+    features: int = 0  # items whose features are new or were replaced
 
     def __str__(self) -> str:
         full = f" ({self.without_row:,} by content alone, the ID table is full)"
+        features = f"; features of {self.features:,} items" if self.features else ""
         return (
             f"{self.new:,} items added{full if self.without_row else ''}, "
-            f"{self.changed:,} changed, {self.unchanged:,} unchanged"
+            f"{self.changed:,} changed, {self.unchanged:,} unchanged{features}"
         )
 
 
-def add_items(package: Path, items: str) -> AddedCounts:
-    """Encode new and changed items of Parquet files and put them into a package, all or none.
+@dataclass(frozen=True)
+class AddedContent:
+    """Index, vectors and raw ids of all additions, as `AddedItems` has them."""
 
-    The package may be in use by servers. `items` is a file or folder with the columns of `items/`.
+    index: np.ndarray
+    vectors: Tensor
+    ids: pa.Array
+
+
+def add_items(package: Path, items: str) -> AddedCounts:
+    """Put new and changed items of Parquet files into a package, all or none.
+
+    The package may be in use by servers. `items` is a file or folder with the columns of `items/`,
+    whose content is encoded, and features of the items; a column that it lacks does not change.
 
     Raises:
         ValueError: a value cannot be used (it names file, column and row), an encoder is not that
@@ -61,45 +83,109 @@ def add_items(package: Path, items: str) -> AddedCounts:
     """
     read_manifest(package, verify=False)
     # Processes that add items at once wait for each other.
-    with FileLock(package / ".lock"), TemporaryDirectory() as cache:
+    with FileLock(package / ".lock"):
         manifest = read_manifest(package, verify=False)
-        _require_encoder(package, manifest)
-        previous = AddedItems.open(package, manifest.added)
-        table, ids = _open_items(package, previous, Location.of(items))
-        encoder = ItemEncoder(package, manifest.entry_shapes)
-        store = encoder.read(table, Path(cache))
-        index = content_index(store)
-        exported = np.load(package / ENCODER / INDEX, allow_pickle=False)
-        is_new, is_changed = _compare(index, exported, previous.index, table)
-        counts = AddedCounts(
-            int(is_new.sum()),
-            int(is_changed.sum()),
-            int((~is_new & ~is_changed).sum()),
-            int((index["item"][is_new] >= table.schema.num_items).sum()),
-        )
-        if counts.new or counts.changed:
-            to_encode = index[is_new | is_changed]
-            vectors = encoder.encode(store, to_encode["item"])
-            _write(package, manifest, previous, *previous.merged_with(to_encode, vectors), ids)
+        schema = load_run_schema(package)
+        table = next((part for part in schema.features if part.by == [schema.target_item]), None)
+        _require_addable(package, manifest, table)
+        previous, files = AddedItems.open(package, manifest.added), Location.of(items)
+        rows = None if table is None else _changed_features(package, table, previous, files)
+        counts, content = AddedCounts(features=0 if rows is None else len(rows)), None
+        if manifest.entry_shapes:
+            counts, content = _changed_content(package, manifest, previous, files, counts)
+        if content is not None or counts.features:
+            features = previous.features
+            if rows is not None and len(rows):
+                features = previous.with_features(rows, schema.target_item)
+            _write(package, manifest, previous, content, features)
     return counts
 
 
-def _require_encoder(package: Path, manifest: Manifest) -> None:
-    if not manifest.entry_shapes:
+def _require_addable(package: Path, manifest: Manifest, table: FeatureTable | None) -> None:
+    if not manifest.entry_shapes and table is None:
         raise ValueError(
             f"{package}: its model reads no content, so an item is known by its ID alone; ids that "
             "it does not know are scored as unknown, or train a model with `content`"
         )
-    prefixes = ("items/", "added/", "vocabulary/", "schema.yaml")
+    prefixes = ("items/", "added/", "features/", "vocabulary/", "schema.yaml")
     files = {name: file for name, file in manifest.files.items() if name.startswith(prefixes)}
     for difference in differences(package, files):
         raise ValueError(f"{difference}; export the run again, or copy the package again")
 
 
+def _changed_features(
+    package: Path, table: FeatureTable, previous: AddedItems, files: Location
+) -> pa.Table:
+    """Return the features of the items of files whose features are new or change."""
+    schema, now = load_run_schema(package), time.time()
+    known = PackageFeatures(package, schema, previous.features)
+    item = schema.target_item if schema.items is None else schema.items.id
+    parts = []
+    for file in files.files(".parquet"):
+        with open_parquet(file) as parquet:
+            column_type(parquet, file, item)
+            given = [name for name in value_columns(table) if name in parquet.schema_arrow.names]
+            rows = parquet.read(columns=[item, *given]).rename_columns([schema.target_item, *given])
+        try:
+            parts.append(updated_rows(known, table, rows, now))
+        except (ValueError, pa.ArrowException) as error:
+            raise ValueError(f"{file}: {error}; write ids and features as for training") from error
+        _check_values(schema, table, parts[-1], str(file))
+    rows = pa.concat_tables(parts) if parts else pa.table({schema.target_item: []})
+    if pc.count_distinct(rows[schema.target_item]).as_py() < len(rows):
+        raise ValueError(f"{files}: column '{item}': an item has several rows; keep one")
+    return rows
+
+
+def _check_values(schema: Schema, table: FeatureTable, rows: pa.Table, place: str) -> None:
+    """Require values that the model's columns can be made of, where these features suffice."""
+
+    def refuse(name: str, bad: np.ndarray, reason: str, message: Callable[[int], str]) -> None:
+        if bad.any():
+            row = int(bad.argmax())
+            item = rows[schema.target_item][row].as_py()
+            raise ValueError(f"{place}: column '{name}', item '{item}': {message(row)}")
+
+    for name in schema.columns:
+        sources = schema.file_columns([name])
+        if set(sources) <= set(table.columns):
+            kinds = {source: rows[source].type for source in sources}
+            check_types(schema, [name], kinds.__getitem__, place)
+            usable_column(read_columns(rows, schema, [name], place), name, schema, refuse)
+
+
+def _changed_content(
+    package: Path,
+    manifest: Manifest,
+    previous: AddedItems,
+    files: Location,
+    counts: AddedCounts,
+) -> tuple[AddedCounts, AddedContent | None]:
+    """Encode the items whose content is new or changes; None if that of no item does."""
+    with TemporaryDirectory() as cache:
+        table, ids = _open_items(package, previous, files)
+        encoder = ItemEncoder(package, manifest.entry_shapes)
+        store = encoder.read(table, Path(cache))
+        index = content_index(store)
+        exported = np.load(package / ENCODER / INDEX, allow_pickle=False)
+        is_new, is_changed = _compare(index, exported, previous.index, table)
+        counts = replace(
+            counts,
+            new=int(is_new.sum()),
+            changed=int(is_changed.sum()),
+            unchanged=int((~is_new & ~is_changed).sum()),
+            without_row=int((index["item"][is_new] >= table.schema.num_items).sum()),
+        )
+        if not counts.new and not counts.changed:
+            return counts, None
+        to_encode = index[is_new | is_changed]
+        vectors = encoder.encode(store, to_encode["item"])
+    return counts, AddedContent(*previous.merged_with(to_encode, vectors), ids)
+
+
 def _open_items(package: Path, previous: AddedItems, files: Location) -> tuple[ItemTable, pa.Array]:
     """Return the items of files, and all raw ids that were added to the map of the run."""
     schema = load_run_schema(package)
-    assert schema is not None
     exported = schema.vocabularies.get(schema.target_item)
     vocabulary = grow_vocabulary(schema, [previous.ids])
     num_items, ids = schema.num_items, previous.ids
@@ -144,12 +230,19 @@ def _write(
     package: Path,
     manifest: Manifest,
     previous: AddedItems,
-    index: np.ndarray,
-    vectors: Tensor,
-    ids: pa.Array,
+    content: AddedContent | None,
+    features: pa.Table | None,
 ) -> None:
-    shape = replace(VectorFileShape(**manifest.content["history"]), num_rows=len(index))
-    entry = previous.write_next(package, index, vectors, ids, shape)
+    if content is None:  # that of before
+        vectors = torch.zeros(0, 0)
+        if previous.vectors is not None:
+            vectors = previous.vectors.rows(np.arange(len(previous.index)))
+        content = AddedContent(previous.index, vectors, previous.ids)
+    shape = None
+    if len(content.index):
+        layout = VectorFileShape(**manifest.content["history"])
+        shape = replace(layout, num_rows=len(content.index))
+    entry = previous.write_next(package, *vars(content).values(), shape, features)
     folder = package / FOLDER / str(entry["number"])
     files = {
         name: file for name, file in manifest.files.items() if not name.startswith(f"{FOLDER}/")

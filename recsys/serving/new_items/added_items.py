@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from recsys.storage.files import whole_folder
 
 FOLDER = "added"
 INDEX, VECTORS, IDS = "index.npy", "content.vectors", "ids.parquet"
+FEATURES = "features.parquet"
 # item: row of the content vector. content: a hash. raw: raw integer id of a hash vocabulary, or 0.
 INDEX_TYPE = np.dtype([("item", "<i8"), ("content", "<u8"), ("raw", "<i8")])
 
@@ -41,6 +43,7 @@ class AddedItems:
     index: np.ndarray  # INDEX_TYPE [K], by item
     ids: pa.Array  # raw ids that the run does not know, in the order of their rows
     vectors: VectorFile | None  # float32 [K, E] by place in the index; None if K = 0
+    features: pa.Table | None = None  # rows of the features by item, in place of the export's
 
     @staticmethod
     def open(package: Path, entry: dict[str, Any]) -> AddedItems:
@@ -50,8 +53,19 @@ class AddedItems:
         folder = package / FOLDER / str(entry["number"])
         index = np.load(folder / INDEX, allow_pickle=False)
         ids = pq.read_table(folder / IDS)["id"].combine_chunks()
-        shape = VectorFileShape(**entry["shape"])
-        return AddedItems(entry["number"], index, ids, VectorFile(folder / VECTORS, shape))
+        vectors = features = None
+        if entry["shape"]:
+            vectors = VectorFile(folder / VECTORS, VectorFileShape(**entry["shape"]))
+        if (folder / FEATURES).exists():
+            features = pq.read_table(folder / FEATURES)
+        return AddedItems(entry["number"], index, ids, vectors, features)
+
+    def with_features(self, rows: pa.Table, item: str) -> pa.Table:
+        """Return these features and further rows, which replace those of equal ids."""
+        if self.features is None:
+            return rows
+        is_replaced = pc.is_in(self.features[item], rows[item])
+        return pa.concat_tables([self.features.filter(pc.invert(is_replaced)), rows])
 
     def replace_in(self, vectors: Tensor, items: np.ndarray) -> None:  # [N, E], [N]
         if self.vectors is None:
@@ -81,7 +95,8 @@ class AddedItems:
         index: np.ndarray,  # INDEX_TYPE [K]
         vectors: Tensor,  # [K, E]
         ids: pa.Array,
-        shape: VectorFileShape,
+        shape: VectorFileShape | None,
+        features: pa.Table | None,
     ) -> dict[str, Any]:
         """Write the folder of the next addition and return the manifest's entry `added`.
 
@@ -94,12 +109,15 @@ class AddedItems:
         with whole_folder(root / str(number)) as partial:
             np.save(partial / INDEX, index)
             pq.write_table(pa.table({"id": ids}), partial / IDS)
-            write_vectors(partial / VECTORS, shape, [vectors])
+            if shape is not None:
+                write_vectors(partial / VECTORS, shape, [vectors])
+            if features is not None:
+                pq.write_table(features, partial / FEATURES)
             for path in partial.iterdir():
                 _flush(path)
             _flush(partial)
         _flush(root)
-        return {"number": number, "shape": asdict(shape)}
+        return {"number": number, "shape": None if shape is None else asdict(shape)}
 
 
 class GrowingVocabulary(ExactVocabulary):

@@ -89,10 +89,10 @@ def _requests(name: str, retriever: Retriever) -> Iterator[PlacedRequest]:
     files = Location.of(name).files(".parquet")
     if not files:
         raise ValueError(f"{name}: no such file, nor a folder with *.parquet files")
-    user, history = retriever.columns
-    columns = list(dict.fromkeys([*user, *history]))
     for file in files:
         with open_parquet(file) as parquet:
+            user, history = retriever.columns(parquet.schema_arrow.names)
+            columns = list(dict.fromkeys([*user, *history]))
             for column in columns:
                 column_type(parquet, file, column)
             number = 0

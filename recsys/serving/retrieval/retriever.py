@@ -103,10 +103,9 @@ class Retriever:
         """
         return self.search(self.query(user, history)[np.newaxis], count, [exclude])[0]
 
-    @property
-    def columns(self) -> tuple[list[str], list[str]]:
+    def columns(self, given: Sequence[str]) -> tuple[list[str], list[str]]:
         """Columns of the files that a request gives: of the user, and of the history."""
-        return ([], [self._history]) if self.tower is None else self.tower.columns
+        return ([], [self._history]) if self.tower is None else self.tower.columns(given)
 
     def query(self, user: Values, history: History = ()) -> np.ndarray:  # float32 [V]
         """Return the vector by which a user's items are searched; see `retrieve`."""

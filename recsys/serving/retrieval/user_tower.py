@@ -77,10 +77,10 @@ def write_user_tower(run: Path, job: Job, folder: Path) -> Manifest:
 class UserTower(Scorer):
     """Computes query vectors from the package of a user tower; threads may share one."""
 
-    @property
-    def columns(self) -> tuple[list[str], list[str]]:
-        """Columns of the files that a query reads: of the user, and of the history."""
-        return request_columns(self.schema, self.manifest.pooled, self.manifest.dense)
+    def columns(self, given: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Return columns of user and history that a query reads; those looked up only if given."""
+        user, history = request_columns(self.schema, self.manifest.pooled, self.manifest.dense)
+        return [name for name in user if name in given or not self.schema.lookup_of(name)], history
 
     def query(
         self, user: Mapping[str, Any], history: Mapping[str, Sequence[Any]] | Sequence[Any] = ()

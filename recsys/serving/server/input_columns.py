@@ -9,7 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from recsys.config.server import ServerSettings
+from recsys.data.parquet.values import is_list
 from recsys.serving.requests import request_columns
 from recsys.serving.scorer import Scorer
 from recsys.serving.server.protocol import NamedTensor, RequestError
@@ -29,8 +32,15 @@ class InputColumns:
 
     def __init__(self, scorer: Scorer, example: Mapping[str, Any]) -> None:
         schema, manifest = scorer.schema, scorer.manifest
+        self.types = {
+            name: kind
+            for types in scorer.feature_types.values()
+            for name, kind in zip(types.names, types.types, strict=True)
+        }
         self.schema, self.item = schema, schema.target_item
         self.user, self.history = request_columns(schema, manifest.pooled, manifest.dense)
+        self.required = [name for name in self.user if schema.lookup_of(name) is None]
+        self.of_items = [name for name in self.user if schema.is_of_items(name)]
         self.example = {**example.get("user", {}), **example.get("history", {})}
         self.example[self.item] = next(iter(example.get("candidates", ())), None)
         lists = [name for name in manifest.pooled if schema.columns[name].kind == "ids"]
@@ -38,6 +48,7 @@ class InputColumns:
             name
             for name in self.user
             if isinstance(self.example.get(name), list)
+            or is_list(self.types.get(name, pa.null()))
             or (self.example.get(name) is None and name in schema.file_columns(lists))
         }
 
@@ -51,6 +62,8 @@ class InputColumns:
         value = next(iter(value), None) if isinstance(value, list) else value
         if value is not None:
             return {bool: "BOOL", int: "INT64", float: "FP32"}.get(type(value), "BYTES")
+        if name in self.types:
+            return protocol_type(self.types[name])
         column = self.schema.columns.get(name)
         table = name if column is None else self.schema.table_of(name)
         if (id_type := self.schema.id_types.get(table)) is not None:
@@ -63,15 +76,24 @@ class InputColumns:
             tensor["name"]: self._value_schema(tensor["name"], tensor["datatype"])
             for tensor in self.metadata()
         }
-        user = {
+        columns = {
             name: _list_of(types[name]) if name in self.lists else types[name] for name in self.user
         }
+        user = {name: kind for name, kind in columns.items() if name not in self.of_items}
+        lists = {name: _list_of(kind) for name, kind in columns.items()}
+        lists[self.item] = _list_of(types[self.item])
         history = {name: _list_of(types[name]) for name in self.history}
         closed = {"type": "object", "additionalProperties": False}
         return {
-            "user": {**closed, "properties": user, "required": self.user},
+            "user": {**closed, "properties": user, "required": self.required},
             "history": {**closed, "properties": history, "required": self.history},
-            "candidates": {"anyOf": [{"const": "all"}, _list_of(types[self.item])]},
+            "candidates": {
+                "anyOf": [
+                    {"const": "all"},
+                    lists[self.item],
+                    {**closed, "properties": lists, "required": [self.item]},
+                ]
+            },
             "by": {"enum": [*labels, None]},
         }
 
@@ -114,7 +136,7 @@ class InputColumns:
             if name in self.lists:
                 rows, width = shape if len(shape) == 2 else (1, *shape)
                 values = [values[row * width : (row + 1) * width] for row in range(rows)]
-            if len(values) == 1:
+            if len(values) == 1 and not (name in self.of_items and len(items) == 1):
                 user[name] = values[0]
             elif len(values) == len(items):
                 candidates[name] = values
@@ -140,6 +162,14 @@ class InputColumns:
         for name, values in candidates.items():
             _require_column(name, [self.item, *self.user], "candidates")
             _check_size(f"candidates: '{name}'", values, limits.max_candidates, limits)
+
+
+def protocol_type(kind: pa.DataType) -> str:
+    """Return the protocol's type of values of a column, or of those in its lists."""
+    kind = kind.value_type if is_list(kind) else kind
+    if pa.types.is_boolean(kind) or pa.types.is_integer(kind):
+        return "BOOL" if pa.types.is_boolean(kind) else "INT64"
+    return "FP32" if pa.types.is_floating(kind) else "BYTES"
 
 
 def _list_of(schema: dict[str, Any]) -> dict[str, Any]:

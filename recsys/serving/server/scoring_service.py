@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from recsys.config.server import ServerSettings
+from recsys.config.server import FeatureSettings, ServerSettings
+from recsys.serving.features.source import FeatureSourceError
 from recsys.serving.package import MANIFEST, REQUEST, digest_of
 from recsys.serving.scorer import Scorer
 from recsys.serving.server import metrics
@@ -54,10 +55,11 @@ class LoadedPackage:
         verify: bool,
         previous: Scorer | None = None,
         verified: VerifiedFiles | None = None,
+        features: FeatureSettings | None = None,
     ) -> LoadedPackage:
         """Load a package as `Scorer.load` does, with its errors."""
         folder = folder.resolve()  # of a link, which may be exchanged meanwhile
-        scorer = Scorer.load(folder, verify=verify, previous=previous, verified=verified)
+        scorer = Scorer.load(folder, verify, previous, verified, features)
         example = json.loads((folder / REQUEST).read_text())
         return LoadedPackage(scorer, InputColumns(scorer, example), digest_of(scorer.manifest)[:12])
 
@@ -81,7 +83,9 @@ class ScoringService:
         torch.set_num_threads(settings.threads)
         self._folder = Path(settings.package)
         self._manifest_identity = self._identify_manifest()
-        self.package = LoadedPackage.load(self._folder, settings.verify, verified=verified)
+        self.package = LoadedPackage.load(
+            self._folder, settings.verify, None, verified, settings.features
+        )
         self._failures, self._retry_at = 0, 0.0
         self._scorer_thread = ThreadPoolExecutor(1, "scorer")
         # A separate thread: without privileges its priority cannot be raised again.
@@ -124,6 +128,8 @@ class ScoringService:
             return await loop.run_in_executor(self._scorer_thread, package.score, arguments)
         except ValueError as error:
             raise RequestError(str(error)) from error
+        except FeatureSourceError as error:
+            raise RequestError(str(error), 503) from error
         finally:
             self._num_waiting -= 1
             metrics.WAITING.dec()
@@ -167,7 +173,10 @@ class ScoringService:
         try:
             with _short_switches():
                 self.package = LoadedPackage.load(
-                    self._folder, self.settings.verify, self.package.scorer
+                    self._folder,
+                    self.settings.verify,
+                    self.package.scorer,
+                    features=self.settings.features,
                 )
         except (ValueError, OSError) as error:
             self._failures += 1

@@ -218,16 +218,49 @@ def features(table: Snapshots | None, rows: list[Row], key: Any, ts: int) -> Row
 def count(
     config: EventsConfig, events: list[Row], row: Row, feature: Any, items: list[Row]
 ) -> float:
-    def key(where: Row) -> list[Any]:
-        brand = snapshot(items, where["iid"], where["ts"]).get("brand")
-        return [{"user": where["uid"], "item": where["iid"], "brand": brand}[k] for k in feature.of]
+    key = [ids_of(row, items)[name] for name in feature.of]
+    matches = [e for e in events if [ids_of(e, items)[name] for name in feature.of] == key]
+    return number([] if None in key else matches, row, feature)
 
-    matches = [event for event in events if key(event) == key(row) and None not in key(row)]
-    number = len(past(matches, row, feature, feature.actions))
+
+def ids_of(row: Row, items: list[Row]) -> Row:
+    brand = snapshot(items, row["iid"], row["ts"]).get("brand")
+    return {"user": row["uid"], "item": row["iid"], "brand": brand}
+
+
+def number(matches: list[Row], row: Row, feature: Any) -> float:
+    """A count of events, or a rate."""
+    events = len(past(matches, row, feature, feature.actions))
     if feature.per is None:
-        return float(number)
+        return float(events)
     base = len(past(matches, row, feature, feature.per))
-    return float(np.float32(number / base)) if base else 0.0
+    return float(np.float32(events / base)) if base else 0.0
+
+
+def last_features(
+    config: EventsConfig, log: list[Row], items: list[Row], users: list[Row], latest: int
+) -> dict[str, list[Row]]:
+    """By table, what is known of each id after the last event."""
+    events = usable(config, log, latest)
+    end = {"ts": 1 + max(event["arrived"] for event in events)}
+    sources: dict[tuple[str, ...], Row] = {("item",): {}, ("user",): {}}
+    for name, feature in config.counts.items():
+        sources.setdefault(tuple(feature.of), {})[name] = feature
+    tables = {}
+    for keys, counts in sources.items():
+        table, snapshots = {"item": (config.items, items), "user": (config.users, users)}.get(
+            keys[0] if len(keys) == 1 else "", (None, [])
+        )
+        ids = {tuple(ids_of(event, items)[name] for name in keys) for event in events}
+        rows = []
+        for key in ids | ({(row["id"],) for row in snapshots} if table else set()):
+            matches = [e for e in events if tuple(ids_of(e, items)[k] for k in keys) == key]
+            row = dict(zip(keys, key)) | features(table, snapshots, key[0], latest)
+            numbers = {name: number(matches, end, feature) for name, feature in counts.items()}
+            if None not in key and (table or any(numbers.values())):
+                rows.append(row | numbers | {f"{name}@": end["ts"] for name in counts})
+        tables["-".join(keys)] = sorted(rows, key=lambda row: [row[name] for name in keys])
+    return tables
 
 
 def datasets(

@@ -206,8 +206,11 @@ def check(
         report = write_datasets(engine, config, folder / "out")
     finally:
         engine.close()
+    tables = oracle.last_features(config, log, items, users, NOW)
     for dataset, splits in expected.items():
         out = folder / "out" / dataset
+        for name, rows in tables.items():
+            assert differences(read_rows(out / "features" / name), rows) == []
         for split, rows in splits.items():
             assert differences(read_rows(out / split), rows) == []
             assert report["splits"][str(Path(dataset, split))]["rows"] == len(rows)
@@ -230,7 +233,8 @@ def differences(actual: list[Row], expected: list[Row]) -> list[Any]:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    return list(pa.concat_tables(map(pq.read_table, files(folder))).to_pylist())
+    tables = [pq.read_table(file) for file in files(folder)]
+    return pa.concat_tables(tables).to_pylist() if tables else []
 
 
 def files(folder: Path) -> Iterator[Path]:

@@ -73,9 +73,9 @@ def check_package(package: Path, predictions: pa.Table) -> None:
     columns = InputColumns(scorer, json.loads((package / REQUEST).read_text()))
     for row in predictions.slice(0, 10).to_pylist():
         body = {
-            "user": {name: row[name] for name in columns.user},
+            "user": {name: row[name] for name in columns.user if name not in columns.of_items},
             "history": {name: row[name] for name in columns.history},
-            "candidates": [row[columns.item]],
+            "candidates": {name: [row[name]] for name in (columns.item, *columns.of_items)},
         }
         request = parse_message(RankRequest, json.dumps(body).encode())
         arguments = ScoreArguments(request.user, request.history, request.candidates)

@@ -1,0 +1,1 @@
+"""Features that a scorer looks up by the ids of a request."""

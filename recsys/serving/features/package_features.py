@@ -1,0 +1,142 @@
+"""Features in a package: a file of Arrow per table, mapped into memory, with an index of its ids.
+
+Items that were added since the export have theirs in one further table. Shapes: K keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from embeddings.vocabulary.fixed import ExactVocabulary
+from recsys.data.parquet.file import column_type, open_parquet
+from recsys.data.parquet.values import one_chunk
+from recsys.data.schema import Schema, features_folder
+from recsys.data.schema_columns import FeatureTable
+from recsys.serving.features.source import FeatureSource, joined_keys, value_columns
+from recsys.storage.location import Location
+
+FOLDER = "features"
+
+
+class IndexedRows:
+    """Rows of a table, found by their ids."""
+
+    def __init__(self, rows: pa.Table, table: FeatureTable) -> None:
+        self.columns = {name: one_chunk(rows[name]) for name in value_columns(table)}
+        ids = joined_keys([one_chunk(rows[name]) for name in table.by])
+        self._ids = ExactVocabulary(len(ids) + 2)
+        if len(ids) and self._ids.extend([ids]) != len(ids):
+            raise ValueError(f"features by {table.name}: an id has several rows; keep one")
+
+    def find(self, keys: list[pa.Array]) -> np.ndarray:  # K ids each -> int64 [K], -1: none
+        ids = joined_keys(keys)
+        places = np.full(len(ids), -1)
+        if not pa.types.is_null(ids.type):
+            places[np.asarray(ids.is_valid())] = self._ids.find(ids.drop_null())
+        return places
+
+
+class PackageFeatures(FeatureSource):
+    """Features of a package's own files."""
+
+    def __init__(self, package: Path, schema: Schema, added: pa.Table | None = None) -> None:
+        """Open the files; `added` has rows by the ranked item, in place of those of the files."""
+        self.types: dict[str, pa.Schema] = {}
+        self._parts: dict[str, list[IndexedRows]] = {}  # of each table; a later part's rows count
+        for table in schema.features:
+            with pa.memory_map(str(features_file(package, table))) as file:
+                rows = pa.ipc.open_file(file).read_all()
+            self.types[table.name], parts = rows.schema, [rows]
+            if added is not None and table.by == [schema.target_item]:
+                parts.append(added)
+            self._parts[table.name] = [IndexedRows(part, table) for part in parts]
+
+    def read(self, table: FeatureTable, keys: list[pa.Array]) -> pa.Table:  # K ids each -> [K]
+        """Return the values of each key, null where it is unknown."""
+        columns: dict[str, pa.Array] = {}
+        for part in self._parts[table.name]:
+            try:
+                places = part.find(keys)
+            except ValueError as error:
+                raise ValueError(f"features by {table.name}: {error}") from error
+            rows, has_row = pa.array(places, mask=places < 0), pa.array(places >= 0)
+            for name, values in part.columns.items():
+                taken = values.take(rows)
+                is_first = name not in columns
+                columns[name] = taken if is_first else pc.if_else(has_row, taken, columns[name])
+        return pa.table(columns)
+
+    def knows(self, table: FeatureTable, keys: list[pa.Array]) -> pa.Array:  # -> bool [K]
+        """Return whether a table has each key."""
+        places = [part.find(keys) for part in self._parts[table.name]]
+        return pa.array(np.max(places, axis=0) >= 0)
+
+
+def updated_rows(
+    known: PackageFeatures, table: FeatureTable, rows: pa.Table, now: float
+) -> pa.Table:
+    """Return the rows of which something changes: new values of some columns, else known ones."""
+    ids = [one_chunk(rows[name]) for name in table.by]
+    before, types = known.read(table, ids), known.types[table.name]
+    columns = dict(zip(table.by, ids, strict=True))
+    for name in value_columns(table):
+        kind = types.field(name).type
+        if name in rows.column_names:
+            values = one_chunk(rows[name])
+            columns[name] = values if pa.types.is_null(kind) else values.cast(kind)
+        elif name.removesuffix("@") in rows.column_names:  # the time of such a value
+            columns[name] = pa.array([int(now * 1_000_000)] * len(rows), pa.int64())
+        else:
+            columns[name] = one_chunk(before[name])
+    after = pa.table(columns)
+    changes = [
+        old != new
+        for old, new in zip(before.to_pylist(), after.select(before.column_names).to_pylist())
+    ]
+    return after.filter(pa.array(changes, pa.bool_()))
+
+
+def features_file(package: Path, table: FeatureTable) -> Path:
+    """Return the file of a table in a package."""
+    return package / FOLDER / f"{table.name}.arrow"
+
+
+def write_features(root: Location, schema: Schema, package: Path) -> None:
+    """Copy the last known features of a dataset into a package.
+
+    Raises:
+        ValueError: a file or column is missing, or an id is null or has several rows.
+    """
+    for table in schema.features:
+        names = [*table.by, *value_columns(table)]
+        rows = _read(features_folder(root, table), names)
+        try:
+            IndexedRows(rows, table)
+        except ValueError as error:
+            raise ValueError(f"{features_folder(root, table)}: {error}") from error
+        path = features_file(package, table)
+        path.parent.mkdir(exist_ok=True)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:
+            writer.write_table(rows)
+
+
+def _read(folder: Location, names: Sequence[str]) -> pa.Table:
+    files, parts = folder.files(".parquet"), []
+    if not folder.exists():
+        raise ValueError(
+            f"{folder}: no such folder, but schema.yaml has features by these ids; prepare the "
+            "data again, write it, or remove them from `features`"
+        )
+    for file in files:
+        with open_parquet(file) as parquet:
+            for name in names:
+                column_type(parquet, file, name)
+            parts.append(parquet.read(columns=list(names)))
+    if not parts:
+        return pa.schema([(name, pa.null()) for name in names]).empty_table()
+    return pa.concat_tables(parts).combine_chunks()

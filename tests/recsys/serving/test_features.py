@@ -1,0 +1,387 @@
+"""Requests of ids alone are scored as `predict` scores the rows that loops over the log give."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from recsys.config.server import FeatureSettings
+from recsys.data.events.prepare import prepare_events
+from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.predict import predict
+from recsys.serving import Scorer
+from recsys.serving.delta import apply_delta, write_delta
+from recsys.serving.export import export_run
+from recsys.serving.features.package_features import features_file
+from recsys.serving.features.refresh import refresh_features
+from recsys.serving.features.source import FeatureSourceError
+from recsys.serving.features.stores import RedisFeatures
+from recsys.serving.new_items.add import add_items
+from recsys.training.train import train
+from tests.recsys.data.events.test_prepared_datasets import tiny_config
+from tests.recsys.serving.server.served_package import ServedPackage
+
+DAY, START = 86_400, 1_790_000_000
+DAYS, EVENTS_A_DAY, CANDIDATES = 12, 120, 4
+CONFIG: dict[str, Any] = {
+    "events": {"log": {"path": "log.parquet", "action": "type", "columns": ["offer", "when"]}},
+    "items": {
+        "path": "items.parquet",
+        "valid_from": "since",
+        "columns": {
+            "brand": "id",
+            "maker": {"kind": "id", "fill": "none"},
+            "cost": {"kind": "dense", "fill": 2.5},
+            "tags": "ids",
+        },
+    },
+    "users": {"path": "users.parquet", "columns": {"city": {"kind": "id", "fill": "nowhere"}}},
+    "labels": {"bought": {"action": "buy"}},
+    "context": {"offer": {"kind": "dense", "fill": 0.25}, "when": "dense"},
+    "histories": {
+        "seen": {
+            "length": 5,
+            "parallel": {"seen_offer": {"column": "offer", "scale": 2, "fill": 1}},
+        }
+    },
+    "counts": {
+        "item_views": {"of": "item", "actions": "view"},
+        "item_day": {"of": "item", "actions": "view", "within": "1d"},
+        "user_rate": {"of": "user", "actions": "buy", "per": "view", "within": "3d"},
+        "pair_views": {"of": ["user", "item"], "actions": "view"},
+        "brand_buys": {"of": ["user", "brand"], "actions": "buy"},
+        "maker_views": {"of": "maker", "actions": "view"},
+    },
+    "transforms": {
+        "cost": {"kind": "dense", "transform": ["log1p", "standardize"]},
+        "place": {
+            "kind": "id",
+            "num_embeddings": 20,
+            "column": ["city", "maker"],
+            "transform": ["cross", {"hash": 20}],
+        },
+        "hour": {
+            "kind": "id",
+            "num_embeddings": 3,
+            "column": "when",
+            "transform": [{"bucketize": {"boundaries": [20_000, 50_000]}}],
+        },
+    },
+    "split": {"at": [0.6, 0.8]},
+}
+
+
+@dataclass(eq=False)
+class Shop:
+    """A log of some days, snapshots of its items, and its users; later days have new ones."""
+
+    events: list[dict[str, Any]] = field(default_factory=list)
+    items: list[dict[str, Any]] = field(default_factory=list)
+    cities: dict[str, str | None] = field(default_factory=dict)
+
+    @staticmethod
+    def of_days(days: int) -> Shop:
+        """The first days of the shop."""
+        random, shop = np.random.default_rng(0), Shop()
+        for day in range(DAYS):
+            if day < days:
+                shop._add_day(day, random)
+        return shop
+
+    def _add_day(self, day: int, random: np.random.Generator) -> None:
+        for number in (
+            range(20 + day) if day == 0 else [19 + day, *random.choice(19, 3, replace=False)]
+        ):
+            self.items.append(
+                {
+                    "id": f"i{number}",
+                    "since": START + day * DAY - (number % 2),
+                    "brand": [None, "a", "b"][random.integers(3)],
+                    "maker": [None, "x", "y", "z"][random.integers(4)],
+                    "cost": [None, 1.0, 3.0, 7.5][random.integers(4)],
+                    "tags": [None, [], ["p"], ["q", None, "p"]][random.integers(4)],
+                }
+            )
+        for number in range(15) if day == 0 else [14 + day]:
+            self.cities[f"u{number}"] = [None, "Rom", "Oslo"][random.integers(3)]
+        for second in np.sort(random.choice(DAY, EVENTS_A_DAY, replace=False)).tolist():
+            self.events.append(
+                {
+                    "user": f"u{random.integers(17 + day)}",  # of some there is no row
+                    "item": f"i{random.integers(22 + day)}",
+                    "time": START + day * DAY + second,
+                    "type": ["view", "view", "buy"][random.integers(3)],
+                    "offer": [None, 0.5, 1.0][random.integers(3)],
+                    "when": second,
+                }
+            )
+
+    def write(self, folder: Path) -> Path:
+        """Write the files and their description; return the dataset that they make."""
+        folder.mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(self.events), folder / "log.parquet")
+        pq.write_table(pa.Table.from_pylist(self.items), folder / "items.parquet")
+        users = {"id": [*self.cities], "city": [*self.cities.values()]}
+        pq.write_table(pa.table(users), folder / "users.parquet")
+        (folder / "events.yaml").write_text(yaml.safe_dump(CONFIG, sort_keys=False))
+        prepare_events(folder / "events.yaml", folder / "data")
+        return folder / "data"
+
+    def item(self, name: str | None, time: float) -> dict[str, Any]:
+        """The snapshot of an item at a time, with fills."""
+        valid = [row for row in self.items if row["id"] == name and row["since"] <= time]
+        empty = dict.fromkeys(("brand", "maker", "cost", "tags"))
+        row = max(valid, key=lambda row: row["since"]) if valid else empty
+        row = row | {"maker": row["maker"] or "none"}
+        return row | {"cost": 2.5 if row["cost"] is None else row["cost"]}
+
+    def row(self, request: dict[str, Any], item: str | None) -> dict[str, Any]:
+        """The row that `predict` reads for a candidate of a request, right after the log."""
+        user, end = request["user"]["user"], 1 + max(event["time"] for event in self.events)
+        known = self.item(item, end)
+        row = {**request["user"], **request["history"], "item": item}
+        row |= {name: known[name] for name in ("brand", "maker", "cost", "tags")}
+        row["city"] = self.cities.get(user) or "nowhere"
+
+        counts = {
+            name: counter[one]
+            for name, counter, one in (
+                ("views", self.count("view", 3, "user"), (user,)),
+                ("item_views", self.count("view", DAYS, "item"), (item,)),
+                ("item_day", self.count("view", 1, "item"), (item,)),
+                ("user_rate", self.count("buy", 3, "user"), (user,)),
+                ("pair_views", self.count("view", DAYS, "user", "item"), (user, item)),
+                ("brand_buys", self.count("buy", DAYS, "user", "brand"), (user, known["brand"])),
+                ("maker_views", self.count("view", DAYS, "maker"), (known["maker"],)),
+            )
+        }
+        views = counts.pop("views")
+        return row | counts | {"user_rate": counts["user_rate"] / views if views else 0.0}
+
+    @cache  # noqa: B019 - a shop lives as long as its test
+    def count(self, action: str, days: int, *names: str) -> Counter[tuple[Any, ...]]:
+        """The events of the last days by ids, which are those at the time of each event."""
+        end, counter = 1 + max(event["time"] for event in self.events), Counter()
+        for event in self.events:
+            snapshot = self.item(event["item"], event["time"])
+            ids = {**snapshot, **event}
+            key = tuple(ids[name] for name in names)
+            if event["type"] == action and event["time"] >= end - days * DAY and None not in key:
+                counter[key] += 1
+        return counter
+
+    def requests(self, number: int, seed: int) -> Iterator[dict[str, Any]]:
+        """Requests of ids alone, also of users and items that nothing is known of."""
+        random = np.random.default_rng(seed)
+        users, items = [f"u{i}" for i in range(35)], [f"i{i}" for i in range(40)]
+        for _ in range(number):
+            length = int(random.integers(4))
+            yield {
+                "user": {
+                    "user": [*users, None][random.integers(36)],
+                    "offer": [None, 0.5][random.integers(2)],
+                    "when": int(random.integers(DAY)),
+                },
+                "history": {
+                    "seen": random.choice(items, length).tolist(),
+                    "seen_offer": [[None, 0.5, 0.25][i] for i in random.integers(3, size=length)],
+                },
+                "candidates": random.choice(items, CANDIDATES).tolist(),
+            }
+
+
+def predictions(run: Path, shop: Shop, requests: list[dict[str, Any]], out: Path) -> np.ndarray:
+    """What `predict` gives for the rows of requests, [R, N, 1]."""
+    rows = [shop.row(request, item) for request in requests for item in request["candidates"]]
+    out.mkdir()
+    names = pq.read_table(run.parent / "shop" / "data" / "test").schema
+    types = [names.field(name) for name in rows[0]]
+    pq.write_table(pa.Table.from_pylist(rows, pa.schema(types)), out / "rows.parquet")
+    with joined_ranks("cpu") as ranks:
+        predict(run, [str(out / "rows.parquet")], out / "scores.parquet", None, ranks, "cpu")
+    scores = pq.read_table(out / "scores.parquet")["prediction_bought"].to_numpy()
+    return scores.reshape(len(requests), CANDIDATES, 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the first nine days, and its package."""
+    folder = tmp_path_factory.mktemp("features")
+    data = Shop.of_days(DAYS - 3).write(folder / "shop")
+    with joined_ranks("cpu") as ranks:
+        train(tiny_config(), str(data), folder / "run", ranks)
+        export_run(folder / "run", folder / "package", "fp32", ranks)
+    return folder
+
+
+def compare(package: Path, run: Path, shop: Shop, number: int, out: Path) -> None:
+    requests = list(shop.requests(number, seed=len(shop.events)))
+    expected = predictions(run, shop, requests, out)
+    scorer = Scorer.load(package)
+    scores = np.stack([scorer.score(**request) for request in requests])
+    assert len(np.unique(scores)) > number
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6)
+
+
+def test_ids_alone_are_scored_as_the_rows_of_loops_over_the_log(
+    folder: Path, tmp_path: Path
+) -> None:
+    compare(folder / "package", folder / "run", Shop.of_days(DAYS - 3), 1000, tmp_path / "first")
+
+
+def test_after_each_day_features_are_those_of_the_longer_log(folder: Path, tmp_path: Path) -> None:
+    """A delta takes them from one package to the next."""
+    previous = folder / "package"
+    for day in (DAYS - 2, DAYS - 1, DAYS):
+        shop = Shop.of_days(day)
+        newer, applied = tmp_path / f"newer-{day}", tmp_path / f"applied-{day}"
+        refresh_features(previous, str(shop.write(tmp_path / f"shop-{day}")), newer)
+        write_delta(previous, newer, tmp_path / f"delta-{day}")
+        apply_delta(previous, tmp_path / f"delta-{day}", applied)
+        previous = applied
+        compare(applied, folder / "run", shop, 300, tmp_path / f"compared-{day}")
+
+
+FEW = {"user": "u1", "offer": 0.5, "when": 7}
+
+
+def test_values_of_candidates_override_those_that_are_looked_up(folder: Path) -> None:
+    """One value for all candidates is refused, though it was taken in silence once."""
+    scorer, shop = Scorer.load(folder / "package"), Shop.of_days(DAYS - 3)
+    items = ["i1", "i2", "i3"]
+    expected = scorer.score(FEW, [], items)
+    rows = [shop.row({"user": FEW, "history": {}}, item) for item in items]
+    names = ("brand", "maker", "cost", "tags", "item_day", "pair_views")
+    given = {"item": items, **{name: [row[name] for row in rows] for name in names}}
+    np.testing.assert_allclose(scorer.score(FEW, [], given), expected, rtol=0, atol=1e-6)
+    changed = scorer.score(FEW, [], given | {"item_day": [500.0, 0.0, 0.0]})
+    assert changed[0] != expected[0] and (changed[1:] != expected[1:]).sum() <= 2
+    for name in ("cost", "pair_views", "maker_views"):
+        with pytest.raises(ValueError, match=rf"user: '{name}' is a column of the items"):
+            scorer.score(FEW | {name: 1.0}, [], items)
+    assert (scorer.score(FEW | {"city": "Oslo"}, [], items) != expected).any()
+    with pytest.raises(ValueError, match="user: lacks 'offer'"):
+        scorer.score({"user": "u1", "when": 7}, [], items)
+
+
+def test_an_old_count_is_scored_as_none(folder: Path, tmp_path: Path) -> None:
+    package = shutil.copytree(folder / "package", tmp_path / "package")
+    schema = package / "schema.yaml"
+    schema.write_text(schema.read_text().replace("item_views: all", "item_views: 48h"))
+    scorer = Scorer.load(package, verify=False)
+    end = 1 + max(event["time"] for event in Shop.of_days(DAYS - 3).events) + 1e-6
+    scorer.read.clock = lambda: end + 2 * DAY - 1
+    fresh = scorer.score(FEW, [], ["i1"])
+    np.testing.assert_array_equal(fresh, Scorer.load(folder / "package").score(FEW, [], ["i1"]))
+    scorer.read.clock = lambda: end + 2 * DAY + 1
+    zero = scorer.score(FEW, [], {"item": ["i1"], "item_views": [0.0]})
+    assert scorer.score(FEW, [], ["i1"]) == zero != fresh
+
+
+def test_new_items_come_with_features(folder: Path, tmp_path: Path) -> None:
+    """Columns that are not given stay as they are; bad values change nothing."""
+    package = shutil.copytree(folder / "package", tmp_path / "package")
+    new = {
+        "item": ["i1", "new"],
+        "brand": ["b", "a"],
+        "cost": [3.0, None],
+        "item_views": [9.0, 0.0],
+    }
+    pq.write_table(pa.table(new), tmp_path / "new.parquet")
+    assert add_items(package, str(tmp_path / "new.parquet")).features == 2
+    before, scorer = Scorer.load(folder / "package"), Scorer.load(package)
+    values = {name: column for name, column in new.items() if name != "item"}
+    rows = [Shop.of_days(DAYS - 3).row({"user": FEW, "history": {}}, item) for item in ("i1", "x")]
+    buys = [Shop.of_days(DAYS - 3).count("buy", DAYS, "user", "brand")["u1", b] for b in "ba"]
+    given = {"item": new["item"], **values, "brand_buys": buys}
+    expected = before.score(FEW, [], given | {"maker": [row["maker"] for row in rows]})
+    np.testing.assert_array_equal(scorer.score(FEW, [], new["item"]), expected)
+    pq.write_table(pa.table({"item": ["i2"], "cost": [float("inf")]}), tmp_path / "bad.parquet")
+    with pytest.raises(ValueError, match=r"bad.parquet: column 'cost', item 'i2': .*inf"):
+        add_items(package, str(tmp_path / "bad.parquet"))
+    newer = tmp_path / "newer"
+    refresh_features(package, str(folder / "shop" / "data"), newer)
+    again = Scorer.load(newer)
+    np.testing.assert_array_equal(again.score(FEW, [], ["new"]), expected[1:])
+    np.testing.assert_array_equal(again.score(FEW, [], ["i1"]), before.score(FEW, [], ["i1"]))
+
+
+def test_a_server_takes_ids_alone(folder: Path, tmp_path: Path) -> None:
+    requests = list(Shop.of_days(DAYS - 3).requests(20, 1))
+    server, scorer = (
+        ServedPackage(folder / "package", tmp_path / "log"),
+        Scorer.load(folder / "package"),
+    )
+    try:
+        for request in requests:
+            content = server.call("/v1/rank", request).content
+            scores = scorer.score(**request)[:, 0]
+            np.testing.assert_allclose(
+                content["scores"]["bought"], np.sort(scores)[::-1], atol=1e-6
+            )
+        answer = server.call("/v1/rank", request | {"user": request["user"] | {"cost": 1.0}})
+        assert answer.status == 400 and b"'cost' is a column of the items" in answer.body
+        inputs = [
+            {"name": "item", "shape": [1], "datatype": "BYTES", "data": ["i1"]},
+            {"name": "user", "shape": [1], "datatype": "BYTES", "data": ["u1"]},
+            {"name": "offer", "shape": [1], "datatype": "FP32", "data": [0.5]},
+            {"name": "when", "shape": [1], "datatype": "INT64", "data": [7]},
+            {"name": "cost", "shape": [1], "datatype": "FP32", "data": [3.0]},
+        ]
+        content = server.call("/v2/models/shop/infer", {"inputs": inputs}).content
+        expected = scorer.score(FEW, [], {"item": ["i1"], "cost": [3.0]})
+        np.testing.assert_allclose(content["outputs"][0]["data"], expected[0], atol=1e-6)
+    finally:
+        server.end()
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[str]:
+    """The address of a Redis server of its own."""
+    pytest.importorskip("redis")
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed")
+    path = tmp_path / "redis.sock"
+    command = ["redis-server", "--port", "0", "--unixsocket", str(path), "--save", ""]
+    with (tmp_path / "redis.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, cwd=tmp_path)
+    while not path.exists():
+        time.sleep(0.02)
+    yield f"unix://{path}"
+    process.kill()
+    process.wait()
+
+
+def test_features_come_from_redis(folder: Path, redis: str) -> None:
+    """They are those of the store alone, and a store that does not answer is no bad request."""
+    package = folder / "package"
+    settings = FeatureSettings("redis", {"url": redis, "timeout": 5.0})
+    scorer, own = Scorer.load(package, features=settings), Scorer.load(package)
+    requests = list(Shop.of_days(DAYS - 3).requests(50, 2))
+    store = scorer.read.features
+    assert isinstance(store, RedisFeatures)
+    for table in scorer.schema.features:
+        with pa.memory_map(str(features_file(package, table))) as file:
+            store.write(table, pa.ipc.open_file(file).read_all())
+    for request in requests:
+        np.testing.assert_array_equal(scorer.score(**request), own.score(**request))
+    [items] = [table for table in scorer.schema.features if table.by == ["item"]]
+    store.write(items, pa.table({"item": ["i1"], "cost": [99.0]}))
+    changed = own.score(FEW, [], {"item": ["i1"], "cost": [99.0]})
+    np.testing.assert_array_equal(scorer.score(FEW, [], ["i1"]), changed)
+    gone = FeatureSettings("redis", {"url": redis + ".gone"})
+    with pytest.raises(FeatureSourceError, match=r"Redis: .*send the request again"):
+        Scorer.load(package, features=gone).score(FEW, [], ["i1"])
