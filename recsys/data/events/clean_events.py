@@ -40,7 +40,9 @@ def event_columns(config: EventsConfig) -> dict[str, str]:
     """Return the columns of events that something uses, with the kinds of their fields."""
     items = config.items.columns if config.items else {}
     names = [label.column for label in config.labels.values() if label.column is not None]
-    names += [parallel.column for parallel in config.parallels.values()]
+    names += [parallel.column for parallel in config.parallels.values()] + config.late
+    if config.weight is not None and config.weight.column is not None:
+        names.append(config.weight.column)
     kinds = {name: KINDS[feature.kind] for name, feature in config.context.items()}
     for name in names:
         if name not in ("age", "action") and name not in items:

@@ -17,6 +17,7 @@ from recsys.data.events.history_values import AGE, MOMENT, HistoryFiles, slice_c
 from recsys.data.events.last_features import feature_tables, write_last_features
 from recsys.data.events.negatives import DRAWN_AS
 from recsys.data.events.pictures import add_pictures
+from recsys.data.events.samples import WEIGHT
 from recsys.data.events.settings import EventsConfig
 from recsys.data.events.splits import SPLITS, Conditions
 from recsys.data.events.sql import SqlEngine, one_value, quoted
@@ -213,6 +214,9 @@ class DatasetWriter:
             columns[name]["fill"] = feature.fill
         columns |= {name: {"kind": "dense", "fill": 0.0} for name in config.counts}
         columns |= {name: {"kind": "label"} for name in config.labels}
+        columns |= {name: {"kind": "extra"} for name in config.late}
+        if config.weight is not None:
+            columns[output.weight] = {"kind": "weight"}
         if config.negatives is not None:
             columns[output.sampled] = {"kind": "sampled"}
         for name, column in config.transforms.items():
@@ -221,7 +225,8 @@ class DatasetWriter:
                 settings["fill"] = columns.get(name, {}).get("fill")  # of the feature it replaces
             columns[name] = settings
         columns = {name: _without_empty(column) for name, column in columns.items()}
-        schema = {"target_item": output.item, "group": output.user, "columns": columns}
+        schema: dict[str, Any] = {"target_item": output.item, "group": output.user}
+        schema["columns"] = columns
         if tables := [_without_empty(asdict(table)) for table in feature_tables(config)]:
             schema["features"] = tables
         if config.items is not None:
@@ -278,6 +283,9 @@ def output_columns(config: EventsConfig) -> dict[str, str]:
         columns[name] = f"CAST({column} AS FLOAT)" if feature.kind == "dense" else column
     columns |= {name: f"CAST({quoted(f'n_{name}')} AS FLOAT)" for name in config.counts}
     columns |= {name: f"CAST({quoted(f'l_{name}')} AS FLOAT)" for name in config.labels}
+    columns |= {name: f"CAST({quoted(f'late_{name}')} AS FLOAT)" for name in config.late}
+    if config.weight is not None:
+        columns[output.weight] = f"CAST({quoted(WEIGHT)} AS FLOAT)"
     if config.negatives is not None:
         columns[output.sampled] = f"CAST(CASE WHEN {DRAWN_AS} = 0 THEN 0 ELSE 1 END AS FLOAT)"
     # % has the sign of its left side, and a time before 1970 is rounded down as well.

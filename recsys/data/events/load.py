@@ -40,7 +40,7 @@ SHORT = {
     "/histories/*/parallel/*": "column",
 }
 LISTS = (
-    *("/rows", "/labels/*/action", "/histories/*/actions"),
+    *("/rows", "/late", "/labels/*/action", "/histories/*/actions"),
     *("/counts/*/of", "/counts/*/actions", "/counts/*/per"),
 )
 
@@ -131,6 +131,7 @@ def _conflicts(config: EventsConfig) -> Iterator[str]:
     yield from _transform_problems(config)
     yield from _column_problems(config)
     yield from _label_problems(config)
+    yield from _weight_problems(config)
     yield from _request_problems(config)
     for setting, actions in config.actions.items():
         if actions == []:
@@ -178,7 +179,14 @@ def column_names(config: EventsConfig) -> list[str]:
     parallels = [history.parallel for history in config.histories.values()]
     names = [config.output.user, config.output.item, config.output.time]
     names += [config.output.sampled] if config.negatives is not None else []
-    groups: list[Iterable[str]] = [config.context, *tables, config.labels, config.counts]
+    names += [config.output.weight] if config.weight is not None else []
+    groups: list[Iterable[str]] = [
+        config.context,
+        *tables,
+        config.labels,
+        config.counts,
+        config.late,
+    ]
     return names + [name for group in (*groups, config.histories, *parallels) for name in group]
 
 
@@ -260,6 +268,9 @@ def _column_problems(config: EventsConfig) -> Iterator[str]:
     event_table_columns = {name for table in config.events.values() for name in table.columns}
     required = dict.fromkeys(config.context, "context")
     required |= {label.column: "labels" for label in config.labels.values() if label.column}
+    required |= dict.fromkeys(config.late, "late")
+    if config.weight is not None and config.weight.column is not None:
+        required[config.weight.column] = "weight"
     for name, setting in required.items():
         if name not in row_columns:
             yield f"{setting}: no table of rows has '{name}' in its `columns`; add it there"
@@ -295,6 +306,23 @@ def _label_problems(config: EventsConfig) -> Iterator[str]:
             yield f"{where} of impressions has no within; set one such as 7d"
         if label.at_least is not None and not math.isfinite(label.at_least):
             yield f"{where}: at_least is {label.at_least}; set a finite number"
+
+
+def _weight_problems(config: EventsConfig) -> Iterator[str]:
+    for name in config.late:
+        if name in config.context:
+            yield f"late: '{name}' is in context, too; a feature is known at its row's moment"
+    if (weight := config.weight) is None:
+        return
+    if (weight.column is None) == (not weight.labels and not weight.actions):
+        yield "weight: needs a column, or labels and actions; set one of both"
+    if weight.column in config.context and config.context[str(weight.column)].kind != "dense":
+        yield f"weight: column '{weight.column}' has ids; name one of numbers"
+    for name in weight.labels.keys() - config.labels.keys():
+        yield f"weight: labels has '{name}'; name one of {list(config.labels)}"
+    for value in (*weight.labels.values(), *weight.actions.values(), weight.drawn):
+        if not 0 <= value <= LARGEST:
+            yield f"weight: is {value}; a weight is 0 or more"
 
 
 def _request_problems(config: EventsConfig) -> Iterator[str]:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from embeddings.vocabulary.fixed import integer_ids, mix64
 from recsys.data.events.as_of import key_numbers, whole_keys
+from recsys.data.events.samples import WEIGHT
 from recsys.data.events.settings import EventsConfig, Negatives
 from recsys.data.events.splits import Conditions
 from recsys.data.events.sql import FOREVER, SqlEngine, count_rows, quoted
@@ -93,7 +94,7 @@ class DrawNegatives:
     settings: Negatives
     catalogue: KnownItems
     num_items: int
-    labels: list[str]
+    values: dict[str, float | None]  # of drawn samples: labels, weight and late columns
     columns: list[str]
     schema: pa.Schema
 
@@ -124,7 +125,9 @@ class DrawNegatives:
         role = positives.role[place]
         position = positives.position[place] * draws.number + nth[keep]
         columns["position"] = pa.array(-(2 * position + role))
-        columns |= {name: pa.array(np.zeros(len(keep))) for name in self.labels}
+        columns |= {
+            name: pa.array([value] * len(keep), pa.float64()) for name, value in self.values.items()
+        }
         return pa.table({**columns, "inumber": pa.array(drawn[keep]), DRAWN_AS: pa.array(role)})
 
 
@@ -275,11 +278,14 @@ def add_negatives(
     num_items, catalogue = _make_catalogue(engine, config, settings)
     schema = engine.table("SELECT * FROM rows LIMIT 0").schema
     columns = [name for name in schema.names if name != "iid"]
-    labels = [f"l_{name}" for name in config.labels]
+    values: dict[str, float | None] = {f"l_{name}": 0.0 for name in config.labels}
+    values |= {f"late_{name}": None for name in config.late}
+    if config.weight is not None:
+        values[WEIGHT] = config.weight.drawn
     kinds = [*(schema.field(name) for name in columns)]
     kinds += [pa.field("inumber", pa.int64()), pa.field(DRAWN_AS, pa.int64())]
-    draw = DrawNegatives(settings, catalogue, num_items, labels, columns, pa.schema(kinds))
-    positive_rows = _positive_rows(labels[0], datasets)
+    draw = DrawNegatives(settings, catalogue, num_items, values, columns, pa.schema(kinds))
+    positive_rows = _positive_rows(next(iter(values)), datasets)
     since = config.arrival if settings.exclude == "past" else f"{-FOREVER}"
     query = _chunk_query(columns, positive_rows, datasets, since)
     engine.add_mapped("draws", query, ["uid"], ["kind", "position"], draw, draw.schema)

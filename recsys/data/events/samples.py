@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from recsys.data.events.clean_events import IMPRESSION
-from recsys.data.events.settings import EventsConfig, Label
+from recsys.data.events.settings import EventsConfig, Label, Weight
 from recsys.data.events.splits import user_columns
 from recsys.data.events.sql import (
     FOREVER,
@@ -21,6 +21,7 @@ from recsys.data.events.times import duration
 
 logger = logging.getLogger(__name__)
 
+WEIGHT = "/weight"  # a column; names with / are none of the dataset's
 UNRIPE = "unripe: `within` ends after the log"  # reason of rows left out
 
 
@@ -34,6 +35,8 @@ def actions_in(actions: list[str] | None) -> str:
 def make_rows(engine: SqlEngine, config: EventsConfig) -> dict[str, int]:
     """Make the stage `rows`: position, uid, iid, ts, labels `l_NAME`, context `c_NAME`.
 
+    With a weight it has `/weight`, and late columns as `late_NAME`.
+
     Returns:
         The number of rows left out, by reason.
 
@@ -42,6 +45,7 @@ def make_rows(engine: SqlEngine, config: EventsConfig) -> dict[str, int]:
     """
     required = _make_labelled(engine, config)
     _check_given_labels(engine, config.labels)
+    _check_weights(engine, config.weight)
     if not count_rows(engine, "labelled"):
         actions = config.rows or "any"
         raise ValueError(f"rows: no event has an action of {actions}; correct the names of actions")
@@ -92,9 +96,14 @@ def _make_labelled(engine: SqlEngine, config: EventsConfig) -> dict[str, str]:
             filled(quoted(f"c_{name}"), feature.fill, f"c_{name}")
             for name, feature in config.context.items()
         ),
+        *(f"{quoted(f'c_{name}')} AS {quoted(f'late_{name}')}" for name in config.late),
     ]
+    if config.weight is not None:
+        columns.append(f"{_weight(config.weight, config.labels)} AS {quoted(WEIGHT)}")
     required = {f"no label '{name}'": f"l_{name}" for name in config.labels}
     required |= required_features(config, list(config.context))
+    if config.weight is not None and config.weight.fill is None:
+        required["no weight"] = WEIGHT
     if config.unripe == "drop" and config.label_window > 0:
         end = one_value(engine, "max(ts)", "unique_events")
         columns.append(f"CASE WHEN ts <= {end - config.label_window} THEN 1 END AS ripe")
@@ -112,6 +121,17 @@ def required_features(config: EventsConfig, names: list[str]) -> dict[str, str]:
         for name in names
         if config.features[name].kind == "dense" or config.vocabulary.kind == "rows"
     }
+
+
+def _weight(weight: Weight, labels: dict[str, Label]) -> str:
+    if weight.column is not None:
+        column = quoted(f"c_{weight.column}")
+        return column if weight.fill is None else f"coalesce({column}, {weight.fill})"
+    cases = {f"{_label(name, labels[name])} = 1": value for name, value in weight.labels.items()}
+    cases |= {f"action = {literal(name)}": value for name, value in weight.actions.items()}
+    text = " ".join(f"WHEN {test} THEN {value}" for test, value in cases.items())
+    rest = "NULL" if weight.fill is None else weight.fill
+    return f"CAST(CASE {text} ELSE {rest} END AS DOUBLE)"
 
 
 def _label(name: str, label: Label) -> str:
@@ -176,6 +196,13 @@ def _check_actions(engine: SqlEngine, settings: dict[str, list[str] | None]) -> 
             if setting.startswith("labels"):
                 raise ValueError(f"{text}; correct the name, or leave the label out")
             logger.warning(text)
+
+
+def _check_weights(engine: SqlEngine, weight: Weight | None) -> None:
+    if weight is not None and weight.column is not None:
+        least = one_value(engine, f"min({quoted(WEIGHT)})", "labelled")
+        if least is not None and least < 0:
+            raise ValueError(f"weight: column '{weight.column}' has {least}; a weight is 0 or more")
 
 
 def _check_given_labels(engine: SqlEngine, labels: dict[str, Label]) -> None:

@@ -104,6 +104,21 @@ class Label:
 
 
 @dataclass
+class Weight:
+    """How often a row counts in losses and metrics: by a column, or else by labels and actions."""
+
+    column: str | None = None
+    labels: dict[str, float] = field(default_factory=dict)  # of rows where one is 1, the first
+    actions: dict[str, float] = field(default_factory=dict)  # of the others, by their own action
+    # Of all other rows, and of those drawn as negatives. None: rows without a value are left out.
+    fill: float | None = 1.0
+
+    @property
+    def drawn(self) -> float:
+        return 1.0 if self.fill is None else self.fill
+
+
+@dataclass
 class Negatives:
     """Items that existed at the moment of a row whose first label is 1, drawn as its negatives."""
 
@@ -192,6 +207,7 @@ class Output:
     item: str = "item"
     time: str = "time"
     time_unit: TimeUnit = "us"
+    weight: str = "weight"  # with `weight`
     sampled: str = "sampled"  # with `negatives`: 1 in rows with a drawn item
 
 
@@ -212,6 +228,9 @@ class EventsConfig:
     # Leave out train (valid) rows whose `within` ends after valid (test) begins.
     embargo: bool = True
     context: dict[str, Feature] = field(default_factory=dict)  # columns of the sample's own row
+    weight: Weight | None = None
+    # Number columns of the sample's own row that are known later, for losses alone; may be null.
+    late: list[str] = field(default_factory=list)
     negatives: Negatives | None = None
     histories: dict[str, History] = field(default_factory=dict)
     counts: dict[str, Count] = field(default_factory=dict)
@@ -273,6 +292,7 @@ class EventsConfig:
         return {
             "rows": self.rows,
             **{f"labels.{name}.action": label.action for name, label in self.labels.items()},
+            "weight.actions": None if self.weight is None else [*self.weight.actions] or None,
             **{f"histories.{name}.actions": part.actions for name, part in self.histories.items()},
             **{f"counts.{name}.actions": count.actions for name, count in self.counts.items()},
             **{f"counts.{name}.per": count.per for name, count in self.counts.items()},

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from recsys.data.events.settings import EventsConfig, History, Parallel, Snapshots
+from recsys.data.events.settings import EventsConfig, History, Parallel, Snapshots, Weight
 from recsys.data.events.times import duration
 
 Row = dict[str, Any]
@@ -96,9 +96,22 @@ def labelled(config: EventsConfig, log: list[Row]) -> list[Row]:
         required = [
             context[name] for name, feature in config.context.items() if feature.kind == "dense"
         ]
+        late: Row = {name: row.get(name) for name in config.late}
+        if config.weight:
+            late["weight"] = weight(config.weight, row, labels)
+            required.append(late["weight"])
         if None not in [*labels.values(), *required]:
-            rows.append({**row, "labels": labels, "context": context})
+            rows.append({**row, "labels": labels, "context": context, "late": late})
     return rows
+
+
+def weight(settings: Weight, row: Row, labels: Row) -> float | None:
+    for name, value in settings.labels.items():
+        if labels[name] == 1:
+            return value
+    value = settings.actions.get(row["action"])
+    value = row.get(settings.column) if settings.column else value
+    return settings.fill if value is None else value
 
 
 def split_of(config: EventsConfig, rows: list[Row]) -> dict[str, list[str | None]]:
@@ -294,7 +307,7 @@ def datasets(
         sample |= {**row["context"], **item_features, **user_features}
         for name, settings in config.counts.items():
             sample[name] = count(config, events, row, settings, items)
-        sample |= {**row["labels"], "time": row["ts"]}
+        sample |= {**row["labels"], **row["late"], "time": row["ts"]}
         for dataset, split in row.get("splits", []):
             result[dataset][split].append(sample)
     return result

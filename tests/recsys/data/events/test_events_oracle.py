@@ -86,6 +86,8 @@ CASES: dict[str, Row] = {
         "rows": "view",
         "attribute": "all",
         "context": {"price": {"kind": "dense", "fill": 2}},
+        "weight": {"column": "price", "fill": 0.5},
+        "late": "day",
         "split": {"by": "windows", "windows": 2},
         "vocabulary": {"min_count": {"user": 2}},
     },
@@ -94,6 +96,8 @@ CASES: dict[str, Row] = {
         "labels": {"views_again": {"action": "view", "within": "2h"}},
         "split": {"by": "user", "at": [0.5, 0.75]},
         "unripe": "keep",
+        "weight": {"labels": {"views_again": 4}, "actions": {"buy": 3, "share": 0}, "fill": None},
+        "late": ["price"],
     },
 }
 LATE = ("impressions", "views")  # cases of which events say when they arrived
