@@ -73,18 +73,23 @@ def serve(package: Path, /, settings: ServerSettings) -> None:
         start_server(settings)
 
 
-def package_add_items(package: Path, /, items: str) -> None:
-    """Encode new or changed items and put them into a package.
+def package_add_items(package: str, /, items: str) -> None:
+    """Put new or changed items into a package.
 
     Args:
-        package: folder that `recsys export` wrote
-        items: Parquet file with the columns of the items
+        package: folder that `recsys export` wrote, or the URL of a server with --encoders
+        items: Parquet file with the columns of the items: content, which is encoded, and features
     """
+    if package.startswith(("http://", "https://")):
+        from recsys.serving.new_items.send import send_items
+
+        logger.info("%s: %s", package, send_items(package, items, os.environ.get(TOKEN)))
+        return
     with _without_garbage_collection():
         require_working_installation(imports_torchrec=False)
         from recsys.serving.new_items.add import add_items
 
-        logger.info("%s: %s", package, add_items(package, items))
+        logger.info("%s: %s", package, add_items(Path(package), items))
 
 
 def package_features(package: Path, /, data: str, out: Path) -> None:

@@ -39,6 +39,8 @@ class ServerSettings:
     """threads of each; 0: together all cores"""
     features: FeatureSettings = field(default_factory=FeatureSettings)
     """source of the features that are looked up by ids"""
+    encoders: bool = False
+    """keep the encoders of the package, and take new items by POST /v1/items"""
     verify: bool = True
     """compare the hashes of the files first, or their sizes alone"""
     token: str | None = field(default=None, repr=False)
@@ -56,6 +58,8 @@ class ServerSettings:
     """largest number of bytes of a request"""
     max_candidates: int = 10_000
     """largest number of candidates of a request"""
+    max_items: int = 1_000
+    """largest number of new items of a request"""
     max_history: int = 10_000
     """largest number of events of each history"""
     max_values: int = 1_000

@@ -13,7 +13,6 @@ import pyarrow as pa
 from recsys.config.named_parts import make_part
 from recsys.config.server import FeatureSettings
 from recsys.data.schema_columns import FeatureTable
-from recsys.extras import missing_extra
 from recsys.serving.features.package_features import PackageFeatures
 from recsys.serving.features.source import (
     FeatureSource,
@@ -55,7 +54,7 @@ class RedisFeatures(FeatureSource):
         try:
             import redis
         except ImportError as error:
-            raise missing_extra("redis", "features.name redis", error) from error
+            raise ValueError(f"features.name redis: {error}; pip install redis") from error
         self.types, self._prefix, self._error = types, prefix, redis.RedisError
         self._redis = redis.Redis.from_url(
             url, socket_timeout=timeout, socket_connect_timeout=timeout

@@ -36,11 +36,11 @@ from recsys.serving.new_items.added_items import (
     lookup,
 )
 from recsys.serving.new_items.item_encoder import FOLDER as ENCODER
-from recsys.serving.new_items.item_encoder import INDEX, ItemEncoder
+from recsys.serving.new_items.item_encoder import INDEX, ItemEncoder, KeptEncoder
 from recsys.serving.package import Manifest, read_manifest, replace_manifest
 from recsys.serving.vector_file import VectorFileShape
 from recsys.storage.location import Location
-from recsys.storage.manifest import describe_all, differences
+from recsys.storage.manifest import VerifiedFiles, describe_all, differences
 
 
 @dataclass(frozen=True)
@@ -71,28 +71,31 @@ class AddedContent:
     ids: pa.Array
 
 
-def add_items(package: Path, items: str) -> AddedCounts:
+def add_items(package: Path, items: str, kept: KeptEncoder | None = None) -> AddedCounts:
     """Put new and changed items of Parquet files into a package, all or none.
 
     The package may be in use by servers. `items` is a file or folder with the columns of `items/`,
     whose content is encoded, and features of the items; a column that it lacks does not change.
+    `kept` keeps the encoder for further calls.
 
     Raises:
         ValueError: a value cannot be used (it names file, column and row), an encoder is not that
             of the run, or the package has no content or is damaged. Nothing is written then.
     """
+    kept = kept or KeptEncoder()
     read_manifest(package, verify=False)
     # Processes that add items at once wait for each other.
     with FileLock(package / ".lock"):
         manifest = read_manifest(package, verify=False)
         schema = load_run_schema(package)
         table = next((part for part in schema.features if part.by == [schema.target_item]), None)
-        _require_addable(package, manifest, table)
+        _require_addable(package, manifest, table, kept.verified)
         previous, files = AddedItems.open(package, manifest.added), Location.of(items)
         rows = None if table is None else _changed_features(package, table, previous, files)
         counts, content = AddedCounts(features=0 if rows is None else len(rows)), None
-        if manifest.entry_shapes:
-            counts, content = _changed_content(package, manifest, previous, files, counts)
+        if manifest.entry_shapes and (not counts.features or _has_content(schema, files)):
+            encoder = kept.of_package(package, manifest)
+            counts, content = _changed_content(package, encoder, previous, files, counts)
         if content is not None or counts.features:
             features = previous.features
             if rows is not None and len(rows):
@@ -101,7 +104,19 @@ def add_items(package: Path, items: str) -> AddedCounts:
     return counts
 
 
-def _require_addable(package: Path, manifest: Manifest, table: FeatureTable | None) -> None:
+def _has_content(schema: Schema, files: Location) -> bool:
+    """Whether a file has a column of content, which is then that of all its items."""
+    content = set() if schema.items is None else set(schema.items.columns)
+    for file in files.files(".parquet"):
+        with open_parquet(file) as parquet:
+            if content & set(parquet.schema_arrow.names):
+                return True
+    return False
+
+
+def _require_addable(
+    package: Path, manifest: Manifest, table: FeatureTable | None, verified: VerifiedFiles
+) -> None:
     if not manifest.entry_shapes and table is None:
         raise ValueError(
             f"{package}: its model reads no content, so an item is known by its ID alone; ids that "
@@ -109,7 +124,7 @@ def _require_addable(package: Path, manifest: Manifest, table: FeatureTable | No
         )
     prefixes = ("items/", "added/", "features/", "vocabulary/", "schema.yaml")
     files = {name: file for name, file in manifest.files.items() if name.startswith(prefixes)}
-    for difference in differences(package, files):
+    for difference in differences(package, files, verified=verified):
         raise ValueError(f"{difference}; export the run again, or copy the package again")
 
 
@@ -156,7 +171,7 @@ def _check_values(schema: Schema, table: FeatureTable, rows: pa.Table, place: st
 
 def _changed_content(
     package: Path,
-    manifest: Manifest,
+    encoder: ItemEncoder,
     previous: AddedItems,
     files: Location,
     counts: AddedCounts,
@@ -164,7 +179,6 @@ def _changed_content(
     """Encode the items whose content is new or changes; None if that of no item does."""
     with TemporaryDirectory() as cache:
         table, ids = _open_items(package, previous, files)
-        encoder = ItemEncoder(package, manifest.entry_shapes)
         store = encoder.read(table, Path(cache))
         index = content_index(store)
         exported = np.load(package / ENCODER / INDEX, allow_pickle=False)
@@ -242,7 +256,8 @@ def _write(
     if len(content.index):
         layout = VectorFileShape(**manifest.content["history"])
         shape = replace(layout, num_rows=len(content.index))
-    entry = previous.write_next(package, *vars(content).values(), shape, features)
+    parts = content.index, content.vectors, content.ids
+    entry = previous.write_next(package, *parts, shape, features)
     folder = package / FOLDER / str(entry["number"])
     files = {
         name: file for name, file in manifest.files.items() if not name.startswith(f"{FOLDER}/")

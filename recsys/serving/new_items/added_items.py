@@ -96,7 +96,7 @@ class AddedItems:
         vectors: Tensor,  # [K, E]
         ids: pa.Array,
         shape: VectorFileShape | None,
-        features: pa.Table | None,
+        features: pa.Table | None = None,
     ) -> dict[str, Any]:
         """Write the folder of the next addition and return the manifest's entry `added`.
 

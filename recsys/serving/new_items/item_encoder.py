@@ -7,6 +7,7 @@ Shapes: K items to encode, E width of content vectors.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +21,11 @@ from recsys.content.encoders.build import encoder_of
 from recsys.content.encoders.identity import check_identities
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
+from recsys.data.items.kind import make_kinds
 from recsys.model.precision import content_parts, use_bfloat16
 from recsys.ranking.settings import SimSettings
+from recsys.serving.package import Manifest
+from recsys.storage.manifest import VerifiedFiles
 
 FOLDER = "items"  # of the package
 CONFIG, WEIGHTS, INDEX = "config.yaml", "weights.safetensors", "index.npy"
@@ -30,11 +34,30 @@ ITEMS_PER_CALL = 256
 EntryShapes = dict[str, list[int]]
 
 
+class KeptEncoder:
+    """The encoder of a package that takes items again and again, and the files it has verified."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, Any] = {}
+        self._encoder: ItemEncoder | None = None
+        self.verified = VerifiedFiles()
+
+    def of_package(self, package: Path, manifest: Manifest) -> ItemEncoder:
+        """Return the encoder of a package, the one of before if its files are the same."""
+        files = {
+            name: file for name, file in manifest.files.items() if name.startswith(f"{FOLDER}/")
+        }
+        if self._encoder is None or files != self._files:
+            self._encoder, self._files = ItemEncoder(package, manifest.entry_shapes), files
+        return self._encoder
+
+
 class ItemEncoder:
     """Encodes items as the run of a package does; refuses models that keep more than content."""
 
     def __init__(self, package: Path, shapes: EntryShapes) -> None:
         self.folder, self.shapes = package / FOLDER, shapes
+        self._branch: ContentBranch | None = None
         self.config: Config = load_config(self.folder / CONFIG, ["--device", "cpu"])
         content = content_settings(self.config.content)
         assert content is not None
@@ -63,13 +86,20 @@ class ItemEncoder:
     @torch.no_grad()
     def encode(self, store: ContentStore, ids: np.ndarray) -> Tensor:  # [K] -> [K, E]
         """Return content vectors; a ValueError names an encoder that is not that of the run."""
-        branch = self._branch(store)
+        branch = self.load()
         calls = [ids[at : at + ITEMS_PER_CALL] for at in range(0, len(ids), ITEMS_PER_CALL)]
         return torch.cat([branch.encode(store.gather(call)) for call in calls])
 
-    def _branch(self, store: ContentStore) -> ContentBranch:
+    def load(self) -> ContentBranch:
+        """Load the encoders, unless they are; a ValueError names one that is not of the run."""
+        if self._branch is None:
+            self._branch = self._load_branch()
+        return self._branch
+
+    def _load_branch(self) -> ContentBranch:
+        kinds = make_kinds(self.content.modalities)
         encoders = {
-            name: encoder_of(kind, tuple(self.shapes[name])) for name, kind in store.kinds.items()
+            name: encoder_of(kind, tuple(self.shapes[name])) for name, kind in kinds.items()
         }
         identities = {
             name: encoder.identity for name, encoder in encoders.items() if encoder.identity

@@ -28,6 +28,8 @@ from recsys.serving.server.protocol import (
     ErrorResponse,
     InferRequest,
     InferResponse,
+    ItemsRequest,
+    ItemsResponse,
     RankRequest,
     RankResponse,
     RequestError,
@@ -40,7 +42,7 @@ from recsys.serving.server.scoring_service import LoadedPackage, ScoringService
 logger = logging.getLogger(__name__)
 
 MODEL = "/v2/models/{name}"
-RANK = "/v1/rank"
+RANK, ITEMS = "/v1/rank", "/v1/items"
 VERSION = MODEL + "/versions/{model_version}"
 PROBES = ("/v2/health/live", "/v2/health/ready")  # Kubernetes sends no token with them
 INTERNAL = "internal error; the log of the server has its cause under the request's id"
@@ -88,6 +90,8 @@ def http_app(scoring: ScoringService, lifespan: Lifespan) -> FastAPI:
         app.post(path, response_model=InferResponse, openapi_extra=body)(routes.infer)
     body = _described_body(RankRequest)
     app.post(RANK, response_model=RankResponse, openapi_extra=body)(routes.rank)
+    body = _described_body(ItemsRequest)
+    app.post(ITEMS, response_model=ItemsResponse, openapi_extra=body)(routes.items)
     app.router.routes.insert(0, DirectRoute(RANK, routes.rank, methods=["POST"]))
     app.add_exception_handler(RequestError, _refuse)
     app.add_exception_handler(HTTPException, _http_error)
@@ -118,7 +122,7 @@ def _describe(app: FastAPI, name: str, package: LoadedPackage) -> None:
     """Complete the description in OpenAPI: messages, model, and columns of the first package."""
     document = app.openapi()
     schemas = document["components"]["schemas"]
-    for kind in (InferRequest, RankRequest):
+    for kind in (InferRequest, RankRequest, ItemsRequest):
         schema = kind.model_json_schema(ref_template=SCHEMAS)
         schemas |= schema.pop("$defs", {})
         schemas[kind.__name__] = schema
@@ -206,6 +210,14 @@ class Routes:
         # Several times as fast as json.dumps with hundreds of numbers.
         content = to_json(head | _ranking(message, candidates, package, scores))
         return Response(content, media_type="application/json")
+
+    async def items(self, request: Request) -> Response:
+        """Put new or changed items into the package, all or none; they are served from then on."""
+        message = parse_message(ItemsRequest, await self._body(request))
+        counts, version = await self._scoring.add_items(message.items)
+        numbers = {name: value for name, value in vars(counts).items() if name != "without_row"}
+        head = {"id": request.state.request_id, "model_version": version}
+        return Response(to_json(head | numbers), media_type="application/json")
 
     async def _body(self, request: Request) -> bytes:
         limit, chunks, size = self._scoring.settings.max_body, [], 0

@@ -79,6 +79,23 @@ class RankResponse(BaseModel):
     scores: dict[str, list[float]]
 
 
+class ItemsRequest(StrictMessage):
+    """New or changed items: id, content and features by column; images are in base64."""
+
+    items: list[dict[str, Value | list[Value | list[Value]]]]
+
+
+class ItemsResponse(BaseModel):
+    """Numbers of items, and the version of the package that has them, which answers from now on."""
+
+    id: str
+    model_version: str
+    new: int
+    changed: int
+    unchanged: int
+    features: int
+
+
 class InputTensor(StrictMessage):
     """An input of the protocol; without data if its values follow the JSON as bytes."""
 

@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ import torch
 
 from recsys.config.server import FeatureSettings, ServerSettings
 from recsys.serving.features.source import FeatureSourceError
+from recsys.serving.new_items.add import AddedCounts
+from recsys.serving.new_items.intake import Item, ItemIntake
 from recsys.serving.package import MANIFEST, REQUEST, digest_of
 from recsys.serving.scorer import Scorer
 from recsys.serving.server import metrics
@@ -91,6 +93,11 @@ class ScoringService:
         # A separate thread: without privileges its priority cannot be raised again.
         self._loader_thread = ThreadPoolExecutor(1, "loader", _lower_priority)
         self._num_waiting = 0
+        self._item_thread = ThreadPoolExecutor(1, "items")
+        self._intake = ItemIntake(self._folder) if settings.encoders else None
+        self._num_additions = 0
+        if self._intake is not None:
+            self._item_thread.submit(self._intake.warm_up)
 
     def require_token(self, header: str) -> None:
         """Require the bearer token, if one is set; a RequestError has status 401."""
@@ -145,22 +152,49 @@ class ScoringService:
         scores = await self.score(package, package.columns.arguments(tensors))
         return {label: scores[:, outputs.index(label)] for label in labels or outputs}
 
+    async def add_items(self, items: Sequence[Item]) -> tuple[AddedCounts, str]:
+        """Add items to the package; return their numbers and the version that now answers."""
+        limits = self.settings
+        if self._intake is None:
+            raise RequestError("items: are not taken; start the server with --encoders true", 404)
+        if not 1 <= len(items) <= limits.max_items:
+            raise RequestError(f"items: are {len(items)}; give 1 to {limits.max_items}")
+        if self._num_additions >= limits.max_waiting:
+            raise RequestError(f"{self._num_additions} additions wait already; send it again", 503)
+        self._num_additions += 1
+        try:
+            loop = asyncio.get_running_loop()
+            counts = await loop.run_in_executor(self._item_thread, self._intake.add, items)
+            if not await self._take_newest():
+                raise RuntimeError("the package with the new items cannot be loaded")
+            return counts, self.package.version
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+        finally:
+            self._num_additions -= 1
+
     def count_worker(self) -> None:
         metrics.WORKERS.labels(self.package.version).set(1)
 
     async def watch(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(POLL_SECONDS)
-            identity = self._identify_manifest()
-            is_new = identity not in (None, self._manifest_identity)
-            if is_new and time.monotonic() >= self._retry_at:
-                version = self.package.version
-                if await loop.run_in_executor(self._loader_thread, self._reload, identity):
-                    metrics.WORKERS.labels(version).set(0)
-                    self.count_worker()
-                else:
-                    metrics.RELOAD_FAILURES.inc()
+            if time.monotonic() >= self._retry_at:
+                await self._take_newest()
+
+    async def _take_newest(self) -> bool:
+        """Load the package anew if it was exchanged; return whether the newest is served."""
+        identity, version = self._identify_manifest(), self.package.version
+        if identity in (None, self._manifest_identity):
+            return identity is not None
+        loop = asyncio.get_running_loop()
+        is_loaded = await loop.run_in_executor(self._loader_thread, self._reload, identity)
+        if not is_loaded:
+            metrics.RELOAD_FAILURES.inc()
+        elif version != self.package.version:
+            metrics.WORKERS.labels(version).set(0)
+            self.count_worker()
+        return is_loaded
 
     def _identify_manifest(self) -> tuple[int, ...] | None:
         try:
@@ -170,6 +204,8 @@ class ScoringService:
         return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
     def _reload(self, identity: tuple[int, ...] | None) -> bool:
+        if identity == self._manifest_identity:  # of another call
+            return True
         try:
             with _short_switches():
                 self.package = LoadedPackage.load(

@@ -174,7 +174,8 @@ class Shop:
     @cache  # noqa: B019 - a shop lives as long as its test
     def count(self, action: str, days: int, *names: str) -> Counter[tuple[Any, ...]]:
         """The events of the last days by ids, which are those at the time of each event."""
-        end, counter = 1 + max(event["time"] for event in self.events), Counter()
+        end = 1 + max(event["time"] for event in self.events)
+        counter: Counter[tuple[Any, ...]] = Counter()
         for event in self.events:
             snapshot = self.item(event["item"], event["time"])
             ids = {**snapshot, **event}

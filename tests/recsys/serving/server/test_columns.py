@@ -30,7 +30,8 @@ def columns(example: dict[str, Any]) -> InputColumns:
         schema.id_types[table] = IdType("string", "train")
     pooled = ["user", "shop", "place"]
     manifest = SimpleNamespace(pooled=pooled, dense=["age"])
-    return InputColumns(cast(Scorer, SimpleNamespace(schema=schema, manifest=manifest)), example)
+    scorer = SimpleNamespace(schema=schema, manifest=manifest, feature_types={})
+    return InputColumns(cast(Scorer, scorer), example)
 
 
 @pytest.mark.parametrize(

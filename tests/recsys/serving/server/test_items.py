@@ -1,0 +1,123 @@
+"""A server with encoders takes new items: they are served when it answers."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from recsys.serving import Scorer
+from recsys.serving.new_items.add import add_items
+from recsys.serving.new_items.send import send_items
+from tests.recsys.serving.server.served_package import TOKEN, ServedPackage
+from tests.recsys.serving.serving_runs import exported, requests
+from tests.recsys.serving.test_add_items import NEW, config_of, dataset, new_items
+
+ADDITIONS = 50
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data with raw ids of items, run and package."""
+    folder = tmp_path_factory.mktemp("posted")
+    dataset(folder)
+    exported(folder, config_of(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(run: Path) -> Iterator[ServedPackage]:
+    shutil.copytree(run / "package", run / "served")
+    options = ("--encoders", "true", "--max_items", "60")
+    server = ServedPackage(run / "served", run / "log", *options)
+    yield server
+    assert server.end() == 0
+
+
+def posted(table: pa.Table) -> dict[str, Any]:
+    """Rows of a file as a request has them."""
+    rows = table.to_pylist()
+    for row in rows:
+        row["poster"] = row["poster"] and base64.b64encode(row["poster"]).decode()
+    return {"items": rows}
+
+
+def test_posted_items_score_as_those_that_the_command_adds(
+    run: Path, server: ServedPackage, tmp_path: Path
+) -> None:
+    items = new_items(run / "data", NEW)
+    pq.write_table(items, tmp_path / "new.parquet")
+    package = Path(shutil.copytree(run / "package", tmp_path / "by_command"))
+    add_items(package, str(tmp_path / "new.parquet"))
+    before = server.call("/v2/models/shop").content["versions"]
+    answer = server.call("/v1/items", posted(items))
+    assert answer.status == 200, answer.body
+    assert {name: answer.content[name] for name in ("new", "changed", "unchanged")} == {
+        "new": 3,
+        "changed": 0,
+        "unchanged": 0,
+    }
+    assert [answer.content["model_version"]] == server.call("/v2/models/shop").content["versions"]
+    assert [answer.content["model_version"]] != before
+    request = next(r for r in requests(run / "data") if r["history"]["history"])
+    request["candidates"] = NEW
+    expected = Scorer.load(package).score(**request)[:, 0]
+    content = server.call("/v1/rank", request).content
+    by_item = dict(zip(content["items"], content["scores"]["liked"], strict=True))
+    np.testing.assert_allclose([by_item[item] for item in NEW], expected, atol=1e-6)
+    assert send_items(f"http://127.0.0.1:{server.port}", str(tmp_path / "new.parquet"), TOKEN) == (
+        "0 new, 0 changed, 3 unchanged, 0 features"
+    )
+
+
+def test_an_item_answers_within_a_second_also_when_several_come_at_once(
+    run: Path, server: ServedPackage
+) -> None:
+    table = new_items(run / "data", list(range(1000, 1000 + ADDITIONS + 8)))
+    seconds = []
+    for row in range(ADDITIONS):
+        started = time.perf_counter()
+        assert server.call("/v1/items", posted(table.slice(row, 1))).status == 200
+        seconds.append(time.perf_counter() - started)
+    assert np.quantile(seconds, 0.95) < 1, np.quantile(seconds, [0.5, 0.95, 1])
+    with ThreadPoolExecutor(8) as threads:
+        bodies = [posted(table.slice(ADDITIONS + row, 1)) for row in range(8)]
+        answers = list(threads.map(lambda body: server.call("/v1/items", body), bodies))
+    assert [answer.content["new"] for answer in answers] == [1] * 8
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ({"items": []}, "items: are 0; give 1 to 60"),
+        ({"items": [{"item": 7}] * 61}, "items: are 61; give 1 to 60"),
+        ({"items": [{"item": 7, "colour": "red"}]}, "['colour'] are none of the columns"),
+        ({"items": [{"item": 7, "poster": "?"}]}, "items: column 'poster'"),
+        ({"items": [{"item": 7, "text": "a"}, {"item": 8}]}, "some have content and others none"),
+        ({"items": [{"item": None, "text": "a"}]}, "items: column 'item': ids of type null"),
+    ],
+)
+def test_items_that_cannot_be_used_are_refused(
+    server: ServedPackage, body: dict[str, Any], problem: str
+) -> None:
+    answer = server.call("/v1/items", body)
+    assert answer.status == 400 and problem in answer.content["error"]
+    assert server.call("/v1/items", body, authorization="Bearer other").status == 401
+
+
+def test_a_server_without_encoders_takes_no_items(run: Path, tmp_path: Path) -> None:
+    server = ServedPackage(run / "package", tmp_path / "log")
+    try:
+        answer = server.call("/v1/items", {"items": [{"item": 7}]})
+        assert answer.status == 404 and "--encoders" in answer.content["error"]
+    finally:
+        server.end()
