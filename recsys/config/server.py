@@ -58,6 +58,8 @@ class ServerSettings:
     """largest number of bytes of a request"""
     max_candidates: int = 10_000
     """largest number of candidates of a request"""
+    max_batch: int = 100
+    """largest number of requests of a batch"""
     max_items: int = 1_000
     """largest number of new items of a request"""
     max_history: int = 10_000

@@ -35,6 +35,7 @@ from recsys.data.parquet.file import open_parquet
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.predict import load_run
 from recsys.model.tables import pooled_features
+from recsys.serving.drift import write_statistics
 from recsys.serving.exported_graph import (
     COMPILED,
     Compile,
@@ -125,6 +126,7 @@ def write_package(
     write_run_schema(folder, schema)
     keep_vocabularies(folder, job)
     write_features(job.root, schema, folder)
+    write_statistics(job, [*model.pooled, *model.dense, schema.target_item], folder)
     for table, vocabulary in job.vocabularies.by_table.items():
         save_bounded(folder, table, vocabulary)
     columns = [*model.pooled, schema.target_item, *schema.event_columns]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,7 @@ class RequestValues:
         self.schema, self.features, self.user, self.lists = schema, features, user, lists
         self.num_rows, self.now = len(lists[schema.target_item]), now
         self._looked_up: dict[str, dict[str, pa.Array]] = {}  # by table
+        self.nulls: dict[str, tuple[int, int]] = {}  # values and nulls, by column
 
     def column(self, name: str) -> Sequence[Any] | pa.Array:
         """Return N values of the candidates, or one of the user."""
@@ -83,6 +84,10 @@ class RequestValues:
     def columns(self, names: Sequence[str]) -> dict[str, Sequence[Any] | pa.Array]:
         """Return columns of equal lengths: those of the user are repeated beside candidates'."""
         columns = {name: self.column(name) for name in names}
+        for name, values in columns.items():
+            is_array = isinstance(values, pa.Array)
+            nulls = values.null_count if is_array else sum(value is None for value in values)
+            self.nulls[name] = len(values), nulls
         length = max(map(len, columns.values()))
         return {name: _repeated(values, length) for name, values in columns.items()}
 
@@ -139,6 +144,8 @@ class RequestRows:
     dense: dict[str, np.ndarray]  # float32 [1 or N] by column
     target: np.ndarray  # int64 [N]
     histories: list[HistoryRows]  # in the order of the schema
+    # Values and nulls among them of each column of the files, of the user and the candidates.
+    nulls: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class RequestReader:
@@ -183,9 +190,11 @@ class RequestReader:
             {name: self._column(name, *file_values(name)).to_numpy(False) for name in self.dense},
             target,
             histories,
+            request.nulls,
         )
 
-    def unknown_ids(self, rows: RequestRows) -> dict[str, int]:
+    def unknown_ids(self, rows: RequestRows) -> dict[str, tuple[int, int]]:
+        """Return the number of ids, and of unknown ones, of each column that may have some."""
         columns = {name: column.rows for name, column in rows.pooled.items()}
         columns |= {name: ids for events in rows.histories for name, ids in events.ids.items()}
         columns[self.schema.target_item] = rows.target
@@ -194,8 +203,8 @@ class RequestReader:
             table = self.schema.table_of(name)
             vocabulary = self.bounded.get(table) or self.schema.vocabularies.get(table)
             if isinstance(vocabulary, BoundedVocabulary | ExactVocabulary):
-                counts[name] = int((ids == vocabulary.unknown_row).sum())
-        return {name: count for name, count in counts.items() if count}
+                counts[name] = len(ids), int((ids == vocabulary.unknown_row).sum())
+        return counts
 
     def item_ids(self, limit: int) -> list[Any]:
         """Return the ids of all items by row; a ValueError says if they are too many or unknown."""

@@ -21,14 +21,14 @@ from recsys.config.server import FeatureSettings
 from recsys.data.schema import Schema
 from recsys.model.losses import predictions
 from recsys.serving.exported_graph import Graph, graph_file, load_graph
-from recsys.serving.features.package_features import PackageFeatures
+from recsys.serving.features.package_features import FOLDER, PackageFeatures
 from recsys.serving.features.stores import feature_source
-from recsys.serving.new_items.added_items import AddedItems, grow_vocabulary
+from recsys.serving.new_items.added_items import FEATURES, AddedItems, grow_vocabulary
 from recsys.serving.package import Manifest, differing_versions, read_manifest
 from recsys.serving.ranking_graph import RankingInputs
 from recsys.serving.requests import HistoryRows, RequestReader, RequestRows, TableRows
 from recsys.serving.vector_file import VectorFile, VectorFileShape
-from recsys.storage.manifest import VerifiedFiles
+from recsys.storage.manifest import VerifiedFiles, content_digest
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class Scorer:
         self.schema = schema
         own = PackageFeatures(folder, schema, self._added.features)
         self.feature_types = own.types
+        own.version = features_version(manifest) if schema.features else ""
         source = feature_source(features or FeatureSettings(), own)
         self.read = RequestReader(schema, manifest.pooled, bounded, manifest.dense, source)
         self._tables, self._content = (
@@ -125,6 +126,12 @@ class Scorer:
             ) from error
         scorer.verified = verified
         return scorer
+
+    @property
+    def features_version(self) -> str:
+        """The version of the features that are looked up, if the source has one; else empty."""
+        assert self.read.features is not None
+        return self.read.features.version
 
     def _load_graph(self, folder: Path, previous: Scorer | None) -> Graph:
         if previous is None:
@@ -252,6 +259,16 @@ class Scorer:
         pooled = {name: TableRows(one, one + 1) for name in self.manifest.pooled}
         dense = {name: np.zeros(1, np.float32) for name in self.manifest.dense}
         self._run(RequestRows(pooled, dense, one, histories))
+
+
+def features_version(manifest: Manifest) -> str:
+    """Return the start of a hash of the features of a package, also of added items."""
+    files = {
+        name: file
+        for name, file in manifest.files.items()
+        if name.startswith(f"{FOLDER}/") or name.endswith(f"/{FEATURES}")
+    }
+    return content_digest(files)[:12]
 
 
 def bounded_file(folder: Path, table: str) -> Path:

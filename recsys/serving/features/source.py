@@ -36,8 +36,10 @@ class FeatureSource(ABC):
                 rows = self.client.get(table.name, key_texts(keys))
                 return table_of_rows(rows, table, self.types)
 
-    `types` are those of the package's own features.
+    `types` are those of the package's own features. `version` is of all values, if there is one.
     """
+
+    version = ""
 
     @abstractmethod
     def read(self, table: FeatureTable, keys: list[pa.Array]) -> pa.Table:  # K ids each -> [K]

@@ -41,6 +41,8 @@ def feature_source(settings: FeatureSettings, own: PackageFeatures) -> FeatureSo
 class RedisFeatures(FeatureSource):
     """A hash per id in Redis: `PREFIX NAME:ID` has a JSON value by column, also of `COLUMN@`.
 
+    `PREFIX version` has the version of all, if its writer sets one.
+
     `timeout` is in seconds, of each call.
     """
 
@@ -66,7 +68,10 @@ class RedisFeatures(FeatureSource):
         pipeline = self._redis.pipeline(transaction=False)
         for text in texts:
             pipeline.hmget(self._key(table, text or ""), names)
-        rows = [dict(zip(names, values, strict=True)) for values in self._execute(pipeline)]
+        pipeline.get(f"{self._prefix}version")
+        *hashes, version = self._execute(pipeline)
+        self.version = "" if version is None else version.decode(errors="replace")
+        rows = [dict(zip(names, values, strict=True)) for values in hashes]
         try:
             plain = [
                 {name: json.loads(value) for name, value in row.items() if value and text}

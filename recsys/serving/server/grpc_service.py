@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 PROTOCOL = Path(__file__).with_name("open_inference.proto")
 SERVICE = "inference.GRPCInferenceService"
+RETRY = ("grpc-retry-pushback-ms", "1000")  # what Retry-After is over HTTP
 PROBES = ("ServerLive", "ServerReady")  # they send no token
 
 
@@ -89,6 +90,8 @@ class InferenceService:
                 return response(**await self._fields(name, message, log.id))
             except RequestError as error:
                 code, problem = error.code, str(error)
+                if code == "UNAVAILABLE":
+                    context.set_trailing_metadata(((ID_HEADER, log.id), RETRY))
             except Exception:
                 logger.exception("request %s failed", log.id)
                 code, problem = "INTERNAL", INTERNAL
@@ -133,6 +136,7 @@ class InferenceService:
             "model_name": message.model_name,
             "model_version": package.version,
             "id": message.id or request_id,
+            "parameters": {"features_version": {"string_param": package.scorer.features_version}},
             "outputs": [
                 {"name": label, "datatype": "FP32", "shape": [len(values)]}
                 for label, values in scores.items()

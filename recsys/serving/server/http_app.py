@@ -25,6 +25,8 @@ from recsys.serving.server.input_columns import ScoreArguments
 from recsys.serving.server.metrics import ID_HEADER, RequestLog
 from recsys.serving.server.protocol import (
     JSON_LENGTH,
+    BatchRequest,
+    BatchResponse,
     ErrorResponse,
     InferRequest,
     InferResponse,
@@ -42,7 +44,7 @@ from recsys.serving.server.scoring_service import LoadedPackage, ScoringService
 logger = logging.getLogger(__name__)
 
 MODEL = "/v2/models/{name}"
-RANK, ITEMS = "/v1/rank", "/v1/items"
+RANK, BATCH, ITEMS = "/v1/rank", "/v1/rank/batch", "/v1/items"
 VERSION = MODEL + "/versions/{model_version}"
 PROBES = ("/v2/health/live", "/v2/health/ready")  # Kubernetes sends no token with them
 INTERNAL = "internal error; the log of the server has its cause under the request's id"
@@ -90,6 +92,8 @@ def http_app(scoring: ScoringService, lifespan: Lifespan) -> FastAPI:
         app.post(path, response_model=InferResponse, openapi_extra=body)(routes.infer)
     body = _described_body(RankRequest)
     app.post(RANK, response_model=RankResponse, openapi_extra=body)(routes.rank)
+    body = _described_body(BatchRequest)
+    app.post(BATCH, response_model=BatchResponse, openapi_extra=body)(routes.rank_batch)
     body = _described_body(ItemsRequest)
     app.post(ITEMS, response_model=ItemsResponse, openapi_extra=body)(routes.items)
     app.router.routes.insert(0, DirectRoute(RANK, routes.rank, methods=["POST"]))
@@ -122,7 +126,7 @@ def _describe(app: FastAPI, name: str, package: LoadedPackage) -> None:
     """Complete the description in OpenAPI: messages, model, and columns of the first package."""
     document = app.openapi()
     schemas = document["components"]["schemas"]
-    for kind in (InferRequest, RankRequest, ItemsRequest):
+    for kind in (InferRequest, BatchRequest, RankRequest, ItemsRequest):
         schema = kind.model_json_schema(ref_template=SCHEMAS)
         schemas |= schema.pop("$defs", {})
         schemas[kind.__name__] = schema
@@ -191,6 +195,7 @@ class Routes:
             "model_name": name,
             "model_version": package.version,
             "id": message.id or request.state.request_id,
+            "parameters": {"features_version": package.scorer.features_version},
         }
         content, json_length = write_infer_response(message, head, scores)
         if json_length is None:
@@ -201,15 +206,39 @@ class Routes:
 
     async def rank(self, request: Request) -> Response:
         """Return the candidates, the best one first."""
-        package, limits = self._scoring.package, self._scoring.settings
+        package = self._scoring.package
         message = parse_message(RankRequest, await self._body(request))
-        candidates = _candidates(message, package, limits.max_candidates)
-        arguments = ScoreArguments(message.user, message.history, candidates)
+        arguments = self._arguments(message, package)
         scores = await self._scoring.score(package, arguments)
-        head = {"id": request.state.request_id, "model_version": package.version}
+        content = _head(request, package) | _ranking(message, arguments, package, scores)
         # Several times as fast as json.dumps with hundreds of numbers.
-        content = to_json(head | _ranking(message, candidates, package, scores))
+        return Response(to_json(content), media_type="application/json")
+
+    async def rank_batch(self, request: Request) -> Response:
+        """Return the ranking of each request of several users, or why it is refused."""
+        package, limit = self._scoring.package, self._scoring.settings.max_batch
+        messages = parse_message(BatchRequest, await self._body(request)).requests
+        if len(messages) > limit:
+            raise RequestError(f"requests: are {len(messages)}; the limit is {limit}")
+        arguments: list[ScoreArguments | RequestError] = []
+        for message in messages:
+            try:
+                arguments.append(self._arguments(message, package))
+            except RequestError as error:
+                arguments.append(error)
+        results = []
+        scores = await self._scoring.score_each(package, arguments)
+        for message, request_arguments, result in zip(messages, arguments, scores, strict=True):
+            if isinstance(result, RequestError) or isinstance(request_arguments, RequestError):
+                results.append({"error": str(result)})
+            else:
+                results.append(_ranking(message, request_arguments, package, result))
+        content = to_json(_head(request, package) | {"results": results})
         return Response(content, media_type="application/json")
+
+    def _arguments(self, message: RankRequest, package: LoadedPackage) -> ScoreArguments:
+        candidates = _candidates(message, package, self._scoring.settings.max_candidates)
+        return ScoreArguments(message.user, message.history, candidates)
 
     async def items(self, request: Request) -> Response:
         """Put new or changed items into the package, all or none; they are served from then on."""
@@ -244,11 +273,21 @@ def _candidates(message: RankRequest, package: LoadedPackage, limit: int) -> Any
         raise RequestError(f"candidates: {error}") from error
 
 
+def _head(request: Request, package: LoadedPackage) -> dict[str, Any]:
+    return {
+        "id": request.state.request_id,
+        "model_version": package.version,
+        "features_version": package.scorer.features_version,
+    }
+
+
 def _ranking(
-    message: RankRequest, candidates: Any, package: LoadedPackage, scores: np.ndarray
+    message: RankRequest, arguments: ScoreArguments, package: LoadedPackage, scores: np.ndarray
 ) -> dict[str, Any]:  # scores: float32 [N, C]
-    labels = package.scorer.labels
-    items = candidates[package.columns.item] if isinstance(candidates, dict) else candidates
+    labels, candidates = package.scorer.labels, arguments.candidates
+    items = candidates
+    if isinstance(candidates, Mapping):
+        items = candidates[package.columns.item]
     by = message.by or labels[0]
     order = np.argsort(-scores[:, labels.index(by)], kind="stable")[: message.top_k]
     best = scores[order]

@@ -9,9 +9,11 @@ import logging
 import os
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from uuid import uuid4
 
+import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
@@ -25,7 +27,19 @@ REQUESTS = Histogram(
     "recsys_request_seconds", "Seconds of a request", ["route", "status"], buckets=SECONDS
 )
 CANDIDATES = Histogram("recsys_request_candidates", "Candidates of a request", buckets=SIZES)
-UNKNOWN_IDS = Counter("recsys_unknown_ids", "Ids that the model does not know", ["column"])
+# By kind: unknown (ids), null (of files), out_of_range (numbers beyond those of training).
+COLUMN_VALUES = Counter("recsys_column_values", "Values of requests, by column", ["column", "kind"])
+COLUMN_DRIFT = Counter(
+    "recsys_column_drift",
+    "Values of requests that are unknown, null or out of range",
+    ["column", "kind"],
+)
+TRAINING_SHARE = Gauge(
+    "recsys_training_share",
+    "Share of such values in the training rows",
+    ["column", "kind"],
+    multiprocess_mode="max",
+)
 WAITING = Gauge(
     "recsys_waiting_requests", "Requests that wait or are scored", multiprocess_mode="livesum"
 )
@@ -47,6 +61,33 @@ def exposition() -> bytes:
     registry = CollectorRegistry()
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     return generate_latest(registry)
+
+
+def count_values(kind: str, counts: Mapping[str, tuple[int, int]]) -> None:
+    """Count values, and those that drift, by column."""
+    for column, (number, drifted) in counts.items():
+        COLUMN_VALUES.labels(column, kind).inc(number)
+        COLUMN_DRIFT.labels(column, kind).inc(drifted)
+
+
+def out_of_range(
+    columns: Mapping[str, np.ndarray], statistics: Mapping[str, Mapping[str, float]]
+) -> dict[str, tuple[int, int]]:
+    """Count numbers, and those beyond the range of training, by column that has one."""
+    counts = {}
+    for name, values in columns.items():
+        if "low" in (shares := statistics.get(name, {})):
+            beyond = (values < shares["low"]) | (values > shares["high"])
+            counts[name] = len(values), int(beyond.sum())
+    return counts
+
+
+def set_training_shares(statistics: Mapping[str, Mapping[str, float]]) -> None:
+    """Set the shares of the training rows; no number of these is out of range."""
+    for column, shares in statistics.items():
+        for kind, share in shares.items():
+            if kind in ("unknown", "null"):
+                TRAINING_SHARE.labels(column, kind).set(share)
 
 
 class RequestLog:

@@ -69,14 +69,41 @@ class RankRequest(StrictMessage):
     by: str | None = None
 
 
-class RankResponse(BaseModel):
+class Ranking(BaseModel):
     """Candidates, the best one first by the label `by`, with the predictions of each label."""
 
-    id: str
-    model_version: str
     by: str
     items: list[Value]
     scores: dict[str, list[float]]
+
+
+class RankResponse(Ranking):
+    """A ranking, with the versions of the package and of the features that were looked up."""
+
+    id: str
+    model_version: str
+    features_version: str
+
+
+class BatchRequest(StrictMessage):
+    """Requests of several users, which one package answers."""
+
+    requests: list[RankRequest]
+
+
+class ErrorResponse(BaseModel):
+    """The error of a refused request."""
+
+    error: str
+
+
+class BatchResponse(BaseModel):
+    """A ranking of each request, or why it is refused, in their order."""
+
+    id: str
+    model_version: str
+    features_version: str
+    results: list[Ranking | ErrorResponse]
 
 
 class ItemsRequest(StrictMessage):
@@ -139,13 +166,8 @@ class InferResponse(BaseModel):
     model_name: str
     model_version: str
     id: str
+    parameters: dict[str, Any] = {}
     outputs: list[OutputTensor]
-
-
-class ErrorResponse(BaseModel):
-    """The error of a refused request."""
-
-    error: str
 
 
 def parse_message(kind: type[Message], body: bytes) -> Message:
@@ -259,7 +281,7 @@ def read_infer_request(
 
 
 def write_infer_response(
-    request: InferRequest, head: dict[str, str], scores: dict[str, np.ndarray]
+    request: InferRequest, head: dict[str, Any], scores: dict[str, np.ndarray]
 ) -> tuple[bytes, int | None]:  # scores: float32 [N] by label
     """Return a body and, if outputs follow its JSON as bytes, the length of the JSON."""
     parameters = {output.name: output.parameters for output in request.outputs or ()}

@@ -18,12 +18,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from recsys.config.server import FeatureSettings, ServerSettings
+from recsys.serving.drift import read_statistics
 from recsys.serving.features.source import FeatureSourceError
 from recsys.serving.new_items.add import AddedCounts
 from recsys.serving.new_items.intake import Item, ItemIntake
@@ -50,6 +52,7 @@ class LoadedPackage:
     scorer: Scorer
     columns: InputColumns
     version: str
+    statistics: dict[str, dict[str, float]]  # of training, by column
 
     @staticmethod
     def load(
@@ -63,14 +66,16 @@ class LoadedPackage:
         folder = folder.resolve()  # of a link, which may be exchanged meanwhile
         scorer = Scorer.load(folder, verify, previous, verified, features)
         example = json.loads((folder / REQUEST).read_text())
-        return LoadedPackage(scorer, InputColumns(scorer, example), digest_of(scorer.manifest)[:12])
+        columns, version = InputColumns(scorer, example), digest_of(scorer.manifest)[:12]
+        return LoadedPackage(scorer, columns, version, read_statistics(folder))
 
     def score(self, arguments: ScoreArguments) -> np.ndarray:  # float32 [N, C]
         scorer = self.scorer
         rows = scorer.read(arguments.user, arguments.history, arguments.candidates)
         metrics.CANDIDATES.observe(len(rows.target))
-        for column, count in scorer.read.unknown_ids(rows).items():
-            metrics.UNKNOWN_IDS.labels(column).inc(count)
+        metrics.count_values("unknown", scorer.read.unknown_ids(rows))
+        metrics.count_values("null", rows.nulls)
+        metrics.count_values("out_of_range", metrics.out_of_range(rows.dense, self.statistics))
         return scorer.score_rows(rows)
 
 
@@ -119,6 +124,25 @@ class ScoringService:
         if version and version != package.version:
             raise RequestError(f"version '{version[:99]}': not served; '{package.version}' is", 404)
         return package
+
+    async def score_each(
+        self, package: LoadedPackage, arguments: Sequence[ScoreArguments | RequestError]
+    ) -> list[np.ndarray | RequestError]:
+        """Return the predictions of requests of several users, or why one is refused, in order.
+
+        Other requests are scored between them. A RequestError of status 503 ends all.
+        """
+        results: list[np.ndarray | RequestError] = []
+        for request in arguments:
+            try:
+                if isinstance(request, RequestError):
+                    raise request
+                results.append(await self.score(package, request))
+            except RequestError as error:
+                if error.status == HTTPStatus.SERVICE_UNAVAILABLE:
+                    raise
+                results.append(error)
+        return results
 
     async def score(
         self, package: LoadedPackage, arguments: ScoreArguments
@@ -175,6 +199,7 @@ class ScoringService:
 
     def count_worker(self) -> None:
         metrics.WORKERS.labels(self.package.version).set(1)
+        metrics.set_training_shares(self.package.statistics)
 
     async def watch(self) -> None:
         while True:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -320,33 +321,83 @@ def test_new_items_come_with_features(folder: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.score(FEW, [], ["i1"]), before.score(FEW, [], ["i1"]))
 
 
-def test_a_server_takes_ids_alone(folder: Path, tmp_path: Path) -> None:
-    requests = list(Shop.of_days(DAYS - 3).requests(20, 1))
-    server, scorer = (
-        ServedPackage(folder / "package", tmp_path / "log"),
-        Scorer.load(folder / "package"),
-    )
-    try:
-        for request in requests:
-            content = server.call("/v1/rank", request).content
-            scores = scorer.score(**request)[:, 0]
-            np.testing.assert_allclose(
-                content["scores"]["bought"], np.sort(scores)[::-1], atol=1e-6
-            )
-        answer = server.call("/v1/rank", request | {"user": request["user"] | {"cost": 1.0}})
-        assert answer.status == 400 and b"'cost' is a column of the items" in answer.body
-        inputs = [
-            {"name": "item", "shape": [1], "datatype": "BYTES", "data": ["i1"]},
-            {"name": "user", "shape": [1], "datatype": "BYTES", "data": ["u1"]},
-            {"name": "offer", "shape": [1], "datatype": "FP32", "data": [0.5]},
-            {"name": "when", "shape": [1], "datatype": "INT64", "data": [7]},
-            {"name": "cost", "shape": [1], "datatype": "FP32", "data": [3.0]},
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[ServedPackage]:
+    """A server of the package that takes small batches."""
+    server = ServedPackage(folder / "package", folder / "log", "--max_batch", "30")
+    yield server
+    assert server.end() == 0
+
+
+def test_a_server_takes_ids_alone(folder: Path, server: ServedPackage) -> None:
+    scorer = Scorer.load(folder / "package")
+    for request in Shop.of_days(DAYS - 3).requests(20, 1):
+        content = server.call("/v1/rank", request).content
+        scores = np.sort(scorer.score(**request)[:, 0])[::-1]
+        np.testing.assert_allclose(content["scores"]["bought"], scores, atol=1e-6)
+        assert content["features_version"] == scorer.features_version != ""
+    answer = server.call("/v1/rank", request | {"user": request["user"] | {"cost": 1.0}})
+    assert answer.status == 400 and b"'cost' is a column of the items" in answer.body
+    inputs = [
+        {"name": "item", "shape": [1], "datatype": "BYTES", "data": ["i1"]},
+        {"name": "user", "shape": [1], "datatype": "BYTES", "data": ["u1"]},
+        {"name": "offer", "shape": [1], "datatype": "FP32", "data": [0.5]},
+        {"name": "when", "shape": [1], "datatype": "INT64", "data": [7]},
+        {"name": "cost", "shape": [1], "datatype": "FP32", "data": [3.0]},
+    ]
+    content = server.call("/v2/models/shop/infer", {"inputs": inputs}).content
+    expected = scorer.score(FEW, [], {"item": ["i1"], "cost": [3.0]})
+    np.testing.assert_allclose(content["outputs"][0]["data"], expected[0], atol=1e-6)
+    assert content["parameters"] == {"features_version": scorer.features_version}
+
+
+def test_a_batch_answers_each_request_or_says_why_not(server: ServedPackage) -> None:
+    """One version of the package answers all."""
+    requests = list(Shop.of_days(DAYS - 3).requests(20, 3))
+    alone = [server.call("/v1/rank", request).content for request in requests]
+    bad = requests[0] | {"by": "loved"}
+    answer = server.call("/v1/rank/batch", {"requests": [*requests, bad, bad | {"by": None}]})
+    assert answer.headers["x-request-id"] == answer.content["id"]
+    *results, refused, last = answer.content["results"]
+    for content, result in zip(alone, results, strict=True):
+        assert result == {name: content[name] for name in ("by", "items", "scores")}
+        assert content["model_version"] == answer.content["model_version"]
+    assert last == results[0] and "'loved' is none of the labels" in refused["error"]
+    answer = server.call("/v1/rank/batch", {"requests": requests * 2})
+    assert answer.status == 400 and "are 40; the limit is 30" in answer.content["error"]
+
+
+def test_drift_is_counted_by_column_beside_the_shares_of_training(
+    folder: Path, server: ServedPackage
+) -> None:
+    def counts(metric: str) -> dict[str, float]:
+        lines = server.call("/metrics").body.decode().splitlines()
+        return {
+            line.split()[0]: float(line.split()[1]) for line in lines if line.startswith(metric)
+        }
+
+    def change(column: str, kind: str) -> tuple[float, float]:
+        names = [
+            f'recsys_column_{part}_total{{column="{column}",kind="{kind}"}}'
+            for part in ("values", "drift")
         ]
-        content = server.call("/v2/models/shop/infer", {"inputs": inputs}).content
-        expected = scorer.score(FEW, [], {"item": ["i1"], "cost": [3.0]})
-        np.testing.assert_allclose(content["outputs"][0]["data"], expected[0], atol=1e-6)
-    finally:
-        server.end()
+        numbers = [after.get(name, 0) - before.get(name, 0) for name in names]
+        return numbers[0], numbers[1]
+
+    before = counts("recsys_column")
+    user = {"user": "nobody", "offer": None, "when": 10 * DAY}
+    server.call("/v1/rank", {"user": user, "candidates": ["i1", "unseen", "i2"]})
+    after = counts("recsys_column")
+    assert change("user", "unknown") == (1, 1)
+    assert change("item", "unknown") == (3, 1)
+    assert change("offer", "null") == (1, 1)
+    assert change("when", "out_of_range") == (1, 1)
+    assert change("item_views", "out_of_range")[0] == 3
+    rows = pq.read_table(folder / "shop" / "data" / "train")
+    shares = counts("recsys_training_share")
+    expected = rows["brand"].null_count / len(rows)
+    name = 'recsys_training_share{column="brand",kind="null"}'
+    assert shares[name] == pytest.approx(expected) and expected > 0.1
 
 
 @pytest.fixture
@@ -380,9 +431,12 @@ def test_features_come_from_redis(folder: Path, redis: str) -> None:
     for request in requests:
         np.testing.assert_array_equal(scorer.score(**request), own.score(**request))
     [items] = [table for table in scorer.schema.features if table.by == ["item"]]
+    assert scorer.features_version == ""
+    import_module("redis").Redis.from_url(redis).set("recsys:version", "today")
     store.write(items, pa.table({"item": ["i1"], "cost": [99.0]}))
     changed = own.score(FEW, [], {"item": ["i1"], "cost": [99.0]})
     np.testing.assert_array_equal(scorer.score(FEW, [], ["i1"]), changed)
+    assert scorer.features_version == "today"
     gone = FeatureSettings("redis", {"url": redis + ".gone"})
     with pytest.raises(FeatureSourceError, match=r"Redis: .*send the request again"):
         Scorer.load(package, features=gone).score(FEW, [], ["i1"])
