@@ -134,6 +134,10 @@ class Schema:
         """Return the table in which a column of the files is looked up, if it is."""
         return next((table for table in self.features if name in table.columns), None)
 
+    def lookup_beside(self, name: str) -> FeatureTable | None:
+        """Return the table in which a list beside a history is looked up by its items, if it is."""
+        return next((table for table in self.features if name in table.beside), None)
+
     def is_of_items(self, name: str) -> bool:
         """Whether a column is looked up by the ranked item, so that candidates differ in it."""
         table = self.lookup_of(name)

@@ -153,12 +153,14 @@ class FeatureTable:
     """Columns of the files that ids decide; `features/NAME` has the last known values of each id.
 
     by: columns of ids. max_age: by column whose values have a time, `COLUMN@` in microseconds, the
-    duration after which a value is too old and null; all: never.
+    duration after which a value is too old and null; all: never. beside: by list beside a history,
+    the column of its items.
     """
 
     by: list[str]
     columns: list[str]
     max_age: dict[str, str] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

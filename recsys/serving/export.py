@@ -290,8 +290,8 @@ def _example_request(job: Job, manifest: Manifest) -> str:
         columns = list(dict.fromkeys([*user, *history, manifest.target_item]))
         row = next(parquet.iter_batches(1, columns=columns)).to_pylist()[0]
     request = {
-        "user": {name: row[name] for name in user if job.schema.lookup_of(name) is None},
-        "history": {name: row[name] for name in history},
+        "user": {name: row[name] for name in user if not job.schema.lookup_of(name)},
+        "history": {name: row[name] for name in history if not job.schema.lookup_beside(name)},
         "candidates": [row[manifest.target_item]],
     }
     return json.dumps(

@@ -236,11 +236,14 @@ class RequestReader:
     def _history(self, history: HistoryColumns, lists: Values) -> HistoryRows:
         length = len(value_list(lists, history.name, "history"))
 
-        def file_values(column: str) -> dict[str, list[Sequence[Any]]]:
+        def file_values(column: str) -> dict[str, Any]:
             """Return the values beside the events that a column is made of, each as one list."""
+            what, names = f"items of '{history.name}'", self.schema.file_columns([column])
             return {
-                name: [value_list(lists, name, "history", length, f"items of '{history.name}'")]
-                for name in self.schema.file_columns([column])
+                name: self._beside(name, lists[history.name])
+                if name not in lists and self.schema.lookup_beside(name) is not None
+                else [value_list(lists, name, "history", length, what)]
+                for name in names
             }
 
         numbers = [
@@ -253,6 +256,15 @@ class RequestReader:
         }
         empty = np.zeros((length, 0), np.float32)
         return HistoryRows(ids, np.stack(numbers, axis=1) if numbers else empty)
+
+    def _beside(self, name: str, items: Sequence[Any]) -> pa.Array:  # [L] -> one list of L
+        """Look up a list beside a history by its items."""
+        table = self.schema.lookup_beside(name)
+        assert table is not None and self.features is not None
+        ids = self._array(self.schema.target_item, items, "history", self.schema.target_item)
+        values = without_old_values(self.features.read(table, [ids]), table, self.clock())
+        column = values[table.beside[name]]
+        return pa.ListArray.from_arrays(pa.array([0, len(column)], pa.int32()), column)
 
     def _table_rows(self, name: str, values: Mapping[str, Sequence[Any]], place: str) -> TableRows:
         array = self._column(name, values, place)

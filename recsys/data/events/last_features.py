@@ -22,9 +22,21 @@ def feature_tables(config: EventsConfig) -> list[FeatureTable]:
             [_output_key(config, name) for name in keys],
             [*(table.columns if table is not None else ()), *counts],
             {name: count.max_age for name, count in counts.items()},
+            _beside(config) if keys == ("item",) else {},
         )
         for keys, (table, counts) in _sources(config).items()
     ]
+
+
+def _beside(config: EventsConfig) -> dict[str, str]:
+    """Return the lists beside histories that are columns of items which never change, as stored."""
+    if config.items is None or config.items.valid_from is not None:
+        return {}
+    return {
+        name: parallel.column
+        for name, parallel in config.parallels.items()
+        if parallel.column in config.items.columns and parallel.is_as_stored
+    }
 
 
 def write_last_features(engine: SqlEngine, config: EventsConfig, folder: Path) -> None:

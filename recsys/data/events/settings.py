@@ -141,6 +141,11 @@ class Parallel:
     fill: float = 0.0  # value instead of null; null ids are unknown
 
     @property
+    def is_as_stored(self) -> bool:
+        """Whether values of the list are those of the column."""
+        return self.at_least is None and self.scale == 1
+
+    @property
     def stored_fill(self) -> float:
         """What a list has in place of null: the fill as the other values are scaled."""
         if self.at_least is not None:

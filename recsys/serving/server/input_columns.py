@@ -83,10 +83,11 @@ class InputColumns:
         lists = {name: _list_of(kind) for name, kind in columns.items()}
         lists[self.item] = _list_of(types[self.item])
         history = {name: _list_of(types[name]) for name in self.history}
+        required = [name for name in self.history if not self.schema.lookup_beside(name)]
         closed = {"type": "object", "additionalProperties": False}
         return {
             "user": {**closed, "properties": user, "required": self.required},
-            "history": {**closed, "properties": history, "required": self.history},
+            "history": {**closed, "properties": history, "required": required},
             "candidates": {
                 "anyOf": [
                     {"const": "all"},

@@ -45,7 +45,9 @@ def test_a_prepared_dataset_is_trained_predicted_exported_and_scored(tmp_path: P
     config = write_inputs(tmp_path)
     items = pq.read_table(tmp_path / "items.parquet")
     tags = pa.array([["a"], [], ["b", "a"], None, ["c"], ["b"], [None]])
-    pq.write_table(items.append_column("tags", tags), tmp_path / "items.parquet")
+    brands = pa.array(["x", "y", None, "z", "x", "y", "z"])
+    items = items.set_column(1, "brand", brands).append_column("tags", tags)
+    pq.write_table(items, tmp_path / "items.parquet")
     config["items"]["columns"]["tags"] = "ids"
     config["histories"]["viewed"]["parallel"] |= {"viewed_age": "age", "viewed_brand": "brand"}
     prepare(
@@ -83,6 +85,11 @@ def check_package(package: Path, predictions: pa.Table) -> None:
         scores = scorer.score(arguments.user, arguments.history, arguments.candidates)
         expected = [row[f"prediction_{label}"] for label in scorer.labels]
         np.testing.assert_allclose(scores[0], expected, rtol=1e-4, atol=1e-6)
+        looked_up = [name for name in columns.history if scorer.schema.lookup_beside(name)]
+        assert looked_up == ["viewed_brand"]
+        history = {name: row[name] for name in columns.history if name not in looked_up}
+        again = scorer.score(arguments.user, history, arguments.candidates)
+        np.testing.assert_array_equal(again, scores)
     for described in columns.metadata():
         kind = predictions.schema.field(described["name"]).type
         kind = kind.value_type if pa.types.is_list(kind) else kind
