@@ -85,9 +85,10 @@ class RequestValues:
         """Return columns of equal lengths: those of the user are repeated beside candidates'."""
         columns = {name: self.column(name) for name in names}
         for name, values in columns.items():
-            is_array = isinstance(values, pa.Array)
-            nulls = values.null_count if is_array else sum(value is None for value in values)
-            self.nulls[name] = len(values), nulls
+            if isinstance(values, pa.Array):
+                self.nulls[name] = len(values), values.null_count
+            else:
+                self.nulls[name] = len(values), sum(value is None for value in values)
         length = max(map(len, columns.values()))
         return {name: _repeated(values, length) for name, values in columns.items()}
 

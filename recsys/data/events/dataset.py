@@ -74,12 +74,11 @@ class DatasetWriter:
         sizes = self._write_vocabularies(train, folder)
         if self.config.items is not None:
             self._write_items(train, folder, items)
-        if items is None:
-            write_last_features(self.engine, self.config, folder / "features")
+        features = folder / "features"
+        if items is None or not feature_tables(self.config):
+            write_last_features(self.engine, self.config, features)
         else:
-            shutil.copytree(
-                items.parent / "features", folder / "features", False, None, link_or_copy
-            )
+            shutil.copytree(items.parent / "features", features, copy_function=link_or_copy)
         (folder / "schema.yaml").write_text(self._schema(sizes))
         fit_transforms(Location.of(folder))
         check_transformed(Location.of(folder))
