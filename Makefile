@@ -4,6 +4,7 @@ PYTHON ?= python3
 INSTALL_FLAGS ?=
 NPROC ?= 2
 COMPARE ?=
+REPORT_FLAGS ?=
 PORT ?= 8080
 
 VENV := .venv
@@ -14,7 +15,7 @@ CONFIG := recsys/recipes/movielens_sample.yaml
 PACKAGE := packages/movielens_sample
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train serve test test-long test-gpu lint
+.PHONY: help install install-dev train serve test test-long test-gpu gpu-report lint
 
 help:
 	@echo 'make install   virtual environment in $(VENV) with the matching torch, torchrec and fbgemm'
@@ -23,6 +24,7 @@ help:
 	@echo 'make test      run the tests'
 	@echo 'make test-long run what takes minutes: README commands, resharding, lost nodes, killed ranks'
 	@echo 'make test-gpu  run what needs GPUs: ten minutes on one, more of it on two and four'
+	@echo 'make gpu-report  measure on a GPU, in pieces of ten minutes; without one, print the plan'
 	@echo 'make lint      check style, format, types and imports between rooms'
 	@echo ''
 	@echo 'PYTHON=python3.12                    another interpreter, 3.11 or newer'
@@ -64,6 +66,10 @@ test-long: install-dev
 test-gpu: INSTALL_FLAGS += --flavor cuda
 test-gpu: install-dev
 	$(VENV)/bin/python -m pytest -m gpu -n 0 -rs
+
+# Calls again go on; benchmarks/results/gpu.md has what has run.
+gpu-report: install-dev
+	$(VENV)/bin/python -m benchmarks.gpu_report --out runs/gpu_report $(REPORT_FLAGS)
 
 lint: install-dev
 	$(VENV)/bin/python -m ruff check .

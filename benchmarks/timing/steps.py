@@ -89,11 +89,12 @@ class ProductSteps:
         self.job = build_job(config, variant.data, ranks)
         interactions = training_interactions(self.job)
         fill_bank(self.job)
-        with closing(endless(interactions, config.num_workers)) as loading:
+        pins = ranks.device.type == "cuda"
+        with closing(endless(interactions, config.num_workers, pins)) as loading:
             loaded = list(itertools.islice(loading, max(variant.loaded_batches, 1)))
         source: Iterator[Batch] = itertools.cycle(loaded)
         if not variant.loaded_batches:
-            source = endless(interactions, config.num_workers)
+            source = endless(interactions, config.num_workers, pins)
         agreed = Lockstep(ranks).training_batches(source, sys.maxsize, config.accumulate_steps)
         self.batches = self.job.preparation(agreed, UnknownIds(self.job.schema), 0, training=True)
         self.loss_watch = LossWatch(
@@ -178,8 +179,8 @@ class PlainSteps:
         return {"parts": means}
 
 
-def endless(interactions: Interactions, num_workers: int) -> Generator[Batch]:
+def endless(interactions: Interactions, num_workers: int, pins: bool = False) -> Generator[Batch]:
     """Yield the batches of one epoch after the other."""
     for epoch in itertools.count():
         interactions.begin(epoch)
-        yield from loader(interactions, num_workers, pin_memory=False)
+        yield from loader(interactions, num_workers, pins)

@@ -1,0 +1,1 @@
+"""A report on a machine with a GPU: doctor, tests, waits and speed, in pieces of ten minutes."""

@@ -1,0 +1,88 @@
+"""Steps on a device give the logits of a CPU; on a GPU they do so without waiting for it.
+
+Initial weights of tables are drawn on the device, so those of the CPU are copied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from recsys.build import Job, build_job
+from recsys.config import Config, OptimizerSettings, content_settings
+from recsys.data.vocabularies import UnknownIds
+from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.evaluate import fill_bank
+from tests.datasets import write_dataset
+from tests.recsys.em3_runs import batches_of, table_weights
+from tests.recsys.ranking.backbone_runs import backbone_config
+
+STEPS, WARM_UP = 5, 2
+AVERAGES = OptimizerSettings(ema_decay=0.9, ema_tables=True)
+CASES: dict[str, tuple[str, dict[str, Any], float]] = {
+    "hstu": ("hstu", {}, 1e-4),
+    "transformer": ("transformer", {}, 1e-4),
+    "sim": ("sim", {}, 1e-4),
+    "averages": ("din_dcn", {"optimizer": AVERAGES}, 1e-4),
+    "tf32": ("din_dcn", {"tf32": True}, 1e-2),
+    "bf16": ("din_dcn", {"precision": "bf16"}, 5e-2),
+    "top_k": ("din_dcn", {}, 1e-4),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("steps")
+    write_dataset(folder / "data")
+    return folder
+
+
+def config_of(folder: Path, name: str) -> Config:
+    backbone, settings, _ = CASES[name]
+    config = backbone_config(
+        folder, backbone, "qformer", sharding="auto", kernels="torch", **settings
+    )
+    content = content_settings(config.content)
+    assert content is not None
+    if name == "top_k":
+        content = replace(content, history=replace(content.history, top_k=2))
+    return replace(config, content=content)
+
+
+def trained(job: Job, tables: list[Tensor] | None, waits: bool) -> tuple[list[Tensor], Any]:
+    """Logits of each step on the host, and the tables before the first."""
+    for weight, initial in zip(table_weights(job), tables or []):
+        weight.copy_(initial)
+    before = [weight.detach().cpu().clone() for weight in table_weights(job)]
+    fill_bank(job)
+    batches = batches_of(job, STEPS, 10)
+    if job.ranks.device.type == "cuda":
+        batches = [batch.pin_memory() for batch in batches]
+    prepared = job.preparation(iter(batches), UnknownIds(job.schema), 0, training=True)
+    job.model.train()
+    logits = []
+    for step in range(STEPS):
+        if job.ranks.device.type == "cuda" and step == WARM_UP and not waits:
+            torch.cuda.set_sync_debug_mode("error")
+        logits.append(job.pipeline.progress(prepared)[1].detach())
+    if job.ranks.device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+    return [values.float().cpu() for values in logits], before
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps_on_a_device_give_the_logits_of_a_cpu(folder: Path, device: str, name: str) -> None:
+    config, tables, logits = config_of(folder, name), None, []
+    for place in ("cpu", device):
+        with joined_ranks(place) as ranks:  # type: ignore[arg-type]
+            job = build_job(config, str(folder / "data"), ranks)
+            # The search reads vectors of the bank on the host, before its step.
+            steps, tables = trained(job, tables, waits=name == "top_k")
+            logits.append(steps)
+    tolerance = CASES[name][2] if device == "cuda" else 0.0
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=tolerance)
