@@ -42,7 +42,10 @@ WAITING = {
     aten.unique_dim_consecutive,
     aten.equal,
 }
-FREE = ("empty", "new_empty", "detach", "_local_scalar", "lift_fresh")
+FREE = (
+    *("empty", "new_empty", "detach", "_local_scalar", "lift_fresh"),
+    *("promote_types", "result_type", "scalar_tensor", "_record_function"),
+)
 TO_HOST = {Tensor.cpu, Tensor.numpy, Tensor.tolist}
 
 
@@ -90,13 +93,9 @@ def _waits(func: Any, args: Any, kwargs: Any) -> bool:
 
 def _is_free(func: Any) -> bool:
     """Return whether an operator launches no kernel: it makes a view, or memory without values."""
-    name = func.overloadpacket.__name__
-    is_view = any(
-        r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns
-    )
-    return is_view or name.startswith(
-        ("empty", "new_empty", "detach", "_local_scalar", "lift_fresh")
-    )
+    aliases = [result.alias_info for result in func._schema.returns]
+    is_view = any(alias is not None and not alias.is_write for alias in aliases)
+    return is_view or func.overloadpacket.__name__.startswith(FREE)
 
 
 class _ToHost(TorchFunctionMode):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from embeddings.host import is_on_host
+
 
 class Dropout(nn.Dropout):
     """`nn.Dropout`: in training an element is zero with probability p, else it is scaled up."""
 
     def forward(self, input: Tensor) -> Tensor:  # any shape -> same shape
-        if not self.training or self.p in (0, 1) or input.device.type != "cpu":
+        if not self.training or self.p in (0, 1) or not is_on_host(input):
             return super().forward(input)
         # In place: of the mask's few operations each would else write a tensor of its own.
         factors = torch.rand(input.shape).ge_(self.p).div_(1 - self.p)

@@ -61,8 +61,7 @@ class JaggedHistory:
 
     def unindexed(self) -> JaggedHistory:
         """Return the same histories over N items, one for each position."""
-        index = torch.arange(len(self.index), device=self.index.device)
-        return replace(self, index=index, num_items=len(index))
+        return replace(self, index=self.places, num_items=len(self.places))
 
     def select(self, places: Tensor, count: int | None = None) -> JaggedHistory:
         """Return the histories reduced to places [P], ascending, over the same unique items.
@@ -82,7 +81,7 @@ class JaggedHistory:
         last = len(scores) - 1
         order = last - scores.flip(0).argsort(descending=True, stable=True)
         order = order[_stable_order(self.rows[order], len(self.lengths))]  # by row, then by score
-        position = torch.arange(len(scores), device=scores.device) - self.offsets[self.rows]
+        position = self.places - self.offsets[self.rows]
         return order[self._marked(position < count, count)].sort().values
 
     def newest(self, count: int) -> Tensor:
@@ -108,10 +107,14 @@ class JaggedHistory:
         return torch.ones_like(values)
 
     @cached_property
+    def places(self) -> Tensor:
+        """Numbers of the places of all rows: int64 [N]."""
+        return torch.arange(len(self.rows), device=self.rows.device)
+
+    @cached_property
     def ages(self) -> Tensor:
         """Number of newer (that is, later) items of the same row: int64 [N]."""
-        places = torch.arange(len(self.rows), device=self.rows.device)
-        return self.offsets[1:][self.rows] - 1 - places
+        return self.offsets[1:][self.rows] - 1 - self.places
 
     @cached_property
     def by_item(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,7 +167,7 @@ class JaggedHistory:
 
     def padded(self, values: Tensor, fill: float) -> Tensor:
         """Pad [N] to [B, longest] with `fill`."""
-        places = torch.arange(len(self.rows), device=values.device) - self.offsets[self.rows]
+        places = self.places - self.offsets[self.rows]
         padded = values.new_full((len(self.lengths), self.longest), fill)
         return padded.index_put((self.rows, places), values)
 
@@ -244,8 +247,7 @@ class _Sum(torch.autograd.Function):
 
 def _row_sums(values: Tensor, history: JaggedHistory) -> Tensor:
     """Sum values [N, K] by row: [B, K]."""
-    places = torch.arange(len(values), device=values.device)
-    return _bag(places, values, history.offsets, None)
+    return _bag(history.places, values, history.offsets, None)
 
 
 class _Dot(torch.autograd.Function):

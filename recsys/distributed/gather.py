@@ -56,11 +56,20 @@ def gather_rows_with_gradient(
     rows: Tensor,  # [N, D]
 ) -> tuple[Tensor, int]:  # [sum of N, D], first row of this rank
     """Return the rows of all ranks and the index of this rank's first row. A collective."""
-    world_size, rank = dist.get_world_size(), dist.get_rank()
-    sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size)]
-    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
-    counts = [int(size) for size in sizes]
+    counts, rank = _row_counts(rows), dist.get_rank()
     padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))
     gathered = all_gather(padded)
     parts = [part[:count] for part, count in zip(gathered, counts, strict=True)]
     return torch.cat(parts), sum(counts[:rank])
+
+
+def _row_counts(rows: Tensor) -> list[int]:  # [N, D]
+    """Return the number of rows of each rank. A collective, of the hosts where the group has one.
+
+    Numbers on a GPU would have to be waited for.
+    """
+    device = torch.device("cpu") if "cpu:" in dist.get_backend_config() else rows.device
+    count = torch.full((1,), len(rows), device=device)
+    counts = count.new_empty(dist.get_world_size())
+    dist.all_gather_into_tensor(counts, count)
+    return counts.tolist()

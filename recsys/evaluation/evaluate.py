@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from embeddings.host import is_on_host
 from recsys.build import SPLITS, Job
 from recsys.config import BestModelBy, RankingSettings
 from recsys.config.ranking import softmax_settings
@@ -227,28 +228,52 @@ def score(
     """
     lockstep = lockstep or Lockstep(job.ranks)
     devices = [job.ranks.device] if job.ranks.device.type == "cuda" else []
-    columns: dict[str, list[Tensor]] = {}
+    columns = _HostColumns()
     with (
         torch.random.fork_rng(devices),
         closing(loader(interactions, job.config.num_workers, bool(devices))) as source,
     ):
         outputs = forward_pass(job, source, lockstep, unknown, total=len(interactions))
         for vectors, logits, batch in outputs:
-            batch_columns = _score_columns(batch, logits)
+            columns.add(*_score_columns(batch, logits))
             if with_queries and "query" in vectors:
-                batch_columns |= _query_columns(batch, vectors)
-            for name, column in batch_columns.items():
-                columns.setdefault(name, []).append(column.cpu())
+                columns.add(*_query_columns(batch, vectors))
     return {
         name: (gather_rows if name in QUERY_COLUMNS else gather_rows_to_first)(
-            torch.cat(column), job.ranks.group
+            column, job.ranks.group
         )
-        for name, column in columns.items()
+        for name, column in columns.joined(job.ranks.device).items()
     }
 
 
-def _score_columns(batch: Batch, logits: Tensor) -> dict[str, Tensor]:  # logits: [B, C]
-    columns = {
+class _HostColumns:
+    """Selected rows of the batches of a pass, on the host; a GPU is waited for once, at the end."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
+
+    def add(self, mask: Tensor, columns: dict[str, Tensor | None]) -> None:  # bool [B], [B, ...]
+        copied = mask.to("cpu", non_blocking=True)  # into pinned memory
+        for name, column in columns.items():
+            if column is not None:
+                is_here = is_on_host(column)
+                selected = column[mask] if is_here else column.to("cpu", non_blocking=True)
+                self._parts.setdefault(name, []).append((selected, None if is_here else copied))
+
+    def joined(self, device: torch.device) -> dict[str, Tensor]:  # [N, ...] by name
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return {
+            name: torch.cat([column if mask is None else column[mask] for column, mask in parts])
+            for name, parts in self._parts.items()
+        }
+
+
+Columns = tuple[Tensor, dict[str, Tensor | None]]  # bool [B], rows that count; [B, ...] by name
+
+
+def _score_columns(batch: Batch, logits: Tensor) -> Columns:  # logits: [B, C]
+    return batch.rows.positions >= 0, {
         "positions": batch.rows.positions,
         "logits": logits.float(),
         "labels": batch.labels,
@@ -256,20 +281,16 @@ def _score_columns(batch: Batch, logits: Tensor) -> dict[str, Tensor]:  # logits
         "items": batch.target.frequency_keys,
         "weights": batch.rows.weights,
     }
-    is_real = batch.rows.positions >= 0
-    return {name: column[is_real] for name, column in columns.items() if column is not None}
 
 
-def _query_columns(batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the query columns of rows that count and whose first label is positive."""
-    columns = {
+def _query_columns(batch: Batch, vectors: dict[str, Tensor]) -> Columns:
+    """Return the query columns, which rows have that count and whose first label is positive."""
+    return (batch.rows.loss_weights > 0) & (batch.labels[:, 0] > 0), {
         "queries": vectors["query"],
         "query_targets": vectors["item"],
         "query_items": batch.target.frequency_keys,
         "query_weights": batch.rows.weights,
     }
-    is_query = (batch.rows.loss_weights > 0) & (batch.labels[:, 0] > 0)
-    return {name: column[is_query] for name, column in columns.items() if column is not None}
 
 
 def split_scores(schema: Schema, scored: dict[str, Tensor], item_counts: ItemCounts) -> SplitScores:

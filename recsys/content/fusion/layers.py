@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from embeddings.host import is_on_host
 from recsys.content.dropout import Dropout
 from recsys.kernels import has_native, native_few_token_attention
 
@@ -41,7 +42,7 @@ class JointSelfAttention(nn.Module):
             )
             return self.output(attended)
         query, key, value = (part.unflatten(-1, heads) for part in (query, key, value))
-        if x.device.type == "cpu" and x.shape[1] <= FEW_TOKENS:
+        if is_on_host(x) and x.shape[1] <= FEW_TOKENS:
             attended = _attention_of_few(query, key, value, mask, self.scale)
         else:
             attended = F.scaled_dot_product_attention(
