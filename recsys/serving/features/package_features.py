@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +29,7 @@ class IndexedRows:
     """Rows of a table, found by their ids."""
 
     def __init__(self, rows: pa.Table, table: FeatureTable) -> None:
+        self.schema = rows.schema
         self.columns = {name: one_chunk(rows[name]) for name in value_columns(table)}
         ids = joined_keys([one_chunk(rows[name]) for name in table.by])
         self._ids = ExactVocabulary(len(ids) + 2)
@@ -41,6 +44,21 @@ class IndexedRows:
         return places
 
 
+# By identity of the file: packages that follow each other share files, and so their index.
+_shared: WeakValueDictionary[tuple[Any, ...], IndexedRows] = WeakValueDictionary()
+
+
+def _opened(path: Path, table: FeatureTable) -> IndexedRows:
+    status = path.stat()
+    times = status.st_mtime_ns, status.st_ctime_ns
+    key = status.st_dev, status.st_ino, status.st_size, *times, repr(table)
+    if (indexed := _shared.get(key)) is None:
+        with pa.memory_map(str(path)) as file:
+            indexed = IndexedRows(pa.ipc.open_file(file).read_all(), table)
+        _shared[key] = indexed
+    return indexed
+
+
 class PackageFeatures(FeatureSource):
     """Features of a package's own files."""
 
@@ -49,12 +67,11 @@ class PackageFeatures(FeatureSource):
         self.types: dict[str, pa.Schema] = {}
         self._parts: dict[str, list[IndexedRows]] = {}  # of each table; a later part's rows count
         for table in schema.features:
-            with pa.memory_map(str(features_file(package, table))) as file:
-                rows = pa.ipc.open_file(file).read_all()
-            self.types[table.name], parts = rows.schema, [rows]
+            parts = [_opened(features_file(package, table), table)]
+            self.types[table.name] = parts[0].schema
             if added is not None and table.by == [schema.target_item]:
-                parts.append(added)
-            self._parts[table.name] = [IndexedRows(part, table) for part in parts]
+                parts.append(IndexedRows(added, table))
+            self._parts[table.name] = parts
 
     def read(self, table: FeatureTable, keys: list[pa.Array]) -> pa.Table:  # K ids each -> [K]
         """Return the values of each key, null where it is unknown."""
