@@ -121,15 +121,19 @@ class FeastFeatures(FeatureSource):
     def read(self, table: FeatureTable, keys: list[pa.Array]) -> pa.Table:
         """Read the features of all keys by one call; their times are those of the events."""
         view = self._views[table.name]
-        ids = {name: part.to_pylist() for name, part in zip(table.by, keys, strict=True)}
+        parts = [part.to_pylist() for part in keys]
+        ids = [row for row in zip(*parts) if None not in row]
+        if not ids:
+            return table_of_rows([{}] * len(parts[0]), table, self.types)
         response = self._store.get_online_features(
             features=[f"{view}:{name}" for name in table.columns],
-            entity_rows=[dict(zip(ids, row)) for row in zip(*ids.values())],
+            entity_rows=[dict(zip(table.by, row)) for row in ids],
         ).to_dict(include_event_timestamps=True)
         columns = {name: response[name] for name in table.columns}
         columns |= {
             time: [1_000_000 * seconds if seconds else None for seconds in response[f"{name}__ts"]]
             for name, time in table.times.items()
         }
-        rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
+        stored = iter([dict(zip(columns, row)) for row in zip(*columns.values())])
+        rows = [{} if None in row else next(stored) for row in zip(*parts)]
         return table_of_rows(rows, table, self.types)
