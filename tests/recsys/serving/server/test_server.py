@@ -348,7 +348,8 @@ def test_a_worker_that_is_killed_is_replaced_and_the_others_answer(
 def test_no_call_that_the_description_allows_or_forbids_fails_inside(
     package_run: tuple[Path, Path, np.ndarray], tmp_path: Path
 ) -> None:
-    server = ServedPackage(package_run[1], tmp_path / "log")
+    package = shutil.copytree(package_run[1], tmp_path / "package")  # which takes items
+    server = ServedPackage(package, tmp_path / "log", "--encoders", "true")
     url = f"http://127.0.0.1:{server.port}/openapi.json"
     program = Path(sys.executable).with_name("schemathesis")
     words = [str(program), "run", url, "-c", "not_a_server_error", "-n", str(CALLS)]
