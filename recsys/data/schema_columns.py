@@ -185,6 +185,9 @@ def check_features(tables: list[FeatureTable], columns: dict[str, Column], path:
         where = f"{path}: features by {table.by}"
         if not table.by or not table.columns:
             raise ValueError(f"{where}: names no id, or no column; name both")
+        for name in table.by:
+            if "/" in name or name.startswith("."):
+                raise ValueError(f"{where}: '{name}' is no part of a file's name; rename it")
         for name in table.columns:
             kind = columns[name].kind if name in columns else "dense"
             if listed.count(name) > 1 or name in table.by or kind not in ("id", "ids", "dense"):

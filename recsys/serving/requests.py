@@ -89,7 +89,7 @@ class RequestValues:
                 self.nulls[name] = len(values), values.null_count
             else:
                 self.nulls[name] = len(values), sum(value is None for value in values)
-        length = max(map(len, columns.values()))
+        length = next((size for size in map(len, columns.values()) if size != 1), 1)
         return {name: _repeated(values, length) for name, values in columns.items()}
 
     def place(self, names: Sequence[str]) -> str:

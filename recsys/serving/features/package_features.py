@@ -96,8 +96,8 @@ class PackageFeatures(FeatureSource):
 
 def updated_rows(
     known: PackageFeatures, table: FeatureTable, rows: pa.Table, now: float
-) -> pa.Table:
-    """Return the rows of which something changes: new values of some columns, else known ones."""
+) -> tuple[pa.Table, pa.Array]:
+    """Return rows with new values of some columns and known ones of others, and which change."""
     ids = [one_chunk(rows[name]) for name in table.by]
     before, types = known.read(table, ids), known.types[table.name]
     columns = dict(zip(table.by, ids, strict=True))
@@ -115,7 +115,7 @@ def updated_rows(
         old != new
         for old, new in zip(before.to_pylist(), after.select(before.column_names).to_pylist())
     ]
-    return after.filter(pa.array(changes, pa.bool_()))
+    return after, pa.array(changes, pa.bool_())
 
 
 def features_file(package: Path, table: FeatureTable) -> Path:

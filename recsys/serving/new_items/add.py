@@ -142,10 +142,11 @@ def _changed_features(
             given = [name for name in value_columns(table) if name in parquet.schema_arrow.names]
             rows = parquet.read(columns=[item, *given]).rename_columns([schema.target_item, *given])
         try:
-            parts.append(updated_rows(known, table, rows, now))
+            after, is_changed = updated_rows(known, table, rows, now)
         except (ValueError, pa.ArrowException) as error:
             raise ValueError(f"{file}: {error}; write ids and features as for training") from error
-        _check_values(schema, table, parts[-1], str(file))
+        _check_values(schema, table, after, str(file))
+        parts.append(after.filter(is_changed))
     rows = pa.concat_tables(parts) if parts else pa.table({schema.target_item: []})
     if pc.count_distinct(rows[schema.target_item]).as_py() < len(rows):
         raise ValueError(f"{files}: column '{item}': an item has several rows; keep one")

@@ -82,8 +82,9 @@ def test_unknown_ids_are_counted_by_column() -> None:
 
     rows = read(user, {"seen": ["ann", "joe", "sue"], "liked": [1.0, 0.0, 0.0]}, ["eve", "joe"])
 
-    assert read.unknown_ids(rows) == {"shop": 1, "seen": 2, "item": 1}
-    assert read.unknown_ids(read(USER, (), ["eve"])) == {}
+    assert read.unknown_ids(rows) == {"shop": (1, 1), "seen": (3, 2), "item": (2, 1)}
+    counts = read.unknown_ids(read(USER, (), ["eve"]))
+    assert counts == {"shop": (1, 0), "seen": (0, 0), "item": (1, 0)}
 
 
 def test_all_items_are_those_of_the_map_up_to_a_limit() -> None:
