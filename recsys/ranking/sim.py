@@ -175,8 +175,8 @@ class Sim(RowFeatures):
         parallel = batch.history.values[:, self.gaps.flags]
         numbers = self.history_numbers(history, parallel, batch)
         history, id_history, parallel = (
-            history.select(places, self.top_k),
-            id_history.select(places, self.top_k),
+            history.select(places),
+            id_history.select(places),
             parallel[places],
         )
         interest = self.interest(ids.target, ids.history, id_history, parallel, ages)
