@@ -39,7 +39,15 @@ def unlock_cached_rows(model: nn.Module) -> None:
     which has none, they would stay.
     """
     for kernel in table_kernels(model):
-        kernel.lxu_cache_locking_counter.zero_()  # type: ignore[operator]
+        locks = cast(Tensor, kernel.lxu_cache_locking_counter)
+        if not locks.numel():
+            continue
+        # Rows are fetched on another stream, which neither end may overtake.
+        if locks.is_cuda:
+            torch.cuda.synchronize(locks.device)
+        locks.zero_()
+        if locks.is_cuda:
+            torch.cuda.synchronize(locks.device)
 
 
 def group_of_copies(model: nn.Module) -> dist.ProcessGroup:
