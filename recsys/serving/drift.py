@@ -21,7 +21,7 @@ from recsys.data.parquet.rows import ParquetRows
 from recsys.data.parquet.values import is_list
 
 FILE = "statistics.json"
-MOST_GROUPS = 32  # row groups of the sample, evenly among those of the files
+MOST_ROWS = 1 << 18  # of the sample, row groups evenly among those of the files, at least one
 
 
 def write_statistics(job: Job, columns: Sequence[str], folder: Path) -> None:
@@ -34,8 +34,9 @@ def write_statistics(job: Job, columns: Sequence[str], folder: Path) -> None:
     if files and job.config.source.name == "parquet":
         rows = ParquetRows(files, job.schema, with_labels=False)
         rows.bad_rows = BadRows("skip")
-        places = np.linspace(0, len(rows.chunks) - 1, min(MOST_GROUPS, len(rows.chunks)))
-        groups = np.unique(places.astype(int)).tolist()
+        largest = max(chunk.num_rows for chunk in rows.chunks)
+        number = min(max(1, MOST_ROWS // largest), len(rows.chunks))
+        groups = np.linspace(0, len(rows.chunks) - 1, number).astype(int).tolist()
         usable = pa.concat_tables(rows.read_chunks(groups))
         statistics = dict(_of_columns(job, usable, columns))
         for name, share in _null_shares(rows, groups, job.schema.file_columns(columns)):

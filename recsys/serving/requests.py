@@ -290,7 +290,9 @@ class RequestReader:
         ) -> None:
             if rows.any():
                 number = int(rows.argmax())
-                raise ValueError(f"{place}: column '{column}', value {number}: {message(number)}")
+                hint = "; give the request a value" if place.startswith("features") else ""
+                problem = f"column '{column}', value {number}: {message(number)}{hint}"
+                raise ValueError(f"{place}: {problem}")
 
         return usable_column(table, name, self.schema, refuse)
 

@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embeddings.vocabulary.fixed import ExactVocabulary
+from embeddings.vocabulary.fixed import ExactVocabulary, is_id_type
 from recsys.data.parquet.file import column_type, open_parquet
-from recsys.data.parquet.values import one_chunk
+from recsys.data.parquet.values import is_list, one_chunk
 from recsys.data.schema import Schema, features_folder
 from recsys.data.schema_columns import FeatureTable
 from recsys.serving.features.source import FeatureSource, joined_keys, value_columns
@@ -104,8 +104,7 @@ def updated_rows(
     for name in value_columns(table):
         kind = types.field(name).type
         if name in rows.column_names:
-            values = one_chunk(rows[name])
-            columns[name] = values if pa.types.is_null(kind) else values.cast(kind)
+            columns[name] = _of_type(one_chunk(rows[name]), kind, name)
         elif name.removesuffix("@") in rows.column_names:  # the time of such a value
             columns[name] = pa.array([int(now * 1_000_000)] * len(rows), pa.int64())
         else:
@@ -116,6 +115,17 @@ def updated_rows(
         for old, new in zip(before.to_pylist(), after.select(before.column_names).to_pylist())
     ]
     return after, pa.array(changes, pa.bool_())
+
+
+def _of_type(values: pa.Array, kind: pa.DataType, name: str) -> pa.Array:
+    """Return values in the type of the package; 7 and "7" are two ids, and none is cast."""
+    kinds = [part.value_type if is_list(part) else part for part in (values.type, kind)]
+    if any(map(pa.types.is_null, kinds)):
+        return values if pa.types.is_null(kinds[1]) else values.cast(kind)
+    texts = [is_id_type(part) and not pa.types.is_integer(part) for part in kinds]
+    if texts[0] != texts[1]:
+        raise ValueError(f"column '{name}' has type {values.type}, but {kind} in the package")
+    return values.cast(kind)
 
 
 def features_file(package: Path, table: FeatureTable) -> Path:

@@ -314,6 +314,9 @@ def test_new_items_come_with_features(folder: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"item": ["i2"], "cost": [float("inf")]}), tmp_path / "bad.parquet")
     with pytest.raises(ValueError, match=r"bad.parquet: column 'cost', item 'i2': .*inf"):
         add_items(package, str(tmp_path / "bad.parquet"))
+    pq.write_table(pa.table({"item": ["i2"], "brand": [7]}), tmp_path / "bad.parquet")
+    with pytest.raises(ValueError, match=r"bad.parquet: column 'brand' has type int64, but string"):
+        add_items(package, str(tmp_path / "bad.parquet"))
     assert scorer.score(FEW, [], []).shape == (0, 1)
     newer = tmp_path / "newer"
     refresh_features(package, str(folder / "shop" / "data"), newer)
