@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -64,7 +65,7 @@ def content_of(root: Path, cache: Path) -> ContentStore:
 
 def parts_of(value: Any) -> Any:
     """What a batch, or a part of it, holds, comparable."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | np.ndarray):
         return value.dtype, value.tolist()
     if isinstance(value, KeyedJaggedTensor):
         return value.keys(), parts_of(value.values()), parts_of(value.lengths())
