@@ -46,7 +46,7 @@ from recsys.distributed.pipeline import AccumulatingPipeline, DenseUpdate, Prefe
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.torchrec_internals import DataParallelWrapper
 from recsys.kernels import choose_kernels
-from recsys.model.build import build_em3, with_opinion_groups
+from recsys.model.build import build_em3
 from recsys.model.compilation import compile_dense_parts
 from recsys.model.em3 import EM3
 from recsys.model.placement import check_placement, planner_hardware
@@ -151,7 +151,6 @@ def build_job(
     with ranks.raise_on_all_ranks():
         root = Location.of(data)
         schema = schema or load_schema(root)
-        config = with_opinion_groups(config, schema)
         world = ranks.device.type, ranks.world_size, ranks.local_world_size
         check_placement(config.embedding, schema, *world)
         tables = table_configs(config, schema, mean_list_lengths(root, schema, rows))

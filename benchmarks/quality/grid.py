@@ -67,7 +67,7 @@ STORED: Settings = {
     "content.history.mode": "bank_frozen",
 }
 SIMTIER: Settings = {**STORED, "content.history.simtier_bins": 20}
-NO_VOTES: Settings = {"ranking.opinions": None, "ranking.opinion_dropout": 0.0}
+NO_NEIGHBOURS: Settings = {"neighbours": None}
 NO_AVERAGES: Settings = {"optimizer.ema_decay": None, "optimizer.ema_tables": False}
 RANDOM_ROWS: Settings = {"embedding.tables.item.new_rows": "random"}
 
@@ -128,7 +128,6 @@ def backbone(name: str) -> list[Cell]:
         for key, value in {
             "ensemble_members": 1,
             "standardize_numbers": False,
-            "opinions": None,
         }.items()
         if key in options
     }
@@ -237,17 +236,17 @@ FURTHER = [
         "recipe",
     ),
     Cell(
-        "no collaborative filtering",
-        "the recipe without item-based collaborative filtering",
-        NO_VOTES,
+        "no neighbours",
+        "the recipe without kernel regression and votes of similar items",
+        NO_NEIGHBOURS,
         "recipe",
     ),
     Cell("no averages", "the recipe without weight averaging (EMA)", NO_AVERAGES, "recipe"),
     Cell("random new rows", "the recipe, new items' ID rows at random", RANDOM_ROWS, "recipe"),
     Cell(
         "previous recipe",
-        "the Fusion-Q-Former, without collaborative filtering, averages or rows made of content",
-        {**qformer("modern"), **NO_VOTES, **NO_AVERAGES, **RANDOM_ROWS},
+        "the Fusion-Q-Former, without neighbours, averages or rows made of content",
+        {**qformer("modern"), **NO_NEIGHBOURS, **NO_AVERAGES, **RANDOM_ROWS},
         "recipe",
     ),
     *with_cic(

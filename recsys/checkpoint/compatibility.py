@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from fnmatch import fnmatch
 from typing import Any
 
 from recsys.config import Config, config_of_plain, to_plain
-from recsys.ranking.settings import NumbersSettings
 
 # Settings that a run may change when it continues; all others define the stored tensors.
 CHANGEABLE = (
@@ -85,17 +83,6 @@ def differing_settings(stored: Config, config: Config) -> Iterator[tuple[str, An
         adds_head = name == "contrastive.weight" and 0 in values
         if adds_head or not any(fnmatch(name, pattern) for pattern in CHANGEABLE):
             yield name, *values
-
-
-def with_automatic(config: Config, stored: Config) -> Config:
-    """Return the settings with the stored number of vote groups, unless another is set."""
-    ranking, previous = config.ranking, stored.ranking
-    if not isinstance(ranking, NumbersSettings) or not isinstance(previous, NumbersSettings):
-        return config
-    adds_votes = ranking.opinions is not None and previous.opinions is None
-    if ranking.opinion_groups is not None or adds_votes:
-        return config
-    return replace(config, ranking=replace(ranking, opinion_groups=previous.opinion_groups))
 
 
 def check_config(stored: dict[str, Any], config: Config, where: str) -> None:

@@ -20,6 +20,7 @@ from recsys.config.load import save_config as save_config
 from recsys.config.load import to_plain as to_plain
 from recsys.config.losses import AuxiliarySettings as AuxiliarySettings
 from recsys.config.losses import ContrastiveSettings as ContrastiveSettings
+from recsys.config.neighbours import NeighbourSettings as NeighbourSettings
 from recsys.config.optimizer import OptimizerSettings as OptimizerSettings
 from recsys.config.ranking import RankingSettings as RankingSettings
 from recsys.config.ranking import RetrievalSettings as RetrievalSettings

@@ -24,6 +24,11 @@ def validate(config: Config) -> None:
             f"{config.ranking.name}; choose two_tower, or best_model_by auc, gauc or auc_and_gauc"
         )
     _check_averages(config)
+    if config.neighbours is not None and isinstance(config.ranking, RetrievalSettings):
+        raise ValueError(
+            "neighbours are blended with logits, and a retrieval model ranks by vectors alone; set "
+            "neighbours to null"
+        )
     content, temperature = content_settings(config.content), config.contrastive.temperature
     if content is None:
         return

@@ -161,8 +161,12 @@ def _for_model(recipe: Any, name: str) -> Any:
     return recipe | {"ranking": own_keys(section, name)} if isinstance(section, dict) else recipe
 
 
-# Removed settings of earlier versions: the value that did nothing, and why it was removed.
-REMOVED = {
+# Removed settings of earlier versions: the value that did nothing (...: any), and why it was
+# removed.
+REMOVED: dict[tuple[str, ...], tuple[Any, str]] = {
+    ("ranking", "opinions"): (None, "`neighbours: {values: ...}` is in its place"),
+    ("ranking", "opinion_groups"): (..., "see ranking.opinions"),
+    ("ranking", "opinion_dropout"): (..., "see ranking.opinions"),
     ("content", "sampling", "encoders"): (1, "encoders are not sampled"),
     ("content", "history", "sorted_cosines"): (0, "no trial showed a gain"),
     ("embedding", "reset_every_epoch"): (
@@ -180,7 +184,7 @@ def _without_removed_keys(recipe: dict[str, Any]) -> dict[str, Any]:
             section = section.get(name) if isinstance(section, dict) else None
         if not isinstance(section, dict) or key not in section:
             continue
-        if (value := section.pop(key)) != inert:
+        if (value := section.pop(key)) != inert and inert is not ...:
             where = ".".join([*sections, key])
             raise ValueError(
                 f"{where} is {value}, but the setting was removed: {reason}; leave it out"

@@ -17,6 +17,7 @@ from recsys.config.limits import (
     Share,
 )
 from recsys.config.losses import AuxiliarySettings, ContrastiveSettings
+from recsys.config.neighbours import NeighbourSettings
 from recsys.config.optimizer import OptimizerSettings
 from recsys.config.ranking import RankingSettings, ranking_settings
 
@@ -103,6 +104,8 @@ class Config:
     """The content branch: its settings, or none."""
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
     ranking: RankingSettings = field(default_factory=ranking_settings)
+    neighbours: NeighbourSettings | None = None
+    """What similar items of the history say of the target; default: nothing."""
     contrastive: ContrastiveSettings = field(default_factory=ContrastiveSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     auxiliary: dict[str, AuxiliarySettings] = field(default_factory=dict)

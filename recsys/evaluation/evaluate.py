@@ -33,6 +33,7 @@ from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.distributed.gather import gather_rows, gather_rows_to_first
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
+from recsys.evaluation.blend_fit import fit_blend
 from recsys.evaluation.forward_pass import forward_pass, require_finite, rows_per_batch
 from recsys.evaluation.further_metrics import Metric, make_metrics
 from recsys.evaluation.metrics import (
@@ -216,11 +217,13 @@ def score(
     lockstep: Lockstep | None = None,
     unknown: UnknownIds | None = None,
     with_queries: bool = False,
+    with_evidence: bool = False,
 ) -> dict[str, Tensor]:
     """Score the rows of all ranks and return them on rank 0, none on the others. A collective.
 
     Returns:
         `positions`, `groups`, `items`, `weights` [N], `logits` and `labels` [N, C]. On every rank
+        `with_evidence`, if the model has neighbours: `network` [N, C] and `evidence` [N, E].
         with `with_queries`: `queries`, `query_targets` [Q, D], `query_items`, `query_weights` [Q].
 
     Raises:
@@ -236,6 +239,9 @@ def score(
         outputs = forward_pass(job, source, lockstep, unknown, total=len(interactions))
         for vectors, logits, batch in outputs:
             columns.add(*_score_columns(batch, logits))
+            if with_evidence and "evidence" in vectors:
+                evidence = {name: vectors[name].float() for name in ("network", "evidence")}
+                columns.add(batch.rows.positions >= 0, evidence)
             if with_queries and "query" in vectors:
                 columns.add(*_query_columns(batch, vectors))
     return {
@@ -312,10 +318,12 @@ def evaluate_split(
     scores_to: Path | None = None,
     model: str | None = None,
     shows_skipped: bool = False,
+    fits_blend: bool = False,
 ) -> dict[str, Any]:
     """Compute the metrics of a split: all items, and cold, warm and unseen ones. A collective.
 
-    With `searches`, a retrieval model searches the whole catalogue.
+    With `searches`, a retrieval model searches the whole catalogue. With `fits_blend` the blend of
+    neighbours is fitted to the split; its metrics are then of blends fitted to other users.
 
     Raises:
         TrainingStopped: `lockstep` reports that the job is to end.
@@ -324,7 +332,9 @@ def evaluate_split(
     interactions = split_interactions(job, split)
     unknown = UnknownIds(job.schema)
     lockstep = lockstep or Lockstep(job.ranks)
-    scored = score(job, interactions, lockstep, unknown, searches)
+    scored = score(job, interactions, lockstep, unknown, searches, fits_blend)
+    if fits_blend:
+        fit_blend(job, scored)
     if shows_skipped:
         interactions.rows.skipped(job.ranks, split)
     report: dict[str, Any] = {}

@@ -33,19 +33,10 @@ from recsys.model.losses import ContentIDContrastive, RankingLoss, RetrievalLoss
 from recsys.model.tables import id_dropouts, pooled_features
 from recsys.ranking import RANKING_MODELS
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.layers.collaborative_filtering import automatic_groups
 from recsys.ranking.layers.extra_sequences import ExtraSequences
+from recsys.ranking.neighbours import NUM_VOTES, Neighbours
 from recsys.ranking.settings import NumbersSettings
 from recsys.ranking.sim import ItemCategories
-
-
-def with_opinion_groups(config: Config, schema: Schema) -> Config:
-    """Set the default number of user groups for collaborative filtering; the run keeps it."""
-    votes = config.ranking
-    if not isinstance(votes, NumbersSettings) or votes.opinions is None or votes.opinion_groups:
-        return config
-    groups = automatic_groups(schema.limit(schema.group), schema.num_items)
-    return replace(config, ranking=replace(votes, opinion_groups=groups))
 
 
 def build_em3(
@@ -62,13 +53,16 @@ def build_em3(
 
     `encoders` are by modality; `process_group` has the ranks that train together, if several.
     """
-    config = with_opinion_groups(config, schema)
     content = content_settings(config.content)
     _check_labels(config.ranking, config.best_model_by, schema)
     dims = {table.name: table.embedding_dim for table in tables}
     pooled = pooled_features(config.embedding, schema)
     further, widths = _build_extra_sequences(config, schema, dims[schema.target_item])
     dimensions = InputDimensions.of(schema, pooled, dims, item_categories, process_group, widths)
+    neighbours = None
+    if config.neighbours is not None:
+        neighbours = Neighbours(config.neighbours, dimensions, content)
+        dimensions = replace(dimensions, num_dense=dimensions.num_dense + NUM_VOTES)
     embeddings = build_embedding_collection(tables, device)
     assert embeddings is not None
     # Built before content and ranking: the order decides which random numbers each part gets.
@@ -92,6 +86,7 @@ def build_em3(
         losses=losses,
         further_histories=further,
         scaling=_build_scaling(config.ranking, schema),
+        neighbours=neighbours,
     )
 
 

@@ -20,6 +20,7 @@ from recsys.model.id_vectors import IDVectorReader
 from recsys.model.input_scaling import InputScaling
 from recsys.model.losses import ContentIDContrastive, RankingLoss, RetrievalLoss
 from recsys.ranking.layers.extra_sequences import ExtraSequences
+from recsys.ranking.neighbours import BlendedLogits, Neighbours
 from recsys.ranking.vectors import IDVectors, MemberLogits, TowerVectors
 
 
@@ -52,14 +53,15 @@ class TotalLoss(nn.Module):
 
     def forward(
         self,
-        scored: Tensor | MemberLogits | TowerVectors,
+        scored: Tensor | MemberLogits | TowerVectors | BlendedLogits,
         ids: IDVectors,
         content: ContentVectors | None,
         batch: Batch,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Return the loss to minimise [], its parts without gradient, and the logits [B, C].
 
-        A retrieval model in evaluation adds `query` and `item` [B, D] of the first label.
+        In evaluation a retrieval model adds `query` and `item` [B, D] of the first label, and
+        neighbours add `network` and `evidence`, from which the blend is fitted.
         """
         logits = scored if isinstance(scored, Tensor) else scored.logits
         loss, parts = logits.new_zeros(()), dict[str, Tensor]()
@@ -72,11 +74,13 @@ class TotalLoss(nn.Module):
             loss = parts["loss"] = loss + auxiliary_loss
         if isinstance(scored, TowerVectors) and not self.training:
             parts |= {"query": scored.query[:, 0], "item": scored.item}
+        if isinstance(scored, BlendedLogits) and not self.training:
+            parts |= {"network": scored.network_logits, "evidence": scored.evidence}
         return loss, {name: value.detach() for name, value in parts.items()}, logits
 
     def _parts(
         self,
-        scored: Tensor | MemberLogits | TowerVectors,  # [B, C] if a Tensor
+        scored: Tensor | MemberLogits | TowerVectors | BlendedLogits,  # [B, C] if a Tensor
         logits: Tensor,  # [B, C]
         ids: IDVectors,
         content: ContentVectors | None,
@@ -90,8 +94,14 @@ class TotalLoss(nn.Module):
                 )
             ranking = self.retrieval(scored, batch)
         else:
-            member_logits = scored.members if isinstance(scored, MemberLogits) else logits
-            ranking = self.ranking(member_logits, batch.labels, batch.rows.label_loss_weights)
+            labels, weights = batch.labels, batch.rows.label_loss_weights
+            network = scored.network if isinstance(scored, BlendedLogits) else scored
+            members = network.members if isinstance(network, MemberLogits) else network
+            ranking = self.ranking(
+                members if isinstance(members, Tensor) else logits, labels, weights
+            )
+            if isinstance(scored, BlendedLogits):
+                ranking = ranking + self.ranking(scored.regression, labels, weights)
         if self.contrastive is None:
             return ranking, {"loss": ranking}
         assert content is not None
@@ -107,6 +117,7 @@ class EM3(nn.Module):
 
     `embeddings` is the table of target and history. `content` is None for the ID-only baseline.
     `ranking` returns logits, `MemberLogits` or `TowerVectors`. `scaling` standardises numbers.
+    `neighbours` adds dense features to the batch, and blends its evidence with the logits.
 
     Example::
 
@@ -131,12 +142,13 @@ class EM3(nn.Module):
         losses: TotalLoss,
         further_histories: ExtraSequences | None = None,
         scaling: InputScaling | None = None,
+        neighbours: Neighbours | None = None,
     ) -> None:
         super().__init__()
         self.embedding_bags, self.embeddings = embedding_bags, embeddings
         self.content, self.id_reader = content, id_reader
         self.further_histories, self.scaling = further_histories, scaling
-        self.ranking, self.losses = ranking, losses
+        self.ranking, self.losses, self.neighbours = ranking, losses, neighbours
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor, Batch]]:
         """Return the loss [], and its parts, the logits [B, C] and the batch. A collective."""
@@ -151,6 +163,11 @@ class EM3(nn.Module):
         rows = self.scaling(batch) if self.scaling is not None else batch
         if self.further_histories is not None:
             ids = self.further_histories(ids, content, rows)
-        scored = self.ranking(ids, content, rows)
+        if self.neighbours is None:
+            scored = self.ranking(ids, content, rows)
+        else:
+            neighbours = self.neighbours(content, rows)
+            scored = self.ranking(ids, content, neighbours.batch)
+            scored = self.neighbours.blend(scored, neighbours)
         loss, parts, logits = self.losses(scored, ids, content, batch)
         return loss, (parts, logits, batch)

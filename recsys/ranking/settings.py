@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from recsys.config.limits import Dropout, NumLayers, PositiveFloat, PositiveInt, Width
+from recsys.config.limits import NumLayers, PositiveFloat, PositiveInt, Width
 from recsys.config.ranking import RankingSettings, RetrievalSettings
 
 GapScale = Literal["linear", "log_days"]
@@ -44,16 +44,6 @@ class NumbersSettings(RankingSettings):
     standardize_numbers: bool = False
     """Standardise dense features, numbers of the history's lists and similarities to mean 0 and
     variance 1 over the rows trained on so far, whatever their range."""
-    opinions: str | None = None
-    """List of numbers beside the history, such as stars, for item-based collaborative filtering:
-    history items vote for the target, by how alike users valued both; default: none."""
-    opinion_groups: PositiveInt | None = None
-    """Groups of users, each a number in an item's vector for collaborative filtering. Default: one
-    per row of the users' table, at most 8192, and at most as many as fit into 1 GiB for all items,
-    of 2 bytes each."""
-    opinion_dropout: Dropout = 0.0
-    """Share of a training batch's rows whose item counts as new and gets no votes, so that the
-    model learns to rank new items by other features."""
 
 
 @dataclass

@@ -25,6 +25,7 @@ from recsys.data.parquet.bad_rows import OnBadRow
 from recsys.data.schema import Schema
 from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.layers.content_interest import cosines
+from recsys.ranking.layers.fields import history_numbers
 from recsys.ranking.layers.heads import ranking_head
 from recsys.ranking.layers.row_features import RowFeatures
 from recsys.ranking.layers.sequence_model import NUM_AGES, TimeGaps, age_of
@@ -173,7 +174,7 @@ class Sim(RowFeatures):
         places = self.search(ids, content, batch, history, id_history)
         ages = self._ages(batch, history)[places]
         parallel = batch.history.values[:, self.gaps.flags]
-        numbers = self.history_numbers(history, parallel, batch)
+        numbers = history_numbers(history, parallel)
         history, id_history, parallel = (
             history.select(places),
             id_history.select(places),

@@ -258,6 +258,7 @@ def _write_graph(job: Job, manifest: Manifest, ranking: nn.Module, path: Path) -
         top_k(job),
         job.em3.further_histories,
         None if job.em3.scaling is None else job.em3.scaling.of_dense(manifest.dense),
+        job.em3.neighbours,
     )
     further = job.schema.histories[1:]
     reads_content = [history.name in manifest.content_histories for history in further]

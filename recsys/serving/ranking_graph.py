@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Rows, TargetItems
+from recsys.ranking.neighbours import Neighbours
 from recsys.ranking.vectors import IDVectors
 from recsys.serving.shared_history import SharedHistory
 
@@ -101,7 +102,8 @@ class RankingGraph(nn.Module):
     """History map and ranking model over the candidates of one user, in evaluation mode.
 
     `content_dim` is the width of a content vector (0: none). `top_k` is the number of history items
-    that a search keeps (0: all). `scaling` standardises numbers.
+    that a search keeps (0: all). `scaling` standardises numbers. `neighbours` is
+    of `recsys.ranking.neighbours`.
     """
 
     def __init__(
@@ -112,8 +114,10 @@ class RankingGraph(nn.Module):
         top_k: int = 0,
         further_histories: nn.Module | None = None,
         scaling: nn.Module | None = None,
+        neighbours: Neighbours | None = None,
     ) -> None:
         super().__init__()
+        self.neighbours = neighbours
         self.further_histories, self.scaling = further_histories, scaling
         self.ranking, self.history_map = ranking, history_map
         self.content_dim, self.top_k = content_dim, top_k
@@ -141,7 +145,11 @@ class RankingGraph(nn.Module):
         content = self._content(inputs.target_content, inputs.history_content)
         if self.further_histories is not None:
             ids = self.further_histories(ids, content, batch)
-        scored = self.ranking(ids, content, batch)
+        if self.neighbours is None:
+            scored = self.ranking(ids, content, batch)
+        else:
+            evidence = self.neighbours(content, batch)
+            scored = self.neighbours.blend(self.ranking(ids, content, evidence.batch), evidence)
         return (scored if isinstance(scored, Tensor) else scored.logits).float()
 
     def _content(self, target: Tensor, history: Tensor) -> ContentVectors | None:  # [N, E], [L, E]

@@ -17,7 +17,6 @@ from typing import Any
 
 from recsys.build import Job, build_job, check_columns
 from recsys.checkpoint.cold_row_init import require_table_state
-from recsys.checkpoint.compatibility import with_automatic
 from recsys.checkpoint.files import BEST, folders_by_age, model_of
 from recsys.checkpoint.manager import Checkpoints, load_best
 from recsys.checkpoint.progress import Progress
@@ -39,7 +38,7 @@ from recsys.checkpoint.run_folder import (
 from recsys.checkpoint.run_schema import schema_of_data
 from recsys.checkpoint.warm_start.plan import plan_warm_start
 from recsys.checkpoint.warm_start.source import WarmStart
-from recsys.config import Config, load_config, softmax_settings
+from recsys.config import Config, softmax_settings
 from recsys.config.checks import validate
 from recsys.data.interactions import Interactions
 from recsys.data.row_source import RowSource, open_rows
@@ -137,10 +136,8 @@ def _train_locked(
             with ranks.raise_on_all_ranks():
                 check_begun_from(run, warm_start)
                 schema = schema_of_data(run, Location.of(data), ranks, goes_on)
-                config = with_automatic(config, load_config(run / "config.yaml"))
         elif warm_start is not None:
             warm, schema = open_warm_start(warm_start, data, run, ranks)
-            config = with_automatic(config, warm[0].config)
         check_columns(
             config.source, config.on_bad_row, data, ranks, schema
         )  # before items are encoded

@@ -177,7 +177,9 @@ class Trainer:
             fill_bank(job, self.lockstep)
         refill_cold_rows(job, self.run)
         searches = needs_search(metric)
-        report = evaluate_split(job, "valid", self.item_counts, self.lockstep, searches)
+        report = evaluate_split(
+            job, "valid", self.item_counts, self.lockstep, searches, fits_blend=True
+        )
         if (line := format_unknown("train", progress.ids)) is not None:
             logger.info("%s; %s", line, progress.vocabularies)
         self.reporter.validation(progress, report)

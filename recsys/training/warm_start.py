@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,7 +28,8 @@ from recsys.evaluation.evaluate import fill_bank
 from recsys.model.input_scaling import InputScaling
 from recsys.storage.files import read_json, write_whole
 from recsys.storage.location import Location
-from recsys.training.initial_state import fill_opinions, load_pretrained_tables
+from recsys.training.initial_state import load_pretrained_tables
+from recsys.training.neighbour_statistics import fit_neighbours
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +96,21 @@ def new_item_rows(
     return None if is_same else plan.items.new_rows
 
 
-def fit_to_rows(job: Job, plan: WarmStartPlan, numbers: Mapping[str, NumberRange]) -> None:
-    """Fit what training does not learn to the job's training rows, once scored. A collective."""
+def fit_to_rows(
+    job: Job,
+    plan: WarmStartPlan,
+    numbers: Mapping[str, NumberRange],
+    earlier_folders: Sequence[str] = (),
+) -> None:
+    """Fit what training does not learn to the job's training rows, once scored. A collective.
+
+    Statistics of neighbours are of the rows in `earlier_folders`, too.
+    """
     _load_pretrained_rows_of_new_ids(job, plan)
     scaling = job.em3.scaling
     if scaling is not None and not _takes_raw_numbers(scaling, plan):
         scaling.fit(numbers)
-    fill_opinions(job)
+    fit_neighbours(job, earlier_folders)
     for table, filled in fill_cold_rows(job, counts_before(job, plan)).items():
         plan.differences.add(f"table '{table}'", f"new_rows: {filled.rule}", str(filled))
 

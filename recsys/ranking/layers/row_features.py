@@ -16,7 +16,6 @@ from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.layers.collaborative_filtering import NUM_VOTES, CollaborativeFiltering
 from recsys.ranking.layers.content_interest import ContentInterest
 from recsys.ranking.layers.fields import history_numbers, num_history_numbers
 from recsys.ranking.layers.target_attention import TargetAttention
@@ -88,10 +87,6 @@ class RowFeatures(nn.Module):
         super().__init__()
         width = sum(dimensions.pooled_dims) + dimensions.id_dim + interest_dim
         numbers = dimensions.num_dense + num_history_numbers(dimensions.num_parallel)
-        self.opinion_votes: CollaborativeFiltering | None = None
-        if settings.opinions is not None:
-            self.opinion_votes = _collaborative_filtering(settings, dimensions)
-            numbers += NUM_VOTES
         self.content_interest: ContentInterest | None = None
         if content is not None:
             self.content_interest = ContentInterest.of(content, dimensions.num_parallel)
@@ -102,22 +97,13 @@ class RowFeatures(nn.Module):
         if settings.standardize_numbers:
             self.standardization = Standardization(numbers, dimensions.process_group)
 
-    def history_numbers(
-        self, history: JaggedHistory, parallel: Tensor, batch: Batch
-    ) -> Tensor:  # [N, P] -> [B, number of them]
-        """Return `history_numbers` of the whole history and, with `ranking.opinions`, the votes."""
-        numbers = history_numbers(history, parallel)
-        if self.opinion_votes is None:
-            return numbers
-        return torch.cat([numbers, self.opinion_votes(history, batch)], dim=1)
-
     def features(
         self,
         ids: IDVectors,
         content: ContentVectors | None,
         batch: Batch,
         interest: Tensor,  # [B, interest_dim]
-        numbers: Tensor,  # [B, ...], `self.history_numbers` of the whole history
+        numbers: Tensor,  # [B, ...], `history_numbers` of the whole history
         history: JaggedHistory,  # the one attended to, over `batch.history.items`
         parallel: Tensor,  # [K, P]
     ) -> Tensor:  # [B, W]
@@ -145,26 +131,6 @@ class RowFeatures(nn.Module):
         return list(joined.split(widths, dim=1))
 
 
-def _collaborative_filtering(
-    settings: NumbersSettings, dimensions: InputDimensions
-) -> CollaborativeFiltering:
-    name, names = settings.opinions, dimensions.parallel_names
-    if name not in names:
-        raise ValueError(
-            f"ranking.opinions is '{name}'; the lists of numbers beside the history in schema.yaml "
-            f"are {list(names)}"
-        )
-    if not dimensions.num_items:
-        raise ValueError(
-            f"ranking.opinions is '{name}', but rows of a bounded vocabulary pass from item to "
-            "item, and opinions would stay with the row; set ranking.opinions to null"
-        )
-    groups = settings.opinion_groups
-    assert groups is not None  # `recsys.model.build.with_opinion_groups` has set it
-    place = names.index(name)
-    return CollaborativeFiltering(place, dimensions.num_items, groups, settings.opinion_dropout)
-
-
 class AttendedFeatures(RowFeatures):
     """`RowFeatures` with DIN's target attention over all of the history."""
 
@@ -187,5 +153,5 @@ class AttendedFeatures(RowFeatures):
         id_history = history if ids.history_is_unique else history.unindexed()
         parallel = batch.history.values
         interest = self.interest(ids.target, ids.history, id_history, parallel)
-        numbers = self.history_numbers(history, parallel, batch)
+        numbers = history_numbers(history, parallel)
         return self.features(ids, content, batch, interest, numbers, history, parallel)

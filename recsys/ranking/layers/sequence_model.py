@@ -21,6 +21,7 @@ from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.dimensions import InputDimensions
+from recsys.ranking.layers.fields import history_numbers
 from recsys.ranking.layers.heads import ranking_head
 from recsys.ranking.layers.row_features import RowFeatures
 from recsys.ranking.layers.sequences import Sequences, sequences_of
@@ -185,7 +186,7 @@ class SequenceModel(RowFeatures):
         lists = sequences.own(parallel)
         tokens, target = self.tokens(ids, content, batch, sequences, lists)
         interest = self.encoded(tokens.float(), target.float(), events)
-        numbers = self.history_numbers(history, parallel, batch)
+        numbers = history_numbers(history, parallel)
         return self.mlp(self.features(ids, content, batch, interest, numbers, history, parallel))
 
     def encoded(

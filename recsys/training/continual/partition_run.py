@@ -17,7 +17,6 @@ from recsys.checkpoint.cold_row_init import (
     fill_rows_of_later_items,
     refill_cold_rows,
 )
-from recsys.checkpoint.compatibility import with_automatic
 from recsys.checkpoint.files import folders_by_age, model_of
 from recsys.checkpoint.manager import Checkpoints
 from recsys.checkpoint.partitions import ContinualFolder, RunState, TrainedPartition
@@ -34,7 +33,7 @@ from recsys.checkpoint.run_folder import (
 from recsys.checkpoint.run_schema import PARTITION, schema_of_data
 from recsys.checkpoint.warm_start.plan import WarmStartPlan, plan_warm_start
 from recsys.checkpoint.warm_start.source import WarmStart
-from recsys.config import Config, ContinualSettings, content_settings, load_config
+from recsys.config import Config, ContinualSettings, content_settings
 from recsys.data.interactions import Interactions
 from recsys.data.item_frequency import ItemCounts
 from recsys.data.schema import Schema
@@ -144,13 +143,11 @@ def train_partition(
     continual.timer.start()
     config, (_, request) = config_of_partition(continual.config, state), continual.before(state)
     with ranks.raise_on_all_ranks():
-        if request is not None:
-            if not (request.run / "config.yaml").is_file():
-                raise ValueError(
-                    f"{request.run}: has not the model that train/{partition.name} goes on from; "
-                    "bring it back, or start a new run in another --out"
-                )
-            config = with_automatic(config, load_config(request.run / "config.yaml"))
+        if request is not None and not (request.run / "config.yaml").is_file():
+            raise ValueError(
+                f"{request.run}: has not the model that train/{partition.name} goes on from; "
+                "bring it back, or start a new run in another --out"
+            )
         if ranks.is_first:
             recover_checkpoints(run)
     goes_on = ranks.from_first(bool(folders_by_age(run / "checkpoints")))
@@ -280,7 +277,8 @@ def _begin(
     if plan is None:
         progress = start_fresh(job, checked)
     else:
-        fit_to_rows(job, plan, checked.numbers)
+        earlier = [Partition(trained.name).folder for trained in state.trained]
+        fit_to_rows(job, plan, checked.numbers, earlier)
     continual.timer.lap("fit")
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
@@ -308,14 +306,15 @@ def _write_scores(
     folder, ranks, before = continual.folder, continual.ranks, plan.source.request.run
     assert begun_state.begun is not None
     file, model = folder.scores_of(begun_state.begun.name), model_of(before)
-    if ranks.from_first(file.exists()):
+    are_written = ranks.from_first(file.exists())
+    if are_written and job.em3.neighbours is None:  # otherwise the blend is fitted again
         return
     with job.averaged():
         if plan.maps.get(job.schema.target_item) is not None:
             fill_rows_of_later_items(job, before)
         scores = score_partition(job, counts, continual.lockstep)
     with ranks.raise_on_all_ranks():
-        if scores is not None:
+        if scores is not None and not are_written:
             folder.write(
                 begun_state
             )  # before the scores, so that they are known to be of these rows

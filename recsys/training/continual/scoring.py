@@ -19,6 +19,7 @@ from recsys.data.row_source import RowSource, open_rows
 from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
+from recsys.evaluation.blend_fit import fit_blend
 from recsys.evaluation.evaluate import (
     score,
     scores_report,
@@ -38,10 +39,13 @@ logger = logging.getLogger(__name__)
 
 
 def score_partition(job: Job, item_counts: ItemCounts, lockstep: Lockstep) -> SplitScores | None:
-    """Return the scores of the job's training rows on rank 0, else None. A collective."""
+    """Return the scores of the job's training rows on rank 0, else None. A collective.
+
+    Then the blend of neighbours is fitted to these rows, which the model was not trained on.
+    """
     ranks = job.ranks
     interactions, unknown = split_interactions(job, "train"), UnknownIds(job.schema)
-    scored = score(job, interactions, lockstep, unknown)
+    scored = score(job, interactions, lockstep, unknown, with_evidence=True)
     if job.config.on_bad_row == "skip":
         interactions.rows.skipped(ranks, job.train_folder)
     scores = None
@@ -49,6 +53,7 @@ def score_partition(job: Job, item_counts: ItemCounts, lockstep: Lockstep) -> Sp
         if ranks.is_first:
             require_finite(scored, interactions.rows)
             scores = split_scores(job.schema, scored, item_counts)
+    fit_blend(job, dict(scored))
     if (line := format_unknown(job.train_folder, unknown.totals(ranks.group))) is not None:
         logger.info(line)
     return scores

@@ -19,7 +19,7 @@ from tests.recsys.command_runs import TINY, run_recsys, train_words
 from tests.recsys.em3_runs import ranks_of
 
 WORDS = ["--batch_size", "8", "--device", "cpu", "--patience", "9", "--content", "none"]
-WORDS += ["--ranking.opinions", "history_liked", "--ranking.opinion_groups", "4"]
+WORDS += ["--neighbours", "{values: history_liked, dim: 4, taste_dim: 4}"]
 SETTINGS: dict[str, dict[str, Any]] = {
     "adafactor": {
         "name": "adafactor",
@@ -103,7 +103,7 @@ def test_a_run_on_two_ranks_goes_on_to_the_same_bits(data: Path, tmp_path: Path)
     assert int(state["optimizer.average.num_updates"]) == 8
     assert any(key.startswith("optimizer.average.embedding") for key in state)
     assert any("row_var" in key for key in state)
-    assert state["model.ranking.opinion_votes.opinions"].any()
+    assert state["model.neighbours.taste"].any()
 
 
 def test_the_best_model_holds_the_averages_and_training_goes_on_without_them(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from filelock import FileLock
 
+from recsys.config import NeighbourSettings
 from tests.recsys.em3_runs import em3_config
 from tests.recsys.serving.retrieval.retrieval_runs import train_towers
 from tests.recsys.serving.serving_runs import exported
@@ -20,7 +22,9 @@ def package_run(session_folder: Path) -> tuple[Path, Path, np.ndarray]:
     with FileLock(session_folder / "served.lock"):
         if not (folder / "predictions.npy").exists():
             folder.mkdir()
-            _, predictions = exported(folder, em3_config(folder))
+            neighbours = NeighbourSettings("history_liked", dim=4, taste_dim=4)
+            config = replace(em3_config(folder), neighbours=neighbours)
+            _, predictions = exported(folder, config)
             np.save(folder / "predictions.npy", predictions)
     return folder, folder / "package", np.load(folder / "predictions.npy")
 

@@ -21,6 +21,7 @@ from recsys.checkpoint.warm_start import rows
 from recsys.config import Config, ContentSettings, ModalitySettings
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import load_run
+from recsys.ranking.neighbours import Neighbours
 from tests.recsys.checkpoint.schema_runs import rewrite
 from tests.recsys.checkpoint.warm_start.warm_runs import (
     WITHOUT_CONTENT,
@@ -40,7 +41,7 @@ from tests.recsys.checkpoint.warm_start.warm_runs import (
     write_run,
 )
 
-OPINIONS = ("--ranking.opinions", "history_age", "--ranking.opinion_groups", "4")
+NEIGHBOURS = ("--neighbours", "{values: history_age, dim: 4, taste_dim: 4}")
 
 
 @pytest.fixture(scope="module")
@@ -162,31 +163,33 @@ def test_rows_follow_their_ids_and_new_ones_have_the_initial_values_of_the_new_r
 
 
 @pytest.fixture(scope="module")
-def with_opinions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose model has opinions on items."""
-    return write_run(tmp_path_factory.mktemp("opinions"), *WITHOUT_CONTENT, *OPINIONS)
+def with_neighbours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose model has statistics of neighbours."""
+    return write_run(tmp_path_factory.mktemp("neighbours"), *WITHOUT_CONTENT, *NEIGHBOURS)
 
 
-def test_opinions_go_with_their_items(
-    with_opinions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_statistics_of_neighbours_go_with_their_items(
+    with_neighbours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recsys.training.warm_start.fill_opinions", lambda job: None)
-    before = ids_of(with_opinions / "data")
+    monkeypatch.setattr("recsys.training.warm_start.fit_neighbours", lambda *parts: None)
+    before = ids_of(with_neighbours / "data")
     new_ids = [901, *reversed(before)]
-    data = write_ids(changed(with_opinions, tmp_path, grow), new_ids)
-    words = (*WITHOUT_CONTENT, *OPINIONS)
-    old = stored_state(best_of(with_opinions))
-    (name,) = (name for name in old if name.endswith("opinions"))
-    with begun(with_opinions, tmp_path / "new", *words, data=data) as new:
-        moved = state_of(new.job)[name]
-    assert old[name].any()
-    for row, raw in enumerate(new_ids):
-        expected = old[name][before.index(raw)] if raw in before else torch.zeros(4)
-        assert torch.equal(moved[row], expected.to(moved.dtype)), raw
+    data = write_ids(changed(with_neighbours, tmp_path, grow), new_ids)
+    words = (*WITHOUT_CONTENT, *NEIGHBOURS)
+    old = stored_state(best_of(with_neighbours))
+    names = [f"model.neighbours.{name}" for name in Neighbours.item_row_buffers]
+    with begun(with_neighbours, tmp_path / "new", *words, data=data) as new:
+        moved = state_of(new.job)
+    for name in names:
+        assert old[name].any()
+        for row, raw in enumerate(new_ids):
+            is_old = raw in before
+            expected = old[name][before.index(raw)] if is_old else torch.zeros_like(old[name][0])
+            assert torch.equal(moved[name][row], expected), (name, raw)
     skipped = {"skip": ["*.item.weight"], "data": data}
-    with begun(with_opinions, tmp_path / "other", *words, **skipped) as new:
-        assert not state_of(new.job)[name].any()
-        assert "opinions" in new.words and "counted anew" in new.words
+    with begun(with_neighbours, tmp_path / "other", *words, **skipped) as new:
+        assert not any(state_of(new.job)[name].any() for name in names)
+        assert "neighbours.taste" in new.words and "counted anew" in new.words
 
 
 def _assert_users_moved(

@@ -15,7 +15,7 @@ import yaml
 from recsys.checkpoint.partitions import ContinualFolder, newest_run
 from recsys.checkpoint.run_schema import load_run_schema
 from recsys.checkpoint.warm_start.source import WarmStart
-from recsys.config.ranking import RANKING_MODELS, keys_of
+from recsys.config.ranking import RANKING_MODELS
 from recsys.data.prepare_vocabulary import prepare_vocabularies
 from recsys.data.transforms.prepare import prepare_transforms
 from recsys.distributed.ranks import joined_ranks
@@ -36,7 +36,7 @@ from tests.recsys.training.continual.walk_runs import (
 
 EXACT_USERS = {"kind": "id", "num_embeddings": 40, "vocabulary": {"kind": "exact"}}
 DAYS = [name.removeprefix("date=") for name in NAMES]
-VOTES = ["--ranking.opinions", "history_liked", "--ranking.opinion_groups", "5"]
+VOTES = ["--neighbours", "{values: history_liked, dim: 4, taste_dim: 4}"]
 
 
 def write_days(folder: Path, count: int = 2, **columns: dict[str, Any]) -> Path:
@@ -58,8 +58,8 @@ def logits_of(run: Path, number: int) -> np.ndarray:
 
 
 def words_of(name: str) -> list[str]:
-    """Words of a backbone without content, with votes if it has them."""
-    votes = VOTES if "opinions" in keys_of(name) else []
+    """Words of a backbone without content, with neighbours unless it makes vectors of towers."""
+    votes = [] if name == "two_tower" else VOTES
     return [*WITHOUT_CONTENT, "--ranking.name", name, *votes]
 
 

@@ -1,0 +1,99 @@
+"""Fits the blend of ranking model and neighbours on rows that the network was not trained on.
+
+Shapes: N rows, C labels, E numbers of evidence.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recsys.build import Job
+from recsys.model.losses import label_losses
+from recsys.ranking.neighbours import NUM_BLENDED, Blend
+
+PRIOR_ROWS = 10.0  # weight of the unfitted blend, in rows
+
+
+def fit_blend(job: Job, scored: dict[str, Tensor]) -> None:
+    """Fit the blend to scored rows, on rank 0, and give it to all ranks. A collective.
+
+    Logits of the scores become those of a blend fitted to other users: what new users would get.
+    """
+    neighbours, ranks = job.em3.neighbours, job.ranks
+    if neighbours is None:
+        return
+    with ranks.raise_on_all_ranks():
+        # Logits that are not finite are reported later, by their rows.
+        if ranks.is_first and len(scored["logits"]) and scored["logits"].isfinite().all():
+            losses = job.schema.label_losses
+            scored["logits"] = cross_fitted_logits(scored, losses)
+            fitted = fitted_blend(scored, losses)
+            neighbours.blend.load_state_dict(fitted.state_dict())
+    for buffer in neighbours.blend.buffers():
+        dist.broadcast(buffer, src=0, group=ranks.group)
+
+
+def cross_fitted_logits(scored: dict[str, Tensor], losses: tuple[str, ...]) -> Tensor:  # [N, C]
+    """Return the logits of two halves of the users, each by a blend fitted to the other half."""
+    _, users = scored["groups"].unique(return_inverse=True)
+    logits = scored["network"].clone()
+    for half in range(2):
+        is_scored = users % 2 == half
+        others = {name: values[~is_scored] for name, values in scored.items()}
+        blend = fitted_blend(others, losses)
+        logits[is_scored] = blend.logits(
+            scored["network"][is_scored], scored["evidence"][is_scored]
+        )
+    return logits
+
+
+def fitted_blend(scored: dict[str, Tensor], losses: tuple[str, ...]) -> Blend:
+    """Return the blend of the least loss on scored rows, by Newton-like steps (L-BFGS).
+
+    Inputs are standardised, and weights are drawn to those of an unfitted blend.
+    """
+    network, evidence, labels = (
+        scored[name].double() for name in ("network", "evidence", "labels")
+    )
+    evidence = evidence[:, :NUM_BLENDED]
+    blend = Blend(labels.shape[1])
+    weights = scored["weights"].double() if "weights" in scored else torch.ones(len(labels))
+    for label, loss in enumerate(losses):
+        rows = ~labels[:, label].isnan() & (weights > 0)
+        inputs = torch.cat([network[:, label : label + 1], evidence], dim=1)
+        if rows.any():
+            weight, bias = _fitted(inputs[rows], labels[rows, label], weights[rows], loss)
+            blend.weight[label], blend.bias[label] = weight.float(), bias.float()
+    return blend
+
+
+def _fitted(
+    inputs: Tensor,  # [N, 1 + E], the network's logit first
+    labels: Tensor,  # [N]
+    row_weights: Tensor,  # [N]
+    loss: str,
+) -> tuple[Tensor, Tensor]:  # [1 + E], []
+    center, scale = inputs.mean(0), inputs.std(0, unbiased=False)
+    scale = torch.where(scale > 1e-6, scale, 1.0)
+    standardized = (inputs - center) / scale
+    prior = torch.zeros_like(scale)
+    prior[0] = scale[0]
+    weight = prior.clone().requires_grad_()
+    bias = center[0].clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        logits = (standardized @ weight + bias).unsqueeze(1)
+        errors = label_losses(logits, labels.unsqueeze(1), (loss,)).squeeze(1)
+        total = (row_weights * errors).sum() + PRIOR_ROWS * (weight - prior).square().sum()
+        mean = total / len(labels)
+        mean.backward()
+        return mean
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    result = weight.detach() / scale
+    return result, bias.detach() - (result * center).sum()

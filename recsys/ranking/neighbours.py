@@ -1,0 +1,325 @@
+"""What similar items of the history say of the target: kernel regression, and votes.
+
+Kernel regression: a user's values deviate from his mean and the items' means by w . z plus noise,
+with z an item's vector and w normal, so that w has a closed form in which similar items of a
+history are not counted twice (Rasmussen and Williams 2006, equation 2.11). z joins factors of the
+items' co-occurrence with a trained map of their content, which new items have, too.
+
+Votes: means of the values, weighted by similarity (item-based collaborative filtering, Sarwar et
+al. 2001).
+
+Shapes: B batch, R rows with a history of their own (B, or 1 if all rows share one), L longest
+history, U unique history items, N history items of the batch, I items, D width of an item's
+factors, Z = D, or 2 D with content, F folds of users, C labels, E numbers of evidence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from recsys.config import ContentSettings, NeighbourSettings
+from recsys.content.vectors import ContentVectors
+from recsys.data.batch import Batch
+from recsys.data.jagged_history import JaggedHistory
+from recsys.ranking.dimensions import InputDimensions
+from recsys.ranking.layers.ridge import RidgePredictions
+from recsys.ranking.vectors import MemberLogits
+
+FOLDS = 5  # of users, by id: a row in training reads statistics of the users of other folds
+PRIOR_VALUES = 5.0  # values of mean 0 that every mean of deviations begins with
+# Added to sums of similarities and of their squares: a few weakly similar items vote for little.
+LEAST_SIMILARITY, LEAST_SQUARE = 0.15, 0.0125
+EVIDENCE = ("regression", "variance", "item_mean", "item_count", "user_mean", "history_length")
+# The first columns of the evidence, which are blended: of the rest the ranking model knows more.
+NUM_BLENDED = 4
+NUM_VOTES = 4  # dense features of the ranking model
+
+
+@dataclass
+class NeighbourEvidence:
+    """The output of `Neighbours` for a batch.
+
+    batch: with votes among its dense features.
+    evidence: [B, E], the columns of `EVIDENCE`, without gradient.
+    regression: [B, C], logits of the evidence alone.
+    """
+
+    batch: Batch
+    evidence: Tensor
+    regression: Tensor
+
+
+@dataclass
+class BlendedLogits:
+    """Logits of the ranking model and of the evidence, and their blend.
+
+    network: of the ranking model, [B, C], or of its members in training.
+    regression, logits: [B, C], of the evidence alone, and blended.
+    evidence: [B, E], without gradient.
+    """
+
+    network: Tensor | MemberLogits
+    regression: Tensor
+    evidence: Tensor
+    logits: Tensor
+
+    @property
+    def network_logits(self) -> Tensor:  # [B, C]
+        return self.network if isinstance(self.network, Tensor) else self.network.logits
+
+
+class Blend(nn.Module):
+    """Logits as a linear function of the ranking model's logits and the evidence.
+
+    Its weights are fitted on rows that the model was not trained on (stacking, Wolpert 1992), since
+    ID vectors remember training rows. Until then it returns the ranking model's logits.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, num_labels: int) -> None:
+        super().__init__()
+        weight = torch.zeros(num_labels, 1 + NUM_BLENDED)
+        weight[:, 0] = 1
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", torch.zeros(num_labels))
+
+    def forward(
+        self, scored: Tensor | MemberLogits, neighbours: NeighbourEvidence
+    ) -> BlendedLogits:
+        network = scored if isinstance(scored, Tensor) else scored.logits
+        logits = self.logits(network.float(), neighbours.evidence)
+        return BlendedLogits(scored, neighbours.regression, neighbours.evidence, logits)
+
+    def logits(self, network: Tensor, evidence: Tensor) -> Tensor:  # [B, C], [B, E] -> [B, C]
+        blended = evidence[:, :NUM_BLENDED] @ self.weight[:, 1:].T
+        return network * self.weight[:, 0] + blended + self.bias
+
+
+class Neighbours(nn.Module):
+    """Evidence and votes of the history for the target, and the blend of both with other logits.
+
+    `cooccurrence` has factors of the similarity of items by their users, `taste` by the users'
+    values. For each item, buffers have F statistics without a fold's users, and one of all users.
+    In training the share `dropout` of targets counts as new: content alone speaks for them.
+    """
+
+    item_row_buffers = ("cooccurrence", "taste", "value_sums", "value_counts")
+
+    cooccurrence: Tensor
+    taste: Tensor
+    value_sums: Tensor
+    value_counts: Tensor
+    value_mean: Tensor
+    value_deviation: Tensor
+
+    def __init__(
+        self,
+        settings: NeighbourSettings,
+        dimensions: InputDimensions,
+        content: ContentSettings | None,
+    ) -> None:
+        super().__init__()
+        self.column = _value_column(settings, dimensions)
+        self.dropout, num_items, dim = settings.dropout, dimensions.num_items, settings.dim
+        valued = 0 if self.column is None else num_items
+        self.register_buffer("cooccurrence", torch.zeros(num_items, FOLDS + 1, dim))
+        # In half precision: they only weigh votes.
+        taste = torch.zeros(valued, FOLDS + 1, settings.taste_dim, dtype=torch.float16)
+        self.register_buffer("taste", taste)
+        self.register_buffer("value_sums", torch.zeros(num_items, FOLDS + 1))  # of deviations
+        self.register_buffer("value_counts", torch.zeros(num_items, FOLDS + 1))
+        self.register_buffer("value_mean", torch.zeros(()))
+        self.register_buffer("value_deviation", torch.ones(()))
+        self.content_map: nn.Linear | None = None
+        if content is not None:
+            self.content_map = _leading_components(len(content.modalities), content.dim, dim)
+        # Logarithms of the kernel's shares of co-occurrence and content, and of the noise.
+        self.log_shares = nn.Parameter(torch.tensor([0.0, -2.0]))
+        self.log_noise = nn.Parameter(torch.tensor(-1.0))
+        self.head = _head(dimensions.num_labels)
+        self.blend = Blend(dimensions.num_labels)
+
+    def forward(self, content: ContentVectors | None, batch: Batch) -> NeighbourEvidence:
+        """Return evidence and votes of each row. A collective with content."""
+        history = self._history(batch)
+        targets, fold = batch.target.items, torch.full_like(batch.target.items, FOLDS)
+        if self.training:
+            fold = batch.rows.groups.remainder(FOLDS)
+            is_new = torch.rand(len(targets), device=targets.device) < self.dropout
+            targets = targets.masked_fill(is_new, len(self.cooccurrence))
+        history_fold = (fold[:1] if history.is_shared else fold).unsqueeze(1)
+        mean, variance = self._regression(content, batch, history, targets, fold, history_fold)
+        item_mean, count = self._item_means(targets, fold)
+        shared = [part.expand_as(mean) for part in (history.user_mean, torch.log1p(history.length))]
+        evidence = torch.stack([mean, variance, item_mean, torch.log1p(count), *shared], dim=1)
+        votes = self._votes(history, targets, fold, history_fold)
+        batch = replace(batch, dense_features=torch.cat([batch.dense_features, votes], dim=1))
+        return NeighbourEvidence(batch, evidence.detach(), self.head(evidence))
+
+    def _history(self, batch: Batch) -> _History:
+        """Return the histories, padded, with values as deviations from the user's mean.
+
+        Deviations are in standard deviations of all values.
+        """
+        history = batch.history.jagged()
+        index = _by_row(history, history.index)
+        mask = _by_row(history, torch.ones_like(history.index)).float()
+        length = mask.sum(dim=1)
+        user_mean, deviations = torch.zeros_like(length), mask
+        if self.column is not None:  # otherwise all values are 1, of which no mean is subtracted
+            values = batch.history.recorded_values[:, self.column] - self.value_mean
+            values = _by_row(history, values / self.value_deviation) * mask
+            user_mean = values.sum(dim=1) / (length + PRIOR_VALUES)
+            deviations = (values - user_mean.unsqueeze(1)) * mask
+        items = batch.history.items[index]
+        return _History(items, index, mask, deviations, length, user_mean, history.is_shared)
+
+    def _regression(
+        self,
+        content: ContentVectors | None,
+        batch: Batch,
+        history: _History,
+        targets: Tensor,  # int64 [B]
+        fold: Tensor,  # int64 [B]
+        history_fold: Tensor,  # int64 [R, 1]
+    ) -> tuple[Tensor, Tensor]:  # [B], [B]
+        """Return mean and variance of the target's deviation. A collective with content."""
+        item_mean, _ = self._item_means(history.items, history_fold)
+        residuals = (history.deviations - item_mean) * history.mask
+        shares = self.log_shares.exp()
+        prior = shares[:1].expand(self.cooccurrence.shape[2])
+        target = _rows(self.cooccurrence, targets, fold)
+        past = _rows(self.cooccurrence, history.items, history_fold)
+        target_kernel = shares[0] * target.square().sum(1)  # [B], of a target with itself
+        past_kernel = shares[0] * past.square().sum(2)  # [R, L]
+        if self.content_map is not None:
+            assert content is not None
+            new = self.content_map(content.target_modalities.float().flatten(1))
+            old = self.content_map(content.read_history()[1].float().flatten(1))
+            target_kernel = target_kernel + shares[1] * new.square().sum(1)
+            past_kernel = past_kernel + (shares[1] * old.square().sum(1))[history.index]
+            prior = torch.cat([prior, shares[1:].expand(new.shape[1])])
+            target, past = torch.cat([target, new], 1), torch.cat([past, old[history.index]], 2)
+        # An item's own part, which its vector leaves out, is noise where it is in the history.
+        own, target_own = (
+            (shares.sum() - part).clamp(min=0) for part in (past_kernel, target_kernel)
+        )
+        precisions = history.mask / (self.log_noise.exp() + own)
+        ridge = RidgePredictions(past, residuals, precisions, history.columns(target), prior)
+        mean, variance = ridge.fast() if self.training else ridge.exact()
+        return mean, variance + target_own
+
+    @torch.no_grad()
+    def _votes(
+        self, history: _History, targets: Tensor, fold: Tensor, history_fold: Tensor
+    ) -> Tensor:  # [B], [B], [R, 1] -> [B, NUM_VOTES]
+        """Return means and sum of the values by similarity, and log(1 + sum of similarities)."""
+        factors = self.cooccurrence if self.column is None else self.taste
+        past = _rows(factors, history.items, history_fold)  # [R, L, D]
+        similarity = past @ history.columns(_rows(factors, targets, fold))  # [R, L, K]
+        similarity = similarity * history.mask.unsqueeze(2)
+        values = history.deviations.unsqueeze(2)
+        positive = similarity.clamp(min=0)
+        square = positive.square()
+        sums = [positive * values, positive, square * values, square, similarity * values]
+        means = [part.sum(dim=1).flatten() for part in sums]  # [B] each
+        length = history.length.expand_as(means[0])
+        votes = [
+            means[0] / (means[1] + LEAST_SIMILARITY),
+            means[2] / (means[3] + LEAST_SQUARE),
+            means[4] / (length + 1).sqrt(),
+            torch.log1p(means[1]),
+        ]
+        return torch.stack(votes, dim=1)
+
+    def _item_means(self, items: Tensor, fold: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean deviation and the number of values of items, without a fold's users."""
+        sums, counts = (
+            _rows(part.unsqueeze(2), items, fold).squeeze(-1)
+            for part in (self.value_sums, self.value_counts)
+        )
+        return sums / (counts + PRIOR_VALUES), counts
+
+
+@dataclass
+class _History:
+    """Histories, padded with 0.
+
+    items, index: int64 [R, L], of the item table, and of the batch's unique items.
+    mask: [R, L], 1 for each item; deviations: [R, L], values less the user's mean.
+    length, user_mean: [R]
+    is_shared: whether all rows of the batch have the one history.
+    """
+
+    items: Tensor
+    index: Tensor
+    mask: Tensor
+    deviations: Tensor
+    length: Tensor
+    user_mean: Tensor
+    is_shared: bool
+
+    def columns(self, vectors: Tensor) -> Tensor:  # [B, Z] -> [R, Z, K], K = 1, or B if shared
+        """Return the vectors of targets for products with the vectors of each history."""
+        return vectors.T.unsqueeze(0) if self.is_shared else vectors.unsqueeze(2)
+
+
+def _by_row(history: JaggedHistory, values: Tensor) -> Tensor:  # [N] -> [R, L]
+    """Return the values by row, padded with 0; of one row if all rows share a history."""
+    if history.is_shared:
+        return history.of_one_row(values.unsqueeze(1)).T
+    return history.padded(values, 0)
+
+
+def _rows(factors: Tensor, items: Tensor, fold: Tensor) -> Tensor:  # [...] -> [..., D]
+    """Return factors [I, F + 1, D] of items without a fold; 0 for items that have none."""
+    last = len(factors) - 1
+    rows = items.clamp(max=last) * factors.shape[1] + fold
+    return factors.flatten(0, 1)[rows].float() * (items <= last).unsqueeze(-1)
+
+
+def _head(num_labels: int) -> nn.Linear:
+    """Return a map of the evidence that begins with twice the sum of the three means."""
+    head = nn.Linear(len(EVIDENCE), num_labels)
+    means = [EVIDENCE.index(name) for name in ("regression", "item_mean", "user_mean")]
+    with torch.no_grad():
+        head.weight.zero_()
+        head.weight[:, means] = 2.0
+        head.bias.zero_()
+    return head
+
+
+def _leading_components(num_modalities: int, content_dim: int, dim: int) -> nn.Linear:
+    """Return a map that begins with the first components of each modality's mean token."""
+    linear = nn.Linear(num_modalities * content_dim, dim, bias=False)
+    with torch.no_grad():
+        linear.weight.zero_()
+        for row in range(min(dim, num_modalities * content_dim)):
+            component, modality = divmod(row, num_modalities)
+            linear.weight[row, modality * content_dim + component] = dim**-0.5
+    return linear
+
+
+def _value_column(settings: NeighbourSettings, dimensions: InputDimensions) -> int | None:
+    if not dimensions.has_history:
+        raise ValueError(
+            "neighbours are items of a history, and schema.yaml has no column of kind sequence; "
+            "set neighbours to null"
+        )
+    if not dimensions.num_items:
+        raise ValueError(
+            "neighbours: rows of a bounded vocabulary pass from item to item, and statistics would "
+            "stay with the row; set neighbours to null, or use a vocabulary of kind exact"
+        )
+    name, names = settings.values, dimensions.parallel_names
+    if name is not None and name not in names:
+        raise ValueError(
+            f"neighbours.values is '{name}'; the lists of numbers beside the history in "
+            f"schema.yaml are {list(names)}"
+        )
+    return None if name is None else names.index(name)

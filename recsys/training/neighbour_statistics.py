@@ -1,0 +1,218 @@
+"""Statistics of `recsys.ranking.neighbours`: factors of the items' similarities, means of values.
+
+An event is a user and an item of the histories of his training rows, counted once. Rank 0 computes
+statistics from the distinct events of all ranks, for each fold of users from the others.
+
+Shapes: N events, I items, K neighbours of an item, D width of a factor, F folds.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from scipy.sparse import csr_matrix, diags, vstack
+from scipy.sparse.linalg import eigsh
+
+from recsys.build import Job
+from recsys.config import NeighbourSettings
+from recsys.data.parquet.columns import RowColumns
+from recsys.data.parquet.values import RAW_GROUP
+from recsys.data.row_source import open_rows
+from recsys.data.schema import Schema
+from recsys.distributed.gather import gather_rows_to_first
+from recsys.ranking.neighbours import FOLDS, PRIOR_VALUES, Neighbours
+
+logger = logging.getLogger(__name__)
+
+EVENTS_PER_BLOCK = 2**24  # that a rank holds before it drops repeated ones
+ITEMS_PER_BLOCK = 4096  # whose similarities to all items are in memory at a time
+MOST_EVENTS = 1000  # of a user, which pair: the cost grows with their square
+
+
+@dataclass(frozen=True)
+class Events:
+    """Distinct events, ordered by user and item: int64 [N], float64 values [N]."""
+
+    users: np.ndarray
+    items: np.ndarray
+    values: np.ndarray
+
+    @staticmethod
+    def distinct(users: np.ndarray, items: np.ndarray, values: np.ndarray) -> Events:
+        """Return the first of the events that have the same user and item."""
+        order = np.lexsort((items, users))
+        users, items = users[order], items[order]
+        is_first = np.ones(len(users), bool)
+        is_first[1:] = (np.diff(users) != 0) | (np.diff(items) != 0)
+        return Events(users[is_first], items[is_first], values[order][is_first])
+
+    @staticmethod
+    def joined(parts: list[Events]) -> Events:
+        columns = zip(*((part.users, part.items, part.values) for part in parts))
+        return Events.distinct(*(np.concatenate(column) for column in columns))
+
+    def take(self, rows: np.ndarray) -> Events:  # positions, or bool [N]
+        return Events(self.users[rows], self.items[rows], self.values[rows])
+
+    def capped(self) -> Events:
+        """Return at most `MOST_EVENTS` events of each user, chosen by a hash of the item."""
+        hashed = self.items.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        order = np.lexsort((hashed, self.users))
+        users = self.users[order]
+        place = np.arange(len(users)) - np.searchsorted(users, users)
+        return self.take(np.sort(order[place < MOST_EVENTS]))
+
+
+def fit_neighbours(job: Job, earlier_folders: Sequence[str] = ()) -> None:
+    """Fill the statistics from the training rows, if the model has neighbours. A collective.
+
+    Rows of the latest `neighbours.partitions` of `earlier_folders` that exist count, too.
+    """
+    neighbours, settings, ranks = job.em3.neighbours, job.config.neighbours, job.ranks
+    if neighbours is None or settings is None:
+        return
+    with ranks.raise_on_all_ranks():
+        folders = [folder for folder in earlier_folders if (job.root / folder).exists()]
+        folders = [job.train_folder, *folders[-settings.partitions :]]
+        local = read_events(job, settings.values, folders)
+    columns = [torch.from_numpy(column) for column in (local.users, local.items, local.values)]
+    users, items, values = (
+        gather_rows_to_first(column.to(ranks.device), ranks.group).cpu().numpy()
+        for column in columns
+    )
+    with ranks.raise_on_all_ranks():
+        if ranks.is_first:
+            events = Events.distinct(users, items, values)
+            fill_statistics(neighbours, events, settings)
+            logger.info(
+                f"neighbours: {len(events.users):,} events of {len(np.unique(events.users)):,} "
+                f"users and {len(np.unique(events.items)):,} items"
+            )
+    for name, buffer in neighbours.named_buffers():
+        if not name.startswith("blend."):
+            dist.broadcast(buffer, src=0, group=ranks.group)
+
+
+def read_events(job: Job, values: str | None, folders: Sequence[str]) -> Events:
+    """Return the distinct events of this rank's share of the rows in folders."""
+    parts = [Events(*(np.zeros(0, kind) for kind in (np.int64, np.int64, np.float64)))]
+    for folder in folders:
+        rows = open_rows(job.config.source, job.root, folder, job.schema, job.config.on_bad_row)
+        for table in rows.read(*rows.share(job.ranks.rank, job.ranks.world_size)):
+            parts.append(events_of_rows(table, job.schema, values))
+            if sum(len(part.users) for part in parts) > EVENTS_PER_BLOCK:
+                parts = [Events.joined(parts)]
+    return Events.joined(parts)
+
+
+def events_of_rows(table: pa.Table, schema: Schema, values: str | None) -> Events:
+    """Return the distinct events of the histories of some rows; padding rows have none."""
+    rows = RowColumns.of(table)
+    assert schema.history is not None
+    users = rows.numbers[RAW_GROUP if RAW_GROUP in rows.numbers else schema.group]
+    users = np.repeat(users.astype(np.int64), rows.lengths(schema.history))
+    items = rows.values(schema.history).astype(np.int64)
+    given = np.ones(len(items)) if values is None else rows.values(values)
+    return Events.distinct(users, items, given.astype(np.float64))
+
+
+def fill_statistics(neighbours: Neighbours, events: Events, settings: NeighbourSettings) -> None:
+    """Compute all statistics of the events, for all users and without each fold."""
+    num_items, _, dim = neighbours.cooccurrence.shape
+    if settings.values is not None:
+        mean = float(events.values.mean()) if len(events.values) else 0.0
+        deviation = float(events.values.std()) if len(events.values) else 0.0
+        neighbours.value_mean.fill_(mean)
+        neighbours.value_deviation.fill_(deviation or 1.0)
+    deviations = replace(events, values=value_deviations(events, settings))
+    for fold in range(FOLDS + 1):
+        others = deviations.take(events.users % FOLDS != fold)  # all users after the last fold
+        sums = np.bincount(others.items, others.values, num_items)
+        counts = np.bincount(others.items, minlength=num_items)
+        neighbours.value_sums[:, fold] = torch.from_numpy(sums)
+        neighbours.value_counts[:, fold] = torch.from_numpy(counts)
+        similarity = item_similarities(others, num_items, settings)
+        neighbours.cooccurrence[:, fold] = torch.from_numpy(leading_factors(similarity, dim))
+        if settings.values is not None:
+            similarity = item_similarities(others, num_items, settings, by_value=True)
+            factors = leading_factors(similarity, settings.taste_dim)
+            neighbours.taste[:, fold] = torch.from_numpy(factors)
+
+
+def value_deviations(events: Events, settings: NeighbourSettings) -> np.ndarray:  # [N]
+    """Return the values less the mean of their user, which begins with `PRIOR_VALUES` means.
+
+    They are in standard deviations of all values.
+    """
+    if settings.values is None or not len(events.values):
+        return np.zeros(len(events.values))
+    deviations = (events.values - events.values.mean()) / (events.values.std() or 1.0)
+    _, user = np.unique(events.users, return_inverse=True)
+    return deviations - (np.bincount(user, deviations) / (np.bincount(user) + PRIOR_VALUES))[user]
+
+
+def item_similarities(
+    events: Events, num_items: int, settings: NeighbourSettings, by_value: bool = False
+) -> csr_matrix:  # [I, I], symmetric, 0 on the diagonal
+    """Return the similarities of items by their users, or by the values of these.
+
+    The cosine of two items' vectors of users, 1 + length ** 2 in place of length ** 2 for values,
+    times n / (n + `significance`) with n common users (Herlocker et al. 1999). A pair is kept if
+    one is among the K neighbours of the other with the largest similarities in size.
+    """
+    events = events.capped()
+    _, user = np.unique(events.users, return_inverse=True)
+    shape = num_items, user.max(initial=0) + 1
+    incidence = csr_matrix((np.ones(len(user)), (events.items, user)), shape=shape)
+    vectors = csr_matrix((events.values, (events.items, user)), shape=shape)
+    vectors = vectors if by_value else incidence
+    squares = np.asarray(vectors.multiply(vectors).sum(axis=1)).ravel() + by_value
+    scale = diags(1 / np.sqrt(np.maximum(squares, 1)))
+    vectors = (scale @ vectors).tocsr()
+    blocks = []
+    for start in range(0, num_items, ITEMS_PER_BLOCK):
+        rows = slice(start, start + ITEMS_PER_BLOCK)
+        common = incidence[rows] @ incidence.T
+        common.data /= common.data + settings.significance
+        similarity = (vectors[rows] @ vectors.T).multiply(common).tocsr()
+        blocks.append(_nearest(similarity, start, settings.neighbours_per_item))
+    kept = vstack(blocks).tocsr()
+    both_ways = kept.multiply(kept.T.astype(bool))
+    return (kept + kept.T - both_ways).tocsr()
+
+
+def _nearest(similarity: csr_matrix, first_item: int, count: int) -> csr_matrix:
+    """Keep the `count` largest similarities, in size, of each row to other items."""
+    sizes = np.abs(similarity.data)
+    kept = sizes > 0
+    for row, (start, end) in enumerate(pairwise(similarity.indptr)):
+        kept[start:end] &= similarity.indices[start:end] != first_item + row
+        sizes[start:end] *= kept[start:end]
+        if (excess := end - start - count) > 0:
+            kept[start + np.argpartition(sizes[start:end], excess)[:excess]] = False
+    ends = np.concatenate([[0], np.cumsum(kept)])[similarity.indptr]
+    return csr_matrix((similarity.data[kept], similarity.indices[kept], ends), similarity.shape)
+
+
+def leading_factors(similarity: csr_matrix, dim: int) -> np.ndarray:  # float32 [I, D]
+    """Return Z of which Z Z' is closest to the similarities: scaled leading eigenvectors."""
+    factors = np.zeros((similarity.shape[0], dim), np.float32)
+    active = np.flatnonzero(np.diff(similarity.indptr))
+    if not len(active):
+        return factors
+    matrix = similarity[active][:, active]
+    if len(active) <= 2 * dim:  # the iteration needs fewer vectors than rows
+        eigenvalues, vectors = np.linalg.eigh(matrix.toarray())
+    else:
+        start = np.random.default_rng(0).standard_normal(len(active))
+        eigenvalues, vectors = eigsh(matrix, k=dim, which="LA", v0=start)
+    leading = np.argsort(-eigenvalues)[:dim]
+    factors[active, : len(leading)] = vectors[:, leading] * np.sqrt(eigenvalues[leading].clip(0))
+    return factors

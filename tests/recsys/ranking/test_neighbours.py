@@ -1,0 +1,187 @@
+"""Neighbours: evidence beside a plain computation, votes by hand, folds left out, packages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from recsys.config import NeighbourSettings, ranking_settings
+from recsys.data.batch import Batch
+from recsys.model.build import build_ranking
+from recsys.ranking.neighbours import (
+    EVIDENCE,
+    FOLDS,
+    NUM_BLENDED,
+    NUM_VOTES,
+    PRIOR_VALUES,
+    Neighbours,
+)
+from recsys.serving.ranking_graph import RankingGraph
+from tests.recsys.ranking.ranking_inputs import CONTENT, DIMENSIONS, NUM_DENSE, inputs
+
+NUM_ITEMS, DIM = 9, 4
+WITH_ITEMS = replace(DIMENSIONS, num_items=NUM_ITEMS)
+
+
+def neighbours_of(
+    values: str | None = "liked", content: Any = None, dropout: float = 0.0
+) -> Neighbours:
+    """Neighbours with random statistics."""
+    torch.manual_seed(0)
+    settings = NeighbourSettings(values, dropout=dropout, dim=DIM, taste_dim=DIM)
+    neighbours = Neighbours(settings, WITH_ITEMS, content).eval()
+    for name in ("cooccurrence", "taste", "value_sums"):
+        getattr(neighbours, name).normal_(0, 0.4)
+    neighbours.value_counts.fill_(3)
+    neighbours.value_mean.fill_(0.4)
+    neighbours.value_deviation.fill_(0.5)
+    return neighbours
+
+
+def rows_of(items: list[int], targets: list[int], groups: list[int] | None = None) -> Batch:
+    """Rows with histories of 2, 0 and 3 of five items."""
+    _, _, batch = inputs()
+    batch.history.items, batch.target.items = torch.tensor(items), torch.tensor(targets)
+    batch.rows.groups = torch.tensor(groups or [0, 0, 0])
+    return batch
+
+
+BATCH = [1, 7, 2, 3, 4], [5, 0, 8]
+
+
+def plain_evidence(neighbours: Neighbours, row: int, fold: int = FOLDS) -> Tensor:
+    """The evidence of a row of `BATCH` in float64, by kernel regression over its items."""
+    first, last = ((0, 2), (2, 2), (2, 5))[row]
+    items, target = torch.tensor(BATCH[0][first:last], dtype=torch.long), BATCH[1][row]
+    _, content, batch = inputs()
+    values = (batch.history.values[first:last, 0].double() - 0.4) / 0.5
+    user_mean = values.sum() / (len(values) + PRIOR_VALUES)
+    means = neighbours.value_sums[:, fold].double() / (3 + PRIOR_VALUES)
+    old, new = (neighbours.cooccurrence[ids, fold].double() for ids in (items, target))
+    shares = neighbours.log_shares.exp().double()
+    prior = shares[0].expand(DIM)
+    if neighbours.content_map is not None:
+        places = slice(first, last), row
+        parts = content.read_history()[1], content.target_modalities
+        maps = [
+            neighbours.content_map(part.flatten(1)[place]).double()
+            for part, place in zip(parts, places)
+        ]
+        old, new = torch.cat([old, maps[0]], 1), torch.cat([new, maps[1]])
+        prior = torch.cat([prior, shares[1].expand(DIM)])
+    own = (shares.sum() - (old.square() * prior).sum(1)).clamp(min=0)
+    kernel = old * prior @ old.T + torch.diag(neighbours.log_noise.exp() + own)
+    similarity = old * prior @ new
+    weights = torch.linalg.solve(kernel, similarity)
+    square = (new.square() * prior).sum()
+    variance = square - similarity @ weights + (shares.sum() - square).clamp(min=0)
+    mean = weights @ (values - user_mean - means[items])
+    one = torch.ones((), dtype=torch.float64)
+    numbers = [mean, variance, means[target], (4 * one).log(), user_mean, (len(values) + one).log()]
+    return torch.stack(numbers).float()
+
+
+@pytest.mark.parametrize("content", [None, CONTENT])
+def test_evidence_is_that_of_kernel_regression_over_the_history(content: Any) -> None:
+    neighbours, batch = neighbours_of(content=content), rows_of(*BATCH)
+    output = neighbours(inputs()[1], batch)
+    for row in range(3):
+        torch.testing.assert_close(output.evidence[row], plain_evidence(neighbours, row))
+    features = output.batch.dense_features
+    assert features.shape == (3, NUM_DENSE + NUM_VOTES)
+
+
+def test_a_row_in_training_reads_statistics_without_its_own_fold_of_users() -> None:
+    neighbours = neighbours_of(content=CONTENT).train()
+    batch = rows_of(*BATCH, groups=[3, 4, 2 * FOLDS + 1])
+    evidence = neighbours(inputs()[1], batch).evidence
+    for row, fold in enumerate([3, 4, 1]):
+        expected = plain_evidence(neighbours, row, fold)
+        torch.testing.assert_close(evidence[row], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_votes_have_their_hand_values() -> None:
+    neighbours = neighbours_of()
+    neighbours.taste.zero_()
+    for item, vector in {5: [1.0, 0, 0, 0], 1: [0.5, 0, 0, 0], 7: [-0.5, 0, 0, 0]}.items():
+        neighbours.taste[item] = torch.tensor(vector)
+    batch = rows_of(*BATCH)
+    batch.history.values = torch.tensor([7.4, 0.4, 0, 0, 0]).unsqueeze(1)
+    # The mean of 7 and 0 with 5 prior values is 1; in deviations of .5 both are 12 and -2.
+    expected = [
+        0.5 * 12 / (0.5 + 0.15),
+        0.25 * 12 / (0.25 + 0.0125),
+        (0.5 * 12 + 0.5 * 2) / 3**0.5,
+        torch.tensor(1.5).log(),
+    ]
+    features = neighbours(None, batch).batch.dense_features
+    votes = features[0, NUM_DENSE : NUM_DENSE + NUM_VOTES]
+    torch.testing.assert_close(votes, torch.tensor(expected))
+    assert not features[1, NUM_DENSE : NUM_DENSE + NUM_VOTES].any()  # no history
+
+
+def test_a_target_that_counts_as_new_in_training_is_known_by_content_alone() -> None:
+    neighbours = neighbours_of(content=CONTENT, dropout=0.999).train()
+    new = neighbours(inputs()[1], rows_of(*BATCH))
+    added = neighbours_of(content=CONTENT).train()(inputs()[1], rows_of(BATCH[0], [NUM_ITEMS] * 3))
+    assert torch.equal(new.evidence, added.evidence)
+    assert not new.evidence[:, EVIDENCE.index("item_count")].any()
+
+
+def test_without_values_all_events_count_as_1_and_items_have_no_means() -> None:
+    neighbours, batch = neighbours_of(values=None), rows_of(*BATCH)
+    neighbours.value_sums.zero_()
+    evidence = neighbours(None, batch).evidence
+    old, new = neighbours.cooccurrence[[1, 7], FOLDS], neighbours.cooccurrence[5, FOLDS]
+    own = (neighbours.log_shares.exp().sum() - old.square().sum(1)).clamp(min=0)
+    kernel = old @ old.T + torch.diag(neighbours.log_noise.exp() + own)
+    torch.testing.assert_close(
+        evidence[0, 0], old @ new @ torch.linalg.solve(kernel, torch.ones(2))
+    )
+
+
+def test_the_blend_returns_the_logits_of_the_network_until_it_is_fitted() -> None:
+    neighbours = neighbours_of()
+    output, network = neighbours(None, rows_of(*BATCH)), torch.randn(3, 1)
+    assert torch.equal(neighbours.blend(network, output).logits, network)
+    neighbours.blend.weight.normal_()
+    expected = (
+        torch.cat([network, output.evidence[:, :NUM_BLENDED]], dim=1) @ neighbours.blend.weight.T
+    )
+    torch.testing.assert_close(neighbours.blend(network, output).logits, expected)
+
+
+@pytest.mark.parametrize("values", ["liked", None])
+@pytest.mark.parametrize("name", ["din_dcn", "dlrm"])
+def test_a_package_computes_the_same(name: str, values: str | None) -> None:
+    neighbours = neighbours_of(values)
+    neighbours.blend.weight.normal_()
+    dimensions = replace(WITH_ITEMS, num_dense=NUM_DENSE + NUM_VOTES)
+    model = build_ranking(ranking_settings(name), dimensions, None).eval()
+    ids, _, batch = inputs(torch.tensor([3]))
+    batch.history.items, batch.target.items = torch.tensor([1, 7, 2]), torch.tensor([4])
+    output = neighbours(None, batch)
+    expected = neighbours.blend(model(ids, None, output.batch), output).logits
+    graph, none = RankingGraph(model, neighbours=neighbours), torch.zeros(1, 0)
+    arguments = [ids.pooled, batch.dense_features, ids.target, ids.history, batch.history.values]
+    arguments += [batch.target.items, batch.history.items, none, torch.zeros(3, 0), none]
+    torch.testing.assert_close(graph(*arguments), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parallel_names": ("stars",)}, "neighbours.values is 'liked'.*stars"),
+        ({"num_items": 0}, "bounded"),
+        ({"has_history": False}, "kind sequence"),
+    ],
+)
+def test_neighbours_need_a_list_and_items_with_rows_of_their_own(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Neighbours(NeighbourSettings("liked"), replace(WITH_ITEMS, **changes), None)

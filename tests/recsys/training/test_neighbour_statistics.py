@@ -1,0 +1,186 @@
+"""Statistics of neighbours beside brute force, by fold of users, and those that a run keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from recsys.config import NeighbourSettings, load_config
+from recsys.data.schema import Column, Schema
+from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.predict import load_run
+from recsys.ranking.neighbours import FOLDS, PRIOR_VALUES, Neighbours
+from recsys.training.neighbour_statistics import (
+    Events,
+    events_of_rows,
+    fill_statistics,
+    item_similarities,
+    leading_factors,
+    value_deviations,
+)
+from recsys.training.train import train
+from tests.datasets import write_dataset
+from tests.ranks import run_on_ranks
+from tests.recsys.command_runs import TINY
+from tests.recsys.ranking.test_neighbours import WITH_ITEMS
+from tests.recsys.training.continual.walk_runs import WITHOUT_CONTENT
+
+NUM_USERS, NUM_ITEMS = 30, 9
+SETTINGS = NeighbourSettings("liked", dim=3, taste_dim=3, significance=2.0)
+SCHEMA = Schema(
+    "item",
+    "user",
+    {
+        "user": Column("id", num_embeddings=9),
+        "item": Column("id", num_embeddings=3),
+        "history": Column("sequence", shares="item", parallel=["stars"]),
+        "liked": Column("label"),
+    },
+)
+
+
+def random_events(seed: int = 0) -> Events:
+    generator = np.random.default_rng(seed)
+    users, items = np.nonzero(generator.random((NUM_USERS, NUM_ITEMS)) < 0.5)
+    return Events(users, items, generator.random(len(users)))
+
+
+def by_brute_force(events: Events, by_value: bool) -> np.ndarray:
+    """Similarities of all pairs of items, one after the other."""
+    columns = [
+        {
+            user: value
+            for user, item, value in zip(events.users, events.items, events.values)
+            if item == other
+        }
+        for other in range(NUM_ITEMS)
+    ]
+    similarities = np.zeros((NUM_ITEMS, NUM_ITEMS))
+    for first, second in zip(*np.nonzero(~np.eye(NUM_ITEMS, dtype=bool))):
+        a, b = columns[first], columns[second]
+        common = a.keys() & b.keys()
+        if not common:
+            continue
+        if by_value:
+            norms = [1 + sum(value**2 for value in column.values()) for column in (a, b)]
+            cosine = sum(a[user] * b[user] for user in common) / (norms[0] * norms[1]) ** 0.5
+        else:
+            cosine = len(common) / (len(a) * len(b)) ** 0.5
+        similarities[first, second] = cosine * len(common) / (len(common) + SETTINGS.significance)
+    return similarities
+
+
+@pytest.mark.parametrize("by_value", [False, True])
+def test_similarities_are_those_of_brute_force(
+    by_value: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recsys.training.neighbour_statistics.ITEMS_PER_BLOCK", 4)
+    events = random_events()
+    actual = item_similarities(events, NUM_ITEMS, SETTINGS, by_value).toarray()
+    np.testing.assert_allclose(actual, by_brute_force(events, by_value), atol=1e-12)
+
+
+def test_a_pair_is_kept_if_one_is_a_near_neighbour_of_the_other() -> None:
+    settings = NeighbourSettings("liked", neighbours_per_item=1, significance=2.0)
+    every = by_brute_force(random_events(), by_value=True)
+    nearest = np.abs(every) == np.abs(every).max(axis=1, keepdims=True)
+    actual = item_similarities(random_events(), NUM_ITEMS, settings, by_value=True).toarray()
+    np.testing.assert_allclose(actual, every * (nearest | nearest.T), atol=1e-12)
+
+
+def test_factors_are_the_closest_ones_of_their_width() -> None:
+    similarity = item_similarities(random_events(), NUM_ITEMS, SETTINGS)
+    eigenvalues, vectors = np.linalg.eigh(similarity.toarray())
+    kept = eigenvalues.clip(min=0) * (eigenvalues >= np.sort(eigenvalues)[-3])
+    factors = leading_factors(similarity, 3)
+    np.testing.assert_allclose(factors @ factors.T, vectors * kept @ vectors.T, atol=1e-6)
+
+
+def test_many_items_have_the_factors_of_few() -> None:
+    """The iteration for many items and the dense solver for few find the same."""
+    generator = np.random.default_rng(0)
+    users, items = np.nonzero(generator.random((80, 60)) < 0.3)
+    events = Events(users, items, np.ones(len(users)))
+    similarity = item_similarities(events, 60, SETTINGS)
+    eigenvalues, vectors = np.linalg.eigh(similarity.toarray())
+    factors = leading_factors(similarity, 4)
+    expected = vectors[:, -4:] * eigenvalues[-4:].clip(min=0) @ vectors[:, -4:].T
+    np.testing.assert_allclose(factors @ factors.T, expected, atol=1e-6)
+
+
+def test_each_fold_has_the_statistics_of_the_other_users() -> None:
+    events, neighbours = random_events(), Neighbours(SETTINGS, WITH_ITEMS, None)
+    fill_statistics(neighbours, events, SETTINGS)
+    deviations = value_deviations(events, SETTINGS)
+    for fold in range(FOLDS + 1):
+        others = events.users % FOLDS != fold
+        items = events.items[others]
+        sums = np.bincount(items, deviations[others], NUM_ITEMS)
+        torch.testing.assert_close(neighbours.value_sums[:, fold], torch.tensor(sums).float())
+        counts = torch.tensor(np.bincount(items, minlength=NUM_ITEMS)).float()
+        torch.testing.assert_close(neighbours.value_counts[:, fold], counts)
+        scaled = Events(events.users, events.items, deviations).take(others)
+        for name, by_value in (("cooccurrence", False), ("taste", True)):
+            expected = leading_factors(item_similarities(scaled, NUM_ITEMS, SETTINGS, by_value), 3)
+            actual = getattr(neighbours, name)[:, fold].float().numpy()  # taste is in float16
+            np.testing.assert_allclose(actual @ actual.T, expected @ expected.T, atol=1e-3)
+
+
+def test_a_deviation_is_from_the_mean_of_the_user() -> None:
+    events = Events(np.array([1, 1, 2]), np.array([0, 1, 0]), np.array([1.0, 0.7, 0.1]))
+    deviations = (np.array([1.0, 0.7, 0.1]) - 0.6) / events.values.std()
+    means = deviations[:2].sum() / (2 + PRIOR_VALUES), deviations[2] / (1 + PRIOR_VALUES)
+    expected = deviations - [means[0], means[0], means[1]]
+    np.testing.assert_allclose(value_deviations(events, SETTINGS), expected)
+
+
+def test_an_event_counts_once_in_however_many_histories() -> None:
+    rows = pa.table(
+        {
+            "user": [1, 3, 1, 2],
+            "history": pa.array([[0], [0, 2], [0, 1], []], pa.list_(pa.int64())),
+            "stars": pa.array([[1.0], [0.0, 0.7], [1.0, 0.5], []], pa.list_(pa.float32())),
+        }
+    )
+    events = events_of_rows(rows, SCHEMA, "stars")
+    assert events.users.tolist() == [1, 1, 3, 3]
+    assert events.items.tolist() == [0, 1, 0, 2]
+    np.testing.assert_allclose(events.values, [1.0, 0.5, 0.0, 0.7], rtol=1e-6)
+    assert events_of_rows(rows, SCHEMA, None).values.tolist() == [1.0] * 4
+
+
+def test_of_a_user_with_many_events_some_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recsys.training.neighbour_statistics.MOST_EVENTS", 3)
+    capped = random_events().capped()
+    counts = np.bincount(capped.users)
+    assert counts.max() == 3 and len(np.unique(capped.items)) == NUM_ITEMS
+
+
+def statistics_of_ranks(rank: int, world_size: int, data: Path, out: Path) -> None:
+    from tests.recsys.optimizer.test_optimizer_runs import ranks_of
+
+    words = ["--device", "cpu", "--batch_size", "16", *WITHOUT_CONTENT, "--epochs", "1"]
+    words += ["--neighbours", "{values: history_liked, dim: 4, taste_dim: 4}"]
+    train(load_config(TINY, words), str(data), out, ranks_of(rank, world_size))
+
+
+def test_two_ranks_have_the_statistics_of_one(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", num_users=23)
+    states = []
+    for world_size in (1, 2):
+        out = tmp_path / f"run_{world_size}"
+        run_on_ranks(statistics_of_ranks, world_size, data, out)
+        with joined_ranks("cpu") as ranks:
+            job = load_run(out, str(data), ranks, "cpu")
+            assert job.em3.neighbours is not None
+            states.append(
+                {name: value.clone() for name, value in job.em3.neighbours.named_buffers()}
+            )
+    for name in ("cooccurrence", "taste", "value_sums", "value_counts", "value_mean"):
+        assert states[0][name].any()
+        torch.testing.assert_close(states[0][name], states[1][name])
+    assert any(states[0]["blend.weight"][0, 1:] != 0)  # fitted to validation rows
