@@ -146,55 +146,56 @@ class Neighbours(nn.Module):
 
     def forward(self, content: ContentVectors | None, batch: Batch) -> NeighbourEvidence:
         """Return evidence and votes of each row. A collective with content."""
-        history = self._history(batch)
         targets, fold = batch.target.items, torch.full_like(batch.target.items, FOLDS)
         if self.training:
             fold = batch.rows.groups.remainder(FOLDS)
             is_new = torch.rand(len(targets), device=targets.device) < self.dropout
             targets = targets.masked_fill(is_new, len(self.cooccurrence))
-        history_fold = (fold[:1] if history.is_shared else fold).unsqueeze(1)
-        mean, variance = self._regression(content, batch, history, targets, fold, history_fold)
-        item_mean, count = self._item_means(targets, fold)
+        history, target_rows = self._history(batch, fold), self._rows_of(targets, fold)
+        mean, variance = self._regression(content, batch, history, target_rows)
+        item_mean, count = self._item_means(target_rows)
         shared = [part.expand_as(mean) for part in (history.user_mean, torch.log1p(history.length))]
         evidence = torch.stack([mean, variance, item_mean, torch.log1p(count), *shared], dim=1)
-        votes = self._votes(history, targets, fold, history_fold)
+        votes = self._votes(history, target_rows)
         batch = replace(batch, dense_features=torch.cat([batch.dense_features, votes], dim=1))
         return NeighbourEvidence(batch, evidence.detach(), self.head(evidence))
 
-    def _history(self, batch: Batch) -> _History:
+    def _rows_of(self, items: Tensor, fold: Tensor) -> _Rows:
+        last = len(self.cooccurrence) - 1
+        return _Rows(items.clamp(max=last) * (FOLDS + 1) + fold, (items <= last).float())
+
+    def _history(self, batch: Batch, fold: Tensor) -> _History:
         """Return the histories, padded, with values as deviations from the user's mean.
 
         Deviations are in standard deviations of all values.
         """
         history = batch.history.jagged()
-        index = _by_row(history, history.index)
-        mask = _by_row(history, torch.ones_like(history.index)).float()
-        length = mask.sum(dim=1)
+        places, mask = _places(history)
+        index, length = history.index[places], mask.sum(dim=1)
         user_mean, deviations = torch.zeros_like(length), mask
         if self.column is not None:  # otherwise all values are 1, of which no mean is subtracted
             values = batch.history.recorded_values[:, self.column] - self.value_mean
-            values = _by_row(history, values / self.value_deviation) * mask
+            values = (values / self.value_deviation)[places] * mask
             user_mean = values.sum(dim=1) / (length + PRIOR_VALUES)
             deviations = (values - user_mean.unsqueeze(1)) * mask
-        items = batch.history.items[index]
-        return _History(items, index, mask, deviations, length, user_mean, history.is_shared)
+        rows = self._rows_of(batch.history.items[index], fold[: places.shape[0]].unsqueeze(1))
+        if not history.is_shared:  # only packages have items that were added later
+            rows = _Rows(rows.index, None)
+        return _History(rows, index, mask, deviations, length, user_mean, history.is_shared)
 
     def _regression(
         self,
         content: ContentVectors | None,
         batch: Batch,
         history: _History,
-        targets: Tensor,  # int64 [B]
-        fold: Tensor,  # int64 [B]
-        history_fold: Tensor,  # int64 [R, 1]
+        target_rows: _Rows,  # [B]
     ) -> tuple[Tensor, Tensor]:  # [B], [B]
         """Return mean and variance of the target's deviation. A collective with content."""
-        item_mean, _ = self._item_means(history.items, history_fold)
+        item_mean, _ = self._item_means(history.rows)
         residuals = (history.deviations - item_mean) * history.mask
         shares = self.log_shares.exp()
         prior = shares[:1].expand(self.cooccurrence.shape[2])
-        target = _rows(self.cooccurrence, targets, fold)
-        past = _rows(self.cooccurrence, history.items, history_fold)
+        target, past = (rows.of(self.cooccurrence) for rows in (target_rows, history.rows))
         target_kernel = shares[0] * target.square().sum(1)  # [B], of a target with itself
         past_kernel = shares[0] * past.square().sum(2)  # [R, L]
         if self.content_map is not None:
@@ -215,13 +216,11 @@ class Neighbours(nn.Module):
         return mean, variance + target_own
 
     @torch.no_grad()
-    def _votes(
-        self, history: _History, targets: Tensor, fold: Tensor, history_fold: Tensor
-    ) -> Tensor:  # [B], [B], [R, 1] -> [B, NUM_VOTES]
+    def _votes(self, history: _History, target_rows: _Rows) -> Tensor:  # [B, NUM_VOTES]
         """Return means and sum of the values by similarity, and log(1 + sum of similarities)."""
         factors = self.cooccurrence if self.column is None else self.taste
-        past = _rows(factors, history.items, history_fold)  # [R, L, D]
-        similarity = past @ history.columns(_rows(factors, targets, fold))  # [R, L, K]
+        target, past = target_rows.of(factors), history.rows.of(factors)  # [B, D], [R, L, D]
+        similarity = past @ history.columns(target)  # [R, L, K]
         similarity = similarity * history.mask.unsqueeze(2)
         values = history.deviations.unsqueeze(2)
         positive = similarity.clamp(min=0)
@@ -237,26 +236,41 @@ class Neighbours(nn.Module):
         ]
         return torch.stack(votes, dim=1)
 
-    def _item_means(self, items: Tensor, fold: Tensor) -> tuple[Tensor, Tensor]:
+    def _item_means(self, rows: _Rows) -> tuple[Tensor, Tensor]:
         """Return the mean deviation and the number of values of items, without a fold's users."""
         sums, counts = (
-            _rows(part.unsqueeze(2), items, fold).squeeze(-1)
-            for part in (self.value_sums, self.value_counts)
+            rows.of(part.unsqueeze(2)).squeeze(-1) for part in (self.value_sums, self.value_counts)
         )
         return sums / (counts + PRIOR_VALUES), counts
+
+
+@dataclass
+class _Rows:
+    """Rows of items in statistics [I, F + 1, D]: index int64, has_row 0 for items without one.
+
+    has_row is None if all items have one.
+    """
+
+    index: Tensor
+    has_row: Tensor | None
+
+    def of(self, statistics: Tensor) -> Tensor:  # [I, F + 1, D] -> [..., D]
+        rows = statistics.flatten(0, 1)[self.index].float()
+        return rows if self.has_row is None else rows * self.has_row.unsqueeze(-1)
 
 
 @dataclass
 class _History:
     """Histories, padded with 0.
 
-    items, index: int64 [R, L], of the item table, and of the batch's unique items.
+    rows: [R, L], of the items in statistics.
+    index: int64 [R, L], of the batch's unique items.
     mask: [R, L], 1 for each item; deviations: [R, L], values less the user's mean.
     length, user_mean: [R]
     is_shared: whether all rows of the batch have the one history.
     """
 
-    items: Tensor
+    rows: _Rows
     index: Tensor
     mask: Tensor
     deviations: Tensor
@@ -269,18 +283,13 @@ class _History:
         return vectors.T.unsqueeze(0) if self.is_shared else vectors.unsqueeze(2)
 
 
-def _by_row(history: JaggedHistory, values: Tensor) -> Tensor:  # [N] -> [R, L]
-    """Return the values by row, padded with 0; of one row if all rows share a history."""
+def _places(history: JaggedHistory) -> tuple[Tensor, Tensor]:  # int64 [R, L], [R, L]
+    """Return the place of each padded place among all N, and 1 for those that hold an item."""
+    places = torch.arange(history.index.shape[0], device=history.index.device)
     if history.is_shared:
-        return history.of_one_row(values.unsqueeze(1)).T
-    return history.padded(values, 0)
-
-
-def _rows(factors: Tensor, items: Tensor, fold: Tensor) -> Tensor:  # [...] -> [..., D]
-    """Return factors [I, F + 1, D] of items without a fold; 0 for items that have none."""
-    last = len(factors) - 1
-    rows = items.clamp(max=last) * factors.shape[1] + fold
-    return factors.flatten(0, 1)[rows].float() * (items <= last).unsqueeze(-1)
+        places = history.of_one_row(places.unsqueeze(1)).T
+        return places, torch.ones_like(places, dtype=torch.float32)
+    return history.padded(places, 0), history.padded(torch.ones_like(places), 0).float()
 
 
 def _head(num_labels: int) -> nn.Linear:
