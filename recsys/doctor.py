@@ -25,7 +25,7 @@ MATCHING_TRIPLES = (
     ("2.15", "1.9", "1.9"),
 )
 # The row that this project is tested with, and which `install_command` installs.
-TESTED_TRIPLE = MATCHING_TRIPLES[1]
+TESTED_TRIPLE = ("2.13", "1.8", "1.8")
 
 # Compute capabilities of FBGEMM's training kernels: sm_80 runs on all of 8.x, sm_90a and sm_100a
 # on no other.
