@@ -107,7 +107,7 @@ def test_a_trial_of_a_search_is_scored_without_the_labels_that_choose_it(tmp_pat
     scores = []
     for place in (data, other):
         out = tmp_path / f"search_{place.name}"
-        words = train_words(place, out, *MODELS["votes"], "--embedding.skip", "[]")[1:]
+        words = train_words(place, out, *MODELS["averages"], "--embedding.skip", "[]")[1:]
         words += ["--space", str(tmp_path / "space.yaml"), "--trials", "1"]
         assert main(["search", *words]) == 0
         scores.append(scores_by(out / "trials" / "0000" / "run-0", "valid", data))
