@@ -41,8 +41,8 @@ def cross_fitted_logits(scored: dict[str, Tensor], losses: tuple[str, ...]) -> T
     logits = scored["network"].clone()
     for half in range(2):
         is_scored = users % 2 == half
-        others = {name: values[~is_scored] for name, values in scored.items()}
-        blend = fitted_blend(others, losses)
+        other_users = {name: values[~is_scored] for name, values in scored.items()}
+        blend = fitted_blend(other_users, losses)
         logits[is_scored] = blend.logits(
             scored["network"][is_scored], scored["evidence"][is_scored]
         )
@@ -52,7 +52,7 @@ def cross_fitted_logits(scored: dict[str, Tensor], losses: tuple[str, ...]) -> T
 def fitted_blend(scored: dict[str, Tensor], losses: tuple[str, ...]) -> Blend:
     """Return the blend of the least loss on scored rows, by Newton-like steps (L-BFGS).
 
-    Inputs are standardised, and weights are drawn to those of an unfitted blend.
+    Inputs are standardised, and weights and bias are drawn to those of an unfitted blend.
     """
     network, evidence, labels = (
         scored[name].double() for name in ("network", "evidence", "labels")
@@ -88,8 +88,9 @@ def _fitted(
         optimizer.zero_grad()
         logits = (standardized @ weight + bias).unsqueeze(1)
         errors = label_losses(logits, labels.unsqueeze(1), (loss,)).squeeze(1)
-        total = (row_weights * errors).sum() + PRIOR_ROWS * (weight - prior).square().sum()
-        mean = total / len(labels)
+        # A label with one value alone would send the bias to infinity.
+        distance = (weight - prior).square().sum() + (bias - center[0]).square()
+        mean = ((row_weights * errors).sum() + PRIOR_ROWS * distance) / len(labels)
         mean.backward()
         return mean
 

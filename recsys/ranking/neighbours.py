@@ -1,4 +1,4 @@
-"""What similar items of the history say of the target: kernel regression, and votes.
+"""Score a target by similar items of the history: kernel regression, and votes.
 
 Kernel regression: a user's values deviate from his mean and the items' means by w . z plus noise,
 with z an item's vector and w normal, so that w has a closed form in which similar items of a
@@ -207,13 +207,13 @@ class Neighbours(nn.Module):
             prior = torch.cat([prior, shares[1:].expand(new.shape[1])])
             target, past = torch.cat([target, new], 1), torch.cat([past, old[history.index]], 2)
         # An item's own part, which its vector leaves out, is noise where it is in the history.
-        own, target_own = (
+        own_variance, target_variance = (
             (shares.sum() - part).clamp(min=0) for part in (past_kernel, target_kernel)
         )
-        precisions = history.mask / (self.log_noise.exp() + own)
+        precisions = history.mask / (self.log_noise.exp() + own_variance)
         ridge = RidgePredictions(past, residuals, precisions, history.columns(target), prior)
         mean, variance = ridge.fast() if self.training else ridge.exact()
-        return mean, variance + target_own
+        return mean, variance + target_variance
 
     @torch.no_grad()
     def _votes(self, history: _History, target_rows: _Rows) -> Tensor:  # [B, NUM_VOTES]

@@ -90,6 +90,7 @@ def fit_neighbours(job: Job, earlier_folders: Sequence[str] = ()) -> None:
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
             events = Events.distinct(users, items, values)
+            _warn_of_lost_events(float(neighbours.value_counts[:, FOLDS].sum()), len(events.users))
             fill_statistics(neighbours, events, settings)
             logger.info(
                 f"neighbours: {len(events.users):,} events of {len(np.unique(events.users)):,} "
@@ -98,6 +99,16 @@ def fit_neighbours(job: Job, earlier_folders: Sequence[str] = ()) -> None:
     for name, buffer in neighbours.named_buffers():
         if not name.startswith("blend."):
             dist.broadcast(buffer, src=0, group=ranks.group)
+
+
+def _warn_of_lost_events(num_before: float, num_events: int) -> None:
+    """Warn if a run that was begun from another one has far fewer events than that one."""
+    if num_events < num_before / 2:
+        logger.warning(
+            f"neighbours: statistics of {num_events:,} events replace those of {num_before:,.0f}, "
+            "and items without an event lose theirs; keep earlier partitions in the data, raise "
+            "neighbours.partitions, or train anew on all rows"
+        )
 
 
 def read_events(job: Job, values: str | None, folders: Sequence[str]) -> Events:
@@ -119,8 +130,8 @@ def events_of_rows(table: pa.Table, schema: Schema, values: str | None) -> Event
     users = rows.numbers[RAW_GROUP if RAW_GROUP in rows.numbers else schema.group]
     users = np.repeat(users.astype(np.int64), rows.lengths(schema.history))
     items = rows.values(schema.history).astype(np.int64)
-    given = np.ones(len(items)) if values is None else rows.values(values)
-    return Events.distinct(users, items, given.astype(np.float64))
+    event_values = np.ones(len(items)) if values is None else rows.values(values)
+    return Events.distinct(users, items, event_values.astype(np.float64))
 
 
 def fill_statistics(neighbours: Neighbours, events: Events, settings: NeighbourSettings) -> None:
@@ -133,15 +144,17 @@ def fill_statistics(neighbours: Neighbours, events: Events, settings: NeighbourS
         neighbours.value_deviation.fill_(deviation or 1.0)
     deviations = replace(events, values=value_deviations(events, settings))
     for fold in range(FOLDS + 1):
-        others = deviations.take(events.users % FOLDS != fold)  # all users after the last fold
-        sums = np.bincount(others.items, others.values, num_items)
-        counts = np.bincount(others.items, minlength=num_items)
+        without_fold = deviations.take(
+            events.users % FOLDS != fold
+        )  # all users after the last fold
+        sums = np.bincount(without_fold.items, without_fold.values, num_items)
+        counts = np.bincount(without_fold.items, minlength=num_items)
         neighbours.value_sums[:, fold] = torch.from_numpy(sums)
         neighbours.value_counts[:, fold] = torch.from_numpy(counts)
-        similarity = item_similarities(others, num_items, settings)
+        similarity = item_similarities(without_fold, num_items, settings)
         neighbours.cooccurrence[:, fold] = torch.from_numpy(leading_factors(similarity, dim))
         if settings.values is not None:
-            similarity = item_similarities(others, num_items, settings, by_value=True)
+            similarity = item_similarities(without_fold, num_items, settings, by_value=True)
             factors = leading_factors(similarity, settings.taste_dim)
             neighbours.taste[:, fold] = torch.from_numpy(factors)
 
@@ -183,22 +196,24 @@ def item_similarities(
         common.data /= common.data + settings.significance
         similarity = (vectors[rows] @ vectors.T).multiply(common).tocsr()
         blocks.append(_nearest(similarity, start, settings.neighbours_per_item))
-    kept = vstack(blocks).tocsr()
-    both_ways = kept.multiply(kept.T.astype(bool))
-    return (kept + kept.T - both_ways).tocsr()
+    nearest = vstack(blocks).tocsr()
+    both_ways = nearest.multiply(nearest.T.astype(bool))
+    return (nearest + nearest.T - both_ways).tocsr()
 
 
 def _nearest(similarity: csr_matrix, first_item: int, count: int) -> csr_matrix:
     """Keep the `count` largest similarities, in size, of each row to other items."""
     sizes = np.abs(similarity.data)
-    kept = sizes > 0
+    is_near = sizes > 0
     for row, (start, end) in enumerate(pairwise(similarity.indptr)):
-        kept[start:end] &= similarity.indices[start:end] != first_item + row
-        sizes[start:end] *= kept[start:end]
+        is_near[start:end] &= similarity.indices[start:end] != first_item + row
+        sizes[start:end] *= is_near[start:end]
         if (excess := end - start - count) > 0:
-            kept[start + np.argpartition(sizes[start:end], excess)[:excess]] = False
-    ends = np.concatenate([[0], np.cumsum(kept)])[similarity.indptr]
-    return csr_matrix((similarity.data[kept], similarity.indices[kept], ends), similarity.shape)
+            is_near[start + np.argpartition(sizes[start:end], excess)[:excess]] = False
+    ends = np.concatenate([[0], np.cumsum(is_near)])[similarity.indptr]
+    return csr_matrix(
+        (similarity.data[is_near], similarity.indices[is_near], ends), similarity.shape
+    )
 
 
 def leading_factors(similarity: csr_matrix, dim: int) -> np.ndarray:  # float32 [I, D]
