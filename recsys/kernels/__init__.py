@@ -4,7 +4,6 @@ from recsys.kernels.choice import choose_kernels as choose_kernels
 from recsys.kernels.choice import has_native as has_native
 from recsys.kernels.choice import rounds_products as rounds_products
 from recsys.kernels.content_interest import native_content_interest as native_content_interest
-from recsys.kernels.contrastive import native_in_batch_contrastive as native_in_batch_contrastive
 from recsys.kernels.dot_interaction import native_dot_interaction as native_dot_interaction
 from recsys.kernels.fusion import AttentionSettings as AttentionSettings
 from recsys.kernels.fusion import native_few_token_attention as native_few_token_attention

@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from recsys.config import ContrastiveSettings, RetrievalSettings
 from recsys.data.batch import Batch
 from recsys.distributed.gather import gather_rows_with_gradient
-from recsys.kernels import has_native, native_in_batch_contrastive
 from recsys.ranking.vectors import TowerVectors
 
 # Logits and labels of the same shape -> losses of that shape.
@@ -177,9 +176,6 @@ class ContentIDContrastive(nn.Module):
     ) -> Tensor:  # [B, D], [B, D], [B] -> [B]
         settings = self.settings
         gathers = settings.all_ranks and dist.is_initialized() and dist.get_world_size() > 1
-        if settings.variant == "in_batch" and not gathers and has_native(content, ids):
-            sharpness = (-self.log_temperature).exp()
-            return native_in_batch_contrastive(content, ids, items, sharpness, settings.normalize)
         temperature = self.log_temperature.exp()
         if settings.normalize:
             content, ids = (F.normalize(side, dim=-1, eps=1e-5) for side in (content, ids))

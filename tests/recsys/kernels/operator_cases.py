@@ -24,10 +24,8 @@ from recsys.kernels import (
     native_dot_interaction,
     native_few_token_attention,
     native_fusion,
-    native_in_batch_contrastive,
     native_target_attention,
 )
-from recsys.model.losses import in_batch_contrastive
 from recsys.ranking.dlrm import dot_interaction, pair_places
 from recsys.ranking.layers.content_interest import num_similarity_features, similarity_features
 
@@ -142,31 +140,6 @@ def plain_interest(inputs: Inputs) -> Result:
     return torch.cat([*sums, similarity_features(cosines, jagged, parallel)], dim=1)
 
 
-def contrastive(rows: int, dim: int, normalize: bool) -> Inputs:
-    items = torch.randint(-1, max(rows - 1, 1), (rows,))
-    sides = {"content": torch.randn(rows, dim), "ids": torch.randn(rows, dim)}
-    return {
-        **sides,
-        "items": items,
-        "sharpness": torch.tensor(2.0),
-        "normalize": normalize,
-        "keeps_logits": True,
-    }
-
-
-def native_contrastive(inputs: Inputs) -> Result:
-    *read, _ = inputs.values()
-    return native_in_batch_contrastive(*read)
-
-
-def plain_contrastive(inputs: Inputs) -> Result:
-    content, ids, items, sharpness, normalize, _ = inputs.values()
-    if normalize:
-        content, ids = (F.normalize(side, dim=-1, eps=1e-5) for side in (content, ids))
-    everyone = content, ids, items.long(), 0
-    return in_batch_contrastive(content, ids, items.long(), *everyone, 1 / sharpness)
-
-
 def few_tokens(items: int, queries: int, tokens: int, dim: int, heads: int) -> Inputs:
     mask = torch.rand(items, tokens) < 0.6
     mask[:, :1] = True
@@ -261,18 +234,6 @@ CASES = {
         native_interest,
         plain_interest,
         ("items", "parallel"),
-    ),
-    "in_batch_contrastive": Case(
-        contrastive,
-        {
-            "usual": (7, 5, True),
-            "no rows": (0, 4, True),
-            "one row": (1, 4, False),
-            "no width": (3, 0, False),
-            "long": (150, 17, True),
-        },
-        native_contrastive,
-        plain_contrastive,
     ),
     "few_token_attention": Case(
         few_tokens,

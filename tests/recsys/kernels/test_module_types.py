@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recsys.config import ContrastiveSettings, HistorySettings
+from recsys.config import HistorySettings
 from recsys.content.fusion import FusionQFormer, JointSelfAttention
 from recsys.content.vectors import ContentVectors, StoredHistory
 from recsys.data.jagged_history import JaggedHistory
 from recsys.kernels.choice import _KernelChoice
-from recsys.model.losses import ContentIDContrastive
 from recsys.ranking.dlrm import DotInteraction
 from recsys.ranking.layers.content_interest import ContentInterest
 from recsys.ranking.layers.target_attention import DotAttention, HistoryAttention, TargetAttention
@@ -48,12 +47,6 @@ def content_interest(num_bins: int) -> Module:
     return module, [torch.randn(3, 4), torch.randn(3, 1, 4), torch.randn(4, 4)], interest
 
 
-def contrastive() -> Module:
-    settings = ContrastiveSettings(weight=1.0, dim=4, temperature=0.5, learn_temperature=True)
-    module, items = ContentIDContrastive(5, 3, settings), torch.tensor([4, 7, 4, -1])
-    return module, [torch.randn(4, 5), torch.randn(4, 3)], lambda *sides: module(*sides, items)
-
-
 def fusion(preset: Any) -> Module:
     module, modality = FusionQFormer(4, 2, 2, 2, 2, 0.0, preset), torch.tensor([0, 1])
     for parameter in module.parameters():  # zeros at the start would hide errors
@@ -74,7 +67,6 @@ MODULES: dict[str, Callable[[], Module]] = {
     "dot attention with a list": lambda: attention(DotAttention(4, 1), 1),
     "content interest": lambda: content_interest(0),
     "content interest with a histogram": lambda: content_interest(3),
-    "contrastive": contrastive,
     "fusion, modern": lambda: fusion("modern"),
     "fusion, published": lambda: fusion("published"),
     "few tokens": few_tokens,
@@ -129,7 +121,7 @@ def test_in_float64_first_and_second_derivatives_are_right(name: str) -> None:
     assert torch.autograd.gradgradcheck(compute, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("name", ["contrastive", "fusion, modern", "few tokens", "dots"])
+@pytest.mark.parametrize("name", ["fusion, modern", "few tokens", "dots"])
 def test_forward_mode_derivatives_are_those_of_plain_operations(name: str) -> None:
     torch.manual_seed(0)
     module, vectors, compute = MODULES[name]()
