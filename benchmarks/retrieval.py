@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.results import RESULTS, Result, write_result
-from recsys.serving.retrieval.index import (
+from recsys.serving.retrieval.item_vectors import (
     IndexKind,
     build_index,
     require_faiss,

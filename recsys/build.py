@@ -47,10 +47,9 @@ from recsys.distributed.ranks import Ranks
 from recsys.distributed.torchrec_internals import DataParallelWrapper
 from recsys.kernels import choose_kernels
 from recsys.model.build import build_em3
-from recsys.model.compilation import compile_dense_parts
 from recsys.model.em3 import EM3
 from recsys.model.placement import check_placement, planner_hardware
-from recsys.model.precision import dense_parts, use_bfloat16
+from recsys.model.precision import compile_dense_parts, dense_parts, use_bfloat16
 from recsys.model.tables import pooled_features, table_configs
 from recsys.optimizer import (
     AveragedWeights,

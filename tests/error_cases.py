@@ -19,7 +19,7 @@ from launch import components
 from recsys.checkpoint.files import read_manifest as read_checkpoint
 from recsys.checkpoint.partitions import RunState, TrainedPartition
 from recsys.checkpoint.run_folder import find_start
-from recsys.commands.inputs import require_finished
+from recsys.commands.options import require_finished
 from recsys.config import ContentSettings, MetricSettings, load_config
 from recsys.content.encoders.pretrained import PretrainedEncoder
 from recsys.data.events.sql import DuckDBEngine
@@ -37,8 +37,8 @@ from recsys.plug_in.model import with_content_optimizer
 from recsys.plug_in.settings import check, load_plug_in_settings
 from recsys.serving.package import read_manifest
 from recsys.serving.vector_file import VectorFileShape
+from recsys.storage.files import check_output, check_run_folder
 from recsys.storage.location import Location
-from recsys.storage.output_file import check_output, check_run_folder
 from recsys.training.continual.partitions import list_partitions
 from recsys.training.continual.queue import (
     PartitionRange,

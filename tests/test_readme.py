@@ -19,7 +19,7 @@ import pytest
 
 from recsys.config import load_config
 from recsys.distributed.watchdog import Heartbeat, silent_ranks, stalled_ranks
-from recsys.evaluation.interval_correction import interval_stretch
+from recsys.evaluation.bootstrap import interval_stretch
 from tests.ranks import HANG_SECONDS
 from tests.recsys.command_runs import run_recsys
 

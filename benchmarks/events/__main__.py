@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.events.log import CONFIG, HISTORY, write_log
 from benchmarks.results import RESULTS, Result, require_own_folder, write_result
-from recsys.data.events.splits import SPLITS
+from recsys.data.events.samples import SPLITS
 
 OURS, SQL, POLARS = "recsys prepare events", "plain SQL (DuckDB)", "Polars"
 AIMS = "at most 4 GB, 12 times the seconds for ten times the events, half the fastest peer's speed"

@@ -18,13 +18,13 @@ import torch
 from recsys.build import Job, build_job
 from recsys.config import Config, load_config, to_plain
 from recsys.content.encoders.base import Encoder, mean_token
-from recsys.data.events.splits import SPLITS
+from recsys.data.events.samples import SPLITS
 from recsys.data.row_source import open_rows
 from recsys.data.schema import Schema, load_schema
 from recsys.distributed.ranks import joined_ranks
 from recsys.search.search import dataset_digest
 from recsys.serving.new_items.item_encoder import ITEMS_PER_CALL
-from recsys.serving.retrieval.index import unit
+from recsys.serving.retrieval.item_vectors import unit
 from recsys.storage.files import whole_folder
 from recsys.storage.location import Location
 

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-from recsys.commands.inputs import require_finished
+from recsys.commands.options import require_finished
 from recsys.doctor import require_working_installation
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def compare(runs: list[Path], split: str = "test", out: Path | None = None) -> N
     from recsys.checkpoint.partitions import newest_run
     from recsys.distributed.log import print_table
     from recsys.evaluation.compare import compare_runs, format_comparison, write_comparison
-    from recsys.storage.output_file import check_output
+    from recsys.storage.files import check_output
 
     if out is not None:
         check_output(out)
@@ -114,8 +114,8 @@ def export_tables(run: Path, out: Path, table: list[str] | None = None) -> None:
     require_working_installation()
     from recsys.checkpoint.compatibility import check_config
     from recsys.checkpoint.files import BEST, check_files, read_manifest
-    from recsys.checkpoint.table_export import export_tables as write_tables
-    from recsys.checkpoint.table_export import require_model_alone
+    from recsys.checkpoint.reader import export_tables as write_tables
+    from recsys.checkpoint.reader import require_model_alone
     from recsys.config import load_config
     from recsys.storage.files import recover_folder
 

@@ -1,11 +1,16 @@
-"""The options of a command, from the signature and the docstring of its function."""
+"""The options of a command, from its function's signature and docstring, and checks of its folders.
+
+Folders are checked before torch is imported.
+"""
 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import docstring_parser
@@ -90,3 +95,32 @@ def _element(hint: Any) -> Any:
         if getattr(part, "__origin__", None) is list:
             return get_args(part)[0]
     return None
+
+
+def require_schema(data: str) -> None:
+    """Refuse a dataset without a valid schema.
+
+    The ranks of a job later read it together, so that all of them end with its error.
+
+    Raises:
+        ValueError: `schema.yaml` is missing or invalid.
+    """
+    from recsys.data.schema import load_schema
+    from recsys.storage.location import Location
+
+    if "RANK" not in os.environ:
+        load_schema(Location.of(data), with_vocabularies=False)
+
+
+def require_finished(run: Path) -> Path:
+    """Refuse a folder without a finished run; of a continual one, return its newest partition's.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    from recsys.checkpoint.partitions import newest_run
+
+    run = newest_run(run)
+    if not (run / "metrics.json").is_file():
+        raise ValueError(f"{run}: holds no finished run (metrics.json); train it first")
+    return run

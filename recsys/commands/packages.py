@@ -13,7 +13,7 @@ from typing import Literal
 
 from jsonargparse.typing import PositiveInt
 
-from recsys.commands.inputs import require_finished
+from recsys.commands.options import require_finished
 from recsys.config.server import ServerSettings
 from recsys.doctor import require_working_installation
 
@@ -100,7 +100,7 @@ def package_features(package: Path, /, data: str, out: Path) -> None:
         data: dataset of `recsys prepare events`
         out: folder of the newer package
     """
-    from recsys.serving.features.refresh import refresh_features
+    from recsys.serving.features.package_features import refresh_features
 
     manifest = refresh_features(package, data, out)
     logger.info("%s: features of %s, %s files", out, data, len(manifest.files))
@@ -126,8 +126,8 @@ def package_delta(base: Path, new: Path, /, out: Path) -> None:
         out: file to write
     """
     from recsys.serving.delta import write_delta
+    from recsys.storage.files import check_output
     from recsys.storage.location import Location
-    from recsys.storage.output_file import check_output
 
     check_output(out, [Location.of(folder) for folder in (base, new)])
     logger.info("%s: %s", out, write_delta(base, new, out))
@@ -187,7 +187,7 @@ def retrieve(
         top_k: items of each request
     """
     from recsys.serving.retrieval import Retriever
-    from recsys.serving.retrieval.retrieve_files import retrieve_files
+    from recsys.serving.retrieval.retriever import retrieve_files
 
     total = retrieve_files(Retriever.load(package), input, top_k, out)
     if out is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse.typing import PositiveInt
 
-from recsys.commands.inputs import require_finished, require_schema
+from recsys.commands.options import require_finished, require_schema
 from recsys.config import Config, Resume
 from recsys.doctor import require_working_installation
 
@@ -238,7 +238,7 @@ def describe(
     """
     require_schema(data)
     require_working_installation()
-    from embeddings.simulated_cluster import DEVICES
+    from embeddings.hardware import DEVICES
     from recsys.diagnostics.plan.description import find_cluster, parse_rows
     from recsys.diagnostics.plan.report import describe_run
 

@@ -18,10 +18,9 @@ from typing import Any, get_type_hints
 import yaml
 from jsonargparse import ActionConfigFile, Namespace, set_parsing_settings
 
-from recsys.config.cached_copy import cached_copy
 from recsys.config.checks import validate
 from recsys.config.parser import Parser, config_first, with_underscores
-from recsys.config.plain_yaml import RECIPES, RefusedYaml, load_plain_yaml, recipe_file
+from recsys.config.plain_yaml import RECIPES, RefusedYaml, cached_copy, load_plain_yaml, recipe_file
 from recsys.config.ranking import DEFAULT_MODEL, check_keys, own_keys, settings_class
 from recsys.config.run import CONFIG_NAMES, Config
 

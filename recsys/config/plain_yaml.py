@@ -5,10 +5,13 @@ Refused are `class_path`, which imports modules, aliases, which expand, and dupl
 
 from __future__ import annotations
 
+import copy
 import os
 import re
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import yaml
 from jsonargparse import get_loader, set_loader
@@ -110,3 +113,25 @@ def recipe_file(path: str | Path) -> Path:
         str(path) == name or str(path).startswith("recsys/")
     )
     return installed if is_name and not Path(path).exists() and installed.exists() else Path(path)
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+NUM_RESULTS = 8  # results of a function
+
+
+def cached_copy(parse: Callable[P, T]) -> Callable[P, T]:
+    """Return a function of plain values that keeps its last results, and returns copies of them."""
+    results: dict[str, T] = {}
+
+    @wraps(parse)
+    def wrapped(*arguments: P.args, **keywords: P.kwargs) -> T:
+        key = repr((arguments, keywords))  # tells the key 1 from "1", and true from 1
+        if key not in results:
+            result = parse(*arguments, **keywords)
+            if len(results) >= NUM_RESULTS:
+                del results[next(iter(results))]
+            results[key] = result
+        return copy.deepcopy(results[key])
+
+    return wrapped

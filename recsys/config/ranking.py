@@ -23,8 +23,8 @@ RANKING_MODELS = {
     "dlrm_dcn": "recsys.ranking.dlrm:DlrmDcn",
     "deepfm": "recsys.ranking.dlrm:DeepFM",
     "sim": "recsys.ranking.sim:Sim",
-    "hstu": "recsys.ranking.hstu:Hstu",
-    "transformer": "recsys.ranking.transformer:Transformer",
+    "hstu": "recsys.ranking.sequence_backbones:Hstu",
+    "transformer": "recsys.ranking.sequence_backbones:Transformer",
     "mmoe": "recsys.ranking.din:Mmoe",
     "two_tower": "recsys.ranking.two_tower:TwoTower",
 }

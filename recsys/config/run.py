@@ -1,4 +1,4 @@
-"""Settings of a whole run: its components, and how it trains, checkpoints and reports."""
+"""Settings of a whole run: its losses and optimizer, and how it trains, checkpoints and reports."""
 
 from __future__ import annotations
 
@@ -15,11 +15,82 @@ from recsys.config.limits import (
     Seconds,
     Seed,
     Share,
+    UnitInterval,
+    Width,
 )
-from recsys.config.losses import AuxiliarySettings, ContrastiveSettings
 from recsys.config.neighbours import NeighbourSettings
-from recsys.config.optimizer import OptimizerSettings
 from recsys.config.ranking import RankingSettings, ranking_settings
+
+
+@dataclass
+class ContrastiveSettings:
+    """Content-ID-Contrastive loss."""
+
+    weight: NonNegativeFloat = 0.0
+    """Weight of the loss; 0 turns it off."""
+    variant: Literal["in_batch", "published"] = "in_batch"
+    """Negatives: all items of the batch, or `num_negatives` sampled ones as published."""
+    dim: Width = 32
+    """Width of the space in which content and ID vectors are compared."""
+    temperature: float = 0.1
+    """Divisor of the cosines; the initial value if it is learned."""
+    learn_temperature: bool = False
+    """Train the temperature."""
+    normalize: bool = True
+    """Compare directions (cosine) rather than vectors (dot product)."""
+    num_negatives: PositiveInt = 16
+    """Sampled negatives of the published variant."""
+    stop_gradient: Literal["none", "content", "id"] = "none"
+    """Side that gets no gradient from the loss."""
+    all_ranks: bool = False
+    """Take the negatives of in_batch from every rank."""
+
+
+@dataclass
+class AuxiliarySettings:
+    """A loss besides the ranking and contrastive losses."""
+
+    loss: str
+    """distillation, or a class of your own as `package.module:Class`."""
+    weight: NonNegativeFloat = 1.0
+    """Weight of the loss."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the class."""
+
+
+@dataclass
+class OptimizerSettings:
+    """Optimizer of the dense parts; the ID tables have their own in `embedding`."""
+
+    name: str = "adamw"
+    """adamw, adam, sgd, adafactor, or a class of your own as `package.module:Class`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of that class."""
+    learning_rate: NonNegativeFloat = 1e-3
+    """Learning rate of parameters without one of the rates below."""
+    content_learning_rate: NonNegativeFloat = 1e-3
+    """Learning rate of projections, fusion, history maps and contrastive heads."""
+    encoder_learning_rate: NonNegativeFloat = 1e-4
+    """Learning rate of trained parameters inside the encoders."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Weight decay of weights; biases and normalisation layers have none."""
+    warmup_steps: NonNegativeInt = 20
+    """Steps in which the learning rates rise from 0."""
+    schedule: str = "constant"
+    """Course of the learning rates after warm-up: constant, cosine, linear, or a function of your
+    own as `package.module:function`."""
+    schedule_options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the schedule, such as `final_share`."""
+    decay_steps: PositiveInt | None = None
+    """Steps after warm-up until a decay ends; default: all epochs."""
+    clip_norm: PositiveFloat | None = None
+    """Gradient clipping: largest norm of the gradient of all dense parameters together."""
+    ema_decay: UnitInterval | None = None
+    """Evaluate and keep the exponential moving average of the dense weights with this decay, which
+    it reaches after some steps."""
+    ema_tables: bool = False
+    """Average the ID tables, too: their memory once more, and a pass over all rows in each step."""
+
 
 BestModelBy = Literal["auc", "gauc", "auc_and_gauc", "recall", "ndcg", "rmse", "mae"]
 LogLevel = Literal["auto", "debug", "info", "warning", "error"]

@@ -1,10 +1,13 @@
 """Prepares batches between the loader and the pipeline; most steps are collectives.
 
-Shapes: B batch, U unique history items, N history items of the batch, K history items kept.
+The choice of the items that a rank encodes in a step works on the host.
+Shapes: B batch, U unique history items, N history items of the batch, K history items kept,
+R items that this rank needs, E items that it owns and some rank needs, W ranks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -18,12 +21,67 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embeddings import MemoryBank
 from embeddings.memory_bank import Routes
 from embeddings.vocabulary.bounded import BoundedVocabulary
-from recsys.config import ContentSettings
-from recsys.content.item_selection import assign_to_owners, sample_items
-from recsys.data.batch import Batch, BatchContent, Rows
+from recsys.config import ContentSettings, SamplingSettings
+from recsys.data.batch import Batch, BatchContent, ItemExchange, Rows
 from recsys.data.items.content_store import ContentStore
 from recsys.data.negatives import NegativeSampler
 from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
+
+
+def assign_to_owners(content: BatchContent, group: dist.ProcessGroup) -> BatchContent:
+    """Return the content of items that this rank owns and any rank needs. A collective.
+
+    Rank `id mod W` owns an item; `exchange` says to which ranks its vector is sent.
+    """
+    world_size = dist.get_world_size(group)
+    owner = content.items % world_size
+    order = owner.argsort(stable=True)  # [R], by owner: vectors arrive in this order
+    wanted_counts = owner.bincount(minlength=world_size)
+    asked_counts = torch.empty_like(wanted_counts)
+    dist.all_to_all_single(asked_counts, wanted_counts, group=group)
+    receive_counts, send_counts = wanted_counts.tolist(), asked_counts.tolist()
+    requested = torch.empty(sum(send_counts), dtype=torch.int64)
+    dist.all_to_all_single(
+        requested, content.items[order], send_counts, receive_counts, group=group
+    )
+    owned, rows = requested.unique(
+        return_inverse=True
+    )  # [E], and the row in it of each requested item
+    arrival = torch.empty_like(order)
+    arrival[order] = torch.arange(len(order))
+    return replace(
+        content,
+        items=owned,
+        target_index=arrival[content.target_index],
+        history_index=arrival[content.history_index],
+        exchange=ItemExchange(rows, send_counts=send_counts, receive_counts=receive_counts),
+    )
+
+
+def sample_items(
+    content: BatchContent, settings: SamplingSettings, draw: tuple[int, int, int]
+) -> BatchContent:
+    """Return the content of a share of its items; the bank has the vectors of the others.
+
+    As in LEMUR (arXiv 2511.10962), but at least one item. `draw` is (seed, step, rank).
+    """
+    count = len(content.items)
+    num_forward = math.ceil(settings.forward * count)
+    num_backward = math.ceil(settings.backward * count)
+    order = torch.from_numpy(np.random.default_rng(draw).permutation(count))
+    place = torch.empty_like(order)  # position of each item in the new order
+    place[order] = torch.arange(count)
+    shuffled_items = content.items[order]
+    sampled = replace(
+        content,
+        items=shuffled_items[:num_forward],
+        bank_items=shuffled_items[num_forward:],
+        with_gradient=num_backward,
+    )
+    if content.exchange is not None:
+        exchange = replace(content.exchange, rows=place[content.exchange.rows])
+        return replace(sampled, exchange=exchange)
+    return replace(sampled, target_index=place[content.target_index])
 
 
 @torch.no_grad()

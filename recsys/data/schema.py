@@ -36,9 +36,8 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary
-from recsys.config.cached_copy import cached_copy
 from recsys.config.parser import Parser, problem_of
-from recsys.config.plain_yaml import load_plain_yaml
+from recsys.config.plain_yaml import cached_copy, load_plain_yaml
 from recsys.data.schema_columns import (
     Column,
     FeatureTable,

@@ -12,12 +12,12 @@ from recsys.optimizer.dense import dense_groups as dense_groups
 from recsys.optimizer.dense import dense_parameters as dense_parameters
 from recsys.optimizer.dense import describe_optimizers as describe_optimizers
 from recsys.optimizer.dense import gradient_norm as gradient_norm
+from recsys.optimizer.dense import make_room as make_room
+from recsys.optimizer.dense import numbers_loaded as numbers_loaded
+from recsys.optimizer.dense import state_tensors as state_tensors
 from recsys.optimizer.schedules import LearningRateShare
 from recsys.optimizer.schedules import build_schedule as build_schedule
 from recsys.optimizer.schedules import set_updates as set_updates
-from recsys.optimizer.state import make_room as make_room
-from recsys.optimizer.state import numbers_loaded as numbers_loaded
-from recsys.optimizer.state import state_tensors as state_tensors
 
 __all__ = [
     "AveragedWeights",

@@ -19,10 +19,10 @@ from recsys.content.branch import ContentBranch
 from recsys.content.item_vectors import encode_into_bank
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
+from recsys.data.interactions import in_order, threads
 from recsys.data.items.content_store import ContentStore
 from recsys.data.parquet.columns import ListColumns, RowColumns
 from recsys.data.parquet.values import ROW_POSITION
-from recsys.data.prefetch import in_order, threads
 from recsys.data.schema import Schema
 from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
 from recsys.distributed.lockstep import Lockstep

@@ -15,11 +15,10 @@ from recsys.config import ContentSettings
 from recsys.content.dropout import Dropout
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
-from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.layers.heads import multilayer_perceptron, ranking_head
 from recsys.ranking.layers.row_features import AttendedFeatures
 from recsys.ranking.settings import DinDcnSettings, DinSettings, MmoeSettings
-from recsys.ranking.vectors import IDVectors, MemberLogits
+from recsys.ranking.vectors import IDVectors, InputDimensions, MemberLogits
 
 
 class Din(AttendedFeatures):

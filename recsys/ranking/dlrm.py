@@ -23,11 +23,10 @@ from recsys.content.dropout import Dropout
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.kernels import has_native, native_dot_interaction
-from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.layers.fields import Fields
 from recsys.ranking.layers.heads import hidden_layers
 from recsys.ranking.settings import DeepFMSettings, DlrmDcnSettings, DlrmSettings
-from recsys.ranking.vectors import IDVectors
+from recsys.ranking.vectors import IDVectors, InputDimensions
 
 
 def dot_interaction(

@@ -24,9 +24,8 @@ from recsys.config import ContentSettings, NeighbourSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
-from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.layers.ridge import RidgePredictions
-from recsys.ranking.vectors import MemberLogits
+from recsys.ranking.vectors import InputDimensions, MemberLogits
 
 FOLDS = 5  # of users, by id: a row in training reads statistics of the users of other folds
 PRIOR_VALUES = 5.0  # values of mean 0 that every mean of deviations begins with

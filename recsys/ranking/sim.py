@@ -23,14 +23,13 @@ from recsys.data.items.item_values import category_lists
 from recsys.data.jagged_history import JaggedHistory
 from recsys.data.parquet.bad_rows import OnBadRow
 from recsys.data.schema import Schema
-from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.layers.content_interest import cosines
 from recsys.ranking.layers.fields import history_numbers
 from recsys.ranking.layers.heads import ranking_head
 from recsys.ranking.layers.row_features import RowFeatures
 from recsys.ranking.layers.sequence_model import NUM_AGES, TimeGaps, age_of
 from recsys.ranking.settings import SimSettings
-from recsys.ranking.vectors import IDVectors, MemberLogits
+from recsys.ranking.vectors import IDVectors, InputDimensions, MemberLogits
 from recsys.storage.location import Location
 
 

@@ -17,11 +17,10 @@ from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
-from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.layers.fields import history_numbers, num_history_numbers, pooled_history
 from recsys.ranking.layers.heads import multilayer_perceptron
 from recsys.ranking.settings import TwoTowerSettings
-from recsys.ranking.vectors import IDVectors, TowerVectors
+from recsys.ranking.vectors import IDVectors, InputDimensions, TowerVectors
 
 
 class TwoTower(nn.Module):

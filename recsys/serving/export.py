@@ -22,10 +22,10 @@ from torch.export import ExportedProgram
 
 from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.build import Job
+from recsys.checkpoint.reader import stored_tables
 from recsys.checkpoint.run_folder import encoder_identities, keep_vocabularies
 from recsys.checkpoint.run_schema import write_run_schema
 from recsys.checkpoint.state import model_state
-from recsys.checkpoint.table_export import stored_tables
 from recsys.config import content_settings, save_config
 from recsys.content.branch import ContentBranch
 from recsys.content.encoders.base import Encoder
@@ -52,8 +52,7 @@ from recsys.serving.ranking_graph import RankingGraph, RankingInputs
 from recsys.serving.requests import request_columns
 from recsys.serving.scorer import bounded_file
 from recsys.serving.vector_file import StoredType, VectorFileShape, write_vectors
-from recsys.storage.files import whole_folder
-from recsys.storage.output_file import check_output
+from recsys.storage.files import check_output, whole_folder
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from recsys.distributed.ranks import Ranks
 from recsys.distributed.torchrec_internals import require_pipelined
 from recsys.evaluation.evaluate import evaluate_split, fill_bank, undefined_selection
 from recsys.evaluation.model_selection import needs_search, selection_score, selection_words
-from recsys.training.reporter import Reporter
+from recsys.training.trackers import Reporter
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,8 @@ import torch.distributed.checkpoint as dcp
 from embeddings.table_state import State
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
-from recsys.checkpoint.reader import readable_failure
+from recsys.checkpoint.reader import readable_failure, table_of_key
 from recsys.checkpoint.state import TrainingState
-from recsys.checkpoint.table_export import table_of_key
 from recsys.checkpoint.warm_start.comparison import compare_encoders, compare_settings
 from recsys.checkpoint.warm_start.rows import RowMap, move_rows, move_sets, row_map, size_of
 from recsys.checkpoint.warm_start.source import Differences, Source, StoredState

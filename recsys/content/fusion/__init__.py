@@ -10,9 +10,9 @@ from torch import nn
 
 from recsys.config import FusionSettings
 from recsys.config.named_parts import make_part
-from recsys.content.fusion.layers import JointSelfAttention as JointSelfAttention
 from recsys.content.fusion.qformer import ConcatFusion as ConcatFusion
 from recsys.content.fusion.qformer import FusionQFormer as FusionQFormer
+from recsys.content.fusion.qformer import JointSelfAttention as JointSelfAttention
 
 FUSIONS = {
     "qformer": "recsys.content.fusion:FusionQFormer",

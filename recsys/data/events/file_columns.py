@@ -1,22 +1,176 @@
-"""Columns of logs in canonical types: ids are int64 or string, times microseconds, numbers float64.
+"""Files of a table and their columns in canonical types.
 
-Shapes: N rows of a batch.
+Ids are int64 or string, times microseconds, numbers float64. Shapes: N rows of a batch.
 """
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
 
-from recsys.data.events.log_files import Parts
 from recsys.data.events.settings import Source
 from recsys.data.events.times import to_micros
+from recsys.data.parquet.file import READ_ERRORS
 from recsys.data.parquet.values import is_list
 from recsys.storage.location import Location
+
+Parts = dict[str, str | None]  # values of the `key=value/` folders of a file
+ENDINGS = (".parquet", ".csv", ".csv.gz", ".tsv", ".dat")
+# Files of logs that a folder may hold, too, and that would be left out.
+ALIKE = r"\.(parquet|parq|pq|csv|tsv|dat|orc|avro|jsonl?|ndjson|feather|arrow)(\.\w+)?$"
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+INTEGER = "^(0|-?[1-9][0-9]*)$"
+# Arrow's own list has NA and more, which may be ids: a country, the initials of a user.
+NULLS = ["", "NULL", "null", "NaN", "nan", "\\N"]
+
+
+def data_files(name: str, root: Location) -> list[Location]:
+    """Return the data files at and under a path, by name.
+
+    Raises:
+        ValueError: there is none, or one that would be left out.
+    """
+    if root.filesystem.isfile(root.path):
+        if not root.path.endswith(ENDINGS):
+            raise ValueError(f"{root}: none of {', '.join(ENDINGS)}; rename or convert it")
+        return [root]
+    if not root.exists():
+        raise ValueError(f"{root}: no such file or folder; correct the path of '{name}'")
+    files = _files_under(root, set())
+    if not files:
+        raise ValueError(f"{root}: no .parquet or .csv files in it; correct the path of '{name}'")
+    return sorted(files, key=lambda file: file.path)
+
+
+def _files_under(folder: Location, visited: set[str]) -> list[Location]:
+    real_path = os.path.realpath(folder.path) if folder.is_local else folder.path
+    if real_path in visited:
+        raise ValueError(f"{folder}: a link to a folder that is read already; remove it")
+    visited.add(real_path)
+    files = []
+    for listed in folder.filesystem.ls(folder.path, detail=True):
+        path, kind = listed["name"].rstrip("/"), listed["type"]
+        entry, name = Location(folder.filesystem, path), path.rsplit("/", 1)[-1]
+        if name.startswith((".", "_")) or path == folder.path:
+            continue
+        if kind != "file":  # a link, a pipe ...
+            kind = "directory" if folder.filesystem.isdir(path) else kind
+            kind = "file" if folder.filesystem.isfile(path) or not entry.exists() else kind
+        if kind == "directory":
+            files += _files_under(entry, visited)
+        elif kind == "file" and name.endswith(ENDINGS):
+            files.append(entry)
+        elif re.search(ALIKE, name, re.IGNORECASE):
+            raise ValueError(
+                f"{entry}: would be left out; write {', '.join(ENDINGS)}, or remove it"
+            )
+    return files
+
+
+def partition_values(roots: list[str], url: str) -> Parts:
+    """Return the values of `key=value/` folders between a root and a file, as Hive writes them."""
+    root = max((root for root in roots if url.startswith(root)), key=len)
+    folders = url[len(root) :].split("/")[:-1]
+    texts = dict(part.split("=", 1) for part in folders if "=" in part)
+    return {
+        unquote(name): None if text in ("", HIVE_NULL) else unquote(text)
+        for name, text in texts.items()
+    }
+
+
+def csv_batches(
+    file: Location, source: Source, columns: list[str], types: dict[str, pa.DataType]
+) -> Iterator[pa.RecordBatch]:
+    """Yield some columns of a text file; `types` are those of columns whose type is known.
+
+    Raises:
+        ValueError: the file cannot be read, lacks a column, or has a value of another type.
+    """
+    delimiter = source.delimiter or ("\t" if ".tsv" in file.path else ",")
+    parse = pa_csv.ParseOptions(delimiter=delimiter, quote_char='"' if source.in_quotes else False)
+    try:
+        with file.arrow.open_input_stream(file.path) as stream:
+            names = source.header or _csv_header(stream.read(1 << 16), parse)
+        check_columns(file, names, columns)
+        ids = [name for name, kind in types.items() if pa.types.is_integer(kind)]
+        convert = pa_csv.ConvertOptions(
+            include_columns=columns,
+            column_types=types | dict.fromkeys(ids, pa.string()),
+            strings_can_be_null=True,
+            null_values=NULLS,
+        )
+        # One thread: with several, Arrow does not report the row of a bad value.
+        read = pa_csv.ReadOptions(use_threads=False, block_size=1 << 22, column_names=source.header)
+        with file.arrow.open_input_stream(file.path) as stream:
+            for batch in pa_csv.open_csv(
+                stream, read_options=read, parse_options=parse, convert_options=convert
+            ):
+                yield with_integers(batch, ids)
+    except READ_ERRORS as error:
+        place = re.match(r"In CSV column #(\d+): (.*)", str(error), re.DOTALL)
+        where = f"column '{names[int(place[1])]}': {place[2]}" if place else str(error)
+        raise ValueError(f"{file}: {where}; correct the file") from error
+
+
+def _csv_header(start: bytes, parse: pa_csv.ParseOptions) -> list[str]:
+    line = pa.py_buffer(start.splitlines()[0] + b"\n" if start else b"")
+    if not len(line):
+        raise pa.ArrowInvalid("the file is empty")
+    return pa_csv.read_csv(pa.BufferReader(line), parse_options=parse).column_names
+
+
+def id_type(texts: pa.Array) -> pa.DataType:
+    """Return int64 if all ids are integers as written; float64 for other numbers; else string."""
+    if not len(texts.drop_null()):
+        return pa.null()
+    with suppress(pa.ArrowInvalid):
+        if pc.all(pc.match_substring_regex(texts, INTEGER)).as_py():
+            return texts.cast(pa.int64()).type
+        if not pc.any(pc.match_substring_regex(texts, "^[+-]?0[0-9]")).as_py():
+            return texts.cast(pa.float64()).type
+    return pa.string()
+
+
+def with_integers(batch: pa.RecordBatch, ids: list[str]) -> pa.RecordBatch:
+    """Return a batch with some columns of texts as integers.
+
+    Raises:
+        pyarrow.ArrowInvalid: a text is not written as an integer.
+    """
+    for name in ids:
+        texts = batch.column(name)
+        wrong = pc.invert(pc.match_substring_regex(texts, INTEGER)).fill_null(False)
+        if pc.any(wrong).as_py():
+            value = texts.filter(wrong)[0].as_py()
+            raise pa.ArrowInvalid(
+                f"column '{name}': the id '{value}' is not written as an integer, but those before "
+                "are; write Parquet with a column of strings, or ids of one form"
+            )
+        place = batch.schema.get_field_index(name)
+        batch = batch.set_column(place, name, texts.cast(pa.int64()))
+    return batch
+
+
+def check_columns(file: Location, names: list[str], columns: list[str]) -> None:
+    """Raise a ValueError for a column that a file lacks, or has twice."""
+    for name in columns:
+        if names.count(name) > 1:
+            raise ValueError(f"{file}: column '{name}' occurs {names.count(name)} times; keep one")
+        if name not in names:
+            raise ValueError(
+                f"{file}: column '{name}' is missing; the file has {names}. Write it or correct "
+                "its name in the settings"
+            )
+
 
 LARGEST = float(np.finfo(np.float32).max)
 

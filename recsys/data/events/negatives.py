@@ -19,9 +19,8 @@ import pyarrow.parquet as pq
 
 from embeddings.vocabulary.fixed import integer_ids, mix64
 from recsys.data.events.as_of import key_numbers, whole_keys
-from recsys.data.events.samples import WEIGHT
+from recsys.data.events.samples import WEIGHT, Conditions
 from recsys.data.events.settings import EventsConfig, Negatives
-from recsys.data.events.splits import Conditions
 from recsys.data.events.sql import FOREVER, SqlEngine, count_rows, quoted
 
 ATTEMPTS = 16  # draws that may be refused before the items left are listed

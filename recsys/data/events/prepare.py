@@ -16,11 +16,9 @@ from recsys.data.events.histories import add_histories
 from recsys.data.events.history_values import HistoryFiles
 from recsys.data.events.load import load_events_config
 from recsys.data.events.negatives import add_negatives
-from recsys.data.events.pictures import check_pictures
-from recsys.data.events.samples import make_rows
+from recsys.data.events.samples import make_rows, split_conditions
 from recsys.data.events.settings import EventsConfig
-from recsys.data.events.snapshots import add_features, read_snapshots
-from recsys.data.events.splits import split_conditions
+from recsys.data.events.snapshots import add_features, check_pictures, read_snapshots
 from recsys.data.events.sql import DuckDBEngine, SparkEngine, SqlEngine
 from recsys.storage.files import whole_folder
 

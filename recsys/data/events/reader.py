@@ -17,20 +17,18 @@ import pyarrow.compute as pc
 
 from recsys.data.events.file_columns import (
     Field,
+    Parts,
     canonical,
     canonical_type,
-    column_values,
-    is_text,
-    without_views,
-)
-from recsys.data.events.log_files import (
-    Parts,
     check_columns,
+    column_values,
     csv_batches,
     data_files,
     id_type,
+    is_text,
     partition_values,
     with_integers,
+    without_views,
 )
 from recsys.data.events.settings import EventTable, Several, Source, Value
 from recsys.data.parquet.file import READ_ERRORS, open_parquet

@@ -22,8 +22,12 @@ from recsys.data.parquet.bad_rows import by_reason
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION
 from recsys.data.schema import Schema, load_schema
-from recsys.diagnostics.dataset.item_summary import ItemSummary, Lengths, summarize_items
-from recsys.diagnostics.dataset.time_columns import time_ranges
+from recsys.diagnostics.dataset.item_summary import (
+    ItemSummary,
+    Lengths,
+    summarize_items,
+    time_ranges,
+)
 from recsys.storage.location import Location
 
 SPLITS = ("train", "valid", "test")

@@ -13,12 +13,16 @@ from recsys.checkpoint.run_folder import check_metrics, read_item_counts
 from recsys.checkpoint.run_schema import PARTITION
 from recsys.config.ranking import softmax_settings
 from recsys.data.item_frequency import PARTS
-from recsys.diagnostics.run_report.item_metadata import category_column, item_files, item_table
 from recsys.diagnostics.run_report.item_popularity import item_popularity
-from recsys.diagnostics.run_report.learning_curves import learning_curves
+from recsys.diagnostics.run_report.learning_curves import learning_curves, prequential
 from recsys.diagnostics.run_report.page import Section, Table, html_page
-from recsys.diagnostics.run_report.prequential import prequential
-from recsys.diagnostics.run_report.projector import check_folder, write_projector
+from recsys.diagnostics.run_report.projector import (
+    category_column,
+    check_folder,
+    item_files,
+    item_table,
+    write_projector,
+)
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
@@ -31,9 +35,8 @@ from recsys.evaluation.evaluate import (
 from recsys.evaluation.metrics import marked_cell
 from recsys.evaluation.predict import data_of, load_run
 from recsys.evaluation.scores import SplitScores, read_scores
-from recsys.storage.files import read_json, write_whole
+from recsys.storage.files import check_output, read_json, write_whole
 from recsys.storage.location import Location
-from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 

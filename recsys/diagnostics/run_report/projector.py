@@ -1,23 +1,195 @@
 """Writes what a run has learned of items for TensorBoard's projector: vectors, names, pictures.
 
-Shapes: I items, D ID dimension, E content dimension.
+Names, categories and small pictures come from the items' Parquet files.
+Shapes: I chosen items, D ID dimension, E content dimension.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from recsys.build import Job
-from recsys.checkpoint.table_export import stored_tables
+from recsys.checkpoint.reader import stored_tables
 from recsys.data.item_frequency import ItemCounts
+from recsys.data.items.images import open_image
 from recsys.data.items.item_table import ItemTable
-from recsys.diagnostics.run_report.item_metadata import categories, item_names, item_pictures
+from recsys.data.parquet.file import open_parquet
+from recsys.data.parquet.values import is_list
+from recsys.data.schema import read_schema
+from recsys.storage.location import Location
+
+CATEGORY_COLUMNS = ("genres", "genre", "category", "categories")  # default: the first there is
+NAME_COLUMNS = ("title", "name")
+MOST_CHARACTERS = 60
+PICTURE_SIZE = 48  # pixels
+
+
+def item_files(root: Location) -> list[Location]:
+    """Return the items' files of a dataset; none if its schema has no items."""
+    return [] if read_schema(root).items is None else (root / "items").files(".parquet")
+
+
+def item_table(job: Job) -> ItemTable | None:
+    """Return the run's items; None if the dataset has no items' files."""
+    if job.store is not None:
+        return job.store.items
+    if job.schema.items is None or not (job.root / "items").files(".parquet"):
+        return None
+    return ItemTable(job.root, job.schema, on_bad_row="skip")
+
+
+def column_values(table: ItemTable, name: str, items: np.ndarray) -> list[Any]:
+    """Return a column's values for items, int64 [I]; None where null or where an item has no row.
+
+    Raises:
+        ValueError: a file lacks the column or cannot be read.
+    """
+    rows_by_item = dict(zip(table.ids.tolist(), table.rows.tolist()))
+    rows = [rows_by_item.get(item, -1) for item in items.tolist()]
+    sorted_rows, first = np.array(sorted(set(rows) - {-1}), np.int64), 0
+    values_by_row: dict[int, Any] = {}
+    for _, _, chunk in table.chunks(name):
+        inside = sorted_rows[(sorted_rows >= first) & (sorted_rows < first + len(chunk))]
+        values_by_row.update(zip(inside.tolist(), _as_python(chunk.take(pa.array(inside - first)))))
+        first += len(chunk)
+    return [values_by_row.get(row) for row in rows]
+
+
+def _as_python(values: pa.Array) -> list[Any]:
+    """Return values as Python objects; bytes of a text that are not UTF-8 are replaced."""
+    try:
+        return values.to_pylist()
+    except UnicodeDecodeError:
+        encoded = values.cast(pa.large_binary()).to_pylist()
+        return [None if text is None else text.decode(errors="replace") for text in encoded]
+
+
+def column_types(files: Sequence[Location]) -> dict[str, pa.DataType]:
+    """Return the types of the columns that all items' files have, in the schema or not."""
+    kinds: dict[str, pa.DataType] | None = None
+    for file in files:
+        with open_parquet(file) as parquet:
+            file_types = {field.name: field.type for field in parquet.schema_arrow}
+        kinds = (
+            file_types
+            if kinds is None
+            else {name: kinds[name] for name in kinds if name in file_types}
+        )
+    return kinds or {}
+
+
+def category_column(files: Sequence[Location], column: str | None) -> str | None:
+    """Return the column to colour items by: the chosen one, or the first of the usual ones.
+
+    Raises:
+        ValueError: the chosen column is missing, or is neither of texts nor of integers.
+    """
+    if not files:
+        if column is None:
+            return None
+        raise ValueError(
+            f"--colour-by {column}: the dataset has no items with columns; leave the option out"
+        )
+    kinds = column_types(files)
+    if column is None:
+        return next((name for name in CATEGORY_COLUMNS if _is_category(kinds.get(name))), None)
+    if not _is_category(kinds.get(column)):
+        usable = [name for name, kind in kinds.items() if _is_category(kind)]
+        cause = f"is of type {kinds[column]}" if column in kinds else "is missing"
+        raise ValueError(
+            f"{files[0]}: column '{column}' {cause}; name by --colour-by one of texts or integers: "
+            f"{usable}"
+        )
+    return column
+
+
+def _is_category(kind: pa.DataType | None) -> bool:
+    if kind is None:
+        return False
+    if pa.types.is_dictionary(kind) or is_list(kind):
+        return _is_category(kind.value_type)
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return pa.types.is_integer(kind) or any(is_kind(kind) for is_kind in texts)
+
+
+def categories(
+    table: ItemTable,
+    name: str,
+    items: np.ndarray,  # int64 [I]
+) -> list[str | None]:  # [I]
+    """Return the category of each item: the first of several in a list or separated by `|`."""
+    return [first_category(value) for value in column_values(table, name, items)]
+
+
+def first_category(value: Any) -> str | None:
+    """Return the first of several categories; None if there is none."""
+    if isinstance(value, list):
+        value = value[0] if value else None
+    first = "" if value is None else " ".join(str(value).split("|")[0].split())
+    return first or None
+
+
+def item_names(table: ItemTable | None, items: np.ndarray) -> list[str]:  # int64 [I] -> [I]
+    """Return each item's title or name, else the beginning of its text, else its id."""
+    if table is None:
+        return [f"item {item}" for item in items.tolist()]
+    kinds = column_types(table.files)
+    texts = [name for name, column in table.items.columns.items() if column.kind == "text"]
+    sources = [name for name in (*NAME_COLUMNS, *texts) if name in kinds]
+    called: list[str] = [""] * len(items)
+    for source in sources:
+        values = column_values(table, source, items)
+        called = [name or _beginning(value) for name, value in zip(called, values)]
+    ids = column_values(table, table.items.id, items)
+    rows = items.tolist()
+    return [
+        name or f"{table.items.id} {row if identity is None else identity}"
+        for name, identity, row in zip(called, ids, rows)
+    ]
+
+
+def _beginning(value: Any) -> str:
+    text = " ".join(value.split()) if isinstance(value, str) else ""
+    return text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 1].rstrip() + "…"
+
+
+def item_pictures(
+    table: ItemTable | None,
+    items: np.ndarray,  # int64 [I]
+) -> Tensor | None:  # float32 [I, 3, PICTURE_SIZE, PICTURE_SIZE]
+    """Return the first image of each item, white without one; None if the schema has no images."""
+    columns = table.items.columns if table is not None else {}
+    source = next((name for name, column in columns.items() if column.kind == "image"), None)
+    if table is None or source is None:
+        return None
+    return torch.stack([small_picture(value) for value in column_values(table, source, items)])
+
+
+def small_picture(encoded: bytes | list[bytes | None] | None) -> Tensor:
+    """Return an image, or the first of a list, on a white square: float32 [3, SIZE, SIZE]."""
+    square = Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE), "white")
+    if isinstance(encoded, list):
+        encoded = next((image for image in encoded if image is not None), None)
+    if encoded is not None:
+        with suppress(Exception):  # decoders raise anything on damaged bytes; training reported it
+            image = open_image(encoded)
+            image.thumbnail(square.size)
+            square.paste(
+                image, ((PICTURE_SIZE - image.width) // 2, (PICTURE_SIZE - image.height) // 2)
+            )
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255
+
 
 ITEMS_PER_CALL = 256
 CONFIG = "projector_config.pbtxt"  # of TensorBoard's projector

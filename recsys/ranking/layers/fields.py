@@ -15,9 +15,8 @@ from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
-from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.layers.content_interest import ContentInterest
-from recsys.ranking.vectors import IDVectors
+from recsys.ranking.vectors import IDVectors, InputDimensions
 
 HALF_LIVES = (1.0, 3.0, 10.0)  # in newer items
 

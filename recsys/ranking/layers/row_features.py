@@ -15,12 +15,11 @@ from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
-from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.layers.content_interest import ContentInterest
 from recsys.ranking.layers.fields import history_numbers, num_history_numbers
 from recsys.ranking.layers.target_attention import TargetAttention
 from recsys.ranking.settings import AttendedSettings, NumbersSettings
-from recsys.ranking.vectors import IDVectors
+from recsys.ranking.vectors import IDVectors, InputDimensions
 
 STEPS = 1000  # horizon of the running mean; older steps count less and less
 LARGEST = 8.0  # standard deviations; larger values are clamped

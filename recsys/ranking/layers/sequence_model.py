@@ -20,13 +20,12 @@ from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
-from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.layers.fields import history_numbers
 from recsys.ranking.layers.heads import ranking_head
 from recsys.ranking.layers.row_features import RowFeatures
 from recsys.ranking.layers.sequences import Sequences, sequences_of
 from recsys.ranking.settings import GapScale, SequenceSettings
-from recsys.ranking.vectors import IDVectors, MemberLogits
+from recsys.ranking.vectors import IDVectors, InputDimensions, MemberLogits
 
 NUM_AGES = 32
 SECONDS_PER_DAY = 86_400

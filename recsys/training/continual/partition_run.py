@@ -60,7 +60,7 @@ from recsys.training.continual.scoring import (
     track,
 )
 from recsys.training.initial_state import start_fresh
-from recsys.training.reporter import Reporter
+from recsys.training.trackers import Reporter
 from recsys.training.train import training_figures, training_interactions
 from recsys.training.trainer import Trainer
 from recsys.training.warm_start import (

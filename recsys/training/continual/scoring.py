@@ -33,7 +33,7 @@ from recsys.evaluation.model_selection import require_useful, slack_for
 from recsys.evaluation.scores import SplitScores, read_scores
 from recsys.storage.location import Location
 from recsys.training.continual.partitions import Partition
-from recsys.training.reporter import Reporter
+from recsys.training.trackers import Reporter
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,8 @@
 """Walks the partitions of a dataset in order: `recsys continual`.
 
 The model of each is built anew from the saved state, so a killed job goes on with the same bits.
+Packages are `PACKAGES/NAME` of each partition's model and `NAME.delta` to the next; a process of
+its own writes them, as ranks of a job cannot leave their group.
 """
 
 from __future__ import annotations
@@ -8,6 +10,8 @@ from __future__ import annotations
 import gc
 import logging
 import shutil
+import subprocess
+import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -17,17 +21,18 @@ from pathlib import Path
 from recsys.checkpoint.partitions import STATE, ContinualFolder, RunState, file_name
 from recsys.checkpoint.run_folder import LOCK
 from recsys.checkpoint.warm_start.source import WarmStart
-from recsys.config import Config
+from recsys.config import Config, ContinualSettings
 from recsys.data.row_source import open_rows
-from recsys.data.schema import load_schema
+from recsys.data.schema import Schema, load_schema
+from recsys.distributed.job import environment_of_no_rank
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks, sole_job
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.further_metrics import make_metrics
+from recsys.serving.delta import write_delta
+from recsys.storage.files import check_run_folder
 from recsys.storage.location import Location
-from recsys.storage.output_file import check_run_folder
-from recsys.training.continual.packages import check_packages, export_newest
 from recsys.training.continual.partition_run import ContinualRun, train_partition
 from recsys.training.continual.partitions import Partition, list_partitions, refused_partitions
 from recsys.training.continual.queue import (
@@ -40,6 +45,62 @@ from recsys.training.continual.queue import (
 from recsys.training.continual.scoring import format_lines, require_useful_scores
 
 logger = logging.getLogger(__name__)
+
+
+NEWEST = "newest"
+
+
+def check_packages(settings: ContinualSettings, schema: Schema, run: Path) -> None:
+    """Refuse bounded vocabularies of items, and a folder inside the run's, before any training."""
+    if settings.packages is None:
+        return
+    if schema.has_bounded_items:
+        raise ValueError(
+            f"continual.packages is set, but '{schema.target_item}' has a vocabulary of kind "
+            "bounded, which a package cannot have; leave it unset, or use kind exact"
+        )
+    if Path(settings.packages).resolve().is_relative_to(run.resolve()):
+        raise ValueError(f"continual.packages {settings.packages}: lies in {run}; name another")
+
+
+def export_newest(settings: ContinualSettings, folder: ContinualFolder, state: RunState) -> None:
+    """Write the package of the partition trained on last, unless it is there. On rank 0."""
+    if settings.packages is None or state.last is None:
+        return
+    names = [file_name(trained.name) for trained in state.trained]
+    packages = Path(settings.packages)
+    package = packages / names[-1]
+    if not package.exists():
+        _export(folder.run_of(state.last.name), package, settings.package_tables)
+    previous = packages / names[-2] if len(names) > 1 else None
+    delta = packages / f"{names[-1]}.delta"
+    if previous is not None and previous.exists() and not delta.exists():
+        logger.info("%s: %s", delta, write_delta(previous, package, delta))
+    link = packages / f".{NEWEST}.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(names[-1])
+    link.replace(packages / NEWEST)
+    for name in names[: -settings.keep]:
+        shutil.rmtree(packages / name, ignore_errors=True)
+
+
+def _export(run: Path, package: Path, tables: str) -> None:
+    """Run `recsys export` in a process that is no rank; if it fails, raise a ValueError."""
+    package.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "recsys.cli", "export", "--run", str(run)]
+    command += ["--out", str(package), "--tables", tables]
+    command += ["--compile", "false"]  # machine code holds the weights, so each delta would too
+    process = subprocess.run(
+        command,
+        env=environment_of_no_rank(),
+        capture_output=True,
+        text=True,
+        start_new_session=True,  # Ctrl-C ends the walk, once the package is whole
+    )
+    if process.returncode:
+        cause = (process.stderr.strip() or f"exit code {process.returncode}").splitlines()[-1]
+        raise ValueError(f"{package}: export of {run} failed: {cause}")
+
 
 SECONDS = "seconds.jsonl"  # in the run's folder
 LOOK_SECONDS = 0.2  # from one exchange of requests to end to the next

@@ -10,9 +10,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from recsys.build import build_job
-from recsys.checkpoint import table_export
+from recsys.checkpoint import reader
+from recsys.checkpoint.reader import export_tables
 from recsys.checkpoint.state import model_state
-from recsys.checkpoint.table_export import export_tables
 from recsys.config import load_config
 from recsys.distributed.ranks import joined_ranks
 from tests.datasets import write_dataset
@@ -94,7 +94,7 @@ def test_tables_cut_by_ranks_are_put_together(
     block_bytes: int,
     blocks: int,
 ) -> None:
-    monkeypatch.setattr(table_export, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", block_bytes)
     counts = export_tables(checkpoints / sharding, tmp_path / "tables.parquet")
     assert counts == {"user": 10, "tags": 3, "item": 7}
     assert pq.read_metadata(tmp_path / "tables.parquet").num_row_groups == blocks
@@ -155,7 +155,7 @@ def test_weights_of_half_precision_are_written_as_float32(tmp_path: Path) -> Non
 
 def test_of_a_large_piece_only_the_wanted_rows_are_read(tmp_path: Path) -> None:
     table = torch.rand(2**16, 64)  # 16 MiB, as one piece
-    stored = table_export.stored_tables(save(tmp_path / "best", {"item": table}))["item"]
+    stored = reader.stored_tables(save(tmp_path / "best", {"item": table}))["item"]
     before = _bytes_read()
     assert torch.equal(stored.rows(50_000, 50_016), table[50_000:50_016])
     assert _bytes_read() - before < 2**18
@@ -188,7 +188,7 @@ def test_what_cannot_be_exported_is_told_with_the_fix(tmp_path: Path) -> None:
 def test_a_checkpoint_cut_short_leaves_the_earlier_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_bytes: int | None
 ) -> None:
-    monkeypatch.setattr(table_export, "BLOCK_BYTES", 2**12)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 2**12)
     folder = save(tmp_path / "best", {"item": torch.rand(2000, 8)})
     out = tmp_path / "item.parquet"
     out.write_text("the earlier one")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from recsys.config.cached_copy import NUM_RESULTS, cached_copy
+from recsys.config.plain_yaml import NUM_RESULTS, cached_copy
 
 
 def test_equal_settings_are_parsed_once_and_returned_as_copies() -> None:

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from embeddings import MemoryBank
 from recsys.config import SamplingSettings
-from recsys.content.batch_preparation import shorten_histories
+from recsys.content.batch_preparation import sample_items, shorten_histories
 from recsys.content.branch import ContentBranch
-from recsys.content.item_selection import sample_items
 from recsys.data.batch import BatchContent
 from tests.recsys.content.item_batches import batch_of_items
 from tests.recsys.content.tiny_branch import (

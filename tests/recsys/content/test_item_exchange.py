@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recsys.config import Config, ContentSettings
+from recsys.content.batch_preparation import assign_to_owners
 from recsys.content.branch import exchange_vectors
-from recsys.content.item_selection import assign_to_owners
 from recsys.data.batch import BatchContent
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks

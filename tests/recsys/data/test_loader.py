@@ -16,7 +16,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.config import ModalitySettings
-from recsys.data import prefetch
+from recsys.data import interactions
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.interactions import AHEAD, Interactions, loader
 from recsys.data.items.content_store import ContentStore
@@ -150,7 +150,7 @@ def test_threads_pin_memory_for_the_gpu_of_their_rank(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
-    with prefetch.threads(1, "test") as pool:
+    with interactions.threads(1, "test") as pool:
         assert pool.submit(lambda: list(devices)).result() == [3]
 
 

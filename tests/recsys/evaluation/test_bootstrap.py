@@ -11,12 +11,14 @@ import recsys.evaluation.bootstrap
 from recsys.data.item_frequency import PARTS, frequency_masks
 from recsys.evaluation.bootstrap import (
     Interval,
+    effective_users,
+    interval_ends,
+    interval_stretch,
     metric_users,
     paired_difference,
     pooled_metric,
     resamples,
 )
-from recsys.evaluation.interval_correction import effective_users, interval_ends, interval_stretch
 from recsys.evaluation.metrics import RankedRows
 from recsys.evaluation.scores import SplitScores
 

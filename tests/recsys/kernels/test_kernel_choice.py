@@ -18,15 +18,15 @@ from recsys.kernels.choice import _KernelChoice
 OLDER = """
 import sys, torch
 from recsys.data.jagged_history import JaggedHistory
-from recsys.kernels import choose_kernels, compiler
+from recsys.kernels import choice, choose_kernels
 from recsys.ranking.layers.target_attention import TargetAttention
 
 def interest(kernels):
     choose_kernels(kernels)
     return attention(target, items, history, torch.zeros(9, 0))
 
-flags = " ".join(compiler.FLAGS).replace("native", sys.argv[1]).replace("O3", "O1")
-compiler.FLAGS = flags.split()
+flags = " ".join(choice.FLAGS).replace("native", sys.argv[1]).replace("O3", "O1")
+choice.FLAGS = flags.split()
 attention, target, items = TargetAttention(8, 0, [16, 4]), torch.randn(2, 8), torch.randn(5, 8)
 history = JaggedHistory.of(torch.randint(5, (9,)), torch.tensor([7, 2]), 5)
 native = interest("native")

@@ -16,7 +16,7 @@ from recsys.build import Job, build_job
 from recsys.distributed.ranks import joined_ranks
 from recsys.distributed.torchrec_internals import require_pipelined
 from recsys.evaluation.evaluate import fill_bank
-from recsys.model.compilation import compile_dense_parts, compiled_parts
+from recsys.model.precision import compile_dense_parts, compiled_parts
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
 from tests.recsys.em3_runs import batches_of, dense_gradients, em3_config, ranks_of, table_pieces

@@ -11,8 +11,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from recsys.config import ContentSettings, HistorySettings, ModalitySettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch, BatchContent, History, Rows, TargetItems
-from recsys.ranking.dimensions import InputDimensions
-from recsys.ranking.vectors import IDVectors
+from recsys.ranking.vectors import IDVectors, InputDimensions
 
 ID_DIM, CONTENT_DIM, NUM_DENSE = 4, 6, 2
 LENGTHS = torch.tensor([2, 0, 3])

@@ -21,10 +21,9 @@ from recsys.content.vectors import ContentVectors
 from recsys.kernels.choice import _KernelChoice
 from recsys.model.build import build_ranking
 from recsys.ranking import RANKING_MODELS
-from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.din import Mmoe
 from recsys.ranking.layers.fields import history_numbers
-from recsys.ranking.vectors import IDVectors, TowerVectors
+from recsys.ranking.vectors import IDVectors, InputDimensions, TowerVectors
 from tests.fake_gpu import fake_gpu, on_fake_gpu
 from tests.recsys.ranking.ranking_inputs import (
     CONTENT,

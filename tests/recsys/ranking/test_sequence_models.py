@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from recsys.config import ContentSettings
 from recsys.data.batch import Batch
-from recsys.ranking.hstu import HstuLayer
 from recsys.ranking.layers import sequences
 from recsys.ranking.layers.sequence_model import (
     SequenceModel,
@@ -21,7 +20,7 @@ from recsys.ranking.layers.sequence_model import (
     doubling_buckets,
     times_between,
 )
-from recsys.ranking.transformer import Transformer, TransformerLayer
+from recsys.ranking.sequence_backbones import HstuLayer, Transformer, TransformerLayer
 from recsys.serving.ranking_graph import RankingGraph
 from tests.recsys.ranking.ranking_inputs import CONTENT, CONTENT_DIM, DIMENSIONS, inputs
 from tests.recsys.ranking.test_backbones import by_content, model_of

@@ -26,8 +26,7 @@ from recsys.evaluation.predict import predict
 from recsys.serving import Scorer
 from recsys.serving.delta import apply_delta, write_delta
 from recsys.serving.export import export_run
-from recsys.serving.features.package_features import features_file
-from recsys.serving.features.refresh import refresh_features
+from recsys.serving.features.package_features import features_file, refresh_features
 from recsys.serving.features.source import FeatureSourceError
 from recsys.serving.features.stores import RedisFeatures
 from recsys.serving.new_items.add import add_items

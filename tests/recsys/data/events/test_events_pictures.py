@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from recsys.data.events import pictures
+from recsys.data.events import snapshots
 from recsys.data.events.prepare import prepare_events
 from recsys.data.schema import load_schema
 from recsys.storage.location import Location
@@ -53,7 +53,7 @@ def prepare(folder: Path, config: dict[str, Any]) -> Path:
 def test_files_become_bytes_in_the_order_of_items(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pictures, "PICTURES_PER_GROUP", 2)
+    monkeypatch.setattr(snapshots, "PICTURES_PER_GROUP", 2)
     data = prepare(tmp_path, config)
     items = pq.read_table(data / "items").to_pydict()
     assert items == {"item": list(range(5)), "photo": [*PICTURES[:2], None, *PICTURES[3:]]}

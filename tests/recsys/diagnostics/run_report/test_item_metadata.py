@@ -8,7 +8,7 @@ import pytest
 
 from recsys.data.items.item_table import ItemTable
 from recsys.data.schema import load_schema
-from recsys.diagnostics.run_report.item_metadata import (
+from recsys.diagnostics.run_report.projector import (
     categories,
     category_column,
     column_values,

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recsys.checkpoint.table_export import stored_tables
+from recsys.checkpoint.reader import stored_tables
 from recsys.cli import main
 from recsys.data.schema import load_schema
 from recsys.distributed.ranks import joined_ranks
 from recsys.serving.retrieval import semantic_ids
-from recsys.serving.retrieval.index import unit
+from recsys.serving.retrieval.item_vectors import unit
 from recsys.serving.retrieval.semantic_ids import (
     Codebooks,
     collision_report,

@@ -15,7 +15,7 @@ import pytest
 from recsys.checkpoint.partitions import ContinualFolder
 from recsys.cli import main
 from recsys.serving.delta import apply_delta
-from recsys.training.continual import packages
+from recsys.training.continual import walk as walk_module
 from tests.ranks import HANG_SECONDS
 from tests.recsys.command_runs import TINY, program
 from tests.recsys.training.continual.kill_walks import survive
@@ -127,7 +127,7 @@ def test_a_package_and_its_deltas_are_the_newest_package(
     assert (out / "newest").resolve() == (out / NAMES[1]).resolve()
 
     with monkeypatch.context() as failing:
-        failing.setattr(packages, "_export", lambda *_: 1 / 0)  # as if it was killed
+        failing.setattr(walk_module, "_export", lambda *_: 1 / 0)  # as if it was killed
         with pytest.raises(ZeroDivisionError):
             walk(tmp_path, tmp_path / "run", *words)
     walk(tmp_path, tmp_path / "run", *words)  # nothing is left to train on
