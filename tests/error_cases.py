@@ -37,8 +37,8 @@ from recsys.plug_in.model import with_content_optimizer
 from recsys.plug_in.settings import check, load_plug_in_settings
 from recsys.serving.package import read_manifest
 from recsys.serving.vector_file import VectorFileShape
-from recsys.storage.files import check_output, check_run_folder
 from recsys.storage.location import Location
+from recsys.storage.output_file import check_output, check_run_folder
 from recsys.training.continual.partitions import list_partitions
 from recsys.training.continual.queue import (
     PartitionRange,

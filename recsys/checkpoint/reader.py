@@ -31,7 +31,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from recsys.storage.files import check_output, whole_file
+from recsys.storage.files import whole_file
+from recsys.storage.output_file import check_output
 
 BLOCK_BYTES = 2**25  # of rows that are read at a time
 

@@ -91,7 +91,7 @@ def compare(runs: list[Path], split: str = "test", out: Path | None = None) -> N
     from recsys.checkpoint.partitions import newest_run
     from recsys.distributed.log import print_table
     from recsys.evaluation.compare import compare_runs, format_comparison, write_comparison
-    from recsys.storage.files import check_output
+    from recsys.storage.output_file import check_output
 
     if out is not None:
         check_output(out)

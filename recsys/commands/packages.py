@@ -126,8 +126,8 @@ def package_delta(base: Path, new: Path, /, out: Path) -> None:
         out: file to write
     """
     from recsys.serving.delta import write_delta
-    from recsys.storage.files import check_output
     from recsys.storage.location import Location
+    from recsys.storage.output_file import check_output
 
     check_output(out, [Location.of(folder) for folder in (base, new)])
     logger.info("%s: %s", out, write_delta(base, new, out))

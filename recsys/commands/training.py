@@ -238,7 +238,7 @@ def describe(
     """
     require_schema(data)
     require_working_installation()
-    from embeddings.hardware import DEVICES
+    from embeddings.simulated_cluster import DEVICES
     from recsys.diagnostics.plan.description import find_cluster, parse_rows
     from recsys.diagnostics.plan.report import describe_run
 

@@ -35,8 +35,9 @@ from recsys.evaluation.forward_pass import require_finite, rows_per_batch
 from recsys.evaluation.scores import scores_file
 from recsys.model.losses import predictions
 from recsys.model.placement import placed_for_scoring
-from recsys.storage.files import check_output, regular_file, whole_file, write_whole
+from recsys.storage.files import regular_file, whole_file, write_whole
 from recsys.storage.location import Location
+from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 

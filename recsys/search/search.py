@@ -40,8 +40,9 @@ from recsys.distributed.job import environment_of_no_rank
 from recsys.evaluation.model_selection import selection_score
 from recsys.search.space import Parameter, check_space, grid_of, words_of
 from recsys.search.validations import TRACKER, read_lines
-from recsys.storage.files import check_run_folder, whole_file
+from recsys.storage.files import whole_file
 from recsys.storage.location import Location
+from recsys.storage.output_file import check_run_folder
 
 logger = logging.getLogger(__name__)
 

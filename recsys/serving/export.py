@@ -52,7 +52,8 @@ from recsys.serving.ranking_graph import RankingGraph, RankingInputs
 from recsys.serving.requests import request_columns
 from recsys.serving.scorer import bounded_file
 from recsys.serving.vector_file import StoredType, VectorFileShape, write_vectors
-from recsys.storage.files import check_output, whole_folder
+from recsys.storage.files import whole_folder
+from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 

@@ -52,8 +52,9 @@ from recsys.evaluation.evaluate import check_data, evaluate_split, format_evalua
 from recsys.evaluation.further_metrics import make_metrics
 from recsys.evaluation.model_selection import require_useful, slack_for
 from recsys.evaluation.scores import scores_file
-from recsys.storage.files import check_run_folder, read_json, write_whole
+from recsys.storage.files import read_json, write_whole
 from recsys.storage.location import Location
+from recsys.storage.output_file import check_run_folder
 from recsys.training.initial_state import start_fresh
 from recsys.training.trackers import Reporter
 from recsys.training.trainer import Trainer

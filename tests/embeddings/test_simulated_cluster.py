@@ -16,7 +16,8 @@ from embeddings import (
     fuse_table_optimizers,
     plan_sharding,
 )
-from embeddings.hardware import DEVICES, GIB, RESERVED_SHARE, Cluster, hardware_of
+from embeddings.hardware import RESERVED_SHARE, hardware_of
+from embeddings.simulated_cluster import DEVICES, GIB, Cluster
 from embeddings.table_memory import table_bytes, table_memory, what_does_not_fit
 
 BILLION = 10**9

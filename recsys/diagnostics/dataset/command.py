@@ -26,8 +26,9 @@ from recsys.diagnostics.dataset.summary import (
     to_json,
 )
 from recsys.distributed.log import print_table
-from recsys.storage.files import check_output, write_whole
+from recsys.storage.files import write_whole
 from recsys.storage.location import Location
+from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 

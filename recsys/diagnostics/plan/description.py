@@ -14,9 +14,10 @@ import torch
 from torchrec.distributed.types import ShardingPlan
 
 from embeddings import TableConfig, format_plan
-from embeddings.hardware import DEVICES, Cluster, Device, RankTime, hardware_of
+from embeddings.hardware import hardware_of
 from embeddings.memory_bank import is_replicated
 from embeddings.sharding import free_host_memory, table_parameters
+from embeddings.simulated_cluster import DEVICES, Cluster, Device, RankTime
 from embeddings.table_memory import FLOAT, TableMemory, table_memory
 from recsys.config import Config, OptimizerSettings, content_settings
 from recsys.data.batch_builder import BatchBuilder

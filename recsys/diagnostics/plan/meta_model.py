@@ -9,7 +9,7 @@ import torch
 from torchrec.distributed.types import ShardingPlan
 
 from embeddings import MemoryBank, TableConfig, fuse_table_optimizers, plan_sharding, sharders
-from embeddings.hardware import Cluster, RankTime, slowest_rank
+from embeddings.simulated_cluster import Cluster, RankTime, slowest_rank
 from embeddings.table_memory import what_does_not_fit
 from recsys.config import Config, ModalitySettings, content_settings
 from recsys.content.encoders.build import Encoder, build_encoder

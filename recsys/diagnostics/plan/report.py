@@ -6,12 +6,13 @@ import json
 import logging
 from pathlib import Path
 
-from embeddings.hardware import Cluster
 from embeddings.plan_text import align_columns
+from embeddings.simulated_cluster import Cluster
 from recsys.config import Config
 from recsys.diagnostics.plan.description import Description, describe
 from recsys.distributed.log import print_table
-from recsys.storage.files import check_output, write_whole
+from recsys.storage.files import write_whole
+from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 

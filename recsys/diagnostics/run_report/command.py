@@ -35,8 +35,9 @@ from recsys.evaluation.evaluate import (
 from recsys.evaluation.metrics import marked_cell
 from recsys.evaluation.predict import data_of, load_run
 from recsys.evaluation.scores import SplitScores, read_scores
-from recsys.storage.files import check_output, read_json, write_whole
+from recsys.storage.files import read_json, write_whole
 from recsys.storage.location import Location
+from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 

@@ -33,8 +33,9 @@ from recsys.serving.retrieval.item_vectors import (
     unit,
 )
 from recsys.serving.retrieval.user_tower import UserTower
-from recsys.storage.files import check_output, whole_file
+from recsys.storage.files import whole_file
 from recsys.storage.location import Location
+from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 

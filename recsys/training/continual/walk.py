@@ -31,8 +31,8 @@ from recsys.distributed.ranks import Ranks, sole_job
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.further_metrics import make_metrics
 from recsys.serving.delta import write_delta
-from recsys.storage.files import check_run_folder
 from recsys.storage.location import Location
+from recsys.storage.output_file import check_run_folder
 from recsys.training.continual.partition_run import ContinualRun, train_partition
 from recsys.training.continual.partitions import Partition, list_partitions, refused_partitions
 from recsys.training.continual.queue import (

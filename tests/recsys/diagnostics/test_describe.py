@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from embeddings.hardware import DEVICES, Cluster, Device
+from embeddings.simulated_cluster import DEVICES, Cluster, Device
 from recsys.build import Job, build_job
 from recsys.cli import main
 from recsys.config import (

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from recsys.storage.files import check_output, check_run_folder, write_whole
+from recsys.storage.files import write_whole
 from recsys.storage.location import Location
+from recsys.storage.output_file import check_output, check_run_folder
 
 
 @pytest.fixture

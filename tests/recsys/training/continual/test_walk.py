@@ -20,7 +20,7 @@ from recsys.cli import main
 from recsys.config import ContinualSettings
 from recsys.distributed.lockstep import TrainingStopped
 from recsys.evaluation.scores import read_scores
-from recsys.storage.files import check_output
+from recsys.storage.output_file import check_output
 from recsys.training.continual.partition_run import PartitionTrainer, passes_over
 from recsys.training.trainer import LossWatch
 from tests.recsys.command_runs import TINY

@@ -1,0 +1,93 @@
+"""Check the output file of a command before the command does any work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from recsys.storage.files import regular_file
+from recsys.storage.location import Location
+
+# Files of a run, a dataset or a package that later commands read.
+_RESULT_FILES = (
+    ".job.json",
+    ".lock",
+    "config.yaml",
+    "continual.json",
+    "data.txt",
+    "encoders.json",
+    "graph.pt2",
+    "item_counts.npy",
+    "manifest.json",
+    "metrics.json",
+    "metrics.jsonl",
+    "plan.txt",
+    "request.json",
+    "schema.yaml",
+    "skipped_rows.json",
+)
+_RUN_FOLDERS = ("checkpoints", "item_content", "tensorboard", "vocabulary")
+_CONTINUAL_FOLDERS = ("partitions", "scores", "tensorboard")
+_DATASET_FOLDERS = ("train", "valid", "test", "items", "vocabulary")
+
+
+def check_output(out: Path, inputs: Iterable[Location] = ()) -> None:
+    """Raise a ValueError for an output file that would change what a command reads.
+
+    `inputs` are files that the command reads, and folders whose files it reads.
+    """
+    if out.is_dir():
+        raise ValueError(f"{out}: is a folder; name a file, such as {out / 'result'}")
+    target = _real(regular_file(out))
+    for location in inputs:
+        if location.is_local and _real(location.path) in (target, target.parent):
+            raise ValueError(f"{out}: is or lies in the input {location}; name a file elsewhere")
+    dataset = target.parent.parent
+    if target.parent.name in _DATASET_FOLDERS and (dataset / "schema.yaml").exists():
+        raise ValueError(f"{out}: would be read as part of {dataset}; name a file elsewhere")
+    if (part := _part_of_run(target.parent)) is not None:
+        raise ValueError(f"{out}: lies in {part}, which is part of a run; name a file elsewhere")
+    is_present = target.exists() or target.name.startswith(".")  # locks are recreated
+    if is_present and (target.name in _RESULT_FILES or target.match("scores_*.parquet")):
+        raise ValueError(f"{out}: is part of a run or dataset; name another file")
+    check_writable(target.parent)
+
+
+def _real(path: Path | str) -> Path:
+    """Return the path with links resolved; a link that leads to itself is kept."""
+    return Path(os.path.realpath(path))
+
+
+def _part_of_run(folder: Path) -> Path | None:
+    """Return the folder of a run that this folder is or lies in; None if there is none."""
+    for part in (folder, *folder.parents):
+        if part.name in _RUN_FOLDERS and (part.parent / ".job.json").exists():
+            return part
+        if part.name in _CONTINUAL_FOLDERS and (part.parent / "continual.json").exists():
+            return part
+    return None
+
+
+def check_run_folder(run: Path, data: str) -> None:
+    """Raise a ValueError for a run's folder that overlaps the data or lies in another run."""
+    if run.exists() and not run.is_dir():
+        raise ValueError(
+            f"{run}: is no folder, so no run can be written to it; choose another --out"
+        )
+    root, folder = Location.of(data), _real(run)
+    if (part := _part_of_run(folder)) is not None:
+        raise ValueError(f"{run}: lies in {part}, which is part of a run; choose another --out")
+    parts = [root, *(root / name for name in _DATASET_FOLDERS)]
+    if root.is_local and folder in [_real(part.path) for part in parts]:
+        raise ValueError(f"{run}: is part of the dataset {data}; choose another --out")
+
+
+def check_writable(folder: Path) -> None:
+    """Raise a ValueError for a folder that cannot be created or written to."""
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is a file, so no folder can be made in it")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: cannot be written to; name a file elsewhere")
