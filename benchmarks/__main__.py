@@ -26,6 +26,7 @@ SUITES = {
     "quality": {
         "parts": "benchmarks.quality.__main__",
         "field": "benchmarks.peers.__main__",
+        "neighbour-scaling": "benchmarks.quality.neighbour_scaling",
     },
     "serving": {
         "latency": "benchmarks.serving.__main__",

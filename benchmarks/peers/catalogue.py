@@ -50,19 +50,24 @@ FUXICTR_SPACE: Space = {
 }
 FUXICTR_FIXED = {"batch_size": 256, "batch_norm": False}
 
+LIGHTGBM = ("lightgbm==4.7.0", "numpy", "scipy")
+LIGHTGBM_SPACE: Space = {
+    "learning_rate": _rate(0.01, 0.1),
+    "num_leaves": IntDistribution(7, 63, log=True),
+    "min_data_in_leaf": IntDistribution(20, 500, log=True),
+    "feature_fraction": FloatDistribution(0.3, 1.0),
+    "bagging_fraction": FloatDistribution(0.5, 1.0),
+    "lambda_l2": _rate(1e-3, 30.0),
+}
+
 PEERS = (
+    Peer("LightGBM, content similarities", "lightgbm_rows", LIGHTGBM, LIGHTGBM_SPACE),
     Peer(
-        "LightGBM, content similarities",
+        "LightGBM, similarities of content and co-rating",
         "lightgbm_rows",
-        ("lightgbm==4.7.0", "numpy"),
-        {
-            "learning_rate": _rate(0.01, 0.1),
-            "num_leaves": IntDistribution(7, 63, log=True),
-            "min_data_in_leaf": IntDistribution(20, 500, log=True),
-            "feature_fraction": FloatDistribution(0.3, 1.0),
-            "bagging_fraction": FloatDistribution(0.5, 1.0),
-            "lambda_l2": _rate(1e-3, 30.0),
-        },
+        LIGHTGBM,
+        LIGHTGBM_SPACE,
+        {"co_rating": True},
     ),
     Peer(
         "FuxiCTR DIN",

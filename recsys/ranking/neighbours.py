@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
 from recsys.config import ContentSettings, NeighbourSettings
 from recsys.content.vectors import ContentVectors
@@ -218,8 +219,10 @@ class Neighbours(nn.Module):
     def _votes(self, history: _History, target_rows: _Rows) -> Tensor:  # [B, NUM_VOTES]
         """Return means and sum of the values by similarity, and log(1 + sum of similarities)."""
         factors = self.cooccurrence if self.column is None else self.taste
-        target, past = target_rows.of(factors), history.rows.of(factors)  # [B, D], [R, L, D]
-        similarity = past @ history.columns(target)  # [R, L, K]
+        # Training multiplies in half precision: votes need no more, and the rows are many.
+        kind = factors.dtype if self.training else torch.float32
+        target, past = (rows.of(factors, kind) for rows in (target_rows, history.rows))
+        similarity = (past @ history.columns(target)).float()  # [R, L, D] [R, D, K] -> [R, L, K]
         similarity = similarity * history.mask.unsqueeze(2)
         values = history.deviations.unsqueeze(2)
         positive = similarity.clamp(min=0)
@@ -253,9 +256,11 @@ class _Rows:
     index: Tensor
     has_row: Tensor | None
 
-    def of(self, statistics: Tensor) -> Tensor:  # [I, F + 1, D] -> [..., D]
-        rows = statistics.flatten(0, 1)[self.index].float()
-        return rows if self.has_row is None else rows * self.has_row.unsqueeze(-1)
+    def of(
+        self, statistics: Tensor, kind: torch.dtype = torch.float32
+    ) -> Tensor:  # [I, F + 1, D] -> [..., D]
+        rows = embedding(self.index, statistics.flatten(0, 1)).to(kind)
+        return rows if self.has_row is None else rows * self.has_row.unsqueeze(-1).to(kind)
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """LightGBM on statistics of users and items, and on content similarities.
 
 Statistics of an item are of training rows, without the row itself. Similarities are cosines of the
-target to its history by modality. Shapes: N rows, L history length, K features.
+target to its history by modality and, if the settings say `co_rating`, by the users of both.
+Shapes: N rows, L history length, K features.
 """
 
 from __future__ import annotations
@@ -10,18 +11,26 @@ import time
 
 import lightgbm
 import numpy as np
+from item_similarities import PaddedHistory, co_rating_features, similarity_features
 from peer_rows import PeerJob, Rows, item_vectors
 
 LENGTH = 200
-NEAREST = (1, 5, 20)
 PRIOR = 5.0  # rows that a mean of labels is shrunk by
 MOST_ROUNDS, PATIENCE = 2000, 50
 
 
-def features(rows: Rows, train: Rows, vectors: list[np.ndarray]) -> np.ndarray:  # [N, K]
+def features(
+    rows: Rows, train: Rows, vectors: list[np.ndarray], co_rating: bool
+) -> np.ndarray:  # [N, K]
     """Return the features of rows."""
-    blocks = [_of_item(rows, train), *(_of_history(rows, matrix) for matrix in vectors)]
-    return np.concatenate([_of_user(rows), *blocks], axis=1)
+    history = PaddedHistory.of_rows(rows, LENGTH)
+    blocks = [_of_user(rows), _of_item(rows, train)]
+    for matrix in vectors:
+        cosines = (matrix @ matrix.T)[rows.item[:, None], history.items]
+        blocks.append(similarity_features(cosines, history))
+    if co_rating:
+        blocks.append(co_rating_features(rows, history, train, len(vectors[0])))
+    return np.concatenate(blocks, axis=1)
 
 
 def _of_user(rows: Rows) -> np.ndarray:
@@ -49,50 +58,19 @@ def _of_item(rows: Rows, train: Rows) -> np.ndarray:
     return np.stack([np.log1p(row_counts), mean], axis=1)
 
 
-def _of_history(rows: Rows, vectors: np.ndarray) -> np.ndarray:
-    """Return cosines to the history, and what its most similar items say of the target."""
-    history = rows.padded(rows.history, LENGTH)
-    inside = rows.padded(np.ones(len(rows.history)), LENGTH) > 0
-    liked, stars = (
-        rows.padded(rows.beside[f"history_{name}"], LENGTH) for name in ("liked", "stars")
-    )
-    cosines = (vectors @ vectors.T)[rows.item[:, None], history]
-    return _similarities(cosines * inside, inside, liked, stars)
-
-
-def _similarities(
-    cosine: np.ndarray,  # [N, L], as the others
-    inside: np.ndarray,
-    liked: np.ndarray,
-    stars: np.ndarray,
-) -> np.ndarray:
-    mean = (stars * inside).sum(1) / np.maximum(inside.sum(1), 1)
-    deviation = (stars - mean[:, None]) * inside
-    columns = []
-    for mask in (inside & (liked > 0), inside & (liked <= 0)):
-        weight = mask / np.maximum(mask.sum(1), 1)[:, None]
-        columns += [(cosine * weight).sum(1), np.where(mask, cosine, 0).max(1)]
-    order = np.argsort(-cosine, axis=1)[:, : max(NEAREST)]
-    near = np.maximum(np.take_along_axis(cosine, order, 1), 0)
-    near_deviation = np.take_along_axis(deviation, order, 1)
-    for count in NEAREST:
-        total = np.maximum(near[:, :count].sum(1), 1e-6)
-        columns.append((near[:, :count] * near_deviation[:, :count]).sum(1) / total)
-    columns.append((np.maximum(cosine, 0) ** 4 * deviation).sum(1))
-    return np.stack(columns, axis=1)
-
-
 def main() -> None:
     """Train and score."""
     job = PeerJob.of_command_line()
     rows = job.read()
     start = time.perf_counter()
     vectors = item_vectors(job.rows)
-    inputs = {
-        split: features(split_rows, rows["train"], vectors) for split, split_rows in rows.items()
-    }
     settings = {"objective": "binary", "verbosity": -1, "num_threads": 1, "seed": job.seed}
     settings |= {"bagging_freq": 1, "deterministic": True, **job.settings}
+    co_rating = bool(settings.pop("co_rating", False))
+    inputs = {
+        split: features(split_rows, rows["train"], vectors, co_rating)
+        for split, split_rows in rows.items()
+    }
     data = lightgbm.Dataset(inputs["train"], rows["train"].label)
     valid = lightgbm.Dataset(inputs["valid"], rows["valid"].label, reference=data)
     stop = lightgbm.early_stopping(PATIENCE, verbose=False)

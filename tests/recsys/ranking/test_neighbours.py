@@ -124,6 +124,16 @@ def test_votes_have_their_hand_values() -> None:
     assert not features[1, NUM_DENSE : NUM_DENSE + NUM_VOTES].any()  # no history
 
 
+def test_votes_of_training_in_half_precision_are_those_of_evaluation() -> None:
+    neighbours, batch = neighbours_of(), rows_of(*BATCH)
+    evaluated = neighbours(None, batch).batch.dense_features
+    neighbours.taste[:, 0] = neighbours.taste[
+        :, FOLDS
+    ]  # the fold that a row of training leaves out
+    trained = neighbours.train()(None, batch).batch.dense_features
+    torch.testing.assert_close(trained, evaluated, atol=2e-3, rtol=2e-3)
+
+
 def test_a_target_that_counts_as_new_in_training_is_known_by_content_alone() -> None:
     neighbours = neighbours_of(content=CONTENT, dropout=0.999).train()
     new = neighbours(inputs()[1], rows_of(*BATCH))
