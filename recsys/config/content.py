@@ -62,8 +62,11 @@ class ModalitySettings:
     module: str | None = None
     """Any torch module for images, `package.module:factory`; [U, 3, H, W] -> [U, D] or
     [U, T, D]."""
-    training: Literal["frozen", "lora", "full"] = "frozen"
-    """Trained part of the encoder: nothing, adapters, or all of it."""
+    training: Literal["frozen", "side", "lora", "full"] = "frozen"
+    """Trained part of the encoder: nothing, a small network over the states of its frozen layers,
+    adapters, or all of it."""
+    side_width: PositiveInt = 32
+    """Width of the bottlenecks of `training: side`."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     pooling: Literal["mean", "cls", "last", "none", "projected"] = "mean"
     """Pooling of the last hidden states into tokens for the fusion. projected: the model's own
@@ -86,11 +89,19 @@ class ModalitySettings:
     def check(self, name: str) -> None:
         make_kind = find_part(f"{name}.kind", "recsys.data.items.kind:make_kind", {})
         make_kind(name, self)  # checks the settings of its kind
-        if self.module and self.training == "lora":
+        if self.module and self.training in ("lora", "side"):
             raise ValueError(
-                f"{name}: LoRA needs a transformers `encoder`; a `module` is frozen or full"
+                f"{name}: training {self.training} needs a transformers `encoder`; a `module` is "
+                "frozen or full"
             )
-        if self.activation_checkpointing and (self.training == "frozen" or not self.encoder):
+        if self.training == "side" and self.pooling in ("none", "projected"):
+            raise ValueError(
+                f"{name}: training side reads one vector per layer; set pooling to mean, cls or "
+                f"last, not {self.pooling}"
+            )
+        if self.activation_checkpointing and (
+            self.training in ("frozen", "side") or not self.encoder
+        ):
             raise ValueError(
                 f"{name}: activation_checkpointing is for the trained layers of a transformers "
                 "`encoder`; set `training: lora` or `full`, or remove it"

@@ -66,11 +66,12 @@ class DistinctRows:
 
 
 def encoder_key(encoder: Encoder) -> str:
-    """Return a hash of frozen weights, settings and batch shapes; adapters are left out."""
+    """Return a hash of frozen weights, settings and batch shapes; what trains is left out."""
     shapes: tuple[Any, ...] = (ITEMS_PER_GROUP, SHORT_LENGTHS, encoder.max_length)
     if encoder.frozen_dtype != torch.float32:
         shapes = (*shapes, dtype_of(encoder))
-    weights = weights_digest(encoder, leave_out=encoder.rewritten)
+    trained = {name for name, value in encoder.named_parameters() if value.requires_grad}
+    weights = weights_digest(encoder, leave_out=encoder.rewritten | trained)
     return digest_of(weights, encoder.frozen_settings(), shapes)
 
 

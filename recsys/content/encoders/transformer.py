@@ -19,6 +19,7 @@ from recsys.content.encoders.base import Encoder, pool
 from recsys.content.encoders.identity import EncoderIdentity, weights_digest
 from recsys.content.encoders.layer_split import LayerSplit, find_layers, find_split
 from recsys.content.encoders.pretrained import PretrainedEncoder
+from recsys.content.encoders.side_network import SideNetwork, pooled_states
 from recsys.content.wrap import wrap
 from recsys.data.items.images import ImagePreparation
 from recsys.data.items.kind import ContentInput
@@ -126,14 +127,20 @@ class TransformerEncoder(Encoder):
         adapted = range(0)
         if modality.training == "lora":
             adapted = adapted_layers(modality.lora, len(self._layers), where)
-        below = {"frozen": len(self._layers), "lora": adapted.start, "full": 0}
-        self.first_trained = below[modality.training]
+        below = {"lora": adapted.start, "full": 0}
+        self.first_trained = below.get(modality.training, len(self._layers))
+        self.side: SideNetwork | None = None
+        self.is_frozen = modality.training in ("frozen", "side")
+        if modality.training == "side":
+            model.config.output_hidden_states = True  # type: ignore[union-attr]
         self._try_out(where)
-        self.caches = modality.training == "frozen" or self.split is not None
-        if modality.training == "frozen" and modality.pooling == "none":
-            self.frozen_dtype = torch.float16
+        self.caches = self.is_frozen or self.split is not None
         if modality.training != "full":
             self.requires_grad_(False)
+        if modality.training == "side":
+            self.side = SideNetwork(self.frozen_tokens, self.output_dim, modality.side_width)
+        if self.side is not None or (self.is_frozen and modality.pooling == "none"):
+            self.frozen_dtype = torch.float16
         if modality.training == "lora":
             add_lora(self._layers[adapted.start : adapted.stop], modality.lora, where)
             if rewrites_base(modality.lora):
@@ -180,8 +187,8 @@ class TransformerEncoder(Encoder):
 
     @property
     def trained_parts(self) -> list[nn.Module]:
-        """Layers that are trained or have adapters, or lie above one."""
-        return self._layers[self.first_trained :]
+        """Layers that are trained or have adapters, or lie above one; or the side network."""
+        return [self.side] if self.side is not None else self._layers[self.first_trained :]
 
     @property
     def frozen_layers(self) -> str:
@@ -261,13 +268,16 @@ class TransformerEncoder(Encoder):
             self.split.drop()
         else:
             for parameter in self.parameters():
-                parameter.data = parameter.data.new_empty(0)
+                if not parameter.requires_grad:  # of the side network
+                    parameter.data = parameter.data.new_empty(0)
 
     def _finish(self, output: Any, mask: Tensor) -> ContentInput:  # mask [U, T]
         hidden = output.last_hidden_state
         if hidden.dim() == 4:  # the feature map of a convolutional network
             hidden = hidden.flatten(2).transpose(1, 2)
         mask = self._token_mask(mask, hidden.shape[1])
+        if self.training_mode == "side":
+            return pooled_states(output, mask, self.pooling)
         if self.pooling != "projected":
             return pool(hidden, mask, self.pooling)
         if getattr(output, "pooler_output", None) is None:
@@ -277,7 +287,7 @@ class TransformerEncoder(Encoder):
         return ContentInput(token.unsqueeze(1), mask.any(dim=1, keepdim=True))
 
     def frozen(self, content: ContentInput) -> ContentInput:
-        if self.training_mode == "frozen":
+        if self.is_frozen:
             return self._finish(self._run(content.values, content.mask), content.mask)
         if self.split is None:
             return content
@@ -286,7 +296,9 @@ class TransformerEncoder(Encoder):
 
     def forward(self, content: ContentInput) -> ContentInput:
         """Run the layers that `frozen` does not run; tokens [U, T or 1, D]."""
-        return content if self.training_mode == "frozen" else self._trained(content)
+        if self.side is not None:
+            return self.side(content)
+        return content if self.is_frozen else self._trained(content)
 
     def _trained(self, content: ContentInput) -> ContentInput:
         if self.split is None:

@@ -238,7 +238,7 @@ def _transform_problems(config: EventsConfig) -> Iterator[str]:
     names = column_names(config)
     for name, column in config.transforms.items():
         where = f"transforms: '{name}'"
-        if name in names and name not in config.features:
+        if name in names and name not in (*config.features, *config.counts):
             yield f"{where} names a column that is no feature; rename it"
         if column.kind not in KINDS:
             yield f"{where} is of kind {column.kind}; choose one of {KINDS}"

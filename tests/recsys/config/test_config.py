@@ -156,7 +156,7 @@ def test_values_that_cannot_work_are_named(words: str, message: str) -> None:
     [
         ({"kind": "text"}, "`encoder`"),
         ({"kind": "image"}, "`encoder` and `module`"),
-        ({"kind": "image", "module": "b:c", "training": "lora"}, "LoRA .*`encoder`"),
+        ({"kind": "image", "module": "b:c", "training": "lora"}, "lora needs .*`encoder`"),
         ({"kind": "feature", "encoder": "a"}, "feature .*encoder"),
         ({"kind": "feature", "training": "full"}, "`training: frozen`"),
     ],

@@ -41,7 +41,8 @@ WIDTH = 16 * 4  # content vector and mean token of three modalities
 
 def config_of(folder: Path) -> Any:
     config: Any = em3_config(folder)
-    poster = ModalitySettings("image", "poster", encoder="random:vit", image_size=32)
+    settings = {"encoder": "random:vit", "image_size": 32, "training": "side"}
+    poster = ModalitySettings("image", "poster", **settings)
     content = replace(config.content, modalities=config.content.modalities | {"poster": poster})
     return replace(config, content=content)
 

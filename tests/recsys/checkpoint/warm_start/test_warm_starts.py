@@ -51,12 +51,21 @@ def fresh(plain: Path) -> dict[str, Tensor]:
         return state_of(build_job(config_of(plain, *WITHOUT_CONTENT), str(plain / "data"), ranks))
 
 
-@pytest.mark.parametrize("kind", ["plain", "multimodal"])
+SIDE = ["--content.modalities.text.training", "side"]
+
+
+@pytest.fixture(scope="module")
+def side(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose text encoder has a side network."""
+    return write_run(tmp_path_factory.mktemp("side"), *SIDE)
+
+
+@pytest.mark.parametrize("kind", ["plain", "multimodal", "side"])
 def test_without_a_step_a_run_predicts_what_the_other_one_did(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     folder = request.getfixturevalue(kind)
-    words = WITHOUT_CONTENT if kind == "plain" else []
+    words = {"plain": WITHOUT_CONTENT, "side": SIDE}.get(kind, [])
     with joined_ranks("cpu") as ranks:
         expected = logits(load_run(folder / "run", None, ranks, "cpu"))
         new = begin(folder, tmp_path / "new", ranks, *words)
