@@ -277,6 +277,48 @@ FURTHER = [
         "recipe",
     ),
 ]
+TEXTS = ("title", "tags", "description")  # of recsys/recipes/implicit_content.yaml
+
+
+def encoders(training: str, top_layers: int = 0, share: float = 1.0) -> Settings:
+    """Return the settings that train the encoder of each text of the recipe for implicit logs.
+
+    `share`: of a step's items that are encoded, with gradient; the bank has the others.
+    """
+    settings: dict[str, Any] = {f"content.modalities.{name}.training": training for name in TEXTS}
+    if top_layers:
+        settings |= {f"content.modalities.{name}.lora.top_layers": top_layers for name in TEXTS}
+    if share < 1:
+        settings |= {f"content.sampling.{part}": share for part in ("forward", "backward")}
+    return settings
+
+
+FROZEN = Cell(
+    "frozen", "the recipe: frozen encoders, their mean tokens, a linear map", {}, "ID only"
+)
+IMPLICIT = [
+    ID_ONLY,
+    FROZEN,
+    Cell("side tuning", "a network over the states of all layers", encoders("side"), "frozen"),
+    Cell("Fusion-Q-Former", "in place of the linear map", qformer("modern"), "frozen"),
+    Cell("CIC", "with all items of the batch as negatives, weight 0.05", IN_BATCH, "frozen"),
+    Cell("Fusion-Q-Former + CIC", "both", {**qformer("modern"), **IN_BATCH}, "frozen"),
+    Cell(
+        "no neighbours", "the recipe without similar items of the history", NO_NEIGHBOURS, "frozen"
+    ),
+    Cell(
+        "LoRA top layer",
+        "adapters in the highest layer of each encoder; a quarter of a step's items is encoded",
+        encoders("lora", 1, 0.25),
+        "frozen",
+    ),
+    Cell(
+        "LoRA all layers",
+        "adapters in all six layers; a twentieth of a step's items is encoded",
+        encoders("lora", 6, 0.05),
+        "frozen",
+    ),
+]
 BACKBONES = ("din_dcn", "din", "dlrm", "dlrm_dcn", "deepfm", "sim", "mmoe", "hstu", "transformer")
 GRIDS: dict[str, list[Cell]] = {
     "parts": PARTS,
@@ -284,6 +326,7 @@ GRIDS: dict[str, list[Cell]] = {
     "text": [ID_ONLY, *TEXT],
     "backbones": [cell for name in BACKBONES for cell in backbone(name)],
     "full": [*PARTS, *HISTORY, *TEXT, *FURTHER],
+    "ifdb": IMPLICIT,
 }
 PEERS = ("stored features", "SimTier histogram", "ConcatFusion", "FQ-Former modern")
 

@@ -63,6 +63,12 @@ class CellResult:
     def median(self, column: str) -> float | None:
         return median_of_known(list(self.by_seed(column).values()))
 
+    def training(self, figure: str) -> float | None:
+        """Return the median of a figure of the trainings: `seconds`, or `peak_bytes` of memory."""
+        return median_of_known(
+            [run.metrics()["train"].get(figure) for runs in self.runs for run in runs]
+        )
+
     @property
     def best_model_by(self) -> BestModelBy:
         run = self.runs[0][0]
@@ -221,9 +227,8 @@ def _records(
             "effect": by_cell.get(result.cell.name, {}),
             "recipe_against_it": by_peer.get(result.cell.name, {}),
             "runs": [[run.folder.name for run in runs] for runs in result.runs],
-            "train_seconds": median_of_known(
-                [run.metrics()["train"]["seconds"] for runs in result.runs for run in runs]
-            ),
+            "train_seconds": result.training("seconds"),
+            "peak_bytes": result.training("peak_bytes"),
         }
         for result in study.results
     ]
@@ -247,10 +252,13 @@ def _headline(results: Sequence[CellResult]) -> str:
             result.cell.name,
             f"{len(result.runs)}",
             *(marked(_number(result.median(column)), result.users(column)) for column in COLUMNS),
+            f"{result.training('seconds') or 0:,.0f}",
+            f"{(result.training('peak_bytes') or 0) / 2**30:.1f}",
         ]
         for result in results
     ]
-    return markdown_table(("cell, median over seeds", "seeds", *COLUMNS), rows)
+    titles = ("cell, median over seeds", "seeds", *COLUMNS, "training, s", "memory, GiB")
+    return markdown_table(titles, rows)
 
 
 def _number(value: float | None) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import resource
-import sys
 import time
 from collections.abc import Generator
 from contextlib import closing
@@ -28,7 +26,7 @@ from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.evaluate import check_data, split_interactions
 from recsys.evaluation.forward_pass import forward_pass
 from recsys.training.initial_state import load_pretrained_tables
-from recsys.training.train import training_interactions
+from recsys.training.train import peak_bytes, training_interactions
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +80,7 @@ def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
             times.append(time.perf_counter())
             scored_rows = _score_batch(job, lockstep)
             times.append(time.perf_counter())
-    peaks, rows_of_ranks, scored = zip(
-        *ranks.gather((_peak_bytes(ranks.device), rows, scored_rows))
-    )
+    peaks, rows_of_ranks, scored = zip(*ranks.gather((peak_bytes(ranks.device), rows, scored_rows)))
     loss_values = ranks.gather(losses)
     build_seconds, step_seconds, evaluation_seconds = (
         end - begin for begin, end in itertools.pairwise(times)
@@ -137,10 +133,3 @@ def _score_batch(job: Job, lockstep: Lockstep) -> int:
 def _first_batch(interactions: Interactions, device: torch.device) -> Generator[Batch]:
     with closing(loader(interactions, 0, device.type == "cuda")) as batches:
         yield from itertools.islice(batches, 1)
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

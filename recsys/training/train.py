@@ -8,12 +8,16 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import resource
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from recsys.build import Job, build_job, check_columns
 from recsys.checkpoint.cold_row_init import require_table_state
@@ -199,17 +203,26 @@ def training_interactions(job: Job, is_shuffled: bool = True) -> Interactions:
     return interactions
 
 
-def training_figures(progress: Progress, world_size: int) -> dict[str, Any]:
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory of this process so far: of its GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def training_figures(progress: Progress, ranks: Ranks) -> dict[str, Any]:
     """Return what `metrics.json` says of the training itself."""
     return {
         "train": {
             "samples_per_second": progress.samples / progress.seconds,
             "seconds": progress.seconds,
             "steps": progress.steps,
+            "peak_bytes": peak_bytes(ranks.device),
             **({"ids": progress.ids} if progress.ids else {}),
             **({"vocabularies": progress.vocabularies} if progress.vocabularies else {}),
         },
-        "world_size": world_size,
+        "world_size": ranks.world_size,
         "versions": versions(),
     }
 
@@ -230,7 +243,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
     metrics = {
         "valid": progress.best,
         "test": test,
-        **training_figures(progress, job.ranks.world_size),
+        **training_figures(progress, job.ranks),
     }
     if job.config.on_bad_row == "skip":
         metrics["skipped_rows"] = read_json(run / SKIPPED_ROWS)

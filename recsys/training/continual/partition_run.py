@@ -377,7 +377,7 @@ def _finish(trainer: Trainer, partition: Partition) -> None:
     job, progress = trainer.job, trainer.progress
     with job.averaged():
         trainer.checkpoints.save_best(progress)
-    metrics = {"partition": partition.name, **training_figures(progress, job.ranks.world_size)}
+    metrics = {"partition": partition.name, **training_figures(progress, job.ranks)}
     with job.ranks.raise_on_all_ranks():
         if job.ranks.is_first:
             write_whole(trainer.run / METRICS, json.dumps(metrics, indent=2) + "\n")

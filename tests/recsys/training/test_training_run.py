@@ -60,7 +60,7 @@ def test_metrics_json_has_exactly_the_keys_of_the_contract(metrics: dict[str, An
         assert metrics[split]["num_samples"] == NUM_ROWS[split]
         for part in ("cold", "warm"):
             assert set(metrics[split][part]) >= METRICS
-    assert set(metrics["train"]) == {"samples_per_second", "seconds", "steps"}
+    assert set(metrics["train"]) == {"samples_per_second", "seconds", "steps", "peak_bytes"}
     assert metrics["train"]["steps"] == 2 * math.ceil(math.ceil(NUM_ROWS["train"] / 2) / 8)
     assert metrics["world_size"] == 2
     assert {"torch", "torchrec"} <= set(metrics["versions"])
