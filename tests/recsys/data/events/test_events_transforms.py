@@ -28,6 +28,7 @@ TRANSFORMS: dict[str, Any] = {
         "vocabulary": {"kind": "hash"},
     },
     "weight": {"kind": "dense", "transform": ["standardize"]},
+    "sold": {"kind": "dense", "transform": [{"clip": {"low": 1}}, "log1p"]},
     "hour": {
         "kind": "id",
         "num_embeddings": 24,
@@ -53,6 +54,7 @@ def write(folder: Path, transforms: dict[str, Any]) -> Path:
         "items": {"path": "items.parquet", "columns": {"weight": "dense"}},
         "context": {"price": "dense", "shop": "id"},
         "labels": {"bought": {"action": "buy"}},
+        "counts": {"sold": {"of": "item"}},
         "transforms": transforms,
     }
     (folder / "events.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
@@ -71,6 +73,9 @@ def test_a_dataset_has_its_transforms_fitted(tmp_path: Path) -> None:
     weights = pq.read_table(tmp_path / "out" / "train")["weight"].to_numpy()
     expected = (weights - weights.mean()) / weights.std()
     np.testing.assert_allclose(table["weight"], expected, rtol=1e-5, atol=1e-5)
+    counts = pq.read_table(tmp_path / "out" / "train")["sold"].to_numpy()
+    assert counts.min() == 0
+    np.testing.assert_allclose(table["sold"], np.log1p(counts.clip(1)), rtol=1e-5)
     first = START // 3600
     assert table["hour"].to_pylist() == [(first + row) % 24 for row in range(len(table))]
     assert len(set(table["shop_hour"].to_pylist())) > 15
