@@ -1,4 +1,4 @@
-"""What the planner assumes of a GPU and its links: by the GPU's name, or as the settings say.
+"""Bandwidths that the planner computes with: by the name of a GPU, or from the settings.
 
 Figures are those of NVIDIA's data sheets, in one direction.
 """

@@ -1,9 +1,9 @@
 """Every command of the README and of the pages in the folders runs, in one folder.
 
-Training commands of the pages' own shop run as they stand. Three kinds are exchanged: `make` and
-the installer, which the continuous integration runs for real, are dry runs here, the recipe with a
-pretrained encoder is exchanged for `tiny.yaml`, the same job in miniature, and benchmarks run at
-sizes of seconds.
+A command that stands on several pages runs once. Exchanged are: `make` and the installer, which the
+continuous integration runs for real, by dry runs, the recipe with a pretrained encoder by
+`tiny.yaml`, the same job in miniature, two epochs and more of the pages' shop by one, torchrun by
+ranks of `run_recsys` (but on the launcher's own page), and benchmarks by sizes of seconds.
 """
 
 from __future__ import annotations
@@ -58,6 +58,12 @@ EXCHANGED = (
     (r"^\.venv/bin/python -m pytest -n 2 .*$", f"{sys.executable} -m pytest --version"),
     (r"^\.venv/bin/", ""),
     (r"--config movielens_sample", "--config tiny"),
+    (r"^(.* train --config (?:shop|media)\.yaml (?!.*--(?:epochs|dry-run)).*)$", r"\1 --epochs 1"),
+    (r"^torchrun --nproc-per-node 2 -m -- recsys\.cli (?!.*runs/torchrun)", "recsys --ranks 2 "),
+    (
+        r"^torchx run -s local_cwd launch/components\.py:cache --nproc 2 --",
+        "recsys --ranks 2 cache",
+    ),
     (r"^recsys serve (.*)$", r"timeout 300 recsys serve \1 >serve.log 2>&1 &"),
     (
         r"^(python -m benchmarks speed \w+|torchx .*:benchmark) (.*)$",
@@ -100,8 +106,10 @@ def run(command: list[str] | str, folder: Path) -> str:
         "CXX": "no-compiler",  # `recsys export` then does not compile, which takes a minute
     }
     if isinstance(command, str) and command.startswith("recsys "):
-        words = shlex.split(command)[1:]
-        process = run_recsys(*words, folder=folder, environment=environment)
+        words, ranks = shlex.split(command)[1:], 1
+        if words[0] == "--ranks":
+            ranks, words = int(words[1]), words[2:]
+        process = run_recsys(*words, ranks=ranks, folder=folder, environment=environment)
     else:
         process = subprocess.run(
             command,
@@ -148,7 +156,8 @@ def test_every_command_of_the_readme_runs(folder: Path) -> None:
     for command in commands:
         for pattern, replacement in EXCHANGED:
             command = re.sub(pattern, replacement, command)
-        printed[command] = run(command, folder)
+        if command not in printed:
+            printed[command] = run(command, folder)
     for script in scripts:
         if "packages/" in script:
             run(["python", "-c", script], folder)

@@ -91,7 +91,7 @@ class ParallelSettings:
 
 @dataclass
 class HardwareSettings:
-    """What the planner assumes of GPUs and links; None: by the GPU's name, else TorchRec's default.
+    """Figures that the planner computes with; None: by the GPU's name, else TorchRec's default.
 
     Bandwidths are in GB a second and one direction.
     """

@@ -176,7 +176,7 @@ class Config:
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
     ranking: RankingSettings = field(default_factory=ranking_settings)
     neighbours: NeighbourSettings | None = None
-    """What similar items of the history say of the target; default: nothing."""
+    """Numbers made of similar items of the history; default: none."""
     contrastive: ContrastiveSettings = field(default_factory=ContrastiveSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     auxiliary: dict[str, AuxiliarySettings] = field(default_factory=dict)

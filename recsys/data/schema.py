@@ -91,7 +91,7 @@ class Schema:
 
     @property
     def fills(self) -> dict[str, int | float | str]:
-        """What stands for null, by column of the files and by list beside a sequence."""
+        """Replacements of null, by column of the files and by list beside a sequence."""
         fills: dict[str, int | float | str] = {}
         for name, column in self.columns.items():
             if column.fill is not None:

@@ -54,11 +54,11 @@ class RequestValues:
         features: FeatureSource | None,
         user: Values,
         lists: Values,
-        now: float,
+        unix_time: float,
     ) -> None:
         """Take the values of the user, and lists of the candidates, of which the item's has N."""
         self.schema, self.features, self.user, self.lists = schema, features, user, lists
-        self.num_rows, self.now = len(lists[schema.target_item]), now
+        self.num_rows, self.unix_time = len(lists[schema.target_item]), unix_time
         self._looked_up: dict[str, dict[str, pa.Array]] = {}  # by table
         self.nulls: dict[str, tuple[int, int]] = {}  # values and nulls, by column
 
@@ -78,7 +78,7 @@ class RequestValues:
             raise ValueError(f"user: lacks '{name}'; give it to the user or the candidates")
         if table.name not in self._looked_up:
             values = self.features.read(table, self._keys(table))
-            self._looked_up[table.name] = without_old_values(values, table, self.now)
+            self._looked_up[table.name] = without_old_values(values, table, self.unix_time)
         return self._looked_up[table.name][name]
 
     def columns(self, names: Sequence[str]) -> dict[str, Sequence[Any] | pa.Array]:

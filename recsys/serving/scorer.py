@@ -65,10 +65,10 @@ class Scorer:
         grow_vocabulary(schema, [self._added.ids])
         bounded = {table: load_bounded(folder, table, schema) for table in manifest.bounded}
         self.schema = schema
-        own = PackageFeatures(folder, schema, self._added.features)
-        self.feature_types = own.types
-        own.version = features_version(manifest) if schema.features else ""
-        source = feature_source(features or FeatureSettings(), own)
+        package_features = PackageFeatures(folder, schema, self._added.features)
+        self.feature_types = package_features.types
+        package_features.version = features_version(manifest) if schema.features else ""
+        source = feature_source(features or FeatureSettings(), package_features)
         self.read = RequestReader(schema, manifest.pooled, bounded, manifest.dense, source)
         self._tables, self._content = (
             {

@@ -147,7 +147,7 @@ class Parallel:
 
     @property
     def stored_fill(self) -> float:
-        """What a list has in place of null: the fill as the other values are scaled."""
+        """Value of a list in place of null: the fill, scaled as the other values are."""
         if self.at_least is not None:
             return float(np.float32(self.fill) >= self.at_least)
         return float(np.float32(self.fill) / np.float32(self.scale))

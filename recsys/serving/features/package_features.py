@@ -71,15 +71,15 @@ def _opened(path: Path, table: FeatureTable) -> IndexedRows:
 class PackageFeatures(FeatureSource):
     """Features of a package's own files."""
 
-    def __init__(self, package: Path, schema: Schema, added: pa.Table | None = None) -> None:
-        """Open the files; `added` has rows by the ranked item, in place of those of the files."""
+    def __init__(self, package: Path, schema: Schema, later_rows: pa.Table | None = None) -> None:
+        """Open the files; `later_rows`, by the ranked item, replace rows of the files."""
         self.types: dict[str, pa.Schema] = {}
         self._parts: dict[str, list[IndexedRows]] = {}  # of each table; a later part's rows count
         for table in schema.features:
             parts = [_opened(features_file(package, table), table)]
             self.types[table.name] = parts[0].schema
-            if added is not None and table.by == [schema.target_item]:
-                parts.append(IndexedRows(added, table))
+            if later_rows is not None and table.by == [schema.target_item]:
+                parts.append(IndexedRows(later_rows, table))
             self._parts[table.name] = parts
 
     def read(self, table: FeatureTable, keys: list[pa.Array]) -> pa.Table:  # K ids each -> [K]
@@ -104,26 +104,26 @@ class PackageFeatures(FeatureSource):
 
 
 def updated_rows(
-    known: PackageFeatures, table: FeatureTable, rows: pa.Table, now: float
+    features: PackageFeatures, table: FeatureTable, rows: pa.Table, unix_time: float
 ) -> tuple[pa.Table, pa.Array]:
     """Return rows with new values of some columns and known ones of others, and which change."""
     ids = [one_chunk(rows[name]) for name in table.by]
-    before, types = known.read(table, ids), known.types[table.name]
+    stored, types = features.read(table, ids), features.types[table.name]
     columns = dict(zip(table.by, ids, strict=True))
     for name in value_columns(table):
         kind = types.field(name).type
         if name in rows.column_names:
             columns[name] = _of_type(one_chunk(rows[name]), kind, name)
         elif name.removesuffix("@") in rows.column_names:  # the time of such a value
-            columns[name] = pa.array([int(now * 1_000_000)] * len(rows), pa.int64())
+            columns[name] = pa.array([int(unix_time * 1_000_000)] * len(rows), pa.int64())
         else:
-            columns[name] = one_chunk(before[name])
-    after = pa.table(columns)
+            columns[name] = one_chunk(stored[name])
+    updated = pa.table(columns)
     changes = [
         old != new
-        for old, new in zip(before.to_pylist(), after.select(before.column_names).to_pylist())
+        for old, new in zip(stored.to_pylist(), updated.select(stored.column_names).to_pylist())
     ]
-    return after, pa.array(changes, pa.bool_())
+    return updated, pa.array(changes, pa.bool_())
 
 
 def _of_type(values: pa.Array, kind: pa.DataType, name: str) -> pa.Array:
@@ -191,32 +191,32 @@ def refresh_features(package: Path, data: str, out: Path) -> Manifest:
     manifest, schema = read_manifest(package, verify=False), load_run_schema(package)
     if not schema.features:
         raise ValueError(f"{package}: looks up no features; export the run with a newer dataset")
-    kept = {
+    unchanged_files = {
         name: file for name, file in manifest.files.items() if not name.startswith(f"{FOLDER}/")
     }
     with whole_folder(out) as partial:
-        for name in kept:
+        for name in unchanged_files:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(package / name, partial / name)
         write_features(Location.of(data), schema, partial)
         changed = [*(partial / FOLDER).iterdir()]
-        if (added := AddedItems.open(package, manifest.added)).features is not None:
-            changed.append(_keep_unknown(partial, schema, added))
+        if (additions := AddedItems.open(package, manifest.added)).features is not None:
+            changed.append(_write_missing_features(partial, schema, additions))
         created = datetime.now(UTC).isoformat(timespec="seconds")
         described = describe_all(partial, sorted(changed))
-        manifest = replace(manifest, files=kept | described, created=created)
+        manifest = replace(manifest, files=unchanged_files | described, created=created)
         replace_manifest(partial, manifest)
     return manifest
 
 
-def _keep_unknown(package: Path, schema: Schema, added: AddedItems) -> Path:
-    """Keep the features of added items that the files of a package do not have."""
-    path = package / ADDED / str(added.number) / FEATURES
+def _write_missing_features(package: Path, schema: Schema, additions: AddedItems) -> Path:
+    """Write the features of added items that the files of a package do not have."""
+    path = package / ADDED / str(additions.number) / FEATURES
     features = PackageFeatures(package, schema)
     table = next(part for part in schema.features if part.by == [schema.target_item])
-    rows = added.features
+    rows = additions.features
     assert rows is not None
-    is_known = features.knows(table, [rows[schema.target_item].combine_chunks()])
+    is_stored = features.knows(table, [rows[schema.target_item].combine_chunks()])
     path.unlink()  # a link to the file of the other package
-    pq.write_table(rows.filter(pc.invert(is_known)), path)
+    pq.write_table(rows.filter(pc.invert(is_stored)), path)
     return path

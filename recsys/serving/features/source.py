@@ -79,14 +79,16 @@ def table_of_rows(rows: list[dict[str, Any]], table: FeatureTable, types: Types)
         ) from error
 
 
-def without_old_values(values: pa.Table, table: FeatureTable, now: float) -> dict[str, pa.Array]:
+def without_old_values(
+    values: pa.Table, table: FeatureTable, unix_time: float
+) -> dict[str, pa.Array]:
     """Return the columns [K] of a table; null where a value is older than its `max_age`."""
     columns = {}
     for name in table.columns:
         column = values[name].combine_chunks()
         limit = table.max_age_micros.get(name)
         if limit is not None:
-            age = np.int64(now * 1_000_000) - values[table.times[name]].to_numpy()
+            age = np.int64(unix_time * 1_000_000) - values[table.times[name]].to_numpy()
             is_old = ~(age <= limit)  # also without a time
             column = pc.if_else(pa.array(is_old), pa.scalar(None, column.type), column)
         columns[name] = column

@@ -29,13 +29,15 @@ SOURCES = {
 }
 
 
-def feature_source(settings: FeatureSettings, own: PackageFeatures) -> FeatureSource:
+def feature_source(settings: FeatureSettings, package_features: PackageFeatures) -> FeatureSource:
     """Return the source that the settings name; a ValueError says why it cannot be used."""
     if settings.name == FeatureSettings.name:
-        return own
+        return package_features
     kind: type[FeatureSource] = FeatureSource  # type: ignore[type-abstract]
     options = settings.options
-    return make_part("features.name", settings.name, SOURCES, kind, own.types, **options)
+    return make_part(
+        "features.name", settings.name, SOURCES, kind, package_features.types, **options
+    )
 
 
 class RedisFeatures(FeatureSource):

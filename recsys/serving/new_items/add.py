@@ -36,7 +36,7 @@ from recsys.serving.new_items.added_items import (
     lookup,
 )
 from recsys.serving.new_items.item_encoder import FOLDER as ENCODER
-from recsys.serving.new_items.item_encoder import INDEX, ItemEncoder, KeptEncoder
+from recsys.serving.new_items.item_encoder import INDEX, EncoderCache, ItemEncoder
 from recsys.serving.package import Manifest, read_manifest, replace_manifest
 from recsys.serving.vector_file import VectorFileShape
 from recsys.storage.location import Location
@@ -71,30 +71,30 @@ class AddedContent:
     ids: pa.Array
 
 
-def add_items(package: Path, items: str, kept: KeptEncoder | None = None) -> AddedCounts:
+def add_items(package: Path, items: str, encoders: EncoderCache | None = None) -> AddedCounts:
     """Put new and changed items of Parquet files into a package, all or none.
 
     The package may be in use by servers. `items` is a file or folder with the columns of `items/`,
     whose content is encoded, and features of the items; a column that it lacks does not change.
-    `kept` keeps the encoder for further calls.
+    `encoders` has the encoder of earlier calls.
 
     Raises:
         ValueError: a value cannot be used (it names file, column and row), an encoder is not that
             of the run, or the package has no content or is damaged. Nothing is written then.
     """
-    kept = kept or KeptEncoder()
+    encoders = encoders or EncoderCache()
     read_manifest(package, verify=False)
     # Processes that add items at once wait for each other.
     with FileLock(package / ".lock"):
         manifest = read_manifest(package, verify=False)
         schema = load_run_schema(package)
         table = next((part for part in schema.features if part.by == [schema.target_item]), None)
-        _require_addable(package, manifest, table, kept.verified)
+        _require_addable(package, manifest, table, encoders.verified)
         previous, files = AddedItems.open(package, manifest.added), Location.of(items)
         rows = None if table is None else _changed_features(package, table, previous, files)
         counts, content = AddedCounts(features=0 if rows is None else len(rows)), None
         if manifest.entry_shapes and (not counts.features or _has_content(schema, files)):
-            encoder = kept.of_package(package, manifest)
+            encoder = encoders.of_package(package, manifest)
             counts, content = _changed_content(package, encoder, previous, files, counts)
         if content is not None or counts.features:
             features = previous.features
@@ -132,21 +132,21 @@ def _changed_features(
     package: Path, table: FeatureTable, previous: AddedItems, files: Location
 ) -> pa.Table:
     """Return the features of the items of files whose features are new or change."""
-    schema, now = load_run_schema(package), time.time()
-    known = PackageFeatures(package, schema, previous.features)
+    schema, unix_time = load_run_schema(package), time.time()
+    features = PackageFeatures(package, schema, previous.features)
     item = schema.target_item if schema.items is None else schema.items.id
     parts = []
     for file in files.files(".parquet"):
         with open_parquet(file) as parquet:
             column_type(parquet, file, item)
-            given = [name for name in value_columns(table) if name in parquet.schema_arrow.names]
-            rows = parquet.read(columns=[item, *given]).rename_columns([schema.target_item, *given])
+            names = [name for name in value_columns(table) if name in parquet.schema_arrow.names]
+            rows = parquet.read(columns=[item, *names]).rename_columns([schema.target_item, *names])
         try:
-            after, is_changed = updated_rows(known, table, rows, now)
+            updated, is_changed = updated_rows(features, table, rows, unix_time)
         except (ValueError, pa.ArrowException) as error:
             raise ValueError(f"{file}: {error}; write ids and features as for training") from error
-        _check_values(schema, table, after, str(file))
-        parts.append(after.filter(is_changed))
+        _check_values(schema, table, updated, str(file))
+        parts.append(updated.filter(is_changed))
     rows = pa.concat_tables(parts) if parts else pa.table({schema.target_item: []})
     if pc.count_distinct(rows[schema.target_item]).as_py() < len(rows):
         raise ValueError(f"{files}: column '{item}': an item has several rows; keep one")

@@ -16,7 +16,7 @@ from recsys.checkpoint.run_schema import load_run_schema
 from recsys.data.schema import Schema
 from recsys.serving.features.source import value_columns
 from recsys.serving.new_items.add import AddedCounts, add_items
-from recsys.serving.new_items.item_encoder import KeptEncoder
+from recsys.serving.new_items.item_encoder import EncoderCache
 from recsys.serving.package import read_manifest
 
 # Types of content of which no item of a request has any.
@@ -34,14 +34,14 @@ class ItemIntake:
     """Puts items of requests into the package at a path, which may be a link to one."""
 
     def __init__(self, package: Path) -> None:
-        self._package, self._kept = package, KeptEncoder()
+        self._package, self._encoders = package, EncoderCache()
 
     def warm_up(self) -> None:
         """Load the encoders, if the package has some, so that the first item does not wait."""
         package = self._package.resolve()
         manifest = read_manifest(package, verify=False)
         if manifest.entry_shapes:
-            self._kept.of_package(package, manifest).load()
+            self._encoders.of_package(package, manifest).load()
 
     def add(self, items: Sequence[Item]) -> AddedCounts:
         """Add items, as `add_items` does; a ValueError says what is wrong with one."""
@@ -51,7 +51,7 @@ class ItemIntake:
             file = Path(folder, "items.parquet")
             pq.write_table(rows, file)
             try:
-                return add_items(package, str(file), self._kept)
+                return add_items(package, str(file), self._encoders)
             except ValueError as error:
                 raise ValueError(str(error).replace(f"{file}", "items")) from error
 

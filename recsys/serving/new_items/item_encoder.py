@@ -34,8 +34,8 @@ ITEMS_PER_CALL = 256
 EntryShapes = dict[str, list[int]]
 
 
-class KeptEncoder:
-    """The encoder of a package that takes items again and again, and the files it has verified."""
+class EncoderCache:
+    """The loaded encoder of a package that takes items repeatedly, and its verified files."""
 
     def __init__(self) -> None:
         self._files: dict[str, Any] = {}
@@ -43,7 +43,7 @@ class KeptEncoder:
         self.verified = VerifiedFiles()
 
     def of_package(self, package: Path, manifest: Manifest) -> ItemEncoder:
-        """Return the encoder of a package, the one of before if its files are the same."""
+        """Return the encoder of a package, the loaded one if its files are the same."""
         files = {
             name: file for name, file in manifest.files.items() if name.startswith(f"{FOLDER}/")
         }

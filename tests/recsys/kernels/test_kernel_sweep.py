@@ -15,7 +15,15 @@ pytestmark = pytest.mark.usefixtures("native_kernels")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
-SHAPES = [(name, shape) for name, case in CASES.items() for shape in case.shapes]
+# Every type at the usual shape, and every shape in the types that a model has.
+SHAPES = [
+    (name, shape, floats, integers)
+    for name, case in CASES.items()
+    for shape in case.shapes
+    for floats in FLOATS
+    for integers in INTEGERS
+    if shape == "usual" or (floats, integers) == (torch.float32, torch.int64)
+]
 
 
 def inputs_of(operator: str, shape: str) -> Inputs:
@@ -55,9 +63,7 @@ def with_gradients(case: Case, inputs: Inputs, compute: Any) -> dict[str, Tensor
     return {"result": result.detach()} | dict(zip(variables, gradients, strict=True))
 
 
-@pytest.mark.parametrize("integers", INTEGERS, ids=str)
-@pytest.mark.parametrize("floats", FLOATS, ids=str)
-@pytest.mark.parametrize(("operator", "shape"), SHAPES)
+@pytest.mark.parametrize(("operator", "shape", "floats", "integers"), SHAPES, ids=str)
 def test_results_and_gradients_equal_plain_operations(
     operator: str, shape: str, floats: torch.dtype, integers: torch.dtype
 ) -> None:

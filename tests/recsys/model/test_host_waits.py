@@ -65,8 +65,10 @@ def prepared(job: Job, rows: int) -> Iterator[Batch]:
     return job.preparation(batches, UnknownIds(job.schema), 0, training=True)
 
 
-@pytest.mark.parametrize("content", ["none", "qformer"])
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(
+    ("backbone", "content"),
+    [*((name, "qformer") for name in BACKBONES), ("din_dcn", "none"), ("two_tower", "none")],
+)
 def test_no_backbone_waits_and_its_branches_for_gpus_compute_the_same(
     folder: Path, ranks: Ranks, backbone: str, content: Any
 ) -> None:

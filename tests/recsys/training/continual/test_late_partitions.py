@@ -21,18 +21,9 @@ from tests.recsys.training.continual.walk_runs import (
     lines_of,
     walk,
     write_partition,
-    write_walk,
 )
 
 LATE, FUTURE = "date=2025-11-07", "date=2062-11-09"
-
-
-@pytest.fixture
-def two(tmp_path: Path) -> Path:
-    """A run that has walked two partitions."""
-    write_walk(tmp_path / "data", 2)
-    walk(tmp_path, tmp_path / "run", *WITHOUT_CONTENT)
-    return tmp_path
 
 
 def add(folder: Path, name: str) -> None:

@@ -26,14 +26,11 @@ from tests.recsys.training.continual.walk_runs import (
 NEXT = NAMES[2]
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def three(two: Path) -> Path:
     """A run that has walked two partitions, with the third one beside it."""
-    folder = tmp_path_factory.mktemp("two")
-    write_walk(folder / "data", 2)
-    walk(folder, folder / "run", *WITHOUT_CONTENT)
-    write_partition(folder / "data", 2)
-    return folder
+    write_partition(two / "data", 2)
+    return two
 
 
 def cut_short(data: Path) -> None:
@@ -70,24 +67,24 @@ FAULTS = [
 
 @pytest.mark.parametrize(("change", "message"), FAULTS)
 def test_a_partition_that_cannot_be_used_leaves_the_run_as_it_was(
-    two: Path, tmp_path: Path, change: Callable[[Path], None], message: str
+    three: Path, tmp_path: Path, change: Callable[[Path], None], message: str
 ) -> None:
-    shutil.copytree(two / "data", tmp_path / "data")
+    shutil.copytree(three / "data", tmp_path / "data")
     change(tmp_path / "data")
-    before = files_of(two / "run")
+    before = files_of(three / "run")
     with pytest.raises(ValueError, match=message):
-        walk(two, two / "run", *WITHOUT_CONTENT, data=tmp_path / "data")
-    assert files_of(two / "run") == before
+        walk(three, three / "run", *WITHOUT_CONTENT, data=tmp_path / "data")
+    assert files_of(three / "run") == before
 
 
 def test_a_run_whose_newest_model_is_gone_is_refused_by_its_folder(
-    two: Path, tmp_path: Path
+    three: Path, tmp_path: Path
 ) -> None:
-    run = shutil.copytree(two / "run", tmp_path / "run")
+    run = shutil.copytree(three / "run", tmp_path / "run")
     newest = ContinualFolder(run).run_of(ContinualFolder(run).read().trained[-1].name)
     shutil.rmtree(newest)
     with pytest.raises(ValueError, match=rf"{newest}: .*{NEXT}.*another --out"):
-        walk(two, run, *WITHOUT_CONTENT)
+        walk(three, run, *WITHOUT_CONTENT)
 
 
 def test_the_first_partition_begins_with_the_run_that_it_was_begun_from(tmp_path: Path) -> None:
@@ -106,9 +103,9 @@ def test_the_first_partition_begins_with_the_run_that_it_was_begun_from(tmp_path
         (["--continual.order", "time"], r"continual\.order was shuffled.*time"),
     ],
 )
-def test_another_model_or_order_is_refused(two: Path, words: list[str], message: str) -> None:
+def test_another_model_or_order_is_refused(three: Path, words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        walk(two, two / "run", *WITHOUT_CONTENT, *words)
+        walk(three, three / "run", *WITHOUT_CONTENT, *words)
 
 
 def test_items_whose_ids_mean_others_are_refused_and_edited_ones_encoded(
@@ -125,15 +122,15 @@ def test_items_whose_ids_mean_others_are_refused_and_edited_ones_encoded(
 
 
 def test_folders_of_other_runs_are_refused(
-    two: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--data", str(two / "data"), "--out", str(two / "run")]
+    words = ["--data", str(three / "data"), "--out", str(three / "run")]
     assert main(["train", "--content", "none", *words]) == 1
-    assert f"{two / 'run'}: " in capsys.readouterr().err
+    assert f"{three / 'run'}: " in capsys.readouterr().err
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="`recsys train`"):
-        walk(two, tmp_path / "run", *WITHOUT_CONTENT)
+        walk(three, tmp_path / "run", *WITHOUT_CONTENT)
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "continual.json").write_text("{}")
     with pytest.raises(ValueError, match=r"continual\.json: damaged"):
-        walk(two, tmp_path / "new", *WITHOUT_CONTENT)
+        walk(three, tmp_path / "new", *WITHOUT_CONTENT)

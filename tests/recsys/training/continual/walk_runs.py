@@ -110,9 +110,10 @@ def rewound(walked: Path, out: Path) -> ContinualFolder:
     for name in ("data", "cache", "run"):
         shutil.copytree(walked / name, out / name)
     folder = ContinualFolder(out / "run")
-    folder.write(RunState(folder.read().trained[:-1]))
-    shutil.rmtree(folder.run_of(NAMES[-1]))
-    folder.scores_of(NAMES[-1]).unlink()
+    *trained, last = folder.read().trained
+    folder.write(RunState(tuple(trained)))
+    shutil.rmtree(folder.run_of(last.name))
+    folder.scores_of(last.name).unlink()
     lines = (folder.path / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder.path / "metrics.jsonl").write_text("".join(lines[:-1]))
     return folder
