@@ -106,9 +106,8 @@ def walk(
 
 
 def rewound(walked: Path, out: Path) -> ContinualFolder:
-    """A copy of data, cache and walk in `out`, as before the last partition."""
-    for name in ("data", "cache", "run"):
-        shutil.copytree(walked / name, out / name)
+    """A copy of a walk with its data and cache in `out`, as before the last partition."""
+    shutil.copytree(walked, out, dirs_exist_ok=True)
     folder = ContinualFolder(out / "run")
     *trained, last = folder.read().trained
     folder.write(RunState(tuple(trained)))
