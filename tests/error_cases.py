@@ -39,10 +39,10 @@ from recsys.serving.package import read_manifest
 from recsys.serving.vector_file import VectorFileShape
 from recsys.storage.location import Location
 from recsys.storage.output_file import check_output, check_run_folder
-from recsys.training.continual.partitions import list_partitions
-from recsys.training.continual.queue import (
+from recsys.training.continual.partitions import (
     PartitionRange,
     check_whole,
+    list_partitions,
     next_partition,
     require_rows,
 )

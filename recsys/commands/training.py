@@ -113,7 +113,7 @@ def continual(
     from recsys.checkpoint.warm_start.source import WarmStart
     from recsys.distributed.lockstep import TrainingStopped
     from recsys.distributed.ranks import joined_ranks
-    from recsys.training.continual.queue import PartitionRange
+    from recsys.training.continual.partitions import PartitionRange
     from recsys.training.continual.walk import WalkOptions, train_continually
 
     source = None if warm_start is None else WarmStart(warm_start)

@@ -59,15 +59,15 @@ from recsys.evaluation.scores import scores_file
 from recsys.storage.files import read_json, write_whole
 from recsys.storage.location import Location
 from recsys.storage.output_file import check_run_folder
-from recsys.training.initial_state import start_fresh
-from recsys.training.trackers import Reporter
-from recsys.training.trainer import Trainer
-from recsys.training.warm_start import (
+from recsys.training.initial_state import (
     OpenedWarmStart,
     check_begun_from,
     open_warm_start,
+    start_fresh,
     start_warm,
 )
+from recsys.training.trackers import Reporter
+from recsys.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

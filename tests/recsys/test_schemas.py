@@ -27,7 +27,7 @@ from recsys.model.losses import predictions
 from recsys.serving import Scorer
 from recsys.serving.export import export_run
 from recsys.storage.location import Location
-from recsys.training.continual.queue import PartitionRange
+from recsys.training.continual.partitions import PartitionRange
 from recsys.training.continual.walk import WalkOptions, train_continually
 from recsys.training.train import train
 from tests.recsys.schema_runs import (

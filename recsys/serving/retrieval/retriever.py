@@ -27,12 +27,12 @@ from recsys.serving.retrieval.item_vectors import (
     ITEMS,
     QUERIES,
     VECTORS,
+    UserTower,
     VectorsManifest,
     read_index,
     search_index,
     unit,
 )
-from recsys.serving.retrieval.user_tower import UserTower
 from recsys.storage.files import whole_file
 from recsys.storage.location import Location
 from recsys.storage.output_file import check_output

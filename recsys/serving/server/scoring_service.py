@@ -27,8 +27,7 @@ import torch
 from recsys.config.server import FeatureSettings, ServerSettings
 from recsys.serving.drift import read_statistics
 from recsys.serving.features.source import FeatureSourceError
-from recsys.serving.new_items.add import AddedCounts
-from recsys.serving.new_items.intake import Item, ItemIntake
+from recsys.serving.new_items.add import AddedCounts, Item, ItemIntake
 from recsys.serving.package import MANIFEST, REQUEST, digest_of
 from recsys.serving.scorer import Scorer
 from recsys.serving.server import metrics

@@ -18,7 +18,7 @@ from recsys.data.transforms.prepare import fit_chains
 from recsys.distributed.ranks import Ranks
 from recsys.storage.location import Location
 from recsys.training.continual.partitions import Partition
-from recsys.training.warm_start import new_item_rows
+from recsys.training.initial_state import new_item_rows
 
 NewIds = dict[str, pa.Array]  # by table with an exact map
 # Rules of a warm start by which a column is read as before.

@@ -51,25 +51,24 @@ from recsys.training.continual.changes import (
     new_schema,
     require_unchanged,
 )
-from recsys.training.continual.partitions import Partition
-from recsys.training.continual.queue import is_late
+from recsys.training.continual.partitions import Partition, is_late
 from recsys.training.continual.scoring import (
     format_lines,
     record_metrics,
     score_partition,
     track,
 )
-from recsys.training.initial_state import start_fresh
-from recsys.training.trackers import Reporter
-from recsys.training.train import training_figures, training_interactions
-from recsys.training.trainer import Trainer
-from recsys.training.warm_start import (
+from recsys.training.initial_state import (
     OpenedWarmStart,
     describe_start,
     fit_to_rows,
     open_warm_start,
+    start_fresh,
     take_over,
 )
+from recsys.training.trackers import Reporter
+from recsys.training.train import training_figures, training_interactions
+from recsys.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

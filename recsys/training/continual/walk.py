@@ -34,11 +34,13 @@ from recsys.serving.delta import write_delta
 from recsys.storage.location import Location
 from recsys.storage.output_file import check_run_folder
 from recsys.training.continual.partition_run import ContinualRun, train_partition
-from recsys.training.continual.partitions import Partition, list_partitions, refused_partitions
-from recsys.training.continual.queue import (
+from recsys.training.continual.partitions import (
+    Partition,
     PartitionRange,
     check_whole,
+    list_partitions,
     next_partition,
+    refused_partitions,
     require_rows,
     waiting_for,
 )

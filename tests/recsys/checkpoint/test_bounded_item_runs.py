@@ -19,8 +19,8 @@ from recsys.distributed.lockstep import TrainingStopped
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.evaluate import check_data
 from recsys.evaluation.predict import load_run
+from recsys.training.initial_state import open_warm_start, start_warm
 from recsys.training.train import train
-from recsys.training.warm_start import open_warm_start, start_warm
 from tests.recsys.checkpoint.kill_ranks import tensors
 from tests.recsys.checkpoint.stopped_runs import StepsSeen
 from tests.recsys.checkpoint.warm_start.warm_runs import state_of

@@ -180,7 +180,7 @@ def with_neighbours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_statistics_of_neighbours_go_with_their_items(
     with_neighbours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recsys.training.warm_start.fit_neighbours", lambda *parts: None)
+    monkeypatch.setattr("recsys.training.initial_state.fit_neighbours", lambda *parts: None)
     before = ids_of(with_neighbours / "data")
     new_ids = [901, *reversed(before)]
     data = write_ids(changed(with_neighbours, tmp_path, grow), new_ids)

@@ -29,8 +29,8 @@ from recsys.data.transforms.prepare import prepare_transforms
 from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.evaluation.evaluate import check_data
+from recsys.training.initial_state import open_warm_start, start_warm
 from recsys.training.train import train
-from recsys.training.warm_start import open_warm_start, start_warm
 from tests.recsys.checkpoint.schema_runs import SCHEMA, copy_of, write_data, write_schema
 from tests.recsys.command_runs import TINY
 

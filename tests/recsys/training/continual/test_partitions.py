@@ -11,11 +11,14 @@ from recsys.checkpoint.partitions import RunState, TrainedPartition
 from recsys.storage.location import Location
 from recsys.training.continual.partitions import (
     Partition,
+    PartitionRange,
+    check_whole,
     date_of,
     list_partitions,
+    next_partition,
     refused_partitions,
+    waiting_for,
 )
-from recsys.training.continual.queue import PartitionRange, check_whole, next_partition, waiting_for
 
 DAYS = [Partition(f"date=2025-11-{day:02}") for day in (1, 2, 3, 4)]
 TODAY = datetime(2026, 11, 28, 7)

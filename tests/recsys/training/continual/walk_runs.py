@@ -18,7 +18,7 @@ from recsys.checkpoint.files import folders_by_age
 from recsys.checkpoint.partitions import ContinualFolder, RunState
 from recsys.config import Config, load_config
 from recsys.distributed.ranks import joined_ranks
-from recsys.training.continual.queue import PartitionRange
+from recsys.training.continual.partitions import PartitionRange
 from recsys.training.continual.walk import WalkOptions, train_continually
 from tests.datasets import impressions, item_rows, write_parquet
 from tests.recsys.checkpoint.kill_ranks import tensors
