@@ -1,4 +1,4 @@
-"""Benchmark commands at their quick sizes: they run and leave their files."""
+"""Benchmarks run at sizes of seconds, by turns, and their pages say what they measured."""
 
 from __future__ import annotations
 
@@ -8,19 +8,29 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from benchmarks.__main__ import SUITES, main
 from benchmarks.compare import PLAIN, compare
+from benchmarks.continual.runs import rows_trained, view_before
+from benchmarks.events.__main__ import OURS, QUICK, SQL, benchmark
 from benchmarks.kernels.operators import QUICK_SIZES, operators
 from benchmarks.ladder import ladder, reading, rows_of
 from benchmarks.loader import benchmark as loader
+from benchmarks.results import ROOT, without_places
 from benchmarks.retrieval import retrieval
 from benchmarks.scaling import scaling
 from benchmarks.throughput import throughput
+from benchmarks.timing.ranks import RankReport
+from benchmarks.timing.rounds import QUICK_EFFORT, Measurement, measure, ratio
 from benchmarks.timing.step_work import PARTS
+from benchmarks.timing.steps import Variant
 from recsys.kernels import has_native
+from recsys.storage.location import Location
+from tests.benchmarks.variants import quick_variant
+from tests.recsys.training.continual.walk_runs import NAMES, ROWS, write_walk
 
 
 def lines_of(results: Path, name: str) -> list[dict[str, Any]]:
@@ -148,3 +158,66 @@ def test_scaling_compares_each_point_with_the_first(tmp_path: Path) -> None:
 def test_quick_figures_never_replace_real_ones(command: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--quick.*--results"):
         command(tmp_path, quick=True)
+
+
+def measurement(seconds: list[list[float]], rows: int = 100) -> Measurement:
+    """Of one rank."""
+    report = RankReport(rows, 2, 1, [])
+    return Measurement(Variant("v", "", ""), 1, seconds, [1.0], [report])
+
+
+def test_a_ratio_is_taken_within_rounds() -> None:
+    # The machine is three times slower in the second round, for both.
+    this = measurement([[0.1, 0.1, 0.5], [0.3, 0.3, 0.3], [0.1, 0.1, 0.1]])
+    other = measurement([[0.2, 0.2, 0.2], [0.6, 0.6, 0.6], [0.4, 0.4, 0.4]])
+    actual = ratio(this, other)
+    assert (actual.median, actual.lowest, actual.highest) == pytest.approx((2.0, 2.0, 4.0))
+    twice = ratio(measurement(this.seconds, rows=200), other)
+    assert twice.median == pytest.approx(4.0)
+
+
+def test_a_rank_that_fails_ends_the_benchmark_with_its_cause(tmp_path: Path) -> None:
+    missing = quick_variant(tmp_path).changed("missing", data=str(tmp_path / "nowhere"))
+    with pytest.raises(RuntimeError, match=r"variant 'missing', rank 0(.|\n)*nowhere"):
+        measure([missing], QUICK_EFFORT)
+
+
+def test_folders_of_the_command_and_of_the_clone_are_named_not_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--out", "/disk/bench/", "--results", "mine"])
+    text = f"{ROOT}/benchmarks/settings/a.yaml /disk/bench/data --out /disk/bench mine"
+    assert without_places(text) == "benchmarks/settings/a.yaml OUT/data --out OUT mine"
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--out=/disk/bench", "--data", "/"])
+    assert without_places("a/b /disk/bench/data") == "a/b OUT/data"
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--runs", "[/disk/one,/disk/two/]"])
+    assert without_places("--runs [/disk/one,/disk/two/]") == "--runs [RUNS,RUNS/]"
+
+
+def test_all_programs_write_the_same_dataset_and_are_measured(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    benchmark(tmp_path / "out", users=300, items=50, quick=True, results=results)
+
+    records = [json.loads(line) for line in (results / "events.jsonl").read_text().splitlines()]
+    by_job = {(record["job"], record["events"]): record for record in records}
+    assert {(OURS, QUICK), (SQL, QUICK)} <= by_job.keys()
+    assert by_job[OURS, QUICK]["list_values"] == by_job[SQL, QUICK]["list_values"]
+    for record in records:
+        assert record["seconds"] > 0 and record["peak"] > 1e6 and record["processor"] > 0
+    assert "events/s" in (results / "events.md").read_text()
+    assert not any((tmp_path / "out").rglob("*.parquet"))
+
+
+def test_a_view_has_the_partitions_before_and_is_tested_on_the_next(tmp_path: Path) -> None:
+    write_walk(tmp_path / "data")
+    view = Location.of(view_before(tmp_path, NAMES, 2))
+    counts = {
+        split: sum(
+            pq.read_metadata(file.path).num_rows for file in (view / split).files(".parquet")
+        )
+        for split in ("train", "valid", "test")
+    }
+    assert counts == {"train": ROWS[0] + ROWS[1], "valid": ROWS[2], "test": ROWS[2]}
+    assert rows_trained(tmp_path, NAMES, 2, []) == counts["train"]
+    first_rows = rows_trained(tmp_path, NAMES, 1, [])
+    assert rows_trained(tmp_path, NAMES, 2, [4]) == counts["train"] + 3 * first_rows

@@ -1,4 +1,4 @@
-"""Configurations of other people stay data; an error names the setting, its value and the fix."""
+"""The command line and recipes are parsed alike, and equal settings once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import pytest
 
@@ -14,7 +14,7 @@ from recsys.cli import main
 from recsys.commands.options import command_parser
 from recsys.config import Config, load_config
 from recsys.config.parser import CHOSEN_BY_USERS, dataclass_in, with_underscores
-from recsys.config.plain_yaml import RefusedYaml, load_plain_yaml
+from recsys.config.plain_yaml import NUM_RESULTS, RefusedYaml, cached_copy, load_plain_yaml
 from tests.recsys.command_runs import TINY
 
 ALIASES = "a: &a [x, x]\nb: &b [*a, *a]\n"
@@ -146,3 +146,32 @@ def test_the_completion_of_bash_has_commands_and_options(
     script = capsys.readouterr().out
     words = set(re.findall(r"[\w.-]+", script))
     assert {"explain-data", "add-items", "--embedding.learning-rate", "--from"} <= words
+
+
+def test_equal_settings_are_parsed_once_and_returned_as_copies() -> None:
+    calls = []
+
+    @cached_copy
+    def parse(content: dict[str, Any]) -> dict[str, Any]:
+        calls.append(content)
+        return {"parsed": [content["a"]]}
+
+    first = parse({"a": 3})
+    first["parsed"].append(4)
+    assert parse({"a": 3}) == {"parsed": [3]}
+    assert len(calls) == 1
+    for number in range(NUM_RESULTS):
+        parse({"a": 10 + number})
+    assert parse({"a": 3}) == {"parsed": [3]}
+    assert len(calls) == NUM_RESULTS + 2  # the oldest result had been dropped
+
+
+@pytest.mark.parametrize(("one", "other"), [(1, True), (1, 1.0), (1, "1"), (None, "None")])
+def test_values_and_keys_of_other_types_are_parsed_by_themselves(one: Any, other: Any) -> None:
+    parse = cached_copy(
+        lambda content: [(type(key), type(value)) for key, value in content.items()]
+    )
+    for key in ("a", one):
+        assert parse({key: one}) == [(type(key), type(one))]
+        assert parse({key: other}) == [(type(key), type(other))]
+    assert parse({other: one}) == [(type(other), type(one))]

@@ -1,11 +1,15 @@
-"""A trained run has rows made of content for items that it never ranked, and for later ones."""
+"""Runs that are evaluated with other data: items of later on, and data that is refused."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
@@ -14,12 +18,17 @@ from embeddings.ridge import fit_ridge
 from recsys.build import Job
 from recsys.checkpoint import cold_row_init
 from recsys.checkpoint.cold_row_init import trained_counts
+from recsys.config import load_config
 from recsys.data.prepare_vocabulary import prepare_vocabularies
-from recsys.distributed.ranks import joined_ranks
-from recsys.evaluation.predict import load_run
+from recsys.distributed.ranks import Ranks, joined_ranks
+from recsys.evaluation import predict as prediction
+from recsys.evaluation.predict import evaluate, load_run, predict
 from recsys.training.train import train
+from tests.datasets import FEATURE_WIDTH, write_dataset
 from tests.recsys.checkpoint.schema_runs import rewrite, write_data
 from tests.recsys.checkpoint.warm_start.warm_runs import config_of, ids_of, whole
+from tests.recsys.command_runs import TINY
+from tests.recsys.weighted_data import table_of
 
 WORDS = ["--embedding.tables", "{item: {new_rows: content}}"]
 NEVER_RANKED, LATER = 28, 901  # raw ids
@@ -74,3 +83,70 @@ def test_items_without_training_have_the_row_that_their_content_gives(
         later = ids_of(data).index(LATER)
         table, vectors = table_and_vectors(load_run(run, str(data), ranks, "cpu"))
         torch.testing.assert_close(table[later], fitted(vectors[later]).float())
+
+
+class Trained(NamedTuple):
+    data: Path
+    run: Path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A run whose items have stored features alone."""
+    folder = tmp_path_factory.mktemp("refused")
+    data = write_dataset(folder / "data")
+    words = ["--content.modalities", "{clip: {kind: feature, column: clip}}", "--batch_size", "16"]
+    words += ["--best_model_by", "auc", "--cache", str(folder / "cache")]
+    with joined_ranks("cpu") as ranks:
+        train(load_config(TINY, words), str(data), folder / "run", ranks)
+    return Trained(data, folder / "run")
+
+
+@pytest.fixture
+def alone() -> Iterator[Ranks]:
+    with joined_ranks("cpu") as ranks:
+        yield ranks
+
+
+def not_called(*arguments: object) -> None:
+    raise AssertionError("the model was loaded")
+
+
+def widen(data: Path) -> None:
+    """Give the stored features of items one value more."""
+    file = data / "items" / "part-0.parquet"
+    items = pq.read_table(file)
+    wide = [None if clip is None else [*clip, 0.5] for clip in items["clip"].to_pylist()]
+    place = items.column_names.index("clip")
+    pq.write_table(items.set_column(place, "clip", pa.array(wide, items["clip"].type)), file)
+
+
+def test_features_of_another_width_are_refused_by_file_column_and_both_widths(
+    trained: Trained, tmp_path: Path, alone: Ranks
+) -> None:
+    data = shutil.copytree(trained.data, tmp_path / "data")
+    widen(data)
+    with pytest.raises(ValueError, match=f"{data}/items: column 'clip'") as caught:
+        load_run(trained.run, str(data), alone, "cpu")
+    for width in (FEATURE_WIDTH, FEATURE_WIDTH + 1):
+        assert f"features of {width}" in str(caught.value)
+
+
+def test_inputs_of_unlike_columns_are_refused_before_the_model_is_loaded(
+    trained: Trained, tmp_path: Path, alone: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prediction, "load_run", not_called)
+    table = table_of(trained.data, "test")
+    inputs = [str(tmp_path / f"{number}.parquet") for number in range(2)]
+    pq.write_table(table, inputs[0])
+    pq.write_table(table.append_column("more", table["price"]), inputs[1])
+    with pytest.raises(ValueError, match=r"1\.parquet: its columns differ"):
+        predict(trained.run, inputs, tmp_path / "out" / "out.parquet", None, alone, "cpu")
+
+
+def test_a_split_without_files_is_refused_before_the_model_is_loaded(
+    trained: Trained, alone: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prediction, "load_run", not_called)
+    with pytest.raises(ValueError, match=r"data/holdout: no \*\.parquet files.*--split"):
+        evaluate(trained.run, None, "holdout", alone, "cpu")

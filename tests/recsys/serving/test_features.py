@@ -31,7 +31,7 @@ from recsys.serving.features.source import FeatureSourceError
 from recsys.serving.features.stores import RedisFeatures
 from recsys.serving.new_items.add import add_items
 from recsys.training.train import train
-from tests.recsys.data.events.test_prepared_datasets import tiny_config
+from tests.recsys.data.events.test_events_recipes import tiny_config
 from tests.recsys.serving.server.served_package import ServedPackage
 
 DAY, START = 86_400, 1_790_000_000

@@ -1,18 +1,24 @@
-"""An epoch is read exactly once, whatever ranks continue it."""
+"""Rows of Parquet files: their order, their ranges, and files that are replaced meanwhile."""
 
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from recsys.checkpoint.compatibility import check_equal
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.interactions import Interactions, loader
 from recsys.data.parquet.rows import ParquetRows
+from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.row_source import Stage
 from recsys.data.schema import load_schema
 from recsys.storage.location import Location
 from tests.datasets import write_dataset
+from tests.recsys.data.parquet.four_rows import open_rows, read_all, schema_of, table_of
 
 
 @pytest.fixture
@@ -109,3 +115,106 @@ def test_windows_end_where_long_histories_make_them_large(
     counts = Counter(place for batches in read(rows, [stage]) for part in batches for place in part)
     counts.pop(-1, None)
     assert counts == Counter(range(61))
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """A dataset whose train split a test writes itself."""
+    return write_dataset(tmp_path / "data", num_rows={})
+
+
+def test_labels_may_lack_where_none_are_wanted(dataset: Path) -> None:
+    table = table_of().drop_columns(["liked"])
+    with pytest.raises(ValueError, match="column 'liked' is missing"):
+        open_rows(dataset, table)
+    file = Location.of(dataset / "train" / "part-0.parquet")
+    rows = ParquetRows([file], schema_of(dataset), with_labels=False)
+    assert "liked" not in read_all(rows)
+
+
+def test_lists_of_one_size_keep_their_values_and_nulls(dataset: Path) -> None:
+    genres = pa.array([[0, 1], None, [2, 3], [4, 0]], pa.list_(pa.int32(), 2))
+    rows = open_rows(dataset, table_of(genres=genres), row_group_size=3)
+    assert read_all(rows)["genres"] == [[0, 1], None, [2, 3], [4, 0]]
+
+
+def test_a_shuffle_keeps_each_row_whole_and_differs_by_seed_and_epoch(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path, {"train": 60})
+    rows = ParquetRows.of_split(Location.of(root), "train", schema_of(root))
+    straight = {row[ROW_POSITION]: row for table in rows.read(0, 60) for row in table.to_pylist()}
+
+    def order(seed: int, epoch: int) -> list[int]:
+        read = [row for table in rows.read(0, 60, (seed, epoch)) for row in table.to_pylist()]
+        assert all(row == straight[row[ROW_POSITION]] for row in read)
+        return [row[ROW_POSITION] for row in read]
+
+    first = order(0, 0)
+    assert sorted(first) == list(range(60))
+    assert order(0, 0) == first
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+    # Rows of different row groups are mixed, not only the groups put in another order.
+    neighbours = np.abs(np.diff(first)) == 1
+    assert neighbours.mean() < 0.2
+
+
+def test_hidden_files_and_files_of_other_endings_are_no_data(dataset: Path) -> None:
+    for name in (".part-9.parquet", "_part-9.parquet", "_SUCCESS", "notes.txt"):
+        (dataset / "train" / name).parent.mkdir(exist_ok=True)
+        (dataset / "train" / name).write_text("not Parquet")
+    assert open_rows(dataset, table_of()).num_rows == 4
+
+
+def test_folders_may_have_names_that_look_like_patterns(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "data [v1] *", {"train": 5})
+    assert ParquetRows.of_split(Location.of(root), "train", schema_of(root)).num_rows == 5
+
+
+def replace_values(root: Location, column: str) -> None:
+    """Other values in the first training file, none encoded longer or shorter than before."""
+    file = root / "train/part-0.parquet"
+    with file.filesystem.open(file.path, "rb") as opened:
+        table = pq.read_table(opened)
+    values = 1 - table[column].to_numpy()
+    table = table.set_column(table.column_names.index(column), column, pa.array(values))
+    write(table, file)
+
+
+def write(table: pa.Table, file: Location) -> None:
+    with file.filesystem.open(file.path, "wb") as opened:
+        pq.write_table(table, opened, row_group_size=11, compression="none", use_dictionary=False)
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    write_dataset(tmp_path / "data")
+    for file in (tmp_path / "data" / "train").glob("*.parquet"):
+        write(pq.read_table(file), Location.of(file))
+    if request.param == "local":
+        return Location.of(tmp_path / "data")
+    root = Location.of(f"memory://replaced-{tmp_path.name}")
+    root.filesystem.put(f"{tmp_path}/data", root.path, recursive=True)
+    return root
+
+
+def rows_of(root: Location) -> ParquetRows:
+    return ParquetRows.of_split(root, "train", load_schema(root))
+
+
+def test_other_values_of_equal_size_have_another_fingerprint(root: Location) -> None:
+    before = rows_of(root)
+    again = rows_of(root).fingerprint()
+    replace_values(root, "price")
+    after = rows_of(root)
+    assert [group.num_bytes for group in after.chunks] == [g.num_bytes for g in before.chunks]
+    assert before.fingerprint() == again != after.fingerprint()
+    with pytest.raises(ValueError, match="training data"):
+        check_equal("the training data", again, after.fingerprint(), "step-1")
+
+
+def test_a_file_replaced_while_it_is_in_use_is_refused_by_name(root: Location) -> None:
+    rows = rows_of(root)
+    assert next(rows.read(0, 60)).num_rows == 60
+    replace_values(root, "price")
+    with pytest.raises(ValueError, match=r"train/part-0\.parquet"):
+        next(rows.read(0, 60))
+    assert np.isfinite(next(rows.read(30, 60))["price"].to_numpy()).all()  # the other file

@@ -1,12 +1,14 @@
-"""The columns of a package as the routes describe and read them, without a server."""
+"""What is refused before a server starts, and columns of its requests."""
 
 from __future__ import annotations
 
+import socket
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from recsys.cli import main
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import Column, IdType, VocabularySettings
 from recsys.serving.scorer import Scorer
@@ -69,3 +71,38 @@ def test_a_tensor_in_json_may_have_null() -> None:
 def test_a_tensor_whose_lists_differ_from_its_shape_is_refused(data: list[Any]) -> None:
     with pytest.raises(RequestError, match=r"'n'.*\[2, 2\]"):
         tensor_of_values("n", "INT64", [2, 2], data)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--workers", "0"], "--workers: is 0"),
+        (["--max_history", "0"], "--max-history: is 0"),
+        (["--drain", "-1"], "--drain: is -1"),
+        (["--idle_timeout", "3000000"], "--idle-timeout: is 3000000; give at most"),
+        (["--token", ""], "--token"),
+        (["--token", "naïve"], "--token"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "package", *words]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["port", "grpc_port"])
+def test_a_port_that_is_taken_is_named(
+    option: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    words = ["serve", "package", "--host", "127.0.0.1", "--port", "0", "--grpc_port", "0"]
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+
+        assert main([*words, f"--{option}", port]) == 1
+
+    assert f"--{option} {port}" in capsys.readouterr().err
