@@ -224,15 +224,14 @@ def rows_of(setting: str, recipe: str, data: str, overrides: tuple[str, ...]) ->
 
 def rows_of_a(variant: Variant) -> list[Row]:
     """Return rows with stored features: first less work per step, then work beside the step."""
-    mode, dedup = "--content.history.mode", "--embedding.index_dedup"
-    first = variant.changed("plain PyTorch", mode, "full", dedup, "false", kind="plain")
+    mode = "--content.history.mode"
+    first = variant.changed("plain PyTorch", mode, "full", kind="plain")
     rows = _Rows(first, "Every item of every padded history is encoded, on loaded batches.")
     rows.add(
         "items encoded once",
-        "TorchRec's tables and pipeline, and each distinct item of a batch encoded once.",
+        "TorchRec's tables and pipeline; each distinct item is encoded and looked up once.",
         kind="product",
     )
-    rows.add("IDs looked up once", "Each distinct ID of the histories too.", dedup, "true")
     rows.add(
         "memory bank",
         "Histories are read from the bank instead of encoded; their map is dense.",

@@ -131,7 +131,6 @@ class Job:
             pooled_features(self.config.embedding, self.schema),
             self.store if with_content and not chosen_later else None,
             encode_history=content is not None and content.encodes_history,
-            index_dedup=self.config.embedding.index_dedup,
             with_labels=with_labels,
             content_histories=[] if settings is None else settings.history.columns,
         )
@@ -172,8 +171,8 @@ def build_job(
     pipeline = _pipeline(model, update, embedding, config.accumulate_steps, ranks.device)
     bounded = [table for table in tables if table.name in schema.tables_with("bounded")]
     reset = _row_reset(RowReset(model, bounded, config.seed), schema, bank, ranks.device)
-    features, deduplicates = pooled_features(embedding, schema), embedding.index_dedup
-    vocabularies = BoundedVocabularies(schema, features, ranks.group, reset, deduplicates)
+    features = pooled_features(embedding, schema)
+    vocabularies = BoundedVocabularies(schema, features, ranks.group, reset)
     parts = content, store, bank, vocabularies, ranks.group, _sampler(config.ranking, schema)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
     return Job(
@@ -188,7 +187,7 @@ def build_job(
         update,
         pipeline,
         vocabularies,
-        BatchPreparation(*parts, deduplicates, config.seed),
+        BatchPreparation(*parts, config.seed),
         plan=plan_text,
         parameters=describe_optimizers(model, tables, dense),
         train_folder=rows,

@@ -128,8 +128,6 @@ class EmbeddingSettings:
     """Settings of single tables, by column name."""
     skip: list[str] = field(default_factory=list)
     """Id columns of the schema that get no table."""
-    index_dedup: bool = True
-    """Look up each distinct history item once per batch and rank."""
     communication: CommunicationSettings = field(default_factory=CommunicationSettings)
     prefetch: bool = False
     """Fetch the rows of the next batch into the caches of uvm_caching tables while the current one

@@ -85,7 +85,7 @@ def sample_items(
 
 
 @torch.no_grad()
-def shorten_histories(batch: Batch, bank: MemoryBank, top_k: int, index_dedup: bool) -> Batch:
+def shorten_histories(batch: Batch, bank: MemoryBank, top_k: int) -> Batch:
     """Keep `top_k` history items by cosine to the target (MUSE, arXiv 2512.07216). A collective."""
     ids = torch.cat([batch.target.items, batch.history.items])
     if bank.device.type == "cuda":
@@ -100,7 +100,6 @@ def shorten_histories(batch: Batch, bank: MemoryBank, top_k: int, index_dedup: b
     is_used = index.bincount(minlength=len(items)) > 0
     lengths = batch.history.lengths.clamp(max=top_k)
     unique = batch.history.items[is_used]
-    ids = unique if index_dedup else batch.history.items[index]
     shortened = replace(
         batch.history,
         lengths=lengths,
@@ -110,23 +109,14 @@ def shorten_histories(batch: Batch, bank: MemoryBank, top_k: int, index_dedup: b
         index=(is_used.cumsum(0) - 1)[index],
         items=unique,
     )
-    return replace(
-        batch,
-        history=shortened,
-        sequence_features=_sequences(batch, ids, None if index_dedup else lengths),
-    )
+    return replace(batch, history=shortened, sequence_features=_sequences(batch, unique))
 
 
-def _sequences(
-    batch: Batch,
-    history: Tensor,  # [U] or [K]
-    lengths: Tensor | None,  # [B]
-) -> KeyedJaggedTensor:
+def _sequences(batch: Batch, history: Tensor) -> KeyedJaggedTensor:  # history [U]
     targets = batch.target.items  # rows
-    if lengths is None:
-        # Unique ids belong to no row, but a KeyedJaggedTensor requires one: the first.
-        lengths = torch.zeros_like(targets)
-        lengths[0] = len(history)
+    # Unique ids belong to no row, but a KeyedJaggedTensor requires one: the first.
+    lengths = torch.zeros_like(targets)
+    lengths[0] = len(history)
     features, size = batch.sequence_features, 2 * len(targets)
     extra_values = (
         features.values()[sum(features.length_per_key()[:2]) :],
@@ -175,7 +165,6 @@ class BatchPreparation:
     vocabularies: BoundedVocabularies  # map raw ids to rows
     group: dist.ProcessGroup | None = None  # the ranks that select items together
     negatives: NegativeSampler | None = None  # of a retrieval model with a softmax loss
-    index_dedup: bool = True  # whether lookups of histories are of unique ids
     seed: int = 0  # of sampled items and negatives
 
     def __call__(
@@ -213,7 +202,7 @@ class BatchPreparation:
         if self.content is None or not self.content.history.top_k or not has_history:
             return batch
         assert self.bank is not None
-        return shorten_histories(batch, self.bank, self.content.history.top_k, self.index_dedup)
+        return shorten_histories(batch, self.bank, self.content.history.top_k)
 
     def _with_items(self, batch: Batch, step: int, training: bool, with_content: bool) -> Batch:
         items = self.vocabularies.items

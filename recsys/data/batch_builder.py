@@ -80,8 +80,7 @@ class BatchBuilder:
     """Turns rows of impressions into a `Batch`; several threads may call it at once.
 
     `pooled_features` have the order of the model. With `encode_history`, history items are encoded
-    instead of read from the bank; with `index_dedup`, each is looked up once. `content_histories`
-    are the further histories whose items' content is read.
+    instead of read from the bank. The content of `content_histories`, further ones, is read.
     """
 
     def __init__(
@@ -90,7 +89,6 @@ class BatchBuilder:
         pooled_features: list[str],
         store: ContentStore | None = None,
         encode_history: bool = False,
-        index_dedup: bool = True,
         with_labels: bool = True,
         content_histories: Sequence[str] = (),
     ) -> None:
@@ -98,7 +96,6 @@ class BatchBuilder:
         self.pooled_features = pooled_features
         self.store = store
         self.encode_history = encode_history
-        self.index_dedup = index_dedup
         self.with_labels = with_labels
         self.content_histories = content_histories
         self.unique_items = UniqueItems(schema.item_id_limit or 2**63)  # raw ids have no limit
@@ -128,11 +125,7 @@ class BatchBuilder:
             dense_features=_columns(rows, schema.of_kind("dense")),
             sparse_features=self._pooled(rows),
             labels=labels,
-            sequence_features=self._sequences(
-                rows,
-                history_items if self.index_dedup else history,
-                None if self.index_dedup else history_lengths,
-            ),
+            sequence_features=self._sequences(rows, history_items),
             rows=self._rows(rows, labels),
             target=TargetItems(torch.from_numpy(target)),
             history=History(
@@ -187,14 +180,11 @@ class BatchBuilder:
         parts = ((rows.values(name), rows.lengths(name)) for name in names)
         return keyed_jagged(names, *zip(*parts))
 
-    def _sequences(
-        self, rows: RowColumns, history: np.ndarray, lengths: np.ndarray | None
-    ) -> KeyedJaggedTensor:  # history [U] or [N], lengths [B]
-        """Return the ids of target and events; `lengths` is None where `history` is unique."""
-        if lengths is None:
-            # Unique ids belong to no row; a KeyedJaggedTensor needs every id in one: the first.
-            lengths = np.zeros(rows.num_rows, np.int64)
-            lengths[0] = len(history)
+    def _sequences(self, rows: RowColumns, history: np.ndarray) -> KeyedJaggedTensor:  # [U]
+        """Return the ids of target and events; those of the history are unique."""
+        # Unique ids belong to no row; a KeyedJaggedTensor needs every id in one: the first.
+        lengths = np.zeros(rows.num_rows, np.int64)
+        lengths[0] = len(history)
         names = [self.schema.target_item, *self.schema.event_columns]
         parts = {name: (rows.values(name), rows.lengths(name)) for name in names}
         if self.schema.history:

@@ -30,7 +30,7 @@ class BoundedVocabularies:
     """Bounded vocabularies of a job, by table. Every method is a collective.
 
     `pooled_features` are the columns of pooled tables. `reset` resets weights and state of
-    reassigned rows. With `index_dedup`, the first history is looked up once per distinct item.
+    reassigned rows.
     """
 
     def __init__(
@@ -39,9 +39,8 @@ class BoundedVocabularies:
         pooled_features: Sequence[str],
         group: dist.ProcessGroup | None = None,
         reset: ResetRows | None = None,
-        index_dedup: bool = True,
     ) -> None:
-        self.reset, self.index_dedup = reset, index_dedup
+        self.reset = reset
         self.target, self.history = schema.target_item, schema.history
         self.features: dict[str, list[str]] = {}
         self.by_table: dict[str, BoundedVocabulary] = {}
@@ -96,7 +95,7 @@ class BoundedVocabularies:
             features = pooled
         ids = _Ids.of(batch, features, name)
         if name == self.history and self.features.get(self.target):
-            return _HistoryIds(batch, ids.values, self.index_dedup)
+            return _HistoryIds(batch, ids.values)
         if name == self.target and not training:
             return replace(ids, counts=torch.ones_like(ids.counts))
         return ids
@@ -142,8 +141,7 @@ class _HistoryIds:
     """Items of the histories whose content is read; every occurrence counts as a use."""
 
     batch: Batch
-    values: Tensor  # of the first history's feature, the batch's memory
-    is_unique: bool  # the feature holds each item once
+    values: Tensor  # of the first history's feature, each item once, the batch's memory
 
     @property
     def _index(self) -> Tensor:
@@ -157,7 +155,7 @@ class _HistoryIds:
         unique = torch.full_like(self.batch.history.items, unknown_row)
         unique[self._index] = rows
         self.batch.history = replace(self.batch.history, items=unique)
-        self.values.copy_(unique if self.is_unique else unique[self.batch.history.index])
+        self.values.copy_(unique)
 
 
 class UnknownIds:

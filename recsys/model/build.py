@@ -72,7 +72,6 @@ def build_em3(
         pooled,
         schema.target_item,
         schema.history,
-        config.embedding.index_dedup,
         negatives,
         id_dropouts(config.embedding, schema),
         *_rows_of_ids(content, schema),

@@ -47,7 +47,6 @@ class IDVectorReader(nn.Module):
         pooled_features: list[str],
         target: str,
         history: str | None,
-        history_is_unique: bool = True,
         negatives: str | None = None,
         dropout: Mapping[str, float] | None = None,
         beside: RowsPerID | None = None,
@@ -59,8 +58,7 @@ class IDVectorReader(nn.Module):
             IDDropout(dropout.get(name, 0.0)) for name in pooled_features
         )
         self.pooled_features, self.target, self.history = pooled_features, target, history
-        self.history_is_unique, self.negatives = history_is_unique, negatives
-        self.beside, self.further = beside or {}, further
+        self.negatives, self.beside, self.further = negatives, beside or {}, further
 
     def forward(self, pooled: Any, sequences: Any, batch: Batch) -> IDVectors:
         """Read a KeyedTensor of F vectors [B, D], and a JaggedTensor per sequence feature."""
@@ -72,13 +70,12 @@ class IDVectorReader(nn.Module):
             for name, dropout in zip(self.pooled_features, self.pooled_dropouts)
         ]
         if self.beside:
-            items = batch.history.jagged().gather(history) if self.history_is_unique else history
-            history = items + _added_up(sequences, self.beside)
+            history = batch.history.jagged().gather(history) + _added_up(sequences, self.beside)
         return IDVectors(
             pooled_vectors,
             target,
             history,
-            self.history_is_unique and not self.beside,
+            not self.beside,
             sequences[self.negatives].values() if self.negatives else None,
             [_added_up(sequences, columns) for columns in self.further],
         )

@@ -164,7 +164,6 @@ class ItemContent:
             branch.bank,
             vocabularies,
             ranks.group,
-            index_dedup=config.embedding.index_dedup,
             seed=config.seed,
         )
 

@@ -228,7 +228,6 @@ def _read_a_batch(meta_model: MetaModel) -> int:
         schema,
         pooled_features(config.embedding, schema),
         encode_history=content is not None and content.history.mode == "full",
-        index_dedup=config.embedding.index_dedup,
         content_histories=[] if content is None else content.history.columns,
     )
     next(iter(Interactions(rows, build, config.batch_size, seed=config.seed)))

@@ -8,9 +8,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from recsys.data.batch import Batch, BatchContent, History, Rows, TargetItems
 
 
-def batch_of_items(
-    targets: list[int], histories: list[list[int]] | None = None, index_dedup: bool = True
-) -> Batch:
+def batch_of_items(targets: list[int], histories: list[list[int]] | None = None) -> Batch:
     """A batch as the loader makes it, whose content is not read yet.
 
     The parallel list of the histories numbers their places.
@@ -30,8 +28,8 @@ def batch_of_items(
         labels=torch.zeros(rows, 1),
         sequence_features=KeyedJaggedTensor.from_lengths_sync(
             ["item", "history"],
-            torch.cat([target, history_items if index_dedup else places]),
-            torch.cat([torch.ones_like(target), history_rows if index_dedup else lengths]).int(),
+            torch.cat([target, history_items]),
+            torch.cat([torch.ones_like(target), history_rows]).int(),
         ),
         rows=Rows(torch.arange(rows), torch.zeros(rows, dtype=torch.long)),
         target=TargetItems(target),

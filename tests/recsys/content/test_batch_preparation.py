@@ -146,13 +146,10 @@ def kept_by_loop(top_k: int) -> list[list[int]]:
     return rows
 
 
-@pytest.mark.parametrize("index_dedup", [True, False])
 @pytest.mark.parametrize("top_k", [1, 3, 6, 50])
-def test_each_history_keeps_its_items_most_like_the_target_in_their_order(
-    top_k: int, index_dedup: bool
-) -> None:
-    batch = batch_of_items(SEARCH_TARGETS, SEARCHED_HISTORIES, index_dedup)
-    short = shorten_histories(batch, bank(), top_k, index_dedup)
+def test_each_history_keeps_its_items_most_like_the_target_in_their_order(top_k: int) -> None:
+    batch = batch_of_items(SEARCH_TARGETS, SEARCHED_HISTORIES)
+    short = shorten_histories(batch, bank(), top_k)
     rows = kept_by_loop(top_k)
     places = [place for row in rows for place in row]
     everything = [item for history in SEARCHED_HISTORIES for item in history]
@@ -164,9 +161,7 @@ def test_each_history_keeps_its_items_most_like_the_target_in_their_order(
     assert short.history.items.tolist() == sorted(set(items))
     target, history = (short.sequence_features[name] for name in ("item", "history"))
     assert target.values().tolist() == SEARCH_TARGETS
-    assert history.values().tolist() == (sorted(set(items)) if index_dedup else items)
-    if not index_dedup:
-        assert history.lengths().tolist() == short.history.lengths.tolist()
+    assert history.values().tolist() == sorted(set(items))
 
 
 def test_on_cuda_the_search_waits_for_the_writes_of_earlier_steps(
@@ -184,5 +179,5 @@ def test_on_cuda_the_search_waits_for_the_writes_of_earlier_steps(
         return on_host.lookup(ids)
 
     on_gpu: Any = SimpleNamespace(device=torch.device("cuda", 0), lookup=lookup)
-    shorten_histories(batch_of_items(SEARCH_TARGETS, SEARCHED_HISTORIES), on_gpu, 2, True)
+    shorten_histories(batch_of_items(SEARCH_TARGETS, SEARCHED_HISTORIES), on_gpu, 2)
     assert happened == [("wait", streams["steps"]), ("read", None)]

@@ -27,7 +27,6 @@ RECIPES = {
         "--content.history.same_step=false",
     ],
     "shared, history encoded": ["--content.dedup=global", "--content.history.mode=full"],
-    "history at each place": ["--embedding.index_dedup=false"],
 }
 
 

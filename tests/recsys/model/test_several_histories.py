@@ -41,8 +41,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_several_histories(tmp_path_factory.mktemp("several") / "data")
 
 
-def config_of(name: str, index_dedup: bool = True, **ranking: Any) -> Config:
-    embedding = EmbeddingSettings(dim=8, index_dedup=index_dedup, init_std=0.5)
+def config_of(name: str, **ranking: Any) -> Config:
+    embedding = EmbeddingSettings(dim=8, init_std=0.5)
     settings = ranking_settings(name, mlp_units=[8], dropout=0.0, **ranking)
     return Config(content="none", embedding=embedding, ranking=settings)
 
@@ -54,8 +54,9 @@ def unsharded(data: Path, config: Config) -> tuple[EM3, Batch]:
     torch.manual_seed(0)
     em3 = build_em3(config, schema, table_configs(config, schema), {}, None, "cpu")
     pooled = pooled_features(config.embedding, schema)
-    build = BatchBuilder(schema, pooled, index_dedup=config.embedding.index_dedup)
-    batch = build(next(ParquetRows.of_split(root, "train", schema).read(0, ROWS)))
+    batch = BatchBuilder(schema, pooled)(
+        next(ParquetRows.of_split(root, "train", schema).read(0, ROWS))
+    )
     BoundedVocabularies(schema, pooled).map_batch(batch, 0, training=True)
     return em3, batch
 
@@ -75,11 +76,8 @@ def weight(em3: EM3, table: str) -> Tensor:
     return holder.weight
 
 
-@pytest.mark.parametrize("index_dedup", [True, False])
-def test_an_event_has_the_vector_of_its_item_plus_those_beside_it(
-    data: Path, index_dedup: bool
-) -> None:
-    em3, batch = unsharded(data, config_of("din", index_dedup))
+def test_an_event_has_the_vector_of_its_item_plus_those_beside_it(data: Path) -> None:
+    em3, batch = unsharded(data, config_of("din"))
     features, ids = batch.sequence_features, encoded(em3, batch)
 
     def shops(name: str) -> Tensor:
