@@ -173,7 +173,7 @@ def test_training_ends_without_gain_and_the_best_model_is_kept_and_tested(
 ) -> None:
     """AUC .6 .7 .65 .7 with patience 2: four epochs, and the model of the second; so by others."""
     words = ["--epochs", "9", "--patience", "2", "--batch_size", "16", "--device", "cpu"]
-    words += ["--best_model_by", metric, "--cache", str(small / "cache")]
+    words += ["--best_model_by", metric, "--content", "none"]
     config = load_config(TINY, words)
     aucs = [0.6, 0.7, 0.65, 0.7, 0.6, 0.9]
     gaucs = [0.6, 0.5, 0.58, 0.5, 0.6, 0.9]
