@@ -168,6 +168,7 @@ REMOVED: dict[tuple[str, ...], tuple[Any, str]] = {
     ("ranking", "opinion_dropout"): (..., "see ranking.opinions"),
     ("content", "sampling", "encoders"): (1, "encoders are not sampled"),
     ("content", "history", "sorted_cosines"): (0, "no trial showed a gain"),
+    ("contrastive", "learn_temperature"): (False, "no recipe trains it; set temperature"),
     ("embedding", "index_dedup"): (True, "each item of a batch's histories is looked up once"),
     ("embedding", "reset_every_epoch"): (
         False,

@@ -33,9 +33,7 @@ class ContrastiveSettings:
     dim: Width = 32
     """Width of the space in which content and ID vectors are compared."""
     temperature: float = 0.1
-    """Divisor of the cosines; the initial value if it is learned."""
-    learn_temperature: bool = False
-    """Train the temperature."""
+    """Divisor of the cosines."""
     normalize: bool = True
     """Compare directions (cosine) rather than vectors (dot product)."""
     num_negatives: PositiveInt = 16

@@ -141,16 +141,16 @@ class ContentIDContrastive(nn.Module):
         loss(torch.randn(3, 8), torch.randn(3, 16), torch.tensor([4, 5, 4]))
     """
 
+    temperature: Tensor
+
     def __init__(self, content_dim: int, id_dim: int, settings: ContrastiveSettings) -> None:
         super().__init__()
         self.settings = settings
         self.content_map = nn.Linear(content_dim, settings.dim)
         self.id_map = nn.Linear(id_dim, settings.dim)
-        log_temperature = torch.tensor(math.log(settings.temperature))
-        if settings.learn_temperature:
-            self.log_temperature = nn.Parameter(log_temperature)
-        else:
-            self.register_buffer("log_temperature", log_temperature, persistent=False)
+        # By its logarithm, so that runs of earlier versions go on with the same bits.
+        temperature = torch.tensor(math.log(settings.temperature)).exp()
+        self.register_buffer("temperature", temperature, persistent=False)
 
     def forward(
         self,
@@ -176,18 +176,17 @@ class ContentIDContrastive(nn.Module):
     ) -> Tensor:  # [B, D], [B, D], [B] -> [B]
         settings = self.settings
         gathers = settings.all_ranks and dist.is_initialized() and dist.get_world_size() > 1
-        temperature = self.log_temperature.exp()
         if settings.normalize:
             content, ids = (F.normalize(side, dim=-1, eps=1e-5) for side in (content, ids))
         if settings.variant == "published":
             rows = len(items)
             negatives = torch.randint(rows, (rows, settings.num_negatives), device=items.device)
-            return published_contrastive(content, ids, negatives, temperature)
+            return published_contrastive(content, ids, negatives, self.temperature)
         everyone: tuple[Any, Any, Any, int] = (content, ids, items, 0)
         if gathers:
             # One collective carries both sides; ids of items are exact in float64.
             everyone = _gather_sides(content, ids, items)
-        return in_batch_contrastive(content, ids, items, *everyone, temperature)
+        return in_batch_contrastive(content, ids, items, *everyone, self.temperature)
 
 
 def _gather_sides(

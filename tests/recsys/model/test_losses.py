@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recsys.config import ContrastiveSettings
 from recsys.model.losses import ContentIDContrastive, RankingLoss, predictions
@@ -184,23 +184,6 @@ def test_a_stopped_side_gets_no_gradient_and_the_loss_stays(
     ] == reaches
     for parameter in loss.parameters():
         assert parameter.grad is not None and parameter.grad.any()
-
-
-def test_a_learned_temperature_starts_as_set_and_trains_by_the_loss() -> None:
-    loss = contrastive(temperature=0.5, learn_temperature=True)
-    content, ids = sides()
-    value = loss(content, ids, ITEMS)
-    assert torch.equal(value, contrastive(temperature=0.5)(content, ids, ITEMS))
-    log_temperature = torch.tensor(math.log(0.5), requires_grad=True)
-    expected = torch.stack(in_batch_rows(loss, content, ids, ITEMS, log_temperature.exp())).mean()
-    value.backward()
-    expected.backward()
-    assert isinstance(loss.log_temperature, nn.Parameter)
-    torch.testing.assert_close(
-        loss.log_temperature.grad, log_temperature.grad, atol=1e-5, rtol=1e-4
-    )
-    torch.optim.SGD(loss.parameters(), lr=0.1).step()
-    assert loss(content, ids, ITEMS) < value
 
 
 def loss_on_rank(rank: int, world_size: int) -> dict[str, Any]:
