@@ -1,7 +1,11 @@
-"""Ranks agree before each batch, and a stretch of training ends with whole groups on all."""
+"""Ranks end together, with the cause of the first failure."""
 
+import json
+import logging
 import signal
+import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +13,12 @@ import pytest
 import torch.distributed as dist
 
 from recsys.distributed.lockstep import FIRST_BATCHES, Lockstep
-from recsys.distributed.ranks import joined_ranks
-from tests.ranks import run_on_ranks
+from recsys.distributed.log import configure_logging, print_table
+from recsys.distributed.ranks import joined_ranks, name_attempt
+from tests.ranks import HANG_SECONDS, run_on_ranks
 from tests.recsys.em3_runs import ranks_of
+
+logger = logging.getLogger(__name__)
 
 
 def stretches(rank: int, world_size: int, group: int) -> list[list[int]]:
@@ -135,3 +142,73 @@ def test_a_checkpoint_by_time_is_due_once(monkeypatch: pytest.MonkeyPatch) -> No
             clock.now += 30
     # The fourth batch was taken at 60 s, and the fifth before the checkpoint was there.
     assert due == [False, False, False, True, False, False]
+
+
+def names(store: dist.Store, world_size: int) -> list[str]:
+    """The name each rank of an attempt comes to, all running at once."""
+    actual: list[str] = [""] * world_size
+
+    def join(rank: int) -> None:
+        actual[rank] = name_attempt(store, rank, world_size, timedelta(seconds=HANG_SECONDS))
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return actual
+
+
+def test_all_ranks_of_an_attempt_get_one_name_and_every_attempt_another() -> None:
+    store = dist.HashStore()
+    attempts = [names(store, world_size) for world_size in (3, 3, 2, 1, 3)]
+    for attempt in attempts:
+        assert len(set(attempt)) == 1
+    assert len({attempt[0] for attempt in attempts}) == len(attempts)
+
+
+def test_a_rank_that_died_while_joining_is_not_taken_for_its_successor() -> None:
+    store = dist.HashStore()
+    store.set("join/word/1", "dead")
+    first: list[str] = []
+    rank0 = threading.Thread(
+        target=lambda: first.append(name_attempt(store, 0, 2, timedelta(seconds=HANG_SECONDS)))
+    )
+    rank0.start()
+    store.wait(["join/answer/1"])  # rank 0 has answered the dead one
+    assert name_attempt(store, 1, 2, timedelta(seconds=HANG_SECONDS))
+    rank0.join()
+    assert store.get("join/confirmed/1").decode() == first[0]
+
+
+def test_ranks_that_do_not_come_are_named() -> None:
+    with pytest.raises(TimeoutError, match=r"ranks \[1, 2\] "):
+        name_attempt(dist.HashStore(), 0, 3, timedelta(seconds=0.1))
+
+
+logger = logging.getLogger("recsys.any")
+
+
+def logged(capsys: pytest.CaptureFixture[str], rank: int, *settings: str) -> list[str]:
+    """The lines of a debug, an info and a warning message."""
+    configure_logging(rank, *settings)  # type: ignore[arg-type]
+    logger.debug("detail")
+    logger.info("step %d", 3)
+    logger.warning("slow")
+    return capsys.readouterr().out.splitlines()
+
+
+def test_rank_0_says_what_happens_and_marks_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert logged(capsys, 0) == ["step 3", "warning: rank 0: slow"]
+
+
+def test_json_lines_have_level_source_rank_and_message(capsys: pytest.CaptureFixture[str]) -> None:
+    first, _ = (json.loads(line) for line in logged(capsys, 2, "info", "json"))
+    assert first.pop("asctime")
+    assert first == {"levelname": "INFO", "name": "recsys.any", "message": "step 3", "rank": 2}
+
+
+def test_tables_are_printed_whatever_the_level(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(0, "error", "json")
+    print_table("a  b\n1  2")
+    assert capsys.readouterr().out == "a  b\n1  2\n"
