@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BEST = "best"
 MANIFEST = "checkpoint.json"
-FORMAT = 3  # format 2 had CRC-32 in place of SHA-256
+FORMAT = 3
 _ENTRIES = {
     *("step", "progress", "world_size", "config", "data", "frozen_weights", "items"),
     *("kept", "files"),
@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the folder's manifest; a missing or damaged one is a ValueError."""
     path = folder / MANIFEST
     try:
-        manifest = read_signed(path, (2, FORMAT))
+        manifest = read_signed(path, FORMAT)
     except FileNotFoundError as error:
         raise ValueError(
             f"{folder}: no {MANIFEST}, so it is no whole checkpoint; use another"

@@ -72,12 +72,11 @@ class ContinualFolder:
                 raise ValueError(f"format {stored['format']}, not {FORMAT}")
             trained = tuple(TrainedPartition(**partition) for partition in stored["trained"])
             begun = stored["begun"]
-            oldest = trained[0].name if trained else None  # earlier versions kept no `--from`
             return RunState(
                 trained,
                 None if begun is None else TrainedPartition(**begun),
                 stored["warm_start"],
-                stored.get("first", oldest),
+                stored["first"],
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: damaged ({error!r}); bring it back") from error

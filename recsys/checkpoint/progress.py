@@ -69,7 +69,6 @@ class Progress:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Progress:
-        values = {name: value for name, value in values.items() if name != "schedule"}  # dropped
         return Progress(**{**values, "stages": [Stage(**stage) for stage in values["stages"]]})
 
 

@@ -11,10 +11,6 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# Paths in configurations of earlier versions.
-PRETRAINED = "pretrained:efficientnet_lite0"
-MOVED = {f"recsys.content.{PRETRAINED}": f"recsys.content.encoders.{PRETRAINED}"}
-
 
 def find_part(setting: str, name: str, paths: Mapping[str, str]) -> Any:
     """Import the part that a setting names: a key of `paths`, or `package.module:Class`.
@@ -22,7 +18,7 @@ def find_part(setting: str, name: str, paths: Mapping[str, str]) -> Any:
     Raises:
         ValueError: the name is unknown or cannot be imported.
     """
-    path = paths.get(name, MOVED.get(name, name))
+    path = paths.get(name, name)
     module, _, attribute = path.partition(":")
     if not module or not attribute:
         choices = f"choose one of {sorted(paths)}, or name" if paths else "name"

@@ -34,8 +34,6 @@ RANKING_SETTINGS = {
     for name, path in RANKING_MODELS.items()
 }
 DEFAULT_MODEL = "din_dcn"
-# Keys of four models; runs of earlier versions have them all, as one dataclass served every model.
-KEYS_OF_EARLIER_RUNS = {"dense_units", "num_experts", "search_top_k", "tower_dim"}
 
 
 @dataclass
@@ -149,14 +147,14 @@ def check_keys(keys: Iterable[str], name: str) -> None:
 def own_keys(section: dict[str, Any], name: str) -> dict[str, Any]:
     """Return the part of a recipe's `ranking` that belongs to the ranking model of a run.
 
-    Keys of the recipe's own model are dropped with a warning; those of earlier runs silently.
+    Keys of the recipe's own model are dropped with a warning.
 
     Raises:
         ValueError: a key belongs neither to the model nor to that of the recipe.
     """
     names, recipe_model = keys_of(name), str(section.get("name", DEFAULT_MODEL))
     foreign = [key for key in section if key not in names]
-    if foreign and not section.keys() >= KEYS_OF_EARLIER_RUNS:
+    if foreign:
         recipe_names = [] if recipe_model == name else keys_of(recipe_model)
         check_keys([key for key in foreign if key not in recipe_names], name)
         logger.warning(

@@ -106,7 +106,7 @@ def read_manifest_of(
     if not path.is_file():
         raise ValueError(f"{folder}: no {what} ({MANIFEST} is missing); make one by {command}")
     try:
-        content = read_signed(path, (FORMAT,))
+        content = read_signed(path, FORMAT)
         if not content.keys() <= {attribute.name for attribute in fields(kind)}:
             raise ValueError(f"another command than {command} wrote it, so this is no {what}")
         manifest = kind(**content)

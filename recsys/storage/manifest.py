@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,8 +15,7 @@ from recsys.storage.files import regular_file, whole_file
 BLOCK_BYTES = 2**24
 THREADS = 4
 
-# Bytes and SHA-256 of each block by name; format 2 of checkpoints has [bytes, CRC-32].
-Files = Mapping[str, Any]
+Files = Mapping[str, Any]  # bytes and SHA-256 of each block, by name
 
 
 def content_digest(content: dict[str, Any]) -> str:
@@ -34,7 +32,7 @@ def write_signed(path: Path, content: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def read_signed(path: Path, formats: tuple[int, ...]) -> dict[str, Any]:
+def read_signed(path: Path, format_: int) -> dict[str, Any]:
     """Read what `write_signed` wrote, without the hash.
 
     Raises:
@@ -45,15 +43,9 @@ def read_signed(path: Path, formats: tuple[int, ...]) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError(str(error)) from error
     number = content.get("format") if isinstance(content, dict) else None
-    if number not in formats:
-        readable = " or ".join(map(str, formats))
-        raise ValueError(f"format {number}, but this version reads {readable}")
-    if "checksum" in content:  # checkpoints of format 2
-        rest = {name: value for name, value in content.items() if name != "checksum"}
-        is_same = content["checksum"] == zlib.crc32(json.dumps(rest, sort_keys=True).encode())
-    else:
-        is_same = content.pop("sha256", None) == content_digest(content)
-    if not is_same:
+    if number != format_:
+        raise ValueError(f"format {number}, but this version reads {format_}")
+    if content.pop("sha256", None) != content_digest(content):
         raise ValueError("its content differs from its hash")
     return dict(content)
 
@@ -101,15 +93,11 @@ def differences(
     """
     verified = VerifiedFiles() if verified is None else verified
     for name, entry in files.items():
-        path, is_pair = folder / name, isinstance(entry, list)
-        size, digests = entry if is_pair else (entry["bytes"], entry["sha256"])
+        path, size, digests = folder / name, entry["bytes"], entry["sha256"]
         if not path.is_file():
             yield f"{path}: no such file"
         elif path.stat().st_size != size:
             yield f"{path}: {path.stat().st_size:,} bytes instead of {size:,}"
-        elif is_pair:
-            if _crc32(path) != digests:
-                yield f"{path}: its content differs from the manifest"
         elif len(digests) != _num_blocks(size):
             yield f"{path}: the manifest has {len(digests)} hashes for {size:,} bytes"
         elif verify:
@@ -136,11 +124,3 @@ def _digest(path: Path, block: int) -> str:
     with path.open("rb", buffering=0) as file:
         content = os.pread(file.fileno(), BLOCK_BYTES, block * BLOCK_BYTES)
     return hashlib.sha256(content).hexdigest()
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while content := file.read(BLOCK_BYTES):
-            value = zlib.crc32(content, value)
-    return value

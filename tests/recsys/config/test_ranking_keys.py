@@ -11,50 +11,18 @@ import pytest
 import yaml
 from torch import nn
 
-from recsys.checkpoint.compatibility import check_config
 from recsys.config import (
     Config,
     RankingSettings,
     RetrievalSettings,
     load_config,
     ranking_settings,
-    to_plain,
 )
 from recsys.config.checks import validate
 from recsys.config.limits import PositiveInt
 from recsys.ranking.din import DinDcnSettings
 from recsys.ranking.sim import SimSettings
-from recsys.ranking.two_tower import TwoTowerSettings
 from tests.recsys.command_runs import TINY
-
-# `ranking` as a run of an earlier version wrote it, whatever its model: the keys of all models.
-EARLIER = yaml.safe_load("""
-name: sim
-options: {}
-attention_units: [16]
-cross_layers: 1
-cross_rank: 8
-dense_units: [64]
-mlp_units: [16]
-dropout: 0.3
-ensemble_members: 1
-standardize_numbers: false
-label_weights: {}
-num_experts: 4
-search: similarity
-search_top_k: 20
-search_heads: 2
-category: null
-time_gaps: null
-query_features: []
-tower_dim: 32
-temperature: 0.1
-loss: pointwise
-num_negatives: 256
-negative_sampling: uniform
-log_q_correction: true
-all_ranks: false
-""")
 
 
 def recipe(path: Path, **ranking: Any) -> Path:
@@ -96,27 +64,6 @@ def test_what_a_recipe_sets_for_its_own_model_is_left_out_of_another_s(
     assert "ranking.cross_layers: " in caplog.text
     with pytest.raises(ValueError, match=r"search_heads .*'dlrm'"):
         load_config(recipe(path, search_heads=3), ["--ranking.name=dlrm"])
-
-
-def test_runs_of_earlier_versions_load_whatever_they_hold_for_other_models(tmp_path: Path) -> None:
-    config = load_config(recipe(tmp_path / "config.yaml", **EARLIER))
-    assert config.ranking == SimSettings(mlp_units=[16], search_top_k=20)
-    retrieval = {**EARLIER, "name": "two_tower", "loss": "in_batch_softmax"}
-    config = load_config(recipe(tmp_path / "config.yaml", **retrieval))
-    assert config.ranking == TwoTowerSettings(mlp_units=[16], loss="in_batch_softmax")
-    assert load_config(recipe(tmp_path / "config.yaml", **EARLIER), ["--epochs", "3"]).epochs == 3
-
-
-def test_checkpoints_of_earlier_versions_are_gone_on_with() -> None:
-    """They lack settings that came later, and hold keys of all ranking models."""
-    config = Config(ranking=SimSettings(mlp_units=[16], search_top_k=20))
-    stored = to_plain(config) | {"ranking": EARLIER}
-    for later in ("source", "tracker", "metrics", "auxiliary", "log_level", "tf32"):
-        del stored[later]
-    check_config(stored, config, "checkpoint")
-    config.ranking = SimSettings(mlp_units=[16], search_top_k=30)
-    with pytest.raises(ValueError, match=r"ranking.search_top_k \(checkpoint: 20, now: 30\)"):
-        check_config(stored, config, "checkpoint")
 
 
 @pytest.mark.parametrize("change", [{"dropout": 1.0}, {"mlp_units": [8, 0]}, {"cross_rank": 0}])

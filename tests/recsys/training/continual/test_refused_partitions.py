@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -150,16 +149,6 @@ def add(folder: Path, name: str) -> None:
     """Write the third partition under another name."""
     place = write_partition(folder / "data", 2)
     place.rename(place.with_name(name))
-
-
-def test_a_run_of_before_ignores_what_lies_before_its_first_partition(two: Path) -> None:
-    file = two / "run" / "continual.json"
-    stored = json.loads(file.read_text())
-    del stored["first"]
-    file.write_text(json.dumps(stored))
-    add(two, LATE)
-    walk(two, two / "run", *WITHOUT_CONTENT)
-    assert names_of(two / "run") == NAMES[:2]
 
 
 def test_a_late_partition_is_trained_on_without_scores_where_that_is_asked(two: Path) -> None:
