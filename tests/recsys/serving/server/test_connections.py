@@ -9,6 +9,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -71,24 +72,16 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(
-    "sent",
-    [
-        HEAD[:-5],
-        HEAD + b"content-length: 100\r\n\r\n{",
-        CHUNKED + b"5\r\nabcde\r\n",
-    ],
-)
-def test_a_request_that_does_not_arrive_whole_is_answered_by_408(
-    server: ServedPackage, sent: bytes
-) -> None:
+def test_requests_that_do_not_arrive_whole_are_answered_by_408(server: ServedPackage) -> None:
+    parts = [HEAD[:-5], HEAD + b"content-length: 100\r\n\r\n{", CHUNKED + b"5\r\nabcde\r\n"]
     started = time.monotonic()
-
-    received = server.send(sent)
+    with ThreadPoolExecutor() as clients:
+        answers = list(clients.map(server.send, parts))
 
     assert READ <= time.monotonic() - started < READ + SLACK
-    assert statuses(received)[-1] == 408
-    assert json.loads(received.split(b"\r\n\r\n")[-1])["error"]
+    for received in answers:
+        assert statuses(received)[-1] == 408
+        assert json.loads(received.split(b"\r\n\r\n")[-1])["error"]
 
 
 def test_a_request_that_drips_has_no_longer_time(server: ServedPackage) -> None:
@@ -187,24 +180,20 @@ CALL = b"".join(
 )
 
 
-@pytest.mark.parametrize(
-    ("sent", "expected"),
-    [
-        (b"", b"handshake timeout|idle"),
-        (HTTP2 + frame(1, 4, 1, CALL)[:30], b"idle"),
-        (HTTP2 + frame(1, 4, 1, CALL), b"grpc-status\x014"),  # DEADLINE_EXCEEDED
-        (HTTP2 + frame(1, 5, 1, CALL), b"grpc-status\x013"),  # INVALID_ARGUMENT
-    ],
-)
-def test_a_call_of_grpc_that_does_not_arrive_whole_is_ended(
-    server: ServedPackage, sent: bytes, expected: bytes
-) -> None:
+def test_calls_of_grpc_that_do_not_arrive_whole_are_ended(server: ServedPackage) -> None:
+    answers = {
+        b"": b"handshake timeout|idle",
+        HTTP2 + frame(1, 4, 1, CALL)[:30]: b"idle",
+        HTTP2 + frame(1, 4, 1, CALL): b"grpc-status\x014",  # DEADLINE_EXCEEDED
+        HTTP2 + frame(1, 5, 1, CALL): b"grpc-status\x013",  # INVALID_ARGUMENT
+    }
     started = time.monotonic()
-
-    received = server.send(sent, server.grpc_port)
+    with ThreadPoolExecutor() as clients:
+        received = list(clients.map(lambda sent: server.send(sent, server.grpc_port), answers))
 
     assert time.monotonic() - started < READ + 2 * IDLE + SLACK
-    assert re.search(expected, received)
+    for answer, expected in zip(received, answers.values(), strict=True):
+        assert re.search(expected, answer)
 
 
 READY = ("/v2/health/ready", "/v2/models/shop/ready")
