@@ -1,4 +1,4 @@
-"""Reads the configuration of a run from YAML and the command line, and writes it.
+"""Reads, checks and writes the configuration of a run: YAML and the command line.
 
 Every field of `Config` is a setting of recipes, and an option `--any.setting VALUE`.
 """
@@ -9,6 +9,7 @@ import copy
 import functools
 import itertools
 import logging
+import math
 import os
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import is_dataclass
@@ -18,14 +19,75 @@ from typing import Any, get_type_hints
 import yaml
 from jsonargparse import ActionConfigFile, Namespace, set_parsing_settings
 
-from recsys.config.checks import validate
+from recsys.config.limits import check_settings
 from recsys.config.parser import Parser, config_first, with_underscores
 from recsys.config.plain_yaml import RECIPES, RefusedYaml, cached_copy, load_plain_yaml, recipe_file
-from recsys.config.ranking import DEFAULT_MODEL, check_keys, own_keys, settings_class
-from recsys.config.run import CONFIG_NAMES, Config
+from recsys.config.ranking import (
+    DEFAULT_MODEL,
+    RetrievalSettings,
+    check_keys,
+    own_keys,
+    settings_class,
+    softmax_settings,
+)
+from recsys.config.run import CONFIG_NAMES, Config, content_settings
+
+logger = logging.getLogger(__name__)
+
+
+def validate(config: Config) -> None:
+    """Check every setting by itself, then settings that exclude each other.
+
+    Raises:
+        ValueError: names the conflicting settings, and the limit or a valid value.
+    """
+    check_settings(config)
+    if config.best_model_by in ("recall", "ndcg") and not isinstance(
+        config.ranking, RetrievalSettings
+    ):
+        raise ValueError(
+            f"best_model_by {config.best_model_by} needs a retrieval model, and ranking.name is "
+            f"{config.ranking.name}; choose two_tower, or best_model_by auc, gauc or auc_and_gauc"
+        )
+    _check_averages(config)
+    if config.neighbours is not None and isinstance(config.ranking, RetrievalSettings):
+        raise ValueError(
+            "neighbours are blended with logits, and a retrieval model ranks by vectors alone; set "
+            "neighbours to null"
+        )
+    content, temperature = content_settings(config.content), config.contrastive.temperature
+    if content is None:
+        return
+    if config.contrastive.weight > 0 and not 0 < temperature < math.inf:
+        raise ValueError(f"contrastive.temperature is {temperature}; it must be > 0 and finite")
+    retrieval = softmax_settings(config.ranking)
+    if retrieval and retrieval.loss == "sampled_softmax" and content.history.mode == "full":
+        raise ValueError(
+            "ranking.loss sampled_softmax reads the content of its negatives from the memory bank, "
+            "which content.history.mode full has not; choose bank_lora, bank_frozen or bank_dense"
+        )
+
+
+def _check_averages(config: Config) -> None:
+    """Refuse averages of tables without a decay, or whose current rows are not in one place."""
+    if not config.optimizer.ema_tables:
+        return
+    if config.optimizer.ema_decay is None:
+        raise ValueError(
+            "optimizer.ema_tables is true, but optimizer.ema_decay is not set; give a decay, such "
+            "as 0.98"
+        )
+    table_settings, copies = config.embedding.tables, config.embedding.parallel.copies
+    cached = [name for name, settings in table_settings.items() if settings.kernel == "uvm_caching"]
+    if cached or copies > 1:
+        what = f"embedding.tables.{cached[0]}.kernel is uvm_caching" if cached else ""
+        raise ValueError(
+            "optimizer.ema_tables reads tables in place in each step, but "
+            f"{what or f'embedding.parallel.copies is {copies}'}; set ema_tables to false"
+        )
+
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-logger = logging.getLogger(__name__)
 ReadRecipe = Callable[[str], Any]
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal, get_type_hints
 
 from recsys.config import Config, ContentSettings, ContrastiveSettings, OptimizerSettings
-from recsys.config.checks import validate
 from recsys.config.limits import NonNegativeFloat
+from recsys.config.load import validate
 from recsys.config.parser import Parser, problem_of_keys
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.items.kind import make_kinds

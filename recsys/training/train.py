@@ -43,7 +43,7 @@ from recsys.checkpoint.run_schema import schema_of_data
 from recsys.checkpoint.warm_start.plan import plan_warm_start
 from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import Config, softmax_settings
-from recsys.config.checks import validate
+from recsys.config.load import validate
 from recsys.data.interactions import Interactions
 from recsys.data.row_source import RowSource, open_rows
 from recsys.data.schema import Schema, load_schema

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from recsys.data.events.as_of import Moments, whole_keys
 from recsys.data.events.history_values import (
     AGE,
     HistoryFiles,
+    Moments,
     begin_column,
     history_lists,
     length_column,
     null_stand_in,
     slice_columns,
+    whole_keys,
 )
 from recsys.data.events.samples import actions_in
 from recsys.data.events.settings import Count, EventsConfig, History, Parallel

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embeddings.vocabulary.fixed import integer_ids, mix64
-from recsys.data.events.as_of import key_numbers, whole_keys
+from recsys.data.events.history_values import key_numbers, whole_keys
 from recsys.data.events.samples import WEIGHT, Conditions
 from recsys.data.events.settings import EventsConfig, Negatives
 from recsys.data.events.sql import FOREVER, SqlEngine, count_rows, quoted

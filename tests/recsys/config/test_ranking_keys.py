@@ -18,8 +18,8 @@ from recsys.config import (
     load_config,
     ranking_settings,
 )
-from recsys.config.checks import validate
 from recsys.config.limits import PositiveInt
+from recsys.config.load import validate
 from recsys.ranking.din import DinDcnSettings
 from recsys.ranking.sim import SimSettings
 from tests.recsys.command_runs import TINY
