@@ -31,8 +31,8 @@ from recsys.data.batch_builder import BatchBuilder
 from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.schema import Column, Schema
 from recsys.evaluation.metrics import grouped_auc
-from recsys.ranking.dimensions import InputDimensions
 from recsys.ranking.neighbours import NUM_VOTES, Neighbours
+from recsys.ranking.vectors import InputDimensions
 from recsys.training.neighbour_statistics import Events, fill_statistics
 
 USERS = (500, 5_000, 50_000)

@@ -13,6 +13,7 @@ CHANGEABLE = (
     "epochs",
     "validations_per_epoch",
     "patience",
+    "patience_share",
     "batch_size",
     "accumulate_steps",
     "precision",

@@ -50,8 +50,11 @@ class Progress:
         self.epoch += 1
         self.stages, self.batches, self.validations = [], 0, 0
 
-    def is_finished(self, epochs: int, patience: int) -> bool:
-        return self.epoch >= epochs or self.validations_without_gain >= patience
+    def is_finished(self, epochs: int, patience: int, patience_share: float) -> bool:
+        if self.epoch >= epochs:
+            return True
+        has_waited = self.steps - self.best_step >= patience_share * self.best_step
+        return self.validations_without_gain >= patience and has_waited
 
     def continued_by(self, before: Stage, world_size: int, batch_size: int) -> None:
         """Continue with another number of ranks or another batch size than before."""

@@ -207,6 +207,9 @@ class Config:
     label is a number, and the lowest is best."""
     patience: PositiveInt = 2
     """Validations without a better model before training ends."""
+    patience_share: NonNegativeFloat = 0.0
+    """Steps without a better model before training ends, too, as a share of the best model's: with
+    0.2 a run costs about 1.2 times the steps to its best model."""
     seed: Seed = 0
     """Seed of weights, dropout and negatives."""
     on_bad_row: Literal["error", "skip"] = "error"

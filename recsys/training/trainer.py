@@ -61,7 +61,8 @@ class Trainer:
 
     @property
     def is_finished(self) -> bool:
-        return self.progress.is_finished(self.job.config.epochs, self.job.config.patience)
+        config = self.job.config
+        return self.progress.is_finished(config.epochs, config.patience, config.patience_share)
 
     def train(self) -> None:
         """Train until epochs or patience end. A collective.

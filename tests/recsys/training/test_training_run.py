@@ -161,19 +161,24 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("metric", "epochs", "best"), [("auc", 4, 1), ("gauc", 3, 0), ("auc_and_gauc", 5, 2)]
+    ("metric", "share", "epochs", "best"),
+    [("auc", 0, 4, 1), ("gauc", 0, 3, 0), ("auc_and_gauc", 0, 5, 2), ("auc", 1.5, 5, 1)],
 )
 def test_training_ends_without_gain_and_the_best_model_is_kept_and_tested(
     small: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     metric: str,
+    share: float,
     epochs: int,
     best: int,
 ) -> None:
-    """AUC .6 .7 .65 .7 with patience 2: four epochs, and the model of the second; so by others."""
+    """AUC .6 .7 .65 .7 with patience 2: four epochs, and the model of the second; so by others.
+
+    With a share of 1.5 another 9 steps must pass after the best model's 6: five epochs.
+    """
     words = ["--epochs", "9", "--patience", "2", "--batch_size", "16", "--device", "cpu"]
-    words += ["--best_model_by", metric, "--content", "none"]
+    words += ["--best_model_by", metric, "--content", "none", "--patience_share", str(share)]
     config = load_config(TINY, words)
     aucs = [0.6, 0.7, 0.65, 0.7, 0.6, 0.9]
     gaucs = [0.6, 0.5, 0.58, 0.5, 0.6, 0.9]
