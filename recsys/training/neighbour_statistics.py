@@ -17,8 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
-from scipy.sparse import csr_matrix, diags, vstack
-from scipy.sparse.linalg import eigsh
+from scipy.sparse import csr_matrix, vstack
 
 from recsys.build import Job
 from recsys.config import NeighbourSettings
@@ -33,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 EVENTS_PER_BLOCK = 2**24  # that a rank holds before it drops repeated ones
 ITEMS_PER_BLOCK = 4096  # whose similarities to all items are in memory at a time
+OVERSAMPLING, ITERATIONS = 16, 8  # of the leading eigenvectors
 MOST_EVENTS = 1000  # of a user, which pair: the cost grows with their square
 
 
@@ -151,12 +151,11 @@ def fill_statistics(neighbours: Neighbours, events: Events, settings: NeighbourS
         counts = np.bincount(without_fold.items, minlength=num_items)
         neighbours.value_sums[:, fold] = torch.from_numpy(sums)
         neighbours.value_counts[:, fold] = torch.from_numpy(counts)
-        similarity = item_similarities(without_fold, num_items, settings)
-        neighbours.cooccurrence[:, fold] = torch.from_numpy(leading_factors(similarity, dim))
-        if settings.values is not None:
-            similarity = item_similarities(without_fold, num_items, settings, by_value=True)
-            factors = leading_factors(similarity, settings.taste_dim)
-            neighbours.taste[:, fold] = torch.from_numpy(factors)
+        widths = dim, settings.taste_dim
+        buffers = neighbours.cooccurrence, neighbours.taste
+        similarities = item_similarities(without_fold, num_items, settings)
+        for buffer, similarity, width in zip(buffers, similarities, widths):
+            buffer[:, fold] = torch.from_numpy(leading_factors(similarity, width))
 
 
 def value_deviations(events: Events, settings: NeighbourSettings) -> np.ndarray:  # [N]
@@ -172,9 +171,9 @@ def value_deviations(events: Events, settings: NeighbourSettings) -> np.ndarray:
 
 
 def item_similarities(
-    events: Events, num_items: int, settings: NeighbourSettings, by_value: bool = False
-) -> csr_matrix:  # [I, I], symmetric, 0 on the diagonal
-    """Return the similarities of items by their users, or by the values of these.
+    events: Events, num_items: int, settings: NeighbourSettings
+) -> list[csr_matrix]:  # float32 [I, I] each, symmetric, 0 on the diagonal
+    """Return the similarities of items by their users and, with values, by the values of these.
 
     The cosine of two items' vectors of users, 1 + length ** 2 in place of length ** 2 for values,
     times n / (n + `significance`) with n common users (Herlocker et al. 1999). A pair is kept if
@@ -183,22 +182,31 @@ def item_similarities(
     events = events.capped()
     _, user = np.unique(events.users, return_inverse=True)
     shape = num_items, user.max(initial=0) + 1
-    incidence = csr_matrix((np.ones(len(user)), (events.items, user)), shape=shape)
-    vectors = csr_matrix((events.values, (events.items, user)), shape=shape)
-    vectors = vectors if by_value else incidence
-    squares = np.asarray(vectors.multiply(vectors).sum(axis=1)).ravel() + by_value
-    scale = diags(1 / np.sqrt(np.maximum(squares, 1)))
-    vectors = (scale @ vectors).tocsr()
-    blocks = []
+    columns = [np.ones(len(user))] + ([] if settings.values is None else [events.values])
+    vectors = [
+        csr_matrix((column.astype(np.float32), (events.items, user)), shape) for column in columns
+    ]
+    squares = [np.asarray(part.multiply(part).sum(axis=1)).ravel() for part in vectors]
+    scales = [1 / np.sqrt(np.maximum(part + (part is not squares[0]), 1)) for part in squares]
+    blocks: list[list[csr_matrix]] = [[] for _ in vectors]
     for start in range(0, num_items, ITEMS_PER_BLOCK):
         rows = slice(start, start + ITEMS_PER_BLOCK)
-        common = incidence[rows] @ incidence.T
-        common.data /= common.data + settings.significance
-        similarity = (vectors[rows] @ vectors.T).multiply(common).tocsr()
-        blocks.append(_nearest(similarity, start, settings.neighbours_per_item))
-    nearest = vstack(blocks).tocsr()
+        common = vectors[0][rows] @ vectors[0].T
+        weight = common.data / (common.data + settings.significance)
+        for part, scale, nearest in zip(vectors, scales, blocks):
+            products = common if part is vectors[0] else part[rows] @ part.T
+            assert np.array_equal(products.indices, common.indices)  # data in the same order
+            scaled = np.repeat(scale[rows], np.diff(products.indptr)) * scale[products.indices]
+            similarity = csr_matrix(
+                (products.data * scaled * weight, products.indices, products.indptr), products.shape
+            )
+            nearest.append(_nearest(similarity, start, settings.neighbours_per_item))
+    return [_symmetric(vstack(nearest).tocsr()) for nearest in blocks]
+
+
+def _symmetric(nearest: csr_matrix) -> csr_matrix:
     both_ways = nearest.multiply(nearest.T.astype(bool))
-    return (nearest + nearest.T - both_ways).tocsr()
+    return (nearest + nearest.T - both_ways).astype(np.float32)
 
 
 def _nearest(similarity: csr_matrix, first_item: int, count: int) -> csr_matrix:
@@ -217,17 +225,23 @@ def _nearest(similarity: csr_matrix, first_item: int, count: int) -> csr_matrix:
 
 
 def leading_factors(similarity: csr_matrix, dim: int) -> np.ndarray:  # float32 [I, D]
-    """Return Z of which Z Z' is closest to the similarities: scaled leading eigenvectors."""
+    """Return Z of which Z Z' is close to the similarities: scaled leading eigenvectors.
+
+    For many items by subspace iteration (Halko et al. 2011, algorithm 4.4), in a few seconds.
+    """
     factors = np.zeros((similarity.shape[0], dim), np.float32)
     active = np.flatnonzero(np.diff(similarity.indptr))
     if not len(active):
         return factors
-    matrix = similarity[active][:, active]
-    if len(active) <= 2 * dim:  # the iteration needs fewer vectors than rows
-        eigenvalues, vectors = np.linalg.eigh(matrix.toarray())
-    else:
-        start = np.random.default_rng(0).standard_normal(len(active))
-        eigenvalues, vectors = eigsh(matrix, k=dim, which="LA", v0=start)
+    matrix, num_vectors = similarity[active][:, active], dim + OVERSAMPLING
+    basis = np.eye(len(active), dtype=np.float32)
+    if len(active) > num_vectors:
+        start = np.random.default_rng(0).standard_normal((len(active), num_vectors))
+        basis = start.astype(np.float32)
+        for _ in range(ITERATIONS):
+            basis, _ = np.linalg.qr(matrix @ basis)
+    eigenvalues, rotation = np.linalg.eigh(basis.T @ (matrix @ basis))
     leading = np.argsort(-eigenvalues)[:dim]
-    factors[active, : len(leading)] = vectors[:, leading] * np.sqrt(eigenvalues[leading].clip(0))
+    vectors = basis @ rotation[:, leading]
+    factors[active, : len(leading)] = vectors * np.sqrt(eigenvalues[leading].clip(0))
     return factors
