@@ -195,7 +195,7 @@ class Neighbours(nn.Module):
         residuals = (history.deviations - item_mean) * history.mask
         shares = self.log_shares.exp()
         prior = shares[:1].expand(self.cooccurrence.shape[2])
-        target, past = (rows.of(self.cooccurrence) for rows in (target_rows, history.rows))
+        target, past = (rows.gather(self.cooccurrence) for rows in (target_rows, history.rows))
         target_kernel = shares[0] * target.square().sum(1)  # [B], of a target with itself
         past_kernel = shares[0] * past.square().sum(2)  # [R, L]
         if self.content_map is not None:
@@ -221,7 +221,7 @@ class Neighbours(nn.Module):
         factors = self.cooccurrence if self.column is None else self.taste
         # Training multiplies in half precision: votes need no more, and the rows are many.
         kind = factors.dtype if self.training else torch.float32
-        target, past = (rows.of(factors, kind) for rows in (target_rows, history.rows))
+        target, past = (rows.gather(factors, kind) for rows in (target_rows, history.rows))
         similarity = (past @ history.columns(target)).float()  # [R, L, D] [R, D, K] -> [R, L, K]
         similarity = similarity * history.mask.unsqueeze(2)
         values = history.deviations.unsqueeze(2)
@@ -241,7 +241,8 @@ class Neighbours(nn.Module):
     def _item_means(self, rows: _Rows) -> tuple[Tensor, Tensor]:
         """Return the mean deviation and the number of values of items, without a fold's users."""
         sums, counts = (
-            rows.of(part.unsqueeze(2)).squeeze(-1) for part in (self.value_sums, self.value_counts)
+            rows.gather(part.unsqueeze(2)).squeeze(-1)
+            for part in (self.value_sums, self.value_counts)
         )
         return sums / (counts + PRIOR_VALUES), counts
 
@@ -256,7 +257,7 @@ class _Rows:
     index: Tensor
     has_row: Tensor | None
 
-    def of(
+    def gather(
         self, statistics: Tensor, kind: torch.dtype = torch.float32
     ) -> Tensor:  # [I, F + 1, D] -> [..., D]
         rows = embedding(self.index, statistics.flatten(0, 1)).to(kind)

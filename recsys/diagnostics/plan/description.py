@@ -70,6 +70,7 @@ def model_parts(
     return [
         *(_table_part(table_memory(table, plan)) for table in tables),
         *_dense_parts(em3, world_size, optimizer),
+        *_statistics_parts(em3),
     ]
 
 
@@ -127,6 +128,14 @@ def _dense_parts(em3: EM3, world_size: int, optimizer: OptimizerSettings) -> Ite
             gradient_bytes=FLOAT * size * copies * is_trained,
             state_bytes=FLOAT * state[name, is_trained],
         )
+
+
+def _statistics_parts(em3: EM3) -> Iterator[ModelPart]:
+    """Yield the statistics of items, which grow with these and which every rank holds whole."""
+    if em3.neighbours is not None:
+        buffers = (getattr(em3.neighbours, name) for name in em3.neighbours.item_row_buffers)
+        size = sum(buffer.nbytes for buffer in buffers)
+        yield ModelPart("statistics of neighbours", 0, "nothing", "every rank", size, 0, 0)
 
 
 def part_of(name: str) -> str:

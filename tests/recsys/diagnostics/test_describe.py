@@ -19,12 +19,14 @@ from recsys.config import (
     ContentSettings,
     EmbeddingSettings,
     HardwareSettings,
+    NeighbourSettings,
     TableSettings,
     content_settings,
 )
 from recsys.data.vocabularies import UnknownIds
 from recsys.diagnostics.plan.description import Description, describe
 from recsys.ranking.din import DinDcnSettings
+from recsys.ranking.neighbours import FOLDS
 from recsys.training.train import training_interactions
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
@@ -255,3 +257,15 @@ def test_runs_without_content_and_frozen_tables_are_described(folder: Path) -> N
 
     assert description.memory.bank == 0
     assert {part.name.split()[0] for part in description.parts} == {"table", "ranking"}
+
+
+def test_statistics_of_neighbours_grow_with_the_items(folder: Path) -> None:
+    config = em3_config(folder, content="none", neighbours=NeighbourSettings())
+    config.contrastive.weight = 0.0
+    for num_items in (300, 3_000):
+        description = described(folder, config, item=num_items)
+        (size,) = [
+            part.bytes for part in description.parts if part.name == "statistics of neighbours"
+        ]
+        # Factors, counts and sums of each item, for each fold of users and for all of them.
+        assert size == num_items * (FOLDS + 1) * (32 + 2) * 4
