@@ -58,6 +58,24 @@ def similarity_features(
     return torch.cat(features, dim=2).flatten(1)
 
 
+def shared_similarity_features(
+    cosine: Tensor,  # [M, B, L], of one history of L items that all rows share
+    flags: Tensor,  # [L, P]
+) -> Tensor:  # [B, M * S]
+    """Return `similarity_features` by products with the groups, without a copy for each group."""
+    flagged = flags > 0.5
+    everyone = torch.ones(flags.shape[0], 1, dtype=torch.bool, device=flags.device)
+    groups = torch.cat([everyone, flagged, ~flagged], dim=1).T  # [G, L]
+    members = groups.to(cosine.dtype)
+    count = members.sum(dim=1)  # [G]
+    mean = cosine @ members.T / count.clamp(min=1)  # [M, B, G]
+    padded, masks = F.pad(cosine, (0, 1)), F.pad(groups, (0, 1))  # a history may be empty
+    maxima = [torch.where(mask, padded, LOWER_THAN_COSINE).amax(dim=2) for mask in masks]
+    maximum = torch.where(count > 0, torch.stack(maxima, dim=2), 0.0)
+    votes = (cosine / 0.1).softmax(dim=2) @ flags.to(cosine.dtype)  # [M, B, P]
+    return torch.cat([mean, maximum, votes], dim=2).transpose(0, 1).flatten(1)
+
+
 def num_similarity_features(num_flags: int) -> int:
     """Return S of `similarity_features`."""
     return 2 * (1 + 2 * num_flags) + num_flags
@@ -71,6 +89,17 @@ def similarity_histogram(
     counts = cosine.new_zeros(history.lengths.shape[0] * bins)
     counts = counts.index_add(0, history.rows * bins + tier, history.ones_like(cosine))
     return torch.log1p(counts).view(-1, bins)
+
+
+def _similarities(
+    spaces: list[Tensor],  # [N] each
+    history: JaggedHistory,
+    parallel: Tensor,  # [N, P]
+) -> Tensor:  # [B, M * S]
+    if not history.is_shared:
+        return similarity_features(torch.stack(spaces, dim=1), history, parallel)
+    cosine = torch.stack(spaces).view(len(spaces), history.lengths.shape[0], history.longest)
+    return shared_similarity_features(cosine, history.of_one_row(parallel))
 
 
 class ContentInterest(nn.Module):
@@ -106,7 +135,7 @@ class ContentInterest(nn.Module):
         if settings.similarity_features:
             pairs = zip(content.target_modalities.unbind(dim=1), modalities.unbind(dim=1))
             spaces = [cosine, *(cosines(*vectors, history) for vectors in pairs)]
-            features.append(similarity_features(torch.stack(spaces, dim=1), history, parallel))
+            features.append(_similarities(spaces, history, parallel))
         if settings.simtier_bins:
             features.append(similarity_histogram(cosine, history, settings.simtier_bins))
         return torch.cat(features, dim=1).to(dtype)

@@ -10,6 +10,7 @@ from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.layers.content_interest import (
     cosines,
     num_similarity_features,
+    shared_similarity_features,
     similarity_features,
     similarity_histogram,
 )
@@ -63,6 +64,17 @@ def test_similarity_features_equal_a_loop_over_the_groups(num_flags: int) -> Non
     gradients = torch.autograd.grad((features * factor).sum(), [target, history])
     expected_gradients = torch.autograd.grad((expected * factor).sum(), [target, history])
     torch.testing.assert_close(gradients, expected_gradients, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [0, 5])
+def test_one_history_of_all_rows_has_the_features_of_as_many_copies(length: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    cosine = torch.rand(2, 3, length, generator=generator) * 2 - 1  # two spaces, three rows
+    flags = torch.rand(length, 2, generator=generator).round()
+    copies = torch.tensor([length] * 3)
+    history = JaggedHistory.of(torch.arange(length).repeat(3), copies, length)
+    expected = similarity_features(cosine.flatten(1).T, history, flags.repeat(3, 1))
+    torch.testing.assert_close(shared_similarity_features(cosine, flags), expected)
 
 
 def features_of(target: Tensor, items: Tensor, lengths: list[int], flags: Tensor) -> Tensor:
