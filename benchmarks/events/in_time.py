@@ -29,6 +29,7 @@ from sklearn.preprocessing import StandardScaler
 
 from benchmarks.results import RESULTS, Result, write_result
 from recsys.data.events.prepare import prepare_events
+from recsys.evaluation.metrics import grouped_auc
 
 RECIPE = Path("recsys/recipes/events/ifdb.yaml")
 TEXTS = ("title", "tags", "description")
@@ -46,13 +47,15 @@ def benchmark(log: Path, out: Path, results: Path = RESULTS) -> None:
     """
     report = prepare_events(RECIPE, out / "ifdb", log)
     unseen = report["splits"]["test"]["unseen"]
-    aucs = _aucs(out / "ifdb")
+    aucs, gaucs = _aucs(out / "ifdb")
     shutil.rmtree(out / "ifdb")
     rows = [("share of test positives without a training row", f"{unseen:.1%}", UNSEEN)]
     for name, auc in aucs.items():
         least = f"at least {LEAST_AUC[name]:.2f}" if name in LEAST_AUC else ""
         rows.append((f"test AUC of {name}", f"{auc:.3f}", least))
+    rows += [(f"test {name} of counts and similarity", f"{value:.3f}", "") for name, value in gaucs]
     record = {"benchmark": "events_in_time", "report": report, "unseen": unseen, "auc": aucs}
+    record["gauc"] = dict(gaucs)
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -70,8 +73,11 @@ def benchmark(log: Path, out: Path, results: Path = RESULTS) -> None:
     write_result(Result("events_in_time", title, [record], columns, rows, draw, reading), results)
 
 
-def _aucs(data: Path) -> dict[str, float]:
-    """Return test AUCs of scores that nothing but a logistic regression was trained for."""
+def _aucs(data: Path) -> tuple[dict[str, float], list[tuple[str, float]]]:
+    """Return test AUCs of scores that nothing but a logistic regression was trained for.
+
+    And the GAUC of the last of them, over all rows and over those of items without a training row.
+    """
     items = pq.read_table(data / "items")
     texts = [
         " ".join(text or "" for text in row)
@@ -94,7 +100,13 @@ def _aucs(data: Path) -> dict[str, float]:
         model.fit(columns[:, part], labels)
         scores = model.decision_function(test_columns[:, part])
         aucs[name] = float(roc_auc_score(test_labels, scores))
-    return aucs
+    users = test["user"].combine_chunks().dictionary_encode().indices.to_numpy()
+    unseen = rows_of_item[test_places] == 0
+    gaucs = []
+    for name, part in (("GAUC", slice(None)), ("GAUC unseen", unseen)):
+        _, of_users, sizes = grouped_auc(test_labels[part] > 0, scores[part], users[part])
+        gaucs.append((name, float(np.average(of_users, weights=sizes))))
+    return aucs, gaucs
 
 
 def _columns(table: pa.Table, items: pa.ChunkedArray, tfidf: csr_matrix) -> np.ndarray:

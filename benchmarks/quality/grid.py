@@ -286,6 +286,8 @@ def encoders(training: str, top_layers: int = 0, share: float = 1.0) -> Settings
     `share`: of a step's items that are encoded, with gradient; the bank has the others.
     """
     settings: dict[str, Any] = {f"content.modalities.{name}.training": training for name in TEXTS}
+    # Higher than the default, which leaves a new network as it is within one epoch.
+    settings["optimizer.encoder_learning_rate"] = 2e-3 if training == "side" else 1e-3
     if top_layers:
         settings |= {f"content.modalities.{name}.lora.top_layers": top_layers for name in TEXTS}
     if share < 1:
