@@ -41,6 +41,11 @@ INTERVALS = (
     "twenty does so by chance."
 )
 
+COSTS = (
+    "Times are those of a clock, and other programs on the machine lengthen them. Memory is the "
+    "most that the process of a training held. Both are medians over runs."
+)
+
 
 @dataclass(frozen=True)
 class CellResult:
@@ -194,7 +199,7 @@ def write_study(study: Study, files: Path) -> None:
         for record in _records(study, cell_effects, peer_effects)
     ]
     lines = ["# Quality of each part", provenance_words(study.about), study.protocol]
-    lines += [_headline(study.results), MARK_NOTE]
+    lines += [_headline(study.results), COSTS, MARK_NOTE]
     if cell_effects:
         lines += [INTERVALS, _effect_table(cell_effects)]
     if peer_effects:
