@@ -101,13 +101,16 @@ def benchmark(users: tuple[int, ...] = USERS, quick: bool = False, results: Path
     """
     require_own_folder(quick, results)
     sizes, num_items = ((50, 100), 200) if quick else (users, NUM_ITEMS)
-    records = [_measured(num_users, num_items) for num_users in sizes]
+    measured = [_measured(num_users, num_items) for num_users in sizes]
+    steps = _step_milliseconds([(neighbours, batch) for _, neighbours, batch in measured])
+    records = [record | {"step_ms": step} for (record, _, _), step in zip(measured, steps)]
     write_result(_result(records), results)
     if not quick:
         _require_scaling(records)
 
 
-def _measured(num_users: int, num_items: int) -> dict[str, Any]:
+def _measured(num_users: int, num_items: int) -> tuple[dict[str, Any], Neighbours, Batch]:
+    """Return the figures of a log, its neighbours in training, and a batch."""
     log = Log.generated(num_users, num_items)
     dimensions = InputDimensions(
         [], 8, 0, num_parallel=1, num_labels=1, parallel_names=("stars",), num_items=num_items
@@ -119,15 +122,15 @@ def _measured(num_users: int, num_items: int) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     batches = _batches(log.ranked_rows(RANKED_USERS), num_users, num_items)
     buffers = sum(part.nbytes for name, part in neighbours.named_buffers() if "blend" not in name)
-    return {
+    record = {
         "benchmark": "neighbour_scaling",
         "users": num_users,
         "events": len(events.users),
         **_quality(neighbours.eval(), batches),
-        "step_ms": _step_milliseconds(neighbours.train(), batches[0]),
         "statistics_s": seconds,
         "bytes_per_item": buffers / num_items,
     }
+    return record, neighbours.train(), batches[0]
 
 
 def _batches(rows: pa.Table, num_users: int, num_items: int) -> list[Batch]:
@@ -157,14 +160,15 @@ def _quality(neighbours: Neighbours, batches: list[Batch]) -> dict[str, float]:
     return gaucs
 
 
-def _step_milliseconds(neighbours: Neighbours, batch: Batch) -> float:
-    """Return the median time of a forward and a backward pass."""
-    times = []
+def _step_milliseconds(models: list[tuple[Neighbours, Batch]]) -> list[float]:
+    """Return the median processor time of a forward and a backward pass of each; they take turns."""
+    times: list[list[float]] = [[] for _ in models]
     for _ in range(STEPS):
-        start = time.perf_counter()
-        neighbours(None, batch).regression.sum().backward()
-        times.append(time.perf_counter() - start)
-    return 1000 * median(times)
+        for (neighbours, batch), seconds in zip(models, times):
+            start = time.process_time()
+            neighbours(None, batch).regression.sum().backward()
+            seconds.append(time.process_time() - start)
+    return [1000 * median(seconds) for seconds in times]
 
 
 def _result(records: list[dict[str, Any]]) -> Result:

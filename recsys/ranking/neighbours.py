@@ -128,7 +128,6 @@ class Neighbours(nn.Module):
         self.dropout, num_items, dim = settings.dropout, dimensions.num_items, settings.dim
         valued = 0 if self.column is None else num_items
         self.register_buffer("cooccurrence", torch.zeros(num_items, FOLDS + 1, dim))
-        # In half precision: they only weigh votes.
         taste = torch.zeros(valued, FOLDS + 1, settings.taste_dim, dtype=torch.float16)
         self.register_buffer("taste", taste)
         self.register_buffer("value_sums", torch.zeros(num_items, FOLDS + 1))  # of deviations
@@ -138,8 +137,8 @@ class Neighbours(nn.Module):
         self.content_map: nn.Linear | None = None
         if content is not None:
             self.content_map = _leading_components(len(content.modalities), content.dim, dim)
-        # Logarithms of the kernel's shares of co-occurrence and content, and of the noise.
-        self.log_shares = nn.Parameter(torch.tensor([0.0, -2.0]))
+        # Logarithms of the kernel's shares of co-occurrence, content and taste, and of the noise.
+        self.log_shares = nn.Parameter(torch.tensor([0.0, -2.0, -1.0][: 2 + (valued > 0)]))
         self.log_noise = nn.Parameter(torch.tensor(-1.0))
         self.head = _head(dimensions.num_labels)
         self.blend = Blend(dimensions.num_labels)
@@ -152,11 +151,12 @@ class Neighbours(nn.Module):
             is_new = torch.rand(len(targets), device=targets.device) < self.dropout
             targets = targets.masked_fill(is_new, len(self.cooccurrence))
         history, target_rows = self._history(batch, fold), self._rows_of(targets, fold)
-        mean, variance = self._regression(content, batch, history, target_rows)
+        vectors = self._item_vectors(history.rows, target_rows)
+        mean, variance = self._regression(content, history, vectors)
         item_mean, count = self._item_means(target_rows)
         shared = [part.expand_as(mean) for part in (history.user_mean, torch.log1p(history.length))]
         evidence = torch.stack([mean, variance, item_mean, torch.log1p(count), *shared], dim=1)
-        votes = self._votes(history, target_rows)
+        votes = self._votes(history, vectors[-1])
         batch = replace(batch, dense_features=torch.cat([batch.dense_features, votes], dim=1))
         return NeighbourEvidence(batch, evidence.detach(), self.head(evidence))
 
@@ -183,29 +183,39 @@ class Neighbours(nn.Module):
             rows = _Rows(rows.index, None)
         return _History(rows, index, mask, deviations, length, user_mean, history.is_shared)
 
+    def _item_vectors(self, past_rows: _Rows, target_rows: _Rows) -> list[_Vectors]:
+        """Return the vectors by co-occurrence and, with values, by taste.
+
+        Those of taste stay in half precision in training: votes need no more, and they are many.
+        """
+        buffers = [self.cooccurrence] + ([] if self.column is None else [self.taste])
+        kinds = [buffer.dtype if self.training else torch.float32 for buffer in buffers]
+        return [
+            _Vectors(target_rows.gather(buffer, kind), past_rows.gather(buffer, kind))
+            for buffer, kind in zip(buffers, kinds)
+        ]
+
     def _regression(
-        self,
-        content: ContentVectors | None,
-        batch: Batch,
-        history: _History,
-        target_rows: _Rows,  # [B]
+        self, content: ContentVectors | None, history: _History, vectors: list[_Vectors]
     ) -> tuple[Tensor, Tensor]:  # [B], [B]
         """Return mean and variance of the target's deviation. A collective with content."""
         item_mean, _ = self._item_means(history.rows)
         residuals = (history.deviations - item_mean) * history.mask
-        shares = self.log_shares.exp()
-        prior = shares[:1].expand(self.cooccurrence.shape[2])
-        target, past = (rows.gather(self.cooccurrence) for rows in (target_rows, history.rows))
-        target_kernel = shares[0] * target.square().sum(1)  # [B], of a target with itself
-        past_kernel = shares[0] * past.square().sum(2)  # [R, L]
+        shares, dim = self.log_shares.exp(), self.cooccurrence.shape[2]
+        parts = [(share, part.leading(dim)) for share, part in zip(shares[::2], vectors)]
+        # Kernels of a target [B], and of a history's items [R, L], with themselves.
+        target_kernel = sum(share * part.target.square().sum(1) for share, part in parts)
+        past_kernel = sum(share * part.past.square().sum(2) for share, part in parts)
         if self.content_map is not None:
             assert content is not None
             new = self.content_map(content.target_modalities.float().flatten(1))
             old = self.content_map(content.read_history()[1].float().flatten(1))
             target_kernel = target_kernel + shares[1] * new.square().sum(1)
             past_kernel = past_kernel + (shares[1] * old.square().sum(1))[history.index]
-            prior = torch.cat([prior, shares[1:].expand(new.shape[1])])
-            target, past = torch.cat([target, new], 1), torch.cat([past, old[history.index]], 2)
+            parts.append((shares[1], _Vectors(new, old[history.index])))
+        prior = torch.cat([share.expand(part.target.shape[1]) for share, part in parts])
+        target = torch.cat([part.target for _, part in parts], dim=1)
+        past = torch.cat([part.past for _, part in parts], dim=2)
         # An item's own part, which its vector leaves out, is noise where it is in the history.
         own_variance, target_variance = (
             (shares.sum() - part).clamp(min=0) for part in (past_kernel, target_kernel)
@@ -216,13 +226,9 @@ class Neighbours(nn.Module):
         return mean, variance + target_variance
 
     @torch.no_grad()
-    def _votes(self, history: _History, target_rows: _Rows) -> Tensor:  # [B, NUM_VOTES]
+    def _votes(self, history: _History, vectors: _Vectors) -> Tensor:  # [B, NUM_VOTES]
         """Return means and sum of the values by similarity, and log(1 + sum of similarities)."""
-        factors = self.cooccurrence if self.column is None else self.taste
-        # Training multiplies in half precision: votes need no more, and the rows are many.
-        kind = factors.dtype if self.training else torch.float32
-        target, past = (rows.gather(factors, kind) for rows in (target_rows, history.rows))
-        similarity = (past @ history.columns(target)).float()  # [R, L, D] [R, D, K] -> [R, L, K]
+        similarity = (vectors.past @ history.columns(vectors.target)).float()  # [R, L, K]
         similarity = similarity * history.mask.unsqueeze(2)
         values = history.deviations.unsqueeze(2)
         positive = similarity.clamp(min=0)
@@ -262,6 +268,17 @@ class _Rows:
     ) -> Tensor:  # [I, F + 1, D] -> [..., D]
         rows = embedding(self.index, statistics.flatten(0, 1)).to(kind)
         return rows if self.has_row is None else rows * self.has_row.unsqueeze(-1).to(kind)
+
+
+@dataclass
+class _Vectors:
+    """Vectors of the targets [B, D], and of the items of the histories [R, L, D]."""
+
+    target: Tensor
+    past: Tensor
+
+    def leading(self, dim: int) -> _Vectors:
+        return _Vectors(self.target[:, :dim].float(), self.past[:, :, :dim].float())
 
 
 @dataclass

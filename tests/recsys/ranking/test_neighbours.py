@@ -61,9 +61,10 @@ def plain_evidence(neighbours: Neighbours, row: int, fold: int = FOLDS) -> Tenso
     values = (batch.history.values[first:last, 0].double() - 0.4) / 0.5
     user_mean = values.sum() / (len(values) + PRIOR_VALUES)
     means = neighbours.value_sums[:, fold].double() / (3 + PRIOR_VALUES)
-    old, new = (neighbours.cooccurrence[ids, fold].double() for ids in (items, target))
     shares = neighbours.log_shares.exp().double()
-    prior = shares[0].expand(DIM)
+    factors = torch.cat([neighbours.cooccurrence, neighbours.taste.float()[:, :, :DIM]], dim=2)
+    old, new = (factors[ids, fold].double() for ids in (items, target))
+    prior = torch.cat([shares[0].expand(DIM), shares[2].expand(DIM)])
     if neighbours.content_map is not None:
         places = slice(first, last), row
         parts = content.read_history()[1], content.target_modalities
