@@ -161,7 +161,7 @@ def _quality(neighbours: Neighbours, batches: list[Batch]) -> dict[str, float]:
 
 
 def _step_milliseconds(models: list[tuple[Neighbours, Batch]]) -> list[float]:
-    """Return the median processor time of a forward and a backward pass of each; they take turns."""
+    """Return the median processor time of a step of each; they take turns."""
     times: list[list[float]] = [[] for _ in models]
     for _ in range(STEPS):
         for (neighbours, batch), seconds in zip(models, times):
