@@ -204,8 +204,8 @@ class Neighbours(nn.Module):
         shares, dim = self.log_shares.exp(), self.cooccurrence.shape[2]
         parts = [(share, part.leading(dim)) for share, part in zip(shares[::2], vectors)]
         # Kernels of a target [B], and of a history's items [R, L], with themselves.
-        target_kernel = sum(share * part.target.square().sum(1) for share, part in parts)
-        past_kernel = sum(share * part.past.square().sum(2) for share, part in parts)
+        target_kernel = sum(share * _squared_lengths(part.target) for share, part in parts)
+        past_kernel = sum(share * _squared_lengths(part.past) for share, part in parts)
         if self.content_map is not None:
             assert content is not None
             new = self.content_map(content.target_modalities.float().flatten(1))
@@ -303,6 +303,10 @@ class _History:
     def columns(self, vectors: Tensor) -> Tensor:  # [B, Z] -> [R, Z, K], K = 1, or B if shared
         """Return the vectors of targets for products with the vectors of each history."""
         return vectors.T.unsqueeze(0) if self.is_shared else vectors.unsqueeze(2)
+
+
+def _squared_lengths(vectors: Tensor) -> Tensor:  # [..., D] -> [...]
+    return torch.linalg.vector_norm(vectors, dim=-1).square()
 
 
 def _places(history: JaggedHistory) -> tuple[Tensor, Tensor]:  # int64 [R, L], [R, L]

@@ -192,14 +192,13 @@ def item_similarities(
     for start in range(0, num_items, ITEMS_PER_BLOCK):
         rows = slice(start, start + ITEMS_PER_BLOCK)
         common = vectors[0][rows] @ vectors[0].T
-        weight = common.data / (common.data + settings.significance)
+        weights = common.copy()
+        weights.data /= weights.data + settings.significance
         for part, scale, nearest in zip(vectors, scales, blocks):
-            products = common if part is vectors[0] else part[rows] @ part.T
-            assert np.array_equal(products.indices, common.indices)  # data in the same order
-            scaled = np.repeat(scale[rows], np.diff(products.indptr)) * scale[products.indices]
-            similarity = csr_matrix(
-                (products.data * scaled * weight, products.indices, products.indptr), products.shape
-            )
+            products = common if part is vectors[0] else part[rows] @ part.T  # without zeros
+            products.data *= np.repeat(scale[rows], np.diff(products.indptr))
+            products.data *= scale[products.indices]
+            similarity = products.multiply(weights).tocsr()
             nearest.append(_nearest(similarity, start, settings.neighbours_per_item))
     return [_symmetric(vstack(nearest).tocsr()) for nearest in blocks]
 

@@ -69,8 +69,8 @@ class _Ridge(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # [R], [R]
         past, residuals, precisions, _, prior, weights, directions = ctx.saved_tensors
         mean, variance = (part.unsqueeze(1) for part in gradients)
-        along = (past @ directions).squeeze(2)  # [R, L]
-        errors = residuals - (past @ weights).squeeze(2)
+        along, predicted = (past @ torch.cat([directions, weights], dim=2)).unbind(2)  # [R, L]
+        errors = residuals - predicted
         factors = precisions * (mean * errors - 2 * variance * along), precisions * mean * along
         rows = torch.cat([directions, -weights], dim=2).transpose(1, 2)  # [R, 2, Z]
         weights, directions = weights.squeeze(2), directions.squeeze(2)

@@ -84,6 +84,13 @@ def test_similarities_are_those_of_brute_force(
     np.testing.assert_allclose(actual, by_brute_force(events, by_value), atol=1e-6)
 
 
+def test_values_that_cancel_are_similar_by_users_alone() -> None:
+    events = Events(np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1]), np.array([1.0, 1, 1, -1]))
+    by_users, by_values = item_similarities(events, 2, SETTINGS)
+    np.testing.assert_allclose(by_users.toarray(), [[0, 0.5], [0.5, 0]])
+    assert not by_values.toarray().any()
+
+
 def test_a_pair_is_kept_if_one_is_a_near_neighbour_of_the_other() -> None:
     settings = NeighbourSettings("liked", neighbours_per_item=1, significance=2.0)
     every = by_brute_force(random_events(), by_value=True)
