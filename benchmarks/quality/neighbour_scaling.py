@@ -50,6 +50,7 @@ class Log:
 
     @staticmethod
     def generated(num_users: int, num_items: int) -> Log:
+        """Return a log in which users see items by popularity alone."""
         generator = np.random.default_rng(0)
         tastes = generator.standard_normal((num_items, TASTES)) / TASTES**0.5
         means = generator.standard_normal(num_items) * 0.5

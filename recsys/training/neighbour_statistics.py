@@ -144,17 +144,15 @@ def fill_statistics(neighbours: Neighbours, events: Events, settings: NeighbourS
         neighbours.value_deviation.fill_(deviation or 1.0)
     deviations = replace(events, values=value_deviations(events, settings))
     for fold in range(FOLDS + 1):
-        without_fold = deviations.take(
-            events.users % FOLDS != fold
-        )  # all users after the last fold
+        without_fold = deviations.take(events.users % FOLDS != fold)  # all users for the last one
         sums = np.bincount(without_fold.items, without_fold.values, num_items)
         counts = np.bincount(without_fold.items, minlength=num_items)
         neighbours.value_sums[:, fold] = torch.from_numpy(sums)
         neighbours.value_counts[:, fold] = torch.from_numpy(counts)
-        widths = dim, settings.taste_dim
-        buffers = neighbours.cooccurrence, neighbours.taste
+        # Without values there is no second similarity.
+        buffers = (neighbours.cooccurrence, dim), (neighbours.taste, settings.taste_dim)
         similarities = item_similarities(without_fold, num_items, settings)
-        for buffer, similarity, width in zip(buffers, similarities, widths):
+        for (buffer, width), similarity in zip(buffers, similarities):
             buffer[:, fold] = torch.from_numpy(leading_factors(similarity, width))
 
 

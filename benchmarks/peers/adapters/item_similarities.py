@@ -73,6 +73,7 @@ class Events:
 
     @staticmethod
     def of_histories(rows: Rows) -> Events:
+        """Return each user's items once, whatever the number of his rows."""
         user = np.repeat(rows.user, np.diff(rows.offsets))
         pairs = np.stack([user, rows.history], axis=1)
         pairs, first = np.unique(pairs, axis=0, return_index=True)

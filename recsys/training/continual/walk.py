@@ -209,7 +209,7 @@ def _walk(continual: ContinualRun, options: WalkOptions) -> RunState:
 
 def _name_unused(config: Config) -> None:
     """Log the settings on validation that a continual run ignores."""
-    names = ("epochs", "patience", "validations_per_epoch", "best_model_by")
+    names = ("epochs", "patience", "patience_share", "validations_per_epoch", "best_model_by")
     default = Config()
     unused = [name for name in names if getattr(config, name) != getattr(default, name)]
     if unused:
