@@ -1,0 +1,37 @@
+"""Features by co-rating: a training row reads nothing of its own fold of users."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks.peers.trainings import ADAPTERS
+
+
+def test_ratings_of_the_own_fold_change_no_feature_of_training_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ADAPTERS))
+    import item_similarities
+    import peer_rows
+
+    generator = np.random.default_rng(0)
+    users, length, num_items = np.arange(20), 6, 12
+    history = np.concatenate([generator.permutation(num_items)[:length] for _ in users])
+    lists = {name: generator.random(len(history)) for name in ("history_liked", "history_stars")}
+    offsets = np.arange(len(users) + 1) * length
+    items = generator.integers(0, num_items, len(users))
+    train = peer_rows.Rows(users, items, np.zeros(len(users)), offsets, history, lists)
+
+    def features(rows: object, other: object) -> np.ndarray:
+        padded = item_similarities.PaddedHistory.of_rows(rows, length)
+        return item_similarities.co_rating_features(rows, padded, other, num_items)
+
+    own = users % item_similarities.FOLDS == 0
+    other_history = np.where(np.repeat(own, length), (history + 1) % num_items, history)
+    moved = replace(train, history=other_history)
+    before, after = features(train, train), features(moved, moved)
+    np.testing.assert_allclose(before[own, :2], after[own, :2])  # of the target alone
+    assert not np.array_equal(before[~own], after[~own])
