@@ -5,6 +5,7 @@
 `--log` holds the files of the recipe `recsys/recipes/events/ifdb.yaml`. Two figures show items
 known too early: the share of test positives without a training row, and the AUC of an item's
 mean label. A logistic regression on counts and text similarity shows what the columns can rank.
+With `--runs`, finished trainings on the same dataset are compared with it.
 
 Shapes: R rows of a split, L items of all their histories, N items.
 """
@@ -12,6 +13,8 @@ Shapes: R rows of a split, L items of all their histories, N items.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,33 +32,41 @@ from sklearn.preprocessing import StandardScaler
 
 from benchmarks.results import RESULTS, Result, write_result
 from recsys.data.events.prepare import prepare_events
+from recsys.evaluation.bootstrap import Interval, paired_difference
 from recsys.evaluation.metrics import grouped_auc
+from recsys.evaluation.scores import read_scores, scores_file
 
 RECIPE = Path("recsys/recipes/events/ifdb.yaml")
 TEXTS = ("title", "tags", "description")
 UNSEEN = "46.9% within 0.5%"  # of test positives, counted in the log by hand
+METRICS = [(metric, part) for metric in ("gauc", "auc") for part in ("all", "unseen")]
 LEAST_AUC = {"mean training label of the item": 0.45, "counts and similarity of texts": 0.78}
 
 
-def benchmark(log: Path, out: Path, results: Path = RESULTS) -> None:
+def benchmark(log: Path, out: Path, runs: Sequence[Path] = (), results: Path = RESULTS) -> None:
     """Measure the dataset.
 
     Args:
         log: folder of the files that the recipe names.
         out: folder for the dataset, which is removed afterwards.
+        runs: trainings of one recipe on this dataset, one for each seed.
         results: folder for the figures.
     """
     report = prepare_events(RECIPE, out / "ifdb", log)
     unseen = report["splits"]["test"]["unseen"]
-    aucs, gaucs = _aucs(out / "ifdb")
+    aucs, gaucs, scores = _aucs(out / "ifdb")
     shutil.rmtree(out / "ifdb")
     rows = [("share of test positives without a training row", f"{unseen:.1%}", UNSEEN)]
     for name, auc in aucs.items():
         least = f"at least {LEAST_AUC[name]:.2f}" if name in LEAST_AUC else ""
         rows.append((f"test AUC of {name}", f"{auc:.3f}", least))
     rows += [(f"test {name} of counts and similarity", f"{value:.3f}", "") for name, value in gaucs]
+    gains = _gains(scores, runs) if runs else []
+    rows += [
+        (f"gain of {len(runs)} runs over it in {name}", _text(gain), "") for name, gain in gains
+    ]
     record = {"benchmark": "events_in_time", "report": report, "unseen": unseen, "auc": aucs}
-    record["gauc"] = dict(gaucs)
+    record |= {"gauc": dict(gaucs), "gains": {name: asdict(gain) for name, gain in gains}}
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -67,16 +78,36 @@ def benchmark(log: Path, out: Path, results: Path = RESULTS) -> None:
     reading = [
         "A mean training label below 0.5 would tell that items of the future were drawn as "
         "negatives in training.",
+        "A count of an item's plays is at least 1, as in the recipe: a drawn item had one by then, "
+        "so that 0 would give away its first.",
     ]
     columns = ["figure", "measured", "aim"]
     title = "A log where content decides, prepared in time"
     write_result(Result("events_in_time", title, [record], columns, rows, draw, reading), results)
 
 
-def _aucs(data: Path) -> tuple[dict[str, float], list[tuple[str, float]]]:
+def _gains(scores: np.ndarray, runs: Sequence[Path]) -> list[tuple[str, Interval]]:  # scores [R]
+    """Return the metrics of runs, by mean over them, less those of the scores."""
+    ours = [read_scores(scores_file(run, "test")) for run in runs]
+    logits = scores[ours[0].positions][:, None].astype(np.float32)
+    floor = [[replace(ours[0], logits=logits)]]
+    gains = []
+    for metric, part in METRICS:
+        gain = paired_difference(floor, [[run] for run in ours], metric, part)
+        assert gain is not None
+        gains.append((f"{metric.upper()}, {part} rows", gain))
+    return gains
+
+
+def _text(gain: Interval) -> str:
+    return f"{gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
+
+
+def _aucs(data: Path) -> tuple[dict[str, float], list[tuple[str, float]], np.ndarray]:
     """Return test AUCs of scores that nothing but a logistic regression was trained for.
 
-    And the GAUC of the last of them, over all rows and over those of items without a training row.
+    And the GAUC of the last of them, over all rows and over those of items without a training row,
+    and its scores [R].
     """
     items = pq.read_table(data / "items")
     texts = [
@@ -106,7 +137,7 @@ def _aucs(data: Path) -> tuple[dict[str, float], list[tuple[str, float]]]:
     for name, part in (("GAUC", slice(None)), ("GAUC unseen", unseen)):
         _, of_users, sizes = grouped_auc(test_labels[part] > 0, scores[part], users[part])
         gaucs.append((name, float(np.average(of_users, weights=sizes))))
-    return aucs, gaucs
+    return aucs, gaucs, scores
 
 
 def _columns(table: pa.Table, items: pa.ChunkedArray, tfidf: csr_matrix) -> np.ndarray:
@@ -118,7 +149,9 @@ def _columns(table: pa.Table, items: pa.ChunkedArray, tfidf: csr_matrix) -> np.n
     targets = pc.index_in(table["item"], items).to_numpy()
     average = csr_matrix((1 / lengths[rows], (rows, past)), (len(table), len(items))) @ tfidf
     similarity = np.asarray(average.multiply(tfidf[targets]).sum(axis=1)).ravel()
-    counts = [np.log1p(table[name].to_numpy()) for name in table.column_names if "plays_of" in name]
+    names = [name for name in table.column_names if "plays_of" in name]
+    least = [float(name == "plays_of_item") for name in names]
+    counts = [np.log1p(np.maximum(table[name], low)) for name, low in zip(names, least)]
     return np.stack([*counts, lengths == 0, similarity], axis=1)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,6 +44,7 @@ def peers(
     recipe: Path = RECIPE,
     quick: bool = False,
     results: Path = RESULTS,
+    page: str = "peers",
 ) -> None:
     """Train everything that is not finished, and write the page.
 
@@ -59,6 +60,7 @@ def peers(
         recipe: the recipe.
         quick: try the peers on a few rows, each with the first trial; the recipe is left out.
         results: folder for the figures.
+        page: name of these files.
 
     Raises:
         ValueError: a name is unknown, or `data` is no dataset.
@@ -79,7 +81,8 @@ def peers(
     entries = [] if quick else [_recipe(datasets, recipe, runs or out / "runs", seeds, jobs)]
     for peer in selected:
         entries.append(_entry(peer, tuned(peer, tuning, trials, out), rows, seeds, jobs, out))
-    write_result(peers_result(entries, names, trials, [window.name for window in tuning]), results)
+    result = peers_result(entries, names, trials, [window.name for window in tuning])
+    write_result(replace(result, name=page), results)
 
 
 def _recipe(datasets: dict[str, str], recipe: Path, runs: Path, seeds: int, jobs: int) -> Entry:

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from recsys.build import Job, build_job
 from recsys.config import Config, load_config, to_plain
 from recsys.content.encoders.base import Encoder, mean_token
 from recsys.data.events.samples import SPLITS
+from recsys.data.parquet.columns import RowColumns
+from recsys.data.parquet.values import RAW_GROUP
 from recsys.data.row_source import open_rows
 from recsys.data.schema import Schema, load_schema
 from recsys.distributed.ranks import joined_ranks
@@ -38,7 +39,7 @@ def write_rows(data: str, recipe: Path, out: Path, most_rows: int | None = None)
     The folder appears whole or not at all; one that exists is kept if it is of this data.
 
     Args:
-        data: dataset with one label, whose ids are rows of tables.
+        data: dataset with one label and a history.
         recipe: names the encoders.
         out: folder to write.
         most_rows: of each split, the first in time; None: all.
@@ -58,8 +59,9 @@ def write_rows(data: str, recipe: Path, out: Path, most_rows: int | None = None)
         return
     with whole_folder(out) as partial:
         for split in SPLITS:
-            table = pq.read_table(Path(data) / split).slice(0, most_rows)
-            np.savez(partial / f"{split}.npz", **_arrays(table, schema))
+            rows = open_rows(config.source, Location.of(data), split, schema)
+            table = pa.concat_tables(rows.read(*rows.share(0, 1))).slice(0, most_rows)
+            np.savez(partial / f"{split}.npz", **_arrays(RowColumns.of(table), schema))
         vectors, widths = _vectors(data, config)
         np.save(partial / VECTORS, vectors)
         np.save(partial / WIDTHS, widths)
@@ -67,14 +69,12 @@ def write_rows(data: str, recipe: Path, out: Path, most_rows: int | None = None)
 
 
 def _check(data: str, schema: Schema) -> None:
-    with_map = [name for name, column in schema.columns.items() if column.vocabulary]
-    absent = sorted(set(LISTS) - set(schema.parallel))
-    if with_map or absent or len(schema.of_kind("label")) != 1:
-        raise ValueError(
-            f"{data}: peers need one label, ids that are rows of tables (with a vocabulary: "
-            f"{with_map}) and the lists {list(LISTS)} beside the history (absent: {absent}); make "
-            "it by `recsys prepare movielens`"
-        )
+    if (labels := schema.of_kind("label")) and len(labels) == 1 and schema.history is not None:
+        return
+    raise ValueError(
+        f"{data}: peers need a history and one label (here: {labels}); make the data by "
+        "`recsys prepare movielens` or `prepare events`"
+    )
 
 
 def _about(data: str, schema: Schema, config: Config, most_rows: int | None) -> dict[str, Any]:
@@ -87,21 +87,24 @@ def _about(data: str, schema: Schema, config: Config, most_rows: int | None) -> 
     }
 
 
-def _arrays(table: pa.Table, schema: Schema) -> dict[str, np.ndarray]:
+def _arrays(columns: RowColumns, schema: Schema) -> dict[str, np.ndarray]:
     history, (label,) = schema.history, schema.of_kind("label")
     assert history is not None
-    lists = table[history].combine_chunks()
-    lengths = lists.value_lengths().to_numpy()
+    items = columns.values(history)
     arrays = {
-        "user": table[schema.group].to_numpy(),
-        "item": table[schema.target_item].to_numpy(),
-        "label": table[label].to_numpy(),
-        "offsets": np.concatenate([[0], np.cumsum(lengths)]),
-        "history": lists.flatten().to_numpy(),
+        "user": columns.values(schema.group),
+        "item": columns.values(schema.target_item),
+        "label": columns.values(label),
+        "offsets": np.concatenate([[0], np.cumsum(columns.lengths(history))]),
+        "history": items,
     }
-    for name in schema.parallel:
-        arrays[name] = table[name].combine_chunks().flatten().to_numpy()
-    return arrays
+    if RAW_GROUP in columns.numbers:
+        arrays["group"] = columns.values(RAW_GROUP)
+    if dense := schema.of_kind("dense"):
+        arrays["numbers"] = np.stack([columns.values(name) for name in dense], axis=1)
+    lists = {name: columns.values(name) for name in schema.parallel}
+    # In a log without values each item of the history counts as 1.
+    return arrays | {name: np.ones(len(items), np.float32) for name in LISTS} | lists
 
 
 def _vectors(data: str, config: Config) -> tuple[np.ndarray, np.ndarray]:

@@ -58,7 +58,8 @@ class PeerTraining:
         values = self._result()[split]
         with np.load(self.rows / f"{split}.npz") as rows, np.load(self.rows / "train.npz") as train:
             counts = ItemCounts.of_rows(train["item"]).of(rows["item"])
-            users, items, labels = rows["user"], rows["item"], rows["label"]
+            users = rows["group" if "group" in rows.files else "user"]
+            items, labels = rows["item"], rows["label"]
         if values.shape != labels.shape or not np.isfinite(values).all():
             raise RuntimeError(f"{self.peer.name}: {self.file}: not a finite score of each row")
         logits = values.astype(np.float32)[:, None]

@@ -27,17 +27,18 @@ class PaddedHistory:
     inside: np.ndarray  # bool
     liked: np.ndarray
     stars: np.ndarray
+    has_values: bool  # whether stars differ; in a log without them each item counts as 1
 
     @staticmethod
     def of_rows(rows: Rows, length: int) -> PaddedHistory:
         inside = rows.padded(np.ones(len(rows.history)), length) > 0
         columns = (rows.history, rows.beside["history_liked"], rows.beside["history_stars"])
         items, liked, stars = (rows.padded(column, length) for column in columns)
-        return PaddedHistory(items, inside, liked, stars)
+        return PaddedHistory(items, inside, liked, stars, bool(np.ptp(columns[2])))
 
     def take(self, rows: np.ndarray) -> PaddedHistory:
         columns = (self.items, self.inside, self.liked, self.stars)
-        return PaddedHistory(*(column[rows] for column in columns))
+        return PaddedHistory(*(column[rows] for column in columns), self.has_values)
 
 
 def similarity_features(
@@ -47,7 +48,7 @@ def similarity_features(
     """Return similarities to the history, and what its most similar items say of the target."""
     similarity = similarity * history.inside
     mean = (history.stars * history.inside).sum(1) / np.maximum(history.inside.sum(1), 1)
-    deviation = (history.stars - mean[:, None]) * history.inside
+    deviation = (history.stars - mean[:, None] * history.has_values) * history.inside
     columns = []
     for mask in (history.inside & (history.liked > 0), history.inside & (history.liked <= 0)):
         weight = mask / np.maximum(mask.sum(1), 1)[:, None]
@@ -56,7 +57,7 @@ def similarity_features(
     near = np.maximum(np.take_along_axis(similarity, order, 1), 0)
     near_deviation = np.take_along_axis(deviation, order, 1)
     for count in NEAREST:
-        total = np.maximum(near[:, :count].sum(1), 1e-6)
+        total = np.maximum(near[:, :count].sum(1), 1e-6) if history.has_values else count
         columns.append((near[:, :count] * near_deviation[:, :count]).sum(1) / total)
     columns.append((np.maximum(similarity, 0) ** 4 * deviation).sum(1))
     columns.append((similarity * deviation).sum(1) / np.sqrt(history.inside.sum(1) + 1))

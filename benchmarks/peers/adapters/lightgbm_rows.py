@@ -25,6 +25,7 @@ def features(
     """Return the features of rows."""
     history = PaddedHistory.of_rows(rows, LENGTH)
     blocks = [_of_user(rows), _of_item(rows, train)]
+    blocks += [] if rows.numbers is None else [rows.numbers]
     for matrix in vectors:
         cosines = (matrix @ matrix.T)[rows.item[:, None], history.items]
         blocks.append(similarity_features(cosines, history))

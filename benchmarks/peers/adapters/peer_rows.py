@@ -29,13 +29,16 @@ class Rows:
     offsets: np.ndarray  # int64 [N + 1], of each row's history, oldest first
     history: np.ndarray  # int64 [H]
     beside: dict[str, np.ndarray]  # float32 [H] each: parallel lists by name
+    numbers: np.ndarray | None = None  # float32 [N, K], such as counts of the item
 
     @classmethod
     def read(cls, folder: Path, split: str) -> Rows:
         with np.load(folder / f"{split}.npz") as arrays:
             columns = {name: arrays[name] for name in arrays.files}
         names = ("user", "item", "label", "offsets", "history")
-        return cls(*(columns.pop(name) for name in names), columns)
+        numbers = columns.pop("numbers", None)
+        columns.pop("group", None)  # by which scores are averaged
+        return cls(*(columns.pop(name) for name in names), columns, numbers)
 
     def __len__(self) -> int:
         return len(self.item)

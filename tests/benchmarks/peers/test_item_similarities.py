@@ -35,3 +35,21 @@ def test_ratings_of_the_own_fold_change_no_feature_of_training_rows(
     before, after = features(train, train), features(moved, moved)
     np.testing.assert_allclose(before[own, :2], after[own, :2])  # of the target alone
     assert not np.array_equal(before[~own], after[~own])
+
+
+def test_in_a_log_without_values_the_nearest_items_count_by_their_similarity(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ADAPTERS))
+    import item_similarities
+    import peer_rows
+
+    ones = {name: np.ones(6) for name in ("history_liked", "history_stars")}
+    one = np.array([0])
+    rows = peer_rows.Rows(one, one, one, np.array([0, 6]), np.arange(6), ones)
+    history = item_similarities.PaddedHistory.of_rows(rows, 7)  # a place before is padded
+    similarity = np.array([[0.9, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]])
+    features = item_similarities.similarity_features(similarity, history)[0].tolist()
+    mean, highest, *_, nearest, nearest_five, nearest_twenty, _, total = features
+    assert np.allclose([mean, highest, nearest], [0.25, 0.5, 0.5])
+    assert np.allclose([nearest_five, nearest_twenty, total], [0.3, 1.5 / 20, 1.5 / 7**0.5])
