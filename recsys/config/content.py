@@ -147,6 +147,9 @@ class HistorySettings:
     modality."""
     simtier_bins: NonNegativeInt = 0
     """Number of bins of a histogram of those cosines (SimTier); 0: none."""
+    recent: list[PositiveInt] = field(default_factory=list)
+    """Sizes of groups of a row's latest items: with [5], similarities to the latest 5 items and to
+    the others are features, too, and content attention knows which items these are."""
     top_k: NonNegativeInt = 0
     """Keep only the top-k items of each row's first history by cosine similarity to the target's
     content, prior to any other use of the history (MUSE); 0: all."""
@@ -223,6 +226,12 @@ class ContentSettings:
             raise ValueError(
                 f"{name}.history.top_k is {self.history.top_k}, which shortens the first history "
                 f"alone, but {name}.history.columns is {self.history.columns}; set top_k to 0"
+            )
+        if self.history.recent and self.history.top_k:
+            raise ValueError(
+                f"{name}.history.top_k is {self.history.top_k}, which takes items out of the "
+                f"history, so that {name}.history.recent {self.history.recent} cannot count the "
+                "latest; set one of them alone"
             )
         if self.history.mode != "full":
             return

@@ -157,6 +157,11 @@ class Sim(RowFeatures):
     def __init__(
         self, settings: SimSettings, dimensions: InputDimensions, content: ContentSettings | None
     ) -> None:
+        if content is not None and content.history.recent:
+            raise ValueError(
+                f"content.history.recent is {content.history.recent}, but ranking.name sim attends "
+                "to items that its search finds, not to the latest; remove one of them"
+            )
         self.gaps = TimeGaps.of(settings.time_gaps, dimensions)
         dimensions = replace(dimensions, num_parallel=len(self.gaps.flags))
         interest = AgedAttention(dimensions.id_dim, dimensions.num_parallel, settings.search_heads)

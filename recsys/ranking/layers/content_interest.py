@@ -2,10 +2,12 @@
 
 Similarity features follow SimTier (arXiv 2407.19467), split by whether the user liked the item.
 Shapes: B batch, U unique history items, N history items of the batch, D dimension, M modalities,
-P parallel lists, G groups of history items.
+P parallel lists, G groups of history items, R flags of the latest items.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +78,13 @@ def shared_similarity_features(
     return torch.cat([mean, maximum, votes], dim=2).transpose(0, 1).flatten(1)
 
 
+def latest_flags(
+    history: JaggedHistory, sizes: Sequence[int]
+) -> Tensor:  # [N, R], 1 for the latest items of each row
+    """Return a list of flags for each size: whether an item is among the latest so many."""
+    return torch.stack([history.ages < size for size in sizes], dim=1).float()
+
+
 def num_similarity_features(num_flags: int) -> int:
     """Return S of `similarity_features`."""
     return 2 * (1 + 2 * num_flags) + num_flags
@@ -109,6 +118,7 @@ class ContentInterest(nn.Module):
         self, dim: int, num_modalities: int, num_parallel: int, settings: HistorySettings
     ) -> None:
         super().__init__()
+        num_parallel += len(settings.recent)
         self.attention = DotAttention(dim, num_parallel)
         self.settings = settings
         self.output_dim = dim + settings.simtier_bins
@@ -125,6 +135,8 @@ class ContentInterest(nn.Module):
     ) -> Tensor:  # [N, P] -> [B, output_dim]
         """Return the interest and the similarity features of each row. A collective."""
         settings, dtype = self.settings, result_dtype(content.target, self.attention.query.weight)
+        if settings.recent:
+            parallel = torch.cat([parallel, latest_flags(history, settings.recent)], dim=1)
         if self._has_native(content, history, parallel):
             assert content.read_stored is not None
             return self._by_kernel(content, content.read_stored(), history, parallel).to(dtype)

@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from recsys.config import HistorySettings
+from recsys.content.vectors import ContentVectors
 from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.layers.content_interest import (
+    ContentInterest,
     cosines,
+    latest_flags,
     num_similarity_features,
     shared_similarity_features,
     similarity_features,
@@ -109,3 +113,27 @@ def test_the_histogram_counts_cosines_by_tier() -> None:
     histogram = similarity_histogram(cosine, HISTORY, bins=4)  # -1 to -.5, to 0, to .5, to 1
     counts = torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1], [1, 0, 2, 0]])
     assert torch.equal(histogram, torch.log1p(counts))
+
+
+def test_the_latest_items_of_a_row_are_flagged() -> None:
+    flags = latest_flags(HISTORY, [1, 3])
+    assert flags[:, 0].tolist() == [0, 0, 0, 1, 1, 0, 0, 1]  # of rows of 4, 0, 1 and 3 items
+    assert flags[:, 1].tolist() == [0, 1, 1, 1, 1, 1, 1, 1]
+
+
+def test_flags_of_the_latest_items_have_the_features_of_lists_beside_the_history() -> None:
+    target, items, lists = inputs(1)
+    parts = (
+        target,
+        items,
+        items.unsqueeze(1)[:4].repeat(1, 2, 1),
+        items.unsqueeze(1).repeat(1, 2, 1),
+    )
+    content = ContentVectors(*parts)
+    flagging = ContentInterest(DIM, 2, 1, HistorySettings(recent=[1, 3]))
+    reading = ContentInterest(DIM, 2, 3, HistorySettings())
+    reading.load_state_dict(flagging.state_dict())
+    listed = torch.cat([lists, latest_flags(HISTORY, [1, 3])], dim=1)
+    torch.testing.assert_close(
+        flagging(content, HISTORY, lists), reading(content, HISTORY, listed), rtol=0, atol=0
+    )

@@ -100,6 +100,21 @@ def test_candidates_of_one_user_score_as_rows_of_a_batch(
         torch.testing.assert_close(graph(*rows.arguments()), expected, rtol=1e-5, atol=1e-6)
 
 
+LATEST = replace(CONTENT, history=replace(CONTENT.history, recent=[1, 3]))
+
+
+@pytest.mark.parametrize("name", ["din", "dlrm"])
+@torch.no_grad()
+def test_similarities_to_the_latest_items_are_those_of_a_batch(name: str, tmp_path: Path) -> None:
+    graph = graph_of(name, LATEST)
+    loaded = exported(graph, name, tmp_path)
+    for size in SIZES:
+        rows = request(*size)
+        expected = graph.ranking(*tiled(rows, graph.history_map))
+        for scored in (graph(*rows.arguments()), loaded(*rows.arguments())):
+            torch.testing.assert_close(scored, expected, rtol=1e-5, atol=1e-6)
+
+
 @torch.no_grad()
 def test_a_search_keeps_the_items_whose_content_is_most_like_the_candidate() -> None:
     graph, rows = graph_of("din", CONTENT), request(1, 3)
