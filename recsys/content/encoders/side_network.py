@@ -1,7 +1,8 @@
 """Side tuning: a small trained network over the pooled hidden states of all layers of an encoder.
 
-IISAN (arXiv 2404.02059), within one modality. The encoder stays frozen and its states are cached,
-so that a step costs about what it does with frozen features.
+Ladder side tuning (arXiv 2206.06522), as IISAN (arXiv 2404.02059) has it for recommenders, within
+one modality. The encoder stays frozen and its states are cached, so that a step costs about what it
+does with frozen features.
 Shapes: U items, S states (of the embeddings and of each layer), D width, K width of a bottleneck.
 """
 
@@ -15,8 +16,6 @@ from torch.nn import functional as F
 
 from recsys.content.encoders.base import Pooling, pool
 from recsys.data.items.kind import ContentInput
-
-GATE_START = 2.0  # sigmoid .88: an untrained network returns little but the state of the top layer
 
 
 def pooled_states(output: Any, mask: Tensor, pooling: Pooling) -> ContentInput:
@@ -37,28 +36,27 @@ def pooled_states(output: Any, mask: Tensor, pooling: Pooling) -> ContentInput:
 
 
 class SideNetwork(nn.Module):
-    """h_0 = B_0(e_0), h_s = B_s(g_s e_s + (1 - g_s) h_{s-1}), with B(x) = x + U gelu(V x).
+    """k_0 = gelu(V_0 e_0), k_s = gelu(V_s e_s + A_s k_{s-1}); returns e_S + U k_S.
 
-    e are the states, g learned gates. U starts at zero, as the adapters of LoRA do.
+    e are the states, of which e_S is the output of the frozen encoder. U starts at zero, as the
+    adapters of LoRA do, so that training begins with the frozen encoder.
     """
 
     def __init__(self, num_states: int, width: int, bottleneck: int) -> None:
         super().__init__()
-        self.gates = nn.Parameter(torch.full((num_states - 1,), GATE_START))
-        up = [nn.Linear(bottleneck, width) for _ in range(num_states)]
-        for layer in up:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
         self.down = nn.ModuleList(nn.Linear(width, bottleneck) for _ in range(num_states))
-        self.up = nn.ModuleList(up)
+        self.across = nn.ModuleList(
+            nn.Linear(bottleneck, bottleneck, bias=False) for _ in range(num_states - 1)
+        )
+        self.up = nn.Linear(bottleneck, width, bias=False)
+        nn.init.zeros_(self.up.weight)
 
     def forward(self, content: ContentInput) -> ContentInput:  # [U, S, D] -> [U, 1, D]
         states = content.values.float()
         # A batch in which no item has content is padded to one token alone.
         states = F.pad(states, (0, 0, 0, len(self.down) - states.shape[1]))
-        gates, fused = self.gates.sigmoid(), states[:, 0]
-        for index, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
-            if index:
-                fused = torch.lerp(fused, states[:, index], gates[index - 1])
-            fused = fused + up(F.gelu(down(fused)))
-        return ContentInput(fused.unsqueeze(1), content.mask[:, :1])
+        ladder = F.gelu(self.down[0](states[:, 0]))  # [U, K]
+        for index, across in enumerate(self.across, start=1):
+            ladder = F.gelu(self.down[index](states[:, index]) + across(ladder))
+        output = states[:, -1] + self.up(ladder)
+        return ContentInput(output.unsqueeze(1), content.mask[:, :1])

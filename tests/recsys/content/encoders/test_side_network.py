@@ -74,16 +74,13 @@ def states_of(model: Any, name: str, item: int) -> list[Tensor]:  # [T, D] each
 
 
 def by_hand(states: list[Tensor], weights: dict[str, Tensor]) -> Tensor:  # [D]
-    def block(index: int, values: Tensor) -> Tensor:
-        low = values @ weights[f"down.{index}.weight"].T + weights[f"down.{index}.bias"]
-        active = low * 0.5 * (1 + torch.erf(low / 2**0.5))
-        return values + active @ weights[f"up.{index}.weight"].T + weights[f"up.{index}.bias"]
-
-    fused = block(0, states[0])
-    for index, state in enumerate(states[1:], start=1):
-        gate = 1 / (1 + torch.exp(-weights["gates"][index - 1]))
-        fused = block(index, gate * state + (1 - gate) * fused)
-    return fused
+    ladder = torch.zeros(5)
+    for index, state in enumerate(states):
+        rung = state @ weights[f"down.{index}.weight"].T + weights[f"down.{index}.bias"]
+        if index:
+            rung = rung + weights[f"across.{index - 1}.weight"] @ ladder
+        ladder = rung * 0.5 * (1 + torch.erf(rung / 2**0.5))
+    return states[-1] + weights["up.weight"] @ ladder
 
 
 def whole_model(folder: Path, name: str) -> Any:
@@ -133,13 +130,13 @@ def test_a_batch_without_any_content_has_no_token() -> None:
     assert output.values.shape == (3, 1, encoder.output_dim) and not output.mask.any()
 
 
-def test_the_start_returns_mostly_the_top_layer_and_one_cache_serves_all_seeds() -> None:
+def test_the_start_is_the_frozen_encoder_and_one_cache_serves_all_seeds() -> None:
     torch.manual_seed(0)
     start = build_encoder("it", modality_of("random:bert", "bert"))
     frozen = build_encoder("it", modality_of("random:bert", "bert", training="frozen"))
     content = content_of("bert")
-    actual, top = (encoder.encode(content).values[0, 0] for encoder in (start, frozen))
-    assert torch.cosine_similarity(actual, top, dim=0) > 0.97
+    tokens = [encoder.encode(content).values for encoder in (start, frozen)]
+    torch.testing.assert_close(*tokens, atol=2e-3, rtol=1e-3)  # states are kept in float16
     others = [encoder_of("random:bert", "bert", seed=seed) for seed in (1, 2)]
     assert {encoder_key(encoder) for encoder in (start, *others)} == {encoder_key(start)}
     assert encoder_key(start) != encoder_key(frozen)
