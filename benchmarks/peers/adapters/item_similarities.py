@@ -14,6 +14,7 @@ from peer_rows import Rows
 from scipy.sparse import csr_matrix, diags
 
 NEAREST = (1, 5, 20)
+LATEST = 5
 FOLDS = 5
 PRIOR = 5.0  # ratings that a mean is shrunk by
 SIGNIFICANCE = 20.0  # similarities are multiplied by n / (n + this), n the users of both
@@ -53,6 +54,8 @@ def similarity_features(
     for mask in (history.inside & (history.liked > 0), history.inside & (history.liked <= 0)):
         weight = mask / np.maximum(mask.sum(1), 1)[:, None]
         columns += [(similarity * weight).sum(1), np.where(mask, similarity, 0).max(1)]
+    latest = np.where(history.inside, similarity, 0)[:, -LATEST:]
+    columns += [latest.sum(1) / np.maximum(history.inside[:, -LATEST:].sum(1), 1), latest.max(1)]
     order = np.argsort(-similarity, axis=1)[:, : max(NEAREST)]
     near = np.maximum(np.take_along_axis(similarity, order, 1), 0)
     near_deviation = np.take_along_axis(deviation, order, 1)

@@ -50,6 +50,6 @@ def test_in_a_log_without_values_the_nearest_items_count_by_their_similarity(
     history = item_similarities.PaddedHistory.of_rows(rows, 7)  # a place before is padded
     similarity = np.array([[0.9, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]])
     features = item_similarities.similarity_features(similarity, history)[0].tolist()
-    mean, highest, *_, nearest, nearest_five, nearest_twenty, _, total = features
-    assert np.allclose([mean, highest, nearest], [0.25, 0.5, 0.5])
+    mean, highest, *_, latest, last, nearest, nearest_five, nearest_twenty, _, total = features
+    assert np.allclose([mean, highest, latest, last, nearest], [0.25, 0.5, 0.2, 0.4, 0.5])
     assert np.allclose([nearest_five, nearest_twenty, total], [0.3, 1.5 / 20, 1.5 / 7**0.5])
