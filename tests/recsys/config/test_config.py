@@ -136,6 +136,7 @@ def test_unknown_keys_and_wrong_types_are_named_with_the_file(
             "ranking.temperature is 0.0.*> 0",
         ),
         ("--content.history={top_k: 2, columns: [bought]}", r"top_k is 2.*columns.*'bought'"),
+        ("--content.history={top_k: 2, recent: [5]}", r"top_k is 2.*recent \[5\]"),
         ("--ranking.loss=in_batch_softmax", "ranking.loss .* 'din_dcn'"),
         ("--contrastive.weight=-1", "contrastive.weight is -1.0"),
         ("--content.fusion.dropout=-0.1", "content.fusion.dropout is -0.1"),

@@ -57,6 +57,12 @@ def test_without_content_the_highest_dot_products_of_id_vectors_are_found(top_k:
     assert found_by(model, None, ids, batch) == best_by_loop(scores, top_k)
 
 
+def test_groups_of_the_latest_items_are_refused() -> None:
+    content = replace(CONTENT, history=replace(CONTENT.history, recent=[5]))
+    with pytest.raises(ValueError, match=r"content.history.recent is \[5\].*sim"):
+        Sim(SETTINGS, DIMENSIONS, content)
+
+
 def test_with_content_the_highest_cosines_of_content_and_modalities_are_found() -> None:
     ids, content, batch = inputs(LENGTHS)
     history, modalities = content.read_history()
