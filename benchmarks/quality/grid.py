@@ -286,8 +286,8 @@ def encoders(training: str, top_layers: int = 0, share: float = 1.0) -> Settings
     `share`: of a step's items that are encoded, with gradient; the bank has the others.
     """
     settings: dict[str, Any] = {f"content.modalities.{name}.training": training for name in TEXTS}
-    # Higher than the default, which leaves a new network as it is within one epoch.
-    settings["optimizer.encoder_learning_rate"] = 2e-3 if training == "side" else 1e-3
+    # Higher than the default, which leaves new adapters as they are within two epochs.
+    settings["optimizer.encoder_learning_rate"] = 5e-4 if training == "side" else 1e-3
     if top_layers:
         settings |= {f"content.modalities.{name}.lora.top_layers": top_layers for name in TEXTS}
     if share < 1:
@@ -302,6 +302,12 @@ IMPLICIT = [
     ID_ONLY,
     FROZEN,
     Cell("side tuning", "a network over the states of all layers", encoders("side"), "frozen"),
+    Cell(
+        "no latest items",
+        "the recipe with similarities to the whole history alone",
+        {"content.history.recent": []},
+        "frozen",
+    ),
     Cell("Fusion-Q-Former", "in place of the linear map", qformer("modern"), "frozen"),
     Cell("CIC", "with all items of the batch as negatives, weight 0.05", IN_BATCH, "frozen"),
     Cell("Fusion-Q-Former + CIC", "both", {**qformer("modern"), **IN_BATCH}, "frozen"),
