@@ -6,12 +6,17 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from benchmarks.peers import trainings
 from benchmarks.peers.catalogue import PEERS
+from benchmarks.peers.rows import _arrays
 from benchmarks.peers.trainings import PeerTraining
+from recsys.data.parquet.columns import RowColumns
+from recsys.data.parquet.values import RAW_GROUP
+from recsys.data.schema import Column, Schema
 
 
 @pytest.fixture
@@ -38,6 +43,42 @@ def rows(tmp_path: Path) -> Path:
     for split in ("train", "valid", "test"):
         np.savez(folder / f"{split}.npz", **columns)
     return folder
+
+
+def test_a_log_without_values_has_ones_beside_the_history_and_counts_as_numbers() -> None:
+    table = pa.table(
+        {
+            "user": [5, 5],
+            RAW_GROUP: [70, 71],  # users without a row of their own
+            "item": [1, 2],
+            "history": [[3, 4], [1]],
+            "views": [0.5, 1.5],
+            "taken": [1.0, 0.0],
+        }
+    )
+    columns = {
+        "user": Column("id", num_embeddings=6),
+        "item": Column("id", num_embeddings=6),
+        "history": Column("sequence", shares="item"),
+        "views": Column("dense"),
+        "taken": Column("label"),
+    }
+
+    arrays = _arrays(RowColumns.of(table), Schema("item", "user", columns))
+
+    assert arrays["group"].tolist() == [70, 71] and arrays["numbers"].tolist() == [[0.5], [1.5]]
+    assert arrays["offsets"].tolist() == [0, 2, 3] and arrays["history"].tolist() == [3, 4, 1]
+    assert all(arrays[name].tolist() == [1, 1, 1] for name in ("history_liked", "history_stars"))
+
+
+def test_scores_are_averaged_by_the_group_of_the_rows(
+    monkeypatch: pytest.MonkeyPatch, rows: Path
+) -> None:
+    with np.load(rows / "test.npz") as arrays:
+        np.savez(rows / "test.npz", **arrays, group=np.array([8, 8, 9, 9]))
+    with_scores(monkeypatch, [0.9, 0.1, 0.2, 0.3])
+    scores = PeerTraining(PEERS[0], rows, {}, 0, rows).scores("test")
+    assert scores.groups.tolist() == [8, 8, 9, 9]
 
 
 def with_scores(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
