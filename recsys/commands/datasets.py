@@ -18,6 +18,7 @@ def prepare_events(
     temp: Path | None = None,
     engine: Literal["duckdb", "spark"] = "duckdb",
     spark_master: str = "local[*]",
+    until: str | None = None,
 ) -> None:
     """Write a dataset of event logs, as an events.yaml describes it.
 
@@ -30,13 +31,14 @@ def prepare_events(
         temp: folder for temporary files; default: the output's
         engine: duckdb: this machine; spark: needs PySpark and Java 17
         spark_master: address of the Spark cluster
+        until: last day to write, such as 2026-11-05; each call reads new files and writes new days
     """
     from recsys.data.events.prepare import format_report
     from recsys.data.events.prepare import prepare_events as prepare
     from recsys.distributed.log import print_table
 
     master = spark_master if engine == "spark" else None
-    print_table(format_report(prepare(config, out, source, memory, master, threads, temp)))
+    print_table(format_report(prepare(config, out, source, memory, master, threads, temp, until)))
     logger.info("written to %s", out)
 
 

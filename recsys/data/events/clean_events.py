@@ -50,6 +50,12 @@ def event_columns(config: EventsConfig) -> dict[str, str]:
     return kinds
 
 
+def tables_of(config: EventsConfig) -> dict[str, EventTable]:
+    """Return the tables of events and impressions, by action."""
+    impressions = {} if config.impressions is None else {IMPRESSION: config.impressions}
+    return {**config.events, **impressions}
+
+
 def read_events(
     engine: SqlEngine, config: EventsConfig
 ) -> tuple[dict[str, pa.DataType], int, dict[str, int]]:
@@ -58,22 +64,37 @@ def read_events(
     Raises:
         ValueError: a file or column cannot be used, types of tables differ, or no row is left.
     """
-    tables = dict(config.events)
-    if config.impressions is not None:
-        tables[IMPRESSION] = config.impressions
-    columns = event_columns(config)
-    readers: list[Reader] = []
-    types: dict[str, pa.DataType] = {}
-    for name, table in tables.items():
-        first_file = readers[-1].tasks[-1][0] + 1 if readers else 0
-        fields = _fields(name, table, columns, config.by_request, config.has_arrival)
-        readers.append(open_source(name, table, fields, first_file))
-        for field in list(readers[-1].schema)[1:]:
+    readers: dict[str, Reader] = {}
+    columns, first_file = event_columns(config), 0
+    for name, table in tables_of(config).items():
+        fields = event_fields(config, name, table, columns)
+        readers[name] = open_source(name, table, fields, first_file)
+        first_file = readers[name].tasks[-1][0] + 1
+    types = read_tables(engine, config, readers, {})
+    num_read, reasons = make_usable(engine, config, types)
+    return types, num_read, reasons | _clean(engine, config, types, num_read, reasons)
+
+
+def read_tables(
+    engine: SqlEngine,
+    config: EventsConfig,
+    readers: dict[str, Reader],
+    types: dict[str, pa.DataType],
+) -> dict[str, pa.DataType]:
+    """Make the stage `events_read` of some tables; return its types, which begin with `types`.
+
+    Raises:
+        ValueError: a file cannot be read, types of tables differ, or no row is selected.
+    """
+    types = dict(types)
+    for reader in readers.values():
+        for field in list(reader.schema)[1:]:
             types.setdefault(field.name, field.type)
     for name, feature in config.context.items():
         settle_fill(name, feature, types[f"c_{name}"])
-    engine.add_files("events_read", [reader.completed(types) for reader in readers])
-    for (name, table), reader in zip(tables.items(), readers, strict=True):
+    engine.add_files("events_read", [reader.completed(types) for reader in readers.values()])
+    for name, reader in readers.items():
+        table = tables_of(config)[name]
         file, first, last = reader.tasks[0][1], reader.tasks[0][0], reader.tasks[-1][0]
         rows = (
             f"events_read WHERE position >= {first << FILE_BITS} AND "
@@ -87,7 +108,7 @@ def read_events(
                 f"{file}: `where` of '{name}' chooses no row: {table.where}; correct its values, "
                 "or leave the table out"
             )
-    return types, *_clean(engine, config, types)
+    return types
 
 
 def _check_no_impressions(engine: SqlEngine, file: str, column: str, rows: str) -> None:
@@ -123,9 +144,10 @@ def check_unit(engine: SqlEngine, name: str, table: Source, column: str, rows: s
             )
 
 
-def _fields(
-    name: str, table: EventTable, columns: dict[str, str], by_request: bool, has_arrival: bool
+def event_fields(
+    config: EventsConfig, name: str, table: EventTable, columns: dict[str, str]
 ) -> list[Field]:
+    """Return the fields to read of a table, `columns` among them with their kinds."""
     fields = [
         Field("uid", table.user, "id"),
         Field("iid", table.item, "id"),
@@ -135,20 +157,27 @@ def _fields(
         fields.append(Field("action", "", "text", constant=name))
     else:
         fields.append(Field("action", table.action, "text"))
-    if by_request and table.request is not None:
+    if config.by_request and table.request is not None:
         fields.append(Field("request", table.request, "id"))
-    if has_arrival:
+    if config.has_arrival:
         fields.append(Field("arrived", table.arrived or table.time, "time"))
     names = [column for column in table.columns if column in columns]
     return [*fields, *(Field(f"c_{column}", column, columns[column]) for column in names)]
 
 
-def _clean(
-    engine: SqlEngine, config: EventsConfig, types: dict[str, pa.DataType]
+def make_usable(
+    engine: SqlEngine,
+    config: EventsConfig,
+    types: dict[str, pa.DataType],
+    stage: str = "usable",
+    since: int | None = None,
 ) -> tuple[int, dict[str, int]]:
-    """Make the stage `clean_events` of `events_read`: `unique_events` up to each user's limit."""
-    drop = config.drop
-    latest = latest_moment(drop.later_than, config.time_zone)
+    """Make a stage of the rows of `events_read` without problems; none arrives before `since`.
+
+    Returns:
+        The number of rows read, and of those left out by reason.
+    """
+    latest = latest_moment(config.drop.later_than, config.time_zone)
     problems = {
         "no user": "uid IS NULL",
         "no item": "iid IS NULL",
@@ -159,20 +188,43 @@ def _clean(
     if "arrived" in types:
         problems["no time of arrival"] = "arrived IS NULL"
     reasons = count_by_reason(engine, problems, "events_read")
-    num_read, num_usable = sum(reasons.values()), reasons.pop("", 0)
+    num_read = sum(reasons.values())
+    reasons.pop("", None)
     conditions = " AND ".join(f"NOT ({problem})" for problem in problems.values())
     columns = {name: quoted(name) for name in types}
     if "arrived" in types:
-        columns["arrived"] = "greatest(arrived, ts) AS arrived"
+        first = "" if since is None else f", {since}"
+        columns["arrived"] = f"greatest(arrived, ts{first}) AS arrived"
     names = ", ".join(columns.values())
-    engine.view("usable", f"SELECT position, {names} FROM events_read WHERE {conditions}")
-    unique = "SELECT * FROM usable"
-    if drop.duplicates:
-        reasons["duplicate"] = _find_copies(engine, types)
-        unique = (
-            "SELECT u.* FROM usable u LEFT JOIN copies c ON u.position = c.position "
-            "WHERE c.position IS NULL"
-        )
+    query = f"SELECT position, {names} FROM events_read WHERE {conditions}"
+    engine.view(stage, query)
+    return num_read, reasons
+
+
+def without_copies(
+    engine: SqlEngine, config: EventsConfig, types: dict[str, pa.DataType]
+) -> tuple[str, dict[str, int]]:
+    """Return SQL of `usable` without repeated rows, and their number as a reason."""
+    if not config.drop.duplicates:
+        return "SELECT * FROM usable", {}
+    query = (
+        "SELECT u.* FROM usable u LEFT JOIN copies c ON u.position = c.position "
+        "WHERE c.position IS NULL"
+    )
+    return query, {"duplicate": _find_copies(engine, types)}
+
+
+def _clean(
+    engine: SqlEngine,
+    config: EventsConfig,
+    types: dict[str, pa.DataType],
+    num_read: int,
+    reasons: dict[str, int],
+) -> dict[str, int]:
+    """Make the stage `clean_events` of `usable`: `unique_events` up to each user's limit."""
+    drop, num_usable = config.drop, num_read - sum(reasons.values())
+    unique, copies = without_copies(engine, config, types)
+    reasons |= copies
     engine.view("unique_events", unique)
     if drop.max_events_per_user is None:
         engine.view("clean_events", "SELECT * FROM unique_events")
@@ -192,12 +244,17 @@ def _clean(
             f"events: none of the {num_read} rows can be used; {reasons} were left out; correct "
             "these columns, or drop.later_than"
         )
-    return num_read, reasons
+    return reasons
+
+
+def copy_key(types: dict[str, pa.DataType]) -> str:
+    """Return the columns in which repeated events agree."""
+    return "uid, iid, ts, action" + (", request" if "request" in types else "")
 
 
 def _find_copies(engine: SqlEngine, types: dict[str, pa.DataType]) -> int:
     """Make the stage `copies`: positions of repeated rows; return their number."""
-    key = "uid, iid, ts, action" + (", request" if "request" in types else "")
+    key = copy_key(types)
     order = "arrived, position" if "arrived" in types else "position"
     hashed = f"{engine.hash}({key})"
     engine.add(

@@ -24,7 +24,7 @@ from recsys.data.events.negatives import DRAWN_AS
 from recsys.data.events.samples import SPLITS, WEIGHT, Conditions
 from recsys.data.events.settings import Count, EventsConfig, Snapshots
 from recsys.data.events.snapshots import add_pictures
-from recsys.data.events.sql import SqlEngine, filled, one_value, quoted
+from recsys.data.events.sql import Complete, SqlEngine, filled, one_value, quoted
 from recsys.data.events.times import MICROS, latest_moment
 from recsys.data.item_frequency import COLD_BELOW
 from recsys.data.schema import vocabulary_file
@@ -58,9 +58,8 @@ def _beside(config: EventsConfig) -> dict[str, str]:
     }
 
 
-def write_last_features(engine: SqlEngine, config: EventsConfig, folder: Path) -> None:
-    """Write `folder/NAME` of each table: a row per id, and the time of each count beside it."""
-    time = 1 + one_value(engine, f"max({config.arrival})", "clean_events")
+def write_last_features(engine: SqlEngine, config: EventsConfig, folder: Path, time: int) -> None:
+    """Write `folder/NAME` of each table: a row per id, and the `time` of each count beside it."""
     sources = _sources(config)
     for number, (table, (keys, (snapshots, counts))) in enumerate(
         zip(feature_tables(config), sources.items())
@@ -173,7 +172,7 @@ class DatasetWriter:
     def _write_dataset(self, conditions: dict[str, str], folder: Path, items: Path | None) -> None:
         """Write a dataset; `schema.yaml` and what is fitted for it come last."""
         self._write_splits(conditions, folder)
-        train = f"{conditions['train']}{self._is_logged}"
+        train = f"{conditions['train']}{self.is_logged}"
         counts = self.engine.table(
             f"SELECT iid AS {quoted(self.config.output.item)}, count(*) AS train_rows "
             f"FROM complete c WHERE {train} GROUP BY c.iid ORDER BY c.iid"
@@ -184,14 +183,16 @@ class DatasetWriter:
             self._write_items(train, folder, items)
         features = folder / "features"
         if items is None or not feature_tables(self.config):
-            write_last_features(self.engine, self.config, features)
+            time = 1 + one_value(self.engine, f"max({self.config.arrival})", "clean_events")
+            write_last_features(self.engine, self.config, features, time)
         else:
             shutil.copytree(items.parent / "features", features, copy_function=link_or_copy)
-        (folder / "schema.yaml").write_text(self._schema(sizes))
+        (folder / "schema.yaml").write_text(self.schema(sizes))
         fit_transforms(Location.of(folder))
         check_transformed(Location.of(folder))
 
-    def _write_splits(self, conditions: dict[str, str], folder: Path) -> None:
+    def columns(self) -> tuple[str, Complete | None]:
+        """Return SQL of the columns of rows, and what completes their batches."""
         columns = output_columns(self.config)
         read, complete = columns, None
         if self.files is not None:
@@ -199,7 +200,10 @@ class DatasetWriter:
             read |= {name: quoted(name) for name in slice_columns(self.config.histories)}
             read[MOMENT] = "ts"
             complete = partial(self.files.with_lists, columns=list(columns))
-        names = ", ".join(f"{sql} AS {quoted(name)}" for name, sql in read.items())
+        return ", ".join(f"{sql} AS {quoted(name)}" for name, sql in read.items()), complete
+
+    def _write_splits(self, conditions: dict[str, str], folder: Path) -> None:
+        names, complete = self.columns()
         for split in SPLITS:
             rows = self.engine.write(
                 f"SELECT {names} FROM complete c WHERE {conditions[split]} "
@@ -212,7 +216,8 @@ class DatasetWriter:
                 raise ValueError(_no_rows(self.config, split + window))
 
     @property
-    def _is_logged(self) -> str:
+    def is_logged(self) -> str:
+        """SQL that leaves drawn rows out."""
         return f" AND {DRAWN_AS} = 0" if self.config.negatives is not None else ""
 
     def _write_items(self, train: str, folder: Path, other: Path | None) -> None:
@@ -224,27 +229,34 @@ class DatasetWriter:
             shutil.copytree(other, folder / "items", copy_function=link_or_copy)
             return
         end = one_value(self.engine, "max(ts)", f"complete WHERE {train}")
-        names = [f"{quoted(f't_{column}')} AS {quoted(column)}" for column in table.content]
-        columns = ", ".join([f"id AS {quoted(name)}", *names])
         frequent = ""
         if min_count > 1:
             frequent = f" AND id IN ({_frequent(self._ids(train)[name], min_count)})"
-        rows = self.engine.write(
-            f"SELECT {columns} FROM item_snapshots s WHERE "
-            f"(valid_from <= {end} AND valid_until > {end} OR valid_from > {end} AND "
-            f"valid_from = first_valid_from){frequent} ORDER BY s.id",
-            folder / "items",
-            ITEMS_PER_GROUP,
-        )
-        if not rows:
+        if not self.write_items(folder, end, frequent):
             raise ValueError(
                 f"vocabulary: min_count of '{name}' is {min_count}, and no item of `items` occurs "
                 "as often up to the last training row; lower it"
             )
+
+    def write_items(self, folder: Path, end: int, condition: str = "") -> int:
+        """Write the content that is valid at a time, or an item's first; return the number."""
+        table, name = self.config.items, self.config.output.item
+        assert table is not None
+        names = [f"{quoted(f't_{column}')} AS {quoted(column)}" for column in table.content]
+        columns = ", ".join([f"id AS {quoted(name)}", *names])
+        rows = self.engine.write(
+            f"SELECT {columns} FROM item_snapshots s WHERE "
+            f"(valid_from <= {end} AND valid_until > {end} OR valid_from > {end} AND "
+            f"valid_from = first_valid_from){condition} ORDER BY s.id",
+            folder / "items",
+            ITEMS_PER_GROUP,
+        )
         add_pictures(folder / "items", table, name)
+        return rows
 
     @property
-    def _id_lists(self) -> dict[str, str]:
+    def id_lists(self) -> dict[str, str]:
+        """Columns of which lists beside histories hold the ids, by list."""
         return {
             name: parallel.column
             for name, parallel in self.config.parallels.items()
@@ -259,29 +271,37 @@ class DatasetWriter:
         if not is_rows:
             (folder / "vocabulary").mkdir()
         for name, ids in self._ids("1 = 1" if is_rows else train).items():
-            lists = [list_name for list_name, column in self._id_lists.items() if column == name]
+            lists = [list_name for list_name, column in self.id_lists.items() if column == name]
             if is_rows:
-                if lists:
-                    ids += f" UNION ALL SELECT {quoted(f'e_{name}')} AS id FROM past_events"
-                sizes |= dict.fromkeys([name, *lists], _num_rows(self.engine, name, ids))
+                size = self.table_rows(num_rows(self.engine, name, ids) - 1)
+                sizes |= dict.fromkeys([name, *lists], size)
                 continue
             query = _frequent(ids, min_counts.get(name, 1))
             if name == item and self.config.items is not None and min_counts.get(name, 1) == 1:
                 query = f"{query} UNION SELECT id FROM item_snapshots"
             distinct = self.engine.table(f"SELECT id FROM ({query}) ORDER BY id")["id"]
-            vocabulary = ExactVocabulary(max(2, len(distinct) + 1))
+            vocabulary = ExactVocabulary(self.table_rows(len(distinct)))
             vocabulary.extend([distinct])
             for table in (name, *lists):
                 vocabulary.save(vocabulary_file(Location.of(folder), table).path)
                 sizes[table] = vocabulary.num_embeddings
         return sizes
 
+    def table_rows(self, num_ids: int) -> int:
+        """Return the rows of a table with one for unknown ids, and those that stay free."""
+        least = 2 if self.config.vocabulary.kind == "exact" else 1
+        return max(least, num_ids + 1 + int(num_ids * self.config.vocabulary.headroom))
+
     def _ids(self, train: str) -> dict[str, str]:
+        until = f"{self.config.arrival} <= (SELECT max(ts) FROM complete WHERE {train})"
+        return self.ids(train, f"clean_events WHERE {until}")
+
+    def ids(self, train: str, events: str, past: str = "past_events") -> dict[str, str]:
+        """Return SQL of the ids of each table, in events and in rows by a condition."""
         config, output = self.config, self.config.output
-        until = f"{config.arrival} <= (SELECT max(ts) FROM complete WHERE {train})"
         ids = {
-            output.user: f"SELECT uid AS id FROM clean_events WHERE {until}",
-            output.item: f"SELECT iid AS id FROM clean_events WHERE {until}",
+            output.user: f"SELECT uid AS id FROM {events}",
+            output.item: f"SELECT iid AS id FROM {events}",
         }
         if config.vocabulary.kind == "rows":
             if config.items is not None:
@@ -293,12 +313,14 @@ class DatasetWriter:
                 column = f"{self.engine.unnest}({column})"
             if feature.kind != "dense":
                 ids[name] = f"SELECT {column} AS id FROM complete WHERE {train}"
-        for name, column in self._id_lists.items():
+        for name, column in self.id_lists.items():
             if column == "action":
-                ids[name] = f"SELECT action AS id FROM clean_events WHERE {until}"
+                ids[name] = f"SELECT action AS id FROM {events}"
+            elif config.vocabulary.kind == "rows":
+                ids[column] += f" UNION ALL SELECT {quoted(f'e_{column}')} AS id FROM {past}"
         return ids
 
-    def _schema(self, sizes: dict[str, int]) -> str:
+    def schema(self, sizes: dict[str, int]) -> str:
         """Return the text of `schema.yaml`, with the rows of each id table in `sizes`."""
         config, output = self.config, self.config.output
         columns = {name: self._id("id", sizes[name]) for name in (output.user, output.item)}
@@ -310,10 +332,10 @@ class DatasetWriter:
                 "fill": {
                     beside: parallel.stored_fill
                     for beside, parallel in history.parallel.items()
-                    if beside not in self._id_lists and parallel.column != AGE
+                    if beside not in self.id_lists and parallel.column != AGE
                 },
             }
-        for name in self._id_lists:
+        for name in self.id_lists:
             columns[name] = self._id("ids", sizes[name])
         for name, feature in config.features.items():
             is_id = feature.kind != "dense"
@@ -349,7 +371,7 @@ class DatasetWriter:
 
     def _figures(self, conditions: dict[str, str]) -> dict[str, dict[str, Any]]:
         """Return rows, positive share, users, and shares of new users and cold items, by split."""
-        train = f"{conditions['train']}{self._is_logged}"
+        train = f"{conditions['train']}{self.is_logged}"
         label = quoted(f"l_{next(iter(self.config.labels))}")
         users = f"SELECT uid, count(*) AS n FROM complete WHERE {train} GROUP BY uid"
         items = f"SELECT iid, count(*) AS n FROM complete WHERE {train} GROUP BY iid"
@@ -357,7 +379,7 @@ class DatasetWriter:
 
         def share(condition: str) -> str:
             value = f"CASE WHEN {condition} THEN 1.0 ELSE 0.0 END"
-            return f"avg(CASE WHEN 1 = 1{self._is_logged} THEN {value} END)"
+            return f"avg(CASE WHEN 1 = 1{self.is_logged} THEN {value} END)"
 
         table = self.engine.table(
             f"SELECT split, count(*) AS rows, avg({label}) AS positive, "
@@ -423,7 +445,7 @@ def _frequent(ids: str, min_count: int) -> str:
     return f"{rows} GROUP BY id HAVING count(*) >= {min_count}"
 
 
-def _num_rows(engine: SqlEngine, name: str, ids: str) -> int:
+def num_rows(engine: SqlEngine, name: str, ids: str) -> int:
     """Return the rows that a table needs whose ids are rows, or raise a ValueError."""
     figures = (
         "min(id) AS least, max(id) AS largest, count(*) - count(id) AS nulls, "

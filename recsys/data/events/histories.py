@@ -25,12 +25,14 @@ from recsys.data.events.history_values import (
 from recsys.data.events.samples import actions_in
 from recsys.data.events.settings import Count, EventsConfig, History, Parallel
 from recsys.data.events.snapshots import with_columns
-from recsys.data.events.sql import SqlEngine, quoted
+from recsys.data.events.sql import FOREVER, SqlEngine, quoted
 from recsys.data.events.times import duration
 from recsys.data.parquet.values import one_chunk
 
 KEYS = {"user": "uid", "item": "iid"}
 SETS = "/sets"
+# Columns of past events where some are numbers of events: the number, and the keys of their count.
+NUMBER, KEYS_OF = "/n", "/keys"
 SAMPLES_AT_ONCE = 1 << 16  # samples whose histories are in memory at a time
 
 
@@ -39,9 +41,14 @@ def add_histories(
     config: EventsConfig,
     types: dict[str, pa.DataType],
     files: HistoryFiles | None,
+    earlier: str | None = None,
 ) -> dict[str, pa.DataType]:
-    """Make the stage `complete`: samples with counts and histories, slices of `files` or lists."""
-    item_columns = _make_past_events(engine, config)
+    """Make the stage `complete`: samples with counts and histories, slices of `files` or lists.
+
+    `earlier` is a stage of numbers of events that are no rows of `clean_events` any more: by keys
+    and `action`, `/keys` of the count, and `/n`.
+    """
+    item_columns = _make_past_events(engine, config, earlier)
     schema = _schema(engine, "samples")
     types = {**types, **{name: schema.field(f"c_{name}").type for name in item_columns}}
     counts_by_keys: dict[tuple[str, ...], dict[str, Count]] = {}
@@ -65,7 +72,7 @@ def add_histories(
     features = HistoryFeatures(
         ["uid"], config.histories, user_counts, lists, pa.schema([*schema, *added_columns]), files
     )
-    event_columns = _schema(engine, "past_events").names
+    event_columns = [name for name in _schema(engine, "past_events").names if name != KEYS_OF]
     if "action" not in (parallel.column for parallel in config.parallels.values()):
         event_columns.remove("action")
     query = _samples_and_events(
@@ -73,6 +80,7 @@ def add_histories(
         samples,
         {name: quoted(name) for name in schema.names},
         {name: quoted(name) for name in event_columns},
+        "1 = 1" if earlier is None else _has_keys(["uid"], samples, {"uid": "uid"}),
     )
     order = ["ts", "iid", "position"]
     engine.add_mapped("complete", query, ["uid"], order, features, features.schema)
@@ -83,7 +91,7 @@ def _schema(engine: SqlEngine, stage: str) -> pa.Schema:
     return engine.table(f"SELECT * FROM {stage} LIMIT 0").schema
 
 
-def _make_past_events(engine: SqlEngine, config: EventsConfig) -> list[str]:
+def _make_past_events(engine: SqlEngine, config: EventsConfig, earlier: str | None) -> list[str]:
     """Make the stage `past_events`: clean events with the item columns they need; return these."""
     listed = {parallel.column for parallel in config.parallels.values()}
     read = listed | {key for count in config.counts.values() for key in count.of}
@@ -103,8 +111,37 @@ def _make_past_events(engine: SqlEngine, config: EventsConfig) -> list[str]:
             for name in sorted(listed - {"age", "action", *item_columns})
         ),
     ]
-    make("past_events", f"SELECT {', '.join(names)} FROM ({query})")
+    query = f"SELECT {', '.join(names)} FROM ({query})"
+    if earlier is not None:
+        query = (
+            f"SELECT *, CAST(1 AS BIGINT) AS {quoted(NUMBER)}, '' AS {quoted(KEYS_OF)} FROM "
+            f"({query}) UNION ALL BY NAME SELECT *, {-FOREVER} AS ts, {-FOREVER} AS arrived "
+            f"FROM {earlier}"
+        )
+    make("past_events", query)
     return item_columns
+
+
+def number_earlier(engine: SqlEngine, config: EventsConfig, dropped: str, earlier: str) -> str:
+    """Return SQL of `earlier` with the events of `past_events` that a condition drops."""
+    unbounded = {
+        tuple(dict.fromkeys(map(event_key, count.of))): None
+        for count in config.counts.values()
+        if duration(count.within) is None
+    }
+    columns = ", ".join(quoted(name) for name in _schema(engine, earlier).names if name != NUMBER)
+    parts = [f"SELECT {columns}, {quoted(NUMBER)} FROM {earlier}"]
+    parts += [
+        f"SELECT {', '.join(map(quoted, ['action', *keys]))}, '{','.join(keys)}' AS "
+        f"{quoted(KEYS_OF)}, {quoted(NUMBER)} FROM past_events WHERE {quoted(KEYS_OF)} = '' "
+        f"AND {dropped}"
+        for keys in unbounded
+    ]
+    rows = " UNION ALL BY NAME ".join(parts)
+    return (
+        f"SELECT {columns}, CAST(sum({quoted(NUMBER)}) AS BIGINT) AS {quoted(NUMBER)} "
+        f"FROM ({rows}) GROUP BY {columns}"
+    )
 
 
 def _list_types(
@@ -158,12 +195,23 @@ def make_counts(
     features = HistoryFeatures(list(keys), {}, counts, {}, schema)
     columns = {"ts": "ts", "position": "position"}
     event_columns = {key: quoted(key) for key in keys} | columns
-    if "arrived" in past.names:
-        event_columns["arrived"] = "arrived"
-    query = _samples_and_events(features, samples, keys | columns, event_columns)
+    event_columns |= {name: quoted(name) for name in ("arrived", NUMBER) if name in past.names}
+    of_keys = "1 = 1"
+    if NUMBER in past.names:
+        of_keys = _has_keys(features.keys, samples, keys)
+    query = _samples_and_events(features, samples, keys | columns, event_columns, of_keys)
     has_keys = " AND ".join(f"{quoted(key)} IS NOT NULL" for key in keys)
     query = f"SELECT * FROM ({query}) WHERE {has_keys}"
     engine.add_mapped(stage, query, list(keys), ["ts", "position"], features, features.schema)
+
+
+def _has_keys(keys: list[str], samples: str, columns: dict[str, str]) -> str:
+    """Return the SQL condition of events, and numbers of them, with the keys of some sample."""
+    of_samples = ", ".join(columns[key] for key in keys)
+    return (
+        f"{quoted(KEYS_OF)} IN ('', '{','.join(keys)}') AND ({', '.join(map(quoted, keys))}) IN "
+        f"(SELECT DISTINCT {of_samples} FROM {samples})"
+    )
 
 
 def _samples_and_events(
@@ -171,6 +219,7 @@ def _samples_and_events(
     samples: str,
     sample_columns: dict[str, str],
     event_columns: dict[str, str],
+    has_keys: str,
 ) -> str:
     """Return SQL of a stage of samples and the past events that features use."""
     names = dict.fromkeys([*sample_columns, *event_columns])
@@ -183,7 +232,7 @@ def _samples_and_events(
     is_used = " OR ".join(f"({test})" for test in tests)
     return (
         f"SELECT {sample}, 0 AS {quoted(SETS)} FROM {samples} UNION ALL SELECT {event}, "
-        f"{' + '.join(bits) or '0'} FROM past_events WHERE {is_used or '1 = 0'}"
+        f"{' + '.join(bits) or '0'} FROM past_events WHERE ({is_used or '1 = 0'}) AND {has_keys}"
     )
 
 
@@ -245,6 +294,8 @@ class HistoryFeatures:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return rows of events, and begin and length [S] of each sample's slice of them."""
         events = self._events(chunk, history.actions)
+        if NUMBER in chunk.column_names:  # events alone, no numbers of them
+            events = events[np.asarray(chunk["position"].is_valid())[events]]
         begin, end, late = moments.known(events, duration(history.delay) or 0, None)
         longest = min(history.length, len(chunk))
         first, length = np.maximum(begin, end - longest), np.minimum(end - begin, longest)
@@ -268,8 +319,12 @@ class HistoryFeatures:
         self, chunk: pa.Table, moments: Moments, count: Count, actions: list[str] | None
     ) -> np.ndarray:  # float64 [S]
         window = duration(count.delay) or 0, duration(count.within)
-        begin, end, late = moments.known(self._events(chunk, actions), *window)
+        events = self._events(chunk, actions)
+        begin, end, late = moments.known(events, *window)
         number = (end - begin).astype(np.float64)
+        if NUMBER in chunk.column_names:
+            total = np.concatenate([[0], np.cumsum(chunk[NUMBER].to_numpy()[events])])
+            number = (total[end] - total[begin]).astype(np.float64)
         for sample, late_events in late.items():
             number[sample] += len(late_events)
         return number

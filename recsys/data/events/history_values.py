@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from embeddings.vocabulary.fixed import NULL_ID
 from recsys.data.events.settings import History
+from recsys.data.events.sql import FOREVER
 from recsys.data.events.times import MICROS
 
 
@@ -72,8 +73,10 @@ class Moments:
         self._place = self._key * (len(self._times) + 1) + np.searchsorted(self._times, time)
         self._time, self._sample_key = time[samples], self._key[samples]  # [S]
         arrived = chunk["arrived"] if "arrived" in chunk.column_names else None
-        self._arrived = None if arrived is None else arrived.fill_null(0).to_numpy()  # [N]
-        self._event_time = time
+        self._event_time, self._arrived = time, None
+        if arrived is not None:
+            known = arrived.fill_null(-FOREVER).to_numpy()  # [N]; null in samples
+            self._arrived = known if (known > time).any() else None
 
     def _events_before(
         self, events: np.ndarray, delay: int

@@ -143,6 +143,10 @@ def _conflicts(config: EventsConfig) -> Iterator[str]:
     yield from _split_problems(config)
     if (events := config.drop.max_events_per_user) is not None and events < 1:
         yield f"drop: max_events_per_user is {events}; set at least 1"
+    if duration(config.drop.late_rows) is None:
+        yield f"drop: late_rows is {config.drop.late_rows}; write a duration such as 7d"
+    if not 0 <= config.vocabulary.headroom <= 100:
+        yield f"vocabulary: headroom is {config.vocabulary.headroom}; set 0 to 100"
     if config.drop.later_than is not None:
         moment(config.drop.later_than, config.time_zone)
     if config.rows is not None and config.impressions is not None:

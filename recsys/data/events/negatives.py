@@ -8,6 +8,7 @@ user and an item.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,24 +37,33 @@ class KnownItems:
 
     folder: Path
 
-    @classmethod
-    def write(cls, engine: SqlEngine, name: str, query: str) -> KnownItems:
-        folder = engine.work / name
-        engine.write(query, folder / "rows")
-        with (folder / "since").open("wb") as since, (folder / "item").open("wb") as item:
-            for file in sorted((folder / "rows").glob("*.parquet")):
+    def append(self, engine: SqlEngine, query: str) -> None:
+        """Write more of them, which became known after those before."""
+        engine.write(query, engine.work / "known_rows")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "since").open("ab") as since, (self.folder / "item").open("ab") as item:
+            for file in sorted((engine.work / "known_rows").glob("*.parquet")):
                 for batch in pq.ParquetFile(file).iter_batches():
                     since.write(batch["since"].to_numpy().astype(np.int64).data)
                     item.write(batch["inumber"].to_numpy().astype(np.int64).data)
-        return cls(folder)
+
+    def cut(self, number: int) -> None:
+        """Keep the first ones alone; what follows is of a call that was killed."""
+        for file in (self.folder / "since", self.folder / "item"):
+            if file.exists():
+                os.truncate(file, number * np.dtype(np.int64).itemsize)
 
     @cached_property
     def since(self) -> np.ndarray:  # int64 [E], ascending
-        return np.memmap(self.folder / "since", np.int64, "r")
+        return _mapped(self.folder / "since")
 
     @cached_property
     def item(self) -> np.ndarray:  # int64 [E]
-        return np.memmap(self.folder / "item", np.int64, "r")
+        return _mapped(self.folder / "item")
+
+
+def _mapped(file: Path) -> np.ndarray:  # int64 [E]
+    return np.memmap(file, np.int64, "r") if file.stat().st_size else np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -134,8 +144,8 @@ class DrawNegatives:
 class Positives:
     """Rows of a chunk that get negatives, int64 [P] each.
 
-    rows, user: numbers in the chunk. block: 0 in train, else a number of the split. role: value of
-    `DRAWN_AS`. key: random bits of user, item and time, uint64.
+    rows, user: numbers in the chunk. block: 0 or the day in train, else a number of the split.
+    role: value of `DRAWN_AS`. key: random bits of user, item and time, uint64.
     """
 
     rows: np.ndarray
@@ -154,7 +164,7 @@ class Positives:
         names = ("inumber", "ts", "position", BLOCK, DRAWN_AS)
         item, time, position, block, role = _numbers(samples, *names)
         key = mix64(mix64(integer_ids(samples["uid"])) + mix64(integer_ids(samples["iid"])))
-        key = mix64(key + mix64(time) + _copy_numbers(key, time, role).astype(np.uint64))
+        key = mix64(key + mix64(time) + _copy_numbers(key, time, block).astype(np.uint64))
         user = key_numbers(chunk, ["uid"])[rows]
         return cls(rows, user, item, time, position, block, role, key)
 
@@ -166,10 +176,10 @@ def _numbers(table: pa.Table, *names: str) -> tuple[np.ndarray, ...]:
     return tuple(table[name].to_numpy() for name in names)
 
 
-def _copy_numbers(key: np.ndarray, time: np.ndarray, role: np.ndarray) -> np.ndarray:
-    """Count the earlier rows with the same user, item, time and role: 0 unless rows repeat."""
-    order = np.lexsort([role, time, key])
-    changes = [np.diff(values[order]) != 0 for values in (key, time, role)]
+def _copy_numbers(key: np.ndarray, time: np.ndarray, block: np.ndarray) -> np.ndarray:
+    """Count the earlier rows with the same user, item, time and block: 0 unless rows repeat."""
+    order = np.lexsort([block, time, key])
+    changes = [np.diff(values[order]) != 0 for values in (key, time, block)]
     starts = np.flatnonzero(np.concatenate([[True], np.logical_or.reduce(changes)])[: len(key)])
     numbers = np.arange(len(key)) - np.repeat(starts, np.diff([*starts, len(key)]))
     copies = np.empty(len(key), np.int64)
@@ -264,17 +274,32 @@ class Draws:
         return np.unique(np.concatenate(parts).astype(np.int64))
 
 
+@dataclass(frozen=True)
+class PastItems:
+    """What draws know of the events before.
+
+    taken: SQL of `uid`, `iid` and `since`. block: SQL of a number that copies of a train row share.
+    """
+
+    catalogue: KnownItems
+    num_items: int
+    taken: str
+    block: str = "0"
+
+
 def add_negatives(
-    engine: SqlEngine, config: EventsConfig, datasets: Conditions
+    engine: SqlEngine, config: EventsConfig, datasets: Conditions, past: PastItems | None = None
 ) -> tuple[Conditions, dict[str, int]]:
     """Make the stage `drawn` of `rows` and samples drawn for those whose first label is 1.
+
+    With `past`, the stage `catalogue` is there; else both are made of the log.
 
     Returns:
         The conditions of the splits with their draws, and how many draws found no item left.
     """
     settings = config.negatives
     assert settings is not None
-    num_items, catalogue = _make_catalogue(engine, config, settings)
+    past = past or _past_items(engine, config, settings)
     schema = engine.table("SELECT * FROM rows LIMIT 0").schema
     columns = [name for name in schema.names if name != "iid"]
     values: dict[str, float | None] = {f"l_{name}": 0.0 for name in config.labels}
@@ -283,10 +308,11 @@ def add_negatives(
         values[WEIGHT] = config.weight.drawn
     kinds = [*(schema.field(name) for name in columns)]
     kinds += [pa.field("inumber", pa.int64()), pa.field(DRAWN_AS, pa.int64())]
-    draw = DrawNegatives(settings, catalogue, num_items, values, columns, pa.schema(kinds))
+    draw = DrawNegatives(
+        settings, past.catalogue, past.num_items, values, columns, pa.schema(kinds)
+    )
     positive_rows = _positive_rows(next(iter(values)), datasets)
-    since = config.arrival if settings.exclude == "past" else f"{-FOREVER}"
-    query = _chunk_query(columns, positive_rows, datasets, since)
+    query = _chunk_query(columns, positive_rows, datasets, past)
     engine.add_mapped("draws", query, ["uid"], ["kind", "position"], draw, draw.schema)
     names = ", ".join(map(quoted, columns))
     engine.add(
@@ -305,29 +331,42 @@ def add_negatives(
     return conditions, {"no item left to draw": missing} if missing else {}
 
 
-def _make_catalogue(
-    engine: SqlEngine, config: EventsConfig, settings: Negatives
-) -> tuple[int, KnownItems]:
-    """Make the stage `catalogue` of numbered items; return their number, and what is drawn from."""
-    since = f"SELECT iid, min({config.arrival}) AS since FROM clean_events GROUP BY iid"
+def _past_items(engine: SqlEngine, config: EventsConfig, settings: Negatives) -> PastItems:
+    """Make the stage `catalogue` of numbered items; return what draws know of the log."""
+    engine.add("catalogue", numbered_items(item_times(config, "clean_events")))
+    catalogue = KnownItems(engine.work / "known_items")
+    catalogue.append(engine, known_items(config, settings, "clean_events"))
+    since = config.arrival if settings.exclude == "past" else f"{-FOREVER}"
+    taken = f"SELECT uid, iid, min({since}) AS since FROM clean_events GROUP BY uid, iid"
+    return PastItems(catalogue, count_rows(engine, "catalogue"), taken)
+
+
+def item_times(config: EventsConfig, events: str) -> str:
+    """Return SQL of `iid` and `since`, when an item became known by an event or a snapshot."""
+    since = f"SELECT iid, min({config.arrival}) AS since FROM {events} GROUP BY iid"
     if config.items is not None and config.items.valid_from is not None:
         since += " UNION ALL SELECT id AS iid, first_valid_from AS since FROM item_snapshots"
-    engine.add(
-        "catalogue",
-        "SELECT iid, since, row_number() OVER (ORDER BY since, iid) - 1 AS inumber FROM "
-        f"(SELECT iid, min(since) AS since FROM ({since}) GROUP BY iid)",
+    return f"SELECT iid, min(since) AS since FROM ({since}) GROUP BY iid"
+
+
+def numbered_items(items: str, first: int = 0) -> str:
+    """Return SQL of items in the order of `since`, with numbers `inumber` from `first` on."""
+    number = f"row_number() OVER (ORDER BY since, iid) + {first - 1}"
+    return f"SELECT iid, since, {number} AS inumber FROM ({items})"
+
+
+def known_items(config: EventsConfig, settings: Negatives, events: str) -> str:
+    """Return SQL of what is drawn from: all items once, or the item of each event."""
+    if settings.by == "uniform":
+        return "SELECT since, inumber FROM catalogue ORDER BY inumber"
+    return (
+        f"SELECT s.{config.arrival} AS since, c.inumber FROM {events} s "
+        "JOIN catalogue c ON s.iid = c.iid ORDER BY 1, 2"
     )
-    query = "SELECT since, inumber FROM catalogue ORDER BY inumber"
-    if settings.by == "popularity":
-        query = (
-            f"SELECT s.{config.arrival} AS since, c.inumber FROM clean_events s "
-            "JOIN catalogue c ON s.iid = c.iid ORDER BY 1, 2"
-        )
-    return count_rows(engine, "catalogue"), KnownItems.write(engine, "known_items", query)
 
 
 def _chunk_query(
-    columns: list[str], positive_rows: tuple[str, str], datasets: Conditions, since: str
+    columns: list[str], positive_rows: tuple[str, str], datasets: Conditions, past: PastItems
 ) -> str:
     """Return SQL of each user's items taken, positives held out, and positives to draw for."""
     train_rows, held_out_rows = positive_rows
@@ -352,12 +391,11 @@ def _chunk_query(
             f"0 AS {DRAWN_AS} FROM ({rows}) t JOIN catalogue c ON t.iid = c.iid"
         )
 
-    taken_items = f"SELECT uid, iid, min({since}) AS since FROM clean_events GROUP BY uid, iid"
     later = f"SELECT DISTINCT uid, iid, {block} AS block, 0 AS since FROM {held_out_rows}"
     parts = [
-        positives("0", 1, train_rows),
+        positives(past.block, 1, train_rows),
         positives(block, 2, held_out_rows),
-        pairs(TAKEN_ITEM, "0", taken_items),
+        pairs(TAKEN_ITEM, "0", past.taken),
         pairs(HELD_OUT, "t.block", later),
     ]
     return " UNION ALL ".join(parts)

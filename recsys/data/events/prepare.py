@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import tempfile
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from recsys.data.events.clean_events import read_events
+from recsys.data.events.daily import prepare_days
 from recsys.data.events.dataset import DatasetWriter
 from recsys.data.events.histories import add_histories
 from recsys.data.events.history_values import HistoryFiles
@@ -19,7 +18,7 @@ from recsys.data.events.negatives import add_negatives
 from recsys.data.events.samples import make_rows, split_conditions
 from recsys.data.events.settings import EventsConfig
 from recsys.data.events.snapshots import add_features, check_pictures, read_snapshots
-from recsys.data.events.sql import DuckDBEngine, SparkEngine, SqlEngine
+from recsys.data.events.sql import DuckDBEngine, SparkEngine, SqlEngine, stage_folder
 from recsys.storage.files import whole_folder
 
 
@@ -31,6 +30,7 @@ def prepare_events(
     spark_master: str | None = None,
     threads: int | None = None,
     temp: Path | None = None,
+    until: str | None = None,
 ) -> dict[str, Any]:
     """Write the dataset that `config` describes; it appears complete or not at all.
 
@@ -42,6 +42,10 @@ def prepare_events(
     Raises:
         ValueError: a setting, file, column or value cannot be used, or a split would be empty.
     """
+    if until is not None:
+        if spark_master is not None:
+            raise ValueError("--until: days are prepared by DuckDB alone; leave out --engine spark")
+        return prepare_days(config, out, until, source, memory, threads, temp)
     settings = load_events_config(config, source)
     with whole_folder(unused_folder(out)) as partial:
         return run_stages(settings, partial, memory, spark_master, threads, temp)
@@ -70,12 +74,7 @@ def run_stages(
     temp: Path | None = None,
 ) -> dict[str, Any]:
     """Write the datasets and `report.json` into a folder, and return the report."""
-    if temp is not None and not temp.is_dir():
-        raise ValueError(f"--temp {temp}: no such folder; make it, or name another")
-    work = folder / "stages"
-    if temp is not None:
-        work = Path(tempfile.mkdtemp(prefix="prepare-events-", dir=temp))
-    try:
+    with stage_folder(folder, temp) as work:
         engine = (
             DuckDBEngine(work, memory, threads)
             if spark_master is None
@@ -83,8 +82,6 @@ def run_stages(
         )
         with closing(engine):
             report = write_datasets(engine, config, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
@@ -122,7 +119,12 @@ def format_report(report: dict[str, Any]) -> str:
     """Return the report of `prepare_events` as text."""
     lines = [f"{report['events']:,} events and impressions read"]
     lines += [f"left out: {count:,} {reason}" for reason, count in report["left_out"].items()]
-    return "\n".join([*lines, format_splits(report["splits"], "positive")])
+    if "days" not in report:
+        return "\n".join([*lines, format_splits(report["splits"], "positive")])
+    head = f"{'partition':<16}{'rows':>12}{'positive':>10}"
+    days = report["days"].items()
+    parts = [f"date={day}{part['rows']:>13,}{part['positive']:>10.2%}" for day, part in days]
+    return "\n".join([*lines, head, *parts])
 
 
 def format_splits(splits: dict[str, dict[str, Any]], positive: str) -> str:

@@ -8,7 +8,7 @@ Shapes: N rows of a batch, M rows that it becomes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -134,8 +134,25 @@ class Reader:
                 ) from error
 
 
-def open_source(name: str, source: Source, fields: list[Field], first_file: int = 0) -> Reader:
-    """List the files of a table and decide the types of its columns.
+def file_sizes(name: str, source: Source) -> dict[str, tuple[str, int]]:
+    """Return URL and bytes of each file of a table, by its name below the paths of the table."""
+    paths = [source.path] if isinstance(source.path, str) else source.path
+    sizes = {}
+    for number, root in enumerate(map(Location.of, paths)):
+        for file in data_files(name, root):
+            below = file.path[len(root.path) :] or f"/{file.path.rsplit('/', 1)[-1]}"
+            sizes[f"{number}{below}"] = str(file), int(file.filesystem.size(file.path))
+    return sizes
+
+
+def open_source(
+    name: str,
+    source: Source,
+    fields: list[Field],
+    first_file: int = 0,
+    only: Collection[str] | None = None,
+) -> Reader:
+    """List the files of a table, or those in `only`, and decide the types of its columns.
 
     Positions of rows count files from `first_file`.
 
@@ -151,6 +168,8 @@ def open_source(name: str, source: Source, fields: list[Field], first_file: int 
             f"{max(urls, key=urls.__getitem__)}: twice in the path of '{name}'; name it once"
         )
     tasks, filled, empty = list[ReadTask](), list[Location](), list[Location]()
+    if only is not None:
+        files = [file for file in files if str(file) in only]
     for number, file in enumerate(files, first_file):
         if not file.path.endswith(".parquet"):
             tasks.append((number, str(file), -1, 0))

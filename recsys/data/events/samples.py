@@ -143,6 +143,7 @@ def _time_at(engine: SqlEngine, place: int, low: int, high: int) -> int:
 
 
 WEIGHT = "/weight"  # a column; names with / are none of the dataset's
+DAY, END = "/day", "/end"  # of rows that are due: the date when they are written, and its end
 UNRIPE = "unripe: `within` ends after the log"  # reason of rows left out
 
 
@@ -153,10 +154,11 @@ def actions_in(actions: list[str] | None) -> str:
     return f"action IN ({', '.join(map(literal, actions))})"
 
 
-def make_rows(engine: SqlEngine, config: EventsConfig) -> dict[str, int]:
+def make_rows(engine: SqlEngine, config: EventsConfig, due: str | None = None) -> dict[str, int]:
     """Make the stage `rows`: position, uid, iid, ts, labels `l_NAME`, context `c_NAME`.
 
-    With a weight it has `/weight`, and late columns as `late_NAME`.
+    With a weight it has `/weight`, and late columns as `late_NAME`. `due` is a stage of rows whose
+    labels are decided, with `/day` and `/end`; None: all rows of the log.
 
     Returns:
         The number of rows left out, by reason.
@@ -164,21 +166,21 @@ def make_rows(engine: SqlEngine, config: EventsConfig) -> dict[str, int]:
     Raises:
         ValueError: no row is left, a given label is not 0 or 1, or a label's action is missing.
     """
-    required = _make_labelled(engine, config)
+    required = _make_labelled(engine, config, due)
     _check_given_labels(engine, config.labels)
     _check_weights(engine, config.weight)
-    if not count_rows(engine, "labelled"):
+    if due is None and not count_rows(engine, "labelled"):
         actions = config.rows or "any"
         raise ValueError(f"rows: no event has an action of {actions}; correct the names of actions")
     names = engine.table("SELECT * FROM labelled LIMIT 0").schema.names
     columns = ", ".join(quoted(name) for name in names if name != "ripe")
     is_complete, reasons = complete_rows(engine, "labelled", required)
     query = f"SELECT {columns} FROM labelled WHERE {is_complete}"
-    if config.split.by == "user":
+    if due is None and config.split.by == "user":
         engine.add("rows", user_columns(query, config.split.at))
     else:
         engine.view("rows", query)
-    if not count_rows(engine, "rows"):
+    if due is None and not count_rows(engine, "rows"):
         fix = "correct these columns"
         if UNRIPE in reasons:
             fix += ", shorten `within`, or set unripe: keep"
@@ -198,17 +200,20 @@ def complete_rows(
     return f"NOT ({' OR '.join(nulls.values())})", reasons
 
 
-def _make_labelled(engine: SqlEngine, config: EventsConfig) -> dict[str, str]:
-    """Make the stage `labelled` of all rows; return the columns that a sample needs, by reason."""
-    _check_actions(engine, config.actions)
-    actions = [IMPRESSION] if config.impressions is not None else config.rows
-    engine.view("candidates", f"SELECT * FROM unique_events WHERE {actions_in(actions)}")
+def _make_labelled(engine: SqlEngine, config: EventsConfig, due: str | None) -> dict[str, str]:
+    """Make the stage `labelled` of rows; return the columns that a sample needs, by reason."""
+    if due is None:
+        _check_actions(engine, config.actions)
+    rows = f"SELECT * FROM unique_events WHERE {is_row(config)}"
+    engine.view("candidates", rows if due is None else f"SELECT * FROM {due}")
     attributed = {
         name: label for name, label in config.labels.items() if label.action and label.within
     }
-    source = _attributed(engine, attributed, config) if attributed else "candidates"
+    attribute = _attributed if due is None else _attributed_in_time
+    source = attribute(engine, attributed, config) if attributed else "candidates"
     columns = [
         "position, uid, iid, ts",
+        *([] if due is None else [quoted(DAY)]),
         *(
             f"{_label(name, label)} AS {quoted(f'l_{name}')}"
             for name, label in config.labels.items()
@@ -225,7 +230,7 @@ def _make_labelled(engine: SqlEngine, config: EventsConfig) -> dict[str, str]:
     required |= required_features(config, list(config.context))
     if config.weight is not None and config.weight.fill is None:
         required["no weight"] = WEIGHT
-    if config.unripe == "drop" and config.label_window > 0:
+    if due is None and config.unripe == "drop" and config.label_window > 0:
         end = one_value(engine, "max(ts)", "unique_events")
         columns.append(f"CASE WHEN ts <= {end - config.label_window} THEN 1 END AS ripe")
         required[UNRIPE] = "ripe"
@@ -266,6 +271,45 @@ def _label(name: str, label: Label) -> str:
     return (
         f"CASE WHEN {column} IS NULL THEN NULL WHEN {column} >= {label.at_least} THEN 1 ELSE 0 END"
     )
+
+
+def is_row(config: EventsConfig) -> str:
+    """Return the SQL condition of events that are samples."""
+    return actions_in([IMPRESSION] if config.impressions is not None else config.rows)
+
+
+def _attributed_in_time(engine: SqlEngine, labels: dict[str, Label], config: EventsConfig) -> str:
+    """Make the stage of `_attributed` where actions and rows count that arrived by `/end`."""
+    columns = ["uid", "iid", *(["request"] if config.by_request else [])]
+    same_key = " AND ".join(f"r.{column} = a.{column}" for column in columns)
+    tests = {name: actions_in(label.action) for name, label in labels.items()}
+    if config.attribute == "last":
+        tests["/row"] = is_row(config)
+    flags = [f"{test} AS {quoted(f'/is {name}')}" for name, test in tests.items()]
+    firsts, decided = [], []
+    for name in tests:
+        within = duration(labels[name].within or "0s") if name in labels else config.label_window
+        firsts.append(
+            f"min(CASE WHEN a.{quoted(f'/is {name}')} AND a.ts <= r.ts + {within} THEN a.ts END) "
+            f"AS {quoted(f'/at {name}')}"
+        )
+    for name in labels:
+        at, next_row = quoted(f"/at {name}"), quoted("/at /row")
+        last = f"coalesce({next_row}, {FOREVER})" if "/row" in tests else str(FOREVER)
+        decided.append(f"CASE WHEN {at} <= {last} THEN 1 ELSE 0 END AS {quoted(f'l_{name}')}")
+    later = (
+        f"SELECT r.position, {', '.join(firsts)} FROM candidates r JOIN (SELECT "
+        f"{', '.join(columns)}, ts, arrived, {', '.join(flags)} FROM unique_events WHERE "
+        f"{' OR '.join(f'({test})' for test in tests.values())}) a ON {same_key} AND a.ts > r.ts "
+        f"AND a.ts <= r.ts + {config.label_window} AND a.arrived < r.{quoted(END)} "
+        "GROUP BY r.position"
+    )
+    engine.add(
+        "attributed",
+        f"SELECT c.*, {', '.join(decided)} FROM candidates c LEFT JOIN ({later}) l "
+        "ON c.position = l.position",
+    )
+    return "attributed"
 
 
 def _attributed(engine: SqlEngine, labels: dict[str, Label], config: EventsConfig) -> str:

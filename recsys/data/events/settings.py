@@ -193,6 +193,9 @@ class Drop:
     duplicates: bool = True  # keep the first of equal user, item, time, action and request
     later_than: str | None = None  # an ISO time; None: now
     max_events_per_user: int | None = None  # leave out a user's later events, as of robots
+    # With `--until`: rows that arrive later than this after their time are left out. The state
+    # keeps as many days of all events.
+    late_rows: str = "7d"
 
 
 @dataclass
@@ -202,6 +205,7 @@ class Vocabulary:
     kind: Literal["exact", "rows"] = "exact"  # rows: ids are rows of tables already
     # By column: occurrences, up to the last training sample, for which an id gets its own row.
     min_count: dict[str, int] = field(default_factory=dict)
+    headroom: float = 0.0  # free rows of each table for ids of later days, as a share of the ids
 
 
 @dataclass
@@ -276,6 +280,11 @@ class EventsConfig:
         """Microseconds after a row until all of its labels are decided."""
         windows = [duration(label.within) for label in self.labels.values() if label.within]
         return max((window or 0 for window in windows), default=0)
+
+    @property
+    def ripe_after(self) -> int:
+        """Microseconds after a row until it may be written."""
+        return self.label_window if self.unripe == "drop" else 0
 
     @property
     def features(self) -> dict[str, Feature]:

@@ -25,14 +25,15 @@ from recsys.storage.location import Location
 
 
 def read_snapshots(
-    engine: SqlEngine, name: str, table: Snapshots, kind: pa.DataType
+    engine: SqlEngine, name: str, table: Snapshots, kind: pa.DataType, must_match: bool = True
 ) -> dict[str, int]:
     """Make the stage `NAME_snapshots`: id, valid_from, valid_until, features and content.
 
     `name` is item or user, `kind` the type of its ids. Rows left out are counted by reason.
 
     Raises:
-        ValueError: a file or column cannot be used, or an id has several rows at one time.
+        ValueError: a file or column cannot be used, an id has several rows at one time, or, with
+            `must_match`, no event has an id of the table.
     """
     fields = _fields(table)
     reader = open_source(name, table, fields)
@@ -65,7 +66,7 @@ def read_snapshots(
     _check_unique(engine, name, table, file)
     key = "iid" if name == "item" else "uid"
     match = f"SELECT id FROM clean_events JOIN {name}_snapshots ON {key} = id LIMIT 1"
-    if not engine.table(match).num_rows:
+    if must_match and not engine.table(match).num_rows:
         raise ValueError(
             f"{file}: column '{table.id}': no event has one of these ids; correct "
             f"the column, or leave {name}s out"
@@ -138,7 +139,9 @@ def with_columns(
     )
 
 
-def add_features(engine: SqlEngine, config: EventsConfig, source: str) -> dict[str, int]:
+def add_features(
+    engine: SqlEngine, config: EventsConfig, source: str, may_be_empty: bool = False
+) -> dict[str, int]:
     """Make the stage `samples` of `source` with item and user features; count those left out."""
     query = f"SELECT * FROM {source}"
     required: dict[str, str] = {}
@@ -153,7 +156,7 @@ def add_features(engine: SqlEngine, config: EventsConfig, source: str) -> dict[s
     engine.add("enriched", query)
     is_complete, reasons = complete_rows(engine, "enriched", required)
     engine.view("samples", f"SELECT * FROM enriched WHERE {is_complete}")
-    if not count_rows(engine, "samples"):
+    if not may_be_empty and not count_rows(engine, "samples"):
         raise ValueError(f"rows: none is left; {reasons} were left out; correct these columns")
     return reasons
 

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
+import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -102,6 +106,21 @@ class DuckDBEngine:
             )
         self.view(name, f"SELECT * FROM read_parquet('{file}')")
 
+    def save(self, query: str, file: Path, by: str | None = None) -> None:
+        """Write a query's result as a Parquet file, or as files `BY=VALUE/NAME` beside it."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        target, options = file, "FORMAT parquet, COMPRESSION zstd"
+        if by is not None:
+            target = file.parent
+            options += f", PARTITION_BY ({by}), FILENAME_PATTERN '{file.stem}-{{i}}'"
+            options += ", OVERWRITE_OR_IGNORE"
+        with self._explained():
+            self._duckdb.execute(f"COPY ({query}) TO '{target}' ({options})")
+
+    def read_saved(self, name: str, files: Sequence[Path]) -> None:
+        """Name the rows of files that `save` has written."""
+        self.view(name, f"SELECT * FROM read_parquet({[str(file) for file in files]})")
+
     def view(self, name: str, query: str) -> None:
         """Name a query, to be run wherever the name is used."""
         with self._explained():
@@ -136,6 +155,13 @@ class DuckDBEngine:
         batches = self._batches(query, 16 * rows_per_group)
         with self._explained():
             return write_parts(batches, folder, rows_per_group, self._threads, complete)
+
+    def write_by(self, query: str, column: str, folder: Path, complete: Complete) -> None:
+        """Write rows, ordered by a column, into a folder for each value of it."""
+        for value, parts in groupby(_runs(self._batches(query), column), itemgetter(0)):
+            batches = (batch for _, batch in parts)
+            with self._explained():
+                write_parts(batches, folder / value, ROWS_PER_GROUP, self._threads, complete)
 
     def _add_batches(self, name: str, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
         file = self._new_file(name)
@@ -265,6 +291,24 @@ class SparkEngine:
 SqlEngine = DuckDBEngine | SparkEngine
 
 
+@contextmanager
+def stage_folder(folder: Path, temp: Path | None) -> Iterator[Path]:
+    """Yield a folder of stages in `temp`, or else in `folder`, and remove it.
+
+    Raises:
+        ValueError: `temp` is no folder.
+    """
+    if temp is not None and not temp.is_dir():
+        raise ValueError(f"--temp {temp}: no such folder; make it, or name another")
+    work = folder / "stages"
+    if temp is not None:
+        work = Path(tempfile.mkdtemp(prefix="prepare-events-", dir=temp))
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def write_parts(
     batches: Iterable[pa.RecordBatch],
     folder: Path,
@@ -289,6 +333,17 @@ def write_parts(
         for future in running:
             future.result()
     return rows
+
+
+def _runs(batches: Iterable[pa.RecordBatch], column: str) -> Iterator[tuple[str, pa.RecordBatch]]:
+    """Yield slices of batches that agree in a column, with its value."""
+    for batch in batches:
+        values = batch.column(column)
+        is_new = np.asarray(pc.not_equal(values[1:], values[:-1]))
+        bounds = [0, *(np.flatnonzero(is_new) + 1).tolist(), batch.num_rows]
+        for first, end in pairwise(bounds):
+            if end > first:
+                yield values[first].as_py(), batch.slice(first, end - first)
 
 
 def _parts(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:

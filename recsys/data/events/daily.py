@@ -1,0 +1,529 @@
+"""`recsys prepare events --until DAY`: datasets that grow by days, at the cost of what is new.
+
+An event counts from its arrival on, and a row is written on the day on which its labels are decided
+and it is known. So what a row holds does not depend on how many calls have made the days. Between
+calls the state keeps the events that later rows may need; of others it keeps numbers:
+
+kept       events of the last days, of the windows of counts, and each user's last ones by history
+earlier    numbers of the other events, by the keys of counts over all time
+pending    events that arrive later
+seen       keys of events by day, for repeated ones
+catalogue, taken, popularity    items, users' items, and events to draw negatives from
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import closing
+from dataclasses import dataclass, replace
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embeddings.vocabulary.fixed import ExactVocabulary
+from recsys.data.events.clean_events import (
+    copy_key,
+    event_columns,
+    event_fields,
+    make_usable,
+    read_tables,
+    tables_of,
+    without_copies,
+)
+from recsys.data.events.daily_state import REPORT, DailyFolder, Progress
+from recsys.data.events.dataset import DatasetWriter, feature_tables, num_rows, write_last_features
+from recsys.data.events.histories import (
+    KEYS_OF,
+    NUMBER,
+    add_histories,
+    event_key,
+    number_earlier,
+)
+from recsys.data.events.history_values import HistoryFiles
+from recsys.data.events.load import load_events_config
+from recsys.data.events.negatives import (
+    KnownItems,
+    PastItems,
+    add_negatives,
+    item_times,
+    known_items,
+    numbered_items,
+)
+from recsys.data.events.reader import Reader, file_sizes, open_source
+from recsys.data.events.samples import DAY, END, actions_in, is_row, make_rows
+from recsys.data.events.settings import EventsConfig
+from recsys.data.events.snapshots import add_features, check_pictures, read_snapshots
+from recsys.data.events.sql import FOREVER, DuckDBEngine, count_rows, quoted, stage_folder
+from recsys.data.events.times import duration, moment
+from recsys.data.schema import vocabulary_file
+from recsys.storage.location import Location
+
+logger = logging.getLogger(__name__)
+
+TABLE_BITS = 16  # files of a table: their numbers are the same however many calls read them
+RIPE = "/ripe"  # column of rows: when their labels are decided and they are known
+ONE_DAY = 86_400_000_000
+EPOCH = date(1970, 1, 1).toordinal()
+TRAIN_ALONE = {"": {"train": "1 = 1", "valid": "1 = 0", "test": "1 = 0"}}
+SUCCESS = "_SUCCESS"
+
+
+def prepare_days(
+    config: Path,
+    out: Path,
+    day: str,
+    source: Path | None,
+    memory: str | None = None,
+    threads: int | None = None,
+    temp: Path | None = None,
+) -> dict[str, Any]:
+    """Write the partitions of the days up to `day` that are not written yet.
+
+    Returns:
+        The report of the call, also in `report.json`; that of the call before if nothing is to do.
+
+    Raises:
+        ValueError: as `prepare_events`; or a setting is none for days, or differs from that of the
+            calls before.
+    """
+    settings = load_events_config(config, source)
+    if (problem := _unfit(settings)) is not None:
+        raise ValueError(f"{config}: {problem}")
+    for table in settings.event_tables:
+        table.arrived = table.arrived or table.time  # a file may come late
+    zone = settings.time_zone or "UTC"
+    until = moment(str(_date(day) + timedelta(1)), zone)
+    folder = DailyFolder(out.absolute())
+    with folder.locked():
+        progress = folder.progress(settings)
+        if progress.until is not None and until <= progress.until:
+            logger.info("%s: %s is prepared, up to %s", out, day, progress.day)
+            return dict(json.loads((folder.path / REPORT).read_text()))
+        with (
+            folder.commit() as partial,
+            stage_folder(partial, temp) as work,
+            closing(DuckDBEngine(work, memory, threads)) as engine,
+        ):
+            report = Call(engine, settings, folder, progress, day, until).run(partial)
+    return report
+
+
+def _date(day: str) -> date:
+    try:
+        return date.fromisoformat(day)
+    except ValueError as error:
+        raise ValueError(f"--until {day}: no date; write such as 2026-11-01") from error
+
+
+def _unfit(config: EventsConfig) -> str | None:
+    """Return a setting that days cannot have, with the fix."""
+    if config.drop.max_events_per_user is not None:
+        return "drop: max_events_per_user is not for --until; leave it out"
+    if config.vocabulary.min_count:
+        return (
+            "vocabulary: min_count is not for --until, as training gives rows to new ids; remove it"
+        )
+    if config.negatives is None:
+        return None
+    if config.negatives.exclude == "whole_log":
+        return "negatives: exclude whole_log is not for --until; set exclude: past"
+    most = (1 << (26 - TABLE_BITS)) // len(tables_of(config))
+    if config.negatives.per_positive > most:
+        return f"negatives: per_positive is over {most}, the most with --until; lower it"
+    return None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: the days between the end of the last one and `until`."""
+
+    engine: DuckDBEngine
+    config: EventsConfig
+    folder: DailyFolder
+    before: Progress
+    day: str
+    until: int
+
+    @property
+    def since(self) -> int:
+        """The time from which on events arrive for this call."""
+        return -FOREVER if self.before.until is None else self.before.until
+
+    def run(self, out: Path) -> dict[str, Any]:
+        """Write the days, the files beside them and the state; return the report."""
+        engine, config = self.engine, self.config
+        types, num_read, reasons, files = self._read_events()
+        is_first = self.before.until is None
+        if config.items is not None:
+            reasons |= read_snapshots(engine, "item", config.items, types["iid"], is_first)
+            check_pictures(engine, config.items)
+        if config.users is not None:
+            reasons |= read_snapshots(engine, "user", config.users, types["uid"], is_first)
+        reasons |= self._due_rows()
+        reasons |= make_rows(engine, config, "due")
+        stage, known = "rows", 0
+        if config.negatives is not None:
+            past, known = self._past_items()
+            _, missing = add_negatives(engine, config, TRAIN_ALONE, past)
+            reasons |= missing
+            stage = "drawn"
+        reasons |= add_features(engine, config, stage, may_be_empty=True)
+        values = HistoryFiles(engine.work / "values", config.histories)
+        self._read_earlier(types)
+        lists = add_histories(engine, config, types, values, "earlier")
+        writer = DatasetWriter(engine, config, TRAIN_ALONE, lists, values)
+        sizes = self._write(writer, out)
+        tables, compacted, appended = self._keep(types)
+        report = {"events": num_read, "left_out": reasons, "days": self._days()}
+        (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+        progress = replace(
+            self.before,
+            day=self.day,
+            until=self.until,
+            calls=self.before.calls + 1,
+            files=files,
+            tables=tables,
+            compacted=compacted,
+            appended=appended,
+            popularity=known,
+            sizes=sizes,
+        )
+        self.folder.write_progress(out, progress)
+        return report
+
+    def _read_events(
+        self,
+    ) -> tuple[dict[str, pa.DataType], int, dict[str, int], dict[str, dict[str, int]]]:
+        """Make the stages of new and of all events; return types, counts, and files that are read.
+
+        `new_events` arrive in this call. `unique_events` and `clean_events` are these, and those
+        kept.
+        """
+        engine, config = self.engine, self.config
+        readers, files = self._new_readers()
+        kept = self.folder.files("kept")
+        types: dict[str, pa.DataType] = {}
+        if kept:
+            engine.read_saved("kept", kept)
+            schema = engine.table("SELECT * FROM kept LIMIT 0").schema
+            types = {field.name: field.type for field in list(schema)[1:]}
+        if readers:
+            types = read_tables(engine, config, readers, types)
+        names = ", ".join(map(quoted, ["position", *types]))
+        if not readers:
+            engine.view("events_read", f"SELECT {names} FROM kept WHERE 1 = 0")
+        num_read, reasons = make_usable(engine, config, types, "arriving", self.since)
+        pending = self.folder.files("pending")
+        if pending:
+            engine.read_saved("pending", pending)
+        waiting = f" UNION ALL SELECT {names} FROM pending" if pending else ""
+        engine.add("incoming", f"SELECT {names} FROM arriving{waiting}")
+        engine.view("usable", f"SELECT * FROM incoming WHERE arrived < {self.until}")
+        query, copies = without_copies(engine, config, types)
+        engine.add("unseen", query)
+        if not kept:
+            engine.view("kept", "SELECT * FROM unseen WHERE 1 = 0")
+        before = count_rows(engine, "unseen")
+        self._drop_seen(types)
+        repeated = copies.get("duplicate", 0) + before - count_rows(engine, "new_events")
+        reasons |= {"duplicate": repeated} if repeated else {}
+        if before == 0 and not kept:
+            raise ValueError(f"--until {self.day}: no event that can be used is known by then")
+        engine.view(
+            "clean_events", f"SELECT {names} FROM kept UNION ALL SELECT {names} FROM new_events"
+        )
+        engine.view("unique_events", "SELECT * FROM clean_events")
+        return types, num_read, reasons, files
+
+    def _new_readers(self) -> tuple[dict[str, Reader], dict[str, dict[str, int]]]:
+        """Return readers of the tables with new files, and the bytes of all files by table."""
+        readers, files = {}, {}
+        columns = event_columns(self.config)
+        for number, (name, table) in enumerate(tables_of(self.config).items()):
+            read, urls = dict(self.before.files.get(name, {})), []
+            first = len(read)
+            for file, (url, size) in file_sizes(name, table).items():
+                if file not in read:
+                    urls.append(url)
+                elif read[file] != size:
+                    raise ValueError(
+                        f"{url}: has {size:,} bytes, and had {read[file]:,} when it was read; "
+                        "write new events into new files, or prepare into another --out"
+                    )
+                read[file] = size
+            files[name] = read
+            if len(read) > 1 << TABLE_BITS:
+                raise ValueError(f"'{name}' has {len(read):,} files; write larger ones")
+            if urls:
+                fields = event_fields(self.config, name, table, columns)
+                place = (number << TABLE_BITS) + first
+                readers[name] = open_source(name, table, fields, place, urls)
+        return readers, files
+
+    def _drop_seen(self, types: dict[str, pa.DataType]) -> None:
+        """Make the stage `new_events`: those that no call before has had; write their keys."""
+        engine, files = self.engine, []
+        if not self.config.drop.duplicates:
+            engine.view("new_events", "SELECT * FROM unseen")
+            return
+        number = f"CAST(floor(ts / {ONE_DAY}) AS BIGINT)"
+        days = engine.table(f"SELECT DISTINCT {number} AS day FROM unseen ORDER BY 1")["day"]
+        for day in days.to_pylist():
+            files += self.folder.files(f"seen/day={day}")
+        condition = ""
+        if files:
+            engine.read_saved("seen", files)
+            keys = copy_key(types).split(", ")
+            same = " AND ".join(f"u.{key} IS NOT DISTINCT FROM s.{key}" for key in keys)
+            condition = f"WHERE NOT EXISTS (SELECT 1 FROM seen s WHERE {same})"
+        engine.add("new_events", f"SELECT u.* FROM unseen u {condition}")
+        engine.save(
+            f"SELECT {copy_key(types)}, {number} AS day FROM new_events ORDER BY day, uid",
+            self.folder.new_file("seen", self.before),
+            by="day",
+        )
+
+    def _due_rows(self) -> dict[str, int]:
+        """Make the stage `due`: rows to write, with the day as `/day` and its end as `/end`.
+
+        Returns:
+            The number of other rows, by reason.
+        """
+        engine, config = self.engine, self.config
+        late = f"arrived - ts > {duration(config.drop.late_rows)}"
+        ripe = quoted(RIPE)
+        engine.view(
+            "ripe_rows",
+            f"SELECT *, greatest(ts + {config.ripe_after}, arrived) AS {ripe} FROM unique_events "
+            f"WHERE {is_row(config)}",
+        )
+        is_due = f"{ripe} >= {self.since} AND {ripe} < {self.until}"
+        number = f"CAST(floor({ripe} / {ONE_DAY}) AS BIGINT)"
+        numbers = engine.table(f"SELECT DISTINCT {number} AS day FROM ripe_rows WHERE {is_due}")
+        zone = config.time_zone or "UTC"
+        days = {
+            date.fromordinal(EPOCH + day + shift)  # of the zone, beside that of UTC
+            for day in numbers["day"].to_pylist()
+            for shift in (-1, 0, 1)
+        }
+        bounds = [
+            f"('{day}', {moment(str(day), zone)}, {moment(str(day + timedelta(1)), zone)})"
+            for day in sorted(days)
+        ]
+        values = ", ".join(bounds) or "('', 0, 0)"
+        engine.add(
+            "due",
+            f"SELECT r.*, d.day AS {quoted(DAY)}, d.after AS {quoted(END)} FROM ripe_rows r JOIN "
+            f"(VALUES {values}) AS d(day, first, after) "
+            f"ON r.{ripe} >= d.first AND r.{ripe} < d.after WHERE {is_due} AND NOT ({late})",
+        )
+        counts = {
+            f"known more than {config.drop.late_rows} after their time": f"{is_due} AND {late}",
+            "wait until their labels are decided": f"{ripe} >= {self.until} AND NOT ({late})",
+        }
+        reasons = {
+            name: count_rows(engine, f"ripe_rows WHERE {sql}") for name, sql in counts.items()
+        }
+        return {name: count for name, count in reasons.items() if count}
+
+    def _past_items(self) -> tuple[PastItems, int]:
+        """Make the stage `catalogue`; return what draws know, and how many events."""
+        engine, settings, folder = self.engine, self.config.negatives, self.folder
+        assert settings is not None
+        known, first = "", 0
+        times = item_times(self.config, "new_events")
+        if files := folder.files("catalogue"):
+            engine.read_saved("known_catalogue", files)
+            first = count_rows(engine, "known_catalogue")
+            known = "SELECT * FROM known_catalogue UNION ALL "
+            times = f"SELECT * FROM ({times}) WHERE iid NOT IN (SELECT iid FROM known_catalogue)"
+        times = (
+            f"SELECT iid, greatest(since, {self.since}) AS since FROM ({times}) "
+            f"WHERE since < {self.until}"
+        )
+        file = folder.new_file("catalogue", self.before)
+        engine.save(numbered_items(times, first), file)
+        engine.read_saved("new_items", [file])
+        engine.view("catalogue", f"{known}SELECT * FROM new_items")
+        file = folder.new_file("taken", self.before)
+        taken = "SELECT uid, iid, min(arrived) AS since FROM new_events GROUP BY uid, iid"
+        engine.save(f"{taken} ORDER BY uid, iid", file)
+        engine.read_saved("taken", folder.files("taken"))
+        taken = (
+            "SELECT uid, iid, min(since) AS since FROM taken WHERE uid IN (SELECT uid FROM rows) "
+            "GROUP BY uid, iid"
+        )
+        popularity = KnownItems(engine.work / "known_items")
+        if settings.by == "popularity":
+            popularity = KnownItems(folder.state / "popularity")
+            popularity.cut(self.before.popularity)
+        popularity.append(engine, known_items(self.config, settings, "new_events"))
+        block = f"CAST(replace({quoted(DAY)}, '-', '') AS BIGINT)"
+        number = count_rows(engine, "catalogue")
+        return PastItems(popularity, number, taken, block), len(popularity.since)
+
+    def _read_earlier(self, types: dict[str, pa.DataType]) -> None:
+        """Make the stage `earlier`: numbers of events that are not kept, by keys of counts."""
+        if files := self.folder.files("earlier"):
+            self.engine.read_saved("earlier", files)
+            return
+        keys = {event_key(name) for count in self.config.counts.values() for name in count.of}
+        columns = {"action": pa.string(), "uid": types["uid"], "iid": types["iid"]}
+        snapshots = self.engine.table("SELECT * FROM samples LIMIT 0").schema
+        for key in sorted(keys - columns.keys()):
+            columns[key] = snapshots.field(f"c_{key.removeprefix('e_')}").type
+        columns |= {KEYS_OF: pa.string(), NUMBER: pa.int64()}
+        self.folder.state.mkdir(exist_ok=True)
+        file = self.engine.work / "no_earlier.parquet"
+        pq.write_table(pa.schema(columns).empty_table(), file)
+        self.engine.read_saved("earlier", [file])
+
+    def _write(self, writer: DatasetWriter, out: Path) -> dict[str, int]:
+        """Write the partitions and what belongs to them; return the rows of each table of ids."""
+        engine, config = self.engine, self.config
+        names, complete = writer.columns()
+        assert complete is not None
+        engine.write_by(
+            f"SELECT {names}, 'date=' || c.{quoted(DAY)} AS {quoted(DAY)} FROM complete c "
+            f"ORDER BY c.{quoted(DAY)}, c.ts, c.uid, c.iid, c.position",
+            DAY,
+            out / "train",
+            complete,
+        )
+        for partition in (out / "train").glob("*"):
+            (partition / SUCCESS).touch()
+        sizes = self._write_vocabularies(writer, out)
+        item = config.output.item
+        counts = engine.table(
+            f"SELECT iid AS {quoted(item)}, count(*) AS train_rows FROM complete "
+            f"WHERE 1 = 1{writer.is_logged} GROUP BY iid"
+        )
+        if (file := self.folder.path / "item_counts.parquet").exists():
+            both = pa.concat_tables([pq.read_table(file), counts])
+            counts = both.group_by(item).aggregate([("train_rows", "sum")])
+            counts = counts.rename_columns([item, "train_rows"])
+        pq.write_table(counts.sort_by(item), out / "item_counts.parquet")
+        if config.items is not None:
+            writer.write_items(out, self.until - 1)
+        if feature_tables(config):
+            write_last_features(engine, config, out / "features", self.until)
+        (out / "schema.yaml").write_text(writer.schema(sizes))
+        return sizes
+
+    def _write_vocabularies(self, writer: DatasetWriter, out: Path) -> dict[str, int]:
+        """Write maps with the new ids behind those before; tables grow if these do not fit."""
+        engine, config, sizes = self.engine, self.config, {}
+        past = f"past_events WHERE {quoted(KEYS_OF)} = ''"
+        for name, ids in writer.ids("1 = 1", "new_events", past).items():
+            lists = [table for table, column in writer.id_lists.items() if column == name]
+            size = self.before.sizes.get(name, 0)
+            if config.vocabulary.kind == "rows":
+                needed = num_rows(engine, name, ids)
+                vocabulary = None
+            else:
+                vocabulary = self._extended(name, ids)
+                needed = len(vocabulary) + 1
+            if needed > size:
+                grown = writer.table_rows(needed - 1)
+                if size:
+                    logger.info("%s: its table grows from %s to %s rows", name, size, grown)
+                size = grown
+            for table in (name, *lists):
+                sizes[table] = size
+                if vocabulary is not None:
+                    file = vocabulary_file(Location.of(out), table).path
+                    Path(file).parent.mkdir(exist_ok=True)
+                    vocabulary.save(file)
+        return sizes
+
+    def _extended(self, name: str, ids: str) -> ExactVocabulary:
+        query = f"SELECT DISTINCT id FROM ({ids}) WHERE id IS NOT NULL"
+        if name == self.config.output.item and self.config.items is not None:
+            query = f"{query} UNION SELECT id FROM item_snapshots"
+        new = self.engine.table(f"SELECT id FROM ({query}) ORDER BY id")["id"]
+        file = vocabulary_file(Location.of(self.folder.path), name)
+        rows = self.before.sizes.get(name, 2) + len(new) + 1
+        vocabulary = ExactVocabulary(rows)
+        if file.exists():
+            vocabulary = ExactVocabulary.load(file.path, rows, file.arrow)
+        vocabulary.extend([new])
+        return vocabulary
+
+    def _keep(self, types: dict[str, pa.DataType]) -> tuple[dict[str, list[str]], int, int]:
+        """Write the events that later calls need; return the files, and events in them.
+
+        The files are made anew when as many events have come as there were: then an event is
+        written again only as often as the state doubles.
+        """
+        engine, folder, before = self.engine, self.folder, self.before
+        file = folder.new_file("pending", before)
+        engine.save(f"SELECT * FROM incoming WHERE arrived >= {self.until}", file)
+        tables = {"pending": [file.name]}
+        file = folder.new_file("kept", before)
+        appended = before.appended + count_rows(engine, "new_events")
+        earlier = [path.name for path in folder.files("earlier")]
+        if appended <= before.compacted:
+            engine.save("SELECT * FROM new_events ORDER BY uid, ts", file)
+            kept = [*before.tables.get("kept", []), file.name]
+            return {**tables, "kept": kept, "earlier": earlier}, before.compacted, appended
+        engine.add("dropped", f"SELECT position FROM ({self._marked()}) WHERE NOT is_kept")
+        is_dropped = "position IN (SELECT position FROM dropped)"
+        engine.save(f"SELECT * FROM clean_events WHERE NOT ({is_dropped}) ORDER BY uid, ts", file)
+        numbers = folder.new_file("earlier", before)
+        engine.save(number_earlier(engine, self.config, is_dropped, "earlier"), numbers)
+        compacted = pq.read_metadata(file).num_rows
+        return {**tables, "kept": [file.name], "earlier": [numbers.name]}, compacted, 0
+
+    def _marked(self) -> str:
+        """Return SQL of events with `is_kept`: whether rows of later calls may need them.
+
+        All later rows know an event that had arrived by `settled`, so that only a user's last ones
+        matter for histories.
+        """
+        config = self.config
+        histories, counts = config.histories.values(), config.counts.values()
+        delays = [history.delay for history in histories] + [count.delay for count in counts]
+        late = duration(config.drop.late_rows) or 0
+        settled = (
+            self.until
+            - max(config.ripe_after, late)
+            - max((duration(delay) or 0 for delay in delays), default=0)
+            - 1
+        )
+        needed = [f"arrived > {settled}"]
+        for count in counts:
+            if (within := duration(count.within)) is not None:
+                sets = [count.actions, *([] if count.per is None else [count.per])]
+                is_counted = " OR ".join(f"({actions_in(actions)})" for actions in sets)
+                needed.append(f"ts >= {settled - within} AND ({is_counted})")
+        lengths: dict[str, int] = {}
+        for history in histories:
+            test = actions_in(history.actions)
+            lengths[test] = max(history.length, lengths.get(test, 0))
+        ranks = []
+        for number, (test, length) in enumerate(lengths.items()):
+            is_old = f"arrived <= {settled} AND {test}"
+            ranks.append(
+                f"row_number() OVER (PARTITION BY uid, {is_old} ORDER BY ts DESC, iid DESC, "
+                f"position DESC) AS rank_{number}"
+            )
+            needed.append(f"{test} AND rank_{number} <= {length}")
+        columns = ", ".join(["position, ts, arrived, action", *ranks])
+        is_kept = " OR ".join(f"({part})" for part in needed)
+        return f"SELECT position, {is_kept} AS is_kept FROM (SELECT {columns} FROM clean_events)"
+
+    def _days(self) -> dict[str, dict[str, Any]]:
+        """Return rows and share of positive ones of each partition."""
+        label = quoted(f"l_{next(iter(self.config.labels))}")
+        table = self.engine.table(
+            f"SELECT {quoted(DAY)} AS day, count(*) AS rows, avg({label}) AS positive "
+            "FROM complete GROUP BY 1 ORDER BY 1"
+        )
+        return {
+            row["day"]: {"rows": row["rows"], "positive": row["positive"]}
+            for row in table.to_pylist()
+        }

@@ -1,0 +1,202 @@
+"""Datasets that grow by days: however many calls make them, and wherever these are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from recsys.data.events.load import load_events_config
+from recsys.data.events.prepare import make_samples, prepare_events
+from recsys.data.events.sql import DuckDBEngine
+from recsys.data.schema import load_schema
+from recsys.storage.location import Location
+
+HOUR = 3_600
+DAY = 24 * HOUR
+START = 1_789_948_800  # 2026-09-21 in UTC
+DAYS = [f"2026-09-{day}" for day in range(21, 29)]
+CONTENT: dict[str, Any] = {
+    "events": {
+        "log": {
+            "path": "log",
+            "action": "action",
+            "arrived": "arrived",
+            "columns": ["price"],
+        },
+        "more": {"path": "more", "action": "action", "arrived": "arrived"},
+    },
+    "items": {
+        "path": "items.parquet",
+        "valid_from": "since",
+        "columns": {"brand": "id", "cost": {"kind": "dense", "fill": 0}},
+        "content": {"title": "text"},
+    },
+    "users": {
+        "path": "users",
+        "valid_from": "since",
+        "columns": {"country": {"kind": "id", "fill": "none"}},
+    },
+    "rows": ["view", "share"],
+    "labels": {
+        "bought": {"action": "buy", "within": "1d"},
+        "acted": {"action": ["buy", "share"], "within": "36h"},
+    },
+    "context": {"price": {"kind": "dense", "fill": 1}},
+    "negatives": {"per_positive": 2, "by": "popularity"},
+    "histories": {
+        "viewed": {
+            "actions": "view",
+            "length": 3,
+            "delay": "1h",
+            "parallel": {"viewed_age": "age", "viewed_brand": "brand", "viewed_price": "price"},
+        },
+        "past": {"length": 4, "parallel": {"past_action": "action"}},
+    },
+    "counts": {
+        "user_all": {"of": "user"},
+        "user_day": {"of": "user", "within": "1d", "delay": "30m"},
+        "item_rate": {"of": "item", "actions": "buy", "per": "view"},
+        "brand_buys": {"of": ["user", "brand"], "actions": "buy"},
+        "item_views": {"of": "item", "actions": "view", "within": "3d"},
+    },
+    "drop": {"late_rows": "2d", "later_than": "2027-01-01"},
+}
+CASES: dict[str, dict[str, Any]] = {
+    "last": {},
+    "all": {
+        "attribute": "all",
+        "negatives": {"per_positive": 1},
+        "weight": {"labels": {"bought": 3}},
+        "late": ["price"],
+        "context": {},
+    },
+    "kept": {"unripe": "keep", "negatives": None, "drop": {**CONTENT["drop"], "duplicates": False}},
+    "rows": {
+        "vocabulary": {"kind": "rows", "headroom": 0.5},
+        "items": None,
+        "users": None,
+        "histories": {"viewed": {"actions": "view", "length": 2}},
+        "counts": {},
+        "events": {
+            name: {**table, "user": "user_row"} for name, table in CONTENT["events"].items()
+        },
+    },
+}
+
+
+def log(seed: int, late: bool) -> pa.Table:
+    """Events with ties in time and repeats, a part of which arrive hours and days late."""
+    random = np.random.default_rng(seed)
+    number = 700
+    user = random.integers(0, 12, number)
+    time = START + random.integers(0, 7 * 24 * 4, number) * HOUR // 4
+    lateness = random.choice([0, 0, 0, HOUR, 20 * HOUR, 30 * HOUR, 60 * HOUR], number) * late
+    rows = {
+        "user": pa.array([f"u{one}" for one in user]),
+        "user_row": user,
+        "item": random.integers(0, 25, number),
+        "time": time,
+        "arrived": time + lateness,
+        "action": random.choice(["view", "view", "view", "buy", "share"], number),
+        "price": random.integers(0, 9, number) / 2,
+    }
+    table = pa.table(rows)
+    again = random.integers(0, number, 60)
+    copies = table.take(pa.array(again))
+    shift = random.integers(0, 3, 60) * DAY * late
+    copies = copies.set_column(4, "arrived", pa.array(copies["arrived"].to_numpy() + shift))
+    return pa.concat_tables([table, copies])
+
+
+def items(day: int) -> pa.Table:
+    """Snapshots by a day: each day changes some items and brings others."""
+    random = np.random.default_rng(5)
+    rows = [
+        {"id": item, "since": START + change * DAY, "number": int(random.integers(0, 3))}
+        for change in range(8)
+        for item in range(30)
+        if (change == 0 and item < 20) or random.random() < 0.2
+    ]
+    rows = [row for row in rows if row["since"] <= START + day * DAY]
+    return pa.table(
+        {
+            "id": [row["id"] for row in rows],
+            "since": [row["since"] for row in rows],
+            "brand": [f"b{row['number']}" if row["number"] else None for row in rows],
+            "cost": [float(row["number"]) for row in rows],
+            "title": [f"item {row['id']}, {row['since']}" for row in rows],
+        }
+    )
+
+
+def users(day: int) -> pa.Table:
+    since = START + day * DAY
+    names = [f"u{day}", f"u{day + 3}"]
+    return pa.table({"id": names, "since": [since] * 2, "country": [f"c{day}", None]})
+
+
+def deliver(folder: Path, table: pa.Table, day: int) -> None:
+    """Write what arrives on a day, and the snapshots of that day."""
+    arrived = (table["arrived"].to_numpy() - START) // DAY
+    for part, name in ((0, "log"), (1, "more")):
+        is_part = np.arange(len(table)) % 2 == part
+        file = folder / name / f"part-{day}.parquet"
+        file.parent.mkdir(exist_ok=True)
+        pq.write_table(table.filter(pa.array((arrived == day) & is_part)), file)
+    (folder / "users").mkdir(exist_ok=True)
+    pq.write_table(users(day), folder / "users" / f"part-{day}.parquet")
+    pq.write_table(items(day), folder / "items.parquet")
+
+
+def write_settings(folder: Path, case: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    content = {**CONTENT, **CASES[case]}
+    content = {name: value for name, value in content.items() if value is not None}
+    (folder / "events.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder / "events.yaml"
+
+
+def content_of(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a dataset by folder or file; maps of ids as sets, as their order may differ."""
+    folders = [*sorted((out / "train").glob("*")), *sorted((out / "features").glob("*"))]
+    rows = {
+        str(folder.relative_to(out)): [
+            row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()
+        ]
+        for folder in [*folders, out / "items"]
+    }
+    rows["counts"] = pq.read_table(out / "item_counts.parquet").to_pylist()
+    for file in sorted((out / "vocabulary").glob("*")):
+        rows[file.name] = sorted(pq.read_table(file)["id"].to_pylist())
+    return rows
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_calls_day_by_day_make_the_rows_of_one_call(case: str, tmp_path: Path) -> None:
+    config = write_settings(tmp_path / "data", case)
+    table = log(0, late=True)
+    for number, day in enumerate(DAYS):
+        deliver(tmp_path / "data", table, number)
+        if number not in (1, 5):  # a call may make several days
+            prepare_events(config, tmp_path / "calls", until=day)
+    prepare_events(config, tmp_path / "once", until=DAYS[-1])
+    calls, once = content_of(tmp_path / "calls"), content_of(tmp_path / "once")
+    assert list(calls) == list(once)
+    for name, rows in once.items():
+        assert calls[name] == rows, name
+    assert len([name for name in once if name.startswith("train")]) >= 7
+    for out in (tmp_path / "calls", tmp_path / "once"):
+        load_schema(Location.of(out))
