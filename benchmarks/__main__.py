@@ -38,6 +38,7 @@ SUITES = {
     "continual": {"ways": "benchmarks.continual.__main__"},
     "events": {
         "sizes": "benchmarks.events.__main__",
+        "days": "benchmarks.events.days",
         "in-time": "benchmarks.events.in_time",
     },
 }

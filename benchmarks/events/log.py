@@ -26,7 +26,7 @@ BUYS = 0.1  # share of the events
 EXPONENT, SHIFT = 1.2, 100  # of users: the one of rank r has a share as (r + SHIFT) ** -EXPONENT
 
 
-def write_log(folder: Path, rows: int, users: int, items: int) -> None:
+def write_log(folder: Path, rows: int, users: int, items: int, days: int = DAYS) -> None:
     """Write clicks and purchases; activity follows Zipf's law, shifted for users (Mandelbrot)."""
     folder.mkdir(parents=True)
     shares = np.cumsum((np.arange(1.0, users + 1) + SHIFT) ** -EXPONENT)
@@ -39,7 +39,7 @@ def write_log(folder: Path, rows: int, users: int, items: int) -> None:
         table = {
             "user": numbers[ranks],
             "item": random.zipf(EXPONENT, number) % items,
-            "time": START + random.integers(0, DAYS * 86_400, number),
+            "time": START + random.integers(0, days * 86_400, number),
             "action": pa.array(["click", "buy"]).take(pa.array(is_buy.astype(np.int8))),
         }
         pq.write_table(pa.table(table), folder / f"part-{first:012}.parquet")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from recsys.data.events.load import load_events_config
-from recsys.data.events.prepare import make_samples, prepare_events
+from recsys.data.events.prepare import prepare_events
 from recsys.data.events.sql import DuckDBEngine
 from recsys.data.schema import load_schema
 from recsys.storage.location import Location
@@ -27,6 +24,7 @@ from recsys.storage.location import Location
 HOUR = 3_600
 DAY = 24 * HOUR
 START = 1_789_948_800  # 2026-09-21 in UTC
+KILL_AT = (3, 15, 27, 30, 33, 36, 39)  # steps of a call
 DAYS = [f"2026-09-{day}" for day in range(21, 29)]
 CONTENT: dict[str, Any] = {
     "events": {
@@ -78,12 +76,13 @@ CASES: dict[str, dict[str, Any]] = {
     "last": {},
     "all": {
         "attribute": "all",
+        "drop": {**CONTENT["drop"], "duplicates": False},
         "negatives": {"per_positive": 1},
         "weight": {"labels": {"bought": 3}},
         "late": ["price"],
         "context": {},
     },
-    "kept": {"unripe": "keep", "negatives": None, "drop": {**CONTENT["drop"], "duplicates": False}},
+    "kept": {"unripe": "keep", "negatives": None},
     "rows": {
         "vocabulary": {"kind": "rows", "headroom": 0.5},
         "items": None,
@@ -98,11 +97,16 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def log(seed: int, late: bool) -> pa.Table:
-    """Events with ties in time and repeats, a part of which arrive hours and days late."""
+    """Events with ties in time and repeats, a part of which arrive hours and days late.
+
+    Some users come back after days.
+    """
     random = np.random.default_rng(seed)
     number = 700
     user = random.integers(0, 12, number)
-    time = START + random.integers(0, 7 * 24 * 4, number) * HOUR // 4
+    day = random.integers(0, 7, number)
+    day = np.where((user > 8) & (day < 6), 0, day)
+    time = START + day * DAY + random.integers(0, 24 * 4, number) * HOUR // 4
     lateness = random.choice([0, 0, 0, HOUR, 20 * HOUR, 30 * HOUR, 60 * HOUR], number) * late
     rows = {
         "user": pa.array([f"u{one}" for one in user]),
@@ -110,7 +114,7 @@ def log(seed: int, late: bool) -> pa.Table:
         "item": random.integers(0, 25, number),
         "time": time,
         "arrived": time + lateness,
-        "action": random.choice(["view", "view", "view", "buy", "share"], number),
+        "action": random.choice(["view", "view", "buy", "buy", "share"], number),
         "price": random.integers(0, 9, number) / 2,
     }
     table = pa.table(rows)
@@ -174,7 +178,9 @@ def content_of(out: Path) -> dict[str, list[dict[str, Any]]]:
     folders = [*sorted((out / "train").glob("*")), *sorted((out / "features").glob("*"))]
     rows = {
         str(folder.relative_to(out)): [
-            row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()
+            row
+            for file in sorted(folder.glob("*.parquet"))
+            for row in pq.read_table(file).to_pylist()
         ]
         for folder in [*folders, out / "items"]
     }
@@ -200,3 +206,86 @@ def test_calls_day_by_day_make_the_rows_of_one_call(case: str, tmp_path: Path) -
     assert len([name for name in once if name.startswith("train")]) >= 7
     for out in (tmp_path / "calls", tmp_path / "once"):
         load_schema(Location.of(out))
+
+
+def test_without_late_events_the_rows_are_those_of_a_dataset_made_at_once(tmp_path: Path) -> None:
+    config, table = write_settings(tmp_path / "data", "last"), log(1, late=False)
+    for number, day in enumerate(DAYS):
+        deliver(tmp_path / "data", table, number)
+        prepare_events(config, tmp_path / "days", until=day)
+    content = yaml.safe_load(config.read_text())
+    content |= {"split": {"by": "dates", "at": [DAYS[4], DAYS[5]]}, "embargo": False}
+    config.write_text(yaml.safe_dump(content, sort_keys=False))
+    prepare_events(config, tmp_path / "at_once")
+    at_once = pq.read_table(tmp_path / "at_once" / "train").to_pylist()
+    rows = content_of(tmp_path / "days")
+    days = [row for name, part in rows.items() if name.startswith("train") for row in part]
+    end = (START + 4 * DAY) * 10**6
+    assert ordered([row for row in days if row["time"] < end]) == ordered(at_once)
+
+
+def ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: repr(sorted(row.items())))
+
+
+def test_a_call_that_was_killed_and_is_given_again_writes_the_same(tmp_path: Path) -> None:
+    config, table = write_settings(tmp_path / "data", "last"), log(2, late=True)
+    for number, day in enumerate(DAYS[:3]):
+        deliver(tmp_path / "data", table, number)
+        if number != 1:
+            prepare_events(config, tmp_path / ("start" if number == 0 else "whole"), until=day)
+            if number == 0:
+                shutil.copytree(tmp_path / "start", tmp_path / "whole")
+    process = subprocess.run(
+        [sys.executable, __file__, str(config), str(tmp_path)], capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    killed = sorted(tmp_path.glob("killed-*"))
+    assert len(killed) == len(KILL_AT)
+    deliver(tmp_path / "data", table, 3)
+    prepare_events(config, tmp_path / "whole", until=DAYS[3])
+    whole = content_of(tmp_path / "whole")
+    for out in killed:
+        prepare_events(config, out, until=DAYS[3])
+        assert content_of(out) == whole, out
+        assert not list(out.glob(".ready*")) and not list(out.glob(".*.old"))
+
+
+def kill_everywhere(config: Path, folder: Path) -> None:
+    """Give the call of the third day in processes that die at one of its steps, then again."""
+    for number in KILL_AT:
+        out = folder / f"killed-{number:02}"
+        shutil.copytree(folder / "start", out)
+        assert in_child(config, out, number)
+        assert not in_child(config, out, None)
+
+
+def in_child(config: Path, out: Path, kill_at: int | None) -> bool:
+    """Return whether a process that gives the call was killed at a step."""
+    if (pid := os.fork()) == 0:
+        steps = 0
+
+        def counted(function: Any) -> Any:
+            def step(*arguments: Any, **named: Any) -> Any:
+                nonlocal steps
+                if steps == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                steps += 1
+                return function(*arguments, **named)
+
+            return step
+
+        for owner, name in [
+            *((DuckDBEngine, name) for name in ("add", "save", "write", "write_by")),
+            *((Path, name) for name in ("rename", "replace")),
+        ]:
+            setattr(owner, name, counted(getattr(owner, name)))
+        prepare_events(config, out, until=DAYS[2])
+        os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    assert os.WIFSIGNALED(status) or status == 0
+    return os.WIFSIGNALED(status)
+
+
+if __name__ == "__main__":
+    kill_everywhere(Path(sys.argv[1]), Path(sys.argv[2]))

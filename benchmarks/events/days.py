@@ -1,0 +1,164 @@
+"""Cost of a day by `recsys prepare events --until`, beside all days at once.
+
+    python -m benchmarks.events.days --out FOLDER --retail FOLDER
+
+Two logs: a synthetic one, and the last days of a shop's. Each day's file comes before its call. The
+aim is for a day of the second half at most 1.3 times its share of the seconds that one call takes
+for all days. A call with nothing to do measures the start of a call, which a second column leaves
+out of both.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jsonargparse import auto_cli
+
+from benchmarks.events.__main__ import measured
+from benchmarks.events.log import CONFIG, write_log
+from benchmarks.results import RESULTS, Result, require_own_folder, write_result
+
+AIM = 1.3
+DAY = 86_400
+SYNTHETIC = CONFIG.replace("unripe: keep  # the programs beside it cut by quantiles alone\n", "")
+RETAIL = """\
+events:
+  buy: {path: log}
+labels:
+  bought: {action: buy}
+negatives: {per_positive: 4, by: popularity}
+histories:
+  bought_before: {length: 50, parallel: {bought_age: age}}
+counts:
+  buys_of_item: {of: item}
+  buys_of_month: {of: item, within: 30d}
+"""
+
+
+def benchmark(
+    out: Path,
+    retail: Path | None = None,
+    rows: int = 12_000_000,
+    days: int = 12,
+    retail_days: int = 60,
+    memory: str = "1900MB",
+    quick: bool = False,
+    results: Path = RESULTS,
+) -> None:
+    """Measure both logs.
+
+    Args:
+        out: folder for logs and datasets, each of which is removed after its measurement.
+        retail: folder of `events.parquet`, a shop's log; None: the synthetic log alone.
+        rows: events of the synthetic log.
+        days: days of it.
+        retail_days: days at the end of the shop's log.
+        memory: limit of DuckDB's memory.
+        quick: try a small size.
+        results: folder for the figures.
+    """
+    require_own_folder(quick, results)
+    rows, days, retail_days = (20_000, 4, 4) if quick else (rows, days, retail_days)
+    write_log(out / "all", rows, max(rows // 10, 10), 100_000, days)
+    records = [_measure(out / "synthetic", pq.read_table(out / "all"), SYNTHETIC, memory)]
+    shutil.rmtree(out / "all")
+    if retail is not None:
+        log = pq.read_table(retail / "events.parquet", columns=["user", "item", "time"])
+        start = pc.max(log["time"]).as_py() // DAY - retail_days + 1
+        log = log.filter(pc.greater_equal(log["time"], start * DAY))
+        records.append(_measure(out / "retail", log, RETAIL, memory))
+    write_result(_result(records), results)
+
+
+def _measure(folder: Path, log: pa.Table, config: str, memory: str) -> dict[str, Any]:
+    """Return the figures of the calls day by day, and of one call for all days."""
+    (folder / "log").mkdir(parents=True)
+    (folder / "events.yaml").write_text(config)
+    events, calls = [], []
+    for day, part in _days(log):
+        pq.write_table(part, folder / "log" / f"{day}.parquet")
+        events.append(len(part))
+        calls.append(_call(folder, "daily", day, memory))
+    idle, once = _call(folder, "daily", day, memory), _call(folder, "once", day, memory)
+    same = all(
+        pq.read_table(part).equals(pq.read_table(folder / "daily" / "train" / part.name))
+        for part in (folder / "once" / "train").iterdir()
+    )
+    state = sum(f.stat().st_size for f in (folder / "daily" / ".state").rglob("*") if f.is_file())
+    shutil.rmtree(folder)
+    record = {"log": folder.name, "events": events, "calls": calls, "idle": idle, "once": once}
+    print(record | {"equal": same, "state": state}, flush=True)
+    return record | {"equal": same, "state": state}
+
+
+def _days(log: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+    number = log["time"].to_numpy() // DAY
+    for day in np.unique(number).tolist():
+        date = datetime.fromtimestamp(day * DAY, UTC).date()
+        yield str(date), log.filter(pa.array(number == day))
+
+
+def _call(folder: Path, out: str, day: str, memory: str) -> dict[str, float]:
+    words = ["-m", "recsys.cli", "prepare", "events", "--memory", memory, "--until", day]
+    places = ["--config", str(folder / "events.yaml"), "--out", str(folder / out)]
+    return measured([*words, *places])
+
+
+def _result(records: Sequence[dict[str, Any]]) -> Result:
+    columns = ["log", "days", "events", "all days at once, s", "nothing to do, s", "a day, s"]
+    columns += [
+        "of its share",
+        "without starts",
+        "peak at once, GB",
+        "peak of days, GB",
+        "state, MB",
+    ]
+    return Result(
+        "events_days",
+        "Days prepared one by one",
+        [{"benchmark": "events_days", **record} for record in records],
+        columns,
+        [_row(record) for record in records],
+        None,
+        [
+            f"The aim is {AIM} times its share. A day is one of the second half, in the mean; its "
+            "share is that of its events.",
+            "All rows are equal to those of one call: "
+            + ", ".join(f"{record['log']} {record['equal']}" for record in records)
+            + ".",
+        ],
+    )
+
+
+def _row(record: dict[str, Any]) -> list[str]:
+    once, idle, events = record["once"]["seconds"], record["idle"]["seconds"], record["events"]
+    half = len(events) // 2
+    day = mean(call["seconds"] for call in record["calls"][half:])
+    share = mean(events[half:]) / sum(events)
+    peak = max(call["peak"] for call in record["calls"])
+    return [
+        record["log"],
+        f"{len(events)}",
+        f"{sum(events):,}",
+        f"{once:.1f}",
+        f"{idle:.2f}",
+        f"{day:.2f}",
+        f"{day / (share * once):.2f}",
+        f"{(day - idle) / (share * (once - idle)):.2f}",
+        f"{record['once']['peak'] / 1e9:.2f}",
+        f"{peak / 1e9:.2f}",
+        f"{record['state'] / 1e6:.1f}",
+    ]
+
+
+if __name__ == "__main__":
+    auto_cli(benchmark, as_positional=False)
