@@ -64,6 +64,7 @@ from recsys.storage.location import Location
 
 logger = logging.getLogger(__name__)
 
+MOST_APPENDED = 1.0  # events beside the first file of those kept, as a share of its events
 TABLE_BITS = 16  # files of a table: their numbers are the same however many calls read them
 RIPE = "/ripe"  # column of rows: when their labels are decided and they are known
 ONE_DAY = 86_400_000_000
@@ -456,7 +457,7 @@ class Call:
     def _keep(self, types: dict[str, pa.DataType]) -> tuple[dict[str, list[str]], int, int]:
         """Write the events that later calls need; return the files, and events in them.
 
-        The files are made anew when as many events have come as there were: then an event is
+        The files are made anew when as many events have come as there were, so that an event is
         written again only as often as the state doubles.
         """
         engine, folder, before = self.engine, self.folder, self.before
@@ -466,7 +467,7 @@ class Call:
         file = folder.new_file("kept", before)
         appended = before.appended + count_rows(engine, "new_events")
         earlier = [path.name for path in folder.files("earlier")]
-        if appended <= before.compacted:
+        if appended <= before.compacted * MOST_APPENDED:
             engine.save("SELECT * FROM new_events ORDER BY uid, ts", file)
             kept = [*before.tables.get("kept", []), file.name]
             return {**tables, "kept": kept, "earlier": earlier}, before.compacted, appended

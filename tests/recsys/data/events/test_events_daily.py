@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from recsys.data.events import daily
 from recsys.data.events.prepare import prepare_events
 from recsys.data.events.sql import DuckDBEngine
 from recsys.data.schema import load_schema
@@ -68,21 +69,24 @@ CONTENT: dict[str, Any] = {
         "user_day": {"of": "user", "within": "1d", "delay": "30m"},
         "item_rate": {"of": "item", "actions": "buy", "per": "view"},
         "brand_buys": {"of": ["user", "brand"], "actions": "buy"},
-        "item_views": {"of": "item", "actions": "view", "within": "3d"},
+        "item_views": {"of": "item", "actions": "view", "within": "1d"},
     },
-    "drop": {"late_rows": "2d", "later_than": "2027-01-01"},
+    "drop": {"late_rows": "30h", "later_than": "2027-01-01"},
 }
 CASES: dict[str, dict[str, Any]] = {
     "last": {},
     "all": {
         "attribute": "all",
-        "drop": {**CONTENT["drop"], "duplicates": False},
-        "negatives": {"per_positive": 1},
+        "negatives": None,
         "weight": {"labels": {"bought": 3}},
         "late": ["price"],
         "context": {},
     },
-    "kept": {"unripe": "keep", "negatives": None},
+    "kept": {
+        "unripe": "keep",
+        "drop": {**CONTENT["drop"], "duplicates": False},
+        "negatives": {"per_positive": 1},
+    },
     "rows": {
         "vocabulary": {"kind": "rows", "headroom": 0.5},
         "items": None,
@@ -106,7 +110,7 @@ def log(seed: int, late: bool) -> pa.Table:
     user = random.integers(0, 12, number)
     day = random.integers(0, 7, number)
     day = np.where((user > 8) & (day < 6), 0, day)
-    time = START + day * DAY + random.integers(0, 24 * 4, number) * HOUR // 4
+    time = START + day * DAY + random.integers(0, 24, number) * HOUR
     lateness = random.choice([0, 0, 0, HOUR, 20 * HOUR, 30 * HOUR, 60 * HOUR], number) * late
     rows = {
         "user": pa.array([f"u{one}" for one in user]),
@@ -118,9 +122,9 @@ def log(seed: int, late: bool) -> pa.Table:
         "price": random.integers(0, 9, number) / 2,
     }
     table = pa.table(rows)
-    again = random.integers(0, number, 60)
+    again = random.integers(0, number, 200)
     copies = table.take(pa.array(again))
-    shift = random.integers(0, 3, 60) * DAY * late
+    shift = random.choice([0, 10 * HOUR, 20 * HOUR, 3 * DAY], 200) * late
     copies = copies.set_column(4, "arrived", pa.array(copies["arrived"].to_numpy() + shift))
     return pa.concat_tables([table, copies])
 
@@ -191,7 +195,11 @@ def content_of(out: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_calls_day_by_day_make_the_rows_of_one_call(case: str, tmp_path: Path) -> None:
+def test_calls_day_by_day_make_the_rows_of_one_call(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case != "kept":
+        monkeypatch.setattr(daily, "MOST_APPENDED", 0)
     config = write_settings(tmp_path / "data", case)
     table = log(0, late=True)
     for number, day in enumerate(DAYS):
@@ -249,6 +257,102 @@ def test_a_call_that_was_killed_and_is_given_again_writes_the_same(tmp_path: Pat
         prepare_events(config, out, until=DAYS[3])
         assert content_of(out) == whole, out
         assert not list(out.glob(".ready*")) and not list(out.glob(".*.old"))
+
+
+SMALL: dict[str, Any] = {
+    "events": {"view": {"path": "log"}, "buy": {"path": "buys"}},
+    "rows": "view",
+    "labels": {"bought": {"action": "buy", "within": "12h"}},
+    "histories": {"viewed": {"actions": "view"}},
+}
+
+
+def write_small(folder: Path, **changes: Any) -> Path:
+    """Settings of a log without times of arrival, and its files of a day."""
+    for name in ("log", "buys"):
+        (folder / name).mkdir(exist_ok=True)
+        add_file(folder / name / "0.parquet", [("ann", 1, 1 * HOUR), ("bob", 2, 20 * HOUR)])
+    (folder / "events.yaml").write_text(yaml.safe_dump({**SMALL, **changes}))
+    return folder / "events.yaml"
+
+
+def add_file(file: Path, rows: list[tuple[str, int, int]]) -> None:
+    """Write rows of user, item, and seconds since the first day began."""
+    columns = {name: [row[place] for row in rows] for place, name in enumerate(("user", "item"))}
+    pq.write_table(pa.table({**columns, "time": [START + row[2] for row in rows]}), file)
+
+
+def test_an_event_of_a_file_that_comes_late_counts_from_its_call_on(tmp_path: Path) -> None:
+    config, out = write_small(tmp_path), tmp_path / "out"
+    prepare_events(config, out, until=DAYS[0])
+    add_file(tmp_path / "log" / "1.parquet", [("ann", 3, 2 * HOUR), ("ann", 4, 30 * HOUR)])
+    add_file(tmp_path / "buys" / "1.parquet", [("ann", 4, 31 * HOUR), ("ann", 3, 3 * HOUR)])
+    report = prepare_events(config, out, until=DAYS[2])
+    rows = content_of(out)
+    assert [row["item"] for row in rows["train/date=2026-09-21"]] == [1]
+    # bob's row of the first evening, and ann's late one, whose label counts what came with it
+    second = [(row["item"], row["viewed"], row["bought"]) for row in rows["train/date=2026-09-22"]]
+    assert second == [(3, [1], 1.0), (2, [], 0.0), (4, [1, 3], 1.0)]
+    assert report["days"] == {"2026-09-22": {"rows": 3, "positive": pytest.approx(2 / 3)}}
+
+
+def test_a_day_that_is_prepared_is_not_prepared_again(tmp_path: Path) -> None:
+    config, out = write_small(tmp_path), tmp_path / "out"
+    report = prepare_events(config, out, until=DAYS[1])
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
+    add_file(tmp_path / "log" / "1.parquet", [("ann", 3, 2 * HOUR)])
+    for day in DAYS[:2]:
+        assert prepare_events(config, out, until=day) == report
+    assert before == {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
+
+
+def test_tables_of_ids_grow_when_their_free_rows_are_used_up(tmp_path: Path) -> None:
+    config, out = write_small(tmp_path, vocabulary={"headroom": 1}), tmp_path / "out"
+    sizes = []
+    for number, day in enumerate(DAYS[:5]):
+        rows = [("ann", 10 + 4 * number + item, 30 * HOUR) for item in range(4)]
+        add_file(tmp_path / "log" / f"{number + 1}.parquet", rows)
+        prepare_events(config, out, until=day)
+        sizes.append(load_schema(Location.of(out)).columns["item"].num_embeddings)
+    assert sizes == [5, 21, 21, 21, 45]  # of 2, 10, 14, 18 and 22 ids, one row for those unknown
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"vocabulary": {"min_count": {"item": 2}}}, "min_count is not for --until"),
+        ({"drop": {"max_events_per_user": 9}}, "max_events_per_user is not for --until"),
+        ({"negatives": {"exclude": "whole_log"}}, "set exclude: past"),
+        ({"negatives": {"per_positive": 600}}, "per_positive is over 512"),
+        ({"drop": {"late_rows": "all"}}, "late_rows is all; write a duration"),
+    ],
+)
+def test_settings_that_days_cannot_have_are_refused(
+    changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        prepare_events(write_small(tmp_path, **changes), tmp_path / "out", until=DAYS[0])
+
+
+def test_what_does_not_go_on_from_the_calls_before_is_refused(tmp_path: Path) -> None:
+    config, out = write_small(tmp_path), tmp_path / "out"
+    prepare_events(config, out, until=DAYS[0])
+    with pytest.raises(ValueError, match="leave out --engine spark"):
+        prepare_events(config, out, spark_master="local[2]", until=DAYS[1])
+    with pytest.raises(ValueError, match="exists already; remove it"):
+        prepare_events(config, out)
+    with pytest.raises(ValueError, match="--until soon: no date"):
+        prepare_events(config, out, until="soon")
+    with pytest.raises(ValueError, match='`attribute` was "last" in the calls before, and is'):
+        prepare_events(write_small(tmp_path, attribute="all"), out, until=DAYS[1])
+    config = write_small(tmp_path)
+    add_file(tmp_path / "log" / "0.parquet", [("ann", item, HOUR) for item in range(9000)])
+    with pytest.raises(ValueError, match=r"0\.parquet: has .* bytes, and had .* when it was read"):
+        prepare_events(config, out, until=DAYS[1])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(ValueError, match="exists already, without the state"):
+        prepare_events(config, tmp_path / "other", until=DAYS[1])
 
 
 def kill_everywhere(config: Path, folder: Path) -> None:
