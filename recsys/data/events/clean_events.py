@@ -72,7 +72,7 @@ def read_events(
         first_file = readers[name].tasks[-1][0] + 1
     types = read_tables(engine, config, readers, {})
     num_read, reasons = make_usable(engine, config, types)
-    return types, num_read, reasons | _clean(engine, config, types, num_read, reasons)
+    return types, num_read, _clean(engine, config, types, num_read, reasons)
 
 
 def read_tables(
@@ -221,10 +221,14 @@ def _clean(
     num_read: int,
     reasons: dict[str, int],
 ) -> dict[str, int]:
-    """Make the stage `clean_events` of `usable`: `unique_events` up to each user's limit."""
+    """Make the stage `clean_events` of `usable`: `unique_events` up to each user's limit.
+
+    Returns:
+        `reasons` of rows left out before, and those of this stage.
+    """
     drop, num_usable = config.drop, num_read - sum(reasons.values())
     unique, copies = without_copies(engine, config, types)
-    reasons |= copies
+    reasons = reasons | copies
     engine.view("unique_events", unique)
     if drop.max_events_per_user is None:
         engine.view("clean_events", "SELECT * FROM unique_events")

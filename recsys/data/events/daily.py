@@ -38,12 +38,10 @@ from recsys.data.events.daily_state import REPORT, DailyFolder, Progress
 from recsys.data.events.dataset import DatasetWriter, feature_tables, num_rows, write_last_features
 from recsys.data.events.histories import (
     KEYS_OF,
-    NUMBER,
     add_histories,
-    event_key,
-    number_earlier,
 )
 from recsys.data.events.history_values import HistoryFiles
+from recsys.data.events.kept_events import KeptEvents
 from recsys.data.events.load import load_events_config
 from recsys.data.events.negatives import (
     KnownItems,
@@ -54,7 +52,7 @@ from recsys.data.events.negatives import (
     numbered_items,
 )
 from recsys.data.events.reader import Reader, file_sizes, open_source
-from recsys.data.events.samples import DAY, END, actions_in, is_row, make_rows
+from recsys.data.events.samples import DAY, END, is_row, make_rows
 from recsys.data.events.settings import EventsConfig
 from recsys.data.events.snapshots import add_features, check_pictures, read_snapshots
 from recsys.data.events.sql import FOREVER, DuckDBEngine, count_rows, quoted, stage_folder
@@ -64,7 +62,6 @@ from recsys.storage.location import Location
 
 logger = logging.getLogger(__name__)
 
-MOST_APPENDED = 1.0  # events beside the first file of those kept, as a share of its events
 TABLE_BITS = 16  # files of a table: their numbers are the same however many calls read them
 RIPE = "/ripe"  # column of rows: when their labels are decided and they are known
 ONE_DAY = 86_400_000_000
@@ -174,11 +171,12 @@ class Call:
             stage = "drawn"
         reasons |= add_features(engine, config, stage, may_be_empty=True)
         values = HistoryFiles(engine.work / "values", config.histories)
-        self._read_earlier(types)
+        kept = KeptEvents(engine, config, self.folder, self.before, self.until)
+        kept.read_earlier(types)
         lists = add_histories(engine, config, types, values, "earlier")
         writer = DatasetWriter(engine, config, TRAIN_ALONE, lists, values)
         sizes = self._write(writer, out)
-        tables, compacted, appended = self._keep(types)
+        tables, compacted, appended = kept.write()
         report = {"events": num_read, "left_out": reasons, "days": self._days()}
         (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
         progress = replace(
@@ -367,22 +365,6 @@ class Call:
         number = count_rows(engine, "catalogue")
         return PastItems(popularity, number, taken, block), len(popularity.since)
 
-    def _read_earlier(self, types: dict[str, pa.DataType]) -> None:
-        """Make the stage `earlier`: numbers of events that are not kept, by keys of counts."""
-        if files := self.folder.files("earlier"):
-            self.engine.read_saved("earlier", files)
-            return
-        keys = {event_key(name) for count in self.config.counts.values() for name in count.of}
-        columns = {"action": pa.string(), "uid": types["uid"], "iid": types["iid"]}
-        snapshots = self.engine.table("SELECT * FROM samples LIMIT 0").schema
-        for key in sorted(keys - columns.keys()):
-            columns[key] = snapshots.field(f"c_{key.removeprefix('e_')}").type
-        columns |= {KEYS_OF: pa.string(), NUMBER: pa.int64()}
-        self.folder.state.mkdir(exist_ok=True)
-        file = self.engine.work / "no_earlier.parquet"
-        pq.write_table(pa.schema(columns).empty_table(), file)
-        self.engine.read_saved("earlier", [file])
-
     def _write(self, writer: DatasetWriter, out: Path) -> dict[str, int]:
         """Write the partitions and what belongs to them; return the rows of each table of ids."""
         engine, config = self.engine, self.config
@@ -453,69 +435,6 @@ class Call:
             vocabulary = ExactVocabulary.load(file.path, rows, file.arrow)
         vocabulary.extend([new])
         return vocabulary
-
-    def _keep(self, types: dict[str, pa.DataType]) -> tuple[dict[str, list[str]], int, int]:
-        """Write the events that later calls need; return the files, and events in them.
-
-        The files are made anew when as many events have come as there were, so that an event is
-        written again only as often as the state doubles.
-        """
-        engine, folder, before = self.engine, self.folder, self.before
-        file = folder.new_file("pending", before)
-        engine.save(f"SELECT * FROM incoming WHERE arrived >= {self.until}", file)
-        tables = {"pending": [file.name]}
-        file = folder.new_file("kept", before)
-        appended = before.appended + count_rows(engine, "new_events")
-        earlier = [path.name for path in folder.files("earlier")]
-        if appended <= before.compacted * MOST_APPENDED:
-            engine.save("SELECT * FROM new_events ORDER BY uid, ts", file)
-            kept = [*before.tables.get("kept", []), file.name]
-            return {**tables, "kept": kept, "earlier": earlier}, before.compacted, appended
-        engine.add("dropped", f"SELECT position FROM ({self._marked()}) WHERE NOT is_kept")
-        is_dropped = "position IN (SELECT position FROM dropped)"
-        engine.save(f"SELECT * FROM clean_events WHERE NOT ({is_dropped}) ORDER BY uid, ts", file)
-        numbers = folder.new_file("earlier", before)
-        engine.save(number_earlier(engine, self.config, is_dropped, "earlier"), numbers)
-        compacted = pq.read_metadata(file).num_rows
-        return {**tables, "kept": [file.name], "earlier": [numbers.name]}, compacted, 0
-
-    def _marked(self) -> str:
-        """Return SQL of events with `is_kept`: whether rows of later calls may need them.
-
-        All later rows know an event that had arrived by `settled`, so that only a user's last ones
-        matter for histories.
-        """
-        config = self.config
-        histories, counts = config.histories.values(), config.counts.values()
-        delays = [history.delay for history in histories] + [count.delay for count in counts]
-        late = duration(config.drop.late_rows) or 0
-        settled = (
-            self.until
-            - max(config.ripe_after, late)
-            - max((duration(delay) or 0 for delay in delays), default=0)
-            - 1
-        )
-        needed = [f"arrived > {settled}"]
-        for count in counts:
-            if (within := duration(count.within)) is not None:
-                sets = [count.actions, *([] if count.per is None else [count.per])]
-                is_counted = " OR ".join(f"({actions_in(actions)})" for actions in sets)
-                needed.append(f"ts >= {settled - within} AND ({is_counted})")
-        lengths: dict[str, int] = {}
-        for history in histories:
-            test = actions_in(history.actions)
-            lengths[test] = max(history.length, lengths.get(test, 0))
-        ranks = []
-        for number, (test, length) in enumerate(lengths.items()):
-            is_old = f"arrived <= {settled} AND {test}"
-            ranks.append(
-                f"row_number() OVER (PARTITION BY uid, {is_old} ORDER BY ts DESC, iid DESC, "
-                f"position DESC) AS rank_{number}"
-            )
-            needed.append(f"{test} AND rank_{number} <= {length}")
-        columns = ", ".join(["position, ts, arrived, action", *ranks])
-        is_kept = " OR ".join(f"({part})" for part in needed)
-        return f"SELECT position, {is_kept} AS is_kept FROM (SELECT {columns} FROM clean_events)"
 
     def _days(self) -> dict[str, dict[str, Any]]:
         """Return rows and share of positive ones of each partition."""

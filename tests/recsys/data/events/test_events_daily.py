@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from recsys.data.events import daily
+from recsys.data.events import kept_events
 from recsys.data.events.prepare import prepare_events
 from recsys.data.events.sql import DuckDBEngine
 from recsys.data.schema import load_schema
@@ -199,7 +199,7 @@ def test_calls_day_by_day_make_the_rows_of_one_call(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if case != "kept":
-        monkeypatch.setattr(daily, "MOST_APPENDED", 0)
+        monkeypatch.setattr(kept_events, "MOST_APPENDED", 0)
     config = write_settings(tmp_path / "data", case)
     table = log(0, late=True)
     for number, day in enumerate(DAYS):
