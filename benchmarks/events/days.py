@@ -3,9 +3,9 @@
     python -m benchmarks.events.days --out FOLDER --retail FOLDER
 
 Two logs: a synthetic one, and the last days of a shop's. Each day's file comes before its call. The
-aim is for a day of the second half at most 1.3 times its share of the seconds that one call takes
-for all days. A call with nothing to do measures the start of a call, which a second column leaves
-out of both.
+aim is for a day of the second half at most 1.3 times its share of the processor seconds that one
+call takes for all days. A call with nothing to do measures the start of a call, which a second
+column leaves out of both.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _result(records: Sequence[dict[str, Any]]) -> Result:
         None,
         [
             f"The aim is {AIM} times its share. A day is one of the second half, in the mean; its "
-            "share is that of its events.",
+            "share is that of its events. Seconds are those of processors.",
             "All rows are equal to those of one call: "
             + ", ".join(f"{record['log']} {record['equal']}" for record in records)
             + ".",
@@ -140,9 +140,9 @@ def _result(records: Sequence[dict[str, Any]]) -> Result:
 
 
 def _row(record: dict[str, Any]) -> list[str]:
-    once, idle, events = record["once"]["seconds"], record["idle"]["seconds"], record["events"]
+    once, idle, events = record["once"]["processor"], record["idle"]["processor"], record["events"]
     half = len(events) // 2
-    day = mean(call["seconds"] for call in record["calls"][half:])
+    day = mean(call["processor"] for call in record["calls"][half:])
     share = mean(events[half:]) / sum(events)
     peak = max(call["peak"] for call in record["calls"])
     return [
