@@ -55,7 +55,14 @@ from recsys.data.events.reader import Reader, file_sizes, open_source
 from recsys.data.events.samples import DAY, END, is_row, make_rows
 from recsys.data.events.settings import EventsConfig
 from recsys.data.events.snapshots import add_features, check_pictures, read_snapshots
-from recsys.data.events.sql import FOREVER, DuckDBEngine, count_rows, quoted, stage_folder
+from recsys.data.events.sql import (
+    FOREVER,
+    DuckDBEngine,
+    count_by_reason,
+    count_rows,
+    quoted,
+    stage_folder,
+)
 from recsys.data.events.times import duration, moment
 from recsys.data.schema import vocabulary_file
 from recsys.storage.location import Location
@@ -199,8 +206,8 @@ class Call:
     ) -> tuple[dict[str, pa.DataType], int, dict[str, int], dict[str, dict[str, int]]]:
         """Make the stages of new and of all events; return types, counts, and files that are read.
 
-        `new_events` arrive in this call. `unique_events` and `clean_events` are these, and those
-        kept.
+        `new_events` arrive in this call. `clean_events` are these and those kept, and
+        `unique_events` those of them that are rows of the call, or label some.
         """
         engine, config = self.engine, self.config
         readers, files = self._new_readers()
@@ -235,7 +242,8 @@ class Call:
         engine.view(
             "clean_events", f"SELECT {names} FROM kept UNION ALL SELECT {names} FROM new_events"
         )
-        engine.view("unique_events", "SELECT * FROM clean_events")
+        late = max(config.ripe_after, duration(config.drop.late_rows) or 0)
+        engine.view("unique_events", f"SELECT * FROM clean_events WHERE ts >= {self.since - late}")
         return types, num_read, reasons, files
 
     def _new_readers(self) -> tuple[dict[str, Reader], dict[str, dict[str, int]]]:
@@ -320,14 +328,12 @@ class Call:
             f"(VALUES {values}) AS d(day, first, after) "
             f"ON r.{ripe} >= d.first AND r.{ripe} < d.after WHERE {is_due} AND NOT ({late})",
         )
-        counts = {
+        cases = {
             f"known more than {config.drop.late_rows} after their time": f"{is_due} AND {late}",
             "wait until their labels are decided": f"{ripe} >= {self.until} AND NOT ({late})",
         }
-        reasons = {
-            name: count_rows(engine, f"ripe_rows WHERE {sql}") for name, sql in counts.items()
-        }
-        return {name: count for name, count in reasons.items() if count}
+        reasons = count_by_reason(engine, cases, "ripe_rows")
+        return {name: count for name, count in reasons.items() if name and count}
 
     def _past_items(self) -> tuple[PastItems, int]:
         """Make the stage `catalogue`; return what draws know, and how many events."""

@@ -57,12 +57,12 @@ class KeptEvents:
         appended = before.appended + count_rows(engine, "new_events")
         earlier = [path.name for path in folder.files("earlier")]
         if appended <= before.compacted * MOST_APPENDED:
-            engine.save("SELECT * FROM new_events ORDER BY uid, ts", file)
+            engine.save("SELECT * FROM new_events ORDER BY ts", file)
             kept = [*before.tables.get("kept", []), file.name]
             return {**tables, "kept": kept, "earlier": earlier}, before.compacted, appended
         engine.add("dropped", f"SELECT position FROM ({self._marked()}) WHERE NOT is_kept")
         is_dropped = "position IN (SELECT position FROM dropped)"
-        engine.save(f"SELECT * FROM clean_events WHERE NOT ({is_dropped}) ORDER BY uid, ts", file)
+        engine.save(f"SELECT * FROM clean_events WHERE NOT ({is_dropped}) ORDER BY ts", file)
         numbers = folder.new_file("earlier", before)
         engine.save(number_earlier(engine, self.config, is_dropped, "earlier"), numbers)
         compacted = pq.read_metadata(file).num_rows
