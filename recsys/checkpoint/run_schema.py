@@ -75,7 +75,8 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
     trained = load_run_schema(run, with_vocabularies=False)
     data = load_schema(root, with_vocabularies=False)
     # They are those of the run that it was begun from, or of the first partition.
-    keeps_fits = (run / WARM_START).is_file() or (run / PARTITION).is_file()
+    is_partition = (run / PARTITION).is_file()
+    keeps_fits = (run / WARM_START).is_file() or is_partition
     for name, chain in data.transforms.items():
         fitted = trained.transforms.get(name)
         replaced = chain.without_fit if keeps_fits else chain
@@ -86,6 +87,10 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
         fills = [column.fill for column in columns if column.fill is not None]
         for column in columns:
             column.fill = fills[0] if column.fill is None and fills else column.fill
+    if is_partition:  # the next partition takes the rows that tables have got since
+        for table in trained.tables_with("exact"):
+            if table in data.columns and data.limit(table) > trained.limit(table):
+                data.columns[table].num_embeddings = trained.limit(table)
     if not goes_on:
         _take_weights(trained, data)
     if differences := list(_differences(trained, data, goes_on)):
@@ -99,7 +104,7 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
         )
     trained.items = data.items  # read by the names in the configuration
     trained.features = data.features
-    if (run / PARTITION).is_file():
+    if is_partition:
         load_vocabularies(trained, Location.of(run), FIX)
     else:
         load_vocabularies(trained, root)

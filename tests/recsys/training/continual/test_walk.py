@@ -16,12 +16,14 @@ import pytest
 
 from recsys.checkpoint.files import folders_by_age
 from recsys.checkpoint.partitions import ContinualFolder
+from recsys.checkpoint.run_schema import schema_of_data
 from recsys.cli import main
 from recsys.config import ContinualSettings
 from recsys.distributed.lockstep import TrainingStopped
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import load_run
 from recsys.evaluation.scores import read_scores
+from recsys.storage.location import Location
 from recsys.storage.output_file import check_output
 from recsys.training.continual.partition_run import PartitionTrainer, passes_over
 from recsys.training.trainer import LossWatch
@@ -226,3 +228,17 @@ def test_a_column_is_standardized_from_the_day_on_that_it_is_wide(tmp_path: Path
     assert scalings[1].is_scaled.all()
     assert float(scalings[1].mean[0]) == pytest.approx(prices.mean(), rel=1e-5)
     assert float(scalings[1].deviation[0]) == pytest.approx(prices.std(), rel=1e-5)
+
+
+def test_a_partition_that_is_begun_goes_on_when_its_tables_get_rows_for_later_days(
+    walked: Path, tmp_path: Path
+) -> None:
+    run = rewound(walked, tmp_path).run_of(NAMES[2])
+    file = tmp_path / "data" / "schema.yaml"
+    root = Location.of(tmp_path / "data")
+    file.write_text(file.read_text().replace("num_embeddings: 40", "num_embeddings: 60"))
+    with joined_ranks("cpu") as ranks:
+        assert schema_of_data(run, root, ranks, goes_on=True).limit("item") == 40
+    file.write_text(file.read_text().replace("num_embeddings: 60", "num_embeddings: 39"))
+    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match="num_embeddings"):
+        schema_of_data(run, root, ranks, goes_on=True)
