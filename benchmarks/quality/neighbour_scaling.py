@@ -31,7 +31,8 @@ from recsys.data.batch_builder import BatchBuilder
 from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.schema import Column, Schema
 from recsys.evaluation.metrics import grouped_auc
-from recsys.ranking.neighbours import NUM_VOTES, Neighbours
+from recsys.ranking.layers.evidence import NUM_VOTES
+from recsys.ranking.neighbours import Neighbours
 from recsys.ranking.vectors import InputDimensions
 from recsys.training.neighbour_statistics import Events, fill_statistics
 
@@ -149,7 +150,7 @@ def _batches(rows: pa.Table, num_users: int, num_items: int) -> list[Batch]:
 def _quality(neighbours: Neighbours, batches: list[Batch]) -> dict[str, float]:
     outputs = [neighbours(None, batch) for batch in batches]
     scores = {
-        "gauc_regression": torch.cat([output.regression[:, 0] for output in outputs]),
+        "gauc_regression": torch.cat([output.logits[:, 0] for output in outputs]),
         "gauc_votes": torch.cat([output.batch.dense_features[:, -NUM_VOTES] for output in outputs]),
     }
     users = np.concatenate([batch.rows.groups.numpy() for batch in batches])
@@ -167,7 +168,7 @@ def _step_milliseconds(models: list[tuple[Neighbours, Batch]]) -> list[float]:
     for _ in range(STEPS):
         for (neighbours, batch), seconds in zip(models, times):
             start = time.process_time()
-            neighbours(None, batch).regression.sum().backward()
+            neighbours(None, batch).logits.sum().backward()
             seconds.append(time.process_time() - start)
     return [1000 * median(seconds) for seconds in times]
 

@@ -43,9 +43,8 @@ def cross_fitted_logits(scored: dict[str, Tensor], losses: tuple[str, ...]) -> T
         is_scored = users % 2 == half
         other_users = {name: values[~is_scored] for name, values in scored.items()}
         blend = fitted_blend(other_users, losses)
-        logits[is_scored] = blend.logits(
-            scored["network"][is_scored], scored["evidence"][is_scored]
-        )
+        rows = (scored[name][is_scored] for name in ("network", "evidence_logits", "evidence"))
+        logits[is_scored] = blend.logits(*rows)
     return logits
 
 
@@ -54,15 +53,15 @@ def fitted_blend(scored: dict[str, Tensor], losses: tuple[str, ...]) -> Blend:
 
     Inputs are standardised, and weights and bias are drawn to those of an unfitted blend.
     """
-    network, evidence, labels = (
-        scored[name].double() for name in ("network", "evidence", "labels")
-    )
+    names = ("network", "evidence_logits", "evidence", "labels")
+    network, evidence_logits, evidence, labels = (scored[name].double() for name in names)
     evidence = evidence[:, :NUM_BLENDED]
     blend = Blend(labels.shape[1])
     weights = scored["weights"].double() if "weights" in scored else torch.ones(len(labels))
     for label, loss in enumerate(losses):
         rows = ~labels[:, label].isnan() & (weights > 0)
-        inputs = torch.cat([network[:, label : label + 1], evidence], dim=1)
+        models = torch.stack([network[:, label], evidence_logits[:, label]], dim=1)
+        inputs = torch.cat([models, evidence], dim=1)
         if rows.any():
             weight, bias = _fitted(inputs[rows], labels[rows, label], weights[rows], loss)
             blend.weight[label], blend.bias[label] = weight.float(), bias.float()
@@ -70,11 +69,11 @@ def fitted_blend(scored: dict[str, Tensor], losses: tuple[str, ...]) -> Blend:
 
 
 def _fitted(
-    inputs: Tensor,  # [N, 1 + E], the network's logit first
+    inputs: Tensor,  # [N, 2 + E], the network's logit first
     labels: Tensor,  # [N]
     row_weights: Tensor,  # [N]
     loss: str,
-) -> tuple[Tensor, Tensor]:  # [1 + E], []
+) -> tuple[Tensor, Tensor]:  # [2 + E], []
     center, scale = inputs.mean(0), inputs.std(0, unbiased=False)
     scale = torch.where(scale > 1e-6, scale, 1.0)
     standardized = (inputs - center) / scale

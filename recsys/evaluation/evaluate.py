@@ -223,7 +223,7 @@ def score(
 
     Returns:
         `positions`, `groups`, `items`, `weights` [N], `logits` and `labels` [N, C]. On every rank
-        `with_evidence`, if the model has neighbours: `network` [N, C] and `evidence` [N, E].
+        `with_evidence`, with neighbours: `network`, `evidence_logits` [N, C], `evidence` [N, E].
         with `with_queries`: `queries`, `query_targets` [Q, D], `query_items`, `query_weights` [Q].
 
     Raises:
@@ -240,7 +240,8 @@ def score(
         for vectors, logits, batch in outputs:
             columns.add(*_score_columns(batch, logits))
             if with_evidence and "evidence" in vectors:
-                evidence = {name: vectors[name].float() for name in ("network", "evidence")}
+                names = ("network", "evidence_logits", "evidence")
+                evidence = {name: vectors[name].float() for name in names}
                 columns.add(batch.rows.positions >= 0, evidence)
             if with_queries and "query" in vectors:
                 columns.add(*_query_columns(batch, vectors))

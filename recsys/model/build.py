@@ -32,8 +32,9 @@ from recsys.model.input_scaling import InputScaling
 from recsys.model.losses import ContentIDContrastive, RankingLoss, RetrievalLoss
 from recsys.model.tables import id_dropouts, pooled_features
 from recsys.ranking import RANKING_MODELS
+from recsys.ranking.layers.evidence import NUM_VOTES
 from recsys.ranking.layers.extra_sequences import ExtraSequences
-from recsys.ranking.neighbours import NUM_VOTES, Neighbours
+from recsys.ranking.neighbours import Neighbours
 from recsys.ranking.settings import NumbersSettings
 from recsys.ranking.sim import ItemCategories
 from recsys.ranking.vectors import InputDimensions

@@ -61,7 +61,7 @@ class TotalLoss(nn.Module):
         """Return the loss to minimise [], its parts without gradient, and the logits [B, C].
 
         In evaluation a retrieval model adds `query` and `item` [B, D] of the first label, and
-        neighbours add `network` and `evidence`, from which the blend is fitted.
+        neighbours add `network`, `evidence_logits` and `evidence`, which the blend is fitted to.
         """
         logits = scored if isinstance(scored, Tensor) else scored.logits
         loss, parts = logits.new_zeros(()), dict[str, Tensor]()
@@ -75,7 +75,8 @@ class TotalLoss(nn.Module):
         if isinstance(scored, TowerVectors) and not self.training:
             parts |= {"query": scored.query[:, 0], "item": scored.item}
         if isinstance(scored, BlendedLogits) and not self.training:
-            parts |= {"network": scored.network_logits, "evidence": scored.evidence}
+            parts |= {"network": scored.network_logits, "evidence": scored.neighbours.evidence}
+            parts["evidence_logits"] = scored.neighbours.logits
         return loss, {name: value.detach() for name, value in parts.items()}, logits
 
     def _parts(
@@ -101,7 +102,8 @@ class TotalLoss(nn.Module):
                 members if isinstance(members, Tensor) else logits, labels, weights
             )
             if isinstance(scored, BlendedLogits):
-                ranking = ranking + self.ranking(scored.regression, labels, weights)
+                for own in (scored.neighbours.regression, scored.neighbours.logits):
+                    ranking = ranking + self.ranking(own, labels, weights)
         if self.contrastive is None:
             return ranking, {"loss": ranking}
         assert content is not None

@@ -6,11 +6,12 @@ history are not counted twice (Rasmussen and Williams 2006, equation 2.11). z jo
 items' co-occurrence with a trained map of their content, which new items have, too.
 
 Votes: means of the values, weighted by similarity (item-based collaborative filtering, Sarwar et
-al. 2001).
+al. 2001), for each of several similarities: by users, by values, and by each modality's content.
 
-Shapes: B batch, R rows with a history of their own (B, or 1 if all rows share one), L longest
-history, U unique history items, N history items of the batch, I items, D width of an item's
-factors, Z = D, or 2 D with content, F folds of users, C labels, E numbers of evidence.
+Shapes: B batch, R rows with a history of their own (B, or 1 if all rows share one), K targets of
+such a row (1, or B if all rows share one), L longest history, U unique history items, N history
+items of the batch, I items, D width of an item's factors, Z = D, or 2 D with content, F folds of
+users, P parallel lists, S similarities, M modalities, C labels, E numbers of evidence.
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ from recsys.config import ContentSettings, NeighbourSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
+from recsys.ranking.layers.content_interest import cosines
+from recsys.ranking.layers.evidence import LATEST, EvidenceNetwork
 from recsys.ranking.layers.ridge import RidgePredictions
 from recsys.ranking.vectors import InputDimensions, MemberLogits
 
 FOLDS = 5  # of users, by id: a row in training reads statistics of the users of other folds
 PRIOR_VALUES = 5.0  # values of mean 0 that every mean of deviations begins with
-# Added to sums of similarities and of their squares: a few weakly similar items vote for little.
-LEAST_SIMILARITY, LEAST_SQUARE = 0.15, 0.0125
-EVIDENCE = ("regression", "variance", "item_mean", "item_count", "user_mean", "history_length")
+# Added to sums of powers 1, 2 and 4 of similarities: few weakly similar items vote for little.
+LEAST_SUMS = {1: 0.15, 2: 0.0125, 4: 1e-4}
+HALF_AGE = 10  # items of the history
 # The first columns of the evidence, which are blended: of the rest the ranking model knows more.
 NUM_BLENDED = 4
-NUM_VOTES = 4  # dense features of the ranking model
 
 
 @dataclass
@@ -43,13 +45,14 @@ class NeighbourEvidence:
     """The output of `Neighbours` for a batch.
 
     batch: with votes among its dense features.
-    evidence: [B, E], the columns of `EVIDENCE`, without gradient.
-    regression: [B, C], logits of the evidence alone.
+    evidence: [B, E], the columns of `layers.evidence.EVIDENCE`, without gradient.
+    regression, logits: [B, C], of the evidence alone: of a linear map, and of an MLP beside it.
     """
 
     batch: Batch
     evidence: Tensor
     regression: Tensor
+    logits: Tensor
 
 
 @dataclass
@@ -57,13 +60,12 @@ class BlendedLogits:
     """Logits of the ranking model and of the evidence, and their blend.
 
     network: of the ranking model, [B, C], or of its members in training.
-    regression, logits: [B, C], of the evidence alone, and blended.
-    evidence: [B, E], without gradient.
+    neighbours: evidence, and its own logits.
+    logits: [B, C], blended.
     """
 
     network: Tensor | MemberLogits
-    regression: Tensor
-    evidence: Tensor
+    neighbours: NeighbourEvidence
     logits: Tensor
 
     @property
@@ -72,7 +74,7 @@ class BlendedLogits:
 
 
 class Blend(nn.Module):
-    """Logits as a linear function of the ranking model's logits and the evidence.
+    """Logits as a linear function of the ranking model's logits, the evidence's, and the evidence.
 
     Its weights are fitted on rows that the model was not trained on (stacking, Wolpert 1992), since
     ID vectors remember training rows. Until then it returns the ranking model's logits.
@@ -83,7 +85,7 @@ class Blend(nn.Module):
 
     def __init__(self, num_labels: int) -> None:
         super().__init__()
-        weight = torch.zeros(num_labels, 1 + NUM_BLENDED)
+        weight = torch.zeros(num_labels, 2 + NUM_BLENDED)
         weight[:, 0] = 1
         self.register_buffer("weight", weight)
         self.register_buffer("bias", torch.zeros(num_labels))
@@ -92,12 +94,17 @@ class Blend(nn.Module):
         self, scored: Tensor | MemberLogits, neighbours: NeighbourEvidence
     ) -> BlendedLogits:
         network = scored if isinstance(scored, Tensor) else scored.logits
-        logits = self.logits(network.float(), neighbours.evidence)
-        return BlendedLogits(scored, neighbours.regression, neighbours.evidence, logits)
+        logits = self.logits(network.float(), neighbours.logits.float(), neighbours.evidence)
+        return BlendedLogits(scored, neighbours, logits)
 
-    def logits(self, network: Tensor, evidence: Tensor) -> Tensor:  # [B, C], [B, E] -> [B, C]
-        blended = evidence[:, :NUM_BLENDED] @ self.weight[:, 1:].T
-        return network * self.weight[:, 0] + blended + self.bias
+    def logits(
+        self,
+        network: Tensor,  # [B, C]
+        evidence_logits: Tensor,  # [B, C]
+        evidence: Tensor,  # [B, E]
+    ) -> Tensor:  # [B, C]
+        models = network * self.weight[:, 0] + evidence_logits * self.weight[:, 1]
+        return models + evidence[:, :NUM_BLENDED] @ self.weight[:, 2:].T + self.bias
 
 
 class Neighbours(nn.Module):
@@ -114,8 +121,8 @@ class Neighbours(nn.Module):
     taste: Tensor
     value_sums: Tensor
     value_counts: Tensor
-    value_mean: Tensor
-    value_deviation: Tensor
+    list_mean: Tensor
+    list_deviation: Tensor
 
     def __init__(
         self,
@@ -132,15 +139,19 @@ class Neighbours(nn.Module):
         self.register_buffer("taste", taste)
         self.register_buffer("value_sums", torch.zeros(num_items, FOLDS + 1))  # of deviations
         self.register_buffer("value_counts", torch.zeros(num_items, FOLDS + 1))
-        self.register_buffer("value_mean", torch.zeros(()))
-        self.register_buffer("value_deviation", torch.ones(()))
+        num_parallel = len(dimensions.parallel_names)
+        self.register_buffer("list_mean", torch.zeros(num_parallel))
+        self.register_buffer("list_deviation", torch.ones(num_parallel))
         self.content_map: nn.Linear | None = None
+        num_similarities = 1 + (valued > 0)
         if content is not None:
             self.content_map = _leading_components(len(content.modalities), content.dim, dim)
+            num_similarities += len(content.modalities)
         # Logarithms of the kernel's shares of co-occurrence, content and taste, and of the noise.
         self.log_shares = nn.Parameter(torch.tensor([0.0, -2.0, -1.0][: 2 + (valued > 0)]))
         self.log_noise = nn.Parameter(torch.tensor(-1.0))
-        self.head = _head(dimensions.num_labels)
+        self.decay = nn.Parameter(torch.tensor(1.0))  # of an item's weight by its age
+        self.network = EvidenceNetwork(num_similarities, num_parallel, dimensions.num_labels)
         self.blend = Blend(dimensions.num_labels)
 
     def forward(self, content: ContentVectors | None, batch: Batch) -> NeighbourEvidence:
@@ -152,13 +163,19 @@ class Neighbours(nn.Module):
             targets = targets.masked_fill(is_new, len(self.cooccurrence))
         history, target_rows = self._history(batch, fold), self._rows_of(targets, fold)
         vectors = self._item_vectors(history.rows, target_rows)
-        mean, variance = self._regression(content, history, vectors)
+        modalities = None
+        if self.content_map is not None:
+            assert content is not None
+            modalities = content.read_history()[1]
+        mean, variance = self._regression(content, modalities, history, vectors)
         item_mean, count = self._item_means(target_rows)
         shared = [part.expand_as(mean) for part in (history.user_mean, torch.log1p(history.length))]
         evidence = torch.stack([mean, variance, item_mean, torch.log1p(count), *shared], dim=1)
-        votes = self._votes(history, vectors[-1])
-        batch = replace(batch, dense_features=torch.cat([batch.dense_features, votes], dim=1))
-        return NeighbourEvidence(batch, evidence.detach(), self.head(evidence))
+        votes = self._votes(content, modalities, history, vectors)
+        list_means = history.list_means().expand(len(targets), -1)
+        regression, logits = self.network(evidence, votes, list_means)
+        batch = replace(batch, dense_features=torch.cat([batch.dense_features, votes[:, 0]], dim=1))
+        return NeighbourEvidence(batch, evidence.detach(), regression, logits)
 
     def _rows_of(self, items: Tensor, fold: Tensor) -> _Rows:
         last = len(self.cooccurrence) - 1
@@ -167,21 +184,22 @@ class Neighbours(nn.Module):
     def _history(self, batch: Batch, fold: Tensor) -> _History:
         """Return the histories, padded, with values as deviations from the user's mean.
 
-        Deviations are in standard deviations of all values.
+        Numbers are in standard deviations from the mean of all, deviations in standard deviations.
         """
         history = batch.history.jagged()
         places, mask = _places(history)
         index, length = history.index[places], mask.sum(dim=1)
+        numbers = (batch.history.recorded_values - self.list_mean) / self.list_deviation
+        numbers = numbers[places] * mask.unsqueeze(2)
         user_mean, deviations = torch.zeros_like(length), mask
         if self.column is not None:  # otherwise all values are 1, of which no mean is subtracted
-            values = batch.history.recorded_values[:, self.column] - self.value_mean
-            values = (values / self.value_deviation)[places] * mask
+            values = numbers[:, :, self.column]
             user_mean = values.sum(dim=1) / (length + PRIOR_VALUES)
             deviations = (values - user_mean.unsqueeze(1)) * mask
         rows = self._rows_of(batch.history.items[index], fold[: places.shape[0]].unsqueeze(1))
         if not history.is_shared:  # only packages have items that were added later
             rows = _Rows(rows.index, None)
-        return _History(rows, index, mask, deviations, length, user_mean, history.is_shared)
+        return _History(history, rows, index, mask, numbers, deviations, length, user_mean)
 
     def _item_vectors(self, past_rows: _Rows, target_rows: _Rows) -> list[_Vectors]:
         """Return the vectors by co-occurrence and, with values, by taste.
@@ -196,9 +214,13 @@ class Neighbours(nn.Module):
         ]
 
     def _regression(
-        self, content: ContentVectors | None, history: _History, vectors: list[_Vectors]
+        self,
+        content: ContentVectors | None,
+        modalities: Tensor | None,  # [U, M, D]
+        history: _History,
+        vectors: list[_Vectors],
     ) -> tuple[Tensor, Tensor]:  # [B], [B]
-        """Return mean and variance of the target's deviation. A collective with content."""
+        """Return mean and variance of the target's deviation."""
         item_mean, _ = self._item_means(history.rows)
         residuals = (history.deviations - item_mean) * history.mask
         shares, dim = self.log_shares.exp(), self.cooccurrence.shape[2]
@@ -207,9 +229,9 @@ class Neighbours(nn.Module):
         target_kernel = sum(share * _squared_lengths(part.target) for share, part in parts)
         past_kernel = sum(share * _squared_lengths(part.past) for share, part in parts)
         if self.content_map is not None:
-            assert content is not None
+            assert content is not None and modalities is not None
             new = self.content_map(content.target_modalities.float().flatten(1))
-            old = self.content_map(content.read_history()[1].float().flatten(1))
+            old = self.content_map(modalities.float().flatten(1))
             target_kernel = target_kernel + shares[1] * new.square().sum(1)
             past_kernel = past_kernel + (shares[1] * old.square().sum(1))[history.index]
             parts.append((shares[1], _Vectors(new, old[history.index])))
@@ -220,29 +242,49 @@ class Neighbours(nn.Module):
         own_variance, target_variance = (
             (shares.sum() - part).clamp(min=0) for part in (past_kernel, target_kernel)
         )
-        precisions = history.mask / (self.log_noise.exp() + own_variance)
+        weights = history.weights(self.decay)
+        precisions = weights / (self.log_noise.exp() + own_variance)
         ridge = RidgePredictions(past, residuals, precisions, history.columns(target), prior)
         mean, variance = ridge.fast() if self.training else ridge.exact()
         return mean, variance + target_variance
 
     @torch.no_grad()
-    def _votes(self, history: _History, vectors: _Vectors) -> Tensor:  # [B, NUM_VOTES]
-        """Return means and sum of the values by similarity, and log(1 + sum of similarities)."""
-        similarity = (vectors.past @ history.columns(vectors.target)).float()  # [R, L, K]
-        similarity = similarity * history.mask.unsqueeze(2)
-        values = history.deviations.unsqueeze(2)
-        positive = similarity.clamp(min=0)
-        square = positive.square()
-        sums = [positive * values, positive, square * values, square, similarity * values]
-        means = [part.sum(dim=1).flatten() for part in sums]  # [B] each
-        length = history.length.expand_as(means[0])
-        votes = [
-            means[0] / (means[1] + LEAST_SIMILARITY),
-            means[2] / (means[3] + LEAST_SQUARE),
-            means[4] / (length + 1).sqrt(),
-            torch.log1p(means[1]),
+    def _votes(
+        self,
+        content: ContentVectors | None,
+        modalities: Tensor | None,  # [U, M, D]
+        history: _History,
+        vectors: list[_Vectors],
+    ) -> Tensor:  # [B, S, NUM_VOTES]
+        """Return what the items of the history say of the target by each similarity.
+
+        First the similarity by values, or by users without values. The numbers are means of the
+        values by the powers 1 and 2 of similarity, their sum by similarity, the logarithm of
+        1 + sum of similarities, and the mean by power 4.
+        """
+        pairs = [
+            (part.past @ history.columns(part.target)).transpose(1, 2).float()
+            for part in reversed(vectors)
         ]
-        return torch.stack(votes, dim=1)
+        if content is not None and modalities is not None:
+            spaces = zip(content.target_modalities.unbind(dim=1), modalities.unbind(dim=1))
+            pairs += [history.padded(cosines(*space, history.jagged)) for space in spaces]
+        similarity = torch.stack(pairs, dim=1) * history.mask[:, None, None]  # [R, S, K, L]
+        weights = history.weights(self.decay)
+        deviations = history.deviations * weights
+        weighted = torch.stack([deviations, weights], dim=2).unsqueeze(1)
+        means = {}  # sums by power of similarity, of the values and of 1: [R, S, K, 2]
+        power = similarity.clamp(min=0)
+        for exponent, least in LEAST_SUMS.items():
+            sums = power @ weighted
+            means[exponent] = sums[..., 0] / (sums[..., 1] + least)
+            if exponent == 1:
+                total = torch.log1p(sums[..., 1])
+            power = power.square()
+        signed = (similarity @ deviations[:, None, :, None]).squeeze(-1)
+        signed = signed / (history.length + 1).sqrt()[:, None, None]
+        votes = torch.stack([means[1], means[2], signed, total, means[4]], dim=-1)
+        return votes.transpose(1, 2).flatten(0, 1)
 
     def _item_means(self, rows: _Rows) -> tuple[Tensor, Tensor]:
         """Return the mean deviation and the number of values of items, without a fold's users."""
@@ -285,24 +327,47 @@ class _Vectors:
 class _History:
     """Histories, padded with 0.
 
+    jagged: without padding.
     rows: [R, L], of the items in statistics.
     index: int64 [R, L], of the batch's unique items.
-    mask: [R, L], 1 for each item; deviations: [R, L], values less the user's mean.
+    mask: [R, L], 1 for each item.
+    numbers: [R, L, P], of the parallel lists; deviations: [R, L], values less the user's mean.
     length, user_mean: [R]
-    is_shared: whether all rows of the batch have the one history.
     """
 
+    jagged: JaggedHistory
     rows: _Rows
     index: Tensor
     mask: Tensor
+    numbers: Tensor
     deviations: Tensor
     length: Tensor
     user_mean: Tensor
-    is_shared: bool
 
-    def columns(self, vectors: Tensor) -> Tensor:  # [B, Z] -> [R, Z, K], K = 1, or B if shared
+    def columns(self, vectors: Tensor) -> Tensor:  # [B, Z] -> [R, Z, K]
         """Return the vectors of targets for products with the vectors of each history."""
-        return vectors.T.unsqueeze(0) if self.is_shared else vectors.unsqueeze(2)
+        return vectors.T.unsqueeze(0) if self.jagged.is_shared else vectors.unsqueeze(2)
+
+    def padded(self, values: Tensor) -> Tensor:  # [N], of each row's own places -> [R, K, L]
+        """Return numbers of pairs of a target and an item of its row's history."""
+        if self.jagged.is_shared:
+            return values.view(1, -1, self.mask.shape[1])
+        return self.jagged.padded(values, 0).unsqueeze(1)
+
+    @property
+    def age(self) -> Tensor:
+        """Number of later items of the history: [R, L]."""
+        return self.length.unsqueeze(1) - self.mask.cumsum(dim=1)
+
+    def weights(self, decay: Tensor) -> Tensor:  # [] -> [R, L]
+        """Return (1 + age / HALF_AGE) ** -decay: what a user liked long ago counts less."""
+        return self.mask * (1 + self.age / HALF_AGE) ** -decay
+
+    def list_means(self) -> Tensor:  # [R, W * P]
+        """Return the means of the parallel lists over the `LATEST` items."""
+        latest = torch.stack([(self.age < count) * self.mask for count in LATEST], dim=1)
+        sums = latest @ self.numbers
+        return (sums / latest.sum(dim=2, keepdim=True).clamp(min=1)).flatten(1)
 
 
 def _squared_lengths(vectors: Tensor) -> Tensor:  # [..., D] -> [...]
@@ -316,17 +381,6 @@ def _places(history: JaggedHistory) -> tuple[Tensor, Tensor]:  # int64 [R, L], [
         places = history.of_one_row(places.unsqueeze(1)).T
         return places, torch.ones_like(places, dtype=torch.float32)
     return history.padded(places, 0), history.padded(torch.ones_like(places), 0).float()
-
-
-def _head(num_labels: int) -> nn.Linear:
-    """Return a map of the evidence that begins with twice the sum of the three means."""
-    head = nn.Linear(len(EVIDENCE), num_labels)
-    means = [EVIDENCE.index(name) for name in ("regression", "item_mean", "user_mean")]
-    with torch.no_grad():
-        head.weight.zero_()
-        head.weight[:, means] = 2.0
-        head.bias.zero_()
-    return head
 
 
 def _leading_components(num_modalities: int, content_dim: int, dim: int) -> nn.Linear:

@@ -11,18 +11,21 @@ from recsys.ranking.neighbours import NUM_BLENDED
 
 
 def scored_rows(count: int, seed: int = 0) -> dict[str, Tensor]:
-    """Rows whose label depends on the network's logit, at half its size, and on the evidence."""
+    """Rows whose label depends on both models' logits, at half their size, and on the evidence."""
     torch.manual_seed(seed)
     network, evidence = torch.randn(count, 1) * 2, torch.randn(count, NUM_BLENDED)
-    labels = torch.bernoulli((network / 2 + evidence[:, :1] - 0.3).sigmoid())
+    evidence_logits = torch.randn(count, 1)
+    labels = ((network + evidence_logits) / 2 + evidence[:, :1] - 0.3).sigmoid().bernoulli()
     groups = torch.randint(0, 40, (count,))
-    return {"network": network, "evidence": evidence, "labels": labels, "groups": groups}
+    rows = {"network": network, "evidence_logits": evidence_logits, "evidence": evidence}
+    return {**rows, "labels": labels, "groups": groups}
 
 
 def test_weights_are_those_of_a_logistic_regression() -> None:
     rows = scored_rows(20_000)
     blend = fitted_blend(rows, ("bce",))
-    inputs = torch.cat([rows["network"], rows["evidence"]], dim=1)
+    columns = [rows[name] for name in ("network", "evidence_logits", "evidence")]
+    inputs = torch.cat(columns, dim=1)
     reference = LogisticRegression(C=1e6).fit(inputs, rows["labels"][:, 0])
     expected = torch.tensor(reference.coef_, dtype=torch.float32)
     torch.testing.assert_close(blend.weight, expected, rtol=0, atol=0.01)
@@ -34,7 +37,7 @@ def test_weights_are_those_of_a_logistic_regression() -> None:
 def test_few_rows_change_little() -> None:
     assert float((fitted_blend(scored_rows(2), ("bce",)).weight[0, 0] - 1).abs()) < 2 / PRIOR_ROWS
     empty = fitted_blend({name: rows[:0] for name, rows in scored_rows(2).items()}, ("bce",))
-    assert empty.weight.tolist() == [[1.0] + [0.0] * NUM_BLENDED]
+    assert empty.weight.tolist() == [[1.0] + [0.0] * (1 + NUM_BLENDED)]
 
 
 def test_rows_without_weight_or_label_count_nothing() -> None:
@@ -63,5 +66,5 @@ def test_a_number_is_blended_by_least_squares() -> None:
     rows = scored_rows(2000)
     rows["labels"] = 3 * rows["network"] + rows["evidence"][:, 1:2] + 5
     blend = fitted_blend(rows, ("mse",))
-    torch.testing.assert_close(blend.weight[0, [0, 2]], torch.tensor([3.0, 1.0]), rtol=0, atol=0.05)
+    torch.testing.assert_close(blend.weight[0, [0, 3]], torch.tensor([3.0, 1.0]), rtol=0, atol=0.05)
     torch.testing.assert_close(blend.bias, torch.tensor([5.0]), rtol=0, atol=0.05)

@@ -7,19 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recsys.config import NeighbourSettings, ranking_settings
 from recsys.data.batch import Batch
 from recsys.model.build import build_ranking
-from recsys.ranking.neighbours import (
-    EVIDENCE,
-    FOLDS,
-    NUM_BLENDED,
-    NUM_VOTES,
-    PRIOR_VALUES,
-    Neighbours,
-)
+from recsys.ranking.layers.evidence import EVIDENCE, NUM_VOTES
+from recsys.ranking.neighbours import FOLDS, HALF_AGE, NUM_BLENDED, PRIOR_VALUES, Neighbours
 from recsys.serving.ranking_graph import RankingGraph
 from tests.recsys.ranking.ranking_inputs import CONTENT, DIMENSIONS, NUM_DENSE, inputs
 
@@ -28,7 +22,7 @@ WITH_ITEMS = replace(DIMENSIONS, num_items=NUM_ITEMS)
 
 
 def neighbours_of(
-    values: str | None = "liked", content: Any = None, dropout: float = 0.0
+    values: str | None = "liked", content: Any = None, dropout: float = 0.0, decay: float = 0.0
 ) -> Neighbours:
     """Neighbours with random statistics."""
     torch.manual_seed(0)
@@ -37,8 +31,9 @@ def neighbours_of(
     for name in ("cooccurrence", "taste", "value_sums"):
         getattr(neighbours, name).normal_(0, 0.4)
     neighbours.value_counts.fill_(3)
-    neighbours.value_mean.fill_(0.4)
-    neighbours.value_deviation.fill_(0.5)
+    nn.init.constant_(neighbours.decay, decay)
+    neighbours.list_mean.fill_(0.4)
+    neighbours.list_deviation.fill_(0.5)
     return neighbours
 
 
@@ -54,7 +49,10 @@ BATCH = [1, 7, 2, 3, 4], [5, 0, 8]
 
 
 def plain_evidence(neighbours: Neighbours, row: int, fold: int = FOLDS) -> Tensor:
-    """The evidence of a row of `BATCH` in float64, by kernel regression over its items."""
+    """The evidence of a row of `BATCH` in float64, by kernel regression over its items.
+
+    An item's noise grows with its age.
+    """
     first, last = ((0, 2), (2, 2), (2, 5))[row]
     items, target = torch.tensor(BATCH[0][first:last], dtype=torch.long), BATCH[1][row]
     _, content, batch = inputs()
@@ -75,7 +73,8 @@ def plain_evidence(neighbours: Neighbours, row: int, fold: int = FOLDS) -> Tenso
         old, new = torch.cat([old, maps[0]], 1), torch.cat([new, maps[1]])
         prior = torch.cat([prior, shares[1].expand(DIM)])
     own = (shares.sum() - (old.square() * prior).sum(1)).clamp(min=0)
-    kernel = old * prior @ old.T + torch.diag(neighbours.log_noise.exp() + own)
+    growth = (1 + torch.arange(len(items)).flip(0) / HALF_AGE) ** neighbours.decay
+    kernel = old * prior @ old.T + torch.diag((neighbours.log_noise.exp() + own) * growth)
     similarity = old * prior @ new
     weights = torch.linalg.solve(kernel, similarity)
     square = (new.square() * prior).sum()
@@ -86,9 +85,10 @@ def plain_evidence(neighbours: Neighbours, row: int, fold: int = FOLDS) -> Tenso
     return torch.stack(numbers).float()
 
 
+@pytest.mark.parametrize("decay", [0.0, 2.0])
 @pytest.mark.parametrize("content", [None, CONTENT])
-def test_evidence_is_that_of_kernel_regression_over_the_history(content: Any) -> None:
-    neighbours, batch = neighbours_of(content=content), rows_of(*BATCH)
+def test_evidence_is_that_of_kernel_regression_over_the_history(content: Any, decay: float) -> None:
+    neighbours, batch = neighbours_of(content=content, decay=decay), rows_of(*BATCH)
     output = neighbours(inputs()[1], batch)
     for row in range(3):
         torch.testing.assert_close(output.evidence[row], plain_evidence(neighbours, row))
@@ -118,11 +118,52 @@ def test_votes_have_their_hand_values() -> None:
         0.25 * 12 / (0.25 + 0.0125),
         (0.5 * 12 + 0.5 * 2) / 3**0.5,
         torch.tensor(1.5).log(),
+        0.0625 * 12 / (0.0625 + 0.0001),
     ]
     features = neighbours(None, batch).batch.dense_features
     votes = features[0, NUM_DENSE : NUM_DENSE + NUM_VOTES]
     torch.testing.assert_close(votes, torch.tensor(expected))
     assert not features[1, NUM_DENSE : NUM_DENSE + NUM_VOTES].any()  # no history
+
+
+def test_an_older_item_of_the_history_votes_with_less_weight() -> None:
+    neighbours, batch = neighbours_of(decay=2.0), rows_of(*BATCH)
+    batch.history.values = torch.tensor([7.4, 0.4, 0, 0, 0]).unsqueeze(1)
+    neighbours.taste.zero_()
+    for item, vector in {5: [1.0, 0, 0, 0], 1: [0.5, 0, 0, 0], 7: [0.5, 0, 0, 0]}.items():
+        neighbours.taste[item] = torch.tensor(vector)
+    votes = neighbours(None, batch).batch.dense_features[0, NUM_DENSE:]
+    older = (1 + 1 / HALF_AGE) ** -2  # the values 12 and -2 by age 1 and 0
+    expected = (0.5 * older * 12 - 0.5 * 2) / (0.5 * older + 0.5 + 0.15)
+    torch.testing.assert_close(votes[0], torch.tensor(expected))
+
+
+def test_each_modality_votes_by_the_cosines_of_its_content() -> None:
+    neighbours, batch = neighbours_of(content=CONTENT), rows_of(*BATCH)
+    content, seen = inputs()[1], list[Tensor]()
+    neighbours.network.register_forward_pre_hook(lambda _, numbers: seen.extend(numbers))
+    neighbours(content, batch)
+    votes, (_, past) = seen[1], content.read_history()
+    assert votes.shape == (3, 2 + past.shape[1], NUM_VOTES)
+    values = (batch.history.values[:2, 0] - 0.4) / 0.5
+    deviations = values - values.sum() / (2 + PRIOR_VALUES)
+    for modality in range(past.shape[1]):
+        target = content.target_modalities[0, modality]
+        similarity = torch.cosine_similarity(past[:2, modality], target, dim=1)
+        expected = similarity @ deviations / 3**0.5
+        torch.testing.assert_close(votes[0, 2 + modality, 2], expected)
+
+
+def test_lists_have_means_of_the_latest_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recsys.ranking.neighbours.LATEST", (1, 2, 200))
+    neighbours, batch = neighbours_of(), rows_of(*BATCH)
+    seen = list[Tensor]()
+    neighbours.network.register_forward_pre_hook(lambda _, numbers: seen.extend(numbers))
+    batch.history.values = torch.tensor([0.9, 0.4, -0.1, 1.4, 2.4]).unsqueeze(1)
+    neighbours(None, batch)
+    # Less the mean .4 and in deviations of .5: 1 and 0 of the first row, -1, 2 and 4 of the last.
+    expected = torch.tensor([[0, 0.5, 0.5], [0, 0, 0], [4, 3, 5 / 3]])
+    torch.testing.assert_close(seen[2], expected)
 
 
 def test_votes_of_training_in_half_precision_are_those_of_evaluation() -> None:
@@ -160,9 +201,8 @@ def test_the_blend_returns_the_logits_of_the_network_until_it_is_fitted() -> Non
     output, network = neighbours(None, rows_of(*BATCH)), torch.randn(3, 1)
     assert torch.equal(neighbours.blend(network, output).logits, network)
     neighbours.blend.weight.normal_()
-    expected = (
-        torch.cat([network, output.evidence[:, :NUM_BLENDED]], dim=1) @ neighbours.blend.weight.T
-    )
+    columns = [network, output.logits, output.evidence[:, :NUM_BLENDED]]
+    expected = torch.cat(columns, dim=1) @ neighbours.blend.weight.T
     torch.testing.assert_close(neighbours.blend(network, output).logits, expected)
 
 
