@@ -121,8 +121,8 @@ class Neighbours(nn.Module):
     taste: Tensor
     value_sums: Tensor
     value_counts: Tensor
-    list_mean: Tensor
-    list_deviation: Tensor
+    value_mean: Tensor
+    value_deviation: Tensor
 
     def __init__(
         self,
@@ -139,9 +139,8 @@ class Neighbours(nn.Module):
         self.register_buffer("taste", taste)
         self.register_buffer("value_sums", torch.zeros(num_items, FOLDS + 1))  # of deviations
         self.register_buffer("value_counts", torch.zeros(num_items, FOLDS + 1))
-        num_parallel = len(dimensions.parallel_names)
-        self.register_buffer("list_mean", torch.zeros(num_parallel))
-        self.register_buffer("list_deviation", torch.ones(num_parallel))
+        self.register_buffer("value_mean", torch.zeros(()))
+        self.register_buffer("value_deviation", torch.ones(()))
         self.content_map: nn.Linear | None = None
         num_similarities = 1 + (valued > 0)
         if content is not None:
@@ -151,7 +150,7 @@ class Neighbours(nn.Module):
         self.log_shares = nn.Parameter(torch.tensor([0.0, -2.0, -1.0][: 2 + (valued > 0)]))
         self.log_noise = nn.Parameter(torch.tensor(-1.0))
         self.decay = nn.Parameter(torch.tensor(1.0))  # of an item's weight by its age
-        self.network = EvidenceNetwork(num_similarities, num_parallel, dimensions.num_labels)
+        self.network = EvidenceNetwork(num_similarities, dimensions)
         self.blend = Blend(dimensions.num_labels)
 
     def forward(self, content: ContentVectors | None, batch: Batch) -> NeighbourEvidence:
@@ -173,7 +172,8 @@ class Neighbours(nn.Module):
         evidence = torch.stack([mean, variance, item_mean, torch.log1p(count), *shared], dim=1)
         votes = self._votes(content, modalities, history, vectors)
         list_means = history.list_means().expand(len(targets), -1)
-        regression, logits = self.network(evidence, votes, list_means)
+        weights = batch.rows.loss_weights
+        regression, logits = self.network(evidence, votes, list_means, weights)
         batch = replace(batch, dense_features=torch.cat([batch.dense_features, votes[:, 0]], dim=1))
         return NeighbourEvidence(batch, evidence.detach(), regression, logits)
 
@@ -184,16 +184,15 @@ class Neighbours(nn.Module):
     def _history(self, batch: Batch, fold: Tensor) -> _History:
         """Return the histories, padded, with values as deviations from the user's mean.
 
-        Numbers are in standard deviations from the mean of all, deviations in standard deviations.
+        Deviations are in standard deviations of all values.
         """
         history = batch.history.jagged()
         places, mask = _places(history)
         index, length = history.index[places], mask.sum(dim=1)
-        numbers = (batch.history.recorded_values - self.list_mean) / self.list_deviation
-        numbers = numbers[places] * mask.unsqueeze(2)
+        numbers = batch.history.recorded_values[places] * mask.unsqueeze(2)
         user_mean, deviations = torch.zeros_like(length), mask
         if self.column is not None:  # otherwise all values are 1, of which no mean is subtracted
-            values = numbers[:, :, self.column]
+            values = (numbers[:, :, self.column] - self.value_mean) / self.value_deviation * mask
             user_mean = values.sum(dim=1) / (length + PRIOR_VALUES)
             deviations = (values - user_mean.unsqueeze(1)) * mask
         rows = self._rows_of(batch.history.items[index], fold[: places.shape[0]].unsqueeze(1))

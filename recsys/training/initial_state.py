@@ -50,7 +50,7 @@ def start_fresh(job: Job, checked: CheckedRows) -> Progress:
     if job.em3.content is not None and job.store is not None:
         start_projections(job.em3.content, job.store, job.ranks, trained=checked.item_counts)
         fill_bank(job)
-    fit_neighbours(job, checked.numbers)
+    fit_neighbours(job)
     return Progress()
 
 
@@ -192,7 +192,7 @@ def fit_to_rows(
     scaling = job.em3.scaling
     if scaling is not None and not _takes_raw_numbers(scaling, plan):
         scaling.fit(numbers)
-    fit_neighbours(job, numbers, earlier_folders)
+    fit_neighbours(job, earlier_folders)
     for table, filled in fill_cold_rows(job, counts_before(job, plan)).items():
         plan.differences.add(f"table '{table}'", f"new_rows: {filled.rule}", str(filled))
 

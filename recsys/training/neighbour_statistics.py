@@ -9,7 +9,7 @@ Shapes: N events, I items, K neighbours of an item, D width of a factor, F folds
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -21,7 +21,6 @@ from scipy.sparse import csr_matrix, vstack
 
 from recsys.build import Job
 from recsys.config import NeighbourSettings
-from recsys.data.number_ranges import NumberRange
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import RAW_GROUP
 from recsys.data.row_source import open_rows
@@ -71,13 +70,10 @@ class Events:
         return self.take(np.sort(order[place < MOST_EVENTS]))
 
 
-def fit_neighbours(
-    job: Job, numbers: Mapping[str, NumberRange], earlier_folders: Sequence[str] = ()
-) -> None:
+def fit_neighbours(job: Job, earlier_folders: Sequence[str] = ()) -> None:
     """Fill the statistics from the training rows, if the model has neighbours. A collective.
 
-    `numbers` has the range of each list of numbers in the training rows, by name. Rows of the
-    latest `neighbours.partitions` of `earlier_folders` that exist count in the rest.
+    Rows of the latest `neighbours.partitions` of `earlier_folders` that exist count, too.
     """
     neighbours, settings, ranks = job.em3.neighbours, job.config.neighbours, job.ranks
     if neighbours is None or settings is None:
@@ -95,7 +91,6 @@ def fit_neighbours(
         if ranks.is_first:
             events = Events.distinct(users, items, values)
             _warn_of_lost_events(float(neighbours.value_counts[:, FOLDS].sum()), len(events.users))
-            fill_list_scales(neighbours, job.schema, numbers)
             fill_statistics(neighbours, events, settings)
             logger.info(
                 f"neighbours: {len(events.users):,} events of {len(np.unique(events.users)):,} "
@@ -139,22 +134,14 @@ def events_of_rows(table: pa.Table, schema: Schema, values: str | None) -> Event
     return Events.distinct(users, items, event_values.astype(np.float64))
 
 
-def fill_list_scales(
-    neighbours: Neighbours, schema: Schema, numbers: Mapping[str, NumberRange]
-) -> None:
-    """Set mean and deviation of the lists of numbers beside the history."""
-    for place, name in enumerate(schema.histories[0].numbers):
-        if numbers[name].count:
-            neighbours.list_mean[place] = numbers[name].mean
-            neighbours.list_deviation[place] = numbers[name].variance ** 0.5 or 1.0
-
-
 def fill_statistics(neighbours: Neighbours, events: Events, settings: NeighbourSettings) -> None:
     """Compute all statistics of the events, for all users and without each fold."""
     num_items, _, dim = neighbours.cooccurrence.shape
-    if neighbours.column is not None and len(events.values):
-        neighbours.list_mean[neighbours.column] = float(events.values.mean())
-        neighbours.list_deviation[neighbours.column] = float(events.values.std()) or 1.0
+    if settings.values is not None:
+        mean = float(events.values.mean()) if len(events.values) else 0.0
+        deviation = float(events.values.std()) if len(events.values) else 0.0
+        neighbours.value_mean.fill_(mean)
+        neighbours.value_deviation.fill_(deviation or 1.0)
     deviations = replace(events, values=value_deviations(events, settings))
     for fold in range(FOLDS + 1):
         without_fold = deviations.take(events.users % FOLDS != fold)  # all users for the last one

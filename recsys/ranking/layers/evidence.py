@@ -9,20 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from recsys.content.dropout import Dropout
+from recsys.ranking.layers.heads import hidden_layers
+from recsys.ranking.layers.row_features import Standardization
+from recsys.ranking.vectors import InputDimensions
 
 EVIDENCE = ("regression", "variance", "item_mean", "item_count", "user_mean", "history_length")
 MEANS = [EVIDENCE.index(name) for name in ("regression", "item_mean", "user_mean")]
 LATEST = (5, 20, 200)  # items of the history whose numbers have a mean of their own
 NUM_VOTES = 5  # numbers of one similarity
 
-# What brings each number to about mean 0 and deviation 1 on logs of ratings and of plays: Adam
-# takes steps of one size for all weights.
-EVIDENCE_CENTER, EVIDENCE_SCALE = (0.0, 1.0, 0.0, 3.0, 0.0, 4.0), (3.0, 3.0, 8.0, 0.8, 2.5, 0.8)
-VOTE_CENTER, VOTE_SCALE = (0.0, 0.0, 0.0, 1.5, 0.0), (4.0, 3.0, 5.0, 1.2, 2.0)
-LIST_SCALE = 2.0
-LARGEST = 8.0  # larger numbers are clamped
-UNITS = (128, 64)
+UNITS = [128, 64]
 DROPOUT = 0.1
 
 
@@ -33,24 +29,14 @@ class EvidenceNetwork(nn.Module):
     a loss of its own: with one loss the MLP takes over, and the evidence learns less.
     """
 
-    center: Tensor
-    scale: Tensor
-
-    def __init__(self, num_similarities: int, num_parallel: int, num_labels: int) -> None:
+    def __init__(self, num_similarities: int, dimensions: InputDimensions) -> None:
         super().__init__()
-        self.linear = nn.Linear(len(EVIDENCE), num_labels)
-        center = [*EVIDENCE_CENTER, *(VOTE_CENTER * num_similarities)]
-        scale = [*EVIDENCE_SCALE, *(VOTE_SCALE * num_similarities)]
-        num_means = num_parallel * len(LATEST)
-        scale += [LIST_SCALE] * num_means
-        self.register_buffer("center", torch.tensor(center + [0.0] * num_means), persistent=False)
-        self.register_buffer("scale", torch.tensor(scale), persistent=False)
-        width = len(scale)
-        layers: list[nn.Module] = []
-        for units in UNITS:
-            layers += [nn.Linear(width, units), nn.ReLU(), Dropout(DROPOUT)]
-            width = units
-        last = nn.Linear(width, num_labels)
+        width = len(EVIDENCE) + num_similarities * NUM_VOTES
+        width += len(dimensions.parallel_names) * len(LATEST)
+        self.standardization = Standardization(width, dimensions.process_group)
+        self.linear = nn.Linear(len(EVIDENCE), dimensions.num_labels)
+        layers, width = hidden_layers(width, UNITS, DROPOUT)
+        last = nn.Linear(width, dimensions.num_labels)
         self.layers = nn.Sequential(*layers, last)
         with torch.no_grad():
             self.linear.weight.zero_()
@@ -62,10 +48,13 @@ class EvidenceNetwork(nn.Module):
         self,
         evidence: Tensor,  # [B, E]
         votes: Tensor,  # [B, S, K]
-        list_means: Tensor,  # [B, W * P], of numbers with mean 0 and deviation 1
+        list_means: Tensor,  # [B, W * P]
+        row_weights: Tensor,  # [B], 0 for a padding row
     ) -> tuple[Tensor, Tensor]:  # [B, C], [B, C]
-        """Return the linear map, and its sum with the MLP, with the gradient of the MLP alone."""
+        """Return the linear map, and its sum with the MLP, with the gradient of the MLP alone.
+
+        A collective in training: all ranks share the scales of the MLP's inputs.
+        """
         numbers = torch.cat([evidence.detach(), votes.flatten(1), list_means], dim=1)
-        inputs = ((numbers - self.center) * self.scale).clamp(-LARGEST, LARGEST)
         linear = self.linear(evidence)
-        return linear, linear.detach() + self.layers(inputs)
+        return linear, linear.detach() + self.layers(self.standardization(numbers, row_weights))

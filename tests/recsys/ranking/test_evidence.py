@@ -5,28 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recsys.ranking.layers.evidence import (
-    EVIDENCE,
-    EVIDENCE_CENTER,
-    EVIDENCE_SCALE,
-    LARGEST,
-    LATEST,
-    LIST_SCALE,
-    NUM_VOTES,
-    VOTE_CENTER,
-    VOTE_SCALE,
-    EvidenceNetwork,
-)
+from recsys.ranking.layers.evidence import EVIDENCE, LATEST, NUM_VOTES, EvidenceNetwork
+from tests.recsys.ranking.ranking_inputs import DIMENSIONS
 
-NUM_ROWS, NUM_SIMILARITIES, NUM_LISTS = 4, 2, 3
+NUM_ROWS, NUM_SIMILARITIES, NUM_LISTS = 4, 2, len(DIMENSIONS.parallel_names)
 
 
-def network_and_inputs() -> tuple[EvidenceNetwork, tuple[Tensor, Tensor, Tensor]]:
+def network_and_inputs() -> tuple[EvidenceNetwork, tuple[Tensor, ...]]:
     torch.manual_seed(0)
     evidence = torch.randn(NUM_ROWS, len(EVIDENCE), requires_grad=True)
     votes = torch.randn(NUM_ROWS, NUM_SIMILARITIES, NUM_VOTES)
-    list_means = 9 * torch.randn(NUM_ROWS, NUM_LISTS * len(LATEST))
-    return EvidenceNetwork(NUM_SIMILARITIES, NUM_LISTS, 1).eval(), (evidence, votes, list_means)
+    list_means = torch.randn(NUM_ROWS, NUM_LISTS * len(LATEST))
+    network = EvidenceNetwork(NUM_SIMILARITIES, DIMENSIONS).eval()
+    return network, (evidence, votes, list_means, torch.ones(NUM_ROWS))
 
 
 def test_logits_begin_as_twice_the_sum_of_the_means() -> None:
@@ -37,21 +28,25 @@ def test_logits_begin_as_twice_the_sum_of_the_means() -> None:
         torch.testing.assert_close(logits, expected)
 
 
-def test_logits_are_a_linear_map_plus_an_mlp_of_scaled_and_clamped_inputs() -> None:
-    network, (evidence, votes, list_means) = network_and_inputs()
+def test_logits_are_a_linear_map_plus_an_mlp_of_standardized_numbers() -> None:
+    network, inputs = network_and_inputs()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, 0, 0.1)
-    parts = [(evidence - torch.tensor(EVIDENCE_CENTER)) * torch.tensor(EVIDENCE_SCALE)]
-    for similarity in range(NUM_SIMILARITIES):
-        parts.append((votes[:, similarity] - torch.tensor(VOTE_CENTER)) * torch.tensor(VOTE_SCALE))
-    hidden = torch.cat([*parts, list_means * LIST_SCALE], dim=1).clamp(-LARGEST, LARGEST)
+    numbers = torch.cat([part.flatten(1) for part in inputs[:3]], dim=1)
+    hidden = network.standardization(numbers)
     first, second, last = (part for part in network.layers if isinstance(part, torch.nn.Linear))
     for layer in (first, second):
         hidden = (hidden @ layer.weight.T + layer.bias).relu()
-    linear = evidence @ network.linear.weight.T + network.linear.bias
+    linear = inputs[0] @ network.linear.weight.T + network.linear.bias
     expected = linear + hidden @ last.weight.T + last.bias
-    actual = network(evidence, votes, list_means)
-    torch.testing.assert_close(actual, (linear, expected))
+    torch.testing.assert_close(network(*inputs), (linear, expected))
+
+
+def test_training_standardizes_by_the_rows_that_are_no_padding() -> None:
+    network, inputs = network_and_inputs()
+    network.train()(*inputs[:3], torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    numbers = torch.cat([part.flatten(1) for part in inputs[:3]], dim=1)
+    torch.testing.assert_close(network.standardization.mean, numbers[:3].mean(dim=0).detach())
 
 
 def test_the_evidence_learns_from_the_linear_map_alone() -> None:

@@ -32,8 +32,8 @@ def neighbours_of(
         getattr(neighbours, name).normal_(0, 0.4)
     neighbours.value_counts.fill_(3)
     nn.init.constant_(neighbours.decay, decay)
-    neighbours.list_mean.fill_(0.4)
-    neighbours.list_deviation.fill_(0.5)
+    neighbours.value_mean.fill_(0.4)
+    neighbours.value_deviation.fill_(0.5)
     return neighbours
 
 
@@ -161,8 +161,7 @@ def test_lists_have_means_of_the_latest_items(monkeypatch: pytest.MonkeyPatch) -
     neighbours.network.register_forward_pre_hook(lambda _, numbers: seen.extend(numbers))
     batch.history.values = torch.tensor([0.9, 0.4, -0.1, 1.4, 2.4]).unsqueeze(1)
     neighbours(None, batch)
-    # Less the mean .4 and in deviations of .5: 1 and 0 of the first row, -1, 2 and 4 of the last.
-    expected = torch.tensor([[0, 0.5, 0.5], [0, 0, 0], [4, 3, 5 / 3]])
+    expected = torch.tensor([[0.4, 0.65, 0.65], [0, 0, 0], [2.4, 1.9, 3.7 / 3]])
     torch.testing.assert_close(seen[2], expected)
 
 

@@ -188,7 +188,7 @@ def test_two_ranks_have_the_statistics_of_one(tmp_path: Path) -> None:
             states.append(
                 {name: value.clone() for name, value in job.em3.neighbours.named_buffers()}
             )
-    for name in ("cooccurrence", "taste", "value_sums", "value_counts", "list_mean"):
+    for name in ("cooccurrence", "taste", "value_sums", "value_counts", "value_mean"):
         assert states[0][name].any()
         torch.testing.assert_close(states[0][name], states[1][name])
     assert any(states[0]["blend.weight"][0, 1:] != 0)  # fitted to validation rows
