@@ -14,6 +14,7 @@ from pathlib import Path
 from jsonargparse import auto_cli
 
 from benchmarks.quality.grid import Cell, chosen_cells
+from benchmarks.quality.history_lengths import history_table
 from benchmarks.quality.runs import RECIPE, Plan, finish, finished, in_order, plan_runs, windows
 from benchmarks.quality.study import Study, read_results, write_study
 from benchmarks.results import RESULTS, provenance
@@ -61,7 +62,9 @@ def quality(
     _require_effects(cells, plan)
     files = results or RESULTS / "quality"
     cell_results = read_results(cells, _trained(plan, jobs, cache, train))
-    write_study(Study(cell_results, list(datasets), provenance()), files)
+    by_length = history_table(cell_results)
+    tables = () if by_length is None else (by_length,)
+    write_study(Study(cell_results, list(datasets), provenance(), tables), files)
     print(files.with_name(f"{files.name}.md").read_text())
 
 

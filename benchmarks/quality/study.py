@@ -174,11 +174,15 @@ def median_of_known(values: Sequence[float | None]) -> float | None:
 
 @dataclass(frozen=True)
 class Study:
-    """A finished study: results, effects against baselines and peers, datasets, provenance."""
+    """A finished study: results, effects against baselines and peers, datasets, provenance.
+
+    tables: further ones for the page.
+    """
 
     results: list[CellResult]
     datasets: list[str]
     about: Mapping[str, Any]
+    tables: tuple[str, ...] = ()
 
     @property
     def protocol(self) -> str:
@@ -204,6 +208,7 @@ def write_study(study: Study, files: Path) -> None:
         lines += [INTERVALS, _effect_table(cell_effects)]
     if peer_effects:
         lines += ["The recipe against its peers:", _effect_table(peer_effects)]
+    lines += study.tables
     texts = {"jsonl": "\n".join(records) + "\n", "md": "\n\n".join(lines) + "\n"}
     for ending, text in texts.items():
         write_whole(files.with_name(f"{files.name}.{ending}"), without_places(text))

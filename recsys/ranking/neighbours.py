@@ -20,13 +20,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, normalize
 
 from recsys.config import ContentSettings, NeighbourSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
-from recsys.ranking.layers.content_interest import cosines
 from recsys.ranking.layers.evidence import LATEST, EvidenceNetwork
 from recsys.ranking.layers.ridge import RidgePredictions
 from recsys.ranking.vectors import InputDimensions, MemberLogits
@@ -34,7 +33,7 @@ from recsys.ranking.vectors import InputDimensions, MemberLogits
 FOLDS = 5  # of users, by id: a row in training reads statistics of the users of other folds
 PRIOR_VALUES = 5.0  # values of mean 0 that every mean of deviations begins with
 # Added to sums of powers 1, 2 and 4 of similarities: few weakly similar items vote for little.
-LEAST_SUMS = {1: 0.15, 2: 0.0125, 4: 1e-4}
+LEAST_SUMS = (0.15, 0.0125, 1e-4)
 HALF_AGE = 10  # items of the history
 # The first columns of the evidence, which are blended: of the rest the ranking model knows more.
 NUM_BLENDED = 4
@@ -123,6 +122,7 @@ class Neighbours(nn.Module):
     value_counts: Tensor
     value_mean: Tensor
     value_deviation: Tensor
+    least_sums: Tensor
 
     def __init__(
         self,
@@ -139,6 +139,8 @@ class Neighbours(nn.Module):
         self.register_buffer("taste", taste)
         self.register_buffer("value_sums", torch.zeros(num_items, FOLDS + 1))  # of deviations
         self.register_buffer("value_counts", torch.zeros(num_items, FOLDS + 1))
+        least = torch.tensor(LEAST_SUMS).view(3, 1, 1, 1)
+        self.register_buffer("least_sums", least, persistent=False)
         self.register_buffer("value_mean", torch.zeros(()))
         self.register_buffer("value_deviation", torch.ones(()))
         self.content_map: nn.Linear | None = None
@@ -198,7 +200,9 @@ class Neighbours(nn.Module):
         rows = self._rows_of(batch.history.items[index], fold[: places.shape[0]].unsqueeze(1))
         if not history.is_shared:  # only packages have items that were added later
             rows = _Rows(rows.index, None)
-        return _History(history, rows, index, mask, numbers, deviations, length, user_mean)
+        shared = history.is_shared
+        age = length.unsqueeze(1) - mask.cumsum(dim=1)
+        return _History(rows, index, mask, age, numbers, deviations, length, user_mean, shared)
 
     def _item_vectors(self, past_rows: _Rows, target_rows: _Rows) -> list[_Vectors]:
         """Return the vectors by co-occurrence and, with values, by taste.
@@ -258,31 +262,28 @@ class Neighbours(nn.Module):
         """Return what the items of the history say of the target by each similarity.
 
         First the similarity by values, or by users without values. The numbers are means of the
-        values by the powers 1 and 2 of similarity, their sum by similarity, the logarithm of
-        1 + sum of similarities, and the mean by power 4.
+        values by the powers 1, 2 and 4 of similarity, their sum by similarity, and the logarithm of
+        1 + sum of similarities.
         """
         pairs = [
             (part.past @ history.columns(part.target)).transpose(1, 2).float()
             for part in reversed(vectors)
         ]
+        similarity = torch.stack(pairs, dim=1)  # [R, S, K, L]
         if content is not None and modalities is not None:
-            spaces = zip(content.target_modalities.unbind(dim=1), modalities.unbind(dim=1))
-            pairs += [history.padded(cosines(*space, history.jagged)) for space in spaces]
-        similarity = torch.stack(pairs, dim=1) * history.mask[:, None, None]  # [R, S, K, L]
+            cosines = history.cosines(content.target_modalities, modalities)
+            similarity = torch.cat([similarity, cosines], dim=1)
+        similarity = similarity * history.mask[:, None, None]
         weights = history.weights(self.decay)
         deviations = history.deviations * weights
-        weighted = torch.stack([deviations, weights], dim=2).unsqueeze(1)
-        means = {}  # sums by power of similarity, of the values and of 1: [R, S, K, 2]
-        power = similarity.clamp(min=0)
-        for exponent, least in LEAST_SUMS.items():
-            sums = power @ weighted
-            means[exponent] = sums[..., 0] / (sums[..., 1] + least)
-            if exponent == 1:
-                total = torch.log1p(sums[..., 1])
-            power = power.square()
+        positive = similarity.clamp(min=0)
+        square = positive.square()
+        powers = torch.stack([positive, square, square.square()])  # [3, R, S, K, L]
+        sums = powers @ torch.stack([deviations, weights], dim=2).unsqueeze(1)  # [3, R, S, K, 2]
+        means = sums[..., 0] / (sums[..., 1] + self.least_sums)
         signed = (similarity @ deviations[:, None, :, None]).squeeze(-1)
         signed = signed / (history.length + 1).sqrt()[:, None, None]
-        votes = torch.stack([means[1], means[2], signed, total, means[4]], dim=-1)
+        votes = torch.stack([*means, signed, torch.log1p(sums[0, ..., 1])], dim=-1)
         return votes.transpose(1, 2).flatten(0, 1)
 
     def _item_means(self, rows: _Rows) -> tuple[Tensor, Tensor]:
@@ -326,37 +327,38 @@ class _Vectors:
 class _History:
     """Histories, padded with 0.
 
-    jagged: without padding.
     rows: [R, L], of the items in statistics.
     index: int64 [R, L], of the batch's unique items.
-    mask: [R, L], 1 for each item.
+    mask: [R, L], 1 for each item; age: [R, L], number of later items.
     numbers: [R, L, P], of the parallel lists; deviations: [R, L], values less the user's mean.
     length, user_mean: [R]
+    is_shared: whether all rows of the batch have the one history.
     """
 
-    jagged: JaggedHistory
     rows: _Rows
     index: Tensor
     mask: Tensor
+    age: Tensor
     numbers: Tensor
     deviations: Tensor
     length: Tensor
     user_mean: Tensor
+    is_shared: bool
 
     def columns(self, vectors: Tensor) -> Tensor:  # [B, Z] -> [R, Z, K]
         """Return the vectors of targets for products with the vectors of each history."""
-        return vectors.T.unsqueeze(0) if self.jagged.is_shared else vectors.unsqueeze(2)
+        return vectors.T.unsqueeze(0) if self.is_shared else vectors.unsqueeze(2)
 
-    def padded(self, values: Tensor) -> Tensor:  # [N], of each row's own places -> [R, K, L]
-        """Return numbers of pairs of a target and an item of its row's history."""
-        if self.jagged.is_shared:
-            return values.view(1, -1, self.mask.shape[1])
-        return self.jagged.padded(values, 0).unsqueeze(1)
-
-    @property
-    def age(self) -> Tensor:
-        """Number of later items of the history: [R, L]."""
-        return self.length.unsqueeze(1) - self.mask.cumsum(dim=1)
+    def cosines(
+        self,
+        targets: Tensor,  # [B, M, D]
+        items: Tensor,  # [U, M, D]
+    ) -> Tensor:  # [R, M, K, L]
+        """Return the cosines of targets and the items of their history, by modality."""
+        past = normalize(items.float(), dim=-1)[self.index]  # [R, L, M, D]
+        targets = normalize(targets.float(), dim=-1)
+        targets = targets.unsqueeze(0 if self.is_shared else 1)  # [R, K, M, D]
+        return torch.einsum("rlmd,rkmd->rmkl", past, targets)
 
     def weights(self, decay: Tensor) -> Tensor:  # [] -> [R, L]
         """Return (1 + age / HALF_AGE) ** -decay: what a user liked long ago counts less."""

@@ -116,9 +116,9 @@ def test_votes_have_their_hand_values() -> None:
     expected = [
         0.5 * 12 / (0.5 + 0.15),
         0.25 * 12 / (0.25 + 0.0125),
+        0.0625 * 12 / (0.0625 + 0.0001),
         (0.5 * 12 + 0.5 * 2) / 3**0.5,
         torch.tensor(1.5).log(),
-        0.0625 * 12 / (0.0625 + 0.0001),
     ]
     features = neighbours(None, batch).batch.dense_features
     votes = features[0, NUM_DENSE : NUM_DENSE + NUM_VOTES]
@@ -151,7 +151,7 @@ def test_each_modality_votes_by_the_cosines_of_its_content() -> None:
         target = content.target_modalities[0, modality]
         similarity = torch.cosine_similarity(past[:2, modality], target, dim=1)
         expected = similarity @ deviations / 3**0.5
-        torch.testing.assert_close(votes[0, 2 + modality, 2], expected)
+        torch.testing.assert_close(votes[0, 2 + modality, 3], expected)
 
 
 def test_lists_have_means_of_the_latest_items(monkeypatch: pytest.MonkeyPatch) -> None:
