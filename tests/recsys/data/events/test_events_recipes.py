@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ def yambda(folder: Path) -> None:
     pq.write_table(pa.table(columns), folder / "flat" / "50m" / "listens.parquet")
 
 
-def ifdb(folder: Path) -> None:
+def log_with_texts(folder: Path, texts: Sequence[str]) -> None:
     plays = {
         "user": [f"u{n % 6}" for n in ROWS],
         "item": [f"i{n * n % 31}" for n in ROWS],
@@ -81,8 +82,8 @@ def ifdb(folder: Path) -> None:
     }
     pq.write_table(pa.table(plays), folder / "events.parquet")
     games = {"item": [f"i{n}" for n in range(31)]}
-    texts = {name: [f"a {name}"] * 31 for name in ("title", "tags", "description")}
-    pq.write_table(pa.table(games | texts), folder / "items.parquet")
+    columns = {name: [f"a {name}"] * 31 for name in texts}
+    pq.write_table(pa.table(games | columns), folder / "items.parquet")
 
 
 def mind(folder: Path) -> None:
@@ -130,7 +131,8 @@ FORMATS: dict[str, Callable[[Path], None]] = {
         ),
     ),
     "yambda": yambda,
-    "ifdb": ifdb,
+    "ifdb": partial(log_with_texts, texts=("title", "tags", "description")),
+    "retail": partial(log_with_texts, texts=("description",)),
 }
 
 
@@ -143,7 +145,9 @@ def test_a_recipe_reads_the_format_of_its_data_set(name: str, tmp_path: Path) ->
     FORMATS[name](tmp_path)
     report = prepare_events(RECIPES / f"{name}.yaml", tmp_path / "out", tmp_path)
     rows = sum(split["rows"] for split in report["splits"].values())
-    extra_rows = {"microlens": 4, "ifdb": 4, "mind": 2}.get(name, 0) * len(ROWS)  # drawn, or shown
+    extra_rows = {"microlens": 4, "ifdb": 4, "retail": 4, "mind": 2}.get(name, 0) * len(
+        ROWS
+    )  # drawn, or shown
     assert rows + sum(report["left_out"].values()) == len(ROWS) + extra_rows
     assert 0 < report["splits"]["train"]["positive"] < 1
     load_schema(Location.of(tmp_path / "out"))
