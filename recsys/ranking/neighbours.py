@@ -34,7 +34,9 @@ FOLDS = 5  # of users, by id: a row in training reads statistics of the users of
 PRIOR_VALUES = 5.0  # values of mean 0 that every mean of deviations begins with
 # Added to sums of powers 1, 2 and 4 of similarities: few weakly similar items vote for little.
 LEAST_SUMS = (0.15, 0.0125, 1e-4)
-HALF_AGE = 10  # items of the history
+# Weight of an item of the history by its age in items. The loss would have a decay of .6 to 1.2,
+# which follows how a user's level drifts, and ranks worse within users.
+DECAY_AGE, DECAY = 10, 0.5
 # The first columns of the evidence, which are blended: of the rest the ranking model knows more.
 NUM_BLENDED = 4
 
@@ -151,7 +153,6 @@ class Neighbours(nn.Module):
         # Logarithms of the kernel's shares of co-occurrence, content and taste, and of the noise.
         self.log_shares = nn.Parameter(torch.tensor([0.0, -2.0, -1.0][: 2 + (valued > 0)]))
         self.log_noise = nn.Parameter(torch.tensor(-1.0))
-        self.decay = nn.Parameter(torch.tensor(1.0))  # of an item's weight by its age
         self.network = EvidenceNetwork(num_similarities, dimensions)
         self.blend = Blend(dimensions.num_labels)
 
@@ -245,7 +246,7 @@ class Neighbours(nn.Module):
         own_variance, target_variance = (
             (shares.sum() - part).clamp(min=0) for part in (past_kernel, target_kernel)
         )
-        weights = history.weights(self.decay)
+        weights = history.weights()
         precisions = weights / (self.log_noise.exp() + own_variance)
         ridge = RidgePredictions(past, residuals, precisions, history.columns(target), prior)
         mean, variance = ridge.fast() if self.training else ridge.exact()
@@ -274,7 +275,7 @@ class Neighbours(nn.Module):
             cosines = history.cosines(content.target_modalities, modalities)
             similarity = torch.cat([similarity, cosines], dim=1)
         similarity = similarity * history.mask[:, None, None]
-        weights = history.weights(self.decay)
+        weights = history.weights()
         deviations = history.deviations * weights
         positive = similarity.clamp(min=0)
         square = positive.square()
@@ -360,9 +361,9 @@ class _History:
         targets = targets.unsqueeze(0 if self.is_shared else 1)  # [R, K, M, D]
         return torch.einsum("rlmd,rkmd->rmkl", past, targets)
 
-    def weights(self, decay: Tensor) -> Tensor:  # [] -> [R, L]
-        """Return (1 + age / HALF_AGE) ** -decay: what a user liked long ago counts less."""
-        return self.mask * (1 + self.age / HALF_AGE) ** -decay
+    def weights(self) -> Tensor:  # [R, L]
+        """Return (1 + age / DECAY_AGE) ** -DECAY: what a user liked long ago counts less."""
+        return self.mask * (1 + self.age / DECAY_AGE) ** -DECAY
 
     def list_means(self) -> Tensor:  # [R, W * P]
         """Return the means of the parallel lists over the `LATEST` items."""

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recsys.config import NeighbourSettings, ranking_settings
 from recsys.data.batch import Batch
 from recsys.model.build import build_ranking
 from recsys.ranking.layers.evidence import EVIDENCE, NUM_VOTES
-from recsys.ranking.neighbours import FOLDS, HALF_AGE, NUM_BLENDED, PRIOR_VALUES, Neighbours
+from recsys.ranking.neighbours import DECAY, DECAY_AGE, FOLDS, NUM_BLENDED, PRIOR_VALUES, Neighbours
 from recsys.serving.ranking_graph import RankingGraph
 from tests.recsys.ranking.ranking_inputs import CONTENT, DIMENSIONS, NUM_DENSE, inputs
 
 NUM_ITEMS, DIM = 9, 4
 WITH_ITEMS = replace(DIMENSIONS, num_items=NUM_ITEMS)
+WEIGHTS = torch.tensor([(1 + 1 / DECAY_AGE) ** -DECAY, 1.0])  # of a history of two items
 
 
 def neighbours_of(
-    values: str | None = "liked", content: Any = None, dropout: float = 0.0, decay: float = 0.0
+    values: str | None = "liked", content: Any = None, dropout: float = 0.0
 ) -> Neighbours:
     """Neighbours with random statistics."""
     torch.manual_seed(0)
@@ -31,7 +33,6 @@ def neighbours_of(
     for name in ("cooccurrence", "taste", "value_sums"):
         getattr(neighbours, name).normal_(0, 0.4)
     neighbours.value_counts.fill_(3)
-    nn.init.constant_(neighbours.decay, decay)
     neighbours.value_mean.fill_(0.4)
     neighbours.value_deviation.fill_(0.5)
     return neighbours
@@ -73,7 +74,7 @@ def plain_evidence(neighbours: Neighbours, row: int, fold: int = FOLDS) -> Tenso
         old, new = torch.cat([old, maps[0]], 1), torch.cat([new, maps[1]])
         prior = torch.cat([prior, shares[1].expand(DIM)])
     own = (shares.sum() - (old.square() * prior).sum(1)).clamp(min=0)
-    growth = (1 + torch.arange(len(items)).flip(0) / HALF_AGE) ** neighbours.decay
+    growth = (1 + torch.arange(len(items)).flip(0) / DECAY_AGE) ** DECAY
     kernel = old * prior @ old.T + torch.diag((neighbours.log_noise.exp() + own) * growth)
     similarity = old * prior @ new
     weights = torch.linalg.solve(kernel, similarity)
@@ -85,10 +86,9 @@ def plain_evidence(neighbours: Neighbours, row: int, fold: int = FOLDS) -> Tenso
     return torch.stack(numbers).float()
 
 
-@pytest.mark.parametrize("decay", [0.0, 2.0])
 @pytest.mark.parametrize("content", [None, CONTENT])
-def test_evidence_is_that_of_kernel_regression_over_the_history(content: Any, decay: float) -> None:
-    neighbours, batch = neighbours_of(content=content, decay=decay), rows_of(*BATCH)
+def test_evidence_is_that_of_kernel_regression_over_the_history(content: Any) -> None:
+    neighbours, batch = neighbours_of(content=content), rows_of(*BATCH)
     output = neighbours(inputs()[1], batch)
     for row in range(3):
         torch.testing.assert_close(output.evidence[row], plain_evidence(neighbours, row))
@@ -113,29 +113,18 @@ def test_votes_have_their_hand_values() -> None:
     batch = rows_of(*BATCH)
     batch.history.values = torch.tensor([7.4, 0.4, 0, 0, 0]).unsqueeze(1)
     # The mean of 7 and 0 with 5 prior values is 1; in deviations of .5 both are 12 and -2.
+    older = float(WEIGHTS[0])
     expected = [
-        0.5 * 12 / (0.5 + 0.15),
-        0.25 * 12 / (0.25 + 0.0125),
-        0.0625 * 12 / (0.0625 + 0.0001),
-        (0.5 * 12 + 0.5 * 2) / 3**0.5,
-        torch.tensor(1.5).log(),
+        0.5 * 12 * older / (0.5 * older + 0.15),
+        0.25 * 12 * older / (0.25 * older + 0.0125),
+        0.0625 * 12 * older / (0.0625 * older + 0.0001),
+        (0.5 * 12 * older + 0.5 * 2) / 3**0.5,
+        math.log(1 + 0.5 * older),
     ]
     features = neighbours(None, batch).batch.dense_features
     votes = features[0, NUM_DENSE : NUM_DENSE + NUM_VOTES]
     torch.testing.assert_close(votes, torch.tensor(expected))
     assert not features[1, NUM_DENSE : NUM_DENSE + NUM_VOTES].any()  # no history
-
-
-def test_an_older_item_of_the_history_votes_with_less_weight() -> None:
-    neighbours, batch = neighbours_of(decay=2.0), rows_of(*BATCH)
-    batch.history.values = torch.tensor([7.4, 0.4, 0, 0, 0]).unsqueeze(1)
-    neighbours.taste.zero_()
-    for item, vector in {5: [1.0, 0, 0, 0], 1: [0.5, 0, 0, 0], 7: [0.5, 0, 0, 0]}.items():
-        neighbours.taste[item] = torch.tensor(vector)
-    votes = neighbours(None, batch).batch.dense_features[0, NUM_DENSE:]
-    older = (1 + 1 / HALF_AGE) ** -2  # the values 12 and -2 by age 1 and 0
-    expected = (0.5 * older * 12 - 0.5 * 2) / (0.5 * older + 0.5 + 0.15)
-    torch.testing.assert_close(votes[0], torch.tensor(expected))
 
 
 def test_each_modality_votes_by_the_cosines_of_its_content() -> None:
@@ -150,7 +139,7 @@ def test_each_modality_votes_by_the_cosines_of_its_content() -> None:
     for modality in range(past.shape[1]):
         target = content.target_modalities[0, modality]
         similarity = torch.cosine_similarity(past[:2, modality], target, dim=1)
-        expected = similarity @ deviations / 3**0.5
+        expected = similarity @ (deviations * WEIGHTS) / 3**0.5
         torch.testing.assert_close(votes[0, 2 + modality, 3], expected)
 
 
@@ -189,7 +178,7 @@ def test_without_values_all_events_count_as_1_and_items_have_no_means() -> None:
     evidence = neighbours(None, batch).evidence
     old, new = neighbours.cooccurrence[[1, 7], FOLDS], neighbours.cooccurrence[5, FOLDS]
     own = (neighbours.log_shares.exp().sum() - old.square().sum(1)).clamp(min=0)
-    kernel = old @ old.T + torch.diag(neighbours.log_noise.exp() + own)
+    kernel = old @ old.T + torch.diag((neighbours.log_noise.exp() + own) / WEIGHTS)
     torch.testing.assert_close(
         evidence[0, 0], old @ new @ torch.linalg.solve(kernel, torch.ones(2))
     )
