@@ -24,7 +24,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.data.events.clean_events import (
     copy_key,
     event_columns,
@@ -35,11 +34,8 @@ from recsys.data.events.clean_events import (
     without_copies,
 )
 from recsys.data.events.daily_state import REPORT, DailyFolder, Progress
-from recsys.data.events.dataset import DatasetWriter, feature_tables, num_rows, write_last_features
-from recsys.data.events.histories import (
-    KEYS_OF,
-    add_histories,
-)
+from recsys.data.events.dataset import DatasetWriter, feature_tables, write_last_features
+from recsys.data.events.histories import KEYS_OF, add_histories
 from recsys.data.events.history_values import HistoryFiles
 from recsys.data.events.kept_events import KeptEvents
 from recsys.data.events.load import load_events_config
@@ -64,8 +60,6 @@ from recsys.data.events.sql import (
     stage_folder,
 )
 from recsys.data.events.times import duration, moment
-from recsys.data.schema import vocabulary_file
-from recsys.storage.location import Location
 
 logger = logging.getLogger(__name__)
 
@@ -385,12 +379,10 @@ class Call:
         )
         for partition in (out / "train").glob("*"):
             (partition / SUCCESS).touch()
-        sizes = self._write_vocabularies(writer, out)
-        item = config.output.item
-        counts = engine.table(
-            f"SELECT iid AS {quoted(item)}, count(*) AS train_rows FROM complete "
-            f"WHERE 1 = 1{writer.is_logged} GROUP BY iid"
-        )
+        past = f"past_events WHERE {quoted(KEYS_OF)} = ''"
+        ids = writer.ids("1 = 1", "new_events", past)
+        sizes = writer.write_vocabularies(ids, out, self.folder.path, self.before.sizes)
+        item, counts = config.output.item, writer.item_counts(f"1 = 1{writer.is_logged}")
         if (file := self.folder.path / "item_counts.parquet").exists():
             both = pa.concat_tables([pq.read_table(file), counts])
             counts = both.group_by(item).aggregate([("train_rows", "sum")])
@@ -402,45 +394,6 @@ class Call:
             write_last_features(engine, config, out / "features", self.until)
         (out / "schema.yaml").write_text(writer.schema(sizes))
         return sizes
-
-    def _write_vocabularies(self, writer: DatasetWriter, out: Path) -> dict[str, int]:
-        """Write maps with the new ids behind those before; tables grow if these do not fit."""
-        engine, config, sizes = self.engine, self.config, {}
-        past = f"past_events WHERE {quoted(KEYS_OF)} = ''"
-        for name, ids in writer.ids("1 = 1", "new_events", past).items():
-            lists = [table for table, column in writer.id_lists.items() if column == name]
-            size = self.before.sizes.get(name, 0)
-            if config.vocabulary.kind == "rows":
-                needed = num_rows(engine, name, ids)
-                vocabulary = None
-            else:
-                vocabulary = self._extended(name, ids)
-                needed = len(vocabulary) + 1
-            if needed > size:
-                grown = writer.table_rows(needed - 1)
-                if size:
-                    logger.info("%s: its table grows from %s to %s rows", name, size, grown)
-                size = grown
-            for table in (name, *lists):
-                sizes[table] = size
-                if vocabulary is not None:
-                    file = vocabulary_file(Location.of(out), table).path
-                    Path(file).parent.mkdir(exist_ok=True)
-                    vocabulary.save(file)
-        return sizes
-
-    def _extended(self, name: str, ids: str) -> ExactVocabulary:
-        query = f"SELECT DISTINCT id FROM ({ids}) WHERE id IS NOT NULL"
-        if name == self.config.output.item and self.config.items is not None:
-            query = f"{query} UNION SELECT id FROM item_snapshots"
-        new = self.engine.table(f"SELECT id FROM ({query}) ORDER BY id")["id"]
-        file = vocabulary_file(Location.of(self.folder.path), name)
-        rows = self.before.sizes.get(name, 2) + len(new) + 1
-        vocabulary = ExactVocabulary(rows)
-        if file.exists():
-            vocabulary = ExactVocabulary.load(file.path, rows, file.arrow)
-        vocabulary.extend([new])
-        return vocabulary
 
     def _days(self) -> dict[str, dict[str, Any]]:
         """Return rows and share of positive ones of each partition."""

@@ -7,6 +7,7 @@ right after the last event.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,6 +33,8 @@ from recsys.data.schema_columns import FeatureTable
 from recsys.data.transforms.prepare import check_transformed, fit_transforms
 from recsys.storage.files import link_or_copy
 from recsys.storage.location import Location
+
+logger = logging.getLogger(__name__)
 
 
 def feature_tables(config: EventsConfig) -> list[FeatureTable]:
@@ -173,12 +176,8 @@ class DatasetWriter:
         """Write a dataset; `schema.yaml` and what is fitted for it come last."""
         self._write_splits(conditions, folder)
         train = f"{conditions['train']}{self.is_logged}"
-        counts = self.engine.table(
-            f"SELECT iid AS {quoted(self.config.output.item)}, count(*) AS train_rows "
-            f"FROM complete c WHERE {train} GROUP BY c.iid ORDER BY c.iid"
-        )
-        pq.write_table(counts, folder / "item_counts.parquet")
-        sizes = self._write_vocabularies(train, folder)
+        pq.write_table(self.item_counts(train), folder / "item_counts.parquet")
+        sizes = self.write_vocabularies(self._ids(train), folder)
         if self.config.items is not None:
             self._write_items(train, folder, items)
         features = folder / "features"
@@ -190,6 +189,13 @@ class DatasetWriter:
         (folder / "schema.yaml").write_text(self.schema(sizes))
         fit_transforms(Location.of(folder))
         check_transformed(Location.of(folder))
+
+    def item_counts(self, train: str) -> pa.Table:
+        """Return the number of training rows of each item, by the condition of such rows."""
+        return self.engine.table(
+            f"SELECT iid AS {quoted(self.config.output.item)}, count(*) AS train_rows "
+            f"FROM complete c WHERE {train} GROUP BY c.iid ORDER BY c.iid"
+        )
 
     def columns(self) -> tuple[str, Complete | None]:
         """Return SQL of the columns of rows, and what completes their batches."""
@@ -263,29 +269,53 @@ class DatasetWriter:
             if not pa.types.is_floating(self.lists[name].value_type)
         }
 
-    def _write_vocabularies(self, train: str, folder: Path) -> dict[str, int]:
-        """Write the map of each id table unless ids are rows; return the rows of each table."""
+    def write_vocabularies(
+        self,
+        ids_of_tables: dict[str, str],
+        folder: Path,
+        earlier: Path | None = None,
+        sizes_before: dict[str, int] | None = None,
+    ) -> dict[str, int]:
+        """Write the map of each id table unless ids are rows; return the rows of each table.
+
+        `ids_of_tables` is of `ids`. Maps of the dataset `earlier` are extended, and tables keep
+        their `sizes_before` while these suffice.
+        """
         sizes: dict[str, int] = {}
-        min_counts, item = self.config.vocabulary.min_count, self.config.output.item
-        is_rows = self.config.vocabulary.kind == "rows"
-        if not is_rows:
-            (folder / "vocabulary").mkdir()
-        for name, ids in self._ids("1 = 1" if is_rows else train).items():
+        for name, ids in ids_of_tables.items():
+            vocabulary = None
+            if self.config.vocabulary.kind == "rows":
+                needed = num_rows(self.engine, name, ids)
+            else:
+                vocabulary = self._vocabulary(name, ids, earlier)
+                needed = len(vocabulary) + 1
+            size = (sizes_before or {}).get(name, 0)
+            if needed > size:
+                grown = self.table_rows(needed - 1)
+                if size:
+                    logger.info("%s: its table grows from %s to %s rows", name, size, grown)
+                size = grown
             lists = [list_name for list_name, column in self.id_lists.items() if column == name]
-            if is_rows:
-                size = self.table_rows(num_rows(self.engine, name, ids) - 1)
-                sizes |= dict.fromkeys([name, *lists], size)
-                continue
-            query = _frequent(ids, min_counts.get(name, 1))
-            if name == item and self.config.items is not None and min_counts.get(name, 1) == 1:
-                query = f"{query} UNION SELECT id FROM item_snapshots"
-            distinct = self.engine.table(f"SELECT id FROM ({query}) ORDER BY id")["id"]
-            vocabulary = ExactVocabulary(self.table_rows(len(distinct)))
-            vocabulary.extend([distinct])
             for table in (name, *lists):
-                vocabulary.save(vocabulary_file(Location.of(folder), table).path)
-                sizes[table] = vocabulary.num_embeddings
+                sizes[table] = size
+                if vocabulary is not None:
+                    file = vocabulary_file(Location.of(folder), table).path
+                    Path(file).parent.mkdir(exist_ok=True)
+                    vocabulary.save(file)
         return sizes
+
+    def _vocabulary(self, name: str, ids: str, earlier: Path | None) -> ExactVocabulary:
+        min_count = self.config.vocabulary.min_count.get(name, 1)
+        query = _frequent(ids, min_count)
+        if name == self.config.output.item and self.config.items is not None and min_count == 1:
+            query = f"{query} UNION SELECT id FROM item_snapshots"
+        new = self.engine.table(f"SELECT id FROM ({query}) ORDER BY id")["id"]
+        vocabulary = ExactVocabulary(len(new) + 2)
+        if earlier is not None and (file := vocabulary_file(Location.of(earlier), name)).exists():
+            rows = pq.read_metadata(file.path).num_rows + len(new) + 2
+            vocabulary = ExactVocabulary.load(file.path, rows)
+        vocabulary.extend([new])
+        return vocabulary
 
     def table_rows(self, num_ids: int) -> int:
         """Return the rows of a table with one for unknown ids, and those that stay free."""
@@ -293,6 +323,7 @@ class DatasetWriter:
         return max(least, num_ids + 1 + int(num_ids * self.config.vocabulary.headroom))
 
     def _ids(self, train: str) -> dict[str, str]:
+        train = "1 = 1" if self.config.vocabulary.kind == "rows" else train
         until = f"{self.config.arrival} <= (SELECT max(ts) FROM complete WHERE {train})"
         return self.ids(train, f"clean_events WHERE {until}")
 
