@@ -156,8 +156,6 @@ class HistorySettings:
     bank: Literal["auto", "sharded", "replicated"] = "auto"
     """sharded: each rank keeps a block of the rows of the bank; replicated: each keeps all rows, so
     that reads need no communication; auto: replicated up to 256 MiB and 16 ranks."""
-    same_step: bool = True
-    """Use vectors that any rank computes in a step in the histories of all ranks in that step."""
     refresh_bank_every_epoch: bool = False
     """Encode all items again before each validation."""
     columns: list[str] = field(default_factory=list)

@@ -231,6 +231,9 @@ REMOVED: dict[tuple[str, ...], tuple[Any, str]] = {
     ("content", "sampling", "encoders"): (1, "encoders are not sampled"),
     ("content", "history", "sorted_cosines"): (0, "no trial showed a gain"),
     ("contrastive", "learn_temperature"): (False, "no recipe trains it; set temperature"),
+    ("contrastive", "stop_gradient"): ("none", "neither side gained; both get gradients"),
+    ("content", "history", "same_step"): (True, "histories read the vectors of their own step"),
+    ("ranking", "negative_sampling"): ("uniform", "items with training rows are drawn alike"),
     ("embedding", "index_dedup"): (True, "each item of a batch's histories is looked up once"),
     ("embedding", "reset_every_epoch"): (
         False,

@@ -73,8 +73,6 @@ class RetrievalSettings(RankingSettings):
     items of the batch or against sampled items."""
     num_negatives: PositiveInt = 256
     """Negatives of sampled_softmax, per rank and step."""
-    negative_sampling: Literal["uniform", "log_uniform"] = "uniform"
-    """log_uniform: the n-th most frequent item has a probability proportional to about 1 / n."""
     log_q_correction: bool = True
     """Softmax losses: correct scores by the probability of negatives. false leaves popularity out
     of the scores, so that rare and new items are retrieved."""

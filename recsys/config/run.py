@@ -38,8 +38,6 @@ class ContrastiveSettings:
     """Compare directions (cosine) rather than vectors (dot product)."""
     num_negatives: PositiveInt = 16
     """Sampled negatives of the published variant."""
-    stop_gradient: Literal["none", "content", "id"] = "none"
-    """Side that gets no gradient from the loss."""
     all_ranks: bool = False
     """Take the negatives of in_batch from every rank."""
 

@@ -151,7 +151,6 @@ class ContentBranch(nn.Module):
         self.encodes_history = settings.history.mode == "full"
         assert self.encodes_history == (bank is None)
         self.bank, self.group = bank, group
-        self.same_step = settings.history.same_step
         self.step = 0  # training step, stored with the vectors in the bank
 
     def encode(self, content: dict[str, ContentInput]) -> Tensor:
@@ -177,14 +176,11 @@ class ContentBranch(nn.Module):
             items = self._at_their_ranks(fresh, content.exchange)
             encoded = items.index_select(0, content.history_index)
             return self._vectors(items, lambda: encoded, None, content.target_index, False)
-        if self.training and self.same_step:
+        if self.training:
             # Written before the lookup: vectors just computed on any rank replace stale ones in
             # the histories of all ranks in the same step (LEMUR, 2511.10962).
             self._write(self.bank, fresh, content)
         read = self._reading(self.bank, batch)
-        if self.training and not self.same_step:
-            read()
-            self._write(self.bank, fresh, content)
         self.step += self.training
         if content.with_gradient is not None:  # on all ranks or on none, as reading is a collective
             fresh = torch.cat([fresh, read()[0]])

@@ -2,7 +2,7 @@
 
 Only items with training rows are sampled. Without `log_q_correction` the logs of Q are zeros.
 
-Shapes: B batch, S sampled negatives, U items with training rows, N any items.
+Shapes: B batch, S sampled negatives, N any items.
 """
 
 from __future__ import annotations
@@ -36,37 +36,21 @@ class NegativeSampler:
     def use_counts(self, counts: ItemCounts) -> None:
         """Set the number of training rows of each item; before, all items are drawn alike."""
         self._counts = counts
-        by_frequency = np.argsort(-counts.counts, kind="stable")
-        self._by_frequency = counts.items[by_frequency]  # [U]
-        self._places = np.empty(len(by_frequency), np.int64)  # [U]
-        self._places[by_frequency] = np.arange(len(by_frequency))
 
     def log_q(self, items: torch.Tensor) -> torch.Tensor:  # int64 [N] -> [N]
         """Return the log of each item's probability; unknown items count as the rarest."""
         if not self.settings.log_q_correction:
             return torch.zeros(len(items))
-        ids, total, num_drawn = items.numpy(), self._counts.counts.sum(), self._num_drawn
+        ids, total = items.numpy(), self._counts.counts.sum()
         if self.settings.loss == "in_batch_softmax" and total:
             log_q = np.log(self._counts.of(ids).clip(min=1) / total)
-        elif self._is_uniform or not total:
-            log_q = np.full(len(ids), -np.log(num_drawn))
         else:
-            log_q = np.log(np.log1p(1 / (self._frequency_rank(ids) + 1)) / np.log(num_drawn + 1))
+            log_q = np.full(len(ids), -np.log(self._num_drawn))
         return torch.from_numpy(log_q.astype(np.float32))
 
     @property
     def _num_drawn(self) -> int:
-        return len(self._places) or self.num_items
-
-    @property
-    def _is_uniform(self) -> bool:
-        return self.settings.negative_sampling == "uniform"
-
-    def _frequency_rank(self, items: np.ndarray) -> np.ndarray:  # int64 [N] -> int64 [N]
-        """Return the rank of each item by frequency; equally frequent items are ordered by id."""
-        below = np.searchsorted(self._counts.items, items)
-        is_counted = np.append(self._counts.items, -1)[below] == items
-        return np.where(is_counted, np.append(self._places, 0)[below], len(self._places))
+        return len(self._counts.items) or self.num_items
 
     def __call__(self, batch: Batch, draw: tuple[int, int, int], training: bool) -> Batch:
         """Return a batch, on the host, with log Q and, in training, this draw's negatives."""
@@ -83,13 +67,8 @@ class NegativeSampler:
 
     def _draw(self, draw: tuple[int, int, int]) -> np.ndarray:  # [S], int64
         random, count = np.random.default_rng(draw), self.settings.num_negatives
-        num_drawn = self._num_drawn
-        if self._is_uniform or not len(self._places):
-            places = random.integers(num_drawn, size=count)
-            return self._counts.items[places] if len(self._places) else places
-        # Zipf's law over places by frequency, by inverting its distribution.
-        places = np.exp(random.random(count) * np.log(num_drawn + 1))
-        return self._by_frequency[places.astype(np.int64).clip(max=num_drawn) - 1]
+        places = random.integers(self._num_drawn, size=count)
+        return self._counts.items[places] if len(self._counts.items) else places
 
 
 def _with_feature(

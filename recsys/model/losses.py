@@ -160,11 +160,6 @@ class ContentIDContrastive(nn.Module):
         row_weights: Tensor | None = None,  # [B], 0 for a padding row
     ) -> Tensor:  # []
         """Return the loss of a batch. A collective if `settings.all_ranks` is on."""
-        settings = self.settings
-        if settings.stop_gradient == "content":
-            content = content.detach()
-        if settings.stop_gradient == "id":
-            ids = ids.detach()
         content, ids = self.content_map(content), self.id_map(ids)
         if row_weights is None:
             return self._row_losses(content, ids, items).mean()

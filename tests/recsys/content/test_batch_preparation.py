@@ -18,7 +18,6 @@ from recsys.data.batch import BatchContent
 from tests.recsys.content.item_batches import batch_of_items
 from tests.recsys.content.tiny_branch import (
     DIM,
-    HISTORY,
     NUM_ITEMS,
     TARGETS,
     batch_of,
@@ -106,17 +105,6 @@ def test_vectors_and_gradients_equal_those_of_items_taken_one_by_one(backward: f
     stored, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
     changed = (stored != stale).any(dim=1).nonzero().squeeze(1)
     assert changed.tolist() == content.items.sort().values.tolist()
-
-
-def test_without_same_step_histories_see_what_the_bank_held_before() -> None:
-    branch = branch_of("bank_frozen")
-    branch.same_step = False
-    assert branch.bank is not None
-    stale, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
-    vectors = branch(batch_of("bank_frozen"))
-    assert torch.equal(vectors.read_history()[0], stale[HISTORY.unique(), :DIM])
-    stored, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
-    assert not torch.equal(stored, stale)
 
 
 SEARCHED_ITEMS, SEARCH_DIM = 12, 4

@@ -24,7 +24,6 @@ RECIPES = {
     "shared and sampled": [
         "--content.dedup=global",
         "--content.sampling={forward: 0.6, backward: 0.3}",
-        "--content.history.same_step=false",
     ],
     "shared, history encoded": ["--content.dedup=global", "--content.history.mode=full"],
 }

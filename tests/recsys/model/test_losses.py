@@ -169,23 +169,6 @@ def test_a_batch_of_one_item_has_no_negatives_and_no_loss() -> None:
     assert all(torch.isfinite(part).all() for part in gradients_of(loss, [content, ids]))
 
 
-@pytest.mark.parametrize(("stopped", "reaches"), [("content", [0, 1]), ("id", [1, 0])])
-def test_a_stopped_side_gets_no_gradient_and_the_loss_stays(
-    stopped: str, reaches: list[int]
-) -> None:
-    content, ids = sides()
-    loss = contrastive(stop_gradient=stopped)
-    without_stop = contrastive()
-    value = loss(content, ids, ITEMS)
-    assert torch.equal(value, without_stop(content, ids, ITEMS))
-    value.backward()
-    assert [
-        int(side.grad is not None and bool(side.grad.any())) for side in (content, ids)
-    ] == reaches
-    for parameter in loss.parameters():
-        assert parameter.grad is not None and parameter.grad.any()
-
-
 def loss_on_rank(rank: int, world_size: int) -> dict[str, Any]:
     content, ids = sides()
     first = sum(RANK_SIZES[:rank])
