@@ -89,9 +89,7 @@ def _is_stored(job: Job) -> Callable[[str], bool]:
     frozen = {name for name, value in parameters} - trained
     frozen_encoders: list[str] = []
     for name, part in job.em3.content.encoders.items() if job.em3.content else ():
-        prefix, encoder = f"content.encoders.{name}.", cast(Encoder, part)
-        trained |= {f"{prefix}{weight}" for weight in encoder.rewritten}
-        frozen_encoders += [prefix] if encoder.caches else []
+        frozen_encoders += [f"content.encoders.{name}."] if cast(Encoder, part).caches else []
     left_out = tuple(frozen_encoders)
     return lambda name: name in trained or not (name in frozen or name.startswith(left_out))
 

@@ -8,8 +8,6 @@ from typing import Any, Literal
 from recsys.config.limits import Dropout, NonNegativeInt, Pixels, PositiveInt, Width, refuse_options
 from recsys.config.named_parts import find_part
 
-LORA_INITS = ("gaussian", "orthogonal", "olora", "pissa")
-
 
 @dataclass
 class LoraSettings:
@@ -29,22 +27,13 @@ class LoraSettings:
     """First and last adapted layer, counted from 0; instead of `top_layers`."""
     use_dora: bool = False
     """Adapt direction and magnitude of weights separately (DoRA)."""
-    use_rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
-    init_lora_weights: bool | str = True
-    """Initial weights: true, false, gaussian, orthogonal, olora, pissa or pissa_niter_N of peft."""
 
     def check(self, name: str) -> None:
-        layers, init = self.layers, self.init_lora_weights
+        layers = self.layers
         if layers is not None and (len(layers) != 2 or not 0 <= layers[0] <= layers[1]):
             raise ValueError(
                 f"{name}.layers is {layers}; give the first and the last adapted layer, counted "
                 "from 0, such as [2, 5]"
-            )
-        if isinstance(init, str) and init not in LORA_INITS and not init.startswith("pissa_niter_"):
-            raise ValueError(
-                f"{name}.init_lora_weights is '{init}'; choose true, false, "
-                f"{', '.join(LORA_INITS)} or pissa_niter_N (others of peft need data of their own)"
             )
 
 

@@ -223,7 +223,7 @@ def _for_model(recipe: Any, name: str) -> Any:
 
 
 # Removed settings of earlier versions: the value that did nothing (...: any), and why it was
-# removed.
+# removed. * is any name.
 REMOVED: dict[tuple[str, ...], tuple[Any, str]] = {
     ("ranking", "opinions"): (None, "`neighbours: {values: ...}` is in its place"),
     ("ranking", "opinion_groups"): (..., "see ranking.opinions"),
@@ -232,6 +232,8 @@ REMOVED: dict[tuple[str, ...], tuple[Any, str]] = {
     ("content", "history", "sorted_cosines"): (0, "no trial showed a gain"),
     ("contrastive", "learn_temperature"): (False, "no recipe trains it; set temperature"),
     ("contrastive", "stop_gradient"): ("none", "neither side gained; both get gradients"),
+    ("content", "modalities", "*", "lora", "init_lora_weights"): (True, "adapters start at zero"),
+    ("content", "modalities", "*", "lora", "use_rslora"): (False, "set alpha in its place"),
     ("content", "history", "same_step"): (True, "histories read the vectors of their own step"),
     ("ranking", "negative_sampling"): ("uniform", "items with training rows are drawn alike"),
     ("embedding", "index_dedup"): (True, "each item of a batch's histories is looked up once"),
@@ -244,18 +246,23 @@ REMOVED: dict[tuple[str, ...], tuple[Any, str]] = {
 
 def _without_removed_keys(recipe: dict[str, Any]) -> dict[str, Any]:
     recipe = copy.deepcopy(recipe)
-    for (*sections, key), (inert, reason) in REMOVED.items():
-        section: Any = recipe
-        for name in sections:
-            section = section.get(name) if isinstance(section, dict) else None
-        if not isinstance(section, dict) or key not in section:
-            continue
-        if (value := section.pop(key)) != inert and inert is not ...:
-            where = ".".join([*sections, key])
-            raise ValueError(
-                f"{where} is {value}, but the setting was removed: {reason}; leave it out"
-            )
+    for (*names, key), (inert, reason) in REMOVED.items():
+        for where, section in _sections(recipe, names):
+            if key in section and (value := section.pop(key)) != inert and inert is not ...:
+                raise ValueError(
+                    f"{where}{key} is {value}, but the setting was removed: {reason}; leave it out"
+                )
     return recipe
+
+
+def _sections(part: Any, names: list[str], where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the sections of a recipe by their names, of which * is each one, with their place."""
+    if not isinstance(part, dict):
+        return
+    if not names:
+        yield where, part
+    for name in list(part) if names[:1] == ["*"] else names[:1]:
+        yield from _sections(part.get(name), names[1:], f"{where}{name}.")
 
 
 def _without_rows_of_content(recipe: dict[str, Any]) -> dict[str, Any]:

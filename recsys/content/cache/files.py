@@ -71,7 +71,7 @@ def encoder_key(encoder: Encoder) -> str:
     if encoder.frozen_dtype != torch.float32:
         shapes = (*shapes, dtype_of(encoder))
     trained = {name for name, value in encoder.named_parameters() if value.requires_grad}
-    weights = weights_digest(encoder, leave_out=encoder.rewritten | trained)
+    weights = weights_digest(encoder, leave_out=trained)
     return digest_of(weights, encoder.frozen_settings(), shapes)
 
 

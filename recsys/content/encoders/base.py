@@ -166,7 +166,6 @@ class Encoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rewritten: set[str] = set()  # frozen parameters that differ from the loaded ones
         self.notes: list[str] = []  # sentences for the user
         self._frozen_dim: int | None = None
 

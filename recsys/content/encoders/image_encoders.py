@@ -127,7 +127,6 @@ class SeveralImages(Encoder):
         self.output_dim, self.frozen_dim = encoder.output_dim, encoder.frozen_dim
         self.frozen_dtype, self.frozen_tokens = encoder.frozen_dtype, encoder.frozen_tokens
         self.caches, self.identity = encoder.caches, encoder.identity
-        self.rewritten = {f"encoder.{name}" for name in encoder.rewritten}
         self.notes = encoder.notes
 
     @property

@@ -1,6 +1,6 @@
 """TransformerEncoder: any `transformers` text or vision model, frozen, with adapters or trained.
 
-Adapters: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732), DoRA (arXiv 2402.09353).
+Adapters: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353).
 Shapes: U unique items, T tokens, D width of the encoder.
 """
 
@@ -25,9 +25,6 @@ from recsys.data.items.images import ImagePreparation
 from recsys.data.items.kind import ContentInput
 
 ALL_LINEAR = "all-linear"
-# These move a part of the base weights into the adapter, so that the base weights differ from those
-# of the encoder's checkpoint.
-REWRITING = ("pissa", "olora")
 
 
 def adapted_layers(lora: LoraSettings, num_layers: int, where: str) -> range:
@@ -74,17 +71,10 @@ def add_lora(layers: Sequence[nn.Module], lora: LoraSettings, where: str) -> Non
                 lora_dropout=lora.dropout,
                 target_modules=names if ALL_LINEAR in lora.targets else lora.targets,
                 use_dora=lora.use_dora,
-                use_rslora=lora.use_rslora,
-                init_lora_weights=lora.init_lora_weights,  # type: ignore[arg-type]
             )
             inject_adapter_in_model(settings, layer)
         except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
             raise ValueError(f"{where}.lora: peft refuses {asdict(lora)}: {error}") from error
-
-
-def rewrites_base(lora: LoraSettings) -> bool:
-    """Return whether the initialisation of the adapters changes the base weights."""
-    return str(lora.init_lora_weights).startswith(REWRITING)
 
 
 class Recomputed(nn.Module):
@@ -143,9 +133,6 @@ class TransformerEncoder(Encoder):
             self.frozen_dtype = torch.float16
         if modality.training == "lora":
             add_lora(self._layers[adapted.start : adapted.stop], modality.lora, where)
-            if rewrites_base(modality.lora):
-                names = (name for name, _ in self.named_parameters())
-                self.rewritten = {name for name in names if name.endswith(".base_layer.weight")}
         if modality.activation_checkpointing:
             for layer in self.trained_parts:
                 wrap(layer, Recomputed)

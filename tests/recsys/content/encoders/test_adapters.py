@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any, Literal
 
@@ -66,15 +65,13 @@ def assert_equals_bert_with(encoder: TransformerEncoder, weights: dict[str, Tens
     torch.testing.assert_close(encoder.encode(content).values[0], expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_lora_rslora_and_dora_are_their_formulas(use_dora: bool, use_rslora: bool) -> None:
-    encoder = randomized(encoder_of(use_dora=use_dora, use_rslora=use_rslora))
-    scale = 6.0 / (math.sqrt(4) if use_rslora else 4)
+def test_lora_and_dora_are_their_formulas(use_dora: bool) -> None:
+    encoder = randomized(encoder_of(use_dora=use_dora))
     weights = {}
     for name, part in adapted(encoder).items():
         a, b = part.lora_A["default"].weight, part.lora_B["default"].weight
-        weight = part.base_layer.weight + scale * b @ a
+        weight = part.base_layer.weight + 6.0 / 4 * b @ a
         if use_dora:
             magnitude = part.lora_magnitude_vector["default"].weight
             weight = magnitude[:, None] * weight / weight.norm(dim=1, keepdim=True)
@@ -83,23 +80,9 @@ def test_lora_rslora_and_dora_are_their_formulas(use_dora: bool, use_rslora: boo
     assert_equals_bert_with(encoder, weights)
 
 
-@pytest.mark.parametrize(
-    "init", [True, "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4"]
-)
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_every_start_but_a_random_one_leaves_the_model_as_it_was(
-    init: bool | str, use_dora: bool
-) -> None:
-    encoder = encoder_of(init_lora_weights=init, use_dora=use_dora)
-    base = {name: part.base_layer.weight for name, part in adapted(encoder).items()}
-    assert_equals_bert_with(encoder, {})
-    changed = {
-        name for name, weight in base.items()
-        if not torch.equal(weight, BERT.get_submodule(name).weight)
-    }  # fmt: skip
-    # What differs from the checkpoint of the encoder must lie in that of the run.
-    assert {f"model.{name}.base_layer.weight" for name in changed} == encoder.rewritten
-    assert bool(changed) == str(init).startswith(("pissa", "olora"))
+def test_new_adapters_leave_the_model_as_it_was(use_dora: bool) -> None:
+    assert_equals_bert_with(encoder_of(use_dora=use_dora), {})
 
 
 @pytest.mark.parametrize(("layers", "indices"), [([1, 1], {"1"}), ([0, 1], {"0", "1"})])
@@ -187,8 +170,6 @@ def test_lora_targets_that_fit_nothing_are_named_with_what_would() -> None:
     ("settings", "message"),
     [
         ({"layers": [1, 3]}, r"lora\.layers is \[1, 3\]; .*0 to 2"),
-        ({"rank": 3, "init_lora_weights": "orthogonal"}, r"peft refuses .*even"),
-        ({"init_lora_weights": "loftq"}, r"peft refuses .*loftq_config"),
     ],
 )
 def test_adapters_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
