@@ -61,7 +61,6 @@ from recsys.optimizer import (
     describe_optimizers,
     set_updates,
 )
-from recsys.ranking.sim import load_item_categories
 from recsys.storage.location import Location
 
 SPLITS = ("train", "valid", "test")
@@ -155,8 +154,7 @@ def build_job(
     content, on_bad_row = content_settings(config.content), config.on_bad_row
     store, encoders, bank = build_content(content, root, schema, ranks, config.cache, on_bad_row)
     with ranks.raise_on_all_ranks():
-        categories = load_item_categories(config.ranking, root, schema, on_bad_row)
-        em3 = build_em3(config, schema, tables, encoders, bank, "meta", categories, ranks.group)
+        em3 = build_em3(config, schema, tables, encoders, bank, "meta", ranks.group)
         fuse_table_optimizers(em3, tables)
         choose_kernels(config.kernels, ranks.device.type)
         _cast_and_compile(em3, config.precision, config.compile, ranks.device)

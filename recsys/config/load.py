@@ -235,6 +235,8 @@ REMOVED: dict[tuple[str, ...], tuple[Any, str]] = {
     ("content", "modalities", "*", "lora", "init_lora_weights"): (True, "adapters start at zero"),
     ("content", "modalities", "*", "lora", "use_rslora"): (False, "set alpha in its place"),
     ("content", "history", "same_step"): (True, "histories read the vectors of their own step"),
+    ("ranking", "search"): ("similarity", "SIM searches by similarity"),
+    ("ranking", "category"): (None, "SIM searches by similarity"),
     ("ranking", "negative_sampling"): ("uniform", "items with training rows are drawn alike"),
     ("embedding", "index_dedup"): (True, "each item of a batch's histories is looked up once"),
     ("embedding", "reset_every_epoch"): (

@@ -95,17 +95,6 @@ class JaggedHistory:
         size = int(self.host_lengths.clip(max=count).sum())
         return mask.nonzero_static(size=size).squeeze(1)
 
-    def latest(
-        self, mask: Tensor, count: int
-    ) -> Tensor:  # mask bool [N] -> [P], places in ascending order
-        """Return the `count` latest marked places of each row; all of a row with fewer."""
-        places = mask.nonzero().squeeze(1)
-        return places[self.select(places).highest(torch.zeros_like(places), count)]
-
-    def ones_like(self, values: Tensor) -> Tensor:
-        """Return 1 for each place: [N], of the type of `values`."""
-        return torch.ones_like(values)
-
     @cached_property
     def places(self) -> Tensor:
         """Numbers of the places of all rows: int64 [N]."""

@@ -36,7 +36,6 @@ from recsys.ranking.layers.evidence import NUM_VOTES
 from recsys.ranking.layers.extra_sequences import ExtraSequences
 from recsys.ranking.neighbours import Neighbours
 from recsys.ranking.settings import NumbersSettings
-from recsys.ranking.sim import ItemCategories
 from recsys.ranking.vectors import InputDimensions
 
 
@@ -47,7 +46,6 @@ def build_em3(
     encoders: dict[str, Encoder],
     bank: MemoryBank | None,
     device: str = "meta",
-    item_categories: ItemCategories | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> EM3:
     """Build the model, with its tables on `device` (meta: allocated when sharded).
@@ -59,7 +57,7 @@ def build_em3(
     dims = {table.name: table.embedding_dim for table in tables}
     pooled = pooled_features(config.embedding, schema)
     further, widths = _build_extra_sequences(config, schema, dims[schema.target_item])
-    dimensions = InputDimensions.of(schema, pooled, dims, item_categories, process_group, widths)
+    dimensions = InputDimensions.of(schema, pooled, dims, process_group, widths)
     neighbours = None
     if config.neighbours is not None:
         neighbours = Neighbours(config.neighbours, dimensions, content)

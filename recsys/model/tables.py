@@ -14,7 +14,6 @@ from recsys.config import (
 from recsys.config.embedding import NewRows
 from recsys.data.negatives import negatives_feature
 from recsys.data.schema import Schema
-from recsys.ranking.settings import SimSettings
 
 
 def pooled_features(settings: EmbeddingSettings, schema: Schema) -> list[str]:
@@ -93,11 +92,6 @@ def _check_bounded_items(config: Config, schema: Schema) -> None:
         raise ValueError(
             f"ranking.loss is sampled_softmax, but {where}, whose rows it cannot sample by their "
             "frequency; set in_batch_softmax, or choose kind exact"
-        )
-    if isinstance(config.ranking, SimSettings) and config.ranking.search == "category":
-        raise ValueError(
-            f"ranking.search is category, but {where}, and categories are kept by row; set another "
-            "search, or choose kind exact"
         )
 
 

@@ -94,15 +94,11 @@ class SimSettings(NumbersSettings, HeadSettings):
     """Settings of SIM."""
 
     name: str = "sim"
-    search: Literal["similarity", "category"] = "similarity"
-    """Attend to the items most similar to the target, by content (by ID vectors without content),
-    or to the latest items of its category."""
     search_top_k: PositiveInt = 50
-    """Items of each history that are attended to, at most."""
+    """Items of each history that are attended to, at most: those most similar to the target, by
+    content (by ID vectors without content)."""
     search_heads: PositiveInt = 2
     """Heads of the attention to these items."""
-    category: str | None = None
-    """Item column of kind category; required if search is category."""
     time_gaps: str | None = None
     """Parallel list with the age of each item; default: the number of newer items."""
 

@@ -1,28 +1,22 @@
 """SIM: search each long history for items similar to the target, then attend to those.
 
-Pi et al. 2020 (arXiv 2006.05639). A soft search is by cosine of content (MUSE, arXiv 2512.07216) or
-dot product of ID vectors, a hard one by category.
+Pi et al. 2020 (arXiv 2006.05639), with its soft search: by cosine of content (MUSE, arXiv
+2512.07216) or dot product of ID vectors.
 Shapes: B batch, U unique history items, N history items of the batch, K selected history items,
-D dimension, P parallel lists, H heads, A ages, C labels, M categories of an item, I items.
+D dimension, P parallel lists, H heads, A ages, C labels.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from recsys.config import ContentSettings, RankingSettings
+from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
-from recsys.data.items.item_table import ItemTable
-from recsys.data.items.item_values import category_lists
 from recsys.data.jagged_history import JaggedHistory
-from recsys.data.parquet.bad_rows import OnBadRow
-from recsys.data.schema import Schema
 from recsys.ranking.layers.content_interest import cosines
 from recsys.ranking.layers.fields import history_numbers
 from recsys.ranking.layers.heads import ranking_head
@@ -30,7 +24,6 @@ from recsys.ranking.layers.row_features import RowFeatures
 from recsys.ranking.layers.sequence_model import NUM_AGES, TimeGaps, age_of
 from recsys.ranking.settings import SimSettings
 from recsys.ranking.vectors import IDVectors, InputDimensions, MemberLogits
-from recsys.storage.location import Location
 
 
 class AgedAttention(nn.Module):
@@ -79,73 +72,6 @@ class AgedAttention(nn.Module):
         return interest
 
 
-MOST_CATEGORIES = 16  # of an item: each pair of two items' categories is compared
-
-
-class ItemCategories(nn.Module):
-    """Looks up the categories of items. Items without any take no memory."""
-
-    items: Tensor
-    categories: Tensor
-
-    def __init__(
-        self,
-        items: Tensor,  # int64 [I], ascending
-        categories: Tensor,  # [I, C]
-    ) -> None:
-        super().__init__()
-        self.register_buffer("items", items, persistent=False)
-        self.register_buffer("categories", categories, persistent=False)
-
-    def forward(self, items: Tensor) -> Tensor:  # [N] -> [N, C]
-        """Return numbers for the categories of each item, padded by -1."""
-        place = torch.searchsorted(self.items, items).clamp(max=len(self.items) - 1)
-        is_known = (self.items[place] == items).unsqueeze(1)
-        return torch.where(is_known, self.categories[place], -1)
-
-
-def load_item_categories(
-    settings: RankingSettings, root: Location, schema: Schema, on_bad_row: OnBadRow
-) -> ItemCategories | None:
-    """Return the categories of items, or None if no model searches by category."""
-    if not isinstance(settings, SimSettings) or settings.search != "category":
-        return None
-    columns = schema.items.columns if schema.items is not None else {}
-    categories = [name for name, column in columns.items() if column.kind == "category"]
-    name = settings.category
-    if name not in categories:
-        raise ValueError(
-            f"ranking.category is '{name}', but ranking.search category reads an item column of "
-            f"kind category; schema.yaml has {categories}"
-        )
-    items = ItemTable(root, schema, on_bad_row)
-    lists = [_lists(*chunk, name) for chunk in items.chunks(name)]
-    lengths = np.concatenate([lengths for lengths, _ in lists])
-    values = pa.chunked_array([values for _, values in lists]).combine_chunks()
-    codes = values.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    numbers = np.full((items.num_rows, max(1, int(lengths.max()))), -1, np.int32)
-    numbers[np.arange(numbers.shape[1]) < lengths[:, None]] = codes
-    has_any = (numbers[items.rows] >= 0).any(axis=1)
-    if not has_any.any():
-        raise ValueError(f"{items.folder}: column '{name}' is null in every row")
-    ids, rows = items.ids[has_any].astype(np.int64), items.rows[has_any]
-    order = ids.argsort()
-    return ItemCategories(torch.from_numpy(ids[order]), torch.from_numpy(numbers[rows[order]]))
-
-
-def _lists(
-    file: Location, row: int, values: pa.Array, name: str
-) -> tuple[np.ndarray, pa.Array]:  # int64 [n], all categories
-    lengths, categories = category_lists(values, f"{file}: column '{name}'")
-    if (bad := lengths > MOST_CATEGORIES).any():
-        place = int(bad.argmax())
-        raise ValueError(
-            f"{file}: column '{name}', row {row + place}: {lengths[place]} categories; write "
-            f"at most {MOST_CATEGORIES} per item"
-        )
-    return lengths, categories
-
-
 class Sim(RowFeatures):
     """Search, then attention to the items found -> one logit per label.
 
@@ -167,7 +93,6 @@ class Sim(RowFeatures):
         interest = AgedAttention(dimensions.id_dim, dimensions.num_parallel, settings.search_heads)
         super().__init__(settings, dimensions.id_dim, dimensions, content)
         self.interest, self.top_k = interest, settings.search_top_k
-        self.categories = dimensions.item_categories if settings.search == "category" else None
         self.mlp = ranking_head(self.feature_dim, settings, dimensions.num_labels)
 
     def forward(
@@ -175,7 +100,7 @@ class Sim(RowFeatures):
     ) -> Tensor | MemberLogits:  # [B, C]
         history = batch.history.jagged()
         id_history = history if ids.history_is_unique else history.unindexed()
-        places = self.search(ids, content, batch, history, id_history)
+        places = self.search(ids, content, history, id_history)
         ages = self._ages(batch, history)[places]
         parallel = batch.history.values[:, self.gaps.flags]
         numbers = history_numbers(history, parallel)
@@ -192,25 +117,15 @@ class Sim(RowFeatures):
         self,
         ids: IDVectors,
         content: ContentVectors | None,
-        batch: Batch,
         history: JaggedHistory,
         id_history: JaggedHistory,
     ) -> Tensor:  # [K]
         """Return the places of the history items most similar to each target, in rising order."""
-        if self.categories is not None:
-            return self._in_category(batch, history)
         if content is None or self.content_interest is None:
             scores = id_history.dot(ids.target.float(), ids.history.float())
         else:
             scores = _content_similarity(content, history)
         return history.highest(scores, self.top_k)
-
-    def _in_category(self, batch: Batch, history: JaggedHistory) -> Tensor:  # [K]
-        assert self.categories is not None
-        items = self.categories(batch.history.items)[history.index].unsqueeze(2)  # [N, M, 1]
-        targets = self.categories(batch.target.items)[history.rows].unsqueeze(1)  # [N, 1, M]
-        shared = (items == targets) & (targets >= 0)  # [N, M, M]
-        return history.latest(shared.flatten(1).any(dim=1), self.top_k)
 
     def _ages(self, batch: Batch, history: JaggedHistory) -> Tensor:  # [N]
         if self.gaps.column is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from recsys.data.schema import Schema
 
@@ -25,7 +25,6 @@ class InputDimensions:
     further_histories: the last of `pooled_names`, which are extra sequences.
     group: the column of the user for whom items are ranked.
     num_items: rows of the target item's table; 0 if items change (bounded).
-    item_categories: maps items [N] to categories [N, M]; set if a model searches by category.
     process_group: the ranks that train the model together; None for a single rank.
     """
 
@@ -41,7 +40,6 @@ class InputDimensions:
     group: str = ""
     has_history: bool = True
     num_items: int = 0
-    item_categories: nn.Module | None = None
     process_group: dist.ProcessGroup | None = None
 
     @staticmethod
@@ -49,7 +47,6 @@ class InputDimensions:
         schema: Schema,
         pooled_features: list[str],
         table_dims: dict[str, int],
-        item_categories: nn.Module | None = None,
         process_group: dist.ProcessGroup | None = None,
         further: Mapping[str, int] = MappingProxyType({}),
     ) -> InputDimensions:
@@ -68,7 +65,6 @@ class InputDimensions:
             group=schema.group,
             has_history=schema.history is not None,
             num_items=0 if schema.has_bounded_items else schema.num_items,
-            item_categories=item_categories,
             process_group=process_group,
         )
 

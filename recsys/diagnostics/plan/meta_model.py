@@ -25,7 +25,6 @@ from recsys.model.build import build_em3
 from recsys.model.em3 import EM3
 from recsys.model.placement import check_placement, planner_hardware
 from recsys.model.tables import table_configs
-from recsys.ranking.sim import load_item_categories
 from recsys.storage.location import Location
 
 # More bytes than any table needs: for the plan of devices with unlimited memory.
@@ -64,7 +63,6 @@ def build_meta_model(
     """
     root = Location.of(data)
     schema = load_schema(root)
-    categories = load_item_categories(config.ranking, root, schema, config.on_bad_row)
     _resize(schema, rows or {})
     figures = planner_hardware(config.embedding.hardware).or_else(cluster.device.hardware)
     cluster = replace(cluster, device=replace(cluster.device, hardware=figures))
@@ -82,7 +80,7 @@ def build_meta_model(
                 frozen_layers[name] = _drop_frozen_layers(encoders[name])
         if content.history.mode != "full":
             bank = MemoryBank(schema.num_items, content.vector_dim, "meta")
-    em3 = build_em3(config, schema, tables, encoders, bank, item_categories=categories)
+    em3 = build_em3(config, schema, tables, encoders, bank)
     fuse_table_optimizers(em3, tables)
     plan, problems = _plan(config, em3, tables, cluster)
     times = None if cluster.device.kind == "cpu" else _times(config, em3, tables, cluster, plan)

@@ -96,7 +96,7 @@ def similarity_histogram(
     """Return log(1 + count) of history items in `bins` equal tiers of [-1, 1], without gradient."""
     tier = ((cosine.detach() + 1) * (bins / 2)).long().clamp(0, bins - 1)
     counts = cosine.new_zeros(history.lengths.shape[0] * bins)
-    counts = counts.index_add(0, history.rows * bins + tier, history.ones_like(cosine))
+    counts = counts.index_add(0, history.rows * bins + tier, torch.ones_like(cosine))
     return torch.log1p(counts).view(-1, bins)
 
 

@@ -23,7 +23,6 @@ from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
 from recsys.data.items.kind import make_kinds
 from recsys.model.precision import content_parts, use_bfloat16
-from recsys.ranking.settings import SimSettings
 from recsys.serving.package import Manifest
 from recsys.storage.manifest import VerifiedFiles
 
@@ -53,7 +52,7 @@ class EncoderCache:
 
 
 class ItemEncoder:
-    """Encodes items as the run of a package does; refuses models that keep more than content."""
+    """Encodes items as the run of a package does."""
 
     def __init__(self, package: Path, shapes: EntryShapes) -> None:
         self.folder, self.shapes = package / FOLDER, shapes
@@ -62,12 +61,6 @@ class ItemEncoder:
         content = content_settings(self.config.content)
         assert content is not None
         self.content = content
-        ranking = self.config.ranking
-        if isinstance(ranking, SimSettings) and ranking.search == "category":
-            raise ValueError(
-                f"{package}: ranking.search is category, and the graph has the categories of the "
-                "items; put the item into `items/` and export the run again"
-            )
 
     def read(self, items: ItemTable, cache: Path) -> ContentStore:
         """Prepare the content of items; a ValueError names a bad value by file, column and row."""

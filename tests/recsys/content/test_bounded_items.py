@@ -188,7 +188,6 @@ def test_rows_are_protected_for_as_many_steps_as_batches_are_mapped_ahead(
     [
         ({"sampling": 0.5}, r"sampling\.backward is 0\.5.*'item'.*bounded"),
         ({"ranking": ("two_tower", {"loss": "sampled_softmax"})}, "sampled_softmax.*'item'"),
-        ({"ranking": ("sim", {"search": "category", "category": "x"})}, "search.*'item'"),
     ],
 )
 def test_a_setting_that_needs_rows_from_the_start_is_refused(

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
 
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
-from recsys.data.schema import load_schema
 from recsys.ranking.layers.fields import num_history_numbers
 from recsys.ranking.layers.sequence_model import age_of
-from recsys.ranking.sim import (
-    AgedAttention,
-    ItemCategories,
-    Sim,
-    SimSettings,
-    load_item_categories,
-)
-from recsys.storage.location import Location
-from tests.datasets import write_dataset
+from recsys.ranking.sim import AgedAttention, Sim, SimSettings
 from tests.recsys.ranking.ranking_inputs import CONTENT, DIMENSIONS, ID_DIM, inputs
 
 SETTINGS = SimSettings(search_top_k=2, mlp_units=[8])
@@ -35,7 +22,7 @@ LENGTHS = torch.tensor([4, 0, 6])
 
 def found_by(model: Sim, content: Any, ids: Any, batch: Batch) -> list[int]:
     history = batch.history.jagged()
-    return model.search(ids, content, batch, history, history).tolist()
+    return model.search(ids, content, history, history).tolist()
 
 
 def best_by_loop(scores: list[list[float]], top_k: int) -> list[int]:
@@ -77,38 +64,6 @@ def test_with_content_the_highest_cosines_of_content_and_modalities_are_found() 
         total.append(torch.stack(cosines).sum(0))
     expected = best_by_loop([row.tolist() for row in total], 2)
     assert found_by(Sim(SETTINGS, DIMENSIONS, CONTENT), content, ids, batch) == expected
-
-
-def test_by_category_the_latest_items_of_the_target_s_category_are_found() -> None:
-    ids, _, batch = inputs(LENGTHS)
-    # Items 0 to 9, of which 3 has none; targets 0, 3 and 9.
-    numbers = torch.tensor([0, 0, 1, 1, 1, 0, 1, 1, 1]).unsqueeze(1)
-    categories = ItemCategories(torch.tensor([0, 1, 2, 4, 5, 6, 7, 8, 9]), numbers)
-    batch.target.items = torch.tensor([0, 3, 9])
-    dimensions = replace(DIMENSIONS, item_categories=categories)
-    model = Sim(replace(SETTINGS, search="category"), dimensions, None)
-    assert found_by(model, None, ids, batch) == [0, 1, 8, 9]
-    batch.target.items = torch.tensor([3, 3, 3])
-    assert found_by(model, None, ids, batch) == []
-    assert torch.isfinite(model(ids, None, batch)).all()
-
-
-def test_an_item_with_several_categories_shares_one_of_them() -> None:
-    ids, _, batch = inputs(LENGTHS)
-    random = np.random.default_rng(0)
-    sets = [set(random.choice(4, random.integers(0, 4), replace=False).tolist()) for _ in range(10)]
-    numbers = torch.tensor([[*one, *[-1] * (3 - len(one))] for one in sets])
-    categories = ItemCategories(torch.arange(10), numbers)
-    model = Sim(
-        replace(SETTINGS, search="category", search_top_k=10),
-        replace(DIMENSIONS, item_categories=categories),
-        None,
-    )
-    for target in range(10):
-        batch.target.items = torch.full((3,), target)
-        items = batch.history.items[batch.history.jagged().index].tolist()
-        expected = [place for place, item in enumerate(items) if sets[item] & sets[target]]
-        assert found_by(model, None, ids, batch) == expected
 
 
 def test_items_that_are_not_found_change_nothing() -> None:
@@ -159,45 +114,3 @@ def test_ages_are_places_from_the_end_or_the_named_list() -> None:
     difference = num_history_numbers(2) - num_history_numbers(1)
     assert by_gap.feature_dim == by_place.feature_dim - difference
     assert by_gap(ids, None, batch).shape == (3, 1)
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A dataset whose items have a category, one of them none."""
-    root = write_dataset(tmp_path / "data")
-    file = root / "items" / "part-0.parquet"
-    items = pq.read_table(file)
-    names = [None if item == 4 else f"kind {item % 3}" for item in items["item"].to_pylist()]
-    pq.write_table(items.append_column("kind", pa.array(names)), file, row_group_size=7)
-    schema = root / "schema.yaml"
-    schema.write_text(schema.read_text() + "    kind:   {kind: category}\n")
-    return root
-
-
-def load(root: Path, **settings: Any) -> ItemCategories | None:
-    location = Location.of(root)
-    schema = load_schema(location)
-    schema.columns["item"].num_embeddings = 1 << 40  # of all these ids 29 have a category
-    ranking = replace(SETTINGS, search="category", **settings)
-    return load_item_categories(ranking, location, schema, "error")
-
-
-def test_categories_come_from_a_column_of_the_items(root: Path) -> None:
-    loaded = load(root, category="kind")
-    assert loaded is not None
-    categories = loaded(torch.tensor([*range(30), 30, (1 << 40) - 1]))
-    assert categories[[4, 30, 31]].tolist() == [[-1], [-1], [-1]]
-    for item in (0, 1, 2, 7, 29):
-        items = (categories[:, 0] == categories[item, 0]).nonzero().flatten().tolist()
-        assert items == [other for other in range(item % 3, 30, 3) if other != 4]
-
-
-def test_a_column_that_is_no_category_is_refused_with_those_that_are(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"ranking.category is 'text'.*schema.yaml has \['kind'\]"):
-        load(root, category="text")
-    schema = root / "schema.yaml"
-    schema.write_text(
-        schema.read_text().replace("clip:   {kind: feature}", "clip: {kind: category}")
-    )
-    with pytest.raises(ValueError, match=r"column 'clip'.* list<.*float"):
-        load(root, category="clip")

@@ -15,7 +15,6 @@ from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import TargetItems
 from recsys.model.precision import use_bfloat16
-from recsys.ranking.sim import ItemCategories
 from recsys.ranking.vectors import IDVectors, TowerVectors
 from recsys.serving.exported_graph import ExportedGraph, export_graph
 from recsys.serving.package import GRAPH
@@ -23,7 +22,6 @@ from recsys.serving.ranking_graph import RankingGraph, RankingInputs
 from tests.recsys.ranking.ranking_inputs import (
     CONTENT,
     CONTENT_DIM,
-    DIMENSIONS,
     ID_DIM,
     NUM_DENSE,
     inputs,
@@ -167,36 +165,6 @@ class SumOf(nn.Module):
 
     def forward(self, ids: IDVectors, content: Any, batch: Any) -> Tensor:
         return self.vectors(ids).sum(dim=1, keepdim=True)
-
-
-SIMILARITIES = replace(CONTENT, history=replace(CONTENT.history, simtier_bins=4))
-
-
-def sim_by_category(content: ContentSettings | None) -> RankingGraph:
-    # Candidates 0 to 3 share a category with 3, 2, 1 and 0 of six history items; 2 are kept.
-    kinds = torch.tensor([[0], [1], [2], [-1], [0], [1], [0]])
-    categories = ItemCategories(torch.arange(7), kinds)
-    dimensions = replace(DIMENSIONS, item_categories=categories)
-    settings: dict[str, Any] = {"search": "category", "category": "kind", "search_top_k": 2}
-    history_map = None if content is None else nn.Linear(CONTENT_DIM, CONTENT_DIM, bias=False)
-    dim = 0 if content is None else CONTENT_DIM
-    return RankingGraph(model_of("sim", content, dimensions, **settings), history_map, dim)
-
-
-@pytest.mark.parametrize("content", [None, SIMILARITIES], ids=["id_only", "content"])
-@torch.no_grad()
-def test_a_search_by_category_keeps_other_numbers_of_items_for_each_candidate(
-    content: ContentSettings | None,
-) -> None:
-    graph = sim_by_category(content)
-
-    for num_rows, items in [(4, [4, 0, 1, 2, 6, 5]), (1, [1]), (2, [])]:
-        rows = replace(
-            request(num_rows, len(items)), history_items=torch.tensor(items, dtype=torch.int64)
-        )
-        expected = graph.ranking(*tiled(rows, graph.history_map))
-        scores = graph(*rows.arguments())
-        torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
