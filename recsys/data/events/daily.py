@@ -128,8 +128,6 @@ def _unfit(config: EventsConfig) -> str | None:
         )
     if config.negatives is None:
         return None
-    if config.negatives.exclude == "whole_log":
-        return "negatives: exclude whole_log is not for --until; set exclude: past"
     most = (1 << (26 - TABLE_BITS)) // len(tables_of(config))
     if config.negatives.per_positive > most:
         return f"negatives: per_positive is over {most}, the most with --until; lower it"

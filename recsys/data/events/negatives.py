@@ -336,8 +336,7 @@ def _past_items(engine: SqlEngine, config: EventsConfig, settings: Negatives) ->
     engine.add("catalogue", numbered_items(item_times(config, "clean_events")))
     catalogue = KnownItems(engine.work / "known_items")
     catalogue.append(engine, known_items(config, settings, "clean_events"))
-    since = config.arrival if settings.exclude == "past" else f"{-FOREVER}"
-    taken = f"SELECT uid, iid, min({since}) AS since FROM clean_events GROUP BY uid, iid"
+    taken = f"SELECT uid, iid, min({config.arrival}) AS since FROM clean_events GROUP BY uid, iid"
     return PastItems(catalogue, count_rows(engine, "catalogue"), taken)
 
 

@@ -120,15 +120,15 @@ class Weight:
 
 @dataclass
 class Negatives:
-    """Items that existed at the moment of a row whose first label is 1, drawn as its negatives."""
+    """Items that existed at the moment of a row whose first label is 1, drawn as its negatives.
+
+    Those that the user had taken by then are never drawn, and in valid and test his positives of
+    that split.
+    """
 
     per_positive: int = 1
     by: Literal["uniform", "popularity"] = "uniform"  # popularity: by the events so far
     seed: int = 0
-    # Items never drawn for a user. past: those taken by the row's moment, and in valid and test the
-    # user's positives of that split. whole_log: all that the user ever takes, which tells the
-    # future: a training row then is no negative because of a later event.
-    exclude: Literal["past", "whole_log"] = "past"
 
 
 @dataclass

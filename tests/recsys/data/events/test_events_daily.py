@@ -322,7 +322,6 @@ def test_tables_of_ids_grow_when_their_free_rows_are_used_up(tmp_path: Path) -> 
     [
         ({"vocabulary": {"min_count": {"item": 2}}}, "min_count is not for --until"),
         ({"drop": {"max_events_per_user": 9}}, "max_events_per_user is not for --until"),
-        ({"negatives": {"exclude": "whole_log"}}, "set exclude: past"),
         ({"negatives": {"per_positive": 600}}, "per_positive is over 512"),
         ({"drop": {"late_rows": "all"}}, "late_rows is all; write a duration"),
     ],

@@ -152,16 +152,6 @@ def test_in_valid_and_test_no_positive_of_the_user_in_that_split_is_drawn(tmp_pa
     assert later_positives  # a training row does not know them
 
 
-def test_exclude_whole_log_draws_nothing_that_the_user_ever_takes(
-    file: str, tmp_path: Path
-) -> None:
-    negatives = {"per_positive": DRAWN, "exclude": "whole_log"}
-    samples = rows(prepare(file, tmp_path, negatives=negatives))
-    taken_items = {(row["user"], row["item"]) for row in samples if row["sampled"] == 0}
-    drawn = [row for row in samples if row["sampled"] == 1]
-    assert drawn and [row for row in drawn if (row["user"], row["item"]) in taken_items] == []
-
-
 def test_an_item_is_drawn_from_its_first_snapshot_on(tmp_path: Path) -> None:
     users, times = [*range(20)], [*range(START, START + 20)]
     log = pa.table({"user": users, "item": [0] * 20, "time": times})
