@@ -15,6 +15,7 @@ import pytest
 from benchmarks.quality.grid import GRIDS, Cell
 from benchmarks.quality.runs import Plan, plan_runs, windows
 from recsys.evaluation.scores import SplitScores, scores_file, write_scores
+from tests.datasets import write_dataset
 from tests.recsys.command_runs import TINY
 
 NUM_USERS, NUM_ROWS = 40, 600
@@ -30,10 +31,9 @@ VALIDATION = {  # AUC of each seed
 
 
 def write_windows(folder: Path) -> Path:
-    """Two datasets that have a name but no rows."""
+    """Two datasets with the test rows that are scored."""
     for name in ("window-1", "window-2"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "schema.yaml").touch()
+        write_dataset(folder / name, {"train": 9, "valid": 9, "test": NUM_ROWS})
     return folder
 
 
