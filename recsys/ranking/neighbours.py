@@ -174,7 +174,7 @@ class Neighbours(nn.Module):
         shared = [part.expand_as(mean) for part in (history.user_mean, torch.log1p(history.length))]
         evidence = torch.stack([mean, variance, item_mean, torch.log1p(count), *shared], dim=1)
         votes = self._votes(content, modalities, history, vectors)
-        list_means = history.list_means().expand(len(targets), -1)
+        list_means = history.list_means().expand(targets.shape[0], -1)
         weights = batch.rows.loss_weights
         regression, logits = self.network(evidence, votes, list_means, weights)
         batch = replace(batch, dense_features=torch.cat([batch.dense_features, votes[:, 0]], dim=1))
