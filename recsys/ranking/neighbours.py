@@ -157,7 +157,7 @@ class Neighbours(nn.Module):
         self.blend = Blend(dimensions.num_labels)
 
     def forward(self, content: ContentVectors | None, batch: Batch) -> NeighbourEvidence:
-        """Return evidence and votes of each row. A collective with content."""
+        """Return evidence and votes of each row. A collective in training, and with content."""
         targets, fold = batch.target.items, torch.full_like(batch.target.items, FOLDS)
         if self.training:
             fold = batch.rows.groups.remainder(FOLDS)
@@ -203,7 +203,10 @@ class Neighbours(nn.Module):
             rows = _Rows(rows.index, None)
         shared = history.is_shared
         age = length.unsqueeze(1) - mask.cumsum(dim=1)
-        return _History(rows, index, mask, age, numbers, deviations, length, user_mean, shared)
+        weights = mask * (1 + age / DECAY_AGE) ** -DECAY
+        return _History(
+            rows, index, mask, age, weights, numbers, deviations, length, user_mean, shared
+        )
 
     def _item_vectors(self, past_rows: _Rows, target_rows: _Rows) -> list[_Vectors]:
         """Return the vectors by co-occurrence and, with values, by taste.
@@ -246,8 +249,7 @@ class Neighbours(nn.Module):
         own_variance, target_variance = (
             (shares.sum() - part).clamp(min=0) for part in (past_kernel, target_kernel)
         )
-        weights = history.weights()
-        precisions = weights / (self.log_noise.exp() + own_variance)
+        precisions = history.weights / (self.log_noise.exp() + own_variance)
         ridge = RidgePredictions(past, residuals, precisions, history.columns(target), prior)
         mean, variance = ridge.fast() if self.training else ridge.exact()
         return mean, variance + target_variance
@@ -275,12 +277,13 @@ class Neighbours(nn.Module):
             cosines = history.cosines(content.target_modalities, modalities)
             similarity = torch.cat([similarity, cosines], dim=1)
         similarity = similarity * history.mask[:, None, None]
-        weights = history.weights()
-        deviations = history.deviations * weights
+        deviations = history.deviations * history.weights
         positive = similarity.clamp(min=0)
         square = positive.square()
         powers = torch.stack([positive, square, square.square()])  # [3, R, S, K, L]
-        sums = powers @ torch.stack([deviations, weights], dim=2).unsqueeze(1)  # [3, R, S, K, 2]
+        sums = powers @ torch.stack([deviations, history.weights], dim=2).unsqueeze(
+            1
+        )  # [3, R, S, K, 2]
         means = sums[..., 0] / (sums[..., 1] + self.least_sums)
         signed = (similarity @ deviations[:, None, :, None]).squeeze(-1)
         signed = signed / (history.length + 1).sqrt()[:, None, None]
@@ -331,6 +334,7 @@ class _History:
     rows: [R, L], of the items in statistics.
     index: int64 [R, L], of the batch's unique items.
     mask: [R, L], 1 for each item; age: [R, L], number of later items.
+    weights: [R, L], (1 + age / DECAY_AGE) ** -DECAY: what a user liked long ago counts less.
     numbers: [R, L, P], of the parallel lists; deviations: [R, L], values less the user's mean.
     length, user_mean: [R]
     is_shared: whether all rows of the batch have the one history.
@@ -340,6 +344,7 @@ class _History:
     index: Tensor
     mask: Tensor
     age: Tensor
+    weights: Tensor
     numbers: Tensor
     deviations: Tensor
     length: Tensor
@@ -360,10 +365,6 @@ class _History:
         targets = normalize(targets.float(), dim=-1)
         targets = targets.unsqueeze(0 if self.is_shared else 1)  # [R, K, M, D]
         return torch.einsum("rlmd,rkmd->rmkl", past, targets)
-
-    def weights(self) -> Tensor:  # [R, L]
-        """Return (1 + age / DECAY_AGE) ** -DECAY: what a user liked long ago counts less."""
-        return self.mask * (1 + self.age / DECAY_AGE) ** -DECAY
 
     def list_means(self) -> Tensor:  # [R, W * P]
         """Return the means of the parallel lists over the `LATEST` items."""

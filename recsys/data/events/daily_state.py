@@ -35,7 +35,7 @@ REPORT = "report.json"
 
 @dataclass(frozen=True)
 class Progress:
-    """What the calls so far have done."""
+    """State of a dataset after the calls so far."""
 
     settings: dict[str, Any]
     day: str = ""  # the last one that is prepared

@@ -276,7 +276,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class PastItems:
-    """What draws know of the events before.
+    """Earlier events, as far as draws of negatives read them.
 
     taken: SQL of `uid`, `iid` and `since`. block: SQL of a number that copies of a train row share.
     """
