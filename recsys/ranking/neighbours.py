@@ -281,9 +281,8 @@ class Neighbours(nn.Module):
         positive = similarity.clamp(min=0)
         square = positive.square()
         powers = torch.stack([positive, square, square.square()])  # [3, R, S, K, L]
-        sums = powers @ torch.stack([deviations, history.weights], dim=2).unsqueeze(
-            1
-        )  # [3, R, S, K, 2]
+        weighted = torch.stack([deviations, history.weights], dim=2).unsqueeze(1)
+        sums = powers @ weighted  # [3, R, S, K, 2]
         means = sums[..., 0] / (sums[..., 1] + self.least_sums)
         signed = (similarity @ deviations[:, None, :, None]).squeeze(-1)
         signed = signed / (history.length + 1).sqrt()[:, None, None]
