@@ -78,21 +78,25 @@ def for_cpu(requirement: str) -> str:
 
 
 def installation_stages(
-    project: dict[str, Any],
+    pyproject: dict[str, Any],
     flavor: str,
     extras: Collection[str] = (),
     index_url: str | None = None,
     root: Path = PROJECT_ROOT,
 ) -> list[Stage]:
-    """Return the calls of pip that install `[project]` of a pyproject.toml, in order.
+    """Return the calls of pip that install the project of a pyproject.toml, in order.
+
+    Extras are those of the project and its dependency groups, such as `dev`.
 
     `index_url` is for torch, and on CUDA for FBGEMM.
 
     Raises:
         InstallError: the project has no such extra.
     """
-    required = {requirement_name(line): line for line in project["dependencies"]}
-    groups = project["optional-dependencies"]
+    project = pyproject["project"]
+    groups = project["optional-dependencies"] | pyproject["dependency-groups"]
+    lines = [*groups.pop("torchrec"), *project["dependencies"]]
+    required = {requirement_name(line): line for line in lines}
     unknown = {*extras} - groups.keys()
     if unknown:
         raise InstallError(f"--extra {min(unknown)}: there are {', '.join(sorted(groups))}")
@@ -244,8 +248,8 @@ def install(environment: Path, flavor: str, extras: Collection[str], index_url: 
     start_over = stamp is not None and not stamp.is_same_kind(target)
     if stamp is not None and not start_over:
         target = replace(target, extras=tuple(sorted({*extras, *stamp.extras})))
-    project = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())["project"]
-    stages = installation_stages(project, flavor, target.extras, index_url)
+    pyproject = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())
+    stages = installation_stages(pyproject, flavor, target.extras, index_url)
     print(f"Installing into {environment} (flavor {flavor}, Python {python})")
     timed("virtual environment", make_environment, environment, start_over)
     write_stamp(environment, target)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from recsys.model.em3 import EM3
     from recsys.model.losses import ContentIDContrastive
 
+__version__ = "0.1.0"
 _HOMES = {
     "Batch": "recsys.data.batch",
     "ContentBranch": "recsys.content.branch",

@@ -73,6 +73,12 @@ def report(
     out = out or run / "report.html"
     run = require_finished(run)
     require_working_installation()
+    from recsys.extras import missing_extra
+
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise missing_extra("plots", "recsys report", error) from error
     from recsys.diagnostics.run_report.command import report_run
     from recsys.distributed.ranks import joined_ranks
 

