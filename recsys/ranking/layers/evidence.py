@@ -15,7 +15,7 @@ from recsys.ranking.vectors import InputDimensions
 
 EVIDENCE = ("regression", "variance", "item_mean", "item_count", "user_mean", "history_length")
 MEANS = [EVIDENCE.index(name) for name in ("regression", "item_mean", "user_mean")]
-LATEST = (5, 20, 200)  # items of the history whose numbers have a mean of their own
+LATEST = (20, 200)  # items of the history whose numbers have a mean of their own
 NUM_VOTES = 5  # numbers of one similarity
 
 UNITS = [128, 64]
