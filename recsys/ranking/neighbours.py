@@ -16,12 +16,14 @@ users, P parallel lists, S similarities, M modalities, C labels, E numbers of ev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, normalize
 
+from embeddings.host import is_on_host
 from recsys.config import ContentSettings, NeighbourSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
@@ -34,6 +36,7 @@ FOLDS = 5  # of users, by id: a row in training reads statistics of the users of
 PRIOR_VALUES = 5.0  # values of mean 0 that every mean of deviations begins with
 # Added to sums of powers 1, 2 and 4 of similarities: few weakly similar items vote for little.
 LEAST_SUMS = (0.15, 0.0125, 1e-4)
+BLOCK_ROWS = 64  # that a host computes together
 # Weight of an item of the history by its age in items. The loss would have a decay of .6 to 1.2,
 # which follows how a user's level drifts, and ranks worse within users.
 DECAY_AGE, DECAY = 10, 0.5
@@ -141,7 +144,7 @@ class Neighbours(nn.Module):
         self.register_buffer("taste", taste)
         self.register_buffer("value_sums", torch.zeros(num_items, FOLDS + 1))  # of deviations
         self.register_buffer("value_counts", torch.zeros(num_items, FOLDS + 1))
-        least = torch.tensor(LEAST_SUMS).view(3, 1, 1, 1)
+        least = torch.tensor(LEAST_SUMS).view(3, 1, 1)
         self.register_buffer("least_sums", least, persistent=False)
         self.register_buffer("value_mean", torch.zeros(()))
         self.register_buffer("value_deviation", torch.ones(()))
@@ -163,35 +166,49 @@ class Neighbours(nn.Module):
             fold = batch.rows.groups.remainder(FOLDS)
             is_new = torch.rand(len(targets), device=targets.device) < self.dropout
             targets = targets.masked_fill(is_new, len(self.cooccurrence))
-        history, target_rows = self._history(batch, fold), self._rows_of(targets, fold)
-        vectors = self._item_vectors(history.rows, target_rows)
-        modalities = None
+        vectors = None
         if self.content_map is not None:
             assert content is not None
-            modalities = content.read_history()[1]
-        mean, variance = self._regression(content, modalities, history, vectors)
-        item_mean, count = self._item_means(target_rows)
-        shared = [part.expand_as(mean) for part in (history.user_mean, torch.log1p(history.length))]
-        evidence = torch.stack([mean, variance, item_mean, torch.log1p(count), *shared], dim=1)
-        votes = self._votes(content, modalities, history, vectors)
-        list_means = history.list_means().expand(targets.shape[0], -1)
+            vectors = _Content.of(content, self.content_map)
+        blocks = _blocks(batch.history.jagged())
+        parts = [self._read(batch, vectors, targets, fold, block) for block in blocks]
+        evidence, votes, list_means = (_in_order(part, blocks) for part in zip(*parts))
         weights = batch.rows.loss_weights
         regression, logits = self.network(evidence, votes, list_means, weights)
         batch = replace(batch, dense_features=torch.cat([batch.dense_features, votes[:, 0]], dim=1))
         return NeighbourEvidence(batch, evidence.detach(), regression, logits)
 
+    def _read(
+        self,
+        batch: Batch,
+        content: _Content | None,
+        targets: Tensor,  # int64 [B]
+        fold: Tensor,  # int64 [B]
+        block: _Block,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # [B, E], [B, S, NUM_VOTES], [B, W * P]
+        """Return evidence, votes and means of lists of a block of rows."""
+        targets, fold = block.take(targets), block.take(fold)
+        content = None if content is None else content.of_block(block)
+        history, target_rows = self._history(batch, fold, block), self._rows_of(targets, fold)
+        vectors = self._item_vectors(history.rows, target_rows)
+        mean, variance = self._regression(content, history, vectors)
+        item_mean, count = self._item_means(target_rows)
+        shared = [part.expand_as(mean) for part in (history.user_mean, torch.log1p(history.length))]
+        evidence = torch.stack([mean, variance, item_mean, torch.log1p(count), *shared], dim=1)
+        votes = self._votes(content, history, vectors)
+        return evidence, votes, history.list_means().expand(targets.shape[0], -1)
+
     def _rows_of(self, items: Tensor, fold: Tensor) -> _Rows:
         last = len(self.cooccurrence) - 1
         return _Rows(items.clamp(max=last) * (FOLDS + 1) + fold, (items <= last).float())
 
-    def _history(self, batch: Batch, fold: Tensor) -> _History:
-        """Return the histories, padded, with values as deviations from the user's mean.
+    def _history(self, batch: Batch, fold: Tensor, block: _Block) -> _History:
+        """Return the histories of a block, padded, with values less the user's mean.
 
         Deviations are in standard deviations of all values.
         """
-        history = batch.history.jagged()
-        places, mask = _places(history)
-        index, length = history.index[places], mask.sum(dim=1)
+        places, index, mask = block.places, block.index, block.mask
+        length = mask.sum(dim=1)
         numbers = batch.history.recorded_values[places] * mask.unsqueeze(2)
         user_mean, deviations = torch.zeros_like(length), mask
         if self.column is not None:  # otherwise all values are 1, of which no mean is subtracted
@@ -199,9 +216,9 @@ class Neighbours(nn.Module):
             user_mean = values.sum(dim=1) / (length + PRIOR_VALUES)
             deviations = (values - user_mean.unsqueeze(1)) * mask
         rows = self._rows_of(batch.history.items[index], fold[: places.shape[0]].unsqueeze(1))
-        if not history.is_shared:  # only packages have items that were added later
+        if not block.is_shared:  # only packages have items that were added later
             rows = _Rows(rows.index, None)
-        shared = history.is_shared
+        shared = block.is_shared
         age = length.unsqueeze(1) - mask.cumsum(dim=1)
         weights = mask * (1 + age / DECAY_AGE) ** -DECAY
         return _History(
@@ -221,46 +238,39 @@ class Neighbours(nn.Module):
         ]
 
     def _regression(
-        self,
-        content: ContentVectors | None,
-        modalities: Tensor | None,  # [U, M, D]
-        history: _History,
-        vectors: list[_Vectors],
+        self, content: _Content | None, history: _History, vectors: list[_Vectors]
     ) -> tuple[Tensor, Tensor]:  # [B], [B]
         """Return mean and variance of the target's deviation."""
         item_mean, _ = self._item_means(history.rows)
         residuals = (history.deviations - item_mean) * history.mask
         shares, dim = self.log_shares.exp(), self.cooccurrence.shape[2]
         parts = [(share, part.leading(dim)) for share, part in zip(shares[::2], vectors)]
+        fixed = torch.cat([part.past for _, part in parts], dim=2)
+        past = fixed[:, :, :0]
         # Kernels of a target [B], and of a history's items [R, L], with themselves.
         target_kernel = sum(share * _squared_lengths(part.target) for share, part in parts)
         past_kernel = sum(share * _squared_lengths(part.past) for share, part in parts)
-        if self.content_map is not None:
-            assert content is not None and modalities is not None
-            new = self.content_map(content.target_modalities.float().flatten(1))
-            old = self.content_map(modalities.float().flatten(1))
-            target_kernel = target_kernel + shares[1] * new.square().sum(1)
-            past_kernel = past_kernel + (shares[1] * old.square().sum(1))[history.index]
-            parts.append((shares[1], _Vectors(new, old[history.index])))
+        if content is not None:
+            past = embedding(history.index, content.past)
+            lengths = content.past.square().sum(1)[history.index]
+            target_kernel = target_kernel + shares[1] * content.target.square().sum(1)
+            past_kernel = past_kernel + shares[1] * lengths
+            parts.append((shares[1], _Vectors(content.target, past)))
         prior = torch.cat([share.expand(part.target.shape[1]) for share, part in parts])
         target = torch.cat([part.target for _, part in parts], dim=1)
-        past = torch.cat([part.past for _, part in parts], dim=2)
         # An item's own part, which its vector leaves out, is noise where it is in the history.
         own_variance, target_variance = (
             (shares.sum() - part).clamp(min=0) for part in (past_kernel, target_kernel)
         )
         precisions = history.weights / (self.log_noise.exp() + own_variance)
-        ridge = RidgePredictions(past, residuals, precisions, history.columns(target), prior)
+        columns = history.columns(target)
+        ridge = RidgePredictions(fixed, past, residuals, precisions, columns, prior)
         mean, variance = ridge.fast() if self.training else ridge.exact()
         return mean, variance + target_variance
 
     @torch.no_grad()
     def _votes(
-        self,
-        content: ContentVectors | None,
-        modalities: Tensor | None,  # [U, M, D]
-        history: _History,
-        vectors: list[_Vectors],
+        self, content: _Content | None, history: _History, vectors: list[_Vectors]
     ) -> Tensor:  # [B, S, NUM_VOTES]
         """Return what the items of the history say of the target by each similarity.
 
@@ -268,25 +278,26 @@ class Neighbours(nn.Module):
         values by the powers 1, 2 and 4 of similarity, their sum by similarity, and the logarithm of
         1 + sum of similarities.
         """
-        pairs = [
-            (part.past @ history.columns(part.target)).transpose(1, 2).float()
-            for part in reversed(vectors)
-        ]
-        similarity = torch.stack(pairs, dim=1)  # [R, S, K, L]
-        if content is not None and modalities is not None:
-            cosines = history.cosines(content.target_modalities, modalities)
-            similarity = torch.cat([similarity, cosines], dim=1)
-        similarity = similarity * history.mask[:, None, None]
+        pairs = [part.past @ history.columns(part.target) for part in reversed(vectors)]
+        similarity = torch.stack(pairs).float()  # [S, R, L, K]
+        if content is not None:
+            past = content.unit_past.index_select(1, history.index.flatten())
+            past = past.unflatten(1, history.index.shape)  # [M, R, L, D]
+            targets = content.unit_target
+            columns = targets.mT.unsqueeze(1) if history.is_shared else targets.unsqueeze(3)
+            similarity = torch.cat([similarity, past @ columns])
+        similarity = similarity.permute(1, 0, 3, 2) * history.mask[:, None, None]  # [R, S, K, L]
         deviations = history.deviations * history.weights
         positive = similarity.clamp(min=0)
         square = positive.square()
-        powers = torch.stack([positive, square, square.square()])  # [3, R, S, K, L]
-        weighted = torch.stack([deviations, history.weights], dim=2).unsqueeze(1)
-        sums = powers @ weighted  # [3, R, S, K, 2]
-        means = sums[..., 0] / (sums[..., 1] + self.least_sums)
-        signed = (similarity @ deviations[:, None, :, None]).squeeze(-1)
+        powers = torch.stack([positive, square, square.square()], dim=1)  # [R, 3, S, K, L]
+        weighted = torch.stack([deviations, history.weights], dim=2)  # [R, L, 2]
+        sums = (powers.flatten(1, 3) @ weighted).unflatten(1, powers.shape[1:4])
+        means = sums[..., 0] / (sums[..., 1] + self.least_sums)  # [R, 3, S, K]
+        signed = (similarity.flatten(1, 2) @ deviations.unsqueeze(2)).view(similarity.shape[:3])
         signed = signed / (history.length + 1).sqrt()[:, None, None]
-        votes = torch.stack([*means, signed, torch.log1p(sums[0, ..., 1])], dim=-1)
+        counts = torch.log1p(sums[:, 0, ..., 1])
+        votes = torch.stack([*means.unbind(1), signed, counts], dim=-1)  # [R, S, K, NUM_VOTES]
         return votes.transpose(1, 2).flatten(0, 1)
 
     def _item_means(self, rows: _Rows) -> tuple[Tensor, Tensor]:
@@ -296,6 +307,52 @@ class Neighbours(nn.Module):
             for part in (self.value_sums, self.value_counts)
         )
         return sums / (counts + PRIOR_VALUES), counts
+
+
+@dataclass
+class _Block:
+    """Rows of a batch that are computed together.
+
+    rows: int64 [B], or None for all rows in their order.
+    places: int64 [R, L], of the items of their histories among all N, padded with 0.
+    index: int64 [R, L], of the same among the batch's unique items.
+    mask: [R, L], 1 for each item.
+    is_shared: whether all rows of the batch have one history.
+    """
+
+    rows: Tensor | None
+    places: Tensor
+    index: Tensor
+    mask: Tensor
+    is_shared: bool
+
+    def take(self, values: Tensor, dim: int = 0) -> Tensor:
+        """Return the values of the block's rows."""
+        return values if self.rows is None else values.index_select(dim, self.rows)
+
+
+@dataclass
+class _Content:
+    """Vectors of content: mapped from all modalities, and each modality's, of length 1.
+
+    target, past: [B, Z] and [U, Z]; unit_target, unit_past: [M, B, D] and [M, U, D].
+    """
+
+    target: Tensor
+    past: Tensor
+    unit_target: Tensor
+    unit_past: Tensor
+
+    @staticmethod
+    def of(content: ContentVectors, content_map: nn.Linear) -> _Content:
+        """Read and map the vectors of all items. A collective."""
+        parts = content.target_modalities.float(), content.read_history()[1].float()
+        units = (normalize(part.detach(), dim=-1).transpose(0, 1).contiguous() for part in parts)
+        return _Content(*(content_map(part.flatten(1)) for part in parts), *units)
+
+    def of_block(self, block: _Block) -> _Content:
+        target, unit_target = block.take(self.target), block.take(self.unit_target, dim=1)
+        return replace(self, target=target, unit_target=unit_target)
 
 
 @dataclass
@@ -354,17 +411,6 @@ class _History:
         """Return the vectors of targets for products with the vectors of each history."""
         return vectors.T.unsqueeze(0) if self.is_shared else vectors.unsqueeze(2)
 
-    def cosines(
-        self,
-        targets: Tensor,  # [B, M, D]
-        items: Tensor,  # [U, M, D]
-    ) -> Tensor:  # [R, M, K, L]
-        """Return the cosines of targets and the items of their history, by modality."""
-        past = normalize(items.float(), dim=-1)[self.index]  # [R, L, M, D]
-        targets = normalize(targets.float(), dim=-1)
-        targets = targets.unsqueeze(0 if self.is_shared else 1)  # [R, K, M, D]
-        return torch.einsum("rlmd,rkmd->rmkl", past, targets)
-
     def list_means(self) -> Tensor:  # [R, W * P]
         """Return the means of the parallel lists over the `LATEST` items."""
         latest = torch.stack([(self.age < count) * self.mask for count in LATEST], dim=1)
@@ -372,8 +418,30 @@ class _History:
         return (sums / latest.sum(dim=2, keepdim=True).clamp(min=1)).flatten(1)
 
 
+def _in_order(parts: Sequence[Tensor], blocks: list[_Block]) -> Tensor:
+    """Return the blocks' rows in the order of the batch."""
+    orders = [block.rows for block in blocks if block.rows is not None]
+    return torch.cat(parts)[torch.cat(orders).argsort()] if orders else parts[0]
+
+
 def _squared_lengths(vectors: Tensor) -> Tensor:  # [..., D] -> [...]
     return torch.linalg.vector_norm(vectors, dim=-1).square()
+
+
+def _blocks(history: JaggedHistory) -> list[_Block]:
+    """Return the rows as blocks of similar length.
+
+    On a host, blocks are padded less and stay in its caches. On a GPU, all rows are one block.
+    """
+    places, mask = _places(history)
+    if history.is_shared or not is_on_host(places) or not places.shape[0]:
+        return [_Block(None, places, history.index[places], mask, history.is_shared)]
+    blocks = []
+    for rows in history.lengths.argsort(stable=True).split(BLOCK_ROWS):
+        longest = max(int(history.lengths[rows[-1]]), 1)
+        part = places[rows, :longest]
+        blocks.append(_Block(rows, part, history.index[part], mask[rows, :longest], False))
+    return blocks
 
 
 def _places(history: JaggedHistory) -> tuple[Tensor, Tensor]:  # int64 [R, L], [R, L]

@@ -1,6 +1,7 @@
 """Ridge regression on the vectors of a history, one for each row, with the gradient in closed form.
 
-Shapes: R histories, L longest history, Z width of a vector, K targets of each history.
+Shapes: R histories, L longest history, Z width of a vector, of which the first F numbers have no
+gradient, K targets of each history.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from embeddings.host import is_on_host
+
 
 @dataclass
 class RidgePredictions:
@@ -19,13 +22,14 @@ class RidgePredictions:
     The mean is k (K + diag(1 / precisions))^-1 residuals, with K = past diag(prior) past' and k the
     same of target and past (Rasmussen and Williams 2006, equation 2.11).
 
-    past: [R, L, Z]
+    fixed, past: [R, L, F] and [R, L, Z - F], the vectors of the history in two parts
     residuals: [R, L]
     precisions: [R, L], 1 / variance of the noise; 0 where a place holds no item.
     target: [R, Z, K]
     prior: [Z]
     """
 
+    fixed: Tensor
     past: Tensor
     residuals: Tensor
     precisions: Tensor
@@ -34,14 +38,15 @@ class RidgePredictions:
 
     def exact(self) -> tuple[Tensor, Tensor]:  # [R * K], [R * K]
         """Compute in double precision: packages and predictions agree to 1e-6."""
-        parts = self.past, self.residuals, self.precisions, self.target, self.prior
+        past = torch.cat([self.fixed, self.past], dim=2)
+        parts = past, self.residuals, self.precisions, self.target, self.prior
         weights, directions = _solve(*(part.double() for part in parts))
         mean, variance = (weights * self.target).sum(1), (directions * self.target).sum(1)
         return mean.flatten().float(), variance.flatten().float()
 
     def fast(self) -> tuple[Tensor, Tensor]:  # [R], [R]
         """Compute in float32, of one target each; the gradient costs O(L Z), not O(L Z ** 2)."""
-        parts = self.past, self.residuals, self.precisions, self.target, self.prior
+        parts = self.fixed, self.past, self.residuals, self.precisions, self.target, self.prior
         return _Ridge.apply(*parts)
 
 
@@ -50,19 +55,39 @@ def _solve(
 ) -> tuple[Tensor, Tensor]:
     """Return the means of w [R, Z, 1], and the covariance of w times the targets [R, Z, K]."""
     weighted = (past * precisions.unsqueeze(2)).transpose(1, 2)  # [R, Z, L]
-    factor = torch.linalg.cholesky(weighted @ past + torch.diag(1 / prior))  # [R, Z, Z]
+    matrix = torch.baddbmm(torch.diag(1 / prior), weighted, past)
+    # On a GPU the check would make the host wait.
+    factor = torch.linalg.cholesky_ex(matrix, check_errors=is_on_host(matrix)).L
     products = weighted @ residuals.unsqueeze(2)
-    return torch.cholesky_solve(products, factor), torch.cholesky_solve(target, factor)
+    solved = torch.cholesky_solve(torch.cat([products, target], dim=2), factor)
+    return solved[:, :, :1], solved[:, :, 1:]
+
+
+def _solve_by_items(
+    past: Tensor, residuals: Tensor, precisions: Tensor, target: Tensor, prior: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the results of `_solve`, from matrices [L, L] in place of [Z, Z]."""
+    scale = precisions.sqrt().unsqueeze(2)
+    scaled = past * scale
+    weighted = scaled * prior
+    matrix = torch.baddbmm(torch.eye(past.shape[1]).to(past), weighted, scaled.mT)
+    factor = torch.linalg.cholesky_ex(matrix, check_errors=is_on_host(matrix)).L
+    products = torch.cat([scale * residuals.unsqueeze(2), weighted @ target], dim=2)
+    solved = weighted.mT @ torch.cholesky_solve(products, factor)  # [R, Z, 1 + K]
+    return solved[:, :, :1], prior.unsqueeze(1) * target - solved[:, :, 1:]
 
 
 class _Ridge(torch.autograd.Function):
     """Autograd of `RidgePredictions.fast`."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        weights, directions = _solve(*inputs)
-        ctx.save_for_backward(*inputs, weights, directions)
-        mean, variance = ((part * inputs[3]).sum(1) for part in (weights, directions))
+    def forward(ctx: Any, fixed: Tensor, trained: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        past = torch.cat([fixed, trained], dim=2)
+        solve = _solve_by_items if past.shape[1] < past.shape[2] else _solve
+        weights, directions = solve(past, *inputs)
+        ctx.num_fixed = fixed.shape[2]
+        ctx.save_for_backward(past, *inputs, weights, directions)
+        mean, variance = ((part * inputs[2]).sum(1) for part in (weights, directions))
         return mean.flatten(), variance.flatten()
 
     @staticmethod
@@ -72,11 +97,12 @@ class _Ridge(torch.autograd.Function):
         along, predicted = (past @ torch.cat([directions, weights], dim=2)).unbind(2)  # [R, L]
         errors = residuals - predicted
         factors = precisions * (mean * errors - 2 * variance * along), precisions * mean * along
-        rows = torch.cat([directions, -weights], dim=2).transpose(1, 2)  # [R, 2, Z]
+        rows = torch.cat([directions, -weights], dim=2)[:, ctx.num_fixed :].transpose(1, 2)
         weights, directions = weights.squeeze(2), directions.squeeze(2)
         scaled = mean * weights + variance * directions  # [R, Z]
         return (
-            torch.stack(factors, dim=2) @ rows if ctx.needs_input_grad[0] else None,
+            None,
+            torch.stack(factors, dim=2) @ rows if ctx.needs_input_grad[1] else None,
             precisions * mean * along,
             along * (mean * errors - variance * along),
             (scaled + variance * directions).unsqueeze(2),

@@ -143,14 +143,31 @@ def test_each_modality_votes_by_the_cosines_of_its_content() -> None:
         torch.testing.assert_close(votes[0, 2 + modality, 3], expected)
 
 
+def test_blocks_of_rows_have_the_numbers_and_gradients_of_all_rows_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    results = []
+    for block_rows in (1, 2, 3):
+        monkeypatch.setattr("recsys.ranking.neighbours.BLOCK_ROWS", block_rows)
+        neighbours, (_, content, _) = neighbours_of(content=CONTENT).train(), inputs()
+        content.target_modalities.requires_grad_()
+        found = neighbours(content, rows_of(*BATCH))
+        (found.regression.square().sum() + found.logits.sin().sum()).backward()
+        gradients = [content.target_modalities.grad, *(p.grad for p in neighbours.parameters())]
+        results.append([found.evidence, found.batch.dense_features, *gradients])
+    for blocks in results[:2]:
+        for part, reference in zip(blocks, results[2]):
+            torch.testing.assert_close(part, reference)
+
+
 def test_lists_have_means_of_the_latest_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recsys.ranking.neighbours.LATEST", (1, 2, 200))
+    monkeypatch.setattr("recsys.ranking.neighbours.LATEST", (1, 2))
     neighbours, batch = neighbours_of(), rows_of(*BATCH)
     seen = list[Tensor]()
     neighbours.network.register_forward_pre_hook(lambda _, numbers: seen.extend(numbers))
     batch.history.values = torch.tensor([0.9, 0.4, -0.1, 1.4, 2.4]).unsqueeze(1)
     neighbours(None, batch)
-    expected = torch.tensor([[0.4, 0.65, 0.65], [0, 0, 0], [2.4, 1.9, 3.7 / 3]])
+    expected = torch.tensor([[0.4, 0.65], [0, 0], [2.4, 1.9]])
     torch.testing.assert_close(seen[2], expected)
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor
 
 from recsys.ranking.layers.ridge import RidgePredictions
 
 
-def random_ridge(seed: int = 0, num_targets: int = 1) -> RidgePredictions:
-    """Three histories of at most five items, the second with two."""
+def random_ridge(seed: int = 0, num_targets: int = 1, num_fixed: int = 1) -> RidgePredictions:
+    """Three histories of at most five items, the second with two; vectors of width 3 + fixed."""
     generator = torch.Generator().manual_seed(seed)
 
     def values(*shape: int) -> Tensor:
@@ -19,14 +20,17 @@ def random_ridge(seed: int = 0, num_targets: int = 1) -> RidgePredictions:
 
     precisions = values(3, 5).exp()
     precisions[1, 2:] = 0
-    parts = values(3, 5, 4), values(3, 5), precisions, values(3, 4, num_targets), values(4).exp()
+    width = num_fixed + 3
+    vectors, residuals = (values(3, 5, num_fixed), values(3, 5, 3)), values(3, 5)
+    parts = *vectors, residuals, precisions, values(3, width, num_targets), values(width).exp()
     return RidgePredictions(*(part.requires_grad_() for part in parts))
 
 
 def by_kernel(ridge: RidgePredictions, row: int, target: int = 0) -> tuple[Tensor, Tensor]:
     """Mean and variance by Gaussian process regression over the items of a history."""
     has_item = ridge.precisions[row] > 0
-    past, residuals = ridge.past[row][has_item], ridge.residuals[row][has_item]
+    past = torch.cat([ridge.fixed, ridge.past], dim=2)[row][has_item]
+    residuals = ridge.residuals[row][has_item]
     noise = torch.diag(1 / ridge.precisions[row][has_item])
     vector = ridge.target[row, :, target]
     kernel, similarity = past * ridge.prior @ past.T, past * ridge.prior @ vector
@@ -50,15 +54,16 @@ def test_an_item_twice_in_a_history_counts_less_than_twice() -> None:
     past = torch.tensor([[[1.0], [1.0]]])
     once = torch.tensor([[1.0, 0.0]])
     parts = torch.ones(1, 2), torch.ones(1, 1, 1), torch.ones(1)
-    ridge = RidgePredictions(past, parts[0], once, *parts[1:])
+    ridge = RidgePredictions(past[:, :, :0], past, parts[0], once, *parts[1:])
     assert float(ridge.exact()[0]) == 0.5  # 1 / (1 + noise 1)
     twice = replace(ridge, precisions=torch.ones(1, 2))
     torch.testing.assert_close(twice.exact()[0], torch.tensor([2 / 3]))
 
 
-def test_the_closed_gradient_is_that_of_autograd() -> None:
-    ridge = random_ridge(1)
-    inputs = list(vars(ridge).values())
+@pytest.mark.parametrize("num_fixed", [1, 4], ids=["long histories", "wide vectors"])
+def test_the_closed_gradient_is_that_of_autograd(num_fixed: int) -> None:
+    ridge = random_ridge(1, num_fixed=num_fixed)
+    inputs = list(vars(ridge).values())[1:]
 
     def loss(mean: Tensor, variance: Tensor) -> Tensor:
         return (mean.sin() + variance.square() * torch.arange(3)).sum()
