@@ -16,7 +16,6 @@ users, P parallel lists, S similarities, M modalities, C labels, E numbers of ev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -418,7 +417,7 @@ class _History:
         return (sums / latest.sum(dim=2, keepdim=True).clamp(min=1)).flatten(1)
 
 
-def _in_order(parts: Sequence[Tensor], blocks: list[_Block]) -> Tensor:
+def _in_order(parts: tuple[Tensor, ...], blocks: list[_Block]) -> Tensor:
     """Return the blocks' rows in the order of the batch."""
     orders = [block.rows for block in blocks if block.rows is not None]
     return torch.cat(parts)[torch.cat(orders).argsort()] if orders else parts[0]
