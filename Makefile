@@ -15,7 +15,7 @@ CONFIG := recsys/recipes/movielens_sample.yaml
 PACKAGE := packages/movielens_sample
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train serve test test-long test-gpu gpu-report lint
+.PHONY: help install install-dev train serve test test-long test-gpu gpu-report lint wheel
 
 help:
 	@echo 'make install   virtual environment in $(VENV) with the matching torch, torchrec and fbgemm'
@@ -26,6 +26,7 @@ help:
 	@echo 'make test-gpu  run what needs GPUs: ten minutes on one, more of it on two and four'
 	@echo 'make gpu-report  measure on a GPU, in pieces of ten minutes; without one, print the plan'
 	@echo 'make lint      check style, format, types and imports between rooms'
+	@echo 'make wheel     build dist/*.whl, and use it in an empty environment outside of the sources'
 	@echo ''
 	@echo 'PYTHON=python3.12                    another interpreter, 3.11 or newer'
 	@echo 'INSTALL_FLAGS="--flavor cuda"        see $(PYTHON) launch/install.py --help'
@@ -78,3 +79,9 @@ lint: install-dev
 	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/python -m pytest -q -n 0 tests/test_plain_names.py
 	$(VENV)/bin/python -m recsys.config.settings_page --check
+
+# A file that was renamed stays in build/ and would enter the wheel.
+wheel: install-dev
+	rm -rf build dist
+	$(VENV)/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(VENV)/bin/python -m pytest -m long -n 0 tests/launch/test_wheel.py

@@ -27,6 +27,7 @@ PROJECT = Path(__file__).parent.parent
 # In the order in which a reader meets them: later commands use what earlier ones wrote.
 PAGES = (
     "README.md",
+    "recsys/README.md",
     "recsys/data/README.md",
     "recsys/data/events/README.md",
     "recsys/data/transforms/README.md",

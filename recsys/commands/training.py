@@ -52,8 +52,8 @@ def train(
     """
     if not dry_run and out is None:
         raise ValueError("train needs --out, the folder of the run to write (or --dry-run)")
-    if warm_start is not None and (dry_run or compare):
-        raise ValueError("--warm-start starts a run: leave out --dry-run and --compare")
+    if warm_start is not None and compare:
+        raise ValueError("--warm-start starts one run: leave out --compare")
     require_schema(data)
     require_working_installation()
     from recsys.checkpoint.partitions import newest_run
@@ -73,12 +73,12 @@ def train(
     baseline = None if compare is None else id_only_baseline(config)
     try:
         with joined_ranks(config.device) as ranks:
+            source = None if warm_start is None else WarmStart(newest_run(warm_start), *options)
             if dry_run:
                 for variant in [config] if baseline is None else [config, baseline]:
-                    try_one_step(variant, data, ranks)
+                    try_one_step(variant, data, ranks, source)
                 return 0
             assert out is not None
-            source = None if warm_start is None else WarmStart(newest_run(warm_start), *options)
             train_run(config, data, out, ranks, overwrite, resume, source, baseline)
     except TrainingStopped as stopped:
         _on_first_rank(str(stopped))

@@ -282,9 +282,10 @@ def _write_graph(job: Job, manifest: Manifest, ranking: nn.Module, path: Path) -
 
 
 def _example_request(job: Job, manifest: Manifest) -> str:
-    """Return a row of the test data as a request in JSON; without such a file, an empty request."""
+    """Return a row as a request in JSON: the first of test, else one of the last of train."""
     files = (job.root / "test").files(".parquet")
-    if not files:
+    files = files or (job.root / job.train_folder).files(".parquet")[-1:]
+    if not files:  # of another source than Parquet
         return json.dumps({"user": {}, "history": {}, "candidates": []})
     with open_parquet(files[0]) as parquet:
         user, history = request_columns(job.schema, manifest.pooled, manifest.dense)

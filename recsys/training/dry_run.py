@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from recsys.build import Job, build_job, check_columns
+from recsys.checkpoint.warm_start.plan import WarmStartPlan, plan_warm_start
+from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import Config
 from recsys.content.projection_start import start_projections
 from recsys.data.batch import Batch
@@ -25,7 +27,7 @@ from recsys.distributed.torchrec_internals import require_pipelined
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.evaluate import check_data, split_interactions
 from recsys.evaluation.forward_pass import forward_pass
-from recsys.training.initial_state import load_pretrained_tables
+from recsys.training.initial_state import load_pretrained_tables, open_warm_start, take_over
 from recsys.training.train import peak_bytes, training_interactions
 
 logger = logging.getLogger(__name__)
@@ -56,24 +58,31 @@ class DryRun:
         )
 
 
-def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
-    """Build a job, train on one batch per rank, score one, and print the result. A collective."""
+def dry_run(config: Config, data: str, ranks: Ranks, warm_start: WarmStart | None = None) -> DryRun:
+    """Build a job, train on one batch per rank, score one, and print the result. A collective.
+
+    Raises:
+        ValueError: on every rank: a setting or the data cannot be used, or the model cannot start
+            from the run of `warm_start`.
+    """
     with (
         Watchdog(ranks, config.stall_timeout) as watchdog,
         Lockstep(ranks, watchdog=watchdog) as lockstep,
     ):
         times = [time.perf_counter()]
-        check_columns(config.source, config.on_bad_row, data, ranks)
-        job = build_job(config, data, ranks)
+        warm, schema = None, None
+        if warm_start is not None:
+            warm, schema = open_warm_start(warm_start, data, None, ranks)
+        check_columns(config.source, config.on_bad_row, data, ranks, schema)
+        job = build_job(config, data, ranks, schema)
         interactions = training_interactions(job)
+        plan = None if warm is None else plan_warm_start(job, *warm)
         checked = check_data(job)
         if job.em3.scaling is not None:
             job.em3.scaling.fit(checked.numbers)
         if ranks.is_first:
-            print_table(f"{job.plan}\n\n{job.parameters}\n")
-        load_pretrained_tables(job)  # setup steps whose time does not grow with the catalogue
-        if job.em3.content is not None and job.store is not None:
-            start_projections(job.em3.content, job.store, job.ranks)
+            print_table(f"{job.plan}\n\n{job.parameters}\n\n{plan or ''}")
+        _set_up(job, plan)
         times.append(time.perf_counter())
         with watchdog.armed():
             losses, rows = _train_step(job, interactions, lockstep)
@@ -96,6 +105,16 @@ def dry_run(config: Config, data: str, ranks: Ranks) -> DryRun:
     )
     logger.info("%s", result)
     return result
+
+
+def _set_up(job: Job, plan: WarmStartPlan | None) -> None:
+    """Take the setup steps whose time does not grow with the catalogue. A collective."""
+    if plan is not None:
+        take_over(job, plan, fills_bank=False)
+        return
+    load_pretrained_tables(job)
+    if job.em3.content is not None and job.store is not None:
+        start_projections(job.em3.content, job.store, job.ranks)
 
 
 def _train_step(

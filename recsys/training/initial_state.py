@@ -119,7 +119,7 @@ OpenedWarmStart = tuple[Source, Differences]
 
 
 def open_warm_start(
-    request: WarmStart, data: str, run: Path, ranks: Ranks, with_vocabularies: bool = True
+    request: WarmStart, data: str, run: Path | None, ranks: Ranks, with_vocabularies: bool = True
 ) -> tuple[OpenedWarmStart, Schema]:
     """Open the run to start from, and the schema of the data as its model reads it. A collective.
 
@@ -142,7 +142,7 @@ def start_warm(
     return progress
 
 
-def take_over(job: Job, plan: WarmStartPlan) -> Progress:
+def take_over(job: Job, plan: WarmStartPlan, fills_bank: bool = True) -> Progress:
     """Fill the job with what its plan takes over; read no row, and write nothing. A collective."""
     source = plan.source
     load_pretrained_tables(job)  # rows that the other run has are replaced by its own
@@ -160,6 +160,8 @@ def take_over(job: Job, plan: WarmStartPlan) -> Progress:
         weights = {name: f"content.projections.{name}.weight" for name in content.projections}
         if new := [name for name, weight in weights.items() if not plan.takes(weight)]:
             start_projections(content, job.store, job.ranks, new, counts_before(job, plan))
+        if not fills_bank:
+            return progress
         if plan.items is None:
             fill_bank(job)
         else:
@@ -250,7 +252,4 @@ def describe_start(run: Path, ranks: Ranks, plan: WarmStartPlan) -> None:
                 "differences": [asdict(difference) for difference in plan.differences.reconciled],
             }
             write_whole(run / WARM_START, json.dumps(content, indent=1) + "\n")
-            print_table(
-                f"warm start from {model.folder}, step {model.manifest['step']:,}: "
-                f"{len(plan.tensors):,} tensors\n{plan.differences}\n"
-            )
+            print_table(str(plan))

@@ -5,6 +5,7 @@ has imported the libraries: each rank that torchrun starts spends some seconds o
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,13 @@ def train_words(data: Path, out: Path, *options: str) -> list[str]:
     words = ["train", "--config", str(TINY), "--data", str(data), "--out", str(out)]
     words += ["--cache", str(out.parent / "cache"), "--batch_size", "8", "--device", "cpu"]
     return [*words, *options]
+
+
+def page_code(page: str, name: str) -> str:
+    """The Python block of a folder's page that defines a class."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
+    (code,) = (block for block in blocks if f"class {name}" in block)
+    return code
 
 
 def program(name: str, *words: str, folder: Path = ROOT, **variables: str) -> dict[str, Any]:

@@ -46,6 +46,11 @@ class WarmStartPlan:
     maps: dict[str, RowMap] = field(default_factory=dict)
     items: RowMap | None = None  # rows of the items; None if the memory bank is filled anew
 
+    def __str__(self) -> str:
+        model = self.source.model
+        words = f"{model.folder}, step {model.step:,}: {len(self.tensors):,} tensors"
+        return f"warm start from {words}\n{self.differences}\n"
+
     def takes(self, parameter: str) -> bool:
         return f"{MODEL}{parameter}" in self.tensors
 

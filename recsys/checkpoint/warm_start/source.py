@@ -145,8 +145,8 @@ class Source:
     config: Config
 
 
-def open_source(request: WarmStart, out: Path, ranks: Ranks) -> Source:
-    """Open the checkpoint of a run, for a new run in the folder `out`. A collective.
+def open_source(request: WarmStart, out: Path | None, ranks: Ranks) -> Source:
+    """Open the checkpoint of a run, for a new run in the folder `out`, if any. A collective.
 
     The best model takes optimizer state from the checkpoint of its step, or else the last one.
 
@@ -154,7 +154,7 @@ def open_source(request: WarmStart, out: Path, ranks: Ranks) -> Source:
         ValueError: on every rank: the run has no such checkpoint, it is damaged, or is `out`.
     """
     with ranks.raise_on_all_ranks():
-        if request.run.resolve() == out.resolve():
+        if out is not None and request.run.resolve() == out.resolve():
             raise ValueError(f"--warm-start: {request.run} is --out, too; choose another --out")
     checkpoints = request.run / "checkpoints"
     best, steps = checkpoints / BEST, folders_by_age(checkpoints)

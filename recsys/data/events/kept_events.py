@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,10 +12,11 @@ from recsys.data.events.daily_state import DailyFolder, Progress
 from recsys.data.events.histories import KEYS_OF, NUMBER, event_key, number_earlier
 from recsys.data.events.samples import actions_in
 from recsys.data.events.settings import EventsConfig
-from recsys.data.events.sql import DuckDBEngine, count_rows
+from recsys.data.events.sql import FOREVER, DuckDBEngine, count_rows
 from recsys.data.events.times import duration
 
-MOST_APPENDED = 1.0  # events beside the first file of those kept, as a share of its events
+MOST_APPENDED = 1.0  # events until it is looked which are needed, as a share of those there were
+LEAST_DROPPED = 0.25  # share of events that are needed no more, from which on they are dropped
 
 
 @dataclass(frozen=True)
@@ -46,33 +48,41 @@ class KeptEvents:
     def write(self) -> tuple[dict[str, list[str]], int, int]:
         """Write the events that later calls need; return the files, and events in them.
 
-        The files are made anew when as many events have come as there were, so that an event is
-        written again only as often as the state doubles.
+        When as many events have come as there were, those that are needed no more are counted, and
+        dropped if they are many.
         """
         engine, folder, before = self.engine, self.folder, self.before
         file = folder.new_file("pending", before)
         engine.save(f"SELECT * FROM incoming WHERE arrived >= {self.until}", file)
         tables = {"pending": [file.name]}
         file = folder.new_file("kept", before)
-        appended = before.appended + count_rows(engine, "new_events")
-        earlier = [path.name for path in folder.files("earlier")]
-        if appended <= before.compacted * MOST_APPENDED:
-            engine.save("SELECT * FROM new_events ORDER BY ts", file)
-            kept = [*before.tables.get("kept", []), file.name]
-            return {**tables, "kept": kept, "earlier": earlier}, before.compacted, appended
-        engine.add("dropped", f"SELECT position FROM ({self._marked()}) WHERE NOT is_kept")
+        compacted, appended = before.compacted, before.appended + count_rows(engine, "new_events")
+        marked = self._marked()
+        if appended > compacted * MOST_APPENDED:
+            compacted, appended = compacted + appended, 0
+            needed = count_rows(engine, f"({marked}) WHERE is_kept")
+            if needed <= compacted * (1 - LEAST_DROPPED):
+                return tables | self._compact(marked, file), needed, 0
+        engine.save("SELECT * FROM new_events ORDER BY ts", file)
+        tables["earlier"] = [path.name for path in folder.files("earlier")]
+        tables["kept"] = [*before.tables.get("kept", []), file.name]
+        return tables, compacted, appended
+
+    def _compact(self, marked: str, file: Path) -> dict[str, list[str]]:
+        """Write the events that are needed into one file, and numbers of all that are not."""
+        engine, numbers = self.engine, self.folder.new_file("earlier", self.before)
+        if any(duration(count.within) is None for count in self.config.counts.values()):
+            engine.add("dropped", f"SELECT position FROM ({marked}) WHERE NOT is_kept")
+        engine.save(f"SELECT * EXCLUDE is_kept FROM ({marked}) WHERE is_kept ORDER BY ts", file)
         is_dropped = "position IN (SELECT position FROM dropped)"
-        engine.save(f"SELECT * FROM clean_events WHERE NOT ({is_dropped}) ORDER BY ts", file)
-        numbers = folder.new_file("earlier", before)
         engine.save(number_earlier(engine, self.config, is_dropped, "earlier"), numbers)
-        compacted = pq.read_metadata(file).num_rows
-        return {**tables, "kept": [file.name], "earlier": [numbers.name]}, compacted, 0
+        return {"kept": [file.name], "earlier": [numbers.name]}
 
     def _marked(self) -> str:
         """Return SQL of events with `is_kept`: whether rows of later calls may need them.
 
         All later rows know an event that had arrived by `settled`, so that only a user's last ones
-        matter for histories.
+        matter for histories: those since the time of the first of them, `since_...`.
         """
         config = self.config
         histories, counts = config.histories.values(), config.counts.values()
@@ -94,14 +104,19 @@ class KeptEvents:
         for history in histories:
             test = actions_in(history.actions)
             lengths[test] = max(history.length, lengths.get(test, 0))
-        ranks = []
-        for number, (test, length) in enumerate(lengths.items()):
-            is_old = f"arrived <= {settled} AND {test}"
-            ranks.append(
-                f"row_number() OVER (PARTITION BY uid, {is_old} ORDER BY ts DESC, iid DESC, "
-                f"position DESC) AS rank_{number}"
-            )
-            needed.append(f"{test} AND rank_{number} <= {length}")
-        columns = ", ".join(["position, ts, arrived, action", *ranks])
+        since = [
+            f"list_min(max(ts, {lengths[test]}) FILTER (arrived <= {settled} AND ({test}))) "
+            f"AS since_{place}"
+            for place, test in enumerate(lengths)
+        ]
+        needed += [
+            f"({test}) AND ts >= coalesce(since_{place}, {FOREVER})"
+            for place, test in enumerate(lengths)
+        ]
         is_kept = " OR ".join(f"({part})" for part in needed)
-        return f"SELECT position, {is_kept} AS is_kept FROM (SELECT {columns} FROM clean_events)"
+        if not since:
+            return f"SELECT *, {is_kept} AS is_kept FROM clean_events"
+        return (
+            f"SELECT e.*, {is_kept} AS is_kept FROM clean_events e JOIN "
+            f"(SELECT uid, {', '.join(since)} FROM clean_events GROUP BY uid) USING (uid)"
+        )

@@ -165,8 +165,8 @@ def summary(metrics: dict[str, Any], has_probabilities: bool) -> Section:
         tables.append(Table((label, *names.values(), "rows"), rows))
     undefined = {} if has_probabilities else dict.fromkeys(PROBABILITY_METRICS)
     defined = {part: values | undefined for part, values in _parts(test).items()}
-    words = findings(defined) if "auc" in test else _compared_with_mean("RMSE", test["nrmse"])
-    return Section("Test metrics", words, tables=tables)
+    verdicts = findings(defined) if "auc" in test else _compared_with_mean("RMSE", test["nrmse"])
+    return Section("Test metrics", tables=tables, verdicts=verdicts)
 
 
 def _names(report: dict[str, Any], has_probabilities: bool) -> dict[str, str]:

@@ -115,7 +115,11 @@ def _bars(scores: SplitScores, buckets: dict[str, dict[str, Any]], split: str) -
     axes.axhline(0.5, color="black", linewidth=1)
     names = [f"{name}\n{values['num_samples']:,} rows" for name, values in buckets.items()]
     axes.set_xticks(places, names)
-    axes.set(xlabel="training impressions of the item", ylim=(0, 1))
+    axes.set(
+        title="Are rare and new items ranked as well as frequent ones?",
+        xlabel="training impressions of the item",
+        ylim=(0, 1),
+    )
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     caption = (
         f"AUC and GAUC of the {split} split by the item's training impressions. The line at 0.5 is "

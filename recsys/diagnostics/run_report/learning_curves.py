@@ -37,6 +37,11 @@ Curve = tuple[list[int], list[float]]  # steps and values
 LOSS_COLOURS = {"ranking": BLUE, "contrastive": ORANGE, "loss": GREY}
 METRIC_COLOURS = {"auc": BLUE, "gauc": ORANGE, "rmse": BLUE, "mae": ORANGE}
 MARKED_POINTS = 30
+FEWEST_OF_A_LINE = 3  # a line through two points always shows a trend
+QUESTIONS = {
+    "train/": "Does the training loss still fall?",
+    "valid/": "Does the model still improve in validation?",
+}
 ROUNDING = 1e-6  # of events, which are float32
 
 
@@ -76,34 +81,43 @@ def learning_curves(run: Path, best_model_by: BestModelBy, best_step: int | None
     """Return the section of the curves that the run has; `best_step` is the best model's."""
     curves = read_curves(run)
     plots = {}
-    for title, tag, colours in (
-        ("training loss", "train/", LOSS_COLOURS),
-        ("validation", "valid/", METRIC_COLOURS),
-    ):
+    for tag, colours in (("train/", LOSS_COLOURS), ("valid/", METRIC_COLOURS)):
         if drawn_curves := {name: curves[tag + name] for name in colours if tag + name in curves}:
-            plots[title] = drawn_curves
+            plots[tag] = drawn_curves
     if not plots:
         return Section(
             "Learning curves",
             ["The run has no TensorBoard events to draw: tracker has no tensorboard."],
         )
     figure, all_axes = new_figure(len(plots))
-    for axes, (title, plot_curves) in zip(all_axes, plots.items()):
+    for axes, (tag, plot_curves) in zip(all_axes, plots.items()):
         _draw(axes, plot_curves)
-        axes.set(title=title, xlabel="step")
+        axes.set(title=QUESTIONS[tag], xlabel="step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if title == "validation" and "auc" in plot_curves:
+        if tag == "valid/" and "auc" in plot_curves:
             axes.set_ylim(top=min(1.0, axes.get_ylim()[1]))
     steps, scores = selection_curve(curves, best_model_by)
-    words = []
+    words, verdicts = [], []
     if steps:
         best = steps[scores.index(max(scores))] if best_step is None else best_step
         all_axes[-1].axvline(best, color=GREY, linestyle="--", label="best model")
         words = [_best_in_words(best, steps, scores, selection_words(best_model_by))]
+        verdicts = [_trend(best, steps)]
     for axes in all_axes:
         axes.legend()
     caption = "Losses of training, and metrics of the validation split, by step."
-    return Section("Learning curves", words, [drawn("learning-curves", figure, caption)])
+    drawing = drawn("learning-curves", figure, caption)
+    return Section("Learning curves", words, [drawing], verdicts=verdicts)
+
+
+def _trend(best: int, steps: list[int]) -> str:
+    if len(steps) < FEWEST_OF_A_LINE:
+        return f"{len(steps)} validation(s) cannot show whether longer training would help."
+    if best == steps[-1]:
+        return f"The last of {len(steps)} validations is the best one: longer training may help."
+    return (
+        f"Validation is best after step {best:,} of {steps[-1]:,}: longer training does not help."
+    )
 
 
 def _best_in_words(best: int, steps: list[int], scores: list[float], name: str) -> str:
@@ -122,9 +136,16 @@ def _best_in_words(best: int, steps: list[int], scores: list[float], name: str) 
 
 def _draw(axes: Axes, curves: dict[str, Curve]) -> None:
     for name, (steps, values) in curves.items():
-        marker = "o" if len(steps) <= MARKED_POINTS else ""
         colour = {**LOSS_COLOURS, **METRIC_COLOURS}[name]
-        axes.plot(steps, values, label=name, color=colour, marker=marker)
+        axes.plot(steps, values, label=name, color=colour, **_style(len(steps)))
+
+
+def _style(num_points: int) -> dict[str, Any]:
+    """Return marker and line of a curve: points alone where a line would show no trend."""
+    return {
+        "marker": "o" if num_points <= MARKED_POINTS else "",
+        "linestyle": "-" if num_points >= FEWEST_OF_A_LINE else "none",
+    }
 
 
 SHOWN = {"auc": "AUC", "gauc": "GAUC", "ne": "normalised entropy", "rmse": "RMSE", "mae": "MAE"}
@@ -143,10 +164,10 @@ def prequential(run: Path) -> Section:
         for part in PARTS:
             values = [_of(line, part).get(name) for line in lines]
             points = [(place, value) for place, value in enumerate(values) if value is not None]
-            axes.plot(
-                *zip(*points), label=part, color=COLOURS[part], marker="."
-            ) if points else None
-        axes.set(title=names[name], xlabel="partition")
+            if points:
+                style = _style(len(points))
+                axes.plot(*zip(*points), label=part, color=COLOURS[part], **style)
+        axes.set(title=f"Does {names[name]} hold on new partitions?", xlabel="partition")
         axes.legend()
     caption = "Metrics of each partition by the model that was trained on all before it."
     head = ("partition", *names.values(), "GAUC cold", "GAUC unseen", "rows")

@@ -46,13 +46,17 @@ class Table:
 
 @dataclass
 class Section:
-    """A title, paragraphs, and below them figures, tables and plain text, in this order."""
+    """A title, paragraphs, and below them figures, tables and plain text, in this order.
+
+    Its `verdicts` open the page.
+    """
 
     title: str
     words: list[str] = field(default_factory=list)
     drawings: list[Drawing] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     text: str = ""
+    verdicts: list[str] = field(default_factory=list)
 
 
 def new_figure(num_plots: int) -> tuple[Figure, list[matplotlib.axes.Axes]]:

@@ -89,6 +89,8 @@ def export_newest(settings: ContinualSettings, folder: ContinualFolder, state: R
 def _export(run: Path, package: Path, tables: str) -> None:
     """Run `recsys export` in a process that is no rank; if it fails, raise a ValueError."""
     package.parent.mkdir(parents=True, exist_ok=True)
+    for partial in package.parent.glob(f".{package.name}.*.partial"):  # of a job that was killed
+        shutil.rmtree(partial, ignore_errors=True)
     command = [sys.executable, "-m", "recsys.cli", "export", "--run", str(run)]
     command += ["--out", str(package), "--tables", tables]
     command += ["--compile", "false"]  # machine code holds the weights, so each delta would too
@@ -99,7 +101,7 @@ def _export(run: Path, package: Path, tables: str) -> None:
         text=True,
         start_new_session=True,  # Ctrl-C ends the walk, once the package is whole
     )
-    if process.returncode:
+    if process.returncode and not package.exists():  # a killed job's export may have gone on
         cause = (process.stderr.strip() or f"exit code {process.returncode}").splitlines()[-1]
         raise ValueError(f"{package}: export of {run} failed: {cause}")
 

@@ -15,34 +15,7 @@ from recsys.data.row_source import Chunk, RowSource, open_rows
 from recsys.data.schema import Schema, load_schema
 from recsys.storage.location import Location
 from tests.datasets import write_dataset
-from tests.recsys.command_runs import TINY, run_recsys, train_words
-
-SOURCE_CODE = '''\
-import json
-from pathlib import Path
-
-import pyarrow as pa
-
-from recsys.data.row_source import Chunk, RowSource
-
-
-class JsonLines(RowSource):
-    """Files of JSON objects, one a line; so many lines are a chunk."""
-
-    def __init__(self, root, split, schema, lines_per_chunk):
-        self.lines, self.size = [], lines_per_chunk
-        for file in sorted(Path(root.path, split).glob("*.jsonl")):
-            self.lines += file.read_text().splitlines()
-        starts = range(0, len(self.lines), lines_per_chunk)
-        super().__init__(
-            schema,
-            [Chunk(f"{split}.jsonl", min(lines_per_chunk, len(self.lines) - s), s) for s in starts],
-        )
-
-    def read_chunk(self, number):
-        rows = self.lines[number * self.size : (number + 1) * self.size]
-        return pa.Table.from_pylist([json.loads(row) for row in rows])
-'''
+from tests.recsys.command_runs import TINY, page_code, run_recsys, train_words
 
 
 class Counted(RowSource):
@@ -121,8 +94,8 @@ def test_a_source_of_one_s_own_trains_and_evaluates_as_the_same_rows_in_parquet(
             text = "".join(json.dumps(row) + "\n" for row in rows)
             path.with_suffix(".jsonl").write_text(text)
             path.unlink()
-    (tmp_path / "own_rows.py").write_text(SOURCE_CODE)
-    source = {"name": "own_rows:JsonLines", "options": {"lines_per_chunk": 64}}
+    (tmp_path / "my_rows.py").write_text(page_code("recsys/training/README.md", "JsonLines"))
+    source = {"name": "my_rows:JsonLines", "options": {"lines_per_chunk": 64}}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(yaml.safe_load(TINY.read_text()) | {"source": source}))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -22,7 +22,7 @@ from recsys.evaluation.metrics import RankedRows, evaluation_report, format_repo
 from recsys.evaluation.model_selection import selection_score, selection_words
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
-from tests.recsys.command_runs import train_words
+from tests.recsys.command_runs import page_code, train_words
 
 
 def random_rows(
@@ -230,22 +230,10 @@ def test_a_report_has_each_metric_of_all_rows_and_of_each_part() -> None:
     assert head.split()[-2:] == ["p1", "rows"] and everything.split()[-2:] == ["(1.0000)", "4"]
 
 
-OWN_METRIC = '''
-class ShareAbove:
-    """The share of rows with a score above a bound."""
-
-    def __init__(self, bound):
-        self.bound = bound
-
-    def __call__(self, labels, scores, groups, counts):
-        return float((scores > self.bound).mean()) if len(scores) else None
-'''
-
-
 def test_a_metric_of_ones_own_is_one_file_and_one_line_of_yaml(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "my_metrics.py").write_text(OWN_METRIC)
+    (tmp_path / "my_metrics.py").write_text(page_code("recsys/evaluation/README.md", "ShareAbove"))
     monkeypatch.syspath_prepend(tmp_path)
     data = write_dataset(tmp_path / "data", {"train": 33, "valid": 20, "test": 20})
     words = train_words(data, tmp_path / "run", "--content", "none", "--epochs", "1")

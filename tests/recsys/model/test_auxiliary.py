@@ -22,30 +22,11 @@ from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.model.auxiliary import AuxiliaryInputs, Distillation, build_auxiliary
 from recsys.storage.location import Location
 from tests.datasets import write_dataset
-from tests.recsys.command_runs import TINY, run_recsys, train_words
+from tests.recsys.command_runs import TINY, page_code, run_recsys, train_words
 
 LOGITS = torch.tensor([[0.5], [-1.0], [2.0], [0.0]])
 TEACHER = torch.tensor([1.0, -2.0, math.nan, 9.0])
 ROW_WEIGHTS = torch.tensor([1.0, 1.0, 1.0, 0.0])  # the last row pads
-OWN_LOSS = '''\
-from torch import nn
-
-
-class Calm(nn.Module):
-    """Keeps logits small where the rows say so."""
-
-    columns = ("teacher",)
-
-    def __init__(self, power):
-        super().__init__()
-        self.power = power
-        self.scale = nn.Linear(1, 1)
-
-    def forward(self, inputs):
-        wanted = inputs.columns["teacher"].isnan()
-        scaled = self.scale(inputs.logits[wanted]) - inputs.batch.labels[wanted]
-        return scaled.abs().pow(self.power).sum() / inputs.batch.batch_size
-'''
 
 
 class FakeBatch:
@@ -160,14 +141,14 @@ def test_a_loss_that_cannot_be_is_refused(
 def test_a_loss_of_one_s_own_is_a_file_and_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "own_losses.py").write_text(OWN_LOSS)
+    (tmp_path / "my_losses.py").write_text(page_code("recsys/training/README.md", "ColumnError"))
     recipe = tmp_path / "recipe.yaml"
-    lines = "auxiliary: {calm: {loss: own_losses:Calm, weight: 0.5, options: {power: 2}}}\n"
+    lines = "auxiliary: {calm: {loss: my_losses:ColumnError, options: {column: teacher}}}\n"
     recipe.write_text(TINY.read_text() + lines)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     words = train_words(with_teacher(tmp_path), tmp_path / "run", "--log_every_steps", "1")
     words[words.index(str(TINY))] = str(recipe)
     process = run_recsys(*words)
     assert process.returncode == 0, process.stdout + process.stderr
-    assert process.stdout.count(" calm 0.") == 8
+    assert process.stdout.count(" calm ") == 8
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["auc"] is not None

@@ -18,10 +18,15 @@ from torch import Tensor
 from recsys.build import Job, build_job
 from recsys.checkpoint.files import folders_by_age
 from recsys.checkpoint.warm_start import rows
+from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import Config, ContentSettings, ModalitySettings
+from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import load_run
 from recsys.ranking.neighbours import Neighbours
+from recsys.training import dry_run
+from recsys.training.dry_run import dry_run as try_one_step
+from recsys.training.train import training_interactions
 from tests.recsys.checkpoint.schema_runs import rewrite
 from tests.recsys.checkpoint.warm_start.warm_runs import (
     WITHOUT_CONTENT,
@@ -72,6 +77,20 @@ def test_without_a_step_a_run_predicts_what_the_other_one_did(
         assert new.words == "nothing differs"
         assert torch.equal(logits(new.job), expected)
         assert_equal(state_of(new.job), stored_state(best_of(folder)), "")
+
+
+def test_a_dry_run_takes_the_first_step_of_the_run_that_would_be_begun(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, data = config_of(plain, *WITHOUT_CONTENT), str(changed(plain, tmp_path, grow))
+    with joined_ranks("cpu") as ranks:
+        tried = try_one_step(config, data, ranks, WarmStart(plain / "run"))
+        new = begin(plain, tmp_path / "new", ranks, *WITHOUT_CONTENT, data=Path(data))
+        interactions = training_interactions(new.job)
+        assert dry_run._train_step(new.job, interactions, Lockstep(ranks))[0] == tried.losses
+        assert try_one_step(config, data, ranks).losses != tried.losses
+    assert re.search("table 'shop' +grew from 5 to 8 rows", capsys.readouterr().out)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_last_checkpoint_comes_with_its_optimizers_and_averages_are_listed(

@@ -200,6 +200,7 @@ def test_calls_day_by_day_make_the_rows_of_one_call(
 ) -> None:
     if case != "kept":
         monkeypatch.setattr(kept_events, "MOST_APPENDED", 0)
+        monkeypatch.setattr(kept_events, "LEAST_DROPPED", 0)
     config = write_settings(tmp_path / "data", case)
     table = log(0, late=True)
     for number, day in enumerate(DAYS):
@@ -365,6 +366,7 @@ def kill_everywhere(config: Path, folder: Path) -> None:
 
 def in_child(config: Path, out: Path, kill_at: int | None) -> bool:
     """Return whether a process that gives the call was killed at a step."""
+    kept_events.LEAST_DROPPED = 0
     if (pid := os.fork()) == 0:
         steps = 0
 

@@ -96,6 +96,7 @@ def test_the_page_has_every_figure_and_fetches_nothing(report: Path) -> None:
 
     assert page.figures == FIGURES
     assert page.titles == [
+        "Verdict",
         "Test metrics",
         "Learning curves",
         "Quality by item popularity",
@@ -179,6 +180,27 @@ def test_the_best_model_is_that_of_the_first_highest_point_of_what_chose_it(tmp_
         assert "highest" not in learning_curves.learning_curves(tmp_path, "auc", step).words[0]
 
 
+@pytest.mark.parametrize(
+    ("scores", "verdict"),
+    [
+        ([0.5, 0.75], "2 validation(s) cannot show"),
+        ([0.5, 0.625, 0.75], "The last of 3 validations is the best one"),
+        ([0.5, 0.75, 0.625], "after step 2 of 3"),
+    ],
+)
+def test_two_points_are_no_trend(tmp_path: Path, scores: list[float], verdict: str) -> None:
+    with SummaryWriter(str(tmp_path / "tensorboard")) as writer:
+        for step, score in enumerate(scores, 1):
+            writer.add_scalar("valid/auc", score, step)
+    section = learning_curves.learning_curves(tmp_path, "auc")
+    assert len(section.verdicts) == 1 and verdict in section.verdicts[0]
+    svg = section.drawings[0].svg.decode()
+    assert "Does the model still improve in validation?" in svg
+    line = f"stroke: {learning_curves.BLUE}; stroke-width"
+    # The line of the curve, beside that of its sample in the legend.
+    assert svg.count(f"fill: none; {line}") == (2 if len(scores) > 2 else 0)
+
+
 def rows_of_users(number: int) -> SplitScores:
     """Three positives and three negatives of each user, on items of 30 impressions."""
     rng = np.random.default_rng(0)
@@ -223,7 +245,7 @@ def test_every_label_has_a_table_and_a_softmax_loss_no_probabilities() -> None:
     (table,) = section.tables
     assert list(table.head) == ["items", "AUC", "GAUC", "rows"]
     assert table.rows[0] == ("all", "0.5000", "0.5000", "3")
-    assert not any("og loss" in text or "robabilit" in text for text in section.words)
+    assert not any("og loss" in text or "robabilit" in text for text in section.verdicts)
 
 
 SCHEMA = """

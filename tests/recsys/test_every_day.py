@@ -1,0 +1,159 @@
+"""Five days by three commands: no request fails, and killed commands change no bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from recsys.serving import Scorer
+from recsys.serving.new_items.add import add_items
+from recsys.serving.server.scoring_service import LoadedPackage
+from tests.recsys.data.events.test_events_daily import content_of
+from tests.recsys.day_chain import KILLS, run_day
+from tests.recsys.serving.server.served_package import ServedPackage
+from tests.recsys.training.continual.walk_runs import assert_same_end, files_of
+
+DAYS = range(1, 6)
+PAUSE = 0.1  # seconds between two requests
+NEW_ITEMS = 2  # a day
+Versions = tuple[str, str]  # of package and features
+
+
+@dataclass
+class Load:
+    """Requests of ids alone, by a thread of its own; the answers in the order of time."""
+
+    server: ServedPackage
+    example: dict[str, Any]
+    answers: list[tuple[dict[str, Any], int, Any]] = field(default_factory=list)
+    is_over: bool = False
+
+    def run(self) -> None:
+        random = np.random.default_rng(0)
+        while not self.is_over:
+            request = self.example | {"candidates": random.integers(0, 35, 5).tolist()}
+            request["user"] = request["user"] | {"user": f"u{random.integers(15)}"}
+            answer = self.server.call("/v1/rank", request)
+            self.answers.append((request, answer.status, answer.content))
+            time.sleep(PAUSE)
+
+
+def wait_for_version(server: ServedPackage, version: str) -> None:
+    while server.call("/v2/models/shop").content["versions"] != [version]:
+        time.sleep(0.05)
+
+
+def packages_of(folder: Path) -> list[Path]:
+    return [path for path in sorted((folder / "packages").glob("date=*")) if path.is_dir()]
+
+
+def keep(package: Path, folder: Path) -> Path:
+    """Copy a package that is served; return the copy, named by its version."""
+    version = LoadedPackage.load(package, verify=False).version
+    return Path(shutil.copytree(package.resolve(), folder / version))
+
+
+@dataclass
+class FiveDays:
+    """The chain beside a server: answers, packages by version, and versions in order."""
+
+    folder: Path
+    load: Load
+    versions: list[str]
+    added: list[list[str]]  # versions that answer with a new item, by day
+
+
+def live_through(folder: Path, server: ServedPackage, load: Load) -> FiveDays:
+    """The days from the first on, whose package is served already."""
+    newest, versions, added = folder / "packages" / "newest", list[str](), list[list[str]]()
+    for day in DAYS:
+        if day != DAYS[0]:
+            run_day(folder, day)
+        versions.append(keep(newest, folder / "served").name)
+        wait_for_version(server, versions[-1])
+        added.append([])
+        for number in range(NEW_ITEMS):
+            item = {"item": 100 * day + number, "title": f"new on day {day}, {number}"}
+            answer = server.call("/v1/items", {"items": [item]})
+            assert answer.status == 200, answer.body
+            added[-1].append(keep(newest, folder / "served").name)
+            assert added[-1][-1] == answer.content["model_version"]
+        versions += added[-1]
+    return FiveDays(folder, load, versions, added)
+
+
+@pytest.fixture(scope="module")
+def days(tmp_path_factory: pytest.TempPathFactory) -> FiveDays:
+    """Five days; a server follows the packages from the first one on, and takes new items."""
+    folder = tmp_path_factory.mktemp("days")
+    newest = folder / "packages" / "newest"
+    run_day(folder, DAYS[0])
+    server = ServedPackage(newest, folder / "log", "--encoders", "true")
+    load = Load(server, json.loads((newest / "request.json").read_text()))
+    thread = threading.Thread(target=load.run, daemon=True)
+    thread.start()
+    try:
+        days = live_through(folder, server, load)
+    finally:
+        load.is_over = True
+        thread.join()
+        assert server.end() == 0
+    return days
+
+
+@pytest.mark.long
+def test_every_request_of_five_days_is_answered_by_one_version(days: FiveDays) -> None:
+    scorers = {name: Scorer.load(days.folder / "served" / name) for name in days.versions}
+    order = {name: number for number, name in enumerate(days.versions)}
+    assert [status for _, status, _ in days.load.answers if status != 200] == []
+    numbers = [order[content["model_version"]] for _, _, content in days.load.answers]
+    assert numbers == sorted(numbers) and {numbers[0], numbers[-1]} == {0, len(order) - 1}
+    for request, _, content in days.load.answers:
+        scorer = scorers[content["model_version"]]
+        assert content["features_version"] == scorer.features_version
+        scores = np.sort(scorer.score(**request)[:, 0])[::-1]
+        np.testing.assert_allclose(content["scores"]["bought"], scores, rtol=0, atol=1e-6)
+
+
+@pytest.mark.long
+def test_new_items_of_each_day_have_the_content_that_the_command_encodes(
+    days: FiveDays, tmp_path: Path
+) -> None:
+    for day, added in zip(DAYS, days.added, strict=True):
+        before = days.versions[days.versions.index(added[0]) - 1]
+        package = shutil.copytree(days.folder / "served" / before, tmp_path / before)
+        ids = [100 * day + number for number in range(NEW_ITEMS)]
+        titles = [f"new on day {day}, {number}" for number in range(NEW_ITEMS)]
+        pq.write_table(pa.table({"item": ids, "title": titles}), tmp_path / "new.parquet")
+        add_items(package, str(tmp_path / "new.parquet"))
+        request = days.load.example | {"candidates": ids}
+        served = Scorer.load(days.folder / "served" / added[-1])
+        scores = served.score(**request)
+        np.testing.assert_allclose(scores, Scorer.load(package).score(**request), atol=1e-6)
+        assert len(np.unique(scores[:, 0])) == NEW_ITEMS
+
+
+@pytest.mark.long
+def test_days_whose_commands_are_killed_have_the_same_bits(days: FiveDays, tmp_path: Path) -> None:
+    killed = sum(run_day(tmp_path, day, days.folder) for day in DAYS)
+    assert killed == 2 * len(DAYS) * KILLS
+    assert content_of(tmp_path / "out") == content_of(days.folder / "out")
+    assert assert_same_end(days.folder / "run", tmp_path / "run") > 0
+    pristine = days.versions[:: 1 + NEW_ITEMS]
+    for version, package in zip(pristine, packages_of(tmp_path), strict=True):
+        files = files_of(days.folder / "served" / version), files_of(package)
+        assert files[0].keys() == files[1].keys()
+        for name in files[0].keys() - {"manifest.json", "items/config.yaml"}:  # with folders
+            assert files[0][name] == files[1][name], name
+    names = [path.name for path in sorted((days.folder / "packages").iterdir())]
+    assert names == [path.name for path in sorted((tmp_path / "packages").iterdir())]

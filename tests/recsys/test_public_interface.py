@@ -1,0 +1,21 @@
+"""The interface that recsys/README.md calls stable equals its snapshot, and the page names it."""
+
+from __future__ import annotations
+
+import re
+
+from tests.recsys.public_interface import PACKAGES, PAGE, PARTS, ROOT, interface
+
+TEXT = (ROOT / "recsys" / "README.md").read_text()
+
+
+def test_the_public_interface_equals_its_snapshot() -> None:
+    """A change that is meant: `python -m tests.recsys.public_interface`, and the changelog."""
+    now, before = (set(text.splitlines()) for text in (interface(), PAGE.read_text()))
+    assert {"gone": sorted(before - now), "new": sorted(now - before)} == {"gone": [], "new": []}
+
+
+def test_the_page_names_every_stable_package_and_interface() -> None:
+    named = set(re.findall(r"`([\w.]+)`", TEXT))
+    assert {*PACKAGES} <= named
+    assert {path.partition(":")[2] for path in PARTS} <= named
