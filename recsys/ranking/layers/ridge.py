@@ -55,9 +55,7 @@ def _solve(
 ) -> tuple[Tensor, Tensor]:
     """Return the means of w [R, Z, 1], and the covariance of w times the targets [R, Z, K]."""
     weighted = (past * precisions.unsqueeze(2)).transpose(1, 2)  # [R, Z, L]
-    matrix = torch.baddbmm(torch.diag(1 / prior), weighted, past)
-    # On a GPU the check would make the host wait.
-    factor = torch.linalg.cholesky_ex(matrix, check_errors=is_on_host(matrix)).L
+    factor = _factor(torch.baddbmm(torch.diag(1 / prior), weighted, past))
     products = weighted @ residuals.unsqueeze(2)
     solved = torch.cholesky_solve(torch.cat([products, target], dim=2), factor)
     return solved[:, :, :1], solved[:, :, 1:]
@@ -70,11 +68,16 @@ def _solve_by_items(
     scale = precisions.sqrt().unsqueeze(2)
     scaled = past * scale
     weighted = scaled * prior
-    matrix = torch.baddbmm(torch.eye(past.shape[1]).to(past), weighted, scaled.mT)
-    factor = torch.linalg.cholesky_ex(matrix, check_errors=is_on_host(matrix)).L
+    ones = torch.eye(past.shape[1], dtype=past.dtype, device=past.device)
+    factor = _factor(torch.baddbmm(ones, weighted, scaled.mT))
     products = torch.cat([scale * residuals.unsqueeze(2), weighted @ target], dim=2)
     solved = weighted.mT @ torch.cholesky_solve(products, factor)  # [R, Z, 1 + K]
     return solved[:, :, :1], prior.unsqueeze(1) * target - solved[:, :, 1:]
+
+
+def _factor(matrix: Tensor) -> Tensor:
+    """Return the Cholesky factor. On a GPU its check would make the host wait."""
+    return torch.linalg.cholesky_ex(matrix, check_errors=is_on_host(matrix)).L
 
 
 class _Ridge(torch.autograd.Function):
