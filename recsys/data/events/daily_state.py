@@ -44,8 +44,8 @@ class Progress:
     # Bytes of the files that are read, by table and name.
     files: dict[str, dict[str, int]] = field(default_factory=dict)
     tables: dict[str, list[str]] = field(default_factory=dict)  # files of some tables of the state
-    compacted: int = 0  # events that were kept when it was last looked which are needed
-    appended: int = 0  # events since
+    compacted: int = 0  # events stored when unneeded ones were last counted
+    appended: int = 0  # events stored since then
     popularity: int = 0  # events to draw from
     sizes: dict[str, int] = field(default_factory=dict)  # rows of each table of ids
 

@@ -15,8 +15,8 @@ from recsys.data.events.settings import EventsConfig
 from recsys.data.events.sql import FOREVER, DuckDBEngine, count_rows
 from recsys.data.events.times import duration
 
-MOST_APPENDED = 1.0  # events until it is looked which are needed, as a share of those there were
-LEAST_DROPPED = 0.25  # share of events that are needed no more, from which on they are dropped
+MOST_APPENDED = 1.0  # new events, as a share of the earlier, at which unneeded ones are counted
+LEAST_DROPPED = 0.25  # share of unneeded events at which they are dropped
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class KeptEvents:
     def write(self) -> tuple[dict[str, list[str]], int, int]:
         """Write the events that later calls need; return the files, and events in them.
 
-        When as many events have come as there were, those that are needed no more are counted, and
+        When as many events have come as were stored before, the unneeded ones are counted, and
         dropped if they are many.
         """
         engine, folder, before = self.engine, self.folder, self.before
