@@ -27,6 +27,8 @@ def require_installation() -> None:
 
 def serve(settings: ServerSettings) -> None:
     """Serve a package until SIGTERM or SIGINT; ValueError: no package, or a port is taken."""
+    if settings.port == settings.grpc_port != 0:
+        raise ValueError(f"port and grpc_port are both {settings.port}; set another one of them")
     with (
         tempfile.TemporaryDirectory(prefix="recsys-serve-") as folder,
         _bound("port", settings.host, settings.port) as http,

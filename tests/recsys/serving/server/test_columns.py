@@ -91,6 +91,11 @@ def test_a_setting_out_of_range_is_named(
     assert message in capsys.readouterr().err
 
 
+def test_one_port_for_both_protocols_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "package", "--port", "8081"]) == 1
+    assert "port and grpc_port are both 8081" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["port", "grpc_port"])
 def test_a_port_that_is_taken_is_named(
     option: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
