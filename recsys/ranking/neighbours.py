@@ -10,8 +10,9 @@ al. 2001), for each of several similarities: by users, by values, and by each mo
 
 Shapes: B batch, R rows with a history of their own (B, or 1 if all rows share one), K targets of
 such a row (1, or B if all rows share one), L longest history, U unique history items, N history
-items of the batch, I items, D width of an item's factors, Z = D, or 2 D with content, F folds of
-users, P parallel lists, S similarities, M modalities, C labels, E numbers of evidence.
+items of the batch, I items, D width of a vector, Z width of the joined z, F folds of users,
+P parallel lists, S similarities, M modalities, C labels, E numbers of evidence. A block of rows
+has B and R of its own.
 """
 
 from __future__ import annotations
@@ -206,23 +207,20 @@ class Neighbours(nn.Module):
 
         Deviations are in standard deviations of all values.
         """
-        places, index, mask = block.places, block.index, block.mask
-        length = mask.sum(dim=1)
-        numbers = batch.history.recorded_values[places] * mask.unsqueeze(2)
+        mask, length = block.mask, block.mask.sum(dim=1)
+        numbers = batch.history.recorded_values[block.places] * mask.unsqueeze(2)
         user_mean, deviations = torch.zeros_like(length), mask
         if self.column is not None:  # otherwise all values are 1, of which no mean is subtracted
             values = (numbers[:, :, self.column] - self.value_mean) / self.value_deviation * mask
             user_mean = values.sum(dim=1) / (length + PRIOR_VALUES)
             deviations = (values - user_mean.unsqueeze(1)) * mask
-        rows = self._rows_of(batch.history.items[index], fold[: places.shape[0]].unsqueeze(1))
+        items = batch.history.items[block.index]
+        rows = self._rows_of(items, fold[: items.shape[0]].unsqueeze(1))
         if not block.is_shared:  # only packages have items that were added later
             rows = _Rows(rows.index, None)
-        shared = block.is_shared
         age = length.unsqueeze(1) - mask.cumsum(dim=1)
         weights = mask * (1 + age / DECAY_AGE) ** -DECAY
-        return _History(
-            rows, index, mask, age, weights, numbers, deviations, length, user_mean, shared
-        )
+        return _History(block, rows, age, weights, numbers, deviations, length, user_mean)
 
     def _item_vectors(self, past_rows: _Rows, target_rows: _Rows) -> list[_Vectors]:
         """Return the vectors by co-occurrence and, with values, by taste.
@@ -241,7 +239,7 @@ class Neighbours(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # [B], [B]
         """Return mean and variance of the target's deviation."""
         item_mean, _ = self._item_means(history.rows)
-        residuals = (history.deviations - item_mean) * history.mask
+        residuals = (history.deviations - item_mean) * history.block.mask
         shares, dim = self.log_shares.exp(), self.cooccurrence.shape[2]
         parts = [(share, part.leading(dim)) for share, part in zip(shares[::2], vectors)]
         fixed = torch.cat([part.past for _, part in parts], dim=2)
@@ -250,8 +248,8 @@ class Neighbours(nn.Module):
         target_kernel = sum(share * _squared_lengths(part.target) for share, part in parts)
         past_kernel = sum(share * _squared_lengths(part.past) for share, part in parts)
         if content is not None:
-            past = embedding(history.index, content.past)
-            lengths = content.past.square().sum(1)[history.index]
+            past = embedding(history.block.index, content.past)
+            lengths = content.past.square().sum(1)[history.block.index]
             target_kernel = target_kernel + shares[1] * content.target.square().sum(1)
             past_kernel = past_kernel + shares[1] * lengths
             parts.append((shares[1], _Vectors(content.target, past)))
@@ -277,15 +275,16 @@ class Neighbours(nn.Module):
         values by the powers 1, 2 and 4 of similarity, their sum by similarity, and the logarithm of
         1 + sum of similarities.
         """
+        block = history.block
         pairs = [part.past @ history.columns(part.target) for part in reversed(vectors)]
         similarity = torch.stack(pairs).float()  # [S, R, L, K]
         if content is not None:
-            past = content.unit_past.index_select(1, history.index.flatten())
-            past = past.unflatten(1, history.index.shape)  # [M, R, L, D]
+            past = content.unit_past.index_select(1, block.index.flatten())
+            past = past.unflatten(1, block.index.shape)  # [M, R, L, D]
             targets = content.unit_target
-            columns = targets.mT.unsqueeze(1) if history.is_shared else targets.unsqueeze(3)
+            columns = targets.mT.unsqueeze(1) if block.is_shared else targets.unsqueeze(3)
             similarity = torch.cat([similarity, past @ columns])
-        similarity = similarity.permute(1, 0, 3, 2) * history.mask[:, None, None]  # [R, S, K, L]
+        similarity = similarity.permute(1, 0, 3, 2) * block.mask[:, None, None]  # [R, S, K, L]
         deviations = history.deviations * history.weights
         positive = similarity.clamp(min=0)
         square = positive.square()
@@ -312,7 +311,7 @@ class Neighbours(nn.Module):
 class _Block:
     """Rows of a batch that are computed together.
 
-    rows: int64 [B], or None for all rows in their order.
+    rows: int64 [B], of the batch, or None for all rows in their order.
     places: int64 [R, L], of the items of their histories among all N, padded with 0.
     index: int64 [R, L], of the same among the batch's unique items.
     mask: [R, L], 1 for each item.
@@ -334,7 +333,7 @@ class _Block:
 class _Content:
     """Vectors of content: mapped from all modalities, and each modality's, of length 1.
 
-    target, past: [B, Z] and [U, Z]; unit_target, unit_past: [M, B, D] and [M, U, D].
+    target, past: [B, D] and [U, D]; unit_target, unit_past: [M, B, D] and [M, U, D].
     """
 
     target: Tensor
@@ -384,35 +383,30 @@ class _Vectors:
 
 @dataclass
 class _History:
-    """Histories, padded with 0.
+    """Histories of a block, padded with 0.
 
-    rows: [R, L], of the items in statistics.
-    index: int64 [R, L], of the batch's unique items.
-    mask: [R, L], 1 for each item; age: [R, L], number of later items.
+    rows: [R, L], of the items in statistics; age: [R, L], number of later items.
     weights: [R, L], (1 + age / DECAY_AGE) ** -DECAY: what a user liked long ago counts less.
     numbers: [R, L, P], of the parallel lists; deviations: [R, L], values less the user's mean.
     length, user_mean: [R]
-    is_shared: whether all rows of the batch have the one history.
     """
 
+    block: _Block
     rows: _Rows
-    index: Tensor
-    mask: Tensor
     age: Tensor
     weights: Tensor
     numbers: Tensor
     deviations: Tensor
     length: Tensor
     user_mean: Tensor
-    is_shared: bool
 
     def columns(self, vectors: Tensor) -> Tensor:  # [B, Z] -> [R, Z, K]
         """Return the vectors of targets for products with the vectors of each history."""
-        return vectors.T.unsqueeze(0) if self.is_shared else vectors.unsqueeze(2)
+        return vectors.T.unsqueeze(0) if self.block.is_shared else vectors.unsqueeze(2)
 
     def list_means(self) -> Tensor:  # [R, W * P]
         """Return the means of the parallel lists over the `LATEST` items."""
-        latest = torch.stack([(self.age < count) * self.mask for count in LATEST], dim=1)
+        latest = torch.stack([(self.age < count) * self.block.mask for count in LATEST], dim=1)
         sums = latest @ self.numbers
         return (sums / latest.sum(dim=2, keepdim=True).clamp(min=1)).flatten(1)
 

@@ -101,9 +101,12 @@ def _export(run: Path, package: Path, tables: str) -> None:
         text=True,
         start_new_session=True,  # Ctrl-C ends the walk, once the package is whole
     )
-    if process.returncode and not package.exists():  # a killed job's export may have gone on
+    if process.returncode:
         cause = (process.stderr.strip() or f"exit code {process.returncode}").splitlines()[-1]
-        raise ValueError(f"{package}: export of {run} failed: {cause}")
+        if not package.exists():
+            raise ValueError(f"{package}: export of {run} failed: {cause}")
+        # An export outlives the job that was killed, and may write the package first.
+        logger.warning("%s: an export of a killed job has written it: %s", package, cause)
 
 
 SECONDS = "seconds.jsonl"  # in the run's folder

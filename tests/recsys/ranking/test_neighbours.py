@@ -146,18 +146,22 @@ def test_each_modality_votes_by_the_cosines_of_its_content() -> None:
 def test_blocks_of_rows_have_the_numbers_and_gradients_of_all_rows_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    results = []
-    for block_rows in (1, 2, 3):
-        monkeypatch.setattr("recsys.ranking.neighbours.BLOCK_ROWS", block_rows)
+    def numbers_and_gradients() -> list[Tensor]:
         neighbours, (_, content, _) = neighbours_of(content=CONTENT).train(), inputs()
         content.target_modalities.requires_grad_()
-        found = neighbours(content, rows_of(*BATCH))
-        (found.regression.square().sum() + found.logits.sin().sum()).backward()
-        gradients = [content.target_modalities.grad, *(p.grad for p in neighbours.parameters())]
-        results.append([found.evidence, found.batch.dense_features, *gradients])
-    for blocks in results[:2]:
-        for part, reference in zip(blocks, results[2]):
-            torch.testing.assert_close(part, reference)
+        output = neighbours(content, rows_of(*BATCH))
+        (output.regression.square().sum() + output.logits.sin().sum()).backward()
+        parameters = content.target_modalities, *neighbours.parameters()
+        gradients = [part.grad for part in parameters if part.grad is not None]
+        assert len(gradients) > 5
+        return [output.evidence, output.batch.dense_features, *gradients]
+
+    monkeypatch.setattr("recsys.ranking.neighbours.is_on_host", lambda _: False)
+    expected = numbers_and_gradients()
+    monkeypatch.undo()
+    for block_rows in (1, 2, 3):
+        monkeypatch.setattr("recsys.ranking.neighbours.BLOCK_ROWS", block_rows)
+        torch.testing.assert_close(numbers_and_gradients(), expected)
 
 
 def test_lists_have_means_of_the_latest_items(monkeypatch: pytest.MonkeyPatch) -> None:
