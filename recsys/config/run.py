@@ -200,9 +200,9 @@ class Config:
     validations_per_epoch: PositiveInt = 1
     """Validations in each epoch."""
     best_model_by: BestModelBy = "auc"
-    """Validation metric that chooses the best model. auc_and_gauc: the mean of both; recall, ndcg:
-    recall@10 and ndcg@10 of retrieval models, by a search of all items; rmse, mae: if the first
-    label is a number, and the lowest is best."""
+    """Validation metric that chooses the best model. auc_and_gauc: the mean of both, or AUC where
+    no user has rows of both labels; recall, ndcg: recall@10 and ndcg@10 of retrieval models, by a
+    search of all items; rmse, mae: if the first label is a number, and the lowest is best."""
     patience: PositiveInt = 2
     """Validations without a better model before training ends."""
     patience_share: NonNegativeFloat = 0.0

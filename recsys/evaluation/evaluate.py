@@ -153,6 +153,9 @@ def check_validation(job: Job, labels: ValidationLabels) -> None:
         cause = f"{label} has no row with label 0"
     elif "gauc" in METRICS[metric] and not has_both:
         cause = f"no user has rows of both labels in {label}"
+        if metric == "auc_and_gauc":
+            logger.warning("%s/valid: %s: AUC alone chooses the best model", job.root, cause)
+            cause = None
     if cause is not None:
         raise ValueError(undefined_selection(job.root, metric, cause, positives, negatives))
 

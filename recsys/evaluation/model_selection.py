@@ -35,8 +35,13 @@ def needs_search(metric: BestModelBy) -> bool:
 
 
 def selection_score(report: Mapping[str, Any], metric: BestModelBy) -> float | None:
-    """Return the score that chooses the best model, highest first; None where it is undefined."""
+    """Return the score that chooses the best model, highest first; None where it is undefined.
+
+    `auc_and_gauc` is AUC alone where no user has rows of both labels, so that GAUC is undefined.
+    """
     names, values = METRICS[metric], {**report.get("retrieval", {}), **report}
+    if metric == "auc_and_gauc" and values.get("gauc") is None:
+        names = METRICS["auc"]
     scores = [values[name] for name in names if values.get(name) is not None]
     if len(scores) != len(names):
         return None

@@ -96,6 +96,8 @@ def learning_curves(run: Path, best_model_by: BestModelBy, best_step: int | None
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if tag == "valid/" and "auc" in plot_curves:
             axes.set_ylim(top=min(1.0, axes.get_ylim()[1]))
+    if best_model_by == "auc_and_gauc" and "valid/gauc" not in curves:
+        best_model_by = "auc"
     steps, scores = selection_curve(curves, best_model_by)
     words, verdicts = [], []
     if steps:

@@ -190,8 +190,13 @@ def test_a_model_is_chosen_by_the_mean_of_the_metrics_named(
     assert selection_words(metric) == words
 
 
+def test_auc_alone_stands_for_the_mean_where_gauc_is_not_defined() -> None:
+    assert selection_score({"auc": 0.5, "gauc": None}, "auc_and_gauc") == 0.5
+
+
 def test_a_metric_that_is_not_defined_chooses_nothing() -> None:
-    assert selection_score({"auc": 0.5, "gauc": None}, "auc_and_gauc") is None
+    assert selection_score({"auc": 0.5, "gauc": None}, "gauc") is None
+    assert selection_score({"auc": None, "gauc": None}, "auc_and_gauc") is None
     assert selection_score({}, "recall") is None
 
 

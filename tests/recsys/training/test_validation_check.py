@@ -89,12 +89,16 @@ def test_validation_that_cannot_choose_a_model_is_refused_before_the_first_step(
     cases: dict[str, list[BestModelBy]] = {
         "positives": ["auc", "recall"],
         "negatives": ["ndcg"],
-        "users of one label": ["gauc"],
+        "users of one label": ["gauc", "auc_and_gauc"],
         "users of both": ["gauc"],
     }
     for actual in run_on_ranks(begin, 2, tmp_path, cases):
         works = {case for case, message in actual.items() if message == "steps"}
-        assert works == {("positives", "recall"), ("users of both", "gauc")}
+        assert works == {
+            ("positives", "recall"),
+            ("users of one label", "auc_and_gauc"),
+            ("users of both", "gauc"),
+        }
         for (labels, by), message in actual.items():
             if message != "steps":
                 assert f"{labels}/valid" in message and f"best_model_by {by}" in message
