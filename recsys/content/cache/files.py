@@ -203,13 +203,10 @@ class Parts:
             message = f"{self._path(name)}: damaged ({error}); remove it, it is made again"
             raise ValueError(message) from error
 
-    def remove_damaged(self, names: list[str]) -> list[str]:
-        intact = []
+    def remove_damaged(self, names: list[str]) -> None:
         for name in filter(self.holds, names):
             try:
                 self.read(name, "lengths")
                 self.read(name, "values")
-                intact.append(name)
             except ValueError:
                 self._path(name).unlink(missing_ok=True)
-        return intact

@@ -172,8 +172,10 @@ def test_machines_that_share_a_folder_share_the_work_and_others_fill_their_own(
     )
     expected = expected_outputs(shared)
     ranks = run_on_ranks(fill_as_machine, 2, [[shared, shared], [first, second]])
-    for (num_shared, shared_outputs), (num_separate, own_outputs) in ranks:
-        assert (num_shared, num_separate) == (WITH_TEXT // 2, WITH_TEXT)
+    # Two that begin the same call at once both encode it.
+    assert WITH_TEXT <= sum(shared[0] for shared, _ in ranks) < 2 * WITH_TEXT
+    for (_, shared_outputs), (num_separate, own_outputs) in ranks:
+        assert num_separate == WITH_TEXT
         assert_same_outputs(shared_outputs, expected)
         assert_same_outputs(own_outputs, expected)
     for folder in (shared, first, second):
