@@ -7,9 +7,7 @@ Shapes: N rows of a file.
 
 from __future__ import annotations
 
-import csv
 import os
-import re
 import shutil
 from io import BytesIO
 from pathlib import Path
@@ -21,11 +19,13 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from recsys.data.events.file_columns import csv_batches
 from recsys.data.events.load import load_events_config
 from recsys.data.events.prepare import format_splits, run_stages, unused_folder
-from recsys.data.events.settings import Content, SplitBy
+from recsys.data.events.settings import Content, Source, SplitBy
 from recsys.data.items.images import check_first_image
 from recsys.storage.files import whole_folder
+from recsys.storage.location import Location
 
 EVENTS = Path(__file__).parent / "events.yaml"
 SAMPLE = Path(__file__).parent / "sample"
@@ -136,75 +136,78 @@ def read_movielens(source: Path | None) -> tuple[pa.Table, pa.Table]:
     ratings_path, movies_path = folder / f"ratings.{suffix}", folder / f"movies.{suffix}"
     movies = _read_movies(movies_path, MOVIES).sort_by("movieId")
     ratings = _read(ratings_path, RATINGS)
-    stars = ratings["rating"].to_numpy()
-    outside = "{} is outside [0, 5]; scale the ratings to five stars"
-    _refuse(ratings_path, ratings, "rating", ~((stars >= 0) & (stars <= 5)), outside)
-    _check_times(ratings_path, ratings)
-    movie, movie_ids = ratings["movieId"].to_numpy(), movies["movieId"].to_numpy()
-    item = np.searchsorted(movie_ids, movie).clip(max=len(movie_ids) - 1)
-    unknown = f"movie {{}} is not in {movies_path.name}; add it there or remove its ratings"
-    _refuse(ratings_path, ratings, "movieId", movie_ids[item] != movie, unknown)
+    stars, times = ratings["rating"].to_numpy(), ratings["timestamp"].to_numpy()
+    item = pc.index_in(ratings["movieId"], movies["movieId"])
+    for column, wrong, reason in (
+        ("rating", ~((stars >= 0) & (stars <= 5)), "{} is outside [0, 5]; scale to five stars"),
+        (
+            "timestamp",
+            (times < 0) | (times >= END_OF_TIME),
+            "{} is no time in seconds since 1970; convert it (milliseconds are divided by 1000)",
+        ),
+        (
+            "userId",
+            _repeats(ratings, ["userId", "movieId", "timestamp"]),
+            "user {} has rated this movie at this time before; keep one of the rows",
+        ),
+        (
+            "movieId",
+            item.is_null().to_numpy(),
+            f"movie {{}} is not in {movies_path.name}; add it there or remove its ratings",
+        ),
+    ):
+        _refuse(ratings_path, ratings, column, wrong, reason)
     if source is not None and os.path.lexists(contents := folder / "items.parquet"):
         movies = _add_contents(movies, contents)
-    return movies, ratings.append_column("item", pa.array(item))
-
-
-def _check_times(path: Path, ratings: pa.Table) -> None:
-    timestamp = ratings["timestamp"].to_numpy()
-    wrong = (timestamp < 0) | (timestamp >= END_OF_TIME)
-    unit = "{} is no time in seconds since 1970; convert it (milliseconds are divided by 1000)"
-    _refuse(path, ratings, "timestamp", wrong, unit)
-    keys = [ratings[name].to_numpy() for name in ("movieId", "timestamp", "userId")]
-    order = np.lexsort(keys)  # stable: the first of equal rows stays first
-    is_repeated = np.zeros(len(order), dtype=bool)
-    is_repeated[order[1:]] = np.all([np.diff(key[order]) == 0 for key in keys], axis=0)
-    reason = "user {} has rated this movie at this time before; keep one of the rows"
-    _refuse(path, ratings, "userId", is_repeated, reason)
+    return movies, ratings.append_column("item", item.cast(pa.int64()))
 
 
 def _add_contents(movies: pa.Table, path: Path) -> pa.Table:
     """Add plot and poster, if `path` has these columns, matched by movieId; else null."""
     try:
-        available = set(pq.read_schema(path).names)
+        available = [name for name in CONTENTS if name in pq.read_schema(path).names]
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: {error}; write it again as Parquet, or remove it") from error
-    if not available & CONTENTS.keys():
+    if not available:
         raise ValueError(f"{path}: has neither a column 'plot' nor 'poster'; add one or remove it")
-    for name in (name for name in CONTENTS if name in available):
-        types = {"movieId": pa.int64(), name: CONTENTS[name]}
-        contents = _read_movies(path, types, nullable=name)
+    contents = _read_movies(path, {"movieId": pa.int64()} | {n: CONTENTS[n] for n in available})
+    rows = pc.index_in(movies["movieId"], contents["movieId"])
+    for name in available:
+        column = contents[name].combine_chunks()
         if name == "poster":
-            where = f"{path}: column '{name}'"
-            check_first_image((chunk, where) for chunk in contents[name].chunks)
-        rows = pc.index_in(movies["movieId"], contents["movieId"])
-        movies = movies.append_column(name, contents[name].combine_chunks().take(rows))
+            check_first_image([(column, f"{path}: column '{name}'")])
+        movies = movies.append_column(name, column.take(rows))
     return movies
 
 
-def _read(path: Path, types: Types, nullable: str | None = None) -> pa.Table:
+def _read_movies(path: Path, types: Types) -> pa.Table:
+    table = _read(path, types)
+    reason = "movie {} occurs a second time; keep one row per movie"
+    _refuse(path, table, "movieId", _repeats(table, ["movieId"]), reason)
+    return table
+
+
+def _read(path: Path, types: Types) -> pa.Table:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; the source folder must hold it")
     try:
-        table = {".csv": _read_csv, ".dat": _read_dat, ".parquet": _read_parquet}[path.suffix](
-            path, types
-        )
+        if path.suffix == ".parquet":
+            table = pq.read_table(path)
+        elif path.suffix == ".dat":
+            table = _read_dat(path, types)
+        else:  # numbers of any kind as float64, so that Arrow names the row of a bad one
+            kinds = {n: k if pa.types.is_string(k) else pa.float64() for n, k in types.items()}
+            batches = csv_batches(Location.of(path), Source(str(path)), list(types), kinds)
+            table = pa.Table.from_batches(batches, pa.schema(kinds))
+        table = pa.table({name: table[name].cast(kind) for name, kind in types.items()})
     except (pa.ArrowException, OSError, KeyError) as error:
         raise ValueError(f"{path}: {error}; correct the file or fetch it again") from error
     if table.num_rows == 0:
         raise ValueError(f"{path}: no rows; the file is empty, fetch it again")
-    for name in types:
-        if name != nullable:
-            is_null = table[name].is_null().to_numpy()
-            _refuse(path, table, name, is_null, "no value; fill it or drop the row")
+    for name in types.keys() - {"genres", *CONTENTS}:
+        is_null = table[name].is_null().to_numpy()
+        _refuse(path, table, name, is_null, "no value; fill it or drop the row")
     return table
-
-
-def _read_csv(path: Path, types: Types) -> pa.Table:
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-        names = next(csv.reader(file), [])
-    if names:  # Arrow says that a file is empty
-        _require_columns(path, names, types)
-    return _parse(path, path, names, types, pa_csv.ParseOptions())
 
 
 def _read_dat(path: Path, types: Types) -> pa.Table:
@@ -215,70 +218,22 @@ def _read_dat(path: Path, types: Types) -> pa.Table:
     except UnicodeDecodeError:
         content = content.decode("latin-1").encode()
     # Arrow accepts one character as separator: this one occurs in no title.
-    content = content.replace(b"::", b"\x1f")
-    options = pa_csv.ParseOptions(delimiter="\x1f", quote_char=False)
-    return _parse(path, BytesIO(content), list(types), types, options)
+    return pa_csv.read_csv(
+        BytesIO(content.replace(b"::", b"\x1f")),
+        # One thread: with several, Arrow does not report the row of a bad value.
+        pa_csv.ReadOptions(use_threads=False, column_names=list(types)),
+        pa_csv.ParseOptions(delimiter="\x1f", quote_char=False),
+        pa_csv.ConvertOptions(column_types=types),
+    )
 
 
-def _parse(
-    path: Path,
-    content: Path | BytesIO,
-    names: list[str],
-    types: Types,
-    options: pa_csv.ParseOptions,
-) -> pa.Table:
-    """Parse a text file with columns `names`; an error names column and row."""
-    # One thread: with several, Arrow does not report the row of a bad value.
-    header = path.suffix == ".csv"
-    read = pa_csv.ReadOptions(use_threads=False, column_names=None if header else names)
-    convert = pa_csv.ConvertOptions(include_columns=list(types), column_types=types)
-    try:
-        return pa_csv.read_csv(content, read, options, convert)
-    except pa.ArrowInvalid as error:
-        place = re.match(r"In CSV column #(\d+): Row #(\d+): (.*)", str(error), re.DOTALL)
-        if place is None:
-            raise pa.ArrowInvalid(str(error).replace("\x1f", "::")) from error
-        row = _row(path, int(place[2]) - 1 - header)
-        raise pa.ArrowInvalid(f"column '{names[int(place[1])]}', {row}: {place[3]}") from error
-
-
-def _require_columns(path: Path, names: list[str], types: Types) -> None:
-    for name in types:
-        if name not in names:
-            raise ValueError(
-                f"{path}: column '{name}' does not exist; its columns are {', '.join(names)}; add "
-                "it, or fetch the file again"
-            )
-        if names.count(name) > 1:
-            raise ValueError(f"{path}: column '{name}' occurs {names.count(name)} times; keep one")
-
-
-def _read_parquet(path: Path, types: Types) -> pa.Table:
-    _require_columns(path, pq.read_schema(path).names, types)
-    table = pq.read_table(path, columns=list(types)).select(list(types))
-    for position, (name, kind) in enumerate(types.items()):
-        file_kind = table[name].type
-        is_text = pa.types.is_string(file_kind) or pa.types.is_large_string(file_kind)
-        if pa.types.is_large_binary(kind) and is_text:
-            raise pa.ArrowInvalid(f"column '{name}' is text; write the bytes of images, not paths")
-        is_number = pa.types.is_primitive(file_kind)
-        if pa.types.is_boolean(file_kind) or (pa.types.is_large_string(kind) and is_number):
-            raise pa.ArrowInvalid(f"column '{name}' has type {file_kind}, expected {kind}")
-        try:
-            table = table.set_column(position, name, table[name].cast(kind))
-        except pa.ArrowException as error:
-            raise pa.ArrowInvalid(f"column '{name}': {error}") from error
-    return table
-
-
-def _read_movies(path: Path, types: Types, nullable: str | None = None) -> pa.Table:
-    table = _read(path, types, nullable)
-    ids = table["movieId"].to_numpy()
-    is_repeated = np.ones(len(ids), dtype=bool)
-    is_repeated[np.unique(ids, return_index=True)[1]] = False
-    reason = "movie {} occurs a second time; keep one row per movie"
-    _refuse(path, table, "movieId", is_repeated, reason)
-    return table
+def _repeats(table: pa.Table, names: list[str]) -> np.ndarray:  # bool [N]
+    """Return which rows agree with an earlier one in some columns."""
+    keys = [table[name].to_numpy() for name in names]
+    order = np.lexsort(keys)  # stable: the first of equal rows stays first
+    repeats = np.zeros(len(order), bool)
+    repeats[order[1:]] = np.all([np.diff(key[order]) == 0 for key in keys], axis=0)
+    return repeats
 
 
 def _refuse(
@@ -287,11 +242,7 @@ def _refuse(
     """Raise a ValueError for the first wrong row; its value replaces `{}` in `reason`."""
     if wrong.any():
         row = int(wrong.argmax())
-        value = table[column][row].as_py()
-        raise ValueError(f"{path}: column '{column}', {_row(path, row)}: {reason.format(value)}")
-
-
-def _row(path: Path, index: int) -> str:
-    if path.suffix == ".csv":
-        return f"row {index + 2} (the header is row 1)"
-    return f"row {index + 1}" if path.suffix == ".dat" else f"row {index}"
+        value, first = table[column][row].as_py(), {".csv": 2, ".dat": 1}.get(path.suffix, 0)
+        header = " (the header is row 1)" if path.suffix == ".csv" else ""
+        place = f"column '{column}', row {row + first}{header}"
+        raise ValueError(f"{path}: {place}: {reason.format(value)}")

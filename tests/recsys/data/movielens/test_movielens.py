@@ -150,7 +150,7 @@ def replace_line(path: Path, number: int, line: str) -> None:
 @pytest.mark.parametrize(
     ("file", "number", "line", "words"),
     [
-        ("ratings.csv", 3, "7,one,4.0,1", ["'movieId'", "row 3", "'one'"]),
+        ("ratings.csv", 3, "7,one,4.0,1", ["'movieId'", "Row #3", "'one'"]),
         ("ratings.csv", 6, "7,2,4.0,1", ["'movieId'", "row 6", "movie 2", "movies.csv", "add it"]),
         ("ratings.csv", 6, "7,2,4.0", ["Row #6", "Expected 4 columns, got 3"]),
         ("ratings.csv", 4, "7,1,4.0,1600000000000", ["'timestamp'", "row 4", "milliseconds"]),
@@ -193,7 +193,7 @@ def test_the_files_of_movielens_1m_and_10m_give_the_dataset_of_the_same_ratings(
 @pytest.mark.parametrize("file", ["ratings.csv", "movies.csv"])
 def test_a_missing_or_an_empty_file_is_named(source: Path, tmp_path: Path, file: str) -> None:
     header = (source / file).read_text().splitlines()[0]
-    for content, words in ((None, "such file"), ("", "Empty"), (header + "\n", "no rows")):
+    for content, words in ((None, "such file"), ("", "empty"), (header + "\n", "no rows")):
         (source / file).unlink(missing_ok=True)
         if content is not None:
             (source / file).write_text(content)
@@ -205,7 +205,7 @@ def test_a_missing_or_an_empty_file_is_named(source: Path, tmp_path: Path, file:
 @pytest.mark.parametrize(
     ("contents", "words"),
     [
-        ({"plot": ["a"]}, ["'movieId'", "exist"]),
+        ({"plot": ["a"]}, ["movieId", "exist"]),
         ({"movieId": [1]}, ["neither", "'plot'"]),
         ({"movieId": [1, 1], "plot": ["a", "b"]}, ["'movieId'", "row 1", "second time"]),
         ({"movieId": [1], "poster": [b"posters/1.jpg"]}, ["'poster'", "posters/1.jpg"]),
