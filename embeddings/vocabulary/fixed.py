@@ -181,6 +181,16 @@ class ExactVocabulary:
         """Return whether every id of ``other`` has the same row in this map."""
         return len(other) == 0 or self.ids.slice(0, len(other)).equals(other.ids)
 
+    def resized(self, num_embeddings: int) -> "ExactVocabulary":
+        """Return the map for a table of other size, without the last ids if they do not fit."""
+        resized = ExactVocabulary(num_embeddings)
+        if len(self) <= resized.unknown_row:
+            resized.ids, resized._ordered_keys = self.ids, self._ordered_keys
+            resized._row_in_order = self._row_in_order
+        else:
+            resized.extend([self.ids.slice(0, resized.unknown_row)])
+        return resized
+
     def save(self, path: str, filesystem: FileSystem | None = None) -> None:
         table = pa.table({"id": self.ids, "row": np.arange(len(self))})
         pq.write_table(table, path, filesystem=filesystem)

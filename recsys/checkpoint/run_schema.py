@@ -35,6 +35,8 @@ HEAD = "# The columns this run was trained on, in the order in which its model r
 def write_run_schema(run: Path, schema: Schema) -> None:
     """Write the schema that a run is trained on, with the types of its raw ids."""
     content = {"schema": _plain(schema), "raw_ids": _raw_ids(schema)}
+    if schema.grown:
+        content["grown"] = schema.grown
     write_whole(run / FILE, HEAD + yaml.safe_dump(content, sort_keys=False))
 
 
@@ -51,13 +53,14 @@ def load_run_schema(run: Path, with_vocabularies: bool = True) -> Schema:
             table: IdType(stored["type"], str(path)) for table, stored in content["raw_ids"].items()
         }
         schema = parse_schema(content["schema"], str(path))
+        schema.grown.update(content.get("grown", {}))
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: cannot be read ({' '.join(str(error).split())}); {FIX}"
         ) from error
     schema.id_types.update(types)
     if with_vocabularies:
-        load_vocabularies(schema, Location.of(run), FIX)
+        load_vocabularies(schema, Location.of(run), FIX, is_of_run=True)
         stored, current = content["raw_ids"], _raw_ids(schema)
         for table in schema.tables_with("exact"):
             check_equal(f"vocabulary/{table}.parquet", stored[table], current[table], str(path))
@@ -87,10 +90,11 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
         fills = [column.fill for column in columns if column.fill is not None]
         for column in columns:
             column.fill = fills[0] if column.fill is None and fills else column.fill
-    if is_partition:  # the next partition takes the rows that tables have got since
-        for table in trained.tables_with("exact"):
-            if table in data.columns and data.limit(table) > trained.limit(table):
-                data.columns[table].num_embeddings = trained.limit(table)
+    for table in set(trained.tables_with("exact")) & set(data.tables_with("exact")):
+        # The next partition takes the rows that tables have got since.
+        is_larger = data.limit(table) > trained.limit(table)
+        if table in trained.grown or (is_partition and is_larger):
+            data.columns[table].num_embeddings = trained.limit(table)
     if not goes_on:
         _take_weights(trained, data)
     if differences := list(_differences(trained, data, goes_on)):
@@ -105,9 +109,15 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
     trained.items = data.items  # read by the names in the configuration
     trained.features = data.features
     if is_partition:
-        load_vocabularies(trained, Location.of(run), FIX)
-    else:
-        load_vocabularies(trained, root)
+        load_vocabularies(trained, Location.of(run), FIX, is_of_run=True)
+        return trained
+    for table, count in load_vocabularies(trained, root, is_of_run=True).items():
+        if ranks.is_first:
+            logger.info(
+                "%s: %s ids of '%s' came after the run's table was full, and are unknown to it; "
+                "train anew with --warm-start %s to give them rows",
+                *(root, f"{count:,}", table, run),
+            )
     return trained
 
 
@@ -151,6 +161,12 @@ def add_new_items(run: Path, schema: Schema, root: Location) -> str:
     vocabularies = schema.vocabularies.items()
     exact = {table: ids for table, ids in vocabularies if isinstance(ids, ExactVocabulary)}
     for table, ids in new_ids(root, schema, None, exact).items():
+        if len(exact[table]) + len(ids) > exact[table].unknown_row:
+            raise ValueError(
+                f"{root}/items: {len(ids):,} items are new, and table '{table}' of {run} has room "
+                f"for {exact[table].unknown_row - len(exact[table]):,}; `recsys continual` gives "
+                "them rows with the next partition, or remove them"
+            )
         exact[table].extend([ids])
     return f"train/{read_json(run / PARTITION)['name']}"
 
@@ -158,7 +174,7 @@ def add_new_items(run: Path, schema: Schema, root: Location) -> str:
 def _plain(schema: Schema) -> dict[str, Any]:
     """Return a schema as the content of `schema.yaml`, with every default that may matter."""
     content = _without_empty(asdict(schema))
-    for unwritten in ("vocabularies", "id_types", "transforms"):
+    for unwritten in ("vocabularies", "id_types", "transforms", "grown"):
         content.pop(unwritten, None)
     for column in content["columns"].values():
         if "vocabulary" in column:

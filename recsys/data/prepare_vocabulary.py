@@ -14,6 +14,7 @@ from embeddings.vocabulary.fixed import ExactVocabulary, is_id_type
 from recsys.data.parquet.file import column_type, open_parquet, read_row_group
 from recsys.data.parquet.values import is_list
 from recsys.data.schema import Schema, load_schema, vocabulary_file
+from recsys.data.schema_columns import MOST_ROWS
 from recsys.data.transforms.columns import read_columns
 from recsys.storage.location import Location
 
@@ -28,7 +29,8 @@ class PreparedVocabulary:
     file: Location
     num_ids: int
     num_new: int
-    num_embeddings: int
+    num_rows: int  # of the table, as training makes it
+    num_embeddings: int | None  # of schema.yaml, if these are too few
 
 
 def prepare_vocabularies(data: str) -> list[PreparedVocabulary]:
@@ -53,7 +55,7 @@ def new_ids(
     """Return, by table, the ids of a split (None: of the items) that its map does not have yet."""
     folders, ids = [ITEMS if split is None else split], {}
     for table in schema.tables_with("exact"):
-        vocabulary = ExactVocabulary(schema.limit(table))
+        vocabulary = ExactVocabulary(MOST_ROWS)
         if table in maps:
             vocabulary.extend([maps[table].ids])
         num_before = len(vocabulary)
@@ -65,12 +67,13 @@ def new_ids(
 def _extended(
     root: Location, schema: Schema, table: str
 ) -> tuple[PreparedVocabulary, ExactVocabulary]:
-    file, num_embeddings = vocabulary_file(root, table), schema.limit(table)
-    vocabulary = ExactVocabulary(num_embeddings)
+    file, vocabulary = vocabulary_file(root, table), ExactVocabulary(MOST_ROWS)
     if file.exists():
-        vocabulary = ExactVocabulary.load(file.path, num_embeddings, file.arrow)
+        vocabulary = ExactVocabulary.load(file.path, MOST_ROWS, file.arrow)
     num_new = _extend(root, schema, table, vocabulary, (*SPLITS, ITEMS))
-    return PreparedVocabulary(file, len(vocabulary), num_new, num_embeddings), vocabulary
+    schema.make_room(table, len(vocabulary))
+    rows = schema.limit(table), schema.grown.get(table)
+    return PreparedVocabulary(file, len(vocabulary), num_new, *rows), vocabulary
 
 
 def _extend(
@@ -155,8 +158,10 @@ def _write(vocabulary: ExactVocabulary, file: Location) -> None:
 
 def format_prepared(prepared: list[PreparedVocabulary]) -> str:
     """Return one line per map."""
-    return "\n".join(
-        f"{one.file}: {one.num_ids:,} ids, {one.num_new:,} of them new; room for "
-        f"{one.num_embeddings - 1 - one.num_ids:,} more"
-        for one in prepared
-    )
+    lines = []
+    for one in prepared:
+        line = f"{one.file}: {one.num_ids:,} ids, {one.num_new:,} of them new; "
+        if one.num_embeddings is not None:
+            line += f"its table grows from {one.num_embeddings:,} to {one.num_rows:,} rows; "
+        lines.append(f"{line}room for {one.num_rows - 1 - one.num_ids:,} more")
+    return "\n".join(lines)

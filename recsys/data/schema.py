@@ -39,6 +39,7 @@ from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary
 from recsys.config.parser import Parser, problem_of
 from recsys.config.plain_yaml import cached_copy, load_plain_yaml
 from recsys.data.schema_columns import (
+    MOST_ROWS,
     Column,
     FeatureTable,
     HistoryColumns,
@@ -56,6 +57,8 @@ from recsys.data.schema_columns import (
 )
 from recsys.data.transforms.chain import Chain, chains_of, file_columns, load_fitted
 from recsys.storage.location import Location
+
+FREE_SHARE = 4  # a table that grows has one free row for so many ids
 
 
 @dataclass
@@ -75,6 +78,8 @@ class Schema:
     id_types: dict[str, IdType] = field(default_factory=dict, init=False)
     # By column that is transformed.
     transforms: dict[str, Chain] = field(default_factory=dict, init=False)
+    # By table with more rows than in schema.yaml, as its ids need them: num_embeddings of the file.
+    grown: dict[str, int] = field(default_factory=dict, init=False)
 
     def of_kind(self, kind: str) -> list[str]:
         return [name for name, column in self.columns.items() if column.kind == kind]
@@ -169,6 +174,13 @@ class Schema:
     def parallel(self) -> list[str]:
         return self.histories[0].numbers if self.history else []
 
+    def make_room(self, table: str, num_ids: int) -> None:
+        """Enlarge a table with an exact map that has too few rows, by more than it needs today."""
+        rows = self.limit(table)
+        if num_ids >= rows:
+            self.grown.setdefault(table, rows)
+            self.columns[self.table_of(table)].num_embeddings = num_ids + 1 + num_ids // FREE_SHARE
+
     def file_columns(self, names: Iterable[str]) -> list[str]:
         """Return the columns of the files from which some columns are read, each once."""
         return file_columns(names, self.transforms)
@@ -240,18 +252,30 @@ def parse_schema(content: Any, place: str) -> Schema:
     return schema
 
 
-def load_vocabularies(schema: Schema, root: Location, fix: str | None = None) -> None:
-    """Load exact maps from `root`, and build hashes; `fix` ends the error about a missing map."""
+def load_vocabularies(
+    schema: Schema, root: Location, fix: str | None = None, is_of_run: bool = False
+) -> dict[str, int]:
+    """Load exact maps from `root`, and build hashes; `fix` ends the error about a missing map.
+
+    Tables that are too small for their maps grow. Those of a run keep their rows, and later ids of
+    the maps are unknown to it; returns the number of these by table.
+    """
     fix = fix or f"run `recsys prepare vocabulary --data {root}`"
+    num_later: dict[str, int] = {}
     for table in schema.tables_with("exact"):
         file = vocabulary_file(root, table)
         if not file.exists():
             raise ValueError(
                 f"{file}: no such file, but column '{table}' has a vocabulary of kind exact; {fix}"
             )
-        vocabulary = ExactVocabulary.load(file.path, schema.limit(table), file.arrow)
-        schema.vocabularies[table] = vocabulary
+        stored = ExactVocabulary.load(file.path, MOST_ROWS, file.arrow)
+        if not is_of_run:
+            schema.make_room(table, len(stored))
+        schema.vocabularies[table] = vocabulary = stored.resized(schema.limit(table))
+        if len(vocabulary) < len(stored):
+            num_later[table] = len(stored) - len(vocabulary)
     build_hashes(schema)
+    return num_later
 
 
 def advice_on_unknown(schema: Schema, table: str, root: Location) -> str:
@@ -260,7 +284,17 @@ def advice_on_unknown(schema: Schema, table: str, root: Location) -> str:
     assert isinstance(ids, ExactVocabulary)
     if len(ids) < ids.unknown_row:
         return command
-    return f"raise num_embeddings of '{table}' in schema.yaml, as its map is full, and {command}"
+    return f"{command}; a run whose table is full needs `recsys train --warm-start RUN`, too"
+
+
+def format_growth(schema: Schema) -> list[str]:
+    """Return a line for each table with more rows than `schema.yaml` has."""
+    return [
+        f"table '{table}' has {schema.limit(table):,} rows: num_embeddings of schema.yaml, "
+        f"{rows:,}, is too few for {len(ids):,} ids"
+        for table, rows in schema.grown.items()
+        if isinstance(ids := schema.vocabularies[table], ExactVocabulary)
+    ]
 
 
 def build_hashes(schema: Schema) -> None:

@@ -46,7 +46,7 @@ from recsys.config import Config, softmax_settings
 from recsys.config.load import validate
 from recsys.data.interactions import Interactions
 from recsys.data.row_source import RowSource, open_rows
-from recsys.data.schema import Schema, load_schema
+from recsys.data.schema import Schema, format_growth, load_schema
 from recsys.distributed.lockstep import Lockstep, TrainingStopped
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks, sole_job
@@ -146,6 +146,8 @@ def _train_locked(
             config.source, config.on_bad_row, data, ranks, schema
         )  # before items are encoded
         job = build_job(config, data, ranks, schema)
+        for line in format_growth(job.schema) if ranks.is_first and not goes_on else ():
+            logger.info(line)
         trainer = open_run(job, run, data, goes_on, lockstep, warm)
         try:
             trainer.train()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pyarrow as pa
 
 from embeddings.vocabulary.fixed import ExactVocabulary
@@ -12,13 +14,16 @@ from recsys.checkpoint.warm_start.plan import WarmStartPlan
 from recsys.checkpoint.warm_start.source import Differences, Source
 from recsys.config import Config
 from recsys.data.prepare_vocabulary import new_ids
-from recsys.data.schema import Schema, build_hashes, read_schema, vocabulary_file
+from recsys.data.schema import Schema, build_hashes, format_growth, read_schema, vocabulary_file
+from recsys.data.schema_columns import MOST_ROWS
 from recsys.data.transforms.chain import set_chain
 from recsys.data.transforms.prepare import fit_chains
 from recsys.distributed.ranks import Ranks
 from recsys.storage.location import Location
 from recsys.training.continual.partitions import Partition
 from recsys.training.initial_state import new_item_rows
+
+logger = logging.getLogger(__name__)
 
 NewIds = dict[str, pa.Array]  # by table with an exact map
 # Rules of a warm start by which a column is read as before.
@@ -52,7 +57,7 @@ def new_schema(
     `previous` are the columns without maps, and those of the run before. A collective.
 
     Raises:
-        ValueError: on every rank: the dataset cannot be read, or a table has too few rows.
+        ValueError: on every rank: the dataset cannot be read, or its ids are of another type.
     """
     with ranks.raise_on_all_ranks():
         if previous is None:
@@ -65,9 +70,8 @@ def new_schema(
                 if schema.transforms[name] != previous[1].transforms.get(name):
                     schema.transforms[name] = chain
         for table in schema.tables_with("exact"):
-            vocabulary = ExactVocabulary(schema.limit(table))
-            vocabulary.extend([maps[table].ids] if table in maps else [])
-            schema.vocabularies[table] = vocabulary
+            vocabulary = maps.get(table, ExactVocabulary(MOST_ROWS))
+            schema.vocabularies[table] = vocabulary.resized(MOST_ROWS)
         build_hashes(schema)
         if ranks.is_first:
             fit_chains(root, schema, partition.folder)
@@ -75,7 +79,23 @@ def new_schema(
         schema.transforms[name] = chain
         set_chain(schema.columns[name], chain)
     add_ids(schema, _new_ids(root, schema, None, ranks), ranks)
-    return schema, _new_ids(root, schema, partition.folder, ranks)
+    ids = _new_ids(root, schema, partition.folder, ranks)
+    _size_tables(schema, ids, None if previous is None else previous[1])
+    if ranks.is_first:
+        for line in format_growth(schema):
+            logger.info(line)
+    return schema, ids
+
+
+def _size_tables(schema: Schema, ids: NewIds, previous: Schema | None) -> None:
+    """Enlarge tables for the new ids of a partition; they never get smaller by themselves."""
+    for table, vocabulary in _maps(schema).items():
+        rows = schema.limit(table)
+        if previous is not None and table in previous.grown and previous.limit(table) > rows:
+            schema.grown[table] = rows
+            schema.columns[table].num_embeddings = previous.limit(table)
+        schema.make_room(table, len(vocabulary) + len(ids[table]))
+        schema.vocabularies[table] = vocabulary.resized(schema.limit(table))
 
 
 def add_ids(schema: Schema, ids: NewIds, ranks: Ranks) -> None:
@@ -95,7 +115,7 @@ def _stored_maps(root: Location, schema: Schema) -> dict[str, ExactVocabulary]:
     maps = {}
     for table in schema.tables_with("exact"):
         if (file := vocabulary_file(root, table)).exists():
-            maps[table] = ExactVocabulary.load(file.path, schema.limit(table), file.arrow)
+            maps[table] = ExactVocabulary.load(file.path, MOST_ROWS, file.arrow)
     return maps
 
 

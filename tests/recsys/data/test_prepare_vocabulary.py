@@ -77,17 +77,35 @@ def test_a_dataset_at_a_url_is_prepared_there(tmp_path: Path) -> None:
     assert len(load_schema(root).vocabularies) == 3
 
 
-def test_ids_that_do_not_fit_leave_all_maps_as_they_were(tmp_path: Path) -> None:
+def test_an_unusable_file_leaves_all_maps_as_they_were(tmp_path: Path) -> None:
+    data = write_raw_dataset(tmp_path / "data")
+    prepare_vocabularies(str(data))
+    later_rows = pa.table({**TRAIN, "user": ["a", "b", "c"], "item": ["5", "6", "7"]})
+    write_parquet(data / "train" / "part-1.parquet", later_rows)
+    with pytest.raises(ValueError, match=r"part-1.parquet: column 'item': the map holds integers"):
+        prepare_vocabularies(str(data))
+    assert (map_of(data, "user"), map_of(data, "item")) == (USER_ROWS, ITEM_ROWS)
+
+
+def test_a_table_that_is_too_small_for_its_ids_grows_and_schema_yaml_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = write_raw_dataset(tmp_path / "data")
     prepare_vocabularies(str(data))
     later_rows = pa.table({**TRAIN, "user": ["a", "b", "c"], "item": [5, 6, 7]})
     write_parquet(data / "train" / "part-1.parquet", later_rows)
-    with pytest.raises(
-        ValueError,
-        match=r"column 'user' in .*/schema.yaml: 7 ids .* num_embeddings is 6.*at least 8",
-    ):
-        prepare_vocabularies(str(data))
-    assert (map_of(data, "user"), map_of(data, "item")) == (USER_ROWS, ITEM_ROWS)
+    text = (data / "schema.yaml").read_text()
+    assert main(["prepare", "vocabulary", "--data", str(data)]) == 0
+    user, item, _ = capsys.readouterr().out.splitlines()
+    ids = "7 ids, 3 of them new"
+    assert user == (
+        f"{data}/vocabulary/user.parquet: {ids}; its table grows from 6 to 9 rows; room for 1 more"
+    )
+    assert item == f"{data}/vocabulary/item.parquet: {ids}; room for 0 more"
+    schema = load_schema(Location.of(data))
+    assert (schema.limit("user"), schema.limit("item"), schema.grown) == (9, 8, {"user": 6})
+    assert schema.vocabularies["user"].rows_of(pa.array(["a", "zoe", "?"])).tolist() == [4, 3, 8]
+    assert (data / "schema.yaml").read_text() == text
 
 
 def job_on(data: Path) -> Any:

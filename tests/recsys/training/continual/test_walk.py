@@ -40,6 +40,7 @@ from tests.recsys.training.continual.walk_runs import (
     lines_of,
     rewound,
     walk,
+    write_partition,
     write_walk,
 )
 
@@ -242,3 +243,45 @@ def test_a_partition_that_is_begun_goes_on_when_its_tables_get_rows_for_later_da
     file.write_text(file.read_text().replace("num_embeddings: 60", "num_embeddings: 39"))
     with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match="num_embeddings"):
         schema_of_data(run, root, ranks, goes_on=True)
+
+
+def test_tables_grow_with_the_ids_of_partitions_and_items(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`num_embeddings` is 15, for 14, 18, 22 and 30 items; a table has a free row for 4 ids."""
+    data = write_walk(tmp_path / "data")
+    file, root = data / "schema.yaml", Location.of(data)
+    text = file.read_text().replace("num_embeddings: 40", "num_embeddings: 15")
+    file.write_text(text)
+    folder, rows = ContinualFolder(tmp_path / "run"), []
+    for number, name in enumerate(NAMES):
+        for later in NAMES[number + 1 :]:  # items of later days are not there yet
+            (data / "items" / f"part-{NAMES.index(later)}.parquet").unlink(missing_ok=True)
+        write_partition(data, number)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            walk(tmp_path, tmp_path / "run", *WITHOUT_CONTENT, last=name)
+        with joined_ranks("cpu") as ranks:
+            schema = schema_of_data(folder.run_of(name), root, ranks, goes_on=True)
+            rows.append(schema.limit("item"))
+            assert schema.grown == ({"item": 15} if number else {})
+            assert load_run(folder.run_of(name), None, ranks, "cpu").schema.num_items == rows[-1]
+        line = f"table 'item' has {rows[-1]} rows: num_embeddings of schema.yaml, 15, is too few"
+        assert (line in caplog.text) == (number > 0)
+    assert rows == [15, 23, 23, 38] and file.read_text() == text
+    assert [entry["partition"] for entry in lines_of(tmp_path / "run")] == NAMES[1:]
+
+
+def test_items_beyond_the_rows_of_a_run_are_refused_until_the_next_partition(
+    two: Path,
+) -> None:
+    folder, data = ContinualFolder(two / "run"), str(two / "data")
+    items = pa.table({"item": np.arange(1000, 1030), "text": ["new"] * 30})
+    pq.write_table(items, two / "data" / "items" / "part-9.parquet")
+    problem = r"30 items are new, and table 'item' .* has room for 21; `recsys continual`"
+    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=problem):
+        load_run(folder.run_of(NAMES[1]), data, ranks, "cpu")
+    write_partition(two / "data", 2)
+    walk(two, two / "run", *WITHOUT_CONTENT)
+    with joined_ranks("cpu") as ranks:
+        assert load_run(folder.run_of(NAMES[2]), data, ranks, "cpu").schema.num_items == 66
