@@ -50,150 +50,105 @@ class PretrainedFiles:
 
 
 @dataclass(frozen=True)
-class PretrainedBlock:
-    """Some rows of one file, all checked except for the ids."""
+class _Block:
+    """Some rows of one file, of the table to load."""
 
     file: str
-    id_column: str
-    ids: pa.Array  # [N], without null
-    vectors: np.ndarray  # float32 [N, D], finite
-    positions: np.ndarray  # [N] rows in the file, for messages
+    positions: np.ndarray  # [N] rows in the file
+    ids: pa.Array  # [N]
+    lists: pa.Array  # [N]
 
-    def id_error(self, index: int, fault: str) -> ValueError:
-        text = f"id {self.ids[index].as_py()}{fault}"
-        return _error(self.file, self.id_column, self.positions[index], text)
-
-    def rows(self, rows_of_ids: RowsOfIds | None) -> np.ndarray:
-        """Return the rows of the ids, int64 [N]; without ``rows_of_ids`` the ids themselves."""
-        if rows_of_ids is not None:
-            try:
-                return rows_of_ids(self.ids)
-            except ValueError as error:
-                raise ValueError(f"{self.file}: column '{self.id_column}': {error}") from error
-        if not pa.types.is_integer(self.ids.type):
-            raise ValueError(
-                f"{self.file}: column '{self.id_column}' has type {self.ids.type}, but ids are "
-                "integers; write rows of the table or name another column"
-            )
-        return self.ids.cast(pa.int64(), safe=False).to_numpy()
+    def require(self, good: np.ndarray, column: str, fault: Callable[[int], str]) -> None:
+        """Raise a ValueError with the place of the first row that is not good [N]."""
+        if not good.all():
+            index = int((~good).argmax())
+            where = f"{self.file}: column '{column}', row {self.positions[index]}"
+            raise ValueError(f"{where}: {fault(index)}")
 
 
-def _read_pretrained(files: PretrainedFiles, table: str, dim: int) -> Iterator[PretrainedBlock]:
+def _read_pretrained(files: PretrainedFiles, table: str, dim: int) -> Iterator[tuple[str, _Block]]:
+    """Yield the name of the column with ids, and rows."""
     for path in files.paths:
         try:
             with pq.ParquetFile(
                 path, filesystem=files.filesystem, pre_buffer=False, buffer_size=READ_BYTES
             ) as file:
-                yield from _read_file(path, file, files, table, dim)
+                schema = file.schema_arrow
+                id_column = files.id_column or ("id" if "id" in schema.names else "row")
+                for name in (id_column, files.vector_column):
+                    if name not in schema.names:
+                        raise ValueError(
+                            f"{path}: column '{name}' is missing; the file has {schema.names}"
+                        )
+                kind = schema.field(files.vector_column).type
+                if (
+                    not pa.types.is_floating(getattr(kind, "value_type", kind))
+                    or kind.num_fields != 1
+                ):
+                    raise ValueError(
+                        f"{path}: column '{files.vector_column}' has type {kind}, expected a list "
+                        "of floats; write it with that type or name another column"
+                    )
+                columns = [id_column, files.vector_column]
+                columns += [TABLE_COLUMN] if TABLE_COLUMN in schema.names else []
+                end = 0
+                for batch in file.iter_batches(max(1, BLOCK_BYTES // (4 * dim)), columns=columns):
+                    positions = np.arange(end, end + len(batch))
+                    end += len(batch)
+                    if TABLE_COLUMN in columns:
+                        mine = pc.equal(batch[TABLE_COLUMN].cast(pa.string()), table)
+                        mine = pc.fill_null(mine, False)
+                        batch, positions = batch.filter(mine), positions[mine.to_numpy(False)]
+                    ids, lists = batch[id_column], batch[files.vector_column]
+                    yield id_column, _Block(path, positions, ids, lists)
         except FileNotFoundError as error:
             raise ValueError(f"{path}: no such file") from error
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
 
 
-def _read_file(
-    path: str, file: pq.ParquetFile, files: PretrainedFiles, table: str, dim: int
-) -> Iterator[PretrainedBlock]:
-    names = file.schema_arrow.names
-    id_column = files.id_column or ("id" if "id" in names else "row")
-    columns = [id_column, files.vector_column]
-    for name in columns:
-        if name not in names:
-            raise ValueError(f"{path}: column '{name}' is missing; the file has {names}")
-    _check_type(path, file.schema_arrow.field(files.vector_column), dim)
-    if TABLE_COLUMN in names:
-        columns.append(TABLE_COLUMN)
-        _check_names_tables(path, file.schema_arrow.field(TABLE_COLUMN).type)
-    for positions, batch in _batches(file, columns, table, height=max(1, BLOCK_BYTES // (4 * dim))):
-        ids, lists = batch[id_column], batch[files.vector_column]
-        for column, array in [(id_column, ids), (files.vector_column, lists)]:
-            if array.null_count:
-                index = int(array.is_null().to_numpy(False).argmax())
-                raise _error(path, column, positions[index], "null; fill it or drop the row")
-        vectors = lists.flatten().cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
-        if (bad_vector := _bad_vector(lists, vectors, dim)) is not None:
-            raise _error(path, files.vector_column, positions[bad_vector[0]], bad_vector[1])
-        yield PretrainedBlock(path, id_column, ids, vectors.reshape(-1, dim), positions)
-
-
-def _batches(
-    file: pq.ParquetFile, columns: list[str], table: str, height: int
-) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
-    """Yield rows of the table with their places in the file."""
-    position = 0
-    for index in range(file.num_row_groups):
-        row_group = file.metadata.row_group(index)
-        if TABLE_COLUMN in columns and not _may_hold(row_group, table):
-            position += row_group.num_rows
-            continue
-        for batch in file.iter_batches(height, row_groups=[index], columns=columns):
-            positions = np.arange(position, position + len(batch))
-            position += len(batch)
-            if TABLE_COLUMN in columns:
-                mine = pc.fill_null(pc.equal(batch[TABLE_COLUMN].cast(pa.string()), table), False)
-                batch, positions = batch.filter(mine), positions[mine.to_numpy(False)]
-            yield positions, batch
-
-
-def _may_hold(row_group: pq.RowGroupMetaData, table: str) -> bool:
-    """Return whether the row group can hold ``table``, by the statistics of its table column."""
-    for index in range(row_group.num_columns):
-        column = row_group.column(index)
-        if column.path_in_schema == TABLE_COLUMN and column.is_stats_set:
-            statistics = column.statistics
-            return not statistics.has_min_max or statistics.min <= table <= statistics.max
-    return True
-
-
-def _check_type(path: str, field: pa.Field, dim: int) -> None:
-    kind = field.type
-    is_fixed = pa.types.is_fixed_size_list(kind)
-    is_list = is_fixed or pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    if not is_list or not pa.types.is_floating(kind.value_type):
-        raise ValueError(
-            f"{path}: column '{field.name}' has type {kind}, expected a list of floats; write it "
-            "with that type or name another column"
-        )
-    if is_fixed and kind.list_size != dim:
-        raise ValueError(f"{path}: column '{field.name}': {_wrong_width(kind.list_size, dim)}")
-
-
-def _check_names_tables(path: str, kind: pa.DataType) -> None:
-    name = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(name) or pa.types.is_large_string(name)):
-        raise ValueError(
-            f"{path}: column '{TABLE_COLUMN}' has type {kind}, but it names the table of a row; "
-            "write strings or rename the column"
-        )
-
-
-def _wrong_width(width: int, dim: int) -> str:
-    return (
-        f"vectors of {width} numbers for a table of dimension {dim}; set embedding_dim to {width} "
-        f"or write vectors of {dim}"
+def _vectors(block: _Block, column: str, dim: int) -> np.ndarray:  # float32 [N, D]
+    """Return the vectors of a block; a ValueError names the first that cannot be used."""
+    lists = block.lists
+    lengths = pc.fill_null(pc.list_value_length(lists), -1).to_numpy(zero_copy_only=False)
+    block.require(lengths >= 0, column, lambda _: "null; fill it or drop the row")
+    block.require(
+        lengths == dim,
+        column,
+        lambda index: (
+            f"vectors of {lengths[index]} numbers for a table of dimension {dim}; set "
+            f"embedding_dim to {lengths[index]} or write vectors of {dim}"
+        ),
     )
+    numbers = lists.flatten().cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+    vectors = numbers.reshape(-1, dim)  # null is NaN
+    is_finite = np.isfinite(vectors)
+    block.require(
+        is_finite.all(axis=1),
+        column,
+        lambda index: (
+            f"value {lists[index].as_py()[int((~is_finite[index]).argmax())]}; write a finite "
+            "number that fits float32"
+        ),
+    )
+    return vectors
 
 
-def _bad_vector(lists: pa.Array, numbers: np.ndarray, dim: int) -> tuple[int, str] | None:
-    """Return the index of the first list that cannot be used, and the reason."""
-    if not pa.types.is_fixed_size_list(lists.type):
-        lengths = pc.list_value_length(lists).to_numpy()
-        if (lengths != dim).any():
-            index = int((lengths != dim).argmax())
-            return index, _wrong_width(lengths[index], dim)
-    if lists.flatten().null_count:
-        index = int(lists.flatten().is_null().to_numpy(False).argmax())
-        return index // dim, "null inside the vector; fill it or drop the row"
-    finite = np.isfinite(numbers)
-    if not finite.all():
-        index = int((~finite).argmax())
-        value = lists.flatten()[index].as_py()
-        return index // dim, f"value {value}; write a finite number that fits float32"
-    return None
-
-
-def _error(file: str, column: str, row: int, fault: str) -> ValueError:
-    return ValueError(f"{file}: column '{column}', row {row}: {fault}")
+def _rows(block: _Block, id_column: str, rows_of_ids: RowsOfIds | None) -> np.ndarray:  # [N]
+    is_valid = block.ids.is_valid().to_numpy(zero_copy_only=False)
+    block.require(is_valid, id_column, lambda _: "null; fill it or drop the row")
+    where = f"{block.file}: column '{id_column}'"
+    if rows_of_ids is not None:
+        try:
+            return rows_of_ids(block.ids)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    if not pa.types.is_integer(block.ids.type):
+        raise ValueError(
+            f"{where} has type {block.ids.type}, but ids are integers; write rows of the table or "
+            "name another column"
+        )
+    return block.ids.cast(pa.int64(), safe=False).to_numpy()
 
 
 @dataclass(frozen=True)
@@ -234,12 +189,13 @@ def load_pretrained_rows(
     """
     target, stored_name = _Target(model, table), files.table or table
     num_set = num_left_out = 0
-    for block in _read_pretrained(files, stored_name, target.dim):
-        rows = block.rows(rows_of_ids)
+    for id_column, block in _read_pretrained(files, stored_name, target.dim):
+        rows = _rows(block, id_column, rows_of_ids)
+        vectors = _vectors(block, files.vector_column, target.dim)
         has_row = np.ones(len(rows), dtype=bool) if rows_of_ids is None else rows != -1
-        target.check(block, rows, has_row)
+        target.check(block, id_column, rows, has_row)
         for shard in target.shards:
-            shard.write(torch.tensor(rows), torch.tensor(block.vectors))
+            shard.write(torch.tensor(rows), torch.tensor(vectors))
         num_set += int(has_row.sum())
         num_left_out += int((~has_row).sum())
     if num_set == 0 and not may_be_empty:
@@ -278,25 +234,28 @@ class _Target:
         last = max((shard.row + len(shard.weight) for shard in self.shards), default=0)
         self._is_set = np.zeros(last - self._first, dtype=bool)
 
-    def check(self, block: PretrainedBlock, rows: np.ndarray, has_row: np.ndarray) -> None:
+    def check(self, block: _Block, id_column: str, rows: np.ndarray, has_row: np.ndarray) -> None:
         """Reject rows int64 [N] outside the table, unless not known, and rows set before."""
-        outside = has_row & ((rows < 0) | (rows >= self.num_rows))
-        if outside.any():
-            raise block.id_error(
-                int(outside.argmax()),
-                f" is outside [0, {self.num_rows}), the rows of table '{self.name}'; raise "
-                "num_embeddings or drop the row",
-            )
-        local = np.flatnonzero((rows >= self._first) & (rows < self._first + len(self._is_set)))
-        places = rows[local] - self._first
-        repeated = self._is_set[places]
-        first_places = np.unique(places, return_index=True)[1]
-        repeated[np.setdiff1d(np.arange(len(places)), first_places)] = True
-        if repeated.any():
-            index = int(local[repeated.argmax()])
-            raise block.id_error(
-                index,
-                f": row {rows[index]} of table '{self.name}' has a vector already; keep one per "
-                "row",
-            )
+        block.require(
+            ~has_row | ((rows >= 0) & (rows < self.num_rows)),
+            id_column,
+            lambda index: (
+                f"id {block.ids[index]} is outside [0, {self.num_rows}), the rows of table "
+                f"'{self.name}'; raise num_embeddings or drop the row"
+            ),
+        )
+        is_here = (rows >= self._first) & (rows < self._first + len(self._is_set))
+        places = rows[is_here] - self._first
+        is_new = np.zeros(len(places), dtype=bool)
+        is_new[np.unique(places, return_index=True)[1]] = True
+        is_good = ~is_here
+        is_good[is_here] = is_new & ~self._is_set[places]
+        block.require(
+            is_good,
+            id_column,
+            lambda index: (
+                f"id {block.ids[index]}: row {rows[index]} of table '{self.name}' has a vector "
+                "already; keep one per row"
+            ),
+        )
         self._is_set[places] = True

@@ -197,9 +197,12 @@ WRONG_IDS = [
 ]
 WRONG_VECTORS = [
     ([GOOD[0], [1.0, 2.0], GOOD[1]], r"column 'vector', row 1: vectors of 2 numbers .* of dim"),
-    (pa.array([[1.0] * 4] * 3, pa.list_(pa.float32(), 4)), "column 'vector': vectors of 4 numb"),
+    (
+        pa.array([[1.0] * 4] * 3, pa.list_(pa.float32(), 4)),
+        "column 'vector', row 0: vectors of 4 n",
+    ),
     ([GOOD[0], GOOD[1], None], r"column 'vector', row 2: null"),
-    (with_number(None), r"column 'vector', row 2: null inside"),
+    (with_number(None), r"column 'vector', row 2: value None"),
     (with_number(float("nan")), r"column 'vector', row 2: value nan"),
     (with_number(1e300), r"column 'vector', row 2: value 1e\+300; .*fits float32"),
     ([[1] * DIM] * 3, "column 'vector'.*list<.*int64>"),
