@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -48,7 +47,7 @@ def explain_data(
     findings = find(summary)
     print_table(format_dataset(summary, findings))
     if json_file is not None:
-        write_whole(json_file, json.dumps(to_json(summary, findings), indent=2) + "\n")
+        write_whole(json_file, to_json(summary, findings))
         logger.info("written to %s", json_file)
     if summary.has_bad_rows and on_bad_row == "error":
         _raise_first(data, summary)
@@ -173,9 +172,7 @@ def _items(summary: DatasetSummary) -> str:
 
 def _content(column: ColumnSummary) -> str:
     if column.kind == "image":
-        formats = ", ".join(f"{name} {count:,}" for name, count in column.formats.most_common(3))
-        sizes = ", ".join(f"{size} ({count:,})" for size, count in column.sizes.most_common(2))
-        return f"{formats}; most often {sizes}; of those opened" if formats else "-"
+        return f"{column.broken:,} of {column.opened:,} opened are no images"
     if column.kind == "category":
         return f"{column.values:,} different ones"
     lengths: dict[str, Any] = column.lengths.summary()

@@ -179,9 +179,8 @@ def _items(summary: DatasetSummary) -> Iterator[Finding]:
                 "the model masks them; cover them by another modality",
             )
         if column.broken:
-            opened = column.broken + sum(column.formats.values())
             yield Finding(
-                f"{column.broken:,} of {opened:,} opened values of '{name}' are no images",
+                f"{column.broken:,} of {column.opened:,} opened values of '{name}' are no images",
                 "write them again as JPEG, PNG or WebP, or null, or set on_bad_row: skip",
             )
         elif column.problem:

@@ -9,16 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
 
-from recsys.data.items.images import FORMATS, check_first_image, decode_image
+from recsys.data.items.images import check_first_image, decode_image
 from recsys.data.items.item_column import FeatureFile
 from recsys.data.items.item_table import ItemTable, plain_values
 from recsys.data.items.item_values import (
@@ -121,7 +119,7 @@ class ColumnSummary:
     missing: items without content; None if unknown without reading all images.
     lengths: lengths of texts in characters, of features in tokens.
     widths: number of feature vectors by width.
-    formats, sizes, broken: opened images by format and by size, and those not opened.
+    opened, broken: images that were decoded for a trial, and how many of them cannot be.
     problem: the first content at which training would fail.
     values: number of different categories.
     most_common_share: share of the most frequent content in a sample.
@@ -132,8 +130,7 @@ class ColumnSummary:
     missing: int | None = 0
     lengths: Lengths = field(default_factory=Lengths)
     widths: Counter[int] = field(default_factory=Counter)
-    formats: Counter[str] = field(default_factory=Counter)
-    sizes: Counter[str] = field(default_factory=Counter)
+    opened: int = 0
     broken: int = 0
     problem: str = ""
     values: int | None = None
@@ -283,18 +280,13 @@ def _summarize_images(items: ItemTable, name: str, summary: ColumnSummary) -> No
 
 
 def _open_images(summary: ColumnSummary, chunk: pa.Array, where: str) -> None:
-    opened = 0
     for row, content in enumerate(chunk.to_pylist()):
         for encoded in content if isinstance(content, list) else [content]:
-            if encoded is None or opened == IMAGES_OPENED:
+            if encoded is None or summary.opened == IMAGES_OPENED:
                 continue
-            opened += 1
+            summary.opened += 1
             try:
                 decode_image(encoded, 1, f"{where}, row {row}")
             except ValueError as error:
                 summary.broken += 1
                 summary.problem = summary.problem or str(error)
-                continue
-            with Image.open(BytesIO(encoded), formats=FORMATS) as image:
-                summary.formats[str(image.format)] += 1
-                summary.sizes[f"{image.width} x {image.height}"] += 1

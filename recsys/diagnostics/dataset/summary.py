@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -311,48 +312,17 @@ def _table_uses(database: duckdb.DuckDBPyConnection, schema: Schema) -> dict[str
     return uses
 
 
-def to_json(summary: DatasetSummary, findings: list[Any]) -> dict[str, Any]:
-    """Return summary and findings as plain values for JSON."""
-    splits = {}
-    for name, split in summary.splits.items():
-        figures = vars(split) | {
-            "lists": {column: lengths.summary() for column, lengths in split.lists.items()},
-            "distinct": {column: ids["distinct"] for column, ids in split.ids.items()}
-            | split.distinct,
-            "times": {column: [str(time) for time in ends] for column, ends in split.times.items()},
-            "shares_of_rows": split.shares,
-        }
-        figures["ids"] = {
-            column: ids | {"unknown_share": ids["unknown"] / max(ids["count"], 1)}
-            for column, ids in split.ids.items()
-        }
-        hidden = ("split", "shares", "item_counts", "target_in_history")
-        splits[name] = {key: value for key, value in figures.items() if key not in hidden}
-    return {
-        "data": str(summary.root),
-        "splits": splits,
-        "tables": {
-            name: {**vars(use), "unused_share": use.unused_share}
-            for name, use in summary.tables.items()
-        },
-        "items": None if summary.items is None else _items_to_json(summary, summary.items),
-        "findings": [vars(finding) for finding in findings],
-    }
+def to_json(summary: DatasetSummary, findings: list[Any]) -> str:
+    """Return summary and findings as JSON, without the items of each row."""
+    parts = {"splits": summary.splits, "tables": summary.tables, "items": summary.items}
+    content = {"data": str(summary.root), **parts, "findings": findings}
+    return json.dumps(content, default=_plain, indent=2) + "\n"
 
 
-def _items_to_json(summary: DatasetSummary, items: ItemSummary) -> dict[str, Any]:
-    columns = {
-        name: {
-            **vars(column),
-            "lengths": column.lengths.summary(),
-            "missing_share": column.missing_share(items.rows),
-        }
-        for name, column in items.columns.items()
-    }
-    return {
-        "rows": items.rows,
-        "usable_rows": len(items.ids),
-        "without_impressions": summary.items_without_rows(),
-        "columns": columns,
-        "bad_rows": items.bad_rows,
-    }
+def _plain(value: Any) -> Any:
+    if isinstance(value, Lengths):
+        return value.summary()
+    if isinstance(value, datetime):
+        return str(value)
+    hidden = (ItemCounts, np.ndarray)
+    return {name: part for name, part in vars(value).items() if not isinstance(part, hidden)}

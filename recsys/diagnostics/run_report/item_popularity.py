@@ -5,8 +5,6 @@ Shapes: N rows of the split, I items.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,6 @@ from recsys.diagnostics.run_report.page import (
     drawn,
     new_figure,
 )
-from recsys.evaluation.bootstrap import paired_difference
 from recsys.evaluation.metrics import RankedRows, RegressionRows, marked_cell, rows_of_loss
 from recsys.evaluation.scores import SplitScores
 
@@ -32,7 +29,6 @@ UNTRAINED = (
     "An item without training impressions has an untrained ID vector: the model knows it only by "
     "its content, its other features and the user."
 )
-MOST_USERS = 1000  # of a bar with an interval: that of more users is too narrow to be seen
 
 
 def in_bucket(name: str, counts: np.ndarray) -> np.ndarray:  # int64 [N] -> bool [N]
@@ -70,44 +66,20 @@ def item_popularity(scores: SplitScores, split: str) -> Section:
         return Section("Quality by item popularity", [UNTRAINED], [], [table])
     words, drawings = [UNTRAINED], []
     if any(values["auc"] is not None for values in buckets.values()):
-        drawings = [_bars(scores, buckets, split)]
+        drawings = [_bars(buckets, split)]
     else:
         words.append("No figure: the items of each range have rows of one label only.")
     return Section("Quality by item popularity", words, drawings, [table])
 
 
-def metric_interval(scores: SplitScores, metric: str) -> tuple[float, float] | None:
-    """Return the 95 % interval of AUC or GAUC over the choice of users; None with too few."""
-    chance = replace(scores, logits=np.zeros_like(scores.logits))
-    difference = paired_difference([[chance]], [[scores]], metric, "all")
-    if difference is None:
-        return None
-    return max(0.0, 0.5 + difference.low), min(1.0, 0.5 + difference.high)
-
-
-def _errors(scores: SplitScores, metric: str, heights: Sequence[float]) -> np.ndarray:
-    """Return how far intervals reach below and above the bars [2, buckets]; NaN: no interval."""
-    errors = np.full((2, len(heights)), np.nan)
-    for bucket, name in enumerate(BUCKETS):
-        inside = scores.take(in_bucket(name, scores.counts))
-        if np.isnan(heights[bucket]) or len(np.unique(inside.groups)) > MOST_USERS:
-            continue
-        if (interval := metric_interval(inside, metric)) is not None:
-            low, high = interval
-            errors[:, bucket] = max(0.0, heights[bucket] - low), max(0.0, high - heights[bucket])
-    return errors
-
-
-def _bars(scores: SplitScores, buckets: dict[str, dict[str, Any]], split: str) -> Drawing:
+def _bars(buckets: dict[str, dict[str, Any]], split: str) -> Drawing:
     figure, (axes,) = new_figure(1)
     places = np.arange(len(buckets))
     for shift, name, colour in ((-0.2, "auc", BLUE), (0.2, "gauc", ORANGE)):
         heights = [
             values[name] if values[name] is not None else np.nan for values in buckets.values()
         ]
-        errors = _errors(scores, name, heights)
         axes.bar(places + shift, heights, 0.38, color=colour, label=name.upper())
-        axes.errorbar(places + shift, heights, errors, fmt="none", ecolor="black", capsize=4)
         for place, height in zip(places + shift, heights):
             if not np.isnan(height):
                 inside = "white" if height > 0.1 else "black"
@@ -123,8 +95,7 @@ def _bars(scores: SplitScores, buckets: dict[str, dict[str, Any]], split: str) -
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     caption = (
         f"AUC and GAUC of the {split} split by the item's training impressions. The line at 0.5 is "
-        "chance; a bar is missing where the rows have one label only. Whiskers are 95 % intervals "
-        f"by a bootstrap of users, for bars of at most {MOST_USERS:,} users; too few users have "
-        "none."
+        "chance; a bar is missing where the rows have one label only. `recsys compare` tests "
+        "differences of two models."
     )
     return drawn("quality-by-popularity", figure, caption)

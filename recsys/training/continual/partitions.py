@@ -6,11 +6,11 @@ day late: it is refused, as is a choice of the next partition that breaks the or
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from itertools import pairwise
 from typing import Any, Literal
 from urllib.parse import unquote
@@ -22,12 +22,8 @@ SUCCESS = "_SUCCESS"
 # Names of folders and files that writers use until a file is whole.
 UNFINISHED = ("_temporary", ".partial", ".tmp", ".inprogress", "._COPYING_", ".crdownload")
 NULL = "__HIVE_DEFAULT_PARTITION__"  # the value of rows without one, as Hive writes it
-MONTH = re.compile(r"\d{4}-\d{2}")
 # Clocks differ by time zone, and the day of a partition may be that of its end.
 AHEAD = timedelta(days=1)
-YEARS = range(1970, 2500)  # others are no years
-# Lengths of digits that are dates, and their forms.
-FORMS = {8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M"}
 Key = tuple[tuple[int, int, str], ...]
 
 
@@ -162,7 +158,7 @@ def refused_partitions(
 
 
 def date_of(name: str) -> datetime | None:
-    """Return the time at which a partition begins, in UTC; None if its name has no date."""
+    """Return the day in a name, such as `date=2026-11-01`, `20261101` or `year=2026/month=11`."""
     levels = [level.partition("=") for level in name.split("/")]
     by_level = {level.lower(): unquote(value) for level, _, value in levels}
     if "year" in by_level:
@@ -180,22 +176,10 @@ def _form(name: str) -> tuple[str, ...]:
 
 
 def _parsed(value: str) -> datetime | None:
-    """Return the time that a value names; of digits, that of the calendar or of Unix."""
-    value = value.replace("_", "-")
-    try:
-        if MONTH.fullmatch(value):
-            begin = datetime.fromisoformat(f"{value}-01")
-        elif not value.isdigit():
-            begin = datetime.fromisoformat(value)
-        elif len(value) in FORMS and int(value[:4]) in YEARS:
-            begin = datetime.strptime(value, FORMS[len(value)])
-        elif len(value) in (10, 13):
-            begin = datetime.fromtimestamp(int(value) / 10 ** (len(value) - 10), UTC)
-        else:
-            return None
-    except ValueError:
-        return None
-    return begin.astimezone(UTC).replace(tzinfo=None) if begin.tzinfo else begin
+    for date in (value, f"{value}-01"):  # of a day or of a month
+        with suppress(ValueError):
+            return datetime.fromisoformat(date).replace(tzinfo=None)
+    return None
 
 
 @dataclass(frozen=True)

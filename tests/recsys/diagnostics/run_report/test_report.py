@@ -210,18 +210,6 @@ def rows_of_users(number: int) -> SplitScores:
     return SplitScores(rows, users, rows, np.full(len(labels), 30), *columns, ("liked",))
 
 
-def test_bars_of_few_users_have_the_interval_of_a_bootstrap_of_users() -> None:
-    rows = rows_of_users(40)
-    for metric in ("auc", "gauc"):
-        interval = item_popularity.metric_interval(rows, metric)
-        assert interval is not None
-        low, high = interval
-        whole = RankedRows(rows.labels[:, 0], rows.logits[:, 0], rows.groups).metrics()
-        assert 0 < low < whole[metric] < high < 1
-        assert 0.05 < high - low < 0.3
-    assert item_popularity.metric_interval(rows_of_users(1), "gauc") is None
-
-
 def test_what_cannot_be_drawn_is_said_in_words(tmp_path: Path) -> None:
     empty = learning_curves.learning_curves(tmp_path, "auc")
     assert empty.drawings == [] and "tracker" in empty.words[0]
