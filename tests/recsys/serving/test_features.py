@@ -34,7 +34,7 @@ from recsys.training.train import train
 from tests.recsys.data.events.test_events_recipes import tiny_config
 from tests.recsys.serving.server.served_package import ServedPackage
 
-DAY, START = 86_400, 1_790_000_000
+DAY, START = 86_400, 1_789_948_800  # 2026-09-21 in UTC
 DAYS, EVENTS_A_DAY, CANDIDATES = 12, 120, 4
 CONFIG: dict[str, Any] = {
     "events": {"log": {"path": "log.parquet", "action": "type", "columns": ["offer", "when"]}},
@@ -91,6 +91,7 @@ class Shop:
     events: list[dict[str, Any]] = field(default_factory=list)
     items: list[dict[str, Any]] = field(default_factory=list)
     cities: dict[str, str | None] = field(default_factory=dict)
+    end: int | None = None  # when counts are taken; None: right after the last event
 
     @staticmethod
     def of_days(days: int) -> Shop:
@@ -150,7 +151,7 @@ class Shop:
 
     def row(self, request: dict[str, Any], item: str | None) -> dict[str, Any]:
         """The row that `predict` reads for a candidate of a request, right after the log."""
-        user, end = request["user"]["user"], 1 + max(event["time"] for event in self.events)
+        user, end = request["user"]["user"], self.counted_until
         known = self.item(item, end)
         row = {**request["user"], **request["history"], "item": item}
         row |= {name: known[name] for name in ("brand", "maker", "cost", "tags")}
@@ -171,10 +172,15 @@ class Shop:
         views = counts.pop("views")
         return row | counts | {"user_rate": counts["user_rate"] / views if views else 0.0}
 
+    @property
+    def counted_until(self) -> int:
+        """The time at which requests come."""
+        return self.end or 1 + max(event["time"] for event in self.events)
+
     @cache  # noqa: B019 - a shop lives as long as its test
     def count(self, action: str, days: int, *names: str) -> Counter[tuple[Any, ...]]:
         """The events of the last days by ids, which are those at the time of each event."""
-        end = 1 + max(event["time"] for event in self.events)
+        end = self.counted_until
         counter: Counter[tuple[Any, ...]] = Counter()
         for event in self.events:
             snapshot = self.item(event["item"], event["time"])
@@ -204,12 +210,13 @@ class Shop:
             }
 
 
-def predictions(run: Path, shop: Shop, requests: list[dict[str, Any]], out: Path) -> np.ndarray:
-    """What `predict` gives for the rows of requests, [R, N, 1]."""
+def predictions(
+    run: Path, shop: Shop, requests: list[dict[str, Any]], out: Path, columns: pa.Schema
+) -> np.ndarray:
+    """What `predict` gives for the rows of requests, [R, N, 1], with the `columns` of a dataset."""
     rows = [shop.row(request, item) for request in requests for item in request["candidates"]]
     out.mkdir()
-    names = pq.read_table(run.parent / "shop" / "data" / "test").schema
-    types = [names.field(name) for name in rows[0]]
+    types = [columns.field(name) for name in rows[0]]
     pq.write_table(pa.Table.from_pylist(rows, pa.schema(types)), out / "rows.parquet")
     with joined_ranks("cpu") as ranks:
         predict(run, [str(out / "rows.parquet")], out / "scores.parquet", None, ranks, "cpu")
@@ -230,7 +237,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compare(package: Path, run: Path, shop: Shop, number: int, out: Path) -> None:
     requests = list(shop.requests(number, seed=len(shop.events)))
-    expected = predictions(run, shop, requests, out)
+    columns = pq.read_table(run.parent / "shop" / "data" / "test").schema
+    expected = predictions(run, shop, requests, out, columns)
     scorer = Scorer.load(package)
     scores = np.stack([scorer.score(**request) for request in requests])
     assert len(np.unique(scores)) > number
