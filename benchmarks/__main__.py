@@ -27,6 +27,8 @@ SUITES = {
         "parts": "benchmarks.quality.__main__",
         "field": "benchmarks.peers.__main__",
         "neighbour-scaling": "benchmarks.quality.neighbour_scaling",
+        "new-item": "benchmarks.quality.new_item",
+        "unseen-shares": "benchmarks.quality.unseen_shares",
     },
     "serving": {
         "latency": "benchmarks.serving.__main__",
