@@ -34,6 +34,10 @@ class Hardware:
         chosen = {name: getattr(self, name) or getattr(other, name) for name in names}
         return replace(self, **chosen)
 
+    @property
+    def is_unknown(self) -> bool:
+        return self.memory is None
+
     def config(self, device_bytes: int | None, host_bytes: int) -> HardwareConfig:
         """Return TorchRec's form of the figures."""
         figures = {
@@ -83,7 +87,7 @@ def hardware_of(name: str) -> Hardware:
         hardware_of("NVIDIA H100 80GB HBM3").intra_node  # 450, of NVLink
         hardware_of("NVIDIA H100 PCIe").intra_node  # 64: it has no NVLink
         hardware_of("NVIDIA GH200 480GB").memory  # 4000: it is no H200
-        hardware_of("NVIDIA Z900").memory  # None: unknown
+        hardware_of("NVIDIA Z900").is_unknown  # True
     """
     words = re.split(r"[\s-]+", name.lower())
     models = [word for word in words if word in CARDS]

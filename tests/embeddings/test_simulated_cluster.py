@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from torch import nn
@@ -15,9 +16,9 @@ from embeddings import (
     fuse_table_optimizers,
     plan_sharding,
 )
-from embeddings.hardware import hardware_of
-from embeddings.simulated_cluster import DEVICES, Cluster
-from embeddings.table_memory import state_bytes, table_memory
+from embeddings.hardware import RESERVED_SHARE, hardware_of
+from embeddings.simulated_cluster import DEVICES, GIB, Cluster
+from embeddings.table_memory import table_bytes, table_memory, what_does_not_fit
 
 BILLION = 10**9
 CPU = replace(DEVICES["h100"], kind="cpu")
@@ -55,6 +56,7 @@ def test_bandwidths_are_those_of_the_card_and_of_no_other(
 ) -> None:
     hardware = hardware_of(name)
     assert (hardware.memory, hardware.intra_node) == (memory, intra_node)
+    assert hardware.is_unknown == (memory is None)
 
 
 def test_the_planner_gets_the_bandwidths_of_the_device() -> None:
@@ -87,8 +89,8 @@ def test_host_memory_beside_a_gpu_is_refused_on_cpu(kernel: str) -> None:
     [("rowwise_adagrad", 4), ("adagrad", 512), ("adam", 1024), ("sgd", 0)],
 )
 def test_optimizer_state(optimizer: str, bytes_per_row: int) -> None:
-    assert state_bytes(table(optimizer=optimizer), 10, 128) == 10 * bytes_per_row
-    assert state_bytes(table(optimizer=optimizer, frozen=True), 10, 128) == 0
+    assert table_bytes(table(rows=10, optimizer=optimizer)) == 10 * (512 + bytes_per_row)
+    assert table_bytes(table(rows=10, optimizer=optimizer, frozen=True)) == 10 * 512
 
 
 def test_column_shards_keep_moments_of_their_own() -> None:
@@ -99,7 +101,50 @@ def test_column_shards_keep_moments_of_their_own() -> None:
     assert sum(memory.on_rank(rank)[1] for rank in range(64)) == 32 * 1000 * 4
 
 
-def test_a_table_that_does_not_fit_is_refused_with_its_name() -> None:
+def test_what_does_not_fit_is_refused_by_the_planner_too() -> None:
     tables = [table(rows=20 * BILLION, pooling="none"), table("user", 1000)]
-    with pytest.raises(ValueError, match=r"'item'.*Add ranks or memory"):
+    with pytest.raises(ValueError, match="'item'"):
         planned(tables, EIGHT_BY_EIGHT)
+    lines = what_does_not_fit(tables, EIGHT_BY_EIGHT.device.memory_bytes, 64)
+
+    room = int(79 * GIB * (1 - RESERVED_SHARE))
+    size = 20 * BILLION * (512 + 4)
+    assert lines[0] == (
+        f"table 'item' ({20 * BILLION:,} x 128, rowwise_adagrad, auto) takes {size:,} bytes; 64 "
+        f"ranks can hold {64 * room:,}"
+    )
+    ranks = -(-(size + table_bytes(tables[1])) // room)
+    assert any(line.endswith(f": {ranks:,} ranks") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("change", "fix"),
+    [
+        ({"sharding": "table_wise"}, "sharding 'row_wise'"),
+        ({"optimizer": "adam"}, "optimizer 'rowwise_adagrad'"),
+        ({"num_embeddings": 20 * BILLION}, "kernel 'uvm_caching'"),
+    ],
+)
+def test_a_fix_that_is_named_is_enough(change: dict[str, Any], fix: str) -> None:
+    too_large = replace(table(rows=6 * BILLION), **change)
+    bytes_per_rank, host_bytes = 79 * GIB, EIGHT_BY_EIGHT.device.host_memory_bytes
+    lines = what_does_not_fit([too_large], bytes_per_rank, 64, host_bytes)
+
+    assert f"enough would be: {fix} for table 'item'" in lines
+    setting, value = fix.split(" ")
+    changed = replace(too_large, **{setting: value.strip("'")})
+    assert not what_does_not_fit([changed], bytes_per_rank, 64, host_bytes)
+    too_little = what_does_not_fit([too_large], bytes_per_rank, 64, host_bytes // 100)
+    assert not any("kernel" in line for line in too_little)
+
+
+def test_dimension_and_rows_that_would_fit_are_the_largest_that_do() -> None:
+    lines = what_does_not_fit([table(rows=20 * BILLION)], 79 * GIB, 64)
+    dim = next(int(line.split()[4]) for line in lines if "embedding_dim" in line)
+    rows = next(int(line.split()[4].replace(",", "")) for line in lines if "num_emb" in line)
+
+    fitting = replace(table(rows=20 * BILLION), embedding_dim=dim)
+    assert not what_does_not_fit([fitting], 79 * GIB, 64)
+    assert what_does_not_fit([replace(fitting, embedding_dim=dim + 4)], 79 * GIB, 64)
+    assert not what_does_not_fit([table(rows=rows)], 79 * GIB, 64)
+    assert what_does_not_fit([table(rows=rows + 1_000_000)], 79 * GIB, 64)

@@ -17,7 +17,7 @@ from embeddings import TableConfig, format_plan
 from embeddings.hardware import hardware_of
 from embeddings.memory_bank import is_replicated
 from embeddings.sharding import free_host_memory, table_parameters
-from embeddings.simulated_cluster import DEVICES, Cluster, Device
+from embeddings.simulated_cluster import DEVICES, Cluster, Device, RankTime
 from embeddings.table_memory import FLOAT, TableMemory, table_memory
 from recsys.config import Config, OptimizerSettings, content_settings
 from recsys.data.batch_builder import BatchBuilder
@@ -170,8 +170,9 @@ class Description:
     parts: list[ModelPart]
     table_bytes: list[int]  # by rank
     memory: RankMemory
+    times: RankTime | None  # on GPUs
     plan: str
-    problem: str | None
+    problems: list[str]
     frozen_layers: dict[str, int]
     training_rows: int
 
@@ -210,8 +211,9 @@ def describe(
             host_tables=host_table_bytes(tables, plan, sharing),
             host_limit=cluster.device.host_memory_bytes,
         ),
+        times=meta_model.times,
         plan=format_plan(plan, tables),
-        problem=meta_model.problem,
+        problems=meta_model.problems,
         frozen_layers=meta_model.frozen_layers,
         training_rows=_read_a_batch(meta_model),
     )

@@ -9,7 +9,8 @@ import torch
 from torchrec.distributed.types import ShardingPlan
 
 from embeddings import MemoryBank, TableConfig, fuse_table_optimizers, plan_sharding, sharders
-from embeddings.simulated_cluster import Cluster
+from embeddings.simulated_cluster import Cluster, RankTime, slowest_rank
+from embeddings.table_memory import what_does_not_fit
 from recsys.config import Config, ModalitySettings, content_settings
 from recsys.content.encoders.build import Encoder, build_encoder
 from recsys.content.kinds.feature import Feature
@@ -36,7 +37,8 @@ class MetaModel:
     """Everything that a run would build.
 
     frozen_layers: by encoder with cached outputs, the parameters that run only before training.
-    problem: why the tables do not fit; the plan is then for unlimited memory.
+    times: of a step's tables, as TorchRec expects them on GPUs; None on CPU.
+    problems: why the tables do not fit, with fixes; the plan is then for unlimited memory.
     """
 
     config: Config
@@ -47,7 +49,8 @@ class MetaModel:
     em3: EM3
     frozen_layers: dict[str, int]
     plan: ShardingPlan
-    problem: str | None
+    times: RankTime | None
+    problems: list[str]
 
 
 def build_meta_model(
@@ -79,8 +82,11 @@ def build_meta_model(
             bank = MemoryBank(schema.num_items, content.vector_dim, "meta")
     em3 = build_em3(config, schema, tables, encoders, bank)
     fuse_table_optimizers(em3, tables)
-    plan, problem = _plan(config, em3, tables, cluster)
-    return MetaModel(config, root, schema, cluster, tables, em3, frozen_layers, plan, problem)
+    plan, problems = _plan(config, em3, tables, cluster)
+    times = None if cluster.device.kind == "cpu" else _times(config, em3, tables, cluster, plan)
+    return MetaModel(
+        config, root, schema, cluster, tables, em3, frozen_layers, plan, times, problems
+    )
 
 
 def _resize(schema: Schema, rows: dict[str, int]) -> None:
@@ -153,7 +159,7 @@ def _drop_frozen_layers(encoder: Encoder) -> int:
 
 def _plan(
     config: Config, em3: EM3, tables: list[TableConfig], cluster: Cluster
-) -> tuple[ShardingPlan, str | None]:
+) -> tuple[ShardingPlan, list[str]]:
     types, copies = config.embedding.communication, config.embedding.parallel.copies
 
     def plan_on(where: Cluster) -> ShardingPlan:
@@ -170,8 +176,24 @@ def _plan(
         )
 
     try:
-        return plan_on(cluster), None
+        return plan_on(cluster), []
     except ValueError as error:
         device = replace(cluster.device, memory_bytes=NO_LIMIT, host_memory_bytes=NO_LIMIT)
-        # This raises if memory is not the cause.
-        return plan_on(replace(cluster, device=device)), str(error)
+        plan = plan_on(replace(cluster, device=device))  # raises if memory is not the cause
+        lines = what_does_not_fit(
+            tables,
+            cluster.device.memory_bytes,
+            cluster.world_size // copies,
+            cluster.device.host_memory_bytes if cluster.device.kind == "cuda" else 0,
+            cluster.device.hardware.reserved_share,
+        )
+        return plan, lines or [str(error)]
+
+
+def _times(
+    config: Config, em3: EM3, tables: list[TableConfig], cluster: Cluster, plan: ShardingPlan
+) -> RankTime:
+    settings = config.embedding
+    types, topology = settings.communication, cluster.topology(settings.parallel.copies)
+    wires = sharders(types.forward, types.backward)
+    return slowest_rank(em3, tables, plan, topology, wires, config.batch_size, settings.prefetch)

@@ -46,6 +46,7 @@ def format_description(description: Description) -> str:
         _parts(description),
         _memory(description),
         f"plan\n{_shortened(description.plan)}",
+        *_times(description),
         _verdict(description),
     ]
     return "\n\n".join(blocks)
@@ -104,9 +105,25 @@ def _shortened(plan: str) -> str:
     return "\n".join(lines)
 
 
+def _times(description: Description) -> list[str]:
+    if description.times is None:
+        return []
+    total, host_link = description.times
+    text = f"tables per step: {total:.3g} ms on the slowest rank, as TorchRec estimates lookups, "
+    text += "updates and exchanges"
+    if host_link:
+        text += f"; {host_link:.3g} ms of them over the host link"
+    if description.cluster.device.hardware.is_unknown:
+        text += (
+            f"\nbandwidths of {description.cluster.device.name} are unknown: TorchRec's defaults "
+            "stand in; set embedding.hardware"
+        )
+    return [text]
+
+
 def _verdict(description: Description) -> str:
-    if description.problem is not None:
-        return f"does not fit\n  {description.problem}"
+    if description.problems:
+        return "\n".join(["does not fit", *(f"  {line}" for line in description.problems)])
     memory = description.memory
     free_bytes, other_bytes = memory.limit - memory.total, memory.dense + memory.bank
     reserve = memory.limit * description.cluster.device.hardware.reserved_share

@@ -137,7 +137,7 @@ def test_a_laptop_plans_four_billion_rows_over_64_gpus(
     assert command(folder, *CLUSTER, *sizes, "--json", str(out)) == 0
 
     numbers = json.loads(out.read_text())
-    assert numbers["world_size"] == 64 and numbers["problem"] is None
+    assert numbers["world_size"] == 64 and not numbers["problems"]
     (item,) = [part for part in numbers["parts"] if part["name"] == "table item"]
     assert item["parameters"] == 4_000_000_000 * 128
     assert item["weight_bytes"] == 62_500_000 * 128 * 4
@@ -171,22 +171,38 @@ def test_host_memory_and_copies_of_tables_are_planned(
 
 @pytest.mark.parametrize("kernel", ["fused", "uvm", "uvm_caching"])
 @pytest.mark.parametrize("rows", [400_000_000, 1_000_000_000])
-def test_auto_spreads_large_tables_over_all_ranks(folder: Path, rows: int, kernel: Any) -> None:
-    tables = EmbeddingSettings(128, tables={"item": TableSettings(kernel=kernel)})
-    config = em3_config(folder, content="none", embedding=tables)
-    config.contrastive.weight = 0.0
-    cluster = Cluster(1, 8, DEVICES["h100"])
-    description = describe(config, str(folder / "data"), cluster, {"item": rows})
-    (item,) = [part for part in description.parts if part.name == "table item"]
-    assert item.where.startswith("row_wise on 8 ranks") and description.problem is None
+def test_auto_spreads_large_tables_over_all_ranks_and_is_never_slower_than_row_wise(
+    folder: Path, rows: int, kernel: Any
+) -> None:
+    times = {}
+    for sharding in ("auto", "row_wise"):
+        settings = TableSettings(kernel=kernel)
+        tables = EmbeddingSettings(128, sharding, tables={"item": settings})  # type: ignore[arg-type]
+        config = em3_config(folder, content="none", embedding=tables)
+        config.contrastive.weight = 0.0
+        cluster = Cluster(1, 8, DEVICES["h100"])
+        description = describe(config, str(folder / "data"), cluster, {"item": rows})
+        (item,) = [part for part in description.parts if part.name == "table item"]
+        assert item.where.startswith("row_wise on 8 ranks") and not description.problems
+        assert description.times is not None
+        assert (description.times.host_link > 0) == (kernel != "fused")
+        times[sharding] = description.times.total
+    assert times["auto"] <= times["row_wise"]
 
 
 def test_settings_replace_the_bandwidths_of_a_device(folder: Path) -> None:
-    hardware = HardwareSettings(host_link_gb_per_s=6.4, reserved_share=0.5)
-    config = em3_config(folder, embedding=EmbeddingSettings(hardware=hardware))
-    description = describe(config, str(folder / "data"), Cluster(1, 2, DEVICES["h100"]))
-    figures = description.cluster.device.hardware
-    assert (figures.memory, figures.host_link, figures.reserved_share) == (3350, 6.4, 0.5)
+    times = {}
+    for host_link in (None, 6.4):
+        hardware = HardwareSettings(host_link_gb_per_s=host_link, reserved_share=0.5)
+        tables = {"item": TableSettings(kernel="uvm")}
+        config = em3_config(folder, embedding=EmbeddingSettings(tables=tables, hardware=hardware))
+        cluster = Cluster(1, 2, DEVICES["h100"])
+        description = describe(config, str(folder / "data"), cluster)
+        assert description.times is not None
+        assert description.cluster.device.hardware.memory == 3350
+        assert description.cluster.device.hardware.reserved_share == 0.5
+        times[host_link] = description.times.host_link
+    assert times[6.4] == pytest.approx(10 * times[None])
 
 
 def test_what_does_not_fit_is_said_by_table_with_what_would(
@@ -196,8 +212,9 @@ def test_what_does_not_fit_is_said_by_table_with_what_would(
     assert command(folder, *memory, "--rows", "item=50000000", "--content", "none") == 0
 
     printed = capsys.readouterr().out
-    assert "does not fit\n  the tables do not fit; the largest: 'item' " in printed
-    assert "Add ranks or memory" in printed
+    assert "\n  table 'item' (50,000,000 x 16, rowwise_adagrad, auto) " in printed
+    assert ": 5 ranks" in printed
+    assert ": num_embeddings 12," in printed
 
 
 @pytest.mark.parametrize(
