@@ -461,11 +461,12 @@ def _no_rows(config: EventsConfig, split: str) -> str:
     time = f"'{config.output.time}'"
     fix = {
         "user": f"give users with 7 rows or more at distinct {time}, or split by time",
+        "leave_last": "give users with at least three rows, or set a smaller `last`",
         "windows": f"give rows at more distinct {time}, or fewer windows",
         "time": f"give rows at more distinct {time}, or choose other quantiles",
         "dates": f"choose dates between the first and the last {time}",
     }[config.split.by]
-    at = "" if config.split.by == "windows" else f" at {config.split.at}"
+    at = "" if config.split.by in ("windows", "leave_last") else f" at {config.split.at}"
     if config.embargo and config.label_window:
         fix += ", shorten `within`, or set embargo: false"
     return f"split: {split} has no rows by {config.split.by}{at}; {fix}"

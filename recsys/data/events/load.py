@@ -405,6 +405,10 @@ def _split_problems(config: EventsConfig) -> Iterator[str]:
         if not 1 <= split.windows <= 8:
             yield f"split: windows is {split.windows}; set 1 to 8"
         return
+    if split.by == "leave_last":
+        if split.last < 1:
+            yield f"split: last is {split.last}; set at least 1"
+        return
     if not 2 <= len(split.at) <= (2 if split.by == "user" else 3):
         yield f"split: at has {len(split.at)} values; write the two at which train and valid end"
     if split.by == "dates":

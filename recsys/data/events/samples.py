@@ -11,7 +11,7 @@ import math
 from pathlib import PurePosixPath
 
 from recsys.data.events.clean_events import IMPRESSION
-from recsys.data.events.settings import EventsConfig, Label, Weight
+from recsys.data.events.settings import EventsConfig, Label, Split, Weight
 from recsys.data.events.sql import (
     FOREVER,
     SqlEngine,
@@ -53,7 +53,7 @@ def split_conditions(engine: SqlEngine, config: EventsConfig) -> tuple[Condition
         conditions[dataset] = dict(splits)
         for split, following, end in zip(SPLITS[:2], SPLITS[1:], ends, strict=False):
             decided = test.format(end).replace(MOMENT, f"ts + {config.label_window}")
-            if config.split.by == "user":
+            if config.split.by in ("user", "leave_last"):
                 begin = f"{following}_begin"
                 decided = f"({begin} IS NULL OR ts + {config.label_window} < {begin})"
             conditions[dataset][split] = f"{splits[split]} AND {decided}"
@@ -76,8 +76,8 @@ def _cuts(engine: SqlEngine, config: EventsConfig) -> dict[str, tuple[list[str],
             )
             for number, tenth in tenths.items()
         }
-    if split.by == "user":
-        return {"": ([*map(_user_end, split.at[:2]), "total"], "older <= {}")}
+    if split.by in ("user", "leave_last"):
+        return {"": ([*_user_ends(split), "total"], "older <= {}")}
     if split.by == "dates":
         days = [str(moment(str(day), config.time_zone)) for day in split.at]
         return {"": (days, f"{MOMENT} < {{}}")}
@@ -86,22 +86,26 @@ def _cuts(engine: SqlEngine, config: EventsConfig) -> dict[str, tuple[list[str],
     return {"": (ends, f"{MOMENT} <= {{}}")}
 
 
-def _user_end(share: float | str) -> str:
-    """Return SQL of the most older rows of a user that a row of a split has."""
+def _user_ends(split: Split) -> list[str]:
+    """Return SQL of the most older rows of a user that a row of train, and of valid, has."""
+    if split.by == "leave_last":  # test comes first, then train with one row, then valid
+        return [f"greatest(total - {count * split.last}, 1) - 1" for count in (2, 1)]
     # Each user's rows, ordered by time: m older ones of n come before m <= q (n - 1).
-    return f"CAST('{share}' AS DOUBLE) * (total - 1)"
+    return [f"CAST('{share}' AS DOUBLE) * (total - 1)" for share in split.at[:2]]
 
 
-def user_columns(rows: str, shares: list[float | str]) -> str:
+def user_columns(rows: str, split: Split) -> str:
     """Return SQL that adds `older`, `total`, `valid_begin` and `test_begin` for a split by user."""
+    # Shares of a user's rows cut no moment in two; the last rows are counted one by one.
+    order = "rank() OVER (PARTITION BY uid ORDER BY ts"
+    if split.by == "leave_last":
+        order = "row_number() OVER (PARTITION BY uid ORDER BY ts, position"
     ordered = (
-        f"SELECT *, rank() OVER (PARTITION BY uid ORDER BY ts) - 1 AS older, "
-        f"count(*) OVER (PARTITION BY uid) AS total FROM ({rows})"
+        f"SELECT *, {order}) - 1 AS older, count(*) OVER (PARTITION BY uid) AS total FROM ({rows})"
     )
     begins = ", ".join(
-        f"min(CASE WHEN older > {_user_end(share)} THEN ts END) OVER (PARTITION BY uid) "
-        f"AS {split}_begin"
-        for split, share in zip(SPLITS[1:], shares, strict=False)
+        f"min(CASE WHEN older > {end} THEN ts END) OVER (PARTITION BY uid) AS {name}_begin"
+        for name, end in zip(SPLITS[1:], _user_ends(split), strict=True)
     )
     return f"SELECT *, {begins} FROM ({ordered})"
 
@@ -176,8 +180,8 @@ def make_rows(engine: SqlEngine, config: EventsConfig, due: str | None = None) -
     columns = ", ".join(quoted(name) for name in names if name != "ripe")
     is_complete, reasons = complete_rows(engine, "labelled", required)
     query = f"SELECT {columns} FROM labelled WHERE {is_complete}"
-    if due is None and config.split.by == "user":
-        engine.add("rows", user_columns(query, config.split.at))
+    if due is None and config.split.by in ("user", "leave_last"):
+        engine.add("rows", user_columns(query, config.split))
     else:
         engine.view("rows", query)
     if due is None and not count_rows(engine, "rows"):

@@ -11,7 +11,7 @@ from recsys.data.events.times import duration
 from recsys.data.schema_columns import Column
 
 TimeUnit = Literal["s", "ms", "us"]
-SplitBy = Literal["time", "dates", "user", "windows"]
+SplitBy = Literal["time", "dates", "user", "leave_last", "windows"]
 
 
 @dataclass
@@ -184,6 +184,7 @@ class Split:
     # nothing) begin.
     at: list[float | str] = field(default_factory=lambda: [0.8, 0.9])
     windows: int = 5  # datasets by windows, each tested on one of the last tenths of time
+    last: int = 1  # leave_last: rows of each user in test, and in valid before them
 
 
 @dataclass

@@ -128,6 +128,16 @@ def split_of(config: EventsConfig, rows: list[Row]) -> dict[str, list[str | None
             ends = [older <= share * (len(user_times) - 1) for share in split.at]
             names.append("train" if ends[0] else "valid" if ends[1] else "test")
         return {"": without_embargo(config, rows, names, by_user=True)}
+    if split.by == "leave_last":
+        names = []
+        for number, row in enumerate(rows):
+            own = [n for n, other in enumerate(rows) if other["uid"] == row["uid"]]
+            own.sort(key=lambda n: (rows[n]["ts"], n))
+            place, total = own.index(number), len(own)
+            is_test = place >= max(total - split.last, 1)
+            is_valid = place >= max(total - 2 * split.last, 1)
+            names.append("test" if is_test else "valid" if is_valid else "train")
+        return {"": without_embargo(config, rows, names, by_user=True)}
     if split.by == "windows":
         first = 10 - split.windows
         cuts = {

@@ -94,7 +94,7 @@ CASES: dict[str, Row] = {
     # Each action is a row, and labels those before it.
     "again": {
         "labels": {"views_again": {"action": "view", "within": "2h"}},
-        "split": {"by": "user", "at": [0.5, 0.75]},
+        "split": {"by": "leave_last", "last": 2},
         "unripe": "keep",
         "weight": {"labels": {"views_again": 4}, "actions": {"buy": 3, "share": 0}, "fill": None},
         "late": ["price"],

@@ -78,6 +78,7 @@ CUTS: dict[str, dict[str, Any]] = {
     "time": {"by": "time", "at": [11 / 19, 15 / 19]},
     "dates": {"by": "dates", "at": [f"{START + n * DAY}" for n in (12, 16)]},
     "user": {"by": "user", "at": [11 / 19, 15 / 19]},
+    "leave_last": {"by": "leave_last", "last": 4},
 }
 
 
@@ -100,6 +101,17 @@ def test_rows_whose_labels_are_decided_after_the_next_split_begins_are_left_out(
         "embargo: label of train decided after valid begins": 2,
         "embargo: label of valid decided after test begins": 2,
     }
+
+
+def test_the_last_rows_of_each_user_are_test_and_those_before_them_valid(tmp_path: Path) -> None:
+    users = [0] * 5 + [1] * 3 + [2] * 2 + [3]
+    events = {"user": users, "item": [*range(11)], "time": [START + n for n in range(11)]}
+    events["time"][3] = events["time"][4]  # a moment is cut in two, by the order of the log
+    options = {"labels": {"viewed": {"action": "view"}}, "split": {"by": "leave_last"}}
+    dataset = prepare(tmp_path, events, **options)
+    items = {split: sorted(row["item"] for row in dataset[split]) for split in SPLITS}
+    # A user's first row is for training, and test comes before valid.
+    assert items == {"train": [0, 1, 2, 5, 8, 10], "valid": [3, 6], "test": [4, 7, 9]}
 
 
 def test_rows_after_the_end_of_test_are_counted(tmp_path: Path) -> None:
