@@ -24,6 +24,7 @@ from recsys.config.parser import Parser, config_first, with_underscores
 from recsys.config.plain_yaml import RECIPES, RefusedYaml, cached_copy, load_plain_yaml, recipe_file
 from recsys.config.ranking import (
     DEFAULT_MODEL,
+    RankingSettings,
     RetrievalSettings,
     check_keys,
     own_keys,
@@ -42,13 +43,8 @@ def validate(config: Config) -> None:
         ValueError: names the conflicting settings, and the limit or a valid value.
     """
     check_settings(config)
-    if config.best_model_by in ("recall", "ndcg") and not isinstance(
-        config.ranking, RetrievalSettings
-    ):
-        raise ValueError(
-            f"best_model_by {config.best_model_by} needs a retrieval model, and ranking.name is "
-            f"{config.ranking.name}; choose two_tower, or best_model_by auc, gauc or auc_and_gauc"
-        )
+    if config.best_model_by in ("recall", "ndcg"):
+        _check_search(config.best_model_by, config.ranking)
     _check_averages(config)
     if config.neighbours is not None and isinstance(config.ranking, RetrievalSettings):
         raise ValueError(
@@ -65,6 +61,20 @@ def validate(config: Config) -> None:
         raise ValueError(
             "ranking.loss sampled_softmax reads the content of its negatives from the memory bank, "
             "which content.history.mode full has not; choose bank_lora, bank_frozen or bank_dense"
+        )
+
+
+def _check_search(best_model_by: str, ranking: RankingSettings) -> None:
+    """Refuse a choice of the best model by a search that is not made."""
+    if not isinstance(ranking, RetrievalSettings):
+        raise ValueError(
+            f"best_model_by {best_model_by} needs a retrieval model, and ranking.name is "
+            f"{ranking.name}; choose two_tower, or best_model_by auc, gauc or auc_and_gauc"
+        )
+    if 10 not in ranking.depths:
+        raise ValueError(
+            f"best_model_by {best_model_by} is that of lists of 10 items; add 10 to "
+            f"ranking.depths {ranking.depths}"
         )
 
 

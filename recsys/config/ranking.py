@@ -78,6 +78,16 @@ class RetrievalSettings(RankingSettings):
     of the scores, so that rare and new items are retrieved."""
     all_ranks: bool = False
     """Softmax losses: take the negatives of every rank."""
+    depths: list[PositiveInt] = field(default_factory=lambda: [10, 50, 100])
+    """Lengths of the lists whose recall, NDCG and MRR are measured by a search of all items."""
+    exclude_seen: bool = False
+    """Leave the items of a row's history out of that search, besides its own item: for logs where
+    users take an item once."""
+
+    def check(self, name: str) -> None:
+        super().check(name)
+        if not self.depths or sorted(set(self.depths)) != list(self.depths):
+            raise ValueError(f"{name}.depths: {self.depths}; write them once, in ascending order")
 
 
 def softmax_settings(ranking: RankingSettings) -> RetrievalSettings | None:

@@ -51,7 +51,10 @@ from recsys.storage.location import Location
 logger = logging.getLogger(__name__)
 
 # Every rank searches for them.
-QUERY_COLUMNS = ("queries", "query_targets", "query_items", "query_weights")
+QUERY_COLUMNS = (
+    *("queries", "query_targets", "query_items", "query_weights"),
+    *("query_seen", "query_seen_lengths"),
+)
 
 
 @dataclass(frozen=True)
@@ -248,6 +251,8 @@ def score(
                 columns.add(batch.rows.positions >= 0, evidence)
             if with_queries and "query" in vectors:
                 columns.add(*_query_columns(batch, vectors))
+                if getattr(job.config.ranking, "exclude_seen", False):
+                    _add_seen(columns, batch)
     return {
         name: (gather_rows if name in QUERY_COLUMNS else gather_rows_to_first)(
             column, job.ranks.group
@@ -295,12 +300,23 @@ def _score_columns(batch: Batch, logits: Tensor) -> Columns:  # logits: [B, C]
 
 def _query_columns(batch: Batch, vectors: dict[str, Tensor]) -> Columns:
     """Return the query columns, which rows have that count and whose first label is positive."""
-    return (batch.rows.loss_weights > 0) & (batch.labels[:, 0] > 0), {
+    return _is_query(batch), {
         "queries": vectors["query"],
         "query_targets": vectors["item"],
         "query_items": batch.target.frequency_keys,
         "query_weights": batch.rows.weights,
     }
+
+
+def _is_query(batch: Batch) -> Tensor:  # bool [B]
+    return (batch.rows.loss_weights > 0) & (batch.labels[:, 0] > 0)
+
+
+def _add_seen(columns: _HostColumns, batch: Batch) -> None:
+    """Add the history items of the rows that are queries, one row after the other."""
+    history, is_query = batch.history.jagged(), _is_query(batch)
+    columns.add(is_query, {"query_seen_lengths": history.lengths})
+    columns.add(is_query[history.rows], {"query_seen": batch.history.items[history.index]})
 
 
 def split_scores(schema: Schema, scored: dict[str, Tensor], item_counts: ItemCounts) -> SplitScores:

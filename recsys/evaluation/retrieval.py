@@ -1,12 +1,13 @@
 """Measures how well a retrieval model ranks the whole catalogue, by exact search.
 
 Ties count their expected value. Items stay on the ranks that encoded them; queries go to all.
-Shapes: R impressions with a query, I items of this rank, D dimension, B batch.
+Shapes: R impressions with a query, I items of this rank, D dimension, B batch, S seen items.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
+from recsys.config.ranking import RetrievalSettings
 from recsys.data.batch import Batch
 from recsys.data.item_frequency import ItemCounts, frequency_masks
 from recsys.data.items.item_table import ItemTable
@@ -26,7 +28,6 @@ from recsys.distributed.lockstep import Lockstep
 from recsys.evaluation.forward_pass import forward_pass
 from recsys.evaluation.metrics import format_report
 
-DEPTHS = (10, 50, 100)
 QUERIES_PER_BLOCK = 256
 # Share of the product of lengths below which dot products are equal: rounding of float64 sums.
 TIE = 1e-12
@@ -87,8 +88,12 @@ def search_places(
     items: Tensor,  # [I]
     vectors: Tensor,  # [I, D]
     group: dist.ProcessGroup | None = None,
+    seen: SeenItems | None = None,
 ) -> tuple[Tensor, Tensor]:  # int64 [R], int64 [R]
-    """Count the other items of all ranks with a higher and an equal dot product. A collective."""
+    """Count the other items of all ranks with a higher and an equal dot product. A collective.
+
+    With `seen`, whose items are not counted, `items` are in ascending order.
+    """
     vectors, places = vectors.double(), torch.zeros(2, len(queries), dtype=torch.int64)
     for start in range(0, len(queries), QUERIES_PER_BLOCK):
         block = slice(start, start + QUERIES_PER_BLOCK)
@@ -96,6 +101,8 @@ def search_places(
         lead = query @ vectors.T - (query * target).sum(dim=1, keepdim=True)
         margin = TIE * (query.norm(dim=1) * target.norm(dim=1)).unsqueeze(1)
         is_other = items != target_items[block].unsqueeze(1)
+        if seen is not None:
+            is_other &= ~seen.mask(block, items)
         places[0, block] = ((lead > margin) & is_other).sum(dim=1)
         places[1, block] = ((lead.abs() <= margin) & is_other).sum(dim=1)
     if group is not None:
@@ -103,22 +110,52 @@ def search_places(
     return places[0], places[1]
 
 
-def retrieval_metrics(above: Tensor, tied: Tensor, weights: Tensor | None = None) -> dict[str, Any]:
-    """Compute Recall@K and NDCG@K, one relevant item per impression; None without impressions.
+@dataclass(frozen=True)
+class SeenItems:
+    """Items that rows have seen, one row after the other: int64 [S], and how many [R]."""
 
-    An item has each of the places `above` to `above + tied`, int [R], with equal probability.
+    items: Tensor
+    lengths: Tensor
+
+    def mask(self, rows: slice, items: Tensor) -> Tensor:  # [I] ascending -> bool [rows, I]
+        """Return which of the items each of some rows has seen."""
+        ends = self.lengths.cumsum(0)
+        lengths = self.lengths[rows]
+        first = int(ends[rows][0] - lengths[0])
+        seen = self.items[first : int(ends[rows][-1])]
+        row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        mask = torch.zeros(len(lengths), len(items), dtype=torch.bool)
+        place = torch.searchsorted(items, seen).clamp(max=max(len(items) - 1, 0))
+        if len(items):
+            is_here = items[place] == seen
+            mask[row[is_here], place[is_here]] = True
+        return mask
+
+
+def retrieval_metrics(
+    above: Tensor,
+    tied: Tensor,
+    weights: Tensor | None = None,
+    depths: Sequence[int] = (10, 50, 100),
+) -> dict[str, Any]:
+    """Compute recall, NDCG and MRR of the first K places; None without impressions.
+
+    With one relevant item per impression, recall is the hit rate. An item has each of the places
+    `above` to `above + tied`, int [R], with equal probability.
     """
     metrics: dict[str, Any] = {}
     above, rows, is_alone = above.long(), tied.long() + 1, tied == 0
-    gains = 1 / torch.log2(2 + torch.arange(max(DEPTHS)).double())
-    summed = torch.cat([torch.zeros(1).double(), gains.cumsum(0)])  # gains of the first places
-    for depth in DEPTHS:
-        first, end = above.clamp(max=depth), (above + rows).clamp(max=depth)
-        gain = (summed[end] - summed[first]) / rows
-        # A difference of sums would round the gain of a single place.
-        single = torch.where(above < depth, gains[above.clamp(max=depth - 1)], 0)
-        recall, ndcg = (end - first) / rows.double(), torch.where(is_alone, single, gain)
-        for name, values in (("recall", recall), ("ndcg", ndcg)):
+    place = torch.arange(1, max(depths) + 1).double()
+    gains_of = {"recall": torch.ones_like(place), "ndcg": 1 / torch.log2(1 + place)}
+    gains_of["mrr"] = 1 / place
+    for name, gains in gains_of.items():
+        summed = torch.cat([torch.zeros(1).double(), gains.cumsum(0)])  # gains of the first places
+        for depth in depths:
+            first, end = above.clamp(max=depth), (above + rows).clamp(max=depth)
+            gain = (summed[end] - summed[first]) / rows
+            # A difference of sums would round the gain of a single place.
+            single = torch.where(above < depth, gains[above.clamp(max=depth - 1)], 0)
+            values = torch.where(is_alone, single, gain)
             metrics[f"{name}@{depth}"] = _mean(values, weights) if len(above) else None
     return metrics | {"num_samples": len(above)}
 
@@ -133,15 +170,25 @@ def retrieval_report(
     job: Job, scored: dict[str, Tensor], item_counts: ItemCounts, lockstep: Lockstep
 ) -> dict[str, Any]:
     """Compute `retrieval_metrics` of all rows and of warm, cold and unseen items. A collective."""
+    settings = job.config.ranking
+    assert isinstance(settings, RetrievalSettings)
     items, vectors = catalogue_vectors(job, lockstep)
     queries, targets = scored["queries"], scored["query_targets"]
     target_items = scored["query_items"]
-    above, tied = search_places(queries, targets, target_items, items, vectors, job.ranks.group)
-    counts = item_counts.of(target_items.numpy())
-    columns = [above, tied, *([scored["query_weights"]] if "query_weights" in scored else [])]
+    seen = None
+    if settings.exclude_seen:
+        seen = SeenItems(scored["query_seen"], scored["query_seen_lengths"])
+    above, tied = search_places(
+        queries, targets, target_items, items, vectors, job.ranks.group, seen
+    )
+    counts, weights = item_counts.of(target_items.numpy()), scored.get("query_weights")
     reports = {
-        part: retrieval_metrics(*(column[torch.from_numpy(rows)] for column in columns))
-        for part, rows in frequency_masks(counts).items()
+        part: retrieval_metrics(
+            above[rows], tied[rows], None if weights is None else weights[rows], settings.depths
+        )
+        for part, rows in (
+            (part, torch.from_numpy(mask)) for part, mask in frequency_masks(counts).items()
+        )
     }
     catalogue = {"catalogue": sum(job.ranks.gather(len(items)))}
     return reports.pop("all") | catalogue | reports
@@ -149,5 +196,5 @@ def retrieval_report(
 
 def format_retrieval(report: dict[str, Any]) -> str:
     """Format a `retrieval_report` as a plain text table; undefined values are `-`."""
-    names = [f"{name}@{depth}" for name in ("recall", "ndcg") for depth in DEPTHS]
+    names = [name for name in report if "@" in name]
     return format_report(report, names=names, title="retrieval")

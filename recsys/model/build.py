@@ -21,6 +21,7 @@ from recsys.config import (
     softmax_settings,
 )
 from recsys.config.named_parts import make_part
+from recsys.config.ranking import RetrievalSettings
 from recsys.content.branch import ContentBranch
 from recsys.content.encoders.base import Encoder
 from recsys.data.negatives import negatives_feature
@@ -179,6 +180,12 @@ def build_ranking(
     settings: RankingSettings, dimensions: InputDimensions, content: ContentSettings | None
 ) -> nn.Module:
     """Return `Class(settings, dimensions, content)` for the class that `settings.name` names."""
+    knows_seen = dimensions.has_history and dimensions.num_items > 0
+    if isinstance(settings, RetrievalSettings) and settings.exclude_seen and not knows_seen:
+        raise ValueError(
+            "ranking.exclude_seen leaves out the items of the history, and schema.yaml has no "
+            "column of kind sequence, or a bounded vocabulary of items; set exclude_seen to false"
+        )
     return make_part(
         "ranking.name", settings.name, RANKING_MODELS, nn.Module, settings, dimensions, content
     )

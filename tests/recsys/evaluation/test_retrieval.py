@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from recsys.config import ContentSettings
+from recsys.config.ranking import RetrievalSettings
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.ranks import joined_ranks
@@ -30,7 +31,8 @@ from tests.recsys.ranking.backbone_runs import backbone_config
 
 NUM_ITEMS = 150  # more than the deepest list
 NUM_ROWS = {"train": 61, "valid": 24, "test": 33}
-CASES = [("two_tower sampled", "qformer"), ("two_tower in_batch", "full")]
+SEEN = " without seen items"
+CASES = [("two_tower sampled", "qformer"), ("two_tower in_batch", "full"), ("two_tower", SEEN)]
 
 
 def metrics_of(places: Tensor) -> dict[str, Any]:
@@ -41,7 +43,9 @@ def metrics_of(places: Tensor) -> dict[str, Any]:
 def test_recall_and_ndcg_of_places_written_out() -> None:
     metrics = metrics_of(torch.tensor([0, 9, 10, 60, 200]))
     gains = [1.0, 1 / math.log2(11), 1 / math.log2(12), 1 / math.log2(62)]
+    reciprocal = [1.0, 1 / 10, 1 / 11, 1 / 61]
     for depth, count in ((10, 2), (50, 3), (100, 4)):
+        assert metrics[f"mrr@{depth}"] == pytest.approx(sum(reciprocal[:count]) / 5)
         assert metrics[f"recall@{depth}"] == pytest.approx(count / 5)
         assert metrics[f"ndcg@{depth}"] == pytest.approx(sum(gains[:count]) / 5)
     assert metrics_of(torch.zeros(0))["recall@10"] is None
@@ -53,8 +57,15 @@ def train_and_evaluate(rank: int, world_size: int, folder: Path) -> dict[Any, di
     for case in CASES:
         backbone, content = case
         config = backbone_config(
-            folder, backbone, "qformer" if content == "full" else content, batch_size=7, epochs=1
+            folder,
+            backbone,
+            "qformer" if content in ("full", SEEN) else content,
+            batch_size=7,
+            epochs=1,
         )
+        if content == SEEN:
+            assert isinstance(config.ranking, RetrievalSettings)
+            config = replace(config, ranking=replace(config.ranking, exclude_seen=True))
         if content == "full":  # history encoded with gradient, no bank
             assert isinstance(config.content, ContentSettings)
             history = replace(config.content.history, mode="full")
@@ -90,11 +101,13 @@ def places_by_brute_force(folder: Path, run: Path) -> tuple[Tensor, np.ndarray]:
     with joined_ranks("cpu") as ranks:
         job = load_run(run, None, ranks, "cpu")
         job.model.eval()
+        excludes_seen = run.name.endswith(f"{SEEN}')")
         table = next(ParquetRows.of_split(job.root, "test", job.schema).read(0, NUM_ROWS["test"]))
         places, targets = [], []
         for row in np.flatnonzero(table["liked"].to_numpy() > 0):
             target = table["item"][row].as_py()
-            items = np.unique(np.append(catalogue, target))
+            seen = table["history"][row].as_py() if excludes_seen else []
+            items = np.unique(np.append(np.setdiff1d(catalogue, seen), target))
             every = table.take(np.full(len(items), row))
             every = every.set_column(every.column_names.index("item"), "item", pa.array(items))
             loaded = iter([job.batch_builder()(every)])
