@@ -75,6 +75,5 @@ def _null_shares(
 
 
 def read_statistics(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the statistics of a package by column; none for a package of before."""
-    file = folder / FILE
-    return json.loads(file.read_text()) if file.exists() else {}  # type: ignore[no-any-return]
+    """Return the statistics of a package by column."""
+    return json.loads((folder / FILE).read_text())  # type: ignore[no-any-return]

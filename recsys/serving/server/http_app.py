@@ -102,7 +102,7 @@ def http_app(scoring: ScoringService, lifespan: Lifespan) -> FastAPI:
     # The client has gone, or `BoundedConnection` has answered it: the log gets a status.
     app.add_exception_handler(ClientDisconnect, lambda *_: Response(status_code=408))
     app.add_exception_handler(Exception, lambda *_: JSONResponse({"error": INTERNAL}, 500))
-    _describe(app, scoring.settings.name, scoring.package)
+    _describe(app)
     return app
 
 
@@ -122,27 +122,13 @@ def _described_body(kind: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-def _describe(app: FastAPI, name: str, package: LoadedPackage) -> None:
-    """Complete the description in OpenAPI: messages, model, and columns of the first package."""
-    document = app.openapi()
-    schemas = document["components"]["schemas"]
+def _describe(app: FastAPI) -> None:
+    """Complete the description in OpenAPI by the messages, whose bodies the routes parse."""
+    schemas = app.openapi()["components"]["schemas"]
     for kind in (InferRequest, BatchRequest, RankRequest, ItemsRequest):
         schema = kind.model_json_schema(ref_template=SCHEMAS)
         schemas |= schema.pop("$defs", {})
         schemas[kind.__name__] = schema
-    columns = package.columns
-    schemas["RankRequest"]["properties"] |= columns.json_schema(package.scorer.labels)
-    schemas["InputTensor"]["properties"]["name"]["enum"] = [
-        tensor["name"] for tensor in columns.metadata()
-    ]
-    parameters = {
-        "name": {"const": name},
-        "model_version": {"type": "string", "examples": [package.version]},
-    }
-    for routes in document["paths"].values():
-        for route in routes.values():
-            for parameter in route.get("parameters", ()):
-                parameter["schema"] = parameters[parameter["name"]]
 
 
 class Routes:

@@ -39,7 +39,6 @@ class InputColumns:
         }
         self.schema, self.item = schema, schema.target_item
         self.user, self.history = request_columns(schema, manifest.pooled, manifest.dense)
-        self.required = [name for name in self.user if schema.lookup_of(name) is None]
         self.of_items = [name for name in self.user if schema.is_of_items(name)]
         self.example = {**example.get("user", {}), **example.get("history", {})}
         self.example[self.item] = next(iter(example.get("candidates", ())), None)
@@ -69,49 +68,6 @@ class InputColumns:
         if (id_type := self.schema.id_types.get(table)) is not None:
             return "BYTES" if id_type.name == "string" else "INT64"
         return "FP32" if column is None or column.kind == "dense" else "INT64"
-
-    def json_schema(self, labels: Sequence[str]) -> dict[str, Any]:
-        """Return the JSON schema of `RankRequest`'s fields, with names and ranges of columns."""
-        types = {
-            tensor["name"]: self._value_schema(tensor["name"], tensor["datatype"])
-            for tensor in self.metadata()
-        }
-        columns = {
-            name: _list_of(types[name]) if name in self.lists else types[name] for name in self.user
-        }
-        user = {name: kind for name, kind in columns.items() if name not in self.of_items}
-        lists = {name: _list_of(kind) for name, kind in columns.items()}
-        lists[self.item] = _list_of(types[self.item])
-        history = {name: _list_of(types[name]) for name in self.history}
-        required = [name for name in self.history if not self.schema.lookup_beside(name)]
-        closed = {"type": "object", "additionalProperties": False}
-        return {
-            "user": {**closed, "properties": user, "required": self.required},
-            "history": {**closed, "properties": history, "required": required},
-            "candidates": {
-                "anyOf": [
-                    {"const": "all"},
-                    lists[self.item],
-                    {**closed, "properties": lists, "required": [self.item]},
-                ]
-            },
-            "by": {"enum": [*labels, None]},
-        }
-
-    def _value_schema(self, name: str, datatype: str) -> dict[str, Any]:
-        types = {"BOOL": "boolean", "INT64": "integer", "FP32": "number", "BYTES": "string"}
-        schema: dict[str, Any] = {"type": types[datatype]}
-        if (value := self.example.get(name)) not in (None, []):
-            schema["examples"] = [value[0] if isinstance(value, list) else value]
-        column = self.schema.columns.get(name)
-        if column is None or name in self.schema.transforms:
-            return schema
-        if self.schema.vocabulary_of(name) is not None:
-            if name != self.item:  # null is the unknown id
-                schema["type"] = [schema["type"], "null"]
-        elif column.kind in ("id", "ids", "sequence"):  # rows of a table
-            schema |= {"minimum": 0, "maximum": self.schema.limit(name) - 1}
-        return schema
 
     def arguments(self, tensors: Iterable[NamedTensor]) -> ScoreArguments:
         """Return tensors by column as arguments of a scorer.
@@ -171,10 +127,6 @@ def protocol_type(kind: pa.DataType) -> str:
     if pa.types.is_boolean(kind) or pa.types.is_integer(kind):
         return "BOOL" if pa.types.is_boolean(kind) else "INT64"
     return "FP32" if pa.types.is_floating(kind) else "BYTES"
-
-
-def _list_of(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": schema}
 
 
 def _require_column(name: str, columns: Sequence[str], place: str) -> None:

@@ -52,15 +52,6 @@ def test_string_ids_are_bytes_in_the_metadata_whatever_the_example_has(
     assert types == {**strings, "user": "INT64", "age": "FP32", "price": "FP32"}
 
 
-def test_the_description_lets_unknown_ids_be_null_but_no_ranked_item() -> None:
-    schema = columns({}).json_schema(["liked"])
-
-    assert schema["candidates"]["anyOf"][1]["items"]["type"] == "string"
-    assert schema["user"]["properties"]["shop"]["type"] == ["string", "null"]
-    assert schema["history"]["properties"]["past"]["items"]["type"] == ["string", "null"]
-    assert schema["user"]["properties"]["user"]["type"] == "integer"
-
-
 def test_a_tensor_in_json_may_have_null() -> None:
     assert tensor_of_values("shop", "BYTES", [2], ["a", None]).values == ["a", None]
     rows = tensor_of_values("n", "INT64", [2, 2], [[1, None], [None, 2]])
