@@ -13,7 +13,6 @@ import shlex
 import sys
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 # (torch, torchrec, FBGEMM) as their projects release them together.
@@ -89,7 +88,7 @@ def _refuse(problems: list[Problem]) -> None:
 
 
 def report() -> str:
-    """Return versions, the triple, devices and memory as lines of text."""
+    """Return versions, the triple and GPUs as lines of text."""
     fbgemm = ", ".join(f"{name} {version}" for name, version in _installed_fbgemm().items())
     encoders = ((label, _version(name), name) for label, name in ENCODER_PACKAGES)
     rows = [
@@ -100,8 +99,6 @@ def report() -> str:
         ("triple", "does not match" if _triple_problems() else "matches"),
         *((package, _version(package) or "missing") for package in OTHER_PACKAGES),
         *((label, f"{name} {version or 'missing'}") for label, version, name in encoders),
-        ("processor", _processor()),
-        ("memory", _memory()),
         *_gpu_rows(),
     ]
     width = max(len(label) for label, _ in rows)
@@ -318,28 +315,6 @@ def _minor(version: str) -> str:
     """Return "2.13" for "2.13.0+cpu"."""
     match = re.match(r"\d+\.\d+", version)
     return match.group() if match else version
-
-
-def _from_proc(file: str, field: str) -> str | None:
-    """Return the value of a field in a file of Linux's /proc, or None."""
-    try:
-        match = re.search(rf"^{field}\s*:\s*(.+)$", Path("/proc", file).read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return match.group(1) if match else None
-
-
-def _processor() -> str:
-    name = _from_proc("cpuinfo", "model name") or platform.processor() or "unknown processor"
-    return f"{name}, {len(os.sched_getaffinity(0))} cores usable"
-
-
-def _memory() -> str:
-    total, available = (_from_proc("meminfo", name) for name in ("MemTotal", "MemAvailable"))
-    if total is None or available is None:
-        return "unknown: /proc/meminfo does not say"
-    total_gib, available_gib = (int(text.split()[0]) / 2**20 for text in (total, available))
-    return f"{total_gib:.1f} GiB, {available_gib:.1f} GiB available"
 
 
 def _gpu_rows() -> list[tuple[str, str]]:

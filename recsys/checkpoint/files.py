@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 BEST = "best"
 MANIFEST = "checkpoint.json"
 FORMAT = 3
-_ENTRIES = {
-    *("step", "progress", "world_size", "config", "data", "frozen_weights", "items"),
-    *("kept", "files"),
-}
 _STEP = re.compile(r"step-[0-9]+")
 # Files that define the meaning of columns, the row of each id, and which items are cold.
 _RUN_FILES = ("schema.yaml", "item_counts.npy", "item_counts_before.npy", "vocabulary/*.parquet")
@@ -72,16 +68,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the folder's manifest; a missing or damaged one is a ValueError."""
     path = folder / MANIFEST
     try:
-        manifest = read_signed(path, FORMAT)
+        return read_signed(path, FORMAT)
     except FileNotFoundError as error:
         raise ValueError(
             f"{folder}: no {MANIFEST}, so it is no whole checkpoint; use another"
         ) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: damaged ({error}); bring it back") from error
-    if missing := sorted(_ENTRIES - manifest.keys()):
-        raise ValueError(f"{path}: of an earlier version, without '{missing[0]}'; train anew")
-    return manifest
 
 
 def model_of(run: Path) -> str | None:

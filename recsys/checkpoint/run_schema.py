@@ -85,11 +85,6 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
         replaced = chain.without_fit if keeps_fits else chain
         if replaced.unfitted is not None and fitted is not None and fitted.is_fit_of(replaced):
             set_chain(data.columns[name], fitted)  # data without fitted values takes the run's
-    for name in trained.columns.keys() & data.columns.keys():  # a run of before has no fills
-        columns = trained.columns[name], data.columns[name]
-        fills = [column.fill for column in columns if column.fill is not None]
-        for column in columns:
-            column.fill = fills[0] if column.fill is None and fills else column.fill
     for table in set(trained.tables_with("exact")) & set(data.tables_with("exact")):
         # The next partition takes the rows that tables have got since.
         is_larger = data.limit(table) > trained.limit(table)

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -28,14 +27,9 @@ from recsys.config import content_settings
 from recsys.content.encoders.base import Encoder
 from recsys.optimizer import make_room, numbers_loaded, state_tensors
 
-# Buffers that earlier checkpoints lack; their defaults are neutral.
-_LATER_BUFFERS = re.compile(r"model\.(content\.projections\.[^.]+\.(shift|scale)|scaling\.[^.]+)")
-
 
 def model_state(job: Job, metadata: Mapping[str, Any] | None = None) -> State:
     """Return weights and memory bank: the state that evaluation and prediction need.
-
-    Buffers that the checkpoint of `metadata` lacks are left out.
 
     Raises:
         ValueError: features of items have another width than in the checkpoint.
@@ -54,10 +48,7 @@ def model_state(job: Job, metadata: Mapping[str, Any] | None = None) -> State:
         assert isinstance(pool, ShardedTensor)
         state["bank"] = in_blocks(pool, job.ranks.group)
     maps = job.vocabularies.state_dict()
-    state |= {f"vocabulary.{name}": value for name, value in maps.items()}
-    if metadata is None:
-        return state
-    return {n: v for n, v in state.items() if n in metadata or not _LATER_BUFFERS.fullmatch(n)}
+    return state | {f"vocabulary.{name}": value for name, value in maps.items()}
 
 
 def _check_feature_widths(job: Job, metadata: Mapping[str, Any]) -> None:

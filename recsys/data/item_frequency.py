@@ -56,11 +56,7 @@ class ItemCounts:
 
     @classmethod
     def load(cls, path: Path) -> ItemCounts:
-        stored = np.load(path, mmap_mode="r")
-        if stored.ndim == 1:  # a count of every item, as earlier runs stored them
-            items = np.flatnonzero(stored)
-            return cls(items, stored[items])
-        return cls(*stored)
+        return cls(*np.load(path, mmap_mode="r"))
 
     def save(self, path: Path) -> None:
         with whole_file(path) as partial, partial.open("wb") as file:

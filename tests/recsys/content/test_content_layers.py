@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 from torch import nn
 
-from recsys.build import build_job
-from recsys.checkpoint.state import model_state
 from recsys.config import HistorySettings
 from recsys.content.branch import HistoryMap, Projection
 from recsys.content.dropout import Dropout
-from recsys.distributed.ranks import joined_ranks
 from recsys.model.id_vectors import IDDropout
-from tests.datasets import write_dataset
-from tests.recsys.em3_runs import em3_config
 
 DIM, RANK, ALPHA = 5, 2, 6.0
 Mode = Literal["bank_lora", "bank_frozen", "bank_dense", "full"]
@@ -85,21 +79,6 @@ def test_it_is_a_linear_map_of_shifted_and_scaled_inputs() -> None:
     projection.scale.fill_(0.5)
 
     assert torch.equal(projection(inputs), plain((inputs - torch.arange(6.0)) * 0.5))
-
-
-def test_a_checkpoint_without_shift_and_scale_is_complete(tmp_path: Path) -> None:
-    data = write_dataset(tmp_path / "data")
-    with joined_ranks("cpu") as ranks:
-        job = build_job(em3_config(tmp_path), str(data), ranks)
-        everything = model_state(job).keys()
-        extra = {name for name in everything if name.endswith((".shift", ".scale"))}
-        assert len(extra) == 4
-        # Scales of numbers are left out, too, where a checkpoint has none.
-        scales = {name for name in everything if name.startswith("model.scaling.")}
-        assert model_state(job, dict.fromkeys(everything - extra)).keys() == everything - extra
-        assert model_state(job, dict.fromkeys(everything)).keys() == everything
-        # Others are never left out.
-        assert model_state(job, dict.fromkeys(extra)).keys() == everything - scales
 
 
 def test_a_share_p_is_dropped_and_the_rest_scaled_so_that_the_mean_stays() -> None:
