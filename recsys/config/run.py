@@ -227,6 +227,9 @@ class Config:
     tracker: list[Tracker] | Tracker = field(default_factory=lambda: ["tensorboard"])
     """Recorders of the metrics: one or several of tensorboard, mlflow, wandb and classes of your
     own as `package.module:Class`."""
+    callbacks: list[str] = field(default_factory=list)
+    """Classes of your own as `package.module:Class`, which training calls at its begin, steps,
+    validations and end."""
     log_level: LogLevel = "auto"
     """Lowest level of log messages; auto: info on rank 0, warning on the others."""
     log_format: LogFormat = "text"

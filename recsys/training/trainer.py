@@ -29,6 +29,7 @@ from recsys.distributed.ranks import Ranks
 from recsys.distributed.torchrec_internals import require_pipelined
 from recsys.evaluation.evaluate import evaluate_split, fill_bank, undefined_selection
 from recsys.evaluation.model_selection import needs_search, selection_score, selection_words
+from recsys.training.callbacks import Callbacks
 from recsys.training.trackers import Reporter
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class Trainer:
         rows = self.interactions.rows
         self.loss_watch = LossWatch(job.ranks, rows, every, lambda: checkpoints.last_good)
         self.profile = StepProfile(job.em3, job.ranks, steps, self.run)
+        self.callbacks = Callbacks(job)
 
     @property
     def is_finished(self) -> bool:
@@ -73,6 +75,7 @@ class Trainer:
         """
         if self.is_finished:
             return
+        self.callbacks.begin(self.progress)
         try:
             with relaxed_gc():
                 while not self.is_finished:
@@ -81,6 +84,7 @@ class Trainer:
             self.checkpoints.save(self.progress, wait=True)
             raise
         self.checkpoints.save(self.progress, wait=True)
+        self.callbacks.end(self.progress)
 
     def train_epoch(self) -> None:
         """Train for the rest of an epoch, or until patience ends. A collective.
@@ -135,6 +139,7 @@ class Trainer:
                 loss, positions = losses["loss"], batch.rows.positions
                 lockstep.record_error(self.loss_watch.step(progress.steps, loss, positions))
                 self.reporter.step(progress, losses)  # logs every `log_every_steps`
+                self.callbacks.step(progress, losses, lockstep)
                 if lockstep.stop or lockstep.save:
                     lockstep.end_stretch()  # the pipeline ends its fetched batches
                 lockstep.watchdog.mark(f"step {progress.steps}")
@@ -184,6 +189,7 @@ class Trainer:
         if (line := format_unknown("train", progress.ids)) is not None:
             logger.info("%s; %s", line, progress.vocabularies)
         self.reporter.validation(progress, report)
+        self.callbacks.validation(progress, report)
         score = selection_score(report, metric)
         if score is None:
             cause = f"the {selection_words(metric)} is not defined there"

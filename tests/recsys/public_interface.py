@@ -25,6 +25,7 @@ PARTS = (
     "recsys.data.row_source:Chunk",
     "recsys.data.row_source:RowSource",
     "recsys.evaluation.further_metrics:Metric",
+    "recsys.training.callbacks:Callback",
     "recsys.training.trackers:Tracker",
     "recsys.ranking.vectors:IDVectors",
     "recsys.content.vectors:ContentVectors",

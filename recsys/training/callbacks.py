@@ -1,0 +1,68 @@
+"""Callbacks: code of one's own at the begin, the steps, the validations and the end of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from recsys.config.named_parts import make_part
+
+if TYPE_CHECKING:
+    from recsys.build import Job
+    from recsys.checkpoint.progress import Progress
+    from recsys.distributed.lockstep import Lockstep
+
+
+class Callback:
+    """Is called on every rank; subclasses override what they need, and are made without arguments.
+
+    `job` has the model (`job.em3`), the settings (`job.config`) and the ranks (`job.ranks`);
+    `progress` the steps, epochs and best score so far. An error ends the job on all ranks.
+    """
+
+    def begin(self, job: Job, progress: Progress) -> None:
+        """Before the first step of this start, which may continue an earlier one."""
+
+    def step(self, job: Job, progress: Progress, losses: dict[str, Tensor]) -> None:
+        """After each step; `losses` [] by name are of this rank. Must not be a collective."""
+
+    def validation(self, job: Job, progress: Progress, report: dict[str, Any]) -> None:
+        """After each validation; `report` is equal on all ranks."""
+
+    def end(self, job: Job, progress: Progress) -> None:
+        """After the last step and its validation; not if the job was asked to end."""
+
+
+class Callbacks:
+    """The callbacks of a job, made from the setting `callbacks`. Building is a collective."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.parts = job, list[Callback]()
+        with job.ranks.raise_on_all_ranks():
+            names = job.config.callbacks
+            self.parts = [make_part("callbacks", name, {}, Callback) for name in names]
+
+    def begin(self, progress: Progress) -> None:
+        self._call(lambda part: part.begin(self.job, progress))
+
+    def step(self, progress: Progress, losses: dict[str, Tensor], lockstep: Lockstep) -> None:
+        """Call all; all ranks raise an error when they next exchange flags."""
+        try:
+            for part in self.parts:
+                part.step(self.job, progress, losses)
+        except Exception as error:  # a user's class may raise any error
+            lockstep.record_error(error)
+
+    def validation(self, progress: Progress, report: dict[str, Any]) -> None:
+        self._call(lambda part: part.validation(self.job, progress, report))
+
+    def end(self, progress: Progress) -> None:
+        self._call(lambda part: part.end(self.job, progress))
+
+    def _call(self, call: Callable[[Callback], None]) -> None:
+        """Call all one after another; an error is raised on all ranks. A collective if any."""
+        for part in self.parts:
+            with self.job.ranks.raise_on_all_ranks():
+                call(part)
