@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -15,7 +12,7 @@ from jsonargparse.typing import PositiveInt
 
 from recsys.commands.options import require_finished
 from recsys.config.server import ServerSettings
-from recsys.doctor import require_working_installation
+from recsys.doctor import require_working_installation, without_garbage_collection
 
 logger = logging.getLogger(__name__)
 TOKEN = "RECSYS_TOKEN"
@@ -56,7 +53,7 @@ def serve(package: Path, /, settings: ServerSettings) -> None:
         package: package that `recsys export` wrote, or a link to one
         settings: addresses, workers and limits.
     """
-    with _without_garbage_collection():
+    with without_garbage_collection():
         from recsys.serving.server.start import require_installation
         from recsys.serving.server.start import serve as start_server
 
@@ -85,7 +82,7 @@ def package_add_items(package: str, /, items: str) -> None:
 
         logger.info("%s: %s", package, send_items(package, items, os.environ.get(TOKEN)))
         return
-    with _without_garbage_collection():
+    with without_garbage_collection():
         require_working_installation(imports_torchrec=False)
         from recsys.serving.new_items.add import add_items
 
@@ -231,13 +228,3 @@ def semantic_ids(
         collisions = export_semantic_ids(run, out, *sizes, ranks, data, codebooks, dataset)
     print_table(format_collisions(collisions))
     logger.info("written to %s", out)
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Pause garbage collection: while modules are loaded, it takes a fifth of the time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
