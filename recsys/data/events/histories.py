@@ -228,8 +228,8 @@ def _recent_events(
     """
     if any(duration(count.within) is None for count in counts):
         return "past_events", _has_keys(["uid"], samples, {"uid": "uid"})
-    parts = [*config.histories.values(), *counts]
-    delay = max((duration(part.delay) or 0 for part in parts), default=0)
+    delays = [part.delay for part in config.histories.values()] + [part.delay for part in counts]
+    delay = max((duration(text) or 0 for text in delays), default=0)
     longest = max((duration(count.within) or 0 for count in counts), default=-FOREVER)
     since = [f"any_value(settled) - ({longest})"] + [
         f"coalesce(list_min(max(ts, {history.length}) FILTER (arrived <= settled AND "
