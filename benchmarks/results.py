@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PLACES = ("--out", "--results", "--data", "--cache", "--recipe", "--package", "--runs", "--before")
+ABSOLUTE = re.compile(r"(?:^|(?<=[\s,'\"\[]))/[^\s,'\"\]}]*[^\s,'\"\]}/]")  # in lists and mappings
 PIXELS = (1280, 720)
 DPI = 100
 
@@ -90,9 +91,8 @@ def without_places(text: str) -> str:
     """Replace this machine's folders by the names of their options, or relative paths."""
     words = [part for word in sys.argv for part in word.split("=", 1)]
     for option, value in itertools.pairwise(words):
-        for folder in value.strip("[]").split(",") if option in PLACES else ():
-            if (folder := folder.strip("'\" ").rstrip("/")).startswith("/"):
-                text = text.replace(folder, option.removeprefix("--").upper())
+        for folder in ABSOLUTE.findall(value) if option in PLACES else ():
+            text = text.replace(folder, option.removeprefix("--").upper())
     return text.replace(f"{ROOT}/", "")
 
 

@@ -192,6 +192,9 @@ def test_folders_of_the_command_and_of_the_clone_are_named_not_told(
     assert without_places("a/b /disk/bench/data") == "a/b OUT/data"
     monkeypatch.setattr(sys, "argv", ["accuracy.py", "--runs", "[/disk/one,/disk/two/]"])
     assert without_places("--runs [/disk/one,/disk/two/]") == "--runs [RUNS,RUNS/]"
+    by_title = '{"One": "/disk/one", "Two": "/disk/two"}'
+    monkeypatch.setattr(sys, "argv", ["unseen_shares.py", "--data", by_title])
+    assert without_places(f"--data {by_title}") == '--data {"One": "DATA", "Two": "DATA"}'
 
 
 def test_all_programs_write_the_same_dataset_and_are_measured(tmp_path: Path) -> None:
