@@ -115,7 +115,7 @@ def test_counts_of_items_that_are_not_those_of_the_run_are_refused(
     tmp_path: Path, change: str
 ) -> None:
     file, counts = tmp_path / "item_counts.npy", np.arange(30)
-    np.save(file, counts)
+    np.save(file, np.stack([counts, counts]))
     assert read_item_counts(tmp_path, 30).of(np.arange(30)).tolist() == counts.tolist()
     if change == "missing":
         file.unlink()
@@ -123,7 +123,7 @@ def test_counts_of_items_that_are_not_those_of_the_run_are_refused(
         file.write_bytes(file.read_bytes()[:100])
     else:
         damaged = {
-            "longer": np.arange(31),
+            "longer": np.stack([np.arange(31)] * 2),
             "falling": np.array([[9, 4], [1, 1]]),
             "below zero": np.array([[4, 9], [1, -1]]),
         }
