@@ -6,6 +6,7 @@ Shapes: N ids or rows, U distinct ids, S sets, R rows per set.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -318,3 +319,43 @@ class BoundedVocabulary:
             )
             for name, array in arrays.items()
         }
+
+
+@dataclass(frozen=True)
+class UsedRows:
+    """A range of rows of the old table, with the entries of `BoundedVocabulary.state_dict`."""
+
+    first: int
+    ids: np.ndarray  # int64 [N]
+    last_used: np.ndarray  # int64 [N], -1 where a row is free
+    scores: np.ndarray  # float64 [N]
+
+
+def rows_in_resized(
+    ranges: Iterable[UsedRows], num_embeddings: int, half_life: float, start: int, stop: int
+) -> np.ndarray:
+    """Return the old row of each row `[start, stop)` of the new table, -1 where none: int64."""
+    num_sets, rows_per_set = rows_of_sets(num_embeddings)
+    first, last = start // rows_per_set, min(-(-stop // rows_per_set), num_sets)
+    places, sets, worth = [], [], []
+    for rows in ranges:
+        id_sets = (mix64(rows.ids) % np.uint64(num_sets)).astype(np.int64)
+        inside = np.flatnonzero((rows.last_used >= 0) & (id_sets >= first) & (id_sets < last))
+        with np.errstate(divide="ignore"):  # a use long ago may have faded to 0
+            faded = np.log2(rows.scores[inside]) + rows.last_used[inside] / half_life
+        places.append(rows.first + inside)
+        sets.append(id_sets[inside])
+        worth.append(np.stack([faded, rows.last_used[inside]]))
+    place, id_sets = np.concatenate(places), np.concatenate(sets)
+    faded, recent = np.concatenate(worth, axis=1)
+    order = np.lexsort((place, -recent, -faded, id_sets))
+    place, id_sets = place[order], id_sets[order]
+    turn = np.arange(len(id_sets)) - np.searchsorted(id_sets, id_sets)
+    old_rows = np.full(max(last - first, 0) * rows_per_set, -1)
+    fits = turn < rows_per_set
+    old_rows[(id_sets[fits] - first) * rows_per_set + turn[fits]] = place[fits]
+    result = np.full(stop - start, -1)
+    begin = first * rows_per_set
+    end = min(stop, begin + len(old_rows))
+    result[: max(end - start, 0)] = old_rows[start - begin : end - begin]
+    return result

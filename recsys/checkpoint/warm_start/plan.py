@@ -16,7 +16,7 @@ from recsys.build import Job
 from recsys.checkpoint.reader import readable_failure, table_of_key
 from recsys.checkpoint.state import TrainingState
 from recsys.checkpoint.warm_start.comparison import compare_encoders, compare_settings
-from recsys.checkpoint.warm_start.rows import RowMap, move_rows, row_map, size_of
+from recsys.checkpoint.warm_start.rows import RowMap, move_rows, move_sets, row_map, size_of
 from recsys.checkpoint.warm_start.source import Differences, Source, StoredState
 from recsys.config import Config
 from recsys.data.schema import Schema
@@ -99,7 +99,8 @@ class WarmStartPlan:
                     dcp.load(unmoved, storage_reader=stored.reader, process_group=ranks.group)
         with ranks.raise_on_all_ranks():
             for name, rows in moved.items():
-                move_rows(state[name], self.tensors[name].tensor(name), rows)
+                move = move_sets if name.startswith("vocabulary.") else move_rows
+                move(state[name], self.tensors[name].tensor(name), rows)
         training.finish_loading()
 
     def _moved_rows(self, name: str) -> RowMap | None:
@@ -109,6 +110,8 @@ class WarmStartPlan:
 
 
 def _table_of(name: str) -> str | None:
+    if name.startswith("vocabulary."):
+        return name.split(".")[1]
     for prefix in (TABLES, AVERAGE):
         name = name.replace(prefix, MODEL, 1)
     return table_of_key(name)
@@ -124,10 +127,12 @@ def plan_warm_start(job: Job, source: Source, differences: Differences) -> WarmS
     with job.ranks.raise_on_all_ranks():
         compare_settings(source, job.config, differences)
         _check_patterns(plan, state)
-        _choose_weights(plan, job, state)
+    _choose_weights(plan, job, state)
+    with job.ranks.raise_on_all_ranks():
         _choose_vocabularies(plan, state)
         is_same = compare_encoders(source, job, plan.takes, differences)
-        _choose_bank(plan, job, state, is_same)
+    _choose_bank(plan, job, state, is_same)
+    with job.ranks.raise_on_all_ranks():
         _choose_optimizer_state(plan, job, state)
         _refuse_rules_without_state(plan, job)
         differences.check(source.model.folder)
@@ -135,13 +140,13 @@ def plan_warm_start(job: Job, source: Source, differences: Differences) -> WarmS
 
 
 def _choose_weights(plan: WarmStartPlan, job: Job, state: State) -> None:
-    """Take the weights and buffers that both runs have, with the rows of tables."""
+    """Take the weights and buffers that both runs have, with the rows of tables. A collective."""
     source, differences, shapes = plan.source, plan.differences, dict[str, str]()
     item_tensors = _tensors_with_item_rows(job)
     for name in _shared_weights(plan, state):
         table = table_of_key(name)
         if table is not None:
-            rows = row_map(table, source, job.schema, differences)
+            rows = row_map(table, source, job.schema, job.ranks, differences)
             plan.maps |= {} if rows is None else {table: rows}
         stored, size = tuple(source.model.entries[name].size), size_of(state[name])
         if name.startswith(SCALING) and stored != size:
@@ -238,17 +243,22 @@ def _choose_vocabularies(plan: WarmStartPlan, state: State) -> None:
     tables = {table_of_key(name) for name in plan.tensors}
     names = [name for name in state if name.startswith("vocabulary.")]
     for table in dict.fromkeys(name.split(".")[1] for name in names):
+        part, rows = f"vocabulary of '{table}'", plan.maps.get(table)
         if table not in tables:
-            part = f"vocabulary of '{table}'"
             plan.differences.add(part, "its table is not taken over", "begins empty")
             continue
-        for name in names:  # only ids that wait may be missing
-            if name.split(".")[1] == table and name in plan.source.model.entries:
+        for name in names:
+            if name.split(".")[1] != table or name not in plan.source.model.entries:
+                continue  # only ids that wait may be missing
+            entry = name.split(".")[-1]
+            if entry.startswith("waiting") and rows is not None and not rows.is_identity:
+                plan.differences.add(part, f"{entry} of other sets", "anew")
+            else:
                 plan.tensors[name] = plan.source.model
 
 
 def _choose_bank(plan: WarmStartPlan, job: Job, state: State, is_same: bool) -> None:
-    """Take the vectors of the memory bank if the encoders that made them are."""
+    """Take the vectors of the memory bank if the encoders that made them are. A collective."""
     stored = plan.source.model.entries
     if "bank" not in state:
         return
@@ -263,7 +273,7 @@ def _choose_bank(plan: WarmStartPlan, job: Job, state: State, is_same: bool) -> 
         item = job.schema.target_item
         rows = plan.maps.get(item)
         if rows is None:  # the table is not taken over, but its raw ids are the same
-            rows = row_map(item, plan.source, job.schema, Differences())
+            rows = row_map(item, plan.source, job.schema, job.ranks, Differences())
         if rows is not None:
             plan.items, plan.tensors["bank"] = rows, plan.source.model
             return

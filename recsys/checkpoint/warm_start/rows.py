@@ -2,7 +2,7 @@
 
 Rows go by raw id where a table has a map, else they keep their place; -1 begins anew.
 Memory is a few blocks beside the shards and two numbers per row.
-Shapes: R rows, N rows of a range or block, D dimension.
+Shapes: R rows, N rows of a range or block, D dimension, S sets of a bounded vocabulary.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
+from embeddings.vocabulary.bounded import UsedRows, rows_in_resized
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.checkpoint.reader import BLOCK_BYTES, StoredTensor
 from recsys.checkpoint.warm_start.source import Differences, Source
 from recsys.data.schema import Schema
+from recsys.distributed.ranks import Ranks
 
+SETS_PER_READ = 2**16
 OldRows = Callable[[int, int], np.ndarray]
 
 
@@ -59,8 +62,10 @@ class RowMap:
         return np.where(old_of_new[mapped_rows][place] == old, mapped_rows[place], -1)
 
 
-def row_map(table: str, source: Source, schema: Schema, differences: Differences) -> RowMap | None:
-    """Return the map of a table, None if there is none; list what differs."""
+def row_map(
+    table: str, source: Source, schema: Schema, ranks: Ranks, differences: Differences
+) -> RowMap | None:
+    """Return the map of a table, None if there is none; list what differs. A collective."""
     part, fix = f"table '{table}'", f"or --warm-start.skip '*.{table}.weight'"
     stored, current = source.schema.vocabulary_of(table), schema.vocabulary_of(table)
     old_rows, num_rows = source.schema.limit(table), schema.limit(table)
@@ -78,12 +83,14 @@ def row_map(table: str, source: Source, schema: Schema, differences: Differences
         old, new = source.schema.vocabularies[table], schema.vocabularies[table]
         assert isinstance(old, ExactVocabulary) and isinstance(new, ExactVocabulary)
         return _map_exact(part, old, new, fix, differences)
-    before = old_rows, stored.num_hashes, stored.seed
-    now = num_rows, current.num_hashes, current.seed
-    if before != now:
+    if current.kind == "bounded":
+        return _map_bounded(table, source, num_rows, current.half_life, ranks, differences)
+    old_hash = old_rows, stored.num_hashes, stored.seed
+    new_hash = num_rows, current.num_hashes, current.seed
+    if old_hash != new_hash:
         differences.refuse(
             part,
-            f"rows, hashes and seed of its vocabulary were {before}, and are {now}: its "
+            f"rows, hashes and seed of its vocabulary were {old_hash}, and are {new_hash}: its "
             "ids have other rows",
             f"set them back, {fix}",
         )
@@ -160,6 +167,51 @@ def _map_exact(
     return RowMap.of(is_identity, new.num_embeddings, find)
 
 
+def _map_bounded(
+    table: str,
+    source: Source,
+    num_rows: int,
+    half_life: float,
+    ranks: Ranks,
+    differences: Differences,
+) -> RowMap:
+    """Map a table whose ids were learned while training. A collective."""
+    old_rows = source.schema.limit(table)
+    if num_rows == old_rows:
+        return RowMap.same(num_rows)
+
+    def find(start: int, stop: int) -> np.ndarray:
+        rows = rows_in_resized(_used_rows(source, table), num_rows, half_life, start, stop)
+        if start <= num_rows - 1 < stop:
+            rows[num_rows - 1 - start] = old_rows - 1
+        return rows
+
+    with ranks.raise_on_all_ranks():
+        first, last = (num_rows * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
+        num_own = int((find(first, last) >= 0).sum())
+        num_ids = sum(
+            int((vocabulary_rows.last_used >= 0).sum())
+            for vocabulary_rows in _used_rows(source, table)
+        )
+    num_kept = sum(ranks.gather(num_own)) - 1  # without the row of unknown ids
+    differences.add(
+        f"table '{table}'",
+        f"{old_rows:,} rows and {num_ids:,} ids before, {num_rows:,} rows now",
+        f"{num_kept:,} ids keep their rows at another place, {num_ids - num_kept:,} have no room",
+    )
+    return RowMap.of(False, num_rows, find)
+
+
+def _used_rows(source: Source, table: str) -> Iterator[UsedRows]:
+    names = ("ids", "last_used", "scores")
+    parts = [source.model.tensor(f"vocabulary.{table}.{name}") for name in names]
+    num_sets, rows_per_set = parts[0].size
+    for start in range(0, num_sets, SETS_PER_READ):
+        stop = min(start + SETS_PER_READ, num_sets)
+        values = [part.rows(start, stop).flatten().numpy() for part in parts]
+        yield UsedRows(start * rows_per_set, *values)
+
+
 @dataclass(frozen=True)
 class _Piece:
     tensor: Tensor  # [rows] or [rows, columns], the memory of the job
@@ -181,6 +233,21 @@ def move_rows(target: Tensor | ShardedTensor, stored: StoredTensor, rows: RowMap
     """
     row_bytes = 8 * math.prod(stored.size[1:])
     _move(list(_pieces(target)), stored.rows, max(1, BLOCK_BYTES // row_bytes), rows)
+
+
+@torch.no_grad()
+def move_sets(target: Tensor | ShardedTensor, stored: StoredTensor, rows: RowMap) -> None:
+    """Fill an entry of a bounded vocabulary, [S, R / S], with one number per row of its table."""
+    per_set, old_per_set = size_of(target)[1], stored.size[1]
+    pieces = [
+        _Piece(piece.tensor.view(-1), piece.row * per_set, slice(None)) for piece in _pieces(target)
+    ]
+
+    def read(start: int, stop: int) -> Tensor:
+        first, last = start // old_per_set, -(-stop // old_per_set)
+        return stored.rows(first, last).flatten()[start - first * old_per_set :][: stop - start]
+
+    _move(pieces, read, BLOCK_BYTES // 8, rows)
 
 
 def _pieces(target: Tensor | ShardedTensor) -> Iterator[_Piece]:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embeddings.vocabulary.bounded import rows_of_sets
+from embeddings.vocabulary.fixed import mix64
 from recsys.checkpoint.warm_start.comparison import compare_settings, reconciled_schema
 from recsys.checkpoint.warm_start.rows import RowMap, row_map
 from recsys.checkpoint.warm_start.source import Differences, Source, WarmStart, open_source
@@ -48,7 +50,7 @@ class Opened:
         """The map of a table and its differences alone."""
         schema, _ = self.schema(data)
         differences = Differences()
-        return row_map(table, self.source, schema, differences), differences
+        return row_map(table, self.source, schema, self.ranks, differences), differences
 
 
 @pytest.fixture(scope="module")
@@ -184,12 +186,55 @@ def test_rows_of_an_exact_map_follow_the_raw_ids(
         assert f"{len(set(before) - set(new_ids))} are gone" in str(differences)
 
 
+@pytest.mark.parametrize("size", [40, 400])
+def test_ids_of_a_bounded_vocabulary_go_to_the_sets_of_the_new_size(
+    opened: Opened, tmp_path: Path, size: int
+) -> None:
+    data = changed(opened.folder, tmp_path, column("user", num_embeddings=size))
+    rows, differences = opened.rows(data, "user")
+    assert rows is not None
+    ids, last_used = (
+        opened.source.model.tensor(f"vocabulary.user.{name}").rows(0, 1).flatten().numpy()
+        for name in ("ids", "last_used")
+    )
+    used_rows = np.flatnonzero(last_used >= 0)
+    assert len(used_rows) > 4
+    old_rows = rows.find(0, size)
+    assert sorted(old_rows[old_rows >= 0]) == [
+        *used_rows,
+        11,
+    ]  # last: of unknown ids
+    assert old_rows[size - 1] == 11
+    num_sets, per_set = rows_of_sets(size)
+    places = np.flatnonzero(old_rows[:-1] >= 0)
+    sets = (mix64(ids[old_rows[places]]) % np.uint64(num_sets)).astype(int)
+    assert (places // per_set == sets).all()
+    parts = [rows.find(start, min(start + 33, size)) for start in range(0, size, 33)]
+    assert np.concatenate(parts).tolist() == old_rows.tolist()
+    assert re.search(rf"{len(used_rows)} ids keep .*, 0 have no", str(differences))
+
+
+def test_the_least_used_ids_have_no_room_in_a_smaller_bounded_table(
+    opened: Opened, tmp_path: Path
+) -> None:
+    data = changed(opened.folder, tmp_path, column("user", num_embeddings=4))
+    rows, differences = opened.rows(data, "user")
+    assert rows is not None
+    last_used, scores = (
+        opened.source.model.tensor(f"vocabulary.user.{name}").rows(0, 1).flatten().numpy()
+        for name in ("last_used", "scores")
+    )
+    worth = np.where(last_used >= 0, np.log2(np.maximum(scores, 1e-9)) + last_used / 50.0, -np.inf)
+    order = np.lexsort((np.arange(11), -last_used, -worth))
+    assert rows.find(0, 4).tolist() == [*order[:3], 11]
+    assert f"{(last_used >= 0).sum() - 3} have no room" in str(differences)
+
+
 @pytest.mark.parametrize(
     ("table", "change", "line"),
     [
         ("shop", column("shop", num_embeddings=4), r"'shop': had 5 rows, num_embeddings is 4"),
         ("shop", column("shop", vocabulary={"kind": "hash"}), r"'shop': .*rows.*kind hash"),
-        ("user", column("user", num_embeddings=40), r"'user': rows.*\(12, 1, 0\).*\(40, 1, 0\)"),
         (
             "genres",
             column("genres", vocabulary={"kind": "hash", "num_hashes": 2, "seed": 4}),

@@ -187,6 +187,7 @@ def test_rows_follow_their_ids_and_new_ones_have_the_initial_values_of_the_new_r
         assert torch.equal(state[name][len(new_ids) : 54], empty[len(new_ids) : 54])
         assert torch.equal(state[name][54], old[name][39])  # of unknown ids
     assert torch.equal(state["shop"], torch.cat([old["shop"], fresh["shop"][5:]]))
+    _assert_users_moved(state, old, fresh)
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +218,27 @@ def test_statistics_of_neighbours_go_with_their_items(
     with begun(with_neighbours, tmp_path / "other", *words, **skipped) as new:
         assert not any(state_of(new.job)[name].any() for name in names)
         assert "neighbours.taste" in new.words and "counted anew" in new.words
+
+
+def _assert_users_moved(
+    state: dict[str, Tensor], old: dict[str, Tensor], fresh: dict[str, Tensor]
+) -> None:
+    """Rows, moments and counts of the bounded vocabulary go together, by id."""
+    moment = "optimizer.tables.embedding_bags.embedding_bags.user.weight.momentum1.columns_0_16"
+    names = [f"vocabulary.user.{name}" for name in ("ids", "last_used", "scores")]
+    ids, last_used, scores = (state[name].flatten() for name in names)
+    old_ids, old_used, old_scores = (old[name].flatten() for name in names)
+    used_rows = (old_used >= 0).nonzero().flatten().tolist()
+    assert int((last_used >= 0).sum()) == len(used_rows) > 4
+    for row in used_rows:
+        (place,) = ((ids == old_ids[row]) & (last_used >= 0)).nonzero().flatten().tolist()
+        assert last_used[place] == old_used[row] and scores[place] == old_scores[row]
+        assert torch.equal(state["user"][place], old["user"][row])
+        assert torch.equal(state[moment][place], old[moment][row])
+    free = [*(last_used < 0).nonzero().flatten().tolist(), *range(len(last_used), 299)]
+    assert torch.equal(state["user"][free], fresh["user"][free])
+    assert not state[moment][free].any()
+    assert torch.equal(state["user"][299], old["user"][11])
 
 
 # Content
