@@ -29,7 +29,17 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PLACES = ("--out", "--results", "--data", "--cache", "--recipe", "--package", "--runs", "--before")
+PLACES = (
+    "--out",
+    "--results",
+    "--data",
+    "--cache",
+    "--recipe",
+    "--package",
+    "--runs",
+    "--run",
+    "--before",
+)
 ABSOLUTE = re.compile(r"(?:^|(?<=[\s,'\"\[]))/[^\s,'\"\]}]*[^\s,'\"\]}/]")  # in lists and mappings
 PIXELS = (1280, 720)
 DPI = 100
