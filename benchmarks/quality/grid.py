@@ -286,8 +286,9 @@ def encoders(training: str, top_layers: int = 0, share: float = 1.0) -> Settings
     `share`: of a step's items that are encoded, with gradient; the bank has the others.
     """
     settings: dict[str, Any] = {f"content.modalities.{name}.training": training for name in TEXTS}
-    # Higher than the default, which leaves new adapters as they are within two epochs.
-    settings["optimizer.encoder_learning_rate"] = 5e-4 if training == "side" else 1e-3
+    # The default leaves new adapters as they are within two epochs, and changes all weights much.
+    rates = {"side": 5e-4, "lora": 1e-3, "full": 5e-5}
+    settings["optimizer.encoder_learning_rate"] = rates[training]
     if top_layers:
         settings |= {f"content.modalities.{name}.lora.top_layers": top_layers for name in TEXTS}
     if share < 1:
@@ -314,6 +315,19 @@ IMPLICIT = [
     Cell(
         "no neighbours", "the recipe without similar items of the history", NO_NEIGHBOURS, "frozen"
     ),
+    Cell("random new rows", "ID rows of new items at random", RANDOM_ROWS, "frozen"),
+    Cell(
+        "mean new rows",
+        "ID rows of new items as the mean of all rows",
+        {"embedding.tables.item.new_rows": "mean"},
+        "frozen",
+    ),
+    Cell(
+        "frozen history",
+        "the history's content without a trained map",
+        {"content.history.mode": "bank_frozen"},
+        "frozen",
+    ),
     Cell(
         "LoRA top layer",
         "adapters in the highest layer of each encoder; a quarter of a step's items is encoded",
@@ -324,6 +338,12 @@ IMPLICIT = [
         "LoRA all layers",
         "adapters in all six layers; a twentieth of a step's items is encoded",
         encoders("lora", 6, 0.05),
+        "frozen",
+    ),
+    Cell(
+        "full",
+        "all weights of the encoders train; a twentieth of a step's items is encoded",
+        encoders("full", share=0.05),
         "frozen",
     ),
 ]
