@@ -60,7 +60,19 @@ LIGHTGBM_SPACE: Space = {
     "lambda_l2": _rate(1e-3, 30.0),
 }
 
+ITEM_CF_SPACE: Space = {
+    "significance": CategoricalDistribution([0, 5, 20, 100]),
+    "length": CategoricalDistribution([5, 20, 100]),
+}
+
 PEERS = (
+    Peer("item-CF", "item_cf_rows", ("numpy", "scipy"), ITEM_CF_SPACE),
+    Peer(
+        "logistic regression, item-CF and content",
+        "item_cf_rows",
+        ("numpy", "scipy"),
+        {**ITEM_CF_SPACE, "penalty": _rate(1e-6, 1e-2)},
+    ),
     Peer("LightGBM, content similarities", "lightgbm_rows", LIGHTGBM, LIGHTGBM_SPACE),
     Peer(
         "LightGBM, similarities of content and co-rating",

@@ -91,13 +91,15 @@ class Events:
         rest = self.user % FOLDS != fold
         return Events(self.user[rest], self.item[rest], self.deviation[rest])
 
-    def similarities(self, num_items: int) -> list[np.ndarray]:  # float32 [I, I] each
+    def similarities(
+        self, num_items: int, significance: float = SIGNIFICANCE
+    ) -> list[np.ndarray]:  # float32 [I, I] each
         """Return the cosines of items by their users, and by the users' deviations."""
         shape = num_items, int(self.user.max(initial=0)) + 1
         raters = csr_matrix((np.ones(len(self.user)), (self.item, self.user)), shape=shape)
         ratings = csr_matrix((self.deviation, (self.item, self.user)), shape=shape)
         common = (raters @ raters.T).toarray().astype(np.float32)
-        weight = common / (common + SIGNIFICANCE)
+        weight = common / np.maximum(common + significance, 1)
         cosines = []
         for vectors in (raters, ratings):
             squares = np.asarray(vectors.multiply(vectors).sum(axis=1)).ravel()

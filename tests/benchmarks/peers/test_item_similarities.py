@@ -53,3 +53,43 @@ def test_in_a_log_without_values_the_nearest_items_count_by_their_similarity(
     mean, highest, *_, latest, last, nearest, nearest_five, nearest_twenty, _, total = features
     assert np.allclose([mean, highest, latest, last, nearest], [0.25, 0.5, 0.2, 0.4, 0.5])
     assert np.allclose([nearest_five, nearest_twenty, total], [0.3, 1.5 / 20, 1.5 / 7**0.5])
+
+
+@pytest.mark.parametrize("has_values", [False, True])
+def test_item_cf_sums_similarities_to_the_last_items_of_the_history(
+    monkeypatch: pytest.MonkeyPatch, has_values: bool
+) -> None:
+    monkeypatch.syspath_prepend(str(ADAPTERS))
+    import item_cf_rows
+    import item_similarities
+    import peer_rows
+
+    stars = np.array([0.2, 0.4, 0.9]) if has_values else np.ones(3)
+    lists = dict.fromkeys(("history_liked", "history_stars"), stars)
+    items, offsets = np.array([3]), np.array([0, 3])
+    rows = peer_rows.Rows(np.array([9]), items, np.ones(1), offsets, np.arange(3), lists)
+    similarity = np.zeros((4, 4))
+    similarity[3, :3] = 0.5, 0.1, 0.2
+
+    class Fixed(item_similarities.Events):
+        def similarities(self, *_: object) -> list[np.ndarray]:  # by users, by values
+            unused = np.full((4, 4), np.nan)
+            return [unused, similarity] if has_values else [similarity, unused]
+
+    score = item_cf_rows.item_cf(rows, Fixed(*([np.zeros(0)] * 3)), 4, 2, 1.0)
+
+    deviations = [-0.25, 0.25] if has_values else [1, 1]  # of the last two, from their mean
+    total = 0.3 if has_values else 1.0
+    np.testing.assert_allclose(score, [(0.1 * deviations[0] + 0.2 * deviations[1]) / total])
+
+
+def test_the_logistic_regression_has_a_loss_without_slope(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ADAPTERS))
+    import item_cf_rows
+
+    generator = np.random.default_rng(0)
+    inputs, labels = generator.standard_normal((50, 3)), generator.integers(0, 2, 50)
+    weights = item_cf_rows.logistic_regression(inputs, labels, 0.01)
+    error = 1 / (1 + np.exp(-inputs @ weights[:-1] - weights[-1])) - labels
+    np.testing.assert_allclose(inputs.T @ error / 50 + 0.01 * weights[:-1], 0, atol=1e-4)
+    assert abs(error.mean()) < 1e-4
