@@ -100,6 +100,8 @@ def _arrays(columns: RowColumns, schema: Schema) -> dict[str, np.ndarray]:
     }
     if RAW_GROUP in columns.numbers:
         arrays["group"] = columns.values(RAW_GROUP)
+    if schema.sampled:
+        arrays["sampled"] = columns.values(schema.sampled)
     if dense := schema.of_kind("dense"):
         arrays["numbers"] = np.stack([columns.values(name) for name in dense], axis=1)
     lists = {name: columns.values(name) for name in schema.parallel}

@@ -57,7 +57,9 @@ class PeerTraining:
         """
         values = self._result()[split]
         with np.load(self.rows / f"{split}.npz") as rows, np.load(self.rows / "train.npz") as train:
-            counts = ItemCounts.of_rows(train["item"]).of(rows["item"])
+            # As in a run, drawn rows count for no item.
+            logged = train["sampled"] == 0 if "sampled" in train.files else slice(None)
+            counts = ItemCounts.of_rows(train["item"][logged]).of(rows["item"])
             users = rows["group" if "group" in rows.files else "user"]
             items, labels = rows["item"], rows["label"]
         if values.shape != labels.shape or not np.isfinite(values).all():

@@ -37,7 +37,8 @@ class Rows:
             columns = {name: arrays[name] for name in arrays.files}
         names = ("user", "item", "label", "offsets", "history")
         numbers = columns.pop("numbers", None)
-        columns.pop("group", None)  # by which scores are averaged
+        for name in ("group", "sampled"):  # for the metrics alone
+            columns.pop(name, None)
         return cls(*(columns.pop(name) for name in names), columns, numbers)
 
     def __len__(self) -> int:

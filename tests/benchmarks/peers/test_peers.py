@@ -71,6 +71,16 @@ def test_a_log_without_values_has_ones_beside_the_history_and_counts_as_numbers(
     assert all(arrays[name].tolist() == [1, 1, 1] for name in ("history_liked", "history_stars"))
 
 
+def test_drawn_rows_of_training_count_for_no_item(
+    monkeypatch: pytest.MonkeyPatch, rows: Path
+) -> None:
+    with np.load(rows / "train.npz") as arrays:
+        np.savez(rows / "train.npz", **arrays, sampled=np.array([0, 0, 1, 0]))
+    with_scores(monkeypatch, [0.9, 0.1, 0.2, 0.3])
+    scores = PeerTraining(PEERS[0], rows, {}, 0, rows).scores("test")
+    assert scores.counts.tolist() == [1, 1, 1, 1]  # of items 4, 5, 4, 6
+
+
 def test_scores_are_averaged_by_the_group_of_the_rows(
     monkeypatch: pytest.MonkeyPatch, rows: Path
 ) -> None:
