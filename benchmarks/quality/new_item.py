@@ -1,4 +1,4 @@
-"""Where do items that came after training rank by their texts alone, for those who took them?
+"""Rank items that came after training by their texts alone, for those who took them.
 
     python -m benchmarks quality new-item --data DATA --run RUN --out runs/new_item
 
@@ -67,9 +67,9 @@ def new_item(
     generator = np.random.default_rng(0)
     records = []
     for item in list(takers)[:items]:
-        others = np.setdiff1d(np.arange(rows.num_rows), takers[item])
-        others = generator.choice(others, min(users, len(takers[item])), replace=False)
-        placed = [ranking.places(item, chosen) for chosen in (takers[item][:users], others)]
+        other_rows = np.setdiff1d(np.arange(rows.num_rows), takers[item])
+        other_rows = generator.choice(other_rows, min(users, len(takers[item])), replace=False)
+        placed = [ranking.places(item, part) for part in (takers[item][:users], other_rows)]
         records.append(_record(item, names[item], ranking, len(takers[item]), *placed))
     write_result(_result(records), results)
 
@@ -85,8 +85,11 @@ def _takers(run: Path, rows: pa.Table, item: str) -> dict[str, np.ndarray]:
     if not len(positions):
         raise ValueError(f"{run}: test has no positive row of an item without training rows")
     raw = np.asarray(rows[item].take(positions).to_pylist())
-    taken, counts = np.unique(raw, return_counts=True)
-    return {str(name): positions[raw == name] for name in taken[np.argsort(-counts, kind="stable")]}
+    unseen_items, counts = np.unique(raw, return_counts=True)
+    return {
+        str(name): positions[raw == name]
+        for name in unseen_items[np.argsort(-counts, kind="stable")]
+    }
 
 
 def _write_copies(catalogue: pa.Table, schema: Schema, items: Sequence[str], out: Path) -> Path:
@@ -119,23 +122,28 @@ class Ranking:
             user = {schema.group: row[schema.group]}
             scores = self.scorer.score(user, history, [*self.items, *copies])[:, 0]
             earlier, later = np.split(scores, [len(self.items)])
-            own = later[self.new.index(item)]
-            places.append([1 + int((part > own).sum()) for part in (earlier, later)])
+            item_score = later[self.new.index(item)]
+            places.append([1 + int((part > item_score).sum()) for part in (earlier, later)])
         return np.array(places)
 
 
 def _record(
-    item: str, title: str, ranking: Ranking, taken: int, takers: np.ndarray, others: np.ndarray
+    item: str,
+    title: str,
+    ranking: Ranking,
+    num_taken: int,
+    takers: np.ndarray,
+    non_takers: np.ndarray,
 ) -> dict[str, Any]:
     return {
         "benchmark": "new_item",
         "item": item,
         "title": title,
-        "taken": taken,
+        "taken": num_taken,
         "items": len(ranking.items),
         "new_items": len(ranking.new),
         "place_for_takers": np.median(takers, axis=0).tolist(),
-        "place_for_others": np.median(others, axis=0).tolist(),
+        "place_for_others": np.median(non_takers, axis=0).tolist(),
     }
 
 

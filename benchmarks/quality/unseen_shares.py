@@ -1,4 +1,4 @@
-r"""What content gains by the share of positives whose item training never saw, in each window.
+r"""Measure what content gains by the share of unseen items among positives, in each window.
 
     python -m benchmarks quality unseen-shares --out runs/shares \
         --data '{"MovieLens": "data/movielens_windows", "IFDB": "data/ifdb_windows"}' \

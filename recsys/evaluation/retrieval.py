@@ -146,9 +146,9 @@ def retrieval_metrics(
     metrics: dict[str, Any] = {}
     above, rows, is_alone = above.long(), tied.long() + 1, tied == 0
     place = torch.arange(1, max(depths) + 1).double()
-    gains_of = {"recall": torch.ones_like(place), "ndcg": 1 / torch.log2(1 + place)}
-    gains_of["mrr"] = 1 / place
-    for name, gains in gains_of.items():
+    gains_by_metric = {"recall": torch.ones_like(place), "ndcg": 1 / torch.log2(1 + place)}
+    gains_by_metric["mrr"] = 1 / place
+    for name, gains in gains_by_metric.items():
         summed = torch.cat([torch.zeros(1).double(), gains.cumsum(0)])  # gains of the first places
         for depth in depths:
             first, end = above.clamp(max=depth), (above + rows).clamp(max=depth)
@@ -171,7 +171,8 @@ def retrieval_report(
 ) -> dict[str, Any]:
     """Compute `retrieval_metrics` of all rows and of warm, cold and unseen items. A collective."""
     settings = job.config.ranking
-    assert isinstance(settings, RetrievalSettings)
+    if not isinstance(settings, RetrievalSettings):  # a model of one's own with other settings
+        settings = RetrievalSettings()
     items, vectors = catalogue_vectors(job, lockstep)
     queries, targets = scored["queries"], scored["query_targets"]
     target_items = scored["query_items"]
