@@ -75,12 +75,16 @@ def add_histories(
     event_columns = [name for name in _schema(engine, "past_events").names if name != KEYS_OF]
     if "action" not in (parallel.column for parallel in config.parallels.values()):
         event_columns.remove("action")
+    events, has_keys = "past_events", "1 = 1"
+    if earlier is not None:
+        events, has_keys = _recent_events(engine, config, samples, list(user_counts.values()))
     query = _samples_and_events(
         features,
         samples,
         {name: quoted(name) for name in schema.names},
         {name: quoted(name) for name in event_columns},
-        "1 = 1" if earlier is None else _has_keys(["uid"], samples, {"uid": "uid"}),
+        has_keys,
+        events,
     )
     order = ["ts", "iid", "position"]
     engine.add_mapped("complete", query, ["uid"], order, features, features.schema)
@@ -214,12 +218,45 @@ def _has_keys(keys: list[str], samples: str, columns: dict[str, str]) -> str:
     )
 
 
+def _recent_events(
+    engine: SqlEngine, config: EventsConfig, samples: str, counts: list[Count]
+) -> tuple[str, str]:
+    """Make a stage of the events that histories and counts of the samples' users may use.
+
+    All samples of a user know the events that had arrived a delay before the first of them, so only
+    the last ones of these matter. Returns the stage, and the condition of its rows.
+    """
+    if any(duration(count.within) is None for count in counts):
+        return "past_events", _has_keys(["uid"], samples, {"uid": "uid"})
+    parts = [*config.histories.values(), *counts]
+    delay = max((duration(part.delay) or 0 for part in parts), default=0)
+    longest = max((duration(count.within) or 0 for count in counts), default=-FOREVER)
+    since = [f"any_value(settled) - ({longest})"] + [
+        f"coalesce(list_min(max(ts, {history.length}) FILTER (arrived <= settled AND "
+        f"({actions_in(history.actions)}))), {FOREVER})"
+        for history in config.histories.values()
+    ]
+    engine.add(
+        "recent",
+        f"SELECT uid, any_value(settled) AS settled, least({', '.join(since)}) AS since "
+        f"FROM past_events JOIN (SELECT uid, min(ts) - {delay + 1} AS settled FROM {samples} "
+        f"GROUP BY uid) USING (uid) WHERE {quoted(KEYS_OF)} = '' GROUP BY uid",
+    )
+    engine.view(
+        "recent_events",
+        f"SELECT e.* FROM past_events e JOIN recent r ON e.uid = r.uid WHERE {quoted(KEYS_OF)} = ''"
+        " AND (e.arrived > r.settled OR e.ts >= r.since)",
+    )
+    return "recent_events", "1 = 1"
+
+
 def _samples_and_events(
     features: HistoryFeatures,
     samples: str,
     sample_columns: dict[str, str],
     event_columns: dict[str, str],
     has_keys: str,
+    events: str = "past_events",
 ) -> str:
     """Return SQL of a stage of samples and the past events that features use."""
     names = dict.fromkeys([*sample_columns, *event_columns])
@@ -232,7 +269,7 @@ def _samples_and_events(
     is_used = " OR ".join(f"({test})" for test in tests)
     return (
         f"SELECT {sample}, 0 AS {quoted(SETS)} FROM {samples} UNION ALL SELECT {event}, "
-        f"{' + '.join(bits) or '0'} FROM past_events WHERE ({is_used or '1 = 0'}) AND {has_keys}"
+        f"{' + '.join(bits) or '0'} FROM {events} WHERE ({is_used or '1 = 0'}) AND {has_keys}"
     )
 
 

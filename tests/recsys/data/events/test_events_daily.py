@@ -86,6 +86,8 @@ CASES: dict[str, dict[str, Any]] = {
         "unripe": "keep",
         "drop": {**CONTENT["drop"], "duplicates": False},
         "negatives": {"per_positive": 1},
+        # Without a count over all time, only a user's last events are read for histories.
+        "counts": {name: CONTENT["counts"][name] for name in ("user_day", "item_rate")},
     },
     "rows": {
         "vocabulary": {"kind": "rows", "headroom": 0.5},
