@@ -20,18 +20,25 @@ settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("busy")
 
 
-@pytest.fixture(autouse=True)
-def process_as_before() -> Iterator[None]:
-    """Jobs in the process of a test set up loggers and kernels; the next test has its own."""
-    loggers = [logging.getLogger(name) for name in OWN_LOGGERS]
-    before = [(log.handlers, log.propagate, log.level) for log in loggers]
-    kernels, threads = _KernelChoice.kernels, torch.get_num_threads()
-    yield
-    _KernelChoice.kernels = kernels
-    torch.set_num_threads(threads)
-    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+_LOGGERS = [logging.getLogger(name) for name in OWN_LOGGERS]
+_LOGGERS_AT_START = [(log.handlers, log.propagate, log.level) for log in _LOGGERS]
+_KERNELS_AT_START, _THREADS_AT_START = _KernelChoice.kernels, torch.get_num_threads()
+
+
+def _restore_process() -> None:
+    _KernelChoice.kernels = _KERNELS_AT_START
+    torch.set_num_threads(_THREADS_AT_START)
+    for logger, (handlers, propagate, level) in zip(_LOGGERS, _LOGGERS_AT_START, strict=True):
         logger.handlers, logger.propagate = handlers, propagate
         logger.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def process_as_before() -> Iterator[None]:
+    """Jobs of a test, or of a module's fixture, set loggers and kernels: a test starts without."""
+    _restore_process()
+    yield
+    _restore_process()
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
