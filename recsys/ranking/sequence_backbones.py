@@ -1,193 +1,61 @@
-"""Backbones with self-attention over the history, whose last token is the target.
+"""Ranking models over a sequence encoder, whose last token is the ranked item: HSTU, transformer.
 
-HSTU (arXiv 2402.17152) has no softmax, but gates, and biases of place and time. Weights are
-SiLU(Q K' + bias) / L with L = `ranking.recent_items`, a constant, so that a row does not depend on
-the others of its batch. The causal transformer is SASRec (arXiv 1808.09781) with embeddings of
-place and age as in BST (arXiv 1905.06874); norms stand before each part.
-Shapes: B batch, T tokens of all histories, S sequences, L longest sequence, D width, H heads.
+Shapes: B batch, C labels.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from dataclasses import replace
+
+from torch import Tensor
 
 from recsys.config import ContentSettings
-from recsys.ranking.layers.sequence_model import (
-    NUM_AGES,
-    Events,
-    Read,
-    SequenceModel,
-    doubling_buckets,
-    times_between,
-)
-from recsys.ranking.settings import HstuSettings, TransformerSettings
-from recsys.ranking.vectors import InputDimensions
-
-EPSILON = 1e-12  # of the norm of sums, which are small where a history is short
+from recsys.content.vectors import ContentVectors
+from recsys.data.batch import Batch
+from recsys.ranking.layers.causal_layers import HstuEncoder, TransformerEncoder
+from recsys.ranking.layers.fields import history_numbers
+from recsys.ranking.layers.heads import ranking_head
+from recsys.ranking.layers.row_features import RowFeatures
+from recsys.ranking.layers.sequence_encoder import SequenceEncoder
+from recsys.ranking.settings import HstuSettings, SequenceSettings, TransformerSettings
+from recsys.ranking.vectors import IDVectors, InputDimensions, MemberLogits
 
 
-class HstuLayer(nn.Module):
-    """A layer of HSTU; its maps read the ages of events if `has_ages`."""
-
-    def __init__(self, settings: HstuSettings, has_ages: bool) -> None:
-        super().__init__()
-        dim, self.heads = settings.sequence_dim, settings.sequence_heads
-        self.longest = settings.recent_items
-        self.norm, self.sum_norm = nn.LayerNorm(dim), nn.LayerNorm(dim, eps=EPSILON)
-        self.kvqu = nn.Linear(dim, 4 * dim)
-        self.output = nn.Linear(dim, dim)
-        # By the distance in places: of a target, 0 to itself and 1 to the latest event.
-        self.of_places = nn.Parameter(0.02 * torch.randn(self.heads, self.longest + 2))
-        self.of_times: nn.Parameter | None = None
-        if has_ages:
-            self.of_times = nn.Parameter(0.02 * torch.randn(self.heads, NUM_AGES))
-
-    def read(self, states: Tensor) -> Read:  # [T, D]
-        normed = self.norm(states)
-        weights, biases = self.kvqu.weight.chunk(4), self.kvqu.bias.chunk(4)
-        keys, values = (
-            F.silu(F.linear(normed, weight, bias)).float()
-            for weight, bias in zip(weights[:2], biases[:2])
-        )
-        return keys, values
-
-    def history(self, states: Tensor, events: Events) -> tuple[Tensor, Read]:  # [T, D] -> [T, D]
-        kvqu, dim = F.silu(self.kvqu(self.norm(states))), states.shape[1]
-        tokens = kvqu[:, : 3 * dim].float()
-        if self.of_times is not None:
-            assert events.ages is not None
-            tokens = torch.cat([tokens, events.ages], dim=1)
-        sums = events.sequences.attend(tokens, self._among_events, recomputes=True)
-        keys, values = (part.contiguous() for part in tokens[:, : 2 * dim].chunk(2, dim=1))
-        return self._gated(states, sums, kvqu[:, 3 * dim :]), (keys, values)
-
-    def _among_events(self, padded: Tensor) -> Tensor:  # [S, L, 3 * D or 3 * D + 1] -> [S, L, D]
-        """Attend to earlier events of the same sequence; a last column has their ages."""
-        width, longest = 3 * self.output.in_features, padded.shape[1]
-        vectors = padded[:, :, :width].unflatten(2, (3, self.heads, -1))
-        keys, values, queries = vectors.permute(2, 0, 3, 1, 4)
-        places = torch.arange(longest, device=padded.device)
-        biases = self.of_places[:, (places.unsqueeze(1) - places).clamp(min=0)].unsqueeze(0)
-        if self.of_times is not None:
-            buckets = times_between(padded[:, :, width])
-            biases = biases + self.of_times[:, buckets].transpose(0, 1)
-        weights = F.silu(queries @ keys.transpose(2, 3) + biases).tril()
-        return (weights @ values).transpose(1, 2).flatten(2)
-
-    def target(self, target: Tensor, read: Read, events: Events) -> Tensor:  # [B, D] -> [B, D]
-        kvqu = F.silu(self.kvqu(self.norm(target)))
-        own_key, own_value, query, gates = kvqu.float().chunk(4, dim=1)
-        event_bias, self_bias = self.of_places[:, events.places + 1], self.of_places[:, 0]
-        if self.of_times is not None:
-            assert events.ages is not None
-            event_bias = event_bias + self.of_times[:, doubling_buckets(events.ages.squeeze(1))]
-            self_bias = self_bias + self.of_times[:, 0]
-        keys, values = read
-        sequences = events.sequences
-        scores = sequences.dots(query, keys, self.heads) + sequences.at_places(event_bias)
-        sums = sequences.sums(F.silu(scores), values)
-        to_self = (query * own_key).unflatten(1, (self.heads, -1)).sum(dim=2) + self_bias  # [B, H]
-        self_value = F.silu(to_self).unsqueeze(2) * own_value.unflatten(1, (self.heads, -1))
-        return self._gated(target, sums + self_value.flatten(1), gates)
-
-    def _gated(self, states: Tensor, sums: Tensor, gates: Tensor) -> Tensor:
-        return states + self.output(self.sum_norm(sums / self.longest) * gates)
-
-
-class Hstu(SequenceModel):
+class SequenceModel(RowFeatures):
     """ID vectors, content vectors and dense features -> one logit per label."""
 
-    Settings = HstuSettings
-
-    def __init__(
-        self, settings: HstuSettings, dimensions: InputDimensions, content: ContentSettings | None
-    ) -> None:
-        super().__init__(settings, dimensions, content, HstuLayer)
-
-
-WIDENING = 4  # of the feed-forward layer, as in BST
-
-
-class TransformerLayer(nn.Module):
-    """A layer of attention and feed-forward; embeddings of ages are in its tokens."""
-
-    def __init__(self, settings: TransformerSettings, has_ages: bool) -> None:
-        super().__init__()
-        del has_ages
-        dim, self.heads = settings.sequence_dim, settings.sequence_heads
-        self.norm, self.hidden_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.kvq = nn.Linear(dim, 3 * dim, bias=False)
-        self.output = nn.Linear(dim, dim)
-        self.hidden = nn.Sequential(
-            nn.Linear(dim, WIDENING * dim), nn.ReLU(), nn.Linear(WIDENING * dim, dim)
-        )
-
-    def read(self, states: Tensor) -> Read:  # [T, D]
-        normed = self.norm(states)
-        keys, values = (F.linear(normed, weight).float() for weight in self.kvq.weight.chunk(3)[:2])
-        return keys, values
-
-    def history(self, states: Tensor, events: Events) -> tuple[Tensor, Read]:  # [T, D] -> [T, D]
-        kvq = self.kvq(self.norm(states)).float()
-        attended = events.sequences.attend(kvq, self._among_events, recomputes=False)
-        keys, values, _ = (part.contiguous() for part in kvq.chunk(3, dim=1))
-        return self._fed_forward(states, attended), (keys, values)
-
-    def _among_events(self, padded: Tensor) -> Tensor:  # [S, L, 3 * D] -> [S, L, D]
-        keys, values, queries = padded.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-        return attended.transpose(1, 2).flatten(2)
-
-    def target(self, target: Tensor, read: Read, events: Events) -> Tensor:  # [B, D] -> [B, D]
-        own_key, own_value, query = self.kvq(self.norm(target)).float().chunk(3, dim=1)
-        query = query * (query.shape[1] // self.heads) ** -0.5
-        (keys, values), sequences = read, events.sequences
-        history = sequences.history
-        scores = sequences.dots(query, keys, self.heads)  # [H, T or B * T]
-        to_self = (query * own_key).unflatten(1, (self.heads, -1)).sum(dim=2)  # [B, H]
-        with torch.no_grad():  # any number may be subtracted from all scores of a row
-            highest = torch.maximum(to_self, history.maximum(scores.T.contiguous(), -torch.inf))
-        weights = torch.exp(scores - history.spread(highest).T)
-        self_weight = torch.exp(to_self - highest)
-        total = (history.sum(weights.T.contiguous()) + self_weight).unsqueeze(2)  # [B, H, 1]
-        summed = sequences.sums(weights, values).unflatten(1, (self.heads, -1))
-        summed = summed + self_weight.unsqueeze(2) * own_value.unflatten(1, (self.heads, -1))
-        return self._fed_forward(target, (summed / total).flatten(1))
-
-    def _fed_forward(self, states: Tensor, attended: Tensor) -> Tensor:
-        states = states + self.output(attended)
-        return states + self.hidden(self.hidden_norm(states))
-
-
-class Transformer(SequenceModel):
-    """ID vectors, content vectors and dense features -> one logit per label."""
-
-    Settings = TransformerSettings
+    Encoder: type[SequenceEncoder]
 
     def __init__(
         self,
-        settings: TransformerSettings,
+        settings: SequenceSettings,
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:
-        super().__init__(settings, dimensions, content, TransformerLayer)
-        dim, has_ages = settings.sequence_dim, self.gaps.column is not None
-        self.places = nn.Embedding(settings.recent_items + 1, dim)
-        self.ages = nn.Embedding(NUM_AGES, dim) if has_ages else None
-        for table in (self.places, self.ages):
-            if table is not None:
-                nn.init.normal_(table.weight, std=0.02)
+        encoder = self.Encoder(settings, dimensions, content)
+        dimensions = replace(dimensions, num_parallel=len(encoder.gaps.flags))
+        super().__init__(settings, settings.sequence_dim, dimensions, content)
+        self.encoder = encoder
+        self.mlp = ranking_head(self.feature_dim, settings, dimensions.num_labels)
 
-    def positioned(
-        self,
-        tokens: Tensor,  # [T, D]
-        target: Tensor,  # [B, D]
-        events: Events,
-    ) -> tuple[Tensor, Tensor]:
-        tokens = tokens + self.places(events.places)
-        if self.ages is not None:
-            assert events.ages is not None
-            tokens = tokens + self.ages(doubling_buckets(events.ages.squeeze(1)))
-        return tokens, target
+    def forward(
+        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
+    ) -> Tensor | MemberLogits:  # [B, C]
+        interest = self.encoder(ids, content, batch)
+        history, parallel = batch.history.jagged(), batch.history.values[:, self.encoder.gaps.flags]
+        numbers = history_numbers(history, parallel)
+        return self.mlp(self.features(ids, content, batch, interest, numbers, history, parallel))
+
+
+class Hstu(SequenceModel):
+    """The ranking model over HSTU's encoder."""
+
+    Settings = HstuSettings
+    Encoder = HstuEncoder
+
+
+class Transformer(SequenceModel):
+    """The ranking model over the causal transformer."""
+
+    Settings = TransformerSettings
+    Encoder = TransformerEncoder

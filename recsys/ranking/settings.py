@@ -104,8 +104,8 @@ class SimSettings(NumbersSettings, HeadSettings):
 
 
 @dataclass
-class SequenceSettings(NumbersSettings, HeadSettings):
-    """Settings of models in which the items of a history attend to each other."""
+class EncoderSettings:
+    """Settings of `SequenceEncoder`, in which the items of a history attend to each other."""
 
     sequence_dim: Width = 32
     """Width of the token of a history item, a multiple of the heads."""
@@ -121,6 +121,11 @@ class SequenceSettings(NumbersSettings, HeadSettings):
     gap_scale: GapScale = "linear"
     """Scale of these ages. linear: a unit such as seconds; log_days: log10(1 + days) / 2, as
     `recsys prepare` writes them."""
+
+
+@dataclass
+class SequenceSettings(EncoderSettings, NumbersSettings, HeadSettings):
+    """Settings of ranking models over a sequence encoder."""
 
 
 @dataclass

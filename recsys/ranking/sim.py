@@ -21,7 +21,7 @@ from recsys.ranking.layers.content_interest import cosines
 from recsys.ranking.layers.fields import history_numbers
 from recsys.ranking.layers.heads import ranking_head
 from recsys.ranking.layers.row_features import RowFeatures
-from recsys.ranking.layers.sequence_model import NUM_AGES, TimeGaps, age_of
+from recsys.ranking.layers.sequence_encoder import NUM_AGES, TimeGaps, age_of
 from recsys.ranking.settings import SimSettings
 from recsys.ranking.vectors import IDVectors, InputDimensions, MemberLogits
 

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from recsys.config import ContentSettings
 from recsys.data.batch import Batch
 from recsys.ranking.layers import sequences
-from recsys.ranking.layers.sequence_model import (
-    SequenceModel,
+from recsys.ranking.layers.causal_layers import HstuLayer, TransformerEncoder, TransformerLayer
+from recsys.ranking.layers.sequence_encoder import (
+    SequenceEncoder,
     TimeGaps,
     doubling_buckets,
     times_between,
 )
-from recsys.ranking.sequence_backbones import HstuLayer, Transformer, TransformerLayer
 from recsys.serving.ranking_graph import RankingGraph
 from tests.recsys.ranking.ranking_inputs import CONTENT, CONTENT_DIM, DIMENSIONS, inputs
 from tests.recsys.ranking.test_backbones import by_content, model_of
@@ -59,7 +59,7 @@ class Padded:
     Shapes: B rows, L longest history and the target.
     """
 
-    def __init__(self, model: SequenceModel, ids: Any, content: Any, batch: Batch) -> None:
+    def __init__(self, model: SequenceEncoder, ids: Any, content: Any, batch: Batch) -> None:
         lengths, recent = batch.history.lengths, model.recent_items
         rows, longest = len(lengths), int(lengths.max()) + 1
         self.places = torch.arange(longest).expand(rows, -1)  # [B, L]
@@ -84,10 +84,10 @@ class Padded:
         self.is_recent = (self.places >= self.lengths - recent) & (self.places <= self.lengths)
         self.recent, self.newer = recent, (self.lengths - 1 - self.places).clamp(0, recent)
 
-    def run(self, model: SequenceModel) -> Tensor:  # [B, D]
+    def run(self, model: SequenceEncoder) -> Tensor:  # [B, D]
         """All layers over all places, one mask each, then the target's state."""
         states = self.states
-        if isinstance(model, Transformer):
+        if isinstance(model, TransformerEncoder):
             assert model.ages is not None
             embeddings = model.places(self.newer) + model.ages(doubling_buckets(self.ages))
             is_event = self.places < self.lengths
@@ -122,10 +122,12 @@ class Padded:
         return joined.unflatten(2, (count, 2, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
-def interest_of(model: SequenceModel, ids: Any, content: Any, batch: Batch) -> Tensor:
+def interest_of(model: nn.Module, ids: Any, content: Any, batch: Batch) -> Tensor:
     """The target's state that the model computes."""
     states: list[Tensor] = []
-    handle = model.norm.register_forward_hook(lambda module, arguments, state: states.append(state))
+    handle = model.encoder.norm.register_forward_hook(
+        lambda module, arguments, state: states.append(state)
+    )
     model(ids, content, batch)
     handle.remove()
     return states[0]
@@ -148,11 +150,12 @@ def test_outputs_and_gradients_equal_a_padded_reference(
     batch = with_ages(batch)
     batch.history.index = index
     leaves = [ids.history.requires_grad_(), ids.target.requires_grad_()]
-    leaves += [*model.tokens.parameters(), *model.layers.parameters()]
+    encoder = model.encoder
+    leaves += [*encoder.tokens.parameters(), *encoder.layers.parameters()]
     weights = torch.randn(4, 8)
 
     actual = interest_of(model, ids, vectors, batch)
-    expected = Padded(model, ids, vectors, batch).run(model)
+    expected = Padded(encoder, ids, vectors, batch).run(encoder)
 
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     gradients = [

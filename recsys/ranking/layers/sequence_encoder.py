@@ -1,4 +1,4 @@
-"""The base of models in which the items of a history attend to each other, and then the target.
+"""Encoders in which the items of a history attend to each other, and then the target to them.
 
 Attention is causal, so a user's history is computed once for all candidates (M-FALCON of HSTU,
 arXiv 2402.17152). Items before the latest `ranking.recent_items` enter the last layer alone. Ages
@@ -9,8 +9,7 @@ sequence, D width of a token, U unique items, P parallel lists, C labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -20,12 +19,9 @@ from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
-from recsys.ranking.layers.fields import history_numbers
-from recsys.ranking.layers.heads import ranking_head
-from recsys.ranking.layers.row_features import RowFeatures
 from recsys.ranking.layers.sequences import Sequences, sequences_of
-from recsys.ranking.settings import GapScale, SequenceSettings
-from recsys.ranking.vectors import IDVectors, InputDimensions, MemberLogits
+from recsys.ranking.settings import EncoderSettings, GapScale
+from recsys.ranking.vectors import IDVectors, InputDimensions
 
 NUM_AGES = 32
 SECONDS_PER_DAY = 86_400
@@ -105,10 +101,16 @@ class Events:
 
 
 class EventTokens(nn.Module):
-    """ID vectors, content vectors and lists beside the history -> tokens; width 0 omits a part."""
+    """ID vectors, content vectors and lists beside the history -> tokens; width 0 omits a part.
 
-    def __init__(self, dim: int, id_dim: int, content_dim: int, num_lists: int) -> None:
+    Without `reads_target` the target's token is a parameter alone: the next item, whatever it is.
+    """
+
+    def __init__(
+        self, dim: int, id_dim: int, content_dim: int, num_lists: int, reads_target: bool
+    ) -> None:
         super().__init__()
+        self.reads_target = reads_target
         self.id_map = nn.Linear(id_dim, dim, bias=False)
         self.content_map = nn.Linear(content_dim, dim, bias=False) if content_dim else None
         self.list_map = nn.Linear(num_lists, dim, bias=False) if num_lists else None
@@ -124,12 +126,10 @@ class EventTokens(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # [T, D], [B, D]
         """Return the tokens of events and targets. A collective with content."""
         history = batch.history.jagged()
-        target = self.id_map(ids.target) + self.of_target
         # Terms of an item alone are added for each unique item, in place of each event.
         items = self.id_map(ids.history) + self.of_event
         if self.content_map is not None:
             assert content is not None
-            target = target + self.content_map(content.target)
             content_terms = self.content_map(content.read_history()[0])
             if not ids.history_is_unique:
                 content_terms = sequences.tokens(content_terms, history)
@@ -137,56 +137,65 @@ class EventTokens(nn.Module):
         tokens = sequences.tokens(items, history) if ids.history_is_unique else items
         if self.list_map is not None:
             tokens = torch.addmm(tokens, lists, self.list_map.weight.T)
-        return tokens, target
+        return tokens, self._targets(ids, content)
+
+    def _targets(self, ids: IDVectors, content: ContentVectors | None) -> Tensor:  # [B, D]
+        if not self.reads_target:
+            return self.of_target.expand(ids.target.shape[0], -1)
+        target = self.id_map(ids.target) + self.of_target
+        if self.content_map is not None:
+            assert content is not None
+            target = target + self.content_map(content.target)
+        return target
 
 
-class SequenceModel(RowFeatures):
-    """Layers of attention over tokens -> one logit per label.
+class SequenceEncoder(nn.Module):
+    """Layers of attention over the tokens of a history -> the state of the target [B, D].
 
     A layer maps states of events [T, D] to keys and values (`read`), or to these and new states
     (`history`). `target` maps states of targets [B, D] and keys and values to new states.
     """
 
+    Layer: type[nn.Module]
+
     def __init__(
         self,
-        settings: SequenceSettings,
+        settings: EncoderSettings,
         dimensions: InputDimensions,
         content: ContentSettings | None,
-        layer: Callable[[Any, bool], nn.Module],
+        reads_target: bool = True,
     ) -> None:
+        super().__init__()
         dim, heads = settings.sequence_dim, settings.sequence_heads
         if dim % heads:
             raise ValueError(
                 f"ranking.sequence_heads is {heads}, which does not divide ranking.sequence_dim "
                 f"({dim}); change one of them"
             )
-        gaps = TimeGaps.of(settings.time_gaps, dimensions, settings.gap_scale)
-        dimensions = replace(dimensions, num_parallel=len(gaps.flags))
-        super().__init__(settings, dim, dimensions, content)
-        self.gaps, self.recent_items = gaps, settings.recent_items
+        self.gaps = TimeGaps.of(settings.time_gaps, dimensions, settings.gap_scale)
+        self.recent_items = settings.recent_items
         content_dim = 0 if content is None else content.dim
-        self.tokens = EventTokens(dim, dimensions.id_dim, content_dim, dimensions.num_parallel)
-        has_ages = gaps.column is not None
+        self.tokens = EventTokens(
+            dim, dimensions.id_dim, content_dim, len(self.gaps.flags), reads_target
+        )
+        has_ages = self.gaps.column is not None
         self.layers = nn.ModuleList(
-            layer(settings, has_ages) for _ in range(settings.sequence_layers)
+            self.Layer(settings, has_ages) for _ in range(settings.sequence_layers)
         )
         self.norm = nn.LayerNorm(dim)
-        self.mlp = ranking_head(self.feature_dim, settings, dimensions.num_labels)
 
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor | MemberLogits:  # [B, C]
+    ) -> Tensor:  # [B, D]
+        """Return the target's state after the last layer. A collective with content."""
         history: JaggedHistory = batch.history.jagged()
-        parallel = batch.history.values[:, self.gaps.flags]
         sequences = sequences_of(history)
         ages = self.gaps.ages(batch.history.recorded_values)
         ages = None if ages is None else sequences.own(ages)
         events = Events(sequences, sequences.ages().clamp(max=self.recent_items), ages)
-        lists = sequences.own(parallel)
+        lists = sequences.own(batch.history.values[:, self.gaps.flags])
         tokens, target = self.tokens(ids, content, batch, sequences, lists)
-        interest = self.encoded(tokens.float(), target.float(), events)
-        numbers = history_numbers(history, parallel)
-        return self.mlp(self.features(ids, content, batch, interest, numbers, history, parallel))
+        return self.encoded(tokens.float(), target.float(), events)
 
     def encoded(
         self, tokens: Tensor, target: Tensor, events: Events
