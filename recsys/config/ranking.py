@@ -68,9 +68,9 @@ class RetrievalSettings(RankingSettings):
     further_histories: Literal["mean"] = "mean"
     """Encoder of each sequence after the first into one vector. With attention, the user's vector
     would depend on the item."""
-    loss: Literal["pointwise", "in_batch_softmax", "sampled_softmax"] = "pointwise"
+    loss: Literal["pointwise", "in_batch_softmax", "sampled_softmax", "full_softmax"] = "pointwise"
     """pointwise: cross-entropy of the labels; else cross-entropy of the target item against the
-    items of the batch or against sampled items."""
+    items of the batch, sampled items, or all items with training rows (for small catalogues)."""
     num_negatives: PositiveInt = 256
     """Negatives of sampled_softmax, per rank and step."""
     log_q_correction: bool = True
@@ -81,13 +81,17 @@ class RetrievalSettings(RankingSettings):
     depths: list[PositiveInt] = field(default_factory=lambda: [10, 50, 100])
     """Lengths of the lists whose recall, NDCG and MRR are measured by a search of all items."""
     exclude_seen: bool = False
-    """Leave the items of a row's history out of that search, besides its own item: for logs where
-    users take an item once."""
+    """Leave the items of a row's history out of that search, besides its own item, and out of the
+    negatives of softmax losses: for logs where users take an item once."""
 
     def check(self, name: str) -> None:
         super().check(name)
         if not self.depths or sorted(set(self.depths)) != list(self.depths):
             raise ValueError(f"{name}.depths: {self.depths}; write them once, in ascending order")
+        if self.loss == "full_softmax" and self.all_ranks:
+            raise ValueError(
+                f"{name}.all_ranks: full_softmax has all items on each rank; set all_ranks to false"
+            )
 
 
 def softmax_settings(ranking: RankingSettings) -> RetrievalSettings | None:

@@ -1,6 +1,6 @@
 """Negatives of a retrieval model's softmax losses: the items, and their probabilities.
 
-Only items with training rows are sampled. Without `log_q_correction` the logs of Q are zeros.
+Only items with training rows are negatives. Without `log_q_correction` the logs of Q are zeros.
 
 Shapes: B batch, S sampled negatives, N any items.
 """
@@ -19,9 +19,9 @@ from recsys.data.item_frequency import ItemCounts
 
 
 def negatives_feature(settings: RetrievalSettings | None, target_item: str) -> str | None:
-    """Return the feature that looks up sampled negatives; None if none are sampled."""
-    is_sampled = settings is not None and settings.loss == "sampled_softmax"
-    return f"negatives of {target_item}" if is_sampled else None
+    """Return the feature that looks up negatives; None if they are those of the batch."""
+    is_drawn = settings is not None and settings.loss in ("sampled_softmax", "full_softmax")
+    return f"negatives of {target_item}" if is_drawn else None
 
 
 class NegativeSampler:
@@ -39,7 +39,7 @@ class NegativeSampler:
 
     def log_q(self, items: torch.Tensor) -> torch.Tensor:  # int64 [N] -> [N]
         """Return the log of each item's probability; unknown items count as the rarest."""
-        if not self.settings.log_q_correction:
+        if not self.settings.log_q_correction or self.settings.loss == "full_softmax":
             return torch.zeros(len(items))
         ids, total = items.numpy(), self._counts.counts.sum()
         if self.settings.loss == "in_batch_softmax" and total:
@@ -66,8 +66,11 @@ class NegativeSampler:
         )
 
     def _draw(self, draw: tuple[int, int, int]) -> np.ndarray:  # [S], int64
-        random, count = np.random.default_rng(draw), self.settings.num_negatives
-        places = random.integers(self._num_drawn, size=count)
+        if self.settings.loss == "full_softmax":
+            places = np.arange(self._num_drawn)
+        else:
+            random, count = np.random.default_rng(draw), self.settings.num_negatives
+            places = random.integers(self._num_drawn, size=count)
         return self._counts.items[places] if len(self._counts.items) else places
 
 

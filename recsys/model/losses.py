@@ -199,10 +199,24 @@ def _gather_sides(
 PADDING = -1  # replaces the item of a padding row
 
 
+def in_history(batch: Batch, items: Tensor) -> Tensor:  # int64 [K] -> bool [B, K]
+    """Return which items each row has in its history; an item may be there several times."""
+    history = batch.history.jagged()
+    ascending, order = items.sort()
+    first = torch.searchsorted(ascending, ascending)  # the first place of each item, [K]
+    seen_items = batch.history.items[history.index]
+    places = torch.searchsorted(ascending, seen_items).clamp(max=len(items) - 1)
+    places = torch.where(ascending[places] == seen_items, places, len(items))
+    is_seen = items.new_zeros((len(batch.target.items), len(items) + 1), dtype=torch.bool)
+    is_seen[history.rows, places] = True  # the last column is of items that are no candidates
+    return is_seen[:, first[order.argsort()]]
+
+
 class RetrievalLoss(nn.Module):
     """Sum over labels of weight times the mean over all rows of the positive rows' cross-entropy.
 
-    Items of rows with label 0 are negatives; a row's own item and padding rows never are.
+    Items of rows with label 0 are negatives; a row's own item and padding rows never are, nor with
+    `settings.exclude_seen` the items of its history.
     """
 
     weights: Tensor
@@ -210,7 +224,7 @@ class RetrievalLoss(nn.Module):
     def __init__(self, settings: RetrievalSettings, label_weights: list[float]) -> None:
         super().__init__()
         self.in_batch = settings.loss == "in_batch_softmax"
-        self.all_ranks = settings.all_ranks
+        self.all_ranks, self.exclude_seen = settings.all_ranks, settings.exclude_seen
         self.register_buffer("weights", torch.tensor(label_weights), persistent=False)
 
     def forward(self, towers: TowerVectors, batch: Batch) -> Tensor:  # []
@@ -225,6 +239,8 @@ class RetrievalLoss(nn.Module):
             vectors, items, log_q = towers.negatives, batch.negatives.items, batch.negatives.log_q
         vectors, items, log_q = self._candidates(vectors, items, log_q)
         is_no_negative = (items == batch.target.items.unsqueeze(1)) | (items == PADDING)  # [B, K]
+        if self.exclude_seen:
+            is_no_negative |= in_history(batch, items)
         positives = (towers.scores - own_log_q.unsqueeze(1)).unbind(dim=1)  # C of [B]
         losses = []
         for query, positive in zip(towers.query.unbind(dim=1), positives, strict=True):

@@ -152,10 +152,13 @@ class MmoeSettings(AttendedSettings):
 
 
 @dataclass
-class TwoTowerSettings(RetrievalSettings):
+class TwoTowerSettings(EncoderSettings, RetrievalSettings):
     """Settings of the two towers."""
 
     name: str = "two_tower"
+    history_encoder: Literal["mean", "transformer", "hstu"] = "mean"
+    """What the user tower reads of the history besides its means: nothing, or the state of a token
+    behind it, after the layers of the backbone of that name."""
     query_features: list[str] = field(default_factory=list)
     """Columns of the user besides the group's column; columns of the item do not belong here."""
     tower_dim: Width = 32

@@ -17,10 +17,13 @@ from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
+from recsys.ranking.layers.causal_layers import HstuEncoder, TransformerEncoder
 from recsys.ranking.layers.fields import history_numbers, num_history_numbers, pooled_history
 from recsys.ranking.layers.heads import multilayer_perceptron
 from recsys.ranking.settings import TwoTowerSettings
 from recsys.ranking.vectors import IDVectors, InputDimensions, TowerVectors
+
+ENCODERS = {"hstu": HstuEncoder, "transformer": TransformerEncoder}
 
 
 class TwoTower(nn.Module):
@@ -51,6 +54,16 @@ class TwoTower(nn.Module):
             if content.history.similarity_features and self.has_history:
                 self.similarity = Similarity(1 + len(content.modalities), means)
         outputs = self.num_labels * settings.tower_dim
+        self.encoder: nn.Module | None = None
+        if settings.history_encoder != "mean":
+            if not self.has_history:
+                raise ValueError(
+                    f"ranking.history_encoder is {settings.history_encoder}, and schema.yaml has "
+                    "no column of kind sequence; set it to mean"
+                )
+            encoder = ENCODERS[settings.history_encoder]
+            self.encoder = encoder(settings, dimensions, content, reads_target=False)
+            query_width += settings.sequence_dim
         self.query_tower = multilayer_perceptron(query_width, settings, outputs)
         self.item_tower = multilayer_perceptron(item_width, settings, settings.tower_dim)
         # Softmax losses cancel a bias.
@@ -90,6 +103,8 @@ class TwoTower(nn.Module):
             vectors.append(history_numbers(history, parallel))
             if content is not None:
                 vectors += pooled_history(content.read_history()[0].float(), history, parallel)
+        if self.encoder is not None:
+            vectors.append(self.encoder(ids, content, batch))
         query = self.query_tower(torch.cat(vectors, dim=1)).unflatten(1, (self.num_labels, -1))
         return F.normalize(query, dim=2)
 

@@ -66,6 +66,16 @@ def test_items_are_drawn_as_often_as_q_says() -> None:
     assert q.tolist() == pytest.approx([0.25] * 4)
 
 
+def test_full_softmax_has_every_item_with_training_rows_once() -> None:
+    every_item = sampler(loss="full_softmax")
+    batch = every_item(batch_of_items(TARGETS, HISTORIES), (0, 0, 0), training=True)
+    assert batch.negatives is not None and batch.target.log_q is not None
+    assert batch.negatives.items.tolist() == COUNTS.items.tolist()
+    assert not batch.negatives.log_q.any() and not batch.target.log_q.any()
+    scored = every_item(batch_of_items(TARGETS, HISTORIES), (0, 0, 0), training=False)
+    assert scored.negatives is not None and not len(scored.negatives.items)
+
+
 def test_negatives_are_a_feature_of_the_item_table_behind_target_and_history() -> None:
     negative_sampler = sampler(loss="sampled_softmax", num_negatives=6)
     before = batch_of_items(TARGETS, HISTORIES)

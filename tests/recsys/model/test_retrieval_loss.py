@@ -51,7 +51,7 @@ def loss_of(name: str, **settings: Any) -> RetrievalLoss:
     return RetrievalLoss(RetrievalSettings(loss=name, **settings), [1.0])  # type: ignore[arg-type]
 
 
-def by_rows(candidates: Tensor, items: list[int], log_q: Tensor, places: list[int]) -> Tensor:
+def by_rows(candidates: Tensor, items: list[Any], log_q: Tensor, places: list[int]) -> Tensor:
     """Cross-entropy of each positive row's item against the candidates that are other items."""
     rows, vectors = batch(), towers()
     assert rows.target.log_q is not None
@@ -85,6 +85,29 @@ def test_sampled_each_positive_is_set_against_the_drawn_items_but_for_itself() -
     assert rows.negatives is not None and vectors.negatives is not None
     expected = by_rows(vectors.negatives, NEGATIVES, rows.negatives.log_q, POSITIVE_ROWS)
     torch.testing.assert_close(loss_of("sampled_softmax")(vectors, rows), expected)
+
+
+HISTORIES = [[8, 3], [], [3], [2, 2, 7], [11], [3]]
+
+
+@pytest.mark.parametrize("name", ["in_batch_softmax", "sampled_softmax", "full_softmax"])
+def test_items_of_a_row_s_history_are_no_negatives_of_it(name: str) -> None:
+    rows, vectors = batch(), towers()
+    rows = replace(rows, history=batch_of_items(ITEMS, HISTORIES).history)
+    assert rows.negatives is not None and rows.target.log_q is not None
+    candidates, items, log_q = vectors.item, ITEMS, rows.target.log_q
+    if name != "in_batch_softmax":
+        assert vectors.negatives is not None
+        candidates, items, log_q = vectors.negatives, NEGATIVES, rows.negatives.log_q
+    masked = [
+        [None if item in history else item for item in items]
+        for item, history in zip(ITEMS, HISTORIES)
+    ]
+    if name == "in_batch_softmax":
+        masked = [[*items[:PADDING_ROW], None] for items in masked]
+    expected = sum(by_rows(candidates, masked[row], log_q, [row]) for row in POSITIVE_ROWS)
+    torch.testing.assert_close(loss_of(name, exclude_seen=True)(vectors, rows), expected)
+    assert loss_of(name)(vectors, rows) > expected  # fewer negatives, smaller losses
 
 
 def test_labels_are_weighted_and_each_has_its_own_query() -> None:

@@ -35,6 +35,12 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "two_tower": {"temperature": 1.0},  # unsure enough to pass the check of the log loss
     "two_tower in_batch": {"loss": "in_batch_softmax", "all_ranks": True},
     "two_tower sampled": {"loss": "sampled_softmax", "num_negatives": 7, "all_ranks": True},
+    "two_tower full transformer": {
+        "loss": "full_softmax",
+        "history_encoder": "transformer",
+        "exclude_seen": True,
+    },
+    "two_tower sampled hstu": {"loss": "sampled_softmax", "history_encoder": "hstu"},
 }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.config import ContentSettings
+from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.ranking.layers import sequences
 from recsys.ranking.layers.causal_layers import HstuLayer, TransformerEncoder, TransformerLayer
@@ -163,6 +164,35 @@ def test_outputs_and_gradients_equal_a_padded_reference(
     ]
     for actual_gradient, expected_gradient in zip(*gradients):
         torch.testing.assert_close(actual_gradient, expected_gradient, rtol=1e-4, atol=1e-4)
+
+
+@by_content
+@by_name
+@torch.no_grad()
+def test_the_query_of_two_towers_reads_a_token_behind_the_history(
+    name: str, content: ContentSettings | None
+) -> None:
+    """The padded reference with a target of zeros has the token's parameter alone."""
+    settings = SETTINGS | {"time_gaps": "age", "recent_items": 3, "history_encoder": name}
+    towers = model_of("two_tower", content, WITH_AGES, **settings)
+    torch.manual_seed(1)
+    for parameter in towers.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    ids, vectors, batch = inputs(LENGTHS)
+    batch = with_ages(batch)
+    nothing = replace(ids, target=torch.zeros_like(ids.target))
+    target, modalities = (
+        torch.zeros_like(part) for part in (vectors.target, vectors.target_modalities)
+    )
+    history, history_modalities = vectors.read_history()
+    no_content = ContentVectors(target, history, modalities, history_modalities)
+
+    expected = Padded(towers.encoder, nothing, no_content, batch).run(towers.encoder)
+    torch.testing.assert_close(interest_of(towers, ids, vectors, batch), expected)
+    query, item = (getattr(towers(ids, vectors, batch), part) for part in ("query", "item"))
+    others = replace(ids, target=ids.target.flip(0))
+    assert torch.equal(towers(others, vectors, batch).query, query)
+    assert not torch.equal(towers(others, vectors, batch).item, item)
 
 
 def test_times_between_events_do_not_depend_on_the_moment_of_the_row() -> None:
