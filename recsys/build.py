@@ -124,7 +124,9 @@ class Job:
     def batch_builder(self, with_labels: bool = True, with_content: bool = True) -> BatchBuilder:
         """Return the builder of batches; without labels, for files to predict."""
         content, settings = self.em3.content, content_settings(self.config.content)
-        chosen_later = chooses_items(settings, self.schema.has_bounded_items)
+        is_bounded, sampler = self.schema.has_bounded_items, self.preparation.negatives
+        draws_negatives = sampler is not None and sampler.feature is not None
+        chosen_later = chooses_items(settings, is_bounded, draws_negatives)
         return BatchBuilder(
             self.schema,
             pooled_features(self.config.embedding, self.schema),

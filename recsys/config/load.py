@@ -29,7 +29,6 @@ from recsys.config.ranking import (
     check_keys,
     own_keys,
     settings_class,
-    softmax_settings,
 )
 from recsys.config.run import CONFIG_NAMES, Config, content_settings
 
@@ -56,12 +55,6 @@ def validate(config: Config) -> None:
         return
     if config.contrastive.weight > 0 and not 0 < temperature < math.inf:
         raise ValueError(f"contrastive.temperature is {temperature}; it must be > 0 and finite")
-    retrieval = softmax_settings(config.ranking)
-    if retrieval and retrieval.loss == "sampled_softmax" and content.history.mode == "full":
-        raise ValueError(
-            "ranking.loss sampled_softmax reads the content of its negatives from the memory bank, "
-            "which content.history.mode full has not; choose bank_lora, bank_frozen or bank_dense"
-        )
 
 
 def _check_search(best_model_by: str, ranking: RankingSettings) -> None:

@@ -54,7 +54,29 @@ def assign_to_owners(content: BatchContent, group: dist.ProcessGroup) -> BatchCo
         items=owned,
         target_index=arrival[content.target_index],
         history_index=arrival[content.history_index],
+        negative_index=_moved(content.negative_index, arrival),
         exchange=ItemExchange(rows, send_counts=send_counts, receive_counts=receive_counts),
+    )
+
+
+def _moved(index: Tensor | None, places: Tensor) -> Tensor | None:
+    return None if index is None else places[index]
+
+
+def with_negatives(content: BatchContent, negatives: Tensor) -> BatchContent:  # int64 [K]
+    """Return the content of the items of a batch and of its drawn negatives.
+
+    These are encoded in the step like the targets: a target would be known by its newer vector if
+    negatives had those of the memory bank.
+    """
+    items, index = torch.cat([content.items, negatives]).unique(return_inverse=True)
+    place, negative_index = index.split([len(content.items), len(negatives)])
+    return replace(
+        content,
+        items=items,
+        target_index=place[content.target_index],
+        history_index=place[content.history_index],
+        negative_index=negative_index,
     )
 
 
@@ -81,7 +103,11 @@ def sample_items(
     if content.exchange is not None:
         exchange = replace(content.exchange, rows=place[content.exchange.rows])
         return replace(sampled, exchange=exchange)
-    return replace(sampled, target_index=place[content.target_index])
+    return replace(
+        sampled,
+        target_index=place[content.target_index],
+        negative_index=_moved(content.negative_index, place),
+    )
 
 
 @torch.no_grad()
@@ -129,10 +155,15 @@ def _sequences(batch: Batch, history: Tensor) -> KeyedJaggedTensor:  # history [
     )
 
 
-def chooses_items(content: ContentSettings | None, has_bounded_items: bool = False) -> bool:
+def chooses_items(
+    content: ContentSettings | None, has_bounded_items: bool = False, draws_negatives: bool = False
+) -> bool:
     """Return whether this module selects items, so that the loader cannot read their content."""
     return content is not None and (
-        content.dedup == "global" or content.sampling.backward < 1 or has_bounded_items
+        content.dedup == "global"
+        or content.sampling.backward < 1
+        or has_bounded_items
+        or draws_negatives
     )
 
 
@@ -186,8 +217,8 @@ class BatchPreparation:
             self.vocabularies.map_batch(batch, step, training)
             unknown.add(batch)
             prepared = self._with_histories(batch)
-            prepared = self._with_items(prepared, step, training, with_content)
             prepared = self._with_negatives(prepared, step, training)
+            prepared = self._with_items(prepared, step, training, with_content)
             is_new = prepared is not batch or bool(self.vocabularies.by_table)
             finish = self._with_routes(prepared, training, is_new, is_pinned)
             # Works one batch ahead, so that no rank waits here for the others.
@@ -205,11 +236,14 @@ class BatchPreparation:
         return shorten_histories(batch, self.bank, self.content.history.top_k)
 
     def _with_items(self, batch: Batch, step: int, training: bool, with_content: bool) -> Batch:
-        items = self.vocabularies.items
-        if self.content is None or not chooses_items(self.content, items is not None):
+        items, negatives = self.vocabularies.items, batch.negatives
+        is_chosen = chooses_items(self.content, items is not None, negatives is not None)
+        if self.content is None or not is_chosen:
             return batch
         assert self.store is not None
         content = batch.content
+        if negatives is not None:
+            content = with_negatives(content, negatives.items)
         if self.content.dedup == "global":
             assert self.group is not None
             content = assign_to_owners(content, self.group)

@@ -1,7 +1,7 @@
 """The content branch: a batch's items -> their content vectors, each item encoded once.
 
 Shapes: E items that this rank encodes, U unique history items, T tokens, D content dimension,
-M modalities, B batch, S sampled negatives, R items that this rank needs.
+M modalities, B batch, K drawn negatives, R items that this rank needs.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class ContentBranch(nn.Module):
         if self.bank is None:
             items = self._at_their_ranks(fresh, content.exchange)
             encoded = items.index_select(0, content.history_index)
-            return self._vectors(items, lambda: encoded, None, content.target_index, False)
+            return self._vectors(items, lambda: encoded, content, False)
         if self.training:
             # Written before the lookup: vectors just computed on any rank replace stale ones in
             # the histories of all ranks in the same step (LEMUR, 2511.10962).
@@ -185,8 +185,7 @@ class ContentBranch(nn.Module):
         if content.with_gradient is not None:  # on all ranks or on none, as reading is a collective
             fresh = torch.cat([fresh, read()[0]])
         items = self._at_their_ranks(fresh, content.exchange)
-        negatives = None if batch.negatives is None else read()[2]
-        return self._vectors(items, lambda: read()[1], negatives, content.target_index, True)
+        return self._vectors(items, lambda: read()[1], content, True)
 
     def _write(self, bank: MemoryBank, fresh: Tensor, content: BatchContent) -> None:
         """Write the vectors [E, D + M * D] of items with a row to the bank. A collective."""
@@ -209,30 +208,29 @@ class ContentBranch(nn.Module):
     def _reading(self, bank: MemoryBank, batch: Batch) -> Callable[[], tuple[Tensor, ...]]:
         ids = batch.read_items
         sizes = [len(batch.content.bank_items), len(batch.history.items)]
-        sizes.append(len(ids) - sum(sizes))
         return functools.cache(lambda: bank.lookup(ids, batch.content.bank_reads)[0].split(sizes))
 
     def _vectors(
         self,
         items: Tensor,  # [R, D + M * D]
         history: Callable[[], Tensor],
-        negatives: Tensor | None,  # [S, D + M * D]
-        target_index: Tensor,  # [B]
+        content: BatchContent,
         is_stored: bool,
     ) -> ContentVectors:
-        target, target_modalities = self._split(items)
-        negative, negative_modalities = (
-            (None, None) if negatives is None else self._split(negatives)
-        )
+        vectors, modalities = self._split(items)
+        negative, negative_modalities = None, None
+        if content.negative_index is not None:
+            negative = vectors.index_select(0, content.negative_index)
+            negative_modalities = modalities.index_select(0, content.negative_index)
 
         def read_history() -> tuple[Tensor, Tensor]:
-            vectors, modalities = self._split(history())
-            return self.history_map(vectors), modalities
+            stored, stored_modalities = self._split(history())
+            return self.history_map(stored), stored_modalities
 
         return ContentVectors(
-            target.index_select(0, target_index),
+            vectors.index_select(0, content.target_index),
             None,
-            target_modalities.index_select(0, target_index),
+            modalities.index_select(0, content.target_index),
             None,
             negative,
             negative_modalities,

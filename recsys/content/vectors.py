@@ -34,7 +34,7 @@ class ContentVectors:
     history: InitVar[Tensor | None]  # [U, D], of `history_items`, after the history map
     target_modalities: Tensor  # [B, M, D]; zero where an item lacks a modality
     history_modalities: InitVar[Tensor | None]  # [U, M, D]
-    negatives: Tensor | None = None  # [S, D], from the bank, without gradient
+    negatives: Tensor | None = None  # [S, D], encoded as the targets are
     negative_modalities: Tensor | None = None  # [S, M, D]
     read: InitVar[ReadHistory | None] = None
     # The history before its map, for kernels that apply it elsewhere; a collective like `read`.

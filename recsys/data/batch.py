@@ -109,10 +109,11 @@ class BatchContent:
     items: Tensor  # int64 [E], unique; the first `with_gradient` are encoded with gradient
     target_index: Tensor  # int64 [B], row of each ranked item in the rank's item vectors
     history_index: Tensor  # int64 [U], likewise for history items if they are encoded; else empty
-    bank_items: Tensor  # int64 [S], ranked items that are read from the bank, not encoded
+    bank_items: Tensor  # int64 [S], items of `items` that are read from the bank, not encoded
     inputs: dict[str, ContentInput] = field(default_factory=dict)  # by modality
     vectors: Tensor | None = None  # [E, V], in place of `inputs` in a pass without training
     with_gradient: int | None = None  # None: all
+    negative_index: Tensor | None = None  # int64 [K], likewise for drawn negatives, if any are
     bank_rows: Tensor | None = None  # int64 [K] of items with a row in the bank; None: the items
     write_index: Tensor | None = None  # int64 [K], places of these items among all E
     bank_reads: BankRoute | None = None  # of `Batch.read_items`; None: computed in the step
@@ -196,9 +197,8 @@ class Batch(Pipelineable):
 
     @property
     def read_items(self) -> Tensor:
-        """Items whose vectors are read from the bank [S + U + K]: ranked, history, negatives."""
-        items = [self.content.bank_items, self.history.items]
-        return torch.cat(items if self.negatives is None else [*items, self.negatives.items])
+        """Items whose vectors are read from the bank [S + U]: those not encoded, and histories."""
+        return torch.cat([self.content.bank_items, self.history.items])
 
     @property
     def contrastive_weights(self) -> Tensor:

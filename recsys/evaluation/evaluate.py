@@ -224,13 +224,15 @@ def score(
     unknown: UnknownIds | None = None,
     with_queries: bool = False,
     with_evidence: bool = False,
+    with_histories: bool = False,
 ) -> dict[str, Tensor]:
     """Score the rows of all ranks and return them on rank 0, none on the others. A collective.
 
     Returns:
         `positions`, `groups`, `items`, `weights` [N], `logits` and `labels` [N, C]. On every rank
         `with_evidence`, with neighbours: `network`, `evidence_logits` [N, C], `evidence` [N, E].
-        with `with_queries`: `queries`, `query_targets` [Q, D], `query_items`, `query_weights` [Q].
+        with `with_queries`: `queries`, `query_targets` [Q, D], `query_items`, `query_weights` [Q];
+        `with_histories` or `ranking.exclude_seen`: `query_seen`, `query_seen_lengths`, too.
 
     Raises:
         TrainingStopped: `lockstep` reports that the job is to end.
@@ -251,7 +253,7 @@ def score(
                 columns.add(batch.rows.positions >= 0, evidence)
             if with_queries and "query" in vectors:
                 columns.add(*_query_columns(batch, vectors))
-                if getattr(job.config.ranking, "exclude_seen", False):
+                if with_histories or getattr(job.config.ranking, "exclude_seen", False):
                     _add_seen(columns, batch)
     return {
         name: (gather_rows if name in QUERY_COLUMNS else gather_rows_to_first)(

@@ -88,10 +88,10 @@ def _check_bounded_items(config: Config, schema: Schema) -> None:
             f"content.sampling.backward is {content.sampling.backward}, but {where}: items without "
             "a row have no vector in the memory bank; set it to 1, or choose kind exact"
         )
-    if softmax is not None and softmax.loss == "sampled_softmax":
+    if softmax is not None and softmax.loss in ("sampled_softmax", "full_softmax"):
         raise ValueError(
-            f"ranking.loss is sampled_softmax, but {where}, whose rows it cannot sample by their "
-            "frequency; set in_batch_softmax, or choose kind exact"
+            f"ranking.loss is {softmax.loss}, but {where}, which does not keep the ids of all "
+            "items; set in_batch_softmax, or choose kind exact"
         )
 
 

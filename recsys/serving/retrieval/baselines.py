@@ -1,0 +1,272 @@
+"""What a retrieval model has to beat: popularity, item-CF, content neighbours, and their blends.
+
+Item-CF is item-based collaborative filtering (Sarwar et al., WWW 2001): the similarity of two items
+is the cosine of their users, times n / (n + SIGNIFICANCE) for n users of both (Herlocker et al.,
+SIGIR 1999). Content neighbours compare content vectors by their cosine. Both take the mean over the
+history, whose latest items weigh more. Decay and weights of the blend are chosen on validation.
+
+Shapes: R rows with a query, I items of the catalogue, S history items of all rows, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix, diags
+
+from recsys.build import Job
+from recsys.checkpoint.run_folder import read_item_counts
+from recsys.config.ranking import RetrievalSettings
+from recsys.data.item_frequency import ItemCounts, frequency_masks
+from recsys.data.parquet.columns import RowColumns
+from recsys.data.parquet.values import RAW_GROUP
+from recsys.data.row_source import open_rows
+from recsys.distributed.lockstep import Lockstep
+from recsys.distributed.ranks import Ranks
+from recsys.evaluation.evaluate import score, split_interactions
+from recsys.evaluation.predict import load_run
+from recsys.evaluation.retrieval import TIE, catalogue_vectors, retrieval_metrics
+from recsys.serving.retrieval.item_vectors import item_vectors, unit
+
+SIGNIFICANCE = 10
+DECAYS = (0.3, 0.5, 0.8, 1.0)  # weight of an item of the history beside that of the next newer one
+WEIGHTS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+ROUNDS = 2  # in which the weight of each part is chosen anew
+MOST_SCORES = 2**25  # of the rows that choose the weights; further rows do not
+SCORES_PER_BLOCK = 2**22
+BASELINES = ("popularity", "item_cf", "content")  # then the model
+
+
+@dataclass(frozen=True)
+class QueryRows:
+    """Rows whose first label is positive, and what is known of their users.
+
+    targets: int64 [R], places in the catalogue.
+    histories, lengths: int64 [S], places or -1, oldest first; int64 [R].
+    queries: float32 [R, D] of the model.
+    counts: int64 [R], training rows of the targets.
+    """
+
+    targets: np.ndarray
+    histories: np.ndarray
+    lengths: np.ndarray
+    queries: np.ndarray
+    counts: np.ndarray
+
+    def block(self, first: int, end: int) -> QueryRows:
+        ends = np.append(0, self.lengths.cumsum())
+        rows = slice(first, end)
+        return QueryRows(
+            self.targets[rows],
+            self.histories[ends[first] : ends[min(end, len(self.lengths))]],
+            self.lengths[rows],
+            self.queries[rows],
+            self.counts[rows],
+        )
+
+    def blocks(self, size: int) -> Iterator[QueryRows]:
+        for first in range(0, len(self.targets), size):
+            yield self.block(first, first + size)
+
+    def history_weights(self, num_items: int, decay: float) -> csr_matrix:  # [R, I]
+        """Return the weights of the items of each history, which add up to 1."""
+        rows = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        ages = np.repeat(self.lengths.cumsum(), self.lengths) - 1 - np.arange(len(self.histories))
+        weights = np.where(self.histories >= 0, decay ** ages.astype(np.float64), 0)
+        totals = np.bincount(rows, weights, len(self.lengths))
+        shares = (weights / np.maximum(totals[rows], 1e-30)).astype(np.float32)
+        places = rows, self.histories.clip(min=0)
+        return csr_matrix((shares, places), shape=(len(self.lengths), num_items))
+
+
+def similarities(users: np.ndarray, items: np.ndarray, num_items: int) -> csr_matrix:  # [I, I]
+    """Return the shrunk cosines of the items by their users: int64 [N] each, pairs may repeat."""
+    number = np.unique(users, return_inverse=True)[1]
+    ones = np.ones(len(items), np.float32)
+    taken = csr_matrix((ones, (number, items)), shape=(number.max(initial=-1) + 1, num_items))
+    taken.data[:] = 1  # repeated pairs were added up
+    common = (taken.T @ taken).tocsr()
+    common.setdiag(0)
+    common.eliminate_zeros()
+    shrunk = common.copy()
+    shrunk.data = common.data**2 / (common.data + SIGNIFICANCE)
+    lengths = np.sqrt(np.maximum(np.asarray(taken.sum(axis=0)).ravel(), 1))
+    scale = diags(1 / lengths)
+    return (scale @ shrunk @ scale).tocsr()
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All items: log counts [I], similarities [I, I], unit content and item vectors [I, D]."""
+
+    popularity: np.ndarray
+    similar: csr_matrix
+    content: np.ndarray | None
+    vectors: np.ndarray
+
+    def scores(self, rows: QueryRows, decay: float) -> dict[str, np.ndarray]:  # float32 [R, I]
+        """Return what each part says of each item."""
+        history = rows.history_weights(len(self.popularity), decay)
+        parts = {
+            "popularity": np.broadcast_to(self.popularity, history.shape),
+            "item_cf": (history @ self.similar).toarray(),
+        }
+        if self.content is not None:
+            parts["content"] = (history @ self.content) @ self.content.T
+        return parts | {"model": rows.queries @ self.vectors.T}
+
+
+def places(
+    scores: np.ndarray, rows: QueryRows, exclude_seen: bool
+) -> tuple[np.ndarray, np.ndarray]:  # float32 [R, I] -> int64 [R], int64 [R]
+    """Count the other items with a higher and an equal score; seen ones on request do not count."""
+    row = np.arange(len(scores))
+    target = scores[row, rows.targets].reshape(-1, 1)
+    margin = TIE * np.abs(target)
+    is_other = np.ones(scores.shape, bool)
+    if exclude_seen:
+        owner, is_item = np.repeat(row, rows.lengths), rows.histories >= 0
+        is_other[owner[is_item], rows.histories[is_item]] = False
+    is_other[row, rows.targets] = False
+    above = (scores > target + margin) & is_other
+    tied = (np.abs(scores - target) <= margin) & is_other
+    return above.sum(axis=1), tied.sum(axis=1)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """A weighted sum of parts, each divided by its standard deviation on validation."""
+
+    decay: float
+    weights: Mapping[str, float]
+
+    def scores(self, parts: Mapping[str, np.ndarray]) -> np.ndarray:  # [R, I]
+        return sum(weight * parts[name] for name, weight in self.weights.items())  # type: ignore
+
+
+def choose_blend(
+    catalogue: Catalogue, rows: QueryRows, names: tuple[str, ...], settings: RetrievalSettings
+) -> Blend:
+    """Return the blend of some parts with the highest NDCG of the first depth on some rows."""
+    size = max(MOST_SCORES // len(catalogue.popularity), 1)
+    rows = rows.block(0, size)
+    best, highest = Blend(1.0, {}), -1.0
+    for decay in DECAYS:
+        parts = catalogue.scores(rows, decay)
+        scales = {name: 1 / max(float(parts[name].std()), 1e-12) for name in names}
+        weights = {name: float(name == names[-1]) for name in names}
+        for name in names * ROUNDS:
+            trials = {}
+            for weight in WEIGHTS if len(names) > 1 else (1.0,):
+                tried = weights | {name: weight}
+                blend = Blend(decay, {part: tried[part] * scales[part] for part in names})
+                trials[weight] = _ndcg(blend.scores(parts), rows, settings)
+                if trials[weight] > highest:
+                    best, highest = blend, trials[weight]
+            weights[name] = max(trials, key=trials.__getitem__)
+    return best
+
+
+def _ndcg(scores: np.ndarray, rows: QueryRows, settings: RetrievalSettings) -> float:
+    depth = settings.depths[0]
+    counted = [torch.from_numpy(count) for count in places(scores, rows, settings.exclude_seen)]
+    return float(retrieval_metrics(*counted, depths=[depth])[f"ndcg@{depth}"])
+
+
+def compare_with_baselines(run: Path, data: str | None, split: str, ranks: Ranks) -> dict[str, Any]:
+    """Return the metrics of baselines, of a two_tower run and of blends, by name and items.
+
+    Raises:
+        ValueError: the run is not finished, is no retrieval model, or has no history.
+    """
+    job = load_run(run, data, ranks, ranks.device.type)
+    settings = job.config.ranking
+    if not isinstance(settings, RetrievalSettings) or job.schema.history is None:
+        raise ValueError(
+            f"{run}: baselines compare a retrieval model over histories, such as two_tower, with "
+            f"others; ranking.name is '{settings.name}'; give a run of two_tower"
+        )
+    items, catalogue = _read_catalogue(job)
+    counts = read_item_counts(run, job.schema.item_id_limit)
+    valid = _read_rows(job, "valid", items, counts)
+    rows = valid if split == "valid" else _read_rows(job, split, items, counts)
+    baselines = tuple(
+        name for name in BASELINES if name != "content" or catalogue.content is not None
+    )
+    blends = {name: (name,) for name in (*baselines, "model")}
+    blends |= {"blend": baselines, "blend with model": (*baselines, "model")}
+    reports = {}
+    for name, parts in blends.items():
+        blend = choose_blend(catalogue, valid, parts, settings)
+        reports[name] = _report(catalogue, blend, rows, settings)
+    return reports
+
+
+def _report(
+    catalogue: Catalogue, blend: Blend, rows: QueryRows, settings: RetrievalSettings
+) -> dict[str, Any]:
+    size = max(SCORES_PER_BLOCK // len(catalogue.popularity), 1)
+    counted = [
+        places(blend.scores(catalogue.scores(block, blend.decay)), block, settings.exclude_seen)
+        for block in rows.blocks(size)
+    ]
+    above, tied = (torch.from_numpy(np.concatenate(column)) for column in zip(*counted))
+    return {
+        part: retrieval_metrics(above[mask], tied[mask], depths=settings.depths)
+        for part, mask in frequency_masks(rows.counts).items()
+    } | {"decay": blend.decay, "weights": dict(blend.weights)}
+
+
+def _read_catalogue(job: Job) -> tuple[np.ndarray, Catalogue]:
+    """Return the ids of all items, ascending, and what the parts know of them."""
+    ids, vectors = catalogue_vectors(job, Lockstep(job.ranks))
+    items = ids.numpy()
+    users, taken = _read_events(job, items)
+    content = None if job.store is None else unit(item_vectors(job, "content").vectors)
+    counts = np.bincount(taken, minlength=len(items))
+    popularity = np.log1p(counts).astype(np.float32)
+    similar = similarities(users, taken, len(items))
+    return items, Catalogue(popularity, similar, content, vectors.float().numpy())
+
+
+def _read_events(job: Job, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return users and places of the items of the training rows with a positive first label."""
+    label, columns = job.schema.of_kind("label")[0], []
+    rows = open_rows(
+        job.config.source, job.root, job.train_folder, job.schema, job.config.on_bad_row
+    )
+    for table in rows.read(*rows.share(0, 1)):
+        numbers = RowColumns.of(table).numbers
+        group = numbers[RAW_GROUP if RAW_GROUP in numbers else job.schema.group]
+        places = place_of(items, numbers[job.schema.target_item])
+        is_taken = (numbers[label] > 0) & (places >= 0)
+        columns.append((group[is_taken].astype(np.int64), places[is_taken]))
+    users, taken = (np.concatenate(column) for column in zip(*columns))
+    return users, taken
+
+
+def place_of(items: np.ndarray, ids: np.ndarray) -> np.ndarray:  # ascending [I], [N] -> int64 [N]
+    """Return the place of each id among the items, or -1."""
+    places = np.searchsorted(items, ids).clip(max=len(items) - 1)
+    return np.where(items[places] == ids, places, -1)
+
+
+def _read_rows(job: Job, split: str, items: np.ndarray, counts: ItemCounts) -> QueryRows:
+    """Return the rows of a split that ask for an item of the catalogue."""
+    scored = score(job, split_interactions(job, split), with_queries=True, with_histories=True)
+    scored = {name: column.numpy() for name, column in scored.items()}
+    targets = place_of(items, scored["query_items"])
+    lengths, is_item = scored["query_seen_lengths"], targets >= 0
+    histories = place_of(items, scored["query_seen"])[np.repeat(is_item, lengths)]
+    return QueryRows(
+        targets[is_item],
+        histories,
+        lengths[is_item],
+        scored["queries"][is_item].astype(np.float32),
+        counts.of(scored["query_items"])[is_item],
+    )
