@@ -31,6 +31,7 @@ COMMANDS = {
     "package apply": ("packages:package_apply", "Make the newer package of a delta."),
     "export-vectors": ("packages:export_vectors", "Write item vectors of a run, with an index."),
     "retrieve": ("packages:retrieve", "Find the best items of a user by an index of vectors."),
+    "baselines": ("packages:baselines", "Compare a retrieval model with item-CF and its like."),
     "semantic-ids": ("packages:semantic_ids", "Give items a few codes that similar items share."),
     "completion": ("completion:completion", "Print a script that completes commands in a shell."),
 }

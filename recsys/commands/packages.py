@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from dataclasses import replace
@@ -189,6 +190,27 @@ def retrieve(
     total = retrieve_files(Retriever.load(package), input, top_k, out)
     if out is not None:
         logger.info("%s: items of %s requests", out, f"{total:,}")
+
+
+def baselines(run: Path, data: str | None = None, split: Literal["valid", "test"] = "test") -> None:
+    """Compare a retrieval model with popularity, item-CF, content neighbours and blends.
+
+    Args:
+        run: folder of a finished run of two_tower
+        data: dataset; default: the run's own
+        split: test or valid; blends are chosen on valid
+    """
+    run = require_finished(run)
+    require_working_installation()
+    from recsys.distributed.log import print_table
+    from recsys.distributed.ranks import joined_ranks
+    from recsys.serving.retrieval.baselines import compare_with_baselines, format_baselines
+    from recsys.storage.files import write_whole
+
+    with joined_ranks("cpu") as ranks:
+        reports = compare_with_baselines(run, data, split, ranks)
+    print_table(format_baselines(reports))
+    write_whole(run / f"baselines_{split}.json", json.dumps(reports, indent=2) + "\n")
 
 
 def semantic_ids(

@@ -179,7 +179,7 @@ def _ndcg(scores: np.ndarray, rows: QueryRows, settings: RetrievalSettings) -> f
 
 
 def compare_with_baselines(run: Path, data: str | None, split: str, ranks: Ranks) -> dict[str, Any]:
-    """Return the metrics of baselines, of a two_tower run and of blends, by name and items.
+    """Return `retrieval_metrics` of baselines, of a run's model and of blends, by name and items.
 
     Raises:
         ValueError: the run is not finished, is no retrieval model, or has no history.
@@ -188,23 +188,36 @@ def compare_with_baselines(run: Path, data: str | None, split: str, ranks: Ranks
     settings = job.config.ranking
     if not isinstance(settings, RetrievalSettings) or job.schema.history is None:
         raise ValueError(
-            f"{run}: baselines compare a retrieval model over histories, such as two_tower, with "
-            f"others; ranking.name is '{settings.name}'; give a run of two_tower"
+            f"{run}: a retrieval model over histories is compared with baselines, and "
+            f"ranking.name is '{settings.name}'; give a run of two_tower on data with a history"
         )
     items, catalogue = _read_catalogue(job)
     counts = read_item_counts(run, job.schema.item_id_limit)
     valid = _read_rows(job, "valid", items, counts)
     rows = valid if split == "valid" else _read_rows(job, split, items, counts)
-    baselines = tuple(
-        name for name in BASELINES if name != "content" or catalogue.content is not None
+    baselines = BASELINES if catalogue.content is not None else BASELINES[:-1]
+    compared = {name: (name,) for name in (*baselines, "model")}
+    compared |= {"blend": baselines, "blend with model": (*baselines, "model")}
+    return {
+        name: _report(catalogue, choose_blend(catalogue, valid, parts, settings), rows, settings)
+        for name, parts in compared.items()
+    }
+
+
+def format_baselines(reports: Mapping[str, Any]) -> str:
+    """Format the result of `compare_with_baselines` as a text table."""
+    metrics = [name for name in next(iter(reports.values()))["all"] if "@" in name]
+    columns = [("all", name) for name in metrics] + [("unseen", metrics[0])]
+    titles = [*metrics, f"{metrics[0]} unseen"]
+    rows = [("", *titles)]
+    for name, report in reports.items():
+        values = (report[part][metric] for part, metric in columns)
+        rows.append((name, *("-" if value is None else f"{value:.4f}" for value in values)))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
+        for name, *cells in rows
     )
-    blends = {name: (name,) for name in (*baselines, "model")}
-    blends |= {"blend": baselines, "blend with model": (*baselines, "model")}
-    reports = {}
-    for name, parts in blends.items():
-        blend = choose_blend(catalogue, valid, parts, settings)
-        reports[name] = _report(catalogue, blend, rows, settings)
-    return reports
 
 
 def _report(

@@ -1,0 +1,132 @@
+"""Baselines of retrieval equal brute force over users and items."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from recsys.cli import main
+from recsys.config import RetrievalSettings
+from recsys.serving.retrieval.baselines import (
+    SIGNIFICANCE,
+    Catalogue,
+    QueryRows,
+    choose_blend,
+    places,
+    similarities,
+)
+
+# Users of the items 0 to 4; the second has taken item 1 twice.
+TAKEN = [[0, 1, 2], [1, 1, 2], [0, 3], [2], [1, 2, 3]]
+
+
+def events() -> tuple[np.ndarray, np.ndarray]:
+    users = [user for user, items in enumerate(TAKEN) for _ in items]
+    return np.array(users) * 7, np.concatenate(TAKEN)
+
+
+def similarity(first: int, second: int) -> float:
+    """The shrunk cosine, by sets of users."""
+    users = [{user for user, items in enumerate(TAKEN) if item in items} for item in range(5)]
+    common = len(users[first] & users[second])
+    if first == second or not common:
+        return 0.0
+    cosine = common / math.sqrt(len(users[first]) * len(users[second]))
+    return cosine * common / (common + SIGNIFICANCE)
+
+
+def rows(histories: list[list[int]], targets: list[int]) -> QueryRows:
+    lengths = np.array([len(history) for history in histories])
+    queries = np.random.default_rng(1).normal(size=(len(targets), 3)).astype(np.float32)
+    counts = np.ones(len(targets), np.int64)
+    return QueryRows(
+        np.array(targets), np.concatenate(histories).astype(int), lengths, queries, counts
+    )
+
+
+def catalogue() -> Catalogue:
+    random = np.random.default_rng(2)
+    content, vectors = (random.normal(size=(5, 3)).astype(np.float32) for _ in range(2))
+    content /= np.linalg.norm(content, axis=1, keepdims=True)
+    popularity = np.log1p(np.bincount(events()[1], minlength=5)).astype(np.float32)
+    return Catalogue(popularity, similarities(*events(), 5), content, vectors)
+
+
+def test_similarities_are_shrunk_cosines_by_users() -> None:
+    expected = [[similarity(first, second) for second in range(5)] for first in range(5)]
+    np.testing.assert_allclose(similarities(*events(), 5).toarray(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.5, 1.0])
+def test_scores_are_weighted_means_over_the_history(decay: float) -> None:
+    histories, items = [[0, 3], [], [2, -1, 1]], catalogue()  # -1: an item that is not there
+    scores = items.scores(rows(histories, [1, 1, 4]), decay)
+    assert items.content is not None
+    for row, history in enumerate(histories):
+        ages = range(len(history) - 1, -1, -1)
+        weights = {item: decay**age for item, age in zip(history, ages) if item >= 0}
+        total = sum(weights.values()) or 1.0
+        for candidate in range(5):
+            by_users = sum(w * similarity(item, candidate) for item, w in weights.items())
+            cosines = (
+                w * items.content[item] @ items.content[candidate] for item, w in weights.items()
+            )
+            assert scores["item_cf"][row, candidate] == pytest.approx(by_users / total, abs=1e-6)
+            assert scores["content"][row, candidate] == pytest.approx(
+                sum(cosines) / total, abs=1e-6
+            )
+            assert scores["popularity"][row, candidate] == items.popularity[candidate]
+
+
+@pytest.mark.parametrize("exclude_seen", [False, True])
+def test_places_count_higher_and_equal_scores_of_other_items(exclude_seen: bool) -> None:
+    scores = np.array([[3.0, 1, 1, 2, 1], [0, 0, 0, 0, 5]], np.float32)
+    above, tied = places(scores, rows([[0, 4, -1], [4]], [1, 4]), exclude_seen)
+    assert (above.tolist(), tied.tolist()) == (
+        ([1, 0], [1, 0]) if exclude_seen else ([2, 0], [2, 0])
+    )
+
+
+def test_a_blend_is_chosen_that_no_part_beats_on_validation() -> None:
+    items, settings = catalogue(), RetrievalSettings(depths=[1])
+    valid = rows([[0], [1], [2], [3], [0, 1]], [1, 2, 1, 0, 2])
+    names = ("popularity", "item_cf", "content")
+
+    def recall(blend_of: tuple[str, ...]) -> float:
+        blend = choose_blend(items, valid, blend_of, settings)
+        above, tied = places(blend.scores(items.scores(valid, blend.decay)), valid, False)
+        return float(((above < 1) / (tied + 1)).mean())
+
+    assert recall(names) >= max(recall((name,)) for name in names)
+    assert recall(("item_cf",)) > recall(("popularity",))
+
+
+def test_the_command_compares_a_run_with_baselines(
+    towers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = towers / "run"
+    assert main(["baselines", "--run", str(run)]) == 0
+    reports: dict[str, Any] = json.loads((run / "baselines_test.json").read_text())
+    assert list(reports) == [
+        "popularity",
+        "item_cf",
+        "content",
+        "model",
+        "blend",
+        "blend with model",
+    ]
+    measured = json.loads((run / "metrics.json").read_text())["test"]["retrieval"]
+    for name in ("recall@10", "ndcg@50"):
+        assert reports["model"]["all"][name] == pytest.approx(measured[name], abs=1e-6)
+    table = capsys.readouterr().out.splitlines()
+    assert table[-1].startswith("blend with model") and "recall@10 unseen" in table[-7]
+
+
+def test_a_ranking_model_is_refused(trained: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["baselines", "--run", str(trained.run)]) == 1
+    assert "give a run of two_tower" in capsys.readouterr().err
