@@ -6,7 +6,7 @@ Shapes: R impressions with a query, I items of this rank, D dimension, B batch, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,20 +144,31 @@ def retrieval_metrics(
     `above` to `above + tied`, int [R], with equal probability.
     """
     metrics: dict[str, Any] = {}
-    above, rows, is_alone = above.long(), tied.long() + 1, tied == 0
-    place = torch.arange(1, max(depths) + 1).double()
-    gains_by_metric = {"recall": torch.ones_like(place), "ndcg": 1 / torch.log2(1 + place)}
-    gains_by_metric["mrr"] = 1 / place
-    for name, gains in gains_by_metric.items():
-        summed = torch.cat([torch.zeros(1).double(), gains.cumsum(0)])  # gains of the first places
+    for name in GAINS:
         for depth in depths:
-            first, end = above.clamp(max=depth), (above + rows).clamp(max=depth)
-            gain = (summed[end] - summed[first]) / rows
-            # A difference of sums would round the gain of a single place.
-            single = torch.where(above < depth, gains[above.clamp(max=depth - 1)], 0)
-            values = torch.where(is_alone, single, gain)
+            values = row_gains(name, above, tied, depth)
             metrics[f"{name}@{depth}"] = _mean(values, weights) if len(above) else None
     return metrics | {"num_samples": len(above)}
+
+
+# Gain of a place, from 1 on, within the first K.
+GAINS: dict[str, Callable[[Tensor], Tensor]] = {
+    "recall": torch.ones_like,
+    "ndcg": lambda place: 1 / torch.log2(1 + place),
+    "mrr": lambda place: 1 / place,
+}
+
+
+def row_gains(name: str, above: Tensor, tied: Tensor, depth: int) -> Tensor:  # [R], [R] -> [R]
+    """Return the expected gain of each impression within the first `depth` places."""
+    above, rows = above.long(), tied.long() + 1
+    gains = GAINS[name](torch.arange(1, depth + 1).double())
+    summed = torch.cat([torch.zeros(1).double(), gains.cumsum(0)])  # gains of the first places
+    first, end = above.clamp(max=depth), (above + rows).clamp(max=depth)
+    gain = (summed[end] - summed[first]) / rows
+    # A difference of sums would round the gain of a single place.
+    single = torch.where(above < depth, gains[above.clamp(max=depth - 1)], 0)
+    return torch.where(tied == 0, single, gain)
 
 
 def _mean(values: Tensor, weights: Tensor | None) -> float:  # [R], [R]

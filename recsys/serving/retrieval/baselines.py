@@ -30,7 +30,7 @@ from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.evaluate import score, split_interactions
 from recsys.evaluation.predict import load_run
-from recsys.evaluation.retrieval import TIE, catalogue_vectors, retrieval_metrics
+from recsys.evaluation.retrieval import TIE, catalogue_vectors, retrieval_metrics, row_gains
 from recsys.serving.retrieval.item_vectors import item_vectors, unit
 
 SIGNIFICANCE = 10
@@ -181,6 +181,8 @@ def _ndcg(scores: np.ndarray, rows: QueryRows, settings: RetrievalSettings) -> f
 def compare_with_baselines(run: Path, data: str | None, split: str, ranks: Ranks) -> dict[str, Any]:
     """Return `retrieval_metrics` of baselines, of a run's model and of blends, by name and items.
 
+    `gain over blend` has the difference of NDCG at the first depth, with its interval over rows.
+
     Raises:
         ValueError: the run is not finished, is no retrieval model, or has no history.
     """
@@ -198,10 +200,24 @@ def compare_with_baselines(run: Path, data: str | None, split: str, ranks: Ranks
     baselines = BASELINES if catalogue.content is not None else BASELINES[:-1]
     compared = {name: (name,) for name in (*baselines, "model")}
     compared |= {"blend": baselines, "blend with model": (*baselines, "model")}
-    return {
-        name: _report(catalogue, choose_blend(catalogue, valid, parts, settings), rows, settings)
-        for name, parts in compared.items()
-    }
+    reports, gains = {}, {}
+    for name, parts in compared.items():
+        blend = choose_blend(catalogue, valid, parts, settings)
+        above, tied = _places_of_rows(catalogue, blend, rows, settings)
+        gains[name] = row_gains("ndcg", above, tied, settings.depths[0])
+        reports[name] = {"decay": blend.decay, "weights": dict(blend.weights)} | {
+            part: retrieval_metrics(above[mask], tied[mask], depths=settings.depths)
+            for part, mask in frequency_masks(rows.counts).items()
+        }
+    for name in ("model", "blend with model"):
+        reports[name]["gain over blend"] = _interval(gains[name] - gains["blend"])
+    return reports
+
+
+def _interval(differences: torch.Tensor) -> list[float]:  # [R]
+    """Return the mean, and its 95 % interval over rows: 1.96 standard errors to either side."""
+    mean, error = float(differences.mean()), float(differences.std()) / len(differences) ** 0.5
+    return [mean, mean - 1.96 * error, mean + 1.96 * error]
 
 
 def format_baselines(reports: Mapping[str, Any]) -> str:
@@ -214,25 +230,27 @@ def format_baselines(reports: Mapping[str, Any]) -> str:
         values = (report[part][metric] for part, metric in columns)
         rows.append((name, *("-" if value is None else f"{value:.4f}" for value in values)))
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
+    text = "\n".join(
         "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
         for name, *cells in rows
     )
+    for name in ("model", "blend with model"):
+        mean, low, high = reports[name]["gain over blend"]
+        gained = metrics[len(metrics) // 3]  # NDCG at the first depth
+        text += f"\n{name} – blend: {gained} {mean:+.4f} [{low:+.4f}, {high:+.4f}] over rows"
+    return text
 
 
-def _report(
+def _places_of_rows(
     catalogue: Catalogue, blend: Blend, rows: QueryRows, settings: RetrievalSettings
-) -> dict[str, Any]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # int64 [R], int64 [R]
     size = max(SCORES_PER_BLOCK // len(catalogue.popularity), 1)
     counted = [
         places(blend.scores(catalogue.scores(block, blend.decay)), block, settings.exclude_seen)
         for block in rows.blocks(size)
     ]
     above, tied = (torch.from_numpy(np.concatenate(column)) for column in zip(*counted))
-    return {
-        part: retrieval_metrics(above[mask], tied[mask], depths=settings.depths)
-        for part, mask in frequency_masks(rows.counts).items()
-    } | {"decay": blend.decay, "weights": dict(blend.weights)}
+    return above, tied
 
 
 def _read_catalogue(job: Job) -> tuple[np.ndarray, Catalogue]:

@@ -123,8 +123,11 @@ def test_the_command_compares_a_run_with_baselines(
     measured = json.loads((run / "metrics.json").read_text())["test"]["retrieval"]
     for name in ("recall@10", "ndcg@50"):
         assert reports["model"]["all"][name] == pytest.approx(measured[name], abs=1e-6)
+    mean, low, high = reports["model"]["gain over blend"]
+    difference = reports["model"]["all"]["ndcg@10"] - reports["blend"]["all"]["ndcg@10"]
+    assert mean == pytest.approx(difference) and low <= mean <= high
     table = capsys.readouterr().out.splitlines()
-    assert table[-1].startswith("blend with model") and "recall@10 unseen" in table[-7]
+    assert table[-3].startswith("blend with model") and "recall@10 unseen" in table[-9]
 
 
 def test_a_ranking_model_is_refused(trained: Any, capsys: pytest.CaptureFixture[str]) -> None:
