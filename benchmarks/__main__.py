@@ -28,6 +28,7 @@ SUITES = {
         "field": "benchmarks.peers.__main__",
         "neighbour-scaling": "benchmarks.quality.neighbour_scaling",
         "new-item": "benchmarks.quality.new_item",
+        "next-item": "benchmarks.quality.next_item",
         "unseen-shares": "benchmarks.quality.unseen_shares",
     },
     "serving": {
