@@ -1,6 +1,6 @@
 """The next item of all: a retrieval model beside popularity, item-CF, content and their blends.
 
-    python -m benchmarks quality next-item --runs RUN RUN
+    python -m benchmarks quality next-item --runs '["RUN", "RUN"]'
 
 Measures finished runs of one dataset, such as seeds of the recipe `next_item`, on their test rows.
 """
