@@ -14,6 +14,9 @@ RUN := runs/movielens_sample
 CONFIG := recsys/recipes/movielens_sample.yaml
 PACKAGE := packages/movielens_sample
 
+# Hundreds of processes import the same modules: compiled files must be kept for the next.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev train serve test test-long test-gpu gpu-report lint wheel
 

@@ -5,6 +5,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# Read when torch is imported. Threads of several workers on few cores spend up to nine tenths of
+# their processor time in waits for each other; what depends on threads sets their number itself.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from filelock import FileLock
