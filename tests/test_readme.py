@@ -48,10 +48,14 @@ PAGES = (
     "recsys/serving/README.md",
     "recsys/serving/server/README.md",
     "recsys/serving/retrieval/README.md",
+    "launch/docs/tutorial.md",
+    "launch/docs/concepts.md",
+    "launch/docs/glossary.md",
 )
 PRINTED = (PROJECT / "benchmarks" / "results" / "printed.md").read_text()
 LONGEST_LINE = 110  # of code that a page shows on a screen of 1280 pixels, without scrolling
 FRONT_PAGE = (PROJECT / "README.md").read_text()
+TUTORIAL = (PROJECT / "launch" / "docs" / "tutorial.md").read_text()
 README = "\n".join((PROJECT / page).read_text() for page in PAGES)
 # A data set that may not be copied here; where it is absent, its commands are left out.
 IFDB = Path(os.environ.get("RECSYS_IFDB", PROJECT.parent / "shared" / "ifdb"))
@@ -150,6 +154,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "media.yaml").write_text(media)
     space = next(block for block in blocks("yaml") if "sets:" in block)
     (place / "space.yaml").write_text(space)
+    (place / "visits.yaml").write_text(blocks("yaml", TUTORIAL)[0])
+    (place / "titles.yaml").write_text(blocks("yaml", TUTORIAL)[1])
     own_model = next(block for block in blocks("python") if "class TargetProducts" in block)
     (place / "my_ranking.py").write_text(own_model)
     return place
@@ -187,6 +193,8 @@ def test_every_recipe_the_readme_names_exists_and_every_recipe_is_named() -> Non
     names = set(re.findall(r"`(\w+\.yaml)`", README)) - {
         "shop.yaml",
         "events.yaml",
+        "visits.yaml",
+        "titles.yaml",
         "media.yaml",
         "schema.yaml",
         "transforms.yaml",
@@ -211,7 +219,8 @@ def test_recipes_in_the_readme_are_configurations(tmp_path: Path) -> None:
 def test_every_page_is_read_here() -> None:
     folders = ("recsys", "embeddings", "launch", "benchmarks")
     pages = {path for folder in folders for path in (PROJECT / folder).rglob("README.md")}
-    assert {PROJECT / page for page in PAGES} == pages | {PROJECT / "README.md"}
+    site = {path for path in (PROJECT / "launch" / "docs").glob("*.md") if path.stem != "api"}
+    assert {PROJECT / page for page in PAGES} == pages | site | {PROJECT / "README.md"}
 
 
 def test_the_front_page_is_short_and_shows_its_command_and_result_first() -> None:
