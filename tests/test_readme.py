@@ -13,6 +13,8 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from recsys.distributed.watchdog import Heartbeat, silent_ranks, stalled_ranks
 from recsys.evaluation.bootstrap import interval_stretch
 from tests.ranks import HANG_SECONDS
 from tests.recsys.command_runs import run_recsys
+from tests.recsys.commands.hub_server import Hub
 
 PROJECT = Path(__file__).parent.parent
 # In the order in which a reader meets them: later commands use what earlier ones wrote.
@@ -65,6 +68,7 @@ EXCHANGED = (
     (r"^\.venv/bin/python -m pytest -n 2 .*$", f"{sys.executable} -m pytest --version"),
     (r"^\.venv/bin/", ""),
     (r"--config movielens_sample", "--config tiny"),
+    (r"^recsys (push|pull) ", r"python -m recsys.cli \1 "),  # a process that reads HF_ENDPOINT
     (r"^(.* train --config (?:shop|media)\.yaml (?!.*--(?:epochs|dry-run)).*)$", r"\1 --epochs 1"),
     (r"^torchrun --nproc-per-node 2 -m -- recsys\.cli (?!.*runs/torchrun)", "recsys --ranks 2 "),
     (
@@ -141,8 +145,8 @@ def run(command: list[str] | str, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a reader of the README would be: beside the sources."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where a reader of the README would be: beside the sources, with a Hub on this machine."""
     place = tmp_path_factory.mktemp("readme")
     sources = ("launch", "recsys", "embeddings", "tests")
     for name in ("Makefile", "pyproject.toml", "README.md", *sources):
@@ -158,7 +162,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "titles.yaml").write_text(blocks("yaml", TUTORIAL)[1])
     own_model = next(block for block in blocks("python") if "class TargetProducts" in block)
     (place / "my_ranking.py").write_text(own_model)
-    return place
+    hub = Hub()
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", hub.url)
+        patch.setenv("HF_TOKEN", "hf_of_the_stand_in")
+        yield place
+    hub.shutdown()
+    hub.server_close()
 
 
 @pytest.mark.long
