@@ -102,7 +102,8 @@ def model_card(folder: Path, repository: str) -> str:
         )
     text = (
         f"---\n{data.to_yaml()}\n---\n# {repository.rpartition('/')[2]}\n\n"
-        f"A {kind} of {DISTRIBUTION} {version(DISTRIBUTION)}. Load it only if you trust its author.\n\n"
+        f"A {kind} of {DISTRIBUTION} {version(DISTRIBUTION)}. "
+        "Load it only if you trust its author.\n\n"
         f"```bash\nrecsys pull {repository} --out {place}\n{use}\n```\n\n{sections}"
     )
     return str(ModelCard(text))
