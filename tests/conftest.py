@@ -68,6 +68,7 @@ def trained(session_folder: Path) -> TrainedRun:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the pages first and the many short files of `data` last, so that none ends long."""
+    """Puts the pages and Spark first and the short files of `data` last, so that none ends long."""
     items.sort(key=lambda item: item.nodeid.startswith("tests/recsys/data/"))
+    items.sort(key=lambda item: "open_spark" not in getattr(item, "fixturenames", ()))
     items.sort(key=lambda item: not item.nodeid.startswith("tests/test_readme.py"))
