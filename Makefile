@@ -14,8 +14,11 @@ RUN := runs/movielens_sample
 CONFIG := recsys/recipes/movielens_sample.yaml
 PACKAGE := packages/movielens_sample
 
+# Hundreds of processes import the same modules: compiled files must be kept for the next.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train serve test test-long test-gpu gpu-report lint wheel
+.PHONY: help install install-dev train serve test test-long test-gpu gpu-report lint docs wheel
 
 help:
 	@echo 'make install   virtual environment in $(VENV) with the matching torch, torchrec and fbgemm'
@@ -26,6 +29,7 @@ help:
 	@echo 'make test-gpu  run what needs GPUs: ten minutes on one, more of it on two and four'
 	@echo 'make gpu-report  measure on a GPU, in pieces of ten minutes; without one, print the plan'
 	@echo 'make lint      check style, format, types and imports between rooms'
+	@echo 'make docs      build the site of all pages in build/site; a warning or a dead link is an error'
 	@echo 'make wheel     build dist/*.whl, and use it in an empty environment outside of the sources'
 	@echo ''
 	@echo 'PYTHON=python3.12                    another interpreter, 3.11 or newer'
@@ -79,6 +83,11 @@ lint: install-dev
 	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/python -m pytest -q -n 0 tests/test_plain_names.py
 	$(VENV)/bin/python -m recsys.config.settings_page --check
+
+# --fresh-env: pages without a change would keep their warnings to themselves.
+docs: install-dev
+	$(VENV)/bin/python -m sphinx --quiet --fresh-env --fail-on-warning --conf-dir launch/docs \
+		--doctree-dir build/doctrees . build/site
 
 # A file that was renamed stays in build/ and would enter the wheel.
 wheel: install-dev

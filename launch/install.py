@@ -38,7 +38,7 @@ if torch.version.cuda is None or version("fbgemm-gpu").endswith("+cpu"):
 """
 NO_DRIVER = "not imported: FBGEMM for CUDA needs an NVIDIA driver, and this machine has none"
 WITHOUT_DEPENDENCIES = ("encoders", "clients")  # extras
-DEVELOPMENT_EXTRAS = ("clients", "dev", "serve")
+DEVELOPMENT_EXTRAS = ("clients", "dev", "docs", "serve")
 
 
 class InstallError(Exception):

@@ -5,6 +5,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# Read when torch is imported. Threads of several workers on few cores spend up to nine tenths of
+# their processor time in waits for each other; what depends on threads sets their number itself.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from filelock import FileLock
@@ -64,6 +68,7 @@ def trained(session_folder: Path) -> TrainedRun:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the pages first and the many short files of `data` last, so that none ends long."""
+    """Puts the pages and Spark first and the short files of `data` last, so that none ends long."""
     items.sort(key=lambda item: item.nodeid.startswith("tests/recsys/data/"))
+    items.sort(key=lambda item: "open_spark" not in getattr(item, "fixturenames", ()))
     items.sort(key=lambda item: not item.nodeid.startswith("tests/test_readme.py"))

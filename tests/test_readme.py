@@ -2,8 +2,9 @@
 
 A `recsys` command that stands on several pages runs once. Exchanged are: `make` and the installer,
 which the continuous integration runs for real, by dry runs, the recipe with a pretrained encoder by
-`tiny.yaml`, the same job in miniature, two epochs and more of the pages' shop by one, torchrun by
-ranks of `run_recsys` (but on the launcher's own page), and benchmarks by sizes of seconds.
+`tiny.yaml` in large batches, the same job in miniature, two epochs and more of the pages' shop by
+one, torchrun by ranks of `run_recsys` (but on the launcher's own page), and benchmarks by sizes of
+seconds.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,7 @@ from recsys.distributed.watchdog import Heartbeat, silent_ranks, stalled_ranks
 from recsys.evaluation.bootstrap import interval_stretch
 from tests.ranks import HANG_SECONDS
 from tests.recsys.command_runs import run_recsys
+from tests.recsys.commands.hub_server import Hub
 
 PROJECT = Path(__file__).parent.parent
 # In the order in which a reader meets them: later commands use what earlier ones wrote.
@@ -48,19 +52,26 @@ PAGES = (
     "recsys/serving/README.md",
     "recsys/serving/server/README.md",
     "recsys/serving/retrieval/README.md",
+    "launch/docs/tutorial.md",
+    "launch/docs/concepts.md",
+    "launch/docs/glossary.md",
 )
 PRINTED = (PROJECT / "benchmarks" / "results" / "printed.md").read_text()
 LONGEST_LINE = 110  # of code that a page shows on a screen of 1280 pixels, without scrolling
 FRONT_PAGE = (PROJECT / "README.md").read_text()
+TUTORIAL = (PROJECT / "launch" / "docs" / "tutorial.md").read_text()
 README = "\n".join((PROJECT / page).read_text() for page in PAGES)
 # A data set that may not be copied here; where it is absent, its commands are left out.
 IFDB = Path(os.environ.get("RECSYS_IFDB", PROJECT.parent / "shared" / "ifdb"))
+FEW_STEPS = "few_steps.yaml"  # tiny.yaml with large batches, for datasets of people
 EXCHANGED = (
     (r"^make (\w.*)$", r"make -n \1"),
     (r"^python3 (launch/install\.py .*)$", rf"{sys.executable} \1 --help"),
     (r"^\.venv/bin/python -m pytest -n 2 .*$", f"{sys.executable} -m pytest --version"),
     (r"^\.venv/bin/", ""),
-    (r"--config movielens_sample", "--config tiny"),
+    (r"--config movielens_sample", f"--config {FEW_STEPS}"),
+    (r"(--config titles\.yaml)", r"\1 --epochs 1 --batch-size 2048"),
+    (r"^recsys (push|pull) ", r"python -m recsys.cli \1 "),  # a process that reads HF_ENDPOINT
     (r"^(.* train --config (?:shop|media)\.yaml (?!.*--(?:epochs|dry-run)).*)$", r"\1 --epochs 1"),
     (r"^torchrun --nproc-per-node 2 -m -- recsys\.cli (?!.*runs/torchrun)", "recsys --ranks 2 "),
     (
@@ -70,11 +81,11 @@ EXCHANGED = (
     (r"--source IFDB", f"--source {IFDB}"),
     (
         r"--config implicit_content (.*)",
-        r"--config tiny \1 --batch-size 8192 --content.modalities.text.column tags",
+        rf"--config {FEW_STEPS} \1 --content.modalities.text.column tags",
     ),
     (
         r"(--grid ifdb .*) --recipe \S+",
-        rf"\1 --recipe {PROJECT}/recsys/recipes/tiny.yaml --seeds 1 --only '[ID only]'",
+        rf"\1 --recipe {FEW_STEPS} --seeds 1 --only '[ID only]'",
     ),
     (r"^recsys serve (.*)$", r"timeout 300 recsys serve \1 >serve.log 2>&1 &"),
     (
@@ -108,7 +119,13 @@ def lines_not_in(output: str, block: str) -> list[str]:
     ]
 
 
-def run(command: list[str] | str, folder: Path) -> str:
+def run_script(code: str, folder: Path) -> None:
+    """Runs Python code without an error, in a process that has imported the libraries."""
+    (folder / "script.py").write_text(code)
+    run("recsys script.py", folder)
+
+
+def run(command: str, folder: Path) -> str:
     """Runs a command without an error and returns what it printed."""
     environment = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -117,7 +134,7 @@ def run(command: list[str] | str, folder: Path) -> str:
         "OMP_NUM_THREADS": "1",
         "CXX": "no-compiler",  # `recsys export` then does not compile, which takes a minute
     }
-    if isinstance(command, str) and command.startswith("recsys "):
+    if command.startswith("recsys "):
         words, ranks = shlex.split(command)[1:], 1
         if words[0] == "--ranks":
             ranks, words = int(words[1]), words[2:]
@@ -125,7 +142,7 @@ def run(command: list[str] | str, folder: Path) -> str:
     else:
         process = subprocess.run(
             command,
-            shell=isinstance(command, str),
+            shell=True,
             cwd=folder,
             env={**os.environ, **environment},
             capture_output=True,
@@ -137,8 +154,8 @@ def run(command: list[str] | str, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a reader of the README would be: beside the sources."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where a reader of the README would be: beside the sources, with a Hub on this machine."""
     place = tmp_path_factory.mktemp("readme")
     sources = ("launch", "recsys", "embeddings", "tests")
     for name in ("Makefile", "pyproject.toml", "README.md", *sources):
@@ -150,9 +167,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "media.yaml").write_text(media)
     space = next(block for block in blocks("yaml") if "sets:" in block)
     (place / "space.yaml").write_text(space)
+    tiny = (PROJECT / "recsys" / "recipes" / "tiny.yaml").read_text()
+    (place / FEW_STEPS).write_text(tiny.replace("batch_size: 256", "batch_size: 8192"))
+    (place / "visits.yaml").write_text(blocks("yaml", TUTORIAL)[0])
+    (place / "titles.yaml").write_text(blocks("yaml", TUTORIAL)[1])
     own_model = next(block for block in blocks("python") if "class TargetProducts" in block)
     (place / "my_ranking.py").write_text(own_model)
-    return place
+    hub = Hub()
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", hub.url)
+        patch.setenv("HF_TOKEN", "hf_of_the_stand_in")
+        yield place
+    hub.shutdown()
+    hub.server_close()
 
 
 @pytest.mark.long
@@ -160,7 +188,7 @@ def test_every_command_of_the_readme_runs(folder: Path) -> None:
     scripts = blocks("python")
     for script in scripts:
         if "packages/" not in script:  # else it reads what a command writes
-            run(["python", "-c", script], folder)
+            run_script(script, folder)
     text = "\n".join(blocks("bash")).replace("\\\n", "")
     commands = [" ".join(line.split()) for line in text.splitlines() if line]
     assert len(commands) > 12
@@ -174,7 +202,7 @@ def test_every_command_of_the_readme_runs(folder: Path) -> None:
             printed[command] = run(command, folder)
     for script in scripts:
         if "packages/" in script:
-            run(["python", "-c", script], folder)
+            run_script(script, folder)
     plan = next(
         text for command, text in printed.items() if re.match("recsys describe.* --nodes", command)
     )
@@ -187,6 +215,8 @@ def test_every_recipe_the_readme_names_exists_and_every_recipe_is_named() -> Non
     names = set(re.findall(r"`(\w+\.yaml)`", README)) - {
         "shop.yaml",
         "events.yaml",
+        "visits.yaml",
+        "titles.yaml",
         "media.yaml",
         "schema.yaml",
         "transforms.yaml",
@@ -211,7 +241,8 @@ def test_recipes_in_the_readme_are_configurations(tmp_path: Path) -> None:
 def test_every_page_is_read_here() -> None:
     folders = ("recsys", "embeddings", "launch", "benchmarks")
     pages = {path for folder in folders for path in (PROJECT / folder).rglob("README.md")}
-    assert {PROJECT / page for page in PAGES} == pages | {PROJECT / "README.md"}
+    site = {path for path in (PROJECT / "launch" / "docs").glob("*.md") if path.stem != "api"}
+    assert {PROJECT / page for page in PAGES} == pages | site | {PROJECT / "README.md"}
 
 
 def test_the_front_page_is_short_and_shows_its_command_and_result_first() -> None:

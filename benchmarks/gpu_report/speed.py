@@ -48,7 +48,7 @@ def speed(
                 about = {"model": model, "precision": precision, "rows": rows, "source": source}
                 try:
                     step = _steps(model, out, precision, rows, source, ranks, quick)
-                    figures = measured(step, rows, *((2, 2) if quick else (10, 30)))
+                    figures = measured(step, rows, *((2, 2, 1) if quick else (10, 30, 3)))
                 except torch.OutOfMemoryError:
                     figures = {"error": "out of memory"}
                 print("Figures:", json.dumps(about | figures), flush=True)
@@ -88,8 +88,10 @@ def _recipe(model: str, out: Path, quick: bool) -> tuple[str, str, tuple[str, ..
     return recipe, data, ("--ranking", f"{{name: {backbone}}}", *WITHOUT_CONTENT)
 
 
-def measured(step: Callable[[], Any], rows: int, warm_up: int, count: int) -> dict[str, float]:
-    """Time some steps, then profile others; of a CPU there are no kernels."""
+def measured(
+    step: Callable[[], Any], rows: int, warm_up: int, count: int, profiled: int
+) -> dict[str, float]:
+    """Time `count` steps, then profile others; of a CPU there are no kernels."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     for _ in range(warm_up):
@@ -103,7 +105,7 @@ def measured(step: Callable[[], Any], rows: int, warm_up: int, count: int) -> di
             step()
         wait_for_device()
         seconds.append((time.perf_counter() - begin) / max(count // 3, 1))
-    return {"samples_per_second": rows / median(seconds), **_profiled(step, 3)}
+    return {"samples_per_second": rows / median(seconds), **_profiled(step, profiled)}
 
 
 def _profiled(step: Callable[[], Any], steps: int) -> dict[str, float]:

@@ -38,7 +38,7 @@ from recsys.training.neighbour_statistics import Events, fill_statistics
 
 USERS = (500, 5_000, 50_000)
 NUM_ITEMS, TASTES, EVENTS_OF_USER, FIRST_EVENTS = 2_000, 8, 60, 45
-RANKED_USERS, BATCH_SIZE, STEPS = 400, 512, 20
+RANKED_USERS, BATCH_SIZE, STEPS, QUICK_STEPS = 400, 512, 20, 2
 GAUC_TOLERANCE, COST_TOLERANCE = 0.005, 1.15
 
 
@@ -104,7 +104,8 @@ def benchmark(users: tuple[int, ...] = USERS, quick: bool = False, results: Path
     require_own_folder(quick, results)
     sizes, num_items = ((50, 100), 200) if quick else (users, NUM_ITEMS)
     measured = [_measured(num_users, num_items) for num_users in sizes]
-    steps = _step_milliseconds([(neighbours, batch) for _, neighbours, batch in measured])
+    timed = [(neighbours, batch) for _, neighbours, batch in measured]
+    steps = _step_milliseconds(timed, QUICK_STEPS if quick else STEPS)
     records = [record | {"step_ms": step} for (record, _, _), step in zip(measured, steps)]
     write_result(_result(records), results)
     if not quick:
@@ -162,10 +163,10 @@ def _quality(neighbours: Neighbours, batches: list[Batch]) -> dict[str, float]:
     return gaucs
 
 
-def _step_milliseconds(models: list[tuple[Neighbours, Batch]]) -> list[float]:
+def _step_milliseconds(models: list[tuple[Neighbours, Batch]], steps: int) -> list[float]:
     """Return the median processor time of a step of each; they take turns."""
     times: list[list[float]] = [[] for _ in models]
-    for _ in range(STEPS):
+    for _ in range(steps):
         for (neighbours, batch), seconds in zip(models, times):
             start = time.process_time()
             neighbours(None, batch).logits.sum().backward()

@@ -33,5 +33,7 @@ COMMANDS = {
     "retrieve": ("packages:retrieve", "Find the best items of a user by an index of vectors."),
     "baselines": ("packages:baselines", "Compare a retrieval model with item-CF and its like."),
     "semantic-ids": ("packages:semantic_ids", "Give items a few codes that similar items share."),
+    "push": ("hub:push", "Send a run or a package to the Hugging Face Hub."),
+    "pull": ("hub:pull", "Fetch a run or a package from the Hugging Face Hub."),
     "completion": ("completion:completion", "Print a script that completes commands in a shell."),
 }

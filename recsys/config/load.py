@@ -90,7 +90,6 @@ def _check_averages(config: Config) -> None:
         )
 
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 ReadRecipe = Callable[[str], Any]
 
 
@@ -104,6 +103,9 @@ def add_config_arguments(
     Raises:
         ValueError: the ranking model is unknown, or has no such key under `ranking`.
     """
+    # Docstrings of settings are parsed from source files, and only a help text shows them.
+    shows_help = not {"-h", "--help"}.isdisjoint(words)
+    set_parsing_settings(docstring_parse_attribute_docstrings=shows_help)
     words = config_first(words)
     read = functools.cache(_read_recipe)
     name = _ranking_name(words, read)

@@ -9,7 +9,7 @@ import copy
 import os
 import re
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -53,11 +53,16 @@ def read_plain(text: str) -> Any:
 
 def _load_value(text: str) -> Any:
     """Check that a value is plain, then read it as jsonargparse does."""
+    _require_plain(text)
+    return get_loader("yaml")(text)
+
+
+@lru_cache(maxsize=1024)  # the parser checks the same defaults and values several times
+def _require_plain(text: str) -> None:
     try:
         yaml.compose(text, _PlainLoader)
     except RecursionError as error:
         raise RefusedYaml("nested too deeply; write it flatter") from error
-    return get_loader("yaml")(text)
 
 
 # Text that is not YAML stays text; refused YAML is an error.

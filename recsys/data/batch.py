@@ -150,15 +150,16 @@ class Batch(Pipelineable):
     It has the fields of `torchrec.datasets.utils.Batch`. `TrainPipelineSparseDist` needs sharded
     features as attributes of the batch, to send their ids ahead of the step.
 
-    sparse_features: ids of the pooled tables; None when there are none.
-    sequence_features: ids of the target item (length 1 each), of the history, of further histories
-        and of lists of ids beside them. The history has all ids, or its unique ones.
-    labels: label columns, NaN where one is null.
-    rows: positions, groups and weights of the rows.
-    target: the ranked items.
-    history: the events of each row.
-    content: the items to encode, their content, and the vectors that the bank holds.
-    negatives: the sampled negatives; None without any.
+    Attributes:
+        sparse_features: ids of the pooled tables; None when there are none.
+        sequence_features: ids of the target item (length 1 each), of the history, of further
+            histories and of lists of ids beside them. The history has all ids, or its unique ones.
+        labels: label columns, NaN where one is null.
+        rows: positions, groups and weights of the rows.
+        target: the ranked items.
+        history: the events of each row.
+        content: the items to encode, their content, and the vectors that the bank holds.
+        negatives: the sampled negatives; None without any.
 
     Example::
 

@@ -64,7 +64,7 @@ class Window:
 class RowSource(ABC):
     """Rows of one split. Subclasses define its chunks, in the order of their rows, and read them.
 
-    Without `with_labels`, rows need no labels. With `on_bad_row` skip, bad rows become padding:
+    Without `with_labels`, rows need no labels. With `on_bad_row` skip, bad rows become padding::
 
         class CsvRows(RowSource):  # source: {name: "my_rows:CsvRows", options: {sep: ";"}}
             def __init__(self, root: Location, split: str, schema: Schema, sep: str = ",") -> None:

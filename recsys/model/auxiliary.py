@@ -30,11 +30,13 @@ RESERVED_NAMES = ("loss", "ranking", "contrastive", "query", "item")
 class AuxiliaryInputs:
     """Inputs of an auxiliary loss.
 
-    logits: [B, C], of the ranking model.
-    ids, content: the vectors that were ranked; `content.read_history` is a collective.
-    batch: has `labels` [B, C] (NaN: not known), `rows.loss_weights` [B] (0: padding) and
-        `rows.label_loss_weights` [B, C] or [B, 1].
-    columns: [B] of each extra column that the loss lists; NaN: no value.
+    Attributes:
+        logits: [B, C], of the ranking model.
+        ids: ID vectors of the ranked rows.
+        content: content vectors of the same; its `read_history` is a collective.
+        batch: has `labels` [B, C] (NaN: not known), `rows.loss_weights` [B] (0: padding) and
+            `rows.label_loss_weights` [B, C] or [B, 1].
+        columns: [B] of each extra column that the loss lists; NaN: no value.
     """
 
     logits: Tensor

@@ -12,12 +12,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
-from scipy.sparse import csr_matrix, vstack
 
 from recsys.build import Job
 from recsys.config import NeighbourSettings
@@ -27,6 +27,9 @@ from recsys.data.row_source import open_rows
 from recsys.data.schema import Schema
 from recsys.distributed.gather import gather_rows_to_first
 from recsys.ranking.neighbours import FOLDS, PRIOR_VALUES, Neighbours
+
+if TYPE_CHECKING:  # runs without neighbours start without it
+    from scipy.sparse import csr_matrix
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +180,8 @@ def item_similarities(
     times n / (n + `significance`) with n common users (Herlocker et al. 1999). A pair is kept if
     one is among the K neighbours of the other with the largest similarities in size.
     """
+    from scipy.sparse import csr_matrix, vstack
+
     events = events.capped()
     _, user = np.unique(events.users, return_inverse=True)
     shape = num_items, user.max(initial=0) + 1
@@ -208,6 +213,8 @@ def _symmetric(nearest: csr_matrix) -> csr_matrix:
 
 def _nearest(similarity: csr_matrix, first_item: int, count: int) -> csr_matrix:
     """Keep the `count` largest similarities, in size, of each row to other items."""
+    from scipy.sparse import csr_matrix
+
     sizes = np.abs(similarity.data)
     is_near = sizes > 0
     for row, (start, end) in enumerate(pairwise(similarity.indptr)):

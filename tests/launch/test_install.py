@@ -25,7 +25,12 @@ PROJECT = {
             "retrieve": ["index"],
         },
     },
-    "dependency-groups": {"torchrec": TORCHREC, "dev": ["pytest"], "clients": ["client"]},
+    "dependency-groups": {
+        "torchrec": TORCHREC,
+        "dev": ["pytest"],
+        "docs": ["site"],
+        "clients": ["client"],
+    },
 }
 STAMP = install.Stamp("cpu", "3.11.7", "/project/.venv", "abc")
 REAL = tomllib.loads((install.PROJECT_ROOT / "pyproject.toml").read_text())
@@ -118,7 +123,7 @@ def test_on_a_gpu_machine_encoders_and_clients_are_installed_without_dependencie
     stages = install.installation_stages(PROJECT, "cuda", extras, root=Path("/project"))
     assert [stage.arguments for stage in stages] == [
         ["torch>=2.13", "fbgemm-gpu==1.8.*"],
-        ["--no-warn-conflicts", *TORCHREC, "torch>=2.13", "tqdm", "pytest", "server"],
+        ["--no-warn-conflicts", *TORCHREC, "torch>=2.13", "tqdm", "pytest", "site", "server"],
         ["--no-deps", "weights==1", "client"],
         ["--no-deps", "--editable", "/project"],
     ]

@@ -6,6 +6,7 @@ has imported the libraries: each rank that torchrun starts spends some seconds o
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -79,7 +80,10 @@ def run_recsys(
     folder: Path = ROOT,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """`recsys` alone or on some ranks, in an environment as torchrun makes it."""
+    """`recsys` alone or on some ranks, in an environment as torchrun makes it.
+
+    A first word that ends in .py is a script, which runs in its place.
+    """
     # The store of the ranks is held here, as torchrun's agent does.
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     context = forking_server()
@@ -127,7 +131,11 @@ def run_rank(words: list[str], env: dict[str, str], folder: Path, output: Path) 
     os.chdir(folder)
     sys.path[:0] = env.get("PYTHONPATH", "").split(os.pathsep)
     torch.set_num_threads(1)
-    sys.exit(main(words))
+    if words[0].endswith(".py"):
+        sys.path.insert(0, str(folder))
+        runpy.run_path(words[0], run_name="__main__")
+    else:
+        sys.exit(main(words))
 
 
 def assert_same_metrics(report: dict[str, Any], expected: dict[str, Any]) -> None:

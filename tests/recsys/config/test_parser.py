@@ -103,7 +103,7 @@ def test_a_command_of_another_name_is_taken_for_the_nearest(
 
 
 def test_every_option_of_train_has_a_sentence() -> None:
-    _, parser = command_parser("train", ["--ranking.name", "sim"])
+    _, parser = command_parser("train", ["--ranking.name", "sim", "--help"])
     options = {action.dest: action.help for action in parser._actions}
     assert {"ranking.search_top_k", "optimizer.name", "epochs", "out"} <= options.keys()
     assert [name for name, sentence in options.items() if not sentence] == []

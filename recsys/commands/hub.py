@@ -1,0 +1,165 @@
+"""Commands that send runs and packages to a repository of the Hugging Face Hub, and fetch them."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from recsys.commands.options import require_finished
+from recsys.config.plain_yaml import load_plain_yaml
+from recsys.storage.files import read_json, whole_folder
+
+logger = logging.getLogger(__name__)
+DISTRIBUTION = "recsys-em3"
+CARD = "README.md"
+OF_THE_HUB = (CARD, ".gitattributes", ".cache")  # in a repository, but not in a run or package
+LOCAL_FILES = (".job.json",)  # lock of the machine that trained
+COMPILED = "compiled.pt2"
+ITEMS = ("warm", "cold", "unseen")
+
+
+def push(folder: Path, repository: str, /, private: bool = True, revision: str = "main") -> None:
+    """Send a finished run or a package to a repository of the Hugging Face Hub, as one commit.
+
+    Args:
+        folder: finished run, or package that `recsys export` wrote
+        repository: OWNER/NAME; it is made if it does not exist
+        private: make a new repository private; raw ids of users are among the files
+        revision: branch
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    folder = folder if _is_package(folder) else require_finished(folder)
+    _require_whole(folder)
+    names = [
+        path.relative_to(folder).as_posix()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in LOCAL_FILES and ".partial" not in path.name
+    ]
+    files = [CommitOperationAdd(name, folder / name) for name in names if name != CARD]
+    card = CommitOperationAdd(CARD, model_card(folder, repository).encode())
+    with _explained(repository):
+        HfApi().create_repo(repository, private=private, exist_ok=True)
+        commit = HfApi().create_commit(
+            repository,
+            [card, *files],
+            commit_message=f"recsys push, version {version(DISTRIBUTION)}",
+            revision=revision,
+        )
+    logger.info("%s: %s files sent to %s", folder, len(files), commit.commit_url)
+
+
+def pull(repository: str, /, out: Path, revision: str = "main", compiled: bool = False) -> None:
+    """Fetch a run or a package from the Hugging Face Hub; it appears whole or not at all.
+
+    Args:
+        repository: OWNER/NAME
+        out: folder to make
+        revision: branch, tag or commit
+        compiled: fetch packages with machine code, which runs when they are loaded
+    """
+    from huggingface_hub import HfApi
+
+    if out.exists():
+        raise ValueError(f"{out}: exists; name another folder, or remove it")
+    with whole_folder(out) as partial:
+        with _explained(repository):
+            names = HfApi().list_repo_files(repository, revision=revision)
+            if COMPILED in names and not compiled:
+                raise ValueError(
+                    f"{repository}: has {COMPILED}, machine code that runs when it is loaded; give "
+                    "--compiled true if you trust its author"
+                )
+            HfApi().snapshot_download(repository, revision=revision, local_dir=partial)
+        for name in OF_THE_HUB:
+            path = partial / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        _require_whole(partial)
+    logger.info("%s, revision %s: %s files fetched into %s", repository, revision, len(names), out)
+
+
+def model_card(folder: Path, repository: str) -> str:
+    """Return the page of a run or package: metrics, commands and settings, as Markdown."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    data = ModelCardData(library_name=DISTRIBUTION, tags=["recommender", "ranking", "torchrec"])
+    if _is_package(folder):
+        kind, place = "package", f"packages/{folder.name}"
+        use, sections = f"recsys serve {place}", ""
+    else:
+        kind, place = "run", f"runs/{folder.name}"
+        use = f"recsys predict --run {place} --input DATA/test --out predictions.parquet"
+        settings = (folder / "config.yaml").read_text()
+        sections = (
+            f"## Test metrics\n\n{_metrics_table(read_json(folder / 'metrics.json'))}\n\n"
+            f"## Model\n\n{_description(load_plain_yaml(settings.encode()))}\n\n"
+            f"<details><summary>All settings</summary>\n\n```yaml\n{settings}```\n\n</details>\n"
+        )
+    text = (
+        f"---\n{data.to_yaml()}\n---\n# {repository.rpartition('/')[2]}\n\n"
+        f"A {kind} of {DISTRIBUTION} {version(DISTRIBUTION)}. "
+        "Load it only if you trust its author.\n\n"
+        f"```bash\nrecsys pull {repository} --out {place}\n{use}\n```\n\n{sections}"
+    )
+    return str(ModelCard(text))
+
+
+def _metrics_table(metrics: dict[str, Any]) -> str:
+    """Return the metrics of the test rows, or else of the validation, for all and some items."""
+    split = metrics.get("test") or metrics["valid"]
+    rows = {"all": split, **{name: split[name] for name in ITEMS if name in split}}
+    names = [name for name, value in split.items() if isinstance(value, float)]
+    names = [*names, "num_samples"]
+    lines = [["items", *names], ["---", *("---:" for _ in names)]]
+    for items, values in rows.items():
+        numbers = [values.get(name) for name in names]
+        lines.append([items, *(_number(value) for value in numbers)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else "-" if value is None else f"{value:,}"
+
+
+def _description(config: dict[str, Any]) -> str:
+    modalities = (config.get("content") or {}).get("modalities") or {}
+    parts = [
+        f"{name} ({settings['kind']}, {settings.get('encoder') or 'stored'})"
+        for name, settings in modalities.items()
+    ]
+    content = f"reads {', '.join(parts)}" if parts else "reads no content"
+    return f"The ranking model `{config['ranking']['name']}` {content}."
+
+
+def _is_package(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file()
+
+
+def _require_whole(folder: Path) -> None:
+    """Refuse a package with a file that differs from its hash, and a folder of another kind."""
+    if _is_package(folder):
+        from recsys.serving.package import read_manifest
+
+        read_manifest(folder)
+    elif not all((folder / name).is_file() for name in ("config.yaml", "metrics.json")):
+        raise ValueError(f"{folder}: holds neither a finished run nor a package")
+
+
+@contextmanager
+def _explained(repository: str) -> Iterator[None]:
+    """Turn an error of the Hub or of the network into one that names the repository and fixes."""
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        yield
+    except (HTTPError, OSError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"{repository}: {reason}; compare the name and revision, log in by `hf auth login`, or "
+            "set HF_ENDPOINT"
+        ) from error
