@@ -174,8 +174,8 @@ def choose_blend(
 
 def _ndcg(scores: np.ndarray, rows: QueryRows, settings: RetrievalSettings) -> float:
     depth = settings.depths[0]
-    counted = [torch.from_numpy(count) for count in places(scores, rows, settings.exclude_seen)]
-    return float(retrieval_metrics(*counted, depths=[depth])[f"ndcg@{depth}"])
+    above, tied = map(torch.from_numpy, places(scores, rows, settings.exclude_seen))
+    return float(row_gains("ndcg", above, tied, depth).mean())
 
 
 def compare_with_baselines(run: Path, data: str | None, split: str, ranks: Ranks) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def compare_with_baselines(run: Path, data: str | None, split: str, ranks: Ranks
     valid = _read_rows(job, "valid", items, counts)
     rows = valid if split == "valid" else _read_rows(job, split, items, counts)
     baselines = BASELINES if catalogue.content is not None else BASELINES[:-1]
-    compared = {name: (name,) for name in (*baselines, "model")}
+    compared: dict[str, tuple[str, ...]] = {name: (name,) for name in (*baselines, "model")}
     compared |= {"blend": baselines, "blend with model": (*baselines, "model")}
     reports, gains = {}, {}
     for name, parts in compared.items():
@@ -289,8 +289,8 @@ def place_of(items: np.ndarray, ids: np.ndarray) -> np.ndarray:  # ascending [I]
 
 def _read_rows(job: Job, split: str, items: np.ndarray, counts: ItemCounts) -> QueryRows:
     """Return the rows of a split that ask for an item of the catalogue."""
-    scored = score(job, split_interactions(job, split), with_queries=True, with_histories=True)
-    scored = {name: column.numpy() for name, column in scored.items()}
+    outputs = score(job, split_interactions(job, split), with_queries=True, with_histories=True)
+    scored = {name: column.numpy() for name, column in outputs.items()}
     targets = place_of(items, scored["query_items"])
     lengths, is_item = scored["query_seen_lengths"], targets >= 0
     histories = place_of(items, scored["query_seen"])[np.repeat(is_item, lengths)]
