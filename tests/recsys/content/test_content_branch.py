@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from recsys.config import (
     ContentSettings,
     ModalitySettings,
 )
+from recsys.content.batch_preparation import with_negatives
 from recsys.content.branch import ContentBranch
 from recsys.content.encoders.build import StoredFeatures
 from recsys.content.vectors import ContentVectors
@@ -67,6 +68,29 @@ def naive_vectors(branch: ContentBranch, mode: Mode) -> ContentVectors:
     vectors, history_modalities = parts_of(history)
     mapped = torch.cat([branch.history_map(vector[None]) for vector in vectors])
     return ContentVectors(target, mapped, target_modalities, history_modalities)
+
+
+NEGATIVES = torch.tensor([5, 0, 1, 5])  # item 5 is a target, too
+
+
+@pytest.mark.parametrize("mode", ["full", "bank_lora"])
+def test_drawn_negatives_are_encoded_as_targets_are_whatever_the_bank_has(mode: Mode) -> None:
+    branch, batch = branch_of(mode), batch_of(mode)
+    content = with_negatives(batch.content, NEGATIVES)
+    content = replace(content, inputs=content_of(content.items))
+    vectors = branch(replace(batch, content=content))
+    target, modalities = parts_of(branch.encode(content_of(NEGATIVES)))
+    assert vectors.negatives is not None and vectors.negative_modalities is not None
+    torch.testing.assert_close(vectors.negatives, target)
+    torch.testing.assert_close(vectors.negative_modalities, modalities)
+    assert torch.equal(vectors.negatives[0], vectors.target[TARGETS.tolist().index(5)])
+    assert vectors.negatives.requires_grad
+    plain = branch_of(mode)(batch)
+    for part, other in zip(tensors(plain)[:2], (vectors.target, vectors.target_modalities)):
+        torch.testing.assert_close(part, other)
+    if branch.bank is not None:  # it has them for the histories of this step
+        read = branch.bank.lookup(NEGATIVES)[0]
+        torch.testing.assert_close(read[:, :DIM], vectors.negatives)
 
 
 @pytest.mark.parametrize("mode", ["full", "bank_lora", "bank_dense", "bank_frozen"])
