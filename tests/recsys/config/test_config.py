@@ -179,8 +179,8 @@ def test_tables_are_averaged_only_where_their_rows_are_in_one_place() -> None:
         load_config(TINY, [*words, "--embedding.tables={item: {kernel: uvm_caching}}"])
 
 
-def test_sampled_negatives_want_a_memory_bank() -> None:
-    words = ["--ranking.name=two_tower", "--ranking.loss=sampled_softmax"]
-    assert load_config(TINY, words).ranking.loss == "sampled_softmax"
-    with pytest.raises(ValueError, match=r"sampled_softmax .*content.history.mode full"):
-        load_config(TINY, [*words, "--content.history.mode=full"])
+def test_all_items_are_on_each_rank_already() -> None:
+    words = ["--ranking.name=two_tower", "--ranking.loss=full_softmax"]
+    assert load_config(TINY, words).ranking.loss == "full_softmax"
+    with pytest.raises(ValueError, match=r"ranking.all_ranks: full_softmax has all items"):
+        load_config(TINY, [*words, "--ranking.all_ranks=true"])
