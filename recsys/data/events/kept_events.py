@@ -12,7 +12,7 @@ from recsys.data.events.daily_state import DailyFolder, Progress
 from recsys.data.events.histories import KEYS_OF, NUMBER, event_key, number_earlier
 from recsys.data.events.samples import actions_in
 from recsys.data.events.settings import EventsConfig
-from recsys.data.events.sql import FOREVER, DuckDBEngine, count_rows
+from recsys.data.events.sql import FOREVER, SqlEngine, count_rows
 from recsys.data.events.times import duration
 
 MOST_APPENDED = 1.0  # new events, as a share of the earlier, at which unneeded ones are counted
@@ -23,7 +23,7 @@ LEAST_DROPPED = 0.25  # share of unneeded events at which they are dropped
 class KeptEvents:
     """Tables `kept`, `earlier` and `pending` of the state, for a call that ends with `until`."""
 
-    engine: DuckDBEngine
+    engine: SqlEngine
     config: EventsConfig
     folder: DailyFolder
     before: Progress

@@ -291,6 +291,15 @@ class SparkEngine:
 SqlEngine = DuckDBEngine | SparkEngine
 
 
+def open_engine(
+    work: Path, memory: str | None, spark_master: str | None, threads: int | None
+) -> SqlEngine:
+    """Return an engine with the options of the command; Spark if `spark_master` names it."""
+    if spark_master is None:
+        return DuckDBEngine(work, memory, threads)
+    return SparkEngine(work, spark_master)
+
+
 @contextmanager
 def stage_folder(folder: Path, temp: Path | None) -> Iterator[Path]:
     """Yield a folder of stages in `temp`, or else in `folder`, and remove it.

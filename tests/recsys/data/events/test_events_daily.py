@@ -181,7 +181,8 @@ def write_settings(folder: Path, case: str) -> Path:
 
 def content_of(out: Path) -> dict[str, list[dict[str, Any]]]:
     """The rows of a dataset by folder or file; maps of ids as sets, as their order may differ."""
-    folders = [*sorted((out / "train").glob("*")), *sorted((out / "features").glob("*"))]
+    partitions = {file.parent for file in (out / "train").rglob("*.parquet")}
+    folders = [*sorted(partitions), *sorted((out / "features").glob("*"))]
     rows = {
         str(folder.relative_to(out)): [
             row
