@@ -182,7 +182,8 @@ class Call:
             reasons |= missing
             stage = "drawn"
         reasons |= add_features(engine, config, stage, may_be_empty=True)
-        values = HistoryFiles(engine.work / "values", config.histories)
+        scratch = engine.scratch
+        values = None if scratch is None else HistoryFiles(scratch, config.histories)
         kept = KeptEvents(engine, config, self.folder, self.before, self.until)
         kept.read_earlier(types)
         lists = add_histories(engine, config, types, values, "earlier")
@@ -347,8 +348,7 @@ class Call:
             f"WHERE since < {self.until}"
         )
         file = folder.new_file("catalogue", self.before)
-        engine.save(numbered_items(times, first), file)
-        engine.read_saved("new_items", [file])
+        engine.read_saved("new_items", engine.save(numbered_items(times, first), file))
         engine.view("catalogue", f"{known}SELECT * FROM new_items")
         file = folder.new_file("taken", self.before)
         taken = "SELECT uid, iid, min(arrived) AS since FROM new_events GROUP BY uid, iid"
@@ -371,7 +371,6 @@ class Call:
         """Write the partitions and what belongs to them; return the rows of each table of ids."""
         engine, config = self.engine, self.config
         names, complete = writer.columns()
-        assert complete is not None
         engine.write_by(
             f"SELECT {names}, 'date=' || c.{quoted(DAY)} AS {quoted(DAY)} FROM complete c "
             f"ORDER BY c.{quoted(DAY)}, c.ts, c.uid, c.iid, c.position",
@@ -386,7 +385,7 @@ class Call:
         sizes = writer.write_vocabularies(ids, out, self.folder.path, self.before.sizes)
         item, counts = config.output.item, writer.item_counts(f"1 = 1{writer.is_logged}")
         if (file := self.folder.path / "item_counts.parquet").exists():
-            both = pa.concat_tables([pq.read_table(file), counts])
+            both = pa.concat_tables([pq.read_table(file), counts], promote_options="default")
             counts = both.group_by(item).aggregate([("train_rows", "sum")])
             counts = counts.rename_columns([item, "train_rows"])
         pq.write_table(counts.sort_by(item), out / "item_counts.parquet")
