@@ -122,12 +122,12 @@ def prepare_days(
 
 def _has_new_files(config: EventsConfig, progress: Progress) -> bool:
     """Return whether a file is not read yet, and no table is still without files."""
-    new = []
+    new = set[str]()
     for name, table in tables_of(config).items():
         read, files = progress.files.get(name, {}), file_sizes(name, table, may_be_empty=True)
         if not read and not files:
             return False
-        new += files.keys() - read.keys()
+        new |= files.keys() - read.keys()
     return bool(new)
 
 

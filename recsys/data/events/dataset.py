@@ -385,9 +385,8 @@ class DatasetWriter:
             if column.fill is None and name in column.sources(name):
                 settings["fill"] = columns.get(name, {}).get("fill")  # of the feature it replaces
             columns[name] = settings
-        columns = {name: _without_empty(column) for name, column in columns.items()}
         schema: dict[str, Any] = {"target_item": output.item, "group": output.user}
-        schema["columns"] = columns
+        schema["columns"] = {name: _without_empty(column) for name, column in columns.items()}
         if tables := [_without_empty(asdict(table)) for table in feature_tables(config)]:
             schema["features"] = tables
         if config.items is not None:

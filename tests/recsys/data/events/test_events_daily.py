@@ -244,12 +244,12 @@ def test_spark_goes_on_from_days_of_duckdb_and_back_with_the_same_rows(
     monkeypatch.setattr(kept_events, "MOST_APPENDED", 0)
     monkeypatch.setattr(kept_events, "LEAST_DROPPED", 0)
     config, table = write_settings(tmp_path / "data", "last"), log(0, late=True)
-    masters = {0: "local[2]", 2: "local[2]", 3: None, 4: "local[2]"}
-    for number, day in enumerate(DAYS[:5]):
+    masters = {1: "local[2]", 2: None, 3: "local[2]"}
+    for number, day in enumerate(DAYS[:4]):
         deliver(tmp_path / "data", table, number)
         if number in masters:  # a call may make several days
             prepare_events(config, tmp_path / "calls", spark_master=masters[number], until=day)
-    prepare_events(config, tmp_path / "once", until=DAYS[4])
+    prepare_events(config, tmp_path / "once", until=DAYS[3])
     assert content_of(tmp_path / "calls") == content_of(tmp_path / "once")
 
 
