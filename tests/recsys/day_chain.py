@@ -34,7 +34,7 @@ from tests.recsys.data.events.test_events_daily import (
 from tests.recsys.training.continual.walk_runs import assert_same_end, files_of
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink"}
-NUMBER_OF_DAYS, COMMANDS = 5, 2  # commands of a day
+COMMANDS = 2  # of a day
 WITH_PATHS = {"manifest.json", "items/config.yaml"}  # files of a package that name folders
 
 
@@ -48,10 +48,12 @@ def commands(folder: Path, day: str) -> list[list[str]]:
     return [prepare, [*words, "--continual.packages", str(folder / "packages")]]
 
 
-def run_day(folder: Path, number: int, peaceful: Path | None = None, kills: int = 0) -> int:
+def run_day(
+    folder: Path, number: int, peaceful: Path | None = None, kills: int = 0, days: int = 5
+) -> int:
     """Deliver the files of a day and give its commands; return how often they were killed.
 
-    `kills` are to come in all days, each before some change of a file, of which `peaceful`, the
+    `kills` are to come in all `days`, each before some change of a file, of which `peaceful`, the
     folder of a chain without any, has the number.
     """
     table = log(3, late=True)
@@ -62,7 +64,7 @@ def run_day(folder: Path, number: int, peaceful: Path | None = None, kills: int 
     killed, rng = 0, random.Random(number)
     for place, words in enumerate(commands(folder, DAYS[number]), COMMANDS * (number - 1)):
         steps = f"steps-{words[0]}-{number}"
-        first, end = (kills * one // (COMMANDS * NUMBER_OF_DAYS) for one in (place, place + 1))
+        first, end = (kills * one // (COMMANDS * days) for one in (place, place + 1))
         for attempt in range(end - first):
             assert peaceful is not None
             last = int((peaceful / steps).read_text()) // (attempt + 1)
@@ -124,19 +126,20 @@ def assert_same_days(folder: Path, other: Path, packages: Sequence[Path]) -> str
     return f"{len(rows)} folders of rows, {tensors} tensors and {files} files of packages are equal"
 
 
-def main(kills: int = 20) -> None:
+def main(kills: int = 20, days: int = 5) -> None:
     """Live through the days in peace and with kills, and compare.
 
     Args:
         kills: of commands, in all
+        days: 1 to 7
     """
     with tempfile.TemporaryDirectory() as name:
         peaceful, killed = Path(name, "peaceful"), Path(name, "killed")
         carried_out = 0
         for folder, number_of_kills in ((peaceful, 0), (killed, kills)):
             folder.mkdir()
-            for day in range(1, NUMBER_OF_DAYS + 1):
-                carried_out += run_day(folder, day, peaceful, number_of_kills)
+            for day in range(1, days + 1):
+                carried_out += run_day(folder, day, peaceful, number_of_kills, days)
                 print(f"{folder.name}: day {day}, {carried_out} killed", flush=True)
         print(assert_same_days(peaceful, killed, packages_of(peaceful)))
         assert carried_out == kills, f"{kills} were to be killed"

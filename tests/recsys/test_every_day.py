@@ -18,10 +18,10 @@ import pytest
 from recsys.serving import Scorer
 from recsys.serving.new_items.add import add_items
 from recsys.serving.server.scoring_service import LoadedPackage
-from tests.recsys.day_chain import COMMANDS, NUMBER_OF_DAYS, assert_same_days, run_day
+from tests.recsys.day_chain import COMMANDS, assert_same_days, run_day
 from tests.recsys.serving.server.served_package import ServedPackage
 
-DAYS = range(1, 1 + NUMBER_OF_DAYS)
+DAYS = range(1, 6)
 PAUSE = 0.1  # seconds between two requests
 NEW_ITEMS = 2  # a day
 Versions = tuple[str, str]  # of package and features
