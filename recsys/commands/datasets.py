@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +20,7 @@ def prepare_events(
     engine: Literal["duckdb", "spark"] = "duckdb",
     spark_master: str = "local[*]",
     until: str | None = None,
+    follow: float | None = None,
 ) -> None:
     """Write a dataset of event logs, as an events.yaml describes it.
 
@@ -32,14 +34,28 @@ def prepare_events(
         engine: duckdb: this machine; spark: needs PySpark and Java 17
         spark_master: address of the Spark cluster
         until: last day to write, such as 2026-11-05; each call reads new files and writes new days
+        follow: seconds between looks for new files, whose days are written, until SIGTERM
     """
+    from recsys.data.events.daily import prepare_days
+    from recsys.data.events.follow import follow_files
+    from recsys.data.events.load import load_events_config
+    from recsys.data.events.periods import Calendar
     from recsys.data.events.prepare import format_report
     from recsys.data.events.prepare import prepare_events as prepare
     from recsys.distributed.log import print_table
 
+    def show(report: dict[str, Any]) -> None:
+        print_table(format_report(report))
+        logger.info("written to %s", out)
+
     master = spark_master if engine == "spark" else None
-    print_table(format_report(prepare(config, out, source, memory, master, threads, temp, until)))
-    logger.info("written to %s", out)
+    places: dict[str, Any] = {"source": source, "memory": memory, "threads": threads, "temp": temp}
+    places |= {"spark_master": master}
+    if follow is None:
+        show(prepare(config, out, until=until, **places))
+        return
+    calendar = Calendar.of(load_events_config(config, source))
+    follow_files(calendar, follow, partial(prepare_days, config, out, **places), show, until)
 
 
 def prepare_movielens(

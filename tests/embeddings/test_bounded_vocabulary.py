@@ -1,7 +1,6 @@
 """The bounded vocabulary against a slow one of plain Python, on one rank and on several."""
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
@@ -96,9 +95,8 @@ class SlowVocabulary:
 
 
 @pytest.fixture
-def three_rows_per_set(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def three_rows_per_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded_module, "MAX_ROWS_PER_SET", 3)
-    yield
 
 
 ids_of_step = st.lists(st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, -1, -(2**63), 2**63 - 1]))

@@ -1,4 +1,9 @@
-"""Days of a shop by `prepare events --until` and `continual`, in processes that may be killed."""
+"""Days of a shop by `prepare events --until` and `continual`, in processes that may be killed.
+
+`python -m tests.recsys.day_chain --kills 20` lives through five days twice: in peace, and with so
+many SIGKILLs spread over the commands, each before a random change of a file. Rows, tables of ids,
+weights, optimizer state and packages must be equal to the last bit.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +11,31 @@ import os
 import random
 import signal
 import sys
+import tempfile
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from jsonargparse import auto_cli
+
 from recsys.distributed.job import environment_of_no_rank
 from recsys.training.continual import walk
 from tests.ranks import HANG_SECONDS, forking_server
 from tests.recsys.command_runs import TINY, run_rank, run_recsys
-from tests.recsys.data.events.test_events_daily import DAYS, deliver, log, write_settings
+from tests.recsys.data.events.test_events_daily import (
+    DAYS,
+    content_of,
+    deliver,
+    log,
+    write_settings,
+)
+from tests.recsys.training.continual.walk_runs import assert_same_end, files_of
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink"}
-KILLS = 1  # of each command of a day; with 2 the days take a third longer
+COMMANDS = 2  # of a day
+WITH_PATHS = {"manifest.json", "items/config.yaml"}  # files of a package that name folders
 
 
 def commands(folder: Path, day: str) -> list[list[str]]:
@@ -31,11 +48,13 @@ def commands(folder: Path, day: str) -> list[list[str]]:
     return [prepare, [*words, "--continual.packages", str(folder / "packages")]]
 
 
-def run_day(folder: Path, number: int, peaceful: Path | None = None) -> int:
+def run_day(
+    folder: Path, number: int, peaceful: Path | None = None, kills: int = 0, days: int = 5
+) -> int:
     """Deliver the files of a day and give its commands; return how often they were killed.
 
-    They are killed if `peaceful` is the folder of a chain that was not, each before some change of
-    its files.
+    `kills` are to come in all `days`, each before some change of a file, of which `peaceful`, the
+    folder of a chain without any, has the number.
     """
     table = log(3, late=True)
     if number == 1:
@@ -43,9 +62,10 @@ def run_day(folder: Path, number: int, peaceful: Path | None = None) -> int:
         deliver(folder / "data", table, 0)  # no row of the first day is decided on it
     deliver(folder / "data", table, number)
     killed, rng = 0, random.Random(number)
-    for words in commands(folder, DAYS[number]):
+    for place, words in enumerate(commands(folder, DAYS[number]), COMMANDS * (number - 1)):
         steps = f"steps-{words[0]}-{number}"
-        for attempt in range(KILLS if peaceful else 0):
+        first, end = (kills * one // (COMMANDS * days) for one in (place, place + 1))
+        for attempt in range(end - first):
             assert peaceful is not None
             last = int((peaceful / steps).read_text()) // (attempt + 1)
             killed += run_command(words, folder, steps, rng.randrange(last))
@@ -83,3 +103,47 @@ def _counted(words: list[str], folder: Path, steps: str, kill_at: int | None) ->
         run_rank(words, {**os.environ, "CXX": "no-compiler"}, folder, folder / "output")
     finally:
         (folder / steps).write_text(str(next(number)))
+
+
+def packages_of(folder: Path) -> list[Path]:
+    return [path for path in sorted((folder / "packages").glob("date=*")) if path.is_dir()]
+
+
+def assert_same_days(folder: Path, other: Path, packages: Sequence[Path]) -> str:
+    """Compare two chains, of which the first had these packages; return what was compared."""
+    rows = content_of(folder / "out")
+    assert content_of(other / "out") == rows
+    tensors, files = assert_same_end(folder / "run", other / "run"), 0
+    assert tensors > 0
+    for package, other_package in zip(packages, packages_of(other), strict=True):
+        one, two = files_of(package), files_of(other_package)
+        assert one.keys() == two.keys()
+        for name in one.keys() - WITH_PATHS:
+            assert one[name] == two[name], name
+        files += len(one)
+    names = [[path.name for path in sorted((f / "packages").iterdir())] for f in (folder, other)]
+    assert names[0] == names[1]
+    return f"{len(rows)} folders of rows, {tensors} tensors and {files} files of packages are equal"
+
+
+def main(kills: int = 20, days: int = 5) -> None:
+    """Live through the days in peace and with kills, and compare.
+
+    Args:
+        kills: of commands, in all
+        days: 1 to 7
+    """
+    with tempfile.TemporaryDirectory() as name:
+        peaceful, killed = Path(name, "peaceful"), Path(name, "killed")
+        carried_out = 0
+        for folder, number_of_kills in ((peaceful, 0), (killed, kills)):
+            folder.mkdir()
+            for day in range(1, days + 1):
+                carried_out += run_day(folder, day, peaceful, number_of_kills, days)
+                print(f"{folder.name}: day {day}, {carried_out} killed", flush=True)
+        print(assert_same_days(peaceful, killed, packages_of(peaceful)))
+        assert carried_out == kills, f"{kills} were to be killed"
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

@@ -17,7 +17,6 @@ import json
 import logging
 from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from recsys.data.events.clean_events import (
     tables_of,
     without_copies,
 )
-from recsys.data.events.daily_state import REPORT, DailyFolder, Progress
+from recsys.data.events.daily_state import REPORT, SUCCESS, DailyFolder, Progress
 from recsys.data.events.dataset import DatasetWriter, feature_tables, write_last_features
 from recsys.data.events.histories import KEYS_OF, add_histories
 from recsys.data.events.history_values import HistoryFiles
@@ -47,45 +46,53 @@ from recsys.data.events.negatives import (
     known_items,
     numbered_items,
 )
+from recsys.data.events.periods import Calendar
 from recsys.data.events.reader import Reader, file_sizes, open_source
 from recsys.data.events.samples import DAY, END, is_row, make_rows
 from recsys.data.events.settings import EventsConfig
 from recsys.data.events.snapshots import add_features, check_pictures, read_snapshots
 from recsys.data.events.sql import (
     FOREVER,
-    DuckDBEngine,
+    SqlEngine,
     count_by_reason,
     count_rows,
+    open_engine,
     quoted,
     stage_folder,
 )
-from recsys.data.events.times import duration, moment
+from recsys.data.events.times import duration
 
 logger = logging.getLogger(__name__)
 
 TABLE_BITS = 16  # files of a table: their numbers are the same however many calls read them
 RIPE = "/ripe"  # column of rows: when their labels are decided and they are known
 ONE_DAY = 86_400_000_000
-EPOCH = date(1970, 1, 1).toordinal()
 TRAIN_ALONE = {"": {"train": "1 = 1", "valid": "1 = 0", "test": "1 = 0"}}
-SUCCESS = "_SUCCESS"
+
+
+class NoEvents(ValueError):
+    """No event that can be used has arrived by the end of a call."""
 
 
 def prepare_days(
     config: Path,
     out: Path,
     day: str,
-    source: Path | None,
+    source: Path | None = None,
     memory: str | None = None,
     threads: int | None = None,
     temp: Path | None = None,
-) -> dict[str, Any]:
-    """Write the partitions of the days up to `day` that are not written yet.
+    spark_master: str | None = None,
+    after_new_files: bool = False,
+) -> dict[str, Any] | None:
+    """Write the partitions of the days up to `day`, or an hour of it, that are not written yet.
 
     Returns:
-        The report of the call, also in `report.json`; that of the call before if nothing is to do.
+        The report of the call, also in `report.json`. If nothing is to do, that of the call before;
+        with `after_new_files` None, which is also where no file is new.
 
     Raises:
+        NoEvents: no event that can be used has arrived by then.
         ValueError: as `prepare_events`; or a setting is none for days, or differs from that of the
             calls before.
     """
@@ -94,28 +101,34 @@ def prepare_days(
         raise ValueError(f"{config}: {problem}")
     for table in settings.event_tables:
         table.arrived = table.arrived or table.time  # a file may come late
-    zone = settings.time_zone or "UTC"
-    until = moment(str(_date(day) + timedelta(1)), zone)
+    until = Calendar.of(settings).end_of(day)
     folder = DailyFolder(out.absolute())
     with folder.locked():
         progress = folder.progress(settings)
-        if progress.until is not None and until <= progress.until:
+        is_done = progress.until is not None and until <= progress.until
+        if after_new_files and (is_done or not _has_new_files(settings, progress)):
+            return None
+        if is_done:
             logger.info("%s: %s is prepared, up to %s", out, day, progress.day)
             return dict(json.loads((folder.path / REPORT).read_text()))
         with (
             folder.commit() as partial,
             stage_folder(partial, temp) as work,
-            closing(DuckDBEngine(work, memory, threads)) as engine,
+            closing(open_engine(work, memory, spark_master, threads)) as engine,
         ):
             report = Call(engine, settings, folder, progress, day, until).run(partial)
     return report
 
 
-def _date(day: str) -> date:
-    try:
-        return date.fromisoformat(day)
-    except ValueError as error:
-        raise ValueError(f"--until {day}: no date; write such as 2026-11-01") from error
+def _has_new_files(config: EventsConfig, progress: Progress) -> bool:
+    """Return whether a file is not read yet, and no table is still without files."""
+    new = set[str]()
+    for name, table in tables_of(config).items():
+        read, files = progress.files.get(name, {}), file_sizes(name, table, may_be_empty=True)
+        if not read and not files:
+            return False
+        new |= files.keys() - read.keys()
+    return bool(new)
 
 
 def _unfit(config: EventsConfig) -> str | None:
@@ -138,7 +151,7 @@ def _unfit(config: EventsConfig) -> str | None:
 class Call:
     """One call: the days between the end of the last one and `until`."""
 
-    engine: DuckDBEngine
+    engine: SqlEngine
     config: EventsConfig
     folder: DailyFolder
     before: Progress
@@ -169,7 +182,8 @@ class Call:
             reasons |= missing
             stage = "drawn"
         reasons |= add_features(engine, config, stage, may_be_empty=True)
-        values = HistoryFiles(engine.work / "values", config.histories)
+        scratch = engine.scratch
+        values = None if scratch is None else HistoryFiles(scratch, config.histories)
         kept = KeptEvents(engine, config, self.folder, self.before, self.until)
         kept.read_earlier(types)
         lists = add_histories(engine, config, types, values, "earlier")
@@ -230,7 +244,7 @@ class Call:
         repeated = copies.get("duplicate", 0) + before - count_rows(engine, "new_events")
         reasons |= {"duplicate": repeated} if repeated else {}
         if before == 0 and not kept:
-            raise ValueError(f"--until {self.day}: no event that can be used is known by then")
+            raise NoEvents(f"--until {self.day}: no event that can be used is known by then")
         engine.view(
             "clean_events", f"SELECT {names} FROM kept UNION ALL SELECT {names} FROM new_events"
         )
@@ -245,7 +259,7 @@ class Call:
         for number, (name, table) in enumerate(tables_of(self.config).items()):
             read, urls = dict(self.before.files.get(name, {})), []
             first = len(read)
-            for file, (url, size) in file_sizes(name, table).items():
+            for file, (url, size) in file_sizes(name, table, first > 0).items():
                 if file not in read:
                     urls.append(url)
                 elif read[file] != size:
@@ -303,17 +317,8 @@ class Call:
         is_due = f"{ripe} >= {self.since} AND {ripe} < {self.until}"
         number = f"CAST(floor({ripe} / {ONE_DAY}) AS BIGINT)"
         numbers = engine.table(f"SELECT DISTINCT {number} AS day FROM ripe_rows WHERE {is_due}")
-        zone = config.time_zone or "UTC"
-        days = {
-            date.fromordinal(EPOCH + day + shift)  # of the zone, beside that of UTC
-            for day in numbers["day"].to_pylist()
-            for shift in (-1, 0, 1)
-        }
-        bounds = [
-            f"('{day}', {moment(str(day), zone)}, {moment(str(day + timedelta(1)), zone)})"
-            for day in sorted(days)
-        ]
-        values = ", ".join(bounds) or "('', 0, 0)"
+        periods = Calendar.of(config).around(numbers["day"].to_pylist())
+        values = ", ".join(map(str, periods)) or "('', 0, 0)"
         engine.add(
             "due",
             f"SELECT r.*, d.day AS {quoted(DAY)}, d.after AS {quoted(END)} FROM ripe_rows r JOIN "
@@ -343,8 +348,7 @@ class Call:
             f"WHERE since < {self.until}"
         )
         file = folder.new_file("catalogue", self.before)
-        engine.save(numbered_items(times, first), file)
-        engine.read_saved("new_items", [file])
+        engine.read_saved("new_items", engine.save(numbered_items(times, first), file))
         engine.view("catalogue", f"{known}SELECT * FROM new_items")
         file = folder.new_file("taken", self.before)
         taken = "SELECT uid, iid, min(arrived) AS since FROM new_events GROUP BY uid, iid"
@@ -359,7 +363,7 @@ class Call:
             popularity = KnownItems(folder.state / "popularity")
             popularity.cut(self.before.popularity)
         popularity.append(engine, known_items(self.config, settings, "new_events"))
-        block = f"CAST(replace({quoted(DAY)}, '-', '') AS BIGINT)"
+        block = f"CAST(replace(replace({quoted(DAY)}, '-', ''), '/hour=', '') AS BIGINT)"
         number = count_rows(engine, "catalogue")
         return PastItems(popularity, number, taken, block), len(popularity.since)
 
@@ -367,7 +371,6 @@ class Call:
         """Write the partitions and what belongs to them; return the rows of each table of ids."""
         engine, config = self.engine, self.config
         names, complete = writer.columns()
-        assert complete is not None
         engine.write_by(
             f"SELECT {names}, 'date=' || c.{quoted(DAY)} AS {quoted(DAY)} FROM complete c "
             f"ORDER BY c.{quoted(DAY)}, c.ts, c.uid, c.iid, c.position",
@@ -375,14 +378,14 @@ class Call:
             out / "train",
             complete,
         )
-        for partition in (out / "train").glob("*"):
+        for partition in {file.parent for file in (out / "train").rglob("*.parquet")}:
             (partition / SUCCESS).touch()
         past = f"past_events WHERE {quoted(KEYS_OF)} = ''"
         ids = writer.ids("1 = 1", "new_events", past)
         sizes = writer.write_vocabularies(ids, out, self.folder.path, self.before.sizes)
         item, counts = config.output.item, writer.item_counts(f"1 = 1{writer.is_logged}")
         if (file := self.folder.path / "item_counts.parquet").exists():
-            both = pa.concat_tables([pq.read_table(file), counts])
+            both = pa.concat_tables([pq.read_table(file), counts], promote_options="default")
             counts = both.group_by(item).aggregate([("train_rows", "sum")])
             counts = counts.rename_columns([item, "train_rows"])
         pq.write_table(counts.sort_by(item), out / "item_counts.parquet")

@@ -30,7 +30,7 @@ from recsys.storage.lock import JobLock
 
 FORMAT = 1
 STATE, READY, LOCK, PROGRESS = ".state", ".ready", ".lock", "progress.json"
-REPORT = "report.json"
+REPORT, SUCCESS = "report.json", "_SUCCESS"
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class DailyFolder:
         if not isinstance(stored, dict) or stored.pop("format", None) != FORMAT:
             raise ValueError(f"{file}: no state of this version; prepare into another --out")
         progress = Progress(**stored)
-        for name in sorted(settings.keys() | progress.settings.keys()):
+        for name in sorted(progress.settings):  # a new one has its default
             if settings.get(name) != progress.settings.get(name):
                 raise ValueError(
                     f"{self.path}: `{name}` was {json.dumps(progress.settings.get(name))} in the "
@@ -142,7 +142,8 @@ class DailyFolder:
         if not ready.is_dir():
             return
         entries = [path for path in sorted(ready.iterdir()) if path.name not in (STATE, "train")]
-        for path in [*entries, *sorted((ready / "train").glob("*")), ready / STATE / PROGRESS]:
+        partitions = sorted(file.parent for file in (ready / "train").rglob(SUCCESS))
+        for path in [*entries, *partitions, ready / STATE / PROGRESS]:
             target = self.path / path.relative_to(ready)
             recover_folder(target)
             if not path.exists():

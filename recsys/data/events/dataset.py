@@ -22,10 +22,11 @@ from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.data.events.histories import event_key, make_counts
 from recsys.data.events.history_values import AGE, MOMENT, HistoryFiles, slice_columns
 from recsys.data.events.negatives import DRAWN_AS
+from recsys.data.events.parquet_parts import Complete
 from recsys.data.events.samples import SPLITS, WEIGHT, Conditions
 from recsys.data.events.settings import Count, EventsConfig, Snapshots
 from recsys.data.events.snapshots import add_pictures
-from recsys.data.events.sql import Complete, SqlEngine, filled, one_value, quoted
+from recsys.data.events.sql import SqlEngine, filled, one_value, quoted
 from recsys.data.events.times import MICROS, latest_moment
 from recsys.data.item_frequency import COLD_BELOW
 from recsys.data.schema import vocabulary_file
@@ -384,9 +385,8 @@ class DatasetWriter:
             if column.fill is None and name in column.sources(name):
                 settings["fill"] = columns.get(name, {}).get("fill")  # of the feature it replaces
             columns[name] = settings
-        columns = {name: _without_empty(column) for name, column in columns.items()}
         schema: dict[str, Any] = {"target_item": output.item, "group": output.user}
-        schema["columns"] = columns
+        schema["columns"] = {name: _without_empty(column) for name, column in columns.items()}
         if tables := [_without_empty(asdict(table)) for table in feature_tables(config)]:
             schema["features"] = tables
         if config.items is not None:

@@ -33,20 +33,22 @@ INTEGER = "^(0|-?[1-9][0-9]*)$"
 NULLS = ["", "NULL", "null", "NaN", "nan", "\\N"]
 
 
-def data_files(name: str, root: Location) -> list[Location]:
+def data_files(name: str, root: Location, may_be_empty: bool = False) -> list[Location]:
     """Return the data files at and under a path, by name.
 
     Raises:
-        ValueError: there is none, or one that would be left out.
+        ValueError: there is none, unless `may_be_empty`, or one that would be left out.
     """
     if root.filesystem.isfile(root.path):
         if not root.path.endswith(ENDINGS):
             raise ValueError(f"{root}: none of {', '.join(ENDINGS)}; rename or convert it")
         return [root]
     if not root.exists():
+        if may_be_empty:  # an object store has no folders without files
+            return []
         raise ValueError(f"{root}: no such file or folder; correct the path of '{name}'")
     files = _files_under(root, set())
-    if not files:
+    if not files and not may_be_empty:
         raise ValueError(f"{root}: no .parquet or .csv files in it; correct the path of '{name}'")
     return sorted(files, key=lambda file: file.path)
 

@@ -106,21 +106,23 @@ def _make_past_events(engine: SqlEngine, config: EventsConfig, earlier: str | No
             columns = {name: f"e_{name}" for name in item_columns}
             query = with_columns(query, "item", "iid", columns, config.items)
     make = engine.add if item_columns else engine.view
+    own_columns = sorted(listed - {"age", "action", *item_columns})
     names = [
         "position, uid, iid, ts, action",
         *(["arrived"] if config.has_arrival else []),
         *(quoted(f"e_{name}") for name in item_columns),
-        *(
-            f"{quoted(f'c_{name}')} AS {quoted(f'e_{name}')}"
-            for name in sorted(listed - {"age", "action", *item_columns})
-        ),
+        *(f"{quoted(f'c_{name}')} AS {quoted(f'e_{name}')}" for name in own_columns),
     ]
     query = f"SELECT {', '.join(names)} FROM ({query})"
     if earlier is not None:
+        names = ["position", "uid", "iid", "ts", "action", "arrived"]
+        names += [f"e_{name}" for name in (*item_columns, *own_columns)]
+        numbers = {name: quoted(name) for name in _schema(engine, earlier).names}
+        numbers |= {"ts": f"{-FOREVER}", "arrived": f"{-FOREVER}"}
         query = (
-            f"SELECT *, CAST(1 AS BIGINT) AS {quoted(NUMBER)}, '' AS {quoted(KEYS_OF)} FROM "
-            f"({query}) UNION ALL BY NAME SELECT *, {-FOREVER} AS ts, {-FOREVER} AS arrived "
-            f"FROM {earlier}"
+            f"SELECT {', '.join(map(quoted, names))}, CAST(1 AS BIGINT) AS {quoted(NUMBER)}, '' AS "
+            f"{quoted(KEYS_OF)} FROM ({query}) UNION ALL SELECT "
+            f"{_aligned([*names, NUMBER, KEYS_OF], numbers)} FROM {earlier}"
         )
     make("past_events", query)
     return item_columns
@@ -133,19 +135,26 @@ def number_earlier(engine: SqlEngine, config: EventsConfig, dropped: str, earlie
         for count in config.counts.values()
         if duration(count.within) is None
     }
-    columns = ", ".join(quoted(name) for name in _schema(engine, earlier).names if name != NUMBER)
+    names = [name for name in _schema(engine, earlier).names if name != NUMBER]
+    columns = ", ".join(map(quoted, names))
     parts = [f"SELECT {columns}, {quoted(NUMBER)} FROM {earlier}"]
-    parts += [
-        f"SELECT {', '.join(map(quoted, ['action', *keys]))}, '{','.join(keys)}' AS "
-        f"{quoted(KEYS_OF)}, {quoted(NUMBER)} FROM past_events WHERE {quoted(KEYS_OF)} = '' "
-        f"AND {dropped}"
-        for keys in unbounded
-    ]
-    rows = " UNION ALL BY NAME ".join(parts)
+    for keys in unbounded:
+        present = {name: quoted(name) for name in ("action", *keys, NUMBER)}
+        present[KEYS_OF] = f"'{','.join(keys)}'"
+        parts.append(
+            f"SELECT {_aligned([*names, NUMBER], present)} FROM past_events "
+            f"WHERE {quoted(KEYS_OF)} = '' AND {dropped}"
+        )
+    rows = " UNION ALL ".join(parts)
     return (
         f"SELECT {columns}, CAST(sum({quoted(NUMBER)}) AS BIGINT) AS {quoted(NUMBER)} "
         f"FROM ({rows}) GROUP BY {columns}"
     )
+
+
+def _aligned(names: list[str], columns: dict[str, str]) -> str:
+    """Return SQL of columns in the order of names, null where there is none."""
+    return ", ".join(f"{columns.get(name, 'NULL')} AS {quoted(name)}" for name in names)
 
 
 def _list_types(
@@ -232,9 +241,9 @@ def _recent_events(
     delay = max((duration(text) or 0 for text in delays), default=0)
     longest = max((duration(count.within) or 0 for count in counts), default=-FOREVER)
     since = [f"any_value(settled) - ({longest})"] + [
-        f"coalesce(list_min(max(ts, {history.length}) FILTER (arrived <= settled AND "
-        f"({actions_in(history.actions)}))), {FOREVER})"
+        f"coalesce({engine.least_of_last('ts', history.length, test)}, {FOREVER})"
         for history in config.histories.values()
+        for test in [f"arrived <= settled AND ({actions_in(history.actions)})"]
     ]
     engine.add(
         "recent",

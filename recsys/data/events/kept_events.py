@@ -12,7 +12,7 @@ from recsys.data.events.daily_state import DailyFolder, Progress
 from recsys.data.events.histories import KEYS_OF, NUMBER, event_key, number_earlier
 from recsys.data.events.samples import actions_in
 from recsys.data.events.settings import EventsConfig
-from recsys.data.events.sql import FOREVER, DuckDBEngine, count_rows
+from recsys.data.events.sql import FOREVER, SqlEngine, count_rows, quoted
 from recsys.data.events.times import duration
 
 MOST_APPENDED = 1.0  # new events, as a share of the earlier, at which unneeded ones are counted
@@ -23,7 +23,7 @@ LEAST_DROPPED = 0.25  # share of unneeded events at which they are dropped
 class KeptEvents:
     """Tables `kept`, `earlier` and `pending` of the state, for a call that ends with `until`."""
 
-    engine: DuckDBEngine
+    engine: SqlEngine
     config: EventsConfig
     folder: DailyFolder
     before: Progress
@@ -53,8 +53,9 @@ class KeptEvents:
         """
         engine, folder, before = self.engine, self.folder, self.before
         file = folder.new_file("pending", before)
-        engine.save(f"SELECT * FROM incoming WHERE arrived >= {self.until}", file)
-        tables = {"pending": [file.name]}
+        tables = _names(
+            pending=engine.save(f"SELECT * FROM incoming WHERE arrived >= {self.until}", file)
+        )
         file = folder.new_file("kept", before)
         compacted, appended = before.compacted, before.appended + count_rows(engine, "new_events")
         marked = self._marked()
@@ -63,20 +64,21 @@ class KeptEvents:
             needed = count_rows(engine, f"({marked}) WHERE is_kept")
             if needed <= compacted * (1 - LEAST_DROPPED):
                 return tables | self._compact(marked, file), needed, 0
-        engine.save("SELECT * FROM new_events ORDER BY ts", file)
-        tables["earlier"] = [path.name for path in folder.files("earlier")]
-        tables["kept"] = [*before.tables.get("kept", []), file.name]
-        return tables, compacted, appended
+        new = _names(kept=engine.save("SELECT * FROM new_events ORDER BY ts", file))["kept"]
+        tables |= _names(earlier=folder.files("earlier"))
+        return tables | {"kept": [*before.tables.get("kept", []), *new]}, compacted, appended
 
     def _compact(self, marked: str, file: Path) -> dict[str, list[str]]:
         """Write the events that are needed into one file, and numbers of all that are not."""
         engine, numbers = self.engine, self.folder.new_file("earlier", self.before)
         if any(duration(count.within) is None for count in self.config.counts.values()):
             engine.add("dropped", f"SELECT position FROM ({marked}) WHERE NOT is_kept")
-        engine.save(f"SELECT * EXCLUDE is_kept FROM ({marked}) WHERE is_kept ORDER BY ts", file)
+        schema = engine.table("SELECT * FROM clean_events LIMIT 0").schema
+        names = ", ".join(map(quoted, schema.names))
+        kept = engine.save(f"SELECT {names} FROM ({marked}) WHERE is_kept ORDER BY ts", file)
         is_dropped = "position IN (SELECT position FROM dropped)"
-        engine.save(number_earlier(engine, self.config, is_dropped, "earlier"), numbers)
-        return {"kept": [file.name], "earlier": [numbers.name]}
+        query = number_earlier(engine, self.config, is_dropped, "earlier")
+        return _names(kept=kept, earlier=engine.save(query, numbers))
 
     def _marked(self) -> str:
         """Return SQL of events with `is_kept`: whether rows of later calls may need them.
@@ -105,9 +107,9 @@ class KeptEvents:
             test = actions_in(history.actions)
             lengths[test] = max(history.length, lengths.get(test, 0))
         since = [
-            f"list_min(max(ts, {lengths[test]}) FILTER (arrived <= {settled} AND ({test}))) "
-            f"AS since_{place}"
-            for place, test in enumerate(lengths)
+            self.engine.least_of_last("ts", length, f"arrived <= {settled} AND ({test})")
+            + f" AS since_{place}"
+            for place, (test, length) in enumerate(lengths.items())
         ]
         needed += [
             f"({test}) AND ts >= coalesce(since_{place}, {FOREVER})"
@@ -120,3 +122,7 @@ class KeptEvents:
             f"SELECT e.*, {is_kept} AS is_kept FROM clean_events e JOIN "
             f"(SELECT uid, {', '.join(since)} FROM clean_events GROUP BY uid) USING (uid)"
         )
+
+
+def _names(**tables: list[Path]) -> dict[str, list[str]]:
+    return {table: [file.name for file in files] for table, files in tables.items()}

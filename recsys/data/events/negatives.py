@@ -350,7 +350,7 @@ def item_times(config: EventsConfig, events: str) -> str:
 
 def numbered_items(items: str, first: int = 0) -> str:
     """Return SQL of items in the order of `since`, with numbers `inumber` from `first` on."""
-    number = f"row_number() OVER (ORDER BY since, iid) + {first - 1}"
+    number = f"CAST(row_number() OVER (ORDER BY since, iid) + {first - 1} AS BIGINT)"
     return f"SELECT iid, since, {number} AS inumber FROM ({items})"
 
 

@@ -18,7 +18,7 @@ from recsys.data.events.negatives import add_negatives
 from recsys.data.events.samples import make_rows, split_conditions
 from recsys.data.events.settings import EventsConfig
 from recsys.data.events.snapshots import add_features, check_pictures, read_snapshots
-from recsys.data.events.sql import DuckDBEngine, SparkEngine, SqlEngine, stage_folder
+from recsys.data.events.sql import SqlEngine, open_engine, stage_folder
 from recsys.storage.files import whole_folder
 
 
@@ -43,9 +43,9 @@ def prepare_events(
         ValueError: a setting, file, column or value cannot be used, or a split would be empty.
     """
     if until is not None:
-        if spark_master is not None:
-            raise ValueError("--until: days are prepared by DuckDB alone; leave out --engine spark")
-        return prepare_days(config, out, until, source, memory, threads, temp)
+        report = prepare_days(config, out, until, source, memory, threads, temp, spark_master)
+        assert report is not None, "new files or not"
+        return report
     settings = load_events_config(config, source)
     with whole_folder(unused_folder(out)) as partial:
         return run_stages(settings, partial, memory, spark_master, threads, temp)
@@ -74,14 +74,11 @@ def run_stages(
     temp: Path | None = None,
 ) -> dict[str, Any]:
     """Write the datasets and `report.json` into a folder, and return the report."""
-    with stage_folder(folder, temp) as work:
-        engine = (
-            DuckDBEngine(work, memory, threads)
-            if spark_master is None
-            else SparkEngine(work, spark_master)
-        )
-        with closing(engine):
-            report = write_datasets(engine, config, folder)
+    with (
+        stage_folder(folder, temp) as work,
+        closing(open_engine(work, memory, spark_master, threads)) as engine,
+    ):
+        report = write_datasets(engine, config, folder)
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
@@ -121,9 +118,13 @@ def format_report(report: dict[str, Any]) -> str:
     lines += [f"left out: {count:,} {reason}" for reason, count in report["left_out"].items()]
     if "days" not in report:
         return "\n".join([*lines, format_splits(report["splits"], "positive")])
-    head = f"{'partition':<16}{'rows':>12}{'positive':>10}"
-    days = report["days"].items()
-    parts = [f"date={day}{part['rows']:>13,}{part['positive']:>10.2%}" for day, part in days]
+    days = {f"date={day}": part for day, part in report["days"].items()}
+    width = max(map(len, ["partition", *days])) + 1
+    head = f"{'partition':<{width}}{'rows':>12}{'positive':>10}"
+    parts = [
+        f"{name:<{width}}{part['rows']:>12,}{part['positive']:>10.2%}"
+        for name, part in days.items()
+    ]
     return "\n".join([*lines, head, *parts])
 
 

@@ -134,12 +134,13 @@ class Reader:
                 ) from error
 
 
-def file_sizes(name: str, source: Source) -> dict[str, tuple[str, int]]:
+def file_sizes(name: str, source: Source, may_be_empty: bool) -> dict[str, tuple[str, int]]:
     """Return URL and bytes of each file of a table, by its name below the paths of the table."""
     paths = [source.path] if isinstance(source.path, str) else source.path
     sizes = {}
     for number, root in enumerate(map(Location.of, paths)):
-        for file in data_files(name, root):
+        root.filesystem.invalidate_cache()  # object stores keep what they have listed
+        for file in data_files(name, root, may_be_empty):
             below = file.path[len(root.path) :] or f"/{file.path.rsplit('/', 1)[-1]}"
             sizes[f"{number}{below}"] = str(file), int(file.filesystem.size(file.path))
     return sizes
@@ -161,7 +162,7 @@ def open_source(
     """
     paths = [source.path] if isinstance(source.path, str) else source.path
     roots = [Location.of(path) for path in paths]
-    files = [file for root in roots for file in data_files(name, root)]
+    files = [file for root in roots for file in data_files(name, root, only is not None)]
     urls = Counter(map(str, files))
     if len(urls) < len(files):
         raise ValueError(

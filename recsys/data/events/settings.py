@@ -245,6 +245,7 @@ class EventsConfig:
     histories: dict[str, History] = field(default_factory=dict)
     counts: dict[str, Count] = field(default_factory=dict)
     split: Split = field(default_factory=Split)
+    partition: Literal["day", "hour"] = "day"  # of rows, with --until and --follow
     # Columns of `schema.yaml` that are made of others, or take the place of a feature.
     transforms: dict[str, Column] = field(default_factory=dict)
     drop: Drop = field(default_factory=Drop)

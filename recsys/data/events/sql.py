@@ -11,22 +11,18 @@ import re
 import shutil
 import sys
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import chain, groupby, pairwise
+from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import duckdb
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recsys.data.parquet.values import is_list
+from recsys.data.events.parquet_parts import Complete, slices_by, write_parts
 from recsys.extras import missing_extra
 
 if TYPE_CHECKING:
@@ -35,9 +31,6 @@ if TYPE_CHECKING:
 FOREVER = 2**62  # later than any time
 ROWS_PER_BATCH = 1 << 17
 ROWS_PER_GROUP = 8192  # small enough that several ranks share a split evenly
-BYTES_PER_PART = 32 << 20  # of rows before they are completed
-VALUES_TO_COMPARE = 1 << 16
-REPEATED = 16  # times a value occurs on average, from which on a dictionary of values pays
 AT_START = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false"}
 SETTINGS = {
     "spark.sql.ansi.enabled": "true",
@@ -45,8 +38,6 @@ SETTINGS = {
     "spark.sql.execution.arrow.maxRecordsPerBatch": str(ROWS_PER_BATCH),
 }
 
-# Adds columns to rows, and chooses them.
-Complete = Callable[[pa.RecordBatch], pa.RecordBatch]
 # Maps the sorted batches of a partition, in order, to others.
 BatchFunction = Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]
 
@@ -106,8 +97,12 @@ class DuckDBEngine:
             )
         self.view(name, f"SELECT * FROM read_parquet('{file}')")
 
-    def save(self, query: str, file: Path, by: str | None = None) -> None:
-        """Write a query's result as a Parquet file, or as files `BY=VALUE/NAME` beside it."""
+    def save(self, query: str, file: Path, by: str | None = None) -> list[Path]:
+        """Write a query's result as Parquet named after a file, or `BY=VALUE/NAME` beside it.
+
+        Returns:
+            The files.
+        """
         file.parent.mkdir(parents=True, exist_ok=True)
         target, options = file, "FORMAT parquet, COMPRESSION zstd"
         if by is not None:
@@ -116,6 +111,7 @@ class DuckDBEngine:
             options += ", OVERWRITE_OR_IGNORE"
         with self._explained():
             self._duckdb.execute(f"COPY ({query}) TO '{target}' ({options})")
+        return [file] if by is None else sorted(target.glob(f"*/{file.stem}-*"))
 
     def read_saved(self, name: str, files: Sequence[Path]) -> None:
         """Name the rows of files that `save` has written."""
@@ -156,12 +152,17 @@ class DuckDBEngine:
         with self._explained():
             return write_parts(batches, folder, rows_per_group, self._threads, complete)
 
-    def write_by(self, query: str, column: str, folder: Path, complete: Complete) -> None:
+    def write_by(self, query: str, column: str, folder: Path, complete: Complete | None) -> None:
         """Write rows, ordered by a column, into a folder for each value of it."""
-        for value, parts in groupby(_runs(self._batches(query), column), itemgetter(0)):
+        for value, parts in groupby(slices_by(self._batches(query), column), itemgetter(0)):
             batches = (batch for _, batch in parts)
             with self._explained():
                 write_parts(batches, folder / value, ROWS_PER_GROUP, self._threads, complete)
+
+    @staticmethod
+    def least_of_last(column: str, number: int, condition: str) -> str:
+        """Return SQL of the least of the largest values of a column by a condition."""
+        return f"list_min(max({column}, {number}) FILTER (WHERE {condition}))"
 
     def _add_batches(self, name: str, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
         file = self._new_file(name)
@@ -274,7 +275,39 @@ class SparkEngine:
         complete: Complete | None = None,
     ) -> int:
         assert complete is None, "without scratch"
+        return self._write(self._spark.sql(query), folder, rows_per_group)
+
+    def write_by(self, query: str, column: str, folder: Path, complete: Complete | None) -> None:
+        assert complete is None, "without scratch"
         frame = self._spark.sql(query)
+        values = self.table(f"SELECT DISTINCT {quoted(column)} AS value FROM ({query})")["value"]
+        for value in values.to_pylist():
+            rows = frame.where(f"{quoted(column)} = '{value}'").drop(column)
+            self._write(rows, folder / value, ROWS_PER_GROUP)
+
+    def save(self, query: str, file: Path, by: str | None = None) -> list[Path]:
+        parts, files = self.work / "saved" / file.parent.name, list[Path]()
+        with _spark_explained():
+            writer = self._spark.sql(query).write.option("compression", "zstd")
+            (writer if by is None else writer.partitionBy(by)).parquet(f"file://{parts}")
+        for number, part in enumerate(sorted(parts.rglob("*.parquet"))):
+            folder = file.parent / part.parent.relative_to(parts)
+            folder.mkdir(parents=True, exist_ok=True)
+            files.append(folder / f"{file.stem}-{number}.parquet")
+            shutil.move(part, files[-1])
+        return files
+
+    def read_saved(self, name: str, files: Sequence[Path]) -> None:
+        with _spark_explained():
+            urls = [f"file://{file}" for file in files]
+            self._spark.read.parquet(*urls).createOrReplaceTempView(name)
+
+    @staticmethod
+    def least_of_last(column: str, number: int, condition: str) -> str:
+        values = f"sort_array(collect_list({column}) FILTER (WHERE {condition}), false)"
+        return f"array_min(slice({values}, 1, {number}))"
+
+    def _write(self, frame: Any, folder: Path, rows_per_group: int) -> int:
         options = {"compression": "zstd", "parquet.block.row.count.limit": str(rows_per_group)}
         url = f"file://{folder}"
         with _spark_explained():
@@ -289,6 +322,15 @@ class SparkEngine:
 
 
 SqlEngine = DuckDBEngine | SparkEngine
+
+
+def open_engine(
+    work: Path, memory: str | None, spark_master: str | None, threads: int | None
+) -> SqlEngine:
+    """Return an engine with the options of the command; Spark if `spark_master` names it."""
+    if spark_master is None:
+        return DuckDBEngine(work, memory, threads)
+    return SparkEngine(work, spark_master)
 
 
 @contextmanager
@@ -307,85 +349,6 @@ def stage_folder(folder: Path, temp: Path | None) -> Iterator[Path]:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def write_parts(
-    batches: Iterable[pa.RecordBatch],
-    folder: Path,
-    rows_per_group: int,
-    threads: int,
-    complete: Complete | None,
-) -> int:
-    """Write batches in order into a new folder, no file without rows; return the number of rows.
-
-    `complete` makes the rows of a row group, in as many threads as files are written at once.
-    """
-    folder.mkdir(parents=True)
-    rows = 0
-    running: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for number, part in enumerate(_parts(batches)):
-            if len(running) == threads:  # more would only wait in memory
-                running.popleft().result()
-            path = folder / f"part-{number:05}.parquet"
-            running.append(pool.submit(_write_part, part, path, rows_per_group, complete))
-            rows += part.num_rows
-        for future in running:
-            future.result()
-    return rows
-
-
-def _runs(batches: Iterable[pa.RecordBatch], column: str) -> Iterator[tuple[str, pa.RecordBatch]]:
-    """Yield slices of batches that agree in a column, with its value."""
-    for batch in batches:
-        values = batch.column(column)
-        is_new = np.asarray(pc.not_equal(values[1:], values[:-1]))
-        bounds = [0, *(np.flatnonzero(is_new) + 1).tolist(), batch.num_rows]
-        for first, end in pairwise(bounds):
-            if end > first:
-                yield values[first].as_py(), batch.slice(first, end - first)
-
-
-def _parts(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
-    pending: list[pa.RecordBatch] = []
-    for batch in batches:
-        pending.append(batch)
-        if sum(rows.nbytes for rows in pending) >= BYTES_PER_PART:
-            yield pa.Table.from_batches(pending)
-            pending = []
-    if any(rows.num_rows for rows in pending):
-        yield pa.Table.from_batches(pending)
-
-
-def _write_part(part: pa.Table, path: Path, rows_per_group: int, complete: Complete | None) -> None:
-    groups: Iterator[pa.RecordBatch] = (
-        part.slice(first, rows_per_group).combine_chunks().to_batches()[0]
-        for first in range(0, part.num_rows, rows_per_group)
-    )
-    if complete is not None:
-        groups = map(complete, groups)
-    group = next(groups)
-    with pq.ParquetWriter(
-        path, group.schema, compression="zstd", write_page_checksum=True, **_encodings(group)
-    ) as writer:
-        for rows in chain([group], groups):
-            writer.write_batch(rows, row_group_size=rows_per_group)
-
-
-def _encodings(rows: pa.RecordBatch) -> dict[str, Any]:
-    """Return settings of a writer: numbers that hardly repeat are split into streams of bytes."""
-    dictionary, streams = [], {}
-    for name, column in zip(rows.schema.names, rows.columns, strict=True):
-        path, values = name, column
-        if is_list(column.type):
-            path, values = f"{name}.list.element", column.flatten()
-        first_values = values.slice(0, VALUES_TO_COMPARE)
-        is_number = pa.types.is_int64(values.type) or pa.types.is_float32(values.type)
-        if is_number and REPEATED * pc.count_distinct(first_values).as_py() > len(first_values):
-            streams[path] = "BYTE_STREAM_SPLIT"
-        else:
-            dictionary.append(path)
-    return {"use_dictionary": dictionary, "column_encoding": streams or None}
 
 
 def _spark_schema(schema: pa.Schema) -> Any:

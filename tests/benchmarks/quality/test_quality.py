@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +27,7 @@ from tests.recsys.command_runs import TINY
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Plan]]:
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Plan]:
     """Where the study has written its files, and its runs."""
     folder = tmp_path_factory.mktemp("study")
     data = write_windows(folder / "data")
@@ -43,7 +42,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Plan
             recipe=TINY,
             results=folder / "results" / "small",
         )
-    yield folder / "results", plan
+    return folder / "results", plan
 
 
 def records(results: Path) -> dict[str, dict[str, Any]]:

@@ -79,6 +79,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.repositories[match[1]][entry["value"]["path"]] = content
         url = f"{self.server.url}/{match[1]}/commit/{COMMIT}"
         self.answer_json({"success": True, "commitOid": COMMIT, "commitUrl": url})
+        return None
 
     def do_GET(self) -> None:
         information = re.fullmatch(r"/api/models/(.+?)(/revision/\w+)?(\?.*)?", self.path)
@@ -100,6 +101,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer_json(entries)
         siblings = [{"rfilename": name} for name in files]
         self.answer_json({"id": match[1], "sha": COMMIT, "siblings": siblings})
+        return None
 
     do_HEAD = do_GET
 

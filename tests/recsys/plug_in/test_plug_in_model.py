@@ -169,7 +169,7 @@ def wide_projection(model: DLRMWithContent, dlrm: DLRM, dense: Tensor, sparse: T
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "kind, wide", [("dlrm", wide_dot), ("dcn", wide_cross), ("projection", wide_projection)]
+    ("kind", "wide"), [("dlrm", wide_dot), ("dcn", wide_cross), ("projection", wide_projection)]
 )
 def test_the_trained_model_is_torchrecs_own_for_more_features(
     kind: str, wide: Callable[..., Any]

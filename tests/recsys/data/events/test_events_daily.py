@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import yaml
 
 from recsys.data.events import kept_events
 from recsys.data.events.prepare import prepare_events
-from recsys.data.events.sql import DuckDBEngine
+from recsys.data.events.sql import DuckDBEngine, SqlEngine
 from recsys.data.schema import load_schema
 from recsys.storage.location import Location
 
@@ -181,7 +182,8 @@ def write_settings(folder: Path, case: str) -> Path:
 
 def content_of(out: Path) -> dict[str, list[dict[str, Any]]]:
     """The rows of a dataset by folder or file; maps of ids as sets, as their order may differ."""
-    folders = [*sorted((out / "train").glob("*")), *sorted((out / "features").glob("*"))]
+    partitions = {file.parent for file in (out / "train").rglob("*.parquet")}
+    folders = [*sorted(partitions), *sorted((out / "features").glob("*"))]
     rows = {
         str(folder.relative_to(out)): [
             row
@@ -233,6 +235,22 @@ def test_without_late_events_the_rows_are_those_of_a_dataset_made_at_once(tmp_pa
     days = [row for name, part in rows.items() if name.startswith("train") for row in part]
     end = (START + 4 * DAY) * 10**6
     assert ordered([row for row in days if row["time"] < end]) == ordered(at_once)
+
+
+@pytest.mark.long
+def test_spark_goes_on_from_days_of_duckdb_and_back_with_the_same_rows(
+    open_spark: Callable[[Path], SqlEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_events, "MOST_APPENDED", 0)
+    monkeypatch.setattr(kept_events, "LEAST_DROPPED", 0)
+    config, table = write_settings(tmp_path / "data", "last"), log(0, late=True)
+    masters = {1: "local[2]", 2: None, 3: "local[2]"}
+    for number, day in enumerate(DAYS[:4]):
+        deliver(tmp_path / "data", table, number)
+        if number in masters:  # a call may make several days
+            prepare_events(config, tmp_path / "calls", spark_master=masters[number], until=day)
+    prepare_events(config, tmp_path / "once", until=DAYS[3])
+    assert content_of(tmp_path / "calls") == content_of(tmp_path / "once")
 
 
 def ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -339,8 +357,6 @@ def test_settings_that_days_cannot_have_are_refused(
 def test_what_does_not_go_on_from_the_calls_before_is_refused(tmp_path: Path) -> None:
     config, out = write_small(tmp_path), tmp_path / "out"
     prepare_events(config, out, until=DAYS[0])
-    with pytest.raises(ValueError, match="leave out --engine spark"):
-        prepare_events(config, out, spark_master="local[2]", until=DAYS[1])
     with pytest.raises(ValueError, match="exists already; remove it"):
         prepare_events(config, out)
     with pytest.raises(ValueError, match="--until soon: no date"):

@@ -165,7 +165,7 @@ def test_dates_of_a_split_are_in_the_time_zone_of_the_tables(tmp_path: Path) -> 
     assert [len(dataset[split]) for split in SPLITS] == [24, 24, 24]
 
 
-@pytest.mark.parametrize("read_as, true_unit", [("ms", "s"), ("us", "ms")])
+@pytest.mark.parametrize(("read_as", "true_unit"), [("ms", "s"), ("us", "ms")])
 def test_times_in_1970_are_refused_with_the_unit_that_fits(
     read_as: str, true_unit: str, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from recsys.data.events import sql
+from recsys.data.events import parquet_parts
 from recsys.data.events.load import load_events_config
 from recsys.data.events.prepare import prepare_events
 from recsys.data.parquet.rows import ParquetRows
@@ -106,14 +106,14 @@ def doubled(rows: pa.RecordBatch) -> pa.RecordBatch:
 def test_rows_of_several_files_are_completed_and_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sql, "BYTES_PER_PART", 1000)
+    monkeypatch.setattr(parquet_parts, "BYTES_PER_PART", 1000)
     numbers, constant = np.arange(1000), np.zeros(1000, np.float32)
     table = pa.table(
         {"number": numbers, "noise": np.sqrt(numbers, dtype=np.float32), "same": constant}
     )
 
     batches = table.to_batches(max_chunksize=70)
-    rows = sql.write_parts(batches, tmp_path / "split", 50, 3, doubled)
+    rows = parquet_parts.write_parts(batches, tmp_path / "split", 50, 3, doubled)
 
     files = sorted((tmp_path / "split").iterdir())
     assert rows == 1000 and len(files) > 5
@@ -135,4 +135,4 @@ def test_an_error_in_a_file_that_is_written_ends_the_writing(tmp_path: Path) -> 
 
     batches = pa.table({"number": np.arange(10)}).to_batches()
     with pytest.raises(ValueError, match="10 rows"):
-        sql.write_parts(batches, tmp_path / "split", 50, 2, refuse)
+        parquet_parts.write_parts(batches, tmp_path / "split", 50, 2, refuse)

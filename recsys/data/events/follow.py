@@ -1,0 +1,84 @@
+"""`recsys prepare events --follow SECONDS`: partitions of files that arrive all day.
+
+Each look is a call of `--until` up to the last day or hour that has ended, if a file is new. So a
+killed command leaves nothing half written, and the same command goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event
+from typing import Any
+
+from recsys.data.events.daily import NoEvents
+from recsys.data.events.periods import Calendar
+
+Report = dict[str, Any]
+logger = logging.getLogger(__name__)
+
+
+def now() -> int:
+    """Return microseconds since 1970."""
+    return time.time_ns() // 1000
+
+
+def follow_files(
+    calendar: Calendar,
+    seconds: float,
+    prepare: Callable[..., Report | None],
+    show: Callable[[Report], None],
+    until: str | None = None,
+) -> None:
+    """Look for new files until SIGTERM, SIGINT, or the end of the period `until`.
+
+    `prepare` is `prepare_days` without its last arguments, and `show` takes its reports.
+
+    Raises:
+        ValueError: `seconds` is not above 0, or as `prepare_days`.
+    """
+    if not seconds > 0:
+        raise ValueError(f"--follow {seconds}: set seconds above 0")
+    last = None if until is None else calendar.end_of(until)
+    logger.info("looks for new files every %g seconds, until SIGTERM", seconds)
+    with _stop_at_signals() as stop:
+        while not stop.is_set():
+            is_over = last is not None and now() >= last
+            period = until if is_over else calendar.last_ended(now())
+            try:
+                report = prepare(day=period, after_new_files=not is_over)
+            except NoEvents:
+                if is_over:
+                    raise
+                report = None  # events of the first files belong to a period that goes on
+            if report is not None:
+                show(report)
+            if is_over:
+                return
+            stop.wait(seconds)
+
+
+@contextmanager
+def _stop_at_signals() -> Iterator[Event]:
+    """Yield an event that SIGTERM and SIGINT set; they end a call at once, which then is undone."""
+    stop = Event()
+
+    def end(*_: object) -> None:
+        if not stop.is_set():
+            stop.set()
+            raise KeyboardInterrupt
+
+    numbers = signal.SIGTERM, signal.SIGINT
+    handlers = [signal.signal(number, end) for number in numbers]
+    try:
+        yield stop
+    except BaseException:  # DuckDB and Spark raise errors of their own for it
+        if not stop.is_set():
+            raise
+        logger.info("asked to end; the same command goes on")
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)

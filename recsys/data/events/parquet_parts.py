@@ -1,0 +1,104 @@
+"""Writes batches of rows as Parquet files of whole row groups, several at once."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from recsys.data.parquet.values import is_list
+
+BYTES_PER_PART = 32 << 20  # of rows before they are completed
+VALUES_TO_COMPARE = 1 << 16
+REPEATED = 16  # times a value occurs on average, from which on a dictionary of values pays
+# Adds columns to rows, and chooses them.
+Complete = Callable[[pa.RecordBatch], pa.RecordBatch]
+
+
+def write_parts(
+    batches: Iterable[pa.RecordBatch],
+    folder: Path,
+    rows_per_group: int,
+    threads: int,
+    complete: Complete | None,
+) -> int:
+    """Write batches in order into a new folder, no file without rows; return the number of rows.
+
+    `complete` makes the rows of a row group, in as many threads as files are written at once.
+    """
+    folder.mkdir(parents=True)
+    rows = 0
+    running: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for number, part in enumerate(_parts(batches)):
+            if len(running) == threads:  # more would only wait in memory
+                running.popleft().result()
+            path = folder / f"part-{number:05}.parquet"
+            running.append(pool.submit(_write_part, part, path, rows_per_group, complete))
+            rows += part.num_rows
+        for future in running:
+            future.result()
+    return rows
+
+
+def slices_by(
+    batches: Iterable[pa.RecordBatch], column: str
+) -> Iterator[tuple[str, pa.RecordBatch]]:
+    """Yield slices of batches that agree in a column, with its value."""
+    for batch in batches:
+        values = batch.column(column)
+        is_new = np.asarray(pc.not_equal(values[1:], values[:-1]))
+        bounds = [0, *(np.flatnonzero(is_new) + 1).tolist(), batch.num_rows]
+        for first, end in pairwise(bounds):
+            if end > first:
+                yield values[first].as_py(), batch.slice(first, end - first)
+
+
+def _parts(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+    pending: list[pa.RecordBatch] = []
+    for batch in batches:
+        pending.append(batch)
+        if sum(rows.nbytes for rows in pending) >= BYTES_PER_PART:
+            yield pa.Table.from_batches(pending)
+            pending = []
+    if any(rows.num_rows for rows in pending):
+        yield pa.Table.from_batches(pending)
+
+
+def _write_part(part: pa.Table, path: Path, rows_per_group: int, complete: Complete | None) -> None:
+    groups: Iterator[pa.RecordBatch] = (
+        part.slice(first, rows_per_group).combine_chunks().to_batches()[0]
+        for first in range(0, part.num_rows, rows_per_group)
+    )
+    if complete is not None:
+        groups = map(complete, groups)
+    group = next(groups)
+    with pq.ParquetWriter(
+        path, group.schema, compression="zstd", write_page_checksum=True, **_encodings(group)
+    ) as writer:
+        for rows in chain([group], groups):
+            writer.write_batch(rows, row_group_size=rows_per_group)
+
+
+def _encodings(rows: pa.RecordBatch) -> dict[str, Any]:
+    """Return settings of a writer: numbers that hardly repeat are split into streams of bytes."""
+    dictionary, streams = [], {}
+    for name, column in zip(rows.schema.names, rows.columns, strict=True):
+        path, values = name, column
+        if is_list(column.type):
+            path, values = f"{name}.list.element", column.flatten()
+        first_values = values.slice(0, VALUES_TO_COMPARE)
+        is_number = pa.types.is_int64(values.type) or pa.types.is_float32(values.type)
+        if is_number and REPEATED * pc.count_distinct(first_values).as_py() > len(first_values):
+            streams[path] = "BYTE_STREAM_SPLIT"
+        else:
+            dictionary.append(path)
+    return {"use_dictionary": dictionary, "column_encoding": streams or None}

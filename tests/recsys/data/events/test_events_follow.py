@@ -1,0 +1,160 @@
+"""`prepare events --follow`: files that arrive while it runs, and while it is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fsspec.implementations.memory import MemoryFileSystem
+
+from recsys.data.events import follow
+from recsys.data.events.daily import prepare_days
+from recsys.data.events.daily_state import PROGRESS, STATE
+from recsys.data.events.periods import Calendar
+from recsys.data.events.times import moment
+from recsys.storage.files import read_json, write_whole
+from tests.ranks import HANG_SECONDS, forking_server
+from tests.recsys.command_runs import run_rank
+from tests.recsys.data.events.test_events_daily import (
+    DAYS,
+    add_file,
+    content_of,
+    deliver,
+    log,
+    write_settings,
+    write_small,
+)
+
+HOURS = Calendar("Europe/Berlin", "hour")
+
+
+def _follow(config: Path, out: Path, clock: Path) -> None:
+    follow.now = lambda: int(clock.read_text())  # type: ignore[assignment]
+    words = ["prepare", "events", "--config", str(config), "--out", str(out), "--follow", "0.05"]
+    run_rank(words, dict(os.environ), out.parent, out.parent / "output")
+
+
+@dataclass
+class Follower:
+    """A process that follows the files of a folder by a clock of its own."""
+
+    folder: Path
+    config: Path
+
+    def start(self) -> ForkServerProcess:
+        paths = self.config, self.folder / "out", self.folder / "clock"
+        process = forking_server().Process(target=_follow, args=paths)
+        process.start()
+        return process
+
+    def end_day(self, number: int) -> None:
+        write_whole(self.folder / "clock", str(moment(DAYS[number + 1], "UTC")))
+
+    def has_prepared(self, number: int) -> bool:
+        file = self.folder / "out" / STATE / PROGRESS
+        return file.exists() and read_json(file)["day"] == f"{DAYS[number]}/hour=23"
+
+    def is_writing(self) -> bool:
+        return any((self.folder / "out").glob("..ready.*.partial"))
+
+    def wait(
+        self, process: ForkServerProcess, is_there: Callable[..., bool], *arguments: int
+    ) -> None:
+        deadline = time.monotonic() + HANG_SECONDS
+        while not is_there(*arguments):
+            assert process.is_alive(), (self.folder / "output.err").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+
+@pytest.mark.long
+def test_files_that_arrive_as_it_runs_ends_and_is_killed_make_the_hours_of_one_call(
+    tmp_path: Path,
+) -> None:
+    config, table = write_settings(tmp_path / "data", "last"), log(4, late=True)
+    content = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump(content | {"partition": "hour"}, sort_keys=False))
+    follower = Follower(tmp_path, config)
+    follower.end_day(0)
+    deliver(tmp_path / "data", table, 0)
+    process = follower.start()
+    follower.wait(process, follower.has_prepared, 0)
+    for day, number in ((1, None), (2, signal.SIGTERM), (3, signal.SIGKILL)):
+        deliver(tmp_path / "data", table, day)
+        follower.end_day(day)
+        if number is not None:
+            follower.wait(process, follower.is_writing)
+            os.kill(process.pid or 0, number)
+            process.join(HANG_SECONDS)
+            assert process.exitcode == (0 if number == signal.SIGTERM else -number)
+            assert follower.is_writing() == (number == signal.SIGKILL)
+            process = follower.start()
+        follower.wait(process, follower.has_prepared, day)
+    os.kill(process.pid or 0, signal.SIGINT)
+    process.join(HANG_SECONDS)
+    assert process.exitcode == 0
+    prepare_days(config, tmp_path / "once", DAYS[3])
+    content = content_of(tmp_path / "once")
+    assert content_of(tmp_path / "out") == content
+    assert len([name for name in content if "/hour=" in name]) > 24
+
+
+def test_only_new_files_make_a_period_and_events_of_one_that_goes_on_wait(tmp_path: Path) -> None:
+    config, out = write_small(tmp_path, partition="hour"), tmp_path / "out"
+    assert prepare_days(config, out, f"{DAYS[0]}/05", after_new_files=True) is not None
+    assert prepare_days(config, out, f"{DAYS[0]}/09", after_new_files=True) is None
+    add_file(tmp_path / "log" / "1.parquet", [("ann", 3, 7 * 3600)])
+    report = prepare_days(config, out, f"{DAYS[0]}/20", after_new_files=True)
+    # within: 12h
+    assert report is not None and list(report["days"]) == [f"{DAYS[0]}/hour={h}" for h in (13, 19)]
+
+
+def test_new_files_of_an_object_store_that_keeps_listings_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listings: dict[str, Any] = {}
+    list_folder = MemoryFileSystem.ls
+
+    def list_once(self: MemoryFileSystem, path: str, detail: bool = True, **_: Any) -> Any:
+        return listings.setdefault(f"{path}, {detail}", list_folder(self, path, detail))
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", list_once)
+    monkeypatch.setattr(MemoryFileSystem, "invalidate_cache", lambda *_: listings.clear())
+    store, out = MemoryFileSystem(), tmp_path / "out"
+    url = f"memory://{tmp_path.name}"
+    tables = {"view": {"path": f"{url}/log"}, "buy": {"path": f"{url}/buys"}}
+    config = write_small(tmp_path, events=tables)
+    store.put(f"{tmp_path}/buys/0.parquet", f"{url}/buys/0.parquet")
+    assert prepare_days(config, out, DAYS[0], after_new_files=True) is None  # no views yet
+    store.put(f"{tmp_path}/log/0.parquet", f"{url}/log/0.parquet")
+    assert prepare_days(config, out, DAYS[0], after_new_files=True) is not None
+    assert prepare_days(config, out, DAYS[1], after_new_files=True) is None
+    store.put(f"{tmp_path}/log/0.parquet", f"{url}/log/1.parquet")
+    report = prepare_days(config, out, DAYS[1], after_new_files=True)
+    assert report is not None and report["left_out"]["duplicate"] == 2
+
+
+def test_a_folder_without_files_is_waited_for(tmp_path: Path) -> None:
+    config, out = write_small(tmp_path), tmp_path / "out"
+    for file in tmp_path.glob("buys/*"):
+        file.unlink()
+    assert prepare_days(config, out, DAYS[0], after_new_files=True) is None
+
+
+@pytest.mark.parametrize(("day", "hours"), [("2026-03-29", 23), ("2026-10-25", 25)])
+def test_a_day_has_the_hours_since_it_began(day: str, hours: int) -> None:
+    names = [f"{day}/hour={hour:02}" for hour in range(hours)]
+    end = HOURS.end_of(day)
+    assert [HOURS.end_of(name) for name in names][-1] == end
+    assert [HOURS.last_ended(HOURS.end_of(name)) for name in names] == names
+    assert HOURS.last_ended(end - 1) == names[-2]
+    with pytest.raises(ValueError, match="no date; write such as 2026-11-01 or 2026-11-01/05"):
+        HOURS.end_of(f"{day}/{hours}")
