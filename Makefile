@@ -5,6 +5,8 @@ INSTALL_FLAGS ?=
 NPROC ?= 2
 COMPARE ?=
 REPORT_FLAGS ?=
+BASE ?= origin/main
+COVERED ?= 80
 PORT ?= 8080
 
 VENV := .venv
@@ -18,7 +20,7 @@ PACKAGE := packages/movielens_sample
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train serve test test-long test-gpu gpu-report lint docs wheel
+.PHONY: help install install-dev train serve test test-long test-gpu gpu-report lint docs coverage wheel
 
 help:
 	@echo 'make install   virtual environment in $(VENV) with the matching torch, torchrec and fbgemm'
@@ -30,6 +32,7 @@ help:
 	@echo 'make gpu-report  measure on a GPU, in pieces of ten minutes; without one, print the plan'
 	@echo 'make lint      check style, format, types and imports between rooms'
 	@echo 'make docs      build the site of all pages in build/site; a warning or a dead link is an error'
+	@echo 'make coverage  run the tests; COVERED %, $(COVERED), of the lines changed since BASE, $(BASE), must run'
 	@echo 'make wheel     build dist/*.whl, and use it in an empty environment outside of the sources'
 	@echo ''
 	@echo 'PYTHON=python3.12                    another interpreter, 3.11 or newer'
@@ -88,6 +91,12 @@ lint: install-dev
 docs: install-dev
 	$(VENV)/bin/python -m sphinx --quiet --fresh-env --fail-on-warning --conf-dir launch/docs \
 		--doctree-dir build/doctrees . build/site
+
+# Lines that only ranks in processes of their own run, or only long tests, count as not run.
+coverage: install-dev
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --cov recsys --cov embeddings --cov launch \
+		--cov-report xml:build/coverage.xml
+	$(VENV)/bin/diff-cover build/coverage.xml --compare-branch $(BASE) --fail-under $(COVERED)
 
 # A file that was renamed stays in build/ and would enter the wheel.
 wheel: install-dev
