@@ -67,6 +67,7 @@ def peers(
         RuntimeError: a training failed; names its log.
     """
     require_own_folder(quick, results)
+    out = out.absolute()  # programs run in folders of their own
     datasets, selected = windows(data), peers_named(only)
     if unknown := sorted(set(tune_on or ()) - datasets.keys()):
         raise ValueError(f"--tune_on: {unknown} are unknown; choose of {list(datasets)}")
