@@ -87,7 +87,7 @@ EXCHANGED = (
         r"(--grid ifdb .*) --recipe \S+",
         rf"\1 --recipe {FEW_STEPS} --seeds 1 --only '[ID only]'",
     ),
-    (r"^recsys serve (.*)$", r"timeout 300 recsys serve \1 >serve.log 2>&1 &"),
+    (r"^recsys serve (.*)$", r"timeout 300 recsys serve \1 --grpc_port 0 >serve.log 2>&1 &"),
     (
         r"^(python -m benchmarks speed \w+|torchx .*:benchmark) (.*)$",
         r"\1 \2 --quick true --results figures",
