@@ -12,6 +12,7 @@ import pytest
 
 from recsys.cli import main
 from recsys.config import RetrievalSettings
+from recsys.serving.retrieval import baselines
 from recsys.serving.retrieval.baselines import (
     SIGNIFICANCE,
     Catalogue,
@@ -60,6 +61,13 @@ def catalogue() -> Catalogue:
 def test_similarities_are_shrunk_cosines_by_users() -> None:
     expected = [[similarity(first, second) for second in range(5)] for first in range(5)]
     np.testing.assert_allclose(similarities(*events(), 5).toarray(), expected, rtol=1e-6)
+
+
+def test_the_last_events_of_a_user_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "MOST_EVENTS", 2)
+    users, items = np.array([7, 8, 7, 8, 7]), np.array([0, 3, 1, 4, 2])
+    shared = similarities(users, items, 5).toarray() > 0
+    assert np.argwhere(shared).tolist() == [[1, 2], [2, 1], [3, 4], [4, 3]]
 
 
 @pytest.mark.parametrize("decay", [0.5, 1.0])
