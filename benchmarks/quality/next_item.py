@@ -29,7 +29,7 @@ def next_item(runs: list[Path], results: Path = RESULTS) -> None:
         ValueError: a run is not finished, or no retrieval model.
     """
     with joined_ranks("cpu") as ranks:
-        reports = [compare_with_baselines(run, None, "test", ranks) for run in runs]
+        reports = [compare_with_baselines(run, None, ranks) for run in runs]
     write_result(_result(reports), results)
 
 
@@ -47,7 +47,7 @@ def _result(reports: list[dict[str, Any]]) -> Result:
         *(_gain(reports, number, name) for number in range(len(reports)) for name in MODELS),
     ]
     records = [{"benchmark": "next_item", "run": n, **report} for n, report in enumerate(reports)]
-    title = "Does a sequence tower find the next item of all better than untrained baselines?"
+    title = "Does a sequence tower find the next item better than item-CF, content and their blend?"
     return Result("next_item", title, records, columns, rows, None, reading)
 
 

@@ -192,13 +192,12 @@ def retrieve(
         logger.info("%s: items of %s requests", out, f"{total:,}")
 
 
-def baselines(run: Path, data: str | None = None, split: Literal["valid", "test"] = "test") -> None:
-    """Compare a retrieval model with popularity, item-CF, content neighbours and blends.
+def baselines(run: Path, data: str | None = None) -> None:
+    """Compare a retrieval model on test with popularity, item-CF, content neighbours and blends.
 
     Args:
         run: folder of a finished run of two_tower
         data: dataset; default: the run's own
-        split: test or valid; blends are chosen on valid
     """
     run = require_finished(run)
     require_working_installation()
@@ -208,9 +207,9 @@ def baselines(run: Path, data: str | None = None, split: Literal["valid", "test"
     from recsys.storage.files import write_whole
 
     with joined_ranks("cpu") as ranks:
-        reports = compare_with_baselines(run, data, split, ranks)
+        reports = compare_with_baselines(run, data, ranks)
     print_table(format_baselines(reports))
-    write_whole(run / f"baselines_{split}.json", json.dumps(reports, indent=2) + "\n")
+    write_whole(run / "baselines_test.json", json.dumps(reports, indent=2) + "\n")
 
 
 def semantic_ids(

@@ -101,12 +101,14 @@ class DailyFolder:
         if not isinstance(stored, dict) or stored.pop("format", None) != FORMAT:
             raise ValueError(f"{file}: no state of this version; prepare into another --out")
         progress = Progress(**stored)
-        for name in sorted(progress.settings):  # a new one has its default
-            if settings.get(name) != progress.settings.get(name):
+        # Calls of a version without a setting did what its default does.
+        before = {"partition": EventsConfig.partition} | progress.settings
+        for name in sorted(settings.keys() | before.keys()):
+            if settings.get(name) != before.get(name):
                 raise ValueError(
-                    f"{self.path}: `{name}` was {json.dumps(progress.settings.get(name))} in the "
-                    f"calls before, and is {json.dumps(settings.get(name))}; set it back, or "
-                    "prepare into another --out"
+                    f"{self.path}: `{name}` was {json.dumps(before.get(name))} in the calls "
+                    f"before, and is {json.dumps(settings.get(name))}; set it back, or prepare "
+                    "into another --out"
                 )
         for path in self.state.rglob("*.parquet"):
             if int(path.name[:6]) >= progress.calls or self._is_old(path, progress):

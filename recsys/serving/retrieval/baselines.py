@@ -1,15 +1,17 @@
-"""What a retrieval model has to beat: popularity, item-CF, content neighbours, and their blends.
+"""Measures a retrieval model beside popularity, item-CF, content neighbours and their blends.
 
 Item-CF is item-based collaborative filtering (Sarwar et al., WWW 2001): the similarity of two items
 is the cosine of their users, times n / (n + SIGNIFICANCE) for n users of both (Herlocker et al.,
 SIGIR 1999). Content neighbours compare content vectors by their cosine. Both take the mean over the
-history, whose latest items weigh more. Decay and weights of the blend are chosen on validation.
+history, whose latest items weigh more. Decay and weights of the blend are chosen on validation, so
+that test alone is reported.
 
 Shapes: R rows with a query, I items of the catalogue, S history items of all rows, D width.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ from recsys.evaluation.predict import load_run
 from recsys.evaluation.retrieval import TIE, catalogue_vectors, retrieval_metrics, row_gains
 from recsys.serving.retrieval.item_vectors import item_vectors, unit
 
+logger = logging.getLogger(__name__)
 SIGNIFICANCE = 10
 MOST_EVENTS = 1000  # of a user, the last ones, which pair: the cost grows with their square
 DECAYS = (0.3, 0.5, 0.8, 1.0)  # weight of an item of the history beside that of the next newer one
@@ -51,6 +54,7 @@ class QueryRows:
     histories, lengths: int64 [S], places or -1, oldest first; int64 [R].
     queries: float32 [R, D] of the model.
     counts: int64 [R], training rows of the targets.
+    weights: float32 [R] of the rows in metrics; None: each counts as one.
     """
 
     targets: np.ndarray
@@ -58,6 +62,7 @@ class QueryRows:
     lengths: np.ndarray
     queries: np.ndarray
     counts: np.ndarray
+    weights: torch.Tensor | None = None
 
     def block(self, first: int, end: int) -> QueryRows:
         ends = np.append(0, self.lengths.cumsum())
@@ -68,6 +73,7 @@ class QueryRows:
             self.lengths[rows],
             self.queries[rows],
             self.counts[rows],
+            None if self.weights is None else self.weights[rows],
         )
 
     def blocks(self, size: int) -> Iterator[QueryRows]:
@@ -180,11 +186,11 @@ def choose_blend(
 def _ndcg(scores: np.ndarray, rows: QueryRows, settings: RetrievalSettings) -> float:
     depth = settings.depths[0]
     above, tied = map(torch.from_numpy, places(scores, rows, settings.exclude_seen))
-    return float(row_gains("ndcg", above, tied, depth).mean())
+    return float(retrieval_metrics(above, tied, rows.weights, [depth])[f"ndcg@{depth}"])
 
 
-def compare_with_baselines(run: Path, data: str | None, split: str, ranks: Ranks) -> dict[str, Any]:
-    """Return `retrieval_metrics` of baselines, of a run's model and of blends, by name and items.
+def compare_with_baselines(run: Path, data: str | None, ranks: Ranks) -> dict[str, Any]:
+    """Return `retrieval_metrics` on test of baselines, of a run's model and of blends, by name.
 
     `gain over blend` has the difference of NDCG at the first depth, with its interval over rows.
 
@@ -201,7 +207,7 @@ def compare_with_baselines(run: Path, data: str | None, split: str, ranks: Ranks
     items, catalogue = _read_catalogue(job)
     counts = read_item_counts(run, job.schema.item_id_limit)
     valid = _read_rows(job, "valid", items, counts)
-    rows = valid if split == "valid" else _read_rows(job, split, items, counts)
+    rows = _read_rows(job, "test", items, counts)
     baselines = BASELINES if catalogue.content is not None else BASELINES[:-1]
     compared: dict[str, tuple[str, ...]] = {name: (name,) for name in (*baselines, "model")}
     compared |= {"blend": baselines, "blend with model": (*baselines, "model")}
@@ -211,17 +217,25 @@ def compare_with_baselines(run: Path, data: str | None, split: str, ranks: Ranks
         above, tied = _places_of_rows(catalogue, blend, rows, settings)
         gains[name] = row_gains("ndcg", above, tied, settings.depths[0])
         reports[name] = {"decay": blend.decay, "weights": dict(blend.weights)} | {
-            part: retrieval_metrics(above[mask], tied[mask], depths=settings.depths)
+            part: retrieval_metrics(
+                above[mask],
+                tied[mask],
+                None if rows.weights is None else rows.weights[mask],
+                settings.depths,
+            )
             for part, mask in frequency_masks(rows.counts).items()
         }
     for name in ("model", "blend with model"):
-        reports[name]["gain over blend"] = _interval(gains[name] - gains["blend"])
+        reports[name]["gain over blend"] = _interval(gains[name] - gains["blend"], rows.weights)
     return reports
 
 
-def _interval(differences: torch.Tensor) -> list[float]:  # [R]
+def _interval(differences: torch.Tensor, weights: torch.Tensor | None) -> list[float]:  # [R]
     """Return the mean, and its 95 % interval over rows: 1.96 standard errors to either side."""
-    mean, error = float(differences.mean()), float(differences.std()) / len(differences) ** 0.5
+    shares = torch.ones_like(differences) if weights is None else weights.double()
+    shares = shares / shares.sum()
+    mean = float(shares @ differences)
+    error = float((shares.square() @ (differences - mean).square()).sqrt())
     return [mean, mean - 1.96 * error, mean + 1.96 * error]
 
 
@@ -298,6 +312,13 @@ def _read_rows(job: Job, split: str, items: np.ndarray, counts: ItemCounts) -> Q
     scored = {name: column.numpy() for name, column in outputs.items()}
     targets = place_of(items, scored["query_items"])
     lengths, is_item = scored["query_seen_lengths"], targets >= 0
+    if num_other := int((~is_item).sum()):
+        logger.warning(
+            "%s: %s rows ask for items without a row in items/*.parquet and are left out",
+            job.root / split,
+            f"{num_other:,}",
+        )
+    weights = outputs.get("query_weights")
     histories = place_of(items, scored["query_seen"])[np.repeat(is_item, lengths)]
     return QueryRows(
         targets[is_item],
@@ -305,4 +326,5 @@ def _read_rows(job: Job, split: str, items: np.ndarray, counts: ItemCounts) -> Q
         lengths[is_item],
         scored["queries"][is_item].astype(np.float32),
         counts.of(scored["query_items"])[is_item],
+        None if weights is None else weights[torch.from_numpy(is_item)],
     )

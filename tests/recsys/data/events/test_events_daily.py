@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -371,6 +372,20 @@ def test_what_does_not_go_on_from_the_calls_before_is_refused(tmp_path: Path) ->
     (tmp_path / "other" / "file").touch()
     with pytest.raises(ValueError, match="exists already, without the state"):
         prepare_events(config, tmp_path / "other", until=DAYS[1])
+
+
+def test_calls_of_a_version_without_a_setting_had_its_default(tmp_path: Path) -> None:
+    config, out = write_small(tmp_path), tmp_path / "out"
+    prepare_events(config, out, until=DAYS[0])
+    file = out / ".state" / "progress.json"
+    progress = json.loads(file.read_text())
+    del progress["settings"]["partition"]
+    file.write_text(json.dumps(progress))
+    with pytest.raises(
+        ValueError, match='`partition` was "day" in the calls before, and is "hour"'
+    ):
+        prepare_events(write_small(tmp_path, partition="hour"), out, until=DAYS[1])
+    prepare_events(write_small(tmp_path), out, until=DAYS[1])
 
 
 def kill_everywhere(config: Path, folder: Path) -> None:

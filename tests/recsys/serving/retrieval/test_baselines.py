@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from recsys.cli import main
 from recsys.config import RetrievalSettings
@@ -17,6 +18,7 @@ from recsys.serving.retrieval.baselines import (
     SIGNIFICANCE,
     Catalogue,
     QueryRows,
+    _interval,
     choose_blend,
     places,
     similarities,
@@ -98,6 +100,14 @@ def test_places_count_higher_and_equal_scores_of_other_items(exclude_seen: bool)
     assert (above.tolist(), tied.tolist()) == (
         ([1, 0], [1, 0]) if exclude_seen else ([2, 0], [2, 0])
     )
+
+
+def test_rows_count_by_their_weights() -> None:
+    differences, weights = torch.tensor([1.0, 0, 5]).double(), torch.tensor([3.0, 1, 0])
+    error = math.sqrt((0.75 * 0.25) ** 2 + (0.25 * 0.75) ** 2)
+    expected = [0.75, 0.75 - 1.96 * error, 0.75 + 1.96 * error]
+    assert _interval(differences, weights) == pytest.approx(expected)
+    assert _interval(differences, None)[0] == pytest.approx(2)
 
 
 def test_a_blend_is_chosen_that_no_part_beats_on_validation() -> None:
