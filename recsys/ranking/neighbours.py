@@ -468,10 +468,12 @@ def _value_column(settings: NeighbourSettings, dimensions: InputDimensions) -> i
             "neighbours: rows of a bounded vocabulary pass from item to item, and statistics would "
             "stay with the row; set neighbours to null, or use a vocabulary of kind exact"
         )
-    name, names = settings.values, dimensions.parallel_names
-    if name is not None and name not in names:
-        raise ValueError(
-            f"neighbours.values is '{name}'; the lists of numbers beside the history in "
-            f"schema.yaml are {list(names)}"
-        )
-    return None if name is None else names.index(name)
+    names = dimensions.parallel_names
+    lists = {"values": settings.values, "decay.ages": settings.decay and settings.decay.ages}
+    for setting, name in lists.items():
+        if name is not None and name not in names:
+            raise ValueError(
+                f"neighbours.{setting} is '{name}'; the lists of numbers beside the history in "
+                f"schema.yaml are {list(names)}"
+            )
+    return None if settings.values is None else names.index(settings.values)

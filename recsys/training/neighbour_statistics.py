@@ -1,7 +1,9 @@
 """Statistics of `recsys.ranking.neighbours`: factors of the items' similarities, means of values.
 
 An event is a user and an item of the histories of his training rows, counted once. Rank 0 computes
-statistics from the distinct events of all ranks, for each fold of users from the others.
+statistics from the distinct events of all ranks, for each fold of users from the others. With
+`neighbours.decay` an event has a weight: in sums and counts, and as its root in the items' vectors
+of users, so that two events with one weight also have it as a pair.
 
 Shapes: N events, I items, K neighbours of an item, D width of a factor, F folds.
 """
@@ -21,10 +23,11 @@ import torch.distributed as dist
 
 from recsys.build import Job
 from recsys.config import NeighbourSettings
+from recsys.config.neighbours import DecaySettings
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import RAW_GROUP
 from recsys.data.row_source import open_rows
-from recsys.data.schema import Schema
+from recsys.data.schema import Column, Schema
 from recsys.distributed.gather import gather_rows_to_first
 from recsys.ranking.neighbours import FOLDS, PRIOR_VALUES, Neighbours
 
@@ -36,33 +39,44 @@ logger = logging.getLogger(__name__)
 EVENTS_PER_BLOCK = 2**24  # that a rank holds before it drops repeated ones
 ITEMS_PER_BLOCK = 4096  # whose similarities to all items are in memory at a time
 OVERSAMPLING, ITERATIONS = 16, 8  # of the leading eigenvectors
+UNITS_PER_DAY = {"s": 86_400, "ms": 86_400_000, "us": 86_400_000_000}
 MOST_EVENTS = 1000  # of a user, which pair: the cost grows with their square
 
 
 @dataclass(frozen=True)
 class Events:
-    """Distinct events, ordered by user and item: int64 [N], float64 values [N]."""
+    """Distinct events, ordered by user and item: int64 [N], float64 [N].
+
+    times: days, since 1970 as read, since the newest event in statistics; all 0 without decay.
+    """
 
     users: np.ndarray
     items: np.ndarray
     values: np.ndarray
+    times: np.ndarray
 
-    @staticmethod
-    def distinct(users: np.ndarray, items: np.ndarray, values: np.ndarray) -> Events:
-        """Return the first of the events that have the same user and item."""
-        order = np.lexsort((items, users))
-        users, items = users[order], items[order]
-        is_first = np.ones(len(users), bool)
-        is_first[1:] = (np.diff(users) != 0) | (np.diff(items) != 0)
-        return Events(users[is_first], items[is_first], values[order][is_first])
+    @property
+    def columns(self) -> tuple[np.ndarray, ...]:
+        return self.users, self.items, self.values, self.times
+
+    def distinct(self) -> Events:
+        """Return the newest of the events that have the same user and item, else the first."""
+        ordered = self.take(np.lexsort((-self.times, self.items, self.users)))
+        is_first = np.ones(len(ordered.users), bool)
+        is_first[1:] = (np.diff(ordered.users) != 0) | (np.diff(ordered.items) != 0)
+        return ordered.take(is_first)
 
     @staticmethod
     def joined(parts: list[Events]) -> Events:
-        columns = zip(*((part.users, part.items, part.values) for part in parts))
-        return Events.distinct(*(np.concatenate(column) for column in columns))
+        columns = zip(*(part.columns for part in parts))
+        return Events(*(np.concatenate(column) for column in columns)).distinct()
 
     def take(self, rows: np.ndarray) -> Events:  # positions, or bool [N]
-        return Events(self.users[rows], self.items[rows], self.values[rows])
+        return Events(*(column[rows] for column in self.columns))
+
+    def weights(self, decay: DecaySettings | None) -> np.ndarray:  # float64 [N], 0 to 1
+        """Return .5 ** (days before the newest event / half-life), or 1 without decay."""
+        return np.ones(len(self.times)) if decay is None else 0.5 ** (-self.times / decay.half_life)
 
     def capped(self) -> Events:
         """Return at most `MOST_EVENTS` events of each user, chosen by a hash of the item."""
@@ -84,15 +98,12 @@ def fit_neighbours(job: Job, earlier_folders: Sequence[str] = ()) -> None:
     with ranks.raise_on_all_ranks():
         folders = [folder for folder in earlier_folders if (job.root / folder).exists()]
         folders = [job.train_folder, *folders[-settings.partitions :]]
-        local = read_events(job, settings.values, folders)
-    columns = [torch.from_numpy(column) for column in (local.users, local.items, local.values)]
-    users, items, values = (
-        gather_rows_to_first(column.to(ranks.device), ranks.group).cpu().numpy()
-        for column in columns
-    )
+        local = read_events(job, settings, folders)
+    columns = [torch.from_numpy(column).to(ranks.device) for column in local.columns]
+    gathered = [gather_rows_to_first(column, ranks.group).cpu().numpy() for column in columns]
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
-            events = Events.distinct(users, items, values)
+            events = Events(*gathered).distinct()
             _warn_of_lost_events(float(neighbours.value_counts[:, FOLDS].sum()), len(events.users))
             fill_statistics(neighbours, events, settings)
             logger.info(
@@ -114,27 +125,42 @@ def _warn_of_lost_events(num_before: float, num_events: int) -> None:
         )
 
 
-def read_events(job: Job, values: str | None, folders: Sequence[str]) -> Events:
+def read_events(job: Job, settings: NeighbourSettings, folders: Sequence[str]) -> Events:
     """Return the distinct events of this rank's share of the rows in folders."""
-    parts = [Events(*(np.zeros(0, kind) for kind in (np.int64, np.int64, np.float64)))]
+    kinds = np.int64, np.int64, np.float64, np.float64
+    parts, schema = [Events(*(np.zeros(0, kind) for kind in kinds))], job.schema
+    if settings.decay is not None:
+        time = {settings.decay.time: Column("extra")}
+        schema = replace(schema, columns={**schema.columns, **time})
     for folder in folders:
-        rows = open_rows(job.config.source, job.root, folder, job.schema, job.config.on_bad_row)
+        rows = open_rows(job.config.source, job.root, folder, schema, job.config.on_bad_row)
         for table in rows.read(*rows.share(job.ranks.rank, job.ranks.world_size)):
-            parts.append(events_of_rows(table, job.schema, values))
+            parts.append(events_of_rows(table, schema, settings))
             if sum(len(part.users) for part in parts) > EVENTS_PER_BLOCK:
                 parts = [Events.joined(parts)]
     return Events.joined(parts)
 
 
-def events_of_rows(table: pa.Table, schema: Schema, values: str | None) -> Events:
+def events_of_rows(table: pa.Table, schema: Schema, settings: NeighbourSettings) -> Events:
     """Return the distinct events of the histories of some rows; padding rows have none."""
-    rows = RowColumns.of(table)
+    rows, decay = RowColumns.of(table), settings.decay
     assert schema.history is not None
+    lengths = rows.lengths(schema.history)
     users = rows.numbers[RAW_GROUP if RAW_GROUP in rows.numbers else schema.group]
-    users = np.repeat(users.astype(np.int64), rows.lengths(schema.history))
+    users = np.repeat(users.astype(np.int64), lengths)
     items = rows.values(schema.history).astype(np.int64)
-    event_values = np.ones(len(items)) if values is None else rows.values(values)
-    return Events.distinct(users, items, event_values.astype(np.float64))
+    values = np.ones(len(items)) if settings.values is None else rows.values(settings.values)
+    times = np.zeros(len(items))
+    if decay is not None:
+        row_times = rows.numbers[decay.time].astype(np.float64) / UNITS_PER_DAY[decay.time_unit]
+        if np.isnan(row_times).any():
+            raise ValueError(
+                f"neighbours.decay: column '{decay.time}' has null in training rows; give each row "
+                "its time or remove neighbours.decay"
+            )
+        ages = 10 ** (2 * rows.values(decay.ages).astype(np.float64)) - 1  # days
+        times = np.repeat(row_times, lengths) - ages
+    return Events(users, items, values.astype(np.float64), times).distinct()
 
 
 def fill_statistics(neighbours: Neighbours, events: Events, settings: NeighbourSettings) -> None:
@@ -145,11 +171,13 @@ def fill_statistics(neighbours: Neighbours, events: Events, settings: NeighbourS
         deviation = float(events.values.std()) if len(events.values) else 0.0
         neighbours.value_mean.fill_(mean)
         neighbours.value_deviation.fill_(deviation or 1.0)
-    deviations = replace(events, values=value_deviations(events, settings))
+    since_newest = events.times - events.times.max(initial=-np.inf)
+    deviations = replace(events, values=value_deviations(events, settings), times=since_newest)
     for fold in range(FOLDS + 1):
         without_fold = deviations.take(events.users % FOLDS != fold)  # all users for the last one
-        sums = np.bincount(without_fold.items, without_fold.values, num_items)
-        counts = np.bincount(without_fold.items, minlength=num_items)
+        weights = without_fold.weights(settings.decay)
+        sums = np.bincount(without_fold.items, without_fold.values * weights, num_items)
+        counts = np.bincount(without_fold.items, weights, num_items)
         neighbours.value_sums[:, fold] = torch.from_numpy(sums)
         neighbours.value_counts[:, fold] = torch.from_numpy(counts)
         # Without values there is no second similarity.
@@ -185,12 +213,13 @@ def item_similarities(
     events = events.capped()
     _, user = np.unique(events.users, return_inverse=True)
     shape = num_items, user.max(initial=0) + 1
-    columns = [np.ones(len(user))] + ([] if settings.values is None else [events.values])
+    roots = np.sqrt(events.weights(settings.decay))
+    columns = [roots] + ([] if settings.values is None else [events.values * roots])
     vectors = [
         csr_matrix((column.astype(np.float32), (events.items, user)), shape) for column in columns
     ]
     squares = [np.asarray(part.multiply(part).sum(axis=1)).ravel() for part in vectors]
-    scales = [1 / np.sqrt(np.maximum(part + (part is not squares[0]), 1)) for part in squares]
+    scales = [1 / np.sqrt(np.maximum(part + (part is not squares[0]), 1e-9)) for part in squares]
     blocks: list[list[csr_matrix]] = [[] for _ in vectors]
     for start in range(0, num_items, ITEMS_PER_BLOCK):
         rows = slice(start, start + ITEMS_PER_BLOCK)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from recsys.config import NeighbourSettings, load_config
+from recsys.config.neighbours import DecaySettings
 from recsys.data.schema import Column, Schema
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import load_run
@@ -46,7 +49,11 @@ SCHEMA = Schema(
 def random_events(seed: int = 0) -> Events:
     generator = np.random.default_rng(seed)
     users, items = np.nonzero(generator.random((NUM_USERS, NUM_ITEMS)) < 0.5)
-    return Events(users, items, generator.random(len(users)))
+    return of_one_time(users, items, generator.random(len(users)))
+
+
+def of_one_time(users: np.ndarray, items: np.ndarray, values: np.ndarray) -> Events:
+    return Events(users, items, values, np.zeros(len(users)))
 
 
 def by_brute_force(events: Events, by_value: bool) -> np.ndarray:
@@ -85,7 +92,8 @@ def test_similarities_are_those_of_brute_force(
 
 
 def test_values_that_cancel_are_similar_by_users_alone() -> None:
-    events = Events(np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1]), np.array([1.0, 1, 1, -1]))
+    values = np.array([1.0, 1, 1, -1])
+    events = of_one_time(np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1]), values)
     by_users, by_values = item_similarities(events, 2, SETTINGS)
     np.testing.assert_allclose(by_users.toarray(), [[0, 0.5], [0.5, 0]])
     assert not by_values.toarray().any()
@@ -112,7 +120,7 @@ def test_many_items_have_nearly_the_factors_of_the_dense_solver() -> None:
     generator = np.random.default_rng(0)
     tastes = generator.random((2, 400)) < 0.15
     users, items = np.nonzero((generator.random((90, 400)) < 0.6) & tastes[np.arange(90) % 2])
-    similarity = item_similarities(Events(users, items, np.ones(len(users))), 400, SETTINGS)[0]
+    similarity = item_similarities(of_one_time(users, items, np.ones(len(users))), 400, SETTINGS)[0]
     eigenvalues, vectors = np.linalg.eigh(similarity.toarray())
     factors = leading_factors(similarity, 2)
     expected = vectors[:, -2:] * eigenvalues[-2:] @ vectors[:, -2:].T
@@ -130,7 +138,7 @@ def test_each_fold_has_the_statistics_of_the_other_users() -> None:
         torch.testing.assert_close(neighbours.value_sums[:, fold], torch.tensor(sums).float())
         counts = torch.tensor(np.bincount(items, minlength=NUM_ITEMS)).float()
         torch.testing.assert_close(neighbours.value_counts[:, fold], counts)
-        scaled = Events(events.users, events.items, deviations).take(others)
+        scaled = replace(events, values=deviations).take(others)
         similarities = item_similarities(scaled, NUM_ITEMS, SETTINGS)
         for name, similarity in zip(("cooccurrence", "taste"), similarities):
             expected = leading_factors(similarity, 3)
@@ -139,7 +147,7 @@ def test_each_fold_has_the_statistics_of_the_other_users() -> None:
 
 
 def test_a_deviation_is_from_the_mean_of_the_user() -> None:
-    events = Events(np.array([1, 1, 2]), np.array([0, 1, 0]), np.array([1.0, 0.7, 0.1]))
+    events = of_one_time(np.array([1, 1, 2]), np.array([0, 1, 0]), np.array([1.0, 0.7, 0.1]))
     deviations = (np.array([1.0, 0.7, 0.1]) - 0.6) / events.values.std()
     means = deviations[:2].sum() / (2 + PRIOR_VALUES), deviations[2] / (1 + PRIOR_VALUES)
     expected = deviations - [means[0], means[0], means[1]]
@@ -154,11 +162,58 @@ def test_an_event_counts_once_in_however_many_histories() -> None:
             "stars": pa.array([[1.0], [0.0, 0.7], [1.0, 0.5], []], pa.list_(pa.float32())),
         }
     )
-    events = events_of_rows(rows, SCHEMA, "stars")
+    events = events_of_rows(rows, SCHEMA, NeighbourSettings("stars"))
     assert events.users.tolist() == [1, 1, 3, 3]
     assert events.items.tolist() == [0, 1, 0, 2]
     np.testing.assert_allclose(events.values, [1.0, 0.5, 0.0, 0.7], rtol=1e-6)
-    assert events_of_rows(rows, SCHEMA, None).values.tolist() == [1.0] * 4
+    assert events_of_rows(rows, SCHEMA, NeighbourSettings()).values.tolist() == [1.0] * 4
+
+
+def rows_with_times(times: list[float]) -> pa.Table:
+    """Rows whose histories were 0 and 9 days, and 99 days old: log10(1 + days) / 2."""
+    return pa.table(
+        {
+            "user": [1, 1],
+            "history": pa.array([[0, 1], [0]], pa.list_(pa.int64())),
+            "stars": pa.array([[0.0, 0.5], [1.0]], pa.list_(pa.float32())),
+            "time": pa.array(times, pa.float32()),
+        }
+    )
+
+
+def test_the_newest_of_equal_events_has_its_time() -> None:
+    decay = DecaySettings(half_life=10, ages="stars", time_unit="s")
+    settings = NeighbourSettings("stars", decay=decay)
+    events = events_of_rows(rows_with_times([86_400.0 * 100, 86_400.0 * 400]), SCHEMA, settings)
+    assert (events.users.tolist(), events.items.tolist()) == ([1, 1], [0, 1])
+    np.testing.assert_allclose(events.times, [400 - 99, 100 - 9], rtol=1e-6)
+    np.testing.assert_allclose(events.values, [1.0, 0.5])
+
+
+def test_a_row_without_its_time_is_refused() -> None:
+    settings = NeighbourSettings(decay=DecaySettings(half_life=10, ages="stars"))
+    with pytest.raises(ValueError, match="column 'time' has null in training rows"):
+        events_of_rows(rows_with_times([1.0, math.nan]), SCHEMA, settings)
+
+
+def test_an_event_of_a_half_life_ago_counts_half() -> None:
+    """Events of days 0 and 10: sums and counts have weights, vectors of users their roots."""
+    settings = replace(SETTINGS, decay=DecaySettings(half_life=10, ages="liked"))
+    users, items = np.array([0, 0, 1]), np.array([0, 1, 0])
+    events = Events(users, items, np.array([1.0, 0.4, 0.1]), np.array([10.0, 10.0, 20.0]))
+    neighbours = Neighbours(settings, WITH_ITEMS, None)
+    fill_statistics(neighbours, events, settings)
+    counts = neighbours.value_counts[:2, FOLDS]
+    torch.testing.assert_close(counts, torch.tensor([1.5, 0.5]))
+    deviations = value_deviations(events, settings)
+    sums = torch.tensor([deviations[0] / 2 + deviations[2], deviations[1] / 2]).float()
+    torch.testing.assert_close(neighbours.value_sums[:2, FOLDS], sums)
+    # Item 0 has users .5 ** .5 and 1, item 1 has .5 ** .5 and 0: half a user is in common.
+    cosine = 0.5 / (1.5 * 0.5) ** 0.5
+    product = neighbours.cooccurrence[0, FOLDS] @ neighbours.cooccurrence[1, FOLDS]
+    expected = cosine * 0.5 / (0.5 + settings.significance)
+    # Two items without a diagonal: the leading factors hold half of it.
+    torch.testing.assert_close(product, torch.tensor(expected / 2))
 
 
 def test_of_a_user_with_many_events_some_pair(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +227,8 @@ def statistics_of_ranks(rank: int, world_size: int, data: Path, out: Path) -> No
     from tests.recsys.optimizer.test_optimizer_runs import ranks_of
 
     words = ["--device", "cpu", "--batch_size", "16", *WITHOUT_CONTENT, "--epochs", "1"]
-    words += ["--neighbours", "{values: history_liked, dim: 4, taste_dim: 4}"]
+    decay = "{half_life: 100, ages: history_liked, time: user}"  # any numbers do
+    words += ["--neighbours", f"{{values: history_liked, dim: 4, taste_dim: 4, decay: {decay}}}"]
     train(load_config(TINY, words), str(data), out, ranks_of(rank, world_size))
 
 
