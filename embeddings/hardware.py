@@ -49,7 +49,7 @@ class Hardware:
         return HardwareConfig(
             hbm_cap_bytes=device_bytes,
             ddr_cap_bytes=host_bytes,
-            **{name: figure * GB for name, figure in figures.items() if figure},  # type: ignore[arg-type]
+            **{name: figure * GB for name, figure in figures.items() if figure},
         )
 
 

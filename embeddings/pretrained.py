@@ -121,7 +121,7 @@ def _vectors(block: _Block, column: str, dim: int) -> np.ndarray:  # float32 [N,
         ),
     )
     numbers = lists.flatten().cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
-    vectors = numbers.reshape(-1, dim)  # null is NaN
+    vectors: np.ndarray = numbers.reshape(-1, dim)  # null is NaN
     is_finite = np.isfinite(vectors)
     block.require(
         is_finite.all(axis=1),
@@ -148,7 +148,7 @@ def _rows(block: _Block, id_column: str, rows_of_ids: RowsOfIds | None) -> np.nd
             f"{where} has type {block.ids.type}, but ids are integers; write rows of the table or "
             "name another column"
         )
-    return block.ids.cast(pa.int64(), safe=False).to_numpy()
+    return np.asarray(block.ids.cast(pa.int64(), safe=False).to_numpy())
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def machine_topology(
 
 def free_host_memory() -> int:
     """Return the bytes that can still be allocated, at most the control group's limit."""
-    available = psutil.virtual_memory().available
+    available = int(psutil.virtual_memory().available)
     for path in ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]:
         if Path(path).is_file():
             text = Path(path).read_text().strip()

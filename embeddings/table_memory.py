@@ -87,7 +87,7 @@ def table_memory(table: TableConfig, plan: ShardingPlan) -> TableMemory:
     sharding = planned_sharding(plan, table.name)
     shards = [
         PlannedShard(piece.placement.rank(), *piece.shard_sizes)
-        for piece in sharding.sharding_spec.shards  # type: ignore[union-attr]
+        for piece in sharding.sharding_spec.shards
     ]
     return TableMemory(table, sharding.sharding_type, sharding.compute_kernel, shards)
 

@@ -38,7 +38,7 @@ def current_state(model: nn.Module) -> dict[str, Any]:
     for name, value in copied.items():
         plan, group = cast(DistributedModelParallel, model).plan, group_of_copies(model)
         spec = planned_sharding(plan, name.split(".")[-2]).sharding_spec
-        state[name] = _as_sharded_tensor(value, spec.shards, group)  # type: ignore[union-attr]
+        state[name] = _as_sharded_tensor(value, spec.shards, group)
     return state
 
 

@@ -75,7 +75,7 @@ class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
         lookup.pooling_mode = PoolingMode.SUM
         lookup.__class__ = SingleIdBags
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         indices: Tensor,  # [N]
         offsets: Tensor,  # [T * B + 1]

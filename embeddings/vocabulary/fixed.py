@@ -27,13 +27,12 @@ def is_id_type(kind: pa.DataType) -> bool:
     """Return whether values of this type can be raw ids: integers or strings of any width."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return pa.types.is_integer(kind) or _is_string(kind)
+    return bool(pa.types.is_integer(kind)) or _is_string(kind)
 
 
 def _is_string(kind: pa.DataType) -> bool:
-    return (
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(test(kind) for test in tests)
 
 
 def _plain_ids(ids: pa.Array | pa.ChunkedArray) -> pa.Array:
@@ -58,13 +57,14 @@ def _plain_ids(ids: pa.Array | pa.ChunkedArray) -> pa.Array:
 def _keys(plain: pa.Array) -> np.ndarray:
     """Return int64 keys [N]: integers as they are, strings by 64 bits of BLAKE2b."""
     if pa.types.is_integer(plain.type):
-        return plain.to_numpy(zero_copy_only=False)
+        return np.asarray(plain.to_numpy(zero_copy_only=False))
     encoded = plain.dictionary_encode()  # each distinct string is hashed once
     digests = b"".join(
         hashlib.blake2b(text, digest_size=8).digest()
         for text in encoded.dictionary.cast(pa.large_binary()).to_pylist()
     )
-    return np.frombuffer(digests, "<i8").astype(np.int64)[encoded.indices.to_numpy()]
+    keys: np.ndarray = np.frombuffer(digests, "<i8").astype(np.int64)[encoded.indices.to_numpy()]
+    return keys
 
 
 def integer_ids(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:

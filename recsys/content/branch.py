@@ -71,7 +71,7 @@ class HistoryMap(nn.Module):
 
     def forward(self, vectors: Tensor) -> Tensor:  # [U, D] -> [U, D]
         if self.scaling is None:
-            return self.map(vectors)
+            return F.linear(vectors, self.map.weight)
         # peft's own forward does the same in more and smaller steps.
         layer: Any = self.map
         low = F.linear(vectors, layer.lora_A["default"].weight)
@@ -93,9 +93,9 @@ def exchange_vectors(
     """Return the vectors that this rank needs, from their owners, with gradient. A collective."""
     sent = vectors.index_select(0, exchange.rows)
     received = sent.new_empty(sum(exchange.receive_counts), vectors.shape[1])
-    return all_to_all_single(
-        received, sent, exchange.receive_counts, exchange.send_counts, group=group
-    )
+    counts = exchange.receive_counts, exchange.send_counts
+    exchanged: Tensor = all_to_all_single(received, sent, *counts, group=group)
+    return exchanged
 
 
 class ContentBranch(nn.Module):

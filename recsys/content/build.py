@@ -12,7 +12,8 @@ from recsys.content.cache.fill import cache_frozen_outputs
 from recsys.content.encoders.base import CacheReport, Encoder
 from recsys.content.encoders.build import encoder_of
 from recsys.content.kinds.feature import Feature
-from recsys.data.items.content_store import ContentStore, ItemTable, default_cache
+from recsys.data.items.content_store import ContentStore, default_cache
+from recsys.data.items.item_table import ItemTable
 from recsys.data.schema import Schema, load_schema
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks

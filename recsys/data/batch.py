@@ -214,7 +214,8 @@ class Batch(Pipelineable):
 
 def _mapped(part: Part, function: Callable[[Any], Any]) -> Part:
     if isinstance(part, Tensor | KeyedJaggedTensor):
-        return function(part)
+        mapped: Part = function(part)
+        return mapped
     if isinstance(part, dict):
         return {name: _mapped(value, function) for name, value in part.items()}  # type: ignore[return-value]
     if isinstance(part, list):

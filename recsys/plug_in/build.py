@@ -135,7 +135,7 @@ def _num_items(dlrm: DLRM, item: str) -> int:
     tables = dlrm.sparse_arch.embedding_bag_collection.embedding_bag_configs()
     for table in tables:
         if item in table.feature_names:
-            return table.num_embeddings
+            return int(table.num_embeddings)
     names = [name for table in tables for name in table.feature_names]
     raise ValueError(f"item: the DLRM has no sparse feature '{item}'; it has {names}")
 

@@ -67,7 +67,7 @@ def load_dlrm(
     current = dlrm_state(model, optimizer)
     _check_names(current["model"], state["model"], "model")
     everything = {**model.state_dict(), **state["model"]}
-    model.load_state_dict(everything)  # type: ignore[arg-type]
+    model.load_state_dict(everything)
     if optimizer is not None:
         empty: dict[str, Any] = {"state": {}}
         loaded = state.get("optimizer", empty)["state"]

@@ -242,7 +242,7 @@ def _take_out(optimizer: KeyedOptimizer, parameters: set[int]) -> None:
         return
     by_name: Any = optimizer.params
     for name in [name for name, parameter in by_name.items() if id(parameter) in parameters]:
-        optimizer.state.pop(by_name.pop(name), None)  # type: ignore[attr-defined]
+        optimizer.state.pop(by_name.pop(name), None)
     for group in optimizer.param_groups:
         remaining = [parameter for parameter in group["params"] if id(parameter) not in parameters]
         group["params"][:] = remaining

@@ -126,7 +126,7 @@ def _mapped_rows(path: Path, row_bytes: int, mode: str = "r") -> np.ndarray:  # 
     num_rows = path.stat().st_size // row_bytes
     if not num_rows:
         return np.zeros((0, row_bytes), np.uint8)
-    return np.memmap(path, np.uint8, mode, shape=(num_rows, row_bytes))  # type: ignore[call-overload,no-any-return]
+    return np.memmap(path, np.uint8, mode, shape=(num_rows, row_bytes))  # type: ignore[call-overload]
 
 
 def apply_delta(base: Path, delta: Path, out: Path) -> Manifest:

@@ -76,4 +76,4 @@ def _null_shares(
 
 def read_statistics(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the statistics of a package by column."""
-    return json.loads((folder / FILE).read_text())  # type: ignore[no-any-return]
+    return json.loads((folder / FILE).read_text())

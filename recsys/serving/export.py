@@ -230,7 +230,7 @@ def _write_item_encoder(job: Job, folder: Path) -> EntryShapes:
     save_config(job.config, folder / item_encoder.CONFIG)
     write_identities(encoder_identities(job), folder)
     weights = {
-        name.removeprefix(CONTENT_PREFIX): cast(Tensor, value).detach().clone()
+        name.removeprefix(CONTENT_PREFIX): value.detach().clone()
         for name, value in model_state(job).items()
         if name.startswith(CONTENT_PREFIX)
     }

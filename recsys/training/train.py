@@ -30,7 +30,6 @@ from recsys.checkpoint.run_folder import (
     COMPARISON,
     LOCK,
     SKIPPED_ROWS,
-    Resume,
     begin_run,
     check_encoders,
     check_vocabularies,
@@ -42,7 +41,7 @@ from recsys.checkpoint.run_folder import (
 from recsys.checkpoint.run_schema import schema_of_data
 from recsys.checkpoint.warm_start.plan import plan_warm_start
 from recsys.checkpoint.warm_start.source import WarmStart
-from recsys.config import Config, softmax_settings
+from recsys.config import Config, Resume, softmax_settings
 from recsys.config.load import validate
 from recsys.data.interactions import Interactions
 from recsys.data.row_source import RowSource, open_rows

@@ -57,6 +57,19 @@ def loaded(path: str) -> Any:
     return getattr(import_module(module), name)
 
 
+def command(path: str) -> Any:
+    return loaded(path if "." in path.partition(":")[0] else f"recsys.commands.{path}")
+
+
+def homes() -> set[str]:
+    """Modules in which the public names, parts and commands are defined."""
+    names = [f"{package}:{name}" for package in PACKAGES for name in import_module(package).__all__]
+    objects = [loaded(path) for path in (*names, *PARTS)]
+    objects += [loaded(f"recsys.data.schema_columns:{name}") for name in SCHEMA]
+    objects += [command(path) for path, _ in COMMANDS.values()]
+    return {*PACKAGES, *(part.__module__ for part in objects)}
+
+
 def interface() -> str:
     lines = []
     for package in PACKAGES:
@@ -67,8 +80,7 @@ def interface() -> str:
     for path in PARTS:
         lines += [f"part {path}{text}" for text in members(loaded(path))]
     for name, (path, _) in COMMANDS.items():
-        module = path if "." in path.partition(":")[0] else f"recsys.commands.{path}"
-        lines.append(f"command recsys {name} {parameters(loaded(module))}")
+        lines.append(f"command recsys {name} {parameters(command(path))}")
     lines += [
         f"schema {name}{parameters(loaded(f'recsys.data.schema_columns:{name}'))}"
         for name in SCHEMA

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import tomllib
+from fnmatch import fnmatch
 
 import recsys
-from tests.recsys.public_interface import PACKAGES, PAGE, PARTS, ROOT, interface
+from tests.recsys.public_interface import PACKAGES, PAGE, PARTS, ROOT, homes, interface
 
 TEXT = (ROOT / "recsys" / "README.md").read_text()
 
@@ -27,3 +29,14 @@ def test_the_reference_of_the_site_has_every_public_name() -> None:
     listed = set(re.findall(r"auto(?:class|module):: ([\w.]+)", text))
     names = {f"recsys.{name}" for name in recsys.__all__}  # loaded on use, unseen by automodule
     assert {*PACKAGES, *names} | {path.replace(":", ".") for path in PARTS} == listed
+
+
+def test_every_module_of_a_public_name_is_checked_by_mypy_strict() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]
+    assert settings["strict"]
+    (strict,) = (part["module"] for part in settings["overrides"] if part.get("warn_return_any"))
+    patterns = [name if name.endswith("*") else f"{name}." for name in strict]
+    modules = homes()
+    assert len(modules) > 30
+    checked = {name for name in modules for pattern in patterns if fnmatch(f"{name}.", pattern)}
+    assert modules - checked == set()

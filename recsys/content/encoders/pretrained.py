@@ -90,7 +90,7 @@ class PretrainedEncoder:
         if not self.is_on_hub:
             return None
         file = cached_file(self.name, CONFIG_NAME, revision=self.revision)
-        return cast(str | None, extract_commit_hash(file, None))
+        return extract_commit_hash(file, None)
 
     @cached_property
     def tokenizer(self) -> Any:

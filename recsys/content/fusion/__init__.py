@@ -34,4 +34,4 @@ def build_fusion(settings: FusionSettings, dim: int, num_modalities: int) -> nn.
         names = ("num_queries", "num_layers", "num_heads", "dropout", "preset")
         options = {name: getattr(settings, name) for name in names}
     where = "content.fusion.name"
-    return make_part(where, settings.name, FUSIONS, nn.Module, dim, num_modalities, **options)  # type: ignore[type-abstract]
+    return make_part(where, settings.name, FUSIONS, nn.Module, dim, num_modalities, **options)

@@ -44,19 +44,21 @@ class JointSelfAttention(nn.Module):
             attended = native_few_token_attention(
                 query, key, value, mask, self.num_heads, self.scale
             )
-            return self.output(attended)
-        query, key, value = (part.unflatten(-1, heads) for part in (query, key, value))
-        if is_on_host(x) and x.shape[1] <= FEW_TOKENS:
-            attended = _attention_of_few(query, key, value, mask, self.scale)
         else:
-            attended = F.scaled_dot_product_attention(
-                query.transpose(1, 2),
-                key.transpose(1, 2),
-                value.transpose(1, 2),
-                attn_mask=mask[:, None, None, :],
-                scale=self.scale,
-            ).transpose(1, 2)
-        return self.output(attended.flatten(-2))
+            query, key, value = (part.unflatten(-1, heads) for part in (query, key, value))
+            if is_on_host(x) and x.shape[1] <= FEW_TOKENS:
+                attended = _attention_of_few(query, key, value, mask, self.scale)
+            else:
+                attended = F.scaled_dot_product_attention(
+                    query.transpose(1, 2),
+                    key.transpose(1, 2),
+                    value.transpose(1, 2),
+                    attn_mask=mask[:, None, None, :],
+                    scale=self.scale,
+                ).transpose(1, 2)
+            attended = attended.flatten(-2)
+        output: Tensor = self.output(attended)
+        return output
 
 
 def _has_kernel(x: Tensor) -> bool:  # [U, T, D]
@@ -89,7 +91,8 @@ class PublishedLayer(nn.Module):
         self, x: Tensor, mask: Tensor, num_outputs: int
     ) -> Tensor:  # [U, T, D], [U, T] -> [U, num_outputs, D]
         attended = self.attention(x, mask, num_outputs)
-        return self.norm(x[:, :num_outputs] + self.dropout(attended))
+        normed: Tensor = self.norm(x[:, :num_outputs] + self.dropout(attended))
+        return normed
 
 
 class ModernLayer(nn.Module):
@@ -109,7 +112,8 @@ class ModernLayer(nn.Module):
     ) -> Tensor:  # [U, T, D], [U, T] -> [U, num_outputs, D]
         attended = self.attention(self.attention_norm(x), mask, num_outputs)
         x = x[:, :num_outputs] + self.dropout(attended)
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        added: Tensor = self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        return x + added
 
     def weights(self) -> list[Tensor]:
         attention, up, down = self.attention, self.feed_forward[0], self.feed_forward[2]
@@ -143,7 +147,8 @@ class ConcatFusion(nn.Module):
         weights = member * mask.to(tokens.dtype).unsqueeze(1)  # [U, M, T]
         count = weights.sum(-1, keepdim=True)  # [U, M, 1]
         mean = weights @ tokens / count.clamp(min=1)  # [U, M, D]
-        return self.output(torch.where(count > 0, mean, self.missing).flatten(1))
+        output: Tensor = self.output(torch.where(count > 0, mean, self.missing).flatten(1))
+        return output
 
 
 class FusionQFormer(nn.Module):
@@ -219,7 +224,7 @@ class FusionQFormer(nn.Module):
             # Only the queries' outputs of the last layer are used.
             is_last = index == len(self.layers)
             x = layer(x, attended, num_queries if is_last else x.shape[1])
-        fused = self.output(self.norm(x).flatten(1))
+        fused: Tensor = self.output(self.norm(x).flatten(1))
         return fused if self.linear is None else fused + self.linear(tokens, mask, modality)
 
     def _has_kernel(self, tokens: Tensor) -> bool:  # [U, T, D]

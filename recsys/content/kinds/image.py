@@ -130,7 +130,7 @@ class Image(ModalityKind):
         if self.pretrained is not None:
             return ImageTransformer.load(self.pretrained, modality, self.where, self.preparation)
         assert modality.module is not None
-        module = make_part(f"{self.where}: module", modality.module, {}, nn.Module)  # type: ignore[type-abstract]
+        module = make_part(f"{self.where}: module", modality.module, {}, nn.Module)
         encoder = ModuleEncoder(module, modality.training == "full", modality.image_size)
         encoder.identity = EncoderIdentity(modality.module, None, weights_digest(module))
         return encoder

@@ -407,7 +407,7 @@ def filled(column: str, fill: float | int | str | None, name: str) -> str:
 
 def one_value(engine: SqlEngine, value: str, source: str) -> int:
     """Return an aggregate of a stage, or of those rows that a WHERE after its name selects."""
-    return engine.table(f"SELECT {value} AS x FROM {source}")["x"][0].as_py()  # type: ignore[no-any-return]
+    return engine.table(f"SELECT {value} AS x FROM {source}")["x"][0].as_py()
 
 
 def count_rows(engine: SqlEngine, source: str) -> int:

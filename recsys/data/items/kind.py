@@ -129,7 +129,7 @@ def make_kind(where: str, modality: ModalitySettings) -> ModalityKind:
             f"{where}.options are for a class of your own, but {setting} is '{modality.kind}'; "
             "remove them"
         )
-    return make_part(setting, modality.kind, MODALITY_KINDS, ModalityKind, where, modality)  # type: ignore[type-abstract]
+    return make_part(setting, modality.kind, MODALITY_KINDS, ModalityKind, where, modality)
 
 
 def make_kinds(modalities: Mapping[str, ModalitySettings]) -> dict[str, ModalityKind]:

@@ -118,7 +118,7 @@ def feature_widths(
     for name, modality in modalities.items():
         kind = make_kind(f"content.modalities.{name}", modality)
         require_column(schema.items, kind)
-        if (stored := schema.items.columns[modality.column].file) is not None:  # type: ignore[union-attr]
+        if (stored := schema.items.columns[modality.column].file) is not None:
             widths[name] = FeatureFile(root / stored).width
             continue
         values, where = _first_values(file, modality.column), f"{file}: column '{modality.column}'"

@@ -143,7 +143,8 @@ class Retriever:
                 f"history: no item of '{name}' has a vector in {self.folder}, and the query is "
                 "their mean; give items that it has"
             )
-        return unit(self.vectors[places]).mean(axis=0)
+        query: np.ndarray = unit(self.vectors[places]).mean(axis=0)
+        return query
 
     def search(
         self, queries: np.ndarray, count: int, exclude: Iterable[Sequence[Any]] | None = None

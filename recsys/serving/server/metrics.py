@@ -59,7 +59,7 @@ def exposition() -> bytes:
         if not Path("/proc", process).exists():
             mark_process_dead(int(process))
     registry = CollectorRegistry()
-    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    MultiProcessCollector(registry)
     return generate_latest(registry)
 
 
