@@ -73,11 +73,7 @@ def fill_cold_rows(job: Job, counts: ItemCounts) -> dict[str, FilledRows]:
 
 
 def refill_cold_rows(job: Job, run: Path) -> None:
-    """Apply the rules with the counts of a run in training. A collective.
-
-    Raises:
-        ValueError: on every rank: the counts cannot be read.
-    """
+    """Apply the rules with the counts of a run in training. A collective."""
     if not cold_row_rules(job.config, job.schema):
         return
     with job.ranks.raise_on_all_ranks():

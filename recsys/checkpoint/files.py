@@ -100,8 +100,7 @@ def check_files(folder: Path, manifest: dict[str, Any], part: int = 0, parts: in
 def checked_manifest(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Read a manifest and check the files against it, each rank a share. A collective.
 
-    Raises:
-        ValueError: on every rank: a file is missing or damaged.
+    A missing or damaged file is a ValueError on every rank.
     """
     with ranks.raise_on_all_ranks():
         manifest = read_manifest(folder)

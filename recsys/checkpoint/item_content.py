@@ -56,10 +56,8 @@ def encode_changed_items(
 ) -> int:
     """Encode the items that differ from those of a loaded checkpoint. A collective.
 
-    `new_rows` maps old ids to present ones, -1 if there is none; None: ids are the same.
-
-    Raises:
-        ValueError: on every rank: ranks read other items.
+    `new_rows` maps old ids to present ones, -1 if there is none; None: ids are the same. A
+    ValueError on every rank if ranks read other items.
     """
     ranks = job.ranks
     if len(set(ranks.gather(item_content_digest(job)))) > 1:

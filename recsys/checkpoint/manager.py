@@ -76,8 +76,7 @@ class Checkpoints:
     def save(self, progress: Progress, wait: bool = False) -> None:
         """Save the whole state; return when later steps can no longer change what is written.
 
-        Raises:
-            ValueError: a value is not finite, or a write failed: with `wait`, or three times.
+        A value that is not finite is a ValueError, as is a failed write: with `wait`, or the third.
         """
         self.wait()
         folder = folder_of_step(self.folder, progress.steps)
@@ -194,8 +193,7 @@ class Checkpoints:
     def restore(self) -> Progress | None:
         """Load the newest complete checkpoint, in place; None without checkpoints. A collective.
 
-        Raises:
-            ValueError: it belongs to another model or data, or all checkpoints are damaged.
+        A checkpoint of another model or other data, or damage of all, is a ValueError.
         """
         ranks, faults = self.job.ranks, []
         for folder in ranks.gather(folders_to_continue(self.folder))[0]:
@@ -252,8 +250,7 @@ class Checkpoints:
 def load_best(job: Job, run: Path) -> dict[str, Any]:
     """Load `RUN/checkpoints/best` in place and return its manifest. A collective.
 
-    Raises:
-        ValueError: it is missing, damaged, or belongs to another model.
+    A missing or damaged one, or that of another model, is a ValueError.
     """
     folder, ranks = run / "checkpoints" / BEST, job.ranks
     with ranks.raise_on_all_ranks():

@@ -113,8 +113,7 @@ def file_name(name: str) -> str:
 def newest_run(run: Path) -> Path:
     """Return the run of the newest trained partition of a continual run; any other run as it is.
 
-    Raises:
-        ValueError: no partition is trained yet, or the state is damaged.
+    Without a trained partition, or with a damaged state, it is a ValueError.
     """
     if not (run / STATE).exists():
         return run

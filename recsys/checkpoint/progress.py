@@ -66,9 +66,8 @@ class Progress:
         """Add the counts of raw ids since the last call. A collective."""
         _add(self.ids, unknown.totals(job.ranks.group))
         for table, counts in job.vocabularies.counts().items():
-            _add(
-                self.vocabularies, {table: {"admitted": counts.admitted, "evicted": counts.evicted}}
-            )
+            changes = {"admitted": counts.admitted, "evicted": counts.evicted}
+            _add(self.vocabularies, {table: changes})
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Progress:

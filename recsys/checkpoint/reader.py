@@ -67,11 +67,7 @@ class _FormatUnpickler(pickle.Unpickler):
 
 
 class SafeFileSystemReader(FileSystemReader):
-    """FileSystemReader for folders that are not trusted.
-
-    Raises:
-        ValueError: metadata is damaged, refers to other classes, or lists more than tensors.
-    """
+    """FileSystemReader for folders that are not trusted; other metadata are a ValueError."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / ".metadata"
@@ -125,11 +121,7 @@ class StoredTensor:
         return f"'{self.key}'"
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Read the rows `[start, stop)`: [stop - start] or [stop - start, D].
-
-        Raises:
-            ValueError: a file is missing or damaged.
-        """
+        """Read rows `[start, stop)`: [stop - start] or [stop - start, D]; damage is an error."""
         sizes = torch.Size([stop - start, *self.size[1:]])
         offsets = torch.Size([start, *(0 for _ in self.size[1:])])
         result = torch.empty(sizes, dtype=self._tensor.properties.dtype)
@@ -179,16 +171,7 @@ def export_tables(folder: Path, out: Path, tables: list[str] | None = None) -> d
 
     Columns: ``table``, ``row`` (int64, the id that looks it up) and ``vector``,
     ``fixed_size_list<float32, D>``, or ``list<float32>`` if dimensions D differ. Every row group
-    belongs to one table.
-
-    Args:
-        folder: a checkpoint of a model, such as `RUN/checkpoints/best`, of any plan.
-        out: the file to write; it appears complete or not at all.
-        tables: names of the tables; default all.
-
-    Raises:
-        ValueError: `folder` is no checkpoint, has no such table, or is damaged; or `out` cannot be
-            written, or is part of a run or dataset.
+    belongs to one table; `tables` are all by default. What cannot be used is a ValueError.
     """
     check_output(out)
     stored = stored_tables(folder)

@@ -43,11 +43,8 @@ BASELINE_MARK = (
 def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool:
     """Return whether training continues from a checkpoint in the folder. A collective.
 
-    A restart by torch elastic or a scheduler continues even with `overwrite`.
-
-    Raises:
-        ValueError: on every rank: `resume` does not fit the folder, which may hold the model of a
-            finished run without a checkpoint, or a dataset.
+    A restart by torch elastic or a scheduler continues even with `overwrite`. If `resume` does not
+    fit the folder, which may hold a dataset or a model alone, it is a ValueError on every rank.
     """
     checkpoints = run / "checkpoints"
     with ranks.raise_on_all_ranks():
@@ -135,11 +132,7 @@ def _results(run: Path) -> dict[str, str | None]:
 
 
 def begin_run(run: Path, job: Job, item_counts: ItemCounts, skipped_rows: dict[str, Any]) -> None:
-    """Empty the folder of an earlier run and store the fixed files of this run. A collective.
-
-    Raises:
-        ValueError: raw ids of a table are integers in one place and strings in another.
-    """
+    """Empty the folder of an earlier run and store the fixed files of this run. A collective."""
     agree_on_id_types(job.schema, job.ranks)
     with job.ranks.raise_on_all_ranks():
         if not job.ranks.is_first:
@@ -170,8 +163,7 @@ def _empty(run: Path) -> None:
 def read_item_counts(run: Path, num_items: int | None, name: str = ITEM_COUNTS) -> ItemCounts:
     """Read the number of training rows of each item, at most `num_items` of them.
 
-    Raises:
-        ValueError: the file is missing, damaged or of other items.
+    A damaged file, or one of other items, is a ValueError.
     """
     file = run / name
     try:

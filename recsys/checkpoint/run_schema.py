@@ -43,8 +43,7 @@ def write_run_schema(run: Path, schema: Schema) -> None:
 def load_run_schema(run: Path, with_vocabularies: bool = True) -> Schema:
     """Load the schema that a run was trained on, with its maps of raw ids.
 
-    Raises:
-        ValueError: a file is missing or damaged, or a map is not that of training.
+    A missing or damaged file, or a map of another training, is a ValueError.
     """
     path = run / FILE
     try:
@@ -70,10 +69,8 @@ def load_run_schema(run: Path, with_vocabularies: bool = True) -> Schema:
 def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = False) -> Schema:
     """Load a dataset's schema for the model of a run: the run's columns, in the run's order.
 
-    Unknown columns are refused if training goes on, and else ignored.
-
-    Raises:
-        ValueError: names each column, list and attribute that differs.
+    Unknown columns are refused if training goes on, and else ignored. A ValueError names each
+    difference.
     """
     trained = load_run_schema(run, with_vocabularies=False)
     data = load_schema(root, with_vocabularies=False)
@@ -129,8 +126,7 @@ def _take_weights(trained: Schema, data: Schema) -> None:
 def agree_on_id_types(schema: Schema, ranks: Ranks) -> None:
     """Share the types of raw ids that any rank has read among all ranks. A collective.
 
-    Raises:
-        ValueError: on every rank: some read integers and others strings.
+    If some read integers and others strings, every rank raises a ValueError.
     """
     for id_types in ranks.gather(schema.id_types):
         for table, id_type in id_types.items():
@@ -146,10 +142,7 @@ def add_new_items(run: Path, schema: Schema, root: Location) -> str:
     """Give new items of a dataset rows, if the run is that of a partition.
 
     New items have content, and table rows that no training has changed. Returns the folder of the
-    dataset with the run's training rows.
-
-    Raises:
-        ValueError: files are damaged, or a table has too few rows.
+    dataset with the run's training rows; a table with too few rows is a ValueError.
     """
     if not (run / PARTITION).is_file():
         return "train"

@@ -29,11 +29,7 @@ from recsys.optimizer import make_room, numbers_loaded, state_tensors
 
 
 def model_state(job: Job, metadata: Mapping[str, Any] | None = None) -> State:
-    """Return weights and memory bank: the state that evaluation and prediction need.
-
-    Raises:
-        ValueError: features of items have another width than in the checkpoint.
-    """
+    """Return weights and memory bank: the state that evaluation and prediction need."""
     _check_feature_widths(job, metadata or {})
     stored = _is_stored(job)
     state: State = {

@@ -110,13 +110,8 @@ def paired_difference(
     """Return the difference of `second` from `first` in a metric, by a paired bootstrap of users.
 
     Scores are by seed and window, over seeds averaged. `metric` is gauc, auc, rmse or mae; `part`
-    is all, warm, cold or unseen. A resample draws users, each with the rows of all windows.
-
-    Returns:
-        The difference and its interval; None where fewer than five users define the metric.
-
-    Raises:
-        ValueError: the runs scored different rows, or the metric or part is unknown.
+    is all, warm, cold or unseen. A resample draws users, each with the rows of all windows. None
+    where fewer than five users define the metric; runs that scored different rows are a ValueError.
     """
     windows = _check_windows(first, second)
     users = _all_users(windows)

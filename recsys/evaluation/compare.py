@@ -37,9 +37,7 @@ def compare_runs(runs: Sequence[Path], split: str) -> dict[str, Any]:
     """Compute metrics of each run by part of the items, and differences to the first run.
 
     They are AUC and GAUC, or RMSE and MAE of a label that is a number; of several labels the first.
-
-    Raises:
-        ValueError: fewer than two runs, or a run has no scores of the split or other rows.
+    Fewer than two runs, and runs without scores of equal rows, are a ValueError.
     """
     if len(runs) < 2:
         raise ValueError(f"--runs names {len(runs)} run; compare two or more")

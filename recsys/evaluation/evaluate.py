@@ -69,8 +69,7 @@ class CheckedRows:
 def check_data(job: Job, splits: Sequence[str] = SPLITS) -> CheckedRows:
     """Read all splits once, so that a bad value shows before the first step. A collective.
 
-    Raises:
-        ValueError: on every rank: a row cannot be used, or the validation split is of no use.
+    Raises a ValueError on every rank for unusable rows or an unusable validation split.
     """
     ranks, is_skip = job.ranks, job.config.on_bad_row == "skip"
     counts: dict[str, ItemCounts] = {}
@@ -135,11 +134,7 @@ class ValidationLabels:
 
 
 def check_validation(job: Job, labels: ValidationLabels) -> None:
-    """Refuse, on every rank, a validation split that cannot choose the best model. A collective.
-
-    Raises:
-        ValueError: the metric is undefined on the split.
-    """
+    """Refuse, on every rank, a validation split that cannot choose the best model. A collective."""
     negatives, positives, has_both = labels.totals(job.ranks)
     metric, label = job.config.best_model_by, f"column '{labels.label}'"
     cause = None
@@ -233,9 +228,6 @@ def score(
         `with_evidence`, with neighbours: `network`, `evidence_logits` [N, C], `evidence` [N, E].
         with `with_queries`: `queries`, `query_targets` [Q, D], `query_items`, `query_weights` [Q];
         `with_histories` or `ranking.exclude_seen`: `query_seen`, `query_seen_lengths`, too.
-
-    Raises:
-        TrainingStopped: `lockstep` reports that the job is to end.
     """
     lockstep = lockstep or Lockstep(job.ranks)
     devices = [job.ranks.device] if job.ranks.device.type == "cuda" else []
@@ -345,11 +337,8 @@ def evaluate_split(
     """Compute the metrics of a split: all items, and cold, warm and unseen ones. A collective.
 
     With `searches`, a retrieval model searches the whole catalogue. With `fits_blend` the blend of
-    neighbours is fitted to the split; its metrics are then of blends fitted to other users.
-
-    Raises:
-        TrainingStopped: `lockstep` reports that the job is to end.
-        ValueError: on every rank: no row is left, or a logit is not finite.
+    neighbours is fitted to the split; its metrics are then of blends fitted to other users. Without
+    rows, or with a logit that is not finite, every rank raises a ValueError.
     """
     interactions = split_interactions(job, split)
     unknown = UnknownIds(job.schema)

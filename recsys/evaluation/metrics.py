@@ -245,10 +245,7 @@ def evaluation_report(
     """Compute the metrics of all rows, and nested those of warm, cold and unseen items.
 
     All arrays are [N]: labels (0 or 1, or numbers), logits, the user and the training rows of each
-    row's item, and weights (None: 1 each).
-
-    Raises:
-        ValueError: a label or logit cannot be used, or one of `extra_metrics` fails.
+    row's item, and weights (None: 1 each). Unusable labels and logits are a ValueError.
     """
     assert item_counts.shape == labels.shape
     ranked, reports = rows_of_loss(labels, logits, groups, weights, loss), {}

@@ -52,8 +52,7 @@ def load_run(
 ) -> Job:
     """Load the best model of a run, with `data` or its training data. A collective.
 
-    Raises:
-        ValueError: the folder holds no finished run, or the data has another schema.
+    An unfinished run, or data with another schema, is a ValueError on every rank.
     """
     with ranks.raise_on_all_ranks():
         if not (run / "metrics.json").is_file():
@@ -74,12 +73,14 @@ def load_run(
 def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str) -> dict[str, Any]:
     """Evaluate a split, print and write `RUN/evaluation_SPLIT.json` and its scores. A collective.
 
-    Raises:
-        ValueError: no row can be used, or the result could not be stored; it is printed before.
+    A result that cannot be stored is printed before the ValueError.
     """
     with ranks.raise_on_all_ranks():
         scores = scores_file(run, split)
-        _require_split(run, Location.of(data_of(run, data)), split)
+        root = Location.of(data_of(run, data))
+        is_parquet = load_config(run / "config.yaml").source.name == SourceSettings().name
+        if is_parquet and not (root / split).files(".parquet"):  # a source of one's own has none
+            raise ValueError(f"{root / split}: no *.parquet files; correct --split or --data")
         model = model_of(run)  # read before loading, as training may replace the model
     job = load_run(run, data, ranks, device)
     can_store = ranks.gather(_can_store(run))[0]
@@ -109,13 +110,6 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
     return report
 
 
-def _require_split(run: Path, root: Location, split: str) -> None:
-    """Refuse a split without files, unless the run has a row source of its own."""
-    is_parquet = load_config(run / "config.yaml").source.name == SourceSettings().name
-    if is_parquet and not (root / split).files(".parquet"):
-        raise ValueError(f"{root / split}: no *.parquet files; correct --split or --data")
-
-
 def _can_store(folder: Path) -> bool:
     try:
         with tempfile.TemporaryFile(dir=folder):
@@ -131,9 +125,6 @@ def predict(
 
     It is a probability, or a number for labels that are numbers; null for a skipped row. `inputs`
     are Parquet files or folders of them; `out` appears whole or not at all.
-
-    Raises:
-        ValueError: an input or `out` cannot be used, or another job writes it.
     """
     with ranks.raise_on_all_ranks():
         files = [file for name in inputs for file in _parquet_files(name)]

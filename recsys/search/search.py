@@ -69,9 +69,7 @@ class Search:
     nproc: ranks of each training.
     prunes: stop trials that are worse than the median of others at the same validation.
 
-    Raises:
-        ValueError: a value of the space does not fit the recipe, or the folder holds a search with
-            other settings or data.
+    A value that does not fit the recipe, or a folder of another search, is a ValueError.
     """
 
     config: Config
@@ -147,9 +145,8 @@ class Search:
     def run(self) -> list[FrozenTrial]:
         """Run trials until as many as asked have ended; return the complete ones, the best first.
 
-        Raises:
-            SearchStopped: SIGTERM or SIGINT; the same command goes on.
-            ValueError: the first trials all failed.
+        SearchStopped after SIGTERM or SIGINT: the same command goes on. A ValueError if the first
+        trials all failed.
         """
         numbers = signal.SIGTERM, signal.SIGINT
         handlers = [signal.signal(number, lambda *_: self.stop.set()) for number in numbers]
@@ -239,13 +236,7 @@ class Search:
             )
 
     def _score_of(self, trial: Trial, log: IO[str]) -> float:
-        """Train all runs of a trial; return the mean of their scores.
-
-        Raises:
-            TrialPruned: the trial is worse than others.
-            ValueError: the recipe does not accept its values, or a run fails.
-            SearchStopped: the search was asked to end.
-        """
+        """Train all runs of a trial; return the mean of their scores. Others may prune it."""
         words, folder = words_of(self.space, trial.params), self._folder_of(trial.number)
         load_config(self.out / RECIPE, words)
         seeds = range(self.config.seed, self.config.seed + self.seeds)

@@ -53,11 +53,7 @@ class Parameter:
         return [self.distribution.low, self.distribution.high]
 
     def grid(self) -> list[Any]:
-        """Return all values, as Optuna stores them.
-
-        Raises:
-            ValueError: the parameter is a range of floats without a step.
-        """
+        """Return all values, as Optuna stores them; a ValueError for floats without a step."""
         ranged = self.distribution
         if isinstance(ranged, CategoricalDistribution):
             return list(ranged.choices)
@@ -71,11 +67,7 @@ class Parameter:
 
 
 def read_space(file: Path) -> list[Parameter]:
-    """Read a search space.
-
-    Raises:
-        ValueError: the file is missing or is no search space; names parameter and fix.
-    """
+    """Read a search space; a missing file or a bad entry is a ValueError."""
     if not file.is_file():
         raise ValueError(f"--space {file}: no such file; give a YAML file of settings")
     try:
@@ -133,11 +125,7 @@ def words_of(space: Sequence[Parameter], values: Mapping[str, Any]) -> list[str]
 
 
 def check_space(space: Sequence[Parameter], recipe: Path) -> None:
-    """Check that the recipe accepts the ends of each range and each choice, one at a time.
-
-    Raises:
-        ValueError: it does not; names parameter, value and cause.
-    """
+    """Raise a ValueError unless the recipe accepts each end of a range and each choice alone."""
     for parameter in space:
         for value in parameter.extremes():
             try:

@@ -30,11 +30,7 @@ _FREE_ATTRIBUTES = ("vocabulary.admit_after", "vocabulary.half_life", "loss", "n
 def reconciled_schema(
     source: Source, root: Location, differences: Differences, with_vocabularies: bool = True
 ) -> Schema:
-    """Load a dataset's schema for a model that starts from a run.
-
-    Raises:
-        ValueError: a column cannot be reconciled.
-    """
+    """Load a dataset's schema for a model that starts from a run."""
     trained, data = source.schema, load_schema(root, with_vocabularies=False)
     _take_fitted_values(trained, data, differences)
     _compare_columns(trained, data, differences)

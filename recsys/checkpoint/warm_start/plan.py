@@ -39,9 +39,7 @@ class WarmStartPlan:
 
     source: Source
     differences: Differences
-    tensors: dict[str, StoredState] = field(
-        default_factory=dict
-    )  # checkpoint of each tensor by name
+    tensors: dict[str, StoredState] = field(default_factory=dict)  # its checkpoint, by name
     # Rows of tables, by table, and of tensors with a row per item, by name.
     maps: dict[str, RowMap] = field(default_factory=dict)
     items: RowMap | None = None  # rows of the items; None if the memory bank is filled anew
@@ -120,8 +118,7 @@ def _table_of(name: str) -> str | None:
 def plan_warm_start(job: Job, source: Source, differences: Differences) -> WarmStartPlan:
     """Compare the untrained job with another run; decide what it takes over. A collective.
 
-    Raises:
-        ValueError: on every rank: lists all that cannot be reconciled, with the fix.
+    A ValueError on every rank lists all that cannot be reconciled, with the fix.
     """
     plan, state = WarmStartPlan(source, differences), TrainingState(job).state_dict()
     with job.ranks.raise_on_all_ranks():

@@ -148,10 +148,8 @@ class Source:
 def open_source(request: WarmStart, out: Path | None, ranks: Ranks) -> Source:
     """Open the checkpoint of a run, for a new run in the folder `out`, if any. A collective.
 
-    The best model takes optimizer state from the checkpoint of its step, or else the last one.
-
-    Raises:
-        ValueError: on every rank: the run has no such checkpoint, it is damaged, or is `out`.
+    The best model takes optimizer state from the checkpoint of its step, or else the last one. A
+    missing or damaged checkpoint, or the folder `out` itself, is a ValueError on every rank.
     """
     with ranks.raise_on_all_ranks():
         if out is not None and request.run.resolve() == out.resolve():

@@ -37,9 +37,8 @@ def explain_data(
 ) -> DatasetSummary:
     """Read a dataset, print its summary, and write the numbers to `json_file`.
 
-    Raises:
-        ValueError: the dataset cannot be read, `json_file` cannot be written, training would fail
-            at a row, or, if `on_bad_row` is skip, a split has no row that can be used.
+    A dataset or row that training would refuse is a ValueError, as is an unusable `json_file`; if
+    `on_bad_row` is skip, only a split without any usable row.
     """
     if json_file is not None:
         check_output(json_file)

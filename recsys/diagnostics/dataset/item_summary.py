@@ -157,11 +157,7 @@ class ItemSummary:
 
 
 def summarize_items(root: Location, schema: Schema) -> ItemSummary | None:
-    """Read and summarize the items; None if the schema has none.
-
-    Raises:
-        ValueError: a file or a column cannot be read, as in training.
-    """
+    """Read and summarize the items, None without any; unreadable ones are a ValueError."""
     if schema.items is None:
         return None
     items = ItemTable(root, schema, on_bad_row="skip")

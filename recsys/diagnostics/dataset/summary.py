@@ -102,11 +102,7 @@ class DatasetSummary:
 
 
 def summarize_dataset(data: str) -> DatasetSummary:
-    """Read a dataset, a folder or URL, from end to end.
-
-    Raises:
-        ValueError: training could not read the dataset, or the temporary folder is full.
-    """
+    """Read a dataset, a folder or URL, from end to end; what training refuses is a ValueError."""
     root = Location.of(data)
     schema = load_schema(root)
     with _database() as (database, folder):

@@ -1,7 +1,4 @@
-"""Describes a run on any cluster, without weights or devices: parameters, memory and plan.
-
-Each part of the model has its parameters, optimizer, ranks and bytes.
-"""
+"""Describes a run on any cluster, without weights or devices: parameters, memory and plan."""
 
 from __future__ import annotations
 
@@ -11,9 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torchrec.distributed.types import ShardingPlan
 
-from embeddings import TableConfig, format_plan
+from embeddings import format_plan
 from embeddings.hardware import hardware_of
 from embeddings.memory_bank import is_replicated
 from embeddings.sharding import free_host_memory, table_parameters
@@ -57,35 +53,6 @@ class ModelPart:
     @property
     def bytes(self) -> int:
         return self.weight_bytes + self.gradient_bytes + self.state_bytes
-
-
-def model_parts(
-    em3: EM3,
-    tables: list[TableConfig],
-    plan: ShardingPlan,
-    world_size: int,
-    optimizer: OptimizerSettings,
-) -> list[ModelPart]:
-    """Return the tables, then the dense parts; trained and frozen parameters are separate."""
-    return [
-        *(_table_part(table_memory(table, plan)) for table in tables),
-        *_dense_parts(em3, world_size, optimizer),
-        *_statistics_parts(em3),
-    ]
-
-
-def table_bytes_by_rank(
-    tables: list[TableConfig], plan: ShardingPlan, world_size: int
-) -> list[int]:
-    """Return the bytes of all tables on each rank's device, of `world_size` that share a copy."""
-    memories = [table_memory(table, plan) for table in tables]
-    return [sum(memory.on_device_of(rank) for memory in memories) for rank in range(world_size)]
-
-
-def host_table_bytes(tables: list[TableConfig], plan: ShardingPlan, world_size: int) -> int:
-    """Return the most bytes that tables take of host memory beside a GPU."""
-    memories = [table_memory(table, plan) for table in tables]
-    return max(sum(memory.on_host_of(rank) for memory in memories) for rank in range(world_size))
 
 
 def _table_part(memory: TableMemory) -> ModelPart:
@@ -187,18 +154,20 @@ class Description:
 def describe(
     config: Config, data: str, cluster: Cluster, rows: dict[str, int] | None = None
 ) -> Description:
-    """Describe a run with this configuration on that cluster, without starting it.
+    """Describe a run on that cluster without starting it; unfitting data are a ValueError.
 
     A small sample of the data is enough. `rows` replaces the numbers of rows of tables, by column.
-
-    Raises:
-        ValueError: the configuration does not match the data.
     """
     meta_model = build_meta_model(config, data, cluster, rows)
-    tables, plan = meta_model.tables, meta_model.plan
-    parts = model_parts(meta_model.em3, tables, plan, cluster.world_size, config.optimizer)
-    sharing = cluster.world_size // config.embedding.parallel.copies
-    table_bytes = table_bytes_by_rank(tables, plan, sharing)
+    em3, tables, plan = meta_model.em3, meta_model.tables, meta_model.plan
+    memories = [table_memory(table, plan) for table in tables]
+    parts = [
+        *map(_table_part, memories),
+        *_dense_parts(em3, cluster.world_size, config.optimizer),
+        *_statistics_parts(em3),
+    ]
+    sharing = range(cluster.world_size // config.embedding.parallel.copies)
+    table_bytes = [sum(memory.on_device_of(rank) for memory in memories) for rank in sharing]
     return Description(
         cluster=meta_model.cluster,
         parts=parts,
@@ -208,7 +177,9 @@ def describe(
             dense=sum(part.bytes for part in parts if part.where == "every rank"),
             bank=_bank_bytes(meta_model),
             limit=cluster.device.memory_bytes,
-            host_tables=host_table_bytes(tables, plan, sharing),
+            host_tables=max(
+                sum(memory.on_host_of(rank) for memory in memories) for rank in sharing
+            ),
             host_limit=cluster.device.host_memory_bytes,
         ),
         times=meta_model.times,
@@ -244,11 +215,7 @@ def _read_a_batch(meta_model: MetaModel) -> int:
 
 
 def parse_rows(words: list[str]) -> dict[str, int]:
-    """Read TABLE=NUMBER from each word.
-
-    Raises:
-        ValueError: a word is not of this form.
-    """
+    """Read TABLE=NUMBER from each word; another form is a ValueError."""
     rows = {}
     for word in words:
         name, _, number = word.partition("=")
@@ -267,13 +234,10 @@ def find_cluster(
     ranks_per_node: int | None = None,
     memory_bytes: float | None = None,
 ) -> Cluster:
-    """Return the cluster that the command line names.
+    """Return the cluster that the command line names; an unusable option is a ValueError.
 
     `device` is a name in `DEVICES`, or auto, cpu or cuda. The default of `memory_bytes` is that of
     the data sheet, else this machine's.
-
-    Raises:
-        ValueError: the device is unknown, or a number is out of range.
     """
     names = [*DEVICES, "cpu", "cuda", "auto"]
     if device not in names:

@@ -56,11 +56,7 @@ class MetaModel:
 def build_meta_model(
     config: Config, data: str, cluster: Cluster, rows: dict[str, int] | None = None
 ) -> MetaModel:
-    """Read the schema and a few items, build the model and plan its sharding; see `describe`.
-
-    Raises:
-        ValueError: the configuration does not match the data.
-    """
+    """Read the schema and a few items, build the model and plan its sharding; see `describe`."""
     root = Location.of(data)
     schema = load_schema(root)
     _resize(schema, rows or {})
@@ -103,15 +99,11 @@ def _resize(schema: Schema, rows: dict[str, int]) -> None:
 def feature_widths(
     root: Location, schema: Schema, modalities: dict[str, ModalitySettings]
 ) -> dict[str, int]:
-    """Check the first items of each modality's column; return the widths of stored features.
-
-    Raises:
-        ValueError: there are no items, or a modality's column is missing or of a wrong type.
-    """
+    """Return the widths of stored features; a column that training refuses is a ValueError."""
     folder = root / "items"
     if schema.items is None:
         raise ValueError(f"{root}/schema.yaml: a model with content needs `items`; add them")
-    file = next(filter(_num_rows, folder.files(".parquet")), None)
+    file = next(filter(_has_rows, folder.files(".parquet")), None)
     if file is None:
         raise ValueError(f"{folder}: no *.parquet files with rows; write one row per item there")
     widths = {}
@@ -130,9 +122,9 @@ def feature_widths(
     return widths
 
 
-def _num_rows(file: Location) -> int:
+def _has_rows(file: Location) -> bool:
     with open_parquet(file) as parquet:
-        return int(parquet.metadata.num_rows)
+        return parquet.metadata.num_rows > 0
 
 
 def _first_values(file: Location, column: str) -> pa.Array:

@@ -22,11 +22,7 @@ MOST_RANKS_SHOWN = 16
 def describe_run(
     config: Config, data: str, cluster: Cluster, rows: dict[str, int], json_file: Path | None
 ) -> None:
-    """Print the description of a run, and write its numbers to `json_file`.
-
-    Raises:
-        ValueError: `json_file` cannot be written, or the configuration does not match the data.
-    """
+    """Print the description of a run, and write its numbers to `json_file`; see `describe`."""
     if json_file is not None:
         check_output(json_file)
     description = describe(config, data, cluster, rows)

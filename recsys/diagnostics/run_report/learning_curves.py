@@ -46,11 +46,7 @@ ROUNDING = 1e-6  # of events, which are float32
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """Return every scalar of the run by tag and step; empty without the tracker TensorBoard.
-
-    Raises:
-        ValueError: an event file is a pipe or a device.
-    """
+    """Return every scalar of the run by tag and step; empty without the tracker TensorBoard."""
     if not (run / "tensorboard").is_dir():
         return {}
     for file in (run / "tensorboard").glob("*tfevents*"):

@@ -50,11 +50,7 @@ def item_table(job: Job) -> ItemTable | None:
 
 
 def column_values(table: ItemTable, name: str, items: np.ndarray) -> list[Any]:
-    """Return a column's values for items, int64 [I]; None where null or where an item has no row.
-
-    Raises:
-        ValueError: a file lacks the column or cannot be read.
-    """
+    """Return a column's values for items, int64 [I]; None where null or without a row."""
     rows_by_item = dict(zip(table.ids.tolist(), table.rows.tolist()))
     rows = [rows_by_item.get(item, -1) for item in items.tolist()]
     sorted_rows, first = np.array(sorted(set(rows) - {-1}), np.int64), 0
@@ -77,24 +73,16 @@ def _as_python(values: pa.Array) -> list[Any]:
 
 def column_types(files: Sequence[Location]) -> dict[str, pa.DataType]:
     """Return the types of the columns that all items' files have, in the schema or not."""
-    kinds: dict[str, pa.DataType] | None = None
+    kinds: list[dict[str, pa.DataType]] = []
     for file in files:
         with open_parquet(file) as parquet:
-            file_types = {field.name: field.type for field in parquet.schema_arrow}
-        kinds = (
-            file_types
-            if kinds is None
-            else {name: kinds[name] for name in kinds if name in file_types}
-        )
-    return kinds or {}
+            kinds.append({field.name: field.type for field in parquet.schema_arrow})
+    first = kinds[0] if kinds else {}
+    return {name: kind for name, kind in first.items() if all(name in other for other in kinds)}
 
 
 def category_column(files: Sequence[Location], column: str | None) -> str | None:
-    """Return the column to colour items by: the chosen one, or the first of the usual ones.
-
-    Raises:
-        ValueError: the chosen column is missing, or is neither of texts nor of integers.
-    """
+    """Return the column to colour items by: the chosen, or a usual one; misuse is a ValueError."""
     if not files:
         if column is None:
             return None
@@ -196,11 +184,7 @@ CONFIG = "projector_config.pbtxt"  # of TensorBoard's projector
 
 
 def check_folder(folder: Path) -> None:
-    """Check that a folder is new or has an earlier projector, which is replaced.
-
-    Raises:
-        ValueError: the folder has something else.
-    """
+    """Raise a ValueError unless a folder is new or has an earlier projector, which is replaced."""
     if folder.exists() and not (folder / CONFIG).exists():
         raise ValueError(
             f"{folder}: is no projector of a report; move it away, or name another --out"
@@ -216,12 +200,9 @@ def write_projector(
     table: ItemTable | None,
     category: str | None,
 ) -> int:
-    """Write the vectors of the items most frequent in training, of a job from `load_run`.
+    """Write vectors of the items most frequent in training; return the number of items.
 
     An earlier projector in `folder` is replaced. `category` is the column of `table` to colour by.
-
-    Returns:
-        The number of items written.
     """
     items = frequent_items(job, item_counts, most_items)
     if not len(items):
