@@ -72,11 +72,11 @@ def prepare_movielens(
         split: global: one in time; user: each user's ratings in time; rolling: five windows
         history_length: longest history of a row
     """
-    from recsys.data.movielens.prepare import format_summary
+    from recsys.data.events.prepare import format_splits
     from recsys.data.movielens.prepare import prepare_movielens as prepare
     from recsys.distributed.log import print_table
 
-    print_table(format_summary(prepare(source, out, history_length, split)))
+    print_table(format_splits(prepare(source, out, history_length, split), "liked"))
     logger.info("written to %s", out)
 
 

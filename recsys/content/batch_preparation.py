@@ -44,9 +44,8 @@ def assign_to_owners(content: BatchContent, group: dist.ProcessGroup) -> BatchCo
     dist.all_to_all_single(
         requested, content.items[order], send_counts, receive_counts, group=group
     )
-    owned, rows = requested.unique(
-        return_inverse=True
-    )  # [E], and the row in it of each requested item
+    # Items [E], and the row among them of each requested item.
+    owned, rows = requested.unique(return_inverse=True)
     arrival = torch.empty_like(order)
     arrival[order] = torch.arange(len(order))
     return replace(
@@ -143,15 +142,13 @@ def _sequences(batch: Batch, history: Tensor) -> KeyedJaggedTensor:  # history [
     # Unique ids belong to no row, but a KeyedJaggedTensor requires one: the first.
     lengths = torch.zeros_like(targets)
     lengths[0] = len(history)
-    features, size = batch.sequence_features, 2 * len(targets)
-    extra_values = (
-        features.values()[sum(features.length_per_key()[:2]) :],
-        features.lengths()[size:],
-    )
+    features = batch.sequence_features
+    num_values, num_lengths = sum(features.length_per_key()[:2]), 2 * len(targets)
+    further_lengths = features.lengths()[num_lengths:]
     return KeyedJaggedTensor.from_lengths_sync(
         keys=features.keys(),
-        values=torch.cat([targets, history, extra_values[0]]),
-        lengths=torch.cat([torch.ones_like(targets), lengths, extra_values[1]]).int(),
+        values=torch.cat([targets, history, features.values()[num_values:]]),
+        lengths=torch.cat([torch.ones_like(targets), lengths, further_lengths]).int(),
     )
 
 
@@ -217,7 +214,8 @@ class BatchPreparation:
             self.vocabularies.map_batch(batch, step, training)
             unknown.add(batch)
             prepared = self._with_histories(batch)
-            prepared = self._with_negatives(prepared, step, training)
+            if self.negatives is not None:
+                prepared = self.negatives(prepared, self._draw(step), training)
             prepared = self._with_items(prepared, step, training, with_content)
             is_new = prepared is not batch or bool(self.vocabularies.by_table)
             finish = self._with_routes(prepared, training, is_new, is_pinned)
@@ -255,11 +253,6 @@ class BatchPreparation:
         if with_content:
             content = replace(content, inputs=self.store.gather(content.items.numpy()))
         return replace(batch, content=content)
-
-    def _with_negatives(self, batch: Batch, step: int, training: bool) -> Batch:
-        if self.negatives is None:
-            return batch
-        return self.negatives(batch, self._draw(step), training)
 
     def _draw(self, step: int) -> tuple[int, int, int]:
         return (self.seed, step, dist.get_rank(self.group))

@@ -33,8 +33,7 @@ def build_content_store(
 ) -> tuple[ContentStore, dict[str, Encoder]]:
     """Prepare the items once per machine and build the encoders. A collective.
 
-    Raises:
-        ValueError: on every rank, when one cannot use its items or encoders.
+    A ValueError on every rank if one cannot use its items or encoders.
     """
     with ranks.raise_on_all_ranks():
         folder = home_expanded(cache) if cache else default_cache()
@@ -75,11 +74,7 @@ def build_content(
 
 
 def fill_caches(config: Config, data: str, ranks: Ranks) -> dict[str, CacheReport | None]:
-    """Fill missing caches, print a line per modality and return the reports. A collective.
-
-    Raises:
-        ValueError: on every rank, if the configuration has no content or the data cannot be used.
-    """
+    """Fill missing caches, print a line per modality and return the reports. A collective."""
     content = content_settings(config.content)
     if content is None:
         raise ValueError(

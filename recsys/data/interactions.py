@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
-from typing import Generic, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,35 +33,9 @@ from recsys.data.row_source import (
 )
 
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
-
-
-class Result(Protocol[T_co]):
-    """Result of a job: a `concurrent.futures.Future`, or a `LazyResult`."""
-
-    def result(self) -> T_co:
-        """Wait for the result; raise the job's error if it failed."""
-
-
-class LazyResult(Generic[T]):
-    """A job that runs once, in the thread that requests its result."""
-
-    def __init__(self, job: Callable[[], T]) -> None:
-        self._job: Callable[[], T] | None = job
-        self._result: T
-
-    def result(self) -> T:
-        if self._job is not None:
-            self._result = self._job()
-            self._job = None
-        return self._result
-
-
-class Submit(Protocol):
-    """Accepts a job: `LazyResult`, or the `submit` of a pool of threads."""
-
-    def __call__(self, job: Callable[[], T], /) -> Result[T]:
-        """Accept a job and return its future result."""
+# Accepts a job and returns the function that waits for its result or raises its error: `cache`,
+# which runs the job at the first call, or `submit_to` a pool of threads.
+Submit = Callable[[Callable[[], Any]], Callable[[], Any]]
 
 
 @contextmanager
@@ -74,6 +48,11 @@ def threads(count: int, name: str) -> Generator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
+def submit_to(pool: ThreadPoolExecutor) -> Submit:
+    """Return a function that runs jobs in the pool."""
+    return lambda job: pool.submit(job).result
+
+
 def _on_device() -> tuple[Callable[[int], None], tuple[int]] | tuple[()]:
     """Return an initializer that sets this thread's GPU; new threads would use GPU 0."""
     if not torch.cuda.is_initialized():
@@ -83,13 +62,13 @@ def _on_device() -> tuple[Callable[[int], None], tuple[int]] | tuple[()]:
 
 def in_order(jobs: Iterable[Callable[[], T]], submit: Submit, ahead: int) -> Generator[T]:
     """Yield the results of jobs in order, or raise their errors; run up to `ahead` more jobs."""
-    pending: deque[Result[T]] = deque()
+    pending: deque[Callable[[], T]] = deque()
     for job in jobs:
         pending.append(submit(job))
         if len(pending) > ahead:
-            yield pending.popleft().result()
+            yield pending.popleft()()
     while pending:
-        yield pending.popleft().result()
+        yield pending.popleft()()
 
 
 AHEAD = 2  # batches in progress per building thread
@@ -147,12 +126,12 @@ class Interactions:
 
     def __iter__(self) -> Iterator[Batch]:
         """Return the remaining batches of the epoch, read and built in this thread; see `begin`."""
-        return in_order(self.jobs(LazyResult), LazyResult, ahead=0)
+        return in_order(self.jobs(cache), cache, ahead=0)
 
     def jobs(self, submit: Submit) -> Iterator[Callable[[], Batch]]:
         """Yield one job per batch. While a window is in use, the next is being read."""
         slices, starts = self.share.slices, [0, *accumulate(map(len, self.share.slices))]
-        windows: dict[Window, Result[WindowRows]] = {}
+        windows: dict[Window, Callable[[], WindowRows]] = {}
         for batch in range(self.first_batch, self.num_batches):
             low = rows_before(batch, self.share.num_rows, self.num_batches)
             high = rows_before(batch + 1, self.share.num_rows, self.num_batches)
@@ -170,10 +149,12 @@ class Interactions:
         table = self.rows.read_window(window, self.shuffle_seed)
         return RowColumns.of(table), self.rows.row_order(window, self.shuffle_seed)
 
-    def _build(self, sources: Sequence[tuple[Result[WindowRows], Slice]], padding: int) -> Batch:
+    def _build(
+        self, sources: Sequence[tuple[Callable[[], WindowRows], Slice]], padding: int
+    ) -> Batch:
         rows = []
         for window, part in sources:
-            columns, order = window.result()
+            columns, order = window()
             rows.append(columns.take(order[part.low : part.high]))
         if padding:
             rows.append(RowColumns.of(self.rows.padding(padding)).take(np.arange(padding)))
@@ -193,8 +174,8 @@ def loader(interactions: Interactions, num_workers: int, pin_memory: bool) -> Ge
         )
 
     if not num_workers:
-        yield from batches(LazyResult, LazyResult, 0)
+        yield from batches(cache, cache, 0)
         return
     # Stop the reader first: builders may block on it.
     with threads(num_workers, "build") as builders, threads(1, "read") as reader:
-        yield from batches(reader.submit, builders.submit, AHEAD * num_workers)
+        yield from batches(submit_to(reader), submit_to(builders), AHEAD * num_workers)

@@ -95,25 +95,6 @@ class ItemCounts:
         return ItemCounts(np.concatenate(items), np.concatenate(counts))
 
 
-class ItemCounter:
-    """Counts items chunk by chunk; memory grows with the number of distinct items."""
-
-    def __init__(self) -> None:
-        self._merged = ItemCounts.sum_of([])
-        self._waiting: list[ItemCounts] = []
-
-    def add(self, items: np.ndarray) -> None:  # int64 [N]
-        self._waiting.append(ItemCounts.of_rows(items))
-        num_waiting = sum(len(counts.items) for counts in self._waiting)
-        if num_waiting > max(len(self._merged.items), LEAST_MERGED):
-            self.total()
-
-    def total(self) -> ItemCounts:
-        if self._waiting:
-            self._merged, self._waiting = ItemCounts.sum_of([self._merged, *self._waiting]), []
-        return self._merged
-
-
 def rows_that_count(table: pa.Table, schema: Schema) -> np.ndarray:  # table R rows -> bool [R]
     """Return a mask of the rows that are not padding and have a weight above 0."""
     is_row = table[ROW_POSITION].to_numpy() >= 0
@@ -130,10 +111,12 @@ def count_items(
     rows: RowSource, rank: int, world_size: int, also: Callable[[pa.Table], None] | None = None
 ) -> ItemCounts:
     """Count the target items of a rank's share (see `rows_of_items`); `also` gets each chunk."""
-    counter = ItemCounter()
+    counts, waiting = ItemCounts.sum_of([]), list[ItemCounts]()
     for table in rows.read(*rows.share(rank, world_size)):
         if also is not None:
             also(table)
         is_counted = rows_of_items(table, rows.schema)
-        counter.add(table[rows.schema.target_item].to_numpy()[is_counted])
-    return counter.total()
+        waiting.append(ItemCounts.of_rows(table[rows.schema.target_item].to_numpy()[is_counted]))
+        if sum(len(part.items) for part in waiting) > max(len(counts.items), LEAST_MERGED):
+            counts, waiting = ItemCounts.sum_of([counts, *waiting]), []
+    return ItemCounts.sum_of([counts, *waiting])

@@ -210,9 +210,6 @@ def load_schema(root: Location, with_vocabularies: bool = True) -> Schema:
     """Read and check `schema.yaml` of the dataset at `root`, its vocabularies and transforms.
 
     Without vocabularies, maps of ids and fitted values need not be prepared yet.
-
-    Raises:
-        ValueError: the file is unusable, or a map or fitted value is missing or does not fit.
     """
     schema = read_schema(root)
     load_fitted(schema.transforms, schema.columns, root, required=with_vocabularies)

@@ -169,10 +169,6 @@ class Parts:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    @staticmethod
-    def name_of(hashes: np.ndarray) -> str:  # [n]
-        return digest_of(hashes.tobytes())
-
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npz"
 
@@ -189,11 +185,7 @@ class Parts:
             np.savez(file, lengths=lengths, values=values)
 
     def read(self, name: str, array: str) -> np.ndarray:
-        """Return `lengths` [n] or `values` [sum of lengths, D] of one call.
-
-        Raises:
-            ValueError: the file is damaged.
-        """
+        """Return `lengths` [n] or `values` [sum of lengths, D] of a call; damage is an error."""
         content = BytesIO(self._path(name).read_bytes())
         try:
             with np.load(content, allow_pickle=False) as arrays:

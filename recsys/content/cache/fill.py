@@ -32,6 +32,7 @@ from recsys.content.cache.files import (
 )
 from recsys.content.encoders.base import CacheReport, Encoder
 from recsys.data.items.content_store import ContentStore
+from recsys.data.items.item_table import digest_of
 from recsys.data.items.ragged_array import HASHES, RaggedArray, RowWriter, share_rows
 from recsys.distributed.log import progress_bar
 from recsys.distributed.ranks import Ranks
@@ -74,11 +75,8 @@ def cache_frozen_outputs(
 ) -> CacheReport:
     """Fill or reuse the cache of `encoder.frozen` outputs and serve them from `store`.
 
-    A collective. The encoder's frozen layers are dropped afterwards.
-
-    Raises:
-        ValueError: on every rank, if one cannot read its content.
-        RuntimeError: on every rank, if one fails otherwise. Finished work is kept.
+    A collective. The encoder's frozen layers are dropped afterwards. Where one rank cannot read its
+    content, or fails otherwise, all raise; finished work is kept.
     """
     start = time.perf_counter()
     fill = _Fill(store, name, encoder, ranks)
@@ -170,7 +168,7 @@ class _Fill:
         return [rows[at : at + ITEMS_PER_CALL] for at in range(0, len(rows), ITEMS_PER_CALL)]
 
     def _name_of(self, call: np.ndarray) -> str:  # [n]
-        return self.parts.name_of(self.hashes[call])
+        return digest_of(self.hashes[call].tobytes())
 
     def _encode_missing(self, calls: list[np.ndarray], num_earlier: int, failed: Path) -> None:
         """Encode the calls that no rank or job has done, until all are; a failure ends all ranks.

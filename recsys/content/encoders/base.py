@@ -201,8 +201,7 @@ class Encoder(nn.Module):
     def frozen_outputs(self, content: ContentInput) -> ContentInput:
         """Return the outputs of `frozen` [U, T, D]; an item's bits do not depend on its batch.
 
-        Raises:
-            ValueError: an output is too large for `frozen_dtype`.
+        An output that is too large for `frozen_dtype` is a ValueError.
         """
         outputs = run_in_groups(self.frozen, content, self.max_length, self.frozen_dim)
         values = outputs.values.to(self.frozen_dtype)

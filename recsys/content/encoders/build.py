@@ -14,8 +14,7 @@ __all__ = ["Encoder", "StoredFeatures", "build_encoder"]
 def encoder_of(kind: ModalityKind, entry_shape: tuple[int, ...] = ()) -> Encoder:
     """Return the encoder of a kind and its items' entries [`entry_shape`], with its identity.
 
-    Raises:
-        ValueError: the encoder cannot be loaded, does not fit its settings, or is no `Encoder`.
+    An encoder that cannot be loaded, or does not fit its settings, is a ValueError.
     """
     encoder = kind.encoder(entry_shape)
     if not isinstance(encoder, Encoder):
@@ -30,9 +29,6 @@ def encoder_of(kind: ModalityKind, entry_shape: tuple[int, ...] = ()) -> Encoder
 
 def build_encoder(name: str, modality: ModalitySettings, feature_dim: int | None = None) -> Encoder:
     """Return the encoder of one modality without its items, for inspection.
-
-    Raises:
-        ValueError: the encoder cannot be loaded, or does not fit its settings.
 
     Example::
 

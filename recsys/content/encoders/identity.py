@@ -59,11 +59,7 @@ def write_identities(identities: dict[str, EncoderIdentity], run: Path) -> None:
 
 
 def check_identities(identities: dict[str, EncoderIdentity], run: Path) -> None:
-    """Check that encoders are those that the run was trained with.
-
-    Raises:
-        ValueError: they differ; the message names the modality, the difference and both revisions.
-    """
+    """Raise a ValueError unless encoders are those that the run was trained with."""
     file = run / FILE
     if not file.is_file():
         raise ValueError(f"{file}: no such file; it says which encoders the run was trained with")
@@ -81,20 +77,17 @@ def check_identities(identities: dict[str, EncoderIdentity], run: Path) -> None:
             part for part in ("weights", "preparation")
             if getattr(before, part) != getattr(identity, part)
         ]  # fmt: skip
+
         if differing:
+            fix = f"Set content.modalities.{name}.revision to {before.revision}"
+            fix = fix if before.revision else "Bring its files back"
             raise ValueError(
                 f"{file}: the run was trained with encoder {_described(before)} for "
                 f"content.modalities.{name}; now it is {_described(identity)}, of other "
-                f"{' and '.join(differing)}. {_fix(name, before)}"
+                f"{' and '.join(differing)}. {fix}, or train anew"
             )
 
 
 def _described(identity: EncoderIdentity) -> str:
     revision = f" at revision {identity.revision}" if identity.revision else ""
     return f"'{identity.name}'{revision} (weights {identity.weights[:8]})"
-
-
-def _fix(name: str, before: EncoderIdentity) -> str:
-    if before.revision:
-        return f"Set content.modalities.{name}.revision to {before.revision}, or train anew"
-    return "Bring its files back, or train anew"

@@ -60,11 +60,7 @@ class ImageTransformer(TransformerEncoder):
 
 
 class ModuleEncoder(Encoder):
-    """Any torch module over pixels: [U, 3, H, W] -> [U, D] or [U, T, D], frozen or trained.
-
-    Raises:
-        ValueError: the module's output has another shape.
-    """
+    """Any torch module over pixels: [U, 3, H, W] -> [U, D] or [U, T, D], frozen or trained."""
 
     def __init__(self, module: nn.Module, trained: bool, image_size: int) -> None:
         super().__init__()

@@ -38,11 +38,7 @@ NO_IMAGE_FILE = (
 
 
 class PretrainedEncoder:
-    """Checkpoint of an encoder; files are read when an attribute needs them.
-
-    Raises:
-        ValueError: the package or folder is missing. Attributes that read files raise one, too.
-    """
+    """Checkpoint of an encoder; files are read when an attribute needs them, or a ValueError."""
 
     def __init__(self, name: str, revision: str | None, where: str) -> None:
         self.name, self.revision, self.where = name, revision, where
@@ -142,10 +138,8 @@ class PretrainedEncoder:
     def load_model(self, keeps_pooler: bool = False) -> Any:
         """Return the model without dropout, and without a pooler unless `keeps_pooler`.
 
-        Under `torch.device("meta")` no weights are read.
-
-        Raises:
-            ValueError: it cannot be loaded, or some of its weights are missing.
+        Under `torch.device("meta")` no weights are read. A model that cannot be loaded, or lacks
+        weights, is a ValueError.
         """
         model = tiny_model(self.name, self.where) if self.is_random else self._read(keeps_pooler)
         if hasattr(model, "pooler") and not keeps_pooler:

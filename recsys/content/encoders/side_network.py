@@ -19,11 +19,7 @@ from recsys.data.items.kind import ContentInput
 
 
 def pooled_states(output: Any, mask: Tensor, pooling: Pooling) -> ContentInput:
-    """Pool the states of all layers of a transformers model's output; values [U, S, D].
-
-    Raises:
-        ValueError: the model gives no states of all layers, or states of several widths.
-    """
+    """Pool the states of all layers of a transformers model's output; values [U, S, D]."""
     states = getattr(output, "hidden_states", None)
     if not states or {state.shape for state in states} != {output.last_hidden_state.shape}:
         raise ValueError("side tuning needs the hidden states of all layers, of one width")

@@ -87,10 +87,8 @@ class Recomputed(nn.Module):
 class TransformerEncoder(Encoder):
     """A transformers model; `TextTransformer` and `ImageTransformer` define inputs and tokens.
 
-    `projection` maps the model's pooled output, for pooling `projected`. Texts have no `pixels`.
-
-    Raises:
-        ValueError: the model cannot be run, lacks targets of LoRA, or inputs are too large for it.
+    `projection` maps the model's pooled output, for pooling `projected`. Texts have no `pixels`. A
+    model that does not fit its settings is a ValueError.
     """
 
     is_text: bool
@@ -149,9 +147,6 @@ class TransformerEncoder(Encoder):
 
         With pooling `projected` both towers of a dual encoder give vectors of one space: CLIP
         (arXiv 2103.00020), SigLIP (arXiv 2303.15343).
-
-        Raises:
-            ValueError: it cannot be loaded, or does not fit its settings.
         """
         is_projected = modality.pooling == "projected"
         tower, projection = pretrained.load_model(is_projected), None

@@ -25,9 +25,6 @@ def build_fusion(settings: FusionSettings, dim: int, num_modalities: int) -> nn.
 
     A user's class, `package.module:Class`, gets `content.fusion.options` by name. Its
     `forward(tokens, mask, modality)` has the arguments of `ConcatFusion`.
-
-    Raises:
-        ValueError: the name is unknown, or the class cannot be imported or constructed.
     """
     options = settings.options
     if settings.name == "qformer":

@@ -32,10 +32,7 @@ class RaggedArray:
     """N rows; row n holds `lengths[n]` entries of one shape and type.
 
     On disk: `values.npy` [sum of lengths, ...] and `offsets.npy` [N + 1]. With shared rows:
-    `offsets.npy` [S + 1] and `distinct.npy` [N].
-
-    Raises:
-        ValueError: the files are damaged.
+    `offsets.npy` [S + 1] and `distinct.npy` [N]. Damaged files are a ValueError.
     """
 
     def __init__(self, folder: Path) -> None:

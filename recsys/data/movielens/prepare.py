@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from recsys.data.events.file_columns import csv_batches
 from recsys.data.events.load import load_events_config
-from recsys.data.events.prepare import format_splits, run_stages, unused_folder
+from recsys.data.events.prepare import run_stages, unused_folder
 from recsys.data.events.settings import Content, Source, SplitBy
 from recsys.data.items.images import check_first_image
 from recsys.storage.files import whole_folder
@@ -84,11 +84,6 @@ def prepare_movielens(
         shutil.rmtree(tables)
     splits: dict[str, dict[str, Any]] = report["splits"]
     return splits
-
-
-def format_summary(summary: dict[str, dict[str, Any]]) -> str:
-    """Return the summary of `prepare_movielens` as a plain text table."""
-    return format_splits(summary, "liked")
 
 
 def _write_tables(folder: Path, movies: pa.Table, ratings: pa.Table) -> None:

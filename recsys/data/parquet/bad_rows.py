@@ -45,10 +45,8 @@ class BadRows:
     ) -> None:
         """Record the bad rows of one column in the part of a file from `first_row` on.
 
-        `column` is "" for whole rows; `message` maps a row of the part to its error and the fix.
-
-        Raises:
-            ValueError: a row is bad and `on_bad_row` is error; names file, column and row.
+        `column` is "" for whole rows; `message` maps a row of the part to its error and the fix. If
+        `on_bad_row` is error, the first bad row is a ValueError that names file, column and row.
         """
         if not bad.any():
             return
