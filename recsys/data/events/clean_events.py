@@ -19,11 +19,7 @@ KINDS = {"id": "id", "ids": "ids", "dense": "number"}  # of features, as fields
 
 
 def settle_fill(name: str, feature: Feature, kind: pa.DataType) -> None:
-    """Give a feature's `fill` the type of its column, in place.
-
-    Raises:
-        ValueError: it is no value of that type.
-    """
+    """Give a feature's `fill` the type of its column, in place; another value is a ValueError."""
     fill = feature.fill
     if fill is None:
         return
@@ -61,8 +57,7 @@ def read_events(
 ) -> tuple[dict[str, pa.DataType], int, dict[str, int]]:
     """Make the stage `clean_events`; return its types, and rows read and left out by reason.
 
-    Raises:
-        ValueError: a file or column cannot be used, types of tables differ, or no row is left.
+    Unusable files, columns and types, or no row left, are a ValueError.
     """
     readers: dict[str, Reader] = {}
     columns, first_file = event_columns(config), 0
@@ -81,11 +76,7 @@ def read_tables(
     readers: dict[str, Reader],
     types: dict[str, pa.DataType],
 ) -> dict[str, pa.DataType]:
-    """Make the stage `events_read` of some tables; return its types, which begin with `types`.
-
-    Raises:
-        ValueError: a file cannot be read, types of tables differ, or no row is selected.
-    """
+    """Make the stage `events_read` of some tables; return its types, which begin with `types`."""
     types = dict(types)
     for reader in readers.values():
         for field in list(reader.schema)[1:]:
@@ -101,23 +92,20 @@ def read_tables(
             f"position < {(last + 1) << FILE_BITS}"
         )
         check_unit(engine, name, table, "ts", rows)
-        if config.impressions is not None and name != IMPRESSION and table.action is not None:
-            _check_no_impressions(engine, file, table.action, rows)
+        may_clash = config.impressions is not None and name != IMPRESSION
+        impressions = f"{rows} AND action = '{IMPRESSION}'"  # events that would be samples
+        if may_clash and table.action is not None and (count := count_rows(engine, impressions)):
+            raise ValueError(
+                f"{file}: column '{table.action}' has '{IMPRESSION}' in {count} rows, which is "
+                "the action of `impressions`; rename it, choose other rows by `where`, or "
+                "leave `impressions` out"
+            )
         if table.where and not count_rows(engine, rows):
             raise ValueError(
                 f"{file}: `where` of '{name}' chooses no row: {table.where}; correct its values, "
                 "or leave the table out"
             )
     return types
-
-
-def _check_no_impressions(engine: SqlEngine, file: str, column: str, rows: str) -> None:
-    """Raise a ValueError if events have the action of impressions, as they would be samples."""
-    if count := count_rows(engine, f"{rows} AND action = '{IMPRESSION}'"):
-        raise ValueError(
-            f"{file}: column '{column}' has '{IMPRESSION}' in {count} rows, which is the action of "
-            "`impressions`; rename it, choose other rows by `where`, or leave `impressions` out"
-        )
 
 
 def check_unit(engine: SqlEngine, name: str, table: Source, column: str, rows: str) -> None:
@@ -133,11 +121,9 @@ def check_unit(engine: SqlEngine, name: str, table: Source, column: str, rows: s
     today, scale = time.time_ns() // 1000, MICROS[table.time_unit]
     for unit in larger:
         factor = MICROS[unit] // scale
-        if (
-            low is not None
-            and high < YEAR
-            and PLAUSIBLE <= low * factor <= high * factor <= today + YEAR
-        ):
+        if low is None or high >= YEAR:
+            return
+        if PLAUSIBLE <= low * factor <= high * factor <= today + YEAR:
             raise ValueError(
                 f"{name}: all times lie in 1970 where time_unit is {table.time_unit}; set "
                 f"time_unit: {unit}, which fits"
@@ -172,10 +158,9 @@ def make_usable(
     stage: str = "usable",
     since: int | None = None,
 ) -> tuple[int, dict[str, int]]:
-    """Make a stage of the rows of `events_read` without problems; none arrives before `since`.
+    """Make a stage of the usable rows of `events_read`; count those read, and others by reason.
 
-    Returns:
-        The number of rows read, and of those left out by reason.
+    No row arrives before `since`.
     """
     latest = latest_moment(config.drop.later_than, config.time_zone)
     problems = {
@@ -196,8 +181,7 @@ def make_usable(
         first = "" if since is None else f", {since}"
         columns["arrived"] = f"greatest(arrived, ts{first}) AS arrived"
     names = ", ".join(columns.values())
-    query = f"SELECT position, {names} FROM events_read WHERE {conditions}"
-    engine.view(stage, query)
+    engine.view(stage, f"SELECT position, {names} FROM events_read WHERE {conditions}")
     return num_read, reasons
 
 
@@ -223,8 +207,7 @@ def _clean(
 ) -> dict[str, int]:
     """Make the stage `clean_events` of `usable`: `unique_events` up to each user's limit.
 
-    Returns:
-        `reasons` of rows left out before, and those of this stage.
+    Adds the rows that it leaves out to `reasons`.
     """
     drop, num_usable = config.drop, num_read - sum(reasons.values())
     unique, copies = without_copies(engine, config, types)

@@ -159,11 +159,7 @@ class DatasetWriter:
     files: HistoryFiles | None
 
     def write(self, root: Path) -> dict[str, dict[str, Any]]:
-        """Write the datasets into folders of their names; return figures of each split.
-
-        Raises:
-            ValueError: a split has no rows, or a transform does not fit the values of its column.
-        """
+        """Write the datasets into folders of their names; return figures of each split."""
         figures: dict[str, dict[str, Any]] = {}
         items: Path | None = None
         for name, conditions in self.datasets.items():

@@ -292,10 +292,8 @@ def add_negatives(
 ) -> tuple[Conditions, dict[str, int]]:
     """Make the stage `drawn` of `rows` and samples drawn for those whose first label is 1.
 
-    With `past`, the stage `catalogue` is there; else both are made of the log.
-
-    Returns:
-        The conditions of the splits with their draws, and how many draws found no item left.
+    With `past`, the stage `catalogue` is there; else both are made of the log. Returns the
+    conditions of the splits with their draws, and how many draws found no item left.
     """
     settings = config.negatives
     assert settings is not None

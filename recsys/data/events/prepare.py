@@ -52,11 +52,7 @@ def prepare_events(
 
 
 def unused_folder(out: Path) -> Path:
-    """Return the absolute path of a folder to write.
-
-    Raises:
-        ValueError: it exists and is not an empty folder, or is a URL.
-    """
+    """Return the absolute path of a folder to write; one in use, or a URL, is a ValueError."""
     if re.match(r"[A-Za-z][\w+.-]+:/", str(out)):  # a Path has one slash left
         raise ValueError(f"--out {out}: a URL; name a local folder, and copy that to the URL")
     out = out.resolve() if out.is_dir() else out.absolute()

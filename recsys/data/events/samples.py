@@ -164,11 +164,8 @@ def make_rows(engine: SqlEngine, config: EventsConfig, due: str | None = None) -
     With a weight it has `/weight`, and late columns as `late_NAME`. `due` is a stage of rows whose
     labels are decided, with `/day` and `/end`; None: all rows of the log.
 
-    Returns:
-        The number of rows left out, by reason.
-
-    Raises:
-        ValueError: no row is left, a given label is not 0 or 1, or a label's action is missing.
+    It counts the rows left out, by reason. If none is left, or a label cannot be made of the log,
+    it is a ValueError.
     """
     required = _make_labelled(engine, config, due)
     _check_given_labels(engine, config.labels)

@@ -29,11 +29,8 @@ def read_snapshots(
 ) -> dict[str, int]:
     """Make the stage `NAME_snapshots`: id, valid_from, valid_until, features and content.
 
-    `name` is item or user, `kind` the type of its ids. Rows left out are counted by reason.
-
-    Raises:
-        ValueError: a file or column cannot be used, an id has several rows at one time, or, with
-            `must_match`, no event has an id of the table.
+    `name` is item or user, `kind` the type of its ids. Rows left out are counted by reason. Ids
+    with several rows at one time, or, with `must_match`, without any event, are a ValueError.
     """
     fields = _fields(table)
     reader = open_source(name, table, fields)

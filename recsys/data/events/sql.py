@@ -199,9 +199,6 @@ class SparkEngine:
     """A Spark session in the running application, or a new one at `master`.
 
     The caller removes the folder `work`.
-
-    Raises:
-        ValueError: PySpark is not installed, or Spark does not start.
     """
 
     unnest, hash = "explode", "xxhash64"
@@ -335,11 +332,7 @@ def open_engine(
 
 @contextmanager
 def stage_folder(folder: Path, temp: Path | None) -> Iterator[Path]:
-    """Yield a folder of stages in `temp`, or else in `folder`, and remove it.
-
-    Raises:
-        ValueError: `temp` is no folder.
-    """
+    """Yield a folder of stages in `temp`, or else in `folder`, and remove it."""
     if temp is not None and not temp.is_dir():
         raise ValueError(f"--temp {temp}: no such folder; make it, or name another")
     work = folder / "stages"

@@ -21,11 +21,7 @@ HAS_ZONE = r"(Z|z|:[0-9.]+[+-]\d\d(:?\d\d)?)$"
 
 
 def duration(text: str) -> int | None:
-    """Return microseconds of a text such as `90s`, `30m`, `1h`, `7d` or `2w`; None of `all`.
-
-    Raises:
-        ValueError: the text has another form, or the time is longer than any log.
-    """
+    """Return microseconds of a text such as `90s`, `30m`, `1h`, `7d` or `2w`; None of `all`."""
     if text == "all":
         return None
     match = re.fullmatch(r"([0-9]+)([smhdw])", text)
@@ -38,11 +34,7 @@ def duration(text: str) -> int | None:
 
 
 def moment(text: str, zone: str | None) -> int:
-    """Return microseconds of an ISO date or time; without an offset it is in `zone`.
-
-    Raises:
-        ValueError: the text is no ISO date or time, or has no offset where there is no zone.
-    """
+    """Return microseconds of an ISO date or time; without an offset it is in `zone`."""
     try:
         instant = datetime.fromisoformat(text)
     except ValueError as error:
@@ -65,11 +57,7 @@ def latest_moment(later_than: str | None, zone: str | None) -> int:
 def to_micros(
     values: pa.Array, unit: str, zone: str, form: str | None = None
 ) -> pa.Array:  # values [N] -> int64 [N], null where the value is null
-    """Convert integers, timestamps, dates, ISO strings, and strings of another form.
-
-    Raises:
-        ValueError: another type, a text of another form, or a time no log can have.
-    """
+    """Convert integers, timestamps, dates, ISO strings, and strings of another form."""
     kind = values.type
     if pa.types.is_integer(kind):
         micros = _scaled(values, MICROS[unit])
