@@ -87,10 +87,8 @@ class HistoryMap(nn.Module):
         return torch.addmm(layer.base_layer.weight, high, low, alpha=self.scaling)
 
 
-def exchange_vectors(
-    vectors: Tensor, exchange: ItemExchange, group: dist.ProcessGroup
-) -> Tensor:  # [E, D] -> [R, D]
-    """Return the vectors that this rank needs, from their owners, with gradient. A collective."""
+def exchange_vectors(vectors: Tensor, exchange: ItemExchange, group: dist.ProcessGroup) -> Tensor:
+    """Map [E, D] to the vectors [R, D] that this rank needs, with gradient. A collective."""
     sent = vectors.index_select(0, exchange.rows)
     received = sent.new_empty(sum(exchange.receive_counts), vectors.shape[1])
     counts = exchange.receive_counts, exchange.send_counts
@@ -238,9 +236,7 @@ class ContentBranch(nn.Module):
             (lambda: StoredHistory(history(), self.history_map.matrix())) if is_stored else None,
         )
 
-    def _at_their_ranks(
-        self, items: Tensor, exchange: ItemExchange | None
-    ) -> Tensor:  # [E, D + M * D] -> [R, D + M * D]
+    def _at_their_ranks(self, items: Tensor, exchange: ItemExchange | None) -> Tensor:  # E -> R
         if exchange is None:
             return items
         group = self.group or dist.group.WORLD

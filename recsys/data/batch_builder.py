@@ -196,10 +196,8 @@ def _columns(rows: RowColumns, names: list[str]) -> Tensor:  # [B, C]
     return _stacked([rows.numbers[name] for name in names], rows.num_rows)
 
 
-def _stacked(
-    arrays: list[np.ndarray], length: int
-) -> Tensor:  # arrays C of [length] -> [length, C]
-    """Stack columns of `length` values as a float32 matrix."""
+def _stacked(arrays: list[np.ndarray], length: int) -> Tensor:  # -> [length, C]
+    """Stack C columns of `length` values as a float32 matrix."""
     if len(arrays) == 1:
         return torch.from_numpy(arrays[0]).unsqueeze(1)
     matrix = np.empty((length, len(arrays)), np.float32)

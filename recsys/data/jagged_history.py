@@ -74,9 +74,7 @@ class JaggedHistory:
         index = self.index[places]
         return JaggedHistory.of(index, lengths, self.num_items, self.longest, host_lengths)
 
-    def highest(
-        self, scores: Tensor, count: int
-    ) -> Tensor:  # scores [N] -> [P], places in ascending order
+    def highest(self, scores: Tensor, count: int) -> Tensor:  # [N] -> [P], ascending
         """Return the places of the `count` highest scores of each row; later ones win ties."""
         last = len(scores) - 1
         order = last - scores.flip(0).argsort(descending=True, stable=True)

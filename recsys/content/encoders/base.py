@@ -244,10 +244,8 @@ class StoredFeatures(Encoder):
         return content
 
 
-def normalize_pixels(
-    pixels: Tensor, preparation: ImagePreparation
-) -> Tensor:  # uint8 [U, 3, H, W] -> float32 [U, 3, H, W]
-    """Return the pixels normalised as the encoder expects."""
+def normalize_pixels(pixels: Tensor, preparation: ImagePreparation) -> Tensor:
+    """Return pixels, uint8 [U, 3, H, W], as float32, normalised as the encoder expects."""
     mean = torch.tensor(preparation.mean, device=pixels.device).view(1, 3, 1, 1)
     std = torch.tensor(preparation.std, device=pixels.device).view(1, 3, 1, 1)
     return (pixels.float() / 255 - mean) / std

@@ -378,10 +378,8 @@ class HistoryFeatures:
     def _events(self, chunk: pa.Table, actions: list[str] | None) -> np.ndarray:  # int64 [E]
         return np.flatnonzero(chunk[SETS].to_numpy() >> self.action_sets.index(actions) & 1)
 
-    def _values(
-        self, chunk: pa.Table, name: str, rows: np.ndarray
-    ) -> dict[str, pa.Array]:  # rows int64 [E] -> [E] each
-        """Return the values of a history and beside it, by column."""
+    def _values(self, chunk: pa.Table, name: str, rows: np.ndarray) -> dict[str, pa.Array]:
+        """Return the values [E] of a history and beside it, by column, at rows [E]."""
         events = chunk.take(pa.array(rows))
         columns = {name: one_chunk(events["iid"])}
         for list_name, parallel in self.histories[name].parallel.items():

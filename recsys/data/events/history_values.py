@@ -61,11 +61,12 @@ def key_numbers(chunk: pa.Table, keys: Sequence[str]) -> np.ndarray:  # chunk [N
 
 
 class Moments:
-    """Samples and events of whole keys, sorted by key and `ts`; keys have no nulls."""
+    """Samples and events of whole keys, sorted by key and `ts`; keys have no nulls.
 
-    def __init__(
-        self, chunk: pa.Table, keys: Sequence[str], samples: np.ndarray
-    ) -> None:  # chunk [N], samples bool [N]: which rows are samples
+    `chunk` [N] has both; `samples`, bool [N], which of its rows are samples.
+    """
+
+    def __init__(self, chunk: pa.Table, keys: Sequence[str], samples: np.ndarray) -> None:
         self._key = key_numbers(chunk, keys)  # [N]
         time = chunk["ts"].to_numpy()
         ordered = np.sort(time)  # numpy.unique takes a hash table first, several times as long
@@ -78,10 +79,11 @@ class Moments:
             known = arrived.fill_null(-FOREVER).to_numpy()  # [N]; null in samples
             self._arrived = known if (known > time).any() else None
 
-    def _events_before(
-        self, events: np.ndarray, delay: int
-    ) -> np.ndarray:  # events int64 [E], rows, ascending -> int64 [S]
-        """Return the number of events, of this and earlier keys, before each sample's `delay`."""
+    def _events_before(self, events: np.ndarray, delay: int) -> np.ndarray:  # [E] -> [S]
+        """Return the number of `events`, ascending rows, before each sample's `delay`.
+
+        Those of earlier keys count, too.
+        """
         rank = np.searchsorted(self._times, self._time - delay)
         place = self._sample_key * (len(self._times) + 1) + rank
         return np.searchsorted(self._place[events], place)

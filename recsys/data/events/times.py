@@ -54,10 +54,8 @@ def latest_moment(later_than: str | None, zone: str | None) -> int:
     return time.time_ns() // 1000 if later_than is None else moment(later_than, zone)
 
 
-def to_micros(
-    values: pa.Array, unit: str, zone: str, form: str | None = None
-) -> pa.Array:  # values [N] -> int64 [N], null where the value is null
-    """Convert integers, timestamps, dates, ISO strings, and strings of another form."""
+def to_micros(values: pa.Array, unit: str, zone: str, form: str | None = None) -> pa.Array:
+    """Convert N integers, timestamps, dates, or strings, ISO or of a form, to int64; null stays."""
     kind = values.type
     if pa.types.is_integer(kind):
         micros = _scaled(values, MICROS[unit])

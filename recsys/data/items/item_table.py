@@ -80,9 +80,7 @@ class ItemTable:
             raise ValueError(f"{self.folder}: no id in column '{self.items.id}' can be used")
         self._leave_out_repeated(chunks)
 
-    def _rows_of_ids(
-        self, file: Location, chunk: pa.Array
-    ) -> np.ndarray:  # chunk [n] -> [n], int64
+    def _rows_of_ids(self, file: Location, chunk: pa.Array) -> np.ndarray:  # [n] -> int64 [n]
         """Return each id's row, -1 if unknown, any for null; bounded ids stay raw."""
         name, target = self.items.id, self.schema.target_item
         is_raw = self.schema.vocabulary_of(target) is not None

@@ -101,9 +101,7 @@ class RaggedWriter:
         header = {"descr": npy.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
         npy.write_array_header_1_0(self._file, header)
 
-    def add(
-        self, lengths: np.ndarray, values: np.ndarray
-    ) -> None:  # lengths [n], values [sum of lengths, ...]
+    def add(self, lengths: np.ndarray, values: np.ndarray) -> None:  # [n], [sum of them, ...]
         assert values.shape == (lengths.sum(), *self.shape)
         self.lengths.append(lengths)
         self.num_entries += len(values)
@@ -135,9 +133,7 @@ class RowWriter(RaggedWriter):
         self._entry_bytes = self.dtype.itemsize * math.prod(shape)
         self._file.truncate(self._first_byte + self.num_entries * self._entry_bytes)
 
-    def write(
-        self, rows: np.ndarray, values: np.ndarray
-    ) -> None:  # rows [n], values [sum of their lengths, ...]
+    def write(self, rows: np.ndarray, values: np.ndarray) -> None:  # [n], [their entries, ...]
         place = 0
         for row in rows.tolist():
             entries = values[place : place + self.lengths[0][row]]

@@ -231,10 +231,8 @@ def _repeats(table: pa.Table, names: list[str]) -> np.ndarray:  # bool [N]
     return repeats
 
 
-def _refuse(
-    path: Path, table: pa.Table, column: str, wrong: np.ndarray, reason: str
-) -> None:  # wrong [N], bool
-    """Raise a ValueError for the first wrong row; its value replaces `{}` in `reason`."""
+def _refuse(path: Path, table: pa.Table, column: str, wrong: np.ndarray, reason: str) -> None:
+    """Raise a ValueError for the first `wrong` row [N]; its value replaces `{}` in `reason`."""
     if wrong.any():
         row = int(wrong.argmax())
         value, first = table[column][row].as_py(), {".csv": 2, ".dat": 1}.get(path.suffix, 0)
