@@ -35,9 +35,7 @@ JOB = ".job.json"  # the job that began the run, and with what results it has en
 REPLACED = ".checkpoints.replaced"
 COMPARISON = "comparison.json"
 BASELINE = "id_only"  # folder of the ID-only baseline's run
-BASELINE_MARK = (
-    ".has_id_only"  # marks the folder BASELINE as this run's own, not an independent run
-)
+BASELINE_MARK = ".has_id_only"  # marks the folder BASELINE as this run's own
 
 
 def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool:
@@ -174,10 +172,8 @@ def read_item_counts(run: Path, num_items: int | None, name: str = ITEM_COUNTS) 
         raise ValueError(f"{file}: cannot be read ({error}); train anew") from error
     is_limited = num_items is not None and len(items) > 0
     if not is_counts or (is_limited and not 0 <= items.min() <= items.max() < num_items):
-        items_text = (
-            "raw ids of items" if num_items is None else f"the {num_items:,} items of the schema"
-        )
-        raise ValueError(f"{file}: is not of {items_text}; train anew")
+        what = "raw ids of items" if num_items is None else f"the {num_items:,} items of the schema"
+        raise ValueError(f"{file}: is not of {what}; train anew")
     if (np.diff(items) <= 0).any() or (counts < 0).any():
         raise ValueError(f"{file}: damaged (items do not rise, or a count is negative); train anew")
     return stored

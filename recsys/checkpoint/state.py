@@ -74,10 +74,10 @@ def _is_stored(job: Job) -> Callable[[str], bool]:
     parameters = list(job.em3.named_parameters())
     trained = {name for name, value in parameters if value.requires_grad}
     frozen = {name for name, value in parameters} - trained
-    frozen_encoders: list[str] = []
-    for name, part in job.em3.content.encoders.items() if job.em3.content else ():
-        frozen_encoders += [f"content.encoders.{name}."] if cast(Encoder, part).caches else []
-    left_out = tuple(frozen_encoders)
+    encoders = job.em3.content.encoders.items() if job.em3.content else ()
+    left_out = tuple(
+        f"content.encoders.{name}." for name, part in encoders if cast(Encoder, part).caches
+    )
     return lambda name: name in trained or not (name in frozen or name.startswith(left_out))
 
 
@@ -150,12 +150,7 @@ class TrainingState:
 
 def num_bytes(state: State) -> int:
     """Return the bytes of the tensors on this rank."""
-    return sum(
-        sum(shard.tensor.nbytes for shard in value.local_shards())
-        if isinstance(value, ShardedTensor)
-        else value.nbytes
-        for value in state.values()
-    )
+    return sum(piece.nbytes for value in state.values() for _, piece in _local_pieces(value))
 
 
 def copy_of(state: State, job: Job) -> State:
@@ -186,19 +181,20 @@ def describe_not_finite(state: State, parameters: Collection[str]) -> str | None
     Buffers of the model are left out, since a mask may hold infinities.
     """
     for name, value in state.items():
-        is_buffer = name.startswith("model.") and name.removeprefix("model.") not in parameters
+        if name.startswith("model.") and name.removeprefix("model.") not in parameters:
+            continue
         for first_row, piece in _local_pieces(value):
-            if is_buffer or not piece.is_floating_point() or _has_finite_sum(piece):
+            dtype = torch.promote_types(piece.dtype, torch.float32)
+            if not piece.is_floating_point() or piece.sum(dtype=dtype).isfinite():
                 continue
             rows = (~piece.isfinite()).reshape(len(piece) if piece.dim() else 1, -1).any(dim=1)
             if rows.any():
                 place = first_row + int(rows.int().argmax())
-                return f"{_title(name, value)}: not finite in {int(rows.sum())} rows, first {place}"
+                title = name.removeprefix("model.")
+                if isinstance(value, ShardedTensor) and name.startswith("model."):
+                    title = f"table '{name.split('.')[-2]}'"
+                return f"{title}: not finite in {int(rows.sum())} rows, first {place}"
     return None
-
-
-def _has_finite_sum(piece: Tensor) -> bool:
-    return bool(piece.sum(dtype=torch.promote_types(piece.dtype, torch.float32)).isfinite())
 
 
 def _local_pieces(value: Tensor | ShardedTensor) -> Iterator[tuple[int, Tensor]]:
@@ -208,8 +204,3 @@ def _local_pieces(value: Tensor | ShardedTensor) -> Iterator[tuple[int, Tensor]]
             yield shard.metadata.shard_offsets[0], shard.tensor
     else:
         yield 0, value
-
-
-def _title(name: str, value: Tensor | ShardedTensor) -> str:
-    is_table = isinstance(value, ShardedTensor) and name.startswith("model.")
-    return f"table '{name.split('.')[-2]}'" if is_table else name.removeprefix("model.")

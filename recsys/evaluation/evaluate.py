@@ -238,7 +238,10 @@ def score(
     ):
         outputs = forward_pass(job, source, lockstep, unknown, total=len(interactions))
         for vectors, logits, batch in outputs:
-            columns.add(*_score_columns(batch, logits))
+            rows, target = batch.rows, batch.target
+            scores = {"positions": rows.positions, "logits": logits.float(), "labels": batch.labels}
+            scores |= {"groups": rows.groups, "items": target.frequency_keys}
+            columns.add(rows.positions >= 0, {**scores, "weights": rows.weights})
             if with_evidence and "evidence" in vectors:
                 names = ("network", "evidence_logits", "evidence")
                 evidence = {name: vectors[name].float() for name in names}
@@ -279,17 +282,6 @@ class _HostColumns:
 
 
 Columns = tuple[Tensor, dict[str, Tensor | None]]  # bool [B], rows that count; [B, ...] by name
-
-
-def _score_columns(batch: Batch, logits: Tensor) -> Columns:  # logits: [B, C]
-    return batch.rows.positions >= 0, {
-        "positions": batch.rows.positions,
-        "logits": logits.float(),
-        "labels": batch.labels,
-        "groups": batch.rows.groups,
-        "items": batch.target.frequency_keys,
-        "weights": batch.rows.weights,
-    }
 
 
 def _query_columns(batch: Batch, vectors: dict[str, Tensor]) -> Columns:

@@ -98,9 +98,7 @@ class PrecisionAtK:
 
         rows = np.diff(np.append(tie_begin, len(label)))
         places_before = tie_begin - user_begin[user_of_tie]
-        expected_share = (
-            np.clip(self.k - places_before, 0, rows) / rows
-        )  # expected, of a tie's rows
+        expected_share = np.clip(self.k - places_before, 0, rows) / rows  # of a tie's rows
         hits = np.add.reduceat(label, tie_begin) * expected_share
         user_rows = np.diff(np.append(user_begin, len(label)))
         precision = np.bincount(user_of_tie, hits) / np.minimum(user_rows, self.k)

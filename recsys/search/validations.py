@@ -23,9 +23,8 @@ class ValidationLines:
     def log(self, values: dict[str, float], step: int) -> None:
         """Write the metrics of all labels together, if these are of a validation."""
         metrics = {name.removeprefix(PREFIX): value for name, value in values.items()}
-        if metrics and not any(
-            "/" in name for name in metrics
-        ):  # of one label, or of another split
+        # A name with a slash is of one label, or of another split.
+        if metrics and not any("/" in name for name in metrics):
             self._file.write(f"{json.dumps({'step': step, 'metrics': metrics})}\n")
             self._file.flush()
 

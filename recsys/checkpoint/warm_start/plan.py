@@ -139,7 +139,11 @@ def plan_warm_start(job: Job, source: Source, differences: Differences) -> WarmS
 def _choose_weights(plan: WarmStartPlan, job: Job, state: State) -> None:
     """Take the weights and buffers that both runs have, with the rows of tables. A collective."""
     source, differences, shapes = plan.source, plan.differences, dict[str, str]()
-    item_tensors = _tensors_with_item_rows(job)
+    item_tensors = {
+        f"{MODEL}{path}.{buffer}"
+        for path, module in job.em3.named_modules()
+        for buffer in getattr(module, "item_row_buffers", ())
+    }
     for name in _shared_weights(plan, state):
         table = table_of_key(name)
         if table is not None:
@@ -160,15 +164,6 @@ def _choose_weights(plan: WarmStartPlan, job: Job, state: State) -> None:
             shapes[name.removeprefix(MODEL)] = f"{list(stored)} -> {list(size)}"
         plan.tensors[name] = source.model
     _refuse_shapes(shapes, differences)
-
-
-def _tensors_with_item_rows(job: Job) -> set[str]:
-    """Return the names of buffers that have a row per item, as its table, by their module."""
-    return {
-        f"{MODEL}{path}.{buffer}"
-        for path, module in job.em3.named_modules()
-        for buffer in getattr(module, "item_row_buffers", ())
-    }
 
 
 def _refuse_rules_without_state(plan: WarmStartPlan, job: Job) -> None:
