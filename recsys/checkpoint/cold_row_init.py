@@ -93,11 +93,7 @@ def require_table_state(job: Job, checkpoint: Path | None) -> None:
 
 
 def fill_rows_of_later_items(job: Job, run: Path) -> None:
-    """Make rows of content for items that the data's map has beyond that of the run. A collective.
-
-    Raises:
-        ValueError: on every rank: counts or a map of the run cannot be read.
-    """
+    """Make rows of content for items of the data's map that the run's map lacks. A collective."""
     item = job.schema.target_item
     vocabulary = job.schema.vocabularies.get(item)
     is_made = cold_row_rules(job.config, job.schema).get(item) == "content"

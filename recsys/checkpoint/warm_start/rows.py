@@ -223,11 +223,7 @@ def size_of(tensor: Tensor | ShardedTensor) -> tuple[int, ...]:
 
 @torch.no_grad()
 def move_rows(target: Tensor | ShardedTensor, stored: StoredTensor, rows: RowMap) -> None:
-    """Fill the rows of `target`, [R] or [R, D], that have an old row in `stored`. Not a collective.
-
-    Raises:
-        ValueError: a file of the checkpoint cannot be read.
-    """
+    """Fill the rows of `target`, [R] or [R, D], that have an old row in `stored`."""
     row_bytes = 8 * math.prod(stored.size[1:])
     _move(list(_pieces(target)), stored.rows, max(1, BLOCK_BYTES // row_bytes), rows)
 

@@ -80,14 +80,6 @@ def dtype_of(encoder: Encoder) -> str:
     return str(encoder.frozen_dtype).removeprefix("torch.")
 
 
-def cache_folder(cache: Path, name: str, content: str, key: str, shares: bool) -> Path:
-    """Return the folder of an encoder's cache; `content` names the folder with its input."""
-    apart = cache / f"frozen-{name}-{digest_of(content, key)}"
-    if not shares or apart.exists():
-        return apart
-    return cache / f"frozen-{name}-{digest_of(content, key, 'shared')}"
-
-
 def write_about(
     folder: Path,
     key: str,
@@ -97,12 +89,12 @@ def write_about(
     counts: dict[str, int],
 ) -> None:
     """Write `about.json`, for people and for later caches of the same encoder."""
-    layers, identity = encoder.frozen_layers, encoder.identity
+    identity = encoder.identity
     about = {
         "encoder": modality.encoder or modality.module,
         "revision": modality.revision if identity is None else identity.revision,
-        "layers": layers,
-        "pooling": modality.pooling if layers == "all" else "none",
+        "training": modality.training,
+        "pooling": modality.pooling,
         "encoder_key": key,
         "content": content,
         "dtype": dtype_of(encoder),

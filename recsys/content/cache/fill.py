@@ -23,7 +23,6 @@ from recsys.content.cache.files import (
     DistinctRows,
     EarlierCache,
     Parts,
-    cache_folder,
     caches_of,
     dtype_of,
     encoder_key,
@@ -117,7 +116,7 @@ class _Fill:
         self.key = encoder_key(encoder)
         self.cache, self.hashes = store.cache, store.hashes[name]
         self.distinct = DistinctRows.of(self.hashes)
-        self.folder = cache_folder(self.cache, name, self.content, self.key, self.distinct.repeat)
+        self.folder = self.cache / f"frozen-{name}-{digest_of(self.content, self.key)}"
         self.parts = Parts(store.cache / f".{self.folder.name}.parts")
         self.encoded = 0
 

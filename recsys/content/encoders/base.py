@@ -183,10 +183,6 @@ class Encoder(nn.Module):
         """Modules that gradients pass and that run in every step."""
         return []
 
-    @property
-    def frozen_layers(self) -> str:
-        return "all"
-
     def frozen_settings(self) -> Any:
         """Return all settings that determine the outputs of `frozen`, in printable form."""
         return None

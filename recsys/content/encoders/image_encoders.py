@@ -129,10 +129,6 @@ class SeveralImages(Encoder):
     def trained_parts(self) -> list[nn.Module]:
         return self.encoder.trained_parts
 
-    @property
-    def frozen_layers(self) -> str:
-        return self.encoder.frozen_layers
-
     def frozen_settings(self) -> Any:
         return self.encoder.frozen_settings()
 

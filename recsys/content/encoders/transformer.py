@@ -172,12 +172,6 @@ class TransformerEncoder(Encoder):
         """Layers that are trained or have adapters, or lie above one; or the side network."""
         return [self.side] if self.side is not None else self._layers[self.first_trained :]
 
-    @property
-    def frozen_layers(self) -> str:
-        if self.training_mode == "lora":
-            return f"embeddings and the lowest {self.first_trained}"
-        return "all"
-
     def frozen_settings(self) -> Any:
         config = self.config.to_dict()
         for key in ("_name_or_path", "transformers_version"):
