@@ -239,8 +239,7 @@ def describe(
     require_schema(data)
     require_working_installation()
     from embeddings.simulated_cluster import DEVICES
-    from recsys.diagnostics.plan.description import find_cluster, parse_rows
-    from recsys.diagnostics.plan.report import describe_run
+    from recsys.diagnostics.plan.report import describe_run, find_cluster, parse_rows
 
     config.device = "cuda" if device in DEVICES else device  # type: ignore[assignment]
     cluster = find_cluster(device, nodes, gpus_per_node, memory_bytes)

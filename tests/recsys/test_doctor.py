@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from recsys import doctor
-from recsys.diagnostics.plan.description import find_cluster
+from recsys.diagnostics.plan.report import find_cluster
 from recsys.distributed.ranks import joined_ranks
 from recsys.extras import missing_extra
 

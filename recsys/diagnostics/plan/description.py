@@ -7,24 +7,45 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import pyarrow as pa
 import torch
+from torchrec.distributed.types import ShardingPlan
 
-from embeddings import format_plan
-from embeddings.hardware import hardware_of
+from embeddings import (
+    MemoryBank,
+    TableConfig,
+    format_plan,
+    fuse_table_optimizers,
+    plan_sharding,
+    sharders,
+)
 from embeddings.memory_bank import is_replicated
-from embeddings.sharding import free_host_memory, table_parameters
-from embeddings.simulated_cluster import DEVICES, Cluster, Device, RankTime
-from embeddings.table_memory import FLOAT, TableMemory, table_memory
-from recsys.config import Config, OptimizerSettings, content_settings
+from embeddings.sharding import table_parameters
+from embeddings.simulated_cluster import Cluster, RankTime, slowest_rank
+from embeddings.table_memory import FLOAT, TableMemory, table_memory, what_does_not_fit
+from recsys.config import Config, ModalitySettings, OptimizerSettings, content_settings
+from recsys.content.encoders.build import Encoder, build_encoder
+from recsys.content.kinds.feature import Feature
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.interactions import Interactions
+from recsys.data.items.content_store import require_column
+from recsys.data.items.item_column import FeatureFile
+from recsys.data.items.item_values import feature_tokens
+from recsys.data.items.kind import make_kind
+from recsys.data.parquet.file import READ_ERRORS, column_type, mean_list_lengths, open_parquet
+from recsys.data.parquet.values import list_lengths
 from recsys.data.row_source import open_rows
-from recsys.diagnostics.plan.meta_model import MetaModel, build_meta_model
-from recsys.doctor import unusable_gpu
+from recsys.data.schema import Schema, load_schema
+from recsys.model.build import build_em3
 from recsys.model.em3 import EM3
-from recsys.model.tables import pooled_features
+from recsys.model.placement import check_placement, planner_hardware
+from recsys.model.tables import pooled_features, table_configs
 from recsys.optimizer import count_state, dense_parameters
+from recsys.storage.location import Location
 
+# More bytes than any table needs: for the plan of devices with unlimited memory.
+NO_LIMIT = 2**60
+SAMPLED_ITEMS = 2048
 # By prefix of parameter names; the first match counts; `{}` is the modality.
 DENSE_PARTS = (
     ("content.encoders.", "encoder {}"),
@@ -131,13 +152,18 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Description:
-    """Everything that `recsys describe` prints; see `MetaModel`."""
+    """Everything that `recsys describe` prints.
+
+    times: of a step's tables, as TorchRec expects them on GPUs; None on CPU.
+    problems: why the tables do not fit, with fixes; the plan is then for unlimited memory.
+    frozen_layers: by encoder with cached outputs, the parameters that run only before training.
+    """
 
     cluster: Cluster
     parts: list[ModelPart]
     table_bytes: list[int]  # by rank
     memory: RankMemory
-    times: RankTime | None  # on GPUs
+    times: RankTime | None
     plan: str
     problems: list[str]
     frozen_layers: dict[str, int]
@@ -158,51 +184,57 @@ def describe(
 
     A small sample of the data is enough. `rows` replaces the numbers of rows of tables, by column.
     """
-    meta_model = build_meta_model(config, data, cluster, rows)
-    em3, tables, plan = meta_model.em3, meta_model.tables, meta_model.plan
+    root = Location.of(data)
+    schema = load_schema(root)
+    _resize(schema, rows or {})
+    figures = planner_hardware(config.embedding.hardware).or_else(cluster.device.hardware)
+    cluster = replace(cluster, device=replace(cluster.device, hardware=figures))
+    device, world_size = cluster.device, cluster.world_size
+    check_placement(config.embedding, schema, device.kind, world_size, cluster.ranks_per_node)
+    tables = table_configs(config, schema, mean_list_lengths(root, schema))
+    em3, frozen_layers = _meta_em3(config, root, schema, tables)
+    plan, problems, times = _plan(config, em3, tables, cluster)
     memories = [table_memory(table, plan) for table in tables]
     parts = [
         *map(_table_part, memories),
-        *_dense_parts(em3, cluster.world_size, config.optimizer),
+        *_dense_parts(em3, world_size, config.optimizer),
         *_statistics_parts(em3),
     ]
-    sharing = range(cluster.world_size // config.embedding.parallel.copies)
+    sharing = range(world_size // config.embedding.parallel.copies)
     table_bytes = [sum(memory.on_device_of(rank) for memory in memories) for rank in sharing]
+    host_bytes = [sum(memory.on_host_of(rank) for memory in memories) for rank in sharing]
     return Description(
-        cluster=meta_model.cluster,
+        cluster=cluster,
         parts=parts,
         table_bytes=table_bytes,
         memory=RankMemory(
             tables=max(table_bytes),
             dense=sum(part.bytes for part in parts if part.where == "every rank"),
-            bank=_bank_bytes(meta_model),
-            limit=cluster.device.memory_bytes,
-            host_tables=max(
-                sum(memory.on_host_of(rank) for memory in memories) for rank in sharing
-            ),
-            host_limit=cluster.device.host_memory_bytes,
+            bank=_bank_bytes(config, em3, world_size),
+            limit=device.memory_bytes,
+            host_tables=max(host_bytes),
+            host_limit=device.host_memory_bytes,
         ),
-        times=meta_model.times,
+        times=times,
         plan=format_plan(plan, tables),
-        problems=meta_model.problems,
-        frozen_layers=meta_model.frozen_layers,
-        training_rows=_read_a_batch(meta_model),
+        problems=problems,
+        frozen_layers=frozen_layers,
+        training_rows=_read_a_batch(config, root, schema),
     )
 
 
-def _bank_bytes(meta_model: MetaModel) -> int:
-    branch, content = meta_model.em3.content, content_settings(meta_model.config.content)
+def _bank_bytes(config: Config, em3: EM3, world_size: int) -> int:
+    branch, content = em3.content, content_settings(config.content)
     if branch is None or branch.bank is None or content is None:
         return 0
-    rows, world_size = meta_model.schema.num_items, meta_model.cluster.world_size
+    rows = branch.bank.num_items
     if not is_replicated(rows, branch.bank.dim, world_size, content.history.bank):
         rows = -(-rows // world_size)
     return FLOAT * rows * (branch.bank.dim + 1)
 
 
-def _read_a_batch(meta_model: MetaModel) -> int:
-    config, schema = meta_model.config, meta_model.schema
-    rows = open_rows(config.source, meta_model.root, "train", schema, config.on_bad_row)
+def _read_a_batch(config: Config, root: Location, schema: Schema) -> int:
+    rows = open_rows(config.source, root, "train", schema, config.on_bad_row)
     content = content_settings(config.content)
     build = BatchBuilder(
         schema,
@@ -214,62 +246,122 @@ def _read_a_batch(meta_model: MetaModel) -> int:
     return rows.num_rows
 
 
-def parse_rows(words: list[str]) -> dict[str, int]:
-    """Read TABLE=NUMBER from each word; another form is a ValueError."""
-    rows = {}
-    for word in words:
-        name, _, number = word.partition("=")
-        try:
-            rows[name] = int(float(number.replace("_", "")))
-        except ValueError as error:
-            raise ValueError(
-                f"rows: '{word}' is not TABLE=NUMBER; write for instance item=4000000000"
-            ) from error
-    return rows
+def _meta_em3(
+    config: Config, root: Location, schema: Schema, tables: list[TableConfig]
+) -> tuple[EM3, dict[str, int]]:
+    """Return the model without weights, after a look at a few items, and `frozen_layers`."""
+    content = content_settings(config.content)
+    encoders, frozen_layers = {}, {}
+    bank: MemoryBank | None = None
+    if content is not None:
+        widths = _feature_widths(root, schema, content.modalities)
+        for name, modality in content.modalities.items():
+            encoders[name] = _meta_encoder(name, modality, widths.get(name))
+            if encoders[name].caches and modality.cache_frozen_layers:
+                frozen_layers[name] = _drop_frozen_layers(encoders[name])
+        if content.history.mode != "full":
+            bank = MemoryBank(schema.num_items, content.vector_dim, "meta")
+    em3 = build_em3(config, schema, tables, encoders, bank)
+    fuse_table_optimizers(em3, tables)
+    return em3, frozen_layers
 
 
-def find_cluster(
-    device: str,
-    nodes: int = 1,
-    ranks_per_node: int | None = None,
-    memory_bytes: float | None = None,
-) -> Cluster:
-    """Return the cluster that the command line names; an unusable option is a ValueError.
+def _resize(schema: Schema, rows: dict[str, int]) -> None:
+    for name, number in rows.items():
+        column = schema.columns.get(name)
+        if column is None or column.num_embeddings is None:
+            tables = [n for n, c in schema.columns.items() if c.num_embeddings is not None]
+            raise ValueError(f"rows: '{name}' has no table; the tables are {tables}")
+        if number < 1:
+            raise ValueError(f"rows: table '{name}' with {number} rows; give at least 1")
+        column.num_embeddings = number
 
-    `device` is a name in `DEVICES`, or auto, cpu or cuda. The default of `memory_bytes` is that of
-    the data sheet, else this machine's.
-    """
-    names = [*DEVICES, "cpu", "cuda", "auto"]
-    if device not in names:
-        raise ValueError(f"device '{device}' is unknown; choose one of {names}")
-    if device == "auto":
-        if (reason := unusable_gpu()) is not None:
-            raise ValueError(
-                f"device is auto, but torch cannot use this machine's GPU: {reason}; name the "
-                f"device that is meant: {names[:-1]}"
-            )
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device is cuda, but no GPU is usable here; name the one that is meant: {[*DEVICES]}"
+
+def _feature_widths(
+    root: Location, schema: Schema, modalities: dict[str, ModalitySettings]
+) -> dict[str, int]:
+    """Return the widths of stored features; a column that training refuses is a ValueError."""
+    folder = root / "items"
+    if schema.items is None:
+        raise ValueError(f"{root}/schema.yaml: a model with content needs `items`; add them")
+    file = next(filter(_has_rows, folder.files(".parquet")), None)
+    if file is None:
+        raise ValueError(f"{folder}: no *.parquet files with rows; write one row per item there")
+    widths = {}
+    for name, modality in modalities.items():
+        kind = make_kind(f"content.modalities.{name}", modality)
+        require_column(schema.items, kind)
+        if (stored := schema.items.columns[modality.column].file) is not None:
+            widths[name] = FeatureFile(root / stored).width
+            continue
+        values, where = _first_values(file, modality.column), f"{file}: column '{modality.column}'"
+        kind.lengths(values, where)  # raises if training would
+        if isinstance(kind, Feature):
+            _, tokens = feature_tokens(values, where)
+            if len(tokens):
+                widths[name] = int(list_lengths(tokens)[0])
+    return widths
+
+
+def _has_rows(file: Location) -> bool:
+    with open_parquet(file) as parquet:
+        return parquet.metadata.num_rows > 0
+
+
+def _first_values(file: Location, column: str) -> pa.Array:
+    try:
+        with open_parquet(file, streaming=True) as parquet:
+            column_type(parquet, file, column)
+            return next(parquet.iter_batches(SAMPLED_ITEMS, columns=[column])).column(0)
+    except READ_ERRORS as error:
+        raise ValueError(f"{file}: column '{column}' cannot be read ({error})") from error
+
+
+def _meta_encoder(name: str, modality: ModalitySettings, width: int | None) -> Encoder:
+    if modality.module:  # user code, which may do anything with its weights
+        return build_encoder(name, modality)
+    with torch.device("meta"):
+        return build_encoder(name, modality, width)
+
+
+def _drop_frozen_layers(encoder: Encoder) -> int:
+    before = sum(parameter.numel() for parameter in encoder.parameters())
+    encoder.drop_frozen_layers()
+    return before - sum(parameter.numel() for parameter in encoder.parameters())
+
+
+def _plan(
+    config: Config, em3: EM3, tables: list[TableConfig], cluster: Cluster
+) -> tuple[ShardingPlan, list[str], RankTime | None]:
+    settings, batch_size, device = config.embedding, config.batch_size, cluster.device
+    copies, types = settings.parallel.copies, settings.communication
+    wires = sharders(types.forward, types.backward)
+
+    def plan_on(where: Cluster) -> ShardingPlan:
+        return plan_sharding(
+            em3,
+            tables,
+            device=device.kind,
+            batch_size=batch_size,
+            topology=where.topology(copies),
+            module_sharders=wires,
+            prefetch=settings.prefetch,
+            copies=copies,
+            hardware=device.hardware,
         )
-    if ranks_per_node is None:
-        ranks_per_node = torch.cuda.device_count() if device == "cuda" else 1
-    for name, number in (("nodes", nodes), ("gpus_per_node", ranks_per_node)):
-        if not 1 <= number <= 10_000:
-            raise ValueError(f"{name} is {number}; give 1 to 10000")
-    figures = DEVICES.get(device) or _this_machine(device, ranks_per_node)
-    if memory_bytes is not None:
-        if not memory_bytes > 0:
-            raise ValueError(f"memory_bytes is {memory_bytes}; give a positive number")
-        figures = replace(figures, memory_bytes=int(memory_bytes))
-    return Cluster(nodes, ranks_per_node, figures)
 
-
-def _this_machine(device: str, ranks_per_node: int) -> Device:
-    share = free_host_memory() // ranks_per_node
-    if device == "cpu":
-        return Device("cpu of this machine", "cpu", share)
-    properties = torch.cuda.get_device_properties(0)
-    name, figures = f"{properties.name} of this machine", hardware_of(properties.name)
-    return Device(name, "cuda", properties.total_memory, share, figures)
+    problems: list[str] = []
+    try:
+        plan = plan_on(cluster)
+    except ValueError as error:
+        unlimited = replace(device, memory_bytes=NO_LIMIT, host_memory_bytes=NO_LIMIT)
+        plan = plan_on(replace(cluster, device=unlimited))  # raises if memory is not the cause
+        host_bytes = device.host_memory_bytes if device.kind == "cuda" else 0
+        sizes = device.memory_bytes, cluster.world_size // copies, host_bytes
+        problems = what_does_not_fit(tables, *sizes, device.hardware.reserved_share)
+        problems = problems or [str(error)]
+    if device.kind == "cpu":
+        return plan, problems, None
+    topology = cluster.topology(copies)
+    times = slowest_rank(em3, tables, plan, topology, wires, batch_size, settings.prefetch)
+    return plan, problems, times

@@ -1,16 +1,22 @@
-"""Prints a description as text tables."""
+"""`recsys describe`: the cluster that its options name, and the description as text tables."""
 
 from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from embeddings.hardware import hardware_of
 from embeddings.plan_text import align_columns
-from embeddings.simulated_cluster import Cluster
+from embeddings.sharding import free_host_memory
+from embeddings.simulated_cluster import DEVICES, Cluster, Device
 from recsys.config import Config
 from recsys.diagnostics.plan.description import Description, describe
 from recsys.distributed.log import print_table
+from recsys.doctor import unusable_gpu
 from recsys.storage.files import write_whole
 from recsys.storage.output_file import check_output
 
@@ -30,6 +36,67 @@ def describe_run(
     if json_file is not None:
         write_whole(json_file, json.dumps(description.to_json(), indent=2) + "\n")
         logger.info("written to %s", json_file)
+
+
+def parse_rows(words: list[str]) -> dict[str, int]:
+    """Read TABLE=NUMBER from each word; another form is a ValueError."""
+    rows = {}
+    for word in words:
+        name, _, number = word.partition("=")
+        try:
+            rows[name] = int(float(number.replace("_", "")))
+        except ValueError as error:
+            raise ValueError(
+                f"rows: '{word}' is not TABLE=NUMBER; write for instance item=4000000000"
+            ) from error
+    return rows
+
+
+def find_cluster(
+    device: str,
+    nodes: int = 1,
+    ranks_per_node: int | None = None,
+    memory_bytes: float | None = None,
+) -> Cluster:
+    """Return the cluster that the command line names; an unusable option is a ValueError.
+
+    `device` is a name in `DEVICES`, or auto, cpu or cuda. The default of `memory_bytes` is that of
+    the data sheet, else this machine's.
+    """
+    names = [*DEVICES, "cpu", "cuda", "auto"]
+    if device not in names:
+        raise ValueError(f"device '{device}' is unknown; choose one of {names}")
+    if device == "auto":
+        if (reason := unusable_gpu()) is not None:
+            raise ValueError(
+                f"device is auto, but torch cannot use this machine's GPU: {reason}; name the "
+                f"device that is meant: {names[:-1]}"
+            )
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device is cuda, but no GPU is usable here; name the one that is meant: {[*DEVICES]}"
+        )
+    if ranks_per_node is None:
+        ranks_per_node = torch.cuda.device_count() if device == "cuda" else 1
+    for name, number in (("nodes", nodes), ("gpus_per_node", ranks_per_node)):
+        if not 1 <= number <= 10_000:
+            raise ValueError(f"{name} is {number}; give 1 to 10000")
+    figures = DEVICES.get(device) or _this_machine(device, ranks_per_node)
+    if memory_bytes is not None:
+        if not memory_bytes > 0:
+            raise ValueError(f"memory_bytes is {memory_bytes}; give a positive number")
+        figures = replace(figures, memory_bytes=int(memory_bytes))
+    return Cluster(nodes, ranks_per_node, figures)
+
+
+def _this_machine(device: str, ranks_per_node: int) -> Device:
+    share = free_host_memory() // ranks_per_node
+    if device == "cpu":
+        return Device("cpu of this machine", "cpu", share)
+    properties = torch.cuda.get_device_properties(0)
+    name, figures = f"{properties.name} of this machine", hardware_of(properties.name)
+    return Device(name, "cuda", properties.total_memory, share, figures)
 
 
 def format_description(description: Description) -> str:
