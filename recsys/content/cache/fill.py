@@ -1,11 +1,13 @@
 """Computes the outputs of an encoder's frozen part once per item and keeps them on disk.
 
-Interrupted work continues where it stopped.
-Shapes: N rows of the store, n rows of a call, D width of the frozen part's output.
+Interrupted work continues where it stopped: the file of a finished call is named by its content.
+Shapes: N rows of the store, S distinct contents, n rows of a call or to reuse, D output width.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import logging
 import os
 import secrets
@@ -13,36 +15,98 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from recsys.content.cache.files import (
-    DistinctRows,
-    EarlierCache,
-    Parts,
-    caches_of,
-    dtype_of,
-    encoder_key,
-    find_in,
-    write_about,
-)
-from recsys.content.encoders.base import CacheReport, Encoder
+from recsys.content.encoders.base import ITEMS_PER_GROUP, SHORT_LENGTHS, CacheReport, Encoder
+from recsys.content.encoders.identity import weights_digest
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import digest_of
 from recsys.data.items.ragged_array import HASHES, RaggedArray, RowWriter, share_rows
 from recsys.distributed.log import progress_bar
 from recsys.distributed.ranks import Ranks
-from recsys.storage.files import whole_folder
+from recsys.storage.files import whole_file, whole_folder
 
 logger = logging.getLogger(__name__)
 
+ABOUT = "about.json"
 SECONDS_BETWEEN_LINES = 10.0
 LINE = "{n:,} of {total:,} items, {rate_noinv_fmt}, {remaining} left"
 ITEMS_PER_CALL = 64
 SECONDS_UNTIL_VISIBLE = 120  # network folders appear on other machines with a delay
+
+
+def distinct_rows(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [N] -> [S], [N]
+    """Return the first row of each content, ascending, and the place of each row's among them.
+
+    A row without content, whose hash is empty, has the place -1.
+    """
+    rows = np.flatnonzero(hashes != b"")
+    _, first, group = np.unique(hashes[rows], return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    places = np.full(len(hashes), -1)
+    places[rows] = np.argsort(order)[group.reshape(-1)]
+    return rows[first[order]], places
+
+
+def encoder_key(encoder: Encoder) -> str:
+    """Return a hash of frozen weights, settings and batch shapes; what trains is left out."""
+    shapes: tuple[Any, ...] = (ITEMS_PER_GROUP, SHORT_LENGTHS, encoder.max_length)
+    if encoder.frozen_dtype != torch.float32:
+        shapes = (*shapes, dtype_of(encoder))
+    trained = {name for name, value in encoder.named_parameters() if value.requires_grad}
+    weights = weights_digest(encoder, leave_out=trained)
+    return digest_of(weights, encoder.frozen_settings(), shapes)
+
+
+def dtype_of(encoder: Encoder) -> str:
+    """Return the name of the type in which an encoder's cache stores its outputs."""
+    return str(encoder.frozen_dtype).removeprefix("torch.")
+
+
+@dataclass
+class EarlierCache:
+    """A finished cache that holds some rows of the new one.
+
+    rows: [n], rows of the new cache; places: [n], rows of the earlier one with the same content.
+    """
+
+    folder: Path
+    rows: np.ndarray
+    places: np.ndarray
+
+
+def earlier_caches(
+    cache: Path, key: str, hashes: np.ndarray, missing: np.ndarray
+) -> list[EarlierCache]:
+    """Return which of the missing rows [n], by hash [N], caches of the encoder hold; newest first.
+
+    Each row is in one of them at most.
+    """
+    usable = []
+    for about in cache.glob(f"frozen-*/{ABOUT}"):
+        # Damaged ones, or those being removed, are left out: encoding again is always correct.
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            if json.loads(about.read_text())["encoder_key"] == key:
+                cached_hashes = np.load(about.parent / HASHES, allow_pickle=False)
+                if len(cached_hashes) == len(RaggedArray(about.parent)) > 0:
+                    usable.append((about.stat().st_mtime_ns, about.parent, cached_hashes))
+    caches = []
+    for _, folder, cached_hashes in sorted(usable, key=lambda entry: entry[:2], reverse=True):
+        order = np.argsort(cached_hashes, kind="stable")
+        place = np.searchsorted(cached_hashes, hashes[missing], sorter=order)
+        place = order[place.clip(max=len(order) - 1)]
+        is_cached = cached_hashes[place] == hashes[missing]
+        if is_cached.any():
+            caches.append(EarlierCache(folder, missing[is_cached], place[is_cached]))
+        missing = missing[~is_cached]
+    return caches
 
 
 class FillProgress:
@@ -115,24 +179,23 @@ class _Fill:
         self.source, self.content = store.arrays[name], store.folders[name].name
         self.key = encoder_key(encoder)
         self.cache, self.hashes = store.cache, store.hashes[name]
-        self.distinct = DistinctRows.of(self.hashes)
+        self.first, self.places = distinct_rows(self.hashes)
         self.folder = self.cache / f"frozen-{name}-{digest_of(self.content, self.key)}"
-        self.parts = Parts(store.cache / f".{self.folder.name}.parts")
-        self.encoded = 0
+        self.parts = self.cache / f".{self.folder.name}.parts"
+        self.num_items, self.encoded = int((self.places >= 0).sum()), 0
 
     def run(self) -> None:
         """Encode all missing items and write the cache. A collective."""
         ranks = self.ranks
         self.encoder.to(ranks.device).eval()
         number = ranks.from_first(secrets.randbits(32))  # of this job among all
-        failed = self.parts.folder / f".failed-{number}"
+        failed = self.parts / f".failed-{number}"
         with ranks.raise_on_all_ranks():
-            self.parts.folder.mkdir(parents=True, exist_ok=True)
-            names = caches_of(self.cache, self.key)
-            earlier = find_in(self.cache, names, self.hashes, self.distinct.first)
+            self.parts.mkdir(parents=True, exist_ok=True)
+            earlier = earlier_caches(self.cache, self.key, self.hashes, self.first)
             calls = self._calls(earlier)
             if ranks.is_first_of_machine:
-                self.parts.remove_damaged([self._name_of(call) for call in calls])
+                self._remove_damaged(calls)
         try:
             with ranks.raise_on_all_ranks(), self._unless_another_job_was_faster():
                 order = np.random.default_rng(number).permutation(len(calls))
@@ -144,7 +207,7 @@ class _Fill:
                     with self._unless_another_job_was_faster():
                         self._put_together(earlier, calls)
             if ranks.is_first_of_machine:
-                shutil.rmtree(self.parts.folder, ignore_errors=True)
+                shutil.rmtree(self.parts, ignore_errors=True)
         finally:
             failed.unlink(missing_ok=True)
 
@@ -158,16 +221,34 @@ class _Fill:
 
     def _calls(self, earlier: list[EarlierCache]) -> list[np.ndarray]:
         """Group the contents that no earlier cache has by length; each group [n] is one call."""
-        missing = np.zeros(len(self.source), bool)
-        missing[self.distinct.first] = True
-        for cache in earlier:
-            missing[cache.rows] = False
-        rows = np.flatnonzero(missing)
+        cached = [np.zeros(0, np.int64), *(cache.rows for cache in earlier)]
+        rows = np.setdiff1d(self.first, np.concatenate(cached))
         rows = rows[np.argsort(self.source.lengths[rows], kind="stable")]
         return [rows[at : at + ITEMS_PER_CALL] for at in range(0, len(rows), ITEMS_PER_CALL)]
 
-    def _name_of(self, call: np.ndarray) -> str:  # [n]
-        return digest_of(self.hashes[call].tobytes())
+    def _part(self, call: np.ndarray) -> Path:  # [n]
+        """Return the file of a finished call, which is complete or absent."""
+        return self.parts / f"{digest_of(self.hashes[call].tobytes())}.npz"
+
+    def _read(self, call: np.ndarray, array: str) -> np.ndarray:  # [n]
+        """Return the `lengths` [n] or `values` [sum of lengths, D] of a finished call."""
+        part = self._part(call)
+        content = BytesIO(part.read_bytes())
+        try:
+            with np.load(content, allow_pickle=False) as arrays:
+                return arrays[array]
+        # Damage to an archive may raise any exception.
+        except Exception as error:
+            raise ValueError(f"{part}: damaged ({error}); remove it, it is made again") from error
+
+    def _remove_damaged(self, calls: list[np.ndarray]) -> None:
+        for call in calls:
+            if self._part(call).exists():
+                try:
+                    self._read(call, "lengths")
+                    self._read(call, "values")
+                except ValueError:
+                    self._part(call).unlink(missing_ok=True)
 
     def _encode_missing(self, calls: list[np.ndarray], num_earlier: int, failed: Path) -> None:
         """Encode the calls that no rank or job has done, until all are; a failure ends all ranks.
@@ -175,7 +256,7 @@ class _Fill:
         Each rank has them in an order of its own, so that ranks, machines and jobs that share a
         folder share the work, and the rate averages over short and long texts.
         """
-        todo = [call for call in calls if not self.parts.holds(self._name_of(call))]
+        todo = [call for call in calls if not self._part(call).exists()]
         total = sum(map(len, todo))
         if total:
             logger.info(self._announcement(total, num_earlier))
@@ -192,45 +273,63 @@ class _Fill:
                 raise
 
     def _announcement(self, total: int, num_earlier: int) -> str:
-        num_done = len(self.distinct.first) - num_earlier - total
-        reused = [f"{num_done:,} were done before"] if num_done else []
-        reused += [f"{num_earlier:,} are in an earlier cache"] if num_earlier else []
-        items = self.distinct.describe(total)
-        return (
-            f"encoding '{self.name}' of {items} once, into {self.folder}"
-            f"{''.join(f'; {text}' for text in reused)}"
-        )
+        num_done = len(self.first) - num_earlier - total
+        reused = f"; {num_done:,} were done before" if num_done else ""
+        reused += f"; {num_earlier:,} are in an earlier cache" if num_earlier else ""
+        items = f"{total:,} items"
+        if len(self.first) < self.num_items:
+            items = f"{total:,} distinct contents of {self.num_items:,} items"
+        return f"encoding '{self.name}' of {items} once, into {self.folder}{reused}"
 
     def _encode(self, call: np.ndarray) -> None:  # [n]
-        name = self._name_of(call)
-        if self.parts.holds(name):
+        part = self._part(call)
+        if part.exists():
             return  # another rank or job was faster
         content = self.kind.as_input(*self.source.gather(call))
         output = self.encoder.frozen_outputs(content.to(self.ranks.device))
         lengths = output.mask.sum(dim=1).cpu().numpy()
-        self.parts.write(name, lengths, output.values[output.mask].cpu().numpy())
+        values = output.values[output.mask].cpu().numpy()
+        with whole_file(part) as partial, partial.open("wb") as file:
+            np.savez(file, lengths=lengths, values=values)
         self.encoded += len(call)
 
     def _put_together(self, earlier: list[EarlierCache], calls: list[np.ndarray]) -> None:
         """Write the cache from earlier caches and parts; it appears whole or not at all."""
         with whole_folder(self.folder) as temporary:
-            places = self.distinct.places
-            lengths = np.zeros(places.max(initial=-1) + 1, np.int64)
+            lengths = np.zeros(len(self.first), np.int64)
             for cache in earlier:
-                lengths[places[cache.rows]] = RaggedArray(cache.folder).lengths[cache.places]
+                lengths[self.places[cache.rows]] = RaggedArray(cache.folder).lengths[cache.places]
             for call in calls:
-                lengths[places[call]] = self.parts.read(self._name_of(call), "lengths")
+                lengths[self.places[call]] = self._read(call, "lengths")
             shape = (self.encoder.frozen_dim,)
             with closing(RowWriter(temporary, lengths, shape, dtype_of(self.encoder))) as writer:
                 for rows, values in self._outputs(earlier, calls):
-                    writer.write(places[rows], values)
-            if self.distinct.repeat:
-                share_rows(temporary, places)
+                    writer.write(self.places[rows], values)
+            share_rows(temporary, self.places)
             np.save(temporary / HASHES, self.hashes)
-            tokens, width = int(lengths.sum()), self.encoder.frozen_dim
-            counts = {"items": self.distinct.num_rows, "tokens": tokens, "width": width}
-            about = self.key, self.content, self.encoder, self.kind.modality
-            write_about(temporary, *about, counts)
+            self._write_about(temporary / ABOUT, int(lengths.sum()))
+
+    def _write_about(self, file: Path, num_tokens: int) -> None:
+        """Write `about.json`, for people and for later caches of the same encoder."""
+        modality, identity = self.kind.modality, self.encoder.identity
+        packages = ("recsys-em3", "torch")
+        about = {
+            "encoder": modality.encoder or modality.module,
+            "revision": modality.revision if identity is None else identity.revision,
+            "training": modality.training,
+            "pooling": modality.pooling,
+            "encoder_key": self.key,
+            "content": self.content,
+            "dtype": dtype_of(self.encoder),
+            "items": self.num_items,
+            "tokens": num_tokens,
+            "width": self.encoder.frozen_dim,
+            "device": str(self.ranks.device),
+            "versions": {
+                name: importlib.metadata.version(name) for name in ("recsys-em3", "torch")
+            },
+        }
+        file.write_text(json.dumps(about, indent=2) + "\n")
 
     def _outputs(
         self, earlier: list[EarlierCache], calls: list[np.ndarray]
@@ -241,4 +340,4 @@ class _Fill:
                 values, mask = array.gather(cache.places[at : at + ITEMS_PER_CALL])
                 yield cache.rows[at : at + ITEMS_PER_CALL], values[mask]
         for call in calls:
-            yield call, self.parts.read(self._name_of(call), "values")
+            yield call, self._read(call, "values")

@@ -61,9 +61,7 @@ class RaggedArray:
     def lengths(self) -> np.ndarray:
         """Number of entries of each row, [N]."""
         lengths = np.diff(self.offsets)
-        if self.distinct is None:
-            return lengths
-        return np.where(self.distinct >= 0, lengths[self.distinct], 0)
+        return lengths if self.distinct is None else np.append(lengths, 0)[self.distinct]
 
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [U]
         """Return padded rows (values [U, T, ...], mask bool [U, T], T > 0); row -1 is empty."""

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from recsys.config import ModalitySettings
-from recsys.content.cache.files import encoder_key
+from recsys.content.cache.fill import encoder_key
 from recsys.content.encoders.build import build_encoder
 from recsys.content.encoders.transformer import TransformerEncoder
 from recsys.data.batch import ContentInput
