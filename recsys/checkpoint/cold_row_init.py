@@ -3,7 +3,6 @@
 `mean` is the mean of the trained rows. `content` is a ridge regression from content vectors, fitted
 to items with `COLD_BELOW` training rows or more. The moments of the rows stay zero.
 `item_counts_before.npy` keeps the counts of earlier runs, by the rows of the new run.
-
 Shapes: U items of a block, E width of content vectors, D dimension.
 """
 
@@ -147,10 +146,7 @@ def trained_counts(run: Path, num_items: int | None) -> ItemCounts:
 
 
 def counts_before(job: Job, plan: WarmStartPlan) -> ItemCounts:
-    """Return the counts of the run started from, by new rows. A collective.
-
-    There are none if the item table is not taken over.
-    """
+    """Return the counts of the run started from, by new rows; maybe none. A collective."""
     source = plan.source
     with job.ranks.raise_on_all_ranks():
         rows = plan.maps.get(job.schema.target_item)

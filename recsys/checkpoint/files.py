@@ -98,10 +98,7 @@ def check_files(folder: Path, manifest: dict[str, Any], part: int = 0, parts: in
 
 
 def checked_manifest(folder: Path, ranks: Ranks) -> dict[str, Any]:
-    """Read a manifest and check the files against it, each rank a share. A collective.
-
-    A missing or damaged file is a ValueError on every rank.
-    """
+    """Read a manifest and check the files, each rank a share; damage is an error. A collective."""
     with ranks.raise_on_all_ranks():
         manifest = read_manifest(folder)
         check_files(folder, manifest, ranks.rank, ranks.world_size)

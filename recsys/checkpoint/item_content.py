@@ -84,7 +84,24 @@ def changed_items(
     stored = manifest["items"]
     if stored is None or (digest == stored and new_rows is None):
         return None
-    return _changed(items, _file(run, stored), new_rows)
+    file = _file(run, stored)
+    before = np.load(file, allow_pickle=False) if file.is_file() else np.zeros(0, TYPE)
+    if digest_of(before.tobytes()) != file.stem:
+        words = f"{file} is missing or damaged, so all {len(items):,} items are taken as changed"
+        return ChangedItems(items["item"].copy(), 0, 0, words)
+    if new_rows is not None:
+        before["item"] = new_rows(before["item"])
+        before = np.sort(before[before["item"] >= 0], order="item")
+    place = np.searchsorted(before["item"], items["item"]).clip(max=len(before) - 1)
+    is_stored = before["item"][place] == items["item"]
+    edited = is_stored & (before["content"][place] != items["content"])
+    removed = np.setdiff1d(before["item"], items["item"], assume_unique=True)
+    words = (
+        f"since the checkpoint was written {edited.sum():,} of {len(items):,} items were edited, "
+        f"{(~is_stored).sum():,} are new and {len(removed):,} are gone"
+    )
+    ids = np.sort(np.concatenate([items["item"][edited | ~is_stored], removed]))
+    return ChangedItems(ids, int(edited.sum()), int(is_stored.sum()), words)
 
 
 def _content(job: Job) -> np.ndarray | None:  # TYPE [N], by item
@@ -98,23 +115,3 @@ def _content(job: Job) -> np.ndarray | None:  # TYPE [N], by item
 
 def _file(run: Path, digest: str) -> Path:
     return run / FOLDER / f"{digest}.npy"
-
-
-def _changed(current: np.ndarray, file: Path, new_rows: NewRows | None) -> ChangedItems:
-    before = np.load(file, allow_pickle=False) if file.is_file() else np.zeros(0, TYPE)
-    if digest_of(before.tobytes()) != file.stem:
-        words = f"{file} is missing or damaged, so all {len(current):,} items are taken as changed"
-        return ChangedItems(current["item"].copy(), 0, 0, words)
-    if new_rows is not None:
-        before["item"] = new_rows(before["item"])
-        before = np.sort(before[before["item"] >= 0], order="item")
-    place = np.searchsorted(before["item"], current["item"]).clip(max=len(before) - 1)
-    is_stored = before["item"][place] == current["item"]
-    edited = is_stored & (before["content"][place] != current["content"])
-    removed = np.setdiff1d(before["item"], current["item"], assume_unique=True)
-    words = (
-        f"since the checkpoint was written {edited.sum():,} of {len(current):,} items were edited, "
-        f"{(~is_stored).sum():,} are new and {len(removed):,} are gone"
-    )
-    ids = np.sort(np.concatenate([current["item"][edited | ~is_stored], removed]))
-    return ChangedItems(ids, int(edited.sum()), int(is_stored.sum()), words)

@@ -111,10 +111,7 @@ def file_name(name: str) -> str:
 
 
 def newest_run(run: Path) -> Path:
-    """Return the run of the newest trained partition of a continual run; any other run as it is.
-
-    Without a trained partition, or with a damaged state, it is a ValueError.
-    """
+    """Return the run of a continual run's newest partition; any other run as it is."""
     if not (run / STATE).exists():
         return run
     folder = ContinualFolder(run)

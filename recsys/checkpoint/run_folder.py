@@ -159,10 +159,7 @@ def _empty(run: Path) -> None:
 
 
 def read_item_counts(run: Path, num_items: int | None, name: str = ITEM_COUNTS) -> ItemCounts:
-    """Read the number of training rows of each item, at most `num_items` of them.
-
-    A damaged file, or one of other items, is a ValueError.
-    """
+    """Read the training rows of each item, at most `num_items`; damage is a ValueError."""
     file = run / name
     try:
         stored = ItemCounts.load(regular_file(file))

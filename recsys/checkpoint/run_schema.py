@@ -41,10 +41,7 @@ def write_run_schema(run: Path, schema: Schema) -> None:
 
 
 def load_run_schema(run: Path, with_vocabularies: bool = True) -> Schema:
-    """Load the schema that a run was trained on, with its maps of raw ids.
-
-    A missing or damaged file, or a map of another training, is a ValueError.
-    """
+    """Load the schema that a run was trained on, with its maps of raw ids; damage is an error."""
     path = run / FILE
     try:
         content = load_plain_yaml(regular_file(path).read_bytes())
@@ -124,10 +121,7 @@ def _take_weights(trained: Schema, data: Schema) -> None:
 
 
 def agree_on_id_types(schema: Schema, ranks: Ranks) -> None:
-    """Share the types of raw ids that any rank has read among all ranks. A collective.
-
-    If some read integers and others strings, every rank raises a ValueError.
-    """
+    """Share the types of raw ids among all ranks; two of a table are an error. A collective."""
     for id_types in ranks.gather(schema.id_types):
         for table, id_type in id_types.items():
             first = schema.id_types.setdefault(table, id_type)

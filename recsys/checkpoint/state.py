@@ -176,10 +176,7 @@ def require_finite(job: Job, state: State, step: int, last_good: Callable[[], Pa
 
 @torch.no_grad()
 def describe_not_finite(state: State, parameters: Collection[str]) -> str | None:
-    """Describe the first weight or moment on this rank that is not finite; None if all are.
-
-    Buffers of the model are left out, since a mask may hold infinities.
-    """
+    """Describe the first weight or moment, no buffer, on this rank that is not finite, if any."""
     for name, value in state.items():
         if name.startswith("model.") and name.removeprefix("model.") not in parameters:
             continue

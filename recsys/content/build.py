@@ -31,10 +31,7 @@ def build_content_store(
     cache: str | None = None,  # folder; None: the usual one
     on_bad_row: Literal["error", "skip"] = "error",
 ) -> tuple[ContentStore, dict[str, Encoder]]:
-    """Prepare the items once per machine and build the encoders. A collective.
-
-    A ValueError on every rank if one cannot use its items or encoders.
-    """
+    """Prepare the items once per machine and build the encoders. A collective."""
     with ranks.raise_on_all_ranks():
         folder = home_expanded(cache) if cache else default_cache()
         store = ContentStore(ItemTable(root, schema, on_bad_row), content.modalities, folder)

@@ -1,7 +1,6 @@
 """Histories as an index into their unique items, and the arithmetic on it, without padding.
 
 `dot` and `weighted_sum` allocate no [N, D]; their kernels are those of `embedding_bag`.
-
 Shapes: B batch, U unique items, N history items of the batch, P some of them, D dimension,
 K any width.
 """

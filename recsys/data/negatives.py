@@ -1,7 +1,6 @@
 """Negatives of a retrieval model's softmax losses: the items, and their probabilities.
 
 Only items with training rows are negatives. Without `log_q_correction` the logs of Q are zeros.
-
 Shapes: B batch, S sampled negatives, N any items.
 """
 

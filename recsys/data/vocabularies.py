@@ -2,7 +2,6 @@
 
 A bounded map changes with every batch and is shared by all ranks. The main thread maps its ids, in
 the order of the steps.
-
 Shapes: B batch, N ids of one feature.
 """
 

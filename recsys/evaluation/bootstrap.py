@@ -249,7 +249,7 @@ def _measure(
         raise ValueError(f"metric '{metric}' is none of {metrics}")
     rows = _counted_rows(windows, users, part, label)
     if metric == "auc":
-        return _mean_over_windows([RankedPairs.of(window) for window in rows])
+        return _mean_over_windows([RankedPairs(window) for window in rows])
     # The others are a ratio of two sums that are linear in how often each user was drawn.
     power = 2 if metric == "rmse" else 1
     numerator, weights = np.zeros(len(users)), np.zeros(len(users))
@@ -286,31 +286,21 @@ def _mean_over_windows(windows: Sequence[RankedPairs]) -> Measure:
     return measure
 
 
-@dataclass(frozen=True)
 class RankedPairs:
     """Pairs of a positive and a negative row of a window, ranked once for all resamples."""
 
-    positive_users: np.ndarray  # [P]
-    negative_users: np.ndarray  # [M], lowest logit first
-    below: np.ndarray  # [P], how many negatives have a lower logit
-    not_above: np.ndarray  # [P], how many negatives have no higher logit
-    positive_weights: np.ndarray | None = None  # [P]; None: 1 each
-    negative_weights: np.ndarray | None = None  # [M]
-
-    @classmethod
-    def of(cls, rows: _Rows) -> RankedPairs:
-        """Rank the negative rows of a window and place each positive among them."""
+    def __init__(self, rows: _Rows) -> None:
         positive, logit = rows.positive, rows.logit
         order = np.argsort(logit[~positive], kind="stable")
         ranked = logit[~positive][order]
-        return cls(
-            positive_users=rows.user[positive],
-            negative_users=rows.user[~positive][order],
-            below=np.searchsorted(ranked, logit[positive], side="left"),
-            not_above=np.searchsorted(ranked, logit[positive], side="right"),
-            positive_weights=None if rows.weight is None else rows.weight[positive],
-            negative_weights=None if rows.weight is None else rows.weight[~positive][order],
-        )
+        self.positive_users = rows.user[positive]  # [P]
+        self.negative_users = rows.user[~positive][order]  # [M], lowest logit first
+        # [P], how many negatives have a lower logit, and no higher one.
+        self.below = np.searchsorted(ranked, logit[positive], side="left")
+        self.not_above = np.searchsorted(ranked, logit[positive], side="right")
+        self.weights: tuple[np.ndarray, np.ndarray] | None = None  # [P], [M]; None: 1 each
+        if rows.weight is not None:
+            self.weights = rows.weight[positive], rows.weight[~positive][order]
 
     def auc(
         self,
@@ -318,9 +308,9 @@ class RankedPairs:
     ) -> tuple[np.ndarray, np.ndarray]:  # float64 [S], [S]
         """Return AUC (NaN without a pair; a tie counts half) and the weight of rows by resample."""
         positives, drawn_negatives = drawn[self.positive_users], drawn[self.negative_users]
-        if self.positive_weights is not None and self.negative_weights is not None:
-            positives *= self.positive_weights[:, None]
-            drawn_negatives *= self.negative_weights[:, None]
+        if self.weights is not None:
+            positives *= self.weights[0][:, None]
+            drawn_negatives *= self.weights[1][:, None]
         negatives = np.zeros((len(self.negative_users) + 1, drawn.shape[1]))
         np.cumsum(drawn_negatives, axis=0, out=negatives[1:])
         twice_won = negatives[self.below]

@@ -67,10 +67,7 @@ class CheckedRows:
 
 
 def check_data(job: Job, splits: Sequence[str] = SPLITS) -> CheckedRows:
-    """Read all splits once, so that a bad value shows before the first step. A collective.
-
-    Raises a ValueError on every rank for unusable rows or an unusable validation split.
-    """
+    """Read all splits once, so that a bad value shows before the first step. A collective."""
     ranks, is_skip = job.ranks, job.config.on_bad_row == "skip"
     counts: dict[str, ItemCounts] = {}
     skipped: dict[str, Any] = {}

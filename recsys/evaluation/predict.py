@@ -50,10 +50,7 @@ def data_of(run: Path, data: str | None) -> str:
 def load_run(
     run: Path, data: str | None, ranks: Ranks, device: str, changed: Sequence[str] = ()
 ) -> Job:
-    """Load the best model of a run, with `data` or its training data. A collective.
-
-    An unfinished run, or data with another schema, is a ValueError on every rank.
-    """
+    """Load the best model of a run, with `data` or its training data. A collective."""
     with ranks.raise_on_all_ranks():
         if not (run / "metrics.json").is_file():
             raise ValueError(f"{run}: holds no finished run (metrics.json); train it first")

@@ -116,10 +116,7 @@ def _table_of(name: str) -> str | None:
 
 
 def plan_warm_start(job: Job, source: Source, differences: Differences) -> WarmStartPlan:
-    """Compare the untrained job with another run; decide what it takes over. A collective.
-
-    A ValueError on every rank lists all that cannot be reconciled, with the fix.
-    """
+    """Compare the job with another run; decide what it takes, or list faults. A collective."""
     plan, state = WarmStartPlan(source, differences), TrainingState(job).state_dict()
     with job.ranks.raise_on_all_ranks():
         compare_settings(source, job.config, differences)

@@ -325,9 +325,7 @@ class _Fill:
             "tokens": num_tokens,
             "width": self.encoder.frozen_dim,
             "device": str(self.ranks.device),
-            "versions": {
-                name: importlib.metadata.version(name) for name in ("recsys-em3", "torch")
-            },
+            "versions": {name: importlib.metadata.version(name) for name in packages},
         }
         file.write_text(json.dumps(about, indent=2) + "\n")
 

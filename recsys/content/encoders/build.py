@@ -12,10 +12,7 @@ __all__ = ["Encoder", "StoredFeatures", "build_encoder"]
 
 
 def encoder_of(kind: ModalityKind, entry_shape: tuple[int, ...] = ()) -> Encoder:
-    """Return the encoder of a kind and its items' entries [`entry_shape`], with its identity.
-
-    An encoder that cannot be loaded, or does not fit its settings, is a ValueError.
-    """
+    """Return the encoder of a kind and its items' entries, with identity; misfits are errors."""
     encoder = kind.encoder(entry_shape)
     if not isinstance(encoder, Encoder):
         raise ValueError(

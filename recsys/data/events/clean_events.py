@@ -55,10 +55,7 @@ def tables_of(config: EventsConfig) -> dict[str, EventTable]:
 def read_events(
     engine: SqlEngine, config: EventsConfig
 ) -> tuple[dict[str, pa.DataType], int, dict[str, int]]:
-    """Make the stage `clean_events`; return its types, and rows read and left out by reason.
-
-    Unusable files, columns and types, or no row left, are a ValueError.
-    """
+    """Make the stage `clean_events`; return its types, and rows read and left out by reason."""
     readers: dict[str, Reader] = {}
     columns, first_file = event_columns(config), 0
     for name, table in tables_of(config).items():
@@ -158,10 +155,7 @@ def make_usable(
     stage: str = "usable",
     since: int | None = None,
 ) -> tuple[int, dict[str, int]]:
-    """Make a stage of the usable rows of `events_read`; count those read, and others by reason.
-
-    No row arrives before `since`.
-    """
+    """Make a stage of usable rows, none arriving before `since`; count those read, and others."""
     latest = latest_moment(config.drop.later_than, config.time_zone)
     problems = {
         "no user": "uid IS NULL",
@@ -205,10 +199,7 @@ def _clean(
     num_read: int,
     reasons: dict[str, int],
 ) -> dict[str, int]:
-    """Make the stage `clean_events` of `usable`: `unique_events` up to each user's limit.
-
-    Adds the rows that it leaves out to `reasons`.
-    """
+    """Make `clean_events`: `unique_events` up to each user's limit; return all rows left out."""
     drop, num_usable = config.drop, num_read - sum(reasons.values())
     unique, copies = without_copies(engine, config, types)
     reasons = reasons | copies

@@ -3,7 +3,6 @@
 Per key, the events before a moment are a prefix, which one binary search locates; an event that
 arrives late is used from its arrival on. Slices are a few bytes where lists are hundreds, so
 samples are sorted with slices.
-
 Shapes: N rows of a chunk, E events of them that match a history, S samples of them.
 """
 
@@ -80,10 +79,7 @@ class Moments:
             self._arrived = known if (known > time).any() else None
 
     def _events_before(self, events: np.ndarray, delay: int) -> np.ndarray:  # [E] -> [S]
-        """Return the number of `events`, ascending rows, before each sample's `delay`.
-
-        Those of earlier keys count, too.
-        """
+        """Return the number of `events`, of this and earlier keys, before each sample's `delay`."""
         rank = np.searchsorted(self._times, self._time - delay)
         place = self._sample_key * (len(self._times) + 1) + rank
         return np.searchsorted(self._place[events], place)

@@ -46,10 +46,7 @@ LISTS = (
 
 
 def load_events_config(path: Path, data: Path | None = None) -> EventsConfig:
-    """Read an events.yaml; parts that do not fit together are a ValueError.
-
-    Relative paths in it are in the folder `data`, by default its own.
-    """
+    """Read an events.yaml; relative paths in it are in the folder `data`, by default its own."""
     path = recipe_file(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; name an events.yaml")

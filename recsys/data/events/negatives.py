@@ -1,7 +1,6 @@
 """Draws items as negatives of rows whose first label is 1: items that existed at the row's moment.
 
 Items are numbered as they became known, so those known at a moment are a prefix of the catalogue.
-
 Shapes: P positives of a chunk, D draws, N items of the catalogue, E events of the log, T pairs of a
 user and an item.
 """

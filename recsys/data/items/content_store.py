@@ -1,7 +1,6 @@
 """Content of all items, read, tokenised and decoded once, served to batches by item id.
 
 Each modality is a `RaggedArray` in a cache folder named by a hash of content and settings.
-
 Shapes: U unique items, N items with a row.
 """
 

@@ -1,7 +1,6 @@
 """One column of the items: its chunks, or the .npy file that schema.yaml names in its place.
 
 A file [items, W] or [items, T, W] is read in pieces. A token of NaN alone is missing.
-
 Shapes: n rows of a piece, R rows of the file, T tokens of a row, W values of a token.
 """
 

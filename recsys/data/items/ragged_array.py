@@ -1,7 +1,6 @@
 """Rows of varying length, stored as one flat memory-mapped array plus offsets.
 
 Pages read are released whenever about `RESIDENT_BYTES` may be mapped.
-
 Shapes: N rows of the array, S distinct rows, n rows written or hashed at once, U rows gathered,
 T entries of the longest.
 """

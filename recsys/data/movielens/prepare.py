@@ -1,7 +1,6 @@
 """`recsys prepare movielens`: an archive of MovieLens ratings turned into dataset folders.
 
 Sources are the archives of https://grouplens.org/datasets/movielens/, `.csv` or `.dat`.
-
 Shapes: N rows of a file.
 """
 

@@ -1,7 +1,6 @@
 """Unusable rows: the first one ends the job, or all are skipped and counted.
 
 A defect of a whole file (no footer, a missing column, a wrong type) is always an error.
-
 Shapes: n rows of the part of a file that is read at once.
 """
 

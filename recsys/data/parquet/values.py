@@ -1,7 +1,6 @@
 """Columns of a row group in the types of a batch, with their values checked.
 
 A raw id of null is the unknown id: the last row of an exact or bounded map, an own id of a hash.
-
 Shapes: R rows, N values of a column, H rows per id.
 """
 

@@ -2,7 +2,6 @@
 
 A step maps N values to N; a row depends on itself alone. Null stays null, except in `fill`. Its
 keyword arguments are its settings; a `Fit` computes those that are fitted on the training rows.
-
 Shapes: N values, S columns to cross.
 """
 
