@@ -83,9 +83,11 @@ class WarmStartPlan:
         state = training.state_dict(
             {name: stored.entries[name] for name, stored in self.tensors.items()}
         )
-        moved = {
-            name: rows for name in self.tensors if (rows := self._moved_rows(name)) is not None
-        }
+        moved: dict[str, RowMap] = {}
+        for name in self.tensors:
+            rows = self.items if name == "bank" else self.maps.get(_table_of(name) or name)
+            if rows is not None and not rows.is_identity:
+                moved[name] = rows
         for stored in dict.fromkeys(self.tensors.values()):
             unmoved = {
                 name: state[name]
@@ -100,11 +102,6 @@ class WarmStartPlan:
                 move = move_sets if name.startswith("vocabulary.") else move_rows
                 move(state[name], self.tensors[name].tensor(name), rows)
         training.finish_loading()
-
-    def _moved_rows(self, name: str) -> RowMap | None:
-        """Return the rows of a tensor whose rows move; None if they are the same."""
-        rows = self.items if name == "bank" else self.maps.get(_table_of(name) or name)
-        return None if rows is None or rows.is_identity else rows
 
 
 def _table_of(name: str) -> str | None:

@@ -191,7 +191,10 @@ class TransformerEncoder(Encoder):
         self.output_dim = tokens.shape[-1]
         self.frozen_tokens = tokens.shape[1]
         if self.training_mode == "full":
-            self._freeze_what_has_no_effect(tokens)
+            weights = [part for part in self.parameters() if part.requires_grad]
+            gradients = torch.autograd.grad(tokens.sum(), weights, allow_unused=True)
+            for part, gradient in zip(weights, gradients, strict=True):
+                part.requires_grad_(gradient is not None)  # frozen if it has no effect
         if self.training_mode == "lora":
             self._try_split(values, mask, where)
         self.model.train(training)
@@ -202,12 +205,6 @@ class TransformerEncoder(Encoder):
             fix = "choose another pooling than projected"
         model, cause = type(self.model).__name__, f"{type(error).__name__}: {error}"
         return f"{where}.encoder: {model} cannot be run on {self.inputs} ({cause}); {fix}"
-
-    def _freeze_what_has_no_effect(self, tokens: Tensor) -> None:  # [U, T, D]
-        weights = [part for part in self.parameters() if part.requires_grad]
-        gradients = torch.autograd.grad(tokens.sum(), weights, allow_unused=True)
-        for part, gradient in zip(weights, gradients, strict=True):
-            part.requires_grad_(gradient is not None)
 
     @torch.no_grad()
     def _try_split(self, values: Tensor, mask: Tensor, where: str) -> None:  # values: see `_run`

@@ -197,9 +197,14 @@ class HistoryFiles:
         for column, array in values.items():
             self._types[column] = array.type
             is_text = pa.types.is_string(array.type)
-            numbers = self._codes(column, array) if is_text else array.to_numpy()
+            numbers = array
+            if is_text:
+                codes, encoded = self._texts.setdefault(column, {}), array.dictionary_encode()
+                texts = encoded.dictionary.to_pylist()
+                codes_of_texts = [codes.setdefault(text, len(codes)) for text in texts]
+                numbers = pa.array(codes_of_texts, pa.int32()).take(encoded.indices)
             with self._path(column).open("ab") as file:
-                file.write(np.ascontiguousarray(numbers).data)
+                file.write(np.ascontiguousarray(numbers.to_numpy()).data)
         first = self._lengths.get(name, 0)
         self._lengths[name] = first + len(values[name])
         return first
@@ -232,9 +237,3 @@ class HistoryFiles:
 
     def _path(self, column: str) -> Path:
         return self.folder / f"h_{column}"
-
-    def _codes(self, column: str, values: pa.Array) -> np.ndarray:  # int32 [E]
-        places = self._texts.setdefault(column, {})
-        encoded = values.dictionary_encode()
-        codes = [places.setdefault(text, len(places)) for text in encoded.dictionary.to_pylist()]
-        return np.array(codes, np.int32)[encoded.indices.to_numpy()]

@@ -11,7 +11,6 @@ from contextlib import closing
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +35,10 @@ class FeatureFile:
         self.file = file
         try:
             with file.filesystem.open(file.path, "rb") as stream:
-                shape, is_fortran, dtype = _header(stream)
+                version = npy.read_magic(stream)
+                is_first = version == (1, 0)
+                read = npy.read_array_header_1_0 if is_first else npy.read_array_header_2_0
+                shape, is_fortran, dtype = read(stream)
                 self._start = stream.tell()
         except FileNotFoundError:
             raise ValueError(f"{file}: no such file; schema.yaml names it") from None
@@ -72,12 +74,6 @@ class FeatureFile:
 
     def fingerprint(self) -> str:
         return digest_of(self.num_rows, *(values.data.cast("B") for _, values in self.pieces()))
-
-
-def _header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = npy.read_magic(stream)
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    return read(stream)
 
 
 def _read_ids(file: Location, num_rows: int) -> np.ndarray:  # [R]

@@ -126,8 +126,10 @@ def usable_table(
 
     arrays = [usable_column(table, name, schema, note) for name in table.column_names]
     if schema.vocabulary_of(schema.group) is not None:
-        groups = _with_values(one_chunk(table[schema.group]), False, True)
-        arrays.append(pa.array(raw_groups(groups, positions)))
+        # Raw ids of the group as integers; a row without one is a group of its own.
+        ids, null, too_large = plain_ids(_with_values(one_chunk(table[schema.group]), False, True))
+        groups = rows_of_ids(ids, null, too_large, None)
+        arrays.append(pa.array(np.where(null, mix64(positions).view(np.int64), groups)))
     usable = pa.table([*arrays, positions], schema=empty_table(schema, table.column_names).schema)
     _check_parallel(usable, schema, note)
     _note_rows_without_label(usable, schema, note)
@@ -265,13 +267,6 @@ def rows_of_ids(
     else:
         rows[null] = find_rows(pa.array([NULL_ID]))[0]
     return rows
-
-
-def raw_groups(ids: pa.Array, positions: np.ndarray) -> np.ndarray:  # [R], [R] -> int64 [R]
-    """Return raw ids of the group as integers; a row without one is a group of its own."""
-    ids, null, too_large = plain_ids(ids)
-    groups = rows_of_ids(ids, null, too_large, None)
-    return np.where(null, mix64(positions).view(np.int64), groups)
 
 
 def _bad_numbers(

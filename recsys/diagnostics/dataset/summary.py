@@ -34,6 +34,7 @@ from recsys.storage.location import Location
 SPLITS = ("train", "valid", "test")
 GROUPS, PAIRS, ROWS = "groups", "group and item", "rows"
 NUMBERS = ("label", "dense", "extra", "weight", "sampled")  # kinds of columns
+TOP_SHARE = 0.01  # of the items, by rows
 
 
 @dataclass
@@ -266,12 +267,13 @@ def _shares(
     counts = split.item_counts.counts
     parts = frequency_masks(train.item_counts.of(split.item_counts.items))
     logged_rows, rows = max(int(counts.sum()), 1), max(split.usable_rows, 1)
+    top_counts = np.sort(counts)[::-1][: max(1, round(TOP_SHARE * len(counts)))]
     shares = {
         **{part: float(counts[parts[part]].sum() / logged_rows) for part in ("cold", "unseen")},
         "repeated_rows": (split.usable_rows - split.distinct[ROWS]) / rows,
         "repeated_pairs": (split.usable_rows - split.distinct[PAIRS]) / rows,
         "target_in_history": split.target_in_history / rows,
-        "of_top_items": share_of_most_frequent(counts),
+        "of_top_items": float(top_counts.sum() / logged_rows),
     }
     if items is not None:
         without_row = ~np.isin(split.item_counts.items, items.ids)
@@ -282,13 +284,6 @@ def _shares(
             query = f"SELECT count(*) AS n FROM {split.split} WHERE {in_train}"
             shares[share] = _row(database, query)["n"] / rows
     return shares
-
-
-def share_of_most_frequent(counts: np.ndarray, share: float = 0.01) -> float:
-    """Return the share of all rows of the most frequent `share` of items; `counts` int64 [U]."""
-    if not len(counts):
-        return 0.0
-    return float(np.sort(counts)[::-1][: max(1, round(share * len(counts)))].sum() / counts.sum())
 
 
 def _table_uses(database: duckdb.DuckDBPyConnection, schema: Schema) -> dict[str, TableUse]:
