@@ -28,10 +28,9 @@ def grouped_auc(
     group: np.ndarray,  # [N]
     weight: np.ndarray | None = None,  # float64 [N]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [G], float64 [G], int64 or float64 [G]
-    """Compute the AUC within each group that has both labels; ties count exactly half.
+    """Return groups with both labels, ascending, the AUC of each, and its rows' weight.
 
-    Returns:
-        The groups with both labels, ascending, the AUC of each, and the sum of its rows' weights.
+    Ties count exactly half.
     """
     order = np.lexsort((score, group))
     sorted_weight = None if weight is None else weight[order]

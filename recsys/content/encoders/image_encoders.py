@@ -21,7 +21,6 @@ from recsys.data.items.kind import ContentInput
 class ImageTransformer(TransformerEncoder):
     """Vision model, or vision tower of a dual encoder: [U, 3, H, W] -> [U, T or 1, D]."""
 
-    is_text = False
     tower_name, projection_name = "vision_model", "visual_projection"
     pixels: ImagePreparation
 

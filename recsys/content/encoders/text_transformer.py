@@ -27,7 +27,7 @@ ITEMS_PER_GROUP = 32  # of similar length, run through the trained layers togeth
 class TextTransformer(TransformerEncoder):
     """Text model, or text tower of a dual encoder: ids [U, T] -> tokens [U, T or 1, D]."""
 
-    is_text, inputs = True, "texts"
+    inputs = "texts"
     tower_name, projection_name = "text_model", "text_projection"
 
     def _read_settings(self, modality: ModalitySettings, where: str) -> None:

@@ -91,7 +91,6 @@ class TransformerEncoder(Encoder):
     model that does not fit its settings is a ValueError.
     """
 
-    is_text: bool
     inputs: str  # what the model reads, for messages
     tower_name: str  # the part of a dual encoder that reads this input
     projection_name: str  # the map of its pooled output to the space of both parts

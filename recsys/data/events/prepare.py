@@ -32,15 +32,11 @@ def prepare_events(
     temp: Path | None = None,
     until: str | None = None,
 ) -> dict[str, Any]:
-    """Write the dataset that `config` describes; it appears complete or not at all.
+    """Write the dataset that `config` describes, complete or not at all; return its report.
 
     The arguments are those of the command; with `spark_master`, such as local[2], Spark runs it.
-
-    Returns:
-        The report, also in `report.json`: events read, rows left out, and figures of each split.
-
-    Raises:
-        ValueError: a setting, file, column or value cannot be used, or a split would be empty.
+    The report, also in `report.json`, has events read, rows left out, and figures of each split.
+    What cannot be used is a ValueError.
     """
     if until is not None:
         report = prepare_days(config, out, until, source, memory, threads, temp, spark_master)

@@ -48,22 +48,13 @@ END_OF_TIME = 2**32  # seconds: the year 2106; later times have another unit
 def prepare_movielens(
     source: Path | None, out: Path, history_length: int = 20, split: SplitProtocol = "global"
 ) -> dict[str, dict[str, Any]]:
-    """Write the dataset folder `out`; it appears complete or not at all.
+    """Write the dataset folder `out`, complete or not at all; return figures of each split.
 
-    Args:
-        source: folder with `ratings` and `movies`, `.csv` or `.dat`, and maybe `items.parquet`
-            (movieId with plot, poster or both). None: the bundled sample.
-        out: folder to write; must not exist or be empty. `rolling` makes `window-1` to `window-5`.
-        history_length: longest history of a row.
-        split: `global`: at quantiles 0.8 and 0.9 of time; `user`: each user's ratings in time (7
-            or more); `rolling`: the global split at five origins, a tenth of the ratings apart.
-
-    Returns:
-        Figures of each split (`window-1/train` ... for `rolling`), as in `prepare_events`.
-
-    Raises:
-        ValueError: `out` is in use, a file or column is missing, a value cannot be used, or a
-            split would be empty.
+    `source` has `ratings` and `movies`, `.csv` or `.dat`, and maybe `items.parquet` (movieId with
+    plot, poster or both); None: the bundled sample. Splits are at the quantiles 0.8 and 0.9 of time
+    (`global`), in the times of each user, who has 7 ratings or more (`user`), or global at five
+    origins, a tenth of the ratings apart (`rolling`: folders `window-1` to `window-5`). What cannot
+    be used is a ValueError.
     """
     if history_length < 1:
         raise ValueError(f"history_length is {history_length}; it must be at least 1")
@@ -119,10 +110,10 @@ def _text(movies: pa.Table) -> pa.ChunkedArray:
 
 
 def read_movielens(source: Path | None) -> tuple[pa.Table, pa.Table]:
-    """Read a folder with `ratings`, `movies` and, optionally, `items.parquet`; None: the sample.
+    """Return movies, ordered by movieId, and ratings, with `item`, the row of the movie.
 
-    Returns:
-        movies, ordered by movieId, and ratings, with `item`, the row of the movie.
+    They are those of a folder with `ratings`, `movies` and, optionally, `items.parquet`; None: the
+    sample.
     """
     folder, suffix = (SAMPLE, "parquet") if source is None else (Path(source), "csv")
     if (folder / "ratings.dat").is_file() and not (folder / "ratings.csv").is_file():
