@@ -98,11 +98,7 @@ class DuckDBEngine:
         self.view(name, f"SELECT * FROM read_parquet('{file}')")
 
     def save(self, query: str, file: Path, by: str | None = None) -> list[Path]:
-        """Write a query's result as Parquet named after a file, or `BY=VALUE/NAME` beside it.
-
-        Returns:
-            The files.
-        """
+        """Write a query's result as Parquet: `file`, or `BY=VALUE/NAME-*` beside it."""
         file.parent.mkdir(parents=True, exist_ok=True)
         target, options = file, "FORMAT parquet, COMPRESSION zstd"
         if by is not None:

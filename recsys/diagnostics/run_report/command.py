@@ -58,16 +58,11 @@ def report_run(
     device: str,
     colour_by: str | None = None,
 ) -> Path:
-    """Write the page of a run, by default `RUN/report.html`, and a projector. A collective.
+    """Write the page of a run, by default `RUN/report.html`; return the file. A collective.
 
-    The projector is the folder `report_projector` beside the page; `colour_by` names a column.
-
-    Returns:
-        The file written, which appears whole or not at all.
-
-    Raises:
-        ValueError: there is no finished run, `out` cannot be used, or column `colour_by` is missing
-            or neither of texts nor of integers.
+    The projector is the folder `report_projector` beside the page; `colour_by` names a column. A
+    run that is not finished, an `out` that cannot be used, and a column neither of texts nor of
+    integers are a ValueError.
     """
     out = out or run / "report.html"
     with ranks.raise_on_all_ranks():

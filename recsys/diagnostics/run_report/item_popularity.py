@@ -31,18 +31,15 @@ UNTRAINED = (
 )
 
 
-def in_bucket(name: str, counts: np.ndarray) -> np.ndarray:  # int64 [N] -> bool [N]
-    """Return which rows are of items whose training impressions are in a bucket."""
-    least, most = BUCKETS[name]
-    return (counts >= least) & (counts <= most)
-
-
 def metrics_by_count(
     rows: RankedRows | RegressionRows,
     counts: np.ndarray,  # int64 [N], training impressions of the row's item
 ) -> dict[str, dict[str, Any]]:
     """Return the metrics of each bucket."""
-    return {name: rows.metrics(in_bucket(name, counts)) for name in BUCKETS}
+    return {
+        name: rows.metrics((counts >= least) & (counts <= most))
+        for name, (least, most) in BUCKETS.items()
+    }
 
 
 def item_popularity(scores: SplitScores, split: str) -> Section:
