@@ -115,6 +115,6 @@ def explain_data(
         on_bad_row: as in training: error ends with the first row that cannot be used
         json: file to write the numbers to
     """
-    from recsys.diagnostics.dataset.command import explain_data as explain
+    from recsys.diagnostics.dataset.findings import explain_data as explain
 
     explain(data, on_bad_row, json)

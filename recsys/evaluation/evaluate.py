@@ -24,8 +24,14 @@ from recsys.config.ranking import softmax_settings
 from recsys.content.item_vectors import encode_into_bank
 from recsys.data.batch import Batch
 from recsys.data.interactions import Interactions, loader
-from recsys.data.item_frequency import ItemCounts, count_items, rows_that_count
-from recsys.data.number_ranges import NumberRange, NumberRanges, dense_finding
+from recsys.data.item_frequency import (
+    ItemCounts,
+    NumberRange,
+    NumberRanges,
+    count_items,
+    dense_finding,
+    rows_that_count,
+)
 from recsys.data.parquet.values import RAW_GROUP
 from recsys.data.row_source import RowSource
 from recsys.data.schema import Schema

@@ -91,7 +91,7 @@ def slack_for(num_rows: int) -> float:
 
 
 def _advice(rows: RowSource) -> str:
-    from recsys.data.number_ranges import NumberRanges
+    from recsys.data.item_frequency import NumberRanges
 
     ranges = NumberRanges(rows.schema)
     for table in rows.read(*rows.share(0, 1)):

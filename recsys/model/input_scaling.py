@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys.data.batch import Batch
-from recsys.data.number_ranges import NumberRange
+from recsys.data.item_frequency import NumberRange
 
 logger = logging.getLogger(__name__)
 

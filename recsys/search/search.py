@@ -33,7 +33,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from recsys.checkpoint.compatibility import flattened
 from recsys.config import Config, load_config, save_config, to_plain
-from recsys.data.items.item_column import FeatureFile
+from recsys.data.items.item_table import FeatureFile
 from recsys.data.parquet.file import footer_digest, open_parquet
 from recsys.data.schema import load_schema
 from recsys.distributed.job import environment_of_no_rank

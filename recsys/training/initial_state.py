@@ -24,12 +24,17 @@ from recsys.checkpoint.cold_row_init import counts_before, fill_cold_rows, keep_
 from recsys.checkpoint.item_content import encode_changed_items
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.run_schema import WARM_START
-from recsys.checkpoint.warm_start.comparison import reconciled_schema
 from recsys.checkpoint.warm_start.plan import WarmStartPlan
-from recsys.checkpoint.warm_start.source import Differences, Source, WarmStart, open_source
+from recsys.checkpoint.warm_start.source import (
+    Differences,
+    Source,
+    WarmStart,
+    open_source,
+    reconciled_schema,
+)
 from recsys.config import InitFromSettings
 from recsys.content.projection_start import start_projections
-from recsys.data.number_ranges import NumberRange
+from recsys.data.item_frequency import NumberRange
 from recsys.data.schema import Schema
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks

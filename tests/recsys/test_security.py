@@ -18,8 +18,7 @@ import torch
 import yaml
 
 from recsys.config import load_config
-from recsys.content.encoders.pretrained import PretrainedEncoder
-from recsys.content.encoders.tiny_encoders import tiny_model, tiny_tokenizer
+from recsys.content.encoders.pretrained import PretrainedEncoder, tiny_model, tiny_tokenizer
 from recsys.data.items.images import decode_image
 from recsys.data.items.ragged_array import RaggedArray, RaggedWriter
 from recsys.data.parquet.rows import ParquetRows

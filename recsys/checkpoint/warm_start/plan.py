@@ -15,9 +15,14 @@ from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint.reader import readable_failure, table_of_key
 from recsys.checkpoint.state import TrainingState
-from recsys.checkpoint.warm_start.comparison import compare_encoders, compare_settings
 from recsys.checkpoint.warm_start.rows import RowMap, move_rows, move_sets, row_map, size_of
-from recsys.checkpoint.warm_start.source import Differences, Source, StoredState
+from recsys.checkpoint.warm_start.source import (
+    Differences,
+    Source,
+    StoredState,
+    compare_encoders,
+    compare_settings,
+)
 from recsys.config import Config
 from recsys.data.schema import Schema
 from recsys.model.tables import cold_row_rules, table_configs

@@ -7,6 +7,7 @@ installed package) or `random:NAME` (tiny, for tests). No code or pickle of a ch
 from __future__ import annotations
 
 import importlib.util
+import string
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -19,15 +20,22 @@ from transformers import (
     AutoModel,
     AutoModelForTextEncoding,
     AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    CLIPConfig,
+    CLIPModel,
     PreTrainedConfig,
+    SiglipConfig,
+    SiglipModel,
+    ViTConfig,
+    ViTModel,
 )
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 from transformers.utils.hub import extract_commit_hash
 
-# Recipes name it here.
 from recsys.content.encoders.efficientnet import efficientnet_lite0 as efficientnet_lite0
-from recsys.content.encoders.tiny_encoders import tiny_model, tiny_tokenizer
 from recsys.data.items.images import ImagePreparation
 from recsys.storage.files import home_expanded
 
@@ -234,3 +242,52 @@ def _image_preparation(settings: dict[str, Any]) -> ImagePreparation:
         keeps_aspect="shortest_edge" in size if isinstance(size, dict) else crops,
         share=side / shortest if crops and side and shortest else 1.0,
     )
+
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+IMAGE: dict[str, Any] = {"image_size": 32, "patch_size": 16}
+NAMES = ("random:bert", "random:vit", "random:clip", "random:siglip")
+
+
+def _vocabulary() -> dict[str, int]:
+    letters = string.ascii_lowercase + string.digits + string.punctuation
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    return {word: index for index, word in enumerate(words)}
+
+
+def tiny_tokenizer() -> Any:
+    """Return a WordPiece tokenizer over single characters."""
+    return BertTokenizer(vocab=_vocabulary(), do_lower_case=True)
+
+
+def tiny_model(name: str, where: str) -> nn.Module:
+    """Return one of the models `NAMES`; clip and siglip are dual encoders."""
+    if name not in NAMES:
+        raise ValueError(f"{where}: encoder '{name}' is unknown; choose {', '.join(NAMES)}")
+    vocabulary = _vocabulary()
+    text: dict[str, Any] = {
+        **SIZES,
+        "vocab_size": len(vocabulary),
+        "bos_token_id": vocabulary["[CLS]"],
+        "eos_token_id": vocabulary["[SEP]"],
+        "pad_token_id": vocabulary["[PAD]"],
+    }
+    vision = {**SIZES, **IMAGE}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name == "random:bert":
+            config = BertConfig(vocab_size=len(vocabulary), **SIZES)
+            return BertModel(config, add_pooling_layer=False)
+        if name == "random:vit":
+            return ViTModel(ViTConfig(**vision), add_pooling_layer=False)
+        if name == "random:clip":
+            return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
+        text["projection_size"] = SIZES["hidden_size"]
+        return SiglipModel(SiglipConfig(text_config=text, vision_config=vision))

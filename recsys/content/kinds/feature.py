@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from recsys.data.items.item_column import ItemColumnReader, write_rows
+from recsys.data.items.item_table import ItemColumnReader, write_rows
 from recsys.data.items.item_values import feature_tokens, usable_features
 from recsys.data.items.kind import ModalityKind
 from recsys.data.items.ragged_array import RaggedWriter

@@ -15,8 +15,7 @@ import pyarrow as pa
 
 from recsys.config.named_parts import make_part
 from recsys.data.items.images import ImagePreparation, check_first_image, decoded_images, num_images
-from recsys.data.items.item_column import ItemColumnReader
-from recsys.data.items.item_table import digest_of
+from recsys.data.items.item_table import ItemColumnReader, digest_of
 from recsys.data.items.kind import ModalityKind
 from recsys.data.parquet.bad_rows import Report
 

@@ -15,8 +15,7 @@ import numpy as np
 
 from embeddings.vocabulary.fixed import mix64
 from recsys.config import ModalitySettings
-from recsys.data.items.item_column import ItemColumnReader
-from recsys.data.items.item_table import ItemTable, digest_of
+from recsys.data.items.item_table import ItemColumnReader, ItemTable, digest_of
 from recsys.data.items.kind import ContentInput, ModalityKind, make_kinds
 from recsys.data.items.ragged_array import RaggedArray, stored_hashes
 from recsys.data.schema_columns import Items

@@ -16,8 +16,7 @@ import pyarrow as pa
 
 from recsys.config import ModalitySettings
 from recsys.config.named_parts import make_part
-from recsys.data.items.item_column import ItemColumnReader
-from recsys.data.items.item_table import digest_of
+from recsys.data.items.item_table import ItemColumnReader, digest_of
 from recsys.data.items.ragged_array import RaggedWriter
 from recsys.data.parquet.bad_rows import Report
 

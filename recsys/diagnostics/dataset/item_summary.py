@@ -17,8 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recsys.data.items.images import check_first_image, decode_image
-from recsys.data.items.item_column import FeatureFile
-from recsys.data.items.item_table import ItemTable, plain_values
+from recsys.data.items.item_table import FeatureFile, ItemTable, plain_values
 from recsys.data.items.item_values import (
     category_lists,
     feature_tokens,

@@ -29,7 +29,7 @@ from recsys.content.kinds.feature import Feature
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.interactions import Interactions
 from recsys.data.items.content_store import require_column
-from recsys.data.items.item_column import FeatureFile
+from recsys.data.items.item_table import FeatureFile
 from recsys.data.items.item_values import feature_tokens
 from recsys.data.items.kind import make_kind
 from recsys.data.parquet.file import READ_ERRORS, column_type, mean_list_lengths, open_parquet

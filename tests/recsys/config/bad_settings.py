@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recsys.content.encoders.tiny_encoders import tiny_model, tiny_tokenizer
+from recsys.content.encoders.pretrained import tiny_model, tiny_tokenizer
 from tests.recsys.data.bad_impressions import BadInput, Spoil
 
 

@@ -16,7 +16,7 @@ from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import load_config
 from recsys.data.batch import Batch, FurtherHistory
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.number_ranges import NumberRange, NumberRanges
+from recsys.data.item_frequency import NumberRange, NumberRanges
 from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.schema import Column, Schema
 from recsys.distributed.ranks import joined_ranks

@@ -16,9 +16,15 @@ import pytest
 
 from embeddings.vocabulary.bounded import rows_of_sets
 from embeddings.vocabulary.fixed import mix64
-from recsys.checkpoint.warm_start.comparison import compare_settings, reconciled_schema
 from recsys.checkpoint.warm_start.rows import RowMap, row_map
-from recsys.checkpoint.warm_start.source import Differences, Source, WarmStart, open_source
+from recsys.checkpoint.warm_start.source import (
+    Differences,
+    Source,
+    WarmStart,
+    compare_settings,
+    open_source,
+    reconciled_schema,
+)
 from recsys.config import ranking_settings
 from recsys.data.schema import Schema
 from recsys.distributed.ranks import Ranks, joined_ranks

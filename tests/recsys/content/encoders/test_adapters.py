@@ -14,8 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from recsys.config import LoraSettings, ModalitySettings
 from recsys.content.encoders.build import build_encoder
 from recsys.content.encoders.image_encoders import ImageTransformer
+from recsys.content.encoders.pretrained import tiny_model
 from recsys.content.encoders.text_transformer import TextTransformer
-from recsys.content.encoders.tiny_encoders import tiny_model
 from recsys.content.encoders.transformer import TransformerEncoder
 from tests.recsys.content.encoders.tiny_transformers import CONFIGS, content_of
 

@@ -15,8 +15,7 @@ from PIL import Image
 
 from recsys.config import LoraSettings, ModalitySettings
 from recsys.content.encoders.build import build_encoder
-from recsys.content.encoders.pretrained import PretrainedEncoder
-from recsys.content.encoders.tiny_encoders import tiny_tokenizer
+from recsys.content.encoders.pretrained import PretrainedEncoder, tiny_tokenizer
 from recsys.content.encoders.transformer import TransformerEncoder
 from recsys.data.batch import ContentInput
 from recsys.data.items.content_store import ContentStore

@@ -20,7 +20,7 @@ from recsys.content.encoders.build import Encoder
 from recsys.content.encoders.identity import (
     FILE,
 )
-from recsys.content.encoders.tiny_encoders import tiny_model, tiny_tokenizer
+from recsys.content.encoders.pretrained import tiny_model, tiny_tokenizer
 from recsys.data.items.kind import make_kind
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import load_run

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from recsys.content.encoders.pretrained import PretrainedEncoder
-from recsys.content.encoders.tiny_encoders import tiny_model, tiny_tokenizer
+from recsys.content.encoders.pretrained import PretrainedEncoder, tiny_model, tiny_tokenizer
 
 WHERE = "content.modalities.text"
 

@@ -17,7 +17,7 @@ from recsys.config import Config, load_config
 from recsys.config.server import ServerSettings
 from recsys.data.events.prepare import prepare_events
 from recsys.data.schema import load_schema
-from recsys.diagnostics.dataset.command import explain_data
+from recsys.diagnostics.dataset.findings import explain_data
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import predict
 from recsys.serving.export import export_run

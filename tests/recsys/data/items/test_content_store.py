@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from recsys.content.encoders.tiny_encoders import tiny_tokenizer
+from recsys.content.encoders.pretrained import tiny_tokenizer
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.images import decode_image
 from recsys.data.items.item_values import feature_tokens, usable_features
-from recsys.diagnostics.dataset.command import explain_data
+from recsys.diagnostics.dataset.findings import explain_data
 from tests.datasets import write_dataset
 from tests.recsys.data.items.item_content import (
     MODALITIES,

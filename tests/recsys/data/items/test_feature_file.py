@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.config import ModalitySettings
-from recsys.data.items import item_column, ragged_array
+from recsys.data.items import ragged_array
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
 from recsys.data.items.ragged_array import RaggedArray, RaggedWriter, RowWriter, share_rows
@@ -26,7 +26,7 @@ AUDIO = ModalitySettings(kind="feature", column="audio")
 
 @pytest.fixture(autouse=True)
 def pieces_of_three_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(item_column, "BYTES_PER_PIECE", 3 * 4 * 5 * 2)
+    monkeypatch.setattr(item_table, "BYTES_PER_PIECE", 3 * 4 * 5 * 2)
 
 
 @pytest.fixture

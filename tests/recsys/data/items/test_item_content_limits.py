@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from recsys.content.encoders.tiny_encoders import tiny_tokenizer
+from recsys.content.encoders.pretrained import tiny_tokenizer
 from recsys.data.items import item_table
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.images import decode_image

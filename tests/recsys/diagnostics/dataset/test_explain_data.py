@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.cli import main
-from recsys.diagnostics.dataset.command import explain_data
-from recsys.diagnostics.dataset.findings import find
+from recsys.diagnostics.dataset.findings import explain_data, find
 from recsys.diagnostics.dataset.summary import (
     GROUPS,
     PAIRS,
