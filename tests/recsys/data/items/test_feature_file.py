@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.config import ModalitySettings
-from recsys.data.items import ragged_array
+from recsys.data.items import item_table, ragged_array
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
 from recsys.data.items.ragged_array import RaggedArray, RaggedWriter, RowWriter, share_rows
