@@ -49,8 +49,7 @@ def _starts(batch: pa.RecordBatch | pa.Table, keys: Sequence[str]) -> np.ndarray
     starts[:1] = True
     for key in keys:
         values = batch.column(key)
-        changes = pc.not_equal(values.slice(1), values.slice(0, batch.num_rows - 1))
-        starts[1:] |= np.asarray(changes)
+        starts[1:] |= np.asarray(pc.not_equal(values.slice(1), values.slice(0, batch.num_rows - 1)))
     return starts
 
 
@@ -166,8 +165,7 @@ def history_lists(
         elif pa.types.is_dictionary(items.type):
             items = items.cast(items.type.value_type)
         if column != name and not pa.types.is_floating(items.type):
-            is_null = pc.equal(items, null_stand_in(items.type))
-            items = pc.if_else(is_null, None, items)
+            items = pc.if_else(pc.equal(items, null_stand_in(items.type)), None, items)
         lists[column] = pa.ListArray.from_arrays(bounds, items)
     return lists
 
@@ -229,8 +227,7 @@ class HistoryFiles:
         if not path.stat().st_size:
             return pa.array([], kind)
         stored = pa.int32() if column in self._texts else kind
-        mapped = np.memmap(path, stored.to_pandas_dtype(), mode="r")
-        values = pa.array(mapped)
+        values = pa.array(np.memmap(path, stored.to_pandas_dtype(), mode="r"))
         if column in self._texts:
             return pa.DictionaryArray.from_arrays(values, list(self._texts[column]))
         return values
