@@ -81,7 +81,7 @@ class MemoryBank:
             if value < 1:
                 raise ValueError(f"memory bank: {name} is {value}; set at least 1")
         self.num_items, self.dim = num_items, dim
-        self.device, self._group = torch.device(device), process_group
+        self.device, self.group = torch.device(device), process_group
         world_size = 1 if process_group is None else dist.get_world_size(process_group)
         self._rank = 0 if process_group is None else dist.get_rank(process_group)
         self.world_size = world_size
@@ -130,7 +130,7 @@ class MemoryBank:
         key = owner * kinds + kind
         counts = key.bincount(minlength=self.world_size * kinds).view(-1, kinds)  # [W, kinds]
         request_counts = torch.empty_like(counts)
-        work = dist.all_to_all_single(request_counts, counts, group=self._group, async_op=True)
+        work = dist.all_to_all_single(request_counts, counts, group=self.group, async_op=True)
 
         def finish() -> list[BankRoute]:
             """Send the ids to their owners. A collective."""
@@ -138,7 +138,7 @@ class MemoryBank:
             received = ids.new_empty(int(request_counts.sum()))
             splits = request_counts.sum(1).tolist(), counts.sum(1).tolist()
             sent = ids[key.argsort(stable=True)]
-            dist.all_to_all_single(received, sent, *splits, group=self._group)
+            dist.all_to_all_single(received, sent, *splits, group=self.group)
             ranks_kinds = torch.arange(kinds).repeat(self.world_size)
             received_kinds = ranks_kinds.repeat_interleave(request_counts.flatten())
             return [
@@ -172,7 +172,7 @@ class MemoryBank:
             sent = self._rows.index_select(0, route.rows)
             received = sent.new_empty(len(item_ids), self.dim + 1)
             splits = route.wanted_counts, route.asked_counts
-            dist.all_to_all_single(received, sent, *splits, group=self._group)
+            dist.all_to_all_single(received, sent, *splits, group=self.group)
             rows = torch.empty_like(received).index_copy_(0, route.order, received)
         return rows[:, : self.dim], rows[:, self.dim].long() - 1
 
@@ -206,7 +206,7 @@ class MemoryBank:
         assert route.last is not None
         received = values.new_empty(sum(route.asked_counts), self.dim + 1)
         splits = route.asked_counts, route.wanted_counts
-        dist.all_to_all_single(received, values[route.order], *splits, group=self._group)
+        dist.all_to_all_single(received, values[route.order], *splits, group=self.group)
         self._rows[route.rows] = received.index_select(0, route.last)
 
     @torch.no_grad()
@@ -247,8 +247,8 @@ class MemoryBank:
         marks = self._block[:, self.dim].double()
         count = (marks > 0).sum(dtype=torch.float64)
         totals = torch.stack([count, marks.sum() - count])
-        if self._group is not None:
-            dist.all_reduce(totals, group=self._group)
+        if self.group is not None:
+            dist.all_reduce(totals, group=self.group)
         return float(totals[0]), float(totals[1])
 
     def _finish_write(self) -> None:
@@ -260,7 +260,7 @@ class MemoryBank:
     def state_dict(self) -> dict[str, Tensor | ShardedTensor]:
         """Return the rows, [num_items, D + 1], which share the bank's memory. A collective."""
         self._finish_write()
-        return {"pool": sharded_by_rows(self._block, self._first, self.num_items, self._group)}
+        return {"pool": sharded_by_rows(self._block, self._first, self.num_items, self.group)}
 
 
 def sharded_by_rows(
@@ -318,7 +318,7 @@ class ReplicatedMemoryBank(MemoryBank):
         # `_capacity` ids are sent with their count, so that one message is usually enough.
         message = _padded(torch.cat([torch.tensor([len(ids)]), ids]), 1 + self._capacity)
         arrived = torch.empty(self.world_size * len(message), dtype=torch.int64)
-        work = dist.all_gather_into_tensor(arrived, message, group=self._group, async_op=True)
+        work = dist.all_gather_into_tensor(arrived, message, group=self.group, async_op=True)
 
         def finish() -> BankRoute:
             """Wait for the ids of all ranks; where they are more than expected, a collective."""
@@ -330,7 +330,7 @@ class ReplicatedMemoryBank(MemoryBank):
                 self._capacity = max(self._capacity, padded)
                 whole = torch.empty(self.world_size * padded, dtype=torch.int64)
                 mine = _padded(ids, padded)
-                dist.all_gather_into_tensor(whole, mine, group=self._group)
+                dist.all_gather_into_tensor(whole, mine, group=self.group)
                 gathered = whole.view(self.world_size, -1)
             rows, places = _last_of_each(gathered[:, :padded].reshape(-1))
             return BankRoute(places, [padded] * self.world_size, rows, counts.tolist())
@@ -344,7 +344,7 @@ class ReplicatedMemoryBank(MemoryBank):
         padded = values.new_zeros(route.wanted_counts[0], self.dim + 1)
         padded[: len(values)] = values
         gathered = values.new_empty(self.world_size * len(padded), self.dim + 1)
-        work = dist.all_gather_into_tensor(gathered, padded, group=self._group, async_op=True)
+        work = dist.all_gather_into_tensor(gathered, padded, group=self.group, async_op=True)
         self._under_way = _Write(work, padded, gathered, route)
 
     def _finish_write(self) -> None:
@@ -358,7 +358,7 @@ class ReplicatedMemoryBank(MemoryBank):
         padded = self._rows.new_zeros(self._block_size, self.dim + 1)
         padded[: len(self._block)] = self._block
         gathered = self._rows.new_empty(self.world_size * self._block_size, self.dim + 1)
-        dist.all_gather_into_tensor(gathered, padded, group=self._group)
+        dist.all_gather_into_tensor(gathered, padded, group=self.group)
         self._rows.copy_(gathered[: self.num_items])
 
 

@@ -283,7 +283,7 @@ TEXTS = ("title", "tags", "description")  # of recsys/recipes/implicit_content.y
 def encoders(training: str, top_layers: int = 0, share: float = 1.0) -> Settings:
     """Return the settings that train the encoder of each text of the recipe for implicit logs.
 
-    `share`: of a step's items that are encoded, with gradient; the bank has the others.
+    `share`: of a step's items for which encoders run; the others take their last outputs.
     """
     settings: dict[str, Any] = {f"content.modalities.{name}.training": training for name in TEXTS}
     # The default leaves new adapters as they are within two epochs, and changes all weights much.
@@ -292,7 +292,7 @@ def encoders(training: str, top_layers: int = 0, share: float = 1.0) -> Settings
     if top_layers:
         settings |= {f"content.modalities.{name}.lora.top_layers": top_layers for name in TEXTS}
     if share < 1:
-        settings |= {f"content.sampling.{part}": share for part in ("forward", "backward")}
+        settings["content.sampling.encoders"] = share
     return settings
 
 
@@ -330,19 +330,19 @@ IMPLICIT = [
     ),
     Cell(
         "LoRA top layer",
-        "adapters in the highest layer of each encoder; a quarter of a step's items is encoded",
+        "adapters in the highest layer of each encoder, run for a quarter of a step's items",
         encoders("lora", 1, 0.25),
         "frozen",
     ),
     Cell(
         "LoRA all layers",
-        "adapters in all six layers; a twentieth of a step's items is encoded",
+        "adapters in all six layers, run for a twentieth of a step's items",
         encoders("lora", 6, 0.05),
         "frozen",
     ),
     Cell(
         "full",
-        "all weights of the encoders train; a twentieth of a step's items is encoded",
+        "all weights of the encoders train, run for a twentieth of a step's items",
         encoders("full", share=0.05),
         "frozen",
     ),

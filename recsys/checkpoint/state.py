@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
+from embeddings import MemoryBank
 from embeddings.table_state import (
     State,
     TableOptimizerState,
@@ -39,10 +40,10 @@ def model_state(job: Job, metadata: Mapping[str, Any] | None = None) -> State:
         for name, value in current_state(job.model).items()
         if stored(name)
     }
-    if job.em3.content is not None and job.em3.content.bank is not None:
-        pool = job.em3.content.bank.state_dict()["pool"]
+    for name, bank in _banks(job).items():
+        pool = bank.state_dict()["pool"]
         assert isinstance(pool, ShardedTensor)
-        state["bank"] = in_blocks(pool, job.ranks.group)
+        state[name] = in_blocks(pool, job.ranks.group)
     maps = job.vocabularies.state_dict()
     return state | {f"vocabulary.{name}": value for name, value in maps.items()}
 
@@ -66,8 +67,19 @@ def _check_feature_widths(job: Job, metadata: Mapping[str, Any]) -> None:
 
 def finish_loading_bank(job: Job) -> None:
     """Complete the memory bank after a load into `model_state`. A collective."""
-    if job.em3.content is not None and job.em3.content.bank is not None:
-        job.em3.content.bank.finish_loading()
+    for bank in _banks(job).values():
+        bank.finish_loading()
+
+
+def _banks(job: Job) -> dict[str, MemoryBank]:
+    """Return the rows per item by name: content vectors, and outputs of sampled encoders."""
+    content = job.em3.content
+    outputs = content.outputs if content is not None else None
+    banks = {
+        "bank": content.bank if content is not None else None,
+        "encoder_outputs": outputs.bank if outputs is not None else None,
+    }
+    return {name: bank for name, bank in banks.items() if bank is not None}
 
 
 def _is_stored(job: Job) -> Callable[[str], bool]:

@@ -159,12 +159,21 @@ class SamplingSettings:
     """Share of the items that are encoded in the step."""
     backward: float = 1.0
     """Share of the items that are encoded with gradient; at most `forward`."""
+    encoders: float = 1.0
+    """Share of the items for which trained encoders run. The others take their last outputs, and
+    projections and fusion train on every item, so that quality falls far less than by `backward`.
+    Below 1 encoders have no dropout."""
 
     def check(self, name: str) -> None:
         if not 0 < self.backward <= self.forward <= 1:
             raise ValueError(
                 f"{name}.forward is {self.forward} and {name}.backward {self.backward}; shares "
                 "must hold 0 < backward <= forward <= 1"
+            )
+        if not 0 < self.encoders <= 1 or (self.encoders < 1 and self.backward < 1):
+            raise ValueError(
+                f"{name}.encoders is {self.encoders} and {name}.backward {self.backward}; encoders "
+                "is a share in (0, 1], and below 1 it needs backward 1"
             )
 
 
@@ -220,9 +229,12 @@ class ContentSettings:
                 f"history, so that {name}.history.recent {self.history.recent} cannot count the "
                 "latest; set one of them alone"
             )
+        if self.sampling.encoders < 1:
+            self._check_sampled_encoders(name)
         if self.history.mode != "full":
             return
         for setting, is_set in [
+            ("sampling.encoders", self.sampling.encoders < 1),
             ("sampling.forward", self.sampling.forward < 1),
             ("sampling.backward", self.sampling.backward < 1),
             ("history.top_k", self.history.top_k > 0),
@@ -231,4 +243,19 @@ class ContentSettings:
                 raise ValueError(
                     f"{name}.{setting} reads the memory bank, which {name}.history.mode full has "
                     "not; choose bank_lora, bank_frozen or bank_dense"
+                )
+
+    def _check_sampled_encoders(self, name: str) -> None:
+        where = f"{name}.sampling.encoders is {self.sampling.encoders}"
+        trained = {key: m for key, m in self.modalities.items() if m.training != "frozen"}
+        if not trained:
+            raise ValueError(
+                f"{where}, but no encoder trains; set it to 1, or `training: lora` for a modality"
+            )
+        for key, modality in trained.items():
+            if modality.pooling == "none" or modality.max_images > 1:
+                raise ValueError(
+                    f"{where}, which keeps one vector per item, but {name}.modalities.{key} has "
+                    f"pooling {modality.pooling} and max_images {modality.max_images}; set another "
+                    "pooling and max_images 1"
                 )

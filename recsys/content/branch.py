@@ -7,7 +7,8 @@ M modalities, B batch, K drawn negatives, R items that this rank needs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from embeddings import MemoryBank
 from recsys.config import ContentSettings, HistorySettings
+from recsys.content.encoder_outputs import EncoderOutputs
 from recsys.content.encoders.base import Encoder, mean_token
 from recsys.content.fusion import build_fusion
 from recsys.content.vectors import ContentVectors, StoredHistory
@@ -149,14 +151,23 @@ class ContentBranch(nn.Module):
         self.encodes_history = settings.history.mode == "full"
         assert self.encodes_history == (bank is None)
         self.bank, self.group = bank, group
+        self.outputs = EncoderOutputs.beside(bank, settings, encoders)
         self.step = 0  # training step, stored with the vectors in the bank
 
-    def encode(self, content: dict[str, ContentInput]) -> Tensor:
-        """Return [E, D + M * D]: content vectors, then mean tokens by modality (M = 0 without)."""
+    def encode(
+        self,
+        content: dict[str, ContentInput],
+        encoded_before: Mapping[str, ContentInput] = MappingProxyType({}),
+    ) -> Tensor:
+        """Return [E, D + M * D]: content vectors, then mean tokens by modality (M = 0 without).
+
+        `encoded_before`: outputs of encoders that do not run again, by modality.
+        """
         tokens, masks, modality, means = [], [], [], []
         for index, (name, encoder) in enumerate(self.encoders.items()):
             assert isinstance(encoder, Encoder)
-            encoded = encoder.encode(content[name])
+            is_encoded = name in encoded_before
+            encoded = encoded_before[name] if is_encoded else encoder.encode(content[name])
             projected = self.projections[name](encoded.values)
             tokens.append(projected)
             masks.append(encoded.mask)
@@ -192,10 +203,15 @@ class ContentBranch(nn.Module):
         bank.update(content.bank_write_rows, fresh, self.step, content.bank_writes)
 
     def _encode_items(self, content: BatchContent) -> Tensor:
-        """Encode this rank's items, the first of them with gradient; [E, D + M * D]."""
+        """Encode this rank's items, the first of them with gradient; [E, D + M * D].
+
+        A collective in training where encoders run for a share of the items.
+        """
         if content.vectors is not None:
             return content.vectors
         inputs, count = content.inputs, content.with_gradient
+        if self.training and self.outputs is not None:
+            return self.encode(inputs, self.outputs.tokens(content.items, inputs, self.step))
         if count is None or count >= len(content.items):
             return self.encode(inputs)
         with torch.no_grad():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from recsys.content.branch import ContentBranch
 from recsys.data.items.content_store import ContentStore
+from recsys.data.items.kind import ContentInput
 from recsys.distributed.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -114,11 +115,17 @@ def encode_into_bank(
             rows = find(rows)
             call, rows = call[rows.numpy() >= 0], rows[rows >= 0]
         vectors = torch.zeros(0, content.bank.dim, device=ranks.device)
+        outputs: dict[str, ContentInput] = {}  # of trained encoders, if these are stored
         if len(call):
-            vectors = _encode(content, store, call, ranks.device)
+            inputs = {name: part.to(ranks.device) for name, part in store.gather(call).items()}
+            outputs = {} if content.outputs is None else content.outputs.encode(inputs)
+            vectors = content.encode(inputs, outputs)
         if before_write is not None:
             before_write()
-        content.bank.update(rows.to(ranks.device), vectors, content.step)
+        rows = rows.to(ranks.device)
+        content.bank.update(rows, vectors, content.step)
+        if content.outputs is not None:
+            content.outputs.write(rows, outputs, content.step)
     content.train(was_training)
 
 

@@ -88,6 +88,11 @@ def _check_bounded_items(config: Config, schema: Schema) -> None:
             f"content.sampling.backward is {content.sampling.backward}, but {where}: items without "
             "a row have no vector in the memory bank; set it to 1, or choose kind exact"
         )
+    if content is not None and content.sampling.encoders < 1:
+        raise ValueError(
+            f"content.sampling.encoders is {content.sampling.encoders}, but {where}: items without "
+            "a row have no stored output; set it to 1, or choose kind exact"
+        )
     if softmax is not None and softmax.loss in ("sampled_softmax", "full_softmax"):
         raise ValueError(
             f"ranking.loss is {softmax.loss}, but {where}, which does not keep the ids of all "

@@ -106,6 +106,11 @@ def check(settings: PlugInSettings) -> None:
             f"content.history.columns is {columns}, but the plug-in reads the content of one "
             "history; leave it out"
         )
+    if (share := settings.content.sampling.encoders) < 1:
+        raise ValueError(
+            f"content.sampling.encoders is {share}, but checkpoints of the plug-in do not have "
+            "outputs of encoders; leave it out"
+        )
     if settings.history == settings.item:
         raise ValueError(
             f"item and history are both '{settings.item}'; name two sparse features, or no history"

@@ -260,6 +260,8 @@ def _choose_bank(plan: WarmStartPlan, job: Job, state: State, is_same: bool) -> 
         reason = f"vectors of {stored['bank'].size[1] - 1} numbers before"
     elif not is_same or not encoding <= plan.tensors.keys():
         reason = "its vectors are of other encoders"
+    elif "encoder_outputs" in state:
+        reason = "outputs of trained encoders are stored beside it"
     else:
         item = job.schema.target_item
         rows = plan.maps.get(item)

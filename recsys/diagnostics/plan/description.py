@@ -227,10 +227,15 @@ def _bank_bytes(config: Config, em3: EM3, world_size: int) -> int:
     branch, content = em3.content, content_settings(config.content)
     if branch is None or branch.bank is None or content is None:
         return 0
-    rows = branch.bank.num_items
-    if not is_replicated(rows, branch.bank.dim, world_size, content.history.bank):
-        rows = -(-rows // world_size)
-    return FLOAT * rows * (branch.bank.dim + 1)
+    dims, num_bytes = [branch.bank.dim], 0
+    if branch.outputs is not None:
+        dims.append(branch.outputs.bank.dim)
+    for dim in dims:
+        rows = branch.bank.num_items
+        if not is_replicated(rows, dim, world_size, content.history.bank):
+            rows = -(-rows // world_size)
+        num_bytes += FLOAT * rows * (dim + 1)
+    return num_bytes
 
 
 def _read_a_batch(config: Config, root: Location, schema: Schema) -> int:

@@ -78,6 +78,20 @@ def test_a_map_that_learns_ids_goes_on_with_the_rows_it_has_given(
     assert 0 < metrics[0]["train"]["ids"]["user"]["unknown"] < 120
 
 
+def test_outputs_of_encoders_go_on_as_they_were(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--content.sampling.encoders", "0.3"]
+    run_training(folder, tmp_path / "whole", *words)
+    with monkeypatch.context() as patch:
+        StepsSeen(patch, 5)
+        with pytest.raises(TrainingStopped):
+            run_training(folder, tmp_path / "run", *words)
+    run_training(folder, tmp_path / "run", *words)
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+    assert "encoder_outputs" in tensors(tmp_path / "whole" / "checkpoints" / "best")
+
+
 def unfinished(run: Path, whole: Path) -> list[Path]:
     """A copy of a run without its end; its checkpoints, the newest first."""
     shutil.copytree(whole, run)

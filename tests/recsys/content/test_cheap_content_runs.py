@@ -25,6 +25,10 @@ RECIPES = {
         "--content.dedup=global",
         "--content.sampling={forward: 0.6, backward: 0.3}",
     ],
+    "shared, encoders sampled": [
+        "--content.dedup=global",
+        "--content.sampling={encoders: 0.3}",
+    ],
     "shared, history encoded": ["--content.dedup=global", "--content.history.mode=full"],
 }
 

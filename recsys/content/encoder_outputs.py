@@ -1,0 +1,99 @@
+"""Trained encoders run for a share of a step's items; the other items take their last outputs.
+
+A trained encoder costs many times what the rest of a step costs, and its outputs change slowly.
+Projections, fusion and all that lies above train on every item of the step. LEMUR (arXiv
+2511.10962) reads the fused vectors of the others instead, which get no gradient and are older than
+the projections.
+
+Shapes: E items that this rank encodes, C chosen ones, W sum of the widths of trained encoders.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from embeddings import MemoryBank, build_memory_bank
+from recsys.config import ContentSettings
+from recsys.content.encoders.base import Encoder
+from recsys.data.items.kind import ContentInput
+
+
+class EncoderOutputs:
+    """The last output of each trained encoder for each item, `content.sampling.encoders`.
+
+    encoders: by modality, each with one token per item. share: of a step's items for which they
+    run. bank: a row of width W per item; `write` fills it before the first step.
+    """
+
+    def __init__(self, encoders: Mapping[str, Encoder], share: float, bank: MemoryBank) -> None:
+        self.encoders, self.share, self.bank = dict(encoders), share, bank
+
+    @staticmethod
+    def beside(
+        bank: MemoryBank | None, content: ContentSettings, encoders: Mapping[str, Encoder]
+    ) -> EncoderOutputs | None:
+        """Return the empty outputs of a job with this bank; None if encoders run for all items.
+
+        Raises:
+            ValueError: a trained encoder has several tokens per item.
+        """
+        if bank is None or content.sampling.encoders == 1:
+            return None
+        trained = {n: encoders[n] for n, m in content.modalities.items() if m.training != "frozen"}
+        for name, encoder in trained.items():
+            if content.modalities[name].module and encoder.frozen_tokens > 1:
+                raise ValueError(
+                    f"content.sampling.encoders is {content.sampling.encoders}, which keeps one "
+                    f"vector per item, but content.modalities.{name}.module has "
+                    f"{encoder.frozen_tokens} tokens; set it to 1, or average them in the module"
+                )
+        width = sum(encoder.output_dim for encoder in trained.values())
+        rows = build_memory_bank(
+            bank.num_items, width, bank.device, bank.group, content.history.bank
+        )
+        return EncoderOutputs(trained, content.sampling.encoders, rows)
+
+    def encode(self, content: Mapping[str, ContentInput]) -> dict[str, ContentInput]:
+        """Run all encoders, without dropout, whose noise the stored outputs would keep."""
+        for encoder in self.encoders.values():
+            encoder.eval()
+        return {name: encoder.encode(content[name]) for name, encoder in self.encoders.items()}
+
+    def write(self, items: Tensor, tokens: Mapping[str, ContentInput], step: int) -> None:
+        """Store the tokens [C, 1, D] of items [C], or of none. A collective."""
+        rows = torch.zeros(0, self.bank.dim, device=self.bank.device)
+        if len(items):
+            rows = torch.cat([tokens[name].values[:, 0].float() for name in self.encoders], dim=1)
+        self.bank.update(items, rows, step)
+
+    def tokens(
+        self, items: Tensor, content: Mapping[str, ContentInput], step: int
+    ) -> dict[str, ContentInput]:
+        """Return the tokens [E, 1, D] of items [E]: of chosen ones with gradient. A collective."""
+        stored, _ = self.bank.lookup(items)
+        chosen = sampled_places(items, math.ceil(self.share * len(items)), step)
+        parts = {name: content[name] for name in self.encoders}
+        new = self.encode(
+            {n: ContentInput(p.values[chosen], p.mask[chosen]) for n, p in parts.items()}
+        )
+        self.write(items[chosen], new, step)
+        widths = [encoder.output_dim for encoder in self.encoders.values()]
+        tokens = {}
+        for (name, part), old in zip(parts.items(), stored.split(widths, dim=1)):
+            values = new[name].values[:, 0]
+            merged = old.to(values.dtype).index_copy(0, chosen, values)
+            tokens[name] = ContentInput(merged.unsqueeze(1), part.mask.any(dim=1, keepdim=True))
+        return tokens
+
+
+def sampled_places(items: Tensor, count: int, step: int) -> Tensor:  # [E] -> [C]
+    """Return the places of `count` items, ascending, by a hash of item and step.
+
+    No state draws them, so that a resumed run draws as one that did not stop.
+    """
+    hashed = (items + 7919 * step) % 2**20 * 2654435761 % 2**32
+    return hashed.argsort(stable=True)[:count].sort().values

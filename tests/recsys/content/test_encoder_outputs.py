@@ -1,0 +1,139 @@
+"""Encoders that run for a share of the items, beside running or reading each by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from embeddings import MemoryBank
+from recsys.config import ContentSettings, ModalitySettings, SamplingSettings
+from recsys.content.branch import ContentBranch
+from recsys.content.encoder_outputs import EncoderOutputs, sampled_places
+from recsys.content.encoders.base import Encoder
+from recsys.data.batch import ContentInput
+from tests.recsys.content.tiny_branch import (
+    DIM,
+    NUM_ITEMS,
+    TARGETS,
+    batch_of,
+    branch_of,
+    content_of,
+)
+
+WIDTH = 32  # of the text encoder's outputs
+
+
+def branch_with(share: float) -> ContentBranch:
+    """A branch whose stored outputs are random."""
+    branch = branch_of("bank_lora")
+    text: Any = branch.encoders["text"]
+    outputs = MemoryBank(NUM_ITEMS, WIDTH, "cpu")
+    rows = torch.randn(NUM_ITEMS, WIDTH, generator=torch.Generator().manual_seed(9))
+    outputs.update(torch.arange(NUM_ITEMS), rows, step=0)
+    branch.outputs = EncoderOutputs({"text": text}, share, outputs)
+    return branch
+
+
+def gradients(branch: ContentBranch, vectors: Tensor) -> dict[str, Tensor | None]:
+    factor = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1))
+    (factor * vectors.square()).sum().backward()
+    return {name: part.grad for name, part in branch.named_parameters()}
+
+
+def assert_equal_runs(
+    branch: ContentBranch, vectors: Tensor, plain: ContentBranch, expected: Tensor
+) -> None:
+    torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=1e-5)
+    actual, slow = gradients(branch, vectors), gradients(plain, expected)
+    assert sum(gradient is not None for gradient in slow.values()) > 10
+    for name, gradient in slow.items():
+        assert (actual[name] is None) == (gradient is None), name
+        torch.testing.assert_close(actual[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_share_of_one_is_the_branch_that_encodes_each_item() -> None:
+    branch, plain = branch_with(1.0), branch_of("bank_lora")
+    plain.encoders["text"].eval()  # no dropout
+    vectors = branch(batch_of("bank_lora")).target
+    assert_equal_runs(branch, vectors, plain, plain(batch_of("bank_lora")).target)
+
+
+def test_chosen_items_are_encoded_and_the_others_have_their_stored_outputs() -> None:
+    branch, plain = branch_with(0.3), branch_with(0.3)
+    branch.step = 8
+    assert branch.outputs is not None and plain.outputs is not None
+    stored, _ = plain.outputs.bank.lookup(torch.arange(NUM_ITEMS))
+    unique = TARGETS.unique()
+    (place,) = sampled_places(unique, 1, 8).tolist()
+    chosen = int(unique[place])
+
+    vectors = branch(batch_of("bank_lora")).target
+    rows = []
+    for item in TARGETS.tolist():
+        content = content_of(torch.tensor([item]))
+        before = ContentInput(stored[item].view(1, 1, -1), content["text"].mask[:, :1])
+        tokens = plain.outputs.encode(content) if item == chosen else {"text": before}
+        rows.append(plain.encode(content, tokens)[0, :DIM])
+    assert_equal_runs(branch, vectors, plain, torch.stack(rows))
+
+    now, steps = branch.outputs.bank.lookup(torch.arange(NUM_ITEMS))
+    encoded = plain.outputs.encode(content_of(torch.tensor([chosen])))["text"].values[0, 0]
+    torch.testing.assert_close(now[chosen], encoded, atol=1e-5, rtol=1e-5)
+    others = torch.arange(NUM_ITEMS) != chosen
+    assert torch.equal(now[others], stored[others])
+    assert steps.tolist() == [8 if item == chosen else 0 for item in range(NUM_ITEMS)]
+
+
+def test_without_training_every_item_is_encoded() -> None:
+    branch, plain = branch_with(0.3).eval(), branch_of("bank_lora").eval()
+    vectors = branch(batch_of("bank_lora")).target
+    assert torch.equal(vectors, plain(batch_of("bank_lora")).target)
+
+
+def test_every_item_has_its_turn_by_step_alone() -> None:
+    items, counts = torch.arange(100), torch.zeros(100)
+    for step in range(200):
+        chosen = sampled_places(items, 20, step)
+        assert torch.equal(chosen, sampled_places(items, 20, step))
+        counts[chosen] += 1
+    assert counts.sum() == 4000 and counts.min() > 15 and counts.max() < 65
+
+
+def settings_of(encoders: float = 0.1, backward: float = 1.0, **text: Any) -> ContentSettings:
+    modality = ModalitySettings("text", "text", "random:bert", **{"training": "lora", **text})
+    sampling = SamplingSettings(encoders=encoders, backward=backward)
+    return ContentSettings({"text": modality}, sampling=sampling)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (settings_of(training="frozen"), r"encoders is 0\.1.*training: lora"),
+        (settings_of(pooling="none"), r"encoders is 0\.1.*modalities\.text has pooling none"),
+        (settings_of(max_images=2), r"modalities\.text .* max_images 2"),
+    ],
+)
+def test_settings_without_one_output_per_item_are_refused(
+    settings: ContentSettings, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings.check("content")
+
+
+@pytest.mark.parametrize(("encoders", "backward"), [(0.0, 1.0), (1.5, 1.0), (0.5, 0.5)])
+def test_shares_that_do_not_fit_are_refused(encoders: float, backward: float) -> None:
+    with pytest.raises(ValueError, match=rf"encoders is {encoders}.*backward {backward}"):
+        SamplingSettings(encoders=encoders, backward=backward).check("sampling")
+
+
+def test_a_trained_module_of_several_tokens_is_refused() -> None:
+    poster = ModalitySettings("image", "poster", module="my:Patches", training="full")
+    settings = ContentSettings({"poster": poster}, sampling=SamplingSettings(encoders=0.1))
+    encoder = Encoder.__new__(Encoder)
+    torch.nn.Module.__init__(encoder)
+    encoder.frozen_tokens = 6
+    with pytest.raises(ValueError, match=r"encoders is 0\.1.*modalities\.poster.* 6 tokens"):
+        EncoderOutputs.beside(MemoryBank(4, 8, "cpu"), settings, {"poster": encoder})
