@@ -27,7 +27,8 @@ from recsys.config.neighbours import DecaySettings
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import RAW_GROUP
 from recsys.data.row_source import open_rows
-from recsys.data.schema import Column, Schema
+from recsys.data.schema import Schema
+from recsys.data.schema_columns import Column
 from recsys.distributed.gather import gather_rows_to_first
 from recsys.ranking.neighbours import FOLDS, PRIOR_VALUES, Neighbours
 

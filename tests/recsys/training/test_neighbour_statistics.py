@@ -13,7 +13,8 @@ import torch
 
 from recsys.config import NeighbourSettings, load_config
 from recsys.config.neighbours import DecaySettings
-from recsys.data.schema import Column, Schema
+from recsys.data.schema import Schema
+from recsys.data.schema_columns import Column
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import load_run
 from recsys.ranking.neighbours import FOLDS, PRIOR_VALUES, Neighbours
