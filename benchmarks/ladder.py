@@ -264,9 +264,9 @@ def rows_of_b(variant: Variant) -> list[Row]:
     rows = _Rows(first, "All layers of the encoder run in each step, the top one with LoRA.")
     rows.add("prefix cache", "Outputs of the frozen layers come from disk.", cache, "true")
     rows.add(
-        "sampling 20 %",
-        "A fifth of a step's items is encoded with gradient, the rest read from the bank.",
-        *("--content.sampling.forward", "0.2", "--content.sampling.backward", "0.2"),
+        "encoder share 20 %",
+        "The encoder runs for a fifth of a step's items, the others take their last outputs.",
+        *("--content.encoder_share", "0.2"),
     )
     rows.add("2 ranks", "Two processes, each encodes its own items.", base="prefix cache", ranks=2)
     rows.add("global dedup", "Each item of both batches is encoded by one rank.", *dedup)

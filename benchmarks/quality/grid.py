@@ -57,8 +57,6 @@ ALL_TOKENS: Settings = {
         "recsys.content.encoders.efficientnet:efficientnet_lite0_patches"
     ),
 }
-SAMPLING: Settings = {"content.sampling.forward": 0.2, "content.sampling.backward": 0.2}
-SAMPLED = "a fifth of the items is encoded in each step, the others come from the bank (LEMUR)"
 NONE: Settings = {}
 STORED: Settings = {
     **CONCAT,
@@ -207,10 +205,16 @@ TEXT = [
     text("LoRA top 2", "adapters in its two highest layers", "text frozen", "lora", 2),
     text("LoRA all", "adapters in all six layers", "text frozen", "lora", 6),
     text("full", "all its weights train", "text frozen", "full"),
-    text("LoRA top 1, sampling 20 %", SAMPLED, "text LoRA top 1", "lora", 1, SAMPLING),
+    text(
+        "LoRA top 1, a fifth",
+        "the encoder runs for a fifth of a step's items, the others take their last outputs",
+        "text LoRA top 1",
+        "lora",
+        1,
+        {"content.encoder_share": 0.2},
+    ),
 ]
 FURTHER = [
-    Cell("sampling 20 %", SAMPLED, SAMPLING, "recipe"),
     Cell(
         "text tokens",
         "the Fusion-Q-Former, its queries attending to every token of the text, not to their mean",
@@ -292,7 +296,7 @@ def encoders(training: str, top_layers: int = 0, share: float = 1.0) -> Settings
     if top_layers:
         settings |= {f"content.modalities.{name}.lora.top_layers": top_layers for name in TEXTS}
     if share < 1:
-        settings["content.sampling.encoders"] = share
+        settings["content.encoder_share"] = share
     return settings
 
 

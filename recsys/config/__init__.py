@@ -5,7 +5,6 @@ from recsys.config.content import FusionSettings as FusionSettings
 from recsys.config.content import HistorySettings as HistorySettings
 from recsys.config.content import LoraSettings as LoraSettings
 from recsys.config.content import ModalitySettings as ModalitySettings
-from recsys.config.content import SamplingSettings as SamplingSettings
 from recsys.config.embedding import CommunicationSettings as CommunicationSettings
 from recsys.config.embedding import EmbeddingSettings as EmbeddingSettings
 from recsys.config.embedding import HardwareSettings as HardwareSettings

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from recsys.config.limits import Dropout, NonNegativeInt, Pixels, PositiveInt, Width, refuse_options
+from recsys.config.limits import (
+    Dropout,
+    NonNegativeInt,
+    Pixels,
+    PositiveInt,
+    PositiveShare,
+    Width,
+    refuse_options,
+)
 from recsys.config.named_parts import find_part
 
 
@@ -152,32 +160,6 @@ class HistorySettings:
 
 
 @dataclass
-class SamplingSettings:
-    """Shares of a step's unique items that are encoded; the rest comes from the bank (LEMUR)."""
-
-    forward: float = 1.0
-    """Share of the items that are encoded in the step."""
-    backward: float = 1.0
-    """Share of the items that are encoded with gradient; at most `forward`."""
-    encoders: float = 1.0
-    """Share of the items for which trained encoders run. The others take their last outputs, and
-    projections and fusion train on every item, so that quality falls far less than by `backward`.
-    Below 1 encoders have no dropout."""
-
-    def check(self, name: str) -> None:
-        if not 0 < self.backward <= self.forward <= 1:
-            raise ValueError(
-                f"{name}.forward is {self.forward} and {name}.backward {self.backward}; shares "
-                "must hold 0 < backward <= forward <= 1"
-            )
-        if not 0 < self.encoders <= 1 or (self.encoders < 1 and self.backward < 1):
-            raise ValueError(
-                f"{name}.encoders is {self.encoders} and {name}.backward {self.backward}; encoders "
-                "is a share in (0, 1], and below 1 it needs backward 1"
-            )
-
-
-@dataclass
 class ContentSettings:
     """The content branch; `content: none` instead gives the ID-only baseline."""
 
@@ -190,7 +172,9 @@ class ContentSettings:
     dedup: Literal["local", "global"] = "local"
     """local: each rank encodes the unique items of its batch; global: the unique items of the
     batches of all ranks are encoded once, each by the rank that owns its id."""
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    encoder_share: PositiveShare = 1.0
+    """Share of a step's items for which trained encoders run. The others take their last outputs,
+    while projections and fusion train on every item. Below 1 these encoders have no dropout."""
 
     @property
     def vector_dim(self) -> int:
@@ -229,14 +213,12 @@ class ContentSettings:
                 f"history, so that {name}.history.recent {self.history.recent} cannot count the "
                 "latest; set one of them alone"
             )
-        if self.sampling.encoders < 1:
+        if self.encoder_share < 1:
             self._check_sampled_encoders(name)
         if self.history.mode != "full":
             return
         for setting, is_set in [
-            ("sampling.encoders", self.sampling.encoders < 1),
-            ("sampling.forward", self.sampling.forward < 1),
-            ("sampling.backward", self.sampling.backward < 1),
+            ("encoder_share", self.encoder_share < 1),
             ("history.top_k", self.history.top_k > 0),
         ]:
             if is_set:
@@ -246,7 +228,7 @@ class ContentSettings:
                 )
 
     def _check_sampled_encoders(self, name: str) -> None:
-        where = f"{name}.sampling.encoders is {self.sampling.encoders}"
+        where = f"{name}.encoder_share is {self.encoder_share}"
         trained = {key: m for key, m in self.modalities.items() if m.training != "frozen"}
         if not trained:
             raise ValueError(

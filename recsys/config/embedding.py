@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from recsys.config.limits import (
-    CacheShare,
     Dropout,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    PositiveShare,
     Width,
 )
 
@@ -58,7 +58,7 @@ class TableSettings:
     """Memory of the table's rows and their optimizer state. fused: the device's; uvm: the host's,
     read by the GPU at each lookup; uvm_caching: the host's, with a cache of rows on the GPU. uvm
     and uvm_caching need CUDA."""
-    cache_load_factor: CacheShare | None = None
+    cache_load_factor: PositiveShare | None = None
     """Share of the rows that fit into the cache of kernel uvm_caching; default: 0.2."""
     init_from: InitFromSettings | None = None
     """Pretrained initial vectors."""

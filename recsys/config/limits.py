@@ -33,7 +33,7 @@ PositiveFloat = Annotated[float, _limited("FinitePositive", float, (">", 0), ("<
 Seconds = Annotated[float, _limited("FiniteSeconds", float, (">=", 1), ("<", math.inf))]
 Share = Annotated[float, typing.ClosedUnitInterval]
 Dropout = Annotated[float, _limited("Dropout", float, (">=", 0), ("<", 1))]
-CacheShare = Annotated[float, _limited("CacheShare", float, (">", 0), ("<=", 1))]
+PositiveShare = Annotated[float, _limited("PositiveShare", float, (">", 0), ("<=", 1))]
 
 
 def check_settings(value: Any, name: str = "", hint: Any = None) -> None:

@@ -233,6 +233,11 @@ REMOVED: dict[tuple[str, ...], tuple[Any, str]] = {
     ("ranking", "opinions"): (None, "`neighbours: {values: ...}` is in its place"),
     ("ranking", "opinion_groups"): (..., "see ranking.opinions"),
     ("ranking", "opinion_dropout"): (..., "see ranking.opinions"),
+    ("content", "sampling", "encoders"): (1, "see content.encoder_share"),
+    ("content", "sampling"): (
+        {"forward": 1, "backward": 1},
+        "vectors of the bank in place of a step's items cost quality; set content.encoder_share",
+    ),
     ("content", "history", "sorted_cosines"): (0, "no trial showed a gain"),
     ("contrastive", "learn_temperature"): (False, "no recipe trains it; set temperature"),
     ("contrastive", "stop_gradient"): ("none", "neither side gained; both get gradients"),

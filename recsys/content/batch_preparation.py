@@ -7,7 +7,6 @@ R items that this rank needs, E items that it owns and some rank needs, W ranks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -21,7 +20,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embeddings import MemoryBank
 from embeddings.memory_bank import Routes
 from embeddings.vocabulary.bounded import BoundedVocabulary
-from recsys.config import ContentSettings, SamplingSettings
+from recsys.config import ContentSettings
 from recsys.data.batch import Batch, BatchContent, ItemExchange, Rows
 from recsys.data.items.content_store import ContentStore
 from recsys.data.negatives import NegativeSampler
@@ -53,13 +52,9 @@ def assign_to_owners(content: BatchContent, group: dist.ProcessGroup) -> BatchCo
         items=owned,
         target_index=arrival[content.target_index],
         history_index=arrival[content.history_index],
-        negative_index=_moved(content.negative_index, arrival),
+        negative_index=None if content.negative_index is None else arrival[content.negative_index],
         exchange=ItemExchange(rows, send_counts=send_counts, receive_counts=receive_counts),
     )
-
-
-def _moved(index: Tensor | None, places: Tensor) -> Tensor | None:
-    return None if index is None else places[index]
 
 
 def with_negatives(content: BatchContent, negatives: Tensor) -> BatchContent:  # int64 [K]
@@ -76,36 +71,6 @@ def with_negatives(content: BatchContent, negatives: Tensor) -> BatchContent:  #
         target_index=place[content.target_index],
         history_index=place[content.history_index],
         negative_index=negative_index,
-    )
-
-
-def sample_items(
-    content: BatchContent, settings: SamplingSettings, draw: tuple[int, int, int]
-) -> BatchContent:
-    """Return the content of a share of its items; the bank has the vectors of the others.
-
-    As in LEMUR (arXiv 2511.10962), but at least one item. `draw` is (seed, step, rank).
-    """
-    count = len(content.items)
-    num_forward = math.ceil(settings.forward * count)
-    num_backward = math.ceil(settings.backward * count)
-    order = torch.from_numpy(np.random.default_rng(draw).permutation(count))
-    place = torch.empty_like(order)  # position of each item in the new order
-    place[order] = torch.arange(count)
-    shuffled_items = content.items[order]
-    sampled = replace(
-        content,
-        items=shuffled_items[:num_forward],
-        bank_items=shuffled_items[num_forward:],
-        with_gradient=num_backward,
-    )
-    if content.exchange is not None:
-        exchange = replace(content.exchange, rows=place[content.exchange.rows])
-        return replace(sampled, exchange=exchange)
-    return replace(
-        sampled,
-        target_index=place[content.target_index],
-        negative_index=_moved(content.negative_index, place),
     )
 
 
@@ -157,10 +122,7 @@ def chooses_items(
 ) -> bool:
     """Return whether this module selects items, so that the loader cannot read their content."""
     return content is not None and (
-        content.dedup == "global"
-        or content.sampling.backward < 1
-        or has_bounded_items
-        or draws_negatives
+        content.dedup == "global" or has_bounded_items or draws_negatives
     )
 
 
@@ -193,7 +155,7 @@ class BatchPreparation:
     vocabularies: BoundedVocabularies  # map raw ids to rows
     group: dist.ProcessGroup | None = None  # the ranks that select items together
     negatives: NegativeSampler | None = None  # of a retrieval model with a softmax loss
-    seed: int = 0  # of sampled items and negatives
+    seed: int = 0  # of drawn negatives
 
     def __call__(
         self,
@@ -245,9 +207,6 @@ class BatchPreparation:
         if self.content.dedup == "global":
             assert self.group is not None
             content = assign_to_owners(content, self.group)
-        sampling = self.content.sampling
-        if training and sampling.backward < 1:
-            content = sample_items(content, sampling, self._draw(step))
         if training and items is not None and self.bank is not None:
             content = with_bank_rows(content, items)
         if with_content:
@@ -263,7 +222,7 @@ class BatchPreparation:
         routes: Callable[[], Routes] | None = None
         if self.bank is not None:
             writes = prepared.content.bank_write_rows if training else None
-            routes = self.bank.routes(prepared.read_items, writes)
+            routes = self.bank.routes(prepared.history.items, writes)
         scaled_rows = self._scaled_weights(prepared.rows) if training else None
 
         def finish() -> Batch:

@@ -191,10 +191,8 @@ class ContentBranch(nn.Module):
             self._write(self.bank, fresh, content)
         read = self._reading(self.bank, batch)
         self.step += self.training
-        if content.with_gradient is not None:  # on all ranks or on none, as reading is a collective
-            fresh = torch.cat([fresh, read()[0]])
         items = self._at_their_ranks(fresh, content.exchange)
-        return self._vectors(items, lambda: read()[1], content, True)
+        return self._vectors(items, read, content, True)
 
     def _write(self, bank: MemoryBank, fresh: Tensor, content: BatchContent) -> None:
         """Write the vectors [E, D + M * D] of items with a row to the bank. A collective."""
@@ -219,10 +217,9 @@ class ContentBranch(nn.Module):
         trained = self.encode({name: part[:count] for name, part in inputs.items()})
         return torch.cat([trained, refreshed])
 
-    def _reading(self, bank: MemoryBank, batch: Batch) -> Callable[[], tuple[Tensor, ...]]:
-        ids = batch.read_items
-        sizes = [len(batch.content.bank_items), len(batch.history.items)]
-        return functools.cache(lambda: bank.lookup(ids, batch.content.bank_reads)[0].split(sizes))
+    def _reading(self, bank: MemoryBank, batch: Batch) -> Callable[[], Tensor]:
+        ids, route = batch.history.items, batch.content.bank_reads
+        return functools.cache(lambda: bank.lookup(ids, route)[0])
 
     def _vectors(
         self,

@@ -23,7 +23,7 @@ from recsys.data.items.kind import ContentInput
 
 
 class EncoderOutputs:
-    """The last output of each trained encoder for each item, `content.sampling.encoders`.
+    """The last output of each trained encoder for each item, `content.encoder_share`.
 
     encoders: by modality, each with one token per item. share: of a step's items for which they
     run. bank: a row of width W per item; `write` fills it before the first step.
@@ -41,13 +41,13 @@ class EncoderOutputs:
         Raises:
             ValueError: a trained encoder has several tokens per item.
         """
-        if bank is None or content.sampling.encoders == 1:
+        if bank is None or content.encoder_share == 1:
             return None
         trained = {n: encoders[n] for n, m in content.modalities.items() if m.training != "frozen"}
         for name, encoder in trained.items():
             if content.modalities[name].module and encoder.frozen_tokens > 1:
                 raise ValueError(
-                    f"content.sampling.encoders is {content.sampling.encoders}, which keeps one "
+                    f"content.encoder_share is {content.encoder_share}, which keeps one "
                     f"vector per item, but content.modalities.{name}.module has "
                     f"{encoder.frozen_tokens} tokens; set it to 1, or average them in the module"
                 )
@@ -55,7 +55,7 @@ class EncoderOutputs:
         rows = build_memory_bank(
             bank.num_items, width, bank.device, bank.group, content.history.bank
         )
-        return EncoderOutputs(trained, content.sampling.encoders, rows)
+        return EncoderOutputs(trained, content.encoder_share, rows)
 
     def encode(self, content: Mapping[str, ContentInput]) -> dict[str, ContentInput]:
         """Run all encoders, without dropout, whose noise the stored outputs would keep."""

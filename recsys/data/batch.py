@@ -1,7 +1,7 @@
 """Batch: everything one training step needs, moved and pinned as one object.
 
 Shapes: B batch, N history items of the whole batch, U unique history items, E items to encode,
-S items whose vectors are read from the bank, F dense features, P parallel lists,
+F dense features, P parallel lists,
 X columns of kind extra, K sampled negatives, C labels, V width of a content vector.
 """
 
@@ -109,14 +109,13 @@ class BatchContent:
     items: Tensor  # int64 [E], unique; the first `with_gradient` are encoded with gradient
     target_index: Tensor  # int64 [B], row of each ranked item in the rank's item vectors
     history_index: Tensor  # int64 [U], likewise for history items if they are encoded; else empty
-    bank_items: Tensor  # int64 [S], items of `items` that are read from the bank, not encoded
     inputs: dict[str, ContentInput] = field(default_factory=dict)  # by modality
     vectors: Tensor | None = None  # [E, V], in place of `inputs` in a pass without training
     with_gradient: int | None = None  # None: all
     negative_index: Tensor | None = None  # int64 [K], likewise for drawn negatives, if any are
     bank_rows: Tensor | None = None  # int64 [K] of items with a row in the bank; None: the items
     write_index: Tensor | None = None  # int64 [K], places of these items among all E
-    bank_reads: BankRoute | None = None  # of `Batch.read_items`; None: computed in the step
+    bank_reads: BankRoute | None = None  # of `history.items`; None: computed in the step
     bank_writes: BankRoute | None = None  # of `bank_write_rows`; None: computed in the step
     exchange: ItemExchange | None = None  # None: each rank encodes its own items
 
@@ -195,11 +194,6 @@ class Batch(Pipelineable):
 
     def record_stream(self, stream: Any) -> None:
         _mapped(self, lambda tensor: tensor.record_stream(stream))
-
-    @property
-    def read_items(self) -> Tensor:
-        """Items whose vectors are read from the bank [S + U]: those not encoded, and histories."""
-        return torch.cat([self.content.bank_items, self.history.items])
 
     @property
     def contrastive_weights(self) -> Tensor:

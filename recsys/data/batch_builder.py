@@ -143,7 +143,6 @@ class BatchBuilder:
                 items=torch.from_numpy(content_items),
                 target_index=torch.from_numpy(encoded_index[:num_rows]),
                 history_index=torch.from_numpy(encoded_index[num_rows:]),
-                bank_items=torch.zeros(0, dtype=torch.int64),
                 inputs=self.store.gather(content_items) if self.store is not None else {},
             ),
         )

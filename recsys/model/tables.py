@@ -83,15 +83,10 @@ def _check_bounded_items(config: Config, schema: Schema) -> None:
         return
     content, softmax = content_settings(config.content), softmax_settings(config.ranking)
     where = f"'{schema.target_item}' has a vocabulary of kind bounded"
-    if content is not None and content.sampling.backward < 1:
+    if content is not None and content.encoder_share < 1:
         raise ValueError(
-            f"content.sampling.backward is {content.sampling.backward}, but {where}: items without "
-            "a row have no vector in the memory bank; set it to 1, or choose kind exact"
-        )
-    if content is not None and content.sampling.encoders < 1:
-        raise ValueError(
-            f"content.sampling.encoders is {content.sampling.encoders}, but {where}: items without "
-            "a row have no stored output; set it to 1, or choose kind exact"
+            f"content.encoder_share is {content.encoder_share}, but {where}: items without a row "
+            "have no stored output; set it to 1, or choose kind exact"
         )
     if softmax is not None and softmax.loss in ("sampled_softmax", "full_softmax"):
         raise ValueError(

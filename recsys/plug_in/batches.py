@@ -116,7 +116,7 @@ class ContentBatches(Iterable[Batch]):
         """Fill the bank if it is empty and the batches read it. A collective."""
         bank, store, content = self.branch.bank, self.preparation.store, self.preparation.content
         assert store is not None and content is not None
-        is_read = self.items.schema.history is not None or content.sampling.backward < 1
+        is_read = self.items.schema.history is not None
         if bank is not None and is_read and bank.coverage() == 0:
             encode_into_bank(self.branch, store, self.ranks)
 

@@ -41,7 +41,7 @@ class PlugInSettings:
     optimizer: ContentRates | None = field(default_factory=ContentRates)
     on_bad_row: Literal["error", "skip"] = "error"
     cache: str | None = None  # folder of encoded items; default ~/.cache/recsys
-    seed: int = 0  # seed of the new weights, and of sampling
+    seed: int = 0  # seed of the new weights
 
     @property
     def config(self) -> Config:
@@ -106,9 +106,9 @@ def check(settings: PlugInSettings) -> None:
             f"content.history.columns is {columns}, but the plug-in reads the content of one "
             "history; leave it out"
         )
-    if (share := settings.content.sampling.encoders) < 1:
+    if (share := settings.content.encoder_share) < 1:
         raise ValueError(
-            f"content.sampling.encoders is {share}, but checkpoints of the plug-in do not have "
+            f"content.encoder_share is {share}, but checkpoints of the plug-in do not have "
             "outputs of encoders; leave it out"
         )
     if settings.history == settings.item:

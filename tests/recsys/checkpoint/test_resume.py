@@ -81,7 +81,7 @@ def test_a_map_that_learns_ids_goes_on_with_the_rows_it_has_given(
 def test_outputs_of_encoders_go_on_as_they_were(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["--content.sampling.encoders", "0.3"]
+    words = ["--content.encoder_share", "0.3"]
     run_training(folder, tmp_path / "whole", *words)
     with monkeypatch.context() as patch:
         StepsSeen(patch, 5)

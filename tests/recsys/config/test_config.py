@@ -89,7 +89,7 @@ def test_a_removed_setting_that_did_nothing_loads_and_another_value_is_refused(
     tmp_path: Path,
 ) -> None:
     plain = to_plain(load_config(TINY))
-    plain["content"]["sampling"]["encoders"] = 1.0
+    plain["content"]["sampling"] = {"forward": 1.0, "backward": 1.0, "encoders": 1.0}
     plain["embedding"]["reset_every_epoch"] = False
     (tmp_path / "same.yaml").write_text(yaml.safe_dump(plain))
     assert load_config(tmp_path / "same.yaml") == load_config(TINY)

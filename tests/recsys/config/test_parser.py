@@ -78,7 +78,7 @@ def test_the_command_line_overrides_the_recipe_in_any_order(
         (["--config", "{content: {modalities: {title: {kind: text}}}}"], "title .* column"),
         (["--config", "{config: /etc/hostname}"], "config .*setting"),
         (["--config", "{auxiliary: {teacher: {weight: 1.0}}}"], "auxiliary.teacher has no loss"),
-        (["--config", "{content: {sampling: {rate: {}}}}"], "content.sampling.rate is no setting"),
+        (["--config", "{content: {history: {rate: {}}}}"], "content.history.rate is no setting"),
         (["--config", "{metrics: }"], "metrics is empty"),
         (["--config", "{batch_size: 8, no: 3}"], "line 1: key no .*bool"),
     ],

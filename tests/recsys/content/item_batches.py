@@ -40,5 +40,5 @@ def batch_of_items(targets: list[int], histories: list[list[int]] | None = None)
             history_index,
             history_items,
         ),
-        content=BatchContent(content_items, target_index, target[:0], target[:0]),
+        content=BatchContent(content_items, target_index, target[:0]),
     )

@@ -1,8 +1,7 @@
-"""Batches before the pipeline: sampled items and searched histories."""
+"""Batches before the pipeline: searched histories."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,101 +10,8 @@ import torch
 from torch import Tensor
 
 from embeddings import MemoryBank
-from recsys.config import SamplingSettings
-from recsys.content.batch_preparation import sample_items, shorten_histories
-from recsys.content.branch import ContentBranch
-from recsys.data.batch import BatchContent
+from recsys.content.batch_preparation import shorten_histories
 from tests.recsys.content.item_batches import batch_of_items
-from tests.recsys.content.tiny_branch import (
-    DIM,
-    NUM_ITEMS,
-    TARGETS,
-    batch_of,
-    branch_of,
-    content_of,
-)
-
-TARGETS_OF_TEN = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 3, 3]
-
-
-def sampled(forward: float, backward: float, step: int = 0, rank: int = 0) -> BatchContent:
-    content = batch_of_items(TARGETS_OF_TEN).content
-    return sample_items(content, SamplingSettings(forward, backward), (7, step, rank))
-
-
-@pytest.mark.parametrize(
-    ("forward", "backward", "encoded", "trained"),
-    [(1.0, 0.5, 10, 5), (0.5, 0.2, 5, 2), (0.2, 0.2, 2, 2), (0.01, 0.01, 1, 1)],
-)
-def test_shares_of_the_unique_items_are_encoded_and_the_rest_is_read_from_the_bank(
-    forward: float, backward: float, encoded: int, trained: int
-) -> None:
-    content = sampled(forward, backward)
-    assert (len(content.items), content.with_gradient) == (encoded, trained)
-    items = torch.cat([content.items, content.bank_items])
-    assert items.sort().values.tolist() == list(range(10))
-    assert items[content.target_index].tolist() == TARGETS_OF_TEN
-
-
-def test_the_choice_depends_on_seed_step_and_rank_alone() -> None:
-    selections = [sampled(0.5, 0.5, *place).items.tolist() for place in ((0, 0), (0, 0))]
-    assert selections[0] == selections[1]
-    distinct_selections = {
-        tuple(sampled(0.5, 0.5, step, rank).items.tolist())
-        for step in range(3)
-        for rank in range(3)
-    }
-    assert len(distinct_selections) == 9
-
-
-def test_every_item_is_chosen_equally_often() -> None:
-    counts = torch.zeros(10)
-    for step in range(300):
-        counts[sampled(0.5, 0.2, step).items] += 1
-    assert counts.min() > 120 and counts.max() < 180
-
-
-def one_by_one(branch: ContentBranch, content: BatchContent, stale: Tensor) -> Tensor:
-    """[B, D]: each target encoded with or without gradient, or read, by itself."""
-    encoded = content.items.tolist()
-    rows = []
-    for item in TARGETS.tolist():
-        if item not in encoded:
-            rows.append(stale[item, :DIM])
-            continue
-        vector = branch.encode(content_of(torch.tensor([item])))[0, :DIM]
-        with_gradient = encoded.index(item) < (content.with_gradient or 0)
-        rows.append(vector if with_gradient else vector.detach())
-    return torch.stack(rows)
-
-
-@pytest.mark.parametrize("backward", [0.3, 0.6])
-def test_vectors_and_gradients_equal_those_of_items_taken_one_by_one(backward: float) -> None:
-    branch, naive = branch_of("bank_lora"), branch_of("bank_lora")
-    batch = batch_of("bank_lora")
-    content = sample_items(batch.content, SamplingSettings(0.6, backward), (0, 0, 0))
-    content.inputs = content_of(content.items)
-    batch = replace(batch, content=content)
-    assert len(content.items) == 2 and len(content.bank_items) == 1
-    assert branch.bank is not None
-    stale, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
-    vectors, expected = branch(batch).target, one_by_one(naive, content, stale)
-    torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=1e-5)
-    factor = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
-    for result in (vectors, expected):
-        (factor * result.square()).sum().backward()
-    gradients = {name: part.grad for name, part in naive.named_parameters()}
-    assert sum(gradient is not None for gradient in gradients.values()) > 10
-    for name, parameter in branch.named_parameters():
-        assert (parameter.grad is None) == (gradients[name] is None), name
-        if parameter.grad is not None:
-            torch.testing.assert_close(
-                parameter.grad, gradients[name], atol=1e-5, rtol=1e-4, msg=name
-            )
-    stored, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
-    changed = (stored != stale).any(dim=1).nonzero().squeeze(1)
-    assert changed.tolist() == content.items.sort().values.tolist()
-
 
 SEARCHED_ITEMS, SEARCH_DIM = 12, 4
 SEARCH_TARGETS = [3, 5, 3, 7]

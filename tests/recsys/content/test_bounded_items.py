@@ -186,7 +186,7 @@ def test_rows_are_protected_for_as_many_steps_as_batches_are_mapped_ahead(
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"sampling": 0.5}, r"sampling\.backward is 0\.5.*'item'.*bounded"),
+        ({"encoder_share": 0.5}, r"encoder_share is 0\.5.*'item'.*bounded"),
         ({"ranking": ("two_tower", {"loss": "sampled_softmax"})}, "sampled_softmax.*'item'"),
     ],
 )
@@ -194,9 +194,9 @@ def test_a_setting_that_needs_rows_from_the_start_is_refused(
     data: Path, tmp_path: Path, settings: dict[str, Any], line: str
 ) -> None:
     config = em3_config(tmp_path, content=content())
-    if "sampling" in settings:
+    if "encoder_share" in settings:
         assert not isinstance(config.content, str)
-        config.content.sampling.backward = settings["sampling"]
+        config.content.encoder_share = settings["encoder_share"]
     else:
         name, options = settings["ranking"]
         config.ranking = ranking_settings(name, **options)

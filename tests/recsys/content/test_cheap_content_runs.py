@@ -1,4 +1,4 @@
-"""Whole runs with what makes content cheap: shared items, sampling, searched histories."""
+"""Whole runs with what makes content cheap: shared items, few encoded, searched histories."""
 
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,7 @@ RECIPES = {
         "--content.history.top_k=2",
         "--content.history.simtier_bins=4",
     ],
-    "shared and sampled": [
-        "--content.dedup=global",
-        "--content.sampling={forward: 0.6, backward: 0.3}",
-    ],
-    "shared, encoders sampled": [
-        "--content.dedup=global",
-        "--content.sampling={encoders: 0.3}",
-    ],
+    "shared, a share encoded": ["--content.dedup=global", "--content.encoder_share=0.3"],
     "shared, history encoded": ["--content.dedup=global", "--content.history.mode=full"],
 }
 

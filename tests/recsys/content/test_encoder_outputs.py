@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from embeddings import MemoryBank
-from recsys.config import ContentSettings, ModalitySettings, SamplingSettings
+from recsys.config import ContentSettings, ModalitySettings
 from recsys.content.branch import ContentBranch
 from recsys.content.encoder_outputs import EncoderOutputs, sampled_places
 from recsys.content.encoders.base import Encoder
@@ -102,17 +102,16 @@ def test_every_item_has_its_turn_by_step_alone() -> None:
     assert counts.sum() == 4000 and counts.min() > 15 and counts.max() < 65
 
 
-def settings_of(encoders: float = 0.1, backward: float = 1.0, **text: Any) -> ContentSettings:
+def settings_of(**text: Any) -> ContentSettings:
     modality = ModalitySettings("text", "text", "random:bert", **{"training": "lora", **text})
-    sampling = SamplingSettings(encoders=encoders, backward=backward)
-    return ContentSettings({"text": modality}, sampling=sampling)
+    return ContentSettings({"text": modality}, encoder_share=0.1)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (settings_of(training="frozen"), r"encoders is 0\.1.*training: lora"),
-        (settings_of(pooling="none"), r"encoders is 0\.1.*modalities\.text has pooling none"),
+        (settings_of(training="frozen"), r"encoder_share is 0\.1.*training: lora"),
+        (settings_of(pooling="none"), r"encoder_share is 0\.1.*modalities\.text has pooling none"),
         (settings_of(max_images=2), r"modalities\.text .* max_images 2"),
     ],
 )
@@ -123,17 +122,11 @@ def test_settings_without_one_output_per_item_are_refused(
         settings.check("content")
 
 
-@pytest.mark.parametrize(("encoders", "backward"), [(0.0, 1.0), (1.5, 1.0), (0.5, 0.5)])
-def test_shares_that_do_not_fit_are_refused(encoders: float, backward: float) -> None:
-    with pytest.raises(ValueError, match=rf"encoders is {encoders}.*backward {backward}"):
-        SamplingSettings(encoders=encoders, backward=backward).check("sampling")
-
-
 def test_a_trained_module_of_several_tokens_is_refused() -> None:
     poster = ModalitySettings("image", "poster", module="my:Patches", training="full")
-    settings = ContentSettings({"poster": poster}, sampling=SamplingSettings(encoders=0.1))
+    settings = ContentSettings({"poster": poster}, encoder_share=0.1)
     encoder = Encoder.__new__(Encoder)
     torch.nn.Module.__init__(encoder)
     encoder.frozen_tokens = 6
-    with pytest.raises(ValueError, match=r"encoders is 0\.1.*modalities\.poster.* 6 tokens"):
+    with pytest.raises(ValueError, match=r"encoder_share is 0\.1.*modalities\.poster.* 6 tokens"):
         EncoderOutputs.beside(MemoryBank(4, 8, "cpu"), settings, {"poster": encoder})

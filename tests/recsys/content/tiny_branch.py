@@ -75,7 +75,6 @@ def batch_of(mode: Mode) -> Batch:
             items,
             index[: len(TARGETS)],
             index[len(TARGETS) :],
-            HISTORY[:0],
             content_of(items),
         ),
     )

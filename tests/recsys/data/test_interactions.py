@@ -54,7 +54,6 @@ def expected_batch(rows: list[dict[str, Any]], encode_history: bool) -> dict[str
         "history.items": unique,
         "history.index": [unique.index(item) for item in history],
         "content.history_index": [items.index(item) for item in unique] if encode_history else [],
-        "content.bank_items": [],
     }
 
 

@@ -88,7 +88,6 @@ def test_negatives_are_a_feature_of_the_item_table_behind_target_and_history() -
         old, new = before.sequence_features[name], features[name]
         assert torch.equal(new.values(), old.values())
         assert torch.equal(new.lengths(), old.lengths())
-    assert torch.equal(batch.read_items, batch.history.items)  # negatives are encoded
 
 
 def test_a_draw_depends_on_seed_step_and_rank_alone() -> None:

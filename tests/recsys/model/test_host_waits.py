@@ -135,16 +135,15 @@ def test_no_setting_of_the_benchmarks_waits(
 def changed(config: Config, **fields: Any) -> Config:
     content = content_settings(config.content)
     assert content is not None
-    for name in ("history", "sampling"):
-        if name in fields:
-            fields[name] = replace(getattr(content, name), **fields[name])
+    if "history" in fields:
+        fields["history"] = replace(content.history, **fields["history"])
     return replace(config, content=replace(content, **fields))
 
 
 @pytest.mark.parametrize(
     "part",
-    [{"history": {"mode": "full"}}, {"sampling": {"backward": 0.5}}, {"dedup": "global"}],
-    ids=["encoded histories", "sampled items", "items shared by ranks"],
+    [{"history": {"mode": "full"}}, {"encoder_share": 0.5}, {"dedup": "global"}],
+    ids=["encoded histories", "a share of items encoded", "items shared by ranks"],
 )
 def test_no_way_of_reading_content_waits(folder: Path, ranks: Ranks, part: dict[str, Any]) -> None:
     config = changed(backbone_config(folder, "din_dcn", "concat", sharding="auto"), **part)

@@ -59,7 +59,7 @@ def inputs(lengths: Tensor = LENGTHS, seed: int = 0) -> tuple[IDVectors, Content
             torch.arange(total),
             torch.arange(total),
         ),
-        content=BatchContent(zeros, zeros, zeros[:0], zeros[:0]),
+        content=BatchContent(zeros, zeros, zeros[:0]),
     )
     return ids, content, batch
 
