@@ -26,13 +26,13 @@ START, HOUR, HOURS = 1_789_948_800, 3_600, 800
 EVENTS = """\
 events:
   europe:
-    {path: [europe-0.csv, europe-1.csv], user: customer, item: sku, time: at, action: what,
+    {path: "europe-*.csv", user: customer, item: sku, time: at, action: what,
      columns: [price], time_zone: Europe/Berlin}
   america:
-    {path: [america-0.csv, america-1.csv], user: customer, item: sku, time: at, action: what,
+    {path: "america-*.csv", user: customer, item: sku, time: at, action: what,
      columns: [price], time_zone: America/New_York}
   asia:
-    {path: [asia-0.csv, asia-1.csv], user: customer, item: sku, time: at, action: what,
+    {path: "asia-*.csv", user: customer, item: sku, time: at, action: what,
      columns: [price], time_zone: Asia/Tokyo}
 rows: view
 labels: {bought: {action: buy, within: 1d}}

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -31,10 +32,11 @@ HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 INTEGER = "^(0|-?[1-9][0-9]*)$"
 # Arrow's own list has NA and more, which may be ids: a country, the initials of a user.
 NULLS = ["", "NULL", "null", "NaN", "nan", "\\N"]
+WILDCARDS = set("*?[")
 
 
 def data_files(name: str, root: Location, may_be_empty: bool = False) -> list[Location]:
-    """Return the data files at and under a path, by name.
+    """Return the data files at and under a path, or those that a pattern such as *.csv matches.
 
     Raises:
         ValueError: there is none, unless `may_be_empty`, or one that would be left out.
@@ -43,14 +45,37 @@ def data_files(name: str, root: Location, may_be_empty: bool = False) -> list[Lo
         if not root.path.endswith(ENDINGS):
             raise ValueError(f"{root}: none of {', '.join(ENDINGS)}; rename or convert it")
         return [root]
-    if not root.exists():
-        if may_be_empty:  # an object store has no folders without files
-            return []
+    folder, problem = fixed_folder(root), "no .parquet or .csv files in it"
+    if folder != root:
+        files, problem = _matching_files(root, folder), "matches no .parquet or .csv file"
+    elif root.exists():
+        files = _files_under(root, set())
+    elif may_be_empty:  # an object store has no folders without files
+        return []
+    else:
         raise ValueError(f"{root}: no such file or folder; correct the path of '{name}'")
-    files = _files_under(root, set())
     if not files and not may_be_empty:
-        raise ValueError(f"{root}: no .parquet or .csv files in it; correct the path of '{name}'")
+        raise ValueError(f"{root}: {problem}; correct the path of '{name}'")
     return sorted(files, key=lambda file: file.path)
+
+
+def fixed_folder(root: Location) -> Location:
+    """Return the folder in which a pattern is looked up, or the path itself if it is none."""
+    parts = root.path.split("/")
+    first = next((place for place, part in enumerate(parts) if WILDCARDS & set(part)), len(parts))
+    if first == len(parts) or root.exists():  # a file may have such a name
+        return root
+    return Location(root.filesystem, "/".join(parts[:first]))
+
+
+def _matching_files(pattern: Location, folder: Location) -> list[Location]:
+    entries = []
+    for path, entry in pattern.filesystem.glob(pattern.path, detail=True).items():
+        is_hidden = any(part.startswith((".", "_")) for part in path[len(folder.path) :].split("/"))
+        # `**` matches a folder and the files in it, too.
+        if not is_hidden and ("**" not in pattern.path or entry["type"] == "file"):
+            entries.append(entry)
+    return _data_files_among(entries, pattern, set())
 
 
 def _files_under(folder: Location, visited: set[str]) -> list[Location]:
@@ -58,8 +83,14 @@ def _files_under(folder: Location, visited: set[str]) -> list[Location]:
     if real_path in visited:
         raise ValueError(f"{folder}: a link to a folder that is read already; remove it")
     visited.add(real_path)
+    return _data_files_among(folder.filesystem.ls(folder.path, detail=True), folder, visited)
+
+
+def _data_files_among(
+    entries: Iterable[dict[str, Any]], folder: Location, visited: set[str]
+) -> list[Location]:
     files = []
-    for listed in folder.filesystem.ls(folder.path, detail=True):
+    for listed in entries:
         path, kind = listed["name"].rstrip("/"), listed["type"]
         entry, name = Location(folder.filesystem, path), path.rsplit("/", 1)[-1]
         if name.startswith((".", "_")) or path == folder.path:

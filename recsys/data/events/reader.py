@@ -24,6 +24,7 @@ from recsys.data.events.file_columns import (
     column_values,
     csv_batches,
     data_files,
+    fixed_folder,
     id_type,
     is_text,
     partition_values,
@@ -140,8 +141,9 @@ def file_sizes(name: str, source: Source, may_be_empty: bool) -> dict[str, tuple
     sizes = {}
     for number, root in enumerate(map(Location.of, paths)):
         root.filesystem.invalidate_cache()  # object stores keep what they have listed
+        folder = fixed_folder(root)
         for file in data_files(name, root, may_be_empty):
-            below = file.path[len(root.path) :] or f"/{file.path.rsplit('/', 1)[-1]}"
+            below = file.path[len(folder.path) :] or f"/{file.path.rsplit('/', 1)[-1]}"
             sizes[f"{number}{below}"] = str(file), int(file.filesystem.size(file.path))
     return sizes
 
@@ -184,8 +186,9 @@ def open_source(
         (filled if first_row else empty).append(file)
     if not tasks:
         raise ValueError(f"{files[0]}: no rows; write the {name} into it")
-    schema = _schema(source, fields, [str(root) for root in roots], [*filled, *empty])
-    return Reader(source, fields, schema, tasks, [str(root) for root in roots])
+    folders = [str(fixed_folder(root)) for root in roots]
+    schema = _schema(source, fields, folders, [*filled, *empty])
+    return Reader(source, fields, schema, tasks, folders)
 
 
 def _columns_to_read(source: Source, fields: list[Field], parts: Parts) -> list[str]:

@@ -18,7 +18,8 @@ SplitBy = Literal["time", "dates", "user", "leave_last", "windows"]
 class Source:
     """Files of one table, and the form of their times."""
 
-    # Parquet or CSV: a file, a folder (with `key=value/` parts, if any), a URL, or a list of them.
+    # Parquet or CSV: a file, a folder (with `key=value/` parts, if any), a pattern such as
+    # logs/*.csv, a URL, or a list of them.
     path: str | list[str]
     time_unit: TimeUnit = "s"  # unit of times that are integers
     time_zone: str = "UTC"  # zone of timestamps and ISO strings without one

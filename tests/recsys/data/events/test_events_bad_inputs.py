@@ -107,6 +107,7 @@ BAD = [
     ),
     Bad("absent action", change("labels", "bought", "action", value="by"), ("labels.bought", "by")),
     Bad("no file", change("events", "log", "path", value="absent.parquet"), ("absent.parquet",)),
+    Bad("no match", change("events", "log", "path", value="*.csv"), ("*.csv", "matches no", "log")),
     Bad("other ending", text("log.txt", "user"), ("log.txt", ".csv")),
     Bad("CSV without a column", text("log.csv", "user,item,type\na,1,buy\n"), ("log.csv", "time")),
     Bad("float ids", column("item", [1.5]), ("log.parquet", "'item'", "integer or string")),

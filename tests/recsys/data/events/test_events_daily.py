@@ -318,6 +318,20 @@ def test_an_event_of_a_file_that_comes_late_counts_from_its_call_on(tmp_path: Pa
     assert report["days"] == {"2026-09-22": {"rows": 3, "positive": pytest.approx(2 / 3)}}
 
 
+def test_a_pattern_reads_the_files_of_its_folder(tmp_path: Path) -> None:
+    folder = write_small(tmp_path)
+    tables = {"view": {"path": "l*/*"}, "buy": {"path": "**/buys/[0-9]*.parquet"}}
+    pattern = tmp_path / "pattern.yaml"
+    pattern.write_text(yaml.safe_dump({**SMALL, "events": tables}))
+    (tmp_path / "log" / "notes.txt").touch()
+    (tmp_path / "log" / "_unfinished.parquet").touch()
+    for number, day in enumerate(DAYS[:3]):
+        add_file(tmp_path / "log" / f"{number + 1}.parquet", [("ann", number, number * DAY)])
+        for config in (folder, pattern):
+            prepare_events(config, tmp_path / config.stem, until=day)
+    assert content_of(tmp_path / "pattern") == content_of(tmp_path / "events")
+
+
 def test_a_day_that_is_prepared_is_not_prepared_again(tmp_path: Path) -> None:
     config, out = write_small(tmp_path), tmp_path / "out"
     report = prepare_events(config, out, until=DAYS[1])
