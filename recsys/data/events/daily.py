@@ -56,6 +56,7 @@ from recsys.data.events.sql import (
     SqlEngine,
     count_by_reason,
     count_rows,
+    one_value,
     open_engine,
     quoted,
     stage_folder,
@@ -212,8 +213,7 @@ class Call:
     ) -> tuple[dict[str, pa.DataType], int, dict[str, int], dict[str, dict[str, int]]]:
         """Make the stages of new and of all events; return types, counts, and files that are read.
 
-        `new_events` arrive in this call. `clean_events` are these and those kept, and
-        `unique_events` those of them that are rows of the call, or label some.
+        `new_events` arrive in this call. `clean_events` are these and those kept.
         """
         engine, config = self.engine, self.config
         readers, files = self._new_readers()
@@ -245,12 +245,18 @@ class Call:
         reasons |= {"duplicate": repeated} if repeated else {}
         if before == 0 and not kept:
             raise NoEvents(f"--until {self.day}: no event that can be used is known by then")
-        engine.view(
-            "clean_events", f"SELECT {names} FROM kept UNION ALL SELECT {names} FROM new_events"
-        )
-        late = max(config.ripe_after, duration(config.drop.late_rows) or 0)
-        engine.view("unique_events", f"SELECT * FROM clean_events WHERE ts >= {self.since - late}")
+        engine.view("clean_events", self._events("1 = 1", "1 = 1"))
         return types, num_read, reasons, files
+
+    def _events(self, of_kept: str, of_new: str) -> str:
+        """Return SQL of the events that are kept, and of new ones, by conditions."""
+        names = ", ".join(
+            map(quoted, self.engine.table("SELECT * FROM new_events LIMIT 0").schema.names)
+        )
+        return (
+            f"SELECT {names} FROM kept WHERE {of_kept} "
+            f"UNION ALL SELECT {names} FROM new_events WHERE {of_new}"
+        )
 
     def _new_readers(self) -> tuple[dict[str, Reader], dict[str, dict[str, int]]]:
         """Return readers of the tables with new files, and the bytes of all files by table."""
@@ -303,15 +309,19 @@ class Call:
     def _due_rows(self) -> dict[str, int]:
         """Make the stage `due`: rows to write, with the day as `/day` and its end as `/end`.
 
+        `unique_events` are the events that may label them.
+
         Returns:
             The number of other rows, by reason.
         """
         engine, config = self.engine, self.config
         late = f"arrived - ts > {duration(config.drop.late_rows)}"
         ripe = quoted(RIPE)
+        # Kept events had arrived before, so that time alone, by which they are sorted, makes rows.
+        events = self._events(f"ts >= {self.since - config.ripe_after}", "1 = 1")
         engine.view(
             "ripe_rows",
-            f"SELECT *, greatest(ts + {config.ripe_after}, arrived) AS {ripe} FROM unique_events "
+            f"SELECT *, greatest(ts + {config.ripe_after}, arrived) AS {ripe} FROM ({events}) "
             f"WHERE {is_row(config)}",
         )
         is_due = f"{ripe} >= {self.since} AND {ripe} < {self.until}"
@@ -325,6 +335,8 @@ class Call:
             f"(VALUES {values}) AS d(day, first, after) "
             f"ON r.{ripe} >= d.first AND r.{ripe} < d.after WHERE {is_due} AND NOT ({late})",
         )
+        later = f"ts > {one_value(engine, f'coalesce(min(ts), {FOREVER})', 'due')}"
+        engine.view("unique_events", self._events(later, later))
         cases = {
             f"known more than {config.drop.late_rows} after their time": f"{is_due} AND {late}",
             "wait until their labels are decided": f"{ripe} >= {self.until} AND NOT ({late})",

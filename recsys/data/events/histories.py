@@ -16,6 +16,7 @@ from recsys.data.events.history_values import (
     HistoryFiles,
     Moments,
     begin_column,
+    by_position,
     history_lists,
     length_column,
     null_stand_in,
@@ -78,6 +79,8 @@ def add_histories(
     events, has_keys = "past_events", "1 = 1"
     if earlier is not None:
         events, has_keys = _recent_events(engine, config, samples, list(user_counts.values()))
+    if events != "past_events":  # single ones, no numbers of them
+        event_columns = [name for name in event_columns if name != NUMBER]
     query = _samples_and_events(
         features,
         samples,
@@ -86,8 +89,7 @@ def add_histories(
         has_keys,
         events,
     )
-    order = ["ts", "iid", "position"]
-    engine.add_mapped("complete", query, ["uid"], order, features, features.schema)
+    engine.add_mapped("complete", query, ["uid"], ["ts", "iid"], features, features.schema)
     return lists
 
 
@@ -215,7 +217,7 @@ def make_counts(
     query = _samples_and_events(features, samples, keys | columns, event_columns, of_keys)
     has_keys = " AND ".join(f"{quoted(key)} IS NOT NULL" for key in keys)
     query = f"SELECT * FROM ({query}) WHERE {has_keys}"
-    engine.add_mapped(stage, query, list(keys), ["ts", "position"], features, features.schema)
+    engine.add_mapped(stage, query, list(keys), ["ts"], features, features.schema)
 
 
 def _has_keys(keys: list[str], samples: str, columns: dict[str, str]) -> str:
@@ -342,6 +344,7 @@ class HistoryFeatures:
         events = self._events(chunk, history.actions)
         if NUMBER in chunk.column_names:  # events alone, no numbers of them
             events = events[np.asarray(chunk["position"].is_valid())[events]]
+        events = by_position(chunk, events)
         begin, end, late = moments.known(events, duration(history.delay) or 0, None)
         longest = min(history.length, len(chunk))
         first, length = np.maximum(begin, end - longest), np.minimum(end - begin, longest)

@@ -49,13 +49,32 @@ def _starts(batch: pa.RecordBatch | pa.Table, keys: Sequence[str]) -> np.ndarray
     starts[:1] = True
     for key in keys:
         values = batch.column(key)
-        starts[1:] |= np.asarray(pc.not_equal(values.slice(1), values.slice(0, batch.num_rows - 1)))
+        changes = pc.not_equal(values.slice(1), values.slice(0, batch.num_rows - 1))
+        starts[1:] |= np.asarray(changes.fill_null(True))
     return starts
 
 
 def key_numbers(chunk: pa.Table, keys: Sequence[str]) -> np.ndarray:  # chunk [N] -> int64 [N]
     """Return the number of each row's key: 0, 1, 2 ... in their order."""
     return np.cumsum(_starts(chunk, keys)) - 1
+
+
+def by_position(
+    chunk: pa.Table, events: np.ndarray
+) -> np.ndarray:  # chunk [N], events int64 [E], rows, ascending -> int64 [E]
+    """Order events of one user, time and item by position, by which a sort would cost a third more.
+
+    `chunk` is sorted by `uid`, `ts` and `iid`.
+    """
+    group = np.cumsum(_starts(chunk, ["uid", "ts", "iid"]))[events]
+    is_tied = np.zeros(len(events), bool)
+    is_tied[1:] = np.diff(group) == 0
+    is_tied[:-1] |= is_tied[1:]
+    if is_tied.any():
+        rows, events = events[is_tied], events.copy()
+        position = chunk["position"].take(pa.array(rows)).to_numpy()
+        events[is_tied] = rows[np.lexsort([position, group[is_tied]])]
+    return events
 
 
 class Moments:
@@ -66,19 +85,35 @@ class Moments:
 
     def __init__(self, chunk: pa.Table, keys: Sequence[str], samples: np.ndarray) -> None:
         self._key = key_numbers(chunk, keys)  # [N]
-        time = chunk["ts"].to_numpy()
-        ordered = np.sort(time)  # numpy.unique takes a hash table first, several times as long
-        self._times = ordered[np.flatnonzero(np.diff(ordered, prepend=ordered[0] - 1))]
-        self._place = self._key * (len(self._times) + 1) + np.searchsorted(self._times, time)
-        self._time, self._sample_key = time[samples], self._key[samples]  # [S]
+        self._row_time, self._sample_rows = chunk["ts"].to_numpy(), np.flatnonzero(samples)
+        self._time = self._row_time[samples]  # [S]
+        self._sample_key = self._key[samples]  # [S]
         arrived = chunk["arrived"] if "arrived" in chunk.column_names else None
-        self._event_time, self._arrived = time, None
+        self._arrived = None
         if arrived is not None:
             known = arrived.fill_null(-FOREVER).to_numpy()  # [N]; null in samples
-            self._arrived = known if (known > time).any() else None
+            self._arrived = known if (known > self._row_time).any() else None
+
+    @cached_property
+    def _times(self) -> np.ndarray:
+        """Each time of the rows once, in order."""
+        ordered = np.sort(self._row_time)  # numpy.unique takes a hash table first, and longer
+        return ordered[np.flatnonzero(np.diff(ordered, prepend=ordered[0] - 1))]
+
+    @cached_property
+    def _place(self) -> np.ndarray:  # int64 [N], ascending
+        rank = np.searchsorted(self._times, self._row_time)
+        return self._key * (len(self._times) + 1) + rank
+
+    def _first_rows(self, *columns: np.ndarray) -> np.ndarray:  # columns [N] -> int64 [S]
+        """Return the first of the rows that agree with each sample in columns; rows are sorted."""
+        is_first = np.logical_or.reduce([np.diff(c, prepend=c[:1] - 1) != 0 for c in columns])
+        return np.flatnonzero(is_first)[np.cumsum(is_first)[self._sample_rows] - 1]
 
     def _events_before(self, events: np.ndarray, delay: int) -> np.ndarray:  # [E] -> [S]
         """Return the number of `events`, of this and earlier keys, before each sample's `delay`."""
+        if not delay:
+            return np.searchsorted(events, self._first_rows(self._key, self._row_time))
         rank = np.searchsorted(self._times, self._time - delay)
         place = self._sample_key * (len(self._times) + 1) + rank
         return np.searchsorted(self._place[events], place)
@@ -97,12 +132,12 @@ class Moments:
         """
         end = self._events_before(events, delay)
         if within is None:  # all of its key: it begins after the events of earlier keys
-            begin = np.searchsorted(self._key[events], self._sample_key)
+            begin = np.searchsorted(events, self._first_rows(self._key))
         else:
             begin = self._events_before(events, delay + within)
         if self._arrived is None:
             return begin, end, {}
-        since = np.maximum(self._arrived[events], self._event_time[events] + delay + 1)  # [E]
+        since = np.maximum(self._arrived[events], self._row_time[events] + delay + 1)  # [E]
         moments = np.unique(since)
         place = self._key[events] * (len(moments) + 1) + np.searchsorted(moments, since)
         rank = np.searchsorted(moments, self._time, side="right")

@@ -100,9 +100,9 @@ class DuckDBEngine:
     def save(self, query: str, file: Path, by: str | None = None) -> list[Path]:
         """Write a query's result as Parquet: `file`, or `BY=VALUE/NAME-*` beside it."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        target, options = file, "FORMAT parquet, COMPRESSION zstd"
+        target, options = file, "FORMAT parquet, COMPRESSION lz4_raw"  # read in each call
         if by is not None:
-            target = file.parent
+            target, options = file.parent, "FORMAT parquet, COMPRESSION zstd"
             options += f", PARTITION_BY ({by}), FILENAME_PATTERN '{file.stem}-{{i}}'"
             options += ", OVERWRITE_OR_IGNORE"
         with self._explained():
