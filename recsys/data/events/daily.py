@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from recsys.data.events.clean_events import (
     tables_of,
     without_copies,
 )
-from recsys.data.events.daily_state import REPORT, SUCCESS, DailyFolder, Progress
+from recsys.data.events.daily_state import REPORT, SUCCESS, DailyFolder, Progress, names_of
 from recsys.data.events.dataset import DatasetWriter, feature_tables, write_last_features
 from recsys.data.events.histories import KEYS_OF, add_histories
 from recsys.data.events.history_values import HistoryFiles
@@ -158,6 +158,7 @@ class Call:
     before: Progress
     day: str
     until: int
+    tables: dict[str, list[str]] = field(default_factory=dict)  # files of the state
 
     @property
     def since(self) -> int:
@@ -199,7 +200,7 @@ class Call:
             until=self.until,
             calls=self.before.calls + 1,
             files=files,
-            tables=tables,
+            tables=self.before.tables | self.tables | tables,
             compacted=compacted,
             appended=appended,
             popularity=known,
@@ -300,11 +301,28 @@ class Call:
             same = " AND ".join(f"u.{key} IS NOT DISTINCT FROM s.{key}" for key in keys)
             condition = f"WHERE NOT EXISTS (SELECT 1 FROM seen s WHERE {same})"
         engine.add("new_events", f"SELECT u.* FROM unseen u {condition}")
-        engine.save(
-            f"SELECT {copy_key(types)}, {number} AS day FROM new_events ORDER BY day, uid",
-            self.folder.new_file("seen", self.before),
+        self._add_seen(copy_key(types), number, days.to_pylist())
+
+    def _add_seen(self, key: str, number: str, days: list[int]) -> None:
+        """Write the keys of new events by day; those of a day that many calls wrote are merged."""
+        engine, folder = self.engine, self.folder
+        query = f"SELECT {key}, {number} AS day FROM new_events"
+        merged = {day: files for day in days if (files := folder.crowded(f"seen/day={day}"))}
+        for day, files in merged.items():
+            engine.read_saved(f"seen_{day}", files)
+            query += f" UNION ALL SELECT {key}, CAST({day} AS BIGINT) AS day FROM seen_{day}"
+        before = {f"day={day}": folder.files(f"seen/day={day}") for day in days}
+        new = engine.save(
+            f"SELECT * FROM ({query}) ORDER BY day, uid",
+            folder.new_file("seen", self.before),
             by="day",
         )
+        for day in days:
+            name = f"day={day}"
+            if day in merged or name in self.before.tables:
+                files = [file for file in before[name] if file not in merged.get(day, [])]
+                files += [file for file in new if file.parent.name == name]
+                self.tables.update(names_of(**{name: files}))
 
     def _due_rows(self) -> dict[str, int]:
         """Make the stage `due`: rows to write, with the day as `/day` and its end as `/end`.
@@ -348,24 +366,23 @@ class Call:
         """Make the stage `catalogue`; return what draws know, and how many events."""
         engine, settings, folder = self.engine, self.config.negatives, self.folder
         assert settings is not None
-        known, first = "", 0
+        first = 0
         times = item_times(self.config, "new_events")
         if files := folder.files("catalogue"):
             engine.read_saved("known_catalogue", files)
             first = count_rows(engine, "known_catalogue")
-            known = "SELECT * FROM known_catalogue UNION ALL "
             times = f"SELECT * FROM ({times}) WHERE iid NOT IN (SELECT iid FROM known_catalogue)"
         times = (
             f"SELECT iid, greatest(since, {self.since}) AS since FROM ({times}) "
             f"WHERE since < {self.until}"
         )
-        file = folder.new_file("catalogue", self.before)
-        engine.read_saved("new_items", engine.save(numbered_items(times, first), file))
-        engine.view("catalogue", f"{known}SELECT * FROM new_items")
-        file = folder.new_file("taken", self.before)
+        items = numbered_items(times, first)
+        files = folder.append(engine, self.before, "catalogue", items, "inumber")
+        engine.read_saved("catalogue", files)
         taken = "SELECT uid, iid, min(arrived) AS since FROM new_events GROUP BY uid, iid"
-        engine.save(f"{taken} ORDER BY uid, iid", file)
-        engine.read_saved("taken", folder.files("taken"))
+        pairs = folder.append(engine, self.before, "taken", taken, "uid, iid")
+        engine.read_saved("taken", pairs)
+        self.tables.update(names_of(catalogue=files, taken=pairs))
         taken = (
             "SELECT uid, iid, min(since) AS since FROM taken WHERE uid IN (SELECT uid FROM rows) "
             "GROUP BY uid, iid"

@@ -1,7 +1,7 @@
 """Folder of a dataset that grows by days, and the state that `prepare events --until` keeps in it.
 
 OUT/.state/progress.json       what is done; the files that it does not name do not count
-OUT/.state/TABLE/CALL.parquet  tables of the state, a file for each call
+OUT/.state/TABLE/CALL.parquet  tables of the state, a file for each call until many are merged
 OUT/.ready                     the files of a call that is done; they are moved to their places
 
 A call ends when `.ready` appears. A call that is killed before leaves nothing that counts, and one
@@ -18,7 +18,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from recsys.data.events.settings import EventsConfig
+from recsys.data.events.sql import SqlEngine
 from recsys.storage.files import (
     read_json,
     recover_folder,
@@ -31,6 +34,7 @@ from recsys.storage.lock import JobLock
 FORMAT = 1
 STATE, READY, LOCK, PROGRESS = ".state", ".ready", ".lock", "progress.json"
 REPORT, SUCCESS = "report.json", "_SUCCESS"
+MOST_CALLS = 24  # that may have files of a table, or of a day of one: an hour each of a day
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,33 @@ class DailyFolder:
         """Return the files of a table of the state."""
         return sorted((self.state / table).rglob("*.parquet"))
 
+    def crowded(self, table: str) -> list[Path]:
+        """Return the files of a table to merge, if these are of many calls.
+
+        A first one with half of the rows is left as it is, so that rows are seldom written again.
+        """
+        calls: dict[str, list[Path]] = {}
+        for file in self.files(table):
+            calls.setdefault(file.name[:6], []).append(file)
+        if len(calls) < MOST_CALLS:
+            return []
+        rows = [sum(pq.read_metadata(file).num_rows for file in files) for files in calls.values()]
+        parts = list(calls.values())[1 if 2 * rows[0] >= sum(rows) else 0 :]
+        return [file for files in parts for file in files]
+
+    def append(
+        self, engine: SqlEngine, progress: Progress, table: str, query: str, order: str
+    ) -> list[Path]:
+        """Write rows to a table of the state, and return its files; many are merged."""
+        files, merged = self.files(table), self.crowded(table)
+        if merged:
+            engine.read_saved(f"merged_{table}", merged)
+            query = f"SELECT * FROM merged_{table} UNION ALL SELECT * FROM ({query})"
+        new = engine.save(
+            f"SELECT * FROM ({query}) ORDER BY {order}", self.new_file(table, progress)
+        )
+        return [*(file for file in files if file not in merged), *new]
+
     def new_file(self, table: str, progress: Progress) -> Path:
         """Return the file of the call after `progress` for a table of the state."""
         return self.state / table / f"{progress.calls:06}.parquet"
@@ -158,6 +189,11 @@ class DailyFolder:
         for old in self.path.glob(".*.old"):  # of a call that was killed as it replaced a folder
             shutil.rmtree(old)
         shutil.rmtree(ready)
+
+
+def names_of(**tables: list[Path]) -> dict[str, list[str]]:
+    """Return the names of the files of tables."""
+    return {table: [file.name for file in files] for table, files in tables.items()}
 
 
 def _settings(config: EventsConfig) -> dict[str, Any]:

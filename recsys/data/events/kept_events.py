@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recsys.data.events.daily_state import DailyFolder, Progress
+from recsys.data.events.daily_state import DailyFolder, Progress, names_of
 from recsys.data.events.histories import KEYS_OF, NUMBER, event_key, number_earlier
 from recsys.data.events.samples import actions_in
 from recsys.data.events.settings import EventsConfig
@@ -53,7 +53,7 @@ class KeptEvents:
         """
         engine, folder, before = self.engine, self.folder, self.before
         file = folder.new_file("pending", before)
-        tables = _names(
+        tables = names_of(
             pending=engine.save(f"SELECT * FROM incoming WHERE arrived >= {self.until}", file)
         )
         file = folder.new_file("kept", before)
@@ -64,9 +64,9 @@ class KeptEvents:
             needed = count_rows(engine, f"({marked}) WHERE is_kept")
             if needed <= compacted * (1 - LEAST_DROPPED):
                 return tables | self._compact(marked, file), needed, 0
-        new = _names(kept=engine.save("SELECT * FROM new_events ORDER BY ts", file))["kept"]
-        tables |= _names(earlier=folder.files("earlier"))
-        return tables | {"kept": [*before.tables.get("kept", []), *new]}, compacted, appended
+        files = folder.append(engine, before, "kept", "SELECT * FROM new_events", "ts")
+        tables |= names_of(earlier=folder.files("earlier"), kept=files)
+        return tables, compacted, appended
 
     def _compact(self, marked: str, file: Path) -> dict[str, list[str]]:
         """Write the events that are needed into one file, and numbers of all that are not."""
@@ -78,7 +78,7 @@ class KeptEvents:
         kept = engine.save(f"SELECT {names} FROM ({marked}) WHERE is_kept ORDER BY ts", file)
         is_dropped = "position IN (SELECT position FROM dropped)"
         query = number_earlier(engine, self.config, is_dropped, "earlier")
-        return _names(kept=kept, earlier=engine.save(query, numbers))
+        return names_of(kept=kept, earlier=engine.save(query, numbers))
 
     def _marked(self) -> str:
         """Return SQL of events with `is_kept`: whether rows of later calls may need them.
@@ -122,7 +122,3 @@ class KeptEvents:
             f"SELECT e.*, {is_kept} AS is_kept FROM clean_events e JOIN "
             f"(SELECT uid, {', '.join(since)} FROM clean_events GROUP BY uid) USING (uid)"
         )
-
-
-def _names(**tables: list[Path]) -> dict[str, list[str]]:
-    return {table: [file.name for file in files] for table, files in tables.items()}

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from recsys.data.events import kept_events
+from recsys.data.events import daily_state, kept_events
 from recsys.data.events.prepare import prepare_events
 from recsys.data.events.sql import DuckDBEngine, SqlEngine
 from recsys.data.schema import load_schema
@@ -203,6 +203,7 @@ def content_of(out: Path) -> dict[str, list[dict[str, Any]]]:
 def test_calls_day_by_day_make_the_rows_of_one_call(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(daily_state, "MOST_CALLS", 2)
     if case != "kept":
         monkeypatch.setattr(kept_events, "MOST_APPENDED", 0)
         monkeypatch.setattr(kept_events, "LEAST_DROPPED", 0)
@@ -220,6 +221,27 @@ def test_calls_day_by_day_make_the_rows_of_one_call(
     assert len([name for name in once if name.startswith("train")]) >= 7
     for out in (tmp_path / "calls", tmp_path / "once"):
         load_schema(Location.of(out))
+
+
+def test_hours_whose_state_is_merged_make_the_rows_of_one_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daily_state, "MOST_CALLS", 3)
+    config = write_small(tmp_path, partition="hour", negatives={"per_positive": 1})
+    days, out = f"{DAYS[0]}/{{:02}}", tmp_path / "out"
+    for hour in range(2, 18):
+        add_file(tmp_path / "log" / f"{hour}.parquet", [(f"u{hour % 5}", hour, hour * HOUR - 1)])
+        again = [("ann", hour // 4, hour * HOUR // 4), ("bob", hour, hour * HOUR - 1)]
+        add_file(tmp_path / "buys" / f"{hour}.parquet", again)
+        prepare_events(config, out, until=days.format(hour))
+        calls: dict[Path, set[str]] = {}
+        for file in (out / ".state").rglob("*.parquet"):
+            calls.setdefault(file.parent, set()).add(file.name[:6])
+        # Those that were merged are removed by the next call.
+        assert max(map(len, calls.values())) <= 4
+    prepare_events(config, out, until=DAYS[1])
+    prepare_events(config, tmp_path / "once", until=DAYS[1])
+    assert content_of(out) == content_of(tmp_path / "once")
 
 
 def test_without_late_events_the_rows_are_those_of_a_dataset_made_at_once(tmp_path: Path) -> None:
