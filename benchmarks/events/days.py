@@ -118,7 +118,13 @@ def _measure(folder: Path, memory: str) -> dict[str, Any]:
     )
     state = sum(f.stat().st_size for f in (folder / "daily" / ".state").rglob("*") if f.is_file())
     shutil.rmtree(folder)
-    record = {"log": folder.name, "events": events, "calls": calls, "idle": idle, "once": once}
+    record: dict[str, Any] = {
+        "log": folder.name,
+        "events": events,
+        "calls": calls,
+        "idle": idle,
+        "once": once,
+    }
     record |= {"equal": same, "state": state}
     print(record, flush=True)
     return record
