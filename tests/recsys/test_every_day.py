@@ -73,7 +73,7 @@ def processor_seconds(server: ServedPackage) -> float:
     """Seconds that the server's processes have run, which other programs do not change much."""
     first = psutil.Process(server.process.pid)
     times = [process.cpu_times() for process in (first, *first.children(recursive=True))]
-    return sum(time.user + time.system for time in times)
+    return float(sum(time.user + time.system for time in times))
 
 
 def live_through(folder: Path, server: ServedPackage, load: Load) -> FiveDays:
