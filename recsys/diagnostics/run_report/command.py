@@ -13,8 +13,6 @@ from recsys.checkpoint.run_folder import check_metrics, read_item_counts
 from recsys.checkpoint.run_schema import PARTITION
 from recsys.config.ranking import softmax_settings
 from recsys.data.item_frequency import PARTS
-from recsys.diagnostics.run_report.item_popularity import item_popularity
-from recsys.diagnostics.run_report.learning_curves import learning_curves, prequential
 from recsys.diagnostics.run_report.page import Section, Table, html_page
 from recsys.diagnostics.run_report.projector import (
     category_column,
@@ -23,6 +21,7 @@ from recsys.diagnostics.run_report.projector import (
     item_table,
     write_projector,
 )
+from recsys.diagnostics.run_report.quality import item_popularity, learning_curves, prequential
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog

@@ -16,10 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 from recsys.cli import main
 from recsys.data.items.item_table import ItemTable
 from recsys.data.schema import load_schema
-from recsys.diagnostics.run_report import item_popularity, learning_curves
+from recsys.diagnostics.run_report import quality
 from recsys.diagnostics.run_report.command import summary
-from recsys.diagnostics.run_report.item_popularity import metrics_by_count
-from recsys.diagnostics.run_report.learning_curves import read_curves, selection_curve
 from recsys.diagnostics.run_report.page import Section, Table, html_page
 from recsys.diagnostics.run_report.projector import (
     categories,
@@ -29,6 +27,7 @@ from recsys.diagnostics.run_report.projector import (
     item_names,
     item_pictures,
 )
+from recsys.diagnostics.run_report.quality import metrics_by_count, read_curves, selection_curve
 from recsys.evaluation.metrics import RankedRows
 from recsys.evaluation.scores import SplitScores
 from recsys.storage.location import Location
@@ -172,12 +171,12 @@ def test_the_best_model_is_that_of_the_first_highest_point_of_what_chose_it(tmp_
     assert selection_curve(curves, "auc") == curves["valid/auc"]
     assert selection_curve(curves, "auc_and_gauc") == (steps, [0.5, 0.625, 0.625, 0.6875])
     assert selection_curve({}, "auc") == ([], [])
-    assert "step 20: 0.7500" in learning_curves.learning_curves(tmp_path, "auc").words[0]
-    assert "AUC and GAUC" in learning_curves.learning_curves(tmp_path, "auc_and_gauc").words[0]
-    assert "step 40: 0.6875" in learning_curves.learning_curves(tmp_path, "auc_and_gauc").words[0]
-    assert "step 30: 0.7500" in learning_curves.learning_curves(tmp_path, "auc", 30).words[0]
+    assert "step 20: 0.7500" in quality.learning_curves(tmp_path, "auc").words[0]
+    assert "AUC and GAUC" in quality.learning_curves(tmp_path, "auc_and_gauc").words[0]
+    assert "step 40: 0.6875" in quality.learning_curves(tmp_path, "auc_and_gauc").words[0]
+    assert "step 30: 0.7500" in quality.learning_curves(tmp_path, "auc", 30).words[0]
     for step in (40, 50):  # the run's own model is of a step that these events do not name best
-        assert "highest" not in learning_curves.learning_curves(tmp_path, "auc", step).words[0]
+        assert "highest" not in quality.learning_curves(tmp_path, "auc", step).words[0]
 
 
 @pytest.mark.parametrize(
@@ -192,11 +191,11 @@ def test_two_points_are_no_trend(tmp_path: Path, scores: list[float], verdict: s
     with SummaryWriter(str(tmp_path / "tensorboard")) as writer:
         for step, score in enumerate(scores, 1):
             writer.add_scalar("valid/auc", score, step)
-    section = learning_curves.learning_curves(tmp_path, "auc")
+    section = quality.learning_curves(tmp_path, "auc")
     assert len(section.verdicts) == 1 and verdict in section.verdicts[0]
     svg = section.drawings[0].svg.decode()
     assert "Does the model still improve in validation?" in svg
-    line = f"stroke: {learning_curves.BLUE}; stroke-width"
+    line = f"stroke: {quality.BLUE}; stroke-width"
     # The line of the curve, beside that of its sample in the legend.
     assert svg.count(f"fill: none; {line}") == (2 if len(scores) > 2 else 0)
 
@@ -211,11 +210,11 @@ def rows_of_users(number: int) -> SplitScores:
 
 
 def test_what_cannot_be_drawn_is_said_in_words(tmp_path: Path) -> None:
-    empty = learning_curves.learning_curves(tmp_path, "auc")
+    empty = quality.learning_curves(tmp_path, "auc")
     assert empty.drawings == [] and "tracker" in empty.words[0]
 
     rows = replace(rows_of_users(8), labels=np.ones((48, 1)))
-    section = item_popularity.item_popularity(rows, "test")
+    section = quality.item_popularity(rows, "test")
     assert section.drawings == [] and any("one label" in text for text in section.words)
 
 

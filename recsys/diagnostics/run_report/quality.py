@@ -1,6 +1,7 @@
-"""Draws losses and validation metrics by step, of TensorBoard events, and a walk's by partition.
+"""Draws losses and validation metrics by step, those of a walk by partition, and quality by item.
 
-A partition of a continual run is scored before it is trained on.
+A partition of a continual run is scored before it is trained on. ID vectors of items with few
+training impressions are untrained. Shapes: N rows of the split.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -19,18 +21,21 @@ from recsys.diagnostics.run_report.page import (
     BLUE,
     GREY,
     ORANGE,
+    Drawing,
     Section,
     Table,
     drawn,
     new_figure,
     number,
 )
+from recsys.evaluation.metrics import RankedRows, RegressionRows, marked_cell, rows_of_loss
 from recsys.evaluation.model_selection import (
     METRICS,
     selection_score,
     selection_words,
     tracked_name,
 )
+from recsys.evaluation.scores import SplitScores
 from recsys.storage.files import regular_file
 
 Curve = tuple[list[int], list[float]]  # steps and values
@@ -186,3 +191,80 @@ def prequential(run: Path) -> Section:
 def _of(line: dict[str, Any], part: str) -> dict[str, Any]:
     metrics: dict[str, Any] = line if part == "all" else line[part]
     return metrics
+
+
+# Least and most training impressions of an item by bucket.
+BUCKETS = {"0": (0, 0), "1–4": (1, 4), "5–19": (5, 19), "20–99": (20, 99), "100+": (100, np.inf)}
+NAMES = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss"}
+NAMES_OF_NUMBERS = {"rmse": "RMSE", "mae": "MAE"}
+UNTRAINED = (
+    "An item without training impressions has an untrained ID vector: the model knows it only by "
+    "its content, its other features and the user."
+)
+
+
+def metrics_by_count(
+    rows: RankedRows | RegressionRows,
+    counts: np.ndarray,  # int64 [N], training impressions of the row's item
+) -> dict[str, dict[str, Any]]:
+    """Return the metrics of each bucket."""
+    return {
+        name: rows.metrics((counts >= least) & (counts <= most))
+        for name, (least, most) in BUCKETS.items()
+    }
+
+
+def item_popularity(scores: SplitScores, split: str) -> Section:
+    """Return the section with figure and table, of rows that count for label 0."""
+    loss, columns = scores.loss_of(0), (scores.labels[:, 0], scores.logits[:, 0], scores.groups)
+    rows = rows_of_loss(*columns, scores.weights, loss)
+    buckets = metrics_by_count(rows, scores.counts)
+    names = NAMES if loss == "bce" else NAMES_OF_NUMBERS
+    table = Table(
+        ("training impressions", *names.values(), "rows"),
+        [
+            (
+                name,
+                *(marked_cell(values, metric, "–") for metric in names),
+                f"{values['num_samples']:,}",
+            )
+            for name, values in buckets.items()
+        ],
+    )
+    if loss != "bce":
+        return Section("Quality by item popularity", [UNTRAINED], [], [table])
+    words, drawings = [UNTRAINED], []
+    if any(values["auc"] is not None for values in buckets.values()):
+        drawings = [_bars(buckets, split)]
+    else:
+        words.append("No figure: the items of each range have rows of one label only.")
+    return Section("Quality by item popularity", words, drawings, [table])
+
+
+def _bars(buckets: dict[str, dict[str, Any]], split: str) -> Drawing:
+    figure, (axes,) = new_figure(1)
+    places = np.arange(len(buckets))
+    for shift, name, colour in ((-0.2, "auc", BLUE), (0.2, "gauc", ORANGE)):
+        heights = [
+            values[name] if values[name] is not None else np.nan for values in buckets.values()
+        ]
+        axes.bar(places + shift, heights, 0.38, color=colour, label=name.upper())
+        for place, height in zip(places + shift, heights):
+            if not np.isnan(height):
+                inside = "white" if height > 0.1 else "black"
+                axes.text(place, 0.03, f"{height:.3f}", ha="center", color=inside)
+    axes.axhline(0.5, color="black", linewidth=1)
+    names = [f"{name}\n{values['num_samples']:,} rows" for name, values in buckets.items()]
+    axes.set_xticks(places, names)
+    axes.set(
+        title="Are rare and new items ranked as well as frequent ones?",
+        xlabel="training impressions of the item",
+        ylim=(0, 1),
+    )
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    caption = (
+        f"AUC and GAUC of the {split} split by the item's training impressions. The line at 0.5 is "
+        "chance; a bar is missing where the rows have one label only. `recsys compare` tests "
+        "differences of two models."
+    )
+    return drawn("quality-by-popularity", figure, caption)
