@@ -27,7 +27,7 @@ from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
 from recsys.data.movielens.prepare import prepare_movielens
 from recsys.data.parquet.rows import ParquetRows
-from recsys.data.prepare_vocabulary import prepare_vocabularies
+from recsys.data.prepare import prepare_vocabularies
 from recsys.data.schema import load_schema
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.compare import compare_runs

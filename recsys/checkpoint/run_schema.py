@@ -15,7 +15,7 @@ from recsys.checkpoint.compatibility import check_equal, flattened
 from recsys.config.parser import short
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.items.item_table import digest_of
-from recsys.data.prepare_vocabulary import new_ids
+from recsys.data.prepare import new_ids
 from recsys.data.schema import Schema, load_schema, load_vocabularies, parse_schema
 from recsys.data.schema_columns import VOCABULARY_SETTINGS, Column, IdType
 from recsys.data.transforms.chain import set_chain

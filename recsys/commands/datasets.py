@@ -86,7 +86,7 @@ def prepare_vocabulary(data: str) -> None:
     Args:
         data: dataset: folder or URL
     """
-    from recsys.data.prepare_vocabulary import format_prepared, prepare_vocabularies
+    from recsys.data.prepare import format_prepared, prepare_vocabularies
     from recsys.distributed.log import print_table
 
     print_table(format_prepared(prepare_vocabularies(data)))
@@ -98,8 +98,8 @@ def prepare_transforms(data: str) -> None:
     Args:
         data: dataset: folder or URL
     """
-    from recsys.data.transforms.prepare import format_fitted
-    from recsys.data.transforms.prepare import prepare_transforms as prepare
+    from recsys.data.prepare import format_fitted
+    from recsys.data.prepare import prepare_transforms as prepare
     from recsys.distributed.log import print_table
 
     print_table(format_fitted(prepare(data)))

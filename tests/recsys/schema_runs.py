@@ -22,7 +22,7 @@ from recsys.config import (
     ranking_settings,
 )
 from recsys.config.ranking import keys_of
-from recsys.data.prepare_vocabulary import prepare_vocabularies
+from recsys.data.prepare import prepare_vocabularies
 from tests.recsys.ranking.backbone_runs import BACKBONES, SMALL
 from tests.several_histories import write_several_histories
 

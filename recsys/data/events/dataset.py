@@ -29,9 +29,9 @@ from recsys.data.events.snapshots import add_pictures
 from recsys.data.events.sql import SqlEngine, filled, one_value, quoted
 from recsys.data.events.times import MICROS, latest_moment
 from recsys.data.item_frequency import COLD_BELOW
+from recsys.data.prepare import check_transformed, fit_transforms
 from recsys.data.schema import vocabulary_file
 from recsys.data.schema_columns import FeatureTable
-from recsys.data.transforms.prepare import check_transformed, fit_transforms
 from recsys.storage.files import link_or_copy
 from recsys.storage.location import Location
 

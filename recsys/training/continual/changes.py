@@ -13,11 +13,10 @@ from recsys.checkpoint.item_content import changed_items
 from recsys.checkpoint.warm_start.plan import WarmStartPlan
 from recsys.checkpoint.warm_start.source import Differences, Source
 from recsys.config import Config
-from recsys.data.prepare_vocabulary import new_ids
+from recsys.data.prepare import fit_chains, new_ids
 from recsys.data.schema import Schema, build_hashes, format_growth, read_schema, vocabulary_file
 from recsys.data.schema_columns import MOST_ROWS
 from recsys.data.transforms.chain import set_chain
-from recsys.data.transforms.prepare import fit_chains
 from recsys.distributed.ranks import Ranks
 from recsys.storage.location import Location
 from recsys.training.continual.partitions import Partition

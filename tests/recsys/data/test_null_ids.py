@@ -12,7 +12,7 @@ import torch
 from embeddings.vocabulary.fixed import integer_ids
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.parquet.rows import ParquetRows
-from recsys.data.prepare_vocabulary import prepare_vocabularies
+from recsys.data.prepare import prepare_vocabularies
 from recsys.data.schema import load_schema
 from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
 from recsys.storage.location import Location

@@ -11,7 +11,7 @@ import pytest
 
 from recsys.checkpoint.run_folder import check_vocabularies, keep_vocabularies
 from recsys.cli import main
-from recsys.data.prepare_vocabulary import prepare_vocabularies
+from recsys.data.prepare import prepare_vocabularies
 from recsys.data.schema import load_schema
 from recsys.storage.location import Location
 from tests.datasets import write_parquet

@@ -13,9 +13,9 @@ from torch import nn
 
 from recsys.data.events.prepare import prepare_events
 from recsys.data.parquet.rows import ParquetRows
+from recsys.data.prepare import fit_transforms
 from recsys.data.schema import Schema, load_schema, parse_schema
 from recsys.data.schema_columns import MODULE_ATTRIBUTES
-from recsys.data.transforms.prepare import fit_transforms
 from recsys.serving.requests import RequestReader
 from recsys.storage.location import Location
 from tests.datasets import write_parquet

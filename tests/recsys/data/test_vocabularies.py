@@ -18,7 +18,7 @@ from recsys.data.interactions import Interactions
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.bad_rows import OnBadRow
 from recsys.data.parquet.rows import ParquetRows
-from recsys.data.prepare_vocabulary import prepare_vocabularies
+from recsys.data.prepare import prepare_vocabularies
 from recsys.data.schema import Schema, load_schema
 from recsys.data.vocabularies import BoundedVocabularies, UnknownIds, format_unknown
 from recsys.storage.location import Location

@@ -19,7 +19,7 @@ from recsys.build import Job
 from recsys.checkpoint import cold_row_init
 from recsys.checkpoint.cold_row_init import trained_counts
 from recsys.config import load_config
-from recsys.data.prepare_vocabulary import prepare_vocabularies
+from recsys.data.prepare import prepare_vocabularies
 from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.evaluation import predict as prediction
 from recsys.evaluation.predict import evaluate, load_run, predict

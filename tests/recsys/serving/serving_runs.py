@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.config import Config
-from recsys.data.transforms.prepare import prepare_transforms
+from recsys.data.prepare import prepare_transforms
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import predict
 from recsys.serving.export import export_run

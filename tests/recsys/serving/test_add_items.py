@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from recsys.config import ModalitySettings
-from recsys.data.prepare_vocabulary import prepare_vocabularies
+from recsys.data.prepare import prepare_vocabularies
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import predict
 from recsys.serving import Scorer

@@ -19,7 +19,7 @@ import yaml
 from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.cli import main
 from recsys.config import load_config
-from recsys.data.transforms.prepare import prepare_transforms
+from recsys.data.prepare import prepare_transforms
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.evaluate import score, split_interactions
 from recsys.evaluation.predict import load_run

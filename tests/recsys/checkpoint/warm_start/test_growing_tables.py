@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from recsys.checkpoint.run_schema import load_run_schema
-from recsys.data.prepare_vocabulary import prepare_vocabularies
+from recsys.data.prepare import prepare_vocabularies
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import evaluate
 from recsys.training.train import train

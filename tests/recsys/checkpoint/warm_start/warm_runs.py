@@ -25,7 +25,7 @@ from recsys.checkpoint.warm_start.plan import WarmStartPlan, plan_warm_start
 from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import Config, load_config
 from recsys.data.parquet.rows import ParquetRows
-from recsys.data.transforms.prepare import prepare_transforms
+from recsys.data.prepare import prepare_transforms
 from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.evaluation.evaluate import check_data

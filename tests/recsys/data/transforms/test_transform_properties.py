@@ -28,11 +28,10 @@ from embeddings import HashVocabulary
 from embeddings.vocabulary.fixed import NULL_ID
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.parquet.values import ROW_POSITION
-from recsys.data.prepare_vocabulary import prepare_vocabularies
+from recsys.data.prepare import prepare_transforms, prepare_vocabularies
 from recsys.data.schema import Schema, load_schema
 from recsys.data.schema_columns import Column, VocabularySettings
 from recsys.data.transforms.chain import chains_of
-from recsys.data.transforms.prepare import prepare_transforms
 from recsys.serving.requests import RequestReader
 from recsys.storage.location import Location
 
@@ -117,7 +116,7 @@ def schema_without_parser(columns: dict[str, Column]) -> Iterator[None]:
 
     with (
         patch("recsys.data.schema.read_schema", read_schema),
-        patch("recsys.data.transforms.prepare.read_schema", read_schema),
+        patch("recsys.data.prepare.read_schema", read_schema),
     ):
         yield
 

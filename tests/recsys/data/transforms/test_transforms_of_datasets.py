@@ -16,8 +16,8 @@ import yaml
 from recsys.checkpoint.run_schema import load_run_schema, schema_of_data, write_run_schema
 from recsys.config import Config
 from recsys.data.parquet.rows import ParquetRows
+from recsys.data.prepare import format_fitted, prepare_transforms
 from recsys.data.schema import Schema, load_schema
-from recsys.data.transforms.prepare import format_fitted, prepare_transforms
 from recsys.distributed.ranks import joined_ranks
 from recsys.storage.location import Location
 from recsys.training.train import train

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recsys.config import ContentSettings
-from recsys.data.prepare_vocabulary import prepare_vocabularies
+from recsys.data.prepare import prepare_vocabularies
 from recsys.distributed.ranks import joined_ranks
 from recsys.serving.retrieval.item_vectors import export_vectors
 from recsys.training.train import train

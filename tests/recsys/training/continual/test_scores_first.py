@@ -15,8 +15,7 @@ import yaml
 from recsys.checkpoint.partitions import ContinualFolder, newest_run
 from recsys.checkpoint.run_schema import load_run_schema
 from recsys.checkpoint.warm_start.source import WarmStart
-from recsys.data.prepare_vocabulary import prepare_vocabularies
-from recsys.data.transforms.prepare import prepare_transforms
+from recsys.data.prepare import prepare_transforms, prepare_vocabularies
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.evaluate import scores_report
 from recsys.evaluation.predict import predict
