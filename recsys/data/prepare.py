@@ -262,8 +262,9 @@ def _fit(root: Location, schema: Schema, folder: str, steps: Mapping[str, int]) 
         for name, number in steps.items():
             values = rows.before_step(name, number)
             values = values.flatten() if is_list(values.type) else values
-            numbers = values.cast(pa.float64(), safe=False).drop_null()
-            fits[name].add(numbers.to_numpy(zero_copy_only=False))
+            numbers = values.cast(pa.float64(), safe=False).drop_null().to_numpy(False)
+            if np.isfinite(numbers).any():
+                fits[name].add(numbers[np.isfinite(numbers)])
     for name, number in steps.items():
         if not fits[name].num_values:
             raise ValueError(f"{root / folder}: column '{name}' has no finite value to fit")

@@ -8,7 +8,6 @@ Shapes: N values, S columns to cross.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,56 +24,38 @@ SAMPLED = 1 << 22  # largest number of values with exact quantiles; also the siz
 Unit = Literal["s", "ms", "us"]
 
 
-class Fit(ABC):
-    """Computes settings of one step from values; other settings are its keyword arguments."""
-
-    num_values = 0  # number of values so far
-
-    def add(self, values: np.ndarray) -> None:  # float64 [N]
-        """Include some values; those that are not finite are left out."""
-        values = values[np.isfinite(values)]
-        if len(values):
-            self._add(values)
-            self.num_values += len(values)
-
-    @abstractmethod
-    def _add(self, values: np.ndarray) -> None:
-        """Include finite values, at least one."""
-
-    @abstractmethod
-    def result(self) -> dict[str, Any]:
-        """Return the fitted settings as plain values; at least one value was added."""
-
-
-class Moments(Fit):
+class Moments:
     """Mean and standard deviation, merged from those of the parts (Chan et al., 1979)."""
 
     def __init__(self, **settings: Any) -> None:
+        self.num_values = 0
         self.mean = self.squares = 0.0  # squares: sum of squared distances to the mean
 
-    def _add(self, values: np.ndarray) -> None:
+    def add(self, values: np.ndarray) -> None:  # float64 [N], finite
         total, mean = self.num_values + len(values), float(values.mean())
         distance = mean - self.mean
         self.squares += float(np.square(values - mean).sum())
         self.squares += distance**2 * self.num_values * len(values) / total
         self.mean += distance * len(values) / total
+        self.num_values = total
 
     def result(self) -> dict[str, Any]:
         return {"mean": self.mean, "std": math.sqrt(self.squares / self.num_values)}
 
 
-class Quantiles(Fit):
+class Quantiles:
     """Boundaries of `quantiles` buckets with nearly equal numbers of values.
 
     Of more than `SAMPLED` values it uses a sample without replacement, the same in every run.
     """
 
     def __init__(self, quantiles: int, **settings: Any) -> None:
-        self.quantiles = quantiles
+        self.quantiles, self.num_values = quantiles, 0
         self.values, self.keys = np.zeros(0), np.zeros(0, np.uint64)
 
-    def _add(self, values: np.ndarray) -> None:
+    def add(self, values: np.ndarray) -> None:  # float64 [N], finite
         numbers = np.arange(self.num_values, self.num_values + len(values), dtype=np.uint64)
+        self.num_values += len(values)
         self.values = np.concatenate([self.values, values])
         self.keys = np.concatenate([self.keys, mix64(numbers)])
         if len(self.keys) > SAMPLED:
@@ -84,6 +65,10 @@ class Quantiles(Fit):
     def result(self) -> dict[str, Any]:
         shares = np.arange(1, self.quantiles) / self.quantiles
         return {"boundaries": np.unique(np.quantile(self.values, shares)).tolist()}
+
+
+# Computes settings of one step from values; other settings are its keyword arguments.
+Fit = Moments | Quantiles
 
 
 @dataclass(frozen=True)
