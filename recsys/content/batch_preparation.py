@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings import MemoryBank
 from embeddings.memory_bank import Routes
@@ -23,7 +22,7 @@ from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.config import ContentSettings
 from recsys.data.batch import Batch, BatchContent, ItemExchange, Rows
 from recsys.data.items.content_store import ContentStore
-from recsys.data.negatives import NegativeSampler
+from recsys.data.negatives import NegativeSampler, with_ids
 from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
 
 
@@ -99,22 +98,9 @@ def shorten_histories(batch: Batch, bank: MemoryBank, top_k: int) -> Batch:
         index=(is_used.cumsum(0) - 1)[index],
         items=unique,
     )
-    return replace(batch, history=shortened, sequence_features=_sequences(batch, unique))
-
-
-def _sequences(batch: Batch, history: Tensor) -> KeyedJaggedTensor:  # history [U]
-    targets = batch.target.items  # rows
-    # Unique ids belong to no row, but a KeyedJaggedTensor requires one: the first.
-    lengths = torch.zeros_like(targets)
-    lengths[0] = len(history)
     features = batch.sequence_features
-    num_values, num_lengths = sum(features.length_per_key()[:2]), 2 * len(targets)
-    further_lengths = features.lengths()[num_lengths:]
-    return KeyedJaggedTensor.from_lengths_sync(
-        keys=features.keys(),
-        values=torch.cat([targets, history, features.values()[num_values:]]),
-        lengths=torch.cat([torch.ones_like(targets), lengths, further_lengths]).int(),
-    )
+    features = with_ids(features, features.keys()[1], unique)  # the first is the target item
+    return replace(batch, history=shortened, sequence_features=features)
 
 
 def chooses_items(

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from recsys.config import RetrievalSettings
 from recsys.data.batch import Batch, Negatives
@@ -61,7 +61,7 @@ class NegativeSampler:
         return replace(
             batch,
             negatives=Negatives(items, self.log_q(items)),
-            sequence_features=_with_feature(batch.sequence_features, self.feature, items),
+            sequence_features=with_ids(batch.sequence_features, self.feature, items),
         )
 
     def _draw(self, draw: tuple[int, int, int]) -> np.ndarray:  # [S], int64
@@ -73,15 +73,12 @@ class NegativeSampler:
         return self._counts.items[places] if len(self._counts.items) else places
 
 
-def _with_feature(
-    features: KeyedJaggedTensor, name: str, values: torch.Tensor
-) -> KeyedJaggedTensor:  # values [S]
-    """Return the features with one more, `name`, of the ids `values`."""
-    # Negatives belong to no row; a KeyedJaggedTensor needs every id in one: the first.
+def with_ids(
+    features: KeyedJaggedTensor, name: str, ids: torch.Tensor
+) -> KeyedJaggedTensor:  # ids [S]
+    """Return the features with these ids of `name`, new or not, which belong to no row."""
+    # A KeyedJaggedTensor needs every id in a row: the first.
     lengths = torch.zeros(features.stride(), dtype=features.lengths().dtype)
-    lengths[0] = len(values)
-    return KeyedJaggedTensor.from_lengths_sync(
-        keys=[*features.keys(), name],
-        values=torch.cat([features.values(), values]),
-        lengths=torch.cat([features.lengths(), lengths]),
-    )
+    lengths[0] = len(ids)
+    parts = {**features.to_dict(compute_offsets=False), name: JaggedTensor(ids, lengths=lengths)}
+    return KeyedJaggedTensor.from_jt_dict(parts)
