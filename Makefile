@@ -8,6 +8,7 @@ REPORT_FLAGS ?=
 BASE ?= origin/main
 COVERED ?= 80
 PORT ?= 8080
+TESTS ?=
 
 VENV := .venv
 INSTALL = $(PYTHON) launch/install.py --venv $(VENV) $(INSTALL_FLAGS)
@@ -20,7 +21,7 @@ PACKAGE := packages/movielens_sample
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train serve test test-long test-gpu gpu-report lint docs coverage wheel
+.PHONY: help install install-dev train serve test test-long test-gpu gpu-report lint docs links coverage wheel test-lowest
 
 help:
 	@echo 'make install   virtual environment in $(VENV) with the matching torch, torchrec and fbgemm'
@@ -28,15 +29,18 @@ help:
 	@echo 'make serve     export that run and answer requests from it on PORT, $(PORT)'
 	@echo 'make test      run the tests'
 	@echo 'make test-long run what takes minutes: README commands, resharding, lost nodes, killed ranks'
+	@echo 'make test-lowest  run the tests with the lowest versions that pyproject.toml admits'
 	@echo 'make test-gpu  run what needs GPUs: ten minutes on one, more of it on two and four'
 	@echo 'make gpu-report  measure on a GPU, in pieces of ten minutes; without one, print the plan'
 	@echo 'make lint      check style, format, types and imports between rooms'
 	@echo 'make docs      build the site of all pages in build/site; a warning or a dead link is an error'
+	@echo 'make links     ask for every page of others that ours link to'
 	@echo 'make coverage  run the tests; COVERED %, $(COVERED), of the lines changed since BASE, $(BASE), must run'
 	@echo 'make wheel     build dist/*.whl, and use it in an empty environment outside of the sources'
 	@echo ''
 	@echo 'PYTHON=python3.12                    another interpreter, 3.11 or newer'
 	@echo 'INSTALL_FLAGS="--flavor cuda"        see $(PYTHON) launch/install.py --help'
+	@echo 'TESTS=tests/recsys/ranking           make test, test-lowest: these alone'
 	@echo 'NPROC=8                              ranks of make train'
 	@echo 'COMPARE=id_only                      make train: the model without content, too, and both compared'
 
@@ -64,7 +68,16 @@ serve: install-dev $(PACKAGE)/manifest.json
 	$(VENV)/bin/recsys serve $(PACKAGE) --port $(PORT)
 
 test: install-dev
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+# The lowest versions that pyproject.toml admits; `make test` has the newest.
+test-lowest: VENV := build/lowest
+test-lowest: export PIP_CONSTRAINT := $(CURDIR)/build/lowest.txt
+test-lowest: build/lowest.txt test
+
+build/lowest.txt: pyproject.toml
+	mkdir -p build
+	sed -nE '/^dependencies/,/^\[project.urls/s/.*"([A-Za-z0-9-]+).*>=([0-9.]+).*/\1==\2/p' $< > $@
 
 test-long: install-dev
 	$(VENV)/bin/python -m pytest -m "long and not gpu" -n 2 --dist loadfile
@@ -91,6 +104,11 @@ lint: install-dev
 docs: install-dev
 	$(VENV)/bin/python -m sphinx --quiet --fresh-env --fail-on-warning --conf-dir launch/docs \
 		--doctree-dir build/doctrees . build/site
+
+# Needs the network, so a nightly workflow runs it. The page lists what is broken.
+links: install-dev
+	$(VENV)/bin/python -m sphinx --quiet --builder linkcheck --conf-dir launch/docs \
+		--doctree-dir build/doctrees . build/links
 
 # Lines that only ranks in processes of their own run, or only long tests, count as not run.
 coverage: install-dev

@@ -35,6 +35,8 @@ napoleon_use_ivar = True
 autodoc_preserve_defaults = True
 highlight_language = "none"  # blocks without a language show output
 html_show_copyright = False
+# Of `make links`: addresses of examples, and hosts that turn programs away.
+linkcheck_ignore = [r"http://(host|localhost|127\.0\.0\.1)"]
 default_role = "code"
 suppress_warnings = ["myst.header"]  # a page may begin a section two levels below its title
 

@@ -112,11 +112,14 @@ def run(line: str, environment: Path, place: Path) -> str:
 
 
 def test_the_wheel_has_two_packages_with_every_file_but_their_pages(wheel: Path) -> None:
-    names = {name for name in zipfile.ZipFile(wheel).namelist() if "dist-info" not in name}
+    archive = zipfile.ZipFile(wheel)
+    names = {name for name in archive.namelist() if "dist-info" not in name}
     files = (path for name in SOURCES[:2] for path in (ROOT / name).rglob("*") if path.is_file())
     sources = {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts}
     assert {name for name in sources - names if not name.endswith((".md", ".svg"))} == set()
     assert names - sources == set()
+    (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+    assert b"License-Expression: Apache-2.0\nLicense-File: LICENSE\n" in archive.read(metadata)
 
 
 def test_the_first_page_runs_in_an_empty_environment(environment: Path, place: Path) -> None:

@@ -42,7 +42,8 @@ def parameters(function: Any) -> str:
 def members(part: Any) -> Iterator[str]:
     """Arguments of a function or class, and public methods and properties of a class."""
     if not getattr(part, "_is_protocol", False):
-        yield parameters(part)
+        message = getattr(part, "__deprecated__", None)
+        yield parameters(part) + (f" deprecated: {message}" if message else "")
     if inspect.isclass(part):
         for name, member in sorted(vars(part).items()):
             is_method = inspect.isfunction(member) or isinstance(member, classmethod | staticmethod)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import tomllib
 from fnmatch import fnmatch
+from typing import Any
+
+import pytest
 
 import recsys
-from tests.recsys.public_interface import PACKAGES, PAGE, PARTS, ROOT, homes, interface
+from tests.recsys.public_interface import PACKAGES, PAGE, PARTS, ROOT, homes, interface, members
 
 TEXT = (ROOT / "recsys" / "README.md").read_text()
 
@@ -40,3 +43,12 @@ def test_every_module_of_a_public_name_is_checked_by_mypy_strict() -> None:
     assert len(modules) > 30
     checked = {name for name in modules for pattern in patterns if fnmatch(f"{name}.", pattern)}
     assert modules - checked == set()
+
+
+def test_a_name_that_goes_warns_and_stands_so_in_the_snapshot() -> None:
+    (example,) = re.findall(r"```python\n(from typing_extensions.*?)```", TEXT, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    with pytest.warns(FutureWarning, match="goes in 0.3"):
+        names["build_model"]()
+    assert [*members(names["build_model"])] == ["() deprecated: use recsys.EM3; goes in 0.3"]

@@ -108,6 +108,8 @@ def test_the_page_has_every_figure_and_fetches_nothing(report: Path) -> None:
     for address in drawings:
         drawing = base64.b64decode(address.split(",")[1]).decode()
         assert drawing.rstrip().endswith("</svg>")
+        questions = re.findall(r">[A-Z][^<>]*\?</text>", drawing)
+        assert len(questions) == len(re.findall(r'id="axes_\d', drawing)) > 0
         assert 'href="http' not in drawing and "url(http" not in drawing
 
 
