@@ -40,7 +40,7 @@ help:
 	@echo ''
 	@echo 'PYTHON=python3.12                    another interpreter, 3.11 or newer'
 	@echo 'INSTALL_FLAGS="--flavor cuda"        see $(PYTHON) launch/install.py --help'
-	@echo 'TESTS=tests/recsys/ranking           make test, test-lowest: these alone'
+	@echo 'TESTS=tests/recsys/ranking           make test, test-lowest, coverage: these alone'
 	@echo 'NPROC=8                              ranks of make train'
 	@echo 'COMPARE=id_only                      make train: the model without content, too, and both compared'
 
@@ -113,7 +113,7 @@ links: install-dev
 # Lines that only ranks in processes of their own run, or only long tests, count as not run.
 coverage: install-dev
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --cov recsys --cov embeddings --cov launch \
-		--cov-report xml:build/coverage.xml
+		--cov-report xml:build/coverage.xml $(TESTS)
 	$(VENV)/bin/diff-cover build/coverage.xml --compare-branch $(BASE) --fail-under $(COVERED)
 
 # A file that was renamed stays in build/ and would enter the wheel.
