@@ -132,6 +132,9 @@ def test_labels_may_lack_where_none_are_wanted(dataset: Path) -> None:
     assert "liked" not in read_all(rows)
 
 
+@pytest.mark.skipif(
+    int(pa.__version__.split(".")[0]) < 26, reason="pyarrow writes such a file from 26 on"
+)
 def test_lists_of_one_size_keep_their_values_and_nulls(dataset: Path) -> None:
     genres = pa.array([[0, 1], None, [2, 3], [4, 0]], pa.list_(pa.int32(), 2))
     rows = open_rows(dataset, table_of(genres=genres), row_group_size=3)
