@@ -85,6 +85,10 @@ class RankedRows:
         label, logit, self.group = labels.astype(np.float64), logits.astype(np.float64), groups
         self.weight = None if weights is None else weights.astype(np.float64)
         assert label.ndim == 1 and label.shape == logit.shape == self.group.shape
+        wrong = (label != 0) & (label != 1)
+        if wrong.any():
+            index = int(wrong.argmax())
+            raise ValueError(f"label of row {index} is {label[index]}; a label must be 0 or 1")
         _require_finite(logit, "logit")
         self.label, self.scores, self.positive = label, logit, label == 1
         self.by_score = np.argsort(logit)
