@@ -58,6 +58,7 @@ PAGES = (
 )
 PRINTED = (PROJECT / "benchmarks" / "results" / "printed.md").read_text()
 LONGEST_LINE = 110  # of code that a page shows on a screen of 1280 pixels, without scrolling
+LINES_OF_TWO_SCREENS = 60
 FRONT_PAGE = (PROJECT / "README.md").read_text()
 TUTORIAL = (PROJECT / "launch" / "docs" / "tutorial.md").read_text()
 README = "\n".join((PROJECT / page).read_text() for page in PAGES)
@@ -272,6 +273,12 @@ def test_lines_of_code_fit_a_screen(page: str) -> None:
     code = re.findall(r"^```.*?^```", (PROJECT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
     lines = [line for block in code for line in block.splitlines()]
     assert [line for line in lines if len(line) > LONGEST_LINE] == []
+
+
+@pytest.mark.parametrize("page", sorted({*PAGES} - {"launch/docs/glossary.md"}))
+def test_an_example_or_a_picture_stands_on_the_first_two_screens(page: str) -> None:
+    lines = (PROJECT / page).read_text().splitlines()
+    assert any(line.startswith(("```", "![")) for line in lines[:LINES_OF_TWO_SCREENS])
 
 
 @pytest.mark.parametrize("page", PAGES)
