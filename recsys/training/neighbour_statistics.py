@@ -41,6 +41,7 @@ EVENTS_PER_BLOCK = 2**24  # that a rank holds before it drops repeated ones
 ITEMS_PER_BLOCK = 4096  # whose similarities to all items are in memory at a time
 OVERSAMPLING, ITERATIONS = 16, 8  # of the leading eigenvectors
 UNITS_PER_DAY = {"s": 86_400, "ms": 86_400_000, "us": 86_400_000_000}
+LAST_DAY = 47_481  # 2100-01-01; later times are of another unit
 MOST_EVENTS = 1000  # of a user, which pair: the cost grows with their square
 
 
@@ -161,6 +162,12 @@ def events_of_rows(table: pa.Table, schema: Schema, settings: NeighbourSettings)
             )
         ages = 10 ** (2 * rows.values(decay.ages).astype(np.float64)) - 1  # days
         times = np.repeat(row_times, lengths) - ages
+        if len(times) and not 0 <= times.min() <= times.max() <= LAST_DAY:
+            raise ValueError(
+                f"neighbours.decay: by columns '{decay.time}' in {decay.time_unit} and "
+                f"'{decay.ages}', events are of days {times.min():,.0f} to {times.max():,.0f} "
+                "after 1970-01-01; set time_unit, or name lists of ages log10(1 + days) / 2"
+            )
     return Events(users, items, values.astype(np.float64), times).distinct()
 
 

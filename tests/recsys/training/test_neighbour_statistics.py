@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -197,6 +198,15 @@ def test_a_row_without_its_time_is_refused() -> None:
         events_of_rows(rows_with_times([1.0, math.nan]), SCHEMA, settings)
 
 
+def test_times_of_another_unit_and_lists_that_are_no_ages_are_refused() -> None:
+    for decay, day in (
+        (DecaySettings(half_life=10, ages="stars", time_unit="s"), 86_400.0 * 1e6 * 20_000),
+        (DecaySettings(half_life=10, ages="stars", time_unit="s"), 86_400.0 * 50),
+    ):
+        with pytest.raises(ValueError, match="'time' in s and 'stars', events are of days"):
+            events_of_rows(rows_with_times([day, day]), SCHEMA, NeighbourSettings(decay=decay))
+
+
 def test_an_event_of_a_half_life_ago_counts_half() -> None:
     """Events of days 0 and 10: sums and counts have weights, vectors of users their roots."""
     settings = replace(SETTINGS, decay=DecaySettings(half_life=10, ages="liked"))
@@ -228,13 +238,17 @@ def statistics_of_ranks(rank: int, world_size: int, data: Path, out: Path) -> No
     from tests.recsys.optimizer.test_optimizer_runs import ranks_of
 
     words = ["--device", "cpu", "--batch_size", "16", *WITHOUT_CONTENT, "--epochs", "1"]
-    decay = "{half_life: 100, ages: history_liked, time: user}"  # any numbers do
+    decay = "{half_life: 9, ages: history_liked, time_unit: s}"
     words += ["--neighbours", f"{{values: history_liked, dim: 4, taste_dim: 4, decay: {decay}}}"]
     train(load_config(TINY, words), str(data), out, ranks_of(rank, world_size))
 
 
 def test_two_ranks_have_the_statistics_of_one(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data", num_users=23)
+    for file in (data / "train").glob("*.parquet"):
+        table = pq.read_table(file)
+        times = pa.array(np.arange(len(table)) * 86_400 + 10**9)
+        pq.write_table(table.append_column("time", times), file)
     states = []
     for world_size in (1, 2):
         out = tmp_path / f"run_{world_size}"
