@@ -249,14 +249,14 @@ class Call:
         engine.view("clean_events", self._events("1 = 1", "1 = 1"))
         return types, num_read, reasons, files
 
-    def _events(self, of_kept: str, of_new: str) -> str:
+    def _events(self, stored_condition: str, new_condition: str) -> str:
         """Return SQL of the events that are kept, and of new ones, by conditions."""
         names = ", ".join(
             map(quoted, self.engine.table("SELECT * FROM new_events LIMIT 0").schema.names)
         )
         return (
-            f"SELECT {names} FROM kept WHERE {of_kept} "
-            f"UNION ALL SELECT {names} FROM new_events WHERE {of_new}"
+            f"SELECT {names} FROM kept WHERE {stored_condition} "
+            f"UNION ALL SELECT {names} FROM new_events WHERE {new_condition}"
         )
 
     def _new_readers(self) -> tuple[dict[str, Reader], dict[str, dict[str, int]]]:

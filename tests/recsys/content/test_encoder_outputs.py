@@ -68,23 +68,23 @@ def test_chosen_items_are_encoded_and_the_others_have_their_stored_outputs() -> 
     stored, _ = plain.outputs.bank.lookup(torch.arange(NUM_ITEMS))
     unique = TARGETS.unique()
     (place,) = sampled_places(unique, 1, 8).tolist()
-    chosen = int(unique[place])
+    sampled_item = int(unique[place])
 
     vectors = branch(batch_of("bank_lora")).target
     rows = []
     for item in TARGETS.tolist():
         content = content_of(torch.tensor([item]))
         before = ContentInput(stored[item].view(1, 1, -1), content["text"].mask[:, :1])
-        tokens = plain.outputs.encode(content) if item == chosen else {"text": before}
+        tokens = plain.outputs.encode(content) if item == sampled_item else {"text": before}
         rows.append(plain.encode(content, tokens)[0, :DIM])
     assert_equal_runs(branch, vectors, plain, torch.stack(rows))
 
-    now, steps = branch.outputs.bank.lookup(torch.arange(NUM_ITEMS))
-    encoded = plain.outputs.encode(content_of(torch.tensor([chosen])))["text"].values[0, 0]
-    torch.testing.assert_close(now[chosen], encoded, atol=1e-5, rtol=1e-5)
-    others = torch.arange(NUM_ITEMS) != chosen
-    assert torch.equal(now[others], stored[others])
-    assert steps.tolist() == [8 if item == chosen else 0 for item in range(NUM_ITEMS)]
+    stored_after, steps = branch.outputs.bank.lookup(torch.arange(NUM_ITEMS))
+    encoded = plain.outputs.encode(content_of(torch.tensor([sampled_item])))["text"].values[0, 0]
+    torch.testing.assert_close(stored_after[sampled_item], encoded, atol=1e-5, rtol=1e-5)
+    is_other = torch.arange(NUM_ITEMS) != sampled_item
+    assert torch.equal(stored_after[is_other], stored[is_other])
+    assert steps.tolist() == [8 if item == sampled_item else 0 for item in range(NUM_ITEMS)]
 
 
 def test_without_training_every_item_is_encoded() -> None:
@@ -96,9 +96,9 @@ def test_without_training_every_item_is_encoded() -> None:
 def test_every_item_has_its_turn_by_step_alone() -> None:
     items, counts = torch.arange(100), torch.zeros(100)
     for step in range(200):
-        chosen = sampled_places(items, 20, step)
-        assert torch.equal(chosen, sampled_places(items, 20, step))
-        counts[chosen] += 1
+        sampled_item = sampled_places(items, 20, step)
+        assert torch.equal(sampled_item, sampled_places(items, 20, step))
+        counts[sampled_item] += 1
     assert counts.sum() == 4000 and counts.min() > 15 and counts.max() < 65
 
 
