@@ -222,6 +222,16 @@ def check_imports(environment: Path, flavor: str) -> str:
     return process.stdout.strip()
 
 
+def compile_kernels(environment: Path) -> None:
+    """Compile the kernels for CPU, so that no job waits for it; print why where none can be."""
+    code = "from recsys.kernels.choice import load_kernels; load_kernels()"
+    command = [str(environment / PYTHON), "-I", "-W", "ignore", "-c", code]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode != 0:
+        cause = process.stderr.strip().splitlines()[-1]
+        print(f"none, PyTorch computes in their place: {cause} ...", end=" ", flush=True)
+
+
 def timed(title: str, step: Callable[..., Any], *arguments: Any) -> Any:
     """Print a title, call a step, print its seconds, and return its result."""
     print(f"  {title} ...", end=" ", flush=True)
@@ -256,6 +266,8 @@ def install(environment: Path, flavor: str, extras: Collection[str], index_url: 
     for stage in stages:
         timed(stage.title, install_stage, environment, stage)
     versions = timed("first import", check_imports, environment, flavor)
+    if flavor == "cpu":
+        timed("kernels", compile_kernels, environment)
     write_stamp(environment, replace(target, complete=True))
     print(f"Installed: {versions}. Its Python: {environment / PYTHON}")
 

@@ -45,7 +45,7 @@ from recsys.data.vocabularies import BoundedVocabularies
 from recsys.distributed.pipeline import AccumulatingPipeline, DenseUpdate, PrefetchingPipeline
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.torchrec_internals import DataParallelWrapper
-from recsys.kernels import choose_kernels
+from recsys.kernels import prepare_kernels
 from recsys.model.build import build_em3
 from recsys.model.em3 import EM3
 from recsys.model.placement import check_placement, planner_hardware
@@ -158,7 +158,7 @@ def build_job(
     with ranks.raise_on_all_ranks():
         em3 = build_em3(config, schema, tables, encoders, bank, "meta", ranks.group)
         fuse_table_optimizers(em3, tables)
-        choose_kernels(config.kernels, ranks.device.type)
+        prepare_kernels(em3, config.kernels, ranks.device.type)
         _cast_and_compile(em3, config.precision, config.compile, ranks.device)
     embedding, optimization = config.embedding, config.optimizer
     table_sharders = sharders(*astuple(embedding.communication))  # forward, backward

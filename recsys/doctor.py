@@ -107,16 +107,30 @@ def report() -> str:
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
 
 
-def main() -> int:
-    """Run `recsys doctor`: print the report and every problem; return 1 if there is any, else 0."""
+def main(compile: bool = False) -> int:
+    """Print versions, devices and every problem; return 1 if there is any, else 0.
+
+    Args:
+        compile: compile the kernels for CPU now, not in the first job.
+    """
     print(report())
     problems = check_installation()
     if not problems:
-        print("\nEverything a job needs works.")
+        print(f"\nKernels for CPU: {_kernels(compile)}.\nEverything a job needs works.")
         return 0
     for problem in problems:
         print(f"\nproblem: {problem.what}\nfix:     {problem.fix}")
     return 1
+
+
+def _kernels(compile_now: bool) -> str:
+    choice = importlib.import_module("recsys.kernels.choice")
+    if compile_now:
+        try:
+            choice.load_kernels()
+        except choice.CompileError as error:
+            return f"none, PyTorch computes in their place: {error}"
+    return str(choice.build_state())
 
 
 def _version(package: str) -> str | None:

@@ -20,6 +20,7 @@ class Progress:
     dense_steps: int = 0  # updates of all other parameters, fewer if gradients are accumulated
     samples: int = 0  # over all ranks
     seconds: float = 0.0  # in training steps, validation excluded
+    peak_bytes: int = 0  # the most memory of this rank's GPU or process
     # Steps of the runs that a warm start took over, which count for the ages of bank vectors.
     steps_before: int = 0
     table_steps_before: int = 0

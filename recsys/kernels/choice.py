@@ -1,7 +1,8 @@
 """Choose between the native kernels and the PyTorch reference, and compile the C++ once.
 
 The setting `kernels` chooses. The compiled library is in `TORCH_EXTENSIONS_DIR`, under a hash of
-all that decides its content.
+all that decides its content. A module with a kernel has a method `kernel_refusal`, which says why
+PyTorch computes it in every step.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
+from torch import Tensor, nn
 
 from recsys.kernels.operators import FLOATS, is_forward_mode
 
@@ -28,10 +33,10 @@ logger = logging.getLogger(__name__)
 
 
 SOURCES = Path(__file__).parent / "cpp"
-TIME_LIMIT = 180.0  # seconds to compile, and to wait for a process that compiles
+VERSION_SECONDS = 60.0  # the most that a compiler takes to print its version
 # No -ffast-math: sums keep the order in which they are written, so that results are equal to the
 # last bit in every run and for any number of threads.
-FLAGS = ["-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden"]
+FLAGS = ["-std=c++20", "-O3", "-march=native", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-Wall", "-Wextra", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 
 
@@ -39,35 +44,67 @@ class CompileError(Exception):
     """Says in a line why the kernels could not be compiled or loaded."""
 
 
+def library_file() -> Path:
+    """Return the file of the compiled kernels, whether or not it exists.
+
+    Raises:
+        CompileError: no compiler is found.
+    """
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
+    compiler = _compiler()
+    version = _run([*compiler, "--version"], VERSION_SECONDS).stdout
+    parts = [*compiler, str(shutil.which(compiler[0])), version, *FLAGS]
+    parts += [torch.__version__, platform.machine(), _processor()]
+    parts += [path.read_text() for path in sorted(SOURCES.rglob("*.*"))]
+    digest = hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]
+    return root / f"recsys_kernels_{digest}" / "kernels.so"
+
+
 def load_kernels() -> None:
     """Register the C++ kernels with torch, and compile them first unless a build exists.
 
+    Of processes that need them at once one compiles, and the others wait for it.
+
     Raises:
-        CompileError: no compiler is found, it fails, or it exceeds the time limit.
+        CompileError: no compiler is found, or it fails.
     """
-    library = _folder() / "kernels.so"
+    library = library_file()
     try:
         if not library.exists():
             library.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(library.parent / "lock", timeout=TIME_LIMIT):
+            with _locked(library.parent / "lock"):
                 if not library.exists():
                     _compile(library)
         torch.ops.load_library(str(library))
-    except Timeout as error:
-        raise CompileError(f"another process holds {error.lock_file}") from error
     except OSError as error:  # also from dlopen
         raise CompileError(_first_line(str(error))) from error
 
 
-def _folder() -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
-    compiler = _compiler()
-    version = _run([*compiler, "--version"]).stdout
-    parts = [*compiler, str(shutil.which(compiler[0])), version, *FLAGS]
-    parts += [torch.__version__, platform.machine(), _processor()]
-    parts += [path.read_text() for path in sorted(SOURCES.rglob("*.*"))]
-    return root / f"recsys_kernels_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
+def build_state() -> str:
+    """Return a line on the compiled kernels: their file, or why there is none."""
+    try:
+        library = library_file()
+    except CompileError as error:
+        return f"none, PyTorch computes in their place: {error}"
+    if library.exists():
+        return f"compiled, {library}"
+    return "not compiled yet; the first job on CPU does it, or `recsys doctor --compile`"
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Hold a lock, which the system takes from a process that ends."""
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("waiting for the process that compiles the kernels and holds %s", file)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _compiler() -> list[str]:
@@ -78,14 +115,14 @@ def _compiler() -> list[str]:
         raise CompileError(f"CXX is {command!r}: {error}") from error
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], seconds: float | None = None) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"LC_ALL": "C"}  # the same text in every language
     try:
         process = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIME_LIMIT, env=environment
+            command, capture_output=True, text=True, timeout=seconds, env=environment
         )
     except subprocess.TimeoutExpired as error:
-        raise CompileError(f"{command[0]} took more than {TIME_LIMIT:.0f} s") from error
+        raise CompileError(f"{command[0]} took more than {seconds:.0f} s") from error
     except OSError as error:
         raise CompileError(f"C++ compiler '{command[0]}' not found") from error
     if process.returncode:
@@ -103,22 +140,37 @@ def _processor() -> str:
 
 
 def _compile(library: Path) -> None:
+    """Compile each source by a process of its own, as many at once as there are cores, and link."""
     # Imported here, as it imports setuptools, which a process with a build does not need.
     from torch.utils import cpp_extension
 
-    compiler = _compiler()
+    compiler = [*_compiler(), *FLAGS]
     # Headers of torch are those of a system, whose warnings are not ours.
     includes = [f"-isystem{path}" for path in cpp_extension.include_paths("cpu")]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths("cpu")]
-    sources = sorted(str(path) for path in SOURCES.rglob("*.cpp"))
+    sources = sorted(SOURCES.rglob("*.cpp"))
+    num_cores = len(os.sched_getaffinity(0))
+    logger.info(
+        "compiling the kernels by %s on %d cores, once per machine: up to a minute of one core",
+        *(compiler[0], num_cores),
+    )
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        built = Path(folder) / library.name
-        command = [*compiler, *FLAGS, *includes, *sources, "-o", str(built)]
-        process = _run([*command, *libraries, "-ltorch_cpu", "-lc10"])
-        built.replace(library)
-    if process.stderr.strip():
-        logger.warning("%s warns of the kernels:\n%s", compiler[0], process.stderr.strip())
+    with (
+        tempfile.TemporaryDirectory(dir=library.parent) as name,
+        ThreadPoolExecutor(num_cores) as pool,
+    ):
+        objects = [Path(name, f"{number}.o") for number in range(len(sources))]
+        commands = [
+            [*compiler, *includes, "-c", str(source), "-o", str(built)]
+            for source, built in zip(sources, objects, strict=True)
+        ]
+        processes = list(pool.map(_run, commands))
+        linked = Path(name, library.name)
+        command = [*compiler, "-shared", *map(str, objects), "-o", str(linked), *libraries]
+        processes.append(_run([*command, "-ltorch_cpu", "-lc10"]))
+        linked.replace(library)
+    if warnings := "".join(process.stderr for process in processes).strip():
+        logger.warning("%s warns of the kernels:\n%s", compiler[0], warnings)
     logger.info(
         "kernels compiled with %s in %.1f s: %s", compiler[0], time.monotonic() - start, library
     )
@@ -130,6 +182,24 @@ def _first_line(text: str) -> str:
 
 
 Kernels = Literal["auto", "torch", "native"]
+
+
+# Of a whole training step without the kernel, beside one with it.
+COSTS = {
+    "target_attention": "2 to 3 times as long",
+    "content_interest": "1.1 to 1.3 times as long",
+    "dot_interaction": "1.3 times as long",
+    "fusion": "1.1 times as long",
+}
+
+
+@runtime_checkable
+class HasKernel(Protocol):
+    """A module that a kernel may compute; `kernel_refusal` says why none does, or None."""
+
+    kernel: str
+
+    def kernel_refusal(self) -> str | None: ...
 
 
 class _KernelChoice:
@@ -158,6 +228,40 @@ def choose_kernels(kernels: Kernels, device: str = "cpu") -> None:
                 "is named by the environment variable CXX), or set kernels to auto or torch"
             ) from error
         _KernelChoice.are_loaded = True
+
+
+@cache
+def log_refusal(kernel: str, refusal: str) -> None:
+    """Log once that PyTorch computes an operator in the place of a kernel, and what that costs."""
+    logger.info("no kernel for %s: %s; a step takes %s", kernel, refusal, COSTS[kernel])
+
+
+def refused_kernels(model: nn.Module) -> list[tuple[str, str]]:
+    """Return each operator of a model that its settings leave to PyTorch, and the reason."""
+    refusals = {
+        (module.kernel, refusal)
+        for module in model.modules()
+        if isinstance(module, HasKernel) and (refusal := module.kernel_refusal()) is not None
+    }
+    return sorted(refusals)
+
+
+def prepare_kernels(model: nn.Module, kernels: Kernels, device: str) -> None:
+    """Set the kernels of this process, and compile those of a model before its first step.
+
+    A line of the log names each operator whose settings leave it to PyTorch.
+
+    Raises:
+        ValueError: native kernels cannot be compiled.
+    """
+    choose_kernels(kernels, device)
+    if kernels == "torch" or device != "cpu":
+        return
+    for kernel, refusal in (refused := refused_kernels(model)):
+        log_refusal(kernel, refusal)
+    needed = {module.kernel for module in model.modules() if isinstance(module, HasKernel)}
+    if needed - {kernel for kernel, _ in refused}:
+        _are_loaded()
 
 
 def has_native(*tensors: Tensor) -> bool:

@@ -39,14 +39,21 @@ class ScoreWeights(NamedTuple):
 
     @staticmethod
     def of(score: nn.Sequential) -> ScoreWeights | None:
-        """Return the weights of Linear, ReLU, Linear, ReLU, Linear; None for another depth."""
-        linear = [layer for layer in score if isinstance(layer, nn.Linear)]
-        if len(linear) != 3 or linear[0].out_features > MAX_UNITS:
+        """Return the weights of Linear, ReLU, Linear, ReLU, Linear; None for other layers."""
+        if refusal(score) is not None:
             return None
-        first, second, last = linear
+        first, second, last = (layer for layer in score if isinstance(layer, nn.Linear))
         return ScoreWeights(
             first.weight, first.bias, second.weight, second.bias, last.weight, last.bias
         )
+
+
+def refusal(score: nn.Sequential) -> str | None:
+    """Return why no kernel computes the scores of this MLP, or None."""
+    units = [layer.out_features for layer in score if isinstance(layer, nn.Linear)][:-1]
+    if len(units) == 2 and units[0] <= MAX_UNITS:
+        return None
+    return f"attention_units are {units}; give two, the first at most {MAX_UNITS}"
 
 
 def native_target_attention(

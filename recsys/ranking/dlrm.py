@@ -53,6 +53,7 @@ class DotInteraction(InteractionArch):
     """
 
     places: Tensor
+    kernel = "dot_interaction"
 
     def __init__(self, num_sparse_features: int) -> None:
         super().__init__(num_sparse_features)
@@ -72,6 +73,10 @@ class DotInteraction(InteractionArch):
             else sparse_features
         )
         return dot_interaction(dense_features, sparse, self.places)
+
+    def kernel_refusal(self) -> str | None:
+        """Return None: a kernel computes any number of vectors."""
+        return None
 
 
 class Dlrm(nn.Module):

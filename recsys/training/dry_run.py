@@ -28,7 +28,8 @@ from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.evaluate import check_data, split_interactions
 from recsys.evaluation.forward_pass import forward_pass
 from recsys.training.initial_state import load_pretrained_tables, open_warm_start, take_over
-from recsys.training.train import peak_bytes, training_interactions
+from recsys.training.train import training_interactions
+from recsys.training.trainer import peak_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -8,16 +8,12 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import resource
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from recsys.build import Job, build_job, check_columns
 from recsys.checkpoint.cold_row_init import require_table_state
@@ -204,14 +200,6 @@ def training_interactions(job: Job, is_shuffled: bool = True) -> Interactions:
     return interactions
 
 
-def peak_bytes(device: torch.device) -> int:
-    """Return the most memory of this process so far: of its GPU, or resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def training_figures(progress: Progress, ranks: Ranks) -> dict[str, Any]:
     """Return what `metrics.json` says of the training itself."""
     return {
@@ -219,7 +207,7 @@ def training_figures(progress: Progress, ranks: Ranks) -> dict[str, Any]:
             "samples_per_second": progress.samples / progress.seconds,
             "seconds": progress.seconds,
             "steps": progress.steps,
-            "peak_bytes": peak_bytes(ranks.device),
+            "peak_bytes": progress.peak_bytes,
             **({"ids": progress.ids} if progress.ids else {}),
             **({"vocabularies": progress.vocabularies} if progress.vocabularies else {}),
         },

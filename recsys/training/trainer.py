@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -147,6 +149,7 @@ class Trainer:
         lockstep.record_error(self.loss_watch.check())
         lockstep.sync_errors()  # so that no state after a bad loss is ever saved
         progress.count_ids(job, unknown)
+        progress.peak_bytes = max(progress.peak_bytes, peak_bytes(job.ranks.device))
         if lockstep.stop:
             raise TrainingStopped
 
@@ -240,3 +243,11 @@ def relaxed_gc() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*limits)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory of this process so far: of its GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

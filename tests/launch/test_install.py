@@ -48,6 +48,7 @@ class Recorder:
         monkeypatch.setattr(install, "make_environment", self.make_environment)
         monkeypatch.setattr(install, "install_stage", self.install_stage)
         monkeypatch.setattr(install, "check_imports", lambda environment, flavor: "torch")
+        monkeypatch.setattr(install, "compile_kernels", lambda environment: None)
         monkeypatch.setattr(install, "nvidia_driver_found", lambda: False)
 
     def make_environment(self, environment: Path, start_over: bool) -> None:

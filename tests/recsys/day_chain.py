@@ -67,8 +67,9 @@ def run_day(
         first, end = (kills * one // (COMMANDS * days) for one in (place, place + 1))
         for attempt in range(end - first):
             assert peaceful is not None
-            last = int((peaceful / steps).read_text()) // (attempt + 1)
-            killed += run_command(words, folder, steps, rng.randrange(last))
+            changes = int((peaceful / steps).read_text())
+            # A command that was killed late has little left to do when it runs again.
+            killed += run_command(words, folder, steps, rng.randrange(1 + changes // 4**attempt))
         assert not run_command(words, folder, steps, None)
     return killed
 

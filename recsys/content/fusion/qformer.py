@@ -15,7 +15,13 @@ from torch.nn import functional as F
 
 from embeddings.host import is_on_host
 from recsys.content.dropout import Dropout
-from recsys.kernels import AttentionSettings, has_native, native_few_token_attention, native_fusion
+from recsys.kernels import (
+    AttentionSettings,
+    has_native,
+    log_refusal,
+    native_few_token_attention,
+    native_fusion,
+)
 
 FEW_TOKENS = 8
 
@@ -172,6 +178,8 @@ class FusionQFormer(nn.Module):
         fusion(tokens, mask, torch.tensor([0, 1])).shape  # [3, 8]
     """
 
+    kernel = "fusion"
+
     def __init__(
         self,
         dim: int,
@@ -227,11 +235,22 @@ class FusionQFormer(nn.Module):
         fused: Tensor = self.output(self.norm(x).flatten(1))
         return fused if self.linear is None else fused + self.linear(tokens, mask, modality)
 
+    def kernel_refusal(self) -> str | None:
+        """Return None: what counts are an item's tokens, of which `forward` logs too many."""
+        return None
+
     def _has_kernel(self, tokens: Tensor) -> bool:  # [U, T, D]
         if self.linear is None or not self.training:
             return False
-        few = tokens.shape[1] + self.queries.shape[0] <= FEW_TOKENS
-        return few and has_native(tokens, self.queries)
+        if not has_native(tokens, self.queries):
+            return False
+        num_tokens = tokens.shape[1] + self.queries.shape[0]
+        if num_tokens > FEW_TOKENS and not torch.compiler.is_compiling():
+            reason = (
+                f"an item has {num_tokens} tokens with its queries; the kernel takes {FEW_TOKENS}"
+            )
+            log_refusal("fusion", reason)
+        return num_tokens <= FEW_TOKENS
 
     def _by_kernel(
         self, tokens: Tensor, mask: Tensor, modality: Tensor

@@ -36,6 +36,7 @@ from recsys.data.parquet.file import READ_ERRORS, column_type, mean_list_lengths
 from recsys.data.parquet.values import list_lengths
 from recsys.data.row_source import open_rows
 from recsys.data.schema import Schema, load_schema
+from recsys.kernels import refused_kernels
 from recsys.model.build import build_em3
 from recsys.model.em3 import EM3
 from recsys.model.placement import check_placement, planner_hardware
@@ -157,6 +158,7 @@ class Description:
     times: of a step's tables, as TorchRec expects them on GPUs; None on CPU.
     problems: why the tables do not fit, with fixes; the plan is then for unlimited memory.
     frozen_layers: by encoder with cached outputs, the parameters that run only before training.
+    without_kernel: operators that PyTorch computes on CPU though a kernel exists, and why.
     """
 
     cluster: Cluster
@@ -168,6 +170,7 @@ class Description:
     problems: list[str]
     frozen_layers: dict[str, int]
     training_rows: int
+    without_kernel: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -200,6 +203,7 @@ def describe(
         *_dense_parts(em3, world_size, config.optimizer),
         *_statistics_parts(em3),
     ]
+    is_native = device.kind == "cpu" and config.kernels != "torch"
     sharing = range(world_size // config.embedding.parallel.copies)
     table_bytes = [sum(memory.on_device_of(rank) for memory in memories) for rank in sharing]
     host_bytes = [sum(memory.on_host_of(rank) for memory in memories) for rank in sharing]
@@ -220,6 +224,7 @@ def describe(
         problems=problems,
         frozen_layers=frozen_layers,
         training_rows=_read_a_batch(config, root, schema),
+        without_kernel=dict(refused_kernels(em3) if is_native else ()),
     )
 
 

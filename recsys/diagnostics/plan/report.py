@@ -17,6 +17,7 @@ from recsys.config import Config
 from recsys.diagnostics.plan.description import Description, describe
 from recsys.distributed.log import print_table
 from recsys.doctor import unusable_gpu
+from recsys.kernels.choice import COSTS
 from recsys.storage.files import write_whole
 from recsys.storage.output_file import check_output
 
@@ -110,6 +111,7 @@ def format_description(description: Description) -> str:
         _memory(description),
         f"plan\n{_shortened(description.plan)}",
         *_times(description),
+        *_without_kernel(description),
         _verdict(description),
     ]
     return "\n\n".join(blocks)
@@ -182,6 +184,14 @@ def _times(description: Description) -> list[str]:
             "stand in; set embedding.hardware"
         )
     return [text]
+
+
+def _without_kernel(description: Description) -> list[str]:
+    lines = [
+        f"  {kernel}: {reason}; a step takes {COSTS[kernel]}"
+        for kernel, reason in description.without_kernel.items()
+    ]
+    return ["\n".join(["without a kernel", *lines])] if lines else []
 
 
 def _verdict(description: Description) -> str:

@@ -114,6 +114,8 @@ def _similarities(
 class ContentInterest(nn.Module):
     """Target attention over the history's content, with similarities beside it."""
 
+    kernel = "content_interest"
+
     def __init__(
         self, dim: int, num_modalities: int, num_parallel: int, settings: HistorySettings
     ) -> None:
@@ -152,6 +154,14 @@ class ContentInterest(nn.Module):
             features.append(similarity_histogram(cosine, history, settings.simtier_bins))
         return torch.cat(features, dim=1).to(dtype)
 
+    def kernel_refusal(self) -> str | None:
+        """Return why PyTorch computes every step on CPU, or None."""
+        if self.settings.simtier_bins:
+            return f"content.history.simtier_bins is {self.settings.simtier_bins}; the kernel has 0"
+        if self.settings.mode == "full":
+            return "content.history.mode is full; the kernel reads vectors of the bank"
+        return None
+
     def _has_native(
         self,
         content: ContentVectors,
@@ -161,9 +171,9 @@ class ContentInterest(nn.Module):
         """Return whether a kernel computes these features, on CPU and of items in a bank."""
         if content.read_stored is None or parallel.requires_grad or history.is_shared:
             return False
-        if self.settings.simtier_bins:
-            return False
-        return has_native(content.target, *self.attention.parameters())
+        return self.kernel_refusal() is None and has_native(
+            content.target, *self.attention.parameters()
+        )
 
     def _by_kernel(
         self,

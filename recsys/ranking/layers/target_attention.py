@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.data.jagged_history import JaggedHistory
-from recsys.kernels import ScoreWeights, has_native, native_target_attention, result_dtype
+from recsys.kernels import (
+    ScoreWeights,
+    has_native,
+    native_target_attention,
+    result_dtype,
+    target_attention,
+)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -59,6 +65,8 @@ class HistoryAttention(nn.Module):
 class TargetAttention(HistoryAttention):
     """DIN's attention: an MLP of (item, target, difference, product) scores each item."""
 
+    kernel = "target_attention"
+
     def __init__(self, dim: int, num_parallel: int, units: list[int]) -> None:
         super().__init__(dim, num_parallel)
         layers: list[nn.Module] = []
@@ -82,6 +90,10 @@ class TargetAttention(HistoryAttention):
         return native_target_attention(
             target, items, history.index, history.offsets, listed, list_weight, weights
         )
+
+    def kernel_refusal(self) -> str | None:
+        """Return why PyTorch computes every step on CPU, or None."""
+        return target_attention.refusal(self.score)
 
     def scores(
         self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor

@@ -6,14 +6,24 @@ import logging
 import platform
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from recsys.kernels import choose_kernels, has_native
-from recsys.kernels.choice import _KernelChoice
+from recsys.content.fusion.qformer import FusionQFormer
+from recsys.kernels import choose_kernels, has_native, prepare_kernels, refused_kernels
+from recsys.kernels.choice import (
+    CompileError,
+    _KernelChoice,
+    _locked,
+    build_state,
+    load_kernels,
+    log_refusal,
+)
+from recsys.ranking.layers.target_attention import TargetAttention
 
 OLDER = """
 import sys, torch
@@ -73,6 +83,96 @@ def test_native_without_a_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch) 
         choose_kernels("native")
 
 
+@pytest.mark.parametrize(
+    ("units", "reason"),
+    [
+        ([64, 16], None),
+        ([1024, 512, 256], "attention_units are [1024, 512, 256]; give two, the first at most 512"),
+        ([1024, 16], "attention_units are [1024, 16]; give two, the first at most 512"),
+    ],
+)
+def test_an_operator_without_a_kernel_is_named_with_reason_and_cost(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    units: list[int],
+    reason: str | None,
+) -> None:
+    monkeypatch.setattr(_KernelChoice, "are_loaded", True)
+    log_refusal.cache_clear()
+    caplog.set_level(logging.INFO)
+    model = torch.nn.Sequential(TargetAttention(8, 0, units))
+    for kernels, device in (("torch", "cpu"), ("auto", "cuda"), ("auto", "cpu"), ("auto", "cpu")):
+        prepare_kernels(model, kernels, device)  # type: ignore[arg-type]
+    expected = [] if reason is None else [("target_attention", reason)]
+    assert refused_kernels(model) == expected
+    lines = [record.getMessage() for record in caplog.records if "no kernel" in record.getMessage()]
+    assert lines == [
+        f"no kernel for {kernel}: {text}; a step takes 2 to 3 times as long"
+        for kernel, text in expected
+    ]
+
+
+@pytest.mark.usefixtures("native_kernels")
+def test_more_tokens_than_the_kernel_takes_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    log_refusal.cache_clear()
+    caplog.set_level(logging.INFO)
+    fusion, tokens = FusionQFormer(8, 1, num_heads=2), torch.zeros(3, 7, 8)
+    for _ in range(2):
+        fusion(tokens, torch.ones(3, 7, dtype=torch.bool), torch.zeros(7, dtype=torch.int64))
+    assert [record.getMessage() for record in caplog.records] == [
+        "no kernel for fusion: an item has 9 tokens with its queries; the kernel takes 8; a step "
+        "takes 1.1 times as long"
+    ]
+
+
+def test_who_waits_for_a_compiling_process_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="recsys")
+    lock = tmp_path / "lock"
+    held, entered = threading.Event(), threading.Event()
+
+    def compile_slowly() -> None:
+        with _locked(lock):
+            held.set()
+            while not caplog.records:  # until the other one has said that it waits
+                entered.wait(0.01)
+
+    process = threading.Thread(target=compile_slowly)
+    process.start()
+    held.wait(10)
+    with _locked(lock):
+        assert [record.getMessage() for record in caplog.records] == [
+            f"waiting for the process that compiles the kernels and holds {lock}"
+        ]
+    process.join()
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_the_doctors_line_tells_whether_kernels_are_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert build_state().startswith("not compiled yet")
+    monkeypatch.setenv("CXX", "/nonexistent/g++")
+    assert build_state() == (
+        "none, PyTorch computes in their place: C++ compiler '/nonexistent/g++' not found"
+    )
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_a_failing_compiler_leaves_no_build(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "c++"
+    lines = ("#!/bin/sh", '[ "$1" = --version ] && exit 0', 'echo "error: no" >&2', "exit 1")
+    compiler.write_text("\n".join(lines))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(CompileError, match="failed: error: no"):
+        load_kernels()
+    assert not list(tmp_path.rglob("*.so"))
+
+
 @pytest.mark.usefixtures("nothing_loaded")
 def test_on_cuda_pytorch_computes_and_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
@@ -121,4 +221,6 @@ def test_of_processes_that_start_at_once_one_compiles(
     outputs = [rank.communicate(timeout=300) for rank in ranks]
     assert [out for out, _ in outputs] == ["[[1.0, 1.0, 2.0, 2.0, 2.0]]\n"] * 2
     assert sum("kernels compiled" in log for _, log in outputs) == 1
-    assert not any("warning:" in log for _, log in outputs)
+    for _, log in outputs:
+        assert "warning:" not in log
+        assert ("compiling the kernels" in log) == ("kernels compiled" in log)
