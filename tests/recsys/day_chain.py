@@ -49,27 +49,33 @@ def commands(folder: Path, day: str) -> list[list[str]]:
 
 
 def run_day(
-    folder: Path, number: int, peaceful: Path | None = None, kills: int = 0, days: int = 5
+    folder: Path,
+    number: int,
+    peaceful: Path | None = None,
+    kills: int = 0,
+    days: int = 5,
+    killed: int = 0,
 ) -> int:
-    """Deliver the files of a day and give its commands; return how often they were killed.
+    """Deliver the files of a day and give its commands; return how often any was killed so far.
 
     `kills` are to come in all `days`, each before some change of a file, of which `peaceful`, the
-    folder of a chain without any, has the number.
+    folder of a chain without any, has the number. `killed` of them came on earlier days.
     """
     table = log(3, late=True)
     if number == 1:
         write_settings(folder / "data", "last")
         deliver(folder / "data", table, 0)  # no row of the first day is decided on it
     deliver(folder / "data", table, number)
-    killed, rng = 0, random.Random(number)
+    rng = random.Random(number)
     for place, words in enumerate(commands(folder, DAYS[number]), COMMANDS * (number - 1)):
         steps = f"steps-{words[0]}-{number}"
-        first, end = (kills * one // (COMMANDS * days) for one in (place, place + 1))
-        for attempt in range(end - first):
+        due = kills * (place + 1) // (COMMANDS * days)
+        for attempt in range(due - killed):
             assert peaceful is not None
-            changes = int((peaceful / steps).read_text())
-            # A command that was killed late has little left to do when it runs again.
-            killed += run_command(words, folder, steps, rng.randrange(1 + changes // 4**attempt))
+            last = int((peaceful / steps).read_text()) // (attempt + 1)
+            if not run_command(words, folder, steps, rng.randrange(last)):
+                break  # it had less left to do than when it ran first: the next command is killed
+            killed += 1
         assert not run_command(words, folder, steps, None)
     return killed
 
@@ -140,7 +146,7 @@ def main(kills: int = 20, days: int = 5) -> None:
         for folder, number_of_kills in ((peaceful, 0), (killed, kills)):
             folder.mkdir()
             for day in range(1, days + 1):
-                carried_out += run_day(folder, day, peaceful, number_of_kills, days)
+                carried_out = run_day(folder, day, peaceful, number_of_kills, days, carried_out)
                 print(f"{folder.name}: day {day}, {carried_out} killed", flush=True)
         print(assert_same_days(peaceful, killed, packages_of(peaceful)))
         assert carried_out == kills, f"{kills} were to be killed"
