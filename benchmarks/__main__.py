@@ -37,6 +37,7 @@ SUITES = {
         "large-tables": "benchmarks.serving.large_tables",
         "accuracy": "benchmarks.serving.accuracy",
         "indexes": "benchmarks.retrieval",
+        "generative": "benchmarks.generative",
     },
     "continual": {"ways": "benchmarks.continual.__main__"},
     "events": {

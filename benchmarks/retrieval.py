@@ -11,6 +11,7 @@ Shapes: I items, Q queries, V width, K results.
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import numpy as np
+from jsonargparse import auto_cli
 
 from benchmarks.results import RESULTS, Result, write_result
 from recsys.serving.retrieval.item_vectors import (
@@ -156,3 +158,7 @@ def _result(measured: list[Measured], depths: tuple[int, ...]) -> Result:
 
     records = [{"benchmark": "retrieval", **asdict(row), "passes": row.passes} for row in measured]
     return Result("retrieval", "Indexes of item vectors", records, columns, rows, None, reading)
+
+
+if __name__ == "__main__":
+    sys.exit(0 if auto_cli(retrieval, as_positional=False) else 1)

@@ -147,7 +147,7 @@ def package_apply(package: Path, /, delta: Path, out: Path) -> None:
 def export_vectors(
     run: Path,
     out: Path,
-    vectors: Literal["content", "item_tower"] | None = None,
+    vectors: Literal["content", "item_tower", "codes"] | None = None,
     index: Literal["flat", "ivf", "hnsw"] | None = None,
     data: str | None = None,
 ) -> None:
@@ -157,7 +157,8 @@ def export_vectors(
         run: folder of a finished run
         out: a folder to make
         vectors: content: of any model with content; item_tower: of two_tower, with its user tower;
-            default: item_tower of two_tower, else content
+            codes: of generative, with its decoder, searched without an index; default: that of the
+            model
         index: also build a FAISS index: flat (exact), ivf or hnsw; needs the extra `retrieve`
         data: dataset; default: the run's own
     """
@@ -174,20 +175,28 @@ def export_vectors(
 
 
 def retrieve(
-    package: Path, input: list[str], out: Path | None = None, top_k: PositiveInt = 100
+    package: Path,
+    input: list[str],
+    out: Path | None = None,
+    top_k: PositiveInt = 100,
+    new_items: Path | None = None,
 ) -> None:
     """Write the best items of each request, by an index of vectors.
 
     Args:
-        package: folder of export-vectors, with an index
+        package: folder of export-vectors, with an index or codes
         input: Parquet files with a request in each row, or folders of them; or .json files
         out: Parquet file to write; default: a JSON line per request
         top_k: items of each request
+        new_items: folder of semantic-ids, whose items are retrieved, too, by a generative model
     """
     from recsys.serving.retrieval import Retriever
     from recsys.serving.retrieval.retriever import retrieve_files
 
-    total = retrieve_files(Retriever.load(package), input, top_k, out)
+    retriever = Retriever.load(package)
+    if new_items is not None:
+        logger.info("%s: %s new items", new_items, f"{retriever.add_items(new_items):,}")
+    total = retrieve_files(retriever, input, top_k, out)
     if out is not None:
         logger.info("%s: items of %s requests", out, f"{total:,}")
 
@@ -220,6 +229,7 @@ def semantic_ids(
     codebooks: Path | None = None,
     dataset: Path | None = None,
     data: str | None = None,
+    balanced: bool = False,
 ) -> None:
     """Write codes that similar items share, and print the collision report.
 
@@ -232,11 +242,12 @@ def semantic_ids(
             its codebooks
         dataset: also write the dataset with a column semantic_ids to this folder
         data: dataset; default: the run's own
+        balanced: use the codes of a level alike, as a generative model needs
     """
-    if codebooks is not None and (levels or codes):
+    if codebooks is not None and (levels or codes or balanced):
         raise ValueError(
-            f"--levels and --codes: both are those of --codebooks {codebooks}; leave them out, or "
-            "leave --codebooks out for new ids"
+            f"--levels, --codes and --balanced are those of --codebooks {codebooks}; leave them "
+            "out, or leave --codebooks out for new ids"
         )
     run = require_finished(run)
     require_working_installation()
@@ -246,6 +257,8 @@ def semantic_ids(
 
     sizes = levels or NUM_LEVELS, codes or NUM_CODES
     with joined_ranks("cpu") as ranks:
-        collisions = export_semantic_ids(run, out, *sizes, ranks, data, codebooks, dataset)
+        collisions = export_semantic_ids(
+            run, out, *sizes, ranks, data, codebooks, dataset, balanced
+        )
     print_table(format_collisions(collisions))
     logger.info("written to %s", out)

@@ -27,6 +27,7 @@ RANKING_MODELS = {
     "transformer": "recsys.ranking.sequence_backbones:Transformer",
     "mmoe": "recsys.ranking.din:Mmoe",
     "two_tower": "recsys.ranking.two_tower:TwoTower",
+    "generative": "recsys.ranking.generative:Generative",
 }
 # The attribute `Settings` of each of these models, such as DinSettings, without importing torch.
 RANKING_SETTINGS = {
@@ -61,6 +62,11 @@ class RankingSettings:
         refuse_options(name, self.name, self.options)
 
 
+RetrievalLossName = Literal[
+    "pointwise", "in_batch_softmax", "sampled_softmax", "full_softmax", "codes"
+]
+
+
 @dataclass
 class RetrievalSettings(RankingSettings):
     """Settings of models that compare vectors of users and items, for retrieval."""
@@ -68,7 +74,7 @@ class RetrievalSettings(RankingSettings):
     further_histories: Literal["mean"] = "mean"
     """Encoder of each sequence after the first into one vector. With attention, the user's vector
     would depend on the item."""
-    loss: Literal["pointwise", "in_batch_softmax", "sampled_softmax", "full_softmax"] = "pointwise"
+    loss: RetrievalLossName = "pointwise"
     """pointwise: cross-entropy of the labels; else cross-entropy of the target item against the
     items of the batch, sampled items, or all items with training rows (for small catalogues)."""
     num_negatives: PositiveInt = 256
@@ -83,11 +89,21 @@ class RetrievalSettings(RankingSettings):
     exclude_seen: bool = False
     """Leave the items of a row's history out of that search, besides its own item, and out of the
     negatives of softmax losses: for logs where users take an item once."""
+    available_from: str | None = None
+    """Column of items/*.parquet with the moment, a time or number, from which each item may be
+    retrieved: later items are left out of that search. Null: an item that always may."""
+    row_time: str = "time"
+    """Column of the rows with their moment, for available_from."""
 
     def check(self, name: str) -> None:
         super().check(name)
         if not self.depths or sorted(set(self.depths)) != list(self.depths):
             raise ValueError(f"{name}.depths: {self.depths}; write them once, in ascending order")
+        if (self.loss == "codes") != (self.name == "generative"):
+            raise ValueError(
+                f"{name}.loss: '{self.loss}' is no loss of {self.name}; generative has codes, "
+                "which no other model has"
+            )
         if self.loss == "full_softmax" and self.all_ranks:
             raise ValueError(
                 f"{name}.all_ranks: full_softmax has all items on each rank; set all_ranks to false"

@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 # Every rank searches for them.
 QUERY_COLUMNS = (
-    *("queries", "query_targets", "query_items", "query_weights"),
+    *("queries", "query_targets", "query_items", "query_weights", "query_positions"),
     *("query_seen", "query_seen_lengths"),
 )
 
@@ -229,8 +229,9 @@ def score(
     Returns:
         `positions`, `groups`, `items`, `weights` [N], `logits` and `labels` [N, C]. On every rank
         `with_evidence`, with neighbours: `network`, `evidence_logits` [N, C], `evidence` [N, E].
-        with `with_queries`: `queries`, `query_targets` [Q, D], `query_items`, `query_weights` [Q];
-        `with_histories` or `ranking.exclude_seen`: `query_seen`, `query_seen_lengths`, too.
+        with `with_queries`: `queries`, `query_targets` [Q, D], `query_items`, `query_weights` and
+        `query_positions` [Q]; `with_histories` or `ranking.exclude_seen`: `query_seen`,
+        `query_seen_lengths`, too.
     """
     lockstep = lockstep or Lockstep(job.ranks)
     devices = [job.ranks.device] if job.ranks.device.type == "cuda" else []
@@ -294,6 +295,7 @@ def _query_columns(batch: Batch, vectors: dict[str, Tensor]) -> Columns:
         "query_targets": vectors["item"],
         "query_items": batch.target.frequency_keys,
         "query_weights": batch.rows.weights,
+        "query_positions": batch.rows.positions,
     }
 
 
@@ -353,7 +355,8 @@ def evaluate_split(
                 write_scores(scores, scores_to, model)
     report = job.ranks.from_first(report)
     if "queries" in scored:
-        report["retrieval"] = retrieval_report(job, scored, item_counts, lockstep)
+        rows = interactions.rows
+        report["retrieval"] = retrieval_report(job, rows, scored, item_counts, lockstep)
     ids = unknown.totals(job.ranks.group)
     if (line := format_unknown(split, ids)) is not None:
         logger.info(line)

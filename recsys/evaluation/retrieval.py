@@ -6,6 +6,7 @@ Shapes: R impressions with a query, I items of this rank, D dimension, B batch, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +24,14 @@ from recsys.data.item_frequency import ItemCounts, frequency_masks
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import empty_table, padding_rows
-from recsys.data.row_source import columns_to_read
+from recsys.data.row_source import RowSource, columns_to_read
 from recsys.distributed.lockstep import Lockstep
+from recsys.evaluation.availability import LaterItems, later_items
 from recsys.evaluation.forward_pass import forward_pass
 from recsys.evaluation.metrics import format_report
+from recsys.ranking.generative import Generative
+from recsys.ranking.layers.code_trie import MOST_BEAMS, CodeTrie, beam_search
+from recsys.ranking.settings import GenerativeSettings
 
 QUERIES_PER_BLOCK = 256
 # Share of the product of lengths below which dot products are equal: rounding of float64 sums.
@@ -88,11 +93,11 @@ def search_places(
     items: Tensor,  # [I]
     vectors: Tensor,  # [I, D]
     group: dist.ProcessGroup | None = None,
-    seen: SeenItems | None = None,
+    excluded: Sequence[SeenItems | LaterItems] = (),
 ) -> tuple[Tensor, Tensor]:  # int64 [R], int64 [R]
     """Count the other items of all ranks with a higher and an equal dot product. A collective.
 
-    With `seen`, whose items are not counted, `items` are in ascending order.
+    Items that are `excluded` are not counted; `items` are then in ascending order.
     """
     vectors, places = vectors.double(), torch.zeros(2, len(queries), dtype=torch.int64)
     for start in range(0, len(queries), QUERIES_PER_BLOCK):
@@ -101,13 +106,51 @@ def search_places(
         lead = query @ vectors.T - (query * target).sum(dim=1, keepdim=True)
         margin = TIE * (query.norm(dim=1) * target.norm(dim=1)).unsqueeze(1)
         is_other = items != target_items[block].unsqueeze(1)
-        if seen is not None:
-            is_other &= ~seen.mask(block, items)
+        for part in excluded:
+            is_other &= ~part.mask(block, items)
         places[0, block] = ((lead > margin) & is_other).sum(dim=1)
         places[1, block] = ((lead.abs() <= margin) & is_other).sum(dim=1)
     if group is not None:
         dist.all_reduce(places, group=group)
     return places[0], places[1]
+
+
+def decoded_places(
+    job: Job,
+    queries: Tensor,  # [R, D], the same on all ranks
+    target_items: Tensor,  # [R]
+    excluded: Sequence[SeenItems | LaterItems],
+) -> tuple[Tensor, Tensor, int]:  # int64 [R], int64 [R], items in the trie
+    """Count the items before each target and equal to it in what a beam search finds. A collective.
+
+    Behind a target that is not found are all items. Each rank searches for its share of the rows.
+    """
+    ranking, settings, ranks = job.em3.ranking, job.config.ranking, job.ranks
+    assert isinstance(ranking, Generative) and isinstance(settings, GenerativeSettings)
+    with ranks.raise_on_all_ranks():
+        items = torch.from_numpy(np.asarray(catalogue_of(job)))
+    table = ranking.table.cpu()[items]
+    items, table = items[table[:, -1] > 0], table[table[:, -1] > 0]
+    trie, decoder = CodeTrie(table.numpy()), copy.deepcopy(ranking.decoder).cpu()
+    places = torch.zeros(2, len(queries), dtype=torch.int64)
+    size = max(1, MOST_BEAMS // settings.beam_size)
+    first, end = (
+        index * len(queries) // ranks.world_size for index in (ranks.rank, ranks.rank + 1)
+    )
+    for start in range(first, end, size):
+        block = slice(start, min(start + size, end))
+        targets = target_items[block].unsqueeze(1).cpu()
+        is_out = torch.zeros(len(targets), len(items), dtype=torch.bool)
+        for part in excluded:
+            is_out |= part.mask(block, items) & (items != targets)
+        results = beam_search(decoder, trie, queries[block].cpu(), settings.beam_size, is_out)
+        scores, is_target = results[0], (results[1] >= 0) & (items[results[1]] == targets)
+        highest = scores.masked_fill(~is_target, -torch.inf).amax(dim=1, keepdim=True)
+        missed = ~is_target.any(dim=1)
+        places[0, block] = (scores > highest).sum(dim=1).masked_fill(missed, len(items))
+        places[1, block] = ((scores == highest).sum(dim=1) - 1).masked_fill(missed, 0)
+    dist.all_reduce(places, group=ranks.group)
+    return places[0], places[1], len(items)
 
 
 @dataclass(frozen=True)
@@ -178,32 +221,39 @@ def _mean(values: Tensor, weights: Tensor | None) -> float:  # [R], [R]
 
 
 def retrieval_report(
-    job: Job, scored: dict[str, Tensor], item_counts: ItemCounts, lockstep: Lockstep
+    job: Job,
+    rows: RowSource,
+    scored: dict[str, Tensor],
+    item_counts: ItemCounts,
+    lockstep: Lockstep,
 ) -> dict[str, Any]:
     """Compute `retrieval_metrics` of all rows and of warm, cold and unseen items. A collective."""
     settings = job.config.ranking
     if not isinstance(settings, RetrievalSettings):  # a model of one's own with other settings
         settings = RetrievalSettings()
-    items, vectors = catalogue_vectors(job, lockstep)
-    queries, targets = scored["queries"], scored["query_targets"]
-    target_items = scored["query_items"]
-    seen = None
+    queries, target_items = scored["queries"], scored["query_items"]
+    excluded: list[SeenItems | LaterItems] = []
     if settings.exclude_seen:
-        seen = SeenItems(scored["query_seen"], scored["query_seen_lengths"])
-    above, tied = search_places(
-        queries, targets, target_items, items, vectors, job.ranks.group, seen
-    )
+        excluded.append(SeenItems(scored["query_seen"], scored["query_seen_lengths"]))
+    with job.ranks.raise_on_all_ranks():
+        later = later_items(job, settings, rows, scored["query_positions"])
+    excluded += [] if later is None else [later]
+    if isinstance(job.em3.ranking, Generative):
+        above, tied, size = decoded_places(job, queries, target_items, excluded)
+    else:
+        items, vectors = catalogue_vectors(job, lockstep)
+        targets, group = scored["query_targets"], job.ranks.group
+        above, tied = search_places(queries, targets, target_items, items, vectors, group, excluded)
+        size = sum(job.ranks.gather(len(items)))
     counts, weights = item_counts.of(target_items.numpy()), scored.get("query_weights")
-    reports = {
-        part: retrieval_metrics(
-            above[rows], tied[rows], None if weights is None else weights[rows], settings.depths
+    reports = {}
+    for part, mask in frequency_masks(counts).items():
+        places = torch.from_numpy(mask)
+        part_weights = None if weights is None else weights[places]
+        reports[part] = retrieval_metrics(
+            above[places], tied[places], part_weights, settings.depths
         )
-        for part, rows in (
-            (part, torch.from_numpy(mask)) for part, mask in frequency_masks(counts).items()
-        )
-    }
-    catalogue = {"catalogue": sum(job.ranks.gather(len(items)))}
-    return reports.pop("all") | catalogue | reports
+    return reports.pop("all") | {"catalogue": size} | reports
 
 
 def format_retrieval(report: dict[str, Any]) -> str:

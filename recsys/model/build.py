@@ -30,7 +30,7 @@ from recsys.model.auxiliary import build_auxiliary
 from recsys.model.em3 import EM3, TotalLoss
 from recsys.model.id_vectors import IDVectorReader, RowsPerID
 from recsys.model.input_scaling import InputScaling
-from recsys.model.losses import ContentIDContrastive, RankingLoss, RetrievalLoss
+from recsys.model.losses import CodeLoss, ContentIDContrastive, RankingLoss, RetrievalLoss
 from recsys.model.tables import id_dropouts, pooled_features
 from recsys.ranking import RANKING_MODELS
 from recsys.ranking.layers.evidence import NUM_VOTES
@@ -167,11 +167,15 @@ def _build_losses(config: Config, schema: Schema, id_dim: int) -> TotalLoss:
         contrastive = ContentIDContrastive(content.dim, id_dim, config.contrastive)
     labels, softmax = schema.of_kind("label"), softmax_settings(config.ranking)
     weights = [config.ranking.label_weights.get(label, 1.0) for label in labels]
+    retrieval: RetrievalLoss | CodeLoss | None = None
+    if softmax is not None:
+        is_codes = softmax.loss == "codes"
+        retrieval = CodeLoss(weights[0]) if is_codes else RetrievalLoss(softmax, weights)
     return TotalLoss(
         RankingLoss(weights, schema.label_losses),
         contrastive,
         config.contrastive.weight,
-        RetrievalLoss(softmax, weights) if softmax is not None else None,
+        retrieval,
         build_auxiliary(config.auxiliary, schema),
     )
 

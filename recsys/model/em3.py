@@ -18,10 +18,12 @@ from recsys.data.batch import Batch
 from recsys.model.auxiliary import AuxiliaryInputs, AuxiliaryLosses
 from recsys.model.id_vectors import IDVectorReader
 from recsys.model.input_scaling import InputScaling
-from recsys.model.losses import ContentIDContrastive, RankingLoss, RetrievalLoss
+from recsys.model.losses import CodeLoss, ContentIDContrastive, RankingLoss, RetrievalLoss
 from recsys.ranking.layers.extra_sequences import ExtraSequences
 from recsys.ranking.neighbours import BlendedLogits, Neighbours
-from recsys.ranking.vectors import IDVectors, MemberLogits, TowerVectors
+from recsys.ranking.vectors import CodeLogits, IDVectors, MemberLogits, TowerVectors
+
+Scored = Tensor | MemberLogits | TowerVectors | CodeLogits | BlendedLogits
 
 
 class TotalLoss(nn.Module):
@@ -35,7 +37,7 @@ class TotalLoss(nn.Module):
         ranking: RankingLoss,
         contrastive: ContentIDContrastive | None,
         weight: float,
-        retrieval: RetrievalLoss | None = None,
+        retrieval: RetrievalLoss | CodeLoss | None = None,
         auxiliary: AuxiliaryLosses | None = None,
     ) -> None:
         super().__init__()
@@ -53,7 +55,7 @@ class TotalLoss(nn.Module):
 
     def forward(
         self,
-        scored: Tensor | MemberLogits | TowerVectors | BlendedLogits,
+        scored: Scored,
         ids: IDVectors,
         content: ContentVectors | None,
         batch: Batch,
@@ -72,7 +74,7 @@ class TotalLoss(nn.Module):
             auxiliary_loss, auxiliary_parts = self.auxiliary(inputs)
             parts = {"loss": loss + auxiliary_loss, "ranking": loss} | parts | auxiliary_parts
             loss = parts["loss"] = loss + auxiliary_loss
-        if isinstance(scored, TowerVectors) and not self.training:
+        if isinstance(scored, TowerVectors | CodeLogits) and not self.training:
             parts |= {"query": scored.query[:, 0], "item": scored.item}
         if isinstance(scored, BlendedLogits) and not self.training:
             parts |= {"network": scored.network_logits, "evidence": scored.neighbours.evidence}
@@ -81,13 +83,16 @@ class TotalLoss(nn.Module):
 
     def _parts(
         self,
-        scored: Tensor | MemberLogits | TowerVectors | BlendedLogits,  # [B, C] if a Tensor
+        scored: Scored,  # [B, C] if a Tensor
         logits: Tensor,  # [B, C]
         ids: IDVectors,
         content: ContentVectors | None,
         batch: Batch,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.retrieval is not None:
+        if isinstance(self.retrieval, CodeLoss):
+            assert isinstance(scored, CodeLogits)
+            ranking = self.retrieval(scored, batch)
+        elif self.retrieval is not None:
             if not isinstance(scored, TowerVectors):
                 raise ValueError(
                     "ranking.loss is a softmax over items, for which the model of ranking.name has "

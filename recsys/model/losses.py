@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from recsys.config import ContrastiveSettings, RetrievalSettings
 from recsys.data.batch import Batch
 from recsys.distributed.gather import gather_rows_with_gradient
-from recsys.ranking.vectors import TowerVectors
+from recsys.ranking.vectors import CodeLogits, TowerVectors
 
 # Logits and labels of the same shape -> losses of that shape.
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -265,3 +265,18 @@ class RetrievalLoss(nn.Module):
             items_and_log_q = torch.stack([items.double(), log_q.double()], dim=1)
             items_and_log_q, _ = gather_rows_with_gradient(items_and_log_q)
         return vectors, items_and_log_q[:, 0].to(items.dtype), items_and_log_q[:, 1].to(log_q.dtype)
+
+
+class CodeLoss(nn.Module):
+    """Weight times the mean over all rows of the positive rows' cross-entropy of an item's codes.
+
+    Rows whose item has no codes have loss 0.
+    """
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, scored: CodeLogits, batch: Batch) -> Tensor:  # []
+        counts = (batch.labels.nan_to_num() * batch.rows.label_loss_weights)[:, 0]
+        return -(scored.log_probs * counts * scored.has_codes).mean() * self.weight

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from recsys.config.limits import NumLayers, PositiveFloat, PositiveInt, Width
-from recsys.config.ranking import RankingSettings, RetrievalSettings
+from recsys.config.ranking import RankingSettings, RetrievalLossName, RetrievalSettings
 
 GapScale = Literal["linear", "log_days"]
 
@@ -152,16 +152,54 @@ class MmoeSettings(AttendedSettings):
 
 
 @dataclass
-class TwoTowerSettings(EncoderSettings, RetrievalSettings):
-    """Settings of the two towers."""
+class QuerySettings(EncoderSettings, RetrievalSettings):
+    """Settings of the tower of users."""
 
-    name: str = "two_tower"
     history_encoder: Literal["mean", "transformer", "hstu"] = "mean"
     """What the user tower reads of the history besides its means: nothing, or the state of a token
     behind it, after the layers of the backbone of that name."""
     query_features: list[str] = field(default_factory=list)
     """Columns of the user besides the group's column; columns of the item do not belong here."""
+
+
+@dataclass
+class TwoTowerSettings(QuerySettings):
+    """Settings of the two towers."""
+
+    name: str = "two_tower"
     tower_dim: Width = 32
     """Width of a tower's vector."""
     temperature: PositiveFloat = 0.1
     """Divisor of the dot products of the vectors, which have length one."""
+
+
+@dataclass
+class GenerativeSettings(QuerySettings):
+    """Settings of generative retrieval."""
+
+    name: str = "generative"
+    loss: RetrievalLossName = "codes"
+    """codes, the only one: cross-entropy of each code of the target item."""
+    history_encoder: Literal["mean", "transformer", "hstu"] = "transformer"
+    """As in two_tower; its settings are those of the decoder, too."""
+    depths: list[PositiveInt] = field(default_factory=lambda: [10, 50])
+    """Lengths of the lists that are measured, as in two_tower."""
+    semantic_ids: str | None = None
+    """Folder of `recsys semantic-ids` with the codes of the items, read when a run begins; default:
+    the digits of the item's row, which mean nothing."""
+    code_levels: PositiveInt = 3
+    """Levels of these codes."""
+    num_codes: PositiveInt = 256
+    """Codes of each level, and most items that share all of theirs."""
+    decoder_layers: PositiveInt = 2
+    """Layers of the decoder."""
+    beam_size: PositiveInt = 50
+    """Beginnings of codes that a search follows; at least the deepest of `depths`."""
+
+    def check(self, name: str) -> None:
+        super().check(name)
+        if self.beam_size < max(self.depths):
+            raise ValueError(
+                f"{name}.beam_size: {self.beam_size}, which finds no list of {max(self.depths)} "
+                "items; raise it, or shorten depths"
+            )

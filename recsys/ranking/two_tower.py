@@ -20,13 +20,63 @@ from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.layers.causal_layers import HstuEncoder, TransformerEncoder
 from recsys.ranking.layers.fields import history_numbers, num_history_numbers, pooled_history
 from recsys.ranking.layers.heads import multilayer_perceptron
-from recsys.ranking.settings import TwoTowerSettings
+from recsys.ranking.settings import QuerySettings, TwoTowerSettings
 from recsys.ranking.vectors import IDVectors, InputDimensions, TowerVectors
 
 ENCODERS = {"hstu": HstuEncoder, "transformer": TransformerEncoder}
 
 
-class TwoTower(nn.Module):
+class QueryTower(nn.Module):
+    """The tower of users, of which retrieval models are made: it reads no ranked item."""
+
+    def __init__(
+        self,
+        settings: QuerySettings,
+        dimensions: InputDimensions,
+        content: ContentSettings | None,
+        outputs: int,
+    ) -> None:
+        super().__init__()
+        self.pooled, self.dense = _query_columns(settings, dimensions)
+        self.has_history, self.num_labels = dimensions.has_history, dimensions.num_labels
+        self.reads_content = content is not None
+        means = 1 + dimensions.num_parallel
+        width = sum(dimensions.pooled_dims[place] for place in self.pooled) + len(self.dense)
+        if self.has_history:
+            width += means * dimensions.id_dim + num_history_numbers(dimensions.num_parallel)
+            width += means * (0 if content is None else content.dim)
+        self.encoder: nn.Module | None = None
+        if settings.history_encoder != "mean":
+            if not self.has_history:
+                raise ValueError(
+                    f"ranking.history_encoder is {settings.history_encoder}, and schema.yaml has "
+                    "no column of kind sequence; set it to mean"
+                )
+            encoder = ENCODERS[settings.history_encoder]
+            self.encoder = encoder(settings, dimensions, content, reads_target=False)
+            width += settings.sequence_dim
+        self.query_tower = multilayer_perceptron(width, settings, outputs)
+
+    def user(
+        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
+    ) -> Tensor:  # [B, outputs]
+        """Return the tower's output for each row. A collective with content."""
+        content = content if self.reads_content else None
+        vectors = [ids.pooled[place] for place in self.pooled]
+        vectors.append(batch.dense_features[:, self.dense])
+        if self.has_history:
+            history, parallel = batch.history.jagged(), batch.history.values
+            id_history = history if ids.history_is_unique else history.unindexed()
+            vectors += pooled_history(ids.history.float(), id_history, parallel)
+            vectors.append(history_numbers(history, parallel))
+            if content is not None:
+                vectors += pooled_history(content.read_history()[0].float(), history, parallel)
+        if self.encoder is not None:
+            vectors.append(self.encoder(ids, content, batch))
+        return self.query_tower(torch.cat(vectors, dim=1))
+
+
+class TwoTower(QueryTower):
     """ID vectors, content vectors and dense features -> `TowerVectors`."""
 
     Settings = TwoTowerSettings
@@ -37,34 +87,15 @@ class TwoTower(nn.Module):
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:
-        super().__init__()
-        self.pooled, self.dense = _query_columns(settings, dimensions)
-        self.has_history, self.num_labels = dimensions.has_history, dimensions.num_labels
-        self.temperature, self.reads_content = settings.temperature, content is not None
-        means = 1 + dimensions.num_parallel
-        query_width = sum(dimensions.pooled_dims[place] for place in self.pooled) + len(self.dense)
+        super().__init__(settings, dimensions, content, dimensions.num_labels * settings.tower_dim)
+        self.temperature = settings.temperature
         item_width = dimensions.id_dim
         self.similarity: Similarity | None = None
-        if self.has_history:
-            query_width += means * dimensions.id_dim
-            query_width += num_history_numbers(dimensions.num_parallel)
         if content is not None:
             item_width += content.dim
-            query_width += means * content.dim * self.has_history
             if content.history.similarity_features and self.has_history:
+                means = 1 + dimensions.num_parallel
                 self.similarity = Similarity(1 + len(content.modalities), means)
-        outputs = self.num_labels * settings.tower_dim
-        self.encoder: nn.Module | None = None
-        if settings.history_encoder != "mean":
-            if not self.has_history:
-                raise ValueError(
-                    f"ranking.history_encoder is {settings.history_encoder}, and schema.yaml has "
-                    "no column of kind sequence; set it to mean"
-                )
-            encoder = ENCODERS[settings.history_encoder]
-            self.encoder = encoder(settings, dimensions, content, reads_target=False)
-            query_width += settings.sequence_dim
-        self.query_tower = multilayer_perceptron(query_width, settings, outputs)
         self.item_tower = multilayer_perceptron(item_width, settings, settings.tower_dim)
         # Softmax losses cancel a bias.
         is_pointwise = settings.loss == "pointwise"
@@ -73,7 +104,8 @@ class TwoTower(nn.Module):
     def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> TowerVectors:
         """Return query vectors [B, C, V], item vectors [B, V] and those of negatives [S, V]."""
         content = content if self.reads_content else None
-        query = self._query(ids, content, batch)  # [B, C, D]
+        query = self.user(ids, content, batch).unflatten(1, (self.num_labels, -1))
+        query = F.normalize(query, dim=2)  # [B, C, D]
         item, negatives = self._item(ids.target, None if content is None else content.target), None
         if ids.negatives is not None:
             content_vector = None if content is None else content.negatives
@@ -90,23 +122,6 @@ class TwoTower(nn.Module):
                     negatives, content.negatives, content.negative_modalities
                 )
         return TowerVectors(query / self.temperature, item, negatives, self.bias)
-
-    def _query(
-        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor:  # [B, C, D]
-        vectors = [ids.pooled[place] for place in self.pooled]
-        vectors.append(batch.dense_features[:, self.dense])
-        if self.has_history:
-            history, parallel = batch.history.jagged(), batch.history.values
-            id_history = history if ids.history_is_unique else history.unindexed()
-            vectors += pooled_history(ids.history.float(), id_history, parallel)
-            vectors.append(history_numbers(history, parallel))
-            if content is not None:
-                vectors += pooled_history(content.read_history()[0].float(), history, parallel)
-        if self.encoder is not None:
-            vectors.append(self.encoder(ids, content, batch))
-        query = self.query_tower(torch.cat(vectors, dim=1)).unflatten(1, (self.num_labels, -1))
-        return F.normalize(query, dim=2)
 
     def _item(
         self, id_vector: Tensor, content_vector: Tensor | None
@@ -149,7 +164,7 @@ class Similarity(nn.Module):
 
 
 def _query_columns(
-    settings: TwoTowerSettings, dimensions: InputDimensions
+    settings: QuerySettings, dimensions: InputDimensions
 ) -> tuple[list[int], list[int]]:
     columns = [*dimensions.pooled_names, *dimensions.dense_names]
     for name in settings.query_features:
@@ -163,7 +178,7 @@ def _query_columns(
     dense = [place for place, name in enumerate(dimensions.dense_names) if name in query_columns]
     if not pooled and not dense and not dimensions.has_history:
         raise ValueError(
-            f"two_tower has nothing to read: there is no history, and none of {columns} is "
+            f"{settings.name} has nothing to read: there is no history, and none of {columns} is "
             f"the group '{dimensions.group}' or in ranking.query_features; name columns there"
         )
     return pooled, dense

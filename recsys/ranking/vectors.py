@@ -15,6 +15,8 @@ from torch import Tensor
 
 from recsys.data.schema import Schema
 
+NO_CODES = -100.0  # logit of an item without codes, which no search finds
+
 
 @dataclass(frozen=True)
 class InputDimensions:
@@ -131,3 +133,27 @@ class TowerVectors:
     def float(self) -> TowerVectors:
         negatives = None if self.negatives is None else self.negatives.float()
         return TowerVectors(self.query.float(), self.item.float(), negatives, self.bias)
+
+
+@dataclass
+class CodeLogits:
+    """Output of a generative model, in place of logits.
+
+    query: [B, 1, D], the state of the user from which a search decodes.
+    log_probs: [B], of the codes of the target item; has_codes: bool [B], whether it has any.
+    """
+
+    query: Tensor
+    log_probs: Tensor
+    has_codes: Tensor
+
+    @property
+    def item(self) -> Tensor:  # [B, 1]
+        return self.logits
+
+    @property
+    def logits(self) -> Tensor:  # [B, 1]
+        return self.log_probs.masked_fill(~self.has_codes, NO_CODES).unsqueeze(1)
+
+    def float(self) -> CodeLogits:
+        return CodeLogits(self.query.float(), self.log_probs.float(), self.has_codes)

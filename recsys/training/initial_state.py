@@ -40,6 +40,9 @@ from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.evaluate import CheckedRows, fill_bank
 from recsys.model.input_scaling import InputScaling
+from recsys.ranking.generative import Generative
+from recsys.ranking.settings import GenerativeSettings
+from recsys.serving.retrieval.semantic_ids import codes_of_items
 from recsys.storage.files import read_json, write_whole
 from recsys.storage.location import Location
 from recsys.training.neighbour_statistics import fit_neighbours
@@ -56,7 +59,18 @@ def start_fresh(job: Job, checked: CheckedRows) -> Progress:
         start_projections(job.em3.content, job.store, job.ranks, trained=checked.item_counts)
         fill_bank(job)
     fit_neighbours(job)
+    set_codes(job)
     return Progress()
+
+
+def set_codes(job: Job) -> None:
+    """Give a generative model the codes of `ranking.semantic_ids`, if it is set. A collective."""
+    ranking, settings = job.em3.ranking, job.config.ranking
+    if not isinstance(settings, GenerativeSettings) or settings.semantic_ids is None:
+        return
+    assert isinstance(ranking, Generative)
+    with job.ranks.raise_on_all_ranks():
+        ranking.set_codes(*codes_of_items(job, Path(settings.semantic_ids)))
 
 
 def load_pretrained_tables(job: Job, num_old_ids: Mapping[str, int] | None = None) -> None:
@@ -200,6 +214,7 @@ def fit_to_rows(
     if scaling is not None and not _takes_raw_numbers(scaling, plan):
         scaling.fit(numbers)
     fit_neighbours(job, earlier_folders)
+    set_codes(job)
     for table, filled in fill_cold_rows(job, counts_before(job, plan)).items():
         plan.differences.add(f"table '{table}'", f"new_rows: {filled.rule}", str(filled))
 

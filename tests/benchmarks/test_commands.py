@@ -16,6 +16,7 @@ from benchmarks.__main__ import SUITES, main
 from benchmarks.compare import PLAIN, compare
 from benchmarks.continual.runs import rows_trained, view_before
 from benchmarks.events.__main__ import OURS, QUICK, SQL, benchmark
+from benchmarks.generative import generative
 from benchmarks.kernels.operators import QUICK_SIZES, operators
 from benchmarks.ladder import ladder, reading, rows_of
 from benchmarks.loader import benchmark as loader
@@ -124,6 +125,13 @@ def test_indexes_are_compared_with_exact_search(tmp_path: Path) -> None:
     records = {record["index"]: record for record in lines_of(tmp_path, "retrieval")}
     assert records["flat"]["recall"] == {"10": 1.0, "100": 1.0}
     assert records["hnsw"]["recall"]["10"] > 0.95 and records["ivf"]["recall"]["10"] > 0.5
+
+
+def test_requests_to_a_generative_model_are_timed_by_the_width_of_the_beam(tmp_path: Path) -> None:
+    generative(items=60, requests=20, beams=(10, 50), rows=256, results=tmp_path)
+    narrow, wide = lines_of(tmp_path, "generative")
+    assert (narrow["beam"], wide["beam"]) == (10, 50)
+    assert narrow["passes"] is None and wide["passes"] == (wide["p50"] < 20)
 
 
 @pytest.mark.parametrize("setting", ["A", "B"])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from recsys.data.parquet.values import RAW_GROUP
 from recsys.data.row_source import open_rows
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
+from recsys.evaluation.availability import LaterItems, later_items
 from recsys.evaluation.evaluate import score, split_interactions
 from recsys.evaluation.predict import load_run
 from recsys.evaluation.retrieval import TIE, catalogue_vectors, retrieval_metrics, row_gains
@@ -55,6 +56,7 @@ class QueryRows:
     queries: float32 [R, D] of the model.
     counts: int64 [R], training rows of the targets.
     weights: float32 [R] of the rows in metrics; None: each counts as one.
+    later: items that are no candidates of rows; None: all items always are.
     """
 
     targets: np.ndarray
@@ -63,6 +65,7 @@ class QueryRows:
     queries: np.ndarray
     counts: np.ndarray
     weights: torch.Tensor | None = None
+    later: LaterItems | None = None
 
     def block(self, first: int, end: int) -> QueryRows:
         ends = np.append(0, self.lengths.cumsum())
@@ -74,6 +77,7 @@ class QueryRows:
             self.queries[rows],
             self.counts[rows],
             None if self.weights is None else self.weights[rows],
+            None if self.later is None else replace(self.later, rows=self.later.rows[rows]),
         )
 
     def blocks(self, size: int) -> Iterator[QueryRows]:
@@ -143,6 +147,8 @@ def places(
     if exclude_seen:
         owner, is_item = np.repeat(row, rows.lengths), rows.histories >= 0
         is_other[owner[is_item], rows.histories[is_item]] = False
+    if rows.later is not None:
+        is_other &= ~rows.later.mask(slice(None), rows.later.items).numpy()
     is_other[row, rows.targets] = False
     above = (scores > target + margin) & is_other
     tied = (np.abs(scores - target) <= margin) & is_other
@@ -199,11 +205,13 @@ def compare_with_baselines(run: Path, data: str | None, ranks: Ranks) -> dict[st
     """
     job = load_run(run, data, ranks, ranks.device.type)
     settings = job.config.ranking
-    if not isinstance(settings, RetrievalSettings) or job.schema.history is None:
+    has_vectors = isinstance(settings, RetrievalSettings) and settings.loss != "codes"
+    if not has_vectors or job.schema.history is None:
         raise ValueError(
-            f"{run}: a retrieval model over histories is compared with baselines, and "
+            f"{run}: a model of item vectors over histories is compared with baselines, and "
             f"ranking.name is '{settings.name}'; give a run of two_tower on data with a history"
         )
+    assert isinstance(settings, RetrievalSettings)
     items, catalogue = _read_catalogue(job)
     counts = read_item_counts(run, job.schema.item_id_limit)
     valid = _read_rows(job, "valid", items, counts)
@@ -308,7 +316,8 @@ def place_of(items: np.ndarray, ids: np.ndarray) -> np.ndarray:  # ascending [I]
 
 def _read_rows(job: Job, split: str, items: np.ndarray, counts: ItemCounts) -> QueryRows:
     """Return the rows of a split that ask for an item of the catalogue."""
-    outputs = score(job, split_interactions(job, split), with_queries=True, with_histories=True)
+    interactions, settings = split_interactions(job, split), job.config.ranking
+    outputs = score(job, interactions, with_queries=True, with_histories=True)
     scored = {name: column.numpy() for name, column in outputs.items()}
     targets = place_of(items, scored["query_items"])
     lengths, is_item = scored["query_seen_lengths"], targets >= 0
@@ -318,6 +327,8 @@ def _read_rows(job: Job, split: str, items: np.ndarray, counts: ItemCounts) -> Q
             job.root / split,
             f"{num_other:,}",
         )
+    assert isinstance(settings, RetrievalSettings)
+    positions = outputs["query_positions"][torch.from_numpy(is_item)]
     weights = outputs.get("query_weights")
     histories = place_of(items, scored["query_seen"])[np.repeat(is_item, lengths)]
     return QueryRows(
@@ -327,4 +338,5 @@ def _read_rows(job: Job, split: str, items: np.ndarray, counts: ItemCounts) -> Q
         scored["queries"][is_item].astype(np.float32),
         counts.of(scored["query_items"])[is_item],
         None if weights is None else weights[torch.from_numpy(is_item)],
+        later_items(job, settings, interactions.rows, positions),
     )

@@ -28,7 +28,9 @@ from recsys.distributed.ranks import Ranks
 from recsys.evaluation.retrieval import catalogue_of, catalogue_vectors
 from recsys.extras import missing_extra
 from recsys.model.tables import pooled_features
-from recsys.ranking.two_tower import TwoTower
+from recsys.ranking.generative import Generative
+from recsys.ranking.settings import GenerativeSettings
+from recsys.ranking.two_tower import QueryTower
 from recsys.ranking.vectors import IDVectors
 from recsys.serving.export import (
     PackagedModel,
@@ -40,6 +42,7 @@ from recsys.serving.export import (
 from recsys.serving.package import GRAPH, BaseManifest, Manifest, write_manifest
 from recsys.serving.ranking_graph import CandidateBatch
 from recsys.serving.requests import request_columns
+from recsys.serving.retrieval.code_index import write_decoder
 from recsys.serving.scorer import Scorer
 from recsys.storage.files import whole_folder
 
@@ -49,7 +52,7 @@ class QueryVectors(nn.Module):
 
     places: Tensor
 
-    def __init__(self, towers: TwoTower, num_pooled: int, num_dense: int) -> None:
+    def __init__(self, towers: QueryTower, num_pooled: int, num_dense: int) -> None:
         super().__init__()
         self.towers, self.num_pooled, self.num_dense = towers, num_pooled, num_dense
         self.register_buffer("places", torch.tensor(towers.dense, dtype=torch.int64), False)
@@ -64,16 +67,19 @@ class QueryVectors(nn.Module):
         dense = batch.dense_features.new_zeros(ids.target.shape[0], self.num_dense)
         dense = dense.index_copy(1, self.places, batch.dense_features)
         rows = replace(batch, dense_features=dense)
-        return self.towers(replace(ids, pooled=pooled), content, rows).query[:, 0]
+        ids = replace(ids, pooled=pooled)
+        if isinstance(self.towers, Generative):  # without its decoder
+            return self.towers.user(ids, content, rows)  # type: ignore[arg-type]
+        return self.towers(ids, content, rows).query[:, 0]
 
 
 def write_user_tower(run: Path, job: Job, folder: Path) -> Manifest:
-    """Write the package of a two_tower run's user tower into an empty folder."""
+    """Write the package of the user tower of a retrieval model into an empty folder."""
     towers, further = job.em3.ranking, job.em3.further_histories
-    if not isinstance(towers, TwoTower):
+    if not isinstance(towers, QueryTower):
         raise ValueError(
-            f"{run}: ranking.name is '{job.config.ranking.name}', which has no item tower; give a "
-            "run of two_tower, or --vectors content"
+            f"{run}: ranking.name is '{job.config.ranking.name}', which has no user tower; give a "
+            "run of two_tower or generative, or --vectors content"
         )
     if top_k(job):
         raise ValueError(
@@ -167,7 +173,7 @@ def search_index(
     return index.search(queries, min(count, index.ntotal), params=parameters)
 
 
-VectorKind = Literal["content", "item_tower"]
+VectorKind = Literal["content", "item_tower", "codes"]
 
 VECTORS, ITEMS, INDEX, QUERIES = "vectors.npy", "items.parquet", "index.faiss", "queries"
 
@@ -186,6 +192,7 @@ class VectorsManifest(BaseManifest):
     index: IndexKind | None
     normalized: bool  # vectors in the index have length one, so that it compares cosines
     tower: dict[str, Any] = field(default_factory=dict)  # size and hashes of the tower's graph
+    decoder: dict[str, int] = field(default_factory=dict)  # sizes, of codes
 
 
 @dataclass(frozen=True)
@@ -194,7 +201,7 @@ class ItemVectors:
 
     rows: np.ndarray  # int64 [I], rising
     ids: pa.Array  # int64 or string [I]
-    vectors: np.ndarray  # float32 [I, V]
+    vectors: np.ndarray  # float32 [I, V]; int64 [I, L + 2] of codes
 
 
 def export_vectors(
@@ -211,8 +218,8 @@ def export_vectors(
         run: folder of the finished run.
         out: a folder that does not exist.
         kind: content: of any model with content; item_tower: of two_tower, with its user tower;
-            None: item_tower of two_tower, else content.
-        index: also build an index of this kind.
+            codes: of generative, with its user tower and decoder; None: that of the model.
+        index: also build an index of this kind; codes need none.
         ranks: a single process.
         data: dataset whose items are exported; default the dataset of the run.
 
@@ -222,15 +229,25 @@ def export_vectors(
     if index is not None:
         require_faiss()
     job = load_for_export(run, out, ranks, data)
+    model, settings = job.em3.ranking, job.config.ranking
+    of_tower: VectorKind = "codes" if isinstance(model, Generative) else "item_tower"
     if kind is None:
-        kind = "item_tower" if isinstance(job.em3.ranking, TwoTower) else "content"
+        kind = of_tower if isinstance(model, QueryTower) else "content"
+    if kind not in ("content", of_tower) or (kind == "codes" and index is not None):
+        raise ValueError(
+            f"{run}: --vectors {kind} --index {index}: generative has codes, which need no index, "
+            "and two_tower has item_tower; leave both out"
+        )
     tower: dict[str, Any] = {}
     with whole_folder(out) as partial:
-        if kind == "item_tower":
+        if kind != "content":
             (partial / QUERIES).mkdir()
             tower = write_user_tower(run, job, partial / QUERIES).files[GRAPH]
         manifest = _write(partial, run, job, kind, index)
         manifest.tower = tower
+        if kind == "codes":
+            assert isinstance(model, Generative) and isinstance(settings, GenerativeSettings)
+            manifest.decoder = write_decoder(partial, model, settings)
         write_manifest(partial, manifest, leave_out=QUERIES)
     return manifest
 
@@ -268,6 +285,12 @@ def item_vectors(job: Job, kind: VectorKind) -> ItemVectors:
         ValueError: the run has no content, or raw ids are not known.
     """
     ids = raw_ids(job)
+    if kind == "codes":
+        assert isinstance(job.em3.ranking, Generative)
+        rows = np.asarray(catalogue_of(job))
+        codes = job.em3.ranking.table.numpy()[rows]
+        has_codes = codes[:, -1] > 0
+        return ItemVectors(rows[has_codes], ids.filter(pa.array(has_codes)), codes[has_codes])
     if kind == "item_tower":
         items, vectors = catalogue_vectors(job, Lockstep(job.ranks))
         return ItemVectors(items.numpy(), ids, vectors.float().numpy())

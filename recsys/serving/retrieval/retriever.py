@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from recsys.data.parquet.file import column_type, open_parquet
 from recsys.serving.package import GRAPH, read_manifest_of
 from recsys.serving.requests import value_list
+from recsys.serving.retrieval.code_index import CodeIndex
 from recsys.serving.retrieval.item_vectors import (
     INDEX,
     ITEMS,
@@ -33,6 +34,7 @@ from recsys.serving.retrieval.item_vectors import (
     search_index,
     unit,
 )
+from recsys.serving.retrieval.semantic_ids import read_codes
 from recsys.storage.files import whole_file
 from recsys.storage.location import Location
 from recsys.storage.output_file import check_output
@@ -63,11 +65,11 @@ class Retrieved:
     """
 
     items: list[Any]  # raw ids [K]
-    scores: np.ndarray  # float32 [K] dot products
+    scores: np.ndarray  # float32 [K] dot products, or log-probabilities of a generative model
 
 
 class Retriever:
-    """Retrieves items for a user, from what `recsys export-vectors --index` wrote.
+    """Retrieves items for a user, from what `recsys export-vectors` wrote.
 
     The query is the user tower's, or the mean of the unit content vectors of the history.
     Several threads may call it at once.
@@ -85,10 +87,15 @@ class Retriever:
         self.folder, self.manifest = folder, manifest
         self.ids = pq.read_table(folder / ITEMS)["id"].combine_chunks()
         self.vectors = np.load(folder / VECTORS, mmap_mode="r")
-        self._index = read_index(folder / INDEX)
+        is_codes = manifest.vectors == "codes"
+        self._index: Any = (
+            CodeIndex.load(folder, np.array(self.vectors), manifest.decoder)
+            if is_codes
+            else read_index(folder / INDEX)
+        )
         self._history = manifest.history or manifest.target_item
         self.tower: UserTower | None = None
-        if manifest.vectors == "item_tower":
+        if manifest.vectors != "content":
             self.tower = UserTower.load(folder / QUERIES, verify=verify)
             if self.tower.manifest.files[GRAPH] != manifest.tower:
                 raise ValueError(
@@ -102,7 +109,7 @@ class Retriever:
         folder = Path(folder)
         what, command = "folder of item vectors", "recsys export-vectors"
         manifest = read_manifest_of(folder, VectorsManifest, what, command, verify)
-        if manifest.index is None:
+        if manifest.index is None and manifest.vectors != "codes":
             raise ValueError(f"{folder}: has no index; export the vectors with --index hnsw")
         return Retriever(folder, manifest, verify)
 
@@ -121,6 +128,29 @@ class Retriever:
             ValueError: names a missing or unusable column; or no history item has a content vector.
         """
         return self.search(self.query(user, history)[np.newaxis], count, [exclude])[0]
+
+    def add_items(self, folder: str | Path) -> int:
+        """Make items of a generative model retrievable that came later; return their number.
+
+        `folder` is of `recsys semantic-ids --codebooks`, with the codes of these and other items.
+        """
+        if not isinstance(self._index, CodeIndex):
+            raise ValueError(
+                f"{self.folder}: items are added by their codes to a generative model alone; "
+                "export the vectors of the new items, too"
+            )
+        ids, codes = read_codes(Path(folder), self.ids.type)
+        places = pc.index_in(ids, self.ids)
+        is_new = places.is_null().to_numpy(zero_copy_only=False)
+        known = self._index.trie.table[places.drop_null().to_numpy(), :-2]
+        if known.shape[1] != codes.shape[1] or (known != codes[~is_new]).any():
+            raise ValueError(
+                f"{folder}: its codes are not those of {self.folder}; write them with --codebooks "
+                "of the semantic ids that the model was trained on"
+            )
+        self._index.add(codes[is_new])
+        self.ids = pa.concat_arrays([self.ids, ids.filter(pa.array(is_new))])
+        return int(is_new.sum())
 
     def columns(self, given: Sequence[str]) -> tuple[list[str], list[str]]:
         """Columns of the files that a request gives: of the user, and of the history."""

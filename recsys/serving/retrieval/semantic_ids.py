@@ -8,6 +8,7 @@ of each level, and `collisions.json`. Shapes: I items, D content dimension, L le
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
+from scipy.special import softmax
 
-from recsys.build import SPLITS
+from recsys.build import SPLITS, Job
 from recsys.checkpoint.cold_row_init import trained_counts
 from recsys.checkpoint.files import model_of
 from recsys.config.plain_yaml import load_plain_yaml
@@ -31,29 +33,48 @@ from recsys.evaluation.predict import data_of
 from recsys.evaluation.retrieval import catalogue_of
 from recsys.serving.export import load_for_export
 from recsys.serving.package import BaseManifest, read_manifest_of, write_manifest
-from recsys.serving.retrieval.item_vectors import item_vectors, require_faiss, unit
+from recsys.serving.retrieval.item_vectors import (
+    item_vectors,
+    raw_ids,
+    require_faiss,
+    unit,
+)
 from recsys.storage.files import link_or_copy, whole_folder
 from recsys.storage.location import Location
 
+logger = logging.getLogger(__name__)
+
 ITERATIONS = 25
+BALANCING_ROUNDS, BALANCING_STEPS = 8, 20
 TRAINED_ON = 1024  # vectors per code, at most
 ITEMS_PER_BLOCK = 4096
 SHOWN = 5  # of the items that share their codes with most others
 ITEMS, CODEBOOKS, COLLISIONS = "items.parquet", "codebooks.npy", "collisions.json"
+PRICES = "prices.npy"
 COLUMN = "semantic_ids"
 
 
 @dataclass(frozen=True)
 class Codebooks:
-    """Centres of each level."""
+    """Centres of each level, and what they cost beside others, so that codes are used alike."""
 
     centres: np.ndarray  # float32 [L, C, D]
+    prices: np.ndarray  # float64 [L, C]; zeros: the nearest centre is chosen
 
     @staticmethod
-    def fit(vectors: np.ndarray, levels: int, codes: int, seed: int = 0) -> Codebooks:  # [I, D]
-        """Cluster vectors, and what each level leaves of them; at least as many as codes."""
+    def fit(
+        vectors: np.ndarray,  # float32 [I, D]
+        levels: int,
+        codes: int,
+        seed: int = 0,
+        balanced: bool = False,
+    ) -> Codebooks:
+        """Cluster vectors, and what each level leaves of them; at least as many as codes.
+
+        `balanced` gives each code of a level about as many of the vectors.
+        """
         _check_codes(codes, len(vectors))
-        faiss, rest, centres = require_faiss(), unit(vectors), []
+        faiss, rest, centres, prices = require_faiss(), unit(vectors), [], []
         for _ in range(levels):
             means = faiss.Kmeans(
                 rest.shape[1],
@@ -65,8 +86,11 @@ class Codebooks:
             )
             means.train(np.ascontiguousarray(rest))
             centres.append(means.centroids.copy())
-            rest = rest - centres[-1][_nearest(rest, centres[-1])]
-        return Codebooks(np.stack(centres))
+            prices.append(np.zeros(codes))
+            if balanced:
+                centres[-1], prices[-1] = _balance(rest, centres[-1])
+            rest = rest - centres[-1][_nearest(rest, centres[-1], prices[-1])]
+        return Codebooks(np.stack(centres), np.stack(prices))
 
     @property
     def num_ids(self) -> int:
@@ -76,8 +100,8 @@ class Codebooks:
     def codes_of(self, vectors: np.ndarray) -> np.ndarray:  # float32 [I, D] -> int64 [I, L]
         """Return the codes of content vectors, each in [0, C)."""
         rest, codes = unit(vectors), []
-        for centres in self.centres:
-            codes.append(_nearest(rest, centres))
+        for centres, prices in zip(self.centres, self.prices, strict=True):
+            codes.append(_nearest(rest, centres, prices))
             rest = rest - centres[codes[-1]]
         return np.stack(codes, axis=1)
 
@@ -94,9 +118,34 @@ def _check_codes(codes: int, num_items: int) -> None:
         )
 
 
-def _nearest(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:  # [I, D], [C, D] -> [I]
+def _balance(vectors: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Move centres [C, D] to the means of groups of about equal size, and find their prices [C].
+
+    Prices are those of Sinkhorn's algorithm at a temperature that falls (arXiv 1306.0895).
+    """
+    sample = np.random.default_rng(0).permutation(len(vectors))[: TRAINED_ON * len(centres)]
+    sampled, prices = vectors[np.sort(sample)].astype(np.float64), np.zeros(len(centres))
+    share = len(sampled) / len(centres)
+    for temperature in np.geomspace(0.1, 0.001, BALANCING_ROUNDS):
+        wide = centres.astype(np.float64)
+        gains = sampled @ wide.T - (wide**2).sum(axis=1) / 2  # [I, C]
+        for _ in range(BALANCING_STEPS):
+            shares = softmax((gains - prices) / temperature, axis=1).sum(axis=0)
+            prices = prices + temperature * np.log(np.maximum(shares, 1e-9) / share)
+        codes = _nearest(sampled, centres, prices)
+        counts = np.bincount(codes, minlength=len(centres))
+        sums = np.zeros_like(wide)
+        np.add.at(sums, codes, sampled)
+        means = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], wide)
+        last, centres = centres, means.astype(np.float32)
+    return last, prices  # the prices are of the centres that they were found for
+
+
+def _nearest(
+    vectors: np.ndarray, centres: np.ndarray, prices: np.ndarray
+) -> np.ndarray:  # [I, D], [C, D], [C] -> [I]
     wide = centres.astype(np.float64)  # whatever the block, an item has the same code
-    halves = (wide**2).sum(axis=1) / 2
+    halves = (wide**2).sum(axis=1) / 2 + prices
 
     def blocks() -> Iterator[np.ndarray]:
         for start in range(0, len(vectors), ITEMS_PER_BLOCK):
@@ -164,6 +213,7 @@ def export_semantic_ids(
     data: str | None = None,
     codebooks: Path | None = None,
     dataset: Path | None = None,
+    balanced: bool = False,
 ) -> dict[str, Any]:
     """Write semantic ids of all items, fitted to trained ones; return the collision report.
 
@@ -176,6 +226,7 @@ def export_semantic_ids(
         data: dataset whose items get ids; default the dataset of the run.
         codebooks: an earlier folder of the same run, whose codebooks and sizes are used.
         dataset: also write the dataset with a column of its ranked items' ids, to this folder.
+        balanced: use the codes of a level alike.
 
     Raises:
         ValueError: a folder exists, the run has no content or fewer trained items than codes, the
@@ -196,13 +247,14 @@ def export_semantic_ids(
     if books is None:
         _check_codes(codes, int(is_trained.sum()))
     items = item_vectors(job, "content")
-    books = books or Codebooks.fit(items.vectors[is_trained], levels, codes)
+    books = books or Codebooks.fit(items.vectors[is_trained], levels, codes, balanced=balanced)
     ids, sizes = books.ids_of(items.vectors), books.centres.shape  # L, C, D
     report = collision_report(ids % sizes[1], items.ids.to_pylist(), sizes[1])
     table = pa.table({job.schema.target_item: items.ids, COLUMN: pa.array(list(ids))})
     with whole_folder(out) as partial:
         pq.write_table(table, partial / ITEMS)
         np.save(partial / CODEBOOKS, books.centres)
+        np.save(partial / PRICES, books.prices)
         (partial / COLLISIONS).write_text(json.dumps(report, indent=1) + "\n")
         manifest = SemanticManifest(str(run), model, job.schema.target_item, *sizes)
         write_manifest(partial, manifest)
@@ -213,14 +265,46 @@ def export_semantic_ids(
 
 def load_codebooks(folder: Path, model: str | None = None) -> Codebooks:
     """Load the codebooks of a folder of semantic ids, whose model has this hash if one is given."""
-    what, command = "folder of semantic ids", "recsys semantic-ids"
-    manifest = read_manifest_of(folder, SemanticManifest, what, command, verify=True)
+    manifest = _read_manifest(folder)
     if model is not None and manifest.model != model:
         raise ValueError(
             f"{folder}: its codebooks are of the model of {manifest.run}, whose content vectors "
             "another model does not share; name that run, or leave --codebooks out for new ids"
         )
-    return Codebooks(np.load(folder / CODEBOOKS))
+    centres = np.load(folder / CODEBOOKS)
+    file = folder / PRICES
+    return Codebooks(centres, np.load(file) if file.exists() else np.zeros(centres.shape[:2]))
+
+
+def codes_of_items(job: Job, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows of the item table [I] and codes [I, L] of a job's items that have some."""
+    ids = raw_ids(job)
+    coded, codes = read_codes(folder, ids.type)
+    places = pc.index_in(ids, coded)
+    has_codes = places.is_valid().to_numpy(zero_copy_only=False)
+    if not has_codes.all():
+        logger.warning(
+            f"{folder}: {int((~has_codes).sum()):,} of {len(ids):,} items have no semantic ids and "
+            "cannot be retrieved; write them by --codebooks for these items, too"
+        )
+    return np.asarray(catalogue_of(job))[has_codes], codes[places.drop_null().to_numpy()]
+
+
+def read_codes(folder: Path, id_type: pa.DataType) -> tuple[pa.Array, np.ndarray]:
+    """Return the raw ids of a folder of semantic ids [I], and their codes [I, L]."""
+    manifest = _read_manifest(folder)
+    table = pq.read_table(folder / ITEMS)
+    ids = table[manifest.target_item].combine_chunks()
+    try:
+        ids = ids.cast(id_type)
+    except pa.ArrowException as error:
+        raise ValueError(f"{folder}: its items have ids of another type ({error})") from error
+    return ids, np.stack(table[COLUMN].to_numpy()) % manifest.codes
+
+
+def _read_manifest(folder: Path) -> SemanticManifest:
+    what, command = "folder of semantic ids", "recsys semantic-ids"
+    return read_manifest_of(folder, SemanticManifest, what, command, verify=True)
 
 
 def write_dataset_with(

@@ -20,6 +20,7 @@ from recsys.config.ranking import RetrievalSettings
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.availability import later_items
 from recsys.evaluation.predict import evaluate, load_run
 from recsys.evaluation.retrieval import retrieval_metrics
 from recsys.training.train import train
@@ -31,8 +32,13 @@ from tests.recsys.ranking.backbone_runs import backbone_config
 
 NUM_ITEMS = 150  # more than the deepest list
 NUM_ROWS = {"train": 61, "valid": 24, "test": 33}
-SEEN = " without seen items"
-CASES = [("two_tower sampled", "qformer"), ("two_tower in_batch", "full"), ("two_tower", SEEN)]
+SEEN, LATER = " without seen items", " without later items"
+CASES = [
+    ("two_tower sampled", "qformer"),
+    ("two_tower in_batch", "full"),
+    ("two_tower", SEEN),
+    ("two_tower", LATER),
+]
 
 
 def metrics_of(places: Tensor) -> dict[str, Any]:
@@ -59,13 +65,16 @@ def train_and_evaluate(rank: int, world_size: int, folder: Path) -> dict[Any, di
         config = backbone_config(
             folder,
             backbone,
-            "qformer" if content in ("full", SEEN) else content,
+            "qformer" if content in ("full", SEEN, LATER) else content,
             batch_size=7,
             epochs=1,
         )
         if content == SEEN:
             assert isinstance(config.ranking, RetrievalSettings)
             config = replace(config, ranking=replace(config.ranking, exclude_seen=True))
+        if content == LATER:
+            later: Any = {"available_from": "released", "row_time": "moment"}
+            config = replace(config, ranking=replace(config.ranking, **later))
         if content == "full":  # history encoded with gradient, no bank
             assert isinstance(config.content, ContentSettings)
             history = replace(config.content.history, mode="full")
@@ -86,8 +95,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ranked_item = pq.read_table(folder / "data" / "test")["item"][0].as_py()
     rows = pq.read_table(file)
     missing = pc.is_in(rows["item"], pa.array([ranked_item, (ranked_item + 1) % NUM_ITEMS]))
+    rows = rows.append_column("released", released(rows["item"].to_numpy()))
     pq.write_table(rows.filter(pc.invert(missing)), file, row_group_size=7)
+    for file in folder.glob("data/[tv]*/*.parquet"):
+        rows = pq.read_table(file)
+        moments = pa.array(100 * np.arange(rows.num_rows) % 13, pa.int64()).cast(pa.timestamp("s"))
+        pq.write_table(rows.append_column("moment", moments), file, row_group_size=7)
     return folder
+
+
+def released(items: np.ndarray) -> pa.Array:
+    """Moments from which items are available, in another unit than those of rows, or none."""
+    days = pa.array(1000 * (items % 17), mask=items % 5 == 0)
+    return days.cast(pa.timestamp("ms"))
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +122,19 @@ def places_by_brute_force(folder: Path, run: Path) -> tuple[Tensor, np.ndarray]:
         job = load_run(run, None, ranks, "cpu")
         job.model.eval()
         excludes_seen = run.name.endswith(f"{SEEN}')")
+        excludes_later = run.name.endswith(f"{LATER}')")
+        moments = pq.read_table(folder / "data" / "test")["moment"]
+        moments = moments.cast(pa.timestamp("s")).cast(pa.int64()).to_numpy()
         table = next(ParquetRows.of_split(job.root, "test", job.schema).read(0, NUM_ROWS["test"]))
         places, targets = [], []
         for row in np.flatnonzero(table["liked"].to_numpy() > 0):
             target = table["item"][row].as_py()
-            seen = table["history"][row].as_py() if excludes_seen else []
-            items = np.unique(np.append(np.setdiff1d(catalogue, seen), target))
+            out = table["history"][row].as_py() if excludes_seen else []
+            if excludes_later:
+                is_later = (catalogue % 5 > 0) & (catalogue % 17 > moments[row])
+                out = catalogue[is_later]
+                assert 0 < is_later.sum() < len(catalogue)
+            items = np.unique(np.append(np.setdiff1d(catalogue, out), target))
             every = table.take(np.full(len(items), row))
             every = every.set_column(every.column_names.index("item"), "item", pa.array(items))
             loaded = iter([job.batch_builder()(every)])
@@ -136,3 +163,19 @@ def test_two_ranks_find_what_brute_force_finds(folder: Path, reports: Any, case:
         whole = {name: report[name] for name in metrics_of(places)}
         assert_same_metrics(whole, metrics_of(places))
         assert 0 < report["recall@50"] < 1
+
+
+def test_moments_that_cannot_be_compared_are_refused(folder: Path, reports: Any) -> None:
+    del reports
+    run = folder / f"run {CASES[-1]}"
+    for settings, message in (
+        ({"available_from": "text"}, "items.*column 'text': has no times or numbers"),
+        ({"row_time": "price"}, "'price' of the rows and column 'released'.*not both times"),
+        ({"row_time": "none"}, "column 'none'"),
+    ):
+        with joined_ranks("cpu") as ranks:
+            job = load_run(run, None, ranks, "cpu")
+            ranking = replace(job.config.ranking, **settings)  # type: ignore[arg-type]
+            assert isinstance(ranking, RetrievalSettings)
+            with pytest.raises(ValueError, match=message):
+                later_items(job, ranking, job.rows("test"), torch.zeros(1, dtype=torch.long))

@@ -40,6 +40,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "history_encoder": "transformer",
         "exclude_seen": True,
     },
+    "generative": {"code_levels": 2, "num_codes": 8, "beam_size": 50},
     "two_tower sampled hstu": {"loss": "sampled_softmax", "history_encoder": "hstu"},
 }
 

@@ -25,6 +25,7 @@ DIMENSIONS = InputDimensions(
     dense_names=("price", "hour"),
     parallel_names=("liked",),
     group="user",
+    num_items=9,
 )
 MODALITIES = {name: ModalitySettings(kind="feature", column=name) for name in ("clip", "sound")}
 CONTENT = ContentSettings(modalities=MODALITIES, dim=CONTENT_DIM, history=HistorySettings())
@@ -81,7 +82,8 @@ def one_row(
         items=batch.history.items[events],
     )
     dense = batch.dense_features[this]
-    alone = replace(batch, dense_features=dense, history=history_of_row)
+    target = replace(batch.target, items=batch.target.items[this])
+    alone = replace(batch, dense_features=dense, history=history_of_row, target=target)
     return (
         IDVectors([part[this] for part in ids.pooled], ids.target[this], ids.history[events]),
         ContentVectors(

@@ -23,7 +23,7 @@ from recsys.model.build import build_ranking
 from recsys.ranking import RANKING_MODELS
 from recsys.ranking.din import Mmoe
 from recsys.ranking.layers.fields import history_numbers
-from recsys.ranking.vectors import IDVectors, InputDimensions, TowerVectors
+from recsys.ranking.vectors import CodeLogits, IDVectors, InputDimensions, TowerVectors
 from tests.fake_gpu import fake_gpu, on_fake_gpu
 from tests.recsys.ranking.ranking_inputs import (
     CONTENT,
@@ -69,7 +69,7 @@ def model_of(
 
 def logits_of(model: nn.Module, *parts: Any) -> Tensor:
     scored = model(*parts)
-    return scored.logits if isinstance(scored, TowerVectors) else scored
+    return scored.logits if isinstance(scored, TowerVectors | CodeLogits) else scored
 
 
 @by_content

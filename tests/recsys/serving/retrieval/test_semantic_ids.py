@@ -36,14 +36,18 @@ def test_codes_are_the_nearest_centres_of_what_earlier_levels_leave() -> None:
     centres = np.array([[[1, 0], [0, 1]], [[0.2, 0], [0, -0.2]]], np.float32)
     vectors = np.array([[1, 0.01], [5, 1.2], [0.3, 4], [-0.1, 1]], np.float32)
 
-    codes = Codebooks(centres).codes_of(vectors)
+    books = Codebooks(centres, np.zeros((2, 2)))
+    codes = books.codes_of(vectors)
 
     rest = unit(vectors)
     for level in range(2):
         distances = np.linalg.norm(rest[:, None] - centres[level][None], axis=2)
         assert codes[:, level].tolist() == distances.argmin(axis=1).tolist()
         rest = rest - centres[level][codes[:, level]]
-    assert Codebooks(centres).ids_of(vectors).tolist() == (codes + np.array([0, 2])).tolist()
+    assert (
+        Codebooks(centres, np.zeros((2, 2))).ids_of(vectors).tolist()
+        == (codes + np.array([0, 2])).tolist()
+    )
     assert len(np.unique(codes, axis=0)) > 2
 
 
@@ -59,6 +63,24 @@ def test_each_level_leaves_less_of_the_vectors() -> None:
     assert books.codes_of(vectors[7:8]).tolist() == books.codes_of(vectors)[7:8].tolist()
     with pytest.raises(ValueError, match="--codes is 401"):
         Codebooks.fit(vectors, levels=1, codes=401)
+
+
+def test_balanced_codes_are_used_alike_and_keep_most_of_the_vectors() -> None:
+    random = np.random.default_rng(0)
+    crowd = random.standard_normal((1, 6)) + 0.1 * random.standard_normal((300, 6))
+    vectors = np.concatenate([crowd, random.standard_normal((100, 6))]).astype(np.float32)
+    usage, energy = {}, {}
+    for balanced in (False, True):
+        books = Codebooks.fit(vectors, levels=2, codes=8, balanced=balanced)
+        codes = books.codes_of(vectors)
+        usage[balanced] = np.bincount(codes[:, 0], minlength=8)
+        rest = unit(vectors)
+        for level in range(2):
+            rest = rest - books.centres[level][codes[:, level]]
+        energy[balanced] = float((rest**2).sum(axis=1).mean())
+    assert usage[False].max() > 120 and usage[True].max() < 75 and usage[True].min() > 25
+    assert energy[True] < 0.35
+    assert books.codes_of(vectors[5:6]).tolist() == codes[5:6].tolist()
 
 
 def test_the_report_counts_items_that_share_all_codes() -> None:

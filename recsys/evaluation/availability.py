@@ -1,0 +1,95 @@
+"""Items that are no candidates of a row, as they became available after its moment.
+
+Shapes: R rows, I items.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.types as pt
+import torch
+from torch import Tensor
+
+from recsys.build import Job
+from recsys.config.ranking import RetrievalSettings
+from recsys.data.items.item_table import ItemTable
+from recsys.data.parquet.file import column_type, open_parquet
+from recsys.data.parquet.rows import ParquetRows
+from recsys.data.row_source import RowSource
+
+
+@dataclass(frozen=True)
+class LaterItems:
+    """Moments of rows [R], and from which the items of a catalogue are available [I], ascending."""
+
+    rows: Tensor
+    items: Tensor  # int64 [I], ids
+    moments: Tensor
+
+    def mask(self, rows: slice, items: Tensor) -> Tensor:  # [K] of the catalogue -> bool [rows, K]
+        """Return which of the items came after each of some rows."""
+        moments = self.moments[torch.searchsorted(self.items, items)]
+        return moments > self.rows[rows].unsqueeze(1)
+
+
+def later_items(
+    job: Job, settings: RetrievalSettings, rows: RowSource, positions: Tensor
+) -> LaterItems | None:  # int64 [R]
+    """Read the moments of rows at these positions and of all items; None without the setting.
+
+    An item without a moment is always available.
+    """
+    if settings.available_from is None:
+        return None
+    if not isinstance(rows, ParquetRows) or job.schema.items is None:
+        raise ValueError(
+            f"ranking.available_from is '{settings.available_from}', a column of items/*.parquet, "
+            "but the dataset has no items or its rows are no Parquet files; set it to null"
+        )
+    of_rows = []
+    for file in dict.fromkeys(group.file for group in rows.row_groups):
+        with open_parquet(file) as parquet:
+            column_type(parquet, file, settings.row_time)
+            column = parquet.read(columns=[settings.row_time])[settings.row_time]
+        of_rows.append(_numbers(column, f"{file}: column '{settings.row_time}'"))
+    table = job.store.items if job.store else ItemTable(job.root, job.schema, job.config.on_bad_row)
+    of_items = [
+        _numbers(column, f"{file}: column '{settings.available_from}'")
+        for file, _, column in table.chunks(settings.available_from)
+    ]
+    (row_moments, rows_are_times), (moments, are_times) = map(_joined, (of_rows, of_items))
+    if rows_are_times != are_times:
+        raise ValueError(
+            f"{job.root}: column '{settings.row_time}' of the rows and column "
+            f"'{settings.available_from}' of the items are not both times or both numbers; write "
+            "them in one type"
+        )
+    row_moments = row_moments[positions.numpy()]
+    if np.isnan(row_moments).any():
+        raise ValueError(
+            f"{job.root}: column '{settings.row_time}' is null in a row, whose candidates are not "
+            "known then; fill it"
+        )
+    moments = np.nan_to_num(moments, nan=-np.inf)[table.rows[np.argsort(table.ids)]]
+    ids = torch.from_numpy(np.sort(table.ids))
+    return LaterItems(torch.from_numpy(row_moments), ids, torch.from_numpy(moments))
+
+
+def _joined(columns: list[tuple[np.ndarray, bool]]) -> tuple[np.ndarray, bool]:
+    values, are_times = zip(*columns, strict=True)
+    return np.concatenate(values), all(are_times)
+
+
+def _numbers(column: pa.Array | pa.ChunkedArray, place: str) -> tuple[np.ndarray, bool]:
+    """Return float64 values, NaN where one is null, and whether they are times (in us)."""
+    are_times = pt.is_timestamp(column.type) or pt.is_date(column.type)
+    try:
+        column = column.cast(pa.timestamp("us")).cast(pa.int64()) if are_times else column
+        # Microseconds up to the year 2255 are exact in float64.
+        numbers = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    except pa.ArrowException as error:
+        raise ValueError(f"{place}: has no times or numbers ({error})") from error
+    return numbers, are_times
