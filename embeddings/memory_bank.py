@@ -183,9 +183,6 @@ class MemoryBank:
         """Write vectors by id, float32, with the step as age. A collective.
 
         Of an id written twice the last vector of the highest rank is kept.
-
-        Raises:
-            ValueError: the shapes do not fit.
         """
         ids = self._checked(item_ids) if route is None else item_ids
         if vectors.shape != (ids.numel(), self.dim):

@@ -79,11 +79,7 @@ def _column_shard_width(dim: int, world_size: int, min_columns: int) -> int:
 
 
 def check_kernels(table: TableConfig, device: torch.device) -> None:
-    """Check that the device has the fused kernel of a table.
-
-    Raises:
-        ValueError: the table needs a GPU, and `device` is a CPU.
-    """
+    """Raise a ValueError if the kernel of a table needs a GPU, and `device` is a CPU."""
     if device.type != "cpu":
         return
     if table.kernel != "fused":
@@ -263,8 +259,7 @@ def table_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def parameters_of(module: nn.Module, tables: Sequence[TableConfig]) -> dict[str, nn.Parameter]:
     """Return the parameter of each table of the unsharded ``module``.
 
-    Raises:
-        ValueError: a table is only in the module or only in the configuration.
+    A table that only the module or only the configuration has is a ValueError.
     """
     parameters = dict(table_parameters(module))
     for name in sorted(parameters.keys() ^ {table.name for table in tables}):

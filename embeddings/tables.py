@@ -168,8 +168,7 @@ class NormalInitializer:
 def check_tables(tables: Sequence[TableConfig]) -> None:
     """Check the constraints between several tables.
 
-    Raises:
-        ValueError: names or features repeat, or dimensions of tables without pooling differ.
+    Repeated names or features, or different dimensions without pooling, are a ValueError.
     """
     table_of_feature: dict[str, str] = {}
     names = [table.name for table in tables]

@@ -165,8 +165,7 @@ def write_stamp(environment: Path, stamp: Stamp) -> None:
 def make_environment(environment: Path, start_over: bool) -> None:
     """Create the virtual environment, or complete or replace an existing one.
 
-    Raises:
-        InstallError: the folder holds something else, or Python lacks the module venv.
+    A folder that holds something else, or no module venv, is an InstallError.
     """
     if (environment / "pyvenv.cfg").exists():
         if not start_over and succeeds([str(environment / PYTHON), "-m", "pip", "--version"]):
@@ -206,8 +205,7 @@ def install_stage(environment: Path, stage: Stage) -> None:
 def check_imports(environment: Path, flavor: str) -> str:
     """Import the three packages that must match, and return their versions as text.
 
-    Raises:
-        InstallError: an import failed, or packages for CUDA are builds for CPU.
+    A failed import, or packages for CUDA that are builds for CPU, are an InstallError.
     """
     code = FIRST_IMPORT
     if flavor == "cuda":
@@ -244,8 +242,7 @@ def timed(title: str, step: Callable[..., Any], *arguments: Any) -> Any:
 def install(environment: Path, flavor: str, extras: Collection[str], index_url: str | None) -> None:
     """Bring the environment to the wanted state; return at once if it already is.
 
-    Raises:
-        InstallError: a step failed; names the cause and the fix.
+    An InstallError of a step names the cause and the fix.
     """
     import tomllib  # here, because an older Python lacks it
 

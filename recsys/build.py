@@ -142,8 +142,7 @@ def build_job(
 ) -> Job:
     """Build all parts of a run, by default with the dataset's own schema. A collective.
 
-    Raises:
-        ValueError: on every rank: data or plan is invalid.
+    Invalid data or an invalid plan is a ValueError on every rank.
     """
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.manual_seed(config.seed)  # the same on all ranks: initial weights agree
@@ -270,8 +269,7 @@ def check_columns(
 ) -> None:
     """Open all splits and check the columns' types by their first rows. A collective.
 
-    Raises:
-        ValueError: on every rank: a split cannot be read, or a column does not fit the schema.
+    What cannot be read, or does not fit the schema, is a ValueError on every rank.
     """
     with ranks.raise_on_all_ranks():
         if ranks.is_first:

@@ -65,21 +65,13 @@ def check_installation() -> list[Problem]:
 
 
 def require_working_installation(imports_torchrec: bool = True) -> None:
-    """End a job before it starts if the installed packages do not work.
-
-    Raises:
-        InstallationError: a package is missing or broken; names each problem and its fix.
-    """
+    """End a job before it starts if the installed packages do not work, with each one's fix."""
     names = ("torch", "fbgemm_gpu", "torchrec")[: 3 if imports_torchrec else 2]
     _refuse(_package_problems() or _import_problems(names))
 
 
 def require_matching_packages() -> None:
-    """End a command if packages are missing or do not match; none is imported.
-
-    Raises:
-        InstallationError: names each problem and its fix.
-    """
+    """End a command if packages are missing or do not match, with each one's fix; imports none."""
     _refuse(_package_problems())
 
 

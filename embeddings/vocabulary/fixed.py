@@ -70,8 +70,7 @@ def _keys(plain: pa.Array) -> np.ndarray:
 def integer_ids(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """Return raw ids as int64 [N]: integers as they are, strings by a stable 64-bit fingerprint.
 
-    Raises:
-        ValueError: an id is null or of another type, or an unsigned one does not fit.
+    A null, an id of another type, or an unsigned one that does not fit, is a ValueError.
     """
     return _keys(_plain_ids(ids))
 
@@ -109,8 +108,7 @@ class ExactVocabulary:
     def extend(self, chunks: Iterable[pa.Array | pa.ChunkedArray]) -> int:
         """Add the new ids of chunks after the known ones and return their number.
 
-        Raises:
-            ValueError: ids do not fit the table or differ in type; the map is then unchanged.
+        If ids do not fit the table or differ in type, a ValueError, the map is unchanged.
         """
         before = self.ids, self._ordered_keys, self._row_in_order
         try:
@@ -153,11 +151,7 @@ class ExactVocabulary:
             )
 
     def find(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """Return the rows of raw ids: int64 [N], -1 for unknown ids.
-
-        Raises:
-            ValueError: an id is null or not of the map's type.
-        """
+        """Return the rows of raw ids: int64 [N], -1 for unknown ids; a null is a ValueError."""
         ids = _plain_ids(ids)
         if not len(self) or not len(ids):
             return np.full(len(ids), -1)
@@ -199,11 +193,7 @@ class ExactVocabulary:
     def load(
         path: str, num_embeddings: int, filesystem: FileSystem | None = None
     ) -> "ExactVocabulary":
-        """Read a map written by :meth:`save`.
-
-        Raises:
-            ValueError: the file is not such a map, or the map does not fit the table.
-        """
+        """Read a map written by :meth:`save`; one that does not fit the table is a ValueError."""
         try:
             table = pq.read_table(path, filesystem=filesystem, columns=["id", "row"])
         except (pa.ArrowException, OSError) as error:

@@ -98,12 +98,9 @@ def _element(hint: Any) -> Any:
 
 
 def require_schema(data: str) -> None:
-    """Refuse a dataset without a valid schema.
+    """Raise a ValueError for a dataset without a valid schema.
 
     The ranks of a job later read it together, so that all of them end with its error.
-
-    Raises:
-        ValueError: `schema.yaml` is missing or invalid.
     """
     from recsys.data.schema import load_schema
     from recsys.storage.location import Location
@@ -113,11 +110,7 @@ def require_schema(data: str) -> None:
 
 
 def require_finished(run: Path) -> Path:
-    """Refuse a folder without a finished run; of a continual one, return its newest partition's.
-
-    Raises:
-        ValueError: the folder holds none.
-    """
+    """Refuse a folder without a finished run; of a continual one, return its newest partition's."""
     from recsys.checkpoint.partitions import newest_run
 
     run = newest_run(run)

@@ -39,10 +39,8 @@ PositiveShare = Annotated[float, _limited("PositiveShare", float, (">", 0), ("<=
 def check_settings(value: Any, name: str = "", hint: Any = None) -> None:
     """Check every number against its limit, and every part by its own method `check(name)`.
 
-    `name` is the setting in full, empty for all; `hint` is the annotation of a plain value.
-
-    Raises:
-        ValueError: names the setting, its value and its limit.
+    `name` is the setting in full, empty for all; `hint` is the annotation of a plain value. A value
+    outside its limit is a ValueError that names all three.
     """
     if is_dataclass(value):
         for field, field_hint in get_type_hints(type(value), include_extras=True).items():
@@ -74,11 +72,7 @@ def _limits(hint: Any) -> Iterator[type]:
 
 
 def refuse_options(name: str, part: str, options: dict[str, Any]) -> None:
-    """Refuse options of a built-in part, which has settings instead.
-
-    Raises:
-        ValueError: there are options, and `part` is built in.
-    """
+    """Raise a ValueError for options of a built-in part, which has settings instead."""
     if options and ":" not in part:
         raise ValueError(
             f"{name}.options are for a class of your own, but {name}.name is '{part}'; remove them"

@@ -36,11 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def validate(config: Config) -> None:
-    """Check every setting by itself, then settings that exclude each other.
-
-    Raises:
-        ValueError: names the conflicting settings, and the limit or a valid value.
-    """
+    """Check every setting, then those that exclude each other; a ValueError names them."""
     check_settings(config)
     if config.best_model_by in ("recall", "ndcg"):
         _check_search(config.best_model_by, config.ranking)
@@ -98,10 +94,8 @@ def add_config_arguments(
 ) -> None:
     """Add `--config FILE` and every setting of `Config` but `skip` as `--name.of.setting`.
 
-    The command line `words` chooses the ranking model, and so its settings.
-
-    Raises:
-        ValueError: the ranking model is unknown, or has no such key under `ranking`.
+    The command line `words` chooses the ranking model, and so its settings; an unknown model, or
+    one without such a key under `ranking`, is a ValueError.
     """
     # Docstrings of settings are parsed from source files, and only a help text shows them.
     shows_help = not {"-h", "--help"}.isdisjoint(words)
@@ -151,11 +145,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 @cached_copy
 def config_of_plain(plain: dict[str, Any]) -> Config:
-    """Invert `to_plain`: return the `Config`, with defaults for missing settings.
-
-    Raises:
-        ValueError: an unknown key or a wrong type, named.
-    """
+    """Invert `to_plain`, with defaults for missing settings; a wrong one is a ValueError."""
     section = plain.get("ranking")
     name = section.get("name", DEFAULT_MODEL) if isinstance(section, dict) else DEFAULT_MODEL
     parser = Parser(exit_on_error=False)

@@ -15,8 +15,7 @@ T = TypeVar("T")
 def find_part(setting: str, name: str, paths: Mapping[str, str]) -> Any:
     """Import the part that a setting names: a key of `paths`, or `package.module:Class`.
 
-    Raises:
-        ValueError: the name is unknown or cannot be imported.
+    An unknown name, or one that cannot be imported, is a ValueError.
     """
     path = paths.get(name, name)
     module, _, attribute = path.partition(":")
@@ -43,8 +42,7 @@ def make_part(
 ) -> T:
     """Import the class or function that a setting names (`find_part`), call it, check its result.
 
-    Raises:
-        ValueError: the part cannot be imported or made, or is not a `kind`.
+    A part that cannot be made, or is not a `kind`, is a ValueError.
     """
     build = find_part(setting, name, paths)
     try:

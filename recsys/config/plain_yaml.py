@@ -42,11 +42,7 @@ def load_plain_yaml(text: bytes) -> Any:
 
 
 def read_plain(text: str) -> Any:
-    """Read the file of this name, or the text itself if there is no such file.
-
-    Raises:
-        yaml.YAMLError, UnicodeDecodeError: it is no plain YAML.
-    """
+    """Read the file of this name, or the text itself if there is no such file."""
     is_file = os.path.isfile(text)
     return load_plain_yaml(Path(text).read_bytes() if is_file else text.encode())
 

@@ -120,10 +120,8 @@ def softmax_settings(ranking: RankingSettings) -> RetrievalSettings | None:
 def settings_class(name: str) -> type[RankingSettings]:
     """Return the dataclass of a ranking model's settings.
 
-    A user's class without `Settings` has `options` and the settings of retrieval.
-
-    Raises:
-        ValueError: the model cannot be imported, or its `Settings` is no `RankingSettings`.
+    A user's class without `Settings` has `options` and the settings of retrieval; one whose
+    `Settings` is no `RankingSettings` is a ValueError.
     """
     if name in RANKING_SETTINGS:
         settings: type[RankingSettings] = find_part("ranking.name", name, RANKING_SETTINGS)
@@ -141,11 +139,7 @@ def settings_class(name: str) -> type[RankingSettings]:
 
 
 def ranking_settings(name: str = DEFAULT_MODEL, **settings: Any) -> RankingSettings:
-    """Return the settings of a ranking model by its name.
-
-    Raises:
-        ValueError: the model is unknown, or has no such setting.
-    """
+    """Return the settings of a ranking model by its name; an unknown one is a ValueError."""
     kind = settings_class(name)
     check_keys(settings, name)
     return kind(name=name, **settings)
@@ -157,11 +151,7 @@ def keys_of(name: str) -> list[str]:
 
 
 def check_keys(keys: Iterable[str], name: str) -> None:
-    """Refuse keys that a ranking model does not have.
-
-    Raises:
-        ValueError: names the first such key, and lists those of the model.
-    """
+    """Raise a ValueError for keys that a ranking model does not have; it lists those it has."""
     names = keys_of(name)
     for key in keys:
         part = key.split(".")[0].removesuffix("+")
@@ -175,10 +165,7 @@ def check_keys(keys: Iterable[str], name: str) -> None:
 def own_keys(section: dict[str, Any], name: str) -> dict[str, Any]:
     """Return the part of a recipe's `ranking` that belongs to the ranking model of a run.
 
-    Keys of the recipe's own model are dropped with a warning.
-
-    Raises:
-        ValueError: a key belongs neither to the model nor to that of the recipe.
+    Keys of the recipe's own model are dropped with a warning; others are a ValueError.
     """
     names, recipe_model = keys_of(name), str(section.get("name", DEFAULT_MODEL))
     foreign = [key for key in section if key not in names]

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 def gather_rows(tensor: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
     """Return the rows [N] or [N, D] of all ranks, detached, those of rank 0 first. A collective.
 
-    Raises:
-        ValueError: on every rank: dtype or D differs.
+    Another dtype or D on some rank is a ValueError on every rank.
     """
     return _gather(tensor, process_group, to_all=True)
 

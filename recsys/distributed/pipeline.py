@@ -88,8 +88,7 @@ class AccumulatingPipeline(IdsPipeline):
     def begin(self, num_batches: int) -> None:
         """Set the number of following training batches, so that the last group may be smaller.
 
-        Raises:
-            RuntimeError: a group is not complete, and its gradients would be lost.
+        A group that is not complete, whose gradients would be lost, is a RuntimeError.
         """
         if not self.is_first:
             raise RuntimeError(

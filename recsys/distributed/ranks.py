@@ -75,9 +75,7 @@ class Ranks:
     def raise_on_all_ranks(self) -> Iterator[None]:
         """Make the code inside succeed on every rank or raise on every rank; a collective.
 
-        Raises:
-            ValueError: a rank raised ValueError; the message is that rank's.
-            RuntimeError: a rank raised anything else.
+        A rank's ValueError is raised on all, with its message; anything else is a RuntimeError.
         """
         error: Exception | None = None
         try:
@@ -110,8 +108,7 @@ class Ranks:
 def joined_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
     """Join the process group of the environment, or create one for this process alone.
 
-    Raises:
-        ValueError: `device` is cuda, or auto where the machine has GPUs, and torch can use none.
+    A GPU that torch cannot use is a ValueError.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
@@ -213,8 +210,7 @@ def _poll(deadline: float, complaint: str) -> None:
 def sole_job(target: Path, ranks: Ranks, lock_file: Path) -> Iterator[None]:
     """Let no other job write `target` inside the block. A collective; rank 0 holds the lock.
 
-    Raises:
-        ValueError: on every rank; another job holds it, or the file cannot be written.
+    Another job that holds it, or a file that cannot be written, is a ValueError on every rank.
     """
     lock = JobLock(target, lock_file)
     with ranks.raise_on_all_ranks():

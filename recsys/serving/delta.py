@@ -63,11 +63,7 @@ class DeltaCounts:
 
 
 def write_delta(base: Path, new: Path, out: Path) -> DeltaCounts:
-    """Compare two packages byte by byte and write what makes `new` of the older `base`.
-
-    Raises:
-        ValueError: a package is damaged.
-    """
+    """Compare two packages byte by byte and write what makes `new` of the older `base`."""
     older, newer = read_manifest(base), read_manifest(new)
     description, counts = _compare(older, newer), dict[str, int]()
     with whole_file(out) as partial, zipfile.ZipFile(partial, "w") as archive:
@@ -132,11 +128,8 @@ def _mapped_rows(path: Path, row_bytes: int, mode: str = "r") -> np.ndarray:  # 
 def apply_delta(base: Path, delta: Path, out: Path) -> Manifest:
     """Write the newer package, equal to the one that the delta was made of to the last bit.
 
-    Unchanged files are hard links to those of `base`, which a server may have open.
-
-    Raises:
-        ValueError: the delta is damaged, `base` is another package than the delta needs, or `out`
-            exists. Nothing is written then.
+    Unchanged files are hard links to those of `base`, which a server may have open. A damaged
+    delta, another `base` or an `out` that exists is a ValueError; nothing is written then.
     """
     if out.exists():
         raise ValueError(f"{out}: exists already; remove it or name another output folder")

@@ -112,11 +112,8 @@ def export_graph(
 ) -> ExportedProgram:
     """Export the graph for any number of candidates and history items, and write it to a file.
 
-    The file is compared to the model. `shapes` are inputs with the model's widths.
-
-    Raises:
-        ValueError: torch.export refuses the model, its graph takes some numbers of candidates or
-            items alone, or gives other numbers.
+    `shapes` are inputs with the model's widths. A model that torch.export refuses, a graph that
+    takes some numbers alone, or that computes other numbers than the model, is a ValueError.
     """
     traced = random_like(shapes, *TRACED_SIZE)
     sizes = {0: torch.export.Dim.AUTO}

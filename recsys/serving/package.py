@@ -85,10 +85,8 @@ def read_manifest(
 ) -> Manifest:
     """Read a package's manifest and check its files, by their hashes or only by their sizes.
 
-    Files in `verified` are not read again; those that are read are added.
-
-    Raises:
-        ValueError: the folder is no package, of another format, or a file differs; it is named.
+    Files in `verified` are not read again; those that are read are added. A folder that is no
+    package, of another format, or with a file that differs is a ValueError that names it.
     """
     return read_manifest_of(folder, Manifest, "package", "recsys export", verify, verified)
 

@@ -45,10 +45,7 @@ def _partial_path(path: Path) -> Path:
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary absolute path beside `path`, renamed to `path` when the block succeeds.
 
-    The folder must exist.
-
-    Raises:
-        ValueError: `path` is a folder, pipe or device.
+    The folder must exist. A `path` that is a folder, pipe or device is a ValueError.
     """
     partial = _partial_path(regular_file(path).absolute())
     try:
@@ -69,11 +66,8 @@ def write_whole(path: Path, text: str) -> None:
 def whole_folder(path: Path, may_exist: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, renamed to `path` when the block succeeds.
 
-    With `may_exist`, an equal folder that another process has created meanwhile is kept.
-
-    Raises:
-        OSError: the folder exists meanwhile, and `may_exist` is false.
-        ValueError: the folder cannot be created.
+    With `may_exist`, an equal folder that another process has created meanwhile is kept; without,
+    it is an OSError. A folder that cannot be created is a ValueError.
     """
     partial = _partial_path(path)
     if path.is_symlink() and not path.exists():

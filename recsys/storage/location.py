@@ -68,11 +68,8 @@ class Location:
         """Return the files with this ending in the folder, by name; this file if it is one.
 
         Names that start with a dot or an underscore are skipped; files in Hive partitions such as
-        `date=2026-11-01` count.
-
-        Raises:
-            ValueError: skipping an entry would lose rows silently: one with this ending is no file,
-                a folder holds such files, or a file has the ending in another spelling.
+        `date=2026-11-01` count. Where skipping would lose rows silently, it is a ValueError: an
+        entry with this ending is no file, is in a folder, or has the ending in another spelling.
         """
         if self.filesystem.isfile(self.path):
             return [self]

@@ -64,11 +64,7 @@ class JobLock:
         self.new_folders = [path for path in file.parents if not path.exists()]
 
     def acquire(self, job: str) -> None:
-        """Take the lock for a job; wait for its earlier attempts to end.
-
-        Raises:
-            ValueError: another job holds the lock, or its file cannot be written.
-        """
+        """Take the lock when earlier attempts of the job ended; another job's is a ValueError."""
         process, deadline = Owner.of_this_process(job), time.monotonic() + PATIENCE_SECONDS
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)

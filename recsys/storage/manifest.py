@@ -33,11 +33,7 @@ def write_signed(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_signed(path: Path, format_: int) -> dict[str, Any]:
-    """Read what `write_signed` wrote, without the hash.
-
-    Raises:
-        ValueError: it is no JSON object, of another format, or differs from its hash.
-    """
+    """Read what `write_signed` wrote, without the hash; anything else is a ValueError."""
     try:
         content = json.loads(regular_file(path).read_bytes())
     except RecursionError as error:

@@ -77,9 +77,6 @@ def load_pretrained_tables(job: Job, num_old_ids: Mapping[str, int] | None = Non
     """Write the vectors of every `embedding.tables.NAME.init_from` into its table. A collective.
 
     `num_old_ids` are the first ids of exact maps, whose rows stay; None: all rows are written.
-
-    Raises:
-        ValueError: the file does not exist, or its content does not fit the table.
     """
     for name, settings in job.config.embedding.tables.items():
         source = settings.init_from

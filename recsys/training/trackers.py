@@ -59,11 +59,7 @@ class Tracker(Protocol):
 def make_trackers(
     names: Sequence[str], run: Path, settings: dict[str, Any], first_step: int
 ) -> list[Tracker]:
-    """Build the trackers that the setting `tracker` names.
-
-    Raises:
-        ValueError: a tracker is unknown, or its client is not installed.
-    """
+    """Build the trackers of the setting; an unknown or uninstalled one is a ValueError."""
     kind: Any = Tracker
     arguments = run, settings, first_step
     return [make_part("tracker", name, TRACKERS, kind, *arguments) for name in names]

@@ -262,11 +262,7 @@ def check_best(metrics: dict[str, Any], config: Config, data: str, run: Path) ->
 
 
 def id_only_baseline(config: Config) -> Config:
-    """Return the same configuration without content and the parts that need it.
-
-    Raises:
-        ValueError: there is no content.
-    """
+    """Return the configuration without content and what needs it; a ValueError if it has none."""
     if config.content == "none":
         raise ValueError(
             "--compare id_only: the run has no content (content: none), so it is its own ID-only "

@@ -68,8 +68,7 @@ class DailyFolder:
     def locked(self) -> Iterator[None]:
         """Hold the folder alone, with what killed calls left in it put in order.
 
-        Raises:
-            ValueError: another call holds it, or it holds something else.
+        A folder that another call holds, or that holds something else, is a ValueError.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path}: no folder; name another --out")
@@ -91,11 +90,7 @@ class DailyFolder:
             lock.release()
 
     def progress(self, config: EventsConfig) -> Progress:
-        """Return what is done; files of calls that were killed are removed.
-
-        Raises:
-            ValueError: the settings are others than those of the calls before.
-        """
+        """Return what is done; remove files of killed calls; other settings are a ValueError."""
         settings = _settings(config)
         file = self.state / PROGRESS
         if not file.exists():

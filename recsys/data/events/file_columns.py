@@ -38,8 +38,7 @@ WILDCARDS = set("*?[")
 def data_files(name: str, root: Location, may_be_empty: bool = False) -> list[Location]:
     """Return the data files at and under a path, or those that a pattern such as *.csv matches.
 
-    Raises:
-        ValueError: there is none, unless `may_be_empty`, or one that would be left out.
+    None, unless `may_be_empty`, or one that would be left out, is a ValueError.
     """
     if root.filesystem.isfile(root.path):
         if not root.path.endswith(ENDINGS):
@@ -125,8 +124,7 @@ def csv_batches(
 ) -> Iterator[pa.RecordBatch]:
     """Yield some columns of a text file; `types` are those of columns whose type is known.
 
-    Raises:
-        ValueError: the file cannot be read, lacks a column, or has a value of another type.
+    A missing column or a value of another type is a ValueError.
     """
     delimiter = source.delimiter or ("\t" if ".tsv" in file.path else ",")
     parse = pa_csv.ParseOptions(delimiter=delimiter, quote_char='"' if source.in_quotes else False)
@@ -174,11 +172,7 @@ def id_type(texts: pa.Array) -> pa.DataType:
 
 
 def with_integers(batch: pa.RecordBatch, ids: list[str]) -> pa.RecordBatch:
-    """Return a batch with some columns of texts as integers.
-
-    Raises:
-        pyarrow.ArrowInvalid: a text is not written as an integer.
-    """
+    """Return a batch with some columns of texts as integers; other texts are an ArrowInvalid."""
     for name in ids:
         texts = batch.column(name)
         wrong = pc.invert(pc.match_substring_regex(texts, INTEGER)).fill_null(False)

@@ -36,9 +36,6 @@ def follow_files(
     """Look for new files until SIGTERM, SIGINT, or the end of the period `until`.
 
     `prepare` is `prepare_days` without its last arguments, and `show` takes its reports.
-
-    Raises:
-        ValueError: `seconds` is not above 0, or as `prepare_days`.
     """
     if not seconds > 0:
         raise ValueError(f"--follow {seconds}: set seconds above 0")

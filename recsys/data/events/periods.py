@@ -42,11 +42,7 @@ class Calendar:
         return [period for day in sorted(days) for period in self.periods(day)]
 
     def end_of(self, name: str) -> int:
-        """Return the end of a day, or of an hour such as 2026-11-01/05.
-
-        Raises:
-            ValueError: the name is none of these.
-        """
+        """Return the end of a day, or of an hour such as 2026-11-01/05; others are a ValueError."""
         text, _, hour = name.partition("/")
         try:
             periods = self.periods(date.fromisoformat(text))

@@ -56,11 +56,7 @@ class Reader:
     roots: list[str]
 
     def read(self, task: ReadTask) -> Iterator[pa.RecordBatch]:
-        """Yield the rows of a task.
-
-        Raises:
-            ValueError: the file cannot be read, lacks a column, or has one of another type.
-        """
+        """Yield the rows of a task; a file or column that cannot be read is a ValueError."""
         number, url, group, first_row = task
         file = Location.of(url)
         parts = partition_values(self.roots, url)
@@ -93,8 +89,7 @@ class Reader:
     def completed(self, types: dict[str, pa.DataType]) -> Reader:
         """Return this reader with exactly the named columns; those it lacks are null.
 
-        Raises:
-            ValueError: a column has another type here.
+        A column of another type here is a ValueError.
         """
         fields = {field.name: field for field in self.fields}
         for name, kind in types.items():
@@ -157,10 +152,8 @@ def open_source(
 ) -> Reader:
     """List the files of a table, or those in `only`, and decide the types of its columns.
 
-    Positions of rows count files from `first_file`.
-
-    Raises:
-        ValueError: there is no file, or the first file cannot be read or lacks a column.
+    Positions of rows count files from `first_file`. No file, or a first file that cannot be read or
+    lacks a column, is a ValueError.
     """
     paths = [source.path] if isinstance(source.path, str) else source.path
     roots = [Location.of(path) for path in paths]
@@ -260,15 +253,10 @@ def _types(
 def selected_rows(
     batch: pa.RecordBatch, source: Source, file: Location, first_row: int, parts: Parts
 ) -> tuple[pa.RecordBatch, np.ndarray]:  # batch [N] -> [M], int64 [M]
-    """Split rows with several items, and leave out those that `where` does not select.
+    """Return the rows that `where` selects, each with one item, and their positions in the file.
 
-    `first_row` is that of the batch in the file, `parts` are the values of the file's folders.
-
-    Returns:
-        The rows, and the position in the file of each.
-
-    Raises:
-        ValueError: a column cannot be split, or is of another type than the value in `where`.
+    `first_row` is that of the batch in the file, `parts` are the values of the file's folders. A
+    column that cannot be split, or of another type than the value in `where`, is a ValueError.
     """
     positions = np.arange(first_row, first_row + batch.num_rows)
     if not isinstance(source, EventTable):

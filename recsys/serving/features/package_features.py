@@ -143,11 +143,7 @@ def features_file(package: Path, table: FeatureTable) -> Path:
 
 
 def write_features(root: Location, schema: Schema, package: Path) -> None:
-    """Copy the last known features of a dataset into a package.
-
-    Raises:
-        ValueError: a file or column is missing, or an id is null or has several rows.
-    """
+    """Copy the last known features of a dataset into a package; unusable ones are a ValueError."""
     for table in schema.features:
         names = [*table.by, *value_columns(table)]
         rows = _read(features_folder(root, table), names)
@@ -182,9 +178,6 @@ def refresh_features(package: Path, data: str, out: Path) -> Manifest:
     """Write a package with the last known features of a dataset; it appears whole or not at all.
 
     Features of items that were added to the package stay where the dataset has none.
-
-    Raises:
-        ValueError: the package looks up no features, the dataset lacks some, or `out` exists.
     """
     if out.exists():
         raise ValueError(f"{out}: exists already; remove it or name another folder")

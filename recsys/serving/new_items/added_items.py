@@ -124,9 +124,6 @@ class GrowingVocabulary(ExactVocabulary):
     """An exact map that takes ids beyond its table, which then only have content.
 
     New ids get free rows of the table first.
-
-    Raises:
-        ValueError: an id is null or not of the map's type.
     """
 
     is_limited = False

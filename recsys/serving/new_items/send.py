@@ -19,8 +19,7 @@ SECONDS = 60  # for an answer
 def send_items(server: str, items: str, token: str | None) -> str:
     """Send the items of files; return the numbers that the server answers.
 
-    Raises:
-        ValueError: a file cannot be read, or the server refuses some items; those before are in.
+    If the server refuses some items, a ValueError, those before are in.
     """
     files, total = Location.of(items).files(".parquet"), Counter[str]()
     if not files:

@@ -70,13 +70,10 @@ class InputColumns:
         return "FP32" if column is None or column.kind == "dense" else "INT64"
 
     def arguments(self, tensors: Iterable[NamedTensor]) -> ScoreArguments:
-        """Return tensors by column as arguments of a scorer.
+        """Return tensors by column as arguments of a scorer; a RequestError if one does not fit.
 
         The item's tensor has the candidates, [N]; histories are [L]. A column of single values is
         [1] for the user or [N] for the candidates; one of lists [K], or [N, K] for the candidates.
-
-        Raises:
-            RequestError: a column is not of the package, is given twice, or has another shape.
         """
         by_name: dict[str, NamedTensor] = {}
         for tensor in tensors:

@@ -38,10 +38,8 @@ def worker_app(
 ) -> RequestMiddleware:
     """Load the package and return the application, which also answers gRPC while it runs.
 
-    `http` is the bound socket; `verified` are files that the parent process has checked.
-
-    Raises:
-        ValueError: the only worker cannot load the package; one of several exits instead.
+    `http` is the bound socket; `verified` are files that the parent process has checked. If the
+    package cannot be loaded, the only worker raises a ValueError; one of several exits.
     """
     gc.disable()  # until it answers; garbage collection takes a fifth of the start
     configure_logging(0, settings.log_level, settings.log_format)

@@ -53,10 +53,8 @@ def new_schema(
 ) -> tuple[Schema, NewIds]:
     """Return the columns as the model before the partition reads them, and its new ids.
 
-    `previous` are the columns without maps, and those of the run before. A collective.
-
-    Raises:
-        ValueError: on every rank: the dataset cannot be read, or its ids are of another type.
+    `previous` are the columns without maps, and those of the run before. A dataset that cannot be
+    read, or ids of another type, is a ValueError on every rank. A collective.
     """
     with ranks.raise_on_all_ranks():
         if previous is None:
@@ -124,11 +122,7 @@ def _maps(schema: Schema) -> dict[str, ExactVocabulary]:
 
 
 def check_items(job: Job, plan: WarmStartPlan) -> None:
-    """Refuse items whose ids seem to mean other items than before. A collective.
-
-    Raises:
-        ValueError: many known items changed content.
-    """
+    """Raise a ValueError if many known items changed content: other items' ids. A collective."""
     if plan.items is None:
         return
     source, allowed = plan.source, job.config.continual.edited_items

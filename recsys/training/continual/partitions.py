@@ -62,11 +62,7 @@ def _key_of_value(value: str) -> tuple[int, int, str]:
 
 
 def list_partitions(root: Location) -> list[Partition]:
-    """Return all partitions of a dataset in order.
-
-    Raises:
-        ValueError: files lie outside of them, or two have the same values.
-    """
+    """Return all partitions in order; files outside of them, or equal values, are a ValueError."""
     train = root / "train"
     partitions = [Partition(name) for name in _leaves(train, "")]
     partitions.sort(key=lambda partition: partition.key)
@@ -215,10 +211,7 @@ def next_partition(
 ) -> Partition | None:
     """Return the partition to train on now; None if all of the span are trained.
 
-    `late` is for partitions older than one that is trained or begun.
-
-    Raises:
-        ValueError: a partition is late and refused, or the span would leave one out.
+    `late` is for partitions older than one that is trained or begun: a ValueError if refused.
     """
     trained = {partition.name for partition in state.trained}
     waiting = [partition for partition in partitions if partition.name not in trained]
