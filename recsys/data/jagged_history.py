@@ -7,6 +7,7 @@ K any width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from embeddings.host import is_on_host
+
+Map = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -112,15 +115,15 @@ class JaggedHistory:
 
     def gather(self, items: Tensor) -> Tensor:
         """Map [U, K] -> [N, K]: the item of each place, with gradient."""
-        return _Gather.apply(items, self)
+        return _Linear.apply(items, self._take_items, self._sum_places)
 
     def spread(self, rows: Tensor) -> Tensor:
         """Map [B, K] -> [N, K]: the row of each place, with gradient."""
-        return _Spread.apply(rows, self)
+        return _Linear.apply(rows, self._take_rows, self._sum_rows)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum [N, K] over the items of each row: [B, K], with gradient."""
-        return _Sum.apply(values, self)
+        return _Linear.apply(values, self._sum_rows, self._take_rows)
 
     def dot(self, queries: Tensor, items: Tensor) -> Tensor:  # [B, D], [U, D] -> [N]
         """Return the dot product of each history item and its row's query, with both gradients."""
@@ -157,6 +160,19 @@ class JaggedHistory:
         padded = values.new_full((len(self.lengths), self.longest), fill)
         return padded.index_put((self.rows, places), values)
 
+    def _take_items(self, items: Tensor) -> Tensor:  # [U, K] -> [N, K]
+        return items.index_select(0, self.index)
+
+    def _sum_places(self, values: Tensor) -> Tensor:  # [N, K] -> [U, K]
+        order, _, offsets = self.by_item
+        return _bag(order, values, offsets, None)
+
+    def _take_rows(self, rows: Tensor) -> Tensor:  # [B, K] -> [N, K]
+        return rows.index_select(0, self.rows)
+
+    def _sum_rows(self, values: Tensor) -> Tensor:  # [N, K] -> [B, K]
+        return _bag(self.places, values, self.offsets, None)
+
     def _sum_items(self, weights: Tensor, vectors: Tensor) -> Tensor:
         """Return the sum over each item's places of weights [N] times vectors[rows]: [U, D]."""
         order, rows, offsets = self.by_item
@@ -191,49 +207,17 @@ def _bag(index: Tensor, vectors: Tensor, offsets: Tensor, weights: Tensor | None
     )
 
 
-class _Gather(torch.autograd.Function):
-    """Autograd of items [U, K] -> [N, K]."""
+class _Linear(torch.autograd.Function):
+    """Autograd of a linear map, given with its transpose."""
 
     @staticmethod
-    def forward(ctx: Any, items: Tensor, history: JaggedHistory) -> Tensor:
-        ctx.history = history
-        return items.index_select(0, history.index)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        order, _, offsets = ctx.history.by_item
-        return _bag(order, gradient, offsets, None), None
-
-
-class _Spread(torch.autograd.Function):
-    """Autograd of rows [B, K] -> [N, K]."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, history: JaggedHistory) -> Tensor:
-        ctx.history = history
-        return rows.index_select(0, history.rows)
+    def forward(ctx: Any, values: Tensor, apply: Map, transpose: Map) -> Tensor:
+        ctx.transpose = transpose
+        return apply(values)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _row_sums(gradient, ctx.history), None
-
-
-class _Sum(torch.autograd.Function):
-    """Autograd of values [N, K] -> sums [B, K]."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, history: JaggedHistory) -> Tensor:
-        ctx.history = history
-        return _row_sums(values, history)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient.index_select(0, ctx.history.rows), None
-
-
-def _row_sums(values: Tensor, history: JaggedHistory) -> Tensor:
-    """Sum values [N, K] by row: [B, K]."""
-    return _bag(history.places, values, history.offsets, None)
+        return ctx.transpose(gradient), None, None
 
 
 class _Dot(torch.autograd.Function):
