@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from torchrec.models.dlrm import DLRM, DLRMTrain
 
-from embeddings import MemoryBank, build_memory_bank
 from recsys.content.branch import ContentBranch
-from recsys.content.build import build_content_store
+from recsys.content.build import build_content
 from recsys.content.projection_start import start_projections
 from recsys.distributed.ranks import Ranks
 from recsys.plug_in.batches import ItemContent
@@ -116,14 +115,10 @@ def _seeded(settings: PlugInSettings) -> Iterator[None]:
 def _build(settings: PlugInSettings, num_items: int, ranks: Ranks) -> ItemContent:
     """Build content and initialise its projections. A collective."""
     content, root, schema = settings.content, Location.of(settings.data), settings.schema(num_items)
-    store, encoders = build_content_store(
-        content, root, schema, ranks, settings.config.cache, settings.config.on_bad_row
-    )
+    cache, on_bad_row = settings.config.cache, settings.config.on_bad_row
+    store, encoders, bank = build_content(content, root, schema, ranks, cache, on_bad_row)
+    assert store is not None
     with ranks.raise_on_all_ranks():
-        bank: MemoryBank | None = None
-        if content.history.mode != "full":
-            sizes = schema.num_items, content.vector_dim
-            bank = build_memory_bank(*sizes, ranks.device, ranks.group, content.history.bank)
         branch = ContentBranch(encoders, content, bank, ranks.group).to(ranks.device)
         items = ItemContent(branch, settings, store, ranks)
     start_projections(branch, store, ranks)
