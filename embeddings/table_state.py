@@ -128,10 +128,7 @@ def in_blocks(
     group: dist.ProcessGroup | None = None,
     local: Sequence[Tensor] | None = None,
 ) -> ShardedTensor:
-    """Return the tensor, or one with the shards `local` on this rank, in blocks of rows.
-
-    Memory is shared with its shards.
-    """
+    """Return a tensor in blocks of rows that share its memory, or that of `local` on this rank."""
     size, dtype = tensor.metadata().size, tensor.metadata().tensor_properties.dtype
     return sharded_in_blocks(_placed(tensor, local), size, dtype, group)
 

@@ -240,10 +240,7 @@ def timed(title: str, step: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def install(environment: Path, flavor: str, extras: Collection[str], index_url: str | None) -> None:
-    """Bring the environment to the wanted state; return at once if it already is.
-
-    An InstallError of a step names the cause and the fix.
-    """
+    """Bring the environment to the wanted state; an InstallError names cause and fix."""
     import tomllib  # here, because an older Python lacks it
 
     stamp = read_stamp(environment)

@@ -127,8 +127,7 @@ def config_from(namespace: Namespace) -> Config:
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe; `overrides` are command-line words such as `["--epochs", "1"]`.
 
-    Raises:
-        ValueError: a missing file, an unknown key or a wrong type, named.
+    A missing file, an unknown key or a wrong type is a ValueError that names it.
     """
     if not recipe_file(path).is_file():
         raise ValueError(f"config {path}: no such file; correct the path of the recipe")

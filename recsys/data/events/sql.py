@@ -192,10 +192,7 @@ class DuckDBEngine:
 
 
 class SparkEngine:
-    """A Spark session in the running application, or a new one at `master`.
-
-    The caller removes the folder `work`.
-    """
+    """A Spark session in the running application, or a new one at `master`; as `DuckDBEngine`."""
 
     unnest, hash = "explode", "xxhash64"
     scratch: Path | None = None  # functions run in executors

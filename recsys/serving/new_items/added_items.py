@@ -121,10 +121,7 @@ class AddedItems:
 
 
 class GrowingVocabulary(ExactVocabulary):
-    """An exact map that takes ids beyond its table, which then only have content.
-
-    New ids get free rows of the table first.
-    """
+    """An exact map that takes ids beyond its table; new ids get free rows of it first."""
 
     is_limited = False
 
