@@ -76,7 +76,7 @@ def rank_often(server: ServedPackage, request: dict[str, Any], requests: int) ->
     return memory
 
 
-def main(calls: int = 10_000, requests: int = 50_000, per_route: int = 450) -> None:
+def main(calls: int = 10_000, requests: int = 50_000, per_route: int = 1_200) -> None:
     """Make a package and call its server.
 
     Args:
