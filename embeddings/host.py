@@ -1,5 +1,6 @@
 """Whether the values of a tensor can be read without waiting for a GPU."""
 
+import torch
 from torch import Tensor
 
 
@@ -12,3 +13,8 @@ class _Host:
 def is_on_host(tensor: Tensor) -> bool:
     """Return whether sizes and branches may depend on the values; on a GPU a step would wait."""
     return tensor.device.type == _Host.device
+
+
+def is_host(device: torch.device) -> bool:
+    """Return whether the values of tensors on this device can be read without waiting."""
+    return device.type == _Host.device

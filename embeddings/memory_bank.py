@@ -124,7 +124,7 @@ class MemoryBank:
     def _begin_routes(self, id_lists: Sequence[Tensor]) -> Callable[[], list[BankRoute]]:
         """Begin to compute routes for lists of ids [U], on the host. Both are collectives."""
         checked = [self._checked(part) for part in id_lists]
-        kinds, ids = len(checked), torch.cat(checked).cpu()  # already there, but for a fill
+        kinds, ids = len(checked), torch.cat(checked).to("cpu")  # already there, but for a fill
         kind = torch.arange(kinds).repeat_interleave(torch.tensor([len(part) for part in checked]))
         owner = ids // self._block_size
         key = owner * kinds + kind

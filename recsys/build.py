@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,12 @@ from recsys.kernels import prepare_kernels
 from recsys.model.build import build_em3
 from recsys.model.em3 import EM3
 from recsys.model.placement import check_placement, planner_hardware
-from recsys.model.precision import compile_dense_parts, dense_parts, use_bfloat16
+from recsys.model.precision import (
+    compile_dense_parts,
+    compiles_by_default,
+    dense_parts,
+    use_bfloat16,
+)
 from recsys.model.tables import pooled_features, table_configs
 from recsys.optimizer import (
     AveragedWeights,
@@ -186,7 +192,7 @@ def build_job(
         update,
         pipeline,
         vocabularies,
-        BatchPreparation(*parts, config.seed),
+        BatchPreparation(*parts, config.seed, em3.content.outputs if em3.content else None),
         plan=plan_text,
         parameters=describe_optimizers(model, tables, dense),
         train_folder=rows,
@@ -280,10 +286,12 @@ def check_columns(
                 next(rows.read_chunks([0]))
 
 
-def _cast_and_compile(em3: EM3, precision: str, is_compiled: bool, device: torch.device) -> None:
+def _cast_and_compile(
+    em3: EM3, precision: str, compiles: bool | Literal["auto"], device: torch.device
+) -> None:
     if precision == "bf16":
         use_bfloat16(dense_parts(em3).values(), device)
-    if is_compiled:
+    if compiles is True or (compiles == "auto" and compiles_by_default(device)):
         compile_dense_parts(em3, device)
 
 

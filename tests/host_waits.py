@@ -2,7 +2,8 @@
 
 The step runs the branches for GPUs. Operators whose result has a size or value that the host must
 know are waits; so are tensors made of Python numbers on the device, and those that go to the host.
-Batches are built and prepared on the host: of that only `Tensor.cpu` counts.
+Batches are built and prepared on the host: of that only `Tensor.cpu` counts. A graph captured by
+torch.compile is one launch; its operators run one by one, so that waits inside of it are seen.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._dynamo.backends.common import aot_autograd
+from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from embeddings import table_sharders
 from embeddings.host import _Host
 from recsys.build import Job
+from recsys.model.precision import compile_dense_parts
 
 ROOT = Path(__file__).parents[1]
 OWN = tuple(f"{ROOT / name}/" for name in ("recsys", "embeddings"))
@@ -57,15 +61,33 @@ class HostWaits(TorchDispatchMode):
         self.places: Counter[str] = Counter()
         self.launches = 0
         self.logits: list[Tensor] = []  # of each step
-        self.is_paused = False
+        self.is_paused = self.is_in_graph = False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # torch.compile would run uncompiled in a mode that does not say so
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not self.is_paused:
-            self.launches += not _is_free(func)
+            self.launches += not self.is_in_graph and not _is_free(func)
             if _waits(func, args, kwargs):
                 self.add(str(func.overloadpacket).removeprefix("aten."))
         return func(*args, **kwargs)
+
+    def one_launch(self, graph: Any, example_inputs: Any) -> Any:
+        """Compile a graph, for AOTAutograd, to a call that counts as one launch."""
+
+        def run(*inputs: Any) -> Any:
+            self.launches += not self.is_paused
+            before, self.is_in_graph = self.is_in_graph, True
+            try:
+                with _disable_current_modes(), self:
+                    return graph(*inputs)
+            finally:
+                self.is_in_graph = before
+
+        return make_boxed_func(run)
 
     def add(self, operation: str) -> None:
         if place := _place():
@@ -142,10 +164,30 @@ def gpu_branches() -> Iterator[None]:
         yield
 
 
-def audited_steps(job: Job, batches: Iterator[Any], warm_up: int = 2) -> HostWaits:
+def _compile(job: Job, waits: HostWaits) -> None:
+    backend = aot_autograd(fw_compiler=waits.one_launch, bw_compiler=waits.one_launch)
+    compile_dense_parts(job.em3, job.ranks.device, backend)
+
+    def outside(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*inputs: Any) -> Any:
+            with _disable_current_modes(), _pop_mode_temporarily():
+                return function(*inputs)
+
+        return call
+
+    job.em3.scoring.compiled = outside(job.em3.scoring.compiled)
+    if job.em3.content is not None and job.em3.content.compiled is not None:
+        job.em3.content.compiled = outside(job.em3.content.compiled)
+
+
+def audited_steps(
+    job: Job, batches: Iterator[Any], warm_up: int = 2, is_compiled: bool = False
+) -> HostWaits:
     """Train with the batches, and return the waits and launches of the steps after `warm_up`."""
     waits = HostWaits()
     waits.is_paused = True
+    if is_compiled:
+        _compile(job, waits)
 
     def fed() -> Iterator[Any]:
         while True:

@@ -189,8 +189,10 @@ class Config:
     """Precision of the dense parts (autocast)."""
     tf32: bool = False
     """Compute float32 matrix products in TF32, on GPUs that support it."""
-    compile: bool = False
-    """Compile the dense parts with torch.compile; on CPU it needs a C++ compiler."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the dense parts with torch.compile. auto: on GPUs, where a step launches hundreds of
+    kernels without it, if torch.compile works; true: or an error. On CPU it needs a C++ compiler.
+    """
     kernels: Literal["auto", "torch", "native"] = "auto"
     """Target attention and dot products of DLRM by kernels of this package. auto: on CPU where a
     C++ compiler is, once per machine, else by PyTorch; torch: by PyTorch; native: by kernels, or an

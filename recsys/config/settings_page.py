@@ -71,7 +71,9 @@ def _list(settings: type, rows: list[Field[Any]]) -> str:
 def _choices(hint: Any) -> list[str]:
     if get_origin(hint) is Literal:
         return [f"`{choice}`" for choice in get_args(hint)]
-    return [entry for part in get_args(hint) for entry in _choices(part)]
+    flags = ["`true`", "`false`"]
+    parts = get_args(hint)
+    return [entry for part in parts for entry in (flags if part is bool else _choices(part))]
 
 
 def _default(row: Field[Any]) -> str:

@@ -20,7 +20,8 @@ from embeddings import MemoryBank
 from embeddings.memory_bank import Routes
 from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.config import ContentSettings
-from recsys.data.batch import Batch, BatchContent, ItemExchange, Rows
+from recsys.content.encoder_outputs import EncoderOutputs
+from recsys.data.batch import Batch, BatchContent, EncodedPlaces, ItemExchange, Rows
 from recsys.data.items.content_store import ContentStore
 from recsys.data.negatives import NegativeSampler, with_ids
 from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
@@ -142,6 +143,7 @@ class BatchPreparation:
     group: dist.ProcessGroup | None = None  # the ranks that select items together
     negatives: NegativeSampler | None = None  # of a retrieval model with a softmax loss
     seed: int = 0  # of drawn negatives
+    outputs: EncoderOutputs | None = None  # of trained encoders that run for a share of the items
 
     def __call__(
         self,
@@ -166,7 +168,7 @@ class BatchPreparation:
                 prepared = self.negatives(prepared, self._draw(step), training)
             prepared = self._with_items(prepared, step, training, with_content)
             is_new = prepared is not batch or bool(self.vocabularies.by_table)
-            finish = self._with_routes(prepared, training, is_new, is_pinned)
+            finish = self._with_routes(prepared, step, training, is_new, is_pinned)
             # Works one batch ahead, so that no rank waits here for the others.
             if waiting is not None:
                 yield waiting()
@@ -203,12 +205,15 @@ class BatchPreparation:
         return (self.seed, step, dist.get_rank(self.group))
 
     def _with_routes(
-        self, prepared: Batch, training: bool, is_new: bool, is_pinned: bool
+        self, prepared: Batch, step: int, training: bool, is_new: bool, is_pinned: bool
     ) -> Callable[[], Batch]:
         routes: Callable[[], Routes] | None = None
+        encoded: Callable[[], EncodedPlaces] | None = None
         if self.bank is not None:
             writes = prepared.content.bank_write_rows if training else None
             routes = self.bank.routes(prepared.history.items, writes)
+        if training and self.outputs is not None:
+            encoded = self.outputs.choose(prepared.content.items, step)
         scaled_rows = self._scaled_weights(prepared.rows) if training else None
 
         def finish() -> Batch:
@@ -217,6 +222,8 @@ class BatchPreparation:
             if read is not None or write is not None:
                 content = replace(ready.content, bank_reads=read, bank_writes=write)
                 ready = replace(ready, content=content)
+            if encoded is not None:
+                ready = replace(ready, content=replace(ready.content, encoded=encoded()))
             # The loader pins before this; unpinned new tensors would be copied synchronously.
             return ready.pin_memory() if is_pinned and (is_new or ready is not prepared) else ready
 

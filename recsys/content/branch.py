@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from recsys.config import ContentSettings, HistorySettings
 from recsys.content.encoder_outputs import EncoderOutputs
 from recsys.content.encoders.base import Encoder, mean_token
 from recsys.content.fusion import build_fusion
-from recsys.content.vectors import ContentVectors, StoredHistory
+from recsys.content.vectors import ContentVectors, ItemRows, StoredHistory
 from recsys.data.items.kind import ContentInput
 
 if TYPE_CHECKING:
@@ -123,6 +123,8 @@ class ContentBranch(nn.Module):
         vectors = branch.encode({"photo": photos})  # [5, 32]: content vector, mean photo token
     """
 
+    compiled: Callable[..., Tensor] | None = None  # `encode_frozen` as one graph, in training
+
     def __init__(
         self,
         encoders: dict[str, Encoder],
@@ -163,11 +165,31 @@ class ContentBranch(nn.Module):
 
         `encoded_before`: outputs of encoders that do not run again, by modality.
         """
+        encoders = self._encoders(encoded_before)
+        if self.training and self.compiled is not None:
+            frozen = {name: part.above_frozen(content[name]) for name, part in encoders.items()}
+            return self.compiled(frozen, dict(encoded_before))
+        new = {name: part.encode(content[name]) for name, part in encoders.items()}
+        return self._fused({**encoded_before, **new})
+
+    def encode_frozen(
+        self, frozen: dict[str, ContentInput], encoded_before: dict[str, ContentInput]
+    ) -> Tensor:
+        """Return `encode` of outputs of the encoders' frozen parts: one graph, if compiled."""
+        encoders = self._encoders(encoded_before)
+        return self._fused(
+            encoded_before | {name: part(frozen[name]) for name, part in encoders.items()}
+        )
+
+    def _encoders(self, encoded_before: Mapping[str, ContentInput]) -> dict[str, Encoder]:
+        """Return the encoders that run, by modality."""
+        parts = self.encoders.items()
+        return {name: cast(Encoder, part) for name, part in parts if name not in encoded_before}
+
+    def _fused(self, outputs: Mapping[str, ContentInput]) -> Tensor:  # [E, D + M * D]
         tokens, masks, modality, means = [], [], [], []
-        for index, (name, encoder) in enumerate(self.encoders.items()):
-            assert isinstance(encoder, Encoder)
-            is_encoded = name in encoded_before
-            encoded = encoded_before[name] if is_encoded else encoder.encode(content[name])
+        for index, name in enumerate(self.encoders):
+            encoded = outputs[name]
             projected = self.projections[name](encoded.values)
             tokens.append(projected)
             masks.append(encoded.mask)
@@ -179,20 +201,30 @@ class ContentBranch(nn.Module):
 
     def forward(self, batch: Batch) -> ContentVectors:
         """Return the content vectors of a batch. A collective: all ranks call it equally often."""
+        return self._vectors(*self.item_rows(batch), batch.content)
+
+    def of_rows(self, rows: ItemRows, content: BatchContent) -> ContentVectors:
+        """Return the content vectors of a batch with these rows."""
+        return self._vectors(rows.items, lambda: rows.history, content)
+
+    def item_rows(self, batch: Batch) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Return the vectors [R, D + M * D] of items, and what reads those of the history [U, ...].
+
+        Both are collectives.
+        """
         content = batch.content
         fresh = self._encode_items(content)  # [E, D + M * D]
         if self.bank is None:
             items = self._at_their_ranks(fresh, content.exchange)
             encoded = items.index_select(0, content.history_index)
-            return self._vectors(items, lambda: encoded, content, False)
+            return items, lambda: encoded
         if self.training:
             # Written before the lookup: vectors just computed on any rank replace stale ones in
             # the histories of all ranks in the same step (LEMUR, 2511.10962).
             self._write(self.bank, fresh, content)
         read = self._reading(self.bank, batch)
         self.step += self.training
-        items = self._at_their_ranks(fresh, content.exchange)
-        return self._vectors(items, read, content, True)
+        return self._at_their_ranks(fresh, content.exchange), read
 
     def _write(self, bank: MemoryBank, fresh: Tensor, content: BatchContent) -> None:
         """Write the vectors [E, D + M * D] of items with a row to the bank. A collective."""
@@ -209,7 +241,7 @@ class ContentBranch(nn.Module):
             return content.vectors
         inputs, count = content.inputs, content.with_gradient
         if self.training and self.outputs is not None:
-            return self.encode(inputs, self.outputs.tokens(content.items, inputs, self.step))
+            return self.encode(inputs, self.outputs.tokens(content, self.step))
         if count is None or count >= len(content.items):
             return self.encode(inputs)
         with torch.no_grad():
@@ -226,9 +258,9 @@ class ContentBranch(nn.Module):
         items: Tensor,  # [R, D + M * D]
         history: Callable[[], Tensor],
         content: BatchContent,
-        is_stored: bool,
     ) -> ContentVectors:
         vectors, modalities = self._split(items)
+        is_stored = self.bank is not None
         negative, negative_modalities = None, None
         if content.negative_index is not None:
             negative = vectors.index_select(0, content.negative_index)

@@ -11,14 +11,16 @@ Shapes: E items that this rank encodes, C chosen ones, W sum of the widths of tr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from embeddings import MemoryBank, build_memory_bank
+from embeddings.memory_bank import BankRoute
 from recsys.config import ContentSettings
 from recsys.content.encoders.base import Encoder
+from recsys.data.batch import BatchContent, EncodedPlaces
 from recsys.data.items.kind import ContentInput
 
 
@@ -63,24 +65,42 @@ class EncoderOutputs:
             encoder.eval()
         return {name: encoder.encode(content[name]) for name, encoder in self.encoders.items()}
 
-    def write(self, items: Tensor, tokens: Mapping[str, ContentInput], step: int) -> None:
+    def write(
+        self,
+        items: Tensor,
+        tokens: Mapping[str, ContentInput],
+        step: int,
+        route: BankRoute | None = None,
+    ) -> None:
         """Store the tokens [C, 1, D] of items [C], or of none. A collective."""
         rows = torch.zeros(0, self.bank.dim, device=self.bank.device)
         if len(items):
             rows = torch.cat([tokens[name].values[:, 0].float() for name in self.encoders], dim=1)
-        self.bank.update(items, rows, step)
+        self.bank.update(items, rows, step, route)
 
-    def tokens(
-        self, items: Tensor, content: Mapping[str, ContentInput], step: int
-    ) -> dict[str, ContentInput]:
-        """Return the tokens [E, 1, D] of items [E]: of chosen ones with gradient. A collective."""
-        stored, _ = self.bank.lookup(items)
-        chosen = sampled_places(items, math.ceil(self.share * len(items)), step)
-        parts = {name: content[name] for name in self.encoders}
+    def choose(self, items: Tensor, step: int) -> Callable[[], EncodedPlaces]:
+        """Begin to choose and route items [E] on the host; call the result. Both are collectives.
+
+        In the step ranks would wait for each other, and a GPU for the host.
+        """
+        places = self._places(items, step)
+        routes = self.bank.routes(items, items[places])
+        return lambda: EncodedPlaces(places, *routes())
+
+    def _places(self, items: Tensor, step: int) -> Tensor:  # [E] -> [C]
+        return sampled_places(items, math.ceil(self.share * len(items)), step)
+
+    def tokens(self, content: BatchContent, step: int) -> dict[str, ContentInput]:
+        """Return the tokens [E, 1, D] of items: of chosen ones with gradient. A collective."""
+        items, inputs = content.items, content.inputs
+        encoded = content.encoded or EncodedPlaces(self._places(items, step))
+        chosen = encoded.places
+        stored, _ = self.bank.lookup(items, encoded.reads)
+        parts = {name: inputs[name] for name in self.encoders}
         new = self.encode(
             {n: ContentInput(p.values[chosen], p.mask[chosen]) for n, p in parts.items()}
         )
-        self.write(items[chosen], new, step)
+        self.write(items[chosen], new, step, encoded.writes)
         widths = [encoder.output_dim for encoder in self.encoders.values()]
         tokens = {}
         for (name, part), old in zip(parts.items(), stored.split(widths, dim=1)):

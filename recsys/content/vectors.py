@@ -1,11 +1,11 @@
 """Content vectors, the content branch's input to a ranking model.
 
-Shapes: B batch, U unique history items, D dimension, M modalities, S sampled negatives.
+Shapes: B batch, U unique history items, D dimension, M modalities, S sampled negatives,
+R items that this rank needs.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass
 from typing import NamedTuple
@@ -24,6 +24,18 @@ class StoredHistory(NamedTuple):
 
     rows: Tensor
     matrix: Tensor
+
+
+@dataclass
+class ItemRows:
+    """Vectors of a step's items, from which a compiled graph makes its `ContentVectors`.
+
+    items: [R, D + M * D] of the items that this rank needs, with gradient into fusion and encoders.
+    history: [U, D + M * D] of the history items, before the history map.
+    """
+
+    items: Tensor
+    history: Tensor
 
 
 @dataclass
@@ -46,15 +58,18 @@ class ContentVectors:
         history_modalities: Tensor | None,  # [U, M, D]
         read: ReadHistory | None,
     ) -> None:
+        self._read = read
+        self._history: tuple[Tensor, Tensor] | None = None
         if read is None:
             assert history is not None and history_modalities is not None
-            vectors = history, history_modalities
-            read = lambda: vectors  # noqa: E731
-        self._read = functools.cache(read)
+            self._history = history, history_modalities
 
     def read_history(self) -> tuple[Tensor, Tensor]:  # [U, D], [U, M, D]
         """Return [U, D] vectors of the history items and [U, M, D] mean tokens of their modalities.
 
         A collective at the first call: all ranks call it, or none. It may wait, so call it late.
         """
-        return self._read()
+        if self._history is None:
+            assert self._read is not None
+            self._history = self._read()
+        return self._history

@@ -1,7 +1,7 @@
 """Wraps a module's `forward` in place, visibly in `print`, by a subclass as `fully_shard` does.
 
 A model is wrapped from the inside out: `AtCut`, peft's adapters, `Recomputed`, `InBfloat16` or
-`InFloat32`, `Compiled`, and `DistributedModelParallel`. Names in checkpoints stay.
+`InFloat32`, `Compiled` or `AsRows`, and `DistributedModelParallel`. Names in checkpoints stay.
 """
 
 from __future__ import annotations

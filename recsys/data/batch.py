@@ -1,6 +1,7 @@
 """Batch: everything one training step needs, moved and pinned as one object.
 
 Shapes: B batch, N history items of the whole batch, U unique history items, E items to encode,
+C of them that run through trained encoders,
 F dense features, P parallel lists,
 X columns of kind extra, K sampled negatives, C labels, V width of a content vector.
 """
@@ -103,6 +104,15 @@ class History:
 
 
 @dataclass
+class EncodedPlaces:
+    """The items for which trained encoders run, where that is a share: chosen ahead of the step."""
+
+    places: Tensor  # int64 [C], ascending, among the E items
+    reads: BankRoute | None = None  # of the E items' last outputs
+    writes: BankRoute | None = None  # of the C new outputs
+
+
+@dataclass
 class BatchContent:
     """Items whose content this rank encodes, and the way of their vectors."""
 
@@ -117,6 +127,7 @@ class BatchContent:
     write_index: Tensor | None = None  # int64 [K], places of these items among all E
     bank_reads: BankRoute | None = None  # of `history.items`; None: computed in the step
     bank_writes: BankRoute | None = None  # of `bank_write_rows`; None: computed in the step
+    encoded: EncodedPlaces | None = None  # None: chosen in the step, if encoders run for a share
     exchange: ItemExchange | None = None  # None: each rank encodes its own items
 
     @property

@@ -8,8 +8,7 @@ K any width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import fbgemm_gpu  # noqa: F401 - registers torch.ops.fbgemm
@@ -19,8 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from embeddings.host import is_on_host
-
-Map = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -34,6 +31,7 @@ class JaggedHistory:
     longest: int  # maximum of lengths, at least 1
     num_items: int  # U
     host_lengths: np.ndarray | None = None  # `lengths`, if the host has them
+    _computed: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @staticmethod
     def of(
@@ -95,48 +93,69 @@ class JaggedHistory:
         size = int(self.host_lengths.clip(max=count).sum())
         return mask.nonzero_static(size=size).squeeze(1)
 
-    @cached_property
+    @property
     def places(self) -> Tensor:
         """Numbers of the places of all rows: int64 [N]."""
-        return torch.arange(len(self.rows), device=self.rows.device)
+        return self._kept(
+            "places", lambda: torch.arange(self.rows.shape[0], device=self.rows.device)
+        )
 
-    @cached_property
+    @property
     def ages(self) -> Tensor:
         """Number of newer (that is, later) items of the same row: int64 [N]."""
-        return self.offsets[1:][self.rows] - 1 - self.places
+        return self._kept("ages", lambda: self.offsets[1:][self.rows] - 1 - self.places)
 
-    @cached_property
+    @property
     def by_item(self) -> tuple[Tensor, Tensor, Tensor]:
         """Index by item: places [N] ordered by item, their rows [N], item offsets [U + 1]."""
+        return self._kept("by_item", self._index_by_item)
+
+    def _index_by_item(self) -> tuple[Tensor, Tensor, Tensor]:
         counts = _counts(self.index, self.num_items)
         offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(counts)
         order = _stable_order(self.index, self.num_items)
         return order, self.rows[order], offsets
 
+    def _kept(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Compute once. torch.compile does so by itself, and cannot trace `cached_property`."""
+        if torch.compiler.is_compiling():
+            return compute()
+        if name not in self._computed:
+            self._computed[name] = compute()
+        return self._computed[name]
+
+    def _apply(self, name: str, *inputs: Tensor) -> Tensor:
+        """Apply an autograd function of this history."""
+        if torch.compiler.is_dynamo_compiling():
+            tensors = self.index, self.lengths, self.offsets, self.rows
+            return _apply_in_graph(name, list(inputs), *tensors, self.longest, self.num_items)
+        result: Tensor = _FUNCTIONS[name].apply(*inputs, self)
+        return result
+
     def gather(self, items: Tensor) -> Tensor:
         """Map [U, K] -> [N, K]: the item of each place, with gradient."""
-        return _Linear.apply(items, self._take_items, self._sum_places)
+        return self._apply("gather", items)
 
     def spread(self, rows: Tensor) -> Tensor:
         """Map [B, K] -> [N, K]: the row of each place, with gradient."""
-        return _Linear.apply(rows, self._take_rows, self._sum_rows)
+        return self._apply("spread", rows)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum [N, K] over the items of each row: [B, K], with gradient."""
-        return _Linear.apply(values, self._sum_rows, self._take_rows)
+        return self._apply("sum", values)
 
     def dot(self, queries: Tensor, items: Tensor) -> Tensor:  # [B, D], [U, D] -> [N]
         """Return the dot product of each history item and its row's query, with both gradients."""
-        return _Dot.apply(queries, items, self)
+        return self._apply("dot", queries, items)
 
     def weighted_sum(self, weights: Tensor, items: Tensor) -> Tensor:  # [N], [U, D] -> [B, D]
         """Return the weighted sum of the items of each row, with both gradients."""
-        return _WeightedSum.apply(weights, items, self)
+        return self._apply("weighted_sum", weights, items)
 
     def softmax(self, scores: Tensor) -> Tensor:
         """Normalise [N, K] or [N] over the items of each row."""
         columns = scores if scores.dim() == 2 else scores.unsqueeze(1)
-        return _Softmax.apply(columns.contiguous(), self).view(scores.shape)
+        return self._apply("softmax", columns.contiguous()).view(scores.shape)
 
     def maximum(self, values: Tensor, if_empty: float) -> Tensor:
         """Return maxima of [N, K] by row: [B, K]; `if_empty` for an empty row.
@@ -157,21 +176,8 @@ class JaggedHistory:
     def padded(self, values: Tensor, fill: float) -> Tensor:
         """Pad [N] to [B, longest] with `fill`."""
         places = self.places - self.offsets[self.rows]
-        padded = values.new_full((len(self.lengths), self.longest), fill)
+        padded = values.new_full((self.lengths.shape[0], self.longest), fill)
         return padded.index_put((self.rows, places), values)
-
-    def _take_items(self, items: Tensor) -> Tensor:  # [U, K] -> [N, K]
-        return items.index_select(0, self.index)
-
-    def _sum_places(self, values: Tensor) -> Tensor:  # [N, K] -> [U, K]
-        order, _, offsets = self.by_item
-        return _bag(order, values, offsets, None)
-
-    def _take_rows(self, rows: Tensor) -> Tensor:  # [B, K] -> [N, K]
-        return rows.index_select(0, self.rows)
-
-    def _sum_rows(self, values: Tensor) -> Tensor:  # [N, K] -> [B, K]
-        return _bag(self.places, values, self.offsets, None)
 
     def _sum_items(self, weights: Tensor, vectors: Tensor) -> Tensor:
         """Return the sum over each item's places of weights [N] times vectors[rows]: [U, D]."""
@@ -196,7 +202,7 @@ def _counts(numbers: Tensor, limit: int) -> Tensor:
 def _bag(index: Tensor, vectors: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
     """Sum vectors[index] [N, D], weighted, over each bag of the offsets [B + 1]: [B, D]."""
     if not vectors.shape[1]:  # the kernel refuses width 0
-        return vectors.new_zeros(len(offsets) - 1, 0)
+        return vectors.new_zeros(offsets.shape[0] - 1, 0)
     return F.embedding_bag(
         index,
         vectors.contiguous(),
@@ -207,17 +213,49 @@ def _bag(index: Tensor, vectors: Tensor, offsets: Tensor, weights: Tensor | None
     )
 
 
-class _Linear(torch.autograd.Function):
-    """Autograd of a linear map, given with its transpose."""
+class _Gather(torch.autograd.Function):
+    """Autograd of items [U, K] -> [N, K]."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, apply: Map, transpose: Map) -> Tensor:
-        ctx.transpose = transpose
-        return apply(values)
+    def forward(ctx: Any, items: Tensor, history: JaggedHistory) -> Tensor:
+        ctx.history = history
+        return items.index_select(0, history.index)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return ctx.transpose(gradient), None, None
+        order, _, offsets = ctx.history.by_item
+        return _bag(order, gradient, offsets, None), None
+
+
+class _Spread(torch.autograd.Function):
+    """Autograd of rows [B, K] -> [N, K]."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, history: JaggedHistory) -> Tensor:
+        ctx.history = history
+        return rows.index_select(0, history.rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _row_sums(gradient, ctx.history), None
+
+
+class _Sum(torch.autograd.Function):
+    """Autograd of values [N, K] -> sums [B, K]."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, history: JaggedHistory) -> Tensor:
+        ctx.history = history
+        return _row_sums(values, history)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient.index_select(0, ctx.history.rows), None
+
+
+def _row_sums(values: Tensor, history: JaggedHistory) -> Tensor:
+    """Sum values [N, K] by row: [B, K]."""
+    return _bag(history.places, values, history.offsets, None)
 
 
 class _Dot(torch.autograd.Function):
@@ -247,7 +285,8 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, history: JaggedHistory) -> Tensor:
         ctx.history = history
-        if scores.dtype == torch.float64:  # FBGEMM has no kernel for it
+        # FBGEMM has no kernel for float64, and makes a graph of one longest history alone.
+        if scores.dtype == torch.float64 or isinstance(history.longest, torch.SymInt):
             shares = (scores - history.spread(history.maximum(scores, 0.0))).exp()
             softmax = shares / history.spread(history.sum(shares))
         else:
@@ -259,7 +298,8 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (softmax,), history = ctx.saved_tensors, ctx.history
         # FBGEMM's backward has no derivative: autograd would take it for zero.
-        if torch.is_grad_enabled() or softmax.dtype == torch.float64:
+        is_symbolic = isinstance(history.longest, torch.SymInt)
+        if torch.is_grad_enabled() or softmax.dtype == torch.float64 or is_symbolic:
             shares = gradient * softmax
             return shares - softmax * history.spread(history.sum(shares)), None
         backward = torch.ops.fbgemm.jagged_softmax_backward
@@ -284,3 +324,21 @@ class _WeightedSum(torch.autograd.Function):
             history._sum_items(weights, gradient) if wants_items else None,
             None,
         )
+
+
+# By name, since torch.compile has no types as keys.
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
+    "gather": _Gather,
+    "spread": _Spread,
+    "sum": _Sum,
+    "dot": _Dot,
+    "softmax": _Softmax,
+    "weighted_sum": _WeightedSum,
+}
+
+
+@torch.compiler.allow_in_graph
+def _apply_in_graph(name: str, inputs: list[Tensor], *fields: Any) -> Tensor:
+    """Apply a function where torch.compile does not enter it: it cannot where sizes vary."""
+    result: Tensor = _FUNCTIONS[name].apply(*inputs, JaggedHistory(*fields))
+    return result

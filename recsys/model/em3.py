@@ -6,14 +6,15 @@ B batch, C labels, D dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from recsys.content.branch import ContentBranch
-from recsys.content.vectors import ContentVectors
+from recsys.content.vectors import ContentVectors, ItemRows
 from recsys.data.batch import Batch
 from recsys.model.auxiliary import AuxiliaryInputs, AuxiliaryLosses
 from recsys.model.id_vectors import IDVectorReader
@@ -24,6 +25,9 @@ from recsys.ranking.neighbours import BlendedLogits, Neighbours
 from recsys.ranking.vectors import CodeLogits, IDVectors, MemberLogits, TowerVectors
 
 Scored = Tensor | MemberLogits | TowerVectors | CodeLogits | BlendedLogits
+
+# Loss [], its parts, logits [B, C].
+ScoredBatch = tuple[Tensor, dict[str, Tensor], Tensor]
 
 
 class TotalLoss(nn.Module):
@@ -66,7 +70,8 @@ class TotalLoss(nn.Module):
         neighbours add `network`, `evidence_logits` and `evidence`, which the blend is fitted to.
         """
         logits = scored if isinstance(scored, Tensor) else scored.logits
-        loss, parts = logits.new_zeros(()), dict[str, Tensor]()
+        parts: dict[str, Tensor] = {}
+        loss = logits.new_zeros(())
         if self._computes:
             loss, parts = self._parts(scored, logits, ids, content, batch)
         if self.auxiliary is not None and self.training:
@@ -119,6 +124,24 @@ class TotalLoss(nn.Module):
         return loss, {"loss": loss, "ranking": ranking, "contrastive": contrastive}
 
 
+class Scoring(nn.Module):
+    """From vectors to losses: what `compile` makes one graph of on GPUs, in training.
+
+    It is a module without weights of its own, so that TorchRec's trace does not enter it.
+    """
+
+    def __init__(self, compute: Callable[..., ScoredBatch]) -> None:
+        super().__init__()
+        self.compute, self.compiled = compute, compute
+
+    def forward(
+        self, ids: IDVectors, content: ContentVectors | ItemRows | None, batch: Batch
+    ) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor, Batch]]:
+        compute = self.compiled if self.training else self.compute
+        loss, parts, logits = compute(ids, content, batch)
+        return loss, (parts, logits, batch)
+
+
 class EM3(nn.Module):
     """A batch -> (loss, (parts of the loss, logits [B, C], batch)), as TorchRec's pipelines expect.
 
@@ -156,6 +179,7 @@ class EM3(nn.Module):
         self.content, self.id_reader = content, id_reader
         self.further_histories, self.scaling = further_histories, scaling
         self.ranking, self.losses, self.neighbours = ranking, losses, neighbours
+        self.scoring = Scoring(self._scored)
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor, Batch]]:
         """Return the loss [], and its parts, the logits [B, C] and the batch. A collective."""
@@ -167,6 +191,16 @@ class EM3(nn.Module):
         # and in the backward with that of their gradients.
         content = self.content(batch) if self.content is not None else None
         ids = self.id_reader(pooled, sequences, batch)
+        scored: tuple[Tensor, Any] = self.scoring(ids, content, batch)
+        return scored
+
+    def _scored(
+        self, ids: IDVectors, content: ContentVectors | ItemRows | None, batch: Batch
+    ) -> ScoredBatch:
+        """Return the loss [], its parts and the logits [B, C]. A collective."""
+        if isinstance(content, ItemRows):
+            assert self.content is not None
+            content = self.content.of_rows(content, batch.content)
         rows = self.scaling(batch) if self.scaling is not None else batch
         if self.further_histories is not None:
             ids = self.further_histories(ids, content, rows)
@@ -176,5 +210,5 @@ class EM3(nn.Module):
             neighbours = self.neighbours(content, rows)
             scored = self.ranking(ids, content, neighbours.batch)
             scored = self.neighbours.blend(scored, neighbours)
-        loss, parts, logits = self.losses(scored, ids, content, batch)
-        return loss, (parts, logits, batch)
+        result: ScoredBatch = self.losses(scored, ids, content, batch)
+        return result

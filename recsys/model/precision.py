@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torchrec.models.dlrm import DenseArch, OverArch
 
+from embeddings.host import is_host
 from recsys.content.branch import ContentBranch, HistoryMap
 from recsys.content.encoders.base import Encoder
+from recsys.content.vectors import ItemRows
 from recsys.content.wrap import wrap
+from recsys.data.batch import Batch
 from recsys.data.items.kind import ContentInput
 from recsys.model.em3 import EM3
-
-if TYPE_CHECKING:
-    from recsys.model.em3 import EM3
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,17 @@ class Compiled(nn.Module):
     """Wrapper that marks a compiled part."""
 
 
+class AsRows(nn.Module):
+    """Wrapper of a content branch that in training returns rows, to be read in a compiled graph."""
+
+    def forward(self, batch: Batch) -> Any:
+        if not self.training:
+            return super().forward(batch)
+        branch = cast(ContentBranch, self)
+        items, read_history = branch.item_rows(batch)
+        return ItemRows(items, read_history())
+
+
 def compiled_parts(em3: EM3) -> dict[str, nn.Module]:
     """Return the parts that `compile` compiles, by name in the model."""
     parts: list[nn.Module] = [part for part in em3.ranking.children() if isinstance(part, STACKS)]
@@ -111,13 +122,43 @@ def compiled_parts(em3: EM3) -> dict[str, nn.Module]:
     return {name: part for name, part in em3.named_modules() if id(part) in part_ids}
 
 
-def compile_dense_parts(em3: EM3, device: torch.device, backend: str = "inductor") -> None:
-    """Compile the dense parts in place; each is compiled at its first call."""
+def compile_dense_parts(
+    em3: EM3, device: torch.device, backend: str | Callable[..., Any] = "inductor"
+) -> None:
+    """Compile the dense parts in place; each is compiled at its first call.
+
+    On a host these are `compiled_parts`. A GPU waits for launches, so that there training has two
+    graphs: from tokens to content vectors, and `Scoring`, from vectors to losses. A backbone that
+    reads lengths on the host would break the second one, and has parts.
+    """
     if backend == "inductor":
         require_compiler(device)
-    for part in compiled_parts(em3).values():
+    options: dict[str, Any] = {"backend": backend, "dynamic": True}
+    parts, content = compiled_parts(em3), em3.content
+    if not is_host(device):
+        parts = {name: part for name, part in parts.items() if name.startswith("ranking.")}
+        if content is not None:
+            content.compiled = torch.compile(content.encode_frozen, **options)
+        if not getattr(em3.ranking, "reads_host_lengths", False):
+            parts = {}
+            em3.scoring.compiled = torch.compile(em3.scoring.compute, **options)
+            if content is not None:
+                wrap(content, AsRows)
+    for part in parts.values():
         wrap(part, Compiled)
-        part.compile(backend=backend, dynamic=True)
+        part.compile(**options)
+
+
+def compiles_by_default(device: torch.device) -> bool:
+    """Return whether `compile: auto` compiles: on GPUs; a warning says where that does not work."""
+    if device.type != "cuda":
+        return False
+    try:
+        require_compiler(device)
+    except ValueError as error:
+        logger.warning("steps run uncompiled, with several times as many kernels: %s", error)
+        return False
+    return True
 
 
 def require_compiler(device: torch.device) -> None:
@@ -132,7 +173,7 @@ def require_compiler(device: torch.device) -> None:
     except Exception as error:
         cause = next((line for line in str(error).splitlines() if line), type(error).__name__)
         raise ValueError(
-            f"compile is true, but torch.compile does not work for {device.type} on this machine "
+            f"compile is on, but torch.compile does not work for {device.type} on this machine "
             f"({cause}); install a C++ compiler and Python's headers (Debian: g++ python3-dev; "
             "another compiler is named by the environment variable CXX), or set compile to false"
         ) from error

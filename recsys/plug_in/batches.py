@@ -165,6 +165,7 @@ class ItemContent:
             vocabularies,
             ranks.group,
             seed=config.seed,
+            outputs=branch.outputs,
         )
 
     def batches(

@@ -25,6 +25,7 @@ class SequenceModel(RowFeatures):
     """ID vectors, content vectors and dense features -> one logit per label."""
 
     Encoder: type[SequenceEncoder]
+    reads_host_lengths = True  # of the histories: no graph of torch.compile
 
     def __init__(
         self,

@@ -79,6 +79,7 @@ class Sim(RowFeatures):
     """
 
     Settings = SimSettings
+    reads_host_lengths = True  # of the histories: no graph of torch.compile
 
     def __init__(
         self, settings: SimSettings, dimensions: InputDimensions, content: ContentSettings | None

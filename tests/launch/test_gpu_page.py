@@ -24,6 +24,7 @@ NAMES = (
         "record_stream",
         "wait_stream",
         "is_on_host",
+        "is_host",
     ),
     *("reset_cache_states", "DMPCollection", "DTensor", "PrefetchTrainPipelineSparseDist"),
 )

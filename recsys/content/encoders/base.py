@@ -189,9 +189,11 @@ class Encoder(nn.Module):
 
     def encode(self, content: ContentInput) -> ContentInput:
         """Run both parts: content of a batch -> tokens [U, T, D] and their mask [U, T]."""
-        if self.caches and not self.is_cached:
-            content = self.frozen_outputs(content)
-        return cast(ContentInput, self(content))
+        return cast(ContentInput, self(self.above_frozen(content)))
+
+    def above_frozen(self, content: ContentInput) -> ContentInput:
+        """Return the input of `forward`: the outputs of `frozen`, unless a cache has given them."""
+        return self.frozen_outputs(content) if self.caches and not self.is_cached else content
 
     @torch.no_grad()
     def frozen_outputs(self, content: ContentInput) -> ContentInput:

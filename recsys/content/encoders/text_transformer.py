@@ -75,7 +75,9 @@ class TextTransformer(TransformerEncoder):
         # transformers reads the values of the mask, which meta tensors do not have.
         if mask.is_meta:
             return self.model(input_ids=values, attention_mask=None)
-        with nullcontext() if is_on_host(mask) else unread_masks():
+        # Nothing reads a mask while torch.compile traces, which cannot trace patches.
+        is_read = not is_on_host(mask) and not torch.compiler.is_compiling()
+        with unread_masks() if is_read else nullcontext():
             return self.model(input_ids=values, attention_mask=attended)
 
     def _run_above_cut(self, mask: Tensor) -> Any:  # [U, T]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from embeddings import MemoryBank
 from recsys.config import ContentSettings, ModalitySettings
+from recsys.content import encoder_outputs
 from recsys.content.branch import ContentBranch
 from recsys.content.encoder_outputs import EncoderOutputs, sampled_places
 from recsys.content.encoders.base import Encoder
@@ -85,6 +88,18 @@ def test_chosen_items_are_encoded_and_the_others_have_their_stored_outputs() -> 
     is_other = torch.arange(NUM_ITEMS) != sampled_item
     assert torch.equal(stored_after[is_other], stored[is_other])
     assert steps.tolist() == [8 if item == sampled_item else 0 for item in range(NUM_ITEMS)]
+
+
+def test_places_chosen_ahead_of_the_step_are_those_that_the_step_would_choose() -> None:
+    ahead, plain, batch = branch_with(0.3), branch_with(0.3), batch_of("bank_lora")
+    ahead.step = plain.step = 8
+    assert ahead.outputs is not None
+    encoded = ahead.outputs.choose(batch.content.items, 8)()
+    assert torch.equal(encoded.places, sampled_places(batch.content.items, 1, 8))
+    with_places = replace(batch, content=replace(batch.content, encoded=encoded))
+    with patch.object(encoder_outputs, "sampled_places", side_effect=AssertionError):
+        vectors = ahead(with_places).target
+    assert_equal_runs(ahead, vectors, plain, plain(batch).target)
 
 
 def test_without_training_every_item_is_encoded() -> None:

@@ -19,6 +19,7 @@ from recsys.data.batch import (
     Batch,
     BatchContent,
     ContentInput,
+    EncodedPlaces,
     FurtherHistory,
     History,
     ItemExchange,
@@ -53,6 +54,7 @@ def a_batch() -> Batch:
         with_gradient=1,
         bank_reads=BankRoute(torch.tensor([0, 1]), [2], torch.tensor([3, 4]), [2]),
         bank_writes=BankRoute(torch.tensor([1, 0]), [2], torch.tensor([5, 6]), [2]),
+        encoded=EncodedPlaces(torch.tensor([0]), None, None),
         exchange=ItemExchange(torch.tensor([1, 0]), send_counts=[2], receive_counts=[2]),
     )
     return part(
@@ -76,7 +78,7 @@ def test_a_batch_has_all_that_a_torchrec_batch_has() -> None:
 def test_to_moves_every_tensor() -> None:
     batch = a_batch()
     moved = batch.to(torch.device("meta"))
-    assert len(list(tensors_in(moved))) == len(list(tensors_in(batch))) == 41
+    assert len(list(tensors_in(moved))) == len(list(tensors_in(batch))) == 42
     assert {tensor.device.type for tensor in tensors_in(moved)} == {"meta"}
     assert {tensor.device.type for tensor in tensors_in(batch)} == {"cpu"}
 

@@ -7,8 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from recsys.data.jagged_history import JaggedHistory
+from tests.host_waits import gpu_branches
 
 DIM = 3
 INDEX = torch.tensor([4, 0, 4, 4, 2, 0])  # items 1 and 3 are in no history, 4 three times
@@ -103,3 +105,28 @@ def test_an_unindexed_history_takes_each_place_as_an_item_of_its_own() -> None:
     assert places.num_items == len(INDEX)
     queries = random(4, DIM, seed=1).detach()
     assert torch.equal(places.dot(queries, items[INDEX]), HISTORY.dot(queries, items))
+
+
+def test_one_compiled_graph_serves_histories_of_any_length() -> None:
+    """Graphs would else be made anew whenever the longest history of a batch has another length."""
+
+    def scored(items: Tensor, queries: Tensor, history: JaggedHistory) -> Tensor:
+        weights = history.softmax(history.dot(queries, items))  # [N]
+        return history.weighted_sum(weights, items.tanh())
+
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(scored, backend="aot_eager", dynamic=True)
+    for lengths in ([3, 0, 7], [5, 2, 2, 1], [9, 8, 4, 6, 0]):
+        index = torch.randint(11, (sum(lengths),))
+        history = JaggedHistory.of(index, torch.tensor(lengths), 11, max(lengths))
+        values = [torch.randn(11, 6), torch.randn(len(lengths), 6)]
+        results = []
+        for function in (scored, compiled):
+            inputs = [value.clone().requires_grad_() for value in values]
+            with gpu_branches():  # the others compile parts that have no histories
+                output = function(*inputs, history)
+                output.sum().backward()
+            results.append([output, *(value.grad for value in inputs)])
+        torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 1

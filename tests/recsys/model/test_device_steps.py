@@ -32,6 +32,7 @@ CASES: dict[str, tuple[str, dict[str, Any], float]] = {
     "tf32": ("din_dcn", {"tf32": True}, 1e-2),
     "bf16": ("din_dcn", {"precision": "bf16"}, 5e-2),
     "top_k": ("din_dcn", {}, 1e-4),
+    "compiled": ("din_dcn", {"compile": "auto"}, 1e-3),  # on a GPU
 }
 
 
@@ -44,9 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(folder: Path, name: str) -> Config:
     backbone, settings, _ = CASES[name]
-    config = backbone_config(
-        folder, backbone, "qformer", sharding="auto", kernels="torch", **settings
-    )
+    settings = {"compile": False, "sharding": "auto", "kernels": "torch", **settings}
+    config = backbone_config(folder, backbone, "qformer", **settings)
     content = content_settings(config.content)
     assert content is not None
     if name == "top_k":

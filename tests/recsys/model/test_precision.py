@@ -1,5 +1,6 @@
 """bfloat16 and compiled code in the dense parts give the numbers of float32 to their rounding."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,15 @@ from recsys.content.fusion import ConcatFusion
 from recsys.distributed.ranks import joined_ranks
 from recsys.distributed.torchrec_internals import require_pipelined
 from recsys.evaluation.evaluate import fill_bank
-from recsys.model.precision import InBfloat16, compile_dense_parts, compiled_parts, use_bfloat16
+from recsys.model.precision import (
+    InBfloat16,
+    compile_dense_parts,
+    compiled_parts,
+    compiles_by_default,
+    use_bfloat16,
+)
 from tests.datasets import write_dataset
+from tests.host_waits import gpu_branches
 from tests.ranks import run_on_ranks
 from tests.recsys.em3_runs import (
     TABLE_RATES,
@@ -194,14 +202,17 @@ def train(job: Job) -> dict[str, Any]:
 
 
 def train_both_ways(
-    rank: int, world_size: int, folder: Path, precision: Any, backend: str
+    rank: int, world_size: int, folder: Path, precision: Any, backend: str, on_gpu: bool = False
 ) -> dict[str, Any]:
     ranks, data = ranks_of(rank, world_size), str(folder / "data")
     config = em3_config(folder, precision=precision)
-    results = {"eager": train(build_job(config, data, ranks))}
-    job = build_job(config, data, ranks)
-    compile_dense_parts(job.em3, CPU, backend)
-    return results | {"compiled": train(job), "parts": set(compiled_parts(job.em3))}
+    if on_gpu:
+        config.kernels = "torch"
+    with gpu_branches() if on_gpu else nullcontext():
+        results = {"eager": train(build_job(config, data, ranks))}
+        job = build_job(config, data, ranks)
+        compile_dense_parts(job.em3, CPU, backend)
+        return results | {"compiled": train(job), "parts": set(compiled_parts(job.em3))}
 
 
 def assert_same_numbers(run: dict[str, Any], tolerance: float) -> None:
@@ -224,6 +235,34 @@ def test_each_part_is_one_graph_for_all_lengths_with_the_numbers_of_the_part(fol
     assert compiled["names"] == eager["names"]  # of its state dict
 
 
+@pytest.mark.long
+def test_on_gpus_training_is_two_graphs_for_all_lengths_with_the_numbers_of_the_model(
+    folder: Path,
+) -> None:
+    (captured,) = run_on_ranks(train_both_ways, 1, folder, "fp32", "aot_eager", True)
+    compiled = captured["compiled"]
+    assert_same_numbers(captured, TOLERANCE)
+    assert compiled["breaks"] == {}
+    # One more where a length of the first batch was that of a weight by chance.
+    assert 2 <= compiled["graphs"][1] <= 3
+    assert set(compiled["graphs"][1:]) == {compiled["graphs"][1]}
+    assert compiled["names"] == captured["eager"]["names"]
+
+
+def test_by_default_gpus_compile_where_torch_can_and_cpus_do_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("recsys.model.precision.require_compiler", lambda device: None)
+    assert compiles_by_default(torch.device("cuda")) and not compiles_by_default(CPU)
+
+    def refuse(device: torch.device) -> None:
+        raise ValueError("no triton")
+
+    monkeypatch.setattr("recsys.model.precision.require_compiler", refuse)
+    assert not compiles_by_default(torch.device("cuda"))
+    assert "no triton" in caplog.text
+
+
 def test_without_a_compiler_a_job_is_refused_before_it_starts(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,9 +273,10 @@ def test_without_a_compiler_a_job_is_refused_before_it_starts(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["parts", "graphs of GPUs"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", TOLERANCE), ("bf16", 0.02)])
 def test_compiled_code_on_two_ranks_gives_the_numbers_of_pytorch(
-    folder: Path, precision: str, tolerance: float
+    folder: Path, precision: str, tolerance: float, on_gpu: bool
 ) -> None:
-    for run in run_on_ranks(train_both_ways, 2, folder, precision, "inductor"):
+    for run in run_on_ranks(train_both_ways, 2, folder, precision, "inductor", on_gpu):
         assert_same_numbers(run, tolerance)
