@@ -414,7 +414,9 @@ class Call:
         sizes = writer.write_vocabularies(ids, out, self.folder.path, self.before.sizes)
         item, counts = config.output.item, writer.item_counts(f"1 = 1{writer.is_logged}")
         if (file := self.folder.path / "item_counts.parquet").exists():
-            both = pa.concat_tables([pq.read_table(file), counts], promote_options="default")
+            both = pa.concat_tables(
+                [pq.read_table(file, partitioning=None), counts], promote_options="default"
+            )
             counts = both.group_by(item).aggregate([("train_rows", "sum")])
             counts = counts.rename_columns([item, "train_rows"])
         pq.write_table(counts.sort_by(item), out / "item_counts.parquet")

@@ -177,7 +177,7 @@ def _read(path: Path, types: Types) -> pa.Table:
         raise ValueError(f"{path}: no such file; the source folder must hold it")
     try:
         if path.suffix == ".parquet":
-            table = pq.read_table(path)
+            table = pq.read_table(path, partitioning=None)
         elif path.suffix == ".dat":
             table = _read_dat(path, types)
         else:  # numbers of any kind as float64, so that Arrow names the row of a bad one

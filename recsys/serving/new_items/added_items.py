@@ -52,12 +52,12 @@ class AddedItems:
             return AddedItems(0, np.zeros(0, INDEX_TYPE), pa.array([], pa.int64()), None)
         folder = package / FOLDER / str(entry["number"])
         index = np.load(folder / INDEX, allow_pickle=False)
-        ids = pq.read_table(folder / IDS)["id"].combine_chunks()
+        ids = pq.read_table(folder / IDS, partitioning=None)["id"].combine_chunks()
         vectors = features = None
         if entry["shape"]:
             vectors = VectorFile(folder / VECTORS, VectorFileShape(**entry["shape"]))
         if (folder / FEATURES).exists():
-            features = pq.read_table(folder / FEATURES)
+            features = pq.read_table(folder / FEATURES, partitioning=None)
         return AddedItems(entry["number"], index, ids, vectors, features)
 
     def with_features(self, rows: pa.Table, item: str) -> pa.Table:

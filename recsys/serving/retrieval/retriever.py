@@ -85,7 +85,7 @@ class Retriever:
 
     def __init__(self, folder: Path, manifest: VectorsManifest, verify: bool) -> None:
         self.folder, self.manifest = folder, manifest
-        self.ids = pq.read_table(folder / ITEMS)["id"].combine_chunks()
+        self.ids = pq.read_table(folder / ITEMS, partitioning=None)["id"].combine_chunks()
         self.vectors = np.load(folder / VECTORS, mmap_mode="r")
         is_codes = manifest.vectors == "codes"
         self._index: Any = (

@@ -293,7 +293,7 @@ def codes_of_items(job: Job, folder: Path) -> tuple[np.ndarray, np.ndarray]:
 def read_codes(folder: Path, id_type: pa.DataType) -> tuple[pa.Array, np.ndarray]:
     """Return the raw ids of a folder of semantic ids [I], and their codes [I, L]."""
     manifest = _read_manifest(folder)
-    table = pq.read_table(folder / ITEMS)
+    table = pq.read_table(folder / ITEMS, partitioning=None)
     ids = table[manifest.target_item].combine_chunks()
     try:
         ids = ids.cast(id_type)

@@ -189,7 +189,7 @@ def content_of(out: Path) -> dict[str, list[dict[str, Any]]]:
         str(folder.relative_to(out)): [
             row
             for file in sorted(folder.glob("*.parquet"))
-            for row in pq.read_table(file).to_pylist()
+            for row in pq.read_table(file, partitioning=None).to_pylist()
         ]
         for folder in [*folders, out / "items"]
     }
