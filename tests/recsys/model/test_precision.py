@@ -273,8 +273,11 @@ def test_without_a_compiler_a_job_is_refused_before_it_starts(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("on_gpu", [False, True], ids=["parts", "graphs of GPUs"])
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", TOLERANCE), ("bf16", 0.02)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance", "on_gpu"),
+    [("fp32", TOLERANCE, False), ("bf16", 0.02, False), ("fp32", TOLERANCE, True)],
+    ids=["parts", "parts in bfloat16", "graphs of GPUs"],
+)
 def test_compiled_code_on_two_ranks_gives_the_numbers_of_pytorch(
     folder: Path, precision: str, tolerance: float, on_gpu: bool
 ) -> None:
