@@ -9,7 +9,6 @@ from recsys.kernels.choice import rounds_products as rounds_products
 from recsys.kernels.content_interest import native_content_interest as native_content_interest
 from recsys.kernels.dot_interaction import native_dot_interaction as native_dot_interaction
 from recsys.kernels.fusion import AttentionSettings as AttentionSettings
-from recsys.kernels.fusion import native_few_token_attention as native_few_token_attention
 from recsys.kernels.fusion import native_fusion as native_fusion
 from recsys.kernels.operators import result_dtype as result_dtype
 from recsys.kernels.target_attention import ScoreWeights as ScoreWeights

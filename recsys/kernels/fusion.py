@@ -1,4 +1,4 @@
-"""Operators `recsys::fusion`, the Fusion-Q-Former of preset `modern`, and `few_token_attention`.
+"""Operator `recsys::fusion`: the Fusion-Q-Former of preset `modern`.
 
 Shapes: U unique items, T tokens of an item, Q queries, M modalities, D dimension, H heads.
 """
@@ -76,35 +76,3 @@ Operator(
     gradients=("tokens", "weights"),
     num_outputs=2,
 ).define(_fake)
-
-
-def native_few_token_attention(
-    query: Tensor,  # [U, Q, D], mapped; a head has D / H consecutive numbers
-    key: Tensor,  # [U, T, D]
-    value: Tensor,  # [U, T, D]
-    mask: Tensor,  # bool [U, T]
-    heads: int,
-    scale: float,  # factor of the dot products
-) -> Tensor:  # [U, Q, D]
-    """Return attention of the queries to the tokens that the mask keeps, in the query's type."""
-    vectors = as_float32("few_token_attention", query=query, key=key, value=value)
-    attended: Tensor = torch.ops.recsys.few_token_attention(*vectors, mask, heads, scale)[0]
-    return attended.to(query.dtype)
-
-
-def _fake_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, heads: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    del value, mask, scale
-    weights = query.new_empty(query.shape[0], query.shape[1], heads, key.shape[1])
-    return query.new_empty(query.shape), weights
-
-
-Operator(
-    "few_token_attention",
-    inputs="Tensor query, Tensor key, Tensor value, Tensor mask, int heads, float scale",
-    backward_inputs="Tensor gradient, Tensor weights, Tensor query, Tensor key, Tensor value, "
-    "int heads, float scale",
-    gradients=("query", "key", "value"),
-    num_outputs=2,
-).define(_fake_attention)

@@ -19,7 +19,6 @@ from recsys.kernels import (
     AttentionSettings,
     has_native,
     log_refusal,
-    native_few_token_attention,
     native_fusion,
 )
 
@@ -46,30 +45,19 @@ class JointSelfAttention(nn.Module):
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))  # once, not for each of the maps
         query, key, value = self.query(x[:, :num_outputs]), self.key(x), self.value(x)
-        if self.training and _has_kernel(x):
-            attended = native_few_token_attention(
-                query, key, value, mask, self.num_heads, self.scale
-            )
+        query, key, value = (part.unflatten(-1, heads) for part in (query, key, value))
+        if is_on_host(x) and x.shape[1] <= FEW_TOKENS:
+            attended = _attention_of_few(query, key, value, mask, self.scale)
         else:
-            query, key, value = (part.unflatten(-1, heads) for part in (query, key, value))
-            if is_on_host(x) and x.shape[1] <= FEW_TOKENS:
-                attended = _attention_of_few(query, key, value, mask, self.scale)
-            else:
-                attended = F.scaled_dot_product_attention(
-                    query.transpose(1, 2),
-                    key.transpose(1, 2),
-                    value.transpose(1, 2),
-                    attn_mask=mask[:, None, None, :],
-                    scale=self.scale,
-                ).transpose(1, 2)
-            attended = attended.flatten(-2)
-        output: Tensor = self.output(attended)
+            attended = F.scaled_dot_product_attention(
+                query.transpose(1, 2),
+                key.transpose(1, 2),
+                value.transpose(1, 2),
+                attn_mask=mask[:, None, None, :],
+                scale=self.scale,
+            ).transpose(1, 2)
+        output: Tensor = self.output(attended.flatten(-2))
         return output
-
-
-def _has_kernel(x: Tensor) -> bool:  # [U, T, D]
-    """Return whether kernels attend: in training alone, so that packages need no compiler."""
-    return x.shape[1] <= FEW_TOKENS and has_native(x)
 
 
 def _attention_of_few(

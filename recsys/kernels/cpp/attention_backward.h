@@ -25,7 +25,7 @@ struct Sums {
   void add(const Sums& other) {
     for (auto part : {&Sums::of_items, &Sums::of_products, &Sums::of_target, &Sums::first_bias,
                       &Sums::second, &Sums::second_bias, &Sums::last, &Sums::lists})
-      for (int64_t k = 0; k < (this->*part).size(); ++k) (this->*part)[k] += (other.*part)[k];
+      (this->*part).add(other.*part);
   }
 };
 

@@ -60,10 +60,6 @@ inline Vec pairs_along(Vec first, Vec second) {
   return (Vec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
 }
 
-inline Vec load_first(const float* from, int64_t count) {
-  return (Vec)_mm512_maskz_loadu_ps((1u << std::clamp<int64_t>(count, 0, kLanes)) - 1, from);
-}
-
 #else
 
 template <bool kPairs>
@@ -74,8 +70,6 @@ inline Vec multiply_add(Vec sum, float a, Vec b) {
 inline Vec pairs_of(Vec first, Vec) { return first; }
 
 inline Vec pairs_along(Vec first, Vec) { return first; }
-
-inline Vec load_first(const float*, int64_t) { return Vec{}; }
 
 #endif
 

@@ -70,11 +70,9 @@ void invert_lengths(const InterestSizes& s, const InterestInputs& in, float* inv
           const float* item = in.items + (start + t) * s.stride + space * s.D;
           const float* vector = space ? item : mapped + t * s.d;
           Vec total{};
-          int64_t k = 0;
-          for (; k + kLanes <= s.D; k += kLanes) total += load(vector + k) * load(vector + k);
-          if (k < s.D) {
-            const Vec rest = load_some(vector + k, s.D - k);
-            total += rest * rest;
+          for (int64_t k = 0; k < s.D; k += kLanes) {
+            const Vec part = load_first(vector + k, s.D - k);
+            total += part * part;
           }
           inverse[(start + t) * s.S + space] = 1 / std::max(std::sqrt(sum(total)), kShortestVector);
         }
@@ -214,9 +212,8 @@ Tensor map_gradient(const InterestSizes& s, const InterestInputs& in, const floa
       }
     }
   });
-  float* total = *squares[0];
-  for (int64_t group = 1; group < groups; ++group)
-    for (int64_t k = 0; k < s.D * s.d; ++k) total[k] += (*squares[group])[k];
+  Floats& total = *squares[0];
+  for (int64_t group = 1; group < groups; ++group) total.add(*squares[group]);
   Floats product(s.D * s.d), zeros(s.d);
   multiply({s.D, in.map, s.D, 1, total, s.d, zeros, 0, product, s.d, After::kNothing}, s.D, s.d);
   Tensor out = torch::stable::new_empty(like, {s.D, s.D});

@@ -5,9 +5,7 @@
 // a row. An item's row holds its vector in each space, one after the other.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-
+#include "functions.h"
 #include "product.h"
 #include "tensors.h"
 
@@ -25,12 +23,6 @@ struct InterestSizes {
   int64_t F() const { return 2 * G() + P; }
 };
 
-inline Vec load_some(const float* from, int64_t count) {
-  float lanes[kLanes] = {};
-  std::memcpy(lanes, from, count * sizeof(float));
-  return load(lanes);
-}
-
 // Fills out [T] with the dot products of a padded vector and vectors of D floats.
 inline void dots(const float* padded, const float* const* vectors, int64_t at, int64_t count,
                  int64_t D, float* out) {
@@ -39,7 +31,7 @@ inline void dots(const float* padded, const float* const* vectors, int64_t at, i
     Vec total{};
     int64_t k = 0;
     for (; k + kLanes <= D; k += kLanes) total += load(padded + k) * load(vector + k);
-    if (k < D) total += load(padded + k) * load_some(vector + k, D - k);
+    if (k < D) total += load(padded + k) * load_first(vector + k, D - k);
     out[t] = sum(total);
   }
 }
@@ -60,19 +52,10 @@ inline void weighted_sum(const float* factors, const float* const* vectors, int6
   }
   for (; k < D; k += kLanes) {
     Vec total{};
-    for (int64_t t = 0; t < count; ++t) {
-      const float* from = vectors[t] + at + k;
-      total += splat(factors[t]) * (k + kLanes <= D ? load(from) : load_some(from, D - k));
-    }
+    for (int64_t t = 0; t < count; ++t)
+      total += splat(factors[t]) * load_first(vectors[t] + at + k, D - k);
     store(out + k, total);
   }
-}
-
-inline void softmax(float* values, int64_t count) {
-  const float highest = *std::max_element(values, values + count);
-  float total = 0;
-  for (int64_t t = 0; t < count; ++t) total += values[t] = std::exp(values[t] - highest);
-  for (int64_t t = 0; t < count; ++t) values[t] /= total;
 }
 
 // The groups of one row's items in one space: numbers of items, sums, maxima and votes.

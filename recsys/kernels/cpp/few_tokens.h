@@ -3,11 +3,8 @@
 // Shapes: Q queries, T tokens, H heads, W width of a head; tokens have a distance in floats.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-
+#include "functions.h"
 #include "tensors.h"
-#include "vectors.h"
 
 namespace recsys {
 
@@ -17,30 +14,17 @@ struct FewTokens {
   float scale;
 };
 
-inline void require_heads(const Operator& op, int64_t heads, int64_t dim, double scale) {
-  op.require(heads > 0 && dim % heads == 0, "heads is ", heads,
-             ", but must be at least 1 and divide ", dim, ", the width of the vectors");
-  op.require(std::isfinite(scale), "scale is ", scale, ", but must be a finite number");
-}
-
-inline Vec load_up_to(const float* from, int64_t count) {
-  if (count >= kLanes) return load(from);
-  float lanes[kLanes] = {};
-  std::memcpy(lanes, from, count * sizeof(float));
-  return load(lanes);
-}
-
 inline float dot(const float* a, const float* b, int64_t width) {
   Vec total{};
   for (int64_t k = 0; k < width; k += kLanes)
-    total += load_up_to(a + k, width - k) * load_up_to(b + k, width - k);
+    total += load_first(a + k, width - k) * load_first(b + k, width - k);
   return sum(total);
 }
 
 inline void add_scaled(float* to, float factor, const float* from, int64_t width) {
   const Vec by = splat(factor);
   for (int64_t k = 0; k < width; k += kLanes) {
-    const Vec value = load_up_to(to + k, width - k) + by * load_up_to(from + k, width - k);
+    const Vec value = load_first(to + k, width - k) + by * load_first(from + k, width - k);
     std::memcpy(to + k, &value, std::min<int64_t>(kLanes, width - k) * sizeof(float));
   }
 }
@@ -61,14 +45,11 @@ inline void fill_shares(const FewTokens& s, const float* query, const float* key
     for (int64_t h = 0; h < s.H; ++h) {
       const float* own = query + q * s.distance + h * s.W;
       float* share = shares + (q * s.H + h) * s.T;
-      float highest = -INFINITY, total = 0;
       for (int64_t t = 0; t < s.T; ++t) {
         const float* of_token = key + t * s.distance + h * s.W;
         share[t] = is_token[t] ? dot(own, of_token, s.W) * s.scale : -INFINITY;
-        highest = std::max(highest, share[t]);
       }
-      for (int64_t t = 0; t < s.T; ++t) total += share[t] = std::exp(share[t] - highest);
-      for (int64_t t = 0; t < s.T; ++t) share[t] /= total;
+      softmax(share, s.T);
     }
 }
 

@@ -1,20 +1,18 @@
-// Functions of single numbers, for all lanes of a vector.
+// Functions of single numbers, for all lanes of a vector, and softmax.
 #pragma once
+
+#include <algorithm>
+#include <cmath>
 
 #include "vectors.h"
 
 namespace recsys {
 
-inline Mask bits_of(Vec value) {
-  Mask bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-inline Vec from_bits(Mask bits) {
-  Vec value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+inline void softmax(float* values, int64_t count) {
+  const float highest = *std::max_element(values, values + count);
+  float total = 0;
+  for (int64_t t = 0; t < count; ++t) total += values[t] = std::exp(values[t] - highest);
+  for (int64_t t = 0; t < count; ++t) values[t] /= total;
 }
 
 inline Vec select(Mask chosen, Vec yes, Vec no) {

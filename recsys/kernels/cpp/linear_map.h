@@ -10,13 +10,6 @@
 
 namespace recsys {
 
-// Returns the distance of rows of `width` floats, the same on every processor, as the shape of a
-// tensor may depend on it; no power of two, which would share cache sets.
-inline int64_t distance_of(int64_t width) {
-  const int64_t whole = (width + 15) / 16 * 16;
-  return whole >= 128 ? whole + 16 : whole;
-}
-
 // y = weight x + bias, with weight [outputs, inputs].
 struct LinearMap {
   int64_t inputs, outputs, x, y;  // the last two are distances of rows
@@ -74,10 +67,7 @@ struct LinearSums {
     }
   }
 
-  void add(const LinearSums& other) {
-    for (int64_t k = 0; k < weight.size(); ++k) weight[k] += other.weight[k];
-    for (int64_t k = 0; k < bias.size(); ++k) bias[k] += other.bias[k];
-  }
+  void add(const LinearSums& other) { weight.add(other.weight), bias.add(other.bias); }
 
   void write(float* to_weight, float* to_bias) const {
     for (int64_t out = 0; out < map.outputs; ++out)
@@ -157,12 +147,7 @@ struct NormSums {
     }
   }
 
-  void add(const NormSums& other) {
-    for (int64_t k = 0; k < factor.size(); ++k) {
-      factor[k] += other.factor[k];
-      shift[k] += other.shift[k];
-    }
-  }
+  void add(const NormSums& other) { factor.add(other.factor), shift.add(other.shift); }
 
   void write(float* to_factor, float* to_shift) const {
     std::memcpy(to_factor, factor, norm.width * sizeof(float));

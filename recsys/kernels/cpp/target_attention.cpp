@@ -1,12 +1,10 @@
 // Operators recsys::target_attention and its backward; see attention.h for mathematics and letters.
 #include "attention_backward.h"
+#include "functions.h"
 #include "history.h"
 
 namespace recsys {
 namespace {
-
-// Returns a width up to the end of its last cache line, the same on every processor.
-int64_t whole_lines(int64_t width) { return (width + 15) / 16 * 16; }
 
 int64_t longest_row(const Sizes& s, const int64_t* offsets) {
   int64_t longest = 0;
@@ -18,13 +16,10 @@ int64_t longest_row(const Sizes& s, const int64_t* offsets) {
 // scores [T] -> weights [T], and their sum of vectors, added to out [D]
 void softmax_and_sum(const Sizes& s, const float* scores, const float* vectors, int64_t count,
                      float* weights, float* out) {
-  float highest = scores[0], total = 0;
-  for (int64_t t = 1; t < count; ++t) highest = std::max(highest, scores[t]);
-  for (int64_t t = 0; t < count; ++t) total += weights[t] = std::exp(scores[t] - highest);
-  for (int64_t t = 0; t < count; ++t) {
-    weights[t] /= total;
+  std::memcpy(weights, scores, count * sizeof(float));
+  softmax(weights, count);
+  for (int64_t t = 0; t < count; ++t)
     for (int64_t k = 0; k < s.D; ++k) out[k] += weights[t] * vectors[t * s.d + k];
-  }
 }
 
 // The inputs, whose types, shapes and places in memory are as the kernel reads them.
@@ -50,7 +45,7 @@ struct CheckedAttention {
         last(op.float32("last", last_, {1, second.size(0)})),
         s{target.size(0), items.size(0), index.size(0), target.size(1), first.size(0),
           second.size(0), parallel.size(1), 0, 0, 0, 0, 0} {
-    s.d = padded(s.D), s.h = row_stride(s.H), s.g = row_stride(s.G);
+    s.d = padded(s.D), s.h = distance_of(s.H), s.g = distance_of(s.G);
     s.second = whole_lines(s.H), s.u = s.second + whole_lines(s.G);
     require_history(op, integers(index), s.N, s.U, integers(offsets), s.B);
   }

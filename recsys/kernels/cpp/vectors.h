@@ -41,18 +41,33 @@ inline void add_row(float* to, const float* from, int64_t count) {
   for (; k < count; ++k) to[k] += from[k];
 }
 
+// Returns the first floats of a vector, at most all, and zeros after them.
+inline Vec load_first(const float* from, int64_t count) {
+  if (count >= kLanes) return load(from);
+  Vec lanes{};
+  if (count > 0) std::memcpy(&lanes, from, count * sizeof(float));
+  return lanes;
+}
+
 // Less zero, which compilers drop; adding zero they must compute, as it turns -0 into 0.
 inline Vec splat(float value) { return value - Vec{}; }
+
+inline Mask bits_of(Vec value) {
+  Mask bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline Vec from_bits(Mask bits) {
+  Vec value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
 
 // Returns value where gate > 0 or is NaN, else 0: ReLU with value = gate, and its gradient. As in
 // PyTorch NaN stays NaN, so that a model that diverges is seen in its loss.
 inline Vec where_positive(Vec gate, Vec value) {
-  const Mask mask = ~(gate <= Vec{});
-  Mask bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  bits &= mask;
-  std::memcpy(&value, &bits, sizeof bits);
-  return value;
+  return from_bits(bits_of(value) & ~(gate <= Vec{}));
 }
 
 // Adds up the lanes: the upper half to the lower one, until one is left.
@@ -69,9 +84,13 @@ inline float sum(Vec vector) {
 
 inline int64_t padded(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
 
-// Returns the distance of rows of `width` floats; no power of two, which would share cache sets.
-inline int64_t row_stride(int64_t width) {
-  return padded(width) >= 128 ? padded(width) + kLanes : padded(width);
+// Returns a width up to the end of its last cache line, the same on every processor.
+inline int64_t whole_lines(int64_t width) { return (width + 15) / 16 * 16; }
+
+// Returns the distance of rows of `width` floats, the same on every processor, as the shape of a
+// tensor may depend on it; no power of two, which would share cache sets.
+inline int64_t distance_of(int64_t width) {
+  return whole_lines(width) >= 128 ? whole_lines(width) + 16 : whole_lines(width);
 }
 
 // Zeroed floats, aligned to a cache line.
@@ -85,6 +104,9 @@ class Floats {
   }
   operator float*() const { return data_.get(); }
   int64_t size() const { return count_; }
+  void add(const Floats& other) {
+    for (int64_t k = 0; k < count_; ++k) data_[k] += other.data_[k];
+  }
 
  private:
   struct Free {

@@ -22,7 +22,6 @@ from recsys.kernels import (
     ScoreWeights,
     native_content_interest,
     native_dot_interaction,
-    native_few_token_attention,
     native_fusion,
     native_target_attention,
 )
@@ -140,26 +139,6 @@ def plain_interest(inputs: Inputs) -> Result:
     return torch.cat([*sums, similarity_features(cosines, jagged, parallel)], dim=1)
 
 
-def few_tokens(items: int, queries: int, tokens: int, dim: int, heads: int) -> Inputs:
-    mask = torch.rand(items, tokens) < 0.6
-    mask[:, :1] = True
-    vectors = [torch.randn(items, count, dim) for count in (queries, tokens, tokens)]
-    return dict(zip(("query", "key", "value"), vectors)) | {
-        "mask": mask,
-        "heads": heads,
-        "scale": 0.5,
-    }
-
-
-def plain_few_tokens(inputs: Inputs) -> Result:
-    query, key, value, mask, heads, scale = inputs.values()
-    width = query.shape[2] // heads
-    query, key, value = (part.unflatten(2, (heads, width)) for part in (query, key, value))
-    scores = torch.einsum("uqhw,uthw->uqht", query, key) * scale
-    weights = scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(dim=3)
-    return torch.einsum("uqht,uthw->uqhw", weights, value).flatten(2)
-
-
 def fusion(items: int, modality: list[int], queries: int, layers: int, dim: int) -> Inputs:
     module = FusionQFormer(dim, max(modality, default=0) + 1, queries, layers, 2, dropout=0.0)
     weights = [weight.detach() + 0.2 * torch.randn(weight.shape) for weight in module.weights()]
@@ -234,18 +213,6 @@ CASES = {
         native_interest,
         plain_interest,
         ("items", "parallel"),
-    ),
-    "few_token_attention": Case(
-        few_tokens,
-        {
-            "usual": (3, 2, 4, 6, 2),
-            "no items": (0, 2, 4, 6, 2),
-            "no queries": (3, 0, 4, 6, 2),
-            "no width": (3, 2, 4, 0, 2),
-            "long": (70, 3, 8, 34, 1),
-        },
-        lambda inputs: native_few_token_attention(*inputs.values()),
-        plain_few_tokens,
     ),
     "fusion": Case(
         fusion,

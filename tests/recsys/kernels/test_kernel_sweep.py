@@ -142,7 +142,6 @@ def test_a_result_that_nothing_reads_gives_no_gradient(operator: str) -> None:
 MANY: dict[str, tuple[Any, ...]] = {
     "target_attention": ([7, 0, 12, 3] * 300, 50, 4, 8, 4, 1),
     "content_interest": ([7, 0, 8, 3] * 50, 3000, 8, 1, 1),
-    "few_token_attention": (300, 2, 4, 8, 2),
     "fusion": (300, [0, 1], 2, 2, 32),
     "dot_interaction": (600, 16, [26]),
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys.config import HistorySettings
-from recsys.content.fusion import FusionQFormer, JointSelfAttention
+from recsys.content.fusion import FusionQFormer
 from recsys.content.vectors import ContentVectors, StoredHistory
 from recsys.data.jagged_history import JaggedHistory
 from recsys.kernels.choice import _KernelChoice
@@ -54,11 +54,6 @@ def fusion(preset: Any) -> Module:
     return module, [torch.randn(3, 2, 4)], lambda tokens: module(tokens, MASK, modality)
 
 
-def few_tokens() -> Module:
-    module = JointSelfAttention(4, 2)
-    return module, [torch.randn(3, 2, 4)], lambda tokens: module(tokens, MASK, 2)
-
-
 MODULES: dict[str, Callable[[], Module]] = {
     "target attention": lambda: attention(TargetAttention(4, 0, [6, 3]), 0),
     "target attention with a list": lambda: attention(TargetAttention(4, 1, [6, 3]), 1),
@@ -69,7 +64,6 @@ MODULES: dict[str, Callable[[], Module]] = {
     "content interest with a histogram": lambda: content_interest(3),
     "fusion, modern": lambda: fusion("modern"),
     "fusion, published": lambda: fusion("published"),
-    "few tokens": few_tokens,
     "dots": lambda: (
         module := DotInteraction(2),
         [torch.randn(3, 4), torch.randn(3, 2, 4)],
@@ -121,7 +115,7 @@ def test_in_float64_first_and_second_derivatives_are_right(name: str) -> None:
     assert torch.autograd.gradgradcheck(compute, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("name", ["fusion, modern", "few tokens", "dots"])
+@pytest.mark.parametrize("name", ["fusion, modern", "fusion, published", "dots"])
 def test_forward_mode_derivatives_are_those_of_plain_operations(name: str) -> None:
     torch.manual_seed(0)
     module, vectors, compute = MODULES[name]()

@@ -60,7 +60,9 @@ struct CheckedFusion {
         modality(op.int64("modality", modality_, {tokens.size(1)})),
         weights(checked_weights(op, weights_, layers, tokens.size(2))),
         s(tokens, weights, layers, heads, scale, dropout) {
-    require_heads(op, heads, s.D, scale);
+    op.require(heads > 0 && s.D % heads == 0, "heads is ", heads,
+               ", but must be at least 1 and divide ", s.D, ", the width of the vectors");
+    op.require(std::isfinite(scale), "scale is ", scale, ", but must be a finite number");
     op.require(0 <= dropout && dropout <= 1, "dropout is ", dropout, ", but must be in [0, 1]");
     noise = op.float32("noise", noise_, {dropout > 0 ? num_random(s) : 0});
     for (int64_t t = 0; t < s.T; ++t) {

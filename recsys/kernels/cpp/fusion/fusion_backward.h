@@ -27,7 +27,7 @@ struct FusionSums {
 
   void add(const FusionSums& other) {
     for (auto part : {&FusionSums::queries, &FusionSums::embedding, &FusionSums::missing})
-      for (int64_t k = 0; k < (this->*part).size(); ++k) (this->*part)[k] += (other.*part)[k];
+      (this->*part).add(other.*part);
     for (size_t layer = 0; layer < layers.size(); ++layer) layers[layer]->add(*other.layers[layer]);
     norm.add(other.norm);
     output.add(other.output);
