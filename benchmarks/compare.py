@@ -14,7 +14,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
-from benchmarks.settings import setting
+from benchmarks.settings import Device, setting
 from benchmarks.timing.rounds import FULL_EFFORT, QUICK_EFFORT, Effort, Measurement, measure, ratio
 from benchmarks.timing.steps import Variant
 
@@ -28,6 +28,7 @@ def compare(
     only: list[str] | None = None,
     overrides: list[str] | None = None,
     effort: Effort = FULL_EFFORT,
+    device: Device = "cpu",
     quick: bool = False,
     in_process: bool = False,
     results: Path = RESULTS,
@@ -38,13 +39,14 @@ def compare(
         out: folder for the dataset and the encoded items.
         only: names of the variants to measure; default: all.
         overrides: words of `recsys train` for all variants, e.g. '["--batch_size", "256"]'.
+        device: cpu, or cuda for a GPU per rank.
         effort: rounds, steps and other limits of the measurement.
         quick: tiny sizes, whose figures mean nothing.
         in_process: measure all in this process instead of one process per variant.
         results: folder for the figures.
     """
     require_own_folder(quick, results)
-    selected = variants(out, quick, overrides or [])
+    selected = variants(out, quick, overrides or [], device)
     unknown = sorted(set(only or []) - {variant.name for variant in selected})
     if unknown:
         names = [variant.name for variant in selected]
@@ -55,10 +57,10 @@ def compare(
     return measured
 
 
-def variants(out: Path, quick: bool, overrides: list[str]) -> list[Variant]:
+def variants(out: Path, quick: bool, overrides: list[str], device: Device = "cpu") -> list[Variant]:
     """Return the variants of setting A: itself, its baselines, and with similarity features."""
     sized = setting("A", quick)
-    data, words = sized.prepared(out)
+    data, words = sized.prepared(out, device)
     base = Variant("bank_lora", str(sized.recipe), data, (*words, *overrides))
     return [
         base.changed(PLAIN, *FULL, kind="plain"),

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from jsonargparse import auto_cli
 
 from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
+from benchmarks.settings import Device
 from benchmarks.settings import setting as named_setting
 from benchmarks.timing.ranks import require_not_launched
 from benchmarks.timing.rounds import (
@@ -54,6 +55,7 @@ def ladder(
     setting: Literal["A", "B"] = "A",
     only: list[str] | None = None,
     effort: Effort = FULL_EFFORT,
+    device: Device = "cpu",
     quick: bool = False,
     in_process: bool = False,
     results: Path = RESULTS,
@@ -64,6 +66,7 @@ def ladder(
         out: folder for the dataset and the encoded items.
         setting: A (stored features) or B (raw text through an encoder).
         only: names of rows; the rows they build on are included.
+        device: cpu, or cuda for a GPU per rank.
         effort: rounds, steps and other limits of the measurement; each row needs a profile.
         quick: tiny sizes, whose figures mean nothing.
         in_process: measure in this process instead of new ones; rows of several ranks are left out.
@@ -72,7 +75,7 @@ def ladder(
     require_not_launched("ladder")
     require_own_folder(quick, results)
     sized = named_setting(setting, quick)
-    rows = rows_of(setting, str(sized.recipe), *sized.prepared(out))
+    rows = rows_of(setting, str(sized.recipe), *sized.prepared(out, device))
     rows = _chosen(rows, only, in_process)
     rungs: dict[str, Rung] = {}
     for row in rows:

@@ -48,8 +48,6 @@ class PlainSource:
             )
         if sequences := [name for name in self.schema.event_columns if name != self.schema.history]:
             raise ValueError(f"the plain twin reads one history alone; leave out {sequences}")
-        if ranks.device.type != "cpu":
-            raise ValueError("the plain twin runs on CPU; set device to cpu")
         if (content.fusion.name, content.fusion.preset) != ("qformer", "modern"):
             raise ValueError(
                 f"the plain twin has no fusion '{content.fusion.name}' of preset "
@@ -61,7 +59,7 @@ class PlainSource:
 
     def twin(self) -> PlainTwin:
         torch.manual_seed(self.config.seed)
-        return PlainTwin(self.sizes(), list(self.features.values()))
+        return PlainTwin(self.sizes(), list(self.features.values())).to(self.ranks.device)
 
     def sizes(self) -> TwinSizes:
         config, content, schema = self.config, self.content, self.schema
@@ -106,7 +104,7 @@ class PlainSource:
         for epoch in itertools.count():
             interactions.begin(epoch)
             for batch in loader(interactions, 0, pin_memory=False):
-                yield padded(batch)
+                yield padded(batch).to(self.ranks.device)
 
 
 def features_of_all_items(store: ContentStore, schema: Schema) -> dict[str, Tensor]:
@@ -163,6 +161,12 @@ class PaddedBatch:
     history: Tensor  # [B, L], 0 where there is none
     parallel: Tensor  # [B, L, P]
     mask: Tensor  # bool [B, L]
+
+    def to(self, device: torch.device) -> PaddedBatch:
+        values = {name: value for name, value in vars(self).items() if name != "pooled"}
+        moved = {name: value.to(device) for name, value in values.items()}
+        pooled = [(ids.to(device), offsets.to(device)) for ids, offsets in self.pooled]
+        return PaddedBatch(pooled=pooled, **moved)
 
 
 @dataclass
@@ -317,7 +321,9 @@ class PlainTwin(nn.Module):
 
     def __init__(self, sizes: TwinSizes, features: list[Tensor]) -> None:
         super().__init__()
-        self.sizes, self.features = sizes, features
+        self.sizes = sizes
+        for name, values in zip(sizes.feature_dims, features, strict=True):
+            self.register_buffer(f"features_of_{name}", values, persistent=False)
         dim, content_dim, parallel = sizes.id_dim, sizes.content_dim, sizes.num_parallel
         self.bags = nn.ModuleList(
             nn.EmbeddingBag(rows, dim, mode="sum", sparse=True) for rows in sizes.pooled_rows
@@ -369,7 +375,8 @@ class PlainTwin(nn.Module):
     def encode(self, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
         """Encode targets [B, D] and histories [B, L, D], with gradient."""
         items = torch.cat([batch.target.unsqueeze(1), batch.history], dim=1)  # [B, 1 + L]
-        encoded = self.encoder([F.embedding(items, values) for values in self.features])
+        features = [self.get_buffer(f"features_of_{name}") for name in self.sizes.feature_dims]
+        encoded = self.encoder([F.embedding(items, values) for values in features])
         return encoded[:, 0], encoded[:, 1:]
 
     def contrastive(self, content: Tensor, ids: Tensor, items: Tensor) -> Tensor:
@@ -379,7 +386,7 @@ class PlainTwin(nn.Module):
         is_same_item = items[:, None] == items[None, :]
         is_same_item.fill_diagonal_(False)
         scores = (content @ ids.T / self.sizes.temperature).masked_fill(is_same_item, -torch.inf)
-        rows = torch.arange(len(items))
+        rows = torch.arange(len(items), device=items.device)
         return (F.cross_entropy(scores, rows) + F.cross_entropy(scores.T, rows)) / 2
 
     def optimizers(self) -> list[torch.optim.Optimizer]:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
-from benchmarks.settings import setting
+from benchmarks.settings import Device, setting
 from benchmarks.timing.ranks import require_not_launched
 from benchmarks.timing.rounds import (
     FULL_EFFORT,
@@ -54,6 +54,7 @@ def scaling(
     ranks: list[int] | None = None,
     table_rows: list[int] | None = None,
     effort: Effort = replace(FULL_EFFORT, profiled=0),  # noqa: B008
+    device: Device = "cpu",
     quick: bool = False,
     in_process: bool = False,
     results: Path = RESULTS,
@@ -65,6 +66,7 @@ def scaling(
         curves: names of curves; default: all.
         ranks: numbers of ranks on this machine; default 1 and 2.
         table_rows: rows of the user table; default 1e5 to 5e7.
+        device: cpu, or cuda for a GPU per rank.
         effort: rounds, steps and other limits of the measurement.
         quick: tiny sizes, whose figures mean nothing.
         in_process: measure in this process instead of new ones; without the curves of ranks.
@@ -72,7 +74,7 @@ def scaling(
     """
     require_not_launched("scaling")
     require_own_folder(quick, results)
-    all_curves = curves_of(out, quick, ranks, table_rows)
+    all_curves = curves_of(out, quick, ranks, table_rows, device)
     unknown = sorted(set(curves or []) - {curve.name for curve in all_curves})
     if unknown:
         names = [curve.name for curve in all_curves]
@@ -229,8 +231,8 @@ class Curve:
 
 
 class _Variants:
-    def __init__(self, out: Path, quick: bool) -> None:
-        self.out, self.quick = out, quick
+    def __init__(self, out: Path, quick: bool, device: Device) -> None:
+        self.out, self.quick, self.device = out, quick, device
         self.setting = setting("A", quick)
         if not quick:
             self.setting = self.setting.with_data(num_rows=ROWS_OF_DATA)
@@ -239,17 +241,21 @@ class _Variants:
         self, name: str, *overrides: str, ranks: int = 1, apart: bool = False, **sizes: Any
     ) -> Variant:
         sized = self.setting.with_data(**sizes)
-        data, words = sized.prepared(self.out)
+        data, words = sized.prepared(self.out, self.device)
         recipe = str(sized.recipe)
         words = (*words, *overrides)
         return Variant(name, recipe, data, words, ranks=ranks, apart=apart, loaded_batches=8)
 
 
 def curves_of(
-    out: Path, quick: bool, ranks: list[int] | None, table_rows: list[int] | None
+    out: Path,
+    quick: bool,
+    ranks: list[int] | None,
+    table_rows: list[int] | None,
+    device: Device = "cpu",
 ) -> list[Curve]:
     """Return all curves."""
-    make = _Variants(out, quick)
+    make = _Variants(out, quick, device)
     rank_counts = ranks or list(RANKS)
     rows = table_rows or list((50, 100) if quick else TABLE_ROWS)
     histories = (2, 6) if quick else HISTORIES

@@ -18,8 +18,9 @@ import torch
 from jsonargparse import auto_cli
 
 from benchmarks.results import RESULTS, Result, require_own_folder, write_result
-from benchmarks.settings import setting
+from benchmarks.settings import Device, setting
 from benchmarks.timing.ranks import silence_advice_to_library_developers
+from benchmarks.timing.step_work import wait_for_device
 from benchmarks.timing.steps import ProductSteps, Variant
 from recsys.distributed.ranks import joined_ranks, keep_freed_memory
 
@@ -56,17 +57,23 @@ class Growth:
 
 
 def variants_of(
-    out: Path, batch_size: int, content: bool, models: list[str], quick: bool
+    out: Path,
+    batch_size: int,
+    content: bool,
+    models: list[str],
+    quick: bool,
+    device: Device = "cpu",
 ) -> dict[tuple[str, int], Variant]:
     """Return the variants of each model, by its name and the length of histories."""
     variants = {}
     for history in QUICK_HISTORIES if quick else HISTORIES:
         sizes = {} if quick else SMALL
         sized = setting("A", quick).with_data(history=history, **sizes)
-        data, words = sized.prepared(out)
+        data, words = sized.prepared(out, device)
         if quick:  # without settings of the default backbone
             words = ("--embedding.dim", "16", "--content.dim", "16", "--contrastive.dim", "16")
-        words = (*words, "--batch_size", str(batch_size), "--cache", str(out / "cache"))
+            words += ("--cache", str(out / "cache"), "--device", device)
+        words = (*words, "--batch_size", str(batch_size))
         words += () if content else ("--content", "none")
         for model in models:
             ranking = ("--ranking", MODELS[model])
@@ -79,15 +86,18 @@ def variants_of(
 
 def growths(variants: dict[tuple[str, int], Variant], content: bool, rounds: int) -> list[Growth]:
     """Measure the variants in turns."""
-    with joined_ranks("cpu") as ranks:
+    device = next(iter(variants.values())).config().device
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    with joined_ranks(device) as ranks:
         steps = {key: ProductSteps(variant, ranks) for key, variant in variants.items()}
         times: dict[tuple[str, int], list[float]] = {key: [] for key in steps}
         for number in range(-WARM_UP, rounds):
             for key, variant_steps in steps.items():
-                start = time.process_time()
+                start = clock()
                 variant_steps.step()
+                wait_for_device()
                 if number >= 0:
-                    times[key].append(1e3 * (time.process_time() - start))
+                    times[key].append(1e3 * (clock() - start))
     short, long = sorted({history for _, history in times})
     medians = {key: float(np.median(values)) for key, values in times.items()}
     models = dict.fromkeys(model for model, _ in times)
@@ -101,6 +111,7 @@ def sequences(
     batch_size: int = 256,
     rounds: int = 20,
     only: list[str] | None = None,
+    device: Device = "cpu",
     quick: bool = False,
     results: Path = RESULTS,
 ) -> bool:
@@ -111,6 +122,7 @@ def sequences(
         batch_size: rows of a step.
         rounds: steps of each variant that count.
         only: names of models; default: all.
+        device: cpu, or cuda for a GPU per rank.
         quick: tiny sizes, whose figures mean nothing.
         results: folder for the figures.
     """
@@ -125,7 +137,9 @@ def sequences(
         growth
         for content in (False, True)
         for growth in growths(
-            variants_of(out, batch_size, content, only or list(MODELS), quick), content, rounds
+            variants_of(out, batch_size, content, only or list(MODELS), quick, device),
+            content,
+            rounds,
         )
     ]
     write_result(_result(measured, batch_size, QUICK_HISTORIES if quick else HISTORIES), results)

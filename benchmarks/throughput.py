@@ -19,6 +19,7 @@ from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
 from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
+from benchmarks.settings import Device
 from benchmarks.settings import setting as named_setting
 from benchmarks.timing.rounds import FULL_EFFORT, QUICK_EFFORT, Effort, Measurement, measure
 from benchmarks.timing.step_work import PARTS, BatchCounts
@@ -32,6 +33,7 @@ def throughput(
     from_files: bool = True,
     overrides: list[str] | None = None,
     effort: Effort = FULL_EFFORT,
+    device: Device = "cpu",
     quick: bool = False,
     in_process: bool = False,
     results: Path = RESULTS,
@@ -44,6 +46,7 @@ def throughput(
         ranks: number of processes; under torchrun or torchx, its number applies instead.
         from_files: read the batches from Parquet within the steps; else use loaded ones in turn.
         overrides: words of `recsys train`, e.g. '["--batch_size", "256"]'.
+        device: cpu, or cuda for a GPU per rank.
         effort: rounds, steps and other limits of the measurement.
         quick: tiny sizes, whose figures mean nothing.
         in_process: measure in this process instead of new ones.
@@ -51,7 +54,7 @@ def throughput(
     """
     require_own_folder(quick, results)
     sized = named_setting(setting, quick)
-    data, words = sized.prepared(out)
+    data, words = sized.prepared(out, device)
     variant = Variant(
         f"Setting {setting}",
         str(sized.recipe),

@@ -39,8 +39,8 @@ def on_fake_gpu(value: Any) -> Any:
     if isinstance(value, Tensor):
         result = torch.empty(value.shape, dtype=value.dtype, device="cuda")
         return nn.Parameter(result, False) if isinstance(value, nn.Parameter) else result
-    if isinstance(value, list):
-        return [on_fake_gpu(part) for part in value]
+    if isinstance(value, list | tuple):
+        return type(value)(on_fake_gpu(part) for part in value)
     if is_dataclass(value) and not isinstance(value, type):
         result = {field.name: on_fake_gpu(getattr(value, field.name)) for field in fields(value)}
         return replace(value, **result)

@@ -34,6 +34,7 @@ from benchmarks.continual.runs import (
     write_log,
 )
 from benchmarks.results import RESULTS, Result, require_own_folder, write_result
+from benchmarks.settings import Device
 from recsys.evaluation.bootstrap import paired_difference, pooled_metric
 
 RECIPE = Path(__file__).parents[1] / "settings" / "continual.yaml"
@@ -56,6 +57,7 @@ def benchmark(
     epochs: int = 2,
     arrival_rows: int = 131_072,
     jobs: int = 2,
+    device: Device = "cpu",
     quick: bool = False,
     results: Path = RESULTS,
 ) -> bool:
@@ -69,15 +71,16 @@ def benchmark(
         epochs: epochs of such a model, of which the best is taken.
         arrival_rows: rows of a partition whose time is measured.
         jobs: trainings side by side, one thread each.
+        device: cpu, or cuda for a GPU per rank.
         quick: try small sizes.
         results: folder for the figures.
     """
     require_own_folder(quick, results)
-    words: tuple[str, ...] = QUICK if quick else ()
+    words: tuple[str, ...] = ("--device", device, *(QUICK if quick else ()))
     rows = QUICK_ROWS if quick else None
     partitions = QUICK_PARTITIONS if quick else partitions
     names = write_log(out, partitions, source, rows)
-    arrival = measure_arrival(out, 2048 if quick else arrival_rows)
+    arrival = measure_arrival(out, 2048 if quick else arrival_rows, device=device)
     passes = ("--continual.first_passes", str(FIRST_PASSES))
     walk_all(RECIPE, out, names, (*words, *passes))
     walked = scores_of_walk(out / "runs" / "continual", names)

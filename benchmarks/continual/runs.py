@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.dataset import DatasetSize, write_dataset
 from benchmarks.quality.runs import Training, finish
+from benchmarks.settings import Device
 from recsys.checkpoint.partitions import ContinualFolder, newest_run
 from recsys.config import ContinualSettings
 from recsys.data.item_frequency import ItemCounts
@@ -203,11 +204,11 @@ class Arrival:
         return self.phases["total"]
 
 
-def measure_arrival(out: Path, rows: int, partitions: int = 4) -> Arrival:
+def measure_arrival(out: Path, rows: int, partitions: int = 4, device: Device = "cpu") -> Arrival:
     """Time partitions of so many rows, after two that warm up, and one plain epoch over all."""
     folder = out / f"arrival-{rows}"
     _write(folder, rows, partitions)
-    words = ("--content.modalities", MODALITIES, "--device", "cpu")
+    words = ("--content.modalities", MODALITIES, "--device", device)
     run = walk(RECIPE, folder, "walk", *words)
     lines = [json.loads(line) for line in (run / "seconds.jsonl").read_text().splitlines()]
     timed_lines = lines[2:] or lines[-1:]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.dataset import DatasetSize, write_dataset
 
 FOLDER = Path(__file__).parent
+Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,10 @@ class Setting:
         """Return the same recipe on another dataset; `sizes` replace fields of `DatasetSize`."""
         return replace(self, size=replace(self.size, **sizes))
 
-    def prepared(self, out: Path) -> tuple[str, tuple[str, ...]]:
+    def prepared(self, out: Path, device: Device = "cpu") -> tuple[str, tuple[str, ...]]:
         """Write the dataset under `out` if it is missing; return its folder and the overrides."""
         data = write_dataset(out / self._data_name(), self.size, shared_items=out / "items")
-        return str(data), (*self.overrides, "--cache", str(out / "cache"))
+        return str(data), (*self.overrides, "--cache", str(out / "cache"), "--device", device)
 
     def _data_name(self) -> str:
         size, default = self.size, DatasetSize()

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.__main__ import SUITES, main
 from benchmarks.compare import PLAIN, compare
+from benchmarks.compare import variants as variants_to_compare
 from benchmarks.continual.runs import rows_trained, view_before
 from benchmarks.events.__main__ import OURS, QUICK, SQL, benchmark
 from benchmarks.generative import generative
@@ -22,7 +23,9 @@ from benchmarks.ladder import ladder, reading, rows_of
 from benchmarks.loader import benchmark as loader
 from benchmarks.results import ROOT, without_places
 from benchmarks.retrieval import retrieval
-from benchmarks.scaling import scaling
+from benchmarks.scaling import curves_of, scaling
+from benchmarks.sequences import variants_of
+from benchmarks.settings import Device, setting
 from benchmarks.throughput import throughput
 from benchmarks.timing.ranks import RankReport
 from benchmarks.timing.rounds import QUICK_EFFORT, Measurement, measure, ratio
@@ -43,6 +46,22 @@ def lines_of(results: Path, name: str) -> list[dict[str, Any]]:
     for record in records:
         assert {"benchmark", "machine", "versions", "commit", "date", "command"} <= record.keys()
     return records
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_benchmarks_of_speed_run_on_the_device_that_is_asked_for(
+    tmp_path: Path, device: Device
+) -> None:
+    sized = setting("A", quick=True)
+    rows = rows_of("A", str(sized.recipe), *sized.prepared(tmp_path, device))
+    curves = curves_of(tmp_path, True, [1], [50], device)
+    variants = [
+        *variants_to_compare(tmp_path, True, [], device),
+        *(row.variant for row in rows),
+        *(variant for curve in curves for _, variant in curve.points()),
+        *variants_of(tmp_path, 16, True, ["hstu"], True, device).values(),
+    ]
+    assert {variant.config().device for variant in variants} == {device}
 
 
 def test_compare_measures_every_variant_against_both_twins(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from benchmarks.settings import QUICK_SIZE
 from benchmarks.timing.steps import ProductSteps
 from recsys.data.batch import Batch
 from tests.benchmarks.variants import NO_DROPOUT, product_steps, quick_variant
+from tests.fake_gpu import fake_gpu, on_fake_gpu
 
 FULL = ("--content.history.mode", "full")
 # Names that differ: the twin's -> the product's.
@@ -139,3 +140,17 @@ def rowwise_adagrad(weight: Tensor, gradient: Tensor, rate: float) -> Tensor:
     """The first step from zero moments."""
     moment = gradient.pow(2).mean(dim=1, keepdim=True)
     return weight - rate * gradient / (moment.sqrt() + 1e-8)
+
+
+def test_the_twin_and_its_batches_move_to_a_gpu(tmp_path: Path) -> None:
+    variant = quick_variant(tmp_path, *FULL)
+    with product_steps(variant) as steps:
+        twin = PlainSource(steps.job.config, variant.data, steps.ranks).twin()
+        batch = padded(first_batch(steps))
+    moved = [*vars(batch.to(torch.device("meta"))).values(), *twin.to("meta").buffers()]
+    pooled = [tensor for pair in moved.pop(0) for tensor in pair]
+    assert {tensor.device.type for tensor in (*moved, *pooled)} == {"meta"}
+    twin.encoder.layers = nn.ModuleList()  # PyTorch's attention looks for the device inside
+    with fake_gpu():
+        loss, logits = on_fake_gpu(twin)(on_fake_gpu(batch))
+    assert (loss.device.type, logits.device.type) == ("cuda", "cuda")
