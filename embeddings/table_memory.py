@@ -38,7 +38,7 @@ class TableMemory:
     def on_rank(self, rank: int) -> tuple[int, int]:
         """Return bytes of weights and of optimizer state on a rank."""
         sizes = self._sizes(rank)
-        weights = FLOAT * sum(rows * columns for rows, columns in sizes)
+        weights = self.table.bytes_of_weight * sum(rows * columns for rows, columns in sizes)
         return weights, sum(state_bytes(self.table, *size) for size in sizes)
 
     def on_device_of(self, rank: int) -> int:
@@ -56,7 +56,7 @@ def device_bytes(table: TableConfig, rows: int, columns: int) -> int:
     """Return the bytes that a piece of a table takes of the device's memory."""
     if table.kernel == "uvm":
         return 0
-    weights = FLOAT * rows * columns
+    weights = table.bytes_of_weight * rows * columns
     if table.kernel == "fused":
         return weights + state_bytes(table, rows, columns)
     share = table.cache_load_factor
@@ -74,7 +74,7 @@ def state_bytes(table: TableConfig, rows: int, columns: int) -> int:
 def table_bytes(table: TableConfig) -> int:
     """Return the bytes of weights and optimizer state of an unsharded table."""
     rows, dim = table.num_embeddings, table.embedding_dim
-    return FLOAT * rows * dim + state_bytes(table, rows, dim)
+    return table.bytes_of_weight * rows * dim + state_bytes(table, rows, dim)
 
 
 def _on_devices(table: TableConfig) -> int:
@@ -143,6 +143,8 @@ def _fixes(tables: Sequence[TableConfig], room: int, world_size: int, host_bytes
         fixes += _if_fits(tables, largest, room, world_size, sharding="row_wise")
     if largest.optimizer in ("adam", "adagrad"):
         fixes += _if_fits(tables, largest, room, world_size, optimizer="rowwise_adagrad")
+    if largest.precision == "fp32":
+        fixes += _if_fits(tables, largest, room, world_size, precision="fp16")
     on_host = sum(table_bytes(t) for t in tables if t is largest or t.kernel != "fused")
     if largest.kernel == "fused" and on_host <= world_size * host_bytes:
         fixes += _if_fits(tables, largest, room, world_size, kernel="uvm_caching")

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.types import DataType
 
 Pooling = Literal["none", "sum", "mean"]
 Sharding = Literal["auto", "row_wise", "table_wise", "column_wise"]
 TableOptimizer = Literal["rowwise_adagrad", "adagrad", "adam", "sgd"]
 Kernel = Literal["fused", "uvm", "uvm_caching"]
+TablePrecision = Literal["fp32", "fp16"]
 
 # Rows per draw of the initial weights. A shard that starts inside a block draws the whole block.
 INITIALIZATION_BLOCK_ROWS = 16384
@@ -59,6 +61,8 @@ class TableConfig:
     cache_load_factor: float = CACHE_LOAD_FACTOR  # share of the rows in the cache of uvm_caching
     # Mean ids per row of a feature, for the planner's estimate of the load; default 1.
     ids_per_row: dict[str, float] = field(default_factory=dict)
+    # Type of the rows. FBGEMM rounds updates of fp16 stochastically on GPUs, to the nearest on CPU.
+    precision: TablePrecision = "fp32"
 
     def __post_init__(self) -> None:
         for problem in chain(self._name_problems(), self._number_problems()):
@@ -66,7 +70,11 @@ class TableConfig:
 
     @property
     def megabytes(self) -> float:
-        return self.num_embeddings * self.embedding_dim * 4 / 2**20
+        return self.num_embeddings * self.embedding_dim * self.bytes_of_weight / 2**20
+
+    @property
+    def bytes_of_weight(self) -> int:
+        return 2 if self.precision == "fp16" else 4
 
     def _name_problems(self) -> Iterator[str]:
         if not self.name or "." in self.name:
@@ -86,7 +94,8 @@ class TableConfig:
             if self.features.count(name) > 1:
                 yield f"feature '{name}' is listed twice; list it once"
         choices = {"pooling": Pooling, "sharding": Sharding, "optimizer": TableOptimizer}
-        for field_name, choice in (choices | {"kernel": Kernel}).items():
+        choices |= {"kernel": Kernel, "precision": TablePrecision}
+        for field_name, choice in choices.items():
             value, allowed = getattr(self, field_name), get_args(choice)
             if value not in allowed:
                 yield f"{field_name} is {value!r}; choose one of {', '.join(allowed)}"
@@ -247,5 +256,6 @@ def _shape(table: TableConfig) -> dict[str, Any]:
         "num_embeddings": table.num_embeddings,
         "embedding_dim": table.embedding_dim,
         "feature_names": list(table.features),
+        "data_type": DataType(table.precision.upper()),
         "init_fn": NormalInitializer(table),
     }

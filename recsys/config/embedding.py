@@ -18,6 +18,7 @@ Sharding = Literal["auto", "row_wise", "table_wise", "column_wise"]
 TableOptimizer = Literal["rowwise_adagrad", "adagrad", "adam", "sgd"]
 NewRows = Literal["random", "mean", "content"]
 Kernel = Literal["fused", "uvm", "uvm_caching"]
+TablePrecision = Literal["fp32", "fp16"]
 WireType = Literal["fp32", "fp16", "bf16"]
 
 
@@ -58,6 +59,8 @@ class TableSettings:
     """Memory of the table's rows and their optimizer state. fused: the device's; uvm: the host's,
     read by the GPU at each lookup; uvm_caching: the host's, with a cache of rows on the GPU. uvm
     and uvm_caching need CUDA."""
+    precision: TablePrecision | None = None
+    """Type of the table's rows."""
     cache_load_factor: PositiveShare | None = None
     """Share of the rows that fit into the cache of kernel uvm_caching; default: 0.2."""
     init_from: InitFromSettings | None = None
@@ -124,6 +127,10 @@ class EmbeddingSettings:
     """Weight decay of the tables."""
     init_std: NonNegativeFloat = 0.01
     """Standard deviation of the initial weights."""
+    precision: TablePrecision = "fp32"
+    """Type of the tables' rows; the state of their optimizers stays fp32. fp16 takes half the
+    memory and reads half the bytes; on GPUs its updates are rounded up or down by chance, so that
+    small ones count on the average, on CPU to the nearest number."""
     tables: dict[str, TableSettings] = field(default_factory=dict)
     """Settings of single tables, by column name."""
     skip: list[str] = field(default_factory=list)

@@ -77,6 +77,14 @@ def _check_averages(config: Config) -> None:
             "as 0.98"
         )
     table_settings, copies = config.embedding.tables, config.embedding.parallel.copies
+    if "fp16" in (
+        config.embedding.precision,
+        *(part.precision for part in table_settings.values()),
+    ):
+        raise ValueError(
+            "optimizer.ema_tables averages tables in their own type, and fp16 would round small "
+            "changes to nothing; set embedding.precision to fp32, or ema_tables to false"
+        )
     cached = [name for name, settings in table_settings.items() if settings.kernel == "uvm_caching"]
     if cached or copies > 1:
         what = f"embedding.tables.{cached[0]}.kernel is uvm_caching" if cached else ""

@@ -117,6 +117,7 @@ def _table_config(
         init_std=defaults.init_std,
         frozen=table.frozen,
         kernel=table.kernel,
+        precision=table.precision or defaults.precision,
         cache_load_factor=table.cache_load_factor or CACHE_LOAD_FACTOR,
         ids_per_row={name: list_lengths[name] for name in features if name in list_lengths},
     )

@@ -24,7 +24,7 @@ from embeddings import (
 )
 from embeddings.table_sharders import CommunicationType
 from embeddings.table_state import table_weights
-from embeddings.tables import Kernel, Sharding, TableOptimizer
+from embeddings.tables import Kernel, Sharding, TableOptimizer, TablePrecision
 
 DIM, SEED, STEPS, BATCH = 8, 11, 3, 4
 FEATURES = ["user", "tags", "item", "history"]
@@ -60,6 +60,7 @@ def table_configs(
     learning_rate: float | None = None,
     kernel: Kernel = "fused",
     frozen: str = "",
+    precision: TablePrecision = "fp32",
 ) -> list[TableConfig]:
     def table(name: str, rows: int, features: list[str], pooling: str) -> TableConfig:
         return TableConfig(
@@ -74,6 +75,7 @@ def table_configs(
             init_std=0.1,
             frozen=name == frozen,
             kernel=kernel,
+            precision=precision,
         )
 
     return [

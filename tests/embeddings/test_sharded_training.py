@@ -54,10 +54,16 @@ def train_all_cases(rank: int, world_size: int) -> dict[tuple[str, str, str], Ra
 
 
 def train(
-    rank: int, world_size: int, sharding: Any, optimizer: Any, frozen: str, kernel: Any = "fused"
+    rank: int,
+    world_size: int,
+    sharding: Any,
+    optimizer: Any,
+    frozen: str,
+    kernel: Any = "fused",
+    precision: Any = "fp32",
 ) -> RankRun:
     device, rows = rank_device(), rank_rows(rank, world_size)
-    tables = table_configs(sharding, optimizer, kernel=kernel, frozen=frozen)
+    tables = table_configs(sharding, optimizer, None, kernel, frozen, precision)
     sharded = sharded_model(tables, device=device, batch_size=BATCH // world_size)
     combined, _ = build_dense_optimizer(sharded, [DenseGroup("all", [""], learning_rate=0.01)])
     labels = LABELS[:, rows].to(device)
@@ -141,6 +147,25 @@ def test_rows_in_host_memory_equal_plain_pytorch(kernel: str, world_size: int) -
     for case in CASES:
         ranks = run_on_ranks(train, world_size, *case, kernel, device="cuda")
         assert_equal_to_plain_pytorch(ranks, *case)
+
+
+@by_world_size
+@pytest.mark.parametrize("case", CASES[1::3], ids=["-".join(case) for case in CASES[1::3]])
+def test_tables_of_half_precision_train_as_whole_ones_but_for_rounding(
+    device: str, world_size: int, case: Any
+) -> None:
+    sharding, optimizer, frozen = case
+    ranks = run_on_ranks(train, world_size, *case, "fused", "fp16", device=device)
+    columns = world_size if sharding == "column_wise" else 1
+    whole = train_in_plain_pytorch(optimizer, columns, ranks[0].device, frozen)
+    logits = torch.cat([run.logits for run in ranks], dim=1)
+    torch.testing.assert_close(logits, whole.logits, rtol=0, atol=4e-3)
+    for name in ("user", "tags", "item"):
+        pieces = [piece for run in ranks for piece in run.last_shards[name]]
+        assert {piece.dtype for _, piece in pieces} == {torch.float16}
+        table = whole_table(pieces)
+        assert not torch.equal(table, whole.weights[name])
+        torch.testing.assert_close(table, whole.weights[name], rtol=0, atol=5e-4)
 
 
 def test_table_wise_tables_are_spread_but_not_cut(runs: dict[int, list[Any]]) -> None:

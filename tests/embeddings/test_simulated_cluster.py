@@ -93,6 +93,24 @@ def test_optimizer_state(optimizer: str, bytes_per_row: int) -> None:
     assert table_bytes(table(rows=10, optimizer=optimizer, frozen=True)) == 10 * 512
 
 
+@pytest.mark.parametrize("kernel", ["fused", "uvm"])
+def test_rows_of_half_precision_take_half_the_memory_and_their_state_as_much(kernel: str) -> None:
+    whole = table(rows=6 * BILLION, kernel=kernel, sharding="row_wise")
+    half = replace(whole, precision="fp16")
+    parts = [table_memory(part, planned([part], EIGHT_BY_EIGHT)) for part in (whole, half)]
+    (weights, state), (half_weights, half_state) = (part.on_rank(0) for part in parts)
+    assert (half_weights, half_state) == (weights / 2, state)
+    on_device = 0 if kernel == "uvm" else half_weights + half_state
+    assert parts[1].on_device_of(0) == on_device
+    assert half.megabytes == whole.megabytes / 2
+    # The planner counts as we do: a table that fits in half precision alone is refused in whole.
+    large = replace(whole, num_embeddings=10 * BILLION)
+    if kernel == "fused":
+        planned([replace(large, precision="fp16")], EIGHT_BY_EIGHT)
+        with pytest.raises(ValueError, match="do not fit"):
+            planned([large], EIGHT_BY_EIGHT)
+
+
 def test_column_shards_keep_moments_of_their_own() -> None:
     item = table(rows=1000, sharding="column_wise", pooling="none")
     memory = table_memory(item, planned([item], EIGHT_BY_EIGHT))
@@ -123,6 +141,7 @@ def test_what_does_not_fit_is_refused_by_the_planner_too() -> None:
         ({"sharding": "table_wise"}, "sharding 'row_wise'"),
         ({"optimizer": "adam"}, "optimizer 'rowwise_adagrad'"),
         ({"num_embeddings": 20 * BILLION}, "kernel 'uvm_caching'"),
+        ({"num_embeddings": 10 * BILLION}, "precision 'fp16'"),
     ],
 )
 def test_a_fix_that_is_named_is_enough(change: dict[str, Any], fix: str) -> None:

@@ -177,6 +177,9 @@ def test_tables_are_averaged_only_where_their_rows_are_in_one_place() -> None:
     assert load_config(TINY, words).optimizer.ema_tables
     with pytest.raises(ValueError, match=r"ema_tables.*item.kernel is uvm_caching"):
         load_config(TINY, [*words, "--embedding.tables={item: {kernel: uvm_caching}}"])
+    for half in ("precision=fp16", "tables={item: {precision: fp16}}"):
+        with pytest.raises(ValueError, match=r"ema_tables.*embedding.precision to fp32"):
+            load_config(TINY, [*words, f"--embedding.{half}"])
 
 
 def test_all_items_are_on_each_rank_already() -> None:

@@ -37,6 +37,8 @@ def on_gpu(*case: Any) -> Any:
 
 def config_of(folder: Path, tables: str = "fused") -> Config:
     config = em3_config(folder, table_optimizer="rowwise_adagrad", epochs=1)
+    if tables == "half":
+        config.embedding.precision = "fp16"
     if tables == "cached":
         settings = TableSettings(kernel="uvm_caching", cache_load_factor=0.5)
         config.embedding.tables, config.embedding.prefetch = dict.fromkeys(TABLES, settings), True
@@ -45,7 +47,10 @@ def config_of(folder: Path, tables: str = "fused") -> Config:
 
 @pytest.fixture(
     scope="module",
-    params=[("cpu", "fused"), on_gpu(("cuda", "fused")), on_gpu(("cuda", "cached"))],
+    params=[
+        *(("cpu", "fused"), ("cpu", "half")),
+        *(on_gpu(("cuda", tables)) for tables in ("fused", "cached", "half")),
+    ],
     ids="-".join,
 )
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -84,14 +89,17 @@ def test_predictions_equal_those_on_cpu_and_those_of_the_package(run: Any) -> No
     np.testing.assert_allclose(scores, actual, rtol=0, atol=CLOSE[device])
 
 
+@pytest.mark.parametrize("tables", ["fused", "half"])
 @pytest.mark.parametrize(
     ("first", "second"), [("cpu", "cpu"), on_gpu("cpu", "cuda"), on_gpu("cuda", "cpu")]
 )
-def test_a_run_goes_on_on_another_device(tmp_path: Path, first: str, second: str) -> None:
+def test_a_run_goes_on_on_another_device(
+    tmp_path: Path, first: str, second: str, tables: str
+) -> None:
     require_gpus(1 if "cuda" in (first, second) else 0)
     write_dataset(tmp_path / "data")
     for device, epochs in ((first, 1), (second, 2)):
         with joined_ranks(device) as ranks:  # type: ignore[arg-type]
-            config = replace(config_of(tmp_path), epochs=epochs)
+            config = replace(config_of(tmp_path, tables), epochs=epochs)
             metrics = train(config, str(tmp_path / "data"), tmp_path / "run", ranks)
         assert metrics["train"]["steps"] == epochs * 8
