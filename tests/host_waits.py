@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from embeddings import table_sharders
 from embeddings.host import _Host
 from recsys.build import Job
-from recsys.model.precision import compile_dense_parts
+from recsys.model.precision import compile_dense_parts, compiled_methods
 
 ROOT = Path(__file__).parents[1]
 OWN = tuple(f"{ROOT / name}/" for name in ("recsys", "embeddings"))
@@ -175,7 +175,14 @@ def _compile(job: Job, waits: HostWaits) -> None:
 
         return call
 
-    job.em3.scoring.compiled = outside(job.em3.scoring.compiled)
+    if getattr(job.em3.ranking, "reads_host_lengths", False):
+        for part, name in compiled_methods(job.em3.ranking):
+            setattr(part, name, outside(getattr(part, name)))
+        for part in job.em3.modules():
+            if part._compiled_call_impl is not None:
+                part._compiled_call_impl = outside(part._compiled_call_impl)
+    else:
+        job.em3.scoring.compiled = outside(job.em3.scoring.compiled)
     if job.em3.content is not None and job.em3.content.compiled is not None:
         job.em3.content.compiled = outside(job.em3.content.compiled)
 

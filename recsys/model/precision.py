@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -129,7 +129,7 @@ def compile_dense_parts(
 
     On a host these are `compiled_parts`. A GPU waits for launches, so that there training has two
     graphs: from tokens to content vectors, and `Scoring`, from vectors to losses. A backbone that
-    reads lengths on the host would break the second one, and has parts.
+    reads lengths on the host would break the second one, and has parts, and methods of its layers.
     """
     if backend == "inductor":
         require_compiler(device)
@@ -139,7 +139,10 @@ def compile_dense_parts(
         parts = {name: part for name, part in parts.items() if name.startswith("ranking.")}
         if content is not None:
             content.compiled = torch.compile(content.encode_frozen, **options)
-        if not getattr(em3.ranking, "reads_host_lengths", False):
+        if getattr(em3.ranking, "reads_host_lengths", False):
+            for part, name in compiled_methods(em3.ranking):
+                setattr(part, name, torch.compile(getattr(part, name), **options))
+        else:
             parts = {}
             em3.scoring.compiled = torch.compile(em3.scoring.compute, **options)
             if content is not None:
@@ -147,6 +150,13 @@ def compile_dense_parts(
     for part in parts.values():
         wrap(part, Compiled)
         part.compile(**options)
+
+
+def compiled_methods(ranking: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield layers and their methods between operations that read lengths on the host."""
+    for layer in ranking.modules():
+        for name in getattr(layer, "compiled_methods", ()):
+            yield layer, name
 
 
 def compiles_by_default(device: torch.device) -> bool:

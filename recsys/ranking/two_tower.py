@@ -54,6 +54,7 @@ class QueryTower(nn.Module):
                 )
             encoder = ENCODERS[settings.history_encoder]
             self.encoder = encoder(settings, dimensions, content, reads_target=False)
+            self.reads_host_lengths = True  # of the histories: no graph of torch.compile
             width += settings.sequence_dim
         self.query_tower = multilayer_perceptron(width, settings, outputs)
 

@@ -31,6 +31,8 @@ EPSILON = 1e-12  # of the norm of sums, which are small where a history is short
 class HstuLayer(nn.Module):
     """A layer of HSTU; its maps read the ages of events if `has_ages`."""
 
+    compiled_methods = ("_tokens", "_among_events", "_gated", "_asked")  # on GPUs
+
     def __init__(self, settings: EncoderSettings, has_ages: bool) -> None:
         super().__init__()
         dim, self.heads = settings.sequence_dim, settings.sequence_heads
@@ -54,14 +56,19 @@ class HstuLayer(nn.Module):
         return keys, values
 
     def history(self, states: Tensor, events: Events) -> tuple[Tensor, Read]:  # [T, D] -> [T, D]
+        tokens, gates, keys, values = self._tokens(states, events.ages)
+        sums = events.sequences.attend(tokens, self._among_events, recomputes=True)
+        return self._gated(states, sums, gates), (keys, values)
+
+    def _tokens(self, states: Tensor, ages: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Map [T, D] to keys, values and queries, and ages [T, 3 * D or 3 * D + 1], and parts."""
         kvqu, dim = F.silu(self.kvqu(self.norm(states))), states.shape[1]
         tokens = kvqu[:, : 3 * dim].float()
         if self.of_times is not None:
-            assert events.ages is not None
-            tokens = torch.cat([tokens, events.ages], dim=1)
-        sums = events.sequences.attend(tokens, self._among_events, recomputes=True)
+            assert ages is not None
+            tokens = torch.cat([tokens, ages], dim=1)
         keys, values = (part.contiguous() for part in tokens[:, : 2 * dim].chunk(2, dim=1))
-        return self._gated(states, sums, kvqu[:, 3 * dim :]), (keys, values)
+        return tokens, kvqu[:, 3 * dim :], keys, values
 
     def _among_events(self, padded: Tensor) -> Tensor:  # [S, L, 3 * D or 3 * D + 1] -> [S, L, D]
         """Attend to earlier events of the same sequence; a last column has their ages."""
@@ -77,20 +84,27 @@ class HstuLayer(nn.Module):
         return (weights @ values).transpose(1, 2).flatten(2)
 
     def target(self, target: Tensor, read: Read, events: Events) -> Tensor:  # [B, D] -> [B, D]
-        kvqu = F.silu(self.kvqu(self.norm(target)))
-        own_key, own_value, query, gates = kvqu.float().chunk(4, dim=1)
-        event_bias, self_bias = self.of_places[:, events.places + 1], self.of_places[:, 0]
-        if self.of_times is not None:
-            assert events.ages is not None
-            event_bias = event_bias + self.of_times[:, doubling_buckets(events.ages.squeeze(1))]
-            self_bias = self_bias + self.of_times[:, 0]
+        query, event_bias, self_value, gates = self._asked(target, events.places, events.ages)
         keys, values = read
         sequences = events.sequences
-        scores = sequences.dots(query, keys, self.heads) + sequences.at_places(event_bias)
-        sums = sequences.sums(F.silu(scores), values)
+        dots, bias = sequences.dots(query, keys, self.heads), sequences.at_places(event_bias)
+        sums = sequences.sums(F.silu(dots + bias), values)
+        return self._gated(target, sums + self_value, gates)
+
+    def _asked(
+        self, target: Tensor, places: Tensor, ages: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Map [B, D] to queries, biases of events [H, T], the own summand and gates [B, D]."""
+        kvqu = F.silu(self.kvqu(self.norm(target)))
+        own_key, own_value, query, gates = kvqu.float().chunk(4, dim=1)
+        event_bias, self_bias = self.of_places[:, places + 1], self.of_places[:, 0]
+        if self.of_times is not None:
+            assert ages is not None
+            event_bias = event_bias + self.of_times[:, doubling_buckets(ages.squeeze(1))]
+            self_bias = self_bias + self.of_times[:, 0]
         to_self = (query * own_key).unflatten(1, (self.heads, -1)).sum(dim=2) + self_bias  # [B, H]
         self_value = F.silu(to_self).unsqueeze(2) * own_value.unflatten(1, (self.heads, -1))
-        return self._gated(target, sums + self_value.flatten(1), gates)
+        return query, event_bias, self_value.flatten(1), gates
 
     def _gated(self, states: Tensor, sums: Tensor, gates: Tensor) -> Tensor:
         return states + self.output(self.sum_norm(sums / self.longest) * gates)
@@ -107,6 +121,8 @@ WIDENING = 4  # of the feed-forward layer, as in BST
 
 class TransformerLayer(nn.Module):
     """A layer of attention and feed-forward; embeddings of ages are in its tokens."""
+
+    compiled_methods = ("_tokens", "_fed_forward", "_asked", "_attended")  # on GPUs
 
     def __init__(self, settings: EncoderSettings, has_ages: bool) -> None:
         super().__init__()
@@ -125,10 +141,15 @@ class TransformerLayer(nn.Module):
         return keys, values
 
     def history(self, states: Tensor, events: Events) -> tuple[Tensor, Read]:  # [T, D] -> [T, D]
-        kvq = self.kvq(self.norm(states)).float()
+        kvq, keys, values = self._tokens(states)
         attended = events.sequences.attend(kvq, self._among_events, recomputes=False)
-        keys, values, _ = (part.contiguous() for part in kvq.chunk(3, dim=1))
         return self._fed_forward(states, attended), (keys, values)
+
+    def _tokens(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [T, D]
+        """Return keys, values and queries [T, 3 * D], and the first two of them."""
+        kvq = self.kvq(self.norm(states)).float()
+        keys, values, _ = (part.contiguous() for part in kvq.chunk(3, dim=1))
+        return kvq, keys, values
 
     def _among_events(self, padded: Tensor) -> Tensor:  # [S, L, 3 * D] -> [S, L, D]
         keys, values, queries = padded.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -136,20 +157,31 @@ class TransformerLayer(nn.Module):
         return attended.transpose(1, 2).flatten(2)
 
     def target(self, target: Tensor, read: Read, events: Events) -> Tensor:  # [B, D] -> [B, D]
-        own_key, own_value, query = self.kvq(self.norm(target)).float().chunk(3, dim=1)
-        query = query * (query.shape[1] // self.heads) ** -0.5
+        query, own_value, to_self = self._asked(target)
         (keys, values), sequences = read, events.sequences
         history = sequences.history
         scores = sequences.dots(query, keys, self.heads)  # [H, T or B * T]
-        to_self = (query * own_key).unflatten(1, (self.heads, -1)).sum(dim=2)  # [B, H]
         with torch.no_grad():  # any number may be subtracted from all scores of a row
             highest = torch.maximum(to_self, history.maximum(scores.T.contiguous(), -torch.inf))
         weights = torch.exp(scores - history.spread(highest).T)
         self_weight = torch.exp(to_self - highest)
-        total = (history.sum(weights.T.contiguous()) + self_weight).unsqueeze(2)  # [B, H, 1]
-        summed = sequences.sums(weights, values).unflatten(1, (self.heads, -1))
+        total, summed = history.sum(weights.T.contiguous()), sequences.sums(weights, values)
+        return self._fed_forward(target, self._attended(total, summed, self_weight, own_value))
+
+    def _asked(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Map [B, D] to queries and own values [B, D], and scores of the own keys [B, H]."""
+        own_key, own_value, query = self.kvq(self.norm(target)).float().chunk(3, dim=1)
+        query = query * (query.shape[1] // self.heads) ** -0.5
+        return query, own_value, (query * own_key).unflatten(1, (self.heads, -1)).sum(dim=2)
+
+    def _attended(
+        self, total: Tensor, summed: Tensor, self_weight: Tensor, own_value: Tensor
+    ) -> Tensor:
+        """Map sums over events of weights [B, H] and values [B, D], and the own: means [B, D]."""
+        total = (total + self_weight).unsqueeze(2)  # [B, H, 1]
+        summed = summed.unflatten(1, (self.heads, -1))
         summed = summed + self_weight.unsqueeze(2) * own_value.unflatten(1, (self.heads, -1))
-        return self._fed_forward(target, (summed / total).flatten(1))
+        return (summed / total).flatten(1)
 
     def _fed_forward(self, states: Tensor, attended: Tensor) -> Tensor:
         states = states + self.output(attended)

@@ -112,7 +112,16 @@ class _Sums(torch.autograd.Function):
 
 Attention = Callable[[Tensor], Tensor]  # [S, L, K] -> [S, L, D]
 CELLS_OF_BLOCK = 2**20  # pairs of places, whose scores fit a cache
-CELLS_ON_GPU = 2**28  # whose scores take a few GB of a GPU's memory
+BYTES_OF_CELL = 320  # 4 bytes for each of 5 tensors and 4 heads, in a quarter of a GPU's memory
+
+
+@torch.compiler.assume_constant_result
+def _cells_on_gpu() -> int:
+    if not torch.cuda.is_available():
+        return CELLS_OF_BLOCK
+    return (
+        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory // BYTES_OF_CELL
+    )
 
 
 def sequences_of(history: Any) -> Sequences:
@@ -159,7 +168,7 @@ class JaggedSequences:
         """Map tokens [T, K] -> [T, D] by causal attention; `recomputes` saves its memory."""
         padded, lengths = self.padded(tokens), self.history.lengths
         longest = padded.shape[1]
-        cells = CELLS_OF_BLOCK if is_on_host(padded) else CELLS_ON_GPU
+        cells = CELLS_OF_BLOCK if is_on_host(padded) else _cells_on_gpu()
         order, size = lengths.argsort(), max(cells // longest**2, 1)
         if len(order) <= size:
             return self.flat(attention(padded))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -241,3 +242,16 @@ def test_candidates_with_searched_histories_score_together_as_one_by_one(name: s
         }
         alone.append(searching(*replace(together, **row_parts).arguments()))
     torch.testing.assert_close(searching(*together.arguments()), torch.cat(alone))
+
+
+@pytest.mark.parametrize("gigabytes", [24, 80])
+def test_blocks_of_attention_on_a_gpu_grow_with_its_memory(
+    monkeypatch: pytest.MonkeyPatch, gigabytes: int
+) -> None:
+    card = SimpleNamespace(total_memory=gigabytes * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    heads, tensors = 4, 5
+    scores = sequences._cells_on_gpu() * heads * 4
+    assert card.total_memory / 4.1 < tensors * scores <= card.total_memory / 4
