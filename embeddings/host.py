@@ -18,3 +18,10 @@ def is_on_host(tensor: Tensor) -> bool:
 def is_host(device: torch.device) -> bool:
     """Return whether the values of tensors on this device can be read without waiting."""
     return device.type == _Host.device
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device, without waiting for its copy from the host."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # other memory would be copied synchronously
+    return tensor.to(device, non_blocking=True)

@@ -20,7 +20,7 @@ from torch.distributed._shard.sharded_tensor import (
     init_from_local_shards,
 )
 
-from embeddings.host import is_on_host
+from embeddings.host import is_on_host, to_device
 
 # Largest replica; with more ranks, all together write more rows than one rank reads.
 MAX_REPLICA_BYTES = 256 * 2**20
@@ -154,8 +154,8 @@ class MemoryBank:
         return finish
 
     def _on_device(self, route: BankRoute) -> BankRoute:
-        last = None if route.last is None else route.last.to(self.device)
-        order, rows = route.order.to(self.device), route.rows.to(self.device)
+        last = None if route.last is None else to_device(route.last, self.device)
+        order, rows = to_device(route.order, self.device), to_device(route.rows, self.device)
         return replace(route, order=order, rows=rows, last=last)
 
     @torch.no_grad()
@@ -166,7 +166,7 @@ class MemoryBank:
         """
         self._finish_write()
         if self.holds_all or self.world_size == 1:
-            rows = self._rows.index_select(0, self._checked(item_ids).to(self.device))
+            rows = self._rows.index_select(0, to_device(self._checked(item_ids), self.device))
         else:
             route = self._on_device(route or self._begin_routes([item_ids])()[0])
             sent = self._rows.index_select(0, route.rows)

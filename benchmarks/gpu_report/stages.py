@@ -26,6 +26,7 @@ GPU_TESTS = (
     "tests/recsys/model/test_device_steps.py",
     "tests/recsys/training/test_device_runs.py",
     "tests/recsys/test_doctor.py",
+    "tests/benchmarks/test_gpu_speed.py",
 )
 
 

@@ -223,7 +223,7 @@ class BoundedVocabulary:
         `step` is the same on all ranks. Without `training` the map does not change.
         """
         distinct, inverse, counts = np.unique(
-            ids.cpu().numpy(), return_inverse=True, return_counts=True
+            ids.numpy(force=True), return_inverse=True, return_counts=True
         )
         is_id, rows = distinct != NULL_ID, np.full(len(distinct), self.unknown_row)
         serve = self._serve if self._world_size == 1 else self._ask

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from embeddings import MemoryBank
+from embeddings.host import is_host
 from embeddings.memory_bank import Routes
 from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.config import ContentSettings
@@ -75,14 +76,35 @@ def with_negatives(content: BatchContent, negatives: Tensor) -> BatchContent:  #
 
 
 @torch.no_grad()
-def shorten_histories(batch: Batch, bank: MemoryBank, top_k: int) -> Batch:
-    """Keep `top_k` history items by cosine to the target (MUSE, arXiv 2512.07216). A collective."""
+def shorten_histories(batch: Batch, bank: MemoryBank, top_k: int) -> Callable[[], Batch]:
+    """Begin to read the bank; the result keeps `top_k` history items. A collective.
+
+    These have the highest cosines to the target (MUSE, arXiv 2512.07216). A GPU is waited for in
+    the second call alone, when it has had a step to compute.
+    """
     ids = torch.cat([batch.target.items, batch.history.items])
+    route, _ = bank.routes(ids)()
+    arrived = None
     if bank.device.type == "cuda":
         # The pipeline fetches its batches on another stream than that of the steps, which write.
         steps = torch.cuda.default_stream(bank.device)
         torch.cuda.current_stream(bank.device).wait_stream(steps)
-    vectors = F.normalize(bank.lookup(ids)[0].cpu(), dim=-1)
+    vectors = bank.lookup(ids, route)[0].contiguous().to("cpu", non_blocking=True)
+    if bank.device.type == "cuda":
+        arrived = torch.cuda.Event()
+        arrived.record(torch.cuda.current_stream(bank.device))
+
+    def finish() -> Batch:
+        if arrived is not None:
+            arrived.synchronize()
+        return _shortened(batch, vectors, top_k)
+
+    return finish
+
+
+@torch.no_grad()
+def _shortened(batch: Batch, vectors: Tensor, top_k: int) -> Batch:  # [B + U, D]
+    vectors = F.normalize(vectors, dim=-1)
     target, items = vectors[: batch.batch_size], vectors[batch.batch_size :]
     history = batch.history.jagged()
     positions = history.highest(history.dot(target, items), top_k)
@@ -158,28 +180,42 @@ class BatchPreparation:
         `unknown` counts ids that have no row. In training, bounded vocabularies admit ids and items
         are sampled. `with_content` is False if an `ItemVectorCache` supplies the vectors.
         """
-        waiting: Callable[[], Batch] | None = None
+        waiting: Callable[[], Callable[[], Batch]] | None = None
         for step, batch in enumerate(batches, first_step):
+            # Works one batch ahead, so that no rank waits here for the others.
+            finish = waiting() if waiting is not None else None
             is_pinned = batch.target.items.is_pinned()  # before rows replace raw ids
             self.vocabularies.map_batch(batch, step, training)
             unknown.add(batch)
-            prepared = self._with_histories(batch)
+            waiting = self._begin(batch, step, training, with_content, is_pinned)
+            if finish is not None:
+                yield finish()
+        if waiting is not None:
+            yield waiting()()
+
+    def _begin(
+        self, batch: Batch, step: int, training: bool, with_content: bool, is_pinned: bool
+    ) -> Callable[[], Callable[[], Batch]]:
+        """Begin a batch; after a search on a GPU the result goes on. All calls are collectives."""
+        search = self._begin_search(batch)
+
+        def go_on() -> Callable[[], Batch]:
+            prepared = batch if search is None else search()
             if self.negatives is not None:
                 prepared = self.negatives(prepared, self._draw(step), training)
             prepared = self._with_items(prepared, step, training, with_content)
             is_new = prepared is not batch or bool(self.vocabularies.by_table)
-            finish = self._with_routes(prepared, step, training, is_new, is_pinned)
-            # Works one batch ahead, so that no rank waits here for the others.
-            if waiting is not None:
-                yield waiting()
-            waiting = finish
-        if waiting is not None:
-            yield waiting()
+            return self._with_routes(prepared, step, training, is_new, is_pinned)
 
-    def _with_histories(self, batch: Batch) -> Batch:
+        if search is not None and self.bank is not None and not is_host(self.bank.device):
+            return go_on
+        finish = go_on()
+        return lambda: finish
+
+    def _begin_search(self, batch: Batch) -> Callable[[], Batch] | None:
         has_history = len(batch.sequence_features.keys()) > 1
         if self.content is None or not self.content.history.top_k or not has_history:
-            return batch
+            return None
         assert self.bank is not None
         return shorten_histories(batch, self.bank, self.content.history.top_k)
 

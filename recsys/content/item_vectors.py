@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embeddings.host import is_host
 from recsys.content.branch import ContentBranch
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.kind import ContentInput
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 
 MAX_CACHE_BYTES = 2**28
 ITEMS_PER_CALL, SCORED_ITEMS_PER_CALL = 256, 1024
+
+
+def items_per_fill(device: torch.device) -> int:
+    """Return the items of a call that fills the bank: on a GPU so many that it is busy."""
+    return ITEMS_PER_CALL if is_host(device) else SCORED_ITEMS_PER_CALL
 
 
 def _encode(
@@ -109,7 +115,7 @@ def encode_into_bank(
     share = np.array_split(items, ranks.world_size)[ranks.rank]
     # All ranks make the same number of calls, as each is a collective.
     longest = -(-len(items) // ranks.world_size)
-    for call in np.array_split(share, -(-longest // ITEMS_PER_CALL)):
+    for call in np.array_split(share, -(-longest // items_per_fill(ranks.device))):
         rows = torch.from_numpy(call)
         if find is not None:
             rows = find(rows)

@@ -43,7 +43,7 @@ def kept_by_loop(top_k: int) -> list[list[int]]:
 @pytest.mark.parametrize("top_k", [1, 3, 6, 50])
 def test_each_history_keeps_its_items_most_like_the_target_in_their_order(top_k: int) -> None:
     batch = batch_of_items(SEARCH_TARGETS, SEARCHED_HISTORIES)
-    short = shorten_histories(batch, bank(), top_k)
+    short = shorten_histories(batch, bank(), top_k)()
     rows = kept_by_loop(top_k)
     places = [place for row in rows for place in row]
     everything = [item for history in SEARCHED_HISTORIES for item in history]
@@ -58,20 +58,29 @@ def test_each_history_keeps_its_items_most_like_the_target_in_their_order(top_k:
     assert history.values().tolist() == sorted(set(items))
 
 
-def test_on_cuda_the_search_waits_for_the_writes_of_earlier_steps(
+def test_on_cuda_the_search_reads_what_earlier_steps_wrote_and_is_waited_for_a_step_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    happened: list[tuple[str, object]] = []
+    happened: list[object] = []
     streams = {name: SimpleNamespace(name=name) for name in ("copies", "steps")}
     streams["copies"].wait_stream = lambda other: happened.append(("wait", other))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams["copies"])
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: streams["steps"])
+    arrived = SimpleNamespace(
+        record=lambda stream: happened.append(("record", stream)),
+        synchronize=lambda: happened.append("arrived"),
+    )
+    monkeypatch.setattr(torch.cuda, "Event", lambda: arrived)
     on_host = bank()
 
-    def lookup(ids: Tensor) -> tuple[Tensor, Tensor]:
-        happened.append(("read", None))
+    def lookup(ids: Tensor, route: object) -> tuple[Tensor, Tensor]:
+        happened.append("read")
         return on_host.lookup(ids)
 
-    on_gpu: Any = SimpleNamespace(device=torch.device("cuda", 0), lookup=lookup)
-    shorten_histories(batch_of_items(SEARCH_TARGETS, SEARCHED_HISTORIES), on_gpu, 2)
-    assert happened == [("wait", streams["steps"]), ("read", None)]
+    device = torch.device("cuda", 0)
+    on_gpu: Any = SimpleNamespace(device=device, lookup=lookup, routes=on_host.routes)
+    batch = batch_of_items(SEARCH_TARGETS, SEARCHED_HISTORIES)
+    finish = shorten_histories(batch, on_gpu, 2)
+    assert happened == [("wait", streams["steps"]), "read", ("record", streams["copies"])]
+    finish()
+    assert happened[3:] == ["arrived"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys.content.item_vectors import ItemVectorCache
+from recsys.content.item_vectors import ItemVectorCache, items_per_fill
 from recsys.data.items.kind import ContentInput
 from tests.recsys.content.tiny_branch import BANK_DIM, NUM_ITEMS, batch_of, branch_of, content_of
 
@@ -69,3 +69,8 @@ def test_the_branch_takes_the_vectors_that_a_batch_has() -> None:
     fast = branch(with_vectors)
     torch.testing.assert_close(fast.target, slow.target)
     torch.testing.assert_close(fast.read_history(), slow.read_history())
+
+
+def test_calls_that_fill_the_bank_of_a_gpu_have_as_many_items_as_those_that_score() -> None:
+    assert items_per_fill(torch.device("cpu")) == 256
+    assert items_per_fill(torch.device("cuda")) == 1024
