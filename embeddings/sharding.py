@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import nn
-from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
@@ -298,7 +297,30 @@ def fuse_table_optimizers(module: nn.Module, tables: Sequence[TableConfig]) -> N
     configured = {table.name: table for table in tables}
     for name, parameter in parameters_of(module, tables).items():
         optimizer_class, arguments = _table_optimizer(configured[name])
-        apply_optimizer_in_backward(optimizer_class, [parameter], arguments)
+        _step_in_backward(parameter, optimizer_class, arguments)
+
+
+def _step_in_backward(
+    parameter: nn.Parameter, kind: type[torch.optim.Optimizer], arguments: dict[str, Any]
+) -> None:
+    """Step an own optimizer when a table has its gradient, and name it to TorchRec.
+
+    `torch.distributed.optim` has this as `_apply_optimizer_in_backward`; to import it compiles
+    eight optimizers, which takes half a second.
+    """
+    optimizer = kind([parameter], **arguments)
+
+    def step(parameter: torch.Tensor) -> None:
+        optimizer.step()
+        parameter.grad = None
+
+    parameter.register_post_accumulate_grad_hook(step)
+    for name, part in (
+        ("_in_backward_optimizers", optimizer),
+        ("_optimizer_classes", kind),  # sharded tables read this and the next
+        ("_optimizer_kwargs", arguments),
+    ):
+        setattr(parameter, name, [part])
 
 
 def _table_optimizer(table: TableConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:

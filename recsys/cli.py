@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import signal
@@ -14,6 +16,8 @@ from recsys import doctor
 from recsys.commands import COMMANDS
 
 HELP = {"-h", "--help"}
+
+atexit.register(gc.freeze)  # else the interpreter looks for garbage in all modules at its end: 1 s
 
 
 def main(words: list[str] | None = None) -> int:

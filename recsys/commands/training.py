@@ -12,7 +12,7 @@ from jsonargparse.typing import PositiveInt
 
 from recsys.commands.options import require_finished, require_schema
 from recsys.config import Config, Resume
-from recsys.doctor import require_working_installation
+from recsys.doctor import require_working_installation, without_garbage_collection
 
 if TYPE_CHECKING:
     from recsys.search.search import Search
@@ -56,13 +56,14 @@ def train(
         raise ValueError("--warm-start starts one run: leave out --compare")
     require_schema(data)
     require_working_installation()
-    from recsys.checkpoint.partitions import newest_run
-    from recsys.checkpoint.warm_start.source import WarmStart
-    from recsys.distributed.lockstep import TrainingStopped
-    from recsys.distributed.ranks import joined_ranks
-    from recsys.training.dry_run import dry_run as try_one_step
-    from recsys.training.train import id_only_baseline
-    from recsys.training.train import train as train_run
+    with without_garbage_collection():
+        from recsys.checkpoint.partitions import newest_run
+        from recsys.checkpoint.warm_start.source import WarmStart
+        from recsys.distributed.lockstep import TrainingStopped
+        from recsys.distributed.ranks import joined_ranks
+        from recsys.training.dry_run import dry_run as try_one_step
+        from recsys.training.train import id_only_baseline
+        from recsys.training.train import train as train_run
 
     options = (
         *(warm_start_checkpoint, tuple(warm_start_only or ()), tuple(warm_start_skip or ())),

@@ -116,7 +116,7 @@ def count_items(
 ) -> ItemCounts:
     """Count the target items of a rank's share (see `rows_of_items`); `also` gets each chunk."""
     counts, waiting = ItemCounts.sum_of([]), list[ItemCounts]()
-    for table in rows.read(*rows.share(rank, world_size)):
+    for table in rows.read_once(*rows.share(rank, world_size)):
         if also is not None:
             also(table)
         is_counted = rows_of_items(table, rows.schema)
@@ -126,6 +126,7 @@ def count_items(
     return ItemCounts.sum_of([counts, *waiting])
 
 
+BLOCK_VALUES = 1 << 16
 LARGEST = 1000.0  # absolute value from which on a dense column is reported as unscaled
 WIDE = 3.0  # absolute value from which on numbers outweigh vectors, whose values are below 1
 
@@ -141,14 +142,17 @@ class NumberRange:
     squares: float = 0.0
 
     def add(self, values: np.ndarray) -> None:
-        values = values.astype(np.float64)
+        total = float(values.sum(dtype=np.float64))
+        # In blocks, as their copies in float64 then stay in the cache.
+        blocks = (values[low : low + BLOCK_VALUES] for low in range(0, len(values), BLOCK_VALUES))
+        squares = sum(float(np.square(block, dtype=np.float64).sum()) for block in blocks)
         self.include(
             NumberRange(
                 float(values.min(initial=math.inf)),
                 float(values.max(initial=-math.inf)),
                 len(values),
-                float(values.sum()),
-                float(np.square(values).sum()),
+                total,
+                squares,
             )
         )
 

@@ -87,6 +87,7 @@ class RowSource(ABC):
         self.columns = schema.file_columns(self.names)  # from which they are read
         self._first_positions = [0, *accumulate(chunk.num_rows for chunk in chunks)]
         self.num_rows = self._first_positions.pop()
+        self._kept: dict[int, pa.Table | None] = {}
         if not self.num_rows:
             raise ValueError(f"{type(self).__name__}: a split without rows; it needs some")
 
@@ -188,21 +189,49 @@ class RowSource(ABC):
                 start, num_bytes = windows[-1].stop, 0
         return windows
 
+    def keep(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> None:
+        """Keep the chunks of a window once they have been read, for their next use."""
+        pieces = self._pieces(window.start, window.stop, shuffle_seed)
+        self._kept = dict.fromkeys(number for number, _, _ in pieces)
+
+    def _chunks(self, numbers: Sequence[int]) -> Iterator[pa.Table]:
+        read = self.read_chunks([number for number in numbers if self._kept.get(number) is None])
+        for number in numbers:
+            table = self._kept.get(number)
+            if table is None:
+                table = next(read)
+                if number in self._kept:
+                    self._kept[number] = table
+            yield table
+
     def read_window(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> pa.Table:
         """Return the rows of a window, in the order of its chunks; see `row_order`."""
-        pieces: list[tuple[int, int, int]] = []  # a chunk and its rows [low, high)
-        place = 0
-        for number in self._ordered(shuffle_seed):
-            num_rows = self.chunks[number].num_rows
-            low, high = max(window.start - place, 0), min(window.stop - place, num_rows)
-            place += num_rows
-            if low < high:
-                pieces.append((number, low, high))
+        pieces = self._pieces(window.start, window.stop, shuffle_seed)
         numbers = sorted(number for number, _, _ in pieces)  # to open each file once
-        tables = dict(zip(numbers, self.read_chunks(numbers), strict=True))
+        tables = dict(zip(numbers, self._chunks(numbers), strict=True))
         return pa.concat_tables(
             [tables[number].slice(low, high - low) for number, low, high in pieces]
         )
+
+    def _pieces(
+        self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
+    ) -> list[tuple[int, int, int]]:
+        """Return the chunks with rows at positions `[start, stop)`, and their rows [low, high)."""
+        pieces, place = [], 0
+        for number in self._ordered(shuffle_seed):
+            num_rows = self.chunks[number].num_rows
+            low, high = max(start - place, 0), min(stop - place, num_rows)
+            place += num_rows
+            if low < high:
+                pieces.append((number, low, high))
+        return pieces
+
+    def read_once(self, start: int, stop: int) -> Iterator[pa.Table]:
+        """Yield the rows at positions `[start, stop)` chunk by chunk, without a copy of them."""
+        pieces = self._pieces(start, stop)
+        tables = self._chunks([number for number, _, _ in pieces])
+        for table, (_, low, high) in zip(tables, pieces, strict=True):
+            yield table.slice(low, high - low)
 
     def row_order(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> np.ndarray:
         """Return the order in which the rows of a window are used: int64 [rows of the window]."""

@@ -72,8 +72,13 @@ class CheckedRows:
     numbers: dict[str, NumberRange]  # of the numbers in the training rows, by column
 
 
-def check_data(job: Job, splits: Sequence[str] = SPLITS) -> CheckedRows:
-    """Read all splits once, so that a bad value shows before the first step. A collective."""
+def check_data(
+    job: Job, splits: Sequence[str] = SPLITS, opened: Mapping[str, RowSource] | None = None
+) -> CheckedRows:
+    """Read all splits once, so that a bad value shows before the first step. A collective.
+
+    Splits that are `opened` are read through their open sources.
+    """
     ranks, is_skip = job.ranks, job.config.on_bad_row == "skip"
     counts: dict[str, ItemCounts] = {}
     skipped: dict[str, Any] = {}
@@ -83,7 +88,7 @@ def check_data(job: Job, splits: Sequence[str] = SPLITS) -> CheckedRows:
     readers = {"train": ranges.add, "valid": labels.add}
     for split in splits:
         with ranks.raise_on_all_ranks():
-            rows = job.rows(split)
+            rows = (opened or {}).get(split) or job.rows(split)
             counts[split] = count_items(rows, ranks.rank, ranks.world_size, readers.get(split))
         if job.schema.weight and not sum(ranks.gather(int(counts[split].counts.sum()))):
             raise _without_weight(job.root / split, job.schema.weight)

@@ -287,7 +287,6 @@ def rounds_products(device: torch.device) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 def _are_loaded() -> bool:
     """Load the kernels at the first call; warn in one line if that is not possible."""
     if _KernelChoice.are_loaded is None:
@@ -300,3 +299,7 @@ def _are_loaded() -> bool:
             )
             _KernelChoice.are_loaded = False
     return _KernelChoice.are_loaded
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler: half a second.
+_are_loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]

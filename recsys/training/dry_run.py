@@ -78,7 +78,9 @@ def dry_run(config: Config, data: str, ranks: Ranks, warm_start: WarmStart | Non
         job = build_job(config, data, ranks, schema)
         interactions = training_interactions(job)
         plan = None if warm is None else plan_warm_start(job, *warm)
-        checked = check_data(job)
+        first, *_ = interactions.share.slices
+        interactions.rows.keep(first.window, interactions.shuffle_seed)  # the step reads it, too
+        checked = check_data(job, opened={"train": interactions.rows})
         if job.em3.scaling is not None:
             job.em3.scaling.fit(checked.numbers)
         if ranks.is_first:

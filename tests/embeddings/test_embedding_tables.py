@@ -192,3 +192,23 @@ def test_sharding_leaves_every_parameter_with_its_optimizer() -> None:
         assert rank["dense"] < rank["combined"]
         assert rank["fused rates"] == {0.25}
     assert set.union(*(rank["fused tables here"] for rank in ranks)) == {"user", "tags", "item"}
+
+
+def test_a_table_that_is_not_sharded_steps_as_by_the_function_of_torch() -> None:
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    config = TableConfig("item", 5, 4, ["item"], optimizer="sgd", learning_rate=0.5)
+    ours, theirs = (build_embedding_collection([config], device="cpu") for _ in range(2))
+    fuse_table_optimizers(ours, [config])
+    (mine,), (other,) = ours.parameters(), theirs.parameters()
+    _apply_optimizer_in_backward(torch.optim.SGD, [other], {"lr": 0.5})
+    other.data.copy_(mine.data)
+    before = mine.detach().clone()
+    for _ in range(2):
+        for weight in (mine, other):
+            (weight[:3] ** 2).sum().backward()
+            assert weight.grad is None
+    assert torch.equal(mine, other) and not torch.equal(mine, before)
+    for name in ("_optimizer_classes", "_optimizer_kwargs"):
+        assert getattr(mine, name) == getattr(other, name)
+    assert isinstance(mine._in_backward_optimizers[0], torch.optim.SGD)

@@ -156,7 +156,8 @@ def usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn
         null = "null inside the list; fill it or leave it out"
     if is_integer:
         null += ", or give the column a vocabulary, in which null is the unknown id"
-    numbers = values.fill_null(0).to_numpy(zero_copy_only=False)
+    filled = values.fill_null(0) if values.null_count else values
+    numbers = filled.to_numpy(zero_copy_only=False)
 
     note_values = partial(_note_values, note, name, array)
     column = schema.columns.get(name)

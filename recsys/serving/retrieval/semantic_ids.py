@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
-from scipy.special import softmax
 
 from recsys.build import SPLITS, Job
 from recsys.checkpoint.cold_row_init import trained_counts
@@ -130,7 +129,9 @@ def _balance(vectors: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.n
         wide = centres.astype(np.float64)
         gains = sampled @ wide.T - (wide**2).sum(axis=1) / 2  # [I, C]
         for _ in range(BALANCING_STEPS):
-            shares = softmax((gains - prices) / temperature, axis=1).sum(axis=0)
+            logits = (gains - prices) / temperature
+            shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+            shares = (shares / shares.sum(axis=1, keepdims=True)).sum(axis=0)
             prices = prices + temperature * np.log(np.maximum(shares, 1e-9) / share)
         codes = _nearest(sampled, centres, prices)
         counts = np.bincount(codes, minlength=len(centres))

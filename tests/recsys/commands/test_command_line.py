@@ -176,6 +176,14 @@ def test_help_and_errors_of_arguments_and_files_import_no_slow_package(tmp_path:
     assert outputs == {line: str(code) for line, code in codes.items()}
 
 
+def test_an_id_only_job_imports_no_package_of_encoders(folder: Path) -> None:
+    line = f"train --config id_only --data {folder}/data --dry-run --device cpu"
+    words = [sys.executable, "-c", PROGRAM, f"{line} --embedding.tables {{}}"]
+    process = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split() == ["0", "torch", "torchrec"]
+
+
 def test_the_settings_that_help_prints_are_those_of_the_models() -> None:
     for name in RANKING_MODELS:
         assert settings_class(name) is find_part("ranking.name", name, RANKING_MODELS).Settings

@@ -11,7 +11,7 @@ import yaml
 
 from recsys.config import SourceSettings
 from recsys.data.item_frequency import count_items
-from recsys.data.row_source import Chunk, RowSource, open_rows
+from recsys.data.row_source import Chunk, RowSource, Window, open_rows
 from recsys.data.schema import Schema, load_schema
 from recsys.storage.location import Location
 from tests.datasets import write_dataset
@@ -57,6 +57,29 @@ def test_rows_of_all_chunks_stand_in_one_order_and_are_counted(tmp_path: Path) -
     assert tables["item"].to_pylist() == [2, 3, 4, 5, 6]
     assert count_items(rows, 1, 2).of(np.arange(10)).tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1, 0]
     assert rows.describe_range(tables["item"].to_numpy()) == "chunk-0 row 2 and chunk-2 row 1"
+
+
+def test_rows_read_once_are_those_of_windows_and_kept_chunks_are_read_no_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, read = opened(tmp_path, sizes=[3, 2, 4]), list[int]()
+    read_chunk = rows.read_chunk
+
+    def counted(number: int) -> pa.Table:
+        read.append(number)
+        return read_chunk(number)
+
+    monkeypatch.setattr(rows, "read_chunk", counted)
+    expected = pa.concat_tables(rows.read(1, 8))
+    assert pa.concat_tables(rows.read_once(1, 8)).equals(expected)
+    assert read == [0, 1, 2] * 2
+
+    window = Window(2, 5)
+    rows.keep(window)
+    for _ in range(2):
+        assert pa.concat_tables(rows.read_once(1, 8)).equals(expected)
+        assert rows.read_window(window).equals(expected.slice(1, 3))
+    assert read == [0, 1, 2] * 3 + [2]  # only the chunk beside the window is read again
 
 
 @pytest.mark.parametrize(
