@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from recsys.config.limits import NumLayers, PositiveFloat, PositiveInt, Width
+from recsys.config.limits import NonNegativeInt, NumLayers, PositiveFloat, PositiveInt, Width
 from recsys.config.ranking import RankingSettings, RetrievalLossName, RetrievalSettings
 
 GapScale = Literal["linear", "log_days"]
@@ -44,6 +44,17 @@ class NumbersSettings(RankingSettings):
     standardize_numbers: bool = False
     """Standardise dense features, numbers of the history's lists and similarities to mean 0 and
     variance 1 over the rows trained on so far, whatever their range."""
+    number_knots: NonNegativeInt = 0
+    """Write each dense feature, and votes of neighbours, also as weights of this many knots between
+    -2 and 3.5 standard deviations: a curve of any form is then linear. 0: none."""
+
+    def check(self, name: str) -> None:
+        super().check(name)
+        if self.number_knots == 1 or (self.number_knots and not self.standardize_numbers):
+            raise ValueError(
+                f"{name}.number_knots: {self.number_knots}; set 2 or more, and "
+                f"{name}.standardize_numbers to true, as knots lie in standard deviations"
+            )
 
 
 @dataclass

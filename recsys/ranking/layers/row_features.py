@@ -2,7 +2,7 @@
 
 Standardised numbers use statistics of all steps and ranks, so rows do not depend on their batch.
 Shapes: B batch, K history items that are attended to, P parallel lists, D dimension of ID vectors,
-W width of the vector, S standardised numbers.
+W width of the vector, X numbers.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from recsys.ranking.vectors import IDVectors, InputDimensions
 
 STEPS = 1000  # horizon of the running mean; older steps count less and less
 LARGEST = 8.0  # standard deviations; larger values are clamped
+KNOT_RANGE = (-2.0, 3.5)  # in standard deviations: counts have their mass below the mean
 LEAST_VARIANCE = 1e-4  # keeps nearly constant numbers from being scaled up
 
 
@@ -73,6 +74,25 @@ class Standardization(nn.Module):
         self.variance += share * (around_new_mean - self.variance)
 
 
+class PiecewiseLinear(nn.Module):
+    """Numbers -> weights of the two nearest of evenly spaced knots, which add up to 1.
+
+    A linear map of them is a piecewise linear function of each number (Gorishniy et al. 2022, arXiv
+    2203.05556, section 3.2, with knots in place of quantiles). Numbers outside count as the end.
+    """
+
+    knots: Tensor
+
+    def __init__(self, num_knots: int) -> None:
+        super().__init__()
+        self.register_buffer("knots", torch.linspace(*KNOT_RANGE, num_knots), persistent=False)
+
+    def forward(self, numbers: Tensor) -> Tensor:  # [B, X] -> [B, X * knots]
+        spacing = (KNOT_RANGE[1] - KNOT_RANGE[0]) / (len(self.knots) - 1)
+        apart = numbers.clamp(*KNOT_RANGE).unsqueeze(2) - self.knots
+        return (1 - apart.abs() / spacing).clamp(min=0).flatten(1)
+
+
 class RowFeatures(nn.Module):
     """ID vectors, content vectors (or None: the ID-only baseline), numbers -> a vector [B, W]."""
 
@@ -91,6 +111,10 @@ class RowFeatures(nn.Module):
             self.content_interest = ContentInterest.of(content, dimensions.num_parallel)
             width += 2 * content.dim
             numbers += self.content_interest.output_dim - content.dim
+        self.piecewise: PiecewiseLinear | None = None
+        if settings.number_knots:
+            self.piecewise = PiecewiseLinear(settings.number_knots)
+            width += dimensions.num_dense * settings.number_knots
         self.feature_dim = width + numbers
         self.standardization: Standardization | None = None
         if settings.standardize_numbers:
@@ -117,6 +141,8 @@ class RowFeatures(nn.Module):
         dense, numbers, *similarities = self._standardized(
             [batch.dense_features, numbers, *similarities], batch
         )
+        if self.piecewise is not None:
+            dense = torch.cat([dense, self.piecewise(dense)], dim=1)
         vectors = [dense, *ids.pooled, ids.target, interest, numbers]
         vectors += [*content_parts, *similarities]
         return torch.cat(vectors, dim=1)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torchrec.models.dlrm import InteractionArch
 
 from recsys.config import ranking_settings
+from recsys.config.limits import check_settings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import FurtherHistory
 from recsys.data.jagged_history import JaggedHistory
@@ -26,7 +27,13 @@ from recsys.ranking.layers.content_interest import ContentInterest
 from recsys.ranking.layers.extra_sequences import ExtraSequences
 from recsys.ranking.layers.fields import HALF_LIVES, history_numbers, num_history_numbers
 from recsys.ranking.layers.heads import EnsembleHead, EnsembleLinear, MemberLinear
-from recsys.ranking.layers.row_features import LARGEST, LEAST_VARIANCE, RowFeatures, Standardization
+from recsys.ranking.layers.row_features import (
+    LARGEST,
+    LEAST_VARIANCE,
+    PiecewiseLinear,
+    RowFeatures,
+    Standardization,
+)
 from recsys.ranking.vectors import MemberLogits
 from tests.ranks import run_on_ranks
 from tests.recsys.ranking.ranking_inputs import (
@@ -250,6 +257,42 @@ def _features(model: RowFeatures, has_content: bool) -> Tensor:
     )
     assert features.shape == (len(LENGTHS), width)
     return features
+
+
+def test_a_linear_map_of_knots_interpolates_and_ends_with_them() -> None:
+    basis = PiecewiseLinear(12)  # every half standard deviation from -2 to 3.5
+    numbers = torch.tensor([[-9.0, -2.0], [-1.75, 0.1], [3.5, 40.0]])
+    heights = torch.arange(12.0) ** 2
+    weights = basis(numbers).unflatten(1, (2, 12))
+    curve = [[0.0, 0.0], [0.5, 16 + 0.2 * 9], [121.0, 121.0]]
+    torch.testing.assert_close(weights @ heights, torch.tensor(curve))
+    torch.testing.assert_close(weights.sum(2), torch.ones(3, 2))
+    assert int((weights > 0).sum(2).max()) <= 2
+
+
+def test_knots_are_beside_dense_features_alone() -> None:
+    settings = ranking_settings("din_dcn", mlp_units=[6], standardize_numbers=True)
+    plain = build_ranking(settings, DIMENSIONS, CONTENT).eval()
+    other = build_ranking(replace(settings, number_knots=5), DIMENSIONS, CONTENT).eval()  # type: ignore[call-arg]
+    assert isinstance(plain, RowFeatures) and isinstance(other, RowFeatures)
+    other.load_state_dict(
+        {k: v for k, v in plain.state_dict().items() if not k.startswith(("cross", "mlp"))},
+        strict=False,
+    )
+    without, with_knots = _features(plain, True), _features(other, True)
+    num_dense = DIMENSIONS.num_dense
+    end = num_dense * 6
+    assert torch.equal(with_knots[:, :num_dense], without[:, :num_dense])
+    assert torch.equal(with_knots[:, end:], without[:, num_dense:])
+    assert torch.equal(with_knots[:, num_dense:end], PiecewiseLinear(5)(without[:, :num_dense]))
+
+
+@pytest.mark.parametrize("settings", [{"number_knots": 4}, {"number_knots": 1}])
+def test_knots_need_standard_deviations_and_a_second_knot(settings: dict[str, int]) -> None:
+    is_on = settings["number_knots"] == 1
+    ranking = ranking_settings("din", standardize_numbers=is_on, **settings)
+    with pytest.raises(ValueError, match=r"ranking.number_knots: \d; set 2 or more"):
+        check_settings(ranking, "ranking")
 
 
 NUM_FEATURES, UNITS, LABELS, MEMBERS, HEAD_ROWS = 5, [7, 4], 2, 3, 6
