@@ -16,7 +16,7 @@ from recsys.config.limits import (
 
 Sharding = Literal["auto", "row_wise", "table_wise", "column_wise"]
 TableOptimizer = Literal["rowwise_adagrad", "adagrad", "adam", "sgd"]
-NewRows = Literal["random", "mean", "content"]
+NewRows = Literal["random", "zero", "mean", "content"]
 Kernel = Literal["fused", "uvm", "uvm_caching"]
 TablePrecision = Literal["fp32", "fp16"]
 WireType = Literal["fp32", "fp16", "bf16"]
@@ -52,7 +52,8 @@ class TableSettings:
     """Weight decay of the table."""
     id_dropout: Dropout = 0.0
     """Share of a training batch's rows whose vector is dropped, so that the model learns to rank
-    without it, as it must for new ids; pooled tables only."""
+    without it, as it must for new ids; pooled tables, and that of the target item, whose vector in
+    histories stays. Rows with a dropped target lack `neighbours`' statistics, too."""
     frozen: bool = False
     """Keep the initial weights, such as those of `init_from`."""
     kernel: Kernel = "fused"
@@ -67,7 +68,7 @@ class TableSettings:
     """Pretrained initial vectors."""
     new_rows: NewRows = "random"
     """Values of rows that no training step has updated, at a warm start and in every validation.
-    random: their initial weights; mean: the mean of the trained rows; content: for items, made of
+    random: their initial weights; zero: zeros, as id_dropout has them in training; mean: the mean of the trained rows; content: for items, made of
     their content by a ridge regression over the trained rows of warm items, else the mean."""
 
 

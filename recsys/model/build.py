@@ -31,7 +31,7 @@ from recsys.model.em3 import EM3, TotalLoss
 from recsys.model.id_vectors import IDVectorReader, RowsPerID
 from recsys.model.input_scaling import InputScaling
 from recsys.model.losses import CodeLoss, ContentIDContrastive, RankingLoss, RetrievalLoss
-from recsys.model.tables import id_dropouts, pooled_features
+from recsys.model.tables import id_dropouts, pooled_features, target_dropout
 from recsys.ranking import RANKING_MODELS
 from recsys.ranking.layers.evidence import NUM_VOTES
 from recsys.ranking.layers.extra_sequences import ExtraSequences
@@ -86,6 +86,7 @@ def build_em3(
         further_histories=further,
         scaling=_build_scaling(config.ranking, schema),
         neighbours=neighbours,
+        target_dropout=target_dropout(config, schema),
     )
 
 

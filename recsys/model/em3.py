@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
@@ -148,6 +149,7 @@ class EM3(nn.Module):
     `embeddings` is the table of target and history. `content` is None for the ID-only baseline.
     `ranking` returns logits, `MemberLogits` or `TowerVectors`. `scaling` standardises numbers.
     `neighbours` adds dense features to the batch, and blends its evidence with the logits.
+    In training, the ranking model gets zeros for the share `target_dropout` of the targets' vectors.
 
     Example::
 
@@ -173,8 +175,10 @@ class EM3(nn.Module):
         further_histories: ExtraSequences | None = None,
         scaling: InputScaling | None = None,
         neighbours: Neighbours | None = None,
+        target_dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.target_dropout = target_dropout
         self.embedding_bags, self.embeddings = embedding_bags, embeddings
         self.content, self.id_reader = content, id_reader
         self.further_histories, self.scaling = further_histories, scaling
@@ -204,11 +208,17 @@ class EM3(nn.Module):
         rows = self.scaling(batch) if self.scaling is not None else batch
         if self.further_histories is not None:
             ids = self.further_histories(ids, content, rows)
+        newness, ranked = None, ids
+        if self.training and (self.neighbours is not None or self.target_dropout):
+            # One number for both, so that a row that counts as new has neither vector nor votes.
+            newness = torch.rand(len(ids.target), device=ids.target.device)
+            if self.target_dropout:
+                ranked = ids.without_targets(newness < self.target_dropout)
         if self.neighbours is None:
-            scored = self.ranking(ids, content, rows)
+            scored = self.ranking(ranked, content, rows)
         else:
-            neighbours = self.neighbours(content, rows)
-            scored = self.ranking(ids, content, neighbours.batch)
+            neighbours = self.neighbours(content, rows, newness)
+            scored = self.ranking(ranked, content, neighbours.batch)
             scored = self.neighbours.blend(scored, neighbours)
         result: ScoredBatch = self.losses(scored, ids, content, batch)
         return result

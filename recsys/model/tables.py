@@ -30,16 +30,27 @@ def pooled_features(settings: EmbeddingSettings, schema: Schema) -> list[str]:
 def id_dropouts(settings: EmbeddingSettings, schema: Schema) -> dict[str, float]:
     """Return the dropout of each pooled feature's vectors, as its table sets it."""
     tables = settings.tables
-    for name in (schema.target_item, *schema.event_columns):
-        if tables.get(name, TableSettings()).id_dropout:
+    for name in schema.event_columns:
+        if name != schema.target_item and tables.get(name, TableSettings()).id_dropout:
             raise ValueError(
-                f"embedding.tables.{name}.id_dropout: '{name}' is the target item, a sequence or "
-                "beside one; only pooled tables, such as the user's, have an id_dropout"
+                f"embedding.tables.{name}.id_dropout: '{name}' is a sequence or beside one; only "
+                "pooled tables, such as the user's, and that of the target item have an id_dropout"
             )
     return {
         name: tables.get(schema.table_of(name), TableSettings()).id_dropout
         for name in pooled_features(settings, schema)
     }
+
+
+def target_dropout(config: Config, schema: Schema) -> float:
+    """Return the share of a training batch's targets whose vector is dropped."""
+    table = config.embedding.tables.get(schema.target_item, TableSettings())
+    if table.id_dropout and softmax_settings(config.ranking) is not None:
+        raise ValueError(
+            f"embedding.tables.{schema.target_item}.id_dropout: retrieval compares a target with "
+            "items that keep their vectors; set it to 0"
+        )
+    return table.id_dropout
 
 
 def table_configs(

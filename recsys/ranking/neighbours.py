@@ -159,13 +159,21 @@ class Neighbours(nn.Module):
         self.network = EvidenceNetwork(num_similarities, dimensions)
         self.blend = Blend(dimensions.num_labels)
 
-    def forward(self, content: ContentVectors | None, batch: Batch) -> NeighbourEvidence:
-        """Return evidence and votes of each row. A collective in training, and with content."""
+    def forward(
+        self,
+        content: ContentVectors | None,
+        batch: Batch,
+        newness: Tensor | None = None,  # [B], of [0, 1)
+    ) -> NeighbourEvidence:
+        """Return evidence and votes of each row. A collective in training, and with content.
+
+        In training, targets whose newness is below `dropout` count as new.
+        """
         targets, fold = batch.target.items, torch.full_like(batch.target.items, FOLDS)
         if self.training:
+            assert newness is not None
             fold = batch.rows.groups.remainder(FOLDS)
-            is_new = torch.rand(len(targets), device=targets.device) < self.dropout
-            targets = targets.masked_fill(is_new, len(self.cooccurrence))
+            targets = targets.masked_fill(newness < self.dropout, len(self.cooccurrence))
         vectors = None
         if self.content_map is not None:
             assert content is not None

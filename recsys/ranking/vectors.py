@@ -89,6 +89,10 @@ class IDVectors:
     negatives: Tensor | None = None
     further: list[Tensor] = field(default_factory=list)
 
+    def without_targets(self, is_new: Tensor) -> IDVectors:  # bool [B]
+        """Return the vectors with zeros for the targets of rows that count as new."""
+        return replace(self, target=self.target.masked_fill(is_new.unsqueeze(1), 0))
+
     def float(self) -> IDVectors:
         return replace(self, pooled=[vectors.float() for vectors in self.pooled])
 
