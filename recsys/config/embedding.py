@@ -68,8 +68,9 @@ class TableSettings:
     """Pretrained initial vectors."""
     new_rows: NewRows = "random"
     """Values of rows that no training step has updated, at a warm start and in every validation.
-    random: their initial weights; zero: zeros, as id_dropout has them in training; mean: the mean of the trained rows; content: for items, made of
-    their content by a ridge regression over the trained rows of warm items, else the mean."""
+    random: their initial weights; zero: zeros, as id_dropout has them in training; mean: the mean
+    of the trained rows; content: for items, made of their content by a ridge regression over the
+    trained rows of warm items, else the mean."""
 
 
 @dataclass

@@ -149,7 +149,7 @@ class EM3(nn.Module):
     `embeddings` is the table of target and history. `content` is None for the ID-only baseline.
     `ranking` returns logits, `MemberLogits` or `TowerVectors`. `scaling` standardises numbers.
     `neighbours` adds dense features to the batch, and blends its evidence with the logits.
-    In training, the ranking model gets zeros for the share `target_dropout` of the targets' vectors.
+    In training, the ranking model reads zeros for the share `target_dropout` of target vectors.
 
     Example::
 

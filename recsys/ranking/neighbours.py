@@ -167,12 +167,12 @@ class Neighbours(nn.Module):
     ) -> NeighbourEvidence:
         """Return evidence and votes of each row. A collective in training, and with content.
 
-        In training, targets whose newness is below `dropout` count as new.
+        Targets whose newness is below `dropout` count as new.
         """
         targets, fold = batch.target.items, torch.full_like(batch.target.items, FOLDS)
         if self.training:
-            assert newness is not None
             fold = batch.rows.groups.remainder(FOLDS)
+        if newness is not None:
             targets = targets.masked_fill(newness < self.dropout, len(self.cooccurrence))
         vectors = None
         if self.content_map is not None:

@@ -19,12 +19,13 @@ from recsys.config import (
     ModalitySettings,
     ParallelSettings,
     TableSettings,
+    ranking_settings,
 )
 from recsys.data.schema import Schema, load_schema
 from recsys.data.schema_columns import VocabularySettings
 from recsys.model.id_vectors import IDVectorReader
 from recsys.model.placement import check_placement, placed_for_scoring
-from recsys.model.tables import cold_row_rules, id_dropouts, table_configs
+from recsys.model.tables import cold_row_rules, id_dropouts, table_configs, target_dropout
 from recsys.storage.location import Location
 from recsys.training.train import id_only_baseline
 from tests.datasets import write_dataset
@@ -47,10 +48,13 @@ def test_id_dropout_is_that_of_the_named_table(schema: Schema) -> None:
     assert "user" not in id_dropouts(skipped, schema)
 
 
-def test_the_target_item_s_table_has_no_id_dropout(schema: Schema) -> None:
+def test_the_target_item_s_vector_may_be_dropped_unless_items_are_retrieved(schema: Schema) -> None:
     config = Config(embedding=EmbeddingSettings(tables={"item": DROPPED}))
-    with pytest.raises(ValueError, match=r"item\.id_dropout: 'item' "):
-        id_dropouts(config.embedding, schema)
+    assert target_dropout(config, schema) == 0.5
+    assert not any(id_dropouts(config.embedding, schema).values())
+    retrieval = replace(config, ranking=ranking_settings("two_tower", loss="in_batch_softmax"))
+    with pytest.raises(ValueError, match=r"item\.id_dropout: retrieval compares"):
+        target_dropout(retrieval, schema)
 
 
 def test_id_dropout_zeroes_vectors_of_its_feature_in_training() -> None:

@@ -187,7 +187,7 @@ def test_votes_of_training_in_half_precision_are_those_of_evaluation() -> None:
 
 def test_a_target_that_counts_as_new_in_training_is_known_by_content_alone() -> None:
     neighbours = neighbours_of(content=CONTENT, dropout=0.999).train()
-    new = neighbours(inputs()[1], rows_of(*BATCH))
+    new = neighbours(inputs()[1], rows_of(*BATCH), torch.zeros(3))
     added = neighbours_of(content=CONTENT).train()(inputs()[1], rows_of(BATCH[0], [NUM_ITEMS] * 3))
     assert torch.equal(new.evidence, added.evidence)
     assert not new.evidence[:, EVIDENCE.index("item_count")].any()
