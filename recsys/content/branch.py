@@ -41,7 +41,7 @@ class Projection(nn.Linear):
         self.register_buffer("scale", torch.ones(()))
 
     def scaled(self, inputs: Tensor) -> Tensor:  # [..., E] -> [..., E]
-        return (inputs - self.shift) * self.scale
+        return (inputs - self.shift).mul_(self.scale)
 
     def forward(self, inputs: Tensor) -> Tensor:  # [..., E] -> [..., D]
         return super().forward(self.scaled(inputs))

@@ -228,9 +228,7 @@ class FusionQFormer(nn.Module):
         return None
 
     def _has_kernel(self, tokens: Tensor) -> bool:  # [U, T, D]
-        if self.linear is None or not self.training:
-            return False
-        if not has_native(tokens, self.queries):
+        if self.linear is None or not has_native(tokens, self.queries):
             return False
         num_tokens = tokens.shape[1] + self.queries.shape[0]
         if num_tokens > FEW_TOKENS and not torch.compiler.is_compiling():
@@ -245,7 +243,7 @@ class FusionQFormer(nn.Module):
     ) -> Tensor:  # [U, T, D], [U, T], [T] -> [U, D]
         first = self.layers[0]
         assert isinstance(first, ModernLayer)
-        attention, share = first.attention, first.dropout.p
+        attention, share = first.attention, first.dropout.p if self.training else 0.0
         settings = AttentionSettings(len(self.layers), attention.num_heads, attention.scale, share)
         num_queries, num_tokens = self.queries.shape[0], tokens.shape[1]
         # Two dropouts in each layer; the last one has outputs for the queries alone.

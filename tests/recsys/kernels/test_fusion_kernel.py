@@ -69,6 +69,20 @@ def test_fusion_equals_the_reference(monkeypatch: pytest.MonkeyPatch, case: str)
         torch.testing.assert_close(native[name], value, rtol=0, atol=size * highest, msg=name)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_without_training_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    case_inputs = Case(*CASES[case])
+    case_inputs.fusion.eval()
+    inputs = case_inputs.tokens, case_inputs.mask, case_inputs.modality
+    assert case_inputs.fusion._has_kernel(case_inputs.tokens)
+    with torch.no_grad():
+        native = case_inputs.fusion(*inputs)
+        monkeypatch.setattr(_KernelChoice, "kernels", "torch")
+        reference = case_inputs.fusion(*inputs)
+    highest = max(1.0, float(reference.abs().max())) if reference.numel() else 1.0
+    torch.testing.assert_close(native, reference, rtol=0, atol=1e-6 * highest)
+
+
 def test_nan_stays_nan() -> None:
     case_inputs = Case(3, [0, 1], 2, 1, 8, 2, 0.0)
     case_inputs.mask[:2] = True
