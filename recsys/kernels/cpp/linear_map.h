@@ -97,12 +97,12 @@ struct LayerNorm {
     const float mean = sum(total) / width;
     Vec squares{};
     for (int64_t k = 0; k < padded(width); k += kLanes) {
-      const Vec centred = load(row + k) - splat(mean);
+      Vec centred = load(row + k) - splat(mean);
+      // The zeros behind the row do not count.
+      if (width - k < kLanes) centred = load_first(reinterpret_cast<float*>(&centred), width - k);
       squares += centred * centred;
     }
-    // The zeros behind the row were counted with the square of the mean each.
-    const float variance = (sum(squares) - (padded(width) - width) * mean * mean) / width;
-    return {mean, 1 / std::sqrt(variance + 1e-5f)};
+    return {mean, 1 / std::sqrt(sum(squares) / width + 1e-5f)};
   }
 
   void apply(const float* rows, int64_t count, float* to) const {
