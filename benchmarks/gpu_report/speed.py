@@ -65,8 +65,7 @@ def _steps(
     words += ("--batch_size", str(rows), "--device", ranks.device.type, *PRECISIONS[precision])
     # 65,536 rows are all of a dataset: one batch of them is enough.
     loaded = 0 if source == "parquet" else (4 if rows <= 8192 else 1)
-    workers = ("--num_workers", "4") if source == "parquet" and ranks.device.type == "cuda" else ()
-    variant = Variant(model, recipe, data, (*words, *workers), loaded_batches=loaded)
+    variant = Variant(model, recipe, data, words, loaded_batches=loaded)
     return ProductSteps(variant, ranks).step
 
 

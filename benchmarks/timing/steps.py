@@ -179,7 +179,9 @@ class PlainSteps:
         return {"parts": means}
 
 
-def endless(interactions: Interactions, num_workers: int, pins: bool = False) -> Generator[Batch]:
+def endless(
+    interactions: Interactions, num_workers: int | Literal["auto"], pins: bool = False
+) -> Generator[Batch]:
     """Yield the batches of one epoch after the other."""
     for epoch in itertools.count():
         interactions.begin(epoch)

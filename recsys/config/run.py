@@ -217,9 +217,9 @@ class Config:
     reported."""
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     continual: ContinualSettings = field(default_factory=ContinualSettings)
-    num_workers: NonNegativeInt = 1
+    num_workers: NonNegativeInt | Literal["auto"] = "auto"
     """Threads per rank that build batches ahead of the training, beside one that reads ahead; 0:
-    the training thread reads and builds each batch on demand."""
+    the training thread reads and builds each batch on demand; auto: 1, and up to 4 beside a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the ranks; auto: one GPU per rank if the machine has GPUs."""
     cache: str | None = None

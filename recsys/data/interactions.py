@@ -6,6 +6,7 @@ Shapes: R rows of a window.
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -161,8 +162,24 @@ class Interactions:
         return self.build(RowColumns.concat(rows))
 
 
-def loader(interactions: Interactions, num_workers: int, pin_memory: bool) -> Generator[Batch]:
+MOST_THREADS = 4  # that `auto` takes beside a GPU, whose steps are shorter than those of a CPU
+
+
+def builder_threads(for_gpu: bool) -> int:
+    """Return the threads that `num_workers: auto` stands for: beside a GPU a rank's free cores."""
+    if not for_gpu:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(max((cores or 1) // ranks - 2, 1), MOST_THREADS)  # of the step, and the reader
+
+
+def loader(
+    interactions: Interactions, num_workers: int | Literal["auto"], pin_memory: bool
+) -> Generator[Batch]:
     """Yield batches that `num_workers` threads build ahead; close it when stopping early."""
+    if num_workers == "auto":
+        num_workers = builder_threads(for_gpu=pin_memory)
 
     def pinned(job: Callable[[], Batch]) -> Batch:
         return job().pin_memory()

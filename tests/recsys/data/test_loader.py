@@ -18,7 +18,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from recsys.config import ModalitySettings
 from recsys.data import interactions
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.interactions import AHEAD, Interactions, loader
+from recsys.data.interactions import AHEAD, Interactions, builder_threads, loader
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.rows import ParquetRows
@@ -164,3 +164,15 @@ def test_a_batch_owns_its_memory(tmp_path: Path) -> None:
         for tensor in tensors_in(batch):
             tensor.fill_(0)
     assert actual == expected
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "threads"), [(2, 1, 1), (16, 1, 4), (24, 8, 1), (32, 8, 2)]
+)
+def test_threads_that_build_batches_beside_a_gpu_are_a_rank_s_free_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, ranks: int, threads: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(cores))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert builder_threads(for_gpu=True) == threads
+    assert builder_threads(for_gpu=False) == 1

@@ -109,6 +109,8 @@ MOST_LAUNCHES = {
     "id_only": 200,
     "movielens_sample": 400,
     "movielens_multimodal": 400,
+    "implicit_content": 200,
+    "next_item": 800,  # its tower reads lengths, so that parts are compiled alone
 }
 
 
