@@ -319,6 +319,13 @@ IMPLICIT = [
     Cell(
         "no neighbours", "the recipe without similar items of the history", NO_NEIGHBOURS, "frozen"
     ),
+    Cell("no knots", "counts as they are alone", {"ranking.number_knots": 0}, "frozen"),
+    Cell(
+        "ID vectors kept",
+        "every target of training with its ID vector",
+        {"embedding.tables.item.id_dropout": 0},
+        "frozen",
+    ),
     Cell("random new rows", "ID rows of new items at random", RANDOM_ROWS, "frozen"),
     Cell(
         "mean new rows",
