@@ -1,6 +1,6 @@
 """First values of table rows that no training step has updated, by their table's `new_rows`.
 
-`mean` is the mean of the trained rows. `content` is a ridge regression from content vectors, fitted
+`zero` is 0, `mean` the mean of the trained rows. `content` is a ridge regression from content vectors, fitted
 to items with `COLD_BELOW` training rows or more. The moments of the rows stay zero.
 `item_counts_before.npy` keeps the counts of earlier runs, by the rows of the new run.
 Shapes: U items of a block, E width of content vectors, D dimension.
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 class FilledRows:
     """Rows of a table that got values by a rule."""
 
-    rule: str  # mean or content
+    rule: str  # zero, mean or content
     num_trained: int  # trained rows, whose mean the others have
     num_made: int = 0  # rows that were made of content
     ridge: RidgeMap | None = None  # the map that made them; None if there was nothing to fit
@@ -44,6 +44,8 @@ class FilledRows:
     def __str__(self) -> str:
         if not self.num_trained:
             return "initial values, as no row was trained before"
+        if self.rule == "zero":
+            return "zeros"
         mean = f"the mean of {self.num_trained:,} trained rows"
         if self.rule == "mean":
             return mean
@@ -65,7 +67,7 @@ def fill_cold_rows(job: Job, counts: ItemCounts) -> dict[str, FilledRows]:
         filled[table] = FilledRows(rule, num_trained)
         if not num_trained:
             continue
-        rows.fill_untrained(mean)
+        rows.fill_untrained(torch.zeros_like(mean) if rule == "zero" else mean)
         if rule == "content":
             filled[table] = _fill_from_content(job, rows, counts, num_trained)
     return filled

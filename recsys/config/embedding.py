@@ -16,7 +16,7 @@ from recsys.config.limits import (
 
 Sharding = Literal["auto", "row_wise", "table_wise", "column_wise"]
 TableOptimizer = Literal["rowwise_adagrad", "adagrad", "adam", "sgd"]
-NewRows = Literal["random", "mean", "content"]
+NewRows = Literal["random", "zero", "mean", "content"]
 Kernel = Literal["fused", "uvm", "uvm_caching"]
 TablePrecision = Literal["fp32", "fp16"]
 WireType = Literal["fp32", "fp16", "bf16"]
@@ -68,8 +68,9 @@ class TableSettings:
     """Pretrained initial vectors."""
     new_rows: NewRows = "random"
     """Values of rows that no training step has updated, at a warm start and in every validation.
-    random: their initial weights; mean: the mean of the trained rows; content: for items, made of
-    their content by a ridge regression over the trained rows of warm items, else the mean."""
+    random: their initial weights; zero: zeros, as `id_dropout` has them in training; mean: the mean
+    of the trained rows; content: for items, made of their content by a ridge regression over the
+    trained rows of warm items, else the mean."""
 
 
 @dataclass

@@ -116,6 +116,18 @@ def test_new_items_get_the_row_that_the_regression_gives_their_content(
     assert stored["differences"][-1]["what"] == "new_rows: content"
 
 
+def test_by_the_rule_zero_rows_without_training_are_zeros(plain: Path, tmp_path: Path) -> None:
+    words = [*WITHOUT_CONTENT, "--embedding.tables", "{item: {new_rows: zero}}"]
+    before = stored_state(best_of(plain))["item"]
+    with begun(plain, tmp_path / "new", *words) as new:
+        state = state_of(new.job)
+        assert re.search(r"new_rows: zero +zeros", new.words)
+    trained = moments_of(state) > 0
+    assert not trained.all()
+    assert not state["item"][~trained].any()
+    assert torch.equal(state["item"][trained], before[trained])
+
+
 def test_without_warm_items_and_by_the_rule_mean_new_rows_have_the_mean(
     multimodal: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
