@@ -1,7 +1,7 @@
 """First values of table rows that no training step has updated, by their table's `new_rows`.
 
-`zero` is 0, `mean` the mean of the trained rows. `content` is a ridge regression from content vectors, fitted
-to items with `COLD_BELOW` training rows or more. The moments of the rows stay zero.
+`zero` is 0, `mean` the mean of the trained rows. `content` is a ridge regression from content
+vectors, fitted to items with `COLD_BELOW` training rows or more. Moments of the rows stay zero.
 `item_counts_before.npy` keeps the counts of earlier runs, by the rows of the new run.
 Shapes: U items of a block, E width of content vectors, D dimension.
 """
