@@ -105,11 +105,21 @@ def sharded_in_blocks(
             piece = ShardMetadata(offsets, [count, *shard.shard_sizes[1:]], shard.placement)
             metadata.append(piece)
             if tensor is not None:
-                local.append(Shard(tensor[start : start + count], piece))
+                local.append(Shard(_alone_in_storage(tensor[start : start + count]), piece))
     whole = ShardedTensorMetadata(metadata, torch.Size(size), TensorProperties(dtype=dtype))
     return ShardedTensor._init_from_local_shards_and_global_metadata(
         local, whole, process_group=group
     )
+
+
+def _alone_in_storage(part: Tensor) -> Tensor:
+    """Return the same memory as a storage that ends with it.
+
+    torch's writer of checkpoints copies parts of larger storages, and keeps all copies to the end.
+    """
+    if part.device.type != "cpu" or not part.is_contiguous() or not part.numel():
+        return part
+    return torch.from_numpy(part.detach().view(torch.uint8).numpy()).view(part.dtype)
 
 
 def _placed(

@@ -124,6 +124,8 @@ def blocks(rank: int, world_size: int) -> list[tuple[list[int], list[int]]]:
         first = shard.metadata.shard_offsets[0] - weight.local_shards()[0].metadata.shard_offsets[0]
         columns = weight.local_shards()[0].tensor[first:]
         assert shard.tensor.data_ptr() == columns.data_ptr()
+        # torch's writer copies parts of larger storages.
+        assert shard.tensor.untyped_storage().nbytes() == shard.tensor.nbytes
     return [(part.shard_offsets, part.shard_sizes) for part in cut.metadata().shards_metadata]
 
 
