@@ -22,6 +22,7 @@ SUITES = {
     "kernels": {
         "operators": "benchmarks.kernels.operators",
         "steps": "benchmarks.kernels.__main__",
+        "gains": "benchmarks.kernels.gains",
     },
     "quality": {
         "parts": "benchmarks.quality.__main__",

@@ -18,6 +18,7 @@ from benchmarks.compare import variants as variants_to_compare
 from benchmarks.continual.runs import rows_trained, view_before
 from benchmarks.events.__main__ import OURS, QUICK, SQL, benchmark
 from benchmarks.generative import generative
+from benchmarks.kernels.gains import CALLERS, gains
 from benchmarks.kernels.operators import QUICK_SIZES, operators
 from benchmarks.ladder import ladder, reading, rows_of
 from benchmarks.loader import benchmark as loader
@@ -116,6 +117,15 @@ def test_suites_name_modules_that_exist(
     with pytest.raises(SystemExit, match="0"):
         main(["speed", "compare", "--help"])
     assert "--in_process" in capsys.readouterr().out
+
+
+def test_steps_without_a_kernel_are_compared_with_all_kernels(tmp_path: Path) -> None:
+    if not has_native(torch.zeros(1)):
+        pytest.skip("no C++ compiler")
+    gains(tmp_path / "data", rounds=1, steps=1, quick=True, results=tmp_path)
+    records = lines_of(tmp_path, "kernel_gains")
+    assert {record["kernel"] for record in records} == set(CALLERS)
+    assert all(ratio > 0 for record in records for ratio in record["x"])
 
 
 def test_kernels_are_compared_with_their_references(tmp_path: Path) -> None:
