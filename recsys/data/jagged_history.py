@@ -59,6 +59,10 @@ class JaggedHistory:
         """Map [N, K] of a shared history to its places in one row; here, no history is shared."""
         raise TypeError("rows have histories of their own")
 
+    def one_row(self) -> JaggedHistory:
+        """Return a shared history of one row; here, no history is shared."""
+        raise TypeError("rows have histories of their own")
+
     def unindexed(self) -> JaggedHistory:
         """Return the same histories over N items, one for each position."""
         return replace(self, index=self.places, num_items=len(self.places))

@@ -283,28 +283,41 @@ class Neighbours(nn.Module):
         values by the powers 1, 2 and 4 of similarity, their sum by similarity, and the logarithm of
         1 + sum of similarities.
         """
-        block = history.block
-        pairs = [part.past @ history.columns(part.target) for part in reversed(vectors)]
-        similarity = torch.stack(pairs).float()  # [S, R, L, K]
-        if content is not None:
-            past = content.unit_past.index_select(1, block.index.flatten())
-            past = past.unflatten(1, block.index.shape)  # [M, R, L, D]
-            targets = content.unit_target
-            columns = targets.mT.unsqueeze(1) if block.is_shared else targets.unsqueeze(3)
-            similarity = torch.cat([similarity, past @ columns])
-        similarity = similarity.permute(1, 0, 3, 2) * block.mask[:, None, None]  # [R, S, K, L]
+        similarity = self._similarities(content, history.block, vectors)  # [R, S, K, L]
         deviations = history.deviations * history.weights
         positive = similarity.clamp(min=0)
         square = positive.square()
-        powers = torch.stack([positive, square, square.square()], dim=1)  # [R, 3, S, K, L]
+        powers = [positive, square, square.square()]
         weighted = torch.stack([deviations, history.weights], dim=2)  # [R, L, 2]
-        sums = (powers.flatten(1, 3) @ weighted).unflatten(1, powers.shape[1:4])
+        if history.block.is_shared:
+            sums = torch.stack([power @ weighted[0] for power in powers], dim=1)
+        else:
+            stacked = torch.stack(powers, dim=1)  # [R, 3, S, K, L]
+            sums = (stacked.flatten(1, 3) @ weighted).unflatten(1, stacked.shape[1:4])
         means = sums[..., 0] / (sums[..., 1] + self.least_sums)  # [R, 3, S, K]
         signed = (similarity.flatten(1, 2) @ deviations.unsqueeze(2)).view(similarity.shape[:3])
         signed = signed / (history.length + 1).sqrt()[:, None, None]
         counts = torch.log1p(sums[:, 0, ..., 1])
         votes = torch.stack([*means.unbind(1), signed, counts], dim=-1)  # [R, S, K, NUM_VOTES]
         return votes.transpose(1, 2).flatten(0, 1)
+
+    def _similarities(
+        self, content: _Content | None, block: _Block, vectors: list[_Vectors]
+    ) -> Tensor:  # [R, S, K, L]
+        """Return similarities of the targets to the items of their histories, 0 for padding."""
+        if block.is_shared:  # each place holds an item
+            similarity = torch.stack([v.target @ v.past[0].T for v in reversed(vectors)]).float()
+            if content is not None:
+                past = content.unit_past.index_select(1, block.index[0])  # [M, L, D]
+                similarity = torch.cat([similarity, content.unit_target @ past.mT])
+            return similarity.unsqueeze(0)
+        columns = [part.past @ part.target.unsqueeze(2) for part in reversed(vectors)]
+        similarity = torch.stack(columns).float()  # [S, R, L, K]
+        if content is not None:
+            past = content.unit_past.index_select(1, block.index.flatten())
+            past = past.unflatten(1, block.index.shape)  # [M, R, L, D]
+            similarity = torch.cat([similarity, past @ content.unit_target.unsqueeze(3)])
+        return similarity.permute(1, 0, 3, 2) * block.mask[:, None, None]
 
     def _item_means(self, rows: _Rows) -> tuple[Tensor, Tensor]:
         """Return the mean deviation and the number of values of items, without a fold's users."""

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Rows, TargetItems
+from recsys.ranking.layers.heads import fold_ensembles
 from recsys.ranking.neighbours import Neighbours
 from recsys.ranking.vectors import IDVectors
 
@@ -75,6 +76,10 @@ class SharedHistory:
     def of_one_row(self, values: Tensor) -> Tensor:
         """Map [N * L, K] with equal values in all rows to the values of one row: [L, K]."""
         return values.view(self.num_rows, self.longest, values.shape[1])[0]
+
+    def one_row(self) -> SharedHistory:
+        """Return the history as that of one row."""
+        return SharedHistory(1, self.num_items, self.device, self.places)
 
     def unindexed(self) -> SharedHistory:
         return self
@@ -242,7 +247,7 @@ class RankingGraph(nn.Module):
         super().__init__()
         self.neighbours = neighbours
         self.further_histories, self.scaling = further_histories, scaling
-        self.ranking, self.history_map = ranking, history_map
+        self.ranking, self.history_map = fold_ensembles(ranking), history_map
         self.content_dim, self.top_k = content_dim, top_k
         self.eval()
 

@@ -28,8 +28,10 @@ def cosines(
     """Return the cosine of each history item to its row's target; 0 if either vector is zero."""
     dtype = torch.promote_types(target.dtype, items.dtype)
     items = at_least_float32(items.to(dtype))
-    # Dividing the dot products by the items' norms costs less than normalising the items.
     lengths = torch.linalg.vector_norm(items, dim=1, keepdim=True).clamp(min=1e-12)
+    if history.is_shared:
+        return history.dot(F.normalize(target.to(items.dtype), dim=-1), items / lengths)
+    # Dividing the dot products by the items' norms costs less than normalising the items.
     products = history.dot(F.normalize(target.to(items.dtype), dim=-1), items)
     return products * history.gather(lengths.reciprocal()).squeeze(1)
 
@@ -71,8 +73,10 @@ def shared_similarity_features(
     members = groups.to(cosine.dtype)
     count = members.sum(dim=1)  # [G]
     mean = cosine @ members.T / count.clamp(min=1)  # [M, B, G]
-    padded, masks = F.pad(cosine, (0, 1)), F.pad(groups, (0, 1))  # a history may be empty
-    maxima = [torch.where(mask, padded, LOWER_THAN_COSINE).amax(dim=2) for mask in masks]
+    padded = F.pad(cosine, (0, 1), value=LOWER_THAN_COSINE)  # a history may be empty
+    # Added, as `torch.where` takes three times as long.
+    lowered = (1 - F.pad(members, (0, 1), value=1.0)) * 2 * LOWER_THAN_COSINE  # [G, L + 1]
+    maxima = [(padded + part).amax(dim=2) for part in lowered.unbind()]
     maximum = torch.where(count > 0, torch.stack(maxima, dim=2), 0.0)
     votes = (cosine / 0.1).softmax(dim=2) @ flags.to(cosine.dtype)  # [M, B, P]
     return torch.cat([mean, maximum, votes], dim=2).transpose(0, 1).flatten(1)

@@ -25,6 +25,13 @@ def history_numbers(
     history: JaggedHistory, parallel: Tensor
 ) -> Tensor:  # [N, P] -> [B, P * (1 + H) + 1]
     """Return lists' means, means by half-life, and log(1 + length); 0 for an empty history."""
+    if history.is_shared:
+        numbers = _history_numbers(history.one_row(), history.of_one_row(parallel))
+        return numbers.expand(history.lengths.shape[0], -1)
+    return _history_numbers(history, parallel)
+
+
+def _history_numbers(history: JaggedHistory, parallel: Tensor) -> Tensor:
     lengths = history.lengths.unsqueeze(1)
     # Filled on the device: a tensor of Python numbers would be copied, and a GPU waited for.
     fills = [torch.full((1,), life, device=lengths.device) for life in HALF_LIVES]

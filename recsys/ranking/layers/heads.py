@@ -6,6 +6,8 @@ Shapes: K members, B batch, I and O units of a layer, C labels.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +36,12 @@ class EnsembleLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:  # [K or 1, B, I] -> [K, B, O]
         return torch.matmul(inputs * self.scale_in, self.weight) * self.scale_out + self.bias
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Return the members' weights with both scales, [I, K, O], and their biases, [K, O]."""
+        scale_in = self.scale_in.permute(2, 0, 1).contiguous()  # [I, K, 1]
+        weight = scale_in * (self.weight.unsqueeze(1) * self.scale_out.squeeze(1))
+        return weight, self.bias.squeeze(1)
 
 
 class MemberLinear(nn.Module):
@@ -67,8 +75,59 @@ class EnsembleHead(nn.Module):
 
     def forward(self, features: Tensor) -> MemberLogits | Tensor:  # [B, width] -> [B, C]
         """Return the logits [K, B, C] of the members in training, else their mean [B, C]."""
-        logits = self.layers(features.expand(self.members, -1, -1))
-        return MemberLogits(logits) if self.training else logits.mean(0)
+        if not self.training:
+            return _mean_logits(features, self.folded())
+        return MemberLogits(self.layers(features.expand(self.members, -1, -1)))
+
+    def folded(self) -> list[tuple[Tensor, Tensor]]:
+        """Return weights [I, K, O] and biases [K, O] of the layers, with the scales in them."""
+        output = self.layers[-1]
+        assert isinstance(output, MemberLinear)
+        hidden = [layer.folded() for layer in self.layers if isinstance(layer, EnsembleLinear)]
+        return [*hidden, (output.weight.transpose(0, 1), output.bias.squeeze(1))]
+
+
+class FoldedHead(nn.Module):
+    """An `EnsembleHead` in evaluation, whose weights are folded once."""
+
+    def __init__(self, head: EnsembleHead) -> None:
+        super().__init__()
+        pairs = [tensor.detach().contiguous() for pair in head.folded() for tensor in pair]
+        self.weights = nn.ParameterList(nn.Parameter(part, requires_grad=False) for part in pairs)
+
+    def forward(self, features: Tensor) -> Tensor:  # [B, width] -> [B, C]
+        return _mean_logits(features, list(zip(self.weights[::2], self.weights[1::2])))
+
+
+def _mean_logits(
+    features: Tensor,  # [B, width]
+    layers: list[tuple[Tensor, Tensor]],  # [I, K, O], [K, O]
+) -> Tensor:  # [B, C]
+    """Return the mean logits of the members, without a scaled copy of a layer's inputs.
+
+    The first layer of all members is one product, as they have the same inputs.
+    """
+    (weight, bias), *others = layers
+    hidden = torch.addmm(bias.flatten(), features, weight.flatten(1))
+    members = hidden.unflatten(1, bias.shape).transpose(0, 1)  # [K, B, O]
+    for weight, bias in others:
+        members = torch.baddbmm(bias.unsqueeze(1), members.relu_(), weight.transpose(0, 1))
+    return members.mean(0)
+
+
+def fold_ensembles(model: nn.Module) -> nn.Module:
+    """Return a model with `FoldedHead`s, which shares all other modules; `model` stays."""
+    if isinstance(model, EnsembleHead):
+        return FoldedHead(model)
+    children = {
+        name: None if child is None else fold_ensembles(child)
+        for name, child in model._modules.items()
+    }
+    if all(children[name] is child for name, child in model._modules.items()):
+        return model
+    folded = copy.copy(model)
+    folded._modules = children
+    return folded
 
 
 def hidden_layers(width: int, units: list[int], dropout: float) -> tuple[list[nn.Module], int]:

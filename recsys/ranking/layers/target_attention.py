@@ -54,12 +54,26 @@ class HistoryAttention(nn.Module):
         parallel: Tensor,  # [N, P]
     ) -> Tensor:  # [B, D]
         scores = at_least_float32(self.scores(target, items, history, parallel))
+        if history.is_shared:
+            interest = self._interest_in_shared(scores, items, history, parallel)
+            return interest.to(result_dtype(target, items, *self.parameters()))
         weights = history.softmax(scores)
         interest = history.weighted_sum(weights, items.to(weights.dtype))
         if self.parallel_map is not None:
             lists = history.sum(weights.unsqueeze(1) * parallel)
             interest = interest + F.linear(lists, self.parallel_map.weight.to(lists.dtype))
         return interest.to(result_dtype(target, items, *self.parameters()))
+
+    def _interest_in_shared(
+        self, scores: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
+    ) -> Tensor:  # [N], [U, D], [N, P] -> [B, D]
+        """Return the interest in a history that all rows share, by one product with its vectors."""
+        weights = scores.view(history.lengths.shape[0], history.longest).softmax(dim=1)  # [B, U]
+        items = items.to(weights.dtype)
+        if self.parallel_map is not None:
+            lists = history.of_one_row(parallel).to(weights.dtype)
+            items = items + F.linear(lists, self.parallel_map.weight.to(weights.dtype))
+        return weights @ items
 
 
 class TargetAttention(HistoryAttention):
@@ -137,7 +151,9 @@ class TargetAttention(HistoryAttention):
         constant = torch.addmm(first.bias, items, (w_item + w_difference).T)  # [U, H]
         factors = items.T.unsqueeze(2) * w_product.T.unsqueeze(1)  # [D, U, H]
         factors = factors + (w_target - w_difference).T.unsqueeze(1)
-        hidden = torch.addmm(constant.view(1, -1), target, factors.flatten(1))  # [B, U * H]
+        # The constant is one more row of the factors: else it is copied to all rows first.
+        factors = torch.cat([factors.flatten(1), constant.view(1, -1)])
+        hidden = F.pad(target, (0, 1), value=1.0) @ factors  # [B, U * H]
         return hidden.view(-1, constant.shape[1])
 
 
@@ -154,7 +170,9 @@ class DotAttention(HistoryAttention):
     ) -> Tensor:  # [B, D], [U, D], [N, P] -> [N]
         query, list_factors = self.query_of(target)
         scores = history.dot(query, items.to(query.dtype))
-        if self.parallel_map is not None:
+        if self.parallel_map is not None and history.is_shared:
+            scores = scores + (list_factors @ history.of_one_row(parallel).T).reshape(-1)
+        elif self.parallel_map is not None:
             scores = scores + (history.spread(list_factors) * parallel).sum(dim=1)
         return scores
 

@@ -26,7 +26,13 @@ from recsys.ranking.dlrm import DotInteraction
 from recsys.ranking.layers.content_interest import ContentInterest
 from recsys.ranking.layers.extra_sequences import ExtraSequences
 from recsys.ranking.layers.fields import HALF_LIVES, history_numbers, num_history_numbers
-from recsys.ranking.layers.heads import EnsembleHead, EnsembleLinear, MemberLinear
+from recsys.ranking.layers.heads import (
+    EnsembleHead,
+    EnsembleLinear,
+    FoldedHead,
+    MemberLinear,
+    fold_ensembles,
+)
 from recsys.ranking.layers.row_features import (
     LARGEST,
     LEAST_VARIANCE,
@@ -350,6 +356,20 @@ def test_in_evaluation_the_mean_logit_ranks() -> None:
     logits_by_member = [plain_mlp(head, member, x) for member in range(MEMBERS)]
     torch.testing.assert_close(logits, torch.stack(logits_by_member).mean(0))
     torch.testing.assert_close(MemberLogits(torch.stack(logits_by_member)).logits, logits)
+
+
+@pytest.mark.parametrize("units", [[], [7], [7, 4, 3]])
+def test_evaluation_folds_the_scales_into_the_weights(units: list[int]) -> None:
+    head = EnsembleHead(NUM_FEATURES, units, LABELS, MEMBERS, dropout=0.0)
+    for parameter in head.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    expected = head(features()).members.mean(0)
+    model = nn.Sequential(nn.Identity(), nn.Sequential(head)).eval()
+    folded = fold_ensembles(model)
+    assert isinstance(folded[1][0], FoldedHead) and model[1][0] is head
+    assert folded[0] is model[0]
+    for evaluated in (model, folded):
+        torch.testing.assert_close(evaluated(features()), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["din_dcn", "din", "sim"])

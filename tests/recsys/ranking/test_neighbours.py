@@ -11,11 +11,17 @@ import torch
 from torch import Tensor
 
 from recsys.config import NeighbourSettings, ranking_settings
-from recsys.data.batch import Batch
+from recsys.content.vectors import ContentVectors
+from recsys.data.batch import Batch, TargetItems
 from recsys.model.build import build_ranking
 from recsys.ranking.layers.evidence import EVIDENCE, NUM_VOTES
 from recsys.ranking.neighbours import DECAY, DECAY_AGE, FOLDS, NUM_BLENDED, PRIOR_VALUES, Neighbours
-from recsys.serving.ranking_graph import RankingGraph
+from recsys.serving.ranking_graph import (
+    CandidateBatch,
+    CandidateHistory,
+    RankingGraph,
+    SharedHistory,
+)
 from tests.recsys.ranking.ranking_inputs import CONTENT, DIMENSIONS, NUM_DENSE, inputs
 
 NUM_ITEMS, DIM = 9, 4
@@ -230,6 +236,32 @@ def test_a_package_computes_the_same(name: str, values: str | None) -> None:
     arguments = [ids.pooled, batch.dense_features, ids.target, ids.history, batch.history.values]
     arguments += [batch.target.items, batch.history.items, none, torch.zeros(3, 0), none]
     torch.testing.assert_close(graph(*arguments), expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_candidates_of_one_user_have_the_evidence_and_votes_of_rows_with_equal_histories() -> None:
+    neighbours = neighbours_of("liked", CONTENT)
+    neighbours.content_map.weight.normal_()  # type: ignore[union-attr]
+    _, content, batch = inputs(torch.tensor([3, 3]))
+    past, values = torch.tensor([1, 7, 2]), batch.history.values[:3]
+    modalities = content.read_history()[1][:3]
+    targets = TargetItems(torch.tensor([4, 7]))
+    rows = replace(
+        batch.history, values=values.repeat(2, 1), items=past, index=torch.arange(3).repeat(2)
+    )
+    content = ContentVectors(
+        content.target, modalities[:, 0], content.target_modalities, modalities
+    )
+    shared = CandidateHistory(values.repeat(2, 1), past, SharedHistory(2, 3, past.device), [])
+    expected = neighbours(content, replace(batch, history=rows, target=targets))
+    candidates = CandidateBatch(batch.dense_features, targets, shared)
+    scored = neighbours(content, candidates)  # type: ignore[arg-type]
+    for name in ("evidence", "regression", "logits"):
+        torch.testing.assert_close(
+            getattr(scored, name), getattr(expected, name), rtol=1e-6, atol=1e-6
+        )
+    votes, expected_votes = scored.batch.dense_features, expected.batch.dense_features
+    torch.testing.assert_close(votes, expected_votes, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
