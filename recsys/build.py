@@ -55,6 +55,7 @@ from recsys.model.precision import (
     compiles_by_default,
     dense_parts,
     use_bfloat16,
+    uses_tf32,
 )
 from recsys.model.tables import pooled_features, table_configs
 from recsys.optimizer import (
@@ -150,7 +151,7 @@ def build_job(
 
     Invalid data or an invalid plan is a ValueError on every rank.
     """
-    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    torch.set_float32_matmul_precision("high" if uses_tf32(config, ranks.device) else "highest")
     torch.manual_seed(config.seed)  # the same on all ranks: initial weights agree
     with ranks.raise_on_all_ranks():
         root = Location.of(data)

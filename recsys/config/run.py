@@ -187,8 +187,8 @@ class Config:
     tables are updated in each step."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the dense parts (autocast)."""
-    tf32: bool = False
-    """Compute float32 matrix products in TF32, on GPUs that support it."""
+    tf32: bool | Literal["auto"] = "auto"
+    """Compute float32 matrix products in TF32, on GPUs that support it; auto: there, not on CPU."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the dense parts with torch.compile. auto: on GPUs, where a step launches hundreds of
     kernels without it, if torch.compile works; true: or an error. On CPU it needs a C++ compiler.

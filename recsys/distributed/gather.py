@@ -7,8 +7,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import _functional_collectives as functional
 from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
+
+# torch 2.13 renames it.
+_all_gather_autograd = (
+    getattr(functional, "all_gather_single_autograd", None) or functional.all_gather_tensor_autograd
+)
 
 
 def gather_rows(tensor: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
@@ -57,9 +63,20 @@ def gather_rows_with_gradient(
     """Return the rows of all ranks and the index of this rank's first row. A collective."""
     counts, rank = _row_counts(rows), dist.get_rank()
     padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))
-    gathered = all_gather(padded)
+    gathered = _gather_and_scatter(padded) if rows.is_cuda else all_gather(padded)
     parts = [part[:count] for part, count in zip(gathered, counts, strict=True)]
     return torch.cat(parts), sum(counts[:rank])
+
+
+def _gather_and_scatter(rows: Tensor) -> tuple[Tensor, ...]:  # [N, D] -> [N, D] of each rank
+    """Return the rows of all ranks; their gradient comes back by `reduce_scatter`. A collective.
+
+    `all_gather` of torch.distributed.nn sends whole gradients to all ranks where a group has a
+    backend for hosts beside NCCL, as its name is then another.
+    """
+    group = dist.group.WORLD
+    assert group is not None
+    return _all_gather_autograd(rows.contiguous(), 0, group).chunk(group.size())
 
 
 def _row_counts(rows: Tensor) -> list[int]:  # [N, D]

@@ -16,6 +16,7 @@ from torch import nn
 from torchrec.models.dlrm import DenseArch, OverArch
 
 from embeddings.host import is_host
+from recsys.config import Config
 from recsys.content.branch import ContentBranch, HistoryMap
 from recsys.content.encoders.base import Encoder
 from recsys.content.vectors import ItemRows
@@ -157,6 +158,11 @@ def compiled_methods(ranking: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     for layer in ranking.modules():
         for name in getattr(layer, "compiled_methods", ()):
             yield layer, name
+
+
+def uses_tf32(config: Config, device: torch.device) -> bool:
+    """Return whether products of float32 matrices may be computed in TF32."""
+    return device.type == "cuda" if config.tf32 == "auto" else config.tf32
 
 
 def compiles_by_default(device: torch.device) -> bool:

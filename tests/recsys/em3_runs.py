@@ -90,6 +90,7 @@ def em3_config(
         history=HistorySettings(lora_rank=2),
     )
     values: dict[str, Any] = {
+        "tf32": False,  # results of GPUs are compared with those of a CPU
         "content": content,
         "embedding": EmbeddingSettings(
             dim=16,

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
 from recsys.build import Job, build_job
-from recsys.config import HistorySettings
+from recsys.config import Config, HistorySettings
 from recsys.content.branch import HistoryMap
 from recsys.content.fusion import ConcatFusion
 from recsys.distributed.ranks import joined_ranks
@@ -23,6 +23,7 @@ from recsys.model.precision import (
     compiled_parts,
     compiles_by_default,
     use_bfloat16,
+    uses_tf32,
 )
 from tests.datasets import write_dataset
 from tests.host_waits import gpu_branches
@@ -105,10 +106,11 @@ def moved(before: Any, after: Any, name: str) -> Tensor:
 
 def run_in_both(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     ranks, data = ranks_of(rank, world_size), str(folder / "data")
-    return {
-        precision: run_job(build_job(em3_config(folder, precision=precision), data, ranks))
+    configs = {
+        precision: em3_config(folder, precision=precision, kernels="torch")
         for precision in ("fp32", "bf16")
     }
+    return {name: run_job(build_job(config, data, ranks)) for name, config in configs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -283,3 +285,16 @@ def test_compiled_code_on_two_ranks_gives_the_numbers_of_pytorch(
 ) -> None:
     for run in run_on_ranks(train_both_ways, 2, folder, precision, "inductor", on_gpu):
         assert_same_numbers(run, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("tf32", "device", "expected"),
+    [
+        ("auto", "cuda", True),
+        ("auto", "cpu", False),
+        (False, "cuda", False),
+        (True, "cpu", True),
+    ],
+)
+def test_tf32_is_chosen_on_gpus_alone(tf32: Any, device: str, expected: bool) -> None:
+    assert uses_tf32(Config(tf32=tf32), torch.device(device)) is expected
