@@ -387,7 +387,7 @@ class PlainTwin(nn.Module):
         is_same_item.fill_diagonal_(False)
         scores = (content @ ids.T / self.sizes.temperature).masked_fill(is_same_item, -torch.inf)
         rows = torch.arange(len(items), device=items.device)
-        return (F.cross_entropy(scores, rows) + F.cross_entropy(scores.T, rows)) / 2
+        return (F.cross_entropy(scores, rows) + F.cross_entropy(scores.T.contiguous(), rows)) / 2
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Build Adagrad for the rows that occur, and AdamW for the rest."""
