@@ -316,7 +316,7 @@ def test_figures_of_the_front_page_are_those_of_the_results() -> None:
     names = (
         "quality_recipe_parts",
         "peers_neighbours",
-        "quality_ifdb_recipe",
+        "quality_ifdb_counts",
         "peers_ifdb_lightgbm",
     )
     folder = PROJECT / "benchmarks" / "results"
