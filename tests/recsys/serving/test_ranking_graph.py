@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recsys.config import ContentSettings
+from recsys.config import ContentSettings, ranking_settings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import TargetItems
+from recsys.model.build import build_ranking
 from recsys.model.precision import use_bfloat16
 from recsys.ranking.vectors import IDVectors
 from recsys.serving.exported_graph import ExportedGraph, export_graph
@@ -22,6 +23,7 @@ from recsys.serving.ranking_graph import RankingGraph, RankingInputs
 from tests.recsys.ranking.ranking_inputs import (
     CONTENT,
     CONTENT_DIM,
+    DIMENSIONS,
     ID_DIM,
     NUM_DENSE,
     inputs,
@@ -109,6 +111,19 @@ def test_similarities_to_the_latest_items_are_those_of_a_batch(name: str, tmp_pa
     for size in SIZES:
         rows = request(*size)
         expected = graph.ranking(*tiled(rows, graph.history_map))
+        for scored in (graph(*rows.arguments()), loaded(*rows.arguments())):
+            torch.testing.assert_close(scored, expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_counts_are_the_same_curves_in_a_package(tmp_path: Path) -> None:
+    settings = ranking_settings("din_dcn", standardize_numbers=True, number_knots=12)
+    model = build_ranking(settings, DIMENSIONS, CONTENT).eval()
+    graph = RankingGraph(model, nn.Linear(CONTENT_DIM, CONTENT_DIM, bias=False), CONTENT_DIM)
+    loaded = exported(graph, "din_dcn", tmp_path)
+    for size in SIZES:
+        rows = request(*size)
+        expected = model(*tiled(rows, graph.history_map))
         for scored in (graph(*rows.arguments()), loaded(*rows.arguments())):
             torch.testing.assert_close(scored, expected, rtol=1e-5, atol=1e-6)
 
