@@ -1,4 +1,4 @@
-"""What each kernel gains of a training step: steps with all kernels beside steps without one.
+"""Measure what each kernel gains of a training step: steps with all kernels, and without each.
 
     python -m benchmarks.kernels.gains --out FOLDER
 

@@ -53,7 +53,7 @@ class TableSettings:
     id_dropout: Dropout = 0.0
     """Share of a training batch's rows whose vector is dropped, so that the model learns to rank
     without it, as it must for new ids; pooled tables, and that of the target item, whose vector in
-    histories stays. Rows with a dropped target lack `neighbours`' statistics, too."""
+    histories stays. Up to `neighbours.dropout`, the same rows lack statistics of neighbours."""
     frozen: bool = False
     """Keep the initial weights, such as those of `init_from`."""
     kernel: Kernel = "fused"

@@ -122,6 +122,8 @@ def _balance(vectors: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.n
 
     Prices are those of Sinkhorn's algorithm at a temperature that falls (arXiv 1306.0895).
     """
+    from scipy.special import softmax  # other commands start without it
+
     sample = np.random.default_rng(0).permutation(len(vectors))[: TRAINED_ON * len(centres)]
     sampled, prices = vectors[np.sort(sample)].astype(np.float64), np.zeros(len(centres))
     share = len(sampled) / len(centres)
@@ -129,9 +131,7 @@ def _balance(vectors: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.n
         wide = centres.astype(np.float64)
         gains = sampled @ wide.T - (wide**2).sum(axis=1) / 2  # [I, C]
         for _ in range(BALANCING_STEPS):
-            logits = (gains - prices) / temperature
-            shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-            shares = (shares / shares.sum(axis=1, keepdims=True)).sum(axis=0)
+            shares = softmax((gains - prices) / temperature, axis=1).sum(axis=0)
             prices = prices + temperature * np.log(np.maximum(shares, 1e-9) / share)
         codes = _nearest(sampled, centres, prices)
         counts = np.bincount(codes, minlength=len(centres))
