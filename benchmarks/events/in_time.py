@@ -78,8 +78,8 @@ def benchmark(log: Path, out: Path, runs: Sequence[Path] = (), results: Path = R
     reading = [
         "A mean training label below 0.5 would tell that items of the future were drawn as "
         "negatives in training.",
-        "A count of an item's plays is at least 1, as in the recipe: a drawn item had one by then, "
-        "so that 0 would give away its first.",
+        "A count of 0 is of an item's first play, or of an item that was published and that nobody "
+        "had played yet.",
     ]
     columns = ["figure", "measured", "aim"]
     title = "A log where content decides, prepared in time"
@@ -150,8 +150,7 @@ def _columns(table: pa.Table, items: pa.ChunkedArray, tfidf: csr_matrix) -> np.n
     average = csr_matrix((1 / lengths[rows], (rows, past)), (len(table), len(items))) @ tfidf
     similarity = np.asarray(average.multiply(tfidf[targets]).sum(axis=1)).ravel()
     names = [name for name in table.column_names if "plays_of" in name]
-    least = [float(name == "plays_of_item") for name in names]
-    counts = [np.log1p(np.maximum(table[name], low)) for name, low in zip(names, least)]
+    counts = [np.log1p(table[name]) for name in names]
     return np.stack([*counts, lengths == 0, similarity], axis=1)
 
 

@@ -43,6 +43,7 @@ from recsys.data.events.negatives import (
     PastItems,
     add_negatives,
     item_times,
+    known_events,
     known_items,
     numbered_items,
 )
@@ -171,7 +172,9 @@ class Call:
         types, num_read, reasons, files = self._read_events()
         is_first = self.before.until is None
         if config.items is not None:
-            reasons |= read_snapshots(engine, "item", config.items, types["iid"], is_first)
+            reasons |= read_snapshots(
+                engine, "item", config.items, types["iid"], is_first, config.available_from
+            )
             check_pictures(engine, config.items)
         if config.users is not None:
             reasons |= read_snapshots(engine, "user", config.users, types["uid"], is_first)
@@ -387,14 +390,14 @@ class Call:
             "SELECT uid, iid, min(since) AS since FROM taken WHERE uid IN (SELECT uid FROM rows) "
             "GROUP BY uid, iid"
         )
-        popularity = KnownItems(engine.work / "known_items")
+        popularity = None
         if settings.by == "popularity":
             popularity = KnownItems(folder.state / "popularity")
             popularity.cut(self.before.popularity)
-        popularity.append(engine, known_items(self.config, settings, "new_events"))
+            popularity.append(engine, known_events(self.config, "new_events"))
         block = f"CAST(replace(replace({quoted(DAY)}, '-', ''), '/hour=', '') AS BIGINT)"
-        number = count_rows(engine, "catalogue")
-        return PastItems(popularity, number, taken, block), len(popularity.since)
+        past = PastItems(known_items(engine), popularity, taken, block)
+        return past, 0 if popularity is None else len(popularity.since)
 
     def _write(self, writer: DatasetWriter, out: Path) -> dict[str, int]:
         """Write the partitions and what belongs to them; return the rows of each table of ids."""

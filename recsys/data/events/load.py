@@ -147,12 +147,30 @@ def _conflicts(config: EventsConfig) -> Iterator[str]:
         moment(config.drop.later_than, config.time_zone)
     if config.rows is not None and config.impressions is not None:
         yield "rows: impressions are the rows already; remove rows or impressions"
-    if config.negatives is not None:
-        if config.impressions is not None:
-            yield "negatives: impressions have negatives already; take one of both out"
-        for name, least, most in (("per_positive", 1, 10_000), ("seed", 0, 2**43 - 1)):
-            if not least <= (value := getattr(config.negatives, name)) <= most:
-                yield f"negatives: {name} is {value}; set {least} to {most}"
+    yield from _negatives_problems(config)
+
+
+def _negatives_problems(config: EventsConfig) -> Iterator[str]:
+    if (negatives := config.negatives) is None:
+        return
+    if config.impressions is not None:
+        yield "negatives: impressions have negatives already; take one of both out"
+    limits = {"per_positive": (1, 10_000), "seed": (0, 2**43 - 1), "smoothing": (0, 10**6)}
+    for name, (least, most) in limits.items():
+        value = getattr(negatives, name)
+        if value is not None and not least <= value <= most:
+            yield f"negatives: {name} is {value}; set {least} to {most}"
+    if negatives.smoothing is not None and negatives.by == "uniform":
+        yield "negatives: smoothing is of `by: popularity`; set that, or remove it"
+    if negatives.available_from is None:
+        return
+    if config.items is None:
+        yield "negatives: available_from names a column of `items`; add that table, or remove it"
+    if negatives.events_per_item == 0:
+        yield (
+            "negatives: with smoothing 0 no item is drawn before its first event; set such as 1, "
+            "or remove available_from"
+        )
 
 
 def _source_problems(name: str, source: Source) -> Iterator[str]:

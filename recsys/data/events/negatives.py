@@ -1,8 +1,9 @@
 """Draws items as negatives of rows whose first label is 1: items that existed at the row's moment.
 
-Items are numbered as they became known, so those known at a moment are a prefix of the catalogue.
-Shapes: P positives of a chunk, D draws, N items of the catalogue, E events of the log, T pairs of a
-user and an item.
+Items are numbered as they became known, so those known at a moment are a prefix of the catalogue,
+as the events by then are one of the log. By popularity an event is drawn, and with it its item, or,
+as often as smoothing tells, an item. Shapes: P positives of a chunk, D draws, N items of the
+catalogue, E events of the log, T pairs of a user and an item.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ class KnownItems:
 
     def append(self, engine: SqlEngine, query: str) -> None:
         """Write more of them, which became known after those before."""
-        engine.write(query, engine.work / "known_rows")
+        rows = engine.work / f"{self.folder.name}_rows"
+        engine.write(query, rows)
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "since").open("ab") as since, (self.folder / "item").open("ab") as item:
-            for file in sorted((engine.work / "known_rows").glob("*.parquet")):
+            for file in sorted(rows.glob("*.parquet")):
                 for batch in pq.ParquetFile(file).iter_batches():
                     since.write(batch["since"].to_numpy().astype(np.int64).data)
                     item.write(batch["inumber"].to_numpy().astype(np.int64).data)
@@ -100,8 +102,8 @@ class DrawNegatives:
     """Maps sorted chunks with each user's positives and items taken to the drawn samples."""
 
     settings: Negatives
-    catalogue: KnownItems
-    num_items: int
+    known: KnownItems
+    events: KnownItems | None
     values: dict[str, float | None]  # of drawn samples: labels, weight and late columns
     columns: list[str]
     schema: pa.Schema
@@ -113,17 +115,13 @@ class DrawNegatives:
     def _samples(self, chunk: pa.Table) -> pa.Table:
         kind, positives = chunk["kind"].to_numpy(), Positives.of_chunk(chunk)
         user, item, time = (key_numbers(chunk, ["uid"]), *_numbers(chunk, "inumber", "ts"))
-        rows = kind == TAKEN_ITEM
-        taken_items = Pairs.of_rows(user[rows], item[rows], time[rows], self.num_items)
+        rows, num_items = kind == TAKEN_ITEM, len(self.known.since)
+        taken_items = Pairs.of_rows(user[rows], item[rows], time[rows], num_items)
         rows = kind == HELD_OUT
         # A user of a split: its positives there are taken at all times.
         split_user = positives.split_user(user[rows], chunk[BLOCK].to_numpy()[rows])
-        held_out = Pairs.of_rows(
-            split_user, item[rows], np.full(rows.sum(), -FOREVER), self.num_items
-        )
-        draws = Draws(
-            self.settings, self.catalogue, self.num_items, positives, taken_items, held_out
-        )
+        held_out = Pairs.of_rows(split_user, item[rows], np.full(rows.sum(), -FOREVER), num_items)
+        draws = Draws(self.settings, self.known, self.events, positives, taken_items, held_out)
         drawn, nth = draws.items.reshape(-1), np.tile(np.arange(draws.number), len(positives.user))
         keep = np.flatnonzero(drawn >= 0)
         place = keep // draws.number
@@ -195,34 +193,51 @@ class Draws:
     def __init__(
         self,
         settings: Negatives,
-        catalogue: KnownItems,
-        num_items: int,
+        known: KnownItems,
+        events: KnownItems | None,
         positives: Positives,
         taken_items: Pairs,
         held_out: Pairs,
     ) -> None:
-        self.number, self._num_items = settings.per_positive, num_items
-        self._catalogue, self._positives = catalogue, positives
+        self.number, self._smoothing = settings.per_positive, settings.events_per_item
+        self._events, self._positives = events, positives
         self._taken, self._held_out = taken_items, held_out
         self._split_user = positives.split_user(positives.user, positives.block)
-        self._known = np.searchsorted(catalogue.since, positives.time, side="right")  # [P]
+        self._size = len(known.since)  # N
+        self._num_items = np.searchsorted(known.since, positives.time, side="right")  # [P]
+        self._num_events = np.zeros_like(self._num_items)  # [P]
+        if events is not None:
+            self._num_events = np.searchsorted(events.since, positives.time, side="right")
         nth = np.arange(self.number, dtype=np.uint64) + np.uint64(settings.seed << 20)
         self._noise = mix64(positives.key[:, None] + mix64(nth))  # uint64 [P, number]
         self.items = np.full(self._noise.shape, -1)
         for attempt in range(ATTEMPTS):
             if not self._draw_open(attempt):
                 return
-        self._draw_left(by_events=settings.by == "popularity")
+        self._draw_left()
 
     def _bits(self, attempt: int, place: np.ndarray, nth: np.ndarray) -> np.ndarray:
         noise = mix64(self._noise[place, nth] + np.uint64(attempt))
         return (noise >> np.uint64(1)).astype(np.int64)
 
+    def _is_item(
+        self, bits: np.ndarray, num_events: np.ndarray, num_items: np.ndarray
+    ) -> np.ndarray:  # bits, num_events, num_items [D]
+        """Choose which draws are of items, for smoothing, and not of events: bool [D]."""
+        below_one = (mix64(bits.astype(np.uint64)) >> np.uint64(12)) / 2.0**52
+        smoothed = self._smoothing * num_items
+        return below_one * (num_events + smoothed) < smoothed
+
     def _draw_open(self, attempt: int) -> bool:
         """Draw once for each draw without an item; return whether there was one."""
-        place, nth = np.nonzero((self.items < 0) & (self._known > 0)[:, None])
-        drawn = self._bits(attempt, place, nth) % self._known[place]
-        drawn = self._catalogue.item[drawn]
+        is_any = self._num_events + self._smoothing * self._num_items > 0
+        place, nth = np.nonzero((self.items < 0) & is_any[:, None])
+        bits = self._bits(attempt, place, nth)
+        num_events, num_items = self._num_events[place], self._num_items[place]
+        is_item = self._is_item(bits, num_events, num_items)
+        drawn = bits % np.where(is_item, num_items, num_events)
+        if self._events is not None:
+            drawn[~is_item] = self._events.item[drawn[~is_item]]
         positive_item, time = self._positives.item[place], self._positives.time[place]
         refused = (drawn == positive_item) | self._taken.among(
             self._positives.user[place], drawn, time
@@ -237,30 +252,31 @@ class Draws:
         np.put_along_axis(self.items, order, np.where(repeated, -1, ordered), axis=1)
         return len(place) > 0
 
-    def _draw_left(self, by_events: bool) -> None:
+    def _draw_left(self) -> None:
         """Draw exactly, for each draw without an item, from the items that are left."""
         place, nth = np.nonzero(self.items < 0)
         bits = self._bits(ATTEMPTS, place, nth)
-        counts, counted = np.zeros(self._num_items, np.int64), 0
+        counts, counted = np.zeros(self._size, np.int64), 0
+        ends = counts  # of the numbers of events of items that are left
         for draw in np.argsort(self._positives.time[place], kind="stable"):
             p, n = place[draw], nth[draw]
-            num_known, refused = self._known[p], self._refused(p)
-            if by_events:
-                new = self._catalogue.item[counted:num_known]
-                counts += np.bincount(new, minlength=self._num_items)
-                counted = num_known
+            refused = self._refused(p)
+            if self._events is not None:
+                new = self._events.item[counted : self._num_events[p]]
+                counts += np.bincount(new, minlength=self._size)
+                counted = self._num_events[p]
                 weights = counts.copy()
                 weights[refused] = 0
                 ends = weights.cumsum()
-                if ends[-1]:
-                    self.items[p, n] = np.searchsorted(ends, bits[draw] % ends[-1], side="right")
-                continue
-            refused = refused[refused < num_known]
-            if len(refused) < num_known:
+            refused = refused[refused < self._num_items[p]]
+            num_left = self._num_items[p] - len(refused)
+            if self._is_item(bits[draw : draw + 1], ends[-1], num_left).item():
                 # The item after `rank` others: each refused one before it moves it on by one.
-                rank = bits[draw] % (num_known - len(refused))
+                rank = bits[draw] % num_left
                 before = np.searchsorted(refused - np.arange(len(refused)), rank, side="right")
                 self.items[p, n] = rank + before
+            elif ends[-1]:
+                self.items[p, n] = np.searchsorted(ends, bits[draw] % ends[-1], side="right")
 
     def _refused(self, place: int) -> np.ndarray:
         time, split_user = self._positives.time[place], self._split_user[place]
@@ -277,11 +293,12 @@ class Draws:
 class PastItems:
     """Earlier events, as far as draws of negatives read them.
 
-    taken: SQL of `uid`, `iid` and `since`. block: SQL of a number that copies of a train row share.
+    events: None unless they are drawn by. taken: SQL of `uid`, `iid` and `since`. block: SQL of a
+    number that copies of a train row share.
     """
 
-    catalogue: KnownItems
-    num_items: int
+    items: KnownItems
+    events: KnownItems | None
     taken: str
     block: str = "0"
 
@@ -296,7 +313,7 @@ def add_negatives(
     """
     settings = config.negatives
     assert settings is not None
-    past = past or _past_items(engine, config, settings)
+    past = past or _past_items(engine, config)
     schema = engine.table("SELECT * FROM rows LIMIT 0").schema
     columns = [name for name in schema.names if name != "iid"]
     values: dict[str, float | None] = {f"l_{name}": 0.0 for name in config.labels}
@@ -305,9 +322,7 @@ def add_negatives(
         values[WEIGHT] = config.weight.drawn
     kinds = [*(schema.field(name) for name in columns)]
     kinds += [pa.field("inumber", pa.int64()), pa.field(DRAWN_AS, pa.int64())]
-    draw = DrawNegatives(
-        settings, past.catalogue, past.num_items, values, columns, pa.schema(kinds)
-    )
+    draw = DrawNegatives(settings, past.items, past.events, values, columns, pa.schema(kinds))
     positive_rows = _positive_rows(next(iter(values)), datasets)
     query = _chunk_query(columns, positive_rows, datasets, past)
     engine.add_mapped("draws", query, ["uid"], ["kind", "position"], draw, draw.schema)
@@ -328,20 +343,34 @@ def add_negatives(
     return conditions, {"no item left to draw": missing} if missing else {}
 
 
-def _past_items(engine: SqlEngine, config: EventsConfig, settings: Negatives) -> PastItems:
+def _past_items(engine: SqlEngine, config: EventsConfig) -> PastItems:
     """Make the stage `catalogue` of numbered items; return what draws know of the log."""
     engine.add("catalogue", numbered_items(item_times(config, "clean_events")))
-    catalogue = KnownItems(engine.work / "known_items")
-    catalogue.append(engine, known_items(config, settings, "clean_events"))
+    events = None
+    if config.negatives is not None and config.negatives.by == "popularity":
+        events = KnownItems(engine.work / "known_events")
+        events.append(engine, known_events(config, "clean_events"))
     taken = f"SELECT uid, iid, min({config.arrival}) AS since FROM clean_events GROUP BY uid, iid"
-    return PastItems(catalogue, count_rows(engine, "catalogue"), taken)
+    return PastItems(known_items(engine), events, taken)
 
 
 def item_times(config: EventsConfig, events: str) -> str:
-    """Return SQL of `iid` and `since`, when an item became known by an event or a snapshot."""
+    """Return SQL of `iid` and `since`, from when on an item may be drawn.
+
+    That is its first event, or the first moment at which a snapshot that is valid says so.
+    """
     since = f"SELECT iid, min({config.arrival}) AS since FROM {events} GROUP BY iid"
-    if config.items is not None and config.items.valid_from is not None:
-        since += " UNION ALL SELECT id AS iid, first_valid_from AS since FROM item_snapshots"
+    has_snapshots = config.items is not None and config.items.valid_from is not None
+    available = "valid_from" if has_snapshots else None
+    if config.available_from is not None:
+        available = "available_from"
+        if has_snapshots:  # a snapshot without a value says that the item exists
+            available = "greatest(valid_from, coalesce(available_from, valid_from))"
+    if available is not None:
+        since += (
+            f" UNION ALL SELECT id AS iid, {available} AS since FROM item_snapshots "
+            f"WHERE {available} < valid_until"
+        )
     return f"SELECT iid, min(since) AS since FROM ({since}) GROUP BY iid"
 
 
@@ -351,10 +380,15 @@ def numbered_items(items: str, first: int = 0) -> str:
     return f"SELECT iid, since, {number} AS inumber FROM ({items})"
 
 
-def known_items(config: EventsConfig, settings: Negatives, events: str) -> str:
-    """Return SQL of what is drawn from: all items once, or the item of each event."""
-    if settings.by == "uniform":
-        return "SELECT since, inumber FROM catalogue ORDER BY inumber"
+def known_items(engine: SqlEngine) -> KnownItems:
+    """Write the items of the stage `catalogue`, which are their numbers in order."""
+    items = KnownItems(engine.work / "known_items")
+    items.append(engine, "SELECT since, inumber FROM catalogue ORDER BY inumber")
+    return items
+
+
+def known_events(config: EventsConfig, events: str) -> str:
+    """Return SQL of the item of each event, to draw from."""
     return (
         f"SELECT s.{config.arrival} AS since, c.inumber FROM {events} s "
         "JOIN catalogue c ON s.iid = c.iid ORDER BY 1, 2"

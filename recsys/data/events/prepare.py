@@ -79,7 +79,10 @@ def make_samples(engine: SqlEngine, config: EventsConfig) -> tuple[DatasetWriter
     """Run the stages up to `complete`; return the writer of its datasets, and the report so far."""
     types, num_read, reasons = read_events(engine, config)
     if config.items is not None:
-        reasons |= read_snapshots(engine, "item", config.items, types["iid"])
+        available_from = config.available_from
+        reasons |= read_snapshots(
+            engine, "item", config.items, types["iid"], available_from=available_from
+        )
         check_pictures(engine, config.items)
     if config.users is not None:
         reasons |= read_snapshots(engine, "user", config.users, types["uid"])

@@ -129,7 +129,21 @@ class Negatives:
 
     per_positive: int = 1
     by: Literal["uniform", "popularity"] = "uniform"  # popularity: by the events so far
+    # A time column of `items`: an item exists from that moment on, if its first event is later.
+    # None, or an item without a value: from its first event or snapshot on.
+    available_from: str | None = None
+    # Events by which popularity counts each item that exists beside its own (additive smoothing).
+    # None: 1 (Laplace's) with available_from, else 0, so that items without events are not drawn.
+    smoothing: float | None = None
     seed: int = 0
+
+    @property
+    def events_per_item(self) -> float:
+        """Events by which each item counts beside those that its events are drawn by."""
+        if self.by == "uniform":
+            return 1.0  # without the events themselves
+        default = 0.0 if self.available_from is None else 1.0
+        return default if self.smoothing is None else self.smoothing
 
 
 @dataclass
@@ -262,6 +276,11 @@ class EventsConfig:
         """Zone of dates in these settings: that of events and impressions; None: they differ."""
         zones = {table.time_zone for table in self.event_tables}
         return zones.pop() if len(zones) == 1 else None
+
+    @property
+    def available_from(self) -> str | None:
+        """Column of `items` with the moment from which each may be drawn as a negative."""
+        return None if self.negatives is None else self.negatives.available_from
 
     @property
     def has_arrival(self) -> bool:

@@ -25,14 +25,20 @@ from recsys.storage.location import Location
 
 
 def read_snapshots(
-    engine: SqlEngine, name: str, table: Snapshots, kind: pa.DataType, must_match: bool = True
+    engine: SqlEngine,
+    name: str,
+    table: Snapshots,
+    kind: pa.DataType,
+    must_match: bool = True,
+    available_from: str | None = None,
 ) -> dict[str, int]:
     """Make the stage `NAME_snapshots`: id, valid_from, valid_until, features and content.
 
     `name` is item or user, `kind` the type of its ids. Rows left out are counted by reason. Ids
     with several rows at one time, or, with `must_match`, without any event, are a ValueError.
+    `available_from` is a column of times to read, too.
     """
-    fields = _fields(table)
+    fields = _fields(table, available_from)
     reader = open_source(name, table, fields)
     file, id_kind = reader.tasks[0][1], reader.schema.field("id").type
     if id_kind != kind:
@@ -51,8 +57,9 @@ def read_snapshots(
     columns = ", ".join(quoted(field.name) for field in fields if field.name != "valid_from")
     names = ", ".join(quoted(field.name) for field in fields)
     usable = f"id IS NOT NULL AND {begin} IS NOT NULL"
-    if table.valid_from is not None:
-        check_unit(engine, f"{name}s", table, "valid_from", f"{name}_read")
+    for field in fields:
+        if field.kind == "time":
+            check_unit(engine, f"{name}s", table, field.name, f"{name}_read")
     first = f"min({begin}) OVER (PARTITION BY id)"
     distinct = f"SELECT DISTINCT {names} FROM {name}_read WHERE {usable}"
     engine.add(
@@ -72,10 +79,12 @@ def read_snapshots(
     return {f"{name} without id or time": count} if count else {}
 
 
-def _fields(table: Snapshots) -> list[Field]:
+def _fields(table: Snapshots, available_from: str | None) -> list[Field]:
     fields = [Field("id", table.id, "id")]
     if table.valid_from is not None:
         fields.append(Field("valid_from", table.valid_from, "time"))
+    if available_from is not None:
+        fields.append(Field("available_from", available_from, "time"))
     fields += [
         Field(f"f_{name}", name, KINDS[feature.kind]) for name, feature in table.columns.items()
     ]

@@ -17,6 +17,7 @@ MICROS = {"us": 1, "ms": 1_000, "s": 1_000_000}
 DURATIONS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 # Beyond these the unit is wrong.
 EARLIEST, LATEST = -(2**51), 2**53
+UNKNOWN = r"^$|^\d{4}-(00-\d{2}|\d{2}-00)"  # 00 of what is unknown, as MySQL writes it
 HAS_ZONE = r"(Z|z|:[0-9.]+[+-]\d\d(:?\d\d)?)$"
 
 
@@ -55,13 +56,17 @@ def latest_moment(later_than: str | None, zone: str | None) -> int:
 
 
 def to_micros(values: pa.Array, unit: str, zone: str, form: str | None = None) -> pa.Array:
-    """Convert N integers, timestamps, dates, or strings, ISO or of a form, to int64; null stays."""
+    """Convert N integers, timestamps, dates, or strings, ISO or of a form, to int64.
+
+    Null stays. Null are an empty text, too, as in text files, and a date without month or day.
+    """
     kind = values.type
     if pa.types.is_integer(kind):
         micros = _scaled(values, MICROS[unit])
     elif pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         micros = _instants(values, zone)
     elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        values = pc.if_else(pc.match_substring_regex(values, UNKNOWN), None, values)
         micros = _parsed(values, zone) if form is None else _parsed_by(values, zone, form)
     elif pa.types.is_null(kind):
         return pa.nulls(len(values), pa.int64())
@@ -70,9 +75,11 @@ def to_micros(values: pa.Array, unit: str, zone: str, form: str | None = None) -
     wrong = pc.or_(pc.less(micros, EARLIEST), pc.greater(micros, LATEST))
     if pc.any(wrong).as_py():
         row = pc.index(wrong, True).as_py()
+        fix = f" where time_unit is {unit}; set time_unit to s, ms or us"
+        if not pa.types.is_integer(kind):
+            fix = "; correct it, or leave it empty"
         raise ValueError(
-            f"row {row}: {values[row].as_py()} lies outside the years 1898 to 2255 where time_unit "
-            f"is {unit}; set time_unit to s, ms or us"
+            f"row {row}: {values[row].as_py()} lies outside the years 1898 to 2255{fix}"
         )
     return micros
 
@@ -114,8 +121,10 @@ def _parsed(values: pa.Array, zone: str) -> pa.Array:
             masked = pc.if_else(mask, values, None)
             parts.append(_instants(masked.cast(kind), zone))
     except pa.ArrowInvalid as error:
+        text = str(error).partition("string: '")[2].rpartition("' as a ")[0]
+        row = pc.index(values, pa.scalar(text, values.type)).as_py()
         raise ValueError(
-            f"{error}; write ISO times such as 2026-11-01T12:00:00+01:00, or integers"
+            f"row {row}: {error}; write ISO times such as 2026-11-01T12:00:00+01:00, or integers"
         ) from error
     return pc.coalesce(*parts)
 

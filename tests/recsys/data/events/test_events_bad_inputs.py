@@ -179,6 +179,22 @@ BAD = [
             ("brand", "id", 1.5),
         )
     ),
+    *(
+        Bad(f"negatives with {settings}", change("negatives", value=settings), words)
+        for settings, words in (
+            ({"available_from": "sold"}, ("items.parquet", "'sold'", "missing")),
+            ({"available_from": "brand"}, ("items.parquet", "'brand'", "row 0", "'x'", "ISO")),
+            ({"available_from": "cost"}, ("items.parquet", "'cost'", "double", "ISO")),
+            ({"available_from": "id", "by": "popularity", "smoothing": 0}, ("smoothing 0",)),
+            ({"smoothing": 1}, ("smoothing", "by: popularity")),
+            ({"smoothing": -1, "by": "popularity"}, ("smoothing is -1", "set 0 to")),
+        )
+    ),
+    Bad(
+        "available_from without items",
+        lambda folder, config: config.update(items=None, negatives={"available_from": "sold"}),
+        ("available_from", "`items`"),
+    ),
     Bad("cuts in disorder", change("split", value={"at": [0.9, 0.8]}), ("split", "ascending")),
 ]
 

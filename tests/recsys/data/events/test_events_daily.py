@@ -375,6 +375,42 @@ def test_tables_of_ids_grow_when_their_free_rows_are_used_up(tmp_path: Path) -> 
     assert sizes == [5, 21, 21, 21, 45]  # of 2, 10, 14, 18 and 22 ids, one row for those unknown
 
 
+@pytest.mark.parametrize("by", ["uniform", "popularity"])
+def test_items_without_events_are_drawn_alike_in_one_call_and_many(by: str, tmp_path: Path) -> None:
+    config = write_small(
+        tmp_path,
+        items={"path": "items", "content": {"title": "text"}},
+        labels={"bought": {"action": "view"}},
+        negatives={"per_positive": 3, "by": by, "available_from": "published"},
+        counts={"views": {"of": "item", "actions": "view"}},
+    )
+    (tmp_path / "items").mkdir()
+    since = {1: START + HOUR, 2: START + 20 * HOUR}  # of the first file's events
+    for number, day in enumerate(DAYS[:5]):
+        # Of each day's items one is there from the next day on, one from its first event on.
+        begin, ids = START + number * DAY, [100 + 4 * number + item for item in range(4)]
+        moments = [begin, begin, begin + DAY, None]
+        table = {"id": ids, "title": ["a title"] * 4, "published": moments}
+        pq.write_table(pa.table(table), tmp_path / "items" / f"{number}.parquet")
+        since |= {item: moment for item, moment in zip(ids, moments, strict=True) if moment}
+        events = [
+            (f"u{hour % 7}", 100 + hour % (4 * number + 4), number * DAY + hour * HOUR)
+            for hour in range(0, 24, 3)
+        ]
+        add_file(tmp_path / "log" / f"{number + 1}.parquet", events)
+        for _, item, second in events:
+            since[item] = min(START + second, since.get(item, START + second))
+        if number != 2:  # a call may make several days
+            prepare_events(config, tmp_path / "calls", until=day)
+    prepare_events(config, tmp_path / "once", until=DAYS[4])
+    once = content_of(tmp_path / "once")
+    assert content_of(tmp_path / "calls") == once
+    train = [row for name, part in once.items() if name.startswith("train") for row in part]
+    drawn = [row for row in train if row["sampled"]]
+    assert all(row["time"] >= since[row["item"]] * 10**6 for row in drawn)
+    assert sum(row["views"] == 0 for row in drawn) > 10
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -411,17 +447,21 @@ def test_what_does_not_go_on_from_the_calls_before_is_refused(tmp_path: Path) ->
 
 
 def test_calls_of_a_version_without_a_setting_had_its_default(tmp_path: Path) -> None:
-    config, out = write_small(tmp_path), tmp_path / "out"
+    negatives = {"per_positive": 1}
+    config, out = write_small(tmp_path, negatives=negatives), tmp_path / "out"
     prepare_events(config, out, until=DAYS[0])
     file = out / ".state" / "progress.json"
     progress = json.loads(file.read_text())
     del progress["settings"]["partition"]
+    for name in ("available_from", "smoothing"):
+        del progress["settings"]["negatives"][name]
     file.write_text(json.dumps(progress))
     with pytest.raises(
         ValueError, match='`partition` was "day" in the calls before, and is "hour"'
     ):
-        prepare_events(write_small(tmp_path, partition="hour"), out, until=DAYS[1])
-    prepare_events(write_small(tmp_path), out, until=DAYS[1])
+        hourly = write_small(tmp_path, partition="hour", negatives=negatives)
+        prepare_events(hourly, out, until=DAYS[1])
+    prepare_events(write_small(tmp_path, negatives=negatives), out, until=DAYS[1])
 
 
 def kill_everywhere(config: Path, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -180,6 +181,111 @@ def test_an_event_counts_for_draws_from_its_arrival_on(tmp_path: Path) -> None:
         assert [row["time"] // 10**6 - START for row in drawn] == [1, *range(10, 20)]
 
 
+@pytest.mark.parametrize(("by", "digest"), [("uniform", "1b14932c"), ("popularity", "941138e1")])
+def test_draws_are_those_of_versions_without_available_from(
+    by: str, digest: str, file: str, tmp_path: Path
+) -> None:
+    negatives = {"per_positive": 20, "by": by, "seed": 5}  # the last ones from all that are left
+    samples = rows(prepare(file, tmp_path, negatives=negatives))
+    drawn = [(row["user"], row["time"], row["item"]) for row in samples if row["sampled"]]
+    assert hashlib.sha256(repr(drawn).encode()).hexdigest()[:8] == digest
+
+
+@pytest.mark.parametrize("by", ["uniform", "popularity"])
+def test_an_item_is_drawn_from_its_moment_or_its_first_event_on_whichever_is_earlier(
+    by: str, tmp_path: Path
+) -> None:
+    # At second s user s takes item 0, but at second 8 item 3 and at 10 item 4.
+    taken = {8: 3, 10: 4}
+    items = [taken.get(second, 0) for second in range(20)]
+    log = pa.table({"user": range(20), "item": items, "time": range(START, START + 20)})
+    pq.write_table(log, tmp_path / "log.parquet")
+    moments = [
+        None,
+        "2026-09-21T14:13:25",
+        "2027-01-01",
+        "2026-09-21T14:13:35+00:00",
+        "",
+        "1980-01-01",
+        "2001-00-00",  # no time
+    ]
+    pq.write_table(pa.table({"id": range(7), "published": moments}), tmp_path / "items.parquet")
+    negatives = {"per_positive": 9, "by": by, "available_from": "published"}  # all that are left
+    out = prepare(
+        "log.parquet",
+        tmp_path,
+        negatives=negatives,
+        items={"path": "items.parquet"},
+        counts={"plays": {"of": "item"}},
+    )
+    since = {0: 0, 1: 5, 3: 8, 4: 10, 5: -1}
+    samples = rows(out)
+    for second in range(20):
+        drawn = {
+            row["item"]: row["plays"] for row in samples if row["sampled"] and row["user"] == second
+        }
+        left = {item for item, first in since.items() if first <= second} - {items[second]}
+        assert drawn == {item: items[:second].count(item) for item in left}
+
+
+def test_the_snapshot_of_a_moment_says_whether_an_item_is_available(tmp_path: Path) -> None:
+    log = pa.table({"user": range(20), "item": [0] * 20, "time": range(START, START + 20)})
+    pq.write_table(log, tmp_path / "log.parquet")
+    # Item, second from which a row is valid, and second of availability that it tells.
+    snapshots = [(0, 0, 0), (1, 0, 10), (1, 4, 6), (2, 7, 3), (3, 0, 5), (3, 4, 12), (4, 9, None)]
+    table = {
+        "id": [item for item, _, _ in snapshots],
+        "since": [START + since for _, since, _ in snapshots],
+        "sold": [None if sold is None else START + sold for _, _, sold in snapshots],
+    }
+    pq.write_table(pa.table(table), tmp_path / "items.parquet")
+    items = {"path": "items.parquet", "valid_from": "since"}
+    negatives = {"per_positive": 9, "available_from": "sold"}
+    samples = rows(prepare("log.parquet", tmp_path, negatives=negatives, items=items))
+    first: dict[int, int] = {}
+    for row in samples:
+        if row["sampled"]:
+            first.setdefault(row["item"], row["time"] // 10**6 - START)
+    assert first == {1: 6, 2: 7, 3: 12, 4: 9}
+
+
+@pytest.mark.parametrize("known_at_once", [True, False], ids=["exact", "open"])
+@pytest.mark.parametrize(("smoothing", "weights"), [(None, (7, 3, 1, 1)), (0.25, (25, 9, 1, 1))])
+def test_smoothing_adds_events_to_each_item(
+    smoothing: float | None, weights: tuple[int, ...], known_at_once: bool, tmp_path: Path
+) -> None:
+    # Item 0 has six events and item 1 two, 2 and 3 are there. Then each user takes item 9, whose
+    # many events are refused, so that draws are made from what is left; or are not known yet.
+    number = 2000
+    users = [*range(8), *range(8, 8 + 2 * number)]
+    times = [*range(START, START + 8), *[START + 100] * number]
+    times += [*[START + 101] * (number // 2), *[START + 102] * (number // 2)]
+    table = {"user": users, "item": [0] * 6 + [1] * 2 + [9] * 2 * number, "time": times}
+    table["known"] = [
+        time if known_at_once or time < START + 100 else START + 999 for time in times
+    ]
+    pq.write_table(pa.table(table), tmp_path / "log.parquet")
+    moments = {"id": range(4), "published": ["1980-01-01"] * 4}
+    pq.write_table(pa.table(moments), tmp_path / "items.parquet")
+    negatives: dict[str, Any] = {"by": "popularity", "available_from": "published"}
+    negatives |= {} if smoothing is None else {"smoothing": smoothing}
+    out = prepare(
+        "log.parquet",
+        tmp_path,
+        events={"buy": {"path": "log.parquet", "arrived": "known"}},
+        negatives=negatives,
+        items={"path": "items.parquet"},
+        split={"at": [0.5, 0.7]},
+    )
+    train = pq.read_table(out / "train").to_pylist()
+    at = (START + 100) * 10**6
+    drawn = Counter(row["item"] for row in train if row["sampled"] and row["time"] == at)
+    assert sum(drawn.values()) == number and sorted(drawn) == [0, 1, 2, 3]
+    expected = number * np.array(weights) / sum(weights)
+    observed = np.array([drawn[item] for item in range(4)])
+    assert ((observed - expected) ** 2 / expected).sum() < 16.3  # .999 quantile of 3 degrees
+
+
 def test_counts_of_items_and_min_count_are_those_of_the_log(file: str, tmp_path: Path) -> None:
     pq.write_table(pa.table({"item": [*range(ITEMS)]}), tmp_path / "items.parquet")
     out = prepare(
@@ -230,13 +336,17 @@ def test_both_engines_draw_the_same_whatever_the_order_of_the_files(
             "time": START + random.integers(0, 100, 200),
         }
     )
+    moments = [START + 20, None, 0] * 15
+    items = pa.table({"id": [f"i{number}" for number in range(45)], "published": moments})
     drawn = []
     for number, open_engine in enumerate((DuckDBEngine, DuckDBEngine, open_spark)):
         folder = tmp_path / str(number)
         folder.mkdir()
         order = random.permutation(200) if number == 1 else np.arange(200)
         pq.write_table(table.take(order), folder / "log.parquet")
-        content = {**CONTENT, "negatives": {"per_positive": 3, "by": "popularity"}}
+        pq.write_table(items, folder / "items.parquet")
+        negatives = {"per_positive": 3, "by": "popularity", "available_from": "published"}
+        content = {**CONTENT, "negatives": negatives, "items": {"path": "items.parquet"}}
         (folder / "events.yaml").write_text(yaml.safe_dump(content))
         config = load_events_config(folder / "events.yaml")
         with closing(open_engine(folder / "stages")) as engine:

@@ -83,6 +83,7 @@ def log_with_texts(folder: Path, texts: Sequence[str]) -> None:
     pq.write_table(pa.table(plays), folder / "events.parquet")
     games = {"item": [f"i{n}" for n in range(31)]}
     columns = {name: [f"a {name}"] * 31 for name in texts}
+    columns["published"] = ["2020-03-05", "2020-03-06", ""] * 10 + ["1999-01-01"]
     pq.write_table(pa.table(games | columns), folder / "items.parquet")
 
 
