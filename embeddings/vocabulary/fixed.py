@@ -13,6 +13,7 @@ from pyarrow.fs import FileSystem
 GOLDEN = 0x9E3779B97F4A7C15
 # Integer that stands for null among raw ids; any constant that is unlikely to be an id.
 NULL_ID = GOLDEN - 2**64
+FEW_IDS = 1024  # below it, finding equal ids costs more than it saves
 
 
 def mix64(keys: np.ndarray) -> np.ndarray:
@@ -58,13 +59,17 @@ def _keys(plain: pa.Array) -> np.ndarray:
     """Return int64 keys [N]: integers as they are, strings by 64 bits of BLAKE2b."""
     if pa.types.is_integer(plain.type):
         return np.asarray(plain.to_numpy(zero_copy_only=False))
+    if len(plain) < FEW_IDS:
+        return _fingerprints(plain)
     encoded = plain.dictionary_encode()  # each distinct string is hashed once
-    digests = b"".join(
-        hashlib.blake2b(text, digest_size=8).digest()
-        for text in encoded.dictionary.cast(pa.large_binary()).to_pylist()
-    )
-    keys: np.ndarray = np.frombuffer(digests, "<i8").astype(np.int64)[encoded.indices.to_numpy()]
+    keys: np.ndarray = _fingerprints(encoded.dictionary)[encoded.indices.to_numpy()]
     return keys
+
+
+def _fingerprints(texts: pa.Array) -> np.ndarray:  # [N] -> int64 [N]
+    encoded = texts.cast(pa.large_binary()).to_pylist()
+    digests = [hashlib.blake2b(text, digest_size=8).digest() for text in encoded]
+    return np.frombuffer(b"".join(digests), "<i8").astype(np.int64)
 
 
 def integer_ids(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
@@ -157,8 +162,11 @@ class ExactVocabulary:
             return np.full(len(ids), -1)
         self.check_type(ids.type)
         keys = _keys(ids)
-        distinct, inverse = np.unique(keys, return_inverse=True)  # five times as fast
-        place = np.searchsorted(self._ordered_keys, distinct)[inverse]
+        if len(keys) < FEW_IDS:
+            place = np.searchsorted(self._ordered_keys, keys)
+        else:
+            distinct, inverse = np.unique(keys, return_inverse=True)  # five times as fast
+            place = np.searchsorted(self._ordered_keys, distinct)[inverse]
         place[place == len(self)] = 0
         is_known = self._ordered_keys[place] == keys
         rows = self._row_in_order[place]

@@ -166,6 +166,7 @@ class RequestReader:
         self.schema, self.pooled, self.bounded = schema, pooled, bounded
         self.features, self.clock = features, time.time
         self.dense = schema.of_kind("dense") if dense is None else dense
+        self._checked: set[tuple[object, ...]] = set()  # columns with types that fit the schema
 
     def __call__(
         self, user: Values, history: Values | Sequence[Any], candidates: Values | Sequence[Any]
@@ -282,7 +283,11 @@ class RequestReader:
             source: self._array(source, source_values, place, name)
             for source, source_values in values.items()
         }
-        check_types(self.schema, [name], lambda source: arrays[source].type, place)
+        # The check reads an empty table, which costs as much as the few values of a request.
+        types = (name, *((source, array.type) for source, array in arrays.items()))
+        if types not in self._checked:
+            check_types(self.schema, [name], lambda source: arrays[source].type, place)
+            self._checked.add(types)
         table = read_columns(pa.table(arrays), self.schema, [name], place)
 
         def refuse(

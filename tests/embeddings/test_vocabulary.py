@@ -10,7 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import embeddings.vocabulary.fixed as vocabulary_module
-from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary, integer_ids, mix64
+from embeddings.vocabulary.fixed import (
+    FEW_IDS,
+    ExactVocabulary,
+    HashVocabulary,
+    integer_ids,
+    mix64,
+)
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 integers = st.integers(INT64_MIN, INT64_MAX) | st.sampled_from([0, -1, INT64_MIN, INT64_MAX])
@@ -90,6 +96,19 @@ def test_slices_and_chunks_mean_their_own_ids() -> None:
     vocabulary = vocabulary_of([5, 6], [7, 5])
     chunks = pa.chunked_array([pa.array([0, 5, 7]).slice(1), pa.array([], pa.int64())])
     assert vocabulary.rows_of(chunks).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("of", [int, str])
+def test_many_ids_have_the_rows_that_each_has_alone(of: type) -> None:
+    ids = [of(number % 700) for number in range(2 * FEW_IDS)]
+    vocabulary = ExactVocabulary(600)
+    vocabulary.extend([pa.array(ids[100:690])])
+    alone = [int(vocabulary.rows_of(pa.array([one]))[0]) for one in ids[:700]]
+    assert len(set(alone)) == 591  # the unknown ids have one row
+    assert vocabulary.rows_of(pa.array(ids)).tolist() == [alone[i % 700] for i in range(len(ids))]
+    hashed = HashVocabulary(10**6)
+    alone = [int(hashed.rows_of(pa.array([one]))[0, 0]) for one in ids[:700]]
+    assert hashed.rows_of(pa.array(ids))[:700, 0].tolist() == alone
 
 
 def test_ids_that_do_not_fit_are_refused_with_the_rows_they_need() -> None:

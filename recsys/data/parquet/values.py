@@ -202,6 +202,8 @@ def _note_values(
     note: ReportColumn, name: str, array: pa.Array, bad: np.ndarray, reason: str, message: str
 ) -> None:  # array [R], of values or lists; bad bool [N]
     """Note the rows that hold a bad value."""
+    if not bad.any():
+        return
     if is_list(array.type):
         rows = np.repeat(np.arange(len(array)), list_lengths(array))
         bad = np.bincount(rows[bad], minlength=len(array)) > 0
@@ -323,4 +325,5 @@ def _num_ids(table: pa.Table, name: str, schema: Schema) -> np.ndarray:  # [R]
 
 
 def _cast(array: pa.Array, value_type: pa.DataType, as_list: bool) -> pa.Array:
-    return array.cast(pa.list_(value_type) if as_list else value_type, safe=False)
+    kind = pa.list_(value_type) if as_list else value_type
+    return array if array.type == kind else array.cast(kind, safe=False)

@@ -95,7 +95,8 @@ def fill(values: pa.Array, value: int | float | str) -> pa.Array:
     if isinstance(value, str) == _is_number(values.type):  # times are filled by text, too
         raise ValueError(f"value {value!r} is none of type {values.type}")
     try:
-        return values.fill_null(filler.cast(values.type))
+        filler = filler.cast(values.type)
+        return values.fill_null(filler) if values.null_count else values
     except pa.ArrowInvalid as error:
         raise ValueError(f"value {value!r} does not fit type {values.type}") from error
 

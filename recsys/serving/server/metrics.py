@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
@@ -66,8 +67,16 @@ def exposition() -> bytes:
 def count_values(kind: str, counts: Mapping[str, tuple[int, int]]) -> None:
     """Count values, and those that drift, by column."""
     for column, (number, drifted) in counts.items():
-        COLUMN_VALUES.labels(column, kind).inc(number)
-        COLUMN_DRIFT.labels(column, kind).inc(drifted)
+        values, drift = _counters(column, kind)
+        values.inc(number)
+        if drifted:
+            drift.inc(drifted)
+
+
+@cache
+def _counters(column: str, kind: str) -> tuple[Counter, Counter]:
+    """Return the counters of a column, which have the value 0 from then on."""
+    return COLUMN_VALUES.labels(column, kind), COLUMN_DRIFT.labels(column, kind)
 
 
 def out_of_range(

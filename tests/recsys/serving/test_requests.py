@@ -76,6 +76,16 @@ def test_ids_lists_and_numbers_become_rows_of_tables() -> None:
     assert rows.pooled["shop"].rows[0] != 5  # learned in training
 
 
+def test_a_type_is_checked_also_after_a_request_of_the_right_one() -> None:
+    read = reader()
+    read(USER, HISTORY, ["eve"])
+    with pytest.raises(ValueError, match="age"):
+        read(USER | {"age": "old"}, HISTORY, ["eve"])
+    with pytest.raises(ValueError, match="item"):
+        read(USER, HISTORY, [7])
+    assert read(USER | {"age": 1}, HISTORY, ["eve"]).dense["age"].tolist() == [1.0]
+
+
 def test_unknown_ids_are_counted_by_column() -> None:
     read = reader()
     user = USER | {"shop": 8}
