@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from embeddings.table_state import State
 from recsys.build import Job
@@ -47,7 +51,7 @@ from recsys.checkpoint.state import (
 from recsys.config import to_plain
 from recsys.data.row_source import Stage
 from recsys.distributed.ranks import Ranks
-from recsys.storage.files import recover_folder, replace_folder
+from recsys.storage.files import flush, recover_folder, replace_folder
 from recsys.storage.manifest import describe_all
 
 logger = logging.getLogger(__name__)
@@ -71,22 +75,25 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[Future[None], Path] | None = None
         self._failures = 0
-        self._copies: bool | None = None  # whether writing is asynchronous
+        self._copies: bool | None = None  # whether the state is copied before it is written
 
     def save(self, progress: Progress, wait: bool = False) -> None:
         """Save the whole state; return when later steps can no longer change what is written.
 
+        Unless it is copied, that is when the files are written; the disk gets them meanwhile.
         A value that is not finite is a ValueError, as is a failed write: with `wait`, or the third.
         """
         self.wait()
         folder = folder_of_step(self.folder, progress.steps)
         state = TrainingState(self.job).state_dict()
         self.require_finite(progress, state)
-        if self._asynchronous(state) and not wait:
-            self._start(copy_of(state, self.job), folder, progress)
-        else:
+        if wait or self.job.config.checkpoint.asynchronous == "false":
             self._start(state, folder, progress)
             self.wait(strict=wait)
+        elif self._is_copied(state):
+            self._start(copy_of(state, self.job), folder, progress)
+        else:
+            self._start(state, folder, progress).wait()
 
     def save_best(self, progress: Progress) -> None:
         """Save the model as the best so far; a failure is a ValueError."""
@@ -131,24 +138,25 @@ class Checkpoints:
         whole = (path for path in folders_by_age(self.folder) if path not in self._damaged)
         return next(whole, None)
 
-    def _asynchronous(self, state: State) -> bool:
+    def _is_copied(self, state: State) -> bool:
         """Decide once, by setting and memory, whether the state is copied first. A collective."""
         setting, ranks = self.job.config.checkpoint.asynchronous, self.job.ranks
         if self._copies is None:
             sizes = torch.tensor([num_bytes(state), -psutil.virtual_memory().available])
             dist.all_reduce(sizes, op=dist.ReduceOp.MAX, group=ranks.group)
             copy_bytes, free_bytes = int(sizes[0]) * ranks.local_world_size, -int(sizes[1])
-            self._copies = (
-                copy_bytes <= COPY_SHARE * free_bytes if setting == "auto" else setting == "true"
-            )
+            # In host memory a copy takes as long as writing, whose pages the disk gets later.
+            fits = ranks.device.type != "cpu" and copy_bytes <= COPY_SHARE * free_bytes
+            self._copies = setting == "true" or fits
             logger.info(
-                f"checkpoints: {num_bytes(state) / 2**20:,.1f} MB on rank 0, {'a' * self._copies}"
-                f"synchronous (setting {setting}; a copy takes {copy_bytes / 2**30:.1f} GB of "
-                f"{free_bytes / 2**30:.1f} GB free)"
+                f"checkpoints: {num_bytes(state) / 2**20:,.1f} MB on rank 0, written "
+                f"{'from' if self._copies else 'without'} a copy (setting {setting}; a copy takes "
+                f"{copy_bytes / 2**30:.1f} GB of {free_bytes / 2**30:.1f} GB free)"
             )
         return self._copies
 
-    def _start(self, state: State, folder: Path, progress: Progress) -> None:
+    def _start(self, state: State, folder: Path, progress: Progress) -> threading.Event:
+        """Begin to write a state; return an event that is set when it is read no more."""
         manifest = {
             "step": progress.steps,
             "progress": asdict(progress),
@@ -160,9 +168,14 @@ class Checkpoints:
             "items": self.items,
             "plan": self.job.plan,
         }
-        self._pending = self._writer.submit(self._write, state, folder, manifest), folder
+        is_read = threading.Event()
+        write = self._writer.submit(self._write, state, folder, manifest, is_read)
+        self._pending = write, folder
+        return is_read
 
-    def _write(self, state: State, folder: Path, manifest: dict[str, Any]) -> None:
+    def _write(
+        self, state: State, folder: Path, manifest: dict[str, Any], is_read: threading.Event
+    ) -> None:
         """Write a checkpoint, in the writer's thread on every rank. A collective."""
         ranks, partial = self._ranks, folder.with_name(f".{folder.name}.partial")
         try:
@@ -171,11 +184,15 @@ class Checkpoints:
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir(parents=True)
             with ranks.raise_on_all_ranks(), readable_failure():
-                writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
-                dcp.save(state, storage_writer=writer, process_group=ranks.group)
+                writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=False)
+                with _without_crc():
+                    dcp.save(state, storage_writer=writer, process_group=ranks.group)
+            is_read.set()
             with ranks.raise_on_all_ranks():
                 files = sorted(partial.glob(f"__{ranks.rank}_*"))
                 files += [partial / ".metadata"] if ranks.is_first else []
+                for file in files:
+                    flush(file)
                 mine = describe_all(partial, files)
             described = {name: entry for part in ranks.gather(mine) for name, entry in part.items()}
             with ranks.raise_on_all_ranks():
@@ -189,6 +206,8 @@ class Checkpoints:
             if ranks.is_first:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+        finally:
+            is_read.set()
 
     def restore(self) -> Progress | None:
         """Load the newest complete checkpoint, in place; None without checkpoints. A collective.
@@ -244,6 +263,17 @@ class Checkpoints:
         job.set_step(progress.age, progress.dense_steps)
         job.model.fused_optimizer.set_optimizer_step(progress.table_steps)
         return progress
+
+
+@contextmanager
+def _without_crc() -> Iterator[None]:
+    """Leave out the check sums of torch's own files; the manifest has a hash of each block."""
+    before = get_crc32_options()
+    set_crc32_options(False)  # they take two thirds of the time in which training stands still
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 @torch.no_grad()

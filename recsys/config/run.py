@@ -126,8 +126,9 @@ class CheckpointSettings:
     keep: PositiveInt = 2
     """Number of latest checkpoints that are kept."""
     asynchronous: Literal["auto", "true", "false"] = "auto"
-    """Write during the next steps, at the cost of a copy of tables and optimizer state in host
-    memory; auto: if that copy fits."""
+    """Finish writing during the next steps: true copies tables and optimizer state in host memory
+    first; auto: only from a GPU, if that fits, else steps wait until the files are written, not
+    until the disk has them."""
 
 
 @dataclass

@@ -96,10 +96,17 @@ def replace_folder(partial: Path, path: Path) -> None:
     if path.exists():
         path.rename(old)
     partial.rename(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    flush(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Return when a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def recover_folder(path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from recsys.storage.files import regular_file, whole_file
 
 BLOCK_BYTES = 2**24
+READ_BYTES = 2**20  # of a block at once: training runs on while its checkpoint is hashed
 THREADS = 4
 
 Files = Mapping[str, Any]  # bytes and SHA-256 of each block, by name
@@ -117,6 +118,8 @@ def _num_blocks(size: int) -> int:
 
 
 def _digest(path: Path, block: int) -> str:
+    digest, start = hashlib.sha256(), block * BLOCK_BYTES
     with path.open("rb", buffering=0) as file:
-        content = os.pread(file.fileno(), BLOCK_BYTES, block * BLOCK_BYTES)
-    return hashlib.sha256(content).hexdigest()
+        for offset in range(start, start + BLOCK_BYTES, READ_BYTES):
+            digest.update(os.pread(file.fileno(), READ_BYTES, offset))
+    return digest.hexdigest()

@@ -7,7 +7,6 @@ Shapes: K items added, N looked up, E width of content vectors.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
 from recsys.data.schema import Schema
 from recsys.serving.vector_file import VectorFile, VectorFileShape, write_vectors
-from recsys.storage.files import whole_folder
+from recsys.storage.files import flush, whole_folder
 
 FOLDER = "added"
 INDEX, VECTORS, IDS = "index.npy", "content.vectors", "ids.parquet"
@@ -114,9 +113,9 @@ class AddedItems:
             if features is not None:
                 pq.write_table(features, partial / FEATURES)
             for path in partial.iterdir():
-                _flush(path)
-            _flush(partial)
-        _flush(root)
+                flush(path)
+            flush(partial)
+        flush(root)
         return {"number": number, "shape": None if shape is None else asdict(shape)}
 
 
@@ -176,9 +175,3 @@ def lookup(index: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray
         return np.zeros(len(items), np.int64), np.zeros(len(items), bool)
     place = np.searchsorted(index["item"], items).clip(max=len(index) - 1)
     return place, index["item"][place] == items
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -143,6 +143,38 @@ def test_what_later_steps_change_is_not_in_an_asynchronous_checkpoint(
         assert torch.equal(table, saved[1])
 
 
+def test_a_checkpoint_is_finished_during_later_steps_without_a_copy(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, flushed = threading.Event(), list[str]()
+
+    def late_flush(path: Path) -> None:
+        assert gate.wait(60)
+        flushed.append(path.name)
+
+    monkeypatch.setattr("recsys.checkpoint.manager.flush", late_flush)
+    monkeypatch.setattr("recsys.checkpoint.manager.copy_of", None)  # not called
+    with joined_ranks("cpu") as ranks:
+        job = job_of(folder, ranks)
+        weight = job.em3.ranking.mlp[-1].weight  # type: ignore[union-attr, index]
+        table = next(iter(table_weights(job.model).values())).local_shards()[0].tensor
+        saved = weight.detach().clone(), table.clone()
+        checkpoints = Checkpoints(job, tmp_path, "data")
+        checkpoints.save(Progress(steps=1))
+        assert not folder_of_step(checkpoints.folder, 1).exists()  # no name before the disk has it
+        with torch.no_grad():
+            weight += 1  # type: ignore[operator]
+            table += 1
+        gate.set()
+        checkpoints.close()
+        assert sorted(flushed) == [".metadata", "__0_0.distcp"]
+        other = Checkpoints(job, tmp_path, "data")
+        assert other.restore() is not None
+        other.close()
+        assert torch.equal(weight, saved[0])  # type: ignore[arg-type]
+        assert torch.equal(table, saved[1])
+
+
 def test_the_last_checkpoints_are_kept_and_no_more(folder: Path, tmp_path: Path) -> None:
     with joined_ranks("cpu") as ranks:
         job = job_of(folder, ranks, "--checkpoint.keep", "2")
