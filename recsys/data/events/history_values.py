@@ -210,7 +210,7 @@ def _ages(ago: np.ndarray) -> pa.Array:  # int64, microseconds -> float32
     ages = ago / DAY
     ages += 1
     np.log10(ages, out=ages)
-    ages /= 2
+    ages *= 0.5
     return pa.array(ages.astype(np.float32))
 
 

@@ -10,6 +10,8 @@ import logging
 import math
 from pathlib import PurePosixPath
 
+import numpy as np
+
 from recsys.data.events.clean_events import IMPRESSION
 from recsys.data.events.settings import EventsConfig, Label, Split, Weight
 from recsys.data.events.sql import (
@@ -126,23 +128,38 @@ def quantiles(engine: SqlEngine, shares: list[float]) -> list[str]:
     limits = engine.table("SELECT min(ts) AS low, max(ts) AS high, count(*) AS n FROM rows")
     low, high, rows = (limits[name][0].as_py() for name in ("low", "high", "n"))
     places = [math.floor(share * (rows - 1)) for share in shares]
-    return [str(_time_at(engine, place, low, high)) for place in places]
+    histograms: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+    return [
+        str(high if place == rows - 1 else _time_at(engine, place, low, high, histograms))
+        for place in places
+    ]
 
 
-def _time_at(engine: SqlEngine, place: int, low: int, high: int) -> int:
-    """Return the time of the row at a place of the order; all rows lie in [low, high]."""
+def _time_at(
+    engine: SqlEngine,
+    place: int,
+    low: int,
+    high: int,
+    histograms: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]],
+) -> int:
+    """Return the time of the row at a place of the order; all rows lie in [low, high].
+
+    `histograms` are those of other places, by their limits: bins, and the rows in each.
+    """
     before = 0  # rows earlier than `low`
     while low < high:
         width = (high - low) // BINS + 1
-        table = engine.table(
-            f"SELECT CAST((ts - {low} - (ts - {low}) % {width}) / {width} AS BIGINT) AS bin, "
-            f"count(*) AS n FROM rows WHERE ts BETWEEN {low} AND {high} GROUP BY 1 ORDER BY 1"
-        )
-        for number, count in zip(table["bin"].to_pylist(), table["n"].to_pylist(), strict=True):
-            if before + count > place:
-                low, high = low + number * width, min(high, low + (number + 1) * width - 1)
-                break
-            before += count
+        if (low, high) not in histograms:
+            table = engine.table(
+                f"SELECT CAST((ts - {low} - (ts - {low}) % {width}) / {width} AS BIGINT) AS bin, "
+                f"count(*) AS n FROM rows WHERE ts BETWEEN {low} AND {high} GROUP BY 1 ORDER BY 1"
+            )
+            histograms[low, high] = table["bin"].to_numpy(), table["n"].to_numpy()
+        bins, counts = histograms[low, high]
+        ends = before + np.cumsum(counts)
+        found = int(np.searchsorted(ends, place, side="right"))
+        before, number = int(ends[found] - counts[found]), int(bins[found])
+        low, high = low + number * width, min(high, low + (number + 1) * width - 1)
     return low
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from recsys.data.events.prepare import prepare_events
+from recsys.data.events.samples import quantiles
+from recsys.data.events.sql import open_engine
 
 DAY = 86_400
 START = 1_790_000_000
@@ -174,3 +178,13 @@ def test_times_in_1970_are_refused_with_the_unit_that_fits(
     options = {"labels": {"viewed": {"action": "view"}}, "table": {"time_unit": read_as}}
     with pytest.raises(ValueError, match=f"view: .* 1970 .* time_unit: {true_unit}"):
         prepare(tmp_path, events, **options)
+
+
+@pytest.mark.parametrize("spread", [1, 40, 10**6, 10**15])
+def test_splits_end_at_the_exact_quantiles_of_times(spread: int, tmp_path: Path) -> None:
+    times = np.random.default_rng(spread).integers(-spread, spread, 5000)
+    shares = [0.0, 0.1, 0.8, 0.9, 0.9001, 1.0]
+    expected = np.quantile(times, shares, method="lower")
+    with closing(open_engine(tmp_path, None, None, 1)) as engine:
+        engine.view("rows", f"SELECT unnest({times.tolist()}) AS ts")
+        assert quantiles(engine, shares) == [str(time) for time in expected]
