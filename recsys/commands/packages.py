@@ -150,6 +150,7 @@ def export_vectors(
     vectors: Literal["content", "item_tower", "codes"] | None = None,
     index: Literal["flat", "ivf", "hnsw"] | None = None,
     data: str | None = None,
+    blend: bool = False,
 ) -> None:
     """Write item vectors of a run, with an index.
 
@@ -161,6 +162,8 @@ def export_vectors(
             model
         index: also build a FAISS index: flat (exact), ivf or hnsw; needs the extra `retrieve`
         data: dataset; default: the run's own
+        blend: of two_tower: blend the towers with the baselines of `recsys baselines`, by weights
+            that validation chooses
     """
     run = require_finished(run)
     require_working_installation()
@@ -168,7 +171,7 @@ def export_vectors(
     from recsys.serving.retrieval.item_vectors import export_vectors as write_vectors
 
     with joined_ranks("cpu") as ranks:
-        manifest = write_vectors(run, out, vectors, index, ranks, data)
+        manifest = write_vectors(run, out, vectors, index, ranks, data, blend)
     size = f"{manifest.num_items:,} x {manifest.dim}"
     kind = "no index" if manifest.index is None else f"index {manifest.index}"
     logger.info("%s: %s vectors %s, %s", out, manifest.vectors, size, kind)

@@ -1,10 +1,11 @@
-"""Measures a retrieval model beside popularity, item-CF, content neighbours and their blends.
+"""Measures a retrieval model beside popularity, item-CF, content and text neighbours, and blends.
 
-Item-CF is item-based collaborative filtering (Sarwar et al., WWW 2001): the similarity of two items
-is the cosine of their users, times n / (n + SIGNIFICANCE) for n users of both (Herlocker et al.,
-SIGIR 1999). Content neighbours compare content vectors by their cosine. Both take the mean over the
-history, whose latest items weigh more. Decay and weights of the blend are chosen on validation, so
-that test alone is reported.
+Neighbours are items that resemble those of the history, whose latest items weigh more: by their
+users (item-CF), by the cosine of content vectors, by TF-IDF of all texts. Where users take items
+again, the history itself is a baseline, too. Decay and weights of a blend are chosen on
+validation, so that test alone is reported. The blend with the model is what
+`recsys export-vectors --blend true` serves. It reads the nearest texts of an item, and the
+baselines read all texts.
 
 Shapes: R rows with a query, I items of the catalogue, S history items of all rows, D width.
 """
@@ -12,19 +13,20 @@ Shapes: R rows with a query, I items of the catalogue, S history items of all ro
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix, diags
+from scipy.sparse import csr_matrix
 
 from recsys.build import Job
 from recsys.checkpoint.run_folder import read_item_counts
 from recsys.config.ranking import RetrievalSettings
 from recsys.data.item_frequency import ItemCounts, frequency_masks
+from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import RAW_GROUP
 from recsys.data.row_source import open_rows
@@ -34,17 +36,21 @@ from recsys.evaluation.availability import LaterItems, later_items
 from recsys.evaluation.evaluate import score, split_interactions
 from recsys.evaluation.predict import load_run
 from recsys.evaluation.retrieval import TIE, catalogue_vectors, retrieval_metrics, row_gains
+from recsys.serving.retrieval.item_similarities import (
+    item_texts,
+    nearest,
+    text_vectors,
+    user_similarities,
+)
 from recsys.serving.retrieval.item_vectors import item_vectors, unit
 
 logger = logging.getLogger(__name__)
-SIGNIFICANCE = 10
-MOST_EVENTS = 1000  # of a user, the last ones, which pair: the cost grows with their square
 DECAYS = (0.3, 0.5, 0.8, 1.0)  # weight of an item of the history beside that of the next newer one
 WEIGHTS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 ROUNDS = 2  # in which the weight of each part is chosen anew
 MOST_SCORES = 2**25  # of the rows that choose the weights; further rows do not
 SCORES_PER_BLOCK = 2**22
-BASELINES = ("popularity", "item_cf", "content")  # then the model
+TEXT_NEIGHBOURS = 100
 
 
 @dataclass(frozen=True)
@@ -95,45 +101,53 @@ class QueryRows:
         return csr_matrix((shares, places), shape=(len(self.lengths), num_items))
 
 
-def similarities(users: np.ndarray, items: np.ndarray, num_items: int) -> csr_matrix:  # [I, I]
-    """Return the shrunk cosines of the items by their users: int64 [N] each, pairs may repeat."""
-    order = np.argsort(users, kind="stable")
-    users, items = users[order], items[order]
-    later = np.searchsorted(users, users, side="right") - 1 - np.arange(len(users))
-    users, items = users[later < MOST_EVENTS], items[later < MOST_EVENTS]
-    number = np.unique(users, return_inverse=True)[1]
-    ones = np.ones(len(items), np.float32)
-    taken = csr_matrix((ones, (number, items)), shape=(number.max(initial=-1) + 1, num_items))
-    taken.data[:] = 1  # repeated pairs were added up
-    common = (taken.T @ taken).tocsr()
-    common.setdiag(0)
-    common.eliminate_zeros()
-    shrunk = common.copy()
-    shrunk.data = common.data**2 / (common.data + SIGNIFICANCE)
-    lengths = np.sqrt(np.maximum(np.asarray(taken.sum(axis=0)).ravel(), 1))
-    scale = diags(1 / lengths)
-    return (scale @ shrunk @ scale).tocsr()
-
-
 @dataclass(frozen=True)
 class Catalogue:
-    """All items: log counts [I], similarities [I, I], unit content and item vectors [I, D]."""
+    """All items, and what the parts of a blend know of them.
+
+    popularity: float32 [I], logarithms of counts.
+    similar, near_texts: [I, I], by users, and by text to the nearest items.
+    content, vectors: float32 [I, D], unit content vectors and the model's.
+    texts: TF-IDF vectors [I, W].
+    repeats: whether items of the history may be taken again.
+    """
 
     popularity: np.ndarray
     similar: csr_matrix
     content: np.ndarray | None
     vectors: np.ndarray
+    texts: csr_matrix | None = None
+    near_texts: csr_matrix | None = None
+    repeats: bool = False
 
-    def scores(self, rows: QueryRows, decay: float) -> dict[str, np.ndarray]:  # float32 [R, I]
-        """Return what each part says of each item."""
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        names = ["popularity", "item_cf"]
+        names += ["content"] if self.content is not None else []
+        names += ["text"] if self.texts is not None else []
+        return (*names, *(["repeat"] if self.repeats else []))
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """Parts of the blend with the model."""
+        names = ("near_text" if name == "text" else name for name in self.baselines)
+        return (*names, "model")
+
+    def scores(
+        self, rows: QueryRows, decay: float, names: Sequence[str]
+    ) -> dict[str, np.ndarray]:  # float32 [R, I]
+        """Return what each of some parts says of each item."""
         history = rows.history_weights(len(self.popularity), decay)
-        parts = {
-            "popularity": np.broadcast_to(self.popularity, history.shape),
-            "item_cf": (history @ self.similar).toarray(),
+        parts: dict[str, Callable[[], Any]] = {
+            "popularity": lambda: np.broadcast_to(self.popularity, history.shape),
+            "item_cf": lambda: (history @ self.similar).toarray(),
+            "content": lambda: (history @ self.content) @ self.content.T,  # type: ignore[union-attr]
+            "text": lambda: ((history @ self.texts) @ self.texts.T).toarray(),  # type: ignore[union-attr]
+            "near_text": lambda: (history @ self.near_texts).toarray(),
+            "repeat": history.toarray,
+            "model": lambda: rows.queries @ self.vectors.T,
         }
-        if self.content is not None:
-            parts["content"] = (history @ self.content) @ self.content.T
-        return parts | {"model": rows.queries @ self.vectors.T}
+        return {name: parts[name]() for name in names}
 
 
 def places(
@@ -174,17 +188,20 @@ def choose_blend(
     rows = rows.block(0, size)
     best, highest = Blend(1.0, {}), -1.0
     for decay in DECAYS:
-        parts = catalogue.scores(rows, decay)
+        parts = catalogue.scores(rows, decay, names)
         scales = {name: 1 / max(float(parts[name].std()), 1e-12) for name in names}
         weights = {name: float(name == names[-1]) for name in names}
         for name in names * ROUNDS:
+            others = [other for other in names if other != name]
+            rest = sum(weights[other] * scales[other] * parts[other] for other in others)
             trials = {}
             for weight in WEIGHTS if len(names) > 1 else (1.0,):
-                tried = weights | {name: weight}
-                blend = Blend(decay, {part: tried[part] * scales[part] for part in names})
-                trials[weight] = _ndcg(blend.scores(parts), rows, settings)
+                scaled = weight * scales[name]
+                trials[weight] = _ndcg(rest + scaled * parts[name], rows, settings)
                 if trials[weight] > highest:
-                    best, highest = blend, trials[weight]
+                    tried = weights | {name: weight}
+                    best = Blend(decay, {part: tried[part] * scales[part] for part in names})
+                    highest = trials[weight]
             weights[name] = max(trials, key=trials.__getitem__)
     return best
 
@@ -204,21 +221,14 @@ def compare_with_baselines(run: Path, data: str | None, ranks: Ranks) -> dict[st
         ValueError: the run is not finished, is no retrieval model, or has no history.
     """
     job = load_run(run, data, ranks, ranks.device.type)
-    settings = job.config.ranking
-    has_vectors = isinstance(settings, RetrievalSettings) and settings.loss != "codes"
-    if not has_vectors or job.schema.history is None:
-        raise ValueError(
-            f"{run}: a model of item vectors over histories is compared with baselines, and "
-            f"ranking.name is '{settings.name}'; give a run of two_tower on data with a history"
-        )
-    assert isinstance(settings, RetrievalSettings)
-    items, catalogue = _read_catalogue(job)
+    settings = _settings_with_vectors(run, job)
+    items, catalogue = _read_catalogue(job, settings)
     counts = read_item_counts(run, job.schema.item_id_limit)
     valid = _read_rows(job, "valid", items, counts)
     rows = _read_rows(job, "test", items, counts)
-    baselines = BASELINES if catalogue.content is not None else BASELINES[:-1]
+    baselines = catalogue.baselines
     compared: dict[str, tuple[str, ...]] = {name: (name,) for name in (*baselines, "model")}
-    compared |= {"blend": baselines, "blend with model": (*baselines, "model")}
+    compared |= {"blend": baselines, "blend with model": catalogue.served}
     reports, gains = {}, {}
     for name, parts in compared.items():
         blend = choose_blend(catalogue, valid, parts, settings)
@@ -236,6 +246,27 @@ def compare_with_baselines(run: Path, data: str | None, ranks: Ranks) -> dict[st
     for name in ("model", "blend with model"):
         reports[name]["gain over blend"] = _interval(gains[name] - gains["blend"], rows.weights)
     return reports
+
+
+def blend_to_serve(run: Path, job: Job) -> tuple[Catalogue, Blend]:
+    """Return the items of a run, and the blend of its model with baselines, by validation."""
+    settings = _settings_with_vectors(run, job)
+    items, catalogue = _read_catalogue(job, settings)
+    valid = _read_rows(job, "valid", items, read_item_counts(run, job.schema.item_id_limit))
+    return catalogue, choose_blend(catalogue, valid, catalogue.served, settings)
+
+
+def _settings_with_vectors(run: Path, job: Job) -> RetrievalSettings:
+    settings = job.config.ranking
+    has_vectors = isinstance(settings, RetrievalSettings) and settings.loss != "codes"
+    if not has_vectors or job.schema.history is None:
+        raise ValueError(
+            f"{run}: a model of item vectors over histories is compared and blended with "
+            f"baselines, and ranking.name is '{settings.name}'; give a run of two_tower on data "
+            "with a history"
+        )
+    assert isinstance(settings, RetrievalSettings)
+    return settings
 
 
 def _interval(differences: torch.Tensor, weights: torch.Tensor | None) -> list[float]:  # [R]
@@ -273,14 +304,18 @@ def _places_of_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # int64 [R], int64 [R]
     size = max(SCORES_PER_BLOCK // len(catalogue.popularity), 1)
     counted = [
-        places(blend.scores(catalogue.scores(block, blend.decay)), block, settings.exclude_seen)
+        places(
+            blend.scores(catalogue.scores(block, blend.decay, list(blend.weights))),
+            block,
+            settings.exclude_seen,
+        )
         for block in rows.blocks(size)
     ]
     above, tied = (torch.from_numpy(np.concatenate(column)) for column in zip(*counted))
     return above, tied
 
 
-def _read_catalogue(job: Job) -> tuple[np.ndarray, Catalogue]:
+def _read_catalogue(job: Job, settings: RetrievalSettings) -> tuple[np.ndarray, Catalogue]:
     """Return the ids of all items, ascending, and what the parts know of them."""
     ids, vectors = catalogue_vectors(job, Lockstep(job.ranks))
     items = ids.numpy()
@@ -288,8 +323,19 @@ def _read_catalogue(job: Job) -> tuple[np.ndarray, Catalogue]:
     content = None if job.store is None else unit(item_vectors(job, "content").vectors)
     counts = np.bincount(taken, minlength=len(items))
     popularity = np.log1p(counts).astype(np.float32)
-    similar = similarities(users, taken, len(items))
-    return items, Catalogue(popularity, similar, content, vectors.float().numpy())
+    similar = user_similarities(users, taken, len(items))
+    texts = _read_texts(job)
+    near_texts = None if texts is None else nearest(texts, TEXT_NEIGHBOURS)
+    matrices = similar, content, vectors.float().numpy(), texts, near_texts
+    return items, Catalogue(popularity, *matrices, repeats=not settings.exclude_seen)
+
+
+def _read_texts(job: Job) -> csr_matrix | None:  # [I, W]
+    if job.schema.items is None:
+        return None
+    table = job.store.items if job.store else ItemTable(job.root, job.schema, job.config.on_bad_row)
+    texts = item_texts(table)
+    return None if texts is None else text_vectors(texts)
 
 
 def _read_events(job: Job, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ Shapes: I items, D content dimension, V width of a vector, Q queries, K results.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,8 @@ from recsys.serving.requests import request_columns
 from recsys.serving.retrieval.code_index import write_decoder
 from recsys.serving.scorer import Scorer
 from recsys.storage.files import whole_folder
+
+logger = logging.getLogger(__name__)
 
 
 class QueryVectors(nn.Module):
@@ -193,6 +196,7 @@ class VectorsManifest(BaseManifest):
     normalized: bool  # vectors in the index have length one, so that it compares cosines
     tower: dict[str, Any] = field(default_factory=dict)  # size and hashes of the tower's graph
     decoder: dict[str, int] = field(default_factory=dict)  # sizes, of codes
+    blend: dict[str, Any] = field(default_factory=dict)  # decay, weights and widths of its parts
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,7 @@ def export_vectors(
     index: IndexKind | None,
     ranks: Ranks,
     data: str | None = None,
+    blend: bool = False,
 ) -> VectorsManifest:
     """Write the vectors of all items of a run's best model; they appear whole or not at all.
 
@@ -222,6 +227,7 @@ def export_vectors(
         index: also build an index of this kind; codes need none.
         ranks: a single process.
         data: dataset whose items are exported; default the dataset of the run.
+        blend: of item_tower: with the baselines, as weights chosen on validation blend them.
 
     Raises:
         ValueError: the run is not finished or has no such vectors, or FAISS is not installed.
@@ -238,12 +244,17 @@ def export_vectors(
             f"{run}: --vectors {kind} --index {index}: generative has codes, which need no index, "
             "and two_tower has item_tower; leave both out"
         )
+    if blend and (kind != "item_tower" or index is None):
+        raise ValueError(
+            f"{run}: --blend true --vectors {kind} --index {index}: vectors of item_tower with an "
+            "index are blended; give a run of two_tower, and --index flat or hnsw"
+        )
     tower: dict[str, Any] = {}
     with whole_folder(out) as partial:
         if kind != "content":
             (partial / QUERIES).mkdir()
             tower = write_user_tower(run, job, partial / QUERIES).files[GRAPH]
-        manifest = _write(partial, run, job, kind, index)
+        manifest = _write(partial, run, job, kind, index, blend)
         manifest.tower = tower
         if kind == "codes":
             assert isinstance(model, Generative) and isinstance(settings, GenerativeSettings)
@@ -253,9 +264,9 @@ def export_vectors(
 
 
 def _write(
-    folder: Path, run: Path, job: Job, kind: VectorKind, index: IndexKind | None
+    folder: Path, run: Path, job: Job, kind: VectorKind, index: IndexKind | None, blend: bool
 ) -> VectorsManifest:
-    items = item_vectors(job, kind)
+    items, blended = _blended_vectors(folder, run, job) if blend else (item_vectors(job, kind), {})
     num_items, dim = items.vectors.shape
     np.save(folder / VECTORS, items.vectors)
     pq.write_table(pa.table({"id": items.ids, "row": items.rows}), folder / ITEMS)
@@ -269,6 +280,7 @@ def _write(
         history=job.schema.history,
         index=index,
         normalized=kind == "content",
+        blend=blended,
     )
     if index is not None:
         faiss = require_faiss()
@@ -276,6 +288,20 @@ def _write(
         faiss.write_index(build_index(vectors, index), str(folder / INDEX))
         manifest.versions["faiss"] = faiss.__version__
     return manifest
+
+
+def _blended_vectors(folder: Path, run: Path, job: Job) -> tuple[ItemVectors, dict[str, Any]]:
+    """Write the neighbours of a blend; return its vectors, and its entry in the manifest."""
+    # Both import this module, and SciPy, which no other vectors need.
+    from recsys.serving.retrieval.baselines import blend_to_serve
+    from recsys.serving.retrieval.served_blend import ServedBlend
+
+    catalogue, blend = blend_to_serve(run, job)
+    served, vectors = ServedBlend.of(catalogue, blend)
+    served.write(folder)
+    logger.info("blend: decay %s, weights %s", blend.decay, dict(blend.weights))
+    entry = {"decay": served.decay, "weights": served.weights, "widths": served.widths}
+    return ItemVectors(np.asarray(catalogue_of(job)), raw_ids(job), vectors), entry
 
 
 def item_vectors(job: Job, kind: VectorKind) -> ItemVectors:

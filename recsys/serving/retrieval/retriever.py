@@ -94,6 +94,12 @@ class Retriever:
             else read_index(folder / INDEX)
         )
         self._history = manifest.history or manifest.target_item
+        self._blend: Any = None
+        if manifest.blend:
+            # Imports SciPy, which no other vectors need.
+            from recsys.serving.retrieval.served_blend import ServedBlend
+
+            self._blend = ServedBlend.read(folder, **manifest.blend)
         self.tower: UserTower | None = None
         if manifest.vectors != "content":
             self.tower = UserTower.load(folder / QUERIES, verify=verify)
@@ -127,7 +133,8 @@ class Retriever:
         Raises:
             ValueError: names a missing or unusable column; or no history item has a content vector.
         """
-        return self.search(self.query(user, history)[np.newaxis], count, [exclude])[0]
+        query = self.query(user, history)[np.newaxis]
+        return self.search(query, count, [exclude], [history])[0]
 
     def add_items(self, folder: str | Path) -> int:
         """Make items of a generative model retrievable that came later; return their number.
@@ -158,8 +165,23 @@ class Retriever:
 
     def query(self, user: Values, history: History = ()) -> np.ndarray:  # float32 [V]
         """Return the vector by which a user's items are searched; see `retrieve`."""
+        if self._blend is not None:
+            assert self.tower is not None
+            query = self.tower.query(user, history)
+            blended: np.ndarray = self._blend.query(query, self._places(history), self.vectors)
+            return blended
         if self.tower is not None:
             return self.tower.query(user, history)
+        places = self._places(history)
+        if not len(places := places[places >= 0]):
+            raise NoQueryError(
+                f"history: no item of '{self._history}' has a vector in {self.folder}, and the "
+                "query is their mean; give items that it has"
+            )
+        mean: np.ndarray = unit(self.vectors[places]).mean(axis=0)
+        return mean
+
+    def _places(self, history: History) -> np.ndarray:  # int64 [H], -1: an item without a vector
         name = self._history
         items = history.get(name) if isinstance(history, Mapping) else history
         items = value_list({name: () if items is None else items}, name, "history")
@@ -167,27 +189,35 @@ class Retriever:
             item_ids = pa.array(items, self.ids.type)
         except (pa.ArrowException, TypeError, OverflowError) as error:
             raise ValueError(f"history: column '{name}': {error}") from error
-        places = pc.index_in(item_ids, self.ids).drop_null().to_numpy()
-        if not len(places):
-            raise NoQueryError(
-                f"history: no item of '{name}' has a vector in {self.folder}, and the query is "
-                "their mean; give items that it has"
-            )
-        query: np.ndarray = unit(self.vectors[places]).mean(axis=0)
-        return query
+        places: np.ndarray = pc.index_in(item_ids, self.ids).fill_null(-1).to_numpy()
+        return places.astype(np.int64)
 
     def search(
-        self, queries: np.ndarray, count: int, exclude: Iterable[Sequence[Any]] | None = None
+        self,
+        queries: np.ndarray,
+        count: int,
+        exclude: Iterable[Sequence[Any]] | None = None,
+        histories: Sequence[History] | None = None,
     ) -> list[Retrieved]:  # float32 [Q, V] -> Q results
-        """Return the best items of each query; `exclude` has a list of raw ids for each."""
+        """Return the best items of each query; `exclude` has a list of raw ids for each.
+
+        A blend also reads the `histories` of the queries.
+        """
         if count < 1:
             raise ValueError(f"count is {count}; ask for at least one item")
+        if self._blend is not None and histories is None:
+            raise ValueError(f"{self.folder}: a blend is searched with histories; give them, too")
         excluded = [set(ids) for ids in exclude or [()] * len(queries)]
         depth = count + max(map(len, excluded), default=0)
         matches = search_index(self._index, queries, depth)
         results = []
-        for scores, places, excluded_ids in zip(*matches, excluded, strict=True):
+        for row, (scores, places, excluded_ids) in enumerate(zip(*matches, excluded, strict=True)):
             scores, places = scores[places >= 0], places[places >= 0]
+            if self._blend is not None:
+                assert histories is not None
+                history = self._places(histories[row])
+                scores, places = self._blend.search(queries[row], history, places, self.vectors)
+                scores, places = scores[:depth], places[:depth]
             ids = self.ids.take(pa.array(places)).to_pylist()
             best = [rank for rank, item in enumerate(ids) if item not in excluded_ids][:count]
             results.append(Retrieved([ids[rank] for rank in best], scores[best]))
@@ -241,7 +271,9 @@ def _retrieved(
                 num_empty += 1
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
-        matches = retriever.search(np.stack([*queries.values()]), count) if queries else []
+        histories = [block[number][2] for number in queries]
+        vectors = [*queries.values()]
+        matches = retriever.search(np.stack(vectors), count, histories=histories) if vectors else []
         for number, result in zip(queries, matches, strict=True):
             rows[number] = {"items": result.items, "scores": result.scores.tolist()}
         yield rows

@@ -13,19 +13,25 @@ import torch
 
 from recsys.cli import main
 from recsys.config import RetrievalSettings
-from recsys.serving.retrieval import baselines
 from recsys.serving.retrieval.baselines import (
-    SIGNIFICANCE,
+    Blend,
     Catalogue,
     QueryRows,
     _interval,
     choose_blend,
     places,
-    similarities,
 )
+from recsys.serving.retrieval.item_similarities import (
+    SIGNIFICANCE,
+    nearest,
+    text_vectors,
+    user_similarities,
+)
+from recsys.serving.retrieval.served_blend import ServedBlend
 
 # Users of the items 0 to 4; the second has taken item 1 twice.
 TAKEN = [[0, 1, 2], [1, 1, 2], [0, 3], [2], [1, 2, 3]]
+TEXTS = ["a red house", "red ink", "ink and a pen", "", "the house of ink"]
 
 
 def events() -> tuple[np.ndarray, np.ndarray]:
@@ -57,26 +63,17 @@ def catalogue() -> Catalogue:
     content, vectors = (random.normal(size=(5, 3)).astype(np.float32) for _ in range(2))
     content /= np.linalg.norm(content, axis=1, keepdims=True)
     popularity = np.log1p(np.bincount(events()[1], minlength=5)).astype(np.float32)
-    return Catalogue(popularity, similarities(*events(), 5), content, vectors)
-
-
-def test_similarities_are_shrunk_cosines_by_users() -> None:
-    expected = [[similarity(first, second) for second in range(5)] for first in range(5)]
-    np.testing.assert_allclose(similarities(*events(), 5).toarray(), expected, rtol=1e-6)
-
-
-def test_the_last_events_of_a_user_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "MOST_EVENTS", 2)
-    users, items = np.array([7, 8, 7, 8, 7]), np.array([0, 3, 1, 4, 2])
-    shared = similarities(users, items, 5).toarray() > 0
-    assert np.argwhere(shared).tolist() == [[1, 2], [2, 1], [3, 4], [4, 3]]
+    texts = text_vectors(TEXTS)
+    similar = user_similarities(*events(), 5)
+    return Catalogue(popularity, similar, content, vectors, texts, nearest(texts, 2), repeats=True)
 
 
 @pytest.mark.parametrize("decay", [0.5, 1.0])
 def test_scores_are_weighted_means_over_the_history(decay: float) -> None:
     histories, items = [[0, 3], [], [2, -1, 1]], catalogue()  # -1: an item that is not there
-    scores = items.scores(rows(histories, [1, 1, 4]), decay)
-    assert items.content is not None
+    scores = items.scores(rows(histories, [1, 1, 4]), decay, items.baselines)
+    assert items.content is not None and items.texts is not None
+    cosines_of_texts = (items.texts @ items.texts.T).toarray()
     for row, history in enumerate(histories):
         ages = range(len(history) - 1, -1, -1)
         weights = {item: decay**age for item, age in zip(history, ages) if item >= 0}
@@ -91,6 +88,10 @@ def test_scores_are_weighted_means_over_the_history(decay: float) -> None:
                 sum(cosines) / total, abs=1e-6
             )
             assert scores["popularity"][row, candidate] == items.popularity[candidate]
+            by_texts = sum(w * cosines_of_texts[item, candidate] for item, w in weights.items())
+            assert scores["text"][row, candidate] == pytest.approx(by_texts / total, abs=1e-6)
+            again = weights.get(candidate, 0) / total
+            assert scores["repeat"][row, candidate] == pytest.approx(again, abs=1e-6)
 
 
 @pytest.mark.parametrize("exclude_seen", [False, True])
@@ -117,11 +118,28 @@ def test_a_blend_is_chosen_that_no_part_beats_on_validation() -> None:
 
     def recall(blend_of: tuple[str, ...]) -> float:
         blend = choose_blend(items, valid, blend_of, settings)
-        above, tied = places(blend.scores(items.scores(valid, blend.decay)), valid, False)
+        parts = items.scores(valid, blend.decay, blend_of)
+        above, tied = places(blend.scores(parts), valid, False)
         return float(((above < 1) / (tied + 1)).mean())
 
     assert recall(names) >= max(recall((name,)) for name in names)
     assert recall(("item_cf",)) > recall(("popularity",))
+
+
+def test_a_served_blend_finds_what_all_scores_rank_first() -> None:
+    items = catalogue()
+    asked = rows([[0, 3], [], [2, -1, 1]], [1, 1, 4])
+    weights = dict(zip(items.served, (0.3, 5.0, 0.7, 2.0, 0.2, 0.4)))
+    expected = Blend(0.5, weights).scores(items.scores(asked, 0.5, items.served))
+    served, vectors = ServedBlend.of(items, Blend(0.5, weights))
+    for row, block in enumerate(asked.blocks(1)):
+        query = served.query(block.queries[0], block.histories, vectors)
+        for count in (1, 3, 5):
+            by_vectors = np.argsort(-(vectors @ query))[:count]  # what an exact index returns
+            scores, best = served.search(query, block.histories, by_vectors, vectors)
+            order = np.argsort(-expected[row])[:count]
+            assert best[:count].tolist() == order.tolist()
+            np.testing.assert_allclose(scores[:count], expected[row, order], rtol=1e-5)
 
 
 def test_the_command_compares_a_run_with_baselines(
@@ -134,6 +152,8 @@ def test_the_command_compares_a_run_with_baselines(
         "popularity",
         "item_cf",
         "content",
+        "text",
+        "repeat",
         "model",
         "blend",
         "blend with model",
@@ -145,7 +165,7 @@ def test_the_command_compares_a_run_with_baselines(
     difference = reports["model"]["all"]["ndcg@10"] - reports["blend"]["all"]["ndcg@10"]
     assert mean == pytest.approx(difference) and low <= mean <= high
     table = capsys.readouterr().out.splitlines()
-    assert table[-3].startswith("blend with model") and "recall@10 unseen" in table[-9]
+    assert table[-3].startswith("blend with model") and "recall@10 unseen" in table[-11]
 
 
 def test_a_ranking_model_is_refused(trained: Any, capsys: pytest.CaptureFixture[str]) -> None:

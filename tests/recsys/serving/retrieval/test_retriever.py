@@ -60,6 +60,38 @@ def test_recall_of_a_flat_index_is_that_of_the_evaluation(
         assert recall == expected[f"recall@{depth}"]
 
 
+def test_recall_of_a_blend_is_that_of_the_comparison(
+    towers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = towers / "run", tmp_path / "blend"
+    command = ["export-vectors", "--run", str(run), "--out", str(out), "--index", "flat"]
+    assert main([*command, "--blend", "true"]) == 0
+    assert main(["baselines", "--run", str(run)]) == 0
+    report = json.loads((run / "baselines_test.json").read_text())["blend with model"]
+    assert sum(weight > 0 for weight in report["weights"].values()) > 1  # else nothing is blended
+    blended = Retriever.load(out)
+    results = [
+        (blended.retrieve(user, history, 50).items, item)
+        for user, history, item in liked_rows(towers)
+    ]
+    for depth in (10, 50):
+        recall = np.mean([item in items[:depth] for items, item in results])
+        assert recall == pytest.approx(report["all"][f"recall@{depth}"])
+
+    table = tmp_path / "retrieved.parquet"
+    command = ["retrieve", "--package", str(out), "--input", str(towers / "data" / "test")]
+    assert main([*command, "--top-k", "50", "--out", str(table)]) == 0
+    requests = pq.read_table(towers / "data" / "test").to_pylist()
+    first = next(number for number, row in enumerate(requests) if row["liked"] > 0)
+    assert pq.read_table(table)["items"][first].as_py() == results[0][0]
+
+
+def test_a_blend_needs_an_index(towers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["export-vectors", "--run", str(towers / "run"), "--out", "none", "--blend", "true"]
+    assert main(command) == 1
+    assert "and --index flat or hnsw" in capsys.readouterr().err
+
+
 def test_ids_are_those_of_the_items_files(towers: Path, retriever: Retriever) -> None:
     user, history, _ = next(liked_rows(towers))
 

@@ -1,0 +1,97 @@
+"""Similarities of items: by their users (item-CF) and by their texts (TF-IDF).
+
+Item-CF is item-based collaborative filtering (Sarwar et al., WWW 2001): the cosine of the items'
+users, times n / (n + SIGNIFICANCE) for n users of both (Herlocker et al., SIGIR 1999). TF-IDF
+weighs a word by (1 + log of its count) * (1 + log((1 + I) / (1 + items with it))), and an item's
+vector has length one (Salton and Buckley, 1988).
+
+Shapes: N events, I items, W words, K neighbours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import numpy as np
+from scipy.sparse import csr_matrix, diags, vstack
+
+from recsys.data.items.item_table import ItemTable
+
+SIGNIFICANCE = 10
+MOST_EVENTS = 1000  # of a user, the last ones, which pair: the cost grows with their square
+WORD = re.compile(r"\w\w+")
+ITEMS_PER_BLOCK = 256
+
+
+def user_similarities(
+    users: np.ndarray, items: np.ndarray, num_items: int
+) -> csr_matrix:  # int64 [N], int64 [N] -> [I, I]
+    """Return the shrunk cosines of the items by their users; repeated pairs count once."""
+    order = np.argsort(users, kind="stable")
+    users, items = users[order], items[order]
+    later = np.searchsorted(users, users, side="right") - 1 - np.arange(len(users))
+    users, items = users[later < MOST_EVENTS], items[later < MOST_EVENTS]
+    number = np.unique(users, return_inverse=True)[1]
+    ones = np.ones(len(items), np.float32)
+    taken = csr_matrix((ones, (number, items)), shape=(number.max(initial=-1) + 1, num_items))
+    taken.data[:] = 1  # repeated pairs were added up
+    common = (taken.T @ taken).tocsr()
+    common.setdiag(0)
+    common.eliminate_zeros()
+    shrunk = common.copy()
+    shrunk.data = common.data**2 / (common.data + SIGNIFICANCE)
+    lengths = np.sqrt(np.maximum(np.asarray(taken.sum(axis=0)).ravel(), 1))
+    scale = diags(1 / lengths)
+    return (scale @ shrunk @ scale).tocsr()
+
+
+def item_texts(table: ItemTable) -> list[str] | None:  # [I], by ascending id
+    """Return all text columns of each item as one text; None if the items have no such column."""
+    columns = [name for name, column in table.items.columns.items() if column.kind == "text"]
+    if not columns:
+        return None
+    texts = [""] * table.num_rows
+    for name in columns:
+        row = 0
+        for _, _, chunk in table.chunks(name):
+            for value in chunk.to_pylist():
+                texts[row] += f" {value or ''}"
+                row += 1
+    return [texts[row] for row in table.rows[np.argsort(table.ids)]]
+
+
+def text_vectors(texts: Iterable[str]) -> csr_matrix:  # float32 [I, W]
+    """Return the TF-IDF vectors of texts; a text without words has a vector of zeros."""
+    words: dict[str, int] = {}
+    places, lengths = [], []
+    for text in texts:
+        found = WORD.findall(text.lower())
+        places += [words.setdefault(word, len(words)) for word in found]
+        lengths.append(len(found))
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    ones = np.ones(len(places), np.float32)
+    counts = csr_matrix((ones, (rows, places)), shape=(len(lengths), len(words)))
+    counts.sum_duplicates()
+    num_items = np.bincount(counts.indices, minlength=len(words))
+    counts.data = 1 + np.log(counts.data)
+    weighted = counts @ diags(1 + np.log((1 + len(lengths)) / (1 + num_items)))
+    norms = np.sqrt(np.asarray(weighted.power(2).sum(axis=1)).ravel())
+    return (diags(1 / np.maximum(norms, 1e-12)) @ weighted).tocsr().astype(np.float32)
+
+
+def nearest(vectors: csr_matrix, count: int) -> csr_matrix:  # [I, W] -> float32 [I, I]
+    """Return for each item the products with the `count` other items that have the highest."""
+    blocks, transposed = [], vectors.T.tocsc()
+    for start in range(0, vectors.shape[0], ITEMS_PER_BLOCK):
+        products = (vectors[start : start + ITEMS_PER_BLOCK] @ transposed).toarray()
+        row = np.arange(len(products))
+        products[row, start + row] = 0
+        kept = min(count, products.shape[1])
+        columns = np.argpartition(-products, kept - 1, axis=1)[:, :kept]
+        values = np.take_along_axis(products, columns, axis=1)
+        places = np.repeat(row, kept), columns.ravel()
+        blocks.append(csr_matrix((values.ravel(), places), shape=products.shape))
+    joined = vstack(blocks, format="csr")
+    joined.eliminate_zeros()
+    return joined

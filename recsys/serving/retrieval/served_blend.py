@@ -1,0 +1,106 @@
+"""A blend of a two-tower model with its baselines, as files of a folder of item vectors.
+
+Parts that are dot products stand side by side in one vector of each item: the model's, the content
+vector, the logarithm of the count. The others are neighbours of the history's items: one matrix has
+their weighted sum. An item's score is the dot product plus the mean of its row entries over the
+history. Scores of neighbours are no less than 0, so that the best items are among the best of the
+index and the neighbours.
+
+Shapes: I items, V width of a vector, H items of a history, N neighbours, K results.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.sparse import csr_matrix, identity, load_npz, save_npz
+
+from recsys.serving.retrieval.baselines import Blend, Catalogue
+
+NEIGHBOURS = "neighbours.npz"
+
+
+@dataclass(frozen=True)
+class ServedBlend:
+    """The weights of parts of vectors, in their order, and neighbours [I, I] with theirs."""
+
+    decay: float
+    weights: dict[str, float]
+    widths: dict[str, int]
+    neighbours: csr_matrix
+
+    @staticmethod
+    def of(catalogue: Catalogue, blend: Blend) -> tuple[ServedBlend, np.ndarray]:  # float32 [I, V]
+        """Return a blend to serve, and the vectors of its items."""
+        columns = {
+            "model": catalogue.vectors,
+            "content": catalogue.content,
+            "popularity": catalogue.popularity[:, np.newaxis],
+        }
+        weights = {name: weight for name, weight in blend.weights.items() if weight}
+        # An index needs a vector of each item.
+        vectors = {name: columns[name] for name in columns if name in weights or name == "model"}
+        matrices = {
+            "item_cf": catalogue.similar,
+            "near_text": catalogue.near_texts,
+            "repeat": identity(len(catalogue.popularity), np.float32, "csr"),
+        }
+        neighbours = csr_matrix((len(catalogue.popularity),) * 2, dtype=np.float32)
+        for name in weights.keys() & matrices.keys():
+            neighbours = neighbours + weights[name] * matrices[name]
+        served = ServedBlend(
+            blend.decay,
+            {name: float(weights.get(name, 0)) for name in vectors},
+            {name: part.shape[1] for name, part in vectors.items()},
+            neighbours.astype(np.float32),
+        )
+        return served, np.concatenate([*vectors.values()], axis=1)
+
+    def write(self, folder: Path) -> None:
+        save_npz(folder / NEIGHBOURS, self.neighbours)
+
+    @staticmethod
+    def read(
+        folder: Path, decay: float, weights: dict[str, float], widths: dict[str, int]
+    ) -> ServedBlend:
+        return ServedBlend(decay, weights, widths, load_npz(folder / NEIGHBOURS).tocsr())
+
+    def shares(self, places: np.ndarray) -> np.ndarray:  # int64 [H], -1: no item -> float32 [H]
+        """Return the weights of a history, oldest first, which add up to 1."""
+        ages = np.arange(len(places) - 1, -1, -1, dtype=np.float64)
+        weights = np.where(places >= 0, self.decay**ages, 0)
+        shares: np.ndarray = (weights / max(weights.sum(), 1e-30)).astype(np.float32)
+        return shares
+
+    def query(
+        self, query: np.ndarray, places: np.ndarray, vectors: np.ndarray
+    ) -> np.ndarray:  # float32 of the model's, int64 [H], float32 [I, V] -> float32 [V]
+        """Return the vector whose dot product with an item's is the sum of these parts."""
+        parts, start = [], 0
+        shares, history = self.shares(places), vectors[places.clip(min=0)]
+        for name, width in self.widths.items():
+            part = {"model": query, "popularity": np.ones(1, np.float32)}.get(name)
+            if part is None:
+                part = shares @ history[:, start : start + width]
+            parts.append(self.weights[name] * part)
+            start += width
+        return np.concatenate(parts).astype(np.float32)
+
+    def search(
+        self,
+        query: np.ndarray,  # float32 [V]
+        history: np.ndarray,  # int64 [H] places, -1: no item
+        nearest: np.ndarray,  # int64 places of the index's best
+        vectors: np.ndarray,  # float32 [I, V]
+    ) -> tuple[np.ndarray, np.ndarray]:  # float32, int64, of the best and of neighbours
+        """Return scores and places of the best items by all parts, best first."""
+        is_item = history >= 0
+        shares = csr_matrix(self.shares(history)[is_item])
+        near = (shares @ self.neighbours[history[is_item]]).tocsr()
+        places = np.union1d(nearest, near.indices)
+        scores = vectors[places] @ query
+        scores[np.searchsorted(places, near.indices)] += near.data
+        best = np.argsort(-scores, kind="stable")
+        return scores[best], places[best]

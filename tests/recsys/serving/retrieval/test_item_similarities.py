@@ -1,0 +1,57 @@
+"""Similarities of items equal sets of users, and TF-IDF by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy.sparse import csr_matrix
+
+from recsys.serving.retrieval import item_similarities
+from recsys.serving.retrieval.item_similarities import nearest, text_vectors, user_similarities
+from tests.recsys.serving.retrieval.test_baselines import events, similarity
+
+
+def test_similarities_are_shrunk_cosines_by_users() -> None:
+    expected = [[similarity(first, second) for second in range(5)] for first in range(5)]
+    np.testing.assert_allclose(user_similarities(*events(), 5).toarray(), expected, rtol=1e-6)
+
+
+def test_the_last_events_of_a_user_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(item_similarities, "MOST_EVENTS", 2)
+    users, items = np.array([7, 8, 7, 8, 7]), np.array([0, 3, 1, 4, 2])
+    shared = user_similarities(users, items, 5).toarray() > 0
+    assert np.argwhere(shared).tolist() == [[1, 2], [2, 1], [3, 4], [4, 3]]
+
+
+def test_a_rare_word_counts_more_and_a_repeated_one_by_its_logarithm() -> None:
+    vectors = text_vectors(["Red, red house", "red ink", "", "a ink"]).toarray()
+    red, house = (1 + math.log(2)) * (1 + math.log(5 / 3)), 1 + math.log(5 / 2)
+    length = math.hypot(red, house)
+    np.testing.assert_allclose(vectors[0], [red / length, house / length, 0], rtol=1e-6)
+    np.testing.assert_allclose(vectors[1], [0.5**0.5, 0, 0.5**0.5], rtol=1e-6)
+    assert vectors[2].tolist() == [0, 0, 0] and vectors[3].tolist() == [0, 0, 1]
+
+
+def test_vectors_are_those_of_scikit_learn() -> None:
+    text = pytest.importorskip("sklearn.feature_extraction.text")
+    texts = ["a red house", "red ink red", "", "the house of ink"]
+    words = text.TfidfVectorizer(sublinear_tf=True)
+    expected = words.fit_transform(texts)
+    np.testing.assert_allclose(
+        (text_vectors(texts) @ text_vectors(texts).T).toarray(),
+        (expected @ expected.T).toarray(),
+        atol=1e-6,
+    )
+
+
+def test_the_nearest_items_are_those_of_the_full_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(item_similarities, "ITEMS_PER_BLOCK", 3)
+    vectors = csr_matrix(np.random.default_rng(0).random((7, 4)))  # without ties
+    products = (vectors @ vectors.T).toarray()
+    np.fill_diagonal(products, 0)
+    for count in (1, 3, 7):
+        least = -np.sort(-products, axis=1)[:, [count - 1]]
+        expected = np.where(products >= least, products, 0)
+        np.testing.assert_allclose(nearest(vectors, count).toarray(), expected, rtol=1e-6)
