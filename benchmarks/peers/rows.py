@@ -12,11 +12,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
-from recsys.build import Job, build_job
+from recsys.build import build_job
 from recsys.config import Config, load_config, to_plain
-from recsys.content.encoders.base import Encoder, mean_token
 from recsys.data.events.samples import SPLITS
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import RAW_GROUP
@@ -24,8 +22,7 @@ from recsys.data.row_source import open_rows
 from recsys.data.schema import Schema, load_schema
 from recsys.distributed.ranks import joined_ranks
 from recsys.search.search import dataset_digest
-from recsys.serving.new_items.item_encoder import ITEMS_PER_CALL
-from recsys.serving.retrieval.item_vectors import unit
+from recsys.serving.retrieval.nearest_items import encoder_means
 from recsys.storage.files import whole_folder
 from recsys.storage.location import Location
 
@@ -114,25 +111,6 @@ def _vectors(data: str, config: Config) -> tuple[np.ndarray, np.ndarray]:
         job = build_job(config, data, ranks)
         assert job.store is not None and job.em3.content is not None
         rows = np.arange(job.schema.columns[job.schema.target_item].num_embeddings)
-        vectors = frozen_vectors(job, rows)
+        vectors = encoder_means(job, rows)
         widths = [int(encoder.output_dim) for encoder in job.em3.content.encoders.values()]
     return vectors, np.array(widths)
-
-
-@torch.no_grad()
-def frozen_vectors(
-    job: Job,
-    rows: np.ndarray,  # int64 [I]
-) -> np.ndarray:  # float32 [I, V]
-    """Return the outputs of a job's frozen encoders for items, of unit length by modality."""
-    branch, store = job.em3.content, job.store
-    assert branch is not None and store is not None
-    blocks = []
-    for start in range(0, len(rows), ITEMS_PER_CALL):
-        content, means = store.gather(rows[start : start + ITEMS_PER_CALL]), []
-        for name, encoder in branch.encoders.items():
-            assert isinstance(encoder, Encoder)
-            tokens = encoder.encode(content[name])
-            means.append(unit(mean_token(tokens.values, tokens.mask).float().numpy()))
-        blocks.append(np.concatenate(means, axis=1))
-    return np.concatenate(blocks)

@@ -11,29 +11,33 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from jsonargparse import auto_cli
+from torch import Tensor
 
 from benchmarks.results import RESULTS, Result, write_result
 from recsys.distributed.ranks import joined_ranks
-from recsys.serving.retrieval.baselines import compare_with_baselines
+from recsys.serving.retrieval.baselines import compare_with_baselines, interval
 
 
-def next_item(runs: list[Path], results: Path = RESULTS) -> None:
+def next_item(runs: list[Path], results: Path = RESULTS, page: str = "next_item") -> None:
     """Compare runs with baselines and write the page.
 
     Args:
         runs: finished runs of two_tower on one dataset.
         results: folder for the figures.
+        page: name of its files, such as next_item_movielens.
 
     Raises:
         ValueError: a run is not finished, or no retrieval model.
     """
     with joined_ranks("cpu") as ranks:
-        reports = [compare_with_baselines(run, None, ranks) for run in runs]
-    write_result(_result(reports), results)
+        compared = [compare_with_baselines(run, None, ranks) for run in runs]
+    reports, gains = map(list, zip(*compared, strict=True))
+    write_result(_result(page, reports, gains), results)
 
 
-def _result(reports: list[dict[str, Any]]) -> Result:
+def _result(page: str, reports: list[dict[str, Any]], gains: list[dict[str, Tensor]]) -> Result:
     parts = [("all", name) for name in reports[0]["model"]["all"] if "@" in name]
     parts.append(("unseen", parts[0][1]))
     rows = [[name, *(_mean_cell(reports, name, *part) for part in parts)] for name in reports[0]]
@@ -43,12 +47,15 @@ def _result(reports: list[dict[str, Any]]) -> Result:
         f"Means of {len(reports)} runs on {counts['all']['num_samples']:,} test rows, "
         f"{counts['unseen']['num_samples']:,} of them of items without a training row, by exact "
         "search of all items. The weights of a blend and the decay of a history are chosen on "
-        "validation. Content neighbours have the content vectors of the run.",
-        *(_gain(reports, number, name) for number in range(len(reports)) for name in MODELS),
+        "validation. `content` compares the content vectors of the run, `encoders` the outputs of "
+        "its encoders, `text` the words by TF-IDF. `blend` has all baselines; `blend with model`, "
+        "which `export-vectors --blend true` serves, has the model, the nearest texts, and the "
+        "baselines but encoders and text.",
+        *(_gain(gains, name) for name in MODELS),
     ]
     records = [{"benchmark": "next_item", "run": n, **report} for n, report in enumerate(reports)]
     title = "Does a sequence tower find the next item better than item-CF, content and their blend?"
-    return Result("next_item", title, records, columns, rows, None, reading)
+    return Result(page, title, records, columns, rows, None, reading)
 
 
 MODELS = ("model", "blend with model")
@@ -59,10 +66,11 @@ def _mean_cell(reports: list[dict[str, Any]], name: str, part: str, metric: str)
     return "-" if None in values else f"{fmean(values):.4f}"
 
 
-def _gain(reports: list[dict[str, Any]], number: int, name: str) -> str:
-    mean, low, high = reports[number][name]["gain over blend"]
+def _gain(gains: list[dict[str, Tensor]], name: str) -> str:
+    over_runs = torch.stack([run[name] - run["blend"] for run in gains]).mean(dim=0)
+    mean, low, high = interval(over_runs)
     return (
-        f"Run {number + 1}, {name} over the blend, NDCG at the first depth: {mean:+.4f} "
+        f"{name} over blend, NDCG at the first depth, mean of the runs: {mean:+.4f} "
         f"[{low:+.4f}, {high:+.4f}], 95 % over rows."
     )
 

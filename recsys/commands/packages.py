@@ -219,7 +219,7 @@ def baselines(run: Path, data: str | None = None) -> None:
     from recsys.storage.files import write_whole
 
     with joined_ranks("cpu") as ranks:
-        reports = compare_with_baselines(run, data, ranks)
+        reports, _ = compare_with_baselines(run, data, ranks)
     print_table(format_baselines(reports))
     write_whole(run / "baselines_test.json", json.dumps(reports, indent=2) + "\n")
 

@@ -25,6 +25,7 @@ from scipy.sparse import csr_matrix
 from recsys.build import Job
 from recsys.checkpoint.run_folder import read_item_counts
 from recsys.config.ranking import RetrievalSettings
+from recsys.content.encoders.base import Encoder
 from recsys.data.item_frequency import ItemCounts, frequency_masks
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.columns import RowColumns
@@ -36,13 +37,14 @@ from recsys.evaluation.availability import LaterItems, later_items
 from recsys.evaluation.evaluate import score, split_interactions
 from recsys.evaluation.predict import load_run
 from recsys.evaluation.retrieval import TIE, catalogue_vectors, retrieval_metrics, row_gains
-from recsys.serving.retrieval.item_similarities import (
+from recsys.serving.retrieval.item_vectors import item_vectors, unit
+from recsys.serving.retrieval.nearest_items import (
+    encoder_means,
     item_texts,
     nearest,
     text_vectors,
     user_similarities,
 )
-from recsys.serving.retrieval.item_vectors import item_vectors, unit
 
 logger = logging.getLogger(__name__)
 DECAYS = (0.3, 0.5, 0.8, 1.0)  # weight of an item of the history beside that of the next newer one
@@ -108,6 +110,7 @@ class Catalogue:
     popularity: float32 [I], logarithms of counts.
     similar, near_texts: [I, I], by users, and by text to the nearest items.
     content, vectors: float32 [I, D], unit content vectors and the model's.
+    encoders: float32 [I, V], unit mean outputs of the encoders.
     texts: TF-IDF vectors [I, W].
     repeats: whether items of the history may be taken again.
     """
@@ -118,19 +121,22 @@ class Catalogue:
     vectors: np.ndarray
     texts: csr_matrix | None = None
     near_texts: csr_matrix | None = None
+    encoders: np.ndarray | None = None
     repeats: bool = False
 
     @property
     def baselines(self) -> tuple[str, ...]:
         names = ["popularity", "item_cf"]
         names += ["content"] if self.content is not None else []
+        names += ["encoders"] if self.encoders is not None else []
         names += ["text"] if self.texts is not None else []
         return (*names, *(["repeat"] if self.repeats else []))
 
     @property
     def served(self) -> tuple[str, ...]:
         """Parts of the blend with the model."""
-        names = ("near_text" if name == "text" else name for name in self.baselines)
+        texts = {"text": "near_text"}
+        names = (texts.get(name, name) for name in self.baselines if name != "encoders")
         return (*names, "model")
 
     def scores(
@@ -142,6 +148,7 @@ class Catalogue:
             "popularity": lambda: np.broadcast_to(self.popularity, history.shape),
             "item_cf": lambda: (history @ self.similar).toarray(),
             "content": lambda: (history @ self.content) @ self.content.T,  # type: ignore[union-attr]
+            "encoders": lambda: (history @ self.encoders) @ self.encoders.T,  # type: ignore[union-attr]
             "text": lambda: ((history @ self.texts) @ self.texts.T).toarray(),  # type: ignore[union-attr]
             "near_text": lambda: (history @ self.near_texts).toarray(),
             "repeat": history.toarray,
@@ -212,10 +219,13 @@ def _ndcg(scores: np.ndarray, rows: QueryRows, settings: RetrievalSettings) -> f
     return float(retrieval_metrics(above, tied, rows.weights, [depth])[f"ndcg@{depth}"])
 
 
-def compare_with_baselines(run: Path, data: str | None, ranks: Ranks) -> dict[str, Any]:
+def compare_with_baselines(
+    run: Path, data: str | None, ranks: Ranks
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return `retrieval_metrics` on test of baselines, of a run's model and of blends, by name.
 
     `gain over blend` has the difference of NDCG at the first depth, with its interval over rows.
+    The second result is that NDCG of each row [R], by name.
 
     Raises:
         ValueError: the run is not finished, is no retrieval model, or has no history.
@@ -244,8 +254,8 @@ def compare_with_baselines(run: Path, data: str | None, ranks: Ranks) -> dict[st
             for part, mask in frequency_masks(rows.counts).items()
         }
     for name in ("model", "blend with model"):
-        reports[name]["gain over blend"] = _interval(gains[name] - gains["blend"], rows.weights)
-    return reports
+        reports[name]["gain over blend"] = interval(gains[name] - gains["blend"], rows.weights)
+    return reports, gains
 
 
 def blend_to_serve(run: Path, job: Job) -> tuple[Catalogue, Blend]:
@@ -269,7 +279,7 @@ def _settings_with_vectors(run: Path, job: Job) -> RetrievalSettings:
     return settings
 
 
-def _interval(differences: torch.Tensor, weights: torch.Tensor | None) -> list[float]:  # [R]
+def interval(differences: torch.Tensor, weights: torch.Tensor | None = None) -> list[float]:  # [R]
     """Return the mean, and its 95 % interval over rows: 1.96 standard errors to either side."""
     shares = torch.ones_like(differences) if weights is None else weights.double()
     shares = shares / shares.sum()
@@ -326,8 +336,16 @@ def _read_catalogue(job: Job, settings: RetrievalSettings) -> tuple[np.ndarray, 
     similar = user_similarities(users, taken, len(items))
     texts = _read_texts(job)
     near_texts = None if texts is None else nearest(texts, TEXT_NEIGHBOURS)
-    matrices = similar, content, vectors.float().numpy(), texts, near_texts
+    matrices = similar, content, vectors.float().numpy(), texts, near_texts, _encoders(job, items)
     return items, Catalogue(popularity, *matrices, repeats=not settings.exclude_seen)
+
+
+def _encoders(job: Job, items: np.ndarray) -> np.ndarray | None:  # [I, V]
+    branch = job.em3.content
+    if branch is None or not all(isinstance(part, Encoder) for part in branch.encoders.values()):
+        return None
+    vectors = encoder_means(job, items)
+    return vectors / np.float32(len(branch.encoders) ** 0.5)
 
 
 def _read_texts(job: Job) -> csr_matrix | None:  # [I, W]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from recsys.serving.retrieval import item_similarities
-from recsys.serving.retrieval.item_similarities import nearest, text_vectors, user_similarities
+from recsys.serving.retrieval import nearest_items
+from recsys.serving.retrieval.nearest_items import nearest, text_vectors, user_similarities
 from tests.recsys.serving.retrieval.test_baselines import events, similarity
 
 
@@ -19,7 +19,7 @@ def test_similarities_are_shrunk_cosines_by_users() -> None:
 
 
 def test_the_last_events_of_a_user_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(item_similarities, "MOST_EVENTS", 2)
+    monkeypatch.setattr(nearest_items, "MOST_EVENTS", 2)
     users, items = np.array([7, 8, 7, 8, 7]), np.array([0, 3, 1, 4, 2])
     shared = user_similarities(users, items, 5).toarray() > 0
     assert np.argwhere(shared).tolist() == [[1, 2], [2, 1], [3, 4], [4, 3]]
@@ -47,7 +47,7 @@ def test_vectors_are_those_of_scikit_learn() -> None:
 
 
 def test_the_nearest_items_are_those_of_the_full_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(item_similarities, "ITEMS_PER_BLOCK", 3)
+    monkeypatch.setattr(nearest_items, "ITEMS_PER_BLOCK", 3)
     vectors = csr_matrix(np.random.default_rng(0).random((7, 4)))  # without ties
     products = (vectors @ vectors.T).toarray()
     np.fill_diagonal(products, 0)

@@ -1,11 +1,11 @@
-"""Similarities of items: by their users (item-CF) and by their texts (TF-IDF).
+"""Similarities of items: by their users (item-CF), texts (TF-IDF) and outputs of encoders.
 
 Item-CF is item-based collaborative filtering (Sarwar et al., WWW 2001): the cosine of the items'
 users, times n / (n + SIGNIFICANCE) for n users of both (Herlocker et al., SIGIR 1999). TF-IDF
 weighs a word by (1 + log of its count) * (1 + log((1 + I) / (1 + items with it))), and an item's
 vector has length one (Salton and Buckley, 1988).
 
-Shapes: N events, I items, W words, K neighbours.
+Shapes: N events, I items, W words, K neighbours, V width of all modalities.
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ import re
 from collections.abc import Iterable
 
 import numpy as np
+import torch
 from scipy.sparse import csr_matrix, diags, vstack
 
+from recsys.build import Job
+from recsys.content.encoders.base import Encoder, mean_token
 from recsys.data.items.item_table import ItemTable
+from recsys.serving.new_items.item_encoder import ITEMS_PER_CALL
+from recsys.serving.retrieval.item_vectors import unit
 
 SIGNIFICANCE = 10
 MOST_EVENTS = 1000  # of a user, the last ones, which pair: the cost grows with their square
@@ -95,3 +100,19 @@ def nearest(vectors: csr_matrix, count: int) -> csr_matrix:  # [I, W] -> float32
     joined = vstack(blocks, format="csr")
     joined.eliminate_zeros()
     return joined
+
+
+@torch.no_grad()
+def encoder_means(job: Job, rows: np.ndarray) -> np.ndarray:  # int64 [I] -> float32 [I, V]
+    """Return the mean output tokens of a job's encoders for items, of unit length by modality."""
+    branch, store = job.em3.content, job.store
+    assert branch is not None and store is not None
+    blocks = []
+    for start in range(0, len(rows), ITEMS_PER_CALL):
+        content, means = store.gather(rows[start : start + ITEMS_PER_CALL]), []
+        for name, encoder in branch.encoders.items():
+            assert isinstance(encoder, Encoder)
+            tokens = encoder.encode(content[name])
+            means.append(unit(mean_token(tokens.values, tokens.mask).float().numpy()))
+        blocks.append(np.concatenate(means, axis=1))
+    return np.concatenate(blocks)
