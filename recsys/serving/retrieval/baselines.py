@@ -37,7 +37,7 @@ from recsys.evaluation.availability import LaterItems, later_items
 from recsys.evaluation.evaluate import score, split_interactions
 from recsys.evaluation.predict import load_run
 from recsys.evaluation.retrieval import TIE, catalogue_vectors, retrieval_metrics, row_gains
-from recsys.serving.retrieval.item_vectors import item_vectors, unit
+from recsys.serving.retrieval.catalogue import item_vectors, unit
 from recsys.serving.retrieval.nearest_items import (
     encoder_means,
     item_texts,
@@ -133,7 +133,7 @@ class Catalogue:
         return (*names, *(["repeat"] if self.repeats else []))
 
     @property
-    def served(self) -> tuple[str, ...]:
+    def served_parts(self) -> tuple[str, ...]:
         """Parts of the blend with the model."""
         texts = {"text": "near_text"}
         names = (texts.get(name, name) for name in self.baselines if name != "encoders")
@@ -238,7 +238,7 @@ def compare_with_baselines(
     rows = _read_rows(job, "test", items, counts)
     baselines = catalogue.baselines
     compared: dict[str, tuple[str, ...]] = {name: (name,) for name in (*baselines, "model")}
-    compared |= {"blend": baselines, "blend with model": catalogue.served}
+    compared |= {"blend": baselines, "blend with model": catalogue.served_parts}
     reports, gains = {}, {}
     for name, parts in compared.items():
         blend = choose_blend(catalogue, valid, parts, settings)
@@ -263,7 +263,7 @@ def blend_to_serve(run: Path, job: Job) -> tuple[Catalogue, Blend]:
     settings = _settings_with_vectors(run, job)
     items, catalogue = _read_catalogue(job, settings)
     valid = _read_rows(job, "valid", items, read_item_counts(run, job.schema.item_id_limit))
-    return catalogue, choose_blend(catalogue, valid, catalogue.served, settings)
+    return catalogue, choose_blend(catalogue, valid, catalogue.served_parts, settings)
 
 
 def _settings_with_vectors(run: Path, job: Job) -> RetrievalSettings:

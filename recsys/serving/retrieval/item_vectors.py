@@ -20,13 +20,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.content.vectors import ContentVectors
-from recsys.data.items.item_table import ItemTable
-from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
-from recsys.evaluation.retrieval import catalogue_of, catalogue_vectors
+from recsys.evaluation.retrieval import catalogue_of
 from recsys.extras import missing_extra
 from recsys.model.tables import pooled_features
 from recsys.ranking.generative import Generative
@@ -35,7 +32,6 @@ from recsys.ranking.two_tower import QueryTower
 from recsys.ranking.vectors import IDVectors
 from recsys.serving.export import (
     PackagedModel,
-    encoded_blocks,
     load_for_export,
     top_k,
     write_package,
@@ -43,6 +39,13 @@ from recsys.serving.export import (
 from recsys.serving.package import GRAPH, BaseManifest, Manifest, write_manifest
 from recsys.serving.ranking_graph import CandidateBatch
 from recsys.serving.requests import request_columns
+from recsys.serving.retrieval.catalogue import (
+    ItemVectors,
+    VectorKind,
+    item_vectors,
+    raw_ids,
+    unit,
+)
 from recsys.serving.retrieval.code_index import write_decoder
 from recsys.serving.scorer import Scorer
 from recsys.storage.files import whole_folder
@@ -132,12 +135,6 @@ def require_faiss() -> Any:
     return faiss
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:  # [I, V] -> [I, V]
-    """Return the vectors with length one; a vector of zeros stays."""
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
-
-
 def build_index(vectors: np.ndarray, kind: IndexKind) -> Any:  # float32 [I, V]
     """Build an index by dot product: of all vectors, of clusters, or a graph of neighbours."""
     faiss = require_faiss()
@@ -176,8 +173,6 @@ def search_index(
     return index.search(queries, min(count, index.ntotal), params=parameters)
 
 
-VectorKind = Literal["content", "item_tower", "codes"]
-
 VECTORS, ITEMS, INDEX, QUERIES = "vectors.npy", "items.parquet", "index.faiss", "queries"
 
 
@@ -197,15 +192,6 @@ class VectorsManifest(BaseManifest):
     tower: dict[str, Any] = field(default_factory=dict)  # size and hashes of the tower's graph
     decoder: dict[str, int] = field(default_factory=dict)  # sizes, of codes
     blend: dict[str, Any] = field(default_factory=dict)  # decay, weights and widths of its parts
-
-
-@dataclass(frozen=True)
-class ItemVectors:
-    """Vectors of the same items: rows of the item's table, raw ids and vectors, by place."""
-
-    rows: np.ndarray  # int64 [I], rising
-    ids: pa.Array  # int64 or string [I]
-    vectors: np.ndarray  # float32 [I, V]; int64 [I, L + 2] of codes
 
 
 def export_vectors(
@@ -292,7 +278,7 @@ def _write(
 
 def _blended_vectors(folder: Path, run: Path, job: Job) -> tuple[ItemVectors, dict[str, Any]]:
     """Write the neighbours of a blend; return its vectors, and its entry in the manifest."""
-    # Both import this module, and SciPy, which no other vectors need.
+    # They import SciPy, which no other vectors need.
     from recsys.serving.retrieval.baselines import blend_to_serve
     from recsys.serving.retrieval.served_blend import ServedBlend
 
@@ -302,56 +288,3 @@ def _blended_vectors(folder: Path, run: Path, job: Job) -> tuple[ItemVectors, di
     logger.info("blend: decay %s, weights %s", blend.decay, dict(blend.weights))
     entry = {"decay": served.decay, "weights": served.weights, "widths": served.widths}
     return ItemVectors(np.asarray(catalogue_of(job)), raw_ids(job), vectors), entry
-
-
-def item_vectors(job: Job, kind: VectorKind) -> ItemVectors:
-    """Compute the vectors of the items that `recsys evaluate` ranks. A collective.
-
-    Raises:
-        ValueError: the run has no content, or raw ids are not known.
-    """
-    ids = raw_ids(job)
-    if kind == "codes":
-        assert isinstance(job.em3.ranking, Generative)
-        rows = np.asarray(catalogue_of(job))
-        codes = job.em3.ranking.table.numpy()[rows]
-        has_codes = codes[:, -1] > 0
-        return ItemVectors(rows[has_codes], ids.filter(pa.array(has_codes)), codes[has_codes])
-    if kind == "item_tower":
-        items, vectors = catalogue_vectors(job, Lockstep(job.ranks))
-        return ItemVectors(items.numpy(), ids, vectors.float().numpy())
-    branch, store, rows = job.em3.content, job.store, np.asarray(catalogue_of(job))
-    if branch is None or store is None:
-        raise ValueError(
-            "the run has no content (its setting is `content: none`); give a run with content, or "
-            "one of two_tower with --vectors item_tower"
-        )
-    blocks = [
-        block[:, : branch.dim].float().numpy() for block in encoded_blocks(branch, store, rows)
-    ]
-    return ItemVectors(rows, ids, np.concatenate(blocks))
-
-
-def raw_ids(job: Job) -> pa.Array:
-    """Return the raw ids of the items that `recsys evaluate` ranks; ValueError: they are hashed."""
-    schema = job.schema
-    if schema.items is not None:
-        store = job.store
-        table = store.items if store else ItemTable(job.root, schema, job.config.on_bad_row)
-        chunks = [_plain(chunk) for _, _, chunk in table.chunks(schema.items.id)]
-        return pa.concat_arrays(chunks).take(pa.array(table.rows[np.argsort(table.ids)]))
-    vocabulary = schema.vocabularies.get(schema.target_item)
-    if vocabulary is None:
-        return pa.array(np.arange(schema.num_items))
-    if isinstance(vocabulary, ExactVocabulary):
-        return _plain(vocabulary.ids)
-    raise ValueError(
-        f"{job.root}/schema.yaml: ids of '{schema.target_item}' are hashed, so that vectors cannot "
-        "be named; write the items to items/*.parquet and describe them under `items`"
-    )
-
-
-def _plain(ids: pa.Array) -> pa.Array:
-    if pa.types.is_dictionary(ids.type):
-        ids = ids.dictionary_decode()
-    return ids.cast(pa.int64() if pa.types.is_integer(ids.type) else pa.string())

@@ -20,13 +20,13 @@ from scipy.sparse import csr_matrix, diags, vstack
 from recsys.build import Job
 from recsys.content.encoders.base import Encoder, mean_token
 from recsys.data.items.item_table import ItemTable
-from recsys.serving.new_items.item_encoder import ITEMS_PER_CALL
-from recsys.serving.retrieval.item_vectors import unit
+from recsys.serving.retrieval.catalogue import unit
 
 SIGNIFICANCE = 10
 MOST_EVENTS = 1000  # of a user, the last ones, which pair: the cost grows with their square
 WORD = re.compile(r"\w\w+")
-ITEMS_PER_BLOCK = 256
+ITEMS_PER_BLOCK = 256  # whose products with all items are in memory
+ITEMS_PER_CALL = 1024  # of the encoders
 
 
 def user_similarities(
@@ -71,9 +71,9 @@ def text_vectors(texts: Iterable[str]) -> csr_matrix:  # float32 [I, W]
     words: dict[str, int] = {}
     places, lengths = [], []
     for text in texts:
-        found = WORD.findall(text.lower())
-        places += [words.setdefault(word, len(words)) for word in found]
-        lengths.append(len(found))
+        tokens = WORD.findall(text.lower())
+        places += [words.setdefault(token, len(words)) for token in tokens]
+        lengths.append(len(tokens))
     rows = np.repeat(np.arange(len(lengths)), lengths)
     ones = np.ones(len(places), np.float32)
     counts = csr_matrix((ones, (rows, places)), shape=(len(lengths), len(words)))
@@ -92,10 +92,10 @@ def nearest(vectors: csr_matrix, count: int) -> csr_matrix:  # [I, W] -> float32
         products = (vectors[start : start + ITEMS_PER_BLOCK] @ transposed).toarray()
         row = np.arange(len(products))
         products[row, start + row] = 0
-        kept = min(count, products.shape[1])
-        columns = np.argpartition(-products, kept - 1, axis=1)[:, :kept]
+        width = min(count, products.shape[1])
+        columns = np.argpartition(-products, width - 1, axis=1)[:, :width]
         values = np.take_along_axis(products, columns, axis=1)
-        places = np.repeat(row, kept), columns.ravel()
+        places = np.repeat(row, width), columns.ravel()
         blocks.append(csr_matrix((values.ravel(), places), shape=products.shape))
     joined = vstack(blocks, format="csr")
     joined.eliminate_zeros()

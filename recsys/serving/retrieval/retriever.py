@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from recsys.data.parquet.file import column_type, open_parquet
 from recsys.serving.package import GRAPH, read_manifest_of
 from recsys.serving.requests import value_list
+from recsys.serving.retrieval.catalogue import unit
 from recsys.serving.retrieval.code_index import CodeIndex
 from recsys.serving.retrieval.item_vectors import (
     INDEX,
@@ -32,7 +33,6 @@ from recsys.serving.retrieval.item_vectors import (
     VectorsManifest,
     read_index,
     search_index,
-    unit,
 )
 from recsys.serving.retrieval.semantic_ids import read_codes
 from recsys.storage.files import whole_file

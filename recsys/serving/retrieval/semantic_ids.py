@@ -32,11 +32,9 @@ from recsys.evaluation.predict import data_of
 from recsys.evaluation.retrieval import catalogue_of
 from recsys.serving.export import load_for_export
 from recsys.serving.package import BaseManifest, read_manifest_of, write_manifest
+from recsys.serving.retrieval.catalogue import item_vectors, raw_ids, unit
 from recsys.serving.retrieval.item_vectors import (
-    item_vectors,
-    raw_ids,
     require_faiss,
-    unit,
 )
 from recsys.storage.files import link_or_copy, whole_folder
 from recsys.storage.location import Location

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_matrix, identity, load_npz, save_npz
@@ -34,7 +35,7 @@ class ServedBlend:
     @staticmethod
     def of(catalogue: Catalogue, blend: Blend) -> tuple[ServedBlend, np.ndarray]:  # float32 [I, V]
         """Return a blend to serve, and the vectors of its items."""
-        columns = {
+        columns: dict[str, Any] = {
             "model": catalogue.vectors,
             "content": catalogue.content,
             "popularity": catalogue.popularity[:, np.newaxis],
@@ -50,13 +51,13 @@ class ServedBlend:
         neighbours = csr_matrix((len(catalogue.popularity),) * 2, dtype=np.float32)
         for name in weights.keys() & matrices.keys():
             neighbours = neighbours + weights[name] * matrices[name]
-        served = ServedBlend(
+        served_blend = ServedBlend(
             blend.decay,
             {name: float(weights.get(name, 0)) for name in vectors},
             {name: part.shape[1] for name, part in vectors.items()},
             neighbours.astype(np.float32),
         )
-        return served, np.concatenate([*vectors.values()], axis=1)
+        return served_blend, np.concatenate([*vectors.values()], axis=1)
 
     def write(self, folder: Path) -> None:
         save_npz(folder / NEIGHBOURS, self.neighbours)

@@ -19,13 +19,13 @@ from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import load_run
 from recsys.serving.new_items.add import add_items
 from recsys.serving.retrieval import Retrieved, Retriever
+from recsys.serving.retrieval.catalogue import unit
 from recsys.serving.retrieval.item_vectors import (
     INDEX,
     VECTORS,
     build_index,
     export_vectors,
     search_index,
-    unit,
 )
 from tests.recsys.serving.retrieval.retrieval_runs import NUM_ITEMS, liked_rows
 from tests.recsys.test_docstring_examples import run_example

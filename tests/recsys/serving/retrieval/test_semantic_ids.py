@@ -16,7 +16,7 @@ from recsys.cli import main
 from recsys.data.schema import load_schema
 from recsys.distributed.ranks import joined_ranks
 from recsys.serving.retrieval import semantic_ids
-from recsys.serving.retrieval.item_vectors import unit
+from recsys.serving.retrieval.catalogue import unit
 from recsys.serving.retrieval.semantic_ids import (
     Codebooks,
     collision_report,
