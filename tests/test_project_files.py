@@ -44,15 +44,15 @@ def test_workflows_run_every_part_of_the_continuous_integration() -> None:
     parts = re.findall(r"run_part ([\w-]+)", (ROOT / ".ci" / "run").read_text())
     called = {target for workflow in WORKFLOWS for target in made(workflow)}
     # test-long has the wheel's test, and coverage those of test.
-    others = {"coverage", "wheel", "test-lowest", "links"}  # the last needs the network
-    assert {*parts} - {"install-dev"} == called - others
+    not_in_parts = {"coverage", "wheel", "test-lowest", "links"}  # the last needs the network
+    assert {*parts} - {"install-dev"} == called - not_in_parts
 
 
 def test_workflows_test_every_python_that_the_project_names() -> None:
     ci = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     versions = ci["jobs"]["test"]["strategy"]["matrix"]["python"]
-    named = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
-    assert versions == named
+    declared = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
+    assert versions == declared
 
 
 @pytest.mark.parametrize("name", ["bug", "feature"])

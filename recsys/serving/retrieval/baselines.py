@@ -199,8 +199,8 @@ def choose_blend(
         scales = {name: 1 / max(float(parts[name].std()), 1e-12) for name in names}
         weights = {name: float(name == names[-1]) for name in names}
         for name in names * ROUNDS:
-            others = [other for other in names if other != name]
-            rest = sum(weights[other] * scales[other] * parts[other] for other in others)
+            other_parts = [other for other in names if other != name]
+            rest = sum(weights[other] * scales[other] * parts[other] for other in other_parts)
             trials = {}
             for weight in WEIGHTS if len(names) > 1 else (1.0,):
                 scaled = weight * scales[name]
@@ -329,11 +329,11 @@ def _read_catalogue(job: Job, settings: RetrievalSettings) -> tuple[np.ndarray, 
     """Return the ids of all items, ascending, and what the parts know of them."""
     ids, vectors = catalogue_vectors(job, Lockstep(job.ranks))
     items = ids.numpy()
-    users, taken = _read_events(job, items)
+    users, event_items = _read_events(job, items)
     content = None if job.store is None else unit(item_vectors(job, "content").vectors)
-    counts = np.bincount(taken, minlength=len(items))
+    counts = np.bincount(event_items, minlength=len(items))
     popularity = np.log1p(counts).astype(np.float32)
-    similar = user_similarities(users, taken, len(items))
+    similar = user_similarities(users, event_items, len(items))
     texts = _read_texts(job)
     near_texts = None if texts is None else nearest(texts, TEXT_NEIGHBOURS)
     matrices = similar, content, vectors.float().numpy(), texts, near_texts, _encoders(job, items)
@@ -368,8 +368,8 @@ def _read_events(job: Job, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         places = place_of(items, numbers[job.schema.target_item])
         is_taken = (numbers[label] > 0) & (places >= 0)
         columns.append((group[is_taken].astype(np.int64), places[is_taken]))
-    users, taken = (np.concatenate(column) for column in zip(*columns))
-    return users, taken
+    users, event_items = (np.concatenate(column) for column in zip(*columns))
+    return users, event_items
 
 
 def place_of(items: np.ndarray, ids: np.ndarray) -> np.ndarray:  # ascending [I], [N] -> int64 [N]

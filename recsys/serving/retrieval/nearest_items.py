@@ -39,14 +39,16 @@ def user_similarities(
     users, items = users[later < MOST_EVENTS], items[later < MOST_EVENTS]
     number = np.unique(users, return_inverse=True)[1]
     ones = np.ones(len(items), np.float32)
-    taken = csr_matrix((ones, (number, items)), shape=(number.max(initial=-1) + 1, num_items))
-    taken.data[:] = 1  # repeated pairs were added up
-    common = (taken.T @ taken).tocsr()
+    interactions = csr_matrix(
+        (ones, (number, items)), shape=(number.max(initial=-1) + 1, num_items)
+    )
+    interactions.data[:] = 1  # repeated pairs were added up
+    common = (interactions.T @ interactions).tocsr()
     common.setdiag(0)
     common.eliminate_zeros()
     shrunk = common.copy()
     shrunk.data = common.data**2 / (common.data + SIGNIFICANCE)
-    lengths = np.sqrt(np.maximum(np.asarray(taken.sum(axis=0)).ravel(), 1))
+    lengths = np.sqrt(np.maximum(np.asarray(interactions.sum(axis=0)).ravel(), 1))
     scale = diags(1 / lengths)
     return (scale @ shrunk @ scale).tocsr()
 

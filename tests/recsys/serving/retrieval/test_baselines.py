@@ -128,11 +128,11 @@ def test_a_blend_is_chosen_that_no_part_beats_on_validation() -> None:
 
 def test_a_served_blend_finds_what_all_scores_rank_first() -> None:
     items = catalogue()
-    asked = rows([[0, 3], [], [2, -1, 1]], [1, 1, 4])
+    query_rows = rows([[0, 3], [], [2, -1, 1]], [1, 1, 4])
     weights = dict(zip(items.served_parts, (0.3, 5.0, 0.7, 2.0, 0.2, 0.4)))
-    expected = Blend(0.5, weights).scores(items.scores(asked, 0.5, items.served_parts))
+    expected = Blend(0.5, weights).scores(items.scores(query_rows, 0.5, items.served_parts))
     served_blend, vectors = ServedBlend.of(items, Blend(0.5, weights))
-    for row, block in enumerate(asked.blocks(1)):
+    for row, block in enumerate(query_rows.blocks(1)):
         query = served_blend.query(block.queries[0], block.histories, vectors)
         for count in (1, 3, 5):
             by_vectors = np.argsort(-(vectors @ query))[:count]  # what an exact index returns
