@@ -25,7 +25,7 @@ from recsys.serving.retrieval.catalogue import unit
 SIGNIFICANCE = 10
 MOST_EVENTS = 1000  # of a user, the last ones, which pair: the cost grows with their square
 WORD = re.compile(r"\w\w+")
-ITEMS_PER_BLOCK = 256  # whose products with all items are in memory
+PRODUCTS_PER_BLOCK = 2**24  # of items with all items, in memory at a time
 ITEMS_PER_CALL = 1024  # of the encoders
 
 
@@ -90,8 +90,9 @@ def text_vectors(texts: Iterable[str]) -> csr_matrix:  # float32 [I, W]
 def nearest(vectors: csr_matrix, count: int) -> csr_matrix:  # [I, W] -> float32 [I, I]
     """Return for each item the products with the `count` other items that have the highest."""
     blocks, transposed = [], vectors.T.tocsc()
-    for start in range(0, vectors.shape[0], ITEMS_PER_BLOCK):
-        products = (vectors[start : start + ITEMS_PER_BLOCK] @ transposed).toarray()
+    size = max(PRODUCTS_PER_BLOCK // vectors.shape[0], 1)
+    for start in range(0, vectors.shape[0], size):
+        products = (vectors[start : start + size] @ transposed).toarray()
         row = np.arange(len(products))
         products[row, start + row] = 0
         width = min(count, products.shape[1])

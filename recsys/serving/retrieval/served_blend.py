@@ -49,8 +49,9 @@ class ServedBlend:
             "repeat": identity(len(catalogue.popularity), np.float32, "csr"),
         }
         neighbours = csr_matrix((len(catalogue.popularity),) * 2, dtype=np.float32)
-        for name in weights.keys() & matrices.keys():
-            neighbours = neighbours + weights[name] * matrices[name]
+        for name, matrix in matrices.items():
+            if name in weights:
+                neighbours = neighbours + weights[name] * matrix
         served_blend = ServedBlend(
             blend.decay,
             {name: float(weights.get(name, 0)) for name in vectors},

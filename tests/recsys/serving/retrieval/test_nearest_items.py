@@ -47,7 +47,7 @@ def test_vectors_are_those_of_scikit_learn() -> None:
 
 
 def test_the_nearest_items_are_those_of_the_full_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nearest_items, "ITEMS_PER_BLOCK", 3)
+    monkeypatch.setattr(nearest_items, "PRODUCTS_PER_BLOCK", 3 * 7)
     vectors = csr_matrix(np.random.default_rng(0).random((7, 4)))  # without ties
     products = (vectors @ vectors.T).toarray()
     np.fill_diagonal(products, 0)
