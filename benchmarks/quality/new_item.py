@@ -168,8 +168,8 @@ def _result(records: list[dict[str, Any]]) -> Result:
         f"among the copies of the {new:,} items that test takes and training never saw; by chance "
         f"{items / 2:,.0f} and {new / 2:,.0f}. A copy has its texts alone: no row of an ID, no "
         "event, counts of 0. The others have the counts at the end of the log, which include test. "
-        "Drawn negatives of training had an event, so that the model ranks items without one high "
-        "for everyone: the places among the new tell what their texts say."
+        "Negatives that are drawn by popularity are seldom items without an event, so that the "
+        "model ranks those high for everyone: the places among the new tell what their texts say."
     ]
     title = "Where does an item of texts alone rank, for those who took it later?"
     return Result("new_item", title, records, columns, rows, None, reading)
