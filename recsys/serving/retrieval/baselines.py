@@ -191,6 +191,11 @@ def choose_blend(
     catalogue: Catalogue, rows: QueryRows, names: tuple[str, ...], settings: RetrievalSettings
 ) -> Blend:
     """Return the blend of some parts with the highest NDCG of the first depth on some rows."""
+    if not len(rows.targets):
+        raise ValueError(
+            "valid: no row has a positive first label and an item of items/*.parquet, and "
+            "validation chooses the weights; give it such rows"
+        )
     size = max(MOST_SCORES // len(catalogue.popularity), 1)
     rows = rows.block(0, size)
     best, highest = Blend(1.0, {}), -1.0

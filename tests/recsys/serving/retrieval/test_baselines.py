@@ -126,6 +126,11 @@ def test_a_blend_is_chosen_that_no_part_beats_on_validation() -> None:
     assert recall(("item_cf",)) > recall(("popularity",))
 
 
+def test_weights_without_rows_of_validation_are_refused() -> None:
+    with pytest.raises(ValueError, match="validation chooses the weights; give it such rows"):
+        choose_blend(catalogue(), rows([[0]], [1]).block(1, 1), ("item_cf",), RetrievalSettings())
+
+
 def test_a_served_blend_finds_what_all_scores_rank_first() -> None:
     items = catalogue()
     query_rows = rows([[0, 3], [], [2, -1, 1]], [1, 1, 4])
