@@ -106,7 +106,7 @@ class Label:
 
 @dataclass
 class Weight:
-    """How often a row counts in losses and metrics: by a column, or else by labels and actions."""
+    """Weigh rows in losses and metrics by a column, or else by labels and actions."""
 
     column: str | None = None
     labels: dict[str, float] = field(default_factory=dict)  # of rows where one is 1, the first

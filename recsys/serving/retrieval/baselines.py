@@ -238,6 +238,8 @@ def compare_with_baselines(
     job = load_run(run, data, ranks, ranks.device.type)
     settings = _settings_with_vectors(run, job)
     items, catalogue = _read_catalogue(job, settings)
+    # Only the comparison reads them: an export does not run the encoders for all items.
+    catalogue = replace(catalogue, encoders=_encoders(job, items))
     counts = read_item_counts(run, job.schema.item_id_limit)
     valid = _read_rows(job, "valid", items, counts)
     rows = _read_rows(job, "test", items, counts)
@@ -341,7 +343,7 @@ def _read_catalogue(job: Job, settings: RetrievalSettings) -> tuple[np.ndarray, 
     similar = user_similarities(users, event_items, len(items))
     texts = _read_texts(job)
     near_texts = None if texts is None else nearest(texts, TEXT_NEIGHBOURS)
-    matrices = similar, content, vectors.float().numpy(), texts, near_texts, _encoders(job, items)
+    matrices = similar, content, vectors.float().numpy(), texts, near_texts
     return items, Catalogue(popularity, *matrices, repeats=not settings.exclude_seen)
 
 
