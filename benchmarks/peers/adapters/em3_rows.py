@@ -4,8 +4,8 @@ A plain PyTorch model by the authors' code and MMCTR-Bench. The item id is one m
 pools the fused vectors. CIC compares content and id of the target, with the batch as negatives.
 It has no memory bank, LoRA or similarities.
 
-Shapes: N rows, B batch, L history length, I items, U distinct items of a batch, M modalities,
-Q queries, T tokens (Q + 1 + M), D dimension.
+Shapes: N rows, B batch, L history length, I items, K numbers, U distinct items of a batch,
+M modalities, Q queries, T tokens (Q + 1 + M), D dimension.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ class EM3(nn.Module):
     """Ids, stars and histories -> logits and the CIC loss; `vectors` are [I, V] by modality."""
 
     def __init__(
-        self, vectors: list[np.ndarray], num_users: int, settings: dict[str, float]
+        self,
+        vectors: list[np.ndarray],
+        num_users: int,
+        num_numbers: int,
+        settings: dict[str, float],
     ) -> None:
         super().__init__()
         dim, dropout = int(settings["dim"]), settings["dropout"]
@@ -65,7 +69,7 @@ class EM3(nn.Module):
         self.score = nn.Sequential(nn.Linear(8 * dim, 64), nn.PReLU(), nn.Linear(64, 1))
         self.content, self.contrast = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.head = nn.Sequential(
-            *(nn.Linear(4 * dim + 1, 256), nn.ReLU(), nn.Dropout(dropout)),
+            *(nn.Linear(4 * dim + 1 + num_numbers, 256), nn.ReLU(), nn.Dropout(dropout)),
             *(nn.Linear(256, 128), nn.ReLU(), nn.Dropout(dropout), nn.Linear(128, 1)),
         )
         self.weight = settings["contrastive_weight"]
@@ -82,6 +86,7 @@ class EM3(nn.Module):
         users: Tensor,  # [B]
         items: Tensor,  # [B, L + 1], the target last; 0 pads
         stars: Tensor,  # [B, L + 1]
+        numbers: Tensor,  # [B, K]
     ) -> tuple[Tensor, Tensor]:  # [B], []
         """Return the logits and the weighted CIC loss."""
         distinct, places = torch.unique(items, return_inverse=True)
@@ -94,7 +99,9 @@ class EM3(nn.Module):
         fused = target[:, : self.content.in_features]
         content, ids = self.content(fused), self.contrast(self.items(items[:, -1]))
         length = inside.sum(1, keepdim=True).float().log1p()
-        logits = self.head(torch.cat([self.users(users), interest, content, length], dim=1))
+        logits = self.head(
+            torch.cat([self.users(users), interest, content, length, numbers], dim=1)
+        )
         return logits.squeeze(1), self.weight * contrastive(content, ids, items[:, -1])
 
 
@@ -115,6 +122,7 @@ class Columns:
     users: Tensor  # [N]
     items: Tensor  # [N, L + 1]
     stars: Tensor  # [N, L + 1]
+    numbers: Tensor  # [N, K]
     labels: Tensor  # [N]
 
     @classmethod
@@ -127,17 +135,24 @@ class Columns:
             torch.from_numpy(rows.user),
             torch.from_numpy(np.concatenate([items, rows.item[:, None] + 1], axis=1)).long(),
             torch.from_numpy(np.concatenate([stars, target], axis=1)).long(),
+            torch.from_numpy(rows.dense),
             torch.from_numpy(rows.label).float(),
         )
 
     def batches(self, order: np.ndarray, size: int) -> Iterator[tuple[Tensor, ...]]:
-        """Yield users, items, stars and labels, without columns of padding alone."""
+        """Yield users, items, stars, numbers and labels, without columns of padding alone."""
         for first in range(0, len(order), size):
             rows = torch.from_numpy(order[first : first + size])
             items = self.items[rows]
             longest = max(int((items[:, :-1] > 0).sum(1).max()), 1) + 1
             stars = self.stars[rows, -longest:]
-            yield self.users[rows], items[:, -longest:], stars, self.labels[rows]
+            yield (
+                self.users[rows],
+                items[:, -longest:],
+                stars,
+                self.numbers[rows],
+                self.labels[rows],
+            )
 
 
 @torch.no_grad()
@@ -145,7 +160,7 @@ def scores(model: EM3, columns: Columns, size: int) -> np.ndarray:  # [N]
     """Return the logit of each row."""
     model.eval()
     batches = columns.batches(np.arange(len(columns.labels)), size)
-    return torch.cat([model(users, items, stars)[0] for users, items, stars, _ in batches]).numpy()
+    return torch.cat([model(*inputs)[0] for *inputs, _ in batches]).numpy()
 
 
 def parts(num_rows: int, seed: int) -> Iterator[np.ndarray]:
@@ -162,8 +177,8 @@ def train(model: EM3, columns: dict[str, Columns], valid: Rows, job: PeerJob) ->
     best, weights = -1.0, copy.deepcopy(model.state_dict())
     for part in parts(len(columns["train"].labels), job.seed):
         model.train()
-        for users, items, stars, labels in columns["train"].batches(part, size):
-            logits, contrast = model(users, items, stars)
+        for *inputs, labels in columns["train"].batches(part, size):
+            logits, contrast = model(*inputs)
             optimizer.zero_grad()
             (F.binary_cross_entropy_with_logits(logits, labels) + contrast).backward()
             optimizer.step()
@@ -183,8 +198,9 @@ def main() -> None:
     start = time.perf_counter()
     torch.manual_seed(job.seed)
     num_users = max(int(split_rows.user.max()) for split_rows in rows.values()) + 1
-    model = EM3(item_vectors(job.rows), num_users, job.settings)
     columns = {split: Columns.of(split_rows) for split, split_rows in rows.items()}
+    num_numbers = columns["train"].numbers.shape[1]
+    model = EM3(item_vectors(job.rows), num_users, num_numbers, job.settings)
     train(model, columns, rows["valid"], job)
     size = job.settings["batch_size"]
     job.write(start, **{split: scores(model, columns[split], size) for split in ("valid", "test")})

@@ -36,6 +36,7 @@ class Batches:
         self.items = np.concatenate([items, rows.item[:, None] + 1], axis=1)
         self.stars = np.concatenate([stars, np.full((len(rows), 1), TARGET)], axis=1)
         self.lengths = np.minimum(np.diff(rows.offsets), LENGTH)
+        self.numbers = list(rows.dense.T)
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
@@ -53,6 +54,10 @@ class Batches:
         rows = {
             "user": torch.from_numpy(self.rows.user[places]),
             "length": torch.from_numpy(np.log1p(self.lengths[places])).float(),
+            **{
+                f"number_{column}": torch.from_numpy(values[places])
+                for column, values in enumerate(self.numbers)
+            },
             "group": torch.from_numpy(self.rows.user[places]),
             "label": torch.from_numpy(self.rows.label[places]),
         }
@@ -61,14 +66,18 @@ class Batches:
         return rows, item_features, (items[:, :-1] > 0).float()
 
 
-def feature_map(num_users: int, num_items: int, width: int, dim: int, folder: str) -> FeatureMap:
+def feature_map(
+    num_users: int, num_items: int, num_numbers: int, width: int, dim: int, folder: str
+) -> FeatureMap:
     """Describe the columns to FuxiCTR."""
     features = FeatureMap("rows", folder)
     features.labels, features.group_id, features.default_emb_dim = ["label"], "group", dim
     ids = {"type": "categorical", "padding_idx": 0}
+    number = {"type": "numeric", "source": "user"}
     features.features = OrderedDict(
         user={"type": "categorical", "source": "user", "vocab_size": num_users},
-        length={"type": "numeric", "source": "user"},
+        length=number,
+        **{f"number_{column}": number for column in range(num_numbers)},
         group={"type": "meta", "source": ""},
         item={**ids, "source": "item", "vocab_size": num_items + 1},
         stars={**ids, "source": "item", "vocab_size": TARGET + 1},
@@ -93,7 +102,9 @@ def main() -> None:
     }
     users = max(int(split_rows.user.max()) for split_rows in rows.values()) + 1
     folder = str(job.out.parent)
-    features = feature_map(users, *content.shape, dim, folder)
+    num_items, width = content.shape
+    num_numbers = len(batches["train"].numbers)
+    features = feature_map(users, num_items, num_numbers, width, dim, folder)
     model_class = getattr(importlib.import_module(f"model_zoo.LongCTR.{name}.{name}"), name)
     model = model_class(
         features,

@@ -44,6 +44,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.item)
 
+    @property
+    def dense(self) -> np.ndarray:  # float32 [N, K]
+        """The numbers, [N, 0] without them."""
+        return np.zeros((len(self), 0), np.float32) if self.numbers is None else self.numbers
+
     def padded(self, values: np.ndarray, length: int) -> np.ndarray:  # [H] -> [N, L]
         """Return the last `length` values of each history, oldest first, zeros before them."""
         place = self.offsets[1:, None] - np.arange(length, 0, -1)[None, :]

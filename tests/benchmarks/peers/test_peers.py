@@ -146,14 +146,14 @@ def vectors() -> list[np.ndarray]:
 
 def test_padding_changes_no_logit_and_equal_items_are_fused_alike(em3_rows: ModuleType) -> None:
     torch.manual_seed(0)
-    model = em3_rows.EM3(vectors(), 2, SETTINGS).eval()
+    model = em3_rows.EM3(vectors(), 2, 1, SETTINGS).eval()
     users, stars = torch.tensor([0, 1]), torch.tensor([[3, 4, 11], [5, 5, 11]])
     items = torch.tensor([[2, 2, 7], [7, 3, 2]])
-    logits, _ = model(users, items, stars)
-    padded, _ = model(
-        users, torch.nn.functional.pad(items, (2, 0)), torch.nn.functional.pad(stars, (2, 0))
-    )
-    alone, _ = model(users[1:], items[1:], stars[1:])
+    numbers = torch.tensor([[0.5], [2.0]])
+    logits, _ = model(users, items, stars, numbers)
+    padded_items, padded_stars = (torch.nn.functional.pad(part, (2, 0)) for part in (items, stars))
+    padded, _ = model(users, padded_items, padded_stars, numbers)
+    alone, _ = model(users[1:], items[1:], stars[1:], numbers[1:])
     torch.testing.assert_close(padded, logits)
     torch.testing.assert_close(alone, logits[1:])
     torch.testing.assert_close(model.fused(items.flatten())[0], model.fused(torch.tensor([2]))[0])
