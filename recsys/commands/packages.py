@@ -233,11 +233,12 @@ def semantic_ids(
     dataset: Path | None = None,
     data: str | None = None,
     balanced: bool = False,
+    vectors: Literal["content", "item_tower"] | None = None,
 ) -> None:
     """Write codes that similar items share, and print the collision report.
 
     Args:
-        run: finished run with content
+        run: finished run with content, or of two_tower
         out: a folder to make
         levels: codes of each item; default: 3
         codes: codes of each level; default: 256
@@ -246,11 +247,13 @@ def semantic_ids(
         dataset: also write the dataset with a column semantic_ids to this folder
         data: dataset; default: the run's own
         balanced: use the codes of a level alike, as a generative model needs
+        vectors: content, the default, or item_tower of two_tower, whose nearest items also have
+            the same users, so that a generative model finds more
     """
-    if codebooks is not None and (levels or codes or balanced):
+    if codebooks is not None and (levels or codes or balanced or vectors):
         raise ValueError(
-            f"--levels, --codes and --balanced are those of --codebooks {codebooks}; leave them "
-            "out, or leave --codebooks out for new ids"
+            f"--levels, --codes, --balanced and --vectors are those of --codebooks {codebooks}; "
+            "leave them out, or leave --codebooks out for new ids"
         )
     run = require_finished(run)
     require_working_installation()
@@ -261,7 +264,7 @@ def semantic_ids(
     sizes = levels or NUM_LEVELS, codes or NUM_CODES
     with joined_ranks("cpu") as ranks:
         collisions = export_semantic_ids(
-            run, out, *sizes, ranks, data, codebooks, dataset, balanced
+            run, out, *sizes, ranks, data, codebooks, dataset, balanced, vectors or "content"
         )
     print_table(format_collisions(collisions))
     logger.info("written to %s", out)

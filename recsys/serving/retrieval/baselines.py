@@ -20,7 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
 from scipy.sparse import csr_matrix
+from scipy.special import log_softmax
 
 from recsys.build import Job
 from recsys.checkpoint.run_folder import read_item_counts
@@ -48,8 +50,7 @@ from recsys.serving.retrieval.nearest_items import (
 
 logger = logging.getLogger(__name__)
 DECAYS = (0.3, 0.5, 0.8, 1.0)  # weight of an item of the history beside that of the next newer one
-WEIGHTS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-ROUNDS = 2  # in which the weight of each part is chosen anew
+RIDGE = 1e-3  # of the weights of parts with a standard deviation of one
 MOST_SCORES = 2**25  # of the rows that choose the weights; further rows do not
 SCORES_PER_BLOCK = 2**22
 TEXT_NEIGHBOURS = 100
@@ -157,19 +158,27 @@ class Catalogue:
         return {name: parts[name]() for name in names}
 
 
+def candidates(rows: QueryRows, num_items: int, exclude_seen: bool) -> np.ndarray:  # bool [R, I]
+    """Return which items are candidates of each row: its target always, seen ones on request."""
+    row = np.arange(len(rows.targets))
+    is_candidate = np.ones((len(row), num_items), bool)
+    if exclude_seen:
+        owner, is_item = np.repeat(row, rows.lengths), rows.histories >= 0
+        is_candidate[owner[is_item], rows.histories[is_item]] = False
+    if rows.later is not None:
+        is_candidate &= ~rows.later.mask(slice(None), rows.later.items).numpy()
+    is_candidate[row, rows.targets] = True
+    return is_candidate
+
+
 def places(
     scores: np.ndarray, rows: QueryRows, exclude_seen: bool
 ) -> tuple[np.ndarray, np.ndarray]:  # float32 [R, I] -> int64 [R], int64 [R]
-    """Count the other items with a higher and an equal score; seen ones on request do not count."""
+    """Count the other candidates with a higher and an equal score."""
     row = np.arange(len(scores))
     target = scores[row, rows.targets].reshape(-1, 1)
     margin = TIE * np.abs(target)
-    is_other = np.ones(scores.shape, bool)
-    if exclude_seen:
-        owner, is_item = np.repeat(row, rows.lengths), rows.histories >= 0
-        is_other[owner[is_item], rows.histories[is_item]] = False
-    if rows.later is not None:
-        is_other &= ~rows.later.mask(slice(None), rows.later.items).numpy()
+    is_other = candidates(rows, scores.shape[1], exclude_seen)
     is_other[row, rows.targets] = False
     above = (scores > target + margin) & is_other
     tied = (np.abs(scores - target) <= margin) & is_other
@@ -178,7 +187,7 @@ def places(
 
 @dataclass(frozen=True)
 class Blend:
-    """A weighted sum of parts, each divided by its standard deviation on validation."""
+    """A weighted sum of parts."""
 
     decay: float
     weights: Mapping[str, float]
@@ -190,38 +199,55 @@ class Blend:
 def choose_blend(
     catalogue: Catalogue, rows: QueryRows, names: tuple[str, ...], settings: RetrievalSettings
 ) -> Blend:
-    """Return the blend of some parts with the highest NDCG of the first depth on some rows."""
+    """Return the blend of some parts under which the items that rows ask for are likeliest.
+
+    A row's probabilities are the softmax of the blend over its candidates, as in a conditional
+    logit (McFadden 1974). The loss is convex in the weights, which are at least 0.
+    """
     if not len(rows.targets):
         raise ValueError(
             "valid: no row has a positive first label and an item of items/*.parquet, and "
             "validation chooses the weights; give it such rows"
         )
-    size = max(MOST_SCORES // len(catalogue.popularity), 1)
-    rows = rows.block(0, size)
-    best, highest = Blend(1.0, {}), -1.0
+    rows = rows.block(0, max(MOST_SCORES // len(catalogue.popularity), 1))
+    is_candidate = candidates(rows, len(catalogue.popularity), settings.exclude_seen)
+    best, lowest = Blend(1.0, {}), np.inf
     for decay in DECAYS:
         parts = catalogue.scores(rows, decay, names)
-        scales = {name: 1 / max(float(parts[name].std()), 1e-12) for name in names}
-        weights = {name: float(name == names[-1]) for name in names}
-        for name in names * ROUNDS:
-            other_parts = [other for other in names if other != name]
-            rest = sum(weights[other] * scales[other] * parts[other] for other in other_parts)
-            trials = {}
-            for weight in WEIGHTS if len(names) > 1 else (1.0,):
-                scaled = weight * scales[name]
-                trials[weight] = _ndcg(rest + scaled * parts[name], rows, settings)
-                if trials[weight] > highest:
-                    tried = weights | {name: weight}
-                    best = Blend(decay, {part: tried[part] * scales[part] for part in names})
-                    highest = trials[weight]
-            weights[name] = max(trials, key=trials.__getitem__)
+        deviations = np.array([max(float(parts[name].std()), 1e-12) for name in names])
+        # The weight of a part alone changes no order.
+        bounds = [(0, None) if len(names) > 1 else (1, 1)] * len(names)
+        arguments = parts, deviations, rows, is_candidate
+        fit = minimize(cross_entropy, np.ones(len(names)), arguments, jac=True, bounds=bounds)
+        if fit.fun < lowest:
+            lowest = fit.fun
+            best = Blend(decay, dict(zip(names, (fit.x / deviations).tolist(), strict=True)))
     return best
 
 
-def _ndcg(scores: np.ndarray, rows: QueryRows, settings: RetrievalSettings) -> float:
-    depth = settings.depths[0]
-    above, tied = map(torch.from_numpy, places(scores, rows, settings.exclude_seen))
-    return float(retrieval_metrics(above, tied, rows.weights, [depth])[f"ndcg@{depth}"])
+def cross_entropy(
+    weights: np.ndarray,  # [P]
+    parts: Mapping[str, np.ndarray],  # float32 [R, I] each
+    deviations: np.ndarray,  # [P], by which the parts are divided
+    rows: QueryRows,
+    is_candidate: np.ndarray,  # bool [R, I]
+) -> tuple[float, np.ndarray]:
+    """Return the mean cross-entropy of the targets and a small ridge, and its gradient [P]."""
+    row_weights = np.ones(len(rows.targets)) if rows.weights is None else rows.weights.numpy()
+    row_weights = row_weights / row_weights.sum()
+    loss, gradient = RIDGE * float(weights @ weights) / 2, RIDGE * weights
+    size = max(SCORES_PER_BLOCK // is_candidate.shape[1], 1)
+    for first in range(0, len(row_weights), size):
+        block = slice(first, first + size)
+        values = [part[block] / scale for part, scale in zip(parts.values(), deviations)]
+        logits = sum(weight * value for weight, value in zip(weights, values))
+        log_probs = log_softmax(np.where(is_candidate[block], logits, -np.inf), axis=1)
+        target = np.arange(len(log_probs)), rows.targets[block]
+        probabilities, block_weights = np.exp(log_probs), row_weights[block]
+        loss -= float(block_weights @ log_probs[target])
+        gaps = [(probabilities * value).sum(axis=1) - value[target] for value in values]
+        gradient = gradient + np.array([block_weights @ gap for gap in gaps])
+    return loss, gradient
 
 
 def compare_with_baselines(

@@ -1,7 +1,8 @@
 """Semantic ids: a few codes per item, from coarse to fine, that similar items share.
 
-Residual k-means, as in QARM (arXiv 2411.11739), on unit content vectors. An item's codes depend on
-its vector and the codebooks alone. The folder has `items.parquet`, `codebooks.npy` with the centres
+Residual k-means, as in QARM (arXiv 2411.11739), on unit vectors: of content, or of the item tower,
+which also tells who took an item, as in LETTER (arXiv 2405.07314). An item's codes depend on its
+vector and the codebooks alone. The folder has `items.parquet`, `codebooks.npy` with the centres
 of each level, and `collisions.json`. Shapes: I items, D content dimension, L levels, C codes.
 """
 
@@ -13,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -30,12 +31,11 @@ from recsys.data.schema import Schema
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.predict import data_of
 from recsys.evaluation.retrieval import catalogue_of
+from recsys.ranking.two_tower import TwoTower
 from recsys.serving.export import load_for_export
 from recsys.serving.package import BaseManifest, read_manifest_of, write_manifest
-from recsys.serving.retrieval.catalogue import item_vectors, raw_ids, unit
-from recsys.serving.retrieval.item_vectors import (
-    require_faiss,
-)
+from recsys.serving.retrieval.catalogue import VectorKind, item_vectors, raw_ids, unit
+from recsys.serving.retrieval.item_vectors import require_faiss
 from recsys.storage.files import link_or_copy, whole_folder
 from recsys.storage.location import Location
 
@@ -196,11 +196,12 @@ class SemanticManifest(BaseManifest):
     """Contents of a folder of semantic ids."""
 
     run: str
-    model: str | None  # hash of the model whose content vectors were clustered
+    model: str | None  # hash of the model whose vectors were clustered
     target_item: str
     levels: int  # L
     codes: int  # C
     dim: int  # D
+    vectors: str = "content"  # or item_tower: what was clustered
 
 
 def export_semantic_ids(
@@ -213,23 +214,26 @@ def export_semantic_ids(
     codebooks: Path | None = None,
     dataset: Path | None = None,
     balanced: bool = False,
+    vectors: Literal["content", "item_tower"] = "content",
 ) -> dict[str, Any]:
     """Write semantic ids of all items, fitted to trained ones; return the collision report.
 
     Args:
-        run: folder of a finished run with content.
+        run: folder of a finished run with content, or of one with an item tower.
         out: a folder that does not exist; it appears whole or not at all.
         levels: codes of each item, L.
         codes: codes of each level, C.
         ranks: a single process.
         data: dataset whose items get ids; default the dataset of the run.
-        codebooks: an earlier folder of the same run, whose codebooks and sizes are used.
+        codebooks: an earlier folder of the same run, whose codebooks, sizes and kind of vectors are
+            used.
         dataset: also write the dataset with a column of its ranked items' ids, to this folder.
         balanced: use the codes of a level alike.
+        vectors: what is clustered.
 
     Raises:
-        ValueError: a folder exists, the run has no content or fewer trained items than codes, the
-            codebooks are of another model, or FAISS is not installed.
+        ValueError: a folder exists, the run has no such vectors or fewer trained items than codes,
+            the codebooks are of another model, or FAISS is not installed.
     """
     if dataset is not None:
         if dataset.exists():
@@ -239,13 +243,19 @@ def export_semantic_ids(
         require_faiss()
     model = model_of(run)
     books = None if codebooks is None else load_codebooks(codebooks, model)
+    kind = vectors if codebooks is None else _read_manifest(codebooks).vectors
     job = load_for_export(run, out, ranks, data)
+    if kind == "item_tower" and not isinstance(job.em3.ranking, TwoTower):
+        raise ValueError(
+            f"{run}: --vectors item_tower: ranking.name is '{job.config.ranking.name}', which has "
+            "no vectors of items; give a run of two_tower, or --vectors content"
+        )
     # Items without training rows, as of the test split, came later.
     counts = trained_counts(run, job.schema.item_id_limit)
     is_trained = counts.of(np.asarray(catalogue_of(job))) > 0
     if books is None:
         _check_codes(codes, int(is_trained.sum()))
-    items = item_vectors(job, "content")
+    items = item_vectors(job, cast(VectorKind, kind))
     books = books or Codebooks.fit(items.vectors[is_trained], levels, codes, balanced=balanced)
     ids, sizes = books.ids_of(items.vectors), books.centres.shape  # L, C, D
     report = collision_report(ids % sizes[1], items.ids.to_pylist(), sizes[1])
@@ -255,7 +265,7 @@ def export_semantic_ids(
         np.save(partial / CODEBOOKS, books.centres)
         np.save(partial / PRICES, books.prices)
         (partial / COLLISIONS).write_text(json.dumps(report, indent=1) + "\n")
-        manifest = SemanticManifest(str(run), model, job.schema.target_item, *sizes)
+        manifest = SemanticManifest(str(run), model, job.schema.target_item, *sizes, vectors=kind)
         write_manifest(partial, manifest)
         if dataset is not None:
             write_dataset_with(job.root, job.schema, table, COLUMN, books.num_ids, dataset)
@@ -267,7 +277,7 @@ def load_codebooks(folder: Path, model: str | None = None) -> Codebooks:
     manifest = _read_manifest(folder)
     if model is not None and manifest.model != model:
         raise ValueError(
-            f"{folder}: its codebooks are of the model of {manifest.run}, whose content vectors "
+            f"{folder}: its codebooks are of the model of {manifest.run}, whose vectors "
             "another model does not share; name that run, or leave --codebooks out for new ids"
         )
     centres = np.load(folder / CODEBOOKS)

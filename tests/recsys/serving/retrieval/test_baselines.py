@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy as cross_entropy_of_torch
 
 from recsys.cli import main
 from recsys.config import RetrievalSettings
 from recsys.serving.retrieval.baselines import (
+    DECAYS,
+    RIDGE,
     Blend,
     Catalogue,
     QueryRows,
+    candidates,
     choose_blend,
+    cross_entropy,
     interval,
     places,
 )
@@ -111,19 +117,57 @@ def test_rows_count_by_their_weights() -> None:
     assert interval(differences, None)[0] == pytest.approx(2)
 
 
-def test_a_blend_is_chosen_that_no_part_beats_on_validation() -> None:
-    items, settings = catalogue(), RetrievalSettings(depths=[1])
+@pytest.mark.parametrize("exclude_seen", [False, True])
+def test_the_loss_of_weights_and_its_gradient_are_those_of_a_softmax(exclude_seen: bool) -> None:
+    items, valid = catalogue(), rows([[0], [1, 4], [2], [3], [0, 1]], [1, 2, 1, 0, 2])
+    valid = replace(valid, weights=torch.tensor([1.0, 2, 1, 0.5, 1]))
+    parts = items.scores(valid, 0.8, ("popularity", "item_cf", "content"))
+    weights = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64, requires_grad=True)
+    deviations = np.array([1.0, 0.1, 0.5])
+    is_candidate = candidates(valid, 5, exclude_seen)
+
+    loss, gradient = cross_entropy(weights.detach().numpy(), parts, deviations, valid, is_candidate)
+
+    logits = sum(
+        weight * torch.from_numpy(np.array(part)).double() / deviation
+        for weight, part, deviation in zip(weights, parts.values(), deviations, strict=True)
+    )
+    assert isinstance(logits, torch.Tensor) and valid.weights is not None
+    logits = logits.masked_fill(~torch.from_numpy(is_candidate), -torch.inf)
+    row_losses = cross_entropy_of_torch(logits, torch.from_numpy(valid.targets), reduction="none")
+    expected = row_losses @ valid.weights.double() / valid.weights.sum()
+    expected = expected + RIDGE * weights.square().sum() / 2
+    assert loss == pytest.approx(expected.item())
+    expected.backward()
+    assert weights.grad is not None
+    assert gradient.tolist() == pytest.approx(weights.grad.tolist())
+    # An item of the history is no candidate on request, unless it is asked for.
+    assert is_candidate[1].tolist() == [True, not exclude_seen, True, True, not exclude_seen]
+
+
+def test_a_blend_is_as_likely_as_any_other_and_has_no_negative_weight() -> None:
+    items, settings = catalogue(), RetrievalSettings()
     valid = rows([[0], [1], [2], [3], [0, 1]], [1, 2, 1, 0, 2])
     names = ("popularity", "item_cf", "content")
 
-    def recall(blend_of: tuple[str, ...]) -> float:
-        blend = choose_blend(items, valid, blend_of, settings)
-        parts = items.scores(valid, blend.decay, blend_of)
-        above, tied = places(blend.scores(parts), valid, False)
-        return float(((above < 1) / (tied + 1)).mean())
+    def loss(blend: Blend) -> float:
+        parts = items.scores(valid, blend.decay, names)
+        deviations = np.array([part.std() for part in parts.values()])
+        weights = np.array([blend.weights[name] for name in names]) * deviations
+        every = np.ones((5, 5), bool)
+        return cross_entropy(weights, parts, deviations, valid, every)[0]
 
-    assert recall(names) >= max(recall((name,)) for name in names)
-    assert recall(("item_cf",)) > recall(("popularity",))
+    best = choose_blend(items, valid, names, settings)
+
+    assert min(best.weights.values()) >= 0 and max(best.weights.values()) > 0
+    for name in names:
+        for factor in (0.0, 0.9, 1.1):
+            weight = best.weights[name] * factor + 1e-3 * (factor > 1)
+            assert loss(best) <= loss(Blend(best.decay, {**best.weights, name: weight})) + 1e-6
+    for decay in DECAYS:
+        assert loss(best) <= loss(Blend(decay, best.weights)) + 1e-6
+    alone = choose_blend(items, valid, ("content",), settings)
+    assert alone.weights["content"] > 0
 
 
 def test_weights_without_rows_of_validation_are_refused() -> None:

@@ -17,6 +17,7 @@ from recsys.data.schema import load_schema
 from recsys.distributed.ranks import joined_ranks
 from recsys.serving.retrieval import semantic_ids
 from recsys.serving.retrieval.catalogue import unit
+from recsys.serving.retrieval.item_vectors import export_vectors
 from recsys.serving.retrieval.semantic_ids import (
     Codebooks,
     collision_report,
@@ -180,6 +181,19 @@ def test_what_cannot_be_written_is_refused_before_items_are_encoded(
             data = str(semantic / "data")
             export_semantic_ids(run, out, 2, 5, ranks, data, dataset=tmp_path / "data")
     assert not out.exists()
+
+
+def test_codes_of_the_item_tower_are_of_its_vectors(towers: Path, tmp_path: Path) -> None:
+    run, folders = towers / "run", [tmp_path / "ids", tmp_path / "again"]
+    with joined_ranks("cpu") as ranks:
+        export_semantic_ids(run, folders[0], 2, 5, ranks, vectors="item_tower")
+        export_semantic_ids(run, folders[1], 2, 5, ranks, codebooks=folders[0])
+        export_vectors(run, tmp_path / "vectors", "item_tower", None, ranks)
+    expected = load_codebooks(folders[0]).ids_of(np.load(tmp_path / "vectors" / "vectors.npy"))
+    assert len(np.unique(expected, axis=0)) > 5
+    for folder in folders:  # codebooks keep the kind of vectors
+        table = pq.read_table(folder / "items.parquet")
+        assert table["semantic_ids"].to_pylist() == expected.tolist()
 
 
 def test_codebooks_of_another_model_are_refused(semantic: Path) -> None:
