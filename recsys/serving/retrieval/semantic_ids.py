@@ -257,15 +257,16 @@ def export_semantic_ids(
         _check_codes(codes, int(is_trained.sum()))
     items = item_vectors(job, cast(VectorKind, kind))
     books = books or Codebooks.fit(items.vectors[is_trained], levels, codes, balanced=balanced)
-    ids, sizes = books.ids_of(items.vectors), books.centres.shape  # L, C, D
-    report = collision_report(ids % sizes[1], items.ids.to_pylist(), sizes[1])
+    ids, (levels, codes, dim) = books.ids_of(items.vectors), books.centres.shape
+    report = collision_report(ids % codes, items.ids.to_pylist(), codes)
     table = pa.table({job.schema.target_item: items.ids, COLUMN: pa.array(list(ids))})
     with whole_folder(out) as partial:
         pq.write_table(table, partial / ITEMS)
         np.save(partial / CODEBOOKS, books.centres)
         np.save(partial / PRICES, books.prices)
         (partial / COLLISIONS).write_text(json.dumps(report, indent=1) + "\n")
-        manifest = SemanticManifest(str(run), model, job.schema.target_item, *sizes, vectors=kind)
+        target_item = job.schema.target_item
+        manifest = SemanticManifest(str(run), model, target_item, levels, codes, dim, kind)
         write_manifest(partial, manifest)
         if dataset is not None:
             write_dataset_with(job.root, job.schema, table, COLUMN, books.num_ids, dataset)
