@@ -242,6 +242,7 @@ def unprepared_vocabulary(data: Path) -> None:
 
 GOOD = BadInput(bad_settings.nothing, [])
 CONTENT = "content: {modalities: {a: {kind: feature, column: c}}}"
+DAYS = ["day=1/a.parquet", "day=2/a.parquet", "day=3/a.parquet"]
 
 SECTIONS: dict[str, list[Case]] = {
     "Settings": [
@@ -479,17 +480,10 @@ SECTIONS: dict[str, list[Case]] = {
     ],
     "Partitions": [
         partitions(
-            "a partition that comes too late",
-            ["day=1/a.parquet", "day=2/a.parquet", "day=3/a.parquet"],
-            "day=2",
-            "day=3",
-            trained=["day=1", "day=3"],
+            *("a partition that comes too late", DAYS, "day=2", "day=3"), trained=["day=1", "day=3"]
         ),
         partitions(
-            "`--from 3` where day 2 is not trained on",
-            ["day=1/a.parquet", "day=2/a.parquet", "day=3/a.parquet"],
-            "--from 3",
-            "day=2",
+            *("`--from 3` where day 2 is not trained on", DAYS, "--from 3", "day=2"),
             trained=["day=1"],
             span=PartitionRange("3"),
         ),

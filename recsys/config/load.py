@@ -5,7 +5,6 @@ Every field of `Config` is a setting of recipes, and an option `--any.setting VA
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import logging
@@ -220,57 +219,8 @@ def _read_recipe(recipe: str) -> Any:
 def _for_model(recipe: Any, name: str) -> Any:
     if not isinstance(recipe, dict):
         return recipe
-    recipe, section = _without_removed_keys(recipe), recipe.get("ranking")
+    section = recipe.get("ranking")
     return recipe | {"ranking": own_keys(section, name)} if isinstance(section, dict) else recipe
-
-
-# Removed settings of earlier versions: the value that did nothing (...: any), and why it was
-# removed. * is any name.
-REMOVED: dict[tuple[str, ...], tuple[Any, str]] = {
-    ("ranking", "opinions"): (None, "`neighbours: {values: ...}` is in its place"),
-    ("ranking", "opinion_groups"): (..., "see ranking.opinions"),
-    ("ranking", "opinion_dropout"): (..., "see ranking.opinions"),
-    ("content", "sampling", "encoders"): (1, "see content.encoder_share"),
-    ("content", "sampling"): (
-        {"forward": 1, "backward": 1},
-        "vectors of the bank in place of a step's items cost quality; set content.encoder_share",
-    ),
-    ("content", "history", "sorted_cosines"): (0, "no trial showed a gain"),
-    ("contrastive", "learn_temperature"): (False, "no recipe trains it; set temperature"),
-    ("contrastive", "stop_gradient"): ("none", "neither side gained; both get gradients"),
-    ("content", "modalities", "*", "lora", "init_lora_weights"): (True, "adapters start at zero"),
-    ("content", "modalities", "*", "lora", "use_rslora"): (False, "set alpha in its place"),
-    ("content", "history", "same_step"): (True, "histories read the vectors of their own step"),
-    ("ranking", "search"): ("similarity", "SIM searches by similarity"),
-    ("ranking", "category"): (None, "SIM searches by similarity"),
-    ("ranking", "negative_sampling"): ("uniform", "items with training rows are drawn alike"),
-    ("embedding", "index_dedup"): (True, "each item of a batch's histories is looked up once"),
-    ("embedding", "reset_every_epoch"): (
-        False,
-        "new rows in each epoch did not improve ranking beyond chance",
-    ),
-}
-
-
-def _without_removed_keys(recipe: dict[str, Any]) -> dict[str, Any]:
-    recipe = copy.deepcopy(recipe)
-    for (*names, key), (inert, reason) in REMOVED.items():
-        for where, section in _sections(recipe, names):
-            if key in section and (value := section.pop(key)) != inert and inert is not ...:
-                raise ValueError(
-                    f"{where}{key} is {value}, but the setting was removed: {reason}; leave it out"
-                )
-    return recipe
-
-
-def _sections(part: Any, names: list[str], where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the sections of a recipe by their names, of which * is each one, with their place."""
-    if not isinstance(part, dict):
-        return
-    if not names:
-        yield where, part
-    for name in list(part) if names[:1] == ["*"] else names[:1]:
-        yield from _sections(part.get(name), names[1:], f"{where}{name}.")
 
 
 def _without_rows_of_content(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -119,16 +119,12 @@ CHOSEN_BY_USERS = (
 
 
 def with_underscores(words: Sequence[str]) -> list[str]:
-    """Spell options as settings are spelled: `--batch-size 8` as `--batch_size 8`.
-
-    `--warm-start.only` is the earlier spelling of `--warm-start-only`.
-    """
+    """Spell options as settings are spelled: `--batch-size 8` as `--batch_size 8`."""
     return [_with_underscores(word) if word.startswith("--") else word for word in words]
 
 
 def _with_underscores(word: str) -> str:
     option, equals, value = word[2:].partition("=")
-    option = re.sub(r"^warm[-_]start\.", "warm_start_", option)
     name = re.match(CHOSEN_BY_USERS + r"\.([^.]+)", option.replace("-", "_"))
     spelled = option.replace("-", "_")
     if name:  # as long as the option's own spelling of it

@@ -22,7 +22,6 @@ from recsys.data.schema import Schema
 from recsys.storage.files import whole_file
 
 if TYPE_CHECKING:
-    from recsys.data.schema import Schema
     from recsys.distributed.ranks import Ranks
 
 COLD_BELOW = 5  # an item with fewer training rows is cold

@@ -11,11 +11,6 @@ from torch.distributed import _functional_collectives as functional
 from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
-# torch 2.13 renames it.
-_all_gather_autograd = (
-    getattr(functional, "all_gather_single_autograd", None) or functional.all_gather_tensor_autograd
-)
-
 
 def gather_rows(tensor: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
     """Return the rows [N] or [N, D] of all ranks, detached, those of rank 0 first. A collective.
@@ -76,7 +71,7 @@ def _gather_and_scatter(rows: Tensor) -> tuple[Tensor, ...]:  # [N, D] -> [N, D]
     """
     group = dist.group.WORLD
     assert group is not None
-    return _all_gather_autograd(rows.contiguous(), 0, group).chunk(group.size())
+    return functional.all_gather_single_autograd(rows.contiguous(), 0, group).chunk(group.size())
 
 
 def _row_counts(rows: Tensor) -> list[int]:  # [N, D]

@@ -35,7 +35,7 @@ SCALING = f"{MODEL}scaling."  # a number per dense column and list
 MOST_SHAPES = 8  # in a message
 # Parts whose weights make the vectors in the memory bank.
 ENCODING = ("model.content.encoders.", "model.content.projections.", "model.content.fusion.")
-OPTIMIZER_FIX = "set it back, or --warm-start.optimizer false"
+OPTIMIZER_FIX = "set it back, or --warm-start-optimizer false"
 
 
 @dataclass
@@ -192,7 +192,7 @@ def _refuse_shapes(shapes: dict[str, str], differences: Differences) -> None:
         differences.refuse(
             "shapes that do not fit",
             ", ".join(listed) + (f" and {num_unlisted:,} more" if num_unlisted else ""),
-            f"set back what they depend on, or --warm-start.skip {' '.join(patterns)}",
+            f"set back what they depend on, or --warm-start-skip {' '.join(patterns)}",
         )
 
 
@@ -203,7 +203,7 @@ def _check_patterns(plan: WarmStartPlan, state: State) -> None:
         plan.differences.refuse(
             f"'{pattern}'",
             "no parameter of either run has such a name",
-            "correct the pattern of --warm-start.only or skip; one of the names is "
+            "correct the pattern of --warm-start-only or skip; one of the names is "
             f"{min(parameters)}",
         )
 
@@ -225,7 +225,7 @@ def _shared_weights(plan: WarmStartPlan, state: State) -> list[str]:
     shared = sorted((names & stored) - skipped)
     if not shared:
         plan.differences.refuse(
-            "the model", "no parameter is taken over", "name others in --warm-start.only or skip"
+            "the model", "no parameter is taken over", "name others in --warm-start-only or skip"
         )
     return shared
 

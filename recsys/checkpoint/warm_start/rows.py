@@ -66,7 +66,7 @@ def row_map(
     table: str, source: Source, schema: Schema, ranks: Ranks, differences: Differences
 ) -> RowMap | None:
     """Return the map of a table, None if there is none; list what differs. A collective."""
-    part, fix = f"table '{table}'", f"or --warm-start.skip '*.{table}.weight'"
+    part, fix = f"table '{table}'", f"or --warm-start-skip '*.{table}.weight'"
     stored, current = source.schema.vocabulary_of(table), schema.vocabulary_of(table)
     old_rows, num_rows = source.schema.limit(table), schema.limit(table)
     kinds = tuple(None if settings is None else settings.kind for settings in (stored, current))

@@ -172,7 +172,7 @@ def open_source(request: WarmStart, out: Path | None, ranks: Ranks) -> Source:
     folder = best if request.checkpoint == "best" else next(iter(steps), None)
     if folder is None:
         other = "best" if best else "last" if steps else None
-        fix = f"--warm-start.checkpoint {other}" if other else "the folder of a trained run"
+        fix = f"--warm-start-checkpoint {other}" if other else "the folder of a trained run"
         raise ValueError(f"{request.run}: has no {request.checkpoint} checkpoint; give {fix}")
     model = StoredState.open(folder, ranks)
     optimizer: StoredState | None = model
@@ -268,7 +268,7 @@ def compare_settings(source: Source, config: Config, differences: Differences) -
             continue
         change = f"was {short(stored)}, is {short(current)}"
         if name == "ranking.name" and source.request.takes("ranking."):
-            differences.refuse(name, change, "set it back, or --warm-start.skip 'ranking.*'")
+            differences.refuse(name, change, "set it back, or --warm-start-skip 'ranking.*'")
         else:
             differences.add(f"setting {name}", change, short(current))
 
@@ -290,7 +290,7 @@ def compare_encoders(
             is_same = False
             prefixes = f"content.encoders.{name}.", f"content.projections.{name}."
             if any(takes(key) for key in job.model.state_dict() if key.startswith(prefixes)):
-                fix = f"or --warm-start.skip 'content.*.{name}.*'"
+                fix = f"or --warm-start-skip 'content.*.{name}.*'"
                 differences.refuse(f"content.modalities.{name}", str(error), fix)
     if is_same and source.model.manifest["frozen_weights"] != frozen_digest(job):
         differences.refuse(

@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from recsys.data.events.settings import EventsConfig, Negatives
+from recsys.data.events.settings import EventsConfig
 from recsys.data.events.sql import SqlEngine
 from recsys.storage.files import (
     read_json,
@@ -100,10 +100,7 @@ class DailyFolder:
         if not isinstance(stored, dict) or stored.pop("format", None) != FORMAT:
             raise ValueError(f"{file}: no state of this version; prepare into another --out")
         progress = Progress(**stored)
-        # Calls of a version without a setting did what its default does.
-        before = {"partition": EventsConfig.partition} | progress.settings
-        if before["negatives"] is not None:
-            before["negatives"] = asdict(Negatives()) | before["negatives"]
+        before = progress.settings
         for name in sorted(settings.keys() | before.keys()):
             if settings.get(name) != before.get(name):
                 raise ValueError(

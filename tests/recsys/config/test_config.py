@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recsys.config import Config, ContentSettings, load_config, save_config, to_plain
+from recsys.config import Config, ContentSettings, load_config, save_config
 
 RECIPES = sorted((Path(__file__).parents[3] / "recsys" / "recipes").glob("*.yaml"))
 TINY = next(path for path in RECIPES if path.name == "tiny.yaml")
@@ -83,20 +83,6 @@ def test_installed_recipes_are_found_from_any_folder_by_the_name_on_the_pages(
     run_folder.parent.mkdir(parents=True)
     run_folder.write_text("epochs: 77\n")
     assert load_config(name).epochs == 77
-
-
-def test_a_removed_setting_that_did_nothing_loads_and_another_value_is_refused(
-    tmp_path: Path,
-) -> None:
-    plain = to_plain(load_config(TINY))
-    plain["content"]["sampling"] = {"forward": 1.0, "backward": 1.0, "encoders": 1.0}
-    plain["embedding"]["reset_every_epoch"] = False
-    (tmp_path / "same.yaml").write_text(yaml.safe_dump(plain))
-    assert load_config(tmp_path / "same.yaml") == load_config(TINY)
-    plain["embedding"]["reset_every_epoch"] = True
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump(plain))
-    with pytest.raises(ValueError, match=r"other\.yaml: embedding\.reset_every_epoch is True"):
-        load_config(tmp_path / "other.yaml")
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_a_text_that_would_take_long_to_parse_is_refused() -> None:
 
 
 def test_hyphens_and_underscores_spell_the_same_option_except_in_names_that_users_choose() -> None:
-    words = ["--batch-size", "8", "--content.modalities.my-text.max-length=4", "--warm-start.only"]
+    words = ["--batch-size", "8", "--content.modalities.my-text.max-length=4", "--warm-start-only"]
     assert with_underscores(words) == [
         *("--batch_size", "8", "--content.modalities.my-text.max_length=4", "--warm_start_only")
     ]

@@ -255,7 +255,7 @@ def test_a_table_whose_rows_are_of_other_ids_is_refused_with_the_pattern_to_skip
     assert rows is None
     with pytest.raises(ValueError, match=line) as refused:
         differences.check("RUN")
-    assert f"--warm-start.skip '*.{table}.weight'" in str(refused.value)
+    assert f"--warm-start-skip '*.{table}.weight'" in str(refused.value)
 
 
 @pytest.mark.parametrize("ids", [["a", "b"], [1001, 1002]])

@@ -24,7 +24,7 @@ from tests.recsys.checkpoint.warm_start.warm_runs import (
 FAULTS = [
     r"embeddings\.item\.weight \[40, 16\] -> \[40, 8\]",
     r"ranking\.\S+ \[\d+.*\] -> \[.* and \d+ more",
-    r"--warm-start\.skip .*'\*\.item\.\*' .*'ranking\.mlp\*'",
+    r"--warm-start-skip .*'\*\.item\.\*' .*'ranking\.mlp\*'",
     r"'item': rowwise_adagrad before, adagrad now; .*optimizer false",
     r"dense optimizer: adamw.*sgd.*optimizer false",
     r"'rankin\.\*': no parameter",
@@ -103,7 +103,7 @@ def damaged(run: Path) -> None:
     ("change", "line"),
     [
         (shutil.rmtree, "no best checkpoint"),
-        (without_best, r"no best checkpoint; give --warm-start\.checkpoint last"),
+        (without_best, r"no best checkpoint; give --warm-start-checkpoint last"),
         (damaged, r"\.distcp"),
         (lambda run: (run / "schema.yaml").write_text("x: 1"), r"schema\.yaml"),
         (lambda run: (run / "vocabulary" / "item.parquet").unlink(), r"item\.parquet"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -446,22 +445,13 @@ def test_what_does_not_go_on_from_the_calls_before_is_refused(tmp_path: Path) ->
         prepare_events(config, tmp_path / "other", until=DAYS[1])
 
 
-def test_calls_of_a_version_without_a_setting_had_its_default(tmp_path: Path) -> None:
-    negatives = {"per_positive": 1}
-    config, out = write_small(tmp_path, negatives=negatives), tmp_path / "out"
-    prepare_events(config, out, until=DAYS[0])
-    file = out / ".state" / "progress.json"
-    progress = json.loads(file.read_text())
-    del progress["settings"]["partition"]
-    for name in ("available_from", "smoothing"):
-        del progress["settings"]["negatives"][name]
-    file.write_text(json.dumps(progress))
+def test_days_do_not_go_on_by_hours(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare_events(write_small(tmp_path), out, until=DAYS[0])
     with pytest.raises(
         ValueError, match='`partition` was "day" in the calls before, and is "hour"'
     ):
-        hourly = write_small(tmp_path, partition="hour", negatives=negatives)
-        prepare_events(hourly, out, until=DAYS[1])
-    prepare_events(write_small(tmp_path, negatives=negatives), out, until=DAYS[1])
+        prepare_events(write_small(tmp_path, partition="hour"), out, until=DAYS[1])
 
 
 def kill_everywhere(config: Path, folder: Path) -> None:
