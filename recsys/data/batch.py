@@ -2,7 +2,7 @@
 
 Shapes: B batch, N history items of the whole batch, U unique history items, E items to encode,
 C of them that run through trained encoders,
-F dense features, P parallel lists,
+F dense features, P parallel lists, K whole histories, T their items,
 X columns of kind extra, K sampled negatives, C labels, V width of a content vector.
 """
 
@@ -81,6 +81,26 @@ class FurtherHistory:
 
 
 @dataclass
+class WholeHistories:
+    """Histories of which those of a batch are beginnings: K with T items, each read once."""
+
+    index: Tensor  # int64 [T], positions in `History.items`
+    lengths: Tensor  # int64 [K]
+    places: Tensor  # int64 [N], the place among T of each item of the batch's histories
+    rows: Tensor  # int64 [B], the whole history of each target
+    longest: int  # maximum of `lengths`
+    host_lengths: np.ndarray  # `lengths`, which stay on the host
+
+    def among(self, items: np.ndarray) -> WholeHistories:  # int64 [U], ascending
+        """Return the histories of ids in `index` with their positions among `items` in place."""
+        return replace(self, index=torch.searchsorted(torch.from_numpy(items), self.index))
+
+    def jagged(self, num_items: int) -> JaggedHistory:
+        sizes = num_items, self.longest
+        return JaggedHistory.of(self.index, self.lengths, *sizes, self.host_lengths)
+
+
+@dataclass
 class History:
     """The events of the first sequence, and the further sequences in schema order."""
 
@@ -92,6 +112,7 @@ class History:
     unscaled_values: Tensor | None = None  # [N, P], as recorded, if a model standardised them
     host_lengths: np.ndarray | None = None  # `lengths`, which stay on the host
     further: list[FurtherHistory] = field(default_factory=list)
+    whole: WholeHistories | None = None  # of which all are beginnings, if several are of one row
 
     @property
     def recorded_values(self) -> Tensor:

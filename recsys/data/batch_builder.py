@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from recsys.data.all_positions import expanded
 from recsys.data.batch import Batch, BatchContent, FurtherHistory, History, Rows, TargetItems
 from recsys.data.items.content_store import ContentStore
 from recsys.data.parquet.columns import RowColumns
-from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION
+from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION, TARGETS_BEFORE
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import HistoryColumns
 
@@ -104,7 +105,9 @@ class BatchBuilder:
         """Return the batch of these rows: it keeps `RowColumns`, and copies a table."""
         if isinstance(rows, pa.Table):
             rows = RowColumns.of(rows).take(np.arange(rows.num_rows))
-        schema, num_rows = self.schema, rows.num_rows
+        schema, read = self.schema, rows
+        rows, whole = expanded(rows, schema)
+        num_rows = rows.num_rows
         target = rows.numbers[schema.target_item]
         history, history_lengths = np.zeros(0, np.int64), np.zeros(num_rows, np.int64)
         if schema.history:
@@ -123,9 +126,9 @@ class BatchBuilder:
         )
         return Batch(
             dense_features=_columns(rows, schema.of_kind("dense")),
-            sparse_features=self._pooled(rows),
+            sparse_features=self._pooled(read),
             labels=labels,
-            sequence_features=self._sequences(rows, history_items),
+            sequence_features=self._sequences(read, target, history_items),
             rows=self._rows(rows, labels),
             target=TargetItems(torch.from_numpy(target)),
             history=History(
@@ -138,6 +141,7 @@ class BatchBuilder:
                 further=[
                     self._further(rows, columns, content_index) for columns in schema.histories[1:]
                 ],
+                whole=whole and whole.among(history_items),
             ),
             content=BatchContent(
                 items=torch.from_numpy(content_items),
@@ -154,6 +158,8 @@ class BatchBuilder:
         rows = Rows(positions, torch.from_numpy(columns.numbers[group]))
         if not self.with_labels:
             return rows
+        if TARGETS_BEFORE in columns.numbers:  # ranks have unlike numbers of targets
+            rows.weights = (positions >= 0).float()
         if schema.weight:
             rows.weights = torch.from_numpy(columns.numbers[schema.weight])
         if any(column.nullable for column in schema.columns.values()):
@@ -179,13 +185,20 @@ class BatchBuilder:
         parts = ((rows.values(name), rows.lengths(name)) for name in names)
         return keyed_jagged(names, *zip(*parts))
 
-    def _sequences(self, rows: RowColumns, history: np.ndarray) -> KeyedJaggedTensor:  # [U]
+    def _sequences(
+        self,
+        rows: RowColumns,
+        target: np.ndarray,  # [B]
+        history: np.ndarray,  # [U]
+    ) -> KeyedJaggedTensor:
         """Return the ids of target and events; those of the history are unique."""
         # Unique ids belong to no row; a KeyedJaggedTensor needs every id in one: the first.
         lengths = np.zeros(rows.num_rows, np.int64)
         lengths[0] = len(history)
         names = [self.schema.target_item, *self.schema.event_columns]
         parts = {name: (rows.values(name), rows.lengths(name)) for name in names}
+        if TARGETS_BEFORE in rows.numbers:
+            parts[self.schema.target_item] = target, rows.numbers[TARGETS_BEFORE] + 1
         if self.schema.history:
             parts[self.schema.history] = history, lengths
         return keyed_jagged(names, *zip(*parts.values()))

@@ -13,6 +13,7 @@ from recsys.data.events.times import duration
 # Columns of tables in memory beside those of the schema.
 ROW_POSITION = "__row_position"  # position of a row in the split, files in order of name
 RAW_GROUP = "__raw_group"  # raw ids of the group: a vocabulary may map several to one row
+TARGETS_BEFORE = "__targets_before"  # history items of a row that are targets, too
 # Public attributes of torch.nn.ModuleDict, in which the tables are; known here without torch.
 _ATTRIBUTES = """
     T_destination add_module apply bfloat16 buffers call_super_init children clear compile cpu
@@ -102,7 +103,7 @@ def check_histories(columns: dict[str, Column], target_item: str, path: str) -> 
     """Check the sequences, the lists beside them, and which columns share their tables."""
     histories = histories_of(columns)
     lists = [name for history in histories for name in (*history.numbers, *history.ids)]
-    for name in {ROW_POSITION, RAW_GROUP} & {*columns, *lists}:
+    for name in {ROW_POSITION, RAW_GROUP, TARGETS_BEFORE} & {*columns, *lists}:
         raise ValueError(f"{path}: column '{name}' has a name of this program's; rename it")
     for name in lists:
         if lists.count(name) > 1:

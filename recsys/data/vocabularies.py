@@ -124,7 +124,10 @@ class _Ids:
         index = features.keys().index(name)
         first, last = features.offset_per_key()[index : index + 2]
         lengths = features.lengths().view(len(features.keys()), -1)[index]  # [B]
-        counts = torch.repeat_interleave(batch.rows.positions >= 0, lengths)
+        is_row = batch.rows.positions >= 0
+        if (whole := batch.history.whole) is not None:
+            is_row = is_row.new_zeros(len(whole.lengths)).index_put((whole.rows,), is_row)
+        counts = torch.repeat_interleave(is_row, lengths)
         return _Ids(features.values()[first:last], counts)
 
     def raw(self) -> Tensor:

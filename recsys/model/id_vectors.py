@@ -61,10 +61,15 @@ class IDVectorReader(nn.Module):
         self.negatives, self.beside, self.further = negatives, beside or {}, further
 
     def forward(self, pooled: Any, sequences: Any, batch: Batch) -> IDVectors:
-        """Read a KeyedTensor of F vectors [B, D], and a JaggedTensor per sequence feature."""
+        """Read a KeyedTensor of F vectors [B, D], and a JaggedTensor per sequence feature.
+
+        If targets have whole histories in common, the vectors [K, D] are those of the histories.
+        """
         by_name = pooled.to_dict() if self.pooled_features else {}
         target = sequences[self.target].values()
         history = sequences[self.history].values() if self.history else target[:0]
+        if (whole := batch.history.whole) is not None:
+            by_name = {name: vectors[whole.rows] for name, vectors in by_name.items()}
         pooled_vectors = [
             dropout(by_name[name])
             for name, dropout in zip(self.pooled_features, self.pooled_dropouts)

@@ -182,6 +182,27 @@ class TwoTowerSettings(QuerySettings):
     """Width of a tower's vector."""
     temperature: PositiveFloat = 0.1
     """Divisor of the dot products of the vectors, which have length one."""
+    target_positions: Literal["last", "all"] = "last"
+    """Items that a softmax loss predicts, each by what stood before it. last: the item of each row.
+    all: those of the history, too, where they are the user's rows before; these rows are then left
+    out, so that an epoch reads an event once. `batch_size` counts histories. The model reads no
+    lists beside the history, and the transformer has biases by the distance of items."""
+
+    def check(self, name: str) -> None:
+        super().check(name)
+        if self.target_positions == "last":
+            return
+        problems = {
+            "loss": self.loss == "pointwise",
+            "query_features": bool(self.query_features),
+            "time_gaps": self.time_gaps is not None,
+        }
+        if wrong := [setting for setting, is_set in problems.items() if is_set]:
+            raise ValueError(
+                f"{name}.target_positions: all, but {name}.{wrong[0]} is "
+                f"{getattr(self, wrong[0])}: it takes a softmax loss, and neither columns of the "
+                "row nor lists beside its history, which are of its moment; change one of them"
+            )
 
 
 @dataclass

@@ -9,6 +9,8 @@ N history items of the batch.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,6 +42,7 @@ class QueryTower(nn.Module):
         self.pooled, self.dense = _query_columns(settings, dimensions)
         self.has_history, self.num_labels = dimensions.has_history, dimensions.num_labels
         self.reads_content = content is not None
+        self.num_parallel = dimensions.num_parallel
         means = 1 + dimensions.num_parallel
         width = sum(dimensions.pooled_dims[place] for place in self.pooled) + len(self.dense)
         if self.has_history:
@@ -53,7 +56,8 @@ class QueryTower(nn.Module):
                     "no column of kind sequence; set it to mean"
                 )
             encoder = ENCODERS[settings.history_encoder]
-            self.encoder = encoder(settings, dimensions, content, reads_target=False)
+            relative = isinstance(settings, TwoTowerSettings) and settings.target_positions == "all"
+            self.encoder = encoder(settings, dimensions, content, False, relative)
             self.reads_host_lengths = True  # of the histories: no graph of torch.compile
             width += settings.sequence_dim
         self.query_tower = multilayer_perceptron(width, settings, outputs)
@@ -66,7 +70,7 @@ class QueryTower(nn.Module):
         vectors = [ids.pooled[place] for place in self.pooled]
         vectors.append(batch.dense_features[:, self.dense])
         if self.has_history:
-            history, parallel = batch.history.jagged(), batch.history.values
+            history, parallel = batch.history.jagged(), self._parallel(batch)
             id_history = history if ids.history_is_unique else history.unindexed()
             vectors += pooled_history(ids.history.float(), id_history, parallel)
             vectors.append(history_numbers(history, parallel))
@@ -75,6 +79,9 @@ class QueryTower(nn.Module):
         if self.encoder is not None:
             vectors.append(self.encoder(ids, content, batch))
         return self.query_tower(torch.cat(vectors, dim=1))
+
+    def _parallel(self, batch: Batch) -> Tensor:  # [N, P]
+        return batch.history.values[:, : self.num_parallel]
 
 
 class TwoTower(QueryTower):
@@ -88,6 +95,9 @@ class TwoTower(QueryTower):
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:
+        if settings.target_positions == "all":
+            _check_all_positions(dimensions, content)
+            dimensions = replace(dimensions, num_parallel=0, parallel_names=())
         super().__init__(settings, dimensions, content, dimensions.num_labels * settings.tower_dim)
         self.temperature = settings.temperature
         item_width = dimensions.id_dim
@@ -114,7 +124,7 @@ class TwoTower(QueryTower):
         if self.similarity is not None:
             assert content is not None
             history = batch.history.jagged()
-            direction = self.similarity.query(content, history, batch.history.values)
+            direction = self.similarity.query(content, history, self._parallel(batch))
             direction = direction.unsqueeze(1).expand(-1, self.num_labels, -1)
             query = torch.cat([query, direction.to(query.dtype)], dim=2)
             item = self.similarity.item(item, content.target, content.target_modalities)
@@ -162,6 +172,18 @@ class Similarity(nn.Module):
         assert content is not None and modalities is not None
         spaces = [content, *modalities.unbind(dim=1)]
         return torch.cat([item, *(F.normalize(vectors, dim=1) for vectors in spaces)], dim=1)
+
+
+def _check_all_positions(dimensions: InputDimensions, content: ContentSettings | None) -> None:
+    problems = {
+        "further sequences, which are of the row's moment": bool(dimensions.further_histories),
+        "a search (content.history.top_k)": content is not None and content.history.top_k > 0,
+    }
+    if wrong := [what for what, is_wrong in problems.items() if is_wrong]:
+        raise ValueError(
+            f"ranking.target_positions is all, but the model has {wrong[0]}, so that a history has "
+            "no reading at each of its items; set it to last"
+        )
 
 
 def _query_columns(

@@ -201,6 +201,7 @@ class CandidateHistory:
     history: SharedHistory
     further: list[SharedEvents]
     unscaled_values: Tensor | None = None  # [N * L, P]
+    whole: None = None  # a history of which those of targets are beginnings: in training alone
 
     @property
     def recorded_values(self) -> Tensor:

@@ -39,6 +39,7 @@ from recsys.checkpoint.warm_start.plan import plan_warm_start
 from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import Config, Resume, softmax_settings
 from recsys.config.load import validate
+from recsys.data.all_positions import all_positions
 from recsys.data.interactions import Interactions
 from recsys.data.row_source import RowSource, open_rows
 from recsys.data.schema import Schema, format_growth, load_schema
@@ -51,6 +52,7 @@ from recsys.evaluation.evaluate import check_data, evaluate_split, format_evalua
 from recsys.evaluation.further_metrics import make_metrics
 from recsys.evaluation.model_selection import require_useful, slack_for
 from recsys.evaluation.scores import scores_file
+from recsys.ranking.settings import TwoTowerSettings
 from recsys.storage.files import read_json, write_whole
 from recsys.storage.location import Location
 from recsys.storage.output_file import check_run_folder
@@ -191,9 +193,13 @@ def open_run(
 
 def training_interactions(job: Job, is_shuffled: bool = True) -> Interactions:
     """Return this rank's share of the training rows. A collective."""
-    config, ranks = job.config, job.ranks
+    config, ranks, settings = job.config, job.ranks, job.config.ranking
     with ranks.raise_on_all_ranks():
-        parts = job.rows("train"), job.batch_builder(), config.batch_size
+        rows = job.rows("train")
+    if isinstance(settings, TwoTowerSettings) and settings.target_positions == "all":
+        rows = all_positions(rows, settings.recent_items, ranks)
+    with ranks.raise_on_all_ranks():
+        parts = rows, job.batch_builder(), config.batch_size
         seed = config.seed if is_shuffled else None
         interactions = Interactions(*parts, ranks.rank, ranks.world_size, seed)
         job.plan_epochs(interactions.num_batches)

@@ -25,6 +25,7 @@ from embeddings.vocabulary.fixed import (
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import RAW_GROUP as RAW_GROUP
 from recsys.data.schema_columns import ROW_POSITION as ROW_POSITION
+from recsys.data.schema_columns import TARGETS_BEFORE as TARGETS_BEFORE
 from recsys.data.schema_columns import Column
 
 MAX_LIST_VALUES = np.iinfo(np.int32).max  # of a column of lists, whose offsets are int32

@@ -33,15 +33,17 @@ class HstuLayer(nn.Module):
 
     compiled_methods = ("_tokens", "_among_events", "_gated", "_asked")  # on GPUs
 
-    def __init__(self, settings: EncoderSettings, has_ages: bool) -> None:
+    def __init__(
+        self, settings: EncoderSettings, has_ages: bool, relative_places: bool = True
+    ) -> None:
         super().__init__()
+        del relative_places  # it has no others
         dim, self.heads = settings.sequence_dim, settings.sequence_heads
         self.longest = settings.recent_items
         self.norm, self.sum_norm = nn.LayerNorm(dim), nn.LayerNorm(dim, eps=EPSILON)
         self.kvqu = nn.Linear(dim, 4 * dim)
         self.output = nn.Linear(dim, dim)
-        # By the distance in places: of a target, 0 to itself and 1 to the latest event.
-        self.of_places = nn.Parameter(0.02 * torch.randn(self.heads, self.longest + 2))
+        self.of_places = _place_biases(settings)
         self.of_times: nn.Parameter | None = None
         if has_ages:
             self.of_times = nn.Parameter(0.02 * torch.randn(self.heads, NUM_AGES))
@@ -75,8 +77,7 @@ class HstuLayer(nn.Module):
         width, longest = 3 * self.output.in_features, padded.shape[1]
         vectors = padded[:, :, :width].unflatten(2, (3, self.heads, -1))
         keys, values, queries = vectors.permute(2, 0, 3, 1, 4)
-        places = torch.arange(longest, device=padded.device)
-        biases = self.of_places[:, (places.unsqueeze(1) - places).clamp(min=0)].unsqueeze(0)
+        biases = _biases_between(self.of_places, longest).unsqueeze(0)
         if self.of_times is not None:
             buckets = times_between(padded[:, :, width])
             biases = biases + self.of_times[:, buckets].transpose(0, 1)
@@ -110,6 +111,20 @@ class HstuLayer(nn.Module):
         return states + self.output(self.sum_norm(sums / self.longest) * gates)
 
 
+def _place_biases(settings: EncoderSettings) -> nn.Parameter:
+    """Return biases by the distance in places: of a target, 0 to itself and 1 to the latest event.
+
+    [H, `ranking.recent_items` + 2].
+    """
+    return nn.Parameter(0.02 * torch.randn(settings.sequence_heads, settings.recent_items + 2))
+
+
+def _biases_between(biases: Tensor, longest: int) -> Tensor:  # [H, places] -> [H, L, L]
+    """Return the bias from each event (second axis) to each earlier one (last axis), and itself."""
+    places = torch.arange(longest, device=biases.device)
+    return biases[:, (places.unsqueeze(1) - places).clamp(min=0)]
+
+
 class HstuEncoder(SequenceEncoder):
     """Layers of HSTU."""
 
@@ -120,11 +135,16 @@ WIDENING = 4  # of the feed-forward layer, as in BST
 
 
 class TransformerLayer(nn.Module):
-    """A layer of attention and feed-forward; embeddings of ages are in its tokens."""
+    """A layer of attention and feed-forward; embeddings of ages are in its tokens.
+
+    So are those of places, unless scores have biases by distance (`relative_places`).
+    """
 
     compiled_methods = ("_tokens", "_fed_forward", "_asked", "_attended")  # on GPUs
 
-    def __init__(self, settings: EncoderSettings, has_ages: bool) -> None:
+    def __init__(
+        self, settings: EncoderSettings, has_ages: bool, relative_places: bool = False
+    ) -> None:
         super().__init__()
         del has_ages
         dim, self.heads = settings.sequence_dim, settings.sequence_heads
@@ -134,6 +154,7 @@ class TransformerLayer(nn.Module):
         self.hidden = nn.Sequential(
             nn.Linear(dim, WIDENING * dim), nn.ReLU(), nn.Linear(WIDENING * dim, dim)
         )
+        self.of_places = _place_biases(settings) if relative_places else None
 
     def read(self, states: Tensor) -> Read:  # [T, D]
         normed = self.norm(states)
@@ -153,7 +174,13 @@ class TransformerLayer(nn.Module):
 
     def _among_events(self, padded: Tensor) -> Tensor:  # [S, L, 3 * D] -> [S, L, D]
         keys, values, queries = padded.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        if self.of_places is None:
+            attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        else:
+            biases = _biases_between(self.of_places, padded.shape[1])
+            later = torch.ones_like(biases, dtype=torch.bool).triu(1)
+            biases = biases.masked_fill(later, -torch.inf)
+            attended = F.scaled_dot_product_attention(queries, keys, values, biases)
         return attended.transpose(1, 2).flatten(2)
 
     def target(self, target: Tensor, read: Read, events: Events) -> Tensor:  # [B, D] -> [B, D]
@@ -161,6 +188,9 @@ class TransformerLayer(nn.Module):
         (keys, values), sequences = read, events.sequences
         history = sequences.history
         scores = sequences.dots(query, keys, self.heads)  # [H, T or B * T]
+        if self.of_places is not None:
+            scores = scores + sequences.at_places(self.of_places[:, events.places + 1])
+            to_self = to_self + self.of_places[:, 0]
         with torch.no_grad():  # any number may be subtracted from all scores of a row
             highest = torch.maximum(to_self, history.maximum(scores.T.contiguous(), -torch.inf))
         weights = torch.exp(scores - history.spread(highest).T)
@@ -199,10 +229,11 @@ class TransformerEncoder(SequenceEncoder):
         dimensions: InputDimensions,
         content: ContentSettings | None,
         reads_target: bool = True,
+        relative_places: bool = False,
     ) -> None:
-        super().__init__(settings, dimensions, content, reads_target)
+        super().__init__(settings, dimensions, content, reads_target, relative_places)
         dim, has_ages = settings.sequence_dim, self.gaps.column is not None
-        self.places = nn.Embedding(settings.recent_items + 1, dim)
+        self.places = None if relative_places else nn.Embedding(settings.recent_items + 1, dim)
         self.ages = nn.Embedding(NUM_AGES, dim) if has_ages else None
         for table in (self.places, self.ages):
             if table is not None:
@@ -214,7 +245,8 @@ class TransformerEncoder(SequenceEncoder):
         target: Tensor,  # [B, D]
         events: Events,
     ) -> tuple[Tensor, Tensor]:
-        tokens = tokens + self.places(events.places)
+        if self.places is not None:
+            tokens = tokens + self.places(events.places)
         if self.ages is not None:
             assert events.ages is not None
             tokens = tokens + self.ages(doubling_buckets(events.ages.squeeze(1)))

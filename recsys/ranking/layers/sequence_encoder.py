@@ -9,7 +9,7 @@ sequence, D width of a token, U unique items, P parallel lists, C labels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
-from recsys.data.batch import Batch
+from recsys.data.batch import Batch, WholeHistories
 from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.layers.sequences import Sequences, sequences_of
 from recsys.ranking.settings import EncoderSettings, GapScale
@@ -120,12 +120,11 @@ class EventTokens(nn.Module):
         self,
         ids: IDVectors,
         content: ContentVectors | None,
-        batch: Batch,
+        history: JaggedHistory,
         sequences: Sequences,
         lists: Tensor,  # [T, P]
     ) -> tuple[Tensor, Tensor]:  # [T, D], [B, D]
         """Return the tokens of events and targets. A collective with content."""
-        history = batch.history.jagged()
         # Terms of an item alone are added for each unique item, in place of each event.
         items = self.id_map(ids.history) + self.of_event
         if self.content_map is not None:
@@ -164,6 +163,7 @@ class SequenceEncoder(nn.Module):
         dimensions: InputDimensions,
         content: ContentSettings | None,
         reads_target: bool = True,
+        relative_places: bool = False,
     ) -> None:
         super().__init__()
         dim, heads = settings.sequence_dim, settings.sequence_heads
@@ -180,7 +180,7 @@ class SequenceEncoder(nn.Module):
         )
         has_ages = self.gaps.column is not None
         self.layers = nn.ModuleList(
-            self.Layer(settings, has_ages) for _ in range(settings.sequence_layers)
+            self.Layer(settings, has_ages, relative_places) for _ in range(settings.sequence_layers)
         )
         self.norm = nn.LayerNorm(dim)
 
@@ -189,12 +189,14 @@ class SequenceEncoder(nn.Module):
     ) -> Tensor:  # [B, D]
         """Return the target's state after the last layer. A collective with content."""
         history: JaggedHistory = batch.history.jagged()
+        if batch.history.whole is not None:
+            return self._at_all_positions(ids, content, history, batch.history.whole)
         sequences = sequences_of(history)
         ages = self.gaps.ages(batch.history.recorded_values)
         ages = None if ages is None else sequences.own(ages)
         events = Events(sequences, sequences.ages().clamp(max=self.recent_items), ages)
         lists = sequences.own(batch.history.values[:, self.gaps.flags])
-        tokens, target = self.tokens(ids, content, batch, sequences, lists)
+        tokens, target = self.tokens(ids, content, history, sequences, lists)
         return self.encoded(tokens.float(), target.float(), events)
 
     def encoded(
@@ -209,6 +211,29 @@ class SequenceEncoder(nn.Module):
                 target = layer.target(target, read, recent)
             tokens = events.sequences.put_latest(tokens, states, recent.sequences)
         target = last.target(target, last.read(tokens), events)
+        return self.norm(target)
+
+    def _at_all_positions(
+        self,
+        ids: IDVectors,
+        content: ContentVectors | None,
+        history: JaggedHistory,
+        whole: WholeHistories,
+    ) -> Tensor:  # [B, D]
+        """Return what `forward` does, by one pass over each whole history: attention is causal."""
+        source = whole.jagged(history.num_items)
+        sequences = sequences_of(source)
+        lists = ids.target.new_empty(len(whole.index), 0)
+        tokens, target = self.tokens(ids, content, source, sequences, lists)
+        events = Events(sequences, sequences.ages(), None)
+        states, target = self.positioned(tokens.float(), target.float(), events)
+        beginnings = replace(history, index=whole.places, num_items=len(whole.index))
+        before = Events(sequences_of(beginnings), beginnings.ages, None)
+        *lower, last = cast(Any, self.layers)
+        for layer in lower:
+            states, read = layer.history(states, events)
+            target = layer.target(target, tuple(map(beginnings.gather, read)), before)
+        target = last.target(target, tuple(map(beginnings.gather, last.read(states))), before)
         return self.norm(target)
 
     def positioned(

@@ -26,6 +26,7 @@ from recsys.data.batch import (
     Negatives,
     Rows,
     TargetItems,
+    WholeHistories,
 )
 from recsys.data.batch_builder import UniqueItems, keyed_jagged, unique_by_hashing
 from recsys.data.parquet.columns import RowColumns
@@ -64,7 +65,11 @@ def a_batch() -> Batch:
         rows=part(Rows),
         target=part(TargetItems),
         history=part(
-            History, longest=2, host_lengths=np.ones(2), further=[part(FurtherHistory, longest=1)]
+            History,
+            longest=2,
+            host_lengths=np.ones(2),
+            further=[part(FurtherHistory, longest=1)],
+            whole=part(WholeHistories, longest=2, host_lengths=np.ones(2)),
         ),
         content=content,
         negatives=part(Negatives),
@@ -78,7 +83,7 @@ def test_a_batch_has_all_that_a_torchrec_batch_has() -> None:
 def test_to_moves_every_tensor() -> None:
     batch = a_batch()
     moved = batch.to(torch.device("meta"))
-    assert len(list(tensors_in(moved))) == len(list(tensors_in(batch))) == 42
+    assert len(list(tensors_in(moved))) == len(list(tensors_in(batch))) == 46
     assert {tensor.device.type for tensor in tensors_in(moved)} == {"meta"}
     assert {tensor.device.type for tensor in tensors_in(batch)} == {"cpu"}
 

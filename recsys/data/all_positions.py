@@ -1,0 +1,209 @@
+"""Rows whose history items are targets, too: an epoch reads each user's events once.
+
+A row whose history is the user's rows before it stands for these: they are left out, and the row is
+read as one target for each of its items (SASRec, arXiv 1808.09781), each with the history before.
+Shapes: R rows of a split, K histories read, B targets, N items of their histories, T of all K.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from embeddings.vocabulary.fixed import mix64
+from recsys.data.batch import WholeHistories
+from recsys.data.parquet.columns import ListColumns, RowColumns
+from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION, TARGETS_BEFORE
+from recsys.data.row_source import RowSource
+from recsys.data.schema import Schema
+from recsys.distributed.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+BASE = 0x9E3779B97F4A7C15  # of polynomials modulo 2^64: odd, so that it has an inverse
+
+
+@dataclass(frozen=True)
+class RowSummary:
+    """What tells whether a history is the rows before: of rows without padding, [R] each."""
+
+    positions: np.ndarray
+    groups: np.ndarray
+    items: np.ndarray  # uint64, mixed
+    lengths: np.ndarray  # of the histories
+    hashes: np.ndarray  # uint64, of the histories: sums of mixed items times BASE ^ age
+
+    @staticmethod
+    def of(tables: Sequence[pa.Table], rows: RowSource, most_items: int) -> RowSummary:
+        """Summarise a rank's rows; labels other than 1 and too long histories are ValueErrors."""
+        parts = [RowSummary._of(RowColumns.of(table), rows, most_items) for table in tables]
+        return RowSummary(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+    @staticmethod
+    def _of(columns: RowColumns, rows: RowSource, most_items: int) -> tuple[np.ndarray, ...]:
+        schema = rows.schema
+        assert schema.history is not None
+        numbers, lengths = columns.numbers, columns.lengths(schema.history)
+        positions = numbers[ROW_POSITION]
+        is_row = positions >= 0
+        (label,) = schema.of_kind("label")
+        if (wrong := is_row & (numbers[label] != 1)).any():
+            raise ValueError(
+                f"{rows.describe_range(positions[wrong][:1])}: column '{label}' is not 1, and "
+                "ranking.target_positions is all, for which items of a history are positive; set "
+                "it to last"
+            )
+        if (longest := int(lengths.max(initial=0))) > most_items:
+            raise ValueError(
+                f"ranking.recent_items is {most_items}, and a history has {longest} items, which "
+                "ranking.target_positions all reads in one pass; raise ranking.recent_items"
+            )
+        powers = _powers(BASE, longest)
+        ends = np.cumsum(lengths)
+        ages = np.repeat(ends, lengths) - 1 - np.arange(lengths.sum())
+        terms = mix64(columns.values(schema.history)) * powers[ages]
+        sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(terms)])
+        hashes = sums[ends] - sums[ends - lengths]
+        group = numbers[RAW_GROUP if RAW_GROUP in numbers else schema.group]
+        values = positions, group, mix64(numbers[schema.target_item]), lengths, hashes
+        return tuple(array[is_row] for array in values)
+
+    def targets_before(self, num_rows: int) -> np.ndarray:
+        """Return how many history items are targets with each row [R]; -1 for a row left out.
+
+        From each user's last row backwards, a row stands for those that its history lists.
+        """
+        order = np.lexsort((self.positions, self.groups))
+        groups, lengths = self.groups[order], self.lengths[order]
+        places = np.arange(len(order))
+        is_first = np.append(True, groups[1:] != groups[:-1])[: len(order)]
+        first = np.maximum.accumulate(np.where(is_first, places, 0))
+        begin = places - lengths
+        is_whole = begin >= first
+        # The hash of rows [begin, place), as that of a history, by sums of all rows before.
+        powers, inverses = _powers(BASE, len(order)), _powers(pow(BASE, -1, 1 << 64), len(order))
+        sums = np.cumsum(self.items[order] * inverses)
+        sums = np.concatenate([np.zeros(1, np.uint64), sums])
+        expected = (sums[places] - sums[begin.clip(min=0)]) * powers[places - 1]
+        is_whole &= self.hashes[order] == expected
+        stands_for = np.where(is_whole, lengths, 0).tolist()
+        targets = np.full(num_rows, -1)
+        place = len(order) - 1
+        while place >= 0:
+            targets[self.positions[order[place]]] = stands_for[place]
+            place -= stands_for[place] + 1
+        return targets
+
+
+def _powers(base: int, count: int) -> np.ndarray:
+    """Return the first powers of base modulo 2^64, from 1 on: uint64 [count]."""
+    return np.cumprod(np.append(np.ones(1, np.uint64), np.full(count, base, np.uint64)))[:count]
+
+
+def check_schema(schema: Schema) -> None:
+    """Raise a ValueError for a dataset whose history items are no targets like any other."""
+    beside = schema.histories[0].ids if schema.history else []
+    problems = {
+        "no column of kind sequence": not schema.history,
+        "more than one label": len(schema.of_kind("label")) != 1,
+        "a column of kind weight": schema.weight is not None,
+        "a column of kind sampled": schema.sampled is not None,
+        "columns of kind extra": bool(schema.of_kind("extra")),
+        "labels that may be null": any(column.nullable for column in schema.columns.values()),
+        f"lists of ids beside '{schema.history}'": bool(beside),
+    }
+    if wrong := [what for what, is_wrong in problems.items() if is_wrong]:
+        raise ValueError(
+            f"ranking.target_positions is all, but schema.yaml has {' and '.join(wrong)}, so that "
+            "items of a history are not targets like that of the row; set it to last"
+        )
+
+
+def all_positions(rows: RowSource, most_items: int, ranks: Ranks) -> AllPositionRows:
+    """Return the rows that stand for all rows, of histories up to `most_items`. A collective."""
+    with ranks.raise_on_all_ranks():
+        check_schema(rows.schema)
+        share = list(rows.read_once(*rows.share(ranks.rank, ranks.world_size)))
+        share_summary = RowSummary.of([*share, rows.padding(1)], rows, most_items)
+    summaries = [vars(part).values() for part in ranks.gather(share_summary)]
+    joined = RowSummary(*(np.concatenate(arrays) for arrays in zip(*summaries, strict=True)))
+    read = AllPositionRows(rows, joined.targets_before(rows.num_rows))
+    logger.info(f"{rows.num_rows:,} training rows are read as {read.num_rows:,} histories")
+    return read
+
+
+class AllPositionRows(RowSource):
+    """The rows of a source that are read, with the number of targets before each."""
+
+    def __init__(self, source: RowSource, targets_before: np.ndarray) -> None:  # int64 [R]
+        self.source, ends = source, np.cumsum([chunk.num_rows for chunk in source.chunks])
+        self.targets = np.split(targets_before, ends[:-1])
+        counts = [int((targets >= 0).sum()) for targets in self.targets]
+        chunks = [
+            replace(chunk, num_rows=count)
+            for chunk, count in zip(source.chunks, counts, strict=True)
+        ]
+        super().__init__(source.schema, chunks)
+        self.bad_rows = source.bad_rows
+
+    def read_chunk(self, number: int) -> pa.Table:
+        return next(iter(self.read_chunks([number])))
+
+    def read_chunks(self, numbers: Sequence[int]) -> Iterator[pa.Table]:
+        for number, table in zip(numbers, self.source.read_chunks(numbers), strict=True):
+            targets = self.targets[number]
+            yield table.append_column(TARGETS_BEFORE, pa.array(targets)).filter(targets >= 0)
+
+    def describe_range(self, positions: np.ndarray) -> str:
+        return self.source.describe_range(positions)
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+    def padding(self, num_rows: int) -> pa.Table:
+        none = pa.array(np.zeros(num_rows, np.int64))
+        return super().padding(num_rows).append_column(TARGETS_BEFORE, none)
+
+
+def expanded(rows: RowColumns, schema: Schema) -> tuple[RowColumns, WholeHistories | None]:
+    """Return a row for each target [B], and the histories that were read, with ids as index.
+
+    Each target has the history before it; numbers beside it are zeros, as those of the row were
+    measured from its moment. Rows of other sources stay as they are.
+    """
+    if TARGETS_BEFORE not in rows.numbers:
+        return rows, None
+    assert schema.history is not None
+    before, items = rows.numbers[TARGETS_BEFORE], rows.values(schema.history)
+    whole_lengths = rows.lengths(schema.history)
+    row = np.repeat(np.arange(rows.num_rows), before + 1)  # [B]
+    first = np.cumsum(before + 1) - before - 1
+    later = (before + first)[row] - np.arange(len(row))  # number of later targets of the row
+    lengths = whole_lengths[row] - later
+    starts, ends = (np.cumsum(whole_lengths) - whole_lengths)[row], np.cumsum(lengths)
+    places = np.repeat(starts - ends + lengths, lengths)
+    places += np.arange(len(places))
+    numbers = {name: values.take(row) for name, values in rows.numbers.items()}
+    in_history = (later > 0).nonzero()[0]
+    numbers[schema.target_item][in_history] = items[(starts + lengths)[in_history]]
+    beside = {name: np.zeros(len(places), np.float32) for name in schema.parallel}
+    history = ListColumns(np.append(0, ends), {schema.history: items[places], **beside})
+    other_lists = []
+    for lists in rows.lists:
+        values = {name: array for name, array in lists.values.items() if name not in history.values}
+        if values:
+            other_lists.append(ListColumns(lists.offsets, values).take(row))
+    whole = WholeHistories(
+        torch.from_numpy(items),
+        torch.from_numpy(whole_lengths),
+        torch.from_numpy(places),
+        rows=torch.from_numpy(row),
+        longest=int(whole_lengths.max(initial=0)),
+        host_lengths=whole_lengths,
+    )
+    return RowColumns(numbers, (history, *other_lists)), whole
