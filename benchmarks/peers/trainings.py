@@ -55,7 +55,7 @@ class PeerTraining:
         Raises:
             RuntimeError: the training failed; names its log.
         """
-        values = self._result()[split]
+        values = self.result()[split]
         with np.load(self.rows / f"{split}.npz") as rows, np.load(self.rows / "train.npz") as train:
             # As in a run, drawn rows count for no item.
             logged = train["sampled"] == 0 if "sampled" in train.files else slice(None)
@@ -71,10 +71,11 @@ class PeerTraining:
 
     def cost(self) -> tuple[float, float]:
         """Return the seconds of the finished training, and its peak memory in GB."""
-        result = self._result()
+        result = self.result()
         return float(result["seconds"]), float(result["peak"]) / GIGABYTE
 
-    def _result(self) -> dict[str, np.ndarray]:
+    def result(self) -> dict[str, np.ndarray]:
+        """Train unless that was done, and return what the adapter wrote: scores and cost."""
         if not self.file.exists():
             self._train()
         with np.load(self.file) as arrays:

@@ -15,16 +15,24 @@ import torch
 from jsonargparse import auto_cli
 from torch import Tensor
 
+from benchmarks.quality.sequence_models import sequence_models
 from benchmarks.results import RESULTS, Result, write_result
 from recsys.distributed.ranks import joined_ranks
 from recsys.serving.retrieval.baselines import compare_with_baselines, interval
 
 
-def next_item(runs: list[Path], results: Path = RESULTS, page: str = "next_item") -> None:
+def next_item(
+    runs: list[Path],
+    recbole: Path | None = None,
+    results: Path = RESULTS,
+    page: str = "next_item",
+) -> None:
     """Compare runs with baselines and write the page.
 
     Args:
         runs: finished runs of two_tower on one dataset.
+        recbole: folder for RecBole's environment and trainings of its sequence models on the same
+            rows, which are then compared, too.
         results: folder for the figures.
         page: name of its files, such as next_item_movielens.
 
@@ -33,7 +41,11 @@ def next_item(runs: list[Path], results: Path = RESULTS, page: str = "next_item"
     """
     with joined_ranks("cpu") as ranks:
         compared = [compare_with_baselines(run, None, ranks) for run in runs]
+        peers = {} if recbole is None else sequence_models(runs[0], recbole, ranks)
     reports, gains = map(list, zip(*compared, strict=True))
+    for report, run_gains in zip(reports, gains, strict=True):
+        report |= {name: peer for name, (peer, _) in peers.items()}
+        run_gains |= {name: peer_gains for name, (_, peer_gains) in peers.items()}
     write_result(_result(page, reports, gains), results)
 
 
@@ -51,8 +63,14 @@ def _result(page: str, reports: list[dict[str, Any]], gains: list[dict[str, Tens
         "its encoders, `text` the words by TF-IDF. `blend` has all baselines; `blend with model`, "
         "which `export-vectors --blend true` serves, has the model, the nearest texts, and the "
         "baselines but encoders and text.",
-        *(_gain(gains, name) for name in MODELS),
+        *(_gain(gains, name, "blend") for name in MODELS),
     ]
+    if peers := [name for name in reports[0] if name.startswith("RecBole")]:
+        reading.append(
+            "RecBole's models have its settings but a width of 64, cross-entropy over all items, "
+            "histories of 50 items, one seed, and the epoch that validation chooses."
+        )
+        reading += [_gain(gains, "blend with model", name) for name in peers]
     records = [{"benchmark": "next_item", "run": n, **report} for n, report in enumerate(reports)]
     title = "Does a sequence tower find the next item better than item-CF, content and their blend?"
     return Result(page, title, records, columns, rows, None, reading)
@@ -66,11 +84,11 @@ def _mean_cell(reports: list[dict[str, Any]], name: str, part: str, metric: str)
     return "-" if None in values else f"{fmean(values):.4f}"
 
 
-def _gain(gains: list[dict[str, Tensor]], name: str) -> str:
-    over_runs = torch.stack([run[name] - run["blend"] for run in gains]).mean(dim=0)
+def _gain(gains: list[dict[str, Tensor]], name: str, baseline: str) -> str:
+    over_runs = torch.stack([run[name] - run[baseline] for run in gains]).mean(dim=0)
     mean, low, high = interval(over_runs)
     return (
-        f"{name} over blend, NDCG at the first depth, mean of the runs: {mean:+.4f} "
+        f"{name} over {baseline}, NDCG at the first depth, mean of the runs: {mean:+.4f} "
         f"[{low:+.4f}, {high:+.4f}], 95 % over rows."
     )
 

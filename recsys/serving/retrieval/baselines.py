@@ -199,10 +199,11 @@ class Blend:
 def choose_blend(
     catalogue: Catalogue, rows: QueryRows, names: tuple[str, ...], settings: RetrievalSettings
 ) -> Blend:
-    """Return the blend of some parts under which the items that rows ask for are likeliest.
+    """Return the likeliest blend of some parts, with the decay of the highest NDCG.
 
     A row's probabilities are the softmax of the blend over its candidates, as in a conditional
-    logit (McFadden 1974). The loss is convex in the weights, which are at least 0.
+    logit (McFadden 1974): the loss is convex in the weights, which are at least 0. The NDCG is that
+    of the first depth.
     """
     if not len(rows.targets):
         raise ValueError(
@@ -211,18 +212,34 @@ def choose_blend(
         )
     rows = rows.block(0, max(MOST_SCORES // len(catalogue.popularity), 1))
     is_candidate = candidates(rows, len(catalogue.popularity), settings.exclude_seen)
-    best, lowest = Blend(1.0, {}), np.inf
+    best, highest = Blend(1.0, {}), -1.0
     for decay in DECAYS:
         parts = catalogue.scores(rows, decay, names)
-        deviations = np.array([max(float(parts[name].std()), 1e-12) for name in names])
-        # The weight of a part alone changes no order.
-        bounds = [(0, None) if len(names) > 1 else (1, 1)] * len(names)
-        arguments = parts, deviations, rows, is_candidate
-        fit = minimize(cross_entropy, np.ones(len(names)), arguments, jac=True, bounds=bounds)
-        if fit.fun < lowest:
-            lowest = fit.fun
-            best = Blend(decay, dict(zip(names, (fit.x / deviations).tolist(), strict=True)))
+        blend = Blend(decay, likeliest_weights(parts, rows, is_candidate))
+        if (ndcg := _ndcg(blend.scores(parts), rows, settings)) > highest:
+            best, highest = blend, ndcg
     return best
+
+
+def likeliest_weights(
+    parts: Mapping[str, np.ndarray],  # float32 [R, I] each
+    rows: QueryRows,
+    is_candidate: np.ndarray,  # bool [R, I]
+) -> dict[str, float]:
+    """Return the weights of the lowest `cross_entropy`; that of a part alone changes no order."""
+    if len(parts) == 1:
+        return dict.fromkeys(parts, 1.0)
+    deviations = np.array([max(float(part.std()), 1e-12) for part in parts.values()])
+    arguments = parts, deviations, rows, is_candidate
+    bounds = [(0, None)] * len(parts)
+    fit = minimize(cross_entropy, np.ones(len(parts)), arguments, jac=True, bounds=bounds)
+    return dict(zip(parts, (fit.x / deviations).tolist(), strict=True))
+
+
+def _ndcg(scores: np.ndarray, rows: QueryRows, settings: RetrievalSettings) -> float:
+    depth = settings.depths[0]
+    above, tied = map(torch.from_numpy, places(scores, rows, settings.exclude_seen))
+    return float(retrieval_metrics(above, tied, rows.weights, [depth])[f"ndcg@{depth}"])
 
 
 def cross_entropy(
@@ -262,13 +279,13 @@ def compare_with_baselines(
         ValueError: the run is not finished, is no retrieval model, or has no history.
     """
     job = load_run(run, data, ranks, ranks.device.type)
-    settings = _settings_with_vectors(run, job)
+    settings = settings_with_vectors(run, job)
     items, catalogue = _read_catalogue(job, settings)
     # Only the comparison reads them: an export does not run the encoders for all items.
     catalogue = replace(catalogue, encoders=_encoders(job, items))
     counts = read_item_counts(run, job.schema.item_id_limit)
-    valid = _read_rows(job, "valid", items, counts)
-    rows = _read_rows(job, "test", items, counts)
+    valid = read_query_rows(job, "valid", items, counts)
+    rows = read_query_rows(job, "test", items, counts)
     baselines = catalogue.baselines
     compared: dict[str, tuple[str, ...]] = {name: (name,) for name in (*baselines, "model")}
     compared |= {"blend": baselines, "blend with model": catalogue.served_parts}
@@ -277,29 +294,38 @@ def compare_with_baselines(
         blend = choose_blend(catalogue, valid, parts, settings)
         above, tied = _places_of_rows(catalogue, blend, rows, settings)
         gains[name] = row_gains("ndcg", above, tied, settings.depths[0])
-        reports[name] = {"decay": blend.decay, "weights": dict(blend.weights)} | {
-            part: retrieval_metrics(
-                above[mask],
-                tied[mask],
-                None if rows.weights is None else rows.weights[mask],
-                settings.depths,
-            )
-            for part, mask in frequency_masks(rows.counts).items()
-        }
+        chosen = {"decay": blend.decay, "weights": dict(blend.weights)}
+        reports[name] = chosen | metrics_by_frequency(above, tied, rows, settings)
     for name in ("model", "blend with model"):
         reports[name]["gain over blend"] = interval(gains[name] - gains["blend"], rows.weights)
     return reports, gains
 
 
+def metrics_by_frequency(
+    above: torch.Tensor, tied: torch.Tensor, rows: QueryRows, settings: RetrievalSettings
+) -> dict[str, dict[str, Any]]:  # int64 [R], int64 [R]
+    """Return `retrieval_metrics` of all rows, and by how often training has their items."""
+    return {
+        part: retrieval_metrics(
+            above[mask],
+            tied[mask],
+            None if rows.weights is None else rows.weights[mask],
+            settings.depths,
+        )
+        for part, mask in frequency_masks(rows.counts).items()
+    }
+
+
 def blend_to_serve(run: Path, job: Job) -> tuple[Catalogue, Blend]:
     """Return the items of a run, and the blend of its model with baselines, by validation."""
-    settings = _settings_with_vectors(run, job)
+    settings = settings_with_vectors(run, job)
     items, catalogue = _read_catalogue(job, settings)
-    valid = _read_rows(job, "valid", items, read_item_counts(run, job.schema.item_id_limit))
+    valid = read_query_rows(job, "valid", items, read_item_counts(run, job.schema.item_id_limit))
     return catalogue, choose_blend(catalogue, valid, catalogue.served_parts, settings)
 
 
-def _settings_with_vectors(run: Path, job: Job) -> RetrievalSettings:
+def settings_with_vectors(run: Path, job: Job) -> RetrievalSettings:
+    """Return the settings of a model of item vectors; a ValueError refuses other models."""
     settings = job.config.ranking
     has_vectors = isinstance(settings, RetrievalSettings) and settings.loss != "codes"
     if not has_vectors or job.schema.history is None:
@@ -411,7 +437,7 @@ def place_of(items: np.ndarray, ids: np.ndarray) -> np.ndarray:  # ascending [I]
     return np.where(items[places] == ids, places, -1)
 
 
-def _read_rows(job: Job, split: str, items: np.ndarray, counts: ItemCounts) -> QueryRows:
+def read_query_rows(job: Job, split: str, items: np.ndarray, counts: ItemCounts) -> QueryRows:
     """Return the rows of a split that ask for an item of the catalogue."""
     interactions, settings = split_interactions(job, split), job.config.ranking
     outputs = score(job, interactions, with_queries=True, with_histories=True)

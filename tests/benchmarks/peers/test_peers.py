@@ -93,7 +93,7 @@ def test_scores_are_averaged_by_the_group_of_the_rows(
 
 def with_scores(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     result = {"valid": np.array(values), "test": np.array(values)}
-    monkeypatch.setattr(PeerTraining, "_result", lambda self: result)
+    monkeypatch.setattr(PeerTraining, "result", lambda self: result)
 
 
 def test_histories_are_padded_before_their_last_items(peer_rows: ModuleType, rows: Path) -> None:

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy as cross_entropy_of_torch
 
 from recsys.cli import main
 from recsys.config import RetrievalSettings
+from recsys.evaluation.retrieval import row_gains
 from recsys.serving.retrieval.baselines import (
     DECAYS,
     RIDGE,
@@ -145,7 +146,7 @@ def test_the_loss_of_weights_and_its_gradient_are_those_of_a_softmax(exclude_see
     assert is_candidate[1].tolist() == [True, not exclude_seen, True, True, not exclude_seen]
 
 
-def test_a_blend_is_as_likely_as_any_other_and_has_no_negative_weight() -> None:
+def test_a_blend_is_as_likely_as_others_of_its_decay_and_has_no_negative_weight() -> None:
     items, settings = catalogue(), RetrievalSettings()
     valid = rows([[0], [1], [2], [3], [0, 1]], [1, 2, 1, 0, 2])
     names = ("popularity", "item_cf", "content")
@@ -164,10 +165,22 @@ def test_a_blend_is_as_likely_as_any_other_and_has_no_negative_weight() -> None:
         for factor in (0.0, 0.9, 1.1):
             weight = best.weights[name] * factor + 1e-3 * (factor > 1)
             assert loss(best) <= loss(Blend(best.decay, {**best.weights, name: weight})) + 1e-6
-    for decay in DECAYS:
-        assert loss(best) <= loss(Blend(decay, best.weights)) + 1e-6
-    alone = choose_blend(items, valid, ("content",), settings)
-    assert alone.weights["content"] > 0
+
+
+def test_the_decay_of_a_blend_is_that_of_the_highest_ndcg() -> None:
+    items, settings = catalogue(), RetrievalSettings(depths=[3])
+    random = np.random.default_rng(3)
+    valid = rows(random.integers(0, 5, (40, 3)).tolist(), random.integers(0, 5, 40).tolist())
+
+    def ndcg(decay: float) -> float:
+        scores = items.scores(valid, decay, ("item_cf",))["item_cf"]
+        above, tied = map(torch.from_numpy, places(scores, valid, settings.exclude_seen))
+        return float(row_gains("ndcg", above, tied, 3).mean())
+
+    blend = choose_blend(items, valid, ("item_cf",), settings)
+
+    assert blend.weights == {"item_cf": 1.0}
+    assert ndcg(blend.decay) == max(map(ndcg, DECAYS)) > min(map(ndcg, DECAYS))
 
 
 def test_weights_without_rows_of_validation_are_refused() -> None:

@@ -1,0 +1,95 @@
+"""RecBole's sequence models on the training rows of a run, measured on its test rows.
+
+Shapes: R test rows, I items.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from benchmarks.peers.catalogue import PEERS, Peer
+from benchmarks.peers.rows import ABOUT
+from benchmarks.peers.trainings import PeerTraining
+from recsys.build import Job
+from recsys.checkpoint.run_folder import read_item_counts
+from recsys.data.events.samples import SPLITS
+from recsys.data.parquet.columns import RowColumns
+from recsys.data.row_source import open_rows
+from recsys.distributed.ranks import Ranks
+from recsys.evaluation.predict import load_run
+from recsys.evaluation.retrieval import catalogue_of, row_gains
+from recsys.search.search import dataset_digest
+from recsys.serving.retrieval.baselines import (
+    metrics_by_frequency,
+    place_of,
+    places,
+    read_query_rows,
+    settings_with_vectors,
+)
+from recsys.storage.files import whole_folder
+
+MODELS = ("SASRec", "GRU4Rec", "BERT4Rec")
+FIXED = {"length": 50, "width": 64, "batch_size": 2048, "epochs": 100, "patience": 5}
+
+
+def sequence_models(run: Path, out: Path, ranks: Ranks) -> dict[str, tuple[dict[str, Any], Tensor]]:
+    """Return of each model its metrics, and the NDCG of each row at the first depth [R]."""
+    job = load_run(run, None, ranks, ranks.device.type)
+    settings, items = settings_with_vectors(run, job), np.asarray(catalogue_of(job))
+    test = read_query_rows(job, "test", items, read_item_counts(run, job.schema.item_id_limit))
+    out = out.absolute()  # programs run in folders of their own
+    rows = _write_rows(job, items, out)
+    with np.load(rows / "test.npz") as arrays:
+        assert np.array_equal(arrays["item"], test.targets)  # the same rows, in order
+    sizes = {"num_items": len(items), "exclude_seen": settings.exclude_seen}
+    (requirements,) = (peer.requirements for peer in PEERS if peer.name == "RecBole SASRec")
+    compared = {}
+    for model in MODELS:
+        fixed = {**FIXED, **sizes, "model": model}
+        peer = Peer(f"RecBole {model}", "recbole_next_item", requirements, {}, fixed)
+        scores = PeerTraining(peer, rows, {}, 0, out).result()["test"]
+        above, tied = map(torch.from_numpy, places(scores, test, settings.exclude_seen))
+        gains = row_gains("ndcg", above, tied, settings.depths[0])
+        compared[peer.name] = metrics_by_frequency(above, tied, test, settings), gains
+    return compared
+
+
+def _write_rows(job: Job, items: np.ndarray, out: Path) -> Path:
+    """Write histories and items of each split by their places in the catalogue, unless it is done.
+
+    Rows with a positive label whose item is in the catalogue, as those that are measured.
+    """
+    digest = dataset_digest(job.root)
+    folder = out / "rows" / digest
+    if not folder.exists():
+        with whole_folder(folder) as partial:
+            for split in SPLITS:
+                np.savez(partial / f"{split}.npz", **_sequences(job, split, items))
+            (partial / ABOUT).write_text(json.dumps({"dataset": digest, "items": len(items)}))
+    return folder
+
+
+def _sequences(job: Job, split: str, items: np.ndarray) -> dict[str, np.ndarray]:
+    schema = job.schema
+    assert schema.history is not None
+    source = open_rows(job.config.source, job.root, split, schema, job.config.on_bad_row)
+    rows = RowColumns.of(pa.concat_tables(source.read(*source.share(0, 1))))
+    (label, *_), targets = schema.of_kind("label"), place_of(items, rows.values(schema.target_item))
+    rows = rows.take(np.flatnonzero((rows.values(label) > 0) & (targets >= 0)))
+    history, lengths = place_of(items, rows.values(schema.history)), rows.lengths(schema.history)
+    row = np.repeat(np.arange(rows.num_rows), lengths)[history >= 0]
+    lengths = np.bincount(row, minlength=rows.num_rows)
+    return {
+        "user": np.zeros(rows.num_rows, np.int64),
+        "item": place_of(items, rows.values(schema.target_item)),
+        "label": np.ones(rows.num_rows, np.float32),
+        "offsets": np.append(0, lengths.cumsum()),
+        "history": history[history >= 0],
+    }
