@@ -67,8 +67,8 @@ def _result(page: str, reports: list[dict[str, Any]], gains: list[dict[str, Tens
     ]
     if peers := [name for name in reports[0] if name.startswith("RecBole")]:
         reading.append(
-            "RecBole's models have its settings but a width of 64, cross-entropy over all items, "
-            "histories of 50 items, one seed, and the epoch that validation chooses."
+            "RecBole's models have its settings but a width of 64, batches of 256, cross-entropy "
+            "over all items and histories of 50; one seed, and the epoch that validation chooses."
         )
         reading += [_gain(gains, "blend with model", name) for name in peers]
     records = [{"benchmark": "next_item", "run": n, **report} for n, report in enumerate(reports)]

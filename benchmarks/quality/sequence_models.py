@@ -36,7 +36,7 @@ from recsys.serving.retrieval.baselines import (
 from recsys.storage.files import whole_folder
 
 MODELS = ("SASRec", "GRU4Rec", "BERT4Rec")
-FIXED = {"length": 50, "width": 64, "batch_size": 2048, "epochs": 100, "patience": 5}
+FIXED = {"length": 50, "width": 64, "batch_size": 256, "epochs": 100, "patience": 3}
 
 
 def sequence_models(run: Path, out: Path, ranks: Ranks) -> dict[str, tuple[dict[str, Any], Tensor]]:

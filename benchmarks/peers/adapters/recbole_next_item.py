@@ -20,6 +20,7 @@ from recbole.config import Config
 from recbole.data.interaction import Interaction
 from recbole.data.transform import MaskItemSequence
 
+torch.autograd.set_detect_anomaly(False)  # an import of RecBole turns it on, which is slow
 DEPTH = 10
 MODULES = {"SASRec": "sasrec", "GRU4Rec": "gru4rec", "BERT4Rec": "bert4rec"}
 
@@ -83,16 +84,17 @@ def main() -> None:
     }
     config = Config(model=name, dataset="rows", config_dict=fixed)
     num_items = settings["num_items"]
+    mask = MaskItemSequence(config) if name == "BERT4Rec" else None  # names columns in `config`
     dataset = SimpleNamespace(num=lambda _: num_items + 1)
     module = importlib.import_module(f"recbole.model.sequential_recommender.{MODULES[name]}")
     model = getattr(module, name)(config, dataset)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"])
     columns = {split: interactions(part, settings["length"]) for split, part in rows.items()}
-    mask = MaskItemSequence(config) if name == "BERT4Rec" else None
+    has_history = np.flatnonzero(np.diff(rows["train"].offsets) > 0)  # RecBole has no other rows
     best, weights, waited = -1.0, model.state_dict(), 0
     for _ in range(settings["epochs"]):
         model.train()
-        order = random.permutation(len(rows["train"]))
+        order = random.permutation(has_history)
         for _, batch in batches(columns["train"], order, settings["batch_size"]):
             optimizer.zero_grad()
             model.calculate_loss(batch if mask is None else mask(dataset, batch)).backward()

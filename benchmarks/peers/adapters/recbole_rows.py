@@ -17,6 +17,7 @@ from recbole.config import Config
 from recbole.data.interaction import Interaction
 from recbole.model.sequential_recommender.sasrec import SASRec
 
+torch.autograd.set_detect_anomaly(False)  # an import of RecBole turns it on, which is slow
 LENGTH = 50
 MOST_EPOCHS, PATIENCE = 40, 3
 
