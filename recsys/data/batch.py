@@ -2,7 +2,7 @@
 
 Shapes: B batch, N history items of the whole batch, U unique history items, E items to encode,
 C of them that run through trained encoders,
-F dense features, P parallel lists, K whole histories, T their items,
+F dense features, P parallel lists, W whole histories, T their items,
 X columns of kind extra, K sampled negatives, C labels, V width of a content vector.
 """
 
@@ -82,10 +82,10 @@ class FurtherHistory:
 
 @dataclass
 class WholeHistories:
-    """Histories of which those of a batch are beginnings: K with T items, each read once."""
+    """Histories of which those of a batch are beginnings: W with T items, each read once."""
 
     index: Tensor  # int64 [T], positions in `History.items`
-    lengths: Tensor  # int64 [K]
+    lengths: Tensor  # int64 [W]
     places: Tensor  # int64 [N], the place among T of each item of the batch's histories
     rows: Tensor  # int64 [B], the whole history of each target
     longest: int  # maximum of `lengths`

@@ -9,7 +9,6 @@ negatives, K negatives or candidates (B or S of this rank, or of all).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -148,9 +147,7 @@ class ContentIDContrastive(nn.Module):
         self.settings = settings
         self.content_map = nn.Linear(content_dim, settings.dim)
         self.id_map = nn.Linear(id_dim, settings.dim)
-        # By its logarithm, so that runs of earlier versions go on with the same bits.
-        temperature = torch.tensor(math.log(settings.temperature)).exp()
-        self.register_buffer("temperature", temperature, persistent=False)
+        self.register_buffer("temperature", torch.tensor(settings.temperature), persistent=False)
 
     def forward(
         self,
