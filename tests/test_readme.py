@@ -85,7 +85,7 @@ EXCHANGED = (
         rf"--config {FEW_STEPS} \1 --content.modalities.text.column tags",
     ),
     (
-        r"(--grid ifdb .*) --recipe \S+",
+        r"(--grid ifdb .*) --recipe \S+ --seeds 1 --jobs 2 --only .*$",
         rf"\1 --recipe {FEW_STEPS} --seeds 1 --only '[ID only]'",
     ),
     (r"^recsys serve (.*)$", r"timeout 300 recsys serve \1 --grpc_port 0 >serve.log 2>&1 &"),
