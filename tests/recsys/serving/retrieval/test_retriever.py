@@ -18,7 +18,7 @@ from recsys.cli import main
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import load_run
 from recsys.serving.new_items.add import add_items
-from recsys.serving.retrieval import Retrieved, Retriever
+from recsys.serving.retrieval import Retrieved, Retriever, baselines
 from recsys.serving.retrieval.catalogue import unit
 from recsys.serving.retrieval.item_vectors import (
     INDEX,
@@ -61,14 +61,20 @@ def test_recall_of_a_flat_index_is_that_of_the_evaluation(
 
 
 def test_recall_of_a_blend_is_that_of_the_comparison(
-    towers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The likeliest weights of so few rows leave out most parts, and items tie.
+    monkeypatch.setattr(
+        baselines,
+        "likeliest_weights",
+        lambda parts, *_: {name: 1 / max(float(part.std()), 1e-6) for name, part in parts.items()},
+    )
     run, out = towers / "run", tmp_path / "blend"
     command = ["export-vectors", "--run", str(run), "--out", str(out), "--index", "flat"]
     assert main([*command, "--blend", "true"]) == 0
     assert main(["baselines", "--run", str(run)]) == 0
     report = json.loads((run / "baselines_test.json").read_text())["blend with model"]
-    assert sum(weight > 0 for weight in report["weights"].values()) > 1  # else nothing is blended
+    assert len(report["weights"]) == 6 and min(report["weights"].values()) > 0
     blended = Retriever.load(out)
     results = [
         (blended.retrieve(user, history, 50).items, item)
