@@ -54,7 +54,7 @@ def generative(
         folder = Path(scratch)
         size = DatasetSize(rows, items, items, text_dim=8, image_dim=0)
         data = write_dataset(folder / "data", size)
-        ranking = ranking_settings("generative", sequence_dim=64)
+        ranking = ranking_settings("generative", sequence_dim=128, sequence_heads=4)
         config = Config(content="none", ranking=ranking, epochs=1, best_model_by="recall")
         with joined_ranks("cpu") as ranks:
             train(config, str(data), folder / "run", ranks)
@@ -100,7 +100,7 @@ def _result(records: list[dict[str, Any]]) -> Result:
     ]
     reading = [
         "Whole requests for ten items to `Retriever`, one at a time on one thread, of a user with "
-        "50 items, in the thread's time on its core; three levels of 256 codes, width 64, two "
+        "50 items, in the thread's time on its core; three levels of 256 codes, width 128, two "
         "layers of encoder and decoder. The aim: a median below "
         f"{MOST_MILLISECONDS:g} ms at a beam of {BEAM}.",
     ]
