@@ -7,8 +7,9 @@ Shapes: R rows of a split, K histories read, B targets, N items of their histori
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,7 +31,7 @@ BASE = 0x9E3779B97F4A7C15  # of polynomials modulo 2^64: odd, so that it has an 
 
 @dataclass(frozen=True)
 class RowSummary:
-    """What tells whether a history is the rows before: of rows without padding, [R] each."""
+    """Tells whether a history is the rows before it: [R] each, of rows without padding."""
 
     positions: np.ndarray
     groups: np.ndarray
@@ -39,7 +40,7 @@ class RowSummary:
     hashes: np.ndarray  # uint64, of the histories: sums of mixed items times BASE ^ age
 
     @staticmethod
-    def of(tables: Sequence[pa.Table], rows: RowSource, most_items: int) -> RowSummary:
+    def of(tables: Iterable[pa.Table], rows: RowSource, most_items: int) -> RowSummary:
         """Summarise a rank's rows; labels other than 1 and too long histories are ValueErrors."""
         parts = [RowSummary._of(RowColumns.of(table), rows, most_items) for table in tables]
         return RowSummary(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
@@ -128,8 +129,9 @@ def all_positions(rows: RowSource, most_items: int, ranks: Ranks) -> AllPosition
     """Return the rows that stand for all rows, of histories up to `most_items`. A collective."""
     with ranks.raise_on_all_ranks():
         check_schema(rows.schema)
-        share = list(rows.read_once(*rows.share(ranks.rank, ranks.world_size)))
-        share_summary = RowSummary.of([*share, rows.padding(1)], rows, most_items)
+        share = rows.read_once(*rows.share(ranks.rank, ranks.world_size))
+        tables = itertools.chain(share, [rows.padding(1)])  # one of the share is held at a time
+        share_summary = RowSummary.of(tables, rows, most_items)
     summaries = [vars(part).values() for part in ranks.gather(share_summary)]
     joined = RowSummary(*(np.concatenate(arrays) for arrays in zip(*summaries, strict=True)))
     read = AllPositionRows(rows, joined.targets_before(rows.num_rows))

@@ -56,6 +56,18 @@ class Rows:
         return np.where(inside, values[np.maximum(place, 0)], 0) if len(values) else inside * 0
 
 
+def padded_behind(rows: Rows, length: int) -> dict[str, np.ndarray]:
+    """Return columns of RecBole: the last `length` items [N, L], their number, and the target."""
+    padded = rows.padded(rows.history + 1, length)
+    lengths = np.minimum(np.diff(rows.offsets), length)
+    places = (np.arange(length)[None, :] + (length - lengths)[:, None]) % length
+    return {
+        "item_id_list": np.take_along_axis(padded, places, axis=1),
+        "item_length": np.maximum(lengths, 1),
+        "item_id": rows.item + 1,
+    }
+
+
 def item_vectors(folder: Path) -> list[np.ndarray]:  # float32 [I, V] of each modality
     """Return the vectors of items, of unit length or zero."""
     widths = np.load(folder / "widths.npy")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peer_rows import PeerJob, Rows
+from peer_rows import PeerJob, Rows, padded_behind
 from recbole.config import Config
 from recbole.data.interaction import Interaction
 from recbole.data.transform import MaskItemSequence
@@ -23,18 +23,6 @@ from recbole.data.transform import MaskItemSequence
 torch.autograd.set_detect_anomaly(False)  # an import of RecBole turns it on, which is slow
 DEPTH = 10
 MODULES = {"SASRec": "sasrec", "GRU4Rec": "gru4rec", "BERT4Rec": "bert4rec"}
-
-
-def interactions(rows: Rows, length: int) -> dict[str, np.ndarray]:
-    """Return the last `length` items of each history, padded behind, its length and the target."""
-    padded = rows.padded(rows.history + 1, length)
-    lengths = np.minimum(np.diff(rows.offsets), length)
-    places = (np.arange(length)[None, :] + (length - lengths)[:, None]) % length
-    return {
-        "item_id_list": np.take_along_axis(padded, places, axis=1),
-        "item_length": np.maximum(lengths, 1),
-        "item_id": rows.item + 1,
-    }
 
 
 def batches(
@@ -89,7 +77,7 @@ def main() -> None:
     module = importlib.import_module(f"recbole.model.sequential_recommender.{MODULES[name]}")
     model = getattr(module, name)(config, dataset)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"])
-    columns = {split: interactions(part, settings["length"]) for split, part in rows.items()}
+    columns = {split: padded_behind(part, settings["length"]) for split, part in rows.items()}
     has_history = np.flatnonzero(np.diff(rows["train"].offsets) > 0)  # RecBole has no other rows
     best, weights, waited = -1.0, model.state_dict(), 0
     for _ in range(settings["epochs"]):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peer_rows import PeerJob, Rows, order_within_users
+from peer_rows import PeerJob, Rows, order_within_users, padded_behind
 from recbole.config import Config
 from recbole.data.interaction import Interaction
 from recbole.model.sequential_recommender.sasrec import SASRec
@@ -38,15 +38,7 @@ def interactions(rows: Rows) -> dict[str, np.ndarray]:
     is_liked = rows.beside["history_liked"] > 0.5
     ends = np.concatenate([[0], np.cumsum(is_liked)])
     liked = Rows(rows.user, rows.item, rows.label, ends[rows.offsets], rows.history[is_liked], {})
-    padded = liked.padded(liked.history + 1, LENGTH)
-    lengths = np.minimum(np.diff(liked.offsets), LENGTH)
-    # RecBole pads behind the items.
-    shift = (np.arange(LENGTH)[None, :] + (LENGTH - lengths)[:, None]) % LENGTH
-    return {
-        "item_id_list": np.take_along_axis(padded, shift, axis=1),
-        "item_length": np.maximum(lengths, 1),
-        "item_id": rows.item + 1,
-    }
+    return padded_behind(liked, LENGTH)
 
 
 def batches(columns: dict[str, np.ndarray], order: np.ndarray, size: int) -> Any:

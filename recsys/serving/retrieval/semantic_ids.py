@@ -245,11 +245,7 @@ def export_semantic_ids(
     books = None if codebooks is None else load_codebooks(codebooks, model)
     kind = vectors if codebooks is None else _read_manifest(codebooks).vectors
     job = load_for_export(run, out, ranks, data)
-    if kind == "item_tower" and not isinstance(job.em3.ranking, TwoTower):
-        raise ValueError(
-            f"{run}: --vectors item_tower: ranking.name is '{job.config.ranking.name}', which has "
-            "no vectors of items; give a run of two_tower, or --vectors content"
-        )
+    _check_vectors(run, job, kind)
     # Items without training rows, as of the test split, came later.
     counts = trained_counts(run, job.schema.item_id_limit)
     is_trained = counts.of(np.asarray(catalogue_of(job))) > 0
@@ -271,6 +267,14 @@ def export_semantic_ids(
         if dataset is not None:
             write_dataset_with(job.root, job.schema, table, COLUMN, books.num_ids, dataset)
     return report
+
+
+def _check_vectors(run: Path, job: Job, kind: str) -> None:
+    if kind == "item_tower" and not isinstance(job.em3.ranking, TwoTower):
+        raise ValueError(
+            f"{run}: --vectors item_tower: ranking.name is '{job.config.ranking.name}', which has "
+            "no vectors of items; give a run of two_tower, or --vectors content"
+        )
 
 
 def load_codebooks(folder: Path, model: str | None = None) -> Codebooks:

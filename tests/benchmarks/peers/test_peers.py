@@ -101,6 +101,13 @@ def test_histories_are_padded_before_their_last_items(peer_rows: ModuleType, row
     assert read.padded(read.history, 2).tolist() == [[8, 9], [0, 7], [0, 0], [0, 0]]
 
 
+def test_histories_are_padded_behind_for_recbole(peer_rows: ModuleType, rows: Path) -> None:
+    columns = peer_rows.padded_behind(peer_rows.Rows.read(rows, "train"), 2)
+    assert columns["item_id_list"].tolist() == [[9, 10], [8, 0], [0, 0], [0, 0]]  # 0 pads
+    assert columns["item_length"].tolist() == [2, 1, 1, 1]  # at least 1, as RecBole reads the last
+    assert columns["item_id"].tolist() == [5, 6, 5, 7]
+
+
 def test_scores_are_those_of_the_rows_with_training_rows_of_their_items(
     monkeypatch: pytest.MonkeyPatch, rows: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -194,6 +195,12 @@ def test_codes_of_the_item_tower_are_of_its_vectors(towers: Path, tmp_path: Path
     for folder in folders:  # codebooks keep the kind of vectors
         table = pq.read_table(folder / "items.parquet")
         assert table["semantic_ids"].to_pylist() == expected.tolist()
+
+
+def test_a_ranking_model_has_no_vectors_of_an_item_tower(trained: Any, tmp_path: Path) -> None:
+    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match="give a run of two_tower"):
+        export_semantic_ids(trained.run, tmp_path / "ids", 2, 5, ranks, vectors="item_tower")
+    assert not (tmp_path / "ids").exists()
 
 
 def test_codebooks_of_another_model_are_refused(semantic: Path) -> None:
