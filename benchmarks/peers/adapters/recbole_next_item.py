@@ -20,7 +20,6 @@ from recbole.config import Config
 from recbole.data.interaction import Interaction
 from recbole.data.transform import MaskItemSequence
 
-torch.autograd.set_detect_anomaly(False)  # an import of RecBole turns it on, which is slow
 DEPTH = 10
 MODULES = {"SASRec": "sasrec", "GRU4Rec": "gru4rec", "BERT4Rec": "bert4rec"}
 
@@ -75,6 +74,7 @@ def main() -> None:
     mask = MaskItemSequence(config) if name == "BERT4Rec" else None  # names columns in `config`
     dataset = SimpleNamespace(num=lambda _: num_items + 1)
     module = importlib.import_module(f"recbole.model.sequential_recommender.{MODULES[name]}")
+    torch.autograd.set_detect_anomaly(False)  # the import turns it on, which is slow
     model = getattr(module, name)(config, dataset)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"])
     columns = {split: padded_behind(part, settings["length"]) for split, part in rows.items()}
