@@ -3,8 +3,8 @@
     python -m benchmarks.retrieval
 
 Unit vectors are clustered points of few dimensions under a fixed network. Queries come one at a
-time on one thread. Exits with 1 if the graph misses more than 2 % of what exact search finds, or is
-not ten times as fast.
+time on one thread. Exits with 1 if the graph of the most items misses more than 2 % of what exact
+search finds, or is not ten times as fast.
 
 Shapes: I items, Q queries, V width, K results.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -51,9 +52,7 @@ class Measured:
     recall: dict[int, float]  # by K
 
     @property
-    def passes(self) -> bool | None:
-        if self.index != "hnsw":
-            return None
+    def reaches_aim(self) -> bool:
         is_exact = all(share >= 1 - MOST_MISSED for share in self.recall.values())
         return is_exact and self.speed_up >= LEAST_SPEED_UP
 
@@ -75,7 +74,7 @@ def synthetic_vectors(items: int, queries: int, dim: int) -> tuple[np.ndarray, n
 
 
 def retrieval(
-    items: int = 1_000_000,
+    items: tuple[int, ...] = (1, 1000, 100_000, 1_000_000),
     dim: int = 64,
     queries: int = 500,
     depths: tuple[int, ...] = (10, 100),
@@ -84,14 +83,20 @@ def retrieval(
     """Measure all indexes and return whether the aim is reached.
 
     Args:
-        items: vectors in the index.
+        items: numbers of vectors in the index.
         dim: their width.
         queries: searches of each index that count.
         depths: numbers of results of which the recall is computed; the highest is asked for.
         results: folder for the figures.
     """
+    measured = [row for size in items for row in _measured(size, dim, queries, depths)]
+    (graph,) = (row for row in measured if row.index == "hnsw" and row.items == max(items))
+    write_result(_result(measured, graph, depths), results)
+    return graph.reaches_aim
+
+
+def _measured(items: int, dim: int, queries: int, depths: tuple[int, ...]) -> Iterator[Measured]:
     vectors, query_vectors = synthetic_vectors(items, queries + WARM_UP, dim)
-    measured: list[Measured] = []
     exact, exact_p50 = np.zeros((0, 0), np.int64), 0.0
     for kind in KINDS:
         start = time.perf_counter()
@@ -104,10 +109,8 @@ def retrieval(
         p50, p99 = median(seconds), quantiles(seconds, n=100)[98]
         speed_up = exact_p50 / p50
         row = Measured(kind, items, dim, build, 1e3 * p50, 1e3 * p99, speed_up, recall)
-        measured.append(row)
         print(asdict(row), flush=True)
-    write_result(_result(measured, depths), results)
-    return all(row.passes is not False for row in measured)
+        yield row
 
 
 def _search(index: Any, queries: np.ndarray, count: int) -> tuple[list[float], np.ndarray]:
@@ -132,31 +135,31 @@ def _shared(
     return float(np.mean([len(np.intersect1d(*pair)) / len(pair[0]) for pair in pairs]))
 
 
-def _result(measured: list[Measured], depths: tuple[int, ...]) -> Result:
+def _result(measured: list[Measured], graph: Measured, depths: tuple[int, ...]) -> Result:
     columns = ["index", "items", "build, s", "p50, ms", "p99, ms", "x flat"]
     columns += [*(f"recall@{depth} of flat" for depth in depths), "aim"]
-    verdicts = {True: "reached", False: "missed", None: ""}
+    verdict = "reached" if graph.reaches_aim else "missed"
     rows = [
         (
             row.index,
             f"{row.items:,}",
             f"{row.build_seconds:.1f}",
-            f"{row.p50:.2f}",
-            f"{row.p99:.2f}",
+            f"{row.p50:.3f}",
+            f"{row.p99:.3f}",
             f"{row.speed_up:.1f}",
             *(f"{row.recall[depth]:.4f}" for depth in depths),
-            verdicts[row.passes],
+            verdict if row is graph else "",
         )
         for row in measured
     ]
     reading = [
         f"Synthetic vectors of {measured[0].dim} numbers (`benchmarks/retrieval`), one query at a "
         "time on one thread; indexes are built on all threads. Recall is the share of the exact "
-        f"results. The aim: hnsw misses at most {MOST_MISSED:.0%}, and is at least "
-        f"{LEAST_SPEED_UP:g} times as fast as flat.",
+        f"results. The aim, for the most items: hnsw misses at most {MOST_MISSED:.0%}, and is at "
+        f"least {LEAST_SPEED_UP:g} times as fast as flat.",
     ]
 
-    records = [{"benchmark": "retrieval", **asdict(row), "passes": row.passes} for row in measured]
+    records = [{"benchmark": "retrieval", **asdict(row)} for row in measured]
     return Result("retrieval", "Indexes of item vectors", records, columns, rows, None, reading)
 
 

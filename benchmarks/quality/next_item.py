@@ -7,6 +7,7 @@ Measures finished runs of one dataset, such as seeds of the recipe `next_item`, 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,8 +16,10 @@ import torch
 from jsonargparse import auto_cli
 from torch import Tensor
 
+from benchmarks.peers.trainings import GIGABYTE
 from benchmarks.quality.sequence_models import sequence_models
 from benchmarks.results import RESULTS, Result, write_result
+from recsys.checkpoint.run_folder import METRICS
 from recsys.distributed.ranks import joined_ranks
 from recsys.serving.retrieval.baselines import compare_with_baselines, interval
 
@@ -44,16 +47,34 @@ def next_item(
         peers = {} if recbole is None else sequence_models(runs[0], recbole, ranks)
     reports, gains = map(list, zip(*compared, strict=True))
     for report, run_gains in zip(reports, gains, strict=True):
-        report |= {name: peer for name, (peer, _) in peers.items()}
-        run_gains |= {name: peer_gains for name, (_, peer_gains) in peers.items()}
-    write_result(_result(page, reports, gains), results)
+        report |= {name: peer.metrics for name, peer in peers.items()}
+        run_gains |= {name: peer.gains for name, peer in peers.items()}
+    costs = {name: (peer.seconds, peer.peak) for name, peer in peers.items()}
+    costs["model"] = _cost(runs)
+    write_result(_result(page, reports, gains, costs), results)
 
 
-def _result(page: str, reports: list[dict[str, Any]], gains: list[dict[str, Tensor]]) -> Result:
+def _cost(runs: list[Path]) -> tuple[float, float]:
+    """Return the mean seconds and peak GB of trainings."""
+    trainings = [json.loads((run / METRICS).read_text())["train"] for run in runs]
+    peak = fmean(training["peak_bytes"] for training in trainings)
+    return fmean(training["seconds"] for training in trainings), peak / GIGABYTE
+
+
+def _result(
+    page: str,
+    reports: list[dict[str, Any]],
+    gains: list[dict[str, Tensor]],
+    costs: dict[str, tuple[float, float]],
+) -> Result:
     parts = [("all", name) for name in reports[0]["model"]["all"] if "@" in name]
     parts.append(("unseen", parts[0][1]))
-    rows = [[name, *(_mean_cell(reports, name, *part) for part in parts)] for name in reports[0]]
+    rows = [
+        [name, *(_mean_cell(reports, name, *part) for part in parts), *_cost_cells(costs.get(name))]
+        for name in reports[0]
+    ]
     columns = ["scores", *(name if part == "all" else f"{name} {part}" for part, name in parts)]
+    columns += ["training, s", "peak, GB"]
     counts = reports[0]["model"]
     reading = [
         f"Means of {len(reports)} runs on {counts['all']['num_samples']:,} test rows, "
@@ -82,6 +103,10 @@ MODELS = ("model", "blend with model")
 def _mean_cell(reports: list[dict[str, Any]], name: str, part: str, metric: str) -> str:
     values = [report[name][part][metric] for report in reports]
     return "-" if None in values else f"{fmean(values):.4f}"
+
+
+def _cost_cells(cost: tuple[float, float] | None) -> tuple[str, str]:
+    return ("-", "-") if cost is None else (f"{cost[0]:,.0f}", f"{cost[1]:.2f}")
 
 
 def _gain(gains: list[dict[str, Tensor]], name: str, baseline: str) -> str:

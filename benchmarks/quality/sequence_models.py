@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -39,8 +39,17 @@ MODELS = ("SASRec", "GRU4Rec", "BERT4Rec")
 FIXED = {"length": 50, "width": 64, "batch_size": 256, "epochs": 100, "patience": 3}
 
 
-def sequence_models(run: Path, out: Path, ranks: Ranks) -> dict[str, tuple[dict[str, Any], Tensor]]:
-    """Return of each model its metrics, and the NDCG of each row at the first depth [R]."""
+class SequenceModel(NamedTuple):
+    """Metrics of a model, the NDCG of rows at the first depth [R], seconds and GB of training."""
+
+    metrics: dict[str, Any]
+    gains: Tensor
+    seconds: float
+    peak: float
+
+
+def sequence_models(run: Path, out: Path, ranks: Ranks) -> dict[str, SequenceModel]:
+    """Train the models on the rows of a run, unless that was done, and measure them by name."""
     job = load_run(run, None, ranks, ranks.device.type)
     settings, items = settings_with_vectors(run, job), np.asarray(catalogue_of(job))
     test = read_query_rows(job, "test", items, read_item_counts(run, job.schema.item_id_limit))
@@ -54,10 +63,12 @@ def sequence_models(run: Path, out: Path, ranks: Ranks) -> dict[str, tuple[dict[
     for model in MODELS:
         fixed = {**FIXED, **sizes, "model": model}
         peer = Peer(f"RecBole {model}", "recbole_next_item", requirements, {}, fixed)
-        scores = PeerTraining(peer, rows, {}, 0, out).result()["test"]
+        training = PeerTraining(peer, rows, {}, 0, out)
+        scores = training.result()["test"]
         above, tied = map(torch.from_numpy, places(scores, test, settings.exclude_seen))
         gains = row_gains("ndcg", above, tied, settings.depths[0])
-        compared[peer.name] = metrics_by_frequency(above, tied, test, settings), gains
+        metrics = metrics_by_frequency(above, tied, test, settings)
+        compared[peer.name] = SequenceModel(metrics, gains, *training.cost())
     return compared
 
 

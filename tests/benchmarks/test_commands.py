@@ -150,8 +150,10 @@ def test_the_loader_is_measured_with_and_without_content_and_threads(tmp_path: P
 
 def test_indexes_are_compared_with_exact_search(tmp_path: Path) -> None:
     pytest.importorskip("faiss")
-    retrieval(items=3000, dim=16, queries=20, results=tmp_path)
-    records = {record["index"]: record for record in lines_of(tmp_path, "retrieval")}
+    retrieval(items=(1, 3000), dim=16, queries=20, results=tmp_path)
+    lines = lines_of(tmp_path, "retrieval")
+    assert [record["recall"]["10"] for record in lines[:3]] == [1.0] * 3  # one item: all find it
+    records = {record["index"]: record for record in lines[3:]}
     assert records["flat"]["recall"] == {"10": 1.0, "100": 1.0}
     assert records["hnsw"]["recall"]["10"] > 0.95 and records["ivf"]["recall"]["10"] > 0.5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,8 @@ import pytest
 from filelock import FileLock
 
 from benchmarks.peers.trainings import PeerTraining
-from benchmarks.quality.sequence_models import MODELS, sequence_models
-from recsys.distributed.ranks import joined_ranks
-from recsys.serving.retrieval.baselines import compare_with_baselines
+from benchmarks.quality.next_item import next_item
+from benchmarks.quality.sequence_models import MODELS
 from tests.recsys.serving.retrieval.retrieval_runs import train_towers
 
 
@@ -21,7 +21,8 @@ def counts_of_items(training: PeerTraining) -> dict[str, np.ndarray]:
     with np.load(training.rows / "train.npz") as train, np.load(training.rows / "test.npz") as test:
         counts = np.bincount(train["item"], minlength=fixed["num_items"])
         assert (np.diff(train["offsets"]) > 0).any() and train["label"].all()
-        return {"test": np.tile(np.log1p(counts).astype(np.float32), (len(test["item"]), 1))}
+        scores = np.tile(np.log1p(counts).astype(np.float32), (len(test["item"]), 1))
+        return {"test": scores, "seconds": np.float64(12), "peak": np.float64(3e9)}
 
 
 def test_a_model_that_scores_by_popularity_has_the_figures_of_popularity(
@@ -31,14 +32,15 @@ def test_a_model_that_scores_by_popularity_has_the_figures_of_popularity(
     with FileLock(session_folder / "towers.lock"):
         run = train_towers(session_folder / "towers") / "run"
     monkeypatch.setattr(PeerTraining, "result", counts_of_items)
-    with joined_ranks("cpu") as ranks:
-        reports, gains = compare_with_baselines(run, None, ranks)
-        models = sequence_models(run, tmp_path, ranks)
+    next_item([run], tmp_path / "recbole", tmp_path)
 
-    assert list(models) == [f"RecBole {name}" for name in MODELS]
-    for report, model_gains in models.values():
-        assert model_gains.tolist() == pytest.approx(gains["popularity"].tolist())
-        assert report["all"]["recall@10"] == pytest.approx(
-            reports["popularity"]["all"]["recall@10"]
-        )
-    assert 0 < gains["popularity"].mean() < 1
+    record = json.loads((tmp_path / "next_item.jsonl").read_text())
+    page = (tmp_path / "next_item.md").read_text()
+    assert 0 < record["popularity"]["all"]["ndcg@10"] < 1
+    rows = {line.split(" | ")[0].strip("| "): line for line in page.splitlines() if "|" in line}
+    for name in MODELS:
+        for part in ("all", "unseen"):
+            assert record[f"RecBole {name}"][part] == pytest.approx(record["popularity"][part])
+        assert f"blend with model over RecBole {name}" in page
+        assert rows[f"RecBole {name}"].endswith("| 12 | 3.00 |")  # seconds and GB of its training
+    assert rows["popularity"].endswith("| - | - |")
