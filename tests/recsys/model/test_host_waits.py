@@ -5,7 +5,7 @@ The branches that only GPUs take run here on CPU, and give the logits of those f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -114,17 +114,19 @@ MOST_LAUNCHES = {
 }
 
 
-# Some of them compile for a minute.
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name, marks=[] if name in ("id_only", "movielens_sample") else pytest.mark.long
-        )
-        for name in MOST_LAUNCHES
-    ],
-)
+@pytest.mark.parametrize("name", MOST_LAUNCHES)
 def test_no_recipe_waits(folder: Path, ranks: Ranks, name: str) -> None:
+    with gpu_branches():
+        assert not audit(of_recipe(name, folder), folder / "data", ranks).places
+
+
+def one_and_long(names: Iterable[str], one: str) -> list[Any]:
+    """Names of tests that compile for a minute: the default job has one of them."""
+    return [pytest.param(name, marks=[] if name == one else pytest.mark.long) for name in names]
+
+
+@pytest.mark.parametrize("name", one_and_long(MOST_LAUNCHES, "id_only"))
+def test_a_compiled_recipe_has_few_launches(folder: Path, ranks: Ranks, name: str) -> None:
     with gpu_branches():
         waits = audit(of_recipe(name, folder), folder / "data", ranks, is_compiled=True)
     assert not waits.places
@@ -153,19 +155,16 @@ def test_layers_are_compiled_where_lengths_are_read_and_compute_the_same(
     torch.testing.assert_close(compiled.logits, plain.logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "most_launches"), [("A", 200), pytest.param("B", 200, marks=pytest.mark.long)]
-)
-def test_no_setting_of_the_benchmarks_waits(
-    tmp_path: Path, ranks: Ranks, name: str, most_launches: int
-) -> None:
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["A", "B"])
+def test_no_setting_of_the_benchmarks_waits(tmp_path: Path, ranks: Ranks, name: str) -> None:
     data, words = (sized := setting(name, quick=True)).prepared(tmp_path)
     config = load_config(str(sized.recipe), [*words, "--kernels", "torch"])
     with gpu_branches():
         waits = audit(config, Path(data), ranks, is_compiled=True)
     assert not waits.places
     launches = waits.launches / (STEPS - WARM_UP)
-    assert launches <= most_launches, launches
+    assert launches <= 200, launches
 
 
 def changed(config: Config, **fields: Any) -> Config:
