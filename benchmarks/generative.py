@@ -65,7 +65,7 @@ def generative(
     assert isinstance(index, CodeIndex)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    records = []
+    records: list[dict[str, Any]] = []
     for index.beam_size in beams:
         milliseconds = [_request(retriever, row) for row in request_rows][WARM_UP:]
         p50, p99 = median(milliseconds), quantiles(milliseconds, n=100)[98]

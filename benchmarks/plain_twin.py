@@ -19,13 +19,14 @@ from torch.nn import functional as F
 from recsys.config import Config, content_settings
 from recsys.content.build import build_content_store
 from recsys.data.batch import Batch
-from recsys.data.interactions import BatchBuilder, Interactions, loader
+from recsys.data.batch_builder import BatchBuilder
+from recsys.data.interactions import Interactions, loader
 from recsys.data.items.content_store import ContentStore
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.schema import Schema, load_schema
 from recsys.distributed.ranks import Ranks
 from recsys.model.tables import pooled_features
-from recsys.ranking.din import DinDcnSettings
+from recsys.ranking.settings import DinDcnSettings
 from recsys.storage.location import Location
 
 

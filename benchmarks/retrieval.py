@@ -23,12 +23,12 @@ import numpy as np
 from jsonargparse import auto_cli
 
 from benchmarks.results import RESULTS, Result, write_result
+from recsys.serving.retrieval.catalogue import unit
 from recsys.serving.retrieval.item_vectors import (
     IndexKind,
     build_index,
     require_faiss,
     search_index,
-    unit,
 )
 
 MOST_MISSED, LEAST_SPEED_UP = 0.02, 10.0  # of the graph

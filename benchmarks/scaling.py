@@ -271,9 +271,8 @@ def curves_of(
         return at
 
     def at_rows(place: int) -> Variant:
-        no_content = {"text_dim": 0, "image_dim": 0}
-        count = rows[place]
-        return make(f"{count} rows", "--content", "none", num_users=count, **no_content)
+        count, words = rows[place], ("--content", "none")
+        return make(f"{count} rows", *words, num_users=count, text_dim=0, image_dim=0)
 
     def at_history(*words: str) -> Callable[[int], Variant]:
         return lambda place: make(f"history {histories[place]}", *words, history=histories[place])

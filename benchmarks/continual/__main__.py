@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
@@ -117,9 +118,10 @@ def _verdicts(
     scores: dict[str, Scores], trained: dict[str, int], names: list[str], arrival: Arrival
 ) -> dict[str, bool]:
     common = [name for name in names if name in scores[CONTINUAL] and name in scores[RETRAINED]]
-    sides = [[[scores[way][name] for name in common]] for way in (RETRAINED, CONTINUAL)]
-    gauc = [pooled_metric(side[0], "gauc", "all") or 0.0 for side in sides]
-    interval = paired_difference(*sides, "gauc", "all")
+    ways = RETRAINED, CONTINUAL
+    retrained, continual = ([scores[way][name] for name in common] for way in ways)
+    gauc = [pooled_metric(side, "gauc", "all") or 0.0 for side in (retrained, continual)]
+    interval = paired_difference([retrained], [continual], "gauc", "all")
     words = "" if interval is None else f" [{interval.low:+.4f}, {interval.high:+.4f}]"
     share = trained[CONTINUAL] / trained[RETRAINED]
     times = arrival.total / arrival.plain
@@ -188,7 +190,7 @@ def _result(
         for way in WAYS:
             axes.plot(
                 [names.index(name) + 1 for name in scores[way]],
-                [pooled_metric([scores], "gauc", "all") for scores in scores[way].values()],
+                [pooled_metric([rows], "gauc", "all") or np.nan for rows in scores[way].values()],
                 label=way,
                 marker=".",
             )

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -114,7 +114,7 @@ def walk_all(recipe: Path, folder: Path, names: list[str], words: tuple[str, ...
         walk(recipe, folder, "continual", *words)
 
     with ThreadPoolExecutor(2) as pool:
-        futures = [
+        futures: list[Future[Any]] = [
             pool.submit(with_content),
             pool.submit(walk, recipe, folder, "id_only", *words, *WITHOUT_CONTENT),
         ]

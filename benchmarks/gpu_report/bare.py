@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -37,9 +38,7 @@ def bare_steps(data: Path, rows: int, source: str, device: torch.device) -> Call
     bags = EmbeddingBagCollection(tables=tables, device=torch.device("meta"))
     # As many units as the product's defaults for `dlrm`.
     dlrm = DLRM(bags, NUMBERS, [64, DIM], [128, 64, 1], dense_device=device)
-    torch.distributed.optim._apply_optimizer_in_backward(
-        RowWiseAdagrad, bags.parameters(), {"lr": 0.05}
-    )
+    _apply_optimizer_in_backward(RowWiseAdagrad, bags.parameters(), {"lr": 0.05})
     model = DistributedModelParallel(DLRMTrain(dlrm), device=device)
     dense = KeyedOptimizerWrapper(
         {n: p for n, p in model.named_parameters() if not n.startswith("model.sparse_arch")},

@@ -48,7 +48,8 @@ def speed(
                 about = {"model": model, "precision": precision, "rows": rows, "source": source}
                 try:
                     step = _steps(model, out, precision, rows, source, ranks, quick)
-                    figures = measured(step, rows, *((2, 2, 1) if quick else (10, 30, 3)))
+                    rounds = (2, 2, 1) if quick else (10, 30, 3)
+                    figures: dict[str, Any] = measured(step, rows, *rounds)
                 except torch.OutOfMemoryError:
                     figures = {"error": "out of memory"}
                 print("Figures:", json.dumps(about | figures), flush=True)
@@ -72,6 +73,7 @@ def _steps(
 def _recipe(model: str, out: Path, quick: bool) -> tuple[str, str, tuple[str, ...]]:
     """Return recipe, dataset and overrides of a model."""
     recipe, folder = str(FOLDER / "a.yaml"), out / "data"
+    words: tuple[str, ...]
     if model == "dlrm":
         words = ("--ranking", "{name: dlrm}", "--embedding.dim", "16", *WITHOUT_CONTENT)
         return recipe, str(write_categories(folder, quick)), words

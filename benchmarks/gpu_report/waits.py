@@ -25,7 +25,7 @@ def waits(name: str, out: Path, device: str = "cuda", quick: bool = False) -> No
         quick: few rows.
     """
     recipe = RECIPES / f"{name}.yaml"
-    words = ("--device", device, "--cache", str(out / "cache"))
+    words: tuple[str, ...] = ("--device", device, "--cache", str(out / "cache"))
     if not recipe.is_file():
         recipe, words = RECIPES / "tiny.yaml", (*words, "--ranking", f"{{name: {name}}}")
     if quick:

@@ -58,7 +58,8 @@ def write_rows(data: str, recipe: Path, out: Path, most_rows: int | None = None)
         for split in SPLITS:
             rows = open_rows(config.source, Location.of(data), split, schema)
             table = pa.concat_tables(rows.read(*rows.share(0, 1))).slice(0, most_rows)
-            np.savez(partial / f"{split}.npz", **_arrays(RowColumns.of(table), schema))
+            arrays = _arrays(RowColumns.of(table), schema)
+            np.savez(partial / f"{split}.npz", **arrays)  # type: ignore[arg-type]
         vectors, widths = _vectors(data, config)
         np.save(partial / VECTORS, vectors)
         np.save(partial / WIDTHS, widths)
@@ -110,7 +111,8 @@ def _vectors(data: str, config: Config) -> tuple[np.ndarray, np.ndarray]:
     with joined_ranks("cpu") as ranks:
         job = build_job(config, data, ranks)
         assert job.store is not None and job.em3.content is not None
-        rows = np.arange(job.schema.columns[job.schema.target_item].num_embeddings)
+        rows = np.arange(job.schema.num_items)
         vectors = encoder_means(job, rows)
-        widths = [int(encoder.output_dim) for encoder in job.em3.content.encoders.values()]
+        encoders = job.em3.content.encoders.values()
+        widths = [encoder.output_dim for encoder in encoders]
     return vectors, np.array(widths)

@@ -29,7 +29,8 @@ from recsys.config import NeighbourSettings
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.parquet.values import ROW_POSITION
-from recsys.data.schema import Column, Schema
+from recsys.data.schema import Schema
+from recsys.data.schema_columns import Column
 from recsys.evaluation.metrics import grouped_auc
 from recsys.ranking.layers.evidence import NUM_VOTES
 from recsys.ranking.neighbours import Neighbours
@@ -71,8 +72,8 @@ class Log:
 
     def first_events(self) -> Events:
         users = np.repeat(np.arange(len(self.items)), FIRST_EVENTS)
-        columns = (part[:, :FIRST_EVENTS].ravel() for part in (self.items, self.values))
-        return Events(users, *columns, np.zeros(len(users))).distinct()
+        items, values = (part[:, :FIRST_EVENTS].ravel() for part in (self.items, self.values))
+        return Events(users, items, values, np.zeros(len(users))).distinct()
 
     def ranked_rows(self, last_users: int) -> pa.Table:
         """Return the later events of the last users as rows; liked are values over the mean."""

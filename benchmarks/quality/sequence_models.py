@@ -82,7 +82,8 @@ def _write_rows(job: Job, items: np.ndarray, out: Path) -> Path:
     if not folder.exists():
         with whole_folder(folder) as partial:
             for split in SPLITS:
-                np.savez(partial / f"{split}.npz", **_sequences(job, split, items))
+                sequences = _sequences(job, split, items)
+                np.savez(partial / f"{split}.npz", **sequences)  # type: ignore[arg-type]
             (partial / ABOUT).write_text(json.dumps({"dataset": digest, "items": len(items)}))
     return folder
 

@@ -8,10 +8,12 @@ One thread scores. Scorer and server start several times, as equal processes dif
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jsonargparse import auto_cli
 
 from benchmarks.results import RESULTS, Result, write_result
@@ -54,7 +56,8 @@ def serving(
         swap_every: seconds between exchanges of the package under load.
         results: folder to write to.
     """
-    scorer = Scorer.load(package, num_threads=1)
+    torch.set_num_threads(1)
+    scorer = Scorer.load(package)
     request = request_for(package, scorer, history, candidates)
     times = [_latencies_of_start(package, request, rounds) for _ in range(starts)]
     observed = None
@@ -68,9 +71,9 @@ def serving(
 def _latencies_of_start(
     package: Path, request: dict[str, Any], rounds: int
 ) -> dict[str, np.ndarray]:
-    scorer = Scorer.load(package, num_threads=1)
+    scorer = Scorer.load(package)
     with served(package) as (_, port, grpc_port):
-        ways = {
+        ways: dict[str, Callable[[], object]] = {
             GRAPH: graph_call(scorer, request),
             SCORER: lambda: scorer.score(**request),
             REST: HTTPClient(port, request),

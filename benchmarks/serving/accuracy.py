@@ -28,7 +28,7 @@ from recsys.serving.requests import request_columns
 from recsys.serving.vector_file import StoredType
 from recsys.storage.location import Location
 
-MOST_LOST = {"fp16": 0.0005, "int8": 0.001}
+MOST_LOST: dict[StoredType, float] = {"fp16": 0.0005, "int8": 0.001}
 MOST_DIFFERENT = 1e-6  # of fp32 from `recsys predict`
 TYPES: tuple[StoredType, ...] = get_args(StoredType)
 
@@ -64,7 +64,7 @@ def _measure(run: Path, out: Path, rows: int) -> dict[str, Any]:
     table = pq.read_table(predicted).slice(0, rows or None)
     aucs, megabytes = {}, {}
     for stored_as in TYPES:
-        scorer = Scorer.load(out / stored_as, num_threads=1)
+        scorer = Scorer.load(out / stored_as)
         label = scorer.labels[0]
         scores = np.array([scorer.score(**request)[0, 0] for request in _requests(scorer, table)])
         if stored_as == "fp32":

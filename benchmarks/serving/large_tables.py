@@ -102,7 +102,7 @@ def large_tables(
         num_rows = enlarged(package, large, column, gigabytes)
         starts = [_start(large) for _ in range(rounds)]
         shared = _shared(large, column, num_rows)
-    record = {
+    record: dict[str, Any] = {
         "benchmark": "large_tables",
         "gigabytes": gigabytes,
         "seconds": float(np.median([start["seconds"] for start in starts])),
