@@ -144,7 +144,10 @@ def joined_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
 
 
 def keep_freed_memory() -> None:
-    """Keep freed host memory, which glibc returns, for the next step: 6 to 10 % faster on CPU."""
+    """Keep freed host memory, which glibc returns, for the next step or request.
+
+    Steps on CPU are 6 to 10 % faster, requests about a fifth.
+    """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):

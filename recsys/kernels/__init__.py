@@ -11,5 +11,6 @@ from recsys.kernels.dot_interaction import native_dot_interaction as native_dot_
 from recsys.kernels.fusion import AttentionSettings as AttentionSettings
 from recsys.kernels.fusion import native_fusion as native_fusion
 from recsys.kernels.operators import result_dtype as result_dtype
+from recsys.kernels.shared_attention import shared_target_attention as shared_target_attention
 from recsys.kernels.target_attention import ScoreWeights as ScoreWeights
 from recsys.kernels.target_attention import native_target_attention as native_target_attention

@@ -276,6 +276,20 @@ def has_native(*tensors: Tensor) -> bool:
     return all(part.device.type == "cpu" for part in tensors) and _are_loaded()
 
 
+def has_built(tensor: Tensor) -> bool:
+    """Return whether kernels that were compiled before compute this tensor: on CPU."""
+    return tensor.device.type == "cpu" and _KernelChoice.kernels != "torch" and _are_built()
+
+
+@cache
+def _are_built() -> bool:
+    """Load the kernels if they are compiled; else say once what requests pay."""
+    if _KernelChoice.are_loaded is None and not (state := build_state()).startswith("compiled"):
+        logger.info("requests to models with target attention are slower: kernels are %s", state)
+        return False
+    return _are_loaded()
+
+
 def rounds_products(device: torch.device) -> bool:
     """Return whether autocast asks for products of bfloat16 on this device.
 

@@ -18,6 +18,7 @@ from recsys.kernels import (
     has_native,
     native_target_attention,
     result_dtype,
+    shared_target_attention,
     target_attention,
 )
 
@@ -93,17 +94,25 @@ class TargetAttention(HistoryAttention):
     def forward(
         self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
     ) -> Tensor:  # [B, D], [U, D], [N, P] -> [B, D]
+        is_autocast = torch.is_autocast_enabled(target.device.type)
+        if history.is_shared and not is_autocast and not torch.is_grad_enabled():
+            lists = self._list_weight(target)
+            listed = history.of_one_row(parallel)[:, : lists.shape[1]]
+            return shared_target_attention(target, items, listed, lists, self.score)
         weights = ScoreWeights.of(self.score)
-        if weights is None or history.is_shared or not isinstance(history, JaggedHistory):
+        if weights is None or not isinstance(history, JaggedHistory):
             return super().forward(target, items, history, parallel)
         if parallel.requires_grad or not has_native(target, items, *weights):
             return super().forward(target, items, history, parallel)
-        lists = self.parallel_map
-        list_weight = target.new_empty(target.shape[1], 0) if lists is None else lists.weight
-        listed = parallel[:, : list_weight.shape[1]]
+        lists = self._list_weight(target)
+        listed = parallel[:, : lists.shape[1]]
         return native_target_attention(
-            target, items, history.index, history.offsets, listed, list_weight, weights
+            target, items, history.index, history.offsets, listed, lists, weights
         )
+
+    def _list_weight(self, like: Tensor) -> Tensor:  # [D, P]
+        lists = self.parallel_map
+        return like.new_empty(like.shape[1], 0) if lists is None else lists.weight
 
     def kernel_refusal(self) -> str | None:
         """Return why PyTorch computes every step on CPU, or None."""
@@ -114,9 +123,6 @@ class TargetAttention(HistoryAttention):
     ) -> Tensor:  # [B, D], [U, D], [N, P] -> [N]
         first = self.score[0]
         assert isinstance(first, nn.Linear)
-        if history.is_shared and not torch.is_autocast_enabled(target.device.type):
-            hidden = self._hidden_of_shared(target, items, history.of_one_row(parallel))
-            return self.score[1:](hidden).squeeze(1)
         w_item, w_target, w_difference, w_product = first.weight.chunk(4, dim=1)  # [H, D]
         w_item, w_target = (
             w_item + w_difference,
@@ -135,26 +141,6 @@ class TargetAttention(HistoryAttention):
         hidden.addmm_(products, w_product.T.to(dtype))
         hidden += history.spread(torch.addmm(first.bias, target, w_target.T).to(dtype))
         return self.score[1:](hidden).squeeze(1)
-
-    def _hidden_of_shared(
-        self,
-        target: Tensor,  # [B, D]
-        items: Tensor,  # [U, D]
-        parallel: Tensor,  # [U, P]
-    ) -> Tensor:  # [B * U, H]
-        """Return the first layer where all rows have the same history, by one product."""
-        first = self.score[0]
-        assert isinstance(first, nn.Linear)
-        w_item, w_target, w_difference, w_product = first.weight.chunk(4, dim=1)  # [H, D]
-        if self.parallel_map is not None:
-            items = items + self.parallel_map(parallel.to(items.dtype))
-        constant = torch.addmm(first.bias, items, (w_item + w_difference).T)  # [U, H]
-        factors = items.T.unsqueeze(2) * w_product.T.unsqueeze(1)  # [D, U, H]
-        factors = factors + (w_target - w_difference).T.unsqueeze(1)
-        # The constant is one more row of the factors: else it is copied to all rows first.
-        factors = torch.cat([factors.flatten(1), constant.view(1, -1)])
-        hidden = F.pad(target, (0, 1), value=1.0) @ factors  # [B, U * H]
-        return hidden.view(-1, constant.shape[1])
 
 
 class DotAttention(HistoryAttention):

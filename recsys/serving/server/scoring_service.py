@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from recsys.config.server import FeatureSettings, ServerSettings
+from recsys.distributed.ranks import keep_freed_memory
 from recsys.serving.drift import read_statistics
 from recsys.serving.features.source import FeatureSourceError
 from recsys.serving.new_items.add import AddedCounts, Item, ItemIntake
@@ -87,6 +88,7 @@ class ScoringService:
     def __init__(self, settings: ServerSettings, verified: VerifiedFiles | None = None) -> None:
         self.settings, self.is_draining = settings, False
         torch.set_num_threads(settings.threads)
+        keep_freed_memory()
         self._folder = Path(settings.package)
         self._manifest_identity = self._identify_manifest()
         self.package = LoadedPackage.load(
