@@ -1,5 +1,6 @@
 """What tests of several rooms share, and the order in which test files run."""
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, settings
 from recsys.distributed.log import OWN_LOGGERS
 from recsys.kernels.choice import _KernelChoice
 from tests.ranks import require_gpus
+from tests.rare_gc import collect_garbage_seldom
 from tests.recsys.command_runs import TrainedRun, train_by_torchx
 
 # A busy machine takes longer for an example, and longer to make one.
@@ -65,6 +67,15 @@ def trained(session_folder: Path) -> TrainedRun:
     """A run over two ranks, trained once for all tests, whichever worker asks first."""
     with FileLock(session_folder / "trained.lock"):
         return train_by_torchx(session_folder / "trained")
+
+
+def pytest_collection() -> None:
+    """Test files import libraries: until all are there, nothing is garbage."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    collect_garbage_seldom()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

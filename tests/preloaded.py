@@ -1,11 +1,11 @@
-"""What the server of which ranks are forked imports once, so that no rank waits for it.
-
-Python's garbage collector would visit all that again in each rank, and copy the pages it lies on:
-`gc.freeze` tells it that none of it is garbage.
-"""
+"""What the server of which ranks are forked imports once, so that no rank waits for it."""
 
 import gc
 from importlib import import_module
+
+from tests.rare_gc import collect_garbage_seldom
+
+gc.disable()  # until all is imported
 
 MODULES = (
     "hypothesis",
@@ -24,5 +24,4 @@ MODULES = (
 
 for name in MODULES:
     import_module(name)
-gc.collect()
-gc.freeze()
+collect_garbage_seldom()

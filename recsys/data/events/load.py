@@ -16,7 +16,7 @@ import numpy as np
 from jsonargparse import ArgumentParser
 
 from recsys.config.parser import problem_of, short
-from recsys.config.plain_yaml import load_plain_yaml, recipe_file
+from recsys.config.plain_yaml import cached_copy, load_plain_yaml, recipe_file
 from recsys.data.events.clean_events import IMPRESSION, event_columns
 from recsys.data.events.file_columns import LARGEST
 from recsys.data.events.settings import EventsConfig, EventTable, ItemTable, Source
@@ -50,23 +50,27 @@ def load_events_config(path: Path, data: Path | None = None) -> EventsConfig:
     path = recipe_file(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; name an events.yaml")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(EventsConfig, None)
     try:
-        content = load_plain_yaml(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("it must be a mapping with events and labels")
-        content = _written_out(content)
-        if problem := problem_of(EventsConfig, content):
-            raise ValueError(problem)
-        namespace = parser.instantiate(parser.parse_object(content))
-        config = EventsConfig(**{part.name: namespace[part.name] for part in fields(EventsConfig)})
+        config = _settings_of(load_plain_yaml(path.read_bytes()))
         _resolve_paths(config, path.parent if data is None else data)
         if (conflict := next(_conflicts(config), None)) is not None:
             raise ValueError(conflict)
     except Exception as error:
         raise ValueError(f"{path}: {error}") from error
     return config
+
+
+@cached_copy
+def _settings_of(content: Any) -> EventsConfig:
+    if not isinstance(content, dict):
+        raise ValueError("it must be a mapping with events and labels")
+    content = _written_out(content)
+    if problem := problem_of(EventsConfig, content):
+        raise ValueError(problem)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(EventsConfig, None)
+    namespace = parser.instantiate(parser.parse_object(content))
+    return EventsConfig(**{part.name: namespace[part.name] for part in fields(EventsConfig)})
 
 
 def _written_out(content: Any, path: tuple[str, ...] = ()) -> Any:
@@ -182,7 +186,7 @@ def _source_problems(name: str, source: Source) -> Iterator[str]:
     several = source.several if isinstance(source, EventTable) else None
     if several is not None and not (several.between and several.separator):
         yield f"{name}.several: between and separator are texts; write some"
-    if source.time_zone not in available_timezones():
+    if source.time_zone != "UTC" and source.time_zone not in available_timezones():
         yield f"{name}.time_zone '{source.time_zone}' is unknown; write such as Europe/Berlin"
     for column, content in source.content.items() if isinstance(source, ItemTable) else ():
         if content.path_column is None and content.folder is not None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 import pytest
 
 from recsys.cli import main
 from recsys.commands.options import command_parser
 from recsys.config import Config, load_config
-from recsys.config.parser import CHOSEN_BY_USERS, dataclass_in, with_underscores
+from recsys.config.parser import (
+    CHOSEN_BY_USERS,
+    dataclass_in,
+    is_parsed_as,
+    is_plainly_of,
+    with_underscores,
+)
 from recsys.config.plain_yaml import NUM_RESULTS, RefusedYaml, cached_copy, load_plain_yaml
 from tests.recsys.command_runs import TINY
 
@@ -175,3 +182,36 @@ def test_values_and_keys_of_other_types_are_parsed_by_themselves(one: Any, other
         assert parse({key: one}) == [(type(key), type(one))]
         assert parse({key: other}) == [(type(key), type(other))]
     assert parse({other: one}) == [(type(other), type(one))]
+
+
+TEXTS = [
+    "",
+    "a",
+    "null",
+    "true",
+    "1",
+    "1e3",
+    "*a",
+    "[a",
+    "{a: 1}",
+    "a: &b",
+    "{a: 1, a: 2}",
+    "@",
+    "-",
+]
+VALUES = [*TEXTS, TEXTS, True, 0, 2**70, 1.5, float("inf"), None, [], [1], [1.5, "a"], [None], {}]
+
+
+@pytest.mark.parametrize(
+    ("hint", "number"),
+    [
+        *((str, len(TEXTS)), (bool, 1), (int, 2), (float, 2), (None, 0)),
+        *((Literal["a", "b"], 1), (list[str], 2), (list[int], 2), (list[float | str], 3)),
+        *((int | float | str | None, len(TEXTS) + 5), (list[str] | str, len(TEXTS) + 2)),
+        *((dict[str, str], 0), (Any, 0)),
+    ],
+)
+def test_what_is_plainly_of_a_type_is_what_the_parser_takes(hint: Any, number: int) -> None:
+    values = [value for value in VALUES if is_plainly_of(hint, value)]
+    assert all(is_parsed_as(hint, copy.deepcopy(value)) for value in values)
+    assert len(values) == number
