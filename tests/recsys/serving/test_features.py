@@ -235,23 +235,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def compare(package: Path, run: Path, shop: Shop, number: int, out: Path) -> None:
+@pytest.fixture(scope="module")
+def own(folder: Path) -> Scorer:
+    """The scorer of the package, whose graph others of the same run take over."""
+    return Scorer.load(folder / "package")
+
+
+def compare(scorer: Scorer, run: Path, shop: Shop, number: int, out: Path) -> None:
     requests = list(shop.requests(number, seed=len(shop.events)))
     columns = pq.read_table(run.parent / "shop" / "data" / "test").schema
     expected = predictions(run, shop, requests, out, columns)
-    scorer = Scorer.load(package)
     scores = np.stack([scorer.score(**request) for request in requests])
     assert len(np.unique(scores)) > number
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6)
 
 
 def test_ids_alone_are_scored_as_the_rows_of_loops_over_the_log(
-    folder: Path, tmp_path: Path
+    folder: Path, own: Scorer, tmp_path: Path
 ) -> None:
-    compare(folder / "package", folder / "run", Shop.of_days(DAYS - 3), 1000, tmp_path / "first")
+    compare(own, folder / "run", Shop.of_days(DAYS - 3), 1000, tmp_path / "first")
 
 
-def test_after_each_day_features_are_those_of_the_longer_log(folder: Path, tmp_path: Path) -> None:
+def test_after_each_day_features_are_those_of_the_longer_log(
+    folder: Path, own: Scorer, tmp_path: Path
+) -> None:
     """A delta takes them from one package to the next."""
     previous = folder / "package"
     for day in (DAYS - 2, DAYS - 1, DAYS):
@@ -261,15 +268,16 @@ def test_after_each_day_features_are_those_of_the_longer_log(folder: Path, tmp_p
         write_delta(previous, newer, tmp_path / f"delta-{day}")
         apply_delta(previous, tmp_path / f"delta-{day}", applied)
         previous = applied
-        compare(applied, folder / "run", shop, 300, tmp_path / f"compared-{day}")
+        scorer = Scorer.load(applied, previous=own)
+        compare(scorer, folder / "run", shop, 300, tmp_path / f"compared-{day}")
 
 
 FEW = {"user": "u1", "offer": 0.5, "when": 7}
 
 
-def test_values_of_candidates_override_those_that_are_looked_up(folder: Path) -> None:
+def test_values_of_candidates_override_those_that_are_looked_up(own: Scorer) -> None:
     """One value for all candidates is refused, though it was taken in silence once."""
-    scorer, shop = Scorer.load(folder / "package"), Shop.of_days(DAYS - 3)
+    scorer, shop = own, Shop.of_days(DAYS - 3)
     items = ["i1", "i2", "i3"]
     expected = scorer.score(FEW, [], items)
     rows = [shop.row({"user": FEW, "history": {}}, item) for item in items]
@@ -286,21 +294,21 @@ def test_values_of_candidates_override_those_that_are_looked_up(folder: Path) ->
         scorer.score({"user": "u1", "when": 7}, [], items)
 
 
-def test_an_old_count_is_scored_as_none(folder: Path, tmp_path: Path) -> None:
+def test_an_old_count_is_scored_as_none(folder: Path, own: Scorer, tmp_path: Path) -> None:
     package = shutil.copytree(folder / "package", tmp_path / "package")
     schema = package / "schema.yaml"
     schema.write_text(schema.read_text().replace("item_views: all", "item_views: 48h"))
-    scorer = Scorer.load(package, verify=False)
+    scorer = Scorer.load(package, verify=False, previous=own)
     end = 1 + max(event["time"] for event in Shop.of_days(DAYS - 3).events) + 1e-6
     scorer.read.clock = lambda: end + 2 * DAY - 1
     fresh = scorer.score(FEW, [], ["i1"])
-    np.testing.assert_array_equal(fresh, Scorer.load(folder / "package").score(FEW, [], ["i1"]))
+    np.testing.assert_array_equal(fresh, own.score(FEW, [], ["i1"]))
     scorer.read.clock = lambda: end + 2 * DAY + 1
     zero = scorer.score(FEW, [], {"item": ["i1"], "item_views": [0.0]})
     assert scorer.score(FEW, [], ["i1"]) == zero != fresh
 
 
-def test_new_items_come_with_features(folder: Path, tmp_path: Path) -> None:
+def test_new_items_come_with_features(folder: Path, own: Scorer, tmp_path: Path) -> None:
     """Columns that are not given stay as they are; bad values change nothing."""
     package = shutil.copytree(folder / "package", tmp_path / "package")
     new = {
@@ -311,12 +319,12 @@ def test_new_items_come_with_features(folder: Path, tmp_path: Path) -> None:
     }
     pq.write_table(pa.table(new), tmp_path / "new.parquet")
     assert add_items(package, str(tmp_path / "new.parquet")).features == 2
-    before, scorer = Scorer.load(folder / "package"), Scorer.load(package)
+    scorer = Scorer.load(package, previous=own)
     values = {name: column for name, column in new.items() if name != "item"}
     rows = [Shop.of_days(DAYS - 3).row({"user": FEW, "history": {}}, item) for item in ("i1", "x")]
     buys = [Shop.of_days(DAYS - 3).count("buy", DAYS, "user", "brand")["u1", b] for b in "ba"]
     given = {"item": new["item"], **values, "brand_buys": buys}
-    expected = before.score(FEW, [], given | {"maker": [row["maker"] for row in rows]})
+    expected = own.score(FEW, [], given | {"maker": [row["maker"] for row in rows]})
     np.testing.assert_array_equal(scorer.score(FEW, [], new["item"]), expected)
     pq.write_table(pa.table({"item": ["i2"], "cost": [float("inf")]}), tmp_path / "bad.parquet")
     with pytest.raises(ValueError, match=r"bad.parquet: column 'cost', item 'i2': .*inf"):
@@ -327,9 +335,9 @@ def test_new_items_come_with_features(folder: Path, tmp_path: Path) -> None:
     assert scorer.score(FEW, [], []).shape == (0, 1)
     newer = tmp_path / "newer"
     refresh_features(package, str(folder / "shop" / "data"), newer)
-    again = Scorer.load(newer)
+    again = Scorer.load(newer, previous=own)
     np.testing.assert_array_equal(again.score(FEW, [], ["new"]), expected[1:])
-    np.testing.assert_array_equal(again.score(FEW, [], ["i1"]), before.score(FEW, [], ["i1"]))
+    np.testing.assert_array_equal(again.score(FEW, [], ["i1"]), own.score(FEW, [], ["i1"]))
 
 
 @pytest.fixture(scope="module")
@@ -340,8 +348,8 @@ def server(folder: Path) -> Iterator[ServedPackage]:
     assert server.end() == 0
 
 
-def test_a_server_takes_ids_alone(folder: Path, server: ServedPackage) -> None:
-    scorer = Scorer.load(folder / "package")
+def test_a_server_takes_ids_alone(own: Scorer, server: ServedPackage) -> None:
+    scorer = own
     for request in Shop.of_days(DAYS - 3).requests(20, 1):
         content = server.call("/v1/rank", request).content
         scores = np.sort(scorer.score(**request)[:, 0])[::-1]
@@ -428,11 +436,11 @@ def redis(tmp_path: Path) -> Iterator[str]:
     process.wait()
 
 
-def test_features_come_from_redis(folder: Path, redis: str) -> None:
+def test_features_come_from_redis(folder: Path, own: Scorer, redis: str) -> None:
     """They are those of the store alone, and a store that does not answer is no bad request."""
     package = folder / "package"
     settings = FeatureSettings("redis", {"url": redis, "timeout": 5.0})
-    scorer, own = Scorer.load(package, features=settings), Scorer.load(package)
+    scorer = Scorer.load(package, features=settings, previous=own)
     requests = list(Shop.of_days(DAYS - 3).requests(50, 2))
     store = scorer.read.features
     assert isinstance(store, RedisFeatures)
@@ -450,4 +458,4 @@ def test_features_come_from_redis(folder: Path, redis: str) -> None:
     assert scorer.features_version == "today"
     gone = FeatureSettings("redis", {"url": redis + ".gone"})
     with pytest.raises(FeatureSourceError, match=r"Redis: .*send the request again"):
-        Scorer.load(package, features=gone).score(FEW, [], ["i1"])
+        Scorer.load(package, features=gone, previous=own).score(FEW, [], ["i1"])

@@ -112,12 +112,3 @@ def test_items_that_cannot_be_used_are_refused(
     answer = server.call("/v1/items", body)
     assert answer.status == 400 and problem in answer.content["error"]
     assert server.call("/v1/items", body, authorization="Bearer other").status == 401
-
-
-def test_a_server_without_encoders_takes_no_items(run: Path, tmp_path: Path) -> None:
-    server = ServedPackage(run / "package", tmp_path / "log")
-    try:
-        answer = server.call("/v1/items", {"items": [{"item": 7}]})
-        assert answer.status == 404 and "--encoders" in answer.content["error"]
-    finally:
-        server.end()

@@ -207,6 +207,11 @@ def test_bytes_that_do_not_fit_their_tensors_are_refused(server: ServedPackage) 
     assert server.call(INFER, b"{}", Inference_Header_Content_Length="3").status == 400
 
 
+def test_a_server_without_encoders_takes_no_items(server: ServedPackage) -> None:
+    answer = server.call("/v1/items", {"items": [{"item": 7}]})
+    assert answer.status == 404 and "--encoders" in answer.content["error"]
+
+
 def test_requests_without_the_token_are_refused_but_for_probes(server: ServedPackage) -> None:
     assert server.call("/v2/health/ready", authorization="").status == 200
     for path, body in [(RANK, {}), (MODEL, None), ("/metrics", None), ("/openapi.json", None)]:
