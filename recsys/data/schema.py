@@ -230,23 +230,27 @@ def read_schema(root: Location) -> Schema:
     return parse_schema(content, str(path))
 
 
-@cached_copy
 def parse_schema(content: Any, place: str) -> Schema:
     """Return the schema of plain values, as `schema.yaml` has them; `place` names their file."""
-    parser = Parser(exit_on_error=False)
-    parser.add_class_arguments(Schema, None)
     try:
-        if not isinstance(content, dict):
-            raise ValueError("it must be a mapping with target_item, group and columns")
-        parts = without_empty(content)
-        if problem := problem_of(Schema, parts):
-            raise ValueError(problem)
-        namespace = parser.instantiate(parser.parse_object(parts))
+        schema = _schema_of(content)
     except Exception as error:
         raise ValueError(f"{place}: {error}") from error
-    schema = Schema(**{part.name: namespace[part.name] for part in fields(Schema) if part.init})
     _validate(schema, place)
     return schema
+
+
+@cached_copy
+def _schema_of(content: Any) -> Schema:
+    if not isinstance(content, dict):
+        raise ValueError("it must be a mapping with target_item, group and columns")
+    parts = without_empty(content)
+    if problem := problem_of(Schema, parts):
+        raise ValueError(problem)
+    parser = Parser(exit_on_error=False)
+    parser.add_class_arguments(Schema, None)
+    namespace = parser.instantiate(parser.parse_object(parts))
+    return Schema(**{part.name: namespace[part.name] for part in fields(Schema) if part.init})
 
 
 def load_vocabularies(
