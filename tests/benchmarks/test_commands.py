@@ -49,7 +49,7 @@ def lines_of(results: Path, name: str) -> list[dict[str, Any]]:
     return records
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.long), "cuda"])
 def test_benchmarks_of_speed_run_on_the_device_that_is_asked_for(
     tmp_path: Path, device: Device
 ) -> None:
@@ -158,6 +158,7 @@ def test_indexes_are_compared_with_exact_search(tmp_path: Path) -> None:
     assert records["hnsw"]["recall"]["10"] > 0.95 and records["ivf"]["recall"]["10"] > 0.5
 
 
+@pytest.mark.long
 def test_requests_to_a_generative_model_are_timed_by_the_width_of_the_beam(tmp_path: Path) -> None:
     generative(items=60, requests=20, beams=(10, 50), rows=256, results=tmp_path)
     narrow, wide = lines_of(tmp_path, "generative")

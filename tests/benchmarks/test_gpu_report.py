@@ -92,7 +92,9 @@ def test_pieces_go_on_where_the_last_one_ended_and_the_page_has_what_ran(
     assert (tmp_path / "ran").read_text() == "x"
 
 
-@pytest.mark.parametrize("model", ["dlrm", "bare", "hstu_200"])
+@pytest.mark.parametrize(
+    "model", ["dlrm", "bare", pytest.param("hstu_200", marks=pytest.mark.long)]
+)
 def test_a_stage_prints_the_figures_of_each_batch_and_source(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,7 +34,7 @@ def whole(folder: Path) -> Path:
     return folder / "whole"
 
 
-@pytest.mark.parametrize("stop_after", [5, 8])
+@pytest.mark.parametrize("stop_after", [5, pytest.param(8, marks=pytest.mark.long)])
 def test_sigterm_loses_no_step_and_the_same_command_goes_on(
     folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
 ) -> None:

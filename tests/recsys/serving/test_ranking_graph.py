@@ -103,7 +103,7 @@ def test_candidates_of_one_user_score_as_rows_of_a_batch(
 LATEST = replace(CONTENT, history=replace(CONTENT.history, recent=[1, 3]))
 
 
-@pytest.mark.parametrize("name", ["din", "dlrm"])
+@pytest.mark.parametrize("name", ["din", pytest.param("dlrm", marks=pytest.mark.long)])
 @torch.no_grad()
 def test_similarities_to_the_latest_items_are_those_of_a_batch(name: str, tmp_path: Path) -> None:
     graph = graph_of(name, LATEST)

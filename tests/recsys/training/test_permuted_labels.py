@@ -38,6 +38,7 @@ MODELS = {
     "content": [*VOTES, "--embedding.tables.item.new_rows", "content"],
 }
 LONG = {("votes", "anew"), ("votes", "warm"), ("averages", "anew"), ("standardized", "warm")}
+LONG |= {("content", "warm")}
 PAIRS = [
     pytest.param(model, start, marks=[pytest.mark.long] if (model, start) in LONG else [])
     for model in MODELS

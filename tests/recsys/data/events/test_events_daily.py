@@ -26,7 +26,8 @@ from recsys.storage.location import Location
 HOUR = 3_600
 DAY = 24 * HOUR
 START = 1_789_948_800  # 2026-09-21 in UTC
-KILL_AT = (3, 15, 27, 30, 33, 36, 39)  # steps of a call
+KILL_AT = (3, 27, 36)  # steps of a call
+ALSO_KILL_AT = (15, 30, 33, 39)
 DAYS = [f"2026-09-{day}" for day in range(21, 29)]
 CONTENT: dict[str, Any] = {
     "events": {
@@ -198,7 +199,9 @@ def content_of(out: Path) -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.long] * (case == "kept")) for case in CASES]
+)
 def test_calls_day_by_day_make_the_rows_of_one_call(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,7 +282,12 @@ def ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: repr(sorted(row.items())))
 
 
-def test_a_call_that_was_killed_and_is_given_again_writes_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "steps", [KILL_AT, pytest.param(ALSO_KILL_AT, marks=pytest.mark.long)], ids=["few", "others"]
+)
+def test_a_call_that_was_killed_and_is_given_again_writes_the_same(
+    steps: tuple[int, ...], tmp_path: Path
+) -> None:
     config, table = write_settings(tmp_path / "data", "last"), log(2, late=True)
     for number, day in enumerate(DAYS[:3]):
         deliver(tmp_path / "data", table, number)
@@ -288,11 +296,13 @@ def test_a_call_that_was_killed_and_is_given_again_writes_the_same(tmp_path: Pat
             if number == 0:
                 shutil.copytree(tmp_path / "start", tmp_path / "whole")
     process = subprocess.run(
-        [sys.executable, __file__, str(config), str(tmp_path)], capture_output=True, text=True
+        [sys.executable, __file__, str(config), str(tmp_path), *map(str, steps)],
+        capture_output=True,
+        text=True,
     )
     assert process.returncode == 0, process.stderr
     killed = sorted(tmp_path.glob("killed-*"))
-    assert len(killed) == len(KILL_AT)
+    assert len(killed) == len(steps)
     deliver(tmp_path / "data", table, 3)
     prepare_events(config, tmp_path / "whole", until=DAYS[3])
     whole = content_of(tmp_path / "whole")
@@ -454,9 +464,9 @@ def test_days_do_not_go_on_by_hours(tmp_path: Path) -> None:
         prepare_events(write_small(tmp_path, partition="hour"), out, until=DAYS[1])
 
 
-def kill_everywhere(config: Path, folder: Path) -> None:
+def kill_everywhere(config: Path, folder: Path, steps: list[int]) -> None:
     """Give the call of the third day in processes that die at one of its steps, then again."""
-    for number in KILL_AT:
+    for number in steps:
         out = folder / f"killed-{number:02}"
         shutil.copytree(folder / "start", out)
         assert in_child(config, out, number)
@@ -492,4 +502,4 @@ def in_child(config: Path, out: Path, kill_at: int | None) -> bool:
 
 
 if __name__ == "__main__":
-    kill_everywhere(Path(sys.argv[1]), Path(sys.argv[2]))
+    kill_everywhere(Path(sys.argv[1]), Path(sys.argv[2]), [int(word) for word in sys.argv[3:]])

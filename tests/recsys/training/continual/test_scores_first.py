@@ -65,7 +65,11 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+# The case of averages reads all that the case of content reads.
+PARAMS = [pytest.param(case, marks=[pytest.mark.long] * (case == "content")) for case in CASES]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def three(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[str]]:
@@ -129,7 +133,7 @@ def test_the_metrics_of_other_backbones_are_those_of_predictions_before(
     assert_predicted_alike(tmp_path, 1, tmp_path / "predicted.parquet")
 
 
-@pytest.mark.parametrize("case", ["content", "averages"])
+@pytest.mark.parametrize("case", [pytest.param("content", marks=pytest.mark.long), "averages"])
 def test_the_first_partition_of_a_walk_is_scored_as_the_run_that_it_was_begun_from_predicts(
     case: str, tmp_path: Path
 ) -> None:
