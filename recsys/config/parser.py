@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 import yaml
 from jsonargparse import ArgumentParser
 
-from recsys.config.plain_yaml import MODE, RefusedYaml, read_plain
+from recsys.config.plain_yaml import MODE, RefusedYaml, load_plain_yaml, read_plain
 
 WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 WORDS |= {list: "a list", dict: "a mapping"}
@@ -199,7 +199,8 @@ def problem_of_value(hint: Any, value: Any, name: str, with_values: bool = True)
     kind = dataclass_in(hint)
     if hint is not str and isinstance(value, str):
         try:
-            inside = read_plain(value)
+            # Only settings may stand in a file of their own; other values may be names of files.
+            inside = read_plain(value) if kind is not None else load_plain_yaml(value.encode())
         except RefusedYaml as error:
             return f"{name}: {short(value)}: {error}"
         except (yaml.YAMLError, UnicodeDecodeError):

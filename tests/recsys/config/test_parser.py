@@ -19,6 +19,7 @@ from recsys.config.parser import (
     dataclass_in,
     is_parsed_as,
     is_plainly_of,
+    problem_of_value,
     with_underscores,
 )
 from recsys.config.plain_yaml import NUM_RESULTS, RefusedYaml, cached_copy, load_plain_yaml
@@ -215,3 +216,13 @@ def test_what_is_plainly_of_a_type_is_what_the_parser_takes(hint: Any, number: i
     values = [value for value in VALUES if is_plainly_of(hint, value)]
     assert all(is_parsed_as(hint, copy.deepcopy(value)) for value in values)
     assert len(values) == number
+
+
+def test_a_path_is_text_whatever_its_file_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "items.parquet").write_text("null")
+    kind: Any = str | list[str]
+    assert problem_of_value(kind, "items.parquet", "items.path") is None
+    assert problem_of_value(kind, "null", "items.path") is not None
