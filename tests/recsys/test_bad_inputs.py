@@ -47,20 +47,38 @@ def folder_of(case: str, folder: Path) -> Path:
 
 
 @cache
-def recipe(settings: tuple[str, ...]) -> Config:
+def recipe(settings: tuple[str, ...]) -> Config | ValueError:
     """The tiny recipe with some settings; reading it takes longer than finding most faults."""
-    return load_config(TINY, ["--batch_size", "8", "--device", "cpu", *settings])
+    try:
+        return load_config(TINY, ["--batch_size", "8", "--device", "cpu", *settings])
+    except ValueError as error:
+        return error
 
 
-def errors_of_training(rank: int, world_size: int, folder: Path) -> dict[str, Outcome]:
+def recipes(folder: Path) -> dict[str, Config | ValueError]:
+    """The recipe of each case, or why it cannot be read, which is the same on every rank."""
+    return {
+        case: recipe(
+            tuple(
+                word.replace("DATA", str(folder_of(case, folder) / "data")) for word in bad.settings
+            )
+        )
+        for case, bad in CASES.items()
+    }
+
+
+def errors_of_training(
+    rank: int, world_size: int, folder: Path, configs: dict[str, Config | ValueError]
+) -> dict[str, Outcome]:
     """What this rank raised, by case."""
     ranks = Ranks(rank, world_size, rank, world_size, torch.device("cpu"))
     outcomes = {}
-    for case, bad in CASES.items():
+    for case, config in configs.items():
         case_folder = folder_of(case, folder)
-        settings = tuple(word.replace("DATA", str(case_folder / "data")) for word in bad.settings)
         try:
-            config = replace(recipe(settings), cache=str(case_folder / "cache"))
+            if isinstance(config, ValueError):
+                raise config
+            config = replace(config, cache=str(case_folder / "cache"))
             train(config, str(case_folder / "data"), case_folder / "run", ranks)
             error: Exception | str = "it was trained on"
         except Exception as raised:
@@ -80,7 +98,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcomes(folder: Path) -> list[dict[str, Outcome]]:
-    return run_on_ranks(errors_of_training, 2, folder, timeout_seconds=3 * HANG_SECONDS)
+    patience = 3 * HANG_SECONDS
+    return run_on_ranks(errors_of_training, 2, folder, recipes(folder), timeout_seconds=patience)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from recsys.config import Config, load_config
+from recsys.config import Config
 from recsys.distributed.ranks import joined_ranks
 from recsys.training.train import train
 from recsys.training.trainer import LossWatch
 from tests.recsys.checkpoint.kill_ranks import tensors
-from tests.recsys.command_runs import TINY
+from tests.recsys.command_runs import tiny_config
 
 # 60 rows in batches of 8: 8 steps per epoch on one rank, 4 on two.
 WORDS = ["--batch_size", "8", "--epochs", "2", "--device", "cpu", "--patience", "9"]
@@ -22,7 +22,7 @@ WORDS = ["--batch_size", "8", "--epochs", "2", "--device", "cpu", "--patience", 
 
 def config_of(folder: Path, *words: str) -> Config:
     every = ["--checkpoint.every_steps", "3", "--checkpoint.keep", "9"]
-    return load_config(TINY, ["--cache", str(folder / "cache"), *WORDS, *every, *words])
+    return tiny_config(folder / "cache", *WORDS, *every, *words)
 
 
 def run_training(folder: Path, run: Path, *words: str, **arguments: Any) -> dict[str, Any]:

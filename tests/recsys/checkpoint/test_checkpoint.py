@@ -16,14 +16,13 @@ from recsys.checkpoint.files import folder_of_step, folders_by_age, prune
 from recsys.checkpoint.manager import Checkpoints, load_best
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.state import TrainingState
-from recsys.config import load_config
 from recsys.distributed.log import configure_logging
 from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.evaluation.predict import evaluate
 from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
-from tests.recsys.command_runs import TINY
+from tests.recsys.command_runs import tiny_config
 from tests.recsys.em3_runs import ranks_of
 
 
@@ -42,7 +41,7 @@ def run(folder: Path) -> Path:
 
 
 def tiny(folder: Path, *words: str) -> Any:
-    return load_config(TINY, ["--cache", str(folder / "cache"), "--device", "cpu", *words])
+    return tiny_config(folder / "cache", "--device", "cpu", *words)
 
 
 def job_of(folder: Path, ranks: Ranks, *words: str) -> Job:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import multiprocessing
 import os
 import signal
@@ -29,12 +31,17 @@ TINY = PROJECT / "recsys" / "recipes" / "tiny.yaml"
 SPACE = "optimizer.learning_rate: {low: 1.0e-4, high: 0.08}\n"
 
 
+@functools.cache
+def recipe() -> Config:
+    return load_config(TINY, ["--content", "none"])
+
+
 def parts(folder: Path, space: str = SPACE) -> tuple[Config, list[Parameter]]:
     """The recipe and the space of a search; its dataset is written."""
     if not (folder / "data").exists():
         write_dataset(folder / "data")
     (folder / "space.yaml").write_text(space)
-    return load_config(TINY, ["--content", "none"]), read_space(folder / "space.yaml")
+    return copy.deepcopy(recipe()), read_space(folder / "space.yaml")
 
 
 def search_in(folder: Path, trials: int, space: str = SPACE, **options: Any) -> Search:
@@ -74,7 +81,7 @@ def test_the_best_of_the_trials_is_written_as_a_configuration(tmp_path: Path) ->
 
     rates = [trial.params["optimizer.learning_rate"] for trial in search.trials()]
     assert best.params == {"optimizer.learning_rate": min(rates)} and len(set(rates)) == 4
-    expected = load_config(TINY, ["--content", "none"])
+    expected = copy.deepcopy(recipe())
     expected.optimizer.learning_rate = min(rates)
     assert load_config(tmp_path / "search" / BEST) == expected
     assert starts(search) == [1, 1, 1, 1]

@@ -18,14 +18,13 @@ import yaml
 
 from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.cli import main
-from recsys.config import load_config
 from recsys.data.prepare import prepare_transforms
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.evaluate import score, split_interactions
 from recsys.evaluation.predict import load_run
 from recsys.training.train import train
 from tests.datasets import write_dataset
-from tests.recsys.command_runs import TINY, train_words
+from tests.recsys.command_runs import tiny_config, train_words
 from tests.recsys.training.changed_answers import change_answers
 
 WORDS = ["--device", "cpu", "--batch_size", "16", "--embedding.skip", "[]"]
@@ -66,7 +65,7 @@ def changed(data: Path, out: Path, split: str, seed: int, **unchanged: list[int]
 
 def run_on(data: Path, out: Path, *words: str, warm_start: Path | None = None) -> Path:
     """Train a run in `out`, with one validation."""
-    config = load_config(TINY, ["--cache", str(data.parent / "cache"), *WORDS, *words])
+    config = tiny_config(data.parent / "cache", *WORDS, *words)
     start = None if warm_start is None else WarmStart(warm_start)
     with joined_ranks("cpu") as ranks:
         train(config, str(data), out, ranks, warm_start=start)

@@ -23,7 +23,7 @@ from recsys.checkpoint.reader import SafeFileSystemReader, StoredTensor
 from recsys.checkpoint.state import TrainingState
 from recsys.checkpoint.warm_start.plan import WarmStartPlan, plan_warm_start
 from recsys.checkpoint.warm_start.source import WarmStart
-from recsys.config import Config, load_config
+from recsys.config import Config
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.prepare import prepare_transforms
 from recsys.data.vocabularies import UnknownIds
@@ -32,7 +32,7 @@ from recsys.evaluation.evaluate import check_data
 from recsys.training.initial_state import open_warm_start, start_warm
 from recsys.training.train import train
 from tests.recsys.checkpoint.schema_runs import SCHEMA, copy_of, write_data, write_schema
-from tests.recsys.command_runs import TINY
+from tests.recsys.command_runs import tiny_config
 
 WORDS = ["--device", "cpu", "--batch_size", "16", "--embedding.skip", "[]"]
 WITHOUT_CONTENT = ["--content", "none", "--contrastive.weight", "0"]
@@ -40,7 +40,7 @@ Change = Callable[[dict[str, Any]], object]
 
 
 def config_of(folder: Path, *words: str) -> Config:
-    return load_config(TINY, ["--cache", str(folder / "cache"), *WORDS, *words])
+    return tiny_config(folder / "cache", *WORDS, *words)
 
 
 def write_run(folder: Path, *words: str) -> Path:

@@ -16,13 +16,13 @@ import yaml
 
 from recsys.checkpoint.files import folders_by_age
 from recsys.checkpoint.partitions import ContinualFolder, RunState
-from recsys.config import Config, load_config
+from recsys.config import Config
 from recsys.distributed.ranks import joined_ranks
 from recsys.training.continual.partitions import PartitionRange
 from recsys.training.continual.walk import WalkOptions, train_continually
 from tests.datasets import impressions, item_rows, write_parquet
 from tests.recsys.checkpoint.kill_ranks import tensors
-from tests.recsys.command_runs import TINY
+from tests.recsys.command_runs import tiny_config
 
 NAMES = [f"date=2025-11-{day:02}" for day in range(8, 12)]
 ROWS = [40, 33, 46, 37]  # numbers that no number of ranks divides
@@ -86,7 +86,7 @@ def write_partition(folder: Path, number: int, is_whole: bool = True) -> Path:
 
 
 def config_of(folder: Path, *words: str) -> Config:
-    return load_config(TINY, ["--cache", str(folder / "cache"), *WORDS, *words])
+    return tiny_config(folder / "cache", *WORDS, *words)
 
 
 def walk(
