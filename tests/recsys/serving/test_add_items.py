@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from filelock import FileLock
 
 from recsys.config import ModalitySettings
 from recsys.data.prepare import prepare_vocabularies
@@ -75,16 +76,24 @@ def edited_items(data: Path) -> pa.Table:
     return pa.Table.from_pylist([edited, rows[UNCHANGED]], pq.read_table(data / "items").schema)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data, run, package, and a file of items: three are new, one is edited, one is as it was."""
-    folder = tmp_path_factory.mktemp("added")
-    data = dataset(folder)
-    exported(folder, config_of(folder))
-    (folder / "new").mkdir()
-    items = pa.concat_tables([new_items(data, NEW), edited_items(data)])
-    pq.write_table(items, folder / "new" / "items.parquet")
+def run_with_new_items(session_folder: Path) -> Path:
+    """Data, run, package, and a file of items: three are new, one is edited, one is as it was.
+
+    They are made once for all tests; do not change them.
+    """
+    folder = session_folder / "added"
+    with FileLock(session_folder / "added.lock"):
+        if not (file := folder / "new" / "items.parquet").exists():
+            data = dataset(folder)
+            exported(folder, config_of(folder))
+            file.parent.mkdir()
+            pq.write_table(pa.concat_tables([new_items(data, NEW), edited_items(data)]), file)
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(session_folder: Path) -> Path:
+    return run_with_new_items(session_folder)
 
 
 @pytest.fixture

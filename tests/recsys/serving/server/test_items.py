@@ -19,26 +19,24 @@ from recsys.serving import Scorer
 from recsys.serving.new_items.add import add_items
 from recsys.serving.new_items.send import send_items
 from tests.recsys.serving.server.served_package import TOKEN, ServedPackage
-from tests.recsys.serving.serving_runs import exported, requests
-from tests.recsys.serving.test_add_items import NEW, config_of, dataset, new_items
+from tests.recsys.serving.serving_runs import requests
+from tests.recsys.serving.test_add_items import NEW, new_items, run_with_new_items
 
 ADDITIONS = 50
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(session_folder: Path) -> Path:
     """Data with raw ids of items, run and package."""
-    folder = tmp_path_factory.mktemp("posted")
-    dataset(folder)
-    exported(folder, config_of(folder))
-    return folder
+    return run_with_new_items(session_folder)
 
 
 @pytest.fixture(scope="module")
-def server(run: Path) -> Iterator[ServedPackage]:
-    shutil.copytree(run / "package", run / "served")
+def server(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedPackage]:
+    folder = tmp_path_factory.mktemp("posted")
+    shutil.copytree(run / "package", folder / "served")
     options = ("--encoders", "true", "--max_items", "60")
-    server = ServedPackage(run / "served", run / "log", *options)
+    server = ServedPackage(folder / "served", folder / "log", *options)
     yield server
     assert server.end() == 0
 
