@@ -69,7 +69,7 @@ def trained(session_folder: Path) -> TrainedRun:
         return train_by_torchx(session_folder / "trained")
 
 
-def pytest_collection() -> None:
+def pytest_collectstart() -> None:
     """Test files import libraries: until all are there, nothing is garbage."""
     gc.disable()
 

@@ -58,7 +58,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def use_fake_training(setattr: Any = setattr) -> None:
     def command(search: Search, run: Path, data: str, seed: int) -> list[str]:
-        return [sys.executable, fake_training.__file__, "train", "--out", str(run)]
+        # It needs no package: looking for them would take most of its time.
+        return [sys.executable, "-S", fake_training.__file__, "train", "--out", str(run)]
 
     setattr(Search, "_command", command)
 
