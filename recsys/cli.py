@@ -18,11 +18,15 @@ from recsys.commands import COMMANDS
 HELP = {"-h", "--help"}
 
 atexit.register(gc.freeze)  # else the interpreter looks for garbage in all modules at its end: 1 s
+# The libraries make millions of objects that stay: to look for garbage among them is an eighth of
+# the start of a command.
+GARBAGE_THRESHOLDS = (50_000, 10, 10)
 
 
 def main(words: list[str] | None = None) -> int:
     """Run one command; a user's error is one line and exit code 1."""
     words = sys.argv[1:] if words is None else words
+    gc.set_threshold(*GARBAGE_THRESHOLDS)
     if words == ["doctor"]:  # must work where nothing else can be imported
         return doctor.main()
     _silence_advice_to_library_developers()
