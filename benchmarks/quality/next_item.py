@@ -17,7 +17,7 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from benchmarks.peers.trainings import GIGABYTE
-from benchmarks.quality.sequence_models import sequence_models
+from benchmarks.quality.sequence_models import MODELS, sequence_models
 from benchmarks.results import RESULTS, Result, write_result
 from recsys.checkpoint.run_folder import METRICS
 from recsys.distributed.ranks import joined_ranks
@@ -27,6 +27,7 @@ from recsys.serving.retrieval.baselines import compare_with_baselines, interval
 def next_item(
     runs: list[Path],
     recbole: Path | None = None,
+    recbole_models: tuple[str, ...] = MODELS,
     results: Path = RESULTS,
     page: str = "next_item",
 ) -> None:
@@ -36,6 +37,7 @@ def next_item(
         runs: finished runs of two_tower on one dataset.
         recbole: folder for RecBole's environment and trainings of its sequence models on the same
             rows, which are then compared, too.
+        recbole_models: those of SASRec, GRU4Rec and BERT4Rec that are compared.
         results: folder for the figures.
         page: name of its files, such as next_item_movielens.
 
@@ -44,7 +46,7 @@ def next_item(
     """
     with joined_ranks("cpu") as ranks:
         compared = [compare_with_baselines(run, None, ranks) for run in runs]
-        peers = {} if recbole is None else sequence_models(runs[0], recbole, ranks)
+        peers = {} if recbole is None else sequence_models(runs[0], recbole, recbole_models, ranks)
     reports, gains = map(list, zip(*compared, strict=True))
     for report, run_gains in zip(reports, gains, strict=True):
         report |= {name: peer.metrics for name, peer in peers.items()}
@@ -84,7 +86,7 @@ def _result(
         "its encoders, `text` the words by TF-IDF. `blend` has all baselines; `blend with model`, "
         "which `export-vectors --blend true` serves, has the model, the nearest texts, and the "
         "baselines but encoders and text.",
-        *(_gain(gains, name, "blend") for name in MODELS),
+        *(_gain(gains, name, "blend") for name in OWN),
     ]
     if peers := [name for name in reports[0] if name.startswith("RecBole")]:
         reading.append(
@@ -97,7 +99,7 @@ def _result(
     return Result(page, title, records, columns, rows, None, reading)
 
 
-MODELS = ("model", "blend with model")
+OWN = ("model", "blend with model")
 
 
 def _mean_cell(reports: list[dict[str, Any]], name: str, part: str, metric: str) -> str:

@@ -6,6 +6,7 @@ Shapes: R test rows, I items.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,8 +49,10 @@ class SequenceModel(NamedTuple):
     peak: float
 
 
-def sequence_models(run: Path, out: Path, ranks: Ranks) -> dict[str, SequenceModel]:
-    """Train the models on the rows of a run, unless that was done, and measure them by name."""
+def sequence_models(
+    run: Path, out: Path, models: Sequence[str], ranks: Ranks
+) -> dict[str, SequenceModel]:
+    """Train some of `MODELS` on the rows of a run, unless that was done, and measure them."""
     job = load_run(run, None, ranks, ranks.device.type)
     settings, items = settings_with_vectors(run, job), np.asarray(catalogue_of(job))
     test = read_query_rows(job, "test", items, read_item_counts(run, job.schema.item_id_limit))
@@ -60,7 +63,7 @@ def sequence_models(run: Path, out: Path, ranks: Ranks) -> dict[str, SequenceMod
     sizes = {"num_items": len(items), "exclude_seen": settings.exclude_seen}
     (requirements,) = (peer.requirements for peer in PEERS if peer.name == "RecBole SASRec")
     compared = {}
-    for model in MODELS:
+    for model in models:
         fixed = {**FIXED, **sizes, "model": model}
         peer = Peer(f"RecBole {model}", "recbole_next_item", requirements, {}, fixed)
         training = PeerTraining(peer, rows, {}, 0, out)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from recsys.config.limits import NonNegativeInt, NumLayers, PositiveFloat, PositiveInt, Width
+from recsys.config.limits import (
+    Dropout,
+    NonNegativeInt,
+    NumLayers,
+    PositiveFloat,
+    PositiveInt,
+    Width,
+)
 from recsys.config.ranking import RankingSettings, RetrievalLossName, RetrievalSettings
 
 GapScale = Literal["linear", "log_days"]
@@ -124,6 +131,9 @@ class EncoderSettings:
     """Layers of attention; in the last one the target attends alone."""
     sequence_heads: PositiveInt = 2
     """Heads of each layer."""
+    sequence_dropout: Dropout = 0.0
+    """Share of the numbers of each event's token, and of what each layer adds, that are dropped in
+    training. SASRec has 0.2 to 0.5."""
     recent_items: PositiveInt = 64
     """Latest items of a history that attend to each other. Older ones enter the last layer as they
     are, so that cost does not grow with the square of the history."""

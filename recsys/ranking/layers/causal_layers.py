@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.config import ContentSettings
+from recsys.content.dropout import Dropout
 from recsys.ranking.layers.sequence_encoder import (
     NUM_AGES,
     Events,
@@ -42,7 +43,7 @@ class HstuLayer(nn.Module):
         self.longest = settings.recent_items
         self.norm, self.sum_norm = nn.LayerNorm(dim), nn.LayerNorm(dim, eps=EPSILON)
         self.kvqu = nn.Linear(dim, 4 * dim)
-        self.output = nn.Linear(dim, dim)
+        self.output, self.dropout = nn.Linear(dim, dim), Dropout(settings.sequence_dropout)
         self.of_places = _place_biases(settings)
         self.of_times: nn.Parameter | None = None
         if has_ages:
@@ -108,7 +109,7 @@ class HstuLayer(nn.Module):
         return query, event_bias, self_value.flatten(1), gates
 
     def _gated(self, states: Tensor, sums: Tensor, gates: Tensor) -> Tensor:
-        return states + self.output(self.sum_norm(sums / self.longest) * gates)
+        return states + self.dropout(self.output(self.sum_norm(sums / self.longest) * gates))
 
 
 def _place_biases(settings: EncoderSettings) -> nn.Parameter:
@@ -150,7 +151,7 @@ class TransformerLayer(nn.Module):
         dim, self.heads = settings.sequence_dim, settings.sequence_heads
         self.norm, self.hidden_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.kvq = nn.Linear(dim, 3 * dim, bias=False)
-        self.output = nn.Linear(dim, dim)
+        self.output, self.dropout = nn.Linear(dim, dim), Dropout(settings.sequence_dropout)
         self.hidden = nn.Sequential(
             nn.Linear(dim, WIDENING * dim), nn.ReLU(), nn.Linear(WIDENING * dim, dim)
         )
@@ -214,8 +215,8 @@ class TransformerLayer(nn.Module):
         return (summed / total).flatten(1)
 
     def _fed_forward(self, states: Tensor, attended: Tensor) -> Tensor:
-        states = states + self.output(attended)
-        return states + self.hidden(self.hidden_norm(states))
+        states = states + self.dropout(self.output(attended))
+        return states + self.dropout(self.hidden(self.hidden_norm(states)))
 
 
 class TransformerEncoder(SequenceEncoder):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys.config import ContentSettings
+from recsys.content.dropout import Dropout
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch, WholeHistories
 from recsys.data.jagged_history import JaggedHistory
@@ -182,7 +183,7 @@ class SequenceEncoder(nn.Module):
         self.layers = nn.ModuleList(
             self.Layer(settings, has_ages, relative_places) for _ in range(settings.sequence_layers)
         )
-        self.norm = nn.LayerNorm(dim)
+        self.norm, self.dropout = nn.LayerNorm(dim), Dropout(settings.sequence_dropout)
 
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
@@ -203,6 +204,7 @@ class SequenceEncoder(nn.Module):
         self, tokens: Tensor, target: Tensor, events: Events
     ) -> Tensor:  # [T, D], [B, D] -> [B, D]
         tokens, target = self.positioned(tokens, target, events)
+        tokens = self.dropout(tokens)
         *lower, last = cast(Any, self.layers)
         if lower:
             recent, states = self._recent(events, tokens)
@@ -227,6 +229,7 @@ class SequenceEncoder(nn.Module):
         tokens, target = self.tokens(ids, content, source, sequences, lists)
         events = Events(sequences, sequences.ages(), None)
         states, target = self.positioned(tokens.float(), target.float(), events)
+        states = self.dropout(states)
         beginnings = replace(history, index=whole.places, num_items=len(whole.index))
         before = Events(sequences_of(beginnings), beginnings.ages, None)
         *lower, last = cast(Any, self.layers)

@@ -88,12 +88,12 @@ class Padded:
 
     def run(self, model: SequenceEncoder) -> Tensor:  # [B, D]
         """All layers over all places, one mask each, then the target's state."""
-        states = self.states
+        states, is_event = self.states, (self.places < self.lengths).unsqueeze(2)
         if isinstance(model, TransformerEncoder):
             assert model.ages is not None
             embeddings = model.places(self.newer) + model.ages(doubling_buckets(self.ages))
-            is_event = self.places < self.lengths
-            states = states + embeddings * is_event.unsqueeze(2)
+            states = states + embeddings * is_event
+        states = torch.where(is_event, model.dropout(states), states)
         for number, layer in enumerate(model.layers, 1):
             is_last = number == len(model.layers)
             read = self.places <= self.lengths if is_last else self.is_recent
@@ -107,8 +107,9 @@ class Padded:
             key, value, query = self.heads(layer.kvq(layer.norm(states)), 3)
             scores = query @ key.transpose(2, 3) / math.sqrt(key.shape[3])
             weights = scores.masked_fill(~mask.unsqueeze(1), -1e9).softmax(dim=3)
-            states = states + layer.output((weights @ value).transpose(1, 2).flatten(2))
-            return states + layer.hidden(layer.hidden_norm(states))
+            attended = layer.output((weights @ value).transpose(1, 2).flatten(2))
+            states = states + layer.dropout(attended)
+            return states + layer.dropout(layer.hidden(layer.hidden_norm(states)))
         assert isinstance(layer, HstuLayer) and layer.of_times is not None
         kvqu = F.silu(layer.kvqu(layer.norm(states)))
         key, value, query = self.heads(kvqu[..., : 3 * 8], 3)
@@ -117,11 +118,18 @@ class Padded:
         biases = (layer.of_places[:, distances] + layer.of_times[:, gaps]).transpose(0, 1)
         weights = F.silu(query @ key.transpose(2, 3) + biases) / self.recent
         summed = ((weights * mask.unsqueeze(1)) @ value).transpose(1, 2).flatten(2)
-        return states + layer.output(layer.sum_norm(summed) * kvqu[..., 3 * 8 :])
+        return states + layer.dropout(layer.output(layer.sum_norm(summed) * kvqu[..., 3 * 8 :]))
 
     def heads(self, joined: Tensor, count: int) -> tuple[Tensor, ...]:
         """Split [B, L, count * D] into value [B, 2 heads, L, D / 2]."""
         return joined.unflatten(2, (count, 2, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+
+class Halved(nn.Module):
+    """In place of dropout, whose draws differ between a padded tensor and a flat one."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values / 2
 
 
 def interest_of(model: nn.Module, ids: Any, content: Any, batch: Batch) -> Tensor:
@@ -153,6 +161,8 @@ def test_outputs_and_gradients_equal_a_padded_reference(
     batch.history.index = index
     leaves = [ids.history.requires_grad_(), ids.target.requires_grad_()]
     encoder = model.encoder
+    for part in (encoder, *encoder.layers):
+        part.dropout = Halved()
     leaves += [*encoder.tokens.parameters(), *encoder.layers.parameters()]
     weights = torch.randn(4, 8)
 
@@ -255,3 +265,14 @@ def test_blocks_of_attention_on_a_gpu_grow_with_its_memory(
     heads, tensors = 4, 5
     scores = sequences._cells_on_gpu() * heads * 4
     assert card.total_memory / 4.1 < tensors * scores <= card.total_memory / 4
+
+
+@by_name
+def test_dropout_is_drawn_in_training_alone(name: str) -> None:
+    model = sequence_model(name, sequence_dropout=0.5, dropout=0.0)
+    parts = inputs(LENGTHS)
+    batch = with_ages(parts[2])
+    first, second = (interest_of(model.train(), *parts[:2], batch) for _ in range(2))
+    assert not first.equal(second)
+    plain = sequence_model(name)
+    assert interest_of(model.eval(), *parts[:2], batch).equal(interest_of(plain, *parts[:2], batch))
