@@ -25,6 +25,7 @@ from recsys.kernels.choice import (
     _KernelChoice,
     _locked,
     build_state,
+    has_built,
     load_kernels,
     log_refusal,
 )
@@ -198,6 +199,7 @@ def test_on_cuda_pytorch_computes_and_one_line_says_so(caplog: pytest.LogCapture
     ]
     with FakeTensorMode():
         assert not has_native(torch.zeros(1, device="cuda"))
+        assert not has_built(torch.zeros(1, device="cuda"))
 
 
 def test_other_types_and_the_setting_torch_are_left_to_pytorch(
