@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +22,7 @@ from tests.recsys.serving.server.served_package import TOKEN, ServedPackage
 from tests.recsys.serving.serving_runs import requests
 from tests.recsys.serving.test_add_items import NEW, new_items, run_with_new_items
 
-ADDITIONS = 5
+ADDITIONS = 50
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +77,16 @@ def test_posted_items_score_as_those_that_the_command_adds(
     )
 
 
-def test_each_item_is_new_also_when_several_come_at_once(run: Path, server: ServedPackage) -> None:
+def test_an_item_answers_within_a_second_also_when_several_come_at_once(
+    run: Path, server: ServedPackage
+) -> None:
     table = new_items(run / "data", list(range(1000, 1000 + ADDITIONS + 8)))
+    seconds = []
     for row in range(ADDITIONS):
-        answer = server.call("/v1/items", posted(table.slice(row, 1)))
-        assert (answer.status, answer.content["new"]) == (200, 1)
+        started = time.perf_counter()
+        assert server.call("/v1/items", posted(table.slice(row, 1))).status == 200
+        seconds.append(time.perf_counter() - started)
+    assert np.quantile(seconds, 0.95) < 1, np.quantile(seconds, [0.5, 0.95, 1])
     with ThreadPoolExecutor(8) as threads:
         bodies = [posted(table.slice(ADDITIONS + row, 1)) for row in range(8)]
         answers = list(threads.map(lambda body: server.call("/v1/items", body), bodies))
