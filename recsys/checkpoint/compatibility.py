@@ -63,6 +63,7 @@ CHANGEABLE = (
     "content.modalities.*.activation_checkpointing",
     "content.history.refresh_bank_every_epoch",
     "ranking.dropout",
+    "ranking.sequence_dropout",
     "content.fusion.dropout",
     "contrastive.weight",
 )
