@@ -32,7 +32,7 @@ def test_a_model_that_scores_by_popularity_has_the_figures_of_popularity(
     with FileLock(session_folder / "towers.lock"):
         run = train_towers(session_folder / "towers") / "run"
     monkeypatch.setattr(PeerTraining, "result", counts_of_items)
-    next_item([run], tmp_path / "recbole", tmp_path)
+    next_item([run], tmp_path / "recbole", results=tmp_path)
 
     record = json.loads((tmp_path / "next_item.jsonl").read_text())
     page = (tmp_path / "next_item.md").read_text()
