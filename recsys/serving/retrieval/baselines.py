@@ -317,11 +317,21 @@ def metrics_by_frequency(
 
 
 def blend_to_serve(run: Path, job: Job) -> tuple[Catalogue, Blend]:
-    """Return the items of a run, and the blend of its model with baselines, by validation."""
+    """Return the items of a run, and the blend of its model with baselines, by validation.
+
+    Raises:
+        ValueError: the run is no retrieval model with a history, or no part helps validation.
+    """
     settings = settings_with_vectors(run, job)
     items, catalogue = _read_catalogue(job, settings)
     valid = read_query_rows(job, "valid", items, read_item_counts(run, job.schema.item_id_limit))
-    return catalogue, choose_blend(catalogue, valid, catalogue.served_parts, settings)
+    blend = choose_blend(catalogue, valid, catalogue.served_parts, settings)
+    if not any(blend.weights.values()):
+        raise ValueError(
+            f"{run}: on validation each of {list(blend.weights)} has the weight 0, so that all "
+            "items would tie; train the run longer, or export without --blend"
+        )
+    return catalogue, blend
 
 
 def settings_with_vectors(run: Path, job: Job) -> RetrievalSettings:

@@ -92,6 +92,21 @@ def test_recall_of_a_blend_is_that_of_the_comparison(
     assert pq.read_table(table)["items"][first].as_py() == results[0][0]
 
 
+def test_a_blend_of_which_no_part_helps_is_refused(
+    towers: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(baselines, "likeliest_weights", lambda parts, *_: dict.fromkeys(parts, 0.0))
+    command = ["export-vectors", "--run", str(towers / "run"), "--out", str(tmp_path / "blend")]
+
+    assert main([*command, "--index", "flat", "--blend", "true"]) == 1
+
+    assert "has the weight 0, so that all items would tie" in capsys.readouterr().err
+    assert not (tmp_path / "blend").exists()
+
+
 def test_a_blend_needs_an_index(towers: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["export-vectors", "--run", str(towers / "run"), "--out", "none", "--blend", "true"]
     assert main(command) == 1
