@@ -2,8 +2,8 @@
 
 Neighbours are items that resemble those of the history, whose latest items weigh more: by their
 users (item-CF), by the cosine of content vectors, by TF-IDF of all texts. Where users take items
-again, the history itself is a baseline, too. Decay and weights of a blend are chosen on
-validation, so that test alone is reported. The blend with the model is what
+again, the history itself is a baseline, too. Decay and weights of a blend are those that rank the
+targets of validation best, so that test alone is reported. The blend with the model is what
 `recsys export-vectors --blend true` serves. It reads the nearest texts of an item, and the
 baselines read all texts.
 
@@ -15,14 +15,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from scipy.sparse import csr_matrix
-from scipy.special import log_softmax
 
 from recsys.build import Job
 from recsys.checkpoint.run_folder import read_item_counts
@@ -50,7 +49,9 @@ from recsys.serving.retrieval.nearest_items import (
 
 logger = logging.getLogger(__name__)
 DECAYS = (0.3, 0.5, 0.8, 1.0)  # weight of an item of the history beside that of the next newer one
-RIDGE = 1e-3  # of the weights of parts with a standard deviation of one
+FACTORS = (0, 0.25, 0.5, 0.7, 1.4, 2, 4)  # that are tried of a weight
+NEW_FACTORS = (0.03, 0.1, 0.3, 1, 3)  # of a new part's deviation beside that of the others
+MOST_SWEEPS = 4
 MOST_SCORES = 2**25  # of the rows that choose the weights; further rows do not
 SCORES_PER_BLOCK = 2**22
 TEXT_NEIGHBOURS = 100
@@ -158,8 +159,10 @@ class Catalogue:
         return {name: parts[name]() for name in names}
 
 
-def candidates(rows: QueryRows, num_items: int, exclude_seen: bool) -> np.ndarray:  # bool [R, I]
-    """Return which items are candidates of each row: its target always, seen ones on request."""
+def other_candidates(
+    rows: QueryRows, num_items: int, exclude_seen: bool
+) -> np.ndarray:  # bool [R, I]
+    """Return which items compete with the target of each row: seen ones unless excluded."""
     row = np.arange(len(rows.targets))
     is_candidate = np.ones((len(row), num_items), bool)
     if exclude_seen:
@@ -167,7 +170,7 @@ def candidates(rows: QueryRows, num_items: int, exclude_seen: bool) -> np.ndarra
         is_candidate[owner[is_item], rows.histories[is_item]] = False
     if rows.later is not None:
         is_candidate &= ~rows.later.mask(slice(None), rows.later.items).numpy()
-    is_candidate[row, rows.targets] = True
+    is_candidate[row, rows.targets] = False
     return is_candidate
 
 
@@ -175,14 +178,17 @@ def places(
     scores: np.ndarray, rows: QueryRows, exclude_seen: bool
 ) -> tuple[np.ndarray, np.ndarray]:  # float32 [R, I] -> int64 [R], int64 [R]
     """Count the other candidates with a higher and an equal score."""
-    row = np.arange(len(scores))
-    target = scores[row, rows.targets].reshape(-1, 1)
+    return places_among(scores, rows.targets, other_candidates(rows, scores.shape[1], exclude_seen))
+
+
+def places_among(
+    scores: np.ndarray, targets: np.ndarray, is_other: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:  # float32 [R, I], int64 [R], bool [R, I] -> int64 [R] twice
+    """Count the items among some others with a higher and an equal score."""
+    target = scores[np.arange(len(scores)), targets].reshape(-1, 1)
     margin = TIE * np.abs(target)
-    is_other = candidates(rows, scores.shape[1], exclude_seen)
-    is_other[row, rows.targets] = False
-    above = (scores > target + margin) & is_other
-    tied = (np.abs(scores - target) <= margin) & is_other
-    return above.sum(axis=1), tied.sum(axis=1)
+    above = ((scores > target + margin) & is_other).sum(axis=1)
+    return above, ((scores >= target - margin) & is_other).sum(axis=1) - above
 
 
 @dataclass(frozen=True)
@@ -193,78 +199,68 @@ class Blend:
     weights: Mapping[str, float]
 
     def scores(self, parts: Mapping[str, np.ndarray]) -> np.ndarray:  # [R, I]
-        return sum(weight * parts[name] for name, weight in self.weights.items())  # type: ignore
+        weighted = (
+            np.float32(weight) * parts[name] for name, weight in self.weights.items() if weight
+        )
+        return sum(weighted, np.zeros((), np.float32))
 
 
 def choose_blend(
     catalogue: Catalogue, rows: QueryRows, names: tuple[str, ...], settings: RetrievalSettings
 ) -> Blend:
-    """Return the likeliest blend of some parts, with the decay of the highest NDCG.
+    """Return the blend of some parts, and its decay, that rank the targets of rows best.
 
-    A row's probabilities are the softmax of the blend over its candidates, as in a conditional
-    logit (McFadden 1974): the loss is convex in the weights, which are at least 0. The NDCG is that
-    of the first depth.
+    The measure is NDCG over all ranks: it also counts targets behind the first depth, so that few
+    rows choose less noise. Weights are at least 0.
     """
     if not len(rows.targets):
         raise ValueError(
             "valid: no row has a positive first label and an item of items/*.parquet, and "
             "validation chooses the weights; give it such rows"
         )
-    rows = rows.block(0, max(MOST_SCORES // len(catalogue.popularity), 1))
-    is_candidate = candidates(rows, len(catalogue.popularity), settings.exclude_seen)
-    best, highest = Blend(1.0, {}), -1.0
-    for decay in DECAYS:
-        parts = catalogue.scores(rows, decay, names)
-        blend = Blend(decay, likeliest_weights(parts, rows, is_candidate))
-        if (ndcg := _ndcg(blend.scores(parts), rows, settings)) > highest:
-            best, highest = blend, ndcg
-    return best
+    num_items = len(catalogue.popularity)
+    rows = rows.block(0, max(MOST_SCORES // num_items, 1))
+    is_other = other_candidates(rows, num_items, settings.exclude_seen)
+
+    def ndcg(scores: np.ndarray) -> float:
+        above, tied = map(torch.from_numpy, places_among(scores, rows.targets, is_other))
+        metrics = retrieval_metrics(above, tied, rows.weights, [num_items])
+        return float(metrics[f"ndcg@{num_items}"])
+
+    blends = (
+        (Blend(decay, weights), highest)
+        for decay in DECAYS
+        for weights, highest in [best_weights(catalogue.scores(rows, decay, names), ndcg)]
+    )
+    return max(blends, key=itemgetter(1))[0]
 
 
-def likeliest_weights(
-    parts: Mapping[str, np.ndarray],  # float32 [R, I] each
-    rows: QueryRows,
-    is_candidate: np.ndarray,  # bool [R, I]
-) -> dict[str, float]:
-    """Return the weights of the lowest `cross_entropy`; that of a part alone changes no order."""
-    if len(parts) == 1:
-        return dict.fromkeys(parts, 1.0)
-    deviations = np.array([max(float(part.std()), 1e-12) for part in parts.values()])
-    arguments = parts, deviations, rows, is_candidate
-    bounds = [(0, None)] * len(parts)
-    fit = minimize(cross_entropy, np.ones(len(parts)), arguments, jac=True, bounds=bounds)
-    return dict(zip(parts, (fit.x / deviations).tolist(), strict=True))
+def best_weights(
+    parts: Mapping[str, np.ndarray], measure: Callable[[np.ndarray], float]
+) -> tuple[dict[str, float], float]:
+    """Return weights of a sum of parts [R, I] that `measure` finds best, and what it finds.
 
-
-def _ndcg(scores: np.ndarray, rows: QueryRows, settings: RetrievalSettings) -> float:
-    depth = settings.depths[0]
-    above, tied = map(torch.from_numpy, places(scores, rows, settings.exclude_seen))
-    return float(retrieval_metrics(above, tied, rows.weights, [depth])[f"ndcg@{depth}"])
-
-
-def cross_entropy(
-    weights: np.ndarray,  # [P]
-    parts: Mapping[str, np.ndarray],  # float32 [R, I] each
-    deviations: np.ndarray,  # [P], by which the parts are divided
-    rows: QueryRows,
-    is_candidate: np.ndarray,  # bool [R, I]
-) -> tuple[float, np.ndarray]:
-    """Return the mean cross-entropy of the targets and a small ridge, and its gradient [P]."""
-    row_weights = np.ones(len(rows.targets)) if rows.weights is None else rows.weights.numpy()
-    row_weights = row_weights / row_weights.sum()
-    loss, gradient = RIDGE * float(weights @ weights) / 2, RIDGE * weights
-    size = max(SCORES_PER_BLOCK // is_candidate.shape[1], 1)
-    for first in range(0, len(row_weights), size):
-        block = slice(first, first + size)
-        values = [part[block] / scale for part, scale in zip(parts.values(), deviations)]
-        logits = sum(weight * value for weight, value in zip(weights, values))
-        log_probs = log_softmax(np.where(is_candidate[block], logits, -np.inf), axis=1)
-        target = np.arange(len(log_probs)), rows.targets[block]
-        probabilities, block_weights = np.exp(log_probs), row_weights[block]
-        loss -= float(block_weights @ log_probs[target])
-        gaps = [(probabilities * value).sum(axis=1) - value[target] for value in values]
-        gradient = gradient + np.array([block_weights @ gap for gap in gaps])
-    return loss, gradient
+    Coordinate ascent from the best part alone: one weight after the other takes the best of a few
+    multiples of itself, until none gains.
+    """
+    alone = {name: measure(part) for name, part in parts.items()}
+    first, highest = max(alone.items(), key=itemgetter(1))
+    weights = dict.fromkeys(parts, 0.0) | {first: 1.0}
+    for _ in range(MOST_SWEEPS):
+        before = highest
+        for name, part in parts.items():
+            others = Blend(1.0, {other: weights[other] for other in parts if other != name})
+            if not any(others.weights.values()):
+                continue
+            rest = others.scores(parts)
+            unit = weights[name] or float(rest.std()) / max(float(part.std()), 1e-12)
+            for factor in FACTORS if weights[name] else NEW_FACTORS:
+                weight = unit * factor
+                if (value := measure(rest + np.float32(weight) * part)) > highest:
+                    highest, weights[name] = value, weight
+        if highest == before:
+            break
+    return weights, highest
 
 
 def compare_with_baselines(
@@ -320,18 +316,12 @@ def blend_to_serve(run: Path, job: Job) -> tuple[Catalogue, Blend]:
     """Return the items of a run, and the blend of its model with baselines, by validation.
 
     Raises:
-        ValueError: the run is no retrieval model with a history, or no part helps validation.
+        ValueError: the run is no retrieval model with a history, or validation has no rows.
     """
     settings = settings_with_vectors(run, job)
     items, catalogue = _read_catalogue(job, settings)
     valid = read_query_rows(job, "valid", items, read_item_counts(run, job.schema.item_id_limit))
-    blend = choose_blend(catalogue, valid, catalogue.served_parts, settings)
-    if not any(blend.weights.values()):
-        raise ValueError(
-            f"{run}: on validation each of {list(blend.weights)} has the weight 0, so that all "
-            "items would tie; train the run longer, or export without --blend"
-        )
-    return catalogue, blend
+    return catalogue, choose_blend(catalogue, valid, catalogue.served_parts, settings)
 
 
 def settings_with_vectors(run: Path, job: Job) -> RetrievalSettings:

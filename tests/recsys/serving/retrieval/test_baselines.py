@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import cross_entropy as cross_entropy_of_torch
 
 from recsys.cli import main
 from recsys.config import RetrievalSettings
 from recsys.evaluation.retrieval import row_gains
 from recsys.serving.retrieval.baselines import (
     DECAYS,
-    RIDGE,
+    FACTORS,
     Blend,
     Catalogue,
     QueryRows,
-    candidates,
+    best_weights,
     choose_blend,
-    cross_entropy,
     interval,
+    other_candidates,
     places,
 )
 from recsys.serving.retrieval.nearest_items import (
@@ -118,64 +116,65 @@ def test_rows_count_by_their_weights() -> None:
     assert interval(differences, None)[0] == pytest.approx(2)
 
 
-@pytest.mark.parametrize("exclude_seen", [False, True])
-def test_the_loss_of_weights_and_its_gradient_are_those_of_a_softmax(exclude_seen: bool) -> None:
-    items, valid = catalogue(), rows([[0], [1, 4], [2], [3], [0, 1]], [1, 2, 1, 0, 2])
-    valid = replace(valid, weights=torch.tensor([1.0, 2, 1, 0.5, 1]))
-    parts = items.scores(valid, 0.8, ("popularity", "item_cf", "content"))
-    weights = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64, requires_grad=True)
-    deviations = np.array([1.0, 0.1, 0.5])
-    is_candidate = candidates(valid, 5, exclude_seen)
-
-    loss, gradient = cross_entropy(weights.detach().numpy(), parts, deviations, valid, is_candidate)
-
-    logits = sum(
-        weight * torch.from_numpy(np.array(part)).double() / deviation
-        for weight, part, deviation in zip(weights, parts.values(), deviations, strict=True)
-    )
-    assert isinstance(logits, torch.Tensor) and valid.weights is not None
-    logits = logits.masked_fill(~torch.from_numpy(is_candidate), -torch.inf)
-    row_losses = cross_entropy_of_torch(logits, torch.from_numpy(valid.targets), reduction="none")
-    expected = row_losses @ valid.weights.double() / valid.weights.sum()
-    expected = expected + RIDGE * weights.square().sum() / 2
-    assert loss == pytest.approx(expected.item())
-    expected.backward()
-    assert weights.grad is not None
-    assert gradient.tolist() == pytest.approx(weights.grad.tolist())
-    # An item of the history is no candidate on request, unless it is asked for.
-    assert is_candidate[1].tolist() == [True, not exclude_seen, True, True, not exclude_seen]
+def test_an_item_of_the_history_competes_unless_it_is_excluded() -> None:
+    valid = rows([[0], [1, 4], [2, -1]], [1, 2, 2])
+    assert (~other_candidates(valid, 5, False)).nonzero()[1].tolist() == [1, 2, 2]
+    assert other_candidates(valid, 5, True).tolist() == [
+        [False, False, True, True, True],
+        [True, False, False, True, False],
+        [True, True, False, True, True],
+    ]
 
 
-def test_a_blend_is_as_likely_as_others_of_its_decay_and_has_no_negative_weight() -> None:
-    items, settings = catalogue(), RetrievalSettings()
-    valid = rows([[0], [1], [2], [3], [0, 1]], [1, 2, 1, 0, 2])
+def validation_rows(seed: int) -> QueryRows:
+    random = np.random.default_rng(seed)
+    return rows(random.integers(0, 5, (40, 3)).tolist(), random.integers(0, 5, 40).tolist())
+
+
+def gain_of_all_ranks(scores: np.ndarray, valid: QueryRows, settings: RetrievalSettings) -> float:
+    above, tied = map(torch.from_numpy, places(scores, valid, settings.exclude_seen))
+    return float(row_gains("ndcg", above, tied, 5).mean())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_part_and_no_other_weight_that_is_tried_ranks_validation_better(seed: int) -> None:
+    items, valid, settings = catalogue(), validation_rows(seed), RetrievalSettings()
     names = ("popularity", "item_cf", "content")
-
-    def loss(blend: Blend) -> float:
-        parts = items.scores(valid, blend.decay, names)
-        deviations = np.array([part.std() for part in parts.values()])
-        weights = np.array([blend.weights[name] for name in names]) * deviations
-        every = np.ones((5, 5), bool)
-        return cross_entropy(weights, parts, deviations, valid, every)[0]
 
     best = choose_blend(items, valid, names, settings)
 
+    parts = items.scores(valid, best.decay, names)
+    highest = gain_of_all_ranks(best.scores(parts), valid, settings)
     assert min(best.weights.values()) >= 0 and max(best.weights.values()) > 0
-    for name in names:
-        for factor in (0.0, 0.9, 1.1):
-            weight = best.weights[name] * factor + 1e-3 * (factor > 1)
-            assert loss(best) <= loss(Blend(best.decay, {**best.weights, name: weight})) + 1e-6
+    for part in parts.values():
+        assert gain_of_all_ranks(np.array(part), valid, settings) <= highest
+    for name, weight in best.weights.items():
+        for factor in FACTORS:
+            other = Blend(best.decay, {**best.weights, name: weight * factor})
+            if any(other.weights.values()):
+                gain = gain_of_all_ranks(other.scores(parts), valid, settings)
+                assert gain <= highest + 1e-9
+
+
+def test_a_part_that_orders_what_another_leaves_tied_joins_it() -> None:
+    first = np.array([[1, 1, 0], [1, 1, 0]], np.float32)
+    second = np.array([[0, 1, 9], [1, 0, 9]], np.float32)
+
+    def share_of_targets(scores: np.ndarray) -> float:
+        return float((scores.argmax(axis=1) == [1, 0]).mean())
+
+    weights, highest = best_weights({"first": first, "second": second}, share_of_targets)
+
+    assert highest == 1 and weights["first"] == 1 and 0 < weights["second"] < 1 / 8
 
 
 def test_the_decay_of_a_blend_is_that_of_the_highest_ndcg() -> None:
     items, settings = catalogue(), RetrievalSettings(depths=[3])
-    random = np.random.default_rng(3)
-    valid = rows(random.integers(0, 5, (40, 3)).tolist(), random.integers(0, 5, 40).tolist())
+    valid = validation_rows(3)
 
     def ndcg(decay: float) -> float:
         scores = items.scores(valid, decay, ("item_cf",))["item_cf"]
-        above, tied = map(torch.from_numpy, places(scores, valid, settings.exclude_seen))
-        return float(row_gains("ndcg", above, tied, 3).mean())
+        return gain_of_all_ranks(scores, valid, settings)
 
     blend = choose_blend(items, valid, ("item_cf",), settings)
 
