@@ -1,11 +1,11 @@
 """Measures a retrieval model beside popularity, item-CF, content and text neighbours, and blends.
 
 Neighbours are items that resemble those of the history, whose latest items weigh more: by their
-users (item-CF), by the cosine of content vectors, by TF-IDF of all texts. Where users take items
-again, the history itself is a baseline, too. Decay and weights of a blend are those that rank the
-targets of validation best, so that test alone is reported. The blend with the model is what
-`recsys export-vectors --blend true` serves. It reads the nearest texts of an item, and the
-baselines read all texts.
+users (item-CF), by order (transitions), by the cosine of content vectors, by TF-IDF of all texts.
+Where users take items again, the history itself is a baseline, too. Decay and weights of a blend
+are those that rank the targets of validation best, so that test alone is reported. The blend with
+the model is what `recsys export-vectors --blend true` serves. It reads the nearest texts of an
+item, and the baselines read all texts.
 
 Shapes: R rows with a query, I items of the catalogue, S history items of all rows, D width.
 """
@@ -43,7 +43,9 @@ from recsys.serving.retrieval.nearest_items import (
     encoder_means,
     item_texts,
     nearest,
+    pair_weights,
     text_vectors,
+    transitions,
     user_similarities,
 )
 
@@ -110,7 +112,7 @@ class Catalogue:
     """All items, and what the parts of a blend know of them.
 
     popularity: float32 [I], logarithms of counts.
-    similar, near_texts: [I, I], by users, and by text to the nearest items.
+    similar, transitions, near_texts: [I, I], by users, by order, and by text to the nearest items.
     content, vectors: float32 [I, D], unit content vectors and the model's.
     encoders: float32 [I, V], unit mean outputs of the encoders.
     texts: TF-IDF vectors [I, W].
@@ -119,6 +121,7 @@ class Catalogue:
 
     popularity: np.ndarray
     similar: csr_matrix
+    transitions: csr_matrix
     content: np.ndarray | None
     vectors: np.ndarray
     texts: csr_matrix | None = None
@@ -128,7 +131,7 @@ class Catalogue:
 
     @property
     def baselines(self) -> tuple[str, ...]:
-        names = ["popularity", "item_cf"]
+        names = ["popularity", "item_cf", "transitions"]
         names += ["content"] if self.content is not None else []
         names += ["encoders"] if self.encoders is not None else []
         names += ["text"] if self.texts is not None else []
@@ -149,6 +152,7 @@ class Catalogue:
         parts: dict[str, Callable[[], Any]] = {
             "popularity": lambda: np.broadcast_to(self.popularity, history.shape),
             "item_cf": lambda: (history @ self.similar).toarray(),
+            "transitions": lambda: (history @ self.transitions).toarray(),
             "content": lambda: (history @ self.content) @ self.content.T,  # type: ignore[union-attr]
             "encoders": lambda: (history @ self.encoders) @ self.encoders.T,  # type: ignore[union-attr]
             "text": lambda: ((history @ self.texts) @ self.texts.T).toarray(),  # type: ignore[union-attr]
@@ -388,15 +392,16 @@ def _read_catalogue(job: Job, settings: RetrievalSettings) -> tuple[np.ndarray, 
     """Return the ids of all items, ascending, and what the parts know of them."""
     ids, vectors = catalogue_vectors(job, Lockstep(job.ranks))
     items = ids.numpy()
-    users, event_items = _read_events(job, items)
+    users, event_items, pairs = _read_events(job, items)
     content = None if job.store is None else unit(item_vectors(job, "content").vectors)
     counts = np.bincount(event_items, minlength=len(items))
     popularity = np.log1p(counts).astype(np.float32)
     similar = user_similarities(users, event_items, len(items))
     texts = _read_texts(job)
     near_texts = None if texts is None else nearest(texts, TEXT_NEIGHBOURS)
-    matrices = similar, content, vectors.float().numpy(), texts, near_texts
-    return items, Catalogue(popularity, *matrices, repeats=not settings.exclude_seen)
+    neighbours = similar, transitions(pairs, counts)
+    parts = popularity, *neighbours, content, vectors.float().numpy(), texts, near_texts
+    return items, Catalogue(*parts, repeats=not settings.exclude_seen)
 
 
 def _encoders(job: Job, items: np.ndarray) -> np.ndarray | None:  # [I, V]
@@ -415,20 +420,26 @@ def _read_texts(job: Job) -> csr_matrix | None:  # [I, W]
     return None if texts is None else text_vectors(texts)
 
 
-def _read_events(job: Job, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return users and places of the items of the training rows with a positive first label."""
-    label, columns = job.schema.of_kind("label")[0], []
-    rows = open_rows(
-        job.config.source, job.root, job.train_folder, job.schema, job.config.on_bad_row
-    )
+def _read_events(job: Job, items: np.ndarray) -> tuple[np.ndarray, np.ndarray, csr_matrix]:
+    """Return users and places of the items of the training rows with a positive first label.
+
+    The last result has the weights of pairs of their histories' items and theirs [I, I].
+    """
+    schema, columns = job.schema, []
+    label, pairs = schema.of_kind("label")[0], csr_matrix((len(items),) * 2)
+    assert schema.history is not None
+    rows = open_rows(job.config.source, job.root, job.train_folder, schema, job.config.on_bad_row)
     for table in rows.read(*rows.share(0, 1)):
-        numbers = RowColumns.of(table).numbers
-        group = numbers[RAW_GROUP if RAW_GROUP in numbers else job.schema.group]
-        places = place_of(items, numbers[job.schema.target_item])
-        is_taken = (numbers[label] > 0) & (places >= 0)
-        columns.append((group[is_taken].astype(np.int64), places[is_taken]))
+        events = RowColumns.of(table)
+        targets = place_of(items, events.values(schema.target_item))
+        is_taken = (events.values(label) > 0) & (targets >= 0)
+        events, targets = events.take(np.flatnonzero(is_taken)), targets[is_taken]
+        history = place_of(items, events.values(schema.history))
+        pairs += pair_weights(history, events.lengths(schema.history), targets, len(items))
+        group = events.values(RAW_GROUP if RAW_GROUP in events.numbers else schema.group)
+        columns.append((group.astype(np.int64), targets))
     users, event_items = (np.concatenate(column) for column in zip(*columns))
-    return users, event_items
+    return users, event_items, pairs
 
 
 def place_of(items: np.ndarray, ids: np.ndarray) -> np.ndarray:  # ascending [I], [N] -> int64 [N]

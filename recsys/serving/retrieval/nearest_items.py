@@ -1,11 +1,14 @@
-"""Similarities of items: by their users (item-CF), texts (TF-IDF) and outputs of encoders.
+"""Similarities of items: by users (item-CF), order, texts (TF-IDF) and outputs of encoders.
 
 Item-CF is item-based collaborative filtering (Sarwar et al., WWW 2001): the cosine of the items'
-users, times n / (n + SIGNIFICANCE) for n users of both (Herlocker et al., SIGIR 1999). TF-IDF
+users, times n / (n + SIGNIFICANCE) for n users of both (Herlocker et al., SIGIR 1999). Transitions
+are sequential rules (Ludewig and Jannach, UMUAI 2018): pairs of an item and one that followed it,
+which count less with each step between them, scaled and shrunk as item-CF is. TF-IDF
 weighs a word by (1 + log of its count) * (1 + log((1 + I) / (1 + items with it))), and an item's
 vector has length one (Salton and Buckley, 1988).
 
-Shapes: N events, I items, W words, K neighbours, V width of all modalities.
+Shapes: N events, H items of their histories, I items, W words, K neighbours, V width of all
+modalities.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ from recsys.data.items.item_table import ItemTable
 from recsys.serving.retrieval.catalogue import unit
 
 SIGNIFICANCE = 10
+MOST_STEPS = 10  # from an item to one that follows it
+STEP_DECAY = 0.8  # of the weight of a pair with each step
+PAIR_SIGNIFICANCE = 3
 MOST_EVENTS = 1000  # of a user, the last ones, which pair: the cost grows with their square
 WORD = re.compile(r"\w\w+")
 PRODUCTS_PER_BLOCK = 2**24  # of items with all items, in memory at a time
@@ -51,6 +57,26 @@ def user_similarities(
     lengths = np.sqrt(np.maximum(np.asarray(interactions.sum(axis=0)).ravel(), 1))
     scale = diags(1 / lengths)
     return (scale @ shrunk @ scale).tocsr()
+
+
+def pair_weights(
+    histories: np.ndarray, lengths: np.ndarray, targets: np.ndarray, num_items: int
+) -> csr_matrix:  # int64 [H], oldest first, -1: no item; int64 [N]; int64 [N] -> [I, I]
+    """Return the summed weights of pairs of an item (row) and one that followed it (column)."""
+    steps = np.repeat(lengths.cumsum(), lengths) - 1 - np.arange(len(histories))
+    followed, is_pair = np.repeat(targets, lengths), (steps < MOST_STEPS) & (histories >= 0)
+    is_pair &= histories != followed
+    weights = (STEP_DECAY ** steps[is_pair].astype(np.float64)).astype(np.float32)
+    places = histories[is_pair], followed[is_pair]
+    return csr_matrix((weights, places), shape=(num_items, num_items))
+
+
+def transitions(pairs: csr_matrix, counts: np.ndarray) -> csr_matrix:
+    """Scale and shrink `pair_weights` by the events of the items, int64 [I] -> float32 [I, I]."""
+    shrunk = pairs.tocsr(copy=True)
+    shrunk.data = shrunk.data**2 / (shrunk.data + PAIR_SIGNIFICANCE)
+    scale = diags(1 / np.sqrt(np.maximum(counts, 1)))
+    return (scale @ shrunk @ scale).tocsr().astype(np.float32)
 
 
 def item_texts(table: ItemTable) -> list[str] | None:  # [I], by ascending id

@@ -45,6 +45,7 @@ class ServedBlend:
         vectors = {name: columns[name] for name in columns if name in weights or name == "model"}
         matrices = {
             "item_cf": catalogue.similar,
+            "transitions": catalogue.transitions,
             "near_text": catalogue.near_texts,
             "repeat": identity(len(catalogue.popularity), np.float32, "csr"),
         }

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 
 from recsys.cli import main
 from recsys.config import RetrievalSettings
@@ -36,6 +37,10 @@ from recsys.serving.retrieval.served_blend import ServedBlend
 
 # Users of the items 0 to 4; the second has taken item 1 twice.
 TAKEN = [[0, 1, 2], [1, 1, 2], [0, 3], [2], [1, 2, 3]]
+FOLLOWED = np.array(  # how much an item is followed by another
+    [[0, 3, 1, 1, 0], [0, 0, 2, 1, 0], [1, 0, 0, 2, 0], [0, 0, 0, 0, 5], [1, 0, 0, 0, 0]],
+    np.float32,
+)
 TEXTS = ["a red house", "red ink", "ink and a pen", "", "the house of ink"]
 
 
@@ -70,7 +75,10 @@ def catalogue() -> Catalogue:
     popularity = np.log1p(np.bincount(events()[1], minlength=5)).astype(np.float32)
     texts = text_vectors(TEXTS)
     similar = user_similarities(*events(), 5)
-    return Catalogue(popularity, similar, content, vectors, texts, nearest(texts, 2), repeats=True)
+    near_texts = nearest(texts, 2)
+    return Catalogue(
+        popularity, similar, csr_matrix(FOLLOWED), content, vectors, texts, near_texts, repeats=True
+    )
 
 
 @pytest.mark.parametrize("decay", [0.5, 1.0])
@@ -89,6 +97,8 @@ def test_scores_are_weighted_means_over_the_history(decay: float) -> None:
                 w * items.content[item] @ items.content[candidate] for item, w in weights.items()
             )
             assert scores["item_cf"][row, candidate] == pytest.approx(by_users / total, abs=1e-6)
+            by_order = sum(w * FOLLOWED[item, candidate] for item, w in weights.items())
+            assert scores["transitions"][row, candidate] == pytest.approx(by_order / total)
             assert scores["content"][row, candidate] == pytest.approx(
                 sum(cosines) / total, abs=1e-6
             )
@@ -190,7 +200,7 @@ def test_weights_without_rows_of_validation_are_refused() -> None:
 def test_a_served_blend_finds_what_all_scores_rank_first() -> None:
     items = catalogue()
     query_rows = rows([[0, 3], [], [2, -1, 1]], [1, 1, 4])
-    weights = dict(zip(items.served_parts, (0.3, 5.0, 0.7, 2.0, 0.2, 0.4)))
+    weights = dict(zip(items.served_parts, (0.3, 5.0, 0.1, 0.7, 2.0, 0.2, 0.4), strict=True))
     expected = Blend(0.5, weights).scores(items.scores(query_rows, 0.5, items.served_parts))
     served_blend, vectors = ServedBlend.of(items, Blend(0.5, weights))
     for row, block in enumerate(query_rows.blocks(1)):
@@ -212,6 +222,7 @@ def test_the_command_compares_a_run_with_baselines(
     assert list(reports) == [
         "popularity",
         "item_cf",
+        "transitions",
         "content",
         "encoders",
         "text",

@@ -9,7 +9,13 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from recsys.serving.retrieval import nearest_items
-from recsys.serving.retrieval.nearest_items import nearest, text_vectors, user_similarities
+from recsys.serving.retrieval.nearest_items import (
+    nearest,
+    pair_weights,
+    text_vectors,
+    transitions,
+    user_similarities,
+)
 from tests.recsys.serving.retrieval.test_baselines import events, similarity
 
 
@@ -23,6 +29,25 @@ def test_the_last_events_of_a_user_count(monkeypatch: pytest.MonkeyPatch) -> Non
     users, items = np.array([7, 8, 7, 8, 7]), np.array([0, 3, 1, 4, 2])
     shared = user_similarities(users, items, 5).toarray() > 0
     assert np.argwhere(shared).tolist() == [[1, 2], [2, 1], [3, 4], [4, 3]]
+
+
+def test_a_pair_counts_less_with_each_step_from_an_item_to_one_that_followed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nearest_items, "MOST_STEPS", 3)
+    histories = np.array([4, 0, -1, 1, 0, 1])  # of [], [4, 0, none, 1] and [0, 1]
+    pairs = pair_weights(histories, np.array([0, 4, 2]), np.array([3, 2, 0]), 5).toarray()
+    expected = np.zeros((5, 5))
+    expected[0, 2], expected[1, 2] = 0.8**2, 1  # item 4 is too far back, and -1 no item
+    expected[1, 0] = 1  # item 0 does not follow itself
+    np.testing.assert_allclose(pairs, expected, rtol=1e-6)
+
+
+def test_transitions_are_shrunk_and_scaled_by_the_events_of_both_items() -> None:
+    pairs = csr_matrix(np.array([[0, 2.0], [1, 0]]))
+    expected = [[0, 4 / 5 / math.sqrt(9 * 4)], [1 / 4 / math.sqrt(4 * 9), 0]]
+    np.testing.assert_allclose(transitions(pairs, np.array([9, 4])).toarray(), expected, rtol=1e-6)
+    assert pairs[0, 1] == 2
 
 
 def test_a_rare_word_counts_more_and_a_repeated_one_by_its_logarithm() -> None:

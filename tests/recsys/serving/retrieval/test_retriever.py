@@ -73,7 +73,7 @@ def test_recall_of_a_blend_is_that_of_the_comparison(
     assert main([*command, "--blend", "true"]) == 0
     assert main(["baselines", "--run", str(run)]) == 0
     report = json.loads((run / "baselines_test.json").read_text())["blend with model"]
-    assert len(report["weights"]) == 6 and min(report["weights"].values()) > 0
+    assert len(report["weights"]) == 7 and min(report["weights"].values()) > 0
     blended = Retriever.load(out)
     results = [
         (blended.retrieve(user, history, 50).items, item)
