@@ -59,7 +59,15 @@ def main(words: list[str]) -> int:
             print(f"  {title}: {', '.join(benchmarks)}")
         return 2 if words else 0
     sys.argv = [module, *with_underscores(words[2:])]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except ModuleNotFoundError as error:
+        print(
+            f"error: benchmark {name} needs the package {error.name}, which is not installed; "
+            "`make install-dev` installs what benchmarks need",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 

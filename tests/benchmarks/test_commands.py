@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,6 +48,21 @@ def lines_of(results: Path, name: str) -> list[dict[str, Any]]:
     for record in records:
         assert {"benchmark", "machine", "versions", "commit", "date", "command"} <= record.keys()
     return records
+
+
+def test_a_package_that_a_benchmark_lacks_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacks_matplotlib(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+
+    monkeypatch.setattr(runpy, "run_module", lacks_matplotlib)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+    assert main(["quality", "parts"]) == 1
+
+    message = capsys.readouterr().err
+    assert "benchmark parts needs the package matplotlib" in message and "install-dev" in message
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.long), "cuda"])
