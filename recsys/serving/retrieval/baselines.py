@@ -247,22 +247,22 @@ def best_weights(
     Coordinate ascent from the best part alone: one weight after the other takes the best of a few
     multiples of itself, until none gains.
     """
-    alone = {name: measure(part) for name, part in parts.items()}
-    first, highest = max(alone.items(), key=itemgetter(1))
-    weights = dict.fromkeys(parts, 0.0) | {first: 1.0}
+    single_parts = {name: measure(part) for name, part in parts.items()}
+    best_part, highest = max(single_parts.items(), key=itemgetter(1))
+    weights = dict.fromkeys(parts, 0.0) | {best_part: 1.0}
     for _ in range(MOST_SWEEPS):
-        before = highest
+        previous = highest
         for name, part in parts.items():
-            others = Blend(1.0, {other: weights[other] for other in parts if other != name})
-            if not any(others.weights.values()):
+            remaining = Blend(1.0, {key: weights[key] for key in parts if key != name})
+            if not any(remaining.weights.values()):
                 continue
-            rest = others.scores(parts)
-            unit = weights[name] or float(rest.std()) / max(float(part.std()), 1e-12)
+            scores = remaining.scores(parts)
+            unit = weights[name] or float(scores.std()) / max(float(part.std()), 1e-12)
             for factor in FACTORS if weights[name] else NEW_FACTORS:
                 weight = unit * factor
-                if (value := measure(rest + np.float32(weight) * part)) > highest:
+                if (value := measure(scores + np.float32(weight) * part)) > highest:
                     highest, weights[name] = value, weight
-        if highest == before:
+        if highest == previous:
             break
     return weights, highest
 

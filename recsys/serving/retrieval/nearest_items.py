@@ -64,10 +64,10 @@ def pair_weights(
 ) -> csr_matrix:  # int64 [H], oldest first, -1: no item; int64 [N]; int64 [N] -> [I, I]
     """Return the summed weights of pairs of an item (row) and one that followed it (column)."""
     steps = np.repeat(lengths.cumsum(), lengths) - 1 - np.arange(len(histories))
-    followed, is_pair = np.repeat(targets, lengths), (steps < MOST_STEPS) & (histories >= 0)
-    is_pair &= histories != followed
+    pair_targets = np.repeat(targets, lengths)
+    is_pair = (steps < MOST_STEPS) & (histories >= 0) & (histories != pair_targets)
     weights = (STEP_DECAY ** steps[is_pair].astype(np.float64)).astype(np.float32)
-    places = histories[is_pair], followed[is_pair]
+    places = histories[is_pair], pair_targets[is_pair]
     return csr_matrix((weights, places), shape=(num_items, num_items))
 
 

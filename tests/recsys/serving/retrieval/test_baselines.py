@@ -37,7 +37,7 @@ from recsys.serving.retrieval.served_blend import ServedBlend
 
 # Users of the items 0 to 4; the second has taken item 1 twice.
 TAKEN = [[0, 1, 2], [1, 1, 2], [0, 3], [2], [1, 2, 3]]
-FOLLOWED = np.array(  # how much an item is followed by another
+TRANSITIONS = np.array(  # how much an item is followed by another
     [[0, 3, 1, 1, 0], [0, 0, 2, 1, 0], [1, 0, 0, 2, 0], [0, 0, 0, 0, 5], [1, 0, 0, 0, 0]],
     np.float32,
 )
@@ -77,7 +77,14 @@ def catalogue() -> Catalogue:
     similar = user_similarities(*events(), 5)
     near_texts = nearest(texts, 2)
     return Catalogue(
-        popularity, similar, csr_matrix(FOLLOWED), content, vectors, texts, near_texts, repeats=True
+        popularity,
+        similar,
+        csr_matrix(TRANSITIONS),
+        content,
+        vectors,
+        texts,
+        near_texts,
+        repeats=True,
     )
 
 
@@ -97,7 +104,7 @@ def test_scores_are_weighted_means_over_the_history(decay: float) -> None:
                 w * items.content[item] @ items.content[candidate] for item, w in weights.items()
             )
             assert scores["item_cf"][row, candidate] == pytest.approx(by_users / total, abs=1e-6)
-            by_order = sum(w * FOLLOWED[item, candidate] for item, w in weights.items())
+            by_order = sum(w * TRANSITIONS[item, candidate] for item, w in weights.items())
             assert scores["transitions"][row, candidate] == pytest.approx(by_order / total)
             assert scores["content"][row, candidate] == pytest.approx(
                 sum(cosines) / total, abs=1e-6
