@@ -122,6 +122,7 @@ class UserTower(Scorer):
 IndexKind = Literal["flat", "ivf", "hnsw"]
 
 HNSW_LINKS, HNSW_BUILD, HNSW_SEARCH = 32, 128, 128
+IVF_READ, IVF_READ_PER_RESULT = 2000, 40  # items, at least, of the clusters that are probed
 IVF_CLUSTERS, IVF_PROBED = 4.0, 1 / 16  # times the root of I; share of the clusters
 IVF_TRAINED_ON = 64  # vectors per cluster
 
@@ -165,10 +166,17 @@ def read_index(path: Path) -> Any:
 def search_index(
     index: Any, queries: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:  # float32 [Q, V] -> float32 [Q, K], int64 [Q, K]
-    """Return the highest dot products of each query and the items' positions; -1: none found."""
-    parameters = None
+    """Return the highest dot products of each query and the items' positions; -1: none found.
+
+    Graphs and clusters are searched the wider, the more results are asked for.
+    """
+    parameters, faiss = None, require_faiss()
     if hasattr(index, "hnsw"):
-        parameters = require_faiss().SearchParametersHNSW(efSearch=max(HNSW_SEARCH, count))
+        parameters = faiss.SearchParametersHNSW(efSearch=max(HNSW_SEARCH, count))
+    elif hasattr(index, "nprobe"):
+        needed = max(IVF_READ, IVF_READ_PER_RESULT * count) / index.ntotal * index.nlist
+        probes = min(max(index.nprobe, math.ceil(needed)), index.nlist)
+        parameters = faiss.SearchParametersIVF(nprobe=probes)
     queries = np.ascontiguousarray(queries, np.float32)
     return index.search(queries, min(count, index.ntotal), params=parameters)
 

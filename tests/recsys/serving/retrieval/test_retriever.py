@@ -224,3 +224,18 @@ def test_approximate_indexes_find_nearly_all_that_a_flat_one_finds(kind: Any) ->
 
     shared = [len(np.intersect1d(*pair)) for pair in zip(exact, actual, strict=True)]
     assert np.mean(shared) / 10 > 0.95
+
+
+@pytest.mark.parametrize("num_items", [50, 1000])
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_an_approximate_index_of_few_items_finds_as_many_as_are_asked_for(
+    kind: Any, num_items: int
+) -> None:
+    vectors = unit(np.random.default_rng(0).standard_normal((num_items, 16)).astype(np.float32))
+    exact = search_index(build_index(vectors, "flat"), vectors[:20], 100)[1]
+
+    places = search_index(build_index(vectors, kind), vectors[:20], 100)[1]
+
+    assert places.shape == (20, min(100, num_items)) and (places >= 0).all()
+    shared = [len(np.intersect1d(*pair)) for pair in zip(exact, places, strict=True)]
+    assert np.mean(shared) / places.shape[1] > 0.99
