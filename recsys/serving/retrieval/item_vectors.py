@@ -174,8 +174,8 @@ def search_index(
     if hasattr(index, "hnsw"):
         parameters = faiss.SearchParametersHNSW(efSearch=max(HNSW_SEARCH, count))
     elif hasattr(index, "nprobe"):
-        needed = max(IVF_READ, IVF_READ_PER_RESULT * count) / index.ntotal * index.nlist
-        probes = min(max(index.nprobe, math.ceil(needed)), index.nlist)
+        min_probes = max(IVF_READ, IVF_READ_PER_RESULT * count) / index.ntotal * index.nlist
+        probes = min(max(index.nprobe, math.ceil(min_probes)), index.nlist)
         parameters = faiss.SearchParametersIVF(nprobe=probes)
     queries = np.ascontiguousarray(queries, np.float32)
     return index.search(queries, min(count, index.ntotal), params=parameters)
