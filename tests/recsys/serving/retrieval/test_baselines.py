@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,16 @@ def test_the_decay_of_a_blend_is_that_of_the_highest_ndcg() -> None:
 
     assert blend.weights == {"item_cf": 1.0}
     assert ndcg(blend.decay) == max(map(ndcg, DECAYS)) > min(map(ndcg, DECAYS))
+
+
+def test_rows_without_weight_choose_nothing() -> None:
+    items, settings, valid = catalogue(), RetrievalSettings(), validation_rows(5)
+    weighted = replace(valid, weights=torch.cat([torch.ones(20), torch.zeros(20)]))
+
+    blend = choose_blend(items, weighted, ("item_cf",), settings)
+
+    assert blend == choose_blend(items, valid.block(0, 20), ("item_cf",), settings)
+    assert blend != choose_blend(items, valid, ("item_cf",), settings)
 
 
 def test_weights_without_rows_of_validation_are_refused() -> None:
