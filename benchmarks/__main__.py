@@ -47,6 +47,7 @@ SUITES = {
         "in-time": "benchmarks.events.in_time",
     },
 }
+OWN_PACKAGES = ("benchmarks", "recsys", "embeddings", "launch", "tests")
 
 
 def main(words: list[str]) -> int:
@@ -62,6 +63,8 @@ def main(words: list[str]) -> int:
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in OWN_PACKAGES:
+            raise
         print(
             f"error: benchmark {name} needs the package {error.name}, which is not installed; "
             "`make install-dev` installs what benchmarks need",

@@ -82,8 +82,9 @@ def _result(
         f"Means of {len(reports)} runs on {counts['all']['num_samples']:,} test rows, "
         f"{counts['unseen']['num_samples']:,} of them of items without a training row, by exact "
         "search of all items. The weights of a blend and the decay of a history are chosen on "
-        "validation. `content` compares the content vectors of the run, `encoders` the outputs of "
-        "its encoders, `text` the words by TF-IDF. `blend` has all baselines; `blend with model`, "
+        "validation. `transitions` counts which items followed those of the history. `content` "
+        "compares the content vectors of the run, `encoders` the outputs of its encoders, `text` "
+        "the words by TF-IDF. `blend` has all baselines; `blend with model`, "
         "which `export-vectors --blend true` serves, has the model, the nearest texts, and the "
         "baselines but encoders and text.",
         *(_gain(gains, name, "blend") for name in OWN),

@@ -166,7 +166,10 @@ class Catalogue:
 def other_candidates(
     rows: QueryRows, num_items: int, exclude_seen: bool
 ) -> np.ndarray:  # bool [R, I]
-    """Return which items compete with the target of each row: seen ones unless excluded."""
+    """Return which items compete with each row's target.
+
+    Items that came later do not, nor, on request, those of the history.
+    """
     row = np.arange(len(rows.targets))
     is_candidate = np.ones((len(row), num_items), bool)
     if exclude_seen:
@@ -228,24 +231,24 @@ def choose_blend(
 
     def ndcg(scores: np.ndarray) -> float:
         above, tied = map(torch.from_numpy, places_among(scores, rows.targets, is_other))
-        metrics = retrieval_metrics(above, tied, rows.weights, [num_items])
-        return float(metrics[f"ndcg@{num_items}"])
+        gains = row_gains("ndcg", above, tied, num_items).numpy()
+        return float(np.average(gains, weights=rows.weights))
 
-    blends = (
-        (Blend(decay, weights), highest)
-        for decay in DECAYS
-        for weights, highest in [best_weights(catalogue.scores(rows, decay, names), ndcg)]
-    )
-    return max(blends, key=itemgetter(1))[0]
+    best, highest = Blend(1.0, {}), -1.0
+    for decay in DECAYS:
+        weights, value = best_weights(catalogue.scores(rows, decay, names), ndcg)
+        if value > highest:
+            best, highest = Blend(decay, weights), value
+    return best
 
 
 def best_weights(
     parts: Mapping[str, np.ndarray], measure: Callable[[np.ndarray], float]
 ) -> tuple[dict[str, float], float]:
-    """Return weights of a sum of parts [R, I] that `measure` finds best, and what it finds.
+    """Return weights of at least 0 for a sum of parts [R, I], and the measure of that sum.
 
     Coordinate ascent from the best part alone: one weight after the other takes the best of a few
-    multiples of itself, until none gains.
+    multiples of itself, until none gains or `MOST_SWEEPS` are over. It never ends below a part.
     """
     single_parts = {name: measure(part) for name, part in parts.items()}
     best_part, highest = max(single_parts.items(), key=itemgetter(1))

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy.sparse import csr_matrix
 
 from recsys.cli import main
 from recsys.config import RetrievalSettings
+from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.predict import load_run
 from recsys.evaluation.retrieval import row_gains
 from recsys.serving.retrieval.baselines import (
     DECAYS,
@@ -23,12 +26,15 @@ from recsys.serving.retrieval.baselines import (
     Catalogue,
     QueryRows,
     best_weights,
+    blend_to_serve,
     choose_blend,
     interval,
     other_candidates,
     places,
 )
+from recsys.serving.retrieval.item_vectors import raw_ids
 from recsys.serving.retrieval.nearest_items import (
+    MOST_STEPS,
     SIGNIFICANCE,
     nearest,
     text_vectors,
@@ -229,6 +235,25 @@ def test_a_served_blend_finds_what_all_scores_rank_first() -> None:
             order = np.argsort(-expected[row])[:count]
             assert best[:count].tolist() == order.tolist()
             np.testing.assert_allclose(scores[:count], expected[row, order], rtol=1e-5)
+
+
+def test_transitions_are_those_of_loops_over_the_training_rows(towers: Path) -> None:
+    with joined_ranks("cpu") as ranks:
+        job = load_run(towers / "run", None, ranks, "cpu")
+        items, _ = blend_to_serve(towers / "run", job)
+        place = {item: number for number, item in enumerate(raw_ids(job).to_pylist())}
+    pairs, counts = np.zeros((len(place), len(place))), np.zeros(len(place))
+    for row in pq.read_table(towers / "data" / "train").to_pylist():
+        if row["liked"] is None or row["liked"] <= 0 or row["item"] not in place:
+            continue
+        counts[place[row["item"]]] += 1
+        for step, earlier in enumerate(reversed(row["history"] or [])):
+            if step < MOST_STEPS and earlier in place and earlier != row["item"]:
+                pairs[place[earlier], place[row["item"]]] += 0.8**step
+    shrunk = pairs**2 / (pairs + 3) / np.sqrt(np.outer(counts.clip(1), counts.clip(1)))
+
+    assert (shrunk > 0).sum() > 20 and (shrunk != shrunk.T).any()
+    np.testing.assert_allclose(items.transitions.toarray(), shrunk, rtol=1e-5, atol=1e-9)
 
 
 def test_the_command_compares_a_run_with_baselines(
