@@ -8,20 +8,20 @@ Measures finished runs of one dataset, such as seeds of the recipe `next_item`, 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from jsonargparse import auto_cli
-from torch import Tensor
 
 from benchmarks.peers.trainings import GIGABYTE
 from benchmarks.quality.sequence_models import MODELS, sequence_models
 from benchmarks.results import RESULTS, Result, write_result
 from recsys.checkpoint.run_folder import METRICS
 from recsys.distributed.ranks import joined_ranks
-from recsys.serving.retrieval.baselines import compare_with_baselines, interval
+from recsys.serving.retrieval.baselines import RowGains, compare_with_baselines
 
 
 def next_item(
@@ -50,7 +50,7 @@ def next_item(
     reports, gains = map(list, zip(*compared, strict=True))
     for report, run_gains in zip(reports, gains, strict=True):
         report |= {name: peer.metrics for name, peer in peers.items()}
-        run_gains |= {name: peer.gains for name, peer in peers.items()}
+        run_gains.ndcg.update({name: peer.gains for name, peer in peers.items()})
     costs = {name: (peer.seconds, peer.peak) for name, peer in peers.items()}
     costs["model"] = _cost(runs)
     write_result(_result(page, reports, gains, costs), results)
@@ -66,7 +66,7 @@ def _cost(runs: list[Path]) -> tuple[float, float]:
 def _result(
     page: str,
     reports: list[dict[str, Any]],
-    gains: list[dict[str, Tensor]],
+    gains: list[RowGains],
     costs: dict[str, tuple[float, float]],
 ) -> Result:
     parts = [("all", name) for name in reports[0]["model"]["all"] if "@" in name]
@@ -79,7 +79,8 @@ def _result(
     columns += ["training, s", "peak, GB"]
     counts = reports[0]["model"]
     reading = [
-        f"Means of {len(reports)} runs on {counts['all']['num_samples']:,} test rows, "
+        f"Means of {len(reports)} runs on {counts['all']['num_samples']:,} test rows of "
+        f"{len(set(gains[0].users)):,} users, "
         f"{counts['unseen']['num_samples']:,} of them of items without a training row, by exact "
         "search of all items. The weights of a blend and the decay of a history are chosen on "
         "validation. `transitions` counts which items followed those of the history. `content` "
@@ -112,12 +113,14 @@ def _cost_cells(cost: tuple[float, float] | None) -> tuple[str, str]:
     return ("-", "-") if cost is None else (f"{cost[0]:,.0f}", f"{cost[1]:.2f}")
 
 
-def _gain(gains: list[dict[str, Tensor]], name: str, baseline: str) -> str:
-    over_runs = torch.stack([run[name] - run[baseline] for run in gains]).mean(dim=0)
-    mean, low, high = interval(over_runs)
+def _gain(gains: list[RowGains], name: str, baseline: str) -> str:
+    over_runs = {
+        key: torch.stack([run.ndcg[key] for run in gains]).mean(dim=0) for key in (name, baseline)
+    }
+    mean, low, high = replace(gains[0], ndcg=over_runs).over(name, baseline)
     return (
         f"{name} over {baseline}, NDCG at the first depth, mean of the runs: {mean:+.4f} "
-        f"[{low:+.4f}, {high:+.4f}], 95 % over rows."
+        f"[{low:+.4f}, {high:+.4f}], 95 % over users."
     )
 
 

@@ -27,13 +27,8 @@ from recsys.distributed.ranks import Ranks
 from recsys.evaluation.predict import load_run
 from recsys.evaluation.retrieval import catalogue_of, row_gains
 from recsys.search.search import dataset_digest
-from recsys.serving.retrieval.baselines import (
-    metrics_by_frequency,
-    place_of,
-    places,
-    read_query_rows,
-    settings_with_vectors,
-)
+from recsys.serving.retrieval.baselines import metrics_by_frequency, settings_with_vectors
+from recsys.serving.retrieval.query_rows import place_of, places, read_query_rows
 from recsys.storage.files import whole_folder
 
 MODELS = ("SASRec", "GRU4Rec", "BERT4Rec")

@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 # Every rank searches for them.
 QUERY_COLUMNS = (
     *("queries", "query_targets", "query_items", "query_weights", "query_positions"),
-    *("query_seen", "query_seen_lengths"),
+    *("query_groups", "query_seen", "query_seen_lengths"),
 )
 
 
@@ -234,9 +234,9 @@ def score(
     Returns:
         `positions`, `groups`, `items`, `weights` [N], `logits` and `labels` [N, C]. On every rank
         `with_evidence`, with neighbours: `network`, `evidence_logits` [N, C], `evidence` [N, E].
-        with `with_queries`: `queries`, `query_targets` [Q, D], `query_items`, `query_weights` and
-        `query_positions` [Q]; `with_histories` or `ranking.exclude_seen`: `query_seen`,
-        `query_seen_lengths`, too.
+        with `with_queries`: `queries`, `query_targets` [Q, D], `query_items`, `query_groups`,
+        `query_weights` and `query_positions` [Q]; `with_histories` or `ranking.exclude_seen`:
+        `query_seen`, `query_seen_lengths`, too.
     """
     lockstep = lockstep or Lockstep(job.ranks)
     devices = [job.ranks.device] if job.ranks.device.type == "cuda" else []
@@ -299,6 +299,7 @@ def _query_columns(batch: Batch, vectors: dict[str, Tensor]) -> Columns:
         "queries": vectors["query"],
         "query_targets": vectors["item"],
         "query_items": batch.target.frequency_keys,
+        "query_groups": batch.rows.groups,
         "query_weights": batch.rows.weights,
         "query_positions": batch.rows.positions,
     }

@@ -194,6 +194,7 @@ def _gather_sides(
 
 
 PADDING = -1  # replaces the item of a padding row
+LOWEST = -1e30  # score of no negative; finite, as softmax of infinities alone has no gradient
 
 
 def in_history(batch: Batch, items: Tensor) -> Tensor:  # int64 [K] -> bool [B, K]
@@ -241,9 +242,9 @@ class RetrievalLoss(nn.Module):
         positives = (towers.scores - own_log_q.unsqueeze(1)).unbind(dim=1)  # C of [B]
         losses = []
         for query, positive in zip(towers.query.unbind(dim=1), positives, strict=True):
-            scores = (query @ vectors.T - log_q).masked_fill(is_no_negative, -torch.inf)
-            every = torch.cat([positive.unsqueeze(1), scores], dim=1)
-            losses.append(every.logsumexp(dim=1) - positive)
+            # [B, K] may be large: one product, filled in place, and no copy beside the positive.
+            scores = torch.addmm(-log_q, query, vectors.T).masked_fill_(is_no_negative, LOWEST)
+            losses.append(F.softplus(scores.logsumexp(dim=1) - positive))
         counts = batch.labels.nan_to_num() * batch.rows.label_loss_weights  # [B, C]
         # The mean is over all rows, so that each positive has the same weight on any rank.
         return ((torch.stack(losses, dim=1) * counts).mean(0) * self.weights).sum()

@@ -12,8 +12,7 @@ Shapes: R rows with a query, I items of the catalogue, S history items of all ro
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
@@ -27,17 +26,16 @@ from recsys.build import Job
 from recsys.checkpoint.run_folder import read_item_counts
 from recsys.config.ranking import RetrievalSettings
 from recsys.content.encoders.base import Encoder
-from recsys.data.item_frequency import ItemCounts, frequency_masks
+from recsys.data.item_frequency import frequency_masks
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import RAW_GROUP
 from recsys.data.row_source import open_rows
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
-from recsys.evaluation.availability import LaterItems, later_items
-from recsys.evaluation.evaluate import score, split_interactions
+from recsys.evaluation.bootstrap import effective_users, interval_stretch
 from recsys.evaluation.predict import load_run
-from recsys.evaluation.retrieval import TIE, catalogue_vectors, retrieval_metrics, row_gains
+from recsys.evaluation.retrieval import catalogue_vectors, retrieval_metrics, row_gains
 from recsys.serving.retrieval.catalogue import item_vectors, unit
 from recsys.serving.retrieval.nearest_items import (
     encoder_means,
@@ -48,8 +46,15 @@ from recsys.serving.retrieval.nearest_items import (
     transitions,
     user_similarities,
 )
+from recsys.serving.retrieval.query_rows import (
+    QueryRows,
+    other_candidates,
+    place_of,
+    places,
+    places_among,
+    read_query_rows,
+)
 
-logger = logging.getLogger(__name__)
 DECAYS = (0.3, 0.5, 0.8, 1.0)  # weight of an item of the history beside that of the next newer one
 FACTORS = (0, 0.25, 0.5, 0.7, 1.4, 2, 4)  # that are tried of a weight
 NEW_FACTORS = (0.03, 0.1, 0.3, 1, 3)  # of a new part's deviation beside that of the others
@@ -57,54 +62,6 @@ MOST_SWEEPS = 4
 MOST_SCORES = 2**25  # of the rows that choose the weights; further rows do not
 SCORES_PER_BLOCK = 2**22
 TEXT_NEIGHBOURS = 100
-
-
-@dataclass(frozen=True)
-class QueryRows:
-    """Rows whose first label is positive, and what is known of their users.
-
-    targets: int64 [R], places in the catalogue.
-    histories, lengths: int64 [S], places or -1, oldest first; int64 [R].
-    queries: float32 [R, D] of the model.
-    counts: int64 [R], training rows of the targets.
-    weights: float32 [R] of the rows in metrics; None: each counts as one.
-    later: items that are no candidates of rows; None: all items always are.
-    """
-
-    targets: np.ndarray
-    histories: np.ndarray
-    lengths: np.ndarray
-    queries: np.ndarray
-    counts: np.ndarray
-    weights: torch.Tensor | None = None
-    later: LaterItems | None = None
-
-    def block(self, first: int, end: int) -> QueryRows:
-        ends = np.append(0, self.lengths.cumsum())
-        rows = slice(first, end)
-        return QueryRows(
-            self.targets[rows],
-            self.histories[ends[first] : ends[min(end, len(self.lengths))]],
-            self.lengths[rows],
-            self.queries[rows],
-            self.counts[rows],
-            None if self.weights is None else self.weights[rows],
-            None if self.later is None else replace(self.later, rows=self.later.rows[rows]),
-        )
-
-    def blocks(self, size: int) -> Iterator[QueryRows]:
-        for first in range(0, len(self.targets), size):
-            yield self.block(first, first + size)
-
-    def history_weights(self, num_items: int, decay: float) -> csr_matrix:  # [R, I]
-        """Return the weights of the items of each history, which add up to 1."""
-        rows = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        ages = np.repeat(self.lengths.cumsum(), self.lengths) - 1 - np.arange(len(self.histories))
-        weights = np.where(self.histories >= 0, decay ** ages.astype(np.float64), 0)
-        totals = np.bincount(rows, weights, len(self.lengths))
-        shares = (weights / np.maximum(totals[rows], 1e-30)).astype(np.float32)
-        places = rows, self.histories.clip(min=0)
-        return csr_matrix((shares, places), shape=(len(self.lengths), num_items))
 
 
 @dataclass(frozen=True)
@@ -163,41 +120,6 @@ class Catalogue:
         return {name: parts[name]() for name in names}
 
 
-def other_candidates(
-    rows: QueryRows, num_items: int, exclude_seen: bool
-) -> np.ndarray:  # bool [R, I]
-    """Return which items compete with each row's target.
-
-    Items that came later do not, nor, on request, those of the history.
-    """
-    row = np.arange(len(rows.targets))
-    is_candidate = np.ones((len(row), num_items), bool)
-    if exclude_seen:
-        owner, is_item = np.repeat(row, rows.lengths), rows.histories >= 0
-        is_candidate[owner[is_item], rows.histories[is_item]] = False
-    if rows.later is not None:
-        is_candidate &= ~rows.later.mask(slice(None), rows.later.items).numpy()
-    is_candidate[row, rows.targets] = False
-    return is_candidate
-
-
-def places(
-    scores: np.ndarray, rows: QueryRows, exclude_seen: bool
-) -> tuple[np.ndarray, np.ndarray]:  # float32 [R, I] -> int64 [R], int64 [R]
-    """Count the other candidates with a higher and an equal score."""
-    return places_among(scores, rows.targets, other_candidates(rows, scores.shape[1], exclude_seen))
-
-
-def places_among(
-    scores: np.ndarray, targets: np.ndarray, is_other: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:  # float32 [R, I], int64 [R], bool [R, I] -> int64 [R] twice
-    """Count the items among some others with a higher and an equal score."""
-    target = scores[np.arange(len(scores)), targets].reshape(-1, 1)
-    margin = TIE * np.abs(target)
-    above = ((scores > target + margin) & is_other).sum(axis=1)
-    return above, ((scores >= target - margin) & is_other).sum(axis=1) - above
-
-
 @dataclass(frozen=True)
 class Blend:
     """A weighted sum of parts."""
@@ -226,7 +148,7 @@ def choose_blend(
             "validation chooses the weights; give it such rows"
         )
     num_items = len(catalogue.popularity)
-    rows = rows.block(0, max(MOST_SCORES // num_items, 1))
+    rows = rows.sample(max(MOST_SCORES // num_items, 1))
     is_other = other_candidates(rows, num_items, settings.exclude_seen)
 
     def ndcg(scores: np.ndarray) -> float:
@@ -270,13 +192,28 @@ def best_weights(
     return weights, highest
 
 
+@dataclass(frozen=True)
+class RowGains:
+    """NDCG of each row at the first depth, float64 [R], by name of the scores.
+
+    users, weights: as in `QueryRows`.
+    """
+
+    users: np.ndarray
+    weights: torch.Tensor | None
+    ndcg: dict[str, torch.Tensor]
+
+    def over(self, name: str, baseline: str) -> list[float]:
+        """Return the mean difference of two scores and its `interval`."""
+        return interval(self.ndcg[name] - self.ndcg[baseline], self.users, self.weights)
+
+
 def compare_with_baselines(
     run: Path, data: str | None, ranks: Ranks
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, Any], RowGains]:
     """Return `retrieval_metrics` on test of baselines, of a run's model and of blends, by name.
 
-    `gain over blend` has the difference of NDCG at the first depth, with its interval over rows.
-    The second result is that NDCG of each row [R], by name.
+    `gain over blend` has the difference of NDCG at the first depth, and its interval over users.
 
     Raises:
         ValueError: the run is not finished, is no retrieval model, or has no history.
@@ -292,15 +229,15 @@ def compare_with_baselines(
     baselines = catalogue.baselines
     compared: dict[str, tuple[str, ...]] = {name: (name,) for name in (*baselines, "model")}
     compared |= {"blend": baselines, "blend with model": catalogue.served_parts}
-    reports, gains = {}, {}
+    reports, gains = {}, RowGains(rows.users, rows.weights, {})
     for name, parts in compared.items():
         blend = choose_blend(catalogue, valid, parts, settings)
         above, tied = _places_of_rows(catalogue, blend, rows, settings)
-        gains[name] = row_gains("ndcg", above, tied, settings.depths[0])
+        gains.ndcg[name] = row_gains("ndcg", above, tied, settings.depths[0])
         chosen = {"decay": blend.decay, "weights": dict(blend.weights)}
         reports[name] = chosen | metrics_by_frequency(above, tied, rows, settings)
     for name in ("model", "blend with model"):
-        reports[name]["gain over blend"] = interval(gains[name] - gains["blend"], rows.weights)
+        reports[name]["gain over blend"] = gains.over(name, "blend")
     return reports, gains
 
 
@@ -345,13 +282,23 @@ def settings_with_vectors(run: Path, job: Job) -> RetrievalSettings:
     return settings
 
 
-def interval(differences: torch.Tensor, weights: torch.Tensor | None = None) -> list[float]:  # [R]
-    """Return the mean, and its 95 % interval over rows: 1.96 standard errors to either side."""
-    shares = torch.ones_like(differences) if weights is None else weights.double()
+def interval(
+    differences: torch.Tensor,  # [R]
+    users: np.ndarray,  # [R]
+    weights: torch.Tensor | None = None,  # [R]
+) -> list[float]:
+    """Return the mean over rows, and its 95 % interval over users.
+
+    Rows of a user err together: the error is that of the users' sums (Liang and Zeger 1986).
+    """
+    shares = np.ones(len(users)) if weights is None else weights.double().numpy()
     shares = shares / shares.sum()
-    mean = float(shares @ differences)
-    error = float((shares.square() @ (differences - mean).square()).sqrt())
-    return [mean, mean - 1.96 * error, mean + 1.96 * error]
+    mean = float(shares @ differences.numpy())
+    _, place = np.unique(users, return_inverse=True)
+    errors = np.bincount(place, shares * (differences.numpy() - mean))
+    stretch = interval_stretch(effective_users(np.bincount(place, shares)))
+    margin = 1.96 * stretch * float(np.sqrt(errors @ errors))
+    return [mean, mean - margin, mean + margin]
 
 
 def format_baselines(reports: Mapping[str, Any]) -> str:
@@ -371,7 +318,7 @@ def format_baselines(reports: Mapping[str, Any]) -> str:
     for name in ("model", "blend with model"):
         mean, low, high = reports[name]["gain over blend"]
         gained = next(metric for metric in metrics if metric.startswith("ndcg"))
-        text += f"\n{name} – blend: {gained} {mean:+.4f} [{low:+.4f}, {high:+.4f}] over rows"
+        text += f"\n{name} – blend: {gained} {mean:+.4f} [{low:+.4f}, {high:+.4f}] over users"
     return text
 
 
@@ -443,37 +390,3 @@ def _read_events(job: Job, items: np.ndarray) -> tuple[np.ndarray, np.ndarray, c
         columns.append((group.astype(np.int64), targets))
     users, event_items = (np.concatenate(column) for column in zip(*columns))
     return users, event_items, pairs
-
-
-def place_of(items: np.ndarray, ids: np.ndarray) -> np.ndarray:  # ascending [I], [N] -> int64 [N]
-    """Return the place of each id among the items, or -1."""
-    places = np.searchsorted(items, ids).clip(max=len(items) - 1)
-    return np.where(items[places] == ids, places, -1)
-
-
-def read_query_rows(job: Job, split: str, items: np.ndarray, counts: ItemCounts) -> QueryRows:
-    """Return the rows of a split that ask for an item of the catalogue."""
-    interactions, settings = split_interactions(job, split), job.config.ranking
-    outputs = score(job, interactions, with_queries=True, with_histories=True)
-    scored = {name: column.numpy() for name, column in outputs.items()}
-    targets = place_of(items, scored["query_items"])
-    lengths, is_item = scored["query_seen_lengths"], targets >= 0
-    if num_other := int((~is_item).sum()):
-        logger.warning(
-            "%s: %s rows ask for items without a row in items/*.parquet and are left out",
-            job.root / split,
-            f"{num_other:,}",
-        )
-    assert isinstance(settings, RetrievalSettings)
-    positions = outputs["query_positions"][torch.from_numpy(is_item)]
-    weights = outputs.get("query_weights")
-    histories = place_of(items, scored["query_seen"])[np.repeat(is_item, lengths)]
-    return QueryRows(
-        targets[is_item],
-        histories,
-        lengths[is_item],
-        scored["queries"][is_item].astype(np.float32),
-        counts.of(scored["query_items"])[is_item],
-        None if weights is None else weights[torch.from_numpy(is_item)],
-        later_items(job, settings, interactions.rows, positions),
-    )

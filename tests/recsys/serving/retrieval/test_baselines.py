@@ -17,20 +17,19 @@ from scipy.sparse import csr_matrix
 from recsys.cli import main
 from recsys.config import RetrievalSettings
 from recsys.distributed.ranks import joined_ranks
+from recsys.evaluation.bootstrap import effective_users, interval_stretch
 from recsys.evaluation.predict import load_run
 from recsys.evaluation.retrieval import row_gains
+from recsys.serving.retrieval import baselines
 from recsys.serving.retrieval.baselines import (
     DECAYS,
     FACTORS,
     Blend,
     Catalogue,
-    QueryRows,
     best_weights,
     blend_to_serve,
     choose_blend,
     interval,
-    other_candidates,
-    places,
 )
 from recsys.serving.retrieval.item_vectors import raw_ids
 from recsys.serving.retrieval.nearest_items import (
@@ -40,6 +39,7 @@ from recsys.serving.retrieval.nearest_items import (
     text_vectors,
     user_similarities,
 )
+from recsys.serving.retrieval.query_rows import QueryRows, other_candidates, places
 from recsys.serving.retrieval.served_blend import ServedBlend
 
 # Users of the items 0 to 4; the second has taken item 1 twice.
@@ -70,9 +70,9 @@ def rows(histories: list[list[int]], targets: list[int]) -> QueryRows:
     lengths = np.array([len(history) for history in histories])
     queries = np.random.default_rng(1).normal(size=(len(targets), 3)).astype(np.float32)
     counts = np.ones(len(targets), np.int64)
-    return QueryRows(
-        np.array(targets), np.concatenate(histories).astype(int), lengths, queries, counts
-    )
+    users = np.arange(len(targets))
+    items = np.concatenate(histories).astype(int)
+    return QueryRows(np.array(targets), items, lengths, queries, counts, users)
 
 
 def catalogue() -> Catalogue:
@@ -135,9 +135,25 @@ def test_places_count_higher_and_equal_scores_of_other_items(exclude_seen: bool)
 def test_rows_count_by_their_weights() -> None:
     differences, weights = torch.tensor([1.0, 0, 5]).double(), torch.tensor([3.0, 1, 0])
     error = math.sqrt((0.75 * 0.25) ** 2 + (0.25 * 0.75) ** 2)
-    expected = [0.75, 0.75 - 1.96 * error, 0.75 + 1.96 * error]
-    assert interval(differences, weights) == pytest.approx(expected)
-    assert interval(differences, None)[0] == pytest.approx(2)
+    margin = 1.96 * error * interval_stretch(effective_users(np.array([3.0, 1, 0])))
+    users = np.array([8, 2, 5])
+    expected = [0.75, 0.75 - margin, 0.75 + margin]
+    assert interval(differences, users, weights) == pytest.approx(expected)
+    assert interval(differences, users)[0] == pytest.approx(2)
+
+
+def test_more_rows_that_say_the_same_of_a_user_do_not_narrow_an_interval() -> None:
+    differences, users = torch.randn(20, generator=torch.manual_seed(0)).double(), np.arange(20)
+    expected = interval(differences, users)
+    assert interval(differences.repeat(9), np.tile(users, 9)) == pytest.approx(expected)
+
+
+def test_an_interval_of_one_row_per_user_is_that_of_a_mean() -> None:
+    from scipy import stats
+
+    differences = torch.randn(30, generator=torch.manual_seed(0)).double()
+    expected = stats.t.interval(0.95, 29, differences.mean(), stats.sem(differences.numpy()))
+    assert interval(differences, np.arange(30))[1:] == pytest.approx(list(expected), rel=1e-4)
 
 
 def test_an_item_of_the_history_competes_unless_it_is_excluded() -> None:
@@ -212,13 +228,29 @@ def test_rows_without_weight_choose_nothing() -> None:
 
     blend = choose_blend(items, weighted, ("item_cf",), settings)
 
-    assert blend == choose_blend(items, valid.block(0, 20), ("item_cf",), settings)
+    assert blend == choose_blend(items, valid.take(np.arange(20)), ("item_cf",), settings)
     assert blend != choose_blend(items, valid, ("item_cf",), settings)
 
 
 def test_weights_without_rows_of_validation_are_refused() -> None:
     with pytest.raises(ValueError, match="validation chooses the weights; give it such rows"):
-        choose_blend(catalogue(), rows([[0]], [1]).block(1, 1), ("item_cf",), RetrievalSettings())
+        choose_blend(
+            catalogue(), rows([[0]], [1]).take(np.arange(0)), ("item_cf",), RetrievalSettings()
+        )
+
+
+def test_rows_that_choose_weights_are_drawn_from_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    items, settings, valid = catalogue(), RetrievalSettings(), validation_rows(7)
+    monkeypatch.setattr(baselines, "MOST_SCORES", 14 * 5)
+    chosen = choose_blend(items, valid, items.baselines, settings)
+    every_third = valid.take(np.arange(0, 40, 3))
+    assert every_third.targets.tolist() == valid.targets[::3].tolist()
+    assert every_third.histories.tolist() == [
+        item for row in range(0, 40, 3) for item in valid.histories[3 * row : 3 * row + 3]
+    ]
+
+    assert chosen == choose_blend(items, every_third, items.baselines, settings)
+    assert chosen != choose_blend(items, valid.take(np.arange(14)), items.baselines, settings)
 
 
 def test_a_served_blend_finds_what_all_scores_rank_first() -> None:

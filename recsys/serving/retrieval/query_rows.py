@@ -1,0 +1,150 @@
+"""Rows that ask for an item: their histories and candidates, and the places of their items.
+
+Shapes: R rows with a query, I items of the catalogue, S history items of all rows, D width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+
+from recsys.build import Job
+from recsys.config.ranking import RetrievalSettings
+from recsys.data.item_frequency import ItemCounts
+from recsys.evaluation.availability import LaterItems, later_items
+from recsys.evaluation.evaluate import score, split_interactions
+from recsys.evaluation.retrieval import TIE
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class QueryRows:
+    """Rows whose first label is positive, and what is known of their users.
+
+    targets: int64 [R], places in the catalogue.
+    histories, lengths: int64 [S], places or -1, oldest first; int64 [R].
+    queries: float32 [R, D] of the model.
+    counts: int64 [R], training rows of the targets.
+    users: int64 [R].
+    weights: float32 [R] of the rows in metrics; None: each counts as one.
+    later: items that are no candidates of rows; None: all items always are.
+    """
+
+    targets: np.ndarray
+    histories: np.ndarray
+    lengths: np.ndarray
+    queries: np.ndarray
+    counts: np.ndarray
+    users: np.ndarray
+    weights: torch.Tensor | None = None
+    later: LaterItems | None = None
+
+    def take(self, rows: np.ndarray) -> QueryRows:  # places
+        lengths = self.lengths[rows]
+        first = (self.lengths.cumsum() - self.lengths)[rows] - (lengths.cumsum() - lengths)
+        return QueryRows(
+            self.targets[rows],
+            self.histories[np.repeat(first, lengths) + np.arange(lengths.sum())],
+            lengths,
+            self.queries[rows],
+            self.counts[rows],
+            self.users[rows],
+            None if self.weights is None else self.weights[rows],
+            None if self.later is None else replace(self.later, rows=self.later.rows[rows]),
+        )
+
+    def sample(self, most: int) -> QueryRows:
+        """Return rows at even distances, at most `most`: neighbours are of one user or moment."""
+        return self.take(
+            np.linspace(0, len(self.targets) - 1, min(most, len(self.targets)), dtype=int)
+        )
+
+    def blocks(self, size: int) -> Iterator[QueryRows]:
+        for first in range(0, len(self.targets), size):
+            yield self.take(np.arange(first, min(first + size, len(self.targets))))
+
+    def history_weights(self, num_items: int, decay: float) -> csr_matrix:  # [R, I]
+        """Return the weights of the items of each history, which add up to 1."""
+        rows = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        ages = np.repeat(self.lengths.cumsum(), self.lengths) - 1 - np.arange(len(self.histories))
+        weights = np.where(self.histories >= 0, decay ** ages.astype(np.float64), 0)
+        totals = np.bincount(rows, weights, len(self.lengths))
+        shares = (weights / np.maximum(totals[rows], 1e-30)).astype(np.float32)
+        places = rows, self.histories.clip(min=0)
+        return csr_matrix((shares, places), shape=(len(self.lengths), num_items))
+
+
+def other_candidates(
+    rows: QueryRows, num_items: int, exclude_seen: bool
+) -> np.ndarray:  # bool [R, I]
+    """Return which items compete with each row's target.
+
+    Items that came later do not, nor, on request, those of the history.
+    """
+    row = np.arange(len(rows.targets))
+    is_candidate = np.ones((len(row), num_items), bool)
+    if exclude_seen:
+        owner, is_item = np.repeat(row, rows.lengths), rows.histories >= 0
+        is_candidate[owner[is_item], rows.histories[is_item]] = False
+    if rows.later is not None:
+        is_candidate &= ~rows.later.mask(slice(None), rows.later.items).numpy()
+    is_candidate[row, rows.targets] = False
+    return is_candidate
+
+
+def places(
+    scores: np.ndarray, rows: QueryRows, exclude_seen: bool
+) -> tuple[np.ndarray, np.ndarray]:  # float32 [R, I] -> int64 [R], int64 [R]
+    """Count the other candidates with a higher and an equal score."""
+    return places_among(scores, rows.targets, other_candidates(rows, scores.shape[1], exclude_seen))
+
+
+def places_among(
+    scores: np.ndarray, targets: np.ndarray, is_other: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:  # float32 [R, I], int64 [R], bool [R, I] -> int64 [R] twice
+    """Count the items among some others with a higher and an equal score."""
+    target = scores[np.arange(len(scores)), targets].reshape(-1, 1)
+    margin = TIE * np.abs(target)
+    above = ((scores > target + margin) & is_other).sum(axis=1)
+    return above, ((scores >= target - margin) & is_other).sum(axis=1) - above
+
+
+def place_of(items: np.ndarray, ids: np.ndarray) -> np.ndarray:  # ascending [I], [N] -> int64 [N]
+    """Return the place of each id among the items, or -1."""
+    places = np.searchsorted(items, ids).clip(max=len(items) - 1)
+    return np.where(items[places] == ids, places, -1)
+
+
+def read_query_rows(job: Job, split: str, items: np.ndarray, counts: ItemCounts) -> QueryRows:
+    """Return the rows of a split that ask for an item of the catalogue."""
+    interactions, settings = split_interactions(job, split), job.config.ranking
+    outputs = score(job, interactions, with_queries=True, with_histories=True)
+    scored = {name: column.numpy() for name, column in outputs.items()}
+    targets = place_of(items, scored["query_items"])
+    lengths, is_item = scored["query_seen_lengths"], targets >= 0
+    if num_other := int((~is_item).sum()):
+        logger.warning(
+            "%s: %s rows ask for items without a row in items/*.parquet and are left out",
+            job.root / split,
+            f"{num_other:,}",
+        )
+    assert isinstance(settings, RetrievalSettings)
+    positions = outputs["query_positions"][torch.from_numpy(is_item)]
+    weights = outputs.get("query_weights")
+    histories = place_of(items, scored["query_seen"])[np.repeat(is_item, lengths)]
+    return QueryRows(
+        targets[is_item],
+        histories,
+        lengths[is_item],
+        scored["queries"][is_item].astype(np.float32),
+        counts.of(scored["query_items"])[is_item],
+        scored["query_groups"][is_item],
+        None if weights is None else weights[torch.from_numpy(is_item)],
+        later_items(job, settings, interactions.rows, positions),
+    )
