@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ from recsys.serving.retrieval.query_rows import (
 DECAYS = (0.3, 0.5, 0.8, 1.0)  # weight of an item of the history beside that of the next newer one
 FACTORS = (0, 0.25, 0.5, 0.7, 1.4, 2, 4)  # that are tried of a weight
 NEW_FACTORS = (0.03, 0.1, 0.3, 1, 3)  # of a new part's deviation beside that of the others
-MOST_SWEEPS = 4
+MOST_SWEEPS = 3  # after the one that chooses the decay
 MOST_SCORES = 2**25  # of the rows that choose the weights; further rows do not
 SCORES_PER_BLOCK = 2**22
 TEXT_NEIGHBOURS = 100
@@ -158,24 +157,31 @@ def choose_blend(
 
     best, highest = Blend(1.0, {}), -1.0
     for decay in DECAYS:
-        weights, value = best_weights(catalogue.scores(rows, decay, names), ndcg)
+        weights, value = best_weights(catalogue.scores(rows, decay, names), ndcg, sweeps=1)
         if value > highest:
             best, highest = Blend(decay, weights), value
-    return best
+    parts = catalogue.scores(rows, best.decay, names)
+    return Blend(best.decay, best_weights(parts, ndcg, best.weights)[0])
 
 
 def best_weights(
-    parts: Mapping[str, np.ndarray], measure: Callable[[np.ndarray], float]
+    parts: Mapping[str, np.ndarray],
+    measure: Callable[[np.ndarray], float],
+    start: Mapping[str, float] | None = None,
+    sweeps: int = MOST_SWEEPS,
 ) -> tuple[dict[str, float], float]:
     """Return weights of at least 0 for a sum of parts [R, I], and the measure of that sum.
 
-    Coordinate ascent from the best part alone: one weight after the other takes the best of a few
-    multiples of itself, until none gains or `MOST_SWEEPS` are over. It never ends below a part.
+    Coordinate ascent from the best part alone, or from `start`: one weight after the other takes
+    the best of a few multiples of itself, until none gains or the sweeps are over. It never ends
+    below a part.
     """
-    single_parts = {name: measure(part) for name, part in parts.items()}
-    best_part, highest = max(single_parts.items(), key=itemgetter(1))
-    weights = dict.fromkeys(parts, 0.0) | {best_part: 1.0}
-    for _ in range(MOST_SWEEPS):
+    if start is None:
+        single_parts = {name: measure(part) for name, part in parts.items()}
+        start = {max(single_parts, key=single_parts.__getitem__): 1.0}
+    weights = dict.fromkeys(parts, 0.0) | dict(start)
+    highest = measure(Blend(1.0, weights).scores(parts))
+    for _ in range(sweeps):
         previous = highest
         for name, part in parts.items():
             remaining = Blend(1.0, {key: weights[key] for key in parts if key != name})
