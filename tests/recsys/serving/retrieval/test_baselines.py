@@ -242,15 +242,15 @@ def test_weights_without_rows_of_validation_are_refused() -> None:
 def test_rows_that_choose_weights_are_drawn_from_all(monkeypatch: pytest.MonkeyPatch) -> None:
     items, settings, valid = catalogue(), RetrievalSettings(), validation_rows(7)
     monkeypatch.setattr(baselines, "MOST_SCORES", 14 * 5)
-    chosen = choose_blend(items, valid, items.baselines, settings)
+    blend = choose_blend(items, valid, items.baselines, settings)
     every_third = valid.take(np.arange(0, 40, 3))
     assert every_third.targets.tolist() == valid.targets[::3].tolist()
     assert every_third.histories.tolist() == [
         item for row in range(0, 40, 3) for item in valid.histories[3 * row : 3 * row + 3]
     ]
 
-    assert chosen == choose_blend(items, every_third, items.baselines, settings)
-    assert chosen != choose_blend(items, valid.take(np.arange(14)), items.baselines, settings)
+    assert blend == choose_blend(items, every_third, items.baselines, settings)
+    assert blend != choose_blend(items, valid.take(np.arange(14)), items.baselines, settings)
 
 
 def test_a_served_blend_finds_what_all_scores_rank_first() -> None:
