@@ -31,8 +31,8 @@ class Hardware:
     def or_else(self, other: Hardware) -> Hardware:
         """Return these figures, and those of `other` where one is None."""
         names = "memory", "host_link", "intra_node", "inter_node"
-        chosen = {name: getattr(self, name) or getattr(other, name) for name in names}
-        return replace(self, **chosen)
+        values = {name: getattr(self, name) or getattr(other, name) for name in names}
+        return replace(self, **values)
 
     @property
     def is_unknown(self) -> bool:

@@ -209,8 +209,8 @@ class TableOptimizerState:
                 rows = [self._rows_of(moment, columns, local) for columns in ranges]
             else:
                 rows = self._to_combine(moment, plan_ranges, ranges)
-            named = zip(ranges, rows, strict=True)
-            state |= {f"{prefix}{a}_{b}": value for (a, b), value in named if value is not None}
+            tensors = zip(ranges, rows, strict=True)
+            state |= {f"{prefix}{a}_{b}": value for (a, b), value in tensors if value is not None}
         return state
 
     def finish_loading(self) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("recsys", "embeddings", "launch", "benchmarks", "tests")
-LARGEST_SHARE = 0.003
+LARGEST_SHARE = 0.002
 _TEXT = (
     "of found known each kept given wanted chosen done taken left meant asked told said such those "
     "these others here there now then both same own held passed named used made added needed "

@@ -114,7 +114,7 @@ def _measure(folder: Path, memory: str) -> dict[str, Any]:
     idle, once = (_call(folder, out, file.stem, memory) for out in ("daily", "once"))
     # In a process that ends, as is the log written.
     with get_context("spawn").Pool(1) as pool:
-        same = pool.apply(_is_equal, (folder,))
+        is_equal = pool.apply(_is_equal, (folder,))
     state = sum(f.stat().st_size for f in (folder / "daily" / ".state").rglob("*") if f.is_file())
     shutil.rmtree(folder)
     record: dict[str, Any] = {
@@ -124,7 +124,7 @@ def _measure(folder: Path, memory: str) -> dict[str, Any]:
         "idle": idle,
         "once": once,
     }
-    record |= {"equal": same, "state": state}
+    record |= {"equal": is_equal, "state": state}
     print(record, flush=True)
     return record
 

@@ -135,8 +135,8 @@ def _aucs(data: Path) -> tuple[dict[str, float], list[tuple[str, float]], np.nda
     unseen = rows_of_item[test_places] == 0
     gaucs = []
     for name, part in (("GAUC", slice(None)), ("GAUC unseen", unseen)):
-        _, of_users, sizes = grouped_auc(test_labels[part] > 0, scores[part], users[part])
-        gaucs.append((name, float(np.average(of_users, weights=sizes))))
+        _, user_aucs, sizes = grouped_auc(test_labels[part] > 0, scores[part], users[part])
+        gaucs.append((name, float(np.average(user_aucs, weights=sizes))))
     return aucs, gaucs, scores
 
 

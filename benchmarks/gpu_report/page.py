@@ -34,10 +34,10 @@ def write_page(out: Path, plan: Sequence[Stage], results: Path) -> Path:
         for name, record in records.items()
         if not name.startswith("speed")
     ]
-    left = sum(record is None for record in records.values())
+    num_remaining = sum(record is None for record in records.values())
     sentences = ["Checks, in order:", *[f"- {check}" for check in checks]]
-    if left:
-        sentences.append(f"{left} stages have not run yet.")
+    if num_remaining:
+        sentences.append(f"{num_remaining} stages have not run yet.")
     lines = [{"benchmark": "gpu", **figure} for figure in figures]
     rows = [_cells(figure) for figure in figures]
     write_result(Result("gpu", "One GPU", lines, COLUMNS, rows, reading=sentences), results)

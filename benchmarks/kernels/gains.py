@@ -87,20 +87,20 @@ def _measured(case: Variant, run: ProductSteps, rounds: int, steps: int) -> list
     ratios: dict[str, list[float]] = {kernel: [] for kernel in KERNELS[case.name]}
     for _ in range(rounds):
         with_all.append(seconds(steps))
-        for kernel, own in ratios.items():
+        for kernel, speed_ups in ratios.items():
             caller = importlib.import_module(CALLERS[kernel])
             with mock.patch.object(caller, "has_native", return_value=False):
                 seconds(1)
-                own.append(seconds(steps) / with_all[-1])
+                speed_ups.append(seconds(steps) / with_all[-1])
     return [
         {
             "benchmark": "kernel_gains",
             "case": case.name,
             "kernel": kernel,
             "milliseconds": 1e3 * median(with_all),
-            "x": own,
+            "x": speed_ups,
         }
-        for kernel, own in ratios.items()
+        for kernel, speed_ups in ratios.items()
     ]
 
 

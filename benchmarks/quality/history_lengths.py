@@ -62,8 +62,8 @@ def _with_length(
     scores: SplitScores, lengths: np.ndarray | None, first: int, last: int
 ) -> SplitScores:
     assert lengths is not None
-    own = lengths[scores.positions]
-    return scores.take((own >= first) & (own < last))
+    row_lengths = lengths[scores.positions]
+    return scores.take((row_lengths >= first) & (row_lengths < last))
 
 
 def _gauc(parts: list[list[SplitScores]]) -> str:

@@ -209,10 +209,10 @@ def _result(records: list[dict[str, Any]]) -> Result:
 
 
 def _require_scaling(records: list[dict[str, Any]]) -> None:
-    for fewer, more in pairwise(records):
+    for smaller, larger in pairwise(records):
         for name in ("gauc_regression", "gauc_votes"):
-            if more[name] < fewer[name] - GAUC_TOLERANCE:
-                raise SystemExit(f"{name} falls from {fewer[name]:.4f} to {more[name]:.4f}")
+            if larger[name] < smaller[name] - GAUC_TOLERANCE:
+                raise SystemExit(f"{name} falls from {smaller[name]:.4f} to {larger[name]:.4f}")
     first, last = records[0]["step_ms"], records[-1]["step_ms"]
     if last > COST_TOLERANCE * first:
         raise SystemExit(f"a step costs {last:.1f} ms in place of {first:.1f}")

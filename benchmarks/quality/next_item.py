@@ -88,7 +88,7 @@ def _result(
         "the words by TF-IDF. `blend` has all baselines; `blend with model`, "
         "which `export-vectors --blend true` serves, has the model, the nearest texts, and the "
         "baselines but encoders and text.",
-        *(_gain(gains, name, "blend") for name in OWN),
+        *(_gain(gains, name, "blend") for name in MODEL_SCORES),
     ]
     if peers := [name for name in reports[0] if name.startswith("RecBole")]:
         reading.append(
@@ -101,7 +101,7 @@ def _result(
     return Result(page, title, records, columns, rows, None, reading)
 
 
-OWN = ("model", "blend with model")
+MODEL_SCORES = ("model", "blend with model")
 
 
 def _mean_cell(reports: list[dict[str, Any]], name: str, part: str, metric: str) -> str:

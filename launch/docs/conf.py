@@ -59,7 +59,7 @@ NAVIGATION = {
     ],
     "Reference": ["launch/docs/api", "recsys/README", "CHANGELOG", "CONTRIBUTING"],
 }
-MORE = {
+FURTHER_PAGES = {
     "benchmarks/README": {"Results": ["benchmarks/results/*"]},
     "CONTRIBUTING": {
         "Project": [".github/CODE_OF_CONDUCT", ".github/SECURITY", "tests/ERRORS"],
@@ -75,7 +75,7 @@ def toctree(title: str, pages: list[str]) -> str:
 
 def add_navigation(app: Sphinx, page: str, source: list[str]) -> None:
     """Append the navigation, so that the pages of the repository need no directive of the site."""
-    groups = NAVIGATION if page == root_doc else MORE.get(page, {})
+    groups = NAVIGATION if page == root_doc else FURTHER_PAGES.get(page, {})
     source[0] += "".join(toctree(title, pages) for title, pages in groups.items())
 
 

@@ -17,7 +17,7 @@ from recsys.storage.files import read_json, whole_folder
 logger = logging.getLogger(__name__)
 DISTRIBUTION = "recsys-em3"
 CARD = "README.md"
-OF_THE_HUB = (CARD, ".gitattributes", ".cache")  # in a repository, but not in a run or package
+HUB_FILES = (CARD, ".gitattributes", ".cache")  # in a repository, but not in a run or package
 LOCAL_FILES = (".job.json",)  # lock of the machine that trained
 COMPILED = "compiled.pt2"
 ITEMS = ("warm", "cold", "unseen")
@@ -76,7 +76,7 @@ def pull(repository: str, /, out: Path, revision: str = "main", compiled: bool =
                     "--compiled true if you trust its author"
                 )
             HfApi().snapshot_download(repository, revision=revision, local_dir=partial)
-        for name in OF_THE_HUB:
+        for name in HUB_FILES:
             path = partial / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         _require_whole(partial)

@@ -94,18 +94,18 @@ class EncoderOutputs:
         """Return the tokens [E, 1, D] of items: of chosen ones with gradient. A collective."""
         items, inputs = content.items, content.inputs
         encoded = content.encoded or EncodedPlaces(self._places(items, step))
-        chosen = encoded.places
+        places = encoded.places
         stored, _ = self.bank.lookup(items, encoded.reads)
         parts = {name: inputs[name] for name in self.encoders}
         new = self.encode(
-            {n: ContentInput(p.values[chosen], p.mask[chosen]) for n, p in parts.items()}
+            {n: ContentInput(p.values[places], p.mask[places]) for n, p in parts.items()}
         )
-        self.write(items[chosen], new, step, encoded.writes)
+        self.write(items[places], new, step, encoded.writes)
         widths = [encoder.output_dim for encoder in self.encoders.values()]
         tokens = {}
         for (name, part), old in zip(parts.items(), stored.split(widths, dim=1)):
             values = new[name].values[:, 0]
-            merged = old.to(values.dtype).index_copy(0, chosen, values)
+            merged = old.to(values.dtype).index_copy(0, places, values)
             tokens[name] = ContentInput(merged.unsqueeze(1), part.mask.any(dim=1, keepdim=True))
         return tokens
 

@@ -49,18 +49,18 @@ def later_items(
             f"ranking.available_from is '{settings.available_from}', a column of items/*.parquet, "
             "but the dataset has no items or its rows are no Parquet files; set it to null"
         )
-    of_rows = []
+    row_columns = []
     for file in dict.fromkeys(group.file for group in rows.row_groups):
         with open_parquet(file) as parquet:
             column_type(parquet, file, settings.row_time)
             column = parquet.read(columns=[settings.row_time])[settings.row_time]
-        of_rows.append(_numbers(column, f"{file}: column '{settings.row_time}'"))
+        row_columns.append(_numbers(column, f"{file}: column '{settings.row_time}'"))
     table = job.store.items if job.store else ItemTable(job.root, job.schema, job.config.on_bad_row)
-    of_items = [
+    item_columns = [
         _numbers(column, f"{file}: column '{settings.available_from}'")
         for file, _, column in table.chunks(settings.available_from)
     ]
-    (row_moments, rows_are_times), (moments, are_times) = map(_joined, (of_rows, of_items))
+    (row_moments, rows_are_times), (moments, are_times) = map(_joined, (row_columns, item_columns))
     if rows_are_times != are_times:
         raise ValueError(
             f"{job.root}: column '{settings.row_time}' of the rows and column "

@@ -165,12 +165,12 @@ class SeenItems:
         ends = self.lengths.cumsum(0)
         lengths = self.lengths[rows]
         first = int(ends[rows][0] - lengths[0])
-        seen = self.items[first : int(ends[rows][-1])]
+        seen_items = self.items[first : int(ends[rows][-1])]
         row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         mask = torch.zeros(len(lengths), len(items), dtype=torch.bool)
-        place = torch.searchsorted(items, seen).clamp(max=max(len(items) - 1, 0))
+        place = torch.searchsorted(items, seen_items).clamp(max=max(len(items) - 1, 0))
         if len(items):
-            is_here = items[place] == seen
+            is_here = items[place] == seen_items
             mask[row[is_here], place[is_here]] = True
         return mask
 

@@ -259,8 +259,8 @@ def prepare_kernels(model: nn.Module, kernels: Kernels, device: str) -> None:
         return
     for kernel, refusal in (refused := refused_kernels(model)):
         log_refusal(kernel, refusal)
-    needed = {module.kernel for module in model.modules() if isinstance(module, HasKernel)}
-    if needed - {kernel for kernel, _ in refused}:
+    model_kernels = {module.kernel for module in model.modules() if isinstance(module, HasKernel)}
+    if model_kernels - {kernel for kernel, _ in refused}:
         _are_loaded()
 
 

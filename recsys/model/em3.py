@@ -113,8 +113,8 @@ class TotalLoss(nn.Module):
                 members if isinstance(members, Tensor) else logits, labels, weights
             )
             if isinstance(scored, BlendedLogits):
-                for own in (scored.neighbours.regression, scored.neighbours.logits):
-                    ranking = ranking + self.ranking(own, labels, weights)
+                for part in (scored.neighbours.regression, scored.neighbours.logits):
+                    ranking = ranking + self.ranking(part, labels, weights)
         if self.contrastive is None:
             return ranking, {"loss": ranking}
         assert content is not None

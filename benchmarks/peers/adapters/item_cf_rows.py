@@ -40,8 +40,8 @@ def features(
     fold = rows.user % FOLDS if is_train else np.full(len(rows), FOLDS)
     for number in np.unique(fold):
         is_of_fold = fold == number
-        others = events.without_fold(number)
-        columns[0][is_of_fold] = item_cf(rows, others, len(vectors[0]), length, sig)[is_of_fold]
+        training = events.without_fold(number)
+        columns[0][is_of_fold] = item_cf(rows, training, len(vectors[0]), length, sig)[is_of_fold]
     for matrix in vectors:
         similarity = (matrix @ matrix.T)[rows.item[:, None], history.items] * history.inside
         columns += [similarity.sum(1) / np.maximum(history.inside.sum(1), 1), similarity.max(1)]

@@ -122,12 +122,12 @@ def co_rating_features(
     fold = rows.user % FOLDS if rows is train else np.full(len(rows), FOLDS)
     blocks, places = [], []
     for number in np.unique(fold):
-        others, place = events.without_fold(number), np.flatnonzero(fold == number)
+        other_folds, place = events.without_fold(number), np.flatnonzero(fold == number)
         part, target = history.take(place), rows.item[place]
         similarities = [
             similarity_features(cosines[target[:, None], part.items], part)
-            for cosines in others.similarities(num_items)
+            for cosines in other_folds.similarities(num_items)
         ]
-        blocks.append(np.hstack([others.target_features(target, num_items), *similarities]))
+        blocks.append(np.hstack([other_folds.target_features(target, num_items), *similarities]))
         places.append(place)
     return np.concatenate(blocks)[np.argsort(np.concatenate(places))]

@@ -189,7 +189,7 @@ def _map_bounded(
     with ranks.raise_on_all_ranks():
         first, last = (num_rows * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
         num_own = int((find(first, last) >= 0).sum())
-        num_ids = sum(int((used.last_used >= 0).sum()) for used in _used_rows(source, table))
+        num_ids = sum(int((rows.last_used >= 0).sum()) for rows in _used_rows(source, table))
     num_kept = sum(ranks.gather(num_own)) - 1  # without the row of unknown ids
     differences.add(
         f"table '{table}'",

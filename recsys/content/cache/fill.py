@@ -120,11 +120,12 @@ class FillProgress:
     def add(self, items: int) -> None:
         self.num_done += items
         self._bar.update(items)
-        now = time.monotonic()
-        if self._bar.disable and self.shown and now - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = now
+        time_now = time.monotonic()
+        if self._bar.disable and self.shown and time_now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time_now
+            duration, total = time_now - self._start, self._bar.total
             counts = tqdm.format_meter(
-                self.num_done, self._bar.total, now - self._start, unit=" items", bar_format=LINE
+                self.num_done, total, duration, unit=" items", bar_format=LINE
             )
             logger.info(f"encoding '{self.name}': {counts}")
 

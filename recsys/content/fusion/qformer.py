@@ -106,8 +106,8 @@ class ModernLayer(nn.Module):
     ) -> Tensor:  # [U, T, D], [U, T] -> [U, num_outputs, D]
         attended = self.attention(self.attention_norm(x), mask, num_outputs)
         x = x[:, :num_outputs] + self.dropout(attended)
-        added: Tensor = self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        return x + added
+        update: Tensor = self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        return x + update
 
     def weights(self) -> list[Tensor]:
         attention, up, down = self.attention, self.feed_forward[0], self.feed_forward[2]

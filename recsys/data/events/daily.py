@@ -34,7 +34,7 @@ from recsys.data.events.clean_events import (
 )
 from recsys.data.events.daily_state import REPORT, SUCCESS, DailyFolder, Progress, names_of
 from recsys.data.events.dataset import DatasetWriter, feature_tables, write_last_features
-from recsys.data.events.histories import KEYS_OF, add_histories
+from recsys.data.events.histories import EVENT_KEYS, add_histories
 from recsys.data.events.history_values import HistoryFiles
 from recsys.data.events.kept_events import KeptEvents
 from recsys.data.events.load import load_events_config
@@ -180,21 +180,21 @@ class Call:
             reasons |= read_snapshots(engine, "user", config.users, types["uid"], is_first)
         reasons |= self._due_rows()
         reasons |= make_rows(engine, config, "due")
-        stage, known = "rows", 0
+        stage, popularity = "rows", 0
         if config.negatives is not None:
-            past, known = self._past_items()
+            past, popularity = self._past_items()
             _, missing = add_negatives(engine, config, TRAIN_ALONE, past)
             reasons |= missing
             stage = "drawn"
         reasons |= add_features(engine, config, stage, may_be_empty=True)
         scratch = engine.scratch
         values = None if scratch is None else HistoryFiles(scratch, config.histories)
-        kept = KeptEvents(engine, config, self.folder, self.before, self.until)
-        kept.read_earlier(types)
+        events = KeptEvents(engine, config, self.folder, self.before, self.until)
+        events.read_earlier(types)
         lists = add_histories(engine, config, types, values, "earlier")
         writer = DatasetWriter(engine, config, TRAIN_ALONE, lists, values)
         sizes = self._write(writer, out)
-        tables, compacted, appended = kept.write()
+        tables, compacted, appended = events.write()
         report = {"events": num_read, "left_out": reasons, "days": self._days()}
         (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
         progress = replace(
@@ -206,7 +206,7 @@ class Call:
             tables=self.before.tables | self.tables | tables,
             compacted=compacted,
             appended=appended,
-            popularity=known,
+            popularity=popularity,
             sizes=sizes,
         )
         self.folder.write_progress(out, progress)
@@ -301,8 +301,8 @@ class Call:
         if files:
             engine.read_saved("seen", files)
             keys = copy_key(types).split(", ")
-            same = " AND ".join(f"u.{key} IS NOT DISTINCT FROM s.{key}" for key in keys)
-            condition = f"WHERE NOT EXISTS (SELECT 1 FROM seen s WHERE {same})"
+            equal_keys = " AND ".join(f"u.{key} IS NOT DISTINCT FROM s.{key}" for key in keys)
+            condition = f"WHERE NOT EXISTS (SELECT 1 FROM seen s WHERE {equal_keys})"
         engine.add("new_events", f"SELECT u.* FROM unseen u {condition}")
         self._add_seen(copy_key(types), number, days.to_pylist())
 
@@ -412,15 +412,15 @@ class Call:
         )
         for partition in {file.parent for file in (out / "train").rglob("*.parquet")}:
             (partition / SUCCESS).touch()
-        past = f"past_events WHERE {quoted(KEYS_OF)} = ''"
+        past = f"past_events WHERE {quoted(EVENT_KEYS)} = ''"
         ids = writer.ids("1 = 1", "new_events", past)
         sizes = writer.write_vocabularies(ids, out, self.folder.path, self.before.sizes)
         item, counts = config.output.item, writer.item_counts(f"1 = 1{writer.is_logged}")
         if (file := self.folder.path / "item_counts.parquet").exists():
-            both = pa.concat_tables(
+            counts_of_items = pa.concat_tables(
                 [pq.read_table(file, partitioning=None), counts], promote_options="default"
             )
-            counts = both.group_by(item).aggregate([("train_rows", "sum")])
+            counts = counts_of_items.group_by(item).aggregate([("train_rows", "sum")])
             counts = counts.rename_columns([item, "train_rows"])
         pq.write_table(counts.sort_by(item), out / "item_counts.parquet")
         if config.items is not None:

@@ -73,8 +73,8 @@ class DailyFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path}: no folder; name another --out")
         names = {entry.name for entry in self.path.glob("*")}
-        others = {name for name in names if not name.startswith((LOCK, f".{READY}."))}
-        if others and not others & {STATE, READY}:
+        other_names = {name for name in names if not name.startswith((LOCK, f".{READY}."))}
+        if other_names and not other_names & {STATE, READY}:
             raise ValueError(
                 f"{self.path}: exists already, without the state of `--until`; remove it or name "
                 "another --out"

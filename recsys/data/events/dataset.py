@@ -115,18 +115,18 @@ def _query(
     joins = []
     if snapshots is not None:
         source += f" UNION SELECT id AS {ids[0]} FROM {keys[0]}_snapshots"
-        now = latest_moment(config.drop.later_than, config.time_zone)
+        moment = latest_moment(config.drop.later_than, config.time_zone)
         joins.append(
-            f"LEFT JOIN {keys[0]}_snapshots t ON k.{ids[0]} = t.id AND t.valid_from <= {now} "
-            f"AND t.valid_until > {now}"
+            f"LEFT JOIN {keys[0]}_snapshots t ON k.{ids[0]} = t.id AND t.valid_from <= {moment} "
+            f"AND t.valid_until > {moment}"
         )
         for name, feature in snapshots.columns.items():
             column = f"t.{quoted(f'f_{name}')}"
             column = f"CAST({column} AS FLOAT)" if feature.kind == "dense" else column
             columns.append(filled(column, feature.fill, name))
     if counts:
-        same = " AND ".join(f"k.{key} = c.{key}" for key in ids)
-        joins.append(f"LEFT JOIN {stage} c ON {same}")
+        equal_keys = " AND ".join(f"k.{key} = c.{key}" for key in ids)
+        joins.append(f"LEFT JOIN {stage} c ON {equal_keys}")
         for name in counts:
             count = f"coalesce(c.{quoted(f'n_{name}')}, 0)"
             columns.append(f"CAST({count} AS FLOAT) AS {quoted(name)}")
@@ -282,13 +282,13 @@ class DatasetWriter:
         for name, ids in ids_of_tables.items():
             vocabulary = None
             if self.config.vocabulary.kind == "rows":
-                needed = num_rows(self.engine, name, ids)
+                min_rows = num_rows(self.engine, name, ids)
             else:
                 vocabulary = self._vocabulary(name, ids, earlier)
-                needed = len(vocabulary) + 1
+                min_rows = len(vocabulary) + 1
             size = (sizes_before or {}).get(name, 0)
-            if needed > size:
-                grown = self.table_rows(needed - 1)
+            if min_rows > size:
+                grown = self.table_rows(min_rows - 1)
                 if size:
                     logger.info("%s: its table grows from %s to %s rows", name, size, grown)
                 size = grown

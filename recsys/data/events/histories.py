@@ -33,7 +33,7 @@ from recsys.data.parquet.values import one_chunk
 KEYS = {"user": "uid", "item": "iid"}
 SETS = "/sets"
 # Columns of past events where some are numbers of events: the number, and the keys of their count.
-NUMBER, KEYS_OF = "/n", "/keys"
+NUMBER, EVENT_KEYS = "/n", "/keys"
 SAMPLES_AT_ONCE = 1 << 16  # samples whose histories are in memory at a time
 
 
@@ -73,7 +73,7 @@ def add_histories(
     features = HistoryFeatures(
         ["uid"], config.histories, user_counts, lists, pa.schema([*schema, *added_columns]), files
     )
-    event_columns = [name for name in _schema(engine, "past_events").names if name != KEYS_OF]
+    event_columns = [name for name in _schema(engine, "past_events").names if name != EVENT_KEYS]
     if "action" not in (parallel.column for parallel in config.parallels.values()):
         event_columns.remove("action")
     events, has_keys = "past_events", "1 = 1"
@@ -123,8 +123,8 @@ def _make_past_events(engine: SqlEngine, config: EventsConfig, earlier: str | No
         numbers |= {"ts": f"{-FOREVER}", "arrived": f"{-FOREVER}"}
         query = (
             f"SELECT {', '.join(map(quoted, names))}, CAST(1 AS BIGINT) AS {quoted(NUMBER)}, '' AS "
-            f"{quoted(KEYS_OF)} FROM ({query}) UNION ALL SELECT "
-            f"{_aligned([*names, NUMBER, KEYS_OF], numbers)} FROM {earlier}"
+            f"{quoted(EVENT_KEYS)} FROM ({query}) UNION ALL SELECT "
+            f"{_aligned([*names, NUMBER, EVENT_KEYS], numbers)} FROM {earlier}"
         )
     make("past_events", query)
     return item_columns
@@ -142,10 +142,10 @@ def number_earlier(engine: SqlEngine, config: EventsConfig, dropped: str, earlie
     parts = [f"SELECT {columns}, {quoted(NUMBER)} FROM {earlier}"]
     for keys in unbounded:
         present = {name: quoted(name) for name in ("action", *keys, NUMBER)}
-        present[KEYS_OF] = f"'{','.join(keys)}'"
+        present[EVENT_KEYS] = f"'{','.join(keys)}'"
         parts.append(
             f"SELECT {_aligned([*names, NUMBER], present)} FROM past_events "
-            f"WHERE {quoted(KEYS_OF)} = '' AND {dropped}"
+            f"WHERE {quoted(EVENT_KEYS)} = '' AND {dropped}"
         )
     rows = " UNION ALL ".join(parts)
     return (
@@ -211,10 +211,10 @@ def make_counts(
     columns = {"ts": "ts", "position": "position"}
     event_columns = {key: quoted(key) for key in keys} | columns
     event_columns |= {name: quoted(name) for name in ("arrived", NUMBER) if name in past.names}
-    of_keys = "1 = 1"
+    condition = "1 = 1"
     if NUMBER in past.names:
-        of_keys = _has_keys(features.keys, samples, keys)
-    query = _samples_and_events(features, samples, keys | columns, event_columns, of_keys)
+        condition = _has_keys(features.keys, samples, keys)
+    query = _samples_and_events(features, samples, keys | columns, event_columns, condition)
     has_keys = " AND ".join(f"{quoted(key)} IS NOT NULL" for key in keys)
     query = f"SELECT * FROM ({query}) WHERE {has_keys}"
     engine.add_mapped(stage, query, list(keys), ["ts"], features, features.schema)
@@ -222,10 +222,10 @@ def make_counts(
 
 def _has_keys(keys: list[str], samples: str, columns: dict[str, str]) -> str:
     """Return the SQL condition of events, and numbers of them, with the keys of some sample."""
-    of_samples = ", ".join(columns[key] for key in keys)
+    sample_keys = ", ".join(columns[key] for key in keys)
     return (
-        f"{quoted(KEYS_OF)} IN ('', '{','.join(keys)}') AND ({', '.join(map(quoted, keys))}) IN "
-        f"(SELECT DISTINCT {of_samples} FROM {samples})"
+        f"{quoted(EVENT_KEYS)} IN ('', '{','.join(keys)}') AND ({', '.join(map(quoted, keys))}) IN "
+        f"(SELECT DISTINCT {sample_keys} FROM {samples})"
     )
 
 
@@ -251,12 +251,12 @@ def _recent_events(
         "recent",
         f"SELECT uid, any_value(settled) AS settled, least({', '.join(since)}) AS since "
         f"FROM past_events JOIN (SELECT uid, min(ts) - {delay + 1} AS settled FROM {samples} "
-        f"GROUP BY uid) USING (uid) WHERE {quoted(KEYS_OF)} = '' GROUP BY uid",
+        f"GROUP BY uid) USING (uid) WHERE {quoted(EVENT_KEYS)} = '' GROUP BY uid",
     )
     engine.view(
         "recent_events",
-        f"SELECT e.* FROM past_events e JOIN recent r ON e.uid = r.uid WHERE {quoted(KEYS_OF)} = ''"
-        " AND (e.arrived > r.settled OR e.ts >= r.since)",
+        "SELECT e.* FROM past_events e JOIN recent r ON e.uid = r.uid "
+        f"WHERE {quoted(EVENT_KEYS)} = '' AND (e.arrived > r.settled OR e.ts >= r.since)",
     )
     return "recent_events", "1 = 1"
 

@@ -91,8 +91,8 @@ class Moments:
         arrived = chunk["arrived"] if "arrived" in chunk.column_names else None
         self._arrived = None
         if arrived is not None:
-            known = arrived.fill_null(-FOREVER).to_numpy()  # [N]; null in samples
-            self._arrived = known if (known > self._row_time).any() else None
+            arrival = arrived.fill_null(-FOREVER).to_numpy()  # [N]; null in samples
+            self._arrived = arrival if (arrival > self._row_time).any() else None
 
     @cached_property
     def _times(self) -> np.ndarray:

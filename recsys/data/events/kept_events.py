@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.data.events.daily_state import DailyFolder, Progress, names_of
-from recsys.data.events.histories import KEYS_OF, NUMBER, event_key, number_earlier
+from recsys.data.events.histories import EVENT_KEYS, NUMBER, event_key, number_earlier
 from recsys.data.events.samples import actions_in
 from recsys.data.events.settings import EventsConfig
 from recsys.data.events.sql import FOREVER, SqlEngine, count_rows, quoted
@@ -39,7 +39,7 @@ class KeptEvents:
         snapshots = self.engine.table("SELECT * FROM samples LIMIT 0").schema
         for key in sorted(keys - columns.keys()):
             columns[key] = snapshots.field(f"c_{key.removeprefix('e_')}").type
-        columns |= {KEYS_OF: pa.string(), NUMBER: pa.int64()}
+        columns |= {EVENT_KEYS: pa.string(), NUMBER: pa.int64()}
         self.folder.state.mkdir(exist_ok=True)
         file = self.engine.work / "no_earlier.parquet"
         pq.write_table(pa.schema(columns).empty_table(), file)
@@ -61,9 +61,9 @@ class KeptEvents:
         marked = self._marked()
         if appended > compacted * MOST_APPENDED:
             compacted, appended = compacted + appended, 0
-            needed = count_rows(engine, f"({marked}) WHERE is_kept")
-            if needed <= compacted * (1 - LEAST_DROPPED):
-                return tables | self._compact(marked, file), needed, 0
+            num_events = count_rows(engine, f"({marked}) WHERE is_kept")
+            if num_events <= compacted * (1 - LEAST_DROPPED):
+                return tables | self._compact(marked, file), num_events, 0
         files = folder.append(engine, before, "kept", "SELECT * FROM new_events", "ts")
         tables |= names_of(earlier=folder.files("earlier"), kept=files)
         return tables, compacted, appended
@@ -96,12 +96,12 @@ class KeptEvents:
             - max((duration(delay) or 0 for delay in delays), default=0)
             - 1
         )
-        needed = [f"arrived > {settled}"]
+        conditions = [f"arrived > {settled}"]
         for count in counts:
             if (within := duration(count.within)) is not None:
                 sets = [count.actions, *([] if count.per is None else [count.per])]
                 is_counted = " OR ".join(f"({actions_in(actions)})" for actions in sets)
-                needed.append(f"ts >= {settled - within} AND ({is_counted})")
+                conditions.append(f"ts >= {settled - within} AND ({is_counted})")
         lengths: dict[str, int] = {}
         for history in histories:
             test = actions_in(history.actions)
@@ -111,11 +111,11 @@ class KeptEvents:
             + f" AS since_{place}"
             for place, (test, length) in enumerate(lengths.items())
         ]
-        needed += [
+        conditions += [
             f"({test}) AND ts >= coalesce(since_{place}, {FOREVER})"
             for place, test in enumerate(lengths)
         ]
-        is_kept = " OR ".join(f"({part})" for part in needed)
+        is_kept = " OR ".join(f"({part})" for part in conditions)
         if not since:
             return f"SELECT *, {is_kept} AS is_kept FROM clean_events"
         return (

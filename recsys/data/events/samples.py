@@ -157,8 +157,8 @@ def _time_at(
             histograms[low, high] = table["bin"].to_numpy(), table["n"].to_numpy()
         bins, counts = histograms[low, high]
         ends = before + np.cumsum(counts)
-        found = int(np.searchsorted(ends, place, side="right"))
-        before, number = int(ends[found] - counts[found]), int(bins[found])
+        bin_index = int(np.searchsorted(ends, place, side="right"))
+        before, number = int(ends[bin_index] - counts[bin_index]), int(bins[bin_index])
         low, high = low + number * width, min(high, low + (number + 1) * width - 1)
     return low
 

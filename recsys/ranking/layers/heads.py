@@ -107,10 +107,10 @@ def _mean_logits(
 
     The first layer of all members is one product, as they have the same inputs.
     """
-    (weight, bias), *others = layers
+    (weight, bias), *later_layers = layers
     hidden = torch.addmm(bias.flatten(), features, weight.flatten(1))
     members = hidden.unflatten(1, bias.shape).transpose(0, 1)  # [K, B, O]
-    for weight, bias in others:
+    for weight, bias in later_layers:
         members = torch.baddbmm(bias.unsqueeze(1), members.relu_(), weight.transpose(0, 1))
     return members.mean(0)
 

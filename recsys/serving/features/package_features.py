@@ -92,9 +92,9 @@ class PackageFeatures(FeatureSource):
                 raise ValueError(f"features by {table.name}: {error}") from error
             rows, has_row = pa.array(places, mask=places < 0), pa.array(places >= 0)
             for name, values in part.columns.items():
-                taken = values.take(rows)
+                latest = values.take(rows)
                 is_first = name not in columns
-                columns[name] = taken if is_first else pc.if_else(has_row, taken, columns[name])
+                columns[name] = latest if is_first else pc.if_else(has_row, latest, columns[name])
         return pa.table(columns)
 
     def knows(self, table: FeatureTable, keys: list[pa.Array]) -> pa.Array:  # -> bool [K]

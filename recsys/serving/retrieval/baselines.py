@@ -240,8 +240,8 @@ def compare_with_baselines(
         blend = choose_blend(catalogue, valid, parts, settings)
         above, tied = _places_of_rows(catalogue, blend, rows, settings)
         gains.ndcg[name] = row_gains("ndcg", above, tied, settings.depths[0])
-        chosen = {"decay": blend.decay, "weights": dict(blend.weights)}
-        reports[name] = chosen | metrics_by_frequency(above, tied, rows, settings)
+        choice = {"decay": blend.decay, "weights": dict(blend.weights)}
+        reports[name] = choice | metrics_by_frequency(above, tied, rows, settings)
     for name in ("model", "blend with model"):
         reports[name]["gain over blend"] = gains.over(name, "blend")
     return reports, gains

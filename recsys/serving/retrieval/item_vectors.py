@@ -106,10 +106,10 @@ def write_user_tower(run: Path, job: Job, folder: Path) -> Manifest:
 class UserTower(Scorer):
     """Computes query vectors from the package of a user tower; threads may share one."""
 
-    def columns(self, given: Sequence[str]) -> tuple[list[str], list[str]]:
+    def columns(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
         """Return columns of user and history that a query reads; those looked up only if given."""
         user, history = request_columns(self.schema, self.manifest.pooled, self.manifest.dense)
-        return [name for name in user if name in given or not self.schema.lookup_of(name)], history
+        return [name for name in user if name in names or not self.schema.lookup_of(name)], history
 
     def query(
         self, user: Mapping[str, Any], history: Mapping[str, Sequence[Any]] | Sequence[Any] = ()
@@ -230,10 +230,10 @@ def export_vectors(
         require_faiss()
     job = load_for_export(run, out, ranks, data)
     model, settings = job.em3.ranking, job.config.ranking
-    of_tower: VectorKind = "codes" if isinstance(model, Generative) else "item_tower"
+    tower_kind: VectorKind = "codes" if isinstance(model, Generative) else "item_tower"
     if kind is None:
-        kind = of_tower if isinstance(model, QueryTower) else "content"
-    if kind not in ("content", of_tower) or (kind == "codes" and index is not None):
+        kind = tower_kind if isinstance(model, QueryTower) else "content"
+    if kind not in ("content", tower_kind) or (kind == "codes" and index is not None):
         raise ValueError(
             f"{run}: --vectors {kind} --index {index}: generative has codes, which need no index, "
             "and two_tower has item_tower; leave both out"

@@ -149,8 +149,8 @@ class Retriever:
         ids, codes = read_codes(Path(folder), self.ids.type)
         places = pc.index_in(ids, self.ids)
         is_new = places.is_null().to_numpy(zero_copy_only=False)
-        known = self._index.trie.table[places.drop_null().to_numpy(), :-2]
-        if known.shape[1] != codes.shape[1] or (known != codes[~is_new]).any():
+        existing_codes = self._index.trie.table[places.drop_null().to_numpy(), :-2]
+        if existing_codes.shape[1] != codes.shape[1] or (existing_codes != codes[~is_new]).any():
             raise ValueError(
                 f"{folder}: its codes are not those of {self.folder}; write them with --codebooks "
                 "of the semantic ids that the model was trained on"
@@ -159,9 +159,9 @@ class Retriever:
         self.ids = pa.concat_arrays([self.ids, ids.filter(pa.array(is_new))])
         return int(is_new.sum())
 
-    def columns(self, given: Sequence[str]) -> tuple[list[str], list[str]]:
+    def columns(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
         """Columns of the files that a request gives: of the user, and of the history."""
-        return ([], [self._history]) if self.tower is None else self.tower.columns(given)
+        return ([], [self._history]) if self.tower is None else self.tower.columns(names)
 
     def query(self, user: Values, history: History = ()) -> np.ndarray:  # float32 [V]
         """Return the vector by which a user's items are searched; see `retrieve`."""
