@@ -31,12 +31,7 @@ ALSO_KILL_AT = (15, 30, 33, 39)
 DAYS = [f"2026-09-{day}" for day in range(21, 29)]
 CONTENT: dict[str, Any] = {
     "events": {
-        "log": {
-            "path": "log",
-            "action": "action",
-            "arrived": "arrived",
-            "columns": ["price"],
-        },
+        "log": {"path": "log", "action": "action", "arrived": "arrived", "columns": ["price"]},
         "more": {"path": "more", "action": "action", "arrived": "arrived"},
     },
     "items": {
