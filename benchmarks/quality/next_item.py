@@ -21,7 +21,7 @@ from benchmarks.quality.sequence_models import MODELS, sequence_models
 from benchmarks.results import RESULTS, Result, write_result
 from recsys.checkpoint.run_folder import METRICS
 from recsys.distributed.ranks import joined_ranks
-from recsys.serving.retrieval.baselines import RowGains, compare_with_baselines
+from recsys.serving.retrieval.baselines import RowGains, compare_with_baselines, format_interval
 
 
 def next_item(
@@ -117,11 +117,8 @@ def _gain(gains: list[RowGains], name: str, baseline: str) -> str:
     over_runs = {
         key: torch.stack([run.ndcg[key] for run in gains]).mean(dim=0) for key in (name, baseline)
     }
-    mean, low, high = replace(gains[0], ndcg=over_runs).over(name, baseline)
-    return (
-        f"{name} over {baseline}, NDCG at the first depth, mean of the runs: {mean:+.4f} "
-        f"[{low:+.4f}, {high:+.4f}], 95 % over users."
-    )
+    gain = format_interval(replace(gains[0], ndcg=over_runs).over(name, baseline))
+    return f"{name} over {baseline}, NDCG at the first depth, mean of the runs: {gain}, 95 %."
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from recsys.data.row_source import open_rows
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.bootstrap import effective_users, interval_stretch
+from recsys.evaluation.metrics import LEAST_USERS
 from recsys.evaluation.predict import load_run
 from recsys.evaluation.retrieval import catalogue_vectors, retrieval_metrics, row_gains
 from recsys.serving.retrieval.catalogue import item_vectors, unit
@@ -209,7 +210,7 @@ class RowGains:
     weights: torch.Tensor | None
     ndcg: dict[str, torch.Tensor]
 
-    def over(self, name: str, baseline: str) -> list[float]:
+    def over(self, name: str, baseline: str) -> list[float | None]:
         """Return the mean difference of two scores and its `interval`."""
         return interval(self.ndcg[name] - self.ndcg[baseline], self.users, self.weights)
 
@@ -292,19 +293,29 @@ def interval(
     differences: torch.Tensor,  # [R]
     users: np.ndarray,  # [R]
     weights: torch.Tensor | None = None,  # [R]
-) -> list[float]:
-    """Return the mean over rows, and its 95 % interval over users.
+) -> list[float | None]:
+    """Return the mean over rows, and the ends of its 95 % interval over users.
 
-    Rows of a user err together: the error is that of the users' sums (Liang and Zeger 1986).
+    Rows of a user err together: the error is that of the users' sums (Liang and Zeger 1986). Fewer
+    than `LEAST_USERS` have no interval.
     """
     shares = np.ones(len(users)) if weights is None else weights.double().numpy()
     shares = shares / shares.sum()
     mean = float(shares @ differences.numpy())
-    _, place = np.unique(users, return_inverse=True)
+    names, place = np.unique(users, return_inverse=True)
+    if len(names) < LEAST_USERS:
+        return [mean, None, None]
     errors = np.bincount(place, shares * (differences.numpy() - mean))
     stretch = interval_stretch(effective_users(np.bincount(place, shares)))
     margin = 1.96 * stretch * float(np.sqrt(errors @ errors))
     return [mean, mean - margin, mean + margin]
+
+
+def format_interval(gain: Sequence[float | None]) -> str:
+    """Format the result of `interval`, such as +0.0116 [+0.0071, +0.0161]."""
+    mean, low, high = gain
+    ends = "without an interval: too few users"
+    return f"{mean:+.4f} " + (ends if low is None else f"[{low:+.4f}, {high:+.4f}] over users")
 
 
 def format_baselines(reports: Mapping[str, Any]) -> str:
@@ -322,9 +333,8 @@ def format_baselines(reports: Mapping[str, Any]) -> str:
         for name, *cells in rows
     )
     for name in ("model", "blend with model"):
-        mean, low, high = reports[name]["gain over blend"]
         gained = next(metric for metric in metrics if metric.startswith("ndcg"))
-        text += f"\n{name} – blend: {gained} {mean:+.4f} [{low:+.4f}, {high:+.4f}] over users"
+        text += f"\n{name} – blend: {gained} {format_interval(reports[name]['gain over blend'])}"
     return text
 
 

@@ -29,6 +29,7 @@ from recsys.serving.retrieval.baselines import (
     best_weights,
     blend_to_serve,
     choose_blend,
+    format_interval,
     interval,
 )
 from recsys.serving.retrieval.item_vectors import raw_ids
@@ -133,13 +134,22 @@ def test_places_count_higher_and_equal_scores_of_other_items(exclude_seen: bool)
 
 
 def test_rows_count_by_their_weights() -> None:
-    differences, weights = torch.tensor([1.0, 0, 5]).double(), torch.tensor([3.0, 1, 0])
-    error = math.sqrt((0.75 * 0.25) ** 2 + (0.25 * 0.75) ** 2)
-    margin = 1.96 * error * interval_stretch(effective_users(np.array([3.0, 1, 0])))
-    users = np.array([8, 2, 5])
-    expected = [0.75, 0.75 - margin, 0.75 + margin]
+    differences = torch.tensor([1.0, 0, 0, 0, 5, 9]).double()
+    weights, users = torch.tensor([3.0, 1, 1, 1, 0, 2]), np.array([8, 2, 5, 1, 3, 7])
+    mean = (3 + 2 * 9) / 8
+    residuals = [3 * (1 - mean), -mean, -mean, -mean, 0, 2 * (9 - mean)]
+    error = math.sqrt(sum(residual**2 for residual in residuals)) / 8
+    margin = 1.96 * error * interval_stretch(effective_users(weights.numpy()))
+    expected = [mean, mean - margin, mean + margin]
     assert interval(differences, users, weights) == pytest.approx(expected)
-    assert interval(differences, users)[0] == pytest.approx(2)
+    assert interval(differences, users)[0] == pytest.approx(15 / 6)
+
+
+def test_rows_of_four_users_have_no_interval() -> None:
+    differences, users = torch.ones(40).double(), np.arange(40) % 4
+    assert interval(differences, users) == [pytest.approx(1), None, None]
+    assert format_interval([0.5, None, None]) == "+0.5000 without an interval: too few users"
+    assert format_interval([0.5, 0.25, 0.75]) == "+0.5000 [+0.2500, +0.7500] over users"
 
 
 def test_more_rows_that_say_the_same_of_a_user_do_not_narrow_an_interval() -> None:
