@@ -142,10 +142,12 @@ def choose_blend(
     The measure is NDCG over all ranks: it also counts targets behind the first depth, so that few
     rows choose less noise. Weights are at least 0.
     """
+    if rows.weights is not None:
+        rows = rows.take(np.flatnonzero(rows.weights.numpy() > 0))
     if not len(rows.targets):
         raise ValueError(
-            "valid: no row has a positive first label and an item of items/*.parquet, and "
-            "validation chooses the weights; give it such rows"
+            "valid: no row with a weight has a positive first label and an item of "
+            "items/*.parquet, and validation chooses the weights; give it such rows"
         )
     num_items = len(catalogue.popularity)
     rows = rows.sample(max(MOST_SCORES // num_items, 1))

@@ -242,11 +242,12 @@ def test_rows_without_weight_choose_nothing() -> None:
     assert blend != choose_blend(items, valid, ("item_cf",), settings)
 
 
-def test_weights_without_rows_of_validation_are_refused() -> None:
+@pytest.mark.parametrize("weights", [None, torch.zeros(1)])
+def test_weights_without_rows_of_validation_are_refused(weights: torch.Tensor | None) -> None:
+    valid = replace(rows([[0]], [1]), weights=weights)
+    valid = valid.take(np.arange(0)) if weights is None else valid
     with pytest.raises(ValueError, match="validation chooses the weights; give it such rows"):
-        choose_blend(
-            catalogue(), rows([[0]], [1]).take(np.arange(0)), ("item_cf",), RetrievalSettings()
-        )
+        choose_blend(catalogue(), valid, ("item_cf",), RetrievalSettings())
 
 
 def test_rows_that_choose_weights_are_drawn_from_all(monkeypatch: pytest.MonkeyPatch) -> None:
