@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ from recsys.serving.retrieval.query_rows import (
 DECAYS = (0.3, 0.5, 0.8, 1.0)  # weight of an item of the history beside that of the next newer one
 FACTORS = (0, 0.25, 0.5, 0.7, 1.4, 2, 4)  # that are tried of a weight
 NEW_FACTORS = (0.03, 0.1, 0.3, 1, 3)  # of a new part's deviation beside that of the others
-MOST_SWEEPS = 3  # after the one that chooses the decay
+MOST_SWEEPS = 4
 MOST_SCORES = 2**25  # of the rows that choose the weights; further rows do not
 SCORES_PER_BLOCK = 2**22
 TEXT_NEIGHBOURS = 100
@@ -160,31 +161,41 @@ def choose_blend(
 
     best, highest = Blend(1.0, {}), -1.0
     for decay in DECAYS:
-        weights, value = best_weights(catalogue.scores(rows, decay, names), ndcg, sweeps=1)
+        weights, value = best_weights(catalogue.scores(rows, decay, names), ndcg)
         if value > highest:
             best, highest = Blend(decay, weights), value
-    parts = catalogue.scores(rows, best.decay, names)
-    return Blend(best.decay, best_weights(parts, ndcg, best.weights)[0])
+    return best
+
+
+Measure = Callable[[np.ndarray], float]  # of scores [R, I]
 
 
 def best_weights(
-    parts: Mapping[str, np.ndarray],
-    measure: Callable[[np.ndarray], float],
-    start: Mapping[str, float] | None = None,
-    sweeps: int = MOST_SWEEPS,
+    parts: Mapping[str, np.ndarray], measure: Measure
 ) -> tuple[dict[str, float], float]:
     """Return weights of at least 0 for a sum of parts [R, I], and the measure of that sum.
 
-    Coordinate ascent from the best part alone, or from `start`: one weight after the other takes
-    the best of a few multiples of itself, until none gains or the sweeps are over. It never ends
-    below a part.
+    They are the better of two ascents: from the best part alone, so that the sum never ends below
+    a part, and from all parts at equal deviations, which seldom leaves one out by chance.
     """
-    if start is None:
-        single_parts = {name: measure(part) for name, part in parts.items()}
-        start = {max(single_parts, key=single_parts.__getitem__): 1.0}
-    weights = dict.fromkeys(parts, 0.0) | dict(start)
+    single_parts = {name: measure(part) for name, part in parts.items()}
+    starts = [
+        dict.fromkeys(parts, 0.0) | {max(single_parts, key=single_parts.__getitem__): 1.0},
+        {name: 1 / max(float(part.std()), 1e-12) for name, part in parts.items()},
+    ]
+    return max((_ascend(parts, measure, start) for start in starts), key=itemgetter(1))
+
+
+def _ascend(
+    parts: Mapping[str, np.ndarray], measure: Measure, start: Mapping[str, float]
+) -> tuple[dict[str, float], float]:
+    """Raise the measure by one weight after the other, until none gains or the sweeps are over.
+
+    Each takes the best of a few multiples of itself.
+    """
+    weights = dict(start)
     highest = measure(Blend(1.0, weights).scores(parts))
-    for _ in range(sweeps):
+    for _ in range(MOST_SWEEPS):
         previous = highest
         for name, part in parts.items():
             remaining = Blend(1.0, {key: weights[key] for key in parts if key != name})

@@ -40,7 +40,7 @@ from recsys.serving.retrieval.nearest_items import (
     text_vectors,
     user_similarities,
 )
-from recsys.serving.retrieval.query_rows import QueryRows, other_candidates, places
+from recsys.serving.retrieval.query_rows import QueryRows, other_candidates, places, places_among
 from recsys.serving.retrieval.served_blend import ServedBlend
 
 # Users of the items 0 to 4; the second has taken item 1 twice.
@@ -216,6 +216,25 @@ def test_a_part_that_orders_what_another_leaves_tied_joins_it() -> None:
     weights, highest = best_weights({"first": first, "second": second}, share_of_targets)
 
     assert highest == 1 and weights["first"] == 1 and 0 < weights["second"] < 1 / 8
+
+
+def test_an_ascent_from_all_parts_finds_what_one_from_the_best_part_misses() -> None:
+    parts = {
+        "first": np.array([[3, 4, 4], [4, 0, 0], [3, 0, 0]], np.float32),
+        "second": np.array([[3, 0, 3], [0, 3, 3], [0, 2, 0]], np.float32),
+        "third": np.array([[4, 2, 0], [4, 3, 1], [1, 0, 2]], np.float32),
+    }
+
+    def share_of_rows(scores: np.ndarray) -> float:
+        above, tied = places_among(scores, np.arange(3), np.ones((3, 3), bool))
+        return float((above + tied == 1).mean())  # the target is equal to itself
+
+    alone = {"first": 0.0, "second": 0.0, "third": 1.0}
+    assert baselines._ascend(parts, share_of_rows, alone)[1] == pytest.approx(2 / 3)
+
+    weights, highest = best_weights(parts, share_of_rows)
+
+    assert highest == share_of_rows(Blend(1.0, weights).scores(parts)) == 1
 
 
 def test_the_decay_of_a_blend_is_that_of_the_highest_ndcg() -> None:
