@@ -37,6 +37,7 @@ PLACES = (
     "--recipe",
     "--package",
     "--runs",
+    "--recbole",
     "--run",
     "--before",
 )
