@@ -179,10 +179,11 @@ def best_weights(
     a part, and from all parts at equal deviations, which seldom leaves one out by chance.
     """
     single_parts = {name: measure(part) for name, part in parts.items()}
-    starts = [
-        dict.fromkeys(parts, 0.0) | {max(single_parts, key=single_parts.__getitem__): 1.0},
-        {name: 1 / max(float(part.std()), 1e-12) for name, part in parts.items()},
-    ]
+    starts = [dict.fromkeys(parts, 0.0) | {max(single_parts, key=single_parts.__getitem__): 1.0}]
+    # A part that is constant in these rows may not be so in others: it has no weight.
+    deviations = {name: float(part.std()) for name, part in parts.items()}
+    if any(deviations.values()):
+        starts.append({name: 1 / width if width else 0.0 for name, width in deviations.items()})
     return max((_ascend(parts, measure, start) for start in starts), key=itemgetter(1))
 
 

@@ -237,6 +237,20 @@ def test_an_ascent_from_all_parts_finds_what_one_from_the_best_part_misses() -> 
     assert highest == share_of_rows(Blend(1.0, weights).scores(parts)) == 1
 
 
+@pytest.mark.parametrize("names", [["item_cf", "content"], []])
+def test_a_part_that_is_constant_in_validation_has_no_weight(names: list[str]) -> None:
+    valid = validation_rows(0)
+    parts = catalogue().scores(valid, 0.5, names)
+    parts["near_text"] = np.zeros((40, 5), np.float32)
+
+    def ndcg(scores: np.ndarray) -> float:
+        return gain_of_all_ranks(scores, valid, RetrievalSettings())
+
+    weights, _ = best_weights(parts, ndcg)
+
+    assert weights["near_text"] == (0 if names else 1)  # alone, it is the best part
+
+
 def test_the_decay_of_a_blend_is_that_of_the_highest_ndcg() -> None:
     items, settings = catalogue(), RetrievalSettings(depths=[3])
     valid = validation_rows(3)
