@@ -159,9 +159,9 @@ class Retriever:
         self.ids = pa.concat_arrays([self.ids, ids.filter(pa.array(is_new))])
         return int(is_new.sum())
 
-    def columns(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    def columns(self, given: Sequence[str]) -> tuple[list[str], list[str]]:
         """Columns of the files that a request gives: of the user, and of the history."""
-        return ([], [self._history]) if self.tower is None else self.tower.columns(names)
+        return ([], [self._history]) if self.tower is None else self.tower.columns(given)
 
     def query(self, user: Values, history: History = ()) -> np.ndarray:  # float32 [V]
         """Return the vector by which a user's items are searched; see `retrieve`."""
