@@ -12,6 +12,7 @@ Shapes: R rows with a query, I items of the catalogue, S history items of all ro
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -56,6 +57,7 @@ from recsys.serving.retrieval.query_rows import (
     read_query_rows,
 )
 
+logger = logging.getLogger(__name__)
 DECAYS = (0.3, 0.5, 0.8, 1.0)  # weight of an item of the history beside that of the next newer one
 FACTORS = (0, 0.25, 0.5, 0.7, 1.4, 2, 4)  # that are tried of a weight
 NEW_FACTORS = (0.03, 0.1, 0.3, 1, 3)  # of a new part's deviation beside that of the others
@@ -152,6 +154,9 @@ def choose_blend(
         )
     num_items = len(catalogue.popularity)
     rows = rows.sample(max(MOST_SCORES // num_items, 1))
+    if len(names) > 1:
+        message = "choosing the weights of %s parts by %s rows of validation and %s items"
+        logger.info(message, len(names), f"{len(rows.targets):,}", f"{num_items:,}")
     is_other = other_candidates(rows, num_items, settings.exclude_seen)
 
     def ndcg(scores: np.ndarray) -> float:
