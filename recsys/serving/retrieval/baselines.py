@@ -186,7 +186,7 @@ def best_weights(
     single_parts = {name: measure(part) for name, part in parts.items()}
     starts = [dict.fromkeys(parts, 0.0) | {max(single_parts, key=single_parts.__getitem__): 1.0}]
     # A part that is constant in these rows may not be so in others: it has no weight.
-    deviations = {name: float(part.std()) for name, part in parts.items()}
+    deviations = {name: float(part.std()) if np.ptp(part) else 0.0 for name, part in parts.items()}
     if any(deviations.values()):
         starts.append({name: 1 / width if width else 0.0 for name, width in deviations.items()})
     return max((_ascend(parts, measure, start) for start in starts), key=itemgetter(1))
@@ -321,11 +321,12 @@ def interval(
     shares = np.ones(len(users)) if weights is None else weights.double().numpy()
     shares = shares / shares.sum()
     mean = float(shares @ differences.numpy())
-    names, place = np.unique(users, return_inverse=True)
-    if len(names) < LEAST_USERS:
+    _, place = np.unique(users, return_inverse=True)
+    user_shares = np.bincount(place, shares)
+    if (user_shares > 0).sum() < LEAST_USERS:
         return [mean, None, None]
     errors = np.bincount(place, shares * (differences.numpy() - mean))
-    stretch = interval_stretch(effective_users(np.bincount(place, shares)))
+    stretch = interval_stretch(effective_users(user_shares))
     margin = 1.96 * stretch * float(np.sqrt(errors @ errors))
     return [mean, mean - margin, mean + margin]
 

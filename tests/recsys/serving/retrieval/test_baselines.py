@@ -148,6 +148,8 @@ def test_rows_count_by_their_weights() -> None:
 def test_rows_of_four_users_have_no_interval() -> None:
     differences, users = torch.ones(40).double(), np.arange(40) % 4
     assert interval(differences, users) == [pytest.approx(1), None, None]
+    five_users, weights = np.arange(40) % 5, torch.from_numpy(np.arange(40) % 5 > 0)
+    assert interval(differences, five_users, weights) == [pytest.approx(1), None, None]
     assert format_interval([0.5, None, None]) == "+0.5000 without an interval: too few users"
     assert format_interval([0.5, 0.25, 0.75]) == "+0.5000 [+0.2500, +0.7500] over users"
 
@@ -241,7 +243,7 @@ def test_an_ascent_from_all_parts_finds_what_one_from_the_best_part_misses() -> 
 def test_a_part_that_is_constant_in_validation_has_no_weight(names: list[str]) -> None:
     valid = validation_rows(0)
     parts = catalogue().scores(valid, 0.5, names)
-    parts["near_text"] = np.zeros((40, 5), np.float32)
+    parts["near_text"] = np.full((40, 5), 0.3, np.float32)
 
     def ndcg(scores: np.ndarray) -> float:
         return gain_of_all_ranks(scores, valid, RetrievalSettings())
