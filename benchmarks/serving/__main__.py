@@ -100,8 +100,9 @@ def _result(
         for start_times in starts
     )
     history = request["history"].get(scorer.schema.history, ())
-    compiled = bool(scorer.manifest.compiled)
-    about = f"{scorer.manifest.ranking}, {len(history)} history items"
+    manifest = scorer.manifest
+    kinds = ["compiled"] * bool(manifest.compiled) + ["bf16"] * (manifest.precision == "bf16")
+    about = f"{manifest.ranking}, {len(history)} history items"
     reading = [
         f"{about}, {len(request['candidates'])} candidates, one thread, {len(starts)} starts of "
         f"scorer and server. The scorer takes {p50[SCORER] / p50[GRAPH]:.2f} times the graph (aim: "
@@ -112,8 +113,8 @@ def _result(
     if observed:
         reading.append(_reading_of_load(observed, swap_every))
     return Result(
-        name="serving_compiled" if compiled else "serving",
-        title=f"Latency of a {'compiled ' * compiled}package: one user, one thread",
+        name="_".join(["serving", *kinds]),
+        title=f"Latency of a package{', ' * bool(kinds)}{', '.join(kinds)}: one user, one thread",
         records=[
             {
                 "way": name,

@@ -1,9 +1,9 @@
-"""Measures the AUC of packages of the same runs in fp32, fp16, int8 and int4.
+"""Measures the AUC of packages of the same runs, by types of tables and precision of products.
 
     python -m benchmarks.serving.accuracy --runs '[runs/movielens]' --out packages/accuracy
 
 The package scores every test row as a request. Exits with 1 if fp16 or int8 lose too much, or fp32
-differs from `recsys predict`. Existing packages are used as they are.
+differs from `recsys predict`, or if products in bfloat16 lose too much. Existing packages are used as they are.
 """
 
 from __future__ import annotations
@@ -24,13 +24,18 @@ from recsys.evaluation.metrics import grouped_auc
 from recsys.evaluation.predict import predict
 from recsys.serving import Scorer
 from recsys.serving.export import export_run
+from recsys.serving.package import PackagePrecision
 from recsys.serving.requests import request_columns
 from recsys.serving.vector_file import StoredType
 from recsys.storage.location import Location
 
-MOST_LOST: dict[StoredType, float] = {"fp16": 0.0005, "int8": 0.001}
+MOST_LOST = {"fp16": 0.0005, "int8": 0.001, "bf16": 0.0005}
 MOST_DIFFERENT = 1e-6  # of fp32 from `recsys predict`
-TYPES: tuple[StoredType, ...] = get_args(StoredType)
+# Options of an export by name: type of the tables, and precision.
+PACKAGES: dict[str, tuple[StoredType, PackagePrecision]] = {
+    **{stored_as: (stored_as, "run") for stored_as in get_args(StoredType)},
+    "bf16": ("fp32", "bf16"),
+}
 
 
 def accuracy(
@@ -58,23 +63,23 @@ def _measure(run: Path, out: Path, rows: int) -> dict[str, Any]:
         if not (predicted := out / "predictions.parquet").exists():
             out.mkdir(parents=True, exist_ok=True)
             predict(run, [str(file) for file in test], predicted, None, ranks, "cpu")
-        for stored_as in TYPES:
-            if not (out / stored_as).exists():
-                export_run(run, out / stored_as, stored_as, ranks)
+        for name, (stored_as, precision) in PACKAGES.items():
+            if not (out / name).exists():
+                export_run(run, out / name, stored_as, ranks, precision=precision)
     table = pq.read_table(predicted).slice(0, rows or None)
     aucs, megabytes = {}, {}
-    for stored_as in TYPES:
-        scorer = Scorer.load(out / stored_as)
+    for name in PACKAGES:
+        scorer = Scorer.load(out / name)
         label = scorer.labels[0]
         scores = np.array([scorer.score(**request)[0, 0] for request in _requests(scorer, table)])
-        if stored_as == "fp32":
+        if name == "fp32":
             expected = table[f"prediction_{label}"].to_numpy()
             difference, ranking = float(np.abs(scores - expected).max()), scorer.manifest.ranking
         positive = table[label].to_numpy() > 0.5
-        aucs[stored_as] = float(grouped_auc(positive, scores, np.zeros(len(scores)))[1][0])
+        aucs[name] = float(grouped_auc(positive, scores, np.zeros(len(scores)))[1][0])
         files = scorer.manifest.files.values()
-        megabytes[stored_as] = sum(file["bytes"] for file in files) / 1e6
-    lost = {name: aucs["fp32"] - aucs[name] for name in TYPES}
+        megabytes[name] = sum(file["bytes"] for file in files) / 1e6
+    lost = {name: aucs["fp32"] - aucs[name] for name in PACKAGES}
     is_near = all(lost[name] <= most for name, most in MOST_LOST.items())
     return {
         "benchmark": "package_accuracy",
@@ -103,11 +108,12 @@ def _requests(scorer: Scorer, table: pa.Table) -> Iterator[dict[str, Any]]:
 
 
 def _result(records: list[dict[str, Any]]) -> Result:
+    names = [name for name in PACKAGES if name != "fp32"]
     columns = [
         "run",
         "fp32 - predict",
         "AUC fp32",
-        *(f"lost by {stored_as}" for stored_as in TYPES[1:]),
+        *(f"lost by {name}" for name in names),
         "",
     ]
     rows = [
@@ -115,7 +121,7 @@ def _result(records: list[dict[str, Any]]) -> Result:
             f"{record['run']} ({record['ranking']})",
             f"{record['difference']:.1e}",
             f"{record['auc']['fp32']:.5f}",
-            *(f"{record['lost'][name]:+.5f}" for name in TYPES[1:]),
+            *(f"{record['lost'][name]:+.5f}" for name in names),
             "reached" if record["passes"] else "missed",
         ]
         for record in records
@@ -123,10 +129,11 @@ def _result(records: list[dict[str, Any]]) -> Result:
     limits = ", ".join(f"{name} {most:g}" for name, most in MOST_LOST.items())
     reading = [
         f"{records[0]['rows']:,} test rows, each scored as a request. A package may lose: "
-        f"{limits}; in fp32 it differs from `recsys predict` by at most {MOST_DIFFERENT:g}."
+        f"{limits}; in fp32 it differs from `recsys predict` by at most {MOST_DIFFERENT:g}. "
+        "`bf16` has tables in fp32, and products of attention and ensemble in bfloat16."
     ]
 
-    title = "AUC of packages by the type of their tables"
+    title = "AUC of packages by the type of their tables and of their products"
     return Result("package_accuracy", title, records, columns, rows, None, reading)
 
 

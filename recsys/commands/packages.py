@@ -26,6 +26,7 @@ def export(
     tables: Literal["fp32", "fp16", "int8", "int4"] = "fp32",
     data: str | None = None,
     compile: bool | Literal["auto"] = "auto",
+    precision: Literal["run", "bf16"] = "run",
 ) -> None:
     """Write a run as a package that answers requests on its own.
 
@@ -35,6 +36,7 @@ def export(
         tables: type of the ID tables; content vectors are in fp32 with fp32, else in fp16
         data: dataset; default: the run's own
         compile: compile the graph for this kind of processor; auto: if there is a C++ compiler
+        precision: run: that of the run; bf16: attention and ensembles multiply in bfloat16
     """
     run = require_finished(run)
     require_working_installation()
@@ -42,7 +44,7 @@ def export(
     from recsys.serving.export import export_run
 
     with joined_ranks("cpu") as ranks:
-        manifest = export_run(run, out, tables, ranks, data, compiles=compile)
+        manifest = export_run(run, out, tables, ranks, data, compile, precision)
     size = sum(entry["bytes"] for entry in manifest.files.values())
     logger.info("%s: %s files, %.1f MB", out, len(manifest.files), size / 1e6)
 

@@ -288,7 +288,8 @@ class Neighbours(nn.Module):
         positive = similarity.clamp(min=0)
         square = positive.square()
         powers = [positive, square, square.square()]
-        weighted = torch.stack([deviations, history.weights], dim=2)  # [R, L, 2]
+        # A product with two columns is four times as fast if these are contiguous.
+        weighted = torch.stack([deviations, history.weights], dim=1).mT  # [R, L, 2]
         if history.block.is_shared:
             sums = torch.stack([power @ weighted[0] for power in powers], dim=1)
         else:

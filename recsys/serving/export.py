@@ -38,6 +38,7 @@ from recsys.model.tables import pooled_features
 from recsys.serving.drift import write_statistics
 from recsys.serving.exported_graph import (
     COMPILED,
+    COMPILED_TOLERANCES,
     Compile,
     compile_if_possible,
     export_graph,
@@ -47,7 +48,13 @@ from recsys.serving.features.package_features import write_features
 from recsys.serving.new_items import item_encoder
 from recsys.serving.new_items.added_items import content_index
 from recsys.serving.new_items.item_encoder import ITEMS_PER_CALL, EntryShapes
-from recsys.serving.package import GRAPH, REQUEST, Manifest, write_manifest
+from recsys.serving.package import (
+    GRAPH,
+    REQUEST,
+    Manifest,
+    PackagePrecision,
+    write_manifest,
+)
 from recsys.serving.ranking_graph import RankingGraph, RankingInputs
 from recsys.serving.requests import request_columns
 from recsys.serving.scorer import bounded_file
@@ -67,6 +74,7 @@ def export_run(
     ranks: Ranks,
     data: str | None = None,
     compiles: Compile = False,
+    precision: PackagePrecision = "run",
 ) -> Manifest:
     """Write the best model of a run as a package; it appears whole or not at all.
 
@@ -77,6 +85,7 @@ def export_run(
         ranks: a single process.
         data: dataset whose items are ranked; default the dataset of the run.
         compiles: also compile the graph to machine code; auto: if that is possible here.
+        precision: run: as the run computes; bf16: attention and ensembles multiply in bfloat16.
 
     Raises:
         ValueError: the run is not finished, or its model cannot be exported or compiled.
@@ -85,7 +94,7 @@ def export_run(
     job = load_for_export(run, out, ranks, data)
     columns = pooled_features(job.config.embedding, job.schema), job.schema.of_kind("dense")
     with whole_folder(out) as partial:
-        model = PackagedModel(job.em3.ranking, *columns, compiles=compiles)
+        model = PackagedModel(job.em3.ranking, *columns, compiles=compiles, precision=precision)
         return write_package(run, job, partial, tables, model)
 
 
@@ -116,6 +125,7 @@ class PackagedModel:
     dense: list[str]
     reads_targets: bool = True  # it reads the content of ranked items
     compiles: Compile = False  # also write its machine code
+    precision: PackagePrecision = "run"
 
 
 def write_package(
@@ -146,10 +156,14 @@ def write_package(
         bounded=list(job.vocabularies.by_table),
         content_histories=list(job.batch_builder().content_histories),
         entry_shapes=_write_item_encoder(job, folder / item_encoder.FOLDER),
+        precision=model.precision,
     )
     program = _write_graph(job, manifest, model.ranking, folder / GRAPH)
     if model.compiles:
-        manifest.compiled = compile_if_possible(program, folder / COMPILED, model.compiles)
+        tolerance = COMPILED_TOLERANCES[model.precision]
+        manifest.compiled = compile_if_possible(
+            program, folder / COMPILED, model.compiles, tolerance
+        )
     (folder / REQUEST).write_text(_example_request(job, manifest) + "\n")
     write_manifest(folder, manifest)
     return manifest
@@ -259,6 +273,7 @@ def _write_graph(job: Job, manifest: Manifest, ranking: nn.Module, path: Path) -
         job.em3.further_histories,
         None if job.em3.scaling is None else job.em3.scaling.of_dense(manifest.dense),
         job.em3.neighbours,
+        manifest.precision == "bf16",
     )
     further = job.schema.histories[1:]
     reads_content = [history.name in manifest.content_histories for history in further]

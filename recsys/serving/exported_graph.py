@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from recsys.model.precision import cpu_computes_bfloat16
 from recsys.serving.package import GRAPH, Manifest
 from recsys.serving.ranking_graph import RankingGraph, RankingInputs
 
@@ -42,6 +43,8 @@ Graph = Callable[..., Tensor]
 CHECKED_SIZES = ((2, 3, 4), (1, 1, 0), (3, 0, 2), (1, 0, 1), (4, 70, 70))
 TRACED_SIZE = (5, 7, 3)
 TOLERANCE = 1e-5
+# Compiled code may round units of bfloat16 less often.
+COMPILED_TOLERANCES = {"run": TOLERANCE, "bf16": 2e-2}
 HISTORY_INPUTS = ("history", "parallel", "history_items", "history_content")
 
 
@@ -164,13 +167,16 @@ def _names_of_rows(inputs: RankingInputs) -> list[str]:
 
 
 def compare_graphs(
-    graph: Callable[..., Tensor], expected: Callable[..., Tensor], shapes: RankingInputs
+    graph: Callable[..., Tensor],
+    expected: Callable[..., Tensor],
+    shapes: RankingInputs,
+    tolerance: float = TOLERANCE,
 ) -> None:
     """Require equal outputs of two graphs for any numbers of rows, by an AssertionError."""
     for size in CHECKED_SIZES:
         inputs = random_like(shapes, *size).arguments()
         torch.testing.assert_close(
-            graph(*inputs), expected(*inputs), rtol=TOLERANCE, atol=TOLERANCE
+            graph(*inputs), expected(*inputs), rtol=tolerance, atol=tolerance
         )
 
 
@@ -210,11 +216,13 @@ def is_compiled(option: Compile) -> bool:
     return False
 
 
-def compile_if_possible(program: ExportedProgram, path: Path, option: Compile) -> dict[str, str]:
+def compile_if_possible(
+    program: ExportedProgram, path: Path, option: Compile, tolerance: float = TOLERANCE
+) -> dict[str, str]:
     """Compile a graph as `compile_graph` does; with `auto`, warn and go without if that fails."""
     logger.info("compiling the graph takes a minute; --compile false leaves it out")
     try:
-        return compile_graph(program, path)
+        return compile_graph(program, path, tolerance)
     except ValueError as error:
         if option is True:
             raise
@@ -223,14 +231,17 @@ def compile_if_possible(program: ExportedProgram, path: Path, option: Compile) -
         return {}
 
 
-def compile_graph(program: ExportedProgram, path: Path) -> dict[str, str]:
+def compile_graph(
+    program: ExportedProgram, path: Path, tolerance: float = TOLERANCE
+) -> dict[str, str]:
     """Compile an exported graph, compare both, and return what the code needs, for a manifest."""
     try:
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
         assert program.example_inputs is not None
         shapes = RankingInputs(*program.example_inputs[0])
         with torch.inference_mode():
-            compare_graphs(_load_compiled(path), program.module(check_guards=False), shapes)
+            exported = program.module(check_guards=False)
+            compare_graphs(_load_compiled(path), exported, shapes, tolerance)
     except Exception as error:  # AOTInductor raises errors of many types
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
@@ -242,6 +253,12 @@ def compile_graph(program: ExportedProgram, path: Path) -> dict[str, str]:
 
 def graph_file(folder: Path, manifest: Manifest) -> str:
     """Return the file of the graph that runs here: the compiled one where it can."""
+    if manifest.precision == "bf16" and not cpu_computes_bfloat16():
+        logger.warning(
+            "%s: exported with --precision bf16, but this CPU has no instructions for bfloat16 "
+            "(avx512_bf16 or amx_bf16 on x86), so requests are slower; export the run without it",
+            folder,
+        )
     if not manifest.compiled:
         return GRAPH
     if manifest.compiled == _this_machine():

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from recsys.storage.manifest import (
     VerifiedFiles,
@@ -26,6 +26,9 @@ MANIFEST = "manifest.json"
 GRAPH = "graph.pt2"
 REQUEST = "request.json"
 LIBRARIES = ("torch", "torchrec", "recsys-em3")
+
+
+PackagePrecision = Literal["run", "bf16"]
 
 
 @dataclass(kw_only=True)
@@ -59,6 +62,7 @@ class Manifest(BaseManifest):
     content_histories: list[str] = field(default_factory=list)  # further ones with content
     entry_shapes: dict[str, list[int]] = field(default_factory=dict)  # of an item, by modality
     compiled: dict[str, str] = field(default_factory=dict)  # what the machine code needs
+    precision: PackagePrecision = "run"
     added: dict[str, Any] = field(default_factory=dict)  # number and layout of added items
 
 

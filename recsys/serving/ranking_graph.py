@@ -13,16 +13,18 @@ L places after the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import copy
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.content.vectors import ContentVectors
+from recsys.content.wrap import unwrap
 from recsys.data.batch import Rows, TargetItems
-from recsys.ranking.layers.heads import fold_ensembles
+from recsys.model.precision import InBfloat16
 from recsys.ranking.neighbours import Neighbours
 from recsys.ranking.vectors import IDVectors
 
@@ -178,7 +180,7 @@ class RankingInputs:
 class SharedEvents:
     """Stand-in for a `FurtherHistory` whose events all candidates share."""
 
-    values: Tensor  # [N * K, P]
+    values: Tensor  # [K, P], and [N * K, P] by `CandidateHistory.of_candidates`
     history: SharedHistory
     content: ContentVectors | None  # of the candidates and these events
 
@@ -196,11 +198,11 @@ class SharedEvents:
 class CandidateHistory:
     """Stand-in for a `History` that all candidates share."""
 
-    values: Tensor  # [N * L, P]
+    values: Tensor  # [L, P], and [N * L, P] by `of_candidates`
     items: Tensor  # [L]
     history: SharedHistory
     further: list[SharedEvents]
-    unscaled_values: Tensor | None = None  # [N * L, P]
+    unscaled_values: Tensor | None = None  # of the shape of `values`
     whole: None = None  # a history of which those of targets are beginnings: in training alone
 
     @property
@@ -210,6 +212,23 @@ class CandidateHistory:
 
     def jagged(self) -> SharedHistory:
         return self.history
+
+    def of_candidates(self, places: Tensor | None) -> CandidateHistory:
+        """Return the history with the lists of each candidate, of selected places if given."""
+
+        def spread(values: Tensor) -> Tensor:  # [L, P] -> [N * L, P]
+            of_rows = self.history.gather(values)
+            return of_rows if places is None else of_rows[places]
+
+        return replace(
+            self,
+            values=spread(self.values),
+            history=self.history if places is None else self.history.select(places),
+            further=[
+                replace(part, values=part.history.gather(part.values)) for part in self.further
+            ],
+            unscaled_values=None if self.unscaled_values is None else spread(self.unscaled_values),
+        )
 
 
 @dataclass
@@ -227,12 +246,43 @@ class CandidateBatch:
         return Rows(zeros, zeros)
 
 
+@runtime_checkable
+class Packaged(Protocol):
+    """A layer that computes faster where its weights are constant, or in bfloat16."""
+
+    def packaged(self, bfloat16: bool) -> nn.Module:
+        """Return the layer of a package."""
+        ...
+
+
+def packaged(model: nn.Module, bfloat16: bool) -> nn.Module:
+    """Return a model with the layers of a package; it shares all others, and `model` stays.
+
+    Regions of autocast stay, except that `bfloat16` chooses the layers in its place.
+    """
+    if isinstance(model, Packaged):
+        return model.packaged(bfloat16)
+    children = {
+        name: None if child is None else packaged(child, bfloat16)
+        for name, child in model._modules.items()
+    }
+    has_region = bfloat16 and isinstance(model, InBfloat16)
+    if not has_region and all(children[name] is child for name, child in model._modules.items()):
+        return model
+    copied = copy.copy(model)
+    copied._modules = children
+    if has_region:
+        unwrap(copied, InBfloat16)
+    return copied
+
+
 class RankingGraph(nn.Module):
     """History map and ranking model over the candidates of one user, in evaluation mode.
 
     `content_dim` is the width of a content vector (0: none). `top_k` is the number of history items
     that a search keeps (0: all). `scaling` standardises numbers. `neighbours` is
-    of `recsys.ranking.neighbours`.
+    of `recsys.ranking.neighbours`. With `bfloat16`, layers whose products dominate compute in it,
+    and all others in float32.
     """
 
     def __init__(
@@ -244,11 +294,12 @@ class RankingGraph(nn.Module):
         further_histories: nn.Module | None = None,
         scaling: nn.Module | None = None,
         neighbours: Neighbours | None = None,
+        bfloat16: bool = False,
     ) -> None:
         super().__init__()
         self.neighbours = neighbours
         self.further_histories, self.scaling = further_histories, scaling
-        self.ranking, self.history_map = fold_ensembles(ranking), history_map
+        self.ranking, self.history_map = packaged(ranking, bfloat16), history_map
         self.content_dim, self.top_k = content_dim, top_k
         self.eval()
 
@@ -257,19 +308,19 @@ class RankingGraph(nn.Module):
         shared = SharedHistory(
             inputs.target.shape[0], inputs.history.shape[0], inputs.target.device
         )
-        values = shared.gather(inputs.parallel)
-        if self.top_k:
-            queries, items = F.normalize(inputs.target_in_bank), F.normalize(inputs.history_content)
-            places = shared.highest(shared.dot(queries, items), self.top_k)
-            shared, values = shared.select(places), values[places]
         events = [
             self._shared_events(inputs.target_content, *parts)
             for parts in zip(inputs.further_parallel, inputs.further_content, strict=True)
         ]
-        history = CandidateHistory(values, inputs.history_items, shared, events)
+        history = CandidateHistory(inputs.parallel, inputs.history_items, shared, events)
         batch = CandidateBatch(inputs.dense, TargetItems(inputs.target_items), history)
         if self.scaling is not None:
             batch = self.scaling(batch)
+        places = None
+        if self.top_k:
+            queries, items = F.normalize(inputs.target_in_bank), F.normalize(inputs.history_content)
+            places = shared.highest(shared.dot(queries, items), self.top_k)
+        batch = replace(batch, history=batch.history.of_candidates(places))
         ids = IDVectors(inputs.pooled, inputs.target, inputs.history, further=inputs.further)
         content = self._content(inputs.target_content, inputs.history_content)
         if self.further_histories is not None:
@@ -294,4 +345,4 @@ class RankingGraph(nn.Module):
     ) -> SharedEvents:  # [N, E], [K, P], [K, E] or [K, 0]
         shared = SharedHistory(target.shape[0], parallel.shape[0], parallel.device)
         vectors = self._content(target, content) if content.shape[1] else None
-        return SharedEvents(shared.gather(parallel), shared, vectors)
+        return SharedEvents(parallel, shared, vectors)

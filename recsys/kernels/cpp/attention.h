@@ -27,6 +27,11 @@ struct Sizes {
   int64_t u, second;  // distance of rows with the units of both layers, and where the second begins
 };
 
+inline Sizes sizes_of(int64_t B, int64_t U, int64_t N, int64_t D, int64_t H, int64_t G, int64_t P) {
+  const int64_t second = whole_lines(H);
+  return {B, U, N, D, H, G, P, padded(D), distance_of(H), distance_of(G), second + whole_lines(G), second};
+}
+
 struct Inputs {
   const float *target, *items, *parallel, *parallel_map;
   const int64_t *index, *offsets;
@@ -154,19 +159,15 @@ class Forward {
   // Fills vectors [T, d], scores [T] and the units [T, u] of both layers, at `units`.
   void compute(const Chunk& chunk, float* units) {
     gather(chunk);
-    float *hidden = units, *second = units + s.second;
-    multiply_kept({s.D, in.target + chunk.first_row * s.D, s.D, 1, w.of_target, s.h, w.first_bias,
-                   0, constants, s.h, After::kNothing},
-                  chunk.last_row - chunk.first_row, padded(s.H));
+    float* hidden = units;
+    fill_constants(chunk.first_row, chunk.last_row);
     for_runs(in.offsets, chunk, [&](int64_t row, int64_t last, bool has_matrix) {
       const int64_t at = in.offsets[row] - chunk.first_item;
       const int64_t count = in.offsets[last] - in.offsets[row];
       if (has_matrix) {
-        fill_matrix(in.target + row * s.D);
-        multiply_kept({s.D, vectors + at * s.d, s.d, 1, matrix, s.h,
-                       constants + (row - chunk.first_row) * s.h, 0, hidden + at * s.u, s.u,
-                       After::kRelu},
-                      count, padded(s.H));
+        fill_matrix(row);
+        first_layer(vectors + at * s.d, s.d, false, constants + (row - chunk.first_row) * s.h,
+                    hidden + at * s.u, count);
       } else if (count) {
         fill_pairs(chunk, row, last);
         for (int64_t r = row; r < last; ++r)
@@ -178,13 +179,34 @@ class Forward {
                  count, padded(s.H));
       }
     });
-    multiply_kept({s.H, hidden, s.u, 1, w.second, s.g, w.second_bias, 0, second, s.u, After::kRelu},
-                  chunk.num_items, padded(s.G));
-    for (int64_t n = 0; n < chunk.num_items; ++n) {
+    score_units(units, chunk.num_items, scores);
+  }
+
+  // Fills the constants [rows, h] of the first layer: its bias, and the terms of the targets.
+  void fill_constants(int64_t first_row, int64_t last_row) {
+    multiply_kept({s.D, in.target + first_row * s.D, s.D, 1, w.of_target, s.h, w.first_bias, 0,
+                   constants, s.h, After::kNothing},
+                  last_row - first_row, padded(s.H));
+  }
+
+  // Computes the first layer of the items of a row whose matrix is filled, as floats or as pairs.
+  void first_layer(const float* items, int64_t step, bool are_pairs, const float* constant,
+                   float* hidden, int64_t count) const {
+    Product product{s.D, items, step, 1, matrix, s.h, constant, 0, hidden, s.u, After::kRelu};
+    product.a_in_pairs = are_pairs;
+    multiply_kept(product, count, padded(s.H));
+  }
+
+  // Fills the units of the second layer, beside those of the first, and the scores.
+  void score_units(float* units, int64_t count, float* to) const {
+    float* second = units + s.second;
+    multiply_kept({s.H, units, s.u, 1, w.second, s.g, w.second_bias, 0, second, s.u, After::kRelu},
+                  count, padded(s.G));
+    for (int64_t n = 0; n < count; ++n) {
       Vec total{};
       for (int64_t k = 0; k < padded(s.G); k += kLanes)
         total += load(second + n * s.u + k) * load(w.last + k);
-      scores[n] = sum(total);
+      to[n] = sum(total);
     }
   }
 
@@ -222,13 +244,14 @@ class Forward {
     }
   }
 
- private:
-  void fill_matrix(const float* target) {
-    const auto row = [&](int64_t k, int64_t unit) {
+  // Fills the matrix of a row's first layer.
+  void fill_matrix(int64_t row) {
+    const float* target = in.target + row * s.D;
+    const auto factors = [&](int64_t k, int64_t unit) {
       const int64_t at = k * s.h + unit;
       return load(w.of_items + at) + splat(target[k]) * load(w.products() + at);
     };
-    fill_kept(s.D, padded(s.H), matrix, s.h, row);
+    fill_kept(s.D, padded(s.H), matrix, s.h, factors);
   }
 };
 

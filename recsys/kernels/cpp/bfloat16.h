@@ -5,10 +5,6 @@
 // Processors without the instruction multiply in float32.
 #pragma once
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 
 #include "vectors.h"
@@ -43,7 +39,7 @@ template <bool kPairs>
 __attribute__((always_inline)) inline Vec multiply_add(Vec sum, float a, Vec b) {
   if constexpr (kPairs)
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
-  return sum + splat(a) * b;
+  return fused_multiply_add(sum, splat(a), b);
 }
 
 // Returns 16 pairs, of the lanes of both vectors.
@@ -64,7 +60,7 @@ inline Vec pairs_along(Vec first, Vec second) {
 
 template <bool kPairs>
 inline Vec multiply_add(Vec sum, float a, Vec b) {
-  return sum + splat(a) * b;
+  return fused_multiply_add(sum, splat(a), b);
 }
 
 inline Vec pairs_of(Vec first, Vec) { return first; }

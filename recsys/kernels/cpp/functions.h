@@ -2,18 +2,10 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 
 #include "vectors.h"
 
 namespace recsys {
-
-inline void softmax(float* values, int64_t count) {
-  const float highest = *std::max_element(values, values + count);
-  float total = 0;
-  for (int64_t t = 0; t < count; ++t) total += values[t] = std::exp(values[t] - highest);
-  for (int64_t t = 0; t < count; ++t) values[t] /= total;
-}
 
 inline Vec select(Mask chosen, Vec yes, Vec no) {
   return from_bits((bits_of(yes) & chosen) | (bits_of(no) & ~chosen));
@@ -32,6 +24,22 @@ inline Vec exp_of_negative(Vec x) {
   p = p * r * r + r + splat(1);
   const Vec power = from_bits((bits_of(shifted) + 127) << 23);
   return select(x < splat(-87.3f), Vec{}, p * power);
+}
+
+inline void softmax(float* values, int64_t count) {
+  const float highest = *std::max_element(values, values + count);
+  Vec total{};
+  for (int64_t t = 0; t < count; t += kLanes) {
+    const int64_t left = std::min<int64_t>(count - t, kLanes);
+    Vec lanes = splat(highest);
+    std::memcpy(&lanes, values + t, left * sizeof(float));
+    lanes = exp_of_negative(lanes - splat(highest));
+    std::memcpy(values + t, &lanes, left * sizeof(float));
+    if (left < kLanes) lanes = load_first(values + t, left);
+    total += lanes;
+  }
+  const float whole = sum(total);
+  for (int64_t t = 0; t < count; ++t) values[t] /= whole;
 }
 
 struct Gelu {

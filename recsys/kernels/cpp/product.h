@@ -11,7 +11,8 @@ namespace recsys {
 enum class After { kNothing, kRelu, kGate };
 
 // out[r, :] = after(init[r, :] + sum over k of a[r * row_step + k * k_step] * b[k, :]).
-// One of row_step and k_step is 1. With `in_pairs` the rows of b are pairs, as `pair_rows` writes them; see bfloat16.h.
+// One of row_step and k_step is 1. With `in_pairs` the rows of b are pairs, as `pair_rows` writes them, and with
+// `a_in_pairs` those of a, as `pair_along_rows` does; see bfloat16.h.
 // kGate keeps the sum where gate, of out's row distance, is positive, and writes 0 elsewhere.
 struct Product {
   int64_t num_k;
@@ -25,7 +26,7 @@ struct Product {
   int64_t out_stride;
   After after;
   const float* gate = nullptr;
-  bool in_pairs = false;
+  bool in_pairs = false, a_in_pairs = false;
 };
 
 template <int R, int C, bool kPairs>
@@ -98,7 +99,7 @@ inline void all_blocks(const Product& p, int64_t num_rows, int64_t width) {
   }
 }
 
-// The product of bfloat16 pairs: those of a, and of b unless they are given, fill buffers.
+// The product of bfloat16 pairs: those of a and of b, unless they are given, fill buffers.
 inline void multiply_pairs(Product p, int64_t num_rows, int64_t width) {
   static thread_local Floats of_a(0), of_b(0);
   const auto reserve = [](Floats& buffer, int64_t count) {
@@ -110,16 +111,19 @@ inline void multiply_pairs(Product p, int64_t num_rows, int64_t width) {
     pair_rows(p.b, p.b_stride, p.num_k, width, of_b, width);
     p.b = of_b, p.b_stride = width;
   }
-  const int64_t distance = p.k_step == 1 ? padded(num_pairs) : padded(num_rows);
-  reserve(of_a, distance * (p.k_step == 1 ? num_rows : num_pairs));
-  if (p.k_step == 1) {
-    pair_along_rows(p.a, p.row_step, num_rows, p.num_k, of_a, distance);
-    p.row_step = distance;
-  } else {
-    pair_rows(p.a, p.k_step, p.num_k, num_rows, of_a, distance);
-    p.row_step = 1, p.k_step = distance;
+  if (!p.a_in_pairs) {
+    const int64_t distance = p.k_step == 1 ? padded(num_pairs) : padded(num_rows);
+    reserve(of_a, distance * (p.k_step == 1 ? num_rows : num_pairs));
+    if (p.k_step == 1) {
+      pair_along_rows(p.a, p.row_step, num_rows, p.num_k, of_a, distance);
+      p.row_step = distance;
+    } else {
+      pair_rows(p.a, p.k_step, p.num_k, num_rows, of_a, distance);
+      p.row_step = 1, p.k_step = distance;
+    }
+    p.a = of_a;
   }
-  p.a = of_a, p.num_k = num_pairs;
+  p.num_k = num_pairs;
   all_blocks<true>(p, num_rows, width);
 }
 

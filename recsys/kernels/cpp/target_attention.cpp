@@ -13,13 +13,16 @@ int64_t longest_row(const Sizes& s, const int64_t* offsets) {
   return longest;
 }
 
-// scores [T] -> weights [T], and their sum of vectors, added to out [D]
+// scores [T] -> weights [T], and their sum of vectors [T, d] in out [D]
 void softmax_and_sum(const Sizes& s, const float* scores, const float* vectors, int64_t count,
                      float* weights, float* out) {
   std::memcpy(weights, scores, count * sizeof(float));
   softmax(weights, count);
-  for (int64_t t = 0; t < count; ++t)
-    for (int64_t k = 0; k < s.D; ++k) out[k] += weights[t] * vectors[t * s.d + k];
+  for (int64_t k = 0; k < s.D; k += kLanes) {
+    Vec total{};
+    for (int64_t t = 0; t < count; ++t) total += splat(weights[t]) * load(vectors + t * s.d + k);
+    std::memcpy(out + k, &total, std::min<int64_t>(s.D - k, kLanes) * sizeof(float));
+  }
 }
 
 // The inputs, whose types, shapes and places in memory are as the kernel reads them.
@@ -43,10 +46,8 @@ struct CheckedAttention {
         second(op.float32("second", second_, {kAny, first.size(0)})),
         second_bias(op.float32("second_bias", second_bias_, {second.size(0)})),
         last(op.float32("last", last_, {1, second.size(0)})),
-        s{target.size(0), items.size(0), index.size(0), target.size(1), first.size(0),
-          second.size(0), parallel.size(1), 0, 0, 0, 0, 0} {
-    s.d = padded(s.D), s.h = distance_of(s.H), s.g = distance_of(s.G);
-    s.second = whole_lines(s.H), s.u = s.second + whole_lines(s.G);
+        s(sizes_of(target.size(0), items.size(0), index.size(0), target.size(1), first.size(0),
+                   second.size(0), parallel.size(1))) {
     require_history(op, integers(index), s.N, s.U, integers(offsets), s.B);
   }
 

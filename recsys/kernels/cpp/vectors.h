@@ -1,6 +1,10 @@
 // Vectors of the processor's width, and buffers of floats.
 #pragma once
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -51,6 +55,18 @@ inline Vec load_first(const float* from, int64_t count) {
 
 // Less zero, which compilers drop; adding zero they must compute, as it turns -0 into 0.
 inline Vec splat(float value) { return value - Vec{}; }
+
+// Returns sum + a * b. Compilers fuse both in some loops and not in others, which would make a row's last bits depend
+// on the number of rows beside it.
+inline Vec fused_multiply_add(Vec sum, Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+  return sum + a * b;
+#endif
+}
 
 inline Mask bits_of(Vec value) {
   Mask bits;

@@ -69,8 +69,9 @@ def shared_similarity_features(
     """Return `similarity_features` by products with the groups, without a copy for each group."""
     flagged = flags > 0.5
     everyone = torch.ones(flags.shape[0], 1, dtype=torch.bool, device=flags.device)
-    groups = torch.cat([everyone, flagged, ~flagged], dim=1).T  # [G, L]
-    members = groups.to(cosine.dtype)
+    groups = torch.cat([everyone, flagged, ~flagged], dim=1).to(cosine.dtype)
+    # Products with a few columns are four times as fast if these are contiguous.
+    members, lists = groups.T.contiguous(), flags.T.to(cosine.dtype).contiguous()  # [G, L], [P, L]
     count = members.sum(dim=1)  # [G]
     mean = cosine @ members.T / count.clamp(min=1)  # [M, B, G]
     padded = F.pad(cosine, (0, 1), value=LOWER_THAN_COSINE)  # a history may be empty
@@ -78,7 +79,7 @@ def shared_similarity_features(
     lowered = (1 - F.pad(members, (0, 1), value=1.0)) * 2 * LOWER_THAN_COSINE  # [G, L + 1]
     maxima = [(padded + part).amax(dim=2) for part in lowered.unbind()]
     maximum = torch.where(count > 0, torch.stack(maxima, dim=2), 0.0)
-    votes = (cosine / 0.1).softmax(dim=2) @ flags.to(cosine.dtype)  # [M, B, P]
+    votes = (cosine / 0.1).softmax(dim=2) @ lists.T  # [M, B, P]
     return torch.cat([mean, maximum, votes], dim=2).transpose(0, 1).flatten(1)
 
 

@@ -6,8 +6,6 @@ Shapes: K members, B batch, I and O units of a layer, C labels.
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
@@ -86,14 +84,25 @@ class EnsembleHead(nn.Module):
         hidden = [layer.folded() for layer in self.layers if isinstance(layer, EnsembleLinear)]
         return [*hidden, (output.weight.transpose(0, 1), output.bias.squeeze(1))]
 
+    def packaged(self, bfloat16: bool) -> FoldedHead:
+        return FoldedHead(self, bfloat16)
+
 
 class FoldedHead(nn.Module):
-    """An `EnsembleHead` in evaluation, whose weights are folded once."""
+    """An `EnsembleHead` in evaluation, whose weights are folded once.
 
-    def __init__(self, head: EnsembleHead) -> None:
+    With `bfloat16` all layers but the last compute in it: the mean of the members averages the
+    rounding of their units.
+    """
+
+    def __init__(self, head: EnsembleHead, bfloat16: bool = False) -> None:
         super().__init__()
-        pairs = [tensor.detach().contiguous() for pair in head.folded() for tensor in pair]
-        self.weights = nn.ParameterList(nn.Parameter(part, requires_grad=False) for part in pairs)
+        *hidden, last = head.folded()
+        dtype = torch.bfloat16 if bfloat16 else torch.float32
+        pairs = [part.to(dtype) for pair in hidden for part in pair] + list(last)
+        self.weights = nn.ParameterList(
+            nn.Parameter(part.detach().contiguous(), requires_grad=False) for part in pairs
+        )
 
     def forward(self, features: Tensor) -> Tensor:  # [B, width] -> [B, C]
         return _mean_logits(features, list(zip(self.weights[::2], self.weights[1::2])))
@@ -108,26 +117,12 @@ def _mean_logits(
     The first layer of all members is one product, as they have the same inputs.
     """
     (weight, bias), *later_layers = layers
-    hidden = torch.addmm(bias.flatten(), features, weight.flatten(1))
+    hidden = torch.addmm(bias.flatten(), features.to(weight.dtype), weight.flatten(1))
     members = hidden.unflatten(1, bias.shape).transpose(0, 1)  # [K, B, O]
     for weight, bias in later_layers:
-        members = torch.baddbmm(bias.unsqueeze(1), members.relu_(), weight.transpose(0, 1))
+        inputs = members.relu_().to(weight.dtype)
+        members = torch.baddbmm(bias.unsqueeze(1), inputs, weight.transpose(0, 1))
     return members.mean(0)
-
-
-def fold_ensembles(model: nn.Module) -> nn.Module:
-    """Return a model with `FoldedHead`s, which shares all other modules; `model` stays."""
-    if isinstance(model, EnsembleHead):
-        return FoldedHead(model)
-    children = {
-        name: None if child is None else fold_ensembles(child)
-        for name, child in model._modules.items()
-    }
-    if all(children[name] is child for name, child in model._modules.items()):
-        return model
-    folded = copy.copy(model)
-    folded._modules = children
-    return folded
 
 
 def hidden_layers(width: int, units: list[int], dropout: float) -> tuple[list[nn.Module], int]:

@@ -8,6 +8,8 @@ lists, H units of the first layer.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -90,6 +92,13 @@ class TargetAttention(HistoryAttention):
             layers += [nn.Linear(width, unit), nn.ReLU(inplace=True)]
             width = unit
         self.score = nn.Sequential(*layers, nn.Linear(width, 1))
+        self.rounds_shared = False  # factors of products for a shared history, to bfloat16
+
+    def packaged(self, bfloat16: bool) -> TargetAttention:
+        """Return the layer of a package, which shares the weights."""
+        packaged = copy.copy(self)
+        packaged.rounds_shared = bfloat16
+        return packaged
 
     def forward(
         self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
@@ -98,7 +107,9 @@ class TargetAttention(HistoryAttention):
         if history.is_shared and not is_autocast and not torch.is_grad_enabled():
             lists = self._list_weight(target)
             listed = history.of_one_row(parallel)[:, : lists.shape[1]]
-            return shared_target_attention(target, items, listed, lists, self.score)
+            return shared_target_attention(
+                target, items, listed, lists, self.score, self.rounds_shared
+            )
         weights = ScoreWeights.of(self.score)
         if weights is None or not isinstance(history, JaggedHistory):
             return super().forward(target, items, history, parallel)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from recsys.data.jagged_history import JaggedHistory
+from recsys.kernels import shared_target_attention
 from recsys.kernels.choice import _are_built, _KernelChoice
 from recsys.ranking.layers.target_attention import TargetAttention
 from recsys.serving.ranking_graph import SharedHistory
@@ -41,6 +42,25 @@ def test_interest_is_that_of_rows_with_equal_histories(
     with_gradient = module(target, items, shared, own)
     torch.testing.assert_close(with_gradient, expected)
     assert with_gradient.requires_grad
+
+
+@pytest.mark.parametrize(("rows", "length", "units"), [(3, 4, [6, 3]), (14, 130, [64, 16])])
+@pytest.mark.usefixtures("native_kernels")
+def test_in_bfloat16_kernel_and_pytorch_round_the_factors_of_products(
+    rows: int, length: int, units: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    module = TargetAttention(8, 1, units)
+    inputs = torch.randn(rows, 8), torch.randn(length, 8), torch.rand(length, 1), torch.rand(8, 1)
+    with torch.no_grad():
+        exact = shared_target_attention(*inputs, module.score)
+        by_kernels = {}
+        for kernels in ("native", "torch"):
+            monkeypatch.setattr(_KernelChoice, "kernels", kernels)
+            by_kernels[kernels] = shared_target_attention(*inputs, module.score, bfloat16=True)
+    for rounded in by_kernels.values():
+        torch.testing.assert_close(rounded, exact, rtol=2e-2, atol=5e-3)
+    assert not by_kernels["torch"].equal(exact)
 
 
 def test_without_compiled_kernels_pytorch_computes_and_a_line_says_so(

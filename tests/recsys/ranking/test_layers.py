@@ -29,9 +29,7 @@ from recsys.ranking.layers.fields import HALF_LIVES, history_numbers, num_histor
 from recsys.ranking.layers.heads import (
     EnsembleHead,
     EnsembleLinear,
-    FoldedHead,
     MemberLinear,
-    fold_ensembles,
 )
 from recsys.ranking.layers.row_features import (
     LARGEST,
@@ -364,12 +362,12 @@ def test_evaluation_folds_the_scales_into_the_weights(units: list[int]) -> None:
     for parameter in head.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     expected = head(features()).members.mean(0)
-    model = nn.Sequential(nn.Identity(), nn.Sequential(head)).eval()
-    folded = fold_ensembles(model)
-    assert isinstance(folded[1][0], FoldedHead) and model[1][0] is head
-    assert folded[0] is model[0]
-    for evaluated in (model, folded):
+    for evaluated in (head.eval(), head.packaged(bfloat16=False)):
         torch.testing.assert_close(evaluated(features()), expected, rtol=1e-6, atol=1e-6)
+    rounded = head.packaged(bfloat16=True)(features())
+    torch.testing.assert_close(rounded, expected, rtol=2e-2, atol=2e-2)
+    is_exact = torch.allclose(rounded, expected, rtol=1e-6, atol=1e-6)
+    assert is_exact == (not units)  # the last layer computes in float32
 
 
 @pytest.mark.parametrize("name", ["din_dcn", "din", "sim"])

@@ -15,7 +15,7 @@ from recsys.config import ContentSettings, ranking_settings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import TargetItems
 from recsys.model.build import build_ranking
-from recsys.model.precision import use_bfloat16
+from recsys.model.precision import InBfloat16, use_bfloat16
 from recsys.ranking.vectors import IDVectors
 from recsys.serving.exported_graph import ExportedGraph, export_graph
 from recsys.serving.package import GRAPH
@@ -157,6 +157,25 @@ def test_a_region_of_bfloat16_without_operations_can_be_loaded(tmp_path: Path) -
     use_bfloat16([graph.ranking], torch.device("cpu"))
 
     exported(graph, "sim", tmp_path)
+
+
+@pytest.mark.parametrize("trained_in", ["fp32", "bf16"])
+@torch.no_grad()
+def test_a_graph_in_bfloat16_scores_nearly_as_in_float32(trained_in: str, tmp_path: Path) -> None:
+    settings = ranking_settings("din_dcn", ensemble_members=4)
+    model = build_ranking(settings, DIMENSIONS, CONTENT).eval()
+    history_map = nn.Linear(CONTENT_DIM, CONTENT_DIM, bias=False)
+    rows = request(4, 70)
+    exact = RankingGraph(model, history_map, CONTENT_DIM)(*rows.arguments())
+    if trained_in == "bf16":
+        use_bfloat16([model], torch.device("cpu"))
+    graph = RankingGraph(model, history_map, CONTENT_DIM, bfloat16=True)
+
+    for scored in (graph, exported(graph, "din_dcn", tmp_path)):
+        rounded = scored(*rows.arguments())
+        torch.testing.assert_close(rounded, exact, rtol=2e-2, atol=1e-2)
+        assert not rounded.equal(exact)
+    assert isinstance(model, InBfloat16) == (trained_in == "bf16")
 
 
 def shape_of_values(ids: IDVectors) -> Tensor:

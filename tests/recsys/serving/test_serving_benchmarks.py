@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.serving.__main__ import GRAPH, GRPC, REST, SCORER, serving
-from benchmarks.serving.accuracy import TYPES, accuracy
+from benchmarks.serving.accuracy import PACKAGES, accuracy
 
 Run = tuple[Path, Path, np.ndarray]
 
@@ -28,6 +28,6 @@ def test_smaller_types_are_compared_with_predictions(package_run: Run, tmp_path:
     folder, *_ = package_run
     accuracy(tmp_path / "packages", [folder / "run"], rows=16, results=tmp_path)
     record = json.loads((tmp_path / "package_accuracy.jsonl").read_text())
-    assert list(record["auc"]) == list(TYPES) and record["rows"] == 16
+    assert list(record["auc"]) == list(PACKAGES) and record["rows"] == 16
     assert record["difference"] <= 1e-5
     assert record["megabytes"]["int8"] < record["megabytes"]["fp32"]
