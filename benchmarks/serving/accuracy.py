@@ -2,8 +2,8 @@
 
     python -m benchmarks.serving.accuracy --runs '[runs/movielens]' --out packages/accuracy
 
-The package scores every test row as a request. Exits with 1 if fp16 or int8 lose too much, or fp32
-differs from `recsys predict`, or if products in bfloat16 lose too much. Existing packages are used as they are.
+The package scores every test row as a request. Exits with 1 if fp16, int8 or products in bfloat16
+lose too much, or fp32 differs from `recsys predict`. Existing packages are used as they are.
 """
 
 from __future__ import annotations

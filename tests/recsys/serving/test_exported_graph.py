@@ -110,13 +110,26 @@ def test_a_compiled_package_scores_as_predict(
 @pytest.mark.parametrize("name", ["machine", "instructions", "torch"])
 def test_code_for_another_machine_is_not_run(name: str, caplog: pytest.LogCaptureFixture) -> None:
     machine = exported_graph._this_machine()
-    manifest: Any = SimpleNamespace(compiled=machine)
+    manifest: Any = SimpleNamespace(compiled=machine, precision="run")
     assert graph_file(Path("package"), manifest) == COMPILED and not caplog.text
 
     manifest.compiled = machine | {name: "another"}
 
     assert graph_file(Path("package"), manifest) == GRAPH
     assert "another" in caplog.text and machine[name] in caplog.text
+
+
+def test_bfloat16_on_a_processor_without_it_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest: Any = SimpleNamespace(compiled={}, precision="bf16")
+    monkeypatch.setattr(exported_graph, "cpu_computes_bfloat16", lambda: True)
+    assert graph_file(Path("package"), manifest) == GRAPH and not caplog.text
+
+    monkeypatch.setattr(exported_graph, "cpu_computes_bfloat16", lambda: False)
+
+    assert graph_file(Path("package"), manifest) == GRAPH
+    assert "--precision bf16" in caplog.text
 
 
 def test_without_a_compiler_nothing_is_written(
@@ -132,7 +145,7 @@ def test_without_a_compiler_nothing_is_written(
 def test_a_graph_that_cannot_be_compiled_runs_as_it_is_unless_it_must(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(program: Any, path: Path) -> dict[str, str]:
+    def fail(program: Any, path: Path, tolerance: float) -> dict[str, str]:
         path.write_text("half")
         raise ValueError("an operation named sort")
 

@@ -76,6 +76,19 @@ def test_smaller_tables_change_scores_little(
     np.testing.assert_allclose(np.concatenate(scores), package_run[2], rtol=0, atol=0.02)
 
 
+def test_products_in_bfloat16_change_scores_little(package_run: Run, tmp_path: Path) -> None:
+    package = tmp_path / "package_bf16"
+    with joined_ranks("cpu") as ranks:
+        export_run(package_run[0] / "run", package, "fp32", ranks, precision="bf16")
+    rounded = Scorer.load(package)
+
+    scores = [rounded.score(**request) for request in requests(package_run[0] / "data")]
+
+    np.testing.assert_allclose(np.concatenate(scores), package_run[2], rtol=0, atol=0.02)
+    assert rounded.manifest.precision == "bf16"
+    assert not np.array_equal(np.concatenate(scores), package_run[2])
+
+
 def test_a_number_that_no_model_can_take_is_refused_by_all(
     package_run: Run, scorer: Scorer, tmp_path: Path
 ) -> None:
