@@ -23,10 +23,15 @@ import psutil
 import torch
 
 from benchmarks.serving.server import served
-from recsys.serving.exported_graph import COMPILED, compile_graph
+from recsys.serving.exported_graph import (
+    COMPILED,
+    COMPILED_TOLERANCES,
+    CONFIG,
+    WEIGHTS,
+    compile_graph,
+)
 from recsys.serving.package import GRAPH, MANIFEST, read_manifest, write_manifest
 
-FIRST_OF_WEIGHTS = "/data/weights/weight_"
 SCALE = 1.01  # of the other package's weights
 NEAR = 3.0  # seconds after an exchange in which requests are counted apart, too
 RESIDENT_EVERY = 2.0  # seconds
@@ -152,7 +157,8 @@ def _write_another(package: Path, copy: Path) -> None:
     _scale_weights(package / GRAPH, copy / GRAPH)
     if manifest.compiled:
         (copy / COMPILED).unlink()
-        compile_graph(torch.export.load(copy / GRAPH), copy / COMPILED)
+        tolerance = COMPILED_TOLERANCES[manifest.precision]
+        compile_graph(torch.export.load(copy / GRAPH), copy / COMPILED, tolerance)
     table = copy / "tables" / f"{manifest.target_item}.vectors"
     if manifest.tables[manifest.target_item]["stored_as"] == "fp32":
         table.write_bytes((np.fromfile(table, np.float32) * np.float32(SCALE)).tobytes())
@@ -160,9 +166,17 @@ def _write_another(package: Path, copy: Path) -> None:
 
 
 def _scale_weights(graph: Path, out: Path) -> None:
+    """Write a graph with larger parameters in float32; statistics, such as counts, stay."""
+    state = torch.export.load(graph).state_dict
     with ZipFile(graph) as old, ZipFile(out, "w") as new:
+        (config,) = (name for name in old.namelist() if name.endswith(f"{WEIGHTS}{CONFIG}"))
+        scaled = {
+            config.replace(CONFIG, record["path_name"])
+            for name, record in json.loads(old.read(config))["config"].items()
+            if record["is_param"] and state[name].dtype == torch.float32
+        }
         for name in old.namelist():
             content = old.read(name)
-            if FIRST_OF_WEIGHTS in name and len(content) > np.float32().nbytes:
+            if name in scaled:
                 content = (np.frombuffer(content, np.float32) * np.float32(SCALE)).tobytes()
             new.writestr(name, content)

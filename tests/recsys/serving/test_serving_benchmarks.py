@@ -24,6 +24,19 @@ def test_each_way_to_a_score_is_timed(package_run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_packages_are_exchanged_under_load_and_no_request_fails(
+    package_run: Run, tmp_path: Path
+) -> None:
+    _, package, _ = package_run
+    sizes = {"history": 5, "candidates": 4, "rounds": 2, "starts": 1}
+    serving(package, **sizes, load_seconds=8, swap_every=3, results=tmp_path)  # type: ignore[arg-type]
+    records = map(json.loads, (tmp_path / "serving.jsonl").read_text().splitlines())
+    (load,) = (record["load"] for record in records if record["load"])
+    assert load["failed"] == {} and len(load["versions"]) == 2
+    assert set(load["different_scores"].values()) == {1}
+
+
+@pytest.mark.long
 def test_smaller_types_are_compared_with_predictions(package_run: Run, tmp_path: Path) -> None:
     folder, *_ = package_run
     accuracy(tmp_path / "packages", [folder / "run"], rows=16, results=tmp_path)
