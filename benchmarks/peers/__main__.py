@@ -81,7 +81,8 @@ def peers(
     tuning = [rows[name] for name in tune_on or [names[len(names) // 2]]]
     entries = [] if quick else [_recipe(datasets, recipe, runs or out / "runs", seeds, jobs)]
     for peer in selected:
-        entries.append(_entry(peer, tuned(peer, tuning, trials, out), rows, seeds, jobs, out))
+        settings = tuned(peer, tuning, trials, out) | dict(peer.final)
+        entries.append(_entry(peer, settings, rows, seeds, jobs, out))
     result = peers_result(entries, names, trials, [window.name for window in tuning])
     write_result(replace(result, name=page), results)
 

