@@ -217,8 +217,8 @@ class CandidateHistory:
         """Return the history with the lists of each candidate, of selected places if given."""
 
         def spread(values: Tensor) -> Tensor:  # [L, P] -> [N * L, P]
-            of_rows = self.history.gather(values)
-            return of_rows if places is None else of_rows[places]
+            repeated = self.history.gather(values)
+            return repeated if places is None else repeated[places]
 
         return replace(
             self,

@@ -89,11 +89,11 @@ class TextItems(nn.Module):
         return torch.cat([self(items) for items in torch.arange(len(self.mask)).split(1024)])
 
     def optimizer(
-        self, others: list[nn.Parameter], rate: float, encoder_rate: float
+        self, head: list[nn.Parameter], rate: float, encoder_rate: float
     ) -> torch.optim.Optimizer:
         """Return Adam; the adapters learn at a rate of their own."""
         adapters = [part for part in self.top.parameters() if part.requires_grad]
-        groups = [{"params": [*others, *self.map.parameters()], "lr": rate}]
+        groups = [{"params": [*head, *self.map.parameters()], "lr": rate}]
         if adapters:
             groups.append({"params": adapters, "lr": encoder_rate})
         return torch.optim.Adam(groups)
