@@ -58,7 +58,7 @@ def compare(
 
 
 def variants(out: Path, quick: bool, overrides: list[str], device: Device = "cpu") -> list[Variant]:
-    """Return the variants of setting A: itself, its baselines, and with similarity features."""
+    """Return the variants of setting A: itself and its baselines, in bf16, and with similarities."""
     sized = setting("A", quick)
     data, words = sized.prepared(out, device)
     base = Variant("bank_lora", str(sized.recipe), data, (*words, *overrides))
@@ -67,6 +67,7 @@ def variants(out: Path, quick: bool, overrides: list[str], device: Device = "cpu
         base.changed("full", *FULL),
         base.changed(ID_ONLY, "--content", "none"),
         base,
+        base.changed("bank_lora, bf16", "--precision", "bf16"),
         base.changed("bank_lora, similarity features", *SIMILARITY),
     ]
 
