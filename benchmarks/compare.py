@@ -58,7 +58,7 @@ def compare(
 
 
 def variants(out: Path, quick: bool, overrides: list[str], device: Device = "cpu") -> list[Variant]:
-    """Return the variants of setting A: itself and its baselines, in bf16, and with similarities."""
+    """Return the variants of setting A: itself, its baselines, in bf16, and with similarities."""
     sized = setting("A", quick)
     data, words = sized.prepared(out, device)
     base = Variant("bank_lora", str(sized.recipe), data, (*words, *overrides))
