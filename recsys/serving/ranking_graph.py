@@ -298,7 +298,9 @@ class RankingGraph(nn.Module):
     ) -> None:
         super().__init__()
         self.neighbours = neighbours
-        self.further_histories, self.scaling = further_histories, scaling
+        self.further_histories, self.scaling = None, scaling
+        if further_histories is not None:
+            self.further_histories = packaged(further_histories, bfloat16)
         self.ranking, self.history_map = packaged(ranking, bfloat16), history_map
         self.content_dim, self.top_k = content_dim, top_k
         self.eval()

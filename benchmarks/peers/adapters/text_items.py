@@ -44,7 +44,7 @@ class TextItems(nn.Module):
         *lower, top = encoder.encoder.layer
         encoder.requires_grad_(False)
         self.top = top
-        stored = folder / "lower_states.pt"  # the same for all trainings
+        stored = folder / f"lower_states_{TOKENS}.pt"  # the same for all trainings
         if not stored.exists():
             partial = stored.with_suffix(f".{os.getpid()}")
             torch.save(self._states(encoder, lower, tokens["input_ids"]), partial)

@@ -16,6 +16,7 @@ from recsys.content.vectors import ContentVectors
 from recsys.data.batch import TargetItems
 from recsys.model.build import build_ranking
 from recsys.model.precision import InBfloat16, use_bfloat16
+from recsys.ranking.layers.target_attention import TargetAttention
 from recsys.ranking.vectors import IDVectors
 from recsys.serving.exported_graph import ExportedGraph, export_graph
 from recsys.serving.package import GRAPH
@@ -176,6 +177,16 @@ def test_a_graph_in_bfloat16_scores_nearly_as_in_float32(trained_in: str, tmp_pa
         torch.testing.assert_close(rounded, exact, rtol=2e-2, atol=1e-2)
         assert not rounded.equal(exact)
     assert isinstance(model, InBfloat16) == (trained_in == "bf16")
+
+
+def test_attention_to_further_histories_is_in_bfloat16_too() -> None:
+    attention = TargetAttention(ID_DIM, 0, [6, 3])
+    use_bfloat16([further := nn.Sequential(attention)], torch.device("cpu"))
+    graph = RankingGraph(nn.Identity(), further_histories=further, bfloat16=True)
+    assert graph.further_histories is not None
+    assert graph.further_histories[0].rounds_shared and not attention.rounds_shared
+    assert not isinstance(graph.further_histories, InBfloat16)
+    assert RankingGraph(nn.Identity()).further_histories is None
 
 
 def shape_of_values(ids: IDVectors) -> Tensor:
