@@ -80,7 +80,7 @@ build/lowest.txt: pyproject.toml
 	sed -nE '/^dependencies/,/^\[project.urls/s/.*"([A-Za-z0-9-]+).*>=([0-9.]+).*/\1==\2/p' $< > $@
 
 test-long: install-dev
-	$(VENV)/bin/python -m pytest -m "long and not gpu" -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -m "long and not gpu" -n 2 --dist loadfile tests/test_readme.py tests
 	$(VENV)/bin/python -m tests.recsys.checkpoint.kill_ranks --kills 8
 
 # One process: its ranks take the GPUs. -rs lists what was skipped, and why.

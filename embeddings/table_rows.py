@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,7 +14,6 @@ from embeddings.table_state import local_tensors, table_weights
 from embeddings.tables import INITIALIZATION_BLOCK_ROWS, NormalInitializer, TableConfig
 
 BLOCK_ROWS = 2**16
-TrainedRows = Callable[[int, int], np.ndarray]  # rows [start, stop) -> bool [stop - start]
 
 
 @dataclass(frozen=True)
@@ -70,22 +68,13 @@ class TableRows:
     """One table of a sharded model, and which of its rows were trained before."""
 
     def __init__(
-        self,
-        model: DistributedModelParallel,
-        table: str,
-        group: dist.ProcessGroup,
-        trained: TrainedRows | None = None,
+        self, model: DistributedModelParallel, table: str, group: dist.ProcessGroup
     ) -> None:
         weights = {key.split(".")[-2]: weight for key, weight in table_weights(model).items()}
-        self.num_rows, self.dim = weights[table].metadata().size
+        self.dim = weights[table].metadata().size[1]
         self.group = group
         self.shards = [shard for name, shard in local_shards(model) if name == table]
-        self.trained = [  # bool [rows] each
-            shard.is_trained()
-            if trained is None
-            else torch.from_numpy(trained(shard.row, shard.row + len(shard.weight)))
-            for shard in self.shards
-        ]
+        self.trained = [shard.is_trained() for shard in self.shards]  # bool [rows] each
 
     @torch.no_grad()
     def mean(self) -> tuple[Tensor, int]:  # float64 [D], number of rows
@@ -101,33 +90,11 @@ class TableRows:
         return totals[0] / totals[1].clamp(min=1), int(totals[1].min())
 
     @torch.no_grad()
-    def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:  # int64 [N] -> float32 [N, D], bool [N]
-        """Return rows and whether they were trained; all ranks ask for the same. A collective."""
-        values = torch.zeros(len(rows), self.dim)
-        is_trained = torch.zeros(len(rows), dtype=torch.uint8)
-        for shard, trained in zip(self.shards, self.trained, strict=True):
-            inside = torch.nonzero(shard.contains(rows)).squeeze(1)
-            places = rows[inside] - shard.row
-            weights = shard.weight[places.to(shard.weight.device)].float().cpu()
-            values[inside, shard.columns] = weights
-            is_trained[inside] |= trained[places].to(torch.uint8)
-        # Exactly one shard of all ranks has each number, so the sums are the numbers themselves.
-        dist.all_reduce(values, group=self.group)
-        dist.all_reduce(is_trained, op=dist.ReduceOp.MAX, group=self.group)
-        return values, is_trained.bool()
-
-    @torch.no_grad()
     def fill_untrained(self, value: Tensor) -> None:  # [D]
         """Write one vector into every row that was not trained; not a collective."""
         for shard, trained in zip(self.shards, self.trained, strict=True):
             places = torch.nonzero(~trained).squeeze(1).to(shard.weight.device)
             shard.weight[places] = value[shard.columns].to(shard.weight)
-
-    @torch.no_grad()
-    def write(self, rows: Tensor, values: Tensor) -> None:  # int64 [N], [N, D]
-        """Write rows, the same on all ranks; not a collective. The state of optimizers stays."""
-        for shard in self.shards:
-            shard.write(rows, values)
 
 
 class RowReset:

@@ -170,7 +170,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     space = next(block for block in blocks("yaml") if "sets:" in block)
     (place / "space.yaml").write_text(space)
     tiny = (PROJECT / "recsys" / "recipes" / "tiny.yaml").read_text()
-    (place / FEW_STEPS).write_text(tiny.replace("batch_size: 256", "batch_size: 8192"))
+    (place / FEW_STEPS).write_text(tiny.replace("batch_size: 256", "batch_size: 2048"))
     (place / "visits.yaml").write_text(blocks("yaml", TUTORIAL)[0])
     (place / "titles.yaml").write_text(blocks("yaml", TUTORIAL)[1])
     own_model = next(block for block in blocks("python") if "class TargetProducts" in block)

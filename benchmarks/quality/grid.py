@@ -230,7 +230,7 @@ FURTHER = [
     Cell(
         "no table of users",
         "the recipe without vectors of users: a user is the history alone",
-        {"embedding.tables": {"item": {"new_rows": "content"}}, "embedding.skip": ["user"]},
+        {"embedding.tables": {"item": {"new_rows": "mean"}}, "embedding.skip": ["user"]},
         "recipe",
     ),
     Cell(

@@ -16,7 +16,7 @@ from recsys.config.limits import (
 
 Sharding = Literal["auto", "row_wise", "table_wise", "column_wise"]
 TableOptimizer = Literal["rowwise_adagrad", "adagrad", "adam", "sgd"]
-NewRows = Literal["random", "zero", "mean", "content"]
+NewRows = Literal["random", "zero", "mean"]
 Kernel = Literal["fused", "uvm", "uvm_caching"]
 TablePrecision = Literal["fp32", "fp16"]
 WireType = Literal["fp32", "fp16", "bf16"]
@@ -69,8 +69,7 @@ class TableSettings:
     new_rows: NewRows = "random"
     """Values of rows that no training step has updated, at a warm start and in every validation.
     random: their initial weights; zero: zeros, as `id_dropout` has them in training; mean: the mean
-    of the trained rows; content: for items, made of their content by a ridge regression over the
-    trained rows of warm items, else the mean."""
+    of the trained rows."""
 
 
 @dataclass

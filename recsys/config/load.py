@@ -110,8 +110,7 @@ def add_config_arguments(
     words = config_first(words)
     read = functools.cache(_read_recipe)
     name = _ranking_name(words, read)
-    contents = [value for option, value in _options(words) if option == "--content"]
-    action = _recipe_action(name, read, leaves_content_out=contents[-1:] == ["none"])
+    action = _recipe_action(name, read)
     parser.add_argument("--config", action=action, help="A recipe (YAML).")
     parser.add_class_arguments(Config, None, skip={"ranking", *skip})
     parser.add_class_arguments(settings_class(name), "ranking")
@@ -180,7 +179,7 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def _recipe_action(name: str, read: ReadRecipe, leaves_content_out: bool) -> type[ActionConfigFile]:
+def _recipe_action(name: str, read: ReadRecipe) -> type[ActionConfigFile]:
     """Return the action of `--config` for a ranking model of this name, with content or without."""
 
     class Recipe(ActionConfigFile):
@@ -196,8 +195,6 @@ def _recipe_action(name: str, read: ReadRecipe, leaves_content_out: bool) -> typ
                     f"config {values}: no such file, nor a mapping of settings; correct the path, "
                     f"or name one of {sorted(file.stem for file in RECIPES.glob('*.yaml'))}"
                 )
-            if leaves_content_out:
-                recipe = _without_rows_of_content(recipe)
             self.apply_config(parser, cfg, self.dest, yaml.safe_dump(recipe, sort_keys=False))
 
     return Recipe
@@ -221,25 +218,6 @@ def _for_model(recipe: Any, name: str) -> Any:
         return recipe
     section = recipe.get("ranking")
     return recipe | {"ranking": own_keys(section, name)} if isinstance(section, dict) else recipe
-
-
-def _without_rows_of_content(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe whose new rows are not made of content: they get the mean, with a warning."""
-    embedding = recipe.get("embedding")
-    tables = embedding.get("tables") if isinstance(embedding, dict) else None
-    if not isinstance(embedding, dict) or not isinstance(tables, dict):
-        return recipe
-    changed = {
-        name: table | {"new_rows": "mean"}
-        for name, table in tables.items()
-        if isinstance(table, dict) and table.get("new_rows") == "content"
-    }
-    for name in changed:
-        logger.warning(
-            f"embedding.tables.{name}.new_rows: content in the recipe, and mean here, as content "
-            "is none"
-        )
-    return recipe | {"embedding": embedding | {"tables": tables | changed}}
 
 
 def _ranking_name(words: Sequence[str], read: ReadRecipe) -> str:

@@ -133,23 +133,3 @@ def encode_into_bank(
         if content.outputs is not None:
             content.outputs.write(rows, outputs, content.step)
     content.train(was_training)
-
-
-@torch.no_grad()
-def item_vectors(
-    content: ContentBranch,
-    store: ContentStore,
-    ranks: Ranks,
-    ids: np.ndarray,  # [U], of this rank; may be empty
-) -> Tensor:  # [U, V], on the host
-    """Return the vectors of items, from the bank if there is one, else encoded. A collective."""
-    if content.bank is not None:
-        return content.bank.lookup(torch.from_numpy(ids).to(ranks.device))[0].cpu()
-    was_training = content.training
-    content.eval()
-    vectors = [torch.zeros(0, content.vector_dim)]
-    for start in range(0, len(ids), ITEMS_PER_CALL):
-        call = ids[start : start + ITEMS_PER_CALL]
-        vectors.append(_encode(content, store, call, ranks.device).float().cpu())
-    content.train(was_training)
-    return torch.cat(vectors)

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import torch
 
 from recsys.build import Job, build_job
-from recsys.checkpoint.cold_row_init import fill_rows_of_later_items
 from recsys.checkpoint.files import model_of
 from recsys.checkpoint.manager import load_best
 from recsys.checkpoint.run_folder import check_encoders, check_vocabularies, read_item_counts
@@ -63,7 +62,6 @@ def load_run(
     check_vocabularies(run, job)
     check_encoders(run, job)
     load_best(job, run)
-    fill_rows_of_later_items(job, run)
     return job
 
 

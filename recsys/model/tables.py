@@ -165,10 +165,4 @@ def _problem(config: Config, schema: Schema, table: str, settings: TableSettings
             "a vocabulary of kind bounded gives rows to ids within training, with initial "
             "weights; set random, or choose kind exact"
         )
-    if settings.new_rows != "content":
-        return None
-    if table != schema.target_item:
-        return f"only items of '{schema.target_item}' have content; set mean or random"
-    if content_settings(config.content) is None:
-        return "content is none; configure content, or set mean or random"
     return None

@@ -20,8 +20,9 @@ from embeddings import PretrainedFiles, load_pretrained_rows
 from embeddings.pretrained import RowsOfIds
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
-from recsys.checkpoint.cold_row_init import counts_before, fill_cold_rows, keep_counts_before
+from recsys.checkpoint.cold_row_init import fill_cold_rows
 from recsys.checkpoint.item_content import encode_changed_items
+from recsys.checkpoint.item_counts import counts_before, keep_counts_before
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.run_schema import WARM_START
 from recsys.checkpoint.warm_start.plan import WarmStartPlan
@@ -212,7 +213,7 @@ def fit_to_rows(
         scaling.fit(numbers)
     fit_neighbours(job, earlier_folders)
     set_codes(job)
-    for table, filled in fill_cold_rows(job, counts_before(job, plan)).items():
+    for table, filled in fill_cold_rows(job).items():
         plan.differences.add(f"table '{table}'", f"new_rows: {filled.rule}", str(filled))
 
 

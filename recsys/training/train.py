@@ -274,16 +274,7 @@ def id_only_baseline(config: Config) -> Config:
             "--compare id_only: the run has no content (content: none), so it is its own ID-only "
             "baseline; leave --compare out or configure content"
         )
-    tables = {
-        name: replace(table, new_rows="mean") if table.new_rows == "content" else table
-        for name, table in config.embedding.tables.items()
-    }
-    baseline = replace(
-        config,
-        content="none",
-        contrastive=replace(config.contrastive, weight=0.0),
-        embedding=replace(config.embedding, tables=tables),
-    )
+    baseline = replace(config, content="none", contrastive=replace(config.contrastive, weight=0.0))
     validate(baseline)
     return baseline
 

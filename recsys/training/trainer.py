@@ -184,7 +184,7 @@ class Trainer:
         content = content_settings(job.config.content)
         if content is not None and content.history.refresh_bank_every_epoch:
             fill_bank(job, self.lockstep)
-        refill_cold_rows(job, self.run)
+        refill_cold_rows(job)
         searches = needs_search(metric)
         report = evaluate_split(
             job, "valid", self.item_counts, self.lockstep, searches, fits_blend=True

@@ -12,12 +12,9 @@ from typing import Any
 import torch
 
 from recsys.build import Job, build_job
-from recsys.checkpoint.cold_row_init import (
-    counts_before,
-    fill_rows_of_later_items,
-    refill_cold_rows,
-)
+from recsys.checkpoint.cold_row_init import refill_cold_rows
 from recsys.checkpoint.files import folders_by_age, model_of
+from recsys.checkpoint.item_counts import counts_before
 from recsys.checkpoint.manager import Checkpoints
 from recsys.checkpoint.partitions import ContinualFolder, RunState, TrainedPartition
 from recsys.checkpoint.progress import Progress
@@ -309,8 +306,6 @@ def _write_scores(
     if are_written and job.em3.neighbours is None:  # otherwise the blend is fitted again
         return
     with job.averaged():
-        if plan.maps.get(job.schema.target_item) is not None:
-            fill_rows_of_later_items(job, before)
         scores = score_partition(job, counts, continual.lockstep)
     with ranks.raise_on_all_ranks():
         if scores is not None and not are_written:
@@ -347,7 +342,7 @@ class PartitionTrainer(Trainer):
         if content is not None and content.history.refresh_bank_every_epoch:
             fill_bank(self.job, self.lockstep)
         with self.job.averaged():
-            refill_cold_rows(self.job, self.run)
+            refill_cold_rows(self.job)
 
 
 def passes_over(settings: ContinualSettings, number: int, from_nothing: bool) -> int:

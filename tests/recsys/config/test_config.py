@@ -27,9 +27,6 @@ def test_every_bundled_recipe_is_valid_and_survives_saving(recipe: Path, tmp_pat
 def test_content_none_gives_the_id_only_twin_of_every_recipe(recipe: Path, tmp_path: Path) -> None:
     config, twin = load_config(recipe), load_config(recipe, ["--content", "none"])
     assert twin.content == "none"
-    item_table = config.embedding.tables.get("item")
-    if item_table is not None and item_table.new_rows == "content":
-        item_table.new_rows = "mean"  # no content that rows could be made of
     assert (twin.embedding, twin.ranking, twin.optimizer) == (
         config.embedding,
         config.ranking,
@@ -37,21 +34,6 @@ def test_content_none_gives_the_id_only_twin_of_every_recipe(recipe: Path, tmp_p
     )
     save_config(twin, tmp_path / "twin.yaml")
     assert load_config(tmp_path / "twin.yaml") == twin
-
-
-def test_without_content_no_rows_are_made_of_it_and_a_warning_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        "content: {modalities: {text: {kind: text, column: text, encoder: 'random:bert'}}}\n"
-        "embedding: {tables: {item: {new_rows: content}, user: {embedding_dim: 8}}}\n"
-    )
-    tables = load_config(recipe, ["--content", "none"]).embedding.tables
-    assert tables["item"].new_rows == "mean"
-    assert tables["user"].embedding_dim == 8
-    assert "embedding.tables.item.new_rows" in caplog.text
-    assert load_config(recipe).embedding.tables["item"].new_rows == "content"
 
 
 def test_the_command_line_overrides_the_recipe_and_leaves_the_rest() -> None:

@@ -11,13 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from torch import Tensor
 
-from embeddings.ridge import fit_ridge
 from recsys.build import Job
-from recsys.checkpoint import cold_row_init
-from recsys.checkpoint.cold_row_init import trained_counts
+from recsys.checkpoint.item_counts import trained_counts
 from recsys.config import load_config
 from recsys.data.prepare import prepare_vocabularies
 from recsys.distributed.ranks import Ranks, joined_ranks
@@ -30,7 +27,7 @@ from tests.recsys.checkpoint.warm_start.warm_runs import config_of, ids_of, whol
 from tests.recsys.command_runs import TINY
 from tests.recsys.weighted_data import table_of
 
-WORDS = ["--embedding.tables", "{item: {new_rows: content}}"]
+WORDS = ["--embedding.tables", "{item: {new_rows: mean}}"]
 NEVER_RANKED, LATER = 28, 901  # raw ids
 
 
@@ -51,38 +48,29 @@ def with_later_item(items: pa.Table) -> pa.Table:
     return pa.concat_tables([items, extra])
 
 
-def table_and_vectors(job: Job) -> tuple[Tensor, Tensor]:
-    bank = job.em3.content.bank if job.em3.content is not None else None
-    assert bank is not None
-    table = whole(job.model.state_dict()["embeddings.embeddings.item.weight"])
-    return table, bank.lookup(torch.arange(40))[0]
+def item_table(job: Job) -> Tensor:
+    return whole(job.model.state_dict()["embeddings.embeddings.item.weight"])
 
 
 @pytest.mark.long
-def test_items_without_training_have_the_row_that_their_content_gives(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cold_row_init, "COLD_BELOW", 2)
+def test_items_without_training_have_the_mean_of_the_trained_rows(tmp_path: Path) -> None:
     data, run = write_data(tmp_path / "data"), tmp_path / "run"
     rewrite(data / "train", lambda table: without(NEVER_RANKED, table))
     with joined_ranks("cpu") as ranks:
         config = config_of(tmp_path, *WORDS, "--epochs", "1")
         train(config, str(data), run, ranks)
         counts = trained_counts(run, 40).of(np.arange(40))
-        ids = ids_of(data)
-        table, vectors = table_and_vectors(load_run(run, None, ranks, "cpu"))
-        learned = torch.from_numpy(counts >= 2)
-        fitted = fit_ridge(vectors[learned], table[learned])
-        assert fitted is not None
-        never = ids.index(NEVER_RANKED)
-        torch.testing.assert_close(table[never], fitted(vectors[never]).float())
-        assert (table[39] == table[38]).all()  # of unknown ids and of none: the mean
+        never = ids_of(data).index(NEVER_RANKED)
+        table = item_table(load_run(run, None, ranks, "cpu"))
+        assert counts[never] == 0
+        assert (table[never] == table[38]).all()  # of unknown ids, and the mean
+        assert (table[39] == table[38]).all()
+        assert not (table[counts > 0] == table[38]).all(dim=1).any()
 
         rewrite(data / "items", with_later_item)
         prepare_vocabularies(str(data))
         later = ids_of(data).index(LATER)
-        table, vectors = table_and_vectors(load_run(run, str(data), ranks, "cpu"))
-        torch.testing.assert_close(table[later], fitted(vectors[later]).float())
+        assert (item_table(load_run(run, str(data), ranks, "cpu"))[later] == table[never]).all()
 
 
 class Trained(NamedTuple):

@@ -27,7 +27,6 @@ from recsys.model.id_vectors import IDVectorReader
 from recsys.model.placement import check_placement, placed_for_scoring
 from recsys.model.tables import cold_row_rules, id_dropouts, table_configs, target_dropout
 from recsys.storage.location import Location
-from recsys.training.train import id_only_baseline
 from tests.datasets import write_dataset
 from tests.recsys.em3_runs import em3_config
 
@@ -81,21 +80,17 @@ def config(table: str, content: Any = CONTENT, **settings: Any) -> Config:
 
 def test_a_rule_other_than_random_is_that_of_its_table(schema: Schema) -> None:
     tables = {
-        "item": TableSettings(new_rows="content"),
+        "item": TableSettings(new_rows="zero"),
         "user": TableSettings(new_rows="mean"),
         "genres": TableSettings(),
     }
     config_of_both = Config(content=CONTENT, embedding=EmbeddingSettings(tables=tables))
-    assert cold_row_rules(config_of_both, schema) == {"item": "content", "user": "mean"}
-    twin = id_only_baseline(config_of_both)
-    assert cold_row_rules(twin, schema) == {"item": "mean", "user": "mean"}
+    assert cold_row_rules(config_of_both, schema) == {"item": "zero", "user": "mean"}
 
 
 @pytest.mark.parametrize(
     ("table", "settings", "line"),
     [
-        ("user", {"new_rows": "content"}, r"user\.new_rows is content.*'item'.*set mean"),
-        ("item", {"new_rows": "content", "content": "none"}, r"content is none"),
         ("item", {"new_rows": "mean", "frozen": True}, r"item\.new_rows is mean.*frozen"),
         ("item", {"new_rows": "mean", "optimizer": "sgd"}, r"sgd"),
         ("item", {"new_rows": "mean", "init_from": InitFromSettings("x")}, r"init_from"),

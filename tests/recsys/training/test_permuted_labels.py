@@ -34,7 +34,7 @@ MODELS = {
     "votes": [*WITHOUT_CONTENT, *VOTES],
     "standardized": [*WITHOUT_CONTENT, *VOTES, "--ranking.standardize_numbers", "true"],
     "averages": [*WITHOUT_CONTENT, "--optimizer.ema_decay", "0.9"],
-    "content": [*VOTES, "--embedding.tables.item.new_rows", "content"],
+    "content": [*VOTES, "--embedding.tables.item.new_rows", "mean"],
 }
 LONG = {("votes", "anew"), ("votes", "warm"), ("averages", "anew"), ("standardized", "warm")}
 LONG |= {("content", "warm")}

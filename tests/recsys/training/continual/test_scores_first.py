@@ -56,12 +56,12 @@ def logits_of(run: Path, number: int) -> np.ndarray:
     return read_scores(ContinualFolder(run).scores_of(NAMES[number])).logits
 
 
+MEAN_ROWS = [f"--embedding.tables.{table}.new_rows=mean" for table in ("user", "item")]
 CASES = {
     "votes": [*WITHOUT_CONTENT, *VOTES],
     "content": [*VOTES],
     "averages": [*VOTES, "--optimizer.ema_decay", "0.9", "--optimizer.ema_tables", "true"],
-    "rows_of_content": ["--embedding.tables.item.new_rows", "content"],
-    "rows_of_mean": [*WITHOUT_CONTENT, "--embedding.tables.user.new_rows", "mean"],
+    "rows_of_mean": [*WITHOUT_CONTENT, *MEAN_ROWS],
 }
 
 
