@@ -3,24 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from recsys.config.limits import Dropout, NonNegativeFloat, PositiveFloat, PositiveInt, Width
-
-
-@dataclass
-class DecaySettings:
-    """Settings by which an event of the statistics counts less the longer ago it was."""
-
-    half_life: PositiveFloat
-    """Days after which an event counts half as much as the newest one of all training rows."""
-    ages: str
-    """List beside the history with the age of each item: log10(1 + days) / 2, as `recsys prepare`
-    writes it."""
-    time: str = "time"
-    """Column of the training rows with the row's time, an integer. The schema need not name it."""
-    time_unit: Literal["s", "ms", "us"] = "us"
-    """Unit of these times."""
+from recsys.config.limits import Dropout, NonNegativeFloat, PositiveInt, Width
 
 
 @dataclass
@@ -43,6 +27,3 @@ class NeighbourSettings:
     """Latest earlier partitions whose rows count in the statistics, too, in a continual run."""
     significance: NonNegativeFloat = 20.0
     """Similarities are multiplied by n / (n + significance), n the users that items share."""
-    decay: DecaySettings | None = None
-    """Decay of events by time; default: all events count the same, as MovieLens and IFDB want it
-    (benchmarks/results/recipe_search.md)."""

@@ -489,12 +489,10 @@ def _value_column(settings: NeighbourSettings, dimensions: InputDimensions) -> i
             "neighbours: rows of a bounded vocabulary pass from item to item, and statistics would "
             "stay with the row; set neighbours to null, or use a vocabulary of kind exact"
         )
-    names = dimensions.parallel_names
-    lists = {"values": settings.values, "decay.ages": settings.decay and settings.decay.ages}
-    for setting, name in lists.items():
-        if name is not None and name not in names:
-            raise ValueError(
-                f"neighbours.{setting} is '{name}'; the lists of numbers beside the history in "
-                f"schema.yaml are {list(names)}"
-            )
-    return None if settings.values is None else names.index(settings.values)
+    names, values = dimensions.parallel_names, settings.values
+    if values is not None and values not in names:
+        raise ValueError(
+            f"neighbours.values is '{values}'; the lists of numbers beside the history in "
+            f"schema.yaml are {list(names)}"
+        )
+    return None if values is None else names.index(values)

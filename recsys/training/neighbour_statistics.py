@@ -1,9 +1,7 @@
 """Statistics of `recsys.ranking.neighbours`: factors of the items' similarities, means of values.
 
 An event is a user and an item of the histories of his training rows, counted once. Rank 0 computes
-statistics from the distinct events of all ranks, for each fold of users from the others. With
-`neighbours.decay` an event has a weight: in sums and counts, and as its root in the items' vectors
-of users, so that two events with one weight also have it as a pair.
+statistics from the distinct events of all ranks, for each fold of users from the others.
 
 Shapes: N events, I items, K neighbours of an item, D width of a factor, F folds.
 """
@@ -23,12 +21,10 @@ import torch.distributed as dist
 
 from recsys.build import Job
 from recsys.config import NeighbourSettings
-from recsys.config.neighbours import DecaySettings
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import RAW_GROUP
 from recsys.data.row_source import open_rows
 from recsys.data.schema import Schema
-from recsys.data.schema_columns import Column
 from recsys.distributed.gather import gather_rows_to_first
 from recsys.ranking.neighbours import FOLDS, PRIOR_VALUES, Neighbours
 
@@ -40,30 +36,24 @@ logger = logging.getLogger(__name__)
 EVENTS_PER_BLOCK = 2**24  # that a rank holds before it drops repeated ones
 ITEMS_PER_BLOCK = 4096  # whose similarities to all items are in memory at a time
 OVERSAMPLING, ITERATIONS = 16, 8  # of the leading eigenvectors
-UNITS_PER_DAY = {"s": 86_400, "ms": 86_400_000, "us": 86_400_000_000}
-LAST_DAY = 47_481  # 2100-01-01; later times are of another unit
 MOST_EVENTS = 1000  # of a user, which pair: the cost grows with their square
 
 
 @dataclass(frozen=True)
 class Events:
-    """Distinct events, ordered by user and item: int64 [N], float64 [N].
-
-    times: days, since 1970 as read, since the newest event in statistics; all 0 without decay.
-    """
+    """Distinct events, ordered by user and item: int64 [N], float64 [N]."""
 
     users: np.ndarray
     items: np.ndarray
     values: np.ndarray
-    times: np.ndarray
 
     @property
     def columns(self) -> tuple[np.ndarray, ...]:
-        return self.users, self.items, self.values, self.times
+        return self.users, self.items, self.values
 
     def distinct(self) -> Events:
-        """Return the newest of the events that have the same user and item, else the first."""
-        ordered = self.take(np.lexsort((-self.times, self.items, self.users)))
+        """Return the first of the events that have the same user and item."""
+        ordered = self.take(np.lexsort((self.items, self.users)))
         is_first = np.ones(len(ordered.users), bool)
         is_first[1:] = (np.diff(ordered.users) != 0) | (np.diff(ordered.items) != 0)
         return ordered.take(is_first)
@@ -75,10 +65,6 @@ class Events:
 
     def take(self, rows: np.ndarray) -> Events:  # positions, or bool [N]
         return Events(*(column[rows] for column in self.columns))
-
-    def weights(self, decay: DecaySettings | None) -> np.ndarray:  # float64 [N], 0 to 1
-        """Return .5 ** (days before the newest event / half-life), or 1 without decay."""
-        return np.ones(len(self.times)) if decay is None else 0.5 ** (-self.times / decay.half_life)
 
     def capped(self) -> Events:
         """Return at most `MOST_EVENTS` events of each user, chosen by a hash of the item."""
@@ -129,11 +115,8 @@ def _warn_of_lost_events(num_before: float, num_events: int) -> None:
 
 def read_events(job: Job, settings: NeighbourSettings, folders: Sequence[str]) -> Events:
     """Return the distinct events of this rank's share of the rows in folders."""
-    kinds = np.int64, np.int64, np.float64, np.float64
+    kinds = np.int64, np.int64, np.float64
     parts, schema = [Events(*(np.zeros(0, kind) for kind in kinds))], job.schema
-    if settings.decay is not None:
-        time = {settings.decay.time: Column("extra")}
-        schema = replace(schema, columns={**schema.columns, **time})
     for folder in folders:
         rows = open_rows(job.config.source, job.root, folder, schema, job.config.on_bad_row)
         for table in rows.read(*rows.share(job.ranks.rank, job.ranks.world_size)):
@@ -145,30 +128,14 @@ def read_events(job: Job, settings: NeighbourSettings, folders: Sequence[str]) -
 
 def events_of_rows(table: pa.Table, schema: Schema, settings: NeighbourSettings) -> Events:
     """Return the distinct events of the histories of some rows; padding rows have none."""
-    rows, decay = RowColumns.of(table), settings.decay
+    rows = RowColumns.of(table)
     assert schema.history is not None
     lengths = rows.lengths(schema.history)
     users = rows.numbers[RAW_GROUP if RAW_GROUP in rows.numbers else schema.group]
     users = np.repeat(users.astype(np.int64), lengths)
     items = rows.values(schema.history).astype(np.int64)
     values = np.ones(len(items)) if settings.values is None else rows.values(settings.values)
-    times = np.zeros(len(items))
-    if decay is not None:
-        row_times = rows.numbers[decay.time].astype(np.float64) / UNITS_PER_DAY[decay.time_unit]
-        if np.isnan(row_times).any():
-            raise ValueError(
-                f"neighbours.decay: column '{decay.time}' has null in training rows; give each row "
-                "its time or remove neighbours.decay"
-            )
-        ages = 10 ** (2 * rows.values(decay.ages).astype(np.float64)) - 1  # days
-        times = np.repeat(row_times, lengths) - ages
-        if len(times) and not 0 <= times.min() <= times.max() <= LAST_DAY:
-            raise ValueError(
-                f"neighbours.decay: by columns '{decay.time}' in {decay.time_unit} and "
-                f"'{decay.ages}', events are of days {times.min():,.0f} to {times.max():,.0f} "
-                "after 1970-01-01; set time_unit, or name lists of ages log10(1 + days) / 2"
-            )
-    return Events(users, items, values.astype(np.float64), times).distinct()
+    return Events(users, items, values.astype(np.float64)).distinct()
 
 
 def fill_statistics(neighbours: Neighbours, events: Events, settings: NeighbourSettings) -> None:
@@ -179,13 +146,11 @@ def fill_statistics(neighbours: Neighbours, events: Events, settings: NeighbourS
         deviation = float(events.values.std()) if len(events.values) else 0.0
         neighbours.value_mean.fill_(mean)
         neighbours.value_deviation.fill_(deviation or 1.0)
-    since_newest = events.times - events.times.max(initial=-np.inf)
-    deviations = replace(events, values=value_deviations(events, settings), times=since_newest)
+    deviations = replace(events, values=value_deviations(events, settings))
     for fold in range(FOLDS + 1):
         without_fold = deviations.take(events.users % FOLDS != fold)  # all users for the last one
-        weights = without_fold.weights(settings.decay)
-        sums = np.bincount(without_fold.items, without_fold.values * weights, num_items)
-        counts = np.bincount(without_fold.items, weights, num_items)
+        sums = np.bincount(without_fold.items, without_fold.values, num_items)
+        counts = np.bincount(without_fold.items, minlength=num_items)
         neighbours.value_sums[:, fold] = torch.from_numpy(sums)
         neighbours.value_counts[:, fold] = torch.from_numpy(counts)
         # Without values there is no second similarity.
@@ -221,8 +186,7 @@ def item_similarities(
     events = events.capped()
     _, user = np.unique(events.users, return_inverse=True)
     shape = num_items, user.max(initial=0) + 1
-    roots = np.sqrt(events.weights(settings.decay))
-    columns = [roots] + ([] if settings.values is None else [events.values * roots])
+    columns = [np.ones(len(user))] + ([] if settings.values is None else [events.values])
     vectors = [
         csr_matrix((column.astype(np.float32), (events.items, user)), shape) for column in columns
     ]

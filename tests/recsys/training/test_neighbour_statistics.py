@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from recsys.config import NeighbourSettings, load_config
-from recsys.config.neighbours import DecaySettings
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import Column
 from recsys.distributed.ranks import joined_ranks
@@ -55,7 +52,7 @@ def random_events(seed: int = 0) -> Events:
 
 
 def of_one_time(users: np.ndarray, items: np.ndarray, values: np.ndarray) -> Events:
-    return Events(users, items, values, np.zeros(len(users)))
+    return Events(users, items, values)
 
 
 def by_brute_force(events: Events, by_value: bool) -> np.ndarray:
@@ -171,62 +168,6 @@ def test_an_event_counts_once_in_however_many_histories() -> None:
     assert events_of_rows(rows, SCHEMA, NeighbourSettings()).values.tolist() == [1.0] * 4
 
 
-def rows_with_times(times: list[float]) -> pa.Table:
-    """Rows whose histories were 0 and 9 days, and 99 days old: log10(1 + days) / 2."""
-    return pa.table(
-        {
-            "user": [1, 1],
-            "history": pa.array([[0, 1], [0]], pa.list_(pa.int64())),
-            "stars": pa.array([[0.0, 0.5], [1.0]], pa.list_(pa.float32())),
-            "time": pa.array(times, pa.float32()),
-        }
-    )
-
-
-def test_the_newest_of_equal_events_has_its_time() -> None:
-    decay = DecaySettings(half_life=10, ages="stars", time_unit="s")
-    settings = NeighbourSettings("stars", decay=decay)
-    events = events_of_rows(rows_with_times([86_400.0 * 100, 86_400.0 * 400]), SCHEMA, settings)
-    assert (events.users.tolist(), events.items.tolist()) == ([1, 1], [0, 1])
-    np.testing.assert_allclose(events.times, [400 - 99, 100 - 9], rtol=1e-6)
-    np.testing.assert_allclose(events.values, [1.0, 0.5])
-
-
-def test_a_row_without_its_time_is_refused() -> None:
-    settings = NeighbourSettings(decay=DecaySettings(half_life=10, ages="stars"))
-    with pytest.raises(ValueError, match="column 'time' has null in training rows"):
-        events_of_rows(rows_with_times([1.0, math.nan]), SCHEMA, settings)
-
-
-def test_times_of_another_unit_and_lists_that_are_no_ages_are_refused() -> None:
-    for decay, day in (
-        (DecaySettings(half_life=10, ages="stars", time_unit="s"), 86_400.0 * 1e6 * 20_000),
-        (DecaySettings(half_life=10, ages="stars", time_unit="s"), 86_400.0 * 50),
-    ):
-        with pytest.raises(ValueError, match="'time' in s and 'stars', events are of days"):
-            events_of_rows(rows_with_times([day, day]), SCHEMA, NeighbourSettings(decay=decay))
-
-
-def test_an_event_of_a_half_life_ago_counts_half() -> None:
-    """Events of days 0 and 10: sums and counts have weights, vectors of users their roots."""
-    settings = replace(SETTINGS, decay=DecaySettings(half_life=10, ages="liked"))
-    users, items = np.array([0, 0, 1]), np.array([0, 1, 0])
-    events = Events(users, items, np.array([1.0, 0.4, 0.1]), np.array([10.0, 10.0, 20.0]))
-    neighbours = Neighbours(settings, WITH_ITEMS, None)
-    fill_statistics(neighbours, events, settings)
-    counts = neighbours.value_counts[:2, FOLDS]
-    torch.testing.assert_close(counts, torch.tensor([1.5, 0.5]))
-    deviations = value_deviations(events, settings)
-    sums = torch.tensor([deviations[0] / 2 + deviations[2], deviations[1] / 2]).float()
-    torch.testing.assert_close(neighbours.value_sums[:2, FOLDS], sums)
-    # Item 0 has users .5 ** .5 and 1, item 1 has .5 ** .5 and 0: half a user is in common.
-    cosine = 0.5 / (1.5 * 0.5) ** 0.5
-    product = neighbours.cooccurrence[0, FOLDS] @ neighbours.cooccurrence[1, FOLDS]
-    expected = cosine * 0.5 / (0.5 + settings.significance)
-    # Two items without a diagonal: the leading factors hold half of it.
-    torch.testing.assert_close(product, torch.tensor(expected / 2))
-
-
 def test_of_a_user_with_many_events_some_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recsys.training.neighbour_statistics.MOST_EVENTS", 3)
     capped = random_events().capped()
@@ -238,17 +179,12 @@ def statistics_of_ranks(rank: int, world_size: int, data: Path, out: Path) -> No
     from tests.recsys.optimizer.test_optimizer_runs import ranks_of
 
     words = ["--device", "cpu", "--batch_size", "16", *WITHOUT_CONTENT, "--epochs", "1"]
-    decay = "{half_life: 9, ages: history_liked, time_unit: s}"
-    words += ["--neighbours", f"{{values: history_liked, dim: 4, taste_dim: 4, decay: {decay}}}"]
+    words += ["--neighbours", "{values: history_liked, dim: 4, taste_dim: 4}"]
     train(load_config(TINY, words), str(data), out, ranks_of(rank, world_size))
 
 
 def test_two_ranks_have_the_statistics_of_one(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data", num_users=23)
-    for file in (data / "train").glob("*.parquet"):
-        table = pq.read_table(file)
-        times = pa.array(np.arange(len(table)) * 86_400 + 10**9)
-        pq.write_table(table.append_column("time", times), file)
     states = []
     for world_size in (1, 2):
         out = tmp_path / f"run_{world_size}"
