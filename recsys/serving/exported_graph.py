@@ -17,15 +17,17 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from zipfile import ZipFile
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental import _config as symbolic_shapes
 
 from recsys.model.precision import cpu_computes_bfloat16
 from recsys.serving.package import GRAPH, Manifest
@@ -124,7 +126,7 @@ def export_graph(
         [sizes] * len(part) if isinstance(part, list) else sizes for part in traced.arguments()
     )
     try:
-        with torch.no_grad():
+        with torch.no_grad(), any_length():
             program = torch.export.export(
                 graph, traced.arguments(), dynamic_shapes=(axes,), strict=False
             )
@@ -140,6 +142,15 @@ def export_graph(
             "the operation that torch.export names, or whose shape depends on values"
         ) from error
     return program
+
+
+def any_length() -> AbstractContextManager[None]:
+    """Let no branch on the traced lengths decide the code for others.
+
+    Else the compiled code of models that read the latest items takes histories as short as the
+    traced one alone, and computes other numbers for longer ones or fails.
+    """
+    return cast(Any, symbolic_shapes).patch(backed_size_oblivious=True)
 
 
 def _require_any_length(program: ExportedProgram, inputs: RankingInputs) -> None:
@@ -236,7 +247,8 @@ def compile_graph(
 ) -> dict[str, str]:
     """Compile an exported graph, compare both, and return what the code needs, for a manifest."""
     try:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        with any_length():
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
         assert program.example_inputs is not None
         shapes = RankingInputs(*program.example_inputs[0])
         with torch.inference_mode():

@@ -175,14 +175,10 @@ class TransformerLayer(nn.Module):
 
     def _among_events(self, padded: Tensor) -> Tensor:  # [S, L, 3 * D] -> [S, L, D]
         keys, values, queries = padded.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if self.of_places is None:
-            attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-        else:
+        biases = None
+        if self.of_places is not None:
             biases = _biases_between(self.of_places, padded.shape[1])
-            later = torch.ones_like(biases, dtype=torch.bool).triu(1)
-            biases = biases.masked_fill(later, -torch.inf)
-            attended = F.scaled_dot_product_attention(queries, keys, values, biases)
-        return attended.transpose(1, 2).flatten(2)
+        return _causal_attention(queries, keys, values, biases).transpose(1, 2).flatten(2)
 
     def target(self, target: Tensor, read: Read, events: Events) -> Tensor:  # [B, D] -> [B, D]
         query, own_value, to_self = self._asked(target)
@@ -217,6 +213,26 @@ class TransformerLayer(nn.Module):
     def _fed_forward(self, states: Tensor, attended: Tensor) -> Tensor:
         states = states + self.dropout(self.output(attended))
         return states + self.dropout(self.hidden(self.hidden_norm(states)))
+
+
+def _causal_attention(
+    queries: Tensor,  # [S, H, L, D], as keys and values
+    keys: Tensor,
+    values: Tensor,
+    biases: Tensor | None,  # [H, L, L]
+) -> Tensor:
+    """Return the attention of each place to itself and the earlier ones: [S, H, L, D]."""
+    if biases is None and not torch.compiler.is_exporting():
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+    if biases is None:
+        biases = queries.new_zeros(queries.shape[2], queries.shape[2])
+    later = torch.ones_like(biases, dtype=torch.bool).triu(1)
+    biases = biases.masked_fill(later, -torch.inf)
+    if not torch.compiler.is_exporting():
+        return F.scaled_dot_product_attention(queries, keys, values, biases)
+    # Compiled, PyTorch's kernel of attention divides by zero where a history is empty.
+    scores = queries @ keys.transpose(2, 3) * queries.shape[3] ** -0.5 + biases
+    return scores.softmax(dim=3) @ values
 
 
 class TransformerEncoder(SequenceEncoder):

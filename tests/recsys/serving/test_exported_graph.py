@@ -12,16 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from recsys.distributed.ranks import joined_ranks
+from recsys.ranking.layers.causal_layers import HstuEncoder, TransformerEncoder
+from recsys.ranking.layers.sequence_encoder import Events, SequenceEncoder
+from recsys.ranking.layers.sequences import sequences_of
+from recsys.ranking.settings import EncoderSettings, HstuSettings, TransformerSettings
+from recsys.ranking.vectors import InputDimensions
 from recsys.serving import Scorer, exported_graph
 from recsys.serving.export import export_run
 from recsys.serving.exported_graph import (
     COMPILED,
     ExportedGraph,
+    any_length,
     compile_if_possible,
     graph_file,
     is_compiled,
 )
 from recsys.serving.package import GRAPH
+from recsys.serving.ranking_graph import SharedHistory
 from tests.recsys.serving.serving_runs import requests
 
 
@@ -105,6 +112,44 @@ def test_a_compiled_package_scores_as_predict(
     np.testing.assert_allclose(elsewhere.score(**rows[0]), predicted[:1], rtol=0, atol=1e-6)
     many = rows[0] | {"candidates": list(range(30))}
     np.testing.assert_allclose(scorer.score(**many), elsewhere.score(**many), rtol=0, atol=1e-5)
+
+
+class LatestItems(nn.Module):
+    """A sequence encoder in which the latest four items attend to each other."""
+
+    def __init__(self, encoder: type[SequenceEncoder], settings: EncoderSettings) -> None:
+        super().__init__()
+        dimensions = InputDimensions([], settings.sequence_dim, 0, 0, 1)
+        self.encoder = encoder(settings, dimensions, None)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:  # [L, D], [B, D] -> [B, D]
+        history = SharedHistory(targets.shape[0], tokens.shape[0], tokens.device)
+        sequences = sequences_of(history)
+        ages = sequences.ages().clamp(max=self.encoder.recent_items)
+        return self.encoder.encoded(tokens, targets, Events(sequences, ages, None))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("encoder", "settings"),
+    [
+        (TransformerEncoder, TransformerSettings(sequence_dim=8, recent_items=4)),
+        (HstuEncoder, HstuSettings(sequence_dim=8, recent_items=4)),
+    ],
+)
+def test_compiled_encoders_take_histories_of_any_length(
+    encoder: type[SequenceEncoder], settings: EncoderSettings, tmp_path: Path
+) -> None:
+    model = LatestItems(encoder, settings).eval()
+    inputs, sizes = (torch.randn(3, 8), torch.randn(5, 8)), {0: torch.export.Dim.AUTO}
+    with torch.no_grad(), any_length():
+        program = torch.export.export(model, inputs, dynamic_shapes=(sizes, sizes), strict=False)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / COMPILED))
+    compiled = torch._inductor.aoti_load_package(str(tmp_path / COMPILED))
+    for length in (0, 1, 4, 70):
+        tokens, targets = torch.randn(length, 8), torch.randn(2, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(tokens, targets), model(tokens, targets))
 
 
 @pytest.mark.parametrize("name", ["machine", "instructions", "torch"])
