@@ -29,6 +29,7 @@ from recsys.config.ranking import (
     own_keys,
     settings_class,
 )
+from recsys.config.removed_settings import without_removed_settings
 from recsys.config.run import CONFIG_NAMES, Config, content_settings
 
 logger = logging.getLogger(__name__)
@@ -216,6 +217,7 @@ def _read_recipe(recipe: str) -> Any:
 def _for_model(recipe: Any, name: str) -> Any:
     if not isinstance(recipe, dict):
         return recipe
+    recipe = without_removed_settings(recipe)
     section = recipe.get("ranking")
     return recipe | {"ranking": own_keys(section, name)} if isinstance(section, dict) else recipe
 
