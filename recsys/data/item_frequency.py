@@ -98,6 +98,16 @@ class ItemCounts:
         return ItemCounts(np.concatenate(items), np.concatenate(counts))
 
 
+def target_counts(
+    counts: ItemCounts, items: np.ndarray, schema: Schema
+) -> np.ndarray:  # int64 [N] -> int64 [N]
+    """Return the training rows of target items: none for unknown ids, which share a table row."""
+    vocabulary, own_counts = schema.vocabulary_of(schema.target_item), counts.of(items)
+    if vocabulary is None or vocabulary.kind != "exact":
+        return own_counts
+    return np.where(items == schema.limit(schema.target_item) - 1, 0, own_counts)
+
+
 def rows_that_count(table: pa.Table, schema: Schema) -> np.ndarray:  # table R rows -> bool [R]
     """Return a mask of the rows that are not padding and have a weight above 0."""
     is_row = table[ROW_POSITION].to_numpy() >= 0

@@ -31,6 +31,7 @@ from recsys.data.item_frequency import (
     count_items,
     dense_finding,
     rows_that_count,
+    target_counts,
 )
 from recsys.data.parquet.values import RAW_GROUP
 from recsys.data.row_source import RowSource
@@ -322,7 +323,7 @@ def split_scores(schema: Schema, scored: dict[str, Tensor], item_counts: ItemCou
     names = ("positions", "groups", "items", "labels", "logits", "weights")
     columns = {name: scored[name].numpy()[order] for name in names if name in scored}
     labels = tuple(schema.of_kind("label"))
-    counts, losses = item_counts.of(columns["items"]), schema.label_losses
+    counts, losses = target_counts(item_counts, columns["items"], schema), schema.label_losses
     return SplitScores(**columns, counts=counts, label_names=labels, losses=losses)
 
 

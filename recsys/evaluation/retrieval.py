@@ -20,7 +20,7 @@ from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.config.ranking import RetrievalSettings
 from recsys.data.batch import Batch
-from recsys.data.item_frequency import ItemCounts, frequency_masks
+from recsys.data.item_frequency import ItemCounts, frequency_masks, target_counts
 from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import empty_table, padding_rows
@@ -245,7 +245,8 @@ def retrieval_report(
         targets, group = scored["query_targets"], job.ranks.group
         above, tied = search_places(queries, targets, target_items, items, vectors, group, excluded)
         size = sum(job.ranks.gather(len(items)))
-    counts, weights = item_counts.of(target_items.numpy()), scored.get("query_weights")
+    counts = target_counts(item_counts, target_items.numpy(), job.schema)
+    weights = scored.get("query_weights")
     reports = {}
     for part, mask in frequency_masks(counts).items():
         places = torch.from_numpy(mask)

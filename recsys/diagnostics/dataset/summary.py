@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recsys.data.events.sql import quoted
-from recsys.data.item_frequency import ItemCounts, frequency_masks
+from recsys.data.item_frequency import ItemCounts, frequency_masks, target_counts
 from recsys.data.parquet.bad_rows import by_reason
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION
@@ -112,7 +112,7 @@ def summarize_dataset(data: str) -> DatasetSummary:
         }
         items = summarize_items(root, schema)
         for split in splits.values():
-            split.shares = _shares(database, split, splits["train"], items)
+            split.shares = _shares(database, schema, split, splits["train"], items)
         return DatasetSummary(root, schema, splits, items, _table_uses(database, schema))
 
 
@@ -259,13 +259,14 @@ def _item_counts(database: duckdb.DuckDBPyConnection, schema: Schema, split: str
 
 def _shares(
     database: duckdb.DuckDBPyConnection,
+    schema: Schema,
     split: SplitSummary,
     train: SplitSummary,
     items: ItemSummary | None,
 ) -> dict[str, float]:
     """Return shares of a split's rows: cold and unseen items, repeats, known groups, ..."""
     counts = split.item_counts.counts
-    parts = frequency_masks(train.item_counts.of(split.item_counts.items))
+    parts = frequency_masks(target_counts(train.item_counts, split.item_counts.items, schema))
     logged_rows, rows = max(int(counts.sum()), 1), max(split.usable_rows, 1)
     top_counts = np.sort(counts)[::-1][: max(1, round(TOP_SHARE * len(counts)))]
     shares = {

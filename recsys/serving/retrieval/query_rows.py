@@ -15,7 +15,7 @@ from scipy.sparse import csr_matrix
 
 from recsys.build import Job
 from recsys.config.ranking import RetrievalSettings
-from recsys.data.item_frequency import ItemCounts
+from recsys.data.item_frequency import ItemCounts, target_counts
 from recsys.evaluation.availability import LaterItems, later_items
 from recsys.evaluation.evaluate import score, split_interactions
 from recsys.evaluation.retrieval import TIE
@@ -143,7 +143,7 @@ def read_query_rows(job: Job, split: str, items: np.ndarray, counts: ItemCounts)
         histories,
         lengths[is_item],
         scored["queries"][is_item].astype(np.float32),
-        counts.of(scored["query_items"])[is_item],
+        target_counts(counts, scored["query_items"], job.schema)[is_item],
         scored["query_groups"][is_item],
         None if weights is None else weights[torch.from_numpy(is_item)],
         later_items(job, settings, interactions.rows, positions),
