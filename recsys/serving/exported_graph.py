@@ -34,6 +34,8 @@ from recsys.serving.package import GRAPH, Manifest
 from recsys.serving.ranking_graph import RankingGraph, RankingInputs
 
 logger = logging.getLogger(__name__)
+# It warns of sizes that no operation of a loaded graph reads.
+logging.getLogger("torch._export.serde.serialize").setLevel(logging.ERROR)
 
 WEIGHTS = "/data/weights/"
 CONFIG = "model_weights_config.json"  # names of the weights and their records
