@@ -53,6 +53,14 @@ def catalogue_of(job: Job) -> np.ndarray | range:  # int64 [items]
     return np.sort(ItemTable(job.root, job.schema, job.config.on_bad_row).ids)
 
 
+def is_in_catalogue(job: Job, items: np.ndarray) -> np.ndarray:  # int64 [N] -> bool [N]
+    """Return which items a search can find."""
+    catalogue = catalogue_of(job)
+    if isinstance(catalogue, range):
+        return items < len(catalogue)
+    return np.isin(items, catalogue)
+
+
 @torch.no_grad()
 def catalogue_vectors(job: Job, lockstep: Lockstep) -> tuple[Tensor, Tensor]:
     """Encode this rank's share of the catalogue: ids [I] and vectors [I, D]. A collective."""
@@ -245,6 +253,9 @@ def retrieval_report(
         targets, group = scored["query_targets"], job.ranks.group
         above, tied = search_places(queries, targets, target_items, items, vectors, group, excluded)
         size = sum(job.ranks.gather(len(items)))
+        # No search finds them: the row of unknown ids, for one, is no item.
+        is_missing = torch.from_numpy(~is_in_catalogue(job, target_items.numpy()))
+        above, tied = above.masked_fill(is_missing, size), tied.masked_fill(is_missing, 0)
     counts = target_counts(item_counts, target_items.numpy(), job.schema)
     weights = scored.get("query_weights")
     reports = {}
