@@ -81,8 +81,12 @@ def peers(
     tuning = [rows[name] for name in tune_on or [names[len(names) // 2]]]
     entries = [] if quick else [_recipe(datasets, recipe, runs or out / "runs", seeds, jobs)]
     for peer in selected:
-        settings = tuned(peer, tuning, trials, out) | dict(peer.final)
+        settings = tuned(peer, tuning, trials, out)
         entries.append(_entry(peer, settings, rows, seeds, jobs, out))
+        if peer.final:
+            final = _entry(peer, settings | dict(peer.final), rows, seeds, jobs, out)
+            entries[-1] = replace(entries[-1], name=f"{peer.name}: as in its trials")
+            entries.append(final)
     result = peers_result(entries, names, trials, [window.name for window in tuning])
     write_result(replace(result, name=page), results)
 

@@ -25,7 +25,7 @@ class Peer:
     adapter: file of `adapters`, which trains and scores in the peer's environment.
     space: settings that trials choose.
     fixed: settings that they do not.
-    final: settings of the trainings after the trials, where trials would take days.
+    final: settings of further trainings after the trials, where trials with them would take days.
     """
 
     name: str

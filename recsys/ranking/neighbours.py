@@ -445,10 +445,12 @@ def _squared_lengths(vectors: Tensor) -> Tensor:  # [..., D] -> [...]
 def _blocks(history: JaggedHistory) -> list[_Block]:
     """Return the rows as blocks of similar length.
 
-    On a host, blocks are padded less and stay in its caches. On a GPU, all rows are one block.
+    On a host, blocks are padded less and stay in its caches. On a GPU, and in an exported graph,
+    which takes rows of one length, all rows are one block.
     """
     places, mask = _places(history)
-    if history.is_shared or not is_on_host(places) or not places.shape[0]:
+    is_whole = history.is_shared or not is_on_host(places) or torch.compiler.is_exporting()
+    if is_whole or not places.shape[0]:
         return [_Block(None, places, history.index[places], mask, history.is_shared)]
     blocks = []
     for rows in history.lengths.argsort(stable=True).split(BLOCK_ROWS):
