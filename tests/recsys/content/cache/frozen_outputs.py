@@ -116,6 +116,11 @@ def parts_in(dataset: Path) -> list[Path]:
     return sorted((dataset.parent / "cache").glob(".frozen-text-*.parts/*.npz"))
 
 
+def failures_in(dataset: Path) -> list[Path]:
+    """The marks of ranks that failed."""
+    return list((dataset.parent / "cache").glob(".frozen-text-*.parts/.failed-*"))
+
+
 def assert_nothing_else_is_left(dataset: Path) -> None:
     names = sorted(path.name.split("-")[0] for path in (dataset.parent / "cache").iterdir())
     assert names == ["frozen", "text"]
