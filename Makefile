@@ -79,6 +79,7 @@ build/lowest.txt: pyproject.toml
 	mkdir -p build
 	sed -nE '/^dependencies/,/^\[project.urls/s/.*"([A-Za-z0-9-]+).*>=([0-9.]+).*/\1==\2/p' $< > $@
 
+# The commands of the pages take longest: begun last, they would keep one process waiting.
 test-long: install-dev
 	$(VENV)/bin/python -m pytest -m "long and not gpu" -n 2 --dist loadfile tests/test_readme.py tests
 	$(VENV)/bin/python -m tests.recsys.checkpoint.kill_ranks --kills 8

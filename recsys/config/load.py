@@ -156,7 +156,7 @@ def config_of_plain(plain: dict[str, Any]) -> Config:
     name = section.get("name", DEFAULT_MODEL) if isinstance(section, dict) else DEFAULT_MODEL
     parser = Parser(exit_on_error=False)
     add_config_arguments(parser, ["--ranking.name", str(name)])
-    plain = _for_model(plain, name)
+    plain = _for_model(without_removed_settings(plain), name)
     parser.values.append(plain)
     try:
         return config_from(parser.instantiate(parser.parse_object(plain)))
@@ -181,7 +181,7 @@ def to_plain(value: Any) -> Any:
 
 
 def _recipe_action(name: str, read: ReadRecipe) -> type[ActionConfigFile]:
-    """Return the action of `--config` for a ranking model of this name, with content or without."""
+    """Return the action of `--config` for a ranking model of this name."""
 
     class Recipe(ActionConfigFile):
         """Reads a recipe as plain data, and keeps only the model's own keys under `ranking`."""
@@ -209,7 +209,7 @@ def _read_recipe(recipe: str) -> Any:
             isinstance(content, dict) and "config" in content
         ):  # the parser would read that file, too
             raise RefusedYaml("config is no setting; give several --config")
-        return content
+        return without_removed_settings(content) if isinstance(content, dict) else content
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config {recipe}: {error}") from error
 
@@ -217,7 +217,6 @@ def _read_recipe(recipe: str) -> Any:
 def _for_model(recipe: Any, name: str) -> Any:
     if not isinstance(recipe, dict):
         return recipe
-    recipe = without_removed_settings(recipe)
     section = recipe.get("ranking")
     return recipe | {"ranking": own_keys(section, name)} if isinstance(section, dict) else recipe
 

@@ -53,14 +53,6 @@ def catalogue_of(job: Job) -> np.ndarray | range:  # int64 [items]
     return np.sort(ItemTable(job.root, job.schema, job.config.on_bad_row).ids)
 
 
-def is_in_catalogue(job: Job, items: np.ndarray) -> np.ndarray:  # int64 [N] -> bool [N]
-    """Return which items a search can find."""
-    catalogue = catalogue_of(job)
-    if isinstance(catalogue, range):
-        return items < len(catalogue)
-    return np.isin(items, catalogue)
-
-
 @torch.no_grad()
 def catalogue_vectors(job: Job, lockstep: Lockstep) -> tuple[Tensor, Tensor]:
     """Encode this rank's share of the catalogue: ids [I] and vectors [I, D]. A collective."""
@@ -105,9 +97,11 @@ def search_places(
 ) -> tuple[Tensor, Tensor]:  # int64 [R], int64 [R]
     """Count the other items of all ranks with a higher and an equal dot product. A collective.
 
-    Items that are `excluded` are not counted; `items` are then in ascending order.
+    Items that are `excluded` are not counted; `items` are then in ascending order. Behind a target
+    that is not among the items of any rank, such as the row of unknown ids, are all of them.
     """
-    vectors, places = vectors.double(), torch.zeros(2, len(queries), dtype=torch.int64)
+    vectors, places = vectors.double(), torch.zeros(3, len(queries), dtype=torch.int64)
+    size = torch.tensor(len(items))
     for start in range(0, len(queries), QUERIES_PER_BLOCK):
         block = slice(start, start + QUERIES_PER_BLOCK)
         query, target = queries[block].double(), targets[block].double()
@@ -118,9 +112,12 @@ def search_places(
             is_other &= ~part.mask(block, items)
         places[0, block] = ((lead > margin) & is_other).sum(dim=1)
         places[1, block] = ((lead.abs() <= margin) & is_other).sum(dim=1)
+        places[2, block] = torch.isin(target_items[block], items).long()
     if group is not None:
         dist.all_reduce(places, group=group)
-    return places[0], places[1]
+        dist.all_reduce(size, group=group)
+    above, tied, is_here = places
+    return above.where(is_here > 0, size), tied.where(is_here > 0, 0)
 
 
 def decoded_places(
@@ -253,9 +250,6 @@ def retrieval_report(
         targets, group = scored["query_targets"], job.ranks.group
         above, tied = search_places(queries, targets, target_items, items, vectors, group, excluded)
         size = sum(job.ranks.gather(len(items)))
-        # No search finds them: the row of unknown ids, for one, is no item.
-        is_missing = torch.from_numpy(~is_in_catalogue(job, target_items.numpy()))
-        above, tied = above.masked_fill(is_missing, size), tied.masked_fill(is_missing, 0)
     counts = target_counts(item_counts, target_items.numpy(), job.schema)
     weights = scored.get("query_weights")
     reports = {}

@@ -222,17 +222,17 @@ def _causal_attention(
     biases: Tensor | None,  # [H, L, L]
 ) -> Tensor:
     """Return the attention of each place to itself and the earlier ones: [S, H, L, D]."""
-    if biases is None and not torch.compiler.is_exporting():
+    length, is_exporting = queries.shape[2], torch.compiler.is_exporting()
+    if biases is None and not is_exporting:
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-    if biases is None:
-        biases = queries.new_zeros(queries.shape[2], queries.shape[2])
-    later = torch.ones_like(biases, dtype=torch.bool).triu(1)
-    biases = biases.masked_fill(later, -torch.inf)
-    if not torch.compiler.is_exporting():
+    later = torch.ones(length, length, dtype=torch.bool, device=queries.device).triu(1)
+    if biases is not None and not is_exporting:
+        biases = biases.masked_fill(later, -torch.inf)
         return F.scaled_dot_product_attention(queries, keys, values, biases)
     # Compiled, PyTorch's kernel of attention divides by zero where a history is empty.
-    scores = queries @ keys.transpose(2, 3) * queries.shape[3] ** -0.5 + biases
-    return scores.softmax(dim=3) @ values
+    scores = queries @ keys.transpose(2, 3) * queries.shape[3] ** -0.5
+    scores = scores if biases is None else scores + biases
+    return scores.masked_fill(later, -torch.inf).softmax(dim=3) @ values
 
 
 class TransformerEncoder(SequenceEncoder):

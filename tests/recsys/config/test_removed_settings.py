@@ -46,3 +46,12 @@ def test_a_removed_setting_that_was_off_is_left_out_in_silence(tmp_path: Path) -
         warnings.simplefilter("error", FutureWarning)
         config = load_config(recipe)
     assert config.neighbours is not None and config.neighbours.dim == 4
+
+
+def test_an_option_of_a_removed_setting_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"neighbours\.decay is no setting"):
+        load_config(TINY, ["--neighbours", "{decay: {half_life: 9, ages: history_age}}"])
+    with pytest.raises(ValueError, match=r"neighbours\.decay is no setting"):
+        load_config(TINY, ["--neighbours.decay.half_life", "9"])
+    with pytest.raises(ValueError, match=r"new_rows is content; it must be one of"):
+        load_config(TINY, ["--embedding.tables", "{item: {new_rows: content}}"])
