@@ -19,7 +19,7 @@ import yaml
 from jsonargparse import ActionConfigFile, Namespace, set_parsing_settings
 
 from recsys.config.limits import check_settings
-from recsys.config.parser import Parser, config_first, with_underscores
+from recsys.config.parser import Parser, config_first, meant, with_underscores
 from recsys.config.plain_yaml import RECIPES, RefusedYaml, cached_copy, load_plain_yaml, recipe_file
 from recsys.config.ranking import (
     DEFAULT_MODEL,
@@ -111,7 +111,8 @@ def add_config_arguments(
     words = config_first(words)
     read = functools.cache(_read_recipe)
     name = _ranking_name(words, read)
-    action = _recipe_action(name, read)
+    parser.removed = _removed_modalities(words, read)
+    action = _recipe_action(name, read, parser.removed)
     parser.add_argument("--config", action=action, help="A recipe (YAML).")
     parser.add_class_arguments(Config, None, skip={"ranking", *skip})
     parser.add_class_arguments(settings_class(name), "ranking")
@@ -121,6 +122,7 @@ def add_config_arguments(
     parser.values = [
         _for_model(_as_mapping(option, value, parser.settings, read), name)
         for option, value in _options(words)
+        if option.removeprefix("--") not in parser.removed
     ]
 
 
@@ -180,7 +182,28 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def _recipe_action(name: str, read: ReadRecipe) -> type[ActionConfigFile]:
+def _removed_modalities(words: Sequence[str], read: ReadRecipe) -> frozenset[str]:
+    """Return the settings `content.modalities.NAME` that options set to null; a recipe has them."""
+    prefix = "--content.modalities."
+    removed = {option for option, value in _options(words) if value == "null"}
+    names = {option.removeprefix(prefix) for option in removed if option.startswith(prefix)}
+    recipes = [read(value) for option, value in _options(words) if option == "--config"]
+    known = {name for recipe in recipes for name in _modalities(recipe)}
+    for name in sorted(names - known):
+        raise ValueError(
+            f"content.modalities.{name} is null, but the recipe has no such modality"
+            f"{meant(name, known)}"
+        )
+    return frozenset(f"content.modalities.{name}" for name in names)
+
+
+def _modalities(recipe: Any) -> dict[str, Any]:
+    content = recipe.get("content") if isinstance(recipe, dict) else None
+    modalities = content.get("modalities") if isinstance(content, dict) else None
+    return modalities if isinstance(modalities, dict) else {}
+
+
+def _recipe_action(name: str, read: ReadRecipe, removed: frozenset[str]) -> type[ActionConfigFile]:
     """Return the action of `--config` for a ranking model of this name."""
 
     class Recipe(ActionConfigFile):
@@ -191,6 +214,13 @@ def _recipe_action(name: str, read: ReadRecipe) -> type[ActionConfigFile]:
         ) -> None:
             """Apply the recipe to the configuration that is being parsed."""
             recipe = _for_model(read(values), name)
+            if removed and (modalities := _modalities(recipe)):
+                remaining = {
+                    key: settings
+                    for key, settings in modalities.items()
+                    if f"content.modalities.{key}" not in removed
+                }
+                recipe = {**recipe, "content": {**recipe["content"], "modalities": remaining}}
             if not isinstance(recipe, dict):
                 raise TypeError(
                     f"config {values}: no such file, nor a mapping of settings; correct the path, "

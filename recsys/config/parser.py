@@ -29,6 +29,7 @@ class Parser(ArgumentParser):
         settings: the dataclass or type of each setting at the top level.
         options: the types of the options beside them.
         values: mappings of settings as the user wrote them, in which a wrong one is looked up.
+        removed: settings of the recipe that options with the value null leave out.
     """
 
     def __init__(self, **arguments: Any) -> None:
@@ -36,6 +37,7 @@ class Parser(ArgumentParser):
         self.settings: dict[str, Any] = {}
         self.options: dict[str, Any] = {}
         self.values: list[dict[str, Any]] = []
+        self.removed: frozenset[str] = frozenset()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         hints = self._hints()
@@ -51,7 +53,7 @@ class Parser(ArgumentParser):
 
     def parse_args(self, args: Sequence[str], *arguments: Any, **options: Any) -> Any:  # type: ignore[override]
         """Parse the words of a command line; options override recipes wherever these stand."""
-        words = with_underscores(args)
+        words = self._without_removed(with_underscores(args))
         words = self._with_true(config_first(words) if self.settings else words)
         self._check_keys()
         return super().parse_args(words, *arguments, **options)
@@ -71,6 +73,17 @@ class Parser(ArgumentParser):
         for mapping in self.values:
             if problem := problem_of_keys(self._hints(), mapping, "", with_values=False):
                 self.error(problem)
+
+    def _without_removed(self, words: Sequence[str]) -> list[str]:
+        remaining = iter(words)
+        result = list[str]()
+        for word in remaining:
+            option, equals, _ = word.removeprefix("--").partition("=")
+            if option not in self.removed:
+                result.append(word)
+            elif not equals:
+                next(remaining)
+        return result
 
     def _with_true(self, words: Sequence[str]) -> list[str]:
         """Return a command line in which each flag without a value has the value true."""

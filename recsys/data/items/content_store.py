@@ -109,5 +109,5 @@ def require_column(items: Items, kind: ModalityKind) -> None:
         choices = ", ".join(f"{name} ({one.kind})" for name, one in items.columns.items())
         raise ValueError(
             f"{kind.where}: schema.yaml has no item column '{name}' of kind {kind.column_kind}; "
-            f"name one of {choices}"
+            f"name one of {choices}, or leave the modality out: --{kind.where} null"
         )

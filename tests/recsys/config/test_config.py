@@ -54,6 +54,20 @@ def test_the_command_line_overrides_the_recipe_and_leaves_the_rest() -> None:
     assert config.embedding.tables["item"].learning_rate == 0.5
 
 
+def test_null_on_the_command_line_leaves_out_a_modality_of_the_recipe() -> None:
+    words = ["--content.modalities.tags.column", "genres", "--content.modalities.description"]
+    for null in (["null"], ["null", "--epochs", "3"]):
+        config = load_config("implicit_content", [*words, *null])
+        assert {name: m.column for name, m in content_of(config).modalities.items()} == {
+            "title": "title",
+            "tags": "genres",
+        }
+    assert config.epochs == 3
+    message = "content.modalities.tagz is null, but the recipe has no such modality; did you mean"
+    with pytest.raises(ValueError, match=message):
+        load_config("implicit_content", ["--content.modalities.tagz=null"])
+
+
 def test_installed_recipes_are_found_from_any_folder_by_the_name_on_the_pages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
