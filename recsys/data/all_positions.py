@@ -146,11 +146,8 @@ class AllPositionRows(RowSource):
         self.source, ends = source, np.cumsum([chunk.num_rows for chunk in source.chunks])
         self.targets = np.split(targets_before, ends[:-1])
         counts = [int((targets >= 0).sum()) for targets in self.targets]
-        chunks = [
-            replace(chunk, num_rows=count)
-            for chunk, count in zip(source.chunks, counts, strict=True)
-        ]
-        super().__init__(source.schema, chunks)
+        chunks = zip(source.chunks, counts, strict=True)
+        super().__init__(source.schema, [replace(chunk, num_rows=num) for chunk, num in chunks])
         self.bad_rows = source.bad_rows
 
     def read_chunk(self, number: int) -> pa.Table:

@@ -119,11 +119,8 @@ class BatchBuilder:
         content_index = dict(zip(self.content_histories, further_index, strict=True))
         encoded = np.concatenate([target, history_items]) if self.encode_history else target
         content_items, encoded_index = self.unique_items(encoded)
-        labels = (
-            _columns(rows, schema.of_kind("label"))
-            if self.with_labels
-            else torch.zeros(num_rows, len(schema.of_kind("label")))
-        )
+        names = schema.of_kind("label")
+        labels = _columns(rows, names) if self.with_labels else torch.zeros(num_rows, len(names))
         return Batch(
             dense_features=_columns(rows, schema.of_kind("dense")),
             sparse_features=self._pooled(read),
@@ -179,18 +176,14 @@ class BatchBuilder:
         return FurtherHistory(torch.from_numpy(lengths), values, longest, torch.from_numpy(index))
 
     def _pooled(self, rows: RowColumns) -> KeyedJaggedTensor | None:
-        names = self.pooled_features
-        if not names:
+        if not (names := self.pooled_features):
             return None
         parts = ((rows.values(name), rows.lengths(name)) for name in names)
         return keyed_jagged(names, *zip(*parts))
 
     def _sequences(
-        self,
-        rows: RowColumns,
-        target: np.ndarray,  # [B]
-        history: np.ndarray,  # [U]
-    ) -> KeyedJaggedTensor:
+        self, rows: RowColumns, target: np.ndarray, history: np.ndarray
+    ) -> KeyedJaggedTensor:  # target [B], history [U]
         """Return the ids of target and events; those of the history are unique."""
         # Unique ids belong to no row; a KeyedJaggedTensor needs every id in one: the first.
         lengths = np.zeros(rows.num_rows, np.int64)

@@ -22,27 +22,24 @@ import torch
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.parquet.columns import RowColumns
-from recsys.data.row_source import (
-    EpochShare,
-    RowSource,
-    Slice,
-    Stage,
-    Window,
-    between,
-    num_batches_of,
-    rows_before,
-)
+from recsys.data.row_source import EpochShare, RowSource, Slice, Stage, Window, between, rows_before
 
 T = TypeVar("T")
 # Accepts a job and returns the function that waits for its result or raises its error: `cache`,
 # which runs the job at the first call, or `submit_to` a pool of threads.
 Submit = Callable[[Callable[[], Any]], Callable[[], Any]]
+WindowRows = tuple[RowColumns, np.ndarray]  # a window that was read, and the order of its rows [R]
+AHEAD = 2  # batches in progress per building thread
+MOST_THREADS = 4  # that `auto` takes beside a GPU, whose steps are shorter than those of a CPU
 
 
 @contextmanager
 def threads(count: int, name: str) -> Generator[ThreadPoolExecutor]:
     """Open a pool of threads; on exit, drop jobs that have not begun and wait for the others."""
-    pool = ThreadPoolExecutor(count, name, *_on_device())
+    initializer: tuple[Any, ...] = ()
+    if torch.cuda.is_initialized():  # new threads would use GPU 0
+        initializer = torch.cuda.set_device, (torch.cuda.current_device(),)
+    pool = ThreadPoolExecutor(count, name, *initializer)
     try:
         yield pool
     finally:
@@ -54,13 +51,6 @@ def submit_to(pool: ThreadPoolExecutor) -> Submit:
     return lambda job: pool.submit(job).result
 
 
-def _on_device() -> tuple[Callable[[int], None], tuple[int]] | tuple[()]:
-    """Return an initializer that sets this thread's GPU; new threads would use GPU 0."""
-    if not torch.cuda.is_initialized():
-        return ()
-    return torch.cuda.set_device, (torch.cuda.current_device(),)
-
-
 def in_order(jobs: Iterable[Callable[[], T]], submit: Submit, ahead: int) -> Generator[T]:
     """Yield the results of jobs in order, or raise their errors; run up to `ahead` more jobs."""
     pending: deque[Callable[[], T]] = deque()
@@ -70,12 +60,6 @@ def in_order(jobs: Iterable[Callable[[], T]], submit: Submit, ahead: int) -> Gen
             yield pending.popleft()()
     while pending:
         yield pending.popleft()()
-
-
-AHEAD = 2  # batches in progress per building thread
-
-
-WindowRows = tuple[RowColumns, np.ndarray]  # a window that was read, and the order of its rows [R]
 
 
 class Interactions:
@@ -112,7 +96,7 @@ class Interactions:
         self.epoch, self.first_batch = epoch, first_batch
         self.shuffle_seed = None if self.seed is None else (self.seed, epoch)
         self.share = EpochShare.of(self.rows, stages, self.rank, self.world_size, self.shuffle_seed)
-        self.num_batches = num_batches_of(self.share.num_rows, self.batch_size)
+        self.num_batches = -(-self.share.num_rows // self.batch_size)  # of nearly equal sizes
 
     def batches_until(self, part: int, parts: int) -> int:
         """Return the number of batches of this share in the first `part` of `parts` of an epoch."""
@@ -162,16 +146,12 @@ class Interactions:
         return self.build(RowColumns.concat(rows))
 
 
-MOST_THREADS = 4  # that `auto` takes beside a GPU, whose steps are shorter than those of a CPU
-
-
 def builder_threads(for_gpu: bool) -> int:
     """Return the threads that `num_workers: auto` stands for: beside a GPU a rank's free cores."""
     if not for_gpu:
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(max((cores or 1) // ranks - 2, 1), MOST_THREADS)  # of the step, and the reader
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(max(cores - 2, 1), MOST_THREADS)  # two are for the step and the reader
 
 
 def loader(
@@ -186,9 +166,9 @@ def loader(
 
     def batches(read: Submit, build: Submit, ahead: int) -> Iterator[Batch]:
         jobs = interactions.jobs(read)
-        return in_order(
-            (partial(pinned, job) for job in jobs) if pin_memory else jobs, build, ahead
-        )
+        if pin_memory:
+            jobs = (partial(pinned, job) for job in jobs)
+        return in_order(jobs, build, ahead)
 
     if not num_workers:
         yield from batches(cache, cache, 0)

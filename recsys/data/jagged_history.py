@@ -217,49 +217,36 @@ def _bag(index: Tensor, vectors: Tensor, offsets: Tensor, weights: Tensor | None
     )
 
 
-class _Gather(torch.autograd.Function):
-    """Autograd of items [U, K] -> [N, K]."""
-
-    @staticmethod
-    def forward(ctx: Any, items: Tensor, history: JaggedHistory) -> Tensor:
-        ctx.history = history
-        return items.index_select(0, history.index)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        order, _, offsets = ctx.history.by_item
-        return _bag(order, gradient, offsets, None), None
+def _of_rows(history: JaggedHistory, rows: Tensor) -> Tensor:  # [B, K] -> [N, K]
+    return rows.index_select(0, history.rows)
 
 
-class _Spread(torch.autograd.Function):
-    """Autograd of rows [B, K] -> [N, K]."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, history: JaggedHistory) -> Tensor:
-        ctx.history = history
-        return rows.index_select(0, history.rows)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _row_sums(gradient, ctx.history), None
-
-
-class _Sum(torch.autograd.Function):
-    """Autograd of values [N, K] -> sums [B, K]."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, history: JaggedHistory) -> Tensor:
-        ctx.history = history
-        return _row_sums(values, history)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient.index_select(0, ctx.history.rows), None
-
-
-def _row_sums(values: Tensor, history: JaggedHistory) -> Tensor:
-    """Sum values [N, K] by row: [B, K]."""
+def _row_sums(history: JaggedHistory, values: Tensor) -> Tensor:  # [N, K] -> [B, K]
     return _bag(history.places, values, history.offsets, None)
+
+
+def _item_sums(history: JaggedHistory, values: Tensor) -> Tensor:  # [N, K] -> [U, K]
+    order, _, offsets = history.by_item
+    return _bag(order, values, offsets, None)
+
+
+Map = Callable[[JaggedHistory, Tensor], Tensor]
+
+
+def _linear(apply: Map, transposed: Map) -> type[torch.autograd.Function]:
+    """Return the autograd of a linear map, whose gradient is that of the transposed one."""
+
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, values: Tensor, history: JaggedHistory) -> Tensor:
+            ctx.history = history
+            return apply(history, values)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Any:
+            return transposed(ctx.history, gradient), None
+
+    return Linear
 
 
 class _Dot(torch.autograd.Function):
@@ -332,9 +319,9 @@ class _WeightedSum(torch.autograd.Function):
 
 # By name, since torch.compile has no types as keys.
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
-    "gather": _Gather,
-    "spread": _Spread,
-    "sum": _Sum,
+    "gather": _linear(lambda history, items: items.index_select(0, history.index), _item_sums),
+    "spread": _linear(_of_rows, _row_sums),
+    "sum": _linear(_row_sums, _of_rows),
     "dot": _Dot,
     "softmax": _Softmax,
     "weighted_sum": _WeightedSum,

@@ -38,19 +38,13 @@ SHUFFLE_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows that are read at once.
+    """Rows that are read at once."""
 
-    place: file, URL or name of the chunk.
-    first_row: number of its first row at that place.
-    num_bytes: size, which limits windows; 0 if unknown.
-    digest: hash that changes with the content; empty if unknown.
-    """
-
-    place: str
+    place: str  # file, URL or name of the chunk
     num_rows: int
-    first_row: int = 0
-    num_bytes: int = 0
-    digest: str = ""
+    first_row: int = 0  # number of its first row at that place
+    num_bytes: int = 0  # size, which limits windows; 0 if unknown
+    digest: str = ""  # hash that changes with the content; empty if unknown
 
 
 @dataclass(frozen=True)
@@ -64,14 +58,8 @@ class Window:
 class RowSource(ABC):
     """Rows of one split. Subclasses define its chunks, in the order of their rows, and read them.
 
-    Without `with_labels`, rows need no labels. With `on_bad_row` skip, bad rows become padding::
-
-        class CsvRows(RowSource):  # source: {name: "my_rows:CsvRows", options: {sep: ";"}}
-            def __init__(self, root: Location, split: str, schema: Schema, sep: str = ",") -> None:
-                self.files = sorted(Path(root.path, split).glob("*.csv"))
-                super().__init__(schema, [Chunk(str(f), count_lines(f)) for f in self.files])
-
-            def read_chunk(self, number: int) -> pa.Table: ...  # the columns `self.columns`
+    Without `with_labels`, rows need no labels. With `on_bad_row` skip, bad rows become padding.
+    `recsys/training/README.md` has one of your own.
     """
 
     def __init__(
@@ -134,26 +122,21 @@ class RowSource(ABC):
         """Describe the positions of the first and last of some rows [n] for messages."""
         if not len(positions):
             return "no rows"
-        ends = [self._place(int(position)) for position in (positions.min(), positions.max())]
-        return " and ".join(f"{place} row {row}" for place, row in ends)
-
-    def _place(self, position: int) -> tuple[str, int]:
-        number = bisect_right(self._first_positions, position) - 1
-        chunk = self.chunks[number]
-        return chunk.place, chunk.first_row + position - self._first_positions[number]
+        ends = []
+        for position in (int(positions.min()), int(positions.max())):
+            number = bisect_right(self._first_positions, position) - 1
+            chunk, row = self.chunks[number], position - self._first_positions[number]
+            ends.append(f"{chunk.place} row {chunk.first_row + row}")
+        return " and ".join(ends)
 
     def fingerprint(self) -> str:
-        """Return a hash of the order of the rows, a dash, and a hash of their content.
-
-        Without any digest of a chunk, the second hash is missing.
-        """
+        """Return a hash of the order of the rows, then a dash and a hash of any chunk digests."""
         names = [chunk.place.rsplit("/", 1)[-1] for chunk in self.chunks]
         sizes = [(chunk.num_rows, chunk.num_bytes) for chunk in self.chunks]
         digests = [chunk.digest for chunk in self.chunks]
         parts = [(names, sizes), *([digests] if any(digests) else [])]
-        return "-".join(
-            hashlib.blake2b(repr(part).encode(), digest_size=16).hexdigest() for part in parts
-        )
+        encoded = (repr(part).encode() for part in parts)
+        return "-".join(hashlib.blake2b(part, digest_size=16).hexdigest() for part in encoded)
 
     def skipped(self, ranks: Ranks, what: str) -> dict[str, Any]:
         """Return and log the rows skipped so far, an error if all are. A collective."""
@@ -174,19 +157,18 @@ class RowSource(ABC):
         `shuffle_seed` (seed, epoch) permutes chunks, alike on all ranks, and the rows of windows.
         """
         windows: list[Window] = []
-        place = num_bytes = 0
-        for number in self._ordered(shuffle_seed):
+        place, num_bytes = start, 0
+        for number, low, high in self._pieces(start, stop, shuffle_seed):
             chunk = self.chunks[number]
-            low, high = max(start - place, 0), min(stop - place, chunk.num_rows)
-            size = chunk.num_bytes * (high - low) // chunk.num_rows if low < high else 0
+            size = chunk.num_bytes * (high - low) // chunk.num_rows
             if num_bytes and size and num_bytes + size > SHUFFLE_BYTES:
                 windows.append(Window(start, place))
                 start, num_bytes = place, 0
             num_bytes += size
-            place += chunk.num_rows
-            if min(place, stop) - start >= SHUFFLE_ROWS or place >= stop > start:
-                windows.append(Window(start, min(place, stop)))
-                start, num_bytes = windows[-1].stop, 0
+            place += high - low
+            if place - start >= SHUFFLE_ROWS or place == stop:
+                windows.append(Window(start, place))
+                start, num_bytes = place, 0
         return windows
 
     def keep(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> None:
@@ -197,8 +179,7 @@ class RowSource(ABC):
     def _chunks(self, numbers: Sequence[int]) -> Iterator[pa.Table]:
         read = self.read_chunks([number for number in numbers if self._kept.get(number) is None])
         for number in numbers:
-            table = self._kept.get(number)
-            if table is None:
+            if (table := self._kept.get(number)) is None:
                 table = next(read)
                 if number in self._kept:
                     self._kept[number] = table
@@ -210,15 +191,18 @@ class RowSource(ABC):
         numbers = sorted(number for number, _, _ in pieces)  # to open each file once
         tables = dict(zip(numbers, self._chunks(numbers), strict=True))
         return pa.concat_tables(
-            [tables[number].slice(low, high - low) for number, low, high in pieces]
+            tables[number].slice(low, high - low) for number, low, high in pieces
         )
 
     def _pieces(
         self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
     ) -> list[tuple[int, int, int]]:
         """Return the chunks with rows at positions `[start, stop)`, and their rows [low, high)."""
+        order: Sequence[int] = range(len(self.chunks))
+        if shuffle_seed is not None:
+            order = np.random.default_rng(shuffle_seed).permutation(len(order)).tolist()
         pieces, place = [], 0
-        for number in self._ordered(shuffle_seed):
+        for number in order:
             num_rows = self.chunks[number].num_rows
             low, high = max(start - place, 0), min(stop - place, num_rows)
             place += num_rows
@@ -253,20 +237,11 @@ class RowSource(ABC):
     def padding(self, num_rows: int) -> pa.Table:
         return padding_rows(empty_table(self.schema, self.names), num_rows)
 
-    def _ordered(self, shuffle_seed: tuple[int, int] | None) -> Sequence[int]:
-        if shuffle_seed is None:
-            return range(len(self.chunks))
-        order = np.random.default_rng(shuffle_seed).permutation(len(self.chunks))
-        return [int(number) for number in order]
-
 
 def columns_to_read(schema: Schema, with_labels: bool) -> list[str]:
     """Return the columns of the rows; without labels, columns that only losses need are omitted."""
-    columns = [
-        name
-        for name, column in schema.columns.items()
-        if with_labels or column.kind not in ("label", "extra", "weight", "sampled")
-    ]
+    omitted = () if with_labels else ("label", "extra", "weight", "sampled")
+    columns = [name for name, column in schema.columns.items() if column.kind not in omitted]
     return columns + [name for history in schema.histories for name in history.numbers]
 
 
@@ -277,17 +252,10 @@ def open_rows(
     schema: Schema,
     on_bad_row: OnBadRow = "error",
 ) -> RowSource:
-    """Return the rows of a split from the source that the settings name, or raise a ValueError."""
-    rows: RowSource = make_part(
-        "source.name",
-        settings.name,
-        SOURCES,
-        RowSource,  # type: ignore[type-abstract]
-        root,
-        split,
-        schema,
-        **settings.options,
-    )
+    """Return the rows of a split from the source that the settings name."""
+    kind: Any = RowSource  # mypy takes no abstract class here
+    arguments = SOURCES, kind, root, split, schema
+    rows: RowSource = make_part("source.name", settings.name, *arguments, **settings.options)
     rows.bad_rows = BadRows(on_bad_row)
     return rows
 
@@ -324,11 +292,6 @@ def between(slices: Sequence[Slice], low: int, high: int) -> list[Slice]:
     return pieces
 
 
-def num_batches_of(num_rows: int, batch_size: int) -> int:
-    """Return the number of batches of at most `batch_size` rows that hold `num_rows` rows."""
-    return -(-num_rows // batch_size)
-
-
 def rows_before(batch: int, num_rows: int, num_batches: int) -> int:
     """Return the number of rows before number `batch` of `num_batches` nearly equal batches."""
     return num_rows * batch // num_batches if num_batches else 0
@@ -339,8 +302,8 @@ class EpochShare:
     """Rows of an epoch that one rank reads."""
 
     slices: list[Slice]
-    num_rows: int  # rows of the largest share of all ranks, to which the others are padded
-    rows_done: int  # rows read by all ranks of earlier stages
+    num_rows: int  # of the largest share of all ranks, to which the others are padded
+    rows_done: int  # read by all ranks of earlier stages
 
     @staticmethod
     def of(
@@ -355,8 +318,7 @@ class EpochShare:
         for stage in stages:
             shares = _shares(rows, rest, stage.world_size, shuffle_seed)
             largest = max(sum(map(len, share)) for share in shares)
-            num_batches = num_batches_of(largest, stage.batch_size)
-            rows_read = rows_before(stage.batches, largest, num_batches)
+            rows_read = rows_before(stage.batches, largest, -(-largest // stage.batch_size))
             rest = [piece for share in shares for piece in between(share, rows_read, largest)]
         shares = _shares(rows, rest, world_size, shuffle_seed)
         remaining = rows.num_rows if rest is None else sum(map(len, rest))

@@ -86,22 +86,10 @@ class HistoryColumns:
     ids: list[str]
 
 
-def histories_of(columns: dict[str, Column]) -> list[HistoryColumns]:
-    """Return the sequences in the order of the schema; a list that is a column has ids."""
-    return [
-        HistoryColumns(
-            name,
-            [beside for beside in column.parallel if beside not in columns],
-            [beside for beside in column.parallel if beside in columns],
-        )
-        for name, column in columns.items()
-        if column.kind == "sequence"
-    ]
-
-
-def check_histories(columns: dict[str, Column], target_item: str, path: str) -> None:
+def check_histories(
+    columns: dict[str, Column], histories: list[HistoryColumns], target_item: str, path: str
+) -> None:
     """Check the sequences, the lists beside them, and which columns share their tables."""
-    histories = histories_of(columns)
     lists = [name for history in histories for name in (*history.numbers, *history.ids)]
     for name in {ROW_POSITION, RAW_GROUP, TARGETS_BEFORE} & {*columns, *lists}:
         raise ValueError(f"{path}: column '{name}' has a name of this program's; rename it")
@@ -151,17 +139,14 @@ class Items:
 
 @dataclass
 class FeatureTable:
-    """Columns of the files that ids decide; `features/NAME` has the last known values of each id.
+    """Columns of the files that ids decide; `features/NAME` has the last values of each id."""
 
-    by: columns of ids. max_age: by column whose values have a time, `COLUMN@` in microseconds, the
-    duration after which a value is too old and null; all: never. beside: by list beside a history,
-    the column of its items.
-    """
-
-    by: list[str]
+    by: list[str]  # columns of ids
     columns: list[str]
+    # By column whose values have a time, `COLUMN@` in microseconds: the duration after which a
+    # value is too old and null; all: never.
     max_age: dict[str, str] = field(default_factory=dict)
-    beside: dict[str, str] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)  # by list beside a history: its items
 
     @property
     def name(self) -> str:
@@ -206,15 +191,6 @@ def check_features(tables: list[FeatureTable], columns: dict[str, Column], path:
         TopologicalSorter(sources).prepare()
     except CycleError as error:
         raise ValueError(f"{path}: features: {error.args[1]} look up each other") from error
-
-
-def check_items(items: Items, path: str) -> None:
-    """Check the columns of the items."""
-    for name, content in items.columns.items():
-        if content.file is not None and content.kind != "feature":
-            raise ValueError(f"{path}: item column '{name}': only a feature has a file; remove it")
-        if content.ids is not None and content.file is None:
-            raise ValueError(f"{path}: item column '{name}': ids are those of a file; name it, too")
 
 
 def without_empty(content: Any) -> Any:

@@ -20,7 +20,6 @@ from embeddings.vocabulary.bounded import PIPELINED_STEPS, BoundedVocabulary, Vo
 from recsys.data.batch import Batch, TargetItems
 from recsys.data.schema import Schema
 
-ResetRows = Callable[[str, Tensor], None]  # table, rows
 # Batches mapped ahead of their step: in the pipeline, and one in `content.batch_preparation`.
 MAPPED_AHEAD = PIPELINED_STEPS + 1
 
@@ -28,8 +27,7 @@ MAPPED_AHEAD = PIPELINED_STEPS + 1
 class BoundedVocabularies:
     """Bounded vocabularies of a job, by table. Every method is a collective.
 
-    `pooled_features` are the columns of pooled tables. `reset` resets weights and state of
-    reassigned rows.
+    `pooled_features` are the columns of pooled tables; `reset` resets reassigned rows.
     """
 
     def __init__(
@@ -37,26 +35,19 @@ class BoundedVocabularies:
         schema: Schema,
         pooled_features: Sequence[str],
         group: dist.ProcessGroup | None = None,
-        reset: ResetRows | None = None,
+        reset: Callable[[str, Tensor], None] | None = None,  # takes a table, and rows
     ) -> None:
         self.reset = reset
         self.target, self.history = schema.target_item, schema.history
         self.features: dict[str, list[str]] = {}
         self.by_table: dict[str, BoundedVocabulary] = {}
+        looked_up = [*pooled_features, schema.target_item, *schema.event_columns]
         for table in schema.tables_with("bounded"):
-            looked_up = [*pooled_features, schema.target_item, *schema.event_columns]
             features = [name for name in looked_up if schema.table_of(name) == table]
-            settings = schema.vocabulary_of(table)
-            assert settings is not None
-            if features:
+            if features and (settings := schema.vocabulary_of(table)) is not None:
                 self.features[table] = features
-                self.by_table[table] = BoundedVocabulary(
-                    schema.limit(table),
-                    settings.admit_after,
-                    settings.half_life,
-                    MAPPED_AHEAD,
-                    process_group=group,
-                )
+                sizes = schema.limit(table), settings.admit_after, settings.half_life
+                self.by_table[table] = BoundedVocabulary(*sizes, MAPPED_AHEAD, process_group=group)
 
     @property
     def items(self) -> BoundedVocabulary | None:
@@ -94,7 +85,8 @@ class BoundedVocabularies:
             features = pooled
         ids = _Ids.of(batch, features, name)
         if name == self.history and self.features.get(self.target):
-            return _HistoryIds(batch, ids.values)
+            further = [history.index for history in batch.history.further]
+            return _HistoryIds(batch, ids.values, torch.cat([batch.history.index, *further]))
         if name == self.target and not training:
             return replace(ids, counts=torch.ones_like(ids.counts))
         return ids
@@ -144,18 +136,14 @@ class _HistoryIds:
 
     batch: Batch
     values: Tensor  # of the first history's feature, each item once, the batch's memory
-
-    @property
-    def _index(self) -> Tensor:
-        further = [history.index for history in self.batch.history.further]
-        return torch.cat([self.batch.history.index, *further])
+    index: Tensor  # of the items at all places of the histories
 
     def raw(self) -> Tensor:
-        return self.batch.history.items[self._index]
+        return self.batch.history.items[self.index]
 
     def put(self, rows: Tensor, unknown_row: int) -> None:
         unique = torch.full_like(self.batch.history.items, unknown_row)
-        unique[self._index] = rows
+        unique[self.index] = rows
         self.batch.history = replace(self.batch.history, items=unique)
         self.values.copy_(unique)
 

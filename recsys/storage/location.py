@@ -43,11 +43,9 @@ class Location:
 
     @property
     def arrow(self) -> FileSystem:
-        return (
-            ArrowLocalFileSystem()
-            if self.is_local
-            else PyFileSystem(FSSpecHandler(self.filesystem))
-        )
+        if self.is_local:
+            return ArrowLocalFileSystem()
+        return PyFileSystem(FSSpecHandler(self.filesystem))
 
     def __truediv__(self, name: str) -> Location:
         return Location(self.filesystem, f"{self.path}/{name}")

@@ -7,7 +7,7 @@ transform: [{fill: 0}, log1p, standardize]}`. `transforms.yaml` has the chains w
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, get_type_hints
@@ -122,19 +122,15 @@ class Chain:
         return Chain(self.sources, tuple(step.without_fit for step in self.steps))
 
     def fitted(self, number: int, settings: dict[str, Any]) -> Chain:
-        steps = list(self.steps)
-        steps[number] = Call(steps[number].name, steps[number].settings | settings)
-        return Chain(self.sources, tuple(steps))
+        step = self.steps[number]
+        fitted = Call(step.name, step.settings | settings)
+        return Chain(self.sources, (*self.steps[:number], fitted, *self.steps[number + 1 :]))
 
     def is_fit_of(self, chain: Chain) -> bool:
         """Return whether this is a fitted `chain`, which may be fitted in part or not at all."""
-        return self.unfitted is None and chain == Chain(
-            self.sources,
-            tuple(
-                step if target.is_fitted else step.without_fit
-                for step, target in zip(self.steps, chain.steps, strict=False)
-            ),
-        )
+        pairs = zip(self.steps, chain.steps, strict=False)
+        steps = (step if target.is_fitted else step.without_fit for step, target in pairs)
+        return self.unfitted is None and chain == Chain(self.sources, tuple(steps))
 
     def plain(self) -> dict[str, Any]:
         return {"column": list(self.sources), "transform": [step.plain() for step in self.steps]}
@@ -205,9 +201,7 @@ def chains_of(columns: Mapping[str, Column], target_item: str, path: str) -> dic
                     "known when a model is asked; name another column"
                 )
     try:
-        TopologicalSorter(
-            {name: set(transformed_sources(name, chains)) for name in chains}
-        ).prepare()
+        TopologicalSorter({name: transformed_sources(name, chains) for name in chains}).prepare()
     except CycleError as error:
         names = " -> ".join(reversed(error.args[1]))
         raise ValueError(f"{path}: columns read each other: {names}; end the circle") from error
@@ -222,11 +216,9 @@ def set_chain(column: Column, chain: Chain) -> None:
     column.column, column.transform = plain["column"], plain["transform"]
 
 
-def transformed_sources(name: str, chains: Mapping[str, Chain]) -> Iterator[str]:
-    """Yield the sources of a transformed column that are results of other chains."""
-    for source in chains[name].sources:
-        if source != name and source in chains:
-            yield source
+def transformed_sources(name: str, chains: Mapping[str, Chain]) -> list[str]:
+    """Return the sources of a transformed column that are results of other chains."""
+    return [source for source in chains[name].sources if source != name and source in chains]
 
 
 def file_columns(names: Iterable[str], chains: Mapping[str, Chain]) -> list[str]:
@@ -236,7 +228,7 @@ def file_columns(names: Iterable[str], chains: Mapping[str, Chain]) -> list[str]
         if name not in chains:
             columns[name] = None
             continue
-        results = list(transformed_sources(name, chains))
+        results = transformed_sources(name, chains)
         columns |= dict.fromkeys(source for source in chains[name].sources if source not in results)
         columns |= dict.fromkeys(file_columns(results, chains))
     return list(columns)
@@ -275,6 +267,5 @@ def load_fitted(
                 f"{file}: was fitted with other transforms than schema.yaml has now: column "
                 f"'{name}' differs; {command}"
             )
-    for name in chains:
         chains[name] = fitted[name]
         set_chain(columns[name], fitted[name])

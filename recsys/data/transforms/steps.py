@@ -73,17 +73,12 @@ Fit = Moments | Quantiles
 
 @dataclass(frozen=True)
 class Step:
-    """One step.
+    """One step, as functions of its settings."""
 
-    apply: maps values [N] and settings to values [N]; or a list of S columns, if `joins` is set.
-    num_ids: maps settings to the number of ids that the step gives, if that is known.
-    fit: computes the settings `fitted` from all training rows; None for a step without a fit.
-    """
-
-    apply: Callable[..., pa.Array]
-    num_ids: Callable[..., int] | None = None
+    apply: Callable[..., pa.Array]  # maps values [N] to values [N]; or S columns, if `joins` is set
+    num_ids: Callable[..., int] | None = None  # the number of ids that it gives, if that is known
     joins: bool = False
-    fit: Callable[..., Fit] | None = None
+    fit: Callable[..., Fit] | None = None  # computes the settings `fitted` from all training rows
     fitted: tuple[str, ...] = ()
 
 
@@ -92,7 +87,7 @@ def fill(values: pa.Array, value: int | float | str) -> pa.Array:
     filler = pa.scalar(value)
     if pa.types.is_null(values.type):
         return values.cast(filler.type).fill_null(filler)
-    if isinstance(value, str) == _is_number(values.type):  # times are filled by text, too
+    if isinstance(value, str) == is_number(values.type):  # times are filled by text, too
         raise ValueError(f"value {value!r} is none of type {values.type}")
     try:
         filler = filler.cast(values.type)
@@ -186,16 +181,17 @@ def day_of_year(values: pa.Array, zone: str = "UTC", unit: Unit = "s") -> pa.Arr
     return pc.subtract(pc.day_of_year(_moments(values, zone, unit)), 1)
 
 
-def _buckets(boundaries: list[float] | None, quantiles: int | None) -> int:
-    return quantiles or len(boundaries or []) + 1
-
-
 STEPS: dict[str, Step] = {
     "fill": Step(fill),
     "clip": Step(clip),
     "log1p": Step(log1p),
     "standardize": Step(standardize, fit=Moments, fitted=("mean", "std")),
-    "bucketize": Step(bucketize, _buckets, fit=Quantiles, fitted=("boundaries",)),
+    "bucketize": Step(
+        bucketize,
+        lambda boundaries, quantiles: quantiles or len(boundaries or []) + 1,
+        fit=Quantiles,
+        fitted=("boundaries",),
+    ),
     "hash": Step(hash_ids, lambda buckets, seed: buckets),
     "cross": Step(cross, joins=True),
     "lower": Step(lower),
@@ -205,7 +201,8 @@ STEPS: dict[str, Step] = {
 }
 
 
-def _is_number(kind: pa.DataType) -> bool:
+def is_number(kind: pa.DataType) -> bool:
+    """Return whether a column of this type holds numbers, of which booleans are 0 and 1."""
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
 
@@ -214,7 +211,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _numbers(values: pa.Array) -> pa.Array:
-    if not _is_number(values.type) and not pa.types.is_null(values.type):
+    if not is_number(values.type) and not pa.types.is_null(values.type):
         raise ValueError(f"takes numbers, not {values.type}")
     return values.cast(pa.float64(), safe=False)
 
