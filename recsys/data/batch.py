@@ -1,9 +1,8 @@
 """Batch: everything one training step needs, moved and pinned as one object.
 
-Shapes: B batch, N history items of the whole batch, U unique history items, E items to encode,
-C of them that run through trained encoders,
-F dense features, P parallel lists, W whole histories, T their items,
-X columns of kind extra, K sampled negatives, C labels, V width of a content vector.
+Shapes: B batch, N history items of the whole batch, U unique ones, E items to encode, C of them
+that run through trained encoders, F dense features, P parallel lists, W whole histories, T their
+items, X columns of kind extra, K sampled negatives, C labels, V width of a content vector.
 """
 
 from __future__ import annotations

@@ -93,11 +93,8 @@ class BatchBuilder:
         with_labels: bool = True,
         content_histories: Sequence[str] = (),
     ) -> None:
-        self.schema = schema
-        self.pooled_features = pooled_features
-        self.store = store
-        self.encode_history = encode_history
-        self.with_labels = with_labels
+        self.schema, self.store, self.pooled_features = schema, store, pooled_features
+        self.encode_history, self.with_labels = encode_history, with_labels
         self.content_histories = content_histories
         self.unique_items = UniqueItems(schema.item_id_limit or 2**63)  # raw ids have no limit
 
@@ -119,6 +116,7 @@ class BatchBuilder:
         content_index = dict(zip(self.content_histories, further_index, strict=True))
         encoded = np.concatenate([target, history_items]) if self.encode_history else target
         content_items, encoded_index = self.unique_items(encoded)
+        further = [self._further(rows, columns, content_index) for columns in schema.histories[1:]]
         names = schema.of_kind("label")
         labels = _columns(rows, names) if self.with_labels else torch.zeros(num_rows, len(names))
         return Batch(
@@ -135,9 +133,7 @@ class BatchBuilder:
                 index=torch.from_numpy(history_index),
                 items=torch.from_numpy(history_items),
                 host_lengths=history_lengths,
-                further=[
-                    self._further(rows, columns, content_index) for columns in schema.histories[1:]
-                ],
+                further=further,
                 whole=whole and whole.among(history_items),
             ),
             content=BatchContent(
@@ -168,7 +164,6 @@ class BatchBuilder:
     def _further(
         self, rows: RowColumns, history: HistoryColumns, content_index: dict[str, np.ndarray]
     ) -> FurtherHistory:
-        """Return a history after the first, without its ids."""
         lengths = rows.lengths(history.name) // self.schema.rows_per_id(history.name)
         values = _stacked([rows.values(name) for name in history.numbers], int(lengths.sum()))
         index = content_index.get(history.name, np.zeros(0, np.int64))

@@ -1,7 +1,6 @@
 """Counts the training rows of each item, and ranges of numbers, as rows are read.
 
-Rows are split by their item into warm, cold and unseen ones. Unscaled numbers dominate all other
-inputs of a model. Shapes: N rows, U items with training rows.
+Unscaled numbers dominate all other inputs. Shapes: N rows, U items with training rows.
 """
 
 from __future__ import annotations
@@ -120,10 +119,7 @@ def rows_that_count(table: pa.Table, schema: Schema) -> np.ndarray:  # table R r
 def count_items(
     rows: RowSource, rank: int, world_size: int, also: Callable[[pa.Table], None] | None = None
 ) -> ItemCounts:
-    """Count the target items of a rank's rows that count and were not drawn as negatives.
-
-    `also` gets each chunk.
-    """
+    """Count the items of a rank's rows that count and were not drawn; `also` gets each chunk."""
     schema, counts, waiting = rows.schema, ItemCounts.sum_of([]), list[ItemCounts]()
     for table in rows.read_once(*rows.share(rank, world_size)):
         if also is not None:

@@ -1,7 +1,6 @@
 """`recsys prepare vocabulary` and `transforms`: what a dataset needs once, before any training.
 
-A map of raw ids to rows that is built again keeps its rows and appends new ids, so that earlier
-models stay valid. Steps of transformed columns are fitted on the training rows.
+A map of raw ids that is built again appends new ids, so that earlier models stay valid.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from recsys.data.transforms.chain import (
     write_fitted,
 )
 from recsys.data.transforms.columns import TransformedRows, check_types, read_columns
-from recsys.storage.location import Location
+from recsys.storage.location import Location, errors_at
 
 SPLITS = ("train", "valid", "test")
 ITEMS = "items"
@@ -89,12 +88,8 @@ def _extend(
     root: Location, schema: Schema, table: str, vocabulary: ExactVocabulary, folders: Sequence[str]
 ) -> int:
     """Add the ids in some folders to the vocabulary of a table; return the number of new ones."""
-    try:
+    with errors_at(f"vocabulary of column '{table}' in {root}/schema.yaml"):
         return vocabulary.extend(_raw_ids(root, schema, table, vocabulary, folders))
-    except ValueError as error:
-        raise ValueError(
-            f"vocabulary of column '{table}' in {root}/schema.yaml: {error}"
-        ) from error
 
 
 def _raw_ids(
@@ -122,14 +117,12 @@ def _raw_ids(
                         "write it so, or change its kind in schema.yaml"
                     )
                 ids = chunk.flatten() if takes_lists else chunk
-                try:
+                with errors_at(f"{file}: column '{name}'"):
                     if not is_id_type(ids.type):
                         raise ValueError(
                             f"type {ids.type}, expected integer or string; write it so"
                         )
                     vocabulary.check_type(ids.type)
-                except ValueError as error:
-                    raise ValueError(f"{file}: column '{name}': {error}") from error
                 yield ids.drop_null()
 
 
@@ -168,7 +161,7 @@ def prepare_transforms(data: str) -> dict[str, Chain]:
 def fit_transforms(root: Location) -> dict[str, Chain]:
     """Do `prepare_transforms`; do nothing if no transform needs fitted values."""
     schema = read_schema(root)
-    if not _unfitted(schema):
+    if not _steps_to_fit(schema.transforms):
         return {}
     fit_chains(root, schema, "train")
     write_fitted(schema.transforms, root)
@@ -178,8 +171,7 @@ def fit_transforms(root: Location) -> dict[str, Chain]:
 def fit_chains(root: Location, schema: Schema, folder: str) -> None:
     """Fit the steps of a schema's columns that are not fitted on the rows in a folder."""
     chains = schema.transforms
-    while unfitted := _unfitted(schema):
-        steps = {name: unfitted[name] for name in unfitted if not _reads_unfitted(schema, name)}
+    while steps := _steps_to_fit(chains):
         fits = {name: chains[name].steps[number].start_fit() for name, number in steps.items()}
         for rows in _rows(root / folder, schema, list(steps)):
             for name, number in steps.items():
@@ -231,17 +223,15 @@ def format_fitted(chains: dict[str, Chain]) -> str:
     return "\n".join(lines)
 
 
-def _unfitted(schema: Schema) -> dict[str, int]:
-    numbers = {name: chain.unfitted for name, chain in schema.transforms.items()}
+def _steps_to_fit(chains: Mapping[str, Chain]) -> dict[str, int]:
+    """Return the number of the next step to fit of each chain that reads fitted ones alone."""
+
+    def is_ready(name: str) -> bool:
+        sources = transformed_sources(name, chains)
+        return all(chains[source].unfitted is None and is_ready(source) for source in sources)
+
+    numbers = {name: chain.unfitted for name, chain in chains.items() if is_ready(name)}
     return {name: number for name, number in numbers.items() if number is not None}
-
-
-def _reads_unfitted(schema: Schema, name: str) -> bool:
-    chains = schema.transforms
-    return any(
-        chains[source].unfitted is not None or _reads_unfitted(schema, source)
-        for source in transformed_sources(name, chains)
-    )
 
 
 def _rows(folder: Location, schema: Schema, names: Sequence[str]) -> Iterator[TransformedRows]:

@@ -47,12 +47,7 @@ class Chunk:
     digest: str = ""  # hash that changes with the content; empty if unknown
 
 
-@dataclass(frozen=True)
-class Window:
-    """Positions `[start, stop)` of the epoch's order; their rows are shuffled together."""
-
-    start: int
-    stop: int
+Window = range  # positions of the epoch's order, whose rows are shuffled together
 
 
 class RowSource(ABC):
@@ -87,17 +82,15 @@ class RowSource(ABC):
         """Yield the checked rows of some chunks, given in ascending order."""
         for number in numbers:
             table, chunk = self.read_chunk(number), self.chunks[number]
+            place, names = chunk.place, table.column_names
             for name in self.columns:
-                if name not in table.column_names:
-                    raise ValueError(
-                        f"{chunk.place}: column '{name}' is missing; the rows have "
-                        f"{table.column_names}"
-                    )
-            kinds = dict(zip(table.column_names, table.schema.types, strict=True))
-            check_types(self.schema, self.names, kinds.__getitem__, chunk.place)
+                if name not in names:
+                    raise ValueError(f"{place}: column '{name}' is missing; the rows have {names}")
+            kinds = dict(zip(names, table.schema.types, strict=True))
+            check_types(self.schema, self.names, kinds.__getitem__, place)
             if table.num_rows != chunk.num_rows:
                 raise ValueError(
-                    f"{chunk.place}: {table.num_rows} rows instead of the {chunk.num_rows} of "
+                    f"{place}: {table.num_rows} rows instead of the {chunk.num_rows} of "
                     f"chunk {number}; a chunk has the same rows whenever it is read"
                 )
             yield self.usable(number, table)
@@ -152,7 +145,7 @@ class RowSource(ABC):
     def windows(
         self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
     ) -> list[Window]:
-        """Split the positions `[start, stop)` at chunks into windows that are shuffled together.
+        """Split the positions `[start, stop)` into windows of chunks that are shuffled together.
 
         `shuffle_seed` (seed, epoch) permutes chunks, alike on all ranks, and the rows of windows.
         """
@@ -219,10 +212,9 @@ class RowSource(ABC):
 
     def row_order(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> np.ndarray:
         """Return the order in which the rows of a window are used: int64 [rows of the window]."""
-        num_rows = window.stop - window.start
         if shuffle_seed is None:
-            return np.arange(num_rows)
-        return np.random.default_rng((*shuffle_seed, window.start)).permutation(num_rows)
+            return np.arange(len(window))
+        return np.random.default_rng((*shuffle_seed, window.start)).permutation(len(window))
 
     def read(
         self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
@@ -292,50 +284,20 @@ def between(slices: Sequence[Slice], low: int, high: int) -> list[Slice]:
     return pieces
 
 
-def rows_before(batch: int, num_rows: int, num_batches: int) -> int:
-    """Return the number of rows before number `batch` of `num_batches` nearly equal batches."""
-    return num_rows * batch // num_batches if num_batches else 0
-
-
-@dataclass(frozen=True)
-class EpochShare:
-    """Rows of an epoch that one rank reads."""
-
-    slices: list[Slice]
-    num_rows: int  # of the largest share of all ranks, to which the others are padded
-    rows_done: int  # read by all ranks of earlier stages
-
-    @staticmethod
-    def of(
-        rows: RowSource,
-        stages: Sequence[Stage],
-        rank: int,
-        world_size: int,
-        shuffle_seed: tuple[int, int] | None,
-    ) -> EpochShare:
-        """Return the share of `rank` in the rows that the `stages` have not read."""
-        rest: list[Slice] | None = None
-        for stage in stages:
-            shares = _shares(rows, rest, stage.world_size, shuffle_seed)
-            largest = max(sum(map(len, share)) for share in shares)
-            rows_read = rows_before(stage.batches, largest, -(-largest // stage.batch_size))
-            rest = [piece for share in shares for piece in between(share, rows_read, largest)]
-        shares = _shares(rows, rest, world_size, shuffle_seed)
-        remaining = rows.num_rows if rest is None else sum(map(len, rest))
-        return EpochShare(shares[rank], -(-remaining // world_size), rows.num_rows - remaining)
-
-
-def _shares(
-    rows: RowSource, rest: list[Slice] | None, world_size: int, shuffle_seed: tuple[int, int] | None
+def rank_shares(
+    rows: RowSource, stages: Sequence[Stage], world_size: int, shuffle_seed: tuple[int, int] | None
 ) -> list[list[Slice]]:
-    if rest is not None:  # one contiguous share per rank; lengths differ by at most one row
-        num_rows = sum(map(len, rest))
-        cuts = [num_rows * rank // world_size for rank in range(world_size + 1)]
-        return [between(rest, low, high) for low, high in pairwise(cuts)]
-    return [
-        [
-            Slice(window, 0, window.stop - window.start)
-            for window in rows.windows(*rows.share(rank, world_size), shuffle_seed)
-        ]
-        for rank in range(world_size)
-    ]
+    """Return each rank's share of the rows of an epoch that the `stages` have not read."""
+    if not stages:
+        ranges = [rows.share(rank, world_size) for rank in range(world_size)]
+        parts = [rows.windows(start, stop, shuffle_seed) for start, stop in ranges]
+        return [[Slice(window, 0, len(window)) for window in part] for part in parts]
+    *earlier, last = stages
+    shares = rank_shares(rows, earlier, last.world_size, shuffle_seed)
+    largest = max(sum(map(len, share)) for share in shares)
+    num_batches = max(-(-largest // last.batch_size), 1)  # of nearly equal sizes
+    rows_read = largest * last.batches // num_batches
+    rest = [piece for share in shares for piece in between(share, rows_read, largest)]
+    num_rows = sum(map(len, rest))
+    cuts = [num_rows * rank // world_size for rank in range(world_size + 1)]
+    return [between(rest, low, high) for low, high in pairwise(cuts)]

@@ -31,7 +31,7 @@ from recsys.data.schema_columns import (
     without_empty,
 )
 from recsys.data.transforms.chain import Chain, chains_of, file_columns, load_fitted
-from recsys.storage.location import Location
+from recsys.storage.location import Location, errors_at
 
 FREE_SHARE = 4  # a table that grows has one free row for so many ids
 
@@ -165,7 +165,6 @@ class Schema:
             self.columns[self.table_of(table)].num_embeddings = num_ids + 1 + num_ids // FREE_SHARE
 
     def file_columns(self, names: Iterable[str]) -> list[str]:
-        """Return the columns of the files from which some columns are read, each once."""
         return file_columns(names, self.transforms)
 
     def require_id_type(self, name: str, kind: pa.DataType, place: str, table: str) -> None:
@@ -206,19 +205,15 @@ def read_schema(root: Location) -> Schema:
     path = root / "schema.yaml"
     if not path.exists():
         raise ValueError(f"{path}: no such file; write it, or correct the path of the dataset")
-    try:
+    with errors_at(path, Exception):
         content = load_plain_yaml(path.read_bytes())
-    except Exception as error:
-        raise ValueError(f"{path}: {error}") from error
     return parse_schema(content, str(path))
 
 
 def parse_schema(content: Any, place: str) -> Schema:
     """Return the schema of plain values, as `schema.yaml` has them; `place` names their file."""
-    try:
+    with errors_at(place, Exception):
         schema = _schema_of(content)
-    except Exception as error:
-        raise ValueError(f"{place}: {error}") from error
     _validate(schema, place)
     return schema
 
@@ -290,23 +285,24 @@ def build_hashes(schema: Schema) -> None:
 
 
 def _validate(schema: Schema, path: str) -> None:
-    for role in ("target_item", "group"):
-        name = getattr(schema, role)
-        if name not in (ids := schema.of_kind("id")):
-            raise ValueError(
-                f"{path}: {role} is '{name}', which is no column of kind id; name one of {ids}"
-            )
-    if schema.columns[schema.target_item].num_embeddings is None:
-        raise ValueError(f"{path}: target_item '{schema.target_item}' needs its own num_embeddings")
-    if problem := label_problem(schema.columns):
-        raise ValueError(f"{path}: {problem}")
-    for name, column in schema.columns.items():
-        check_column(schema.columns, name, column, f"{path}: column '{name}'", schema.target_item)
-    check_histories(schema.columns, schema.histories, schema.target_item, path)
-    schema.transforms = chains_of(schema.columns, schema.target_item, path)
-    check_features(schema.features, schema.columns, path)
-    for name, content in schema.items.columns.items() if schema.items else ():
-        if content.file is not None and content.kind != "feature":
-            raise ValueError(f"{path}: item column '{name}': only a feature has a file; remove it")
-        if content.ids is not None and content.file is None:
-            raise ValueError(f"{path}: item column '{name}': ids are those of a file; name it, too")
+    columns, target, id_columns = schema.columns, schema.target_item, schema.of_kind("id")
+    with errors_at(path):
+        for role, name in (("target_item", target), ("group", schema.group)):
+            if name not in id_columns:
+                what = f"{role} is '{name}', which is no column of kind id"
+                raise ValueError(f"{what}; name one of {id_columns}")
+        if columns[target].num_embeddings is None:
+            raise ValueError(f"target_item '{target}' needs its own num_embeddings")
+        if problem := label_problem(columns):
+            raise ValueError(problem)
+        for name in columns:
+            check_column(columns, name, target)
+        check_histories(columns, schema.histories, target)
+    schema.transforms = chains_of(columns, target, path)
+    with errors_at(path):
+        check_features(schema.features, columns)
+        for name, content in schema.items.columns.items() if schema.items else ():
+            if content.file is not None and content.kind != "feature":
+                raise ValueError(f"item column '{name}': only a feature has a file; remove it")
+            if content.ids is not None and content.file is None:
+                raise ValueError(f"item column '{name}': ids are those of a file; name it, too")

@@ -47,17 +47,14 @@ def read_signed(path: Path, format_: int) -> dict[str, Any]:
 
 
 class VerifiedFiles:
-    """Files whose blocks were all compared with their hashes.
-
-    A file is known by device, inode, size, times and hashes. `previous` is of the earlier package.
-    """
+    """Files whose blocks were all compared with their hashes; `previous`: of an earlier package."""
 
     def __init__(self, previous: VerifiedFiles | None = None) -> None:
         self._previous = set() if previous is None else previous.identities
         self.identities: set[tuple[Any, ...]] = set()
 
     def have(self, path: Path, digests: list[str]) -> bool:
-        """Return whether a file has these hashes of its blocks; one that has them is added."""
+        """Return whether a file has these hashes; it is read unless it was compared as it is."""
         status = path.stat()
         times = status.st_mtime_ns, status.st_ctime_ns
         identity = status.st_dev, status.st_ino, status.st_size, *times, *digests
@@ -83,8 +80,7 @@ def differences(
 ) -> Iterator[str]:
     """Yield a description of each file of a manifest that is missing or differs.
 
-    `verify` compares all hashes, else sizes alone. Files in `verified` are not read again; others
-    are added to it.
+    `verify` compares hashes, too, except of files in `verified`, to which others are added.
     """
     verified = VerifiedFiles() if verified is None else verified
     for name, entry in files.items():

@@ -73,8 +73,7 @@ class ContentStore:
         assert len(self.arrays[name]) == self.items.num_rows
 
     def use(self, name: str, folder: Path) -> None:
-        self.folders[name] = folder
-        self.arrays[name] = RaggedArray(folder)
+        self.folders[name], self.arrays[name] = folder, RaggedArray(folder)
 
     def gather(self, item_ids: np.ndarray) -> dict[str, ContentInput]:  # [U]
         """Return the content of unique items, by modality; an unknown item has none."""

@@ -1,7 +1,6 @@
 """Encoded images of items -> square pixels, for any mode and shape; other bytes are refused.
 
-Only formats whose decoders merely read pixels are accepted.
-Shapes: n rows of a chunk, S side of the square.
+Only formats whose decoders merely read pixels are accepted. Shapes: n rows of a chunk, S side.
 """
 
 from __future__ import annotations

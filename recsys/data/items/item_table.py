@@ -1,9 +1,8 @@
 """Parquet files of the items: one row per item, its id checked, its columns read chunk by chunk.
 
-A column may be a .npy file that schema.yaml names in its place, [items, W] or [items, T, W], which
-is read in pieces. A token of NaN alone is missing.
-Shapes: N usable items, R rows of all files, n rows of a chunk or piece, T tokens of a row, W values
-of a token.
+A column may be a .npy file instead, [items, W] or [items, T, W]. A token of NaN alone is missing.
+Shapes: N usable items, R rows of all files, n of a chunk or piece, T tokens of a row, W values of
+a token.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from recsys.data.items.ragged_array import RowWriter
 from recsys.data.parquet.bad_rows import BadRows, OnBadRow, Report
 from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
 from recsys.data.schema import Schema, advice_on_unknown
-from recsys.storage.location import Location
+from recsys.storage.location import Location, errors_at
 
 ROWS_PER_CHUNK = 256  # items in memory at once, as the encoded images of all items would not fit
 
@@ -104,10 +103,8 @@ class ItemTable:
         if isinstance(vocabulary, ExactVocabulary):
             find = vocabulary.find
         rows = np.zeros(len(chunk), np.int64)
-        try:
+        with errors_at(f"{file}: column '{name}'"):
             rows[chunk.is_valid().to_numpy(zero_copy_only=False)] = find(chunk.drop_null()).ravel()
-        except ValueError as error:
-            raise ValueError(f"{file}: column '{name}': {error}") from error
         return rows
 
     def _usable_rows(
@@ -128,7 +125,6 @@ class ItemTable:
             problem, fix = f"not in the vocabulary of '{target}'", "remove the item"
             if isinstance(self.schema.vocabularies.get(target), ExactVocabulary):
                 fix = f"{advice_on_unknown(self.schema, target, self.root)}, or {fix}"
-
         report(outside, f"id {problem}", lambda row: f"id {chunk[row].as_py()} is {problem}; {fix}")
         return np.flatnonzero(~null & ~outside)
 
@@ -139,22 +135,22 @@ class ItemTable:
         repeated = np.full(self.num_rows, -1)
         repeated[self.rows[again]] = self.ids[again]
         stops = [place for _, _, place in chunks[1:]]
+        vocabulary = self.schema.vocabulary_of(self.schema.target_item)
+        which = "item {}" if vocabulary is None else "this item"
+        message = f"{which} has a row already; keep one row per item"
+        if vocabulary is not None and vocabulary.kind == "hash":
+            message = (
+                "another item has this item's hash, and content is kept by hash; choose a "
+                "vocabulary of kind exact, or raise num_embeddings"
+            )
+
+        def second_row(ids: np.ndarray, row: int) -> str:
+            return message.format(ids[row])
+
         for (file, first_row, _), ids in zip(chunks, np.split(repeated, stops), strict=True):
             report = partial(self.bad_rows.add, file, self.items.id, first_row)
-            message = partial(self._second_row_message, ids)
-            report(ids >= 0, "a second row of an item", message)
+            report(ids >= 0, "a second row of an item", partial(second_row, ids))
         self.ids, self.rows = self.ids[~again], self.rows[~again]
-
-    def _second_row_message(self, ids: np.ndarray, row: int) -> str:  # ids [n], -1 unless repeated
-        vocabulary = self.schema.vocabulary_of(self.schema.target_item)
-        if vocabulary is None:
-            return f"item {ids[row]} has a row already; keep one row per item"
-        if vocabulary.kind != "hash":
-            return "this item has a row already; keep one row per item"
-        return (
-            "another item has this item's hash, and content is kept by hash; choose a vocabulary "
-            "of kind exact, or raise num_embeddings"
-        )
 
     def chunks(self, name: str) -> Iterator[Chunk]:
         """Yield a column in order, `ROWS_PER_CHUNK` values at a time; damage is a ValueError."""
@@ -329,7 +325,6 @@ class ItemColumnReader:
         return np.arange(features.num_rows)
 
     def fingerprint(self) -> str:
-        """Return a hash of the content and of the ids it belongs to."""
         if (feature_file := self.feature_file()) is None:
             return self.table.fingerprint(self.name)
         features, ids = feature_file

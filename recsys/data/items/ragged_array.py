@@ -1,8 +1,7 @@
 """Rows of varying length, stored as one flat memory-mapped array plus offsets.
 
-Pages read are released whenever about `RESIDENT_BYTES` may be mapped.
-Shapes: N rows of the array, S distinct rows, n rows written or hashed at once, U rows gathered,
-T entries of the longest.
+Pages read are released whenever about `RESIDENT_BYTES` may be mapped. Shapes: N rows of the array,
+S distinct ones, n written or hashed at once, U gathered, T entries of the longest.
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ class RaggedArray:
         return len(self.offsets) - 1 if self.distinct is None else len(self.distinct)
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Number of entries of each row, [N]."""
+    def lengths(self) -> np.ndarray:  # of each row, [N]
         lengths = np.diff(self.offsets)
         return lengths if self.distinct is None else np.append(lengths, 0)[self.distinct]
 

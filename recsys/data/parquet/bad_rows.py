@@ -1,7 +1,7 @@
 """Unusable rows: the first one ends the job, or all are skipped and counted.
 
-A defect of a whole file (no footer, a missing column, a wrong type) is always an error.
-Shapes: n rows of the part of a file that is read at once.
+A defect of a whole file (no footer, a missing column, a wrong type) is always an error. Shapes: n
+rows of the part of a file that is read at once.
 """
 
 from __future__ import annotations
@@ -42,10 +42,9 @@ class BadRows:
         reason: str,
         message: Callable[[int], str],
     ) -> None:
-        """Record the bad rows of one column in the part of a file from `first_row` on.
+        """Record the bad rows of a column, "" for whole rows, in the part from `first_row` on.
 
-        `column` is "" for whole rows; `message` maps a row of the part to its error and the fix. If
-        `on_bad_row` is error, the first bad row is a ValueError that names file, column and row.
+        If `on_bad_row` is error, the first is a ValueError with file, column, row and its message.
         """
         if not bad.any():
             return

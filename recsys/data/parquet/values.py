@@ -28,6 +28,7 @@ from recsys.data.schema_columns import ROW_POSITION as ROW_POSITION
 from recsys.data.schema_columns import TARGETS_BEFORE as TARGETS_BEFORE
 from recsys.data.schema_columns import Column, HistoryColumns
 from recsys.data.transforms.steps import is_number
+from recsys.storage.location import errors_at
 
 MAX_LIST_VALUES = np.iinfo(np.int32).max  # of a column of lists, whose offsets are int32
 
@@ -74,10 +75,8 @@ def check_type(schema: Schema, name: str, kind: pa.DataType, file: str) -> None:
         return
     vocabulary = schema.vocabularies.get(schema.table_of(name))
     if isinstance(vocabulary, ExactVocabulary):
-        try:
+        with errors_at(f"{file}: column '{name}'"):
             vocabulary.check_type(value)
-        except ValueError as error:
-            raise ValueError(f"{file}: column '{name}': {error}") from error
     schema.require_id_type(name, value, file, schema.table_of(name))
 
 
@@ -105,10 +104,10 @@ def padding_rows(like: pa.Table, num_rows: int) -> pa.Table:
 
 def usable_table(
     table: pa.Table, schema: Schema, positions: np.ndarray, report: ReportColumn
-) -> pa.Table:
-    """Return the columns of a chunk in canonical types, with padding rows in place of bad ones.
+) -> pa.Table:  # positions int64 [R], in the split
+    """Return the rows at these positions in canonical types, with padding rows for bad ones.
 
-    `positions` int64 [R] are those of its rows in the split; a row counts for its first bad column.
+    A row is reported for its first bad column.
     """
     bad = np.zeros(table.num_rows, bool)
 
@@ -159,13 +158,9 @@ def usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn
     if is_integer:
         limit, owner = schema.limit(name), schema.table_of(name)
         if len(numbers) and (numbers.min() < 0 or numbers.max() >= limit):
-            outside = (numbers < 0) | (numbers >= limit)
-            note_values(
-                outside,
-                f"id outside [0, {limit})",
-                f"id {numbers[outside.argmax()]} is outside [0, {limit}); raise num_embeddings of "
-                f"'{owner}' in schema.yaml or map the ids to rows",
-            )
+            outside, what = (numbers < 0) | (numbers >= limit), f"outside [0, {limit})"
+            fix = f"raise num_embeddings of '{owner}' in schema.yaml or map the ids to rows"
+            note_values(outside, f"id {what}", f"id {numbers[outside.argmax()]} is {what}; {fix}")
         return _cast(array, pa.int64(), is_list_column)
     for bad, reason, fix in _bad_numbers(numbers, column):
         if bad.any():
@@ -194,7 +189,6 @@ def _extra_column(array: pa.Array, name: str, note: ReportColumn) -> pa.Array:
 def _note_values(
     note: ReportColumn, name: str, array: pa.Array, bad: np.ndarray, reason: str, message: str
 ) -> None:  # array [R], of values or lists; bad bool [N]
-    """Note the rows that hold a bad value."""
     if not bad.any():
         return
     if is_list(array.type):

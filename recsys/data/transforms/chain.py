@@ -21,7 +21,7 @@ from recsys.config.parser import meant, problem_of_keys, short
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.schema_columns import Column
 from recsys.data.transforms.steps import STEPS, Fit
-from recsys.storage.location import Location
+from recsys.storage.location import Location, errors_at
 
 KINDS = ("id", "ids", "dense")
 INPUTS = (*KINDS, "sequence")  # kinds that may be the source of another column
@@ -72,11 +72,6 @@ class Call:
     @property
     def without_fit(self) -> Call:
         return Call(self.name, self.settings | dict.fromkeys(self.fitted_settings))
-
-    @property
-    def num_ids(self) -> int | None:
-        count = STEPS[self.name].num_ids
-        return None if count is None else count(**self.settings)
 
     def start_fit(self) -> Fit:
         fit = STEPS[self.name].fit
@@ -160,10 +155,8 @@ def chain_of(name: str, column: Column) -> Chain:
     """Return the chain of a column that has one; a ValueError says which step is unusable."""
     sources, steps = column.sources(name), []
     for number, step in enumerate(column.transform):
-        try:
+        with errors_at(f"transform, step {number + 1}"):
             steps.append(Call.of(step))
-        except ValueError as error:
-            raise ValueError(f"transform, step {number + 1}: {error}") from error
     joins = [number for number, step in enumerate(steps) if STEPS[step.name].joins]
     if len(sources) != 1 and len(joins) != 1:
         raise ValueError(f"reads {len(sources)} columns; name one, or join them by one step cross")
@@ -171,7 +164,8 @@ def chain_of(name: str, column: Column) -> Chain:
         raise ValueError(f"cross joins several columns; write `column: [{sources[0]}, ANOTHER]`")
     if any(STEPS[step.name].fit is not None for step in steps[: joins[0] if joins else 0]):
         raise ValueError("a step before cross is fitted; make a column of its own with that step")
-    size = steps[-1].num_ids if steps else None
+    num_ids = STEPS[steps[-1].name].num_ids if steps else None
+    size = None if num_ids is None else num_ids(**steps[-1].settings)
     if column.vocabulary is None and (column.num_embeddings or size or 0) < (size or 0):
         raise ValueError(
             f"num_embeddings is {column.num_embeddings}, but {steps[-1].name} gives {size} ids; "
@@ -190,10 +184,8 @@ def chains_of(columns: Mapping[str, Column], target_item: str, path: str) -> dic
         if column.kind not in KINDS or name == target_item:
             what = "the target item" if name == target_item else f"of kind {column.kind}"
             raise ValueError(f"{where} is {what}; only features of kinds {KINDS} are transformed")
-        try:
+        with errors_at(where):
             chains[name] = chain_of(name, column)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
         for source in chains[name].sources:
             if source in columns and columns[source].kind not in INPUTS:
                 raise ValueError(

@@ -1,8 +1,7 @@
 """The steps of a column's `transform`: one function each, and its name in `STEPS`.
 
-A step maps N values to N; a row depends on itself alone. Null stays null, except in `fill`. Its
-keyword arguments are its settings; a `Fit` computes those that are fitted on the training rows.
-Shapes: N values, S columns to cross.
+A step maps N values, or S columns of them, to N. Null stays null, except in `fill`. Its keyword
+arguments are its settings; a `Fit` computes those that are fitted on the training rows.
 """
 
 from __future__ import annotations
@@ -20,7 +19,9 @@ from embeddings.vocabulary.fixed import HashVocabulary, is_id_type, mix64
 
 SEPARATOR = "\x1f"  # between crossed values: the ASCII unit separator, which no text has
 ZONED_TEXT = r"[T ].*(Z|[+-]\d\d(:?\d\d)?)$"
-SAMPLED = 1 << 22  # largest number of values with exact quantiles; also the size of a sample
+# Largest number of values with exact quantiles; of more, a sample of this size, without
+# replacement and the same in every run, is used.
+SAMPLED = 1 << 22
 Unit = Literal["s", "ms", "us"]
 
 
@@ -44,10 +45,7 @@ class Moments:
 
 
 class Quantiles:
-    """Boundaries of `quantiles` buckets with nearly equal numbers of values.
-
-    Of more than `SAMPLED` values it uses a sample without replacement, the same in every run.
-    """
+    """Boundaries of `quantiles` buckets with nearly equal numbers of values, or of a sample."""
 
     def __init__(self, quantiles: int, **settings: Any) -> None:
         self.quantiles, self.num_values = quantiles, 0
@@ -166,19 +164,13 @@ def lower(values: pa.Array) -> pa.Array:
     return pc.utf8_lower(values.cast(pa.large_string()))
 
 
-def hour(values: pa.Array, zone: str = "UTC", unit: Unit = "s") -> pa.Array:
-    """Return the hour of a time in a zone, from 0 to 23."""
-    return pc.hour(_moments(values, zone, unit))
+def _of_moment(part: Callable[[pa.Array], pa.Array]) -> Callable[..., pa.Array]:
+    """Return the step that takes a part, counted from 0, of a time or date in a zone."""
 
+    def step(values: pa.Array, zone: str = "UTC", unit: Unit = "s") -> pa.Array:
+        return part(_moments(values, zone, unit))
 
-def weekday(values: pa.Array, zone: str = "UTC", unit: Unit = "s") -> pa.Array:
-    """Return the day of the week of a time or date, from 0, Monday, to 6."""
-    return pc.day_of_week(_moments(values, zone, unit))
-
-
-def day_of_year(values: pa.Array, zone: str = "UTC", unit: Unit = "s") -> pa.Array:
-    """Return the day of the year of a time or date, from 0 to 365."""
-    return pc.subtract(pc.day_of_year(_moments(values, zone, unit)), 1)
+    return step
 
 
 STEPS: dict[str, Step] = {
@@ -195,9 +187,12 @@ STEPS: dict[str, Step] = {
     "hash": Step(hash_ids, lambda buckets, seed: buckets),
     "cross": Step(cross, joins=True),
     "lower": Step(lower),
-    "hour": Step(hour, lambda zone, unit: 24),
-    "weekday": Step(weekday, lambda zone, unit: 7),
-    "day_of_year": Step(day_of_year, lambda zone, unit: 366),
+    "hour": Step(_of_moment(pc.hour), lambda zone, unit: 24),
+    "weekday": Step(_of_moment(pc.day_of_week), lambda zone, unit: 7),  # 0: Monday
+    "day_of_year": Step(
+        _of_moment(lambda moments: pc.subtract(pc.day_of_year(moments), 1)),
+        lambda zone, unit: 366,
+    ),
 }
 
 
