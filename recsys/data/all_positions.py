@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -29,76 +29,67 @@ logger = logging.getLogger(__name__)
 BASE = 0x9E3779B97F4A7C15  # of polynomials modulo 2^64: odd, so that it has an inverse
 
 
-@dataclass(frozen=True)
-class RowSummary:
-    """Tells whether a history is the rows before it: [R] each, of rows without padding."""
+# Tells whether a history is the rows before it: positions, groups and mixed items of rows without
+# padding, lengths of histories, and their hashes, sums of mixed items times BASE ^ age; [R] each.
+Summary = tuple[np.ndarray, ...]
 
-    positions: np.ndarray
-    groups: np.ndarray
-    items: np.ndarray  # uint64, mixed
-    lengths: np.ndarray  # of the histories
-    hashes: np.ndarray  # uint64, of the histories: sums of mixed items times BASE ^ age
 
-    @staticmethod
-    def of(tables: Iterable[pa.Table], rows: RowSource, most_items: int) -> RowSummary:
-        """Summarise a rank's rows; labels other than 1 and too long histories are ValueErrors."""
-        parts = [RowSummary._of(RowColumns.of(table), rows, most_items) for table in tables]
-        return RowSummary(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+def summary_of(table: pa.Table, rows: RowSource, most_items: int) -> Summary:
+    """Summarise some rows; labels other than 1 and too long histories are ValueErrors."""
+    schema, columns = rows.schema, RowColumns.of(table)
+    assert schema.history is not None
+    numbers, lengths = columns.numbers, columns.lengths(schema.history)
+    positions = numbers[ROW_POSITION]
+    is_row = positions >= 0
+    (label,) = schema.of_kind("label")
+    if (wrong := is_row & (numbers[label] != 1)).any():
+        raise ValueError(
+            f"{rows.describe_range(positions[wrong][:1])}: column '{label}' is not 1, and "
+            "ranking.target_positions is all, for which items of a history are positive; set "
+            "it to last"
+        )
+    if (longest := int(lengths.max(initial=0))) > most_items:
+        raise ValueError(
+            f"ranking.recent_items is {most_items}, and a history has {longest} items, which "
+            "ranking.target_positions all reads in one pass; raise ranking.recent_items"
+        )
+    powers = _powers(BASE, longest)
+    ends = np.cumsum(lengths)
+    ages = np.repeat(ends, lengths) - 1 - np.arange(lengths.sum())
+    terms = mix64(columns.values(schema.history)) * powers[ages]
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(terms)])
+    hashes = sums[ends] - sums[ends - lengths]
+    group = numbers[RAW_GROUP if RAW_GROUP in numbers else schema.group]
+    values = positions, group, mix64(numbers[schema.target_item]), lengths, hashes
+    return tuple(array[is_row] for array in values)
 
-    @staticmethod
-    def _of(columns: RowColumns, rows: RowSource, most_items: int) -> tuple[np.ndarray, ...]:
-        schema = rows.schema
-        assert schema.history is not None
-        numbers, lengths = columns.numbers, columns.lengths(schema.history)
-        positions = numbers[ROW_POSITION]
-        is_row = positions >= 0
-        (label,) = schema.of_kind("label")
-        if (wrong := is_row & (numbers[label] != 1)).any():
-            raise ValueError(
-                f"{rows.describe_range(positions[wrong][:1])}: column '{label}' is not 1, and "
-                "ranking.target_positions is all, for which items of a history are positive; set "
-                "it to last"
-            )
-        if (longest := int(lengths.max(initial=0))) > most_items:
-            raise ValueError(
-                f"ranking.recent_items is {most_items}, and a history has {longest} items, which "
-                "ranking.target_positions all reads in one pass; raise ranking.recent_items"
-            )
-        powers = _powers(BASE, longest)
-        ends = np.cumsum(lengths)
-        ages = np.repeat(ends, lengths) - 1 - np.arange(lengths.sum())
-        terms = mix64(columns.values(schema.history)) * powers[ages]
-        sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(terms)])
-        hashes = sums[ends] - sums[ends - lengths]
-        group = numbers[RAW_GROUP if RAW_GROUP in numbers else schema.group]
-        values = positions, group, mix64(numbers[schema.target_item]), lengths, hashes
-        return tuple(array[is_row] for array in values)
 
-    def targets_before(self, num_rows: int) -> np.ndarray:
-        """Return how many history items are targets with each row [R]; -1 for a row left out.
+def targets_before(summaries: Iterable[Summary], num_rows: int) -> np.ndarray:
+    """Return how many history items are targets with each row [R]; -1 for a row left out.
 
-        From each user's last row backwards, a row stands for those that its history lists.
-        """
-        order = np.lexsort((self.positions, self.groups))
-        groups, lengths = self.groups[order], self.lengths[order]
-        places = np.arange(len(order))
-        is_first = np.append(True, groups[1:] != groups[:-1])[: len(order)]
-        first = np.maximum.accumulate(np.where(is_first, places, 0))
-        begin = places - lengths
-        is_whole = begin >= first
-        # The hash of rows [begin, place), as that of a history, by sums of all rows before.
-        powers, inverses = _powers(BASE, len(order)), _powers(pow(BASE, -1, 1 << 64), len(order))
-        sums = np.cumsum(self.items[order] * inverses)
-        sums = np.concatenate([np.zeros(1, np.uint64), sums])
-        expected = (sums[places] - sums[begin.clip(min=0)]) * powers[places - 1]
-        is_whole &= self.hashes[order] == expected
-        stands_for = np.where(is_whole, lengths, 0).tolist()
-        targets = np.full(num_rows, -1)
-        place = len(order) - 1
-        while place >= 0:
-            targets[self.positions[order[place]]] = stands_for[place]
-            place -= stands_for[place] + 1
-        return targets
+    From each user's last row backwards, a row stands for those that its history lists.
+    """
+    positions, groups, items, lengths, hashes = map(np.concatenate, zip(*summaries, strict=True))
+    order = np.lexsort((positions, groups))
+    groups, lengths = groups[order], lengths[order]
+    places = np.arange(len(order))
+    is_first = np.append(True, groups[1:] != groups[:-1])[: len(order)]
+    first = np.maximum.accumulate(np.where(is_first, places, 0))
+    begin = places - lengths
+    is_whole = begin >= first
+    # The hash of rows [begin, place), as that of a history, by sums of all rows before.
+    powers, inverses = _powers(BASE, len(order)), _powers(pow(BASE, -1, 1 << 64), len(order))
+    sums = np.cumsum(items[order] * inverses)
+    sums = np.concatenate([np.zeros(1, np.uint64), sums])
+    expected = (sums[places] - sums[begin.clip(min=0)]) * powers[places - 1]
+    is_whole &= hashes[order] == expected
+    stands_for = np.where(is_whole, lengths, 0).tolist()
+    targets = np.full(num_rows, -1)
+    place = len(order) - 1
+    while place >= 0:
+        targets[positions[order[place]]] = stands_for[place]
+        place -= stands_for[place] + 1
+    return targets
 
 
 def _powers(base: int, count: int) -> np.ndarray:
@@ -131,10 +122,9 @@ def all_positions(rows: RowSource, most_items: int, ranks: Ranks) -> AllPosition
         check_schema(rows.schema)
         share = rows.read_once(*rows.share(ranks.rank, ranks.world_size))
         tables = itertools.chain(share, [rows.padding(1)])  # one of the share is held at a time
-        share_summary = RowSummary.of(tables, rows, most_items)
-    summaries = [vars(part).values() for part in ranks.gather(share_summary)]
-    joined = RowSummary(*(np.concatenate(arrays) for arrays in zip(*summaries, strict=True)))
-    read = AllPositionRows(rows, joined.targets_before(rows.num_rows))
+        summaries = [summary_of(table, rows, most_items) for table in tables]
+    summaries = list(itertools.chain(*ranks.gather(summaries)))
+    read = AllPositionRows(rows, targets_before(summaries, rows.num_rows))
     logger.info(f"{rows.num_rows:,} training rows are read as {read.num_rows:,} histories")
     return read
 
@@ -146,11 +136,8 @@ class AllPositionRows(RowSource):
         self.source, ends = source, np.cumsum([chunk.num_rows for chunk in source.chunks])
         self.targets = np.split(targets_before, ends[:-1])
         counts = [int((targets >= 0).sum()) for targets in self.targets]
-        chunks = [
-            replace(chunk, num_rows=count)
-            for chunk, count in zip(source.chunks, counts, strict=True)
-        ]
-        super().__init__(source.schema, chunks)
+        chunks = zip(source.chunks, counts, strict=True)
+        super().__init__(source.schema, [replace(chunk, num_rows=num) for chunk, num in chunks])
         self.bad_rows = source.bad_rows
 
     def read_chunk(self, number: int) -> pa.Table:

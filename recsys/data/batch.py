@@ -1,9 +1,8 @@
 """Batch: everything one training step needs, moved and pinned as one object.
 
-Shapes: B batch, N history items of the whole batch, U unique history items, E items to encode,
-C of them that run through trained encoders,
-F dense features, P parallel lists, W whole histories, T their items,
-X columns of kind extra, K sampled negatives, C labels, V width of a content vector.
+Shapes: B batch, N history items of the whole batch, U unique ones, E items to encode, C of them
+that run through trained encoders, F dense features, P parallel lists, W whole histories, T their
+items, X columns of kind extra, K sampled negatives, C labels, V width of a content vector.
 """
 
 from __future__ import annotations
@@ -181,17 +180,6 @@ class Batch(Pipelineable):
     It has the fields of `torchrec.datasets.utils.Batch`. `TrainPipelineSparseDist` needs sharded
     features as attributes of the batch, to send their ids ahead of the step.
 
-    Attributes:
-        sparse_features: ids of the pooled tables; None when there are none.
-        sequence_features: ids of the target item (length 1 each), of the history, of further
-            histories and of lists of ids beside them. The history has all ids, or its unique ones.
-        labels: label columns, NaN where one is null.
-        rows: positions, groups and weights of the rows.
-        target: the ranked items.
-        history: the events of each row.
-        content: the items to encode, their content, and the vectors that the bank holds.
-        negatives: the sampled negatives; None without any.
-
     Example::
 
         import pyarrow as pa
@@ -209,8 +197,10 @@ class Batch(Pipelineable):
     """
 
     dense_features: Tensor  # [B, F]
-    sparse_features: KeyedJaggedTensor | None
-    labels: Tensor  # [B, C]
+    sparse_features: KeyedJaggedTensor | None  # ids of the pooled tables, if there are any
+    labels: Tensor  # [B, C], NaN where one is null
+    # Ids of the target item (length 1 each), of the history (all, or its unique ones), of further
+    # histories, and of lists of ids beside them.
     sequence_features: KeyedJaggedTensor
     rows: Rows
     target: TargetItems

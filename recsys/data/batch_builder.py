@@ -93,11 +93,8 @@ class BatchBuilder:
         with_labels: bool = True,
         content_histories: Sequence[str] = (),
     ) -> None:
-        self.schema = schema
-        self.pooled_features = pooled_features
-        self.store = store
-        self.encode_history = encode_history
-        self.with_labels = with_labels
+        self.schema, self.store, self.pooled_features = schema, store, pooled_features
+        self.encode_history, self.with_labels = encode_history, with_labels
         self.content_histories = content_histories
         self.unique_items = UniqueItems(schema.item_id_limit or 2**63)  # raw ids have no limit
 
@@ -119,11 +116,9 @@ class BatchBuilder:
         content_index = dict(zip(self.content_histories, further_index, strict=True))
         encoded = np.concatenate([target, history_items]) if self.encode_history else target
         content_items, encoded_index = self.unique_items(encoded)
-        labels = (
-            _columns(rows, schema.of_kind("label"))
-            if self.with_labels
-            else torch.zeros(num_rows, len(schema.of_kind("label")))
-        )
+        further = [self._further(rows, columns, content_index) for columns in schema.histories[1:]]
+        names = schema.of_kind("label")
+        labels = _columns(rows, names) if self.with_labels else torch.zeros(num_rows, len(names))
         return Batch(
             dense_features=_columns(rows, schema.of_kind("dense")),
             sparse_features=self._pooled(read),
@@ -138,9 +133,7 @@ class BatchBuilder:
                 index=torch.from_numpy(history_index),
                 items=torch.from_numpy(history_items),
                 host_lengths=history_lengths,
-                further=[
-                    self._further(rows, columns, content_index) for columns in schema.histories[1:]
-                ],
+                further=further,
                 whole=whole and whole.among(history_items),
             ),
             content=BatchContent(
@@ -171,7 +164,6 @@ class BatchBuilder:
     def _further(
         self, rows: RowColumns, history: HistoryColumns, content_index: dict[str, np.ndarray]
     ) -> FurtherHistory:
-        """Return a history after the first, without its ids."""
         lengths = rows.lengths(history.name) // self.schema.rows_per_id(history.name)
         values = _stacked([rows.values(name) for name in history.numbers], int(lengths.sum()))
         index = content_index.get(history.name, np.zeros(0, np.int64))
@@ -179,18 +171,14 @@ class BatchBuilder:
         return FurtherHistory(torch.from_numpy(lengths), values, longest, torch.from_numpy(index))
 
     def _pooled(self, rows: RowColumns) -> KeyedJaggedTensor | None:
-        names = self.pooled_features
-        if not names:
+        if not (names := self.pooled_features):
             return None
         parts = ((rows.values(name), rows.lengths(name)) for name in names)
         return keyed_jagged(names, *zip(*parts))
 
     def _sequences(
-        self,
-        rows: RowColumns,
-        target: np.ndarray,  # [B]
-        history: np.ndarray,  # [U]
-    ) -> KeyedJaggedTensor:
+        self, rows: RowColumns, target: np.ndarray, history: np.ndarray
+    ) -> KeyedJaggedTensor:  # target [B], history [U]
         """Return the ids of target and events; those of the history are unique."""
         # Unique ids belong to no row; a KeyedJaggedTensor needs every id in one: the first.
         lengths = np.zeros(rows.num_rows, np.int64)

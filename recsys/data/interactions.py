@@ -1,8 +1,4 @@
-"""Impressions -> the batches of one rank, built ahead of the trainer.
-
-Threads run jobs ahead of the use of their results, in order and within bounds.
-Shapes: R rows of a window.
-"""
+"""Impressions -> the batches of one rank, which threads build ahead of the trainer, in order."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -22,43 +18,28 @@ import torch
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.parquet.columns import RowColumns
-from recsys.data.row_source import (
-    EpochShare,
-    RowSource,
-    Slice,
-    Stage,
-    Window,
-    between,
-    num_batches_of,
-    rows_before,
-)
+from recsys.data.row_source import RowSource, Slice, Stage, Window, between, rank_shares
 
 T = TypeVar("T")
 # Accepts a job and returns the function that waits for its result or raises its error: `cache`,
-# which runs the job at the first call, or `submit_to` a pool of threads.
+# which runs the job at the first call, or that of a pool of `threads`.
 Submit = Callable[[Callable[[], Any]], Callable[[], Any]]
+WindowRows = tuple[RowColumns, np.ndarray]  # a window that was read, and the order of its rows
+AHEAD = 2  # batches in progress per building thread
+MOST_THREADS = 4  # that `auto` takes beside a GPU, whose steps are shorter than those of a CPU
 
 
 @contextmanager
-def threads(count: int, name: str) -> Generator[ThreadPoolExecutor]:
-    """Open a pool of threads; on exit, drop jobs that have not begun and wait for the others."""
-    pool = ThreadPoolExecutor(count, name, *_on_device())
+def threads(count: int, name: str) -> Generator[Submit]:
+    """Run jobs in a pool; on exit, drop those that have not begun and wait for the others."""
+    initializer: tuple[Any, ...] = ()
+    if torch.cuda.is_initialized():  # new threads would use GPU 0
+        initializer = torch.cuda.set_device, (torch.cuda.current_device(),)
+    pool = ThreadPoolExecutor(count, name, *initializer)
     try:
-        yield pool
+        yield lambda job: pool.submit(job).result
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def submit_to(pool: ThreadPoolExecutor) -> Submit:
-    """Return a function that runs jobs in the pool."""
-    return lambda job: pool.submit(job).result
-
-
-def _on_device() -> tuple[Callable[[int], None], tuple[int]] | tuple[()]:
-    """Return an initializer that sets this thread's GPU; new threads would use GPU 0."""
-    if not torch.cuda.is_initialized():
-        return ()
-    return torch.cuda.set_device, (torch.cuda.current_device(),)
 
 
 def in_order(jobs: Iterable[Callable[[], T]], submit: Submit, ahead: int) -> Generator[T]:
@@ -72,17 +53,10 @@ def in_order(jobs: Iterable[Callable[[], T]], submit: Submit, ahead: int) -> Gen
         yield pending.popleft()()
 
 
-AHEAD = 2  # batches in progress per building thread
-
-
-WindowRows = tuple[RowColumns, np.ndarray]  # a window that was read, and the order of its rows [R]
-
-
 class Interactions:
-    """Batches of one rank's share of a split.
+    """Batches of one rank's share of a split: as many on all ranks, and of the same sizes.
 
-    All ranks get as many batches of the same sizes, as collectives require. A rank with fewer rows
-    adds a padding row. `seed` shuffles the rows, differently in each epoch; None keeps their order.
+    A rank with fewer rows adds a padding row. `seed` shuffles the rows, differently in each epoch.
     """
 
     def __init__(
@@ -104,23 +78,21 @@ class Interactions:
         self.begin(0)
 
     def begin(self, epoch: int, stages: Sequence[Stage] = (), first_batch: int = 0) -> None:
-        """Set the position at which the next iteration starts.
-
-        `stages` are parts of this epoch that other numbers of ranks or batch sizes have read;
-        `first_batch` counts the batches of the remaining rows that are read.
-        """
+        """Go to batch `first_batch` of the rows that `stages`, with other ranks or sizes, left."""
         self.epoch, self.first_batch = epoch, first_batch
         self.shuffle_seed = None if self.seed is None else (self.seed, epoch)
-        self.share = EpochShare.of(self.rows, stages, self.rank, self.world_size, self.shuffle_seed)
-        self.num_batches = num_batches_of(self.share.num_rows, self.batch_size)
+        shares = rank_shares(self.rows, stages, self.world_size, self.shuffle_seed)
+        self.slices, self.remaining = shares[self.rank], sum(len(part) for part in chain(*shares))
+        self.share_rows = -(-self.remaining // self.world_size)  # of the largest share
+        self.num_batches = -(-self.share_rows // self.batch_size)  # of nearly equal sizes
 
     def batches_until(self, part: int, parts: int) -> int:
         """Return the number of batches of this share in the first `part` of `parts` of an epoch."""
-        remaining = self.rows.num_rows - self.share.rows_done
-        if part == parts or not remaining:
+        if part == parts or not self.remaining:
             return self.num_batches
-        rows = self.rows.num_rows * part - self.share.rows_done * parts
-        return max(0, rows * self.num_batches // (remaining * parts))
+        rows_done = self.rows.num_rows - self.remaining
+        rows = self.rows.num_rows * part - rows_done * parts
+        return max(0, rows * self.num_batches // (self.remaining * parts))
 
     def __len__(self) -> int:
         return self.num_batches - self.first_batch
@@ -131,11 +103,11 @@ class Interactions:
 
     def jobs(self, submit: Submit) -> Iterator[Callable[[], Batch]]:
         """Yield one job per batch. While a window is in use, the next is being read."""
-        slices, starts = self.share.slices, [0, *accumulate(map(len, self.share.slices))]
+        slices, starts = self.slices, [0, *accumulate(map(len, self.slices))]
         windows: dict[Window, Callable[[], WindowRows]] = {}
         for batch in range(self.first_batch, self.num_batches):
-            low = rows_before(batch, self.share.num_rows, self.num_batches)
-            high = rows_before(batch + 1, self.share.num_rows, self.num_batches)
+            low = self.share_rows * batch // self.num_batches
+            high = self.share_rows * (batch + 1) // self.num_batches
             first, last = bisect_right(starts, low) - 1, bisect_left(starts, high)
             parts = between(slices[first:last], low - starts[first], high - starts[first])
             if parts:
@@ -162,16 +134,12 @@ class Interactions:
         return self.build(RowColumns.concat(rows))
 
 
-MOST_THREADS = 4  # that `auto` takes beside a GPU, whose steps are shorter than those of a CPU
-
-
 def builder_threads(for_gpu: bool) -> int:
     """Return the threads that `num_workers: auto` stands for: beside a GPU a rank's free cores."""
     if not for_gpu:
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(max((cores or 1) // ranks - 2, 1), MOST_THREADS)  # of the step, and the reader
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(max(cores - 2, 1), MOST_THREADS)  # two are for the step and the reader
 
 
 def loader(
@@ -186,13 +154,13 @@ def loader(
 
     def batches(read: Submit, build: Submit, ahead: int) -> Iterator[Batch]:
         jobs = interactions.jobs(read)
-        return in_order(
-            (partial(pinned, job) for job in jobs) if pin_memory else jobs, build, ahead
-        )
+        if pin_memory:
+            jobs = (partial(pinned, job) for job in jobs)
+        return in_order(jobs, build, ahead)
 
     if not num_workers:
         yield from batches(cache, cache, 0)
         return
     # Stop the reader first: builders may block on it.
-    with threads(num_workers, "build") as builders, threads(1, "read") as reader:
-        yield from batches(submit_to(reader), submit_to(builders), AHEAD * num_workers)
+    with threads(num_workers, "build") as build, threads(1, "read") as read:
+        yield from batches(read, build, AHEAD * num_workers)

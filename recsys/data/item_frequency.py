@@ -1,7 +1,6 @@
 """Counts the training rows of each item, and ranges of numbers, as rows are read.
 
-Rows are split by their item into warm, cold and unseen ones. Unscaled numbers dominate all other
-inputs of a model. Shapes: N rows, U items with training rows.
+Unscaled numbers dominate all other inputs. Shapes: N rows, U items with training rows.
 """
 
 from __future__ import annotations
@@ -28,6 +27,9 @@ COLD_BELOW = 5  # an item with fewer training rows is cold
 PARTS = ("all", "warm", "cold", "unseen")
 BLOCK = 1 << 24  # ids that ranks add up at once: 128 MiB of counts
 LEAST_MERGED = 1 << 20  # least number of counted items that are merged at once
+BLOCK_VALUES = 1 << 16
+LARGEST = 1000.0  # absolute value from which on a dense column is reported as unscaled
+WIDE = 3.0  # absolute value from which on numbers outweigh vectors, whose values are below 1
 
 
 def frequency_masks(item_counts: np.ndarray) -> dict[str, np.ndarray]:  # [N], int -> [N], bool each
@@ -114,30 +116,21 @@ def rows_that_count(table: pa.Table, schema: Schema) -> np.ndarray:  # table R r
     return is_row if schema.weight is None else is_row & (table[schema.weight].to_numpy() > 0)
 
 
-def rows_of_items(table: pa.Table, schema: Schema) -> np.ndarray:  # table R rows -> bool [R]
-    """Return a mask of the rows that count for their item: `rows_that_count`, none drawn."""
-    counted = rows_that_count(table, schema)
-    return counted if schema.sampled is None else counted & (table[schema.sampled].to_numpy() == 0)
-
-
 def count_items(
     rows: RowSource, rank: int, world_size: int, also: Callable[[pa.Table], None] | None = None
 ) -> ItemCounts:
-    """Count the target items of a rank's share (see `rows_of_items`); `also` gets each chunk."""
-    counts, waiting = ItemCounts.sum_of([]), list[ItemCounts]()
+    """Count the items of a rank's rows that count and were not drawn; `also` gets each chunk."""
+    schema, counts, waiting = rows.schema, ItemCounts.sum_of([]), list[ItemCounts]()
     for table in rows.read_once(*rows.share(rank, world_size)):
         if also is not None:
             also(table)
-        is_counted = rows_of_items(table, rows.schema)
-        waiting.append(ItemCounts.of_rows(table[rows.schema.target_item].to_numpy()[is_counted]))
+        is_counted = rows_that_count(table, schema)
+        if schema.sampled is not None:
+            is_counted &= table[schema.sampled].to_numpy() == 0
+        waiting.append(ItemCounts.of_rows(table[schema.target_item].to_numpy()[is_counted]))
         if sum(len(part.items) for part in waiting) > max(len(counts.items), LEAST_MERGED):
             counts, waiting = ItemCounts.sum_of([counts, *waiting]), []
     return ItemCounts.sum_of([counts, *waiting])
-
-
-BLOCK_VALUES = 1 << 16
-LARGEST = 1000.0  # absolute value from which on a dense column is reported as unscaled
-WIDE = 3.0  # absolute value from which on numbers outweigh vectors, whose values are below 1
 
 
 @dataclass
@@ -155,15 +148,8 @@ class NumberRange:
         # In blocks, as their copies in float64 then stay in the cache.
         blocks = (values[low : low + BLOCK_VALUES] for low in range(0, len(values), BLOCK_VALUES))
         squares = sum(float(np.square(block, dtype=np.float64).sum()) for block in blocks)
-        self.include(
-            NumberRange(
-                float(values.min(initial=math.inf)),
-                float(values.max(initial=-math.inf)),
-                len(values),
-                total,
-                squares,
-            )
-        )
+        ends = float(values.min(initial=math.inf)), float(values.max(initial=-math.inf))
+        self.include(NumberRange(*ends, len(values), total, squares))
 
     def include(self, other: NumberRange) -> None:
         self.least = min(self.least, other.least)
@@ -206,8 +192,8 @@ class NumberRanges:
         """Return the ranges over the rows of all ranks, on each. A collective."""
         gathered = ranks.gather(self.by_column)
         self.by_column = {name: NumberRange() for name in self.by_column}
-        for ranges in gathered:
-            for name, column in self.by_column.items():
+        for name, column in self.by_column.items():
+            for ranges in gathered:
                 column.include(ranges[name])
         return self.by_column
 

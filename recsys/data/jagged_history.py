@@ -1,8 +1,7 @@
 """Histories as an index into their unique items, and the arithmetic on it, without padding.
 
 `dot` and `weighted_sum` allocate no [N, D]; their kernels are those of `embedding_bag`.
-Shapes: B batch, U unique items, N history items of the batch, P some of them, D dimension,
-K any width.
+Shapes: B batch, U unique items, N items of all histories, P some of them, D dimension, K any width.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ class JaggedHistory:
 
     @staticmethod
     def of(
-        index: Tensor,  # [N]
-        lengths: Tensor,  # [B]
+        index: Tensor,
+        lengths: Tensor,
         num_items: int,
         longest: int | None = None,
         host_lengths: np.ndarray | None = None,
@@ -46,9 +45,8 @@ class JaggedHistory:
         batch = torch.arange(len(lengths), device=lengths.device)
         rows = torch.repeat_interleave(batch, lengths, output_size=len(index))
         longest = int(lengths.max()) if longest is None else longest
-        return JaggedHistory(
-            index, lengths, offsets, rows, max(longest, 1), num_items, host_lengths
-        )
+        sizes = max(longest, 1), num_items
+        return JaggedHistory(index, lengths, offsets, rows, *sizes, host_lengths)
 
     @property
     def is_shared(self) -> bool:
@@ -68,15 +66,12 @@ class JaggedHistory:
         return replace(self, index=self.places, num_items=len(self.places))
 
     def select(self, places: Tensor, count: int | None = None) -> JaggedHistory:
-        """Return the histories reduced to places [P], ascending, over the same unique items.
-
-        `count` is given where each row keeps so many, or all if it has fewer.
-        """
+        """Return the histories of places [P], ascending; `count`: each row keeps up to so many."""
         lengths, host_lengths = _counts(self.rows[places], len(self.lengths)), None
         if count is not None and self.host_lengths is not None:
             host_lengths = self.host_lengths.clip(max=count)
-        index = self.index[places]
-        return JaggedHistory.of(index, lengths, self.num_items, self.longest, host_lengths)
+        sizes = self.num_items, self.longest
+        return JaggedHistory.of(self.index[places], lengths, *sizes, host_lengths)
 
     def highest(self, scores: Tensor, count: int) -> Tensor:  # [N] -> [P], ascending
         """Return the places of the `count` highest scores of each row; later ones win ties."""
@@ -129,7 +124,6 @@ class JaggedHistory:
         return self._computed[name]
 
     def _apply(self, name: str, *inputs: Tensor) -> Tensor:
-        """Apply an autograd function of this history."""
         if torch.compiler.is_dynamo_compiling():
             tensors = self.index, self.lengths, self.offsets, self.rows
             return _apply_in_graph(name, list(inputs), *tensors, self.longest, self.num_items)
@@ -162,10 +156,7 @@ class JaggedHistory:
         return self._apply("softmax", columns.contiguous()).view(scores.shape)
 
     def maximum(self, values: Tensor, if_empty: float) -> Tensor:
-        """Return maxima of [N, K] by row: [B, K]; `if_empty` for an empty row.
-
-        Equal maxima share the gradient; `torch.segment_reduce` (2.13) shares positive ones alone.
-        """
+        """Return maxima of [N, K] by row: [B, K]; `if_empty` for an empty row."""
         detached = values.detach()
         # `unsafe`: checks of the lengths would wait for a GPU.
         maxima = torch.segment_reduce(
@@ -173,6 +164,7 @@ class JaggedHistory:
         )
         if not values.requires_grad:
             return maxima
+        # Equal maxima share the gradient; segment_reduce (2.13) would share positive ones alone.
         highest = (detached == self.spread(maxima)).to(values.dtype)  # [N, K]
         shares = highest / self.spread(self.sum(highest).clamp(min=1))
         return maxima + self.sum((values - detached) * shares)  # a sum of zeros, for its gradient
@@ -182,11 +174,6 @@ class JaggedHistory:
         places = self.places - self.offsets[self.rows]
         padded = values.new_full((self.lengths.shape[0], self.longest), fill)
         return padded.index_put((self.rows, places), values)
-
-    def _sum_items(self, weights: Tensor, vectors: Tensor) -> Tensor:
-        """Return the sum over each item's places of weights [N] times vectors[rows]: [U, D]."""
-        order, rows, offsets = self.by_item
-        return _bag(rows, vectors, offsets, weights[order])
 
 
 def _stable_order(numbers: Tensor, limit: int) -> Tensor:
@@ -217,70 +204,59 @@ def _bag(index: Tensor, vectors: Tensor, offsets: Tensor, weights: Tensor | None
     )
 
 
-class _Gather(torch.autograd.Function):
-    """Autograd of items [U, K] -> [N, K]."""
-
-    @staticmethod
-    def forward(ctx: Any, items: Tensor, history: JaggedHistory) -> Tensor:
-        ctx.history = history
-        return items.index_select(0, history.index)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        order, _, offsets = ctx.history.by_item
-        return _bag(order, gradient, offsets, None), None
+def _of_rows(history: JaggedHistory, rows: Tensor) -> Tensor:  # [B, K] -> [N, K]
+    return rows.index_select(0, history.rows)
 
 
-class _Spread(torch.autograd.Function):
-    """Autograd of rows [B, K] -> [N, K]."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, history: JaggedHistory) -> Tensor:
-        ctx.history = history
-        return rows.index_select(0, history.rows)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _row_sums(gradient, ctx.history), None
-
-
-class _Sum(torch.autograd.Function):
-    """Autograd of values [N, K] -> sums [B, K]."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, history: JaggedHistory) -> Tensor:
-        ctx.history = history
-        return _row_sums(values, history)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient.index_select(0, ctx.history.rows), None
-
-
-def _row_sums(values: Tensor, history: JaggedHistory) -> Tensor:
-    """Sum values [N, K] by row: [B, K]."""
+def _row_sums(history: JaggedHistory, values: Tensor) -> Tensor:  # [N, K] -> [B, K]
     return _bag(history.places, values, history.offsets, None)
 
 
-class _Dot(torch.autograd.Function):
-    """Autograd of queries [B, D], items [U, D] -> dot products [N]."""
+def _of_items(history: JaggedHistory, items: Tensor) -> Tensor:  # [U, K] -> [N, K]
+    return items.index_select(0, history.index)
 
-    @staticmethod
-    def forward(ctx: Any, queries: Tensor, items: Tensor, history: JaggedHistory) -> Tensor:
-        ctx.history = history
-        ctx.save_for_backward(queries, items)
-        parts = queries.contiguous(), items.contiguous(), history.index, history.offsets[:-1]
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(*parts, history.rows, 0)
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        queries, items = ctx.saved_tensors
-        history, (wants_queries, wants_items, _) = ctx.history, ctx.needs_input_grad
-        return (
-            _bag(history.index, items, history.offsets, gradient) if wants_queries else None,
-            history._sum_items(gradient, queries) if wants_items else None,
-            None,
-        )
+def _item_sums(history: JaggedHistory, values: Tensor) -> Tensor:  # [N, K] -> [U, K]
+    order, _, offsets = history.by_item
+    return _bag(order, values, offsets, None)
+
+
+def _dot(history: JaggedHistory, queries: Tensor, items: Tensor) -> Tensor:
+    parts = queries.contiguous(), items.contiguous(), history.index, history.offsets[:-1]
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(*parts, history.rows, 0)
+
+
+def _weighted_sum(history: JaggedHistory, weights: Tensor, items: Tensor) -> Tensor:
+    return _bag(history.index, items, history.offsets, weights)
+
+
+def _weighted_item_sums(history: JaggedHistory, weights: Tensor, rows: Tensor) -> Tensor:
+    """Sum weights [N] times rows [B, D] over the places of each item: [U, D]."""
+    order, rows_of_places, offsets = history.by_item
+    return _bag(rows_of_places, rows, offsets, weights[order])
+
+
+def _multilinear(apply: Callable[..., Tensor], *gradients: Callable[..., Tensor]) -> Any:
+    """Return the autograd function of a map that is linear in each input.
+
+    The gradient of an only input takes the output's; that of one of several takes all, too.
+    """
+
+    class Multilinear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Tensor:
+            *inputs, history = arguments
+            ctx.history = history
+            ctx.save_for_backward(*(inputs if len(inputs) > 1 else []))
+            return apply(history, *inputs)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Any:
+            parts = ctx.history, gradient, *ctx.saved_tensors
+            pairs = zip(gradients, ctx.needs_input_grad)  # the history has none
+            return *(function(*parts) if is_needed else None for function, is_needed in pairs), None
+
+    return Multilinear
 
 
 class _Softmax(torch.autograd.Function):
@@ -310,34 +286,22 @@ class _Softmax(torch.autograd.Function):
         return backward(gradient, softmax, history.offsets, history.longest), None
 
 
-class _WeightedSum(torch.autograd.Function):
-    """Autograd of weights [N], items [U, D] -> sums [B, D]."""
-
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, items: Tensor, history: JaggedHistory) -> Tensor:
-        ctx.history = history
-        ctx.save_for_backward(weights, items)
-        return _bag(history.index, items, history.offsets, weights)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        weights, items = ctx.saved_tensors
-        history, (wants_weights, wants_items, _) = ctx.history, ctx.needs_input_grad
-        return (
-            history.dot(gradient, items) if wants_weights else None,
-            history._sum_items(weights, gradient) if wants_items else None,
-            None,
-        )
-
-
 # By name, since torch.compile has no types as keys.
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
-    "gather": _Gather,
-    "spread": _Spread,
-    "sum": _Sum,
-    "dot": _Dot,
+    "gather": _multilinear(_of_items, _item_sums),
+    "spread": _multilinear(_of_rows, _row_sums),
+    "sum": _multilinear(_row_sums, _of_rows),
+    "dot": _multilinear(
+        _dot,
+        lambda history, gradient, queries, items: _weighted_sum(history, gradient, items),
+        lambda history, gradient, queries, items: _weighted_item_sums(history, gradient, queries),
+    ),
+    "weighted_sum": _multilinear(
+        _weighted_sum,
+        lambda history, gradient, weights, items: history.dot(gradient, items),
+        lambda history, gradient, weights, items: _weighted_item_sums(history, weights, gradient),
+    ),
     "softmax": _Softmax,
-    "weighted_sum": _WeightedSum,
 }
 
 

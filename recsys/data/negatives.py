@@ -27,29 +27,24 @@ class NegativeSampler:
     """Adds negatives and their log-probabilities to batches, for `RetrievalLoss`."""
 
     def __init__(self, settings: RetrievalSettings, num_items: int, target_item: str) -> None:
-        self.settings = settings
-        self.num_items = num_items
+        self.settings, self.num_items = settings, num_items
         self.feature = negatives_feature(settings, target_item)
-        self.use_counts(ItemCounts.sum_of([]))
-
-    def use_counts(self, counts: ItemCounts) -> None:
-        """Set the number of training rows of each item; before, all items are drawn alike."""
-        self._counts = counts
+        self.counts = ItemCounts.sum_of([])  # of training rows; without, all are drawn alike
 
     def log_q(self, items: torch.Tensor) -> torch.Tensor:  # int64 [N] -> [N]
         """Return the log of each item's probability; unknown items count as the rarest."""
         if not self.settings.log_q_correction or self.settings.loss == "full_softmax":
             return torch.zeros(len(items))
-        ids, total = items.numpy(), self._counts.counts.sum()
+        ids, total = items.numpy(), self.counts.counts.sum()
         if self.settings.loss == "in_batch_softmax" and total:
-            log_q = np.log(self._counts.of(ids).clip(min=1) / total)
+            log_q = np.log(self.counts.of(ids).clip(min=1) / total)
         else:
             log_q = np.full(len(ids), -np.log(self._num_drawn))
         return torch.from_numpy(log_q.astype(np.float32))
 
     @property
     def _num_drawn(self) -> int:
-        return len(self._counts.items) or self.num_items
+        return len(self.counts.items) or self.num_items
 
     def __call__(self, batch: Batch, draw: tuple[int, int, int], training: bool) -> Batch:
         """Return a batch, on the host, with log Q and, in training, this draw's negatives."""
@@ -70,7 +65,7 @@ class NegativeSampler:
         else:
             random, count = np.random.default_rng(draw), self.settings.num_negatives
             places = random.integers(self._num_drawn, size=count)
-        return self._counts.items[places] if len(self._counts.items) else places
+        return self.counts.items[places] if len(self.counts.items) else places
 
 
 def with_ids(

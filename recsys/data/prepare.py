@@ -1,7 +1,6 @@
 """`recsys prepare vocabulary` and `transforms`: what a dataset needs once, before any training.
 
-A map of raw ids to rows that is built again keeps its rows and appends new ids, so that earlier
-models stay valid. Steps of transformed columns are fitted on the training rows.
+A map of raw ids that is built again appends new ids, so that earlier models stay valid.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from recsys.data.transforms.chain import (
     write_fitted,
 )
 from recsys.data.transforms.columns import TransformedRows, check_types, read_columns
-from recsys.storage.location import Location
+from recsys.storage.location import Location, errors_at
 
 SPLITS = ("train", "valid", "test")
 ITEMS = "items"
@@ -53,65 +52,51 @@ def prepare_vocabularies(data: str) -> list[PreparedVocabulary]:
             f"{root}/schema.yaml: no column has a vocabulary of kind exact; set it for a column of "
             "raw ids"
         )
-    extended = [_extended(root, schema, table) for table in tables]
-    for prepared, vocabulary in extended:
-        _write(vocabulary, prepared.file)
-    return [prepared for prepared, _ in extended]
+    prepared, extended = [], []
+    for table in tables:
+        file, vocabulary = vocabulary_file(root, table), ExactVocabulary(MOST_ROWS)
+        if file.exists():
+            vocabulary = ExactVocabulary.load(file.path, MOST_ROWS, file.arrow)
+        num_new = _extend(root, schema, table, vocabulary, (*SPLITS, ITEMS))
+        schema.make_room(table, len(vocabulary))
+        sizes = len(vocabulary), num_new, schema.limit(table), schema.grown.get(table)
+        prepared.append(PreparedVocabulary(file, *sizes))
+        extended.append((file, vocabulary))
+    for file, vocabulary in extended:
+        folder, name = file.path.rsplit("/", 1)
+        partial = f"{folder}/.{name}.partial"
+        file.filesystem.makedirs(folder, exist_ok=True)
+        vocabulary.save(partial, file.arrow)
+        file.filesystem.mv(partial, file.path)
+    return prepared
 
 
 def new_ids(
     root: Location, schema: Schema, split: str | None, maps: Mapping[str, ExactVocabulary]
 ) -> dict[str, pa.Array]:
     """Return, by table, the ids of a split (None: of the items) that its map does not have yet."""
-    folders, ids = [ITEMS if split is None else split], {}
+    ids = {}
     for table in schema.tables_with("exact"):
         vocabulary = ExactVocabulary(MOST_ROWS)
-        if table in maps:
-            vocabulary.extend([maps[table].ids])
-        num_before = len(vocabulary)
-        _extend(root, schema, table, vocabulary, folders)
+        num_before = vocabulary.extend([maps[table].ids]) if table in maps else 0
+        _extend(root, schema, table, vocabulary, [split or ITEMS])
         ids[table] = vocabulary.ids.slice(num_before)
     return ids
 
 
-def _extended(
-    root: Location, schema: Schema, table: str
-) -> tuple[PreparedVocabulary, ExactVocabulary]:
-    file, vocabulary = vocabulary_file(root, table), ExactVocabulary(MOST_ROWS)
-    if file.exists():
-        vocabulary = ExactVocabulary.load(file.path, MOST_ROWS, file.arrow)
-    num_new = _extend(root, schema, table, vocabulary, (*SPLITS, ITEMS))
-    schema.make_room(table, len(vocabulary))
-    rows = schema.limit(table), schema.grown.get(table)
-    return PreparedVocabulary(file, len(vocabulary), num_new, *rows), vocabulary
-
-
 def _extend(
-    root: Location,
-    schema: Schema,
-    table: str,
-    vocabulary: ExactVocabulary,
-    folders: Sequence[str],
+    root: Location, schema: Schema, table: str, vocabulary: ExactVocabulary, folders: Sequence[str]
 ) -> int:
     """Add the ids in some folders to the vocabulary of a table; return the number of new ones."""
-    try:
+    with errors_at(f"vocabulary of column '{table}' in {root}/schema.yaml"):
         return vocabulary.extend(_raw_ids(root, schema, table, vocabulary, folders))
-    except ValueError as error:
-        raise ValueError(
-            f"vocabulary of column '{table}' in {root}/schema.yaml: {error}"
-        ) from error
 
 
 def _raw_ids(
-    root: Location,
-    schema: Schema,
-    table: str,
-    vocabulary: ExactVocabulary,
-    folders: Sequence[str],
+    root: Location, schema: Schema, table: str, vocabulary: ExactVocabulary, folders: Sequence[str]
 ) -> Iterator[pa.Array]:
     """Yield ids of a table without nulls, one row group of one column at a time."""
-    columns = [name for name in schema.columns if schema.vocabulary_of(name) is not None]
-    columns = [name for name in columns if schema.table_of(name) == table]
+    columns = [name for name in schema.columns if schema.table_of(name) == table]
     splits = [folder for folder in folders if folder != ITEMS]
     places = [(split, name) for split in splits for name in columns]
     if ITEMS in folders and schema.items is not None and table == schema.target_item:
@@ -132,7 +117,12 @@ def _raw_ids(
                         "write it so, or change its kind in schema.yaml"
                     )
                 ids = chunk.flatten() if takes_lists else chunk
-                _check_type(file, name, ids.type, vocabulary)
+                with errors_at(f"{file}: column '{name}'"):
+                    if not is_id_type(ids.type):
+                        raise ValueError(
+                            f"type {ids.type}, expected integer or string; write it so"
+                        )
+                    vocabulary.check_type(ids.type)
                 yield ids.drop_null()
 
 
@@ -146,24 +136,6 @@ def _chunks(file: Location, name: str, schema: Schema | None) -> Iterator[pa.Arr
             if schema is not None:
                 table = read_columns(table, schema, [name], str(file))
             yield from table[name].chunks
-
-
-def _check_type(file: Location, name: str, kind: pa.DataType, vocabulary: ExactVocabulary) -> None:
-    """Check that ids have a type that a vocabulary accepts, the same in all files."""
-    try:
-        if not is_id_type(kind):
-            raise ValueError(f"type {kind}, expected integer or string; write it so")
-        vocabulary.check_type(kind)
-    except ValueError as error:
-        raise ValueError(f"{file}: column '{name}': {error}") from error
-
-
-def _write(vocabulary: ExactVocabulary, file: Location) -> None:
-    folder, name = file.path.rsplit("/", 1)
-    partial = Location(file.filesystem, f"{folder}/.{name}.partial")
-    file.filesystem.makedirs(folder, exist_ok=True)
-    vocabulary.save(partial.path, file.arrow)
-    file.filesystem.mv(partial.path, file.path)
 
 
 def format_prepared(prepared: list[PreparedVocabulary]) -> str:
@@ -189,7 +161,7 @@ def prepare_transforms(data: str) -> dict[str, Chain]:
 def fit_transforms(root: Location) -> dict[str, Chain]:
     """Do `prepare_transforms`; do nothing if no transform needs fitted values."""
     schema = read_schema(root)
-    if not _unfitted(schema):
+    if not _steps_to_fit(schema.transforms):
         return {}
     fit_chains(root, schema, "train")
     write_fitted(schema.transforms, root)
@@ -198,12 +170,21 @@ def fit_transforms(root: Location) -> dict[str, Chain]:
 
 def fit_chains(root: Location, schema: Schema, folder: str) -> None:
     """Fit the steps of a schema's columns that are not fitted on the rows in a folder."""
-    while unfitted := _unfitted(schema):
-        ready = {
-            name: number for name, number in unfitted.items() if not _reads_unfitted(schema, name)
-        }
-        _fit(root, schema, folder, ready)
-    for name, chain in schema.transforms.items():
+    chains = schema.transforms
+    while steps := _steps_to_fit(chains):
+        fits = {name: chains[name].steps[number].start_fit() for name, number in steps.items()}
+        for rows in _rows(root / folder, schema, list(steps)):
+            for name, number in steps.items():
+                values = rows.before_step(name, number)
+                values = values.flatten() if is_list(values.type) else values
+                numbers = values.cast(pa.float64(), safe=False).drop_null().to_numpy(False)
+                if np.isfinite(numbers).any():
+                    fits[name].add(numbers[np.isfinite(numbers)])
+        for name, number in steps.items():
+            if not fits[name].num_values:
+                raise ValueError(f"{root / folder}: column '{name}' has no finite value to fit")
+            chains[name] = chains[name].fitted(number, fits[name].result())
+    for name, chain in chains.items():
         set_chain(schema.columns[name], chain)
 
 
@@ -235,40 +216,22 @@ def format_fitted(chains: dict[str, Chain]) -> str:
     """Return a line for each fitted step."""
     lines = []
     for name, chain in chains.items():
-        for step, bare in zip(chain.steps, chain.without_fit.steps, strict=True):
-            if step != bare:
+        for step in chain.steps:
+            if step != step.without_fit:
                 parts = [f"{part} {short(step.settings[part])}" for part in step.fitted_settings]
                 lines.append(f"{name}: {step.name}: {', '.join(parts)}")
     return "\n".join(lines)
 
 
-def _unfitted(schema: Schema) -> dict[str, int]:
-    numbers = {name: chain.unfitted for name, chain in schema.transforms.items()}
+def _steps_to_fit(chains: Mapping[str, Chain]) -> dict[str, int]:
+    """Return the number of the next step to fit of each chain that reads fitted ones alone."""
+
+    def is_ready(name: str) -> bool:
+        sources = transformed_sources(name, chains)
+        return all(chains[source].unfitted is None and is_ready(source) for source in sources)
+
+    numbers = {name: chain.unfitted for name, chain in chains.items() if is_ready(name)}
     return {name: number for name, number in numbers.items() if number is not None}
-
-
-def _reads_unfitted(schema: Schema, name: str) -> bool:
-    chains = schema.transforms
-    return any(
-        chains[source].unfitted is not None or _reads_unfitted(schema, source)
-        for source in transformed_sources(name, chains)
-    )
-
-
-def _fit(root: Location, schema: Schema, folder: str, steps: Mapping[str, int]) -> None:
-    chains = schema.transforms
-    fits = {name: chains[name].steps[number].start_fit() for name, number in steps.items()}
-    for rows in _rows(root / folder, schema, list(steps)):
-        for name, number in steps.items():
-            values = rows.before_step(name, number)
-            values = values.flatten() if is_list(values.type) else values
-            numbers = values.cast(pa.float64(), safe=False).drop_null().to_numpy(False)
-            if np.isfinite(numbers).any():
-                fits[name].add(numbers[np.isfinite(numbers)])
-    for name, number in steps.items():
-        if not fits[name].num_values:
-            raise ValueError(f"{root / folder}: column '{name}' has no finite value to fit")
-        chains[name] = chains[name].fitted(number, fits[name].result())
 
 
 def _rows(folder: Location, schema: Schema, names: Sequence[str]) -> Iterator[TransformedRows]:

@@ -38,40 +38,23 @@ SHUFFLE_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows that are read at once.
+    """Rows that are read at once."""
 
-    place: file, URL or name of the chunk.
-    first_row: number of its first row at that place.
-    num_bytes: size, which limits windows; 0 if unknown.
-    digest: hash that changes with the content; empty if unknown.
-    """
-
-    place: str
+    place: str  # file, URL or name of the chunk
     num_rows: int
-    first_row: int = 0
-    num_bytes: int = 0
-    digest: str = ""
+    first_row: int = 0  # number of its first row at that place
+    num_bytes: int = 0  # size, which limits windows; 0 if unknown
+    digest: str = ""  # hash that changes with the content; empty if unknown
 
 
-@dataclass(frozen=True)
-class Window:
-    """Positions `[start, stop)` of the epoch's order; their rows are shuffled together."""
-
-    start: int
-    stop: int
+Window = range  # positions of the epoch's order, whose rows are shuffled together
 
 
 class RowSource(ABC):
     """Rows of one split. Subclasses define its chunks, in the order of their rows, and read them.
 
-    Without `with_labels`, rows need no labels. With `on_bad_row` skip, bad rows become padding::
-
-        class CsvRows(RowSource):  # source: {name: "my_rows:CsvRows", options: {sep: ";"}}
-            def __init__(self, root: Location, split: str, schema: Schema, sep: str = ",") -> None:
-                self.files = sorted(Path(root.path, split).glob("*.csv"))
-                super().__init__(schema, [Chunk(str(f), count_lines(f)) for f in self.files])
-
-            def read_chunk(self, number: int) -> pa.Table: ...  # the columns `self.columns`
+    Without `with_labels`, rows need no labels. With `on_bad_row` skip, bad rows become padding.
+    `recsys/training/README.md` has one of your own.
     """
 
     def __init__(
@@ -99,17 +82,15 @@ class RowSource(ABC):
         """Yield the checked rows of some chunks, given in ascending order."""
         for number in numbers:
             table, chunk = self.read_chunk(number), self.chunks[number]
+            place, names = chunk.place, table.column_names
             for name in self.columns:
-                if name not in table.column_names:
-                    raise ValueError(
-                        f"{chunk.place}: column '{name}' is missing; the rows have "
-                        f"{table.column_names}"
-                    )
-            kinds = dict(zip(table.column_names, table.schema.types, strict=True))
-            check_types(self.schema, self.names, kinds.__getitem__, chunk.place)
+                if name not in names:
+                    raise ValueError(f"{place}: column '{name}' is missing; the rows have {names}")
+            kinds = dict(zip(names, table.schema.types, strict=True))
+            check_types(self.schema, self.names, kinds.__getitem__, place)
             if table.num_rows != chunk.num_rows:
                 raise ValueError(
-                    f"{chunk.place}: {table.num_rows} rows instead of the {chunk.num_rows} of "
+                    f"{place}: {table.num_rows} rows instead of the {chunk.num_rows} of "
                     f"chunk {number}; a chunk has the same rows whenever it is read"
                 )
             yield self.usable(number, table)
@@ -134,26 +115,21 @@ class RowSource(ABC):
         """Describe the positions of the first and last of some rows [n] for messages."""
         if not len(positions):
             return "no rows"
-        ends = [self._place(int(position)) for position in (positions.min(), positions.max())]
-        return " and ".join(f"{place} row {row}" for place, row in ends)
-
-    def _place(self, position: int) -> tuple[str, int]:
-        number = bisect_right(self._first_positions, position) - 1
-        chunk = self.chunks[number]
-        return chunk.place, chunk.first_row + position - self._first_positions[number]
+        ends = []
+        for position in (int(positions.min()), int(positions.max())):
+            number = bisect_right(self._first_positions, position) - 1
+            chunk, row = self.chunks[number], position - self._first_positions[number]
+            ends.append(f"{chunk.place} row {chunk.first_row + row}")
+        return " and ".join(ends)
 
     def fingerprint(self) -> str:
-        """Return a hash of the order of the rows, a dash, and a hash of their content.
-
-        Without any digest of a chunk, the second hash is missing.
-        """
+        """Return a hash of the order of the rows, then a dash and a hash of any chunk digests."""
         names = [chunk.place.rsplit("/", 1)[-1] for chunk in self.chunks]
         sizes = [(chunk.num_rows, chunk.num_bytes) for chunk in self.chunks]
         digests = [chunk.digest for chunk in self.chunks]
         parts = [(names, sizes), *([digests] if any(digests) else [])]
-        return "-".join(
-            hashlib.blake2b(repr(part).encode(), digest_size=16).hexdigest() for part in parts
-        )
+        encoded = (repr(part).encode() for part in parts)
+        return "-".join(hashlib.blake2b(part, digest_size=16).hexdigest() for part in encoded)
 
     def skipped(self, ranks: Ranks, what: str) -> dict[str, Any]:
         """Return and log the rows skipped so far, an error if all are. A collective."""
@@ -169,24 +145,23 @@ class RowSource(ABC):
     def windows(
         self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
     ) -> list[Window]:
-        """Split the positions `[start, stop)` at chunks into windows that are shuffled together.
+        """Split the positions `[start, stop)` into windows of chunks that are shuffled together.
 
         `shuffle_seed` (seed, epoch) permutes chunks, alike on all ranks, and the rows of windows.
         """
         windows: list[Window] = []
-        place = num_bytes = 0
-        for number in self._ordered(shuffle_seed):
+        place, num_bytes = start, 0
+        for number, low, high in self._pieces(start, stop, shuffle_seed):
             chunk = self.chunks[number]
-            low, high = max(start - place, 0), min(stop - place, chunk.num_rows)
-            size = chunk.num_bytes * (high - low) // chunk.num_rows if low < high else 0
+            size = chunk.num_bytes * (high - low) // chunk.num_rows
             if num_bytes and size and num_bytes + size > SHUFFLE_BYTES:
                 windows.append(Window(start, place))
                 start, num_bytes = place, 0
             num_bytes += size
-            place += chunk.num_rows
-            if min(place, stop) - start >= SHUFFLE_ROWS or place >= stop > start:
-                windows.append(Window(start, min(place, stop)))
-                start, num_bytes = windows[-1].stop, 0
+            place += high - low
+            if place - start >= SHUFFLE_ROWS or place == stop:
+                windows.append(Window(start, place))
+                start, num_bytes = place, 0
         return windows
 
     def keep(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> None:
@@ -197,8 +172,7 @@ class RowSource(ABC):
     def _chunks(self, numbers: Sequence[int]) -> Iterator[pa.Table]:
         read = self.read_chunks([number for number in numbers if self._kept.get(number) is None])
         for number in numbers:
-            table = self._kept.get(number)
-            if table is None:
+            if (table := self._kept.get(number)) is None:
                 table = next(read)
                 if number in self._kept:
                     self._kept[number] = table
@@ -210,15 +184,18 @@ class RowSource(ABC):
         numbers = sorted(number for number, _, _ in pieces)  # to open each file once
         tables = dict(zip(numbers, self._chunks(numbers), strict=True))
         return pa.concat_tables(
-            [tables[number].slice(low, high - low) for number, low, high in pieces]
+            tables[number].slice(low, high - low) for number, low, high in pieces
         )
 
     def _pieces(
         self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
     ) -> list[tuple[int, int, int]]:
         """Return the chunks with rows at positions `[start, stop)`, and their rows [low, high)."""
+        order: Sequence[int] = range(len(self.chunks))
+        if shuffle_seed is not None:
+            order = np.random.default_rng(shuffle_seed).permutation(len(order)).tolist()
         pieces, place = [], 0
-        for number in self._ordered(shuffle_seed):
+        for number in order:
             num_rows = self.chunks[number].num_rows
             low, high = max(start - place, 0), min(stop - place, num_rows)
             place += num_rows
@@ -235,10 +212,9 @@ class RowSource(ABC):
 
     def row_order(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> np.ndarray:
         """Return the order in which the rows of a window are used: int64 [rows of the window]."""
-        num_rows = window.stop - window.start
         if shuffle_seed is None:
-            return np.arange(num_rows)
-        return np.random.default_rng((*shuffle_seed, window.start)).permutation(num_rows)
+            return np.arange(len(window))
+        return np.random.default_rng((*shuffle_seed, window.start)).permutation(len(window))
 
     def read(
         self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
@@ -253,20 +229,11 @@ class RowSource(ABC):
     def padding(self, num_rows: int) -> pa.Table:
         return padding_rows(empty_table(self.schema, self.names), num_rows)
 
-    def _ordered(self, shuffle_seed: tuple[int, int] | None) -> Sequence[int]:
-        if shuffle_seed is None:
-            return range(len(self.chunks))
-        order = np.random.default_rng(shuffle_seed).permutation(len(self.chunks))
-        return [int(number) for number in order]
-
 
 def columns_to_read(schema: Schema, with_labels: bool) -> list[str]:
     """Return the columns of the rows; without labels, columns that only losses need are omitted."""
-    columns = [
-        name
-        for name, column in schema.columns.items()
-        if with_labels or column.kind not in ("label", "extra", "weight", "sampled")
-    ]
+    omitted = () if with_labels else ("label", "extra", "weight", "sampled")
+    columns = [name for name, column in schema.columns.items() if column.kind not in omitted]
     return columns + [name for history in schema.histories for name in history.numbers]
 
 
@@ -277,17 +244,10 @@ def open_rows(
     schema: Schema,
     on_bad_row: OnBadRow = "error",
 ) -> RowSource:
-    """Return the rows of a split from the source that the settings name, or raise a ValueError."""
-    rows: RowSource = make_part(
-        "source.name",
-        settings.name,
-        SOURCES,
-        RowSource,  # type: ignore[type-abstract]
-        root,
-        split,
-        schema,
-        **settings.options,
-    )
+    """Return the rows of a split from the source that the settings name."""
+    kind: Any = RowSource  # mypy takes no abstract class here
+    arguments = SOURCES, kind, root, split, schema
+    rows: RowSource = make_part("source.name", settings.name, *arguments, **settings.options)
     rows.bad_rows = BadRows(on_bad_row)
     return rows
 
@@ -324,56 +284,20 @@ def between(slices: Sequence[Slice], low: int, high: int) -> list[Slice]:
     return pieces
 
 
-def num_batches_of(num_rows: int, batch_size: int) -> int:
-    """Return the number of batches of at most `batch_size` rows that hold `num_rows` rows."""
-    return -(-num_rows // batch_size)
-
-
-def rows_before(batch: int, num_rows: int, num_batches: int) -> int:
-    """Return the number of rows before number `batch` of `num_batches` nearly equal batches."""
-    return num_rows * batch // num_batches if num_batches else 0
-
-
-@dataclass(frozen=True)
-class EpochShare:
-    """Rows of an epoch that one rank reads."""
-
-    slices: list[Slice]
-    num_rows: int  # rows of the largest share of all ranks, to which the others are padded
-    rows_done: int  # rows read by all ranks of earlier stages
-
-    @staticmethod
-    def of(
-        rows: RowSource,
-        stages: Sequence[Stage],
-        rank: int,
-        world_size: int,
-        shuffle_seed: tuple[int, int] | None,
-    ) -> EpochShare:
-        """Return the share of `rank` in the rows that the `stages` have not read."""
-        rest: list[Slice] | None = None
-        for stage in stages:
-            shares = _shares(rows, rest, stage.world_size, shuffle_seed)
-            largest = max(sum(map(len, share)) for share in shares)
-            num_batches = num_batches_of(largest, stage.batch_size)
-            rows_read = rows_before(stage.batches, largest, num_batches)
-            rest = [piece for share in shares for piece in between(share, rows_read, largest)]
-        shares = _shares(rows, rest, world_size, shuffle_seed)
-        remaining = rows.num_rows if rest is None else sum(map(len, rest))
-        return EpochShare(shares[rank], -(-remaining // world_size), rows.num_rows - remaining)
-
-
-def _shares(
-    rows: RowSource, rest: list[Slice] | None, world_size: int, shuffle_seed: tuple[int, int] | None
+def rank_shares(
+    rows: RowSource, stages: Sequence[Stage], world_size: int, shuffle_seed: tuple[int, int] | None
 ) -> list[list[Slice]]:
-    if rest is not None:  # one contiguous share per rank; lengths differ by at most one row
-        num_rows = sum(map(len, rest))
-        cuts = [num_rows * rank // world_size for rank in range(world_size + 1)]
-        return [between(rest, low, high) for low, high in pairwise(cuts)]
-    return [
-        [
-            Slice(window, 0, window.stop - window.start)
-            for window in rows.windows(*rows.share(rank, world_size), shuffle_seed)
-        ]
-        for rank in range(world_size)
-    ]
+    """Return each rank's share of the rows of an epoch that the `stages` have not read."""
+    if not stages:
+        ranges = [rows.share(rank, world_size) for rank in range(world_size)]
+        parts = [rows.windows(start, stop, shuffle_seed) for start, stop in ranges]
+        return [[Slice(window, 0, len(window)) for window in part] for part in parts]
+    *earlier, last = stages
+    shares = rank_shares(rows, earlier, last.world_size, shuffle_seed)
+    largest = max(sum(map(len, share)) for share in shares)
+    num_batches = max(-(-largest // last.batch_size), 1)  # of nearly equal sizes
+    rows_read = largest * last.batches // num_batches
+    rest = [piece for share in shares for piece in between(share, rows_read, largest)]
+    num_rows = sum(map(len, rest))
+    cuts = [num_rows * rank // world_size for rank in range(world_size + 1)]
+    return [between(rest, low, high) for low, high in pairwise(cuts)]

@@ -1,30 +1,7 @@
-"""A dataset's `schema.yaml`: the meaning of its Parquet columns.
+"""A dataset's `schema.yaml`, whose format `README.md` describes: the meaning of its columns.
 
 A dataset is a folder or fsspec URL with `schema.yaml`, `train/ valid/ test/*.parquet` (one row per
 impression) and `items/*.parquet` (one row per item). Other columns of the files are ignored.
-
-    target_item: item           # the id column that is ranked
-    group: user                 # the id column whose AUC is averaged in GAUC
-    columns:
-      user:    {kind: id, num_embeddings: 610}
-      item:    {kind: id, num_embeddings: 9742}
-      history: {kind: sequence, shares: item, parallel: [history_liked, history_genre]}
-      history_genre: {kind: ids, num_embeddings: 20}    # beside the items of the history
-      genres:  {kind: ids, num_embeddings: 20}
-      price:   {kind: dense, fill: 0}  # stands for null, wherever the column is read
-      liked:   {kind: label}    # 0 or 1
-      rating:  {kind: label, loss: mse, nullable: true}  # null: not known
-      teacher: {kind: extra}    # a float that auxiliary losses may ask for, never a feature
-      times:   {kind: weight}   # of the row in losses and metrics, 0 or more
-      drawn:   {kind: sampled}  # 1 in rows whose item was drawn as a negative, else 0
-    items:
-      id: item
-      columns:
-        text:   {kind: text}
-        poster: {kind: image}       # or a list of images, or of a video's frames, per item
-        audio:  {kind: feature, file: audio.npy, ids: audio_ids.npy}
-    features:                       # columns that requests need not give: `features/item`
-      - {by: [item], columns: [genres, price]}
 """
 
 from __future__ import annotations
@@ -49,14 +26,12 @@ from recsys.data.schema_columns import (
     check_column,
     check_features,
     check_histories,
-    check_items,
-    histories_of,
     id_type,
     label_problem,
     without_empty,
 )
 from recsys.data.transforms.chain import Chain, chains_of, file_columns, load_fitted
-from recsys.storage.location import Location
+from recsys.storage.location import Location, errors_at
 
 FREE_SHARE = 4  # a table that grows has one free row for so many ids
 
@@ -65,11 +40,11 @@ FREE_SHARE = 4  # a table that grows has one free row for so many ids
 class Schema:
     """Meaning of a dataset's columns; ids are rows of tables unless they have a `vocabulary`."""
 
-    target_item: str
-    group: str
+    target_item: str  # the column of kind id that is ranked
+    group: str  # the column of kind id whose AUC is averaged in GAUC
     columns: dict[str, Column]
     items: Items | None = None
-    features: list[FeatureTable] = field(default_factory=list)
+    features: list[FeatureTable] = field(default_factory=list)  # requests may leave them out
     # By table: exact maps and hashes, which exist before training.
     vocabularies: dict[str, ExactVocabulary | HashVocabulary] = field(
         default_factory=dict, init=False
@@ -87,7 +62,16 @@ class Schema:
     @property
     def histories(self) -> list[HistoryColumns]:
         """The sequences of past events; backbones and content read the items of the first."""
-        return histories_of(self.columns)
+        columns = self.columns
+        return [
+            HistoryColumns(
+                name,
+                [beside for beside in column.parallel if beside not in columns],
+                [beside for beside in column.parallel if beside in columns],
+            )
+            for name, column in columns.items()
+            if column.kind == "sequence"
+        ]
 
     @property
     def history(self) -> str | None:
@@ -144,8 +128,7 @@ class Schema:
 
     def is_of_items(self, name: str) -> bool:
         """Whether a column is looked up by the ranked item, so that candidates differ in it."""
-        table = self.lookup_of(name)
-        ids = [] if table is None else table.by
+        ids = table.by if (table := self.lookup_of(name)) else []
         return any(source == self.target_item or self.is_of_items(source) for source in ids)
 
     def table_of(self, name: str) -> str:
@@ -182,7 +165,6 @@ class Schema:
             self.columns[self.table_of(table)].num_embeddings = num_ids + 1 + num_ids // FREE_SHARE
 
     def file_columns(self, names: Iterable[str]) -> list[str]:
-        """Return the columns of the files from which some columns are read, each once."""
         return file_columns(names, self.transforms)
 
     def require_id_type(self, name: str, kind: pa.DataType, place: str, table: str) -> None:
@@ -223,19 +205,15 @@ def read_schema(root: Location) -> Schema:
     path = root / "schema.yaml"
     if not path.exists():
         raise ValueError(f"{path}: no such file; write it, or correct the path of the dataset")
-    try:
+    with errors_at(path, Exception):
         content = load_plain_yaml(path.read_bytes())
-    except Exception as error:
-        raise ValueError(f"{path}: {error}") from error
     return parse_schema(content, str(path))
 
 
 def parse_schema(content: Any, place: str) -> Schema:
     """Return the schema of plain values, as `schema.yaml` has them; `place` names their file."""
-    try:
+    with errors_at(place, Exception):
         schema = _schema_of(content)
-    except Exception as error:
-        raise ValueError(f"{place}: {error}") from error
     _validate(schema, place)
     return schema
 
@@ -307,20 +285,24 @@ def build_hashes(schema: Schema) -> None:
 
 
 def _validate(schema: Schema, path: str) -> None:
-    for role in ("target_item", "group"):
-        name = getattr(schema, role)
-        if name not in (ids := schema.of_kind("id")):
-            raise ValueError(
-                f"{path}: {role} is '{name}', which is no column of kind id; name one of {ids}"
-            )
-    if schema.columns[schema.target_item].num_embeddings is None:
-        raise ValueError(f"{path}: target_item '{schema.target_item}' needs its own num_embeddings")
-    if problem := label_problem(schema.columns):
-        raise ValueError(f"{path}: {problem}")
-    for name, column in schema.columns.items():
-        check_column(schema.columns, name, column, f"{path}: column '{name}'", schema.target_item)
-    check_histories(schema.columns, schema.target_item, path)
-    schema.transforms = chains_of(schema.columns, schema.target_item, path)
-    check_features(schema.features, schema.columns, path)
-    if schema.items is not None:
-        check_items(schema.items, path)
+    columns, target, id_columns = schema.columns, schema.target_item, schema.of_kind("id")
+    with errors_at(path):
+        for role, name in (("target_item", target), ("group", schema.group)):
+            if name not in id_columns:
+                what = f"{role} is '{name}', which is no column of kind id"
+                raise ValueError(f"{what}; name one of {id_columns}")
+        if columns[target].num_embeddings is None:
+            raise ValueError(f"target_item '{target}' needs its own num_embeddings")
+        if problem := label_problem(columns):
+            raise ValueError(problem)
+        for name in columns:
+            check_column(columns, name, target)
+        check_histories(columns, schema.histories, target)
+    schema.transforms = chains_of(columns, target, path)
+    with errors_at(path):
+        check_features(schema.features, columns)
+        for name, content in schema.items.columns.items() if schema.items else ():
+            if content.file is not None and content.kind != "feature":
+                raise ValueError(f"item column '{name}': only a feature has a file; remove it")
+            if content.ids is not None and content.file is None:
+                raise ValueError(f"item column '{name}': ids are those of a file; name it, too")

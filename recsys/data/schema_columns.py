@@ -73,7 +73,6 @@ class Column:
     loss: Literal["bce", "mse", "huber", "poisson"] | None = None
 
     def sources(self, name: str) -> list[str]:
-        """Return the columns that the column `name` is made of."""
         return self.column if isinstance(self.column, list) else [self.column or name]
 
 
@@ -86,36 +85,24 @@ class HistoryColumns:
     ids: list[str]
 
 
-def histories_of(columns: dict[str, Column]) -> list[HistoryColumns]:
-    """Return the sequences in the order of the schema; a list that is a column has ids."""
-    return [
-        HistoryColumns(
-            name,
-            [beside for beside in column.parallel if beside not in columns],
-            [beside for beside in column.parallel if beside in columns],
-        )
-        for name, column in columns.items()
-        if column.kind == "sequence"
-    ]
-
-
-def check_histories(columns: dict[str, Column], target_item: str, path: str) -> None:
+def check_histories(
+    columns: dict[str, Column], histories: list[HistoryColumns], target_item: str
+) -> None:
     """Check the sequences, the lists beside them, and which columns share their tables."""
-    histories = histories_of(columns)
     lists = [name for history in histories for name in (*history.numbers, *history.ids)]
     for name in {ROW_POSITION, RAW_GROUP, TARGETS_BEFORE} & {*columns, *lists}:
-        raise ValueError(f"{path}: column '{name}' has a name of this program's; rename it")
+        raise ValueError(f"column '{name}' has a name of this program's; rename it")
     for name in lists:
         if lists.count(name) > 1:
-            raise ValueError(f"{path}: parallel list '{name}' is named twice; name it once")
+            raise ValueError(f"parallel list '{name}' is named twice; name it once")
         if name in columns and (columns[name].kind != "ids" or name == target_item):
             raise ValueError(
-                f"{path}: column '{name}' of kind {columns[name].kind} is named beside a sequence; "
+                f"column '{name}' of kind {columns[name].kind} is named beside a sequence; "
                 "a list of ids beside it is of kind ids, and one of floats is no column of its own"
             )
     if histories and columns[histories[0].name].shares != target_item:
         raise ValueError(
-            f"{path}: column '{histories[0].name}': the first sequence holds past target items; "
+            f"column '{histories[0].name}': the first sequence holds past target items; "
             f"write `shares: {target_item}`"
         )
     event_lists = (name for history in histories for name in (history.name, *history.ids))
@@ -123,7 +110,7 @@ def check_histories(columns: dict[str, Column], target_item: str, path: str) -> 
     for name, column in columns.items():
         if column.shares in columns and (name in events) != (column.shares in events):
             raise ValueError(
-                f"{path}: column '{name}' cannot share the table of '{column.shares}': the vectors "
+                f"column '{name}' cannot share the table of '{column.shares}': the vectors "
                 "of the target item, of sequences and of lists beside them are kept one by one, "
                 "those of other columns are summed; give it num_embeddings"
             )
@@ -151,17 +138,14 @@ class Items:
 
 @dataclass
 class FeatureTable:
-    """Columns of the files that ids decide; `features/NAME` has the last known values of each id.
+    """Columns of the files that ids decide; `features/NAME` has the last values of each id."""
 
-    by: columns of ids. max_age: by column whose values have a time, `COLUMN@` in microseconds, the
-    duration after which a value is too old and null; all: never. beside: by list beside a history,
-    the column of its items.
-    """
-
-    by: list[str]
+    by: list[str]  # columns of ids
     columns: list[str]
+    # By column whose values have a time, `COLUMN@` in microseconds: the duration after which a
+    # value is too old and null; all: never.
     max_age: dict[str, str] = field(default_factory=dict)
-    beside: dict[str, str] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)  # by list beside a history: its items
 
     @property
     def name(self) -> str:
@@ -169,7 +153,6 @@ class FeatureTable:
 
     @property
     def times(self) -> dict[str, str]:
-        """The column of the time of each column that has one."""
         return {name: f"{name}@" for name in self.max_age}
 
     @property
@@ -179,11 +162,11 @@ class FeatureTable:
         return {name: age for name, age in ages.items() if age is not None}
 
 
-def check_features(tables: list[FeatureTable], columns: dict[str, Column], path: str) -> None:
+def check_features(tables: list[FeatureTable], columns: dict[str, Column]) -> None:
     """Check which columns are looked up by which ids."""
     listed = [name for table in tables for name in table.columns]
     for table in tables:
-        where = f"{path}: features by {table.by}"
+        where = f"features by {table.by}"
         if not table.by or not table.columns:
             raise ValueError(f"{where}: names no id, or no column; name both")
         for name in table.by:
@@ -205,16 +188,7 @@ def check_features(tables: list[FeatureTable], columns: dict[str, Column], path:
     try:
         TopologicalSorter(sources).prepare()
     except CycleError as error:
-        raise ValueError(f"{path}: features: {error.args[1]} look up each other") from error
-
-
-def check_items(items: Items, path: str) -> None:
-    """Check the columns of the items."""
-    for name, content in items.columns.items():
-        if content.file is not None and content.kind != "feature":
-            raise ValueError(f"{path}: item column '{name}': only a feature has a file; remove it")
-        if content.ids is not None and content.file is None:
-            raise ValueError(f"{path}: item column '{name}': ids are those of a file; name it, too")
+        raise ValueError(f"features: {error.args[1]} look up each other") from error
 
 
 def without_empty(content: Any) -> Any:
@@ -286,10 +260,9 @@ def table_name_problem(name: str) -> str | None:
     return None
 
 
-def check_column(
-    columns: dict[str, Column], name: str, column: Column, where: str, target_item: str
-) -> None:
-    """Check the keys of one column; `where` names it and its file."""
+def check_column(columns: dict[str, Column], name: str, target_item: str) -> None:
+    """Check the keys of one column."""
+    column, where = columns[name], f"column '{name}'"
     if problem := _fill_problem(columns, name, column):
         raise ValueError(f"{where}: fill {problem}")
     if column.kind in ("dense", "label", "extra", "weight", "sampled"):
@@ -300,12 +273,11 @@ def check_column(
         raise ValueError(f"{where}: only a sequence has parallel lists")
     if (column.num_embeddings is None) == (column.shares is None):
         raise ValueError(f"{where} needs either num_embeddings or shares; set one")
-    if column.num_embeddings is not None and (problem := table_name_problem(name)) is not None:
-        raise ValueError(f"{where}: the name of its table {problem}")
-    if column.num_embeddings is not None and not 1 <= column.num_embeddings <= MOST_ROWS:
-        raise ValueError(
-            f"{where}: num_embeddings is {column.num_embeddings}; set 1 to {MOST_ROWS}"
-        )
+    if (size := column.num_embeddings) is not None:
+        if (problem := table_name_problem(name)) is not None:
+            raise ValueError(f"{where}: the name of its table {problem}")
+        if not 1 <= size <= MOST_ROWS:
+            raise ValueError(f"{where}: num_embeddings is {size}; set 1 to {MOST_ROWS}")
     if column.vocabulary is not None:
         check_vocabulary(column, where, is_target=name == target_item)
     if column.shares is not None:
@@ -318,7 +290,6 @@ def check_column(
 
 
 def _fill_problem(columns: dict[str, Column], name: str, column: Column) -> str | None:
-    """Return the problem of a column's fill and the fix, or None."""
     if column.fill is None:
         return None
     if column.kind == "sequence":

@@ -1,14 +1,13 @@
 """Ids of a batch before it enters the pipeline: bounded maps, and counts of unknown ids.
 
-A bounded map changes with every batch and is shared by all ranks. The main thread maps its ids, in
-the order of the steps.
-Shapes: B batch, N ids of one feature.
+A bounded map changes with every batch and is shared by all ranks: the main thread maps ids, in the
+order of the steps. Shapes: B batch, N ids of one feature.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,6 @@ from embeddings.vocabulary.bounded import PIPELINED_STEPS, BoundedVocabulary, Vo
 from recsys.data.batch import Batch, TargetItems
 from recsys.data.schema import Schema
 
-ResetRows = Callable[[str, Tensor], None]  # table, rows
 # Batches mapped ahead of their step: in the pipeline, and one in `content.batch_preparation`.
 MAPPED_AHEAD = PIPELINED_STEPS + 1
 
@@ -28,8 +26,7 @@ MAPPED_AHEAD = PIPELINED_STEPS + 1
 class BoundedVocabularies:
     """Bounded vocabularies of a job, by table. Every method is a collective.
 
-    `pooled_features` are the columns of pooled tables. `reset` resets weights and state of
-    reassigned rows.
+    `pooled_features` are the columns of pooled tables; `reset` resets reassigned rows.
     """
 
     def __init__(
@@ -37,26 +34,19 @@ class BoundedVocabularies:
         schema: Schema,
         pooled_features: Sequence[str],
         group: dist.ProcessGroup | None = None,
-        reset: ResetRows | None = None,
+        reset: Callable[[str, Tensor], None] | None = None,  # takes a table, and rows
     ) -> None:
         self.reset = reset
         self.target, self.history = schema.target_item, schema.history
         self.features: dict[str, list[str]] = {}
         self.by_table: dict[str, BoundedVocabulary] = {}
+        looked_up = [*pooled_features, schema.target_item, *schema.event_columns]
         for table in schema.tables_with("bounded"):
-            looked_up = [*pooled_features, schema.target_item, *schema.event_columns]
             features = [name for name in looked_up if schema.table_of(name) == table]
-            settings = schema.vocabulary_of(table)
-            assert settings is not None
-            if features:
+            if features and (settings := schema.vocabulary_of(table)) is not None:
                 self.features[table] = features
-                self.by_table[table] = BoundedVocabulary(
-                    schema.limit(table),
-                    settings.admit_after,
-                    settings.half_life,
-                    MAPPED_AHEAD,
-                    process_group=group,
-                )
+                sizes = schema.limit(table), settings.admit_after, settings.half_life
+                self.by_table[table] = BoundedVocabulary(*sizes, MAPPED_AHEAD, process_group=group)
 
     @property
     def items(self) -> BoundedVocabulary | None:
@@ -74,33 +64,41 @@ class BoundedVocabularies:
         Only `training` admits and evicts ids, and resets reassigned rows. A collective.
         """
         for table, vocabulary in self.by_table.items():
-            places = [self._feature_ids(batch, name, training) for name in self.features[table]]
-            raw = [ids.raw() for ids in places]
+            names = self.features[table]
+            ids = [self._feature_ids(batch, name, training) for name in names]
+            raw = [values[counted] for values, counted in ids]
             rows = vocabulary.rows_of(torch.cat(raw), step, training)
             evicted = vocabulary.take_evicted_rows()
             if self.reset is not None and len(evicted):
                 self.reset(table, evicted)
-            for ids, part in zip(places, rows.split([len(keys) for keys in raw]), strict=True):
-                ids.put(part, vocabulary.unknown_row)
+            parts = rows.split([len(keys) for keys in raw])
+            for name, (values, counted), part in zip(names, ids, parts, strict=True):
+                values.fill_(vocabulary.unknown_row)
+                values[counted] = part
+                if name == self.history:
+                    batch.history = replace(batch.history, items=values.clone())
             if table == self.target:
                 items = batch.sequence_features.values()[: batch.batch_size].clone()
                 has_row = items != vocabulary.unknown_row
                 batch.target = TargetItems(items, batch.target.items, has_row)
 
-    def _feature_ids(self, batch: Batch, name: str, training: bool) -> _Ids | _HistoryIds:
-        """Return the ids of a feature; without training, those of padding rows too."""
+    def _feature_ids(self, batch: Batch, name: str, training: bool) -> tuple[Tensor, Tensor]:
+        """Return the ids of a feature, and a mask or an index of those that count.
+
+        Without training, padding rows rank an item, too; each use of a history's item counts.
+        """
         pooled, features = batch.sparse_features, batch.sequence_features
         if pooled is not None and name in pooled.keys():  # noqa: SIM118 - it is no dict
             features = pooled
-        ids = _Ids.of(batch, features, name)
-        if name == self.history and self.features.get(self.target):
-            return _HistoryIds(batch, ids.values)
+        values, is_counted = _ids_of(batch, features, name)
+        if name == self.history:  # whose feature has each item once
+            further = [history.index for history in batch.history.further]
+            return values, torch.cat([batch.history.index, *further])
         if name == self.target and not training:
-            return replace(ids, counts=torch.ones_like(ids.counts))
-        return ids
+            return values, torch.ones_like(is_counted)
+        return values, is_counted
 
     def counts(self) -> dict[str, VocabularyCounts]:
-        """Return the counts of events in each vocabulary since the last call, over all ranks."""
         return {table: vocabulary.counts() for table, vocabulary in self.by_table.items()}
 
     def state_dict(self) -> State:
@@ -112,52 +110,15 @@ class BoundedVocabularies:
         }
 
 
-@dataclass(frozen=True)
-class _Ids:
-    """Ids of one feature in a batch."""
-
-    values: Tensor  # [N], the batch's memory
-    counts: Tensor  # bool [N], False for ids of padding rows
-
-    @staticmethod
-    def of(batch: Batch, features: KeyedJaggedTensor, name: str) -> _Ids:
-        index = features.keys().index(name)
-        first, last = features.offset_per_key()[index : index + 2]
-        lengths = features.lengths().view(len(features.keys()), -1)[index]  # [B]
-        is_row = batch.rows.positions >= 0
-        if (whole := batch.history.whole) is not None:
-            is_row = is_row.new_zeros(len(whole.lengths)).index_put((whole.rows,), is_row)
-        counts = torch.repeat_interleave(is_row, lengths)
-        return _Ids(features.values()[first:last], counts)
-
-    def raw(self) -> Tensor:
-        return self.values[self.counts]
-
-    def put(self, rows: Tensor, unknown_row: int) -> None:
-        self.values.fill_(unknown_row)
-        self.values[self.counts] = rows
-
-
-@dataclass(frozen=True)
-class _HistoryIds:
-    """Items of the histories whose content is read; every occurrence counts as a use."""
-
-    batch: Batch
-    values: Tensor  # of the first history's feature, each item once, the batch's memory
-
-    @property
-    def _index(self) -> Tensor:
-        further = [history.index for history in self.batch.history.further]
-        return torch.cat([self.batch.history.index, *further])
-
-    def raw(self) -> Tensor:
-        return self.batch.history.items[self._index]
-
-    def put(self, rows: Tensor, unknown_row: int) -> None:
-        unique = torch.full_like(self.batch.history.items, unknown_row)
-        unique[self._index] = rows
-        self.batch.history = replace(self.batch.history, items=unique)
-        self.values.copy_(unique)
+def _ids_of(batch: Batch, features: KeyedJaggedTensor, name: str) -> tuple[Tensor, Tensor]:
+    """Return the ids of a feature [N], in the batch's memory, and whether each is of a row [N]."""
+    index = features.keys().index(name)
+    first, last = features.offset_per_key()[index : index + 2]
+    lengths = features.lengths().view(len(features.keys()), -1)[index]  # [B]
+    is_row = batch.rows.positions >= 0
+    if (whole := batch.history.whole) is not None:
+        is_row = is_row.new_zeros(len(whole.lengths)).index_put((whole.rows,), is_row)
+    return features.values()[first:last], torch.repeat_interleave(is_row, lengths)
 
 
 class UnknownIds:
@@ -176,15 +137,13 @@ class UnknownIds:
         for features in (batch.sparse_features, batch.sequence_features):
             for name in features.keys() if features is not None else ():
                 if name in self._counts:
-                    ids = self._feature_ids(batch, features, name)
-                    unknown = (ids.values == self._unknown_row[name]) & ids.counts
-                    self._counts[name] += torch.stack([ids.counts.sum(), unknown.sum()])
-
-    def _feature_ids(self, batch: Batch, features: KeyedJaggedTensor, name: str) -> _Ids:
-        if name != self._history:
-            return _Ids.of(batch, features, name)
-        ids = batch.history.items[batch.history.index]  # padding rows have no history
-        return _Ids(ids, torch.ones_like(ids, dtype=torch.bool))
+                    if name == self._history:  # whose feature has each item once
+                        ids = batch.history.items[batch.history.index]
+                        is_counted = torch.ones_like(ids, dtype=torch.bool)
+                    else:
+                        ids, is_counted = _ids_of(batch, features, name)
+                    unknown = (ids == self._unknown_row[name]) & is_counted
+                    self._counts[name] += torch.stack([is_counted.sum(), unknown.sum()])
 
     def totals(self, group: dist.ProcessGroup | None = None) -> dict[str, dict[str, int]]:
         """Return, by column, the number of ids on all ranks and of unknown ones. A collective."""

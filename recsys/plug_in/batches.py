@@ -19,7 +19,7 @@ from recsys.content.branch import ContentBranch
 from recsys.content.item_vectors import encode_into_bank
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
-from recsys.data.interactions import in_order, submit_to, threads
+from recsys.data.interactions import in_order, threads
 from recsys.data.items.content_store import ContentStore
 from recsys.data.parquet.columns import ListColumns, RowColumns
 from recsys.data.parquet.values import ROW_POSITION
@@ -122,9 +122,9 @@ class ContentBatches(Iterable[Batch]):
 
     def _agreed(self) -> Iterator[Batch]:
         """Yield batches, which a thread builds ahead, until any rank has no more. A collective."""
-        with threads(1, "content") as builder:
+        with threads(1, "content") as submit:
             jobs = (partial(self.items, batch) for batch in self.source)
-            with closing(in_order(jobs, submit_to(builder), AHEAD)) as source:
+            with closing(in_order(jobs, submit, AHEAD)) as source:
                 yield from Lockstep(self.ranks).batches(source)
 
 

@@ -43,10 +43,7 @@ def _partial_path(path: Path) -> Path:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary absolute path beside `path`, renamed to `path` when the block succeeds.
-
-    The folder must exist. A `path` that is a folder, pipe or device is a ValueError.
-    """
+    """Yield an absolute path beside a regular file or none, renamed to it if the block succeeds."""
     partial = _partial_path(regular_file(path).absolute())
     try:
         yield partial
@@ -64,10 +61,9 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_folder(path: Path, may_exist: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`, renamed to `path` when the block succeeds.
+    """Yield a new folder beside `path`, renamed to it if the block succeeds.
 
-    With `may_exist`, an equal folder that another process has created meanwhile is kept; without,
-    it is an OSError. A folder that cannot be created is a ValueError.
+    A folder that another process has made meanwhile is kept if it `may_exist`, else an OSError.
     """
     partial = _partial_path(path)
     if path.is_symlink() and not path.exists():
@@ -75,9 +71,8 @@ def whole_folder(path: Path, may_exist: bool = False) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be made ({error.strerror}); name another folder"
-        ) from error
+        what = f"{path}: cannot be made ({error.strerror})"
+        raise ValueError(f"{what}; name another folder") from error
     try:
         yield partial
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,11 +45,9 @@ class Location:
 
     @property
     def arrow(self) -> FileSystem:
-        return (
-            ArrowLocalFileSystem()
-            if self.is_local
-            else PyFileSystem(FSSpecHandler(self.filesystem))
-        )
+        if self.is_local:
+            return ArrowLocalFileSystem()
+        return PyFileSystem(FSSpecHandler(self.filesystem))
 
     def __truediv__(self, name: str) -> Location:
         return Location(self.filesystem, f"{self.path}/{name}")
@@ -67,9 +67,8 @@ class Location:
     def files(self, ending: str) -> list[Location]:
         """Return the files with this ending in the folder, by name; this file if it is one.
 
-        Names that start with a dot or an underscore are skipped; files in Hive partitions such as
-        `date=2026-11-01` count. Where skipping would lose rows silently, it is a ValueError: an
-        entry with this ending is no file, is in a folder, or has the ending in another spelling.
+        Files in Hive partitions such as `date=2026-11-01` count, those that begin with `.` or `_`
+        do not. One that would be left out for its spelling or folder is a ValueError.
         """
         if self.filesystem.isfile(self.path):
             return [self]
@@ -105,6 +104,16 @@ class Location:
                 f"{entry}: not a file, but a folder, a broken link or the like; move the files "
                 f"in it to {self} or remove it"
             )
+
+
+@contextmanager
+def errors_at(place: object, *others: type[Exception]) -> Iterator[None]:
+    """Raise a ValueError, or one of `others`, of the block as a ValueError that names its place."""
+    kinds: tuple[type[Exception], ...] = (ValueError, *others)
+    try:
+        yield
+    except kinds as error:
+        raise ValueError(f"{place}: {error}") from error
 
 
 def is_partition(name: str) -> bool:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from recsys.storage.files import regular_file, whole_file
+from recsys.storage.files import flush, regular_file, whole_file
 
 BLOCK_BYTES = 2**24
 READ_BYTES = 2**20  # of a block at once: training runs on while its checkpoint is hashed
@@ -27,10 +27,9 @@ def content_digest(content: dict[str, Any]) -> str:
 def write_signed(path: Path, content: dict[str, Any]) -> None:
     """Write JSON content with its hash, by one rename, after it is on the disk."""
     signed = {**content, "sha256": content_digest(content)}
-    with whole_file(path) as partial, partial.open("w") as file:
-        file.write(json.dumps(signed, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(signed, indent=1) + "\n")
+        flush(partial)
 
 
 def read_signed(path: Path, format_: int) -> dict[str, Any]:
@@ -48,31 +47,27 @@ def read_signed(path: Path, format_: int) -> dict[str, Any]:
 
 
 class VerifiedFiles:
-    """Files whose blocks were all compared with their hashes.
-
-    A file is known by device, inode, size, times and hashes. `previous` is of the earlier package.
-    """
+    """Files whose blocks were all compared with their hashes; `previous`: of an earlier package."""
 
     def __init__(self, previous: VerifiedFiles | None = None) -> None:
         self._previous = set() if previous is None else previous.identities
         self.identities: set[tuple[Any, ...]] = set()
 
-    def known(self, path: Path, digests: list[str]) -> tuple[bool, tuple[Any, ...]]:
+    def have(self, path: Path, digests: list[str]) -> bool:
+        """Return whether a file has these hashes; it is read unless it was compared as it is."""
         status = path.stat()
         times = status.st_mtime_ns, status.st_ctime_ns
         identity = status.st_dev, status.st_ino, status.st_size, *times, *digests
-        if identity in self._previous:
-            self.identities.add(identity)
-        return identity in self.identities, identity
+        is_known = identity in self.identities or identity in self._previous
+        if not is_known and _digests(path) != digests:
+            return False
+        self.identities.add(identity)
+        return True
 
 
 def describe(path: Path) -> dict[str, Any]:
     """Return size and hashes of a file, as manifests have them."""
-    size = path.stat().st_size
-    with ThreadPoolExecutor(THREADS) as threads:
-        blocks = range(_num_blocks(size))
-        digests = threads.map(lambda block: _digest(path, block), blocks)
-        return {"bytes": size, "sha256": list(digests)}
+    return {"bytes": path.stat().st_size, "sha256": _digests(path)}
 
 
 def describe_all(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
@@ -85,8 +80,7 @@ def differences(
 ) -> Iterator[str]:
     """Yield a description of each file of a manifest that is missing or differs.
 
-    `verify` compares all hashes, else sizes alone. Files in `verified` are not read again; others
-    are added to it.
+    `verify` compares hashes, too, except of files in `verified`, to which others are added.
     """
     verified = VerifiedFiles() if verified is None else verified
     for name, entry in files.items():
@@ -97,24 +91,18 @@ def differences(
             yield f"{path}: {path.stat().st_size:,} bytes instead of {size:,}"
         elif len(digests) != _num_blocks(size):
             yield f"{path}: the manifest has {len(digests)} hashes for {size:,} bytes"
-        elif verify:
-            is_known, identity = verified.known(path, digests)
-            if is_known:
-                continue
-            if not _has_digests(path, digests):
-                yield f"{path}: its content differs from the manifest"
-            else:
-                verified.identities.add(identity)
-
-
-def _has_digests(path: Path, digests: list[str]) -> bool:
-    with ThreadPoolExecutor(THREADS) as threads:
-        blocks = range(len(digests))
-        return all(threads.map(lambda block: _digest(path, block) == digests[block], blocks))
+        elif verify and not verified.have(path, digests):
+            yield f"{path}: its content differs from the manifest"
 
 
 def _num_blocks(size: int) -> int:
     return max(1, -(-size // BLOCK_BYTES))
+
+
+def _digests(path: Path) -> list[str]:
+    with ThreadPoolExecutor(THREADS) as threads:
+        blocks = range(_num_blocks(path.stat().st_size))
+        return list(threads.map(lambda block: _digest(path, block), blocks))
 
 
 def _digest(path: Path, block: int) -> str:

@@ -9,34 +9,17 @@ from pathlib import Path
 from recsys.storage.files import regular_file
 from recsys.storage.location import Location
 
-# Files of a run, a dataset or a package that later commands read.
-_RESULT_FILES = (
-    ".job.json",
-    ".lock",
-    "config.yaml",
-    "continual.json",
-    "data.txt",
-    "encoders.json",
-    "graph.pt2",
-    "item_counts.npy",
-    "manifest.json",
-    "metrics.json",
-    "metrics.jsonl",
-    "plan.txt",
-    "request.json",
-    "schema.yaml",
-    "skipped_rows.json",
-)
+# Files that later commands read: of runs, and of packages and datasets.
+_RUN_FILES = (".job.json", ".lock", "config.yaml", "continual.json", "data.txt", "encoders.json")
+_RUN_RESULTS = ("item_counts.npy", "metrics.json", "metrics.jsonl", "plan.txt", "skipped_rows.json")
+_PACKAGE_FILES = ("graph.pt2", "manifest.json", "request.json", "schema.yaml")
 _RUN_FOLDERS = ("checkpoints", "item_content", "tensorboard", "vocabulary")
 _CONTINUAL_FOLDERS = ("partitions", "scores", "tensorboard")
 _DATASET_FOLDERS = ("train", "valid", "test", "items", "vocabulary")
 
 
 def check_output(out: Path, inputs: Iterable[Location] = ()) -> None:
-    """Raise a ValueError for an output file that would change what a command reads.
-
-    `inputs` are files that the command reads, and folders whose files it reads.
-    """
+    """Raise a ValueError for an output file that would change `inputs`, or what others read."""
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; name a file, such as {out / 'result'}")
     target = _real(regular_file(out))
@@ -49,9 +32,16 @@ def check_output(out: Path, inputs: Iterable[Location] = ()) -> None:
     if (part := _part_of_run(target.parent)) is not None:
         raise ValueError(f"{out}: lies in {part}, which is part of a run; name a file elsewhere")
     is_present = target.exists() or target.name.startswith(".")  # locks are recreated
-    if is_present and (target.name in _RESULT_FILES or target.match("scores_*.parquet")):
+    is_result = target.name in (*_RUN_FILES, *_RUN_RESULTS, *_PACKAGE_FILES)
+    if is_present and (is_result or target.match("scores_*.parquet")):
         raise ValueError(f"{out}: is part of a run or dataset; name another file")
-    check_writable(target.parent)
+    folder = target.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is a file, so no folder can be made in it")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: cannot be written to; name a file elsewhere")
 
 
 def _real(path: Path | str) -> Path:
@@ -81,13 +71,3 @@ def check_run_folder(run: Path, data: str) -> None:
     parts = [root, *(root / name for name in _DATASET_FOLDERS)]
     if root.is_local and folder in [_real(part.path) for part in parts]:
         raise ValueError(f"{run}: is part of the dataset {data}; choose another --out")
-
-
-def check_writable(folder: Path) -> None:
-    """Raise a ValueError for a folder that cannot be created or written to."""
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: is a file, so no folder can be made in it")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder}: cannot be written to; name a file elsewhere")

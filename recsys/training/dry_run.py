@@ -78,7 +78,7 @@ def dry_run(config: Config, data: str, ranks: Ranks, warm_start: WarmStart | Non
         job = build_job(config, data, ranks, schema)
         interactions = training_interactions(job)
         plan = None if warm is None else plan_warm_start(job, *warm)
-        first, *_ = interactions.share.slices
+        first, *_ = interactions.slices
         interactions.rows.keep(first.window, interactions.shuffle_seed)  # the step reads it, too
         checked = check_data(job, opened={"train": interactions.rows})
         if job.em3.scaling is not None:

@@ -54,7 +54,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         if (negatives := self.job.preparation.negatives) is not None:
-            negatives.use_counts(self.item_counts)
+            negatives.counts = self.item_counts
         # Must not hold the trainer: a circle would keep the model after the run has ended.
         job, checkpoints = self.job, self.checkpoints
         every, steps = job.config.log_every_steps, job.config.profile_steps

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from recsys.data.items.item_table import ItemColumnReader, write_rows
+from recsys.data.items.item_table import ItemColumnReader
 from recsys.data.items.item_values import feature_tokens, usable_features
 from recsys.data.items.kind import ModalityKind
 from recsys.data.items.ragged_array import RaggedWriter
@@ -45,10 +45,7 @@ class Feature(ModalityKind):
 
     def write(self, column: ItemColumnReader, folder: Path) -> int:
         if (feature_file := column.feature_file()) is not None:
-            places = column.places_of(*feature_file)
-            return write_rows(
-                folder, feature_file[0], places, column.table.num_rows, column.report_file
-            )
+            return column.write_features(folder, *feature_file)
         width = self._width(column)
         with closing(RaggedWriter(folder, (width,), self.dtype)) as writer:
             for chunk, where, report in column.chunks():

@@ -54,15 +54,18 @@ class ContentStore:
     def build(self, name: str) -> None:
         """Build the array of one modality, or open it from the cache; see `on_bad_row`."""
         kind = self.kinds[name]
-        column = ItemColumnReader(self.items, kind.modality.column)
-        settings = kind.key()
+        column, settings = ItemColumnReader(self.items, kind.modality.column), kind.key()
         if column.skips_bad_rows:
             settings = (settings, "skip", str(self.items.folder))  # the report names it
         key = digest_of(column.fingerprint(), kind.modality.kind, settings)
         folder = self.cache / f"{type(kind).__name__.lower()}-{key}"
         if not folder.exists():
             with whole_folder(folder, may_exist=True) as partial:
-                self._write(partial, kind, column)
+                if not kind.write(column, partial) and not self.may_be_empty:
+                    raise column.empty()
+                bad_rows = self.items.bad_rows.counts.items()
+                skipped = [[*place, *rows] for place, rows in bad_rows if place[1] == column.name]
+                (partial / SKIPPED).write_text(json.dumps(skipped))
         for *place, rows, first in json.loads((folder / SKIPPED).read_text()):
             self.items.bad_rows.counts[tuple(place)] = (rows, first)
         self.hashes[name] = stored_hashes(folder)
@@ -70,15 +73,13 @@ class ContentStore:
         assert len(self.arrays[name]) == self.items.num_rows
 
     def use(self, name: str, folder: Path) -> None:
-        self.folders[name] = folder
-        self.arrays[name] = RaggedArray(folder)
+        self.folders[name], self.arrays[name] = folder, RaggedArray(folder)
 
     def gather(self, item_ids: np.ndarray) -> dict[str, ContentInput]:  # [U]
         """Return the content of unique items, by modality; an unknown item has none."""
-        rows, content = self.rows_of(item_ids), {}
-        for name, array in self.arrays.items():
-            content[name] = self.kinds[name].as_input(*array.gather(rows))
-        return content
+        rows, kinds = self.rows_of(item_ids), self.kinds
+        arrays = self.arrays.items()
+        return {name: kinds[name].as_input(*array.gather(rows)) for name, array in arrays}
 
     def rows_of(self, item_ids: np.ndarray) -> np.ndarray:  # [U] -> int64 [U]
         """Return the rows of items in the arrays, -1 for an unknown item."""
@@ -92,13 +93,6 @@ class ContentStore:
             for half in row_hashes[self._rows].view(np.uint64).reshape(-1, 2).T:
                 hashes = mix64(hashes ^ half)
         return self._ids, hashes
-
-    def _write(self, folder: Path, kind: ModalityKind, column: ItemColumnReader) -> None:
-        if not kind.write(column, folder) and not self.may_be_empty:
-            raise column.empty()
-        bad_rows = self.items.bad_rows.counts.items()
-        skipped = [[*place, *rows] for place, rows in bad_rows if place[1] == column.name]
-        (folder / SKIPPED).write_text(json.dumps(skipped))
 
 
 def require_column(items: Items, kind: ModalityKind) -> None:

@@ -1,7 +1,6 @@
 """Encoded images of items -> square pixels, for any mode and shape; other bytes are refused.
 
-Only formats whose decoders merely read pixels are accepted.
-Shapes: n rows of a chunk, S side of the square.
+Only formats whose decoders merely read pixels are accepted. Shapes: n rows of a chunk, S side.
 """
 
 from __future__ import annotations
@@ -27,20 +26,13 @@ BITS_16 = ("I;16", "I;16B", "I;16L", "I;16N")
 
 @dataclass(frozen=True)
 class ImagePreparation:
-    """Treatment of an image before its encoder; the default is that of ImageNet encoders.
+    """Treatment of an image before its encoder; the default is that of ImageNet encoders."""
 
-    Attributes:
-        mean, std: statistics of red, green and blue, on the scale 0 to 1.
-        resampling: Pillow's number of a filter (2 bilinear, 3 bicubic).
-        keeps_aspect: crop the centre square; else squeeze the whole image into a square.
-        share: visible share of that square's side, or of both sides.
-    """
-
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of red, green and blue, from 0 to 1
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    resampling: int = 2
-    keeps_aspect: bool = True
-    share: float = 1.0
+    resampling: int = 2  # Pillow's number of a filter (2 bilinear, 3 bicubic)
+    keeps_aspect: bool = True  # crop the centre square; else squeeze the image into a square
+    share: float = 1.0  # visible share of that square's side, or of both sides
 
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3 or 0 in self.std:
@@ -112,10 +104,8 @@ def decoded_images(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Decode images of each row, one or a list; an unreadable one is reported and left out.
 
-    `select` maps a row's number of images to the positions of those to use, in order.
-
-    Returns:
-        Images of each row [n], their pixels uint8 [sum, 3, S, S], and rows with unselected images.
+    `select` maps a row's number of images to the positions of those to use, in order. Returns the
+    images of each row [n], their pixels uint8 [sum, 3, S, S], and rows with unselected images.
     """
     has_lists = is_list(chunk.type)
     lengths = np.zeros(len(chunk), np.int64)

@@ -1,15 +1,14 @@
 """Parquet files of the items: one row per item, its id checked, its columns read chunk by chunk.
 
-A column may be a .npy file that schema.yaml names in its place, [items, W] or [items, T, W], which
-is read in pieces. A token of NaN alone is missing.
-Shapes: N usable items, R rows of all files, n rows of a chunk or piece, T tokens of a row, W values
-of a token.
+A column may be a .npy file instead, [items, W] or [items, T, W]. A token of NaN alone is missing.
+Shapes: N usable items, R rows of all files, n of a chunk or piece, T tokens of a row, W values of
+a token.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from io import BytesIO
@@ -25,7 +24,7 @@ from recsys.data.items.ragged_array import RowWriter
 from recsys.data.parquet.bad_rows import BadRows, OnBadRow, Report
 from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
 from recsys.data.schema import Schema, advice_on_unknown
-from recsys.storage.location import Location
+from recsys.storage.location import Location, errors_at
 
 ROWS_PER_CHUNK = 256  # items in memory at once, as the encoded images of all items would not fit
 
@@ -44,10 +43,8 @@ class ItemTable:
     """Parquet files of the items at `folder`, by default `items` of the dataset: one row per item.
 
     `num_items` limits the rows of ids. `on_bad_row` is for ids that are null, repeated or unknown.
-
-    Attributes:
-        ids: int64 [N], of the usable items: rows of the target item's table, or raw bounded ids.
-        rows: int64 [N], their positions among the R rows of all files.
+    Of the usable items, `ids` [N] are rows of the target item's table, or raw bounded ids, and
+    `rows` [N] positions among the R rows of all files.
     """
 
     def __init__(
@@ -106,40 +103,29 @@ class ItemTable:
         if isinstance(vocabulary, ExactVocabulary):
             find = vocabulary.find
         rows = np.zeros(len(chunk), np.int64)
-        try:
+        with errors_at(f"{file}: column '{name}'"):
             rows[chunk.is_valid().to_numpy(zero_copy_only=False)] = find(chunk.drop_null()).ravel()
-        except ValueError as error:
-            raise ValueError(f"{file}: column '{name}': {error}") from error
         return rows
 
     def _usable_rows(
         self, file: Location, first_row: int, chunk: pa.Array, table_rows: np.ndarray
     ) -> np.ndarray:  # chunk [n], table_rows [n], of the target item -> at most [n]
         """Report null and unknown ids; return the positions of the others in the chunk."""
-        name, limit, target = self.items.id, self.num_items, self.schema.target_item
+        limit, target = self.num_items, self.schema.target_item
         null = chunk.is_null().to_numpy(zero_copy_only=False)
         outside = ~null & ((table_rows < 0) | (table_rows >= limit))
         if self.schema.has_bounded_items:
             outside[:] = False
-        self.bad_rows.add(
-            file, name, first_row, null, "null", lambda row: "null; every item needs an id"
-        )
+        report = partial(self.bad_rows.add, file, self.items.id, first_row)
+        report(null, "null", lambda row: "null; every item needs an id")
         if self.schema.vocabulary_of(target) is None:
-            reason = f"id outside [0, {limit})"
+            problem = f"outside [0, {limit})"
             fix = f"raise num_embeddings of '{target}' in schema.yaml or remove the item"
         else:
-            reason = f"id not in the vocabulary of '{target}'"
-            fix = "remove the item"
+            problem, fix = f"not in the vocabulary of '{target}'", "remove the item"
             if isinstance(self.schema.vocabularies.get(target), ExactVocabulary):
                 fix = f"{advice_on_unknown(self.schema, target, self.root)}, or {fix}"
-        self.bad_rows.add(
-            file,
-            name,
-            first_row,
-            outside,
-            reason,
-            lambda row: f"id {chunk[row].as_py()} is {reason.removeprefix('id ')}; {fix}",
-        )
+        report(outside, f"id {problem}", lambda row: f"id {chunk[row].as_py()} is {problem}; {fix}")
         return np.flatnonzero(~null & ~outside)
 
     def _leave_out_repeated(self, chunks: list[tuple[Location, int, int]]) -> None:
@@ -149,22 +135,22 @@ class ItemTable:
         repeated = np.full(self.num_rows, -1)
         repeated[self.rows[again]] = self.ids[again]
         stops = [place for _, _, place in chunks[1:]]
-        for (file, first_row, _), ids in zip(chunks, np.split(repeated, stops), strict=True):
-            message = partial(self._second_row_message, ids)
-            reason = "a second row of an item"
-            self.bad_rows.add(file, self.items.id, first_row, ids >= 0, reason, message)
-        self.ids, self.rows = self.ids[~again], self.rows[~again]
-
-    def _second_row_message(self, ids: np.ndarray, row: int) -> str:  # ids [n], -1 unless repeated
         vocabulary = self.schema.vocabulary_of(self.schema.target_item)
-        if vocabulary is None:
-            return f"item {ids[row]} has a row already; keep one row per item"
-        if vocabulary.kind != "hash":
-            return "this item has a row already; keep one row per item"
-        return (
-            "another item has this item's hash, and content is kept by hash; choose a vocabulary "
-            "of kind exact, or raise num_embeddings"
-        )
+        which = "item {}" if vocabulary is None else "this item"
+        message = f"{which} has a row already; keep one row per item"
+        if vocabulary is not None and vocabulary.kind == "hash":
+            message = (
+                "another item has this item's hash, and content is kept by hash; choose a "
+                "vocabulary of kind exact, or raise num_embeddings"
+            )
+
+        def second_row(ids: np.ndarray, row: int) -> str:
+            return message.format(ids[row])
+
+        for (file, first_row, _), ids in zip(chunks, np.split(repeated, stops), strict=True):
+            report = partial(self.bad_rows.add, file, self.items.id, first_row)
+            report(ids >= 0, "a second row of an item", partial(second_row, ids))
+        self.ids, self.rows = self.ids[~again], self.rows[~again]
 
     def chunks(self, name: str) -> Iterator[Chunk]:
         """Yield a column in order, `ROWS_PER_CHUNK` values at a time; damage is a ValueError."""
@@ -220,9 +206,6 @@ def plain_values(values: pa.Array) -> pa.Array:
 BYTES_PER_PIECE = 2**24
 FLOATS = ("float16", "float32", "float64")
 
-# Reports bad rows: (first row of a piece, bad bool [n], reason).
-ReportRows = Callable[[int, np.ndarray, str], None]
-
 
 class FeatureFile:
     """A .npy file with a row of features per item; another file is a ValueError."""
@@ -231,8 +214,7 @@ class FeatureFile:
         self.file = file
         try:
             with file.filesystem.open(file.path, "rb") as stream:
-                version = npy.read_magic(stream)
-                is_first = version == (1, 0)
+                is_first = npy.read_magic(stream) == (1, 0)
                 read = npy.read_array_header_1_0 if is_first else npy.read_array_header_2_0
                 shape, is_fortran, dtype = read(stream)
                 self._start = stream.tell()
@@ -272,41 +254,19 @@ class FeatureFile:
         return digest_of(self.num_rows, *(values.data.cast("B") for _, values in self.pieces()))
 
 
-def _read_ids(file: Location, num_rows: int) -> np.ndarray:  # [R]
+def _read_ids(file: Location, features: FeatureFile) -> np.ndarray:  # [R]
     try:
         ids = np.load(BytesIO(file.read_bytes()), allow_pickle=False)
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file; schema.yaml names it") from None
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{file}: not a readable .npy file ({error})") from error
-    if ids.shape != (num_rows,) or ids.dtype.kind not in "iuU":
+    if ids.shape != (features.num_rows,) or ids.dtype.kind not in "iuU":
         raise ValueError(
-            f"{file}: has shape {list(ids.shape)} of {ids.dtype}; save the ids of the {num_rows} "
-            "rows of features, integers or strings"
+            f"{file}: has shape {list(ids.shape)} of {ids.dtype}; save the ids of the "
+            f"{features.num_rows} rows of features, integers or strings"
         )
     return ids
-
-
-def write_rows(
-    folder: Path, features: FeatureFile, places: np.ndarray, num_rows: int, report: ReportRows
-) -> int:  # places [R], row of the array for each row, -1: left out
-    """Write the `RaggedArray` of a feature file and return its number of tokens."""
-    lengths = np.zeros(num_rows, np.int64)
-    usable = np.ones(features.num_rows, bool)
-    for first, values in features.pieces():
-        piece = slice(first, first + len(values))
-        is_token = ~np.isnan(values).all(axis=2)
-        bad = (is_token & ~np.isfinite(values).all(axis=2)).any(axis=1)
-        rows = places[piece]
-        report(first, bad & (rows >= 0), "a feature with a value that is not finite")
-        usable[piece] = ~bad & (rows >= 0)
-        lengths[rows[usable[piece]]] = is_token[usable[piece]].sum(axis=1)
-    with closing(RowWriter(folder, lengths, (features.width,), "float32")) as writer:
-        for first, values in features.pieces():
-            piece = slice(first, first + len(values))
-            values = values[usable[piece]]
-            writer.write(places[piece][usable[piece]], values[~np.isnan(values).all(axis=2)])
-    return int(lengths.sum())
 
 
 class ItemColumnReader:
@@ -330,11 +290,29 @@ class ItemColumnReader:
         if self.settings.file is None:
             return None
         features, ids = FeatureFile(self.table.root / self.settings.file), self.settings.ids
-        if ids is None:
-            return features, None
-        return features, _read_ids(self.table.root / ids, features.num_rows)
+        return features, None if ids is None else _read_ids(self.table.root / ids, features)
 
-    def places_of(self, features: FeatureFile, ids: np.ndarray | None) -> np.ndarray:  # [R]
+    def write_features(self, folder: Path, features: FeatureFile, ids: np.ndarray | None) -> int:
+        """Write the `RaggedArray` of the feature file and return its number of tokens."""
+        reason = "a feature with a value that is not finite"
+        message = f"{reason}; write NaN throughout for a missing token or item"
+        report = partial(self.table.bad_rows.add, features.file, self.name)
+        rows, lengths = self._rows_of(features, ids), np.zeros(self.table.num_rows, np.int64)
+        for first, values in features.pieces():
+            places = rows[first : first + len(values)]  # a view: bad rows are marked in it
+            is_token = ~np.isnan(values).all(axis=2)
+            bad = (is_token & ~np.isfinite(values).all(axis=2)).any(axis=1) & (places >= 0)
+            report(first, bad, reason, lambda row: message)
+            places[bad] = -1
+            lengths[places[places >= 0]] = is_token[places >= 0].sum(axis=1)
+        with closing(RowWriter(folder, lengths, (features.width,), "float32")) as writer:
+            for first, values in features.pieces():
+                places = rows[first : first + len(values)]
+                values = values[places >= 0]
+                writer.write(places[places >= 0], values[~np.isnan(values).all(axis=2)])
+        return int(lengths.sum())
+
+    def _rows_of(self, features: FeatureFile, ids: np.ndarray | None) -> np.ndarray:  # [R]
         """Return the item's row for each row of a feature file, -1 for none."""
         if ids is not None:
             return self.table.places_of(ids, self.table.root / str(self.settings.ids))
@@ -346,14 +324,7 @@ class ItemColumnReader:
             )
         return np.arange(features.num_rows)
 
-    def report_file(self, first_row: int, bad: np.ndarray, reason: str) -> None:  # bad [n], bool
-        """Report bad rows of the feature file, for `write_rows`."""
-        message = f"{reason}; write NaN throughout for a missing token or item"
-        file = self.table.root / str(self.settings.file)
-        self.table.bad_rows.add(file, self.name, first_row, bad, reason, lambda row: message)
-
     def fingerprint(self) -> str:
-        """Return a hash of the content and of the ids it belongs to."""
         if (feature_file := self.feature_file()) is None:
             return self.table.fingerprint(self.name)
         features, ids = feature_file

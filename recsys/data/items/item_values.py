@@ -72,14 +72,9 @@ def usable_features(
     widths = list_lengths(tokens)
     bad = np.bincount(rows[widths != width], minlength=len(lengths)) > 0
     wrong_width = widths[(widths != width).argmax()] if bad.any() else width
-    report(
-        bad,
-        f"a feature of other than {width} values",
-        lambda row: (
-            f"a feature has {wrong_width} values, earlier ones have {width}; write all of "
-            "one width, or null for an item without"
-        ),
-    )
+    unlike = f"a feature has {wrong_width} values, earlier ones have {width}"
+    fix = "write all of one width, or null for an item without"
+    report(bad, f"a feature of other than {width} values", lambda row: f"{unlike}; {fix}")
     usable = ~bad[rows]
     rows, tokens = rows[usable], tokens.filter(pa.array(usable))
     with np.errstate(over="ignore"):  # doubles beyond float32 become infinite, and are refused
@@ -88,11 +83,8 @@ def usable_features(
     wrong = ~np.isfinite(values).all(axis=1)
     not_finite = np.bincount(rows[wrong], minlength=len(lengths)) > 0
     flaw = "a value that is null or not finite"
-    report(
-        not_finite,
-        f"a feature with {flaw}",
-        lambda row: f"a feature has {flaw}; write null for an item without",
-    )
+    unusable = f"a feature has {flaw}; write null for an item without"
+    report(not_finite, f"a feature with {flaw}", lambda row: unusable)
     usable = ~not_finite[rows]
     return np.bincount(rows[usable], minlength=len(lengths)), values[usable]
 
@@ -105,8 +97,7 @@ def texts_of(chunk: pa.Array, where: str, report: Report) -> list[str | None]:
         return chunk.to_pylist()
     except UnicodeDecodeError:
         pass
-    texts: list[str | None] = []
-    causes: dict[int, str] = {}
+    texts, causes = list[str | None](), dict[int, str]()
     for row, encoded in enumerate(chunk.cast(pa.large_binary()).to_pylist()):
         try:
             texts.append(None if encoded is None else encoded.decode())
@@ -121,9 +112,9 @@ def texts_of(chunk: pa.Array, where: str, report: Report) -> list[str | None]:
 def tokenize(
     texts: Sequence[str | None], max_length: int, tokenizer: Any, fills: bool = False
 ) -> list[list[int]]:
-    """Return at most `max_length` token ids of each text; none for an empty one.
+    """Return up to `max_length` token ids of each text, as many with `fills`; none if it is empty.
 
-    With `fills` exactly `max_length`, padding included. Long texts are cut before the tokenizer.
+    Long texts are cut before the tokenizer.
     """
     limit = CHARACTERS_PER_TOKEN * max_length
     non_empty = [text for text in texts if text]

@@ -54,20 +54,16 @@ class ContentInput:
 class ModalityKind:
     """Interface of all modality kinds; `recsys/content/README.md` has one of your own.
 
-    Attributes:
-        where, modality: full name of the settings, for messages, and the settings.
-        column_kind: kind of the item columns in schema.yaml that it reads.
-        entry_shape, dtype: shape and type of one entry of an item's row in the cache.
-        notes: sentences for the user, set when the encoder is built.
+    `where` is the full name of the settings, for messages.
     """
 
-    column_kind: str
-    entry_shape: tuple[int, ...] = ()
-    dtype: str = "float32"
+    column_kind: str  # kind of the item columns in schema.yaml that it reads
+    entry_shape: tuple[int, ...] = ()  # of one entry of an item's row in the cache
+    dtype: str = "float32"  # of an entry
 
     def __init__(self, where: str, modality: ModalitySettings) -> None:
         self.where, self.modality = where, modality
-        self.notes: list[str] = []
+        self.notes: list[str] = []  # for the user, set when the encoder is built
         self.check()
 
     def check(self) -> None:

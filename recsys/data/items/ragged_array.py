@@ -1,8 +1,7 @@
 """Rows of varying length, stored as one flat memory-mapped array plus offsets.
 
-Pages read are released whenever about `RESIDENT_BYTES` may be mapped.
-Shapes: N rows of the array, S distinct rows, n rows written or hashed at once, U rows gathered,
-T entries of the longest.
+Pages read are released whenever about `RESIDENT_BYTES` may be mapped. Shapes: N rows of the array,
+S distinct ones, n written or hashed at once, U gathered, T entries of the longest.
 """
 
 from __future__ import annotations
@@ -10,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import math
 import mmap
-import os
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 from numpy.lib import format as npy
 
-from recsys.storage.files import whole_file
+from recsys.storage.files import flush, whole_file
 
 RESIDENT_BYTES = 2**30
 MAPPED_AROUND = 2**16  # bytes that the kernel maps around each page read
@@ -57,8 +55,7 @@ class RaggedArray:
         return len(self.offsets) - 1 if self.distinct is None else len(self.distinct)
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Number of entries of each row, [N]."""
+    def lengths(self) -> np.ndarray:  # of each row, [N]
         lengths = np.diff(self.offsets)
         return lengths if self.distinct is None else np.append(lengths, 0)[self.distinct]
 
@@ -110,9 +107,8 @@ class RaggedWriter:
             self._file.write(np.zeros(self.shape, self.dtype).tobytes())
         self._file.seek(0)
         self._write_header()
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
+        flush(self.folder / "values.npy")
         lengths = np.concatenate([np.zeros(1, np.int64), *self.lengths])
         np.save(self.folder / "offsets.npy", np.cumsum(lengths).astype(np.int64))
 
@@ -142,21 +138,8 @@ class RowWriter(RaggedWriter):
 
 def share_rows(folder: Path, distinct: np.ndarray) -> None:  # distinct [N], in [-1, S)
     """Turn S distinct rows in `folder` into N rows that share their entries; -1: no entries."""
-    with open(folder / SHARED, "wb") as file:
-        np.save(file, distinct.astype(np.int64))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def row_hashes(array: RaggedArray, rows: np.ndarray) -> np.ndarray:  # rows [n] -> [n]
-    """Return a hash of the content of each row."""
-    hashes = np.zeros(len(rows), HASH_TYPE)
-    for start in range(0, len(rows), ROWS_PER_HASHING):
-        values, mask = array.gather(rows[start : start + ROWS_PER_HASHING])
-        for place, (entries, is_entry) in enumerate(zip(values, mask, strict=True)):
-            digest = hashlib.blake2b(entries[is_entry].tobytes(), digest_size=16).digest()
-            hashes[start + place] = digest
-    return hashes
+    np.save(folder / SHARED, distinct.astype(np.int64))
+    flush(folder / SHARED)
 
 
 def stored_hashes(folder: Path) -> np.ndarray:  # [N], memory-mapped
@@ -164,9 +147,10 @@ def stored_hashes(folder: Path) -> np.ndarray:  # [N], memory-mapped
     path = folder / HASHES
     if not path.exists():
         array = RaggedArray(folder)
-        rows = np.flatnonzero(array.lengths > 0)
-        hashes = np.zeros(len(array), HASH_TYPE)
-        hashes[rows] = row_hashes(array, rows)
+        hashes, filled = np.zeros(len(array), HASH_TYPE), np.flatnonzero(array.lengths > 0)
+        for rows in np.split(filled, range(ROWS_PER_HASHING, len(filled), ROWS_PER_HASHING)):
+            for row, entries, is_entry in zip(rows, *array.gather(rows), strict=True):
+                hashes[row] = hashlib.blake2b(entries[is_entry].tobytes(), digest_size=16).digest()
         with whole_file(path) as partial, partial.open("wb") as file:
             np.save(file, hashes)
     return np.load(path, "r", allow_pickle=False)

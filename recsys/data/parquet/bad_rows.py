@@ -1,7 +1,7 @@
 """Unusable rows: the first one ends the job, or all are skipped and counted.
 
-A defect of a whole file (no footer, a missing column, a wrong type) is always an error.
-Shapes: n rows of the part of a file that is read at once.
+A defect of a whole file (no footer, a missing column, a wrong type) is always an error. Shapes: n
+rows of the part of a file that is read at once.
 """
 
 from __future__ import annotations
@@ -42,10 +42,9 @@ class BadRows:
         reason: str,
         message: Callable[[int], str],
     ) -> None:
-        """Record the bad rows of one column in the part of a file from `first_row` on.
+        """Record the bad rows of a column, "" for whole rows, in the part from `first_row` on.
 
-        `column` is "" for whole rows; `message` maps a row of the part to its error and the fix. If
-        `on_bad_row` is error, the first bad row is a ValueError that names file, column and row.
+        If `on_bad_row` is error, the first is a ValueError with file, column, row and its message.
         """
         if not bad.any():
             return
@@ -60,32 +59,23 @@ class BadRows:
         merged: dict[Place, tuple[int, int]] = {}
         for bad_rows in ranks.gather(self.counts):
             merged |= bad_rows
-        total_rows, entries = by_reason(merged)
+        total, entries = by_reason(merged)
         if entries and ranks.is_first:
-            print_table(format_skipped(what, total_rows, entries))
-        return {"rows": total_rows, "found": entries}
+            lines = [f"skipped {_rows(total)} of {what}:"]
+            lines += [f"  {_entry(entry)}" for entry in entries[:LINES]]
+            if len(entries) > LINES:
+                lines.append(f"  and {len(entries) - LINES:,} more")
+            print_table("\n".join(lines))
+        return {"rows": total, "found": entries}
 
 
 def by_reason(bad_rows: dict[Place, tuple[int, int]]) -> tuple[int, list[dict[str, Any]]]:
     """Return the number of bad rows, and an entry by file, column and reason."""
-    merged: dict[tuple[str, str, str], tuple[int, int]] = {}
+    entries: dict[tuple[str, str, str], dict[str, Any]] = {}
     for (file, column, _, reason), (rows, first) in sorted(bad_rows.items()):
-        total, earliest = merged.get((file, column, reason), (0, first))
-        merged[file, column, reason] = (total + rows, earliest)
-    entries = [
-        {"file": file, "column": column, "reason": reason, "rows": rows, "first_row": first}
-        for (file, column, reason), (rows, first) in merged.items()
-    ]
-    return sum(rows for rows, _ in merged.values()), entries
-
-
-def format_skipped(what: str, rows: int, entries: list[dict[str, Any]]) -> str:
-    """Return the report of skipped rows as text."""
-    lines = [f"skipped {_rows(rows)} of {what}:"]
-    lines += [f"  {_entry(entry)}" for entry in entries[:LINES]]
-    if len(entries) > LINES:
-        lines.append(f"  and {len(entries) - LINES:,} more")
-    return "\n".join(lines)
+        entry = {"file": file, "column": column, "reason": reason, "rows": 0, "first_row": first}
+        entries.setdefault((file, column, reason), entry)["rows"] += rows
+    return sum(rows for rows, _ in bad_rows.values()), list(entries.values())
 
 
 def no_row_left(rows: int, what: str, entries: list[dict[str, Any]]) -> ValueError:

@@ -46,10 +46,15 @@ class RowColumns:
         lists: list[ListColumns] = []
         for name in table.column_names:
             array = one_chunk(table[name])
-            if is_list(array.type):
-                _add_lists(lists, name, array)
-            else:
+            if not is_list(array.type):
                 numbers[name] = array.to_numpy(zero_copy_only=False)
+                continue
+            # flatten omits the values of a null list, so offsets follow from the lengths alone.
+            offsets = np.concatenate([[0], np.cumsum(list_lengths(array), dtype=np.int64)])
+            equal = (columns for columns in lists if np.array_equal(columns.offsets, offsets))
+            if (columns := next(equal, None)) is None:
+                lists.append(columns := ListColumns(offsets, {}))
+            columns.values[name] = array.flatten().to_numpy(zero_copy_only=False)
         return RowColumns(numbers, tuple(lists))
 
     @property
@@ -89,14 +94,3 @@ class RowColumns:
             ends = np.cumsum(np.concatenate([part.lengths(name) for part in parts]))
             lists.append(ListColumns(np.concatenate([[0], ends]), {name: joined(name)}))
         return RowColumns({name: joined(name) for name in parts[0].numbers}, tuple(lists))
-
-
-def _add_lists(lists: list[ListColumns], name: str, array: pa.Array) -> None:
-    # flatten omits the values under a null list, so offsets follow from the lengths alone.
-    offsets = np.concatenate([[0], np.cumsum(list_lengths(array), dtype=np.int64)])
-    values = array.flatten().to_numpy(zero_copy_only=False)
-    for columns in lists:
-        if np.array_equal(columns.offsets, offsets):
-            columns.values[name] = values
-            return
-    lists.append(ListColumns(offsets, {name: values}))

@@ -26,7 +26,9 @@ from recsys.data.schema import Schema
 from recsys.data.schema_columns import RAW_GROUP as RAW_GROUP
 from recsys.data.schema_columns import ROW_POSITION as ROW_POSITION
 from recsys.data.schema_columns import TARGETS_BEFORE as TARGETS_BEFORE
-from recsys.data.schema_columns import Column
+from recsys.data.schema_columns import Column, HistoryColumns
+from recsys.data.transforms.steps import is_number
+from recsys.storage.location import errors_at
 
 MAX_LIST_VALUES = np.iinfo(np.int32).max  # of a column of lists, whose offsets are int32
 
@@ -45,10 +47,6 @@ def list_lengths(column: pa.ChunkedArray | pa.Array) -> np.ndarray:  # [R] -> [R
     return lengths.to_numpy() if isinstance(lengths, pa.ChunkedArray) else lengths.to_numpy(False)
 
 
-def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-
-
 def _expected(schema: Schema, name: str) -> tuple[bool, bool]:
     column = schema.columns.get(name)
     if column is None:  # a parallel list
@@ -61,9 +59,11 @@ def check_type(schema: Schema, name: str, kind: pa.DataType, file: str) -> None:
     has_lists, has_integers = _expected(schema, name)
     is_raw = schema.vocabulary_of(name) is not None
     value = kind.value_type if is_list(kind) else kind
-    if pa.types.is_null(value) and _takes_nulls(schema, name, kind):
-        return
-    is_fitting = is_id_type if is_raw else pa.types.is_integer if has_integers else _is_number
+    may_be_null = has_lists or is_raw or schema.columns[name].kind == "extra"
+    may_be_null = may_be_null or schema.columns[name].nullable
+    if pa.types.is_null(value) and may_be_null and (has_lists or not is_list(kind)):
+        return  # nulls or empty lists alone
+    is_fitting = is_id_type if is_raw else pa.types.is_integer if has_integers else is_number
     if is_list(kind) != has_lists or not is_fitting(value):
         expected = "integer or string" if is_raw else "integer" if has_integers else "float"
         expected = f"list<{expected}>" if has_lists else expected
@@ -75,19 +75,9 @@ def check_type(schema: Schema, name: str, kind: pa.DataType, file: str) -> None:
         return
     vocabulary = schema.vocabularies.get(schema.table_of(name))
     if isinstance(vocabulary, ExactVocabulary):
-        try:
+        with errors_at(f"{file}: column '{name}'"):
             vocabulary.check_type(value)
-        except ValueError as error:
-            raise ValueError(f"{file}: column '{name}': {error}") from error
     schema.require_id_type(name, value, file, schema.table_of(name))
-
-
-def _takes_nulls(schema: Schema, name: str, kind: pa.DataType) -> bool:
-    """Return whether a column may have a type without values: of nulls or of empty lists."""
-    if _expected(schema, name)[0]:
-        return True
-    column, is_raw = schema.columns[name], schema.vocabulary_of(name) is not None
-    return not is_list(kind) and (is_raw or column.nullable or column.kind == "extra")
 
 
 def empty_table(schema: Schema, names: list[str]) -> pa.Table:
@@ -114,10 +104,10 @@ def padding_rows(like: pa.Table, num_rows: int) -> pa.Table:
 
 def usable_table(
     table: pa.Table, schema: Schema, positions: np.ndarray, report: ReportColumn
-) -> pa.Table:
-    """Return the columns of a chunk in canonical types, with padding rows in place of bad ones.
+) -> pa.Table:  # positions int64 [R], in the split
+    """Return the rows at these positions in canonical types, with padding rows for bad ones.
 
-    `positions` int64 [R] are those of its rows in the split; a row counts for its first bad column.
+    A row is reported for its first bad column.
     """
     bad = np.zeros(table.num_rows, bool)
 
@@ -132,7 +122,8 @@ def usable_table(
         groups = rows_of_ids(ids, null, too_large, None)
         arrays.append(pa.array(np.where(null, mix64(positions).view(np.int64), groups)))
     usable = pa.table([*arrays, positions], schema=empty_table(schema, table.column_names).schema)
-    _check_parallel(usable, schema, note)
+    for history in schema.histories:
+        _check_parallel(usable, schema, history, note)
     _note_rows_without_label(usable, schema, note)
     if not bad.any():
         return usable
@@ -167,13 +158,9 @@ def usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn
     if is_integer:
         limit, owner = schema.limit(name), schema.table_of(name)
         if len(numbers) and (numbers.min() < 0 or numbers.max() >= limit):
-            outside = (numbers < 0) | (numbers >= limit)
-            note_values(
-                outside,
-                f"id outside [0, {limit})",
-                f"id {numbers[outside.argmax()]} is outside [0, {limit}); raise num_embeddings of "
-                f"'{owner}' in schema.yaml or map the ids to rows",
-            )
+            outside, what = (numbers < 0) | (numbers >= limit), f"outside [0, {limit})"
+            fix = f"raise num_embeddings of '{owner}' in schema.yaml or map the ids to rows"
+            note_values(outside, f"id {what}", f"id {numbers[outside.argmax()]} is {what}; {fix}")
         return _cast(array, pa.int64(), is_list_column)
     for bad, reason, fix in _bad_numbers(numbers, column):
         if bad.any():
@@ -202,7 +189,6 @@ def _extra_column(array: pa.Array, name: str, note: ReportColumn) -> pa.Array:
 def _note_values(
     note: ReportColumn, name: str, array: pa.Array, bad: np.ndarray, reason: str, message: str
 ) -> None:  # array [R], of values or lists; bad bool [N]
-    """Note the rows that hold a bad value."""
     if not bad.any():
         return
     if is_list(array.type):
@@ -302,27 +288,20 @@ def _note_rows_without_label(table: pa.Table, schema: Schema, note: ReportColumn
         note(labels[0], unknown, "no label", lambda row: message)
 
 
-def _check_parallel(table: pa.Table, schema: Schema, note: ReportColumn) -> None:
-    for history in schema.histories:
-        lengths = _num_ids(table, history.name, schema)
-        for name in (*history.numbers, *history.ids):
-            note(
-                name,
-                _num_ids(table, name, schema) != lengths,
-                f"list of another length than '{history.name}'",
-                partial(_length_message, history.name, lengths),
-            )
+def _check_parallel(
+    table: pa.Table, schema: Schema, history: HistoryColumns, note: ReportColumn
+) -> None:
+    def num_ids(name: str) -> np.ndarray:  # [R]
+        return list_lengths(table[name]) // schema.rows_per_id(name)
 
+    reason, lengths = f"list of another length than '{history.name}'", num_ids(history.name)
 
-def _length_message(history: str, lengths: np.ndarray, row: int) -> str:
-    return (
-        f"the list has another length than '{history}' ({lengths[row]} items); "
-        "write one value per item"
-    )
+    def message(row: int) -> str:
+        what = f"the list has another length than '{history.name}' ({lengths[row]} items)"
+        return f"{what}; write one value per item"
 
-
-def _num_ids(table: pa.Table, name: str, schema: Schema) -> np.ndarray:  # [R]
-    return list_lengths(table[name]) // schema.rows_per_id(name)
+    for name in (*history.numbers, *history.ids):
+        note(name, num_ids(name) != lengths, reason, message)
 
 
 def _cast(array: pa.Array, value_type: pa.DataType, as_list: bool) -> pa.Array:

@@ -7,7 +7,7 @@ transform: [{fill: 0}, log1p, standardize]}`. `transforms.yaml` has the chains w
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, get_type_hints
@@ -21,7 +21,7 @@ from recsys.config.parser import meant, problem_of_keys, short
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.schema_columns import Column
 from recsys.data.transforms.steps import STEPS, Fit
-from recsys.storage.location import Location
+from recsys.storage.location import Location, errors_at
 
 KINDS = ("id", "ids", "dense")
 INPUTS = (*KINDS, "sequence")  # kinds that may be the source of another column
@@ -73,11 +73,6 @@ class Call:
     def without_fit(self) -> Call:
         return Call(self.name, self.settings | dict.fromkeys(self.fitted_settings))
 
-    @property
-    def num_ids(self) -> int | None:
-        count = STEPS[self.name].num_ids
-        return None if count is None else count(**self.settings)
-
     def start_fit(self) -> Fit:
         fit = STEPS[self.name].fit
         assert fit is not None
@@ -122,19 +117,15 @@ class Chain:
         return Chain(self.sources, tuple(step.without_fit for step in self.steps))
 
     def fitted(self, number: int, settings: dict[str, Any]) -> Chain:
-        steps = list(self.steps)
-        steps[number] = Call(steps[number].name, steps[number].settings | settings)
-        return Chain(self.sources, tuple(steps))
+        step = self.steps[number]
+        fitted = Call(step.name, step.settings | settings)
+        return Chain(self.sources, (*self.steps[:number], fitted, *self.steps[number + 1 :]))
 
     def is_fit_of(self, chain: Chain) -> bool:
         """Return whether this is a fitted `chain`, which may be fitted in part or not at all."""
-        return self.unfitted is None and chain == Chain(
-            self.sources,
-            tuple(
-                step if target.is_fitted else step.without_fit
-                for step, target in zip(self.steps, chain.steps, strict=False)
-            ),
-        )
+        pairs = zip(self.steps, chain.steps, strict=False)
+        steps = (step if target.is_fitted else step.without_fit for step, target in pairs)
+        return self.unfitted is None and chain == Chain(self.sources, tuple(steps))
 
     def plain(self) -> dict[str, Any]:
         return {"column": list(self.sources), "transform": [step.plain() for step in self.steps]}
@@ -164,10 +155,8 @@ def chain_of(name: str, column: Column) -> Chain:
     """Return the chain of a column that has one; a ValueError says which step is unusable."""
     sources, steps = column.sources(name), []
     for number, step in enumerate(column.transform):
-        try:
+        with errors_at(f"transform, step {number + 1}"):
             steps.append(Call.of(step))
-        except ValueError as error:
-            raise ValueError(f"transform, step {number + 1}: {error}") from error
     joins = [number for number, step in enumerate(steps) if STEPS[step.name].joins]
     if len(sources) != 1 and len(joins) != 1:
         raise ValueError(f"reads {len(sources)} columns; name one, or join them by one step cross")
@@ -175,7 +164,8 @@ def chain_of(name: str, column: Column) -> Chain:
         raise ValueError(f"cross joins several columns; write `column: [{sources[0]}, ANOTHER]`")
     if any(STEPS[step.name].fit is not None for step in steps[: joins[0] if joins else 0]):
         raise ValueError("a step before cross is fitted; make a column of its own with that step")
-    size = steps[-1].num_ids if steps else None
+    num_ids = STEPS[steps[-1].name].num_ids if steps else None
+    size = None if num_ids is None else num_ids(**steps[-1].settings)
     if column.vocabulary is None and (column.num_embeddings or size or 0) < (size or 0):
         raise ValueError(
             f"num_embeddings is {column.num_embeddings}, but {steps[-1].name} gives {size} ids; "
@@ -194,10 +184,8 @@ def chains_of(columns: Mapping[str, Column], target_item: str, path: str) -> dic
         if column.kind not in KINDS or name == target_item:
             what = "the target item" if name == target_item else f"of kind {column.kind}"
             raise ValueError(f"{where} is {what}; only features of kinds {KINDS} are transformed")
-        try:
+        with errors_at(where):
             chains[name] = chain_of(name, column)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
         for source in chains[name].sources:
             if source in columns and columns[source].kind not in INPUTS:
                 raise ValueError(
@@ -205,9 +193,7 @@ def chains_of(columns: Mapping[str, Column], target_item: str, path: str) -> dic
                     "known when a model is asked; name another column"
                 )
     try:
-        TopologicalSorter(
-            {name: set(transformed_sources(name, chains)) for name in chains}
-        ).prepare()
+        TopologicalSorter({name: transformed_sources(name, chains) for name in chains}).prepare()
     except CycleError as error:
         names = " -> ".join(reversed(error.args[1]))
         raise ValueError(f"{path}: columns read each other: {names}; end the circle") from error
@@ -222,11 +208,9 @@ def set_chain(column: Column, chain: Chain) -> None:
     column.column, column.transform = plain["column"], plain["transform"]
 
 
-def transformed_sources(name: str, chains: Mapping[str, Chain]) -> Iterator[str]:
-    """Yield the sources of a transformed column that are results of other chains."""
-    for source in chains[name].sources:
-        if source != name and source in chains:
-            yield source
+def transformed_sources(name: str, chains: Mapping[str, Chain]) -> list[str]:
+    """Return the sources of a transformed column that are results of other chains."""
+    return [source for source in chains[name].sources if source != name and source in chains]
 
 
 def file_columns(names: Iterable[str], chains: Mapping[str, Chain]) -> list[str]:
@@ -236,7 +220,7 @@ def file_columns(names: Iterable[str], chains: Mapping[str, Chain]) -> list[str]
         if name not in chains:
             columns[name] = None
             continue
-        results = list(transformed_sources(name, chains))
+        results = transformed_sources(name, chains)
         columns |= dict.fromkeys(source for source in chains[name].sources if source not in results)
         columns |= dict.fromkeys(file_columns(results, chains))
     return list(columns)
@@ -275,6 +259,5 @@ def load_fitted(
                 f"{file}: was fitted with other transforms than schema.yaml has now: column "
                 f"'{name}' differs; {command}"
             )
-    for name in chains:
         chains[name] = fitted[name]
         set_chain(columns[name], fitted[name])

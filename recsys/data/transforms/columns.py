@@ -13,6 +13,7 @@ from recsys.data.parquet.values import check_type, is_list, list_lengths, one_ch
 from recsys.data.schema import Schema
 from recsys.data.transforms.chain import Chain
 from recsys.data.transforms.steps import fill
+from recsys.storage.location import errors_at
 
 
 def read_columns(table: pa.Table, schema: Schema, names: Sequence[str], place: str) -> pa.Table:
@@ -39,10 +40,8 @@ class TransformedRows:
         return self._made[name]
 
     def _filled(self, name: str) -> pa.Array:
-        try:
+        with errors_at(f"{self.place}: column '{name}': fill", pa.ArrowException):
             return filled(one_chunk(self.table[name]), name, self._fills)
-        except (ValueError, pa.ArrowException) as error:
-            raise ValueError(f"{self.place}: column '{name}': fill: {error}") from error
 
     def before_step(self, name: str, number: int) -> pa.Array:
         """Return a column before one step of its chain, which follows no cross."""
@@ -54,12 +53,10 @@ class TransformedRows:
             self._filled(source) if source == name else self.column(source)
             for source in chain.sources
         ]
-        try:
+        with errors_at(f"{self.place}: column '{name}'"):
             if len(columns) > 1 or not is_list(columns[0].type):
                 return chain(columns)
             return _with_values(columns[0], chain([columns[0].flatten()]))
-        except ValueError as error:
-            raise ValueError(f"{self.place}: column '{name}': {error}") from error
 
 
 def filled(values: pa.Array, name: str, fills: Mapping[str, int | float | str]) -> pa.Array:

@@ -1,8 +1,7 @@
 """The steps of a column's `transform`: one function each, and its name in `STEPS`.
 
-A step maps N values to N; a row depends on itself alone. Null stays null, except in `fill`. Its
-keyword arguments are its settings; a `Fit` computes those that are fitted on the training rows.
-Shapes: N values, S columns to cross.
+A step maps N values, or S columns of them, to N. Null stays null, except in `fill`. Its keyword
+arguments are its settings; a `Fit` computes those that are fitted on the training rows.
 """
 
 from __future__ import annotations
@@ -20,7 +19,9 @@ from embeddings.vocabulary.fixed import HashVocabulary, is_id_type, mix64
 
 SEPARATOR = "\x1f"  # between crossed values: the ASCII unit separator, which no text has
 ZONED_TEXT = r"[T ].*(Z|[+-]\d\d(:?\d\d)?)$"
-SAMPLED = 1 << 22  # largest number of values with exact quantiles; also the size of a sample
+# Largest number of values with exact quantiles; of more, a sample of this size, without
+# replacement and the same in every run, is used.
+SAMPLED = 1 << 22
 Unit = Literal["s", "ms", "us"]
 
 
@@ -44,10 +45,7 @@ class Moments:
 
 
 class Quantiles:
-    """Boundaries of `quantiles` buckets with nearly equal numbers of values.
-
-    Of more than `SAMPLED` values it uses a sample without replacement, the same in every run.
-    """
+    """Boundaries of `quantiles` buckets with nearly equal numbers of values, or of a sample."""
 
     def __init__(self, quantiles: int, **settings: Any) -> None:
         self.quantiles, self.num_values = quantiles, 0
@@ -73,17 +71,12 @@ Fit = Moments | Quantiles
 
 @dataclass(frozen=True)
 class Step:
-    """One step.
+    """One step, as functions of its settings."""
 
-    apply: maps values [N] and settings to values [N]; or a list of S columns, if `joins` is set.
-    num_ids: maps settings to the number of ids that the step gives, if that is known.
-    fit: computes the settings `fitted` from all training rows; None for a step without a fit.
-    """
-
-    apply: Callable[..., pa.Array]
-    num_ids: Callable[..., int] | None = None
+    apply: Callable[..., pa.Array]  # maps values [N] to values [N]; or S columns, if `joins` is set
+    num_ids: Callable[..., int] | None = None  # the number of ids that it gives, if that is known
     joins: bool = False
-    fit: Callable[..., Fit] | None = None
+    fit: Callable[..., Fit] | None = None  # computes the settings `fitted` from all training rows
     fitted: tuple[str, ...] = ()
 
 
@@ -92,7 +85,7 @@ def fill(values: pa.Array, value: int | float | str) -> pa.Array:
     filler = pa.scalar(value)
     if pa.types.is_null(values.type):
         return values.cast(filler.type).fill_null(filler)
-    if isinstance(value, str) == _is_number(values.type):  # times are filled by text, too
+    if isinstance(value, str) == is_number(values.type):  # times are filled by text, too
         raise ValueError(f"value {value!r} is none of type {values.type}")
     try:
         filler = filler.cast(values.type)
@@ -171,23 +164,13 @@ def lower(values: pa.Array) -> pa.Array:
     return pc.utf8_lower(values.cast(pa.large_string()))
 
 
-def hour(values: pa.Array, zone: str = "UTC", unit: Unit = "s") -> pa.Array:
-    """Return the hour of a time in a zone, from 0 to 23."""
-    return pc.hour(_moments(values, zone, unit))
+def _of_moment(part: Callable[[pa.Array], pa.Array]) -> Callable[..., pa.Array]:
+    """Return the step that takes a part, counted from 0, of a time or date in a zone."""
 
+    def step(values: pa.Array, zone: str = "UTC", unit: Unit = "s") -> pa.Array:
+        return part(_moments(values, zone, unit))
 
-def weekday(values: pa.Array, zone: str = "UTC", unit: Unit = "s") -> pa.Array:
-    """Return the day of the week of a time or date, from 0, Monday, to 6."""
-    return pc.day_of_week(_moments(values, zone, unit))
-
-
-def day_of_year(values: pa.Array, zone: str = "UTC", unit: Unit = "s") -> pa.Array:
-    """Return the day of the year of a time or date, from 0 to 365."""
-    return pc.subtract(pc.day_of_year(_moments(values, zone, unit)), 1)
-
-
-def _buckets(boundaries: list[float] | None, quantiles: int | None) -> int:
-    return quantiles or len(boundaries or []) + 1
+    return step
 
 
 STEPS: dict[str, Step] = {
@@ -195,17 +178,26 @@ STEPS: dict[str, Step] = {
     "clip": Step(clip),
     "log1p": Step(log1p),
     "standardize": Step(standardize, fit=Moments, fitted=("mean", "std")),
-    "bucketize": Step(bucketize, _buckets, fit=Quantiles, fitted=("boundaries",)),
+    "bucketize": Step(
+        bucketize,
+        lambda boundaries, quantiles: quantiles or len(boundaries or []) + 1,
+        fit=Quantiles,
+        fitted=("boundaries",),
+    ),
     "hash": Step(hash_ids, lambda buckets, seed: buckets),
     "cross": Step(cross, joins=True),
     "lower": Step(lower),
-    "hour": Step(hour, lambda zone, unit: 24),
-    "weekday": Step(weekday, lambda zone, unit: 7),
-    "day_of_year": Step(day_of_year, lambda zone, unit: 366),
+    "hour": Step(_of_moment(pc.hour), lambda zone, unit: 24),
+    "weekday": Step(_of_moment(pc.day_of_week), lambda zone, unit: 7),  # 0: Monday
+    "day_of_year": Step(
+        _of_moment(lambda moments: pc.subtract(pc.day_of_year(moments), 1)),
+        lambda zone, unit: 366,
+    ),
 }
 
 
-def _is_number(kind: pa.DataType) -> bool:
+def is_number(kind: pa.DataType) -> bool:
+    """Return whether a column of this type holds numbers, of which booleans are 0 and 1."""
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
 
@@ -214,7 +206,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _numbers(values: pa.Array) -> pa.Array:
-    if not _is_number(values.type) and not pa.types.is_null(values.type):
+    if not is_number(values.type) and not pa.types.is_null(values.type):
         raise ValueError(f"takes numbers, not {values.type}")
     return values.cast(pa.float64(), safe=False)
 

@@ -150,8 +150,8 @@ def test_threads_pin_memory_for_the_gpu_of_their_rank(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
-    with interactions.threads(1, "test") as pool:
-        assert pool.submit(lambda: list(devices)).result() == [3]
+    with interactions.threads(1, "test") as submit:
+        assert submit(lambda: list(devices))() == [3]
 
 
 def test_a_batch_owns_its_memory(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ COUNTS = ItemCounts(np.array([0, 1, 3, 4]), np.array([10, 40, 30, 20]))
 
 def sampler(**settings: Any) -> NegativeSampler:
     negative_sampler = NegativeSampler(RetrievalSettings(**settings), NUM_ITEMS, "item")
-    negative_sampler.use_counts(COUNTS)
+    negative_sampler.counts = COUNTS
     return negative_sampler
 
 
@@ -118,7 +118,7 @@ def test_memory_does_not_grow_with_the_table(loss: str) -> None:
     try:
         settings = RetrievalSettings(loss=loss, num_negatives=1000)
         negative_sampler = NegativeSampler(settings, num_items, "item")
-        negative_sampler.use_counts(counts)
+        negative_sampler.counts = counts
         targets = [*counts.items[:50].tolist(), num_items - 1]
         batch = negative_sampler(batch_of_items(targets), (0, 0, 0), training=True)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20

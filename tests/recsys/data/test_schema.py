@@ -65,6 +65,11 @@ def test_an_empty_list_or_mapping_may_be_left_open(tmp_path: Path) -> None:
         (VALID, "", "a mapping"),
         ("  liked:", "  no:", "line .: key no .*bool"),
         ("num_embeddings: 10", f"num_embeddings: {2**70}", f"'user': num_embeddings is {2**70}"),
+        (
+            "{kind: label}",
+            "{kind: label}\nfeatures: [{by: [user], columns: [age], max_age: {age: soon}}]",
+            "'soon' is no duration",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named_with_the_file(

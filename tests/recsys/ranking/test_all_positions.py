@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from recsys.content.vectors import ContentVectors
-from recsys.data.all_positions import AllPositionRows, RowSummary, check_schema
+from recsys.data.all_positions import (
+    AllPositionRows,
+    Summary,
+    check_schema,
+    summary_of,
+    targets_before,
+)
 from recsys.data.batch import Batch, Negatives
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.parquet.values import ROW_POSITION
@@ -81,10 +87,14 @@ def rows_in_time() -> list[Row]:
     return rows
 
 
+def summaries_of(source: RowSource, most_items: int) -> list[Summary]:
+    tables = source.read_once(0, source.num_rows)
+    return [summary_of(table, source, most_items) for table in tables]
+
+
 def read(rows: list[Row]) -> AllPositionRows:
     source = TableRows(table_of(rows))
-    summary = RowSummary.of(list(source.read_once(0, len(rows))), source, LONGEST)
-    return AllPositionRows(source, summary.targets_before(len(rows)))
+    return AllPositionRows(source, targets_before(summaries_of(source, LONGEST), len(rows)))
 
 
 def targets_of(batch: Batch) -> list[Row]:
@@ -220,10 +230,10 @@ def test_a_label_of_0_and_a_longer_history_than_one_pass_reads_are_refused() -> 
     labels[4] = 0
     source = TableRows(table.set_column(4, "played", pa.array(labels)))
     with pytest.raises(ValueError, match=r"rows row 4: column 'played' is not 1"):
-        RowSummary.of(list(source.read_once(0, len(rows))), source, LONGEST)
+        summaries_of(source, LONGEST)
     source = TableRows(table)
     with pytest.raises(ValueError, match=r"a history has 4 items.*raise ranking.recent_items"):
-        RowSummary.of(list(source.read_once(0, len(rows))), source, LONGEST - 1)
+        summaries_of(source, LONGEST - 1)
 
 
 def test_a_schema_whose_history_items_are_no_such_targets_is_refused() -> None:

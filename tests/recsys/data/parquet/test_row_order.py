@@ -105,9 +105,9 @@ def test_windows_end_where_long_histories_make_them_large(
     stage = Stage(world_size, 4, 0)
     largest = max(group.num_bytes for group in rows.row_groups)
     monkeypatch.setattr("recsys.data.row_source.SHUFFLE_ROWS", 1000)
-    by_rows = share(rows, 0, stage, seed).share.slices
+    by_rows = share(rows, 0, stage, seed).slices
     monkeypatch.setattr("recsys.data.row_source.SHUFFLE_BYTES", largest)
-    by_bytes = share(rows, 0, stage, seed).share.slices
+    by_bytes = share(rows, 0, stage, seed).slices
     assert len(by_rows) == 1
     assert sum(map(len, by_bytes)) == len(by_rows[0])
     # No two row groups of about equal size fit together.
