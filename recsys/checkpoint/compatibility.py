@@ -2,70 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from typing import Any
 
 from recsys.config import Config, config_of_plain, to_plain
 
 # Settings that a run may change when it continues; all others define the stored tensors.
-CHANGEABLE = (
-    "epochs",
-    "validations_per_epoch",
-    "patience",
-    "patience_share",
-    "batch_size",
-    "accumulate_steps",
-    "precision",
-    "compile",
-    "kernels",
-    "num_workers",
-    "device",
-    "cache",
-    "log_*",
-    "tracker",
-    "callbacks",
-    "ranking.depths",
-    "ranking.available_from",
-    "ranking.exclude_seen",
-    "ranking.row_time",
-    "tf32",
-    "metrics.*",
-    "auxiliary.*.weight",
-    "profile_steps",
-    "stall_timeout",
-    "on_bad_row",
-    "checkpoint.*",
-    "continual.*passes",
-    "continual.keep",
-    "continual.late",
-    "continual.package*",
-    "continual.*_seconds",
-    "continual.edited_items",
-    "optimizer.*learning_rate",
-    "optimizer.weight_decay",
-    "optimizer.warmup_steps",
-    "optimizer.schedule*",
-    "optimizer.decay_steps",
-    "optimizer.clip_norm",
-    "optimizer.ema_decay",
-    "embedding.*sharding",
-    "embedding.communication.*",
-    "embedding.prefetch",
-    "embedding.parallel.*",
-    "embedding.hardware.*",
-    "embedding.*learning_rate",
-    "embedding.*weight_decay",
-    "embedding.tables.*.kernel",
-    "embedding.tables.*.cache_load_factor",
-    "embedding.tables.*.init_from.*",
-    "content.modalities.*.cache_frozen_layers",
-    "content.modalities.*.activation_checkpointing",
-    "content.history.refresh_bank_every_epoch",
-    "ranking.dropout",
-    "ranking.sequence_dropout",
-    "content.fusion.dropout",
-    "contrastive.weight",
+CHANGEABLE = re.compile(
+    r"""
+    epochs | validations_per_epoch | patience | patience_share | batch_size | accumulate_steps
+    | precision | compile | kernels | tf32 | device | num_workers | cache | on_bad_row
+    | log_.* | tracker | callbacks | profile_steps | stall_timeout
+    | (metrics | checkpoint | embedding[.](communication | parallel | hardware))[.].*
+    | (auxiliary[.].* | contrastive)[.]weight
+    | content[.](fusion[.]dropout | history[.]refresh_bank_every_epoch)
+    | content[.]modalities[.].*[.](cache_frozen_layers | activation_checkpointing)
+    | continual[.](.*passes | keep | late | package.* | .*_seconds | edited_items)
+    | embedding[.](.*sharding | prefetch | .*learning_rate | .*weight_decay)
+    | embedding[.]tables[.].*[.](kernel | cache_load_factor | init_from[.].*)
+    | optimizer[.](.*learning_rate | schedule.* | warmup_steps | decay_steps)
+    | optimizer[.](weight_decay | clip_norm | ema_decay)
+    | ranking[.](depths | available_from | exclude_seen | row_time | dropout | sequence_dropout)
+    """,
+    re.VERBOSE,
 )
 
 
@@ -88,7 +48,7 @@ def differing_settings(stored: Config, config: Config) -> Iterator[tuple[str, An
             continue
         # Without the loss its head is not in the model.
         adds_head = name == "contrastive.weight" and 0 in values
-        if adds_head or not any(fnmatch(name, pattern) for pattern in CHANGEABLE):
+        if adds_head or not CHANGEABLE.fullmatch(name):
             yield name, *values
 
 

@@ -1,7 +1,6 @@
 """Checkpoints as folders: each is complete or absent, and damage is detected and named.
 
-A folder is written under another name, synced, listed with sizes and hashes in `checkpoint.json`,
-and renamed. The manifest also has the hashes of the run's own files that its model depends on.
+A folder is renamed once it is synced and listed, with hashes, in the manifest `checkpoint.json`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recsys.checkpoint.compatibility import check_equal
-from recsys.storage.manifest import differences, read_signed, write_signed
+from recsys.storage.manifest import differences, read_signed
 
 if TYPE_CHECKING:
     from recsys.distributed.ranks import Ranks  # imports torch
@@ -57,11 +56,6 @@ def prune(newest: Path, keep: int) -> None:
     partial = [*checkpoints.glob(".step-*.partial"), *checkpoints.glob(".step-*.old")]
     for folder in good[keep:] + partial:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Write the manifest of a checkpoint whose files are in the folder."""
-    write_signed(folder / MANIFEST, {**content, "format": FORMAT})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

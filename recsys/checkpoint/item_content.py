@@ -1,7 +1,6 @@
 """Encode items that were edited after training into the memory bank again.
 
-A run keeps a hash of each item's content in `RUN/item_content/DIGEST.npy`. At every load, the model
-encodes the items whose hash differs. Shapes: N items with a row in the files.
+`RUN/item_content/DIGEST.npy` has the hashes by which a load finds them. N: items with a row there.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ NewRows = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class ChangedItems:
-    """Items whose content differs from that at a checkpoint; `num_known` are items of both."""
+    """Items whose content differs from that at a checkpoint."""
 
     ids: np.ndarray
     edited: int
-    num_known: int
+    num_known: int  # items of both
     words: str
 
 
@@ -43,8 +42,10 @@ def item_content_digest(job: Job) -> str | None:
 
 def keep_item_content(run: Path, job: Job) -> None:
     """Keep the hashes of the job's items in the run's folder."""
-    content = _content(job)
-    if content is None or (path := _file(run, digest_of(content.tobytes()))).exists():
+    if (content := _content(job)) is None:
+        return
+    path = run / FOLDER / f"{digest_of(content.tobytes())}.npy"
+    if path.exists():
         return
     path.parent.mkdir(exist_ok=True)
     with whole_file(path) as partial, partial.open("wb") as file:
@@ -53,7 +54,7 @@ def keep_item_content(run: Path, job: Job) -> None:
 
 def encode_changed_items(
     job: Job, run: Path, manifest: dict[str, Any], new_rows: NewRows | None = None
-) -> int:
+) -> None:
     """Encode the items that differ from those of a loaded checkpoint. A collective.
 
     `new_rows` maps old ids to present ones, -1 if there is none; None: ids are the same. A
@@ -65,26 +66,24 @@ def encode_changed_items(
     with ranks.raise_on_all_ranks():
         changed = changed_items(job, run, manifest, new_rows)
     if changed is None or not len(changed.ids):  # the same, or only in other rows
-        return 0
+        return
     assert job.em3.content is not None and job.store is not None
     find = job.vocabularies.find_items
     encode_into_bank(job.em3.content, job.store, ranks, ids=changed.ids, find=find)
     if ranks.is_first:
         logger.info("%s/items: %s; encoded into the memory bank again", job.root, changed.words)
-    return len(changed.ids)
 
 
 def changed_items(
     job: Job, run: Path, manifest: dict[str, Any], new_rows: NewRows | None = None
 ) -> ChangedItems | None:
     """Compare the items with those at a checkpoint; None if nothing differs. Not a collective."""
-    if (items := _content(job)) is None:
+    items, stored = _content(job), manifest["items"]
+    if items is None or stored is None:
         return None
-    digest = digest_of(items.tobytes())
-    stored = manifest["items"]
-    if stored is None or (digest == stored and new_rows is None):
+    if new_rows is None and digest_of(items.tobytes()) == stored:
         return None
-    file = _file(run, stored)
+    file = run / FOLDER / f"{stored}.npy"
     before = np.load(file, allow_pickle=False) if file.is_file() else np.zeros(0, TYPE)
     if digest_of(before.tobytes()) != file.stem:
         words = f"{file} is missing or damaged, so all {len(items):,} items are taken as changed"
@@ -111,7 +110,3 @@ def _content(job: Job) -> np.ndarray | None:  # TYPE [N], by item
     content = np.empty(len(items), TYPE)
     content["item"], content["content"] = items, hashes
     return content
-
-
-def _file(run: Path, digest: str) -> Path:
-    return run / FOLDER / f"{digest}.npy"

@@ -1,16 +1,11 @@
-"""Checkpoints of a run by torch.distributed.checkpoint: asynchronous, atomic, resharding.
-
-`RUN/checkpoints/step-N` is the state after N steps, `best` the model of the best validation.
-"""
+"""Checkpoints of a run by torch.distributed.checkpoint: the state of steps, and the best model."""
 
 from __future__ import annotations
 
 import logging
 import shutil
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,13 +15,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.serialization import get_crc32_options, set_crc32_options
+from torch.utils.serialization import config as serialization
 
 from embeddings.table_state import State
 from recsys.build import Job
 from recsys.checkpoint.compatibility import check_config, check_equal
 from recsys.checkpoint.files import (
     BEST,
+    FORMAT,
+    MANIFEST,
     check_run_files,
     checked_manifest,
     folder_of_step,
@@ -34,7 +31,6 @@ from recsys.checkpoint.files import (
     folders_to_continue,
     prune,
     run_file_hashes,
-    write_manifest,
 )
 from recsys.checkpoint.item_content import encode_changed_items, item_content_digest
 from recsys.checkpoint.progress import Progress
@@ -42,17 +38,17 @@ from recsys.checkpoint.reader import SafeFileSystemReader, readable_failure
 from recsys.checkpoint.state import (
     TrainingState,
     copy_of,
+    describe_not_finite,
     finish_loading_bank,
     frozen_digest,
     model_state,
     num_bytes,
-    require_finite,
 )
 from recsys.config import to_plain
 from recsys.data.row_source import Stage
 from recsys.distributed.ranks import Ranks
 from recsys.storage.files import flush, recover_folder, replace_folder
-from recsys.storage.manifest import describe_all
+from recsys.storage.manifest import describe_all, write_signed
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +101,14 @@ class Checkpoints:
     def require_finite(self, progress: Progress, state: State | None = None) -> None:
         """Raise a ValueError on every rank if a value of the state is not finite. A collective."""
         state = state or model_state(self.job)
-        require_finite(self.job, state, progress.steps, lambda: self.last_good)
+        parameters = {name for name, _ in self.job.em3.named_parameters()}
+        with self.job.ranks.raise_on_all_ranks():
+            if (fault := describe_not_finite(state, parameters)) is not None:
+                raise ValueError(
+                    f"{fault}, after step {progress.steps}, which is not saved; lower the learning "
+                    "rates, or set optimizer.clip_norm. The last good checkpoint is "
+                    f"{self.last_good}"
+                )
 
     def wait(self, strict: bool = False) -> None:
         """Wait for the write in progress; its failure is a ValueError if `strict` or the third."""
@@ -169,8 +172,7 @@ class Checkpoints:
             "plan": self.job.plan,
         }
         is_read = threading.Event()
-        write = self._writer.submit(self._write, state, folder, manifest, is_read)
-        self._pending = write, folder
+        self._pending = self._writer.submit(self._write, state, folder, manifest, is_read), folder
         return is_read
 
     def _write(
@@ -185,7 +187,8 @@ class Checkpoints:
                     partial.mkdir(parents=True)
             with ranks.raise_on_all_ranks(), readable_failure():
                 writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=False)
-                with _without_crc():
+                # The manifest has hashes; check sums take two thirds of the time training waits.
+                with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
                     dcp.save(state, storage_writer=writer, process_group=ranks.group)
             is_read.set()
             with ranks.raise_on_all_ranks():
@@ -198,7 +201,7 @@ class Checkpoints:
             with ranks.raise_on_all_ranks():
                 if ranks.is_first:
                     manifest |= {"kept": run_file_hashes(folder.parents[1]), "files": described}
-                    write_manifest(partial, manifest)
+                    write_signed(partial / MANIFEST, {**manifest, "format": FORMAT})
                     replace_folder(partial, folder)
                     if folder.name != BEST:
                         prune(folder, self.job.config.checkpoint.keep)
@@ -209,6 +212,7 @@ class Checkpoints:
         finally:
             is_read.set()
 
+    @torch.no_grad()
     def restore(self) -> Progress | None:
         """Load the newest complete checkpoint, in place; None without checkpoints. A collective.
 
@@ -228,7 +232,12 @@ class Checkpoints:
             check_equal("the training data", manifest["data"], self.data, str(folder))
             check_equal("frozen weights", manifest["frozen_weights"], self.frozen, str(folder))
             check_run_files(folder, manifest, ranks)
-            self._load(folder)
+            training = TrainingState(self.job)
+            with ranks.raise_on_all_ranks(), readable_failure():
+                reader = SafeFileSystemReader(folder)
+                state = training.state_dict(reader.read_metadata().state_dict_metadata)
+                dcp.load(state, storage_reader=reader, process_group=ranks.group)
+            training.finish_loading()
             progress = self._continued(manifest)
             if folder.name == BEST:
                 progress.validations += 1  # the validation that chose this model
@@ -242,22 +251,14 @@ class Checkpoints:
             )
         return None
 
-    @torch.no_grad()
-    def _load(self, folder: Path) -> None:
-        """Load a checkpoint in place. A collective."""
-        training = TrainingState(self.job)
-        with self.job.ranks.raise_on_all_ranks(), readable_failure():
-            reader = SafeFileSystemReader(folder)
-            stored = reader.read_metadata().state_dict_metadata
-            state = training.state_dict(stored)
-            dcp.load(state, storage_reader=reader, process_group=self.job.ranks.group)
-        training.finish_loading()
-
     def _continued(self, manifest: dict[str, Any]) -> Progress:
         job, ranks = self.job, self.job.ranks
         progress = Progress.from_json(manifest["progress"])
         before = Stage(manifest["world_size"], manifest["config"]["batch_size"], progress.batches)
-        progress.continued_by(before, ranks.world_size, job.config.batch_size)
+        current = Stage(ranks.world_size, job.config.batch_size, progress.batches)
+        if progress.batches and before != current:
+            progress.stages.append(before)
+            progress.batches = 0
         if before.world_size != ranks.world_size:
             torch.manual_seed(job.config.seed + 1 + ranks.rank + 1000003 * progress.steps)
         job.set_step(progress.age, progress.dense_steps)
@@ -265,23 +266,9 @@ class Checkpoints:
         return progress
 
 
-@contextmanager
-def _without_crc() -> Iterator[None]:
-    """Leave out the check sums of torch's own files; the manifest has a hash of each block."""
-    before = get_crc32_options()
-    set_crc32_options(False)  # they take two thirds of the time in which training stands still
-    try:
-        yield
-    finally:
-        set_crc32_options(before)
-
-
 @torch.no_grad()
 def load_best(job: Job, run: Path) -> dict[str, Any]:
-    """Load `RUN/checkpoints/best` in place and return its manifest. A collective.
-
-    A missing or damaged one, or that of another model, is a ValueError.
-    """
+    """Load the best model in place or raise a ValueError; return its manifest. A collective."""
     folder, ranks = run / "checkpoints" / BEST, job.ranks
     with ranks.raise_on_all_ranks():
         if ranks.is_first:

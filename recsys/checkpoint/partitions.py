@@ -71,13 +71,8 @@ class ContinualFolder:
             if stored["format"] != FORMAT:
                 raise ValueError(f"format {stored['format']}, not {FORMAT}")
             trained = tuple(TrainedPartition(**partition) for partition in stored["trained"])
-            begun = stored["begun"]
-            return RunState(
-                trained,
-                None if begun is None else TrainedPartition(**begun),
-                stored["warm_start"],
-                stored["first"],
-            )
+            begun = None if stored["begun"] is None else TrainedPartition(**stored["begun"])
+            return RunState(trained, begun, stored["warm_start"], stored["first"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: damaged ({error!r}); bring it back") from error
 

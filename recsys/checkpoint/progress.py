@@ -51,18 +51,6 @@ class Progress:
         self.epoch += 1
         self.stages, self.batches, self.validations = [], 0, 0
 
-    def is_finished(self, epochs: int, patience: int, patience_share: float) -> bool:
-        if self.epoch >= epochs:
-            return True
-        has_waited = self.steps - self.best_step >= patience_share * self.best_step
-        return self.validations_without_gain >= patience and has_waited
-
-    def continued_by(self, before: Stage, world_size: int, batch_size: int) -> None:
-        """Continue with another number of ranks or another batch size than before."""
-        if (before.world_size, before.batch_size) != (world_size, batch_size) and self.batches:
-            self.stages.append(Stage(before.world_size, before.batch_size, self.batches))
-            self.batches = 0
-
     def count_ids(self, job: Job, unknown: UnknownIds) -> None:
         """Add the counts of raw ids since the last call. A collective."""
         _add(self.ids, unknown.totals(job.ranks.group))

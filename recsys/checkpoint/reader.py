@@ -1,8 +1,7 @@
 """Read checkpoints of torch.distributed.checkpoint without running code that they contain.
 
 `.metadata` is a pickle: only classes of the format are unpickled, and only tensors are accepted.
-`StoredTensor` reads ranges of rows, whatever pieces the ranks of training have written; ID tables
-are exported so as one Parquet file. Shapes: R rows, D dimension.
+`StoredTensor` reads ranges of rows, however ranks have cut them. Shapes: R rows, D dimension.
 """
 
 from __future__ import annotations
@@ -43,14 +42,8 @@ _ALLOWED = {
     "torch": {"Size"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex"),
+        *("StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
     },
     "torch.serialization": {"_get_layout"},
 }
@@ -180,9 +173,22 @@ def export_tables(folder: Path, out: Path, tables: list[str] | None = None) -> d
         if name not in stored:
             raise ValueError(f"{folder}: no table '{name}'; the tables are {sorted(stored)}")
     selected = [stored[name] for name in names]
+    dims = {table.dim for table in selected}
+    vectors = pa.list_(pa.float32(), dims.pop() if len(dims) == 1 else -1)
+    schema = pa.schema(
+        {"table": pa.dictionary(pa.int32(), pa.string()), "row": pa.int64(), "vector": vectors}
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(out) as partial:
-        _write(selected, partial)
+    # Weights hardly ever repeat: a dictionary of them would only cost memory and time.
+    options = {"use_dictionary": ["table"], "write_statistics": ["table", "row"]}
+    with whole_file(out) as partial, pq.ParquetWriter(partial, schema, **options) as writer:
+        for table in selected:
+            for start, block in table.blocks():
+                table_names = pa.repeat(table.name, len(block)).dictionary_encode()
+                rows = pa.array(np.arange(start, start + len(block)))
+                values = pa.array(block.numpy().reshape(-1))
+                lists = pa.FixedSizeListArray.from_arrays(values, table.dim).cast(vectors)
+                writer.write_table(pa.Table.from_arrays([table_names, rows, lists], schema=schema))
     return {table.name: table.num_rows for table in selected}
 
 
@@ -244,22 +250,3 @@ def stored_tables(folder: Path) -> dict[str, StoredTable]:
     if not tables:
         raise ValueError(f"{folder}: a checkpoint without tables; name one that `train` wrote")
     return tables
-
-
-def _write(tables: list[StoredTable], path: Path) -> None:
-    dims = {table.dim for table in tables}
-    vectors = pa.list_(pa.float32(), dims.pop() if len(dims) == 1 else -1)
-    schema = pa.schema(
-        {"table": pa.dictionary(pa.int32(), pa.string()), "row": pa.int64(), "vector": vectors}
-    )
-    # Weights hardly ever repeat: a dictionary of them would only cost memory and time.
-    with pq.ParquetWriter(
-        path, schema, use_dictionary=["table"], write_statistics=["table", "row"]
-    ) as writer:
-        for table in tables:
-            for start, block in table.blocks():
-                names = pa.repeat(table.name, len(block)).dictionary_encode()
-                rows = pa.array(np.arange(start, start + len(block)))
-                values = pa.array(block.numpy().reshape(-1))
-                lists = pa.FixedSizeListArray.from_arrays(values, table.dim).cast(vectors)
-                writer.write_table(pa.Table.from_arrays([names, rows, lists], schema=schema))

@@ -15,7 +15,7 @@ from recsys.build import Job
 from recsys.checkpoint.files import BEST, file_digest, folders_to_continue, model_of
 from recsys.checkpoint.item_content import FOLDER, keep_item_content
 from recsys.checkpoint.partitions import STATE
-from recsys.checkpoint.run_schema import WARM_START, agree_on_id_types, write_run_schema
+from recsys.checkpoint.run_schema import WARM_START, agree_on_id_types, exact_maps, write_run_schema
 from recsys.config import Resume, save_config
 from recsys.content.encoders.base import Encoder
 from recsys.content.encoders.identity import EncoderIdentity, check_identities, write_identities
@@ -27,7 +27,7 @@ from recsys.storage.files import read_json, recover_folder, regular_file, whole_
 from recsys.storage.location import Location
 
 ITEM_COUNTS = "item_counts.npy"
-ITEM_COUNTS_BEFORE = "item_counts_before.npy"  # of the runs that a warm start took over from
+ITEM_COUNTS_BEFORE = "item_counts_before.npy"  # of earlier runs, by the rows of this one
 SKIPPED_ROWS = "skipped_rows.json"
 LOCK = ".lock"  # held by the job that writes the folder
 METRICS = "metrics.json"
@@ -41,8 +41,7 @@ BASELINE_MARK = ".has_id_only"  # marks the folder BASELINE as this run's own
 def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool:
     """Return whether training continues from a checkpoint in the folder. A collective.
 
-    A restart by torch elastic or a scheduler continues even with `overwrite`. If `resume` does not
-    fit the folder, which may hold a dataset or a model alone, it is a ValueError on every rank.
+    A restart continues even with `overwrite`. A `resume` that does not fit is a ValueError.
     """
     checkpoints = run / "checkpoints"
     with ranks.raise_on_all_ranks():
@@ -176,32 +175,33 @@ def read_item_counts(run: Path, num_items: int | None, name: str = ITEM_COUNTS) 
     return stored
 
 
+def trained_counts(run: Path, num_items: int | None) -> ItemCounts:
+    """Return the training rows of each item, in a run and in those it was started from."""
+    has_earlier = (run / ITEM_COUNTS_BEFORE).exists()
+    names = [ITEM_COUNTS, ITEM_COUNTS_BEFORE] if has_earlier else [ITEM_COUNTS]
+    return ItemCounts.sum_of([read_item_counts(run, num_items, name) for name in names])
+
+
 def keep_vocabularies(run: Path, job: Job) -> None:
     """Store the maps of raw ids that the run uses."""
-    for table in job.schema.tables_with("exact"):
+    for table, vocabulary in exact_maps(job.schema).items():
         file = vocabulary_file(Location.of(run), table)
         Path(file.path).parent.mkdir(parents=True, exist_ok=True)
-        _exact(job, table).save(file.path)
+        vocabulary.save(file.path)
 
 
 def check_vocabularies(run: Path, job: Job) -> None:
     """Raise a ValueError for data whose maps give ids other rows than in training. A collective."""
     with job.ranks.raise_on_all_ranks():
-        for table in job.schema.tables_with("exact"):
+        for table, vocabulary in exact_maps(job.schema).items():
             file = vocabulary_file(Location.of(run), table)
             trained = ExactVocabulary.load(file.path, job.schema.limit(table))
-            if not _exact(job, table).is_extension_of(trained):
+            if not vocabulary.is_extension_of(trained):
                 raise ValueError(
                     f"{vocabulary_file(job.root, table)}: gives ids other rows than {file}, with "
                     f"which the run was trained; bring that map into the dataset, where "
                     "`recsys prepare vocabulary` appends new ids if the table has room"
                 )
-
-
-def _exact(job: Job, table: str) -> ExactVocabulary:
-    vocabulary = job.schema.vocabularies[table]
-    assert isinstance(vocabulary, ExactVocabulary)
-    return vocabulary
 
 
 def encoder_identities(job: Job) -> dict[str, EncoderIdentity]:

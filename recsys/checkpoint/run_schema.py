@@ -66,8 +66,7 @@ def load_run_schema(run: Path, with_vocabularies: bool = True) -> Schema:
 def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = False) -> Schema:
     """Load a dataset's schema for the model of a run: the run's columns, in the run's order.
 
-    Unknown columns are refused if training goes on, and else ignored. A ValueError names each
-    difference.
+    Further columns are refused if training goes on, else ignored. A ValueError lists differences.
     """
     trained = load_run_schema(run, with_vocabularies=False)
     data = load_schema(root, with_vocabularies=False)
@@ -140,8 +139,7 @@ def add_new_items(run: Path, schema: Schema, root: Location) -> str:
     """
     if not (run / PARTITION).is_file():
         return "train"
-    vocabularies = schema.vocabularies.items()
-    exact = {table: ids for table, ids in vocabularies if isinstance(ids, ExactVocabulary)}
+    exact = exact_maps(schema)
     for table, ids in new_ids(root, schema, None, exact).items():
         if len(exact[table]) + len(ids) > exact[table].unknown_row:
             raise ValueError(
@@ -151,6 +149,12 @@ def add_new_items(run: Path, schema: Schema, root: Location) -> str:
             )
         exact[table].extend([ids])
     return f"train/{read_json(run / PARTITION)['name']}"
+
+
+def exact_maps(schema: Schema) -> dict[str, ExactVocabulary]:
+    """Return the maps of raw ids that are loaded, by table, without hashes."""
+    vocabularies = schema.vocabularies.items()
+    return {table: ids for table, ids in vocabularies if isinstance(ids, ExactVocabulary)}
 
 
 def _plain(schema: Schema) -> dict[str, Any]:

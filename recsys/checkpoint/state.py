@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -33,13 +32,11 @@ def model_state(job: Job, metadata: Mapping[str, Any] | None = None) -> State:
     """Return weights and memory bank: the state that evaluation and prediction need."""
     _check_feature_widths(job, metadata or {})
     stored = _is_stored(job)
-    state: State = {
-        f"model.{name}": in_blocks(value, job.ranks.group)
-        if isinstance(value, ShardedTensor)
-        else value
-        for name, value in current_state(job.model).items()
-        if stored(name)
-    }
+    state: State = {}
+    for name, value in current_state(job.model).items():
+        if stored(name):
+            is_table = isinstance(value, ShardedTensor)
+            state[f"model.{name}"] = in_blocks(value, job.ranks.group) if is_table else value
     for name, bank in _banks(job).items():
         pool = bank.state_dict()["pool"]
         assert isinstance(pool, ShardedTensor)
@@ -73,12 +70,10 @@ def finish_loading_bank(job: Job) -> None:
 
 def _banks(job: Job) -> dict[str, MemoryBank]:
     """Return the rows per item by name: content vectors, and outputs of sampled encoders."""
-    content = job.em3.content
-    outputs = content.outputs if content is not None else None
-    banks = {
-        "bank": content.bank if content is not None else None,
-        "encoder_outputs": outputs.bank if outputs is not None else None,
-    }
+    if (content := job.em3.content) is None:
+        return {}
+    outputs = None if content.outputs is None else content.outputs.bank
+    banks = {"bank": content.bank, "encoder_outputs": outputs}
     return {name: bank for name, bank in banks.items() if bank is not None}
 
 
@@ -122,7 +117,10 @@ class TrainingState:
         state |= self._dense_optimizer(stored)
         averages = self.job.averages.state_dict() if self.job.averages is not None else {}
         optional = {f"optimizer.average.{name}": value for name, value in averages.items()}
-        optional |= self._random()
+        rank, device = self.job.ranks.rank, self.job.ranks.device
+        optional[f"random.{rank}.cpu"] = torch.get_rng_state()
+        if device.type == "cuda":
+            optional[f"random.{rank}.cuda"] = torch.cuda.get_rng_state(device)
         state |= {n: value for n, value in optional.items() if stored is None or n in stored}
         self._loaded = state
         return state
@@ -152,13 +150,6 @@ class TrainingState:
             tensors = make_room(optimizer, names, sizes)
         return {f"{prefix}{name}": value for name, value in tensors.items()}
 
-    def _random(self) -> State:
-        ranks = self.job.ranks
-        state: State = {f"random.{ranks.rank}.cpu": torch.get_rng_state()}
-        if ranks.device.type == "cuda":
-            state[f"random.{ranks.rank}.cuda"] = torch.cuda.get_rng_state(ranks.device)
-        return state
-
 
 def num_bytes(state: State) -> int:
     """Return the bytes of the tensors on this rank."""
@@ -173,17 +164,6 @@ def copy_of(state: State, job: Job) -> State:
         else value.detach().to("cpu", copy=True)
         for name, value in state.items()
     }
-
-
-def require_finite(job: Job, state: State, step: int, last_good: Callable[[], Path | None]) -> None:
-    """Raise a ValueError on every rank if a weight or moment is not finite on any. A collective."""
-    with job.ranks.raise_on_all_ranks():
-        fault = describe_not_finite(state, {name for name, _ in job.em3.named_parameters()})
-        if fault is not None:
-            raise ValueError(
-                f"{fault}, after step {step}, which is not saved; lower the learning rates, or set "
-                f"optimizer.clip_norm. The last good checkpoint is {last_good()}"
-            )
 
 
 @torch.no_grad()

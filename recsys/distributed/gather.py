@@ -12,21 +12,13 @@ from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
 
-def gather_rows(tensor: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
+def gather_rows(
+    tensor: Tensor, process_group: dist.ProcessGroup | None = None, to_all: bool = True
+) -> Tensor:
     """Return the rows [N] or [N, D] of all ranks, detached, those of rank 0 first. A collective.
 
     Another dtype or D on some rank is a ValueError on every rank.
     """
-    return _gather(tensor, process_group, to_all=True)
-
-
-def gather_rows_to_first(tensor: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
-    """Return the rows of all ranks on rank 0, and none on the others. A collective."""
-    return _gather(tensor, process_group, to_all=False)
-
-
-def _gather(tensor: Tensor, process_group: dist.ProcessGroup | None, to_all: bool) -> Tensor:
-    """Return the rows of all ranks, on every rank or on rank 0. A collective."""
     if not dist.is_initialized() or dist.get_world_size(process_group) == 1:
         return tensor
     rows = tensor.detach()
@@ -52,35 +44,29 @@ def _gather(tensor: Tensor, process_group: dist.ProcessGroup | None, to_all: boo
     return torch.cat(rows_of_ranks).to(tensor.device)
 
 
-def gather_rows_with_gradient(
-    rows: Tensor,  # [N, D]
-) -> tuple[Tensor, int]:  # [sum of N, D], first row of this rank
+def gather_rows_to_first(tensor: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return the rows of all ranks on rank 0, and none on the others. A collective."""
+    return gather_rows(tensor, process_group, to_all=False)
+
+
+def gather_rows_with_gradient(rows: Tensor) -> tuple[Tensor, int]:  # [N, D] -> [sum of N, D]
     """Return the rows of all ranks and the index of this rank's first row. A collective."""
-    counts, rank = _row_counts(rows), dist.get_rank()
+    # By the hosts where the group has a backend for them: numbers on a GPU would be waited for.
+    device = torch.device("cpu") if "cpu:" in dist.get_backend_config() else rows.device
+    all_counts = torch.empty(dist.get_world_size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(all_counts, torch.full((1,), len(rows), device=device))
+    counts = all_counts.tolist()
     padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))
     gathered = _gather_and_scatter(padded) if rows.is_cuda else all_gather(padded)
     parts = [part[:count] for part, count in zip(gathered, counts, strict=True)]
-    return torch.cat(parts), sum(counts[:rank])
+    return torch.cat(parts), sum(counts[: dist.get_rank()])
 
 
 def _gather_and_scatter(rows: Tensor) -> tuple[Tensor, ...]:  # [N, D] -> [N, D] of each rank
     """Return the rows of all ranks; their gradient comes back by `reduce_scatter`. A collective.
 
-    `all_gather` of torch.distributed.nn sends whole gradients to all ranks where a group has a
-    backend for hosts beside NCCL, as its name is then another.
+    `all_gather` of torch.distributed.nn sends whole gradients to all if a group has two backends.
     """
     group = dist.group.WORLD
     assert group is not None
     return functional.all_gather_single_autograd(rows.contiguous(), 0, group).chunk(group.size())
-
-
-def _row_counts(rows: Tensor) -> list[int]:  # [N, D]
-    """Return the number of rows of each rank. A collective, of the hosts where the group has one.
-
-    Numbers on a GPU would have to be waited for.
-    """
-    device = torch.device("cpu") if "cpu:" in dist.get_backend_config() else rows.device
-    count = torch.full((1,), len(rows), device=device)
-    counts = count.new_empty(dist.get_world_size())
-    dist.all_gather_into_tensor(counts, count)
-    return counts.tolist()

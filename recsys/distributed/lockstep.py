@@ -78,15 +78,12 @@ class FlagExchange:
 
 @dataclass(frozen=True)
 class _BatchRequest(Generic[B]):
-    """A batch, and the flags that the ranks exchange before it is used.
-
-    flags: int32 [5], the maximum over ranks: error, no batch left, stop, checkpoint due, pace in
-    ms. None: they are exchanged with a later batch.
-    """
+    """A batch, and the flags that the ranks exchange before it is used."""
 
     batch: B | None
     error: Exception | None  # error of this rank
-    flags: Tensor | None
+    # int32 [5], the maximum over ranks: error, no batch left, stop, checkpoint due, pace in ms.
+    flags: Tensor | None = None  # None: they are exchanged with a later batch
     work: Any = None
 
     def wait(self) -> None:
@@ -212,12 +209,9 @@ class Lockstep:
         except Exception as raised:
             error, self._has_failed = error or raised, True
         if not exchange:
-            return _BatchRequest(batch, error, None)
-        is_due = (
-            self._checkpoint_seconds is not None
-            and self.ranks.is_first
-            and time.monotonic() - self._saved_at >= self._checkpoint_seconds
-        )
+            return _BatchRequest(batch, error)
+        seconds, due_after = time.monotonic() - self._saved_at, self._checkpoint_seconds
+        is_due = due_after is not None and self.ranks.is_first and seconds >= due_after
         pace = self._exchange.pace()
         states = [error is not None, batch is None, self._is_terminated, is_due, pace]
         flags = torch.tensor(states, dtype=torch.int32)

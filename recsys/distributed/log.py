@@ -45,9 +45,8 @@ def configure_logging(
     if level == "auto":
         level = "info" if rank == 0 else "warning"
     handler, fields = _StandardOutput(), "%(asctime)s %(levelname)s %(name)s %(message)s"
-    is_json = log_format == "json"
     as_json = JsonFormatter(fields, static_fields={"rank": rank})
-    handler.setFormatter(as_json if is_json else _TextFormatter(rank))
+    handler.setFormatter(as_json if log_format == "json" else _TextFormatter(rank))
     for name in OWN_LOGGERS:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False

@@ -5,8 +5,10 @@ ID tables are updated in each batch, as their kernels are fused; the loss is div
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -22,22 +24,15 @@ from recsys.distributed.torchrec_internals import IdsPipeline, no_gradient_reduc
 from recsys.optimizer import AveragedWeights, gradient_norm
 
 
+@dataclass(eq=False)
 class DenseUpdate:
-    """One update of dense parameters: clip the gradient, step, update the averages.
+    """One update of dense parameters: clip the gradient, step, update the averages."""
 
-    `optimizer` also sets the rates of fused optimizers; `dense` is the one inside it.
-    """
-
-    def __init__(
-        self,
-        optimizer: CombinedOptimizer,
-        dense: Optimizer,
-        clip_norm: float | None = None,
-        averages: AveragedWeights | None = None,
-    ) -> None:
-        self.optimizer, self.dense = optimizer, dense
-        self.clip_norm, self.averages = clip_norm, averages
-        self._norm: Tensor | None = None  # norm of the last gradient, before it was clipped
+    optimizer: CombinedOptimizer  # also sets the rates of fused optimizers
+    dense: Optimizer  # the one inside it
+    clip_norm: float | None = None
+    averages: AveragedWeights | None = None
+    _norm: Tensor | None = None  # of the last gradient, before it was clipped
 
     def step(self) -> None:
         if self.clip_norm is not None:
@@ -53,14 +48,9 @@ class DenseUpdate:
 
 
 class AccumulatingPipeline(IdsPipeline):
-    """TorchRec's pipeline, which steps the optimizer once for each group of training batches.
+    """TorchRec's pipeline, with an update of dense parameters after `accumulate_steps` batches.
 
     TorchRec's `GradientAccumulationWrapper` does not divide the loss.
-
-    Args:
-        update: the update of the dense parameters at the end of each group.
-        accumulate_steps: the batches of a group.
-        copies: sets copies of the tables to their mean, or None.
     """
 
     def __init__(
@@ -71,25 +61,17 @@ class AccumulatingPipeline(IdsPipeline):
         accumulate_steps: int = 1,
         copies: CopiesMean | None = None,
     ) -> None:
-        super().__init__(
-            model,
-            cast(Any, _GroupOptimizer(update, self)),
-            device,
-            execute_all_batches=True,
-            custom_model_fwd=self._forward,
-        )
+        optimizer = cast(Optimizer, _GroupOptimizer(update, self))
+        super().__init__(model, optimizer, device, custom_model_fwd=self._forward)
         self.model, self.update = model, update
         self.accumulate_steps, self.copies = accumulate_steps, copies
         self.has_stepped = False  # whether the last batch was the end of a group
-        self._batches_left: int | None = None  # remaining training batches; None: not known
+        self._batches_left = math.inf  # remaining training batches, if they are known
         self._group_size, self._position = accumulate_steps, 0
         self._has_synchronized = False
 
     def begin(self, num_batches: int) -> None:
-        """Set the number of following training batches, so that the last group may be smaller.
-
-        A group that is not complete, whose gradients would be lost, is a RuntimeError.
-        """
+        """Set how many training batches follow; a group that is not complete is a RuntimeError."""
         if not self.is_first:
             raise RuntimeError(
                 f"{self._position} of {self._group_size} batches are accumulated; a dense step "
@@ -121,30 +103,26 @@ class AccumulatingPipeline(IdsPipeline):
     def progress(self, dataloader_iter: Any) -> Any:
         is_training = self.model.training
         if is_training and self.is_first:
-            self._group_size = self.accumulate_steps
-            if self._batches_left is not None:
-                self._group_size = max(min(self._group_size, self._batches_left), 1)
+            self._group_size = int(max(min(self.accumulate_steps, self._batches_left), 1))
         output = super().progress(dataloader_iter)
         if is_training:
             self.has_stepped = self.is_last
             self._position = (self._position + 1) % self._group_size
-            self._batches_left = None if self._batches_left is None else self._batches_left - 1
+            self._batches_left -= 1
             if self.copies is not None:
                 self.copies.step()
         return output
 
     def _forward(self, batch: Any) -> tuple[Tensor, Any]:
         """Return the loss [] that the backward gets, and the output."""
-        with self._synchronization():
+        if not self.model.training:
+            return self.model(batch)
+        # No all_reduce inside a group, except in the first backward, which DDP records.
+        is_inside = self._has_synchronized and not self.is_last
+        self._has_synchronized = True
+        with no_gradient_reduction(self.model) if is_inside else nullcontext():
             losses, output = self.model(batch)
-        return losses / self._group_size if self.model.training else losses, output
-
-    def _synchronization(self) -> AbstractContextManager[Any]:
-        """Skip the all_reduce inside a group, except in the first backward, which DDP records."""
-        if not self.model.training or self.is_last or not self._has_synchronized:
-            self._has_synchronized = self._has_synchronized or self.model.training
-            return nullcontext()
-        return no_gradient_reduction(self.model)
+        return losses / self._group_size, output
 
 
 class PrefetchingPipeline(AccumulatingPipeline, PrefetchTrainPipelineSparseDist[Any, Any]):

@@ -91,15 +91,12 @@ class Ranks:
         dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self.group)
         if not failed.item():
             return
-        own_failure: tuple[int, bool, str] | None = None
+        own_failure: tuple[int, int, bool, str] | None = None
         if error is not None:
-            own_failure = moment, isinstance(error, ValueError), str(error) or repr(error)
-        failures = [
-            (rank, failure)
-            for rank, failure in enumerate(self.gather(own_failure))
-            if failure is not None
-        ]
-        rank, (earliest, is_value_error, message) = min(failures, key=lambda entry: entry[1][0])
+            message, is_value_error = str(error) or repr(error), isinstance(error, ValueError)
+            own_failure = moment, self.rank, is_value_error, message
+        failures = [failure for failure in self.gather(own_failure) if failure is not None]
+        earliest, rank, is_value_error, message = min(failures)
         if error is not None and moment == earliest:
             raise error
         raise (ValueError if is_value_error else RuntimeError)(f"rank {rank}: {message}")
@@ -107,10 +104,7 @@ class Ranks:
 
 @contextmanager
 def joined_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
-    """Join the process group of the environment, or create one for this process alone.
-
-    A GPU that torch cannot use is a ValueError.
-    """
+    """Join the environment's process group, or make one; an unusable GPU is a ValueError."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if device != "cpu" and (reason := unusable_gpu()) is not None:
@@ -120,34 +114,30 @@ def joined_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
         )
     if use_cuda and not torch.cuda.is_available():
         raise ValueError("device is cuda, but no GPU is usable; set device to cpu or auto")
-    torch_device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    if use_cuda:
+    torch_device, backend = torch.device("cpu"), "gloo"
+    if use_cuda:  # small agreements between ranks still travel over gloo
+        torch_device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(torch_device)
     else:
         keep_freed_memory()
-    # Small agreements between ranks travel over gloo even where the model uses NCCL.
-    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if "RANK" in os.environ:
-        store, rank, world_size = attempt_store(TIMEOUT)
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT
-        )
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun keeps one store for all attempts: github.com/pytorch/pytorch/issues/135712.
+            attempt = name_attempt(store, rank, world_size, TIMEOUT)
+            store = dist.PrefixStore(f"attempt_{attempt}", store)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store, rank, world_size = dist.HashStore(), 0, 1
+    dist.init_process_group(backend, timeout=TIMEOUT, world_size=world_size, rank=rank, store=store)
     try:
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        yield Ranks(
-            dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, torch_device
-        )
+        yield Ranks(rank, world_size, local_rank, local_world_size, torch_device)
     finally:
         dist.destroy_process_group()
 
 
 def keep_freed_memory() -> None:
-    """Keep freed host memory, which glibc returns, for the next step or request.
-
-    Steps on CPU are 6 to 10 % faster, requests about a fifth.
-    """
+    """Keep freed host memory, which glibc returns: CPU steps gain 6 to 10 %, requests a fifth."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
@@ -159,24 +149,8 @@ def keep_freed_memory() -> None:
     pa.set_memory_pool(pa.system_memory_pool())
 
 
-def attempt_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """Return the store of this attempt, this rank and the number of ranks, by the environment.
-
-    Each attempt has its own prefix: torchrun keeps one store for all restarts of a job
-    (https://github.com/pytorch/pytorch/issues/135712).
-
-    Raises:
-        TimeoutError: some ranks did not join in time.
-    """
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        name = name_attempt(store, rank, world_size, timeout)
-        store = dist.PrefixStore(f"attempt_{name}", store)
-    return store, rank, world_size
-
-
 def name_attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
-    """Agree on a name with the ranks running now, though the store has keys of earlier ones."""
+    """Agree on a name with the ranks running now, whatever the store has of earlier ones."""
     word, deadline = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
     if rank > 0:
         store.set(f"join/word/{rank}", word)
@@ -214,10 +188,7 @@ def _poll(deadline: float, complaint: str) -> None:
 
 @contextmanager
 def sole_job(target: Path, ranks: Ranks, lock_file: Path) -> Iterator[None]:
-    """Let no other job write `target` inside the block. A collective; rank 0 holds the lock.
-
-    Another job that holds it, or a file that cannot be written, is a ValueError on every rank.
-    """
+    """Let no other job write `target` inside the block, or raise a ValueError. A collective."""
     lock = JobLock(target, lock_file)
     with ranks.raise_on_all_ranks():
         if ranks.is_first:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -81,21 +81,15 @@ class Watchdog:
         self._marks += 1
         self._last_mark = place
 
-    def armed(self) -> AbstractContextManager[None]:
-        return self._set_armed(True)
-
-    def paused(self) -> AbstractContextManager[None]:
-        """Allow a rank to take any time inside the block, which interrupts an armed section."""
-        return self._set_armed(False)
-
     @contextmanager
-    def _set_armed(self, is_armed: bool) -> Iterator[None]:
-        previous, self._is_armed = self._is_armed, is_armed
+    def armed(self) -> Iterator[None]:
+        """Expect progress inside the block, which may stand in another one."""
+        previous, self._is_armed = self._is_armed, True
         try:
             yield
         finally:
             self._is_armed = previous
-            self._marks += 1  # an armed section that was paused has not stalled meanwhile
+            self._marks += 1  # its end is progress
 
     def _publish(self, store: dist.Store, ended: bool = False) -> Heartbeat:
         self._beats += 1
@@ -110,7 +104,7 @@ class Watchdog:
             last_mark=self._last_mark,
             place=place_of_main_thread(),
         )
-        store.set(str(self.ranks.rank), beat.to_json())
+        store.set(str(self.ranks.rank), json.dumps(asdict(beat)))
         return beat
 
     def _watch(self, store: dist.Store) -> None:
@@ -149,30 +143,28 @@ class Watchdog:
             silent = {rank: beats[rank] for rank in silence if silence[rank] >= nearly}
             finding = silent_ranks(silent, self.timeout)
         elif own_beat.stalled_for >= self.timeout:
-            finding = self._stalled(store)
+            texts = store.multi_get([str(rank) for rank in range(self.ranks.world_size)])
+            beats = dict(enumerate(map(Heartbeat.from_json, texts)))
+            nearly = self.timeout - 2 * self.interval  # published values may be as old as that
+            if all(beat.ended or beat.stalled_for >= nearly for beat in beats.values()):
+                finding = stalled_ranks(beats, self.timeout)
         return store.compare_set(FINDING, "", finding).decode() if finding else ""
-
-    def _stalled(self, store: dist.Store) -> str:
-        texts = store.multi_get([str(rank) for rank in range(self.ranks.world_size)])
-        beats = dict(enumerate(map(Heartbeat.from_json, texts)))
-        nearly = self.timeout - 2 * self.interval  # published values may be as old as that
-        stuck = all(beat.ended or beat.stalled_for >= nearly for beat in beats.values())
-        return stalled_ranks(beats, self.timeout) if stuck else ""
 
     def _watch_store(self) -> None:
         """Detect that the store is silent; the other thread may then hang in a call to it."""
-        silence = Unchanged(2 * self.interval)
+        silence, holder = Unchanged(2 * self.interval), "rank 0"
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            holder = f"the launcher on {os.environ.get('MASTER_ADDR')}"
         while not self._stopping.wait(self.interval):
             if silence.look(self._exchanges) >= self.timeout:
-                self._end(f"{_store_holder()} has stopped answering for {self.timeout:g} s")
+                words = f"{holder}, which holds the job's store, has stopped answering"
+                self._end(f"{words} for {self.timeout:g} s")
 
     def _end(self, finding: str) -> None:
         if not self._ending.acquire(blocking=False):
             return
-        rank = self.ranks.rank
-        sys.stderr.write(
-            f"rank {rank}: {finding}. This job ends; the stacks of rank {rank} follow\n"
-        )
+        rank = f"rank {self.ranks.rank}"
+        sys.stderr.write(f"{rank}: {finding}. This job ends; the stacks of {rank} follow\n")
         sys.stderr.flush()
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         try:
@@ -182,12 +174,6 @@ class Watchdog:
         # The others read it within an interval, and a launcher kills them when one has exited.
         time.sleep(1.5 * self.interval)
         os._exit(1)
-
-
-def _store_holder() -> str:
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
-        return f"the launcher on {os.environ.get('MASTER_ADDR')}, which holds the job's store,"
-    return "rank 0, which holds the job's store,"
 
 
 @dataclass(frozen=True)
@@ -201,9 +187,6 @@ class Heartbeat:
     marks: int
     last_mark: str
     place: str  # source line of the main thread
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Heartbeat:
@@ -241,15 +224,13 @@ def stalled_ranks(beats: dict[int, Heartbeat], timeout: float) -> str:
     """Describe the ranks that the others wait for: those that have begun the fewest collectives."""
     last = min((beat.collectives, beat.marks) for beat in beats.values())
     behind = {rank: beat for rank, beat in beats.items() if (beat.collectives, beat.marks) == last}
+    what = f"{_rank_names(behind)} made no progress for {timeout:g} s while the others wait"
     if len(behind) == len(beats):
-        return (
+        what = (
             f"no rank has made progress for {timeout:g} s and none is behind the others: a "
-            f"collective or a device hangs ({_states(behind)})"
+            "collective or a device hangs"
         )
-    return (
-        f"{_rank_names(behind)} made no progress for {timeout:g} s while the others wait "
-        f"({_states(behind)})"
-    )
+    return f"{what} ({_states(behind)})"
 
 
 def _rank_names(beats: dict[int, Heartbeat]) -> str:

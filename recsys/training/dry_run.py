@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from recsys.build import Job, build_job, check_columns
-from recsys.checkpoint.warm_start.plan import WarmStartPlan, plan_warm_start
+from recsys.checkpoint.warm_start.plan import plan_warm_start
 from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import Config
 from recsys.content.projection_start import start_projections
@@ -62,22 +62,20 @@ class DryRun:
 def dry_run(config: Config, data: str, ranks: Ranks, warm_start: WarmStart | None = None) -> DryRun:
     """Build a job, train on one batch per rank, score one, and print the result. A collective.
 
-    Raises:
-        ValueError: on every rank: a setting or the data cannot be used, or the model cannot start
-            from the run of `warm_start`.
+    A setting, data or a run of `warm_start` that cannot be used is a ValueError on every rank.
     """
     with (
         Watchdog(ranks, config.stall_timeout) as watchdog,
         Lockstep(ranks, watchdog=watchdog) as lockstep,
     ):
         times = [time.perf_counter()]
-        warm, schema = None, None
+        source, schema = None, None
         if warm_start is not None:
-            warm, schema = open_warm_start(warm_start, data, None, ranks)
+            source, schema = open_warm_start(warm_start, data, None, ranks)
         check_columns(config.source, config.on_bad_row, data, ranks, schema)
         job = build_job(config, data, ranks, schema)
         interactions = training_interactions(job)
-        plan = None if warm is None else plan_warm_start(job, *warm)
+        plan = None if source is None else plan_warm_start(job, source)
         first, *_ = interactions.slices
         interactions.rows.keep(first.window, interactions.shuffle_seed)  # the step reads it, too
         checked = check_data(job, opened={"train": interactions.rows})
@@ -85,7 +83,13 @@ def dry_run(config: Config, data: str, ranks: Ranks, warm_start: WarmStart | Non
             job.em3.scaling.fit(checked.numbers)
         if ranks.is_first:
             print_table(f"{job.plan}\n\n{job.parameters}\n\n{plan or ''}")
-        _set_up(job, plan)
+        # The steps whose time does not grow with the catalogue.
+        if plan is not None:
+            take_over(job, plan, fills_bank=False)
+        else:
+            load_pretrained_tables(job)
+            if job.em3.content is not None and job.store is not None:
+                start_projections(job.em3.content, job.store, ranks)
         times.append(time.perf_counter())
         with watchdog.armed():
             losses, rows = _train_step(job, interactions, lockstep)
@@ -94,30 +98,11 @@ def dry_run(config: Config, data: str, ranks: Ranks, warm_start: WarmStart | Non
             times.append(time.perf_counter())
     peaks, rows_of_ranks, scored = zip(*ranks.gather((peak_bytes(ranks.device), rows, scored_rows)))
     loss_values = ranks.gather(losses)
-    build_seconds, step_seconds, evaluation_seconds = (
-        end - begin for begin, end in itertools.pairwise(times)
-    )
-    result = DryRun(
-        {name: sum(values[name] for values in loss_values) / len(loss_values) for name in losses},
-        sum(rows_of_ranks),
-        sum(scored),
-        build_seconds,
-        step_seconds,
-        evaluation_seconds,
-        list(peaks),
-    )
+    means = {name: sum(part[name] for part in loss_values) / len(loss_values) for name in losses}
+    build, step, score = (end - begin for begin, end in itertools.pairwise(times))
+    result = DryRun(means, sum(rows_of_ranks), sum(scored), build, step, score, list(peaks))
     logger.info("%s", result)
     return result
-
-
-def _set_up(job: Job, plan: WarmStartPlan | None) -> None:
-    """Take the setup steps whose time does not grow with the catalogue. A collective."""
-    if plan is not None:
-        take_over(job, plan, fills_bank=False)
-        return
-    load_pretrained_tables(job)
-    if job.em3.content is not None and job.store is not None:
-        start_projections(job.em3.content, job.store, job.ranks)
 
 
 def _train_step(

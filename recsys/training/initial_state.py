@@ -1,7 +1,4 @@
-"""The state of a job before its first step: of a new model, or of a run that `--warm-start` names.
-
-Shapes: N ids of a table.
-"""
+"""The state of a job before its first step: of a new model, or of the run of `--warm-start`."""
 
 from __future__ import annotations
 
@@ -15,32 +12,27 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from embeddings import PretrainedFiles, load_pretrained_rows
 from embeddings.pretrained import RowsOfIds
-from embeddings.vocabulary.fixed import ExactVocabulary
+from embeddings.table_rows import TableRows
 from recsys.build import Job
-from recsys.checkpoint.cold_row_init import fill_cold_rows
 from recsys.checkpoint.item_content import encode_changed_items
-from recsys.checkpoint.item_counts import counts_before, keep_counts_before
 from recsys.checkpoint.progress import Progress
-from recsys.checkpoint.run_schema import WARM_START
+from recsys.checkpoint.run_folder import ITEM_COUNTS_BEFORE, trained_counts
+from recsys.checkpoint.run_schema import WARM_START, exact_maps
 from recsys.checkpoint.warm_start.plan import WarmStartPlan
-from recsys.checkpoint.warm_start.source import (
-    Differences,
-    Source,
-    WarmStart,
-    open_source,
-    reconciled_schema,
-)
+from recsys.checkpoint.warm_start.source import Source, WarmStart, open_source, reconciled_schema
 from recsys.config import InitFromSettings
 from recsys.content.projection_start import start_projections
-from recsys.data.item_frequency import NumberRange
+from recsys.data.item_frequency import ItemCounts, NumberRange
 from recsys.data.schema import Schema
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.evaluate import CheckedRows, fill_bank
 from recsys.model.input_scaling import InputScaling
+from recsys.model.tables import cold_row_rules
 from recsys.ranking.generative import Generative
 from recsys.ranking.settings import GenerativeSettings
 from recsys.serving.retrieval.semantic_ids import codes_of_items
@@ -127,25 +119,19 @@ def _pretrained_files(
     files = PretrainedFiles(paths, location.arrow, id_column, source.vector_column, source.table)
     if settings is None or id_column == "row":  # as `export-tables` writes it
         return files, None
-    vocabulary = schema.vocabularies[name]
-    assert isinstance(vocabulary, ExactVocabulary)
-    return files, vocabulary.find
-
-
-OpenedWarmStart = tuple[Source, Differences]
+    return files, exact_maps(schema)[name].find
 
 
 def open_warm_start(
     request: WarmStart, data: str, run: Path | None, ranks: Ranks, with_vocabularies: bool = True
-) -> tuple[OpenedWarmStart, Schema]:
+) -> tuple[Source, Schema]:
     """Open the run to start from, and the schema of the data as its model reads it. A collective.
 
     Without vocabularies, the caller gives the schema its maps of raw ids.
     """
-    source, differences = open_source(request, run, ranks), Differences()
+    source = open_source(request, run, ranks)
     with ranks.raise_on_all_ranks():
-        schema = reconciled_schema(source, Location.of(data), differences, with_vocabularies)
-    return (source, differences), schema
+        return source, reconciled_schema(source, Location.of(data), with_vocabularies)
 
 
 def start_warm(
@@ -154,7 +140,10 @@ def start_warm(
     """Begin a run with what its plan takes over; the rest as in any new run. A collective."""
     progress = take_over(job, plan)
     fit_to_rows(job, plan, numbers)
-    keep_counts_before(run, job, plan)
+    counts = counts_before(job, plan)
+    with job.ranks.raise_on_all_ranks():
+        if job.ranks.is_first and job.schema.target_item in plan.maps:
+            counts.save(run / ITEM_COUNTS_BEFORE)
     describe_start(run, job.ranks, plan)
     return progress
 
@@ -188,6 +177,18 @@ def take_over(job: Job, plan: WarmStartPlan, fills_bank: bool = True) -> Progres
     return progress
 
 
+def counts_before(job: Job, plan: WarmStartPlan) -> ItemCounts:
+    """Return the counts of the run started from, by new rows; maybe none. A collective."""
+    with job.ranks.raise_on_all_ranks():
+        if (rows := plan.maps.get(job.schema.target_item)) is None:
+            return ItemCounts.sum_of([])
+        counts = trained_counts(plan.source.request.run, plan.source.schema.item_id_limit)
+        if rows.is_identity or job.schema.has_bounded_items:  # counted by raw id
+            return counts
+        items = rows.new_rows(counts.items)
+        return ItemCounts.sum_of([ItemCounts(items[items >= 0], counts.counts[items >= 0])])
+
+
 def new_item_rows(
     job: Job, plan: WarmStartPlan
 ) -> Callable[[np.ndarray], np.ndarray] | None:  # [N] -> [N]
@@ -201,38 +202,52 @@ def fit_to_rows(
     job: Job,
     plan: WarmStartPlan,
     numbers: Mapping[str, NumberRange],
-    earlier_folders: Sequence[str] = (),
+    earlier_folders: Sequence[str] = (),  # whose rows count as neighbours, too
 ) -> None:
-    """Fit what training does not learn to the job's training rows, once scored. A collective.
-
-    Statistics of neighbours are of the rows in `earlier_folders`, too.
-    """
-    _load_pretrained_rows_of_new_ids(job, plan)
+    """Fit what training does not learn to the training rows, once scored. A collective."""
+    maps = exact_maps(job.schema)
+    num_old_ids = {
+        table: len(old)
+        for table, old in exact_maps(plan.source.schema).items()
+        if table in maps and len(maps[table]) > len(old) and maps[table].is_extension_of(old)
+    }
+    load_pretrained_tables(job, num_old_ids)
     scaling = job.em3.scaling
     if scaling is not None and not _takes_raw_numbers(scaling, plan):
         scaling.fit(numbers)
     fit_neighbours(job, earlier_folders)
     set_codes(job)
-    for table, filled in fill_cold_rows(job).items():
-        plan.differences.add(f"table '{table}'", f"new_rows: {filled.rule}", str(filled))
+    for table, (rule, result) in fill_cold_rows(job).items():
+        plan.differences.add(f"table '{table}'", f"new_rows: {rule}", result)
 
 
-def _load_pretrained_rows_of_new_ids(job: Job, plan: WarmStartPlan) -> None:
-    """Write the vectors of `init_from` for ids that an exact map has got since. A collective."""
-    num_old_ids = {}
-    for table in job.schema.tables_with("exact"):
-        previous = plan.source.schema.vocabularies.get(table)
-        current = job.schema.vocabularies.get(table)
-        if not isinstance(previous, ExactVocabulary) or not isinstance(current, ExactVocabulary):
-            continue
-        if len(current) > len(previous) and current.is_extension_of(previous):
-            num_old_ids[table] = len(previous)
-    load_pretrained_tables(job, num_old_ids)
+def fill_cold_rows(job: Job) -> dict[str, tuple[str, str]]:
+    """Give rows that no step has trained their table's first values, `new_rows`. A collective.
+
+    `zero` is 0, `mean` the mean of the trained rows; moments stay zero. Returns rule and result in
+    words, by table.
+    """
+    filled: dict[str, tuple[str, str]] = {}
+    for table, rule in cold_row_rules(job.config, job.schema).items():
+        rows = TableRows(job.model, table, job.ranks.group)
+        mean, num_trained = rows.mean()
+        result = "initial values, as no row was trained before"
+        if num_trained:
+            rows.fill_untrained(torch.zeros_like(mean) if rule == "zero" else mean)
+            result = "zeros" if rule == "zero" else f"the mean of {num_trained:,} trained rows"
+        filled[table] = rule, result
+    return filled
+
+
+def refill_cold_rows(job: Job) -> None:
+    """Give these rows their values anew in training. A collective."""
+    for table, (_, result) in fill_cold_rows(job).items():
+        logger.info("table '%s': rows without training: %s", table, result)
 
 
 def _takes_raw_numbers(scaling: InputScaling, plan: WarmStartPlan) -> bool:
     """Return whether the ranking model that is taken over reads all numbers as they are."""
-    if not plan.takes_part("ranking."):
+    if not any(name.startswith("ranking.") for name in plan.weights):
         return False
     if plan.takes("scaling.fits"):
         return float(scaling.fits) == 0
@@ -267,7 +282,7 @@ def describe_start(run: Path, ranks: Ranks, plan: WarmStartPlan) -> None:
                 "checkpoint": model.folder.name,
                 "step": model.manifest["step"],
                 "tensors": len(plan.tensors),
-                "differences": [asdict(difference) for difference in plan.differences.reconciled],
+                "differences": [row._asdict() for row in plan.differences.reconciled],
             }
             write_whole(run / WARM_START, json.dumps(content, indent=1) + "\n")
             print_table(str(plan))

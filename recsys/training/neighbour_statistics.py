@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -39,17 +38,12 @@ OVERSAMPLING, ITERATIONS = 16, 8  # of the leading eigenvectors
 MOST_EVENTS = 1000  # of a user, which pair: the cost grows with their square
 
 
-@dataclass(frozen=True)
-class Events:
+class Events(NamedTuple):
     """Distinct events, ordered by user and item: int64 [N], float64 [N]."""
 
     users: np.ndarray
     items: np.ndarray
     values: np.ndarray
-
-    @property
-    def columns(self) -> tuple[np.ndarray, ...]:
-        return self.users, self.items, self.values
 
     def distinct(self) -> Events:
         """Return the first of the events that have the same user and item."""
@@ -60,11 +54,10 @@ class Events:
 
     @staticmethod
     def joined(parts: list[Events]) -> Events:
-        columns = zip(*(part.columns for part in parts))
-        return Events(*(np.concatenate(column) for column in columns)).distinct()
+        return Events(*map(np.concatenate, zip(*parts))).distinct()
 
     def take(self, rows: np.ndarray) -> Events:  # positions, or bool [N]
-        return Events(*(column[rows] for column in self.columns))
+        return Events(*(column[rows] for column in self))
 
     def capped(self) -> Events:
         """Return at most `MOST_EVENTS` events of each user, chosen by a hash of the item."""
@@ -76,10 +69,7 @@ class Events:
 
 
 def fit_neighbours(job: Job, earlier_folders: Sequence[str] = ()) -> None:
-    """Fill the statistics from the training rows, if the model has neighbours. A collective.
-
-    Rows of the latest `neighbours.partitions` of `earlier_folders` that exist count, too.
-    """
+    """Fill the model's neighbours from its rows and the latest earlier ones. A collective."""
     neighbours, settings, ranks = job.em3.neighbours, job.config.neighbours, job.ranks
     if neighbours is None or settings is None:
         return
@@ -87,12 +77,18 @@ def fit_neighbours(job: Job, earlier_folders: Sequence[str] = ()) -> None:
         folders = [folder for folder in earlier_folders if (job.root / folder).exists()]
         folders = [job.train_folder, *folders[-settings.partitions :]]
         local = read_events(job, settings, folders)
-    columns = [torch.from_numpy(column).to(ranks.device) for column in local.columns]
+    columns = [torch.from_numpy(column).to(ranks.device) for column in local]
     gathered = [gather_rows_to_first(column, ranks.group).cpu().numpy() for column in columns]
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
             events = Events(*gathered).distinct()
-            _warn_of_lost_events(float(neighbours.value_counts[:, FOLDS].sum()), len(events.users))
+            num_before = float(neighbours.value_counts[:, FOLDS].sum())  # of the run begun from
+            if len(events.users) < num_before / 2:
+                logger.warning(
+                    f"neighbours: statistics of {len(events.users):,} events replace those of "
+                    f"{num_before:,.0f}, and items without an event lose theirs; keep earlier "
+                    "partitions in the data, raise neighbours.partitions, or train anew on all rows"
+                )
             fill_statistics(neighbours, events, settings)
             logger.info(
                 f"neighbours: {len(events.users):,} events of {len(np.unique(events.users)):,} "
@@ -101,16 +97,6 @@ def fit_neighbours(job: Job, earlier_folders: Sequence[str] = ()) -> None:
     for name, buffer in neighbours.named_buffers():
         if not name.startswith("blend."):
             dist.broadcast(buffer, src=0, group=ranks.group)
-
-
-def _warn_of_lost_events(num_before: float, num_events: int) -> None:
-    """Warn if a run that was begun from another one has far fewer events than that one."""
-    if num_events < num_before / 2:
-        logger.warning(
-            f"neighbours: statistics of {num_events:,} events replace those of {num_before:,.0f}, "
-            "and items without an event lose theirs; keep earlier partitions in the data, raise "
-            "neighbours.partitions, or train anew on all rows"
-        )
 
 
 def read_events(job: Job, settings: NeighbourSettings, folders: Sequence[str]) -> Events:
@@ -146,7 +132,7 @@ def fill_statistics(neighbours: Neighbours, events: Events, settings: NeighbourS
         deviation = float(events.values.std()) if len(events.values) else 0.0
         neighbours.value_mean.fill_(mean)
         neighbours.value_deviation.fill_(deviation or 1.0)
-    deviations = replace(events, values=value_deviations(events, settings))
+    deviations = events._replace(values=value_deviations(events, settings))
     for fold in range(FOLDS + 1):
         without_fold = deviations.take(events.users % FOLDS != fold)  # all users for the last one
         sums = np.bincount(without_fold.items, without_fold.values, num_items)
@@ -161,10 +147,7 @@ def fill_statistics(neighbours: Neighbours, events: Events, settings: NeighbourS
 
 
 def value_deviations(events: Events, settings: NeighbourSettings) -> np.ndarray:  # [N]
-    """Return the values less the mean of their user, which begins with `PRIOR_VALUES` means.
-
-    They are in standard deviations of all values.
-    """
+    """Return standardised values less their user's mean, which begins with `PRIOR_VALUES` zeros."""
     if settings.values is None or not len(events.values):
         return np.zeros(len(events.values))
     deviations = (events.values - events.values.mean()) / (events.values.std() or 1.0)

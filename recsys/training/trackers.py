@@ -1,7 +1,4 @@
-"""Reports of a training run: lines or a progress bar, and trackers.
-
-A tracker records settings and metrics; it is built in, or `package.module:Class`.
-"""
+"""Reports of a training run: lines or a progress bar, and trackers of settings and metrics."""
 
 from __future__ import annotations
 
@@ -27,7 +24,6 @@ from recsys.evaluation.model_selection import tracked_name
 from recsys.extras import missing_extra
 
 logger = logging.getLogger(__name__)
-
 
 TRACKERS = {
     "tensorboard": "recsys.training.trackers:TensorBoardTracker",
@@ -60,9 +56,8 @@ def make_trackers(
     names: Sequence[str], run: Path, settings: dict[str, Any], first_step: int
 ) -> list[Tracker]:
     """Build the trackers of the setting; an unknown or uninstalled one is a ValueError."""
-    kind: Any = Tracker
-    arguments = run, settings, first_step
-    return [make_part("tracker", name, TRACKERS, kind, *arguments) for name in names]
+    arguments: Any = Tracker, run, settings, first_step
+    return [make_part("tracker", name, TRACKERS, *arguments) for name in names]
 
 
 class TensorBoardTracker:
@@ -151,10 +146,7 @@ NOT_TRACKED = ("calibration", "num_samples", "num_users", "gauc_users", "sum_of_
 
 
 class Reporter:
-    """Shows a progress bar on a terminal, logs lines elsewhere, and feeds the trackers, on rank 0.
-
-    Building it is a collective, so that a tracker that fails at its start ends all ranks.
-    """
+    """Shows a progress bar or logs lines, and feeds the trackers. Building it is a collective."""
 
     def __init__(
         self, job: Job, run: Path, progress: Progress, counts_all_steps: bool = False
@@ -166,9 +158,8 @@ class Reporter:
         with job.ranks.raise_on_all_ranks():
             if self.active:
                 settings = flattened(to_plain(job.config))
-                names = job.config.tracker
                 first_step = self.steps_before + progress.steps
-                self.trackers = make_trackers(names, run, settings, first_step)
+                self.trackers = make_trackers(job.config.tracker, run, settings, first_step)
         self.bar = progress_bar(0, "", shown=False)
 
     def begin(self, num_batches: int, progress: Progress) -> None:
@@ -183,7 +174,6 @@ class Reporter:
         is_last = progress.batches == self.num_batches
         if progress.steps % self.every and not is_last:
             return
-        values = self._values(progress, losses)
         rate = progress.samples / progress.seconds
         text = " ".join(f"{name} {float(value):.4f}" for name, value in losses.items())
         self.bar.set_postfix_str(f"{text} {rate:,.0f} samples/s")
@@ -196,18 +186,15 @@ class Reporter:
             )
         if is_last:
             self.bar.close()  # its last state stays on the screen
-        self.write({f"train/{name}": value for name, value in values.items()}, progress.steps)
-        self.write({"train/samples_per_second": rate}, progress.steps)
-
-    def _values(self, progress: Progress, losses: dict[str, Tensor]) -> dict[str, float]:
         values = {name: float(value) for name, value in losses.items()}
+        values["samples_per_second"] = rate
         if self.job.pipeline.has_stepped:
             values["gradient_norm"] = float(self.job.pipeline.update.gradient_norm())
         bank = self.job.em3.content.bank if self.job.em3.content is not None else None
         if bank is not None:
             values["bank_coverage"] = bank.coverage()
             values["bank_age"] = bank.mean_age(progress.age)
-        return values
+        self.write({f"train/{name}": value for name, value in values.items()}, progress.steps)
 
     def write(self, values: dict[str, float], step: int) -> None:
         """Pass metrics to every tracker; a tracker that fails does not end training."""

@@ -1,7 +1,4 @@
-"""Training: begin or continue a run, and write its results; the loop is in `trainer`.
-
-The same command on the same folder continues from the last checkpoint.
-"""
+"""Training: begin or continue a run, and write its results; the loop is in `trainer`."""
 
 from __future__ import annotations
 
@@ -16,27 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from recsys.build import Job, build_job, check_columns
-from recsys.checkpoint.cold_row_init import require_table_state
+from recsys.checkpoint import run_folder
 from recsys.checkpoint.files import BEST, folders_by_age, model_of
 from recsys.checkpoint.manager import Checkpoints, load_best
 from recsys.checkpoint.progress import Progress
-from recsys.checkpoint.run_folder import (
-    BASELINE,
-    BASELINE_MARK,
-    COMPARISON,
-    LOCK,
-    SKIPPED_ROWS,
-    begin_run,
-    check_encoders,
-    check_vocabularies,
-    describe_run,
-    find_start,
-    finish_run,
-    read_item_counts,
-)
+from recsys.checkpoint.run_folder import BASELINE, BASELINE_MARK, COMPARISON, LOCK, SKIPPED_ROWS
 from recsys.checkpoint.run_schema import schema_of_data
 from recsys.checkpoint.warm_start.plan import plan_warm_start
-from recsys.checkpoint.warm_start.source import WarmStart
+from recsys.checkpoint.warm_start.source import Source, WarmStart
 from recsys.config import Config, Resume, softmax_settings
 from recsys.config.load import validate
 from recsys.data.all_positions import all_positions
@@ -52,17 +36,12 @@ from recsys.evaluation.evaluate import check_data, evaluate_split, format_evalua
 from recsys.evaluation.further_metrics import make_metrics
 from recsys.evaluation.model_selection import require_useful, slack_for
 from recsys.evaluation.scores import scores_file
+from recsys.model.tables import cold_row_rules
 from recsys.ranking.settings import TwoTowerSettings
 from recsys.storage.files import read_json, write_whole
 from recsys.storage.location import Location
 from recsys.storage.output_file import check_run_folder
-from recsys.training.initial_state import (
-    OpenedWarmStart,
-    check_begun_from,
-    open_warm_start,
-    start_fresh,
-    start_warm,
-)
+from recsys.training.initial_state import check_begun_from, open_warm_start, start_fresh, start_warm
 from recsys.training.trackers import Reporter
 from recsys.training.trainer import Trainer
 
@@ -98,54 +77,50 @@ def train(
 
     Raises:
         TrainingStopped: the job was asked to end; its state is saved.
-        ValueError: on every rank: an input is invalid, another job writes the folder, or the
-            written model's predictions are useless.
+        ValueError: on every rank: an input is invalid, or the written model's scores are useless.
     """
     with ranks.raise_on_all_ranks():
         check_run_folder(run, data)
     with sole_job(run, ranks, run / LOCK):
         with ranks.raise_on_all_ranks():
-            if baseline is not None and ranks.is_first:
-                _check_baseline_folder(run)
-        metrics = _train_locked(config, data, run, ranks, overwrite, resume, warm_start)
+            is_kept = (run / BASELINE).exists() and not (run / BASELINE_MARK).exists()
+            if baseline is not None and ranks.is_first and is_kept:
+                raise ValueError(
+                    f"{run / BASELINE}: was not made as the baseline of {run}, and would be "
+                    "replaced; move it or choose another --out"
+                )
+        make_metrics(config.metrics)  # invalid settings are reported before any work is done
+        goes_on = run_folder.find_start(run, resume, overwrite, ranks)
+        metrics = _train_locked(config, data, run, ranks, goes_on, warm_start)
         if baseline is not None:
             _compare_with_baseline(baseline, data, run, ranks)
-        finish_run(run, ranks)
+        run_folder.finish_run(run, ranks)
     check_best(metrics, config, data, run)
     return metrics
 
 
 def _train_locked(
-    config: Config,
-    data: str,
-    run: Path,
-    ranks: Ranks,
-    overwrite: bool,
-    resume: Resume,
-    warm_start: WarmStart | None,
+    config: Config, data: str, run: Path, ranks: Ranks, goes_on: bool, warm_start: WarmStart | None
 ) -> dict[str, Any]:
     """Train as `train` does, in a folder that this job has locked. A collective."""
-    make_metrics(config.metrics)  # invalid settings are reported before any work is done
-    goes_on = find_start(run, resume, overwrite, ranks)
     with (
         Watchdog(ranks, config.stall_timeout) as watchdog,
         Lockstep(ranks, config.checkpoint.every_seconds, watchdog) as lockstep,
     ):
-        warm: OpenedWarmStart | None = None
+        source: Source | None = None
         schema: Schema | None = None
         if goes_on:
             with ranks.raise_on_all_ranks():
                 check_begun_from(run, warm_start)
                 schema = schema_of_data(run, Location.of(data), ranks, goes_on)
         elif warm_start is not None:
-            warm, schema = open_warm_start(warm_start, data, run, ranks)
-        check_columns(
-            config.source, config.on_bad_row, data, ranks, schema
-        )  # before items are encoded
+            source, schema = open_warm_start(warm_start, data, run, ranks)
+        # Before items are encoded.
+        check_columns(config.source, config.on_bad_row, data, ranks, schema)
         job = build_job(config, data, ranks, schema)
         for line in format_growth(job.schema) if ranks.is_first and not goes_on else ():
             logger.info(line)
-        trainer = open_run(job, run, data, goes_on, lockstep, warm)
+        trainer = open_run(job, run, data, goes_on, lockstep, source)
         try:
             trainer.train()
             return _finish(trainer)
@@ -160,24 +135,29 @@ def _train_locked(
 
 
 def open_run(
-    job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep, warm: OpenedWarmStart | None
+    job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep, source: Source | None
 ) -> Trainer:
     """Begin the run, or restore the job's state where the run stopped. A collective."""
     interactions = training_interactions(job)
     checkpoints = Checkpoints(job, run, interactions.rows.fingerprint())
     progress: Progress | None = None
     if goes_on:
-        check_vocabularies(run, job)
-        check_encoders(run, job)
+        run_folder.check_vocabularies(run, job)
+        run_folder.check_encoders(run, job)
         progress = checkpoints.restore()
-        if progress is not None:
-            require_table_state(job, checkpoints.last_good)
+        rules = cold_row_rules(job.config, job.schema)
+        if progress is not None and checkpoints.last_good is None and rules:
+            raise ValueError(
+                f"embedding.tables.{next(iter(rules))}.new_rows: the run has its best model only, "
+                "without the optimizer state that tells trained rows from others; bring back its "
+                "last checkpoint, or train anew with --overwrite"
+            )
     if progress is None:
-        plan = None if warm is None else plan_warm_start(job, *warm)  # before a word is written
+        plan = None if source is None else plan_warm_start(job, source)  # before a word is written
         checked = check_data(job)
-        begin_run(run, job, checked.item_counts, checked.skipped)
-    describe_run(run, job, data)
-    item_counts = read_item_counts(run, job.schema.item_id_limit)
+        run_folder.begin_run(run, job, checked.item_counts, checked.skipped)
+    run_folder.describe_run(run, job, data)
+    item_counts = run_folder.read_item_counts(run, job.schema.item_id_limit)
     if job.ranks.is_first:
         print_table(f"{job.plan}\n\n{job.parameters}\n")
     reporter = Reporter(job, run, progress or Progress())
@@ -208,18 +188,15 @@ def training_interactions(job: Job, is_shuffled: bool = True) -> Interactions:
 
 def training_figures(progress: Progress, ranks: Ranks) -> dict[str, Any]:
     """Return what `metrics.json` says of the training itself."""
-    return {
-        "train": {
-            "samples_per_second": progress.samples / progress.seconds,
-            "seconds": progress.seconds,
-            "steps": progress.steps,
-            "peak_bytes": progress.peak_bytes,
-            **({"ids": progress.ids} if progress.ids else {}),
-            **({"vocabularies": progress.vocabularies} if progress.vocabularies else {}),
-        },
-        "world_size": ranks.world_size,
-        "versions": versions(),
+    figures: dict[str, Any] = {
+        "samples_per_second": progress.samples / progress.seconds,
+        "seconds": progress.seconds,
+        "steps": progress.steps,
+        "peak_bytes": progress.peak_bytes,
     }
+    counts = {"ids": progress.ids, "vocabularies": progress.vocabularies}
+    figures |= {name: totals for name, totals in counts.items() if totals}
+    return {"train": figures, "world_size": ranks.world_size, "versions": versions()}
 
 
 def _finish(trainer: Trainer) -> dict[str, Any]:
@@ -235,11 +212,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
         model = model_of(run)
     counts, file = trainer.item_counts, scores_file(run, "test")
     test = evaluate_split(job, "test", counts, trainer.lockstep, True, scores_to=file, model=model)
-    metrics = {
-        "valid": progress.best,
-        "test": test,
-        **training_figures(progress, job.ranks),
-    }
+    metrics = {"valid": progress.best, "test": test, **training_figures(progress, job.ranks)}
     if job.config.on_bad_row == "skip":
         metrics["skipped_rows"] = read_json(run / SKIPPED_ROWS)
     with job.ranks.raise_on_all_ranks():  # no rank leaves before the result is written
@@ -277,14 +250,6 @@ def id_only_baseline(config: Config) -> Config:
     baseline = replace(config, content="none", contrastive=replace(config.contrastive, weight=0.0))
     validate(baseline)
     return baseline
-
-
-def _check_baseline_folder(run: Path) -> None:
-    if (run / BASELINE).exists() and not (run / BASELINE_MARK).exists():
-        raise ValueError(
-            f"{run / BASELINE}: was not made as the baseline of {run}, and would be replaced; move "
-            "it or choose another --out"
-        )
 
 
 def _compare_with_baseline(config: Config, data: str, run: Path, ranks: Ranks) -> None:

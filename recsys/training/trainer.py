@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from recsys.build import Job
-from recsys.checkpoint.cold_row_init import refill_cold_rows
 from recsys.checkpoint.manager import Checkpoints
 from recsys.checkpoint.progress import Progress
 from recsys.config import content_settings
@@ -32,6 +32,7 @@ from recsys.distributed.torchrec_internals import require_pipelined
 from recsys.evaluation.evaluate import evaluate_split, fill_bank, undefined_selection
 from recsys.evaluation.model_selection import needs_search, selection_score, selection_words
 from recsys.training.callbacks import Callbacks
+from recsys.training.initial_state import refill_cold_rows
 from recsys.training.trackers import Reporter
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Trainer:
     reporter: Reporter
     progress: Progress
     item_counts: ItemCounts  # training impressions
+    saves_before_validation: ClassVar[bool] = True  # before the first one
 
     def __post_init__(self) -> None:
         if (negatives := self.job.preparation.negatives) is not None:
@@ -65,16 +67,14 @@ class Trainer:
 
     @property
     def is_finished(self) -> bool:
-        config = self.job.config
-        return self.progress.is_finished(config.epochs, config.patience, config.patience_share)
+        config, progress = self.job.config, self.progress
+        steps_without_gain = progress.steps - progress.best_step
+        has_waited = steps_without_gain >= config.patience_share * progress.best_step
+        is_out_of_patience = progress.validations_without_gain >= config.patience and has_waited
+        return progress.epoch >= config.epochs or is_out_of_patience
 
     def train(self) -> None:
-        """Train until epochs or patience end. A collective.
-
-        Raises:
-            TrainingStopped: the job was asked to end; its state is saved.
-            ValueError: on every rank: a row, a loss or a checkpoint cannot be used.
-        """
+        """Train until epochs or patience end, or until TrainingStopped. A collective."""
         if self.is_finished:
             return
         self.callbacks.begin(self.progress)
@@ -96,20 +96,18 @@ class Trainer:
         config, progress = self.job.config, self.progress
         self.interactions.begin(progress.epoch, progress.stages, progress.batches)
         self.reporter.begin(self.interactions.num_batches, progress)
-        is_cuda = self.job.ranks.device.type == "cuda"
+        is_cuda, num_parts = self.job.ranks.device.type == "cuda", config.validations_per_epoch
         with closing(loader(self.interactions, config.num_workers, is_cuda)) as source:
-            while (part := progress.validations) < config.validations_per_epoch:
-                begin_of_part, end_of_part = (
-                    self.interactions.batches_until(number, config.validations_per_epoch)
-                    for number in (part, part + 1)
-                )
+            while (part := progress.validations) < num_parts:
+                begin_of_part = self.interactions.batches_until(part, num_parts)
+                end_of_part = self.interactions.batches_until(part + 1, num_parts)
                 first_step = progress.steps
                 self.train_stretch(source, end_of_part)
                 if self.lockstep.save or self._checkpoint_is_due(first_step, end_of_part):
                     self.checkpoints.save(progress)
                     self.lockstep.saved()
                 if progress.batches >= end_of_part:
-                    if end_of_part > begin_of_part or part + 1 == config.validations_per_epoch:
+                    if end_of_part > begin_of_part or part + 1 == num_parts:
                         self._validate()
                     progress.validations += 1
                     if self.is_finished:
@@ -164,45 +162,42 @@ class Trainer:
 
     def _checkpoint_is_due(self, first_step: int, end_of_part: int) -> bool:
         """Return whether a checkpoint is due: by steps, or before the first validation."""
-        if self.progress.best_step < 0 and self.progress.batches >= end_of_part:
+        progress, every = self.progress, self.job.config.checkpoint.every_steps
+        is_first = progress.best_step < 0 and progress.batches >= end_of_part
+        if is_first and self.saves_before_validation:
             return True
-        return self._is_due_by_steps(first_step)
+        return every is not None and progress.steps // every > first_step // every
 
-    def _is_due_by_steps(self, first_step: int) -> bool:
-        every = self.job.config.checkpoint.every_steps
-        return every is not None and self.progress.steps // every > first_step // every
+    def _refresh_bank(self) -> None:
+        """Encode all items again, if every epoch does so. A collective."""
+        content = content_settings(self.job.config.content)
+        if content is not None and content.history.refresh_bank_every_epoch:
+            fill_bank(self.job, self.lockstep)
 
     def _validate(self) -> None:
         """Validate, with averaged weights if kept, and keep the best model. A collective."""
-        with self.job.averaged():
-            self._validate_weights()
-
-    def _validate_weights(self) -> None:
-        """Validate the weights in place. A collective."""
         job, progress, metric = self.job, self.progress, self.job.config.best_model_by
-        self.checkpoints.require_finite(progress)
-        content = content_settings(job.config.content)
-        if content is not None and content.history.refresh_bank_every_epoch:
-            fill_bank(job, self.lockstep)
-        refill_cold_rows(job)
         searches = needs_search(metric)
-        report = evaluate_split(
-            job, "valid", self.item_counts, self.lockstep, searches, fits_blend=True
-        )
-        if (line := format_unknown("train", progress.ids)) is not None:
-            logger.info("%s; %s", line, progress.vocabularies)
-        self.reporter.validation(progress, report)
-        self.callbacks.validation(progress, report)
-        score = selection_score(report, metric)
-        if score is None:
-            cause = f"the {selection_words(metric)} is not defined there"
-            raise ValueError(undefined_selection(job.root, metric, cause))
-        if progress.best_step < 0 or score > progress.best_score:
-            progress.best_step, progress.best_score, progress.best = progress.steps, score, report
-            progress.validations_without_gain = 0
-            self.checkpoints.save_best(progress)
-        else:
+        with job.averaged():
+            self.checkpoints.require_finite(progress)
+            self._refresh_bank()
+            refill_cold_rows(job)
+            report = evaluate_split(
+                job, "valid", self.item_counts, self.lockstep, searches, fits_blend=True
+            )
+            if (line := format_unknown("train", progress.ids)) is not None:
+                logger.info("%s; %s", line, progress.vocabularies)
+            self.reporter.validation(progress, report)
+            self.callbacks.validation(progress, report)
+            score = selection_score(report, metric)
+            if score is None:
+                cause = f"the {selection_words(metric)} is not defined there"
+                raise ValueError(undefined_selection(job.root, metric, cause))
             progress.validations_without_gain += 1
+            if progress.best_step < 0 or score > progress.best_score:
+                progress.best_step, progress.best_score = progress.steps, score
+                progress.best, progress.validations_without_gain = report, 0
+                self.checkpoints.save_best(progress)
 
 
 class LossWatch:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed.checkpoint as dcp
 
 from embeddings.table_state import State
-from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint.reader import readable_failure, table_of_key
+from recsys.checkpoint.run_schema import exact_maps
 from recsys.checkpoint.state import TrainingState
 from recsys.checkpoint.warm_start.rows import RowMap, move_rows, move_sets, row_map, size_of
 from recsys.checkpoint.warm_start.source import (
@@ -43,38 +43,40 @@ class WarmStartPlan:
     """Tensors and rows that a new run takes over from another one."""
 
     source: Source
-    differences: Differences
     tensors: dict[str, StoredState] = field(default_factory=dict)  # its checkpoint, by name
     # Rows of tables, by table, and of tensors with a row per item, by name.
     maps: dict[str, RowMap] = field(default_factory=dict)
     items: RowMap | None = None  # rows of the items; None if the memory bank is filled anew
+
+    @property
+    def differences(self) -> Differences:
+        return self.source.differences
 
     def __str__(self) -> str:
         model = self.source.model
         words = f"{model.folder}, step {model.step:,}: {len(self.tensors):,} tensors"
         return f"warm start from {words}\n{self.differences}\n"
 
+    @property
+    def weights(self) -> list[str]:
+        return [name.removeprefix(MODEL) for name in self.tensors if name.startswith(MODEL)]
+
     def takes(self, parameter: str) -> bool:
         return f"{MODEL}{parameter}" in self.tensors
 
-    def takes_part(self, prefix: str) -> bool:
-        return any(name.startswith(f"{MODEL}{prefix}") for name in self.tensors)
-
     @property
     def tables_with_state(self) -> set[str]:
-        """Return the tables of which optimizer state is taken over."""
         names = (name for name in self.tensors if name.startswith(TABLES))
         return {table for name in names if (table := _table_of(name)) is not None}
 
     def take_unused_rows(self, job: Job) -> None:
         """Take over the rows of ids that are new in exact maps, too."""
-        for table in job.schema.tables_with("exact"):
-            old = self.source.schema.vocabularies.get(table)
-            new, rows = job.schema.vocabularies.get(table), self.maps.get(table)
-            if rows is None or not isinstance(old, ExactVocabulary):
+        new_maps = exact_maps(job.schema)
+        for table, old in exact_maps(self.source.schema).items():
+            rows, new = self.maps.get(table), new_maps.get(table)
+            if rows is None or new is None or old.num_embeddings != new.num_embeddings:
                 continue
-            assert isinstance(new, ExactVocabulary)
-            if old.num_embeddings == new.num_embeddings and new.is_extension_of(old):
+            if new.is_extension_of(old):
                 identity = RowMap.same(rows.num_rows)
                 self.maps = {
                     name: identity if other is rows else other for name, other in self.maps.items()
@@ -85,9 +87,8 @@ class WarmStartPlan:
     def apply(self, job: Job) -> None:
         """Fill the job with what is taken over; the rest stays. A collective."""
         training, ranks = TrainingState(job), job.ranks
-        state = training.state_dict(
-            {name: stored.entries[name] for name, stored in self.tensors.items()}
-        )
+        entries = {name: stored.entries[name] for name, stored in self.tensors.items()}
+        state = training.state_dict(entries)
         moved: dict[str, RowMap] = {}
         for name in self.tensors:
             rows = self.items if name == "bank" else self.maps.get(_table_of(name) or name)
@@ -117,21 +118,26 @@ def _table_of(name: str) -> str | None:
     return table_of_key(name)
 
 
-def plan_warm_start(job: Job, source: Source, differences: Differences) -> WarmStartPlan:
+def plan_warm_start(job: Job, source: Source) -> WarmStartPlan:
     """Compare the job with another run; decide what it takes, or list faults. A collective."""
-    plan, state = WarmStartPlan(source, differences), TrainingState(job).state_dict()
+    plan, state = WarmStartPlan(source), TrainingState(job).state_dict()
     with job.ranks.raise_on_all_ranks():
-        compare_settings(source, job.config, differences)
-        _check_patterns(plan, state)
+        compare_settings(source, job.config)
+        names = {*state, *source.model.entries}
+        parameters = [name.removeprefix(MODEL) for name in names if name.startswith(MODEL)]
+        for pattern in source.request.unmatched(parameters):
+            what, example = "no parameter of either run has such a name", min(parameters)
+            fix = f"correct the pattern of --warm-start-only or skip; one of the names is {example}"
+            plan.differences.refuse(f"'{pattern}'", what, fix)
     _choose_weights(plan, job, state)
     with job.ranks.raise_on_all_ranks():
         _choose_vocabularies(plan, state)
-        is_same = compare_encoders(source, job, plan.takes, differences)
+        is_same = compare_encoders(source, job, plan.takes)
     _choose_bank(plan, job, state, is_same)
     with job.ranks.raise_on_all_ranks():
         _choose_optimizer_state(plan, job, state)
         _refuse_rules_without_state(plan, job)
-        differences.check(source.model.folder)
+        plan.differences.check(source.model.folder)
     return plan
 
 
@@ -146,7 +152,7 @@ def _choose_weights(plan: WarmStartPlan, job: Job, state: State) -> None:
     for name in _shared_weights(plan, state):
         table = table_of_key(name)
         if table is not None:
-            rows = row_map(table, source, job.schema, job.ranks, differences)
+            rows = row_map(table, source, job.schema, job.ranks)
             plan.maps |= {} if rows is None else {table: rows}
         stored, size = tuple(source.model.entries[name].size), size_of(state[name])
         if name.startswith(SCALING) and stored != size:
@@ -166,17 +172,13 @@ def _choose_weights(plan: WarmStartPlan, job: Job, state: State) -> None:
 
 
 def _refuse_rules_without_state(plan: WarmStartPlan, job: Job) -> None:
-    """Refuse rules for new rows of a table that is taken over without its optimizer state."""
-    with_state = plan.tables_with_state
     tables = {table_of_key(name) for name in plan.tensors if name.startswith(MODEL)}
+    what = "applies to rows whose moments are zero, and the table's optimizer state begins anew"
+    fix = "take that state over, or set random"
     for table, rule in cold_row_rules(job.config, job.schema).items():
-        if table in tables and table not in with_state:
-            plan.differences.refuse(
-                f"embedding.tables.{table}.new_rows",
-                f"{rule} applies to rows whose moments are zero, and the table's optimizer state "
-                "begins anew",
-                "take that state over, or set random",
-            )
+        if table in tables - plan.tables_with_state:
+            setting = f"embedding.tables.{table}.new_rows"
+            plan.differences.refuse(setting, f"{rule} {what}", fix)
 
 
 def _refuse_shapes(shapes: dict[str, str], differences: Differences) -> None:
@@ -189,23 +191,9 @@ def _refuse_shapes(shapes: dict[str, str], differences: Differences) -> None:
             else f"'{'.'.join(name.split('.')[:2])}*'"
             for name in shapes
         )
-        differences.refuse(
-            "shapes that do not fit",
-            ", ".join(listed) + (f" and {num_unlisted:,} more" if num_unlisted else ""),
-            f"set back what they depend on, or --warm-start-skip {' '.join(patterns)}",
-        )
-
-
-def _check_patterns(plan: WarmStartPlan, state: State) -> None:
-    names = {*state, *plan.source.model.entries}
-    parameters = [name.removeprefix(MODEL) for name in names if name.startswith(MODEL)]
-    for pattern in plan.source.request.unmatched(parameters):
-        plan.differences.refuse(
-            f"'{pattern}'",
-            "no parameter of either run has such a name",
-            "correct the pattern of --warm-start-only or skip; one of the names is "
-            f"{min(parameters)}",
-        )
+        what = ", ".join(listed) + (f" and {num_unlisted:,} more" if num_unlisted else "")
+        fix = f"set back what they depend on, or --warm-start-skip {' '.join(patterns)}"
+        differences.refuse("shapes that do not fit", what, fix)
 
 
 def _shared_weights(plan: WarmStartPlan, state: State) -> list[str]:
@@ -224,9 +212,8 @@ def _shared_weights(plan: WarmStartPlan, state: State) -> list[str]:
             plan.differences.add(group, f"{what} ({count:,} tensor{'s' * (count > 1)})", rule)
     shared = sorted((names & stored) - skipped)
     if not shared:
-        plan.differences.refuse(
-            "the model", "no parameter is taken over", "name others in --warm-start-only or skip"
-        )
+        fix = "name others in --warm-start-only or skip"
+        plan.differences.refuse("the model", "no parameter is taken over", fix)
     return shared
 
 
@@ -266,7 +253,8 @@ def _choose_bank(plan: WarmStartPlan, job: Job, state: State, is_same: bool) -> 
         item = job.schema.target_item
         rows = plan.maps.get(item)
         if rows is None:  # the table is not taken over, but its raw ids are the same
-            rows = row_map(item, plan.source, job.schema, job.ranks, Differences())
+            unlisted = replace(plan.source, differences=Differences())
+            rows = row_map(item, unlisted, job.schema, job.ranks)
         if rows is not None:
             plan.items, plan.tensors["bank"] = rows, plan.source.model
             return
@@ -284,26 +272,23 @@ def _choose_optimizer_state(plan: WarmStartPlan, job: Job, state: State) -> None
     if stored.step != (model_step := plan.source.model.step):
         what = f"the run keeps that of step {stored.step:,}, not of the model's step {model_step:,}"
         differences.add("optimizer state", what, f"of step {stored.step:,}")
-    weights = [name.removeprefix(MODEL) for name in plan.tensors if name.startswith(MODEL)]
-    names = [*_table_states(plan, stored, job, weights), *_dense_states(plan, stored, job, weights)]
+    names = [*_table_states(plan, stored, job), *_dense_states(plan, stored, job)]
     if job.averages is not None:
-        names += _averages(plan, stored, state, weights)
+        names += _averages(plan, stored, state)
     plan.tensors |= dict.fromkeys(names, stored)
 
 
-def _table_states(
-    plan: WarmStartPlan, stored: StoredState, job: Job, weights: list[str]
-) -> Iterator[str]:
+def _table_states(plan: WarmStartPlan, stored: StoredState, job: Job) -> Iterator[str]:
     previous = _table_optimizers(plan.source.config, plan.source.schema)
     current = _table_optimizers(job.config, job.schema)
     bounded = job.schema.tables_with("bounded")
-    for weight in weights:
+    for weight in plan.weights:
         table = table_of_key(f"{MODEL}{weight}")
         if table is None:
             continue
-        optimizers = previous[table], current[table]
-        part, what = f"optimizer state of '{table}'", f"{optimizers[0]} before, {optimizers[1]} now"
+        part, optimizers = f"optimizer state of '{table}'", (previous[table], current[table])
         if optimizers[0] != optimizers[1]:
+            what = f"{optimizers[0]} before, {optimizers[1]} now"
             if "none" in optimizers:
                 plan.differences.add(part, what, "begins anew")
             else:
@@ -319,24 +304,20 @@ def _table_optimizers(config: Config, schema: Schema) -> dict[str, str]:
     return {table.name: "none" if table.frozen else table.optimizer for table in tables}
 
 
-def _dense_states(
-    plan: WarmStartPlan, stored: StoredState, job: Job, weights: list[str]
-) -> Iterator[str]:
+def _dense_states(plan: WarmStartPlan, stored: StoredState, job: Job) -> Iterator[str]:
     previous, current = plan.source.config.optimizer, job.config.optimizer
     if (previous.name, previous.options) != (current.name, current.options):
         what = f"{previous.name} {previous.options} before, {current.name} {current.options} now"
         plan.differences.refuse("state of the dense optimizer", what, OPTIMIZER_FIX)
         return
     trained = {name for name, value in job.em3.named_parameters() if value.requires_grad}
+    trained.intersection_update(plan.weights)
     for name in stored.entries:
-        parameter = name.removeprefix(DENSE).rsplit(".", 1)[0]
-        if name.startswith(DENSE) and parameter in trained and parameter in weights:
+        if name.startswith(DENSE) and name.removeprefix(DENSE).rsplit(".", 1)[0] in trained:
             yield name
 
 
-def _averages(
-    plan: WarmStartPlan, stored: StoredState, state: Iterable[str], weights: list[str]
-) -> list[str]:
+def _averages(plan: WarmStartPlan, stored: StoredState, state: Iterable[str]) -> list[str]:
     """Return the moving averages to take, all or none: they have one count of updates."""
     names = [name for name in state if name.startswith(AVERAGE)]
     parameters = {name.removeprefix(AVERAGE) for name in names if not name.endswith("num_updates")}
@@ -344,7 +325,7 @@ def _averages(
         reason = "the best model has averages for its weights"
     elif not all(name in stored.entries for name in names):
         reason = "not in the run"
-    elif not parameters <= set(weights):
+    elif not parameters <= set(plan.weights):
         reason = "not all of its weights are taken over"
     else:
         return names

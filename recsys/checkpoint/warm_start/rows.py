@@ -1,7 +1,6 @@
 """Maps the rows of a new run's tables to those of the same ids in another run, and moves them.
 
 Rows go by raw id where a table has a map, else they keep their place; -1 begins anew.
-Memory is a few blocks beside the shards and two numbers per row.
 Shapes: R rows, N rows of a range or block, D dimension, S sets of a bounded vocabulary.
 """
 
@@ -20,36 +19,26 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from embeddings.vocabulary.bounded import UsedRows, rows_in_resized
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.checkpoint.reader import BLOCK_BYTES, StoredTensor
+from recsys.checkpoint.run_schema import exact_maps
 from recsys.checkpoint.warm_start.source import Differences, Source
 from recsys.data.schema import Schema
 from recsys.distributed.ranks import Ranks
 
 SETS_PER_READ = 2**16
-OldRows = Callable[[int, int], np.ndarray]
 
 
 @dataclass(frozen=True)
 class RowMap:
-    """Rows of the other run by those of the new one.
+    """Rows of the other run by those of the new one."""
 
-    Attributes:
-        is_identity: every row keeps its place, and there are no more and no fewer.
-        num_rows: rows of the new table.
-        find: maps the new rows `[start, stop)` to old rows, int64 [N], -1 where there is none.
-    """
-
-    is_identity: bool
-    num_rows: int
-    find: OldRows
+    is_identity: bool  # every row keeps its place, and there are no more and no fewer
+    num_rows: int  # of the new table
+    # Maps new rows `[start, stop)` to old rows, int64 [N], or -1; keeps its last result for reuse.
+    find: Callable[[int, int], np.ndarray]
 
     @staticmethod
     def same(num_rows: int) -> RowMap:
-        return RowMap.of(True, num_rows, np.arange)
-
-    @staticmethod
-    def of(is_identity: bool, num_rows: int, find: OldRows) -> RowMap:
-        """Return a map that keeps its last result, as several tensors of a table need it."""
-        return RowMap(is_identity, num_rows, lru_cache(maxsize=1)(find))
+        return RowMap(True, num_rows, np.arange)
 
     def new_rows(self, old: np.ndarray) -> np.ndarray:  # int64 [N] -> [N], -1: has no place
         """Return the new rows of some old ones; for items, whose ids every rank holds anyway."""
@@ -62,68 +51,53 @@ class RowMap:
         return np.where(old_of_new[mapped_rows][place] == old, mapped_rows[place], -1)
 
 
-def row_map(
-    table: str, source: Source, schema: Schema, ranks: Ranks, differences: Differences
-) -> RowMap | None:
+def row_map(table: str, source: Source, schema: Schema, ranks: Ranks) -> RowMap | None:
     """Return the map of a table, None if there is none; list what differs. A collective."""
     part, fix = f"table '{table}'", f"or --warm-start-skip '*.{table}.weight'"
+    differences = source.differences
     stored, current = source.schema.vocabulary_of(table), schema.vocabulary_of(table)
     old_rows, num_rows = source.schema.limit(table), schema.limit(table)
-    kinds = tuple(None if settings is None else settings.kind for settings in (stored, current))
+    kinds = [
+        "rows, without a vocabulary" if ids is None else f"of a vocabulary of kind {ids.kind}"
+        for ids in (stored, current)
+    ]
     if kinds[0] != kinds[1]:
-        differences.refuse(
-            part,
-            f"its ids were {_kind_words(kinds[0])}, and are {_kind_words(kinds[1])}",
-            f"keep the kind of vocabulary, {fix}",
-        )
+        change = f"its ids were {kinds[0]}, and are {kinds[1]}"
+        differences.refuse(part, change, f"keep the kind of vocabulary, {fix}")
         return None
     if stored is None or current is None:
         return _map_without_vocabulary(part, old_rows, num_rows, fix, differences)
     if current.kind == "exact":
-        old, new = source.schema.vocabularies[table], schema.vocabularies[table]
-        assert isinstance(old, ExactVocabulary) and isinstance(new, ExactVocabulary)
+        old, new = exact_maps(source.schema)[table], exact_maps(schema)[table]
         return _map_exact(part, old, new, fix, differences)
     if current.kind == "bounded":
-        return _map_bounded(table, source, num_rows, current.half_life, ranks, differences)
+        return _map_bounded(table, source, num_rows, current.half_life, ranks)
     old_hash = old_rows, stored.num_hashes, stored.seed
     new_hash = num_rows, current.num_hashes, current.seed
-    if old_hash != new_hash:
-        differences.refuse(
-            part,
-            f"rows, hashes and seed of its vocabulary were {old_hash}, and are {new_hash}: its "
-            "ids have other rows",
-            f"set them back, {fix}",
-        )
-        return None
-    return RowMap.same(num_rows)
-
-
-def _kind_words(kind: str | None) -> str:
-    return "rows, without a vocabulary" if kind is None else f"of a vocabulary of kind {kind}"
+    if old_hash == new_hash:
+        return RowMap.same(num_rows)
+    change = f"rows, hashes and seed of its vocabulary were {old_hash}, and are {new_hash}"
+    differences.refuse(part, f"{change}: its ids have other rows", f"set them back, {fix}")
+    return None
 
 
 def _map_without_vocabulary(
     part: str, old_rows: int, num_rows: int, fix: str, differences: Differences
 ) -> RowMap | None:
     if num_rows < old_rows:
-        differences.refuse(
-            part,
-            f"had {old_rows:,} rows, num_embeddings is {num_rows:,}",
-            f"set it to at least {old_rows:,}, {fix}",
-        )
+        change = f"had {old_rows:,} rows, num_embeddings is {num_rows:,}"
+        differences.refuse(part, change, f"set it to at least {old_rows:,}, {fix}")
         return None
 
+    @lru_cache(maxsize=1)
     def find(start: int, stop: int) -> np.ndarray:
         rows = np.arange(start, stop)
         return np.where(rows < old_rows, rows, -1)
 
     if num_rows > old_rows:
-        differences.add(
-            part,
-            f"grew from {old_rows:,} to {num_rows:,} rows",
-            f"{num_rows - old_rows:,} rows with initial values",
-        )
-    return RowMap.of(num_rows == old_rows, num_rows, find)
+        change = f"grew from {old_rows:,} to {num_rows:,} rows"
+        differences.add(part, change, f"{num_rows - old_rows:,} rows with initial values")
+    return RowMap(num_rows == old_rows, num_rows, find)
 
 
 def _map_exact(
@@ -137,13 +111,12 @@ def _map_exact(
         return None
     num_kept = int((old_of_new >= 0).sum())
     if len(old) and not num_kept:
-        differences.refuse(
-            part,
-            f"none of the run's {len(old):,} ids is among the {len(new):,} of the data",
-            f"bring the run's vocabulary into the dataset and extend it, {fix}",
-        )
+        what = f"none of the run's {len(old):,} ids is among the {len(new):,} of the data"
+        fix = f"bring the run's vocabulary into the dataset and extend it, {fix}"
+        differences.refuse(part, what, fix)
         return None
 
+    @lru_cache(maxsize=1)
     def find(start: int, stop: int) -> np.ndarray:
         rows = np.full(stop - start, -1)
         ids = old_of_new[start:stop]
@@ -164,22 +137,18 @@ def _map_exact(
             f"{len(new) - num_kept:,} are new with initial values, {len(old) - num_kept:,} are "
             "gone",
         )
-    return RowMap.of(is_identity, new.num_embeddings, find)
+    return RowMap(is_identity, new.num_embeddings, find)
 
 
 def _map_bounded(
-    table: str,
-    source: Source,
-    num_rows: int,
-    half_life: float,
-    ranks: Ranks,
-    differences: Differences,
+    table: str, source: Source, num_rows: int, half_life: float, ranks: Ranks
 ) -> RowMap:
     """Map a table whose ids were learned while training. A collective."""
     old_rows = source.schema.limit(table)
     if num_rows == old_rows:
         return RowMap.same(num_rows)
 
+    @lru_cache(maxsize=1)
     def find(start: int, stop: int) -> np.ndarray:
         rows = rows_in_resized(_used_rows(source, table), num_rows, half_life, start, stop)
         if start <= num_rows - 1 < stop:
@@ -191,12 +160,10 @@ def _map_bounded(
         num_own = int((find(first, last) >= 0).sum())
         num_ids = sum(int((rows.last_used >= 0).sum()) for rows in _used_rows(source, table))
     num_kept = sum(ranks.gather(num_own)) - 1  # without the row of unknown ids
-    differences.add(
-        f"table '{table}'",
-        f"{old_rows:,} rows and {num_ids:,} ids before, {num_rows:,} rows now",
-        f"{num_kept:,} ids keep their rows at another place, {num_ids - num_kept:,} have no room",
-    )
-    return RowMap.of(False, num_rows, find)
+    what = f"{old_rows:,} rows and {num_ids:,} ids before, {num_rows:,} rows now"
+    rule = f"{num_kept:,} ids keep their rows at another place, {num_ids - num_kept:,} have no room"
+    source.differences.add(f"table '{table}'", what, rule)
+    return RowMap(False, num_rows, find)
 
 
 def _used_rows(source: Source, table: str) -> Iterator[UsedRows]:

@@ -1,7 +1,4 @@
-"""The request of a warm start, the checkpoints that it reads, and in what the new run differs.
-
-The new run has columns in the order of that run, further ones behind, and its fitted transforms.
-"""
+"""The request of a warm start, the checkpoints that it reads, and in what the new run differs."""
 
 from __future__ import annotations
 
@@ -9,19 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch.distributed.checkpoint.metadata import Metadata
 
 from recsys.build import Job
+from recsys.checkpoint import files
 from recsys.checkpoint.compatibility import differing_settings
-from recsys.checkpoint.files import (
-    BEST,
-    check_run_files,
-    checked_manifest,
-    folders_by_age,
-    step_of_folder,
-)
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.reader import SafeFileSystemReader, StoredTensor
 from recsys.checkpoint.run_folder import encoder_identities
@@ -70,13 +61,12 @@ class WarmStart:
         ]
 
 
-@dataclass(frozen=True)
-class Difference:
-    """One difference: of which part, what it is, and what the new run has."""
+class Difference(NamedTuple):
+    """One difference."""
 
     part: str
     what: str
-    rule: str
+    rule: str  # what the new run has
 
 
 @dataclass
@@ -90,7 +80,6 @@ class Differences:
         self.reconciled.append(Difference(part, what, rule))
 
     def refuse(self, part: str, what: str, fix: str) -> None:
-        """Add a difference that cannot be reconciled, with what would help."""
         self.faults.append(f"{part}: {what}; {fix}")
 
     def check(self, folder: object) -> None:
@@ -104,8 +93,7 @@ class Differences:
     def __str__(self) -> str:
         if not self.reconciled:
             return "nothing differs"
-        rows = [("part", "difference", "in this run")]
-        rows += [(row.part, row.what, row.rule) for row in self.reconciled]
+        rows = [("part", "difference", "in this run"), *self.reconciled]
         widths = [max(len(row[column]) for row in rows) for column in range(2)]
         return "\n".join(
             f"{part:<{widths[0]}}  {what:<{widths[1]}}  {rule}" for part, what, rule in rows
@@ -124,8 +112,8 @@ class StoredState:
     @staticmethod
     def open(folder: Path, ranks: Ranks) -> StoredState:
         """Check the files of a checkpoint and read what it has. A collective."""
-        manifest = checked_manifest(folder, ranks)
-        check_run_files(folder, manifest, ranks)
+        manifest = files.checked_manifest(folder, ranks)
+        files.check_run_files(folder, manifest, ranks)
         with ranks.raise_on_all_ranks():
             reader = SafeFileSystemReader(folder)
             return StoredState(folder, manifest, reader, reader.read_metadata())
@@ -155,19 +143,20 @@ class Source:
     optimizer: StoredState | None  # with the optimizers' state; None if not taken, or not kept
     schema: Schema  # with the run's maps of raw ids
     config: Config
+    differences: Differences = field(default_factory=Differences)  # of the new run
 
 
 def open_source(request: WarmStart, out: Path | None, ranks: Ranks) -> Source:
     """Open the checkpoint of a run, for a new run in the folder `out`, if any. A collective.
 
-    The best model takes optimizer state from the checkpoint of its step, or else the last one. A
-    missing or damaged checkpoint, or the folder `out` itself, is a ValueError on every rank.
+    The best model takes optimizer state from the checkpoint of its step, or else the last one.
+    What is missing, damaged or `out` itself is a ValueError on every rank.
     """
     with ranks.raise_on_all_ranks():
         if out is not None and request.run.resolve() == out.resolve():
             raise ValueError(f"--warm-start: {request.run} is --out, too; choose another --out")
     checkpoints = request.run / "checkpoints"
-    best, steps = checkpoints / BEST, folders_by_age(checkpoints)
+    best, steps = checkpoints / files.BEST, files.folders_by_age(checkpoints)
     best, steps = ranks.gather((best if best.is_dir() else None, steps))[0]
     folder = best if request.checkpoint == "best" else next(iter(steps), None)
     if folder is None:
@@ -179,7 +168,7 @@ def open_source(request: WarmStart, out: Path | None, ranks: Ranks) -> Source:
     if not request.optimizer or not steps:
         optimizer = None
     elif folder not in steps:
-        same_step = [path for path in steps if step_of_folder(path) == model.step]
+        same_step = [path for path in steps if files.step_of_folder(path) == model.step]
         optimizer = StoredState.open((same_step or steps)[0], ranks)
     with ranks.raise_on_all_ranks():
         schema = load_run_schema(request.run)
@@ -193,12 +182,18 @@ _ROW_ATTRIBUTES = ("num_embeddings", "vocabulary.kind", "vocabulary.num_hashes",
 _FREE_ATTRIBUTES = ("vocabulary.admit_after", "vocabulary.half_life", "loss", "nullable")
 
 
-def reconciled_schema(
-    source: Source, root: Location, differences: Differences, with_vocabularies: bool = True
-) -> Schema:
-    """Load a dataset's schema for a model that starts from a run."""
-    trained, data = source.schema, load_schema(root, with_vocabularies=False)
-    _take_fitted_values(trained, data, differences)
+def reconciled_schema(source: Source, root: Location, with_vocabularies: bool = True) -> Schema:
+    """Load a dataset's schema, with the run's order of columns, further ones behind, and fits."""
+    trained, differences = source.schema, source.differences
+    data = load_schema(root, with_vocabularies=False)
+    for name, chain in data.transforms.items():
+        fitted = trained.transforms.get(name)
+        if fitted is None or not fitted.is_fit_of(chain.without_fit) or fitted == chain:
+            continue
+        if chain.unfitted is None:
+            differences.add(f"column '{name}'", "its transform was fitted anew", "fit of the run")
+        data.transforms[name] = fitted
+        set_chain(data.columns[name], fitted)
     _compare_columns(trained, data, differences)
     names = dict.fromkeys([*trained.columns, *data.columns])
     data.columns = {name: data.columns[name] for name in names if name in data.columns}
@@ -216,51 +211,32 @@ def reconciled_schema(
     return data
 
 
-def _take_fitted_values(trained: Schema, data: Schema, differences: Differences) -> None:
-    for name, chain in data.transforms.items():
-        fitted = trained.transforms.get(name)
-        if fitted is None or not fitted.is_fit_of(chain.without_fit) or fitted == chain:
-            continue
-        if chain.unfitted is None:
-            differences.add(f"column '{name}'", "its transform was fitted anew", "fit of the run")
-        data.transforms[name] = fitted
-        set_chain(data.columns[name], fitted)
-
-
 def _compare_columns(trained: Schema, data: Schema, differences: Differences) -> None:
     if trained.target_item != data.target_item:
-        differences.refuse(
-            "target_item",
-            f"'{trained.target_item}' in the run, '{data.target_item}' in the data",
-            "name the run's column, or train anew",
-        )
+        what = f"'{trained.target_item}' in the run, '{data.target_item}' in the data"
+        differences.refuse("target_item", what, "name the run's column, or train anew")
     for change in changes("group", {"": trained.group}, {"": data.group}):
         differences.add("group", change, "measured by the data's")
     stored, current = described_columns(trained), described_columns(data)
     for name in dict.fromkeys([*stored, *current]):
         if name not in current:
             differences.add(name, "not in the data", "dropped")
-        elif name not in stored:
-            differences.add(name, "not in the run", "added")
-        else:
-            _compare_attributes(name, stored[name], current[name], differences)
-
-
-def _compare_attributes(
-    name: str, stored: dict[str, object], current: dict[str, object], differences: Differences
-) -> None:
-    for attribute in sorted(stored.keys() | current.keys()):
-        values = stored.get(attribute), current.get(attribute)
-        if values[0] == values[1] or attribute in _ROW_ATTRIBUTES:
             continue
-        change = f"{attribute} was {short(values[0])}, is {short(values[1])}"
-        if attribute in _FREE_ATTRIBUTES or attribute.split(".")[0] == "fill":
-            differences.add(name, change, "as in the data")
-        else:
-            differences.refuse(name, change, "set it back, or give the column another name")
+        if name not in stored:
+            differences.add(name, "not in the run", "added")
+            continue
+        for attribute in sorted(stored[name].keys() | current[name].keys()):
+            values = stored[name].get(attribute), current[name].get(attribute)
+            if values[0] == values[1] or attribute in _ROW_ATTRIBUTES:
+                continue
+            change = f"{attribute} was {short(values[0])}, is {short(values[1])}"
+            if attribute in _FREE_ATTRIBUTES or attribute.split(".")[0] == "fill":
+                differences.add(name, change, "as in the data")
+            else:
+                differences.refuse(name, change, "set it back, or give the column another name")
 
 
-def compare_settings(source: Source, config: Config, differences: Differences) -> None:
+def compare_settings(source: Source, config: Config) -> None:
     """List the settings that differ and change more than length and speed of training."""
     lacks_content = None in map(content_settings, (source.config.content, config.content))
     for name, stored, current in differing_settings(source.config, config):
@@ -268,14 +244,12 @@ def compare_settings(source: Source, config: Config, differences: Differences) -
             continue
         change = f"was {short(stored)}, is {short(current)}"
         if name == "ranking.name" and source.request.takes("ranking."):
-            differences.refuse(name, change, "set it back, or --warm-start-skip 'ranking.*'")
+            source.differences.refuse(name, change, "set it back, or --warm-start-skip 'ranking.*'")
         else:
-            differences.add(f"setting {name}", change, short(current))
+            source.differences.add(f"setting {name}", change, short(current))
 
 
-def compare_encoders(
-    source: Source, job: Job, takes: Callable[[str], bool], differences: Differences
-) -> bool:
+def compare_encoders(source: Source, job: Job, takes: Callable[[str], bool]) -> bool:
     """Return whether items are encoded as in the run; refuse used encoders that differ."""
     stored, current = content_settings(source.config.content), content_settings(job.config.content)
     if stored is None or current is None:
@@ -291,11 +265,9 @@ def compare_encoders(
             prefixes = f"content.encoders.{name}.", f"content.projections.{name}."
             if any(takes(key) for key in job.model.state_dict() if key.startswith(prefixes)):
                 fix = f"or --warm-start-skip 'content.*.{name}.*'"
-                differences.refuse(f"content.modalities.{name}", str(error), fix)
+                source.differences.refuse(f"content.modalities.{name}", str(error), fix)
     if is_same and source.model.manifest["frozen_weights"] != frozen_digest(job):
-        differences.refuse(
-            "frozen weights",
-            "they are others, though encoders and settings are the same",
-            "bring the run's encoders back, or train anew",
-        )
+        what = "they are others, though encoders and settings are the same"
+        fix = "bring the run's encoders back, or train anew"
+        source.differences.refuse("frozen weights", what, fix)
     return is_same

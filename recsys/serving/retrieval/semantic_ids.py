@@ -24,7 +24,7 @@ import yaml
 
 from recsys.build import SPLITS, Job
 from recsys.checkpoint.files import model_of
-from recsys.checkpoint.item_counts import trained_counts
+from recsys.checkpoint.run_folder import trained_counts
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.parquet.file import open_parquet
 from recsys.data.schema import Schema

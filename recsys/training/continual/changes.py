@@ -10,8 +10,9 @@ from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint.compatibility import differing_settings
 from recsys.checkpoint.item_content import changed_items
+from recsys.checkpoint.run_schema import exact_maps
 from recsys.checkpoint.warm_start.plan import WarmStartPlan
-from recsys.checkpoint.warm_start.source import Differences, Source
+from recsys.checkpoint.warm_start.source import Source
 from recsys.config import Config
 from recsys.data.prepare import fit_chains, new_ids
 from recsys.data.schema import Schema, build_hashes, format_growth, read_schema, vocabulary_file
@@ -29,13 +30,11 @@ NewIds = dict[str, pa.Array]  # by table with an exact map
 UNCHANGED_RULES = ("as in the data", "fit of the run")
 
 
-def require_unchanged(
-    source: Source, differences: Differences, config: Config, root: Location
-) -> None:
+def require_unchanged(source: Source, config: Config, root: Location) -> None:
     """Refuse columns or settings that a warm start would reconcile, but that redefine the model."""
     changes = [
         f"{difference.part}: {difference.what}"
-        for difference in differences.reconciled
+        for difference in source.differences.reconciled
         if difference.rule not in UNCHANGED_RULES
     ]
     for name, previous, current in differing_settings(source.config, config):
@@ -53,15 +52,17 @@ def new_schema(
 ) -> tuple[Schema, NewIds]:
     """Return the columns as the model before the partition reads them, and its new ids.
 
-    `previous` are the columns without maps, and those of the run before. A dataset that cannot be
-    read, or ids of another type, is a ValueError on every rank. A collective.
+    `previous` are the columns without maps, and those of the run before. Data that cannot be read
+    is a ValueError on every rank. A collective.
     """
     with ranks.raise_on_all_ranks():
         if previous is None:
-            schema = read_schema(root)
-            maps = _stored_maps(root, schema)
+            schema, maps = read_schema(root), {}
+            for table in schema.tables_with("exact"):
+                if (file := vocabulary_file(root, table)).exists():
+                    maps[table] = ExactVocabulary.load(file.path, MOST_ROWS, file.arrow)
         else:
-            schema, maps = previous[0], _maps(previous[1])
+            schema, maps = previous[0], exact_maps(previous[1])
             # The dataset's own fits may be of later partitions.
             for name, chain in read_schema(root).transforms.items():
                 if schema.transforms[name] != previous[1].transforms.get(name):
@@ -86,7 +87,7 @@ def new_schema(
 
 def _size_tables(schema: Schema, ids: NewIds, previous: Schema | None) -> None:
     """Enlarge tables for the new ids of a partition; they never get smaller by themselves."""
-    for table, vocabulary in _maps(schema).items():
+    for table, vocabulary in exact_maps(schema).items():
         rows = schema.limit(table)
         if previous is not None and table in previous.grown and previous.limit(table) > rows:
             schema.grown[table] = rows
@@ -98,27 +99,14 @@ def _size_tables(schema: Schema, ids: NewIds, previous: Schema | None) -> None:
 def add_ids(schema: Schema, ids: NewIds, ranks: Ranks) -> None:
     """Give new ids rows, behind those of the known ones. A collective."""
     with ranks.raise_on_all_ranks():
-        for table, vocabulary in _maps(schema).items():
+        for table, vocabulary in exact_maps(schema).items():
             vocabulary.extend([ids[table]])
 
 
 def _new_ids(root: Location, schema: Schema, folder: str | None, ranks: Ranks) -> NewIds:
     with ranks.raise_on_all_ranks():
-        ids = new_ids(root, schema, folder, _maps(schema)) if ranks.is_first else {}
+        ids = new_ids(root, schema, folder, exact_maps(schema)) if ranks.is_first else {}
     return ranks.from_first(ids)
-
-
-def _stored_maps(root: Location, schema: Schema) -> dict[str, ExactVocabulary]:
-    maps = {}
-    for table in schema.tables_with("exact"):
-        if (file := vocabulary_file(root, table)).exists():
-            maps[table] = ExactVocabulary.load(file.path, MOST_ROWS, file.arrow)
-    return maps
-
-
-def _maps(schema: Schema) -> dict[str, ExactVocabulary]:
-    vocabularies = schema.vocabularies.items()
-    return {table: ids for table, ids in vocabularies if isinstance(ids, ExactVocabulary)}
 
 
 def check_items(job: Job, plan: WarmStartPlan) -> None:

@@ -1,46 +1,54 @@
-"""Trains on one partition: a run of its own that begins with the state of the one before."""
+"""Scores a partition (prequential evaluation), and trains on it in a run of its own.
+
+Metrics come from the file of scores, so a killed job repeats no row and no line.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from embeddings.plan_text import align_columns
 from recsys.build import Job, build_job
-from recsys.checkpoint.cold_row_init import refill_cold_rows
+from recsys.checkpoint import run_folder
 from recsys.checkpoint.files import folders_by_age, model_of
-from recsys.checkpoint.item_counts import counts_before
 from recsys.checkpoint.manager import Checkpoints
 from recsys.checkpoint.partitions import ContinualFolder, RunState, TrainedPartition
 from recsys.checkpoint.progress import Progress
-from recsys.checkpoint.run_folder import (
-    METRICS,
-    begin_run,
-    check_encoders,
-    describe_run,
-    finish_run,
-    read_item_counts,
-    recover_checkpoints,
-)
 from recsys.checkpoint.run_schema import PARTITION, schema_of_data
-from recsys.checkpoint.warm_start.plan import WarmStartPlan, plan_warm_start
-from recsys.checkpoint.warm_start.source import WarmStart
-from recsys.config import Config, ContinualSettings, content_settings
+from recsys.checkpoint.warm_start.plan import plan_warm_start
+from recsys.checkpoint.warm_start.source import Source, WarmStart
+from recsys.config import Config, ContinualSettings, RankingSettings, softmax_settings
 from recsys.data.interactions import Interactions
-from recsys.data.item_frequency import ItemCounts
+from recsys.data.item_frequency import PARTS, ItemCounts
+from recsys.data.row_source import RowSource, open_rows
 from recsys.data.schema import Schema
+from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
-from recsys.evaluation.evaluate import check_data, fill_bank
-from recsys.evaluation.scores import write_scores
+from recsys.evaluation.blend_fit import fit_blend
+from recsys.evaluation.evaluate import (
+    check_data,
+    score,
+    scores_report,
+    shown_metrics,
+    split_interactions,
+    split_scores,
+)
+from recsys.evaluation.forward_pass import require_finite
+from recsys.evaluation.further_metrics import make_metrics
+from recsys.evaluation.model_selection import require_useful, slack_for
+from recsys.evaluation.scores import SplitScores, read_scores, write_scores
 from recsys.storage.files import write_whole
 from recsys.storage.location import Location
+from recsys.training import initial_state
 from recsys.training.continual.changes import (
     NewIds,
     add_ids,
@@ -49,20 +57,6 @@ from recsys.training.continual.changes import (
     require_unchanged,
 )
 from recsys.training.continual.partitions import Partition, is_late
-from recsys.training.continual.scoring import (
-    format_lines,
-    record_metrics,
-    score_partition,
-    track,
-)
-from recsys.training.initial_state import (
-    OpenedWarmStart,
-    describe_start,
-    fit_to_rows,
-    open_warm_start,
-    start_fresh,
-    take_over,
-)
 from recsys.training.trackers import Reporter
 from recsys.training.train import training_figures, training_interactions
 from recsys.training.trainer import Trainer
@@ -74,9 +68,6 @@ class PhaseTimer:
     """Seconds of the phases of a partition, for the log and `RUN/seconds.jsonl`."""
 
     def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
         self.seconds: dict[str, float] = {}
         self._since = time.perf_counter()
 
@@ -87,7 +78,6 @@ class PhaseTimer:
         self._since = timestamp
 
     def append(self, file: Path, partition: str, rows: int) -> None:
-        """Add a line with the seconds of a partition to a file."""
         total = sum(self.seconds.values())
         line = {"partition": partition, "rows": rows, **self.seconds, "total": total}
         with file.open("a") as opened:
@@ -109,270 +99,274 @@ class ContinualRun:
     lockstep: Lockstep  # keeps the ranks on the same batch, and learns of requests to end
     writers: Ranks  # the same ranks with a group for checkpoints
     warm_start: WarmStart | None = None  # the run that the first partition's begins from
-    timer: PhaseTimer = field(default_factory=PhaseTimer)
-
-    def before(self, state: RunState) -> tuple[str, WarmStart | None]:
-        """Return the partition trained on last, and what the next run begins from."""
-        if (last := state.last) is None:
-            return "", self.warm_start
-        return last.name, WarmStart(self.folder.run_of(last.name), checkpoint="last")
 
 
-@dataclass(frozen=True)
-class Start:
-    """The initial state of a partition's run."""
+class PartitionRun:
+    """The run of a partition, which is scored first. It holds no job, whose memory comes free."""
 
-    warm: OpenedWarmStart | None  # with this run's state; None: from nothing
-    ids: NewIds  # that are new in the partition's rows, and have rows once these are scored
+    def __init__(self, continual: ContinualRun, partition: Partition, state: RunState) -> None:
+        self.continual, self.partition, self.state = continual, partition, state
+        self.folder, self.ranks, self.timer = continual.folder, continual.ranks, PhaseTimer()
+        self.run = self.folder.run_of(partition.name)
+        number, from_nothing = len(state.trained), state.warm_start is None
+        # Learning rates warm up once.
+        warmup = continual.config.optimizer.warmup_steps if number == 0 and from_nothing else 0
+        self.config = replace(
+            continual.config,
+            epochs=passes_over(continual.config.continual, number, from_nothing),
+            validations_per_epoch=1,
+            optimizer=replace(continual.config.optimizer, warmup_steps=warmup),
+        )
+        self.previous, self.request = "", continual.warm_start  # partition and run to go on from
+        if state.last is not None:
+            self.previous = state.last.name
+            self.request = WarmStart(self.folder.run_of(self.previous), checkpoint="last")
 
-
-def train_partition(
-    continual: ContinualRun, partition: Partition, state: RunState
-) -> TrainedPartition:
-    """Score a partition and train on it, or go on with that. A collective.
-
-    Raises:
-        TrainingStopped: the job was asked to end; its state is saved.
-        ValueError: on every rank: a row cannot be used, or data or settings define another model.
-    """
-    run, ranks = continual.folder.run_of(partition.name), continual.ranks
-    continual.timer.start()
-    config, (_, request) = config_of_partition(continual.config, state), continual.before(state)
-    with ranks.raise_on_all_ranks():
-        if request is not None and not (request.run / "config.yaml").is_file():
-            raise ValueError(
-                f"{request.run}: has not the model that train/{partition.name} goes on from; "
-                "bring it back, or start a new run in another --out"
-            )
-        if ranks.is_first:
-            recover_checkpoints(run)
-    goes_on = ranks.from_first(bool(folders_by_age(run / "checkpoints")))
-    schema, start = _schema(continual, partition, state, config, goes_on)
-    continual.timer.lap("read")
-    job = build_job(config, continual.data, ranks, schema, partition.folder)
-    continual.timer.lap("build")
-    trainer, line = open_partition(continual, partition, state, job, start)
-    try:
-        if line is not None:
-            track(trainer.reporter, line)
-        continual.timer.lap("begin")
-        trainer.train()
-        continual.timer.lap("train")
-        _finish(trainer, partition)
-    finally:
-        trainer.reporter.close()
-        trainer.checkpoints.close()
-    continual.timer.lap("finish")
-    return _as_read(partition, trainer.interactions)
-
-
-def _schema(
-    continual: ContinualRun, partition: Partition, state: RunState, config: Config, goes_on: bool
-) -> tuple[Schema, Start | None]:
-    """Return the columns with their maps of ids, and how to start, if anew. A collective."""
-    run, ranks = continual.folder.run_of(partition.name), continual.ranks
-    root = Location.of(continual.data)
-    if goes_on:
+    def train(self) -> TrainedPartition:
+        """Score the partition and train on it, or go on with that. A collective."""
+        ranks, request = self.ranks, self.request
         with ranks.raise_on_all_ranks():
-            return schema_of_data(run, root, ranks, goes_on), None
-    _, request = continual.before(state)
-    if request is None:
-        schema, ids = new_schema(root, partition, None, ranks)
-        return schema, Start(None, ids)
-    warm, schema = open_warm_start(request, continual.data, run, ranks, with_vocabularies=False)
-    if state.last is not None:
-        with ranks.raise_on_all_ranks():
-            require_unchanged(*warm, config, root)
-    schema, ids = new_schema(root, partition, (schema, warm[0].schema), ranks)
-    return schema, Start(warm, ids)
+            if request is not None and not (request.run / "config.yaml").is_file():
+                raise ValueError(
+                    f"{request.run}: has not the model that {self.partition.folder} goes on from; "
+                    "bring it back, or start a new run in another --out"
+                )
+            if ranks.is_first:
+                run_folder.recover_checkpoints(self.run)
+        goes_on = ranks.from_first(bool(folders_by_age(self.run / "checkpoints")))
+        schema, source, ids = self._schema(goes_on)
+        self.timer.lap("read")
+        job = build_job(self.config, self.continual.data, ranks, schema, self.partition.folder)
+        self.timer.lap("build")
+        trainer = self._open(job, source, ids)
+        try:
+            self.timer.lap("begin")
+            trainer.train()
+            self.timer.lap("train")
+            self._finish(trainer)
+        finally:
+            trainer.reporter.close()
+            trainer.checkpoints.close()
+        self.timer.lap("finish")
+        return self._as_read(trainer.interactions)
 
+    def _schema(self, goes_on: bool) -> tuple[Schema, Source | None, NewIds | None]:
+        """Return the columns with their maps of ids, the run to start from, if anew, and new ids.
 
-def open_partition(
-    continual: ContinualRun,
-    partition: Partition,
-    state: RunState,
-    job: Job,
-    start: Start | None,
-) -> tuple[Trainer, dict[str, Any] | None]:
-    """Return the trainer of a new or restored run, and the line of metrics. A collective."""
-    folder, ranks = continual.folder, continual.ranks
-    run = folder.run_of(partition.name)
-    interactions = training_interactions(job, job.config.continual.order == "shuffled")
-    current = _as_read(partition, interactions)
-    with ranks.raise_on_all_ranks():
-        _refuse_changed(folder, state, current, start is None)
-        _refuse_copy(state, current)
-    checkpoints = Checkpoints(job, run, current.fingerprint, continual.writers)
-    if start is None:
-        check_encoders(run, job)
-        progress = checkpoints.restore()
-        assert progress is not None  # a checkpoint was seen
-    else:
-        progress = _begin(continual, current, state, job, start)
-    line = _record(continual, partition, state)
-    item_counts = read_item_counts(run, job.schema.item_id_limit)
-    reporter = Reporter(job, folder.path, progress, counts_all_steps=True)
-    parts = interactions, checkpoints, continual.lockstep, reporter, progress, item_counts
-    return PartitionTrainer(job, run, *parts), line
+        The ids are new in the partition's rows, and get rows once these are scored. A collective.
+        """
+        data, ranks, root = self.continual.data, self.ranks, Location.of(self.continual.data)
+        if goes_on:
+            with ranks.raise_on_all_ranks():
+                return schema_of_data(self.run, root, ranks, goes_on), None, None
+        if self.request is None:
+            schema, ids = new_schema(root, self.partition, None, ranks)
+            return schema, None, ids
+        source, schema = initial_state.open_warm_start(
+            self.request, data, self.run, ranks, with_vocabularies=False
+        )
+        if self.state.last is not None:
+            with ranks.raise_on_all_ranks():
+                require_unchanged(source, self.config, root)
+        schema, ids = new_schema(root, self.partition, (schema, source.schema), ranks)
+        return schema, source, ids
 
-
-def _as_read(partition: Partition, interactions: Interactions) -> TrainedPartition:
-    rows = interactions.rows
-    return TrainedPartition(partition.name, rows.num_rows, rows.fingerprint())
-
-
-def _refuse_changed(
-    folder: ContinualFolder, state: RunState, current: TrainedPartition, goes_on: bool
-) -> None:
-    previous = state.begun
-    if (
-        previous is None
-        or previous == current
-        or not (goes_on or folder.scores_of(current.name).exists())
-    ):
-        return
-    raise ValueError(
-        f"train/{current.name}: has changed since it was scored (then {previous.rows:,} rows, now "
-        f"{current.rows:,}; {previous.fingerprint} and {current.fingerprint}); bring it back, or "
-        "start a new run in another --out"
-    )
-
-
-def _refuse_copy(state: RunState, current: TrainedPartition) -> None:
-    """Refuse the rows of a trained partition under another name, whose scores would know them."""
-    for trained in state.trained:
-        has_digest = "-" in current.fingerprint  # of the content, not of names and sizes alone
-        if has_digest and trained.fingerprint == current.fingerprint:
-            raise ValueError(
-                f"train/{current.name}: has the {current.rows:,} rows of {trained.name}, which is "
-                "trained on; rename it back, or remove the copy"
-            )
-
-
-def _begin(
-    continual: ContinualRun, current: TrainedPartition, state: RunState, job: Job, start: Start
-) -> Progress:
-    """Begin the run of a partition, whose rows are scored if a model can. A collective."""
-    folder, ranks, plan = continual.folder, continual.ranks, None
-    run = folder.run_of(current.name)
-    begun_state, counts = replace(state, begun=current), ItemCounts.sum_of([])
-    if start.warm is not None:
-        plan = plan_warm_start(job, *start.warm)
-        plan.take_unused_rows(job)
-        check_items(job, plan)
-        progress = take_over(job, plan)
-        counts = counts_before(job, plan)
-        continual.timer.lap("warm start")
-        if is_late(current.name, state):
-            logger.info("%s: late, so it is trained on without scores", current.name)
+    def _open(self, job: Job, source: Source | None, ids: NewIds | None) -> Trainer:
+        """Return the trainer of a new or restored run. A collective."""
+        interactions = training_interactions(job, job.config.continual.order == "shuffled")
+        current = self._as_read(interactions)
+        with self.ranks.raise_on_all_ranks():
+            self._refuse_other_rows(current, ids is None)
+        checkpoints = Checkpoints(job, self.run, current.fingerprint, self.continual.writers)
+        if ids is None:
+            run_folder.check_encoders(self.run, job)
+            progress = checkpoints.restore()
+            assert progress is not None  # a checkpoint was seen
         else:
-            _write_scores(continual, begun_state, job, counts, plan)
-        continual.timer.lap("score")
-    add_ids(job.schema, start.ids, ranks)
-    checked = check_data(job, ("train",))
-    if plan is None:
-        progress = start_fresh(job, checked)
-    else:
-        earlier = [Partition(trained.name).folder for trained in state.trained]
-        fit_to_rows(job, plan, checked.numbers, earlier)
-    continual.timer.lap("fit")
-    with ranks.raise_on_all_ranks():
-        if ranks.is_first:
-            folder.write(begun_state)
-    # Dropout and negatives differ by partition, and are the same at every start.
-    torch.manual_seed(job.config.seed + 1 + ranks.rank + 1000003 * progress.age)
-    begin_run(run, job, ItemCounts.sum_of([counts, checked.item_counts]), checked.skipped)
-    describe_run(run, job, continual.data)
-    if plan is not None:
-        describe_start(run, ranks, plan)
-    with ranks.raise_on_all_ranks():
-        if ranks.is_first:
-            write_whole(run / PARTITION, json.dumps({"name": current.name}) + "\n")
-    return progress
+            progress = self._begin(current, job, source, ids)
+        line = self._record()
+        item_counts = run_folder.read_item_counts(self.run, job.schema.item_id_limit)
+        reporter = Reporter(job, self.folder.path, progress, counts_all_steps=True)
+        if line is not None:
+            reporter.evaluation("prequential", 0, {**line, "rows": None})
+            for part in PARTS[1:]:
+                reporter.evaluation(f"prequential/{part}", 0, line[part])
+        parts = interactions, checkpoints, self.continual.lockstep, reporter, progress, item_counts
+        return PartitionTrainer(job, self.run, *parts)
 
+    def _as_read(self, interactions: Interactions) -> TrainedPartition:
+        rows = interactions.rows
+        return TrainedPartition(self.partition.name, rows.num_rows, rows.fingerprint())
 
-def _write_scores(
-    continual: ContinualRun,
-    begun_state: RunState,
-    job: Job,
-    counts: ItemCounts,
-    plan: WarmStartPlan,
-) -> None:
-    """Score the partition that is begun, unless its scores are written. A collective."""
-    folder, ranks, before = continual.folder, continual.ranks, plan.source.request.run
-    assert begun_state.begun is not None
-    file, model = folder.scores_of(begun_state.begun.name), model_of(before)
-    are_written = ranks.from_first(file.exists())
-    if are_written and job.em3.neighbours is None:  # otherwise the blend is fitted again
-        return
-    with job.averaged():
-        scores = score_partition(job, counts, continual.lockstep)
-    with ranks.raise_on_all_ranks():
-        if scores is not None and not are_written:
-            folder.write(
-                begun_state
-            )  # before the scores, so that they are known to be of these rows
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_scores(scores, file, model)
+    def _refuse_other_rows(self, current: TrainedPartition, goes_on: bool) -> None:
+        """Refuse rows that have changed since they were scored, and rows trained on before."""
+        previous, folder = self.state.begun, self.partition.folder
+        are_scored = goes_on or self.folder.scores_of(current.name).exists()
+        if previous is not None and previous != current and are_scored:
+            raise ValueError(
+                f"{folder}: has changed since it was scored (then {previous.rows:,} rows, now "
+                f"{current.rows:,}; {previous.fingerprint} and {current.fingerprint}); bring it "
+                "back, or start a new run in another --out"
+            )
+        has_digest = "-" in current.fingerprint  # of the content, not of names and sizes alone
+        for trained in self.state.trained:
+            if has_digest and trained.fingerprint == current.fingerprint:
+                raise ValueError(
+                    f"{folder}: has the {current.rows:,} rows of {trained.name}, which is trained "
+                    "on; rename it back, or remove the copy"
+                )
 
+    def _begin(
+        self, current: TrainedPartition, job: Job, source: Source | None, ids: NewIds
+    ) -> Progress:
+        """Begin the run, whose rows are scored if a model can. A collective."""
+        run, ranks, plan, counts = self.run, self.ranks, None, ItemCounts.sum_of([])
+        begun_state = replace(self.state, begun=current)
+        if source is not None:
+            plan = plan_warm_start(job, source)
+            plan.take_unused_rows(job)
+            check_items(job, plan)
+            progress = initial_state.take_over(job, plan)
+            counts = initial_state.counts_before(job, plan)
+            self.timer.lap("warm start")
+            if is_late(current.name, self.state):
+                logger.info("%s: late, so it is trained on without scores", current.name)
+            else:
+                self._write_scores(begun_state, job, counts, source.request.run)
+            self.timer.lap("score")
+        add_ids(job.schema, ids, ranks)
+        checked = check_data(job, ("train",))
+        if plan is None:
+            progress = initial_state.start_fresh(job, checked)
+        else:
+            earlier = [Partition(trained.name).folder for trained in self.state.trained]
+            initial_state.fit_to_rows(job, plan, checked.numbers, earlier)
+        self.timer.lap("fit")
+        with ranks.raise_on_all_ranks():
+            if ranks.is_first:
+                self.folder.write(begun_state)
+        # Dropout and negatives differ by partition, and are the same at every start.
+        torch.manual_seed(job.config.seed + 1 + ranks.rank + 1000003 * progress.age)
+        counts = ItemCounts.sum_of([counts, checked.item_counts])
+        run_folder.begin_run(run, job, counts, checked.skipped)
+        run_folder.describe_run(run, job, self.continual.data)
+        if plan is not None:
+            initial_state.describe_start(run, ranks, plan)
+        with ranks.raise_on_all_ranks():
+            if ranks.is_first:
+                write_whole(run / PARTITION, json.dumps({"name": current.name}) + "\n")
+        return progress
 
-def _record(
-    continual: ContinualRun, partition: Partition, state: RunState
-) -> dict[str, Any] | None:
-    """Write and print the metrics of the partition, once; return them on rank 0. A collective."""
-    folder, ranks, line = continual.folder, continual.ranks, None
-    with ranks.raise_on_all_ranks():
-        if ranks.is_first and folder.scores_of(partition.name).exists():
-            metrics, model_name = continual.config.metrics, continual.before(state)[0]
-            line = record_metrics(metrics, folder, partition, model_name)
-            if line is not None:
-                print_table(format_lines(continual.config.ranking, [line]))
-    return line
+    def _write_scores(
+        self, begun_state: RunState, job: Job, counts: ItemCounts, before: Path
+    ) -> None:
+        """Score the partition by the run before, unless its scores are written. A collective."""
+        file, model = self.folder.scores_of(self.partition.name), model_of(before)
+        are_written = self.ranks.from_first(file.exists())
+        if are_written and job.em3.neighbours is None:  # otherwise the blend is fitted again
+            return
+        with job.averaged():
+            scores = score_partition(job, counts, self.continual.lockstep)
+        with self.ranks.raise_on_all_ranks():
+            if scores is not None and not are_written:
+                # First, so that the scores are known to be of these rows.
+                self.folder.write(begun_state)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_scores(scores, file, model)
+
+    def _record(self) -> dict[str, Any] | None:
+        """Write and print the partition's metrics, once; return them on rank 0. A collective."""
+        name, file = self.partition.name, self.folder.scores_of(self.partition.name)
+        with self.ranks.raise_on_all_ranks():
+            if not self.ranks.is_first or not file.exists():
+                return None
+            scores = read_scores(file)
+            line = {"partition": name, "model_of": self.previous, "rows": len(scores.positions)}
+            line |= scores_report(scores, make_metrics(self.config.metrics))
+            if not self.folder.add_metrics(line):
+                return None
+            print_table(format_lines(self.config.ranking, [line]))
+            return line
+
+    def _finish(self, trainer: Trainer) -> None:
+        """Keep the model, with averaged weights if there are any, and describe it. A collective."""
+        job, progress = trainer.job, trainer.progress
+        with job.averaged():
+            trainer.checkpoints.save_best(progress)
+        metrics = {"partition": self.partition.name, **training_figures(progress, self.ranks)}
+        with self.ranks.raise_on_all_ranks():
+            if self.ranks.is_first:
+                write_whole(self.run / run_folder.METRICS, json.dumps(metrics, indent=2) + "\n")
+        run_folder.finish_run(self.run, self.ranks)
+
+    def require_useful_scores(self) -> None:
+        """Refuse to go on from the partition if its scores were useless. On rank 0."""
+        lines = [line for line in self.folder.metrics() if line["partition"] == self.partition.name]
+        if not lines or softmax_settings(self.config.ranking) is not None:
+            return
+
+        def rows() -> RowSource:
+            root, folder = Location.of(self.continual.data), self.partition.folder
+            schema = schema_of_data(self.run, root, self.ranks)
+            return open_rows(self.config.source, root, folder, schema, self.config.on_bad_row)
+
+        model = lines[0]["model_of"] or "the run that it was begun from"
+        place = f"{self.continual.data}/{self.partition.folder}, scored by the model of {model}"
+        consequence = (
+            "Its scores are kept, and it is trained on; the same command goes on with the next one"
+        )
+        require_useful(lines[0], place, rows, consequence, slack=slack_for(lines[0]["rows"]))
 
 
 class PartitionTrainer(Trainer):
     """Trains without validation: the next partition's scores tell how good the model is."""
 
-    def _checkpoint_is_due(self, first_step: int, end_of_part: int) -> bool:
-        return self._is_due_by_steps(first_step)
+    saves_before_validation = False
 
     def _validate(self) -> None:
         """At the end of a pass fill rows without training and, if asked, the bank. A collective."""
-        content = content_settings(self.job.config.content)
-        if content is not None and content.history.refresh_bank_every_epoch:
-            fill_bank(self.job, self.lockstep)
+        self._refresh_bank()
         with self.job.averaged():
-            refill_cold_rows(self.job)
+            initial_state.refill_cold_rows(self.job)
 
 
 def passes_over(settings: ContinualSettings, number: int, from_nothing: bool) -> int:
-    """Return the passes over the rows of the `number`-th partition, from 0.
-
-    A model that begins `from_nothing` gains from seeing its first partitions again.
-    """
+    """Return the passes over a partition; a model `from_nothing` gains from several at first."""
     first = settings.first_passes if from_nothing else []
     return first[number] if number < len(first) else settings.passes
 
 
-def config_of_partition(config: Config, state: RunState) -> Config:
-    """Return the settings of the next partition's run; learning rates warm up once."""
-    number, from_nothing = len(state.trained), state.warm_start is None
-    warmup = config.optimizer.warmup_steps if number == 0 and from_nothing else 0
-    return replace(
-        config,
-        epochs=passes_over(config.continual, number, from_nothing),
-        validations_per_epoch=1,
-        optimizer=replace(config.optimizer, warmup_steps=warmup),
-    )
+def score_partition(job: Job, item_counts: ItemCounts, lockstep: Lockstep) -> SplitScores | None:
+    """Return the scores of the job's training rows on rank 0, else None. A collective.
+
+    Then the blend of neighbours is fitted to these rows, which the model was not trained on.
+    """
+    ranks = job.ranks
+    interactions, unknown = split_interactions(job, "train"), UnknownIds(job.schema)
+    scored = score(job, interactions, lockstep, unknown, with_evidence=True)
+    if job.config.on_bad_row == "skip":
+        interactions.rows.skipped(ranks, job.train_folder)
+    scores = None
+    with ranks.raise_on_all_ranks():
+        if ranks.is_first:
+            require_finite(scored, interactions.rows)
+            scores = split_scores(job.schema, scored, item_counts)
+    fit_blend(job, dict(scored))
+    if (line := format_unknown(job.train_folder, unknown.totals(ranks.group))) is not None:
+        logger.info(line)
+    return scores
 
 
-def _finish(trainer: Trainer, partition: Partition) -> None:
-    """Keep the model, with averaged weights if there are any, and describe it. A collective."""
-    job, progress = trainer.job, trainer.progress
-    with job.averaged():
-        trainer.checkpoints.save_best(progress)
-    metrics = {"partition": partition.name, **training_figures(progress, job.ranks)}
-    with job.ranks.raise_on_all_ranks():
-        if job.ranks.is_first:
-            write_whole(trainer.run / METRICS, json.dumps(metrics, indent=2) + "\n")
-    finish_run(trainer.run, job.ranks)
+def format_lines(ranking: RankingSettings, lines: list[dict[str, Any]]) -> str:
+    """Return lines of `metrics.jsonl` as a table."""
+    if not lines:
+        return ""
+    names = [name for name in shown_metrics(ranking, lines[-1]) if name in lines[-1]]
+    parts = [f"{part} {names[0] if len(names) < 2 else names[1]}" for part in ("cold", "unseen")]
+    rows = [["partition", "rows", *names, *parts]]
+    for line in lines:
+        values = [line.get(name) for name in names]
+        values += [line[part.split()[0]].get(part.split()[1]) for part in parts]
+        cells = ["-" if value is None else f"{value:.4f}" for value in values]
+        rows.append([line["partition"], f"{line['rows']:,}", *cells])
+    return align_columns(rows)

@@ -84,9 +84,11 @@ def list_partitions(root: Location) -> list[Partition]:
 def _leaves(train: Location, path: str) -> Iterator[str]:
     """Yield the paths of folders that hold no further level."""
     folder = train / path if path else train
-    entries = _entries(folder)
-    levels = sorted(name for name, is_folder in entries if is_folder and is_partition(name))
-    files = [name for name, is_folder in entries if not is_folder and name.endswith(".parquet")]
+    entries = _details(folder) if folder.filesystem.isdir(folder.path) else []
+    is_folder = {_name(entry): entry["type"] == "directory" for entry in entries}
+    names = [name for name in sorted(is_folder) if not name.startswith((".", "_"))]
+    levels = [name for name in names if is_folder[name] and is_partition(name)]
+    files = [name for name in names if not is_folder[name] and name.endswith(".parquet")]
     if files and (levels or not path):
         raise ValueError(
             f"{folder}/{files[0]}: lies outside of a partition; move it to a folder such as "
@@ -98,14 +100,6 @@ def _leaves(train: Location, path: str) -> Iterator[str]:
         yield from _leaves(train, f"{path}/{name}" if path else name)
 
 
-def _entries(folder: Location) -> list[tuple[str, bool]]:
-    """Return names in a folder that are data, each with whether it is a folder."""
-    if not folder.filesystem.isdir(folder.path):
-        return []
-    entries = [(_name(entry), entry["type"] == "directory") for entry in _details(folder)]
-    return [(name, is_folder) for name, is_folder in entries if not name.startswith((".", "_"))]
-
-
 def has_success(root: Location, partition: Partition) -> bool:
     """Return whether a partition is marked as whole."""
     return (root / partition.folder / SUCCESS).exists()
@@ -115,15 +109,6 @@ def unfinished_file(root: Location, partition: Partition) -> str | None:
     """Return the name of a file or folder that shows that a partition is being written."""
     folder = root / partition.folder
     return next((n for n in sorted(map(_name, _details(folder))) if n.endswith(UNFINISHED)), None)
-
-
-def seconds_quiet(root: Location, partition: Partition) -> float:
-    """Return the seconds since a file of a partition changed; 0 if it has none."""
-    folder = root / partition.folder
-    files = [str(entry["name"]) for entry in _details(folder) if entry["type"] == "file"]
-    if not files:
-        return 0.0
-    return time.time() - max(folder.filesystem.modified(file).timestamp() for file in files)
 
 
 def _name(entry: dict[str, Any]) -> str:
@@ -209,10 +194,7 @@ def next_partition(
     span: PartitionRange,
     late: Literal["refuse", "train"] = "refuse",
 ) -> Partition | None:
-    """Return the partition to train on now; None if all of the span are trained.
-
-    `late` is for partitions older than one that is trained or begun: a ValueError if refused.
-    """
+    """Return the partition to train on now, or None; one older than those begun may be refused."""
     trained = {partition.name for partition in state.trained}
     waiting = [partition for partition in partitions if partition.name not in trained]
     newest = newest_of(state)
@@ -271,11 +253,14 @@ def waiting_for(root: Location, partition: Partition, quiet_seconds: float | Non
     """Return what a partition lacks to be whole (_SUCCESS, or time without change), or None."""
     if has_success(root, partition):
         return None
+    folder = root / partition.folder
     if quiet_seconds is None:
-        return f"{root / partition.folder}/{SUCCESS} (or set --continual.quiet-seconds)"
-    is_written = unfinished_file(root, partition) is not None
-    if is_written or seconds_quiet(root, partition) < quiet_seconds:
-        return f"{quiet_seconds:g} seconds without a change of {root / partition.folder}"
+        return f"{folder}/{SUCCESS} (or set --continual.quiet-seconds)"
+    files = [str(entry["name"]) for entry in _details(folder) if entry["type"] == "file"]
+    changed_at = [folder.filesystem.modified(file).timestamp() for file in files]
+    is_quiet = bool(files) and time.time() - max(changed_at) >= quiet_seconds
+    if not is_quiet or unfinished_file(root, partition) is not None:
+        return f"{quiet_seconds:g} seconds without a change of {folder}"
     return None
 
 

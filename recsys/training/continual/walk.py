@@ -1,8 +1,7 @@
 """Walks the partitions of a dataset in order: `recsys continual`.
 
 The model of each is built anew from the saved state, so a killed job goes on with the same bits.
-Packages are `PACKAGES/NAME` of each partition's model and `NAME.delta` to the next; a process of
-its own writes them, as ranks of a job cannot leave their group.
+Another process writes packages `PACKAGES/NAME` and `NAME.delta`, as ranks cannot leave their group.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from recsys.evaluation.further_metrics import make_metrics
 from recsys.serving.delta import write_delta
 from recsys.storage.location import Location
 from recsys.storage.output_file import check_run_folder
-from recsys.training.continual.partition_run import ContinualRun, train_partition
+from recsys.training.continual.partition_run import ContinualRun, PartitionRun, format_lines
 from recsys.training.continual.partitions import (
     Partition,
     PartitionRange,
@@ -44,12 +43,12 @@ from recsys.training.continual.partitions import (
     require_rows,
     waiting_for,
 )
-from recsys.training.continual.scoring import format_lines, require_useful_scores
 
 logger = logging.getLogger(__name__)
 
-
 NEWEST = "newest"
+SECONDS = "seconds.jsonl"  # in the run's folder
+LOOK_SECONDS = 0.2  # from one exchange of requests to end to the next
 
 
 def check_packages(settings: ContinualSettings, schema: Schema, run: Path) -> None:
@@ -74,10 +73,9 @@ def export_newest(settings: ContinualSettings, folder: ContinualFolder, state: R
     package = packages / names[-1]
     if not package.exists():
         _export(folder.run_of(state.last.name), package, settings.package_tables)
-    previous = packages / names[-2] if len(names) > 1 else None
     delta = packages / f"{names[-1]}.delta"
-    if previous is not None and previous.exists() and not delta.exists():
-        logger.info("%s: %s", delta, write_delta(previous, package, delta))
+    if len(names) > 1 and (packages / names[-2]).exists() and not delta.exists():
+        logger.info("%s: %s", delta, write_delta(packages / names[-2], package, delta))
     link = packages / f".{NEWEST}.partial"
     link.unlink(missing_ok=True)
     link.symlink_to(names[-1])
@@ -109,10 +107,6 @@ def _export(run: Path, package: Path, tables: str) -> None:
         logger.warning("%s: an export of a killed job has written it: %s", package, cause)
 
 
-SECONDS = "seconds.jsonl"  # in the run's folder
-LOOK_SECONDS = 0.2  # from one exchange of requests to end to the next
-
-
 @dataclass(frozen=True)
 class WalkOptions:
     """Partitions to walk, and the run to begin from."""
@@ -129,8 +123,7 @@ def train_continually(
 
     Raises:
         TrainingStopped: the job was asked to end; its state is saved.
-        ValueError: on every rank: data, settings or a partition cannot be used, or another job
-            writes the folder.
+        ValueError: on every rank: an input is invalid, or another job writes the folder.
     """
     make_metrics(config.metrics)
     folder = ContinualFolder(run)
@@ -180,15 +173,15 @@ def _walk(continual: ContinualRun, options: WalkOptions) -> RunState:
                 state = replace(state, first=options.span.first)
             _check_trained(continual, state)
             export_newest(continual.config.continual, folder, state)  # if a job was killed in it
+            _name_unused(continual.config)
     state = ranks.from_first(state)
     num_trained = len(state.trained)
-    if ranks.is_first:
-        _name_unused(continual.config)
     gc.freeze()  # what is there now stays, so that looking for a partition's model takes no time
     if options.follow:
         continual.lockstep.listen()
     while (partition := _next(continual, options, state)) is not None:
-        trained = train_partition(continual, partition, state)
+        run = PartitionRun(continual, partition, state)
+        trained = run.train()
         state = replace(state, trained=(*state.trained, trained), begun=None)
         with ranks.raise_on_all_ranks():
             if ranks.is_first:
@@ -196,13 +189,12 @@ def _walk(continual: ContinualRun, options: WalkOptions) -> RunState:
                 _prune(folder, state, continual.config.continual.keep)
                 if continual.config.continual.packages is not None:
                     export_newest(continual.config.continual, folder, state)
-                    continual.timer.lap("export")
-                continual.timer.append(folder.path / SECONDS, partition.name, trained.rows)
-        rows = f"{trained.rows:,}"
-        logger.info("trained on %s: %s rows in %s", partition.name, rows, continual.timer)
+                    run.timer.lap("export")
+                run.timer.append(folder.path / SECONDS, partition.name, trained.rows)
+        logger.info(f"trained on {partition.name}: {trained.rows:,} rows in {run.timer}")
         with ranks.raise_on_all_ranks():
             if ranks.is_first:
-                require_useful_scores(continual.config, continual.data, folder, partition, ranks)
+                run.require_useful_scores()
         gc.collect()  # the model of this partition, before the next is built
     if ranks.is_first and len(state.trained) > num_trained:
         print_table(format_lines(continual.config.ranking, folder.metrics()))
@@ -273,11 +265,14 @@ def _candidate(
     partition = next_partition(train, in_order, state, span, continual.config.continual.late)
     _check_begun(continual.folder, state, partition)
     if partition is None:
+        refusal = _refusal(train, partitions, refused, span)
         if options.follow:
-            is_over = span.is_over(in_order, state)
-            return None, None if is_over else _further(train, partitions, refused, span)
-        if message := _refusal(train, partitions, refused, span):
-            raise ValueError(message)
+            if span.is_over(in_order, state):
+                return None, None
+            cause = f" (not trained on: {refusal})" if refusal else ""
+            return None, f"a further partition of {train}{cause}"
+        if refusal:
+            raise ValueError(refusal)
         if state.last is None:
             raise ValueError(_nothing(train, partitions, span))
         return None, None
@@ -300,14 +295,6 @@ def _refusal(
     return first and f"{train}/{first}: {refused[first]}; rename or remove it"
 
 
-def _further(
-    train: Location, partitions: list[Partition], refused: dict[str, str], span: PartitionRange
-) -> str:
-    message = _refusal(train, partitions, refused, span)
-    words = f" (not trained on: {message})" if message else ""
-    return f"a further partition of {train}{words}"
-
-
 def _nothing(train: Location, partitions: list[Partition], span: PartitionRange) -> str:
     if not partitions:
         return f"{train}: has no partition; write the rows to folders such as date=2026-11-01 in it"
@@ -320,9 +307,9 @@ def _nothing(train: Location, partitions: list[Partition], span: PartitionRange)
 
 def _check_begun(folder: ContinualFolder, state: RunState, partition: Partition | None) -> None:
     unfinished = state.begun
-    if unfinished is None or (partition is not None and partition.name == unfinished.name):
+    if unfinished is None or partition is None or partition.name == unfinished.name:
         return
-    if partition is not None and folder.scores_of(unfinished.name).exists():
+    if folder.scores_of(unfinished.name).exists():
         raise ValueError(
             f"train/{unfinished.name}: was scored but not trained on to its end, and is gone; "
             "bring it back, or start a new run in another --out"

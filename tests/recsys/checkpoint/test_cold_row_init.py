@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys.checkpoint.item_counts import trained_counts
+from recsys.checkpoint.run_folder import trained_counts
 from recsys.data.item_frequency import ItemCounts
 from tests.ranks import run_on_ranks
 from tests.recsys.checkpoint.schema_runs import rewrite

@@ -14,7 +14,7 @@ import pytest
 from torch import Tensor
 
 from recsys.build import Job
-from recsys.checkpoint.item_counts import trained_counts
+from recsys.checkpoint.run_folder import trained_counts
 from recsys.config import load_config
 from recsys.data.prepare import prepare_vocabularies
 from recsys.distributed.ranks import Ranks, joined_ranks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +136,7 @@ def test_each_fold_has_the_statistics_of_the_other_users() -> None:
         torch.testing.assert_close(neighbours.value_sums[:, fold], torch.tensor(sums).float())
         counts = torch.tensor(np.bincount(items, minlength=NUM_ITEMS)).float()
         torch.testing.assert_close(neighbours.value_counts[:, fold], counts)
-        scaled = replace(events, values=deviations).take(others)
+        scaled = events._replace(values=deviations).take(others)
         similarities = item_similarities(scaled, NUM_ITEMS, SETTINGS)
         for name, similarity in zip(("cooccurrence", "taste"), similarities):
             expected = leading_factors(similarity, 3)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +47,19 @@ class Opened:
     source: Source
     ranks: Ranks
 
+    def fresh_source(self) -> Source:
+        return replace(self.source, differences=Differences())
+
     def schema(self, data: Path) -> tuple[Schema, str]:
         """The reconciled schema and the differences of columns."""
-        differences = Differences()
-        return reconciled_schema(self.source, Location.of(data), differences), str(differences)
+        source = self.fresh_source()
+        return reconciled_schema(source, Location.of(data)), str(source.differences)
 
     def rows(self, data: Path, table: str) -> tuple[RowMap | None, Differences]:
         """The map of a table and its differences alone."""
         schema, _ = self.schema(data)
-        differences = Differences()
-        return row_map(table, self.source, schema, self.ranks, differences), differences
+        source = self.fresh_source()
+        return row_map(table, source, schema, self.ranks), source.differences
 
 
 @pytest.fixture(scope="module")
@@ -283,15 +286,15 @@ def test_a_setting_that_means_more_than_how_long_to_train_is_listed(
     opened: Opened, words: list[str], lines: list[str]
 ) -> None:
     config = config_of(opened.folder, *WITHOUT_CONTENT, "--epochs", "2", *words)
-    differences = Differences()
-    compare_settings(opened.source, config, differences)
-    assert [difference.part for difference in differences.reconciled] == lines
+    source = opened.fresh_source()
+    compare_settings(source, config)
+    assert [difference.part for difference in source.differences.reconciled] == lines
 
 
 def test_weights_of_another_ranking_model_are_refused(opened: Opened) -> None:
     config = config_of(opened.folder, *WITHOUT_CONTENT)
     config.ranking = ranking_settings("dlrm")
-    differences = Differences()
-    compare_settings(opened.source, config, differences)
+    source = opened.fresh_source()
+    compare_settings(source, config)
     with pytest.raises(ValueError, match=r"ranking\.name: .*dlrm.*skip 'ranking"):
-        differences.check("RUN")
+        source.differences.check("RUN")

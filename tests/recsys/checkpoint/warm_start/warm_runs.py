@@ -100,9 +100,9 @@ def begin(
     change(config)
     place = str(data or folder / "data")
     opened_request = WarmStart(**{"run": folder / "run", **request})
-    opened, schema = open_warm_start(opened_request, place, out, ranks)
+    source, schema = open_warm_start(opened_request, place, out, ranks)
     job = build_job(config, place, ranks, schema)
-    plan = plan_warm_start(job, *opened)
+    plan = plan_warm_start(job, source)
     out.mkdir(exist_ok=True)
     return Begun(job, plan, start_warm(job, out, plan, check_data(job).numbers))
 
