@@ -34,7 +34,7 @@ class IdFeatures:
     @property
     def table(self) -> FeatureTable:
         """Description of the files, with the lists that are columns of items which never change."""
-        items, beside = self.config.items, {}
+        items, beside = self.config.items, dict[str, str]()
         if self.keys == ("item",) and items is not None and items.valid_from is None:
             beside = {
                 name: parallel.column
@@ -90,7 +90,7 @@ class IdFeatures:
 
 def id_features(config: EventsConfig) -> list[IdFeatures]:
     """Return the features of ids: all but those of the sample's own row."""
-    features = {
+    features: dict[tuple[str, ...], IdFeatures] = {
         (name,): IdFeatures(config, (name,), table.columns, {})
         for name, _, table in snapshot_tables(config)
         if table.columns

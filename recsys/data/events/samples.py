@@ -94,7 +94,7 @@ def user_columns(rows: str, split: Split) -> str:
 
 def _until(ends: list[str], test: str) -> dict[str, str]:
     """Return conditions of splits that end one after another; without a third end, test is all."""
-    conditions, before = {}, ""
+    conditions, before = dict[str, str](), ""
     for place, name in enumerate(SPLITS):
         condition = test.format(ends[place]) if place < len(ends) else "1 = 1"
         conditions[name] = f"{condition}{before}"

@@ -32,7 +32,8 @@ from recsys.storage.location import Location
 SPLITS = ("train", "valid", "test")
 GROUPS, PAIRS, ROWS = "groups", "group and item", "rows"
 NUMBERS = ("label", "dense", "extra", "weight", "sampled")  # kinds of columns
-Database, Figures = duckdb.DuckDBPyConnection, dict[str, Any]
+Database = duckdb.DuckDBPyConnection
+Figures = dict[str, Any]
 TOP_SHARE = 0.01  # of the items, by rows
 
 
