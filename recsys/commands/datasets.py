@@ -39,7 +39,6 @@ def prepare_events(
     from recsys.data.events.daily import prepare_days
     from recsys.data.events.follow import follow_files
     from recsys.data.events.load import load_events_config
-    from recsys.data.events.periods import Calendar
     from recsys.data.events.prepare import format_report
     from recsys.data.events.prepare import prepare_events as prepare
     from recsys.distributed.log import print_table
@@ -54,7 +53,7 @@ def prepare_events(
     if follow is None:
         show(prepare(config, out, until=until, **places))
         return
-    calendar = Calendar.of(load_events_config(config, source))
+    calendar = load_events_config(config, source).calendar
     follow_files(calendar, follow, partial(prepare_days, config, out, **places), show, until)
 
 

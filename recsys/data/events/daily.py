@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import logging
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,50 +24,31 @@ import pyarrow.parquet as pq
 
 from recsys.data.events.clean_events import (
     copy_key,
-    event_columns,
     event_fields,
-    make_usable,
     read_tables,
-    tables_of,
+    usable_rows,
     without_copies,
 )
-from recsys.data.events.daily_state import REPORT, SUCCESS, DailyFolder, Progress, names_of
-from recsys.data.events.dataset import DatasetWriter, feature_tables, write_last_features
-from recsys.data.events.histories import EVENT_KEYS, add_histories
-from recsys.data.events.history_values import HistoryFiles
-from recsys.data.events.kept_events import KeptEvents
+from recsys.data.events.daily_state import SUCCESS, DailyFolder, KeptEvents, Progress, names_of
+from recsys.data.events.dataset import DatasetWriter, complete_samples
+from recsys.data.events.file_columns import Types
+from recsys.data.events.histories import EVENT_KEYS
+from recsys.data.events.last_features import write_last_features
 from recsys.data.events.load import load_events_config
-from recsys.data.events.negatives import (
-    KnownItems,
-    PastItems,
-    add_negatives,
-    item_times,
-    known_events,
-    known_items,
-    numbered_items,
-)
-from recsys.data.events.periods import Calendar
+from recsys.data.events.negatives import KnownItems, PastItems, item_times, numbered_items
 from recsys.data.events.reader import Reader, file_sizes, open_source
 from recsys.data.events.samples import DAY, END, is_row, make_rows
-from recsys.data.events.settings import EventsConfig
-from recsys.data.events.snapshots import add_features, check_pictures, read_snapshots
-from recsys.data.events.sql import (
-    FOREVER,
-    SqlEngine,
-    count_by_reason,
-    count_rows,
-    one_value,
-    open_engine,
-    quoted,
-    stage_folder,
-)
+from recsys.data.events.settings import EventsConfig, Negatives
+from recsys.data.events.snapshots import read_snapshots
+from recsys.data.events.sql import FOREVER, SqlEngine, listed, open_engine, quoted
+from recsys.data.events.times import DAY as ONE_DAY
 from recsys.data.events.times import duration
 
 logger = logging.getLogger(__name__)
 
 TABLE_BITS = 16  # files of a table: their numbers are the same however many calls read them
+REPORT = "report.json"
 RIPE = "/ripe"  # column of rows: when their labels are decided and they are known
-ONE_DAY = 86_400_000_000
 TRAIN_ALONE = {"": {"train": "1 = 1", "valid": "1 = 0", "test": "1 = 0"}}
 
 
@@ -89,21 +69,17 @@ def prepare_days(
 ) -> dict[str, Any] | None:
     """Write the partitions of the days up to `day`, or an hour of it, that are not written yet.
 
-    Returns:
-        The report of the call, also in `report.json`. If nothing is to do, that of the call before;
-        with `after_new_files` None, which is also where no file is new.
-
-    Raises:
-        NoEvents: no event that can be used has arrived by then.
-        ValueError: as `prepare_events`; or a setting is none for days, or differs from that of the
-            calls before.
+    Returns the report of the call, also in `report.json`; if nothing is to do, that of the call
+    before, or with `after_new_files`, for which a new file is to do, None. Beside what
+    `prepare_events` refuses, a setting that is none for days, or differs from that of the calls
+    before, is a ValueError, and NoEvents where no event that can be used has arrived by then.
     """
     settings = load_events_config(config, source)
     if (problem := _unfit(settings)) is not None:
         raise ValueError(f"{config}: {problem}")
-    for table in settings.event_tables:
+    for table in settings.tables.values():
         table.arrived = table.arrived or table.time  # a file may come late
-    until = Calendar.of(settings).end_of(day)
+    until = settings.calendar.end_of(day)
     folder = DailyFolder(out.absolute())
     with folder.locked():
         progress = folder.progress(settings)
@@ -115,17 +91,15 @@ def prepare_days(
             return dict(json.loads((folder.path / REPORT).read_text()))
         with (
             folder.commit() as partial,
-            stage_folder(partial, temp) as work,
-            closing(open_engine(work, memory, spark_master, threads)) as engine,
+            open_engine(partial, temp, memory, threads, spark_master) as engine,
         ):
-            report = Call(engine, settings, folder, progress, day, until).run(partial)
-    return report
+            return Call(engine, settings, folder, progress, day, until).run(partial)
 
 
 def _has_new_files(config: EventsConfig, progress: Progress) -> bool:
     """Return whether a file is not read yet, and no table is still without files."""
     new = set[str]()
-    for name, table in tables_of(config).items():
+    for name, table in config.tables.items():
         read, files = progress.files.get(name, {}), file_sizes(name, table, may_be_empty=True)
         if not read and not files:
             return False
@@ -141,10 +115,8 @@ def _unfit(config: EventsConfig) -> str | None:
         return (
             "vocabulary: min_count is not for --until, as training gives rows to new ids; remove it"
         )
-    if config.negatives is None:
-        return None
-    most = (1 << (26 - TABLE_BITS)) // len(tables_of(config))
-    if config.negatives.per_positive > most:
+    most = (1 << (26 - TABLE_BITS)) // len(config.tables)
+    if config.negatives is not None and config.negatives.per_positive > most:
         return f"negatives: per_positive is over {most}, the most with --until; lower it"
     return None
 
@@ -170,32 +142,22 @@ class Call:
         """Write the days, the files beside them and the state; return the report."""
         engine, config = self.engine, self.config
         types, num_read, reasons, files = self._read_events()
-        is_first = self.before.until is None
-        if config.items is not None:
-            reasons |= read_snapshots(
-                engine, "item", config.items, types["iid"], is_first, config.available_from
-            )
-            check_pictures(engine, config.items)
-        if config.users is not None:
-            reasons |= read_snapshots(engine, "user", config.users, types["uid"], is_first)
+        reasons |= read_snapshots(engine, config, types, must_match=self.before.until is None)
         reasons |= self._due_rows()
-        reasons |= make_rows(engine, config, "due")
-        stage, popularity = "rows", 0
-        if config.negatives is not None:
-            past, popularity = self._past_items()
-            _, missing = add_negatives(engine, config, TRAIN_ALONE, past)
-            reasons |= missing
-            stage = "drawn"
-        reasons |= add_features(engine, config, stage, may_be_empty=True)
-        scratch = engine.scratch
-        values = None if scratch is None else HistoryFiles(scratch, config.histories)
+        reasons |= make_rows(engine, config, is_daily=True)
+        past, popularity = self._past_items(config.negatives) if config.negatives else (None, 0)
         events = KeptEvents(engine, config, self.folder, self.before, self.until)
         events.read_earlier(types)
-        lists = add_histories(engine, config, types, values, "earlier")
-        writer = DatasetWriter(engine, config, TRAIN_ALONE, lists, values)
+        writer, missing = complete_samples(engine, config, types, TRAIN_ALONE, past, is_daily=True)
         sizes = self._write(writer, out)
         tables, compacted, appended = events.write()
-        report = {"events": num_read, "left_out": reasons, "days": self._days()}
+        label = quoted(f"l_{next(iter(config.labels))}")
+        table = engine.table(
+            f"SELECT {quoted(DAY)} AS day, count(*) AS rows, avg({label}) AS positive "
+            "FROM complete GROUP BY 1 ORDER BY 1"
+        )
+        days = {row.pop("day"): row for row in table.to_pylist()}
+        report = {"events": num_read, "left_out": reasons | missing, "days": days}
         (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
         progress = replace(
             self.before,
@@ -212,41 +174,33 @@ class Call:
         self.folder.write_progress(out, progress)
         return report
 
-    def _read_events(
-        self,
-    ) -> tuple[dict[str, pa.DataType], int, dict[str, int], dict[str, dict[str, int]]]:
-        """Make the stages of new and of all events; return types, counts, and files that are read.
-
-        `new_events` arrive in this call. `clean_events` are these and those kept.
-        """
+    def _read_events(self) -> tuple[Types, int, dict[str, int], dict[str, dict[str, int]]]:
+        """Make `new_events`, of this call, and `clean_events`; return types, counts and files."""
         engine, config = self.engine, self.config
         readers, files = self._new_readers()
-        kept = self.folder.files("kept")
-        types: dict[str, pa.DataType] = {}
-        if kept:
+        types: Types = {}
+        if kept := self.folder.files("kept"):
             engine.read_saved("kept", kept)
-            schema = engine.table("SELECT * FROM kept LIMIT 0").schema
-            types = {field.name: field.type for field in list(schema)[1:]}
+            types = {field.name: field.type for field in list(engine.schema("kept"))[1:]}
         if readers:
             types = read_tables(engine, config, readers, types)
-        names = ", ".join(map(quoted, ["position", *types]))
+        names = listed(["position", *types])
         if not readers:
             engine.view("events_read", f"SELECT {names} FROM kept WHERE 1 = 0")
-        num_read, reasons = make_usable(engine, config, types, "arriving", self.since)
-        pending = self.folder.files("pending")
-        if pending:
+        incoming, num_read, reasons = usable_rows(engine, config, types, self.since)
+        if pending := self.folder.files("pending"):
             engine.read_saved("pending", pending)
-        waiting = f" UNION ALL SELECT {names} FROM pending" if pending else ""
-        engine.add("incoming", f"SELECT {names} FROM arriving{waiting}")
+            incoming += f" UNION ALL SELECT {names} FROM pending"
+        engine.add("incoming", incoming)
         engine.view("usable", f"SELECT * FROM incoming WHERE arrived < {self.until}")
-        query, copies = without_copies(engine, config, types)
-        engine.add("unseen", query)
+        unique, num_copies = without_copies(engine, config, types)
+        engine.add("unseen", unique)
         if not kept:
             engine.view("kept", "SELECT * FROM unseen WHERE 1 = 0")
-        before = count_rows(engine, "unseen")
+        before = engine.count_rows("unseen")
         self._drop_seen(types)
-        repeated = copies.get("duplicate", 0) + before - count_rows(engine, "new_events")
-        reasons |= {"duplicate": repeated} if repeated else {}
+        if repeated := num_copies + before - engine.count_rows("new_events"):
+            reasons["duplicate"] = repeated
         if before == 0 and not kept:
             raise NoEvents(f"--until {self.day}: no event that can be used is known by then")
         engine.view("clean_events", self._events("1 = 1", "1 = 1"))
@@ -254,9 +208,7 @@ class Call:
 
     def _events(self, stored_condition: str, new_condition: str) -> str:
         """Return SQL of the events that are kept, and of new ones, by conditions."""
-        names = ", ".join(
-            map(quoted, self.engine.table("SELECT * FROM new_events LIMIT 0").schema.names)
-        )
+        names = listed(self.engine.schema("new_events").names)
         return (
             f"SELECT {names} FROM kept WHERE {stored_condition} "
             f"UNION ALL SELECT {names} FROM new_events WHERE {new_condition}"
@@ -265,8 +217,7 @@ class Call:
     def _new_readers(self) -> tuple[dict[str, Reader], dict[str, dict[str, int]]]:
         """Return readers of the tables with new files, and the bytes of all files by table."""
         readers, files = {}, {}
-        columns = event_columns(self.config)
-        for number, (name, table) in enumerate(tables_of(self.config).items()):
+        for number, (name, table) in enumerate(self.config.tables.items()):
             read, urls = dict(self.before.files.get(name, {})), []
             first = len(read)
             for file, (url, size) in file_sizes(name, table, first > 0).items():
@@ -282,29 +233,27 @@ class Call:
             if len(read) > 1 << TABLE_BITS:
                 raise ValueError(f"'{name}' has {len(read):,} files; write larger ones")
             if urls:
-                fields = event_fields(self.config, name, table, columns)
                 place = (number << TABLE_BITS) + first
+                fields = event_fields(self.config, name)
                 readers[name] = open_source(name, table, fields, place, urls)
         return readers, files
 
-    def _drop_seen(self, types: dict[str, pa.DataType]) -> None:
+    def _drop_seen(self, types: Types) -> None:
         """Make the stage `new_events`: those that no call before has had; write their keys."""
-        engine, files = self.engine, []
+        engine = self.engine
         if not self.config.drop.duplicates:
             engine.view("new_events", "SELECT * FROM unseen")
             return
         number = f"CAST(floor(ts / {ONE_DAY}) AS BIGINT)"
-        days = engine.table(f"SELECT DISTINCT {number} AS day FROM unseen ORDER BY 1")["day"]
-        for day in days.to_pylist():
-            files += self.folder.files(f"seen/day={day}")
-        condition = ""
-        if files:
+        table = engine.table(f"SELECT DISTINCT {number} AS day FROM unseen ORDER BY 1")
+        days, condition = table["day"].to_pylist(), ""
+        if files := [file for day in days for file in self.folder.files(f"seen/day={day}")]:
             engine.read_saved("seen", files)
             keys = copy_key(types).split(", ")
             equal_keys = " AND ".join(f"u.{key} IS NOT DISTINCT FROM s.{key}" for key in keys)
             condition = f"WHERE NOT EXISTS (SELECT 1 FROM seen s WHERE {equal_keys})"
         engine.add("new_events", f"SELECT u.* FROM unseen u {condition}")
-        self._add_seen(copy_key(types), number, days.to_pylist())
+        self._add_seen(copy_key(types), number, days)
 
     def _add_seen(self, key: str, number: str, days: list[int]) -> None:
         """Write the keys of new events by day; those of a day that many calls wrote are merged."""
@@ -315,11 +264,8 @@ class Call:
             engine.read_saved(f"seen_{day}", files)
             query += f" UNION ALL SELECT {key}, CAST({day} AS BIGINT) AS day FROM seen_{day}"
         before = {f"day={day}": folder.files(f"seen/day={day}") for day in days}
-        new = engine.save(
-            f"SELECT * FROM ({query}) ORDER BY day, uid",
-            folder.new_file("seen", self.before),
-            by="day",
-        )
+        file = folder.new_file("seen", self.before)
+        new = engine.save(f"SELECT * FROM ({query}) ORDER BY day, uid", file, by="day")
         for day in days:
             name = f"day={day}"
             if day in merged or name in self.before.tables:
@@ -328,12 +274,9 @@ class Call:
                 self.tables.update(names_of(**{name: files}))
 
     def _due_rows(self) -> dict[str, int]:
-        """Make the stage `due`: rows to write, with the day as `/day` and its end as `/end`.
+        """Make the stages `due`, rows to write, and `unique_events`, which may label them.
 
-        `unique_events` are the events that may label them.
-
-        Returns:
-            The number of other rows, by reason.
+        Due rows have `/day` and its `/end`. Returns the number of other rows, by reason.
         """
         engine, config = self.engine, self.config
         late = f"arrived - ts > {duration(config.drop.late_rows)}"
@@ -348,7 +291,7 @@ class Call:
         is_due = f"{ripe} >= {self.since} AND {ripe} < {self.until}"
         number = f"CAST(floor({ripe} / {ONE_DAY}) AS BIGINT)"
         numbers = engine.table(f"SELECT DISTINCT {number} AS day FROM ripe_rows WHERE {is_due}")
-        periods = Calendar.of(config).around(numbers["day"].to_pylist())
+        periods = config.calendar.around(numbers["day"].to_pylist())
         values = ", ".join(map(str, periods)) or "('', 0, 0)"
         engine.add(
             "due",
@@ -356,29 +299,25 @@ class Call:
             f"(VALUES {values}) AS d(day, first, after) "
             f"ON r.{ripe} >= d.first AND r.{ripe} < d.after WHERE {is_due} AND NOT ({late})",
         )
-        later = f"ts > {one_value(engine, f'coalesce(min(ts), {FOREVER})', 'due')}"
+        later = f"ts > {engine.value(f'coalesce(min(ts), {FOREVER})', 'due')}"
         engine.view("unique_events", self._events(later, later))
         cases = {
             f"known more than {config.drop.late_rows} after their time": f"{is_due} AND {late}",
             "wait until their labels are decided": f"{ripe} >= {self.until} AND NOT ({late})",
         }
-        reasons = count_by_reason(engine, cases, "ripe_rows")
+        reasons = engine.count_by_reason(cases, "ripe_rows")
         return {name: count for name, count in reasons.items() if name and count}
 
-    def _past_items(self) -> tuple[PastItems, int]:
+    def _past_items(self, settings: Negatives) -> tuple[PastItems, int]:
         """Make the stage `catalogue`; return what draws know, and how many events."""
-        engine, settings, folder = self.engine, self.config.negatives, self.folder
-        assert settings is not None
-        first = 0
+        engine, folder, first = self.engine, self.folder, 0
         times = item_times(self.config, "new_events")
         if files := folder.files("catalogue"):
             engine.read_saved("known_catalogue", files)
-            first = count_rows(engine, "known_catalogue")
+            first = engine.count_rows("known_catalogue")
             times = f"SELECT * FROM ({times}) WHERE iid NOT IN (SELECT iid FROM known_catalogue)"
-        times = (
-            f"SELECT iid, greatest(since, {self.since}) AS since FROM ({times}) "
-            f"WHERE since < {self.until}"
-        )
+        since = f"greatest(since, {self.since}) AS since"
+        times = f"SELECT iid, {since} FROM ({times}) WHERE since < {self.until}"
         items = numbered_items(times, first)
         files = folder.append(engine, self.before, "catalogue", items, "inumber")
         engine.read_saved("catalogue", files)
@@ -386,30 +325,26 @@ class Call:
         pairs = folder.append(engine, self.before, "taken", taken, "uid, iid")
         engine.read_saved("taken", pairs)
         self.tables.update(names_of(catalogue=files, taken=pairs))
-        taken = (
-            "SELECT uid, iid, min(since) AS since FROM taken WHERE uid IN (SELECT uid FROM rows) "
-            "GROUP BY uid, iid"
-        )
+        has_rows = "uid IN (SELECT uid FROM rows)"
+        taken = f"SELECT uid, iid, min(since) AS since FROM taken WHERE {has_rows} GROUP BY 1, 2"
         popularity = None
         if settings.by == "popularity":
             popularity = KnownItems(folder.state / "popularity")
             popularity.cut(self.before.popularity)
-            popularity.append(engine, known_events(self.config, "new_events"))
+            popularity.append_events(engine, self.config, "new_events")
         block = f"CAST(replace(replace({quoted(DAY)}, '-', ''), '/hour=', '') AS BIGINT)"
-        past = PastItems(known_items(engine), popularity, taken, block)
+        past = PastItems(KnownItems.of_catalogue(engine), popularity, taken, block)
         return past, 0 if popularity is None else len(popularity.since)
 
     def _write(self, writer: DatasetWriter, out: Path) -> dict[str, int]:
         """Write the partitions and what belongs to them; return the rows of each table of ids."""
         engine, config = self.engine, self.config
         names, complete = writer.columns()
-        engine.write_by(
+        rows = (
             f"SELECT {names}, 'date=' || c.{quoted(DAY)} AS {quoted(DAY)} FROM complete c "
-            f"ORDER BY c.{quoted(DAY)}, c.ts, c.uid, c.iid, c.position",
-            DAY,
-            out / "train",
-            complete,
+            f"ORDER BY c.{quoted(DAY)}, c.ts, c.uid, c.iid, c.position"
         )
+        engine.write_by(rows, DAY, out / "train", complete)
         for partition in {file.parent for file in (out / "train").rglob("*.parquet")}:
             (partition / SUCCESS).touch()
         past = f"past_events WHERE {quoted(EVENT_KEYS)} = ''"
@@ -417,27 +352,12 @@ class Call:
         sizes = writer.write_vocabularies(ids, out, self.folder.path, self.before.sizes)
         item, counts = config.output.item, writer.item_counts(f"1 = 1{writer.is_logged}")
         if (file := self.folder.path / "item_counts.parquet").exists():
-            counts_of_items = pa.concat_tables(
-                [pq.read_table(file, partitioning=None), counts], promote_options="default"
-            )
-            counts = counts_of_items.group_by(item).aggregate([("train_rows", "sum")])
-            counts = counts.rename_columns([item, "train_rows"])
+            parts = [pq.read_table(file, partitioning=None), counts]
+            counts = pa.concat_tables(parts, promote_options="default").group_by(item)
+            counts = counts.aggregate([("train_rows", "sum")]).rename_columns([item, "train_rows"])
         pq.write_table(counts.sort_by(item), out / "item_counts.parquet")
         if config.items is not None:
             writer.write_items(out, self.until - 1)
-        if feature_tables(config):
-            write_last_features(engine, config, out / "features", self.until)
+        write_last_features(engine, config, out / "features", self.until)
         (out / "schema.yaml").write_text(writer.schema(sizes))
         return sizes
-
-    def _days(self) -> dict[str, dict[str, Any]]:
-        """Return rows and share of positive ones of each partition."""
-        label = quoted(f"l_{next(iter(self.config.labels))}")
-        table = self.engine.table(
-            f"SELECT {quoted(DAY)} AS day, count(*) AS rows, avg({label}) AS positive "
-            "FROM complete GROUP BY 1 ORDER BY 1"
-        )
-        return {
-            row["day"]: {"rows": row["rows"], "positive": row["positive"]}
-            for row in table.to_pylist()
-        }

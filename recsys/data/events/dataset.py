@@ -1,9 +1,4 @@
-"""Writes datasets of the stage `complete`: splits, items, vocabularies, features and `schema.yaml`.
-
-Features are the last known ones of items, users and other ids, which requests are scored with.
-Columns of snapshots are those that are valid when the dataset is made; counts are those of a sample
-right after the last event.
-"""
+"""Writes datasets of the stage `complete`: splits, items, vocabularies and `schema.yaml`."""
 
 from __future__ import annotations
 
@@ -19,144 +14,60 @@ import pyarrow.parquet as pq
 import yaml
 
 from embeddings.vocabulary.fixed import ExactVocabulary
-from recsys.data.events.histories import event_key, make_counts
+from recsys.data.events.file_columns import Types
+from recsys.data.events.histories import add_histories
 from recsys.data.events.history_values import AGE, MOMENT, HistoryFiles, slice_columns
-from recsys.data.events.negatives import DRAWN_AS
+from recsys.data.events.last_features import id_features, write_last_features
+from recsys.data.events.negatives import DRAWN_AS, PastItems, add_negatives
 from recsys.data.events.parquet_parts import Complete
 from recsys.data.events.samples import SPLITS, WEIGHT, Conditions
-from recsys.data.events.settings import Count, EventsConfig, Snapshots
-from recsys.data.events.snapshots import add_pictures
-from recsys.data.events.sql import SqlEngine, filled, one_value, quoted
-from recsys.data.events.times import MICROS, latest_moment
+from recsys.data.events.settings import EventsConfig
+from recsys.data.events.snapshots import add_features, add_pictures
+from recsys.data.events.sql import SqlEngine, aligned, quoted
+from recsys.data.events.times import MICROS
 from recsys.data.item_frequency import COLD_BELOW
 from recsys.data.prepare import check_transformed, fit_transforms
 from recsys.data.schema import vocabulary_file
-from recsys.data.schema_columns import FeatureTable
 from recsys.storage.files import link_or_copy
 from recsys.storage.location import Location
 
 logger = logging.getLogger(__name__)
 
 
-def feature_tables(config: EventsConfig) -> list[FeatureTable]:
-    """Return the tables of the features of ids: all but those of the sample's own row."""
-    return [
-        FeatureTable(
-            [_output_key(config, name) for name in keys],
-            [*(table.columns if table is not None else ()), *counts],
-            {name: count.max_age for name, count in counts.items()},
-            _beside(config) if keys == ("item",) else {},
-        )
-        for keys, (table, counts) in _sources(config).items()
-    ]
-
-
-def _beside(config: EventsConfig) -> dict[str, str]:
-    """Return the lists beside histories that are columns of items which never change, as stored."""
-    if config.items is None or config.items.valid_from is not None:
-        return {}
-    return {
-        name: parallel.column
-        for name, parallel in config.parallels.items()
-        if parallel.column in config.items.columns and parallel.is_as_stored
-    }
-
-
-def write_last_features(engine: SqlEngine, config: EventsConfig, folder: Path, time: int) -> None:
-    """Write `folder/NAME` of each table: a row per id, and the `time` of each count beside it."""
-    sources = _sources(config)
-    for number, (table, (keys, (snapshots, counts))) in enumerate(
-        zip(feature_tables(config), sources.items())
-    ):
-        stage = f"last_counts_{number}"
-        if counts:
-            columns = {event_key(name): quoted(event_key(name)) for name in keys}
-            samples = (
-                f"(SELECT DISTINCT {', '.join(columns.values())}, 0 AS position, "
-                f"CAST({time} AS BIGINT) AS ts FROM past_events)"
-            )
-            make_counts(engine, stage, samples, columns, counts, list(columns))
-        query = _query(config, keys, snapshots, counts, stage, time)
-        order = ", ".join(quoted(name) for name in table.by)
-        engine.write(f"{query} ORDER BY {order}", folder / table.name)
-
-
-def _sources(
-    config: EventsConfig,
-) -> dict[tuple[str, ...], tuple[Snapshots | None, dict[str, Count]]]:
-    """Return, by names as in `of` of a count, the snapshots and counts of ids that have some."""
-    snapshots = {("item",): config.items, ("user",): config.users}
-    sources: dict[tuple[str, ...], tuple[Snapshots | None, dict[str, Count]]] = {
-        keys: (table, {})
-        for keys, table in snapshots.items()
-        if table is not None and table.columns
-    }
-    for name, count in config.counts.items():
-        sources.setdefault(tuple(dict.fromkeys(count.of)), (None, {}))[1][name] = count
-    return sources
-
-
-def _output_key(config: EventsConfig, name: str) -> str:
-    return {"item": config.output.item, "user": config.output.user}.get(name, name)
-
-
-def _query(
-    config: EventsConfig,
-    keys: tuple[str, ...],
-    snapshots: Snapshots | None,
-    counts: dict[str, Count],
-    stage: str,
-    time: int,
-) -> str:
-    """Return SQL of the rows of a table; counts of 0 alone are left out, as nothing is 0 too."""
-    ids = [quoted(event_key(name)) for name in keys]
-    columns = [f"k.{key} AS {quoted(_output_key(config, name))}" for key, name in zip(ids, keys)]
-    source, where = f"SELECT DISTINCT {', '.join(ids)} FROM past_events", ""
-    joins = []
-    if snapshots is not None:
-        source += f" UNION SELECT id AS {ids[0]} FROM {keys[0]}_snapshots"
-        moment = latest_moment(config.drop.later_than, config.time_zone)
-        joins.append(
-            f"LEFT JOIN {keys[0]}_snapshots t ON k.{ids[0]} = t.id AND t.valid_from <= {moment} "
-            f"AND t.valid_until > {moment}"
-        )
-        for name, feature in snapshots.columns.items():
-            column = f"t.{quoted(f'f_{name}')}"
-            column = f"CAST({column} AS FLOAT)" if feature.kind == "dense" else column
-            columns.append(filled(column, feature.fill, name))
-    if counts:
-        equal_keys = " AND ".join(f"k.{key} = c.{key}" for key in ids)
-        joins.append(f"LEFT JOIN {stage} c ON {equal_keys}")
-        for name in counts:
-            count = f"coalesce(c.{quoted(f'n_{name}')}, 0)"
-            columns.append(f"CAST({count} AS FLOAT) AS {quoted(name)}")
-            columns.append(f"CAST({time} AS BIGINT) AS {quoted(f'{name}@')}")
-        if snapshots is None:
-            some = " OR ".join(f"c.{quoted(f'n_{name}')} > 0" for name in counts)
-            where = f"WHERE ({some})"
-    has_ids = " AND ".join(f"{key} IS NOT NULL" for key in ids)
-    source = f"SELECT * FROM ({source}) WHERE {has_ids}"
-    return f"SELECT {', '.join(columns)} FROM ({source}) k {' '.join(joins)} {where}"
-
-
 ITEMS_PER_GROUP = 1024  # small, since a row may hold pictures
 LARGE_TABLE, ROWS_PER_ID = 1 << 24, 1000  # rows of a table may be unused up to these
 
 
+def complete_samples(
+    engine: SqlEngine,
+    config: EventsConfig,
+    types: Types,
+    datasets: Conditions,
+    past: PastItems | None = None,
+    is_daily: bool = False,
+) -> tuple[DatasetWriter, dict[str, int]]:
+    """Make the stage `complete` of `rows`; return the writer of datasets, and samples left out.
+
+    With `is_daily` there may be no row, and the stage `earlier` is there; `past` is for that alone.
+    """
+    stage, reasons = "rows", dict[str, int]()
+    if config.negatives is not None:
+        datasets, reasons = add_negatives(engine, config, datasets, past)
+        stage = "drawn"
+    reasons |= add_features(engine, config, stage, may_be_empty=is_daily)
+    lists, files = add_histories(engine, config, types, earlier=is_daily)
+    return DatasetWriter(engine, config, datasets, lists, files), reasons
+
+
 @dataclass(frozen=True)
 class DatasetWriter:
-    """Writes datasets of the stage `complete`: all samples, with all their columns.
-
-    datasets: SQL condition of each split of each dataset.
-    lists: types of the histories and the lists beside them, by name.
-    files: values of the histories, if samples have slices of these instead of lists.
-    """
+    """Writes datasets of the stage `complete`: all samples, with all their columns."""
 
     engine: SqlEngine
     config: EventsConfig
     datasets: Conditions
-    lists: dict[str, pa.DataType]
-    files: HistoryFiles | None
+    lists: Types  # types of the histories and the lists beside them
+    files: HistoryFiles | None  # values of histories, if samples have slices of them, not lists
 
     def write(self, root: Path) -> dict[str, dict[str, Any]]:
         """Write the datasets into folders of their names; return figures of each split."""
@@ -165,8 +76,8 @@ class DatasetWriter:
         for name, conditions in self.datasets.items():
             self._write_dataset(conditions, root / name, items)
             items = root / name / "items"
-            for split, split_figures in self._figures(conditions).items():
-                figures[str(Path(name, split))] = split_figures
+            parts = self._figures(conditions)
+            figures |= {str(Path(name, split)): part for split, part in parts.items()}
         return figures
 
     def _write_dataset(self, conditions: dict[str, str], folder: Path, items: Path | None) -> None:
@@ -177,12 +88,11 @@ class DatasetWriter:
         sizes = self.write_vocabularies(self._ids(train), folder)
         if self.config.items is not None:
             self._write_items(train, folder, items)
-        features = folder / "features"
-        if items is None or not feature_tables(self.config):
-            time = 1 + one_value(self.engine, f"max({self.config.arrival})", "clean_events")
-            write_last_features(self.engine, self.config, features, time)
-        else:
-            shutil.copytree(items.parent / "features", features, copy_function=link_or_copy)
+        if items is None:
+            time = 1 + self.engine.value(f"max({self.config.arrival})", "clean_events")
+            write_last_features(self.engine, self.config, folder / "features", time)
+        elif (features := items.parent / "features").exists():
+            shutil.copytree(features, folder / "features", copy_function=link_or_copy)
         (folder / "schema.yaml").write_text(self.schema(sizes))
         fit_transforms(Location.of(folder))
         check_transformed(Location.of(folder))
@@ -194,27 +104,39 @@ class DatasetWriter:
             f"FROM complete c WHERE {train} GROUP BY c.iid ORDER BY c.iid"
         )
 
-    def columns(self) -> tuple[str, Complete | None]:
+    def columns(self) -> tuple[str, Complete]:
         """Return SQL of the columns of rows, and what completes their batches."""
-        columns = output_columns(self.config)
-        read, complete = columns, None
-        if self.files is not None:
-            read = {name: sql for name, sql in columns.items() if name not in self.lists}
-            read |= {name: quoted(name) for name in slice_columns(self.config.histories)}
-            read[MOMENT] = "ts"
-            complete = partial(self.files.with_lists, columns=list(columns))
-        return ", ".join(f"{sql} AS {quoted(name)}" for name, sql in read.items()), complete
+        config, output, unit = self.config, self.config.output, MICROS[self.config.output.time_unit]
+        columns = {output.user: "uid", output.item: "iid"}
+        for history_name, history in config.histories.items():
+            columns |= {name: quoted(f"h_{name}") for name in (history_name, *history.parallel)}
+        for name, feature in config.features.items():
+            column = quoted(f"c_{name}")
+            columns[name] = f"CAST({column} AS FLOAT)" if feature.kind == "dense" else column
+        columns |= {name: f"CAST({quoted(f'n_{name}')} AS FLOAT)" for name in config.counts}
+        columns |= {name: f"CAST({quoted(f'l_{name}')} AS FLOAT)" for name in config.labels}
+        columns |= {name: f"CAST({quoted(f'late_{name}')} AS FLOAT)" for name in config.late}
+        if config.weight is not None:
+            columns[output.weight] = f"CAST({quoted(WEIGHT)} AS FLOAT)"
+        if config.negatives is not None:
+            columns[output.sampled] = f"CAST(CASE WHEN {DRAWN_AS} = 0 THEN 0 ELSE 1 END AS FLOAT)"
+        # % has the sign of its left side, and a time before 1970 is rounded down as well.
+        columns[output.time] = f"CAST((ts - (ts % {unit} + {unit}) % {unit}) / {unit} AS BIGINT)"
+        if self.files is None:
+            return aligned(columns, columns), None
+        read = {name: sql for name, sql in columns.items() if name not in self.lists}
+        read |= {name: quoted(name) for name in slice_columns(config.histories)}
+        read[MOMENT] = "ts"
+        return aligned(read, read), partial(self.files.with_lists, columns=list(columns))
 
     def _write_splits(self, conditions: dict[str, str], folder: Path) -> None:
         names, complete = self.columns()
         for split in SPLITS:
-            rows = self.engine.write(
+            query = (
                 f"SELECT {names} FROM complete c WHERE {conditions[split]} "
-                "ORDER BY c.ts, c.uid, c.iid, c.position",
-                folder / split,
-                complete=complete,
+                "ORDER BY c.ts, c.uid, c.iid, c.position"
             )
-            if not rows:
+            if not self.engine.write(query, folder / split, complete=complete):
                 window = f" of {folder.name}" if self.config.split.by == "windows" else ""
                 raise ValueError(_no_rows(self.config, split + window))
 
@@ -231,7 +153,7 @@ class DatasetWriter:
         if other is not None and min_count <= 1 and table.valid_from is None:
             shutil.copytree(other, folder / "items", copy_function=link_or_copy)
             return
-        end = one_value(self.engine, "max(ts)", f"complete WHERE {train}")
+        end = self.engine.value("max(ts)", f"complete WHERE {train}")
         frequent = ""
         if min_count > 1:
             frequent = f" AND id IN ({_frequent(self._ids(train)[name], min_count)})"
@@ -245,10 +167,9 @@ class DatasetWriter:
         """Write the content that is valid at a time, or an item's first; return the number."""
         table, name = self.config.items, self.config.output.item
         assert table is not None
-        names = [f"{quoted(f't_{column}')} AS {quoted(column)}" for column in table.content]
-        columns = ", ".join([f"id AS {quoted(name)}", *names])
+        columns = {name: "id"} | {column: quoted(f"t_{column}") for column in table.content}
         rows = self.engine.write(
-            f"SELECT {columns} FROM item_snapshots s WHERE "
+            f"SELECT {aligned(columns, columns)} FROM item_snapshots s WHERE "
             f"(valid_from <= {end} AND valid_until > {end} OR valid_from > {end} AND "
             f"valid_from = first_valid_from){condition} ORDER BY s.id",
             folder / "items",
@@ -282,13 +203,15 @@ class DatasetWriter:
         for name, ids in ids_of_tables.items():
             vocabulary = None
             if self.config.vocabulary.kind == "rows":
-                min_rows = num_rows(self.engine, name, ids)
+                min_rows = _num_rows(self.engine, name, ids)
             else:
                 vocabulary = self._vocabulary(name, ids, earlier)
                 min_rows = len(vocabulary) + 1
             size = (sizes_before or {}).get(name, 0)
             if min_rows > size:
-                grown = self.table_rows(min_rows - 1)
+                headroom = int((min_rows - 1) * self.config.vocabulary.headroom)
+                least = 2 if self.config.vocabulary.kind == "exact" else 1
+                grown = max(least, min_rows + headroom)
                 if size:
                     logger.info("%s: its table grows from %s to %s rows", name, size, grown)
                 size = grown
@@ -313,11 +236,6 @@ class DatasetWriter:
             vocabulary = ExactVocabulary.load(file.path, rows)
         vocabulary.extend([new])
         return vocabulary
-
-    def table_rows(self, num_ids: int) -> int:
-        """Return the rows of a table with one for unknown ids, and those that stay free."""
-        least = 2 if self.config.vocabulary.kind == "exact" else 1
-        return max(least, num_ids + 1 + int(num_ids * self.config.vocabulary.headroom))
 
     def _ids(self, train: str) -> dict[str, str]:
         train = "1 = 1" if self.config.vocabulary.kind == "rows" else train
@@ -383,7 +301,7 @@ class DatasetWriter:
             columns[name] = settings
         schema: dict[str, Any] = {"target_item": output.item, "group": output.user}
         schema["columns"] = {name: _without_empty(column) for name, column in columns.items()}
-        if tables := [_without_empty(asdict(table)) for table in feature_tables(config)]:
+        if tables := [_without_empty(asdict(part.table)) for part in id_features(config)]:
             schema["features"] = tables
         if config.items is not None:
             content = {name: {"kind": part.kind} for name, part in config.items.content.items()}
@@ -406,7 +324,7 @@ class DatasetWriter:
 
         def share(condition: str) -> str:
             value = f"CASE WHEN {condition} THEN 1.0 ELSE 0.0 END"
-            return f"avg(CASE WHEN 1 = 1{self.is_logged} THEN {value} END)"
+            return f"CAST(avg(CASE WHEN 1 = 1{self.is_logged} THEN {value} END) AS DOUBLE)"
 
         table = self.engine.table(
             f"SELECT split, count(*) AS rows, avg({label}) AS positive, "
@@ -418,35 +336,7 @@ class DatasetWriter:
             "WHERE split IS NOT NULL GROUP BY split"
         )
         figures = {row.pop("split"): row for row in table.to_pylist()}
-        whole = ("rows", "users")
-        return {
-            split: {
-                name: value if name in whole else float(value)
-                for name, value in figures[split].items()
-            }
-            for split in SPLITS
-        }
-
-
-def output_columns(config: EventsConfig) -> dict[str, str]:
-    """Return SQL of each column of a split, by its name."""
-    output, unit = config.output, MICROS[config.output.time_unit]
-    columns = {output.user: "uid", output.item: "iid"}
-    for history_name, history in config.histories.items():
-        columns |= {name: quoted(f"h_{name}") for name in (history_name, *history.parallel)}
-    for name, feature in config.features.items():
-        column = quoted(f"c_{name}")
-        columns[name] = f"CAST({column} AS FLOAT)" if feature.kind == "dense" else column
-    columns |= {name: f"CAST({quoted(f'n_{name}')} AS FLOAT)" for name in config.counts}
-    columns |= {name: f"CAST({quoted(f'l_{name}')} AS FLOAT)" for name in config.labels}
-    columns |= {name: f"CAST({quoted(f'late_{name}')} AS FLOAT)" for name in config.late}
-    if config.weight is not None:
-        columns[output.weight] = f"CAST({quoted(WEIGHT)} AS FLOAT)"
-    if config.negatives is not None:
-        columns[output.sampled] = f"CAST(CASE WHEN {DRAWN_AS} = 0 THEN 0 ELSE 1 END AS FLOAT)"
-    # % has the sign of its left side, and a time before 1970 is rounded down as well.
-    columns[output.time] = f"CAST((ts - (ts % {unit} + {unit}) % {unit}) / {unit} AS BIGINT)"
-    return columns
+        return {split: figures[split] for split in SPLITS}
 
 
 def _without_empty(column: dict[str, Any]) -> dict[str, Any]:
@@ -473,12 +363,9 @@ def _frequent(ids: str, min_count: int) -> str:
     return f"{rows} GROUP BY id HAVING count(*) >= {min_count}"
 
 
-def num_rows(engine: SqlEngine, name: str, ids: str) -> int:
+def _num_rows(engine: SqlEngine, name: str, ids: str) -> int:
     """Return the rows that a table needs whose ids are rows, or raise a ValueError."""
-    figures = (
-        "min(id) AS least, max(id) AS largest, count(*) - count(id) AS nulls, "
-        "count(DISTINCT id) AS distinct_ids"
-    )
+    figures = "min(id), max(id), count(*) - count(id), count(DISTINCT id)"
     table = engine.table(f"SELECT {figures} FROM ({ids})")
     least, largest, nulls, num_ids = (column[0].as_py() for column in table.columns)
     problem = None

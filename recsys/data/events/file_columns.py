@@ -19,11 +19,12 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from recsys.data.events.settings import Source
-from recsys.data.events.times import to_micros
+from recsys.data.events.times import first_row, is_text, to_micros
 from recsys.data.parquet.file import READ_ERRORS
 from recsys.data.parquet.values import is_list
 from recsys.storage.location import Location
 
+Types = dict[str, pa.DataType]
 Parts = dict[str, str | None]  # values of the `key=value/` folders of a file
 ENDINGS = (".parquet", ".csv", ".csv.gz", ".tsv", ".dat")
 # Files of logs that a folder may hold, too, and that would be left out.
@@ -36,7 +37,7 @@ WILDCARDS = set("*?[")
 
 
 def data_files(name: str, root: Location, may_be_empty: bool = False) -> list[Location]:
-    """Return the data files at and under a path, or those that a pattern such as *.csv matches.
+    """Return the data files at and under a path, or that a pattern such as *.csv matches.
 
     None, unless `may_be_empty`, or one that would be left out, is a ValueError.
     """
@@ -102,9 +103,8 @@ def _data_files_among(
         elif kind == "file" and name.endswith(ENDINGS):
             files.append(entry)
         elif re.search(ALIKE, name, re.IGNORECASE):
-            raise ValueError(
-                f"{entry}: would be left out; write {', '.join(ENDINGS)}, or remove it"
-            )
+            endings = ", ".join(ENDINGS)
+            raise ValueError(f"{entry}: would be left out; write {endings}, or remove it")
     return files
 
 
@@ -120,12 +120,9 @@ def partition_values(roots: list[str], url: str) -> Parts:
 
 
 def csv_batches(
-    file: Location, source: Source, columns: list[str], types: dict[str, pa.DataType]
+    file: Location, source: Source, columns: list[str], types: Types
 ) -> Iterator[pa.RecordBatch]:
-    """Yield some columns of a text file; `types` are those of columns whose type is known.
-
-    A missing column or a value of another type is a ValueError.
-    """
+    """Yield some columns of a text file; a missing one, or one not of `types`, is a ValueError."""
     delimiter = source.delimiter or ("\t" if ".tsv" in file.path else ",")
     parse = pa_csv.ParseOptions(delimiter=delimiter, quote_char='"' if source.in_quotes else False)
     try:
@@ -142,9 +139,7 @@ def csv_batches(
         # One thread: with several, Arrow does not report the row of a bad value.
         read = pa_csv.ReadOptions(use_threads=False, block_size=1 << 22, column_names=source.header)
         with file.arrow.open_input_stream(file.path) as stream:
-            for batch in pa_csv.open_csv(
-                stream, read_options=read, parse_options=parse, convert_options=convert
-            ):
+            for batch in pa_csv.open_csv(stream, read, parse, convert):
                 yield with_integers(batch, ids)
     except READ_ERRORS as error:
         place = re.match(r"In CSV column #(\d+): (.*)", str(error), re.DOTALL)
@@ -175,12 +170,11 @@ def with_integers(batch: pa.RecordBatch, ids: list[str]) -> pa.RecordBatch:
     """Return a batch with some columns of texts as integers; other texts are an ArrowInvalid."""
     for name in ids:
         texts = batch.column(name)
-        wrong = pc.invert(pc.match_substring_regex(texts, INTEGER)).fill_null(False)
-        if pc.any(wrong).as_py():
-            value = texts.filter(wrong)[0].as_py()
+        row = first_row(pc.invert(pc.match_substring_regex(texts, INTEGER)))
+        if row is not None:
             raise pa.ArrowInvalid(
-                f"column '{name}': the id '{value}' is not written as an integer, but those before "
-                "are; write Parquet with a column of strings, or ids of one form"
+                f"column '{name}': the id '{texts[row]}' is not written as an integer, but those "
+                "before are; write Parquet with a column of strings, or ids of one form"
             )
         place = batch.schema.get_field_index(name)
         batch = batch.set_column(place, name, texts.cast(pa.int64()))
@@ -207,22 +201,14 @@ PLAIN = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
 
 @dataclass(frozen=True)
 class Field:
-    """A column to read.
-
-    kind: id (integer or string), time, text, number, ids (list), any, words (any, but text in text
-        files), or missing (null).
-    constant: value of all rows, instead of a column.
-    """
+    """A column to read."""
 
     name: str
     column: str
+    # id (integer or string), time, text, number, ids (list), any, words (any, but text in text
+    # files), or missing (null).
     kind: str
-    constant: str | None = None
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Return whether a column of this type holds texts."""
-    return kind in (pa.string(), pa.large_string(), pa.string_view())
+    constant: str | None = None  # value of all rows, instead of a column
 
 
 def canonical_type(kind: pa.DataType, field: Field, file: Location) -> pa.DataType:
@@ -231,10 +217,8 @@ def canonical_type(kind: pa.DataType, field: Field, file: Location) -> pa.DataTy
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     kind = PLAIN.get(kind, kind)
-    if field.kind == "time":
-        return pa.int64()
-    if field.kind == "text":
-        return pa.string()
+    if field.kind in ("time", "text"):
+        return pa.int64() if field.kind == "time" else pa.string()
     if field.kind == "ids":
         if not (is_list(kind) or pa.types.is_null(kind)):
             raise ValueError(f"{where}, expected a list of ids; write lists, or set kind id")
@@ -259,10 +243,8 @@ def _id_type(kind: pa.DataType, where: str) -> pa.DataType:
 
 def without_views(batch: pa.RecordBatch) -> pa.RecordBatch:
     """Return a batch whose texts and bytes are no views of others."""
-    return pa.record_batch(
-        [values.cast(PLAIN.get(values.type, values.type)) for values in batch.columns],
-        names=batch.schema.names,
-    )
+    columns = [values.cast(PLAIN.get(values.type, values.type)) for values in batch.columns]
+    return pa.record_batch(columns, names=batch.schema.names)
 
 
 def column_values(batch: pa.RecordBatch, field: Field, parts: Parts, kind: pa.DataType) -> pa.Array:
@@ -305,10 +287,9 @@ def canonical(
 def _number(values: pa.Array) -> pa.Array:
     """Return numbers with null for NaN; refuse those that are infinite in float32."""
     values = pc.if_else(pc.is_nan(values), None, values)
-    large = pc.greater(pc.abs(values), LARGEST)
-    if pc.any(large).as_py():
-        value = values[pc.index(large, True).as_py()].as_py()
-        raise ValueError(f"the value {value} is no finite float32; correct it, or write null")
+    row = first_row(pc.greater(pc.abs(values), LARGEST))
+    if row is not None:
+        raise ValueError(f"the value {values[row]} is no finite float32; correct it, or write null")
     return values
 
 

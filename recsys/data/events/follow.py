@@ -8,35 +8,26 @@ from __future__ import annotations
 
 import logging
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event
 from typing import Any
 
 from recsys.data.events.daily import NoEvents
-from recsys.data.events.periods import Calendar
+from recsys.data.events.times import Calendar, now
 
 Report = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 
-def now() -> int:
-    """Return microseconds since 1970."""
-    return time.time_ns() // 1000
-
-
 def follow_files(
     calendar: Calendar,
     seconds: float,
-    prepare: Callable[..., Report | None],
+    prepare: Callable[..., Report | None],  # `prepare_days` without its last arguments
     show: Callable[[Report], None],
     until: str | None = None,
 ) -> None:
-    """Look for new files until SIGTERM, SIGINT, or the end of the period `until`.
-
-    `prepare` is `prepare_days` without its last arguments, and `show` takes its reports.
-    """
+    """Look for new files until SIGTERM, SIGINT, or the end of the period `until`."""
     if not seconds > 0:
         raise ValueError(f"--follow {seconds}: set seconds above 0")
     last = None if until is None else calendar.end_of(until)

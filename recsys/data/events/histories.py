@@ -11,22 +11,22 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from recsys.data.events.file_columns import Types
 from recsys.data.events.history_values import (
     AGE,
     HistoryFiles,
     Moments,
-    begin_column,
     by_position,
     history_lists,
-    length_column,
     null_stand_in,
     slice_columns,
+    slice_names,
     whole_keys,
 )
 from recsys.data.events.samples import actions_in
-from recsys.data.events.settings import Count, EventsConfig, History, Parallel
+from recsys.data.events.settings import Count, EventsConfig, Feature, History, Parallel
 from recsys.data.events.snapshots import with_columns
-from recsys.data.events.sql import FOREVER, SqlEngine, quoted
+from recsys.data.events.sql import FOREVER, SqlEngine, aligned, listed, quoted
 from recsys.data.events.times import duration
 from recsys.data.parquet.values import one_chunk
 
@@ -38,150 +38,115 @@ SAMPLES_AT_ONCE = 1 << 16  # samples whose histories are in memory at a time
 
 
 def add_histories(
-    engine: SqlEngine,
-    config: EventsConfig,
-    types: dict[str, pa.DataType],
-    files: HistoryFiles | None,
-    earlier: str | None = None,
-) -> dict[str, pa.DataType]:
-    """Make the stage `complete`: samples with counts and histories, slices of `files` or lists.
+    engine: SqlEngine, config: EventsConfig, types: Types, earlier: bool
+) -> tuple[Types, HistoryFiles | None]:
+    """Make the stage `complete`: samples with counts, and histories as lists, or slices of files.
 
-    `earlier` is a stage of numbers of events that are no rows of `clean_events` any more: by keys
-    and `action`, `/keys` of the count, and `/n`.
+    With `earlier`, the stage of that name has numbers `/n` of events that are no rows of
+    `clean_events` any more, by `action`, keys, and `/keys` of the count. Returns types of lists.
     """
     item_columns = _make_past_events(engine, config, earlier)
-    schema = _schema(engine, "samples")
-    types = {**types, **{name: schema.field(f"c_{name}").type for name in item_columns}}
+    schema = engine.schema("samples")
+    types = types | {name: schema.field(f"c_{name}").type for name in item_columns}
     counts_by_keys: dict[tuple[str, ...], dict[str, Count]] = {}
     for name, count in config.counts.items():
         counts_by_keys.setdefault(tuple(count.of), {})[name] = count
     user_counts = counts_by_keys.pop(("user",), {})
     samples = "samples"
     for number, (keys, counts) in enumerate(counts_by_keys.items()):
-        samples = _add_counts(engine, samples, number, list(keys), counts)
-    schema = _schema(engine, samples)
-    added_columns = [(f"n_{name}", pa.float64()) for name in user_counts]
-    lists = {
-        list_name: kind
-        for name, history in config.histories.items()
-        for list_name, kind in _list_types(name, history, types).items()
-    }
+        samples = _add_counts(engine, samples, number, keys, counts)
+    lists = _list_types(config, types)
+    files = None if engine.scratch is None else HistoryFiles(engine.scratch, config.histories)
+    added_columns = {f"n_{name}": pa.float64() for name in user_counts}
     if files is None:
-        added_columns += [(f"h_{name}", kind) for name, kind in lists.items()]
+        added_columns |= {f"h_{name}": kind for name, kind in lists.items()}
     else:
-        added_columns += slice_columns(config.histories).items()
-    features = HistoryFeatures(
-        ["uid"], config.histories, user_counts, lists, pa.schema([*schema, *added_columns]), files
-    )
-    event_columns = [name for name in _schema(engine, "past_events").names if name != EVENT_KEYS]
+        added_columns |= slice_columns(config.histories)
+    sample_schema = engine.schema(samples)
+    schema = pa.schema([*sample_schema, *added_columns.items()])
+    features = HistoryFeatures(["uid"], config.histories, user_counts, lists, schema, files)
+    events = "past_events"
+    if earlier:
+        _add_recent_events(engine, config, samples, list(user_counts.values()))
+        events = "recent_events"
+    sample_columns = {name: quoted(name) for name in sample_schema.names}
+    event_columns = {name: quoted(name) for name in engine.schema(events).names}
     if "action" not in (parallel.column for parallel in config.parallels.values()):
-        event_columns.remove("action")
-    events, has_keys = "past_events", "1 = 1"
-    if earlier is not None:
-        events, has_keys = _recent_events(engine, config, samples, list(user_counts.values()))
-    if events != "past_events":  # single ones, no numbers of them
-        event_columns = [name for name in event_columns if name != NUMBER]
-    query = _samples_and_events(
-        features,
-        samples,
-        {name: quoted(name) for name in schema.names},
-        {name: quoted(name) for name in event_columns},
-        has_keys,
-        events,
-    )
-    engine.add_mapped("complete", query, ["uid"], ["ts", "iid"], features, features.schema)
-    return lists
+        del event_columns["action"]
+    query = features.query(samples, sample_columns, events, event_columns)
+    engine.add_mapped("complete", query, ["uid"], ["ts", "iid"], features)
+    return lists, files
 
 
-def _schema(engine: SqlEngine, stage: str) -> pa.Schema:
-    return engine.table(f"SELECT * FROM {stage} LIMIT 0").schema
-
-
-def _make_past_events(engine: SqlEngine, config: EventsConfig, earlier: str | None) -> list[str]:
-    """Make the stage `past_events`: clean events with the item columns they need; return these."""
-    listed = {parallel.column for parallel in config.parallels.values()}
-    read = listed | {key for count in config.counts.values() for key in count.of}
-    query, item_columns = "SELECT * FROM clean_events", list[str]()
-    if config.items is not None:
-        item_columns = [name for name in config.items.columns if name in read]
-        if item_columns:
-            columns = {name: f"e_{name}" for name in item_columns}
-            query = with_columns(query, "item", "iid", columns, config.items)
-    make = engine.add if item_columns else engine.view
-    own_columns = sorted(listed - {"age", "action", *item_columns})
-    names = [
-        "position, uid, iid, ts, action",
-        *(["arrived"] if config.has_arrival else []),
-        *(quoted(f"e_{name}") for name in item_columns),
-        *(f"{quoted(f'c_{name}')} AS {quoted(f'e_{name}')}" for name in own_columns),
-    ]
-    query = f"SELECT {', '.join(names)} FROM ({query})"
-    if earlier is not None:
-        names = ["position", "uid", "iid", "ts", "action", "arrived"]
-        names += [f"e_{name}" for name in (*item_columns, *own_columns)]
-        numbers = {name: quoted(name) for name in _schema(engine, earlier).names}
+def _make_past_events(engine: SqlEngine, config: EventsConfig, earlier: bool) -> dict[str, Feature]:
+    """Make the stage `past_events`: clean events with the item features they need; return these."""
+    listed_columns = {parallel.column for parallel in config.parallels.values()}
+    read = listed_columns.union(*(count.of for count in config.counts.values()))
+    features = {name: part for name, part in config.item_features.items() if name in read}
+    query = "SELECT * FROM clean_events"
+    if features:
+        query = with_columns(query, "item", "iid", features, "e_")
+    own_columns = sorted(listed_columns - {AGE, "action", *features})
+    columns = {name: name for name in ("position", "uid", "iid", "ts", "action")}
+    if config.has_arrival:
+        columns["arrived"] = "arrived"
+    columns |= {f"e_{name}": quoted(f"e_{name}") for name in features}
+    columns |= {f"e_{name}": quoted(f"c_{name}") for name in own_columns}
+    if earlier:
+        columns |= {NUMBER: "CAST(1 AS BIGINT)", EVENT_KEYS: "''"}
+    query = f"SELECT {aligned(columns, columns)} FROM ({query})"
+    if earlier:
+        numbers = {name: quoted(name) for name in engine.schema("earlier").names}
         numbers |= {"ts": f"{-FOREVER}", "arrived": f"{-FOREVER}"}
-        query = (
-            f"SELECT {', '.join(map(quoted, names))}, CAST(1 AS BIGINT) AS {quoted(NUMBER)}, '' AS "
-            f"{quoted(EVENT_KEYS)} FROM ({query}) UNION ALL SELECT "
-            f"{_aligned([*names, NUMBER, EVENT_KEYS], numbers)} FROM {earlier}"
-        )
+        query += f" UNION ALL SELECT {aligned(columns, numbers)} FROM earlier"
+    make = engine.add if features else engine.view
     make("past_events", query)
-    return item_columns
+    return features
 
 
-def number_earlier(engine: SqlEngine, config: EventsConfig, dropped: str, earlier: str) -> str:
+def number_earlier(engine: SqlEngine, config: EventsConfig, dropped: str) -> str:
     """Return SQL of `earlier` with the events of `past_events` that a condition drops."""
     unbounded = {
         tuple(dict.fromkeys(map(event_key, count.of))): None
         for count in config.counts.values()
         if duration(count.within) is None
     }
-    names = [name for name in _schema(engine, earlier).names if name != NUMBER]
-    columns = ", ".join(map(quoted, names))
-    parts = [f"SELECT {columns}, {quoted(NUMBER)} FROM {earlier}"]
+    names = [name for name in engine.schema("earlier").names if name != NUMBER]
+    parts = [f"SELECT {listed([*names, NUMBER])} FROM earlier"]
     for keys in unbounded:
         present = {name: quoted(name) for name in ("action", *keys, NUMBER)}
         present[EVENT_KEYS] = f"'{','.join(keys)}'"
         parts.append(
-            f"SELECT {_aligned([*names, NUMBER], present)} FROM past_events "
+            f"SELECT {aligned([*names, NUMBER], present)} FROM past_events "
             f"WHERE {quoted(EVENT_KEYS)} = '' AND {dropped}"
         )
-    rows = " UNION ALL ".join(parts)
     return (
-        f"SELECT {columns}, CAST(sum({quoted(NUMBER)}) AS BIGINT) AS {quoted(NUMBER)} "
-        f"FROM ({rows}) GROUP BY {columns}"
+        f"SELECT {listed(names)}, CAST(sum({quoted(NUMBER)}) AS BIGINT) AS {quoted(NUMBER)} "
+        f"FROM ({' UNION ALL '.join(parts)}) GROUP BY {listed(names)}"
     )
 
 
-def _aligned(names: list[str], columns: dict[str, str]) -> str:
-    """Return SQL of columns in the order of names, null where there is none."""
-    return ", ".join(f"{columns.get(name, 'NULL')} AS {quoted(name)}" for name in names)
-
-
-def _list_types(
-    name: str, history: History, types: dict[str, pa.DataType]
-) -> dict[str, pa.DataType]:
-    lists = {name: pa.list_(types["iid"])}
-    for parallel_name, parallel in history.parallel.items():
-        column_type = types.get(f"c_{parallel.column}", types.get(parallel.column))
-        is_id = parallel.column != AGE and column_type in (pa.string(), pa.int64())
-        lists[parallel_name] = pa.list_(column_type if is_id else pa.float32())
+def _list_types(config: EventsConfig, types: Types) -> Types:
+    lists = {}
+    for name, history in config.histories.items():
+        lists[name] = pa.list_(types["iid"])
+        for parallel_name, parallel in history.parallel.items():
+            column_type = types.get(f"c_{parallel.column}", types.get(parallel.column))
+            is_id = parallel.column != AGE and column_type in (pa.string(), pa.int64())
+            lists[parallel_name] = pa.list_(column_type if is_id else pa.float32())
     return lists
 
 
 def _add_counts(
-    engine: SqlEngine, samples: str, number: int, names: list[str], counts: dict[str, Count]
+    engine: SqlEngine, samples: str, number: int, names: Iterable[str], counts: dict[str, Count]
 ) -> str:
     """Make a stage of the samples with counts by some keys, and return its name."""
     keys = {event_key(name): KEYS.get(name) or quoted(f"c_{name}") for name in names}
     make_counts(engine, f"counts_{number}", samples, keys, counts, ["position"])
-    count_columns = ", ".join(
-        f"coalesce(c.{quoted(f'n_{name}')}, 0) AS {quoted(f'n_{name}')}" for name in counts
-    )
+    columns = {f"n_{name}": f"coalesce(c.{quoted(f'n_{name}')}, 0)" for name in counts}
     engine.add(
         f"counted_{number}",
-        f"SELECT s.*, {count_columns} FROM {samples} s LEFT JOIN counts_{number} c "
+        f"SELECT s.*, {aligned(columns, columns)} FROM {samples} s LEFT JOIN counts_{number} c "
         "ON s.position = c.position",
     )
     return f"counted_{number}"
@@ -204,41 +169,44 @@ def make_counts(
 
     `keys` has the samples' SQL of each column of `past_events` by which is counted.
     """
-    past = _schema(engine, "past_events")
+    past = engine.schema("past_events")
     added_columns = [(f"n_{name}", pa.float64()) for name in counts]
     schema = pa.schema([*(past.field(name) for name in output), *added_columns])
     features = HistoryFeatures(list(keys), {}, counts, {}, schema)
-    columns = {"ts": "ts", "position": "position"}
-    event_columns = {key: quoted(key) for key in keys} | columns
-    event_columns |= {name: quoted(name) for name in ("arrived", NUMBER) if name in past.names}
-    condition = "1 = 1"
+    sample_columns = keys | {"ts": "ts", "position": "position"}
+    read = [name for name in (*sample_columns, "arrived", NUMBER) if name in past.names]
+    event_columns = {name: quoted(name) for name in read}
+    events = "past_events"
     if NUMBER in past.names:
-        condition = _has_keys(features.keys, samples, keys)
-    query = _samples_and_events(features, samples, keys | columns, event_columns, condition)
+        events = f"(SELECT * FROM past_events WHERE {_has_keys(features.keys, samples, keys)})"
+    query = features.query(samples, sample_columns, events, event_columns)
     has_keys = " AND ".join(f"{quoted(key)} IS NOT NULL" for key in keys)
     query = f"SELECT * FROM ({query}) WHERE {has_keys}"
-    engine.add_mapped(stage, query, list(keys), ["ts"], features, features.schema)
+    engine.add_mapped(stage, query, features.keys, ["ts"], features)
 
 
 def _has_keys(keys: list[str], samples: str, columns: dict[str, str]) -> str:
     """Return the SQL condition of events, and numbers of them, with the keys of some sample."""
-    sample_keys = ", ".join(columns[key] for key in keys)
     return (
-        f"{quoted(EVENT_KEYS)} IN ('', '{','.join(keys)}') AND ({', '.join(map(quoted, keys))}) IN "
-        f"(SELECT DISTINCT {sample_keys} FROM {samples})"
+        f"{quoted(EVENT_KEYS)} IN ('', '{','.join(keys)}') AND ({listed(keys)}) IN "
+        f"(SELECT DISTINCT {', '.join(columns[key] for key in keys)} FROM {samples})"
     )
 
 
-def _recent_events(
+def _add_recent_events(
     engine: SqlEngine, config: EventsConfig, samples: str, counts: list[Count]
-) -> tuple[str, str]:
-    """Make a stage of the events that histories and counts of the samples' users may use.
+) -> None:
+    """Make the stage `recent_events` that histories and counts of the samples' users may use.
 
     All samples of a user know the events that had arrived a delay before the first of them, so only
-    the last ones of these matter. Returns the stage, and the condition of its rows.
+    the last ones of these matter, unless counts are over all time.
     """
+    names = [name for name in engine.schema("past_events").names if name != EVENT_KEYS]
     if any(duration(count.within) is None for count in counts):
-        return "past_events", _has_keys(["uid"], samples, {"uid": "uid"})
+        has_user = _has_keys(["uid"], samples, {"uid": "uid"})
+        engine.view("recent_events", f"SELECT {listed(names)} FROM past_events WHERE {has_user}")
+        return
+    names.remove(NUMBER)  # 1 of each
     delays = [part.delay for part in config.histories.values()] + [part.delay for part in counts]
     delay = max((duration(text) or 0 for text in delays), default=0)
     longest = max((duration(count.within) or 0 for count in counts), default=-FOREVER)
@@ -255,49 +223,22 @@ def _recent_events(
     )
     engine.view(
         "recent_events",
-        "SELECT e.* FROM past_events e JOIN recent r ON e.uid = r.uid "
-        f"WHERE {quoted(EVENT_KEYS)} = '' AND (e.arrived > r.settled OR e.ts >= r.since)",
-    )
-    return "recent_events", "1 = 1"
-
-
-def _samples_and_events(
-    features: HistoryFeatures,
-    samples: str,
-    sample_columns: dict[str, str],
-    event_columns: dict[str, str],
-    has_keys: str,
-    events: str = "past_events",
-) -> str:
-    """Return SQL of a stage of samples and the past events that features use."""
-    names = dict.fromkeys([*sample_columns, *event_columns])
-    sample, event = (
-        ", ".join(f"{columns.get(name, 'NULL')} AS {quoted(name)}" for name in names)
-        for columns in (sample_columns, event_columns)
-    )
-    tests = [actions_in(actions) for actions in features.action_sets]
-    bits = (f"CASE WHEN {test} THEN {1 << bit} ELSE 0 END" for bit, test in enumerate(tests))
-    is_used = " OR ".join(f"({test})" for test in tests)
-    return (
-        f"SELECT {sample}, 0 AS {quoted(SETS)} FROM {samples} UNION ALL SELECT {event}, "
-        f"{' + '.join(bits) or '0'} FROM {events} WHERE ({is_used or '1 = 0'}) AND {has_keys}"
+        f"SELECT {', '.join(f'e.{quoted(name)}' for name in names)} FROM past_events e "
+        f"JOIN recent r ON e.uid = r.uid WHERE {quoted(EVENT_KEYS)} = '' "
+        "AND (e.arrived > r.settled OR e.ts >= r.since)",
     )
 
 
 @dataclass(frozen=True)
 class HistoryFeatures:
-    """Maps sorted chunks of samples and events to the samples with histories and counts.
+    """Maps sorted chunks of samples and events to the samples with histories and counts."""
 
-    keys: columns that events and samples share. schema: of the result, samples' columns first.
-    files: for the values of histories, of which samples then have slices; None: they have lists.
-    """
-
-    keys: list[str]
+    keys: list[str]  # columns that events and samples share
     histories: dict[str, History]
     counts: dict[str, Count]
-    lists: dict[str, pa.DataType]
-    schema: pa.Schema
-    files: HistoryFiles | None = None
+    lists: Types
+    schema: pa.Schema  # of the result, samples' columns first
+    files: HistoryFiles | None = None  # for the values of slices; None: samples have lists
 
     @property
     def action_sets(self) -> list[list[str] | None]:
@@ -306,6 +247,20 @@ class HistoryFeatures:
         sets += [count.actions for count in self.counts.values()]
         sets += [count.per for count in self.counts.values() if count.per is not None]
         return [actions for place, actions in enumerate(sets) if actions not in sets[:place]]
+
+    def query(
+        self, samples: str, columns: dict[str, str], events: str, event_columns: dict[str, str]
+    ) -> str:
+        """Return SQL of samples and of the past events, of some, that features use."""
+        names = columns | event_columns
+        tests = [actions_in(actions) for actions in self.action_sets]
+        bits = (f"CASE WHEN {test} THEN {1 << bit} ELSE 0 END" for bit, test in enumerate(tests))
+        is_used = " OR ".join(f"({test})" for test in tests)
+        return (
+            f"SELECT {aligned(names, columns)}, 0 AS {quoted(SETS)} FROM {samples} UNION ALL "
+            f"SELECT {aligned(names, event_columns)}, {' + '.join(bits) or '0'} FROM {events} "
+            f"WHERE ({is_used or '1 = 0'})"
+        )
 
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for chunk in whole_keys(batches, self.keys):
@@ -324,8 +279,8 @@ class HistoryFeatures:
             events, begin, length = self._slices(chunk, moments, history)
             values[name] = self._values(chunk, name, events)
             first_value = 0 if self.files is None else self.files.append(name, values[name])
-            columns_of_samples[begin_column(name)] = begin + first_value
-            columns_of_samples[length_column(name)] = length.astype(np.int32)
+            slices = begin + first_value, length.astype(np.int32)
+            columns_of_samples |= zip(slice_names(name), slices)
         for first in range(0, len(rows), SAMPLES_AT_ONCE):
             part = slice(first, first + SAMPLES_AT_ONCE)
             samples = chunk.take(pa.array(rows[part]))

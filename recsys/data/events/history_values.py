@@ -1,8 +1,7 @@
 """Values of histories: those known at a moment among all events, and lists as slices of them.
 
-Per key, the events before a moment are a prefix, which one binary search locates; an event that
-arrives late is used from its arrival on. Slices are a few bytes where lists are hundreds, so
-samples are sorted with slices.
+Per key, the events before a moment are a prefix, which one binary search locates. Samples are
+sorted with slices, which are a few bytes where lists are hundreds.
 Shapes: N rows of a chunk, E events of them that match a history, S samples of them.
 """
 
@@ -20,7 +19,7 @@ import pyarrow.compute as pc
 from embeddings.vocabulary.fixed import NULL_ID
 from recsys.data.events.settings import History
 from recsys.data.events.sql import FOREVER
-from recsys.data.events.times import MICROS
+from recsys.data.events.times import DAY
 
 
 def whole_keys(batches: Iterable[pa.RecordBatch], keys: Sequence[str]) -> Iterator[pa.Table]:
@@ -59,12 +58,10 @@ def key_numbers(chunk: pa.Table, keys: Sequence[str]) -> np.ndarray:  # chunk [N
     return np.cumsum(_starts(chunk, keys)) - 1
 
 
-def by_position(
-    chunk: pa.Table, events: np.ndarray
-) -> np.ndarray:  # chunk [N], events int64 [E], rows, ascending -> int64 [E]
-    """Order events of one user, time and item by position, by which a sort would cost a third more.
+def by_position(chunk: pa.Table, events: np.ndarray) -> np.ndarray:  # int64 [E], rows -> [E]
+    """Order ascending events of a chunk, sorted by `uid`, `ts` and `iid`, by position, too.
 
-    `chunk` is sorted by `uid`, `ts` and `iid`.
+    A sort of all rows by it would cost a third more.
     """
     group = np.cumsum(_starts(chunk, ["uid", "ts", "iid"]))[events]
     is_tied = np.zeros(len(events), bool)
@@ -88,11 +85,10 @@ class Moments:
         self._row_time, self._sample_rows = chunk["ts"].to_numpy(), np.flatnonzero(samples)
         self._time = self._row_time[samples]  # [S]
         self._sample_key = self._key[samples]  # [S]
-        arrived = chunk["arrived"] if "arrived" in chunk.column_names else None
-        self._arrived = None
-        if arrived is not None:
-            arrival = arrived.fill_null(-FOREVER).to_numpy()  # [N]; null in samples
-            self._arrived = arrival if (arrival > self._row_time).any() else None
+        self._arrived: np.ndarray | None = None
+        if "arrived" in chunk.column_names:
+            arrived = chunk["arrived"].fill_null(-FOREVER).to_numpy()  # [N]; null in samples
+            self._arrived = arrived if (arrived > self._row_time).any() else None
 
     @cached_property
     def _times(self) -> np.ndarray:
@@ -124,11 +120,8 @@ class Moments:
         """Return the events in each sample's window that had arrived by its time.
 
         The window ends `delay` microseconds before it and is `within` long (None: unbounded).
-        `events` int64 [E] are rows, ascending.
-
-        Returns:
-            Begin and end of the events known without a gap, int64 [S] each. For samples with events
-            after a gap, their places in `events`.
+        `events` int64 [E] are rows, ascending. Returns begin and end of those known without a gap,
+        int64 [S] each, and by sample, if there are any after a gap, the places of these.
         """
         end = self._events_before(events, delay)
         if within is None:  # all of its key: it begins after the events of earlier keys
@@ -153,26 +146,20 @@ class Moments:
         return np.minimum(begin, gap), gap, after
 
 
-DAY = 86_400 * MICROS["s"]
 AGE = "age"
 MOMENT = "/ts"  # a column of samples; names with / are none of the dataset's
 
 
-def begin_column(history: str) -> str:
-    """Return the column with the place of the first value of each sample's slice."""
-    return f"/begin {history}"
-
-
-def length_column(history: str) -> str:
-    """Return the column with the length of each sample's slice."""
-    return f"/length {history}"
+def slice_names(history: str) -> tuple[str, str]:
+    """Return the columns with the place of the first value of samples' slices, and the length."""
+    return f"/begin {history}", f"/length {history}"
 
 
 def slice_columns(histories: Iterable[str]) -> dict[str, pa.DataType]:
     """Return the columns with the slices of histories; narrow ones, as samples are sorted."""
     types: dict[str, pa.DataType] = {}
     for name in histories:
-        types |= {begin_column(name): pa.int64(), length_column(name): pa.int32()}
+        types |= zip(slice_names(name), (pa.int64(), pa.int32()))
     return types
 
 
@@ -186,9 +173,9 @@ def history_lists(
 ) -> dict[str, pa.Array]:  # samples [S] each, values [E] each -> lists [S] each
     """Return the lists of a history of samples, by column.
 
-    `samples` have `ts`, `begin_column`, `length_column`; values beside `age` are times of events.
+    `samples` have `ts` and `slice_names`; values beside `age` are times of events.
     """
-    begin, length = samples[begin_column(name)].to_numpy(), samples[length_column(name)].to_numpy()
+    begin, length = (samples[column].to_numpy() for column in slice_names(name))
     offsets = np.concatenate([[0], np.cumsum(length)])
     places = pa.array(np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], length))
     bounds = pa.array(offsets, pa.int32())
@@ -229,15 +216,13 @@ class HistoryFiles:
         self.folder.mkdir(exist_ok=True)
         for column, array in values.items():
             self._types[column] = array.type
-            is_text = pa.types.is_string(array.type)
-            numbers = array
-            if is_text:
+            if pa.types.is_string(array.type):
                 codes, encoded = self._texts.setdefault(column, {}), array.dictionary_encode()
                 texts = encoded.dictionary.to_pylist()
                 codes_of_texts = [codes.setdefault(text, len(codes)) for text in texts]
-                numbers = pa.array(codes_of_texts, pa.int32()).take(encoded.indices)
-            with self._path(column).open("ab") as file:
-                file.write(np.ascontiguousarray(numbers.to_numpy()).data)
+                array = pa.array(codes_of_texts, pa.int32()).take(encoded.indices)
+            with (self.folder / f"h_{column}").open("ab") as file:
+                file.write(np.ascontiguousarray(array.to_numpy()).data)
         first = self._lengths.get(name, 0)
         self._lengths[name] = first + len(values[name])
         return first
@@ -258,14 +243,10 @@ class HistoryFiles:
         }
 
     def _mapped(self, column: str) -> pa.Array:
-        path, kind = self._path(column), self._types[column]
+        path, kind = self.folder / f"h_{column}", self._types[column]
+        texts = self._texts.get(column)
         if not path.stat().st_size:
             return pa.array([], kind)
-        stored = pa.int32() if column in self._texts else kind
+        stored = kind if texts is None else pa.int32()
         values = pa.array(np.memmap(path, stored.to_pandas_dtype(), mode="r"))
-        if column in self._texts:
-            return pa.DictionaryArray.from_arrays(values, list(self._texts[column]))
-        return values
-
-    def _path(self, column: str) -> Path:
-        return self.folder / f"h_{column}"
+        return values if texts is None else pa.DictionaryArray.from_arrays(values, list(texts))

@@ -17,9 +17,9 @@ from jsonargparse import ArgumentParser
 
 from recsys.config.parser import problem_of, short
 from recsys.config.plain_yaml import cached_copy, load_plain_yaml, recipe_file
-from recsys.data.events.clean_events import IMPRESSION, event_columns
+from recsys.data.events.clean_events import event_columns
 from recsys.data.events.file_columns import LARGEST
-from recsys.data.events.settings import EventsConfig, EventTable, ItemTable, Source
+from recsys.data.events.settings import IMPRESSION, EventsConfig, EventTable, ItemTable, Source
 from recsys.data.events.sql import literal
 from recsys.data.events.times import duration, moment
 from recsys.data.schema_columns import (
@@ -166,11 +166,9 @@ def _negatives_problems(config: EventsConfig) -> Iterator[str]:
             yield f"negatives: {name} is {value}; set {least} to {most}"
     if negatives.smoothing is not None and negatives.by == "uniform":
         yield "negatives: smoothing is of `by: popularity`; set that, or remove it"
-    if negatives.available_from is None:
-        return
-    if config.items is None:
+    if negatives.available_from is not None and config.items is None:
         yield "negatives: available_from names a column of `items`; add that table, or remove it"
-    if negatives.events_per_item == 0:
+    if negatives.available_from is not None and negatives.events_per_item == 0:
         yield (
             "negatives: with smoothing 0 no item is drawn before its first event; set such as 1, "
             "or remove available_from"
@@ -202,14 +200,9 @@ def column_names(config: EventsConfig) -> list[str]:
     names = [config.output.user, config.output.item, config.output.time]
     names += [config.output.sampled] if config.negatives is not None else []
     names += [config.output.weight] if config.weight is not None else []
-    groups: list[Iterable[str]] = [
-        config.context,
-        *tables,
-        config.labels,
-        config.counts,
-        config.late,
-    ]
-    return names + [name for group in (*groups, config.histories, *parallels) for name in group]
+    groups: list[Iterable[str]] = [config.context, *tables, config.labels, config.counts]
+    groups += [config.late, config.histories, *parallels]
+    return names + [name for group in groups for name in group]
 
 
 def _name_problems(config: EventsConfig) -> Iterator[str]:
@@ -285,8 +278,7 @@ def _column_problems(config: EventsConfig) -> Iterator[str]:
         for name in events.columns:
             if events.columns.count(name) > 1:
                 yield f"events: columns of '{source}' name '{name}' twice; remove one"
-    rows = config.events.values() if config.impressions is None else [config.impressions]
-    row_columns = {name for table in rows for name in table.columns}
+    row_columns = {name for table in config.row_tables for name in table.columns}
     event_table_columns = {name for table in config.events.values() for name in table.columns}
     required = dict.fromkeys(config.context, "context")
     required |= {label.column: "labels" for label in config.labels.values() if label.column}
@@ -297,7 +289,7 @@ def _column_problems(config: EventsConfig) -> Iterator[str]:
         if name not in row_columns:
             yield f"{setting}: no table of rows has '{name}' in its `columns`; add it there"
     listed = {parallel.column for parallel in config.parallels.values()}
-    derived = {"age", "action", *(config.items.columns if config.items is not None else ())}
+    derived = {"age", "action", *config.item_features}
     for name in sorted(listed & derived & event_table_columns):
         yield (
             f"parallel: '{name}' is a column of events, and of items or made for each event; "
@@ -354,17 +346,12 @@ def _request_problems(config: EventsConfig) -> Iterator[str]:
     }
     if config.impressions is None:
         actions |= set(config.events if config.rows is None else config.rows)
-    tables = {
-        f"events.{name}": table
-        for name, table in config.events.items()
-        if table.action is not None or name in actions
-    }
-    if config.impressions is not None:
-        tables["impressions"] = config.impressions
-    for name, table in tables.items():
-        if config.by_request and actions and table.request is None:
+    for name, table in config.tables.items() if config.by_request and actions else ():
+        is_used = name == IMPRESSION or table.action is not None or name in actions
+        if is_used and table.request is None:
+            where = "impressions" if name == IMPRESSION else f"events.{name}"
             yield (
-                f"{name} has no `request`, but other tables have one, and a row and the actions "
+                f"{where} has no `request`, but other tables have one, and a row and the actions "
                 "that label it agree in it; name its column, or leave `request` out everywhere"
             )
 
@@ -375,7 +362,7 @@ def _history_problems(config: EventsConfig) -> Iterator[str]:
             yield f"histories: '{name}': delay is {history.delay}; write a duration such as 1h"
         if history.length < 1:
             yield f"histories: '{name}': length is {history.length}; set at least 1"
-    features = {**config.context, **(config.items.columns if config.items is not None else {})}
+    features = {**config.context, **config.item_features}
     for name, parallel in config.parallels.items():
         column, settings = parallel.column, (parallel.scale, parallel.fill, parallel.at_least)
         where = f"parallel: '{name}': "
@@ -392,17 +379,15 @@ def _history_problems(config: EventsConfig) -> Iterator[str]:
                 "of kind id or of numbers"
             )
         if (kind == "id" or column in ("age", "action")) and settings != (1.0, 0.0, None):
-            yield (
-                f"{where}scale, fill and at_least are of numbers, and '{column}' has none; remove "
-                "them"
-            )
+            text = f"scale, fill and at_least are of numbers, and '{column}' has none"
+            yield f"{where}{text}; remove them"
         if column == "action" and config.vocabulary.kind == "rows":
             yield f"{where}actions cannot be rows of a table; leave it out"
 
 
 def _count_problems(config: EventsConfig) -> Iterator[str]:
-    columns = config.items.columns if config.items is not None else {}
-    keys = {"user", "item", *(name for name, column in columns.items() if column.kind == "id")}
+    ids = [name for name, column in config.item_features.items() if column.kind == "id"]
+    keys = {"user", "item", *ids}
     for name, count in config.counts.items():
         where = f"counts: '{name}'"
         if duration(count.delay) is None:

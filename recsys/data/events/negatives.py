@@ -22,7 +22,7 @@ from embeddings.vocabulary.fixed import integer_ids, mix64
 from recsys.data.events.history_values import key_numbers, whole_keys
 from recsys.data.events.samples import WEIGHT, Conditions
 from recsys.data.events.settings import EventsConfig, Negatives
-from recsys.data.events.sql import FOREVER, SqlEngine, count_rows, quoted
+from recsys.data.events.sql import FOREVER, SqlEngine, aligned, listed, quoted
 
 ATTEMPTS = 16  # draws that may be refused before the items left are listed
 TAKEN_ITEM, HELD_OUT, POSITIVE = range(3)  # kinds of rows of a chunk
@@ -36,6 +36,18 @@ class KnownItems:
     """Items or events to draw from, as files, in the order in which they became known."""
 
     folder: Path
+
+    @staticmethod
+    def of_catalogue(engine: SqlEngine) -> KnownItems:
+        """Write the items of the stage `catalogue`, which are their numbers in order."""
+        items = KnownItems(engine.work / "known_items")
+        items.append(engine, "SELECT since, inumber FROM catalogue ORDER BY inumber")
+        return items
+
+    def append_events(self, engine: SqlEngine, config: EventsConfig, events: str) -> None:
+        """Write the item of each event of a stage."""
+        query = f"SELECT s.{config.arrival} AS since, c.inumber FROM {events} s JOIN catalogue c "
+        self.append(engine, f"{query} ON s.iid = c.iid ORDER BY 1, 2")
 
     def append(self, engine: SqlEngine, query: str) -> None:
         """Write more of them, which became known after those before."""
@@ -56,32 +68,26 @@ class KnownItems:
 
     @cached_property
     def since(self) -> np.ndarray:  # int64 [E], ascending
-        return _mapped(self.folder / "since")
+        return self._mapped("since")
 
     @cached_property
     def item(self) -> np.ndarray:  # int64 [E]
-        return _mapped(self.folder / "item")
+        return self._mapped("item")
+
+    def _mapped(self, name: str) -> np.ndarray:  # int64 [E]
+        file = self.folder / name
+        return np.memmap(file, np.int64, "r") if file.stat().st_size else np.zeros(0, np.int64)
 
 
-def _mapped(file: Path) -> np.ndarray:  # int64 [E]
-    return np.memmap(file, np.int64, "r") if file.stat().st_size else np.zeros(0, np.int64)
-
-
-@dataclass(frozen=True)
 class Pairs:
-    """Items of users with the time from which each counts; see `among`."""
+    """Items of users with the time from which each counts, int64 [T] each; see `among`."""
 
-    user: np.ndarray  # int64 [T], ascending
-    item: np.ndarray  # int64 [T], ascending within a user
-    time: np.ndarray  # int64 [T]
-    num_items: int
-
-    @classmethod
-    def of_rows(
-        cls, user: np.ndarray, item: np.ndarray, time: np.ndarray, num_items: int
-    ) -> Pairs:  # int64 [T] each
+    def __init__(
+        self, user: np.ndarray, item: np.ndarray, time: np.ndarray, num_items: int
+    ) -> None:
         order = np.lexsort([item, user])
-        return cls(user[order], item[order], time[order], num_items)
+        self.user, self.item, self.time = user[order], item[order], time[order]
+        self.num_items = num_items
 
     def among(self, user: np.ndarray, item: np.ndarray, time: np.ndarray) -> np.ndarray:
         """Return which pairs [D] are among these by their time: bool [D]."""
@@ -98,12 +104,21 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class PastItems:
+    """Earlier events, as far as draws of negatives read them."""
+
+    items: KnownItems
+    events: KnownItems | None  # None unless they are drawn by
+    taken: str  # SQL of `uid`, `iid` and `since`
+    block: str = "0"  # SQL of a number that copies of a train row share
+
+
+@dataclass(frozen=True)
 class DrawNegatives:
     """Maps sorted chunks with each user's positives and items taken to the drawn samples."""
 
     settings: Negatives
-    known: KnownItems
-    events: KnownItems | None
+    past: PastItems
     values: dict[str, float | None]  # of drawn samples: labels, weight and late columns
     columns: list[str]
     schema: pa.Schema
@@ -113,31 +128,20 @@ class DrawNegatives:
             yield from self._samples(chunk).cast(self.schema).to_batches()
 
     def _samples(self, chunk: pa.Table) -> pa.Table:
-        kind, positives = chunk["kind"].to_numpy(), Positives.of_chunk(chunk)
-        user, item, time = (key_numbers(chunk, ["uid"]), *_numbers(chunk, "inumber", "ts"))
-        rows, num_items = kind == TAKEN_ITEM, len(self.known.since)
-        taken_items = Pairs.of_rows(user[rows], item[rows], time[rows], num_items)
-        rows = kind == HELD_OUT
-        # A user of a split: its positives there are taken at all times.
-        split_user = positives.split_user(user[rows], chunk[BLOCK].to_numpy()[rows])
-        held_out = Pairs.of_rows(split_user, item[rows], np.full(rows.sum(), -FOREVER), num_items)
-        draws = Draws(self.settings, self.known, self.events, positives, taken_items, held_out)
-        drawn, nth = draws.items.reshape(-1), np.tile(np.arange(draws.number), len(positives.user))
-        keep = np.flatnonzero(drawn >= 0)
-        place = keep // draws.number
+        draws = Draws(self.settings, self.past, chunk)
+        place, nth = np.nonzero(draws.items >= 0)
+        positives, drawn = draws.positives, draws.items[place, nth]
         samples = chunk.select(self.columns).take(pa.array(positives.rows[place]))
         columns = {name: samples[name] for name in samples.column_names}
         # Distinct from all others, and below all positions that files have.
         role = positives.role[place]
-        position = positives.position[place] * draws.number + nth[keep]
+        position = positives.position[place] * draws.number + nth
         columns["position"] = pa.array(-(2 * position + role))
-        columns |= {
-            name: pa.array([value] * len(keep), pa.float64()) for name, value in self.values.items()
-        }
-        return pa.table({**columns, "inumber": pa.array(drawn[keep]), DRAWN_AS: pa.array(role)})
+        for name, value in self.values.items():
+            columns[name] = pa.array([value] * len(place), pa.float64())
+        return pa.table({**columns, "inumber": pa.array(drawn), DRAWN_AS: pa.array(role)})
 
 
-@dataclass(frozen=True)
 class Positives:
     """Rows of a chunk that get negatives, int64 [P] each.
 
@@ -145,25 +149,15 @@ class Positives:
     role: value of `DRAWN_AS`. key: random bits of user, item and time, uint64.
     """
 
-    rows: np.ndarray
-    user: np.ndarray
-    item: np.ndarray
-    time: np.ndarray
-    position: np.ndarray
-    block: np.ndarray
-    role: np.ndarray
-    key: np.ndarray
-
-    @classmethod
-    def of_chunk(cls, chunk: pa.Table) -> Positives:
-        rows = np.flatnonzero(chunk["kind"].to_numpy() == POSITIVE)
-        samples = chunk.take(pa.array(rows))
-        names = ("inumber", "ts", "position", BLOCK, DRAWN_AS)
-        item, time, position, block, role = _numbers(samples, *names)
+    def __init__(self, chunk: pa.Table) -> None:
+        self.rows = np.flatnonzero(chunk["kind"].to_numpy() == POSITIVE)
+        self.user = key_numbers(chunk, ["uid"])[self.rows]
+        samples = chunk.take(pa.array(self.rows))
+        self.item, self.time, self.position = _numbers(samples, "inumber", "ts", "position")
+        self.block, self.role = _numbers(samples, BLOCK, DRAWN_AS)
         key = mix64(mix64(integer_ids(samples["uid"])) + mix64(integer_ids(samples["iid"])))
-        key = mix64(key + mix64(time) + _copy_numbers(key, time, block).astype(np.uint64))
-        user = key_numbers(chunk, ["uid"])[rows]
-        return cls(rows, user, item, time, position, block, role, key)
+        copies = _copy_numbers(key, self.time, self.block).astype(np.uint64)
+        self.key = mix64(key + mix64(self.time) + copies)
 
     def split_user(self, user: np.ndarray, block: np.ndarray) -> np.ndarray:
         return user * (1 + self.block.max(initial=0)) + block
@@ -178,36 +172,31 @@ def _copy_numbers(key: np.ndarray, time: np.ndarray, block: np.ndarray) -> np.nd
     order = np.lexsort([block, time, key])
     changes = [np.diff(values[order]) != 0 for values in (key, time, block)]
     starts = np.flatnonzero(np.concatenate([[True], np.logical_or.reduce(changes)])[: len(key)])
-    numbers = np.arange(len(key)) - np.repeat(starts, np.diff([*starts, len(key)]))
     copies = np.empty(len(key), np.int64)
-    copies[order] = numbers
+    copies[order] = np.arange(len(key)) - np.repeat(starts, np.diff([*starts, len(key)]))
     return copies
 
 
 class Draws:
-    """Draws items for each positive: `items` int64 [P, number], -1 where none is left.
+    """Draws items for the positives of a chunk: `items` int64 [P, number], -1 for none left."""
 
-    `taken_items` count from their times on; `held_out` are the positives of users and splits.
-    """
-
-    def __init__(
-        self,
-        settings: Negatives,
-        known: KnownItems,
-        events: KnownItems | None,
-        positives: Positives,
-        taken_items: Pairs,
-        held_out: Pairs,
-    ) -> None:
+    def __init__(self, settings: Negatives, past: PastItems, chunk: pa.Table) -> None:
         self.number, self._smoothing = settings.per_positive, settings.events_per_item
-        self._events, self._positives = events, positives
-        self._taken, self._held_out = taken_items, held_out
+        self._events, self._size = past.events, len(past.items.since)  # N
+        positives = self.positives = Positives(chunk)
+        user, (item, time) = key_numbers(chunk, ["uid"]), _numbers(chunk, "inumber", "ts")
+        rows = chunk["kind"].to_numpy() == TAKEN_ITEM
+        self._taken = Pairs(user[rows], item[rows], time[rows], self._size)
+        # A user of a split: its positives there are taken at all times.
+        rows = chunk["kind"].to_numpy() == HELD_OUT
+        split_user = positives.split_user(user[rows], chunk[BLOCK].to_numpy()[rows])
+        always = np.full(rows.sum(), -FOREVER)
+        self._held_out = Pairs(split_user, item[rows], always, self._size)
         self._split_user = positives.split_user(positives.user, positives.block)
-        self._size = len(known.since)  # N
-        self._num_items = np.searchsorted(known.since, positives.time, side="right")  # [P]
+        self._num_items = np.searchsorted(past.items.since, positives.time, side="right")  # [P]
         self._num_events = np.zeros_like(self._num_items)  # [P]
-        if events is not None:
-            self._num_events = np.searchsorted(events.since, positives.time, side="right")
+        if past.events is not None:
+            self._num_events = np.searchsorted(past.events.since, positives.time, side="right")
         nth = np.arange(self.number, dtype=np.uint64) + np.uint64(settings.seed << 20)
         self._noise = mix64(positives.key[:, None] + mix64(nth))  # uint64 [P, number]
         self.items = np.full(self._noise.shape, -1)
@@ -238,10 +227,9 @@ class Draws:
         drawn = bits % np.where(is_item, num_items, num_events)
         if self._events is not None:
             drawn[~is_item] = self._events.item[drawn[~is_item]]
-        positive_item, time = self._positives.item[place], self._positives.time[place]
-        refused = (drawn == positive_item) | self._taken.among(
-            self._positives.user[place], drawn, time
-        )
+        positives, time = self.positives, self.positives.time[place]
+        refused = drawn == positives.item[place]
+        refused |= self._taken.among(positives.user[place], drawn, time)
         refused |= self._held_out.among(self._split_user[place], drawn, time)
         self.items[place[~refused], nth[~refused]] = drawn[~refused]
         # The first of equal items of a positive stays.
@@ -258,7 +246,7 @@ class Draws:
         bits = self._bits(ATTEMPTS, place, nth)
         counts, counted = np.zeros(self._size, np.int64), 0
         ends = counts  # of the numbers of events of items that are left
-        for draw in np.argsort(self._positives.time[place], kind="stable"):
+        for draw in np.argsort(self.positives.time[place], kind="stable"):
             p, n = place[draw], nth[draw]
             refused = self._refused(p)
             if self._events is not None:
@@ -279,28 +267,14 @@ class Draws:
                 self.items[p, n] = np.searchsorted(ends, bits[draw] % ends[-1], side="right")
 
     def _refused(self, place: int) -> np.ndarray:
-        time, split_user = self._positives.time[place], self._split_user[place]
+        positives, time = self.positives, self.positives.time[place]
         parts = [
             self.items[place][self.items[place] >= 0],
-            [self._positives.item[place]],
-            self._taken.items_of(self._positives.user[place], time),
-            self._held_out.items_of(split_user, time),
+            [positives.item[place]],
+            self._taken.items_of(positives.user[place], time),
+            self._held_out.items_of(self._split_user[place], time),
         ]
         return np.unique(np.concatenate(parts).astype(np.int64))
-
-
-@dataclass(frozen=True)
-class PastItems:
-    """Earlier events, as far as draws of negatives read them.
-
-    events: None unless they are drawn by. taken: SQL of `uid`, `iid` and `since`. block: SQL of a
-    number that copies of a train row share.
-    """
-
-    items: KnownItems
-    events: KnownItems | None
-    taken: str
-    block: str = "0"
 
 
 def add_negatives(
@@ -314,27 +288,26 @@ def add_negatives(
     settings = config.negatives
     assert settings is not None
     past = past or _past_items(engine, config)
-    schema = engine.table("SELECT * FROM rows LIMIT 0").schema
+    schema = engine.schema("rows")
     columns = [name for name in schema.names if name != "iid"]
     values: dict[str, float | None] = {f"l_{name}": 0.0 for name in config.labels}
     values |= {f"late_{name}": None for name in config.late}
     if config.weight is not None:
         values[WEIGHT] = config.weight.drawn
-    kinds = [*(schema.field(name) for name in columns)]
-    kinds += [pa.field("inumber", pa.int64()), pa.field(DRAWN_AS, pa.int64())]
-    draw = DrawNegatives(settings, past.items, past.events, values, columns, pa.schema(kinds))
+    added_columns = [pa.field("inumber", pa.int64()), pa.field(DRAWN_AS, pa.int64())]
+    draw_schema = pa.schema([*map(schema.field, columns), *added_columns])
+    draw = DrawNegatives(settings, past, values, columns, draw_schema)
     positive_rows = _positive_rows(next(iter(values)), datasets)
     query = _chunk_query(columns, positive_rows, datasets, past)
-    engine.add_mapped("draws", query, ["uid"], ["kind", "position"], draw, draw.schema)
-    names = ", ".join(map(quoted, columns))
+    engine.add_mapped("draws", query, ["uid"], ["kind", "position"], draw)
     engine.add(
         "drawn",
-        f"SELECT {names}, iid, 0 AS {DRAWN_AS} FROM rows UNION ALL SELECT "
-        f"{', '.join(f'd.{quoted(name)}' for name in columns)}, c.iid, d.{DRAWN_AS} "
-        "FROM draws d JOIN catalogue c ON d.inumber = c.inumber",
+        f"SELECT {listed(columns)}, iid, 0 AS {DRAWN_AS} FROM rows UNION ALL SELECT "
+        f"{listed(columns)}, c.iid, {DRAWN_AS} FROM draws d JOIN catalogue c "
+        "ON d.inumber = c.inumber",
     )
-    positives = sum(count_rows(engine, rows) for rows in positive_rows)
-    missing = positives * settings.per_positive - count_rows(engine, "draws")
+    positives = sum(engine.count_rows(rows) for rows in positive_rows)
+    missing = positives * settings.per_positive - engine.count_rows("draws")
     other = {"train": 2, "valid": 1, "test": 1}
     conditions = {
         dataset: {split: f"{sql} AND {DRAWN_AS} <> {other[split]}" for split, sql in splits.items()}
@@ -349,16 +322,13 @@ def _past_items(engine: SqlEngine, config: EventsConfig) -> PastItems:
     events = None
     if config.negatives is not None and config.negatives.by == "popularity":
         events = KnownItems(engine.work / "known_events")
-        events.append(engine, known_events(config, "clean_events"))
+        events.append_events(engine, config, "clean_events")
     taken = f"SELECT uid, iid, min({config.arrival}) AS since FROM clean_events GROUP BY uid, iid"
-    return PastItems(known_items(engine), events, taken)
+    return PastItems(KnownItems.of_catalogue(engine), events, taken)
 
 
 def item_times(config: EventsConfig, events: str) -> str:
-    """Return SQL of `iid` and `since`, from when on an item may be drawn.
-
-    That is its first event, or the first moment at which a snapshot that is valid says so.
-    """
+    """Return SQL of `iid` and `since`: its first event, or when a valid snapshot first says so."""
     since = f"SELECT iid, min({config.arrival}) AS since FROM {events} GROUP BY iid"
     has_snapshots = config.items is not None and config.items.valid_from is not None
     available = "valid_from" if has_snapshots else None
@@ -380,21 +350,6 @@ def numbered_items(items: str, first: int = 0) -> str:
     return f"SELECT iid, since, {number} AS inumber FROM ({items})"
 
 
-def known_items(engine: SqlEngine) -> KnownItems:
-    """Write the items of the stage `catalogue`, which are their numbers in order."""
-    items = KnownItems(engine.work / "known_items")
-    items.append(engine, "SELECT since, inumber FROM catalogue ORDER BY inumber")
-    return items
-
-
-def known_events(config: EventsConfig, events: str) -> str:
-    """Return SQL of the item of each event, to draw from."""
-    return (
-        f"SELECT s.{config.arrival} AS since, c.inumber FROM {events} s "
-        "JOIN catalogue c ON s.iid = c.iid ORDER BY 1, 2"
-    )
-
-
 def _chunk_query(
     columns: list[str], positive_rows: tuple[str, str], datasets: Conditions, past: PastItems
 ) -> str:
@@ -404,29 +359,22 @@ def _chunk_query(
     held_out = [splits[split] for split in ("test", "valid") for splits in datasets.values()]
     cases = " ".join(f"WHEN {sql} THEN {number}" for number, sql in enumerate(held_out, 1))
     block = f"CASE {cases} ELSE 0 END"
-    pair_columns = {"uid": "t.uid", "ts": "t.since"}
-    empty = ", ".join(f"{pair_columns.get(name, 'NULL')} AS {quoted(name)}" for name in columns)
-    names = ", ".join(map(quoted, columns))
-
-    # No str.format here: names of columns may have braces.
-    def positives(block: str, role: int, rows: str) -> str:
-        return (
-            f"SELECT {names}, r.iid, c.inumber, {POSITIVE} AS kind, {block} AS {quoted(BLOCK)}, "
-            f"{role} AS {DRAWN_AS} FROM (SELECT * FROM {rows}) r JOIN catalogue c ON r.iid = c.iid"
-        )
-
-    def pairs(kind: int, block: str, rows: str) -> str:
-        return (
-            f"SELECT {empty}, t.iid, c.inumber, {kind} AS kind, {block} AS {quoted(BLOCK)}, "
-            f"0 AS {DRAWN_AS} FROM ({rows}) t JOIN catalogue c ON t.iid = c.iid"
-        )
-
     later = f"SELECT DISTINCT uid, iid, {block} AS block, 0 AS since FROM {held_out_rows}"
+    row = {name: quoted(name) for name in columns}
+    pair = {"uid": "r.uid", "ts": "r.since"}
+
+    def part(source: str, values: dict[str, str], kind: int, block: str, role: int) -> str:
+        return (
+            f"SELECT {aligned(columns, values)}, r.iid, c.inumber, {kind} AS kind, {block} AS "
+            f"{quoted(BLOCK)}, {role} AS {DRAWN_AS} FROM (SELECT * FROM {source}) r "
+            "JOIN catalogue c ON r.iid = c.iid"
+        )
+
     parts = [
-        positives(past.block, 1, train_rows),
-        positives(block, 2, held_out_rows),
-        pairs(TAKEN_ITEM, "0", past.taken),
-        pairs(HELD_OUT, "t.block", later),
+        part(train_rows, row, POSITIVE, past.block, 1),
+        part(held_out_rows, row, POSITIVE, block, 2),
+        part(f"({past.taken})", pair, TAKEN_ITEM, "0", 0),
+        part(f"({later})", pair, HELD_OUT, "r.block", 0),
     ]
     return " UNION ALL ".join(parts)
 
@@ -435,6 +383,6 @@ def _positive_rows(label: str, datasets: Conditions) -> tuple[str, str]:
     """Return SQL after FROM of the positive rows in train, and of those in valid or test."""
     train = [splits["train"] for splits in datasets.values()]
     held_out = [splits[split] for splits in datasets.values() for split in ("valid", "test")]
-    tests = (" OR ".join(f"({sql})" for sql in part) for part in (train, held_out))
-    train_rows, held_out_rows = (f"rows WHERE {quoted(label)} = 1 AND ({test})" for test in tests)
-    return train_rows, held_out_rows
+    first, second = (" OR ".join(f"({sql})" for sql in part) for part in (train, held_out))
+    is_positive = f"rows WHERE {quoted(label)} = 1"
+    return f"{is_positive} AND ({first})", f"{is_positive} AND ({second})"

@@ -19,21 +19,15 @@ from recsys.data.parquet.values import is_list
 BYTES_PER_PART = 32 << 20  # of rows before they are completed
 VALUES_TO_COMPARE = 1 << 16
 REPEATED = 16  # times a value occurs on average, from which on a dictionary of values pays
-# Adds columns to rows, and chooses them.
-Complete = Callable[[pa.RecordBatch], pa.RecordBatch]
+Batches = Iterable[pa.RecordBatch]
+# Adds columns to the rows of a row group, and chooses them; None: rows are complete.
+Complete = Callable[[pa.RecordBatch], pa.RecordBatch] | None
 
 
 def write_parts(
-    batches: Iterable[pa.RecordBatch],
-    folder: Path,
-    rows_per_group: int,
-    threads: int,
-    complete: Complete | None,
+    batches: Batches, folder: Path, rows_per_group: int, threads: int, complete: Complete
 ) -> int:
-    """Write batches in order into a new folder, no file without rows; return the number of rows.
-
-    `complete` makes the rows of a row group, in as many threads as files are written at once.
-    """
+    """Write batches in order into a new folder, no file without rows; return the number of rows."""
     folder.mkdir(parents=True)
     rows = 0
     running: deque[Future[None]] = deque()
@@ -49,9 +43,7 @@ def write_parts(
     return rows
 
 
-def slices_by(
-    batches: Iterable[pa.RecordBatch], column: str
-) -> Iterator[tuple[str, pa.RecordBatch]]:
+def slices_by(batches: Batches, column: str) -> Iterator[tuple[str, pa.RecordBatch]]:
     """Yield slices of batches that agree in a column, with its value."""
     for batch in batches:
         values = batch.column(column)
@@ -62,7 +54,7 @@ def slices_by(
                 yield values[first].as_py(), batch.slice(first, end - first)
 
 
-def _parts(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+def _parts(batches: Batches) -> Iterator[pa.Table]:
     pending: list[pa.RecordBatch] = []
     for batch in batches:
         pending.append(batch)
@@ -73,7 +65,7 @@ def _parts(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
         yield pa.Table.from_batches(pending)
 
 
-def _write_part(part: pa.Table, path: Path, rows_per_group: int, complete: Complete | None) -> None:
+def _write_part(part: pa.Table, path: Path, rows_per_group: int, complete: Complete) -> None:
     groups: Iterator[pa.RecordBatch] = (
         part.slice(first, rows_per_group).combine_chunks().to_batches()[0]
         for first in range(0, part.num_rows, rows_per_group)
@@ -81,14 +73,12 @@ def _write_part(part: pa.Table, path: Path, rows_per_group: int, complete: Compl
     if complete is not None:
         groups = map(complete, groups)
     group = next(groups)
-    with pq.ParquetWriter(
-        path, group.schema, compression="zstd", write_page_checksum=True, **_encodings(group)
-    ) as writer:
+    with pq.ParquetWriter(path, group.schema, **_writer_options(group)) as writer:
         for rows in chain([group], groups):
             writer.write_batch(rows, row_group_size=rows_per_group)
 
 
-def _encodings(rows: pa.RecordBatch) -> dict[str, Any]:
+def _writer_options(rows: pa.RecordBatch) -> dict[str, Any]:
     """Return settings of a writer: numbers that hardly repeat are split into streams of bytes."""
     dictionary, streams = [], {}
     for name, column in zip(rows.schema.names, rows.columns, strict=True):
@@ -101,4 +91,5 @@ def _encodings(rows: pa.RecordBatch) -> dict[str, Any]:
             streams[path] = "BYTE_STREAM_SPLIT"
         else:
             dictionary.append(path)
-    return {"use_dictionary": dictionary, "column_encoding": streams or None}
+    encodings = {"use_dictionary": dictionary, "column_encoding": streams or None}
+    return {"compression": "zstd", "write_page_checksum": True, **encodings}

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from recsys.data.events.clean_events import read_events
 from recsys.data.events.daily import prepare_days
-from recsys.data.events.dataset import DatasetWriter
-from recsys.data.events.histories import add_histories
-from recsys.data.events.history_values import HistoryFiles
+from recsys.data.events.dataset import DatasetWriter, complete_samples
 from recsys.data.events.load import load_events_config
-from recsys.data.events.negatives import add_negatives
 from recsys.data.events.samples import make_rows, split_conditions
 from recsys.data.events.settings import EventsConfig
-from recsys.data.events.snapshots import add_features, check_pictures, read_snapshots
-from recsys.data.events.sql import SqlEngine, open_engine, stage_folder
+from recsys.data.events.snapshots import read_snapshots
+from recsys.data.events.sql import SqlEngine, open_engine
 from recsys.storage.files import whole_folder
 
 
@@ -43,8 +39,11 @@ def prepare_events(
         assert report is not None, "new files or not"
         return report
     settings = load_events_config(config, source)
-    with whole_folder(unused_folder(out)) as partial:
-        return run_stages(settings, partial, memory, spark_master, threads, temp)
+    with (
+        whole_folder(unused_folder(out)) as partial,
+        open_engine(partial, temp, memory, threads, spark_master) as engine,
+    ):
+        return write_datasets(engine, settings, partial)
 
 
 def unused_folder(out: Path) -> Path:
@@ -57,54 +56,22 @@ def unused_folder(out: Path) -> Path:
     return out
 
 
-def run_stages(
-    config: EventsConfig,
-    folder: Path,
-    memory: str | None = None,
-    spark_master: str | None = None,
-    threads: int | None = None,
-    temp: Path | None = None,
-) -> dict[str, Any]:
-    """Write the datasets and `report.json` into a folder, and return the report."""
-    with (
-        stage_folder(folder, temp) as work,
-        closing(open_engine(work, memory, spark_master, threads)) as engine,
-    ):
-        report = write_datasets(engine, config, folder)
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    return report
-
-
 def make_samples(engine: SqlEngine, config: EventsConfig) -> tuple[DatasetWriter, dict[str, Any]]:
     """Run the stages up to `complete`; return the writer of its datasets, and the report so far."""
     types, num_read, reasons = read_events(engine, config)
-    if config.items is not None:
-        available_from = config.available_from
-        reasons |= read_snapshots(
-            engine, "item", config.items, types["iid"], available_from=available_from
-        )
-        check_pictures(engine, config.items)
-    if config.users is not None:
-        reasons |= read_snapshots(engine, "user", config.users, types["uid"])
+    reasons |= read_snapshots(engine, config, types)
     reasons |= make_rows(engine, config)
     datasets, embargoed = split_conditions(engine, config)
-    reasons |= embargoed
-    stage = "rows"
-    if config.negatives is not None:
-        datasets, missing = add_negatives(engine, config, datasets)
-        reasons |= missing
-        stage = "drawn"
-    reasons |= add_features(engine, config, stage)
-    files = None if engine.scratch is None else HistoryFiles(engine.scratch, config.histories)
-    lists = add_histories(engine, config, types, files)
-    writer = DatasetWriter(engine, config, datasets, lists, files)
-    return writer, {"events": num_read, "left_out": reasons}
+    writer, missing = complete_samples(engine, config, types, datasets)
+    return writer, {"events": num_read, "left_out": reasons | embargoed | missing}
 
 
 def write_datasets(engine: SqlEngine, config: EventsConfig, folder: Path) -> dict[str, Any]:
-    """Run all stages, write the datasets into a folder, and return the report."""
+    """Run all stages, write the datasets and `report.json` into a folder; return the report."""
     writer, report = make_samples(engine, config)
-    return report | {"splits": writer.write(folder)}
+    report["splits"] = writer.write(folder)
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
 
 
 def format_report(report: dict[str, Any]) -> str:

@@ -1,7 +1,5 @@
 """Reads the files of a table as Arrow batches with canonical names and types.
 
-A task is a row group of a Parquet file, or a text file.
-
 Shapes: N rows of a batch, M rows that it becomes.
 """
 
@@ -18,6 +16,7 @@ import pyarrow.compute as pc
 from recsys.data.events.file_columns import (
     Field,
     Parts,
+    Types,
     canonical,
     canonical_type,
     check_columns,
@@ -26,12 +25,12 @@ from recsys.data.events.file_columns import (
     data_files,
     fixed_folder,
     id_type,
-    is_text,
     partition_values,
     with_integers,
     without_views,
 )
 from recsys.data.events.settings import EventTable, Several, Source, Value
+from recsys.data.events.times import first_row, is_text
 from recsys.data.parquet.file import READ_ERRORS, open_parquet
 from recsys.data.parquet.values import is_list, list_lengths
 from recsys.storage.location import Location
@@ -42,7 +41,8 @@ FILE_BITS = 36  # a row's position is its file's number, shifted by this, and it
 PLACE_BITS = 12  # of a row's position: place of the item among those of its row
 MOST_ITEMS, MOST_ROWS = 1 << PLACE_BITS, 1 << 24  # of a row, and of a file
 
-ReadTask = tuple[int, str, int, int]  # number of the file, its URL, row group (-1: all), first row
+# A row group of a Parquet file, or a text file: its number, URL, row group (-1: all) and first row.
+ReadTask = tuple[int, str, int, int]
 
 
 @dataclass(frozen=True)
@@ -86,23 +86,18 @@ class Reader:
         except pa.ArrowInvalid as error:
             raise ValueError(f"{file}: {error}") from error
 
-    def completed(self, types: dict[str, pa.DataType]) -> Reader:
-        """Return this reader with exactly the named columns; those it lacks are null.
-
-        A column of another type here is a ValueError.
-        """
+    def completed(self, types: Types) -> Reader:
+        """Return this reader with these columns, null if it lacks one; another type is an error."""
         fields = {field.name: field for field in self.fields}
-        for name, kind in types.items():
-            if name in fields and self.schema.field(name).type != kind:
+        for name, field in fields.items():
+            if (kind := self.schema.field(name).type) != types[name]:
                 raise ValueError(
-                    f"{self.tasks[0][1]}: column '{fields[name].column}' has type "
-                    f"{self.schema.field(name).type}, but {kind} in another table; write one type"
+                    f"{self.tasks[0][1]}: column '{field.column}' has type {kind}, but "
+                    f"{types[name]} in another table; write one type"
                 )
-        return replace(
-            self,
-            fields=[fields.get(name, Field(name, "", "missing")) for name in types],
-            schema=pa.schema([("position", pa.int64()), *types.items()]),
-        )
+        all_fields = [fields.get(name, Field(name, "", "missing")) for name in types]
+        schema = pa.schema([("position", pa.int64()), *types.items()])
+        return replace(self, fields=all_fields, schema=schema)
 
     def _batches(self, file: Location, group: int, parts: Parts) -> Iterator[pa.RecordBatch]:
         columns = _columns_to_read(self.source, self.fields, parts)
@@ -120,21 +115,17 @@ class Reader:
             check_columns(file, parquet.schema_arrow.names, columns)
             try:
                 if columns:
-                    batches = parquet.iter_batches(
-                        ROWS_PER_BATCH, row_groups=[group], columns=columns
-                    )
+                    batches = parquet.iter_batches(ROWS_PER_BATCH, [group], columns)
                     yield from map(without_views, batches)
             except READ_ERRORS as error:
-                raise ValueError(
-                    f"{file}: row group {group} cannot be read ({error}); write the file again"
-                ) from error
+                problem = f"row group {group} cannot be read ({error})"
+                raise ValueError(f"{file}: {problem}; write the file again") from error
 
 
 def file_sizes(name: str, source: Source, may_be_empty: bool) -> dict[str, tuple[str, int]]:
     """Return URL and bytes of each file of a table, by its name below the paths of the table."""
-    paths = [source.path] if isinstance(source.path, str) else source.path
     sizes = {}
-    for number, root in enumerate(map(Location.of, paths)):
+    for number, root in enumerate(map(Location.of, source.path)):
         root.filesystem.invalidate_cache()  # object stores keep what they have listed
         folder = fixed_folder(root)
         for file in data_files(name, root, may_be_empty):
@@ -144,27 +135,21 @@ def file_sizes(name: str, source: Source, may_be_empty: bool) -> dict[str, tuple
 
 
 def open_source(
-    name: str,
-    source: Source,
-    fields: list[Field],
-    first_file: int = 0,
-    only: Collection[str] | None = None,
+    name: str, source: Source, fields: list[Field], first_file: int = 0, only: Collection[str] = ()
 ) -> Reader:
     """List the files of a table, or those in `only`, and decide the types of its columns.
 
     Positions of rows count files from `first_file`. No file, or a first file that cannot be read or
     lacks a column, is a ValueError.
     """
-    paths = [source.path] if isinstance(source.path, str) else source.path
-    roots = [Location.of(path) for path in paths]
-    files = [file for root in roots for file in data_files(name, root, only is not None)]
+    roots = [Location.of(path) for path in source.path]  # a list, as it is loaded
+    files = [file for root in roots for file in data_files(name, root, bool(only))]
     urls = Counter(map(str, files))
     if len(urls) < len(files):
-        raise ValueError(
-            f"{max(urls, key=urls.__getitem__)}: twice in the path of '{name}'; name it once"
-        )
+        ((url, _),) = urls.most_common(1)
+        raise ValueError(f"{url}: twice in the path of '{name}'; name it once")
     tasks, filled, empty = list[ReadTask](), list[Location](), list[Location]()
-    if only is not None:
+    if only:
         files = [file for file in files if str(file) in only]
     for number, file in enumerate(files, first_file):
         if not file.path.endswith(".parquet"):
@@ -197,7 +182,7 @@ def _schema(
     source: Source, fields: list[Field], roots: list[str], files: list[Location]
 ) -> pa.Schema:
     """Return the canonical types: of each column, by the first file that has a value of it."""
-    types: dict[str, pa.DataType] = {}
+    types: Types = {}
     for file in files:
         for name, kind in _types(source, fields, roots, file).items():
             if name not in types or pa.types.is_null(types[name]):
@@ -208,18 +193,15 @@ def _schema(
         raise ValueError(f"{files[0]}: no rows; write some or remove the file")
     parts_of_files = [partition_values(roots, str(file)) for file in files]
     for field in fields:
-        texts = [parts.get(field.column) for parts in parts_of_files]
-        texts = [text for text in texts if text is not None]
+        texts = {parts.get(field.column) for parts in parts_of_files} - {None}
         if texts and field.kind in ("id", "any"):
-            is_number = id_type(pa.array(texts)) == pa.int64()
+            is_number = id_type(pa.array(list(texts))) == pa.int64()
             types[field.name] = pa.int64() if is_number else pa.string()
     kinds = {field.name: canonical_type(types[field.name], field, files[0]) for field in fields}
     return pa.schema([("position", pa.int64()), *kinds.items()])
 
 
-def _types(
-    source: Source, fields: list[Field], roots: list[str], file: Location
-) -> dict[str, pa.DataType]:
+def _types(source: Source, fields: list[Field], roots: list[str], file: Location) -> Types:
     """Return the types of fields in one file; none if it is a text file without rows."""
     parts = partition_values(roots, str(file))
     columns = _columns_to_read(source, fields, parts)
@@ -255,8 +237,8 @@ def selected_rows(
 ) -> tuple[pa.RecordBatch, np.ndarray]:  # batch [N] -> [M], int64 [M]
     """Return the rows that `where` selects, each with one item, and their positions in the file.
 
-    `first_row` is that of the batch in the file, `parts` are the values of the file's folders. A
-    column that cannot be split, or of another type than the value in `where`, is a ValueError.
+    `first_row` is that of the batch, `parts` are the values of the file's folders. A column that
+    cannot be split, or of another type than the value in `where`, is a ValueError.
     """
     positions = np.arange(first_row, first_row + batch.num_rows)
     if not isinstance(source, EventTable):
@@ -309,8 +291,7 @@ def _split(
     lengths = list_lengths(lists)
     counts = np.maximum(lengths, 1)  # a row without items stays one, without an item
     parents = np.repeat(np.arange(len(lists)), counts)
-    begins = np.cumsum(counts) - counts
-    places = np.arange(len(parents)) - begins[parents]
+    places = np.arange(len(parents)) - np.repeat(np.cumsum(counts) - counts, counts)
     if len(parents) and (places.max() >= MOST_ITEMS or rows.max() >= MOST_ROWS):
         raise ValueError(
             f"{where}: a row has at most {MOST_ITEMS} items, and a file at most {MOST_ROWS} rows; "
@@ -344,14 +325,13 @@ def _with_number(
     pattern = pc.split_pattern(items, several.separator, max_splits=1, reverse=True)
     has_both = pc.equal(pc.list_value_length(pattern), 2)
     has_item = pc.invert(pc.starts_with(items, several.separator))
-    wrong = ~np.asarray(pc.and_(has_both, has_item).fill_null(True))
-    if not wrong.any():
-        try:
-            return pc.list_element(pattern, 0), pc.list_element(pattern, 1).cast(pa.float64())
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{where}: {error}; write a number after each item") from error
-    place = int(wrong.argmax())
-    raise ValueError(
-        f"{where}, row {rows[place]}: '{items[place].as_py()}' is no item with a number after "
-        f"'{several.separator}'; write both, or leave `column` out"
-    )
+    place = first_row(pc.invert(pc.and_(has_both, has_item)))
+    if place is not None:
+        raise ValueError(
+            f"{where}, row {rows[place]}: '{items[place]}' is no item with a number after "
+            f"'{several.separator}'; write both, or leave `column` out"
+        )
+    try:
+        return pc.list_element(pattern, 0), pc.list_element(pattern, 1).cast(pa.float64())
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{where}: {error}; write a number after each item") from error

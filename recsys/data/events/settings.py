@@ -7,9 +7,10 @@ from typing import Literal
 
 import numpy as np
 
-from recsys.data.events.times import duration
+from recsys.data.events.times import Calendar, duration, moment, now
 from recsys.data.schema_columns import Column
 
+IMPRESSION = "impression"  # the action of impressions
 TimeUnit = Literal["s", "ms", "us"]
 SplitBy = Literal["time", "dates", "user", "leave_last", "windows"]
 
@@ -156,11 +157,6 @@ class Parallel:
     fill: float = 0.0  # value instead of null; null ids are unknown
 
     @property
-    def is_as_stored(self) -> bool:
-        """Whether values of the list are those of the column."""
-        return self.at_least is None and self.scale == 1
-
-    @property
     def stored_fill(self) -> float:
         """Value of a list in place of null: the fill, scaled as the other values are."""
         if self.at_least is not None:
@@ -268,14 +264,31 @@ class EventsConfig:
     output: Output = field(default_factory=Output)
 
     @property
-    def event_tables(self) -> list[EventTable]:
-        return [*self.events.values(), *([self.impressions] if self.impressions else [])]
+    def tables(self) -> dict[str, EventTable]:
+        """Tables of events and impressions, by action."""
+        impressions = {IMPRESSION: self.impressions} if self.impressions else {}
+        return {**self.events, **impressions}
 
     @property
     def time_zone(self) -> str | None:
         """Zone of dates in these settings: that of events and impressions; None: they differ."""
-        zones = {table.time_zone for table in self.event_tables}
+        zones = {table.time_zone for table in self.tables.values()}
         return zones.pop() if len(zones) == 1 else None
+
+    @property
+    def row_tables(self) -> list[EventTable]:
+        """Tables of which rows may become samples."""
+        return [self.impressions] if self.impressions else [*self.events.values()]
+
+    @property
+    def calendar(self) -> Calendar:
+        return Calendar(self.time_zone or "UTC", self.partition)
+
+    @property
+    def latest(self) -> int:
+        """Microseconds of the time after which no event counts: now, if none is set."""
+        later_than = self.drop.later_than
+        return now() if later_than is None else moment(later_than, self.time_zone)
 
     @property
     def available_from(self) -> str | None:
@@ -284,7 +297,7 @@ class EventsConfig:
 
     @property
     def has_arrival(self) -> bool:
-        return any(table.arrived is not None for table in self.event_tables)
+        return any(table.arrived is not None for table in self.tables.values())
 
     @property
     def arrival(self) -> str:
@@ -294,8 +307,7 @@ class EventsConfig:
     @property
     def by_request(self) -> bool:
         """Whether a row and the actions that label it agree in a request."""
-        tables = [self.impressions] if self.impressions else self.events.values()
-        return any(table.request is not None for table in tables)
+        return any(table.request is not None for table in self.row_tables)
 
     @property
     def label_window(self) -> int:
@@ -309,19 +321,17 @@ class EventsConfig:
         return self.label_window if self.unripe == "drop" else 0
 
     @property
+    def item_features(self) -> dict[str, Feature]:
+        return self.items.columns if self.items else {}
+
+    @property
     def features(self) -> dict[str, Feature]:
-        tables = [table.columns for table in (self.items, self.users) if table is not None]
-        return {
-            name: column for columns in (self.context, *tables) for name, column in columns.items()
-        }
+        return {**self.context, **self.item_features, **(self.users.columns if self.users else {})}
 
     @property
     def parallels(self) -> dict[str, Parallel]:
-        return {
-            name: parallel
-            for history in self.histories.values()
-            for name, parallel in history.parallel.items()
-        }
+        parts = [history.parallel for history in self.histories.values()]
+        return {name: parallel for part in parts for name, parallel in part.items()}
 
     @property
     def actions(self) -> dict[str, list[str] | None]:

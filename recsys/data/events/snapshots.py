@@ -1,11 +1,10 @@
-"""Tables of items and users: columns as they were at a sample's or an event's time, and pictures.
-
-Pictures that the item table names by path go as bytes into the items of the dataset.
-"""
+"""Tables of items and users: columns as they were at the time of a row, and pictures."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,8 +15,9 @@ from recsys.data.events.clean_events import KINDS, check_unit, settle_fill
 from recsys.data.events.file_columns import Field
 from recsys.data.events.reader import open_source
 from recsys.data.events.samples import complete_rows, required_features
-from recsys.data.events.settings import Content, EventsConfig, ItemTable, Snapshots
-from recsys.data.events.sql import FOREVER, SqlEngine, count_rows, filled, one_value, quoted
+from recsys.data.events.settings import Content, EventsConfig, Feature, ItemTable, Snapshots
+from recsys.data.events.sql import FOREVER, SqlEngine, aligned, filled, listed, quoted
+from recsys.data.events.times import is_text
 from recsys.data.items.images import check_first_image
 from recsys.data.parquet.values import is_list
 from recsys.storage.files import whole_file
@@ -25,94 +25,97 @@ from recsys.storage.location import Location
 
 
 def read_snapshots(
-    engine: SqlEngine,
-    name: str,
-    table: Snapshots,
-    kind: pa.DataType,
-    must_match: bool = True,
-    available_from: str | None = None,
+    engine: SqlEngine, config: EventsConfig, types: dict[str, pa.DataType], must_match: bool = True
 ) -> dict[str, int]:
-    """Make the stage `NAME_snapshots`: id, valid_from, valid_until, features and content.
+    """Make the stages `item_snapshots` and `user_snapshots`; count the rows left out by reason.
 
-    `name` is item or user, `kind` the type of its ids. Rows left out are counted by reason. Ids
-    with several rows at one time, or, with `must_match`, without any event, are a ValueError.
-    `available_from` is a column of times to read, too.
+    They have id, valid_from, valid_until, features and content. Ids with several rows at one time,
+    or, with `must_match`, without any event, are a ValueError. `types` are those of the events.
     """
-    fields = _fields(table, available_from)
-    reader = open_source(name, table, fields)
-    file, id_kind = reader.tasks[0][1], reader.schema.field("id").type
-    if id_kind != kind:
+    reasons: dict[str, int] = {}
+    for name, key, table in snapshot_tables(config):
+        fields = _fields(config, table)
+        reader = open_source(name, table, fields)
+        file = reader.tasks[0][1]
+        _check_types(file, table, reader.schema, types[key])
+        engine.add_files(f"{name}_read", [reader])
+        begin = str(-FOREVER) if table.valid_from is None else "valid_from"
+        end = f"lead({begin}) OVER (PARTITION BY id ORDER BY {begin})"
+        usable = f"id IS NOT NULL AND {begin} IS NOT NULL"
+        columns = listed(field.name for field in fields if field.name != "valid_from")
+        for field in fields:
+            if field.kind == "time":
+                check_unit(engine, f"{name}s", table, field.name, f"{name}_read")
+        engine.add(
+            f"{name}_snapshots",
+            f"SELECT {columns}, {begin} AS valid_from, coalesce({end}, {FOREVER}) AS valid_until, "
+            f"min({begin}) OVER (PARTITION BY id) AS first_valid_from FROM (SELECT DISTINCT "
+            f"{listed(field.name for field in fields)} FROM {name}_read WHERE {usable})",
+        )
+        _check_unique(engine, name, table, file)
+        match = f"SELECT id FROM clean_events JOIN {name}_snapshots ON {key} = id LIMIT 1"
+        if must_match and not engine.table(match).num_rows:
+            raise ValueError(
+                f"{file}: column '{table.id}': no event has one of these ids; correct "
+                f"the column, or leave {name}s out"
+            )
+        if count := engine.count_rows(f"{name}_read WHERE NOT ({usable})"):
+            reasons[f"{name} without id or time"] = count
+        if isinstance(table, ItemTable):
+            _check_pictures(engine, table)
+    return reasons
+
+
+def snapshot_tables(config: EventsConfig) -> Iterator[tuple[str, str, Snapshots]]:
+    """Yield the tables of items and users with their names and the columns of ids in events."""
+    for name, key, table in (("item", "iid", config.items), ("user", "uid", config.users)):
+        if table is not None:
+            yield name, key, table
+
+
+def _fields(config: EventsConfig, table: Snapshots) -> list[Field]:
+    fields = [Field("id", table.id, "id")]
+    if table.valid_from is not None:
+        fields.append(Field("valid_from", table.valid_from, "time"))
+    if table is config.items and config.available_from is not None:
+        fields.append(Field("available_from", config.available_from, "time"))
+    for name, feature in table.columns.items():
+        fields.append(Field(f"f_{name}", name, KINDS[feature.kind]))
+    for column, content in table.content.items() if isinstance(table, ItemTable) else ():
+        form = "words" if content.kind == "text" else "any"
+        form = form if content.path_column is None else "text"
+        fields.append(Field(f"t_{column}", content.path_column or column, form))
+    return fields
+
+
+def _check_types(file: str, table: Snapshots, schema: pa.Schema, kind: pa.DataType) -> None:
+    """Raise a ValueError for a column whose type does not fit; ids are of `kind`."""
+    if (id_kind := schema.field("id").type) != kind:
         raise ValueError(
             f"{file}: column '{table.id}' has type {id_kind}, but {kind} in the events; write one "
             "type"
         )
     for column, feature in table.columns.items():
-        settle_fill(column, feature, reader.schema.field(f"f_{column}").type)
-    if isinstance(table, ItemTable):
-        for column, content in table.content.items():
-            _check_content(file, column, content, reader.schema.field(f"t_{column}").type)
-    engine.add_files(f"{name}_read", [reader])
-    begin = str(-FOREVER) if table.valid_from is None else "valid_from"
-    end = f"lead({begin}) OVER (PARTITION BY id ORDER BY {begin})"
-    columns = ", ".join(quoted(field.name) for field in fields if field.name != "valid_from")
-    names = ", ".join(quoted(field.name) for field in fields)
-    usable = f"id IS NOT NULL AND {begin} IS NOT NULL"
-    for field in fields:
-        if field.kind == "time":
-            check_unit(engine, f"{name}s", table, field.name, f"{name}_read")
-    first = f"min({begin}) OVER (PARTITION BY id)"
-    distinct = f"SELECT DISTINCT {names} FROM {name}_read WHERE {usable}"
-    engine.add(
-        f"{name}_snapshots",
-        f"SELECT {columns}, {begin} AS valid_from, coalesce({end}, {FOREVER}) AS valid_until, "
-        f"{first} AS first_valid_from FROM ({distinct})",
-    )
-    _check_unique(engine, name, table, file)
-    key = "iid" if name == "item" else "uid"
-    match = f"SELECT id FROM clean_events JOIN {name}_snapshots ON {key} = id LIMIT 1"
-    if must_match and not engine.table(match).num_rows:
-        raise ValueError(
-            f"{file}: column '{table.id}': no event has one of these ids; correct "
-            f"the column, or leave {name}s out"
-        )
-    count = count_rows(engine, f"{name}_read WHERE NOT ({usable})")
-    return {f"{name} without id or time": count} if count else {}
-
-
-def _fields(table: Snapshots, available_from: str | None) -> list[Field]:
-    fields = [Field("id", table.id, "id")]
-    if table.valid_from is not None:
-        fields.append(Field("valid_from", table.valid_from, "time"))
-    if available_from is not None:
-        fields.append(Field("available_from", available_from, "time"))
-    fields += [
-        Field(f"f_{name}", name, KINDS[feature.kind]) for name, feature in table.columns.items()
-    ]
-    if isinstance(table, ItemTable):
-        for column, content in table.content.items():
-            form = "words" if content.kind == "text" else "any"
-            form = form if content.path_column is None else "text"
-            fields.append(Field(f"t_{column}", content.path_column or column, form))
-    return fields
+        settle_fill(column, feature, schema.field(f"f_{column}").type)
+    for column, content in table.content.items() if isinstance(table, ItemTable) else ():
+        if content.path_column is None:
+            _check_content(file, column, content, schema.field(f"t_{column}").type)
 
 
 def _check_content(file: str, name: str, content: Content, kind: pa.DataType) -> None:
     value = kind.value_type if is_list(kind) else kind
     number = value.value_type if is_list(value) else value
-    is_integer = number == kind and pa.types.is_integer(kind)
-    fits = {
-        "text": pa.types.is_string(kind) or pa.types.is_large_string(kind),
-        "image": pa.types.is_binary(value) or pa.types.is_large_binary(value),
-        "feature": pa.types.is_floating(number) or is_integer,
-        "category": is_id_type(value) or pa.types.is_null(value),
-    }
-    if content.path_column is None and not fits.get(content.kind, True):
-        expected = {
-            "text": "string",
-            "image": "binary, or path_column",
-            "feature": "a number, list<float> or list<list<float>>",
-            "category": "integer or string, or a list of them",
-        }[content.kind]
+    is_bytes = pa.types.is_binary(value) or pa.types.is_large_binary(value)
+    is_number = pa.types.is_floating(number) or (number == kind and pa.types.is_integer(kind))
+    is_id = is_id_type(value) or pa.types.is_null(value)
+    fits, expected = {
+        "text": (is_text(kind), "string"),
+        "image": (is_bytes, "binary, or path_column"),
+        "feature": (is_number, "a number, list<float> or list<list<float>>"),
+        "category": (is_id, "integer or string, or a list of them"),
+        "other": (True, "anything"),
+    }[content.kind]
+    if not fits:
         raise ValueError(
             f"{file}: column '{name}' has type {kind}, expected {expected}; write it so"
         )
@@ -120,28 +123,26 @@ def _check_content(file: str, name: str, content: Content, kind: pa.DataType) ->
 
 def _check_unique(engine: SqlEngine, name: str, table: Snapshots, file: str) -> None:
     rows = f"SELECT id FROM {name}_snapshots GROUP BY id, valid_from HAVING count(*) > 1"
-    repeated = one_value(engine, "min(id)", f"({rows})")
+    repeated = engine.value("min(id)", f"({rows})")
     if repeated is not None:
-        raise ValueError(
-            f"{file}: column '{table.id}': {repeated} has several rows"
-            + (" of one time; keep one" if table.valid_from else "; keep one, or set valid_from")
-        )
+        fix = " of one time; keep one" if table.valid_from else "; keep one, or set valid_from"
+        raise ValueError(f"{file}: column '{table.id}': {repeated} has several rows{fix}")
 
 
 def with_columns(
-    source: str, name: str, key: str, columns: dict[str, str], table: Snapshots
+    source: str, table: str, key: str, features: Mapping[str, Feature], prefix: str
 ) -> str:
-    """Return SQL that adds columns of the snapshot that was valid at each row's time.
+    """Return SQL that adds features of the snapshot that was valid at each row's time.
 
-    `source` is SQL with `key`, the column of ids, and `ts`; `columns` has the new names.
+    `source` is SQL with `ts` and `key`, the column of ids; `prefix` begins the columns' names.
     """
-    names = ", ".join(
-        filled(f"t.{quoted(f'f_{column}')}", table.columns[column].fill, new)
-        for column, new in columns.items()
-    )
+    columns = {
+        f"{prefix}{name}": filled(f"t.{quoted(f'f_{name}')}", feature.fill)
+        for name, feature in features.items()
+    }
     return (
-        f"SELECT s.*, {names} FROM ({source}) s LEFT JOIN {name}_snapshots t ON s.{key} = t.id "
-        "AND s.ts >= t.valid_from AND s.ts < t.valid_until"
+        f"SELECT s.*, {aligned(columns, columns)} FROM ({source}) s LEFT JOIN {table}_snapshots t "
+        f"ON s.{key} = t.id AND s.ts >= t.valid_from AND s.ts < t.valid_until"
     )
 
 
@@ -151,10 +152,9 @@ def add_features(
     """Make the stage `samples` of `source` with item and user features; count those left out."""
     query = f"SELECT * FROM {source}"
     required: dict[str, str] = {}
-    for table, name, key in ((config.items, "item", "iid"), (config.users, "user", "uid")):
-        if table is not None and table.columns:
-            columns = {column: f"c_{column}" for column in table.columns}
-            query = with_columns(query, name, key, columns, table)
+    for name, key, table in snapshot_tables(config):
+        if table.columns:
+            query = with_columns(query, name, key, table.columns, "c_")
             required |= required_features(config, list(table.columns))
     if not required:
         engine.view("samples", query)
@@ -162,7 +162,7 @@ def add_features(
     engine.add("enriched", query)
     is_complete, reasons = complete_rows(engine, "enriched", required)
     engine.view("samples", f"SELECT * FROM enriched WHERE {is_complete}")
-    if not may_be_empty and not count_rows(engine, "samples"):
+    if not may_be_empty and not engine.count_rows("samples"):
         raise ValueError(f"rows: none is left; {reasons} were left out; correct these columns")
     return reasons
 
@@ -171,21 +171,18 @@ PICTURES_PER_GROUP = 128  # pictures in memory at once
 READERS = 16  # at once: a picture from a URL is mostly waited for
 
 
-def named_pictures(items: ItemTable) -> dict[str, Content]:
+def _named_pictures(items: ItemTable) -> dict[str, Content]:
     """Return the contents whose pictures are files."""
     return {name: part for name, part in items.content.items() if part.path_column is not None}
 
 
-def check_pictures(engine: SqlEngine, items: ItemTable) -> None:
+def _check_pictures(engine: SqlEngine, items: ItemTable) -> None:
     """Raise a ValueError if the first picture of a column is none, or a local file is missing."""
-    for name, content in named_pictures(items).items():
+    for name, content in _named_pictures(items).items():
         path = quoted(f"t_{name}")
-        paths = engine.table(
-            f"SELECT DISTINCT id, {path} AS path FROM item_snapshots WHERE {path} <> '' "
-            "ORDER BY 1, 2"
-        )
-        rows = zip(paths["id"].to_pylist(), paths["path"].to_pylist(), strict=True)
-        for place, (item, path) in enumerate(rows):
+        rows = f"SELECT DISTINCT id, {path} AS path FROM item_snapshots WHERE {path} <> ''"
+        ids, paths = engine.table(f"{rows} ORDER BY 1, 2").columns
+        for place, (item, path) in enumerate(zip(ids.to_pylist(), paths.to_pylist())):
             file = _location(content, path)
             if place == 0:
                 where = f"{file}: the picture of item {item}"
@@ -196,29 +193,26 @@ def check_pictures(engine: SqlEngine, items: ItemTable) -> None:
 
 def add_pictures(folder: Path, items: ItemTable, id_column: str) -> None:
     """Replace paths by the bytes of their files in the items' Parquet files."""
-    contents = named_pictures(items)
+    contents = _named_pictures(items)
     if not contents:
         return
     for file in sorted(folder.glob("*.parquet")):
-        with pq.ParquetFile(file) as source, whole_file(file) as partial:
+        with pq.ParquetFile(file) as source, whole_file(file) as new_file:
             schema = source.schema_arrow
             for name in contents:
                 schema = schema.set(schema.get_field_index(name), pa.field(name, pa.binary()))
+            options = {"compression": "zstd", "write_page_checksum": True}
             with (
-                pq.ParquetWriter(
-                    partial, schema, compression="zstd", write_page_checksum=True
-                ) as writer,
+                pq.ParquetWriter(new_file, schema, **options) as writer,
                 ThreadPoolExecutor(READERS) as readers,
             ):
                 for batch in source.iter_batches(PICTURES_PER_GROUP):
                     columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+                    ids = columns[id_column].to_pylist()
                     for name, content in contents.items():
-                        read = readers.map(
-                            lambda item, path, content=content: _read(content, item, path),
-                            columns[id_column].to_pylist(),
-                            columns[name].to_pylist(),
-                        )
-                        columns[name] = pa.array(list(read), pa.binary())
+                        paths = columns[name].to_pylist()
+                        pictures = readers.map(partial(_read, content), ids, paths)
+                        columns[name] = pa.array(list(pictures), pa.binary())
                     writer.write_batch(pa.record_batch(list(columns.values()), schema=schema))
 
 

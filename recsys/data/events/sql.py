@@ -11,18 +11,18 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recsys.data.events.parquet_parts import Complete, slices_by, write_parts
+from recsys.data.events.parquet_parts import Batches, Complete, slices_by, write_parts
 from recsys.extras import missing_extra
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 FOREVER = 2**62  # later than any time
 ROWS_PER_BATCH = 1 << 17
-ROWS_PER_GROUP = 8192  # small enough that several ranks share a split evenly
+GROUP_ROWS = 8192  # small enough that several ranks share a split evenly
+READ_SOON = "FORMAT parquet, COMPRESSION lz4_raw"  # of DuckDB's files
 AT_START = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false"}
 SETTINGS = {
     "spark.sql.ansi.enabled": "true",
@@ -38,21 +39,54 @@ SETTINGS = {
     "spark.sql.execution.arrow.maxRecordsPerBatch": str(ROWS_PER_BATCH),
 }
 
-# Maps the sorted batches of a partition, in order, to others.
-BatchFunction = Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]
+
+class BatchFunction(Protocol):
+    """Maps the sorted batches of a partition, in order, to others of a schema."""
+
+    @property
+    def schema(self) -> pa.Schema: ...
+
+    def __call__(self, batches: Batches) -> Iterator[pa.RecordBatch]: ...
 
 
-class DuckDBEngine:
+class _Results:
+    """Small results of stages, on any engine."""
+
+    def table(self, query: str) -> pa.Table:
+        """Return a small result."""
+        raise NotImplementedError
+
+    def schema(self, stage: str) -> pa.Schema:
+        return self.table(f"SELECT * FROM {stage} LIMIT 0").schema
+
+    def value(self, aggregate: str, source: str) -> int:
+        """Return an aggregate of a stage, or of those rows that a WHERE after its name selects."""
+        return self.table(f"SELECT {aggregate} AS x FROM {source}")["x"][0].as_py()
+
+    def count_rows(self, source: str) -> int:
+        """Return the number of rows, as `value`."""
+        return self.value("count(*)", source)
+
+    def count_by_reason(self, cases: dict[str, str], source: str) -> dict[str, int]:
+        """Count the rows of a stage by the first condition in `cases` they meet, "" for none."""
+        tests = " ".join(f"WHEN {test} THEN {place}" for place, test in enumerate(cases.values()))
+        table = self.table(
+            f"SELECT CASE {tests} ELSE {len(cases)} END AS r, count(*) AS n FROM {source} "
+            "GROUP BY 1 ORDER BY 1"
+        )
+        reasons = [*cases, ""]
+        return {reasons[row["r"]]: row["n"] for row in table.to_pylist()}
+
+
+class DuckDBEngine(_Results):
     """Runs stages, which are tables: DuckDB sorts, joins and spills; functions run in this process.
 
-    The caller removes the folder `work`. By default DuckDB takes 80 % of the memory and all cores.
+    By default DuckDB takes 80 % of the memory and all cores. What disk or memory refuse is a
+    ValueError, as are a `memory` that is no size and `threads` below 1.
 
     unnest, hash: names of SQL functions: one row per value of a list; several values to 64 bits.
-    work: folder of the stages, which all processes of the engine share.
+    work: folder of the stages, which all processes of the engine share; the caller removes it.
     scratch: folder for files that functions write, if they run in this process; else None.
-
-    Raises:
-        ValueError: the disk is full, `memory` is no size, or `threads` is below 1.
     """
 
     unnest, hash = "unnest", "hash"
@@ -64,14 +98,9 @@ class DuckDBEngine:
         self.work = work
         self.scratch: Path | None = work / "values"
         self._threads = threads or len(os.sched_getaffinity(0))
+        config: dict[str, Any] = {"temp_directory": str(work / "spilled"), "threads": self._threads}
         with self._explained():
-            self._duckdb = duckdb.connect(
-                config={
-                    "temp_directory": str(work / "spilled"),
-                    "preserve_insertion_order": False,
-                    "threads": self._threads,
-                }
-            )
+            self._duckdb = duckdb.connect(config=config | {"preserve_insertion_order": False})
         if memory is not None:
             try:
                 self._duckdb.execute("SET memory_limit = ?", [memory])
@@ -92,19 +121,16 @@ class DuckDBEngine:
         """Make a stage of a query's result."""
         file = self._new_file(name)
         with self._explained():
-            self._duckdb.execute(
-                f"COPY ({query}) TO '{file}' (FORMAT parquet, COMPRESSION lz4_raw)"
-            )
-        self.view(name, f"SELECT * FROM read_parquet('{file}')")
+            self._duckdb.execute(f"COPY ({query}) TO '{file}' ({READ_SOON})")
+        self.read_saved(name, [file])
 
     def save(self, query: str, file: Path, by: str | None = None) -> list[Path]:
         """Write a query's result as Parquet: `file`, or `BY=VALUE/NAME-*` beside it."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        target, options = file, "FORMAT parquet, COMPRESSION lz4_raw"  # read in each call
+        target, options = file, READ_SOON
         if by is not None:
-            target, options = file.parent, "FORMAT parquet, COMPRESSION zstd"
-            options += f", PARTITION_BY ({by}), FILENAME_PATTERN '{file.stem}-{{i}}'"
-            options += ", OVERWRITE_OR_IGNORE"
+            target, options = file.parent, f"FORMAT parquet, COMPRESSION zstd, PARTITION_BY ({by})"
+            options += f", FILENAME_PATTERN '{file.stem}-{{i}}', OVERWRITE_OR_IGNORE"
         with self._explained():
             self._duckdb.execute(f"COPY ({query}) TO '{target}' ({options})")
         return [file] if by is None else sorted(target.glob(f"*/{file.stem}-*"))
@@ -119,55 +145,44 @@ class DuckDBEngine:
             self._duckdb.execute(f"CREATE VIEW {name} AS {query}")
 
     def add_mapped(
-        self,
-        name: str,
-        query: str,
-        by: list[str],
-        order: list[str],
-        function: BatchFunction,
-        schema: pa.Schema,
+        self, name: str, query: str, by: list[str], order: list[str], function: BatchFunction
     ) -> None:
         """Make a stage of a function over a sorted result; rows that agree in `by` share a call."""
-        ordered = f"SELECT * FROM ({query}) ORDER BY {', '.join(map(quoted, [*by, *order]))}"
-        self._add_batches(name, function(self._batches(ordered)), schema)
+        ordered = f"SELECT * FROM ({query}) ORDER BY {listed([*by, *order])}"
+        self._add_batches(name, function(self._batches(ordered)), function.schema)
 
     def table(self, query: str) -> pa.Table:
-        """Return a small result."""
         with self._explained():
             return self._duckdb.sql(query).to_arrow_table()
 
     def write(
-        self,
-        query: str,
-        folder: Path,
-        rows_per_group: int = ROWS_PER_GROUP,
-        complete: Complete | None = None,
+        self, query: str, folder: Path, rows_per_group: int = GROUP_ROWS, complete: Complete = None
     ) -> int:
         """Write rows, made by `complete`, as Parquet in their order; return their number."""
         batches = self._batches(query, 16 * rows_per_group)
         with self._explained():
             return write_parts(batches, folder, rows_per_group, self._threads, complete)
 
-    def write_by(self, query: str, column: str, folder: Path, complete: Complete | None) -> None:
+    def write_by(self, query: str, column: str, folder: Path, complete: Complete) -> None:
         """Write rows, ordered by a column, into a folder for each value of it."""
         for value, parts in groupby(slices_by(self._batches(query), column), itemgetter(0)):
             batches = (batch for _, batch in parts)
             with self._explained():
-                write_parts(batches, folder / value, ROWS_PER_GROUP, self._threads, complete)
+                write_parts(batches, folder / value, GROUP_ROWS, self._threads, complete)
 
     @staticmethod
     def least_of_last(column: str, number: int, condition: str) -> str:
         """Return SQL of the least of the largest values of a column by a condition."""
         return f"list_min(max({column}, {number}) FILTER (WHERE {condition}))"
 
-    def _add_batches(self, name: str, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
+    def _add_batches(self, name: str, batches: Batches, schema: pa.Schema) -> None:
         file = self._new_file(name)
         # Read soon, and not searched; by the limits in the statistics DuckDB sorts narrow keys.
         options = {"compression": "lz4", "use_dictionary": False}
         with self._explained(), pq.ParquetWriter(file, schema, **options) as writer:
             for batch in batches:
                 writer.write_batch(batch)
-        self.view(name, f"SELECT * FROM read_parquet('{file}')")
+        self.read_saved(name, [file])
 
     def _new_file(self, name: str) -> Path:
         (self.work / name).mkdir()
@@ -191,7 +206,7 @@ class DuckDBEngine:
             raise ValueError(f"DuckDB cannot go on: {str(error).splitlines()[0]}") from error
 
 
-class SparkEngine:
+class SparkEngine(_Results):
     """A Spark session in the running application, or a new one at `master`; as `DuckDBEngine`."""
 
     unnest, hash = "explode", "xxhash64"
@@ -219,20 +234,16 @@ class SparkEngine:
             self._started.stop()
 
     def add_files(self, name: str, readers: list[Reader]) -> None:
-        tasks = [
-            (number, place)
-            for number, reader in enumerate(readers)
-            for place in range(len(reader.tasks))
-        ]
+        tasks = [(reader, task) for reader in readers for task in reader.tasks]
 
-        def read(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        def read(batches: Batches) -> Iterator[pa.RecordBatch]:
             for batch in batches:
-                for row in batch.to_pylist():
-                    reader = readers[row["reader"]]
-                    yield from reader.read(reader.tasks[row["task"]])
+                for number in batch.column(0).to_pylist():
+                    reader, task = tasks[number]
+                    yield from reader.read(task)
 
         parts = min(len(tasks), 10 * self._spark.sparkContext.defaultParallelism)
-        frame = self._spark.createDataFrame(tasks, "reader int, task int").repartition(parts)
+        frame = self._spark.range(len(tasks)).repartition(parts)
         self._save(name, frame.mapInArrow(read, _spark_schema(readers[0].schema)))
 
     def add(self, name: str, query: str) -> None:
@@ -242,38 +253,28 @@ class SparkEngine:
         self._spark.sql(query).createOrReplaceTempView(name)
 
     def add_mapped(
-        self,
-        name: str,
-        query: str,
-        by: list[str],
-        order: list[str],
-        function: BatchFunction,
-        schema: pa.Schema,
+        self, name: str, query: str, by: list[str], order: list[str], function: BatchFunction
     ) -> None:
         frame = self._spark.sql(query).repartition(*by).sortWithinPartitions(*by, *order)
-        self._save(name, frame.mapInArrow(function, _spark_schema(schema)))
+        self._save(name, frame.mapInArrow(function, _spark_schema(function.schema)))
 
     def table(self, query: str) -> pa.Table:
         with _spark_explained():
             return self._spark.sql(query).toArrow()
 
     def write(
-        self,
-        query: str,
-        folder: Path,
-        rows_per_group: int = ROWS_PER_GROUP,
-        complete: Complete | None = None,
+        self, query: str, folder: Path, rows_per_group: int = GROUP_ROWS, complete: Complete = None
     ) -> int:
         assert complete is None, "without scratch"
         return self._write(self._spark.sql(query), folder, rows_per_group)
 
-    def write_by(self, query: str, column: str, folder: Path, complete: Complete | None) -> None:
+    def write_by(self, query: str, column: str, folder: Path, complete: Complete) -> None:
         assert complete is None, "without scratch"
         frame = self._spark.sql(query)
         values = self.table(f"SELECT DISTINCT {quoted(column)} AS value FROM ({query})")["value"]
         for value in values.to_pylist():
             rows = frame.where(f"{quoted(column)} = '{value}'").drop(column)
-            self._write(rows, folder / value, ROWS_PER_GROUP)
+            self._write(rows, folder / value, GROUP_ROWS)
 
     def save(self, query: str, file: Path, by: str | None = None) -> list[Path]:
         parts, files = self.work / "saved" / file.parent.name, list[Path]()
@@ -314,25 +315,25 @@ class SparkEngine:
 SqlEngine = DuckDBEngine | SparkEngine
 
 
-def open_engine(
-    work: Path, memory: str | None, spark_master: str | None, threads: int | None
-) -> SqlEngine:
-    """Return an engine with the options of the command; Spark if `spark_master` names it."""
-    if spark_master is None:
-        return DuckDBEngine(work, memory, threads)
-    return SparkEngine(work, spark_master)
-
-
 @contextmanager
-def stage_folder(folder: Path, temp: Path | None) -> Iterator[Path]:
-    """Yield a folder of stages in `temp`, or else in `folder`, and remove it."""
+def open_engine(
+    folder: Path,
+    temp: Path | None = None,
+    memory: str | None = None,
+    threads: int | None = None,
+    spark_master: str | None = None,
+) -> Iterator[SqlEngine]:
+    """Yield an engine, Spark if a master is named, with stages in `temp`, or else in `folder`."""
     if temp is not None and not temp.is_dir():
         raise ValueError(f"--temp {temp}: no such folder; make it, or name another")
-    work = folder / "stages"
-    if temp is not None:
-        work = Path(tempfile.mkdtemp(prefix="prepare-events-", dir=temp))
+    work = Path(tempfile.mkdtemp(prefix="prepare-events-", dir=temp)) if temp else folder / "stages"
     try:
-        yield work
+        if spark_master is None:
+            engine: SqlEngine = DuckDBEngine(work, memory, threads)
+        else:
+            engine = SparkEngine(work, spark_master)
+        with closing(engine):
+            yield engine
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -377,6 +378,16 @@ def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def listed(names: Iterable[str]) -> str:
+    """Return names as SQL lists them."""
+    return ", ".join(map(quoted, names))
+
+
+def aligned(names: Iterable[str], columns: Mapping[str, str]) -> str:
+    """Return the SQL of columns in the order of names, null where there is none."""
+    return ", ".join(f"{columns.get(name, 'NULL')} AS {quoted(name)}" for name in names)
+
+
 def literal(text: str) -> str:
     """Return a text as SQL writes it; engines differ in how they escape quotes."""
     if "'" in text or "\\" in text:
@@ -384,32 +395,8 @@ def literal(text: str) -> str:
     return f"'{text}'"
 
 
-def filled(column: str, fill: float | int | str | None, name: str) -> str:
-    """Return SQL of a column with its nulls filled, under a name."""
-    if fill is not None:
-        column = f"coalesce({column}, {literal(fill) if isinstance(fill, str) else fill})"
-    return f"{column} AS {quoted(name)}"
-
-
-def one_value(engine: SqlEngine, value: str, source: str) -> int:
-    """Return an aggregate of a stage, or of those rows that a WHERE after its name selects."""
-    return engine.table(f"SELECT {value} AS x FROM {source}")["x"][0].as_py()
-
-
-def count_rows(engine: SqlEngine, source: str) -> int:
-    """Return the number of rows of a stage, or of those that a WHERE after its name selects."""
-    return one_value(engine, "count(*)", source)
-
-
-def count_by_reason(engine: SqlEngine, cases: dict[str, str], source: str) -> dict[str, int]:
-    """Count the rows of a stage by the first condition in `cases` that they meet, "" for none."""
-    numbered = " ".join(
-        f"WHEN {condition} THEN {number}" for number, condition in enumerate(cases.values())
-    )
-    table = engine.table(
-        f"SELECT CASE {numbered} ELSE {len(cases)} END AS r, count(*) AS n FROM {source} "
-        "GROUP BY 1 ORDER BY 1"
-    )
-    reasons = [*cases, ""]
-    counts = zip(table["r"].to_pylist(), table["n"].to_pylist(), strict=True)
-    return {reasons[number]: count for number, count in counts}
+def filled(column: str, fill: float | int | str | None) -> str:
+    """Return the SQL of a column with its nulls filled."""
+    if fill is None:
+        return column
+    return f"coalesce({column}, {literal(fill) if isinstance(fill, str) else fill})"

@@ -1,13 +1,12 @@
-"""Times of any form as microseconds since 1970 in UTC, and durations such as `7d`.
-
-Shapes: N values.
-"""
+"""Times of any form as microseconds since 1970 in UTC, durations such as `7d`, and periods."""
 
 from __future__ import annotations
 
 import re
 import time
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from typing import Literal
 from zoneinfo import ZoneInfo
 
 import pyarrow as pa
@@ -17,8 +16,17 @@ MICROS = {"us": 1, "ms": 1_000, "s": 1_000_000}
 DURATIONS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 # Beyond these the unit is wrong.
 EARLIEST, LATEST = -(2**51), 2**53
-UNKNOWN = r"^$|^\d{4}-(00-\d{2}|\d{2}-00)"  # 00 of what is unknown, as MySQL writes it
+# Texts that are null: empty ones, and 00 of a month or day that is unknown, as MySQL writes it.
+UNKNOWN = r"^$|^\d{4}-(00-\d{2}|\d{2}-00)"
 HAS_ZONE = r"(Z|z|:[0-9.]+[+-]\d\d(:?\d\d)?)$"
+HOUR, DAY = DURATIONS["h"] * MICROS["s"], DURATIONS["d"] * MICROS["s"]
+EPOCH = date(1970, 1, 1)
+Period = tuple[str, int, int]  # name, beginning, and end, in microseconds
+
+
+def now() -> int:
+    """Return microseconds since 1970."""
+    return time.time_ns() // 1000
 
 
 def duration(text: str) -> int | None:
@@ -50,31 +58,61 @@ def moment(text: str, zone: str | None) -> int:
     return (instant - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1)
 
 
-def latest_moment(later_than: str | None, zone: str | None) -> int:
-    """Return microseconds of the time after which no event counts: now, if none is set."""
-    return time.time_ns() // 1000 if later_than is None else moment(later_than, zone)
+@dataclass(frozen=True)
+class Calendar:
+    """Days of a time zone, or the hours since each day began, which may be 23 or 25."""
+
+    zone: str
+    unit: Literal["day", "hour"]
+
+    def periods(self, day: date) -> list[Period]:
+        """Return the periods of a day in order."""
+        first, end = (moment(str(one), self.zone) for one in (day, day + timedelta(1)))
+        if self.unit == "day":
+            return [(str(day), first, end)]
+        return [
+            (f"{day}/hour={number:02}", begin, min(begin + HOUR, end))
+            for number, begin in enumerate(range(first, end, HOUR))
+        ]
+
+    def around(self, numbers: list[int]) -> list[Period]:
+        """Return the periods that days since 1970 in UTC touch."""
+        days = {EPOCH + timedelta(number + shift) for number in numbers for shift in (-1, 0, 1)}
+        return [period for day in sorted(days) for period in self.periods(day)]
+
+    def end_of(self, name: str) -> int:
+        """Return the end of a day, or of an hour such as 2026-11-01/05; others are a ValueError."""
+        text, _, hour = name.partition("/")
+        try:
+            periods = self.periods(date.fromisoformat(text))
+            return periods[int(hour.removeprefix("hour=")) if hour else -1][2]
+        except (ValueError, IndexError) as error:
+            form = "2026-11-01" + (" or 2026-11-01/05" if self.unit == "hour" else "")
+            raise ValueError(f"--until {name}: no date; write such as {form}") from error
+
+    def last_ended(self, now: int) -> str:
+        """Return the last period that has ended by a time."""
+        today = datetime.fromtimestamp(now / MICROS["s"], ZoneInfo(self.zone)).date()
+        periods = self.periods(today - timedelta(1)) + self.periods(today)
+        return [name for name, _, end in periods if end <= now][-1]
 
 
 def to_micros(values: pa.Array, unit: str, zone: str, form: str | None = None) -> pa.Array:
-    """Convert N integers, timestamps, dates, or strings, ISO or of a form, to int64.
-
-    Null stays. Null are an empty text, too, as in text files, and a date without month or day.
-    """
+    """Convert N integers, timestamps, dates, or strings, ISO or of a form, to int64 or null."""
     kind = values.type
     if pa.types.is_integer(kind):
         micros = _scaled(values, MICROS[unit])
     elif pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         micros = _instants(values, zone)
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    elif is_text(kind):
         values = pc.if_else(pc.match_substring_regex(values, UNKNOWN), None, values)
         micros = _parsed(values, zone) if form is None else _parsed_by(values, zone, form)
     elif pa.types.is_null(kind):
         return pa.nulls(len(values), pa.int64())
     else:
         raise ValueError(f"type {kind} is no time; write integers, timestamps or ISO strings")
-    wrong = pc.or_(pc.less(micros, EARLIEST), pc.greater(micros, LATEST))
-    if pc.any(wrong).as_py():
-        row = pc.index(wrong, True).as_py()
+    row = first_row(pc.or_(pc.less(micros, EARLIEST), pc.greater(micros, LATEST)))
+    if row is not None:
         fix = f" where time_unit is {unit}; set time_unit to s, ms or us"
         if not pa.types.is_integer(kind):
             fix = "; correct it, or leave it empty"
@@ -82,6 +120,17 @@ def to_micros(values: pa.Array, unit: str, zone: str, form: str | None = None) -
             f"row {row}: {values[row].as_py()} lies outside the years 1898 to 2255{fix}"
         )
     return micros
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether a column of this type holds texts."""
+    return kind in (pa.string(), pa.large_string(), pa.string_view())
+
+
+def first_row(mask: pa.Array) -> int | None:
+    """Return the first row in which a mask is true."""
+    row: int = pc.index(mask, True).as_py()
+    return row if row >= 0 else None
 
 
 def _scaled(values: pa.Array, factor: int) -> pa.Array:
@@ -114,12 +163,9 @@ def _parsed(values: pa.Array, zone: str) -> pa.Array:
     zoned = pc.match_substring_regex(values, HAS_ZONE).fill_null(False)
     parts = []
     try:
-        for mask, kind in (
-            (zoned, pa.timestamp("us", "UTC")),
-            (pc.invert(zoned), pa.timestamp("us")),
-        ):
-            masked = pc.if_else(mask, values, None)
-            parts.append(_instants(masked.cast(kind), zone))
+        for mask, own_zone in ((zoned, "UTC"), (pc.invert(zoned), None)):
+            times = pc.if_else(mask, values, None).cast(pa.timestamp("us", own_zone))
+            parts.append(_instants(times, zone))
     except pa.ArrowInvalid as error:
         text = str(error).partition("string: '")[2].rpartition("' as a ")[0]
         row = pc.index(values, pa.scalar(text, values.type)).as_py()
@@ -132,8 +178,7 @@ def _parsed(values: pa.Array, zone: str) -> pa.Array:
 def _parsed_by(values: pa.Array, zone: str, form: str) -> pa.Array:
     """Return strings of a form of strptime as microseconds."""
     times = pc.strptime(values, form, "us", error_is_null=True)
-    wrong = pc.and_(pc.is_null(times), pc.is_valid(values))
-    if pc.any(wrong).as_py():
-        row = pc.index(wrong, True).as_py()
+    row = first_row(pc.and_(pc.is_null(times), pc.is_valid(values)))
+    if row is not None:
         raise ValueError(f"row {row}: '{values[row].as_py()}' is no time of the form '{form}'")
     return _instants(times.cast(pa.timestamp("us")), zone)

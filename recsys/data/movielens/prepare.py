@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +19,11 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from recsys.data.events.file_columns import csv_batches
+from recsys.data.events.file_columns import Types, csv_batches
 from recsys.data.events.load import load_events_config
-from recsys.data.events.prepare import run_stages, unused_folder
+from recsys.data.events.prepare import unused_folder, write_datasets
 from recsys.data.events.settings import Content, Source, SplitBy
+from recsys.data.events.sql import open_engine
 from recsys.data.items.images import check_first_image
 from recsys.storage.files import whole_folder
 from recsys.storage.location import Location
@@ -32,7 +34,6 @@ ITEMS_PER_GROUP = 1024  # small, since a row may hold a poster
 
 SplitProtocol = Literal["global", "user", "rolling"]
 PROTOCOLS: dict[str, SplitBy] = {"global": "time", "user": "user", "rolling": "windows"}
-Types = dict[str, pa.DataType]
 RATINGS: Types = {
     "userId": pa.int64(),
     "movieId": pa.int64(),
@@ -50,18 +51,16 @@ def prepare_movielens(
 ) -> dict[str, dict[str, Any]]:
     """Write the dataset folder `out`, complete or not at all; return figures of each split.
 
-    `source` has `ratings` and `movies`, `.csv` or `.dat`, and maybe `items.parquet` (movieId with
-    plot, poster or both); None: the bundled sample. Splits are at the quantiles 0.8 and 0.9 of time
-    (`global`), in the times of each user, who has 7 ratings or more (`user`), or global at five
-    origins, a tenth of the ratings apart (`rolling`: folders `window-1` to `window-5`). What cannot
-    be used is a ValueError.
+    `source` is that of `read_movielens`. Splits are at the quantiles 0.8 and 0.9 of time
+    (`global`), or of the times of each user (`user`), or global at five origins, a tenth of the
+    ratings apart (`rolling`: folders `window-1` to `window-5`).
     """
     if history_length < 1:
         raise ValueError(f"history_length is {history_length}; it must be at least 1")
     out = unused_folder(out)
     movies, ratings = read_movielens(source)
-    with whole_folder(out) as partial:
-        tables = partial / "source"
+    with whole_folder(out) as folder:
+        tables = folder / "source"
         tables.mkdir()
         _write_tables(tables, movies, ratings)
         config = load_events_config(EVENTS, tables)
@@ -70,9 +69,9 @@ def prepare_movielens(
         if "poster" in movies.column_names:
             assert config.items is not None
             config.items.content["poster"] = Content("image")
-        report = run_stages(config, partial)
+        with open_engine(folder) as engine:
+            splits: dict[str, dict[str, Any]] = write_datasets(engine, config, folder)["splits"]
         shutil.rmtree(tables)
-    splits: dict[str, dict[str, Any]] = report["splits"]
     return splits
 
 
@@ -80,40 +79,36 @@ def _write_tables(folder: Path, movies: pa.Table, ratings: pa.Table) -> None:
     users = np.unique(ratings["userId"].to_numpy(), return_inverse=True)[1]
     table = ratings.select(["item", "rating", "timestamp"]).add_column(0, "user", pa.array(users))
     pq.write_table(table, folder / "ratings.parquet", compression="lz4")
+    has_none = pc.is_in(movies["genres"], pa.array(["", "(no genres listed)"]))
+    genres = pc.if_else(has_none, None, movies["genres"])
     columns = {
         "item": pa.array(np.arange(movies.num_rows)),
         "movie_id": movies["movieId"],
         "title": movies["title"],
-        "genres": _genres(movies),
-        "text": _text(movies),
+        "genres": genres,
+        "text": _text(movies, genres),
     }
     if "poster" in movies.column_names:
         columns["poster"] = movies["poster"]
     pq.write_table(pa.table(columns), folder / "movies.parquet", ITEMS_PER_GROUP, compression="lz4")
 
 
-def _genres(movies: pa.Table) -> pa.ChunkedArray:
-    has_none = pc.is_in(movies["genres"], pa.array(["", "(no genres listed)"]))
-    return pc.if_else(has_none, None, movies["genres"])
-
-
-def _text(movies: pa.Table) -> pa.ChunkedArray:
-    parts = [movies["title"], pc.replace_substring(_genres(movies), "|", ", ")]
+def _text(movies: pa.Table, genres: pa.ChunkedArray) -> pa.ChunkedArray:
+    parts = [movies["title"], pc.replace_substring(genres, "|", ", ")]
     if "plot" in movies.column_names:
         parts.append(movies["plot"])
     parts = [pc.utf8_trim_whitespace(part.cast(pa.large_string())) for part in parts]
     parts = [pc.if_else(pc.equal(part, ""), None, part) for part in parts]
-    text = pc.binary_join_element_wise(
-        *parts, pa.scalar(" | ", pa.large_string()), null_handling="skip"
-    ).cast(pa.string())
+    separator = pa.scalar(" | ", pa.large_string())
+    text = pc.binary_join_element_wise(*parts, separator, null_handling="skip").cast(pa.string())
     return pc.if_else(pc.equal(text, ""), None, text)
 
 
 def read_movielens(source: Path | None) -> tuple[pa.Table, pa.Table]:
     """Return movies, ordered by movieId, and ratings, with `item`, the row of the movie.
 
-    They are those of a folder with `ratings`, `movies` and, optionally, `items.parquet`; None: the
-    sample.
+    `source` has `ratings` and `movies`, `.csv` or `.dat`, and maybe `items.parquet` (movieId with
+    plot, poster or both); None: the bundled sample.
     """
     folder, suffix = (SAMPLE, "parquet") if source is None else (Path(source), "csv")
     if (folder / "ratings.dat").is_file() and not (folder / "ratings.csv").is_file():
@@ -123,25 +118,20 @@ def read_movielens(source: Path | None) -> tuple[pa.Table, pa.Table]:
     ratings = _read(ratings_path, RATINGS)
     stars, times = ratings["rating"].to_numpy(), ratings["timestamp"].to_numpy()
     item = pc.index_in(ratings["movieId"], movies["movieId"])
-    for column, wrong, reason in (
-        ("rating", ~((stars >= 0) & (stars <= 5)), "{} is outside [0, 5]; scale to five stars"),
-        (
-            "timestamp",
-            (times < 0) | (times >= END_OF_TIME),
-            "{} is no time in seconds since 1970; convert it (milliseconds are divided by 1000)",
-        ),
-        (
-            "userId",
-            _repeats(ratings, ["userId", "movieId", "timestamp"]),
-            "user {} has rated this movie at this time before; keep one of the rows",
-        ),
-        (
-            "movieId",
-            item.is_null().to_numpy(),
-            f"movie {{}} is not in {movies_path.name}; add it there or remove its ratings",
-        ),
-    ):
-        _refuse(ratings_path, ratings, column, wrong, reason)
+    refuse = partial(_refuse, ratings_path, ratings)
+    refuse("rating", ~((stars >= 0) & (stars <= 5)), "{} is outside [0, 5]; scale to five stars")
+    refuse(
+        "timestamp",
+        (times < 0) | (times >= END_OF_TIME),
+        "{} is no time in seconds since 1970; convert it (milliseconds are divided by 1000)",
+    )
+    refuse(
+        "userId",
+        _repeats(ratings, ["userId", "movieId", "timestamp"]),
+        "user {} has rated this movie at this time before; keep one of the rows",
+    )
+    reason = f"movie {{}} is not in {movies_path.name}; add it there or remove its ratings"
+    refuse("movieId", item.is_null().to_numpy(), reason)
     if source is not None and os.path.lexists(contents := folder / "items.parquet"):
         movies = _add_contents(movies, contents)
     return movies, ratings.append_column("item", item.cast(pa.int64()))

@@ -1,14 +1,11 @@
-"""Runs `recsys explain-data DATA [--on-bad-row skip] [--json FILE]`: tables, and findings last.
-
-A finding is a fact that a user should act on: a sentence with numbers, and one with the fix.
-"""
+"""Runs `recsys explain-data DATA [--on-bad-row skip] [--json FILE]`: tables, and findings last."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +27,9 @@ from recsys.diagnostics.dataset.summary import (
 )
 from recsys.distributed.log import print_table
 from recsys.storage.files import write_whole
-from recsys.storage.location import Location
 from recsys.storage.output_file import check_output
+
+logger = logging.getLogger(__name__)
 
 # Shares from which on something is reported.
 FEW, MANY, MOST = 0.001, 0.1, 0.5
@@ -41,7 +39,7 @@ LONG_BEGINNING = 80  # characters, about 20 tokens
 
 @dataclass(frozen=True)
 class Finding:
-    """One fact to know before training (`what`), and its fix (`fix`)."""
+    """A fact to act on before training, with numbers, and its fix."""
 
     what: str
     fix: str
@@ -49,33 +47,22 @@ class Finding:
 
 def find(summary: DatasetSummary) -> list[Finding]:
     """Return all findings; those that prevent training come first."""
-    return [
-        *_bad_rows(summary),
-        *_times(summary),
-        *(
-            finding
-            for split in summary.splits.values()
-            for finding in _split_findings(summary, split)
-        ),
-        *_new_groups(summary),
-        *_tables(summary),
-        *_items(summary),
-    ]
+    splits = [_split_findings(summary, split) for split in summary.splits.values()]
+    parts = (_bad_rows(summary), _times(summary), *splits, _new_groups(summary), _tables(summary))
+    return list(chain(*parts, _items(summary)))
 
 
 def _bad_rows(summary: DatasetSummary) -> Iterator[Finding]:
     fix = "fix the files, or set on_bad_row: skip, which leaves these rows out"
-    for name, entries in [
-        *((split.split, split.bad_rows) for split in summary.splits.values()),
-        ("items", [] if summary.items is None else summary.items.bad_rows),
-    ]:
-        for entry in entries:
-            column = f" column '{entry['column']}'" if entry["column"] else ""
-            yield Finding(
-                f"{name}: {entry['rows']:,} rows cannot be used, {entry['file']}{column}: "
-                f"{entry['reason']} (first: row {entry['first_row']:,}); training ends at it",
-                fix,
-            )
+    entries = {name: split.bad_rows for name, split in summary.splits.items()}
+    entries["items"] = [] if summary.items is None else summary.items.bad_rows
+    for name, entry in ((name, entry) for name, part in entries.items() for entry in part):
+        column = f" column '{entry['column']}'" if entry["column"] else ""
+        yield Finding(
+            f"{name}: {entry['rows']:,} rows cannot be used, {entry['file']}{column}: "
+            f"{entry['reason']} (first: row {entry['first_row']:,}); training ends at it",
+            fix,
+        )
 
 
 def _times(summary: DatasetSummary) -> Iterator[Finding]:
@@ -147,14 +134,13 @@ def _labels_and_numbers(summary: DatasetSummary, split: SplitSummary) -> Iterato
 
 
 def _new_groups(summary: DatasetSummary) -> Iterator[Finding]:
-    for split in SPLITS[1:]:
-        share = summary.splits[split].shares.get("of_known_groups", 1.0)
-        group = summary.schema.group
+    group = summary.schema.group
+    for name, split in summary.splits.items():
+        share = split.shares.get("of_known_groups", 1.0)
         if share < MOST:
-            groups = summary.splits[split].distinct[GROUPS]
             yield Finding(
-                f"{1 - share:.1%} of the {split} rows have a '{group}' without a training row "
-                f"({groups:,} different ones in all)",
+                f"{1 - share:.1%} of the {name} rows have a '{group}' without a training row "
+                f"({split.distinct[GROUPS]:,} different ones in all)",
                 "their vectors are untrained: drop some vectors in training, so that the model "
                 f"works without them, embedding.tables.{group}.id_dropout 0.5",
             )
@@ -177,11 +163,11 @@ def _tables(summary: DatasetSummary) -> Iterator[Finding]:
         for name, ids in split.ids.items():
             share = ids["unknown"] / max(ids["count"], 1)
             if share > MANY:
-                table = summary.schema.table_of(name)
                 fix = "they share the row of unknown ids; train on rows closer to these"
                 if split.split == "train":
-                    fix = advice_on_unknown(summary.schema, table, summary.root)
-                    fix = f"fill nulls; for ids that are not rare, {fix}"
+                    table = summary.schema.table_of(name)
+                    advice = advice_on_unknown(summary.schema, table, summary.root)
+                    fix = f"fill nulls; for ids that are not rare, {advice}"
                 yield Finding(
                     f"{share:.1%} of the ids in column '{name}' of {split.split} "
                     "are null or unknown to its vocabulary",
@@ -206,7 +192,19 @@ def _items(summary: DatasetSummary) -> Iterator[Finding]:
             )
         elif column.problem:
             yield Finding(column.problem, "correct it, or set on_bad_row: skip")
-        yield from _equal_content(name, column, summary.items.rows)
+        if is_mostly_equal(column.most_common_share, summary.items.rows):
+            yield Finding(
+                f"{column.most_common_share:.1%} of the sampled items with a '{name}' have the "
+                "same",
+                "write content that differs between items, or use no modality of this column",
+            )
+        elif column.shared_beginning >= LONG_BEGINNING:
+            yield Finding(
+                f"most texts of '{name}' begin with the same {column.shared_beginning:,} "
+                "characters",
+                "a text encoder may read only these: remove them, or raise the modality's "
+                "max_length",
+            )
         if len(column.widths) > 1:
             yield Finding(
                 f"features '{name}' have widths {dict(sorted(column.widths.items()))}",
@@ -214,29 +212,12 @@ def _items(summary: DatasetSummary) -> Iterator[Finding]:
             )
 
 
-def _equal_content(name: str, column: ColumnSummary, rows: int) -> Iterator[Finding]:
-    if is_mostly_equal(column.most_common_share, rows):
-        yield Finding(
-            f"{column.most_common_share:.1%} of the sampled items with a '{name}' have the same",
-            "write content that differs between items, or use no modality of this column",
-        )
-    elif column.shared_beginning >= LONG_BEGINNING:
-        yield Finding(
-            f"most texts of '{name}' begin with the same {column.shared_beginning:,} characters",
-            "a text encoder may read only these: remove them, or raise the modality's max_length",
-        )
-
-
-logger = logging.getLogger(__name__)
-
-
 def explain_data(
     data: str, on_bad_row: OnBadRow = "error", json_file: Path | None = None
 ) -> DatasetSummary:
     """Read a dataset, print its summary, and write the numbers to `json_file`.
 
-    A dataset or row that training would refuse is a ValueError, as is an unusable `json_file`; if
-    `on_bad_row` is skip, only a split without any usable row.
+    What training would refuse is a ValueError; if `on_bad_row` is skip, a row is none.
     """
     if json_file is not None:
         check_output(json_file)
@@ -247,24 +228,23 @@ def explain_data(
         write_whole(json_file, to_json(summary, findings))
         logger.info("written to %s", json_file)
     if summary.has_bad_rows and on_bad_row == "error":
-        _raise_first(data, summary)
+        _raise_first(summary)
     for split in summary.splits.values():
         if not split.usable_rows:
             raise no_row_left(split.rows, split.split, split.bad_rows)
     return summary
 
 
-def _raise_first(data: str, summary: DatasetSummary) -> None:
+def _raise_first(summary: DatasetSummary) -> None:
     """Raise the error that training would raise, reading in the same order."""
-    root = Location.of(data)
-    schema = load_schema(root)
-    if schema.items is not None:
-        ItemTable(root, schema)
-        for column in summary.items.columns.values() if summary.items is not None else ():
+    schema = load_schema(summary.root)
+    if summary.items is not None:
+        ItemTable(summary.root, schema)
+        for column in summary.items.columns.values():
             if column.problem:
                 raise ValueError(column.problem)
     for split in SPLITS:
-        count_items(ParquetRows.of_split(root, split, schema), 0, 1)
+        count_items(ParquetRows.of_split(summary.root, split, schema), 0, 1)
 
 
 SHARES = {
@@ -283,23 +263,25 @@ SHARES = {
 def format_dataset(summary: DatasetSummary, findings: Sequence[Finding]) -> str:
     """Return all tables, the findings last."""
     parts = (_splits, _columns, _table_text, _item_text)
-    blocks = [str(summary.root), *(part(summary) for part in parts)]
     lines = [f"warning: {finding.what}; fix: {finding.fix}" for finding in findings]
-    blocks.append("\n".join(lines or ["no warnings"]))
+    warnings = "\n".join(lines or ["no warnings"])
+    blocks = [str(summary.root), *(part(summary) for part in parts), warnings]
     return "\n\n".join(block for block in blocks if block)
 
 
 def _splits(summary: DatasetSummary) -> str:
     splits = list(summary.splits.values())
-    rows: list[Sequence[str]] = [("", *summary.splits)]
+    bad_rows = [sum(entry["rows"] for entry in split.bad_rows) for split in splits]
+    rows: list[Sequence[str]] = [
+        ("", *summary.splits),
+        ("rows", *(f"{split.rows:,}" for split in splits)),
+        ("rows that cannot be used", *(f"{number:,}" for number in bad_rows)),
+        ("files", *(f"{split.files:,}" for split in splits)),
+    ]
 
     def add(name: str, value: Callable[[SplitSummary], str]) -> None:
         rows.append((name, *(value(split) if split.usable_rows else "-" for split in splits)))
 
-    rows.append(("rows", *(f"{split.rows:,}" for split in splits)))
-    bad_rows = [sum(entry["rows"] for entry in split.bad_rows) for split in splits]
-    rows.append(("rows that cannot be used", *(f"{number:,}" for number in bad_rows)))
-    rows.append(("files", *(f"{split.files:,}" for split in splits)))
     for label in summary.schema.of_kind("label"):
         is_rate = summary.schema.columns[label].loss in (None, "bce")
         name, style = ("rate", ".2%") if is_rate else ("mean", ".4g")
@@ -347,9 +329,9 @@ def _table_text(summary: DatasetSummary) -> str:
     for name, use in summary.tables.items():
         ids = [split.ids[name] for split in summary.splits.values() if name in split.ids]
         limits = [column[end] for column in ids for end in ("least", "greatest") if column["count"]]
-        ends = (f"{min(limits):,}", f"{max(limits):,}") if limits else ("-", "-")
-        if use.vocabulary == "bounded":  # its ids are raw, not rows
-            ends = ("-", "-")
+        ends = ("-", "-")
+        if limits and use.vocabulary != "bounded":  # whose ids are raw, not rows
+            ends = (f"{min(limits):,}", f"{max(limits):,}")
         cells = (f"{use.ids:,}", _percent(use.unused_share))
         rows.append((name, f"{use.rows:,}", use.vocabulary or "-", *cells, *ends))
     return align_columns(rows)

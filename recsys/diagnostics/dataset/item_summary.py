@@ -1,7 +1,4 @@
-"""Summarizes the items' files, content by column, and the time ranges of splits by their footers.
-
-Times are columns of times, and integers with a usual name.
-"""
+"""Summarizes the items' files, content by column, and the times of splits by their footers."""
 
 from __future__ import annotations
 
@@ -113,28 +110,18 @@ class Lengths:
 
 @dataclass
 class ColumnSummary:
-    """One column of content.
-
-    missing: items without content; None if unknown without reading all images.
-    lengths: lengths of texts in characters, of features in tokens.
-    widths: number of feature vectors by width.
-    opened, broken: images that were decoded for a trial, and how many of them cannot be.
-    problem: the first content at which training would fail.
-    values: number of different categories.
-    most_common_share: share of the most frequent content in a sample.
-    shared_beginning: number of characters with which most texts of the sample begin alike.
-    """
+    """One column of content."""
 
     kind: str
-    missing: int | None = 0
-    lengths: Lengths = field(default_factory=Lengths)
-    widths: Counter[int] = field(default_factory=Counter)
-    opened: int = 0
-    broken: int = 0
-    problem: str = ""
-    values: int | None = None
-    most_common_share: float = 0.0
-    shared_beginning: int = 0
+    missing: int | None = 0  # items without content; None: unknown without reading all images
+    lengths: Lengths = field(default_factory=Lengths)  # of texts, and of features in tokens
+    widths: Counter[int] = field(default_factory=Counter)  # of feature vectors
+    opened: int = 0  # images that were decoded for a trial
+    broken: int = 0  # those of them that cannot be
+    problem: str = ""  # the first content at which training would fail
+    values: int | None = None  # number of different categories
+    most_common_share: float = 0.0  # of the most frequent content in a sample
+    shared_beginning: int = 0  # characters with which most texts of the sample begin alike
 
     def add_lengths(self, lengths: np.ndarray) -> None:  # int [N]
         self.missing = (self.missing or 0) + int((lengths == 0).sum())
@@ -160,14 +147,13 @@ def summarize_items(root: Location, schema: Schema) -> ItemSummary | None:
     if schema.items is None:
         return None
     items = ItemTable(root, schema, on_bad_row="skip")
-    columns = {}
-    for name, column in schema.items.columns.items():
-        if column.file is None:
-            columns[name] = _summarize(items, name, column.kind)
-        else:
-            columns[name] = _summarize_file(root / column.file, items.num_rows)
-    _, bad_rows = by_reason(items.bad_rows.counts)
-    return ItemSummary(items.num_rows, items.ids, columns, bad_rows)
+    columns = {
+        name: _summarize(items, name, column.kind)
+        if column.file is None
+        else _summarize_file(root / column.file, items.num_rows)
+        for name, column in schema.items.columns.items()
+    }
+    return ItemSummary(items.num_rows, items.ids, columns, by_reason(items.bad_rows.counts)[1])
 
 
 def _summarize_file(file: Location, num_items: int) -> ColumnSummary:
@@ -190,29 +176,28 @@ def _summarize_file(file: Location, num_items: int) -> ColumnSummary:
 
 
 def _summarize(items: ItemTable, name: str, kind: str) -> ColumnSummary:
-    summary = ColumnSummary(kind)
     if kind == "image":
-        _summarize_images(items, name, summary)
-        return summary
-    categories: set[Any] = set()
+        return _summarize_images(items, name)
+    summary, categories = ColumnSummary(kind), set[Any]()
     sample: list[Any] = []
     first_row = 0
     for file, row, chunk in items.chunks(name):
+        where = f"{file}: column '{name}'"
         if kind == "text":
-            _add_texts(summary, chunk, f"{file}: column '{name}'")
+            _add_texts(summary, chunk, where)
+        elif kind == "feature":
+            _add_features(summary, chunk, where, row)
+        elif kind == "category":
+            lengths, values = category_lists(chunk, where)
+            is_missing = (lengths == 0) | chunk.is_null().to_numpy(False)
+            summary.missing = (summary.missing or 0) + int(is_missing.sum())
+            categories.update(values.drop_null().unique().to_pylist())
+        else:
+            summary.missing = (summary.missing or 0) + chunk.null_count
         if kind in ("text", "feature"):
             rows = _sampled(first_row, len(chunk), items.num_rows)
             sample += filter(None, chunk.take(pa.array(rows)).to_pylist())
         first_row += len(chunk)
-        if kind == "feature":
-            _add_features(summary, chunk, f"{file}: column '{name}'", row)
-        elif kind == "category":
-            lengths, values = category_lists(chunk, f"{file}: column '{name}'")
-            is_missing = (lengths == 0) | chunk.is_null().to_numpy(False)
-            summary.missing = (summary.missing or 0) + int(is_missing.sum())
-            categories.update(values.drop_null().unique().to_pylist())
-        elif kind == "other":
-            summary.missing = (summary.missing or 0) + chunk.null_count
     if kind == "category":
         summary.values = len(categories)
     elif kind == "text":
@@ -228,14 +213,13 @@ def _sampled(first_row: int, num_rows: int, all_rows: int) -> np.ndarray:
 
 
 def _add_texts(summary: ColumnSummary, chunk: pa.Array, where: str) -> None:
-    if not (pa.types.is_string(chunk.type) or pa.types.is_large_string(chunk.type)):
+    if chunk.type not in (pa.string(), pa.large_string()):
         raise ValueError(f"{where} has type {chunk.type}, expected string")
     try:
         chunk.validate(full=True)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{where}: not UTF-8 ({error}); write it in UTF-8") from error
-    lengths = pc.fill_null(pc.utf8_length(chunk), 0).to_numpy(zero_copy_only=False)
-    summary.add_lengths(lengths)
+    summary.add_lengths(pc.fill_null(pc.utf8_length(chunk), 0).to_numpy(zero_copy_only=False))
 
 
 def _add_features(summary: ColumnSummary, chunk: pa.Array, where: str, first_row: int) -> None:
@@ -253,8 +237,8 @@ def _add_features(summary: ColumnSummary, chunk: pa.Array, where: str, first_row
         usable_features(lengths, tokens, next(iter(summary.widths)), note)
 
 
-def _summarize_images(items: ItemTable, name: str, summary: ColumnSummary) -> None:
-    per_file = -(-IMAGES_OPENED // len(items.files))
+def _summarize_images(items: ItemTable, name: str) -> ColumnSummary:
+    summary, per_file = ColumnSummary("image"), -(-IMAGES_OPENED // len(items.files))
     sample: list[int] = []
     for file in items.files:
         with open_parquet(file, streaming=True) as parquet:
@@ -272,6 +256,7 @@ def _summarize_images(items: ItemTable, name: str, summary: ColumnSummary) -> No
             contents = chunk.drop_null().slice(0, IMAGES_OPENED).to_pylist()
             sample += [hash(tuple(content)) for content in contents if content]
     summary.most_common_share = share_of_most_common(sample)
+    return summary
 
 
 def _open_images(summary: ColumnSummary, chunk: pa.Array, where: str) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain
@@ -34,19 +32,14 @@ from recsys.storage.location import Location
 SPLITS = ("train", "valid", "test")
 GROUPS, PAIRS, ROWS = "groups", "group and item", "rows"
 NUMBERS = ("label", "dense", "extra", "weight", "sampled")  # kinds of columns
+Database = duckdb.DuckDBPyConnection
+Figures = dict[str, Any]
 TOP_SHARE = 0.01  # of the items, by rows
 
 
 @dataclass
 class SplitSummary:
-    """Figures of a split; those after `bad_rows` are of the rows that training can use.
-
-    numbers: count, min, max, mean and deviation of each column of numbers, without NaN.
-    ids: count, least, greatest, unknown and distinct ids by column. lists: lengths by column.
-    distinct: number of different groups, pairs of group and item, and rows.
-    target_in_history: rows with a history that holds their own target.
-    item_counts: rows of each target item, without drawn ones. shares: such as of cold items.
-    """
+    """Figures of a split; those after `bad_rows` are of the rows that training can use."""
 
     split: str
     rows: int
@@ -56,12 +49,14 @@ class SplitSummary:
     times: dict[str, tuple[datetime, datetime]]
     bad_rows: list[dict[str, Any]]
     usable_rows: int
+    # By column: count, min, max, mean and deviation of numbers, without NaN; count, least,
+    # greatest, unknown and distinct ids; lengths of lists.
     numbers: dict[str, dict[str, Any]]
     ids: dict[str, dict[str, Any]]
     lists: dict[str, Lengths]
-    distinct: dict[str, int]
-    target_in_history: int
-    item_counts: ItemCounts
+    distinct: dict[str, int]  # number of different groups, pairs of group and item, and rows
+    target_in_history: int  # rows with a history that holds their own target
+    item_counts: ItemCounts  # without drawn rows
     shares: dict[str, float]
 
 
@@ -106,24 +101,10 @@ def summarize_dataset(data: str) -> DatasetSummary:
     """Read a dataset, a folder or URL, from end to end; what training refuses is a ValueError."""
     root = Location.of(data)
     schema = load_schema(root)
-    with _database() as (database, folder):
-        splits = {
-            split: _summarize_split(database, root, split, schema, folder) for split in SPLITS
-        }
-        items = summarize_items(root, schema)
-        for split in splits.values():
-            split.shares = _shares(database, schema, split, splits["train"], items)
-        return DatasetSummary(root, schema, splits, items, _table_uses(database, schema))
-
-
-@contextmanager
-def _database() -> Iterator[tuple[duckdb.DuckDBPyConnection, Path]]:
-    """Open an empty database, and a temporary folder for what does not fit into memory."""
     with tempfile.TemporaryDirectory(prefix="explain-data-") as folder:
-        spilled = f"{folder}/spilled"
         try:
-            with duckdb.connect(config={"temp_directory": spilled}) as database:
-                yield database, Path(folder)
+            with duckdb.connect(config={"temp_directory": f"{folder}/spilled"}) as database:
+                return _summarize(database, root, schema, Path(folder))
         except duckdb.Error as error:
             raise ValueError(
                 f"{folder}: cannot go on ({str(error).splitlines()[0]}); free disk space there, or "
@@ -131,18 +112,27 @@ def _database() -> Iterator[tuple[duckdb.DuckDBPyConnection, Path]]:
             ) from error
 
 
+def _summarize(database: Database, root: Location, schema: Schema, folder: Path) -> DatasetSummary:
+    splits = {name: _summarize_split(database, root, name, schema, folder) for name in SPLITS}
+    train, items = splits["train"].item_counts, summarize_items(root, schema)
+    for split in splits.values():
+        train_counts = target_counts(train, split.item_counts.items, schema)
+        split.shares = _shares(database, split, train_counts, items)
+    return DatasetSummary(root, schema, splits, items, _table_uses(database, schema))
+
+
 def _summarize_split(
-    database: duckdb.DuckDBPyConnection, root: Location, split: str, schema: Schema, folder: Path
+    database: Database, root: Location, split: str, schema: Schema, folder: Path
 ) -> SplitSummary:
     rows = ParquetRows.of_split(root, split, schema, on_bad_row="skip")
-    _copy_usable_rows(rows, folder / f"{split}.parquet")
-    copy = database.read_parquet(str(folder / f"{split}.parquet"))
-    group = quoted(RAW_GROUP if RAW_GROUP in copy.columns else schema.group)
+    file = folder / f"{split}.parquet"
+    _copy_usable_rows(rows, file)
+    has_raw_group = RAW_GROUP in pq.read_schema(file).names
+    group = quoted(RAW_GROUP if has_raw_group else schema.group)
     target = quoted(schema.target_item)
     database.execute(
-        f"CREATE VIEW {split} AS SELECT *, {group} AS {quoted('/group')}, {target} AS "
-        f"{quoted('/item')}, hash(r) AS {quoted('/row')} "
-        f"FROM read_parquet('{folder / split}.parquet') r"
+        f'CREATE VIEW {split} AS SELECT *, {group} AS "/group", {target} AS "/item", '
+        f"hash(r) AS \"/row\" FROM read_parquet('{file}') r"
     )
     histories = [
         f"list_contains({quoted(name)}, {target})"
@@ -157,11 +147,7 @@ def _summarize_split(
         f'count(DISTINCT hash("/group", "/item")) AS {quoted(PAIRS)}, '
         f'count(DISTINCT "/row") AS {ROWS} FROM {split}',
     )
-    ids = {
-        name: _id_figures(database, schema, split, name)
-        for name, column in schema.columns.items()
-        if column.kind not in NUMBERS
-    }
+    id_columns = [name for name, column in schema.columns.items() if column.kind not in NUMBERS]
     return SplitSummary(
         split=split,
         rows=rows.num_rows,
@@ -172,7 +158,7 @@ def _summarize_split(
         bad_rows=by_reason(rows.bad_rows.counts)[1],
         usable_rows=counts["usable_rows"],
         numbers=_number_figures(database, schema, split),
-        ids=ids,
+        ids={name: _id_figures(database, schema, split, name) for name in id_columns},
         lists=_list_lengths(database, schema, split),
         distinct={kind: counts[kind] for kind in (GROUPS, PAIRS, ROWS)},
         target_in_history=counts["target_in_history"],
@@ -192,27 +178,18 @@ def _copy_usable_rows(rows: ParquetRows, path: Path) -> None:
             writer.write_table(table)
 
 
-def _row(database: duckdb.DuckDBPyConnection, query: str) -> dict[str, Any]:
+def _row(database: Database, query: str) -> dict[str, Any]:
     (row,) = database.sql(query).to_arrow_table().to_pylist()
     return dict(row)
 
 
-def _number_figures(
-    database: duckdb.DuckDBPyConnection, schema: Schema, split: str
-) -> dict[str, dict[str, Any]]:
-    figures = (
-        "count(x) AS count, min(x) AS min, max(x) AS max, avg(x) AS mean, "
-        "stddev_pop(x) AS deviation"
+def _number_figures(database: Database, schema: Schema, split: str) -> dict[str, Figures]:
+    query = (
+        "SELECT count(x) AS count, min(x) AS min, max(x) AS max, avg(x) AS mean, stddev_pop(x) AS "
+        "deviation FROM (SELECT CAST({} AS DOUBLE) AS x FROM {}) WHERE NOT isnan(x)"
     )
-    return {
-        name: _row(
-            database,
-            f"SELECT {figures} FROM (SELECT CAST({quoted(name)} AS DOUBLE) AS x FROM {split}) "
-            "WHERE NOT isnan(x)",
-        )
-        for kind in NUMBERS
-        for name in schema.of_kind(kind)
-    }
+    names = [name for kind in NUMBERS for name in schema.of_kind(kind)]
+    return {name: _row(database, query.format(quoted(name), split)) for name in names}
 
 
 def _ids(schema: Schema, split: str, name: str) -> str:
@@ -220,9 +197,7 @@ def _ids(schema: Schema, split: str, name: str) -> str:
     return f"SELECT {f'unnest({quoted(name)})' if is_list else quoted(name)} AS id FROM {split}"
 
 
-def _id_figures(
-    database: duckdb.DuckDBPyConnection, schema: Schema, split: str, name: str
-) -> dict[str, Any]:
+def _id_figures(database: Database, schema: Schema, split: str, name: str) -> Figures:
     vocabulary = schema.vocabulary_of(name)
     is_exact = vocabulary is not None and vocabulary.kind == "exact"
     is_unknown = f"id = {schema.limit(name) - 1}" if is_exact else "false"
@@ -234,21 +209,18 @@ def _id_figures(
     )
 
 
-def _list_lengths(
-    database: duckdb.DuckDBPyConnection, schema: Schema, split: str
-) -> dict[str, Lengths]:
-    lengths = {}
-    for name in (*schema.of_kind("ids"), *schema.of_kind("sequence")):
+def _list_lengths(database: Database, schema: Schema, split: str) -> dict[str, Lengths]:
+    lengths = {name: Lengths() for kind in ("ids", "sequence") for name in schema.of_kind(kind)}
+    for name, histogram in lengths.items():
         counts = database.sql(
             f"SELECT coalesce(len({quoted(name)}), 0) // {schema.rows_per_id(name)} AS length, "
             f"count(*) AS n FROM {split} GROUP BY 1"
         ).fetchnumpy()
-        lengths[name] = Lengths()
-        lengths[name].add(counts["length"], counts["n"])
+        histogram.add(counts["length"], counts["n"])
     return lengths
 
 
-def _item_counts(database: duckdb.DuckDBPyConnection, schema: Schema, split: str) -> ItemCounts:
+def _item_counts(database: Database, schema: Schema, split: str) -> ItemCounts:
     is_logged = "true" if schema.sampled is None else f"{quoted(schema.sampled)} = 0"
     counts = database.sql(
         f'SELECT "/item" AS item, count(*) AS n FROM {split} WHERE {is_logged} '
@@ -258,15 +230,11 @@ def _item_counts(database: duckdb.DuckDBPyConnection, schema: Schema, split: str
 
 
 def _shares(
-    database: duckdb.DuckDBPyConnection,
-    schema: Schema,
-    split: SplitSummary,
-    train: SplitSummary,
-    items: ItemSummary | None,
+    database: Database, split: SplitSummary, train_counts: np.ndarray, items: ItemSummary | None
 ) -> dict[str, float]:
     """Return shares of a split's rows: cold and unseen items, repeats, known groups, ..."""
     counts = split.item_counts.counts
-    parts = frequency_masks(target_counts(train.item_counts, split.item_counts.items, schema))
+    parts = frequency_masks(train_counts)
     logged_rows, rows = max(int(counts.sum()), 1), max(split.usable_rows, 1)
     top_counts = np.sort(counts)[::-1][: max(1, round(TOP_SHARE * len(counts)))]
     shares = {
@@ -287,18 +255,15 @@ def _shares(
     return shares
 
 
-def _table_uses(database: duckdb.DuckDBPyConnection, schema: Schema) -> dict[str, TableUse]:
+def _table_uses(database: Database, schema: Schema) -> dict[str, TableUse]:
     uses = {}
     for table, column in schema.columns.items():
         if column.num_embeddings is None:
             continue
-        names = [
-            name
-            for name, feature in schema.columns.items()
-            if feature.kind in ("id", "ids", "sequence") and schema.table_of(name) == table
-        ]
-        ids = " UNION ALL ".join(_ids(schema, split, name) for split in SPLITS for name in names)
-        distinct = _row(database, f"SELECT count(DISTINCT id) AS n FROM ({ids})")["n"]
+        ids = [name for kind in ("id", "ids", "sequence") for name in schema.of_kind(kind)]
+        names = [name for name in ids if schema.table_of(name) == table]
+        rows = " UNION ALL ".join(_ids(schema, split, name) for split in SPLITS for name in names)
+        distinct = _row(database, f"SELECT count(DISTINCT id) AS n FROM ({rows})")["n"]
         vocabulary = column.vocabulary.kind if column.vocabulary is not None else None
         uses[table] = TableUse(column.num_embeddings, distinct, vocabulary)
     return uses

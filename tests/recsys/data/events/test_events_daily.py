@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from recsys.data.events import daily_state, kept_events
+from recsys.data.events import daily_state
 from recsys.data.events.prepare import prepare_events
 from recsys.data.events.sql import DuckDBEngine, SqlEngine
 from recsys.data.schema import load_schema
@@ -202,8 +202,8 @@ def test_calls_day_by_day_make_the_rows_of_one_call(
 ) -> None:
     monkeypatch.setattr(daily_state, "MOST_CALLS", 2)
     if case != "kept":
-        monkeypatch.setattr(kept_events, "MOST_APPENDED", 0)
-        monkeypatch.setattr(kept_events, "LEAST_DROPPED", 0)
+        monkeypatch.setattr(daily_state, "MOST_APPENDED", 0)
+        monkeypatch.setattr(daily_state, "LEAST_DROPPED", 0)
     config = write_settings(tmp_path / "data", case)
     table = log(0, late=True)
     for number, day in enumerate(DAYS):
@@ -261,8 +261,8 @@ def test_without_late_events_the_rows_are_those_of_a_dataset_made_at_once(tmp_pa
 def test_spark_goes_on_from_days_of_duckdb_and_back_with_the_same_rows(
     open_spark: Callable[[Path], SqlEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept_events, "MOST_APPENDED", 0)
-    monkeypatch.setattr(kept_events, "LEAST_DROPPED", 0)
+    monkeypatch.setattr(daily_state, "MOST_APPENDED", 0)
+    monkeypatch.setattr(daily_state, "LEAST_DROPPED", 0)
     config, table = write_settings(tmp_path / "data", "last"), log(0, late=True)
     masters = {1: "local[2]", 2: None, 3: "local[2]"}
     for number, day in enumerate(DAYS[:4]):
@@ -470,7 +470,7 @@ def kill_everywhere(config: Path, folder: Path, steps: list[int]) -> None:
 
 def in_child(config: Path, out: Path, kill_at: int | None) -> bool:
     """Return whether a process that gives the call was killed at a step."""
-    kept_events.LEAST_DROPPED = 0
+    daily_state.LEAST_DROPPED = 0
     if (pid := os.fork()) == 0:
         steps = 0
 

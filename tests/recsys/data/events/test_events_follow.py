@@ -18,8 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from recsys.data.events import follow
 from recsys.data.events.daily import prepare_days
 from recsys.data.events.daily_state import PROGRESS, STATE
-from recsys.data.events.periods import Calendar
-from recsys.data.events.times import moment
+from recsys.data.events.times import Calendar, moment
 from recsys.storage.files import read_json, write_whole
 from tests.ranks import HANG_SECONDS, forking_server
 from tests.recsys.command_runs import run_rank

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -185,6 +184,6 @@ def test_splits_end_at_the_exact_quantiles_of_times(spread: int, tmp_path: Path)
     times = np.random.default_rng(spread).integers(-spread, spread, 5000)
     shares = [0.0, 0.1, 0.8, 0.9, 0.9001, 1.0]
     expected = np.quantile(times, shares, method="lower")
-    with closing(open_engine(tmp_path, None, None, 1)) as engine:
+    with open_engine(tmp_path, threads=1) as engine:
         engine.view("rows", f"SELECT unnest({times.tolist()}) AS ts")
         assert quantiles(engine, shares) == [str(time) for time in expected]
