@@ -32,11 +32,8 @@ class InputColumns:
 
     def __init__(self, scorer: Scorer, example: Mapping[str, Any]) -> None:
         schema, manifest = scorer.schema, scorer.manifest
-        self.types = {
-            name: kind
-            for types in scorer.feature_types.values()
-            for name, kind in zip(types.names, types.types, strict=True)
-        }
+        types = scorer.feature_types.values()
+        self.types = {field.name: field.type for fields in types for field in fields}
         self.schema, self.item = schema, schema.target_item
         self.user, self.history = request_columns(schema, manifest.pooled, manifest.dense)
         self.of_items = [name for name in self.user if schema.is_of_items(name)]
