@@ -177,7 +177,11 @@ def write_statistics(job: Job, columns: Sequence[str], folder: Path) -> None:
         usable = pa.concat_tables(rows.read_chunks(groups))
         statistics = dict(_column_statistics(job, usable, columns))
         names = job.schema.file_columns(columns)
-        stored = pa.concat_tables(_stored_columns(rows, groups, names))
+        tables = []
+        for group in (rows.row_groups[number] for number in groups):
+            with open_parquet(group.file) as parquet:
+                tables.append(read_row_group(parquet, group.file, group.index, names))
+        stored = pa.concat_tables(tables)
         for name in names:
             statistics.setdefault(name, {})["null"] = stored[name].null_count / len(stored)
     (folder / STATISTICS).write_text(json.dumps(statistics, indent=1) + "\n")
@@ -198,12 +202,6 @@ def _column_statistics(
             yield name, {"low": float(numbers.min()), "high": float(numbers.max())}
         elif isinstance(vocabulary, ExactVocabulary):
             yield name, {"unknown": float((numbers == vocabulary.unknown_row).mean())}
-
-
-def _stored_columns(rows: ParquetRows, groups: list[int], names: list[str]) -> Iterator[pa.Table]:
-    for group in (rows.row_groups[number] for number in groups):
-        with open_parquet(group.file) as parquet:
-            yield read_row_group(parquet, group.file, group.index, names)
 
 
 def top_k(job: Job) -> int:

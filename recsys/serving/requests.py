@@ -44,26 +44,23 @@ def request_columns(
     return columns, schema.file_columns(lists)
 
 
+@dataclass
 class RequestValues:
     """File columns of a request: given to the candidates or the user, else looked up by ids."""
 
-    def __init__(
-        self,
-        schema: Schema,
-        features: FeatureSource | None,
-        user: Values,
-        lists: Values,  # of the candidates; the item's has N values
-        unix_time: float,
-    ) -> None:
-        self.schema, self.features, self.user, self.lists = schema, features, user, lists
-        self.num_rows, self.unix_time = len(lists[schema.target_item]), unix_time
-        self._looked_up: dict[str, dict[str, pa.Array]] = {}  # by table
-        self.nulls: dict[str, tuple[int, int]] = {}  # values and nulls, by column
+    schema: Schema
+    features: FeatureSource | None
+    user: Values
+    lists: Values  # of the candidates; the item's has N values
+    unix_time: float
+    nulls: dict[str, tuple[int, int]] = field(default_factory=dict)  # values and nulls, by column
+    _looked_up: dict[str, dict[str, pa.Array]] = field(default_factory=dict)  # by table
 
     def column(self, name: str) -> Sequence[Any] | pa.Array:
         """Return N values of the candidates, or one of the user."""
         if name in self.lists:
-            return value_list(self.lists, name, "candidates", self.num_rows, "candidates")
+            num_rows = len(self.lists[self.schema.target_item])
+            return value_list(self.lists, name, "candidates", num_rows, "candidates")
         if name in self.user:
             if self.schema.is_of_items(name):
                 raise ValueError(

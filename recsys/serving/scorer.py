@@ -178,6 +178,8 @@ class Scorer:
 
     def _inputs(self, rows: RequestRows) -> RankingInputs:
         num_rows, manifest = len(rows.target), self.manifest
+        columns = [np.broadcast_to(rows.dense[name], num_rows) for name in manifest.dense]
+        dense = np.stack(columns, axis=1) if columns else np.zeros((num_rows, 0), np.float32)
         no_items = {manifest.target_item: np.zeros(0, np.int64)}
         no_history = HistoryRows(no_items, np.zeros((0, 0), np.float32))
         first, *further = rows.histories or [no_history]
@@ -187,7 +189,7 @@ class Scorer:
             target_in_bank = self._content_vectors("history", rows.target)
         return RankingInputs(
             [self._pooled(name, rows.pooled[name], num_rows) for name in manifest.pooled],
-            self._dense(rows.dense, num_rows),
+            torch.from_numpy(dense),
             self._vectors(manifest.target_item, rows.target),
             self._events(first),
             torch.from_numpy(first.numbers),
@@ -235,11 +237,6 @@ class Scorer:
         lengths = torch.from_numpy(np.asarray(column.lengths, np.int64))
         sums = torch.segment_reduce(vectors, "sum", lengths=lengths, initial=0.0)
         return sums if len(sums) == num_rows else sums.expand(num_rows, -1)
-
-    def _dense(self, dense: dict[str, np.ndarray], num_rows: int) -> Tensor:  # [N, F]
-        columns = [np.broadcast_to(dense[name], num_rows) for name in self.manifest.dense]
-        matrix = np.stack(columns, axis=1) if columns else np.zeros((num_rows, 0), np.float32)
-        return torch.from_numpy(matrix)
 
     def _warm_up(self) -> None:
         one = np.zeros(1, np.int64)

@@ -152,13 +152,13 @@ def write_features(root: Location, schema: Schema, package: Path) -> None:
 
 
 def _read(folder: Location, names: Sequence[str]) -> pa.Table:
-    files, parts = folder.files(".parquet"), []
+    parts = []
     if not folder.exists():
         raise ValueError(
             f"{folder}: no such folder, but schema.yaml has features by these ids; prepare the "
             "data again, write it, or remove them from `features`"
         )
-    for file in files:
+    for file in folder.files(".parquet"):
         with open_parquet(file) as parquet:
             for name in names:
                 column_type(parquet, file, name)

@@ -143,15 +143,14 @@ class RedisFeatures(FeatureSource):
         pipeline.get(f"{self._prefix}version")
         *hashes, version = self._execute(pipeline)
         self.version = "" if version is None else version.decode(errors="replace")
-        rows = [dict(zip(names, values, strict=True)) for values in hashes]
         try:
-            plain = [
-                {name: json.loads(value) for name, value in row.items() if value and text}
-                for row, text in zip(rows, texts, strict=True)
+            rows = [
+                {name: json.loads(value) for name, value in zip(names, values) if value and text}
+                for text, values in zip(texts, hashes, strict=True)
             ]
         except ValueError as error:
             raise ValueError(f"features by {table.name}: {error}; write JSON to Redis") from error
-        return table_of_rows(plain, table, self.types)
+        return table_of_rows(rows, table, self.types)
 
     def write(self, table: FeatureTable, rows: pa.Table) -> None:
         """Write rows with the ids of a table and some of its columns; null removes a value."""

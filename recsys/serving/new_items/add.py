@@ -33,12 +33,7 @@ from recsys.data.schema_columns import FeatureTable
 from recsys.data.transforms.columns import check_types, read_columns
 from recsys.serving.features.package_features import PackageFeatures, updated_rows
 from recsys.serving.features.source import value_columns
-from recsys.serving.new_items.added_items import (
-    AddedItems,
-    content_index,
-    grow_vocabulary,
-    lookup,
-)
+from recsys.serving.new_items.added_items import AddedItems, content_index, grow_vocabulary, lookup
 from recsys.serving.new_items.item_encoder import FOLDER as ENCODER
 from recsys.serving.new_items.item_encoder import INDEX, EncoderCache, ItemEncoder
 from recsys.serving.package import Manifest, read_manifest, replace_manifest
@@ -169,11 +164,7 @@ def _check_values(schema: Schema, table: FeatureTable, rows: pa.Table, place: st
 
 
 def _changed_content(
-    package: Path,
-    encoder: ItemEncoder,
-    previous: AddedItems,
-    files: Location,
-    counts: AddedCounts,
+    package: Path, encoder: ItemEncoder, previous: AddedItems, files: Location, counts: AddedCounts
 ) -> tuple[AddedCounts, np.ndarray, Tensor, pa.Array]:  # index [K], [K, E], raw ids
     """Encode the items whose content is new or changes; return all raw ids that were added, too."""
     with TemporaryDirectory() as cache:

@@ -362,12 +362,13 @@ def _read_catalogue(job: Job, settings: RetrievalSettings) -> tuple[np.ndarray, 
         parts["content"] = unit(item_vectors(job, "content").vectors)
     counts = np.bincount(event_items, minlength=len(items))
     popularity = np.log1p(counts).astype(np.float32)
-    texts = _read_texts(job)
     neighbours = {
         "item_cf": user_similarities(users, event_items, len(items)),
         "transitions": transitions(pairs, counts),
     }
-    if texts is not None:
+    texts = None
+    if job.schema.items is not None and (items_texts := item_texts(item_table(job))) is not None:
+        texts = text_vectors(items_texts)
         neighbours["near_text"] = nearest(texts, TEXT_NEIGHBOURS)
     if not settings.exclude_seen:
         neighbours["repeat"] = identity(len(items), np.float32, "csr")
@@ -379,11 +380,6 @@ def _encoders(job: Job, items: np.ndarray) -> np.ndarray | None:  # [I, V]
     if branch is None or not all(isinstance(part, Encoder) for part in branch.encoders.values()):
         return None
     return encoder_means(job, items) / np.float32(len(branch.encoders) ** 0.5)
-
-
-def _read_texts(job: Job) -> csr_matrix | None:  # [I, W]
-    texts = None if job.schema.items is None else item_texts(item_table(job))
-    return None if texts is None else text_vectors(texts)
 
 
 def _read_events(job: Job, items: np.ndarray) -> tuple[np.ndarray, np.ndarray, csr_matrix]:

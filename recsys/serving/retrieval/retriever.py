@@ -289,13 +289,10 @@ def _requests(name: str, retriever: Retriever) -> Iterator[PlacedRequest]:
             columns = list(dict.fromkeys([*user, *history]))
             for column in columns:
                 column_type(parquet, file, column)
-            number = 0
-            for batch in parquet.iter_batches(REQUESTS_PER_BLOCK, columns=columns):
-                for row in batch.to_pylist():
-                    values = {name: row[name] for name in user}
-                    lists = {name: row[name] for name in history}
-                    yield f"{file} row {number}", values, lists
-                    number += 1
+            batches = parquet.iter_batches(REQUESTS_PER_BLOCK, columns=columns)
+            for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+                values, lists = ({name: row[name] for name in names} for names in (user, history))
+                yield f"{file} row {number}", values, lists
 
 
 def _json_requests(file: Location) -> Iterator[PlacedRequest]:

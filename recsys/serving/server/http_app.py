@@ -91,7 +91,7 @@ def http_app(scoring: ScoringService, lifespan: Lifespan) -> FastAPI:
         f"{MODEL}/infer": (routes.infer, InferRequest, InferResponse),
         f"{VERSION}/infer": (routes.infer, InferRequest, InferResponse),
         RANK: (routes.rank, RankRequest, RankResponse),
-        f"{RANK}/batch": (routes.rank_batch, BatchRequest, BatchResponse),
+        "/v1/rank/batch": (routes.rank_batch, BatchRequest, BatchResponse),
         "/v1/items": (routes.items, ItemsRequest, ItemsResponse),
     }
     for path, (handler, request, response) in write.items():

@@ -177,7 +177,9 @@ class ScoringService:
 
     def count_worker(self) -> None:
         metrics.WORKERS.labels(self.package.version).set(1)
-        metrics.set_training_shares(self.package.statistics)
+        for column, shares in self.package.statistics.items():
+            for kind in shares.keys() & {"unknown", "null"}:  # no training row is out of range
+                metrics.TRAINING_SHARE.labels(column, kind).set(shares[kind])
 
     async def watch(self) -> None:
         while True:

@@ -85,9 +85,6 @@ class Drain:
     have `grace` seconds.
     """
 
-    _scoring: ScoringService
-    _server: grpc.aio.Server
-
     def __init__(self) -> None:
         """Let signals end the process while it loads the package; called by the main thread."""
         self._stop: asyncio.Task[None] | None = None
