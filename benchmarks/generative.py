@@ -26,8 +26,7 @@ from benchmarks.results import RESULTS, Result, write_result
 from recsys.config import Config, ranking_settings
 from recsys.distributed.ranks import joined_ranks
 from recsys.serving.retrieval import Retriever
-from recsys.serving.retrieval.code_index import CodeIndex
-from recsys.serving.retrieval.item_vectors import export_vectors
+from recsys.serving.retrieval.item_vectors import CodeIndex, export_vectors
 from recsys.training.train import train
 
 MOST_MILLISECONDS, BEAM = 20.0, 50

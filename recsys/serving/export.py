@@ -1,41 +1,42 @@
 """Exports a run as a package that answers requests without the run, its data or its encoders.
 
-Shapes: U items of a block, E width of content vectors.
+Shapes: E width of content vectors.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.export import ExportedProgram
 
 from embeddings.vocabulary.bounded import BoundedVocabulary
+from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
 from recsys.checkpoint.reader import stored_tables
 from recsys.checkpoint.run_folder import encoder_identities, keep_vocabularies
 from recsys.checkpoint.run_schema import write_run_schema
 from recsys.checkpoint.state import model_state
 from recsys.config import content_settings, save_config
-from recsys.content.branch import ContentBranch
 from recsys.content.encoders.base import Encoder
 from recsys.content.encoders.identity import write_identities
-from recsys.data.items.content_store import ContentStore
-from recsys.data.parquet.file import open_parquet
+from recsys.data.parquet.file import open_parquet, read_row_group
+from recsys.data.parquet.rows import ParquetRows
+from recsys.data.parquet.values import is_list
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.predict import load_run
 from recsys.model.tables import pooled_features
-from recsys.serving.drift import write_statistics
 from recsys.serving.exported_graph import (
     COMPILED,
     COMPILED_TOLERANCES,
@@ -47,10 +48,11 @@ from recsys.serving.exported_graph import (
 from recsys.serving.features.package_features import write_features
 from recsys.serving.new_items import item_encoder
 from recsys.serving.new_items.added_items import content_index
-from recsys.serving.new_items.item_encoder import ITEMS_PER_CALL, EntryShapes
+from recsys.serving.new_items.item_encoder import ITEMS_PER_CALL, EntryShapes, encoded_blocks
 from recsys.serving.package import (
     GRAPH,
     REQUEST,
+    STATISTICS,
     Manifest,
     PackagePrecision,
     write_manifest,
@@ -64,6 +66,7 @@ from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 
+MOST_ROWS = 1 << 18  # of statistics: row groups evenly among those of the files, at least one
 CONTENT_PREFIX = "model.content."  # of the branch's weights in the state of a model
 
 
@@ -78,24 +81,15 @@ def export_run(
 ) -> Manifest:
     """Write the best model of a run as a package; it appears whole or not at all.
 
-    Args:
-        run: folder of the finished run.
-        out: the package, a folder that does not exist.
-        tables: stored type of ID tables; content vectors are in fp32, or else in fp16.
-        ranks: a single process.
-        data: dataset whose items are ranked; default the dataset of the run.
-        compiles: also compile the graph to machine code; auto: if that is possible here.
-        precision: run: as the run computes; bf16: attention and ensembles multiply in bfloat16.
-
-    Raises:
-        ValueError: the run is not finished, or its model cannot be exported or compiled.
+    The arguments are those of `recsys export`, and `ranks` is a single process. A run that is not
+    finished, or whose model cannot be exported or compiled, is a ValueError.
     """
     compiles = compiles if is_compiled(compiles) else False
     job = load_for_export(run, out, ranks, data)
     columns = pooled_features(job.config.embedding, job.schema), job.schema.of_kind("dense")
     with whole_folder(out) as partial:
-        model = PackagedModel(job.em3.ranking, *columns, compiles=compiles, precision=precision)
-        return write_package(run, job, partial, tables, model)
+        parts = run, job, partial, job.em3.ranking, *columns, tables
+        return write_package(*parts, compiles=compiles, precision=precision)
 
 
 def load_for_export(run: Path, out: Path, ranks: Ranks, data: str | None) -> Job:
@@ -116,57 +110,98 @@ def load_for_export(run: Path, out: Path, ranks: Ranks, data: str | None) -> Job
     return job
 
 
-@dataclass(frozen=True)
-class PackagedModel:
-    """Computations of a package."""
-
-    ranking: nn.Module  # the ranking model, or a part of it
-    pooled: list[str]  # columns that it reads
-    dense: list[str]
-    reads_targets: bool = True  # it reads the content of ranked items
-    compiles: Compile = False  # also write its machine code
-    precision: PackagePrecision = "run"
-
-
 def write_package(
-    run: Path, job: Job, folder: Path, tables: StoredType, model: PackagedModel
+    run: Path,
+    job: Job,
+    folder: Path,
+    ranking: nn.Module,
+    pooled: list[str],
+    dense: list[str],
+    tables: StoredType = "fp32",
+    reads_targets: bool = True,
+    compiles: Compile = False,
+    precision: PackagePrecision = "run",
 ) -> Manifest:
-    """Write a package into an empty folder; a ValueError says why a model cannot be exported."""
+    """Write a package into an empty folder; a ValueError says why a model cannot be exported.
+
+    `ranking` is the ranking model or a part of it, `pooled` and `dense` are columns that it reads.
+    `reads_targets`: it reads the content of ranked items.
+    """
     schema = job.schema
     write_run_schema(folder, schema)
     keep_vocabularies(folder, job)
     write_features(job.root, schema, folder)
-    write_statistics(job, [*model.pooled, *model.dense, schema.target_item], folder)
+    write_statistics(job, [*pooled, *dense, schema.target_item], folder)
     for table, vocabulary in job.vocabularies.by_table.items():
         save_bounded(folder, table, vocabulary)
-    columns = [*model.pooled, schema.target_item, *schema.event_columns]
+    columns = [*pooled, schema.target_item, *schema.event_columns]
     names = {schema.table_of(name) for name in columns}
     manifest = Manifest(
         run=str(run),
         ranking=job.config.ranking.name,
         labels=schema.of_kind("label"),
-        pooled=model.pooled,
-        dense=model.dense,
+        pooled=pooled,
+        dense=dense,
         parallel=list(schema.parallel),
         target_item=schema.target_item,
         history=schema.history,
         tables=_write_tables(run / "checkpoints" / "best", folder / "tables", tables, names),
-        content=_write_content(job, folder / "content", tables, model.reads_targets),
+        content=_write_content(job, folder / "content", tables, reads_targets),
         searches=top_k(job) > 0,
         bounded=list(job.vocabularies.by_table),
         content_histories=list(job.batch_builder().content_histories),
         entry_shapes=_write_item_encoder(job, folder / item_encoder.FOLDER),
-        precision=model.precision,
+        precision=precision,
     )
-    program = _write_graph(job, manifest, model.ranking, folder / GRAPH)
-    if model.compiles:
-        tolerance = COMPILED_TOLERANCES[model.precision]
-        manifest.compiled = compile_if_possible(
-            program, folder / COMPILED, model.compiles, tolerance
-        )
+    program = _write_graph(job, manifest, ranking, folder / GRAPH)
+    if compiles:
+        tolerance = COMPILED_TOLERANCES[precision]
+        manifest.compiled = compile_if_possible(program, folder / COMPILED, compiles, tolerance)
     (folder / REQUEST).write_text(_example_request(job, manifest) + "\n")
     write_manifest(folder, manifest)
     return manifest
+
+
+def write_statistics(job: Job, columns: Sequence[str], folder: Path) -> None:
+    """Write shares of `unknown` and `null` and the range of numbers, of a sample of training rows.
+
+    A run with rows of another source than Parquet has none.
+    """
+    files = (job.root / job.train_folder).files(".parquet")
+    statistics: dict[str, dict[str, float]] = {}
+    if files and job.config.source.name == "parquet":
+        rows = ParquetRows(files, job.schema, with_labels=False, on_bad_row="skip")
+        largest = max(chunk.num_rows for chunk in rows.chunks)
+        number = min(max(1, MOST_ROWS // largest), len(rows.chunks))
+        groups = np.linspace(0, len(rows.chunks) - 1, number).astype(int).tolist()
+        usable = pa.concat_tables(rows.read_chunks(groups))
+        statistics = dict(_column_statistics(job, usable, columns))
+        names = job.schema.file_columns(columns)
+        tables = []
+        for group in (rows.row_groups[number] for number in groups):
+            with open_parquet(group.file) as parquet:
+                tables.append(read_row_group(parquet, group.file, group.index, names))
+        stored = pa.concat_tables(tables)
+        for name in names:
+            statistics.setdefault(name, {})["null"] = stored[name].null_count / len(stored)
+    (folder / STATISTICS).write_text(json.dumps(statistics, indent=1) + "\n")
+
+
+def _column_statistics(
+    job: Job, rows: pa.Table, columns: Sequence[str]
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield the share of unknown ids of each column with an exact map, and ranges of numbers."""
+    for name in columns:
+        values = rows[name].combine_chunks()
+        values = values.flatten() if is_list(values.type) else values
+        numbers = values.to_numpy(zero_copy_only=False)
+        vocabulary = job.schema.vocabularies.get(job.schema.table_of(name))
+        if not len(numbers):
+            continue
+        if job.schema.columns[name].kind == "dense":
+            yield name, {"low": float(numbers.min()), "high": float(numbers.max())}
+        elif isinstance(vocabulary, ExactVocabulary):
+            yield name, {"unknown": float((numbers == vocabulary.unknown_row).mean())}
 
 
 def top_k(job: Job) -> int:
@@ -209,31 +244,17 @@ def _write_content(
     assert store is not None
     folder.mkdir()
     items, bank = np.arange(job.schema.num_items), branch.bank
-    width = next(encoded_blocks(branch, store, items[:1])).shape[1]
-    shape = VectorFileShape(len(items), width, "fp32" if tables == "fp32" else "fp16")
+    stored_as: StoredType = "fp32" if tables == "fp32" else "fp16"
+    shape = VectorFileShape(len(items), branch.vector_dim, stored_as)
     sources = {"history": encoded_blocks(branch, store, items)}
     if bank is not None:
-        sources["history"] = (bank.lookup(torch.from_numpy(ids))[0] for ids in _blocks(items))
+        blocks = torch.from_numpy(items).split(ITEMS_PER_CALL)
+        sources["history"] = (bank.lookup(block)[0] for block in blocks)
     if reads_targets:
         sources = {"target": encoded_blocks(branch, store, items), **sources}
     for part, vectors in sources.items():
         write_vectors(folder / f"{part}.vectors", shape, vectors)
     return {part: asdict(shape) for part in sources}
-
-
-def _blocks(ids: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(ids), ITEMS_PER_CALL):
-        yield ids[start : start + ITEMS_PER_CALL]
-
-
-def encoded_blocks(
-    branch: ContentBranch, store: ContentStore, ids: np.ndarray
-) -> Iterator[Tensor]:  # [U, E] each
-    """Encode the content of items as the model does for ranked ones; the bank does not change."""
-    for block in _blocks(ids):
-        with torch.no_grad():
-            vectors = branch.encode(store.gather(block))
-        yield vectors
 
 
 def _write_item_encoder(job: Job, folder: Path) -> EntryShapes:
@@ -264,7 +285,7 @@ def _write_graph(job: Job, manifest: Manifest, ranking: nn.Module, path: Path) -
     dims = {name: layout["dim"] for name, layout in manifest.tables.items()}
     pooled = [torch.zeros(1, dims[job.schema.table_of(name)]) for name in manifest.pooled]
     item = torch.zeros(1, dims[manifest.target_item])
-    content = torch.zeros(1, manifest.content["history"]["dim"] if manifest.content else 0)
+    content = torch.zeros(1, 0 if branch is None else branch.vector_dim)
     graph = RankingGraph(
         ranking,
         None if branch is None else branch.history_map,
@@ -275,9 +296,8 @@ def _write_graph(job: Job, manifest: Manifest, ranking: nn.Module, path: Path) -
         job.em3.neighbours,
         manifest.precision == "bf16",
     )
-    further = job.schema.histories[1:]
-    reads_content = [history.name in manifest.content_histories for history in further]
-    ids = torch.zeros(1, dtype=torch.int64)
+    further, read_beside = job.schema.histories[1:], manifest.content_histories
+    unread, ids = content[:, :0], torch.zeros(1, dtype=torch.int64)
     shapes = RankingInputs(
         pooled,
         torch.zeros(1, len(manifest.dense)),
@@ -288,10 +308,10 @@ def _write_graph(job: Job, manifest: Manifest, ranking: nn.Module, path: Path) -
         ids,
         content,
         content,
-        content if manifest.searches else content[:, :0],
+        content if manifest.searches else unread,
         [item] * len(further),
         [torch.zeros(1, len(history.numbers)) for history in further],
-        [content if is_read else content[:, :0] for is_read in reads_content],
+        [content if history.name in read_beside else unread for history in further],
     )
     return export_graph(graph, shapes, manifest.ranking, path)
 

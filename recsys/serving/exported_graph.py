@@ -59,8 +59,7 @@ class ExportedGraph:
     """
 
     def __init__(self, operations: nn.Module, state: dict[str, Tensor], digest: str) -> None:
-        self.operations, self.digest = operations, digest
-        self._state = state
+        self.operations, self.digest, self._state = operations, digest, state
 
     def __call__(self, *arguments: Tensor | list[Tensor]) -> Tensor:
         inputs: list[Tensor] = []
@@ -147,11 +146,7 @@ def export_graph(
 
 
 def any_length() -> AbstractContextManager[None]:
-    """Let no branch on the traced lengths decide the code for others.
-
-    Else the compiled code of models that read the latest items takes histories as short as the
-    traced one alone, and computes other numbers for longer ones or fails.
-    """
+    """Let no branch on the traced lengths decide the code for others, such as longer histories."""
     return cast(Any, symbolic_shapes).patch(backed_size_oblivious=True)
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from recsys.storage.manifest import (
     VerifiedFiles,
@@ -25,16 +25,21 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 GRAPH = "graph.pt2"
 REQUEST = "request.json"
+STATISTICS = "statistics.json"  # of training rows by column; the server counts those of requests
 LIBRARIES = ("torch", "torchrec", "recsys-em3")
-
 
 PackagePrecision = Literal["run", "bf16"]
 
 
 @dataclass(kw_only=True)
 class BaseManifest:
-    """The origin and date of the files in a folder; bytes and sha256 of each by name."""
+    """The origin and date of the files in a folder; bytes and sha256 of each by name.
 
+    `contents` and `command` are the folder and its writer in messages.
+    """
+
+    contents: ClassVar[str]
+    command: ClassVar[str]
     versions: dict[str, str] = field(
         default_factory=lambda: {name: version(name) for name in LIBRARIES}
     )
@@ -47,6 +52,7 @@ class BaseManifest:
 class Manifest(BaseManifest):
     """Contents of a package."""
 
+    contents, command = "package", "recsys export"
     run: str
     ranking: str
     labels: list[str]  # names of the outputs
@@ -92,25 +98,20 @@ def read_manifest(
     Files in `verified` are not read again; those that are read are added. A folder that is no
     package, of another format, or with a file that differs is a ValueError that names it.
     """
-    return read_manifest_of(folder, Manifest, "package", "recsys export", verify, verified)
+    return read_manifest_of(Manifest, folder, verify, verified)
 
 
 def read_manifest_of(
-    folder: Path,
-    kind: type[M],
-    what: str,
-    command: str,
-    verify: bool,
-    verified: VerifiedFiles | None = None,
+    kind: type[M], folder: Path, verify: bool = True, verified: VerifiedFiles | None = None
 ) -> M:
-    """Read a manifest of one kind and check its files; messages name `what` and `command`."""
-    path = folder / MANIFEST
+    """Read a manifest of one kind, as `read_manifest` does that of a package."""
+    path, contents, command = folder / MANIFEST, kind.contents, kind.command
     if not path.is_file():
-        raise ValueError(f"{folder}: no {what} ({MANIFEST} is missing); make one by {command}")
+        raise ValueError(f"{folder}: no {contents} ({MANIFEST} is missing); make one by {command}")
     try:
         content = read_signed(path, FORMAT)
         if not content.keys() <= {attribute.name for attribute in fields(kind)}:
-            raise ValueError(f"another command than {command} wrote it, so this is no {what}")
+            raise ValueError(f"another command than {command} wrote it, so this is no {contents}")
         manifest = kind(**content)
         difference = next(differences(folder, manifest.files, verify, verified), None)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

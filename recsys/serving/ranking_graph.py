@@ -2,8 +2,7 @@
 
 The scorer looks vectors up, so that tables and content vectors stay in mapped files. All candidates
 have one history, so dense products replace the index of `JaggedHistory` over N * L places. Every
-operation can be traced by torch.export with N and L dynamic. Places that a row does not keep count
-in no sum, maximum or softmax.
+operation can be traced by torch.export with N and L dynamic.
 
 Shapes: N candidates, U history items, L places of each row (U, or fewer after a selection), K any
 width, D dimension of ID vectors, E width of content vectors (D_content * (1 + M), as the memory
@@ -45,29 +44,24 @@ class SharedHistory:
         return self.num_items if self.places is None else self.places.shape[1]
 
     @property
-    def lengths(self) -> Tensor:
-        """Number of places in each row: int64 [N]."""
+    def lengths(self) -> Tensor:  # int64 [N]
         return torch.full((self.num_rows,), self.longest, device=self.device)
 
     @property
-    def index(self) -> Tensor:
-        """The item at each place: int64 [N * L]."""
+    def index(self) -> Tensor:  # int64 [N * L]
         if self.places is None:
             return self.spread_items(torch.arange(self.num_items, device=self.device))
         return self.places.reshape(-1)
 
     @property
-    def rows(self) -> Tensor:
-        """The row of each place: int64 [N * L]."""
+    def rows(self) -> Tensor:  # int64 [N * L]
         return self.spread(torch.arange(self.num_rows, device=self.device).unsqueeze(1)).squeeze(1)
 
     @property
-    def ages(self) -> Tensor:
-        """Number of later places of the same row: int64 [N * L]."""
+    def ages(self) -> Tensor:  # int64 [N * L]
         return self.spread_items(self.longest - 1 - torch.arange(self.longest, device=self.device))
 
-    def spread_items(self, values: Tensor) -> Tensor:
-        """Repeat [L] for each row: [N * L]."""
+    def spread_items(self, values: Tensor) -> Tensor:  # [L] -> [N * L]
         return values.unsqueeze(0).expand(self.num_rows, -1).reshape(-1)
 
     @property
@@ -75,57 +69,47 @@ class SharedHistory:
         """Whether all rows have the same places: a selection differs between rows."""
         return self.places is None
 
-    def of_one_row(self, values: Tensor) -> Tensor:
-        """Map [N * L, K] with equal values in all rows to the values of one row: [L, K]."""
+    def of_one_row(self, values: Tensor) -> Tensor:  # [N * L, K], equal in all rows -> [L, K]
         return values.view(self.num_rows, self.longest, values.shape[1])[0]
 
     def one_row(self) -> SharedHistory:
-        """Return the history as that of one row."""
         return SharedHistory(1, self.num_items, self.device, self.places)
 
     def unindexed(self) -> SharedHistory:
         return self
 
-    def gather(self, items: Tensor) -> Tensor:
-        """Map [U, K] -> [N * L, K]: the item of each place."""
+    def gather(self, items: Tensor) -> Tensor:  # [U, K] -> [N * L, K]
         if self.places is None:
             return items.repeat(self.num_rows, 1)  # a copy, as callers add to the result in place
         return items.index_select(0, self.index)
 
-    def spread(self, rows: Tensor) -> Tensor:
-        """Map [N, K] -> [N * L, K]: the row of each place."""
+    def spread(self, rows: Tensor) -> Tensor:  # [N, K] -> [N * L, K]
         spread = rows.unsqueeze(1).repeat(1, self.longest, 1)
         return spread.view(self.num_rows * self.longest, rows.shape[1])
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum [N * L, K] over the places of each row: [N, K]."""
+    def sum(self, values: Tensor) -> Tensor:  # [N * L, K] -> [N, K]
         return self._by_row(values).sum(dim=1)
 
-    def dot(self, queries: Tensor, items: Tensor) -> Tensor:
-        """Return the dot product of row [N, D] and item [U, D] at each place: [N * L]."""
+    def dot(self, queries: Tensor, items: Tensor) -> Tensor:  # [N, D], [U, D] -> [N * L]
         products = queries @ items.T
         return (products if self.places is None else products.gather(1, self.places)).reshape(-1)
 
-    def weighted_sum(self, weights: Tensor, items: Tensor) -> Tensor:
-        """Return the sum of items [U, D] with weights [N * L], by row: [N, D]."""
+    def weighted_sum(self, weights: Tensor, items: Tensor) -> Tensor:  # [N * L], [U, D] -> [N, D]
         by_row = self._by_row(weights.unsqueeze(1)).squeeze(2)
         if self.places is not None:
             empty = weights.new_zeros(self.num_rows, self.num_items)
             by_row = empty.scatter_add(1, self.places, by_row)
         return by_row @ items
 
-    def softmax(self, scores: Tensor) -> Tensor:
-        """Normalise [N * L] or [N * L, K] over the places of each row."""
+    def softmax(self, scores: Tensor) -> Tensor:  # [N * L] or [N * L, K], over places of a row
         columns = scores if scores.dim() == 2 else scores.unsqueeze(1)
         return self._by_row(columns).softmax(dim=1).reshape(scores.shape)
 
-    def maximum(self, values: Tensor, lowest: float) -> Tensor:
-        """Return the maxima of [N * L, K] and `lowest`, by row: [N, K]."""
+    def maximum(self, values: Tensor, lowest: float) -> Tensor:  # [N * L, K] -> [N, K]
         floor = values.new_full((self.num_rows, 1, values.shape[1]), lowest)
         return torch.cat([floor, self._by_row(values)], dim=1).amax(dim=1)
 
-    def padded(self, values: Tensor, fill: float) -> Tensor:
-        """Return [N * L] as [N, L], with `fill` in places that do not count."""
+    def padded(self, values: Tensor, fill: float) -> Tensor:  # [N * L] -> [N, L]; all count
         return self._by_row(values.unsqueeze(1)).squeeze(2)
 
     def highest(self, scores: Tensor, count: int) -> Tensor:
@@ -146,8 +130,7 @@ class SharedHistory:
         items = self.index[places].reshape(self.num_rows, -1)
         return SharedHistory(self.num_rows, self.num_items, self.device, items)
 
-    def _by_row(self, values: Tensor) -> Tensor:
-        """View [N * L, K] as [N, L, K]."""
+    def _by_row(self, values: Tensor) -> Tensor:  # [N * L, K] -> [N, L, K]
         return values.reshape(self.num_rows, self.longest, values.shape[1])
 
 
@@ -190,8 +173,7 @@ class SharedEvents:
     def content_of(
         self, content: ContentVectors, num_items: int
     ) -> tuple[ContentVectors | None, SharedHistory]:
-        """Return the content vectors of these events; the batch's are not read."""
-        return self.content, self.history
+        return self.content, self.history  # the batch's vectors are not read
 
 
 @dataclass
@@ -206,8 +188,7 @@ class CandidateHistory:
     whole: None = None  # a history of which those of targets are beginnings: in training alone
 
     @property
-    def recorded_values(self) -> Tensor:
-        """The parallel lists before scaling: float32 [N * L, P]."""
+    def recorded_values(self) -> Tensor:  # float32 [N * L, P], before scaling
         return self.values if self.unscaled_values is None else self.unscaled_values
 
     def jagged(self) -> SharedHistory:
@@ -250,9 +231,7 @@ class CandidateBatch:
 class Packaged(Protocol):
     """A layer that computes faster where its weights are constant, or in bfloat16."""
 
-    def packaged(self, bfloat16: bool) -> nn.Module:
-        """Return the layer of a package."""
-        ...
+    def packaged(self, bfloat16: bool) -> nn.Module: ...
 
 
 def packaged(model: nn.Module, bfloat16: bool) -> nn.Module:
@@ -280,9 +259,8 @@ class RankingGraph(nn.Module):
     """History map and ranking model over the candidates of one user, in evaluation mode.
 
     `content_dim` is the width of a content vector (0: none). `top_k` is the number of history items
-    that a search keeps (0: all). `scaling` standardises numbers. `neighbours` is
-    of `recsys.ranking.neighbours`. With `bfloat16`, layers whose products dominate compute in it,
-    and all others in float32.
+    that a search keeps (0: all). `scaling` standardises numbers. With `bfloat16`, layers whose
+    products dominate compute in it, and all others in float32.
     """
 
     def __init__(
@@ -297,8 +275,8 @@ class RankingGraph(nn.Module):
         bfloat16: bool = False,
     ) -> None:
         super().__init__()
-        self.neighbours = neighbours
-        self.further_histories, self.scaling = None, scaling
+        self.neighbours, self.scaling = neighbours, scaling
+        self.further_histories = further_histories
         if further_histories is not None:
             self.further_histories = packaged(further_histories, bfloat16)
         self.ranking, self.history_map = packaged(ranking, bfloat16), history_map

@@ -39,33 +39,28 @@ def request_columns(
     ]
     columns = schema.file_columns([*pooled, *dense])
     for name in columns:  # also those that are added meanwhile
-        table = schema.lookup_of(name)
-        ids = [] if table is None else table.by
-        columns += [key for key in ids if key not in (schema.target_item, *columns)]
+        if table := schema.lookup_of(name):
+            columns += [key for key in table.by if key not in (schema.target_item, *columns)]
     return columns, schema.file_columns(lists)
 
 
+@dataclass
 class RequestValues:
     """File columns of a request: given to the candidates or the user, else looked up by ids."""
 
-    def __init__(
-        self,
-        schema: Schema,
-        features: FeatureSource | None,
-        user: Values,
-        lists: Values,
-        unix_time: float,
-    ) -> None:
-        """Take the values of the user, and lists of the candidates, of which the item's has N."""
-        self.schema, self.features, self.user, self.lists = schema, features, user, lists
-        self.num_rows, self.unix_time = len(lists[schema.target_item]), unix_time
-        self._looked_up: dict[str, dict[str, pa.Array]] = {}  # by table
-        self.nulls: dict[str, tuple[int, int]] = {}  # values and nulls, by column
+    schema: Schema
+    features: FeatureSource | None
+    user: Values
+    lists: Values  # of the candidates; the item's has N values
+    unix_time: float
+    nulls: dict[str, tuple[int, int]] = field(default_factory=dict)  # values and nulls, by column
+    _looked_up: dict[str, dict[str, pa.Array]] = field(default_factory=dict)  # by table
 
     def column(self, name: str) -> Sequence[Any] | pa.Array:
         """Return N values of the candidates, or one of the user."""
         if name in self.lists:
-            return value_list(self.lists, name, "candidates", self.num_rows, "candidates")
+            num_rows = len(self.lists[self.schema.target_item])
+            return value_list(self.lists, name, "candidates", num_rows, "candidates")
         if name in self.user:
             if self.schema.is_of_items(name):
                 raise ValueError(
@@ -81,8 +76,11 @@ class RequestValues:
             self._looked_up[table.name] = without_old_values(values, table, self.unix_time)
         return self._looked_up[table.name][name]
 
-    def columns(self, names: Sequence[str]) -> dict[str, Sequence[Any] | pa.Array]:
-        """Return columns of equal lengths: those of the user are repeated beside candidates'."""
+    def columns(self, names: Sequence[str]) -> tuple[dict[str, Sequence[Any] | pa.Array], str]:
+        """Return columns of equal lengths, and the place that a message says they come from.
+
+        Those of the user are repeated beside candidates'.
+        """
         columns = {name: self.column(name) for name in names}
         for name, values in columns.items():
             if isinstance(values, pa.Array):
@@ -90,23 +88,20 @@ class RequestValues:
             else:
                 self.nulls[name] = len(values), sum(value is None for value in values)
         length = next((size for size in map(len, columns.values()) if size != 1), 1)
-        return {name: _repeated(values, length) for name, values in columns.items()}
-
-    def place(self, names: Sequence[str]) -> str:
-        """Return where a message says that these columns come from."""
+        repeated = {name: _repeated(values, length) for name, values in columns.items()}
         for name in names:
             table = self.schema.lookup_of(name)
             if table is not None and name not in self.lists and name not in self.user:
-                return f"features by {table.name}"
-        return "candidates" if self.lists.keys() & set(names) else "user"
+                return repeated, f"features by {table.name}"
+        return repeated, "candidates" if self.lists.keys() & set(names) else "user"
 
     def _keys(self, table: FeatureTable) -> list[pa.Array]:
-        fills, columns = self.schema.fills, self.columns(table.by)
+        columns, place = self.columns(table.by)
         try:
-            arrays = {name: as_array(values) for name, values in columns.items()}
-            return [filled(ids, name, fills) for name, ids in arrays.items()]
+            fills = self.schema.fills
+            return [filled(as_array(values), name, fills) for name, values in columns.items()]
         except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.place(table.by)}: ids of {table.by}: {error}") from error
+            raise ValueError(f"{place}: ids of {table.by}: {error}") from error
 
 
 def as_array(values: Sequence[Any] | pa.Array) -> pa.Array:
@@ -150,10 +145,7 @@ class RequestRows:
 
 
 class RequestReader:
-    """Reads requests by the schema of a package.
-
-    The model reads the columns `pooled` and `dense`; `bounded` has learned maps of raw ids.
-    """
+    """Reads requests by the schema of a package; `bounded` has learned maps of raw ids."""
 
     def __init__(
         self,
@@ -178,22 +170,16 @@ class RequestReader:
         lists = candidates if isinstance(candidates, Mapping) else {item: candidates}
         ids = {item: value_list(lists, item, "candidates")}
         target = self._table_rows(item, ids, "candidates").rows
-
         request = RequestValues(self.schema, self.features, user, {**lists, **ids}, self.clock())
-
-        def file_values(column: str) -> tuple[dict[str, Any], str]:
-            """Return the values that a column is made of, of the user or of N candidates."""
-            names = self.schema.file_columns([column])
-            return request.columns(names), request.place(names)
-
-        histories = self._histories(history)
-        return RequestRows(
-            {name: self._table_rows(name, *file_values(name)) for name in self.pooled},
-            {name: self._column(name, *file_values(name)).to_numpy(False) for name in self.dense},
-            target,
-            histories,
-            request.nulls,
-        )
+        histories, sources = self._histories(history), self.schema.file_columns
+        pooled = {
+            name: self._table_rows(name, *request.columns(sources([name]))) for name in self.pooled
+        }
+        dense = {
+            name: self._column(name, *request.columns(sources([name]))).to_numpy(False)
+            for name in self.dense
+        }
+        return RequestRows(pooled, dense, target, histories, request.nulls)
 
     def unknown_ids(self, rows: RequestRows) -> dict[str, tuple[int, int]]:
         """Return the number of ids, and of unknown ones, of each column that may have some."""
@@ -212,13 +198,12 @@ class RequestReader:
         """Return the ids of all items by row; a ValueError says if they are too many or unknown."""
         item = self.schema.target_item
         vocabulary = self.schema.vocabularies.get(item)
-        count = (
-            len(vocabulary) if isinstance(vocabulary, ExactVocabulary) else self.schema.num_items
-        )
+        exact = vocabulary if isinstance(vocabulary, ExactVocabulary) else None
+        count = self.schema.num_items if exact is None else len(exact)
         if count > limit:
             raise ValueError(f"all items are {count}; the limit is {limit}: retrieve some first")
-        if isinstance(vocabulary, ExactVocabulary):
-            return vocabulary.ids.to_pylist()
+        if exact is not None:
+            return exact.ids.to_pylist()
         if self.schema.vocabulary_of(item) is not None:
             raise ValueError(f"ids of '{item}' are not in the package, only a map; list some")
         return list(range(count))
@@ -260,7 +245,6 @@ class RequestReader:
         return HistoryRows(ids, np.stack(numbers, axis=1) if numbers else empty)
 
     def _beside(self, name: str, items: Sequence[Any]) -> pa.Array:  # [L] -> one list of L
-        """Look up a list beside a history by its items."""
         table = self.schema.lookup_beside(name)
         assert table is not None and self.features is not None
         ids = self._array(self.schema.target_item, items, "history", self.schema.target_item)

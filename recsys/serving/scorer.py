@@ -22,7 +22,7 @@ from recsys.data.schema import Schema
 from recsys.model.losses import predictions
 from recsys.serving.exported_graph import Graph, graph_file, load_graph
 from recsys.serving.features.package_features import FOLDER, PackageFeatures
-from recsys.serving.features.stores import feature_source
+from recsys.serving.features.source import feature_source
 from recsys.serving.new_items.added_items import FEATURES, AddedItems, grow_vocabulary
 from recsys.serving.package import Manifest, differing_versions, read_manifest
 from recsys.serving.ranking_graph import RankingInputs
@@ -68,7 +68,7 @@ class Scorer:
         package_features = PackageFeatures(folder, schema, self._added.features)
         self.feature_types = package_features.types
         package_features.version = features_version(manifest) if schema.features else ""
-        source = feature_source(features or FeatureSettings(), package_features)
+        source = feature_source(features or FeatureSettings(), package_features, self.feature_types)
         self.read = RequestReader(schema, manifest.pooled, bounded, manifest.dense, source)
         self._tables, self._content = (
             {
@@ -134,12 +134,11 @@ class Scorer:
         return self.read.features.version
 
     def _load_graph(self, folder: Path, previous: Scorer | None) -> Graph:
-        if previous is None:
-            return load_graph(folder / self.graph_file)
         file = self.manifest.files[self.graph_file]
-        if previous.manifest.files[previous.graph_file] == file:
+        if previous is not None and previous.manifest.files[previous.graph_file] == file:
             return previous._graph
-        return load_graph(folder / self.graph_file, previous._graph)
+        graph = None if previous is None else previous._graph
+        return load_graph(folder / self.graph_file, graph)
 
     def score(
         self,
@@ -179,31 +178,26 @@ class Scorer:
 
     def _inputs(self, rows: RequestRows) -> RankingInputs:
         num_rows, manifest = len(rows.target), self.manifest
-        width = self._tables[manifest.target_item].shape.dim
-        first = HistoryRows({}, np.zeros((0, 0), np.float32))
-        history, history_items = torch.zeros(0, width), np.zeros(0, np.int64)
-        if rows.histories:
-            first = rows.histories[0]
-            history, history_items = self._events(first), next(iter(first.ids.values()))
-        empty = torch.zeros(num_rows, 0)
-        target_content, history_content = empty, torch.zeros(len(history_items), 0)
-        if self._content:
-            history_content = self._content_vectors("history", history_items)
-            target_content = torch.zeros(num_rows, history_content.shape[1])
-        if "target" in self._content:  # else the model does not read it
-            target_content = self._content_vectors("target", rows.target)
-        further = rows.histories[1:]
+        columns = [np.broadcast_to(rows.dense[name], num_rows) for name in manifest.dense]
+        dense = np.stack(columns, axis=1) if columns else np.zeros((num_rows, 0), np.float32)
+        no_items = {manifest.target_item: np.zeros(0, np.int64)}
+        no_history = HistoryRows(no_items, np.zeros((0, 0), np.float32))
+        first, *further = rows.histories or [no_history]
+        history_items = next(iter(first.ids.values()))
+        target_in_bank = torch.zeros(num_rows, 0)
+        if manifest.searches:
+            target_in_bank = self._content_vectors("history", rows.target)
         return RankingInputs(
             [self._pooled(name, rows.pooled[name], num_rows) for name in manifest.pooled],
-            self._dense(rows.dense, num_rows),
+            torch.from_numpy(dense),
             self._vectors(manifest.target_item, rows.target),
-            history,
+            self._events(first),
             torch.from_numpy(first.numbers),
             torch.from_numpy(rows.target),
             torch.from_numpy(history_items),
-            target_content,
-            history_content,
-            self._content_vectors("history", rows.target) if manifest.searches else empty,
+            self._content_vectors("target", rows.target),
+            self._content_vectors("history", history_items),
+            target_in_bank,
             [self._events(events) for events in further],
             [torch.from_numpy(events.numbers) for events in further],
             [self._further_content(events) for events in further],
@@ -215,14 +209,16 @@ class Scorer:
         return file.rows(np.minimum(rows, file.shape.num_rows - 1))
 
     def _content_vectors(self, part: str, items: np.ndarray) -> Tensor:  # [N] -> [N, E]
-        """Return content vectors, of added items those that came with them."""
+        """Return content vectors, of added items those that came with them; zeros if not read."""
+        if part not in self._content:
+            history = self._content.get("history")
+            return torch.zeros(len(items), 0 if history is None else history.shape.dim)
         file = self._content[part]
         vectors = file.rows(np.minimum(items, file.shape.num_rows - 1))
         self._added.replace_in(vectors, items)
         return vectors
 
-    def _further_content(self, history: HistoryRows) -> Tensor:  # [L, E]
-        """Return the content vectors of a further history; E = 0 if they are not read."""
+    def _further_content(self, history: HistoryRows) -> Tensor:  # [L, E]; E = 0 if not read
         name, ids = next(iter(history.ids.items()))
         if name in self.manifest.content_histories:
             return self._content_vectors("history", ids)
@@ -241,11 +237,6 @@ class Scorer:
         lengths = torch.from_numpy(np.asarray(column.lengths, np.int64))
         sums = torch.segment_reduce(vectors, "sum", lengths=lengths, initial=0.0)
         return sums if len(sums) == num_rows else sums.expand(num_rows, -1)
-
-    def _dense(self, dense: dict[str, np.ndarray], num_rows: int) -> Tensor:  # [N, F]
-        columns = [np.broadcast_to(dense[name], num_rows) for name in self.manifest.dense]
-        matrix = np.stack(columns, axis=1) if columns else np.zeros((num_rows, 0), np.float32)
-        return torch.from_numpy(matrix)
 
     def _warm_up(self) -> None:
         one = np.zeros(1, np.int64)

@@ -42,8 +42,7 @@ class VectorFileShape:
         sizes = {"fp32": 4 * self.dim, "fp16": 2 * self.dim, "int8": self.dim + 8}
         return sizes.get(self.stored_as, self.dim // 2 + 4)
 
-    def packed(self, vectors: Tensor) -> Tensor:
-        """Return float32 [N, D] in the stored form, uint8 [N, row_bytes]."""
+    def packed(self, vectors: Tensor) -> Tensor:  # float32 [N, D] -> uint8 [N, row_bytes]
         vectors = vectors.float().contiguous()
         if self.stored_as == "int8":
             return torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(vectors)
@@ -51,8 +50,7 @@ class VectorFileShape:
             return torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(vectors, 4)
         return (vectors.half() if self.stored_as == "fp16" else vectors).view(torch.uint8)
 
-    def unpacked(self, rows: Tensor) -> Tensor:
-        """Return the stored form uint8 [N, row_bytes] as float32 [N, D]."""
+    def unpacked(self, rows: Tensor) -> Tensor:  # uint8 [N, row_bytes] -> float32 [N, D]
         if not rows.shape[0]:
             return torch.zeros(0, self.dim)
         if self.stored_as == "int8":

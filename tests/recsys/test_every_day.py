@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from recsys.config.server import ServerSettings
 from recsys.serving import Scorer
 from recsys.serving.new_items.add import add_items
 from recsys.serving.server.scoring_service import LoadedPackage
@@ -54,7 +55,7 @@ def wait_for_version(server: ServedPackage, version: str) -> None:
 
 def keep(package: Path, folder: Path) -> Path:
     """Copy a package that is served; return the copy, named by its version."""
-    version = LoadedPackage.load(package, verify=False).version
+    version = LoadedPackage.load(ServerSettings(str(package), verify=False)).version
     return Path(shutil.copytree(package.resolve(), folder / version))
 
 

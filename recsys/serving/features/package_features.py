@@ -83,7 +83,6 @@ class PackageFeatures(FeatureSource):
             self._parts[table.name] = parts
 
     def read(self, table: FeatureTable, keys: list[pa.Array]) -> pa.Table:  # K ids each -> [K]
-        """Return the values of each key, null where it is unknown."""
         columns: dict[str, pa.Array] = {}
         for part in self._parts[table.name]:
             try:
@@ -96,11 +95,6 @@ class PackageFeatures(FeatureSource):
                 is_first = name not in columns
                 columns[name] = latest if is_first else pc.if_else(has_row, latest, columns[name])
         return pa.table(columns)
-
-    def knows(self, table: FeatureTable, keys: list[pa.Array]) -> pa.Array:  # -> bool [K]
-        """Return whether a table has each key."""
-        places = [part.find(keys) for part in self._parts[table.name]]
-        return pa.array(np.max(places, axis=0) >= 0)
 
 
 def updated_rows(
@@ -158,13 +152,13 @@ def write_features(root: Location, schema: Schema, package: Path) -> None:
 
 
 def _read(folder: Location, names: Sequence[str]) -> pa.Table:
-    files, parts = folder.files(".parquet"), []
+    parts = []
     if not folder.exists():
         raise ValueError(
             f"{folder}: no such folder, but schema.yaml has features by these ids; prepare the "
             "data again, write it, or remove them from `features`"
         )
-    for file in files:
+    for file in folder.files(".parquet"):
         with open_parquet(file) as parquet:
             for name in names:
                 column_type(parquet, file, name)
@@ -194,7 +188,8 @@ def refresh_features(package: Path, data: str, out: Path) -> Manifest:
         write_features(Location.of(data), schema, partial)
         changed = [*(partial / FOLDER).iterdir()]
         if (additions := AddedItems.open(package, manifest.added)).features is not None:
-            changed.append(_write_missing_features(partial, schema, additions))
+            changed.append(partial / ADDED / str(additions.number) / FEATURES)
+            _write_missing_features(partial, schema, additions.features, changed[-1])
         created = datetime.now(UTC).isoformat(timespec="seconds")
         described = describe_all(partial, sorted(changed))
         manifest = replace(manifest, files=unchanged_files | described, created=created)
@@ -202,14 +197,10 @@ def refresh_features(package: Path, data: str, out: Path) -> Manifest:
     return manifest
 
 
-def _write_missing_features(package: Path, schema: Schema, additions: AddedItems) -> Path:
+def _write_missing_features(package: Path, schema: Schema, rows: pa.Table, path: Path) -> None:
     """Write the features of added items that the files of a package do not have."""
-    path = package / ADDED / str(additions.number) / FEATURES
-    features = PackageFeatures(package, schema)
     table = next(part for part in schema.features if part.by == [schema.target_item])
-    rows = additions.features
-    assert rows is not None
-    is_stored = features.knows(table, [rows[schema.target_item].combine_chunks()])
+    stored = _opened(features_file(package, table), table)
+    is_missing = stored.find([one_chunk(rows[schema.target_item])]) < 0
     path.unlink()  # a link to the file of the other package
-    pq.write_table(rows.filter(pc.invert(is_stored)), path)
-    return path
+    pq.write_table(rows.filter(pa.array(is_missing)), path)

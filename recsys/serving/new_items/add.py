@@ -33,19 +33,12 @@ from recsys.data.schema_columns import FeatureTable
 from recsys.data.transforms.columns import check_types, read_columns
 from recsys.serving.features.package_features import PackageFeatures, updated_rows
 from recsys.serving.features.source import value_columns
-from recsys.serving.new_items.added_items import (
-    FOLDER,
-    AddedItems,
-    content_index,
-    grow_vocabulary,
-    lookup,
-)
+from recsys.serving.new_items.added_items import AddedItems, content_index, grow_vocabulary, lookup
 from recsys.serving.new_items.item_encoder import FOLDER as ENCODER
 from recsys.serving.new_items.item_encoder import INDEX, EncoderCache, ItemEncoder
 from recsys.serving.package import Manifest, read_manifest, replace_manifest
-from recsys.serving.vector_file import VectorFileShape
 from recsys.storage.location import Location
-from recsys.storage.manifest import VerifiedFiles, describe_all, differences
+from recsys.storage.manifest import VerifiedFiles, differences
 
 
 @dataclass(frozen=True)
@@ -65,15 +58,6 @@ class AddedCounts:
             f"{self.new:,} items added{full if self.without_row else ''}, "
             f"{self.changed:,} changed, {self.unchanged:,} unchanged{features}"
         )
-
-
-@dataclass(frozen=True)
-class AddedContent:
-    """Index, vectors and raw ids of all additions, as `AddedItems` has them."""
-
-    index: np.ndarray
-    vectors: Tensor
-    ids: pa.Array
 
 
 def add_items(package: Path, items: str, encoders: EncoderCache | None = None) -> AddedCounts:
@@ -96,16 +80,21 @@ def add_items(package: Path, items: str, encoders: EncoderCache | None = None) -
         table = next((part for part in schema.features if part.by == [schema.target_item]), None)
         _require_addable(package, manifest, table, encoders.verified)
         previous, files = AddedItems.open(package, manifest.added), Location.of(items)
-        rows = None if table is None else _changed_features(package, table, previous, files)
-        counts, content = AddedCounts(features=0 if rows is None else len(rows)), None
+        counts, features = AddedCounts(), previous.features
+        if table is not None:
+            rows = _changed_features(package, schema, table, previous, files)
+            counts = AddedCounts(features=len(rows))
+            features = previous.with_features(rows, schema.target_item) if len(rows) else features
+        index, vectors, ids = previous.index[:0], torch.zeros(0, 0), previous.ids
         if manifest.entry_shapes and (not counts.features or _has_content(schema, files)):
             encoder = encoders.of_package(package, manifest)
-            counts, content = _changed_content(package, encoder, previous, files, counts)
-        if content is not None or counts.features:
-            features = previous.features
-            if rows is not None and len(rows):
-                features = previous.with_features(rows, schema.target_item)
-            _write(package, manifest, previous, content, features)
+            counts, index, vectors, ids = _changed_content(
+                package, encoder, previous, files, counts
+            )
+        if len(index) or counts.features:
+            content = previous.merged_with(index, vectors)
+            manifest = previous.write_next(package, manifest, *content, ids, features)
+            replace_manifest(package, manifest)
     return counts
 
 
@@ -134,11 +123,10 @@ def _require_addable(
 
 
 def _changed_features(
-    package: Path, table: FeatureTable, previous: AddedItems, files: Location
+    package: Path, schema: Schema, table: FeatureTable, previous: AddedItems, files: Location
 ) -> pa.Table:
     """Return the features of the items of files whose features are new or change."""
-    schema, unix_time = load_run_schema(package), time.time()
-    features = PackageFeatures(package, schema, previous.features)
+    features, unix_time = PackageFeatures(package, schema, previous.features), time.time()
     item = schema.target_item if schema.items is None else schema.items.id
     parts = []
     for file in files.files(".parquet"):
@@ -176,13 +164,9 @@ def _check_values(schema: Schema, table: FeatureTable, rows: pa.Table, place: st
 
 
 def _changed_content(
-    package: Path,
-    encoder: ItemEncoder,
-    previous: AddedItems,
-    files: Location,
-    counts: AddedCounts,
-) -> tuple[AddedCounts, AddedContent | None]:
-    """Encode the items whose content is new or changes; None if that of no item does."""
+    package: Path, encoder: ItemEncoder, previous: AddedItems, files: Location, counts: AddedCounts
+) -> tuple[AddedCounts, np.ndarray, Tensor, pa.Array]:  # index [K], [K, E], raw ids
+    """Encode the items whose content is new or changes; return all raw ids that were added, too."""
     with TemporaryDirectory() as cache:
         table, ids = _open_items(package, previous, files)
         store = encoder.read(table, Path(cache))
@@ -196,20 +180,17 @@ def _changed_content(
             unchanged=int((~is_new & ~is_changed).sum()),
             without_row=int((index["item"][is_new] >= table.schema.num_items).sum()),
         )
-        if not counts.new and not counts.changed:
-            return counts, None
         to_encode = index[is_new | is_changed]
-        vectors = encoder.encode(store, to_encode["item"])
-    return counts, AddedContent(*previous.merged_with(to_encode, vectors), ids)
+        vectors = encoder.encode(store, to_encode["item"]) if len(to_encode) else torch.zeros(0, 0)
+    return counts, to_encode, vectors, ids
 
 
 def _open_items(package: Path, previous: AddedItems, files: Location) -> tuple[ItemTable, pa.Array]:
     """Return the items of files, and all raw ids that were added to the map of the run."""
     schema = load_run_schema(package)
-    exported = schema.vocabularies.get(schema.target_item)
     vocabulary = grow_vocabulary(schema, [previous.ids])
     num_items, ids = schema.num_items, previous.ids
-    if vocabulary is not None and exported is not None:
+    if vocabulary is not None:
         assert schema.items is not None
         name = schema.items.id
         for file in files.files(".parquet"):
@@ -220,8 +201,7 @@ def _open_items(package: Path, previous: AddedItems, files: Location) -> tuple[I
                 vocabulary.extend([plain_values(column).drop_null()])
             except ValueError as error:
                 raise ValueError(f"{file}: column '{name}': {error}") from error
-        num_items = vocabulary.num_items
-        ids = vocabulary.ids.slice(len(exported))  # type: ignore[arg-type]
+        num_items, ids = vocabulary.num_items, vocabulary.ids.slice(vocabulary.num_exported)
     root = Location(files.filesystem, files.path.rpartition("/")[0])
     return ItemTable(root, schema, "error", files, num_items), ids
 
@@ -244,31 +224,6 @@ def _compare(
             "a vocabulary of kind exact"
         )
     return is_new, ~is_new & (stored["content"] != index["content"])
-
-
-def _write(
-    package: Path,
-    manifest: Manifest,
-    previous: AddedItems,
-    content: AddedContent | None,
-    features: pa.Table | None,
-) -> None:
-    if content is None:  # that of before
-        vectors = torch.zeros(0, 0)
-        if previous.vectors is not None:
-            vectors = previous.vectors.rows(np.arange(len(previous.index)))
-        content = AddedContent(previous.index, vectors, previous.ids)
-    shape = None
-    if len(content.index):
-        layout = VectorFileShape(**manifest.content["history"])
-        shape = replace(layout, num_rows=len(content.index))
-    parts = content.index, content.vectors, content.ids
-    entry = previous.write_next(package, *parts, shape, features)
-    folder = package / FOLDER / str(entry["number"])
-    files = {
-        name: file for name, file in manifest.files.items() if not name.startswith(f"{FOLDER}/")
-    } | describe_all(package, sorted(folder.iterdir()))
-    replace_manifest(package, replace(manifest, added=entry, files=files))
 
 
 # Types of content of which no item of a request has any.

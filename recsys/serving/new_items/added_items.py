@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary, integer
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
 from recsys.data.schema import Schema
+from recsys.serving.package import Manifest
 from recsys.serving.vector_file import VectorFile, VectorFileShape, write_vectors
 from recsys.storage.files import flush, whole_folder
+from recsys.storage.manifest import describe_all
 
 FOLDER = "added"
 INDEX, VECTORS, IDS = "index.npy", "content.vectors", "ids.parquet"
@@ -80,28 +82,32 @@ class AddedItems:
         old = self.index[~np.isin(self.index["item"], index["item"])]
         union = np.concatenate([old, index])
         union = union[np.argsort(union["item"])]
-        result = torch.empty(len(union), vectors.shape[1])
+        width = vectors.shape[1] if self.vectors is None else self.vectors.shape.dim
+        result = torch.empty(len(union), width)
         if self.vectors is not None:
             place, is_old = lookup(self.index, union["item"])
             result[torch.from_numpy(is_old)] = self.vectors.rows(place[is_old])
-        place, is_new = lookup(index, union["item"])
-        result[torch.from_numpy(is_new)] = vectors[torch.from_numpy(place[is_new])]
+        if len(index):
+            place, is_new = lookup(index, union["item"])
+            result[torch.from_numpy(is_new)] = vectors[torch.from_numpy(place[is_new])]
         return union, result
 
     def write_next(
         self,
         package: Path,
+        manifest: Manifest,
         index: np.ndarray,  # INDEX_TYPE [K]
         vectors: Tensor,  # [K, E]
         ids: pa.Array,
-        shape: VectorFileShape | None,
         features: pa.Table | None = None,
-    ) -> dict[str, Any]:
-        """Write the folder of the next addition and return the manifest's entry `added`.
+    ) -> Manifest:
+        """Write the folder of the next addition and return the manifest that names it.
 
         The last folder but one is removed; readers of the previous manifest keep theirs.
         """
-        root, number = package / FOLDER, self.number + 1
+        root, number, shape = package / FOLDER, self.number + 1, None
+        if len(index):
+            shape = replace(VectorFileShape(**manifest.content["history"]), num_rows=len(index))
         for path in root.glob("*"):
             if path.name != str(self.number):
                 shutil.rmtree(path)
@@ -116,7 +122,11 @@ class AddedItems:
                 flush(path)
             flush(partial)
         flush(root)
-        return {"number": number, "shape": None if shape is None else asdict(shape)}
+        entry = {"number": number, "shape": None if shape is None else asdict(shape)}
+        files = {
+            name: file for name, file in manifest.files.items() if not name.startswith(f"{FOLDER}/")
+        } | describe_all(package, sorted((root / str(number)).iterdir()))
+        return replace(manifest, added=entry, files=files)
 
 
 class GrowingVocabulary(ExactVocabulary):
@@ -126,6 +136,7 @@ class GrowingVocabulary(ExactVocabulary):
 
     def __init__(self, vocabulary: ExactVocabulary, new_ids: Iterable[pa.Array] = ()) -> None:
         super().__init__(vocabulary.num_embeddings)
+        self.num_exported = len(vocabulary)
         self.extend([vocabulary.ids, *new_ids])
 
     @property
@@ -133,8 +144,7 @@ class GrowingVocabulary(ExactVocabulary):
         """Number of rows of content: those of the table, and one per id beyond it."""
         return self.num_embeddings + max(0, len(self) - self.unknown_row)
 
-    def find(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """Return the rows of raw ids: int64 [N], -1 where the map does not know one."""
+    def find(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:  # int64 [N], -1: unknown
         rows = super().find(ids)
         return rows + (rows >= self.unknown_row)
 

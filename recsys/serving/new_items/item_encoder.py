@@ -1,11 +1,12 @@
 """Encoder of items in a package: settings, trained weights, and identities of the encoders.
 
 Frozen weights, tokenizers and image processors are loaded by name, and refused if hashes differ.
-Shapes: K items to encode, E width of content vectors.
+Shapes: K items to encode, U items of a block, E width of content vectors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,16 @@ CONFIG, WEIGHTS, INDEX = "config.yaml", "weights.safetensors", "index.npy"
 ITEMS_PER_CALL = 256
 
 EntryShapes = dict[str, list[int]]
+
+
+def encoded_blocks(
+    branch: ContentBranch, store: ContentStore, ids: np.ndarray
+) -> Iterator[Tensor]:  # [U, E] each
+    """Encode the content of items as the model does for ranked ones; the bank does not change."""
+    for block in torch.from_numpy(ids).split(ITEMS_PER_CALL):
+        with torch.no_grad():
+            vectors = branch.encode(store.gather(block.numpy()))
+        yield vectors
 
 
 class EncoderCache:
@@ -76,20 +87,14 @@ class ItemEncoder:
                 )
         return store
 
-    @torch.no_grad()
     def encode(self, store: ContentStore, ids: np.ndarray) -> Tensor:  # [K] -> [K, E]
         """Return content vectors; a ValueError names an encoder that is not that of the run."""
-        branch = self.load()
-        calls = [ids[at : at + ITEMS_PER_CALL] for at in range(0, len(ids), ITEMS_PER_CALL)]
-        return torch.cat([branch.encode(store.gather(call)) for call in calls])
+        return torch.cat([*encoded_blocks(self.load(), store, ids)])
 
     def load(self) -> ContentBranch:
         """Load the encoders, unless they are; a ValueError names one that is not of the run."""
-        if self._branch is None:
-            self._branch = self._load_branch()
-        return self._branch
-
-    def _load_branch(self) -> ContentBranch:
+        if self._branch is not None:
+            return self._branch
         kinds = make_kinds(self.content.modalities)
         encoders = {
             name: encoder_of(kind, tuple(self.shapes[name])) for name, kind in kinds.items()
@@ -106,4 +111,5 @@ class ItemEncoder:
         result = branch.load_state_dict(load_file(self.folder / WEIGHTS), strict=False)
         trained = {name for name, value in branch.named_parameters() if value.requires_grad}
         assert not result.unexpected_keys and not trained & set(result.missing_keys), result
-        return branch.eval()
+        self._branch = branch.eval()
+        return self._branch

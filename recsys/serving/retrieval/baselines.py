@@ -3,9 +3,8 @@
 Neighbours are items that resemble those of the history, whose latest items weigh more: by their
 users (item-CF), by order (transitions), by the cosine of content vectors, by TF-IDF of all texts.
 Where users take items again, the history itself is a baseline, too. Decay and weights of a blend
-are those that rank the targets of validation best, so that test alone is reported. The blend with
-the model is what `recsys export-vectors --blend true` serves. It reads the nearest texts of an
-item, and the baselines read all texts.
+are those that rank the targets of validation best. The blend with the model is what
+`recsys export-vectors --blend true` serves; it reads the nearest texts of an item alone.
 
 Shapes: R rows with a query, I items of the catalogue, S history items of all rows, D width.
 """
@@ -14,21 +13,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, identity
 
 from recsys.build import Job
 from recsys.checkpoint.run_folder import read_item_counts
 from recsys.config.ranking import RetrievalSettings
 from recsys.content.encoders.base import Encoder
 from recsys.data.item_frequency import frequency_masks
-from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import RAW_GROUP
 from recsys.data.row_source import open_rows
@@ -38,7 +36,7 @@ from recsys.evaluation.bootstrap import effective_users, interval_stretch
 from recsys.evaluation.metrics import LEAST_USERS
 from recsys.evaluation.predict import load_run
 from recsys.evaluation.retrieval import catalogue_vectors, retrieval_metrics, row_gains
-from recsys.serving.retrieval.catalogue import item_vectors, unit
+from recsys.serving.retrieval.catalogue import item_table, item_vectors, unit
 from recsys.serving.retrieval.nearest_items import (
     encoder_means,
     item_texts,
@@ -72,55 +70,49 @@ class Catalogue:
     """All items, and what the parts of a blend know of them.
 
     popularity: float32 [I], logarithms of counts.
-    similar, transitions, near_texts: [I, I], by users, by order, and by text to the nearest items.
-    content, vectors: float32 [I, D], unit content vectors and the model's.
-    encoders: float32 [I, V], unit mean outputs of the encoders.
+    neighbours: [I, I] by users (item_cf), by order (transitions), by text to the nearest items
+        (near_text), and to itself (repeat) where items may be taken again.
+    vectors: float32 [I, D], unit ones of content, unit means of encoders, and those of the model.
     texts: TF-IDF vectors [I, W].
-    repeats: whether items of the history may be taken again.
     """
 
     popularity: np.ndarray
-    similar: csr_matrix
-    transitions: csr_matrix
-    content: np.ndarray | None
-    vectors: np.ndarray
+    neighbours: dict[str, csr_matrix]
+    vectors: dict[str, np.ndarray]
     texts: csr_matrix | None = None
-    near_texts: csr_matrix | None = None
-    encoders: np.ndarray | None = None
-    repeats: bool = False
 
     @property
     def baselines(self) -> tuple[str, ...]:
-        names = ["popularity", "item_cf", "transitions"]
-        names += ["content"] if self.content is not None else []
-        names += ["encoders"] if self.encoders is not None else []
-        names += ["text"] if self.texts is not None else []
-        return (*names, *(["repeat"] if self.repeats else []))
+        text = () if self.texts is None else ("text",)
+        return self._present("item_cf", "transitions", "content", "encoders", *text, "repeat")
 
     @property
     def served_parts(self) -> tuple[str, ...]:
         """Parts of the blend with the model."""
-        texts = {"text": "near_text"}
-        names = (texts.get(name, name) for name in self.baselines if name != "encoders")
-        return (*names, "model")
+        return self._present("item_cf", "transitions", "content", "near_text", "repeat", "model")
+
+    def _present(self, *names: str) -> tuple[str, ...]:
+        parts = {*self.neighbours, *self.vectors, "text"}
+        return ("popularity", *(name for name in names if name in parts))
 
     def scores(
         self, rows: QueryRows, decay: float, names: Sequence[str]
     ) -> dict[str, np.ndarray]:  # float32 [R, I]
-        """Return what each of some parts says of each item."""
         history = rows.history_weights(len(self.popularity), decay)
-        parts: dict[str, Callable[[], Any]] = {
-            "popularity": lambda: np.broadcast_to(self.popularity, history.shape),
-            "item_cf": lambda: (history @ self.similar).toarray(),
-            "transitions": lambda: (history @ self.transitions).toarray(),
-            "content": lambda: (history @ self.content) @ self.content.T,  # type: ignore[union-attr]
-            "encoders": lambda: (history @ self.encoders) @ self.encoders.T,  # type: ignore[union-attr]
-            "text": lambda: ((history @ self.texts) @ self.texts.T).toarray(),  # type: ignore[union-attr]
-            "near_text": lambda: (history @ self.near_texts).toarray(),
-            "repeat": history.toarray,
-            "model": lambda: rows.queries @ self.vectors.T,
-        }
-        return {name: parts[name]() for name in names}
+        scores: dict[str, np.ndarray] = {}
+        for name in names:
+            if name == "popularity":
+                scores[name] = np.broadcast_to(self.popularity, history.shape)
+            elif name == "model":
+                scores[name] = rows.queries @ self.vectors[name].T
+            elif name in self.vectors:
+                scores[name] = (history @ self.vectors[name]) @ self.vectors[name].T
+            elif name in self.neighbours:
+                scores[name] = (history @ self.neighbours[name]).toarray()
+            else:
+                assert self.texts is not None
+                scores[name] = ((history @ self.texts) @ self.texts.T).toarray()
+        return scores
 
 
 @dataclass(frozen=True)
@@ -195,10 +187,7 @@ def best_weights(
 def _ascend(
     parts: Mapping[str, np.ndarray], measure: Measure, start: Mapping[str, float]
 ) -> tuple[dict[str, float], float]:
-    """Raise the measure by one weight after the other, until none gains or the sweeps are over.
-
-    Each takes the best of a few multiples of itself.
-    """
+    """Give one weight after the other the best of a few multiples, until none gains."""
     weights = dict(start)
     highest = measure(Blend(1.0, weights).scores(parts))
     for _ in range(MOST_SWEEPS):
@@ -220,14 +209,11 @@ def _ascend(
 
 @dataclass(frozen=True)
 class RowGains:
-    """NDCG of each row at the first depth, float64 [R], by name of the scores.
-
-    users, weights: as in `QueryRows`.
-    """
+    """NDCG of each row at the first depth by name of the scores, and `QueryRows`' users."""
 
     users: np.ndarray
     weights: torch.Tensor | None
-    ndcg: dict[str, torch.Tensor]
+    ndcg: dict[str, torch.Tensor]  # float64 [R]
 
     def over(self, name: str, baseline: str) -> list[float | None]:
         """Return the mean difference of two scores and its `interval`."""
@@ -239,16 +225,15 @@ def compare_with_baselines(
 ) -> tuple[dict[str, Any], RowGains]:
     """Return `retrieval_metrics` on test of baselines, of a run's model and of blends, by name.
 
-    `gain over blend` has the difference of NDCG at the first depth, and its interval over users.
-
-    Raises:
-        ValueError: the run is not finished, is no retrieval model, or has no history.
+    `gain over blend` has the difference of NDCG at the first depth, and its interval over users. A
+    run that is not finished, no retrieval model or without a history is a ValueError.
     """
     job = load_run(run, data, ranks, ranks.device.type)
     settings = settings_with_vectors(run, job)
     items, catalogue = _read_catalogue(job, settings)
     # Only the comparison reads them: an export does not run the encoders for all items.
-    catalogue = replace(catalogue, encoders=_encoders(job, items))
+    if (encoders := _encoders(job, items)) is not None:
+        catalogue.vectors["encoders"] = encoders
     counts = read_item_counts(run, job.schema.item_id_limit)
     valid = read_query_rows(job, "valid", items, counts)
     rows = read_query_rows(job, "test", items, counts)
@@ -285,8 +270,7 @@ def metrics_by_frequency(
 def blend_to_serve(run: Path, job: Job) -> tuple[Catalogue, Blend]:
     """Return the items of a run, and the blend of its model with baselines, by validation.
 
-    Raises:
-        ValueError: the run is no retrieval model with a history, or validation has no rows.
+    A run without histories or without rows of validation is a ValueError.
     """
     settings = settings_with_vectors(run, job)
     items, catalogue = _read_catalogue(job, settings)
@@ -297,15 +281,13 @@ def blend_to_serve(run: Path, job: Job) -> tuple[Catalogue, Blend]:
 def settings_with_vectors(run: Path, job: Job) -> RetrievalSettings:
     """Return the settings of a model of item vectors; a ValueError refuses other models."""
     settings = job.config.ranking
-    has_vectors = isinstance(settings, RetrievalSettings) and settings.loss != "codes"
-    if not has_vectors or job.schema.history is None:
-        raise ValueError(
-            f"{run}: a model of item vectors over histories is compared and blended with "
-            f"baselines, and ranking.name is '{settings.name}'; give a run of two_tower on data "
-            "with a history"
-        )
-    assert isinstance(settings, RetrievalSettings)
-    return settings
+    if isinstance(settings, RetrievalSettings) and settings.loss != "codes" and job.schema.history:
+        return settings
+    raise ValueError(
+        f"{run}: a model of item vectors over histories is compared and blended with "
+        f"baselines, and ranking.name is '{settings.name}'; give a run of two_tower on data "
+        "with a history"
+    )
 
 
 def interval(
@@ -362,14 +344,10 @@ def _places_of_rows(
     catalogue: Catalogue, blend: Blend, rows: QueryRows, settings: RetrievalSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:  # int64 [R], int64 [R]
     size = max(SCORES_PER_BLOCK // len(catalogue.popularity), 1)
-    counted = [
-        places(
-            blend.scores(catalogue.scores(block, blend.decay, list(blend.weights))),
-            block,
-            settings.exclude_seen,
-        )
-        for block in rows.blocks(size)
-    ]
+    counted = []
+    for block in rows.blocks(size):
+        scores = blend.scores(catalogue.scores(block, blend.decay, list(blend.weights)))
+        counted.append(places(scores, block, settings.exclude_seen))
     above, tied = (torch.from_numpy(np.concatenate(column)) for column in zip(*counted))
     return above, tied
 
@@ -379,31 +357,29 @@ def _read_catalogue(job: Job, settings: RetrievalSettings) -> tuple[np.ndarray, 
     ids, vectors = catalogue_vectors(job, Lockstep(job.ranks))
     items = ids.numpy()
     users, event_items, pairs = _read_events(job, items)
-    content = None if job.store is None else unit(item_vectors(job, "content").vectors)
+    parts = {"model": vectors.float().numpy()}
+    if job.store is not None:
+        parts["content"] = unit(item_vectors(job, "content").vectors)
     counts = np.bincount(event_items, minlength=len(items))
     popularity = np.log1p(counts).astype(np.float32)
-    similar = user_similarities(users, event_items, len(items))
-    texts = _read_texts(job)
-    near_texts = None if texts is None else nearest(texts, TEXT_NEIGHBOURS)
-    neighbours = similar, transitions(pairs, counts)
-    parts = popularity, *neighbours, content, vectors.float().numpy(), texts, near_texts
-    return items, Catalogue(*parts, repeats=not settings.exclude_seen)
+    neighbours = {
+        "item_cf": user_similarities(users, event_items, len(items)),
+        "transitions": transitions(pairs, counts),
+    }
+    texts = None
+    if job.schema.items is not None and (items_texts := item_texts(item_table(job))) is not None:
+        texts = text_vectors(items_texts)
+        neighbours["near_text"] = nearest(texts, TEXT_NEIGHBOURS)
+    if not settings.exclude_seen:
+        neighbours["repeat"] = identity(len(items), np.float32, "csr")
+    return items, Catalogue(popularity, neighbours, parts, texts)
 
 
 def _encoders(job: Job, items: np.ndarray) -> np.ndarray | None:  # [I, V]
     branch = job.em3.content
     if branch is None or not all(isinstance(part, Encoder) for part in branch.encoders.values()):
         return None
-    vectors = encoder_means(job, items)
-    return vectors / np.float32(len(branch.encoders) ** 0.5)
-
-
-def _read_texts(job: Job) -> csr_matrix | None:  # [I, W]
-    if job.schema.items is None:
-        return None
-    table = job.store.items if job.store else ItemTable(job.root, job.schema, job.config.on_bad_row)
-    texts = item_texts(table)
-    return None if texts is None else text_vectors(texts)
+    return encoder_means(job, items) / np.float32(len(branch.encoders) ** 0.5)
 
 
 def _read_events(job: Job, items: np.ndarray) -> tuple[np.ndarray, np.ndarray, csr_matrix]:

@@ -17,7 +17,7 @@ from recsys.data.items.item_table import ItemTable
 from recsys.distributed.lockstep import Lockstep
 from recsys.evaluation.retrieval import catalogue_of, catalogue_vectors
 from recsys.ranking.generative import Generative
-from recsys.serving.export import encoded_blocks
+from recsys.serving.new_items.item_encoder import encoded_blocks
 
 VectorKind = Literal["content", "item_tower", "codes"]
 
@@ -40,8 +40,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:  # [I, V] -> [I, V]
 def item_vectors(job: Job, kind: VectorKind) -> ItemVectors:
     """Compute the vectors of the items that `recsys evaluate` ranks. A collective.
 
-    Raises:
-        ValueError: the run has no content, or raw ids are not known.
+    A run without content, or with ids of which only hashes are known, is a ValueError.
     """
     ids = raw_ids(job)
     if kind == "codes":
@@ -65,12 +64,17 @@ def item_vectors(job: Job, kind: VectorKind) -> ItemVectors:
     return ItemVectors(rows, ids, np.concatenate(blocks))
 
 
+def item_table(job: Job) -> ItemTable:
+    """Return the table of a job's items, which it has read if there is content."""
+    store = job.store
+    return store.items if store else ItemTable(job.root, job.schema, job.config.on_bad_row)
+
+
 def raw_ids(job: Job) -> pa.Array:
     """Return the raw ids of the items that `recsys evaluate` ranks; ValueError: they are hashed."""
     schema = job.schema
     if schema.items is not None:
-        store = job.store
-        table = store.items if store else ItemTable(job.root, schema, job.config.on_bad_row)
+        table = item_table(job)
         chunks = [_plain(chunk) for _, _, chunk in table.chunks(schema.items.id)]
         return pa.concat_arrays(chunks).take(pa.array(table.rows[np.argsort(table.ids)]))
     vocabulary = schema.vocabularies.get(schema.target_item)

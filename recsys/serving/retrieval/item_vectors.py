@@ -2,7 +2,7 @@
 
 `vectors.npy`, `items.parquet` and `index.faiss`, a FAISS index of dot products (extra `retrieve`),
 have the same order. `queries/` is the user tower, which makes the vectors that search them.
-Shapes: I items, D content dimension, V width of a vector, Q queries, K results.
+Shapes: I items, V width of a vector, Q queries, K results, L levels of codes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recsys.build import Job
@@ -27,26 +28,16 @@ from recsys.evaluation.retrieval import catalogue_of
 from recsys.extras import missing_extra
 from recsys.model.tables import pooled_features
 from recsys.ranking.generative import Generative
+from recsys.ranking.layers.code_decoder import CodeDecoder
+from recsys.ranking.layers.code_trie import MOST_BEAMS, CodeTrie, add_codes, beam_search
 from recsys.ranking.settings import GenerativeSettings
 from recsys.ranking.two_tower import QueryTower
 from recsys.ranking.vectors import IDVectors
-from recsys.serving.export import (
-    PackagedModel,
-    load_for_export,
-    top_k,
-    write_package,
-)
+from recsys.serving.export import load_for_export, top_k, write_package
 from recsys.serving.package import GRAPH, BaseManifest, Manifest, write_manifest
 from recsys.serving.ranking_graph import CandidateBatch
 from recsys.serving.requests import request_columns
-from recsys.serving.retrieval.catalogue import (
-    ItemVectors,
-    VectorKind,
-    item_vectors,
-    raw_ids,
-    unit,
-)
-from recsys.serving.retrieval.code_index import write_decoder
+from recsys.serving.retrieval.catalogue import ItemVectors, VectorKind, item_vectors, raw_ids, unit
 from recsys.serving.scorer import Scorer
 from recsys.storage.files import whole_folder
 
@@ -94,13 +85,15 @@ def write_user_tower(run: Path, job: Job, folder: Path) -> Manifest:
         )
     pooled, dense = pooled_features(job.config.embedding, job.schema), job.schema.of_kind("dense")
     num_pooled = len(pooled) + (0 if further is None else len(further.widths))
-    model = PackagedModel(
+    return write_package(
+        run,
+        job,
+        folder,
         QueryVectors(towers, num_pooled, len(dense)),
         [pooled[place] for place in towers.pooled if place < len(pooled)],
         [dense[place] for place in towers.dense],
         reads_targets=False,
     )
-    return write_package(run, job, folder, "fp32", model)
 
 
 class UserTower(Scorer):
@@ -166,11 +159,8 @@ def read_index(path: Path) -> Any:
 def search_index(
     index: Any, queries: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:  # float32 [Q, V] -> float32 [Q, K], int64 [Q, K]
-    """Return the highest dot products of each query and the items' positions; -1: none found.
-
-    Graphs and clusters are searched the wider, the more results are asked for.
-    """
-    parameters, faiss = None, require_faiss()
+    """Return the highest dot products of each query and the items' positions; -1: none found."""
+    parameters, faiss = None, require_faiss()  # wider searches for more results
     if hasattr(index, "hnsw"):
         parameters = faiss.SearchParametersHNSW(efSearch=max(HNSW_SEARCH, count))
     elif hasattr(index, "nprobe"):
@@ -181,13 +171,73 @@ def search_index(
     return index.search(queries, min(count, index.ntotal), params=parameters)
 
 
+class CodeIndex:
+    """Searches items by their codes, by the methods of a FAISS index that a retriever calls.
+
+    A query is a user's state, a score the log-probability of the decoder.
+    """
+
+    def __init__(self, decoder: CodeDecoder, table: np.ndarray, beam_size: int) -> None:
+        self.decoder, self.beam_size = decoder.eval(), beam_size
+        self.trie = CodeTrie(table)
+
+    @staticmethod
+    def load(folder: Path, table: np.ndarray, sizes: dict[str, int]) -> CodeIndex:
+        """Load the decoder of a folder; the table of codes is int64 [I, L + 2]."""
+        sizes = dict(sizes)
+        beam_size = sizes.pop("beam_size")
+        decoder = CodeDecoder(**sizes)
+        decoder.load_state_dict(load_file(folder / DECODER))
+        return CodeIndex(decoder, table, beam_size)
+
+    @property
+    def ntotal(self) -> int:
+        return len(self.trie)
+
+    def search(
+        self, queries: np.ndarray, count: int, params: Any = None
+    ) -> tuple[np.ndarray, np.ndarray]:  # float32 [Q, V] -> float32 [Q, K], int64 [Q, K]
+        width = max(count, self.beam_size)
+        results = [
+            beam_search(self.decoder, self.trie, states, width)
+            for states in torch.from_numpy(queries).split(max(1, MOST_BEAMS // width))
+        ]
+        scores, places = (torch.cat(parts)[:, :count].numpy() for parts in zip(*results))
+        return scores, places
+
+    def add(self, codes: np.ndarray) -> None:  # int64 [N, L]
+        """Insert items behind the others; ValueError: more share all codes than are told apart."""
+        table, most = add_codes(self.trie.table, codes), self.decoder.codes.shape[1]
+        if table[:, -1].max(initial=0) > most:
+            raise ValueError(
+                f"more than {most} items share all their codes; train with more ranking.num_codes"
+            )
+        self.trie = CodeTrie(table)
+
+
+def write_decoder(folder: Path, model: Generative, settings: GenerativeSettings) -> dict[str, int]:
+    """Write the decoder; return its sizes and the width of a search, for a manifest."""
+    state = {name: value.contiguous() for name, value in model.decoder.state_dict().items()}
+    save_file(state, folder / DECODER)
+    return {
+        "dim": settings.sequence_dim,
+        "heads": settings.sequence_heads,
+        "layers": settings.decoder_layers,
+        "levels": settings.code_levels,
+        "codes": settings.num_codes,
+        "beam_size": settings.beam_size,
+    }
+
+
 VECTORS, ITEMS, INDEX, QUERIES = "vectors.npy", "items.parquet", "index.faiss", "queries"
+DECODER = "decoder.safetensors"
 
 
 @dataclass
 class VectorsManifest(BaseManifest):
     """Contents of a folder of item vectors."""
 
+    contents, command = "folder of item vectors", "recsys export-vectors"
     run: str
     ranking: str
     vectors: VectorKind
@@ -213,18 +263,8 @@ def export_vectors(
 ) -> VectorsManifest:
     """Write the vectors of all items of a run's best model; they appear whole or not at all.
 
-    Args:
-        run: folder of the finished run.
-        out: a folder that does not exist.
-        kind: content: of any model with content; item_tower: of two_tower, with its user tower;
-            codes: of generative, with its user tower and decoder; None: that of the model.
-        index: also build an index of this kind; codes need none.
-        ranks: a single process.
-        data: dataset whose items are exported; default the dataset of the run.
-        blend: of item_tower: with the baselines, as weights chosen on validation blend them.
-
-    Raises:
-        ValueError: the run is not finished or has no such vectors, or FAISS is not installed.
+    The arguments are those of `recsys export-vectors`, and `ranks` is a single process. A run that
+    is not finished or has no such vectors is a ValueError, as is a missing FAISS.
     """
     if index is not None:
         require_faiss()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import chain
 
 import numpy as np
 import torch
@@ -52,11 +53,7 @@ def user_similarities(
     common = (interactions.T @ interactions).tocsr()
     common.setdiag(0)
     common.eliminate_zeros()
-    shrunk = common.copy()
-    shrunk.data = common.data**2 / (common.data + SIGNIFICANCE)
-    lengths = np.sqrt(np.maximum(np.asarray(interactions.sum(axis=0)).ravel(), 1))
-    scale = diags(1 / lengths)
-    return (scale @ shrunk @ scale).tocsr()
+    return _scaled(common, np.asarray(interactions.sum(axis=0)).ravel(), SIGNIFICANCE)
 
 
 def pair_weights(
@@ -73,10 +70,14 @@ def pair_weights(
 
 def transitions(pairs: csr_matrix, counts: np.ndarray) -> csr_matrix:
     """Scale and shrink `pair_weights` by the events of the items, int64 [I] -> float32 [I, I]."""
+    return _scaled(pairs, counts, PAIR_SIGNIFICANCE).astype(np.float32)
+
+
+def _scaled(pairs: csr_matrix, counts: np.ndarray, significance: int) -> csr_matrix:
     shrunk = pairs.tocsr(copy=True)
-    shrunk.data = shrunk.data**2 / (shrunk.data + PAIR_SIGNIFICANCE)
+    shrunk.data = shrunk.data**2 / (shrunk.data + significance)
     scale = diags(1 / np.sqrt(np.maximum(counts, 1)))
-    return (scale @ shrunk @ scale).tocsr().astype(np.float32)
+    return (scale @ shrunk @ scale).tocsr()
 
 
 def item_texts(table: ItemTable) -> list[str] | None:  # [I], by ascending id
@@ -86,11 +87,8 @@ def item_texts(table: ItemTable) -> list[str] | None:  # [I], by ascending id
         return None
     texts = [""] * table.num_rows
     for name in columns:
-        row = 0
-        for _, _, chunk in table.chunks(name):
-            for value in chunk.to_pylist():
-                texts[row] += f" {value or ''}"
-                row += 1
+        values = chain.from_iterable(chunk.to_pylist() for _, _, chunk in table.chunks(name))
+        texts = [f"{text} {value or ''}" for text, value in zip(texts, values, strict=True)]
     return [texts[row] for row in table.rows[np.argsort(table.ids)]]
 
 

@@ -1,6 +1,5 @@
 """Retriever: the items that suit a user best among all, from a folder of item vectors.
 
-Requests are those of a call, rows of Parquet files, or JSON.
 Shapes: K results, Q queries, V width of a vector.
 """
 
@@ -21,14 +20,14 @@ import pyarrow.parquet as pq
 
 from recsys.data.parquet.file import column_type, open_parquet
 from recsys.serving.package import GRAPH, read_manifest_of
-from recsys.serving.requests import value_list
+from recsys.serving.requests import Values, value_list
 from recsys.serving.retrieval.catalogue import unit
-from recsys.serving.retrieval.code_index import CodeIndex
 from recsys.serving.retrieval.item_vectors import (
     INDEX,
     ITEMS,
     QUERIES,
     VECTORS,
+    CodeIndex,
     UserTower,
     VectorsManifest,
     read_index,
@@ -41,8 +40,6 @@ from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 
-
-Values = Mapping[str, Any]
 History = Mapping[str, Sequence[Any]] | Sequence[Any]
 
 
@@ -113,8 +110,7 @@ class Retriever:
     def load(folder: str | Path, verify: bool = True) -> Retriever:
         """Load a folder with an index; compare the hashes of its files, or only their sizes."""
         folder = Path(folder)
-        what, command = "folder of item vectors", "recsys export-vectors"
-        manifest = read_manifest_of(folder, VectorsManifest, what, command, verify)
+        manifest = read_manifest_of(VectorsManifest, folder, verify)
         if manifest.index is None and manifest.vectors != "codes":
             raise ValueError(f"{folder}: has no index; export the vectors with --index hnsw")
         return Retriever(folder, manifest, verify)
@@ -165,13 +161,11 @@ class Retriever:
 
     def query(self, user: Values, history: History = ()) -> np.ndarray:  # float32 [V]
         """Return the vector by which a user's items are searched; see `retrieve`."""
-        if self._blend is not None:
-            assert self.tower is not None
-            query = self.tower.query(user, history)
-            blended: np.ndarray = self._blend.query(query, self._places(history), self.vectors)
-            return blended
         if self.tower is not None:
-            return self.tower.query(user, history)
+            query = self.tower.query(user, history)
+            if self._blend is not None:
+                query = self._blend.query(query, self._places(history), self.vectors)
+            return query
         places = self._places(history)
         if not len(places := places[places >= 0]):
             raise NoQueryError(
@@ -199,7 +193,7 @@ class Retriever:
         exclude: Iterable[Sequence[Any]] | None = None,
         histories: Sequence[History] | None = None,
     ) -> list[Retrieved]:  # float32 [Q, V] -> Q results
-        """Return the best items of each query; `exclude` has a list of raw ids for each.
+        """Return the best items of each query, but raw ids in its list of `exclude`.
 
         A blend also reads the `histories` of the queries.
         """
@@ -239,20 +233,18 @@ def retrieve_files(
     A history without content vectors gets an empty list.
     """
     requests = itertools.chain.from_iterable(_requests(name, retriever) for name in inputs)
-    blocks = _retrieved(retriever, requests, count)
+    blocks, total = _retrieved(retriever, requests, count), 0
     if out is None:
-        total = 0
         for row in itertools.chain.from_iterable(blocks):
             print(json.dumps(row))
             total += 1
         return total
     check_output(out, [Location.of(name) for name in inputs])
     out.parent.mkdir(parents=True, exist_ok=True)
-    types = {"items": pa.list_(retriever.ids.type), "scores": pa.list_(pa.float32())}
-    with whole_file(out) as partial, pq.ParquetWriter(partial, pa.schema(types)) as writer:
-        total = 0
+    types = pa.schema({"items": pa.list_(retriever.ids.type), "scores": pa.list_(pa.float32())})
+    with whole_file(out) as partial, pq.ParquetWriter(partial, types) as writer:
         for block in blocks:
-            writer.write_table(pa.Table.from_pylist(block, pa.schema(types)))
+            writer.write_table(pa.Table.from_pylist(block, types))
             total += len(block)
     return total
 
@@ -271,11 +263,11 @@ def _retrieved(
                 num_empty += 1
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
-        histories = [block[number][2] for number in queries]
-        vectors = [*queries.values()]
-        matches = retriever.search(np.stack(vectors), count, histories=histories) if vectors else []
-        for number, result in zip(queries, matches, strict=True):
-            rows[number] = {"items": result.items, "scores": result.scores.tolist()}
+        if queries:
+            histories = [block[number][2] for number in queries]
+            matches = retriever.search(np.stack([*queries.values()]), count, histories=histories)
+            for number, result in zip(queries, matches, strict=True):
+                rows[number] = {"items": result.items, "scores": result.scores.tolist()}
         yield rows
     if num_empty:
         logger.warning(
@@ -297,13 +289,10 @@ def _requests(name: str, retriever: Retriever) -> Iterator[PlacedRequest]:
             columns = list(dict.fromkeys([*user, *history]))
             for column in columns:
                 column_type(parquet, file, column)
-            number = 0
-            for batch in parquet.iter_batches(REQUESTS_PER_BLOCK, columns=columns):
-                for row in batch.to_pylist():
-                    values = {name: row[name] for name in user}
-                    lists = {name: row[name] for name in history}
-                    yield f"{file} row {number}", values, lists
-                    number += 1
+            batches = parquet.iter_batches(REQUESTS_PER_BLOCK, columns=columns)
+            for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+                values, lists = ({name: row[name] for name in names} for names in (user, history))
+                yield f"{file} row {number}", values, lists
 
 
 def _json_requests(file: Location) -> Iterator[PlacedRequest]:

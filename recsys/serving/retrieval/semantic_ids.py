@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -60,12 +59,8 @@ class Codebooks:
 
     @staticmethod
     def fit(
-        vectors: np.ndarray,  # float32 [I, D]
-        levels: int,
-        codes: int,
-        seed: int = 0,
-        balanced: bool = False,
-    ) -> Codebooks:
+        vectors: np.ndarray, levels: int, codes: int, balanced: bool = False
+    ) -> Codebooks:  # float32 [I, D]
         """Cluster vectors, and what each level leaves of them; at least as many as codes.
 
         `balanced` gives each code of a level about as many of the vectors.
@@ -77,7 +72,7 @@ class Codebooks:
                 rest.shape[1],
                 codes,
                 niter=ITERATIONS,
-                seed=seed,
+                seed=0,
                 min_points_per_centroid=1,
                 max_points_per_centroid=TRAINED_ON,
             )
@@ -89,13 +84,7 @@ class Codebooks:
             rest = rest - centres[-1][_nearest(rest, centres[-1], prices[-1])]
         return Codebooks(np.stack(centres), np.stack(prices))
 
-    @property
-    def num_ids(self) -> int:
-        """Number of different ids, L * C."""
-        return self.centres.shape[0] * self.centres.shape[1]
-
-    def codes_of(self, vectors: np.ndarray) -> np.ndarray:  # float32 [I, D] -> int64 [I, L]
-        """Return the codes of content vectors, each in [0, C)."""
+    def codes_of(self, vectors: np.ndarray) -> np.ndarray:  # float32 [I, D] -> [I, L] in [0, C)
         rest, codes = unit(vectors), []
         for centres, prices in zip(self.centres, self.prices, strict=True):
             codes.append(_nearest(rest, centres, prices))
@@ -145,13 +134,11 @@ def _nearest(
 ) -> np.ndarray:  # [I, D], [C, D], [C] -> [I]
     wide = centres.astype(np.float64)  # whatever the block, an item has the same code
     halves = (wide**2).sum(axis=1) / 2 + prices
-
-    def blocks() -> Iterator[np.ndarray]:
-        for start in range(0, len(vectors), ITEMS_PER_BLOCK):
-            products = vectors[start : start + ITEMS_PER_BLOCK].astype(np.float64) @ wide.T
-            yield (products - halves).argmax(axis=1)
-
-    return np.concatenate([np.zeros(0, np.int64), *blocks()])
+    codes = np.zeros(len(vectors), np.int64)
+    for start in range(0, len(vectors), ITEMS_PER_BLOCK):
+        block = slice(start, start + ITEMS_PER_BLOCK)
+        codes[block] = (vectors[block].astype(np.float64) @ wide.T - halves).argmax(axis=1)
+    return codes
 
 
 def collision_report(codes: np.ndarray, ids: list[Any], num_codes: int) -> dict[str, Any]:
@@ -160,8 +147,8 @@ def collision_report(codes: np.ndarray, ids: list[Any], num_codes: int) -> dict[
     largest = np.flatnonzero(inverse.reshape(-1) == counts.argmax())
     levels = []
     for level in codes.T:
-        share = np.bincount(level, minlength=num_codes) / len(level)
-        positive = share[share > 0]
+        positive = np.bincount(level, minlength=num_codes) / len(level)
+        positive = positive[positive > 0]
         perplexity = float(np.exp(-(positive * np.log(positive)).sum()))
         levels.append({"codes": num_codes, "used": len(positive), "perplexity": perplexity})
     return {
@@ -195,6 +182,7 @@ def format_collisions(report: dict[str, Any]) -> str:
 class SemanticManifest(BaseManifest):
     """Contents of a folder of semantic ids."""
 
+    contents, command = "folder of semantic ids", "recsys semantic-ids"
     run: str
     model: str | None  # hash of the model whose vectors were clustered
     target_item: str
@@ -218,22 +206,10 @@ def export_semantic_ids(
 ) -> dict[str, Any]:
     """Write semantic ids of all items, fitted to trained ones; return the collision report.
 
-    Args:
-        run: folder of a finished run with content, or of one with an item tower.
-        out: a folder that does not exist; it appears whole or not at all.
-        levels: codes of each item, L.
-        codes: codes of each level, C.
-        ranks: a single process.
-        data: dataset whose items get ids; default the dataset of the run.
-        codebooks: an earlier folder of the same run, whose codebooks, sizes and kind of vectors are
-            used.
-        dataset: also write the dataset with a column of its ranked items' ids, to this folder.
-        balanced: use the codes of a level alike.
-        vectors: what is clustered.
-
-    Raises:
-        ValueError: a folder exists, the run has no such vectors or fewer trained items than codes,
-            the codebooks are of another model, or FAISS is not installed.
+    The arguments are those of `recsys semantic-ids`, and `ranks` is a single process. `codebooks`
+    also decide the sizes and the kind of vectors. A ValueError says that a folder exists, the run
+    has no such vectors or fewer trained items than codes, the codebooks are of another model, or
+    FAISS is missing.
     """
     if dataset is not None:
         if dataset.exists():
@@ -243,9 +219,13 @@ def export_semantic_ids(
         require_faiss()
     model = model_of(run)
     books = None if codebooks is None else load_codebooks(codebooks, model)
-    kind = vectors if codebooks is None else _read_manifest(codebooks).vectors
+    kind = vectors if codebooks is None else read_manifest_of(SemanticManifest, codebooks).vectors
     job = load_for_export(run, out, ranks, data)
-    _check_vectors(run, job, kind)
+    if kind == "item_tower" and not isinstance(job.em3.ranking, TwoTower):
+        raise ValueError(
+            f"{run}: --vectors item_tower: ranking.name is '{job.config.ranking.name}', which has "
+            "no vectors of items; give a run of two_tower, or --vectors content"
+        )
     # Items without training rows, as of the test split, came later.
     counts = trained_counts(run, job.schema.item_id_limit)
     is_trained = counts.of(np.asarray(catalogue_of(job))) > 0
@@ -261,25 +241,17 @@ def export_semantic_ids(
         np.save(partial / CODEBOOKS, books.centres)
         np.save(partial / PRICES, books.prices)
         (partial / COLLISIONS).write_text(json.dumps(report, indent=1) + "\n")
-        target_item = job.schema.target_item
-        manifest = SemanticManifest(str(run), model, target_item, levels, codes, dim, kind)
+        sizes = levels, codes, dim
+        manifest = SemanticManifest(str(run), model, job.schema.target_item, *sizes, kind)
         write_manifest(partial, manifest)
         if dataset is not None:
-            write_dataset_with(job.root, job.schema, table, COLUMN, books.num_ids, dataset)
+            write_dataset_with(job.root, job.schema, table, COLUMN, levels * codes, dataset)
     return report
-
-
-def _check_vectors(run: Path, job: Job, kind: str) -> None:
-    if kind == "item_tower" and not isinstance(job.em3.ranking, TwoTower):
-        raise ValueError(
-            f"{run}: --vectors item_tower: ranking.name is '{job.config.ranking.name}', which has "
-            "no vectors of items; give a run of two_tower, or --vectors content"
-        )
 
 
 def load_codebooks(folder: Path, model: str | None = None) -> Codebooks:
     """Load the codebooks of a folder of semantic ids, whose model has this hash if one is given."""
-    manifest = _read_manifest(folder)
+    manifest = read_manifest_of(SemanticManifest, folder)
     if model is not None and manifest.model != model:
         raise ValueError(
             f"{folder}: its codebooks are of the model of {manifest.run}, whose vectors "
@@ -306,7 +278,7 @@ def codes_of_items(job: Job, folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def read_codes(folder: Path, id_type: pa.DataType) -> tuple[pa.Array, np.ndarray]:
     """Return the raw ids of a folder of semantic ids [I], and their codes [I, L]."""
-    manifest = _read_manifest(folder)
+    manifest = read_manifest_of(SemanticManifest, folder)
     table = pq.read_table(folder / ITEMS, partitioning=None)
     ids = table[manifest.target_item].combine_chunks()
     try:
@@ -316,18 +288,13 @@ def read_codes(folder: Path, id_type: pa.DataType) -> tuple[pa.Array, np.ndarray
     return ids, np.stack(table[COLUMN].to_numpy()) % manifest.codes
 
 
-def _read_manifest(folder: Path) -> SemanticManifest:
-    what, command = "folder of semantic ids", "recsys semantic-ids"
-    return read_manifest_of(folder, SemanticManifest, what, command, verify=True)
-
-
 def write_dataset_with(
     root: Location, schema: Schema, ids: pa.Table, column: str, num_ids: int, out: Path
 ) -> None:
     """Write a local dataset whose rows also have the ids of their item, whole or not at all.
 
-    `ids` has raw ids of items, and lists of ids in [0, num_ids) in `column`. Other items have an
-    empty list. Unchanged files are hard links where possible.
+    `ids` has raw ids of items, and lists of ids in [0, num_ids) in `column`; other items get an
+    empty list.
     """
     content = _schema_without(root, column)
     content["columns"][column] = {"kind": "ids", "num_embeddings": num_ids}
@@ -358,15 +325,14 @@ def _schema_without(root: Location, column: str) -> dict[str, Any]:
 
 def _write_file(file: Location, out: Path, schema: Schema, ids: pa.Table, column: str) -> None:
     items, lists = ids[schema.target_item].combine_chunks(), ids[column].combine_chunks()
-    writer: pq.ParquetWriter | None = None
-    with open_parquet(file) as parquet:
+    field = pa.field(column, lists.type)
+    with (
+        open_parquet(file) as parquet,
+        pq.ParquetWriter(out, parquet.schema_arrow.append(field)) as writer,
+    ):
         for index in range(parquet.num_row_groups):
             rows = parquet.read_row_group(index)
             places = pc.index_in(rows[schema.target_item].cast(items.type), items)
             row_lists = lists.take(places.combine_chunks())
             row_lists = pc.if_else(row_lists.is_valid(), row_lists, pa.scalar([], lists.type))
-            rows = rows.append_column(column, row_lists)
-            writer = writer or pq.ParquetWriter(out, rows.schema)
-            writer.write_table(rows)
-    if writer is not None:
-        writer.close()
+            writer.write_table(rows.append_column(field, row_lists))

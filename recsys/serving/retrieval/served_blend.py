@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_matrix, identity, load_npz, save_npz
+from scipy.sparse import csr_matrix, load_npz, save_npz
 
 from recsys.serving.retrieval.baselines import Blend, Catalogue
 
@@ -35,22 +34,14 @@ class ServedBlend:
     @staticmethod
     def of(catalogue: Catalogue, blend: Blend) -> tuple[ServedBlend, np.ndarray]:  # float32 [I, V]
         """Return a blend to serve, and the vectors of its items."""
-        columns: dict[str, Any] = {
-            "model": catalogue.vectors,
-            "content": catalogue.content,
-            "popularity": catalogue.popularity[:, np.newaxis],
-        }
         weights = {name: weight for name, weight in blend.weights.items() if weight}
-        # An index needs a vector of each item.
-        vectors = {name: columns[name] for name in columns if name in weights or name == "model"}
-        matrices = {
-            "item_cf": catalogue.similar,
-            "transitions": catalogue.transitions,
-            "near_text": catalogue.near_texts,
-            "repeat": identity(len(catalogue.popularity), np.float32, "csr"),
-        }
+        vectors = {"model": catalogue.vectors["model"]}  # an index needs a vector of each item
+        if "content" in weights:
+            vectors["content"] = catalogue.vectors["content"]
+        if "popularity" in weights:
+            vectors["popularity"] = catalogue.popularity[:, np.newaxis]
         neighbours = csr_matrix((len(catalogue.popularity),) * 2, dtype=np.float32)
-        for name, matrix in matrices.items():
+        for name, matrix in catalogue.neighbours.items():
             if name in weights:
                 neighbours = neighbours + weights[name] * matrix
         served_blend = ServedBlend(

@@ -44,7 +44,7 @@ from recsys.serving.server.scoring_service import LoadedPackage, ScoringService
 logger = logging.getLogger(__name__)
 
 MODEL = "/v2/models/{name}"
-RANK, BATCH, ITEMS = "/v1/rank", "/v1/rank/batch", "/v1/items"
+RANK = "/v1/rank"
 VERSION = MODEL + "/versions/{model_version}"
 PROBES = ("/v2/health/live", "/v2/health/ready")  # Kubernetes sends no token with them
 INTERNAL = "internal error; the log of the server has its cause under the request's id"
@@ -87,15 +87,17 @@ def http_app(scoring: ScoringService, lifespan: Lifespan) -> FastAPI:
     }
     for path, handler in read.items():
         app.get(path)(handler)
-    for path in (f"{MODEL}/infer", f"{VERSION}/infer"):
-        body = _described_body(InferRequest)
-        app.post(path, response_model=InferResponse, openapi_extra=body)(routes.infer)
-    body = _described_body(RankRequest)
-    app.post(RANK, response_model=RankResponse, openapi_extra=body)(routes.rank)
-    body = _described_body(BatchRequest)
-    app.post(BATCH, response_model=BatchResponse, openapi_extra=body)(routes.rank_batch)
-    body = _described_body(ItemsRequest)
-    app.post(ITEMS, response_model=ItemsResponse, openapi_extra=body)(routes.items)
+    write: dict[str, tuple[Callable[..., Any], type[BaseModel], type[BaseModel]]] = {
+        f"{MODEL}/infer": (routes.infer, InferRequest, InferResponse),
+        f"{VERSION}/infer": (routes.infer, InferRequest, InferResponse),
+        RANK: (routes.rank, RankRequest, RankResponse),
+        "/v1/rank/batch": (routes.rank_batch, BatchRequest, BatchResponse),
+        "/v1/items": (routes.items, ItemsRequest, ItemsResponse),
+    }
+    for path, (handler, request, response) in write.items():
+        schema = {"$ref": SCHEMAS.format(model=request.__name__)}
+        body = {"required": True, "content": {"application/json": {"schema": schema}}}
+        app.post(path, response_model=response, openapi_extra={"requestBody": body})(handler)
     app.router.routes.insert(0, DirectRoute(RANK, routes.rank, methods=["POST"]))
     app.add_exception_handler(RequestError, _refuse)
     app.add_exception_handler(HTTPException, _http_error)
@@ -115,11 +117,6 @@ def _refuse(request: Request, error: Exception) -> Response:
 def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-
-
-def _described_body(kind: type[BaseModel]) -> dict[str, Any]:
-    content = {"application/json": {"schema": {"$ref": SCHEMAS.format(model=kind.__name__)}}}
-    return {"requestBody": {"required": True, "content": content}}
 
 
 def _describe(app: FastAPI) -> None:
@@ -194,45 +191,55 @@ class Routes:
         """Return the candidates, the best one first."""
         package = self._scoring.package
         message = parse_message(RankRequest, await self._body(request))
-        arguments = self._arguments(message, package)
-        scores = await self._scoring.score(package, arguments)
-        content = _head(request, package) | _ranking(message, arguments, package, scores)
-        # Several times as fast as json.dumps with hundreds of numbers.
-        return Response(to_json(content), media_type="application/json")
+        return _json(_head(request, package) | await self._ranking(message, package))
 
     async def rank_batch(self, request: Request) -> Response:
         """Return the ranking of each request of several users, or why it is refused."""
+        # Requests of other connections are scored between these.
         package, limit = self._scoring.package, self._scoring.settings.max_batch
         messages = parse_message(BatchRequest, await self._body(request)).requests
         if len(messages) > limit:
             raise RequestError(f"requests: are {len(messages)}; the limit is {limit}")
-        arguments: list[ScoreArguments | RequestError] = []
+        results: list[dict[str, Any]] = []
         for message in messages:
             try:
-                arguments.append(self._arguments(message, package))
+                results.append(await self._ranking(message, package))
             except RequestError as error:
-                arguments.append(error)
-        results = []
-        scores = await self._scoring.score_each(package, arguments)
-        for message, request_arguments, result in zip(messages, arguments, scores, strict=True):
-            if isinstance(result, RequestError) or isinstance(request_arguments, RequestError):
-                results.append({"error": str(result)})
-            else:
-                results.append(_ranking(message, request_arguments, package, result))
-        content = to_json(_head(request, package) | {"results": results})
-        return Response(content, media_type="application/json")
+                if error.status == HTTPStatus.SERVICE_UNAVAILABLE:
+                    raise
+                results.append({"error": str(error)})
+        return _json(_head(request, package) | {"results": results})
 
-    def _arguments(self, message: RankRequest, package: LoadedPackage) -> ScoreArguments:
-        candidates = _candidates(message, package, self._scoring.settings.max_candidates)
-        return ScoreArguments(message.user, message.history, candidates)
+    async def _ranking(self, message: RankRequest, package: LoadedPackage) -> dict[str, Any]:
+        """Score the candidates of a request, or all items, and order them by a label."""
+        labels, candidates = package.scorer.labels, message.candidates
+        by = labels[0] if message.by is None else message.by
+        if by not in labels:
+            raise RequestError(f"by: '{by[:99]}' is none of the labels {list(labels)}")
+        if message.top_k is not None and message.top_k < 1:
+            raise RequestError(f"top_k: is {message.top_k}; give at least 1")
+        if candidates == "all":
+            try:
+                candidates = package.scorer.read.item_ids(self._scoring.settings.max_candidates)
+            except ValueError as error:
+                raise RequestError(f"candidates: {error}") from error
+        arguments = ScoreArguments(message.user, message.history, candidates)
+        scores = await self._scoring.score(package, arguments)  # float32 [N, C]
+        items = candidates[package.columns.item] if isinstance(candidates, dict) else candidates
+        order = np.argsort(-scores[:, labels.index(by)], kind="stable")[: message.top_k]
+        best = scores[order]
+        return {
+            "by": by,
+            "items": [items[place] for place in order.tolist()],
+            "scores": {label: best[:, number].tolist() for number, label in enumerate(labels)},
+        }
 
     async def items(self, request: Request) -> Response:
         """Put new or changed items into the package, all or none; they are served from then on."""
         message = parse_message(ItemsRequest, await self._body(request))
         counts, version = await self._scoring.add_items(message.items)
         numbers = {name: value for name, value in vars(counts).items() if name != "without_row"}
-        head = {"id": request.state.request_id, "model_version": version}
-        return Response(to_json(head | numbers), media_type="application/json")
+        return _json({"id": request.state.request_id, "model_version": version, **numbers})
 
     async def _body(self, request: Request) -> bytes:
         limit, chunks, size = self._scoring.settings.max_body, [], 0
@@ -244,19 +251,9 @@ class Routes:
         return b"".join(chunks)
 
 
-def _candidates(message: RankRequest, package: LoadedPackage, limit: int) -> Any:
-    """Return the candidates of a request, or all items; check its options."""
-    labels = package.scorer.labels
-    if message.by is not None and message.by not in labels:
-        raise RequestError(f"by: '{message.by[:99]}' is none of the labels {list(labels)}")
-    if message.top_k is not None and message.top_k < 1:
-        raise RequestError(f"top_k: is {message.top_k}; give at least 1")
-    if message.candidates != "all":
-        return message.candidates
-    try:
-        return package.scorer.read.item_ids(limit)
-    except ValueError as error:
-        raise RequestError(f"candidates: {error}") from error
+def _json(content: dict[str, Any]) -> Response:
+    # Several times as fast as json.dumps with hundreds of numbers.
+    return Response(to_json(content), media_type="application/json")
 
 
 def _head(request: Request, package: LoadedPackage) -> dict[str, Any]:
@@ -264,23 +261,6 @@ def _head(request: Request, package: LoadedPackage) -> dict[str, Any]:
         "id": request.state.request_id,
         "model_version": package.version,
         "features_version": package.scorer.features_version,
-    }
-
-
-def _ranking(
-    message: RankRequest, arguments: ScoreArguments, package: LoadedPackage, scores: np.ndarray
-) -> dict[str, Any]:  # scores: float32 [N, C]
-    labels, candidates = package.scorer.labels, arguments.candidates
-    items = candidates
-    if isinstance(candidates, Mapping):
-        items = candidates[package.columns.item]
-    by = message.by or labels[0]
-    order = np.argsort(-scores[:, labels.index(by)], kind="stable")[: message.top_k]
-    best = scores[order]
-    return {
-        "by": by,
-        "items": [items[place] for place in order.tolist()],
-        "scores": {label: best[:, number].tolist() for number, label in enumerate(labels)},
     }
 
 
@@ -303,9 +283,8 @@ class RequestMiddleware:
         self._app, self._scoring = app, scoring
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self._app(scope, receive, send)
+        if scope["type"] != "http":  # the lifespan
+            await self._app(scope, receive, send)
             return
         headers, status = Headers(scope=scope), 500
         log = RequestLog("", headers.get(ID_HEADER, ""))

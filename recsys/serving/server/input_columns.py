@@ -32,11 +32,8 @@ class InputColumns:
 
     def __init__(self, scorer: Scorer, example: Mapping[str, Any]) -> None:
         schema, manifest = scorer.schema, scorer.manifest
-        self.types = {
-            name: kind
-            for types in scorer.feature_types.values()
-            for name, kind in zip(types.names, types.types, strict=True)
-        }
+        types = scorer.feature_types.values()
+        self.types = {field.name: field.type for fields in types for field in fields}
         self.schema, self.item = schema, schema.target_item
         self.user, self.history = request_columns(schema, manifest.pooled, manifest.dense)
         self.of_items = [name for name in self.user if schema.is_of_items(name)]
@@ -61,8 +58,11 @@ class InputColumns:
         value = next(iter(value), None) if isinstance(value, list) else value
         if value is not None:
             return {bool: "BOOL", int: "INT64", float: "FP32"}.get(type(value), "BYTES")
-        if name in self.types:
-            return protocol_type(self.types[name])
+        if (kind := self.types.get(name)) is not None:
+            kind = kind.value_type if is_list(kind) else kind
+            if pa.types.is_boolean(kind) or pa.types.is_integer(kind):
+                return "BOOL" if pa.types.is_boolean(kind) else "INT64"
+            return "FP32" if pa.types.is_floating(kind) else "BYTES"
         column = self.schema.columns.get(name)
         table = name if column is None else self.schema.table_of(name)
         if (id_type := self.schema.id_types.get(table)) is not None:
@@ -116,14 +116,6 @@ class InputColumns:
         for name, values in candidates.items():
             _require_column(name, [self.item, *self.user], "candidates")
             _check_size(f"candidates: '{name}'", values, limits.max_candidates, limits)
-
-
-def protocol_type(kind: pa.DataType) -> str:
-    """Return the protocol's type of values of a column, or of those in its lists."""
-    kind = kind.value_type if is_list(kind) else kind
-    if pa.types.is_boolean(kind) or pa.types.is_integer(kind):
-        return "BOOL" if pa.types.is_boolean(kind) else "INT64"
-    return "FP32" if pa.types.is_floating(kind) else "BYTES"
 
 
 def _require_column(name: str, columns: Sequence[str], place: str) -> None:

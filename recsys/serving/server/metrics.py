@@ -91,14 +91,6 @@ def out_of_range(
     return counts
 
 
-def set_training_shares(statistics: Mapping[str, Mapping[str, float]]) -> None:
-    """Set the shares of the training rows; no number of these is out of range."""
-    for column, shares in statistics.items():
-        for kind, share in shares.items():
-            if kind in ("unknown", "null"):
-                TRAINING_SHARE.labels(column, kind).set(share)
-
-
 class RequestLog:
     """The log line and the seconds of one request, whose clock starts now."""
 

@@ -18,18 +18,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http import HTTPStatus
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from recsys.config.server import FeatureSettings, ServerSettings
+from recsys.config.server import ServerSettings
 from recsys.distributed.ranks import keep_freed_memory
-from recsys.serving.drift import read_statistics
 from recsys.serving.features.source import FeatureSourceError
 from recsys.serving.new_items.add import AddedCounts, Item, ItemIntake
-from recsys.serving.package import MANIFEST, REQUEST, digest_of
+from recsys.serving.package import MANIFEST, REQUEST, STATISTICS, digest_of
 from recsys.serving.scorer import Scorer
 from recsys.serving.server import metrics
 from recsys.serving.server.input_columns import InputColumns, ScoreArguments
@@ -56,18 +54,18 @@ class LoadedPackage:
 
     @staticmethod
     def load(
-        folder: Path,
-        verify: bool,
+        settings: ServerSettings,
         previous: Scorer | None = None,
         verified: VerifiedFiles | None = None,
-        features: FeatureSettings | None = None,
     ) -> LoadedPackage:
         """Load a package as `Scorer.load` does, with its errors."""
-        folder = folder.resolve()  # of a link, which may be exchanged meanwhile
-        scorer = Scorer.load(folder, verify, previous, verified, features)
-        example = json.loads((folder / REQUEST).read_text())
+        folder = Path(settings.package).resolve()  # of a link, which may be exchanged meanwhile
+        scorer = Scorer.load(folder, settings.verify, previous, verified, settings.features)
+        example, statistics = (
+            json.loads((folder / file).read_text()) for file in (REQUEST, STATISTICS)
+        )
         columns, version = InputColumns(scorer, example), digest_of(scorer.manifest)[:12]
-        return LoadedPackage(scorer, columns, version, read_statistics(folder))
+        return LoadedPackage(scorer, columns, version, statistics)
 
     def score(self, arguments: ScoreArguments) -> np.ndarray:  # float32 [N, C]
         scorer = self.scorer
@@ -91,9 +89,7 @@ class ScoringService:
         keep_freed_memory()
         self._folder = Path(settings.package)
         self._manifest_identity = self._identify_manifest()
-        self.package = LoadedPackage.load(
-            self._folder, settings.verify, None, verified, settings.features
-        )
+        self.package = LoadedPackage.load(settings, verified=verified)
         self._failures, self._retry_at = 0, 0.0
         self._scorer_thread = ThreadPoolExecutor(1, "scorer")
         # A separate thread: without privileges its priority cannot be raised again.
@@ -125,25 +121,6 @@ class ScoringService:
         if version and version != package.version:
             raise RequestError(f"version '{version[:99]}': not served; '{package.version}' is", 404)
         return package
-
-    async def score_each(
-        self, package: LoadedPackage, arguments: Sequence[ScoreArguments | RequestError]
-    ) -> list[np.ndarray | RequestError]:
-        """Return the predictions of requests of several users, or why one is refused, in order.
-
-        Other requests are scored between them. A RequestError of status 503 ends all.
-        """
-        results: list[np.ndarray | RequestError] = []
-        for request in arguments:
-            try:
-                if isinstance(request, RequestError):
-                    raise request
-                results.append(await self.score(package, request))
-            except RequestError as error:
-                if error.status == HTTPStatus.SERVICE_UNAVAILABLE:
-                    raise
-                results.append(error)
-        return results
 
     async def score(
         self, package: LoadedPackage, arguments: ScoreArguments
@@ -200,7 +177,9 @@ class ScoringService:
 
     def count_worker(self) -> None:
         metrics.WORKERS.labels(self.package.version).set(1)
-        metrics.set_training_shares(self.package.statistics)
+        for column, shares in self.package.statistics.items():
+            for kind in shares.keys() & {"unknown", "null"}:  # no training row is out of range
+                metrics.TRAINING_SHARE.labels(column, kind).set(shares[kind])
 
     async def watch(self) -> None:
         while True:
@@ -210,17 +189,11 @@ class ScoringService:
 
     async def _take_newest(self) -> bool:
         """Load the package anew if it was exchanged; return whether the newest is served."""
-        identity, version = self._identify_manifest(), self.package.version
+        identity = self._identify_manifest()
         if identity in (None, self._manifest_identity):
             return identity is not None
         loop = asyncio.get_running_loop()
-        is_loaded = await loop.run_in_executor(self._loader_thread, self._reload, identity)
-        if not is_loaded:
-            metrics.RELOAD_FAILURES.inc()
-        elif version != self.package.version:
-            metrics.WORKERS.labels(version).set(0)
-            self.count_worker()
-        return is_loaded
+        return await loop.run_in_executor(self._loader_thread, self._reload, identity)
 
     def _identify_manifest(self) -> tuple[int, ...] | None:
         try:
@@ -234,18 +207,17 @@ class ScoringService:
             return True
         try:
             with _short_switches():
-                self.package = LoadedPackage.load(
-                    self._folder,
-                    self.settings.verify,
-                    self.package.scorer,
-                    features=self.settings.features,
-                )
+                package = LoadedPackage.load(self.settings, self.package.scorer)
         except (ValueError, OSError) as error:
+            metrics.RELOAD_FAILURES.inc()
             self._failures += 1
             self._retry_at = time.monotonic() + min(2.0**self._failures, LONGEST_PAUSE)
             text = "the new package is not served, version %s still is: %s"
             logger.error(text, self.package.version, error)
             return False
+        metrics.WORKERS.labels(self.package.version).set(0)
+        self.package = package
+        self.count_worker()
         self._manifest_identity, self._failures, self._retry_at = identity, 0, 0.0
         logger.info("serving version %s", self.package.version)
         return True

@@ -13,7 +13,6 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from types import FrameType
 from typing import Any
 
 import grpc
@@ -86,10 +85,6 @@ class Drain:
     have `grace` seconds.
     """
 
-    _scoring: ScoringService
-    _server: grpc.aio.Server
-    _loop: asyncio.AbstractEventLoop
-
     def __init__(self) -> None:
         """Let signals end the process while it loads the package; called by the main thread."""
         self._stop: asyncio.Task[None] | None = None
@@ -99,12 +94,9 @@ class Drain:
 
     def start(self, scoring: ScoringService, server: grpc.aio.Server) -> None:
         self._scoring, self._server = scoring, server
-        self._loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
         for number in HANDLED_SIGNALS:
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._loop.call_soon_threadsafe(self._begin, number)
+            signal.signal(number, lambda number, _: loop.call_soon_threadsafe(self._begin, number))
 
     def _begin(self, number: int) -> None:
         seconds = self._scoring.settings.drain
@@ -113,11 +105,11 @@ class Drain:
         self._scoring.is_draining = True
         if seconds:
             logger.info("draining: not ready, but requests are answered for %s s", seconds)
-        self._loop.call_later(seconds, self._end, number)
+        asyncio.get_running_loop().call_later(seconds, self._end, number)
 
     def _end(self, number: int) -> None:
         if self._stop is None:
-            self._stop = self._loop.create_task(self._server.stop(self._scoring.settings.grace))
+            self._stop = asyncio.create_task(self._server.stop(self._scoring.settings.grace))
         assert callable(self._end_http)  # uvicorn's own handler
         self._end_http(number, None)
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from recsys.data.schema_columns import FeatureTable
-from recsys.serving.features.stores import FeastFeatures
+from recsys.serving.features.source import FeastFeatures
 
 feast = pytest.importorskip("feast")
 

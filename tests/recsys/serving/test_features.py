@@ -27,8 +27,7 @@ from recsys.serving import Scorer
 from recsys.serving.delta import apply_delta, write_delta
 from recsys.serving.export import export_run
 from recsys.serving.features.package_features import features_file, refresh_features
-from recsys.serving.features.source import FeatureSourceError
-from recsys.serving.features.stores import RedisFeatures
+from recsys.serving.features.source import FeatureSourceError, RedisFeatures
 from recsys.serving.new_items.add import add_items
 from recsys.training.train import train
 from tests.recsys.data.events.test_events_recipes import tiny_config

@@ -18,6 +18,7 @@ import yaml
 
 from recsys.checkpoint.partitions import ContinualFolder
 from recsys.config import Config
+from recsys.config.server import ServerSettings
 from recsys.data.events.daily import prepare_days
 from recsys.distributed.job import environment_of_no_rank
 from recsys.distributed.ranks import joined_ranks
@@ -97,7 +98,7 @@ def test_ids_alone_are_answered_as_rows_of_loops_before_and_after_three_days(
             shop.end = START + (day + 1) * DAY  # counts are those of the end of the day
             deliver(shop, range(day + 1) if server is None else range(day, day + 1), tmp_path)
             run = learn(tmp_path, config, day)
-            version = LoadedPackage.load(newest, verify=False).version
+            version = LoadedPackage.load(ServerSettings(str(newest), verify=False)).version
             server = server or ServedPackage(newest, tmp_path / "server.log")
             wait_for_version(server, version)
             requests = list(shop.requests(REQUESTS, seed=day))

@@ -83,9 +83,8 @@ def test_a_folder_of_another_command_is_refused_with_the_command_that_makes_one(
     tmp_path: Path,
 ) -> None:
     write_package(tmp_path / "package")
-    about = VectorsManifest, "folder of vectors", "recsys export-vectors"
     with pytest.raises(ValueError, match=r"manifest\.json.*recsys export-vectors"):
-        read_manifest_of(tmp_path / "package", *about, verify=True)
+        read_manifest_of(VectorsManifest, tmp_path / "package")
 
 
 @pytest.mark.parametrize(
@@ -150,12 +149,9 @@ def with_two_items(folder: Path, manifest: Manifest) -> Manifest:
     """Add two items as `add-items` does."""
     index = np.zeros(2, INDEX_TYPE)
     index["item"] = [100, 101]
-    shape = replace(VectorFileShape(**manifest.content["history"]), num_rows=2)
-    vectors, ids = torch.zeros(2, shape.dim), pa.array([100, 101])
-    addition = AddedItems.open(folder, manifest.added).write_next(
-        folder, index, vectors, ids, shape
-    )
-    return replace(manifest, added=addition)
+    vectors, ids = torch.zeros(2, manifest.content["history"]["dim"]), pa.array([100, 101])
+    previous = AddedItems.open(folder, manifest.added)
+    return previous.write_next(folder, manifest, index, vectors, ids)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

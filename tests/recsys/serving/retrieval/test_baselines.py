@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, identity
 
 from recsys.cli import main
 from recsys.config import RetrievalSettings
@@ -84,23 +84,21 @@ def catalogue() -> Catalogue:
     texts = text_vectors(TEXTS)
     similar = user_similarities(*events(), 5)
     near_texts = nearest(texts, 2)
-    return Catalogue(
-        popularity,
-        similar,
-        csr_matrix(TRANSITIONS),
-        content,
-        vectors,
-        texts,
-        near_texts,
-        repeats=True,
-    )
+    neighbours = {
+        "item_cf": similar,
+        "transitions": csr_matrix(TRANSITIONS),
+        "near_text": near_texts,
+        "repeat": identity(5, np.float32, "csr"),
+    }
+    return Catalogue(popularity, neighbours, {"model": vectors, "content": content}, texts)
 
 
 @pytest.mark.parametrize("decay", [0.5, 1.0])
 def test_scores_are_weighted_means_over_the_history(decay: float) -> None:
     histories, items = [[0, 3], [], [2, -1, 1]], catalogue()  # -1: an item that is not there
     scores = items.scores(rows(histories, [1, 1, 4]), decay, items.baselines)
-    assert items.content is not None and items.texts is not None
+    assert items.texts is not None
+    content = items.vectors["content"]
     cosines_of_texts = (items.texts @ items.texts.T).toarray()
     for row, history in enumerate(histories):
         ages = range(len(history) - 1, -1, -1)
@@ -108,9 +106,7 @@ def test_scores_are_weighted_means_over_the_history(decay: float) -> None:
         total = sum(weights.values()) or 1.0
         for candidate in range(5):
             by_users = sum(w * similarity(item, candidate) for item, w in weights.items())
-            cosines = (
-                w * items.content[item] @ items.content[candidate] for item, w in weights.items()
-            )
+            cosines = (w * content[item] @ content[candidate] for item, w in weights.items())
             assert scores["item_cf"][row, candidate] == pytest.approx(by_users / total, abs=1e-6)
             by_order = sum(w * TRANSITIONS[item, candidate] for item, w in weights.items())
             assert scores["transitions"][row, candidate] == pytest.approx(by_order / total)
@@ -331,7 +327,9 @@ def test_transitions_are_those_of_loops_over_the_training_rows(towers: Path) -> 
     shrunk = pairs**2 / (pairs + 3) / np.sqrt(np.outer(counts.clip(1), counts.clip(1)))
 
     assert (shrunk > 0).sum() > 20 and (shrunk != shrunk.T).any()
-    np.testing.assert_allclose(items.transitions.toarray(), shrunk, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(
+        items.neighbours["transitions"].toarray(), shrunk, rtol=1e-5, atol=1e-9
+    )
 
 
 def test_the_command_compares_a_run_with_baselines(
