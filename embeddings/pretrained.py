@@ -169,11 +169,8 @@ def load_pretrained_rows(
     """Write vectors into a table of ``model``, before its first step; call it on every rank.
 
     The model is sharded under any plan, or unsharded and not on meta. ``rows_of_ids`` maps ids of
-    the files to rows; by default an id is its row.
-
-    Raises:
-        ValueError: no such table, or a file, an id or the rows cannot be used. A repeated row is
-            an error on the ranks that hold it.
+    the files to rows; by default an id is its row. A table, a file, an id or rows that cannot be
+    used are a ValueError; a repeated row is one on the ranks that hold it.
 
     Example::
 

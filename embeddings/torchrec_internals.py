@@ -35,8 +35,7 @@ def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCo
 def unlock_cached_rows(model: nn.Module) -> None:
     """Let caches of `uvm_caching` give up their rows, while no batch is in flight.
 
-    Fetching a batch ahead locks its rows, and only its backward unlocks them: after validation,
-    which has none, they would stay.
+    A batch fetched ahead locks its rows until its backward, which validation does not have.
     """
     for kernel in table_kernels(model):
         locks = cast(Tensor, kernel.lxu_cache_locking_counter)

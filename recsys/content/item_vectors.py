@@ -32,13 +32,6 @@ def items_per_fill(device: torch.device) -> int:
     return ITEMS_PER_CALL if is_host(device) else SCORED_ITEMS_PER_CALL
 
 
-def _encode(
-    content: ContentBranch, store: ContentStore, ids: np.ndarray, device: torch.device
-) -> Tensor:  # [U] -> [U, V]
-    inputs = {name: part.to(device) for name, part in store.gather(ids).items()}
-    return content.encode(inputs)
-
-
 class ItemVectorCache:
     """Gives batches the content vectors of their items; caches `max_bytes` of constant vectors."""
 
@@ -69,8 +62,9 @@ class ItemVectorCache:
         new = np.flatnonzero(self._places[rows] < 0)
         parts = [self._cached[:0]]
         for start in range(0, len(new), SCORED_ITEMS_PER_CALL):
-            call = ids[new[start : start + SCORED_ITEMS_PER_CALL]]
-            parts.append(_encode(self.branch, self.store, call, self.device))
+            inputs = self.store.gather(ids[new[start : start + SCORED_ITEMS_PER_CALL]])
+            inputs = {name: part.to(self.device) for name, part in inputs.items()}
+            parts.append(self.branch.encode(inputs))
         encoded = torch.cat(parts)
         self._add(rows[new], encoded)
         places = torch.from_numpy(self._places[rows]).to(self.device)

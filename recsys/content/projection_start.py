@@ -68,12 +68,8 @@ def start_projections(
 
 
 def _mean_outputs(
-    encoder: Encoder,
-    name: str,
-    ids: np.ndarray,  # [share of S]
-    store: ContentStore,
-    ranks: Ranks,
-) -> tuple[Tensor, list[bytes]]:  # [S, E], items that have this modality; hashes of their content
+    encoder: Encoder, name: str, ids: np.ndarray, store: ContentStore, ranks: Ranks
+) -> tuple[Tensor, list[bytes]]:  # [share of S, E], of items with this modality; content's hashes
     parts = [torch.zeros(0, encoder.output_dim, device=ranks.device)]
     digests: list[bytes] = []
     for start in range(0, len(ids), ITEMS_PER_CALL):
@@ -115,10 +111,8 @@ def start_at_components(projection: Projection, outputs: Tensor) -> None:  # [S,
 
 
 def whitening_map(
-    outputs: Tensor,  # [S, E]
-    dim: int,
-    size: float,
-) -> tuple[Tensor, Tensor]:  # [K, E], [K] with K = min(dim, S, E)
+    outputs: Tensor, dim: int, size: float
+) -> tuple[Tensor, Tensor]:  # [S, E] -> [K, E], [K] with K = min(dim, S, E)
     """Return weight and bias that give the leading principal components mean 0 and variance 1.
 
     `size`, the root mean square length of the outputs before centring, decides what is rounding.

@@ -80,9 +80,9 @@ class Mmoe(AttendedFeatures):
         self.dropout = Dropout(settings.dropout)
         self.experts = nn.Linear(width, self.num_experts * units)
         self.gates = nn.Linear(width, self.num_labels * self.num_experts, bias=False)
-        self.towers = nn.ModuleList(
-            multilayer_perceptron(units, settings, 1, tower_units) for _ in range(self.num_labels)
-        )
+        tower = units, tower_units, settings.dropout, 1
+        towers = (multilayer_perceptron(*tower) for _ in range(self.num_labels))
+        self.towers = nn.ModuleList(towers)
 
     def mixtures(self, features: Tensor) -> Tensor:  # [B, W] -> [B, C, H]
         experts = self.dropout(torch.relu(self.experts(features)))

@@ -40,7 +40,7 @@ from recsys.data.schema import Schema
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.evaluate import CheckedRows, fill_bank
-from recsys.model.input_scaling import InputScaling
+from recsys.model.inputs import InputScaling
 from recsys.ranking.generative import Generative
 from recsys.ranking.settings import GenerativeSettings
 from recsys.serving.retrieval.semantic_ids import codes_of_items

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import string
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -67,11 +68,9 @@ class PretrainedEncoder:
                     f"{where}: encoder folder '{name}' has no config.json; check the path"
                 )
             return str(folder)
-        package = name.removeprefix("package:")
-        try:
+        package, spec = name.removeprefix("package:"), None
+        with suppress(ImportError, ValueError):  # a missing parent, a relative or empty name
             spec = importlib.util.find_spec(package)
-        except (ImportError, ValueError):  # a missing parent, a relative or empty name
-            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(
                 f"{where}: encoder package '{package}' is not installed; "
@@ -103,9 +102,8 @@ class PretrainedEncoder:
             return tiny_tokenizer()
         what = f"{self.where}: tokenizer of '{self.name}'"
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.source, revision=self.revision, trust_remote_code=False
-            )
+            options = {"revision": self.revision, "trust_remote_code": False}
+            tokenizer = AutoTokenizer.from_pretrained(self.source, **options)
             num_embeddings = self.config.get_text_config().vocab_size
         except Exception as error:
             raise ValueError(f"{what} cannot be loaded: {_explained(error)}") from error
@@ -128,10 +126,9 @@ class PretrainedEncoder:
     def images(self) -> ImagePreparation:
         if self.is_random:
             return ImagePreparation()
+        read = ImageProcessingMixin.get_image_processor_dict
         try:
-            settings, _ = ImageProcessingMixin.get_image_processor_dict(
-                self.source, revision=self.revision
-            )
+            settings, _ = read(self.source, revision=self.revision)
         except OSError:
             self.notes.append(f"{self.where}: encoder '{self.name}' {NO_IMAGE_FILE}")
             return ImagePreparation()
@@ -146,8 +143,7 @@ class PretrainedEncoder:
     def load_model(self, keeps_pooler: bool = False) -> Any:
         """Return the model without dropout, and without a pooler unless `keeps_pooler`.
 
-        Under `torch.device("meta")` no weights are read. A model that cannot be loaded, or lacks
-        weights, is a ValueError.
+        A model that lacks weights is a ValueError. Under `torch.device("meta")` none are read.
         """
         model = tiny_model(self.name, self.where) if self.is_random else self._read(keeps_pooler)
         if hasattr(model, "pooler") and not keeps_pooler:
@@ -252,7 +248,6 @@ SIZES: dict[str, Any] = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
-IMAGE: dict[str, Any] = {"image_size": 32, "patch_size": 16}
 NAMES = ("random:bert", "random:vit", "random:clip", "random:siglip")
 
 
@@ -272,14 +267,10 @@ def tiny_model(name: str, where: str) -> nn.Module:
     if name not in NAMES:
         raise ValueError(f"{where}: encoder '{name}' is unknown; choose {', '.join(NAMES)}")
     vocabulary = _vocabulary()
-    text: dict[str, Any] = {
-        **SIZES,
-        "vocab_size": len(vocabulary),
-        "bos_token_id": vocabulary["[CLS]"],
-        "eos_token_id": vocabulary["[SEP]"],
-        "pad_token_id": vocabulary["[PAD]"],
-    }
-    vision = {**SIZES, **IMAGE}
+    special = {"bos_token_id": "[CLS]", "eos_token_id": "[SEP]", "pad_token_id": "[PAD]"}
+    text: dict[str, Any] = {**SIZES, "vocab_size": len(vocabulary)}
+    text |= {name: vocabulary[token] for name, token in special.items()}
+    vision = {**SIZES, "image_size": 32, "patch_size": 16}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if name == "random:bert":

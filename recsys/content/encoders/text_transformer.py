@@ -37,8 +37,7 @@ class TextTransformer(TransformerEncoder):
         if positions is None:
             return
         # RoBERTa numbers its positions from the one after the padding id.
-        embeddings = getattr(self.model, "embeddings", None)
-        table = getattr(embeddings, "position_embeddings", None)
+        table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
         first = getattr(table, "padding_idx", None)
         limit = positions - (0 if first is None else first + 1)
         if self.max_length > limit:
@@ -89,12 +88,10 @@ class TextTransformer(TransformerEncoder):
         if content.mask.is_meta or not is_on_host(content.mask):
             return super()._trained(content)
         first, place = distinct_items(content)
-        if len(first) < len(place):
-            content = ContentInput(content.values[first], content.mask[first])
+        has_equal = len(first) < len(place)
+        content = content[first] if has_equal else content
         tokens = super()._trained(content) if self.pooling == "none" else self._by_length(content)
-        if len(first) < len(place):
-            return ContentInput(tokens.values[place], tokens.mask[place])
-        return tokens
+        return tokens[place] if has_equal else tokens
 
     def _by_length(self, content: ContentInput) -> ContentInput:
         lengths = content.mask.sum(dim=1)
@@ -104,9 +101,8 @@ class TextTransformer(TransformerEncoder):
             longest = max(int(lengths[items[-1]]), 1)
             values, mask = content.values[items, :longest], content.mask[items, :longest]
             parts.append(super()._trained(ContentInput(values, mask)))
-        values = torch.cat([part.values for part in parts])
-        mask, back = torch.cat([part.mask for part in parts]), order.argsort()
-        return ContentInput(values[back], mask[back])
+        values, mask = torch.cat([part.values for part in parts]), [part.mask for part in parts]
+        return ContentInput(values, torch.cat(mask))[order.argsort()]
 
 
 @contextmanager

@@ -92,7 +92,7 @@ def latest_flags(
 
 def num_similarity_features(num_flags: int) -> int:
     """Return S of `similarity_features`."""
-    return 2 * (1 + 2 * num_flags) + num_flags
+    return 2 + 5 * num_flags
 
 
 def similarity_histogram(
@@ -103,17 +103,6 @@ def similarity_histogram(
     counts = cosine.new_zeros(history.lengths.shape[0] * bins)
     counts = counts.index_add(0, history.rows * bins + tier, torch.ones_like(cosine))
     return torch.log1p(counts).view(-1, bins)
-
-
-def _similarities(
-    spaces: list[Tensor],  # [N] each
-    history: JaggedHistory,
-    parallel: Tensor,  # [N, P]
-) -> Tensor:  # [B, M * S]
-    if not history.is_shared:
-        return similarity_features(torch.stack(spaces, dim=1), history, parallel)
-    cosine = torch.stack(spaces).view(len(spaces), history.lengths.shape[0], history.longest)
-    return shared_similarity_features(cosine, history.of_one_row(parallel))
 
 
 class ContentInterest(nn.Module):
@@ -134,8 +123,7 @@ class ContentInterest(nn.Module):
 
     @staticmethod
     def of(content: ContentSettings, num_parallel: int) -> ContentInterest:
-        num_modalities = len(content.modalities)
-        return ContentInterest(content.dim, num_modalities, num_parallel, content.history)
+        return ContentInterest(content.dim, len(content.modalities), num_parallel, content.history)
 
     def forward(
         self, content: ContentVectors, history: JaggedHistory, parallel: Tensor
@@ -144,9 +132,10 @@ class ContentInterest(nn.Module):
         settings, dtype = self.settings, result_dtype(content.target, self.attention.query.weight)
         if settings.recent:
             parallel = torch.cat([parallel, latest_flags(history, settings.recent)], dim=1)
-        if self._has_native(content, history, parallel):
-            assert content.read_stored is not None
-            return self._by_kernel(content, content.read_stored(), history, parallel).to(dtype)
+        is_own = not history.is_shared and not parallel.requires_grad
+        read_stored = content.read_stored if is_own and self.kernel_refusal() is None else None
+        if read_stored and has_native(content.target, *self.attention.parameters()):
+            return self._by_kernel(content, read_stored(), history, parallel).to(dtype)
         items, modalities = content.read_history()
         features = [self.attention(content.target, items, history, parallel)]
         if settings.similarity_features or settings.simtier_bins:
@@ -154,31 +143,23 @@ class ContentInterest(nn.Module):
         if settings.similarity_features:
             pairs = zip(content.target_modalities.unbind(dim=1), modalities.unbind(dim=1))
             spaces = [cosine, *(cosines(*vectors, history) for vectors in pairs)]
-            features.append(_similarities(spaces, history, parallel))
+            if history.is_shared:
+                shape = len(spaces), history.lengths.shape[0], history.longest
+                lists = history.of_one_row(parallel)
+                features.append(shared_similarity_features(torch.stack(spaces).view(shape), lists))
+            else:
+                stacked = torch.stack(spaces, dim=1)
+                features.append(similarity_features(stacked, history, parallel))
         if settings.simtier_bins:
             features.append(similarity_histogram(cosine, history, settings.simtier_bins))
         return torch.cat(features, dim=1).to(dtype)
 
     def kernel_refusal(self) -> str | None:
-        """Return why PyTorch computes every step on CPU, or None."""
         if self.settings.simtier_bins:
             return f"content.history.simtier_bins is {self.settings.simtier_bins}; the kernel has 0"
         if self.settings.mode == "full":
             return "content.history.mode is full; the kernel reads vectors of the bank"
         return None
-
-    def _has_native(
-        self,
-        content: ContentVectors,
-        history: JaggedHistory,
-        parallel: Tensor,  # [N, P]
-    ) -> bool:
-        """Return whether a kernel computes these features, on CPU and of items in a bank."""
-        if content.read_stored is None or parallel.requires_grad or history.is_shared:
-            return False
-        return self.kernel_refusal() is None and has_native(
-            content.target, *self.attention.parameters()
-        )
 
     def _by_kernel(
         self,
@@ -188,11 +169,10 @@ class ContentInterest(nn.Module):
         parallel: Tensor,  # [N, P]
     ) -> Tensor:  # [B, output_dim]
         """Compute the same as `forward` in float32: q . (M v) as (M^T q) . v."""
+        attention = self.attention
         with torch.autocast("cpu", enabled=False):
             target, matrix = content.target.float(), stored.matrix.float()
-            query, list_factors = self.attention.query_of(
-                target.to(self.attention.query.weight.dtype)
-            )
+            query, list_factors = attention.query_of(target.to(attention.query.weight.dtype))
             queries = [query @ matrix]
             if self.settings.similarity_features:
                 queries.append(F.normalize(target, dim=-1) @ matrix)
@@ -201,5 +181,6 @@ class ContentInterest(nn.Module):
             items = stored.rows, matrix, history.index, history.offsets
             stacked = torch.stack(queries, dim=1)
             sums, features = native_content_interest(stacked, *items, list_factors, listed)
-            interest = self.attention.interest_of(sums, matrix)
-            return torch.cat([interest, features], dim=1)
+            if attention.parallel_map is not None:  # sums are of items and, behind them, of lists
+                matrix = torch.cat([matrix, attention.parallel_map.weight], dim=1)
+            return torch.cat([sums @ matrix.T, features], dim=1)

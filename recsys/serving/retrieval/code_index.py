@@ -12,9 +12,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from recsys.ranking.generative import Generative
-from recsys.ranking.layers.code_decoder import CodeDecoder
-from recsys.ranking.layers.code_trie import MOST_BEAMS, CodeTrie, add_codes, beam_search
+from recsys.ranking.generative import (
+    MOST_BEAMS,
+    CodeDecoder,
+    CodeTrie,
+    Generative,
+    add_codes,
+    beam_search,
+)
 from recsys.ranking.settings import GenerativeSettings
 
 DECODER = "decoder.safetensors"
