@@ -40,7 +40,6 @@ class BankRoute:
     last: Tensor | None = None
 
     def of_write(self) -> BankRoute:
-        """Return the route of a write to the same rows."""
         rows, last = _last_of_each(self.rows)
         return replace(self, rows=rows, last=last)
 
@@ -249,11 +248,8 @@ class MemoryBank:
 
 
 def sharded_by_rows(
-    block: Tensor,  # [rows of this rank, D]
-    first_row: int,
-    num_rows: int,
-    group: dist.ProcessGroup | None,
-) -> Tensor | ShardedTensor:  # [num_rows, D]
+    block: Tensor, first_row: int, num_rows: int, group: dist.ProcessGroup | None
+) -> Tensor | ShardedTensor:  # [rows of this rank, D] -> [num_rows, D]
     """Return the blocks of all ranks as one tensor that shares their memory. A collective."""
     if group is None:
         return block

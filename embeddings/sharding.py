@@ -177,13 +177,12 @@ def plan_sharding(
                     f"the topology has {topology.world_size} ranks and the process group "
                     f"{ranks_of_copy} per copy of the tables; make them equal"
                 )
+            limits = {part.name: constraints(part, ranks_of_copy, prefetch) for part in tables}
             planner = EmbeddingShardingPlanner(
                 topology=topology,
                 batch_size=batch_size,
                 storage_reservation=FixedPercentageStorageReservation(figures.reserved_share),
-                constraints={
-                    table.name: constraints(table, ranks_of_copy, prefetch) for table in tables
-                },
+                constraints=limits,
                 stats=NoopEmbeddingStats(),
                 debug=False,
             )
@@ -250,10 +249,9 @@ def parameters_of(module: nn.Module, tables: Sequence[TableConfig]) -> dict[str,
 def _reason(error: Exception, tables: Sequence[TableConfig]) -> str:
     if not isinstance(error, PlannerError):
         return str(error) if type(error) is ValueError else f"planning failed: {error!r}"
-    sizes = sorted(tables, key=lambda table: -table.num_embeddings * table.embedding_dim)
-    largest = ", ".join(
-        f"'{table.name}' {table.megabytes:.1f} MB ({table.sharding})" for table in sizes[:3]
-    )
+    sizes = sorted(tables, key=lambda table: -table.num_embeddings * table.embedding_dim)[:3]
+    parts = [f"'{part.name}' {part.megabytes:.1f} MB ({part.sharding})" for part in sizes]
+    largest = ", ".join(parts)
     return (
         f"the tables do not fit; the largest: {largest}. Add ranks or memory, choose sharding "
         "'row_wise' or 'auto' for the large tables, or lower num_embeddings or embedding_dim. "

@@ -142,13 +142,8 @@ class NormalInitializer:
         self.fill(weight)
 
     @torch.no_grad()
-    def fill(
-        self,
-        weight: Tensor,  # [rows, columns]
-        row_offset: int = 0,
-        column_offset: int = 0,
-    ) -> None:
-        """Fill the shard ``weight`` that starts at the offsets in the table."""
+    def fill(self, weight: Tensor, row_offset: int = 0, column_offset: int = 0) -> None:
+        """Fill the shard ``weight`` [rows, columns] that starts at the offsets in the table."""
         if weight.is_meta:
             return
         num_embeddings, dim = self.shape

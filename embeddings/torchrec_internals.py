@@ -64,7 +64,7 @@ def look_up_as_bags(collection: nn.Module) -> None:
 
 
 class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
-    """A lookup without pooling, by the kernels for bags; its results stay [N, D]."""
+    """A lookup of ids [N] without pooling, by the kernels for bags; its results stay [N, D]."""
 
     @staticmethod
     def take_over(lookup: SplitTableBatchedEmbeddingBagsCodegen) -> None:
@@ -74,12 +74,7 @@ class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
         lookup.pooling_mode = PoolingMode.SUM
         lookup.__class__ = SingleIdBags
 
-    def forward(
-        self,
-        indices: Tensor,  # [N]
-        offsets: Tensor,  # [T * B + 1]
-        **options: Any,
-    ) -> Tensor:  # [N, D]
+    def forward(self, indices: Tensor, offsets: Tensor, **options: Any) -> Tensor:
         assert not any(value is not None for value in options.values()), options.keys()
         features_of_tables = [len(list(group)) for _, group in groupby(self.feature_table_map)]
         edges = [0, *accumulate(features_of_tables)]

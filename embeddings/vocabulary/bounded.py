@@ -101,21 +101,15 @@ class RowSets:
         worth[is_protected] = np.inf
         return np.lexsort((last, worth), axis=-1), self.ids.shape[1] - is_protected.sum(axis=1)
 
-    def _faded(
-        self, scores: np.ndarray, last_used: np.ndarray, step: int
-    ) -> np.ndarray:  # all [N] or [N, R]
-        return scores * np.exp2((last_used - step) / self.half_life)
+    def _faded(self, scores: np.ndarray, last_used: np.ndarray, step: int) -> np.ndarray:
+        return scores * np.exp2((last_used - step) / self.half_life)  # [N] or [N, R]
 
-    def _slots(
-        self, sets: np.ndarray, ids: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:  # [N], [N] -> [N], [N]
+    def _slots(self, sets: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         hashes = mix64(mix64(ids))  # the first mix was used to choose the set
         return sets, (hashes % np.uint64(self.waiting_ids.shape[1])).astype(np.int64)
 
-    def _seen(
-        self, sets: np.ndarray, ids: np.ndarray, counts: np.ndarray
-    ) -> np.ndarray:  # [N], [N], [N] -> [N]
-        """Return the occurrences of ids without a row, this call included, and store them."""
+    def _seen(self, sets: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Return the occurrences [N] of ids without a row, this call included, and store them."""
         if self.admit_after == 1:
             return counts
         slots = self._slots(sets, ids)

@@ -235,11 +235,8 @@ class ContentBranch(nn.Module):
         return functools.cache(lambda: bank.lookup(ids, route)[0])
 
     def _vectors(
-        self,
-        items: Tensor,  # [R, D + M * D]
-        history: Callable[[], Tensor],
-        content: BatchContent,
-    ) -> ContentVectors:
+        self, items: Tensor, history: Callable[[], Tensor], content: BatchContent
+    ) -> ContentVectors:  # [R, D + M * D], [U, D + M * D]
         parts, index = self._split(items), content.negative_index
         target, target_modalities = (part.index_select(0, content.target_index) for part in parts)
         negatives: tuple[Tensor | None, Tensor | None] = None, None

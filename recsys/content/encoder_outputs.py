@@ -4,7 +4,6 @@ A trained encoder costs many times what the rest of a step costs, and its output
 Projections, fusion and all that lies above train on every item of the step. LEMUR (arXiv
 2511.10962) reads the fused vectors of the others instead, which get no gradient and are older than
 the projections.
-
 Shapes: E items that this rank encodes, C chosen ones, W sum of the widths of trained encoders.
 """
 

@@ -37,9 +37,7 @@ class JointSelfAttention(nn.Module):
         self.scale = (dim // num_heads + 1e-5) ** -0.5
         self.query, self.key, self.value, self.output = (nn.Linear(dim, dim) for _ in range(4))
 
-    def forward(
-        self, x: Tensor, mask: Tensor, num_outputs: int
-    ) -> Tensor:  # [U, T, D], [U, T] -> [U, num_outputs, D]
+    def forward(self, x: Tensor, mask: Tensor, num_outputs: int) -> Tensor:  # [U, num_outputs, D]
         heads = (self.num_heads, x.shape[-1] // self.num_heads)
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -74,9 +72,7 @@ class PublishedLayer(nn.Module):
         self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
 
-    def forward(
-        self, x: Tensor, mask: Tensor, num_outputs: int
-    ) -> Tensor:  # [U, T, D], [U, T] -> [U, num_outputs, D]
+    def forward(self, x: Tensor, mask: Tensor, num_outputs: int) -> Tensor:  # [U, num_outputs, D]
         attended = self.attention(x, mask, num_outputs)
         normed: Tensor = self.norm(x[:, :num_outputs] + self.dropout(attended))
         return normed
@@ -94,9 +90,7 @@ class ModernLayer(nn.Module):
         )
         self.dropout = Dropout(dropout)
 
-    def forward(
-        self, x: Tensor, mask: Tensor, num_outputs: int
-    ) -> Tensor:  # [U, T, D], [U, T] -> [U, num_outputs, D]
+    def forward(self, x: Tensor, mask: Tensor, num_outputs: int) -> Tensor:  # [U, num_outputs, D]
         attended = self.attention(self.attention_norm(x), mask, num_outputs)
         x = x[:, :num_outputs] + self.dropout(attended)
         update: Tensor = self.dropout(self.feed_forward(self.feed_forward_norm(x)))
@@ -123,9 +117,7 @@ class ConcatFusion(nn.Module):
         self.missing = nn.Parameter(torch.zeros(num_modalities, dim))
         self.output = nn.Linear(num_modalities * dim, dim)
 
-    def forward(
-        self, tokens: Tensor, mask: Tensor, modality: Tensor
-    ) -> Tensor:  # [U, T, D], [U, T], [T] -> [U, D]
+    def forward(self, tokens: Tensor, mask: Tensor, modality: Tensor) -> Tensor:  # [U, D]
         modalities = torch.arange(self.num_modalities, device=modality.device)
         member = (modalities.unsqueeze(1) == modality).to(tokens.dtype)  # [M, T]
         weights = member * mask.to(tokens.dtype).unsqueeze(1)  # [U, M, T]
@@ -222,9 +214,7 @@ class FusionQFormer(nn.Module):
             log_refusal("fusion", f"{tokens_of_item}; the kernel takes {FEW_TOKENS}")
         return num_tokens <= FEW_TOKENS
 
-    def _by_kernel(
-        self, tokens: Tensor, mask: Tensor, modality: Tensor
-    ) -> Tensor:  # [U, T, D], [U, T], [T] -> [U, D]
+    def _by_kernel(self, tokens: Tensor, mask: Tensor, modality: Tensor) -> Tensor:  # [U, D]
         first = self.layers[0]
         assert isinstance(first, ModernLayer)
         attention, share = first.attention, first.dropout.p if self.training else 0.0

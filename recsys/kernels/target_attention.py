@@ -2,9 +2,8 @@
 
 The first is over jagged histories. The score's first layer is one matrix per row, M_b = (W1 + W3) +
 W4 diag(t). Results are equal to the last bit in every run and for any number of threads.
-Graphs of packages call the second one, where all rows have one history. It is the kernel of the
-first where that is compiled, and PyTorch elsewhere: a server never waits for a compiler. It has no
-gradient.
+Graphs of packages call the second one, where all rows have one history. Without gradient, it is the
+kernel of the first where that is compiled, and else PyTorch: a server waits for no compiler.
 Shapes: B batch, U unique items, N history items of the batch, D dimension, P parallel lists, H and
 G units of the two hidden layers.
 """

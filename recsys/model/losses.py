@@ -31,9 +31,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def label_losses(
-    logits: Tensor, labels: Tensor, losses: Sequence[str]
-) -> Tensor:  # [..., C], [..., C], [C] -> [..., C]
+def label_losses(logits: Tensor, labels: Tensor, losses: Sequence[str]) -> Tensor:  # [..., C]
     """Return the loss of each row and label."""
     if set(losses) == {"bce"}:
         return LOSSES["bce"](logits, labels)
@@ -156,9 +154,7 @@ class ContentIDContrastive(nn.Module):
         items = items.masked_fill(row_weights == 0, -1)
         return (self._row_losses(content, ids, items) * row_weights).mean()
 
-    def _row_losses(
-        self, content: Tensor, ids: Tensor, items: Tensor
-    ) -> Tensor:  # [B, D], [B, D], [B] -> [B]
+    def _row_losses(self, content: Tensor, ids: Tensor, items: Tensor) -> Tensor:  # [B]
         settings = self.settings
         if settings.normalize:
             content, ids = (F.normalize(side, dim=-1, eps=1e-5) for side in (content, ids))

@@ -166,11 +166,7 @@ def _problem(config: Config, schema: Schema, table: str, settings: TableSettings
 
 
 def check_placement(
-    settings: EmbeddingSettings,
-    schema: Schema,
-    device: str,
-    world_size: int,
-    ranks_per_node: int,
+    settings: EmbeddingSettings, schema: Schema, device: str, world_size: int, ranks_per_node: int
 ) -> None:
     """Refuse settings of kernels, prefetching and copies that do not fit the ranks of a job."""
     problems = [*_kernel_problems(settings, schema, device), *_prefetch_problems(settings, device)]

@@ -111,9 +111,7 @@ class Dlrm(nn.Module):
     ) -> tuple[nn.Module, int]:
         return DotInteraction(num_fields), dim + math.comb(num_fields + 1, 2)
 
-    def forward(
-        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor:  # [B, C]
+    def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Tensor:
         fields = self.fields(ids, content, batch)
         top = self.dropout(self.inter_arch(*fields.dense_and_sparse(self.dense_arch)))
         if fields.similarities.shape[1]:  # else a copy of the model's widest tensor, [B, pairs]
@@ -160,9 +158,7 @@ class DeepFM(nn.Module):
         self.factorization_machine = FactorizationMachine()
         self.top = nn.Linear(dim + width + 1, dimensions.num_labels)
 
-    def forward(
-        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor:  # [B, C]
+    def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Tensor:
         fields = self.fields(ids, content, batch)
         dense, sparse = fields.dense_and_sparse(self.dense_arch)
         vectors = [dense, *sparse]

@@ -4,10 +4,8 @@ Kernel regression: a user's values deviate from his mean and the items' means by
 with z an item's vector and w normal, so that w has a closed form in which similar items of a
 history are not counted twice (Rasmussen and Williams 2006, equation 2.11). z joins factors of the
 items' co-occurrence with a trained map of their content, which new items have, too.
-
 Votes: means of the values, weighted by similarity (item-based collaborative filtering, Sarwar et
 al. 2001), for each of several similarities: by users, by values, and by each modality's content.
-
 Shapes: B batch, R rows with a history of their own (B, or 1 if all rows share one), K targets of
 such a row (1, or B if all rows share one), L longest history, U unique history items, N history
 items of the batch, I items, D width of a vector, Z width of the joined z, F folds of users,
@@ -29,7 +27,7 @@ from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.layers.evidence import LATEST, EvidenceNetwork, RidgePredictions
-from recsys.ranking.vectors import InputDimensions, MemberLogits
+from recsys.ranking.vectors import InputDimensions, Logits
 
 FOLDS = 5  # of users, by id: a row in training reads statistics of the users of other folds
 PRIOR_VALUES = 5.0  # values of mean 0 that every mean of deviations begins with
@@ -57,13 +55,10 @@ class NeighbourEvidence:
 class BlendedLogits:
     """Logits of the ranking model and of the evidence, and their blend."""
 
-    network: Tensor | MemberLogits  # [B, C], of the ranking model, or of its members in training
+    network: Logits  # [B, C], of the ranking model, or of its members in training
+    network_logits: Tensor  # [B, C], the same or the members' mean
     neighbours: NeighbourEvidence
     logits: Tensor  # [B, C], blended
-
-    @property
-    def network_logits(self) -> Tensor:  # [B, C]
-        return self.network if isinstance(self.network, Tensor) else self.network.logits
 
 
 class Blend(nn.Module):
@@ -83,12 +78,10 @@ class Blend(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", torch.zeros(num_labels))
 
-    def forward(
-        self, scored: Tensor | MemberLogits, neighbours: NeighbourEvidence
-    ) -> BlendedLogits:
+    def forward(self, scored: Logits, neighbours: NeighbourEvidence) -> BlendedLogits:
         network = scored if isinstance(scored, Tensor) else scored.logits
         logits = self.logits(network.float(), neighbours.logits.float(), neighbours.evidence)
-        return BlendedLogits(scored, neighbours, logits)
+        return BlendedLogits(scored, network, neighbours, logits)
 
     def logits(
         self, network: Tensor, evidence_logits: Tensor, evidence: Tensor
@@ -170,12 +163,7 @@ class Neighbours(nn.Module):
         return NeighbourEvidence(batch, evidence.detach(), regression, logits)
 
     def _read(
-        self,
-        batch: Batch,
-        content: _Content | None,
-        targets: Tensor,  # int64 [B]
-        fold: Tensor,  # int64 [B]
-        block: _Block,
+        self, batch: Batch, content: _Content | None, targets: Tensor, fold: Tensor, block: _Block
     ) -> tuple[Tensor, Tensor, Tensor]:  # [B, E], [B, S, NUM_VOTES], [B, W * P]
         targets, fold = block.take(targets), block.take(fold)
         if content is not None:
@@ -339,9 +327,7 @@ class _Rows:
     index: Tensor  # int64
     has_row: Tensor | None  # 0 for items without one; None if all items have one
 
-    def gather(
-        self, statistics: Tensor, kind: torch.dtype = torch.float32
-    ) -> Tensor:  # [I, F + 1, D] -> [..., D]
+    def gather(self, statistics: Tensor, kind: torch.dtype = torch.float32) -> Tensor:  # [..., D]
         rows = embedding(self.index, statistics.flatten(0, 1)).to(kind)
         return rows if self.has_row is None else rows * self.has_row.unsqueeze(-1).to(kind)
 

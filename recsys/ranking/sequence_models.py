@@ -30,7 +30,7 @@ from recsys.ranking.settings import (
     SimSettings,
     TransformerSettings,
 )
-from recsys.ranking.vectors import IDVectors, InputDimensions, MemberLogits
+from recsys.ranking.vectors import IDVectors, InputDimensions, Logits
 
 
 class AgedAttention(nn.Module):
@@ -46,13 +46,8 @@ class AgedAttention(nn.Module):
         self.output = nn.Linear(num_heads * dim, dim, bias=False)
 
     def forward(
-        self,
-        target: Tensor,  # [B, D]
-        items: Tensor,  # [U, D]
-        history: JaggedHistory,
-        parallel: Tensor,  # [K, P]
-        ages: Tensor,  # [K]
-    ) -> Tensor:  # [B, D]
+        self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor, ages: Tensor
+    ) -> Tensor:  # [B, D], [U, D], [K, P], [K] -> [B, D]
         items = items.float()
         queries = self.query(target).float().unflatten(1, (self.num_heads, -1)) * self.scale
         inputs = items, history, parallel, ages
@@ -101,9 +96,7 @@ class Sim(RowFeatures):
         self.interest, self.top_k = interest, settings.search_top_k
         self.mlp = ranking_head(self.feature_dim, settings, dimensions.num_labels)
 
-    def forward(
-        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor | MemberLogits:  # [B, C]
+    def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Logits:
         history = batch.history.jagged()
         id_history = history if ids.history_is_unique else history.unindexed()
         places = self.search(ids, content, history, id_history)
@@ -156,9 +149,7 @@ class SequenceModel(RowFeatures):
         self.encoder = encoder
         self.mlp = ranking_head(self.feature_dim, settings, dimensions.num_labels)
 
-    def forward(
-        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor | MemberLogits:  # [B, C]
+    def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Logits:
         interest = self.encoder(ids, content, batch)
         history, parallel = batch.history.jagged(), batch.history.values[:, self.encoder.gaps.flags]
         numbers = history_numbers(history, parallel)

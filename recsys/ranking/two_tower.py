@@ -62,15 +62,13 @@ class QueryTower(nn.Module):
         units, dropout = settings.mlp_units, settings.dropout
         self.query_tower = multilayer_perceptron(width, units, dropout, outputs)
 
-    def user(
-        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor:  # [B, outputs]
-        """Return the tower's output for each row. A collective with content."""
+    def user(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Tensor:
+        """Return the tower's output for each row [B, outputs]. A collective with content."""
         content = content if self.reads_content else None
         vectors = [ids.pooled[place] for place in self.pooled]
         vectors.append(batch.dense_features[:, self.dense])
         if self.has_history:
-            history, parallel = batch.history.jagged(), self._parallel(batch)
+            history, parallel = batch.history.jagged(), batch.history.values[:, : self.num_parallel]
             id_history = history if ids.history_is_unique else history.unindexed()
             vectors += pooled_history(ids.history.float(), id_history, parallel)
             vectors.append(history_numbers(history, parallel))
@@ -79,9 +77,6 @@ class QueryTower(nn.Module):
         if self.encoder is not None:
             vectors.append(self.encoder(ids, content, batch))
         return self.query_tower(torch.cat(vectors, dim=1))
-
-    def _parallel(self, batch: Batch) -> Tensor:  # [N, P]
-        return batch.history.values[:, : self.num_parallel]
 
 
 class TwoTower(QueryTower):
@@ -120,8 +115,8 @@ class TwoTower(QueryTower):
             negatives = self._item(ids.negatives, None if content is None else content.negatives)
         if self.similarity is not None:
             assert content is not None
-            history = batch.history.jagged()
-            direction = self.similarity.query(content, history, self._parallel(batch))
+            history, parallel = batch.history.jagged(), batch.history.values[:, : self.num_parallel]
+            direction = self.similarity.query(content, history, parallel)
             direction = direction.unsqueeze(1).expand(-1, self.num_labels, -1)
             query = torch.cat([query, direction.to(query.dtype)], dim=2)
             item = self.similarity.item(item, content.target, content.target_modalities)
@@ -130,9 +125,7 @@ class TwoTower(QueryTower):
                 negatives = self.similarity.item(negatives, *spaces)
         return TowerVectors(query / self.temperature, item, negatives, self.bias)
 
-    def _item(
-        self, id_vector: Tensor, content_vector: Tensor | None
-    ) -> Tensor:  # [B or S, I], [B or S, E] -> [B or S, D]
+    def _item(self, id_vector: Tensor, content_vector: Tensor | None) -> Tensor:  # [B or S, D]
         vectors = [id_vector] if content_vector is None else [id_vector, content_vector]
         return F.normalize(self.item_tower(torch.cat(vectors, dim=1)), dim=1)
 
@@ -147,10 +140,8 @@ class Similarity(nn.Module):
         super().__init__()
         self.weights = nn.Parameter(torch.zeros(num_spaces, num_means))
 
-    def query(
-        self, content: ContentVectors, history: JaggedHistory, parallel: Tensor
-    ) -> Tensor:  # [N, P] -> [B, (1 + M) * E]
-        """Return the weighted mean directions of the history's items. A collective."""
+    def query(self, content: ContentVectors, history: JaggedHistory, parallel: Tensor) -> Tensor:
+        """Return weighted mean directions of the items, [B, (1 + M) * E]. A collective."""
         items, modalities = content.read_history()
         spaces = [items, *modalities.unbind(dim=1)]
         directions = []
@@ -159,9 +150,7 @@ class Similarity(nn.Module):
             directions.append(torch.stack(means, dim=2) @ weights)
         return torch.cat(directions, dim=1)
 
-    def item(
-        self, item: Tensor, content: Tensor | None, modalities: Tensor | None
-    ) -> Tensor:  # [B, D], [B, E], [B, M, E] -> [B, D + (1 + M) * E]
+    def item(self, item: Tensor, content: Tensor | None, modalities: Tensor | None) -> Tensor:
         assert content is not None and modalities is not None
         spaces = [content, *modalities.unbind(dim=1)]
         return torch.cat([item, *(F.normalize(vectors, dim=1) for vectors in spaces)], dim=1)

@@ -96,6 +96,9 @@ class MemberLogits:
         return MemberLogits(self.members.float())
 
 
+Logits = Tensor | MemberLogits  # [B, C], or in training those of the members of an ensemble
+
+
 @dataclass
 class TowerVectors:
     """Output of a retrieval model, in place of logits."""

@@ -34,7 +34,7 @@ from recsys.checkpoint.warm_start.source import (
     reconciled_schema,
 )
 from recsys.config import InitFromSettings
-from recsys.content.projection_start import start_projections
+from recsys.content.item_vectors import start_projections
 from recsys.data.item_frequency import NumberRange
 from recsys.data.schema import Schema
 from recsys.distributed.log import print_table

@@ -219,8 +219,7 @@ class _Fill:
     def _part(self, call: np.ndarray) -> Path:  # [n]
         return self.parts / f"{digest_of(self.hashes[call].tobytes())}.npz"
 
-    def _read(self, call: np.ndarray, array: str) -> np.ndarray:  # [n]
-        """Return the `lengths` [n] or `values` [sum of lengths, D] of a finished call."""
+    def _read(self, call: np.ndarray, array: str) -> np.ndarray:  # [n] -> `lengths` or `values`
         part = self._part(call)
         content = BytesIO(part.read_bytes())
         try:

@@ -33,10 +33,8 @@ def last_place(mask: Tensor) -> Tensor:  # [U, T] -> [U]
     return (mask.sum(dim=1) - 1).clamp(min=0)
 
 
-def pool(
-    hidden: Tensor, mask: Tensor, pooling: Pooling
-) -> ContentInput:  # [U, T, D], [U, T] -> values [U, T or 1, D], mask [U, T or 1]
-    """Return all tokens (`none`) or one: the first (`cls`), the last, or the mean of all."""
+def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> ContentInput:
+    """Return hidden states [U, T, D] as tokens (`none`), or the first (`cls`), last or mean one."""
     if pooling == "none":
         return ContentInput(hidden, mask)
     if pooling == "cls":
@@ -86,12 +84,8 @@ def run_in_groups(
     return _together(outputs, content.mask, width)
 
 
-def _group(
-    content: ContentInput,
-    items: Tensor,  # [at most G]
-    length: int | None,  # of the padded texts; None for images
-) -> ContentInput:
-    """Return G items: the given ones, the last repeated as often as needed; texts padded."""
+def _group(content: ContentInput, items: Tensor, length: int | None) -> ContentInput:
+    """Return G items, the last repeated as often as needed; texts padded to a `length`."""
     missing = ITEMS_PER_GROUP - len(items)
     items = torch.cat([items, items[-1:].expand(missing)]).to(content.mask.device)
     group = content[items]
@@ -101,9 +95,7 @@ def _group(
     return ContentInput(pad(group.values, cut), pad(group.mask, cut))
 
 
-def _together(
-    outputs: list[tuple[Tensor, ContentInput]], mask: Tensor, width: int
-) -> ContentInput:  # mask [U, T] of the input
+def _together(outputs: list[tuple[Tensor, ContentInput]], mask: Tensor, width: int) -> ContentInput:
     counts = [int(output.mask.sum(dim=1).max()) for _, output in outputs]
     token_mask = mask.new_zeros(len(mask), max([1, *counts]))
     values = torch.zeros(*token_mask.shape, width, device=mask.device)

@@ -120,8 +120,7 @@ class SeveralImages(Encoder):
         self.encoder = encoder
         self.output_dim, self.frozen_dim = encoder.output_dim, encoder.frozen_dim
         self.frozen_dtype, self.frozen_tokens = encoder.frozen_dtype, encoder.frozen_tokens
-        self.caches, self.identity = encoder.caches, encoder.identity
-        self.notes = encoder.notes
+        self.caches, self.identity, self.notes = encoder.caches, encoder.identity, encoder.notes
 
     @property
     def trained_parts(self) -> list[nn.Module]:

@@ -40,11 +40,6 @@ from recsys.content.encoders.efficientnet import efficientnet_lite0 as efficient
 from recsys.data.items.images import ImagePreparation
 from recsys.storage.files import home_expanded
 
-NO_IMAGE_FILE = (
-    "has no preprocessor_config.json, so its images are cut to squares and normalised as those of "
-    "ImageNet; add that file if it was trained otherwise"
-)
-
 
 class PretrainedEncoder:
     """Checkpoint of an encoder; files are read when an attribute needs them, or a ValueError."""
@@ -97,7 +92,6 @@ class PretrainedEncoder:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Tokenizer, checked to have a vocabulary that the encoder embeds."""
         if self.is_random:
             return tiny_tokenizer()
         what = f"{self.where}: tokenizer of '{self.name}'"
@@ -130,7 +124,11 @@ class PretrainedEncoder:
         try:
             settings, _ = read(self.source, revision=self.revision)
         except OSError:
-            self.notes.append(f"{self.where}: encoder '{self.name}' {NO_IMAGE_FILE}")
+            self.notes.append(
+                f"{self.where}: encoder '{self.name}' has no preprocessor_config.json, so its "
+                "images are cut to squares and normalised as those of ImageNet; add that file if "
+                "it was trained otherwise"
+            )
             return ImagePreparation()
         try:
             return _image_preparation(settings)

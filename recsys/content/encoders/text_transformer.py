@@ -16,12 +16,10 @@ from transformers import masking_utils
 
 from embeddings.host import is_on_host
 from recsys.config import ModalitySettings
-from recsys.content.encoders.base import last_place
+from recsys.content.encoders.base import ITEMS_PER_GROUP, last_place
 from recsys.content.encoders.pretrained import reads_whole_texts
 from recsys.content.encoders.transformer import TransformerEncoder
 from recsys.data.items.kind import ContentInput
-
-ITEMS_PER_GROUP = 32  # of similar length, run through the trained layers together
 
 
 class TextTransformer(TransformerEncoder):
@@ -31,7 +29,6 @@ class TextTransformer(TransformerEncoder):
     tower_name, projection_name = "text_model", "text_projection"
 
     def _read_settings(self, modality: ModalitySettings, where: str) -> None:
-        """Check `max_length`: texts longer than the position embeddings would fail in training."""
         self.max_length = modality.max_length
         positions = getattr(self.config, "max_position_embeddings", None)
         if positions is None:
@@ -101,8 +98,8 @@ class TextTransformer(TransformerEncoder):
             longest = max(int(lengths[items[-1]]), 1)
             values, mask = content.values[items, :longest], content.mask[items, :longest]
             parts.append(super()._trained(ContentInput(values, mask)))
-        values, mask = torch.cat([part.values for part in parts]), [part.mask for part in parts]
-        return ContentInput(values, torch.cat(mask))[order.argsort()]
+        values = torch.cat([part.values for part in parts])
+        return ContentInput(values, torch.cat([part.mask for part in parts]))[order.argsort()]
 
 
 @contextmanager
@@ -116,9 +113,7 @@ def unread_masks() -> Iterator[None]:
         yield
 
 
-def distinct_items(
-    content: ContentInput,  # values [U, T] or [U, T, D]
-) -> tuple[Tensor, Tensor]:  # [S], [U]
+def distinct_items(content: ContentInput) -> tuple[Tensor, Tensor]:  # [S], [U]
     """Return the first item of each of S distinct contents, and the content of each item."""
     rows = torch.cat([content.values.flatten(1), content.mask.to(content.values.dtype)], dim=1)
     unique, place = rows.detach().unique(dim=0, return_inverse=True)

@@ -46,7 +46,6 @@ class Image(ModalityKind):
             )
 
     def check_column(self, column: ItemColumnReader) -> None:
-        """Raise a ValueError if the first image cannot be read, unless such are skipped."""
         chunks = ((chunk, where) for chunk, where, _ in column.chunks())
         check_first_image(chunks, decodes=not column.skips_bad_rows)
 
@@ -76,9 +75,7 @@ class Image(ModalityKind):
     def chosen(self, count: int) -> list[int]:
         return list(range(min(count, self.modality.max_images)))
 
-    def entries(
-        self, chunk: pa.Array, where: str, report: Report
-    ) -> tuple[np.ndarray, np.ndarray]:  # [n], uint8 [sum of them, 3, S, S]
+    def entries(self, chunk: pa.Array, where: str, report: Report) -> tuple[np.ndarray, np.ndarray]:
         options = self.modality.image_size, self.chosen, self.preparation
         lengths, pixels, cut = decoded_images(chunk, *options, where, report)
         self.num_cut += cut
@@ -99,11 +96,8 @@ class Image(ModalityKind):
     def which_are_used(self) -> str:
         return f"the first {self.modality.max_images} of each are used"
 
-    def as_input(
-        self,
-        values: np.ndarray,  # uint8 [U, I, 3, S, S], or tokens of the encoder's frozen part
-        mask: np.ndarray,  # [U, I]
-    ) -> ContentInput:
+    def as_input(self, values: np.ndarray, mask: np.ndarray) -> ContentInput:  # mask [U, I]
+        # uint8 [U, I, 3, S, S], or tokens of the encoder's frozen part.
         if not self.has_several and values.dtype == np.uint8:
             values = values[:, 0]
         return super().as_input(values, mask)

@@ -48,9 +48,7 @@ class Text(ModalityKind):
         state = tokenizer_state(self.pretrained.tokenizer)
         return self.modality.max_length, state, self.pretrained.fills_texts
 
-    def entries(
-        self, chunk: pa.Array, where: str, report: Report
-    ) -> tuple[np.ndarray, np.ndarray]:  # [n], int64 [sum of them]
+    def entries(self, chunk: pa.Array, where: str, report: Report) -> tuple[np.ndarray, np.ndarray]:
         texts, limit = texts_of(chunk, where, report), self.modality.max_length
         tokens = tokenize(texts, limit, self.pretrained.tokenizer, self.pretrained.fills_texts)
         lengths = np.array([len(ids) for ids in tokens], np.int64)

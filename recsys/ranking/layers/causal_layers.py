@@ -28,7 +28,7 @@ EPSILON = 1e-12  # of the norm of sums, which are small where a history is short
 
 
 class HstuLayer(nn.Module):
-    """A layer of HSTU; its maps read the ages of events if `has_ages`."""
+    """A layer of HSTU, whose places are relative; maps read the ages of events if `has_ages`."""
 
     compiled_methods = ("_tokens", "_among_events", "_gated", "_asked")  # on GPUs
 
@@ -36,7 +36,6 @@ class HstuLayer(nn.Module):
         self, settings: EncoderSettings, has_ages: bool, relative_places: bool = True
     ) -> None:
         super().__init__()
-        del relative_places  # it has no others
         dim, self.heads = settings.sequence_dim, settings.sequence_heads
         self.longest = settings.recent_items
         self.norm, self.sum_norm = nn.LayerNorm(dim), nn.LayerNorm(dim, eps=EPSILON)
@@ -135,7 +134,6 @@ class TransformerLayer(nn.Module):
         self, settings: EncoderSettings, has_ages: bool, relative_places: bool = False
     ) -> None:
         super().__init__()
-        del has_ages
         dim, self.heads = settings.sequence_dim, settings.sequence_heads
         self.norm, self.hidden_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.kvq = nn.Linear(dim, 3 * dim, bias=False)
@@ -202,11 +200,8 @@ class TransformerLayer(nn.Module):
 
 
 def _causal_attention(
-    queries: Tensor,  # [S, H, L, D], as keys and values
-    keys: Tensor,
-    values: Tensor,
-    biases: Tensor | None,  # [H, L, L]
-) -> Tensor:
+    queries: Tensor, keys: Tensor, values: Tensor, biases: Tensor | None
+) -> Tensor:  # thrice [S, H, L, D], [H, L, L] -> [S, H, L, D]
     length, is_exporting = queries.shape[2], torch.compiler.is_exporting()
     if biases is None and not is_exporting:
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)

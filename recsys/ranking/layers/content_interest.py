@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.config import ContentSettings, HistorySettings
-from recsys.content.vectors import ContentVectors, StoredHistory
+from recsys.content.vectors import ContentVectors
 from recsys.data.jagged_history import JaggedHistory
 from recsys.kernels import has_native, native_content_interest, result_dtype
 from recsys.ranking.layers.target_attention import DotAttention, at_least_float32
@@ -22,9 +22,7 @@ from recsys.ranking.layers.target_attention import DotAttention, at_least_float3
 LOWER_THAN_COSINE = -2.0
 
 
-def cosines(
-    target: Tensor, items: Tensor, history: JaggedHistory
-) -> Tensor:  # [B, D], [U, D] -> [N]
+def cosines(target: Tensor, items: Tensor, history: JaggedHistory) -> Tensor:  # [N]
     """Return the cosine of each history item to its row's target; 0 if either vector is zero."""
     dtype = torch.promote_types(target.dtype, items.dtype)
     items = at_least_float32(items.to(dtype))
@@ -83,9 +81,7 @@ def shared_similarity_features(
     return torch.cat([mean, maximum, votes], dim=2).transpose(0, 1).flatten(1)
 
 
-def latest_flags(
-    history: JaggedHistory, sizes: Sequence[int]
-) -> Tensor:  # [N, R], 1 for the latest items of each row
+def latest_flags(history: JaggedHistory, sizes: Sequence[int]) -> Tensor:  # [N, R]
     """Return a list of flags for each size: whether an item is among the latest so many."""
     return torch.stack([history.ages < size for size in sizes], dim=1).float()
 
@@ -95,9 +91,7 @@ def num_similarity_features(num_flags: int) -> int:
     return 2 + 5 * num_flags
 
 
-def similarity_histogram(
-    cosine: Tensor, history: JaggedHistory, bins: int
-) -> Tensor:  # [N] -> [B, bins]
+def similarity_histogram(cosine: Tensor, history: JaggedHistory, bins: int) -> Tensor:  # [B, bins]
     """Return log(1 + count) of history items in `bins` equal tiers of [-1, 1], without gradient."""
     tier = ((cosine.detach() + 1) * (bins / 2)).long().clamp(0, bins - 1)
     counts = cosine.new_zeros(history.lengths.shape[0] * bins)
@@ -125,17 +119,15 @@ class ContentInterest(nn.Module):
     def of(content: ContentSettings, num_parallel: int) -> ContentInterest:
         return ContentInterest(content.dim, len(content.modalities), num_parallel, content.history)
 
-    def forward(
-        self, content: ContentVectors, history: JaggedHistory, parallel: Tensor
-    ) -> Tensor:  # [N, P] -> [B, output_dim]
-        """Return the interest and the similarity features of each row. A collective."""
+    def forward(self, content: ContentVectors, history: JaggedHistory, parallel: Tensor) -> Tensor:
+        """Return interest and similarity features of each row, [B, output_dim]. A collective."""
         settings, dtype = self.settings, result_dtype(content.target, self.attention.query.weight)
         if settings.recent:
             parallel = torch.cat([parallel, latest_flags(history, settings.recent)], dim=1)
         is_own = not history.is_shared and not parallel.requires_grad
-        read_stored = content.read_stored if is_own and self.kernel_refusal() is None else None
-        if read_stored and has_native(content.target, *self.attention.parameters()):
-            return self._by_kernel(content, read_stored(), history, parallel).to(dtype)
+        may_be_native = is_own and content.read_stored is not None and not self.kernel_refusal()
+        if may_be_native and has_native(content.target, *self.attention.parameters()):
+            return self._by_kernel(content, history, parallel).to(dtype)
         items, modalities = content.read_history()
         features = [self.attention(content.target, items, history, parallel)]
         if settings.similarity_features or settings.simtier_bins:
@@ -162,14 +154,11 @@ class ContentInterest(nn.Module):
         return None
 
     def _by_kernel(
-        self,
-        content: ContentVectors,
-        stored: StoredHistory,
-        history: JaggedHistory,
-        parallel: Tensor,  # [N, P]
-    ) -> Tensor:  # [B, output_dim]
-        """Compute the same as `forward` in float32: q . (M v) as (M^T q) . v."""
-        attention = self.attention
+        self, content: ContentVectors, history: JaggedHistory, parallel: Tensor
+    ) -> Tensor:  # [N, P] -> [B, output_dim]
+        """Compute the same as `forward` in float32: q . (M v) as (M^T q) . v. A collective."""
+        assert content.read_stored is not None
+        attention, stored = self.attention, content.read_stored()
         with torch.autocast("cpu", enabled=False):
             target, matrix = content.target.float(), stored.matrix.float()
             query, list_factors = attention.query_of(target.to(attention.query.weight.dtype))

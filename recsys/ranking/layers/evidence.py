@@ -54,12 +54,8 @@ class EvidenceNetwork(nn.Module):
                 parameter.zero_()
 
     def forward(
-        self,
-        evidence: Tensor,  # [B, E]
-        votes: Tensor,  # [B, S, V]
-        list_means: Tensor,  # [B, W * P]
-        row_weights: Tensor,  # [B], 0 for a padding row
-    ) -> tuple[Tensor, Tensor]:  # [B, C], [B, C]
+        self, evidence: Tensor, votes: Tensor, list_means: Tensor, row_weights: Tensor
+    ) -> tuple[Tensor, Tensor]:  # [B, E], [B, S, V], [B, W * P], [B] -> [B, C], [B, C]
         """Return the linear map, and its sum with the MLP, with the gradient of the MLP alone.
 
         A collective in training: all ranks share the scales of the MLP's inputs.

@@ -21,9 +21,7 @@ from recsys.ranking.vectors import IDVectors, InputDimensions
 HALF_LIVES = (1.0, 3.0, 10.0)  # in newer items
 
 
-def history_numbers(
-    history: JaggedHistory, parallel: Tensor
-) -> Tensor:  # [N, P] -> [B, P * (1 + H) + 1]
+def history_numbers(history: JaggedHistory, parallel: Tensor) -> Tensor:  # [B, P * (1 + H) + 1]
     """Return lists' means, means by half-life, and log(1 + length); 0 for an empty history."""
     num_rows = history.lengths.shape[0]
     if history.is_shared:
@@ -47,10 +45,8 @@ def num_history_numbers(num_parallel: int) -> int:
     return num_parallel * (1 + len(HALF_LIVES)) + 1
 
 
-def pooled_history(
-    items: Tensor, history: JaggedHistory, parallel: Tensor
-) -> list[Tensor]:  # [U, D], [N, P] -> 1 + P tensors [B, D]
-    """Return the mean of each history, and its means by each list; zeros if it is empty."""
+def pooled_history(items: Tensor, history: JaggedHistory, parallel: Tensor) -> list[Tensor]:
+    """Return the means [B, D] of histories, and those by each list [N, P]; zeros if empty."""
     share = history.spread(1 / history.lengths.clamp(min=1).to(items.dtype).unsqueeze(1))
     weights = torch.cat([share, share * parallel], dim=1)
     return [history.weighted_sum(column.contiguous(), items) for column in weights.unbind(dim=1)]

@@ -78,8 +78,7 @@ class EnsembleHead(nn.Module):
             return _mean_logits(features, self.folded())
         return MemberLogits(self.layers(features.expand(self.members, -1, -1)))
 
-    def folded(self) -> list[tuple[Tensor, Tensor]]:
-        """Return weights [I, K, O] and biases [K, O] of the layers, with the scales in them."""
+    def folded(self) -> list[tuple[Tensor, Tensor]]:  # [I, K, O], [K, O] of each layer
         kinds = EnsembleLinear | MemberLinear
         return [layer.folded() for layer in self.layers if isinstance(layer, kinds)]
 
@@ -103,10 +102,7 @@ class FoldedHead(nn.Module):
         return _mean_logits(features, list(zip(self.weights[::2], self.weights[1::2])))
 
 
-def _mean_logits(
-    features: Tensor,  # [B, width]
-    layers: list[tuple[Tensor, Tensor]],  # [I, K, O], [K, O]
-) -> Tensor:  # [B, C]
+def _mean_logits(features: Tensor, layers: list[tuple[Tensor, Tensor]]) -> Tensor:  # [B, C]
     """Return the members' mean logits, without a scaled copy of a layer's inputs."""
     (weight, bias), *later_layers = layers
     hidden = torch.addmm(bias.flatten(), features.to(weight.dtype), weight.flatten(1))

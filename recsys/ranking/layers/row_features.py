@@ -54,11 +54,7 @@ class Standardization(nn.Module):
         self.register_buffer("variance", torch.ones(num_numbers))
         self.register_buffer("steps", torch.zeros(()))
 
-    def forward(
-        self,
-        numbers: Tensor,  # [B, W]
-        row_weights: Tensor | None = None,  # [B], 0 for a padding row
-    ) -> Tensor:  # [B, W]
+    def forward(self, numbers: Tensor, row_weights: Tensor | None = None) -> Tensor:  # [B, W]
         """Update the statistics in training, and return the standardised numbers. A collective."""
         if self.training:
             self._update(numbers.detach(), row_weights)
@@ -173,9 +169,7 @@ class AttendedFeatures(RowFeatures):
         super().__init__(settings, dim, dimensions, content)
         self.interest = interest
 
-    def attended(
-        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor:  # [B, W]
+    def attended(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Tensor:
         history = batch.history.jagged()
         id_history = history if ids.history_is_unique else history.unindexed()
         parallel = batch.history.values

@@ -171,10 +171,8 @@ class SequenceEncoder(nn.Module):
     def add_positions(self, settings: EncoderSettings, relative_places: bool) -> None:
         """Add the weights of `positioned`; here there are none."""
 
-    def forward(
-        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor:  # [B, D]
-        """Return the target's state after the last layer. A collective with content."""
+    def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Tensor:
+        """Return the target's state [B, D] after the last layer. A collective with content."""
         history: JaggedHistory = batch.history.jagged()
         if batch.history.whole is not None:
             return self._at_all_positions(ids, content, history, batch.history.whole)
@@ -186,9 +184,7 @@ class SequenceEncoder(nn.Module):
         tokens, target = self.tokens(ids, content, history, sequences, lists)
         return self.encoded(tokens.float(), target.float(), events)
 
-    def encoded(
-        self, tokens: Tensor, target: Tensor, events: Events
-    ) -> Tensor:  # [T, D], [B, D] -> [B, D]
+    def encoded(self, tokens: Tensor, target: Tensor, events: Events) -> Tensor:  # [B, D]
         tokens = self.dropout(self.positioned(tokens, events))
         *lower, last = cast(Any, self.layers)
         if lower:

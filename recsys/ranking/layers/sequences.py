@@ -104,7 +104,12 @@ def sequences_of(history: Any) -> Sequences:
     """Return the sequences of a `JaggedHistory`, or of the history that candidates share."""
     if isinstance(history, JaggedHistory):
         return JaggedSequences(history.unindexed())
-    return EqualSequences.of(history)
+    if history.is_shared:
+        return EqualSequences(history, history, 1)
+    rows, longest = history.num_rows, history.longest
+    places = torch.arange(rows * longest, device=history.device).view(rows, longest)
+    over_tokens = replace(history, num_items=rows * longest, places=places)
+    return EqualSequences(over_tokens, history, rows)
 
 
 @dataclass
@@ -190,15 +195,6 @@ class EqualSequences:
     history: Any  # a `SharedHistory` over the tokens
     source: Any  # that of the batch
     count: int  # S
-
-    @staticmethod
-    def of(history: Any) -> EqualSequences:
-        if history.is_shared:
-            return EqualSequences(history, history, 1)
-        rows, longest = history.num_rows, history.longest
-        places = torch.arange(rows * longest, device=history.device).view(rows, longest)
-        over_tokens = replace(history, num_items=rows * longest, places=places)
-        return EqualSequences(over_tokens, history, rows)
 
     def tokens(self, items: Tensor, history: Any) -> Tensor:  # [U, K] -> [T, K]
         return items if history.is_shared else history.gather(items)
