@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from torchrec.distributed.planner.types import HardwareConfig
 
@@ -39,7 +38,6 @@ class Hardware:
         return self.memory is None
 
     def config(self, device_bytes: int | None, host_bytes: int) -> HardwareConfig:
-        """Return TorchRec's form of the figures."""
         figures = {
             "hbm_mem_bw": self.memory,
             "hbm_to_ddr_mem_bw": self.host_link,
@@ -53,27 +51,22 @@ class Hardware:
         )
 
 
-class _Card(NamedTuple):
-    memory: float
-    host_link: float
-    nvlink: float | None = None  # None: devices of a node exchange over the host link
-
-
+# Without NVLink, devices of a node exchange over the host link.
 CARDS = {
-    "a100": _Card(2039, 32, 300),
-    "a100-40gb": _Card(1555, 32, 300),
-    "a100-pcie": _Card(1935, 32),
-    "h100": _Card(3350, 64, 450),
-    "h100-pcie": _Card(2039, 64),
-    "h100-nvl": _Card(3938, 64),  # bridges join two cards alone
-    "h200": _Card(4800, 64, 450),
-    "h200-nvl": _Card(4800, 64),
-    "gh200": _Card(4000, 450, 450),
-    "b200": _Card(8000, 64, 900),
-    "gb200": _Card(8000, 450, 900),
-    "l4": _Card(300, 32),
-    "l40s": _Card(864, 32),
-    "a10": _Card(600, 32),
+    "a100": Hardware(2039, 32, 300),
+    "a100-40gb": Hardware(1555, 32, 300),
+    "a100-pcie": Hardware(1935, 32, 32),
+    "h100": Hardware(3350, 64, 450),
+    "h100-pcie": Hardware(2039, 64, 64),
+    "h100-nvl": Hardware(3938, 64, 64),  # bridges join two cards alone
+    "h200": Hardware(4800, 64, 450),
+    "h200-nvl": Hardware(4800, 64, 64),
+    "gh200": Hardware(4000, 450, 450),
+    "b200": Hardware(8000, 64, 900),
+    "gb200": Hardware(8000, 450, 900),
+    "l4": Hardware(300, 32, 32),
+    "l40s": Hardware(864, 32, 32),
+    "a10": Hardware(600, 32, 32),
 }
 
 
@@ -94,5 +87,4 @@ def hardware_of(name: str) -> Hardware:
     if not models:
         return Hardware()
     variants = [f"{models[0]}-{word}" for word in ("pcie", "nvl", "40gb") if word in words]
-    card = next((CARDS[variant] for variant in variants if variant in CARDS), CARDS[models[0]])
-    return Hardware(card.memory, card.host_link, card.nvlink or card.host_link)
+    return next((CARDS[variant] for variant in variants if variant in CARDS), CARDS[models[0]])

@@ -29,22 +29,17 @@ MAX_REPLICAS = 16
 
 @dataclass(frozen=True)
 class BankRoute:
-    """The route of the rows of some ids, from the ranks that hold them to the requesting rank.
+    """The route of the rows of some ids, from the ranks that hold them to the requesting rank."""
 
-    order: int64 [U], sorts the ids by the rank that holds them; `wanted_counts` by rank.
-    rows: int64, rows of this rank's block that each rank requests; `asked_counts` by rank.
-    last: int64, of a write, whose `rows` are distinct: for each row, the place of its last vector
-        among those received. A GPU would keep any of several vectors.
-    """
-
-    order: Tensor
-    wanted_counts: list[int]
-    rows: Tensor
-    asked_counts: list[int]
+    order: Tensor  # int64 [U], sorts the ids by the rank that holds them
+    wanted_counts: list[int]  # of these, by rank
+    rows: Tensor  # int64, rows of this rank's block that each rank requests; distinct in a write
+    asked_counts: list[int]  # of these, by rank
+    # int64, of a write: for each row, the place of its last vector among those received. A GPU
+    # would keep any of several vectors.
     last: Tensor | None = None
 
     def of_write(self) -> BankRoute:
-        """Return the route of a write to the same rows."""
         rows, last = _last_of_each(self.rows)
         return replace(self, rows=rows, last=last)
 
@@ -82,11 +77,10 @@ class MemoryBank:
                 raise ValueError(f"memory bank: {name} is {value}; set at least 1")
         self.num_items, self.dim = num_items, dim
         self.device, self.group = torch.device(device), process_group
-        world_size = 1 if process_group is None else dist.get_world_size(process_group)
-        self._rank = 0 if process_group is None else dist.get_rank(process_group)
-        self.world_size = world_size
-        self._block_size = -(-num_items // world_size)
-        self._first = self._rank * self._block_size
+        self.world_size = 1 if process_group is None else dist.get_world_size(process_group)
+        rank = 0 if process_group is None else dist.get_rank(process_group)
+        self._block_size = -(-num_items // self.world_size)
+        self._first = rank * self._block_size
         size = max(0, min(self._block_size, num_items - self._first))
         self._start = 0 if self.holds_all else self._first  # id of the first row here
         try:
@@ -95,8 +89,8 @@ class MemoryBank:
         except RuntimeError as error:
             raise ValueError(
                 f"memory bank: {num_items:,} items x {dim} do not fit into the memory of "
-                f"{world_size} ranks ({error}); add ranks, lower dim, or lower num_embeddings of "
-                "the target item"
+                f"{self.world_size} ranks ({error}); add ranks, lower dim, or lower num_embeddings "
+                "of the target item"
             ) from error
         # The block that this rank owns.
         self._block = self._rows[self._first : self._first + size] if self.holds_all else self._rows
@@ -105,12 +99,8 @@ class MemoryBank:
     def num_bytes(self) -> int:
         return self._rows.nbytes
 
-    def routes(
-        self,
-        reads: Tensor,  # [U]
-        writes: Tensor | None = None,  # [U]
-    ) -> Callable[[], Routes]:
-        """Begin to compute the routes of ids on the host; call the result. Both are collectives."""
+    def routes(self, reads: Tensor, writes: Tensor | None = None) -> Callable[[], Routes]:
+        """Begin to compute routes of ids [U] on the host; call the result. Both are collectives."""
         if self.world_size == 1:
             return lambda: (None, None)
         routes = self._begin_routes([reads] if writes is None else [reads, writes])
@@ -180,10 +170,7 @@ class MemoryBank:
     def update(
         self, item_ids: Tensor, vectors: Tensor, step: int, route: BankRoute | None = None
     ) -> None:
-        """Write vectors by id, float32, with the step as age. A collective.
-
-        Of an id written twice the last vector of the highest rank is kept.
-        """
+        """Write vectors [U, D]; of equal ids the highest rank's last is kept. A collective."""
         ids = self._checked(item_ids) if route is None else item_ids
         if vectors.shape != (ids.numel(), self.dim):
             raise ValueError(
@@ -261,19 +248,14 @@ class MemoryBank:
 
 
 def sharded_by_rows(
-    block: Tensor,  # [rows of this rank, D]
-    first_row: int,
-    num_rows: int,
-    group: dist.ProcessGroup | None,
-) -> Tensor | ShardedTensor:  # [num_rows, D]
+    block: Tensor, first_row: int, num_rows: int, group: dist.ProcessGroup | None
+) -> Tensor | ShardedTensor:  # [rows of this rank, D] -> [num_rows, D]
     """Return the blocks of all ranks as one tensor that shares their memory. A collective."""
     if group is None:
         return block
-    pieces = []
-    if len(block):
-        placement = f"rank:{dist.get_rank()}/{block.device}"
-        metadata = ShardMetadata([first_row, 0], list(block.shape), placement)
-        pieces.append(Shard(tensor=block, metadata=metadata))
+    placement = f"rank:{dist.get_rank()}/{block.device}"
+    metadata = ShardMetadata([first_row, 0], list(block.shape), placement)
+    pieces = [Shard(block, metadata)] if len(block) else []
     return init_from_local_shards(pieces, num_rows, block.shape[1], process_group=group)
 
 
@@ -298,11 +280,7 @@ class ReplicatedMemoryBank(MemoryBank):
     _capacity = 0  # ids that a rank sends beside their number
     _under_way: _Write | None = None
 
-    def routes(
-        self,
-        reads: Tensor,  # [U]
-        writes: Tensor | None = None,  # [U]
-    ) -> Callable[[], Routes]:
+    def routes(self, reads: Tensor, writes: Tensor | None = None) -> Callable[[], Routes]:
         """Begin to compute the route of `writes`; reads need none. Both calls are collectives."""
         if writes is None:
             return lambda: (None, None)

@@ -24,7 +24,7 @@ def format_plan(plan: ShardingPlan, tables: Sequence[TableConfig]) -> str:
         fuse_table_optimizers(model, tables)
         print(format_plan(plan_sharding(model, tables), tables))
     """
-    from embeddings.table_memory import table_memory
+    from embeddings.simulated_cluster import table_memory
 
     lines = [("table", "rows x dim", "MB", "sharding", "kernel", "shards (rank: rows x columns)")]
     for table in tables:

@@ -70,9 +70,8 @@ def _read_pretrained(files: PretrainedFiles, table: str, dim: int) -> Iterator[t
     """Yield the name of the column with ids, and rows."""
     for path in files.paths:
         try:
-            with pq.ParquetFile(
-                path, filesystem=files.filesystem, pre_buffer=False, buffer_size=READ_BYTES
-            ) as file:
+            options = {"pre_buffer": False, "buffer_size": READ_BYTES}
+            with pq.ParquetFile(path, filesystem=files.filesystem, **options) as file:
                 schema = file.schema_arrow
                 id_column = files.id_column or ("id" if "id" in schema.names else "row")
                 for name in (id_column, files.vector_column):
@@ -81,10 +80,8 @@ def _read_pretrained(files: PretrainedFiles, table: str, dim: int) -> Iterator[t
                             f"{path}: column '{name}' is missing; the file has {schema.names}"
                         )
                 kind = schema.field(files.vector_column).type
-                if (
-                    not pa.types.is_floating(getattr(kind, "value_type", kind))
-                    or kind.num_fields != 1
-                ):
+                is_floating = pa.types.is_floating(getattr(kind, "value_type", kind))
+                if not is_floating or kind.num_fields != 1:
                     raise ValueError(
                         f"{path}: column '{files.vector_column}' has type {kind}, expected a list "
                         "of floats; write it with that type or name another column"
@@ -169,11 +166,8 @@ def load_pretrained_rows(
     """Write vectors into a table of ``model``, before its first step; call it on every rank.
 
     The model is sharded under any plan, or unsharded and not on meta. ``rows_of_ids`` maps ids of
-    the files to rows; by default an id is its row.
-
-    Raises:
-        ValueError: no such table, or a file, an id or the rows cannot be used. A repeated row is
-            an error on the ranks that hold it.
+    the files to rows; by default an id is its row. A table, a file, an id or rows that cannot be
+    used are a ValueError; a repeated row is one on the ranks that hold it.
 
     Example::
 

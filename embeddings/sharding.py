@@ -47,22 +47,21 @@ KERNELS: dict[Kernel, EmbeddingComputeKernel] = {
 
 def constraints(table: TableConfig, world_size: int, prefetch: bool) -> ParameterConstraints:
     """Return the constraints of one table, for the ranks that share a copy of it."""
-    cache = None
-    sharding_types = None if table.sharding == "auto" else [table.sharding]
-    if sharding_types is None and world_size == 1:
+    cache, is_auto = None, table.sharding == "auto"
+    sharding_types = None if is_auto else [table.sharding]
+    if is_auto and world_size == 1:
         sharding_types = [ShardingType.TABLE_WISE.value]
-    elif sharding_types is None and table.kernel != "fused":
+    elif is_auto and table.kernel != "fused":
         # The planner would fill one host: it weighs the time of lookups, and sees room for all.
         sharding_types = [ShardingType.ROW_WISE.value]
     if table.kernel == "uvm_caching":
         cache = CacheParams(load_factor=table.cache_load_factor, prefetch_pipeline=prefetch)
+    width = _column_shard_width(table.embedding_dim, world_size, MIN_COLUMNS if is_auto else 1)
     return ParameterConstraints(
         sharding_types=sharding_types,
         compute_kernels=[KERNELS[table.kernel].value],
         cache_params=cache,
-        min_partition=_column_shard_width(
-            table.embedding_dim, world_size, MIN_COLUMNS if table.sharding == "auto" else 1
-        ),
+        min_partition=width,
         # At least 1: with an estimated load of 0 the planner would put the table anywhere.
         pooling_factors=[max(table.ids_per_row.get(name, 1.0), 1.0) for name in table.features],
     )
@@ -126,11 +125,10 @@ def machine_topology(
 def free_host_memory() -> int:
     """Return the bytes that can still be allocated, at most the control group's limit."""
     available = int(psutil.virtual_memory().available)
-    for path in ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]:
-        if Path(path).is_file():
-            text = Path(path).read_text().strip()
-            if text.isdigit():
-                available = min(available, int(text))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        path = Path("/sys/fs/cgroup", name)
+        if path.is_file() and (limit := path.read_text().strip()).isdigit():
+            available = min(available, int(limit))
     return available
 
 
@@ -151,10 +149,7 @@ def plan_sharding(
     `module` has its collections on meta, after `fuse_table_optimizers`. `batch_size` is rows per
     rank and step. The plan is that of the ranks that share one of the `copies`. `topology` is by
     default that of this machine, with figures of `hardware` before those by the name of its GPU;
-    without a process group, of any cluster.
-
-    Raises:
-        ValueError: no plan is possible; the same on every rank.
+    without a process group, of any cluster. Without a possible plan all ranks raise a ValueError.
 
     Example::
 
@@ -174,7 +169,23 @@ def plan_sharding(
             _check_module(module, tables, torch.device(device))
             figures = hardware or Hardware()
             topology = topology or _this_topology(group, torch.device(device), copies, figures)
-            planner = _planner(tables, topology, group, batch_size, prefetch, copies, figures)
+            ranks_of_copy = topology.world_size
+            if group is not None:
+                ranks_of_copy = dist.get_world_size(group) // copies
+            if topology.world_size != ranks_of_copy:
+                raise ValueError(
+                    f"the topology has {topology.world_size} ranks and the process group "
+                    f"{ranks_of_copy} per copy of the tables; make them equal"
+                )
+            limits = {part.name: constraints(part, ranks_of_copy, prefetch) for part in tables}
+            planner = EmbeddingShardingPlanner(
+                topology=topology,
+                batch_size=batch_size,
+                storage_reservation=FixedPercentageStorageReservation(figures.reserved_share),
+                constraints=limits,
+                stats=NoopEmbeddingStats(),
+                debug=False,
+            )
             outcome[0] = planner.plan(module, module_sharders or sharders())
         except Exception as error:  # of any type: the other ranks wait for the outcome
             cause, outcome[1] = error, _reason(error, tables)
@@ -188,7 +199,6 @@ def plan_sharding(
 def _this_topology(
     group: dist.ProcessGroup | None, device: torch.device, copies: int, hardware: Hardware
 ) -> Topology:
-    """Return the topology of a copy's ranks, on nodes that have some ranks of each copy."""
     world_size = 1 if group is None else dist.get_world_size(group)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if device.type == "cuda":
@@ -199,34 +209,6 @@ def _this_topology(
         device,
         host_memory_bytes=free_host_memory() // local_world_size,
         hardware=hardware,
-    )
-
-
-def _planner(
-    tables: Sequence[TableConfig],
-    topology: Topology,
-    group: dist.ProcessGroup | None,
-    batch_size: int,
-    prefetch: bool,
-    copies: int,
-    hardware: Hardware,
-) -> EmbeddingShardingPlanner:
-    """Return TorchRec's planner for the ranks that share one copy of the tables."""
-    world_size = 1 if group is None else dist.get_world_size(group)
-    if group is not None and topology.world_size != world_size // copies:
-        raise ValueError(
-            f"the topology has {topology.world_size} ranks and the process group "
-            f"{world_size // copies} per copy of the tables; make them equal"
-        )
-    return EmbeddingShardingPlanner(
-        topology=topology,
-        batch_size=batch_size,
-        storage_reservation=FixedPercentageStorageReservation(hardware.reserved_share),
-        constraints={
-            table.name: constraints(table, topology.world_size, prefetch) for table in tables
-        },
-        stats=NoopEmbeddingStats(),
-        debug=False,
     )
 
 
@@ -256,10 +238,7 @@ def table_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def parameters_of(module: nn.Module, tables: Sequence[TableConfig]) -> dict[str, nn.Parameter]:
-    """Return the parameter of each table of the unsharded ``module``.
-
-    A table that only the module or only the configuration has is a ValueError.
-    """
+    """Return the parameter of each table; one that only one side has is a ValueError."""
     parameters = dict(table_parameters(module))
     for name in sorted(parameters.keys() ^ {table.name for table in tables}):
         place = "the model" if name in parameters else "the configuration"
@@ -270,10 +249,9 @@ def parameters_of(module: nn.Module, tables: Sequence[TableConfig]) -> dict[str,
 def _reason(error: Exception, tables: Sequence[TableConfig]) -> str:
     if not isinstance(error, PlannerError):
         return str(error) if type(error) is ValueError else f"planning failed: {error!r}"
-    sizes = sorted(tables, key=lambda table: -table.num_embeddings * table.embedding_dim)
-    largest = ", ".join(
-        f"'{table.name}' {table.megabytes:.1f} MB ({table.sharding})" for table in sizes[:3]
-    )
+    sizes = sorted(tables, key=lambda table: -table.num_embeddings * table.embedding_dim)[:3]
+    parts = [f"'{part.name}' {part.megabytes:.1f} MB ({part.sharding})" for part in sizes]
+    largest = ", ".join(parts)
     return (
         f"the tables do not fit; the largest: {largest}. Add ranks or memory, choose sharding "
         "'row_wise' or 'auto' for the large tables, or lower num_embeddings or embedding_dim. "
@@ -284,8 +262,7 @@ def _reason(error: Exception, tables: Sequence[TableConfig]) -> str:
 def fuse_table_optimizers(module: nn.Module, tables: Sequence[TableConfig]) -> None:
     """Give every table of the unsharded ``module`` its optimizer in backward; call before planning.
 
-    Raises:
-        ValueError: a table is in the model or in the configuration only.
+    A table that is in the model or in the configuration only is a ValueError.
 
     Example::
 
@@ -305,8 +282,7 @@ def _step_in_backward(
 ) -> None:
     """Step an own optimizer when a table has its gradient, and name it to TorchRec.
 
-    `torch.distributed.optim` has this as `_apply_optimizer_in_backward`; to import it compiles
-    eight optimizers, which takes half a second.
+    `_apply_optimizer_in_backward` of torch compiles eight optimizers on import: half a second.
     """
     optimizer = kind([parameter], **arguments)
 

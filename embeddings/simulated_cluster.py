@@ -1,4 +1,4 @@
-"""Simulated clusters, and the time that TorchRec expects of the tables in a step there.
+"""Bytes of tables on each rank, and how to make them fit; simulated clusters, and steps' times.
 
 A laptop can so plan tables for devices that it does not have.
 """
@@ -6,22 +6,174 @@ A laptop can so plan tables for devices that it does not have.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from math import ceil
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
-from torchrec.distributed.planner.types import ShardingOption
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
-from embeddings.hardware import Hardware, hardware_of
+from embeddings.hardware import RESERVED_SHARE, Hardware, hardware_of
 from embeddings.sharding import constraints, machine_topology
-from embeddings.table_memory import table_memory
+from embeddings.table_state import planned_sharding
 from embeddings.tables import TableConfig
 
 GIB = 2**30
+FLOAT = 4  # bytes
+# FBGEMM's cache keeps an int32 per row of the table and two int64 per row of the cache.
+CACHE_INDEX_BYTES, CACHE_SLOT_BYTES = 4, 16
+
+
+class PlannedShard(NamedTuple):
+    """A piece of a table."""
+
+    rank: int
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class TableMemory:
+    """The shards of a table in a plan."""
+
+    table: TableConfig
+    sharding: str
+    kernel: str
+    shards: list[PlannedShard]
+
+    def on_rank(self, rank: int) -> tuple[int, int]:
+        sizes = self._sizes(rank)
+        weights = self.table.bytes_of_weight * sum(rows * columns for rows, columns in sizes)
+        return weights, sum(state_bytes(self.table, *size) for size in sizes)
+
+    def on_device_of(self, rank: int) -> int:
+        return sum(device_bytes(self.table, *size) for size in self._sizes(rank))
+
+    def on_host_of(self, rank: int) -> int:
+        """Return the bytes in host memory beside a rank's GPU."""
+        return 0 if self.table.kernel == "fused" else sum(self.on_rank(rank))
+
+    def _sizes(self, rank: int) -> list[tuple[int, int]]:
+        return [(shard.rows, shard.columns) for shard in self.shards if shard.rank == rank]
+
+
+def device_bytes(table: TableConfig, rows: int, columns: int) -> int:
+    """Return the bytes that a piece of a table takes of the device's memory."""
+    if table.kernel == "uvm":
+        return 0
+    weights = table.bytes_of_weight * rows * columns
+    if table.kernel == "fused":
+        return weights + state_bytes(table, rows, columns)
+    share = table.cache_load_factor
+    return ceil(weights * share + rows * (CACHE_INDEX_BYTES + CACHE_SLOT_BYTES * share))
+
+
+def state_bytes(table: TableConfig, rows: int, columns: int) -> int:
+    """Return the bytes that the fused optimizer keeps for a piece of a table."""
+    if table.frozen or table.optimizer == "sgd":
+        return 0
+    per_row = {"rowwise_adagrad": 1, "adagrad": columns, "adam": 2 * columns}[table.optimizer]
+    return FLOAT * rows * per_row
+
+
+def table_bytes(table: TableConfig) -> int:
+    """Return the bytes of weights and optimizer state of an unsharded table."""
+    rows, dim = table.num_embeddings, table.embedding_dim
+    return table.bytes_of_weight * rows * dim + state_bytes(table, rows, dim)
+
+
+def _on_devices(table: TableConfig) -> int:
+    return device_bytes(table, table.num_embeddings, table.embedding_dim)
+
+
+def table_memory(table: TableConfig, plan: ShardingPlan) -> TableMemory:
+    """Describe how a plan shards a table."""
+    sharding = planned_sharding(plan, table.name)
+    pieces = sharding.sharding_spec.shards
+    shards = [PlannedShard(piece.placement.rank(), *piece.shard_sizes) for piece in pieces]
+    return TableMemory(table, sharding.sharding_type, sharding.compute_kernel, shards)
+
+
+def what_does_not_fit(
+    tables: Sequence[TableConfig],
+    bytes_per_rank: int,
+    world_size: int,
+    host_bytes: int = 0,
+    reserved_share: float = RESERVED_SHARE,
+) -> list[str]:
+    """List the tables that do not fit, the largest first, and changes that would make all fit.
+
+    `world_size` ranks share one copy of the tables; `host_bytes` per rank are beside a GPU.
+    """
+    room = int(bytes_per_rank * (1 - reserved_share))
+    total = sum(map(_on_devices, tables))
+    lines = []
+    for table in sorted(tables, key=_on_devices, reverse=True):
+        size, pieces = _on_devices(table), _most_pieces(table, world_size)
+        if size > pieces * room:
+            where = "one rank" if pieces == 1 else f"{pieces:,} ranks"
+            lines.append(
+                f"table '{table.name}' ({table.num_embeddings:,} x {table.embedding_dim}, "
+                f"{table.optimizer}, {table.sharding}) takes {size:,} bytes; {where} can hold "
+                f"{pieces * room:,}"
+            )
+    if total > world_size * room and len(tables) > 1:
+        lines.append(f"all tables take {total:,} bytes; the ranks can hold {world_size * room:,}")
+    fixes = _fixes(tables, room, world_size, host_bytes)
+    return lines + [f"enough would be: {fix}" for fix in fixes]
+
+
+def _most_pieces(table: TableConfig, world_size: int) -> int:
+    if table.sharding == "table_wise":
+        return 1
+    if table.sharding == "column_wise":
+        return min(world_size, table.embedding_dim // 4)
+    return world_size
+
+
+def _fixes(tables: Sequence[TableConfig], room: int, world_size: int, host_bytes: int) -> list[str]:
+    """List changes, each of which alone makes all tables fit."""
+    if _fit(tables, room, world_size):
+        return []
+    largest, total = max(tables, key=_on_devices), sum(map(_on_devices, tables))
+    name, ranks = largest.name, -(-total // room)
+    fixes = [f"{ranks:,} ranks"] if _fit(tables, room, ranks) else []
+    if largest.sharding in ("table_wise", "column_wise"):
+        fixes += _if_fits(tables, largest, room, world_size, sharding="row_wise")
+    if largest.optimizer in ("adam", "adagrad"):
+        fixes += _if_fits(tables, largest, room, world_size, optimizer="rowwise_adagrad")
+    if largest.precision == "fp32":
+        fixes += _if_fits(tables, largest, room, world_size, precision="fp16")
+    on_host = sum(table_bytes(t) for t in tables if t is largest or t.kernel != "fused")
+    if largest.kernel == "fused" and on_host <= world_size * host_bytes:
+        fixes += _if_fits(tables, largest, room, world_size, kernel="uvm_caching")
+    room_left = world_size * room - (total - _on_devices(largest))
+    room_left = min(room_left, _most_pieces(largest, world_size) * room)
+    for dim in range(largest.embedding_dim // 4 * 4, 0, -4):
+        if _on_devices(replace(largest, embedding_dim=dim)) <= room_left:
+            fixes.append(f"embedding_dim {dim} for table '{name}'")
+            break
+    rows = room_left * largest.num_embeddings // _on_devices(largest)
+    if rows > 0:
+        fixes.append(f"num_embeddings {rows:,} for table '{name}'")
+    return fixes
+
+
+def _if_fits(
+    tables: Sequence[TableConfig], table: TableConfig, room: int, world_size: int, **change: Any
+) -> list[str]:
+    after = [replace(part, **change) if part is table else part for part in tables]
+    words = ", ".join(f"{field} '{value}'" for field, value in change.items())
+    return [f"{words} for table '{table.name}'"] if _fit(after, room, world_size) else []
+
+
+def _fit(tables: Sequence[TableConfig], room: int, world_size: int) -> bool:
+    sizes = [(_on_devices(table), _most_pieces(table, world_size)) for table in tables]
+    total = sum(size for size, _ in sizes)
+    return total <= world_size * room and all(size <= pieces * room for size, pieces in sizes)
 
 
 @dataclass(frozen=True)
@@ -37,13 +189,10 @@ class Device:
 
 # Memory as the driver reports it, rounded down, in the makers' eight-GPU machines.
 DEVICES = {
-    device.name: device
-    for device in (
-        Device("a100", "cuda", 79 * GIB, hardware=hardware_of("a100")),
-        Device("h100", "cuda", 79 * GIB, 256 * GIB, hardware_of("h100")),
-        Device("h200", "cuda", 139 * GIB, 256 * GIB, hardware_of("h200")),
-        Device("b200", "cuda", 178 * GIB, 256 * GIB, hardware_of("b200")),
-    )
+    "a100": Device("a100", "cuda", 79 * GIB, 128 * GIB, hardware_of("a100")),
+    "h100": Device("h100", "cuda", 79 * GIB, 256 * GIB, hardware_of("h100")),
+    "h200": Device("h200", "cuda", 139 * GIB, 256 * GIB, hardware_of("h200")),
+    "b200": Device("b200", "cuda", 178 * GIB, 256 * GIB, hardware_of("b200")),
 }
 
 
@@ -61,8 +210,7 @@ class Cluster:
 
     def topology(self, copies: int = 1) -> Topology:
         """Return the topology of the ranks that share one of the copies of the tables."""
-        device = self.device
-        is_cpu = device.kind == "cpu"
+        device, is_cpu = self.device, self.device.kind == "cpu"
         return machine_topology(
             self.world_size // copies,
             max(self.ranks_per_node // copies, 1),
@@ -96,7 +244,12 @@ def slowest_rank(
     for table in tables:
         memory = table_memory(table, plan)
         sizes = [[shard.rows, shard.columns] for shard in memory.shards]
-        option = next(o for o in options if _is_planned(o, table, memory.sharding, sizes))
+        option = next(
+            option
+            for option in options
+            if (option.name, option.sharding_type) == (table.name, memory.sharding)
+            and [list(shard.size) for shard in option.shards] == sizes
+        )
         for place, shard in zip(memory.shards, option.shards, strict=True):
             assert shard.perf is not None
             times[place.rank][0] += shard.perf.total
@@ -104,13 +257,3 @@ def slowest_rank(
                 work = shard.perf.fwd_compute + shard.perf.bwd_compute + shard.perf.prefetch_compute
                 times[place.rank][1] += work
     return max(RankTime(*rank) for rank in times)
-
-
-def _is_planned(
-    option: ShardingOption, table: TableConfig, sharding: str, sizes: list[list[int]]
-) -> bool:
-    return (
-        option.name == table.name
-        and option.sharding_type == sharding
-        and [list(shard.size) for shard in option.shards] == sizes
-    )

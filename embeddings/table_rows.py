@@ -18,17 +18,12 @@ BLOCK_ROWS = 2**16
 
 @dataclass(frozen=True)
 class TableShard:
-    """A rectangle of a table on this rank.
+    """A rectangle of a table on this rank."""
 
-    weight: [rows, columns], the memory of the model.
-    states: state of the fused optimizer, [rows] or [rows, columns] each, none under SGD.
-    row, column: offsets in the table.
-    """
-
-    weight: Tensor
-    states: list[Tensor]
-    row: int
-    column: int
+    weight: Tensor  # [rows, columns], the memory of the model
+    states: list[Tensor]  # of the fused optimizer, [rows] or [rows, columns]; none under SGD
+    row: int  # offset in the table
+    column: int  # offset in the table
 
     @property
     def columns(self) -> slice:
@@ -121,8 +116,8 @@ class RowReset:
                 continue
             fresh = self._fresh[table][inside % INITIALIZATION_BLOCK_ROWS, shard.columns]
             device = shard.weight.device
-            on_cuda = device.type == "cuda"
-            with torch.cuda.stream(torch.cuda.default_stream(device) if on_cuda else None):
+            stream = torch.cuda.default_stream(device) if device.type == "cuda" else None
+            with torch.cuda.stream(stream):
                 places = (inside - shard.row).to(device)
                 shard.weight[places] = fresh.to(shard.weight)
                 for state in shard.states:
@@ -130,7 +125,6 @@ class RowReset:
 
 
 def _fresh_rows(table: TableConfig, seed: int) -> Tensor:
-    """Return initial weights of the table's first block of rows, [rows, D]."""
     rows = min(INITIALIZATION_BLOCK_ROWS, table.num_embeddings)
     fresh = torch.empty(rows, table.embedding_dim)
     with torch.random.fork_rng(devices=[]):

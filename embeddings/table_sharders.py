@@ -28,15 +28,12 @@ from embeddings.tables import NormalInitializer
 from embeddings.torchrec_internals import look_up_as_bags
 
 CommunicationType = Literal["fp32", "fp16", "bf16"]
-
-
 ShardedCollection = TypeVar(
     "ShardedCollection", ShardedEmbeddingBagCollection, ShardedEmbeddingCollection
 )
 
 
 def _without_data_parallel(types: Sequence[str]) -> list[str]:
-    """Return the types with row-wise, on CPU too, and without data-parallel."""
     return sorted({*types, ShardingType.ROW_WISE.value} - {ShardingType.DATA_PARALLEL.value})
 
 
@@ -74,10 +71,7 @@ def sharders(
     """Return the sharders for the planner and for DistributedModelParallel; give both the same.
 
     Looked-up vectors travel between ranks as `forward`, their gradients as `backward`. Prefer bf16
-    for gradients, which may be too small for fp16, below 6e-8.
-
-    Raises:
-        ValueError: an unknown type.
+    for gradients, which may be too small for fp16, below 6e-8. An unknown type is a ValueError.
 
     Example::
 
@@ -96,10 +90,8 @@ def sharders(
     if not forward == backward == "fp32":
         types = QCommsConfig(CommType(forward), CommType(backward))
         codecs = {operation.name: get_qcomm_codecs(types) for operation in CommOp}
-    return [
-        cast(ModuleSharder[nn.Module], BagSharder(qcomm_codecs_registry=codecs)),
-        cast(ModuleSharder[nn.Module], SequenceSharder(qcomm_codecs_registry=codecs)),
-    ]
+    kinds: tuple[Any, ...] = BagSharder, SequenceSharder
+    return [kind(qcomm_codecs_registry=codecs) for kind in kinds]
 
 
 def _shard_with_weights(

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardMetadata
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
-from torch.distributed.remote_device import _remote_device
 from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.shards_wrapper import LocalShardsWrapper
@@ -34,11 +33,11 @@ def current_state(model: nn.Module) -> dict[str, Any]:
     state = model.state_dict()  # TorchRec writes cached rows back
     for kernel in table_kernels(model):
         kernel.reset_cache_states()
-    copied = {name: value for name, value in state.items() if isinstance(value, DTensor)}
-    for name, value in copied.items():
-        plan, group = cast(DistributedModelParallel, model).plan, group_of_copies(model)
-        spec = planned_sharding(plan, name.split(".")[-2]).sharding_spec
-        state[name] = _as_sharded_tensor(value, spec.shards, group)
+    for name, value in state.items():
+        if isinstance(value, DTensor):
+            plan, group = cast(DistributedModelParallel, model).plan, group_of_copies(model)
+            spec = planned_sharding(plan, name.split(".")[-2]).sharding_spec
+            state[name] = _as_sharded_tensor(value, spec.shards, group)
     return state
 
 
@@ -149,7 +148,7 @@ def copied_to_host(tensor: ShardedTensor, group: dist.ProcessGroup | None = None
     placed = []
     for shard, local in _placed(tensor):
         assert shard.placement is not None
-        on_host = _remote_device(f"rank:{shard.placement.rank()}/cpu")
+        on_host = f"rank:{shard.placement.rank()}/cpu"
         metadata = ShardMetadata(shard.shard_offsets, shard.shard_sizes, on_host)
         placed.append((metadata, None if local is None else local.to("cpu", copy=True)))
     return sharded_in_blocks(placed, size, dtype, group)
@@ -157,11 +156,8 @@ def copied_to_host(tensor: ShardedTensor, group: dist.ProcessGroup | None = None
 
 def table_weights(model: nn.Module) -> dict[str, ShardedTensor]:
     """Return the tables by parameter name, each [R, D], sharing memory with the model."""
-    return {
-        name: value
-        for name, value in current_state(model).items()
-        if isinstance(value, ShardedTensor)
-    }
+    state = current_state(model).items()
+    return {name: value for name, value in state if isinstance(value, ShardedTensor)}
 
 
 class TableOptimizerState:
@@ -225,30 +221,24 @@ class TableOptimizerState:
         return sharded_in_blocks(placed, weight.metadata().size, torch.float32, self.group)
 
     def _local_by_offsets(self, moment: _Moment) -> dict[tuple[int, ...], Tensor]:
-        """Return this rank's tensors [rows] or [rows, columns] by offsets."""
         if moment not in self.local:
             return {}
         weights = self.weights[moment.key].local_shards()
         tensors = self.local[moment]
         assert [len(shard.tensor) for shard in weights] == [len(tensor) for tensor in tensors]
-        return {
-            tuple(weight.metadata.shard_offsets): tensor
-            for weight, tensor in zip(weights, tensors, strict=True)
-        }
+        offsets = [tuple(weight.metadata.shard_offsets) for weight in weights]
+        return dict(zip(offsets, tensors, strict=True))
 
     def _rows_of(
         self, moment: _Moment, columns: Columns, local: dict[tuple[int, ...], Tensor]
     ) -> ShardedTensor:
         """Return the moment [R] of a range of columns of this plan."""
-        weight = self.weights[moment.key].metadata()
-        placed = [
-            (
-                ShardMetadata(shard.shard_offsets[:1], shard.shard_sizes[:1], shard.placement),
-                local.get(tuple(shard.shard_offsets)),
-            )
-            for shard in weight.shards_metadata
-            if _columns(shard) == columns
-        ]
+        weight, placed = self.weights[moment.key].metadata(), []
+        for shard in weight.shards_metadata:
+            if _columns(shard) == columns:
+                offsets, sizes = shard.shard_offsets, shard.shard_sizes
+                rows = ShardMetadata(offsets[:1], sizes[:1], shard.placement)
+                placed.append((rows, local.get(tuple(offsets))))
         return sharded_in_blocks(placed, weight.size[:1], torch.float32, self.group)
 
     def _to_combine(

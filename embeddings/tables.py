@@ -28,13 +28,10 @@ CACHE_LOAD_FACTOR = 0.2  # TorchRec's
 
 @dataclass
 class TableConfig:
-    """One embedding table.
+    """One embedding table; fields out of range, or that contradict each other, are a ValueError.
 
     Weight decay acts on the rows in the batch: L2 (``rowwise_adagrad``) or decoupled (``adam``).
     Column shards of ``rowwise_adagrad`` keep own moments, so updates differ from unsharded ones.
-
-    Raises:
-        ValueError: a field is out of range, or two fields contradict each other.
 
     Example::
 
@@ -145,13 +142,8 @@ class NormalInitializer:
         self.fill(weight)
 
     @torch.no_grad()
-    def fill(
-        self,
-        weight: Tensor,  # [rows, columns]
-        row_offset: int = 0,
-        column_offset: int = 0,
-    ) -> None:
-        """Fill the shard ``weight`` that starts at the offsets in the table."""
+    def fill(self, weight: Tensor, row_offset: int = 0, column_offset: int = 0) -> None:
+        """Fill the shard ``weight`` [rows, columns] that starts at the offsets in the table."""
         if weight.is_meta:
             return
         num_embeddings, dim = self.shape
@@ -175,10 +167,7 @@ class NormalInitializer:
 
 
 def check_tables(tables: Sequence[TableConfig]) -> None:
-    """Check the constraints between several tables.
-
-    Repeated names or features, or different dimensions without pooling, are a ValueError.
-    """
+    """Refuse repeated names or features, and different dimensions without pooling: ValueError."""
     table_of_feature: dict[str, str] = {}
     names = [table.name for table in tables]
     unpooled = [table for table in tables if table.pooling == "none"]

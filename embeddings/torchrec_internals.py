@@ -35,8 +35,7 @@ def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCo
 def unlock_cached_rows(model: nn.Module) -> None:
     """Let caches of `uvm_caching` give up their rows, while no batch is in flight.
 
-    Fetching a batch ahead locks its rows, and only its backward unlocks them: after validation,
-    which has none, they would stay.
+    A batch fetched ahead locks its rows until its backward, which validation does not have.
     """
     for kernel in table_kernels(model):
         locks = cast(Tensor, kernel.lxu_cache_locking_counter)
@@ -65,7 +64,7 @@ def look_up_as_bags(collection: nn.Module) -> None:
 
 
 class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
-    """A lookup without pooling, by the kernels for bags; its results stay [N, D]."""
+    """A lookup of ids [N] without pooling, by the kernels for bags; its results stay [N, D]."""
 
     @staticmethod
     def take_over(lookup: SplitTableBatchedEmbeddingBagsCodegen) -> None:
@@ -75,12 +74,7 @@ class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
         lookup.pooling_mode = PoolingMode.SUM
         lookup.__class__ = SingleIdBags
 
-    def forward(
-        self,
-        indices: Tensor,  # [N]
-        offsets: Tensor,  # [T * B + 1]
-        **options: Any,
-    ) -> Tensor:  # [N, D]
+    def forward(self, indices: Tensor, offsets: Tensor, **options: Any) -> Tensor:
         assert not any(value is not None for value in options.values()), options.keys()
         features_of_tables = [len(list(group)) for _, group in groupby(self.feature_table_map)]
         edges = [0, *accumulate(features_of_tables)]

@@ -49,7 +49,6 @@ from recsys.distributed.torchrec_internals import DataParallelWrapper
 from recsys.kernels import prepare_kernels
 from recsys.model.build import build_em3
 from recsys.model.em3 import EM3
-from recsys.model.placement import check_placement, planner_hardware
 from recsys.model.precision import (
     compile_dense_parts,
     compiles_by_default,
@@ -57,7 +56,7 @@ from recsys.model.precision import (
     use_bfloat16,
     uses_tf32,
 )
-from recsys.model.tables import pooled_features, table_configs
+from recsys.model.tables import check_placement, planner_hardware, pooled_features, table_configs
 from recsys.optimizer import (
     AveragedWeights,
     LearningRateShare,

@@ -28,7 +28,7 @@ from recsys.distributed.ranks import joined_ranks
 CALLERS = {
     "target_attention": "recsys.ranking.layers.target_attention",
     "content_interest": "recsys.ranking.layers.content_interest",
-    "fusion": "recsys.content.fusion.qformer",
+    "fusion": "recsys.content.fusion",
     "dot_interaction": "recsys.ranking.dlrm",
 }
 KERNELS = {

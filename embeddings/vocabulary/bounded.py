@@ -22,7 +22,6 @@ MAX_ROWS_PER_SET = 128
 BLOCK = 4096  # ids compared with their sets at once: a few megabytes
 # TrainPipelineSparseDist fetches the batch of step s before step s - 2 has run.
 PIPELINED_STEPS = 2
-Pairs = tuple[np.ndarray, np.ndarray]
 
 
 def rows_of_sets(num_embeddings: int) -> tuple[int, int]:
@@ -35,21 +34,15 @@ class RowSets:
     """The ids in some sets of rows, with their counts of uses and the step of the last use."""
 
     def __init__(
-        self,
-        num_sets: int,
-        rows_per_set: int,
-        admit_after: int,
-        half_life: float,
-        protect_steps: int,
+        self, shape: tuple[int, int], admit_after: int, half_life: float, protect_steps: int
     ) -> None:
         self.admit_after, self.half_life = admit_after, half_life
         self.protect_steps = protect_steps
-        shape = (num_sets, rows_per_set)
         self.ids = np.zeros(shape, np.int64)
         self.last_used = np.full(shape, -1, np.int64)  # step; -1 where a row is free
         self.scores = np.zeros(shape, np.float64)  # halved count of uses, as of `last_used`
         # Ids not yet seen often enough wait in slots chosen by hash; a new id overwrites the slot.
-        waiting = shape if admit_after > 1 else (num_sets, 0)
+        waiting = shape if admit_after > 1 else (0, 0)
         self.waiting_ids = np.zeros(waiting, np.int64)
         self.waiting_counts = np.zeros(waiting, np.int64)
 
@@ -68,10 +61,8 @@ class RowSets:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Count a step's uses of ids and assign rows to the ids that are due for one.
 
-        `sets`, distinct `ids` and their `counts` are int64 [N]; `step` never falls.
-
-        Returns:
-            [N] each: row in its set or -1; whether it is new; whether another id lost it.
+        All are [N]: sets, distinct ids and their counts -> row in its set or -1; whether it is new;
+        whether another id lost it. `step` never falls.
         """
         rows = self.find(sets, ids)
         has_row = rows >= 0
@@ -110,32 +101,21 @@ class RowSets:
         worth[is_protected] = np.inf
         return np.lexsort((last, worth), axis=-1), self.ids.shape[1] - is_protected.sum(axis=1)
 
-    def _faded(
-        self,
-        scores: np.ndarray,  # [N] or [N, R]
-        last_used: np.ndarray,  # as scores
-        step: int,
-    ) -> np.ndarray:  # as scores
-        return scores * np.exp2((last_used - step) / self.half_life)
+    def _faded(self, scores: np.ndarray, last_used: np.ndarray, step: int) -> np.ndarray:
+        return scores * np.exp2((last_used - step) / self.half_life)  # [N] or [N, R]
 
-    def _slots(
-        self, sets: np.ndarray, ids: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:  # [N], [N] -> [N], [N]
+    def _slots(self, sets: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         hashes = mix64(mix64(ids))  # the first mix was used to choose the set
         return sets, (hashes % np.uint64(self.waiting_ids.shape[1])).astype(np.int64)
 
-    def _seen(
-        self, sets: np.ndarray, ids: np.ndarray, counts: np.ndarray
-    ) -> np.ndarray:  # [N], [N], [N] -> [N]
-        """Return the occurrences of ids without a row, this call included, and store them."""
+    def _seen(self, sets: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Return the occurrences [N] of ids without a row, this call included, and store them."""
         if self.admit_after == 1:
             return counts
         slots = self._slots(sets, ids)
-        occurrences = counts + np.where(
-            self.waiting_ids[slots] == ids, self.waiting_counts[slots], 0
-        )
-        self.waiting_ids[slots] = ids
-        self.waiting_counts[slots] = occurrences
+        is_waiting = self.waiting_ids[slots] == ids
+        occurrences = counts + np.where(is_waiting, self.waiting_counts[slots], 0)
+        self.waiting_ids[slots], self.waiting_counts[slots] = ids, occurrences
         return occurrences
 
     def _stop_waiting(self, sets: np.ndarray, ids: np.ndarray) -> None:  # [N], [N]
@@ -161,16 +141,14 @@ class BoundedVocabulary:
     """A map of at most ``num_embeddings - 1`` raw ids, learned during training.
 
     A new id takes a free row of its set, or the least used one. Ids without a row of their own map
-    to ``unknown_row``, the last row. With a process group every method is a collective.
+    to ``unknown_row``, the last row. With a process group every method is a collective. Arguments
+    out of range are a ValueError.
 
     Args:
         num_embeddings: rows of the table, up to one in 64 of which is unused.
         admit_after: occurrences in training after which an id gets a row.
         half_life: steps in which a count of uses halves; ``float("inf")`` for plain counts.
         protect_steps: rows used in these last steps are kept; at least the batches mapped ahead.
-
-    Raises:
-        ValueError: an argument is out of range.
 
     Example::
 
@@ -203,12 +181,12 @@ class BoundedVocabulary:
         self._rank = 0 if process_group is None else dist.get_rank(process_group)
         self._bounds = self.num_sets * np.arange(self._world_size + 1) // self._world_size
         self._first_set = int(self._bounds[self._rank])
-        own_sets = int(self._bounds[self._rank + 1]) - self._first_set
-        self._sets = RowSets(own_sets, self.rows_per_set, admit_after, half_life, protect_steps)
+        shape = int(self._bounds[self._rank + 1]) - self._first_set, self.rows_per_set
+        self._sets = RowSets(shape, admit_after, half_life, protect_steps)
         self._evicted: list[Tensor] = []
         self._counts = np.zeros(4, np.int64)  # lookups, unknown, admitted, evicted
         # Ids [A] of this rank's sets that got a row in the last training call, and these rows [A].
-        self.admitted: Pairs = (np.zeros(0, np.int64), np.zeros(0, np.int64))
+        self.admitted = np.zeros(0, np.int64), np.zeros(0, np.int64)
 
     @property
     def unknown_row(self) -> int:
@@ -222,9 +200,8 @@ class BoundedVocabulary:
 
         `step` is the same on all ranks. Without `training` the map does not change.
         """
-        distinct, inverse, counts = np.unique(
-            ids.numpy(force=True), return_inverse=True, return_counts=True
-        )
+        raw = ids.numpy(force=True)
+        distinct, inverse, counts = np.unique(raw, return_inverse=True, return_counts=True)
         is_id, rows = distinct != NULL_ID, np.full(len(distinct), self.unknown_row)
         serve = self._serve if self._world_size == 1 else self._ask
         rows[is_id], evicted = serve(distinct[is_id], counts[is_id], step, training)
@@ -269,10 +246,9 @@ class BoundedVocabulary:
         totals = np.zeros(len(distinct), np.int64)
         np.add.at(totals, inverse, requests[:, 1].numpy())
         distinct_rows, evicted = self._serve(distinct, totals, step, training)
-        answers = torch.empty(len(ids), dtype=torch.int64)
-        dist.all_to_all_single(
-            answers, torch.from_numpy(distinct_rows[inverse]), sizes, asked_sizes, group=self._group
-        )
+        answers, served = torch.empty(len(ids), dtype=torch.int64), distinct_rows[inverse]
+        parts = answers, torch.from_numpy(served), sizes, asked_sizes
+        dist.all_to_all_single(*parts, group=self._group)
         rows = np.empty(len(ids), np.int64)
         rows[order] = answers.numpy()
         if training:
@@ -280,11 +256,7 @@ class BoundedVocabulary:
             evicted = self._exchange(sent, [len(evicted)] * self._world_size)[0].numpy()
         return rows, evicted
 
-    def _exchange(
-        self,
-        values: Tensor,  # [sum(sizes), ...]
-        sizes: list[int],
-    ) -> tuple[Tensor, list[int]]:
+    def _exchange(self, values: Tensor, sizes: list[int]) -> tuple[Tensor, list[int]]:
         """Send each rank the next ``sizes[rank]`` values. A collective."""
         received = torch.empty(self._world_size, dtype=torch.int64)
         dist.all_to_all_single(received, torch.tensor(sizes), group=self._group)
@@ -313,12 +285,9 @@ class BoundedVocabulary:
         arrays = {"ids": sets.ids, "last_used": sets.last_used, "scores": sets.scores}
         if sets.admit_after > 1:
             arrays |= {"waiting_ids": sets.waiting_ids, "waiting_counts": sets.waiting_counts}
-        return {
-            name: sharded_by_rows(
-                torch.from_numpy(array), self._first_set, self.num_sets, self._group
-            )
-            for name, array in arrays.items()
-        }
+        place = self._first_set, self.num_sets, self._group
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return {name: sharded_by_rows(tensor, *place) for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,7 @@ def _fingerprints(texts: pa.Array) -> np.ndarray:  # [N] -> int64 [N]
 
 
 def integer_ids(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """Return raw ids as int64 [N]: integers as they are, strings by a stable 64-bit fingerprint.
-
-    A null, an id of another type, or an unsigned one that does not fit, is a ValueError.
-    """
+    """Return raw ids as int64 [N], strings by a fingerprint; a ValueError if one cannot be."""
     return _keys(_plain_ids(ids))
 
 
@@ -111,10 +108,7 @@ class ExactVocabulary:
         return len(self.ids)
 
     def extend(self, chunks: Iterable[pa.Array | pa.ChunkedArray]) -> int:
-        """Add the new ids of chunks after the known ones and return their number.
-
-        If ids do not fit the table or differ in type, a ValueError, the map is unchanged.
-        """
+        """Add the new ids of chunks and return their number; if they do not fit, a ValueError."""
         before = self.ids, self._ordered_keys, self._row_in_order
         try:
             for chunk in chunks:
@@ -180,7 +174,6 @@ class ExactVocabulary:
         return np.where(rows < 0, self.unknown_row, rows)
 
     def is_extension_of(self, other: "ExactVocabulary") -> bool:
-        """Return whether every id of ``other`` has the same row in this map."""
         return len(other) == 0 or self.ids.slice(0, len(other)).equals(other.ids)
 
     def resized(self, num_embeddings: int) -> "ExactVocabulary":

@@ -29,10 +29,7 @@ from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
 
 
 def assign_to_owners(content: BatchContent, group: dist.ProcessGroup) -> BatchContent:
-    """Return the content of items that this rank owns and any rank needs. A collective.
-
-    Rank `id mod W` owns an item; `exchange` says to which ranks its vector is sent.
-    """
+    """Return the content of the items of this rank, `id mod W`, that any needs. A collective."""
     world_size = dist.get_world_size(group)
     owner = content.items % world_size
     order = owner.argsort(stable=True)  # [R], by owner: vectors arrive in this order
@@ -40,10 +37,8 @@ def assign_to_owners(content: BatchContent, group: dist.ProcessGroup) -> BatchCo
     asked_counts = torch.empty_like(wanted_counts)
     dist.all_to_all_single(asked_counts, wanted_counts, group=group)
     receive_counts, send_counts = wanted_counts.tolist(), asked_counts.tolist()
-    requested = torch.empty(sum(send_counts), dtype=torch.int64)
-    dist.all_to_all_single(
-        requested, content.items[order], send_counts, receive_counts, group=group
-    )
+    requested, counts = order.new_empty(sum(send_counts)), (send_counts, receive_counts)
+    dist.all_to_all_single(requested, content.items[order], *counts, group=group)
     # Items [E], and the row among them of each requested item.
     owned, rows = requested.unique(return_inverse=True)
     arrival = torch.empty_like(order)
@@ -61,8 +56,7 @@ def assign_to_owners(content: BatchContent, group: dist.ProcessGroup) -> BatchCo
 def with_negatives(content: BatchContent, negatives: Tensor) -> BatchContent:  # int64 [K]
     """Return the content of the items of a batch and of its drawn negatives.
 
-    These are encoded in the step like the targets: a target would be known by its newer vector if
-    negatives had those of the memory bank.
+    With vectors of the memory bank, which are older, negatives could be told from the target.
     """
     items, index = torch.cat([content.items, negatives]).unique(return_inverse=True)
     place, negative_index = index.split([len(content.items), len(negatives)])
@@ -130,9 +124,8 @@ def chooses_items(
     content: ContentSettings | None, has_bounded_items: bool = False, draws_negatives: bool = False
 ) -> bool:
     """Return whether this module selects items, so that the loader cannot read their content."""
-    return content is not None and (
-        content.dedup == "global" or has_bounded_items or draws_negatives
-    )
+    chooses = has_bounded_items or draws_negatives
+    return content is not None and (chooses or content.dedup == "global")
 
 
 def with_bank_rows(content: BatchContent, vocabulary: BoundedVocabulary) -> BatchContent:
@@ -197,12 +190,17 @@ class BatchPreparation:
         self, batch: Batch, step: int, training: bool, with_content: bool, is_pinned: bool
     ) -> Callable[[], Callable[[], Batch]]:
         """Begin a batch; after a search on a GPU the result goes on. All calls are collectives."""
-        search = self._begin_search(batch)
+        search: Callable[[], Batch] | None = None
+        top_k = 0 if self.content is None else self.content.history.top_k
+        if top_k and len(batch.sequence_features.keys()) > 1:
+            assert self.bank is not None
+            search = shorten_histories(batch, self.bank, top_k)
 
         def go_on() -> Callable[[], Batch]:
             prepared = batch if search is None else search()
             if self.negatives is not None:
-                prepared = self.negatives(prepared, self._draw(step), training)
+                draw = self.seed, step, dist.get_rank(self.group)
+                prepared = self.negatives(prepared, draw, training)
             prepared = self._with_items(prepared, step, training, with_content)
             is_new = prepared is not batch or bool(self.vocabularies.by_table)
             return self._with_routes(prepared, step, training, is_new, is_pinned)
@@ -211,13 +209,6 @@ class BatchPreparation:
             return go_on
         finish = go_on()
         return lambda: finish
-
-    def _begin_search(self, batch: Batch) -> Callable[[], Batch] | None:
-        has_history = len(batch.sequence_features.keys()) > 1
-        if self.content is None or not self.content.history.top_k or not has_history:
-            return None
-        assert self.bank is not None
-        return shorten_histories(batch, self.bank, self.content.history.top_k)
 
     def _with_items(self, batch: Batch, step: int, training: bool, with_content: bool) -> Batch:
         items, negatives = self.vocabularies.items, batch.negatives
@@ -237,9 +228,6 @@ class BatchPreparation:
             content = replace(content, inputs=self.store.gather(content.items.numpy()))
         return replace(batch, content=content)
 
-    def _draw(self, step: int) -> tuple[int, int, int]:
-        return (self.seed, step, dist.get_rank(self.group))
-
     def _with_routes(
         self, prepared: Batch, step: int, training: bool, is_new: bool, is_pinned: bool
     ) -> Callable[[], Batch]:
@@ -255,11 +243,10 @@ class BatchPreparation:
         def finish() -> Batch:
             read, write = routes() if routes is not None else (None, None)
             ready = prepared if scaled_rows is None else replace(prepared, rows=scaled_rows())
-            if read is not None or write is not None:
-                content = replace(ready.content, bank_reads=read, bank_writes=write)
+            places = encoded() if encoded is not None else None
+            if read is not None or write is not None or places is not None:
+                content = replace(ready.content, bank_reads=read, bank_writes=write, encoded=places)
                 ready = replace(ready, content=content)
-            if encoded is not None:
-                ready = replace(ready, content=replace(ready.content, encoded=encoded()))
             # The loader pins before this; unpinned new tensors would be copied synchronously.
             return ready.pin_memory() if is_pinned and (is_new or ready is not prepared) else ready
 

@@ -102,10 +102,8 @@ class ContentBranch(nn.Module):
     """Encodes the unique items of a batch and looks its history up.
 
     `bank` has width `settings.vector_dim`, and is None for history mode `full`. `group` has the
-    ranks that share items if `settings.dedup` is global; default: all.
-
-    Raises:
-        ValueError: a modality has the name of an attribute of torch.nn.ModuleDict.
+    ranks that share items if `settings.dedup` is global; default: all. A modality with the name of
+    an attribute of torch.nn.ModuleDict is a ValueError.
 
     Example::
 
@@ -141,10 +139,7 @@ class ContentBranch(nn.Module):
                 )
         self.encoders = nn.ModuleDict(encoders)
         self.projections = nn.ModuleDict(
-            {
-                name: Projection(encoder.output_dim, settings.dim)
-                for name, encoder in encoders.items()
-            }
+            {name: Projection(part.output_dim, settings.dim) for name, part in encoders.items()}
         )
         self.fusion = build_fusion(settings.fusion, settings.dim, len(encoders))
         self.dim, self.vector_dim = settings.dim, settings.vector_dim
@@ -177,25 +172,22 @@ class ContentBranch(nn.Module):
     ) -> Tensor:
         """Return `encode` of outputs of the encoders' frozen parts: one graph, if compiled."""
         encoders = self._encoders(encoded_before)
-        return self._fused(
-            encoded_before | {name: part(frozen[name]) for name, part in encoders.items()}
-        )
+        new = {name: part(frozen[name]) for name, part in encoders.items()}
+        return self._fused(encoded_before | new)
 
     def _encoders(self, encoded_before: Mapping[str, ContentInput]) -> dict[str, Encoder]:
-        """Return the encoders that run, by modality."""
-        parts = self.encoders.items()
-        return {name: cast(Encoder, part) for name, part in parts if name not in encoded_before}
+        parts = cast(dict[str, Encoder], self.encoders).items()
+        return {name: part for name, part in parts if name not in encoded_before}
 
     def _fused(self, outputs: Mapping[str, ContentInput]) -> Tensor:  # [E, D + M * D]
         tokens, masks, modality, means = [], [], [], []
         for index, name in enumerate(self.encoders):
-            encoded = outputs[name]
-            projected = self.projections[name](encoded.values)
+            projected, mask = self.projections[name](outputs[name].values), outputs[name].mask
             tokens.append(projected)
-            masks.append(encoded.mask)
-            modality.append(torch.full((encoded.mask.shape[1],), index, device=encoded.mask.device))
+            masks.append(mask)
+            modality.append(torch.full((mask.shape[1],), index, device=mask.device))
             if self.keeps_modalities:
-                means.append(mean_token(projected, encoded.mask))
+                means.append(mean_token(projected, mask))
         fused = self.fusion(torch.cat(tokens, dim=1), torch.cat(masks, dim=1), torch.cat(modality))
         return torch.cat([fused, *means], dim=1)
 
@@ -204,14 +196,10 @@ class ContentBranch(nn.Module):
         return self._vectors(*self.item_rows(batch), batch.content)
 
     def of_rows(self, rows: ItemRows, content: BatchContent) -> ContentVectors:
-        """Return the content vectors of a batch with these rows."""
         return self._vectors(rows.items, lambda: rows.history, content)
 
     def item_rows(self, batch: Batch) -> tuple[Tensor, Callable[[], Tensor]]:
-        """Return the vectors [R, D + M * D] of items, and what reads those of the history [U, ...].
-
-        Both are collectives.
-        """
+        """Return vectors [R, D + M * D], and what reads the history's [U, ...]: collectives."""
         content = batch.content
         fresh = self._encode_items(content)  # [E, D + M * D]
         if self.bank is None:
@@ -221,22 +209,15 @@ class ContentBranch(nn.Module):
         if self.training:
             # Written before the lookup: vectors just computed on any rank replace stale ones in
             # the histories of all ranks in the same step (LEMUR, 2511.10962).
-            self._write(self.bank, fresh, content)
+            index = content.write_index  # of items with a row
+            vectors = fresh if index is None else fresh.index_select(0, index)
+            self.bank.update(content.bank_write_rows, vectors, self.step, content.bank_writes)
         read = self._reading(self.bank, batch)
         self.step += self.training
         return self._at_their_ranks(fresh, content.exchange), read
 
-    def _write(self, bank: MemoryBank, fresh: Tensor, content: BatchContent) -> None:
-        """Write the vectors [E, D + M * D] of items with a row to the bank. A collective."""
-        if content.write_index is not None:
-            fresh = fresh.index_select(0, content.write_index)
-        bank.update(content.bank_write_rows, fresh, self.step, content.bank_writes)
-
     def _encode_items(self, content: BatchContent) -> Tensor:
-        """Encode this rank's items, the first of them with gradient; [E, D + M * D].
-
-        A collective in training where encoders run for a share of the items.
-        """
+        """Encode this rank's items; [E, D + M * D]. With `EncoderOutputs` a collective."""
         if content.vectors is not None:
             return content.vectors
         inputs, count = content.inputs, content.with_gradient
@@ -254,32 +235,23 @@ class ContentBranch(nn.Module):
         return functools.cache(lambda: bank.lookup(ids, route)[0])
 
     def _vectors(
-        self,
-        items: Tensor,  # [R, D + M * D]
-        history: Callable[[], Tensor],
-        content: BatchContent,
-    ) -> ContentVectors:
-        vectors, modalities = self._split(items)
-        is_stored = self.bank is not None
-        negative, negative_modalities = None, None
-        if content.negative_index is not None:
-            negative = vectors.index_select(0, content.negative_index)
-            negative_modalities = modalities.index_select(0, content.negative_index)
+        self, items: Tensor, history: Callable[[], Tensor], content: BatchContent
+    ) -> ContentVectors:  # [R, D + M * D], [U, D + M * D]
+        parts, index = self._split(items), content.negative_index
+        target, target_modalities = (part.index_select(0, content.target_index) for part in parts)
+        negatives: tuple[Tensor | None, Tensor | None] = None, None
+        if index is not None:
+            negatives = parts[0].index_select(0, index), parts[1].index_select(0, index)
 
         def read_history() -> tuple[Tensor, Tensor]:
             stored, stored_modalities = self._split(history())
             return self.history_map(stored), stored_modalities
 
-        return ContentVectors(
-            vectors.index_select(0, content.target_index),
-            None,
-            modalities.index_select(0, content.target_index),
-            None,
-            negative,
-            negative_modalities,
-            read_history,
-            (lambda: StoredHistory(history(), self.history_map.matrix())) if is_stored else None,
-        )
+        def read_stored() -> StoredHistory:
+            return StoredHistory(history(), self.history_map.matrix())
+
+        readers = read_history, None if self.bank is None else read_stored
+        return ContentVectors(target, None, target_modalities, None, *negatives, *readers)
 
     def _at_their_ranks(self, items: Tensor, exchange: ItemExchange | None) -> Tensor:  # E -> R
         if exchange is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Literal
 
 from embeddings import MemoryBank, build_memory_bank
@@ -80,9 +79,8 @@ def fill_caches(config: Config, data: str, ranks: Ranks) -> dict[str, CacheRepor
     with ranks.raise_on_all_ranks():
         root = Location.of(data)
         schema = load_schema(root)
-    store, encoders = build_content_store(
-        content, root, schema, ranks, config.cache, config.on_bad_row
-    )
+    options = config.cache, config.on_bad_row
+    store, encoders = build_content_store(content, root, schema, ranks, *options)
     reports = {name: encoder.cache_report for name, encoder in encoders.items()}
     if ranks.is_first:
         print_table("\n".join(_line(name, report, store) for name, report in reports.items()))
@@ -90,29 +88,18 @@ def fill_caches(config: Config, data: str, ranks: Ranks) -> dict[str, CacheRepor
 
 
 def _line(name: str, report: CacheReport | None, store: ContentStore) -> str:
-    if report is None:
-        folder, items = store.folders[name], int((store.arrays[name].lengths > 0).sum())
-        size = _size(items, sum(path.stat().st_size for path in folder.iterdir()), folder)
-        return f"{name}: {size}; {_why_nothing_is_encoded(name, store)}"
-    size = _size(report.items, report.num_bytes, report.folder)
-    if not report.encoded:
-        return f"{name}: {size}; was already there"
-    rate = report.encoded / report.seconds
-    return (
-        f"{name}: {size}; {report.encoded:,} encoded in {report.seconds:,.1f} s, "
-        f"{rate:,.0f} items/s"
-    )
-
-
-def _size(items: int, num_bytes: int, folder: Path) -> str:
-    return f"{items:,} items, {num_bytes:,} bytes in {folder}"
-
-
-def _why_nothing_is_encoded(name: str, store: ContentStore) -> str:
-    kind = store.kinds[name]
-    modality = kind.modality
-    if isinstance(kind, Feature):
-        return "features need no encoder"
-    if modality.training == "full":
-        return "all layers train, so only their input is kept"
-    return "cache_frozen_layers is false, so only the input of the encoder is kept"
+    kind, folder = store.kinds[name], store.folders[name]
+    if report is not None:
+        items, num_bytes, folder = report.items, report.num_bytes, report.folder
+        rate = report.encoded / report.seconds
+        what = f"{report.encoded:,} encoded in {report.seconds:,.1f} s, {rate:,.0f} items/s"
+        what = what if report.encoded else "was already there"
+    else:
+        items = int((store.arrays[name].lengths > 0).sum())
+        num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+        what = "cache_frozen_layers is false, so only the input of the encoder is kept"
+        if isinstance(kind, Feature):
+            what = "features need no encoder"
+        elif kind.modality.training == "full":
+            what = "all layers train, so only their input is kept"
+    return f"{name}: {items:,} items, {num_bytes:,} bytes in {folder}; {what}"

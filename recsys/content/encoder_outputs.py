@@ -4,7 +4,6 @@ A trained encoder costs many times what the rest of a step costs, and its output
 Projections, fusion and all that lies above train on every item of the step. LEMUR (arXiv
 2511.10962) reads the fused vectors of the others instead, which get no gradient and are older than
 the projections.
-
 Shapes: E items that this rank encodes, C chosen ones, W sum of the widths of trained encoders.
 """
 
@@ -40,8 +39,7 @@ class EncoderOutputs:
     ) -> EncoderOutputs | None:
         """Return the empty outputs of a job with this bank; None if encoders run for all items.
 
-        Raises:
-            ValueError: a trained encoder has several tokens per item.
+        A trained encoder with several tokens per item is a ValueError.
         """
         if bank is None or content.encoder_share == 1:
             return None
@@ -53,10 +51,8 @@ class EncoderOutputs:
                     f"vector per item, but content.modalities.{name}.module has "
                     f"{encoder.frozen_tokens} tokens; set it to 1, or average them in the module"
                 )
-        width = sum(encoder.output_dim for encoder in trained.values())
-        rows = build_memory_bank(
-            bank.num_items, width, bank.device, bank.group, content.history.bank
-        )
+        width, placement = sum(part.output_dim for part in trained.values()), content.history.bank
+        rows = build_memory_bank(bank.num_items, width, bank.device, bank.group, placement)
         return EncoderOutputs(trained, content.encoder_share, rows)
 
     def encode(self, content: Mapping[str, ContentInput]) -> dict[str, ContentInput]:
@@ -79,10 +75,7 @@ class EncoderOutputs:
         self.bank.update(items, rows, step, route)
 
     def choose(self, items: Tensor, step: int) -> Callable[[], EncodedPlaces]:
-        """Begin to choose and route items [E] on the host; call the result. Both are collectives.
-
-        In the step ranks would wait for each other, and a GPU for the host.
-        """
+        """Begin to choose and route items [E] on the host; call the result. Both: collectives."""
         places = self._places(items, step)
         routes = self.bank.routes(items, items[places])
         return lambda: EncodedPlaces(places, *routes())
@@ -92,17 +85,14 @@ class EncoderOutputs:
 
     def tokens(self, content: BatchContent, step: int) -> dict[str, ContentInput]:
         """Return the tokens [E, 1, D] of items: of chosen ones with gradient. A collective."""
-        items, inputs = content.items, content.inputs
+        items, tokens = content.items, {}
         encoded = content.encoded or EncodedPlaces(self._places(items, step))
         places = encoded.places
         stored, _ = self.bank.lookup(items, encoded.reads)
-        parts = {name: inputs[name] for name in self.encoders}
-        new = self.encode(
-            {n: ContentInput(p.values[places], p.mask[places]) for n, p in parts.items()}
-        )
+        parts = {name: content.inputs[name] for name in self.encoders}
+        new = self.encode({name: part[places] for name, part in parts.items()})
         self.write(items[places], new, step, encoded.writes)
         widths = [encoder.output_dim for encoder in self.encoders.values()]
-        tokens = {}
         for (name, part), old in zip(parts.items(), stored.split(widths, dim=1)):
             values = new[name].values[:, 0]
             merged = old.to(values.dtype).index_copy(0, places, values)
@@ -111,9 +101,6 @@ class EncoderOutputs:
 
 
 def sampled_places(items: Tensor, count: int, step: int) -> Tensor:  # [E] -> [C]
-    """Return the places of `count` items, ascending, by a hash of item and step.
-
-    No state draws them, so that a resumed run draws as one that did not stop.
-    """
+    """Return the places of `count` items, ascending, by a hash: a resumed run has the same."""
     hashed = (items + 7919 * step) % 2**20 * 2654435761 % 2**32
     return hashed.argsort(stable=True)[:count].sort().values

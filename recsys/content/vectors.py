@@ -16,26 +16,18 @@ ReadHistory = Callable[[], tuple[Tensor, Tensor]]
 
 
 class StoredHistory(NamedTuple):
-    """Vectors of history items as the memory bank has them, before the history map.
+    """Vectors of history items as the memory bank has them, before the history map."""
 
-    rows: [U, D + M * D], without gradient: content vectors, then the modalities' mean tokens.
-    matrix: [D, D] of the history map, with gradient; a content vector v becomes matrix @ v.
-    """
-
-    rows: Tensor
-    matrix: Tensor
+    rows: Tensor  # [U, D + M * D], no gradient: content vectors, then modalities' mean tokens
+    matrix: Tensor  # [D, D], with gradient: the map of a content vector v is matrix @ v
 
 
 @dataclass
 class ItemRows:
-    """Vectors of a step's items, from which a compiled graph makes its `ContentVectors`.
+    """Vectors of a step's items, from which a compiled graph makes its `ContentVectors`."""
 
-    items: [R, D + M * D] of the items that this rank needs, with gradient into fusion and encoders.
-    history: [U, D + M * D] of the history items, before the history map.
-    """
-
-    items: Tensor
-    history: Tensor
+    items: Tensor  # [R, D + M * D] that this rank needs, with gradient into fusion and encoders
+    history: Tensor  # [U, D + M * D] of the history items, before the history map
 
 
 @dataclass
@@ -53,10 +45,7 @@ class ContentVectors:
     read_stored: Callable[[], StoredHistory] | None = None
 
     def __post_init__(
-        self,
-        history: Tensor | None,  # [U, D]
-        history_modalities: Tensor | None,  # [U, M, D]
-        read: ReadHistory | None,
+        self, history: Tensor | None, history_modalities: Tensor | None, read: ReadHistory | None
     ) -> None:
         self._read = read
         self._history: tuple[Tensor, Tensor] | None = None

@@ -18,10 +18,7 @@ def _wrapped_class(wrapper: Any, base: Any) -> Any:
 
 
 def wrap(module: nn.Module, wrapper: type[nn.Module]) -> None:
-    """Put `wrapper` in front of the module's class.
-
-    `wrapper.forward(*arguments, **keywords)` may call `super().forward`; it has no `__init__`.
-    """
+    """Put `wrapper`, which has no `__init__`, in front of the module's class."""
     assert not isinstance(module, wrapper), f"wrapped in {wrapper.__name__} already"
     module.__class__ = _wrapped_class(wrapper, type(module))  # type: ignore[arg-type]
 

@@ -33,7 +33,7 @@ from recsys.evaluation.evaluate import evaluate_split, format_evaluation, score
 from recsys.evaluation.forward_pass import require_finite, rows_per_batch
 from recsys.evaluation.scores import scores_file
 from recsys.model.losses import predictions
-from recsys.model.placement import placed_for_scoring
+from recsys.model.tables import placed_for_scoring
 from recsys.storage.files import regular_file, whole_file, write_whole
 from recsys.storage.location import Location
 from recsys.storage.output_file import check_output

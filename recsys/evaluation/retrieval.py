@@ -29,8 +29,7 @@ from recsys.distributed.lockstep import Lockstep
 from recsys.evaluation.availability import LaterItems, later_items
 from recsys.evaluation.forward_pass import forward_pass
 from recsys.evaluation.metrics import format_report
-from recsys.ranking.generative import Generative
-from recsys.ranking.layers.code_trie import MOST_BEAMS, CodeTrie, beam_search
+from recsys.ranking.generative import MOST_BEAMS, CodeTrie, Generative, beam_search
 from recsys.ranking.settings import GenerativeSettings
 
 QUERIES_PER_BLOCK = 256

@@ -8,9 +8,8 @@ from recsys.kernels.choice import refused_kernels as refused_kernels
 from recsys.kernels.choice import rounds_products as rounds_products
 from recsys.kernels.content_interest import native_content_interest as native_content_interest
 from recsys.kernels.dot_interaction import native_dot_interaction as native_dot_interaction
-from recsys.kernels.fusion import AttentionSettings as AttentionSettings
 from recsys.kernels.fusion import native_fusion as native_fusion
 from recsys.kernels.operators import result_dtype as result_dtype
-from recsys.kernels.shared_attention import shared_target_attention as shared_target_attention
 from recsys.kernels.target_attention import ScoreWeights as ScoreWeights
 from recsys.kernels.target_attention import native_target_attention as native_target_attention
+from recsys.kernels.target_attention import shared_target_attention as shared_target_attention

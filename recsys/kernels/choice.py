@@ -31,7 +31,6 @@ from recsys.kernels.operators import FLOATS, is_forward_mode
 
 logger = logging.getLogger(__name__)
 
-
 SOURCES = Path(__file__).parent / "cpp"
 VERSION_SECONDS = 60.0  # the most that a compiler takes to print its version
 # No -ffast-math: sums keep the order in which they are written, so that results are equal to the
@@ -45,11 +44,7 @@ class CompileError(Exception):
 
 
 def library_file() -> Path:
-    """Return the file of the compiled kernels, whether or not it exists.
-
-    Raises:
-        CompileError: no compiler is found.
-    """
+    """Return the file of the compiled kernels; without a compiler a CompileError is raised."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
     compiler = _compiler()
@@ -62,12 +57,9 @@ def library_file() -> Path:
 
 
 def load_kernels() -> None:
-    """Register the C++ kernels with torch, and compile them first unless a build exists.
+    """Register the C++ kernels with torch; unless a build exists, compile them or CompileError.
 
     Of processes that need them at once one compiles, and the others wait for it.
-
-    Raises:
-        CompileError: no compiler is found, or it fails.
     """
     library = library_file()
     try:
@@ -171,9 +163,8 @@ def _compile(library: Path) -> None:
         linked.replace(library)
     if warnings := "".join(process.stderr for process in processes).strip():
         logger.warning("%s warns of the kernels:\n%s", compiler[0], warnings)
-    logger.info(
-        "kernels compiled with %s in %.1f s: %s", compiler[0], time.monotonic() - start, library
-    )
+    seconds = time.monotonic() - start
+    logger.info("kernels compiled with %s in %.1f s: %s", compiler[0], seconds, library)
 
 
 def _first_line(text: str) -> str:
@@ -182,7 +173,6 @@ def _first_line(text: str) -> str:
 
 
 Kernels = Literal["auto", "torch", "native"]
-
 
 # Of a whole training step without the kernel, beside one with it.
 COSTS = {
@@ -210,11 +200,8 @@ class _KernelChoice:
 def choose_kernels(kernels: Kernels, device: str = "cpu") -> None:
     """Set the kernels of this process; models read it at each call.
 
-    auto: native kernels where they compile; torch: PyTorch; native: kernels or an error. On CUDA
-    PyTorch computes.
-
-    Raises:
-        ValueError: native kernels cannot be compiled.
+    auto: native kernels where they compile; torch: PyTorch; native: kernels, or a ValueError if
+    they cannot be compiled. On CUDA PyTorch computes.
     """
     _KernelChoice.kernels = kernels
     if device == "cuda" and kernels != "torch":
@@ -238,21 +225,15 @@ def log_refusal(kernel: str, refusal: str) -> None:
 
 def refused_kernels(model: nn.Module) -> list[tuple[str, str]]:
     """Return each operator of a model that its settings leave to PyTorch, and the reason."""
-    refusals = {
-        (module.kernel, refusal)
-        for module in model.modules()
-        if isinstance(module, HasKernel) and (refusal := module.kernel_refusal()) is not None
-    }
-    return sorted(refusals)
+    modules = [module for module in model.modules() if isinstance(module, HasKernel)]
+    refusals = {(module.kernel, module.kernel_refusal()) for module in modules}
+    return sorted((kernel, reason) for kernel, reason in refusals if reason is not None)
 
 
 def prepare_kernels(model: nn.Module, kernels: Kernels, device: str) -> None:
-    """Set the kernels of this process, and compile those of a model before its first step.
+    """Call `choose_kernels`, and compile those of a model before its first step.
 
     A line of the log names each operator whose settings leave it to PyTorch.
-
-    Raises:
-        ValueError: native kernels cannot be compiled.
     """
     choose_kernels(kernels, device)
     if kernels == "torch" or device != "cpu":
@@ -283,7 +264,6 @@ def has_built(tensor: Tensor) -> bool:
 
 @cache
 def _are_built() -> bool:
-    """Load the kernels if they are compiled; else say once what requests pay."""
     if _KernelChoice.are_loaded is None and not (state := build_state()).startswith("compiled"):
         logger.info("requests to models with target attention are slower: kernels are %s", state)
         return False
@@ -291,14 +271,9 @@ def _are_built() -> bool:
 
 
 def rounds_products(device: torch.device) -> bool:
-    """Return whether autocast asks for products of bfloat16 on this device.
-
-    Kernels then round both factors of their matrix products and add in float32.
-    """
-    return (
-        torch.is_autocast_enabled(device.type)
-        and torch.get_autocast_dtype(device.type) == torch.bfloat16
-    )
+    """Return whether autocast asks kernels to round factors of products to bfloat16."""
+    kind = device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
 
 
 def _are_loaded() -> bool:

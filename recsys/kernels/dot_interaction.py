@@ -17,10 +17,7 @@ def native_dot_interaction(
     dense: Tensor,  # [B, D]
     sparse: Tensor | Sequence[Tensor],  # [B, F, D], or F tensors [B, D], read where they are
 ) -> Tensor:  # [B, D + I]
-    """Return the dense vector and the dot products of the pairs (i, j), i < j, by a kernel.
-
-    It computes in float32; the result has the type that PyTorch's operations give.
-    """
+    """Return the dense vector and the dot products of pairs, by a kernel, of PyTorch's type."""
     parts = [sparse] if isinstance(sparse, Tensor) else list(sparse)
     vectors = {f"sparse[{place}]": part for place, part in enumerate(parts)}
     dense32, *sparse32 = as_float32("dot_interaction", dense=dense, **vectors)

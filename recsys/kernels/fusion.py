@@ -6,7 +6,7 @@ Shapes: U unique items, T tokens of an item, Q queries, M modalities, D dimensio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,36 +21,27 @@ _INPUTS = (
 _WEIGHTS_OF_LAYER, _UP = 16, 12  # place of the map from D to the hidden units
 
 
-class AttentionSettings(NamedTuple):
-    """Numbers of all layers."""
-
-    layers: int
-    heads: int  # H, which divides D
-    scale: float  # factor of the dot products
-    dropout: float  # probability, after attention and after the feed-forward network
-
-
 def native_fusion(
     tokens: Tensor,  # [U, T, D]
     mask: Tensor,  # bool [U, T], False for a token that an item lacks
     modality: Tensor,  # int64 [T]
     noise: Tensor,
     weights: Sequence[Tensor],
-    settings: AttentionSettings,
+    layers: int,
+    heads: int,  # H, which divides D
+    scale: float,  # factor of the dot products
+    dropout: float,  # probability, after attention and after the feed-forward network
 ) -> Tensor:  # [U, D]
     """Return one vector per item, of autocast's type or else the widest of tokens and weights.
 
     `noise` has the uniform numbers of the dropouts, one after the other; a number below
-    `settings.dropout` drops. `weights` are `FusionQFormer.weights()`.
+    `dropout` drops. `weights` are `FusionQFormer.weights()`.
     """
     named_weights = {f"weights[{place}]": weight for place, weight in enumerate(weights)}
-    (vectors,) = as_float32("fusion", tokens=tokens)
+    vectors, *parts = as_float32("fusion", tokens=tokens, **named_weights)
     (modalities,) = as_int64("fusion", modality=modality)
-    parts = as_float32("fusion", **named_weights)
-    rounds = rounds_products(tokens.device)
-    fused: Tensor = torch.ops.recsys.fusion(
-        vectors, mask, modalities, noise.float(), parts, *settings, rounds
-    )[0]
+    inputs = vectors, mask, modalities, noise.float(), parts, layers, heads, scale, dropout
+    fused: Tensor = torch.ops.recsys.fusion(*inputs, rounds_products(tokens.device))[0]
     device = tokens.device.type
     if torch.is_autocast_enabled(device):
         return fused.to(torch.get_autocast_dtype(device))  # as its last operation would

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -85,18 +86,17 @@ class Operator:
             values = list(ctx.saved_tensors)
             for size in ctx.list_sizes.values():
                 values[len(values) - size :] = [values[len(values) - size :]]
-            incoming_gradients = [
+            gradients = [
                 like.new_zeros(shape) if gradient is None else gradient
                 for gradient, shape in zip(incoming, ctx.shapes)
             ]
             compute = getattr(torch.ops.recsys, f"{self.name}_backward")
-            computed = compute(*incoming_gradients, *values, *ctx.numbers)
+            computed = compute(*gradients, *values, *ctx.numbers)
             by_name |= dict(zip(self.gradients, computed, strict=True))
             by_name |= {part: like.new_zeros(shape) for part, shape in ctx.zero_shapes.items()}
         return tuple(by_name.get(part) for part in self._kinds())
 
-    def _refuse_second_derivative(self, ctx: Any, *gradients: Any) -> NoReturn:
-        del ctx, gradients
+    def _refuse_second_derivative(self, *_: Any) -> NoReturn:
         raise RuntimeError(
             f"recsys::{self.name} has no second derivative; set kernels to torch, whose operations "
             "have one"
@@ -116,16 +116,13 @@ def row_stride(width: int) -> int:
 
 
 def as_float32(operator: str, **inputs: Tensor) -> list[Tensor]:
-    """Return inputs in float32, in which kernels compute.
+    """Return inputs in float32; of other types than FLOATS they are a ValueError.
 
-    Raises:
-        ValueError: an input is of another type than float32, bfloat16 or float16.
-        RuntimeError: a forward-mode derivative is computed, which would be zero in silence.
+    A forward-mode derivative, which would be zero in silence, is a RuntimeError.
     """
     if is_forward_mode():
-        raise RuntimeError(
-            f"recsys::{operator} has no forward-mode derivative; set kernels to torch"
-        )
+        message = f"recsys::{operator} has no forward-mode derivative; set kernels to torch"
+        raise RuntimeError(message)
     for name, tensor in inputs.items():
         if tensor.dtype not in FLOATS:
             raise ValueError(
@@ -154,10 +151,7 @@ def result_dtype(*inputs: Tensor) -> torch.dtype:
     """Return the type of a result that sums in float32: float32 under autocast, else the widest."""
     if torch.is_autocast_enabled(inputs[0].device.type):
         return torch.float32
-    dtype = inputs[0].dtype
-    for tensor in inputs[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+    return reduce(torch.promote_types, (tensor.dtype for tensor in inputs))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -30,19 +30,15 @@ RESERVED_NAMES = ("loss", "ranking", "contrastive", "query", "item")
 class AuxiliaryInputs:
     """Inputs of an auxiliary loss.
 
-    Attributes:
-        logits: [B, C], of the ranking model.
-        ids: ID vectors of the ranked rows.
-        content: content vectors of the same; its `read_history` is a collective.
-        batch: has `labels` [B, C] (NaN: not known), `rows.loss_weights` [B] (0: padding) and
-            `rows.label_loss_weights` [B, C] or [B, 1].
-        columns: [B] of each extra column that the loss lists; NaN: no value.
+    The batch has `labels` [B, C] (NaN: not known), `rows.loss_weights` [B] (0: padding) and
+    `rows.label_loss_weights` [B, C] or [B, 1].
     """
 
-    logits: Tensor
-    ids: IDVectors
-    content: ContentVectors | None
+    logits: Tensor  # [B, C], of the ranking model
+    ids: IDVectors  # of the ranked rows
+    content: ContentVectors | None  # of the same; its `read_history` is a collective
     batch: Batch
+    # [B] of each extra column that the loss lists; NaN: no value.
     columns: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -61,7 +57,7 @@ class AuxiliaryLosses(nn.Module):
         for name, loss in self.losses.items():
             inputs.columns = {
                 column: cast(Tensor, inputs.batch.rows.extra)[:, self.extra.index(column)]
-                for column in _columns_of(loss)
+                for column in getattr(loss, "columns", ())
             }
             parts[name] = loss(inputs)
         total = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
@@ -113,10 +109,6 @@ class Distillation(nn.Module):
         return (losses * counts).mean() * self.temperature**2
 
 
-def _columns_of(loss: nn.Module) -> tuple[str, ...]:
-    return tuple(getattr(loss, "columns", ()))
-
-
 def build_auxiliary(
     settings: Mapping[str, AuxiliarySettings], schema: Schema
 ) -> AuxiliaryLosses | None:
@@ -127,7 +119,7 @@ def build_auxiliary(
         if name in RESERVED_NAMES or "." in name or hasattr(nn.ModuleDict(), name):
             raise ValueError(f"{where}: a loss cannot have this name; choose another")
         loss = make_part(f"{where}.loss", entry.loss, LOSSES, nn.Module, **entry.options)
-        if unknown := sorted(set(_columns_of(loss)) - set(extra)):
+        if unknown := sorted(set(getattr(loss, "columns", ())) - set(extra)):
             raise ValueError(
                 f"{where}: column '{unknown[0]}' is not of kind extra in schema.yaml, which has "
                 f"{extra}; add it there"

@@ -28,13 +28,12 @@ from recsys.data.negatives import negatives_feature
 from recsys.data.schema import Schema
 from recsys.model.auxiliary import build_auxiliary
 from recsys.model.em3 import EM3, TotalLoss
-from recsys.model.id_vectors import IDVectorReader, RowsPerID
-from recsys.model.input_scaling import InputScaling
+from recsys.model.inputs import IDVectorReader, InputScaling, RowsPerID
 from recsys.model.losses import CodeLoss, ContentIDContrastive, RankingLoss, RetrievalLoss
 from recsys.model.tables import id_dropouts, pooled_features, target_dropout
 from recsys.ranking import RANKING_MODELS
 from recsys.ranking.layers.evidence import NUM_VOTES
-from recsys.ranking.layers.extra_sequences import ExtraSequences
+from recsys.ranking.layers.row_features import ExtraSequences
 from recsys.ranking.neighbours import Neighbours
 from recsys.ranking.settings import NumbersSettings
 from recsys.ranking.vectors import InputDimensions
@@ -44,20 +43,18 @@ def build_em3(
     config: Config,
     schema: Schema,
     tables: list[TableConfig],
-    encoders: dict[str, Encoder],
+    encoders: dict[str, Encoder],  # by modality
     bank: MemoryBank | None,
     device: str = "meta",
-    process_group: dist.ProcessGroup | None = None,
+    process_group: dist.ProcessGroup | None = None,  # ranks that train together; None: one rank
 ) -> EM3:
-    """Build the model, with its tables on `device` (meta: allocated when sharded).
-
-    `encoders` are by modality; `process_group` has the ranks that train together, if several.
-    """
+    """Build the model, with its tables on `device` (meta: allocated when sharded)."""
     content = content_settings(config.content)
     _check_labels(config.ranking, config.best_model_by, schema)
     dims = {table.name: table.embedding_dim for table in tables}
     pooled = pooled_features(config.embedding, schema)
-    further, widths = _build_extra_sequences(config, schema, dims[schema.target_item])
+    further = _build_extra_sequences(config, schema, dims[schema.target_item])
+    widths = further.widths if further is not None else {}
     dimensions = InputDimensions.of(schema, pooled, dims, process_group, widths)
     neighbours = None
     if config.neighbours is not None:
@@ -68,14 +65,9 @@ def build_em3(
     # Built before content and ranking: the order decides which random numbers each part gets.
     losses = _build_losses(config, schema, dims[schema.target_item])
     negatives = negatives_feature(softmax_settings(config.ranking), schema.target_item)
-    id_reader = IDVectorReader(
-        pooled,
-        schema.target_item,
-        schema.history,
-        negatives,
-        id_dropouts(config.embedding, schema),
-        *_rows_of_ids(content, schema),
-    )
+    columns = pooled, schema.target_item, schema.history, negatives
+    dropouts = id_dropouts(config.embedding, schema)
+    id_reader = IDVectorReader(*columns, dropouts, *_rows_of_ids(content, schema))
     return EM3(
         embedding_bags=build_embedding_bag_collection(tables, device),
         embeddings=embeddings,
@@ -130,15 +122,10 @@ def _rows_of_ids(
     return beside, columns[1:]
 
 
-def _build_extra_sequences(
-    config: Config, schema: Schema, dim: int
-) -> tuple[ExtraSequences | None, dict[str, int]]:
+def _build_extra_sequences(config: Config, schema: Schema, dim: int) -> ExtraSequences | None:
     content, further = content_settings(config.content), schema.histories[1:]
-    allowed = [
-        sequence.name
-        for sequence in further
-        if schema.table_of(sequence.name) == schema.target_item
-    ]
+    names = [sequence.name for sequence in further]
+    allowed = [name for name in names if schema.table_of(name) == schema.target_item]
     columns = [] if content is None else content.history.columns
     for name in columns:
         if name not in allowed or columns.count(name) > 1:
@@ -146,10 +133,7 @@ def _build_extra_sequences(
                 f"content.history.columns: '{name}' is named twice or is no further sequence of "
                 f"items of '{schema.target_item}'; these are {allowed}"
             )
-    if not further:
-        return None, {}
-    histories = ExtraSequences(config.ranking, dim, further, content)
-    return histories, histories.widths
+    return ExtraSequences(config.ranking, dim, further, content) if further else None
 
 
 def _build_scaling(ranking: RankingSettings, schema: Schema) -> InputScaling | None:
@@ -172,13 +156,9 @@ def _build_losses(config: Config, schema: Schema, id_dim: int) -> TotalLoss:
     if softmax is not None:
         is_codes = softmax.loss == "codes"
         retrieval = CodeLoss(weights[0]) if is_codes else RetrievalLoss(softmax, weights)
-    return TotalLoss(
-        RankingLoss(weights, schema.label_losses),
-        contrastive,
-        config.contrastive.weight,
-        retrieval,
-        build_auxiliary(config.auxiliary, schema),
-    )
+    ranking = RankingLoss(weights, schema.label_losses)
+    auxiliary = build_auxiliary(config.auxiliary, schema)
+    return TotalLoss(ranking, contrastive, config.contrastive.weight, retrieval, auxiliary)
 
 
 def build_ranking(
@@ -191,6 +171,5 @@ def build_ranking(
             "ranking.exclude_seen leaves out the items of the history, and schema.yaml has no "
             "column of kind sequence, or a bounded vocabulary of items; set exclude_seen to false"
         )
-    return make_part(
-        "ranking.name", settings.name, RANKING_MODELS, nn.Module, settings, dimensions, content
-    )
+    parts = settings, dimensions, content
+    return make_part("ranking.name", settings.name, RANKING_MODELS, nn.Module, *parts)

@@ -18,10 +18,9 @@ from recsys.content.branch import ContentBranch
 from recsys.content.vectors import ContentVectors, ItemRows
 from recsys.data.batch import Batch
 from recsys.model.auxiliary import AuxiliaryInputs, AuxiliaryLosses
-from recsys.model.id_vectors import IDVectorReader
-from recsys.model.input_scaling import InputScaling
+from recsys.model.inputs import IDVectorReader, InputScaling
 from recsys.model.losses import CodeLoss, ContentIDContrastive, RankingLoss, RetrievalLoss
-from recsys.ranking.layers.extra_sequences import ExtraSequences
+from recsys.ranking.layers.row_features import ExtraSequences
 from recsys.ranking.neighbours import BlendedLogits, Neighbours
 from recsys.ranking.vectors import CodeLogits, IDVectors, MemberLogits, TowerVectors
 
@@ -59,12 +58,8 @@ class TotalLoss(nn.Module):
             self._computes = True
 
     def forward(
-        self,
-        scored: Scored,
-        ids: IDVectors,
-        content: ContentVectors | None,
-        batch: Batch,
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        self, scored: Scored, ids: IDVectors, content: ContentVectors | None, batch: Batch
+    ) -> ScoredBatch:
         """Return the loss to minimise [], its parts without gradient, and the logits [B, C].
 
         In evaluation a retrieval model adds `query` and `item` [B, D] of the first label, and
@@ -95,11 +90,8 @@ class TotalLoss(nn.Module):
         content: ContentVectors | None,
         batch: Batch,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if isinstance(self.retrieval, CodeLoss):
-            assert isinstance(scored, CodeLogits)
-            ranking = self.retrieval(scored, batch)
-        elif self.retrieval is not None:
-            if not isinstance(scored, TowerVectors):
+        if self.retrieval is not None:
+            if isinstance(self.retrieval, RetrievalLoss) and not isinstance(scored, TowerVectors):
                 raise ValueError(
                     "ranking.loss is a softmax over items, for which the model of ranking.name has "
                     "to return TowerVectors; set ranking.loss to pointwise"
@@ -109,18 +101,16 @@ class TotalLoss(nn.Module):
             labels, weights = batch.labels, batch.rows.label_loss_weights
             network = scored.network if isinstance(scored, BlendedLogits) else scored
             members = network.members if isinstance(network, MemberLogits) else network
-            ranking = self.ranking(
-                members if isinstance(members, Tensor) else logits, labels, weights
-            )
+            members = members if isinstance(members, Tensor) else logits
+            ranking = self.ranking(members, labels, weights)
             if isinstance(scored, BlendedLogits):
                 for part in (scored.neighbours.regression, scored.neighbours.logits):
                     ranking = ranking + self.ranking(part, labels, weights)
         if self.contrastive is None:
             return ranking, {"loss": ranking}
         assert content is not None
-        contrastive = self.contrastive(
-            content.target, ids.target, batch.target.items, batch.contrastive_weights
-        )
+        items, weights = batch.target.items, batch.contrastive_weights
+        contrastive = self.contrastive(content.target, ids.target, items, weights)
         loss = ranking + self.weight * contrastive
         return loss, {"loss": loss, "ranking": ranking, "contrastive": contrastive}
 
@@ -187,9 +177,8 @@ class EM3(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor, Batch]]:
         """Return the loss [], and its parts, the logits [B, C] and the batch. A collective."""
-        pooled = (
-            self.embedding_bags(batch.sparse_features) if self.embedding_bags is not None else None
-        )
+        bags = self.embedding_bags
+        pooled = bags(batch.sparse_features) if bags is not None else None
         sequences = self.embeddings(batch.sequence_features)
         # Runs before the looked-up vectors are read, so that it overlaps with their communication,
         # and in the backward with that of their gradients.

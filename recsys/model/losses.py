@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,11 +31,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def label_losses(
-    logits: Tensor,  # [..., C]
-    labels: Tensor,  # [..., C]
-    losses: Sequence[str],  # [C]
-) -> Tensor:  # [..., C]
+def label_losses(logits: Tensor, labels: Tensor, losses: Sequence[str]) -> Tensor:  # [..., C]
     """Return the loss of each row and label."""
     if set(losses) == {"bce"}:
         return LOSSES["bce"](logits, labels)
@@ -89,12 +84,10 @@ def published_contrastive(
     content_to_id = torch.einsum("bd,bkd->bk", content, ids[negatives])
     id_to_content = torch.einsum("bd,bkd->bk", ids, content[negatives])
     first = torch.zeros(len(content), dtype=torch.long, device=content.device)
-    losses = [
-        F.cross_entropy(
-            torch.cat([positive, negative], dim=1) / temperature, first, reduction="none"
-        )
-        for negative in (content_to_id, id_to_content)
-    ]
+    losses = []
+    for negative in (content_to_id, id_to_content):
+        logits = torch.cat([positive, negative], dim=1) / temperature
+        losses.append(F.cross_entropy(logits, first, reduction="none"))
     return (losses[0] + losses[1]) / 2
 
 
@@ -108,13 +101,11 @@ def in_batch_contrastive(
     first_row: int,  # this batch is rows [first_row, first_row + B) of the G
     temperature: Tensor | float,
 ) -> Tensor:  # [B]
-    """Compute both directions of cross-entropy against all rows.
-
-    Rows of the same item and padding rows, whose item is -1, are never negatives.
-    """
-    positive = torch.arange(len(items), device=items.device) + first_row  # [B]
+    """Compute both directions of cross-entropy against all rows but those of the item and -1."""
+    rows = torch.arange(len(items), device=items.device)
+    positive = rows + first_row  # [B]
     is_excluded = (items[:, None] == all_items[None, :]) | (all_items == -1)  # [B, G]
-    is_excluded[torch.arange(len(items), device=items.device), positive] = False
+    is_excluded[rows, positive] = False
     content_to_id = content @ all_ids.T / temperature
     if all_content is content and all_ids is ids:
         id_to_content = content_to_id.T  # the same products
@@ -163,31 +154,29 @@ class ContentIDContrastive(nn.Module):
         items = items.masked_fill(row_weights == 0, -1)
         return (self._row_losses(content, ids, items) * row_weights).mean()
 
-    def _row_losses(
-        self, content: Tensor, ids: Tensor, items: Tensor
-    ) -> Tensor:  # [B, D], [B, D], [B] -> [B]
+    def _row_losses(self, content: Tensor, ids: Tensor, items: Tensor) -> Tensor:  # [B]
         settings = self.settings
-        gathers = settings.all_ranks and dist.is_initialized() and dist.get_world_size() > 1
         if settings.normalize:
             content, ids = (F.normalize(side, dim=-1, eps=1e-5) for side in (content, ids))
         if settings.variant == "published":
             rows = len(items)
             negatives = torch.randint(rows, (rows, settings.num_negatives), device=items.device)
             return published_contrastive(content, ids, negatives, self.temperature)
-        everyone: tuple[Any, Any, Any, int] = (content, ids, items, 0)
-        if gathers:
-            # One collective carries both sides; ids of items are exact in float64.
+        everyone = content, ids, items, 0
+        if settings.all_ranks and _has_other_ranks():
             everyone = _gather_sides(content, ids, items)
         return in_batch_contrastive(content, ids, items, *everyone, self.temperature)
 
 
+def _has_other_ranks() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _gather_sides(
-    content: Tensor,  # [B, D]
-    ids: Tensor,  # [B, D]
-    items: Tensor,  # [B]
-) -> tuple[Tensor, Tensor, Tensor, int]:  # [G, D], [G, D], [G], first row
+    content: Tensor, ids: Tensor, items: Tensor
+) -> tuple[Tensor, Tensor, Tensor, int]:  # [B, ...] -> [G, D], [G, D], [G], first row
     sides, first_row = gather_rows_with_gradient(torch.cat([content, ids], dim=1))
-    with torch.no_grad():
+    with torch.no_grad():  # in float64 an id is exact
         all_items, _ = gather_rows_with_gradient(items.to(torch.float64).unsqueeze(1))
     width = content.shape[1]
     return sides[:, :width], sides[:, width:], all_items[:, 0].to(items.dtype), first_row
@@ -230,12 +219,11 @@ class RetrievalLoss(nn.Module):
         target_items = batch.target.items.masked_fill(batch.rows.loss_weights == 0, PADDING)
         own_log_q = batch.target.log_q
         assert own_log_q is not None
-        if self.in_batch:
-            vectors, items, log_q = towers.item, target_items, own_log_q
-        else:
+        candidates = towers.item, target_items, own_log_q
+        if not self.in_batch:
             assert towers.negatives is not None and batch.negatives is not None
-            vectors, items, log_q = towers.negatives, batch.negatives.items, batch.negatives.log_q
-        vectors, items, log_q = self._candidates(vectors, items, log_q)
+            candidates = towers.negatives, batch.negatives.items, batch.negatives.log_q
+        vectors, items, log_q = self._candidates(*candidates)
         is_no_negative = (items == batch.target.items.unsqueeze(1)) | (items == PADDING)  # [B, K]
         if self.exclude_seen:
             is_no_negative |= in_history(batch, items)
@@ -250,13 +238,10 @@ class RetrievalLoss(nn.Module):
         return ((torch.stack(losses, dim=1) * counts).mean(0) * self.weights).sum()
 
     def _candidates(
-        self,
-        vectors: Tensor,  # [B or S, D]
-        items: Tensor,  # [B or S]
-        log_q: Tensor,  # [B or S]
-    ) -> tuple[Tensor, Tensor, Tensor]:  # [K, D], [K], [K]
+        self, vectors: Tensor, items: Tensor, log_q: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:  # [B or S, D], [B or S], [B or S] -> [K, D], [K], [K]
         """Return vectors, items and log Q of the candidates; a collective if `all_ranks` is on."""
-        if not self.all_ranks or not dist.is_initialized() or dist.get_world_size() == 1:
+        if not self.all_ranks or not _has_other_ranks():
             return vectors, items, log_q
         vectors, _ = gather_rows_with_gradient(vectors.contiguous())
         with torch.no_grad():  # in float64 an id is exact
@@ -266,10 +251,7 @@ class RetrievalLoss(nn.Module):
 
 
 class CodeLoss(nn.Module):
-    """Weight times the mean over all rows of the positive rows' cross-entropy of an item's codes.
-
-    Rows whose item has no codes have loss 0.
-    """
+    """Weight times the mean over all rows of the cross-entropy of positive rows' codes, if any."""
 
     def __init__(self, weight: float) -> None:
         super().__init__()

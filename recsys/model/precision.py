@@ -53,9 +53,8 @@ class InFloat32(nn.Module):
 
 def dense_parts(em3: EM3) -> dict[str, nn.Module]:
     """Return the parts that compute in the chosen precision, by name in the model."""
-    parts: dict[str, nn.Module] = {}
-    if em3.content is not None:
-        parts |= {f"content.{name}": part for name, part in content_parts(em3.content).items()}
+    content = {} if em3.content is None else content_parts(em3.content)
+    parts = {f"content.{name}": part for name, part in content.items()}
     if em3.further_histories is not None:
         parts["further_histories"] = em3.further_histories
     return parts | {"ranking": em3.ranking}

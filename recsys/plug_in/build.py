@@ -14,7 +14,7 @@ from torchrec.models.dlrm import DLRM, DLRMTrain
 
 from recsys.content.branch import ContentBranch
 from recsys.content.build import build_content
-from recsys.content.projection_start import start_projections
+from recsys.content.item_vectors import start_projections
 from recsys.distributed.ranks import Ranks
 from recsys.plug_in.batches import ItemContent
 from recsys.plug_in.model import DLRMWithContent, DLRMWithContentTrain, require_dlrm

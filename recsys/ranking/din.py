@@ -18,7 +18,7 @@ from recsys.data.batch import Batch
 from recsys.ranking.layers.heads import multilayer_perceptron, ranking_head
 from recsys.ranking.layers.row_features import AttendedFeatures
 from recsys.ranking.settings import DinDcnSettings, DinSettings, MmoeSettings
-from recsys.ranking.vectors import IDVectors, InputDimensions, MemberLogits
+from recsys.ranking.vectors import IDVectors, InputDimensions, Logits
 
 
 class Din(AttendedFeatures):
@@ -32,9 +32,7 @@ class Din(AttendedFeatures):
         super().__init__(settings, dimensions, content)
         self.mlp = ranking_head(self.feature_dim, settings, dimensions.num_labels)
 
-    def forward(
-        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor | MemberLogits:  # [B, C]
+    def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Logits:
         return self.mlp(self.attended(ids, content, batch))
 
 
@@ -52,9 +50,7 @@ class DinDcn(AttendedFeatures):
         # The cross network has mixed all inputs: a dropped unit is never the only copy of one.
         self.mlp = ranking_head(width, settings, dimensions.num_labels, drops_inputs=True)
 
-    def forward(
-        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor | MemberLogits:  # [B, C]
+    def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Logits:
         return self.mlp(self.cross(self.attended(ids, content, batch)))
 
 
@@ -80,9 +76,9 @@ class Mmoe(AttendedFeatures):
         self.dropout = Dropout(settings.dropout)
         self.experts = nn.Linear(width, self.num_experts * units)
         self.gates = nn.Linear(width, self.num_labels * self.num_experts, bias=False)
-        self.towers = nn.ModuleList(
-            multilayer_perceptron(units, settings, 1, tower_units) for _ in range(self.num_labels)
-        )
+        tower = units, tower_units, settings.dropout, 1
+        towers = (multilayer_perceptron(*tower) for _ in range(self.num_labels))
+        self.towers = nn.ModuleList(towers)
 
     def mixtures(self, features: Tensor) -> Tensor:  # [B, W] -> [B, C, H]
         experts = self.dropout(torch.relu(self.experts(features)))
@@ -90,9 +86,7 @@ class Mmoe(AttendedFeatures):
         gates = self.gates(features).unflatten(1, (self.num_labels, self.num_experts))
         return gates.softmax(dim=2) @ experts
 
-    def forward(
-        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor:  # [B, C]
+    def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Tensor:
         mixtures = self.mixtures(self.attended(ids, content, batch)).unbind(dim=1)
         logits = [tower(mixture) for tower, mixture in zip(self.towers, mixtures)]
         return torch.cat(logits, dim=1)

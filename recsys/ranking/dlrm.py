@@ -67,16 +67,21 @@ class DotInteraction(InteractionArch):
         parts = sparse_features if isinstance(sparse_features, list) else [sparse_features]
         if has_native(dense_features, *parts):
             return native_dot_interaction(dense_features, sparse_features)
-        sparse = (
-            torch.stack(sparse_features, dim=1)
-            if isinstance(sparse_features, list)
-            else sparse_features
-        )
-        return dot_interaction(dense_features, sparse, self.places)
+        if isinstance(sparse_features, list):
+            sparse_features = torch.stack(sparse_features, dim=1)
+        return dot_interaction(dense_features, sparse_features, self.places)
 
     def kernel_refusal(self) -> str | None:
-        """Return None: a kernel computes any number of vectors."""
-        return None
+        return None  # a kernel computes any number of vectors
+
+
+class CrossInteraction(InteractionDCNArch):
+    """TorchRec's `InteractionDCNArch`, also of F tensors [B, D]."""
+
+    def forward(self, dense_features: Tensor, sparse_features: Tensor | list[Tensor]) -> Tensor:
+        if isinstance(sparse_features, list):
+            sparse_features = torch.stack(sparse_features, dim=1)
+        return super().forward(dense_features, sparse_features)
 
 
 class Dlrm(nn.Module):
@@ -98,29 +103,20 @@ class Dlrm(nn.Module):
         self.dense_arch = DenseArch(numbers, [*settings.dense_units, dim]) if numbers else None
         self.inter_arch, width = self.interaction(self.fields.num_interacting, dim, settings)
         self.dropout = Dropout(settings.dropout)
-        self.over_arch = OverArch(
-            width + self.fields.num_similarities, [*settings.mlp_units, dimensions.num_labels]
-        )
+        units = [*settings.mlp_units, dimensions.num_labels]
+        self.over_arch = OverArch(width + self.fields.num_similarities, units)
 
     def interaction(
         self, num_fields: int, dim: int, settings: DlrmSettings
     ) -> tuple[nn.Module, int]:
         return DotInteraction(num_fields), dim + math.comb(num_fields + 1, 2)
 
-    def forward(
-        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor:  # [B, C]
+    def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Tensor:
         fields = self.fields(ids, content, batch)
-        dense, sparse = fields.dense_and_sparse(self.dense_arch)
-        top = self.dropout(self.interact(dense, sparse))
+        top = self.dropout(self.inter_arch(*fields.dense_and_sparse(self.dense_arch)))
         if fields.similarities.shape[1]:  # else a copy of the model's widest tensor, [B, pairs]
             top = torch.cat([top, fields.similarities], dim=1)
         return self.over_arch(top)
-
-    def interact(self, dense: Tensor, sparse: list[Tensor]) -> Tensor:
-        """Return the interactions of the dense vector [B, D] and F fields [B, D]."""
-        interactions: Tensor = self.inter_arch(dense, sparse)
-        return interactions
 
 
 class DlrmDcn(Dlrm):
@@ -134,11 +130,7 @@ class DlrmDcn(Dlrm):
         assert isinstance(settings, DlrmDcnSettings)
         width = (num_fields + 1) * dim
         cross = LowRankCrossNet(width, settings.cross_layers, settings.cross_rank)
-        return InteractionDCNArch(num_fields, cross), width
-
-    def interact(self, dense: Tensor, sparse: list[Tensor]) -> Tensor:
-        interactions: Tensor = self.inter_arch(dense, torch.stack(sparse, dim=1))
-        return interactions
+        return CrossInteraction(num_fields, cross), width
 
 
 class DeepFM(nn.Module):
@@ -166,9 +158,7 @@ class DeepFM(nn.Module):
         self.factorization_machine = FactorizationMachine()
         self.top = nn.Linear(dim + width + 1, dimensions.num_labels)
 
-    def forward(
-        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor:  # [B, C]
+    def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Tensor:
         fields = self.fields(ids, content, batch)
         dense, sparse = fields.dense_and_sparse(self.dense_arch)
         vectors = [dense, *sparse]

@@ -3,23 +3,134 @@
 As in TIGER (arXiv 2305.05065): the codes are `recsys semantic-ids` of trained content, a last code
 tells items apart that share them, and a beam search over the trie of items that exist finds the
 best. The decoder reads the state of the user tower, once for all beams, and the codes so far.
-Shapes: B batch, I items, L levels, T = L + 1 codes of an item with the last one, D width.
+A row of the table of codes has an item's L codes, the last code and, behind them, how many items
+share the L codes: the last code is one of so many, so that a new item that shares its codes with
+none has no unlikely code.
+Shapes: B batch, I items, L levels, T = L + 1 codes of an item with the last one, C codes, D width,
+H heads, Q queries, K results of each, N nodes or beams.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
-from recsys.ranking.layers.code_decoder import CodeDecoder
-from recsys.ranking.layers.code_trie import table_of
-from recsys.ranking.settings import GenerativeSettings
+from recsys.ranking.layers.causal_layers import TransformerLayer
+from recsys.ranking.settings import EncoderSettings, GenerativeSettings
 from recsys.ranking.two_tower import QueryTower
 from recsys.ranking.vectors import CodeLogits, IDVectors, InputDimensions
+
+MOST_BEAMS = 4096  # of the queries that are searched together
+KeysAndValues = tuple[Tensor, Tensor]  # [N, H, tokens, D / H] each
+
+
+class DecoderLayer(TransformerLayer):
+    """A causal layer over the few tokens of each row, which may go on from earlier ones."""
+
+    def forward(
+        self, states: Tensor, past: KeysAndValues | None = None
+    ) -> tuple[Tensor, KeysAndValues]:  # [N, tokens, D]; one token if there is a past
+        kvq = self.kvq(self.norm(states)).unflatten(2, (3, self.heads, -1))
+        keys, values, queries = kvq.permute(2, 0, 3, 1, 4)
+        if past is not None:
+            keys = torch.cat([past[0], keys], dim=2)
+            values = torch.cat([past[1], values], dim=2)
+        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=past is None)
+        return self._fed_forward(states, attended.transpose(1, 2).flatten(2)), (keys, values)
+
+
+@dataclass
+class Beam:
+    """Tokens to decode next [N, 1, D], and keys and values of those before, by layer."""
+
+    tokens: Tensor
+    past: list[KeysAndValues]
+
+
+class CodeDecoder(nn.Module):
+    """The user's state and the codes so far -> log-probabilities of the next code."""
+
+    def __init__(self, dim: int, heads: int, layers: int, levels: int, codes: int) -> None:
+        super().__init__()
+        settings = EncoderSettings(sequence_dim=dim, sequence_heads=heads)
+        self.num_levels = levels + 1
+        self.codes = nn.Parameter(torch.randn(levels + 1, codes, dim) * dim**-0.5)
+        self.places = nn.Parameter(torch.zeros(levels + 1, dim))
+        self.layers = nn.ModuleList(DecoderLayer(settings, False) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, states: Tensor, table: Tensor) -> Tensor:  # [B, D], int64 [B, T + 1] -> [B]
+        """Return the log-probability of an item's codes, in one pass: the reference of `step`."""
+        codes, sizes = table[:, :-1], table[:, -1]
+        read = [self.codes[level][codes[:, level]] for level in range(self.num_levels - 1)]
+        tokens = torch.stack([states, *read], dim=1) + self.places
+        for layer in self.layers:
+            tokens, _ = layer(tokens)
+        levels = range(self.num_levels)
+        log_probs = [self._log_probs(tokens[:, level], level, sizes) for level in levels]
+        item_log_probs = torch.stack(log_probs, dim=1).gather(2, codes.unsqueeze(2))  # [B, T, 1]
+        return item_log_probs.sum(dim=(1, 2))
+
+    def start(self, states: Tensor) -> Beam:  # [N, D]
+        return Beam((states + self.places[0]).unsqueeze(1), [])
+
+    def step(
+        self, beam: Beam, level: int, sizes: Tensor | None = None
+    ) -> tuple[Tensor, list[KeysAndValues]]:  # [N, C]
+        """Return the log-probabilities of the next code, and what later steps read of this one.
+
+        At the last level `sizes` [N] are the numbers of items that share the codes so far.
+        """
+        tokens, cache = beam.tokens, []
+        for place, layer in enumerate(self.layers):
+            tokens, keys_and_values = layer(tokens, beam.past[place] if beam.past else None)
+            cache.append(keys_and_values)
+        return self._log_probs(tokens[:, 0], level, sizes), cache
+
+    def follow(
+        self, cache: list[KeysAndValues], parents: Tensor, level: int, codes: Tensor
+    ) -> Beam:  # int64 [N], int64 [N]
+        """Return the beam of new codes, each behind the tokens of its parent."""
+        tokens = self.codes[level][codes] + self.places[level + 1]
+        past = [(keys[parents], values[parents]) for keys, values in cache]
+        return Beam(tokens.unsqueeze(1), past)
+
+    def _log_probs(self, tokens: Tensor, level: int, sizes: Tensor | None) -> Tensor:  # [N, D]
+        logits = (self.norm(tokens) @ self.codes[level].T).float()
+        if level == self.num_levels - 1:
+            assert sizes is not None
+            last_codes = torch.arange(logits.shape[1], device=logits.device)
+            is_code = last_codes < sizes.clamp(min=1)[:, None]
+            logits = logits.masked_fill(~is_code, -torch.inf)
+        return logits.log_softmax(dim=1)
+
+
+def add_codes(table: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Append items with codes [N, L] to a table of codes [I, L + 2], whose last codes stay."""
+    every = np.concatenate([table[:, :-2], codes])
+    group = np.unique(every, axis=0, return_inverse=True)[1].reshape(-1)
+    old_groups, new_groups = group[: len(table)], group[len(table) :]
+    sizes = np.zeros(group.max(initial=-1) + 1, np.int64)
+    sizes[old_groups] = table[:, -1]
+    order = np.argsort(new_groups, kind="stable")
+    places = np.arange(len(new_groups)) - np.searchsorted(new_groups[order], new_groups[order])
+    last = np.empty(len(new_groups), np.int64)
+    last[order] = sizes[new_groups[order]] + places
+    np.add.at(sizes, new_groups, 1)
+    last = np.concatenate([table[:, -2], last])
+    return np.column_stack([every, last, sizes[group]])
+
+
+def table_of(codes: np.ndarray) -> np.ndarray:  # int64 [I, L] -> int64 [I, L + 2]
+    """Return the table of items with these codes, numbered in their order where these are equal."""
+    return add_codes(np.zeros((0, codes.shape[1] + 2), np.int64), codes)
 
 
 class Generative(QueryTower):
@@ -34,18 +145,17 @@ class Generative(QueryTower):
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:
-        super().__init__(settings, dimensions, content, settings.sequence_dim)
+        levels, codes, dim = settings.code_levels, settings.num_codes, settings.sequence_dim
+        super().__init__(settings, dimensions, content, dim)
         if dimensions.num_labels != 1 or not dimensions.num_items:
             raise ValueError(
                 "generative writes the codes of the next item, from one label and items that do "
                 f"not change in training; schema.yaml has {dimensions.num_labels} labels and "
                 f"{dimensions.num_items or 'a bounded vocabulary of'} items"
             )
-        levels, codes = settings.code_levels, settings.num_codes
         self.num_codes = codes
-        self.decoder = CodeDecoder(
-            settings.sequence_dim, settings.sequence_heads, settings.decoder_layers, levels, codes
-        )
+        layers, heads = settings.decoder_layers, settings.sequence_heads
+        self.decoder = CodeDecoder(dim, heads, layers, levels, codes)
         rows = np.arange(dimensions.num_items)
         digits = rows[:, None] // codes ** np.arange(levels) % codes  # until `set_codes`
         self.register_buffer("table", torch.zeros(len(rows), levels + 2, dtype=torch.int64))
@@ -54,8 +164,7 @@ class Generative(QueryTower):
     def set_codes(self, rows: np.ndarray, codes: np.ndarray) -> None:  # int64 [I], int64 [I, L]
         """Set the codes of the items in these rows of the item table; others get none.
 
-        Raises:
-            ValueError: the codes are not those of the settings, or too many items share theirs.
+        Codes other than those of the settings, or that too many items share, are a ValueError.
         """
         levels = self.decoder.num_levels - 1
         if codes.shape[1] != levels or codes.max(initial=0) >= self.num_codes:
@@ -81,3 +190,85 @@ class Generative(QueryTower):
         has_codes = (table[:, -1] > 0) & (items == batch.target.items)
         log_probs = self.decoder(states, table.clamp(min=0))
         return CodeLogits(states.unsqueeze(1), log_probs, has_codes)
+
+
+class CodeTrie:
+    """Beginnings of the codes of items; nodes of a level are in ascending order of their codes.
+
+    `table` [I, L + 2] has different rows. `first[level][node]` is the first child of a node, whose
+    others follow; `codes[level]` are the codes of the nodes below.
+    """
+
+    def __init__(self, table: np.ndarray) -> None:
+        self.table, paths = table, table[:, :-1]
+        order = np.lexsort(paths.T[::-1])
+        paths = paths[order]
+        self.items = torch.from_numpy(order)  # of each leaf
+        self.first: list[Tensor] = []
+        self.codes: list[Tensor] = []
+        starts = np.arange(min(len(paths), 1))  # the first leaf of each node of a level
+        is_new = np.arange(len(paths)) == 0
+        for column in paths.T:
+            is_new = is_new | np.append(True, column[1:] != column[:-1])[: len(paths)]
+            below = np.flatnonzero(is_new)
+            ends = np.append(np.searchsorted(below, starts), len(below))
+            self.first.append(torch.from_numpy(ends))
+            self.codes.append(torch.from_numpy(column[below]))
+            starts = below
+        shares = np.flatnonzero(np.append(True, (paths[1:, :-1] != paths[:-1, :-1]).any(axis=1)))
+        self.sizes = torch.from_numpy(table[order[shares[: len(paths)]], -1])  # of the last parents
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def children(self, level: int, nodes: Tensor) -> tuple[Tensor, Tensor]:  # [N] -> [M], [M]
+        """Return the children of all nodes, and for each the place of its parent in `nodes`."""
+        first, end = self.first[level][nodes], self.first[level][nodes + 1]
+        parents = torch.repeat_interleave(torch.arange(len(nodes)), end - first)
+        offsets = (end - first).cumsum(0) - (end - first)
+        return first[parents] + torch.arange(len(parents)) - offsets[parents], parents
+
+
+@torch.no_grad()
+def beam_search(
+    decoder: CodeDecoder,
+    trie: CodeTrie,
+    states: Tensor,  # [Q, D]
+    width: int,
+    is_seen: Tensor | None = None,  # bool [Q, I], items that are no results
+) -> tuple[Tensor, Tensor]:  # float32 [Q, K], int64 [Q, K]
+    """Return the log-probabilities and places of the `width` best items; -1: none found.
+
+    Each level goes on with the `width` best beginnings. With as many as items, it misses none.
+    """
+    rows = torch.arange(len(states) if len(trie) else 0)
+    nodes, scores = torch.zeros_like(rows), states.new_zeros(len(rows))
+    beam = decoder.start(states[: len(rows)])
+    for level in range(decoder.num_levels):
+        sizes = trie.sizes[nodes] if level == decoder.num_levels - 1 else None
+        log_probs, cache = decoder.step(beam, level, sizes)
+        nodes, parents = trie.children(level, nodes)
+        codes = trie.codes[level][nodes]
+        scores, rows = scores[parents] + log_probs[parents, codes], rows[parents]
+        if is_seen is not None and level == decoder.num_levels - 1:
+            is_left = ~is_seen[rows, trie.items[nodes]]
+            parts = nodes, parents, scores, rows
+            nodes, parents, scores, rows = (part[is_left] for part in parts)
+        best, places = _best(scores, rows, width)
+        nodes, parents, scores, rows = (part[best] for part in (nodes, parents, scores, rows))
+        if level < decoder.num_levels - 1:
+            beam = decoder.follow(cache, parents, level, trie.codes[level][nodes])
+    items = torch.full((len(states), width), -1)
+    highest = torch.full((len(states), width), -torch.inf)
+    if len(rows):
+        items[rows, places], highest[rows, places] = trie.items[nodes], scores.float()
+    return highest, items
+
+
+def _best(scores: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:  # [N], [N]
+    """Return which of the beams are among the best of their row, best first, and at what place."""
+    order = scores.argsort(descending=True, stable=True)
+    order = order[rows[order].argsort(stable=True)]
+    ascending = rows[order]
+    places = torch.arange(len(order)) - torch.searchsorted(ascending, ascending)
+    return order[places < width], places[places < width]

@@ -4,10 +4,8 @@ Kernel regression: a user's values deviate from his mean and the items' means by
 with z an item's vector and w normal, so that w has a closed form in which similar items of a
 history are not counted twice (Rasmussen and Williams 2006, equation 2.11). z joins factors of the
 items' co-occurrence with a trained map of their content, which new items have, too.
-
 Votes: means of the values, weighted by similarity (item-based collaborative filtering, Sarwar et
 al. 2001), for each of several similarities: by users, by values, and by each modality's content.
-
 Shapes: B batch, R rows with a history of their own (B, or 1 if all rows share one), K targets of
 such a row (1, or B if all rows share one), L longest history, U unique history items, N history
 items of the batch, I items, D width of a vector, Z width of the joined z, F folds of users,
@@ -28,9 +26,8 @@ from recsys.config import ContentSettings, NeighbourSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
-from recsys.ranking.layers.evidence import LATEST, EvidenceNetwork
-from recsys.ranking.layers.ridge import RidgePredictions
-from recsys.ranking.vectors import InputDimensions, MemberLogits
+from recsys.ranking.layers.evidence import LATEST, EvidenceNetwork, RidgePredictions
+from recsys.ranking.vectors import InputDimensions, Logits
 
 FOLDS = 5  # of users, by id: a row in training reads statistics of the users of other folds
 PRIOR_VALUES = 5.0  # values of mean 0 that every mean of deviations begins with
@@ -46,35 +43,22 @@ NUM_BLENDED = 4
 
 @dataclass
 class NeighbourEvidence:
-    """The output of `Neighbours` for a batch.
+    """The output of `Neighbours` for a batch."""
 
-    batch: with votes among its dense features.
-    evidence: [B, E], the columns of `layers.evidence.EVIDENCE`, without gradient.
-    regression, logits: [B, C], of the evidence alone: of a linear map, and of an MLP beside it.
-    """
-
-    batch: Batch
-    evidence: Tensor
-    regression: Tensor
-    logits: Tensor
+    batch: Batch  # with votes among its dense features
+    evidence: Tensor  # [B, E], the columns of `layers.evidence.EVIDENCE`, without gradient
+    regression: Tensor  # [B, C], of the evidence alone, by a linear map
+    logits: Tensor  # [B, C], with an MLP beside it
 
 
 @dataclass
 class BlendedLogits:
-    """Logits of the ranking model and of the evidence, and their blend.
+    """Logits of the ranking model and of the evidence, and their blend."""
 
-    network: of the ranking model, [B, C], or of its members in training.
-    neighbours: evidence, and its own logits.
-    logits: [B, C], blended.
-    """
-
-    network: Tensor | MemberLogits
+    network: Logits  # [B, C], of the ranking model, or of its members in training
+    network_logits: Tensor  # [B, C], the same or the members' mean
     neighbours: NeighbourEvidence
-    logits: Tensor
-
-    @property
-    def network_logits(self) -> Tensor:  # [B, C]
-        return self.network if isinstance(self.network, Tensor) else self.network.logits
+    logits: Tensor  # [B, C], blended
 
 
 class Blend(nn.Module):
@@ -94,19 +78,14 @@ class Blend(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", torch.zeros(num_labels))
 
-    def forward(
-        self, scored: Tensor | MemberLogits, neighbours: NeighbourEvidence
-    ) -> BlendedLogits:
+    def forward(self, scored: Logits, neighbours: NeighbourEvidence) -> BlendedLogits:
         network = scored if isinstance(scored, Tensor) else scored.logits
         logits = self.logits(network.float(), neighbours.logits.float(), neighbours.evidence)
-        return BlendedLogits(scored, neighbours, logits)
+        return BlendedLogits(scored, network, neighbours, logits)
 
     def logits(
-        self,
-        network: Tensor,  # [B, C]
-        evidence_logits: Tensor,  # [B, C]
-        evidence: Tensor,  # [B, E]
-    ) -> Tensor:  # [B, C]
+        self, network: Tensor, evidence_logits: Tensor, evidence: Tensor
+    ) -> Tensor:  # [B, C], [B, C], [B, E] -> [B, C]
         models = network * self.weight[:, 0] + evidence_logits * self.weight[:, 1]
         return models + evidence[:, :NUM_BLENDED] @ self.weight[:, 2:].T + self.bias
 
@@ -163,12 +142,9 @@ class Neighbours(nn.Module):
         self,
         content: ContentVectors | None,
         batch: Batch,
-        newness: Tensor | None = None,  # [B], of [0, 1)
+        newness: Tensor | None = None,  # [B], of [0, 1); new are targets below `dropout`
     ) -> NeighbourEvidence:
-        """Return evidence and votes of each row. A collective in training, and with content.
-
-        Targets whose newness is below `dropout` count as new.
-        """
+        """Return evidence and votes of each row. A collective in training, and with content."""
         targets, fold = batch.target.items, torch.full_like(batch.target.items, FOLDS)
         if self.training:
             fold = batch.rows.groups.remainder(FOLDS)
@@ -187,16 +163,12 @@ class Neighbours(nn.Module):
         return NeighbourEvidence(batch, evidence.detach(), regression, logits)
 
     def _read(
-        self,
-        batch: Batch,
-        content: _Content | None,
-        targets: Tensor,  # int64 [B]
-        fold: Tensor,  # int64 [B]
-        block: _Block,
+        self, batch: Batch, content: _Content | None, targets: Tensor, fold: Tensor, block: _Block
     ) -> tuple[Tensor, Tensor, Tensor]:  # [B, E], [B, S, NUM_VOTES], [B, W * P]
-        """Return evidence, votes and means of lists of a block of rows."""
         targets, fold = block.take(targets), block.take(fold)
-        content = None if content is None else content.of_block(block)
+        if content is not None:
+            unit_target = block.take(content.unit_target, dim=1)
+            content = replace(content, target=block.take(content.target), unit_target=unit_target)
         history, target_rows = self._history(batch, fold, block), self._rows_of(targets, fold)
         vectors = self._item_vectors(history.rows, target_rows)
         mean, variance = self._regression(content, history, vectors)
@@ -211,10 +183,6 @@ class Neighbours(nn.Module):
         return _Rows(items.clamp(max=last) * (FOLDS + 1) + fold, (items <= last).float())
 
     def _history(self, batch: Batch, fold: Tensor, block: _Block) -> _History:
-        """Return the histories of a block, padded, with values less the user's mean.
-
-        Deviations are in standard deviations of all values.
-        """
         mask, length = block.mask, block.mask.sum(dim=1)
         numbers = batch.history.recorded_values[block.places] * mask.unsqueeze(2)
         user_mean, deviations = torch.zeros_like(length), mask
@@ -231,10 +199,7 @@ class Neighbours(nn.Module):
         return _History(block, rows, age, weights, numbers, deviations, length, user_mean)
 
     def _item_vectors(self, past_rows: _Rows, target_rows: _Rows) -> list[_Vectors]:
-        """Return the vectors by co-occurrence and, with values, by taste.
-
-        Those of taste stay in half precision in training: votes need no more, and they are many.
-        """
+        """Return the vectors by co-occurrence and, with values, by taste: in training as halves."""
         buffers = [self.cooccurrence] + ([] if self.column is None else [self.taste])
         kinds = [buffer.dtype if self.training else torch.float32 for buffer in buffers]
         return [
@@ -245,11 +210,11 @@ class Neighbours(nn.Module):
     def _regression(
         self, content: _Content | None, history: _History, vectors: list[_Vectors]
     ) -> tuple[Tensor, Tensor]:  # [B], [B]
-        """Return mean and variance of the target's deviation."""
         item_mean, _ = self._item_means(history.rows)
         residuals = (history.deviations - item_mean) * history.block.mask
         shares, dim = self.log_shares.exp(), self.cooccurrence.shape[2]
-        parts = [(share, part.leading(dim)) for share, part in zip(shares[::2], vectors)]
+        leading = [_Vectors(v.target[:, :dim].float(), v.past[..., :dim].float()) for v in vectors]
+        parts = list(zip(shares[::2], leading))
         fixed = torch.cat([part.past for _, part in parts], dim=2)
         past = fixed[:, :, :0]
         # Kernels of a target [B], and of a history's items [R, L], with themselves.
@@ -268,7 +233,7 @@ class Neighbours(nn.Module):
             (shares.sum() - part).clamp(min=0) for part in (past_kernel, target_kernel)
         )
         precisions = history.weights / (self.log_noise.exp() + own_variance)
-        columns = history.columns(target)
+        columns = target.T.unsqueeze(0) if history.block.is_shared else target.unsqueeze(2)
         ridge = RidgePredictions(fixed, past, residuals, precisions, columns, prior)
         mean, variance = ridge.fast() if self.training else ridge.exact()
         return mean, variance + target_variance
@@ -277,11 +242,10 @@ class Neighbours(nn.Module):
     def _votes(
         self, content: _Content | None, history: _History, vectors: list[_Vectors]
     ) -> Tensor:  # [B, S, NUM_VOTES]
-        """Return what the items of the history say of the target by each similarity.
+        """Return what the history says of the target by each similarity, that of `taste` first.
 
-        First the similarity by values, or by users without values. The numbers are means of the
-        values by the powers 1, 2 and 4 of similarity, their sum by similarity, and the logarithm of
-        1 + sum of similarities.
+        Means of the values by the powers 1, 2 and 4 of similarity, their sum by similarity, and the
+        logarithm of 1 + sum of similarities.
         """
         similarity = self._similarities(content, history.block, vectors)  # [R, S, K, L]
         deviations = history.deviations * history.weights
@@ -304,7 +268,6 @@ class Neighbours(nn.Module):
     def _similarities(
         self, content: _Content | None, block: _Block, vectors: list[_Vectors]
     ) -> Tensor:  # [R, S, K, L]
-        """Return similarities of the targets to the items of their histories, 0 for padding."""
         if block.is_shared:  # each place holds an item
             similarity = torch.stack([v.target @ v.past[0].T for v in reversed(vectors)]).float()
             if content is not None:
@@ -321,46 +284,33 @@ class Neighbours(nn.Module):
 
     def _item_means(self, rows: _Rows) -> tuple[Tensor, Tensor]:
         """Return the mean deviation and the number of values of items, without a fold's users."""
-        sums, counts = (
-            rows.gather(part.unsqueeze(2)).squeeze(-1)
-            for part in (self.value_sums, self.value_counts)
-        )
+        parts = self.value_sums, self.value_counts
+        sums, counts = (rows.gather(part.unsqueeze(2)).squeeze(-1) for part in parts)
         return sums / (counts + PRIOR_VALUES), counts
 
 
 @dataclass
 class _Block:
-    """Rows of a batch that are computed together.
+    """Rows of a batch that are computed together."""
 
-    rows: int64 [B], of the batch, or None for all rows in their order.
-    places: int64 [R, L], of the items of their histories among all N, padded with 0.
-    index: int64 [R, L], of the same among the batch's unique items.
-    mask: [R, L], 1 for each item.
-    is_shared: whether all rows of the batch have one history.
-    """
-
-    rows: Tensor | None
-    places: Tensor
-    index: Tensor
-    mask: Tensor
-    is_shared: bool
+    rows: Tensor | None  # int64 [B], of the batch, or None for all rows in their order
+    places: Tensor  # int64 [R, L], of the items of their histories among all N, padded with 0
+    index: Tensor  # int64 [R, L], of the same among the batch's unique items
+    mask: Tensor  # [R, L], 1 for each item
+    is_shared: bool  # whether all rows of the batch have one history
 
     def take(self, values: Tensor, dim: int = 0) -> Tensor:
-        """Return the values of the block's rows."""
         return values if self.rows is None else values.index_select(dim, self.rows)
 
 
 @dataclass
 class _Content:
-    """Vectors of content: mapped from all modalities, and each modality's, of length 1.
+    """Vectors of content: mapped from all modalities, and each modality's, of length 1."""
 
-    target, past: [B, D] and [U, D]; unit_target, unit_past: [M, B, D] and [M, U, D].
-    """
-
-    target: Tensor
-    past: Tensor
-    unit_target: Tensor
-    unit_past: Tensor
+    target: Tensor  # [B, D]
+    past: Tensor  # [U, D]
+    unit_target: Tensor  # [M, B, D]
+    unit_past: Tensor  # [M, U, D]
 
     @staticmethod
     def of(content: ContentVectors, content_map: nn.Linear) -> _Content:
@@ -369,24 +319,15 @@ class _Content:
         units = (normalize(part.detach(), dim=-1).transpose(0, 1).contiguous() for part in parts)
         return _Content(*(content_map(part.flatten(1)) for part in parts), *units)
 
-    def of_block(self, block: _Block) -> _Content:
-        target, unit_target = block.take(self.target), block.take(self.unit_target, dim=1)
-        return replace(self, target=target, unit_target=unit_target)
-
 
 @dataclass
 class _Rows:
-    """Rows of items in statistics [I, F + 1, D]: index int64, has_row 0 for items without one.
+    """Rows of items in statistics [I, F + 1, D]."""
 
-    has_row is None if all items have one.
-    """
+    index: Tensor  # int64
+    has_row: Tensor | None  # 0 for items without one; None if all items have one
 
-    index: Tensor
-    has_row: Tensor | None
-
-    def gather(
-        self, statistics: Tensor, kind: torch.dtype = torch.float32
-    ) -> Tensor:  # [I, F + 1, D] -> [..., D]
+    def gather(self, statistics: Tensor, kind: torch.dtype = torch.float32) -> Tensor:  # [..., D]
         rows = embedding(self.index, statistics.flatten(0, 1)).to(kind)
         return rows if self.has_row is None else rows * self.has_row.unsqueeze(-1).to(kind)
 
@@ -398,42 +339,27 @@ class _Vectors:
     target: Tensor
     past: Tensor
 
-    def leading(self, dim: int) -> _Vectors:
-        return _Vectors(self.target[:, :dim].float(), self.past[:, :, :dim].float())
-
 
 @dataclass
 class _History:
-    """Histories of a block, padded with 0.
-
-    rows: [R, L], of the items in statistics; age: [R, L], number of later items.
-    weights: [R, L], (1 + age / DECAY_AGE) ** -DECAY: what a user liked long ago counts less.
-    numbers: [R, L, P], of the parallel lists; deviations: [R, L], values less the user's mean.
-    length, user_mean: [R]
-    """
+    """Histories of a block, padded with 0."""
 
     block: _Block
-    rows: _Rows
-    age: Tensor
-    weights: Tensor
-    numbers: Tensor
-    deviations: Tensor
-    length: Tensor
-    user_mean: Tensor
-
-    def columns(self, vectors: Tensor) -> Tensor:  # [B, Z] -> [R, Z, K]
-        """Return the vectors of targets for products with the vectors of each history."""
-        return vectors.T.unsqueeze(0) if self.block.is_shared else vectors.unsqueeze(2)
+    rows: _Rows  # [R, L], of the items in statistics
+    age: Tensor  # [R, L], number of later items
+    weights: Tensor  # [R, L]: what a user liked long ago counts less
+    numbers: Tensor  # [R, L, P], of the parallel lists
+    deviations: Tensor  # [R, L], values less the user's mean, in standard deviations of all
+    length: Tensor  # [R]
+    user_mean: Tensor  # [R]
 
     def list_means(self) -> Tensor:  # [R, W * P]
-        """Return the means of the parallel lists over the `LATEST` items."""
         latest = torch.stack([(self.age < count) * self.block.mask for count in LATEST], dim=1)
         sums = latest @ self.numbers
         return (sums / latest.sum(dim=2, keepdim=True).clamp(min=1)).flatten(1)
 
 
 def _in_order(parts: tuple[Tensor, ...], blocks: list[_Block]) -> Tensor:
-    """Return the blocks' rows in the order of the batch."""
     orders = [block.rows for block in blocks if block.rows is not None]
     return torch.cat(parts)[torch.cat(orders).argsort()] if orders else parts[0]
 
@@ -443,12 +369,17 @@ def _squared_lengths(vectors: Tensor) -> Tensor:  # [..., D] -> [...]
 
 
 def _blocks(history: JaggedHistory) -> list[_Block]:
-    """Return the rows as blocks of similar length.
+    """Return the rows as blocks of similar length, which are padded less and stay in caches.
 
-    On a host, blocks are padded less and stay in its caches. On a GPU, and in an exported graph,
-    which takes rows of one length, all rows are one block.
+    On a GPU, and in an exported graph, which takes rows of one length, all rows are one block.
     """
-    places, mask = _places(history)
+    places = torch.arange(history.index.shape[0], device=history.index.device)
+    if history.is_shared:
+        places = history.of_one_row(places.unsqueeze(1)).T
+        mask = torch.ones_like(places, dtype=torch.float32)
+    else:
+        places, ones = history.padded(places, 0), torch.ones_like(places)
+        mask = history.padded(ones, 0).float()
     is_whole = history.is_shared or not is_on_host(places) or torch.compiler.is_exporting()
     if is_whole or not places.shape[0]:
         return [_Block(None, places, history.index[places], mask, history.is_shared)]
@@ -460,23 +391,14 @@ def _blocks(history: JaggedHistory) -> list[_Block]:
     return blocks
 
 
-def _places(history: JaggedHistory) -> tuple[Tensor, Tensor]:  # int64 [R, L], [R, L]
-    """Return the place of each padded place among all N, and 1 for those that hold an item."""
-    places = torch.arange(history.index.shape[0], device=history.index.device)
-    if history.is_shared:
-        places = history.of_one_row(places.unsqueeze(1)).T
-        return places, torch.ones_like(places, dtype=torch.float32)
-    return history.padded(places, 0), history.padded(torch.ones_like(places), 0).float()
-
-
 def _leading_components(num_modalities: int, content_dim: int, dim: int) -> nn.Linear:
     """Return a map that begins with the first components of each modality's mean token."""
     linear = nn.Linear(num_modalities * content_dim, dim, bias=False)
+    rows = torch.arange(min(dim, num_modalities * content_dim))
     with torch.no_grad():
         linear.weight.zero_()
-        for row in range(min(dim, num_modalities * content_dim)):
-            component, modality = divmod(row, num_modalities)
-            linear.weight[row, modality * content_dim + component] = dim**-0.5
+        columns = rows % num_modalities * content_dim + rows // num_modalities
+        linear.weight[rows, columns] = dim**-0.5
     return linear
 
 

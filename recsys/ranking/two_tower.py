@@ -43,11 +43,10 @@ class QueryTower(nn.Module):
         self.has_history, self.num_labels = dimensions.has_history, dimensions.num_labels
         self.reads_content = content is not None
         self.num_parallel = dimensions.num_parallel
-        means = 1 + dimensions.num_parallel
         width = sum(dimensions.pooled_dims[place] for place in self.pooled) + len(self.dense)
         if self.has_history:
-            width += means * dimensions.id_dim + num_history_numbers(dimensions.num_parallel)
-            width += means * (0 if content is None else content.dim)
+            dim = dimensions.id_dim + (0 if content is None else content.dim)
+            width += (1 + self.num_parallel) * dim + num_history_numbers(self.num_parallel)
         self.encoder: nn.Module | None = None
         if settings.history_encoder != "mean":
             if not self.has_history:
@@ -60,17 +59,16 @@ class QueryTower(nn.Module):
             self.encoder = encoder(settings, dimensions, content, False, relative)
             self.reads_host_lengths = True  # of the histories: no graph of torch.compile
             width += settings.sequence_dim
-        self.query_tower = multilayer_perceptron(width, settings, outputs)
+        units, dropout = settings.mlp_units, settings.dropout
+        self.query_tower = multilayer_perceptron(width, units, dropout, outputs)
 
-    def user(
-        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor:  # [B, outputs]
-        """Return the tower's output for each row. A collective with content."""
+    def user(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Tensor:
+        """Return the tower's output for each row [B, outputs]. A collective with content."""
         content = content if self.reads_content else None
         vectors = [ids.pooled[place] for place in self.pooled]
         vectors.append(batch.dense_features[:, self.dense])
         if self.has_history:
-            history, parallel = batch.history.jagged(), self._parallel(batch)
+            history, parallel = batch.history.jagged(), batch.history.values[:, : self.num_parallel]
             id_history = history if ids.history_is_unique else history.unindexed()
             vectors += pooled_history(ids.history.float(), id_history, parallel)
             vectors.append(history_numbers(history, parallel))
@@ -79,9 +77,6 @@ class QueryTower(nn.Module):
         if self.encoder is not None:
             vectors.append(self.encoder(ids, content, batch))
         return self.query_tower(torch.cat(vectors, dim=1))
-
-    def _parallel(self, batch: Batch) -> Tensor:  # [N, P]
-        return batch.history.values[:, : self.num_parallel]
 
 
 class TwoTower(QueryTower):
@@ -99,15 +94,13 @@ class TwoTower(QueryTower):
             _check_all_positions(dimensions, content)
             dimensions = replace(dimensions, num_parallel=0, parallel_names=())
         super().__init__(settings, dimensions, content, dimensions.num_labels * settings.tower_dim)
-        self.temperature = settings.temperature
-        item_width = dimensions.id_dim
+        self.temperature, units, dim = settings.temperature, settings.mlp_units, settings.tower_dim
+        item_width = dimensions.id_dim + (0 if content is None else content.dim)
         self.similarity: Similarity | None = None
-        if content is not None:
-            item_width += content.dim
-            if content.history.similarity_features and self.has_history:
-                means = 1 + dimensions.num_parallel
-                self.similarity = Similarity(1 + len(content.modalities), means)
-        self.item_tower = multilayer_perceptron(item_width, settings, settings.tower_dim)
+        if content is not None and content.history.similarity_features and self.has_history:
+            means = 1 + dimensions.num_parallel
+            self.similarity = Similarity(1 + len(content.modalities), means)
+        self.item_tower = multilayer_perceptron(item_width, units, settings.dropout, dim)
         # Softmax losses cancel a bias.
         is_pointwise = settings.loss == "pointwise"
         self.bias = nn.Parameter(torch.zeros(self.num_labels)) if is_pointwise else None
@@ -119,24 +112,20 @@ class TwoTower(QueryTower):
         query = F.normalize(query, dim=2)  # [B, C, D]
         item, negatives = self._item(ids.target, None if content is None else content.target), None
         if ids.negatives is not None:
-            content_vector = None if content is None else content.negatives
-            negatives = self._item(ids.negatives, content_vector)
+            negatives = self._item(ids.negatives, None if content is None else content.negatives)
         if self.similarity is not None:
             assert content is not None
-            history = batch.history.jagged()
-            direction = self.similarity.query(content, history, self._parallel(batch))
+            history, parallel = batch.history.jagged(), batch.history.values[:, : self.num_parallel]
+            direction = self.similarity.query(content, history, parallel)
             direction = direction.unsqueeze(1).expand(-1, self.num_labels, -1)
             query = torch.cat([query, direction.to(query.dtype)], dim=2)
             item = self.similarity.item(item, content.target, content.target_modalities)
             if negatives is not None:
-                negatives = self.similarity.item(
-                    negatives, content.negatives, content.negative_modalities
-                )
+                spaces = content.negatives, content.negative_modalities
+                negatives = self.similarity.item(negatives, *spaces)
         return TowerVectors(query / self.temperature, item, negatives, self.bias)
 
-    def _item(
-        self, id_vector: Tensor, content_vector: Tensor | None
-    ) -> Tensor:  # [B or S, I], [B or S, E] -> [B or S, D]
+    def _item(self, id_vector: Tensor, content_vector: Tensor | None) -> Tensor:  # [B or S, D]
         vectors = [id_vector] if content_vector is None else [id_vector, content_vector]
         return F.normalize(self.item_tower(torch.cat(vectors, dim=1)), dim=1)
 
@@ -151,10 +140,8 @@ class Similarity(nn.Module):
         super().__init__()
         self.weights = nn.Parameter(torch.zeros(num_spaces, num_means))
 
-    def query(
-        self, content: ContentVectors, history: JaggedHistory, parallel: Tensor
-    ) -> Tensor:  # [N, P] -> [B, (1 + M) * E]
-        """Return the weighted mean directions of the history's items. A collective."""
+    def query(self, content: ContentVectors, history: JaggedHistory, parallel: Tensor) -> Tensor:
+        """Return weighted mean directions of the items, [B, (1 + M) * E]. A collective."""
         items, modalities = content.read_history()
         spaces = [items, *modalities.unbind(dim=1)]
         directions = []
@@ -163,25 +150,19 @@ class Similarity(nn.Module):
             directions.append(torch.stack(means, dim=2) @ weights)
         return torch.cat(directions, dim=1)
 
-    def item(
-        self,
-        item: Tensor,  # [B, D]
-        content: Tensor | None,  # [B, E]
-        modalities: Tensor | None,  # [B, M, E]
-    ) -> Tensor:  # [B, D + (1 + M) * E]
+    def item(self, item: Tensor, content: Tensor | None, modalities: Tensor | None) -> Tensor:
         assert content is not None and modalities is not None
         spaces = [content, *modalities.unbind(dim=1)]
         return torch.cat([item, *(F.normalize(vectors, dim=1) for vectors in spaces)], dim=1)
 
 
 def _check_all_positions(dimensions: InputDimensions, content: ContentSettings | None) -> None:
-    problems = {
-        "further sequences, which are of the row's moment": bool(dimensions.further_histories),
-        "a search (content.history.top_k)": content is not None and content.history.top_k > 0,
-    }
-    if wrong := [what for what, is_wrong in problems.items() if is_wrong]:
+    problem = "a search (content.history.top_k)"
+    if dimensions.further_histories:
+        problem = "further sequences, which are of the row's moment"
+    if dimensions.further_histories or (content is not None and content.history.top_k):
         raise ValueError(
-            f"ranking.target_positions is all, but the model has {wrong[0]}, so that a history has "
+            f"ranking.target_positions is all, but the model has {problem}, so that a history has "
             "no reading at each of its items; set it to last"
         )
 

@@ -20,29 +20,21 @@ NO_CODES = -100.0  # logit of an item without codes, which no search finds
 
 @dataclass(frozen=True)
 class InputDimensions:
-    """Widths and names of a ranking model's inputs.
+    """Widths and names of a ranking model's inputs."""
 
-    pooled_dims: D of each pooled feature, then of each vector of extra sequences.
-    id_dim: D of target and history items.
-    further_histories: the last of `pooled_names`, which are extra sequences.
-    group: the column of the user for whom items are ranked.
-    num_items: rows of the target item's table; 0 if items change (bounded).
-    process_group: the ranks that train the model together; None for a single rank.
-    """
-
-    pooled_dims: list[int]
-    id_dim: int
+    pooled_dims: list[int]  # D of each pooled feature, then of each vector of extra sequences
+    id_dim: int  # D of target and history items
     num_dense: int
     num_parallel: int
     num_labels: int
     pooled_names: tuple[str, ...] = ()
     dense_names: tuple[str, ...] = ()
     parallel_names: tuple[str, ...] = ()
-    further_histories: tuple[str, ...] = ()
-    group: str = ""
+    further_histories: tuple[str, ...] = ()  # the last of `pooled_names`: extra sequences
+    group: str = ""  # the column of the user for whom items are ranked
     has_history: bool = True
-    num_items: int = 0
-    process_group: dist.ProcessGroup | None = None
+    num_items: int = 0  # rows of the target item's table; 0 if items change (bounded)
+    process_group: dist.ProcessGroup | None = None  # ranks that train together; None: one rank
 
     @staticmethod
     def of(
@@ -73,24 +65,17 @@ class InputDimensions:
 
 @dataclass
 class IDVectors:
-    """Looked-up ID embeddings.
+    """Looked-up ID embeddings."""
 
-    pooled: one [B, D_table] per pooled feature, in the order of the configuration.
-    target: [B, D], vectors of the target item.
-    history: [U, D], vectors of `history_items`; [N, D] if not `history_is_unique`.
-    negatives: [S, D], vectors of the sampled negatives; None if none are sampled.
-    further: one [events, D] per extra sequence, in the order of `Batch.history.further`.
-    """
-
-    pooled: list[Tensor]
-    target: Tensor
-    history: Tensor
+    pooled: list[Tensor]  # [B, D_table] per pooled feature, in the order of the configuration
+    target: Tensor  # [B, D], vectors of the target item
+    history: Tensor  # [U, D], vectors of `history_items`; [N, D] if not `history_is_unique`
     history_is_unique: bool = True
-    negatives: Tensor | None = None
+    negatives: Tensor | None = None  # [S, D], of the sampled negatives; None if none are sampled
+    # [events, D] per extra sequence, in the order of `Batch.history.further`.
     further: list[Tensor] = field(default_factory=list)
 
     def without_targets(self, is_new: Tensor) -> IDVectors:  # bool [B]
-        """Return the vectors with zeros for the targets of rows that count as new."""
         return replace(self, target=self.target.masked_fill(is_new.unsqueeze(1), 0))
 
     def float(self) -> IDVectors:
@@ -111,19 +96,17 @@ class MemberLogits:
         return MemberLogits(self.members.float())
 
 
+Logits = Tensor | MemberLogits  # [B, C], or in training those of the members of an ensemble
+
+
 @dataclass
 class TowerVectors:
-    """Output of a retrieval model, in place of logits.
+    """Output of a retrieval model, in place of logits."""
 
-    query: [B, C, D]; its dot product with an item's vector is the logit; item: [B, D].
-    negatives: [S, D], vectors of the sampled negatives; None if none are sampled.
-    bias: [C], added to the logits of all items alike; None for no bias.
-    """
-
-    query: Tensor
-    item: Tensor
-    negatives: Tensor | None = None
-    bias: Tensor | None = None
+    query: Tensor  # [B, C, D]; its dot product with an item's vector is the logit
+    item: Tensor  # [B, D]
+    negatives: Tensor | None = None  # [S, D], of the sampled negatives; None if none are sampled
+    bias: Tensor | None = None  # [C], added to the logits of all items alike
 
     @property
     def scores(self) -> Tensor:  # [B, C]
@@ -141,15 +124,11 @@ class TowerVectors:
 
 @dataclass
 class CodeLogits:
-    """Output of a generative model, in place of logits.
+    """Output of a generative model, in place of logits."""
 
-    query: [B, 1, D], the state of the user from which a search decodes.
-    log_probs: [B], of the codes of the target item; has_codes: bool [B], whether it has any.
-    """
-
-    query: Tensor
-    log_probs: Tensor
-    has_codes: Tensor
+    query: Tensor  # [B, 1, D], the state of the user from which a search decodes
+    log_probs: Tensor  # [B], of the codes of the target item
+    has_codes: Tensor  # bool [B], whether it has any
 
     @property
     def item(self) -> Tensor:  # [B, 1]

@@ -16,7 +16,7 @@ from recsys.build import Job, build_job, check_columns
 from recsys.checkpoint.warm_start.plan import plan_warm_start
 from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import Config
-from recsys.content.projection_start import start_projections
+from recsys.content.item_vectors import start_projections
 from recsys.data.batch import Batch
 from recsys.data.interactions import Interactions, loader
 from recsys.data.vocabularies import UnknownIds

@@ -25,13 +25,13 @@ from recsys.checkpoint.run_schema import WARM_START, exact_maps
 from recsys.checkpoint.warm_start.plan import WarmStartPlan
 from recsys.checkpoint.warm_start.source import Source, WarmStart, open_source, reconciled_schema
 from recsys.config import InitFromSettings
-from recsys.content.projection_start import start_projections
+from recsys.content.item_vectors import start_projections
 from recsys.data.item_frequency import ItemCounts, NumberRange
 from recsys.data.schema import Schema
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.evaluate import CheckedRows, fill_bank
-from recsys.model.input_scaling import InputScaling
+from recsys.model.inputs import InputScaling
 from recsys.model.tables import cold_row_rules
 from recsys.ranking.generative import Generative
 from recsys.ranking.settings import GenerativeSettings

@@ -17,8 +17,14 @@ from embeddings import (
     plan_sharding,
 )
 from embeddings.hardware import RESERVED_SHARE, hardware_of
-from embeddings.simulated_cluster import DEVICES, GIB, Cluster
-from embeddings.table_memory import table_bytes, table_memory, what_does_not_fit
+from embeddings.simulated_cluster import (
+    DEVICES,
+    GIB,
+    Cluster,
+    table_bytes,
+    table_memory,
+    what_does_not_fit,
+)
 
 BILLION = 10**9
 CPU = replace(DEVICES["h100"], kind="cpu")

@@ -18,7 +18,6 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -43,10 +42,7 @@ SECONDS_UNTIL_VISIBLE = 120  # network folders appear on other machines with a d
 
 
 def distinct_rows(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [N] -> [S], [N]
-    """Return the first row of each content, ascending, and the place of each row's among them.
-
-    A row without content, whose hash is empty, has the place -1.
-    """
+    """Return the first row of each content, ascending, and each row's place among them, or -1."""
     rows = np.flatnonzero(hashes != b"")
     _, first, group = np.unique(hashes[rows], return_index=True, return_inverse=True)
     order = np.argsort(first)
@@ -57,9 +53,8 @@ def distinct_rows(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [N] -
 
 def encoder_key(encoder: Encoder) -> str:
     """Return a hash of frozen weights, settings and batch shapes; what trains is left out."""
-    shapes: tuple[Any, ...] = (ITEMS_PER_GROUP, SHORT_LENGTHS, encoder.max_length)
-    if encoder.frozen_dtype != torch.float32:
-        shapes = (*shapes, dtype_of(encoder))
+    dtype = () if encoder.frozen_dtype == torch.float32 else (dtype_of(encoder),)
+    shapes = (ITEMS_PER_GROUP, SHORT_LENGTHS, encoder.max_length, *dtype)
     trained = {name for name, value in encoder.named_parameters() if value.requires_grad}
     weights = weights_digest(encoder, leave_out=trained)
     return digest_of(weights, encoder.frozen_settings(), shapes)
@@ -72,23 +67,17 @@ def dtype_of(encoder: Encoder) -> str:
 
 @dataclass
 class EarlierCache:
-    """A finished cache that holds some rows of the new one.
-
-    rows: [n], rows of the new cache; places: [n], rows of the earlier one with the same content.
-    """
+    """A finished cache that holds some rows of the new one."""
 
     folder: Path
-    rows: np.ndarray
-    places: np.ndarray
+    rows: np.ndarray  # [n], of the new cache
+    places: np.ndarray  # [n], rows of this one with the same content
 
 
 def earlier_caches(
     cache: Path, key: str, hashes: np.ndarray, missing: np.ndarray
 ) -> list[EarlierCache]:
-    """Return which of the missing rows [n], by hash [N], caches of the encoder hold; newest first.
-
-    Each row is in one of them at most.
-    """
+    """Return caches of the encoder that hold missing rows, each row in one of them at most."""
     usable = []
     for about in cache.glob(f"frozen-*/{ABOUT}"):
         # Damaged ones, or those being removed, are left out: encoding again is always correct.
@@ -124,9 +113,8 @@ class FillProgress:
         if self._bar.disable and self.shown and time_now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time_now
             duration, total = time_now - self._start, self._bar.total
-            counts = tqdm.format_meter(
-                self.num_done, total, duration, unit=" items", bar_format=LINE
-            )
+            options = {"unit": " items", "bar_format": LINE}
+            counts = tqdm.format_meter(self.num_done, total, duration, **options)
             logger.info(f"encoding '{self.name}': {counts}")
 
     def close(self) -> None:
@@ -222,17 +210,16 @@ class _Fill:
 
     def _calls(self, earlier: list[EarlierCache]) -> list[np.ndarray]:
         """Group the contents that no earlier cache has by length; each group [n] is one call."""
-        cached = [np.zeros(0, np.int64), *(cache.rows for cache in earlier)]
-        rows = np.setdiff1d(self.first, np.concatenate(cached))
+        rows = self.first
+        for cache in earlier:
+            rows = np.setdiff1d(rows, cache.rows)
         rows = rows[np.argsort(self.source.lengths[rows], kind="stable")]
         return [rows[at : at + ITEMS_PER_CALL] for at in range(0, len(rows), ITEMS_PER_CALL)]
 
     def _part(self, call: np.ndarray) -> Path:  # [n]
-        """Return the file of a finished call, which is complete or absent."""
         return self.parts / f"{digest_of(self.hashes[call].tobytes())}.npz"
 
-    def _read(self, call: np.ndarray, array: str) -> np.ndarray:  # [n]
-        """Return the `lengths` [n] or `values` [sum of lengths, D] of a finished call."""
+    def _read(self, call: np.ndarray, array: str) -> np.ndarray:  # [n] -> `lengths` or `values`
         part = self._part(call)
         content = BytesIO(part.read_bytes())
         try:
@@ -243,19 +230,18 @@ class _Fill:
             raise ValueError(f"{part}: damaged ({error}); remove it, it is made again") from error
 
     def _remove_damaged(self, calls: list[np.ndarray]) -> None:
-        for call in calls:
-            if self._part(call).exists():
-                try:
-                    self._read(call, "lengths")
-                    self._read(call, "values")
-                except ValueError:
-                    self._part(call).unlink(missing_ok=True)
+        for call in filter(lambda call: self._part(call).exists(), calls):
+            try:
+                self._read(call, "lengths")
+                self._read(call, "values")
+            except ValueError:
+                self._part(call).unlink(missing_ok=True)
 
     def _encode_missing(self, calls: list[np.ndarray], num_earlier: int, failed: Path) -> None:
         """Encode the calls that no rank or job has done, until all are; a failure ends all ranks.
 
-        Each rank has them in an order of its own, so that ranks, machines and jobs that share a
-        folder share the work, and the rate averages over short and long texts.
+        Each rank has an order of its own, so that all that share a folder share the work, and the
+        rate averages over short and long texts.
         """
         todo = [call for call in calls if not self._part(call).exists()]
         total = sum(map(len, todo))
@@ -277,10 +263,9 @@ class _Fill:
         num_done = len(self.first) - num_earlier - total
         reused = f"; {num_done:,} were done before" if num_done else ""
         reused += f"; {num_earlier:,} are in an earlier cache" if num_earlier else ""
-        items = f"{total:,} items"
-        if len(self.first) < self.num_items:
-            items = f"{total:,} distinct contents of {self.num_items:,} items"
-        return f"encoding '{self.name}' of {items} once, into {self.folder}{reused}"
+        is_distinct = len(self.first) == self.num_items
+        what = "items" if is_distinct else f"distinct contents of {self.num_items:,} items"
+        return f"encoding '{self.name}' of {total:,} {what} once, into {self.folder}{reused}"
 
     def _encode(self, call: np.ndarray) -> None:  # [n]
         part = self._part(call)
@@ -311,7 +296,6 @@ class _Fill:
             self._write_about(temporary / ABOUT, int(lengths.sum()))
 
     def _write_about(self, file: Path, num_tokens: int) -> None:
-        """Write `about.json`, for people and for later caches of the same encoder."""
         modality, identity = self.kind.modality, self.encoder.identity
         packages = ("recsys-em3", "torch")
         about = {

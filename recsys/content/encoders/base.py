@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,11 +22,8 @@ from recsys.data.items.kind import ContentInput
 Pooling = Literal["mean", "cls", "last", "none", "projected"]
 
 
-def mean_token(
-    tokens: Tensor,  # [U, T, D]
-    mask: Tensor,  # [U, T]
-) -> Tensor:  # [U, D], zero for an item without tokens
-    """Return the mean of the tokens that the mask keeps."""
+def mean_token(tokens: Tensor, mask: Tensor) -> Tensor:  # [U, T, D], [U, T] -> [U, D]
+    """Return the mean of the tokens that the mask keeps; zero for an item without tokens."""
     weights = mask.to(tokens.dtype).unsqueeze(-1)
     return (tokens * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
@@ -35,12 +33,8 @@ def last_place(mask: Tensor) -> Tensor:  # [U, T] -> [U]
     return (mask.sum(dim=1) - 1).clamp(min=0)
 
 
-def pool(
-    hidden: Tensor,  # [U, T, D]
-    mask: Tensor,  # [U, T]
-    pooling: Pooling,
-) -> ContentInput:  # values [U, T or 1, D], mask [U, T or 1]
-    """Return all tokens (`none`) or one: the first (`cls`), the last, or the mean of all."""
+def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> ContentInput:
+    """Return hidden states [U, T, D] as tokens (`none`), or the first (`cls`), last or mean one."""
     if pooling == "none":
         return ContentInput(hidden, mask)
     if pooling == "cls":
@@ -76,14 +70,10 @@ def run_in_groups(
     """Run the frozen part, `run`; each item has the same output in any batch.
 
     The shape of a computation decides the last bits of its sums. So `run` gets G items at a time,
-    and a text is padded to a length that depends on its own length alone. `content` has token ids
-    [U, T] or pixels [U, 3, H, W]; a text has at most `longest` tokens.
-
-    Returns:
-        Tokens [U, T, D], zero where the mask [U, T] is False; T is the longest of them, at least 1.
+    and a text is padded to a length that depends on its own length alone, at most `longest`.
+    Token ids [U, T] or pixels [U, 3, H, W] -> tokens [U, T, D], zero where the mask is False.
     """
-    lengths = content.mask.sum(dim=1).cpu()
-    is_text = content.values.dim() == 2
+    lengths, is_text = content.mask.sum(dim=1).cpu(), content.values.dim() == 2
     shapes = padded_lengths(lengths, longest) if is_text else torch.ones_like(lengths)
     outputs: list[tuple[Tensor, ContentInput]] = []
     with torch.autocast(content.values.device.type, enabled=False):
@@ -94,31 +84,21 @@ def run_in_groups(
     return _together(outputs, content.mask, width)
 
 
-def _group(
-    content: ContentInput,
-    items: Tensor,  # [at most G]
-    length: int | None,  # of the padded texts; None for images
-) -> ContentInput:
-    """Return G items: the given ones, the last repeated as often as needed; texts padded."""
+def _group(content: ContentInput, items: Tensor, length: int | None) -> ContentInput:
+    """Return G items, the last repeated as often as needed; texts padded to a `length`."""
     missing = ITEMS_PER_GROUP - len(items)
     items = torch.cat([items, items[-1:].expand(missing)]).to(content.mask.device)
-    values, mask = content.values[items], content.mask[items]
-    if length is not None:
-        values, mask = values[:, :length], mask[:, :length]
-        values = pad(values, (0, length - values.shape[1]))
-        mask = pad(mask, (0, length - mask.shape[1]))
-    return ContentInput(values, mask)
+    group = content[items]
+    if length is None:
+        return group
+    cut = (0, length - content.mask.shape[1])  # padded, or shortened where negative
+    return ContentInput(pad(group.values, cut), pad(group.mask, cut))
 
 
-def _together(
-    outputs: list[tuple[Tensor, ContentInput]],
-    mask: Tensor,  # [U, T] of the input
-    width: int,
-) -> ContentInput:
+def _together(outputs: list[tuple[Tensor, ContentInput]], mask: Tensor, width: int) -> ContentInput:
     counts = [int(output.mask.sum(dim=1).max()) for _, output in outputs]
-    longest = max([1, *counts])
-    values = torch.zeros(len(mask), longest, width, device=mask.device)
-    token_mask = torch.zeros(len(mask), longest, dtype=torch.bool, device=mask.device)
+    token_mask = mask.new_zeros(len(mask), max([1, *counts]))
+    values = torch.zeros(*token_mask.shape, width, device=mask.device)
     for (items, output), count in zip(outputs, counts, strict=True):
         items = items.to(mask.device)
         tokens, present = output.values[:, :count], output.mask[:, :count]
@@ -167,16 +147,11 @@ class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.notes: list[str] = []  # sentences for the user
-        self._frozen_dim: int | None = None
 
-    @property
+    @cached_property
     def frozen_dim(self) -> int:
         """Width of the outputs of `frozen`; default: `output_dim`."""
-        return self.output_dim if self._frozen_dim is None else self._frozen_dim
-
-    @frozen_dim.setter
-    def frozen_dim(self, width: int) -> None:
-        self._frozen_dim = width
+        return self.output_dim
 
     @property
     def trained_parts(self) -> list[nn.Module]:
@@ -197,10 +172,7 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def frozen_outputs(self, content: ContentInput) -> ContentInput:
-        """Return the outputs of `frozen` [U, T, D]; an item's bits do not depend on its batch.
-
-        An output that is too large for `frozen_dtype` is a ValueError.
-        """
+        """Return the outputs of `frozen` [U, T, D]; an item's bits do not depend on its batch."""
         outputs = run_in_groups(self.frozen, content, self.max_length, self.frozen_dim)
         values = outputs.values.to(self.frozen_dtype)
         if self.frozen_dtype == torch.float16 and not values.isfinite().all():
@@ -244,6 +216,6 @@ class StoredFeatures(Encoder):
 
 def normalize_pixels(pixels: Tensor, preparation: ImagePreparation) -> Tensor:
     """Return pixels, uint8 [U, 3, H, W], as float32, normalised as the encoder expects."""
-    mean = torch.tensor(preparation.mean, device=pixels.device).view(1, 3, 1, 1)
-    std = torch.tensor(preparation.std, device=pixels.device).view(1, 3, 1, 1)
+    statistics = torch.tensor([preparation.mean, preparation.std], device=pixels.device)
+    mean, std = statistics.view(2, 1, 3, 1, 1)
     return (pixels.float() / 255 - mean) / std

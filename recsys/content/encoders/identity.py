@@ -23,16 +23,12 @@ SAMPLE_TEXT = "The quick Brown fox, naïve café №1234! 你好 Привет �
 
 @dataclass(frozen=True)
 class EncoderIdentity:
-    """Identity of an encoder when it was loaded.
-
-    revision: commit of the hub repository, if it comes from the hub; weights: their hash.
-    preparation: a hash of the tokenizer or the treatment of pixels; empty for inspection.
-    """
+    """Identity of an encoder when it was loaded."""
 
     name: str
-    revision: str | None
-    weights: str
-    preparation: str = ""
+    revision: str | None  # commit of the hub repository, if it comes from the hub
+    weights: str  # their hash
+    preparation: str = ""  # hash of the tokenizer or the treatment of pixels; empty for inspection
 
 
 def weights_digest(module: nn.Module, leave_out: Container[str] = ()) -> str:
@@ -73,11 +69,8 @@ def check_identities(identities: dict[str, EncoderIdentity], run: Path) -> None:
                 f"{file}: the identity of content.modalities.{name} is missing or damaged ({error}"
                 "); bring the file back, or train anew"
             ) from error
-        differing = [
-            part for part in ("weights", "preparation")
-            if getattr(before, part) != getattr(identity, part)
-        ]  # fmt: skip
-
+        parts = ("weights", "preparation")
+        differing = [part for part in parts if getattr(before, part) != getattr(identity, part)]
         if differing:
             fix = f"Set content.modalities.{name}.revision to {before.revision}"
             fix = fix if before.revision else "Bring its files back"

@@ -67,8 +67,8 @@ class ModuleEncoder(Encoder):
         self.caches = not trained
         with torch.no_grad():
             probe = module.eval()(torch.zeros(1, 3, image_size, image_size))
-        if not isinstance(probe, torch.Tensor) or probe.dim() not in (2, 3):
-            shape = list(probe.shape) if isinstance(probe, torch.Tensor) else type(probe).__name__
+        if not isinstance(probe, Tensor) or probe.dim() not in (2, 3):
+            shape = list(probe.shape) if isinstance(probe, Tensor) else type(probe).__name__
             raise ValueError(
                 f"image module {type(module).__name__} gives {shape} for one image; it must give "
                 "[1, D] or [1, T, D]"
@@ -105,8 +105,7 @@ class ModuleEncoder(Encoder):
     def frozen(self, content: ContentInput) -> ContentInput:
         return self._encode(content) if self.caches else content
 
-    def forward(self, content: ContentInput) -> ContentInput:
-        """Run the module if it is trained; [U, 3, H, W] -> [U, T, D]."""
+    def forward(self, content: ContentInput) -> ContentInput:  # [U, 3, H, W] -> [U, T, D]
         return content if self.caches else self._encode(content)
 
 
@@ -121,8 +120,7 @@ class SeveralImages(Encoder):
         self.encoder = encoder
         self.output_dim, self.frozen_dim = encoder.output_dim, encoder.frozen_dim
         self.frozen_dtype, self.frozen_tokens = encoder.frozen_dtype, encoder.frozen_tokens
-        self.caches, self.identity = encoder.caches, encoder.identity
-        self.notes = encoder.notes
+        self.caches, self.identity, self.notes = encoder.caches, encoder.identity, encoder.notes
 
     @property
     def trained_parts(self) -> list[nn.Module]:
@@ -135,13 +133,11 @@ class SeveralImages(Encoder):
         super().drop_frozen_layers()
         self.encoder.drop_frozen_layers()
 
-    def frozen_outputs(self, content: ContentInput) -> ContentInput:
-        """Return the frozen outputs of all images, [U, I * T, D]."""
+    def frozen_outputs(self, content: ContentInput) -> ContentInput:  # [U, I * T, D]
         is_encoded = _encoded_images(content.mask)
         return _by_item(self.encoder.frozen_outputs(_images(content, is_encoded)), is_encoded)
 
-    def forward(self, content: ContentInput) -> ContentInput:
-        """Run the layers above the frozen ones on every image; tokens [U, I * T, D]."""
+    def forward(self, content: ContentInput) -> ContentInput:  # tokens [U, I * T, D]
         if not self.trained_parts:
             return content
         if self.caches:  # tokens of all images, concatenated
@@ -169,7 +165,6 @@ def _images(content: ContentInput, is_encoded: Tensor) -> ContentInput:  # [U, I
 
 
 def _by_item(images: ContentInput, is_encoded: Tensor) -> ContentInput:  # [U, I]
-    """Arrange tokens [N, T, D] of images as tokens [U, I * T, D] of items."""
     values = images.values.new_zeros(*is_encoded.shape, *images.values.shape[1:])
     mask = images.mask.new_zeros(*is_encoded.shape, images.mask.shape[1])
     values[is_encoded], mask[is_encoded] = images.values, images.mask

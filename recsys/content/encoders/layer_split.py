@@ -101,16 +101,11 @@ class LayerSplit:
 
     def drop(self) -> None:
         """Free the weights below the cut; names of parameters stay, their sizes become 0."""
-        inside = {id(value) for part in self.parts for value in part.parameters()}
-        outside = {id(part) for top in self.parts for part in top.modules()}
-        shared = {
-            id(value)
-            for part in self.model.modules()
-            if id(part) not in outside
-            for value in part.parameters(recurse=False)
-        }
-        for value in self.model.parameters():
-            if id(value) in inside - shared:
+        below = {id(part) for top in self.parts for part in top.modules()}
+        above = [part for part in self.model.modules() if id(part) not in below]
+        shared = {id(value) for part in above for value in part.parameters(recurse=False)}
+        for value in (value for part in self.parts for value in part.parameters()):
+            if id(value) not in shared:
                 value.data = value.data.new_empty(0)
 
     def remove(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import string
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -39,11 +40,6 @@ from recsys.content.encoders.efficientnet import efficientnet_lite0 as efficient
 from recsys.data.items.images import ImagePreparation
 from recsys.storage.files import home_expanded
 
-NO_IMAGE_FILE = (
-    "has no preprocessor_config.json, so its images are cut to squares and normalised as those of "
-    "ImageNet; add that file if it was trained otherwise"
-)
-
 
 class PretrainedEncoder:
     """Checkpoint of an encoder; files are read when an attribute needs them, or a ValueError."""
@@ -67,11 +63,9 @@ class PretrainedEncoder:
                     f"{where}: encoder folder '{name}' has no config.json; check the path"
                 )
             return str(folder)
-        package = name.removeprefix("package:")
-        try:
+        package, spec = name.removeprefix("package:"), None
+        with suppress(ImportError, ValueError):  # a missing parent, a relative or empty name
             spec = importlib.util.find_spec(package)
-        except (ImportError, ValueError):  # a missing parent, a relative or empty name
-            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(
                 f"{where}: encoder package '{package}' is not installed; "
@@ -98,14 +92,12 @@ class PretrainedEncoder:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Tokenizer, checked to have a vocabulary that the encoder embeds."""
         if self.is_random:
             return tiny_tokenizer()
         what = f"{self.where}: tokenizer of '{self.name}'"
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.source, revision=self.revision, trust_remote_code=False
-            )
+            options = {"revision": self.revision, "trust_remote_code": False}
+            tokenizer = AutoTokenizer.from_pretrained(self.source, **options)
             num_embeddings = self.config.get_text_config().vocab_size
         except Exception as error:
             raise ValueError(f"{what} cannot be loaded: {_explained(error)}") from error
@@ -128,12 +120,15 @@ class PretrainedEncoder:
     def images(self) -> ImagePreparation:
         if self.is_random:
             return ImagePreparation()
+        read = ImageProcessingMixin.get_image_processor_dict
         try:
-            settings, _ = ImageProcessingMixin.get_image_processor_dict(
-                self.source, revision=self.revision
-            )
+            settings, _ = read(self.source, revision=self.revision)
         except OSError:
-            self.notes.append(f"{self.where}: encoder '{self.name}' {NO_IMAGE_FILE}")
+            self.notes.append(
+                f"{self.where}: encoder '{self.name}' has no preprocessor_config.json, so its "
+                "images are cut to squares and normalised as those of ImageNet; add that file if "
+                "it was trained otherwise"
+            )
             return ImagePreparation()
         try:
             return _image_preparation(settings)
@@ -146,8 +141,7 @@ class PretrainedEncoder:
     def load_model(self, keeps_pooler: bool = False) -> Any:
         """Return the model without dropout, and without a pooler unless `keeps_pooler`.
 
-        Under `torch.device("meta")` no weights are read. A model that cannot be loaded, or lacks
-        weights, is a ValueError.
+        A model that lacks weights is a ValueError. Under `torch.device("meta")` none are read.
         """
         model = tiny_model(self.name, self.where) if self.is_random else self._read(keeps_pooler)
         if hasattr(model, "pooler") and not keeps_pooler:
@@ -252,7 +246,6 @@ SIZES: dict[str, Any] = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
-IMAGE: dict[str, Any] = {"image_size": 32, "patch_size": 16}
 NAMES = ("random:bert", "random:vit", "random:clip", "random:siglip")
 
 
@@ -272,14 +265,10 @@ def tiny_model(name: str, where: str) -> nn.Module:
     if name not in NAMES:
         raise ValueError(f"{where}: encoder '{name}' is unknown; choose {', '.join(NAMES)}")
     vocabulary = _vocabulary()
-    text: dict[str, Any] = {
-        **SIZES,
-        "vocab_size": len(vocabulary),
-        "bos_token_id": vocabulary["[CLS]"],
-        "eos_token_id": vocabulary["[SEP]"],
-        "pad_token_id": vocabulary["[PAD]"],
-    }
-    vision = {**SIZES, **IMAGE}
+    special = {"bos_token_id": "[CLS]", "eos_token_id": "[SEP]", "pad_token_id": "[PAD]"}
+    text: dict[str, Any] = {**SIZES, "vocab_size": len(vocabulary)}
+    text |= {name: vocabulary[token] for name, token in special.items()}
+    vision = {**SIZES, "image_size": 32, "patch_size": 16}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if name == "random:bert":

@@ -16,12 +16,10 @@ from transformers import masking_utils
 
 from embeddings.host import is_on_host
 from recsys.config import ModalitySettings
-from recsys.content.encoders.base import last_place
+from recsys.content.encoders.base import ITEMS_PER_GROUP, last_place
 from recsys.content.encoders.pretrained import reads_whole_texts
 from recsys.content.encoders.transformer import TransformerEncoder
 from recsys.data.items.kind import ContentInput
-
-ITEMS_PER_GROUP = 32  # of similar length, run through the trained layers together
 
 
 class TextTransformer(TransformerEncoder):
@@ -31,14 +29,12 @@ class TextTransformer(TransformerEncoder):
     tower_name, projection_name = "text_model", "text_projection"
 
     def _read_settings(self, modality: ModalitySettings, where: str) -> None:
-        """Check `max_length`: texts longer than the position embeddings would fail in training."""
         self.max_length = modality.max_length
         positions = getattr(self.config, "max_position_embeddings", None)
         if positions is None:
             return
         # RoBERTa numbers its positions from the one after the padding id.
-        embeddings = getattr(self.model, "embeddings", None)
-        table = getattr(embeddings, "position_embeddings", None)
+        table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
         first = getattr(table, "padding_idx", None)
         limit = positions - (0 if first is None else first + 1)
         if self.max_length > limit:
@@ -89,12 +85,10 @@ class TextTransformer(TransformerEncoder):
         if content.mask.is_meta or not is_on_host(content.mask):
             return super()._trained(content)
         first, place = distinct_items(content)
-        if len(first) < len(place):
-            content = ContentInput(content.values[first], content.mask[first])
+        has_equal = len(first) < len(place)
+        content = content[first] if has_equal else content
         tokens = super()._trained(content) if self.pooling == "none" else self._by_length(content)
-        if len(first) < len(place):
-            return ContentInput(tokens.values[place], tokens.mask[place])
-        return tokens
+        return tokens[place] if has_equal else tokens
 
     def _by_length(self, content: ContentInput) -> ContentInput:
         lengths = content.mask.sum(dim=1)
@@ -105,8 +99,7 @@ class TextTransformer(TransformerEncoder):
             values, mask = content.values[items, :longest], content.mask[items, :longest]
             parts.append(super()._trained(ContentInput(values, mask)))
         values = torch.cat([part.values for part in parts])
-        mask, back = torch.cat([part.mask for part in parts]), order.argsort()
-        return ContentInput(values[back], mask[back])
+        return ContentInput(values, torch.cat([part.mask for part in parts]))[order.argsort()]
 
 
 @contextmanager
@@ -120,9 +113,7 @@ def unread_masks() -> Iterator[None]:
         yield
 
 
-def distinct_items(
-    content: ContentInput,  # values [U, T] or [U, T, D]
-) -> tuple[Tensor, Tensor]:  # [S], [U]
+def distinct_items(content: ContentInput) -> tuple[Tensor, Tensor]:  # [S], [U]
     """Return the first item of each of S distinct contents, and the content of each item."""
     rows = torch.cat([content.values.flatten(1), content.mask.to(content.values.dtype)], dim=1)
     unique, place = rows.detach().unique(dim=0, return_inverse=True)

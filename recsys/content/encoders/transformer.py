@@ -36,10 +36,8 @@ def pooled_states(output: Any, mask: Tensor, pooling: Pooling) -> ContentInput:
         raise ValueError("side tuning needs the hidden states of all layers, of one width")
     # The last one once more: some models normalise it behind their layers.
     pooled = [pool(state, mask, pooling) for state in (*states[:-1], output.last_hidden_state)]
-    return ContentInput(
-        torch.cat([state.values for state in pooled], dim=1),
-        torch.cat([state.mask for state in pooled], dim=1),
-    )
+    values, masks = zip(*((state.values, state.mask) for state in pooled))
+    return ContentInput(torch.cat(values, dim=1), torch.cat(masks, dim=1))
 
 
 class SideNetwork(nn.Module):
@@ -156,11 +154,11 @@ class TransformerEncoder(Encoder):
         self._read_settings(modality, where)
         self._layers = find_layers(model)
         self.split: LayerSplit | None = None
-        adapted = range(0)
+        adapted, num_layers = range(0), len(self._layers)
         if modality.training == "lora":
-            adapted = adapted_layers(modality.lora, len(self._layers), where)
+            adapted = adapted_layers(modality.lora, num_layers, where)
         below = {"lora": adapted.start, "full": 0}
-        self.first_trained = below.get(modality.training, len(self._layers))
+        self.first_trained = below.get(modality.training, num_layers)
         self.side: SideNetwork | None = None
         self.is_frozen = modality.training in ("frozen", "side")
         if modality.training == "side":
@@ -189,8 +187,7 @@ class TransformerEncoder(Encoder):
     ) -> Self:
         """Return the encoder with its weights and, unless these are on meta, its identity.
 
-        With pooling `projected` both towers of a dual encoder give vectors of one space: CLIP
-        (arXiv 2103.00020), SigLIP (arXiv 2303.15343).
+        With pooling `projected` both towers of CLIP or SigLIP give vectors of one space.
         """
         is_projected = modality.pooling == "projected"
         tower, projection = pretrained.load_model(is_projected), None
@@ -311,8 +308,7 @@ class TransformerEncoder(Encoder):
         hidden = self.split.below(lambda: self._run(content.values, content.mask))
         return ContentInput(hidden, content.mask.expand(-1, hidden.shape[1]))
 
-    def forward(self, content: ContentInput) -> ContentInput:
-        """Run the layers that `frozen` does not run; tokens [U, T or 1, D]."""
+    def forward(self, content: ContentInput) -> ContentInput:  # tokens [U, T or 1, D]
         if self.side is not None:
             return self.side(content)
         return content if self.is_frozen else self._trained(content)

@@ -28,7 +28,6 @@ class Feature(ModalityKind):
     column_kind = "feature"
 
     def check(self) -> None:
-        """Raise a ValueError if the settings have an encoder or train, which features cannot."""
         if self.modality.encoder or self.modality.module:
             raise ValueError(
                 f"{self.where}: a stored feature takes no encoder; remove it or change `kind`"

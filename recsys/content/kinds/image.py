@@ -40,14 +40,12 @@ class Image(ModalityKind):
         self.num_cut = 0  # items with more images
 
     def check(self) -> None:
-        """Raise a ValueError unless the settings name either an encoder or a module."""
         if bool(self.modality.encoder) == bool(self.modality.module):
             raise ValueError(
                 f"{self.where}: kind image needs one of `encoder` and `module`; set exactly one"
             )
 
     def check_column(self, column: ItemColumnReader) -> None:
-        """Raise a ValueError if the first image cannot be read, unless such are skipped."""
         chunks = ((chunk, where) for chunk, where, _ in column.chunks())
         check_first_image(chunks, decodes=not column.skips_bad_rows)
 
@@ -77,13 +75,9 @@ class Image(ModalityKind):
     def chosen(self, count: int) -> list[int]:
         return list(range(min(count, self.modality.max_images)))
 
-    def entries(
-        self, chunk: pa.Array, where: str, report: Report
-    ) -> tuple[np.ndarray, np.ndarray]:  # [n], uint8 [sum of them, 3, S, S]
-        size = self.modality.image_size
-        lengths, pixels, cut = decoded_images(
-            chunk, size, self.chosen, self.preparation, where, report
-        )
+    def entries(self, chunk: pa.Array, where: str, report: Report) -> tuple[np.ndarray, np.ndarray]:
+        options = self.modality.image_size, self.chosen, self.preparation
+        lengths, pixels, cut = decoded_images(chunk, *options, where, report)
         self.num_cut += cut
         return lengths, pixels
 
@@ -91,7 +85,6 @@ class Image(ModalityKind):
         return num_images(chunk, where).clip(max=self.modality.max_images)
 
     def write(self, column: ItemColumnReader, folder: Path) -> int:
-        """Write the decoded images and return their number; the log counts items with too many."""
         num_entries, most = super().write(column, folder), self.modality.max_images
         if self.num_cut:
             logger.info(
@@ -103,36 +96,30 @@ class Image(ModalityKind):
     def which_are_used(self) -> str:
         return f"the first {self.modality.max_images} of each are used"
 
-    def as_input(
-        self,
-        values: np.ndarray,  # uint8 [U, I, 3, S, S], or tokens of the encoder's frozen part
-        mask: np.ndarray,  # [U, I]
-    ) -> ContentInput:
-        """Return padded rows as the encoder takes them: a single image without the dimension I."""
-        if not self.has_several and values.dtype == np.uint8:  # drop the dimension I
+    def as_input(self, values: np.ndarray, mask: np.ndarray) -> ContentInput:  # mask [U, I]
+        # uint8 [U, I, 3, S, S], or tokens of the encoder's frozen part.
+        if not self.has_several and values.dtype == np.uint8:
             values = values[:, 0]
         return super().as_input(values, mask)
 
     def encoder(self, entry_shape: tuple[int, ...]) -> Encoder:
-        from recsys.content.encoders.image_encoders import SeveralImages
-
-        encoder = self._single()
-        return SeveralImages(encoder) if self.has_several else encoder
-
-    def _single(self) -> Encoder:
         from torch import nn
 
+        from recsys.content.encoders import image_encoders
         from recsys.content.encoders.identity import EncoderIdentity, weights_digest
-        from recsys.content.encoders.image_encoders import ImageTransformer, ModuleEncoder
 
+        encoder: Encoder
         modality = self.modality
         if self.pretrained is not None:
-            return ImageTransformer.load(self.pretrained, modality, self.where, self.preparation)
-        assert modality.module is not None
-        module = make_part(f"{self.where}: module", modality.module, {}, nn.Module)
-        encoder = ModuleEncoder(module, modality.training == "full", modality.image_size)
-        encoder.identity = EncoderIdentity(modality.module, None, weights_digest(module))
-        return encoder
+            load = image_encoders.ImageTransformer.load
+            encoder = load(self.pretrained, modality, self.where, self.preparation)
+        else:
+            assert modality.module is not None
+            module = make_part(f"{self.where}: module", modality.module, {}, nn.Module)
+            trains = modality.training == "full"
+            encoder = image_encoders.ModuleEncoder(module, trains, modality.image_size)
+            encoder.identity = EncoderIdentity(modality.module, None, weights_digest(module))
+        return image_encoders.SeveralImages(encoder) if self.has_several else encoder
 
     def preparation_digest(self) -> str:
         return digest_of(self.preparation)

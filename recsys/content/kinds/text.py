@@ -29,7 +29,6 @@ class Text(ModalityKind):
     dtype = "int64"
 
     def check(self) -> None:
-        """Raise a ValueError unless the settings name an encoder and no module."""
         if not self.modality.encoder:
             raise ValueError(
                 f"{self.where}: a text needs an `encoder` (hub name, folder or package:NAME)"
@@ -49,12 +48,9 @@ class Text(ModalityKind):
         state = tokenizer_state(self.pretrained.tokenizer)
         return self.modality.max_length, state, self.pretrained.fills_texts
 
-    def entries(
-        self, chunk: pa.Array, where: str, report: Report
-    ) -> tuple[np.ndarray, np.ndarray]:  # [n], int64 [sum of them]
-        texts, pretrained = texts_of(chunk, where, report), self.pretrained
-        limit, fills = self.modality.max_length, pretrained.fills_texts
-        tokens = tokenize(texts, limit, pretrained.tokenizer, fills)
+    def entries(self, chunk: pa.Array, where: str, report: Report) -> tuple[np.ndarray, np.ndarray]:
+        texts, limit = texts_of(chunk, where, report), self.modality.max_length
+        tokens = tokenize(texts, limit, self.pretrained.tokenizer, self.pretrained.fills_texts)
         lengths = np.array([len(ids) for ids in tokens], np.int64)
         return lengths, np.fromiter(chain.from_iterable(tokens), np.int64)
 
@@ -64,7 +60,6 @@ class Text(ModalityKind):
         return TextTransformer.load(self.pretrained, self.modality, self.where)
 
     def preparation_digest(self) -> str:
-        """Return a hash of the tokenizer and of the padding that it adds."""
         from recsys.content.encoders.identity import tokenizer_digest
 
         return digest_of(tokenizer_digest(self.pretrained.tokenizer), self.pretrained.fills_texts)

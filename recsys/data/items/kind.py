@@ -47,7 +47,7 @@ class ContentInput:
         values = self.values.to(device=device, non_blocking=non_blocking)
         return ContentInput(values, self.mask.to(device=device, non_blocking=non_blocking))
 
-    def __getitem__(self, items: slice) -> ContentInput:
+    def __getitem__(self, items: slice | Tensor) -> ContentInput:
         return ContentInput(self.values[items], self.mask[items])
 
 

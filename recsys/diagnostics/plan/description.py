@@ -21,8 +21,15 @@ from embeddings import (
 )
 from embeddings.memory_bank import is_replicated
 from embeddings.sharding import table_parameters
-from embeddings.simulated_cluster import Cluster, RankTime, slowest_rank
-from embeddings.table_memory import FLOAT, TableMemory, table_memory, what_does_not_fit
+from embeddings.simulated_cluster import (
+    FLOAT,
+    Cluster,
+    RankTime,
+    TableMemory,
+    slowest_rank,
+    table_memory,
+    what_does_not_fit,
+)
 from recsys.config import Config, ModalitySettings, OptimizerSettings, content_settings
 from recsys.content.encoders.build import Encoder, build_encoder
 from recsys.content.kinds.feature import Feature
@@ -39,8 +46,7 @@ from recsys.data.schema import Schema, load_schema
 from recsys.kernels import refused_kernels
 from recsys.model.build import build_em3
 from recsys.model.em3 import EM3
-from recsys.model.placement import check_placement, planner_hardware
-from recsys.model.tables import pooled_features, table_configs
+from recsys.model.tables import check_placement, planner_hardware, pooled_features, table_configs
 from recsys.optimizer import count_state, dense_parameters
 from recsys.storage.location import Location
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.config import ContentSettings
 from recsys.content.dropout import Dropout
 from recsys.ranking.layers.sequence_encoder import (
     NUM_AGES,
@@ -24,13 +23,12 @@ from recsys.ranking.layers.sequence_encoder import (
     times_between,
 )
 from recsys.ranking.settings import EncoderSettings
-from recsys.ranking.vectors import InputDimensions
 
 EPSILON = 1e-12  # of the norm of sums, which are small where a history is short
 
 
 class HstuLayer(nn.Module):
-    """A layer of HSTU; its maps read the ages of events if `has_ages`."""
+    """A layer of HSTU, whose places are relative; maps read the ages of events if `has_ages`."""
 
     compiled_methods = ("_tokens", "_among_events", "_gated", "_asked")  # on GPUs
 
@@ -38,7 +36,6 @@ class HstuLayer(nn.Module):
         self, settings: EncoderSettings, has_ages: bool, relative_places: bool = True
     ) -> None:
         super().__init__()
-        del relative_places  # it has no others
         dim, self.heads = settings.sequence_dim, settings.sequence_heads
         self.longest = settings.recent_items
         self.norm, self.sum_norm = nn.LayerNorm(dim), nn.LayerNorm(dim, eps=EPSILON)
@@ -51,11 +48,8 @@ class HstuLayer(nn.Module):
 
     def read(self, states: Tensor) -> Read:  # [T, D]
         normed = self.norm(states)
-        weights, biases = self.kvqu.weight.chunk(4), self.kvqu.bias.chunk(4)
-        keys, values = (
-            F.silu(F.linear(normed, weight, bias)).float()
-            for weight, bias in zip(weights[:2], biases[:2])
-        )
+        maps = list(zip(self.kvqu.weight.chunk(4), self.kvqu.bias.chunk(4)))
+        keys, values = (F.silu(F.linear(normed, *parts)).float() for parts in maps[:2])
         return keys, values
 
     def history(self, states: Tensor, events: Events) -> tuple[Tensor, Read]:  # [T, D] -> [T, D]
@@ -87,8 +81,7 @@ class HstuLayer(nn.Module):
 
     def target(self, target: Tensor, read: Read, events: Events) -> Tensor:  # [B, D] -> [B, D]
         query, event_bias, self_value, gates = self._asked(target, events.places, events.ages)
-        keys, values = read
-        sequences = events.sequences
+        (keys, values), sequences = read, events.sequences
         dots, bias = sequences.dots(query, keys, self.heads), sequences.at_places(event_bias)
         sums = sequences.sums(F.silu(dots + bias), values)
         return self._gated(target, sums + self_value, gates)
@@ -113,10 +106,7 @@ class HstuLayer(nn.Module):
 
 
 def _place_biases(settings: EncoderSettings) -> nn.Parameter:
-    """Return biases by the distance in places: of a target, 0 to itself and 1 to the latest event.
-
-    [H, `ranking.recent_items` + 2].
-    """
+    """Return biases [H, places] by distance: of a target, 0 to itself, 1 to the latest event."""
     return nn.Parameter(0.02 * torch.randn(settings.sequence_heads, settings.recent_items + 2))
 
 
@@ -132,9 +122,6 @@ class HstuEncoder(SequenceEncoder):
     Layer = HstuLayer
 
 
-WIDENING = 4  # of the feed-forward layer, as in BST
-
-
 class TransformerLayer(nn.Module):
     """A layer of attention and feed-forward; embeddings of ages are in its tokens.
 
@@ -147,14 +134,12 @@ class TransformerLayer(nn.Module):
         self, settings: EncoderSettings, has_ages: bool, relative_places: bool = False
     ) -> None:
         super().__init__()
-        del has_ages
         dim, self.heads = settings.sequence_dim, settings.sequence_heads
         self.norm, self.hidden_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.kvq = nn.Linear(dim, 3 * dim, bias=False)
         self.output, self.dropout = nn.Linear(dim, dim), Dropout(settings.sequence_dropout)
-        self.hidden = nn.Sequential(
-            nn.Linear(dim, WIDENING * dim), nn.ReLU(), nn.Linear(WIDENING * dim, dim)
-        )
+        # Four times as wide, as in BST.
+        self.hidden = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
         self.of_places = _place_biases(settings) if relative_places else None
 
     def read(self, states: Tensor) -> Read:  # [T, D]
@@ -175,9 +160,8 @@ class TransformerLayer(nn.Module):
 
     def _among_events(self, padded: Tensor) -> Tensor:  # [S, L, 3 * D] -> [S, L, D]
         keys, values, queries = padded.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        biases = None
-        if self.of_places is not None:
-            biases = _biases_between(self.of_places, padded.shape[1])
+        places = self.of_places
+        biases = None if places is None else _biases_between(places, padded.shape[1])
         return _causal_attention(queries, keys, values, biases).transpose(1, 2).flatten(2)
 
     def target(self, target: Tensor, read: Read, events: Events) -> Tensor:  # [B, D] -> [B, D]
@@ -216,12 +200,8 @@ class TransformerLayer(nn.Module):
 
 
 def _causal_attention(
-    queries: Tensor,  # [S, H, L, D], as keys and values
-    keys: Tensor,
-    values: Tensor,
-    biases: Tensor | None,  # [H, L, L]
-) -> Tensor:
-    """Return the attention of each place to itself and the earlier ones: [S, H, L, D]."""
+    queries: Tensor, keys: Tensor, values: Tensor, biases: Tensor | None
+) -> Tensor:  # thrice [S, H, L, D], [H, L, L] -> [S, H, L, D]
     length, is_exporting = queries.shape[2], torch.compiler.is_exporting()
     if biases is None and not is_exporting:
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
@@ -240,15 +220,7 @@ class TransformerEncoder(SequenceEncoder):
 
     Layer = TransformerLayer
 
-    def __init__(
-        self,
-        settings: EncoderSettings,
-        dimensions: InputDimensions,
-        content: ContentSettings | None,
-        reads_target: bool = True,
-        relative_places: bool = False,
-    ) -> None:
-        super().__init__(settings, dimensions, content, reads_target, relative_places)
+    def add_positions(self, settings: EncoderSettings, relative_places: bool) -> None:
         dim, has_ages = settings.sequence_dim, self.gaps.column is not None
         self.places = None if relative_places else nn.Embedding(settings.recent_items + 1, dim)
         self.ages = nn.Embedding(NUM_AGES, dim) if has_ages else None
@@ -256,15 +228,10 @@ class TransformerEncoder(SequenceEncoder):
             if table is not None:
                 nn.init.normal_(table.weight, std=0.02)
 
-    def positioned(
-        self,
-        tokens: Tensor,  # [T, D]
-        target: Tensor,  # [B, D]
-        events: Events,
-    ) -> tuple[Tensor, Tensor]:
+    def positioned(self, tokens: Tensor, events: Events) -> Tensor:  # [T, D] -> [T, D]
         if self.places is not None:
             tokens = tokens + self.places(events.places)
         if self.ages is not None:
             assert events.ages is not None
             tokens = tokens + self.ages(doubling_buckets(events.ages.squeeze(1)))
-        return tokens, target
+        return tokens

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.config import ContentSettings, HistorySettings
-from recsys.content.vectors import ContentVectors, StoredHistory
+from recsys.content.vectors import ContentVectors
 from recsys.data.jagged_history import JaggedHistory
 from recsys.kernels import has_native, native_content_interest, result_dtype
 from recsys.ranking.layers.target_attention import DotAttention, at_least_float32
@@ -22,9 +22,7 @@ from recsys.ranking.layers.target_attention import DotAttention, at_least_float3
 LOWER_THAN_COSINE = -2.0
 
 
-def cosines(
-    target: Tensor, items: Tensor, history: JaggedHistory
-) -> Tensor:  # [B, D], [U, D] -> [N]
+def cosines(target: Tensor, items: Tensor, history: JaggedHistory) -> Tensor:  # [N]
     """Return the cosine of each history item to its row's target; 0 if either vector is zero."""
     dtype = torch.promote_types(target.dtype, items.dtype)
     items = at_least_float32(items.to(dtype))
@@ -83,37 +81,22 @@ def shared_similarity_features(
     return torch.cat([mean, maximum, votes], dim=2).transpose(0, 1).flatten(1)
 
 
-def latest_flags(
-    history: JaggedHistory, sizes: Sequence[int]
-) -> Tensor:  # [N, R], 1 for the latest items of each row
+def latest_flags(history: JaggedHistory, sizes: Sequence[int]) -> Tensor:  # [N, R]
     """Return a list of flags for each size: whether an item is among the latest so many."""
     return torch.stack([history.ages < size for size in sizes], dim=1).float()
 
 
 def num_similarity_features(num_flags: int) -> int:
     """Return S of `similarity_features`."""
-    return 2 * (1 + 2 * num_flags) + num_flags
+    return 2 + 5 * num_flags
 
 
-def similarity_histogram(
-    cosine: Tensor, history: JaggedHistory, bins: int
-) -> Tensor:  # [N] -> [B, bins]
+def similarity_histogram(cosine: Tensor, history: JaggedHistory, bins: int) -> Tensor:  # [B, bins]
     """Return log(1 + count) of history items in `bins` equal tiers of [-1, 1], without gradient."""
     tier = ((cosine.detach() + 1) * (bins / 2)).long().clamp(0, bins - 1)
     counts = cosine.new_zeros(history.lengths.shape[0] * bins)
     counts = counts.index_add(0, history.rows * bins + tier, torch.ones_like(cosine))
     return torch.log1p(counts).view(-1, bins)
-
-
-def _similarities(
-    spaces: list[Tensor],  # [N] each
-    history: JaggedHistory,
-    parallel: Tensor,  # [N, P]
-) -> Tensor:  # [B, M * S]
-    if not history.is_shared:
-        return similarity_features(torch.stack(spaces, dim=1), history, parallel)
-    cosine = torch.stack(spaces).view(len(spaces), history.lengths.shape[0], history.longest)
-    return shared_similarity_features(cosine, history.of_one_row(parallel))
 
 
 class ContentInterest(nn.Module):
@@ -134,19 +117,17 @@ class ContentInterest(nn.Module):
 
     @staticmethod
     def of(content: ContentSettings, num_parallel: int) -> ContentInterest:
-        num_modalities = len(content.modalities)
-        return ContentInterest(content.dim, num_modalities, num_parallel, content.history)
+        return ContentInterest(content.dim, len(content.modalities), num_parallel, content.history)
 
-    def forward(
-        self, content: ContentVectors, history: JaggedHistory, parallel: Tensor
-    ) -> Tensor:  # [N, P] -> [B, output_dim]
-        """Return the interest and the similarity features of each row. A collective."""
+    def forward(self, content: ContentVectors, history: JaggedHistory, parallel: Tensor) -> Tensor:
+        """Return interest and similarity features of each row, [B, output_dim]. A collective."""
         settings, dtype = self.settings, result_dtype(content.target, self.attention.query.weight)
         if settings.recent:
             parallel = torch.cat([parallel, latest_flags(history, settings.recent)], dim=1)
-        if self._has_native(content, history, parallel):
-            assert content.read_stored is not None
-            return self._by_kernel(content, content.read_stored(), history, parallel).to(dtype)
+        is_own = not history.is_shared and not parallel.requires_grad
+        may_be_native = is_own and content.read_stored is not None and not self.kernel_refusal()
+        if may_be_native and has_native(content.target, *self.attention.parameters()):
+            return self._by_kernel(content, history, parallel).to(dtype)
         items, modalities = content.read_history()
         features = [self.attention(content.target, items, history, parallel)]
         if settings.similarity_features or settings.simtier_bins:
@@ -154,45 +135,33 @@ class ContentInterest(nn.Module):
         if settings.similarity_features:
             pairs = zip(content.target_modalities.unbind(dim=1), modalities.unbind(dim=1))
             spaces = [cosine, *(cosines(*vectors, history) for vectors in pairs)]
-            features.append(_similarities(spaces, history, parallel))
+            if history.is_shared:
+                shape = len(spaces), history.lengths.shape[0], history.longest
+                lists = history.of_one_row(parallel)
+                features.append(shared_similarity_features(torch.stack(spaces).view(shape), lists))
+            else:
+                stacked = torch.stack(spaces, dim=1)
+                features.append(similarity_features(stacked, history, parallel))
         if settings.simtier_bins:
             features.append(similarity_histogram(cosine, history, settings.simtier_bins))
         return torch.cat(features, dim=1).to(dtype)
 
     def kernel_refusal(self) -> str | None:
-        """Return why PyTorch computes every step on CPU, or None."""
         if self.settings.simtier_bins:
             return f"content.history.simtier_bins is {self.settings.simtier_bins}; the kernel has 0"
         if self.settings.mode == "full":
             return "content.history.mode is full; the kernel reads vectors of the bank"
         return None
 
-    def _has_native(
-        self,
-        content: ContentVectors,
-        history: JaggedHistory,
-        parallel: Tensor,  # [N, P]
-    ) -> bool:
-        """Return whether a kernel computes these features, on CPU and of items in a bank."""
-        if content.read_stored is None or parallel.requires_grad or history.is_shared:
-            return False
-        return self.kernel_refusal() is None and has_native(
-            content.target, *self.attention.parameters()
-        )
-
     def _by_kernel(
-        self,
-        content: ContentVectors,
-        stored: StoredHistory,
-        history: JaggedHistory,
-        parallel: Tensor,  # [N, P]
-    ) -> Tensor:  # [B, output_dim]
-        """Compute the same as `forward` in float32: q . (M v) as (M^T q) . v."""
+        self, content: ContentVectors, history: JaggedHistory, parallel: Tensor
+    ) -> Tensor:  # [N, P] -> [B, output_dim]
+        """Compute the same as `forward` in float32: q . (M v) as (M^T q) . v. A collective."""
+        assert content.read_stored is not None
+        attention, stored = self.attention, content.read_stored()
         with torch.autocast("cpu", enabled=False):
             target, matrix = content.target.float(), stored.matrix.float()
-            query, list_factors = self.attention.query_of(
-                target.to(self.attention.query.weight.dtype)
-            )
+            query, list_factors = attention.query_of(target.to(attention.query.weight.dtype))
             queries = [query @ matrix]
             if self.settings.similarity_features:
                 queries.append(F.normalize(target, dim=-1) @ matrix)
@@ -201,5 +170,6 @@ class ContentInterest(nn.Module):
             items = stored.rows, matrix, history.index, history.offsets
             stacked = torch.stack(queries, dim=1)
             sums, features = native_content_interest(stacked, *items, list_factors, listed)
-            interest = self.attention.interest_of(sums, matrix)
-            return torch.cat([interest, features], dim=1)
+            if attention.parallel_map is not None:  # sums are of items and, behind them, of lists
+                matrix = torch.cat([matrix, attention.parallel_map.weight], dim=1)
+            return torch.cat([sums @ matrix.T, features], dim=1)

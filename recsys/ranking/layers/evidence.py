@@ -1,14 +1,21 @@
-"""Logits from what a history says of a target, without ID vectors, which remember training rows.
+"""What a history says of a target, without ID vectors, which remember training rows.
 
-Shapes: B batch, E numbers of evidence, S similarities, K = NUM_VOTES, P parallel lists,
-W = len(LATEST), C labels.
+Ridge regression on the vectors of a history, one for each row, with the gradient in closed form,
+and the logits of the evidence.
+Shapes: R histories, L longest history, Z width of a vector, of which the first F numbers have no
+gradient, K targets of each history; B batch, E numbers of evidence, S similarities,
+V = NUM_VOTES, P parallel lists, W = len(LATEST), C labels.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from embeddings.host import is_on_host
 from recsys.ranking.layers.heads import hidden_layers
 from recsys.ranking.layers.row_features import Standardization
 from recsys.ranking.vectors import InputDimensions
@@ -47,12 +54,8 @@ class EvidenceNetwork(nn.Module):
                 parameter.zero_()
 
     def forward(
-        self,
-        evidence: Tensor,  # [B, E]
-        votes: Tensor,  # [B, S, K]
-        list_means: Tensor,  # [B, W * P]
-        row_weights: Tensor,  # [B], 0 for a padding row
-    ) -> tuple[Tensor, Tensor]:  # [B, C], [B, C]
+        self, evidence: Tensor, votes: Tensor, list_means: Tensor, row_weights: Tensor
+    ) -> tuple[Tensor, Tensor]:  # [B, E], [B, S, V], [B, W * P], [B] -> [B, C], [B, C]
         """Return the linear map, and its sum with the MLP, with the gradient of the MLP alone.
 
         A collective in training: all ranks share the scales of the MLP's inputs.
@@ -60,3 +63,95 @@ class EvidenceNetwork(nn.Module):
         numbers = torch.cat([evidence.detach(), votes.flatten(1), list_means], dim=1)
         linear = self.linear(evidence)
         return linear, linear.detach() + self.layers(self.standardization(numbers, row_weights))
+
+
+@dataclass
+class RidgePredictions:
+    """Mean and variance of w . target, given residuals = w . past + noise, w ~ N(0, diag(prior)).
+
+    The mean is k (K + diag(1 / precisions))^-1 residuals, with K = past diag(prior) past' and k the
+    same of target and past (Rasmussen and Williams 2006, equation 2.11).
+    """
+
+    fixed: Tensor  # [R, L, F], the first part of the vectors of the history
+    past: Tensor  # [R, L, Z - F], the second part
+    residuals: Tensor  # [R, L]
+    precisions: Tensor  # [R, L], 1 / variance of the noise; 0 where a place holds no item
+    target: Tensor  # [R, Z, K]
+    prior: Tensor  # [Z]
+
+    def exact(self) -> tuple[Tensor, Tensor]:  # [R * K], [R * K]
+        """Compute in double precision: packages and predictions agree to 1e-6."""
+        past = torch.cat([self.fixed, self.past], dim=2)
+        parts = past, self.residuals, self.precisions, self.target, self.prior
+        weights, directions = _solve(*(part.double() for part in parts))
+        mean, variance = (weights * self.target).sum(1), (directions * self.target).sum(1)
+        return mean.flatten().float(), variance.flatten().float()
+
+    def fast(self) -> tuple[Tensor, Tensor]:  # [R], [R]
+        """Compute in float32, of one target each; the gradient costs O(L Z), not O(L Z ** 2)."""
+        parts = self.fixed, self.past, self.residuals, self.precisions, self.target, self.prior
+        return _Ridge.apply(*parts)
+
+
+def _solve(
+    past: Tensor, residuals: Tensor, precisions: Tensor, target: Tensor, prior: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the means of w [R, Z, 1], and the covariance of w times the targets [R, Z, K]."""
+    weighted = (past * precisions.unsqueeze(2)).transpose(1, 2)  # [R, Z, L]
+    factor = _factor(torch.baddbmm(torch.diag(1 / prior), weighted, past))
+    products = weighted @ residuals.unsqueeze(2)
+    solved = torch.cholesky_solve(torch.cat([products, target], dim=2), factor)
+    return solved[:, :, :1], solved[:, :, 1:]
+
+
+def _solve_by_items(
+    past: Tensor, residuals: Tensor, precisions: Tensor, target: Tensor, prior: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the results of `_solve`, from matrices [L, L] in place of [Z, Z]."""
+    scale = precisions.sqrt().unsqueeze(2)
+    scaled = past * scale
+    weighted = scaled * prior
+    ones = torch.eye(past.shape[1], dtype=past.dtype, device=past.device)
+    factor = _factor(torch.baddbmm(ones, weighted, scaled.mT))
+    products = torch.cat([scale * residuals.unsqueeze(2), weighted @ target], dim=2)
+    solved = weighted.mT @ torch.cholesky_solve(products, factor)  # [R, Z, 1 + K]
+    return solved[:, :, :1], prior.unsqueeze(1) * target - solved[:, :, 1:]
+
+
+def _factor(matrix: Tensor) -> Tensor:
+    """Return the Cholesky factor. On a GPU its check would make the host wait."""
+    return torch.linalg.cholesky_ex(matrix, check_errors=is_on_host(matrix)).L
+
+
+class _Ridge(torch.autograd.Function):
+    """Autograd of `RidgePredictions.fast`."""
+
+    @staticmethod
+    def forward(ctx: Any, fixed: Tensor, trained: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        past = torch.cat([fixed, trained], dim=2)
+        solve = _solve_by_items if past.shape[1] < past.shape[2] else _solve
+        weights, directions = solve(past, *inputs)
+        ctx.num_fixed = fixed.shape[2]
+        ctx.save_for_backward(past, *inputs, weights, directions)
+        mean, variance = ((part * inputs[2]).sum(1) for part in (weights, directions))
+        return mean.flatten(), variance.flatten()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # [R], [R]
+        past, residuals, precisions, _, prior, weights, directions = ctx.saved_tensors
+        mean, variance = (part.unsqueeze(1) for part in gradients)
+        along, predicted = (past @ torch.cat([directions, weights], dim=2)).unbind(2)  # [R, L]
+        errors = residuals - predicted
+        factors = precisions * (mean * errors - 2 * variance * along), precisions * mean * along
+        rows = torch.cat([directions, -weights], dim=2)[:, ctx.num_fixed :].transpose(1, 2)
+        weights, directions = weights.squeeze(2), directions.squeeze(2)
+        scaled = mean * weights + variance * directions  # [R, Z]
+        return (
+            None,
+            torch.stack(factors, dim=2) @ rows if ctx.needs_input_grad[1] else None,
+            precisions * mean * along,
+            along * (mean * errors - variance * along),
+            (scaled + variance * directions).unsqueeze(2),
+            (scaled * directions).sum(0) / prior.square(),
+        )

@@ -21,17 +21,11 @@ from recsys.ranking.vectors import IDVectors, InputDimensions
 HALF_LIVES = (1.0, 3.0, 10.0)  # in newer items
 
 
-def history_numbers(
-    history: JaggedHistory, parallel: Tensor
-) -> Tensor:  # [N, P] -> [B, P * (1 + H) + 1]
+def history_numbers(history: JaggedHistory, parallel: Tensor) -> Tensor:  # [B, P * (1 + H) + 1]
     """Return lists' means, means by half-life, and log(1 + length); 0 for an empty history."""
+    num_rows = history.lengths.shape[0]
     if history.is_shared:
-        numbers = _history_numbers(history.one_row(), history.of_one_row(parallel))
-        return numbers.expand(history.lengths.shape[0], -1)
-    return _history_numbers(history, parallel)
-
-
-def _history_numbers(history: JaggedHistory, parallel: Tensor) -> Tensor:
+        history, parallel = history.one_row(), history.of_one_row(parallel)
     lengths = history.lengths.unsqueeze(1)
     # Filled on the device: a tensor of Python numbers would be copied, and a GPU waited for.
     fills = [torch.full((1,), life, device=lengths.device) for life in HALF_LIVES]
@@ -43,7 +37,7 @@ def _history_numbers(history: JaggedHistory, parallel: Tensor) -> Tensor:
     totals = history.sum(weights).clamp(min=1)  # only an empty history has less than 1
     means = history.sum(weighted).view(lengths.shape[0], parallel.shape[1], weights.shape[1])
     means = (means / totals.unsqueeze(1)).flatten(1)
-    return torch.cat([means, torch.log1p(lengths.to(means.dtype))], dim=1)
+    return torch.cat([means, torch.log1p(lengths.to(means.dtype))], dim=1).expand(num_rows, -1)
 
 
 def num_history_numbers(num_parallel: int) -> int:
@@ -51,12 +45,8 @@ def num_history_numbers(num_parallel: int) -> int:
     return num_parallel * (1 + len(HALF_LIVES)) + 1
 
 
-def pooled_history(
-    items: Tensor,  # [U, D]
-    history: JaggedHistory,
-    parallel: Tensor,  # [K, P]
-) -> list[Tensor]:  # 1 + P tensors [B, D]
-    """Return the mean of each history, and its means by each list; zeros if it is empty."""
+def pooled_history(items: Tensor, history: JaggedHistory, parallel: Tensor) -> list[Tensor]:
+    """Return the means [B, D] of histories, and those by each list [N, P]; zeros if empty."""
     share = history.spread(1 / history.lengths.clamp(min=1).to(items.dtype).unsqueeze(1))
     weights = torch.cat([share, share * parallel], dim=1)
     return [history.weighted_sum(column.contiguous(), items) for column in weights.unbind(dim=1)]
@@ -64,11 +54,11 @@ def pooled_history(
 
 @dataclass
 class FieldVectors:
-    """vectors: F tensors [B, D]; numbers: [B, X]; similarities: [B, S], S = 0 without content."""
+    """Vectors and numbers of each row, for a model of interactions."""
 
-    vectors: list[Tensor]
-    numbers: Tensor
-    similarities: Tensor
+    vectors: list[Tensor]  # F of [B, D]
+    numbers: Tensor  # [B, X]
+    similarities: Tensor  # [B, S], S = 0 without content
 
     def dense_and_sparse(self, dense_arch: nn.Module | None) -> tuple[Tensor, list[Tensor]]:
         """Return the dense vector [B, D] (the last field if there is no arch), and the fields."""

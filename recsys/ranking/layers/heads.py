@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from recsys.config import RankingSettings
 from recsys.content.dropout import Dropout
 from recsys.ranking.settings import HeadSettings
 from recsys.ranking.vectors import MemberLogits
@@ -35,8 +34,7 @@ class EnsembleLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:  # [K or 1, B, I] -> [K, B, O]
         return torch.matmul(inputs * self.scale_in, self.weight) * self.scale_out + self.bias
 
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """Return the members' weights with both scales, [I, K, O], and their biases, [K, O]."""
+    def folded(self) -> tuple[Tensor, Tensor]:  # [I, K, O], [K, O]
         scale_in = self.scale_in.permute(2, 0, 1).contiguous()  # [I, K, 1]
         weight = scale_in * (self.weight.unsqueeze(1) * self.scale_out.squeeze(1))
         return weight, self.bias.squeeze(1)
@@ -54,6 +52,9 @@ class MemberLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:  # [K, B, I] -> [K, B, O]
         return torch.baddbmm(self.bias, inputs, self.weight)
+
+    def folded(self) -> tuple[Tensor, Tensor]:  # [I, K, O], [K, O]
+        return self.weight.transpose(0, 1), self.bias.squeeze(1)
 
 
 class EnsembleHead(nn.Module):
@@ -77,45 +78,32 @@ class EnsembleHead(nn.Module):
             return _mean_logits(features, self.folded())
         return MemberLogits(self.layers(features.expand(self.members, -1, -1)))
 
-    def folded(self) -> list[tuple[Tensor, Tensor]]:
-        """Return weights [I, K, O] and biases [K, O] of the layers, with the scales in them."""
-        output = self.layers[-1]
-        assert isinstance(output, MemberLinear)
-        hidden = [layer.folded() for layer in self.layers if isinstance(layer, EnsembleLinear)]
-        return [*hidden, (output.weight.transpose(0, 1), output.bias.squeeze(1))]
+    def folded(self) -> list[tuple[Tensor, Tensor]]:  # [I, K, O], [K, O] of each layer
+        kinds = EnsembleLinear | MemberLinear
+        return [layer.folded() for layer in self.layers if isinstance(layer, kinds)]
 
     def packaged(self, bfloat16: bool) -> FoldedHead:
-        return FoldedHead(self, bfloat16)
+        """Return the head of a package; with `bfloat16` all layers but the last compute in it."""
+        *hidden, last = self.folded()
+        dtype = torch.bfloat16 if bfloat16 else torch.float32
+        return FoldedHead([part.to(dtype) for pair in hidden for part in pair] + list(last))
 
 
 class FoldedHead(nn.Module):
-    """An `EnsembleHead` in evaluation, whose weights are folded once.
+    """An `EnsembleHead` in evaluation, whose weights and biases are folded once."""
 
-    With `bfloat16` all layers but the last compute in it: the mean of the members averages the
-    rounding of their units.
-    """
-
-    def __init__(self, head: EnsembleHead, bfloat16: bool = False) -> None:
+    def __init__(self, weights: list[Tensor]) -> None:
         super().__init__()
-        *hidden, last = head.folded()
-        dtype = torch.bfloat16 if bfloat16 else torch.float32
-        pairs = [part.to(dtype) for pair in hidden for part in pair] + list(last)
         self.weights = nn.ParameterList(
-            nn.Parameter(part.detach().contiguous(), requires_grad=False) for part in pairs
+            nn.Parameter(part.detach().contiguous(), requires_grad=False) for part in weights
         )
 
     def forward(self, features: Tensor) -> Tensor:  # [B, width] -> [B, C]
         return _mean_logits(features, list(zip(self.weights[::2], self.weights[1::2])))
 
 
-def _mean_logits(
-    features: Tensor,  # [B, width]
-    layers: list[tuple[Tensor, Tensor]],  # [I, K, O], [K, O]
-) -> Tensor:  # [B, C]
-    """Return the mean logits of the members, without a scaled copy of a layer's inputs.
-
-    The first layer of all members is one product, as they have the same inputs.
-    """
+def _mean_logits(features: Tensor, layers: list[tuple[Tensor, Tensor]]) -> Tensor:  # [B, C]
+    """Return the members' mean logits, without a scaled copy of a layer's inputs."""
     (weight, bias), *later_layers = layers
     hidden = torch.addmm(bias.flatten(), features.to(weight.dtype), weight.flatten(1))
     members = hidden.unflatten(1, bias.shape).transpose(0, 1)  # [K, B, O]
@@ -135,11 +123,10 @@ def hidden_layers(width: int, units: list[int], dropout: float) -> tuple[list[nn
 
 
 def multilayer_perceptron(
-    width: int, settings: RankingSettings, num_outputs: int, units: list[int] | None = None
+    width: int, units: list[int], dropout: float, num_outputs: int
 ) -> nn.Sequential:
-    """Return `hidden_layers` of `units` (default `settings.mlp_units`), then a linear map."""
-    units = settings.mlp_units if units is None else units
-    layers, width = hidden_layers(width, units, settings.dropout)
+    """Return `hidden_layers`, then a linear map."""
+    layers, width = hidden_layers(width, units, dropout)
     return nn.Sequential(*layers, nn.Linear(width, num_outputs))
 
 
@@ -147,8 +134,8 @@ def ranking_head(
     width: int, settings: HeadSettings, num_outputs: int, drops_inputs: bool = False
 ) -> nn.Sequential:
     """Return a `multilayer_perceptron`, or an ensemble of `settings.ensemble_members` of them."""
-    first = [Dropout(settings.dropout)] if drops_inputs else []
-    if settings.ensemble_members == 1:
-        return nn.Sequential(*first, *multilayer_perceptron(width, settings, num_outputs))
-    units, members = settings.mlp_units, settings.ensemble_members
-    return nn.Sequential(*first, EnsembleHead(width, units, num_outputs, members, settings.dropout))
+    units, members, dropout = settings.mlp_units, settings.ensemble_members, settings.dropout
+    first = [Dropout(dropout)] if drops_inputs else []
+    if members == 1:
+        return nn.Sequential(*first, *multilayer_perceptron(width, units, dropout, num_outputs))
+    return nn.Sequential(*first, EnsembleHead(width, units, num_outputs, members, dropout))

@@ -1,5 +1,6 @@
 """All features of a row as one vector, after attention to the history: the base of most backbones.
 
+Sequences after the first are encoded into one vector each, which ranking models read as pooled.
 Standardised numbers use statistics of all steps and ranks, so rows do not depend on their batch.
 Shapes: B batch, K history items that are attended to, P parallel lists, D dimension of ID vectors,
 W width of the vector, X numbers.
@@ -7,17 +8,26 @@ W width of the vector, X numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from recsys.config import ContentSettings
+from recsys.config import ContentSettings, RankingSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
+from recsys.data.schema_columns import HistoryColumns
 from recsys.ranking.layers.content_interest import ContentInterest
 from recsys.ranking.layers.fields import history_numbers, num_history_numbers
-from recsys.ranking.layers.target_attention import TargetAttention
+from recsys.ranking.layers.target_attention import (
+    HistoryAttention,
+    MeanOfEvents,
+    TargetAttention,
+)
 from recsys.ranking.settings import AttendedSettings, NumbersSettings
 from recsys.ranking.vectors import IDVectors, InputDimensions
 
@@ -44,11 +54,7 @@ class Standardization(nn.Module):
         self.register_buffer("variance", torch.ones(num_numbers))
         self.register_buffer("steps", torch.zeros(()))
 
-    def forward(
-        self,
-        numbers: Tensor,  # [B, W]
-        row_weights: Tensor | None = None,  # [B], 0 for a padding row
-    ) -> Tensor:  # [B, W]
+    def forward(self, numbers: Tensor, row_weights: Tensor | None = None) -> Tensor:  # [B, W]
         """Update the statistics in training, and return the standardised numbers. A collective."""
         if self.training:
             self._update(numbers.detach(), row_weights)
@@ -131,29 +137,22 @@ class RowFeatures(nn.Module):
         parallel: Tensor,  # [K, P]
     ) -> Tensor:  # [B, W]
         """Return all vectors and numbers of each row, concatenated. A collective."""
-        content_parts, similarities = [], []
+        content_parts, parts = [], [batch.dense_features, numbers]
         if self.content_interest is not None:
             assert content is not None
             interests = self.content_interest(content, history, parallel)
             dim = content.target.shape[1]
             content_parts = [content.target, interests[:, :dim]]
-            similarities = [interests[:, dim:]]
-        dense, numbers, *similarities = self._standardized(
-            [batch.dense_features, numbers, *similarities], batch
-        )
+            parts.append(interests[:, dim:])
+        if self.standardization is not None:  # in one call, so that ranks exchange one message
+            widths = [part.shape[1] for part in parts]
+            joined = self.standardization(torch.cat(parts, dim=1), batch.rows.loss_weights)
+            parts = list(joined.split(widths, dim=1))
+        dense, numbers, *similarities = parts
         if self.piecewise is not None:
             dense = torch.cat([dense, self.piecewise(dense)], dim=1)
         vectors = [dense, *ids.pooled, ids.target, interest, numbers]
-        vectors += [*content_parts, *similarities]
-        return torch.cat(vectors, dim=1)
-
-    def _standardized(self, numbers: list[Tensor], batch: Batch) -> list[Tensor]:
-        """Standardise all parts in one call, so that ranks exchange one message. A collective."""
-        if self.standardization is None:
-            return numbers
-        widths = [part.shape[1] for part in numbers]
-        joined = self.standardization(torch.cat(numbers, dim=1), batch.rows.loss_weights)
-        return list(joined.split(widths, dim=1))
+        return torch.cat([*vectors, *content_parts, *similarities], dim=1)
 
 
 class AttendedFeatures(RowFeatures):
@@ -165,18 +164,66 @@ class AttendedFeatures(RowFeatures):
         dimensions: InputDimensions,
         content: ContentSettings | None,
     ) -> None:
-        interest = TargetAttention(
-            dimensions.id_dim, dimensions.num_parallel, settings.attention_units
-        )
-        super().__init__(settings, dimensions.id_dim, dimensions, content)
+        dim, units = dimensions.id_dim, settings.attention_units
+        interest = TargetAttention(dim, dimensions.num_parallel, units)  # drawn first
+        super().__init__(settings, dim, dimensions, content)
         self.interest = interest
 
-    def attended(
-        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor:  # [B, W]
+    def attended(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Tensor:
         history = batch.history.jagged()
         id_history = history if ids.history_is_unique else history.unindexed()
         parallel = batch.history.values
         interest = self.interest(ids.target, ids.history, id_history, parallel)
         numbers = history_numbers(history, parallel)
         return self.features(ids, content, batch, interest, numbers, history, parallel)
+
+
+class ExtraSequences(nn.Module):
+    """`IDVectors` -> the same with the vectors of extra sequences behind the pooled ones.
+
+    `widths` has each vector's width, by the sequence's name or `content of` its name, in order.
+    """
+
+    def __init__(
+        self,
+        settings: RankingSettings,
+        dim: int,
+        histories: list[HistoryColumns],
+        content: ContentSettings | None,
+    ) -> None:
+        super().__init__()
+        attended = settings if isinstance(settings, AttendedSettings) else AttendedSettings()
+        is_mean = settings.further_histories == "mean"
+        attention = partial(TargetAttention, units=attended.attention_units)
+        kind: Callable[[int, int], HistoryAttention] = MeanOfEvents if is_mean else attention
+        self.encoders = nn.ModuleList(kind(dim, len(sequence.numbers)) for sequence in histories)
+        self.widths = {sequence.name: dim for sequence in histories}
+        self.content_places: list[int] = []
+        self.content_encoders = nn.ModuleList()
+        for place, sequence in enumerate(histories):
+            if content is not None and sequence.name in content.history.columns:
+                # Both are built: what is drawn after them does not depend on the setting.
+                interest = ContentInterest.of(content, len(sequence.numbers))
+                mean = MeanOfEvents(content.dim, len(sequence.numbers))
+                self.content_places.append(place)
+                self.content_encoders.append(mean if is_mean else interest)
+                width = content.dim if is_mean else interest.output_dim
+                self.widths[f"content of {sequence.name}"] = width
+
+    def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> IDVectors:
+        """Append the vectors [B, width] of extra sequences. A collective with content."""
+        histories = zip(self.encoders, ids.further, batch.history.further, strict=True)
+        encoded = [
+            encode(ids.target, events, history.jagged(), history.values)
+            for encode, events, history in histories
+        ]
+        for place, encode in zip(self.content_places, self.content_encoders):
+            assert content is not None
+            history = batch.history.further[place]
+            vectors, jagged = history.content_of(content, batch.history.items.shape[0])
+            if isinstance(encode, MeanOfEvents):
+                items = vectors.read_history()[0]
+                encoded.append(encode(vectors.target, items, jagged, history.values))
+            else:
+                encoded.append(encode(vectors, jagged, history.values))
+        return replace(ids, pooled=[*ids.pooled, *encoded])

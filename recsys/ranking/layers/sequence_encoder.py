@@ -35,10 +35,7 @@ def age_of(gaps: Tensor) -> Tensor:  # [K] -> [K]
 
 
 def doubling_buckets(gaps: Tensor) -> Tensor:
-    """Return floor(log2(1 + gap)), int64 in [0, NUM_AGES), of float32 gaps of any shape.
-
-    Negative gaps count as 0.
-    """
+    """Return `age_of` float32 gaps of any shape, by their exponents; negative gaps count as 0."""
     bits = (gaps.float().clamp(min=0) + 1).view(torch.int32)
     return ((bits >> EXPONENT_BITS) - EXPONENT_OF_ONE).clamp(max=NUM_AGES - 1).long()
 
@@ -50,16 +47,11 @@ def times_between(ages: Tensor) -> Tensor:  # [S, L] -> int64 [S, L, L]
 
 @dataclass(frozen=True)
 class TimeGaps:
-    """Place of the ages of history items among the parallel lists, and their scale.
+    """Place of the ages of history items among the parallel lists, and their scale."""
 
-    column: of the ages; None: there are none.
-    flags: the columns that models read as numbers.
-    scale: linear: a unit such as seconds; log_days: log10(1 + days) / 2.
-    """
-
-    column: int | None
-    flags: list[int]
-    scale: GapScale = "linear"
+    column: int | None  # of the ages; None: there are none
+    flags: list[int]  # the columns that models read as numbers
+    scale: GapScale = "linear"  # a unit such as seconds; log_days: log10(1 + days) / 2
 
     @staticmethod
     def of(name: str | None, dimensions: InputDimensions, scale: GapScale = "linear") -> TimeGaps:
@@ -76,7 +68,6 @@ class TimeGaps:
         return TimeGaps(column, flags, scale)
 
     def ages(self, values: Tensor) -> Tensor | None:  # [N, P] -> [N, 1]
-        """Return the ages of history items, in seconds if their scale is `log_days`."""
         if self.column is None:
             return None
         ages = values[:, [self.column]]
@@ -90,15 +81,11 @@ Read = tuple[Tensor, Tensor]  # keys and values [T, D] that targets read of even
 
 @dataclass
 class Events:
-    """Times of the tokens that a layer reads.
-
-    places: int64 [T], the number of newer tokens, at most `ranking.recent_items`.
-    ages: float32 [T, 1], or None if no list has them.
-    """
+    """Times of the tokens that a layer reads."""
 
     sequences: Sequences
-    places: Tensor
-    ages: Tensor | None
+    places: Tensor  # int64 [T], the number of newer tokens, at most `ranking.recent_items`
+    ages: Tensor | None  # float32 [T, 1], or None if no list has them
 
 
 class EventTokens(nn.Module):
@@ -137,16 +124,13 @@ class EventTokens(nn.Module):
         tokens = sequences.tokens(items, history) if ids.history_is_unique else items
         if self.list_map is not None:
             tokens = torch.addmm(tokens, lists, self.list_map.weight.T)
-        return tokens, self._targets(ids, content)
-
-    def _targets(self, ids: IDVectors, content: ContentVectors | None) -> Tensor:  # [B, D]
         if not self.reads_target:
-            return self.of_target.expand(ids.target.shape[0], -1)
+            return tokens, self.of_target.expand(ids.target.shape[0], -1)
         target = self.id_map(ids.target) + self.of_target
         if self.content_map is not None:
             assert content is not None
             target = target + self.content_map(content.target)
-        return target
+        return tokens, target
 
 
 class SequenceEncoder(nn.Module):
@@ -175,20 +159,20 @@ class SequenceEncoder(nn.Module):
             )
         self.gaps = TimeGaps.of(settings.time_gaps, dimensions, settings.gap_scale)
         self.recent_items = settings.recent_items
-        content_dim = 0 if content is None else content.dim
-        self.tokens = EventTokens(
-            dim, dimensions.id_dim, content_dim, len(self.gaps.flags), reads_target
-        )
+        widths = dimensions.id_dim, 0 if content is None else content.dim, len(self.gaps.flags)
+        self.tokens = EventTokens(dim, *widths, reads_target)
         has_ages = self.gaps.column is not None
         self.layers = nn.ModuleList(
             self.Layer(settings, has_ages, relative_places) for _ in range(settings.sequence_layers)
         )
         self.norm, self.dropout = nn.LayerNorm(dim), Dropout(settings.sequence_dropout)
+        self.add_positions(settings, relative_places)
 
-    def forward(
-        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor:  # [B, D]
-        """Return the target's state after the last layer. A collective with content."""
+    def add_positions(self, settings: EncoderSettings, relative_places: bool) -> None:
+        """Add the weights of `positioned`; here there are none."""
+
+    def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Tensor:
+        """Return the target's state [B, D] after the last layer. A collective with content."""
         history: JaggedHistory = batch.history.jagged()
         if batch.history.whole is not None:
             return self._at_all_positions(ids, content, history, batch.history.whole)
@@ -200,11 +184,8 @@ class SequenceEncoder(nn.Module):
         tokens, target = self.tokens(ids, content, history, sequences, lists)
         return self.encoded(tokens.float(), target.float(), events)
 
-    def encoded(
-        self, tokens: Tensor, target: Tensor, events: Events
-    ) -> Tensor:  # [T, D], [B, D] -> [B, D]
-        tokens, target = self.positioned(tokens, target, events)
-        tokens = self.dropout(tokens)
+    def encoded(self, tokens: Tensor, target: Tensor, events: Events) -> Tensor:  # [B, D]
+        tokens = self.dropout(self.positioned(tokens, events))
         *lower, last = cast(Any, self.layers)
         if lower:
             recent, states = self._recent(events, tokens)
@@ -227,9 +208,8 @@ class SequenceEncoder(nn.Module):
         sequences = sequences_of(source)
         lists = ids.target.new_empty(len(whole.index), 0)
         tokens, target = self.tokens(ids, content, source, sequences, lists)
-        events = Events(sequences, sequences.ages(), None)
-        states, target = self.positioned(tokens.float(), target.float(), events)
-        states = self.dropout(states)
+        events, target = Events(sequences, sequences.ages(), None), target.float()
+        states = self.dropout(self.positioned(tokens.float(), events))
         beginnings = replace(history, index=whole.places, num_items=len(whole.index))
         before = Events(sequences_of(beginnings), beginnings.ages, None)
         *lower, last = cast(Any, self.layers)
@@ -239,19 +219,10 @@ class SequenceEncoder(nn.Module):
         target = last.target(target, tuple(map(beginnings.gather, last.read(states))), before)
         return self.norm(target)
 
-    def positioned(
-        self,
-        tokens: Tensor,  # [T, D]
-        target: Tensor,  # [B, D]
-        events: Events,
-    ) -> tuple[Tensor, Tensor]:
-        return tokens, target
+    def positioned(self, tokens: Tensor, events: Events) -> Tensor:  # [T, D] -> [T, D]
+        return tokens
 
-    def _recent(
-        self,
-        events: Events,
-        tokens: Tensor,  # [T, D]
-    ) -> tuple[Events, Tensor]:
+    def _recent(self, events: Events, tokens: Tensor) -> tuple[Events, Tensor]:  # [T, D]
         whole = events.sequences
         latest = whole.latest(self.recent_items)
         places = whole.take_latest(events.places.unsqueeze(1), latest).squeeze(1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,49 +23,25 @@ from embeddings.host import is_on_host
 from recsys.data.jagged_history import JaggedHistory
 
 
-def head_dots(history: JaggedHistory, queries: Tensor, keys: Tensor, heads: int) -> Tensor:
-    """Return dot products [H, T] of keys [T, H * D] and their rows' queries [B, H * D]."""
-    return _Dots.apply(queries, keys, history, heads)
-
-
-def head_sums(history: JaggedHistory, weights: Tensor, values: Tensor) -> Tensor:
-    """Return the sums [B, H * D] of values [T, H * D] with weights [H, T], by row and head."""
-    return _Sums.apply(weights, values, history)
-
-
 def _dots(history: JaggedHistory, queries: Tensor, table: Tensor, heads: int) -> Tensor:
     """Return dot products [H, T] of rows [B, H * D] and tokens [T, H * D]."""
-    split = table.view(-1, table.shape[1] // heads)
-    return torch.stack(
-        [
-            torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                part.contiguous(),
-                split,
-                history.index * heads + head,
-                history.offsets[:-1],
-                history.rows,
-                0,
-            )
-            for head, part in enumerate(queries.chunk(heads, dim=1))
-        ]
-    )
+    split, offsets = table.view(-1, table.shape[1] // heads), history.offsets[:-1]
+    head_dots = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    dots = []
+    for head, part in enumerate(queries.chunk(heads, dim=1)):
+        index = history.index * heads + head
+        dots.append(head_dots(part.contiguous(), split, index, offsets, history.rows, 0))
+    return torch.stack(dots)
 
 
 def _sums(history: JaggedHistory, weights: Tensor, table: Tensor) -> Tensor:
     """Return sums [B, H * D] of tokens [T, H * D] with weights [H, T]."""
-    heads = weights.shape[0]
+    heads, sums = weights.shape[0], []
     split = table.view(-1, table.shape[1] // heads)
-    sums = [
-        F.embedding_bag(
-            history.index * heads + head,
-            split,
-            history.offsets,
-            mode="sum",
-            per_sample_weights=head_weights,
-            include_last_offset=True,
-        )
-        for head, head_weights in enumerate(weights.contiguous())
-    ]
+    bag = partial(F.embedding_bag, mode="sum", include_last_offset=True)
+    for head, head_weights in enumerate(weights.contiguous()):
+        index = history.index * heads + head
+        sums.append(bag(index, split, history.offsets, per_sample_weights=head_weights))
     return torch.cat(sums, dim=1)
 
 
@@ -119,48 +96,43 @@ BYTES_OF_CELL = 320  # 4 bytes for each of 5 tensors and 4 heads, in a quarter o
 def _cells_on_gpu() -> int:
     if not torch.cuda.is_available():
         return CELLS_OF_BLOCK
-    return (
-        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory // BYTES_OF_CELL
-    )
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return properties.total_memory // BYTES_OF_CELL
 
 
 def sequences_of(history: Any) -> Sequences:
     """Return the sequences of a `JaggedHistory`, or of the history that candidates share."""
     if isinstance(history, JaggedHistory):
         return JaggedSequences(history.unindexed())
-    return EqualSequences.of(history)
+    if history.is_shared:
+        return EqualSequences(history, history, 1)
+    rows, longest = history.num_rows, history.longest
+    places = torch.arange(rows * longest, device=history.device).view(rows, longest)
+    over_tokens = replace(history, num_items=rows * longest, places=places)
+    return EqualSequences(over_tokens, history, rows)
 
 
 @dataclass
 class JaggedSequences:
-    """Sequences of different lengths, one per row; the history is over T tokens.
+    """Sequences of different lengths, one per row."""
 
-    places: int64, the tokens that `latest` chose; None: all.
-    """
+    history: JaggedHistory  # over T tokens
+    places: Tensor | None = None  # int64, the tokens that `latest` chose; None: all
 
-    history: JaggedHistory
-    places: Tensor | None = None
-
-    def tokens(self, items: Tensor, history: JaggedHistory) -> Tensor:
-        """Map vectors of items [U, K] -> [T, K] by the index of `history`."""
+    def tokens(self, items: Tensor, history: JaggedHistory) -> Tensor:  # [U, K] -> [T, K]
         return history.gather(items)
 
-    def own(self, values: Tensor) -> Tensor:
-        """Map values of the places of all rows [N, K] -> [T, K]: here each place is a token."""
-        return values
+    def own(self, values: Tensor) -> Tensor:  # [N, K] -> [T, K]
+        return values  # each place of a row is a token
 
-    def ages(self) -> Tensor:
-        """Return the number of newer tokens of the same row: int64 [T]."""
+    def ages(self) -> Tensor:  # int64 [T]: the number of newer tokens of the same row
         return self.history.ages
 
-    def padded(self, tokens: Tensor) -> Tensor:
-        """Map [T, K] -> [B, L, K]; places behind the last token of a sequence are zero."""
-        return torch.ops.fbgemm.jagged_to_padded_dense(
-            tokens, [self.history.offsets], [self.history.longest], 0.0
-        )
+    def padded(self, tokens: Tensor) -> Tensor:  # [T, K] -> [B, L, K], zero behind the last token
+        offsets, longest = [self.history.offsets], [self.history.longest]
+        return torch.ops.fbgemm.jagged_to_padded_dense(tokens, offsets, longest, 0.0)
 
-    def flat(self, padded: Tensor) -> Tensor:
-        """Map [B, L, K] -> [T, K]."""
+    def flat(self, padded: Tensor) -> Tensor:  # [B, L, K] -> [T, K]
         offsets, total = [self.history.offsets], len(self.history.index)
         return torch.ops.fbgemm.dense_to_jagged(padded, offsets, total)[0]
 
@@ -189,17 +161,14 @@ class JaggedSequences:
             blocks.append(F.pad(attended, (0, 0, 0, longest - attended.shape[1])))
         return self.flat(torch.cat(blocks)[order.argsort()])
 
-    def dots(self, queries: Tensor, keys: Tensor, heads: int) -> Tensor:
-        """Return dot products [H, T] of queries [B, D] and keys [T, D]."""
-        return head_dots(self.history, queries, keys, heads)
+    def dots(self, queries: Tensor, keys: Tensor, heads: int) -> Tensor:  # [B, D], [T, D] -> [H, T]
+        return _Dots.apply(queries, keys, self.history, heads)
 
-    def sums(self, weights: Tensor, values: Tensor) -> Tensor:
-        """Return sums [B, D] of values [T, D] with weights [H, T]."""
-        return head_sums(self.history, weights, values)
+    def sums(self, weights: Tensor, values: Tensor) -> Tensor:  # [H, T], [T, D] -> [B, D]
+        return _Sums.apply(weights, values, self.history)
 
-    def at_places(self, values: Tensor) -> Tensor:
-        """Return [H, T] itself: each token has one place."""
-        return values
+    def at_places(self, values: Tensor) -> Tensor:  # [H, T] -> [H, N]
+        return values  # each token has one place
 
     def latest(self, count: int) -> JaggedSequences:
         if self.history.longest <= count:
@@ -221,30 +190,16 @@ class JaggedSequences:
 
 @dataclass
 class EqualSequences:
-    """Sequences of one length: one that all candidates share, or one of each after a search.
+    """Sequences of one length: one that all candidates share, or one of each after a search."""
 
-    history: a `SharedHistory` over the tokens; source: that of the batch; count: S.
-    """
+    history: Any  # a `SharedHistory` over the tokens
+    source: Any  # that of the batch
+    count: int  # S
 
-    history: Any
-    source: Any
-    count: int
-
-    @staticmethod
-    def of(history: Any) -> EqualSequences:
-        if history.is_shared:
-            return EqualSequences(history, history, 1)
-        rows, longest = history.num_rows, history.longest
-        places = torch.arange(rows * longest, device=history.device).view(rows, longest)
-        over_tokens = replace(history, num_items=rows * longest, places=places)
-        return EqualSequences(over_tokens, history, rows)
-
-    def tokens(self, items: Tensor, history: Any) -> Tensor:
-        """Return [U, K] itself if it is the shared history, else the item of each place."""
+    def tokens(self, items: Tensor, history: Any) -> Tensor:  # [U, K] -> [T, K]
         return items if history.is_shared else history.gather(items)
 
-    def own(self, values: Tensor) -> Tensor:
-        """Map [N, K] to the values of the tokens: [T, K]."""
+    def own(self, values: Tensor) -> Tensor:  # [N, K] -> [T, K]
         return self.source.of_one_row(values) if self.source.is_shared else values
 
     def ages(self) -> Tensor:
@@ -269,16 +224,15 @@ class EqualSequences:
         parts = zip(weights, values.chunk(weights.shape[0], dim=1))
         return torch.cat([self.history.weighted_sum(*part) for part in parts], dim=1)
 
-    def at_places(self, values: Tensor) -> Tensor:
-        """Map [H, T] -> [H, N]: the token of each place."""
+    def at_places(self, values: Tensor) -> Tensor:  # [H, T] -> [H, N], the token of each place
         return self.history.gather(values.T).T
 
     def latest(self, count: int) -> EqualSequences:
         length = torch.sym_min(self.history.longest, count)
         places = None
         if not self.history.is_shared:
-            places = torch.arange(self.count * length, device=self.history.device)
-            places = places.view(self.count, length)
+            numbers = torch.arange(self.count * length, device=self.history.device)
+            places = numbers.view(self.count, length)
         history = replace(self.history, num_items=self.count * length, places=places)
         return EqualSequences(history, self.source, self.count)
 

@@ -41,42 +41,37 @@ class HistoryAttention(nn.Module):
         self.parallel_map = nn.Linear(num_parallel, dim, bias=False) if num_parallel else None
 
     def scores(
-        self,
-        target: Tensor,  # [B, D]
-        items: Tensor,  # [U, D]
-        history: JaggedHistory,
-        parallel: Tensor,  # [N, P]
-    ) -> Tensor:  # [N]
+        self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
+    ) -> Tensor:  # [B, D], [U, D], [N, P] -> [N]
         raise TypeError(f"{type(self).__name__} defines no scores")
 
     def forward(
-        self,
-        target: Tensor,  # [B, D]
-        items: Tensor,  # [U, D]
-        history: JaggedHistory,
-        parallel: Tensor,  # [N, P]
-    ) -> Tensor:  # [B, D]
+        self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
+    ) -> Tensor:  # [B, D], [U, D], [N, P] -> [B, D]
         scores = at_least_float32(self.scores(target, items, history, parallel))
+        dtype = result_dtype(target, items, *self.parameters())
+        items = items.to(scores.dtype)
         if history.is_shared:
-            interest = self._interest_in_shared(scores, items, history, parallel)
-            return interest.to(result_dtype(target, items, *self.parameters()))
+            weights = scores.view(history.lengths.shape[0], history.longest).softmax(dim=1)
+            if self.parallel_map is not None:
+                lists = history.of_one_row(parallel).to(weights.dtype)
+                items = items + F.linear(lists, self.parallel_map.weight.to(weights.dtype))
+            return (weights @ items).to(dtype)  # one product with the vectors that all rows share
         weights = history.softmax(scores)
-        interest = history.weighted_sum(weights, items.to(weights.dtype))
+        interest = history.weighted_sum(weights, items)
         if self.parallel_map is not None:
             lists = history.sum(weights.unsqueeze(1) * parallel)
             interest = interest + F.linear(lists, self.parallel_map.weight.to(lists.dtype))
-        return interest.to(result_dtype(target, items, *self.parameters()))
+        return interest.to(dtype)
 
-    def _interest_in_shared(
-        self, scores: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
-    ) -> Tensor:  # [N], [U, D], [N, P] -> [B, D]
-        """Return the interest in a history that all rows share, by one product with its vectors."""
-        weights = scores.view(history.lengths.shape[0], history.longest).softmax(dim=1)  # [B, U]
-        items = items.to(weights.dtype)
-        if self.parallel_map is not None:
-            lists = history.of_one_row(parallel).to(weights.dtype)
-            items = items + F.linear(lists, self.parallel_map.weight.to(weights.dtype))
-        return weights @ items
+
+class MeanOfEvents(HistoryAttention):
+    """The mean of the events: attention with equal scores, which does not depend on the target."""
+
+    def scores(
+        self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
+    ) -> Tensor:  # [B, D], [N, D], [N, P] -> [N]
+        return torch.zeros_like(history.rows, dtype=items.dtype)
 
 
 class TargetAttention(HistoryAttention):
@@ -94,8 +89,7 @@ class TargetAttention(HistoryAttention):
         self.score = nn.Sequential(*layers, nn.Linear(width, 1))
         self.rounds_shared = False  # factors of products for a shared history, to bfloat16
 
-    def packaged(self, bfloat16: bool) -> TargetAttention:
-        """Return the layer of a package, which shares the weights."""
+    def packaged(self, bfloat16: bool) -> TargetAttention:  # which shares the weights
         packaged = copy.copy(self)
         packaged.rounds_shared = bfloat16
         return packaged
@@ -103,30 +97,23 @@ class TargetAttention(HistoryAttention):
     def forward(
         self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
     ) -> Tensor:  # [B, D], [U, D], [N, P] -> [B, D]
+        parallel_map = self.parallel_map
+        no_lists = target.new_empty(target.shape[1], 0)
+        lists = no_lists if parallel_map is None else parallel_map.weight  # [D, P]
         is_autocast = torch.is_autocast_enabled(target.device.type)
         if history.is_shared and not is_autocast and not torch.is_grad_enabled():
-            lists = self._list_weight(target)
             listed = history.of_one_row(parallel)[:, : lists.shape[1]]
-            return shared_target_attention(
-                target, items, listed, lists, self.score, self.rounds_shared
-            )
+            shared = target, items, listed, lists
+            return shared_target_attention(*shared, self.score, self.rounds_shared)
         weights = ScoreWeights.of(self.score)
-        if weights is None or not isinstance(history, JaggedHistory):
+        if weights is None or not isinstance(history, JaggedHistory) or parallel.requires_grad:
             return super().forward(target, items, history, parallel)
-        if parallel.requires_grad or not has_native(target, items, *weights):
+        if not has_native(target, items, *weights):
             return super().forward(target, items, history, parallel)
-        lists = self._list_weight(target)
-        listed = parallel[:, : lists.shape[1]]
-        return native_target_attention(
-            target, items, history.index, history.offsets, listed, lists, weights
-        )
-
-    def _list_weight(self, like: Tensor) -> Tensor:  # [D, P]
-        lists = self.parallel_map
-        return like.new_empty(like.shape[1], 0) if lists is None else lists.weight
+        listed, places = parallel[:, : lists.shape[1]], (history.index, history.offsets)
+        return native_target_attention(target, items, *places, listed, lists, weights)
 
     def kernel_refusal(self) -> str | None:
-        """Return why PyTorch computes every step on CPU, or None."""
         return target_attention.refusal(self.score)
 
     def scores(
@@ -135,10 +122,7 @@ class TargetAttention(HistoryAttention):
         first = self.score[0]
         assert isinstance(first, nn.Linear)
         w_item, w_target, w_difference, w_product = first.weight.chunk(4, dim=1)  # [H, D]
-        w_item, w_target = (
-            w_item + w_difference,
-            w_target - w_difference,
-        )
+        w_item, w_target = w_item + w_difference, w_target - w_difference
         item_terms = items @ w_item.T  # [U, H]
         # Under autocast this is bfloat16, and terms added in place must have the same type.
         dtype = item_terms.dtype
@@ -179,13 +163,3 @@ class DotAttention(HistoryAttention):
         if self.parallel_map is None:
             return query, query[:, :0]
         return query, query @ self.parallel_map.weight.to(query.dtype)
-
-    def interest_of(
-        self,
-        sums: Tensor,  # [B, D + P], of weighted items and parallel lists
-        matrix: Tensor,  # [D, D], the map of the items
-    ) -> Tensor:  # [B, D]
-        """Return the interest from weighted sums of items to which a map is still to be applied."""
-        if self.parallel_map is not None:
-            matrix = torch.cat([matrix, self.parallel_map.weight], dim=1)
-        return sums @ matrix.T

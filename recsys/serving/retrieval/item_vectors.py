@@ -27,9 +27,14 @@ from recsys.distributed.ranks import Ranks
 from recsys.evaluation.retrieval import catalogue_of
 from recsys.extras import missing_extra
 from recsys.model.tables import pooled_features
-from recsys.ranking.generative import Generative
-from recsys.ranking.layers.code_decoder import CodeDecoder
-from recsys.ranking.layers.code_trie import MOST_BEAMS, CodeTrie, add_codes, beam_search
+from recsys.ranking.generative import (
+    MOST_BEAMS,
+    CodeDecoder,
+    CodeTrie,
+    Generative,
+    add_codes,
+    beam_search,
+)
 from recsys.ranking.settings import GenerativeSettings
 from recsys.ranking.two_tower import QueryTower
 from recsys.ranking.vectors import IDVectors

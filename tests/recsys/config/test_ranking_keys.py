@@ -21,7 +21,7 @@ from recsys.config import (
 from recsys.config.limits import PositiveInt
 from recsys.config.load import validate
 from recsys.ranking.din import DinDcnSettings
-from recsys.ranking.sim import SimSettings
+from recsys.ranking.sequence_models import SimSettings
 from tests.recsys.command_runs import TINY
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from recsys.config import HistorySettings
 from recsys.content.branch import HistoryMap, Projection
 from recsys.content.dropout import Dropout
-from recsys.model.id_vectors import IDDropout
+from recsys.model.inputs import IDDropout
 
 DIM, RANK, ALPHA = 5, 2, 6.0
 Mode = Literal["bank_lora", "bank_frozen", "bank_dense", "full"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from recsys.content import fusion as fusion_module
 from recsys.content.fusion import ConcatFusion, FusionQFormer
-from recsys.content.fusion import qformer as qformer_module
 from tests.fake_gpu import fake_gpu, on_fake_gpu
 
 NUM_ITEMS, NUM_TOKENS, DIM, NUM_HEADS, NUM_QUERIES = 3, 2, 8, 4, 2
@@ -170,8 +170,8 @@ def test_few_tokens_are_attended_to_as_many_are(
     preset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = []
-    for few_tokens in (qformer_module.FEW_TOKENS, 0):
-        monkeypatch.setattr(qformer_module, "FEW_TOKENS", few_tokens)
+    for few_tokens in (fusion_module.FEW_TOKENS, 0):
+        monkeypatch.setattr(fusion_module, "FEW_TOKENS", few_tokens)
         fusion = qformer(preset, num_layers=2).train()
         tokens = some_tokens().requires_grad_()
         mask = torch.tensor([[True, False], [True, True], [False, False]])

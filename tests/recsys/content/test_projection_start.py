@@ -23,7 +23,7 @@ from recsys.config import (
 from recsys.content.branch import ContentBranch, Projection
 from recsys.content.encoders.base import mean_token
 from recsys.content.encoders.build import StoredFeatures
-from recsys.content.projection_start import start_at_components, start_projections, whitening_map
+from recsys.content.item_vectors import start_at_components, start_projections, whitening_map
 from recsys.data.batch import ContentInput
 from recsys.data.item_frequency import ItemCounts
 from recsys.data.items.content_store import ContentStore, ItemTable

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from recsys.content.fusion import FusionQFormer
 from recsys.data.jagged_history import JaggedHistory
 from recsys.kernels import (
-    AttentionSettings,
     ScoreWeights,
     native_content_interest,
     native_dot_interaction,
@@ -158,7 +157,7 @@ def fusion(items: int, modality: list[int], queries: int, layers: int, dim: int)
 
 def native_fused(inputs: Inputs) -> Result:
     *read, layers, heads, scale, dropout, _ = inputs.values()
-    return native_fusion(*read, AttentionSettings(layers, heads, scale, dropout))
+    return native_fusion(*read, layers, heads, scale, dropout)
 
 
 def plain_fused(inputs: Inputs) -> Result:

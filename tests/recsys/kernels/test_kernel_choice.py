@@ -17,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.results import RESULTS
-from recsys.content.fusion.qformer import FusionQFormer
+from recsys.content.fusion import FusionQFormer
 from recsys.kernels import choose_kernels, has_native, prepare_kernels, refused_kernels
 from recsys.kernels.choice import (
     COSTS,

@@ -22,7 +22,7 @@ from recsys.data.schema import Column, Schema
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.evaluate import check_data
 from recsys.evaluation.predict import load_run
-from recsys.model.input_scaling import InputScaling
+from recsys.model.inputs import InputScaling
 from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks

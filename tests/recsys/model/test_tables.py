@@ -23,9 +23,15 @@ from recsys.config import (
 )
 from recsys.data.schema import Schema, load_schema
 from recsys.data.schema_columns import VocabularySettings
-from recsys.model.id_vectors import IDVectorReader
-from recsys.model.placement import check_placement, placed_for_scoring
-from recsys.model.tables import cold_row_rules, id_dropouts, table_configs, target_dropout
+from recsys.model.inputs import IDVectorReader
+from recsys.model.tables import (
+    check_placement,
+    cold_row_rules,
+    id_dropouts,
+    placed_for_scoring,
+    table_configs,
+    target_dropout,
+)
 from recsys.storage.location import Location
 from tests.datasets import write_dataset
 from tests.recsys.em3_runs import em3_config

@@ -13,9 +13,14 @@ from torch import Tensor, nn
 from recsys.config import ranking_settings
 from recsys.model.build import build_ranking
 from recsys.model.losses import CodeLoss
-from recsys.ranking.generative import Generative
-from recsys.ranking.layers.code_decoder import CodeDecoder
-from recsys.ranking.layers.code_trie import CodeTrie, add_codes, beam_search, table_of
+from recsys.ranking.generative import (
+    CodeDecoder,
+    CodeTrie,
+    Generative,
+    add_codes,
+    beam_search,
+    table_of,
+)
 from recsys.ranking.vectors import CodeLogits
 from tests.recsys.ranking.ranking_inputs import CONTENT, DIMENSIONS, inputs
 

@@ -24,7 +24,6 @@ from recsys.model.build import build_ranking
 from recsys.model.losses import RankingLoss
 from recsys.ranking.dlrm import DotInteraction
 from recsys.ranking.layers.content_interest import ContentInterest
-from recsys.ranking.layers.extra_sequences import ExtraSequences
 from recsys.ranking.layers.fields import HALF_LIVES, history_numbers, num_history_numbers
 from recsys.ranking.layers.heads import (
     EnsembleHead,
@@ -34,6 +33,7 @@ from recsys.ranking.layers.heads import (
 from recsys.ranking.layers.row_features import (
     LARGEST,
     LEAST_VARIANCE,
+    ExtraSequences,
     PiecewiseLinear,
     RowFeatures,
     Standardization,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys.ranking.layers.ridge import RidgePredictions
+from recsys.ranking.layers.evidence import RidgePredictions
 
 
 def random_ridge(seed: int = 0, num_targets: int = 1, num_fixed: int = 1) -> RidgePredictions:

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from recsys.data.jagged_history import JaggedHistory
-from recsys.ranking.layers.extra_sequences import MeanOfEvents
-from recsys.ranking.layers.target_attention import DotAttention, HistoryAttention, TargetAttention
+from recsys.ranking.layers.target_attention import (
+    DotAttention,
+    HistoryAttention,
+    MeanOfEvents,
+    TargetAttention,
+)
 
 DIM, NUM_PARALLEL, NUM_ITEMS = 4, 2, 4
 LENGTHS = torch.tensor([2, 0, 3, 1])

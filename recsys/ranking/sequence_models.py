@@ -1,7 +1,8 @@
-"""SIM: search each long history for items similar to the target, then attend to those.
+"""Ranking models over the sequence of a history: SIM, HSTU and the causal transformer.
 
-Pi et al. 2020 (arXiv 2006.05639), with its soft search: by cosine of content (MUSE, arXiv
-2512.07216) or dot product of ID vectors.
+SIM (Pi et al. 2020, arXiv 2006.05639) searches a long history for items similar to the target, by
+cosine of content (MUSE, arXiv 2512.07216) or dot product of ID vectors, then attends to those. The
+last token of the others' encoders is the ranked item.
 Shapes: B batch, U unique history items, N history items of the batch, K selected history items,
 D dimension, P parallel lists, H heads, A ages, C labels.
 """
@@ -17,13 +18,19 @@ from recsys.config import ContentSettings
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
+from recsys.ranking.layers.causal_layers import HstuEncoder, TransformerEncoder
 from recsys.ranking.layers.content_interest import cosines
 from recsys.ranking.layers.fields import history_numbers
 from recsys.ranking.layers.heads import ranking_head
 from recsys.ranking.layers.row_features import RowFeatures
-from recsys.ranking.layers.sequence_encoder import NUM_AGES, TimeGaps, age_of
-from recsys.ranking.settings import SimSettings
-from recsys.ranking.vectors import IDVectors, InputDimensions, MemberLogits
+from recsys.ranking.layers.sequence_encoder import NUM_AGES, SequenceEncoder, TimeGaps, age_of
+from recsys.ranking.settings import (
+    HstuSettings,
+    SequenceSettings,
+    SimSettings,
+    TransformerSettings,
+)
+from recsys.ranking.vectors import IDVectors, InputDimensions, Logits
 
 
 class AgedAttention(nn.Module):
@@ -39,19 +46,12 @@ class AgedAttention(nn.Module):
         self.output = nn.Linear(num_heads * dim, dim, bias=False)
 
     def forward(
-        self,
-        target: Tensor,  # [B, D]
-        items: Tensor,  # [U, D]
-        history: JaggedHistory,
-        parallel: Tensor,  # [K, P]
-        ages: Tensor,  # [K]
-    ) -> Tensor:  # [B, D]
+        self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor, ages: Tensor
+    ) -> Tensor:  # [B, D], [U, D], [K, P], [K] -> [B, D]
         items = items.float()
         queries = self.query(target).float().unflatten(1, (self.num_heads, -1)) * self.scale
-        heads = [
-            self._head(query.contiguous(), items, history, parallel, ages)
-            for query in queries.unbind(dim=1)
-        ]
+        inputs = items, history, parallel, ages
+        heads = [self._head(query.contiguous(), *inputs) for query in queries.unbind(dim=1)]
         return self.output(torch.cat(heads, dim=1))
 
     def _head(
@@ -96,20 +96,15 @@ class Sim(RowFeatures):
         self.interest, self.top_k = interest, settings.search_top_k
         self.mlp = ranking_head(self.feature_dim, settings, dimensions.num_labels)
 
-    def forward(
-        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
-    ) -> Tensor | MemberLogits:  # [B, C]
+    def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Logits:
         history = batch.history.jagged()
         id_history = history if ids.history_is_unique else history.unindexed()
         places = self.search(ids, content, history, id_history)
         ages = self._ages(batch, history)[places]
         parallel = batch.history.values[:, self.gaps.flags]
         numbers = history_numbers(history, parallel)
-        history, id_history, parallel = (
-            history.select(places),
-            id_history.select(places),
-            parallel[places],
-        )
+        history, id_history = history.select(places), id_history.select(places)
+        parallel = parallel[places]
         interest = self.interest(ids.target, ids.history, id_history, parallel, ages)
         return self.mlp(self.features(ids, content, batch, interest, numbers, history, parallel))
 
@@ -125,19 +120,51 @@ class Sim(RowFeatures):
         if content is None or self.content_interest is None:
             scores = id_history.dot(ids.target.float(), ids.history.float())
         else:
-            scores = _content_similarity(content, history)
+            items, modalities = content.read_history()
+            scores = cosines(content.target, items, history)
+            for spaces in zip(content.target_modalities.unbind(1), modalities.unbind(1)):
+                scores = scores + cosines(*spaces, history)
         return history.highest(scores, self.top_k)
 
     def _ages(self, batch: Batch, history: JaggedHistory) -> Tensor:  # [N]
-        if self.gaps.column is not None:
-            return age_of(batch.history.recorded_values[:, self.gaps.column])
-        return age_of(history.ages)
+        column = self.gaps.column
+        return age_of(history.ages if column is None else batch.history.recorded_values[:, column])
 
 
-def _content_similarity(content: ContentVectors, history: JaggedHistory) -> Tensor:  # [N]
-    items, modalities = content.read_history()
-    spaces = zip(content.target_modalities.unbind(dim=1), modalities.unbind(dim=1))
-    total = cosines(content.target, items, history)
-    for target, item_vectors in spaces:
-        total = total + cosines(target, item_vectors, history)
-    return total
+class SequenceModel(RowFeatures):
+    """ID vectors, content vectors and dense features -> one logit per label."""
+
+    Encoder: type[SequenceEncoder]
+    reads_host_lengths = True  # of the histories: no graph of torch.compile
+
+    def __init__(
+        self,
+        settings: SequenceSettings,
+        dimensions: InputDimensions,
+        content: ContentSettings | None,
+    ) -> None:
+        encoder = self.Encoder(settings, dimensions, content)
+        dimensions = replace(dimensions, num_parallel=len(encoder.gaps.flags))
+        super().__init__(settings, settings.sequence_dim, dimensions, content)
+        self.encoder = encoder
+        self.mlp = ranking_head(self.feature_dim, settings, dimensions.num_labels)
+
+    def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Logits:
+        interest = self.encoder(ids, content, batch)
+        history, parallel = batch.history.jagged(), batch.history.values[:, self.encoder.gaps.flags]
+        numbers = history_numbers(history, parallel)
+        return self.mlp(self.features(ids, content, batch, interest, numbers, history, parallel))
+
+
+class Hstu(SequenceModel):
+    """The ranking model over HSTU's encoder."""
+
+    Settings = HstuSettings
+    Encoder = HstuEncoder
+
+
+class Transformer(SequenceModel):
+    """The ranking model over the causal transformer."""
+
+    Settings = TransformerSettings
+    Encoder = TransformerEncoder

@@ -1,12 +1,13 @@
-"""The Fusion-Q-Former with its layers, and the linear map that it is compared with.
+"""Fusion: the tokens of all modalities -> one content vector per item.
 
+`FusionQFormer` is EM3's Fusion-Q-Former (arXiv 2404.06078, section 3). Preset `published` equals
+the authors' public code; preset `modern` starts as `ConcatFusion`, the baseline.
 Shapes: U unique items, T tokens of all modalities (in layers with the queries), Q queries or
 tokens with outputs, D dimension, H heads, M modalities.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -14,13 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embeddings.host import is_on_host
+from recsys.config import FusionSettings
+from recsys.config.named_parts import make_part
 from recsys.content.dropout import Dropout
-from recsys.kernels import (
-    AttentionSettings,
-    has_native,
-    log_refusal,
-    native_fusion,
-)
+from recsys.kernels import has_native, log_refusal, native_fusion
+
+FUSIONS = {
+    "qformer": "recsys.content.fusion:FusionQFormer",
+    "concat": "recsys.content.fusion:ConcatFusion",
+}
 
 FEW_TOKENS = 8
 
@@ -34,12 +37,7 @@ class JointSelfAttention(nn.Module):
         self.scale = (dim // num_heads + 1e-5) ** -0.5
         self.query, self.key, self.value, self.output = (nn.Linear(dim, dim) for _ in range(4))
 
-    def forward(
-        self,
-        x: Tensor,  # [U, T, D]
-        mask: Tensor,  # [U, T]
-        num_outputs: int,
-    ) -> Tensor:  # [U, num_outputs, D]
+    def forward(self, x: Tensor, mask: Tensor, num_outputs: int) -> Tensor:  # [U, num_outputs, D]
         heads = (self.num_heads, x.shape[-1] // self.num_heads)
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -49,24 +47,17 @@ class JointSelfAttention(nn.Module):
         if is_on_host(x) and x.shape[1] <= FEW_TOKENS:
             attended = _attention_of_few(query, key, value, mask, self.scale)
         else:
+            query, key, value = (part.transpose(1, 2) for part in (query, key, value))
             attended = F.scaled_dot_product_attention(
-                query.transpose(1, 2),
-                key.transpose(1, 2),
-                value.transpose(1, 2),
-                attn_mask=mask[:, None, None, :],
-                scale=self.scale,
+                query, key, value, attn_mask=mask[:, None, None, :], scale=self.scale
             ).transpose(1, 2)
         output: Tensor = self.output(attended.flatten(-2))
         return output
 
 
 def _attention_of_few(
-    query: Tensor,  # [U, Q, H, D / H]
-    key: Tensor,  # [U, T, H, D / H]
-    value: Tensor,  # [U, T, H, D / H]
-    mask: Tensor,  # [U, T]
-    scale: float,
-) -> Tensor:  # [U, Q, H, D / H]
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
+) -> Tensor:  # [U, Q, H, D / H], twice [U, T, H, D / H], [U, T] -> [U, Q, H, D / H]
     scores = (query.unsqueeze(2) * key.unsqueeze(1)).sum(-1) * scale  # [U, Q, T, H]
     weights = scores.masked_fill(~mask[:, None, :, None], -torch.inf).softmax(dim=2)
     return (weights.unsqueeze(-1) * value.unsqueeze(1)).sum(dim=2)
@@ -81,9 +72,7 @@ class PublishedLayer(nn.Module):
         self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
 
-    def forward(
-        self, x: Tensor, mask: Tensor, num_outputs: int
-    ) -> Tensor:  # [U, T, D], [U, T] -> [U, num_outputs, D]
+    def forward(self, x: Tensor, mask: Tensor, num_outputs: int) -> Tensor:  # [U, num_outputs, D]
         attended = self.attention(x, mask, num_outputs)
         normed: Tensor = self.norm(x[:, :num_outputs] + self.dropout(attended))
         return normed
@@ -101,9 +90,7 @@ class ModernLayer(nn.Module):
         )
         self.dropout = Dropout(dropout)
 
-    def forward(
-        self, x: Tensor, mask: Tensor, num_outputs: int
-    ) -> Tensor:  # [U, T, D], [U, T] -> [U, num_outputs, D]
+    def forward(self, x: Tensor, mask: Tensor, num_outputs: int) -> Tensor:  # [U, num_outputs, D]
         attended = self.attention(self.attention_norm(x), mask, num_outputs)
         x = x[:, :num_outputs] + self.dropout(attended)
         update: Tensor = self.dropout(self.feed_forward(self.feed_forward_norm(x)))
@@ -130,12 +117,7 @@ class ConcatFusion(nn.Module):
         self.missing = nn.Parameter(torch.zeros(num_modalities, dim))
         self.output = nn.Linear(num_modalities * dim, dim)
 
-    def forward(
-        self,
-        tokens: Tensor,  # [U, T, D]
-        mask: Tensor,  # [U, T]
-        modality: Tensor,  # [T]
-    ) -> Tensor:  # [U, D]
+    def forward(self, tokens: Tensor, mask: Tensor, modality: Tensor) -> Tensor:  # [U, D]
         modalities = torch.arange(self.num_modalities, device=modality.device)
         member = (modalities.unsqueeze(1) == modality).to(tokens.dtype)  # [M, T]
         weights = member * mask.to(tokens.dtype).unsqueeze(1)  # [U, M, T]
@@ -150,10 +132,8 @@ class FusionQFormer(nn.Module):
 
     Missing tokens are masked as keys. `modern` adds to each token an embedding of its modality, and
     to the projected outputs a `ConcatFusion`. Its projection starts at zero, as residual branches
-    do (Fixup, arXiv 1901.09321; ReZero, arXiv 2003.04887).
-
-    Raises:
-        ValueError: `num_heads` does not divide `dim`, or a number is below 1.
+    do (Fixup, arXiv 1901.09321; ReZero, arXiv 2003.04887). Heads that do not divide `dim`, or
+    numbers below 1, are a ValueError.
 
     Example::
 
@@ -184,9 +164,7 @@ class FusionQFormer(nn.Module):
                 f"FusionQFormer: num_queries {num_queries}, num_layers {num_layers} and num_heads "
                 f"{num_heads} must be at least 1, and num_heads must divide dim {dim}"
             )
-        layer: Callable[[int, int, float], nn.Module] = (
-            PublishedLayer if preset == "published" else ModernLayer
-        )
+        layer: type[nn.Module] = PublishedLayer if preset == "published" else ModernLayer
         self.queries = nn.Parameter(torch.empty(num_queries, dim))
         nn.init.xavier_uniform_(self.queries)
         self.layers = nn.ModuleList(layer(dim, num_heads, dropout) for _ in range(num_layers))
@@ -232,24 +210,20 @@ class FusionQFormer(nn.Module):
             return False
         num_tokens = tokens.shape[1] + self.queries.shape[0]
         if num_tokens > FEW_TOKENS and not torch.compiler.is_compiling():
-            reason = (
-                f"an item has {num_tokens} tokens with its queries; the kernel takes {FEW_TOKENS}"
-            )
-            log_refusal("fusion", reason)
+            tokens_of_item = f"an item has {num_tokens} tokens with its queries"
+            log_refusal("fusion", f"{tokens_of_item}; the kernel takes {FEW_TOKENS}")
         return num_tokens <= FEW_TOKENS
 
-    def _by_kernel(
-        self, tokens: Tensor, mask: Tensor, modality: Tensor
-    ) -> Tensor:  # [U, T, D], [U, T], [T] -> [U, D]
+    def _by_kernel(self, tokens: Tensor, mask: Tensor, modality: Tensor) -> Tensor:  # [U, D]
         first = self.layers[0]
         assert isinstance(first, ModernLayer)
         attention, share = first.attention, first.dropout.p if self.training else 0.0
-        settings = AttentionSettings(len(self.layers), attention.num_heads, attention.scale, share)
+        numbers = len(self.layers), attention.num_heads, attention.scale, share
         num_queries, num_tokens = self.queries.shape[0], tokens.shape[1]
         # Two dropouts in each layer; the last one has outputs for the queries alone.
         rows = (len(self.layers) - 1) * (num_queries + num_tokens) + num_queries
         noise = torch.rand(2 * rows * tokens[:, 0].numel()) if share else torch.empty(0)
-        return native_fusion(tokens, mask, modality, noise, self.weights(), settings)
+        return native_fusion(tokens, mask, modality, noise, self.weights(), *numbers)
 
     def weights(self) -> list[Tensor]:
         """Return the weights of preset `modern`, in the order in which they are applied."""
@@ -261,3 +235,17 @@ class FusionQFormer(nn.Module):
             weights += layer.weights()
         weights += [norm.weight, norm.bias, self.output.weight, self.output.bias]
         return [*weights, linear.missing, linear.output.weight, linear.output.bias]
+
+
+def build_fusion(settings: FusionSettings, dim: int, num_modalities: int) -> nn.Module:
+    """Return the fusion that a configuration names, constructed as Class(dim, num_modalities, ...).
+
+    A user's class, `package.module:Class`, gets `content.fusion.options` by name. Its
+    `forward(tokens, mask, modality)` has the arguments of `ConcatFusion`.
+    """
+    options = settings.options
+    if settings.name == "qformer":
+        names = ("num_queries", "num_layers", "num_heads", "dropout", "preset")
+        options = {name: getattr(settings, name) for name in names}
+    where = "content.fusion.name"
+    return make_part(where, settings.name, FUSIONS, nn.Module, dim, num_modalities, **options)

@@ -1,0 +1,163 @@
+"""Inputs of the ranking model: ID vectors in the order of the configuration, and scaled numbers.
+
+Shapes: B batch, D dimension, F pooled or dense features, N events of a history in the whole batch,
+P lists, W numbers in all.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recsys.data.batch import Batch
+from recsys.data.item_frequency import NumberRange
+from recsys.ranking.vectors import IDVectors
+
+logger = logging.getLogger(__name__)
+
+# Columns that are looked up one vector per id, and the number of table rows of each of their ids.
+RowsPerID = Mapping[str, int]
+
+
+class IDDropout(nn.Module):
+    """In training zeroes ID vectors with probability p, so that models learn to rank new items."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, vectors: Tensor) -> Tensor:  # [B, D] -> [B, D]
+        if not self.training or not self.p:
+            return vectors
+        is_kept = torch.rand(len(vectors), 1, device=vectors.device) >= self.p
+        return vectors * is_kept.to(vectors.dtype)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class IDVectorReader(nn.Module):
+    """Lookup results -> `IDVectors`, read by key in the order of the configuration.
+
+    `dropout` is p of `IDDropout` by pooled feature. Vectors of the lists `beside` the history are
+    added to its items'. `further` has each extra sequence with the lists beside it.
+    """
+
+    def __init__(
+        self,
+        pooled_features: list[str],
+        target: str,
+        history: str | None,
+        negatives: str | None = None,
+        dropout: Mapping[str, float] | None = None,
+        beside: RowsPerID | None = None,
+        further: Sequence[RowsPerID] = (),
+    ) -> None:
+        super().__init__()
+        shares = [(dropout or {}).get(name, 0.0) for name in pooled_features]
+        self.pooled_dropouts = nn.ModuleList(map(IDDropout, shares))
+        self.pooled_features, self.target, self.history = pooled_features, target, history
+        self.negatives, self.beside, self.further = negatives, beside or {}, further
+
+    def forward(self, pooled: Any, sequences: Any, batch: Batch) -> IDVectors:
+        """Read a KeyedTensor of F vectors [B, D] or by whole history, and JaggedTensors by name."""
+        by_name = pooled.to_dict() if self.pooled_features else {}
+        target = sequences[self.target].values()
+        history = sequences[self.history].values() if self.history else target[:0]
+        if (whole := batch.history.whole) is not None:
+            by_name = {name: vectors[whole.rows] for name, vectors in by_name.items()}
+        dropouts = zip(self.pooled_features, self.pooled_dropouts)
+        pooled_vectors = [dropout(by_name[name]) for name, dropout in dropouts]
+        if self.beside:
+            history = batch.history.jagged().gather(history) + _added_up(sequences, self.beside)
+        negatives = sequences[self.negatives].values() if self.negatives else None
+        further = [_added_up(sequences, columns) for columns in self.further]
+        return IDVectors(pooled_vectors, target, history, not self.beside, negatives, further)
+
+
+def _added_up(sequences: Any, columns: RowsPerID) -> Tensor:  # [N, D]
+    total: Any = None
+    for name, num_rows in columns.items():
+        vectors = sequences[name].values()
+        if num_rows > 1:
+            vectors = vectors.unflatten(0, (-1, num_rows)).sum(dim=1)
+        total = vectors if total is None else total + vectors
+    return total
+
+
+HORIZON = 10  # runs, of which a warm-started one averages the statistics
+LARGEST = 8.0  # standard deviations; larger values are clamped
+
+
+class InputScaling(nn.Module):
+    """Standardises dense columns [F], and lists beside each history [P], with a value beyond 3.
+
+    Mean and variance are those of the training rows.
+    """
+
+    mean: Tensor  # [W]
+    deviation: Tensor  # [W]
+    is_scaled: Tensor  # bool [W]
+    fits: Tensor  # []
+
+    def __init__(self, dense: Sequence[str], lists: Sequence[Sequence[str]]) -> None:
+        super().__init__()
+        self.dense, self.lists = list(dense), [list(names) for names in lists]
+        self.names = [*self.dense, *(name for names in self.lists for name in names)]
+        self.register_buffer("mean", torch.zeros(len(self.names)))
+        self.register_buffer("deviation", torch.ones(len(self.names)))
+        self.register_buffer("is_scaled", torch.zeros(len(self.names), dtype=torch.bool))
+        self.register_buffer("fits", torch.zeros(()))
+
+    def of_dense(self, dense: Sequence[str]) -> InputScaling:
+        selected = InputScaling([name for name in dense if name in self.dense], self.lists)
+        places = [self.names.index(name) for name in selected.names]
+        for buffer, source in zip(selected.buffers(), self.buffers(), strict=True):
+            buffer.copy_(source[places] if source.dim() else source)
+        return selected
+
+    @torch.no_grad()
+    def fit(self, numbers: Mapping[str, NumberRange]) -> None:
+        """Set or move mean and deviation to those of training rows; a scaled column stays so."""
+        self.fits += 1
+        for place, name in enumerate(self.names):
+            rows, was_scaled = numbers[name], bool(self.is_scaled[place])
+            if not rows.count or not (rows.is_wide or was_scaled):
+                continue
+            share = 1 / min(float(self.fits), HORIZON) if was_scaled else 1.0
+            mean, variance = float(self.mean[place]), float(self.deviation[place]) ** 2
+            apart = rows.mean - mean
+            variance += share * (rows.variance - variance + (1 - share) * apart**2)
+            self.mean[place] = mean + share * apart
+            self.deviation[place] = math.sqrt(variance) or 1.0
+            self.is_scaled[place] = True
+            logger.info("standardized: '%s', %s in the training rows", name, rows)
+
+    def forward(self, batch: Batch) -> Batch:
+        """Return the batch with standardised numbers; `recorded_values` stay as they are."""
+        first, scaled, events = 0, [], batch.history.further
+        lists = [batch.history.values, *(history.values for history in events)]
+        names = [self.dense, *(self.lists or [[]])]
+        for numbers, columns in zip([batch.dense_features, *lists], names, strict=True):
+            places = slice(first, first + len(columns))
+            scaled.append(self._scaled(numbers, places) if columns else numbers)
+            first = places.stop
+        dense, values, *further = scaled
+        history = replace(
+            batch.history,
+            values=values,
+            unscaled_values=batch.history.values,
+            further=[replace(part, values=new) for part, new in zip(events, further)],
+        )
+        return replace(batch, dense_features=dense, history=history)
+
+    def _scaled(self, numbers: Tensor, places: slice) -> Tensor:
+        standard = (numbers - self.mean[places]) / self.deviation[places]
+        standard = standard.clamp(-LARGEST, LARGEST)
+        return torch.where(self.is_scaled[places], standard, numbers)
