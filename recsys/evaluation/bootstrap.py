@@ -17,7 +17,7 @@ from recsys.data.item_frequency import PARTS, frequency_masks
 from recsys.evaluation.metrics import ERRORS, LEAST_USERS, grouped_auc, predicted
 from recsys.evaluation.scores import SplitScores, check_same_rows
 
-CONFIDENCE = 0.95
+UPPER = (1 + 0.95) / 2  # quantile at the upper end of the intervals
 PERCENTILES = (2.5, 97.5)
 
 
@@ -31,8 +31,8 @@ def interval_stretch(users: float) -> float:
     """Return the factor that widens a percentile interval, for effective users: 1.58 for 5."""
     from scipy.special import ndtri, stdtrit
 
-    users, upper = max(users, 2.0), (1 + CONFIDENCE) / 2
-    return float(stdtrit(users - 1, upper) / ndtri(upper) * np.sqrt(users / (users - 1)))
+    users = max(users, 2.0)
+    return float(stdtrit(users - 1, UPPER) / ndtri(UPPER) * np.sqrt(users / (users - 1)))
 
 
 def interval_ends(deviations: np.ndarray, users: float) -> tuple[float, float]:  # deviations: [S]
@@ -44,7 +44,7 @@ def interval_ends(deviations: np.ndarray, users: float) -> tuple[float, float]: 
 
     users = max(users, 2.0)
     low, high = np.percentile(deviations, PERCENTILES) * interval_stretch(users)
-    quantile = float(stdtrit(users - 1, (1 + CONFIDENCE) / 2))
+    quantile = float(stdtrit(users - 1, UPPER))
     error = deviations.std() * np.sqrt(users / (users - 1))
     skewness = _skewness(deviations, users)
     below, above = (
@@ -115,20 +115,24 @@ def paired_difference(
     """
     windows = _check_windows(first, second)
     users = _all_users(windows)
-    first_measure, second_measure = (
-        _mean_measure([_measure(run, users, metric, part, label) for run in runs])
-        for runs in (first, second)
-    )
+    measures = [
+        [_measure(run, users, metric, part, label) for run in runs] for runs in (first, second)
+    ]
+
+    def difference(drawn: np.ndarray) -> np.ndarray:  # [U, S] -> [S]
+        before, after = (np.mean([m(drawn) for m in runs], axis=0) for runs in measures)
+        return np.asarray(after - before)
+
     user_rows = _rows_by_user(windows, users, metric, part, label)
     if _defining_users(user_rows) < LEAST_USERS:
         return None
-    value = float((second_measure(one := np.ones((len(users), 1))) - first_measure(one))[0])
+    value = float(difference(np.ones((len(users), 1)))[0])
     if np.isnan(value):
         return None
     cells = max(len(users), *(len(window.groups) for window in windows))
     draws = resamples(len(users), samples, max(1, CELLS // cells), np.random.default_rng(seed))
-    drawn = np.concatenate([second_measure(counts) - first_measure(counts) for counts in draws])
-    deviations = drawn[~np.isnan(drawn)] - value
+    differences = np.concatenate([difference(drawn) for drawn in draws])
+    deviations = differences[~np.isnan(differences)] - value
     low, high = interval_ends(deviations, min(map(effective_users, user_rows)))
     limit = LARGEST[metric]
     return Interval(value, max(-limit, value + low), min(limit, value + high))
@@ -207,15 +211,10 @@ def _counted_rows(
     for window in windows:
         scores = window.counted(label)
         rows = frequency_masks(scores.counts)[part]
-        rows_of_windows.append(
-            _Rows(
-                scores.labels[rows, label],
-                scores.logits[rows, label],
-                np.searchsorted(users, scores.groups[rows]),
-                None if scores.weights is None else scores.weights[rows].astype(np.float64),
-                scores.loss_of(label),
-            )
-        )
+        columns = scores.labels[rows, label], scores.logits[rows, label]
+        user = np.searchsorted(users, scores.groups[rows])
+        weight = None if scores.weights is None else scores.weights[rows].astype(np.float64)
+        rows_of_windows.append(_Rows(*columns, user, weight, scores.loss_of(label)))
     return rows_of_windows
 
 
@@ -249,7 +248,8 @@ def _measure(
         raise ValueError(f"metric '{metric}' is none of {metrics}")
     rows = _counted_rows(windows, users, part, label)
     if metric == "auc":
-        return _mean_over_windows([RankedPairs(window) for window in rows])
+        pairs = [RankedPairs(window) for window in rows]
+        return lambda drawn: _mean_auc(pairs, drawn)
     # The others are a ratio of two sums that are linear in how often each user was drawn.
     power = 2 if metric == "rmse" else 1
     numerator, weights = np.zeros(len(users)), np.zeros(len(users))
@@ -267,23 +267,15 @@ def _measure(
     return lambda drawn: ratio(numerator @ drawn, weights @ drawn) ** (1 / power)
 
 
-def _mean_measure(measures: Sequence[Measure]) -> Measure:
-    return lambda drawn: np.mean([measure(drawn) for measure in measures], axis=0)
-
-
-def _mean_over_windows(windows: Sequence[RankedPairs]) -> Measure:
-    """Return AUC as a measure: the mean over windows that define it, weighted by rows."""
-
-    def measure(drawn: np.ndarray) -> np.ndarray:  # [U, S] -> [S]
-        total, rows = np.zeros(drawn.shape[1]), np.zeros(drawn.shape[1])
-        for window in windows:
-            auc, window_rows = window.auc(drawn)
-            defined = ~np.isnan(auc)
-            total[defined] += (auc * window_rows)[defined]
-            rows[defined] += window_rows[defined]
-        return ratio(total, rows)
-
-    return measure
+def _mean_auc(windows: Sequence[RankedPairs], drawn: np.ndarray) -> np.ndarray:  # [U, S] -> [S]
+    """Return the mean AUC over the windows that define it, weighted by rows."""
+    total, rows = np.zeros(drawn.shape[1]), np.zeros(drawn.shape[1])
+    for window in windows:
+        auc, window_rows = window.auc(drawn)
+        defined = ~np.isnan(auc)
+        total[defined] += (auc * window_rows)[defined]
+        rows[defined] += window_rows[defined]
+    return ratio(total, rows)
 
 
 class RankedPairs:
@@ -302,10 +294,7 @@ class RankedPairs:
         if rows.weight is not None:
             self.weights = rows.weight[positive], rows.weight[~positive][order]
 
-    def auc(
-        self,
-        drawn: np.ndarray,  # float64 [U, S], how often each user was drawn
-    ) -> tuple[np.ndarray, np.ndarray]:  # float64 [S], [S]
+    def auc(self, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [U, S] -> [S], [S]
         """Return AUC (NaN without a pair; a tie counts half) and the weight of rows by resample."""
         positives, drawn_negatives = drawn[self.positive_users], drawn[self.negative_users]
         if self.weights is not None:

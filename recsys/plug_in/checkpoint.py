@@ -34,15 +34,9 @@ def dlrm_state(
     """
     new = new_prefixes(model)
     weights = {key: value for key, value in model.state_dict().items() if not key.startswith(new)}
-    state = {"model": weights}
-    if optimizer is not None:
-        moments = optimizer.state_dict()["state"]
-        old_moments = {
-            key: value for key, value in moments.items() if value and not key.startswith(new)
-        }
-        if old_moments:
-            state["optimizer"] = {"state": old_moments}
-    return state
+    moments = optimizer.state_dict()["state"] if optimizer is not None else {}
+    moments = {key: value for key, value in moments.items() if value and not key.startswith(new)}
+    return {"model": weights} | ({"optimizer": {"state": moments}} if moments else {})
 
 
 def load_dlrm(
@@ -66,8 +60,7 @@ def load_dlrm(
     """
     current = dlrm_state(model, optimizer)
     _check_names(current["model"], state["model"], "model")
-    everything = {**model.state_dict(), **state["model"]}
-    model.load_state_dict(everything)
+    model.load_state_dict({**model.state_dict(), **state["model"]})
     if optimizer is not None:
         empty: dict[str, Any] = {"state": {}}
         loaded = state.get("optimizer", empty)["state"]

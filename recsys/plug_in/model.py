@@ -57,8 +57,7 @@ class ContentOfBatch(nn.Module):
         self, branch: ContentBranch, settings: ContentSettings, dim: int, has_history: bool
     ) -> None:
         super().__init__()
-        self.branch = branch
-        self.dim = settings.dim
+        self.branch, self.dim = branch, settings.dim
         self.target_map = nn.Linear(settings.dim, dim)
         self.num_vectors, self.num_features = 1, 0
         self.interest: ContentInterest | None = None
@@ -91,14 +90,10 @@ class ContentHead(nn.Module):
         self.over = WidenedModule(dlrm.over_arch, self.interaction.num_columns + num_features)
 
     def forward(
-        self,
-        dense: Tensor,  # [B, D]
-        sparse: Tensor,  # [B, F, D]
-        vectors: Tensor,  # [B, K, D]
-        features: Tensor,  # [B, S]
-    ) -> Tensor:  # [B, 1]
-        interaction, columns = self.interaction(dense, sparse, vectors)
-        logits: Tensor = self.over(interaction, torch.cat([columns, features], dim=1))
+        self, dense: Tensor, sparse: Tensor, content: ContentInputs
+    ) -> Tensor:  # [B, D], [B, F, D] -> [B, 1]
+        interaction, columns = self.interaction(dense, sparse, content.vectors)
+        logits: Tensor = self.over(interaction, torch.cat([columns, content.features], dim=1))
         return logits
 
 
@@ -139,7 +134,7 @@ class DLRMWithContent(nn.Module):
         content = self.content(batch)
         dense = self.dense_arch(batch.dense_features)
         sparse = self.sparse_arch(batch.sparse_features)
-        logits = self.content_head(dense, sparse, content.vectors, content.features)
+        logits = self.content_head(dense, sparse, content)
         return Ranked(logits, sparse[:, self.item_place], content.target)
 
     def forward(self, batch: Batch) -> Tensor:  # [B, 1]
@@ -157,8 +152,7 @@ class DLRMWithContentTrain(nn.Module):
         super().__init__()
         self.model, self.items, self.rates = model, model.items, rates
         self._has_optimizer = rates is None
-        self.loss_fn = nn.BCEWithLogitsLoss()
-        self.weight = model.contrastive.weight
+        self.loss_fn, self.weight = nn.BCEWithLogitsLoss(), model.contrastive.weight
         self.contrastive: ContentIDContrastive | None = None
         if self.weight > 0:
             dims = model.content.dim, model.content.target_map.out_features
@@ -216,20 +210,14 @@ def with_content_optimizer(
             f"the optimizer is a {type(optimizer).__name__}; give a torchrec KeyedOptimizer, such "
             "as CombinedOptimizer([model.fused_optimizer, KeyedOptimizerWrapper(...)])"
         )
-    prefixes = new_prefixes(model)
+    prefixes, decay = new_prefixes(model), rates.weight_decay
     new = {name: p for name, p in model.named_parameters() if name.startswith(prefixes)}
     _take_out(optimizer, {id(parameter) for parameter in new.values()})
     trained = {name: parameter for name, parameter in new.items() if parameter.requires_grad}
-    encoders = [f"{prefix}branch.encoders." for prefix in prefixes]
-    decay = rates.weight_decay
-    groups = parameter_groups(
-        model,
-        trained,
-        [
-            DenseGroup("encoders", encoders, rates.encoder_learning_rate, decay),
-            DenseGroup("content", [""], rates.learning_rate, decay),
-        ],
-    )
+    encoder_prefixes = [f"{prefix}branch.encoders." for prefix in prefixes]
+    encoders = DenseGroup("encoders", encoder_prefixes, rates.encoder_learning_rate, decay)
+    content = DenseGroup("content", [""], rates.learning_rate, decay)
+    groups = parameter_groups(model, trained, [encoders, content])
     ordered = {name: trained[name] for group in groups for name in group.pop("names")}
     adamw = torch.optim.AdamW(groups, fused=True)
     return CombinedOptimizer([optimizer, KeyedOptimizerWrapper(ordered, lambda _: adamw)])
@@ -244,5 +232,4 @@ def _take_out(optimizer: KeyedOptimizer, parameters: set[int]) -> None:
     for name in [name for name, parameter in by_name.items() if id(parameter) in parameters]:
         optimizer.state.pop(by_name.pop(name), None)
     for group in optimizer.param_groups:
-        remaining = [parameter for parameter in group["params"] if id(parameter) not in parameters]
-        group["params"][:] = remaining
+        group["params"][:] = [p for p in group["params"] if id(p) not in parameters]

@@ -56,7 +56,7 @@ class Parameter:
         """Return all values, as Optuna stores them; a ValueError for floats without a step."""
         ranged = self.distribution
         if isinstance(ranged, CategoricalDistribution):
-            return list(ranged.choices)
+            return self.extremes()
         if ranged.step is None or ranged.log:
             raise ValueError(
                 f"--space: '{self.name}' has no list of values for --sampler grid; give a step or "
