@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 
 def missing_extra(extra: str, user: str, problem: object) -> ValueError:
     """Return the error of a command that needs the packages of an extra.
@@ -16,3 +18,11 @@ def missing_extra(extra: str, user: str, problem: object) -> ValueError:
         f"pip install 'recsys-em3[{extra}]', or in the sources "
         f"python3 launch/install.py --extra {extra}"
     )
+
+
+def require_extra(extra: str, user: str, package: str) -> None:
+    """Import a package of an extra; where it is not installed, raise the error of that extra."""
+    try:
+        import_module(package)
+    except ImportError as error:
+        raise missing_extra(extra, user, error) from error

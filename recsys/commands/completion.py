@@ -6,6 +6,7 @@ from argparse import ArgumentParser
 from typing import Literal
 
 from recsys.commands import COMMANDS
+from recsys.extras import require_extra
 
 
 def completion(shell: Literal["bash", "zsh", "tcsh"], /) -> None:
@@ -14,12 +15,9 @@ def completion(shell: Literal["bash", "zsh", "tcsh"], /) -> None:
     Args:
         shell: the shell, as in `eval "$(recsys completion bash)"`
     """
-    from recsys.extras import missing_extra
+    require_extra("completion", "recsys completion", "shtab")
+    import shtab
 
-    try:
-        import shtab
-    except ImportError as error:
-        raise missing_extra("completion", "recsys completion", error) from error
     print(shtab.complete(_all_commands(), shell=shell))
 
 

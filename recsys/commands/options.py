@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import docstring_parser
 from jsonargparse import Namespace
@@ -41,7 +41,7 @@ def command_parser(name: str, words: Sequence[str]) -> tuple[Command, Parser]:
     command: Command = getattr(import_module(path), attribute)
     documented = docstring_parser.parse(command.__doc__ or "")
     texts = {
-        entry.arg_name: " ".join((entry.description or "").split()) for entry in documented.params
+        text.arg_name: " ".join((text.description or "").split()) for text in documented.params
     }
     parser = Parser(prog=f"recsys {name}", description=documented.short_description)
     hints = get_type_hints(command)
@@ -70,31 +70,25 @@ def command_parser(name: str, words: Sequence[str]) -> tuple[Command, Parser]:
 
 def options_of(command: Command, arguments: Namespace) -> tuple[list[Any], dict[str, Any]]:
     """Return the positional and the named arguments of a command, as parsed."""
-    positional, keywords, hints = list[Any](), dict[str, Any](), get_type_hints(command)
-    value: Any
+    values, positional, hints = dict[str, Any](), list[Any](), get_type_hints(command)
     for key, parameter in inspect.signature(command).parameters.items():
         hint = hints[key]
         if hint is Config:
-            value = config_from(arguments)
+            values[key] = config_from(arguments)
         elif isinstance(hint, type) and is_dataclass(hint):
-            value = hint(
-                **{name: arguments[name] for name in get_type_hints(hint) if name in arguments}
-            )
+            names = [name for name in get_type_hints(hint) if name in arguments]
+            values[key] = hint(**{name: arguments[name] for name in names})
         else:
-            value = arguments[key]
+            values[key] = arguments[key]
         if parameter.kind is POSITIONAL:
-            positional.append(value)
-        else:
-            keywords[key] = value
-    return positional, keywords
+            positional.append(values.pop(key))
+    return positional, values
 
 
 def _element(hint: Any) -> Any:
     """Return the type of the elements of a list, which is an option of several words, or None."""
-    for part in (hint, *get_args(hint)):
-        if getattr(part, "__origin__", None) is list:
-            return get_args(part)[0]
-    return None
+    lists = (part for part in (hint, *get_args(hint)) if get_origin(part) is list)
+    return next((get_args(part)[0] for part in lists), None)
 
 
 def require_schema(data: str) -> None:

@@ -96,20 +96,15 @@ class Parser(ArgumentParser):
             return with_hyphens(f"{command} has no option {match[1]}{meant(match[1], names)}")
         if match := re.match(r"the following arguments are required: (.*)", message):
             return with_hyphens(f"{command} needs --{match[1].replace(', ', ' and --')}")
-        wrong = r'Parser key "([^"]+)":\s+Expected a (.+?)\. Got value: (.*)'
-        if match := re.fullmatch(wrong, message, re.DOTALL):
-            literal = re.fullmatch(r"typing\.Literal\[(.*)\]", match[2])
-            name = match[2].removeprefix("<class '").removesuffix("'>")
-            allowed = f"one of {literal[1]}" if literal else _WORDS_BY_NAME.get(name, name)
-            return f"{match[1]} is {short(match[3])}; it must be {allowed}"
+        one = r'Parser key "([^"]+)":\s+Expected a (.+?)\. Got value: (.*)'
         union = r'Parser key "([^"]+)":\s+Does not validate.*Subtypes: \[([^\n]*)\]\n.*value: (.*)'
-        if match := re.fullmatch(union, message, re.DOTALL):
-            kinds = re.findall(r"Literal\[(.*?)\]|<class '(.*?)'>", match[2])
-            allowed = " or ".join(
-                literal or _WORDS_BY_NAME.get(name, name) for literal, name in kinds
-            )
-            return f"{match[1]} is {short(match[3])}; it must be {allowed}"
-        return message
+        match = re.fullmatch(one, message, re.DOTALL) or re.fullmatch(union, message, re.DOTALL)
+        if match is None:
+            return message
+        kinds = re.findall(r"Literal\[(.*?)\]|<class '(.*?)'>", match[2]) or [("", match[2])]
+        allowed = " or ".join(literal or _WORDS_BY_NAME.get(name, name) for literal, name in kinds)
+        prefix = "one of " if len(kinds) == 1 and kinds[0][0] else ""
+        return f"{match[1]} is {short(match[3])}; it must be {prefix}{allowed}"
 
 
 # Settings whose keys users choose, which keep their spelling.
@@ -125,12 +120,10 @@ def with_underscores(words: Sequence[str]) -> list[str]:
 
 def _with_underscores(word: str) -> str:
     option, equals, value = word[2:].partition("=")
-    name = re.match(CHOSEN_BY_USERS + r"\.([^.]+)", option.replace("-", "_"))
     spelled = option.replace("-", "_")
-    if name:  # as long as the option's own spelling of it
-        spelled = (
-            spelled[: name.start(2)] + option[name.start(2) : name.end()] + spelled[name.end() :]
-        )
+    if name := re.match(CHOSEN_BY_USERS + r"\.([^.]+)", spelled):
+        start, end = name.span(2)  # of the part that keeps its spelling
+        spelled = spelled[:start] + option[start:end] + spelled[end:]
     return f"--{'from_' if spelled == 'from' else spelled}{equals}{value}"
 
 
@@ -183,14 +176,11 @@ def problem_of_keys(
     `hints` are the types by key. Without `with_values`, only unknown keys and nulls are looked for.
     """
     for key, value in values.items():
-        key = str(key)
-        hint = hints.get(key.removesuffix("+"))
-        full = f"{name}.{key}".lstrip(".")
-        problem = (
-            problem_of_value(hint, value, full, with_values) if hint else f"{full} is no setting"
-        )
-        if problem is not None:
-            return problem if hint else f"{problem}{meant(key, hints) or '; remove it'}"
+        hint, full = hints.get(str(key).removesuffix("+")), f"{name}.{key}".lstrip(".")
+        if not hint:
+            return f"{full} is no setting{meant(str(key), hints) or '; remove it'}"
+        if problem := problem_of_value(hint, value, full, with_values):
+            return problem
     return None
 
 
@@ -214,9 +204,10 @@ def problem_of_value(hint: Any, value: Any, name: str, with_values: bool = True)
         if get_origin(hint) is dict:  # one type for settings of any name
             hints = dict.fromkeys(map(str, value), kind)
         return problem_of_keys(hints, value, name, with_values)
-    if not with_values or (hint is not kind and _is_of(hint, value)):
+    if not with_values:
         return None
-    return f"{name} is {short(value)}; it must be {in_words(hint)}"
+    is_right = hint is not kind and (is_plainly_of(hint, value) or is_parsed_as(hint, value))
+    return None if is_right else f"{name} is {short(value)}; it must be {in_words(hint)}"
 
 
 def missing_key(hints: dict[str, Any], values: dict[str, Any], name: str) -> str | None:
@@ -239,10 +230,6 @@ def missing_key(hints: dict[str, Any], values: dict[str, Any], name: str) -> str
             if problem := missing_key(get_type_hints(kind, include_extras=True), settings, part):
                 return problem
     return None
-
-
-def _is_of(hint: Any, value: Any) -> bool:
-    return is_plainly_of(hint, value) or is_parsed_as(hint, value)
 
 
 def is_plainly_of(hint: Any, value: Any) -> bool:

@@ -154,10 +154,9 @@ def check_keys(keys: Iterable[str], name: str) -> None:
     """Raise a ValueError for keys that a ranking model does not have; it lists those it has."""
     names = keys_of(name)
     for key in keys:
-        part = key.split(".")[0].removesuffix("+")
-        if part not in names:
+        if (plain := key.removesuffix("+")) not in names:
             raise ValueError(
-                f"ranking.{key} is no setting of '{name}'{meant(part, names) or '; remove it'} "
+                f"ranking.{key} is no setting of '{name}'{meant(plain, names) or '; remove it'} "
                 f"(its settings: {names})"
             )
 
