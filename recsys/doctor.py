@@ -58,10 +58,8 @@ class InstallationError(RuntimeError):
 
 
 def check_installation() -> list[Problem]:
-    """Return the problems of the installed packages; an empty list if a job can run.
-
-    Versions are compared first, as a mismatch makes imports fail in misleading ways.
-    """
+    """Return the problems of the installed packages; an empty list if a job can run."""
+    # Versions are compared first, as a mismatch makes imports fail in misleading ways.
     return _package_problems() or _import_problems() or _gpu_problems()
 
 

@@ -29,12 +29,9 @@ LOG_OPTIONS = {
 
 
 def command_parser(name: str, words: Sequence[str]) -> tuple[Command, Parser]:
-    """Return a command and its parser.
+    """Return a command of COMMANDS and its parser.
 
-    Args:
-        name: a key of COMMANDS.
-        words: its command line, which chooses the ranking model and so the settings under
-            `ranking`, if the command takes a `Config`.
+    Its command line `words` chooses the ranking model, and so the settings under `ranking`.
     """
     module, _, attribute = COMMANDS[name][0].partition(":")
     path = module if "." in module else f"recsys.commands.{module}"

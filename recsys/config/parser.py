@@ -23,19 +23,13 @@ LONGEST = 300  # characters of a value in a message
 
 
 class Parser(ArgumentParser):
-    """Parser that reads values as plain data and takes no abbreviations.
-
-    Attributes:
-        settings: the dataclass or type of each setting at the top level.
-        options: the types of the options beside them.
-        values: mappings of settings as the user wrote them, in which a wrong one is looked up.
-    """
+    """Parser that reads values as plain data and takes no abbreviations."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**{"allow_abbrev": False, "parser_mode": MODE, **arguments})
-        self.settings: dict[str, Any] = {}
-        self.options: dict[str, Any] = {}
-        self.values: list[dict[str, Any]] = []
+        self.settings: dict[str, Any] = {}  # dataclass or type of each setting at the top level
+        self.options: dict[str, Any] = {}  # types of the options beside them
+        self.values: list[dict[str, Any]] = []  # as the user wrote them: a wrong one is looked up
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         hints = self._hints()

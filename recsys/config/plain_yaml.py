@@ -27,12 +27,7 @@ class RefusedYaml(yaml.YAMLError, TypeError):
 
 
 def load_plain_yaml(text: bytes) -> Any:
-    """Read lists, mappings, text and numbers.
-
-    Raises:
-        yaml.YAMLError: the text is not YAML, is larger than 4 MiB, or has an alias, a class path,
-            or a key that is duplicate or not text.
-    """
+    """Read lists, mappings, text and numbers, of 4 MiB at most; else raise a yaml.YAMLError."""
     if len(text) > LARGEST:
         raise RefusedYaml(f"{len(text):,} bytes of YAML; write at most {LARGEST:,}")
     try:

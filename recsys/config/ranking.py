@@ -120,8 +120,7 @@ def softmax_settings(ranking: RankingSettings) -> RetrievalSettings | None:
 def settings_class(name: str) -> type[RankingSettings]:
     """Return the dataclass of a ranking model's settings.
 
-    A user's class without `Settings` has `options` and the settings of retrieval; one whose
-    `Settings` is no `RankingSettings` is a ValueError.
+    A user's class without `Settings` has `options` and the settings of retrieval.
     """
     if name in RANKING_SETTINGS:
         settings: type[RankingSettings] = find_part("ranking.name", name, RANKING_SETTINGS)

@@ -111,8 +111,7 @@ def predict(
 ) -> None:
     """Write the input rows, in their order, with one prediction per label. A collective.
 
-    It is a probability, or a number for labels that are numbers; null for a skipped row. `inputs`
-    are Parquet files or folders of them; `out` appears whole or not at all.
+    It is a probability, or a number for labels that are numbers; null for a skipped row.
     """
     with ranks.raise_on_all_ranks():
         files = [file for name in inputs for file in _parquet_files(name)]

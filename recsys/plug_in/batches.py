@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -23,7 +23,6 @@ from recsys.data.interactions import in_order, submit_to, threads
 from recsys.data.items.content_store import ContentStore
 from recsys.data.parquet.columns import ListColumns, RowColumns
 from recsys.data.parquet.values import ROW_POSITION
-from recsys.data.schema import Schema
 from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
@@ -32,12 +31,11 @@ from recsys.plug_in.settings import PlugInSettings
 AHEAD = 2  # batches that are built while one is in use
 
 
-@dataclass
 class ItemsOfBatch:
-    """Adds the items to a batch of torchrec.datasets."""
+    """Adds the items to a batch of torchrec.datasets; target and history are features of it."""
 
-    schema: Schema  # target item and history are sparse features of the batch
-    build: BatchBuilder  # makes the part of the batch that content needs
+    def __init__(self, build: BatchBuilder) -> None:
+        self.schema, self.build = build.schema, build
 
     def __call__(self, batch: TorchRecBatch) -> Batch:
         """Return the batch with its items, on the host; pinned if it was."""
@@ -129,7 +127,7 @@ class ItemContent:
         content, schema, group = settings.content, store.items.schema, ranks.group
         batch_store = None if chooses_items(content) else store
         build = BatchBuilder(schema, [], batch_store, branch.encodes_history, with_labels=False)
-        self.add_items = ItemsOfBatch(schema, build)
+        self.add_items = ItemsOfBatch(build)
         parts = content, store, branch.bank, BoundedVocabularies(schema, [], group), group
         self.preparation = BatchPreparation(*parts, seed=settings.seed, outputs=branch.outputs)
 

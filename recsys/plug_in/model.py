@@ -30,24 +30,11 @@ from recsys.ranking.layers.fields import history_numbers, num_history_numbers
 
 
 class ContentInputs(NamedTuple):
-    """Inputs that content adds to a DLRM.
+    """Inputs that content adds to a DLRM."""
 
-    vectors: [B, K, D], of the target item and, with a history, the user's interest in it.
-    features: [B, S], similarities of target and history, for the over arch.
-    target: [B, C], the target item's content vector itself.
-    """
-
-    vectors: Tensor
-    features: Tensor
-    target: Tensor
-
-
-class Ranked(NamedTuple):
-    """Logits [B, 1], and the target's ID embedding [B, D] and content vector [B, C]."""
-
-    logits: Tensor
-    item: Tensor
-    content: Tensor
+    vectors: Tensor  # [B, K, D], of the target and, with a history, the user's interest in it
+    features: Tensor  # [B, S], similarities of target and history, for the over arch
+    target: Tensor  # [B, C], the target item's content vector itself
 
 
 class ContentOfBatch(nn.Module):
@@ -130,15 +117,16 @@ class DLRMWithContent(nn.Module):
         self.content = content
         self.content_head = ContentHead(dlrm, content.num_vectors, content.num_features, dim)
 
-    def rank(self, batch: Batch) -> Ranked:
+    def rank(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits [B, 1], and the target's ID embedding [B, D] and content vector [B, C]."""
         content = self.content(batch)
         dense = self.dense_arch(batch.dense_features)
         sparse = self.sparse_arch(batch.sparse_features)
         logits = self.content_head(dense, sparse, content)
-        return Ranked(logits, sparse[:, self.item_place], content.target)
+        return logits, sparse[:, self.item_place], content.target
 
     def forward(self, batch: Batch) -> Tensor:  # [B, 1]
-        return self.rank(batch).logits
+        return self.rank(batch)[0]
 
 
 class DLRMWithContentTrain(nn.Module):
@@ -159,12 +147,11 @@ class DLRMWithContentTrain(nn.Module):
             self.contrastive = ContentIDContrastive(*dims, model.contrastive)
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        ranked = self.model.rank(batch)
-        logits = ranked.logits.squeeze(-1)
+        logits, item, content = self.model.rank(batch)
+        logits = logits.squeeze(-1)
         loss = self.loss_fn(logits, batch.labels.float())
         if self.contrastive is not None:
-            contrastive = self.contrastive(ranked.content, ranked.item, batch.target.items)
-            loss = loss + self.weight * contrastive
+            loss = loss + self.weight * self.contrastive(content, item, batch.target.items)
         return loss, (loss.detach(), logits.detach(), batch.labels.detach())
 
     def optimizer(self, optimizer: KeyedOptimizer) -> KeyedOptimizer:

@@ -64,11 +64,6 @@ class SearchStopped(Exception):
 class Search:
     """A search in the folder `out`, of values in `space` for the recipe `config`.
 
-    num_trials: number of trials, those of earlier commands on the folder included.
-    seeds: runs of each dataset, from the recipe's seed on.
-    nproc: ranks of each training.
-    prunes: stop trials that are worse than the median of others at the same validation.
-
     A value that does not fit the recipe, or a folder of another search, is a ValueError.
     """
 
@@ -76,12 +71,12 @@ class Search:
     space: Sequence[Parameter]
     data: Sequence[str]
     out: Path
-    num_trials: int
+    num_trials: int  # those of earlier commands on the folder included
     jobs: int = 1
-    seeds: int = 1
-    nproc: int = 1
+    seeds: int = 1  # runs of each dataset, from the recipe's seed on
+    nproc: int = 1  # ranks of each training
     sampler: Literal["tpe", "random", "grid"] = "tpe"
-    prunes: bool = True
+    prunes: bool = True  # trials worse than the median of others at the same validation
     keep_checkpoints: Literal["best", "all"] = "best"
 
     def __post_init__(self) -> None:

@@ -29,15 +29,11 @@ Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 
 @dataclass(frozen=True)
 class Parameter:
-    """A setting or a group of settings, and the values that it may have.
-
-    distribution: Optuna's form of the values; choices are JSON texts, groups are names.
-    sets: settings of each group by its name; empty for a single setting.
-    """
+    """A setting or a group of settings, and the values that it may have."""
 
     name: str
-    distribution: Distribution
-    sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    distribution: Distribution  # choices are JSON texts, groups are names
+    sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of a group, by name
 
     def settings(self, value: Any) -> dict[str, Any]:
         """Return settings by full name for a value as Optuna stores it."""

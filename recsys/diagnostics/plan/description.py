@@ -130,8 +130,8 @@ class RankMemory:
     dense: int
     bank: int
     limit: int
-    host_tables: int = 0
-    host_limit: int = 0
+    host_tables: int
+    host_limit: int
 
     @property
     def total(self) -> int:
@@ -140,24 +140,18 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Description:
-    """Everything that `recsys describe` prints.
-
-    times: of a step's tables, as TorchRec expects them on GPUs; None on CPU.
-    problems: why the tables do not fit, with fixes; the plan is then for unlimited memory.
-    frozen_layers: by encoder with cached outputs, the parameters that run only before training.
-    without_kernel: operators that PyTorch computes on CPU though a kernel exists, and why.
-    """
+    """Everything that `recsys describe` prints."""
 
     cluster: Cluster
     parts: list[ModelPart]
     table_bytes: list[int]  # by rank
     memory: RankMemory
-    times: RankTime | None
+    times: RankTime | None  # of a step's tables, as TorchRec expects them on GPUs; None on CPU
     plan: str
-    problems: list[str]
-    frozen_layers: dict[str, int]
+    problems: list[str]  # why tables do not fit, with fixes; the plan is for unlimited memory
+    frozen_layers: dict[str, int]  # parameters that run only before training, by encoder
     training_rows: int
-    without_kernel: dict[str, str]
+    without_kernel: dict[str, str]  # why PyTorch computes on CPU though a kernel exists
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -49,9 +49,8 @@ def report_run(
 ) -> Path:
     """Write the page of a run, by default `RUN/report.html`; return the file. A collective.
 
-    The projector is the folder `report_projector` beside the page; `colour_by` names a column. A
-    run that is not finished, an `out` that cannot be used, and a column neither of texts nor of
-    integers are a ValueError.
+    The projector is the folder `report_projector` beside the page; `colour_by` names a column of
+    texts or integers.
     """
     out = out or run / "report.html"
     with ranks.raise_on_all_ranks():
