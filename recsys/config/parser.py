@@ -216,10 +216,8 @@ def missing_key(hints: dict[str, Any], values: dict[str, Any], name: str) -> str
             if kind is None or not isinstance(settings, dict):
                 continue
             for required in fields(kind):
-                if (
-                    required.default is required.default_factory is MISSING
-                    and required.name not in settings
-                ):
+                is_required = required.default is required.default_factory is MISSING
+                if is_required and required.name not in settings:
                     return f"{part} has no {required.name}; add it"
             if problem := missing_key(get_type_hints(kind, include_extras=True), settings, part):
                 return problem

@@ -208,15 +208,12 @@ class Search:
         with self._locked():
             self._study(0).tell(trial.number, value, state)
             ended, best = self.trials(*ENDED), self._keep_best()
-        logger.info(
-            "trial %d: %s%s; %d of %d ended%s",
-            trial.number,
-            state.name.lower() if value is None else f"{value:.4f}",
-            f" ({cause})" if cause else "",
-            len(ended),
-            self.num_trials,
-            f", best {best.values[0]:.4f} of trial {best.number}" if best is not None else "",
-        )
+        result = state.name.lower() if value is None else f"{value:.4f}"
+        result += f" ({cause})" if cause else ""
+        progress = f"{len(ended)} of {self.num_trials} ended"
+        if best is not None:
+            progress += f", best {best.values[0]:.4f} of trial {best.number}"
+        logger.info("trial %d: %s; %s", trial.number, result, progress)
         all_failed = all(trial.state == TrialState.FAIL for trial in ended)
         if all_failed and len(ended) >= min(FAILURES, self.num_trials):
             problem = f"the first {len(ended)} trials failed, the last one so: {cause}"

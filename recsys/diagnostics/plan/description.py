@@ -154,11 +154,8 @@ class Description:
     without_kernel: dict[str, str]  # why PyTorch computes on CPU though a kernel exists
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "world_size": self.cluster.world_size,
-            "parameters": sum(part.parameters for part in self.parts),
-        }
+        parameters = sum(part.parameters for part in self.parts)
+        return asdict(self) | {"world_size": self.cluster.world_size, "parameters": parameters}
 
 
 def describe(
