@@ -27,7 +27,6 @@ from embeddings.sharding import CopiesMean
 from embeddings.table_rows import RowReset
 from recsys.config import (
     Config,
-    EmbeddingSettings,
     SourceSettings,
     content_settings,
     softmax_settings,
@@ -158,15 +157,15 @@ def build_job(
         fuse_table_optimizers(em3, tables)
         prepare_kernels(em3, config.kernels, ranks.device.type)
         _cast_and_compile(em3, config.precision, config.compile, ranks.device)
-    embedding, optimization = config.embedding, config.optimizer
+    optimization = config.optimizer
     model, plan = _sharded(em3, tables, config, ranks)
     optimizer, dense = build_dense_optimizer(model, dense_groups(optimization), optimization)
     averages = build_averages(model, optimization)
     update = DenseUpdate(optimizer, dense, optimization.clip_norm, averages)
-    pipeline = _pipeline(model, update, embedding, config.accumulate_steps, ranks.device)
+    pipeline = _pipeline(model, update, config, ranks.device)
     bounded = [table for table in tables if table.name in schema.tables_with("bounded")]
     reset = _row_reset(RowReset(model, bounded, config.seed), schema, bank, ranks.device)
-    features = pooled_features(embedding, schema)
+    features = pooled_features(config.embedding, schema)
     vocabularies = BoundedVocabularies(schema, features, ranks.group, reset)
     softmax, sampler = softmax_settings(config.ranking), None
     if softmax is not None:
@@ -221,17 +220,13 @@ def _sharded(
 
 
 def _pipeline(
-    model: DistributedModelParallel,
-    update: DenseUpdate,
-    embedding: EmbeddingSettings,
-    accumulate_steps: int,
-    device: torch.device,
+    model: DistributedModelParallel, update: DenseUpdate, config: Config, device: torch.device
 ) -> AccumulatingPipeline:
-    mean = None
+    embedding, mean = config.embedding, None
     if isinstance(model, DMPCollection):
         mean = CopiesMean(model, embedding.parallel.sync_every_steps)
     kind = PrefetchingPipeline if embedding.prefetch else AccumulatingPipeline
-    return kind(model, update, device, accumulate_steps, mean)
+    return kind(model, update, device, config.accumulate_steps, mean)
 
 
 def check_columns(

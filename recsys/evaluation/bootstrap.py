@@ -290,13 +290,15 @@ def _ranked_pairs(rows: _Rows) -> WindowAUC:
     # [P], how many negatives have a lower logit, and no higher one.
     below = np.searchsorted(ranked, logit[positive], side="left")
     not_above = np.searchsorted(ranked, logit[positive], side="right")
-    weights = None if rows.weight is None else rows.weight[:, None]
+    weights = None  # [P, 1], [M, 1]
+    if rows.weight is not None:
+        weights = rows.weight[positive][:, None], rows.weight[~positive][order][:, None]
 
     def auc(drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         positives, drawn_negatives = drawn[positive_users], drawn[negative_users]
         if weights is not None:
-            positives *= weights[positive]
-            drawn_negatives *= weights[~positive][order]
+            positives *= weights[0]
+            drawn_negatives *= weights[1]
         negatives = np.zeros((len(negative_users) + 1, drawn.shape[1]))
         np.cumsum(drawn_negatives, axis=0, out=negatives[1:])
         twice_won = negatives[below]

@@ -51,7 +51,7 @@ from recsys.evaluation.metrics import (
     format_report,
 )
 from recsys.evaluation.model_selection import METRICS, RETRIEVAL_DEPTH, needs_search
-from recsys.evaluation.retrieval import catalogue_of, format_retrieval, retrieval_report
+from recsys.evaluation.retrieval import catalogue_of, retrieval_report
 from recsys.evaluation.scores import SplitScores, write_scores
 from recsys.storage.location import Location
 
@@ -363,10 +363,12 @@ def format_evaluation(
     by_title = {f"label {name}": metrics for name, metrics in report.get("labels", {}).items()}
     texts = []
     for title, metrics in (by_title or {"items": report}).items():
-        names = [name for name in extra_metrics if name in metrics]
-        texts.append(format_report(metrics, names, shown_metrics(ranking, metrics), title))
-    if "retrieval" in report:
-        texts.append(format_retrieval(report["retrieval"]))
+        extra_names = [name for name in extra_metrics if name in metrics]
+        names = [*shown_metrics(ranking, metrics), *extra_names]
+        texts.append(format_report(metrics, names, title))
+    if retrieval := report.get("retrieval"):
+        names = [name for name in retrieval if "@" in name]
+        texts.append(format_report(retrieval, names, "retrieval"))
     return "\n".join(texts)
 
 

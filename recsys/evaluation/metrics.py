@@ -6,7 +6,7 @@ Lessons from Predicting Clicks on Ads at Facebook, 2014. Shapes: N rows, G group
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -210,16 +210,12 @@ class RegressionRows:
 
 
 def rows_of_loss(
-    labels: np.ndarray,
-    logits: np.ndarray,
-    groups: np.ndarray,
-    weights: np.ndarray | None = None,
-    loss: str = "bce",
+    loss: str, *columns: np.ndarray, weights: np.ndarray | None
 ) -> RankedRows | RegressionRows:
-    """Return the rows [N] of a label with their metrics, by its loss."""
+    """Return the rows of a label with this loss; `columns` [N] are labels, logits and groups."""
     if loss == "bce":
-        return RankedRows(labels, logits, groups, weights)
-    return RegressionRows(labels, logits, groups, weights, loss)
+        return RankedRows(*columns, weights)
+    return RegressionRows(*columns, weights, loss)
 
 
 def evaluation_report(
@@ -236,7 +232,7 @@ def evaluation_report(
     All arrays are [N]: labels (0 or 1, or numbers), logits, the user and the training rows of each
     row's item, and weights (None: 1 each). Unusable labels and logits are a ValueError.
     """
-    ranked, reports = rows_of_loss(labels, logits, groups, weights, loss), {}
+    ranked, reports = rows_of_loss(loss, labels, logits, groups, weights=weights), {}
     columns = labels, ranked.scores, groups, item_counts
     fitting = {n: metric for n, metric in (extra_metrics or {}).items() if fits_loss(metric, loss)}
     for part, rows in frequency_masks(item_counts).items():
@@ -248,13 +244,9 @@ def evaluation_report(
 
 
 def format_report(
-    report: dict[str, Any],
-    extra_metrics: Iterable[str] = (),
-    names: Iterable[str] = SHOWN,
-    title: str = "items",
+    report: dict[str, Any], names: Sequence[str] = SHOWN, title: str = "items"
 ) -> str:
-    """Format the metrics `names` and `extra_metrics` of a report as a text table."""
-    names = [*names, *extra_metrics]
+    """Format the metrics `names` of a report as a text table; undefined values are `-`."""
     rows = [(title, *names, "rows")]
     for part in PARTS:
         metrics = report if part == "all" else report[part]

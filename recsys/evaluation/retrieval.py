@@ -29,7 +29,6 @@ from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.availability import LaterItems, later_items
 from recsys.evaluation.forward_pass import forward_pass
-from recsys.evaluation.metrics import format_report
 from recsys.ranking.generative import Generative
 from recsys.ranking.layers.code_trie import MOST_BEAMS, CodeTrie, beam_search
 from recsys.ranking.settings import GenerativeSettings
@@ -60,7 +59,7 @@ def catalogue_vectors(job: Job, lockstep: Lockstep) -> tuple[Tensor, Tensor]:
     ranks = job.ranks
     with ranks.raise_on_all_ranks():
         items = catalogue_of(job)
-    share = np.asarray(items[slice(*_share(len(items), ranks))])
+    share = np.asarray(items[_share(len(items), ranks)])
     longest = -(-len(items) // ranks.world_size)  # of all ranks
     batches = _batches_of_items(job, share, longest)
     total = -(-longest // job.config.batch_size)
@@ -69,10 +68,9 @@ def catalogue_vectors(job: Job, lockstep: Lockstep) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(share), torch.cat(vectors)[: len(share)].cpu()
 
 
-def _share(number: int, ranks: Ranks) -> tuple[int, int]:
-    """Return the first and the end of this rank's share of a number of things."""
-    first, end = (index * number // ranks.world_size for index in (ranks.rank, ranks.rank + 1))
-    return first, end
+def _share(number: int, ranks: Ranks) -> slice:
+    """Return this rank's share of a number of things."""
+    return slice(*(index * number // ranks.world_size for index in (ranks.rank, ranks.rank + 1)))
 
 
 def _batches_of_items(job: Job, share: np.ndarray, longest: int) -> Iterator[Batch]:
@@ -141,9 +139,9 @@ def decoded_places(
     trie, decoder = CodeTrie(table.numpy()), copy.deepcopy(ranking.decoder).cpu()
     places = torch.zeros(2, len(queries), dtype=torch.int64)
     size = max(1, MOST_BEAMS // settings.beam_size)
-    first, end = _share(len(queries), ranks)
-    for start in range(first, end, size):
-        block = slice(start, min(start + size, end))
+    share = _share(len(queries), ranks)
+    for start in range(share.start, share.stop, size):
+        block = slice(start, min(start + size, share.stop))
         targets = target_items[block].unsqueeze(1).cpu()
         is_out = torch.zeros(len(targets), len(items), dtype=torch.bool)
         for part in excluded:
@@ -252,9 +250,3 @@ def retrieval_report(
         part_weights = None if weights is None else weights[rows_of_part]
         reports[part] = retrieval_metrics(*places, part_weights, settings.depths)
     return reports.pop("all") | {"catalogue": size} | reports
-
-
-def format_retrieval(report: dict[str, Any]) -> str:
-    """Format a `retrieval_report` as a plain text table; undefined values are `-`."""
-    names = [name for name in report if "@" in name]
-    return format_report(report, names=names, title="retrieval")

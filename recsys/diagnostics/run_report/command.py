@@ -36,23 +36,16 @@ logger = logging.getLogger(__name__)
 
 SPLIT = "test"
 PROBABILITIES = {"logloss": "log loss", "ne": "normalised entropy", "calibration": "calibration"}
-ITEMS = 2000  # most frequent items in training, whose vectors are written
 
 
 def report_run(
-    run: Path,
-    data: str | None,
-    out: Path | None,
-    ranks: Ranks,
-    device: str,
-    colour_by: str | None = None,
-) -> Path:
-    """Write the page of a run, by default `RUN/report.html`; return the file. A collective.
+    run: Path, data: str | None, out: Path, ranks: Ranks, device: str, colour_by: str | None
+) -> None:
+    """Write the page of a run. A collective.
 
     The projector is the folder `report_projector` beside the page; `colour_by` names a column of
     texts or integers.
     """
-    out = out or run / "report.html"
     with ranks.raise_on_all_ranks():
         check_output(out)
         projector = out.with_name(f"{out.stem}_projector")
@@ -67,8 +60,7 @@ def report_run(
     recorded = run.parents[1] if is_partition else run
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
-            item_counts = read_item_counts(run, job.schema.item_id_limit)
-            num_items = write_projector(projector, job, run, item_counts, ITEMS, table, category)
+            num_items = write_projector(projector, job, run, table, category)
             sections = [
                 results,
                 learning_curves(recorded, job.config.best_model_by, best_step(run)),
@@ -78,7 +70,6 @@ def report_run(
             ]
             write_whole(out, html_page(f"Run {recorded.resolve().name}", sections))
             logger.info("report written to %s", out)
-    return out
 
 
 def _of_metrics(run: Path, job: Job) -> tuple[Section, Section]:

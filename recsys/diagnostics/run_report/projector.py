@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from recsys.build import Job
 from recsys.checkpoint.reader import stored_tables
+from recsys.checkpoint.run_folder import read_item_counts
 from recsys.data.item_frequency import ItemCounts
 from recsys.data.items.images import open_image
 from recsys.data.items.item_table import ItemTable
@@ -166,7 +167,7 @@ def small_picture(encoded: bytes | list[bytes | None] | None) -> Tensor:
     return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255
 
 
-ITEMS_PER_CALL = 256
+MOST_ITEMS, ITEMS_PER_CALL = 2000, 256
 CONFIG = "projector_config.pbtxt"  # of TensorBoard's projector
 
 
@@ -179,25 +180,20 @@ def check_folder(folder: Path) -> None:
 
 
 def write_projector(
-    folder: Path,
-    job: Job,
-    run: Path,
-    item_counts: ItemCounts,
-    most_items: int,
-    table: ItemTable | None,
-    category: str | None,
+    folder: Path, job: Job, run: Path, table: ItemTable | None, category: str | None
 ) -> int:
     """Write vectors of the items most frequent in training; return the number of items.
 
     An earlier projector in `folder` is replaced. `category` is the column of `table` to colour by.
     """
-    items = frequent_items(job, item_counts, most_items)
+    counts = read_item_counts(run, job.schema.item_id_limit)
+    items = frequent_items(job, counts)
     if not len(items):
         return 0
     vectors = item_vectors(job, run, items)
     columns = {
         "name": item_names(table, items),
-        "impressions": [str(count) for count in item_counts.of(items).tolist()],
+        "impressions": [str(count) for count in counts.of(items).tolist()],
     }
     if table is not None and category is not None:
         columns[category] = [value or "" for value in categories(table, category, items)]
@@ -210,12 +206,12 @@ def write_projector(
     return len(items)
 
 
-def frequent_items(job: Job, item_counts: ItemCounts, most: int) -> np.ndarray:  # int64 [I]
+def frequent_items(job: Job, counts: ItemCounts) -> np.ndarray:  # int64 [I]
     """Return the most frequent items in training; with content, if the model has it."""
-    items = item_counts.items
+    items = counts.items
     if job.store is not None:
         items = np.intersect1d(items, job.store.items.ids)
-    return items[np.argsort(-item_counts.of(items), kind="stable")][:most]
+    return items[np.argsort(-counts.of(items), kind="stable")][:MOST_ITEMS]
 
 
 @torch.no_grad()
