@@ -196,10 +196,10 @@ def describe_optimizers(model: nn.Module, tables: Sequence[TableConfig], dense: 
     for table in tables:
         size = table.num_embeddings * table.embedding_dim
         rates = f"{table.learning_rate:g}", f"{table.weight_decay:g}"
-        trained_by = (f"{table.optimizer} (fused)", *rates)
+        trainer = (f"{table.optimizer} (fused)", *rates)
         if table.frozen:
-            trained_by = "none (frozen)", "-", "-"
-        rows.append((f"table {table.name}", 1, size, *trained_by))
+            trainer = "none (frozen)", "-", "-"
+        rows.append((f"table {table.name}", 1, size, *trainer))
     kind = type(dense).__name__
     for group in dense.param_groups:
         size = sum(parameter.numel() for parameter in group["params"])

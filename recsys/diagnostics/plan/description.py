@@ -86,9 +86,9 @@ def _table_part(memory: TableMemory) -> ModelPart:
     if table.kernel != "fused":
         place += ", in host memory"
     size = table.num_embeddings * table.embedding_dim
-    trained_by = "nothing" if table.frozen else table.optimizer
+    trainer = "nothing" if table.frozen else table.optimizer
     # Gradients of tables take no memory: the backward applies them row by row.
-    return ModelPart(f"table {table.name}", size, trained_by, place, weights, 0, state)
+    return ModelPart(f"table {table.name}", size, trainer, place, weights, 0, state)
 
 
 def _dense_parts(em3: EM3, world_size: int, optimizer: OptimizerSettings) -> Iterator[ModelPart]:
@@ -106,8 +106,8 @@ def _dense_parts(em3: EM3, world_size: int, optimizer: OptimizerSettings) -> Ite
         title = name if is_trained else f"{name}, frozen"
         gradients, moments = size * copies * is_trained, state[name, is_trained]
         num_bytes = (FLOAT * number for number in (size, gradients, moments))
-        trained_by = optimizer.name if is_trained else "nothing"
-        yield ModelPart(title, size, trained_by, "every rank", *num_bytes)
+        trainer = optimizer.name if is_trained else "nothing"
+        yield ModelPart(title, size, trainer, "every rank", *num_bytes)
     if em3.neighbours is not None:  # statistics of items, which grow with these
         buffers = (getattr(em3.neighbours, name) for name in em3.neighbours.item_row_buffers)
         size = sum(buffer.nbytes for buffer in buffers)
