@@ -1,4 +1,4 @@
-"""The options of a command, from its function's signature and docstring, and checks of its folders.
+"""The options of commands, from signatures and docstrings, their completion, and checks of folders.
 
 Folders are checked before torch is imported.
 """
@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import inspect
 import os
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import docstring_parser
 from jsonargparse import Namespace
 
 from recsys.commands import COMMANDS
 from recsys.config import Config, LogFormat, LogLevel, add_config_arguments, config_from
-from recsys.config.parser import Parser, with_underscores
+from recsys.config.parser import Parser, with_hyphens, with_underscores
+from recsys.extras import require_extra
 
 Command = Callable[..., int | None]
 POSITIONAL = inspect.Parameter.POSITIONAL_ONLY
@@ -108,3 +110,32 @@ def require_finished(run: Path) -> Path:
     if not (run / "metrics.json").is_file():
         raise ValueError(f"{run}: holds no finished run (metrics.json); train it first")
     return run
+
+
+def completion(shell: Literal["bash", "zsh", "tcsh"], /) -> None:
+    """Print a script that completes the commands and their options in a shell.
+
+    Args:
+        shell: the shell, as in `eval "$(recsys completion bash)"`
+    """
+    require_extra("completion", "recsys completion", "shtab")
+    import shtab
+
+    print(shtab.complete(_all_commands(), shell=shell))
+
+
+def _all_commands() -> ArgumentParser:
+    """Return one parser of all commands, with the names of their options alone."""
+    root = ArgumentParser("recsys")
+    groups = {"": root.add_subparsers()}
+    for name, (_, line) in COMMANDS.items():
+        first, _, second = name.partition(" ")
+        if second and first not in groups:
+            groups[first] = groups[""].add_parser(first, help=first).add_subparsers()
+        parser = groups[first if second else ""].add_parser(second or first, help=line)
+        _, options = command_parser(name, [])
+        for action in options._actions:
+            names = [with_hyphens(option) for option in action.option_strings]
+            if names and "--help" not in names:
+                parser.add_argument(*names, help=None)
+    return root
