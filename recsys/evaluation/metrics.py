@@ -210,12 +210,16 @@ class RegressionRows:
 
 
 def rows_of_loss(
-    loss: str, *columns: np.ndarray, weights: np.ndarray | None
+    loss: str,
+    labels: np.ndarray,
+    logits: np.ndarray,
+    groups: np.ndarray,
+    weights: np.ndarray | None,
 ) -> RankedRows | RegressionRows:
-    """Return the rows of a label with this loss; `columns` [N] are labels, logits and groups."""
+    """Return the rows [N] of a label with their metrics, by its loss."""
     if loss == "bce":
-        return RankedRows(*columns, weights)
-    return RegressionRows(*columns, weights, loss)
+        return RankedRows(labels, logits, groups, weights)
+    return RegressionRows(labels, logits, groups, weights, loss)
 
 
 def evaluation_report(
@@ -232,7 +236,7 @@ def evaluation_report(
     All arrays are [N]: labels (0 or 1, or numbers), logits, the user and the training rows of each
     row's item, and weights (None: 1 each). Unusable labels and logits are a ValueError.
     """
-    ranked, reports = rows_of_loss(loss, labels, logits, groups, weights=weights), {}
+    ranked, reports = rows_of_loss(loss, labels, logits, groups, weights), {}
     columns = labels, ranked.scores, groups, item_counts
     fitting = {n: metric for n, metric in (extra_metrics or {}).items() if fits_loss(metric, loss)}
     for part, rows in frequency_masks(item_counts).items():

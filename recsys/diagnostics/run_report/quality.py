@@ -210,7 +210,7 @@ def metrics_by_count(
 def item_popularity(scores: SplitScores, split: str) -> Section:
     """Return the section with figure and table, of rows that count for label 0."""
     loss, columns = scores.loss_of(0), (scores.labels[:, 0], scores.logits[:, 0], scores.groups)
-    rows = rows_of_loss(loss, *columns, weights=scores.weights)
+    rows = rows_of_loss(loss, *columns, scores.weights)
     buckets = metrics_by_count(rows, scores.counts)
     names = NAMES if loss == "bce" else NAMES_OF_NUMBERS
     table = metrics_table("training impressions", names, buckets)
