@@ -63,7 +63,12 @@ def _job(  # noqa: D417 - components copy the arguments, without the name of the
     if gpu > 0:
         # torchx leaves open the number of tasks, which Slurm refuses; sbatch reads GPUs by node.
         os.environ["SBATCH_GPUS"] = str(gpu)
-    env = {**_torchrun_environment(nnodes, max_retries), **(env or {})}
+    # The same as --max-restarts; torchx passes its retries to the scheduler only.
+    variables = {"PET_MAX_RESTARTS": str(max_retries)}
+    if nnodes > 1:
+        # A node that returns would wait in vain for the store of torchrun's first start.
+        variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    variables |= env or {}
     job = dist.ddp(
         *args,
         # Without `--` torchrun takes options of ours that begin like its own for abbreviations.
@@ -74,14 +79,14 @@ def _job(  # noqa: D417 - components copy the arguments, without the name of the
         gpu=max(gpu, 0),
         memMB=memMB,
         j=f"{nnodes}x{nproc}",
-        env={key: value for key, value in env.items() if "," not in value},
+        env={key: value for key, value in variables.items() if "," not in value},
         max_retries=max_retries,
         rdzv_port=rdzv_port,
         mounts=mounts,
     )
     role = job.roles[0]
     role.name = role_name
-    role.args[-1] = f"{_node_setup(nproc, cpu, env)}exec {role.args[-1]}"
+    role.args[-1] = f"{_node_setup(nproc, cpu, variables)}exec {role.args[-1]}"
     return job
 
 
@@ -146,16 +151,6 @@ def _check_counts(nproc: int, nnodes: int, gpu: int, max_retries: int) -> None:
             f"--nproc {nproc} is more than --gpu {gpu}: each rank needs a GPU of its own; "
             f"give --nproc {gpu} or --gpu {nproc}"
         )
-
-
-def _torchrun_environment(nnodes: int, max_retries: int) -> Dict[str, str]:
-    """Return options of torchrun, as variables, that torchx's component does not pass on."""
-    # The same as --max-restarts; torchx passes its retries to the scheduler only.
-    options = {"PET_MAX_RESTARTS": str(max_retries)}
-    if nnodes > 1:
-        # A node that returns would wait in vain for the store of torchrun's first start.
-        options["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    return options
 
 
 def _node_setup(nproc: int, cpu: int, env: Dict[str, str]) -> str:

@@ -86,12 +86,8 @@ def installation_stages(
 ) -> list[Stage]:
     """Return the calls of pip that install the project of a pyproject.toml, in order.
 
-    Extras are those of the project and its dependency groups, such as `dev`.
-
-    `index_url` is for torch, and on CUDA for FBGEMM.
-
-    Raises:
-        InstallError: the project has no such extra.
+    Extras are those of the project and its dependency groups, such as `dev`; another one is an
+    InstallError. `index_url` is for torch, and on CUDA for FBGEMM.
     """
     project = pyproject["project"]
     groups = project["optional-dependencies"] | pyproject["dependency-groups"]
@@ -163,10 +159,7 @@ def write_stamp(environment: Path, stamp: Stamp) -> None:
 
 
 def make_environment(environment: Path, start_over: bool) -> None:
-    """Create the virtual environment, or complete or replace an existing one.
-
-    A folder that holds something else, or no module venv, is an InstallError.
-    """
+    """Create the virtual environment, or complete or replace an existing one."""
     if (environment / "pyvenv.cfg").exists():
         if not start_over and succeeds([str(environment / PYTHON), "-m", "pip", "--version"]):
             return
@@ -203,10 +196,7 @@ def install_stage(environment: Path, stage: Stage) -> None:
 
 
 def check_imports(environment: Path, flavor: str) -> str:
-    """Import the three packages that must match, and return their versions as text.
-
-    A failed import, or packages for CUDA that are builds for CPU, are an InstallError.
-    """
+    """Import the three packages that must match, and return their versions as text."""
     code = FIRST_IMPORT
     if flavor == "cuda":
         code = CUDA_BUILDS + (code if nvidia_driver_found() else f"print({NO_DRIVER!r})")
@@ -272,17 +262,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"Python {platform.python_version()} at {sys.executable} is too old: 3.11 or newer")
         print("is needed, e.g. python3.12 launch/install.py or make PYTHON=python3.12 install")
         return 1
-    options = _parser().parse_args(arguments)
-    try:
-        extras = [*options.extra, *(DEVELOPMENT_EXTRAS if options.dev else ())]
-        install(Path(options.venv).absolute(), options.flavor, extras, options.index_url)
-        return 0
-    except InstallError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--venv", default=".venv", help="folder of the environment")
@@ -293,7 +272,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--dev", action="store_true", help="also install what tests and linters need")
     index = "index of torch, with cuda also of FBGEMM, e.g. https://download.pytorch.org/whl/cpu"
     add("--index-url", metavar="URL", help=index)
-    return parser
+    options = parser.parse_args(arguments)
+    try:
+        extras = [*options.extra, *(DEVELOPMENT_EXTRAS if options.dev else ())]
+        install(Path(options.venv).absolute(), options.flavor, extras, options.index_url)
+        return 0
+    except InstallError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

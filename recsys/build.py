@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchrec.distributed.model_parallel import DistributedModelParallel, DMPCollection
-from torchrec.distributed.types import ModuleSharder, ShardingEnv, ShardingPlan
+from torchrec.distributed.types import ShardingEnv
 from torchrec.optim.keyed import CombinedOptimizer
 
 from embeddings import (
@@ -27,8 +27,6 @@ from embeddings.sharding import CopiesMean
 from embeddings.table_rows import RowReset
 from recsys.config import (
     Config,
-    EmbeddingSettings,
-    RankingSettings,
     SourceSettings,
     content_settings,
     softmax_settings,
@@ -57,16 +55,9 @@ from recsys.model.precision import (
     uses_tf32,
 )
 from recsys.model.tables import check_placement, planner_hardware, pooled_features, table_configs
-from recsys.optimizer import (
-    AveragedWeights,
-    LearningRateShare,
-    build_averages,
-    build_dense_optimizer,
-    build_schedule,
-    dense_groups,
-    describe_optimizers,
-    set_updates,
-)
+from recsys.optimizer.averaging import AveragedWeights, build_averages
+from recsys.optimizer.dense import build_dense_optimizer, dense_groups, describe_optimizers
+from recsys.optimizer.schedules import LearningRateShare, build_schedule, set_updates
 from recsys.storage.location import Location
 
 SPLITS = ("train", "valid", "test")
@@ -90,7 +81,7 @@ class Job:
     preparation: BatchPreparation
     plan: str  # text table
     parameters: str  # text table: parameter, optimizer, learning rate
-    train_folder: str = "train"  # of the dataset, with the rows to train on
+    train_folder: str  # of the dataset, with the rows to train on
 
     @property
     def dense_optimizer(self) -> Optimizer:
@@ -165,20 +156,20 @@ def build_job(
         fuse_table_optimizers(em3, tables)
         prepare_kernels(em3, config.kernels, ranks.device.type)
         _cast_and_compile(em3, config.precision, config.compile, ranks.device)
-    embedding, optimization = config.embedding, config.optimizer
-    table_sharders = sharders(*astuple(embedding.communication))  # forward, backward
-    plan = _plan(em3, tables, config.batch_size, embedding, ranks, table_sharders)
-    plan_text = format_plan(plan, tables)  # before the copies of tables change its ranks
-    model = _distributed(em3, ranks, plan, table_sharders, embedding.parallel.copies)
+    optimization = config.optimizer
+    model, plan = _sharded(em3, tables, config, ranks)
     optimizer, dense = build_dense_optimizer(model, dense_groups(optimization), optimization)
     averages = build_averages(model, optimization)
     update = DenseUpdate(optimizer, dense, optimization.clip_norm, averages)
-    pipeline = _pipeline(model, update, embedding, config.accumulate_steps, ranks.device)
+    pipeline = _pipeline(model, update, config, ranks.device)
     bounded = [table for table in tables if table.name in schema.tables_with("bounded")]
     reset = _row_reset(RowReset(model, bounded, config.seed), schema, bank, ranks.device)
-    features = pooled_features(embedding, schema)
+    features = pooled_features(config.embedding, schema)
     vocabularies = BoundedVocabularies(schema, features, ranks.group, reset)
-    parts = content, store, bank, vocabularies, ranks.group, _sampler(config.ranking, schema)
+    softmax, sampler = softmax_settings(config.ranking), None
+    if softmax is not None:
+        sampler = NegativeSampler(softmax, schema.num_items, schema.target_item)
+    parts = content, store, bank, vocabularies, ranks.group, sampler
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
     return Job(
         config,
@@ -193,85 +184,52 @@ def build_job(
         pipeline,
         vocabularies,
         BatchPreparation(*parts, config.seed, em3.content.outputs if em3.content else None),
-        plan=plan_text,
-        parameters=describe_optimizers(model, tables, dense),
-        train_folder=rows,
+        plan,
+        describe_optimizers(model, tables, dense),
+        rows,
     )
 
 
-def _plan(
-    em3: EM3,
-    tables: list[TableConfig],
-    batch_size: int,
-    embedding: EmbeddingSettings,
-    ranks: Ranks,
-    table_sharders: list[ModuleSharder[nn.Module]],
-) -> ShardingPlan:
-    """Plan the sharding of the tables. A collective."""
-    return plan_sharding(
+def _sharded(
+    em3: EM3, tables: list[TableConfig], config: Config, ranks: Ranks
+) -> tuple[DistributedModelParallel, str]:
+    """Shard the tables, make the dense parts data-parallel, and return the plan. A collective."""
+    embedding, device, copies = config.embedding, ranks.device, config.embedding.parallel.copies
+    table_sharders = sharders(*astuple(embedding.communication))  # forward, backward
+    plan = plan_sharding(
         em3,
         tables,
         ranks.group,
-        ranks.device,
-        batch_size,
+        device,
+        config.batch_size,
         module_sharders=table_sharders,
         prefetch=embedding.prefetch,
-        copies=embedding.parallel.copies,
+        copies=copies,
         hardware=planner_hardware(embedding.hardware),
     )
-
-
-def _sampler(ranking: RankingSettings, schema: Schema) -> NegativeSampler | None:
-    softmax = softmax_settings(ranking)
-    return NegativeSampler(softmax, schema.num_items, schema.target_item) if softmax else None
-
-
-def _distributed(
-    em3: EM3,
-    ranks: Ranks,
-    plan: ShardingPlan,
-    table_sharders: list[ModuleSharder[nn.Module]],
-    copies: int,
-) -> DistributedModelParallel:
-    """Shard the tables and make the dense parts data-parallel. A collective."""
-    device, wrapper = ranks.device, DataParallelWrapper()
-    if copies > 1:
-        return DMPCollection(
-            em3,
-            device,
-            plan,
-            world_size=ranks.world_size,
-            sharding_group_size=ranks.world_size // copies,
-            global_pg=ranks.group,
-            sharders=table_sharders,
-            data_parallel_wrapper=wrapper,
-        )
-    env = ShardingEnv.from_process_group(ranks.group)
-    return DistributedModelParallel(
-        em3, env, device, plan, table_sharders, data_parallel_wrapper=wrapper
-    )
+    plan_text = format_plan(plan, tables)  # before the copies of tables change its ranks
+    parts: dict[str, Any] = {"sharders": table_sharders}
+    parts["data_parallel_wrapper"] = DataParallelWrapper()
+    if copies == 1:
+        env = ShardingEnv.from_process_group(ranks.group)
+        return DistributedModelParallel(em3, env, device, plan, **parts), plan_text
+    size = ranks.world_size
+    copied = DMPCollection(em3, device, plan, size, size // copies, ranks.group, **parts)
+    return copied, plan_text
 
 
 def _pipeline(
-    model: DistributedModelParallel,
-    update: DenseUpdate,
-    embedding: EmbeddingSettings,
-    accumulate_steps: int,
-    device: torch.device,
+    model: DistributedModelParallel, update: DenseUpdate, config: Config, device: torch.device
 ) -> AccumulatingPipeline:
-    mean = None
+    embedding, mean = config.embedding, None
     if isinstance(model, DMPCollection):
         mean = CopiesMean(model, embedding.parallel.sync_every_steps)
     kind = PrefetchingPipeline if embedding.prefetch else AccumulatingPipeline
-    return kind(model, update, device, accumulate_steps, mean)
+    return kind(model, update, device, config.accumulate_steps, mean)
 
 
 def check_columns(
-    source: SourceSettings,
-    on_bad_row: OnBadRow,
-    data: str,
-    ranks: Ranks,
-    schema: Schema | None = None,
+    source: SourceSettings, on_bad_row: OnBadRow, data: str, ranks: Ranks, schema: Schema | None
 ) -> None:
     """Open all splits and check the columns' types by their first rows. A collective.
 

@@ -83,9 +83,8 @@ def _run_command(name: str, words: Sequence[str]) -> int:
 
     command, parser = command_parser(name, words)
     arguments = parser.instantiate(parser.parse_args(words))
-    configure_logging(
-        int(os.environ.get("RANK", "0")), arguments["log_level"], arguments["log_format"]
-    )
+    rank = int(os.environ.get("RANK", "0"))
+    configure_logging(rank, arguments["log_level"], arguments["log_format"])
     positional, keywords = options_of(command, arguments)
     return command(*positional, **keywords) or 0
 

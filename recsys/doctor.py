@@ -58,18 +58,14 @@ class InstallationError(RuntimeError):
 
 
 def check_installation() -> list[Problem]:
-    r"""Return the problems of the installed packages; an empty list if a job can run.
-
-    Versions are compared first, as a mismatch makes imports fail in misleading ways.
-    """
-    packages = _package_problems() or _import_problems(("torch", "fbgemm_gpu", "torchrec"))
-    return packages or _gpu_problems()
+    """Return the problems of the installed packages; an empty list if a job can run."""
+    # Versions are compared first, as a mismatch makes imports fail in misleading ways.
+    return _package_problems() or _import_problems() or _gpu_problems()
 
 
 def require_working_installation(imports_torchrec: bool = True) -> None:
     """End a job before it starts if the installed packages do not work, with each one's fix."""
-    names = ("torch", "fbgemm_gpu", "torchrec")[: 3 if imports_torchrec else 2]
-    _refuse(_package_problems() or _import_problems(names))
+    _refuse(_package_problems() or _import_problems(imports_torchrec))
 
 
 def require_matching_packages() -> None:
@@ -86,7 +82,6 @@ def _refuse(problems: list[Problem]) -> None:
 def report() -> str:
     """Return versions, the triple and GPUs as lines of text."""
     fbgemm = ", ".join(f"{name} {version}" for name, version in _installed_fbgemm().items())
-    encoders = ((label, _version(name), name) for label, name in ENCODER_PACKAGES)
     rows = [
         ("Python", f"{platform.python_version()} at {sys.executable}"),
         ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
@@ -94,7 +89,7 @@ def report() -> str:
         ("FBGEMM", fbgemm or "missing"),
         ("triple", "does not match" if _triple_problems() else "matches"),
         *((package, _version(package) or "missing") for package in OTHER_PACKAGES),
-        *((label, f"{name} {version or 'missing'}") for label, version, name in encoders),
+        *((label, f"{name} {_version(name) or 'missing'}") for label, name in ENCODER_PACKAGES),
         *_gpu_rows(),
     ]
     width = max(len(label) for label, _ in rows)
@@ -151,18 +146,18 @@ def _package_problems() -> list[Problem]:
 def _fbgemm_problems() -> list[Problem]:
     """Detect both distributions of FBGEMM together, or the CUDA one without a driver."""
     installed = _installed_fbgemm()
+    # PyTorch's own index serves a CPU build under the CUDA name, marked +cpu.
+    needs_driver = not installed.get(FBGEMM_CUDA, "+cpu").endswith("+cpu")
     if len(installed) == 2:
         what = f"{FBGEMM_CUDA} and {FBGEMM_CPU} are both installed and overwrite each other's files"
-        return [Problem(what, _reinstall_command(FBGEMM_CUDA, FBGEMM_CPU))]
-    # PyTorch's own index serves a CPU build under the CUDA name, marked +cpu.
-    needs_driver = FBGEMM_CUDA in installed and not installed[FBGEMM_CUDA].endswith("+cpu")
-    if needs_driver and not nvidia_driver_found():
+    elif needs_driver and not nvidia_driver_found():
         what = (
             f"{FBGEMM_CUDA} {installed[FBGEMM_CUDA]} is the CUDA wheel, which cannot be imported "
             "without an NVIDIA driver, and this machine has none"
         )
-        return [Problem(what, _reinstall_command(FBGEMM_CUDA, FBGEMM_CPU))]
-    return []
+    else:
+        return []
+    return [Problem(what, _reinstall_command(FBGEMM_CUDA, FBGEMM_CPU))]
 
 
 def _triple_problems() -> list[Problem]:
@@ -179,9 +174,9 @@ def _triple_problems() -> list[Problem]:
     return [Problem(what, install_command())]
 
 
-def _import_problems(names: tuple[str, ...]) -> list[Problem]:
+def _import_problems(imports_torchrec: bool = True) -> list[Problem]:
     """Detect packages that have the right versions but fail to import or compute."""
-    for name in names:
+    for name in ("torch", "fbgemm_gpu", *(["torchrec"] if imports_torchrec else [])):
         try:
             _import(name)
         except Exception as error:  # a broken shared library may raise any error
@@ -192,10 +187,9 @@ def _import_problems(names: tuple[str, ...]) -> list[Problem]:
     try:
         offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(torch.tensor([1, 2])).tolist()
         cause = f"the operator asynchronous_complete_cumsum returned {offsets}"
-        works = offsets == [0, 1, 3]
     except Exception as error:
-        works, cause = False, f"{type(error).__name__}: {error}"
-    if not works:
+        offsets, cause = None, f"{type(error).__name__}: {error}"
+    if offsets != [0, 1, 3]:
         what = f"FBGEMM is installed but does not compute: {cause}"
         return [Problem(what, install_command(force=True))]
     if torch.cuda.is_available() and FBGEMM_CPU in _installed_fbgemm():
@@ -263,13 +257,12 @@ def untrained_table(device: str) -> str | None:
         SplitTableBatchedEmbeddingBagsCodegen,
     )
 
-    on_cpu = device == "cpu"
-    place = (EmbeddingLocation.HOST, ComputeDevice.CPU)
+    place: tuple[Any, Any] = EmbeddingLocation.DEVICE, ComputeDevice.CUDA
+    if device == "cpu":
+        place = EmbeddingLocation.HOST, ComputeDevice.CPU
     try:
         table = SplitTableBatchedEmbeddingBagsCodegen(
-            [(2, 4, *(place if on_cpu else (EmbeddingLocation.DEVICE, ComputeDevice.CUDA)))],
-            learning_rate=1.0,
-            device=torch.device(device),
+            [(2, 4, *place)], learning_rate=1.0, device=torch.device(device)
         )
         weights = table.split_embedding_weights()[0]
         weights.detach().fill_(1.0)
@@ -367,15 +360,15 @@ def _gpu_rows() -> list[tuple[str, str]]:
         return [("GPUs", f"unknown: torch cannot be used ({error})")]
     if count == 0:
         return [("GPUs", "none that torch can use")]
-    devices = [torch.cuda.get_device_properties(index) for index in range(count)]
-    return [
-        (
-            f"GPU {index}",
-            f"{device.name}, {device.total_memory / 2**30:.0f} GiB, capability "
+    rows = []
+    for index in range(count):
+        device = torch.cuda.get_device_properties(index)
+        size, capability = (
+            f"{device.total_memory / 2**30:.0f} GiB",
             f"{device.major}.{device.minor}",
         )
-        for index, device in enumerate(devices)
-    ]
+        rows.append((f"GPU {index}", f"{device.name}, {size}, capability {capability}"))
+    return rows
 
 
 if __name__ == "__main__":

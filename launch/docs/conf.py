@@ -67,16 +67,13 @@ FURTHER_PAGES = {
 }
 
 
-def toctree(title: str, pages: list[str]) -> str:
-    """Return the directive of one group of the navigation."""
-    lines = "\n".join(f"/{page}" for page in pages)
-    return f"\n\n```{{toctree}}\n:hidden:\n:glob:\n:caption: {title}\n\n{lines}\n```\n"
-
-
 def add_navigation(app: Sphinx, page: str, source: list[str]) -> None:
     """Append the navigation, so that the pages of the repository need no directive of the site."""
     groups = NAVIGATION if page == root_doc else FURTHER_PAGES.get(page, {})
-    source[0] += "".join(toctree(title, pages) for title, pages in groups.items())
+    for title, pages in groups.items():
+        lines = "\n".join(f"/{name}" for name in pages)
+        head = f"\n\n```{{toctree}}\n:hidden:\n:glob:\n:caption: {title}"
+        source[0] += f"{head}\n\n{lines}\n```\n"
 
 
 def add_index(app: Sphinx, error: Exception | None) -> None:

@@ -25,7 +25,7 @@ from embeddings.table_state import (
 from recsys.build import Job
 from recsys.config import content_settings
 from recsys.content.encoders.base import Encoder
-from recsys.optimizer import make_room, numbers_loaded, state_tensors
+from recsys.optimizer.dense import make_room, numbers_loaded, state_tensors
 
 
 def model_state(job: Job, metadata: Mapping[str, Any] | None = None) -> State:

@@ -35,5 +35,5 @@ COMMANDS = {
     "semantic-ids": ("packages:semantic_ids", "Give items a few codes that similar items share."),
     "push": ("hub:push", "Send a run or a package to the Hugging Face Hub."),
     "pull": ("hub:pull", "Fetch a run or a package from the Hugging Face Hub."),
-    "completion": ("completion:completion", "Print a script that completes commands in a shell."),
+    "completion": ("options:completion", "Print a script that completes commands in a shell."),
 }

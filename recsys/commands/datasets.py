@@ -47,9 +47,8 @@ def prepare_events(
         print_table(format_report(report))
         logger.info("written to %s", out)
 
-    master = spark_master if engine == "spark" else None
     places: dict[str, Any] = {"source": source, "memory": memory, "threads": threads, "temp": temp}
-    places |= {"spark_master": master}
+    places["spark_master"] = spark_master if engine == "spark" else None
     if follow is None:
         show(prepare(config, out, until=until, **places))
         return

@@ -8,6 +8,7 @@ from typing import Literal
 
 from recsys.commands.options import require_finished
 from recsys.doctor import require_working_installation
+from recsys.extras import require_extra
 
 logger = logging.getLogger(__name__)
 Device = Literal["auto", "cpu", "cuda"]
@@ -73,12 +74,7 @@ def report(
     out = out or run / "report.html"
     run = require_finished(run)
     require_working_installation()
-    from recsys.extras import missing_extra
-
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise missing_extra("plots", "recsys report", error) from error
+    require_extra("plots", "recsys report", "matplotlib")
     from recsys.diagnostics.run_report.command import report_run
     from recsys.distributed.ranks import joined_ranks
 

@@ -43,13 +43,11 @@ def push(folder: Path, repository: str, /, private: bool = True, revision: str =
     ]
     files = [CommitOperationAdd(name, folder / name) for name in names if name != CARD]
     card = CommitOperationAdd(CARD, model_card(folder, repository).encode())
+    message = f"recsys push, version {version(DISTRIBUTION)}"
     with _explained(repository):
         HfApi().create_repo(repository, private=private, exist_ok=True)
         commit = HfApi().create_commit(
-            repository,
-            [card, *files],
-            commit_message=f"recsys push, version {version(DISTRIBUTION)}",
-            revision=revision,
+            repository, [card, *files], commit_message=message, revision=revision
         )
     logger.info("%s: %s files sent to %s", folder, len(files), commit.commit_url)
 
@@ -113,12 +111,11 @@ def _metrics_table(metrics: dict[str, Any]) -> str:
     """Return the metrics of the test rows, or else of the validation, for all and some items."""
     split = metrics.get("test") or metrics["valid"]
     rows = {"all": split, **{name: split[name] for name in ITEMS if name in split}}
-    names = [name for name, value in split.items() if isinstance(value, float)]
-    names = [*names, "num_samples"]
+    names = [name for name, value in split.items() if isinstance(value, float)] + ["num_samples"]
     lines = [["items", *names], ["---", *("---:" for _ in names)]]
-    for items, values in rows.items():
-        numbers = [values.get(name) for name in names]
-        lines.append([items, *(_number(value) for value in numbers)])
+    lines += [
+        [items, *(_number(values.get(name)) for name in names)] for items, values in rows.items()
+    ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -128,10 +125,7 @@ def _number(value: Any) -> str:
 
 def _description(config: dict[str, Any]) -> str:
     modalities = (config.get("content") or {}).get("modalities") or {}
-    parts = [
-        f"{name} ({settings['kind']}, {settings.get('encoder') or 'stored'})"
-        for name, settings in modalities.items()
-    ]
+    parts = [f"{n} ({m['kind']}, {m.get('encoder') or 'stored'})" for n, m in modalities.items()]
     content = f"reads {', '.join(parts)}" if parts else "reads no content"
     return f"The ranking model `{config['ranking']['name']}` {content}."
 

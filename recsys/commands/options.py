@@ -1,4 +1,4 @@
-"""The options of a command, from its function's signature and docstring, and checks of its folders.
+"""The options of commands, from signatures and docstrings, their completion, and checks of folders.
 
 Folders are checked before torch is imported.
 """
@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import inspect
 import os
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import docstring_parser
 from jsonargparse import Namespace
 
 from recsys.commands import COMMANDS
 from recsys.config import Config, LogFormat, LogLevel, add_config_arguments, config_from
-from recsys.config.parser import Parser, with_underscores
+from recsys.config.parser import Parser, with_hyphens, with_underscores
+from recsys.extras import require_extra
 
 Command = Callable[..., int | None]
 POSITIONAL = inspect.Parameter.POSITIONAL_ONLY
@@ -29,19 +31,16 @@ LOG_OPTIONS = {
 
 
 def command_parser(name: str, words: Sequence[str]) -> tuple[Command, Parser]:
-    """Return a command and its parser.
+    """Return a command of COMMANDS and its parser.
 
-    Args:
-        name: a key of COMMANDS.
-        words: its command line, which chooses the ranking model and so the settings under
-            `ranking`, if the command takes a `Config`.
+    Its command line `words` chooses the ranking model, and so the settings under `ranking`.
     """
     module, _, attribute = COMMANDS[name][0].partition(":")
     path = module if "." in module else f"recsys.commands.{module}"
     command: Command = getattr(import_module(path), attribute)
     documented = docstring_parser.parse(command.__doc__ or "")
     texts = {
-        entry.arg_name: " ".join((entry.description or "").split()) for entry in documented.params
+        text.arg_name: " ".join((text.description or "").split()) for text in documented.params
     }
     parser = Parser(prog=f"recsys {name}", description=documented.short_description)
     hints = get_type_hints(command)
@@ -70,31 +69,25 @@ def command_parser(name: str, words: Sequence[str]) -> tuple[Command, Parser]:
 
 def options_of(command: Command, arguments: Namespace) -> tuple[list[Any], dict[str, Any]]:
     """Return the positional and the named arguments of a command, as parsed."""
-    positional, keywords, hints = list[Any](), dict[str, Any](), get_type_hints(command)
-    value: Any
+    values, positional, hints = dict[str, Any](), list[Any](), get_type_hints(command)
     for key, parameter in inspect.signature(command).parameters.items():
         hint = hints[key]
         if hint is Config:
-            value = config_from(arguments)
+            values[key] = config_from(arguments)
         elif isinstance(hint, type) and is_dataclass(hint):
-            value = hint(
-                **{name: arguments[name] for name in get_type_hints(hint) if name in arguments}
-            )
+            names = [name for name in get_type_hints(hint) if name in arguments]
+            values[key] = hint(**{name: arguments[name] for name in names})
         else:
-            value = arguments[key]
+            values[key] = arguments[key]
         if parameter.kind is POSITIONAL:
-            positional.append(value)
-        else:
-            keywords[key] = value
-    return positional, keywords
+            positional.append(values.pop(key))
+    return positional, values
 
 
 def _element(hint: Any) -> Any:
     """Return the type of the elements of a list, which is an option of several words, or None."""
-    for part in (hint, *get_args(hint)):
-        if getattr(part, "__origin__", None) is list:
-            return get_args(part)[0]
-    return None
+    lists = (part for part in (hint, *get_args(hint)) if get_origin(part) is list)
+    return next((get_args(part)[0] for part in lists), None)
 
 
 def require_schema(data: str) -> None:
@@ -117,3 +110,32 @@ def require_finished(run: Path) -> Path:
     if not (run / "metrics.json").is_file():
         raise ValueError(f"{run}: holds no finished run (metrics.json); train it first")
     return run
+
+
+def completion(shell: Literal["bash", "zsh", "tcsh"], /) -> None:
+    """Print a script that completes the commands and their options in a shell.
+
+    Args:
+        shell: the shell, as in `eval "$(recsys completion bash)"`
+    """
+    require_extra("completion", "recsys completion", "shtab")
+    import shtab
+
+    print(shtab.complete(_all_commands(), shell=shell))
+
+
+def _all_commands() -> ArgumentParser:
+    """Return one parser of all commands, with the names of their options alone."""
+    root = ArgumentParser("recsys")
+    groups = {"": root.add_subparsers()}
+    for name, (_, line) in COMMANDS.items():
+        first, _, second = name.partition(" ")
+        if second and first not in groups:
+            groups[first] = groups[""].add_parser(first, help=first).add_subparsers()
+        parser = groups[first if second else ""].add_parser(second or first, help=line)
+        _, options = command_parser(name, [])
+        for action in options._actions:
+            names = [with_hyphens(option) for option in action.option_strings]
+            if names and "--help" not in names:
+                parser.add_argument(*names, help=None)
+    return root

@@ -13,6 +13,7 @@ from jsonargparse.typing import PositiveInt
 from recsys.commands.options import require_finished, require_schema
 from recsys.config import Config, Resume
 from recsys.doctor import require_working_installation, without_garbage_collection
+from recsys.extras import require_extra
 
 if TYPE_CHECKING:
     from recsys.search.search import Search
@@ -65,10 +66,8 @@ def train(
         from recsys.training.train import id_only_baseline
         from recsys.training.train import train as train_run
 
-    options = (
-        *(warm_start_checkpoint, tuple(warm_start_only or ()), tuple(warm_start_skip or ())),
-        warm_start_optimizer,
-    )
+    patterns = tuple(warm_start_only or ()), tuple(warm_start_skip or ())
+    options = (warm_start_checkpoint, *patterns, warm_start_optimizer)
     if warm_start is None and WarmStart(Path(), *options) != WarmStart(Path()):
         raise ValueError("--warm-start-* select state of a run; add --warm-start RUN")
     baseline = None if compare is None else id_only_baseline(config)
@@ -159,18 +158,12 @@ def search(
     for dataset in data:
         require_schema(dataset)
     require_working_installation()
-    from recsys.extras import missing_extra
-
-    try:
-        import optuna  # noqa: F401
-    except ImportError as error:
-        raise missing_extra("search", "recsys search", error) from error
+    require_extra("search", "recsys search", "optuna")
     from recsys.search.search import Search, SearchStopped
     from recsys.search.space import read_space
 
-    numbers = trials, jobs, seeds, nproc
     rules = sampler, prune, keep_checkpoints
-    study = Search(config, read_space(space), data, out, *numbers, *rules)
+    study = Search(config, read_space(space), data, out, trials, jobs, seeds, nproc, *rules)
     try:
         study.run()
     except SearchStopped:
@@ -187,14 +180,13 @@ def _print_best_trials(study: Search) -> None:
     from recsys.evaluation.model_selection import selection_words
     from recsys.search.search import BEST
 
-    best = study.ranking()[:NUM_TRIALS_SHOWN]
     names = [parameter.name for parameter in study.space]
     rows = [["trial", selection_words(study.config.best_model_by), *names]]
-    for trial in best:
+    for trial in study.ranking()[:NUM_TRIALS_SHOWN]:
         values = [str(trial.params[name]) for name in names]
         rows.append([str(trial.number), f"{trial.values[0]:.4f}", *values])
     print_table(align_columns(rows))
-    if best:
+    if len(rows) > 1:
         command = f"recsys train --config {study.out / BEST} --data {study.data[0]}"
         print_table(f"\n{command} --out RUN")
 

@@ -96,9 +96,8 @@ class ModalitySettings:
                 f"{name}: training side reads one vector per layer; set pooling to mean, cls or "
                 f"last, not {self.pooling}"
             )
-        if self.activation_checkpointing and (
-            self.training in ("frozen", "side") or not self.encoder
-        ):
+        has_trained_layers = self.training in ("lora", "full") and self.encoder
+        if self.activation_checkpointing and not has_trained_layers:
             raise ValueError(
                 f"{name}: activation_checkpointing is for the trained layers of a transformers "
                 "`encoder`; set `training: lora` or `full`, or remove it"
@@ -215,17 +214,12 @@ class ContentSettings:
             )
         if self.encoder_share < 1:
             self._check_sampled_encoders(name)
-        if self.history.mode != "full":
-            return
-        for setting, is_set in [
-            ("encoder_share", self.encoder_share < 1),
-            ("history.top_k", self.history.top_k > 0),
-        ]:
-            if is_set:
-                raise ValueError(
-                    f"{name}.{setting} reads the memory bank, which {name}.history.mode full has "
-                    "not; choose bank_lora, bank_frozen or bank_dense"
-                )
+        if self.history.mode == "full" and (self.encoder_share < 1 or self.history.top_k):
+            setting = "encoder_share" if self.encoder_share < 1 else "history.top_k"
+            raise ValueError(
+                f"{name}.{setting} reads the memory bank, which {name}.history.mode full has not; "
+                "choose bank_lora, bank_frozen or bank_dense"
+            )
 
     def _check_sampled_encoders(self, name: str) -> None:
         where = f"{name}.encoder_share is {self.encoder_share}"

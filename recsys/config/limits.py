@@ -39,8 +39,7 @@ PositiveShare = Annotated[float, _limited("PositiveShare", float, (">", 0), ("<=
 def check_settings(value: Any, name: str = "", hint: Any = None) -> None:
     """Check every number against its limit, and every part by its own method `check(name)`.
 
-    `name` is the setting in full, empty for all; `hint` is the annotation of a plain value. A value
-    outside its limit is a ValueError that names all three.
+    `name` is the setting in full, empty for all; `hint` is the annotation of a plain value.
     """
     if is_dataclass(value):
         for field, field_hint in get_type_hints(type(value), include_extras=True).items():

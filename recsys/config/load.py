@@ -10,6 +10,8 @@ import itertools
 import logging
 import math
 import os
+import re
+import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -29,7 +31,6 @@ from recsys.config.ranking import (
     own_keys,
     settings_class,
 )
-from recsys.config.removed_settings import without_removed_settings
 from recsys.config.run import CONFIG_NAMES, Config, content_settings
 
 logger = logging.getLogger(__name__)
@@ -38,23 +39,23 @@ logger = logging.getLogger(__name__)
 def validate(config: Config) -> None:
     """Check every setting, then those that exclude each other; a ValueError names them."""
     check_settings(config)
-    if config.best_model_by in ("recall", "ndcg"):
-        _check_search(config.best_model_by, config.ranking)
-    _check_averages(config)
+    _check_search(config.best_model_by, config.ranking)
+    if config.optimizer.ema_tables:
+        _check_averages(config)
     if config.neighbours is not None and isinstance(config.ranking, RetrievalSettings):
         raise ValueError(
             "neighbours are blended with logits, and a retrieval model ranks by vectors alone; set "
             "neighbours to null"
         )
     content, temperature = content_settings(config.content), config.contrastive.temperature
-    if content is None:
-        return
-    if config.contrastive.weight > 0 and not 0 < temperature < math.inf:
+    if content and config.contrastive.weight > 0 and not 0 < temperature < math.inf:
         raise ValueError(f"contrastive.temperature is {temperature}; it must be > 0 and finite")
 
 
 def _check_search(best_model_by: str, ranking: RankingSettings) -> None:
     """Refuse a choice of the best model by a search that is not made."""
+    if best_model_by not in ("recall", "ndcg"):
+        return
     if not isinstance(ranking, RetrievalSettings):
         raise ValueError(
             f"best_model_by {best_model_by} needs a retrieval model, and ranking.name is "
@@ -69,28 +70,26 @@ def _check_search(best_model_by: str, ranking: RankingSettings) -> None:
 
 def _check_averages(config: Config) -> None:
     """Refuse averages of tables without a decay, or whose current rows are not in one place."""
-    if not config.optimizer.ema_tables:
-        return
     if config.optimizer.ema_decay is None:
         raise ValueError(
             "optimizer.ema_tables is true, but optimizer.ema_decay is not set; give a decay, such "
             "as 0.98"
         )
     table_settings, copies = config.embedding.tables, config.embedding.parallel.copies
-    if "fp16" in (
-        config.embedding.precision,
-        *(part.precision for part in table_settings.values()),
-    ):
+    precisions = [table.precision for table in table_settings.values()]
+    if "fp16" in (config.embedding.precision, *precisions):
         raise ValueError(
             "optimizer.ema_tables averages tables in their own type, and fp16 would round small "
             "changes to nothing; set embedding.precision to fp32, or ema_tables to false"
         )
-    cached = [name for name, settings in table_settings.items() if settings.kernel == "uvm_caching"]
+    cached = [name for name, table in table_settings.items() if table.kernel == "uvm_caching"]
     if cached or copies > 1:
-        what = f"embedding.tables.{cached[0]}.kernel is uvm_caching" if cached else ""
+        problem = f"embedding.parallel.copies is {copies}"
+        if cached:
+            problem = f"embedding.tables.{cached[0]}.kernel is uvm_caching"
         raise ValueError(
-            "optimizer.ema_tables reads tables in place in each step, but "
-            f"{what or f'embedding.parallel.copies is {copies}'}; set ema_tables to false"
+            f"optimizer.ema_tables reads tables in place in each step, but {problem}; set "
+            "ema_tables to false"
         )
 
 
@@ -108,22 +107,22 @@ def add_config_arguments(
     # Docstrings of settings are parsed from source files, and only a help text shows them.
     shows_help = not {"-h", "--help"}.isdisjoint(words)
     set_parsing_settings(docstring_parse_attribute_docstrings=shows_help)
-    words = config_first(words)
-    read = functools.cache(_read_recipe)
-    name = _ranking_name(words, read)
-    parser.removed = _removed_modalities(words, read)
-    action = _recipe_action(name, read, parser.removed)
+    read, hints = functools.cache(_read_recipe), get_type_hints(Config, include_extras=True)
+    options = list(_options(config_first(words)))
+    parser.removed = _remove_modalities(options, read)
+    mappings = [
+        (option, _as_mapping(option, value, hints, read))
+        for option, value in options
+        if option.removeprefix("--") not in parser.removed
+    ]
+    name = _ranking_name(mappings)
+    action = _recipe_action(name, read)
     parser.add_argument("--config", action=action, help="A recipe (YAML).")
     parser.add_class_arguments(Config, None, skip={"ranking", *skip})
     parser.add_class_arguments(settings_class(name), "ranking")
     parser.set_defaults({"ranking.name": name})
-    parser.settings = get_type_hints(Config, include_extras=True)
-    parser.settings["ranking"] = settings_class(name)
-    parser.values = [
-        _for_model(_as_mapping(option, value, parser.settings, read), name)
-        for option, value in _options(words)
-        if option.removeprefix("--") not in parser.removed
-    ]
+    parser.settings = hints | {"ranking": settings_class(name)}
+    parser.values = [_for_model(mapping, name) for _, mapping in mappings]
 
 
 def config_from(namespace: Namespace) -> Config:
@@ -182,28 +181,26 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def _removed_modalities(words: Sequence[str], read: ReadRecipe) -> frozenset[str]:
-    """Return the settings `content.modalities.NAME` that options set to null; a recipe has them."""
-    prefix = "--content.modalities."
-    removed = {option for option, value in _options(words) if value == "null"}
-    names = {option.removeprefix(prefix) for option in removed if option.startswith(prefix)}
-    recipes = [read(value) for option, value in _options(words) if option == "--config"]
-    known = {name for recipe in recipes for name in _modalities(recipe)}
-    for name in sorted(names - known):
-        raise ValueError(
-            f"content.modalities.{name} is null, but the recipe has no such modality"
-            f"{meant(name, known)}"
-        )
-    return frozenset(f"content.modalities.{name}" for name in names)
+def _remove_modalities(options: Sequence[tuple[str, str]], read: ReadRecipe) -> frozenset[str]:
+    """Take modalities that options set to null out of the recipes; return these settings."""
+    prefix = "content.modalities."
+    settings = [option.removeprefix("--") for option, value in options if value == "null"]
+    removed = frozenset(name for name in settings if re.fullmatch(rf"{prefix}[^.]+", name))
+    recipes = [read(value) for option, value in options if option == "--config"] if removed else []
+    contents = [recipe.get("content") for recipe in recipes if isinstance(recipe, dict)]
+    modalities = [content["modalities"] for content in contents if isinstance(content, dict)]
+    for name in (setting.removeprefix(prefix) for setting in sorted(removed)):
+        if not any(name in part for part in modalities):
+            suggestion = meant(name, itertools.chain(*modalities))
+            raise ValueError(
+                f"{prefix}{name} is null, but the recipe has no such modality{suggestion}"
+            )
+        for part in modalities:
+            part.pop(name, None)
+    return removed
 
 
-def _modalities(recipe: Any) -> dict[str, Any]:
-    content = recipe.get("content") if isinstance(recipe, dict) else None
-    modalities = content.get("modalities") if isinstance(content, dict) else None
-    return modalities if isinstance(modalities, dict) else {}
-
-
-def _recipe_action(name: str, read: ReadRecipe, removed: frozenset[str]) -> type[ActionConfigFile]:
+def _recipe_action(name: str, read: ReadRecipe) -> type[ActionConfigFile]:
     """Return the action of `--config` for a ranking model of this name."""
 
     class Recipe(ActionConfigFile):
@@ -214,13 +211,6 @@ def _recipe_action(name: str, read: ReadRecipe, removed: frozenset[str]) -> type
         ) -> None:
             """Apply the recipe to the configuration that is being parsed."""
             recipe = _for_model(read(values), name)
-            if removed and (modalities := _modalities(recipe)):
-                remaining = {
-                    key: settings
-                    for key, settings in modalities.items()
-                    if f"content.modalities.{key}" not in removed
-                }
-                recipe = {**recipe, "content": {**recipe["content"], "modalities": remaining}}
             if not isinstance(recipe, dict):
                 raise TypeError(
                     f"config {values}: no such file, nor a mapping of settings; correct the path, "
@@ -235,11 +225,11 @@ def _read_recipe(recipe: str) -> Any:
     try:
         file = recipe_file(recipe)
         content = load_plain_yaml(file.read_bytes() if os.path.isfile(file) else recipe.encode())
-        if (
-            isinstance(content, dict) and "config" in content
-        ):  # the parser would read that file, too
+        if not isinstance(content, dict):
+            return content
+        if "config" in content:  # the parser would read that file, too
             raise RefusedYaml("config is no setting; give several --config")
-        return without_removed_settings(content) if isinstance(content, dict) else content
+        return without_removed_settings(content)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config {recipe}: {error}") from error
 
@@ -251,22 +241,16 @@ def _for_model(recipe: Any, name: str) -> Any:
     return recipe | {"ranking": own_keys(section, name)} if isinstance(section, dict) else recipe
 
 
-def _ranking_name(words: Sequence[str], read: ReadRecipe) -> str:
-    """Return the ranking model's name in a command line, the last one; check its other keys."""
+def _ranking_name(mappings: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """Return the last name of a ranking model in options and recipes; check its other options."""
     name, keys = DEFAULT_MODEL, list[str]()
-    for option, value in _options(words):
-        section: Any = None
-        if option == "--config":
-            recipe = read(value)
-            section = recipe.get("ranking") if isinstance(recipe, dict) else None
-        elif option == "--ranking":
-            section = _read_recipe(value)
-            keys += section if isinstance(section, dict) else []
-        elif option.startswith("--ranking."):
-            section = {option.removeprefix("--ranking."): value}
-            keys += section
+    for option, mapping in mappings:
+        section = mapping.get("ranking")
+        if option == "--ranking":
+            section = _read_recipe(str(section))
         if isinstance(section, dict):
             name = str(section.get("name", name))
+            keys += [] if option == "--config" else section
     check_keys(keys, name)
     return name
 
@@ -279,13 +263,11 @@ def _as_mapping(
     if name == "config":
         recipe = read(value)
         return recipe if isinstance(recipe, dict) else {}
+    first, *inner = name.split(".")
     mapping: Any = value
-    keys = name.split(".")
-    if keys[0] not in settings:
-        return {}
-    for key in reversed(keys):
+    for key in reversed(inner):
         mapping = {key: mapping}
-    return mapping
+    return {first: mapping} if first in settings else {}
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -293,3 +275,29 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
         option, equals, value = word.partition("=")
         if option.startswith("--"):
             yield option, value if equals else "true" if following.startswith("--") else following
+
+
+def without_removed_settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe of an earlier release as this one reads it.
+
+    A FutureWarning names a setting that was in use, and what applies instead.
+    """
+    neighbours, embedding = recipe.get("neighbours"), recipe.get("embedding")
+    if isinstance(neighbours, dict) and "decay" in neighbours:
+        if neighbours["decay"] is not None:
+            _warn("neighbours.decay", "has no effect: events of any age count the same; remove it")
+        remaining = {key: value for key, value in neighbours.items() if key != "decay"}
+        recipe = recipe | {"neighbours": remaining}
+    tables = embedding.get("tables") if isinstance(embedding, dict) else None
+    if not isinstance(embedding, dict) or not isinstance(tables, dict):
+        return recipe
+    for name, table in tables.items():
+        if isinstance(table, dict) and table.get("new_rows") == "content":
+            setting = f"embedding.tables.{name}.new_rows"
+            _warn(setting, "content is no value: mean applies; set mean")
+            tables = tables | {name: table | {"new_rows": "mean"}}
+    return recipe | {"embedding": embedding | {"tables": tables}}
+
+
+def _warn(setting: str, text: str) -> None:
+    warnings.warn(f"{setting}: {text}", FutureWarning, stacklevel=3)

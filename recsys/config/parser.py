@@ -23,21 +23,14 @@ LONGEST = 300  # characters of a value in a message
 
 
 class Parser(ArgumentParser):
-    """Parser that reads values as plain data and takes no abbreviations.
-
-    Attributes:
-        settings: the dataclass or type of each setting at the top level.
-        options: the types of the options beside them.
-        values: mappings of settings as the user wrote them, in which a wrong one is looked up.
-        removed: settings of the recipe that options with the value null leave out.
-    """
+    """Parser that reads values as plain data and takes no abbreviations."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**{"allow_abbrev": False, "parser_mode": MODE, **arguments})
-        self.settings: dict[str, Any] = {}
-        self.options: dict[str, Any] = {}
-        self.values: list[dict[str, Any]] = []
-        self.removed: frozenset[str] = frozenset()
+        self.settings: dict[str, Any] = {}  # dataclass or type of each setting at the top level
+        self.options: dict[str, Any] = {}  # types of the options beside them
+        self.values: list[dict[str, Any]] = []  # as the user wrote them: a wrong one is looked up
+        self.removed: frozenset[str] = frozenset()  # settings that the option's null leaves out
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         hints = self._hints()
@@ -109,20 +102,15 @@ class Parser(ArgumentParser):
             return with_hyphens(f"{command} has no option {match[1]}{meant(match[1], names)}")
         if match := re.match(r"the following arguments are required: (.*)", message):
             return with_hyphens(f"{command} needs --{match[1].replace(', ', ' and --')}")
-        wrong = r'Parser key "([^"]+)":\s+Expected a (.+?)\. Got value: (.*)'
-        if match := re.fullmatch(wrong, message, re.DOTALL):
-            literal = re.fullmatch(r"typing\.Literal\[(.*)\]", match[2])
-            name = match[2].removeprefix("<class '").removesuffix("'>")
-            allowed = f"one of {literal[1]}" if literal else _WORDS_BY_NAME.get(name, name)
-            return f"{match[1]} is {short(match[3])}; it must be {allowed}"
+        one = r'Parser key "([^"]+)":\s+Expected a (.+?)\. Got value: (.*)'
         union = r'Parser key "([^"]+)":\s+Does not validate.*Subtypes: \[([^\n]*)\]\n.*value: (.*)'
-        if match := re.fullmatch(union, message, re.DOTALL):
-            kinds = re.findall(r"Literal\[(.*?)\]|<class '(.*?)'>", match[2])
-            allowed = " or ".join(
-                literal or _WORDS_BY_NAME.get(name, name) for literal, name in kinds
-            )
-            return f"{match[1]} is {short(match[3])}; it must be {allowed}"
-        return message
+        match = re.fullmatch(one, message, re.DOTALL) or re.fullmatch(union, message, re.DOTALL)
+        if match is None:
+            return message
+        kinds = re.findall(r"Literal\[(.*?)\]|<class '(.*?)'>", match[2]) or [("", match[2])]
+        allowed = " or ".join(literal or _WORDS_BY_NAME.get(name, name) for literal, name in kinds)
+        prefix = "one of " if len(kinds) == 1 and kinds[0][0] else ""
+        return f"{match[1]} is {short(match[3])}; it must be {prefix}{allowed}"
 
 
 # Settings whose keys users choose, which keep their spelling.
@@ -138,12 +126,10 @@ def with_underscores(words: Sequence[str]) -> list[str]:
 
 def _with_underscores(word: str) -> str:
     option, equals, value = word[2:].partition("=")
-    name = re.match(CHOSEN_BY_USERS + r"\.([^.]+)", option.replace("-", "_"))
     spelled = option.replace("-", "_")
-    if name:  # as long as the option's own spelling of it
-        spelled = (
-            spelled[: name.start(2)] + option[name.start(2) : name.end()] + spelled[name.end() :]
-        )
+    if name := re.match(CHOSEN_BY_USERS + r"\.([^.]+)", spelled):
+        start, end = name.span(2)  # of the part that keeps its spelling
+        spelled = spelled[:start] + option[start:end] + spelled[end:]
     return f"--{'from_' if spelled == 'from' else spelled}{equals}{value}"
 
 
@@ -196,14 +182,11 @@ def problem_of_keys(
     `hints` are the types by key. Without `with_values`, only unknown keys and nulls are looked for.
     """
     for key, value in values.items():
-        key = str(key)
-        hint = hints.get(key.removesuffix("+"))
-        full = f"{name}.{key}".lstrip(".")
-        problem = (
-            problem_of_value(hint, value, full, with_values) if hint else f"{full} is no setting"
-        )
-        if problem is not None:
-            return problem if hint else f"{problem}{meant(key, hints) or '; remove it'}"
+        hint, full = hints.get(str(key).removesuffix("+")), f"{name}.{key}".lstrip(".")
+        if not hint:
+            return f"{full} is no setting{meant(str(key), hints) or '; remove it'}"
+        if problem := problem_of_value(hint, value, full, with_values):
+            return problem
     return None
 
 
@@ -227,9 +210,10 @@ def problem_of_value(hint: Any, value: Any, name: str, with_values: bool = True)
         if get_origin(hint) is dict:  # one type for settings of any name
             hints = dict.fromkeys(map(str, value), kind)
         return problem_of_keys(hints, value, name, with_values)
-    if not with_values or (hint is not kind and _is_of(hint, value)):
+    if not with_values:
         return None
-    return f"{name} is {short(value)}; it must be {in_words(hint)}"
+    is_right = hint is not kind and (is_plainly_of(hint, value) or is_parsed_as(hint, value))
+    return None if is_right else f"{name} is {short(value)}; it must be {in_words(hint)}"
 
 
 def missing_key(hints: dict[str, Any], values: dict[str, Any], name: str) -> str | None:
@@ -244,18 +228,12 @@ def missing_key(hints: dict[str, Any], values: dict[str, Any], name: str) -> str
             if kind is None or not isinstance(settings, dict):
                 continue
             for required in fields(kind):
-                if (
-                    required.default is required.default_factory is MISSING
-                    and required.name not in settings
-                ):
+                is_required = required.default is required.default_factory is MISSING
+                if is_required and required.name not in settings:
                     return f"{part} has no {required.name}; add it"
             if problem := missing_key(get_type_hints(kind, include_extras=True), settings, part):
                 return problem
     return None
-
-
-def _is_of(hint: Any, value: Any) -> bool:
-    return is_plainly_of(hint, value) or is_parsed_as(hint, value)
 
 
 def is_plainly_of(hint: Any, value: Any) -> bool:

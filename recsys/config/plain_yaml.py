@@ -27,12 +27,7 @@ class RefusedYaml(yaml.YAMLError, TypeError):
 
 
 def load_plain_yaml(text: bytes) -> Any:
-    """Read lists, mappings, text and numbers.
-
-    Raises:
-        yaml.YAMLError: the text is not YAML, is larger than 4 MiB, or has an alias, a class path,
-            or a key that is duplicate or not text.
-    """
+    """Read lists, mappings, text and numbers, of 4 MiB at most; else raise a yaml.YAMLError."""
     if len(text) > LARGEST:
         raise RefusedYaml(f"{len(text):,} bytes of YAML; write at most {LARGEST:,}")
     try:
@@ -71,10 +66,8 @@ class _PlainLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             alias = self.peek_event()
-            line = alias.start_mark.line + 1
-            raise RefusedYaml(
-                f"line {line}: alias *{alias.anchor} is refused; write its content instead"
-            )
+            place = f"line {alias.start_mark.line + 1}: alias *{alias.anchor}"
+            raise RefusedYaml(f"{place} is refused; write its content instead")
         return super().compose_node(parent, index)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -88,20 +81,17 @@ class _PlainLoader(yaml.SafeLoader):
             name = (key.tag, key.value)
             if key.tag != TEXT and not key.value:  # such as the text `?`, which may be a value
                 raise yaml.MarkedYAMLError(problem="a key is missing", problem_mark=key.start_mark)
+            place, value = f"line {line}: key", key.value
             if key.tag != TEXT:
                 kind = key.tag.rsplit(":", 1)[-1]
                 raise RefusedYaml(
-                    f"line {line}: key {key.value} is read as {kind}; write it in quotes: "
-                    f"'{key.value}'"
+                    f"{place} {value} is read as {kind}; write it in quotes: '{value}'"
                 )
-            if key.value == "class_path":
-                raise RefusedYaml(
-                    f"line {line}: key 'class_path' names code, which is never loaded; remove it"
-                )
+            if value == "class_path":
+                raise RefusedYaml(f"{place} '{value}' names code, which is never loaded; remove it")
             if name in lines:
-                raise RefusedYaml(
-                    f"key '{key.value}' is twice, in lines {lines[name]} and {line}; remove one"
-                )
+                twice = f"key '{value}' is twice, in lines {lines[name]} and {line}"
+                raise RefusedYaml(f"{twice}; remove one")
             lines[name] = line
         return node
 
@@ -110,9 +100,8 @@ def recipe_file(path: str | Path) -> Path:
     """Return a file's path; an installed recipe for `tiny`, or for `recsys/recipes/tiny.yaml`."""
     name = str(path).removeprefix("recsys/recipes/").removesuffix(".yaml")
     installed = RECIPES / f"{name}.yaml"
-    is_name = re.fullmatch(r"[\w/]+", name) and (
-        str(path) == name or str(path).startswith("recsys/")
-    )
+    is_short = str(path) == name or str(path).startswith("recsys/")
+    is_name = is_short and re.fullmatch(r"[\w/]+", name)
     return installed if is_name and not Path(path).exists() and installed.exists() else Path(path)
 
 

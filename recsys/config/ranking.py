@@ -120,8 +120,7 @@ def softmax_settings(ranking: RankingSettings) -> RetrievalSettings | None:
 def settings_class(name: str) -> type[RankingSettings]:
     """Return the dataclass of a ranking model's settings.
 
-    A user's class without `Settings` has `options` and the settings of retrieval; one whose
-    `Settings` is no `RankingSettings` is a ValueError.
+    A user's class without `Settings` has `options` and the settings of retrieval.
     """
     if name in RANKING_SETTINGS:
         settings: type[RankingSettings] = find_part("ranking.name", name, RANKING_SETTINGS)
@@ -154,10 +153,9 @@ def check_keys(keys: Iterable[str], name: str) -> None:
     """Raise a ValueError for keys that a ranking model does not have; it lists those it has."""
     names = keys_of(name)
     for key in keys:
-        part = key.split(".")[0].removesuffix("+")
-        if part not in names:
+        if (plain := key.removesuffix("+")) not in names:
             raise ValueError(
-                f"ranking.{key} is no setting of '{name}'{meant(part, names) or '; remove it'} "
+                f"ranking.{key} is no setting of '{name}'{meant(plain, names) or '; remove it'} "
                 f"(its settings: {names})"
             )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,21 +25,13 @@ PRINTED_ROWS = 40
 class StepProfile:
     """Profiles some steps of a training loop on rank 0, and writes a trace for Perfetto."""
 
-    def __init__(
-        self,
-        em3: EM3,
-        ranks: Ranks,
-        steps: int,
-        folder: Path,
-        say: Callable[[str], None] = print_table,
-    ) -> None:
-        self.em3, self.steps, self.folder, self.say = em3, steps, folder, say
+    def __init__(self, em3: EM3, ranks: Ranks, steps: int, folder: Path) -> None:
+        self.em3, self.steps, self.folder = em3, steps, folder
         self._is_cuda = ranks.device.type == "cuda"
         self._done = steps == 0 or not ranks.is_first
         self._profiler: profile | None = None  # None outside of a loop
         self._marks = ExitStack()  # removes the hooks
-        self._has_said_why = False
-        self._steps_of_loop = 0
+        self._has_said_why, self._steps_of_loop = False, 0
 
     def __enter__(self) -> StepProfile:
         if self._done:
@@ -48,9 +39,8 @@ class StepProfile:
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._is_cuda
         # The first step under the profiler includes its start-up and is not recorded.
         phases = schedule(wait=FIRST_STEPS, warmup=1, active=self.steps, repeat=1)
-        self._profiler = profile(
-            activities=activities, schedule=phases, on_trace_ready=self._report
-        )
+        kinds: dict[str, Any] = {"activities": activities, "schedule": phases}
+        self._profiler = profile(**kinds, on_trace_ready=self._report)
         self._profiler.start()
         self._steps_of_loop = 0
         return self
@@ -71,7 +61,7 @@ class StepProfile:
         recorded = max(0, self._steps_of_loop - FIRST_STEPS - 1)
         if error is None and not self._has_said_why:
             self._has_said_why = True
-            self.say(
+            print_table(
                 f"profile_steps: {recorded} of {self.steps} steps are profiled here: training "
                 f"paused after {self._steps_of_loop} steps, for a validation or a checkpoint; it "
                 f"needs {FIRST_STEPS + 1 + self.steps} in a row, of which the first "
@@ -91,7 +81,7 @@ class StepProfile:
         self._done = True
         key = "device_time_total" if self._is_cuda else "cpu_time_total"
         table = profiler.key_averages().table(sort_by=key, row_limit=PRINTED_ROWS)
-        self.say(f"profile of steps on rank 0; `## name ##` are parts of a step\n{table}")
+        print_table(f"profile of steps on rank 0; `## name ##` are parts of a step\n{table}")
         try:
             profiler.export_chrome_trace(str(self.folder / TRACE))
         except OSError as error:  # training goes on without the trace
@@ -101,16 +91,7 @@ class StepProfile:
 def mark_parts(em3: EM3) -> ExitStack:
     """Name the model's parts in the profiler's records, such as `## encoders ##`, until closed."""
     marks = ExitStack()
-    for module, part in _parts_of(em3):
-        _mark_forward(module, part, marks)
-    if em3.content is not None:
-        for encoder in em3.content.encoders.values():
-            _mark_method(encoder, "encode", "encoders", marks)
-    return marks
-
-
-def _parts_of(em3: EM3) -> list[tuple[nn.Module, str]]:
-    parts: list[tuple[nn.Module, str]] = []
+    parts: list[tuple[nn.Module, str]] = [(em3.ranking, "ranking"), (em3.losses, "losses")]
     for collection in (em3.embedding_bags, em3.embeddings):
         if collection is not None:
             # Ids are sent before the call; looked-up vectors come back within it.
@@ -120,7 +101,11 @@ def _parts_of(em3: EM3) -> list[tuple[nn.Module, str]]:
     parts.append((em3.id_reader, "output dist"))  # waits for the vectors
     if em3.content is not None:
         parts += [(em3.content, "content"), (em3.content.fusion, "fusion")]
-    return [*parts, (em3.ranking, "ranking"), (em3.losses, "losses")]
+        for encoder in em3.content.encoders.values():
+            _mark_encode(encoder, marks)
+    for module, part in parts:
+        _mark_forward(module, part, marks)
+    return marks
 
 
 def _mark_forward(module: nn.Module, part: str, marks: ExitStack) -> None:
@@ -137,12 +122,7 @@ def _mark_forward(module: nn.Module, part: str, marks: ExitStack) -> None:
     marks.callback(module.register_forward_hook(end, always_call=True).remove)
 
 
-def _mark_method(module: nn.Module, name: str, part: str, marks: ExitStack) -> None:
-    method = getattr(module, name)
-
-    def marked(*arguments: Any, **options: Any) -> Any:
-        with record_function(f"## {part} ##"):
-            return method(*arguments, **options)
-
-    setattr(module, name, marked)
-    marks.callback(delattr, module, name)
+def _mark_encode(encoder: Any, marks: ExitStack) -> None:
+    # As a decorator, the range is opened at each call.
+    encoder.encode = record_function("## encoders ##")(encoder.encode)
+    marks.callback(delattr, encoder, "encode")

@@ -21,7 +21,8 @@ from torchrec.optim.keyed import CombinedOptimizer
 from embeddings.sharding import CopiesMean
 from embeddings.torchrec_internals import unlock_cached_rows
 from recsys.distributed.torchrec_internals import IdsPipeline, no_gradient_reduction
-from recsys.optimizer import AveragedWeights, gradient_norm
+from recsys.optimizer.averaging import AveragedWeights
+from recsys.optimizer.dense import gradient_norm
 
 
 @dataclass(eq=False)

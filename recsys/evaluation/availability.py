@@ -60,7 +60,10 @@ def later_items(
         _numbers(column, f"{file}: column '{settings.available_from}'")
         for file, _, column in table.chunks(settings.available_from)
     ]
-    (row_moments, rows_are_times), (moments, are_times) = map(_joined, (row_columns, item_columns))
+    (row_moments, rows_are_times), (moments, are_times) = (
+        (np.concatenate([values for values, _ in columns]), all(times for _, times in columns))
+        for columns in (row_columns, item_columns)
+    )
     if rows_are_times != are_times:
         raise ValueError(
             f"{job.root}: column '{settings.row_time}' of the rows and column "
@@ -76,11 +79,6 @@ def later_items(
     moments = np.nan_to_num(moments, nan=-np.inf)[table.rows[np.argsort(table.ids)]]
     ids = torch.from_numpy(np.sort(table.ids))
     return LaterItems(torch.from_numpy(row_moments), ids, torch.from_numpy(moments))
-
-
-def _joined(columns: list[tuple[np.ndarray, bool]]) -> tuple[np.ndarray, bool]:
-    values, are_times = zip(*columns, strict=True)
-    return np.concatenate(values), all(are_times)
 
 
 def _numbers(column: pa.Array | pa.ChunkedArray, place: str) -> tuple[np.ndarray, bool]:

@@ -69,11 +69,9 @@ def fitted_blend(scored: dict[str, Tensor], losses: tuple[str, ...]) -> Blend:
 
 
 def _fitted(
-    inputs: Tensor,  # [N, 2 + E], the network's logit first
-    labels: Tensor,  # [N]
-    row_weights: Tensor,  # [N]
-    loss: str,
-) -> tuple[Tensor, Tensor]:  # [2 + E], []
+    inputs: Tensor, labels: Tensor, row_weights: Tensor, loss: str
+) -> tuple[Tensor, Tensor]:
+    """Return weight [2 + E] and bias [] for inputs [N, 2 + E], the network's logit first."""
     center, scale = inputs.mean(0), inputs.std(0, unbiased=False)
     scale = torch.where(scale > 1e-6, scale, 1.0)
     standardized = (inputs - center) / scale

@@ -17,7 +17,7 @@ from recsys.data.item_frequency import PARTS, frequency_masks
 from recsys.evaluation.metrics import ERRORS, LEAST_USERS, grouped_auc, predicted
 from recsys.evaluation.scores import SplitScores, check_same_rows
 
-CONFIDENCE = 0.95
+UPPER = (1 + 0.95) / 2  # quantile at the upper end of the intervals
 PERCENTILES = (2.5, 97.5)
 
 
@@ -31,8 +31,8 @@ def interval_stretch(users: float) -> float:
     """Return the factor that widens a percentile interval, for effective users: 1.58 for 5."""
     from scipy.special import ndtri, stdtrit
 
-    users, upper = max(users, 2.0), (1 + CONFIDENCE) / 2
-    return float(stdtrit(users - 1, upper) / ndtri(upper) * np.sqrt(users / (users - 1)))
+    users = max(users, 2.0)
+    return float(stdtrit(users - 1, UPPER) / ndtri(UPPER) * np.sqrt(users / (users - 1)))
 
 
 def interval_ends(deviations: np.ndarray, users: float) -> tuple[float, float]:  # deviations: [S]
@@ -44,7 +44,7 @@ def interval_ends(deviations: np.ndarray, users: float) -> tuple[float, float]: 
 
     users = max(users, 2.0)
     low, high = np.percentile(deviations, PERCENTILES) * interval_stretch(users)
-    quantile = float(stdtrit(users - 1, (1 + CONFIDENCE) / 2))
+    quantile = float(stdtrit(users - 1, UPPER))
     error = deviations.std() * np.sqrt(users / (users - 1))
     skewness = _skewness(deviations, users)
     below, above = (
@@ -78,6 +78,7 @@ CELLS = 1 << 20  # elements of the largest matrices: resamples times rows or use
 
 # Draws of each user, float64 [U, S] -> the metric, NaN where undefined, float64 [S].
 Measure = Callable[[np.ndarray], np.ndarray]
+WindowAUC = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # AUC, and the weight of rows
 
 
 @dataclass(frozen=True)
@@ -115,20 +116,25 @@ def paired_difference(
     """
     windows = _check_windows(first, second)
     users = _all_users(windows)
-    first_measure, second_measure = (
-        _mean_measure([_measure(run, users, metric, part, label) for run in runs])
+    measures = [
+        [_measure(_counted_rows(run, users, part, label), len(users), metric) for run in runs]
         for runs in (first, second)
-    )
-    user_rows = _rows_by_user(windows, users, metric, part, label)
+    ]
+
+    def difference(drawn: np.ndarray) -> np.ndarray:  # [U, S] -> [S]
+        before, after = (np.mean([m(drawn) for m in runs], axis=0) for runs in measures)
+        return np.asarray(after - before)
+
+    user_rows = _rows_by_user(_counted_rows(windows, users, part, label), len(users), metric)
     if _defining_users(user_rows) < LEAST_USERS:
         return None
-    value = float((second_measure(one := np.ones((len(users), 1))) - first_measure(one))[0])
+    value = float(difference(np.ones((len(users), 1)))[0])
     if np.isnan(value):
         return None
     cells = max(len(users), *(len(window.groups) for window in windows))
     draws = resamples(len(users), samples, max(1, CELLS // cells), np.random.default_rng(seed))
-    drawn = np.concatenate([second_measure(counts) - first_measure(counts) for counts in draws])
-    deviations = drawn[~np.isnan(drawn)] - value
+    differences = np.concatenate([difference(drawn) for drawn in draws])
+    deviations = differences[~np.isnan(differences)] - value
     low, high = interval_ends(deviations, min(map(effective_users, user_rows)))
     limit = LARGEST[metric]
     return Interval(value, max(-limit, value + low), min(limit, value + high))
@@ -139,13 +145,16 @@ def pooled_metric(
 ) -> float | None:
     """Compute the metric of a run as `paired_difference` does; None if undefined."""
     users = _all_users(windows)
-    value = float(_measure(windows, users, metric, part, label)(np.ones((len(users), 1)))[0])
+    measure = _measure(_counted_rows(windows, users, part, label), len(users), metric)
+    value = float(measure(np.ones((len(users), 1)))[0])
     return None if np.isnan(value) else value
 
 
 def metric_users(windows: Sequence[SplitScores], metric: str, part: str, label: int = 0) -> int:
     """Count the users that define a metric, in any window; for AUC those of the rarer label."""
-    return _defining_users(_rows_by_user(windows, _all_users(windows), metric, part, label))
+    users = _all_users(windows)
+    rows = _counted_rows(windows, users, part, label)
+    return _defining_users(_rows_by_user(rows, len(users), metric))
 
 
 def resamples(
@@ -207,33 +216,26 @@ def _counted_rows(
     for window in windows:
         scores = window.counted(label)
         rows = frequency_masks(scores.counts)[part]
-        rows_of_windows.append(
-            _Rows(
-                scores.labels[rows, label],
-                scores.logits[rows, label],
-                np.searchsorted(users, scores.groups[rows]),
-                None if scores.weights is None else scores.weights[rows].astype(np.float64),
-                scores.loss_of(label),
-            )
-        )
+        columns = scores.labels[rows, label], scores.logits[rows, label]
+        user = np.searchsorted(users, scores.groups[rows])
+        weight = None if scores.weights is None else scores.weights[rows].astype(np.float64)
+        rows_of_windows.append(_Rows(*columns, user, weight, scores.loss_of(label)))
     return rows_of_windows
 
 
-def _rows_by_user(
-    windows: Sequence[SplitScores], users: np.ndarray, metric: str, part: str, label: int
-) -> np.ndarray:  # float64 [2, U]
+def _rows_by_user(windows: list[_Rows], num_users: int, metric: str) -> np.ndarray:  # [2, U]
     """Sum each user's positive and negative rows; for GAUC and errors, twice all counted rows."""
-    sums = np.zeros((2, len(users)))
-    for rows in _counted_rows(windows, users, part, label):
+    sums = np.zeros((2, num_users))
+    for rows in windows:
         if metric == "gauc":
             defined, _, user_rows = grouped_auc(rows.positive, rows.user, rows.user, rows.weight)
             sums[:, defined] += user_rows
         elif metric in ERRORS:
-            sums += np.bincount(rows.user, rows.weight, minlength=len(users))
+            sums += np.bincount(rows.user, rows.weight, minlength=num_users)
         else:
             for index, mask in enumerate((rows.positive, ~rows.positive)):
                 weights = None if rows.weight is None else rows.weight[mask]
-                sums[index] += np.bincount(rows.user[mask], weights, minlength=len(users))
+                sums[index] += np.bincount(rows.user[mask], weights, minlength=num_users)
     return sums
 
 
@@ -241,19 +243,17 @@ def _defining_users(user_rows: np.ndarray) -> int:  # user_rows: [2, U]
     return int((user_rows > 0).sum(axis=1).min())
 
 
-def _measure(
-    windows: Sequence[SplitScores], users: np.ndarray, metric: str, part: str, label: int
-) -> Measure:
+def _measure(windows: list[_Rows], num_users: int, metric: str) -> Measure:
     """Return the metric of one run as a function of how often each user is drawn."""
-    if metric not in (metrics := metrics_of(windows[0].loss_of(label))):
+    if metric not in (metrics := metrics_of(windows[0].loss)):
         raise ValueError(f"metric '{metric}' is none of {metrics}")
-    rows = _counted_rows(windows, users, part, label)
     if metric == "auc":
-        return _mean_over_windows([RankedPairs(window) for window in rows])
+        aucs = [_ranked_pairs(window) for window in windows]
+        return lambda drawn: _mean_auc(aucs, drawn)
     # The others are a ratio of two sums that are linear in how often each user was drawn.
     power = 2 if metric == "rmse" else 1
-    numerator, weights = np.zeros(len(users)), np.zeros(len(users))
-    for window in rows:
+    numerator, weights = np.zeros(num_users), np.zeros(num_users)
+    for window in windows:
         if metric == "gauc":
             columns = window.positive, window.logit, window.user, window.weight
             defined, auc, user_rows = grouped_auc(*columns)
@@ -262,62 +262,52 @@ def _measure(
         else:
             weight = np.ones(len(window.label)) if window.weight is None else window.weight
             error = np.abs(predicted(window.logit, window.loss) - window.label) ** power
-            numerator += np.bincount(window.user, error * weight, minlength=len(users))
-            weights += np.bincount(window.user, weight, minlength=len(users))
+            numerator += np.bincount(window.user, error * weight, minlength=num_users)
+            weights += np.bincount(window.user, weight, minlength=num_users)
     return lambda drawn: ratio(numerator @ drawn, weights @ drawn) ** (1 / power)
 
 
-def _mean_measure(measures: Sequence[Measure]) -> Measure:
-    return lambda drawn: np.mean([measure(drawn) for measure in measures], axis=0)
+def _mean_auc(aucs: Sequence[WindowAUC], drawn: np.ndarray) -> np.ndarray:  # [U, S] -> [S]
+    """Return the mean AUC over the windows that define it, weighted by rows."""
+    total, rows = np.zeros(drawn.shape[1]), np.zeros(drawn.shape[1])
+    for auc_of_window in aucs:
+        auc, window_rows = auc_of_window(drawn)
+        defined = ~np.isnan(auc)
+        total[defined] += (auc * window_rows)[defined]
+        rows[defined] += window_rows[defined]
+    return ratio(total, rows)
 
 
-def _mean_over_windows(windows: Sequence[RankedPairs]) -> Measure:
-    """Return AUC as a measure: the mean over windows that define it, weighted by rows."""
+def _ranked_pairs(rows: _Rows) -> WindowAUC:
+    """Rank the positive and negative rows of a window once; return AUC and weight by resample.
 
-    def measure(drawn: np.ndarray) -> np.ndarray:  # [U, S] -> [S]
-        total, rows = np.zeros(drawn.shape[1]), np.zeros(drawn.shape[1])
-        for window in windows:
-            auc, window_rows = window.auc(drawn)
-            defined = ~np.isnan(auc)
-            total[defined] += (auc * window_rows)[defined]
-            rows[defined] += window_rows[defined]
-        return ratio(total, rows)
+    AUC is NaN without a pair, and a tie counts half. Draws [U, S] -> [S], [S].
+    """
+    positive, logit = rows.positive, rows.logit
+    order = np.argsort(logit[~positive], kind="stable")
+    ranked = logit[~positive][order]
+    positive_users, negative_users = rows.user[positive], rows.user[~positive][order]  # [P], [M]
+    # [P], how many negatives have a lower logit, and no higher one.
+    below = np.searchsorted(ranked, logit[positive], side="left")
+    not_above = np.searchsorted(ranked, logit[positive], side="right")
+    weights = None  # [P, 1], [M, 1]
+    if rows.weight is not None:
+        weights = rows.weight[positive][:, None], rows.weight[~positive][order][:, None]
 
-    return measure
-
-
-class RankedPairs:
-    """Pairs of a positive and a negative row of a window, ranked once for all resamples."""
-
-    def __init__(self, rows: _Rows) -> None:
-        positive, logit = rows.positive, rows.logit
-        order = np.argsort(logit[~positive], kind="stable")
-        ranked = logit[~positive][order]
-        self.positive_users = rows.user[positive]  # [P]
-        self.negative_users = rows.user[~positive][order]  # [M], lowest logit first
-        # [P], how many negatives have a lower logit, and no higher one.
-        self.below = np.searchsorted(ranked, logit[positive], side="left")
-        self.not_above = np.searchsorted(ranked, logit[positive], side="right")
-        self.weights: tuple[np.ndarray, np.ndarray] | None = None  # [P], [M]; None: 1 each
-        if rows.weight is not None:
-            self.weights = rows.weight[positive], rows.weight[~positive][order]
-
-    def auc(
-        self,
-        drawn: np.ndarray,  # float64 [U, S], how often each user was drawn
-    ) -> tuple[np.ndarray, np.ndarray]:  # float64 [S], [S]
-        """Return AUC (NaN without a pair; a tie counts half) and the weight of rows by resample."""
-        positives, drawn_negatives = drawn[self.positive_users], drawn[self.negative_users]
-        if self.weights is not None:
-            positives *= self.weights[0][:, None]
-            drawn_negatives *= self.weights[1][:, None]
-        negatives = np.zeros((len(self.negative_users) + 1, drawn.shape[1]))
+    def auc(drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        positives, drawn_negatives = drawn[positive_users], drawn[negative_users]
+        if weights is not None:
+            positives *= weights[0]
+            drawn_negatives *= weights[1]
+        negatives = np.zeros((len(negative_users) + 1, drawn.shape[1]))
         np.cumsum(drawn_negatives, axis=0, out=negatives[1:])
-        twice_won = negatives[self.below]
-        twice_won += negatives[self.not_above]
+        twice_won = negatives[below]
+        twice_won += negatives[not_above]
         wins = np.einsum("ps,ps->s", positives, twice_won) / 2
         num_positives, num_negatives = positives.sum(axis=0), negatives[-1]
         return ratio(wins, num_positives * num_negatives), num_positives + num_negatives
+
+    return auc
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:  # [S], [S] -> [S]

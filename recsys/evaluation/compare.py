@@ -13,7 +13,6 @@ import numpy as np
 from embeddings.plan_text import align_columns
 from recsys.data.item_frequency import PARTS, frequency_masks
 from recsys.evaluation.bootstrap import (
-    Interval,
     metric_users,
     metrics_of,
     paired_difference,
@@ -41,12 +40,11 @@ def compare_runs(runs: Sequence[Path], split: str) -> dict[str, Any]:
     """
     if len(runs) < 2:
         raise ValueError(f"--runs names {len(runs)} run; compare two or more")
-    scores = [_scores_of(run, split) for run in runs]
-    first = scores[0]
-    other_runs = zip(runs[1:], scores[1:], strict=True)
-    scores[1:] = [with_labels(other, first.label_names, str(run)) for run, other in other_runs]
-    for run, other in zip(runs[1:], scores[1:], strict=True):
-        check_same_rows(first, other, f"{runs[0]} and {run}")
+    first, *rest = [_scores_of(run, split) for run in runs]
+    scores = [first]
+    for run, other in zip(runs[1:], rest, strict=True):
+        scores.append(with_labels(other, first.label_names, str(run)))
+        check_same_rows(first, scores[-1], f"{runs[0]} and {run}")
     metrics = metrics_of(first.loss_of(0))
     return {
         "split": split,
@@ -83,17 +81,15 @@ def _compared(first: SplitScores, other: SplitScores) -> dict[str, Any]:
     for part in PARTS:
         parts[part] = {metric: pooled_metric([other], metric, part) for metric in metrics}
         if other is not first:
-            parts[part]["difference"] = {
-                metric: _difference(paired_difference([[first]], [[other]], metric, part, SAMPLES))
+            intervals = {
+                metric: paired_difference([[first]], [[other]], metric, part, SAMPLES)
                 for metric in metrics
             }
+            parts[part]["difference"] = {
+                metric: interval and {**asdict(interval), "excludes_zero": interval.excludes_zero}
+                for metric, interval in intervals.items()
+            }
     return parts
-
-
-def _difference(interval: Interval | None) -> dict[str, Any] | None:
-    if interval is None:
-        return None
-    return {**asdict(interval), "excludes_zero": interval.excludes_zero}
 
 
 def format_comparison(report: dict[str, Any]) -> str:

@@ -51,7 +51,7 @@ from recsys.evaluation.metrics import (
     format_report,
 )
 from recsys.evaluation.model_selection import METRICS, RETRIEVAL_DEPTH, needs_search
-from recsys.evaluation.retrieval import catalogue_of, format_retrieval, retrieval_report
+from recsys.evaluation.retrieval import catalogue_of, retrieval_report
 from recsys.evaluation.scores import SplitScores, write_scores
 from recsys.storage.location import Location
 
@@ -81,8 +81,7 @@ def check_data(
     Splits that are `opened` are read through their open sources.
     """
     ranks, is_skip = job.ranks, job.config.on_bad_row == "skip"
-    counts: dict[str, ItemCounts] = {}
-    skipped: dict[str, Any] = {}
+    counts, skipped = dict[str, ItemCounts](), dict[str, Any]()
     if is_skip and job.store is not None:
         skipped["items"] = job.store.items.bad_rows.summary(ranks, "items")
     labels, ranges = ValidationLabels(job.schema), NumberRanges(job.schema)
@@ -145,8 +144,7 @@ class ValidationLabels:
 def check_validation(job: Job, labels: ValidationLabels) -> None:
     """Refuse, on every rank, a validation split that cannot choose the best model. A collective."""
     negatives, positives, has_both = labels.totals(job.ranks)
-    metric, label = job.config.best_model_by, f"column '{labels.label}'"
-    cause = None
+    metric, label, cause = job.config.best_model_by, f"column '{labels.label}'", None
     if job.schema.label_losses[0] != "bce":
         cause = None if negatives + positives else f"{label} is known in no row"
     elif positives == 0:
@@ -180,10 +178,8 @@ def undefined_selection(
 
 
 def _without_weight(split: Location, column: str | None) -> ValueError:
-    return ValueError(
-        f"{split}: column '{column}' is 0 in all rows; write weights above "
-        "0, or remove it from schema.yaml"
-    )
+    problem = f"{split}: column '{column}' is 0 in all rows"
+    return ValueError(f"{problem}; write weights above 0, or remove it from schema.yaml")
 
 
 def require_usable(rows: RowSource, split: Location, scored: Mapping[str, Tensor]) -> None:
@@ -195,29 +191,23 @@ def require_usable(rows: RowSource, split: Location, scored: Mapping[str, Tensor
 
 def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
     """Encode every item that has a row and write its vector to the memory bank. A collective."""
-    content, store = job.em3.content, job.store
-    if content is None or content.bank is None:
-        return
-    assert store is not None
 
     def stop_if_asked() -> None:
         if lockstep is not None:
             lockstep.sync_errors()
             lockstep.raise_if_stopped()
 
-    encode_into_bank(content, store, job.ranks, stop_if_asked, find=job.vocabularies.find_items)
+    content, store, find = job.em3.content, job.store, job.vocabularies.find_items
+    if content is not None and content.bank is not None and store is not None:
+        encode_into_bank(content, store, job.ranks, stop_if_asked, find=find)
 
 
 def split_interactions(job: Job, split: str) -> Interactions:
     """Return this rank's share of a split, for scoring. A collective."""
-    with job.ranks.raise_on_all_ranks():
-        return Interactions(
-            job.rows(split),
-            job.batch_builder(with_content=False),
-            rows_per_batch(job.config.batch_size),
-            job.ranks.rank,
-            job.ranks.world_size,
-        )
+    ranks, size = job.ranks, rows_per_batch(job.config.batch_size)
+    with ranks.raise_on_all_ranks():
+        rows, build = job.rows(split), job.batch_builder(with_content=False)
+        return Interactions(rows, build, size, ranks.rank, ranks.world_size)
 
 
 @torch.no_grad()
@@ -239,9 +229,9 @@ def score(
         `query_weights` and `query_positions` [Q]; `with_histories` or `ranking.exclude_seen`:
         `query_seen`, `query_seen_lengths`, too.
     """
-    lockstep = lockstep or Lockstep(job.ranks)
+    lockstep, columns = lockstep or Lockstep(job.ranks), _HostColumns()
     devices = [job.ranks.device] if job.ranks.device.type == "cuda" else []
-    columns = _HostColumns()
+    with_seen = with_histories or getattr(job.config.ranking, "exclude_seen", False)
     with (
         torch.random.fork_rng(devices),
         closing(loader(interactions, job.config.num_workers, bool(devices))) as source,
@@ -254,18 +244,14 @@ def score(
             columns.add(rows.positions >= 0, {**scores, "weights": rows.weights})
             if with_evidence and "evidence" in vectors:
                 names = ("network", "evidence_logits", "evidence")
-                evidence = {name: vectors[name].float() for name in names}
-                columns.add(batch.rows.positions >= 0, evidence)
+                columns.add(rows.positions >= 0, {name: vectors[name].float() for name in names})
             if with_queries and "query" in vectors:
-                columns.add(*_query_columns(batch, vectors))
-                if with_histories or getattr(job.config.ranking, "exclude_seen", False):
-                    _add_seen(columns, batch)
-    return {
-        name: (gather_rows if name in QUERY_COLUMNS else gather_rows_to_first)(
-            column, job.ranks.group
-        )
-        for name, column in columns.joined(job.ranks.device).items()
-    }
+                _add_queries(columns, batch, vectors, with_seen)
+    scored = {}
+    for name, column in columns.joined(job.ranks.device).items():
+        gather = gather_rows if name in QUERY_COLUMNS else gather_rows_to_first
+        scored[name] = gather(column, job.ranks.group)
+    return scored
 
 
 class _HostColumns:
@@ -291,30 +277,19 @@ class _HostColumns:
         }
 
 
-Columns = tuple[Tensor, dict[str, Tensor | None]]  # bool [B], rows that count; [B, ...] by name
-
-
-def _query_columns(batch: Batch, vectors: dict[str, Tensor]) -> Columns:
-    """Return the query columns, which rows have that count and whose first label is positive."""
-    return _is_query(batch), {
-        "queries": vectors["query"],
-        "query_targets": vectors["item"],
-        "query_items": batch.target.frequency_keys,
-        "query_groups": batch.rows.groups,
-        "query_weights": batch.rows.weights,
-        "query_positions": batch.rows.positions,
-    }
-
-
-def _is_query(batch: Batch) -> Tensor:  # bool [B]
-    return (batch.rows.loss_weights > 0) & (batch.labels[:, 0] > 0)
-
-
-def _add_seen(columns: _HostColumns, batch: Batch) -> None:
-    """Add the history items of the rows that are queries, one row after the other."""
-    history, is_query = batch.history.jagged(), _is_query(batch)
-    columns.add(is_query, {"query_seen_lengths": history.lengths})
-    columns.add(is_query[history.rows], {"query_seen": batch.history.items[history.index]})
+def _add_queries(
+    columns: _HostColumns, batch: Batch, vectors: dict[str, Tensor], with_seen: bool
+) -> None:
+    """Add the rows that count and whose first label is positive; `with_seen` their histories."""
+    is_query, rows = (batch.rows.loss_weights > 0) & (batch.labels[:, 0] > 0), batch.rows
+    queries = {"queries": vectors["query"], "query_targets": vectors["item"]}
+    queries |= {"query_items": batch.target.frequency_keys, "query_groups": rows.groups}
+    columns.add(is_query, {**queries, "query_positions": rows.positions})
+    columns.add(is_query, {"query_weights": rows.weights})
+    if with_seen:  # the items of one row after the other
+        history = batch.history.jagged()
+        columns.add(is_query, {"query_seen_lengths": history.lengths})
+        columns.add(is_query[history.rows], {"query_seen": batch.history.items[history.index]})
 
 
 def split_scores(schema: Schema, scored: dict[str, Tensor], item_counts: ItemCounts) -> SplitScores:
@@ -322,9 +297,9 @@ def split_scores(schema: Schema, scored: dict[str, Tensor], item_counts: ItemCou
     order = np.argsort(scored["positions"].numpy())
     names = ("positions", "groups", "items", "labels", "logits", "weights")
     columns = {name: scored[name].numpy()[order] for name in names if name in scored}
+    columns["counts"] = target_counts(item_counts, columns["items"], schema)
     labels = tuple(schema.of_kind("label"))
-    counts, losses = target_counts(item_counts, columns["items"], schema), schema.label_losses
-    return SplitScores(**columns, counts=counts, label_names=labels, losses=losses)
+    return SplitScores(**columns, label_names=labels, losses=schema.label_losses)
 
 
 def evaluate_split(
@@ -388,10 +363,12 @@ def format_evaluation(
     by_title = {f"label {name}": metrics for name, metrics in report.get("labels", {}).items()}
     texts = []
     for title, metrics in (by_title or {"items": report}).items():
-        names = [name for name in extra_metrics if name in metrics]
-        texts.append(format_report(metrics, names, shown_metrics(ranking, metrics), title))
-    if "retrieval" in report:
-        texts.append(format_retrieval(report["retrieval"]))
+        extra_names = [name for name in extra_metrics if name in metrics]
+        names = [*shown_metrics(ranking, metrics), *extra_names]
+        texts.append(format_report(metrics, names, title))
+    if retrieval := report.get("retrieval"):
+        names = [name for name in retrieval if "@" in name]
+        texts.append(format_report(retrieval, names, "retrieval"))
     return "\n".join(texts)
 
 

@@ -32,19 +32,17 @@ def forward_pass(
     unknown: UnknownIds | None = None,
     place: str = "scored batch",
     total: int | None = None,
-    encodes_once: bool = True,
 ) -> Iterator[tuple[dict[str, Any], Tensor, Batch]]:
     """Yield (vectors of a retrieval model, logits [B, C], batch) of each batch. A collective.
 
-    Callers disable gradients themselves. With `encodes_once` each item is encoded once.
+    Callers disable gradients themselves. Each item is encoded once.
     """
     job.model.eval()
     unknown = unknown or UnknownIds(job.schema)
-    batches = job.preparation(
-        lockstep.batches(source), unknown, 0, training=False, with_content=not encodes_once
-    )
+    source = lockstep.batches(source)
+    batches = job.preparation(source, unknown, 0, training=False, with_content=False)
     content, store = job.em3.content, job.store
-    if encodes_once and content is not None and store is not None:
+    if content is not None and store is not None:
         batches = ItemVectorCache(content, store, job.ranks.device)(batches)
     shown = job.ranks.is_first and total is not None
     bar = progress_bar(total or 0, f"{place}es", shown, leave=False)
@@ -55,11 +53,8 @@ def forward_pass(
             lockstep.watchdog.mark(f"{place} {number}")
 
 
-def require_finite(
-    scored: Mapping[str, Tensor],  # `positions` [N], `logits` [N, C]
-    rows: RowSource,
-) -> None:
-    """Raise a ValueError that names the rows whose logits are not finite."""
+def require_finite(scored: Mapping[str, Tensor], rows: RowSource) -> None:
+    """Raise a ValueError that names the rows (`positions`) whose `logits` are not finite."""
     wrong = ~torch.isfinite(scored["logits"]).all(dim=1)
     if wrong.any():
         raise ValueError(

@@ -6,7 +6,7 @@ Lessons from Predicting Clicks on Ads at Facebook, 2014. Shapes: N rows, G group
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,7 @@ def grouped_auc(
     group: np.ndarray,  # [N]
     weight: np.ndarray | None = None,  # float64 [N]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [G], float64 [G], int64 or float64 [G]
-    """Return groups with both labels, ascending, the AUC of each, and its rows' weight.
-
-    Ties count exactly half.
-    """
+    """Return groups with both labels, ascending, the AUC of each, and its rows' weight."""
     order = np.lexsort((score, group))
     sorted_weight = None if weight is None else weight[order]
     return _sorted_auc(positive[order], score[order], group[order], sorted_weight)
@@ -84,7 +81,6 @@ class RankedRows:
     ) -> None:
         label, logit, self.group = labels.astype(np.float64), logits.astype(np.float64), groups
         self.weight = None if weights is None else weights.astype(np.float64)
-        assert label.ndim == 1 and label.shape == logit.shape == self.group.shape
         wrong = (label != 0) & (label != 1)
         if wrong.any():
             index = int(wrong.argmax())
@@ -108,28 +104,45 @@ class RankedRows:
         by_score, by_group = self.by_score, self.by_group
         if rows is not None:
             by_score, by_group = by_score[rows[by_score]], by_group[rows[by_group]]
-        one_group = np.zeros(len(by_score), np.int64)
-        weights = self._weights(by_score)
-        _, auc, _ = _sorted_auc(self.positive[by_score], self.scores[by_score], one_group, weights)
+        _, auc, _ = self._auc(by_score, np.zeros(len(by_score), np.int64))
         users = self.group[by_group]
-        grouped = self.positive[by_group], self.scores[by_group], users
-        _, user_auc, user_rows = _sorted_auc(*grouped, self._weights(by_group))
+        _, user_auc, user_rows = self._auc(by_group, users)
         mask = slice(None) if rows is None else rows
-        weights = self._weights(mask)
+        weights = None if self.weight is None else self.weight[mask]
         metrics: dict[str, Any] = {
             "auc": float(auc[0]) if len(auc) else None,
             "gauc": float(np.average(user_auc, weights=user_rows)) if len(user_auc) else None,
-            **_probability_metrics(
-                self.label[mask], self.loss[mask], self.prediction[mask], weights
-            ),
+            **self._probability_metrics(mask, weights),
             "num_samples": len(users),
             "num_users": int((users[1:] != users[:-1]).sum()) + (len(users) > 0),
             "gauc_users": len(user_auc),
         }
         return metrics if weights is None else metrics | {"sum_of_weights": float(weights.sum())}
 
-    def _weights(self, rows: np.ndarray | slice) -> np.ndarray | None:
-        return None if self.weight is None else self.weight[rows]
+    def _auc(
+        self, order: np.ndarray, groups: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        weights = None if self.weight is None else self.weight[order]
+        return _sorted_auc(self.positive[order], self.scores[order], groups, weights)
+
+    def _probability_metrics(
+        self, rows: np.ndarray | slice, weights: np.ndarray | None
+    ) -> dict[str, float | None]:
+        metrics: dict[str, float | None] = dict.fromkeys(("logloss", "ne", "calibration"))
+        label = self.label[rows]
+        if len(label) == 0:
+            return metrics
+        logloss, share, mean_prediction = (
+            float(np.average(values, weights=weights))
+            for values in (self.loss[rows], label, self.prediction[rows])
+        )
+        metrics["logloss"] = logloss
+        if share > 0:
+            metrics["calibration"] = mean_prediction / share
+            if not label.all():  # a mean with weights may differ from 1 by rounding
+                entropy = -(share * np.log(share) + (1 - share) * np.log(1 - share))
+                metrics["ne"] = float(logloss / entropy)
+        return metrics
 
 
 def _require_finite(values: np.ndarray, name: str) -> None:  # values: [N]
@@ -140,27 +153,6 @@ def _require_finite(values: np.ndarray, name: str) -> None:  # values: [N]
             f"{name} of row {index} is {values[index]} ({wrong.sum()} of {len(values)} rows are "
             "not finite): the model has diverged; lower the learning rates"
         )
-
-
-def _probability_metrics(
-    label: np.ndarray,  # [N]
-    loss: np.ndarray,  # [N]
-    prediction: np.ndarray,  # [N]
-    weight: np.ndarray | None,  # [N]
-) -> dict[str, float | None]:
-    metrics: dict[str, float | None] = dict.fromkeys(("logloss", "ne", "calibration"))
-    if len(label) == 0:
-        return metrics
-    logloss, share, mean_prediction = (
-        float(np.average(values, weights=weight)) for values in (loss, label, prediction)
-    )
-    metrics["logloss"] = logloss
-    if share > 0:
-        metrics["calibration"] = mean_prediction / share
-        if not label.all():  # a mean with weights may differ from 1 by rounding
-            entropy = -(share * np.log(share) + (1 - share) * np.log(1 - share))
-            metrics["ne"] = float(logloss / entropy)
-    return metrics
 
 
 def predicted(logits: np.ndarray, loss: str) -> np.ndarray:  # [N] -> float64 [N]
@@ -177,8 +169,8 @@ class RegressionRows:
         labels: np.ndarray,
         logits: np.ndarray,
         groups: np.ndarray,
-        weights: np.ndarray | None = None,
-        loss: str = "mse",
+        weights: np.ndarray | None,
+        loss: str,
     ) -> None:
         self.label, self.scores = labels.astype(np.float64), predicted(logits, loss)
         self.group, self.weight, self.loss = groups, weights, loss
@@ -212,19 +204,17 @@ class RegressionRows:
         errors["nrmse"] = rmse / deviation if np.ptp(label) else None
         if self.loss == "poisson":
             errors["calibration"] = mean(value) / average if average else None
-            log_ratio = np.log(np.where(label > 0, label, 1.0)) - np.log(
-                np.where(label > 0, value, 1.0)
-            )
-            errors["deviance"] = 2 * mean(label * log_ratio - label + value)
+            logs = [np.log(np.where(label > 0, numbers, 1.0)) for numbers in (label, value)]
+            errors["deviance"] = 2 * mean(label * (logs[0] - logs[1]) - label + value)
         return errors
 
 
 def rows_of_loss(
+    loss: str,
     labels: np.ndarray,
     logits: np.ndarray,
     groups: np.ndarray,
-    weights: np.ndarray | None = None,
-    loss: str = "bce",
+    weights: np.ndarray | None,
 ) -> RankedRows | RegressionRows:
     """Return the rows [N] of a label with their metrics, by its loss."""
     if loss == "bce":
@@ -246,8 +236,7 @@ def evaluation_report(
     All arrays are [N]: labels (0 or 1, or numbers), logits, the user and the training rows of each
     row's item, and weights (None: 1 each). Unusable labels and logits are a ValueError.
     """
-    assert item_counts.shape == labels.shape
-    ranked, reports = rows_of_loss(labels, logits, groups, weights, loss), {}
+    ranked, reports = rows_of_loss(loss, labels, logits, groups, weights), {}
     columns = labels, ranked.scores, groups, item_counts
     fitting = {n: metric for n, metric in (extra_metrics or {}).items() if fits_loss(metric, loss)}
     for part, rows in frequency_masks(item_counts).items():
@@ -259,13 +248,9 @@ def evaluation_report(
 
 
 def format_report(
-    report: dict[str, Any],
-    extra_metrics: Iterable[str] = (),
-    names: Iterable[str] = SHOWN,
-    title: str = "items",
+    report: dict[str, Any], names: Sequence[str] = SHOWN, title: str = "items"
 ) -> str:
-    """Format the metrics `names` and `extra_metrics` of a report as a text table."""
-    names = [*names, *extra_metrics]
+    """Format the metrics `names` of a report as a text table; undefined values are `-`."""
     rows = [(title, *names, "rows")]
     for part in PARTS:
         metrics = report if part == "all" else report[part]

@@ -22,10 +22,8 @@ METRICS: dict[BestModelBy, tuple[str, ...]] = {
     "rmse": ("rmse",),
     "mae": ("mae",),
 }
-# A log loss above this is absurd: twice that of predicting one half for every row.
-ABSURD_LOG_LOSS = 2 * math.log(2)
-# An RMSE above this times that of always predicting the mean is absurd.
-ABSURD_NRMSE = 2.0
+ABSURD_LOG_LOSS = 2 * math.log(2)  # twice that of predicting one half for every row
+ABSURD_NRMSE = 2.0  # RMSE as a multiple of that of always predicting the mean
 MOST_NAMED = 5
 
 
@@ -69,20 +67,21 @@ def require_useful(
     """Raise a ValueError if a model's predictions are of no use by the metrics of a split."""
     for name, metrics in (report.get("labels") or {"": report}).items():
         label = f" of label '{name}'" if name else ""
-        loss, nrmse = metrics.get("logloss"), metrics.get("nrmse")
+        loss, nrmse, problem = metrics.get("logloss"), metrics.get("nrmse"), None
         if loss is not None and not loss <= ABSURD_LOG_LOSS * slack:
-            raise ValueError(
-                f"{where}: the log loss{label} of the best model is {loss:.4g}, above "
+            problem = (
+                f"the log loss{label} of the best model is {loss:.4g}, above "
                 f"{ABSURD_LOG_LOSS:.4g}, twice that of predicting one half for every row: the "
-                f"model is of no use; {_advice(rows())}. {consequence}"
+                "model is of no use; "
             )
-        if nrmse is not None and not nrmse <= ABSURD_NRMSE * slack:
-            raise ValueError(
-                f"{where}: the RMSE{label} of the best model is {metrics['rmse']:.4g}, {nrmse:.4g} "
-                f"times that of always predicting the mean, above {ABSURD_NRMSE:g}: the model "
-                "is of no use; scale the label to about 1, train for longer, or "
-                f"{_advice(rows())}. {consequence}"
+        elif nrmse is not None and not nrmse <= ABSURD_NRMSE * slack:
+            problem = (
+                f"the RMSE{label} of the best model is {metrics['rmse']:.4g}, {nrmse:.4g} times "
+                f"that of always predicting the mean, above {ABSURD_NRMSE:g}: the model is of no "
+                "use; scale the label to about 1, train for longer, or "
             )
+        if problem is not None:
+            raise ValueError(f"{where}: {problem}{_advice(rows())}. {consequence}")
 
 
 def slack_for(num_rows: int) -> float:
@@ -96,11 +95,11 @@ def _advice(rows: RowSource) -> str:
     ranges = NumberRanges(rows.schema)
     for table in rows.read(*rows.share(0, 1)):
         ranges.add(table)
-    wide = {name: column for name, column in ranges.by_column.items() if column.is_wide}
-    widest = sorted(wide, key=lambda name: -max(-wide[name].least, wide[name].greatest))
-    if not widest:
+    wide = [(name, column) for name, column in ranges.by_column.items() if column.is_wide]
+    if not wide:
         return "look at columns and modalities (`recsys explain-data`), or lower the learning rates"
-    names = ", ".join(f"'{name}' ({wide[name]})" for name in widest[:MOST_NAMED])
+    wide.sort(key=lambda item: -max(-item[1].least, item[1].greatest))
+    names = ", ".join(f"'{name}' ({column})" for name, column in wide[:MOST_NAMED])
     return (
         f"its columns of wide range are {names}: take their logarithm or scale them to about 1 "
         "(ranking.scale_inputs does so by the training rows), or lower the learning rates"

@@ -81,24 +81,17 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
     can_store = ranks.gather(_can_store(run))[0]
     with ranks.raise_on_all_ranks():
         counts = read_item_counts(run, job.schema.item_id_limit)
+    scores_to = scores if can_store else None
     with Watchdog(ranks, job.config.stall_timeout) as watchdog:
         lockstep = Lockstep(ranks, watchdog=watchdog)
         report = evaluate_split(
-            job,
-            split,
-            counts,
-            lockstep,
-            searches=True,
-            scores_to=scores if can_store else None,
-            model=model,
-            shows_skipped=True,
+            job, split, counts, lockstep, True, scores_to, model, shows_skipped=True
         )
     file = run / f"evaluation_{split}.json"
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
-            print_table(
-                f"{split}\n{format_evaluation(report, job.config.ranking, job.config.metrics)}"
-            )
+            text = format_evaluation(report, job.config.ranking, job.config.metrics)
+            print_table(f"{split}\n{text}")
             if not can_store:
                 raise ValueError(f"{file}: {run} cannot be written to; the result is printed only")
             write_whole(file, json.dumps(report, indent=2) + "\n")
@@ -118,8 +111,7 @@ def predict(
 ) -> None:
     """Write the input rows, in their order, with one prediction per label. A collective.
 
-    It is a probability, or a number for labels that are numbers; null for a skipped row. `inputs`
-    are Parquet files or folders of them; `out` appears whole or not at all.
+    It is a probability, or a number for labels that are numbers; null for a skipped row.
     """
     with ranks.raise_on_all_ranks():
         files = [file for name in inputs for file in _parquet_files(name)]
@@ -137,17 +129,12 @@ def _predict(
     job = load_run(run, data, ranks, device)
     with ranks.raise_on_all_ranks():
         rows = ParquetRows(files, job.schema, False, job.config.on_bad_row)
-        interactions = Interactions(
-            rows,
-            job.batch_builder(with_labels=False, with_content=False),
-            rows_per_batch(job.config.batch_size),
-            ranks.rank,
-            ranks.world_size,
-        )
+        build = job.batch_builder(with_labels=False, with_content=False)
+        size = rows_per_batch(job.config.batch_size)
+        interactions = Interactions(rows, build, size, ranks.rank, ranks.world_size)
+    unknown = UnknownIds(job.schema)
     with Watchdog(ranks, job.config.stall_timeout) as watchdog:
-        unknown = UnknownIds(job.schema)
-        lockstep = Lockstep(ranks, watchdog=watchdog)
-        scored = score(job, interactions, lockstep, unknown)
+        scored = score(job, interactions, Lockstep(ranks, watchdog=watchdog), unknown)
     if (line := format_unknown("input", unknown.totals(ranks.group))) is not None:
         logger.info(line)
     if job.config.on_bad_row == "skip":
@@ -191,12 +178,8 @@ def _check_columns(files: list[Location], names: list[str]) -> None:
             )
 
 
-def _write(
-    files: list[Location],
-    names: list[str],  # [C]
-    values: np.ndarray,  # [N, C]
-    out: Path,
-) -> None:
+def _write(files: list[Location], names: list[str], values: np.ndarray, out: Path) -> None:
+    """Write the rows of the files with more columns: their names [C], and values [N, C]."""
     out.parent.mkdir(parents=True, exist_ok=True)
     writer: pq.ParquetWriter | None = None
     start = 0
@@ -206,8 +189,7 @@ def _write(
             for name, column in zip(names, values[start:end].T, strict=True):
                 table = table.append_column(name, pa.array(column, mask=np.isnan(column)))
             start = end
-            if writer is None:
-                writer = pq.ParquetWriter(partial, table.schema, write_page_checksum=True)
+            writer = writer or pq.ParquetWriter(partial, table.schema, write_page_checksum=True)
             writer.write_table(table)
         assert writer is not None
         writer.close()

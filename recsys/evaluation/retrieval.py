@@ -26,9 +26,9 @@ from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import empty_table, padding_rows
 from recsys.data.row_source import RowSource, columns_to_read
 from recsys.distributed.lockstep import Lockstep
+from recsys.distributed.ranks import Ranks
 from recsys.evaluation.availability import LaterItems, later_items
 from recsys.evaluation.forward_pass import forward_pass
-from recsys.evaluation.metrics import format_report
 from recsys.ranking.generative import MOST_BEAMS, CodeTrie, Generative, beam_search
 from recsys.ranking.settings import GenerativeSettings
 
@@ -58,8 +58,7 @@ def catalogue_vectors(job: Job, lockstep: Lockstep) -> tuple[Tensor, Tensor]:
     ranks = job.ranks
     with ranks.raise_on_all_ranks():
         items = catalogue_of(job)
-    first, end = (index * len(items) // ranks.world_size for index in (ranks.rank, ranks.rank + 1))
-    share = np.asarray(items[first:end])
+    share = np.asarray(items[_share(len(items), ranks)])
     longest = -(-len(items) // ranks.world_size)  # of all ranks
     batches = _batches_of_items(job, share, longest)
     total = -(-longest // job.config.batch_size)
@@ -68,12 +67,13 @@ def catalogue_vectors(job: Job, lockstep: Lockstep) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(share), torch.cat(vectors)[: len(share)].cpu()
 
 
-def _batches_of_items(
-    job: Job,
-    share: np.ndarray,  # int64 [I]
-    longest: int,
-) -> Iterator[Batch]:
-    """Yield impressions without a user, one per item, in equally many batches on every rank."""
+def _share(number: int, ranks: Ranks) -> slice:
+    """Return this rank's share of a number of things."""
+    return slice(*(index * number // ranks.world_size for index in (ranks.rank, ranks.rank + 1)))
+
+
+def _batches_of_items(job: Job, share: np.ndarray, longest: int) -> Iterator[Batch]:
+    """Yield impressions without a user, one per item [I], in equally many batches on every rank."""
     build = job.batch_builder(with_labels=False, with_content=False)
     rows = padding_rows(empty_table(job.schema, columns_to_read(job.schema, with_labels=False)), 1)
     nobody = RowColumns.of(rows)
@@ -138,11 +138,9 @@ def decoded_places(
     trie, decoder = CodeTrie(table.numpy()), copy.deepcopy(ranking.decoder).cpu()
     places = torch.zeros(2, len(queries), dtype=torch.int64)
     size = max(1, MOST_BEAMS // settings.beam_size)
-    first, end = (
-        index * len(queries) // ranks.world_size for index in (ranks.rank, ranks.rank + 1)
-    )
-    for start in range(first, end, size):
-        block = slice(start, min(start + size, end))
+    share = _share(len(queries), ranks)
+    for start in range(share.start, share.stop, size):
+        block = slice(start, min(start + size, share.stop))
         targets = target_items[block].unsqueeze(1).cpu()
         is_out = torch.zeros(len(targets), len(items), dtype=torch.bool)
         for part in excluded:
@@ -193,8 +191,12 @@ def retrieval_metrics(
     metrics: dict[str, Any] = {}
     for name in GAINS:
         for depth in depths:
-            values = row_gains(name, above, tied, depth)
-            metrics[f"{name}@{depth}"] = _mean(values, weights) if len(above) else None
+            gains, mean = row_gains(name, above, tied, depth), None
+            if len(above) and weights is None:
+                mean = float(gains.mean())
+            elif len(above) and weights is not None:
+                mean = float(gains @ weights.double() / weights.double().sum())
+            metrics[f"{name}@{depth}"] = mean
     return metrics | {"num_samples": len(above)}
 
 
@@ -218,18 +220,8 @@ def row_gains(name: str, above: Tensor, tied: Tensor, depth: int) -> Tensor:  # 
     return torch.where(tied == 0, single, gain)
 
 
-def _mean(values: Tensor, weights: Tensor | None) -> float:  # [R], [R]
-    if weights is None:
-        return float(values.mean())
-    return float(values @ weights.double() / weights.double().sum())
-
-
 def retrieval_report(
-    job: Job,
-    rows: RowSource,
-    scored: dict[str, Tensor],
-    item_counts: ItemCounts,
-    lockstep: Lockstep,
+    job: Job, rows: RowSource, scored: dict[str, Tensor], counts: ItemCounts, lockstep: Lockstep
 ) -> dict[str, Any]:
     """Compute `retrieval_metrics` of all rows and of warm, cold and unseen items. A collective."""
     settings = job.config.ranking
@@ -240,8 +232,8 @@ def retrieval_report(
     if settings.exclude_seen:
         excluded.append(SeenItems(scored["query_seen"], scored["query_seen_lengths"]))
     with job.ranks.raise_on_all_ranks():
-        later = later_items(job, settings, rows, scored["query_positions"])
-    excluded += [] if later is None else [later]
+        if later := later_items(job, settings, rows, scored["query_positions"]):
+            excluded.append(later)
     if isinstance(job.em3.ranking, Generative):
         above, tied, size = decoded_places(job, queries, target_items, excluded)
     else:
@@ -249,19 +241,11 @@ def retrieval_report(
         targets, group = scored["query_targets"], job.ranks.group
         above, tied = search_places(queries, targets, target_items, items, vectors, group, excluded)
         size = sum(job.ranks.gather(len(items)))
-    counts = target_counts(item_counts, target_items.numpy(), job.schema)
-    weights = scored.get("query_weights")
-    reports = {}
-    for part, mask in frequency_masks(counts).items():
-        places = torch.from_numpy(mask)
-        part_weights = None if weights is None else weights[places]
-        reports[part] = retrieval_metrics(
-            above[places], tied[places], part_weights, settings.depths
-        )
+    weights, reports = scored.get("query_weights"), {}
+    row_counts = target_counts(counts, target_items.numpy(), job.schema)
+    for part, mask in frequency_masks(row_counts).items():
+        rows_of_part = torch.from_numpy(mask)
+        places = above[rows_of_part], tied[rows_of_part]
+        part_weights = None if weights is None else weights[rows_of_part]
+        reports[part] = retrieval_metrics(*places, part_weights, settings.depths)
     return reports.pop("all") | {"catalogue": size} | reports
-
-
-def format_retrieval(report: dict[str, Any]) -> str:
-    """Format a `retrieval_report` as a plain text table; undefined values are `-`."""
-    names = [name for name in report if "@" in name]
-    return format_report(report, names=names, title="retrieval")

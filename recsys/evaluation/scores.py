@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -70,10 +71,10 @@ def write_scores(scores: SplitScores, path: Path, model: str | None = None) -> N
         columns[f"logit_{name}"] = scores.logits[:, index]
     if scores.weights is not None:
         columns["weight"] = scores.weights
+    metadata = {MODEL: model, LOSSES: ",".join(scores.losses)}
+    metadata = {name: value for name, value in metadata.items() if value}
+    table = pa.table(columns, metadata=metadata or None)
     with whole_file(path) as partial:
-        metadata = {MODEL: model, LOSSES: ",".join(scores.losses)}
-        metadata = {name: value for name, value in metadata.items() if value}
-        table = pa.table(columns).replace_schema_metadata(metadata or None)
         pq.write_table(table, partial, write_page_checksum=True)
 
 
@@ -93,21 +94,14 @@ def read_scores(path: Path) -> SplitScores:
             raise ValueError(f"{file}: cannot be read ({error}); write it again") from error
     for name in [*INTEGERS, *(f"{kind}_{label}" for kind in ("label", "logit") for label in names)]:
         _check_values(table, name, file)
-    integers = {name: table[column].to_numpy() for column, name in INTEGERS.items()}
-    labels, logits = (
-        np.stack([table[f"{kind}_{name}"].to_numpy() for name in names], axis=1)
-        for kind in ("label", "logit")
-    )
-    weights = table["weight"].to_numpy() if "weight" in columns else None
+    numbers: dict[str, Any] = {name: table[column].to_numpy() for column, name in INTEGERS.items()}
+    for kind in ("label", "logit"):
+        parts = [table[f"{kind}_{name}"].to_numpy() for name in names]
+        numbers[f"{kind}s"] = np.stack(parts, axis=1)
+    numbers["weights"] = table["weight"].to_numpy() if "weight" in columns else None
     stored = (table.schema.metadata or {}).get(LOSSES.encode())
-    return SplitScores(
-        **integers,
-        labels=labels,
-        logits=logits,
-        label_names=names,
-        weights=weights,
-        losses=tuple(stored.decode().split(",")) if stored else (),
-    )
+    losses = tuple(stored.decode().split(",")) if stored else ()
+    return SplitScores(**numbers, label_names=names, losses=losses)
 
 
 def _check_values(table: pa.Table, name: str, file: Location) -> None:

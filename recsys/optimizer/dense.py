@@ -76,23 +76,16 @@ def parameter_groups(
     model: nn.Module, parameters: dict[str, nn.Parameter], groups: Sequence[DenseGroup]
 ) -> list[dict[str, Any]]:
     """Return torch.optim's parameter groups with `names`; the first matching prefix decides."""
-    undecayed = _undecayed_names(model)
-    result = []
-    remaining = dict(parameters)
+    exempt, remaining, result = _undecayed_names(model), dict(parameters), []
     for group in groups:
-        prefixes = tuple(group.prefixes)
-        matching = [name for name in remaining if name.startswith(prefixes)]
-        decayed = [name for name in matching if group.weight_decay > 0 and name not in undecayed]
-        for names, weight_decay in [
-            (decayed, group.weight_decay),
-            ([name for name in matching if name not in decayed], 0.0),
-        ]:
+        matching = [name for name in remaining if name.startswith(tuple(group.prefixes))]
+        decayed = [name for name in matching if group.weight_decay > 0 and name not in exempt]
+        undecayed = [name for name in matching if name not in decayed]
+        for names, weight_decay in ((decayed, group.weight_decay), (undecayed, 0.0)):
             if names:
                 settings: dict[str, Any] = {"lr": group.learning_rate, "weight_decay": weight_decay}
-                params = [remaining[name] for name in names]
+                params = [remaining.pop(name) for name in names]
                 result.append({"params": params, "names": names, "name": group.name, **settings})
-        for name in matching:
-            del remaining[name]
     if remaining:
         raise ValueError(
             f"parameter '{next(iter(remaining))}' ({len(remaining)} in all) fits no group of "
@@ -144,9 +137,8 @@ def build_dense_optimizer(
     ordered = {name: parameters[name] for group in optimizer_groups for name in group.pop("names")}
     dense = _make(settings, optimizer_groups)
     keyed = KeyedOptimizerWrapper(ordered, lambda _: dense)
-    if isinstance(model, DistributedModelParallel):
-        return CombinedOptimizer([model.fused_optimizer, keyed]), dense
-    return CombinedOptimizer([keyed]), dense
+    fused = [model.fused_optimizer] if isinstance(model, DistributedModelParallel) else []
+    return CombinedOptimizer([*fused, keyed]), dense
 
 
 def _make(settings: OptimizerSettings, groups: list[dict[str, Any]]) -> Optimizer:
@@ -193,7 +185,7 @@ def _state_after_a_step(
 
 def gradient_norm(optimizer: Optimizer) -> Tensor:  # []
     """Return the norm of the gradients of all parameters together."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = _parameters(optimizer)
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
@@ -203,30 +195,27 @@ def describe_optimizers(model: nn.Module, tables: Sequence[TableConfig], dense: 
     rows: list[tuple[str, int, int, str, str, str]] = []
     for table in tables:
         size = table.num_embeddings * table.embedding_dim
+        rates = f"{table.learning_rate:g}", f"{table.weight_decay:g}"
+        trainer = (f"{table.optimizer} (fused)", *rates)
         if table.frozen:
-            rows.append((f"table {table.name}", 1, size, "none (frozen)", "-", "-"))
-            continue
-        rate, decay = f"{table.learning_rate:g}", f"{table.weight_decay:g}"
-        rows.append((f"table {table.name}", 1, size, f"{table.optimizer} (fused)", rate, decay))
+            trainer = "none (frozen)", "-", "-"
+        rows.append((f"table {table.name}", 1, size, *trainer))
     kind = type(dense).__name__
     for group in dense.param_groups:
         size = sum(parameter.numel() for parameter in group["params"])
         # A schedule may already have lowered "lr"; the configured rate is "initial_lr".
         rate, decay = f"{group.get('initial_lr', group['lr']):g}", f"{group['weight_decay']:g}"
         rows.append((group["name"], len(group["params"]), size, kind, rate, decay))
-    if frozen := _frozen_parameters(model):
-        size = sum(parameter.numel() for parameter in frozen)
-        rows.append(("frozen", len(frozen), size, "none", "-", "-"))
-    rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows), "", "", ""))
-    return align_columns([header, *[(row[0], str(row[1]), str(row[2]), *row[3:]) for row in rows]])
-
-
-def _frozen_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [
+    frozen = [
         parameter
         for parameter in get_unwrapped_module(model).parameters()
         if not parameter.requires_grad and not hasattr(parameter, "_in_backward_optimizers")
     ]
+    if frozen:
+        size = sum(parameter.numel() for parameter in frozen)
+        rows.append(("frozen", len(frozen), size, "none", "-", "-"))
+    rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows), "", "", ""))
+    return align_columns([header, *[(row[0], str(row[1]), str(row[2]), *row[3:]) for row in rows]])
 
 
 # How Python numbers are stored: mark in the name, type, type of the tensor.
@@ -245,17 +234,17 @@ def state_tensors(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> di
             if value is None:  # SGD without momentum
                 continue
             name = f"{names[parameter]}.{key}"
+            mark = next((m for m, (kind, _) in _NUMBERS.items() if type(value) is kind), None)
             if isinstance(value, Tensor):
                 state[name] = value
-                continue
-            mark = next((m for m, (kind, _) in _NUMBERS.items() if type(value) is kind), None)
-            if mark is None:
+            elif mark is None:
                 raise ValueError(
                     f"optimizer {type(optimizer).__name__} keeps a {type(value).__name__} as "
                     f"'{key}' of parameter '{names[parameter]}'; a checkpoint holds tensors and "
                     "numbers"
                 )
-            state[name + mark] = torch.tensor(value, dtype=_NUMBERS[mark][1])
+            else:
+                state[name + mark] = torch.tensor(value, dtype=_NUMBERS[mark][1])
     return state
 
 

@@ -15,11 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from recsys.config import OptimizerSettings
 from recsys.config.named_parts import find_part
 
-SCHEDULES = {
-    "constant": "recsys.optimizer.schedules:constant",
-    "cosine": "recsys.optimizer.schedules:cosine",
-    "linear": "recsys.optimizer.schedules:linear",
-}
+NAMES = ("constant", "cosine", "linear")
+SCHEDULES = {name: f"recsys.optimizer.schedules:{name}" for name in NAMES}
 
 
 def constant(step: int, decay_steps: int) -> float:
@@ -57,18 +54,15 @@ class LearningRateShare:
     """
 
     def __init__(self, settings: OptimizerSettings) -> None:
-        self.settings = settings
+        self.settings, name = settings, settings.schedule
         self.decay_steps = settings.decay_steps or 0
-        self.function: Callable[..., Any] = find_part(
-            "optimizer.schedule", settings.schedule, SCHEDULES
-        )
+        self.function: Callable[..., Any] = find_part("optimizer.schedule", name, SCHEDULES)
         try:
             float(self.function(0, decay_steps=1, **settings.schedule_options))
         except Exception as error:  # a user's function may raise any error
             raise ValueError(
-                f"optimizer.schedule '{settings.schedule}' cannot be called with a step, "
-                f"decay_steps and the schedule_options {settings.schedule_options} "
-                f"({type(error).__name__}: {error})"
+                f"optimizer.schedule '{name}' cannot be called with a step, decay_steps and the "
+                f"schedule_options {settings.schedule_options} ({type(error).__name__}: {error})"
             ) from error
 
     def end_at(self, num_updates: int) -> None:
@@ -77,10 +71,9 @@ class LearningRateShare:
             self.decay_steps = max(num_updates - self.settings.warmup_steps, 1)
 
     def __call__(self, step: int) -> float:
-        warmup_steps = self.settings.warmup_steps
+        warmup_steps, options = self.settings.warmup_steps, self.settings.schedule_options
         risen = min(1.0, (step + 1) / max(warmup_steps, 1))
         since = max(step - warmup_steps, 0)
-        options = self.settings.schedule_options
         return risen * float(self.function(since, decay_steps=self.decay_steps, **options))
 
 

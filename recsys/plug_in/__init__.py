@@ -6,9 +6,9 @@ and the device of this rank. `content.yaml` names a dataset and a modality.
 
 from recsys.plug_in.batches import ItemContent
 from recsys.plug_in.build import add_content, build_item_content
-from recsys.plug_in.checkpoint import dlrm_state, load_dlrm
 from recsys.plug_in.model import DLRMWithContent as DLRMWithContent
 from recsys.plug_in.model import DLRMWithContentTrain as DLRMWithContentTrain
+from recsys.plug_in.model import dlrm_state, load_dlrm
 from recsys.plug_in.settings import ContentRates as ContentRates
 from recsys.plug_in.settings import PlugInSettings as PlugInSettings
 from recsys.plug_in.settings import load_plug_in_settings

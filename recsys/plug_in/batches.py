@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -23,7 +23,6 @@ from recsys.data.interactions import in_order, threads
 from recsys.data.items.content_store import ContentStore
 from recsys.data.parquet.columns import ListColumns, RowColumns
 from recsys.data.parquet.values import ROW_POSITION
-from recsys.data.schema import Schema
 from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
@@ -32,12 +31,11 @@ from recsys.plug_in.settings import PlugInSettings
 AHEAD = 2  # batches that are built while one is in use
 
 
-@dataclass
 class ItemsOfBatch:
-    """Adds the items to a batch of torchrec.datasets."""
+    """Adds the items to a batch of torchrec.datasets; target and history are features of it."""
 
-    schema: Schema  # target item and history are sparse features of the batch
-    build: BatchBuilder  # makes the part of the batch that content needs
+    def __init__(self, build: BatchBuilder) -> None:
+        self.schema, self.build = build.schema, build
 
     def __call__(self, batch: TorchRecBatch) -> Batch:
         """Return the batch with its items, on the host; pinned if it was."""
@@ -57,12 +55,8 @@ class ItemsOfBatch:
         built = self.build(RowColumns(numbers, lists))
         if batch.dense_features.is_pinned():
             built = built.pin_memory()
-        return replace(
-            built,
-            dense_features=batch.dense_features,
-            sparse_features=batch.sparse_features,
-            labels=batch.labels,
-        )
+        names = ("dense_features", "sparse_features", "labels")
+        return replace(built, **{name: getattr(batch, name) for name in names})
 
     def _feature(self, features: KeyedJaggedTensor, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of a feature [N] and the number of ids in each row [B]."""
@@ -89,43 +83,28 @@ class ContentBatches(Iterable[Batch]):
     """
 
     def __init__(
-        self,
-        source: Iterable[TorchRecBatch],
-        items: ItemsOfBatch,
-        preparation: BatchPreparation,
-        branch: ContentBranch,
-        ranks: Ranks,
-        require_ready: Callable[[], None] = lambda: None,
+        self, source: Iterable[TorchRecBatch], items: ItemContent, require_ready: Callable[[], None]
     ) -> None:
-        self.require_ready = require_ready
-        self.source, self.items, self.preparation = source, items, preparation
-        self.branch, self.ranks = branch, ranks
+        self.source, self.items, self.require_ready = source, items, require_ready
 
     def __len__(self) -> int:
         return len(self.source)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Batch]:
         """Begin a pass. A collective, as is each batch of it."""
-        if self.branch.training:
+        items, branch, schema = self.items, self.items.branch, self.items.store.items.schema
+        if branch.training:
             self.require_ready()
-        self._fill_bank()
-        unknown = UnknownIds(self.items.schema)
-        return self.preparation(self._agreed(), unknown, self.branch.step, self.branch.training)
-
-    def _fill_bank(self) -> None:
-        """Fill the bank if it is empty and the batches read it. A collective."""
-        bank, store, content = self.branch.bank, self.preparation.store, self.preparation.content
-        assert store is not None and content is not None
-        is_read = self.items.schema.history is not None
-        if bank is not None and is_read and bank.coverage() == 0:
-            encode_into_bank(self.branch, store, self.ranks)
+        if branch.bank is not None and schema.history is not None and branch.bank.coverage() == 0:
+            encode_into_bank(branch, items.store, items.ranks)
+        return items.preparation(self._agreed(), UnknownIds(schema), branch.step, branch.training)
 
     def _agreed(self) -> Iterator[Batch]:
         """Yield batches, which a thread builds ahead, until any rank has no more. A collective."""
         with threads(1, "content") as submit:
-            jobs = (partial(self.items, batch) for batch in self.source)
+            jobs = (partial(self.items.add_items, batch) for batch in self.source)
             with closing(in_order(jobs, submit, AHEAD)) as source:
-                yield from Lockstep(self.ranks).batches(source)
+                yield from Lockstep(self.items.ranks).batches(source)
 
 
 class ItemContent:
@@ -145,28 +124,12 @@ class ItemContent:
         self, branch: ContentBranch, settings: PlugInSettings, store: ContentStore, ranks: Ranks
     ) -> None:
         self.branch, self.store, self.ranks = branch, store, ranks
-        schema, gathers_later = store.items.schema, chooses_items(settings.content)
-        self._items = ItemsOfBatch(
-            schema,
-            BatchBuilder(
-                schema,
-                pooled_features=[],
-                store=None if gathers_later else store,
-                encode_history=branch.encodes_history,
-                with_labels=False,
-            ),
-        )
-        vocabularies = BoundedVocabularies(schema, [], ranks.group)
-        config = settings.config
-        self._preparation = BatchPreparation(
-            settings.content,
-            store,
-            branch.bank,
-            vocabularies,
-            ranks.group,
-            seed=config.seed,
-            outputs=branch.outputs,
-        )
+        content, schema, group = settings.content, store.items.schema, ranks.group
+        batch_store = None if chooses_items(content) else store
+        build = BatchBuilder(schema, [], batch_store, branch.encodes_history, with_labels=False)
+        self.add_items = ItemsOfBatch(build)
+        parts = content, store, branch.bank, BoundedVocabularies(schema, [], group), group
+        self.preparation = BatchPreparation(*parts, seed=settings.seed, outputs=branch.outputs)
 
     def batches(
         self, source: Iterable[TorchRecBatch], require_ready: Callable[[], None] = lambda: None
@@ -179,5 +142,4 @@ class ItemContent:
         Raises:
             ValueError: on every rank, during iteration: a feature is missing, or an id has no row.
         """
-        parts = self._items, self._preparation, self.branch, self.ranks
-        return ContentBatches(source, *parts, require_ready)
+        return ContentBatches(source, self, require_ready)

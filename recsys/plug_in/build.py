@@ -66,9 +66,8 @@ def add_content(
         num_items = _num_items(dlrm, settings.item)
     with _seeded(settings):
         result = DLRMWithContent(dlrm, _build(settings, num_items, ranks), settings)
-        if isinstance(model, DLRMTrain):
-            return DLRMWithContentTrain(result, settings.optimizer)
-        return result
+        is_train = isinstance(model, DLRMTrain)
+        return DLRMWithContentTrain(result, settings.optimizer) if is_train else result
 
 
 def build_item_content(
@@ -115,8 +114,8 @@ def _seeded(settings: PlugInSettings) -> Iterator[None]:
 def _build(settings: PlugInSettings, num_items: int, ranks: Ranks) -> ItemContent:
     """Build content and initialise its projections. A collective."""
     content, root, schema = settings.content, Location.of(settings.data), settings.schema(num_items)
-    cache, on_bad_row = settings.config.cache, settings.config.on_bad_row
-    store, encoders, bank = build_content(content, root, schema, ranks, cache, on_bad_row)
+    options = settings.cache, settings.on_bad_row
+    store, encoders, bank = build_content(content, root, schema, ranks, *options)
     assert store is not None
     with ranks.raise_on_all_ranks():
         branch = ContentBranch(encoders, content, bank, ranks.group).to(ranks.device)
@@ -143,11 +142,7 @@ def _ranks(device: torch.device) -> Ranks:
         )
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    return Ranks(
-        rank,
-        world_size,
-        int(os.environ.get("LOCAL_RANK", rank)),
-        int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-        device,
-        dist.new_group(backend=backend),
-    )
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    group = dist.new_group(backend=backend)
+    return Ranks(rank, world_size, local_rank, local_world_size, device, group)

@@ -36,11 +36,8 @@ class AddedColumns(nn.Module):
     def __init__(self, module: nn.Module, width: int) -> None:
         super().__init__()
         first = next((part for part in module.modules() if isinstance(part, nn.Linear)), None)
-        if (
-            first is None
-            or type(first) not in (nn.Linear, WidenedLinear)
-            or hasattr(module, "_orig_mod")
-        ):
+        is_plain = type(first) in (nn.Linear, WidenedLinear) and not hasattr(module, "_orig_mod")
+        if first is None or not is_plain:
             raise ValueError(
                 f"{type(module).__name__} has no linear layer that content could be added to; "
                 "give a DLRM as torchrec builds it, and compile it afterwards"
@@ -67,11 +64,7 @@ class WidenedModule(nn.Module):
         self._module = (module,)
         self.columns = AddedColumns(module, width) if width else None
 
-    def forward(
-        self,
-        x: Tensor,  # [B, X]
-        columns: Tensor,  # [B, Z]
-    ) -> Tensor:  # [B, ...], the module's output
+    def forward(self, x: Tensor, columns: Tensor) -> Tensor:  # [B, X], [B, Z] -> output [B, ...]
         with self.columns.added(columns) if self.columns is not None else nullcontext():
             output: Tensor = self._module[0](x)
         return output
@@ -101,18 +94,12 @@ class DotProducts(WidenedInteraction):
         num_original = original.F + 1
         pairs = torch.triu_indices(num_original + num_vectors, num_original + num_vectors, offset=1)
         rows, columns = pairs[:, pairs[1] >= num_original]
+        places = rows * num_vectors + columns - num_original
         self.register_buffer("pairs", pair_places(num_original), persistent=False)
-        self.register_buffer(
-            "places", rows * num_vectors + columns - num_original, persistent=False
-        )
+        self.register_buffer("places", places, persistent=False)
         self.num_columns = len(rows)
 
-    def forward(
-        self,
-        dense: Tensor,  # [B, D]
-        sparse: Tensor,  # [B, F, D]
-        vectors: Tensor,  # [B, K, D]
-    ) -> tuple[Tensor, Tensor]:  # [B, I], [B, J]
+    def forward(self, dense: Tensor, sparse: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         everything = torch.cat([dense.unsqueeze(1), sparse, vectors], dim=1)  # [B, 1 + F + K, D]
         products = everything @ vectors.transpose(1, 2)  # [B, 1 + F + K, K]
         content_columns = products.flatten(1).index_select(1, self.places)
@@ -136,19 +123,12 @@ class CrossNet(WidenedInteraction):
                 "LowRankCrossNet, as DLRM_DCN makes it"
             )
         self._crossnet = (crossnet,)
-        self.num_columns = num_vectors * dim
-        self.added = LowRankCrossNet(
-            self.num_columns, len(crossnet.bias), crossnet.V_kernels[0].shape[0]
-        )
+        self.num_columns, rank = num_vectors * dim, crossnet.V_kernels[0].shape[0]
+        self.added = LowRankCrossNet(self.num_columns, len(crossnet.bias), rank)
         for kernel in self.added.V_kernels:
             nn.init.zeros_(kernel)
 
-    def forward(
-        self,
-        dense: Tensor,  # [B, D]
-        sparse: Tensor,  # [B, F, D]
-        vectors: Tensor,  # [B, K, D]
-    ) -> tuple[Tensor, Tensor]:  # [B, I], [B, J]
+    def forward(self, dense: Tensor, sparse: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         net, content_net = self._crossnet[0], self.added
         first = torch.cat([dense.unsqueeze(1), sparse], dim=1).flatten(1)  # [B, (1 + F) * D]
         first_added = vectors.flatten(1)  # [B, K * D]
@@ -172,12 +152,7 @@ class Projections(WidenedInteraction):
         self.branch2 = AddedColumns(original.interaction_branch2, num_vectors * dim)
         self.num_columns = 0
 
-    def forward(
-        self,
-        dense: Tensor,  # [B, D]
-        sparse: Tensor,  # [B, F, D]
-        vectors: Tensor,  # [B, K, D]
-    ) -> tuple[Tensor, Tensor]:  # [B, I], [B, 0]
+    def forward(self, dense: Tensor, sparse: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         content_columns = vectors.flatten(1)
         with self.branch1.added(content_columns), self.branch2.added(content_columns):
             return self._original[0](dense, sparse), no_columns(dense)

@@ -1,13 +1,14 @@
 """Content in an existing DLRM: torchrec's DLRM, DLRM_DCN or DLRM_Projection.
 
-Names in the DLRM's checkpoints stay, and the first logits equal its own to the last bit.
+Names in the DLRM's checkpoints stay, and the first logits equal its own to the last bit. Tensors of
+checkpoints are shared with model and optimizer, whole or sharded: loading into them loads it.
 Shapes: B batch, F sparse features, K content vectors, D dimension of the DLRM, C of content,
 S further features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -30,24 +31,11 @@ from recsys.ranking.layers.fields import history_numbers, num_history_numbers
 
 
 class ContentInputs(NamedTuple):
-    """Inputs that content adds to a DLRM.
+    """Inputs that content adds to a DLRM."""
 
-    vectors: [B, K, D], of the target item and, with a history, the user's interest in it.
-    features: [B, S], similarities of target and history, for the over arch.
-    target: [B, C], the target item's content vector itself.
-    """
-
-    vectors: Tensor
-    features: Tensor
-    target: Tensor
-
-
-class Ranked(NamedTuple):
-    """Logits [B, 1], and the target's ID embedding [B, D] and content vector [B, C]."""
-
-    logits: Tensor
-    item: Tensor
-    content: Tensor
+    vectors: Tensor  # [B, K, D], of the target and, with a history, the user's interest in it
+    features: Tensor  # [B, S], similarities of target and history, for the over arch
+    target: Tensor  # [B, C], the target item's content vector itself
 
 
 class ContentOfBatch(nn.Module):
@@ -57,8 +45,7 @@ class ContentOfBatch(nn.Module):
         self, branch: ContentBranch, settings: ContentSettings, dim: int, has_history: bool
     ) -> None:
         super().__init__()
-        self.branch = branch
-        self.dim = settings.dim
+        self.branch, self.dim = branch, settings.dim
         self.target_map = nn.Linear(settings.dim, dim)
         self.num_vectors, self.num_features = 1, 0
         self.interest: ContentInterest | None = None
@@ -91,14 +78,10 @@ class ContentHead(nn.Module):
         self.over = WidenedModule(dlrm.over_arch, self.interaction.num_columns + num_features)
 
     def forward(
-        self,
-        dense: Tensor,  # [B, D]
-        sparse: Tensor,  # [B, F, D]
-        vectors: Tensor,  # [B, K, D]
-        features: Tensor,  # [B, S]
-    ) -> Tensor:  # [B, 1]
-        interaction, columns = self.interaction(dense, sparse, vectors)
-        logits: Tensor = self.over(interaction, torch.cat([columns, features], dim=1))
+        self, dense: Tensor, sparse: Tensor, content: ContentInputs
+    ) -> Tensor:  # [B, D], [B, F, D] -> [B, 1]
+        interaction, columns = self.interaction(dense, sparse, content.vectors)
+        logits: Tensor = self.over(interaction, torch.cat([columns, content.features], dim=1))
         return logits
 
 
@@ -135,15 +118,16 @@ class DLRMWithContent(nn.Module):
         self.content = content
         self.content_head = ContentHead(dlrm, content.num_vectors, content.num_features, dim)
 
-    def rank(self, batch: Batch) -> Ranked:
+    def rank(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits [B, 1], and the target's ID embedding [B, D] and content vector [B, C]."""
         content = self.content(batch)
         dense = self.dense_arch(batch.dense_features)
         sparse = self.sparse_arch(batch.sparse_features)
-        logits = self.content_head(dense, sparse, content.vectors, content.features)
-        return Ranked(logits, sparse[:, self.item_place], content.target)
+        logits = self.content_head(dense, sparse, content)
+        return logits, sparse[:, self.item_place], content.target
 
     def forward(self, batch: Batch) -> Tensor:  # [B, 1]
-        return self.rank(batch).logits
+        return self.rank(batch)[0]
 
 
 class DLRMWithContentTrain(nn.Module):
@@ -157,20 +141,18 @@ class DLRMWithContentTrain(nn.Module):
         super().__init__()
         self.model, self.items, self.rates = model, model.items, rates
         self._has_optimizer = rates is None
-        self.loss_fn = nn.BCEWithLogitsLoss()
-        self.weight = model.contrastive.weight
+        self.loss_fn, self.weight = nn.BCEWithLogitsLoss(), model.contrastive.weight
         self.contrastive: ContentIDContrastive | None = None
         if self.weight > 0:
             dims = model.content.dim, model.content.target_map.out_features
             self.contrastive = ContentIDContrastive(*dims, model.contrastive)
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        ranked = self.model.rank(batch)
-        logits = ranked.logits.squeeze(-1)
+        logits, item, content = self.model.rank(batch)
+        logits = logits.squeeze(-1)
         loss = self.loss_fn(logits, batch.labels.float())
         if self.contrastive is not None:
-            contrastive = self.contrastive(ranked.content, ranked.item, batch.target.items)
-            loss = loss + self.weight * contrastive
+            loss = loss + self.weight * self.contrastive(content, item, batch.target.items)
         return loss, (loss.detach(), logits.detach(), batch.labels.detach())
 
     def optimizer(self, optimizer: KeyedOptimizer) -> KeyedOptimizer:
@@ -216,20 +198,14 @@ def with_content_optimizer(
             f"the optimizer is a {type(optimizer).__name__}; give a torchrec KeyedOptimizer, such "
             "as CombinedOptimizer([model.fused_optimizer, KeyedOptimizerWrapper(...)])"
         )
-    prefixes = new_prefixes(model)
+    prefixes, decay = new_prefixes(model), rates.weight_decay
     new = {name: p for name, p in model.named_parameters() if name.startswith(prefixes)}
     _take_out(optimizer, {id(parameter) for parameter in new.values()})
     trained = {name: parameter for name, parameter in new.items() if parameter.requires_grad}
-    encoders = [f"{prefix}branch.encoders." for prefix in prefixes]
-    decay = rates.weight_decay
-    groups = parameter_groups(
-        model,
-        trained,
-        [
-            DenseGroup("encoders", encoders, rates.encoder_learning_rate, decay),
-            DenseGroup("content", [""], rates.learning_rate, decay),
-        ],
-    )
+    encoder_prefixes = [f"{prefix}branch.encoders." for prefix in prefixes]
+    encoders = DenseGroup("encoders", encoder_prefixes, rates.encoder_learning_rate, decay)
+    content = DenseGroup("content", [""], rates.learning_rate, decay)
+    groups = parameter_groups(model, trained, [encoders, content])
     ordered = {name: trained[name] for group in groups for name in group.pop("names")}
     adamw = torch.optim.AdamW(groups, fused=True)
     return CombinedOptimizer([optimizer, KeyedOptimizerWrapper(ordered, lambda _: adamw)])
@@ -244,5 +220,71 @@ def _take_out(optimizer: KeyedOptimizer, parameters: set[int]) -> None:
     for name in [name for name, parameter in by_name.items() if id(parameter) in parameters]:
         optimizer.state.pop(by_name.pop(name), None)
     for group in optimizer.param_groups:
-        remaining = [parameter for parameter in group["params"] if id(parameter) not in parameters]
-        group["params"][:] = remaining
+        group["params"][:] = [p for p in group["params"] if id(p) not in parameters]
+
+
+def dlrm_state(
+    model: nn.Module, optimizer: KeyedOptimizer | None = None
+) -> dict[str, dict[str, Any]]:
+    """Return the content of a checkpoint of the DLRM alone: {"model": ..., "optimizer": ...}.
+
+    To load, create the optimizer's state (`init_state`), pass the result to
+    `torch.distributed.checkpoint.load` and then to `load_dlrm`. An optimizer without state, such as
+    plain SGD, is left out.
+
+    Example::
+
+        from recsys.plug_in import add_content, dlrm_state, load_dlrm
+
+        model = add_content(dlrm, "content.yaml", device)
+        state = dlrm_state(model)  # torch.distributed.checkpoint.load(state, ...) fills it
+        assert state["model"].keys() == dlrm.state_dict().keys()
+        load_dlrm(model, state)
+    """
+    new = new_prefixes(model)
+    weights = {key: value for key, value in model.state_dict().items() if not key.startswith(new)}
+    moments = optimizer.state_dict()["state"] if optimizer is not None else {}
+    moments = {key: value for key, value in moments.items() if value and not key.startswith(new)}
+    return {"model": weights} | ({"optimizer": {"state": moments}} if moments else {})
+
+
+def load_dlrm(
+    model: nn.Module,
+    state: Mapping[str, Mapping[str, Any]],
+    optimizer: KeyedOptimizer | None = None,
+) -> None:
+    """Load a DLRM's checkpoint; the content parameters do not change.
+
+    `state` is {"model": ..., "optimizer": ...}, as `dlrm_state` returns it.
+
+    Raises:
+        ValueError: the state is not that of this DLRM, with the first name that differs.
+
+    Example::
+
+        from recsys.plug_in import add_content, load_dlrm
+
+        model = add_content(dlrm, "content.yaml", device)
+        load_dlrm(model, {"model": dlrm.state_dict()})
+    """
+    current = dlrm_state(model, optimizer)
+    _check_names(current["model"], state["model"], "model")
+    model.load_state_dict({**model.state_dict(), **state["model"]})
+    if optimizer is not None:
+        empty: dict[str, Any] = {"state": {}}
+        loaded = state.get("optimizer", empty)["state"]
+        loaded = {key: value for key, value in loaded.items() if value}
+        _check_names(current.get("optimizer", empty)["state"], loaded, "optimizer")
+        moments = optimizer.state_dict()
+        moments["state"] = {**moments["state"], **loaded}
+        optimizer.load_state_dict(moments)
+
+
+def _check_names(expected: Mapping[str, Any], loaded: Mapping[str, Any], part: str) -> None:
+    """Raise a ValueError for the first name that only one of both states has."""
+    for name in sorted(expected.keys() ^ loaded.keys()):
+        place = "this DLRM" if name in expected else "the checkpoint"
+        raise ValueError(
+            f"{part} state '{name}' is only in {place}; a checkpoint fits the DLRM it was written "
+            "by, and an optimizer that has state (`optimizer.init_state()`)"
+        )

@@ -43,16 +43,6 @@ class PlugInSettings:
     cache: str | None = None  # folder of encoded items; default ~/.cache/recsys
     seed: int = 0  # seed of the new weights
 
-    @property
-    def config(self) -> Config:
-        return Config(
-            content=self.content,
-            contrastive=self.contrastive,
-            on_bad_row=self.on_bad_row,
-            cache=self.cache,
-            seed=self.seed,
-        )
-
     def schema(self, num_items: int) -> Schema:
         columns = {self.item: Column("id", num_embeddings=num_items)}
         if self.history is not None:
@@ -62,12 +52,8 @@ class PlugInSettings:
             for kind in make_kinds(self.content.modalities).values()
         }
         content |= {name: c for name, c in self.item_columns.items() if name in content}
-        return Schema(
-            target_item=self.item,
-            group=self.item,
-            columns=columns,
-            items=Items(self.item_column or self.item, content),
-        )
+        items = Items(self.item_column or self.item, content)
+        return Schema(target_item=self.item, group=self.item, columns=columns, items=items)
 
 
 def load_plug_in_settings(path: Path | str) -> PlugInSettings:
@@ -100,7 +86,8 @@ def load_plug_in_settings(path: Path | str) -> PlugInSettings:
 
 def check(settings: PlugInSettings) -> None:
     """Check constraints between settings."""
-    validate(settings.config)
+    names = ("content", "contrastive", "on_bad_row", "cache", "seed")  # those of a run
+    validate(Config(**{name: getattr(settings, name) for name in names}))
     if columns := settings.content.history.columns:
         raise ValueError(
             f"content.history.columns is {columns}, but the plug-in reads the content of one "

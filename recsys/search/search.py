@@ -64,11 +64,6 @@ class SearchStopped(Exception):
 class Search:
     """A search in the folder `out`, of values in `space` for the recipe `config`.
 
-    num_trials: number of trials, those of earlier commands on the folder included.
-    seeds: runs of each dataset, from the recipe's seed on.
-    nproc: ranks of each training.
-    prunes: stop trials that are worse than the median of others at the same validation.
-
     A value that does not fit the recipe, or a folder of another search, is a ValueError.
     """
 
@@ -76,12 +71,12 @@ class Search:
     space: Sequence[Parameter]
     data: Sequence[str]
     out: Path
-    num_trials: int
+    num_trials: int  # those of earlier commands on the folder included
     jobs: int = 1
-    seeds: int = 1
-    nproc: int = 1
+    seeds: int = 1  # runs of each dataset, from the recipe's seed on
+    nproc: int = 1  # ranks of each training
     sampler: Literal["tpe", "random", "grid"] = "tpe"
-    prunes: bool = True
+    prunes: bool = True  # trials worse than the median of others at the same validation
     keep_checkpoints: Literal["best", "all"] = "best"
 
     def __post_init__(self) -> None:
@@ -98,21 +93,20 @@ class Search:
         with self._locked():
             if not (self.out / DATABASE).exists():
                 self._create(grid)
-            self.storage = optuna.storages.RDBStorage(_url(self.out / DATABASE))
+            database = (self.out / DATABASE).absolute()
+            self.storage = optuna.storages.RDBStorage(f"sqlite:///{database}")
             self._require_same()
 
     def _create(self, grid: Sequence[dict[str, object]]) -> None:
         names = sorted(path.name for path in self.out.iterdir() if path.name != RECIPE)
         if other_names := [name for name in names if not name.startswith(".")]:
-            raise ValueError(
-                f"{self.out}: holds '{other_names[0]}', but no search; choose another --out"
-            )
+            problem = f"holds '{other_names[0]}', but no search; choose another --out"
+            raise ValueError(f"{self.out}: {problem}")
         with whole_file(self.out / RECIPE) as partial:
             save_config(self.config, partial)
         with whole_file(self.out / DATABASE) as partial:
-            study = optuna.create_study(
-                storage=_url(partial), study_name=NAME, direction="maximize"
-            )
+            url = f"sqlite:///{partial.absolute()}"
+            study = optuna.create_study(storage=url, study_name=NAME, direction="maximize")
             for values in grid:
                 study.enqueue_trial(values)
             study.set_user_attr(ABOUT, self._about())
@@ -120,16 +114,11 @@ class Search:
     def _about(self) -> dict[str, object]:
         """Return everything that the trials have in common, as JSON values by name."""
         plain = to_plain(self.config)
-        settings = {name: value for name, value in plain.items() if name not in FREE}
-        about = {
-            **flattened(settings),
-            **{f"space {p.name}": repr((p.distribution, p.sets)) for p in self.space},
-            **{f"content of {data}": dataset_digest(Location.of(data)) for data in self.data},
-            "--seeds": self.seeds,
-            "--nproc": self.nproc,
-            "--sampler": self.sampler,
-            "--prune": self.prunes,
-        }
+        about = flattened({name: value for name, value in plain.items() if name not in FREE})
+        about |= {f"space {p.name}": repr((p.distribution, p.sets)) for p in self.space}
+        about |= {f"content of {data}": dataset_digest(Location.of(data)) for data in self.data}
+        about |= {"--seeds": self.seeds, "--nproc": self.nproc}
+        about |= {"--sampler": self.sampler, "--prune": self.prunes}
         return dict(json.loads(json.dumps(about)))
 
     def _require_same(self) -> None:
@@ -205,8 +194,8 @@ class Search:
 
     def _run(self, trial: Trial, log: IO[str]) -> None:
         """Run a trial and record its end; one with the values of a complete trial has its value."""
-        equal = [t for t in self.trials(TrialState.COMPLETE) if t.params == trial.params]
         state, value, cause = TrialState.COMPLETE, None, ""
+        equal = [t for t in self.trials(TrialState.COMPLETE) if t.params == trial.params]
         try:
             if equal:
                 value, cause = equal[0].values[0], f"as trial {equal[0].number}"
@@ -219,21 +208,16 @@ class Search:
         with self._locked():
             self._study(0).tell(trial.number, value, state)
             ended, best = self.trials(*ENDED), self._keep_best()
-        logger.info(
-            "trial %d: %s%s; %d of %d ended%s",
-            trial.number,
-            state.name.lower() if value is None else f"{value:.4f}",
-            f" ({cause})" if cause else "",
-            len(ended),
-            self.num_trials,
-            f", best {best.values[0]:.4f} of trial {best.number}" if best is not None else "",
-        )
-        if len(ended) >= min(FAILURES, self.num_trials) and all(
-            trial.state == TrialState.FAIL for trial in ended
-        ):
-            raise ValueError(
-                f"{self.out}: the first {len(ended)} trials failed, the last one so: {cause}"
-            )
+        result = state.name.lower() if value is None else f"{value:.4f}"
+        result += f" ({cause})" if cause else ""
+        progress = f"{len(ended)} of {self.num_trials} ended"
+        if best is not None:
+            progress += f", best {best.values[0]:.4f} of trial {best.number}"
+        logger.info("trial %d: %s; %s", trial.number, result, progress)
+        all_failed = all(trial.state == TrialState.FAIL for trial in ended)
+        if all_failed and len(ended) >= min(FAILURES, self.num_trials):
+            problem = f"the first {len(ended)} trials failed, the last one so: {cause}"
+            raise ValueError(f"{self.out}: {problem}")
 
     def _score_of(self, trial: Trial, log: IO[str]) -> float:
         """Train all runs of a trial; return the mean of their scores. Others may prune it."""
@@ -255,13 +239,14 @@ class Search:
         return fmean(scores)
 
     def _command(self, run: Path, data: str, seed: int) -> list[str]:
-        launcher = [sys.executable, "-m", "recsys.cli"]
+        launcher = [sys.executable, "-m"]
         if self.nproc > 1:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            launcher += ["--nproc-per-node", str(self.nproc), "-m", "recsys.cli"]
+            launcher += ["torch.distributed.run", "--standalone"]
+            launcher += ["--nproc-per-node", str(self.nproc), "-m"]
         trackers = json.dumps([*self.config.tracker, TRACKER])
-        command = [*launcher, "train", "--config", str(self.out / RECIPE), "--data", data]
-        return [*command, "--out", str(run), "--seed", str(seed), "--tracker", trackers]
+        command = [*launcher, "recsys.cli", "train", "--config", str(self.out / RECIPE)]
+        command += ["--data", data, "--out", str(run), "--seed", str(seed)]
+        return [*command, "--tracker", trackers]
 
     def _train(
         self, command: list[str], log: IO[str], trial: Trial, run: Path, num_runs: int
@@ -292,8 +277,8 @@ class Search:
 
     def _score(self, metrics: dict[str, float]) -> float:
         """Return the score of a validation; trackers name `@` otherwise."""
-        metric_values = {name.replace("_at_", "@"): value for name, value in metrics.items()}
-        score = selection_score(metric_values, self.config.best_model_by)
+        metrics = {name.replace("_at_", "@"): value for name, value in metrics.items()}
+        score = selection_score(metrics, self.config.best_model_by)
         assert score is not None, "a validation without a score ends its run"
         return score
 
@@ -312,12 +297,11 @@ class Search:
 
     def _study(self, number: int) -> optuna.Study:
         samplers, pruners = optuna.samplers, optuna.pruners
-        sampler = samplers.TPESampler if self.sampler == "tpe" else samplers.RandomSampler
+        kind = samplers.TPESampler if self.sampler == "tpe" else samplers.RandomSampler
+        sampler = kind(seed=self.config.seed * SEEDS_APART + number)
+        pruner = pruners.MedianPruner() if self.prunes else pruners.NopPruner()
         return optuna.load_study(
-            storage=self.storage,
-            study_name=NAME,
-            sampler=sampler(seed=self.config.seed * SEEDS_APART + number),
-            pruner=pruners.MedianPruner() if self.prunes else pruners.NopPruner(),
+            storage=self.storage, study_name=NAME, sampler=sampler, pruner=pruner
         )
 
     def _folder_of(self, number: int) -> Path:
@@ -345,10 +329,6 @@ def _report(trial: Trial, place: int, score: float) -> None:
     trial.report(score, place)
     if trial.should_prune():
         raise optuna.TrialPruned
-
-
-def _url(database: Path) -> str:
-    return f"sqlite:///{database.absolute()}"
 
 
 def dataset_digest(data: Location) -> str:

@@ -29,15 +29,11 @@ Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 
 @dataclass(frozen=True)
 class Parameter:
-    """A setting or a group of settings, and the values that it may have.
-
-    distribution: Optuna's form of the values; choices are JSON texts, groups are names.
-    sets: settings of each group by its name; empty for a single setting.
-    """
+    """A setting or a group of settings, and the values that it may have."""
 
     name: str
-    distribution: Distribution
-    sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    distribution: Distribution  # choices are JSON texts, groups are names
+    sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of a group, by name
 
     def settings(self, value: Any) -> dict[str, Any]:
         """Return settings by full name for a value as Optuna stores it."""
@@ -56,7 +52,7 @@ class Parameter:
         """Return all values, as Optuna stores them; a ValueError for floats without a step."""
         ranged = self.distribution
         if isinstance(ranged, CategoricalDistribution):
-            return list(ranged.choices)
+            return self.extremes()
         if ranged.step is None or ranged.log:
             raise ValueError(
                 f"--space: '{self.name}' has no list of values for --sampler grid; give a step or "

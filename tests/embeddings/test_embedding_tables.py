@@ -9,12 +9,8 @@ from torch import nn
 from embeddings import TableConfig, build_embedding_collection, fuse_table_optimizers
 from embeddings import tables as tables_module
 from embeddings.tables import NormalInitializer, check_tables
-from recsys.optimizer import (
-    DenseGroup,
-    build_dense_optimizer,
-    dense_parameters,
-    describe_optimizers,
-)
+from recsys.optimizer import DenseGroup, build_dense_optimizer
+from recsys.optimizer.dense import dense_parameters, describe_optimizers
 from tests.embeddings.tables_model import TablesModel, sharded_model, table_configs
 from tests.ranks import run_on_ranks
 

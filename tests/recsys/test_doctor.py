@@ -153,7 +153,7 @@ def test_the_doctor_gives_torchs_reason_for_a_gpu_that_it_cannot_use(driver) -> 
     assert DRIVER_TOO_OLD in the_problem().what
     assert doctor.main() == 1
     with pytest.raises(ValueError, match="too old"):
-        find_cluster("auto")
+        find_cluster("auto", 1, None, None)
 
 
 @pytest.mark.parametrize(

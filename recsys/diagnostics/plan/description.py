@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -47,7 +47,7 @@ from recsys.kernels import refused_kernels
 from recsys.model.build import build_em3
 from recsys.model.em3 import EM3
 from recsys.model.tables import check_placement, planner_hardware, pooled_features, table_configs
-from recsys.optimizer import count_state, dense_parameters
+from recsys.optimizer.dense import count_state, dense_parameters
 from recsys.storage.location import Location
 
 # More bytes than any table needs: for the plan of devices with unlimited memory.
@@ -87,26 +87,21 @@ def _table_part(memory: TableMemory) -> ModelPart:
     table, ranks = memory.table, sorted({shard.rank for shard in memory.shards})
     fullest = max(ranks, key=lambda rank: sum(memory.on_rank(rank)))
     weights, state = memory.on_rank(fullest)
-    place = f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks"
+    place = f"{memory.sharding} on "
+    place += f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks"
     if table.kernel != "fused":
         place += ", in host memory"
-    return ModelPart(
-        name=f"table {table.name}",
-        parameters=table.num_embeddings * table.embedding_dim,
-        trained_by="nothing" if table.frozen else table.optimizer,
-        where=f"{memory.sharding} on {place}",
-        weight_bytes=weights,
-        gradient_bytes=0,  # table gradients are applied in the backward, row by row
-        state_bytes=state,
-    )
+    size = table.num_embeddings * table.embedding_dim
+    trainer = "nothing" if table.frozen else table.optimizer
+    # Gradients of tables take no memory: the backward applies them row by row.
+    return ModelPart(f"table {table.name}", size, trainer, place, weights, 0, state)
 
 
 def _dense_parts(em3: EM3, world_size: int, optimizer: OptimizerSettings) -> Iterator[ModelPart]:
     trained = dense_parameters(em3)
     state_sizes = count_state(optimizer, {name: part.shape for name, part in trained.items()})
     table_ids = {id(parameter) for _, parameter in table_parameters(em3)}
-    sizes: Counter[tuple[str, bool]] = Counter()
-    state: Counter[tuple[str, bool]] = Counter()
+    sizes, state = Counter[tuple[str, bool]](), Counter[tuple[str, bool]]()
     for name, parameter in em3.named_parameters():
         if id(parameter) not in table_ids:
             key = part_of(name), name in trained
@@ -114,20 +109,12 @@ def _dense_parts(em3: EM3, world_size: int, optimizer: OptimizerSettings) -> Ite
             state[key] += state_sizes.get(name, 0)
     copies = 1 if world_size == 1 else 2
     for (name, is_trained), size in sizes.items():
-        yield ModelPart(
-            name=name if is_trained else f"{name}, frozen",
-            parameters=size,
-            trained_by=optimizer.name if is_trained else "nothing",
-            where="every rank",
-            weight_bytes=FLOAT * size,
-            gradient_bytes=FLOAT * size * copies * is_trained,
-            state_bytes=FLOAT * state[name, is_trained],
-        )
-
-
-def _statistics_parts(em3: EM3) -> Iterator[ModelPart]:
-    """Yield the statistics of items, which grow with these and which every rank holds whole."""
-    if em3.neighbours is not None:
+        title = name if is_trained else f"{name}, frozen"
+        gradients, moments = size * copies * is_trained, state[name, is_trained]
+        num_bytes = (FLOAT * number for number in (size, gradients, moments))
+        trainer = optimizer.name if is_trained else "nothing"
+        yield ModelPart(title, size, trainer, "every rank", *num_bytes)
+    if em3.neighbours is not None:  # statistics of items, which grow with these
         buffers = (getattr(em3.neighbours, name) for name in em3.neighbours.item_row_buffers)
         size = sum(buffer.nbytes for buffer in buffers)
         yield ModelPart("statistics of neighbours", 0, "nothing", "every rank", size, 0, 0)
@@ -149,8 +136,8 @@ class RankMemory:
     dense: int
     bank: int
     limit: int
-    host_tables: int = 0
-    host_limit: int = 0
+    host_tables: int
+    host_limit: int
 
     @property
     def total(self) -> int:
@@ -159,31 +146,22 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Description:
-    """Everything that `recsys describe` prints.
-
-    times: of a step's tables, as TorchRec expects them on GPUs; None on CPU.
-    problems: why the tables do not fit, with fixes; the plan is then for unlimited memory.
-    frozen_layers: by encoder with cached outputs, the parameters that run only before training.
-    without_kernel: operators that PyTorch computes on CPU though a kernel exists, and why.
-    """
+    """Everything that `recsys describe` prints."""
 
     cluster: Cluster
     parts: list[ModelPart]
     table_bytes: list[int]  # by rank
     memory: RankMemory
-    times: RankTime | None
+    times: RankTime | None  # of a step's tables, as TorchRec expects them on GPUs; None on CPU
     plan: str
-    problems: list[str]
-    frozen_layers: dict[str, int]
+    problems: list[str]  # why tables do not fit, with fixes; the plan is for unlimited memory
+    frozen_layers: dict[str, int]  # parameters that run only before training, by encoder
     training_rows: int
-    without_kernel: dict[str, str]
+    without_kernel: dict[str, str]  # why PyTorch computes on CPU though a kernel exists
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "world_size": self.cluster.world_size,
-            "parameters": sum(part.parameters for part in self.parts),
-        }
+        parameters = sum(part.parameters for part in self.parts)
+        return asdict(self) | {"world_size": self.cluster.world_size, "parameters": parameters}
 
 
 def describe(
@@ -204,31 +182,28 @@ def describe(
     em3, frozen_layers = _meta_em3(config, root, schema, tables)
     plan, problems, times = _plan(config, em3, tables, cluster)
     memories = [table_memory(table, plan) for table in tables]
-    parts = [
-        *map(_table_part, memories),
-        *_dense_parts(em3, world_size, config.optimizer),
-        *_statistics_parts(em3),
-    ]
+    parts = [*map(_table_part, memories), *_dense_parts(em3, world_size, config.optimizer)]
     is_native = device.kind == "cpu" and config.kernels != "torch"
     sharing = range(world_size // config.embedding.parallel.copies)
     table_bytes = [sum(memory.on_device_of(rank) for memory in memories) for rank in sharing]
     host_bytes = [sum(memory.on_host_of(rank) for memory in memories) for rank in sharing]
+    memory = RankMemory(
+        tables=max(table_bytes),
+        dense=sum(part.bytes for part in parts if part.where == "every rank"),
+        bank=_bank_bytes(config, em3, world_size),
+        limit=device.memory_bytes,
+        host_tables=max(host_bytes),
+        host_limit=device.host_memory_bytes,
+    )
     return Description(
-        cluster=cluster,
-        parts=parts,
-        table_bytes=table_bytes,
-        memory=RankMemory(
-            tables=max(table_bytes),
-            dense=sum(part.bytes for part in parts if part.where == "every rank"),
-            bank=_bank_bytes(config, em3, world_size),
-            limit=device.memory_bytes,
-            host_tables=max(host_bytes),
-            host_limit=device.host_memory_bytes,
-        ),
-        times=times,
-        plan=format_plan(plan, tables),
-        problems=problems,
-        frozen_layers=frozen_layers,
+        cluster,
+        parts,
+        table_bytes,
+        memory,
+        times,
+        format_plan(plan, tables),
+        problems,
+        frozen_layers,
         training_rows=_read_a_batch(config, root, schema),
         without_kernel=dict(refused_kernels(em3) if is_native else ()),
     )
@@ -238,14 +213,11 @@ def _bank_bytes(config: Config, em3: EM3, world_size: int) -> int:
     branch, content = em3.content, content_settings(config.content)
     if branch is None or branch.bank is None or content is None:
         return 0
-    dims, num_bytes = [branch.bank.dim], 0
-    if branch.outputs is not None:
-        dims.append(branch.outputs.bank.dim)
-    for dim in dims:
-        rows = branch.bank.num_items
-        if not is_replicated(rows, dim, world_size, content.history.bank):
-            rows = -(-rows // world_size)
-        num_bytes += FLOAT * rows * (dim + 1)
+    banks = [branch.bank] if branch.outputs is None else [branch.bank, branch.outputs.bank]
+    num_bytes, items, placement = 0, branch.bank.num_items, content.history.bank
+    for dim in (bank.dim for bank in banks):
+        is_whole = is_replicated(items, dim, world_size, placement)
+        num_bytes += FLOAT * (items if is_whole else -(-items // world_size)) * (dim + 1)
     return num_bytes
 
 
@@ -272,9 +244,13 @@ def _meta_em3(
     if content is not None:
         widths = _feature_widths(root, schema, content.modalities)
         for name, modality in content.modalities.items():
-            encoders[name] = _meta_encoder(name, modality, widths.get(name))
+            # A module of the user's own may do anything with its weights.
+            with torch.device("cpu" if modality.module else "meta"):
+                encoders[name] = build_encoder(name, modality, widths.get(name))
             if encoders[name].caches and modality.cache_frozen_layers:
-                frozen_layers[name] = _drop_frozen_layers(encoders[name])
+                size = _num_parameters(encoders[name])
+                encoders[name].drop_frozen_layers()
+                frozen_layers[name] = size - _num_parameters(encoders[name])
         if content.history.mode != "full":
             bank = MemoryBank(schema.num_items, content.vector_dim, "meta")
     em3 = build_em3(config, schema, tables, encoders, bank)
@@ -333,25 +309,15 @@ def _first_values(file: Location, column: str) -> pa.Array:
         raise ValueError(f"{file}: column '{column}' cannot be read ({error})") from error
 
 
-def _meta_encoder(name: str, modality: ModalitySettings, width: int | None) -> Encoder:
-    if modality.module:  # user code, which may do anything with its weights
-        return build_encoder(name, modality)
-    with torch.device("meta"):
-        return build_encoder(name, modality, width)
-
-
-def _drop_frozen_layers(encoder: Encoder) -> int:
-    before = sum(parameter.numel() for parameter in encoder.parameters())
-    encoder.drop_frozen_layers()
-    return before - sum(parameter.numel() for parameter in encoder.parameters())
+def _num_parameters(encoder: Encoder) -> int:
+    return sum(parameter.numel() for parameter in encoder.parameters())
 
 
 def _plan(
     config: Config, em3: EM3, tables: list[TableConfig], cluster: Cluster
 ) -> tuple[ShardingPlan, list[str], RankTime | None]:
     settings, batch_size, device = config.embedding, config.batch_size, cluster.device
-    copies, types = settings.parallel.copies, settings.communication
-    wires = sharders(types.forward, types.backward)
+    copies, wires = settings.parallel.copies, sharders(*astuple(settings.communication))
 
     def plan_on(where: Cluster) -> ShardingPlan:
         return plan_sharding(

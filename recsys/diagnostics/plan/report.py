@@ -54,15 +54,12 @@ def parse_rows(words: list[str]) -> dict[str, int]:
 
 
 def find_cluster(
-    device: str,
-    nodes: int = 1,
-    ranks_per_node: int | None = None,
-    memory_bytes: float | None = None,
+    device: str, nodes: int, ranks_per_node: int | None, memory_bytes: float | None
 ) -> Cluster:
     """Return the cluster that the command line names; an unusable option is a ValueError.
 
-    `device` is a name in `DEVICES`, or auto, cpu or cuda. The default of `memory_bytes` is that of
-    the data sheet, else this machine's.
+    `device` is a name in `DEVICES`, or auto, cpu or cuda. `memory_bytes` is by default that of the
+    data sheet, else this machine's.
     """
     names = [*DEVICES, "cpu", "cuda", "auto"]
     if device not in names:
@@ -142,7 +139,6 @@ def _parts(description: Description) -> str:
 
 def _memory(description: Description) -> str:
     memory = description.memory
-    least, most = min(description.table_bytes), max(description.table_bytes)
     rows = [
         ("memory per rank", "bytes"),
         ("tables and their optimizers", in_bytes(memory.tables)),
@@ -154,8 +150,9 @@ def _memory(description: Description) -> str:
         host = f"{in_bytes(memory.host_tables)} of {in_bytes(memory.host_limit)}"
         rows.append(("tables in host memory", host))
     text = align_columns(rows)
-    if len(description.table_bytes) > 1:
-        text += f"\ntables: {in_bytes(least)} on the emptiest rank, {in_bytes(most)} on the fullest"
+    if len(sizes := description.table_bytes) > 1:
+        ends = in_bytes(min(sizes)), in_bytes(max(sizes))
+        text += f"\ntables: {ends[0]} on the emptiest rank, {ends[1]} on the fullest"
     return text
 
 
@@ -173,16 +170,14 @@ def _shortened(plan: str) -> str:
 def _times(description: Description) -> list[str]:
     if description.times is None:
         return []
-    total, host_link = description.times
+    (total, host_link), device = description.times, description.cluster.device
     text = f"tables per step: {total:.3g} ms on the slowest rank, as TorchRec estimates lookups, "
     text += "updates and exchanges"
     if host_link:
         text += f"; {host_link:.3g} ms of them over the host link"
-    if description.cluster.device.hardware.is_unknown:
-        text += (
-            f"\nbandwidths of {description.cluster.device.name} are unknown: TorchRec's defaults "
-            "stand in; set embedding.hardware"
-        )
+    if device.hardware.is_unknown:
+        text += f"\nbandwidths of {device.name} are unknown: TorchRec's defaults stand in; set "
+        text += "embedding.hardware"
     return [text]
 
 
@@ -207,15 +202,14 @@ def _verdict(description: Description) -> str:
             f"fits, {in_bytes(free_bytes)} per rank are left; but dense parts and bank take "
             f"{in_bytes(other_bytes)}, and the planner counts on {in_bytes(reserve)} for them"
         )
+    bank_fix = (
+        "more ranks, a smaller content.dim, content.history.similarity_features false (no vectors "
+        "of single modalities), or fewer rows for the item table"
+    )
     size, name, fix = max(
         (memory.tables, "tables", "more ranks, a smaller embedding.dim or fewer rows"),
         (memory.dense, "dense parts", "smaller encoders, or fewer layers that train"),
-        (
-            memory.bank,
-            "the memory bank",
-            "more ranks, a smaller content.dim, content.history.similarity_features false "
-            "(no vectors of single modalities), or fewer rows for the item table",
-        ),
+        (memory.bank, "the memory bank", bank_fix),
     )
     return (
         f"does not fit\n  {in_bytes(memory.total)} per rank of {in_bytes(memory.limit)}; most is "

@@ -13,7 +13,7 @@ from recsys.checkpoint.run_folder import check_metrics, read_item_counts
 from recsys.checkpoint.run_schema import PARTITION
 from recsys.config.ranking import softmax_settings
 from recsys.data.item_frequency import PARTS
-from recsys.diagnostics.run_report.page import Section, Table, html_page
+from recsys.diagnostics.run_report.page import Section, html_page, metrics_table
 from recsys.diagnostics.run_report.projector import (
     category_column,
     check_folder,
@@ -25,13 +25,7 @@ from recsys.diagnostics.run_report.quality import item_popularity, learning_curv
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
-from recsys.evaluation.evaluate import (
-    require_usable,
-    score,
-    split_interactions,
-    split_scores,
-)
-from recsys.evaluation.metrics import marked_cell
+from recsys.evaluation.evaluate import require_usable, score, split_interactions, split_scores
 from recsys.evaluation.predict import data_of, load_run
 from recsys.evaluation.scores import SplitScores, read_scores
 from recsys.storage.files import read_json, write_whole
@@ -41,29 +35,17 @@ from recsys.storage.output_file import check_output
 logger = logging.getLogger(__name__)
 
 SPLIT = "test"
-PROBABILITY_METRICS = {
-    "logloss": "log loss",
-    "ne": "normalised entropy",
-    "calibration": "calibration",
-}
-ITEMS = 2000  # most frequent items in training, whose vectors are written
+PROBABILITIES = {"logloss": "log loss", "ne": "normalised entropy", "calibration": "calibration"}
 
 
 def report_run(
-    run: Path,
-    data: str | None,
-    out: Path | None,
-    ranks: Ranks,
-    device: str,
-    colour_by: str | None = None,
-) -> Path:
-    """Write the page of a run, by default `RUN/report.html`; return the file. A collective.
+    run: Path, data: str | None, out: Path, ranks: Ranks, device: str, colour_by: str | None
+) -> None:
+    """Write the page of a run. A collective.
 
-    The projector is the folder `report_projector` beside the page; `colour_by` names a column. A
-    run that is not finished, an `out` that cannot be used, and a column neither of texts nor of
-    integers are a ValueError.
+    The projector is the folder `report_projector` beside the page; `colour_by` names a column of
+    texts or integers.
     """
-    out = out or run / "report.html"
     with ranks.raise_on_all_ranks():
         check_output(out)
         projector = out.with_name(f"{out.stem}_projector")
@@ -78,8 +60,7 @@ def report_run(
     recorded = run.parents[1] if is_partition else run
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
-            item_counts = read_item_counts(run, job.schema.item_id_limit)
-            num_items = write_projector(projector, job, run, item_counts, ITEMS, table, category)
+            num_items = write_projector(projector, job, run, table, category)
             sections = [
                 results,
                 learning_curves(recorded, job.config.best_model_by, best_step(run)),
@@ -89,7 +70,6 @@ def report_run(
             ]
             write_whole(out, html_page(f"Run {recorded.resolve().name}", sections))
             logger.info("report written to %s", out)
-    return out
 
 
 def _of_metrics(run: Path, job: Job) -> tuple[Section, Section]:
@@ -120,9 +100,8 @@ def _scored_rows(job: Job, run: Path) -> SplitScores:
     """Return the test rows of all ranks that count for the first label. A collective."""
     interactions = split_interactions(job, SPLIT)
     with Watchdog(job.ranks, job.config.stall_timeout) as watchdog:
-        scored = score(
-            job, interactions, Lockstep(job.ranks, job.config.checkpoint.every_seconds, watchdog)
-        )
+        lockstep = Lockstep(job.ranks, job.config.checkpoint.every_seconds, watchdog)
+        scored = score(job, interactions, lockstep)
     with job.ranks.raise_on_all_ranks():
         if job.ranks.is_first:
             require_usable(interactions.rows, job.root / SPLIT, scored)
@@ -148,16 +127,8 @@ def summary(metrics: dict[str, Any], has_probabilities: bool) -> Section:
     tables = []
     for label, report in test.get("labels", {"items": test}).items():
         names = _names(report, has_probabilities)
-        rows = [
-            (
-                part,
-                *(marked_cell(values, name, "–") for name in names),
-                f"{values['num_samples']:,}",
-            )
-            for part, values in _parts(report).items()
-        ]
-        tables.append(Table((label, *names.values(), "rows"), rows))
-    undefined = {} if has_probabilities else dict.fromkeys(PROBABILITY_METRICS)
+        tables.append(metrics_table(label, names, _parts(report)))
+    undefined = {} if has_probabilities else dict.fromkeys(PROBABILITIES)
     defined = {part: values | undefined for part, values in _parts(test).items()}
     verdicts = findings(defined) if "auc" in test else _compared_with_mean("RMSE", test["nrmse"])
     return Section("Test metrics", tables=tables, verdicts=verdicts)
@@ -166,15 +137,15 @@ def summary(metrics: dict[str, Any], has_probabilities: bool) -> Section:
 def _names(report: dict[str, Any], has_probabilities: bool) -> dict[str, str]:
     if "auc" not in report:
         return {name: name.upper() for name in ("rmse", "mae", "nrmse")}
-    return {"auc": "AUC", "gauc": "GAUC"} | (PROBABILITY_METRICS if has_probabilities else {})
+    return {"auc": "AUC", "gauc": "GAUC"} | (PROBABILITIES if has_probabilities else {})
 
 
 def _compared_with_mean(name: str, ratio: float | None) -> list[str]:
     if ratio is None:
         return []
     gain = 100 * (1 - ratio)
-    verb = "is better" if gain > 0 else "is worse"
-    return [f"{name} {verb} by {abs(gain):.1f} % than that of always predicting the mean."]
+    order = "better" if gain > 0 else "worse"
+    return [f"{name} is {order} by {abs(gain):.1f} % than that of always predicting the mean."]
 
 
 def _parts(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -202,10 +173,10 @@ def findings(metrics_by_part: dict[str, dict[str, Any]]) -> list[str]:
 
 def _settings(run: Path, metrics: dict[str, Any]) -> Section:
     train = metrics["train"]
-    words = [
+    versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
+    words = (
         f"Trained for {train['steps']:,} steps in {train['seconds']:,.0f} s on "
         f"{metrics['world_size']} rank(s), {train['samples_per_second']:,.0f} samples/s, with "
-        + ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
-        + "."
-    ]
-    return Section("Configuration", words, text=(run / "config.yaml").read_text())
+        f"{versions}."
+    )
+    return Section("Configuration", [words], text=(run / "config.yaml").read_text())

@@ -15,15 +15,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from recsys.evaluation.metrics import marked_cell
+
 BLUE, ORANGE, GREY = "#2a6f97", "#d9722e", "#8a8f98"
 _DRAWING: dict[Any, Any] = {  # matplotlib settings; Any, since matplotlib types their names
     "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
     "grid.color": "#e4e6ea",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
 }
 
 
@@ -79,9 +78,13 @@ def drawn(name: str, figure: Figure, caption: str) -> Drawing:
     return Drawing(name, output.getvalue(), caption)
 
 
-def number(value: float | None, decimals: int = 4) -> str:
-    """Format a number for a table; None is a dash."""
-    return "–" if value is None else f"{value:,.{decimals}f}"
+def metrics_table(title: str, names: dict[str, str], parts: dict[str, dict[str, Any]]) -> Table:
+    """Return a table of metrics with a row per part; `names` are their headings by metric."""
+    rows = []
+    for part, values in parts.items():
+        cells = (marked_cell(values, name, "–") for name in names)
+        rows.append((part, *cells, f"{values['num_samples']:,}"))
+    return Table((title, *names.values(), "rows"), rows)
 
 
 def html_page(title: str, sections: Sequence[Section]) -> str:

@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from recsys.build import Job
 from recsys.checkpoint.reader import stored_tables
+from recsys.checkpoint.run_folder import read_item_counts
 from recsys.data.item_frequency import ItemCounts
 from recsys.data.items.images import open_image
 from recsys.data.items.item_table import ItemTable
@@ -73,23 +74,21 @@ def _as_python(values: pa.Array) -> list[Any]:
 
 def column_types(files: Sequence[Location]) -> dict[str, pa.DataType]:
     """Return the types of the columns that all items' files have, in the schema or not."""
-    kinds: list[dict[str, pa.DataType]] = []
+    schemas: list[pa.Schema] = []
     for file in files:
         with open_parquet(file) as parquet:
-            kinds.append({field.name: field.type for field in parquet.schema_arrow})
-    first = kinds[0] if kinds else {}
-    return {name: kind for name, kind in first.items() if all(name in other for other in kinds)}
+            schemas.append(parquet.schema_arrow)
+    common = [field for field in schemas[0] if all(field.name in other.names for other in schemas)]
+    return {field.name: field.type for field in common}
 
 
 def category_column(files: Sequence[Location], column: str | None) -> str | None:
     """Return the column to colour items by: the chosen, or a usual one; misuse is a ValueError."""
-    if not files:
-        if column is None:
-            return None
+    if not files and column is not None:
         raise ValueError(
             f"--colour-by {column}: the dataset has no items with columns; leave the option out"
         )
-    kinds = column_types(files)
+    kinds = column_types(files) if files else {}
     if column is None:
         return next((name for name in CATEGORY_COLUMNS if _is_category(kinds.get(name))), None)
     if not _is_category(kinds.get(column)):
@@ -107,25 +106,18 @@ def _is_category(kind: pa.DataType | None) -> bool:
         return False
     if pa.types.is_dictionary(kind) or is_list(kind):
         return _is_category(kind.value_type)
-    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    return pa.types.is_integer(kind) or any(is_kind(kind) for is_kind in texts)
+    texts = (pa.string(), pa.large_string(), pa.string_view())
+    return pa.types.is_integer(kind) or kind in texts
 
 
-def categories(
-    table: ItemTable,
-    name: str,
-    items: np.ndarray,  # int64 [I]
-) -> list[str | None]:  # [I]
+def categories(table: ItemTable, name: str, items: np.ndarray) -> list[str | None]:  # [I] -> [I]
     """Return the category of each item: the first of several in a list or separated by `|`."""
-    return [first_category(value) for value in column_values(table, name, items)]
-
-
-def first_category(value: Any) -> str | None:
-    """Return the first of several categories; None if there is none."""
-    if isinstance(value, list):
-        value = value[0] if value else None
-    first = "" if value is None else " ".join(str(value).split("|")[0].split())
-    return first or None
+    result: list[str | None] = []
+    for value in column_values(table, name, items):
+        first = next(iter(value), None) if isinstance(value, list) else value
+        text = "" if first is None else " ".join(str(first).split("|")[0].split())
+        result.append(text or None)
+    return result
 
 
 def item_names(table: ItemTable | None, items: np.ndarray) -> list[str]:  # int64 [I] -> [I]
@@ -135,16 +127,13 @@ def item_names(table: ItemTable | None, items: np.ndarray) -> list[str]:  # int6
     kinds = column_types(table.files)
     texts = [name for name, column in table.items.columns.items() if column.kind == "text"]
     sources = [name for name in (*NAME_COLUMNS, *texts) if name in kinds]
-    called: list[str] = [""] * len(items)
+    names: list[str] = [""] * len(items)
     for source in sources:
         values = column_values(table, source, items)
-        called = [name or _beginning(value) for name, value in zip(called, values)]
+        names = [name or _beginning(value) for name, value in zip(names, values)]
     ids = column_values(table, table.items.id, items)
-    rows = items.tolist()
-    return [
-        name or f"{table.items.id} {row if identity is None else identity}"
-        for name, identity, row in zip(called, ids, rows)
-    ]
+    ids = [row if identity is None else identity for identity, row in zip(ids, items.tolist())]
+    return [name or f"{table.items.id} {identity}" for name, identity in zip(names, ids)]
 
 
 def _beginning(value: Any) -> str:
@@ -152,11 +141,11 @@ def _beginning(value: Any) -> str:
     return text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 1].rstrip() + "…"
 
 
-def item_pictures(
-    table: ItemTable | None,
-    items: np.ndarray,  # int64 [I]
-) -> Tensor | None:  # float32 [I, 3, PICTURE_SIZE, PICTURE_SIZE]
-    """Return the first image of each item, white without one; None if the schema has no images."""
+def item_pictures(table: ItemTable | None, items: np.ndarray) -> Tensor | None:
+    """Return the first image of each item [I, 3, SIZE, SIZE], white without one.
+
+    None if the schema has no images.
+    """
     columns = table.items.columns if table is not None else {}
     source = next((name for name, column in columns.items() if column.kind == "image"), None)
     if table is None or source is None:
@@ -166,20 +155,19 @@ def item_pictures(
 
 def small_picture(encoded: bytes | list[bytes | None] | None) -> Tensor:
     """Return an image, or the first of a list, on a white square: float32 [3, SIZE, SIZE]."""
-    square = Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE), "white")
+    size = PICTURE_SIZE
+    square = Image.new("RGB", (size, size), "white")
     if isinstance(encoded, list):
         encoded = next((image for image in encoded if image is not None), None)
     if encoded is not None:
         with suppress(Exception):  # decoders raise anything on damaged bytes; training reported it
             image = open_image(encoded)
             image.thumbnail(square.size)
-            square.paste(
-                image, ((PICTURE_SIZE - image.width) // 2, (PICTURE_SIZE - image.height) // 2)
-            )
+            square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
     return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255
 
 
-ITEMS_PER_CALL = 256
+MOST_ITEMS, ITEMS_PER_CALL = 2000, 256
 CONFIG = "projector_config.pbtxt"  # of TensorBoard's projector
 
 
@@ -192,25 +180,20 @@ def check_folder(folder: Path) -> None:
 
 
 def write_projector(
-    folder: Path,
-    job: Job,
-    run: Path,
-    item_counts: ItemCounts,
-    most_items: int,
-    table: ItemTable | None,
-    category: str | None,
+    folder: Path, job: Job, run: Path, table: ItemTable | None, category: str | None
 ) -> int:
     """Write vectors of the items most frequent in training; return the number of items.
 
     An earlier projector in `folder` is replaced. `category` is the column of `table` to colour by.
     """
-    items = frequent_items(job, item_counts, most_items)
+    counts = read_item_counts(run, job.schema.item_id_limit)
+    items = frequent_items(job, counts)
     if not len(items):
         return 0
     vectors = item_vectors(job, run, items)
     columns = {
         "name": item_names(table, items),
-        "impressions": [str(count) for count in item_counts.of(items).tolist()],
+        "impressions": [str(count) for count in counts.of(items).tolist()],
     }
     if table is not None and category is not None:
         columns[category] = [value or "" for value in categories(table, category, items)]
@@ -223,23 +206,26 @@ def write_projector(
     return len(items)
 
 
-def frequent_items(job: Job, item_counts: ItemCounts, most: int) -> np.ndarray:  # int64 [I]
+def frequent_items(job: Job, counts: ItemCounts) -> np.ndarray:  # int64 [I]
     """Return the most frequent items in training; with content, if the model has it."""
-    items = item_counts.items
+    items = counts.items
     if job.store is not None:
         items = np.intersect1d(items, job.store.items.ids)
-    return items[np.argsort(-item_counts.of(items), kind="stable")][:most]
+    return items[np.argsort(-counts.of(items), kind="stable")][:MOST_ITEMS]
 
 
 @torch.no_grad()
-def item_vectors(
-    job: Job,
-    run: Path,
-    items: np.ndarray,  # int64 [I], with content if the model has a content branch
-) -> dict[str, Tensor]:  # [I, D] and [I, E], by kind
-    """Return vectors of the best model, before and after the contrastive maps. Not a collective."""
+def item_vectors(job: Job, run: Path, items: np.ndarray) -> dict[str, Tensor]:
+    """Return the best model's vectors of items [I], before and after the contrastive maps, by kind.
+
+    If the model has a content branch, the items have content. Not a collective.
+    """
+    rows = torch.from_numpy(items)
+    if (find := job.vocabularies.find_items) is not None:
+        table_rows = find(rows)
+        rows = table_rows.where(table_rows >= 0, job.schema.num_items - 1)  # that of unknown ids
     table = stored_tables(run / "checkpoints" / "best")[job.schema.target_item]
-    ids = torch.cat([table.rows(row, row + 1) for row in _rows_of(job, items).tolist()])
+    ids = torch.cat([table.rows(row, row + 1) for row in rows.tolist()])
     branch, store = job.em3.content, job.store
     if branch is None or store is None:
         return {"ID": ids}
@@ -253,12 +239,3 @@ def item_vectors(
         vectors["ID_after_CIC"] = loss.id_map(ids.to(device)).cpu()
         vectors["content_after_CIC"] = loss.content_map(vectors["content"].to(device)).cpu()
     return vectors
-
-
-def _rows_of(job: Job, items: np.ndarray) -> Tensor:  # int64 [I]
-    """Return the rows of items in their table, that of unknown ids for those without one."""
-    ids, find = torch.from_numpy(items), job.vocabularies.find_items
-    if find is None:
-        return ids
-    rows = find(ids)
-    return rows.where(rows >= 0, job.schema.num_items - 1)

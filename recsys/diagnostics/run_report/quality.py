@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -25,10 +24,10 @@ from recsys.diagnostics.run_report.page import (
     Section,
     Table,
     drawn,
+    metrics_table,
     new_figure,
-    number,
 )
-from recsys.evaluation.metrics import RankedRows, RegressionRows, marked_cell, rows_of_loss
+from recsys.evaluation.metrics import RankedRows, RegressionRows, rows_of_loss
 from recsys.evaluation.model_selection import (
     METRICS,
     selection_score,
@@ -70,12 +69,12 @@ def selection_curve(curves: dict[str, Curve], best_model_by: BestModelBy) -> Cur
     for name in METRICS[best_model_by]:
         for step, value in zip(*curves.get(f"valid/{tracked_name(name)}", ([], []))):
             metrics_by_step.setdefault(step, {})[name] = value
-    scores = {
-        step: selection_score(step_metrics, best_model_by)
-        for step, step_metrics in metrics_by_step.items()
-    }
-    defined = {step: score for step, score in sorted(scores.items()) if score is not None}
-    return list(defined), list(defined.values())
+    steps, scores = list[int](), list[float]()
+    for step, metrics in sorted(metrics_by_step.items()):
+        if (score := selection_score(metrics, best_model_by)) is not None:
+            steps.append(step)
+            scores.append(score)
+    return steps, scores
 
 
 def learning_curves(run: Path, best_model_by: BestModelBy, best_step: int | None = None) -> Section:
@@ -86,13 +85,13 @@ def learning_curves(run: Path, best_model_by: BestModelBy, best_step: int | None
         if drawn_curves := {name: curves[tag + name] for name in colours if tag + name in curves}:
             plots[tag] = drawn_curves
     if not plots:
-        return Section(
-            "Learning curves",
-            ["The run has no TensorBoard events to draw: tracker has no tensorboard."],
-        )
+        problem = "The run has no TensorBoard events to draw: tracker has no tensorboard."
+        return Section("Learning curves", [problem])
     figure, all_axes = new_figure(len(plots))
     for axes, (tag, plot_curves) in zip(all_axes, plots.items()):
-        _draw(axes, plot_curves)
+        for name, (steps, values) in plot_curves.items():
+            colour = (LOSS_COLOURS | METRIC_COLOURS)[name]
+            axes.plot(steps, values, label=name, color=colour, **_style(len(steps)))
         axes.set(title=QUESTIONS[tag], xlabel="step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if tag == "valid/" and "auc" in plot_curves:
@@ -137,12 +136,6 @@ def _best_in_words(best: int, steps: list[int], scores: list[float], name: str) 
     )
 
 
-def _draw(axes: Axes, curves: dict[str, Curve]) -> None:
-    for name, (steps, values) in curves.items():
-        colour = {**LOSS_COLOURS, **METRIC_COLOURS}[name]
-        axes.plot(steps, values, label=name, color=colour, **_style(len(steps)))
-
-
 def _style(num_points: int) -> dict[str, Any]:
     """Return marker and line of a curve: points alone where a line would show no trend."""
     return {
@@ -177,7 +170,8 @@ def prequential(run: Path) -> Section:
     rows = []
     for line in lines:
         part_gaucs = [_of(line, part).get("gauc") for part in ("cold", "unseen")]
-        cells = [number(value) for value in (*map(line.get, names), *part_gaucs)]
+        numbers = (*map(line.get, names), *part_gaucs)
+        cells = ["–" if number is None else f"{number:,.4f}" for number in numbers]
         rows.append([line["partition"], *cells, f"{line['rows']:,}"])
     words = [
         f"{len(lines)} partitions were scored before they were trained on; the model of this page "
@@ -204,10 +198,9 @@ UNTRAINED = (
 
 
 def metrics_by_count(
-    rows: RankedRows | RegressionRows,
-    counts: np.ndarray,  # int64 [N], training impressions of the row's item
+    rows: RankedRows | RegressionRows, counts: np.ndarray
 ) -> dict[str, dict[str, Any]]:
-    """Return the metrics of each bucket."""
+    """Return the metrics of each bucket of the rows' items by training impressions, int64 [N]."""
     return {
         name: rows.metrics((counts >= least) & (counts <= most))
         for name, (least, most) in BUCKETS.items()
@@ -217,20 +210,10 @@ def metrics_by_count(
 def item_popularity(scores: SplitScores, split: str) -> Section:
     """Return the section with figure and table, of rows that count for label 0."""
     loss, columns = scores.loss_of(0), (scores.labels[:, 0], scores.logits[:, 0], scores.groups)
-    rows = rows_of_loss(*columns, scores.weights, loss)
+    rows = rows_of_loss(loss, *columns, scores.weights)
     buckets = metrics_by_count(rows, scores.counts)
     names = NAMES if loss == "bce" else NAMES_OF_NUMBERS
-    table = Table(
-        ("training impressions", *names.values(), "rows"),
-        [
-            (
-                name,
-                *(marked_cell(values, metric, "–") for metric in names),
-                f"{values['num_samples']:,}",
-            )
-            for name, values in buckets.items()
-        ],
-    )
+    table = metrics_table("training impressions", names, buckets)
     if loss != "bce":
         return Section("Quality by item popularity", [UNTRAINED], [], [table])
     words, drawings = [UNTRAINED], []
@@ -245,9 +228,7 @@ def _bars(buckets: dict[str, dict[str, Any]], split: str) -> Drawing:
     figure, (axes,) = new_figure(1)
     places = np.arange(len(buckets))
     for shift, name, colour in ((-0.2, "auc", BLUE), (0.2, "gauc", ORANGE)):
-        heights = [
-            values[name] if values[name] is not None else np.nan for values in buckets.values()
-        ]
+        heights = np.array([values[name] for values in buckets.values()], np.float64)
         axes.bar(places + shift, heights, 0.38, color=colour, label=name.upper())
         for place, height in zip(places + shift, heights):
             if not np.isnan(height):
@@ -256,11 +237,8 @@ def _bars(buckets: dict[str, dict[str, Any]], split: str) -> Drawing:
     axes.axhline(0.5, color="black", linewidth=1)
     names = [f"{name}\n{values['num_samples']:,} rows" for name, values in buckets.items()]
     axes.set_xticks(places, names)
-    axes.set(
-        title="Are rare and new items ranked as well as frequent ones?",
-        xlabel="training impressions of the item",
-        ylim=(0, 1),
-    )
+    title = "Are rare and new items ranked as well as frequent ones?"
+    axes.set(title=title, xlabel="training impressions of the item", ylim=(0, 1))
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     caption = (
         f"AUC and GAUC of the {split} split by the item's training impressions. The line at 0.5 is "

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -51,10 +52,10 @@ def profiled_runs(rank: int, world_size: int, folder: Path) -> dict[str, Run]:
         ("failed", STEPS, ALL_STEPS - 1),
     ):
         run = runs[name] = Run()
-        profile = StepProfile(job.em3, job.ranks, steps, folder / name, run.texts.append)
+        profile = StepProfile(job.em3, job.ranks, steps, folder / name)
         run.hooks.append(hooks_of(job))
         try:
-            with profile:
+            with mock.patch("recsys.diagnostics.profile.print_table", run.texts.append), profile:
                 for step in range(length):
                     job.pipeline.progress(batches)
                     profile.step()

@@ -18,7 +18,7 @@ from recsys.config import BestModelBy, MetricSettings, ranking_settings
 from recsys.distributed.gather import gather_rows, gather_rows_to_first
 from recsys.evaluation.evaluate import format_evaluation
 from recsys.evaluation.further_metrics import PrecisionAtK, make_metrics
-from recsys.evaluation.metrics import RankedRows, evaluation_report, format_report
+from recsys.evaluation.metrics import SHOWN, RankedRows, evaluation_report, format_report
 from recsys.evaluation.model_selection import selection_score, selection_words
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
@@ -231,7 +231,7 @@ def test_a_report_has_each_metric_of_all_rows_and_of_each_part() -> None:
     report = evaluation_report(labels, scores, np.zeros(4, int), np.array([9, 9, 0, 0]), extra)
     assert report["p1"] == 1 and report["warm"]["p1"] == 1
     assert report["cold"]["p1"] == 0 and report["unseen"]["p1"] == 0
-    head, everything, *_ = format_report(report, extra).splitlines()
+    head, everything, *_ = format_report(report, [*SHOWN, *extra]).splitlines()
     assert head.split()[-2:] == ["p1", "rows"] and everything.split()[-2:] == ["(1.0000)", "4"]
 
 

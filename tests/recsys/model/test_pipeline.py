@@ -1,5 +1,6 @@
 """The pipeline that sends ids ahead gives the losses of the plain loop, and really is one."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ def test_copies_are_averaged_as_often_as_the_settings_say_through_the_pipeline(
         job = build_job(em3_config(tmp_path), str(tmp_path / "data"), ranks)
         job.model.__class__, settings = CountedCopies, EmbeddingSettings()
         settings.parallel.sync_every_steps = 4
-        pipeline = _pipeline(job.model, job.update, settings, 1, ranks.device)
+        config = replace(job.config, embedding=settings, accumulate_steps=1)
+        pipeline = _pipeline(job.model, job.update, config, ranks.device)
         job.model.train()
         list(pipeline.outputs(iter(batches_of(job, NUM_BATCHES, 4))))
     assert CountedCopies.means == 2  # after four steps and at the end

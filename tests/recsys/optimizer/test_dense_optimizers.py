@@ -16,13 +16,9 @@ from recsys.optimizer import (
     DenseGroup,
     LearningRateShare,
     build_dense_optimizer,
-    build_schedule,
-    count_state,
-    make_room,
-    numbers_loaded,
-    set_updates,
-    state_tensors,
 )
+from recsys.optimizer.dense import count_state, make_room, numbers_loaded, state_tensors
+from recsys.optimizer.schedules import build_schedule, set_updates
 
 GROUPS = [DenseGroup("all", [""], learning_rate=0.1, weight_decay=0.3)]
 OPTIMIZERS: dict[str, dict[str, Any]] = {

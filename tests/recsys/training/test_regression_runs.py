@@ -104,7 +104,8 @@ def test_a_run_of_one_number_is_evaluated_compared_reported_and_served(
     with joined_ranks("cpu") as ranks:
         again = evaluate(run, None, "test", ranks, "cpu")
         assert again["rmse"] == pytest.approx(metrics["test"]["rmse"], abs=1e-6)
-        page = report_run(run, None, tmp_path / "page.html", ranks, "cpu").read_text()
+        report_run(run, None, tmp_path / "page.html", ranks, "cpu", None)
+        page = (tmp_path / "page.html").read_text()
         assert "RMSE" in page and "GAUC" not in page.split("<h2>Configuration")[0]
         export_run(run, tmp_path / "package", "fp32", ranks)
     compared = compare_runs([run, other], "test")

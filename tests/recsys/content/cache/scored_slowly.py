@@ -10,7 +10,6 @@ from recsys.data.interactions import Interactions
 from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.lockstep import Lockstep
 from recsys.evaluation.evaluate import score, split_interactions
-from recsys.evaluation.forward_pass import forward_pass
 
 
 @torch.no_grad()
@@ -19,11 +18,13 @@ def logits_slowly(job: Job, split: str) -> tuple[Tensor, Tensor]:
     size, ranks = job.config.batch_size, job.ranks
     build = job.batch_builder()
     rows = Interactions(job.rows(split), build, size, ranks.rank, ranks.world_size)
-    unknown, lockstep = UnknownIds(job.schema), Lockstep(ranks)
-    pairs = [
-        (batch.rows.positions, logits)
-        for _, logits, batch in forward_pass(job, iter(rows), lockstep, unknown, encodes_once=False)
-    ]
+    job.model.eval()
+    batches = Lockstep(ranks).batches(iter(rows))
+    prepared = job.preparation(batches, UnknownIds(job.schema), 0, training=False)
+    with job.em3.losses.disabled():
+        pairs = [
+            (batch.rows.positions, logits) for _, logits, batch in job.pipeline.outputs(prepared)
+        ]
     positions, logits = (torch.cat(list(column)) for column in zip(*pairs))
     return positions[positions >= 0], logits[positions >= 0]
 
