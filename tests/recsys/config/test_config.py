@@ -55,13 +55,8 @@ def test_the_command_line_overrides_the_recipe_and_leaves_the_rest() -> None:
 
 
 def test_null_on_the_command_line_leaves_out_a_modality_of_the_recipe() -> None:
-    words = [
-        "--content.modalities.tags.column",
-        "genres",
-        "--content.modalities.title.lora.layers",
-        "null",
-    ]
-    words += ["--content.modalities.description"]
+    words = ["--content.modalities.tags.column", "genres", "--content.modalities.title.encoder"]
+    words += ["null", "--content.modalities.description"]  # an encoder is no modality
     for null in (["null"], ["null", "--epochs", "3"]):
         config = load_config("implicit_content", [*words, *null])
         assert {name: m.column for name, m in content_of(config).modalities.items()} == {
