@@ -206,7 +206,7 @@ class Field:
     name: str
     column: str
     # id (integer or string), time, text, number, ids (list), any, words (any, but text in text
-    # files), or missing (null).
+    # files, and a list of texts is one text), or missing (null).
     kind: str
     constant: str | None = None  # value of all rows, instead of a column
 
@@ -219,6 +219,8 @@ def canonical_type(kind: pa.DataType, field: Field, file: Location) -> pa.DataTy
     kind = PLAIN.get(kind, kind)
     if field.kind in ("time", "text"):
         return pa.int64() if field.kind == "time" else pa.string()
+    if field.kind == "words" and is_list(kind) and is_text(kind.value_type):
+        return pa.string()
     if field.kind == "ids":
         if not (is_list(kind) or pa.types.is_null(kind)):
             raise ValueError(f"{where}, expected a list of ids; write lists, or set kind id")
@@ -269,6 +271,10 @@ def canonical(
         if field.kind == "number":
             canonical_type(values.type, field, file)
             values = values.cast(kind, safe=False) if values.type != kind else values
+        if field.kind == "words" and is_list(values.type) and kind == pa.string():
+            lists = values.to_pylist()
+            texts = [None if words is None else ", ".join(filter(None, words)) for words in lists]
+            return pa.array(texts, kind)
         value_type = values.type.value_type if is_list(values.type) else values.type
         is_id = field.kind in ("id", "ids") and not pa.types.is_null(value_type)
         if is_id and canonical_type(values.type, field, file) != kind:

@@ -1,4 +1,4 @@
-"""Pictures that the item table names by path become bytes in the items of the dataset."""
+"""Content of items: files that the item table names become bytes, lists of texts one text."""
 
 from __future__ import annotations
 
@@ -78,3 +78,13 @@ def test_a_missing_file_and_other_content_are_refused(
     for word in words:
         assert word in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["shop"]
+
+
+def test_a_list_of_texts_is_one_text(config: dict[str, Any], tmp_path: Path) -> None:
+    tags: list[list[str | None] | None] = [["red", "new"], None, [], ["blue", None, "old"], ["a"]]
+    items = pa.table({"id": range(5), "tags": pa.array(tags, pa.list_(pa.string()))})
+    pq.write_table(items, tmp_path / "shop" / "items.parquet")
+    config["items"]["content"] = {"tags": "text"}
+    data = prepare(tmp_path, config)
+    texts = pq.read_table(data / "items")["tags"].to_pylist()
+    assert texts == ["red, new", None, "", "blue, old", "a"]
