@@ -165,13 +165,13 @@ def search_index(
     index: Any, queries: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:  # float32 [Q, V] -> float32 [Q, K], int64 [Q, K]
     """Return the highest dot products of each query and the items' positions; -1: none found."""
-    parameters, faiss = None, require_faiss()  # wider searches for more results
+    parameters = None  # wider searches for more results
     if hasattr(index, "hnsw"):
-        parameters = faiss.SearchParametersHNSW(efSearch=max(HNSW_SEARCH, count))
+        parameters = require_faiss().SearchParametersHNSW(efSearch=max(HNSW_SEARCH, count))
     elif hasattr(index, "nprobe"):
         min_probes = max(IVF_READ, IVF_READ_PER_RESULT * count) / index.ntotal * index.nlist
         probes = min(max(index.nprobe, math.ceil(min_probes)), index.nlist)
-        parameters = faiss.SearchParametersIVF(nprobe=probes)
+        parameters = require_faiss().SearchParametersIVF(nprobe=probes)
     queries = np.ascontiguousarray(queries, np.float32)
     return index.search(queries, min(count, index.ntotal), params=parameters)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,15 @@ def test_items_are_retrieved_in_the_order_of_a_package_s_scores(
     scores = np.log(scores) - np.log1p(-scores)
     np.testing.assert_allclose(result.scores, scores, atol=1e-4)
     assert retriever.retrieve(user, history, 3, exclude=result.items[:2]).items == result.items[2:5]
+
+
+def test_a_search_of_codes_needs_no_faiss(
+    folder: Path, retriever: Retriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user, history, _ = next(iter(liked_rows(folder)))
+    expected = retriever.retrieve(user, history, 3).items
+    monkeypatch.setitem(sys.modules, "faiss", None)  # as where it is not installed
+    assert Retriever.load(retriever.folder).retrieve(user, history, 3).items == expected
 
 
 def test_items_added_later_are_found_at_once(
