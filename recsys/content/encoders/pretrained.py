@@ -96,8 +96,9 @@ class PretrainedEncoder:
             return tiny_tokenizer()
         what = f"{self.where}: tokenizer of '{self.name}'"
         try:
-            options = {"revision": self.revision, "trust_remote_code": False}
-            tokenizer = AutoTokenizer.from_pretrained(self.source, **options)
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.source, revision=self.revision, trust_remote_code=False
+            )
             num_embeddings = self.config.get_text_config().vocab_size
         except Exception as error:
             raise ValueError(f"{what} cannot be loaded: {_explained(error)}") from error
@@ -120,9 +121,10 @@ class PretrainedEncoder:
     def images(self) -> ImagePreparation:
         if self.is_random:
             return ImagePreparation()
-        read = ImageProcessingMixin.get_image_processor_dict
         try:
-            settings, _ = read(self.source, revision=self.revision)
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(
+                self.source, revision=self.revision
+            )
         except OSError:
             self.notes.append(
                 f"{self.where}: encoder '{self.name}' has no preprocessor_config.json, so its "

@@ -177,10 +177,13 @@ def _negatives_problems(config: EventsConfig) -> Iterator[str]:
 
 def _source_problems(name: str, source: Source) -> Iterator[str]:
     if not source.path:
-        yield "path: empty; name at least one file or folder"
+        yield f"{name}.path is empty; name at least one file or folder"
     delimiter = "," if source.delimiter is None else source.delimiter
     if len(delimiter.encode()) != 1 or delimiter in '"\r\n\0':
-        yield f"delimiter {delimiter!r}: write one ASCII character, and no quote or end of a line"
+        yield (
+            f"{name}.delimiter is {delimiter!r}; write one ASCII character, and no quote or end of "
+            "a line"
+        )
     several = source.several if isinstance(source, EventTable) else None
     if several is not None and not (several.between and several.separator):
         yield f"{name}.several: between and separator are texts; write some"

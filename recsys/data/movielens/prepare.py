@@ -179,7 +179,7 @@ def _read(path: Path, types: Types) -> pa.Table:
         raise ValueError(f"{path}: {error}; correct the file or fetch it again") from error
     if table.num_rows == 0:
         raise ValueError(f"{path}: no rows; the file is empty, fetch it again")
-    for name in types.keys() - {"genres", *CONTENTS}:
+    for name in (name for name in types if name not in ("genres", *CONTENTS)):
         is_null = table[name].is_null().to_numpy()
         _refuse(path, table, name, is_null, "no value; fill it or drop the row")
     return table
