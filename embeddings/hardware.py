@@ -71,17 +71,7 @@ CARDS = {
 
 
 def hardware_of(name: str) -> Hardware:
-    """Return the figures of a GPU by the driver's name; of an unknown one, none.
-
-    Example::
-
-        from embeddings.hardware import hardware_of
-
-        hardware_of("NVIDIA H100 80GB HBM3").intra_node  # 450, of NVLink
-        hardware_of("NVIDIA H100 PCIe").intra_node  # 64: it has no NVLink
-        hardware_of("NVIDIA GH200 480GB").memory  # 4000: it is no H200
-        hardware_of("NVIDIA Z900").is_unknown  # True
-    """
+    """Return the figures of a GPU, such as `NVIDIA H100 80GB HBM3`; of an unknown one, none."""
     words = re.split(r"[\s-]+", name.lower())
     models = [word for word in words if word in CARDS]
     if not models:

@@ -6,7 +6,7 @@ Shapes: U ids, D dimension, W ranks, P ids per rank after padding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,10 +38,6 @@ class BankRoute:
     # int64, of a write: for each row, the place of its last vector among those received. A GPU
     # would keep any of several vectors.
     last: Tensor | None = None
-
-    def of_write(self) -> BankRoute:
-        rows, last = _last_of_each(self.rows)
-        return replace(self, rows=rows, last=last)
 
 
 Routes = tuple[BankRoute | None, BankRoute | None]  # to read, to write
@@ -103,17 +99,7 @@ class MemoryBank:
         """Begin to compute routes of ids [U] on the host; call the result. Both are collectives."""
         if self.world_size == 1:
             return lambda: (None, None)
-        routes = self._begin_routes([reads] if writes is None else [reads, writes])
-
-        def finish() -> Routes:
-            read, *write = routes()
-            return read, write[0].of_write() if write else None
-
-        return finish
-
-    def _begin_routes(self, id_lists: Sequence[Tensor]) -> Callable[[], list[BankRoute]]:
-        """Begin to compute routes for lists of ids [U], on the host. Both are collectives."""
-        checked = [self._checked(part) for part in id_lists]
+        checked = [self._checked(part) for part in ([reads] if writes is None else [reads, writes])]
         kinds, ids = len(checked), torch.cat(checked).to("cpu")  # already there, but for a fill
         kind = torch.arange(kinds).repeat_interleave(torch.tensor([len(part) for part in checked]))
         owner = ids // self._block_size
@@ -122,16 +108,14 @@ class MemoryBank:
         request_counts = torch.empty_like(counts)
         work = dist.all_to_all_single(request_counts, counts, group=self.group, async_op=True)
 
-        def finish() -> list[BankRoute]:
+        def finish() -> Routes:
             """Send the ids to their owners. A collective."""
             work.wait()
-            received = ids.new_empty(int(request_counts.sum()))
-            splits = request_counts.sum(1).tolist(), counts.sum(1).tolist()
-            sent = ids[key.argsort(stable=True)]
-            dist.all_to_all_single(received, sent, *splits, group=self.group)
+            sent, sent_counts = ids[key.argsort(stable=True)], counts.sum(1).tolist()
+            received = exchange(sent, sent_counts, request_counts.sum(1).tolist(), self.group)
             ranks_kinds = torch.arange(kinds).repeat(self.world_size)
             received_kinds = ranks_kinds.repeat_interleave(request_counts.flatten())
-            return [
+            read, *write = [
                 BankRoute(
                     order=owner[kind == index].argsort(stable=True),
                     wanted_counts=counts[:, index].tolist(),
@@ -140,10 +124,15 @@ class MemoryBank:
                 )
                 for index in range(kinds)
             ]
+            if not write:
+                return read, None
+            rows, last = _last_of_each(write[0].rows)
+            return read, replace(write[0], rows=rows, last=last)
 
         return finish
 
-    def _on_device(self, route: BankRoute) -> BankRoute:
+    def _on_device(self, route: BankRoute | None) -> BankRoute:
+        assert route is not None
         last = None if route.last is None else to_device(route.last, self.device)
         order, rows = to_device(route.order, self.device), to_device(route.rows, self.device)
         return replace(route, order=order, rows=rows, last=last)
@@ -158,11 +147,9 @@ class MemoryBank:
         if self.holds_all or self.world_size == 1:
             rows = self._rows.index_select(0, to_device(self._checked(item_ids), self.device))
         else:
-            route = self._on_device(route or self._begin_routes([item_ids])()[0])
+            route = self._on_device(route or self.routes(item_ids)()[0])
             sent = self._rows.index_select(0, route.rows)
-            received = sent.new_empty(len(item_ids), self.dim + 1)
-            splits = route.wanted_counts, route.asked_counts
-            dist.all_to_all_single(received, sent, *splits, group=self.group)
+            received = exchange(sent, route.asked_counts, route.wanted_counts, self.group)
             rows = torch.empty_like(received).index_copy_(0, route.order, received)
         return rows[:, : self.dim], rows[:, self.dim].long() - 1
 
@@ -186,11 +173,10 @@ class MemoryBank:
 
     def _write(self, item_ids: Tensor, values: Tensor, route: BankRoute | None) -> None:
         """Send rows [U, D + 1] to the ranks that hold them. A collective."""
-        route = self._on_device(route or self._begin_routes([item_ids])()[0].of_write())
+        route = self._on_device(route or self.routes(item_ids[:0], item_ids)()[1])
         assert route.last is not None
-        received = values.new_empty(sum(route.asked_counts), self.dim + 1)
-        splits = route.asked_counts, route.wanted_counts
-        dist.all_to_all_single(received, values[route.order], *splits, group=self.group)
+        sent = values[route.order]
+        received = exchange(sent, route.wanted_counts, route.asked_counts, self.group)
         self._rows[route.rows] = received.index_select(0, route.last)
 
     @torch.no_grad()
@@ -247,6 +233,18 @@ class MemoryBank:
         return {"pool": sharded_by_rows(self._block, self._first, self.num_items, self.group)}
 
 
+def exchange(
+    values: Tensor,
+    sent_counts: list[int],
+    received_counts: list[int],
+    group: dist.ProcessGroup | None,
+) -> Tensor:  # [N, ...] -> [sum of received_counts, ...]
+    """Send each rank the next values, and return those received, in order of rank. A collective."""
+    received = values.new_empty(sum(received_counts), *values.shape[1:])
+    dist.all_to_all_single(received, values, received_counts, sent_counts, group=group)
+    return received
+
+
 def sharded_by_rows(
     block: Tensor, first_row: int, num_rows: int, group: dist.ProcessGroup | None
 ) -> Tensor | ShardedTensor:  # [rows of this rank, D] -> [num_rows, D]
@@ -259,16 +257,6 @@ def sharded_by_rows(
     return init_from_local_shards(pieces, num_rows, block.shape[1], process_group=group)
 
 
-@dataclass(frozen=True)
-class _Write:
-    """An all-gather of written vectors in progress; `sent` must exist until it has ended."""
-
-    work: Any
-    sent: Tensor  # [P, D + 1]
-    gathered: Tensor  # [W * P, D + 1]
-    route: BankRoute
-
-
 class ReplicatedMemoryBank(MemoryBank):
     """A memory bank with all rows on every rank; `lookup` is not a collective.
 
@@ -278,7 +266,9 @@ class ReplicatedMemoryBank(MemoryBank):
 
     holds_all = True
     _capacity = 0  # ids that a rank sends beside their number
-    _under_way: _Write | None = None
+    # An all-gather in progress: the work, [P, D + 1] sent, which must exist until it has ended,
+    # [W * P, D + 1] gathered, and the route of these.
+    _under_way: tuple[Any, Tensor, Tensor, BankRoute] | None = None
 
     def routes(self, reads: Tensor, writes: Tensor | None = None) -> Callable[[], Routes]:
         """Begin to compute the route of `writes`; reads need none. Both calls are collectives."""
@@ -320,13 +310,14 @@ class ReplicatedMemoryBank(MemoryBank):
         padded[: len(values)] = values
         gathered = values.new_empty(self.world_size * len(padded), self.dim + 1)
         work = dist.all_gather_into_tensor(gathered, padded, group=self.group, async_op=True)
-        self._under_way = _Write(work, padded, gathered, route)
+        self._under_way = work, padded, gathered, route
 
     def _finish_write(self) -> None:
-        if (write := self._under_way) is not None:
+        if self._under_way is not None:
+            work, _, gathered, route = self._under_way
             self._under_way = None
-            write.work.wait()
-            self._rows[write.route.rows] = write.gathered.index_select(0, write.route.order)
+            work.wait()
+            self._rows[route.rows] = gathered.index_select(0, route.order)
 
     def finish_loading(self) -> None:
         """Bring the block of each rank, loaded from a checkpoint, to all ranks. A collective."""

@@ -56,7 +56,10 @@ def constraints(table: TableConfig, world_size: int, prefetch: bool) -> Paramete
         sharding_types = [ShardingType.ROW_WISE.value]
     if table.kernel == "uvm_caching":
         cache = CacheParams(load_factor=table.cache_load_factor, prefetch_pipeline=prefetch)
-    width = _column_shard_width(table.embedding_dim, world_size, MIN_COLUMNS if is_auto else 1)
+    # Equal column shards, as many as possible up to one per rank.
+    dim, least = table.embedding_dim, MIN_COLUMNS if is_auto else 1
+    widths = (dim // shards for shards in range(world_size, 1, -1) if dim % (4 * shards) == 0)
+    width = next((width for width in widths if width >= least), dim)
     return ParameterConstraints(
         sharding_types=sharding_types,
         compute_kernels=[KERNELS[table.kernel].value],
@@ -65,15 +68,6 @@ def constraints(table: TableConfig, world_size: int, prefetch: bool) -> Paramete
         # At least 1: with an estimated load of 0 the planner would put the table anywhere.
         pooling_factors=[max(table.ids_per_row.get(name, 1.0), 1.0) for name in table.features],
     )
-
-
-def _column_shard_width(dim: int, world_size: int, min_columns: int) -> int:
-    """Return the width of equal column shards, as many as possible up to one per rank."""
-    for shards in range(world_size, 1, -1):
-        width = dim // shards
-        if dim % shards == 0 and width % 4 == 0 and width >= min_columns:
-            return width
-    return dim
 
 
 def check_kernels(table: TableConfig, device: torch.device) -> None:
@@ -169,15 +163,14 @@ def plan_sharding(
             _check_module(module, tables, torch.device(device))
             figures = hardware or Hardware()
             topology = topology or _this_topology(group, torch.device(device), copies, figures)
-            ranks_of_copy = topology.world_size
-            if group is not None:
-                ranks_of_copy = dist.get_world_size(group) // copies
-            if topology.world_size != ranks_of_copy:
+            num_ranks = topology.world_size
+            if group is not None and dist.get_world_size(group) // copies != num_ranks:
                 raise ValueError(
-                    f"the topology has {topology.world_size} ranks and the process group "
-                    f"{ranks_of_copy} per copy of the tables; make them equal"
+                    f"the topology has {num_ranks} ranks and the process group "
+                    f"{dist.get_world_size(group) // copies} per copy of the tables; make them "
+                    "equal"
                 )
-            limits = {part.name: constraints(part, ranks_of_copy, prefetch) for part in tables}
+            limits = {part.name: constraints(part, num_ranks, prefetch) for part in tables}
             planner = EmbeddingShardingPlanner(
                 topology=topology,
                 batch_size=batch_size,
@@ -250,8 +243,7 @@ def _reason(error: Exception, tables: Sequence[TableConfig]) -> str:
     if not isinstance(error, PlannerError):
         return str(error) if type(error) is ValueError else f"planning failed: {error!r}"
     sizes = sorted(tables, key=lambda table: -table.num_embeddings * table.embedding_dim)[:3]
-    parts = [f"'{part.name}' {part.megabytes:.1f} MB ({part.sharding})" for part in sizes]
-    largest = ", ".join(parts)
+    largest = ", ".join(f"'{t.name}' {t.megabytes:.1f} MB ({t.sharding})" for t in sizes)
     return (
         f"the tables do not fit; the largest: {largest}. Add ranks or memory, choose sharding "
         "'row_wise' or 'auto' for the large tables, or lower num_embeddings or embedding_dim. "
@@ -291,12 +283,10 @@ def _step_in_backward(
         parameter.grad = None
 
     parameter.register_post_accumulate_grad_hook(step)
-    for name, part in (
-        ("_in_backward_optimizers", optimizer),
-        ("_optimizer_classes", kind),  # sharded tables read this and the next
-        ("_optimizer_kwargs", arguments),
-    ):
-        setattr(parameter, name, [part])
+    attributes: Any = parameter
+    attributes._in_backward_optimizers = [optimizer]
+    attributes._optimizer_classes = [kind]  # sharded tables read this and the next
+    attributes._optimizer_kwargs = [arguments]
 
 
 def _table_optimizer(table: TableConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:

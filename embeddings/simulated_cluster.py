@@ -139,35 +139,31 @@ def _fixes(tables: Sequence[TableConfig], room: int, world_size: int, host_bytes
     if _fit(tables, room, world_size):
         return []
     largest, total = max(tables, key=_on_devices), sum(map(_on_devices, tables))
-    name, ranks = largest.name, -(-total // room)
-    fixes = [f"{ranks:,} ranks"] if _fit(tables, room, ranks) else []
+    changes: dict[str, Any] = {}
     if largest.sharding in ("table_wise", "column_wise"):
-        fixes += _if_fits(tables, largest, room, world_size, sharding="row_wise")
+        changes["sharding"] = "row_wise"
     if largest.optimizer in ("adam", "adagrad"):
-        fixes += _if_fits(tables, largest, room, world_size, optimizer="rowwise_adagrad")
+        changes["optimizer"] = "rowwise_adagrad"
     if largest.precision == "fp32":
-        fixes += _if_fits(tables, largest, room, world_size, precision="fp16")
+        changes["precision"] = "fp16"
     on_host = sum(table_bytes(t) for t in tables if t is largest or t.kernel != "fused")
     if largest.kernel == "fused" and on_host <= world_size * host_bytes:
-        fixes += _if_fits(tables, largest, room, world_size, kernel="uvm_caching")
+        changes["kernel"] = "uvm_caching"
+    where, ranks = f"for table '{largest.name}'", -(-total // room)
+    fixes = [f"{ranks:,} ranks"] if _fit(tables, room, ranks) else []
+    for name, value in changes.items():
+        after = [replace(part, **{name: value}) if part is largest else part for part in tables]
+        if _fit(after, room, world_size):
+            fixes.append(f"{name} '{value}' {where}")
     room_left = world_size * room - (total - _on_devices(largest))
     room_left = min(room_left, _most_pieces(largest, world_size) * room)
     for dim in range(largest.embedding_dim // 4 * 4, 0, -4):
         if _on_devices(replace(largest, embedding_dim=dim)) <= room_left:
-            fixes.append(f"embedding_dim {dim} for table '{name}'")
+            fixes.append(f"embedding_dim {dim} {where}")
             break
-    rows = room_left * largest.num_embeddings // _on_devices(largest)
-    if rows > 0:
-        fixes.append(f"num_embeddings {rows:,} for table '{name}'")
+    if (rows := room_left * largest.num_embeddings // _on_devices(largest)) > 0:
+        fixes.append(f"num_embeddings {rows:,} {where}")
     return fixes
-
-
-def _if_fits(
-    tables: Sequence[TableConfig], table: TableConfig, room: int, world_size: int, **change: Any
-) -> list[str]:
-    after = [replace(part, **change) if part is table else part for part in tables]
-    words = ", ".join(f"{field} '{value}'" for field, value in change.items())
-    return [f"{words} for table '{table.name}'"] if _fit(after, room, world_size) else []
 
 
 def _fit(tables: Sequence[TableConfig], room: int, world_size: int) -> bool:

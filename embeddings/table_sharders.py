@@ -6,7 +6,6 @@ Vectors and gradients may travel in 16 bits (DLRM with quantised collectives, Ya
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, TypeVar, cast, get_args
 
@@ -101,8 +100,13 @@ def _shard_with_weights(
 ) -> ShardedCollection:
     """Shard, then write the weights: those of ``module``, or initial ones if it is on meta."""
     initializers = {config.name: config.init_fn for config in configs}
-    with _initial_weights_left_out(configs):
+    try:
+        for config in configs:  # TorchRec would pass `init_fn` a shard without its offsets
+            config.init_fn = lambda weight: None
         sharded = shard()
+    finally:
+        for config in configs:
+            config.init_fn = initializers[config.name]
     if module.device.type != "meta":
         sharded.load_state_dict(module.state_dict())
         return sharded
@@ -123,16 +127,3 @@ def _local_pieces(table: ShardedTensor | DTensor) -> Iterator[tuple[torch.Tensor
         pieces = cast(LocalShardsWrapper, table.to_local())
         # A rank without a shard has the offsets of none.
         yield from zip(pieces.local_shards(), pieces.local_offsets(), strict=False)
-
-
-@contextmanager
-def _initial_weights_left_out(configs: Sequence[Any]) -> Iterator[None]:
-    """Keep TorchRec from passing ``init_fn`` a shard without its offsets."""
-    initializers = [config.init_fn for config in configs]
-    for config in configs:
-        config.init_fn = lambda weight: None
-    try:
-        yield
-    finally:
-        for config, initializer in zip(configs, initializers, strict=True):
-            config.init_fn = initializer

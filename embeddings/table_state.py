@@ -127,7 +127,7 @@ def _placed(
     own_shards = tensor.local_shards()
     offsets = [tuple(shard.metadata.shard_offsets) for shard in own_shards]
     tensors = [shard.tensor for shard in own_shards] if local is None else local
-    local_by_offsets = dict(zip(offsets, tensors, strict=True))
+    local_by_offsets = dict(zip(offsets, tensors))
     shards = tensor.metadata().shards_metadata
     return [(shard, local_by_offsets.get(tuple(shard.shard_offsets))) for shard in shards]
 
@@ -190,23 +190,25 @@ class TableOptimizerState:
         self._unfinished = []
         state: State = {}
         for moment in self.moments:
+            weight, local = self.weights[moment.key], self._tensors_of(moment)
             if not moment.row_wise:
-                state[f"{moment.key}.{moment.name}"] = self._per_weight(moment)
+                placed, size = _placed(weight, local), weight.metadata().size
+                blocks = sharded_in_blocks(placed, size, torch.float32, self.group)
+                state[f"{moment.key}.{moment.name}"] = blocks
                 continue
             prefix = f"{moment.key}.{moment.name}.columns_"
-            shards = self.weights[moment.key].metadata().shards_metadata
-            rows: list[Tensor | ShardedTensor | None]
+            shards = weight.metadata().shards_metadata
             ranges = plan_ranges = sorted({_columns(shard) for shard in shards})
             if names is not None:
-                words = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-                ranges = sorted((int(w.split("_")[0]), int(w.split("_")[1])) for w in words)
+                ends = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+                pairs = [text.split("_") for text in ends]
+                ranges = sorted((int(first), int(last)) for first, last in pairs)
+            rows: dict[Columns, Tensor | ShardedTensor]
             if ranges == plan_ranges:
-                local = self._local_by_offsets(moment)
-                rows = [self._rows_of(moment, columns, local) for columns in ranges]
+                rows = {columns: self._rows_of(moment, columns, local) for columns in ranges}
             else:
                 rows = self._to_combine(moment, plan_ranges, ranges)
-            tensors = zip(ranges, rows, strict=True)
-            state |= {f"{prefix}{a}_{b}": value for (a, b), value in tensors if value is not None}
+            state |= {f"{prefix}{first}_{last}": value for (first, last), value in rows.items()}
         return state
 
     def finish_loading(self) -> None:
@@ -215,60 +217,47 @@ class TableOptimizerState:
             finish()
         self._unfinished = []
 
-    def _per_weight(self, moment: _Moment) -> ShardedTensor:
-        weight = self.weights[moment.key]
-        placed = _placed(weight, self._local_by_offsets(moment).values())
-        return sharded_in_blocks(placed, weight.metadata().size, torch.float32, self.group)
+    def _tensors_of(self, moment: _Moment) -> list[Tensor]:  # in the order of the table's shards
+        tensors = self.local.get(moment, [])
+        shards = self.weights[moment.key].local_shards()
+        assert all(len(shard.tensor) == len(tensor) for shard, tensor in zip(shards, tensors))
+        return tensors
 
-    def _local_by_offsets(self, moment: _Moment) -> dict[tuple[int, ...], Tensor]:
-        if moment not in self.local:
-            return {}
-        weights = self.weights[moment.key].local_shards()
-        tensors = self.local[moment]
-        assert [len(shard.tensor) for shard in weights] == [len(tensor) for tensor in tensors]
-        offsets = [tuple(weight.metadata.shard_offsets) for weight in weights]
-        return dict(zip(offsets, tensors, strict=True))
-
-    def _rows_of(
-        self, moment: _Moment, columns: Columns, local: dict[tuple[int, ...], Tensor]
-    ) -> ShardedTensor:
+    def _rows_of(self, moment: _Moment, columns: Columns, local: Sequence[Tensor]) -> ShardedTensor:
         """Return the moment [R] of a range of columns of this plan."""
-        weight, placed = self.weights[moment.key].metadata(), []
-        for shard in weight.shards_metadata:
-            if _columns(shard) == columns:
-                offsets, sizes = shard.shard_offsets, shard.shard_sizes
-                rows = ShardMetadata(offsets[:1], sizes[:1], shard.placement)
-                placed.append((rows, local.get(tuple(offsets))))
-        return sharded_in_blocks(placed, weight.size[:1], torch.float32, self.group)
+        weight = self.weights[moment.key]
+        placed = [
+            (ShardMetadata(shard.shard_offsets[:1], shard.shard_sizes[:1], shard.placement), tensor)
+            for shard, tensor in _placed(weight, local)
+            if _columns(shard) == columns
+        ]
+        return sharded_in_blocks(placed, weight.metadata().size[:1], torch.float32, self.group)
 
     def _to_combine(
         self, moment: _Moment, plan_ranges: list[Columns], ranges: list[Columns]
-    ) -> list[Tensor | ShardedTensor | None]:
+    ) -> dict[Columns, Tensor | ShardedTensor]:
         """Return empty tensors [R] for stored column ranges; `finish_loading` combines them."""
-        local = self._local_by_offsets(moment)
-        rows: list[Tensor | ShardedTensor | None] = []
-        rooms: dict[Columns, dict[tuple[int, ...], Tensor]] = {}
+        local = self._tensors_of(moment)
+        rows: dict[Columns, Tensor | ShardedTensor] = {}
+        rooms: dict[Columns, list[Tensor]] = {}  # by range, for each shard of this rank
         for columns in ranges:
             if len(plan_ranges) == 1:
-                rooms[columns] = {at: torch.zeros_like(tensor) for at, tensor in local.items()}
-                rows.append(self._rows_of(moment, plan_ranges[0], rooms[columns]))
+                rooms[columns] = [torch.zeros_like(tensor) for tensor in local]
+                rows[columns] = self._rows_of(moment, plan_ranges[0], rooms[columns])
             elif local:
-                room = torch.zeros(self.weights[moment.key].metadata().size[0])
-                rooms[columns] = dict.fromkeys(local, room)
-                rows.append(room)
-            else:
-                rows.append(None)
+                rows[columns] = room = torch.zeros(self.weights[moment.key].metadata().size[0])
+                rooms[columns] = [room] * len(local)
 
         def combine() -> None:
-            for shard in self.weights[moment.key].local_shards():
-                offsets = tuple(shard.metadata.shard_offsets)
+            shards = self.weights[moment.key].local_shards()
+            for number, (shard, tensor) in enumerate(zip(shards, local)):
                 first, last = _columns(shard.metadata)
-                local[offsets].zero_()
+                tensor.zero_()
                 for (stored_first, stored_last), room in rooms.items():
                     shared = min(last, stored_last) - max(first, stored_first)
                     if shared > 0:
-                        loaded = room[offsets].to(local[offsets].device)
-                        local[offsets].add_(loaded, alpha=shared / (last - first))
+                        loaded = room[number].to(tensor.device)
+                        tensor.add_(loaded, alpha=shared / (last - first))
 
         self._unfinished.append(combine)
         return rows

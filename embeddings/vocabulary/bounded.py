@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from embeddings.memory_bank import sharded_by_rows
+from embeddings.memory_bank import exchange, sharded_by_rows
 from embeddings.vocabulary.fixed import NULL_ID, check_num_embeddings, mix64
 
 MAX_ROWS_PER_SET = 128
@@ -240,30 +240,24 @@ class BoundedVocabulary:
         order = np.argsort(owner, kind="stable")
         sizes = np.bincount(owner, minlength=self._world_size).tolist()
         pairs = torch.from_numpy(np.stack([ids, counts], axis=1)[order])
-        requests, asked_sizes = self._exchange(pairs, sizes)
+        requests, asked_sizes = self._send(pairs, sizes)
         # The same id may come from several ranks.
         distinct, inverse = np.unique(requests[:, 0].numpy(), return_inverse=True)
         totals = np.zeros(len(distinct), np.int64)
         np.add.at(totals, inverse, requests[:, 1].numpy())
         distinct_rows, evicted = self._serve(distinct, totals, step, training)
-        answers, served = torch.empty(len(ids), dtype=torch.int64), distinct_rows[inverse]
-        parts = answers, torch.from_numpy(served), sizes, asked_sizes
-        dist.all_to_all_single(*parts, group=self._group)
-        rows = np.empty(len(ids), np.int64)
-        rows[order] = answers.numpy()
+        served, rows = torch.from_numpy(distinct_rows[inverse]), np.empty(len(ids), np.int64)
+        rows[order] = exchange(served, asked_sizes, sizes, self._group).numpy()
         if training:
             sent = torch.from_numpy(evicted).repeat(self._world_size)
-            evicted = self._exchange(sent, [len(evicted)] * self._world_size)[0].numpy()
+            evicted = self._send(sent, [len(evicted)] * self._world_size)[0].numpy()
         return rows, evicted
 
-    def _exchange(self, values: Tensor, sizes: list[int]) -> tuple[Tensor, list[int]]:
-        """Send each rank the next ``sizes[rank]`` values. A collective."""
-        received = torch.empty(self._world_size, dtype=torch.int64)
-        dist.all_to_all_single(received, torch.tensor(sizes), group=self._group)
-        received_sizes = received.tolist()
-        result = values.new_empty(sum(received_sizes), *values.shape[1:])
-        dist.all_to_all_single(result, values, received_sizes, sizes, group=self._group)
-        return result, received_sizes
+    def _send(self, values: Tensor, sizes: list[int]) -> tuple[Tensor, list[int]]:
+        """Send each rank the next values; return those received, and their sizes. A collective."""
+        one_each = [1] * self._world_size
+        received_sizes = exchange(torch.tensor(sizes), one_each, one_each, self._group).tolist()
+        return exchange(values, sizes, received_sizes, self._group), received_sizes
 
     def take_evicted_rows(self) -> Tensor:
         """Return the rows [N] taken from other ids since the last call; equal on all ranks."""
@@ -285,9 +279,11 @@ class BoundedVocabulary:
         arrays = {"ids": sets.ids, "last_used": sets.last_used, "scores": sets.scores}
         if sets.admit_after > 1:
             arrays |= {"waiting_ids": sets.waiting_ids, "waiting_counts": sets.waiting_counts}
-        place = self._first_set, self.num_sets, self._group
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return {name: sharded_by_rows(tensor, *place) for name, tensor in tensors.items()}
+        first, group = self._first_set, self._group
+        return {
+            name: sharded_by_rows(torch.from_numpy(array), first, self.num_sets, group)
+            for name, array in arrays.items()
+        }
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,6 @@ def _plain_ids(ids: pa.Array | pa.ChunkedArray) -> pa.Array:
         raise ValueError(f"ids of type {ids.type}; ids are integers or strings")
     if isinstance(ids, pa.ChunkedArray):
         ids = ids.combine_chunks()
-        ids = pa.concat_arrays(ids.chunks) if isinstance(ids, pa.ChunkedArray) else ids
     if pa.types.is_dictionary(ids.type):
         ids = ids.dictionary_decode()
     if ids.null_count:
@@ -143,10 +142,10 @@ class ExactVocabulary:
     def check_type(self, kind: pa.DataType) -> None:
         """Raise a ValueError if ids of this Arrow type cannot be in the map."""
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        kind_name = "strings" if _is_string(self.ids.type) else "integers"
         if len(self) and _is_string(kind) != _is_string(self.ids.type):
+            name = "strings" if _is_string(self.ids.type) else "integers"
             raise ValueError(
-                f"the map holds {kind_name}, these ids are {kind}; write them with one type"
+                f"the map holds {name}, these ids are {kind}; write them with one type"
             )
 
     def find(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:

@@ -95,8 +95,9 @@ class WholeHistories:
         return replace(self, index=torch.searchsorted(torch.from_numpy(items), self.index))
 
     def jagged(self, num_items: int) -> JaggedHistory:
-        sizes = num_items, self.longest
-        return JaggedHistory.of(self.index, self.lengths, *sizes, self.host_lengths)
+        return JaggedHistory.of(
+            self.index, self.lengths, num_items, self.longest, self.host_lengths
+        )
 
 
 @dataclass
@@ -119,8 +120,10 @@ class History:
         return self.values if self.unscaled_values is None else self.unscaled_values
 
     def jagged(self) -> JaggedHistory:
-        sizes = len(self.items), self.longest
-        return JaggedHistory.of(self.index, self.lengths, *sizes, self.host_lengths)
+        num_items = len(self.items)
+        return JaggedHistory.of(
+            self.index, self.lengths, num_items, self.longest, self.host_lengths
+        )
 
 
 @dataclass

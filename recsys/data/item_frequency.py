@@ -148,8 +148,8 @@ class NumberRange:
         # In blocks, as their copies in float64 then stay in the cache.
         blocks = (values[low : low + BLOCK_VALUES] for low in range(0, len(values), BLOCK_VALUES))
         squares = sum(float(np.square(block, dtype=np.float64).sum()) for block in blocks)
-        ends = float(values.min(initial=math.inf)), float(values.max(initial=-math.inf))
-        self.include(NumberRange(*ends, len(values), total, squares))
+        least, greatest = float(values.min(initial=math.inf)), float(values.max(initial=-math.inf))
+        self.include(NumberRange(least, greatest, len(values), total, squares))
 
     def include(self, other: NumberRange) -> None:
         self.least = min(self.least, other.least)

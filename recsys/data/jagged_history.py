@@ -44,9 +44,8 @@ class JaggedHistory:
         offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths)
         batch = torch.arange(len(lengths), device=lengths.device)
         rows = torch.repeat_interleave(batch, lengths, output_size=len(index))
-        longest = int(lengths.max()) if longest is None else longest
-        sizes = max(longest, 1), num_items
-        return JaggedHistory(index, lengths, offsets, rows, *sizes, host_lengths)
+        longest = max(int(lengths.max()) if longest is None else longest, 1)
+        return JaggedHistory(index, lengths, offsets, rows, longest, num_items, host_lengths)
 
     @property
     def is_shared(self) -> bool:
@@ -70,8 +69,8 @@ class JaggedHistory:
         lengths, host_lengths = _counts(self.rows[places], len(self.lengths)), None
         if count is not None and self.host_lengths is not None:
             host_lengths = self.host_lengths.clip(max=count)
-        sizes = self.num_items, self.longest
-        return JaggedHistory.of(self.index[places], lengths, *sizes, host_lengths)
+        index = self.index[places]
+        return JaggedHistory.of(index, lengths, self.num_items, self.longest, host_lengths)
 
     def highest(self, scores: Tensor, count: int) -> Tensor:  # [N] -> [P], ascending
         """Return the places of the `count` highest scores of each row; later ones win ties."""
@@ -95,9 +94,8 @@ class JaggedHistory:
     @property
     def places(self) -> Tensor:
         """Numbers of the places of all rows: int64 [N]."""
-        return self._kept(
-            "places", lambda: torch.arange(self.rows.shape[0], device=self.rows.device)
-        )
+        count, device = self.rows.shape[0], self.rows.device
+        return self._kept("places", lambda: torch.arange(count, device=device))
 
     @property
     def ages(self) -> Tensor:
@@ -222,8 +220,14 @@ def _item_sums(history: JaggedHistory, values: Tensor) -> Tensor:  # [N, K] -> [
 
 
 def _dot(history: JaggedHistory, queries: Tensor, items: Tensor) -> Tensor:
-    parts = queries.contiguous(), items.contiguous(), history.index, history.offsets[:-1]
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(*parts, history.rows, 0)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        queries.contiguous(),
+        items.contiguous(),
+        history.index,
+        history.offsets[:-1],
+        history.rows,
+        0,
+    )
 
 
 def _weighted_sum(history: JaggedHistory, weights: Tensor, items: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +37,7 @@ class PreparedVocabulary:
     """Result of building or extending the map of one column."""
 
     file: Location
-    num_ids: int
+    vocabulary: ExactVocabulary
     num_new: int
     num_rows: int  # of the table, as training makes it
     num_embeddings: int | None  # of schema.yaml, if these are too few
@@ -52,22 +53,21 @@ def prepare_vocabularies(data: str) -> list[PreparedVocabulary]:
             f"{root}/schema.yaml: no column has a vocabulary of kind exact; set it for a column of "
             "raw ids"
         )
-    prepared, extended = [], []
+    prepared = []
     for table in tables:
         file, vocabulary = vocabulary_file(root, table), ExactVocabulary(MOST_ROWS)
         if file.exists():
             vocabulary = ExactVocabulary.load(file.path, MOST_ROWS, file.arrow)
         num_new = _extend(root, schema, table, vocabulary, (*SPLITS, ITEMS))
         schema.make_room(table, len(vocabulary))
-        sizes = len(vocabulary), num_new, schema.limit(table), schema.grown.get(table)
-        prepared.append(PreparedVocabulary(file, *sizes))
-        extended.append((file, vocabulary))
-    for file, vocabulary in extended:
-        folder, name = file.path.rsplit("/", 1)
-        partial = f"{folder}/.{name}.partial"
-        file.filesystem.makedirs(folder, exist_ok=True)
-        vocabulary.save(partial, file.arrow)
-        file.filesystem.mv(partial, file.path)
+        num_rows, too_few = schema.limit(table), schema.grown.get(table)
+        prepared.append(PreparedVocabulary(file, vocabulary, num_new, num_rows, too_few))
+    for one in prepared:
+        folder, name = one.file.path.rsplit("/", 1)
+        unfinished = f"{folder}/.{name}.partial"
+        one.file.filesystem.makedirs(folder, exist_ok=True)
+        one.vocabulary.save(unfinished, one.file.arrow)
+        one.file.filesystem.mv(unfinished, one.file.path)
     return prepared
 
 
@@ -142,10 +142,11 @@ def format_prepared(prepared: list[PreparedVocabulary]) -> str:
     """Return one line per map."""
     lines = []
     for one in prepared:
-        line = f"{one.file}: {one.num_ids:,} ids, {one.num_new:,} of them new; "
+        num_ids = len(one.vocabulary)
+        line = f"{one.file}: {num_ids:,} ids, {one.num_new:,} of them new; "
         if one.num_embeddings is not None:
             line += f"its table grows from {one.num_embeddings:,} to {one.num_rows:,} rows; "
-        lines.append(f"{line}room for {one.num_rows - 1 - one.num_ids:,} more")
+        lines.append(f"{line}room for {one.num_rows - 1 - num_ids:,} more")
     return "\n".join(lines)
 
 
@@ -195,21 +196,22 @@ def check_transformed(root: Location) -> None:
     build_hashes(schema)
     for split in SPLITS if schema.transforms else ():
         first = 0
-
-        def refuse(
-            column: str, bad: np.ndarray, reason: str, message: Callable[[int], str]
-        ) -> None:
-            if bad.any():
-                row = int(bad.argmax())
-                raise ValueError(
-                    f"transforms: '{column}', row {first + row} of {split}: after its steps "  # noqa: B023
-                    f"{message(row)}; or end the steps with fill or clip"
-                )
-
         for rows in _rows(root / split, schema, list(schema.transforms)):
+            refuse = partial(_refuse, split, first)
             for name in schema.transforms:
                 usable_column(pa.table({name: rows.column(name)}), name, schema, refuse)
             first += rows.table.num_rows
+
+
+def _refuse(
+    split: str, first: int, name: str, bad: np.ndarray, reason: str, message: Callable[[int], str]
+) -> None:
+    if bad.any():
+        row = int(bad.argmax())
+        raise ValueError(
+            f"transforms: '{name}', row {first + row} of {split}: after its steps {message(row)}; "
+            "or end the steps with fill or clip"
+        )
 
 
 def format_fitted(chains: dict[str, Chain]) -> str:
@@ -238,11 +240,9 @@ def _rows(folder: Location, schema: Schema, names: Sequence[str]) -> Iterator[Tr
     files = folder.files(".parquet")
     if not files:
         raise ValueError(f"{folder}: no *.parquet files; transforms are fitted on them")
-    columns = schema.file_columns(names)
     for file in files:
         with open_parquet(file) as parquet:
-            kinds = {column: column_type(parquet, file, column) for column in columns}
-            check_types(schema, names, kinds.__getitem__, str(file))
+            check_types(schema, names, partial(column_type, parquet, file), str(file))
             for index in range(parquet.num_row_groups):
-                table = read_row_group(parquet, file, index, columns)
+                table = read_row_group(parquet, file, index, schema.file_columns(names))
                 yield TransformedRows(table, schema, str(file))

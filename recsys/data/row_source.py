@@ -99,12 +99,10 @@ class RowSource(ABC):
         """Return a chunk's rows in canonical types; bad rows are reported and become padding."""
         chunk = self.chunks[number]
 
-        def report(
-            column: str, bad: np.ndarray, reason: str, message: Callable[[int], str]
-        ) -> None:
-            after = "after its transform: " if column in self.schema.transforms else ""
+        def report(name: str, bad: np.ndarray, reason: str, message: Callable[[int], str]) -> None:
+            after = "after its transform: " if name in self.schema.transforms else ""
             self.bad_rows.add(
-                chunk.place, column, chunk.first_row, bad, reason, lambda row: after + message(row)
+                chunk.place, name, chunk.first_row, bad, reason, lambda row: after + message(row)
             )
 
         positions = np.arange(chunk.num_rows) + self._first_positions[number]
@@ -246,8 +244,9 @@ def open_rows(
 ) -> RowSource:
     """Return the rows of a split from the source that the settings name."""
     kind: Any = RowSource  # mypy takes no abstract class here
-    arguments = SOURCES, kind, root, split, schema
-    rows: RowSource = make_part("source.name", settings.name, *arguments, **settings.options)
+    rows: RowSource = make_part(
+        "source.name", settings.name, SOURCES, kind, root, split, schema, **settings.options
+    )
     rows.bad_rows = BadRows(on_bad_row)
     return rows
 

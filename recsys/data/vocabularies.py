@@ -45,8 +45,13 @@ class BoundedVocabularies:
             features = [name for name in looked_up if schema.table_of(name) == table]
             if features and (settings := schema.vocabulary_of(table)) is not None:
                 self.features[table] = features
-                sizes = schema.limit(table), settings.admit_after, settings.half_life
-                self.by_table[table] = BoundedVocabulary(*sizes, MAPPED_AHEAD, process_group=group)
+                self.by_table[table] = BoundedVocabulary(
+                    schema.limit(table),
+                    settings.admit_after,
+                    settings.half_life,
+                    protect_steps=MAPPED_AHEAD,
+                    process_group=group,
+                )
 
     @property
     def items(self) -> BoundedVocabulary | None:

@@ -74,22 +74,19 @@ def column_type(parquet: pq.ParquetFile, file: Location, name: str) -> pa.DataTy
 
 def mean_list_lengths(root: Location, schema: Schema, folder: str = "train") -> dict[str, float]:
     """Return the mean ids per row of the first training file by list column; {} if unreadable."""
-    lists = [name for name, column in schema.columns.items() if column.kind in ("ids", "sequence")]
     try:
         file = (root / folder).files(".parquet")[0]
         with open_parquet(file) as parquet:
             metadata = parquet.metadata
-            leaves = {
-                metadata.schema.column(index).path.split(".")[0]: index
-                for index in range(metadata.num_columns)
-            }
-            groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-            read = {name: schema.file_columns([name])[0] for name in lists}
-            return {
-                name: sum(group.column(leaves[column]).num_values for group in groups)
-                / metadata.num_rows
-                for name, column in read.items()
-                if column in leaves and metadata.num_rows
-            }
     except (IndexError, ValueError):
         return {}
+    paths = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
+    leaves = {path.split(".")[0]: leaf for leaf, path in enumerate(paths)}
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    means = {}
+    for name in (*schema.of_kind("ids"), *schema.of_kind("sequence")):
+        leaf = leaves.get(schema.file_columns([name])[0])
+        if leaf is not None and metadata.num_rows:
+            num_values = sum(group.column(leaf).num_values for group in groups)
+            means[name] = num_values / metadata.num_rows
+    return means

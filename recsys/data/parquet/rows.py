@@ -78,10 +78,10 @@ class ParquetRows(RowSource):
             if table.num_rows != group.num_rows:
                 raise OSError(f"{table.num_rows} rows instead of {group.num_rows}")
         except READ_ERRORS as error:
-            place, rows = (group.place, "", group.first_row), np.ones(group.num_rows, bool)
+            bad, reason = np.ones(group.num_rows, bool), "row group that cannot be read"
             what = f"row group {group.index} (rows from {group.first_row})"
             message = f"{what} cannot be read ({error}); write the file again"
-            self.bad_rows.add(*place, rows, "row group that cannot be read", lambda row: message)
+            self.bad_rows.add(group.place, "", group.first_row, bad, reason, lambda row: message)
             return self.padding(group.num_rows)
         return self.usable(number, table)
 

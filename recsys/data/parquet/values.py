@@ -118,8 +118,8 @@ def usable_table(
     arrays = [usable_column(table, name, schema, note) for name in table.column_names]
     if schema.vocabulary_of(schema.group) is not None:
         # Raw ids of the group as integers; a row without one is a group of its own.
-        ids, null, too_large = plain_ids(_with_values(one_chunk(table[schema.group]), False, True))
-        groups = rows_of_ids(ids, null, too_large, None)
+        ids = _with_values(one_chunk(table[schema.group]), False, True)
+        groups, null, _ = _rows_of_ids(ids, None)
         arrays.append(pa.array(np.where(null, mix64(positions).view(np.int64), groups)))
     usable = pa.table([*arrays, positions], schema=empty_table(schema, table.column_names).schema)
     for history in schema.histories:
@@ -137,24 +137,24 @@ def usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn
     array = _with_values(one_chunk(table[name]), is_list_column, is_integer)
     if schema.vocabulary_of(name) is not None:
         return _rows_of_raw_ids(array, name, schema, note)
-    if name in schema.of_kind("extra"):
-        return _extra_column(array, name, note)
     # Ids are checked in the file's type, since a cast makes large unsigned ids negative.
     own_type = array.type.value_type if is_list_column else array.type
     array = _cast(array, own_type if is_integer else pa.float32(), is_list_column)
+    column = schema.columns.get(name)
+    if column is not None and column.kind == "extra":
+        array = pc.fill_null(array, float("nan"))
     values = array.flatten() if is_list_column else array
-    null = "null; fill it or drop the row"
-    if is_list_column:
-        null = "null inside the list; fill it or leave it out"
-    if is_integer:
-        null += ", or give the column a vocabulary, in which null is the unknown id"
     filled = values.fill_null(0) if values.null_count else values
     numbers = filled.to_numpy(zero_copy_only=False)
 
     note_values = partial(_note_values, note, name, array)
-    column = schema.columns.get(name)
     if values.null_count and not (column and column.nullable):
-        note_values(values.is_null().to_numpy(False), "null", null)
+        fix = "null; fill it or drop the row"
+        if is_list_column:
+            fix = "null inside the list; fill it or leave it out"
+        if is_integer:
+            fix += ", or give the column a vocabulary, in which null is the unknown id"
+        note_values(values.is_null().to_numpy(False), "null", fix)
     if is_integer:
         limit, owner = schema.limit(name), schema.table_of(name)
         if len(numbers) and (numbers.min() < 0 or numbers.max() >= limit):
@@ -176,16 +176,6 @@ def _with_values(array: pa.Array, is_list_column: bool, is_integer: bool) -> pa.
     return _cast(array, pa.int64() if is_integer else pa.float32(), is_list_column)
 
 
-def _extra_column(array: pa.Array, name: str, note: ReportColumn) -> pa.Array:
-    """Return a column of kind extra in float32, NaN where a row has no value."""
-    array = pc.fill_null(_cast(array, pa.float32(), False), float("nan"))
-    numbers = array.to_numpy()
-    if np.isinf(numbers).any():
-        message = "write a finite number that fits float32, or null"
-        note(name, np.isinf(numbers), "not finite", lambda row: f"value {numbers[row]}; {message}")
-    return array
-
-
 def _note_values(
     note: ReportColumn, name: str, array: pa.Array, bad: np.ndarray, reason: str, message: str
 ) -> None:  # array [R], of values or lists; bad bool [N]
@@ -199,56 +189,47 @@ def _note_values(
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:
     """Return a column as one array, without a copy if it has one chunk."""
-    if column.num_chunks == 1:
-        return column.chunk(0)
-    array = column.combine_chunks()
-    return pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportColumn) -> pa.Array:
     """Return raw ids as rows, or as integers if their vocabulary is bounded; null is unknown."""
     as_list = is_list(array.type)
     values = array.flatten() if as_list else array
-    lengths = list_lengths(array).astype(np.int64) if as_list else np.ones(len(array), np.int64)
-    values, null, too_large = plain_ids(values)
-    note_values = partial(_note_values, note, name, array)
-    if name == schema.target_item:
-        note_values(null, "null", "null; every row ranks an item: fill it or drop the row")
-    note_values(too_large, "id beyond int64", "an id that does not fit int64; renumber it")
     vocabulary = schema.vocabularies.get(schema.table_of(name))
     num_rows = schema.rows_per_id(name)
     if len(values) * num_rows > MAX_LIST_VALUES:
         reason = f"more than {MAX_LIST_VALUES:,} rows of ids in a row group"
         note(name, np.ones(len(array), bool), reason, lambda row: f"{reason}; write smaller ones")
         return pa.array([[]] * len(array), pa.list_(pa.int64()))
-    rows = rows_of_ids(values, null, too_large, vocabulary).reshape(-1, num_rows)
+    rows, null, too_large = _rows_of_ids(values, vocabulary)
+    note_values = partial(_note_values, note, name, array)
+    if name == schema.target_item:
+        note_values(null, "null", "null; every row ranks an item: fill it or drop the row")
+    note_values(too_large, "id beyond int64", "an id that does not fit int64; renumber it")
     if not as_list and num_rows == 1:
-        return pa.array(rows[:, 0])
+        return pa.array(rows.reshape(-1))
+    lengths = list_lengths(array).astype(np.int64) if as_list else np.ones(len(array), np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths * num_rows)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(rows.reshape(-1)))
 
 
-def plain_ids(ids: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
-    """Return raw ids without dictionary, and masks [N] of null ids and of ids beyond int64."""
+def _rows_of_ids(
+    ids: pa.Array, vocabulary: ExactVocabulary | HashVocabulary | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [N] -> int64 [N] or [N, H], bool [N], bool [N]
+    """Return rows of raw ids, or integers without `vocabulary`, and which are null or too large.
+
+    Null is the unknown id; ids beyond int64 have row 0.
+    """
     if pa.types.is_dictionary(ids.type):
         ids = ids.dictionary_decode()
-    too_large = np.zeros(len(ids), bool)
+    null, too_large = ids.is_null().to_numpy(False), np.zeros(len(ids), bool)
     if pa.types.is_uint64(ids.type):
         too_large = ids.fill_null(0).to_numpy(zero_copy_only=False) > np.iinfo(np.int64).max
-    return ids, ids.is_null().to_numpy(False), too_large
-
-
-def rows_of_ids(
-    ids: pa.Array,
-    null: np.ndarray,
-    too_large: np.ndarray,
-    vocabulary: ExactVocabulary | HashVocabulary | None,
-) -> np.ndarray:  # ids, null, too_large [N] -> int64 [N] or [N, H]
-    """Return rows of raw ids, or integers without `vocabulary`; null is the unknown id."""
     find_rows = integer_ids if vocabulary is None else vocabulary.rows_of
     usable = ~(null | too_large)
     if usable.all():
-        return find_rows(ids)
+        return find_rows(ids), null, too_large
     usable_rows = find_rows(ids.filter(pa.array(usable)))
     rows = np.zeros((len(ids), *usable_rows.shape[1:]), np.int64)
     rows[usable] = usable_rows
@@ -256,15 +237,19 @@ def rows_of_ids(
         rows[null] = vocabulary.unknown_row
     else:
         rows[null] = find_rows(pa.array([NULL_ID]))[0]
-    return rows
+    return rows, null, too_large
 
 
 def _bad_numbers(
     numbers: np.ndarray, column: Column | None
 ) -> Iterator[tuple[np.ndarray, str, str]]:  # numbers float32 [N]
     """Yield a mask of unusable values [N], their reason and the fix; column None: a list."""
+    fix = "write a finite number that fits float32"
+    if column is not None and column.kind == "extra":  # NaN: the row has no value
+        yield np.isinf(numbers), "not finite", f"{fix}, or null"
+        return
     finite = np.isfinite(numbers)
-    yield ~finite, "not finite", "write a finite number that fits float32"
+    yield ~finite, "not finite", fix
     if column is None:
         return
     negative, not_binary = finite & (numbers < 0), finite & (numbers != 0) & (numbers != 1)
@@ -294,14 +279,13 @@ def _check_parallel(
     def num_ids(name: str) -> np.ndarray:  # [R]
         return list_lengths(table[name]) // schema.rows_per_id(name)
 
-    reason, lengths = f"list of another length than '{history.name}'", num_ids(history.name)
+    lengths, unlike = num_ids(history.name), f"another length than '{history.name}'"
 
     def message(row: int) -> str:
-        what = f"the list has another length than '{history.name}' ({lengths[row]} items)"
-        return f"{what}; write one value per item"
+        return f"the list has {unlike} ({lengths[row]} items); write one value per item"
 
     for name in (*history.numbers, *history.ids):
-        note(name, num_ids(name) != lengths, reason, message)
+        note(name, num_ids(name) != lengths, f"list of {unlike}", message)
 
 
 def _cast(array: pa.Array, value_type: pa.DataType, as_list: bool) -> pa.Array:
