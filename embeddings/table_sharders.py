@@ -5,19 +5,15 @@ Vectors and gradients may travel in 16 bits (DLRM with quantised collectives, Ya
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, Literal, TypeVar, cast, get_args
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DTensor
-from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
-from torchrec.distributed.embeddingbag import (
-    EmbeddingBagCollectionSharder,
-    ShardedEmbeddingBagCollection,
-)
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
 from torchrec.distributed.shards_wrapper import LocalShardsWrapper
 from torchrec.distributed.types import CommOp, ModuleSharder, QuantizedCommCodecs, ShardingType
@@ -27,39 +23,52 @@ from embeddings.tables import NormalInitializer
 from embeddings.torchrec_internals import look_up_as_bags
 
 CommunicationType = Literal["fp32", "fp16", "bf16"]
-ShardedCollection = TypeVar(
-    "ShardedCollection", ShardedEmbeddingBagCollection, ShardedEmbeddingCollection
-)
 
 
-def _without_data_parallel(types: Sequence[str]) -> list[str]:
-    return sorted({*types, ShardingType.ROW_WISE.value} - {ShardingType.DATA_PARALLEL.value})
+class _TableSharder:
+    """Shards a collection; a base beside one of TorchRec's sharders."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        types = super().sharding_types(compute_device_type)  # type: ignore[misc]
+        return sorted({*types, ShardingType.ROW_WISE.value} - {ShardingType.DATA_PARALLEL.value})
+
+    def shard(
+        self,
+        module: EmbeddingBagCollection | EmbeddingCollection,
+        *arguments: Any,
+        **options: Any,
+    ) -> Any:
+        """Shard, then write the weights: those of ``module``, or initial ones if it is on meta."""
+        is_pooled = isinstance(module, EmbeddingBagCollection)
+        configs = module.embedding_bag_configs() if is_pooled else module.embedding_configs()
+        initializers = {config.name: config.init_fn for config in configs}
+        try:
+            for config in configs:  # TorchRec would pass `init_fn` a shard without its offsets
+                config.init_fn = lambda weight: None
+            sharded = super().shard(module, *arguments, **options)  # type: ignore[misc]
+        finally:
+            for config in configs:
+                config.init_fn = initializers[config.name]
+        if module.device.type != "meta":
+            sharded.load_state_dict(module.state_dict())
+            return sharded
+        for name, tensor in sharded.state_dict().items():
+            initializer = initializers[name.split(".")[-2]]
+            assert isinstance(initializer, NormalInitializer), (name, initializer)
+            for piece, (row_offset, column_offset) in _local_pieces(tensor):
+                initializer.fill(piece, row_offset, column_offset)
+        return sharded
 
 
-class BagSharder(EmbeddingBagCollectionSharder):
+class BagSharder(_TableSharder, EmbeddingBagCollectionSharder):
     """Shards pooled tables."""
 
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        return _without_data_parallel(super().sharding_types(compute_device_type))
 
-    def shard(
-        self, module: EmbeddingBagCollection, *arguments: Any, **options: Any
-    ) -> ShardedEmbeddingBagCollection:
-        shard = partial(super().shard, module, *arguments, **options)
-        return _shard_with_weights(module, module.embedding_bag_configs(), shard)
-
-
-class SequenceSharder(EmbeddingCollectionSharder):
+class SequenceSharder(_TableSharder, EmbeddingCollectionSharder):
     """Shards tables without pooling."""
 
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        return _without_data_parallel(super().sharding_types(compute_device_type))
-
-    def shard(
-        self, module: EmbeddingCollection, *arguments: Any, **options: Any
-    ) -> ShardedEmbeddingCollection:
-        shard = partial(super().shard, module, *arguments, **options)
-        sharded = _shard_with_weights(module, module.embedding_configs(), shard)
+    def shard(self, module: EmbeddingCollection, *arguments: Any, **options: Any) -> Any:
+        sharded = super().shard(module, *arguments, **options)
         look_up_as_bags(sharded)
         return sharded
 
@@ -91,31 +100,6 @@ def sharders(
         codecs = {operation.name: get_qcomm_codecs(types) for operation in CommOp}
     kinds: tuple[Any, ...] = BagSharder, SequenceSharder
     return [kind(qcomm_codecs_registry=codecs) for kind in kinds]
-
-
-def _shard_with_weights(
-    module: EmbeddingBagCollection | EmbeddingCollection,
-    configs: Sequence[Any],
-    shard: Callable[[], ShardedCollection],
-) -> ShardedCollection:
-    """Shard, then write the weights: those of ``module``, or initial ones if it is on meta."""
-    initializers = {config.name: config.init_fn for config in configs}
-    try:
-        for config in configs:  # TorchRec would pass `init_fn` a shard without its offsets
-            config.init_fn = lambda weight: None
-        sharded = shard()
-    finally:
-        for config in configs:
-            config.init_fn = initializers[config.name]
-    if module.device.type != "meta":
-        sharded.load_state_dict(module.state_dict())
-        return sharded
-    for name, tensor in sharded.state_dict().items():
-        initializer = initializers[name.split(".")[-2]]
-        assert isinstance(initializer, NormalInitializer), (name, initializer)
-        for piece, (row_offset, column_offset) in _local_pieces(tensor):
-            initializer.fill(piece, row_offset, column_offset)
-    return sharded
 
 
 def _local_pieces(table: ShardedTensor | DTensor) -> Iterator[tuple[torch.Tensor, Sequence[int]]]:
