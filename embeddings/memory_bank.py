@@ -294,8 +294,7 @@ class ReplicatedMemoryBank(MemoryBank):
             if padded > gathered.shape[1]:
                 self._capacity = max(self._capacity, padded)
                 whole = torch.empty(self.world_size * padded, dtype=torch.int64)
-                mine = _padded(ids, padded)
-                dist.all_gather_into_tensor(whole, mine, group=self.group)
+                dist.all_gather_into_tensor(whole, _padded(ids, padded), group=self.group)
                 gathered = whole.view(self.world_size, -1)
             rows, places = _last_of_each(gathered[:, :padded].reshape(-1))
             return BankRoute(places, [padded] * self.world_size, rows, counts.tolist())

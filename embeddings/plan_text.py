@@ -29,11 +29,9 @@ def format_plan(plan: ShardingPlan, tables: Sequence[TableConfig]) -> str:
     lines = [("table", "rows x dim", "MB", "sharding", "kernel", "shards (rank: rows x columns)")]
     for table in tables:
         memory = table_memory(table, plan)
-        pieces = [f"{shard.rank}: {shard.rows} x {shard.columns}" for shard in memory.shards]
-        size = f"{table.num_embeddings} x {table.embedding_dim}"
-        megabytes = f"{table.megabytes:.2f}"
-        shards = ", ".join(pieces)
-        lines.append((table.name, size, megabytes, memory.sharding, memory.kernel, shards))
+        shards = ", ".join(f"{part.rank}: {part.rows} x {part.columns}" for part in memory.shards)
+        size, megabytes = f"{table.num_embeddings} x {table.embedding_dim}", table.megabytes
+        lines.append((table.name, size, f"{megabytes:.2f}", memory.sharding, memory.kernel, shards))
     return align_columns(lines)
 
 
@@ -41,8 +39,7 @@ def align_columns(lines: Sequence[Sequence[str]]) -> str:
     """Return rows of cells as text with aligned columns, a rule under the first row."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rule = ["-" * width for width in widths]
-    rows = [lines[0], rule, *lines[1:]]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
+        for row in (lines[0], rule, *lines[1:])
     )

@@ -170,12 +170,11 @@ def plan_sharding(
                     f"{dist.get_world_size(group) // copies} per copy of the tables; make them "
                     "equal"
                 )
-            limits = {part.name: constraints(part, num_ranks, prefetch) for part in tables}
             planner = EmbeddingShardingPlanner(
                 topology=topology,
                 batch_size=batch_size,
                 storage_reservation=FixedPercentageStorageReservation(figures.reserved_share),
-                constraints=limits,
+                constraints={part.name: constraints(part, num_ranks, prefetch) for part in tables},
                 stats=NoopEmbeddingStats(),
                 debug=False,
             )

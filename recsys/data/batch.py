@@ -120,9 +120,8 @@ class History:
         return self.values if self.unscaled_values is None else self.unscaled_values
 
     def jagged(self) -> JaggedHistory:
-        num_items = len(self.items)
         return JaggedHistory.of(
-            self.index, self.lengths, num_items, self.longest, self.host_lengths
+            self.index, self.lengths, len(self.items), self.longest, self.host_lengths
         )
 
 
