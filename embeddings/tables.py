@@ -5,9 +5,9 @@ Initial weights depend on the seed, the table and the row alone, never on the sh
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import chain
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -90,12 +90,10 @@ class TableConfig:
         for name in self.features:
             if self.features.count(name) > 1:
                 yield f"feature '{name}' is listed twice; list it once"
-        choices = {"pooling": Pooling, "sharding": Sharding, "optimizer": TableOptimizer}
-        choices |= {"kernel": Kernel, "precision": TablePrecision}
-        for field_name, choice in choices.items():
-            value, allowed = getattr(self, field_name), get_args(choice)
-            if value not in allowed:
-                yield f"{field_name} is {value!r}; choose one of {', '.join(allowed)}"
+        for part in fields(self):
+            value, allowed = getattr(self, part.name), get_args(part.type)
+            if get_origin(part.type) is Literal and value not in allowed:
+                yield f"{part.name} is {value!r}; choose one of {', '.join(allowed)}"
 
     def _number_problems(self) -> Iterator[str]:
         for field_name in ("num_embeddings", "embedding_dim"):

@@ -6,7 +6,6 @@ range of it; shares differ by at most one row. Another number of ranks can conti
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from recsys.data.parquet.values import empty_table, padding_rows, usable_table
 from recsys.data.schema import Schema
 from recsys.data.transforms.columns import check_types, read_columns
 from recsys.storage.location import Location
+from recsys.storage.manifest import digest_of
 
 if TYPE_CHECKING:
     from recsys.distributed.ranks import Ranks
@@ -126,8 +126,7 @@ class RowSource(ABC):
         sizes = [(chunk.num_rows, chunk.num_bytes) for chunk in self.chunks]
         digests = [chunk.digest for chunk in self.chunks]
         parts = [(names, sizes), *([digests] if any(digests) else [])]
-        encoded = (repr(part).encode() for part in parts)
-        return "-".join(hashlib.blake2b(part, digest_size=16).hexdigest() for part in encoded)
+        return "-".join(map(digest_of, parts))
 
     def skipped(self, ranks: Ranks, what: str) -> dict[str, Any]:
         """Return and log the rows skipped so far, an error if all are. A collective."""

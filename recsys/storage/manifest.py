@@ -1,4 +1,4 @@
-"""Manifests of folders: size and hashes of each file, signed by a hash of the manifest itself."""
+"""Hashes, and manifests of folders: size and hashes of each file, signed by a hash of their own."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ READ_BYTES = 2**20  # of a block at once: training runs on while its checkpoint 
 THREADS = 4
 
 Files = Mapping[str, Any]  # bytes and SHA-256 of each block, by name
+
+
+def digest_of(*parts: Any) -> str:
+    """Return a hash of bytes-like and printable parts."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part if isinstance(part, bytes | memoryview) else repr(part).encode())
+    return digest.hexdigest()
 
 
 def content_digest(content: dict[str, Any]) -> str:

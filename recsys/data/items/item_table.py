@@ -7,7 +7,6 @@ a token.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
@@ -25,18 +24,11 @@ from recsys.data.parquet.bad_rows import BadRows, OnBadRow, Report
 from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
 from recsys.data.schema import Schema, advice_on_unknown
 from recsys.storage.location import Location, errors_at
+from recsys.storage.manifest import digest_of as digest_of
 
 ROWS_PER_CHUNK = 256  # items in memory at once, as the encoded images of all items would not fit
 
 Chunk = tuple[Location, int, pa.Array]  # file, first row in the file, values
-
-
-def digest_of(*parts: Any) -> str:
-    """Return a hash of bytes-like and printable parts."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part if isinstance(part, bytes | memoryview) else repr(part).encode())
-    return digest.hexdigest()
 
 
 class ItemTable:

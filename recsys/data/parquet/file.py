@@ -5,7 +5,6 @@ Pages are checked if the writer stored checksums (pyarrow: `write_page_checksum=
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 
 from recsys.data.schema import Schema
 from recsys.storage.location import Location
+from recsys.storage.manifest import digest_of
 
 # A damaged footer may hold names that are not UTF-8.
 READ_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
@@ -55,8 +55,7 @@ def footer_digest(file: Location, parquet: pq.ParquetFile) -> str:
     """Return a hash of a file's footer, which changes with nearly any change of the content."""
     end_of_file = 8  # length of the footer and the magic number
     start = -(parquet.metadata.serialized_size + end_of_file)
-    footer = file.filesystem.cat_file(file.path, start=start)
-    return hashlib.blake2b(footer, digest_size=16).hexdigest()
+    return digest_of(bytes(file.filesystem.cat_file(file.path, start=start)))
 
 
 def column_type(parquet: pq.ParquetFile, file: Location, name: str) -> pa.DataType:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -38,8 +37,8 @@ class ParquetRows(RowSource):
         on_bad_row: OnBadRow = "error",
     ) -> None:
         names = columns_to_read(schema, with_labels)
-        groups = [group for file in files for group in _row_groups(file, schema, names)]
-        super().__init__(schema, groups, with_labels, on_bad_row)
+        self.row_groups = [group for file in files for group in _row_groups(file, schema, names)]
+        super().__init__(schema, self.row_groups, with_labels, on_bad_row)
 
     @staticmethod
     def of_split(
@@ -51,10 +50,6 @@ class ParquetRows(RowSource):
         if not files:
             raise ValueError(f"{folder}: no *.parquet files; write the rows of this split there")
         return ParquetRows(files, schema, on_bad_row=on_bad_row)
-
-    @property
-    def row_groups(self) -> Sequence[RowGroup]:
-        return cast(Sequence[RowGroup], self.chunks)
 
     def read_chunk(self, number: int) -> pa.Table:
         return next(iter(self.read_chunks([number])))
