@@ -105,14 +105,12 @@ def run_file_hashes(run: Path) -> dict[str, str]:
     return {str(file.relative_to(run)): file_digest(file) for file in files}
 
 
-def check_run_files(folder: Path, manifest: dict[str, Any], ranks: Ranks) -> None:
-    """Raise a ValueError on every rank if files of the run have changed since. A collective."""
-    with ranks.raise_on_all_ranks():
-        if ranks.is_first:
-            run, stored = folder.parents[1], manifest["kept"]
-            current = run_file_hashes(run)
-            for name in sorted(stored.keys() | current.keys()):
-                check_equal(str(run / name), stored.get(name), current.get(name), str(folder))
+def check_run_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise a ValueError if files of the run have changed since the checkpoint was written."""
+    run, stored = folder.parents[1], manifest["kept"]
+    current = run_file_hashes(run)
+    for name in sorted(stored.keys() | current.keys()):
+        check_equal(str(run / name), stored.get(name), current.get(name), str(folder))
 
 
 def file_digest(file: Path) -> str:

@@ -141,10 +141,9 @@ def start_warm(
     progress = take_over(job, plan)
     fit_to_rows(job, plan, numbers)
     counts = counts_before(job, plan)
-    with job.ranks.raise_on_all_ranks():
-        if job.ranks.is_first and job.schema.target_item in plan.maps:
-            counts.save(run / ITEM_COUNTS_BEFORE)
-    describe_start(run, job.ranks, plan)
+    if job.schema.target_item in plan.maps:
+        job.ranks.on_first(counts.save, run / ITEM_COUNTS_BEFORE)
+    job.ranks.on_first(describe_start, run, plan)
     return progress
 
 
@@ -272,17 +271,14 @@ def _plain(request: WarmStart) -> dict[str, object]:
     return plain | {"run": str(request.run.resolve())}
 
 
-def describe_start(run: Path, ranks: Ranks, plan: WarmStartPlan) -> None:
-    """Print and keep what was taken over and what differed. A collective."""
-    model = plan.source.model
-    with ranks.raise_on_all_ranks():
-        if ranks.is_first:
-            content = {
-                "request": _plain(plan.source.request),
-                "checkpoint": model.folder.name,
-                "step": model.manifest["step"],
-                "tensors": len(plan.tensors),
-                "differences": [row._asdict() for row in plan.differences.reconciled],
-            }
-            write_whole(run / WARM_START, json.dumps(content, indent=1) + "\n")
-            print_table(str(plan))
+def describe_start(run: Path, plan: WarmStartPlan) -> None:
+    """Print and keep what was taken over and what differed."""
+    content = {
+        "request": _plain(plan.source.request),
+        "checkpoint": plan.source.model.folder.name,
+        "step": plan.source.model.step,
+        "tensors": len(plan.tensors),
+        "differences": [row._asdict() for row in plan.differences.reconciled],
+    }
+    write_whole(run / WARM_START, json.dumps(content, indent=1) + "\n")
+    print_table(str(plan))

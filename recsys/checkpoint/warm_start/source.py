@@ -113,7 +113,7 @@ class StoredState:
     def open(folder: Path, ranks: Ranks) -> StoredState:
         """Check the files of a checkpoint and read what it has. A collective."""
         manifest = files.checked_manifest(folder, ranks)
-        files.check_run_files(folder, manifest, ranks)
+        ranks.on_first(files.check_run_files, folder, manifest)
         with ranks.raise_on_all_ranks():
             reader = SafeFileSystemReader(folder)
             return StoredState(folder, manifest, reader, reader.read_metadata())
