@@ -261,7 +261,7 @@ class PartitionRun:
                 write_scores(scores, file, model)
 
     def _record(self) -> dict[str, Any] | None:
-        """Write, print and return the metrics of a scored partition, unless it has some. On rank 0."""
+        """Write and print the partition's metrics, once, and return them. On rank 0."""
         name, file = self.partition.name, self.folder.scores_of(self.partition.name)
         if not file.exists():
             return None
