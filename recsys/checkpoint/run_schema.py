@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +159,7 @@ def exact_maps(schema: Schema) -> dict[str, ExactVocabulary]:
 
 def _plain(schema: Schema) -> dict[str, Any]:
     """Return a schema as the content of `schema.yaml`, with every default that may matter."""
-    content = _without_empty(asdict(schema))
-    for unwritten in ("vocabularies", "id_types", "transforms", "grown"):
-        content.pop(unwritten, None)
+    content = _without_empty(asdict(replace(schema)))  # without what is loaded beside the file
     for column in content["columns"].values():
         if "vocabulary" in column:
             names = ["kind", *VOCABULARY_SETTINGS[column["vocabulary"]["kind"]]]
