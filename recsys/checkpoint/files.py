@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recsys.checkpoint.compatibility import check_equal
+from recsys.checkpoint.compatibility import check_equal, differing
 from recsys.storage.manifest import differences, read_signed
 
 if TYPE_CHECKING:
@@ -107,10 +107,9 @@ def run_file_hashes(run: Path) -> dict[str, str]:
 
 def check_run_files(folder: Path, manifest: dict[str, Any]) -> None:
     """Raise a ValueError if files of the run have changed since the checkpoint was written."""
-    run, stored = folder.parents[1], manifest["kept"]
-    current = run_file_hashes(run)
-    for name in sorted(stored.keys() | current.keys()):
-        check_equal(str(run / name), stored.get(name), current.get(name), str(folder))
+    run = folder.parents[1]
+    for name, stored, current in differing(manifest["kept"], run_file_hashes(run)):
+        check_equal(str(run / name), stored, current, str(folder))
 
 
 def file_digest(file: Path) -> str:

@@ -226,7 +226,7 @@ class Checkpoints:
             training = TrainingState(self.job)
             with ranks.raise_on_all_ranks(), readable_failure():
                 reader = SafeFileSystemReader(folder)
-                state = training.state_dict(reader.read_metadata().state_dict_metadata)
+                state = training.state_dict(reader.entries)
                 dcp.load(state, storage_reader=reader, process_group=ranks.group)
             training.finish_loading()
             progress = self._continued(manifest)
@@ -269,10 +269,9 @@ def load_best(job: Job, run: Path) -> dict[str, Any]:
     ranks.on_first(files.check_run_files, folder, manifest)
     with ranks.raise_on_all_ranks():
         reader = SafeFileSystemReader(folder)
-        stored = reader.read_metadata().state_dict_metadata
-        state = model_state(job, stored)
+        state = model_state(job, reader.entries)
         try:
-            if differing := sorted(stored.keys() ^ state.keys()):
+            if differing := sorted(reader.entries.keys() ^ state.keys()):
                 raise ValueError(f"{len(differing)} tensors, as {differing[0]}, are in one only")
             check_config(manifest["config"], job.config, str(folder))
             frozen = manifest["frozen_weights"]

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from embeddings.vocabulary.fixed import ExactVocabulary, integer_ids
-from recsys.checkpoint.compatibility import check_equal, flattened
+from recsys.checkpoint.compatibility import check_equal, differing, flattened
 from recsys.config.parser import short
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.items.item_table import digest_of
@@ -225,7 +225,5 @@ def _attributes(column: Column) -> dict[str, Any]:
 
 def changes(part: str, stored: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:
     """Yield each attribute that differs, in words."""
-    for name in sorted(stored.keys() | current.keys()):
-        if stored.get(name) != current.get(name):
-            values = f"(run: {short(stored.get(name))}, data: {short(current.get(name))})"
-            yield f"{f'{part} {name}'.rstrip()} {values}"
+    for name, before, present in differing(stored, current):
+        yield f"{f'{part} {name}'.rstrip()} (run: {short(before)}, data: {short(present)})"
