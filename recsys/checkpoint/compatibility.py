@@ -59,14 +59,14 @@ def check_config(stored: dict[str, Any], config: Config, where: str) -> None:
     """Raise a ValueError that names the settings in which a checkpoint is of another model."""
     if stored == to_plain(config):
         return
-    differing = [
+    changes = [
         f"{name} (checkpoint: {previous}, now: {current})"
         for name, previous, current in differing_settings(config_of_plain(stored), config)
     ]
-    if differing:
+    if changes:
         raise ValueError(
             f"{where}: written with another configuration; these settings differ: "
-            f"{', '.join(differing)}. Set them back, choose another --out, or start anew with "
+            f"{', '.join(changes)}. Set them back, choose another --out, or start anew with "
             "--overwrite"
         )
 

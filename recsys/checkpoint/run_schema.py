@@ -102,9 +102,8 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
     for table, count in load_vocabularies(trained, root, is_of_run=True).items():
         if ranks.is_first:
             logger.info(
-                "%s: %s ids of '%s' came after the run's table was full, and are unknown to it; "
-                "train anew with --warm-start %s to give them rows",
-                *(root, f"{count:,}", table, run),
+                f"{root}: {count:,} ids of '{table}' came after the run's table was full, and are "
+                f"unknown to it; train anew with --warm-start {run} to give them rows"
             )
     return trained
 

@@ -179,9 +179,10 @@ def training_interactions(job: Job, is_shuffled: bool = True) -> Interactions:
     if isinstance(settings, TwoTowerSettings) and settings.target_positions == "all":
         rows = all_positions(rows, settings.recent_items, ranks)
     with ranks.raise_on_all_ranks():
-        parts = rows, job.batch_builder(), config.batch_size
-        seed = config.seed if is_shuffled else None
-        interactions = Interactions(*parts, ranks.rank, ranks.world_size, seed)
+        build, seed = job.batch_builder(), config.seed if is_shuffled else None
+        interactions = Interactions(
+            rows, build, config.batch_size, ranks.rank, ranks.world_size, seed
+        )
         job.plan_epochs(interactions.num_batches)
     return interactions
 

@@ -222,9 +222,9 @@ def _compare_columns(trained: Schema, data: Schema, differences: Differences) ->
             differences.add(name, "not in the run", "added")
             continue
         for attribute, before, present in differing(stored[name], current[name]):
-            change = f"{attribute} was {short(before)}, is {short(present)}"
             if attribute in _ROW_ATTRIBUTES:
                 continue
+            change = f"{attribute} was {short(before)}, is {short(present)}"
             if attribute in _FREE_ATTRIBUTES or attribute.split(".")[0] == "fill":
                 differences.add(name, change, "as in the data")
             else:

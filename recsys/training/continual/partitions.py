@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import unquote
 
 from recsys.checkpoint.partitions import RunState
@@ -89,11 +89,11 @@ def list_partitions(root: Location) -> list[Partition]:
 def _leaves(train: Location, path: str) -> Iterator[str]:
     """Yield the paths of folders that hold no further level."""
     folder = train / path if path else train
-    entries = _details(folder) if folder.filesystem.isdir(folder.path) else []
-    is_folder = {_name(entry): entry["type"] == "directory" for entry in entries}
-    names = [name for name in sorted(is_folder) if not name.startswith((".", "_"))]
-    levels = [name for name in names if is_folder[name] and is_partition(name)]
-    files = [name for name in names if not is_folder[name] and name.endswith(".parquet")]
+    entries = _entries(folder) if folder.filesystem.isdir(folder.path) else {}
+    names = [name for name in sorted(entries) if not name.startswith((".", "_"))]
+    folders = {name for name in names if entries[name]["type"] == "directory"}
+    levels = [name for name in names if name in folders and is_partition(name)]
+    files = [name for name in names if name not in folders and name.endswith(".parquet")]
     if files and (levels or not path):
         raise ValueError(
             f"{folder}/{files[0]}: lies outside of a partition; move it to a folder such as "
@@ -107,15 +107,13 @@ def _leaves(train: Location, path: str) -> Iterator[str]:
 
 def unfinished_file(folder: Location) -> str | None:
     """Return the name of a file or folder that shows that a partition is being written."""
-    return next((n for n in sorted(map(_name, _details(folder))) if n.endswith(UNFINISHED)), None)
+    return next((name for name in sorted(_entries(folder)) if name.endswith(UNFINISHED)), None)
 
 
-def _name(entry: dict[str, Any]) -> str:
-    return str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]
-
-
-def _details(folder: Location) -> list[dict[str, Any]]:
-    return list(folder.filesystem.ls(folder.path, detail=True))
+def _entries(folder: Location) -> dict[str, dict[str, Any]]:
+    """Return by name what the filesystem says of the files and folders in a folder."""
+    entries = folder.filesystem.ls(folder.path, detail=True)
+    return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry for entry in entries}
 
 
 def refused_partitions(
@@ -245,7 +243,7 @@ def waiting_for(root: Location, partition: Partition, quiet_seconds: float | Non
         return None
     if quiet_seconds is None:
         return f"{folder}/{SUCCESS} (or set --continual.quiet-seconds)"
-    files = [str(entry["name"]) for entry in _details(folder) if entry["type"] == "file"]
+    files = [entry["name"] for entry in _entries(folder).values() if entry["type"] == "file"]
     changed_at = [folder.filesystem.modified(file).timestamp() for file in files]
     is_quiet = bool(files) and time.time() - max(changed_at) >= quiet_seconds
     if not is_quiet or unfinished_file(folder) is not None:
