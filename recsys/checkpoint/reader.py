@@ -171,7 +171,7 @@ def export_tables(folder: Path, out: Path, tables: list[str] | None = None) -> d
         if name not in stored:
             raise ValueError(f"{folder}: no table '{name}'; the tables are {sorted(stored)}")
     selected = [stored[name] for name in names]
-    dims = {table.dim for table in selected}
+    dims = {table.size[1] for table in selected}
     vectors = pa.list_(pa.float32(), dims.pop() if len(dims) == 1 else -1)
     schema = pa.schema(
         {"table": pa.dictionary(pa.int32(), pa.string()), "row": pa.int64(), "vector": vectors}
@@ -185,9 +185,9 @@ def export_tables(folder: Path, out: Path, tables: list[str] | None = None) -> d
                 table_names = pa.repeat(table.name, len(block)).dictionary_encode()
                 rows = pa.array(np.arange(start, start + len(block)))
                 values = pa.array(block.numpy().reshape(-1))
-                lists = pa.FixedSizeListArray.from_arrays(values, table.dim).cast(vectors)
+                lists = pa.FixedSizeListArray.from_arrays(values, table.size[1]).cast(vectors)
                 writer.write_table(pa.Table.from_arrays([table_names, rows, lists], schema=schema))
-    return {table.name: table.num_rows for table in selected}
+    return {table.name: table.size[0] for table in selected}
 
 
 @dataclass(frozen=True)
@@ -195,14 +195,6 @@ class StoredTable(StoredTensor):
     """A table in a checkpoint, readable by ranges of its rows."""
 
     name: str
-
-    @property
-    def num_rows(self) -> int:
-        return self.size[0]
-
-    @property
-    def dim(self) -> int:
-        return self.size[1]
 
     @property
     def title(self) -> str:
@@ -214,9 +206,10 @@ class StoredTable(StoredTensor):
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield the first row and the vectors [rows, D] of each block, in the order of rows."""
-        height = max(1, BLOCK_BYTES // (4 * self.dim))
-        for start in range(0, self.num_rows, height):
-            yield start, self.rows(start, min(start + height, self.num_rows))
+        num_rows, dim = self.size
+        height = max(1, BLOCK_BYTES // (4 * dim))
+        for start in range(0, num_rows, height):
+            yield start, self.rows(start, min(start + height, num_rows))
 
 
 def require_model_alone(folder: Path) -> None:
