@@ -42,21 +42,19 @@ class FlagExchange:
 
     def __init__(self) -> None:
         self.num_batches = 0
-        self._skipped_left = 0  # batches until the next exchange
-        self._interval, self._end_of_first = 1, 0
+        self._next_exchange, self._interval, self._end_of_first = 0, 1, 0
         self._measured_batches, self._measured_at = 0, time.monotonic()
 
     def begin(self) -> None:
-        self._skipped_left, self._interval = 0, 1
+        self._next_exchange, self._interval = 0, 1
         self._end_of_first = self.num_batches + FIRST_BATCHES
 
     def is_due(self) -> bool:
         """Count a batch; return whether flags are exchanged with it."""
         self.num_batches += 1
-        if self._skipped_left > 0:
-            self._skipped_left -= 1
+        if self.num_batches < self._next_exchange:
             return False
-        self._skipped_left = self._interval - 1
+        self._next_exchange = self.num_batches + self._interval
         return True
 
     def pace(self) -> int:

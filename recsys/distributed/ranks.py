@@ -199,9 +199,7 @@ def _poll(deadline: float, complaint: str) -> None:
 def sole_job(target: Path, ranks: Ranks, lock_file: Path) -> Iterator[None]:
     """Let no other job write `target` inside the block, or raise a ValueError. A collective."""
     lock = JobLock(target, lock_file)
-    with ranks.raise_on_all_ranks():
-        if ranks.is_first:
-            lock.acquire(str(JobName.of_environment()))
+    ranks.on_first(lock.acquire, str(JobName.of_environment()))
     try:
         yield
     finally:
