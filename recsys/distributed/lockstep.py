@@ -209,7 +209,7 @@ class Lockstep:
             return _BatchRequest(batch, error)
         seconds, due_after = time.monotonic() - self._saved_at, self._checkpoint_seconds
         is_due = due_after is not None and self.ranks.is_first and seconds >= due_after
-        is_alone = self.ranks.world_size == 1  # and looks at its flags before each batch
+        is_alone = self.ranks.world_size == 1  # so it waits for nobody before a batch
         pace = 0 if is_alone else self._exchange.pace()
         states = [error is not None, batch is None, self._is_terminated, is_due, pace]
         flags, work = torch.tensor(states, dtype=torch.int32), None
