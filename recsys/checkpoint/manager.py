@@ -21,7 +21,6 @@ from embeddings.table_state import State
 from recsys.build import Job
 from recsys.checkpoint import files
 from recsys.checkpoint.compatibility import check_config, check_equal
-from recsys.checkpoint.files import BEST
 from recsys.checkpoint.item_content import encode_changed_items, item_content_digest
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.reader import SafeFileSystemReader, readable_failure
@@ -85,7 +84,7 @@ class Checkpoints:
         """Save the model as the best so far; a failure is a ValueError."""
         self.wait()
         self.require_finite(progress, state := model_state(self.job))
-        self._start(state, self.folder / BEST, progress)
+        self._start(state, self.folder / files.BEST, progress)
         self.wait(strict=True)
 
     def require_finite(self, progress: Progress, state: State | None = None) -> None:
@@ -194,7 +193,7 @@ class Checkpoints:
                     manifest |= {"kept": kept, "files": described, "format": files.FORMAT}
                     write_signed(partial / files.MANIFEST, manifest)
                     replace_folder(partial, folder)
-                    if folder.name != BEST:
+                    if folder.name != files.BEST:
                         files.prune(folder, self.job.config.checkpoint.keep)
         except Exception:
             if ranks.is_first:
@@ -230,7 +229,7 @@ class Checkpoints:
                 dcp.load(state, storage_reader=reader, process_group=ranks.group)
             training.finish_loading()
             progress = self._continued(manifest)
-            if folder.name == BEST:
+            if folder.name == files.BEST:
                 progress.validations += 1  # the validation that chose this model
                 logger.warning("%s has no state of the optimizers, which begin anew", folder)
             encode_changed_items(self.job, self.folder.parent, manifest)
@@ -260,7 +259,7 @@ class Checkpoints:
 @torch.no_grad()
 def load_best(job: Job, run: Path) -> dict[str, Any]:
     """Load the best model in place or raise a ValueError; return its manifest. A collective."""
-    folder, ranks = run / "checkpoints" / BEST, job.ranks
+    folder, ranks = run / "checkpoints" / files.BEST, job.ranks
     ranks.on_first(recover_folder, folder)
     with ranks.raise_on_all_ranks():
         if not folder.is_dir():

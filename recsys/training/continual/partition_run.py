@@ -43,7 +43,6 @@ from recsys.storage.files import write_whole
 from recsys.storage.location import Location
 from recsys.training import initial_state
 from recsys.training.continual import changes
-from recsys.training.continual.changes import NewIds
 from recsys.training.continual.partitions import Partition, is_late
 from recsys.training.trackers import Reporter
 from recsys.training.train import training_figures, training_interactions
@@ -138,7 +137,7 @@ class PartitionRun:
         self.timer.lap("finish")
         return self._as_read(trainer.interactions)
 
-    def _schema(self, goes_on: bool) -> tuple[Schema, Source | None, NewIds | None]:
+    def _schema(self, goes_on: bool) -> tuple[Schema, Source | None, changes.NewIds | None]:
         """Return the columns with their maps of ids, the run to start from, if anew, and new ids.
 
         The ids are new in the partition's rows, and get rows once these are scored. A collective.
@@ -159,7 +158,7 @@ class PartitionRun:
         schema, ids = changes.new_schema(root, self.partition, previous, ranks)
         return schema, source, ids
 
-    def _open(self, job: Job, source: Source | None, ids: NewIds | None) -> Trainer:
+    def _open(self, job: Job, source: Source | None, ids: changes.NewIds | None) -> Trainer:
         """Return the trainer of a new or restored run. A collective."""
         interactions = training_interactions(job, job.config.continual.order == "shuffled")
         current = self._as_read(interactions)
@@ -207,7 +206,7 @@ class PartitionRun:
                 )
 
     def _begin(
-        self, current: TrainedPartition, job: Job, source: Source | None, ids: NewIds
+        self, current: TrainedPartition, job: Job, source: Source | None, ids: changes.NewIds
     ) -> Progress:
         """Begin the run, whose rows are scored if a model can. A collective."""
         run, ranks, plan, counts = self.run, self.ranks, None, ItemCounts.sum_of([])
