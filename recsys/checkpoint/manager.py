@@ -189,8 +189,8 @@ class Checkpoints:
             described = {name: entry for part in ranks.gather(mine) for name, entry in part.items()}
             with ranks.raise_on_all_ranks():
                 if ranks.is_first:
-                    kept = files.run_file_hashes(folder.parents[1])
-                    manifest |= {"kept": kept, "files": described, "format": files.FORMAT}
+                    run_files = files.run_file_hashes(folder.parents[1])
+                    manifest |= {"kept": run_files, "files": described, "format": files.FORMAT}
                     write_signed(partial / files.MANIFEST, manifest)
                     replace_folder(partial, folder)
                     if folder.name != files.BEST:

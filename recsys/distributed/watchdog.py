@@ -251,8 +251,8 @@ def place_of_main_thread() -> str:
     if innermost is None:
         return "its end"
     frames = (frame for frame, _ in traceback.walk_stack(innermost))
-    own = (frame for frame in frames if frame.f_code.co_filename.startswith(OWN_SOURCE))
-    place, caller = _source_line(innermost), next(own, innermost)
+    callers = (frame for frame in frames if frame.f_code.co_filename.startswith(OWN_SOURCE))
+    place, caller = _source_line(innermost), next(callers, innermost)
     return place if caller is innermost else f"{place}, called from {_source_line(caller)}"
 
 
