@@ -39,31 +39,34 @@ def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
     return {} if value is None or value is False or value == [] else {prefix: value}
 
 
+def differing(stored: dict[str, Any], current: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield name, stored and present value of each entry that differs; None: there is none."""
+    for name in sorted(stored.keys() | current.keys()):
+        if stored.get(name) != current.get(name):
+            yield name, stored.get(name), current.get(name)
+
+
 def differing_settings(stored: Config, config: Config) -> Iterator[tuple[str, Any, Any]]:
     """Yield name, stored and present value of each setting that differs and is not changeable."""
-    previous, current = flattened(to_plain(stored)), flattened(to_plain(config))
-    for name in sorted(previous.keys() | current.keys()):
-        values = previous.get(name), current.get(name)
-        if values[0] == values[1]:
-            continue
+    for name, *values in differing(flattened(to_plain(stored)), flattened(to_plain(config))):
         # Without the loss its head is not in the model.
         adds_head = name == "contrastive.weight" and 0 in values
         if adds_head or not CHANGEABLE.fullmatch(name):
-            yield name, *values
+            yield name, values[0], values[1]
 
 
 def check_config(stored: dict[str, Any], config: Config, where: str) -> None:
     """Raise a ValueError that names the settings in which a checkpoint is of another model."""
     if stored == to_plain(config):
         return
-    differing = [
+    changes = [
         f"{name} (checkpoint: {previous}, now: {current})"
         for name, previous, current in differing_settings(config_of_plain(stored), config)
     ]
-    if differing:
+    if changes:
         raise ValueError(
             f"{where}: written with another configuration; these settings differ: "
-            f"{', '.join(differing)}. Set them back, choose another --out, or start anew with "
+            f"{', '.join(changes)}. Set them back, choose another --out, or start anew with "
             "--overwrite"
         )
 

@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recsys.checkpoint.compatibility import check_equal
+from recsys.checkpoint.compatibility import check_equal, differing
 from recsys.storage.manifest import differences, read_signed
 
 if TYPE_CHECKING:
@@ -105,14 +105,11 @@ def run_file_hashes(run: Path) -> dict[str, str]:
     return {str(file.relative_to(run)): file_digest(file) for file in files}
 
 
-def check_run_files(folder: Path, manifest: dict[str, Any], ranks: Ranks) -> None:
-    """Raise a ValueError on every rank if files of the run have changed since. A collective."""
-    with ranks.raise_on_all_ranks():
-        if ranks.is_first:
-            run, stored = folder.parents[1], manifest["kept"]
-            current = run_file_hashes(run)
-            for name in sorted(stored.keys() | current.keys()):
-                check_equal(str(run / name), stored.get(name), current.get(name), str(folder))
+def check_run_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise a ValueError if files of the run have changed since the checkpoint was written."""
+    run = folder.parents[1]
+    for name, stored, current in differing(manifest["kept"], run_file_hashes(run)):
+        check_equal(str(run / name), stored, current, str(folder))
 
 
 def file_digest(file: Path) -> str:

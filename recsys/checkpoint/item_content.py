@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "item_content"
 TYPE = np.dtype([("item", "<i8"), ("content", "<u8")])
-NewRows = Callable[[np.ndarray], np.ndarray]
+NewRows = Callable[[np.ndarray], np.ndarray]  # [N] -> [N]
 
 
 @dataclass(frozen=True)

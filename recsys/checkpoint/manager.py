@@ -19,19 +19,8 @@ from torch.utils.serialization import config as serialization
 
 from embeddings.table_state import State
 from recsys.build import Job
+from recsys.checkpoint import files
 from recsys.checkpoint.compatibility import check_config, check_equal
-from recsys.checkpoint.files import (
-    BEST,
-    FORMAT,
-    MANIFEST,
-    check_run_files,
-    checked_manifest,
-    folder_of_step,
-    folders_by_age,
-    folders_to_continue,
-    prune,
-    run_file_hashes,
-)
 from recsys.checkpoint.item_content import encode_changed_items, item_content_digest
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.reader import SafeFileSystemReader, readable_failure
@@ -80,7 +69,7 @@ class Checkpoints:
         A value that is not finite is a ValueError, as is a failed write: with `wait`, or the third.
         """
         self.wait()
-        folder = folder_of_step(self.folder, progress.steps)
+        folder = files.folder_of_step(self.folder, progress.steps)
         state = TrainingState(self.job).state_dict()
         self.require_finite(progress, state)
         if wait or self.job.config.checkpoint.asynchronous == "false":
@@ -95,7 +84,7 @@ class Checkpoints:
         """Save the model as the best so far; a failure is a ValueError."""
         self.wait()
         self.require_finite(progress, state := model_state(self.job))
-        self._start(state, self.folder / BEST, progress)
+        self._start(state, self.folder / files.BEST, progress)
         self.wait(strict=True)
 
     def require_finite(self, progress: Progress, state: State | None = None) -> None:
@@ -138,7 +127,7 @@ class Checkpoints:
         """Checkpoint from which the run would continue now; waits for a write in progress."""
         if self._pending is not None:
             wait([self._pending[0]])
-        whole = (path for path in folders_by_age(self.folder) if path not in self._damaged)
+        whole = (path for path in files.folders_by_age(self.folder) if path not in self._damaged)
         return next(whole, None)
 
     def _is_copied(self, state: State) -> bool:
@@ -192,19 +181,20 @@ class Checkpoints:
                     dcp.save(state, storage_writer=writer, process_group=ranks.group)
             is_read.set()
             with ranks.raise_on_all_ranks():
-                files = sorted(partial.glob(f"__{ranks.rank}_*"))
-                files += [partial / ".metadata"] if ranks.is_first else []
-                for file in files:
+                own_files = sorted(partial.glob(f"__{ranks.rank}_*"))
+                own_files += [partial / ".metadata"] if ranks.is_first else []
+                for file in own_files:
                     flush(file)
-                mine = describe_all(partial, files)
+                mine = describe_all(partial, own_files)
             described = {name: entry for part in ranks.gather(mine) for name, entry in part.items()}
             with ranks.raise_on_all_ranks():
                 if ranks.is_first:
-                    manifest |= {"kept": run_file_hashes(folder.parents[1]), "files": described}
-                    write_signed(partial / MANIFEST, {**manifest, "format": FORMAT})
+                    run_files = files.run_file_hashes(folder.parents[1])
+                    manifest |= {"kept": run_files, "files": described, "format": files.FORMAT}
+                    write_signed(partial / files.MANIFEST, manifest)
                     replace_folder(partial, folder)
-                    if folder.name != BEST:
-                        prune(folder, self.job.config.checkpoint.keep)
+                    if folder.name != files.BEST:
+                        files.prune(folder, self.job.config.checkpoint.keep)
         except Exception:
             if ranks.is_first:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -219,9 +209,9 @@ class Checkpoints:
         A checkpoint of another model or other data, or damage of all, is a ValueError.
         """
         ranks, faults = self.job.ranks, []
-        for folder in ranks.gather(folders_to_continue(self.folder))[0]:
+        for folder in ranks.on_first(files.folders_to_continue, self.folder):
             try:
-                manifest = checked_manifest(folder, ranks)
+                manifest = files.checked_manifest(folder, ranks)
             except (ValueError, OSError, RuntimeError) as error:
                 faults.append(str(error))
                 self._damaged.append(folder)
@@ -231,15 +221,15 @@ class Checkpoints:
             check_config(manifest["config"], self.job.config, str(folder))
             check_equal("the training data", manifest["data"], self.data, str(folder))
             check_equal("frozen weights", manifest["frozen_weights"], self.frozen, str(folder))
-            check_run_files(folder, manifest, ranks)
+            ranks.on_first(files.check_run_files, folder, manifest)
             training = TrainingState(self.job)
             with ranks.raise_on_all_ranks(), readable_failure():
                 reader = SafeFileSystemReader(folder)
-                state = training.state_dict(reader.read_metadata().state_dict_metadata)
+                state = training.state_dict(reader.entries)
                 dcp.load(state, storage_reader=reader, process_group=ranks.group)
             training.finish_loading()
             progress = self._continued(manifest)
-            if folder.name == BEST:
+            if folder.name == files.BEST:
                 progress.validations += 1  # the validation that chose this model
                 logger.warning("%s has no state of the optimizers, which begin anew", folder)
             encode_changed_items(self.job, self.folder.parent, manifest)
@@ -269,21 +259,18 @@ class Checkpoints:
 @torch.no_grad()
 def load_best(job: Job, run: Path) -> dict[str, Any]:
     """Load the best model in place or raise a ValueError; return its manifest. A collective."""
-    folder, ranks = run / "checkpoints" / BEST, job.ranks
-    with ranks.raise_on_all_ranks():
-        if ranks.is_first:
-            recover_folder(folder)
+    folder, ranks = run / "checkpoints" / files.BEST, job.ranks
+    ranks.on_first(recover_folder, folder)
     with ranks.raise_on_all_ranks():
         if not folder.is_dir():
             raise ValueError(f"{folder}: no checkpoint; train with `--out {run}` first")
-    manifest = checked_manifest(folder, ranks)
-    check_run_files(folder, manifest, ranks)
+    manifest = files.checked_manifest(folder, ranks)
+    ranks.on_first(files.check_run_files, folder, manifest)
     with ranks.raise_on_all_ranks():
         reader = SafeFileSystemReader(folder)
-        stored = reader.read_metadata().state_dict_metadata
-        state = model_state(job, stored)
+        state = model_state(job, reader.entries)
         try:
-            if differing := sorted(stored.keys() ^ state.keys()):
+            if differing := sorted(reader.entries.keys() ^ state.keys()):
                 raise ValueError(f"{len(differing)} tensors, as {differing[0]}, are in one only")
             check_config(manifest["config"], job.config, str(folder))
             frozen = manifest["frozen_weights"]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -62,6 +62,11 @@ class _FormatUnpickler(pickle.Unpickler):
 class SafeFileSystemReader(FileSystemReader):
     """FileSystemReader for folders that are not trusted; other metadata are a ValueError."""
 
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.metadata = self.read_metadata()
+        self.entries = cast(dict[str, TensorStorageMetadata], self.metadata.state_dict_metadata)
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / ".metadata"
         try:
@@ -96,18 +101,11 @@ class StoredTensor:
     """A tensor of a checkpoint, [R] or [R, D]."""
 
     reader: SafeFileSystemReader
-    metadata: Metadata
     key: str  # name in the checkpoint
 
     @property
-    def _tensor(self) -> TensorStorageMetadata:
-        tensor = self.metadata.state_dict_metadata[self.key]
-        assert isinstance(tensor, TensorStorageMetadata), self.key
-        return tensor
-
-    @property
     def size(self) -> torch.Size:
-        return self._tensor.size
+        return self.reader.entries[self.key].size
 
     @property
     def title(self) -> str:
@@ -117,10 +115,10 @@ class StoredTensor:
         """Read rows `[start, stop)`: [stop - start] or [stop - start, D]; damage is an error."""
         sizes = torch.Size([stop - start, *self.size[1:]])
         offsets = torch.Size([start, *(0 for _ in self.size[1:])])
-        result = torch.empty(sizes, dtype=self._tensor.properties.dtype)
+        entry, num_read = self.reader.entries[self.key], 0
+        result = torch.empty(sizes, dtype=entry.properties.dtype)
         range_ = ChunkStorageMetadata(offsets=offsets, sizes=sizes)
-        num_read = 0
-        for item in create_read_items_for_chunk_list(self.key, self._tensor, [range_]):
+        for item in create_read_items_for_chunk_list(self.key, entry, [range_]):
             piece = self._read(item)
             ranges = zip(item.dest_offsets, item.lengths, strict=True)
             result[tuple(slice(first, first + length) for first, length in ranges)] = piece
@@ -130,7 +128,7 @@ class StoredTensor:
 
     def _read(self, item: ReadItem) -> Tensor:
         """Read rows of one stored piece with all its columns: [rows] or [rows, columns]."""
-        place = self.metadata.storage_data[item.storage_index]
+        place = self.reader.metadata.storage_data[item.storage_index]
         assert not place.transform_descriptors, "checkpoints are written without compression"
         path = Path(self.reader.path, place.relative_path)
         row, row_size = item.storage_offsets[0], math.prod(item.lengths[1:])
@@ -173,7 +171,7 @@ def export_tables(folder: Path, out: Path, tables: list[str] | None = None) -> d
         if name not in stored:
             raise ValueError(f"{folder}: no table '{name}'; the tables are {sorted(stored)}")
     selected = [stored[name] for name in names]
-    dims = {table.dim for table in selected}
+    dims = {table.size[1] for table in selected}
     vectors = pa.list_(pa.float32(), dims.pop() if len(dims) == 1 else -1)
     schema = pa.schema(
         {"table": pa.dictionary(pa.int32(), pa.string()), "row": pa.int64(), "vector": vectors}
@@ -187,9 +185,9 @@ def export_tables(folder: Path, out: Path, tables: list[str] | None = None) -> d
                 table_names = pa.repeat(table.name, len(block)).dictionary_encode()
                 rows = pa.array(np.arange(start, start + len(block)))
                 values = pa.array(block.numpy().reshape(-1))
-                lists = pa.FixedSizeListArray.from_arrays(values, table.dim).cast(vectors)
+                lists = pa.FixedSizeListArray.from_arrays(values, table.size[1]).cast(vectors)
                 writer.write_table(pa.Table.from_arrays([table_names, rows, lists], schema=schema))
-    return {table.name: table.num_rows for table in selected}
+    return {table.name: table.size[0] for table in selected}
 
 
 @dataclass(frozen=True)
@@ -197,14 +195,6 @@ class StoredTable(StoredTensor):
     """A table in a checkpoint, readable by ranges of its rows."""
 
     name: str
-
-    @property
-    def num_rows(self) -> int:
-        return self.size[0]
-
-    @property
-    def dim(self) -> int:
-        return self.size[1]
 
     @property
     def title(self) -> str:
@@ -216,15 +206,15 @@ class StoredTable(StoredTensor):
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield the first row and the vectors [rows, D] of each block, in the order of rows."""
-        height = max(1, BLOCK_BYTES // (4 * self.dim))
-        for start in range(0, self.num_rows, height):
-            yield start, self.rows(start, min(start + height, self.num_rows))
+        num_rows, dim = self.size
+        height = max(1, BLOCK_BYTES // (4 * dim))
+        for start in range(0, num_rows, height):
+            yield start, self.rows(start, min(start + height, num_rows))
 
 
 def require_model_alone(folder: Path) -> None:
     """Raise a ValueError for the checkpoint of a step in place of the best model."""
-    names = SafeFileSystemReader(folder).read_metadata().state_dict_metadata
-    if any(name.startswith("optimizer.") for name in names):
+    if any(name.startswith("optimizer.") for name in SafeFileSystemReader(folder).entries):
         raise ValueError(
             f"{folder}: the state of a step, not that of the best model; bring the folder back, or "
             "train again"
@@ -242,11 +232,8 @@ def stored_tables(folder: Path) -> dict[str, StoredTable]:
     if not (folder / ".metadata").is_file():
         raise ValueError(f"{folder}: no checkpoint; export the run of a finished training")
     reader = SafeFileSystemReader(folder)
-    metadata = reader.read_metadata()
-    tables = {}
-    for key in metadata.state_dict_metadata:
-        if match := _TABLE_KEY.fullmatch(key):
-            tables[match[1]] = StoredTable(reader, metadata, key, match[1])
+    matches = filter(None, map(_TABLE_KEY.fullmatch, reader.entries))
+    tables = {match[1]: StoredTable(reader, match[0], match[1]) for match in matches}
     if not tables:
         raise ValueError(f"{folder}: a checkpoint without tables; name one that `train` wrote")
     return tables

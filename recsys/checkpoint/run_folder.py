@@ -105,11 +105,9 @@ def _write_job(run: Path, finished: bool, **results: str | None) -> None:
     write_whole(run / JOB, json.dumps(content) + "\n")
 
 
-def finish_run(run: Path, ranks: Ranks) -> None:
+def finish_run(run: Path) -> None:
     """Record that the job ended without an error: a later job of its name is not its restart."""
-    with ranks.raise_on_all_ranks():
-        if ranks.is_first:
-            _write_job(run, finished=True, **_results(run))
+    _write_job(run, finished=True, **_results(run))
 
 
 def check_metrics(run: Path) -> None:
@@ -218,12 +216,10 @@ def check_encoders(run: Path, job: Job) -> None:
 
 
 def describe_run(run: Path, job: Job, data: str) -> None:
-    """Write `config.yaml`, `plan.txt`, `encoders.json` and the data's location. A collective."""
-    with job.ranks.raise_on_all_ranks():
-        if job.ranks.is_first:
-            with whole_file(run / "config.yaml") as partial:
-                save_config(job.config, partial)
-            write_whole(run / "plan.txt", f"{job.plan}\n\n{job.parameters}\n")
-            write_identities(encoder_identities(job), run)
-            keep_item_content(run, job)
-            write_whole(run / "data.txt", f"{data}\n")
+    """Write `config.yaml`, `plan.txt`, `encoders.json` and the data's location."""
+    with whole_file(run / "config.yaml") as partial:
+        save_config(job.config, partial)
+    write_whole(run / "plan.txt", f"{job.plan}\n\n{job.parameters}\n")
+    write_identities(encoder_identities(job), run)
+    keep_item_content(run, job)
+    write_whole(run / "data.txt", f"{data}\n")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from embeddings.vocabulary.fixed import ExactVocabulary, integer_ids
-from recsys.checkpoint.compatibility import check_equal, flattened
+from recsys.checkpoint.compatibility import check_equal, differing, flattened
 from recsys.config.parser import short
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.items.item_table import digest_of
@@ -102,9 +102,8 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
     for table, count in load_vocabularies(trained, root, is_of_run=True).items():
         if ranks.is_first:
             logger.info(
-                "%s: %s ids of '%s' came after the run's table was full, and are unknown to it; "
-                "train anew with --warm-start %s to give them rows",
-                *(root, f"{count:,}", table, run),
+                f"{root}: {count:,} ids of '{table}' came after the run's table was full, and are "
+                f"unknown to it; train anew with --warm-start {run} to give them rows"
             )
     return trained
 
@@ -159,9 +158,7 @@ def exact_maps(schema: Schema) -> dict[str, ExactVocabulary]:
 
 def _plain(schema: Schema) -> dict[str, Any]:
     """Return a schema as the content of `schema.yaml`, with every default that may matter."""
-    content = _without_empty(asdict(schema))
-    for unwritten in ("vocabularies", "id_types", "transforms", "grown"):
-        content.pop(unwritten, None)
+    content = _without_empty(asdict(replace(schema)))  # without what is loaded beside the file
     for column in content["columns"].values():
         if "vocabulary" in column:
             names = ["kind", *VOCABULARY_SETTINGS[column["vocabulary"]["kind"]]]
@@ -227,7 +224,5 @@ def _attributes(column: Column) -> dict[str, Any]:
 
 def changes(part: str, stored: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:
     """Yield each attribute that differs, in words."""
-    for name in sorted(stored.keys() | current.keys()):
-        if stored.get(name) != current.get(name):
-            values = f"(run: {short(stored.get(name))}, data: {short(current.get(name))})"
-            yield f"{f'{part} {name}'.rstrip()} {values}"
+    for name, before, present in differing(stored, current):
+        yield f"{f'{part} {name}'.rstrip()} (run: {short(before)}, data: {short(present)})"

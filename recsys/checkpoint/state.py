@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -153,7 +153,7 @@ class TrainingState:
 
 def num_bytes(state: State) -> int:
     """Return the bytes of the tensors on this rank."""
-    return sum(piece.nbytes for value in state.values() for _, piece in _local_pieces(value))
+    return sum(piece.tensor.nbytes for value in state.values() for piece in local_pieces(value))
 
 
 def copy_of(state: State, job: Job) -> State:
@@ -172,11 +172,11 @@ def describe_not_finite(state: State, parameters: Collection[str]) -> str | None
     for name, value in state.items():
         if name.startswith("model.") and name.removeprefix("model.") not in parameters:
             continue
-        for first_row, piece in _local_pieces(value):
-            dtype = torch.promote_types(piece.dtype, torch.float32)
-            if not piece.is_floating_point() or piece.sum(dtype=dtype).isfinite():
+        for tensor, first_row, _ in local_pieces(value):
+            dtype = torch.promote_types(tensor.dtype, torch.float32)
+            if not tensor.is_floating_point() or tensor.sum(dtype=dtype).isfinite():
                 continue
-            rows = (~piece.isfinite()).reshape(len(piece) if piece.dim() else 1, -1).any(dim=1)
+            rows = (~tensor.isfinite()).reshape(len(tensor) if tensor.dim() else 1, -1).any(dim=1)
             if rows.any():
                 place = first_row + int(rows.int().argmax())
                 title = name.removeprefix("model.")
@@ -186,10 +186,16 @@ def describe_not_finite(state: State, parameters: Collection[str]) -> str | None
     return None
 
 
-def _local_pieces(value: Tensor | ShardedTensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield the pieces of a tensor on this rank, each with its first row."""
-    if isinstance(value, ShardedTensor):
-        for shard in value.local_shards():
-            yield shard.metadata.shard_offsets[0], shard.tensor
-    else:
-        yield 0, value
+class LocalPiece(NamedTuple):
+    """A part of a tensor on this rank: its memory, and its first row and column in the whole."""
+
+    tensor: Tensor  # [rows] or [rows, columns]
+    row: int = 0
+    column: int = 0
+
+
+def local_pieces(value: Tensor | ShardedTensor) -> list[LocalPiece]:
+    """Return the pieces of a tensor on this rank."""
+    if not isinstance(value, ShardedTensor):
+        return [LocalPiece(value)]
+    return [LocalPiece(part.tensor, *part.metadata.shard_offsets) for part in value.local_shards()]

@@ -40,24 +40,21 @@ class TrainingStopped(Exception):
 class FlagExchange:
     """Decides at which batches ranks exchange flags, alike on all: by the pace of the slowest."""
 
-    def __init__(self, is_single_rank: bool) -> None:
+    def __init__(self) -> None:
         self.num_batches = 0
-        self._is_single_rank = is_single_rank
-        self._skipped_left = 0  # batches until the next exchange
-        self._interval, self._end_of_first = 1, 0
+        self._next_exchange, self._interval, self._end_of_first = 0, 1, 0
         self._measured_batches, self._measured_at = 0, time.monotonic()
 
     def begin(self) -> None:
-        self._skipped_left, self._interval = 0, 1
+        self._next_exchange, self._interval = 0, 1
         self._end_of_first = self.num_batches + FIRST_BATCHES
 
     def is_due(self) -> bool:
         """Count a batch; return whether flags are exchanged with it."""
         self.num_batches += 1
-        if self._skipped_left > 0:
-            self._skipped_left -= 1
+        if self.num_batches < self._next_exchange:
             return False
-        self._skipped_left = self._interval - 1
+        self._next_exchange = self.num_batches + self._interval
         return True
 
     def pace(self) -> int:
@@ -72,7 +69,7 @@ class FlagExchange:
 
     def set_pace(self, milliseconds: int) -> None:
         """Set the largest pace of all ranks, which decides on the exchanges that follow."""
-        if milliseconds and not self._is_single_rank and self.num_batches > self._end_of_first:
+        if milliseconds and self.num_batches > self._end_of_first:
             self._interval = max(1, min(MOST_BATCHES, int(1e3 * SECONDS_BETWEEN) // milliseconds))
 
 
@@ -114,7 +111,7 @@ class Lockstep:
         self._saved_at = time.monotonic()
         self._handlers: dict[int, Any] = {}
         self._ahead: _BatchRequest[Any] | None = None  # batch fetched for the next step
-        self._exchange = FlagExchange(is_single_rank=ranks.world_size == 1)
+        self._exchange = FlagExchange()
         self._failed_at = 0  # number of the batch before which `_error` was met
         self._has_failed = False  # whether this rank cannot read its next batches
         self._last_batch: Any = None  # in place of these
@@ -212,12 +209,12 @@ class Lockstep:
             return _BatchRequest(batch, error)
         seconds, due_after = time.monotonic() - self._saved_at, self._checkpoint_seconds
         is_due = due_after is not None and self.ranks.is_first and seconds >= due_after
-        pace = self._exchange.pace()
+        is_alone = self.ranks.world_size == 1  # so it waits for nobody before a batch
+        pace = 0 if is_alone else self._exchange.pace()
         states = [error is not None, batch is None, self._is_terminated, is_due, pace]
-        flags = torch.tensor(states, dtype=torch.int32)
-        if self.ranks.world_size == 1:
-            return _BatchRequest(batch, error, flags)
-        work = dist.all_reduce(flags, dist.ReduceOp.MAX, self.ranks.group, async_op=True)
+        flags, work = torch.tensor(states, dtype=torch.int32), None
+        if not is_alone:
+            work = dist.all_reduce(flags, dist.ReduceOp.MAX, self.ranks.group, async_op=True)
         return _BatchRequest(batch, error, flags, work)
 
     def _answer(self, request: _BatchRequest[B]) -> B | None:

@@ -6,12 +6,12 @@ import ctypes
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 import torch
@@ -21,6 +21,7 @@ from recsys.distributed.job import JobName
 from recsys.doctor import unusable_gpu
 from recsys.storage.lock import JobLock
 
+T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # one rank may encode items for a long time while others wait
 POLL_SECONDS = 0.02
 # Parameters of mallopt(3). glibc accepts no threshold above 32 MB: tables are mapped anyway.
@@ -71,6 +72,14 @@ class Ranks:
         values = [value]
         dist.broadcast_object_list(values, group_src=0, group=self.group)
         return values[0]
+
+    def on_first(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function on rank 0 alone; all return its result or its error. A collective."""
+        result: Any = None
+        with self.raise_on_all_ranks():
+            if self.is_first:
+                result = function(*arguments)
+        return self.from_first(result)
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
@@ -190,9 +199,7 @@ def _poll(deadline: float, complaint: str) -> None:
 def sole_job(target: Path, ranks: Ranks, lock_file: Path) -> Iterator[None]:
     """Let no other job write `target` inside the block, or raise a ValueError. A collective."""
     lock = JobLock(target, lock_file)
-    with ranks.raise_on_all_ranks():
-        if ranks.is_first:
-            lock.acquire(str(JobName.of_environment()))
+    ranks.on_first(lock.acquire, str(JobName.of_environment()))
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -249,11 +250,10 @@ def place_of_main_thread() -> str:
     innermost = sys._current_frames().get(threading.main_thread().ident or 0)
     if innermost is None:
         return "its end"
-    caller: FrameType | None = innermost
-    while caller is not None and not caller.f_code.co_filename.startswith(OWN_SOURCE):
-        caller = caller.f_back
-    place = _source_line(innermost)
-    return place if caller in (None, innermost) else f"{place}, called from {_source_line(caller)}"
+    frames = (frame for frame, _ in traceback.walk_stack(innermost))
+    callers = (frame for frame in frames if frame.f_code.co_filename.startswith(OWN_SOURCE))
+    place, caller = _source_line(innermost), next(callers, innermost)
+    return place if caller is innermost else f"{place}, called from {_source_line(caller)}"
 
 
 def _source_line(frame: FrameType) -> str:

@@ -228,7 +228,7 @@ def _write_tables(
     layouts = {}
     for name, table in stored_tables(checkpoint).items():
         if name in names:
-            shape = VectorFileShape(table.num_rows, table.dim, stored_as)
+            shape = VectorFileShape(table.size[0], table.size[1], stored_as)
             write_vectors(folder / f"{name}.vectors", shape, (rows for _, rows in table.blocks()))
             layouts[name] = asdict(shape)
     return layouts

@@ -44,9 +44,6 @@ class Callbacks:
             names = job.config.callbacks
             self.parts = [make_part("callbacks", name, {}, Callback) for name in names]
 
-    def begin(self, progress: Progress) -> None:
-        self._call(lambda part: part.begin(self.job, progress))
-
     def step(self, progress: Progress, losses: dict[str, Tensor], lockstep: Lockstep) -> None:
         """Call all; all ranks raise an error when they next exchange flags."""
         try:
@@ -55,14 +52,8 @@ class Callbacks:
         except Exception as error:  # a user's class may raise any error
             lockstep.record_error(error)
 
-    def validation(self, progress: Progress, report: dict[str, Any]) -> None:
-        self._call(lambda part: part.validation(self.job, progress, report))
-
-    def end(self, progress: Progress) -> None:
-        self._call(lambda part: part.end(self.job, progress))
-
-    def _call(self, call: Callable[[Callback], None]) -> None:
-        """Call all one after another; an error is raised on all ranks. A collective if any."""
+    def run(self, call: Callable[[Callback], None]) -> None:
+        """Call one after another; an error is raised on all ranks. A collective if any."""
         for part in self.parts:
             with self.job.ranks.raise_on_all_ranks():
                 call(part)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from embeddings import PretrainedFiles, load_pretrained_rows
 from embeddings.pretrained import RowsOfIds
 from embeddings.table_rows import TableRows
 from recsys.build import Job
-from recsys.checkpoint.item_content import encode_changed_items
+from recsys.checkpoint.item_content import NewRows, encode_changed_items
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.run_folder import ITEM_COUNTS_BEFORE, trained_counts
 from recsys.checkpoint.run_schema import WARM_START, exact_maps
@@ -141,10 +141,9 @@ def start_warm(
     progress = take_over(job, plan)
     fit_to_rows(job, plan, numbers)
     counts = counts_before(job, plan)
-    with job.ranks.raise_on_all_ranks():
-        if job.ranks.is_first and job.schema.target_item in plan.maps:
-            counts.save(run / ITEM_COUNTS_BEFORE)
-    describe_start(run, job.ranks, plan)
+    if job.schema.target_item in plan.maps:
+        job.ranks.on_first(counts.save, run / ITEM_COUNTS_BEFORE)
+    job.ranks.on_first(describe_start, run, plan)
     return progress
 
 
@@ -189,9 +188,7 @@ def counts_before(job: Job, plan: WarmStartPlan) -> ItemCounts:
         return ItemCounts.sum_of([ItemCounts(items[items >= 0], counts.counts[items >= 0])])
 
 
-def new_item_rows(
-    job: Job, plan: WarmStartPlan
-) -> Callable[[np.ndarray], np.ndarray] | None:  # [N] -> [N]
+def new_item_rows(job: Job, plan: WarmStartPlan) -> NewRows | None:
     """Return the map from rows of items of the plan to rows of the job; None if they are equal."""
     assert plan.items is not None
     is_same = plan.items.is_identity or job.schema.has_bounded_items  # known by raw id
@@ -199,12 +196,12 @@ def new_item_rows(
 
 
 def fit_to_rows(
-    job: Job,
-    plan: WarmStartPlan,
-    numbers: Mapping[str, NumberRange],
-    earlier_folders: Sequence[str] = (),  # whose rows count as neighbours, too
+    job: Job, plan: WarmStartPlan, numbers: Mapping[str, NumberRange], earlier: Sequence[str] = ()
 ) -> None:
-    """Fit what training does not learn to the training rows, once scored. A collective."""
+    """Fit what training does not learn to the training rows, once scored. A collective.
+
+    Neighbours are fitted to the rows in `earlier` folders, too.
+    """
     maps = exact_maps(job.schema)
     num_old_ids = {
         table: len(old)
@@ -215,7 +212,7 @@ def fit_to_rows(
     scaling = job.em3.scaling
     if scaling is not None and not _takes_raw_numbers(scaling, plan):
         scaling.fit(numbers)
-    fit_neighbours(job, earlier_folders)
+    fit_neighbours(job, earlier)
     set_codes(job)
     for table, (rule, result) in fill_cold_rows(job).items():
         plan.differences.add(f"table '{table}'", f"new_rows: {rule}", result)
@@ -272,17 +269,14 @@ def _plain(request: WarmStart) -> dict[str, object]:
     return plain | {"run": str(request.run.resolve())}
 
 
-def describe_start(run: Path, ranks: Ranks, plan: WarmStartPlan) -> None:
-    """Print and keep what was taken over and what differed. A collective."""
-    model = plan.source.model
-    with ranks.raise_on_all_ranks():
-        if ranks.is_first:
-            content = {
-                "request": _plain(plan.source.request),
-                "checkpoint": model.folder.name,
-                "step": model.manifest["step"],
-                "tensors": len(plan.tensors),
-                "differences": [row._asdict() for row in plan.differences.reconciled],
-            }
-            write_whole(run / WARM_START, json.dumps(content, indent=1) + "\n")
-            print_table(str(plan))
+def describe_start(run: Path, plan: WarmStartPlan) -> None:
+    """Print and keep what was taken over and what differed."""
+    content = {
+        "request": _plain(plan.source.request),
+        "checkpoint": plan.source.model.folder.name,
+        "step": plan.source.model.step,
+        "tensors": len(plan.tensors),
+        "differences": [row._asdict() for row in plan.differences.reconciled],
+    }
+    write_whole(run / WARM_START, json.dumps(content, indent=1) + "\n")
+    print_table(str(plan))

@@ -128,10 +128,9 @@ def fill_statistics(neighbours: Neighbours, events: Events, settings: NeighbourS
     """Compute all statistics of the events, for all users and without each fold."""
     num_items, _, dim = neighbours.cooccurrence.shape
     if settings.values is not None:
-        mean = float(events.values.mean()) if len(events.values) else 0.0
-        deviation = float(events.values.std()) if len(events.values) else 0.0
-        neighbours.value_mean.fill_(mean)
-        neighbours.value_deviation.fill_(deviation or 1.0)
+        values = events.values if len(events.values) else np.zeros(1)
+        neighbours.value_mean.fill_(values.mean())
+        neighbours.value_deviation.fill_(values.std() or 1.0)
     deviations = events._replace(values=value_deviations(events, settings))
     for fold in range(FOLDS + 1):
         without_fold = deviations.take(events.users % FOLDS != fold)  # all users for the last one

@@ -56,8 +56,8 @@ def make_trackers(
     names: Sequence[str], run: Path, settings: dict[str, Any], first_step: int
 ) -> list[Tracker]:
     """Build the trackers of the setting; an unknown or uninstalled one is a ValueError."""
-    arguments: Any = Tracker, run, settings, first_step
-    return [make_part("tracker", name, TRACKERS, *arguments) for name in names]
+    kind: Any = Tracker  # mypy takes no protocol here
+    return [make_part("tracker", name, TRACKERS, kind, run, settings, first_step) for name in names]
 
 
 class TensorBoardTracker:
@@ -180,9 +180,8 @@ class Reporter:
         if self.bar.disable:
             seconds_left = (self.num_batches - progress.batches) * progress.seconds / progress.steps
             logger.info(
-                "epoch %d step %d/%d %s %s samples/s, %s left",
-                *(progress.epoch + 1, progress.batches, self.num_batches),
-                *(text, f"{rate:,.0f}", tqdm.format_interval(seconds_left)),
+                f"epoch {progress.epoch + 1} step {progress.batches}/{self.num_batches} {text} "
+                f"{rate:,.0f} samples/s, {tqdm.format_interval(seconds_left)} left"
             )
         if is_last:
             self.bar.close()  # its last state stays on the screen

@@ -94,7 +94,7 @@ def train(
         metrics = _train_locked(config, data, run, ranks, goes_on, warm_start)
         if baseline is not None:
             _compare_with_baseline(baseline, data, run, ranks)
-        run_folder.finish_run(run, ranks)
+        ranks.on_first(run_folder.finish_run, run)
     check_best(metrics, config, data, run)
     return metrics
 
@@ -156,7 +156,7 @@ def open_run(
         plan = None if source is None else plan_warm_start(job, source)  # before a word is written
         checked = check_data(job)
         run_folder.begin_run(run, job, checked.item_counts, checked.skipped)
-    run_folder.describe_run(run, job, data)
+    job.ranks.on_first(run_folder.describe_run, run, job, data)
     item_counts = run_folder.read_item_counts(run, job.schema.item_id_limit)
     if job.ranks.is_first:
         print_table(f"{job.plan}\n\n{job.parameters}\n")
@@ -179,9 +179,10 @@ def training_interactions(job: Job, is_shuffled: bool = True) -> Interactions:
     if isinstance(settings, TwoTowerSettings) and settings.target_positions == "all":
         rows = all_positions(rows, settings.recent_items, ranks)
     with ranks.raise_on_all_ranks():
-        parts = rows, job.batch_builder(), config.batch_size
-        seed = config.seed if is_shuffled else None
-        interactions = Interactions(*parts, ranks.rank, ranks.world_size, seed)
+        build, seed = job.batch_builder(), config.seed if is_shuffled else None
+        interactions = Interactions(
+            rows, build, config.batch_size, ranks.rank, ranks.world_size, seed
+        )
         job.plan_epochs(interactions.num_batches)
     return interactions
 
@@ -256,9 +257,7 @@ def _compare_with_baseline(config: Config, data: str, run: Path, ranks: Ranks) -
     """Train the baseline of a run, or go on with it, and compare both. A collective."""
     gc.collect()  # the first model is no longer needed, and its modules refer to each other
     folder = run / BASELINE
-    with ranks.raise_on_all_ranks():
-        if ranks.is_first:
-            (run / BASELINE_MARK).touch()
+    ranks.on_first((run / BASELINE_MARK).touch)
     logger.info("training the ID-only baseline in %s", folder)
     # A best model without a checkpoint to continue from may be replaced: the folder is the run's.
     is_new = ranks.gather(not folders_by_age(folder / "checkpoints"))[0]

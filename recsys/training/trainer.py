@@ -77,16 +77,17 @@ class Trainer:
         """Train until epochs or patience end, or until TrainingStopped. A collective."""
         if self.is_finished:
             return
-        self.callbacks.begin(self.progress)
+        job, progress = self.job, self.progress
+        self.callbacks.run(lambda part: part.begin(job, progress))
         try:
             with relaxed_gc():
                 while not self.is_finished:
                     self.train_epoch()
         except TrainingStopped:
-            self.checkpoints.save(self.progress, wait=True)
+            self.checkpoints.save(progress, wait=True)
             raise
-        self.checkpoints.save(self.progress, wait=True)
-        self.callbacks.end(self.progress)
+        self.checkpoints.save(progress, wait=True)
+        self.callbacks.run(lambda part: part.end(job, progress))
 
     def train_epoch(self) -> None:
         """Train for the rest of an epoch, or until patience ends. A collective.
@@ -188,7 +189,7 @@ class Trainer:
             if (line := format_unknown("train", progress.ids)) is not None:
                 logger.info("%s; %s", line, progress.vocabularies)
             self.reporter.validation(progress, report)
-            self.callbacks.validation(progress, report)
+            self.callbacks.run(lambda part: part.validation(job, progress, report))
             score = selection_score(report, metric)
             if score is None:
                 cause = f"the {selection_words(metric)} is not defined there"

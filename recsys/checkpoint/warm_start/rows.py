@@ -20,6 +20,7 @@ from embeddings.vocabulary.bounded import UsedRows, rows_in_resized
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.checkpoint.reader import BLOCK_BYTES, StoredTensor
 from recsys.checkpoint.run_schema import exact_maps
+from recsys.checkpoint.state import LocalPiece, local_pieces
 from recsys.checkpoint.warm_start.source import Differences, Source
 from recsys.data.schema import Schema
 from recsys.distributed.ranks import Ranks
@@ -43,12 +44,11 @@ class RowMap:
     def new_rows(self, old: np.ndarray) -> np.ndarray:  # int64 [N] -> [N], -1: has no place
         """Return the new rows of some old ones; for items, whose ids every rank holds anyway."""
         old_of_new = self.find(0, self.num_rows)
+        num_old_rows = max(old.max(initial=-1), old_of_new.max(initial=-1)) + 1
+        new_of_old = np.full(num_old_rows, -1)
         mapped_rows = np.flatnonzero(old_of_new >= 0)
-        mapped_rows = mapped_rows[np.argsort(old_of_new[mapped_rows])]
-        if not len(mapped_rows):
-            return np.full(len(old), -1)
-        place = np.searchsorted(old_of_new[mapped_rows], old).clip(max=len(mapped_rows) - 1)
-        return np.where(old_of_new[mapped_rows][place] == old, mapped_rows[place], -1)
+        new_of_old[old_of_new[mapped_rows]] = mapped_rows
+        return new_of_old[old]
 
 
 def row_map(table: str, source: Source, schema: Schema, ranks: Ranks) -> RowMap | None:
@@ -176,13 +176,6 @@ def _used_rows(source: Source, table: str) -> Iterator[UsedRows]:
         yield UsedRows(start * rows_per_set, *values)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    tensor: Tensor  # [rows] or [rows, columns], the memory of the job
-    row: int
-    columns: slice
-
-
 def size_of(tensor: Tensor | ShardedTensor) -> tuple[int, ...]:
     """Return the size of a whole tensor."""
     return tuple(tensor.metadata().size if isinstance(tensor, ShardedTensor) else tensor.shape)
@@ -192,7 +185,7 @@ def size_of(tensor: Tensor | ShardedTensor) -> tuple[int, ...]:
 def move_rows(target: Tensor | ShardedTensor, stored: StoredTensor, rows: RowMap) -> None:
     """Fill the rows of `target`, [R] or [R, D], that have an old row in `stored`."""
     row_bytes = 8 * math.prod(stored.size[1:])
-    _move(list(_pieces(target)), stored.rows, max(1, BLOCK_BYTES // row_bytes), rows)
+    _move(local_pieces(target), stored.rows, max(1, BLOCK_BYTES // row_bytes), rows)
 
 
 @torch.no_grad()
@@ -200,7 +193,7 @@ def move_sets(target: Tensor | ShardedTensor, stored: StoredTensor, rows: RowMap
     """Fill an entry of a bounded vocabulary, [S, R / S], with one number per row of its table."""
     per_set, old_per_set = size_of(target)[1], stored.size[1]
     pieces = [
-        _Piece(piece.tensor.view(-1), piece.row * per_set, slice(None)) for piece in _pieces(target)
+        LocalPiece(piece.tensor.view(-1), piece.row * per_set) for piece in local_pieces(target)
     ]
 
     def read(start: int, stop: int) -> Tensor:
@@ -210,19 +203,8 @@ def move_sets(target: Tensor | ShardedTensor, stored: StoredTensor, rows: RowMap
     _move(pieces, read, BLOCK_BYTES // 8, rows)
 
 
-def _pieces(target: Tensor | ShardedTensor) -> Iterator[_Piece]:
-    if not isinstance(target, ShardedTensor):
-        yield _Piece(target, 0, slice(None))
-        return
-    for shard in target.local_shards():
-        row, column = [*shard.metadata.shard_offsets, 0][:2]
-        is_matrix = shard.tensor.dim() > 1
-        columns = slice(column, column + shard.tensor.shape[1]) if is_matrix else slice(None)
-        yield _Piece(shard.tensor, row, columns)
-
-
 def _move(
-    pieces: list[_Piece], read: Callable[[int, int], Tensor], height: int, rows: RowMap
+    pieces: list[LocalPiece], read: Callable[[int, int], Tensor], height: int, rows: RowMap
 ) -> None:
     if not pieces:
         return
@@ -242,6 +224,7 @@ def _move(
             inside = (new_rows >= piece.row) & (new_rows < piece.row + len(piece.tensor))
             values = block[torch.from_numpy(block_rows[inside])]
             targets = torch.from_numpy(new_rows[inside] - piece.row).to(piece.tensor.device)
-            values = values[:, piece.columns] if values.dim() > 1 else values
+            if values.dim() > 1:
+                values = values[:, piece.column : piece.column + piece.tensor.shape[1]]
             piece.tensor[targets] = values.to(piece.tensor)
         begin = end

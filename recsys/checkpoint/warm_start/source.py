@@ -8,11 +8,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from torch.distributed.checkpoint.metadata import Metadata
-
 from recsys.build import Job
 from recsys.checkpoint import files
-from recsys.checkpoint.compatibility import differing_settings
+from recsys.checkpoint.compatibility import differing, differing_settings
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.reader import SafeFileSystemReader, StoredTensor
 from recsys.checkpoint.run_folder import encoder_identities
@@ -107,16 +105,14 @@ class StoredState:
     folder: Path
     manifest: dict[str, Any]
     reader: SafeFileSystemReader
-    metadata: Metadata
 
     @staticmethod
     def open(folder: Path, ranks: Ranks) -> StoredState:
         """Check the files of a checkpoint and read what it has. A collective."""
         manifest = files.checked_manifest(folder, ranks)
-        files.check_run_files(folder, manifest, ranks)
+        ranks.on_first(files.check_run_files, folder, manifest)
         with ranks.raise_on_all_ranks():
-            reader = SafeFileSystemReader(folder)
-            return StoredState(folder, manifest, reader, reader.read_metadata())
+            return StoredState(folder, manifest, SafeFileSystemReader(folder))
 
     @property
     def step(self) -> int:
@@ -124,14 +120,14 @@ class StoredState:
 
     @property
     def entries(self) -> Mapping[str, Any]:
-        return self.metadata.state_dict_metadata
+        return self.reader.entries
 
     @property
     def progress(self) -> Progress:
         return Progress.from_json(self.manifest["progress"])
 
     def tensor(self, name: str) -> StoredTensor:
-        return StoredTensor(self.reader, self.metadata, name)
+        return StoredTensor(self.reader, name)
 
 
 @dataclass(frozen=True)
@@ -225,11 +221,10 @@ def _compare_columns(trained: Schema, data: Schema, differences: Differences) ->
         if name not in stored:
             differences.add(name, "not in the run", "added")
             continue
-        for attribute in sorted(stored[name].keys() | current[name].keys()):
-            values = stored[name].get(attribute), current[name].get(attribute)
-            if values[0] == values[1] or attribute in _ROW_ATTRIBUTES:
+        for attribute, before, present in differing(stored[name], current[name]):
+            if attribute in _ROW_ATTRIBUTES:
                 continue
-            change = f"{attribute} was {short(values[0])}, is {short(values[1])}"
+            change = f"{attribute} was {short(before)}, is {short(present)}"
             if attribute in _FREE_ATTRIBUTES or attribute.split(".")[0] == "fill":
                 differences.add(name, change, "as in the data")
             else:

@@ -76,12 +76,12 @@ def new_schema(
     for name, chain in ranks.from_first(schema.transforms).items():
         schema.transforms[name] = chain
         set_chain(schema.columns[name], chain)
-    add_ids(schema, _new_ids(root, schema, None, ranks), ranks)
-    ids = _new_ids(root, schema, partition.folder, ranks)
+    maps = exact_maps(schema)
+    add_ids(schema, ranks.on_first(new_ids, root, schema, None, maps), ranks)
+    ids = ranks.on_first(new_ids, root, schema, partition.folder, maps)
     _size_tables(schema, ids, None if previous is None else previous[1])
-    if ranks.is_first:
-        for line in format_growth(schema):
-            logger.info(line)
+    for line in format_growth(schema) if ranks.is_first else ():
+        logger.info(line)
     return schema, ids
 
 
@@ -101,12 +101,6 @@ def add_ids(schema: Schema, ids: NewIds, ranks: Ranks) -> None:
     with ranks.raise_on_all_ranks():
         for table, vocabulary in exact_maps(schema).items():
             vocabulary.extend([ids[table]])
-
-
-def _new_ids(root: Location, schema: Schema, folder: str | None, ranks: Ranks) -> NewIds:
-    with ranks.raise_on_all_ranks():
-        ids = new_ids(root, schema, folder, exact_maps(schema)) if ranks.is_first else {}
-    return ranks.from_first(ids)
 
 
 def check_items(job: Job, plan: WarmStartPlan) -> None:

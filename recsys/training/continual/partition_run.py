@@ -33,15 +33,8 @@ from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
+from recsys.evaluation import evaluate
 from recsys.evaluation.blend_fit import fit_blend
-from recsys.evaluation.evaluate import (
-    check_data,
-    score,
-    scores_report,
-    shown_metrics,
-    split_interactions,
-    split_scores,
-)
 from recsys.evaluation.forward_pass import require_finite
 from recsys.evaluation.further_metrics import make_metrics
 from recsys.evaluation.model_selection import require_useful, slack_for
@@ -49,13 +42,7 @@ from recsys.evaluation.scores import SplitScores, read_scores, write_scores
 from recsys.storage.files import write_whole
 from recsys.storage.location import Location
 from recsys.training import initial_state
-from recsys.training.continual.changes import (
-    NewIds,
-    add_ids,
-    check_items,
-    new_schema,
-    require_unchanged,
-)
+from recsys.training.continual import changes
 from recsys.training.continual.partitions import Partition, is_late
 from recsys.training.trackers import Reporter
 from recsys.training.train import training_figures, training_interactions
@@ -150,7 +137,7 @@ class PartitionRun:
         self.timer.lap("finish")
         return self._as_read(trainer.interactions)
 
-    def _schema(self, goes_on: bool) -> tuple[Schema, Source | None, NewIds | None]:
+    def _schema(self, goes_on: bool) -> tuple[Schema, Source | None, changes.NewIds | None]:
         """Return the columns with their maps of ids, the run to start from, if anew, and new ids.
 
         The ids are new in the partition's rows, and get rows once these are scored. A collective.
@@ -159,19 +146,19 @@ class PartitionRun:
         if goes_on:
             with ranks.raise_on_all_ranks():
                 return schema_of_data(self.run, root, ranks, goes_on), None, None
-        if self.request is None:
-            schema, ids = new_schema(root, self.partition, None, ranks)
-            return schema, None, ids
-        source, schema = initial_state.open_warm_start(
-            self.request, data, self.run, ranks, with_vocabularies=False
-        )
-        if self.state.last is not None:
-            with ranks.raise_on_all_ranks():
-                require_unchanged(source, self.config, root)
-        schema, ids = new_schema(root, self.partition, (schema, source.schema), ranks)
+        source, previous = None, None
+        if self.request is not None:
+            source, schema = initial_state.open_warm_start(
+                self.request, data, self.run, ranks, with_vocabularies=False
+            )
+            previous = schema, source.schema
+            if self.state.last is not None:
+                with ranks.raise_on_all_ranks():
+                    changes.require_unchanged(source, self.config, root)
+        schema, ids = changes.new_schema(root, self.partition, previous, ranks)
         return schema, source, ids
 
-    def _open(self, job: Job, source: Source | None, ids: NewIds | None) -> Trainer:
+    def _open(self, job: Job, source: Source | None, ids: changes.NewIds | None) -> Trainer:
         """Return the trainer of a new or restored run. A collective."""
         interactions = training_interactions(job, job.config.continual.order == "shuffled")
         current = self._as_read(interactions)
@@ -184,15 +171,17 @@ class PartitionRun:
             assert progress is not None  # a checkpoint was seen
         else:
             progress = self._begin(current, job, source, ids)
-        line = self._record()
+        line = self.ranks.on_first(self._record)
         item_counts = run_folder.read_item_counts(self.run, job.schema.item_id_limit)
         reporter = Reporter(job, self.folder.path, progress, counts_all_steps=True)
         if line is not None:
             reporter.evaluation("prequential", 0, {**line, "rows": None})
             for part in PARTS[1:]:
                 reporter.evaluation(f"prequential/{part}", 0, line[part])
-        parts = interactions, checkpoints, self.continual.lockstep, reporter, progress, item_counts
-        return PartitionTrainer(job, self.run, *parts)
+        lockstep = self.continual.lockstep
+        return PartitionTrainer(
+            job, self.run, interactions, checkpoints, lockstep, reporter, progress, item_counts
+        )
 
     def _as_read(self, interactions: Interactions) -> TrainedPartition:
         rows = interactions.rows
@@ -217,7 +206,7 @@ class PartitionRun:
                 )
 
     def _begin(
-        self, current: TrainedPartition, job: Job, source: Source | None, ids: NewIds
+        self, current: TrainedPartition, job: Job, source: Source | None, ids: changes.NewIds
     ) -> Progress:
         """Begin the run, whose rows are scored if a model can. A collective."""
         run, ranks, plan, counts = self.run, self.ranks, None, ItemCounts.sum_of([])
@@ -225,7 +214,7 @@ class PartitionRun:
         if source is not None:
             plan = plan_warm_start(job, source)
             plan.take_unused_rows(job)
-            check_items(job, plan)
+            changes.check_items(job, plan)
             progress = initial_state.take_over(job, plan)
             counts = initial_state.counts_before(job, plan)
             self.timer.lap("warm start")
@@ -234,27 +223,23 @@ class PartitionRun:
             else:
                 self._write_scores(begun_state, job, counts, source.request.run)
             self.timer.lap("score")
-        add_ids(job.schema, ids, ranks)
-        checked = check_data(job, ("train",))
+        changes.add_ids(job.schema, ids, ranks)
+        checked = evaluate.check_data(job, ("train",))
         if plan is None:
             progress = initial_state.start_fresh(job, checked)
         else:
             earlier = [Partition(trained.name).folder for trained in self.state.trained]
             initial_state.fit_to_rows(job, plan, checked.numbers, earlier)
         self.timer.lap("fit")
-        with ranks.raise_on_all_ranks():
-            if ranks.is_first:
-                self.folder.write(begun_state)
+        ranks.on_first(self.folder.write, begun_state)
         # Dropout and negatives differ by partition, and are the same at every start.
         torch.manual_seed(job.config.seed + 1 + ranks.rank + 1000003 * progress.age)
         counts = ItemCounts.sum_of([counts, checked.item_counts])
         run_folder.begin_run(run, job, counts, checked.skipped)
-        run_folder.describe_run(run, job, self.continual.data)
+        ranks.on_first(run_folder.describe_run, run, job, self.continual.data)
         if plan is not None:
-            initial_state.describe_start(run, ranks, plan)
-        with ranks.raise_on_all_ranks():
-            if ranks.is_first:
-                write_whole(run / PARTITION, json.dumps({"name": current.name}) + "\n")
+            ranks.on_first(initial_state.describe_start, run, plan)
+        ranks.on_first(write_whole, run / PARTITION, json.dumps({"name": current.name}) + "\n")
         return progress
 
     def _write_scores(
@@ -275,18 +260,17 @@ class PartitionRun:
                 write_scores(scores, file, model)
 
     def _record(self) -> dict[str, Any] | None:
-        """Write and print the partition's metrics, once; return them on rank 0. A collective."""
+        """Write and print the partition's metrics, once, and return them. On rank 0."""
         name, file = self.partition.name, self.folder.scores_of(self.partition.name)
-        with self.ranks.raise_on_all_ranks():
-            if not self.ranks.is_first or not file.exists():
-                return None
-            scores = read_scores(file)
-            line = {"partition": name, "model_of": self.previous, "rows": len(scores.positions)}
-            line |= scores_report(scores, make_metrics(self.config.metrics))
-            if not self.folder.add_metrics(line):
-                return None
-            print_table(format_lines(self.config.ranking, [line]))
-            return line
+        if not file.exists():
+            return None
+        scores = read_scores(file)
+        line = {"partition": name, "model_of": self.previous, "rows": len(scores.positions)}
+        line |= evaluate.scores_report(scores, make_metrics(self.config.metrics))
+        if not self.folder.add_metrics(line):
+            return None
+        print_table(format_lines(self.config.ranking, [line]))
+        return line
 
     def _finish(self, trainer: Trainer) -> None:
         """Keep the model, with averaged weights if there are any, and describe it. A collective."""
@@ -294,10 +278,9 @@ class PartitionRun:
         with job.averaged():
             trainer.checkpoints.save_best(progress)
         metrics = {"partition": self.partition.name, **training_figures(progress, self.ranks)}
-        with self.ranks.raise_on_all_ranks():
-            if self.ranks.is_first:
-                write_whole(self.run / run_folder.METRICS, json.dumps(metrics, indent=2) + "\n")
-        run_folder.finish_run(self.run, self.ranks)
+        file, text = self.run / run_folder.METRICS, json.dumps(metrics, indent=2) + "\n"
+        self.ranks.on_first(write_whole, file, text)
+        self.ranks.on_first(run_folder.finish_run, self.run)
 
     def require_useful_scores(self) -> None:
         """Refuse to go on from the partition if its scores were useless. On rank 0."""
@@ -342,15 +325,15 @@ def score_partition(job: Job, item_counts: ItemCounts, lockstep: Lockstep) -> Sp
     Then the blend of neighbours is fitted to these rows, which the model was not trained on.
     """
     ranks = job.ranks
-    interactions, unknown = split_interactions(job, "train"), UnknownIds(job.schema)
-    scored = score(job, interactions, lockstep, unknown, with_evidence=True)
+    interactions, unknown = evaluate.split_interactions(job, "train"), UnknownIds(job.schema)
+    scored = evaluate.score(job, interactions, lockstep, unknown, with_evidence=True)
     if job.config.on_bad_row == "skip":
         interactions.rows.skipped(ranks, job.train_folder)
     scores = None
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
             require_finite(scored, interactions.rows)
-            scores = split_scores(job.schema, scored, item_counts)
+            scores = evaluate.split_scores(job.schema, scored, item_counts)
     fit_blend(job, dict(scored))
     if (line := format_unknown(job.train_folder, unknown.totals(ranks.group))) is not None:
         logger.info(line)
@@ -361,7 +344,7 @@ def format_lines(ranking: RankingSettings, lines: list[dict[str, Any]]) -> str:
     """Return lines of `metrics.jsonl` as a table."""
     if not lines:
         return ""
-    names = [name for name in shown_metrics(ranking, lines[-1]) if name in lines[-1]]
+    names = [name for name in evaluate.shown_metrics(ranking, lines[-1]) if name in lines[-1]]
     parts = [f"{part} {names[0] if len(names) < 2 else names[1]}" for part in ("cold", "unseen")]
     rows = [["partition", "rows", *names, *parts]]
     for line in lines:

@@ -42,22 +42,27 @@ class Partition:
         return key_of(self.name)
 
 
+def levels_of(name: str) -> list[tuple[str, str]]:
+    """Return the levels of a partition with their values, such as `date` and `2026-11-01`."""
+    parts = (part.partition("=") for part in name.split("/"))
+    return [(level, unquote(value)) for level, _, value in parts]
+
+
 def key_of(name: str) -> Key:
     """Return the place of a partition in the order."""
-    return tuple(_key_of_value(level.partition("=")[2]) for level in name.split("/"))
+    return tuple(_key_of_value(value) for _, value in levels_of(name))
 
 
 def key_of_bound(bound: str, like: Key) -> Key:
     """Return the place of a bound such as `2026-11-01/05` among partitions."""
     keys = []
     for level, (kind, *_) in zip(bound.split("/"), like):
-        value = level.partition("=")[2] or level
-        keys.append((1, 0, unquote(value)) if kind else _key_of_value(value))
+        value = unquote(level.partition("=")[2] or level)
+        keys.append((1, 0, value) if kind else _key_of_value(value))
     return tuple(keys)
 
 
 def _key_of_value(value: str) -> tuple[int, int, str]:
-    value = unquote(value)
     return (0, int(value), "") if value.isascii() and value.isdigit() else (1, 0, value)
 
 
@@ -66,7 +71,7 @@ def list_partitions(root: Location) -> list[Partition]:
     train = root / "train"
     partitions = [Partition(name) for name in _leaves(train, "")]
     partitions.sort(key=lambda partition: partition.key)
-    levels = [[level.partition("=")[0] for level in p.name.split("/")] for p in partitions]
+    levels = [[level for level, _ in levels_of(partition.name)] for partition in partitions]
     for partition, names in zip(partitions, levels):
         if names != levels[0]:
             raise ValueError(
@@ -84,11 +89,11 @@ def list_partitions(root: Location) -> list[Partition]:
 def _leaves(train: Location, path: str) -> Iterator[str]:
     """Yield the paths of folders that hold no further level."""
     folder = train / path if path else train
-    entries = _details(folder) if folder.filesystem.isdir(folder.path) else []
-    is_folder = {_name(entry): entry["type"] == "directory" for entry in entries}
-    names = [name for name in sorted(is_folder) if not name.startswith((".", "_"))]
-    levels = [name for name in names if is_folder[name] and is_partition(name)]
-    files = [name for name in names if not is_folder[name] and name.endswith(".parquet")]
+    entries = _entries(folder) if folder.filesystem.isdir(folder.path) else {}
+    names = [name for name in sorted(entries) if not name.startswith((".", "_"))]
+    folders = {name for name in names if entries[name]["type"] == "directory"}
+    levels = [name for name in names if name in folders and is_partition(name)]
+    files = [name for name in names if name not in folders and name.endswith(".parquet")]
     if files and (levels or not path):
         raise ValueError(
             f"{folder}/{files[0]}: lies outside of a partition; move it to a folder such as "
@@ -100,23 +105,15 @@ def _leaves(train: Location, path: str) -> Iterator[str]:
         yield from _leaves(train, f"{path}/{name}" if path else name)
 
 
-def has_success(root: Location, partition: Partition) -> bool:
-    """Return whether a partition is marked as whole."""
-    return (root / partition.folder / SUCCESS).exists()
-
-
-def unfinished_file(root: Location, partition: Partition) -> str | None:
+def unfinished_file(folder: Location) -> str | None:
     """Return the name of a file or folder that shows that a partition is being written."""
-    folder = root / partition.folder
-    return next((n for n in sorted(map(_name, _details(folder))) if n.endswith(UNFINISHED)), None)
+    return next((name for name in sorted(_entries(folder)) if name.endswith(UNFINISHED)), None)
 
 
-def _name(entry: dict[str, Any]) -> str:
-    return str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]
-
-
-def _details(folder: Location) -> list[dict[str, Any]]:
-    return list(folder.filesystem.ls(folder.path, detail=True))
+def _entries(folder: Location) -> dict[str, dict[str, Any]]:
+    """Return by name what the filesystem says of the files and folders in a folder."""
+    entries = folder.filesystem.ls(folder.path, detail=True)
+    return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry for entry in entries}
 
 
 def refused_partitions(
@@ -140,8 +137,7 @@ def refused_partitions(
 
 def date_of(name: str) -> datetime | None:
     """Return the day in a name, such as `date=2026-11-01`, `20261101` or `year=2026/month=11`."""
-    levels = [level.partition("=") for level in name.split("/")]
-    by_level = {level.lower(): unquote(value) for level, _, value in levels}
+    by_level = {level.lower(): value for level, value in levels_of(name)}
     if "year" in by_level:
         parts = [by_level.get(level, "1").zfill(2) for level in ("year", "month", "day")]
         return _parsed("-".join(parts))
@@ -149,10 +145,9 @@ def date_of(name: str) -> datetime | None:
 
 
 def _form(name: str) -> tuple[str, ...]:
-    values = [unquote(level.partition("=")[2]) for level in name.split("/")]
     return tuple(
         "number" if value.isascii() and value.isdigit() else "date" if _parsed(value) else "text"
-        for value in values
+        for _, value in levels_of(name)
     )
 
 
@@ -197,14 +192,11 @@ def next_partition(
     """Return the partition to train on now, or None; one older than those begun may be refused."""
     trained = {partition.name for partition in state.trained}
     waiting = [partition for partition in partitions if partition.name not in trained]
-    newest = newest_of(state)
-    if newest is None:
-        waiting = [p for p in waiting if not span.begins_after(p.key)]
-        return next((p for p in waiting if not span.ends_before(p.key)), None)
-    run_range = PartitionRange(state.first)
-    waiting = [p for p in waiting if not run_range.begins_after(p.key)]
     begun_name = "" if state.begun is None else state.begun.name
-    older = [p for p in waiting if p.key < key_of(newest) and p.name != begun_name]
+    newest = max(filter(None, [*trained, begun_name]), key=key_of, default=None)
+    run_range = PartitionRange(span.first if newest is None else state.first)
+    waiting = [p for p in waiting if not run_range.begins_after(p.key)]
+    older = [p for p in waiting if newest and p.key < key_of(newest) and p.name != begun_name]
     if older and late == "refuse":
         raise ValueError(
             f"{where}/{older[0].name}: is older than {newest}, which is trained on already; train "
@@ -221,12 +213,6 @@ def next_partition(
     return waiting[0] if waiting else None
 
 
-def newest_of(state: RunState) -> str | None:
-    """Return the partition that is latest in time among those trained or begun."""
-    unfinished = [] if state.begun is None else [state.begun]
-    return max((p.name for p in (*state.trained, *unfinished)), key=key_of, default=None)
-
-
 def is_late(name: str, state: RunState) -> bool:
     """Return whether the model knows rows that are later in time than those of a partition."""
     return any(key_of(name) < key_of(trained.name) for trained in state.trained)
@@ -235,31 +221,32 @@ def is_late(name: str, state: RunState) -> bool:
 def check_whole(root: Location, partition: Partition, partitions: Sequence[Partition]) -> None:
     """Refuse a partition with an unfinished file, or without the _SUCCESS that others have."""
     folder = root / partition.folder
-    if (name := unfinished_file(root, partition)) is not None:
+    if (name := unfinished_file(folder)) is not None:
         raise ValueError(
             f"{folder}/{name}: the partition is being written; wait until it is whole, or remove "
             "the file"
         )
-    if has_success(root, partition):
+    if (folder / SUCCESS).exists():
         return
-    if (marked := next((p for p in partitions if has_success(root, p)), None)) is not None:
+    marked = (other.name for other in partitions if (root / other.folder / SUCCESS).exists())
+    if (name := next(marked, None)) is not None:
         raise ValueError(
-            f"{folder}: has no {SUCCESS}, as {marked.name} has: it is not whole; wait for it, or "
+            f"{folder}: has no {SUCCESS}, as {name} has: it is not whole; wait for it, or "
             f"write {folder}/{SUCCESS}"
         )
 
 
 def waiting_for(root: Location, partition: Partition, quiet_seconds: float | None) -> str | None:
     """Return what a partition lacks to be whole (_SUCCESS, or time without change), or None."""
-    if has_success(root, partition):
-        return None
     folder = root / partition.folder
+    if (folder / SUCCESS).exists():
+        return None
     if quiet_seconds is None:
         return f"{folder}/{SUCCESS} (or set --continual.quiet-seconds)"
-    files = [str(entry["name"]) for entry in _details(folder) if entry["type"] == "file"]
+    files = [entry["name"] for entry in _entries(folder).values() if entry["type"] == "file"]
     changed_at = [folder.filesystem.modified(file).timestamp() for file in files]
     is_quiet = bool(files) and time.time() - max(changed_at) >= quiet_seconds
-    if not is_quiet or unfinished_file(root, partition) is not None:
+    if not is_quiet or unfinished_file(folder) is not None:
         return f"{quiet_seconds:g} seconds without a change of {folder}"
     return None
 

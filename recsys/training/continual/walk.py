@@ -134,8 +134,9 @@ def train_continually(
         stack.enter_context(sole_job(run, ranks, run / LOCK))
         watchdog = stack.enter_context(Watchdog(ranks, config.stall_timeout))
         lockstep = stack.enter_context(Lockstep(ranks, config.checkpoint.every_seconds, watchdog))
-        parts = config, data, folder, ranks, lockstep, ranks.apart(), options.warm_start
-        return _walk(ContinualRun(*parts), options)
+        writers, warm_start = ranks.apart(), options.warm_start
+        continual = ContinualRun(config, data, folder, ranks, lockstep, writers, warm_start)
+        return _walk(continual, options)
 
 
 def _check_folder(folder: ContinualFolder, options: WalkOptions) -> None:
@@ -165,16 +166,7 @@ def _source_run(options: WalkOptions) -> str | None:
 def _walk(continual: ContinualRun, options: WalkOptions) -> RunState:
     """Go from partition to partition. A collective."""
     folder, ranks = continual.folder, continual.ranks
-    with ranks.raise_on_all_ranks():
-        state = folder.read() if ranks.is_first else RunState()
-        if ranks.is_first:
-            state = replace(state, warm_start=state.warm_start or _source_run(options))
-            if state.last is None and state.begun is None:
-                state = replace(state, first=options.span.first)
-            _check_trained(continual, state)
-            export_newest(continual.config.continual, folder, state)  # if a job was killed in it
-            _name_unused(continual.config)
-    state = ranks.from_first(state)
+    state = ranks.on_first(_earlier_state, continual, options)
     num_trained = len(state.trained)
     gc.freeze()  # what is there now stays, so that looking for a partition's model takes no time
     if options.follow:
@@ -192,15 +184,25 @@ def _walk(continual: ContinualRun, options: WalkOptions) -> RunState:
                     run.timer.lap("export")
                 run.timer.append(folder.path / SECONDS, partition.name, trained.rows)
         logger.info(f"trained on {partition.name}: {trained.rows:,} rows in {run.timer}")
-        with ranks.raise_on_all_ranks():
-            if ranks.is_first:
-                run.require_useful_scores()
+        ranks.on_first(run.require_useful_scores)
         gc.collect()  # the model of this partition, before the next is built
     if ranks.is_first and len(state.trained) > num_trained:
         print_table(format_lines(continual.config.ranking, folder.metrics()))
         logger.info("written to %s", folder.path)
     elif ranks.is_first:
         logger.info("%s: no new partition to train on", continual.data)
+    return state
+
+
+def _earlier_state(continual: ContinualRun, options: WalkOptions) -> RunState:
+    """Return the state to go on from, and check that its partitions are as they were. On rank 0."""
+    state = continual.folder.read()
+    state = replace(state, warm_start=state.warm_start or _source_run(options))
+    if state.last is None and state.begun is None:
+        state = replace(state, first=options.span.first)
+    _check_trained(continual, state)
+    export_newest(continual.config.continual, continual.folder, state)  # if a job was killed in it
+    _name_unused(continual.config)
     return state
 
 
@@ -240,11 +242,7 @@ def _next(continual: ContinualRun, options: WalkOptions, state: RunState) -> Par
     """Return the next partition that is whole; wait for it if asked. A collective."""
     logged, ranks = "", continual.ranks
     while True:
-        candidate: tuple[Partition | None, str | None] = None, None
-        with ranks.raise_on_all_ranks():
-            if ranks.is_first:
-                candidate = _candidate(continual, options, state)
-        partition, waits_for = ranks.from_first(candidate)
+        partition, waits_for = ranks.on_first(_candidate, continual, options, state)
         if waits_for is None:
             return partition
         if waits_for != logged:

@@ -52,7 +52,7 @@ def test_code_in_the_metadata_does_not_run(folder: Path, tmp_path: Path) -> None
     mark = tmp_path / "mark"
     (folder / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
     with pytest.raises(ValueError, match=r"\.metadata: .*posix\.mkdir"):
-        SafeFileSystemReader(folder).read_metadata()
+        SafeFileSystemReader(folder)
     assert not mark.exists()
     with pytest.raises(AttributeError):  # the library itself runs it before it stumbles
         dcp.FileSystemReader(folder).read_metadata()
@@ -62,7 +62,7 @@ def test_code_in_the_metadata_does_not_run(folder: Path, tmp_path: Path) -> None
 def test_entries_that_are_not_tensors_are_refused(tmp_path: Path) -> None:
     dcp.save({"step": 3}, checkpoint_id=tmp_path / "other", no_dist=True)
     with pytest.raises(ValueError, match="entry 'step'"):
-        SafeFileSystemReader(tmp_path / "other").read_metadata()
+        SafeFileSystemReader(tmp_path / "other")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04", b"text", pickle.dumps({"a": 1})])

@@ -72,7 +72,7 @@ def trained(data: Path, run: Path, ranks: Ranks, name: str, epochs: int) -> dict
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint, whole."""
     reader = SafeFileSystemReader(folder)
-    metadata: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
+    metadata: dict[str, Any] = dict(reader.entries)
     state = {
         name: torch.empty(tensor.size, dtype=tensor.properties.dtype)
         for name, tensor in metadata.items()

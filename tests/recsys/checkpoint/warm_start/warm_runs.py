@@ -147,11 +147,10 @@ def state_of(job: Job) -> dict[str, Tensor]:
 def stored_state(checkpoint: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint; tables by their names alone, too."""
     reader = SafeFileSystemReader(checkpoint)
-    metadata = reader.read_metadata()
     state = {}
-    for name, entry in metadata.state_dict_metadata.items():
+    for name, entry in reader.entries.items():
         if not name.startswith("random."):
-            tensor = StoredTensor(reader, metadata, name)
+            tensor = StoredTensor(reader, name)
             state[name] = tensor.rows(0, entry.size[0]) if entry.size else torch.zeros(0)
     tables = {name: value for name, value in state.items() if name.startswith("model.embedding")}
     return state | {name.split(".")[-2]: value for name, value in tables.items()}

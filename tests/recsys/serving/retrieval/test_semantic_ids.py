@@ -122,7 +122,7 @@ def test_any_model_takes_them_as_sparse_features(towers: Path, semantic: Path) -
         train(config, str(semantic / "data"), semantic / "run", ranks)
 
     table = stored_tables(semantic / "run" / "checkpoints" / "best")["semantic_ids"]
-    assert table.num_rows == 10
+    assert table.size[0] == 10
     report = json.loads((semantic / "ids" / "collisions.json").read_text())
     codes = np.unique(np.array(list(ids_by_item.values())), axis=0)
     assert report["distinct"] == len(codes) <= 25 and report["items"] == len(ids_by_item)
