@@ -91,9 +91,10 @@ def changed_items(
     if new_rows is not None:
         before["item"] = new_rows(before["item"])
         before = np.sort(before[before["item"] >= 0], order="item")
-    place = np.searchsorted(before["item"], items["item"]).clip(max=len(before) - 1)
-    is_stored = before["item"][place] == items["item"]
-    edited = is_stored & (before["content"][place] != items["content"])
+    is_stored = np.isin(items["item"], before["item"], assume_unique=True)
+    place = np.searchsorted(before["item"], items["item"][is_stored])
+    edited = is_stored.copy()
+    edited[is_stored] = before["content"][place] != items["content"][is_stored]
     removed = np.setdiff1d(before["item"], items["item"], assume_unique=True)
     words = (
         f"since the checkpoint was written {edited.sum():,} of {len(items):,} items were edited, "
