@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.kernels.choice import has_built, rounds_products
-from recsys.kernels.operators import Operator, as_float32, as_int64, result_dtype
+from recsys.kernels.choice import has_built
+from recsys.kernels.operators import Operator, as_float32, as_int64, result_dtype, rounds_products
 
 MAX_UNITS = 512
 MAX_UNIT_BYTES = 16 * 2**20  # of units kept for the backward: larger blocks are not reused
@@ -98,10 +98,7 @@ Operator(
     "target_attention",
     inputs=f"{_INPUTS}, Tensor last_bias, bool keeps_units, bool bfloat16",
     backward_inputs=f"Tensor gradient, Tensor shares, Tensor kept, {_INPUTS}, bool bfloat16",
-    gradients=(
-        *("target", "items", "lists"),
-        *("first", "first_bias", "second", "second_bias", "last"),
-    ),
+    gradients=("target", "items", "lists", "first", "first_bias", "second", "second_bias", "last"),
     num_outputs=3,
     zero_gradients=("last_bias",),  # a softmax does not change if all its scores do
     without_gradient=("parallel",),
