@@ -8,7 +8,7 @@ tokens with outputs, D dimension, H heads, M modalities.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +51,7 @@ class JointSelfAttention(nn.Module):
             attended = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask[:, None, None, :], scale=self.scale
             ).transpose(1, 2)
-        output: Tensor = self.output(attended.flatten(-2))
-        return output
+        return self.output(attended.flatten(-2))
 
 
 def _attention_of_few(
@@ -74,8 +73,7 @@ class PublishedLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, num_outputs: int) -> Tensor:  # [U, num_outputs, D]
         attended = self.attention(x, mask, num_outputs)
-        normed: Tensor = self.norm(x[:, :num_outputs] + self.dropout(attended))
-        return normed
+        return self.norm(x[:, :num_outputs] + self.dropout(attended))
 
 
 class ModernLayer(nn.Module):
@@ -93,15 +91,12 @@ class ModernLayer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor, num_outputs: int) -> Tensor:  # [U, num_outputs, D]
         attended = self.attention(self.attention_norm(x), mask, num_outputs)
         x = x[:, :num_outputs] + self.dropout(attended)
-        update: Tensor = self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        return x + update
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
     def weights(self) -> list[Tensor]:
-        attention, up, down = self.attention, self.feed_forward[0], self.feed_forward[2]
-        assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
-        parts: list[nn.Linear | nn.LayerNorm] = [self.attention_norm, attention.query]
-        parts += [attention.key, attention.value, attention.output]
-        parts += [self.feed_forward_norm, up, down]
+        attention, (up, _, down) = self.attention, self.feed_forward
+        parts: list[Any] = [self.attention_norm, attention.query, attention.key, attention.value]
+        parts += [attention.output, self.feed_forward_norm, up, down]
         return [weight for part in parts for weight in (part.weight, part.bias)]
 
 
@@ -123,8 +118,7 @@ class ConcatFusion(nn.Module):
         weights = member * mask.to(tokens.dtype).unsqueeze(1)  # [U, M, T]
         count = weights.sum(-1, keepdim=True)  # [U, M, 1]
         mean = weights @ tokens / count.clamp(min=1)  # [U, M, D]
-        output: Tensor = self.output(torch.where(count > 0, mean, self.missing).flatten(1))
-        return output
+        return self.output(torch.where(count > 0, mean, self.missing).flatten(1))
 
 
 class FusionQFormer(nn.Module):
@@ -198,7 +192,7 @@ class FusionQFormer(nn.Module):
             # Only the queries' outputs of the last layer are used.
             is_last = index == len(self.layers)
             x = layer(x, attended, num_queries if is_last else x.shape[1])
-        fused: Tensor = self.output(self.norm(x).flatten(1))
+        fused = self.output(self.norm(x).flatten(1))
         return fused if self.linear is None else fused + self.linear(tokens, mask, modality)
 
     def kernel_refusal(self) -> str | None:
@@ -217,13 +211,15 @@ class FusionQFormer(nn.Module):
     def _by_kernel(self, tokens: Tensor, mask: Tensor, modality: Tensor) -> Tensor:  # [U, D]
         first = self.layers[0]
         assert isinstance(first, ModernLayer)
-        attention, share = first.attention, first.dropout.p if self.training else 0.0
-        numbers = len(self.layers), attention.num_heads, attention.scale, share
+        share, num_layers = first.dropout.p if self.training else 0.0, len(self.layers)
         num_queries, num_tokens = self.queries.shape[0], tokens.shape[1]
         # Two dropouts in each layer; the last one has outputs for the queries alone.
-        rows = (len(self.layers) - 1) * (num_queries + num_tokens) + num_queries
+        rows = (num_layers - 1) * (num_queries + num_tokens) + num_queries
         noise = torch.rand(2 * rows * tokens[:, 0].numel()) if share else torch.empty(0)
-        return native_fusion(tokens, mask, modality, noise, self.weights(), *numbers)
+        weights, heads, scale = self.weights(), first.attention.num_heads, first.attention.scale
+        return native_fusion(
+            tokens, mask, modality, noise, weights, num_layers, heads, scale, share
+        )
 
     def weights(self) -> list[Tensor]:
         """Return the weights of preset `modern`, in the order in which they are applied."""
