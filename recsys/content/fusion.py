@@ -94,7 +94,7 @@ class ModernLayer(nn.Module):
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
     def weights(self) -> list[Tensor]:
-        attention, (up, _, down) = self.attention, self.feed_forward
+        attention, up, down = self.attention, self.feed_forward[0], self.feed_forward[2]
         parts: list[Any] = [self.attention_norm, attention.query, attention.key, attention.value]
         parts += [attention.output, self.feed_forward_norm, up, down]
         return [weight for part in parts for weight in (part.weight, part.bias)]
