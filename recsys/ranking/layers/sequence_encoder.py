@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from recsys.config import ContentSettings
 from recsys.content.dropout import Dropout
 from recsys.content.vectors import ContentVectors
-from recsys.data.batch import Batch, WholeHistories
+from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.layers.sequences import Sequences, sequences_of
 from recsys.ranking.settings import EncoderSettings, GapScale
@@ -138,9 +138,11 @@ class SequenceEncoder(nn.Module):
 
     A layer maps states of events [T, D] to keys and values (`read`), or to these and new states
     (`history`). `target` maps states of targets [B, D] and keys and values to new states.
+    With `embeds_positions` places, unless these are relative, and ages are embedded in tokens.
     """
 
     Layer: type[nn.Module]
+    embeds_positions = False
 
     def __init__(
         self,
@@ -159,23 +161,25 @@ class SequenceEncoder(nn.Module):
             )
         self.gaps = TimeGaps.of(settings.time_gaps, dimensions, settings.gap_scale)
         self.recent_items = settings.recent_items
-        widths = dimensions.id_dim, 0 if content is None else content.dim, len(self.gaps.flags)
-        self.tokens = EventTokens(dim, *widths, reads_target)
+        content_dim, num_lists = 0 if content is None else content.dim, len(self.gaps.flags)
+        self.tokens = EventTokens(dim, dimensions.id_dim, content_dim, num_lists, reads_target)
         has_ages = self.gaps.column is not None
         self.layers = nn.ModuleList(
             self.Layer(settings, has_ages, relative_places) for _ in range(settings.sequence_layers)
         )
         self.norm, self.dropout = nn.LayerNorm(dim), Dropout(settings.sequence_dropout)
-        self.add_positions(settings, relative_places)
-
-    def add_positions(self, settings: EncoderSettings, relative_places: bool) -> None:
-        """Add the weights of `positioned`; here there are none."""
+        has_places = self.embeds_positions and not relative_places
+        self.places = nn.Embedding(self.recent_items + 1, dim) if has_places else None
+        self.ages = nn.Embedding(NUM_AGES, dim) if self.embeds_positions and has_ages else None
+        for table in (self.places, self.ages):
+            if table is not None:
+                nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Tensor:
         """Return the target's state [B, D] after the last layer. A collective with content."""
-        history: JaggedHistory = batch.history.jagged()
         if batch.history.whole is not None:
-            return self._at_all_positions(ids, content, history, batch.history.whole)
+            return self._at_all_positions(ids, content, batch)
+        history = batch.history.jagged()
         sequences = sequences_of(history)
         ages = self.gaps.ages(batch.history.recorded_values)
         ages = None if ages is None else sequences.own(ages)
@@ -185,7 +189,7 @@ class SequenceEncoder(nn.Module):
         return self.encoded(tokens.float(), target.float(), events)
 
     def encoded(self, tokens: Tensor, target: Tensor, events: Events) -> Tensor:  # [B, D]
-        tokens = self.dropout(self.positioned(tokens, events))
+        tokens = self.dropout(self._positioned(tokens, events))
         *lower, last = cast(Any, self.layers)
         if lower:
             recent, states = self._recent(events, tokens)
@@ -197,19 +201,17 @@ class SequenceEncoder(nn.Module):
         return self.norm(target)
 
     def _at_all_positions(
-        self,
-        ids: IDVectors,
-        content: ContentVectors | None,
-        history: JaggedHistory,
-        whole: WholeHistories,
+        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> Tensor:  # [B, D]
         """Return what `forward` does, by one pass over each whole history: attention is causal."""
+        history, whole = batch.history.jagged(), batch.history.whole
+        assert whole is not None
         source = whole.jagged(history.num_items)
         sequences = sequences_of(source)
         lists = ids.target.new_empty(len(whole.index), 0)
         tokens, target = self.tokens(ids, content, source, sequences, lists)
         events, target = Events(sequences, sequences.ages(), None), target.float()
-        states = self.dropout(self.positioned(tokens.float(), events))
+        states = self.dropout(self._positioned(tokens.float(), events))
         beginnings = replace(history, index=whole.places, num_items=len(whole.index))
         before = Events(sequences_of(beginnings), beginnings.ages, None)
         *lower, last = cast(Any, self.layers)
@@ -219,7 +221,12 @@ class SequenceEncoder(nn.Module):
         target = last.target(target, tuple(map(beginnings.gather, last.read(states))), before)
         return self.norm(target)
 
-    def positioned(self, tokens: Tensor, events: Events) -> Tensor:  # [T, D] -> [T, D]
+    def _positioned(self, tokens: Tensor, events: Events) -> Tensor:  # [T, D] -> [T, D]
+        if self.places is not None:
+            tokens = tokens + self.places(events.places)
+        if self.ages is not None:
+            assert events.ages is not None
+            tokens = tokens + self.ages(doubling_buckets(events.ages.squeeze(1)))
         return tokens
 
     def _recent(self, events: Events, tokens: Tensor) -> tuple[Events, Tensor]:  # [T, D]
