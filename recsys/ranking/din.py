@@ -76,9 +76,10 @@ class Mmoe(AttendedFeatures):
         self.dropout = Dropout(settings.dropout)
         self.experts = nn.Linear(width, self.num_experts * units)
         self.gates = nn.Linear(width, self.num_labels * self.num_experts, bias=False)
-        tower = units, tower_units, settings.dropout, 1
-        towers = (multilayer_perceptron(*tower) for _ in range(self.num_labels))
-        self.towers = nn.ModuleList(towers)
+        self.towers = nn.ModuleList(
+            multilayer_perceptron(units, tower_units, settings.dropout, num_outputs=1)
+            for _ in range(self.num_labels)
+        )
 
     def mixtures(self, features: Tensor) -> Tensor:  # [B, W] -> [B, C, H]
         experts = self.dropout(torch.relu(self.experts(features)))

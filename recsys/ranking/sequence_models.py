@@ -89,7 +89,7 @@ class Sim(RowFeatures):
                 f"content.history.recent is {content.history.recent}, but ranking.name sim attends "
                 "to items that its search finds, not to the latest; remove one of them"
             )
-        self.gaps = TimeGaps.of(settings.time_gaps, dimensions)
+        self.gaps = TimeGaps(settings.time_gaps, dimensions)
         dimensions = replace(dimensions, num_parallel=len(self.gaps.flags))
         interest = AgedAttention(dimensions.id_dim, dimensions.num_parallel, settings.search_heads)
         super().__init__(settings, dimensions.id_dim, dimensions, content)

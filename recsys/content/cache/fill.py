@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
@@ -98,27 +98,21 @@ def earlier_caches(
     return caches
 
 
-class FillProgress:
-    """Progress of a rank through the items to encode, as a bar or as lines."""
-
-    def __init__(self, name: str, total: int, shown: bool) -> None:
-        self.name, self.shown, self._last_line = name, shown, time.monotonic()
-        self._bar = progress_bar(total, name, shown, unit=" items", unit_scale=True)
-        self.num_done, self._start = 0, self._last_line
-
-    def add(self, items: int) -> None:
-        self.num_done += items
-        self._bar.update(items)
-        time_now = time.monotonic()
-        if self._bar.disable and self.shown and time_now - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = time_now
-            duration, total = time_now - self._start, self._bar.total
-            options = {"unit": " items", "bar_format": LINE}
-            counts = tqdm.format_meter(self.num_done, total, duration, **options)
-            logger.info(f"encoding '{self.name}': {counts}")
-
-    def close(self) -> None:
-        self._bar.close()
+def with_progress(calls: list[np.ndarray], name: str, shown: bool) -> Generator[np.ndarray]:
+    """Yield the calls; their items move a bar or, where none is drawn, give lines of the log."""
+    total, num_done = sum(map(len, calls)), 0
+    start = last_line = time.monotonic()
+    with progress_bar(total, name, shown, unit=" items", unit_scale=True) as bar:
+        for call in calls:
+            yield call
+            num_done += len(call)
+            bar.update(len(call))
+            time_now = time.monotonic()
+            if bar.disable and shown and time_now - last_line >= SECONDS_BETWEEN_LINES:
+                last_line, duration = time_now, time_now - start
+                options = {"unit": " items", "bar_format": LINE}
+                counts = tqdm.format_meter(num_done, total, duration, **options)
+                logger.info(f"encoding '{name}': {counts}")
 
 
 @torch.no_grad()
@@ -230,7 +224,7 @@ class _Fill:
             raise ValueError(f"{part}: damaged ({error}); remove it, it is made again") from error
 
     def _remove_damaged(self, calls: list[np.ndarray]) -> None:
-        for call in filter(lambda call: self._part(call).exists(), calls):
+        for call in (call for call in calls if self._part(call).exists()):
             try:
                 self._read(call, "lengths")
                 self._read(call, "values")
@@ -244,16 +238,14 @@ class _Fill:
         rate averages over short and long texts.
         """
         todo = [call for call in calls if not self._part(call).exists()]
-        total = sum(map(len, todo))
-        if total:
-            logger.info(self._announcement(total, num_earlier))
-        with closing(FillProgress(self.name, total, shown=self.ranks.is_first)) as progress:
+        if todo:
+            logger.info(self._announcement(sum(map(len, todo)), num_earlier))
+        with closing(with_progress(todo, self.name, self.ranks.is_first)) as counted:
             try:
-                for call in todo:
+                for call in counted:
                     if failed.exists() or self.folder.exists():
                         return  # another rank failed, or another job has finished the cache
                     self._encode(call)
-                    progress.add(len(call))
             except Exception:
                 with suppress(OSError):
                     failed.touch()

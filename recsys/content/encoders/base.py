@@ -47,20 +47,15 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> ContentInput:
 
 
 ITEMS_PER_GROUP = 32
-# Small multiples of 8; after these 48, 64, 96, 128 ...
 SHORT_LENGTHS = (8, 16, 24, 32)
+# After these 48, 64, 96, 128 ...
+PADDED_LENGTHS = (*SHORT_LENGTHS, *(part << power for power in range(32) for part in (48, 64)))
 
 
 def padded_lengths(lengths: Tensor, longest: int) -> Tensor:  # [U] -> [U]
     """Return the length that each text is padded to, at most `longest`, the encoder's limit."""
-    steps = [length for length in SHORT_LENGTHS if length < longest]
-    power = 2 * SHORT_LENGTHS[-1]
-    while power * 3 // 4 < longest:
-        steps += [length for length in (power * 3 // 4, power) if length < longest]
-        power *= 2
-    steps.append(longest)
-    places = torch.bucketize(lengths, torch.tensor(steps))
-    return torch.tensor(steps)[places]
+    steps = torch.tensor(sorted({min(length, longest) for length in PADDED_LENGTHS}))
+    return steps[torch.bucketize(lengths, steps)]
 
 
 @torch.compiler.disable  # a compiled part would differ from the cache in the last bits

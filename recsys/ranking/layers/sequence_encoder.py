@@ -45,27 +45,25 @@ def times_between(ages: Tensor) -> Tensor:  # [S, L] -> int64 [S, L, L]
     return doubling_buckets(ages.unsqueeze(1) - ages.unsqueeze(2))
 
 
-@dataclass(frozen=True)
 class TimeGaps:
-    """Place of the ages of history items among the parallel lists, and their scale."""
+    """Place of the ages of history items among the parallel lists, `column`, and their scale.
 
-    column: int | None  # of the ages; None: there are none
-    flags: list[int]  # the columns that models read as numbers
-    scale: GapScale = "linear"  # a unit such as seconds; log_days: log10(1 + days) / 2
+    The columns `flags` are those that models read as numbers; ages in seconds are none of them.
+    """
 
-    @staticmethod
-    def of(name: str | None, dimensions: InputDimensions, scale: GapScale = "linear") -> TimeGaps:
-        """Find the list of ages by its name; ages in seconds are not among `flags`."""
+    def __init__(
+        self, name: str | None, dimensions: InputDimensions, scale: GapScale = "linear"
+    ) -> None:
         lists = dimensions.parallel_names
         if name is not None and name not in lists:
             raise ValueError(
                 f"ranking.time_gaps is '{name}'; the parallel lists of the history in schema.yaml "
                 f"are {list(lists)}"
             )
-        column = None if name is None else lists.index(name)
-        dropped = column if scale == "linear" else None
-        flags = [place for place in range(dimensions.num_parallel) if place != dropped]
-        return TimeGaps(column, flags, scale)
+        self.column = None if name is None else lists.index(name)
+        self.scale = scale  # linear: a unit such as seconds; log_days: log10(1 + days) / 2
+        dropped = self.column if scale == "linear" else None
+        self.flags = [place for place in range(dimensions.num_parallel) if place != dropped]
 
     def ages(self, values: Tensor) -> Tensor | None:  # [N, P] -> [N, 1]
         if self.column is None:
@@ -159,7 +157,7 @@ class SequenceEncoder(nn.Module):
                 f"ranking.sequence_heads is {heads}, which does not divide ranking.sequence_dim "
                 f"({dim}); change one of them"
             )
-        self.gaps = TimeGaps.of(settings.time_gaps, dimensions, settings.gap_scale)
+        self.gaps = TimeGaps(settings.time_gaps, dimensions, settings.gap_scale)
         self.recent_items = settings.recent_items
         content_dim, num_lists = 0 if content is None else content.dim, len(self.gaps.flags)
         self.tokens = EventTokens(dim, dimensions.id_dim, content_dim, num_lists, reads_target)
