@@ -125,8 +125,9 @@ def shared_target_attention(
     """
     layers = [layer for layer in score if isinstance(layer, nn.Linear)]
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    inputs = target, items, parallel, lists
-    return torch.ops.recsys.shared_target_attention(*inputs, weights, biases, bfloat16)
+    return torch.ops.recsys.shared_target_attention(
+        target, items, parallel, lists, weights, biases, bfloat16
+    )
 
 
 def _compute(
@@ -138,26 +139,16 @@ def _compute(
     biases: Sequence[Tensor],
     bfloat16: bool = False,
 ) -> Tensor:
-    vectors = items + parallel.to(items.dtype) @ lists.T
+    vectors = items + parallel.to(items.dtype) @ lists.T  # [L, D]
     is_small = len(weights) == NATIVE_LAYERS and weights[0].shape[0] <= MAX_UNITS
     inputs = [target, vectors, *weights, *biases]
-    if not is_small or any(part.dtype != torch.float32 for part in inputs) or not has_built(target):
-        return shared_reference(target, vectors, weights, biases, bfloat16)
-    # A softmax does not change if all its scores do, so the last bias is left out.
-    (first, second, last), (first_bias, second_bias, _) = weights, biases
-    return torch.ops.recsys.attention_to_shared(
-        target, vectors, first, first_bias, second, second_bias, last, bfloat16
-    )
-
-
-def shared_reference(
-    target: Tensor,  # [B, D]
-    vectors: Tensor,  # [L, D]
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    bfloat16: bool,
-) -> Tensor:  # [B, D]
-    """Return the same by PyTorch: the first layer is one product of all rows and items."""
+    if is_small and all(part.dtype == torch.float32 for part in inputs) and has_built(target):
+        # A softmax does not change if all its scores do, so the last bias is left out.
+        (first, second, last), (first_bias, second_bias, _) = weights, biases
+        return torch.ops.recsys.attention_to_shared(
+            target, vectors, first, first_bias, second, second_bias, last, bfloat16
+        )
+    # The first layer is one product of all rows and items.
     w_item, w_target, w_difference, w_product = weights[0].chunk(4, dim=1)  # [H, D]
     constant = torch.addmm(biases[0], vectors, (w_item + w_difference).T)  # [L, H]
     factors = vectors.T.unsqueeze(2) * w_product.T.unsqueeze(1)  # [D, L, H]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -184,8 +183,7 @@ class EM3(nn.Module):
         # and in the backward with that of their gradients.
         content = self.content(batch) if self.content is not None else None
         ids = self.id_reader(pooled, sequences, batch)
-        scored: tuple[Tensor, Any] = self.scoring(ids, content, batch)
-        return scored
+        return self.scoring(ids, content, batch)
 
     def _scored(
         self, ids: IDVectors, content: ContentVectors | ItemRows | None, batch: Batch
@@ -209,5 +207,4 @@ class EM3(nn.Module):
             neighbours = self.neighbours(content, rows, newness)
             scored = self.ranking(ranked, content, neighbours.batch)
             scored = self.neighbours.blend(scored, neighbours)
-        result: ScoredBatch = self.losses(scored, ids, content, batch)
-        return result
+        return self.losses(scored, ids, content, batch)
