@@ -24,12 +24,7 @@ from recsys.ranking.layers.fields import history_numbers
 from recsys.ranking.layers.heads import ranking_head
 from recsys.ranking.layers.row_features import RowFeatures
 from recsys.ranking.layers.sequence_encoder import NUM_AGES, SequenceEncoder, TimeGaps, age_of
-from recsys.ranking.settings import (
-    HstuSettings,
-    SequenceSettings,
-    SimSettings,
-    TransformerSettings,
-)
+from recsys.ranking.settings import HstuSettings, SequenceSettings, SimSettings, TransformerSettings
 from recsys.ranking.vectors import IDVectors, InputDimensions, Logits
 
 
@@ -50,8 +45,10 @@ class AgedAttention(nn.Module):
     ) -> Tensor:  # [B, D], [U, D], [K, P], [K] -> [B, D]
         items = items.float()
         queries = self.query(target).float().unflatten(1, (self.num_heads, -1)) * self.scale
-        inputs = items, history, parallel, ages
-        heads = [self._head(query.contiguous(), *inputs) for query in queries.unbind(dim=1)]
+        heads = [
+            self._head(query.contiguous(), items, history, parallel, ages)
+            for query in queries.unbind(dim=1)
+        ]
         return self.output(torch.cat(heads, dim=1))
 
     def _head(
