@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
@@ -62,7 +63,8 @@ class Operator:
 
     def _fake_backward(self, *values: Any) -> tuple[Any, ...]:
         by_name = dict(zip(self._arguments(), values, strict=True))
-        return tuple(_empty_like(by_name[part]) for part in self.gradients)
+        inputs = tuple(by_name[part] for part in self.gradients)
+        return tree_map(lambda tensor: tensor.new_empty(tensor.shape), inputs)
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         kinds = self._kinds()
@@ -107,12 +109,6 @@ class Operator:
             f"recsys::{self.name} has no second derivative; set kernels to torch, whose operations "
             "have one"
         )
-
-
-def _empty_like(value: Tensor | Sequence[Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return value.new_empty(value.shape)
-    return [part.new_empty(part.shape) for part in value]
 
 
 def row_stride(width: int) -> int:

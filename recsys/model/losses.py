@@ -162,24 +162,20 @@ class ContentIDContrastive(nn.Module):
             rows = len(items)
             negatives = torch.randint(rows, (rows, settings.num_negatives), device=items.device)
             return published_contrastive(content, ids, negatives, self.temperature)
-        everyone = content, ids, items, 0
+        all_content, all_ids, all_items, first_row = content, ids, items, 0
         if settings.all_ranks and _has_other_ranks():
-            everyone = _gather_sides(content, ids, items)
-        return in_batch_contrastive(content, ids, items, *everyone, self.temperature)
+            sides, first_row = gather_rows_with_gradient(torch.cat([content, ids], dim=1))
+            all_content, all_ids = sides.chunk(2, dim=1)
+            with torch.no_grad():  # in float64 an id is exact
+                gathered, _ = gather_rows_with_gradient(items.double().unsqueeze(1))
+            all_items = gathered[:, 0].to(items.dtype)
+        return in_batch_contrastive(
+            content, ids, items, all_content, all_ids, all_items, first_row, self.temperature
+        )
 
 
 def _has_other_ranks() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _gather_sides(
-    content: Tensor, ids: Tensor, items: Tensor
-) -> tuple[Tensor, Tensor, Tensor, int]:  # [B, ...] -> [G, D], [G, D], [G], first row
-    sides, first_row = gather_rows_with_gradient(torch.cat([content, ids], dim=1))
-    with torch.no_grad():  # in float64 an id is exact
-        all_items, _ = gather_rows_with_gradient(items.to(torch.float64).unsqueeze(1))
-    width = content.shape[1]
-    return sides[:, :width], sides[:, width:], all_items[:, 0].to(items.dtype), first_row
 
 
 PADDING = -1  # replaces the item of a padding row

@@ -281,8 +281,14 @@ class _Fill:
                 lengths[self.places[call]] = self._read(call, "lengths")
             shape = (self.encoder.frozen_dim,)
             with closing(RowWriter(temporary, lengths, shape, dtype_of(self.encoder))) as writer:
-                for rows, values in self._outputs(earlier, calls):
-                    writer.write(self.places[rows], values)
+                for cache in earlier:
+                    array = RaggedArray(cache.folder)
+                    for at in range(0, len(cache.rows), ITEMS_PER_CALL):
+                        block = slice(at, at + ITEMS_PER_CALL)
+                        values, mask = array.gather(cache.places[block])
+                        writer.write(self.places[cache.rows[block]], values[mask])
+                for call in calls:
+                    writer.write(self.places[call], self._read(call, "values"))
             share_rows(temporary, self.places)
             np.save(temporary / HASHES, self.hashes)
             self._write_about(temporary / ABOUT, int(lengths.sum()))
@@ -305,14 +311,3 @@ class _Fill:
             "versions": {name: importlib.metadata.version(name) for name in packages},
         }
         file.write_text(json.dumps(about, indent=2) + "\n")
-
-    def _outputs(
-        self, earlier: list[EarlierCache], calls: list[np.ndarray]
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for cache in earlier:
-            array = RaggedArray(cache.folder)
-            for at in range(0, len(cache.rows), ITEMS_PER_CALL):
-                values, mask = array.gather(cache.places[at : at + ITEMS_PER_CALL])
-                yield cache.rows[at : at + ITEMS_PER_CALL], values[mask]
-        for call in calls:
-            yield call, self._read(call, "values")

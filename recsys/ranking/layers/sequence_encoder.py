@@ -190,11 +190,15 @@ class SequenceEncoder(nn.Module):
         tokens = self.dropout(self._positioned(tokens, events))
         *lower, last = cast(Any, self.layers)
         if lower:
-            recent, states = self._recent(events, tokens)
+            whole = events.sequences
+            latest = whole.latest(self.recent_items)
+            places = whole.take_latest(events.places.unsqueeze(1), latest).squeeze(1)
+            ages = None if events.ages is None else whole.take_latest(events.ages, latest)
+            recent, states = Events(latest, places, ages), whole.take_latest(tokens, latest)
             for layer in lower:
                 states, read = layer.history(states, recent)
                 target = layer.target(target, read, recent)
-            tokens = events.sequences.put_latest(tokens, states, recent.sequences)
+            tokens = whole.put_latest(tokens, states, latest)
         target = last.target(target, last.read(tokens), events)
         return self.norm(target)
 
@@ -226,10 +230,3 @@ class SequenceEncoder(nn.Module):
             assert events.ages is not None
             tokens = tokens + self.ages(doubling_buckets(events.ages.squeeze(1)))
         return tokens
-
-    def _recent(self, events: Events, tokens: Tensor) -> tuple[Events, Tensor]:  # [T, D]
-        whole = events.sequences
-        latest = whole.latest(self.recent_items)
-        places = whole.take_latest(events.places.unsqueeze(1), latest).squeeze(1)
-        ages = None if events.ages is None else whole.take_latest(events.ages, latest)
-        return Events(latest, places, ages), whole.take_latest(tokens, latest)
