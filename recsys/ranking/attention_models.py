@@ -181,7 +181,7 @@ class Sim(RowFeatures):
     def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Logits:
         history = batch.history.jagged()
         id_history = history if ids.history_is_unique else history.unindexed()
-        places = self.search(ids, content, history, id_history)
+        places = self.search(ids, content, history)
         ages = self._ages(batch, history)[places]
         parallel = batch.history.values[:, self.gaps.flags]
         numbers = history_numbers(history, parallel)
@@ -192,14 +192,11 @@ class Sim(RowFeatures):
 
     @torch.no_grad()
     def search(
-        self,
-        ids: IDVectors,
-        content: ContentVectors | None,
-        history: JaggedHistory,
-        id_history: JaggedHistory,
+        self, ids: IDVectors, content: ContentVectors | None, history: JaggedHistory
     ) -> Tensor:  # [K]
         """Return the places of the history items most similar to each target, in rising order."""
         if content is None or self.content_interest is None:
+            id_history = history if ids.history_is_unique else history.unindexed()
             scores = id_history.dot(ids.target.float(), ids.history.float())
         else:
             items, modalities = content.read_history()

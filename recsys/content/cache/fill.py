@@ -74,30 +74,6 @@ class EarlierCache:
     places: np.ndarray  # [n], rows of this one with the same content
 
 
-def earlier_caches(
-    cache: Path, key: str, hashes: np.ndarray, missing: np.ndarray
-) -> list[EarlierCache]:
-    """Return caches of the encoder that hold missing rows, each row in one of them at most."""
-    usable = []
-    for about in cache.glob(f"frozen-*/{ABOUT}"):
-        # Damaged ones, or those being removed, are left out: encoding again is always correct.
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            if json.loads(about.read_text())["encoder_key"] == key:
-                cached_hashes = np.load(about.parent / HASHES, allow_pickle=False)
-                if len(cached_hashes) == len(RaggedArray(about.parent)) > 0:
-                    usable.append((about.stat().st_mtime_ns, about.parent, cached_hashes))
-    caches = []
-    for _, folder, cached_hashes in sorted(usable, key=lambda entry: entry[:2], reverse=True):
-        order = np.argsort(cached_hashes, kind="stable")
-        place = np.searchsorted(cached_hashes, hashes[missing], sorter=order)
-        place = order[place.clip(max=len(order) - 1)]
-        is_cached = cached_hashes[place] == hashes[missing]
-        if is_cached.any():
-            caches.append(EarlierCache(folder, missing[is_cached], place[is_cached]))
-        missing = missing[~is_cached]
-    return caches
-
-
 def with_progress(calls: list[np.ndarray], name: str, shown: bool) -> Generator[np.ndarray]:
     """Yield the calls; their items move a bar or, where none is drawn, give lines of the log."""
     total, num_done = sum(map(len, calls)), 0
@@ -175,15 +151,15 @@ class _Fill:
         failed = self.parts / f".failed-{number}"
         with ranks.raise_on_all_ranks():
             self.parts.mkdir(parents=True, exist_ok=True)
-            earlier = earlier_caches(self.cache, self.key, self.hashes, self.first)
-            calls = self._calls(earlier)
+            earlier, missing = self._earlier_caches()
+            calls = self._calls(missing)
             if ranks.is_first_of_machine:
                 self._remove_damaged(calls)
         try:
             with ranks.raise_on_all_ranks(), self._unless_another_job_was_faster():
                 order = np.random.default_rng(number).permutation(len(calls))
                 order = np.roll(order, -(len(calls) * ranks.rank // ranks.world_size))
-                num_earlier = sum(len(cache.rows) for cache in earlier)
+                num_earlier = len(self.first) - len(missing)
                 self._encode_missing([calls[place] for place in order], num_earlier, failed)
             with ranks.raise_on_all_ranks():
                 if ranks.is_first_of_machine and not self.folder.exists():
@@ -202,11 +178,29 @@ class _Fill:
             if not self.folder.exists():
                 raise
 
-    def _calls(self, earlier: list[EarlierCache]) -> list[np.ndarray]:
-        """Group the contents that no earlier cache has by length; each group [n] is one call."""
-        rows = self.first
-        for cache in earlier:
-            rows = np.setdiff1d(rows, cache.rows)
+    def _earlier_caches(self) -> tuple[list[EarlierCache], np.ndarray]:
+        """Return caches of the encoder that hold rows, each in one of them, and the other rows."""
+        usable, missing = [], self.first
+        for about in self.cache.glob(f"frozen-*/{ABOUT}"):
+            # Damaged ones, or those being removed, are left out: encoding again is always correct.
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                if json.loads(about.read_text())["encoder_key"] == self.key:
+                    cached_hashes = np.load(about.parent / HASHES, allow_pickle=False)
+                    if len(cached_hashes) == len(RaggedArray(about.parent)) > 0:
+                        usable.append((about.stat().st_mtime_ns, about.parent, cached_hashes))
+        caches = []
+        for _, folder, cached_hashes in sorted(usable, key=lambda entry: entry[:2], reverse=True):
+            order = np.argsort(cached_hashes, kind="stable")
+            place = np.searchsorted(cached_hashes, self.hashes[missing], sorter=order)
+            place = order[place.clip(max=len(order) - 1)]
+            is_cached = cached_hashes[place] == self.hashes[missing]
+            if is_cached.any():
+                caches.append(EarlierCache(folder, missing[is_cached], place[is_cached]))
+            missing = missing[~is_cached]
+        return caches, missing
+
+    def _calls(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Group rows by the length of their content; each group [n] is one call."""
         rows = rows[np.argsort(self.source.lengths[rows], kind="stable")]
         return [rows[at : at + ITEMS_PER_CALL] for at in range(0, len(rows), ITEMS_PER_CALL)]
 

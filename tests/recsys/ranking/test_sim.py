@@ -21,8 +21,7 @@ LENGTHS = torch.tensor([4, 0, 6])
 
 
 def found_by(model: Sim, content: Any, ids: Any, batch: Batch) -> list[int]:
-    history = batch.history.jagged()
-    return model.search(ids, content, history, history).tolist()
+    return model.search(ids, content, batch.history.jagged()).tolist()
 
 
 def best_by_loop(scores: list[list[float]], top_k: int) -> list[int]:
