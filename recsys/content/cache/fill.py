@@ -152,7 +152,8 @@ class _Fill:
         with ranks.raise_on_all_ranks():
             self.parts.mkdir(parents=True, exist_ok=True)
             earlier, missing = self._earlier_caches()
-            calls = self._calls(missing)
+            rows = missing[np.argsort(self.source.lengths[missing], kind="stable")]  # by length
+            calls = [rows[at : at + ITEMS_PER_CALL] for at in range(0, len(rows), ITEMS_PER_CALL)]
             if ranks.is_first_of_machine:
                 self._remove_damaged(calls)
         try:
@@ -198,11 +199,6 @@ class _Fill:
                 caches.append(EarlierCache(folder, missing[is_cached], place[is_cached]))
             missing = missing[~is_cached]
         return caches, missing
-
-    def _calls(self, rows: np.ndarray) -> list[np.ndarray]:
-        """Group rows by the length of their content; each group [n] is one call."""
-        rows = rows[np.argsort(self.source.lengths[rows], kind="stable")]
-        return [rows[at : at + ITEMS_PER_CALL] for at in range(0, len(rows), ITEMS_PER_CALL)]
 
     def _part(self, call: np.ndarray) -> Path:  # [n]
         return self.parts / f"{digest_of(self.hashes[call].tobytes())}.npz"
