@@ -95,9 +95,10 @@ def exchange_vectors(
     """Map [E, D] to the vectors [R, D] that this rank needs, with gradient. A collective."""
     sent = vectors.index_select(0, exchange.rows)
     received = sent.new_empty(sum(exchange.receive_counts), vectors.shape[1])
-    return all_to_all_single(
+    exchanged: Tensor = all_to_all_single(
         received, sent, exchange.receive_counts, exchange.send_counts, group=group
     )
+    return exchanged
 
 
 class ContentBranch(nn.Module):
@@ -162,20 +163,22 @@ class ContentBranch(nn.Module):
 
         `encoded_before`: outputs of encoders that do not run again, by modality.
         """
-        frozen = {
-            name: cast(Encoder, encoder).above_frozen(content[name])
-            for name, encoder in self.encoders.items()
-            if name not in encoded_before
-        }
-        compute = (self.compiled if self.training else None) or self.encode_frozen
-        return compute(frozen, dict(encoded_before))
+        parts = cast(dict[str, Encoder], self.encoders).items()
+        encoders = {name: part for name, part in parts if name not in encoded_before}
+        if self.training and self.compiled is not None:
+            frozen = {name: part.above_frozen(content[name]) for name, part in encoders.items()}
+            return self.compiled(frozen, dict(encoded_before))
+        new = {name: part.encode(content[name]) for name, part in encoders.items()}
+        return self._fused({**encoded_before, **new})
 
     def encode_frozen(
         self, frozen: dict[str, ContentInput], encoded_before: dict[str, ContentInput]
     ) -> Tensor:
         """Return `encode` of outputs of the encoders' frozen parts: one graph, if compiled."""
         new = {name: self.encoders[name](part) for name, part in frozen.items()}
-        outputs = encoded_before | new
+        return self._fused(encoded_before | new)
+
+    def _fused(self, outputs: Mapping[str, ContentInput]) -> Tensor:  # [E, D + M * D]
         tokens, masks, modality, means = [], [], [], []
         for index, name in enumerate(self.encoders):
             projected, mask = self.projections[name](outputs[name].values), outputs[name].mask

@@ -51,7 +51,8 @@ class JointSelfAttention(nn.Module):
             attended = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask[:, None, None, :], scale=self.scale
             ).transpose(1, 2)
-        return self.output(attended.flatten(-2))
+        output: Tensor = self.output(attended.flatten(-2))
+        return output
 
 
 def _attention_of_few(
@@ -73,7 +74,8 @@ class PublishedLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, num_outputs: int) -> Tensor:  # [U, num_outputs, D]
         attended = self.attention(x, mask, num_outputs)
-        return self.norm(x[:, :num_outputs] + self.dropout(attended))
+        normed: Tensor = self.norm(x[:, :num_outputs] + self.dropout(attended))
+        return normed
 
 
 class ModernLayer(nn.Module):
@@ -91,7 +93,8 @@ class ModernLayer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor, num_outputs: int) -> Tensor:  # [U, num_outputs, D]
         attended = self.attention(self.attention_norm(x), mask, num_outputs)
         x = x[:, :num_outputs] + self.dropout(attended)
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        update: Tensor = self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        return x + update
 
     def weights(self) -> list[Tensor]:
         attention, up, down = self.attention, self.feed_forward[0], self.feed_forward[2]
@@ -118,7 +121,8 @@ class ConcatFusion(nn.Module):
         weights = member * mask.to(tokens.dtype).unsqueeze(1)  # [U, M, T]
         count = weights.sum(-1, keepdim=True)  # [U, M, 1]
         mean = weights @ tokens / count.clamp(min=1)  # [U, M, D]
-        return self.output(torch.where(count > 0, mean, self.missing).flatten(1))
+        output: Tensor = self.output(torch.where(count > 0, mean, self.missing).flatten(1))
+        return output
 
 
 class FusionQFormer(nn.Module):
@@ -192,7 +196,7 @@ class FusionQFormer(nn.Module):
             # Only the queries' outputs of the last layer are used.
             is_last = index == len(self.layers)
             x = layer(x, attended, num_queries if is_last else x.shape[1])
-        fused = self.output(self.norm(x).flatten(1))
+        fused: Tensor = self.output(self.norm(x).flatten(1))
         return fused if self.linear is None else fused + self.linear(tokens, mask, modality)
 
     def kernel_refusal(self) -> str | None:

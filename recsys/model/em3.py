@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -183,7 +184,8 @@ class EM3(nn.Module):
         # and in the backward with that of their gradients.
         content = self.content(batch) if self.content is not None else None
         ids = self.id_reader(pooled, sequences, batch)
-        return self.scoring(ids, content, batch)
+        scored: tuple[Tensor, Any] = self.scoring(ids, content, batch)
+        return scored
 
     def _scored(
         self, ids: IDVectors, content: ContentVectors | ItemRows | None, batch: Batch
@@ -207,4 +209,5 @@ class EM3(nn.Module):
             neighbours = self.neighbours(content, rows, newness)
             scored = self.ranking(ranked, content, neighbours.batch)
             scored = self.neighbours.blend(scored, neighbours)
-        return self.losses(scored, ids, content, batch)
+        result: ScoredBatch = self.losses(scored, ids, content, batch)
+        return result

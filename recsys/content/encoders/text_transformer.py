@@ -104,7 +104,7 @@ class TextTransformer(TransformerEncoder):
 def unread_masks() -> AbstractContextManager[Any]:
     """Keep transformers from reading a mask to learn whether it can be left out: a GPU waits."""
     names = ("_ignore_bidirectional_mask_sdpa", "_ignore_causal_mask_sdpa")
-    unread = dict.fromkeys(names, lambda *_, **options: False)
+    unread: dict[str, Any] = dict.fromkeys(names, lambda *_, **options: False)
     return patch.multiple(masking_utils, create=True, **unread)  # later versions may not read
 
 
