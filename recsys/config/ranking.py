@@ -17,15 +17,15 @@ from recsys.config.parser import meant
 logger = logging.getLogger(__name__)
 
 RANKING_MODELS = {
-    "din_dcn": "recsys.ranking.din:DinDcn",
-    "din": "recsys.ranking.din:Din",
+    "din_dcn": "recsys.ranking.attention_models:DinDcn",
+    "din": "recsys.ranking.attention_models:Din",
     "dlrm": "recsys.ranking.dlrm:Dlrm",
     "dlrm_dcn": "recsys.ranking.dlrm:DlrmDcn",
     "deepfm": "recsys.ranking.dlrm:DeepFM",
-    "sim": "recsys.ranking.sequence_models:Sim",
-    "hstu": "recsys.ranking.sequence_models:Hstu",
-    "transformer": "recsys.ranking.sequence_models:Transformer",
-    "mmoe": "recsys.ranking.din:Mmoe",
+    "sim": "recsys.ranking.attention_models:Sim",
+    "hstu": "recsys.ranking.attention_models:Hstu",
+    "transformer": "recsys.ranking.attention_models:Transformer",
+    "mmoe": "recsys.ranking.attention_models:Mmoe",
     "two_tower": "recsys.ranking.two_tower:TwoTower",
     "generative": "recsys.ranking.generative:Generative",
 }

@@ -37,8 +37,8 @@ def assign_to_owners(content: BatchContent, group: dist.ProcessGroup) -> BatchCo
     asked_counts = torch.empty_like(wanted_counts)
     dist.all_to_all_single(asked_counts, wanted_counts, group=group)
     receive_counts, send_counts = wanted_counts.tolist(), asked_counts.tolist()
-    requested, counts = order.new_empty(sum(send_counts)), (send_counts, receive_counts)
-    dist.all_to_all_single(requested, content.items[order], *counts, group=group)
+    requested, sent = order.new_empty(sum(send_counts)), content.items[order]
+    dist.all_to_all_single(requested, sent, send_counts, receive_counts, group=group)
     # Items [E], and the row among them of each requested item.
     owned, rows = requested.unique(return_inverse=True)
     arrival = torch.empty_like(order)

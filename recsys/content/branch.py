@@ -89,12 +89,15 @@ class HistoryMap(nn.Module):
         return torch.addmm(layer.base_layer.weight, high, low, alpha=self.scaling)
 
 
-def exchange_vectors(vectors: Tensor, exchange: ItemExchange, group: dist.ProcessGroup) -> Tensor:
+def exchange_vectors(
+    vectors: Tensor, exchange: ItemExchange, group: dist.ProcessGroup | None
+) -> Tensor:
     """Map [E, D] to the vectors [R, D] that this rank needs, with gradient. A collective."""
     sent = vectors.index_select(0, exchange.rows)
     received = sent.new_empty(sum(exchange.receive_counts), vectors.shape[1])
-    counts = exchange.receive_counts, exchange.send_counts
-    exchanged: Tensor = all_to_all_single(received, sent, *counts, group=group)
+    exchanged: Tensor = all_to_all_single(
+        received, sent, exchange.receive_counts, exchange.send_counts, group=group
+    )
     return exchanged
 
 
@@ -160,7 +163,8 @@ class ContentBranch(nn.Module):
 
         `encoded_before`: outputs of encoders that do not run again, by modality.
         """
-        encoders = self._encoders(encoded_before)
+        parts = cast(dict[str, Encoder], self.encoders).items()
+        encoders = {name: part for name, part in parts if name not in encoded_before}
         if self.training and self.compiled is not None:
             frozen = {name: part.above_frozen(content[name]) for name, part in encoders.items()}
             return self.compiled(frozen, dict(encoded_before))
@@ -171,13 +175,8 @@ class ContentBranch(nn.Module):
         self, frozen: dict[str, ContentInput], encoded_before: dict[str, ContentInput]
     ) -> Tensor:
         """Return `encode` of outputs of the encoders' frozen parts: one graph, if compiled."""
-        encoders = self._encoders(encoded_before)
-        new = {name: part(frozen[name]) for name, part in encoders.items()}
+        new = {name: self.encoders[name](part) for name, part in frozen.items()}
         return self._fused(encoded_before | new)
-
-    def _encoders(self, encoded_before: Mapping[str, ContentInput]) -> dict[str, Encoder]:
-        parts = cast(dict[str, Encoder], self.encoders).items()
-        return {name: part for name, part in parts if name not in encoded_before}
 
     def _fused(self, outputs: Mapping[str, ContentInput]) -> Tensor:  # [E, D + M * D]
         tokens, masks, modality, means = [], [], [], []
@@ -200,9 +199,10 @@ class ContentBranch(nn.Module):
 
     def item_rows(self, batch: Batch) -> tuple[Tensor, Callable[[], Tensor]]:
         """Return vectors [R, D + M * D], and what reads the history's [U, ...]: collectives."""
-        content = batch.content
+        content, bank = batch.content, self.bank
+        ids, route = batch.history.items, content.bank_reads
         fresh = self._encode_items(content)  # [E, D + M * D]
-        if self.bank is None:
+        if bank is None:
             items = self._at_their_ranks(fresh, content.exchange)
             encoded = items.index_select(0, content.history_index)
             return items, lambda: encoded
@@ -211,8 +211,8 @@ class ContentBranch(nn.Module):
             # the histories of all ranks in the same step (LEMUR, 2511.10962).
             index = content.write_index  # of items with a row
             vectors = fresh if index is None else fresh.index_select(0, index)
-            self.bank.update(content.bank_write_rows, vectors, self.step, content.bank_writes)
-        read = self._reading(self.bank, batch)
+            bank.update(content.bank_write_rows, vectors, self.step, content.bank_writes)
+        read = functools.cache(lambda: bank.lookup(ids, route)[0])
         self.step += self.training
         return self._at_their_ranks(fresh, content.exchange), read
 
@@ -230,18 +230,11 @@ class ContentBranch(nn.Module):
         trained = self.encode({name: part[:count] for name, part in inputs.items()})
         return torch.cat([trained, refreshed])
 
-    def _reading(self, bank: MemoryBank, batch: Batch) -> Callable[[], Tensor]:
-        ids, route = batch.history.items, batch.content.bank_reads
-        return functools.cache(lambda: bank.lookup(ids, route)[0])
-
     def _vectors(
         self, items: Tensor, history: Callable[[], Tensor], content: BatchContent
     ) -> ContentVectors:  # [R, D + M * D], [U, D + M * D]
-        parts, index = self._split(items), content.negative_index
-        target, target_modalities = (part.index_select(0, content.target_index) for part in parts)
-        negatives: tuple[Tensor | None, Tensor | None] = None, None
-        if index is not None:
-            negatives = parts[0].index_select(0, index), parts[1].index_select(0, index)
+        vectors, modalities = self._split(items)
+        target, negative = content.target_index, content.negative_index
 
         def read_history() -> tuple[Tensor, Tensor]:
             stored, stored_modalities = self._split(history())
@@ -250,15 +243,19 @@ class ContentBranch(nn.Module):
         def read_stored() -> StoredHistory:
             return StoredHistory(history(), self.history_map.matrix())
 
-        readers = read_history, None if self.bank is None else read_stored
-        return ContentVectors(target, None, target_modalities, None, *negatives, *readers)
+        return ContentVectors(
+            target=vectors.index_select(0, target),
+            history=None,
+            target_modalities=modalities.index_select(0, target),
+            history_modalities=None,
+            negatives=None if negative is None else vectors.index_select(0, negative),
+            negative_modalities=None if negative is None else modalities.index_select(0, negative),
+            read=read_history,
+            read_stored=None if self.bank is None else read_stored,
+        )
 
     def _at_their_ranks(self, items: Tensor, exchange: ItemExchange | None) -> Tensor:  # E -> R
-        if exchange is None:
-            return items
-        group = self.group or dist.group.WORLD
-        assert group is not None
-        return exchange_vectors(items, exchange, group)
+        return items if exchange is None else exchange_vectors(items, exchange, self.group)
 
     def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         num_modalities = rows.shape[1] // self.dim - 1

@@ -64,8 +64,9 @@ def build_content(
     store, encoders = build_content_store(content, root, schema, ranks, cache, on_bad_row)
     if content.history.mode == "full":
         return store, encoders, None
-    sizes = schema.num_items, content.vector_dim
-    bank = build_memory_bank(*sizes, ranks.device, ranks.group, content.history.bank)
+    bank = build_memory_bank(
+        schema.num_items, content.vector_dim, ranks.device, ranks.group, content.history.bank
+    )
     return store, encoders, bank
 
 
@@ -79,8 +80,9 @@ def fill_caches(config: Config, data: str, ranks: Ranks) -> dict[str, CacheRepor
     with ranks.raise_on_all_ranks():
         root = Location.of(data)
         schema = load_schema(root)
-    options = config.cache, config.on_bad_row
-    store, encoders = build_content_store(content, root, schema, ranks, *options)
+    store, encoders = build_content_store(
+        content, root, schema, ranks, config.cache, config.on_bad_row
+    )
     reports = {name: encoder.cache_report for name, encoder in encoders.items()}
     if ranks.is_first:
         print_table("\n".join(_line(name, report, store) for name, report in reports.items()))

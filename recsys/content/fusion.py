@@ -8,7 +8,7 @@ tokens with outputs, D dimension, H heads, M modalities.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -98,10 +98,8 @@ class ModernLayer(nn.Module):
 
     def weights(self) -> list[Tensor]:
         attention, up, down = self.attention, self.feed_forward[0], self.feed_forward[2]
-        assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
-        parts: list[nn.Linear | nn.LayerNorm] = [self.attention_norm, attention.query]
-        parts += [attention.key, attention.value, attention.output]
-        parts += [self.feed_forward_norm, up, down]
+        parts: list[Any] = [self.attention_norm, attention.query, attention.key, attention.value]
+        parts += [attention.output, self.feed_forward_norm, up, down]
         return [weight for part in parts for weight in (part.weight, part.bias)]
 
 
@@ -217,13 +215,15 @@ class FusionQFormer(nn.Module):
     def _by_kernel(self, tokens: Tensor, mask: Tensor, modality: Tensor) -> Tensor:  # [U, D]
         first = self.layers[0]
         assert isinstance(first, ModernLayer)
-        attention, share = first.attention, first.dropout.p if self.training else 0.0
-        numbers = len(self.layers), attention.num_heads, attention.scale, share
+        share, num_layers = first.dropout.p if self.training else 0.0, len(self.layers)
         num_queries, num_tokens = self.queries.shape[0], tokens.shape[1]
         # Two dropouts in each layer; the last one has outputs for the queries alone.
-        rows = (len(self.layers) - 1) * (num_queries + num_tokens) + num_queries
+        rows = (num_layers - 1) * (num_queries + num_tokens) + num_queries
         noise = torch.rand(2 * rows * tokens[:, 0].numel()) if share else torch.empty(0)
-        return native_fusion(tokens, mask, modality, noise, self.weights(), *numbers)
+        weights, heads, scale = self.weights(), first.attention.num_heads, first.attention.scale
+        return native_fusion(
+            tokens, mask, modality, noise, weights, num_layers, heads, scale, share
+        )
 
     def weights(self) -> list[Tensor]:
         """Return the weights of preset `modern`, in the order in which they are applied."""

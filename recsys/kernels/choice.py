@@ -1,8 +1,8 @@
 """Choose between the native kernels and the PyTorch reference, and compile the C++ once.
 
 The setting `kernels` chooses. The compiled library is in `TORCH_EXTENSIONS_DIR`, under a hash of
-all that decides its content. A module with a kernel has a method `kernel_refusal`, which says why
-PyTorch computes it in every step.
+all that decides its content. A module with a kernel names it as `kernel`, and has a method
+`kernel_refusal`, which says why PyTorch computes it in every step, or returns None.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
@@ -84,19 +83,14 @@ def build_state() -> str:
     return "not compiled yet; the first job on CPU does it, or `recsys doctor --compile`"
 
 
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Hold a lock, which the system takes from a process that ends."""
+def _locked(file: Path) -> AbstractContextManager[object]:
+    """Take a lock, which the system takes from a process that ends; a `with` block frees it."""
     lock = FileLock(file)
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         logger.info("waiting for the process that compiles the kernels and holds %s", file)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def _compiler() -> list[str]:
@@ -143,8 +137,8 @@ def _compile(library: Path) -> None:
     sources = sorted(SOURCES.rglob("*.cpp"))
     num_cores = len(os.sched_getaffinity(0))
     logger.info(
-        "compiling the kernels by %s on %d cores, once per machine: up to a minute of one core",
-        *(compiler[0], num_cores),
+        f"compiling the kernels by {compiler[0]} on {num_cores} cores, once per machine: up to a "
+        "minute of one core"
     )
     start = time.monotonic()
     with (
@@ -183,15 +177,6 @@ COSTS = {
 }
 
 
-@runtime_checkable
-class HasKernel(Protocol):
-    """A module that a kernel may compute; `kernel_refusal` says why none does, or None."""
-
-    kernel: str
-
-    def kernel_refusal(self) -> str | None: ...
-
-
 class _KernelChoice:
     kernels: Kernels = "auto"
     are_loaded: bool | None = None  # None: not tried yet
@@ -223,10 +208,14 @@ def log_refusal(kernel: str, refusal: str) -> None:
     logger.info("no kernel for %s: %s; a step takes %s", kernel, refusal, COSTS[kernel])
 
 
+def _kernel_refusals(model: nn.Module) -> set[tuple[str, str | None]]:
+    modules: list[Any] = [part for part in model.modules() if hasattr(part, "kernel_refusal")]
+    return {(module.kernel, module.kernel_refusal()) for module in modules}
+
+
 def refused_kernels(model: nn.Module) -> list[tuple[str, str]]:
     """Return each operator of a model that its settings leave to PyTorch, and the reason."""
-    modules = [module for module in model.modules() if isinstance(module, HasKernel)]
-    refusals = {(module.kernel, module.kernel_refusal()) for module in modules}
+    refusals = _kernel_refusals(model)
     return sorted((kernel, reason) for kernel, reason in refusals if reason is not None)
 
 
@@ -238,10 +227,9 @@ def prepare_kernels(model: nn.Module, kernels: Kernels, device: str) -> None:
     choose_kernels(kernels, device)
     if kernels == "torch" or device != "cpu":
         return
-    for kernel, refusal in (refused := refused_kernels(model)):
+    for kernel, refusal in refused_kernels(model):
         log_refusal(kernel, refusal)
-    model_kernels = {module.kernel for module in model.modules() if isinstance(module, HasKernel)}
-    if model_kernels - {kernel for kernel, _ in refused}:
+    if any(refusal is None for _, refusal in _kernel_refusals(model)):
         _are_loaded()
 
 
@@ -268,12 +256,6 @@ def _are_built() -> bool:
         logger.info("requests to models with target attention are slower: kernels are %s", state)
         return False
     return _are_loaded()
-
-
-def rounds_products(device: torch.device) -> bool:
-    """Return whether autocast asks kernels to round factors of products to bfloat16."""
-    kind = device.type
-    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
 
 
 def _are_loaded() -> bool:

@@ -1,6 +1,12 @@
-"""Operators with their backward, and the types of their inputs.
+"""Operators with their backward, the types of their inputs, and three of the operators.
 
 Kernels read float32, int64 and bool. The functions `native_...` cast; operators refuse other types.
+`recsys::content_interest` is attention and cosines over items without gradient: a linear map of the
+items moves to the B queries, q . (M v) = (M^T q) . v. `recsys::dot_interaction` has the products of
+all pairs of vectors of a DLRM, `recsys::fusion` is the Fusion-Q-Former of preset `modern`.
+Shapes: B batch, U unique items, N history items of the batch, D dimension, S spaces with
+similarities, P parallel lists, F features of a space, or sparse features of a DLRM,
+I = F * (F + 1) / 2 pairs, T tokens of an item, H heads.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
@@ -56,7 +63,8 @@ class Operator:
 
     def _fake_backward(self, *values: Any) -> tuple[Any, ...]:
         by_name = dict(zip(self._arguments(), values, strict=True))
-        return tuple(_empty_like(by_name[part]) for part in self.gradients)
+        inputs = tuple(by_name[part] for part in self.gradients)
+        return tree_map(lambda tensor: tensor.new_empty(tensor.shape), inputs)
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         kinds = self._kinds()
@@ -103,12 +111,6 @@ class Operator:
         )
 
 
-def _empty_like(value: Tensor | Sequence[Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return value.new_empty(value.shape)
-    return [part.new_empty(part.shape) for part in value]
-
-
 def row_stride(width: int) -> int:
     """Return the distance of rows of this width in kernels' memory: `distance_of` in C++."""
     whole = (width + 15) // 16 * 16
@@ -147,6 +149,12 @@ def is_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def rounds_products(device: torch.device) -> bool:
+    """Return whether autocast asks kernels to round factors of products to bfloat16."""
+    kind = device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+
+
 def result_dtype(*inputs: Tensor) -> torch.dtype:
     """Return the type of a result that sums in float32: float32 under autocast, else the widest."""
     if torch.is_autocast_enabled(inputs[0].device.type):
@@ -156,3 +164,141 @@ def result_dtype(*inputs: Tensor) -> torch.dtype:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+_INTEREST_INPUTS = (
+    "Tensor queries, Tensor items, Tensor map, Tensor index, Tensor offsets, Tensor of_lists, "
+    "Tensor parallel"
+)
+
+
+def native_content_interest(
+    queries: Tensor,  # [B, 1 + S, D]: of the attention, then a unit vector in each space
+    items: Tensor,  # [U, max(S, 1) * D or more], without gradient: a vector per space
+    map_: Tensor,  # [D, D], M of the first vectors, which `items` has before the map
+    index: Tensor,  # int64 [N], the item at each place, one row after the other
+    offsets: Tensor,  # int64 [B + 1]; places of a row are `offsets[b]` to `offsets[b + 1]`
+    list_factors: Tensor,  # [B, P], factors of the parallel lists in the scores
+    parallel: Tensor,  # [N, P], numbers beside each place, without gradient
+) -> tuple[Tensor, Tensor]:  # [B, D + P], [B, S * F]
+    """Return attention's weighted sums and the similarity features, in float32, by a kernel.
+
+    Sums are of the items' first vectors v and the lists, by the softmax of queries[b, 0] . v +
+    list_factors[b] . parallel[n]. Features are those of `similarity_features`. Queries of the first
+    vector have passed the transposed map.
+    """
+    operator = "content_interest"
+    vectors = as_float32(operator, queries=queries, items=items, map=map_)
+    places = as_int64(operator, index=index, offsets=offsets)
+    lists = as_float32(operator, of_lists=list_factors, parallel=parallel)
+    sums, features, *_ = torch.ops.recsys.content_interest(*vectors, *places, *lists)
+    return sums, features
+
+
+def _fake_interest(queries: Tensor, items: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    _, index, _, _, parallel = rest
+    batch, spaces, dim = queries.shape[0], queries.shape[1] - 1, queries.shape[2]
+    lists, places = parallel.shape[1], index.shape[0]
+    return (
+        queries.new_empty(batch, dim + lists),
+        queries.new_empty(batch, spaces * (2 + 5 * lists)),
+        queries.new_empty(places),
+        queries.new_empty(spaces, places),
+        queries.new_empty(items.shape[0], spaces),
+    )
+
+
+Operator(
+    "content_interest",
+    inputs=_INTEREST_INPUTS,
+    backward_inputs="Tensor of_sums, Tensor of_features, Tensor weights, Tensor cosines, "
+    f"Tensor inverse, {_INTEREST_INPUTS}",
+    gradients=("queries", "map", "of_lists"),
+    num_outputs=5,
+    num_results=2,
+    without_gradient=("items", "parallel"),
+).define(_fake_interest)
+
+
+def native_dot_interaction(
+    dense: Tensor,  # [B, D]
+    sparse: Tensor | Sequence[Tensor],  # [B, F, D], or F tensors [B, D], read where they are
+) -> Tensor:  # [B, D + I]
+    """Return the dense vector and the dot products of pairs, by a kernel, of PyTorch's type."""
+    parts = [sparse] if isinstance(sparse, Tensor) else list(sparse)
+    vectors = {f"sparse[{place}]": part for place, part in enumerate(parts)}
+    dense32, *sparse32 = as_float32("dot_interaction", dense=dense, **vectors)
+    out: Tensor = torch.ops.recsys.dot_interaction(dense32, sparse32)
+    device = dense.device.type
+    if torch.is_autocast_enabled(device):
+        return out.to(torch.promote_types(dense.dtype, torch.get_autocast_dtype(device)))
+    return out.to(result_dtype(dense, *parts))
+
+
+def _fake_dots(dense: Tensor, sparse: Sequence[Tensor]) -> Tensor:
+    fields = sum(part.shape[1] if part.dim() == 3 else 1 for part in sparse)
+    return dense.new_empty(dense.shape[0], dense.shape[1] + fields * (fields + 1) // 2)
+
+
+Operator(
+    "dot_interaction",
+    inputs="Tensor dense, Tensor[] sparse",
+    backward_inputs="Tensor gradient, Tensor dense, Tensor[] sparse",
+    gradients=("dense", "sparse"),
+    num_outputs=1,
+).define(_fake_dots)
+
+
+_FUSION_INPUTS = (
+    "Tensor tokens, Tensor mask, Tensor modality, Tensor noise, Tensor[] weights, int layers, "
+    "int heads, float scale, float dropout, bool bfloat16"
+)
+_WEIGHTS_OF_LAYER, _UP = 16, 12  # place of the map from D to the hidden units
+
+
+def native_fusion(
+    tokens: Tensor,  # [U, T, D]
+    mask: Tensor,  # bool [U, T], False for a token that an item lacks
+    modality: Tensor,  # int64 [T]
+    noise: Tensor,
+    weights: Sequence[Tensor],
+    layers: int,
+    heads: int,  # H, which divides D
+    scale: float,  # factor of the dot products
+    dropout: float,  # probability, after attention and after the feed-forward network
+) -> Tensor:  # [U, D]
+    """Return one vector per item, of autocast's type or else the widest of tokens and weights.
+
+    `noise` has the uniform numbers of the dropouts, one after the other; a number below
+    `dropout` drops. `weights` are `FusionQFormer.weights()`.
+    """
+    named_weights = {f"weights[{place}]": weight for place, weight in enumerate(weights)}
+    vectors, *parts = as_float32("fusion", tokens=tokens, **named_weights)
+    (modalities,) = as_int64("fusion", modality=modality)
+    inputs = vectors, mask, modalities, noise.float(), parts, layers, heads, scale, dropout
+    fused: Tensor = torch.ops.recsys.fusion(*inputs, rounds_products(tokens.device))[0]
+    device = tokens.device.type
+    if torch.is_autocast_enabled(device):
+        return fused.to(torch.get_autocast_dtype(device))  # as its last operation would
+    return fused.to(result_dtype(tokens, *weights[:1]))
+
+
+def _fake_fusion(tokens: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    _, _, _, weights, layers, heads, *_ = rest
+    dim, queries = tokens.shape[2], weights[0].shape[0]
+    rows, num_saved = queries + tokens.shape[1], queries * dim
+    for layer in range(layers):
+        outputs = rows if layer + 1 < layers else queries
+        units = weights[2 + layer * _WEIGHTS_OF_LAYER + _UP].shape[0]
+        num_saved += rows * dim + 2 * (rows + outputs) * row_stride(dim)
+        num_saved += outputs * (row_stride(units) + heads * rows)
+    return tokens.new_empty(tokens.shape[0], dim), tokens.new_empty(tokens.shape[0] * num_saved)
+
+
+Operator(
+    "fusion",
+    inputs=_FUSION_INPUTS,
+    backward_inputs=f"Tensor gradient, Tensor kept, {_FUSION_INPUTS}",
+    gradients=("tokens", "weights"),
+    num_outputs=2,
+).define(_fake_fusion)

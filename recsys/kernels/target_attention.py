@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.kernels.choice import has_built, rounds_products
-from recsys.kernels.operators import Operator, as_float32, as_int64, result_dtype
+from recsys.kernels.choice import has_built
+from recsys.kernels.operators import Operator, as_float32, as_int64, result_dtype, rounds_products
 
 MAX_UNITS = 512
 MAX_UNIT_BYTES = 16 * 2**20  # of units kept for the backward: larger blocks are not reused
@@ -98,10 +98,7 @@ Operator(
     "target_attention",
     inputs=f"{_INPUTS}, Tensor last_bias, bool keeps_units, bool bfloat16",
     backward_inputs=f"Tensor gradient, Tensor shares, Tensor kept, {_INPUTS}, bool bfloat16",
-    gradients=(
-        *("target", "items", "lists"),
-        *("first", "first_bias", "second", "second_bias", "last"),
-    ),
+    gradients=("target", "items", "lists", "first", "first_bias", "second", "second_bias", "last"),
     num_outputs=3,
     zero_gradients=("last_bias",),  # a softmax does not change if all its scores do
     without_gradient=("parallel",),
@@ -128,8 +125,9 @@ def shared_target_attention(
     """
     layers = [layer for layer in score if isinstance(layer, nn.Linear)]
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    inputs = target, items, parallel, lists
-    return torch.ops.recsys.shared_target_attention(*inputs, weights, biases, bfloat16)
+    return torch.ops.recsys.shared_target_attention(
+        target, items, parallel, lists, weights, biases, bfloat16
+    )
 
 
 def _compute(
@@ -141,26 +139,16 @@ def _compute(
     biases: Sequence[Tensor],
     bfloat16: bool = False,
 ) -> Tensor:
-    vectors = items + parallel.to(items.dtype) @ lists.T
+    vectors = items + parallel.to(items.dtype) @ lists.T  # [L, D]
     is_small = len(weights) == NATIVE_LAYERS and weights[0].shape[0] <= MAX_UNITS
     inputs = [target, vectors, *weights, *biases]
-    if not is_small or any(part.dtype != torch.float32 for part in inputs) or not has_built(target):
-        return shared_reference(target, vectors, weights, biases, bfloat16)
-    # A softmax does not change if all its scores do, so the last bias is left out.
-    (first, second, last), (first_bias, second_bias, _) = weights, biases
-    return torch.ops.recsys.attention_to_shared(
-        target, vectors, first, first_bias, second, second_bias, last, bfloat16
-    )
-
-
-def shared_reference(
-    target: Tensor,  # [B, D]
-    vectors: Tensor,  # [L, D]
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    bfloat16: bool,
-) -> Tensor:  # [B, D]
-    """Return the same by PyTorch: the first layer is one product of all rows and items."""
+    if is_small and all(part.dtype == torch.float32 for part in inputs) and has_built(target):
+        # A softmax does not change if all its scores do, so the last bias is left out.
+        (first, second, last), (first_bias, second_bias, _) = weights, biases
+        return torch.ops.recsys.attention_to_shared(
+            target, vectors, first, first_bias, second, second_bias, last, bfloat16
+        )
+    # The first layer is one product of all rows and items.
     w_item, w_target, w_difference, w_product = weights[0].chunk(4, dim=1)  # [H, D]
     constant = torch.addmm(biases[0], vectors, (w_item + w_difference).T)  # [L, H]
     factors = vectors.T.unsqueeze(2) * w_product.T.unsqueeze(1)  # [D, L, H]

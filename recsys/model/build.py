@@ -65,9 +65,11 @@ def build_em3(
     # Built before content and ranking: the order decides which random numbers each part gets.
     losses = _build_losses(config, schema, dims[schema.target_item])
     negatives = negatives_feature(softmax_settings(config.ranking), schema.target_item)
-    columns = pooled, schema.target_item, schema.history, negatives
     dropouts = id_dropouts(config.embedding, schema)
-    id_reader = IDVectorReader(*columns, dropouts, *_rows_of_ids(content, schema))
+    beside, further_ids = _rows_of_ids(content, schema)
+    id_reader = IDVectorReader(
+        pooled, schema.target_item, schema.history, negatives, dropouts, beside, further_ids
+    )
     return EM3(
         embedding_bags=build_embedding_bag_collection(tables, device),
         embeddings=embeddings,
@@ -171,5 +173,6 @@ def build_ranking(
             "ranking.exclude_seen leaves out the items of the history, and schema.yaml has no "
             "column of kind sequence, or a bounded vocabulary of items; set exclude_seen to false"
         )
-    parts = settings, dimensions, content
-    return make_part("ranking.name", settings.name, RANKING_MODELS, nn.Module, *parts)
+    return make_part(
+        "ranking.name", settings.name, RANKING_MODELS, nn.Module, settings, dimensions, content
+    )

@@ -73,51 +73,6 @@ class RankingLoss(nn.Module):
         return (losses.flatten(end_dim=-2).mean(0) * self.weights).sum()
 
 
-def published_contrastive(
-    content: Tensor,  # [B, D], normalised
-    ids: Tensor,  # [B, D], normalised
-    negatives: Tensor,  # [B, K] rows of the batch; may hit the row itself
-    temperature: Tensor | float,
-) -> Tensor:  # [B]
-    """Return the mean of L_c2i = CE([z_i . z_c, z_i_neg . z_c] / tau, 0) and of L_i2c likewise."""
-    positive = (content * ids).sum(-1, keepdim=True)  # [B, 1]
-    content_to_id = torch.einsum("bd,bkd->bk", content, ids[negatives])
-    id_to_content = torch.einsum("bd,bkd->bk", ids, content[negatives])
-    first = torch.zeros(len(content), dtype=torch.long, device=content.device)
-    losses = []
-    for negative in (content_to_id, id_to_content):
-        logits = torch.cat([positive, negative], dim=1) / temperature
-        losses.append(F.cross_entropy(logits, first, reduction="none"))
-    return (losses[0] + losses[1]) / 2
-
-
-def in_batch_contrastive(
-    content: Tensor,  # [B, D]
-    ids: Tensor,  # [B, D]
-    items: Tensor,  # [B]
-    all_content: Tensor,  # [G, D]
-    all_ids: Tensor,  # [G, D]
-    all_items: Tensor,  # [G]
-    first_row: int,  # this batch is rows [first_row, first_row + B) of the G
-    temperature: Tensor | float,
-) -> Tensor:  # [B]
-    """Compute both directions of cross-entropy against all rows but those of the item and -1."""
-    rows = torch.arange(len(items), device=items.device)
-    positive = rows + first_row  # [B]
-    is_excluded = (items[:, None] == all_items[None, :]) | (all_items == -1)  # [B, G]
-    is_excluded[rows, positive] = False
-    content_to_id = content @ all_ids.T / temperature
-    if all_content is content and all_ids is ids:
-        id_to_content = content_to_id.T  # the same products
-    else:
-        id_to_content = ids @ all_content.T / temperature
-    losses = [
-        F.cross_entropy(logits.masked_fill(is_excluded, -torch.inf), positive, reduction="none")
-        for logits in (content_to_id, id_to_content)
-    ]
-    return (losses[0] + losses[1]) / 2
-
-
 class ContentIDContrastive(nn.Module):
     """Content-ID-Contrastive loss between content vectors and ID embeddings of the same items.
 
@@ -155,31 +110,59 @@ class ContentIDContrastive(nn.Module):
         return (self._row_losses(content, ids, items) * row_weights).mean()
 
     def _row_losses(self, content: Tensor, ids: Tensor, items: Tensor) -> Tensor:  # [B]
-        settings = self.settings
-        if settings.normalize:
+        if self.settings.normalize:
             content, ids = (F.normalize(side, dim=-1, eps=1e-5) for side in (content, ids))
-        if settings.variant == "published":
-            rows = len(items)
-            negatives = torch.randint(rows, (rows, settings.num_negatives), device=items.device)
-            return published_contrastive(content, ids, negatives, self.temperature)
-        everyone = content, ids, items, 0
-        if settings.all_ranks and _has_other_ranks():
-            everyone = _gather_sides(content, ids, items)
-        return in_batch_contrastive(content, ids, items, *everyone, self.temperature)
+        if self.settings.variant == "published":
+            return self._published(content, ids)
+        return self._in_batch(content, ids, items)
+
+    def _published(self, content: Tensor, ids: Tensor) -> Tensor:  # [B, D], [B, D] -> [B]
+        """Return the mean of L_c2i = CE([z_i . z_c, z_i_neg . z_c] / tau, 0) and of L_i2c likewise.
+
+        Negatives are K random rows of the batch, which may be the row itself.
+        """
+        shape = len(content), self.settings.num_negatives
+        negatives = torch.randint(len(content), shape, device=content.device)  # [B, K]
+        positive = (content * ids).sum(-1, keepdim=True)  # [B, 1]
+        content_to_id = torch.einsum("bd,bkd->bk", content, ids[negatives])
+        id_to_content = torch.einsum("bd,bkd->bk", ids, content[negatives])
+        first = torch.zeros(len(content), dtype=torch.long, device=content.device)
+        losses = []
+        for negative in (content_to_id, id_to_content):
+            logits = torch.cat([positive, negative], dim=1) / self.temperature
+            losses.append(F.cross_entropy(logits, first, reduction="none"))
+        return (losses[0] + losses[1]) / 2
+
+    def _in_batch(self, content: Tensor, ids: Tensor, items: Tensor) -> Tensor:  # [B]
+        """Compute both directions of cross-entropy against all rows but those of the item and -1.
+
+        A collective if `settings.all_ranks` is on.
+        """
+        all_content, all_ids, all_items, first_row = content, ids, items, 0  # [G, D] twice, [G]
+        if self.settings.all_ranks and _has_other_ranks():
+            sides, first_row = gather_rows_with_gradient(torch.cat([content, ids], dim=1))
+            all_content, all_ids = sides.chunk(2, dim=1)
+            with torch.no_grad():  # in float64 an id is exact
+                gathered, _ = gather_rows_with_gradient(items.double().unsqueeze(1))
+            all_items = gathered[:, 0].to(items.dtype)
+        rows = torch.arange(len(items), device=items.device)
+        positive = rows + first_row  # [B]
+        is_excluded = (items[:, None] == all_items[None, :]) | (all_items == -1)  # [B, G]
+        is_excluded[rows, positive] = False
+        content_to_id = content @ all_ids.T / self.temperature
+        if all_content is content:
+            id_to_content = content_to_id.T  # the same products
+        else:
+            id_to_content = ids @ all_content.T / self.temperature
+        losses = [
+            F.cross_entropy(logits.masked_fill(is_excluded, -torch.inf), positive, reduction="none")
+            for logits in (content_to_id, id_to_content)
+        ]
+        return (losses[0] + losses[1]) / 2
 
 
 def _has_other_ranks() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _gather_sides(
-    content: Tensor, ids: Tensor, items: Tensor
-) -> tuple[Tensor, Tensor, Tensor, int]:  # [B, ...] -> [G, D], [G, D], [G], first row
-    sides, first_row = gather_rows_with_gradient(torch.cat([content, ids], dim=1))
-    with torch.no_grad():  # in float64 an id is exact
-        all_items, _ = gather_rows_with_gradient(items.to(torch.float64).unsqueeze(1))
-    width = content.shape[1]
-    return sides[:, :width], sides[:, width:], all_items[:, 0].to(items.dtype), first_row
 
 
 PADDING = -1  # replaces the item of a padding row
@@ -219,11 +202,16 @@ class RetrievalLoss(nn.Module):
         target_items = batch.target.items.masked_fill(batch.rows.loss_weights == 0, PADDING)
         own_log_q = batch.target.log_q
         assert own_log_q is not None
-        candidates = towers.item, target_items, own_log_q
+        vectors, items, log_q = towers.item, target_items, own_log_q  # of candidates
         if not self.in_batch:
             assert towers.negatives is not None and batch.negatives is not None
-            candidates = towers.negatives, batch.negatives.items, batch.negatives.log_q
-        vectors, items, log_q = self._candidates(*candidates)
+            vectors, items, log_q = towers.negatives, batch.negatives.items, batch.negatives.log_q
+        if self.all_ranks and _has_other_ranks():
+            vectors, _ = gather_rows_with_gradient(vectors.contiguous())
+            with torch.no_grad():  # in float64 an id is exact
+                numbers = torch.stack([items.double(), log_q.double()], dim=1)
+                numbers, _ = gather_rows_with_gradient(numbers)
+            items, log_q = numbers[:, 0].to(items.dtype), numbers[:, 1].to(log_q.dtype)
         is_no_negative = (items == batch.target.items.unsqueeze(1)) | (items == PADDING)  # [B, K]
         if self.exclude_seen:
             is_no_negative |= in_history(batch, items)
@@ -236,18 +224,6 @@ class RetrievalLoss(nn.Module):
         counts = batch.labels.nan_to_num() * batch.rows.label_loss_weights  # [B, C]
         # The mean is over all rows, so that each positive has the same weight on any rank.
         return ((torch.stack(losses, dim=1) * counts).mean(0) * self.weights).sum()
-
-    def _candidates(
-        self, vectors: Tensor, items: Tensor, log_q: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:  # [B or S, D], [B or S], [B or S] -> [K, D], [K], [K]
-        """Return vectors, items and log Q of the candidates; a collective if `all_ranks` is on."""
-        if not self.all_ranks or not _has_other_ranks():
-            return vectors, items, log_q
-        vectors, _ = gather_rows_with_gradient(vectors.contiguous())
-        with torch.no_grad():  # in float64 an id is exact
-            items_and_log_q = torch.stack([items.double(), log_q.double()], dim=1)
-            items_and_log_q, _ = gather_rows_with_gradient(items_and_log_q)
-        return vectors, items_and_log_q[:, 0].to(items.dtype), items_and_log_q[:, 1].to(log_q.dtype)
 
 
 class CodeLoss(nn.Module):

@@ -12,8 +12,6 @@ H heads, Q queries, K results of each, N nodes or beams.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -29,6 +27,7 @@ from recsys.ranking.vectors import CodeLogits, IDVectors, InputDimensions
 
 MOST_BEAMS = 4096  # of the queries that are searched together
 KeysAndValues = tuple[Tensor, Tensor]  # [N, H, tokens, D / H] each
+Past = list[KeysAndValues]  # of the tokens before, by layer
 
 
 class DecoderLayer(TransformerLayer):
@@ -44,14 +43,6 @@ class DecoderLayer(TransformerLayer):
             values = torch.cat([past[1], values], dim=2)
         attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=past is None)
         return self._fed_forward(states, attended.transpose(1, 2).flatten(2)), (keys, values)
-
-
-@dataclass
-class Beam:
-    """Tokens to decode next [N, 1, D], and keys and values of those before, by layer."""
-
-    tokens: Tensor
-    past: list[KeysAndValues]
 
 
 class CodeDecoder(nn.Module):
@@ -78,29 +69,28 @@ class CodeDecoder(nn.Module):
         item_log_probs = torch.stack(log_probs, dim=1).gather(2, codes.unsqueeze(2))  # [B, T, 1]
         return item_log_probs.sum(dim=(1, 2))
 
-    def start(self, states: Tensor) -> Beam:  # [N, D]
-        return Beam((states + self.places[0]).unsqueeze(1), [])
+    def start(self, states: Tensor) -> Tensor:  # [N, D] -> [N, 1, D]
+        return (states + self.places[0]).unsqueeze(1)
 
     def step(
-        self, beam: Beam, level: int, sizes: Tensor | None = None
-    ) -> tuple[Tensor, list[KeysAndValues]]:  # [N, C]
+        self, tokens: Tensor, past: Past | None, level: int, sizes: Tensor | None = None
+    ) -> tuple[Tensor, Past]:  # [N, 1, D] -> [N, C]
         """Return the log-probabilities of the next code, and what later steps read of this one.
 
         At the last level `sizes` [N] are the numbers of items that share the codes so far.
         """
-        tokens, cache = beam.tokens, []
+        cache = []
         for place, layer in enumerate(self.layers):
-            tokens, keys_and_values = layer(tokens, beam.past[place] if beam.past else None)
+            tokens, keys_and_values = layer(tokens, None if past is None else past[place])
             cache.append(keys_and_values)
         return self._log_probs(tokens[:, 0], level, sizes), cache
 
     def follow(
-        self, cache: list[KeysAndValues], parents: Tensor, level: int, codes: Tensor
-    ) -> Beam:  # int64 [N], int64 [N]
-        """Return the beam of new codes, each behind the tokens of its parent."""
+        self, cache: Past, parents: Tensor, level: int, codes: Tensor
+    ) -> tuple[Tensor, Past]:  # int64 [N], int64 [N] -> [N, 1, D]
+        """Return the tokens of new codes, and what these read of the tokens of their parents."""
         tokens = self.codes[level][codes] + self.places[level + 1]
-        past = [(keys[parents], values[parents]) for keys, values in cache]
-        return Beam(tokens.unsqueeze(1), past)
+        return tokens.unsqueeze(1), [(keys[parents], values[parents]) for keys, values in cache]
 
     def _log_probs(self, tokens: Tensor, level: int, sizes: Tensor | None) -> Tensor:  # [N, D]
         logits = (self.norm(tokens) @ self.codes[level].T).float()
@@ -243,21 +233,22 @@ def beam_search(
     """
     rows = torch.arange(len(states) if len(trie) else 0)
     nodes, scores = torch.zeros_like(rows), states.new_zeros(len(rows))
-    beam = decoder.start(states[: len(rows)])
+    tokens = decoder.start(states[: len(rows)])
+    past: Past | None = None
     for level in range(decoder.num_levels):
-        sizes = trie.sizes[nodes] if level == decoder.num_levels - 1 else None
-        log_probs, cache = decoder.step(beam, level, sizes)
+        is_last = level == decoder.num_levels - 1
+        log_probs, cache = decoder.step(tokens, past, level, trie.sizes[nodes] if is_last else None)
         nodes, parents = trie.children(level, nodes)
         codes = trie.codes[level][nodes]
         scores, rows = scores[parents] + log_probs[parents, codes], rows[parents]
-        if is_seen is not None and level == decoder.num_levels - 1:
-            is_left = ~is_seen[rows, trie.items[nodes]]
-            parts = nodes, parents, scores, rows
-            nodes, parents, scores, rows = (part[is_left] for part in parts)
-        best, places = _best(scores, rows, width)
-        nodes, parents, scores, rows = (part[best] for part in (nodes, parents, scores, rows))
-        if level < decoder.num_levels - 1:
-            beam = decoder.follow(cache, parents, level, trie.codes[level][nodes])
+        beams = torch.arange(len(nodes))
+        if is_seen is not None and is_last:
+            beams = beams[~is_seen[rows, trie.items[nodes]]]
+        best, places = _best(scores[beams], rows[beams], width)
+        beams = beams[best]
+        nodes, scores, rows = nodes[beams], scores[beams], rows[beams]
+        if not is_last:
+            tokens, past = decoder.follow(cache, parents[beams], level, codes[beams])
     items = torch.full((len(states), width), -1)
     highest = torch.full((len(states), width), -torch.inf)
     if len(rows):

@@ -39,6 +39,7 @@ BLOCK_ROWS = 64  # that a host computes together
 DECAY_AGE, DECAY = 10, 0.5
 # The first columns of the evidence, which are blended: of the rest the ranking model knows more.
 NUM_BLENDED = 4
+Vectors = tuple[Tensor, Tensor]  # of the targets [B, D], and of the items of histories [R, L, D]
 
 
 @dataclass
@@ -198,36 +199,38 @@ class Neighbours(nn.Module):
         weights = mask * (1 + age / DECAY_AGE) ** -DECAY
         return _History(block, rows, age, weights, numbers, deviations, length, user_mean)
 
-    def _item_vectors(self, past_rows: _Rows, target_rows: _Rows) -> list[_Vectors]:
+    def _item_vectors(self, past_rows: _Rows, target_rows: _Rows) -> list[Vectors]:
         """Return the vectors by co-occurrence and, with values, by taste: in training as halves."""
         buffers = [self.cooccurrence] + ([] if self.column is None else [self.taste])
         kinds = [buffer.dtype if self.training else torch.float32 for buffer in buffers]
         return [
-            _Vectors(target_rows.gather(buffer, kind), past_rows.gather(buffer, kind))
+            (target_rows.gather(buffer, kind), past_rows.gather(buffer, kind))
             for buffer, kind in zip(buffers, kinds)
         ]
 
     def _regression(
-        self, content: _Content | None, history: _History, vectors: list[_Vectors]
+        self, content: _Content | None, history: _History, vectors: list[Vectors]
     ) -> tuple[Tensor, Tensor]:  # [B], [B]
         item_mean, _ = self._item_means(history.rows)
         residuals = (history.deviations - item_mean) * history.block.mask
         shares, dim = self.log_shares.exp(), self.cooccurrence.shape[2]
-        leading = [_Vectors(v.target[:, :dim].float(), v.past[..., :dim].float()) for v in vectors]
-        parts = list(zip(shares[::2], leading))
-        fixed = torch.cat([part.past for _, part in parts], dim=2)
+        parts = [
+            (share, target[:, :dim].float(), past[:, :, :dim].float())
+            for share, (target, past) in zip(shares[::2], vectors)
+        ]
+        fixed = torch.cat([past for _, _, past in parts], dim=2)
         past = fixed[:, :, :0]
         # Kernels of a target [B], and of a history's items [R, L], with themselves.
-        target_kernel = sum(share * _squared_lengths(part.target) for share, part in parts)
-        past_kernel = sum(share * _squared_lengths(part.past) for share, part in parts)
+        target_kernel = sum(share * _squared_lengths(target) for share, target, _ in parts)
+        past_kernel = sum(share * _squared_lengths(past) for share, _, past in parts)
         if content is not None:
             past = embedding(history.block.index, content.past)
             lengths = content.past.square().sum(1)[history.block.index]
             target_kernel = target_kernel + shares[1] * content.target.square().sum(1)
             past_kernel = past_kernel + shares[1] * lengths
-            parts.append((shares[1], _Vectors(content.target, past)))
-        prior = torch.cat([share.expand(part.target.shape[1]) for share, part in parts])
-        target = torch.cat([part.target for _, part in parts], dim=1)
+            parts.append((shares[1], content.target, past))
+        prior = torch.cat([share.expand(target.shape[1]) for share, target, _ in parts])
+        target = torch.cat([target for _, target, _ in parts], dim=1)
         # An item's own part, which its vector leaves out, is noise where it is in the history.
         own_variance, target_variance = (
             (shares.sum() - part).clamp(min=0) for part in (past_kernel, target_kernel)
@@ -240,7 +243,7 @@ class Neighbours(nn.Module):
 
     @torch.no_grad()
     def _votes(
-        self, content: _Content | None, history: _History, vectors: list[_Vectors]
+        self, content: _Content | None, history: _History, vectors: list[Vectors]
     ) -> Tensor:  # [B, S, NUM_VOTES]
         """Return what the history says of the target by each similarity, that of `taste` first.
 
@@ -266,15 +269,16 @@ class Neighbours(nn.Module):
         return votes.transpose(1, 2).flatten(0, 1)
 
     def _similarities(
-        self, content: _Content | None, block: _Block, vectors: list[_Vectors]
+        self, content: _Content | None, block: _Block, vectors: list[Vectors]
     ) -> Tensor:  # [R, S, K, L]
         if block.is_shared:  # each place holds an item
-            similarity = torch.stack([v.target @ v.past[0].T for v in reversed(vectors)]).float()
+            products = [target @ past[0].T for target, past in reversed(vectors)]
+            similarity = torch.stack(products).float()
             if content is not None:
                 past = content.unit_past.index_select(1, block.index[0])  # [M, L, D]
                 similarity = torch.cat([similarity, content.unit_target @ past.mT])
             return similarity.unsqueeze(0)
-        columns = [part.past @ part.target.unsqueeze(2) for part in reversed(vectors)]
+        columns = [past @ target.unsqueeze(2) for target, past in reversed(vectors)]
         similarity = torch.stack(columns).float()  # [S, R, L, K]
         if content is not None:
             past = content.unit_past.index_select(1, block.index.flatten())
@@ -330,14 +334,6 @@ class _Rows:
     def gather(self, statistics: Tensor, kind: torch.dtype = torch.float32) -> Tensor:  # [..., D]
         rows = embedding(self.index, statistics.flatten(0, 1)).to(kind)
         return rows if self.has_row is None else rows * self.has_row.unsqueeze(-1).to(kind)
-
-
-@dataclass
-class _Vectors:
-    """Vectors of the targets [B, D], and of the items of the histories [R, L, D]."""
-
-    target: Tensor
-    past: Tensor
 
 
 @dataclass

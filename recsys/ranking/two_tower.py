@@ -121,8 +121,9 @@ class TwoTower(QueryTower):
             query = torch.cat([query, direction.to(query.dtype)], dim=2)
             item = self.similarity.item(item, content.target, content.target_modalities)
             if negatives is not None:
-                spaces = content.negatives, content.negative_modalities
-                negatives = self.similarity.item(negatives, *spaces)
+                negatives = self.similarity.item(
+                    negatives, content.negatives, content.negative_modalities
+                )
         return TowerVectors(query / self.temperature, item, negatives, self.bias)
 
     def _item(self, id_vector: Tensor, content_vector: Tensor | None) -> Tensor:  # [B or S, D]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 
 import torch.distributed as dist
 from torch import Tensor
@@ -41,8 +40,8 @@ class InputDimensions:
         schema: Schema,
         pooled_features: list[str],
         table_dims: dict[str, int],
-        process_group: dist.ProcessGroup | None = None,
-        further: Mapping[str, int] = MappingProxyType({}),
+        process_group: dist.ProcessGroup | None,
+        further: Mapping[str, int],
     ) -> InputDimensions:
         """Return the dimensions of a dataset; `further` has widths of extra sequences by name."""
         pooled_dims = [table_dims[schema.table_of(name)] for name in pooled_features]

@@ -43,7 +43,7 @@ from recsys.distributed.ranks import Ranks
 from recsys.model.build import build_em3
 from recsys.model.em3 import EM3
 from recsys.model.tables import pooled_features, table_configs
-from recsys.ranking.din import DinDcnSettings
+from recsys.ranking.attention_models import DinDcnSettings
 from recsys.storage.location import Location
 from tests.ranks import rank_device
 

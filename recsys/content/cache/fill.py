@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
@@ -74,51 +74,21 @@ class EarlierCache:
     places: np.ndarray  # [n], rows of this one with the same content
 
 
-def earlier_caches(
-    cache: Path, key: str, hashes: np.ndarray, missing: np.ndarray
-) -> list[EarlierCache]:
-    """Return caches of the encoder that hold missing rows, each row in one of them at most."""
-    usable = []
-    for about in cache.glob(f"frozen-*/{ABOUT}"):
-        # Damaged ones, or those being removed, are left out: encoding again is always correct.
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            if json.loads(about.read_text())["encoder_key"] == key:
-                cached_hashes = np.load(about.parent / HASHES, allow_pickle=False)
-                if len(cached_hashes) == len(RaggedArray(about.parent)) > 0:
-                    usable.append((about.stat().st_mtime_ns, about.parent, cached_hashes))
-    caches = []
-    for _, folder, cached_hashes in sorted(usable, key=lambda entry: entry[:2], reverse=True):
-        order = np.argsort(cached_hashes, kind="stable")
-        place = np.searchsorted(cached_hashes, hashes[missing], sorter=order)
-        place = order[place.clip(max=len(order) - 1)]
-        is_cached = cached_hashes[place] == hashes[missing]
-        if is_cached.any():
-            caches.append(EarlierCache(folder, missing[is_cached], place[is_cached]))
-        missing = missing[~is_cached]
-    return caches
-
-
-class FillProgress:
-    """Progress of a rank through the items to encode, as a bar or as lines."""
-
-    def __init__(self, name: str, total: int, shown: bool) -> None:
-        self.name, self.shown, self._last_line = name, shown, time.monotonic()
-        self._bar = progress_bar(total, name, shown, unit=" items", unit_scale=True)
-        self.num_done, self._start = 0, self._last_line
-
-    def add(self, items: int) -> None:
-        self.num_done += items
-        self._bar.update(items)
-        time_now = time.monotonic()
-        if self._bar.disable and self.shown and time_now - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = time_now
-            duration, total = time_now - self._start, self._bar.total
-            options = {"unit": " items", "bar_format": LINE}
-            counts = tqdm.format_meter(self.num_done, total, duration, **options)
-            logger.info(f"encoding '{self.name}': {counts}")
-
-    def close(self) -> None:
-        self._bar.close()
+def with_progress(calls: list[np.ndarray], name: str, shown: bool) -> Generator[np.ndarray]:
+    """Yield the calls; their items move a bar or, where none is drawn, give lines of the log."""
+    total, num_done = sum(map(len, calls)), 0
+    start = last_line = time.monotonic()
+    with progress_bar(total, name, shown, unit=" items", unit_scale=True) as bar:
+        for call in calls:
+            yield call
+            num_done += len(call)
+            bar.update(len(call))
+            time_now = time.monotonic()
+            if bar.disable and shown and time_now - last_line >= SECONDS_BETWEEN_LINES:
+                last_line, duration = time_now, time_now - start
+                options = {"unit": " items", "bar_format": LINE}
+                counts = tqdm.format_meter(num_done, total, duration, **options)
+                logger.info(f"encoding '{name}': {counts}")
 
 
 @torch.no_grad()
@@ -181,15 +151,16 @@ class _Fill:
         failed = self.parts / f".failed-{number}"
         with ranks.raise_on_all_ranks():
             self.parts.mkdir(parents=True, exist_ok=True)
-            earlier = earlier_caches(self.cache, self.key, self.hashes, self.first)
-            calls = self._calls(earlier)
+            earlier, missing = self._earlier_caches()
+            rows = missing[np.argsort(self.source.lengths[missing], kind="stable")]  # by length
+            calls = [rows[at : at + ITEMS_PER_CALL] for at in range(0, len(rows), ITEMS_PER_CALL)]
             if ranks.is_first_of_machine:
                 self._remove_damaged(calls)
         try:
             with ranks.raise_on_all_ranks(), self._unless_another_job_was_faster():
                 order = np.random.default_rng(number).permutation(len(calls))
                 order = np.roll(order, -(len(calls) * ranks.rank // ranks.world_size))
-                num_earlier = sum(len(cache.rows) for cache in earlier)
+                num_earlier = len(self.first) - len(missing)
                 self._encode_missing([calls[place] for place in order], num_earlier, failed)
             with ranks.raise_on_all_ranks():
                 if ranks.is_first_of_machine and not self.folder.exists():
@@ -208,13 +179,26 @@ class _Fill:
             if not self.folder.exists():
                 raise
 
-    def _calls(self, earlier: list[EarlierCache]) -> list[np.ndarray]:
-        """Group the contents that no earlier cache has by length; each group [n] is one call."""
-        rows = self.first
-        for cache in earlier:
-            rows = np.setdiff1d(rows, cache.rows)
-        rows = rows[np.argsort(self.source.lengths[rows], kind="stable")]
-        return [rows[at : at + ITEMS_PER_CALL] for at in range(0, len(rows), ITEMS_PER_CALL)]
+    def _earlier_caches(self) -> tuple[list[EarlierCache], np.ndarray]:
+        """Return caches of the encoder that hold rows, each in one of them, and the other rows."""
+        usable, missing = [], self.first
+        for about in self.cache.glob(f"frozen-*/{ABOUT}"):
+            # Damaged ones, or those being removed, are left out: encoding again is always correct.
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                if json.loads(about.read_text())["encoder_key"] == self.key:
+                    cached_hashes = np.load(about.parent / HASHES, allow_pickle=False)
+                    if len(cached_hashes) == len(RaggedArray(about.parent)) > 0:
+                        usable.append((about.stat().st_mtime_ns, about.parent, cached_hashes))
+        caches = []
+        for _, folder, cached_hashes in sorted(usable, key=lambda entry: entry[:2], reverse=True):
+            order = np.argsort(cached_hashes, kind="stable")
+            place = np.searchsorted(cached_hashes, self.hashes[missing], sorter=order)
+            place = order[place.clip(max=len(order) - 1)]
+            is_cached = cached_hashes[place] == self.hashes[missing]
+            if is_cached.any():
+                caches.append(EarlierCache(folder, missing[is_cached], place[is_cached]))
+            missing = missing[~is_cached]
+        return caches, missing
 
     def _part(self, call: np.ndarray) -> Path:  # [n]
         return self.parts / f"{digest_of(self.hashes[call].tobytes())}.npz"
@@ -230,7 +214,7 @@ class _Fill:
             raise ValueError(f"{part}: damaged ({error}); remove it, it is made again") from error
 
     def _remove_damaged(self, calls: list[np.ndarray]) -> None:
-        for call in filter(lambda call: self._part(call).exists(), calls):
+        for call in (call for call in calls if self._part(call).exists()):
             try:
                 self._read(call, "lengths")
                 self._read(call, "values")
@@ -244,16 +228,14 @@ class _Fill:
         rate averages over short and long texts.
         """
         todo = [call for call in calls if not self._part(call).exists()]
-        total = sum(map(len, todo))
-        if total:
-            logger.info(self._announcement(total, num_earlier))
-        with closing(FillProgress(self.name, total, shown=self.ranks.is_first)) as progress:
+        if todo:
+            logger.info(self._announcement(sum(map(len, todo)), num_earlier))
+        with closing(with_progress(todo, self.name, self.ranks.is_first)) as counted:
             try:
-                for call in todo:
+                for call in counted:
                     if failed.exists() or self.folder.exists():
                         return  # another rank failed, or another job has finished the cache
                     self._encode(call)
-                    progress.add(len(call))
             except Exception:
                 with suppress(OSError):
                     failed.touch()
@@ -289,8 +271,14 @@ class _Fill:
                 lengths[self.places[call]] = self._read(call, "lengths")
             shape = (self.encoder.frozen_dim,)
             with closing(RowWriter(temporary, lengths, shape, dtype_of(self.encoder))) as writer:
-                for rows, values in self._outputs(earlier, calls):
-                    writer.write(self.places[rows], values)
+                for cache in earlier:
+                    array = RaggedArray(cache.folder)
+                    for at in range(0, len(cache.rows), ITEMS_PER_CALL):
+                        block = slice(at, at + ITEMS_PER_CALL)
+                        values, mask = array.gather(cache.places[block])
+                        writer.write(self.places[cache.rows[block]], values[mask])
+                for call in calls:
+                    writer.write(self.places[call], self._read(call, "values"))
             share_rows(temporary, self.places)
             np.save(temporary / HASHES, self.hashes)
             self._write_about(temporary / ABOUT, int(lengths.sum()))
@@ -313,14 +301,3 @@ class _Fill:
             "versions": {name: importlib.metadata.version(name) for name in packages},
         }
         file.write_text(json.dumps(about, indent=2) + "\n")
-
-    def _outputs(
-        self, earlier: list[EarlierCache], calls: list[np.ndarray]
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for cache in earlier:
-            array = RaggedArray(cache.folder)
-            for at in range(0, len(cache.rows), ITEMS_PER_CALL):
-                values, mask = array.gather(cache.places[at : at + ITEMS_PER_CALL])
-                yield cache.rows[at : at + ITEMS_PER_CALL], values[mask]
-        for call in calls:
-            yield call, self._read(call, "values")

@@ -5,7 +5,6 @@ Shapes: U unique items, G items of a group, T tokens, D width of the encoder.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,41 +46,9 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> ContentInput:
 
 
 ITEMS_PER_GROUP = 32
-# Small multiples of 8; after these 48, 64, 96, 128 ...
 SHORT_LENGTHS = (8, 16, 24, 32)
-
-
-def padded_lengths(lengths: Tensor, longest: int) -> Tensor:  # [U] -> [U]
-    """Return the length that each text is padded to, at most `longest`, the encoder's limit."""
-    steps = [length for length in SHORT_LENGTHS if length < longest]
-    power = 2 * SHORT_LENGTHS[-1]
-    while power * 3 // 4 < longest:
-        steps += [length for length in (power * 3 // 4, power) if length < longest]
-        power *= 2
-    steps.append(longest)
-    places = torch.bucketize(lengths, torch.tensor(steps))
-    return torch.tensor(steps)[places]
-
-
-@torch.compiler.disable  # a compiled part would differ from the cache in the last bits
-def run_in_groups(
-    run: Callable[[ContentInput], ContentInput], content: ContentInput, longest: int, width: int
-) -> ContentInput:
-    """Run the frozen part, `run`; each item has the same output in any batch.
-
-    The shape of a computation decides the last bits of its sums. So `run` gets G items at a time,
-    and a text is padded to a length that depends on its own length alone, at most `longest`.
-    Token ids [U, T] or pixels [U, 3, H, W] -> tokens [U, T, D], zero where the mask is False.
-    """
-    lengths, is_text = content.mask.sum(dim=1).cpu(), content.values.dim() == 2
-    shapes = padded_lengths(lengths, longest) if is_text else torch.ones_like(lengths)
-    outputs: list[tuple[Tensor, ContentInput]] = []
-    with torch.autocast(content.values.device.type, enabled=False):
-        for shape in shapes[lengths > 0].unique().tolist():
-            for items in torch.where((shapes == shape) & (lengths > 0))[0].split(ITEMS_PER_GROUP):
-                group = _group(content, items, shape if is_text else None)
-                outputs.append((items, run(group)[: len(items)]))
-    return _together(outputs, content.mask, width)
+# Those that texts are padded to: after these 48, 64, 96, 128 ..., at most the encoder's limit.
+PADDED_LENGTHS = (*SHORT_LENGTHS, *(part << power for power in range(32) for part in (48, 64)))
 
 
 def _group(content: ContentInput, items: Tensor, length: int | None) -> ContentInput:
@@ -173,7 +140,7 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def frozen_outputs(self, content: ContentInput) -> ContentInput:
         """Return the outputs of `frozen` [U, T, D]; an item's bits do not depend on its batch."""
-        outputs = run_in_groups(self.frozen, content, self.max_length, self.frozen_dim)
+        outputs = self._run_in_groups(content)
         values = outputs.values.to(self.frozen_dtype)
         if self.frozen_dtype == torch.float16 and not values.isfinite().all():
             name = type(self).__name__ if self.identity is None else self.identity.name
@@ -182,6 +149,28 @@ class Encoder(nn.Module):
                 "and tokens are kept in float16, up to 65504; use a `pooling` with one token"
             )
         return ContentInput(values, outputs.mask)
+
+    @torch.compiler.disable  # a compiled part would differ from the cache in the last bits
+    def _run_in_groups(self, content: ContentInput) -> ContentInput:
+        """Run `frozen`, so that each item has the same output in any batch.
+
+        The shape of a computation decides the last bits of its sums. So `frozen` gets G items at a
+        time, and a text is padded to a length that depends on its own length alone.
+        Token ids [U, T] or pixels [U, 3, H, W] -> tokens [U, T, D], zero where the mask is False.
+        """
+        lengths, is_text = content.mask.sum(dim=1).cpu(), content.values.dim() == 2
+        shapes = torch.ones_like(lengths)
+        if is_text:
+            steps = sorted({min(length, self.max_length) for length in PADDED_LENGTHS})
+            shapes = torch.tensor(steps)[torch.bucketize(lengths, torch.tensor(steps))]
+        outputs: list[tuple[Tensor, ContentInput]] = []
+        with torch.autocast(content.values.device.type, enabled=False):
+            for shape in shapes[lengths > 0].unique().tolist():
+                places = torch.where((shapes == shape) & (lengths > 0))[0]
+                for items in places.split(ITEMS_PER_GROUP):
+                    group = _group(content, items, shape if is_text else None)
+                    outputs.append((items, self.frozen(group)[: len(items)]))
+        return _together(outputs, content.mask, self.frozen_dim)
 
     def drop_frozen_layers(self) -> None:
         self.is_cached = True

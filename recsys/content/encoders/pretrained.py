@@ -11,7 +11,7 @@ import string
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -79,9 +79,27 @@ class PretrainedEncoder:
 
     @cached_property
     def config(self) -> Any:
+        """The architecture, without dropout; a ValueError if it is an adapter."""
         if self.is_random:
-            return cast(Any, tiny_model(self.name, self.where)).config
-        return _architecture(self.source, self.revision)
+            return tiny_model(self.name, self.where).config
+        # transformers would follow an adapter to another repository, and to pickled weights.
+        if find_adapter_config_file(self.source, revision=self.revision) is not None:
+            raise ValueError(
+                "it is a peft adapter; merge it into its base model (`merge_and_unload`) and save "
+                "that"
+            )
+        config = AutoConfig.from_pretrained(
+            self.source, revision=self.revision, trust_remote_code=False
+        )
+        towers = (getattr(config, name, None) for name in ("text_config", "vision_config"))
+        for part in (config, *(tower for tower in towers if isinstance(tower, PreTrainedConfig))):
+            part._attn_implementation = None  # it may name a kernel on the hub
+            part.use_cache = False  # only used by decoders that generate text
+            for key in list(vars(part)):
+                # dropout, and drop_path_rate, which skips layers
+                if "drop" in key and isinstance(getattr(part, key), float):
+                    setattr(part, key, 0.0)
+        return config
 
     @cached_property
     def commit(self) -> str | None:
@@ -157,7 +175,7 @@ class PretrainedEncoder:
             if config.is_encoder_decoder and type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
                 loader = AutoModelForTextEncoding  # T5 and the like without their decoder
             if torch.get_default_device().type == "meta":
-                return cast(nn.Module, loader.from_config(config, dtype=torch.float32))
+                return loader.from_config(config, dtype=torch.float32)
             model, report = loader.from_pretrained(
                 self.source,
                 revision=self.revision,
@@ -179,31 +197,12 @@ class PretrainedEncoder:
                 f"{self.where}: encoder '{self.name}' lacks the weights {missing[:5]}; use a "
                 "complete checkpoint of the architecture that its config.json names"
             )
-        return cast(nn.Module, model)
+        return model
 
 
 def reads_whole_texts(config: Any) -> bool:
     """Return whether an encoder attends to padding tokens, as SigLIP (arXiv 2303.15343) does."""
     return config.model_type.startswith("siglip")
-
-
-def _architecture(source: str, revision: str | None) -> Any:
-    """Return the architecture, without dropout; raise a ValueError if it is an adapter."""
-    # transformers would follow an adapter to another repository, and to pickled weights.
-    if find_adapter_config_file(source, revision=revision) is not None:
-        raise ValueError(
-            "it is a peft adapter; merge it into its base model (`merge_and_unload`) and save that"
-        )
-    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    towers = (getattr(config, name, None) for name in ("text_config", "vision_config"))
-    for part in (config, *(tower for tower in towers if isinstance(tower, PreTrainedConfig))):
-        part._attn_implementation = None  # it may name a kernel on the hub
-        part.use_cache = False  # only used by decoders that generate text
-        for key in list(vars(part)):
-            # dropout, and drop_path_rate, which skips layers
-            if "drop" in key and isinstance(getattr(part, key), float):
-                setattr(part, key, 0.0)
-    return config
 
 
 def _explained(error: Exception) -> str:

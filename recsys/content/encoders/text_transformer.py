@@ -5,8 +5,7 @@ Shapes: U unique items, T tokens, D width of the encoder.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -102,15 +101,11 @@ class TextTransformer(TransformerEncoder):
         return ContentInput(values, torch.cat([part.mask for part in parts]))[order.argsort()]
 
 
-@contextmanager
-def unread_masks() -> Iterator[None]:
+def unread_masks() -> AbstractContextManager[Any]:
     """Keep transformers from reading a mask to learn whether it can be left out: a GPU waits."""
     names = ("_ignore_bidirectional_mask_sdpa", "_ignore_causal_mask_sdpa")
-    with ExitStack() as stack:
-        for name in names:
-            if hasattr(masking_utils, name):  # later versions may not read
-                stack.enter_context(patch.object(masking_utils, name, lambda *_, **options: False))
-        yield
+    unread: dict[str, Any] = dict.fromkeys(names, lambda *_, **options: False)
+    return patch.multiple(masking_utils, create=True, **unread)  # later versions may not read
 
 
 def distinct_items(content: ContentInput) -> tuple[Tensor, Tensor]:  # [S], [U]

@@ -76,8 +76,9 @@ class Image(ModalityKind):
         return list(range(min(count, self.modality.max_images)))
 
     def entries(self, chunk: pa.Array, where: str, report: Report) -> tuple[np.ndarray, np.ndarray]:
-        options = self.modality.image_size, self.chosen, self.preparation
-        lengths, pixels, cut = decoded_images(chunk, *options, where, report)
+        lengths, pixels, cut = decoded_images(
+            chunk, self.modality.image_size, self.chosen, self.preparation, where, report
+        )
         self.num_cut += cut
         return lengths, pixels
 

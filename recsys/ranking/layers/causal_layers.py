@@ -219,19 +219,4 @@ class TransformerEncoder(SequenceEncoder):
     """Layers of the causal transformer, with embeddings of place and age."""
 
     Layer = TransformerLayer
-
-    def add_positions(self, settings: EncoderSettings, relative_places: bool) -> None:
-        dim, has_ages = settings.sequence_dim, self.gaps.column is not None
-        self.places = None if relative_places else nn.Embedding(settings.recent_items + 1, dim)
-        self.ages = nn.Embedding(NUM_AGES, dim) if has_ages else None
-        for table in (self.places, self.ages):
-            if table is not None:
-                nn.init.normal_(table.weight, std=0.02)
-
-    def positioned(self, tokens: Tensor, events: Events) -> Tensor:  # [T, D] -> [T, D]
-        if self.places is not None:
-            tokens = tokens + self.places(events.places)
-        if self.ages is not None:
-            assert events.ages is not None
-            tokens = tokens + self.ages(doubling_buckets(events.ages.squeeze(1)))
-        return tokens
+    embeds_positions = True

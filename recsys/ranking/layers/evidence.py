@@ -90,8 +90,9 @@ class RidgePredictions:
 
     def fast(self) -> tuple[Tensor, Tensor]:  # [R], [R]
         """Compute in float32, of one target each; the gradient costs O(L Z), not O(L Z ** 2)."""
-        parts = self.fixed, self.past, self.residuals, self.precisions, self.target, self.prior
-        return _Ridge.apply(*parts)
+        return _Ridge.apply(
+            self.fixed, self.past, self.residuals, self.precisions, self.target, self.prior
+        )
 
 
 def _solve(

@@ -23,11 +23,7 @@ from recsys.data.jagged_history import JaggedHistory
 from recsys.data.schema_columns import HistoryColumns
 from recsys.ranking.layers.content_interest import ContentInterest
 from recsys.ranking.layers.fields import history_numbers, num_history_numbers
-from recsys.ranking.layers.target_attention import (
-    HistoryAttention,
-    MeanOfEvents,
-    TargetAttention,
-)
+from recsys.ranking.layers.target_attention import HistoryAttention, MeanOfEvents, TargetAttention
 from recsys.ranking.settings import AttendedSettings, NumbersSettings
 from recsys.ranking.vectors import IDVectors, InputDimensions
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from recsys.config import ContentSettings
 from recsys.content.dropout import Dropout
 from recsys.content.vectors import ContentVectors
-from recsys.data.batch import Batch, WholeHistories
+from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.layers.sequences import Sequences, sequences_of
 from recsys.ranking.settings import EncoderSettings, GapScale
@@ -45,27 +45,25 @@ def times_between(ages: Tensor) -> Tensor:  # [S, L] -> int64 [S, L, L]
     return doubling_buckets(ages.unsqueeze(1) - ages.unsqueeze(2))
 
 
-@dataclass(frozen=True)
 class TimeGaps:
-    """Place of the ages of history items among the parallel lists, and their scale."""
+    """Place of the ages of history items among the parallel lists, `column`, and their scale.
 
-    column: int | None  # of the ages; None: there are none
-    flags: list[int]  # the columns that models read as numbers
-    scale: GapScale = "linear"  # a unit such as seconds; log_days: log10(1 + days) / 2
+    The columns `flags` are those that models read as numbers; ages in seconds are none of them.
+    """
 
-    @staticmethod
-    def of(name: str | None, dimensions: InputDimensions, scale: GapScale = "linear") -> TimeGaps:
-        """Find the list of ages by its name; ages in seconds are not among `flags`."""
+    def __init__(
+        self, name: str | None, dimensions: InputDimensions, scale: GapScale = "linear"
+    ) -> None:
         lists = dimensions.parallel_names
         if name is not None and name not in lists:
             raise ValueError(
                 f"ranking.time_gaps is '{name}'; the parallel lists of the history in schema.yaml "
                 f"are {list(lists)}"
             )
-        column = None if name is None else lists.index(name)
-        dropped = column if scale == "linear" else None
-        flags = [place for place in range(dimensions.num_parallel) if place != dropped]
-        return TimeGaps(column, flags, scale)
+        self.column = None if name is None else lists.index(name)
+        self.scale = scale  # linear: a unit such as seconds; log_days: log10(1 + days) / 2
+        dropped = self.column if scale == "linear" else None
+        self.flags = [place for place in range(dimensions.num_parallel) if place != dropped]
 
     def ages(self, values: Tensor) -> Tensor | None:  # [N, P] -> [N, 1]
         if self.column is None:
@@ -138,9 +136,11 @@ class SequenceEncoder(nn.Module):
 
     A layer maps states of events [T, D] to keys and values (`read`), or to these and new states
     (`history`). `target` maps states of targets [B, D] and keys and values to new states.
+    With `embeds_positions` places, unless these are relative, and ages are embedded in tokens.
     """
 
     Layer: type[nn.Module]
+    embeds_positions = False
 
     def __init__(
         self,
@@ -157,25 +157,27 @@ class SequenceEncoder(nn.Module):
                 f"ranking.sequence_heads is {heads}, which does not divide ranking.sequence_dim "
                 f"({dim}); change one of them"
             )
-        self.gaps = TimeGaps.of(settings.time_gaps, dimensions, settings.gap_scale)
+        self.gaps = TimeGaps(settings.time_gaps, dimensions, settings.gap_scale)
         self.recent_items = settings.recent_items
-        widths = dimensions.id_dim, 0 if content is None else content.dim, len(self.gaps.flags)
-        self.tokens = EventTokens(dim, *widths, reads_target)
+        content_dim, num_lists = 0 if content is None else content.dim, len(self.gaps.flags)
+        self.tokens = EventTokens(dim, dimensions.id_dim, content_dim, num_lists, reads_target)
         has_ages = self.gaps.column is not None
         self.layers = nn.ModuleList(
             self.Layer(settings, has_ages, relative_places) for _ in range(settings.sequence_layers)
         )
         self.norm, self.dropout = nn.LayerNorm(dim), Dropout(settings.sequence_dropout)
-        self.add_positions(settings, relative_places)
-
-    def add_positions(self, settings: EncoderSettings, relative_places: bool) -> None:
-        """Add the weights of `positioned`; here there are none."""
+        has_places = self.embeds_positions and not relative_places
+        self.places = nn.Embedding(self.recent_items + 1, dim) if has_places else None
+        self.ages = nn.Embedding(NUM_AGES, dim) if self.embeds_positions and has_ages else None
+        for table in (self.places, self.ages):
+            if table is not None:
+                nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Tensor:
         """Return the target's state [B, D] after the last layer. A collective with content."""
-        history: JaggedHistory = batch.history.jagged()
         if batch.history.whole is not None:
-            return self._at_all_positions(ids, content, history, batch.history.whole)
+            return self._at_all_positions(ids, content, batch)
+        history = batch.history.jagged()
         sequences = sequences_of(history)
         ages = self.gaps.ages(batch.history.recorded_values)
         ages = None if ages is None else sequences.own(ages)
@@ -185,31 +187,33 @@ class SequenceEncoder(nn.Module):
         return self.encoded(tokens.float(), target.float(), events)
 
     def encoded(self, tokens: Tensor, target: Tensor, events: Events) -> Tensor:  # [B, D]
-        tokens = self.dropout(self.positioned(tokens, events))
+        tokens = self.dropout(self._positioned(tokens, events))
         *lower, last = cast(Any, self.layers)
         if lower:
-            recent, states = self._recent(events, tokens)
+            whole = events.sequences
+            latest = whole.latest(self.recent_items)
+            places = whole.take_latest(events.places.unsqueeze(1), latest).squeeze(1)
+            ages = None if events.ages is None else whole.take_latest(events.ages, latest)
+            recent, states = Events(latest, places, ages), whole.take_latest(tokens, latest)
             for layer in lower:
                 states, read = layer.history(states, recent)
                 target = layer.target(target, read, recent)
-            tokens = events.sequences.put_latest(tokens, states, recent.sequences)
+            tokens = whole.put_latest(tokens, states, latest)
         target = last.target(target, last.read(tokens), events)
         return self.norm(target)
 
     def _at_all_positions(
-        self,
-        ids: IDVectors,
-        content: ContentVectors | None,
-        history: JaggedHistory,
-        whole: WholeHistories,
+        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> Tensor:  # [B, D]
         """Return what `forward` does, by one pass over each whole history: attention is causal."""
+        history, whole = batch.history.jagged(), batch.history.whole
+        assert whole is not None
         source = whole.jagged(history.num_items)
         sequences = sequences_of(source)
         lists = ids.target.new_empty(len(whole.index), 0)
         tokens, target = self.tokens(ids, content, source, sequences, lists)
         events, target = Events(sequences, sequences.ages(), None), target.float()
-        states = self.dropout(self.positioned(tokens.float(), events))
+        states = self.dropout(self._positioned(tokens.float(), events))
         beginnings = replace(history, index=whole.places, num_items=len(whole.index))
         before = Events(sequences_of(beginnings), beginnings.ages, None)
         *lower, last = cast(Any, self.layers)
@@ -219,12 +223,10 @@ class SequenceEncoder(nn.Module):
         target = last.target(target, tuple(map(beginnings.gather, last.read(states))), before)
         return self.norm(target)
 
-    def positioned(self, tokens: Tensor, events: Events) -> Tensor:  # [T, D] -> [T, D]
+    def _positioned(self, tokens: Tensor, events: Events) -> Tensor:  # [T, D] -> [T, D]
+        if self.places is not None:
+            tokens = tokens + self.places(events.places)
+        if self.ages is not None:
+            assert events.ages is not None
+            tokens = tokens + self.ages(doubling_buckets(events.ages.squeeze(1)))
         return tokens
-
-    def _recent(self, events: Events, tokens: Tensor) -> tuple[Events, Tensor]:  # [T, D]
-        whole = events.sequences
-        latest = whole.latest(self.recent_items)
-        places = whole.take_latest(events.places.unsqueeze(1), latest).squeeze(1)
-        ages = None if events.ages is None else whole.take_latest(events.ages, latest)
-        return Events(latest, places, ages), whole.take_latest(tokens, latest)

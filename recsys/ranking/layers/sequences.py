@@ -105,11 +105,10 @@ def sequences_of(history: Any) -> Sequences:
     if isinstance(history, JaggedHistory):
         return JaggedSequences(history.unindexed())
     if history.is_shared:
-        return EqualSequences(history, history, 1)
+        return EqualSequences(history)
     rows, longest = history.num_rows, history.longest
     places = torch.arange(rows * longest, device=history.device).view(rows, longest)
-    over_tokens = replace(history, num_items=rows * longest, places=places)
-    return EqualSequences(over_tokens, history, rows)
+    return EqualSequences(replace(history, num_items=rows * longest, places=places))
 
 
 @dataclass
@@ -193,14 +192,16 @@ class EqualSequences:
     """Sequences of one length: one that all candidates share, or one of each after a search."""
 
     history: Any  # a `SharedHistory` over the tokens
-    source: Any  # that of the batch
-    count: int  # S
+
+    @property
+    def count(self) -> int:  # S
+        return 1 if self.history.is_shared else self.history.num_rows
 
     def tokens(self, items: Tensor, history: Any) -> Tensor:  # [U, K] -> [T, K]
         return items if history.is_shared else history.gather(items)
 
     def own(self, values: Tensor) -> Tensor:  # [N, K] -> [T, K]
-        return self.source.of_one_row(values) if self.source.is_shared else values
+        return self.history.of_one_row(values) if self.history.is_shared else values
 
     def ages(self) -> Tensor:
         longest = self.history.longest
@@ -233,8 +234,7 @@ class EqualSequences:
         if not self.history.is_shared:
             numbers = torch.arange(self.count * length, device=self.history.device)
             places = numbers.view(self.count, length)
-        history = replace(self.history, num_items=self.count * length, places=places)
-        return EqualSequences(history, self.source, self.count)
+        return EqualSequences(replace(self.history, num_items=self.count * length, places=places))
 
     def take_latest(self, tokens: Tensor, latest: Sequences) -> Tensor:
         older = self.history.longest - latest.history.longest

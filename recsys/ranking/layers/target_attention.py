@@ -103,15 +103,17 @@ class TargetAttention(HistoryAttention):
         is_autocast = torch.is_autocast_enabled(target.device.type)
         if history.is_shared and not is_autocast and not torch.is_grad_enabled():
             listed = history.of_one_row(parallel)[:, : lists.shape[1]]
-            shared = target, items, listed, lists
-            return shared_target_attention(*shared, self.score, self.rounds_shared)
+            return shared_target_attention(
+                target, items, listed, lists, self.score, self.rounds_shared
+            )
         weights = ScoreWeights.of(self.score)
-        if weights is None or not isinstance(history, JaggedHistory) or parallel.requires_grad:
-            return super().forward(target, items, history, parallel)
-        if not has_native(target, items, *weights):
-            return super().forward(target, items, history, parallel)
-        listed, places = parallel[:, : lists.shape[1]], (history.index, history.offsets)
-        return native_target_attention(target, items, *places, listed, lists, weights)
+        may_be_native = isinstance(history, JaggedHistory) and not parallel.requires_grad
+        if weights is not None and may_be_native and has_native(target, items, *weights):
+            listed = parallel[:, : lists.shape[1]]
+            return native_target_attention(
+                target, items, history.index, history.offsets, listed, lists, weights
+            )
+        return super().forward(target, items, history, parallel)
 
     def kernel_refusal(self) -> str | None:
         return target_attention.refusal(self.score)

@@ -20,8 +20,7 @@ from recsys.config import (
 )
 from recsys.config.limits import PositiveInt
 from recsys.config.load import validate
-from recsys.ranking.din import DinDcnSettings
-from recsys.ranking.sequence_models import SimSettings
+from recsys.ranking.attention_models import DinDcnSettings, SimSettings
 from tests.recsys.command_runs import TINY
 
 

@@ -25,7 +25,7 @@ from recsys.config import (
 )
 from recsys.data.vocabularies import UnknownIds
 from recsys.diagnostics.plan.description import Description, describe
-from recsys.ranking.din import DinDcnSettings
+from recsys.ranking.attention_models import DinDcnSettings
 from recsys.ranking.neighbours import FOLDS
 from recsys.training.train import training_interactions
 from tests.datasets import write_dataset

@@ -115,7 +115,7 @@ def test_fusion_equals_pytorch_with_rounded_factors(
 ) -> None:
     fusion_case = Case(*FUSION_CASES[case])
     with monkeypatch.context() as context:  # under autocast the output would be rounded, too
-        context.setattr("recsys.kernels.fusion.rounds_products", lambda device: True)
+        context.setattr("recsys.kernels.operators.rounds_products", lambda device: True)
         actual = fusion_case.results()
     monkeypatch.setattr(_KernelChoice, "kernels", "torch")
     monkeypatch.setattr(nn.functional, "linear", rounded_linear)

@@ -21,7 +21,7 @@ from recsys.content.vectors import ContentVectors
 from recsys.kernels.choice import _KernelChoice
 from recsys.model.build import build_ranking
 from recsys.ranking import RANKING_MODELS
-from recsys.ranking.din import Mmoe
+from recsys.ranking.attention_models import Mmoe
 from recsys.ranking.layers.fields import history_numbers
 from recsys.ranking.vectors import CodeLogits, IDVectors, InputDimensions, TowerVectors
 from tests.fake_gpu import fake_gpu, on_fake_gpu

@@ -117,11 +117,10 @@ def test_an_item_alone_has_no_unlikely_last_code() -> None:
     decoder, states = decoder_of(), torch.randn(2, DIM)
     table = table_of(np.array([[0, 1], [2, 2], [2, 2]]))
     scores = every_score(decoder, table, states)
-    beam = decoder.start(states)
-    first, cache = decoder.step(beam, 0)
+    first, cache = decoder.step(decoder.start(states), None, 0)
     zeros = torch.zeros(2, dtype=torch.long)
-    beam = decoder.follow(cache, torch.arange(2), 0, zeros)
-    second, _ = decoder.step(beam, 1)
+    tokens, past = decoder.follow(cache, torch.arange(2), 0, zeros)
+    second, _ = decoder.step(tokens, past, 1)
     torch.testing.assert_close(scores[:, 0], (first[:, 0] + second[:, 1]).detach())
 
 

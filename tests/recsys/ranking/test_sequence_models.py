@@ -216,7 +216,7 @@ def test_times_between_events_do_not_depend_on_the_moment_of_the_row() -> None:
 def test_ages_of_either_scale_are_the_same_seconds() -> None:
     days = torch.tensor([[0.0], [1.0], [100.0]])
     stored = torch.log10(1 + days) / 2  # as `prepare events` writes an age
-    seconds, logarithms = (TimeGaps.of("age", WITH_AGES, scale) for scale in ("linear", "log_days"))
+    seconds, logarithms = (TimeGaps("age", WITH_AGES, scale) for scale in ("linear", "log_days"))
     flags = torch.ones(3, 1)
     torch.testing.assert_close(
         logarithms.ages(torch.cat([flags, stored], dim=1)),

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
+from recsys.ranking.attention_models import AgedAttention, Sim, SimSettings
 from recsys.ranking.layers.fields import num_history_numbers
 from recsys.ranking.layers.sequence_encoder import age_of
-from recsys.ranking.sequence_models import AgedAttention, Sim, SimSettings
 from tests.recsys.ranking.ranking_inputs import CONTENT, DIMENSIONS, ID_DIM, inputs
 
 SETTINGS = SimSettings(search_top_k=2, mlp_units=[8])
@@ -21,8 +21,7 @@ LENGTHS = torch.tensor([4, 0, 6])
 
 
 def found_by(model: Sim, content: Any, ids: Any, batch: Batch) -> list[int]:
-    history = batch.history.jagged()
-    return model.search(ids, content, history, history).tolist()
+    return model.search(ids, content, batch.history.jagged()).tolist()
 
 
 def best_by_loop(scores: list[list[float]], top_k: int) -> list[int]:

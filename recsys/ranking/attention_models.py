@@ -1,10 +1,13 @@
-"""Ranking models over the sequence of a history: SIM, HSTU and the causal transformer.
+"""Ranking models that attend to the history: DIN, MMoE, SIM, HSTU and the causal transformer.
 
-SIM (Pi et al. 2020, arXiv 2006.05639) searches a long history for items similar to the target, by
-cosine of content (MUSE, arXiv 2512.07216) or dot product of ID vectors, then attends to those. The
-last token of the others' encoders is the ranked item.
-Shapes: B batch, U unique history items, N history items of the batch, K selected history items,
-D dimension, P parallel lists, H heads, A ages, C labels.
+DIN: Zhou et al. 2018, arXiv 1706.06978, with ReLU and softmax; the default has a head of DCN-v2
+(Wang et al. 2020, arXiv 2008.13535). MMoE: Ma et al., KDD 2018. SIM (Pi et al. 2020, arXiv
+2006.05639) searches a long history for items similar to the target, by cosine of content (MUSE,
+arXiv 2512.07216) or dot product of ID vectors, then attends to those. In the encoders of HSTU and
+the transformer the last token is the ranked item.
+Shapes: B batch, W width of the features, E experts, H units of an expert, or heads, C labels,
+U unique history items, N history items of the batch, K selected history items, D dimension,
+P parallel lists, A ages.
 """
 
 from __future__ import annotations
@@ -13,24 +16,101 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torchrec.modules.crossnet import LowRankCrossNet
 
 from recsys.config import ContentSettings
+from recsys.content.dropout import Dropout
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.layers.causal_layers import HstuEncoder, TransformerEncoder
 from recsys.ranking.layers.content_interest import cosines
 from recsys.ranking.layers.fields import history_numbers
-from recsys.ranking.layers.heads import ranking_head
-from recsys.ranking.layers.row_features import RowFeatures
+from recsys.ranking.layers.heads import multilayer_perceptron, ranking_head
+from recsys.ranking.layers.row_features import AttendedFeatures, RowFeatures
 from recsys.ranking.layers.sequence_encoder import NUM_AGES, SequenceEncoder, TimeGaps, age_of
 from recsys.ranking.settings import (
+    DinDcnSettings,
+    DinSettings,
     HstuSettings,
+    MmoeSettings,
     SequenceSettings,
     SimSettings,
     TransformerSettings,
 )
 from recsys.ranking.vectors import IDVectors, InputDimensions, Logits
+
+
+class Din(AttendedFeatures):
+    """Target attention, then an MLP -> one logit per label."""
+
+    Settings = DinSettings
+
+    def __init__(
+        self, settings: DinSettings, dimensions: InputDimensions, content: ContentSettings | None
+    ) -> None:
+        super().__init__(settings, dimensions, content)
+        self.mlp = ranking_head(self.feature_dim, settings, dimensions.num_labels)
+
+    def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Logits:
+        return self.mlp(self.attended(ids, content, batch))
+
+
+class DinDcn(AttendedFeatures):
+    """Target attention, then a cross network and an MLP -> one logit per label."""
+
+    Settings = DinDcnSettings
+
+    def __init__(
+        self, settings: DinDcnSettings, dimensions: InputDimensions, content: ContentSettings | None
+    ) -> None:
+        super().__init__(settings, dimensions, content)
+        width = self.feature_dim
+        self.cross = LowRankCrossNet(width, settings.cross_layers, settings.cross_rank)
+        # The cross network has mixed all inputs: a dropped unit is never the only copy of one.
+        self.mlp = ranking_head(width, settings, dimensions.num_labels, drops_inputs=True)
+
+    def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Logits:
+        return self.mlp(self.cross(self.attended(ids, content, batch)))
+
+
+class Mmoe(AttendedFeatures):
+    """Experts that all labels share, a gate and a tower per label -> one logit per label.
+
+    The first of `ranking.mlp_units` is the width of an expert; the others are a tower's layers.
+    """
+
+    Settings = MmoeSettings
+
+    def __init__(
+        self, settings: MmoeSettings, dimensions: InputDimensions, content: ContentSettings | None
+    ) -> None:
+        super().__init__(settings, dimensions, content)
+        if not settings.mlp_units:
+            raise ValueError(
+                "ranking.mlp_units is empty, but the first of them are the units of an expert of "
+                "mmoe; give at least one layer"
+            )
+        width, (units, *tower_units) = self.feature_dim, settings.mlp_units
+        self.num_experts, self.num_labels = settings.num_experts, dimensions.num_labels
+        self.dropout = Dropout(settings.dropout)
+        self.experts = nn.Linear(width, self.num_experts * units)
+        self.gates = nn.Linear(width, self.num_labels * self.num_experts, bias=False)
+        self.towers = nn.ModuleList(
+            multilayer_perceptron(units, tower_units, settings.dropout, num_outputs=1)
+            for _ in range(self.num_labels)
+        )
+
+    def mixtures(self, features: Tensor) -> Tensor:  # [B, W] -> [B, C, H]
+        experts = self.dropout(torch.relu(self.experts(features)))
+        experts = experts.unflatten(1, (self.num_experts, -1))
+        gates = self.gates(features).unflatten(1, (self.num_labels, self.num_experts))
+        return gates.softmax(dim=2) @ experts
+
+    def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Tensor:
+        mixtures = self.mixtures(self.attended(ids, content, batch)).unbind(dim=1)
+        logits = [tower(mixture) for tower, mixture in zip(self.towers, mixtures)]
+        return torch.cat(logits, dim=1)
 
 
 class AgedAttention(nn.Module):
@@ -50,8 +130,10 @@ class AgedAttention(nn.Module):
     ) -> Tensor:  # [B, D], [U, D], [K, P], [K] -> [B, D]
         items = items.float()
         queries = self.query(target).float().unflatten(1, (self.num_heads, -1)) * self.scale
-        inputs = items, history, parallel, ages
-        heads = [self._head(query.contiguous(), *inputs) for query in queries.unbind(dim=1)]
+        heads = [
+            self._head(query.contiguous(), items, history, parallel, ages)
+            for query in queries.unbind(dim=1)
+        ]
         return self.output(torch.cat(heads, dim=1))
 
     def _head(
@@ -89,7 +171,7 @@ class Sim(RowFeatures):
                 f"content.history.recent is {content.history.recent}, but ranking.name sim attends "
                 "to items that its search finds, not to the latest; remove one of them"
             )
-        self.gaps = TimeGaps.of(settings.time_gaps, dimensions)
+        self.gaps = TimeGaps(settings.time_gaps, dimensions)
         dimensions = replace(dimensions, num_parallel=len(self.gaps.flags))
         interest = AgedAttention(dimensions.id_dim, dimensions.num_parallel, settings.search_heads)
         super().__init__(settings, dimensions.id_dim, dimensions, content)
@@ -99,7 +181,7 @@ class Sim(RowFeatures):
     def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Logits:
         history = batch.history.jagged()
         id_history = history if ids.history_is_unique else history.unindexed()
-        places = self.search(ids, content, history, id_history)
+        places = self.search(ids, content, history)
         ages = self._ages(batch, history)[places]
         parallel = batch.history.values[:, self.gaps.flags]
         numbers = history_numbers(history, parallel)
@@ -110,14 +192,11 @@ class Sim(RowFeatures):
 
     @torch.no_grad()
     def search(
-        self,
-        ids: IDVectors,
-        content: ContentVectors | None,
-        history: JaggedHistory,
-        id_history: JaggedHistory,
+        self, ids: IDVectors, content: ContentVectors | None, history: JaggedHistory
     ) -> Tensor:  # [K]
         """Return the places of the history items most similar to each target, in rising order."""
         if content is None or self.content_interest is None:
+            id_history = history if ids.history_is_unique else history.unindexed()
             scores = id_history.dot(ids.target.float(), ids.history.float())
         else:
             items, modalities = content.read_history()
