@@ -158,9 +158,8 @@ def apply_delta(base: Path, delta: Path, out: Path) -> Manifest:
     if older.added and older.added != newer.added:
         count = len(AddedItems.open(base, older.added).index)
         logger.warning(
-            "%s: %s items were added to it after its export; the newer package has those of its "
-            "own run alone: add the others again",
-            *(base, f"{count:,}"),
+            f"{base}: {count:,} items were added to it after its export; the newer package has "
+            "those of its own run alone: add the others again"
         )
     return newer
 

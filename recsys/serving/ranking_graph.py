@@ -276,9 +276,7 @@ class RankingGraph(nn.Module):
     ) -> None:
         super().__init__()
         self.neighbours, self.scaling = neighbours, scaling
-        self.further_histories = further_histories
-        if further_histories is not None:
-            self.further_histories = packaged(further_histories, bfloat16)
+        self.further_histories = further_histories and packaged(further_histories, bfloat16)
         self.ranking, self.history_map = packaged(ranking, bfloat16), history_map
         self.content_dim, self.top_k = content_dim, top_k
         self.eval()

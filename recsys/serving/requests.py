@@ -18,11 +18,12 @@ import torch
 
 from embeddings.vocabulary.bounded import BoundedVocabulary
 from embeddings.vocabulary.fixed import ExactVocabulary
-from recsys.data.parquet.values import is_list, list_lengths, usable_column
+from recsys.data.parquet.values import empty_table, is_list, list_lengths, usable_column
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import FeatureTable, HistoryColumns
 from recsys.data.transforms.columns import check_types, filled, read_columns
 from recsys.serving.features.source import FeatureSource, without_old_values
+from recsys.storage.location import errors_at
 
 Values = Mapping[str, Any]
 
@@ -97,11 +98,9 @@ class RequestValues:
 
     def _keys(self, table: FeatureTable) -> list[pa.Array]:
         columns, place = self.columns(table.by)
-        try:
+        with errors_at(f"{place}: ids of {table.by}", pa.ArrowException, OverflowError, TypeError):
             fills = self.schema.fills
             return [filled(as_array(values), name, fills) for name, values in columns.items()]
-        except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
-            raise ValueError(f"{place}: ids of {table.by}: {error}") from error
 
 
 def as_array(values: Sequence[Any] | pa.Array) -> pa.Array:
@@ -274,13 +273,11 @@ class RequestReader:
             self._checked.add(types)
         table = read_columns(pa.table(arrays), self.schema, [name], place)
 
-        def refuse(
-            column: str, rows: np.ndarray, reason: str, message: Callable[[int], str]
-        ) -> None:
+        def refuse(_: str, rows: np.ndarray, reason: str, message: Callable[[int], str]) -> None:
             if rows.any():
                 number = int(rows.argmax())
                 hint = "; give the request a value" if place.startswith("features") else ""
-                problem = f"column '{column}', value {number}: {message(number)}{hint}"
+                problem = f"column '{name}', value {number}: {message(number)}{hint}"
                 raise ValueError(f"{place}: {problem}")
 
         return usable_column(table, name, self.schema, refuse)
@@ -306,11 +303,7 @@ class RequestReader:
         if column in self.schema.transforms or self.schema.vocabulary_of(name) is not None:
             is_list_column = self.schema.columns[column].kind in ("ids", "sequence")
             return pa.list_(pa.null()) if is_list_column else pa.null()
-        settings = self.schema.columns.get(name)
-        if settings is None:  # a parallel list
-            return pa.list_(pa.float32())
-        value = pa.int64() if settings.kind in ("id", "ids", "sequence") else pa.float32()
-        return pa.list_(value) if settings.kind in ("ids", "sequence") else value
+        return empty_table(self.schema, [name]).schema.field(name).type
 
 
 def value_list(

@@ -28,7 +28,7 @@ from recsys.serving.new_items.added_items import FEATURES, AddedItems
 from recsys.serving.new_items.added_items import FOLDER as ADDED
 from recsys.serving.package import Manifest, read_manifest, replace_manifest
 from recsys.storage.files import link_or_copy, whole_folder
-from recsys.storage.location import Location
+from recsys.storage.location import Location, errors_at
 from recsys.storage.manifest import describe_all
 
 FOLDER = "features"
@@ -85,10 +85,8 @@ class PackageFeatures(FeatureSource):
     def read(self, table: FeatureTable, keys: list[pa.Array]) -> pa.Table:  # K ids each -> [K]
         columns: dict[str, pa.Array] = {}
         for part in self._parts[table.name]:
-            try:
+            with errors_at(f"features by {table.name}"):
                 places = part.find(keys)
-            except ValueError as error:
-                raise ValueError(f"features by {table.name}: {error}") from error
             rows, has_row = pa.array(places, mask=places < 0), pa.array(places >= 0)
             for name, values in part.columns.items():
                 latest = values.take(rows)
@@ -141,10 +139,8 @@ def write_features(root: Location, schema: Schema, package: Path) -> None:
     for table in schema.features:
         names = [*table.by, *value_columns(table)]
         rows = _read(features_folder(root, table), names)
-        try:
+        with errors_at(features_folder(root, table)):
             IndexedRows(rows, table)
-        except ValueError as error:
-            raise ValueError(f"{features_folder(root, table)}: {error}") from error
         path = features_file(package, table)
         path.parent.mkdir(exist_ok=True)
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:
