@@ -32,15 +32,11 @@ BLOCK_BYTES = 2**24
 
 @dataclass(frozen=True)
 class Description:
-    """Origin of each file of the newer package, in `delta.json`.
+    """Origin of each file of the newer package, in `delta.json`."""
 
-    base: hashes by block of the files of the older package that are needed, by name.
-    patched: bytes of a row, by name of the files of which some rows differ.
-    """
-
-    base: dict[str, list[str]]
+    base: dict[str, list[str]]  # hashes by block of the older package's files that are needed
     kept: list[str]
-    patched: dict[str, int]
+    patched: dict[str, int]  # bytes of a row, by name of the files of which some rows differ
     whole: list[str]
     format: int = FORMAT
 
