@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -92,8 +91,9 @@ class ScoringService:
         self.package = LoadedPackage.load(settings, verified=verified)
         self._failures, self._retry_at = 0, 0.0
         self._scorer_thread = ThreadPoolExecutor(1, "scorer")
-        # A separate thread: without privileges its priority cannot be raised again.
-        self._loader_thread = ThreadPoolExecutor(1, "loader", _lower_priority)
+        # A separate thread: without privileges its priority cannot be raised again. 0: its own.
+        priority = os.PRIO_PROCESS, 0, LOADER_NICENESS
+        self._loader_thread = ThreadPoolExecutor(1, "loader", os.setpriority, priority)
         self._num_waiting = 0
         self._item_thread = ThreadPoolExecutor(1, "items")
         self._intake = ItemIntake(self._folder) if settings.encoders else None
@@ -212,8 +212,8 @@ class ScoringService:
             metrics.RELOAD_FAILURES.inc()
             self._failures += 1
             self._retry_at = time.monotonic() + min(2.0**self._failures, LONGEST_PAUSE)
-            text = "the new package is not served, version %s still is: %s"
-            logger.error(text, self.package.version, error)
+            version = self.package.version
+            logger.error(f"the new package is not served, version {version} still is: {error}")
             return False
         metrics.WORKERS.labels(self.package.version).set(0)
         self.package = package
@@ -221,10 +221,6 @@ class ScoringService:
         self._manifest_identity, self._failures, self._retry_at = identity, 0, 0.0
         logger.info("serving version %s", self.package.version)
         return True
-
-
-def _lower_priority() -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADER_NICENESS)
 
 
 @contextmanager
