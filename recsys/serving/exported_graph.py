@@ -76,7 +76,7 @@ class ExportedGraph:
         return ExportedGraph(program.graph_module, _state_of(program), digest)
 
     def with_weights(self, archive: ZipFile) -> ExportedGraph:
-        root = _root_of(archive)
+        root = archive.namelist()[0].split("/")[0]
         records = json.loads(archive.read(f"{root}{WEIGHTS}{CONFIG}"))["config"]
         state = dict(self._state)
         for name, record in records.items():
@@ -103,15 +103,12 @@ def _state_of(program: ExportedProgram) -> dict[str, Tensor]:
     return {name: tensors[name].detach() for name in names}
 
 
-def _root_of(archive: ZipFile) -> str:
-    return archive.namelist()[0].split("/")[0]
-
-
 def _digest_of_operations(archive: ZipFile) -> str:
     """Return the hash of all records that describe operations, constants and names of weights."""
-    root, digest = _root_of(archive), hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(archive.namelist()):
-        if not (record := name.removeprefix(root)).startswith(NO_OPERATIONS):
+        record = name[name.index("/") :]  # behind the folder of the whole archive
+        if not record.startswith(NO_OPERATIONS):
             digest.update(f"{record} {archive.getinfo(name).file_size} ".encode())
             digest.update(archive.read(name))
     return digest.hexdigest()
