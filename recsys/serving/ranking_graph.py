@@ -154,9 +154,7 @@ class RankingInputs:
     further_content: list[Tensor] = field(default_factory=list)  # [K, E]
 
     def arguments(self) -> tuple[object, ...]:
-        """Return the graph's arguments; the last three only with further histories."""
-        arguments = tuple(vars(self).values())
-        return arguments if self.further else arguments[:-3]
+        return tuple(vars(self).values())
 
 
 @dataclass

@@ -310,8 +310,7 @@ def format_baselines(reports: Mapping[str, Any]) -> str:
     """Format the result of `compare_with_baselines` as a text table."""
     metrics = [name for name in next(iter(reports.values()))["all"] if "@" in name]
     columns = [("all", name) for name in metrics] + [("unseen", metrics[0])]
-    titles = [*metrics, f"{metrics[0]} unseen"]
-    rows = [("", *titles)]
+    rows = [("", *metrics, f"{metrics[0]} unseen")]
     for name, report in reports.items():
         values = (report[part][metric] for part, metric in columns)
         rows.append((name, *("-" if value is None else f"{value:.4f}" for value in values)))

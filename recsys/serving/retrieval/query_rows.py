@@ -71,10 +71,8 @@ class QueryRows:
         return csr_matrix((shares, places), shape=(len(self.lengths), num_items))
 
 
-def other_candidates(
-    rows: QueryRows, num_items: int, exclude_seen: bool
-) -> np.ndarray:  # bool [R, I]
-    """Return which items compete with each row's target.
+def other_candidates(rows: QueryRows, num_items: int, exclude_seen: bool) -> np.ndarray:
+    """Return which items compete with each row's target, bool [R, I].
 
     Items that came later do not, nor, on request, those of the history.
     """
