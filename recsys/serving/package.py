@@ -83,11 +83,6 @@ def write_manifest(folder: Path, manifest: BaseManifest, leave_out: str | None =
         folder,
         sorted(path for path in folder.rglob("*") if path.is_file() and inner not in path.parents),
     )
-    replace_manifest(folder, manifest)
-
-
-def replace_manifest(folder: Path, manifest: BaseManifest) -> None:
-    """Write the signed manifest of a folder, by one rename."""
     write_signed(folder / MANIFEST, asdict(manifest))
 
 

@@ -228,7 +228,7 @@ class Scorer:
         vectors = self._tables[self.schema.table_of(name)].rows(column.rows)
         lengths = torch.from_numpy(np.asarray(column.lengths, np.int64))
         sums = torch.segment_reduce(vectors, "sum", lengths=lengths, initial=0.0)
-        return sums if len(sums) == num_rows else sums.expand(num_rows, -1)
+        return sums.expand(num_rows, -1)  # those of one user are the same for all candidates
 
     def _warm_up(self) -> None:
         one = np.zeros(1, np.int64)

@@ -6,7 +6,7 @@ Items that were added since the export have theirs in one further table. Shapes:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ from recsys.data.schema_columns import FeatureTable
 from recsys.serving.features.source import FeatureSource, joined_keys, value_columns
 from recsys.serving.new_items.added_items import FEATURES, AddedItems
 from recsys.serving.new_items.added_items import FOLDER as ADDED
-from recsys.serving.package import Manifest, read_manifest, replace_manifest
+from recsys.serving.package import MANIFEST, Manifest, read_manifest
 from recsys.storage.files import link_or_copy, whole_folder
 from recsys.storage.location import Location, errors_at
-from recsys.storage.manifest import describe_all
+from recsys.storage.manifest import describe_all, write_signed
 
 FOLDER = "features"
 
@@ -189,7 +189,7 @@ def refresh_features(package: Path, data: str, out: Path) -> Manifest:
         created = datetime.now(UTC).isoformat(timespec="seconds")
         described = describe_all(partial, sorted(changed))
         manifest = replace(manifest, files=unchanged_files | described, created=created)
-        replace_manifest(partial, manifest)
+        write_signed(partial / MANIFEST, asdict(manifest))
     return manifest
 
 

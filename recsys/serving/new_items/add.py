@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,9 +35,9 @@ from recsys.serving.features.source import value_columns
 from recsys.serving.new_items.added_items import AddedItems, content_index, grow_vocabulary, lookup
 from recsys.serving.new_items.item_encoder import FOLDER as ENCODER
 from recsys.serving.new_items.item_encoder import INDEX, EncoderCache, ItemEncoder
-from recsys.serving.package import Manifest, read_manifest, replace_manifest
+from recsys.serving.package import MANIFEST, Manifest, read_manifest
 from recsys.storage.location import Location, errors_at
-from recsys.storage.manifest import VerifiedFiles, differences
+from recsys.storage.manifest import VerifiedFiles, differences, write_signed
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def add_items(package: Path, items: str, encoders: EncoderCache | None = None) -
         if len(index) or num_features:
             content = previous.merged_with(index, vectors)
             manifest = previous.write_next(package, manifest, *content, ids, features)
-            replace_manifest(package, manifest)
+            write_signed(package / MANIFEST, asdict(manifest))
     return replace(counts, features=num_features)
 
 
