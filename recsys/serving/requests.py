@@ -169,7 +169,7 @@ class RequestReader:
         target_ids = {item: array_of(ids[item], item, "candidates")}
         target = self._table_rows(item, target_ids, "candidates").rows
         request = RequestValues(self.schema, self.features, user, {**lists, **ids}, self.clock())
-        histories, sources = self._histories(history), self.schema.file_columns
+        histories, sources = self.histories(history), self.schema.file_columns
         pooled = {
             name: self._table_rows(name, *request.columns(sources([name]))) for name in self.pooled
         }
@@ -206,7 +206,7 @@ class RequestReader:
             raise ValueError(f"ids of '{item}' are not in the package, only a map; list some")
         return list(range(count))
 
-    def _histories(self, history: Values | Sequence[Any]) -> list[HistoryRows]:
+    def histories(self, history: Values | Sequence[Any]) -> list[HistoryRows]:
         histories = self.schema.histories
         if not isinstance(history, Mapping):
             history = value_list({"items": history}, "items", "history")

@@ -60,11 +60,10 @@ class Scorer:
         features: FeatureSettings | None = None,
     ) -> None:
         self.manifest, self.labels = manifest, tuple(manifest.labels)
-        schema = load_run_schema(folder)
+        self.schema = schema = load_run_schema(folder)
         self._added = AddedItems.open(folder, manifest.added)
         grow_vocabulary(schema, [self._added.ids])
         bounded = {table: load_bounded(folder, table, schema) for table in manifest.bounded}
-        self.schema = schema
         package_features = PackageFeatures(folder, schema, self._added.features)
         self.feature_types = package_features.types
         package_features.version = features_version(manifest) if schema.features else ""
@@ -232,16 +231,9 @@ class Scorer:
 
     def _warm_up(self) -> None:
         one = np.zeros(1, np.int64)
-        histories = [
-            HistoryRows(
-                dict.fromkeys((history.name, *history.ids), one[:0]),
-                np.zeros((0, len(history.numbers)), np.float32),
-            )
-            for history in self.schema.histories
-        ]
         pooled = {name: TableRows(one, one + 1) for name in self.manifest.pooled}
         dense = {name: np.zeros(1, np.float32) for name in self.manifest.dense}
-        self._run(RequestRows(pooled, dense, one, histories))
+        self._run(RequestRows(pooled, dense, one, self.read.histories([])))
 
 
 def features_version(manifest: Manifest) -> str:
