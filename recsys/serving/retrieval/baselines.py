@@ -89,12 +89,12 @@ class Catalogue:
         history = rows.history_weights(len(self.popularity), decay)
         scores: dict[str, np.ndarray] = {}
         for name in names:
-            if name == "popularity":
+            if name in self.neighbours:
+                part = history @ self.neighbours[name]
+            elif name == "popularity":
                 part = np.broadcast_to(self.popularity, history.shape)
             elif name == "model":
                 part = rows.queries @ self.vectors[name].T
-            elif name in self.neighbours:
-                part = history @ self.neighbours[name]
             else:
                 part = (history @ self.vectors[name]) @ self.vectors[name].T
             scores[name] = part.toarray() if issparse(part) else part
