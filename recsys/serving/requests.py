@@ -165,10 +165,9 @@ class RequestReader:
             raise ValueError(f"user: is {type(user).__name__}; give a mapping of column to value")
         item = self.schema.target_item
         lists = candidates if isinstance(candidates, Mapping) else {item: candidates}
-        ids = {item: value_list(lists, item, "candidates")}
-        target_ids = {item: array_of(ids[item], item, "candidates")}
-        target = self._table_rows(item, target_ids, "candidates").rows
-        request = RequestValues(self.schema, self.features, user, {**lists, **ids}, self.clock())
+        lists = {**lists, item: value_list(lists, item, "candidates")}
+        request = RequestValues(self.schema, self.features, user, lists, self.clock())
+        target = self._table_rows(item, {item: request.column(item)}, "candidates").rows
         histories, sources = self.histories(history), self.schema.file_columns
         pooled = {
             name: self._table_rows(name, *request.columns(sources([name]))) for name in self.pooled
