@@ -94,9 +94,9 @@ def write_user_tower(run: Path, job: Job, folder: Path) -> Manifest:
         run,
         job,
         folder,
-        QueryVectors(towers, num_pooled, len(dense)),
-        [pooled[place] for place in towers.pooled if place < len(pooled)],
-        [dense[place] for place in towers.dense],
+        ranking=QueryVectors(towers, num_pooled, len(dense)),
+        pooled=[pooled[place] for place in towers.pooled if place < len(pooled)],
+        dense=[dense[place] for place in towers.dense],
         reads_targets=False,
     )
 
