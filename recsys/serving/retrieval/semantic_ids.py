@@ -232,7 +232,7 @@ def export_semantic_ids(
         _check_codes(codes, int(is_trained.sum()))
     items = item_vectors(job, cast(VectorKind, kind))
     books = books or Codebooks.fit(items.vectors[is_trained], levels, codes, balanced=balanced)
-    ids, (levels, codes) = books.ids_of(items.vectors), books.centres.shape[:2]
+    ids, (levels, codes, dim) = books.ids_of(items.vectors), books.centres.shape
     report = collision_report(ids % codes, items.ids.to_pylist(), codes)
     target_item = job.schema.target_item
     table = pa.table({target_item: items.ids, COLUMN: pa.array(list(ids))})
@@ -241,7 +241,7 @@ def export_semantic_ids(
         np.save(partial / CODEBOOKS, books.centres)
         np.save(partial / PRICES, books.prices)
         (partial / COLLISIONS).write_text(json.dumps(report, indent=1) + "\n")
-        manifest = SemanticManifest(str(run), model, target_item, *books.centres.shape, kind)
+        manifest = SemanticManifest(str(run), model, target_item, levels, codes, dim, kind)
         write_manifest(partial, manifest)
         if dataset is not None:
             write_dataset_with(job.root, job.schema, table, COLUMN, levels * codes, dataset)
