@@ -23,13 +23,7 @@ import psutil
 import torch
 
 from benchmarks.serving.server import served
-from recsys.serving.exported_graph import (
-    COMPILED,
-    COMPILED_TOLERANCES,
-    CONFIG,
-    WEIGHTS,
-    compile_graph,
-)
+from recsys.serving.exported_graph import COMPILED, CONFIG, WEIGHTS, compile_graph
 from recsys.serving.package import GRAPH, MANIFEST, read_manifest, write_manifest
 
 SCALE = 1.01  # of the other package's weights
@@ -157,8 +151,8 @@ def _write_another(package: Path, copy: Path) -> None:
     _scale_weights(package / GRAPH, copy / GRAPH)
     if manifest.compiled:
         (copy / COMPILED).unlink()
-        tolerance = COMPILED_TOLERANCES[manifest.precision]
-        compile_graph(torch.export.load(copy / GRAPH), copy / COMPILED, tolerance)
+        program = torch.export.load(copy / GRAPH)
+        compile_graph(program, copy / COMPILED, True, manifest.precision)
     table = copy / "tables" / f"{manifest.target_item}.vectors"
     if manifest.tables[manifest.target_item]["stored_as"] == "fp32":
         table.write_bytes((np.fromfile(table, np.float32) * np.float32(SCALE)).tobytes())

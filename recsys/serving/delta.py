@@ -32,15 +32,11 @@ BLOCK_BYTES = 2**24
 
 @dataclass(frozen=True)
 class Description:
-    """Origin of each file of the newer package, in `delta.json`.
+    """Origin of each file of the newer package, in `delta.json`."""
 
-    base: hashes by block of the files of the older package that are needed, by name.
-    patched: bytes of a row, by name of the files of which some rows differ.
-    """
-
-    base: dict[str, list[str]]
+    base: dict[str, list[str]]  # hashes by block of the older package's files that are needed
     kept: list[str]
-    patched: dict[str, int]
+    patched: dict[str, int]  # bytes of a row, by name of the files of which some rows differ
     whole: list[str]
     format: int = FORMAT
 
@@ -158,9 +154,8 @@ def apply_delta(base: Path, delta: Path, out: Path) -> Manifest:
     if older.added and older.added != newer.added:
         count = len(AddedItems.open(base, older.added).index)
         logger.warning(
-            "%s: %s items were added to it after its export; the newer package has those of its "
-            "own run alone: add the others again",
-            *(base, f"{count:,}"),
+            f"{base}: {count:,} items were added to it after its export; the newer package has "
+            "those of its own run alone: add the others again"
         )
     return newer
 

@@ -39,9 +39,8 @@ from recsys.evaluation.predict import load_run
 from recsys.model.tables import pooled_features
 from recsys.serving.exported_graph import (
     COMPILED,
-    COMPILED_TOLERANCES,
     Compile,
-    compile_if_possible,
+    compile_graph,
     export_graph,
     is_compiled,
 )
@@ -86,10 +85,18 @@ def export_run(
     """
     compiles = compiles if is_compiled(compiles) else False
     job = load_for_export(run, out, ranks, data)
-    columns = pooled_features(job.config.embedding, job.schema), job.schema.of_kind("dense")
     with whole_folder(out) as partial:
-        parts = run, job, partial, job.em3.ranking, *columns, tables
-        return write_package(*parts, compiles=compiles, precision=precision)
+        return write_package(
+            run,
+            job,
+            partial,
+            ranking=job.em3.ranking,
+            pooled=pooled_features(job.config.embedding, job.schema),
+            dense=job.schema.of_kind("dense"),
+            tables=tables,
+            compiles=compiles,
+            precision=precision,
+        )
 
 
 def load_for_export(run: Path, out: Path, ranks: Ranks, data: str | None) -> Job:
@@ -155,8 +162,7 @@ def write_package(
     )
     program = _write_graph(job, manifest, ranking, folder / GRAPH)
     if compiles:
-        tolerance = COMPILED_TOLERANCES[precision]
-        manifest.compiled = compile_if_possible(program, folder / COMPILED, compiles, tolerance)
+        manifest.compiled = compile_graph(program, folder / COMPILED, compiles, precision)
     (folder / REQUEST).write_text(_example_request(job, manifest) + "\n")
     write_manifest(folder, manifest)
     return manifest
@@ -288,30 +294,30 @@ def _write_graph(job: Job, manifest: Manifest, ranking: nn.Module, path: Path) -
     content = torch.zeros(1, 0 if branch is None else branch.vector_dim)
     graph = RankingGraph(
         ranking,
-        None if branch is None else branch.history_map,
-        0 if branch is None else branch.dim,
-        top_k(job),
-        job.em3.further_histories,
-        None if job.em3.scaling is None else job.em3.scaling.of_dense(manifest.dense),
-        job.em3.neighbours,
-        manifest.precision == "bf16",
+        history_map=None if branch is None else branch.history_map,
+        content_dim=0 if branch is None else branch.dim,
+        top_k=top_k(job),
+        further_histories=job.em3.further_histories,
+        scaling=None if job.em3.scaling is None else job.em3.scaling.of_dense(manifest.dense),
+        neighbours=job.em3.neighbours,
+        bfloat16=manifest.precision == "bf16",
     )
     further, read_beside = job.schema.histories[1:], manifest.content_histories
     unread, ids = content[:, :0], torch.zeros(1, dtype=torch.int64)
     shapes = RankingInputs(
-        pooled,
-        torch.zeros(1, len(manifest.dense)),
-        item,
-        item,
-        torch.zeros(1, len(manifest.parallel)),
-        ids,
-        ids,
-        content,
-        content,
-        content if manifest.searches else unread,
-        [item] * len(further),
-        [torch.zeros(1, len(history.numbers)) for history in further],
-        [content if history.name in read_beside else unread for history in further],
+        pooled=pooled,
+        dense=torch.zeros(1, len(manifest.dense)),
+        target=item,
+        history=item,
+        parallel=torch.zeros(1, len(manifest.parallel)),
+        target_items=ids,
+        history_items=ids,
+        target_content=content,
+        history_content=content,
+        target_in_bank=content if manifest.searches else unread,
+        further=[item] * len(further),
+        further_parallel=[torch.zeros(1, len(history.numbers)) for history in further],
+        further_content=[content if part.name in read_beside else unread for part in further],
     )
     return export_graph(graph, shapes, manifest.ranking, path)
 

@@ -16,7 +16,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config as symbolic_shapes
 
 from recsys.model.precision import cpu_computes_bfloat16
-from recsys.serving.package import GRAPH, Manifest
+from recsys.serving.package import GRAPH, Manifest, PackagePrecision
 from recsys.serving.ranking_graph import RankingGraph, RankingInputs
 
 logger = logging.getLogger(__name__)
@@ -62,10 +62,7 @@ class ExportedGraph:
         self.operations, self.digest, self._state = operations, digest, state
 
     def __call__(self, *arguments: Tensor | list[Tensor]) -> Tensor:
-        inputs: list[Tensor] = []
-        for argument in arguments:
-            inputs += argument if isinstance(argument, list) else [argument]
-        outputs: tuple[Tensor, ...] = self.operations(*self._state.values(), *inputs)
+        outputs: tuple[Tensor, ...] = self.operations(*self._state.values(), *_flat(arguments))
         return outputs[0]
 
     @staticmethod
@@ -79,7 +76,7 @@ class ExportedGraph:
         return ExportedGraph(program.graph_module, _state_of(program), digest)
 
     def with_weights(self, archive: ZipFile) -> ExportedGraph:
-        root = _root_of(archive)
+        root = archive.namelist()[0].split("/")[0]
         records = json.loads(archive.read(f"{root}{WEIGHTS}{CONFIG}"))["config"]
         state = dict(self._state)
         for name, record in records.items():
@@ -88,6 +85,13 @@ class ExportedGraph:
                 flat = torch.frombuffer(bytearray(content), dtype=old.dtype)
                 state[name] = flat.as_strided(old.shape, old.stride(), old.storage_offset()).clone()
         return ExportedGraph(self.operations, state, self.digest)
+
+
+def _flat(arguments: Iterable[Tensor | list[Tensor]]) -> list[Tensor]:
+    tensors: list[Tensor] = []
+    for argument in arguments:
+        tensors += argument if isinstance(argument, list) else [argument]
+    return tensors
 
 
 def _state_of(program: ExportedProgram) -> dict[str, Tensor]:
@@ -99,15 +103,12 @@ def _state_of(program: ExportedProgram) -> dict[str, Tensor]:
     return {name: tensors[name].detach() for name in names}
 
 
-def _root_of(archive: ZipFile) -> str:
-    return archive.namelist()[0].split("/")[0]
-
-
 def _digest_of_operations(archive: ZipFile) -> str:
     """Return the hash of all records that describe operations, constants and names of weights."""
-    root, digest = _root_of(archive), hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(archive.namelist()):
-        if not (record := name.removeprefix(root)).startswith(NO_OPERATIONS):
+        record = name[name.index("/") :]  # behind the folder of the whole archive
+        if not record.startswith(NO_OPERATIONS):
             digest.update(f"{record} {archive.getinfo(name).file_size} ".encode())
             digest.update(archive.read(name))
     return digest.hexdigest()
@@ -153,7 +154,10 @@ def any_length() -> AbstractContextManager[None]:
 def _require_any_length(program: ExportedProgram, inputs: RankingInputs) -> None:
     """Refuse what torch.export does in silence where a model branches: fix or bound a number."""
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
-    for argument, rows in zip(program.graph_signature.user_inputs, _names_of_rows(inputs)):
+    names = (name for name, part in vars(inputs).items() for _ in _flat([part]))
+    for argument, name in zip(program.graph_signature.user_inputs, names):
+        rows = "history items" if name in HISTORY_INPUTS else "candidates"
+        rows = "events of a further history" if name.startswith("further") else rows
         length = values[argument].shape[0]
         symbol = length.node.expr if isinstance(length, torch.SymInt) else None
         if (bounds := program.range_constraints.get(symbol)) is None:
@@ -163,15 +167,6 @@ def _require_any_length(program: ExportedProgram, inputs: RankingInputs) -> None
             )
         if bounds.lower > 2 or bounds.upper < sys.maxsize:
             raise ValueError(f"the graph takes {bounds.lower} to {bounds.upper} {rows} only")
-
-
-def _names_of_rows(inputs: RankingInputs) -> list[str]:
-    names: list[str] = []
-    for name, part in vars(inputs).items():
-        rows = "history items" if name in HISTORY_INPUTS else "candidates"
-        rows = "events of a further history" if name.startswith("further") else rows
-        names += [rows] * (len(part) if isinstance(part, list) else 1)
-    return names
 
 
 def compare_graphs(
@@ -199,14 +194,14 @@ def random_like(
             return torch.zeros(length, dtype=torch.int64)
         return torch.randn(length, like.shape[1], generator=generator)
 
-    inputs: dict[str, Any] = {
-        name: [random(like, num_rows) for like in part]
-        if name == "pooled"
-        else [random(like, num_events + place) for place, like in enumerate(part)]
-        if isinstance(part, list)
-        else random(part, num_items if name in HISTORY_INPUTS else num_rows)
-        for name, part in vars(shapes).items()
-    }
+    inputs: dict[str, Any] = {}
+    for name, part in vars(shapes).items():
+        if name == "pooled":
+            inputs[name] = [random(like, num_rows) for like in part]
+        elif name.startswith("further"):
+            inputs[name] = [random(like, num_events + place) for place, like in enumerate(part)]
+        else:
+            inputs[name] = random(part, num_items if name in HISTORY_INPUTS else num_rows)
     return RankingInputs(**inputs)
 
 
@@ -224,25 +219,14 @@ def is_compiled(option: Compile) -> bool:
     return False
 
 
-def compile_if_possible(
-    program: ExportedProgram, path: Path, option: Compile, tolerance: float = TOLERANCE
-) -> dict[str, str]:
-    """Compile a graph as `compile_graph` does; with `auto`, warn and go without if that fails."""
-    logger.info("compiling the graph takes a minute; --compile false leaves it out")
-    try:
-        return compile_graph(program, path, tolerance)
-    except ValueError as error:
-        if option is True:
-            raise
-        logger.warning("%s", error)
-        path.unlink(missing_ok=True)
-        return {}
-
-
 def compile_graph(
-    program: ExportedProgram, path: Path, tolerance: float = TOLERANCE
+    program: ExportedProgram, path: Path, option: Compile, precision: PackagePrecision
 ) -> dict[str, str]:
-    """Compile an exported graph, compare both, and return what the code needs, for a manifest."""
+    """Compile an exported graph, compare both, and return what the code needs, for a manifest.
+
+    Where that fails: with `auto` a warning and an empty result, else a ValueError.
+    """
+    logger.info("compiling the graph takes a minute; --compile false leaves it out")
     try:
         with any_length():
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))
@@ -250,13 +234,15 @@ def compile_graph(
         shapes = RankingInputs(*program.example_inputs[0])
         with torch.inference_mode():
             exported = program.module(check_guards=False)
-            compare_graphs(_load_compiled(path), exported, shapes, tolerance)
+            compare_graphs(_load_compiled(path), exported, shapes, COMPILED_TOLERANCES[precision])
     except Exception as error:  # AOTInductor raises errors of many types
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"--compile: AOTInductor cannot compile this model ({type(error).__name__}: {reason}); "
-            "set --compile false"
-        ) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        problem = f"AOTInductor cannot compile this model ({reason}); set --compile false"
+        if option is True:
+            raise ValueError(f"--compile: {problem}") from error
+        logger.warning("--compile: %s", problem)
+        path.unlink(missing_ok=True)
+        return {}
     return _this_machine()
 
 
@@ -264,18 +250,18 @@ def graph_file(folder: Path, manifest: Manifest) -> str:
     """Return the file of the graph that runs here: the compiled one where it can."""
     if manifest.precision == "bf16" and not cpu_computes_bfloat16():
         logger.warning(
-            "%s: exported with --precision bf16, but this CPU has no instructions for bfloat16 "
-            "(avx512_bf16 or amx_bf16 on x86), so requests are slower; export the run without it",
-            folder,
+            f"{folder}: exported with --precision bf16, but this CPU has no instructions for "
+            "bfloat16 (avx512_bf16 or amx_bf16 on x86), so requests are slower; export the run "
+            "without it"
         )
     if not manifest.compiled:
         return GRAPH
     if manifest.compiled == _this_machine():
         return COMPILED
+    compiled_for, here = (", ".join(part.values()) for part in (manifest.compiled, _this_machine()))
     logger.warning(
-        "%s: compiled for %s, but this is %s, so the graph runs uncompiled; export the run here",
-        folder,
-        *(", ".join(machine.values()) for machine in (manifest.compiled, _this_machine())),
+        f"{folder}: compiled for {compiled_for}, but this is {here}, so the graph runs uncompiled; "
+        "export the run here"
     )
     return GRAPH
 
@@ -294,11 +280,5 @@ def _this_machine() -> dict[str, str]:
 
 
 def _load_compiled(path: Path) -> Graph:
-    run = torch._inductor.aoti_load_package(str(path))
-
-    def contiguous(argument: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        if isinstance(argument, list):
-            return [tensor.contiguous() for tensor in argument]
-        return argument.contiguous()
-
-    return lambda *arguments: run(*map(contiguous, arguments))
+    run = torch._inductor.aoti_load_package(str(path)).loader.boxed_run
+    return lambda *arguments: run([tensor.contiguous() for tensor in _flat(arguments)])[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -82,29 +83,17 @@ def write_manifest(folder: Path, manifest: BaseManifest, leave_out: str | None =
         folder,
         sorted(path for path in folder.rglob("*") if path.is_file() and inner not in path.parents),
     )
-    replace_manifest(folder, manifest)
-
-
-def replace_manifest(folder: Path, manifest: BaseManifest) -> None:
-    """Write the signed manifest of a folder, by one rename."""
     write_signed(folder / MANIFEST, asdict(manifest))
-
-
-def read_manifest(
-    folder: Path, verify: bool = True, verified: VerifiedFiles | None = None
-) -> Manifest:
-    """Read a package's manifest and check its files, by their hashes or only by their sizes.
-
-    Files in `verified` are not read again; those that are read are added. A folder that is no
-    package, of another format, or with a file that differs is a ValueError that names it.
-    """
-    return read_manifest_of(Manifest, folder, verify, verified)
 
 
 def read_manifest_of(
     kind: type[M], folder: Path, verify: bool = True, verified: VerifiedFiles | None = None
 ) -> M:
-    """Read a manifest of one kind, as `read_manifest` does that of a package."""
+    """Read a manifest of one kind and check its files, by their hashes or only by their sizes.
+
+    Files in `verified` are not read again; those that are read are added. A folder of another
+    kind or format, or with a file that differs, is a ValueError that names it.
+    """
     path, contents, command = folder / MANIFEST, kind.contents, kind.command
     if not path.is_file():
         raise ValueError(f"{folder}: no {contents} ({MANIFEST} is missing); make one by {command}")
@@ -119,6 +108,9 @@ def read_manifest_of(
     if difference is not None:
         raise ValueError(f"{difference}; export the run again, or copy the package again")
     return manifest
+
+
+read_manifest = partial(read_manifest_of, Manifest)
 
 
 def digest_of(manifest: Manifest) -> str:

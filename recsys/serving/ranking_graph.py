@@ -154,9 +154,7 @@ class RankingInputs:
     further_content: list[Tensor] = field(default_factory=list)  # [K, E]
 
     def arguments(self) -> tuple[object, ...]:
-        """Return the graph's arguments; the last three only with further histories."""
-        arguments = tuple(vars(self).values())
-        return arguments if self.further else arguments[:-3]
+        return tuple(vars(self).values())
 
 
 @dataclass
@@ -276,9 +274,7 @@ class RankingGraph(nn.Module):
     ) -> None:
         super().__init__()
         self.neighbours, self.scaling = neighbours, scaling
-        self.further_histories = further_histories
-        if further_histories is not None:
-            self.further_histories = packaged(further_histories, bfloat16)
+        self.further_histories = further_histories and packaged(further_histories, bfloat16)
         self.ranking, self.history_map = packaged(ranking, bfloat16), history_map
         self.content_dim, self.top_k = content_dim, top_k
         self.eval()

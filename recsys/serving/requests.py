@@ -18,11 +18,12 @@ import torch
 
 from embeddings.vocabulary.bounded import BoundedVocabulary
 from embeddings.vocabulary.fixed import ExactVocabulary
-from recsys.data.parquet.values import is_list, list_lengths, usable_column
+from recsys.data.parquet.values import empty_table, is_list, list_lengths, usable_column
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import FeatureTable, HistoryColumns
 from recsys.data.transforms.columns import check_types, filled, read_columns
 from recsys.serving.features.source import FeatureSource, without_old_values
+from recsys.storage.location import errors_at
 
 Values = Mapping[str, Any]
 
@@ -56,18 +57,19 @@ class RequestValues:
     nulls: dict[str, tuple[int, int]] = field(default_factory=dict)  # values and nulls, by column
     _looked_up: dict[str, dict[str, pa.Array]] = field(default_factory=dict)  # by table
 
-    def column(self, name: str) -> Sequence[Any] | pa.Array:
+    def column(self, name: str) -> pa.Array:
         """Return N values of the candidates, or one of the user."""
         if name in self.lists:
             num_rows = len(self.lists[self.schema.target_item])
-            return value_list(self.lists, name, "candidates", num_rows, "candidates")
+            values = value_list(self.lists, name, "candidates", num_rows, "candidates")
+            return array_of(values, name, "candidates")
         if name in self.user:
             if self.schema.is_of_items(name):
                 raise ValueError(
                     f"user: '{name}' is a column of the items, and one value would be that of all "
                     "candidates; leave it out, or give the candidates a list"
                 )
-            return [self.user[name]]
+            return array_of([self.user[name]], name, "user")
         table = self.schema.lookup_of(name)
         if table is None or self.features is None:
             raise ValueError(f"user: lacks '{name}'; give it to the user or the candidates")
@@ -76,43 +78,38 @@ class RequestValues:
             self._looked_up[table.name] = without_old_values(values, table, self.unix_time)
         return self._looked_up[table.name][name]
 
-    def columns(self, names: Sequence[str]) -> tuple[dict[str, Sequence[Any] | pa.Array], str]:
+    def columns(self, names: Sequence[str]) -> tuple[dict[str, pa.Array], str]:
         """Return columns of equal lengths, and the place that a message says they come from.
 
         Those of the user are repeated beside candidates'.
         """
         columns = {name: self.column(name) for name in names}
-        for name, values in columns.items():
-            if isinstance(values, pa.Array):
-                self.nulls[name] = len(values), values.null_count
-            else:
-                self.nulls[name] = len(values), sum(value is None for value in values)
+        self.nulls |= {name: (len(values), values.null_count) for name, values in columns.items()}
         length = next((size for size in map(len, columns.values()) if size != 1), 1)
-        repeated = {name: _repeated(values, length) for name, values in columns.items()}
+        for name, values in columns.items():
+            if len(values) != length:
+                columns[name] = pa.repeat(values[0], length)
         for name in names:
             table = self.schema.lookup_of(name)
             if table is not None and name not in self.lists and name not in self.user:
-                return repeated, f"features by {table.name}"
-        return repeated, "candidates" if self.lists.keys() & set(names) else "user"
+                return columns, f"features by {table.name}"
+        return columns, "candidates" if self.lists.keys() & set(names) else "user"
 
     def _keys(self, table: FeatureTable) -> list[pa.Array]:
         columns, place = self.columns(table.by)
-        try:
+        with errors_at(f"{place}: ids of {table.by}", pa.ArrowException):
             fills = self.schema.fills
-            return [filled(as_array(values), name, fills) for name, values in columns.items()]
-        except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
-            raise ValueError(f"{place}: ids of {table.by}: {error}") from error
+            return [filled(values, name, fills) for name, values in columns.items()]
 
 
-def as_array(values: Sequence[Any] | pa.Array) -> pa.Array:
-    """Return values as an array, of the type of the first."""
-    return values if isinstance(values, pa.Array) else pa.array(values)
-
-
-def _repeated(values: Sequence[Any] | pa.Array, length: int) -> Sequence[Any] | pa.Array:
-    if len(values) == length:
-        return values
-    return pa.repeat(values[0], length) if isinstance(values, pa.Array) else [*values] * length
+def array_of(values: Sequence[Any], name: str, place: str) -> pa.Array:
+    """Return the values of a file column as an array, of the type of the first."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError, TypeError, UnicodeEncodeError) as error:
+        is_large = isinstance(error, OverflowError)
+        problem = "an integer does not fit 64 bits; write a smaller one" if is_large else error
+        raise ValueError(f"{place}: column '{name}': {problem}") from error
 
 
 @dataclass(frozen=True)
@@ -168,10 +165,10 @@ class RequestReader:
             raise ValueError(f"user: is {type(user).__name__}; give a mapping of column to value")
         item = self.schema.target_item
         lists = candidates if isinstance(candidates, Mapping) else {item: candidates}
-        ids = {item: value_list(lists, item, "candidates")}
-        target = self._table_rows(item, ids, "candidates").rows
-        request = RequestValues(self.schema, self.features, user, {**lists, **ids}, self.clock())
-        histories, sources = self._histories(history), self.schema.file_columns
+        lists = {**lists, item: value_list(lists, item, "candidates")}
+        request = RequestValues(self.schema, self.features, user, lists, self.clock())
+        target = self._table_rows(item, {item: request.column(item)}, "candidates").rows
+        histories, sources = self.histories(history), self.schema.file_columns
         pooled = {
             name: self._table_rows(name, *request.columns(sources([name]))) for name in self.pooled
         }
@@ -208,7 +205,7 @@ class RequestReader:
             raise ValueError(f"ids of '{item}' are not in the package, only a map; list some")
         return list(range(count))
 
-    def _histories(self, history: Values | Sequence[Any]) -> list[HistoryRows]:
+    def histories(self, history: Values | Sequence[Any]) -> list[HistoryRows]:
         histories = self.schema.histories
         if not isinstance(history, Mapping):
             history = value_list({"items": history}, "items", "history")
@@ -223,15 +220,16 @@ class RequestReader:
     def _history(self, history: HistoryColumns, lists: Values) -> HistoryRows:
         length = len(value_list(lists, history.name, "history"))
 
-        def file_values(column: str) -> dict[str, Any]:
+        def file_values(column: str) -> dict[str, pa.Array]:
             """Return the values beside the events that a column is made of, each as one list."""
-            what, names = f"items of '{history.name}'", self.schema.file_columns([column])
-            return {
-                name: self._beside(name, lists[history.name])
-                if name not in lists and self.schema.lookup_beside(name) is not None
-                else [value_list(lists, name, "history", length, what)]
-                for name in names
-            }
+            arrays, what = {}, f"items of '{history.name}'"
+            for name in self.schema.file_columns([column]):
+                if name not in lists and self.schema.lookup_beside(name) is not None:
+                    arrays[name] = self._beside(name, lists[history.name])
+                else:
+                    values = value_list(lists, name, "history", length, what)
+                    arrays[name] = array_of([values], name, "history")
+            return arrays
 
         numbers = [
             self._column(name, file_values(name), "history").flatten().to_numpy(False)
@@ -247,13 +245,13 @@ class RequestReader:
     def _beside(self, name: str, items: Sequence[Any]) -> pa.Array:  # [L] -> one list of L
         table = self.schema.lookup_beside(name)
         assert table is not None and self.features is not None
-        ids = self._array(self.schema.target_item, items, "history", self.schema.target_item)
+        ids = array_of(items, self.schema.target_item, "history")
         values = without_old_values(self.features.read(table, [ids]), table, self.clock())
         column = values[table.beside[name]]
         return pa.ListArray.from_arrays(pa.array([0, len(column)], pa.int32()), column)
 
-    def _table_rows(self, name: str, values: Mapping[str, Sequence[Any]], place: str) -> TableRows:
-        array = self._column(name, values, place)
+    def _table_rows(self, name: str, arrays: Mapping[str, pa.Array], place: str) -> TableRows:
+        array = self._column(name, arrays, place)
         lengths = list_lengths(array) if is_list(array.type) else np.ones(len(array), np.int64)
         flat = array.flatten() if is_list(array.type) else array
         rows = np.array(flat.to_numpy(zero_copy_only=False))  # a copy, as torch needs to write it
@@ -262,11 +260,8 @@ class RequestReader:
             rows = vocabulary.rows_of(torch.from_numpy(rows), step=0, training=False).numpy()
         return TableRows(rows, lengths)
 
-    def _column(self, name: str, values: Mapping[str, Sequence[Any]], place: str) -> pa.Array:
-        arrays = {
-            source: self._array(source, source_values, place, name)
-            for source, source_values in values.items()
-        }
+    def _column(self, name: str, arrays: Mapping[str, pa.Array], place: str) -> pa.Array:
+        arrays = {source: self._typed(array, source, name) for source, array in arrays.items()}
         # The check reads an empty table, which costs as much as the few values of a request.
         types = (name, *((source, array.type) for source, array in arrays.items()))
         if types not in self._checked:
@@ -274,43 +269,27 @@ class RequestReader:
             self._checked.add(types)
         table = read_columns(pa.table(arrays), self.schema, [name], place)
 
-        def refuse(
-            column: str, rows: np.ndarray, reason: str, message: Callable[[int], str]
-        ) -> None:
+        def refuse(_: str, rows: np.ndarray, reason: str, message: Callable[[int], str]) -> None:
             if rows.any():
                 number = int(rows.argmax())
                 hint = "; give the request a value" if place.startswith("features") else ""
-                problem = f"column '{column}', value {number}: {message(number)}{hint}"
+                problem = f"column '{name}', value {number}: {message(number)}{hint}"
                 raise ValueError(f"{place}: {problem}")
 
         return usable_column(table, name, self.schema, refuse)
 
-    def _array(self, name: str, values: Sequence[Any], place: str, column: str) -> pa.Array:
-        try:
-            array = as_array(values)
-            kind = array.type
-            if pa.types.is_null(kind) or (is_list(kind) and pa.types.is_null(kind.value_type)):
-                expected = self._type_of_nulls(name, column)
-                if kind != expected and (pa.types.is_null(kind) or is_list(expected)):
-                    array = array.cast(expected)
-        except OverflowError as error:
-            raise ValueError(
-                f"{place}: column '{name}': an integer does not fit 64 bits; write a smaller one"
-            ) from error
-        except (pa.ArrowException, TypeError, UnicodeEncodeError) as error:
-            raise ValueError(f"{place}: column '{name}': {error}") from error
-        return array
-
-    def _type_of_nulls(self, name: str, column: str) -> pa.DataType:
-        """Return the type of a file column without values; steps and raw ids take any."""
+    def _typed(self, array: pa.Array, name: str, column: str) -> pa.Array:
+        """Give nulls alone, of a file column, the type of values; steps and raw ids take any."""
+        kind = array.type
+        if not pa.types.is_null(kind.value_type if is_list(kind) else kind):
+            return array
         if column in self.schema.transforms or self.schema.vocabulary_of(name) is not None:
             is_list_column = self.schema.columns[column].kind in ("ids", "sequence")
-            return pa.list_(pa.null()) if is_list_column else pa.null()
-        settings = self.schema.columns.get(name)
-        if settings is None:  # a parallel list
-            return pa.list_(pa.float32())
-        value = pa.int64() if settings.kind in ("id", "ids", "sequence") else pa.float32()
-        return pa.list_(value) if settings.kind in ("ids", "sequence") else value
+            expected = pa.list_(pa.null()) if is_list_column else pa.null()
+        else:
+            expected = empty_table(self.schema, [name]).schema.field(name).type
+        is_castable = pa.types.is_null(kind) or is_list(expected)
+        return array.cast(expected) if is_castable and kind != expected else array
 
 
 def value_list(

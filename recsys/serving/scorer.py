@@ -60,11 +60,10 @@ class Scorer:
         features: FeatureSettings | None = None,
     ) -> None:
         self.manifest, self.labels = manifest, tuple(manifest.labels)
-        schema = load_run_schema(folder)
+        self.schema = schema = load_run_schema(folder)
         self._added = AddedItems.open(folder, manifest.added)
         grow_vocabulary(schema, [self._added.ids])
         bounded = {table: load_bounded(folder, table, schema) for table in manifest.bounded}
-        self.schema = schema
         package_features = PackageFeatures(folder, schema, self._added.features)
         self.feature_types = package_features.types
         package_features.version = features_version(manifest) if schema.features else ""
@@ -111,10 +110,8 @@ class Scorer:
         try:
             if versions := differing_versions(manifest):
                 logger.warning(
-                    "%s: written with %s, so scores may differ; export the run again with the "
-                    "versions that serve it",
-                    folder,
-                    ", ".join(versions),
+                    f"{folder}: written with {', '.join(versions)}, so scores may differ; export "
+                    "the run again with the versions that serve it"
                 )
             scorer = cls(folder, manifest, previous, features)
             scorer._warm_up()
@@ -134,11 +131,11 @@ class Scorer:
         return self.read.features.version
 
     def _load_graph(self, folder: Path, previous: Scorer | None) -> Graph:
-        file = self.manifest.files[self.graph_file]
-        if previous is not None and previous.manifest.files[previous.graph_file] == file:
-            return previous._graph
-        graph = None if previous is None else previous._graph
-        return load_graph(folder / self.graph_file, graph)
+        path, file = folder / self.graph_file, self.manifest.files[self.graph_file]
+        if previous is None:
+            return load_graph(path)
+        is_same = previous.manifest.files[previous.graph_file] == file
+        return previous._graph if is_same else load_graph(path, previous._graph)
 
     def score(
         self,
@@ -188,33 +185,27 @@ class Scorer:
         if manifest.searches:
             target_in_bank = self._content_vectors("history", rows.target)
         return RankingInputs(
-            [self._pooled(name, rows.pooled[name], num_rows) for name in manifest.pooled],
-            torch.from_numpy(dense),
-            self._vectors(manifest.target_item, rows.target),
-            self._events(first),
-            torch.from_numpy(first.numbers),
-            torch.from_numpy(rows.target),
-            torch.from_numpy(history_items),
-            self._content_vectors("target", rows.target),
-            self._content_vectors("history", history_items),
-            target_in_bank,
-            [self._events(events) for events in further],
-            [torch.from_numpy(events.numbers) for events in further],
-            [self._further_content(events) for events in further],
+            pooled=[self._pooled(name, rows.pooled[name], num_rows) for name in manifest.pooled],
+            dense=torch.from_numpy(dense),
+            target=self._tables[manifest.target_item].rows(rows.target),
+            history=self._events(first),
+            parallel=torch.from_numpy(first.numbers),
+            target_items=torch.from_numpy(rows.target),
+            history_items=torch.from_numpy(history_items),
+            target_content=self._content_vectors("target", rows.target),
+            history_content=self._content_vectors("history", history_items),
+            target_in_bank=target_in_bank,
+            further=[self._events(events) for events in further],
+            further_parallel=[torch.from_numpy(events.numbers) for events in further],
+            further_content=[self._further_content(events) for events in further],
         )
-
-    def _vectors(self, table: str, rows: np.ndarray) -> Tensor:  # [N] -> [N, D]
-        """Return rows of a table; items beyond it, which only have content, get the last row."""
-        file = self._tables[table]
-        return file.rows(np.minimum(rows, file.shape.num_rows - 1))
 
     def _content_vectors(self, part: str, items: np.ndarray) -> Tensor:  # [N] -> [N, E]
         """Return content vectors, of added items those that came with them; zeros if not read."""
         if part not in self._content:
             history = self._content.get("history")
             return torch.zeros(len(items), 0 if history is None else history.shape.dim)
-        file = self._content[part]
-        vectors = file.rows(np.minimum(items, file.shape.num_rows - 1))
+        vectors = self._content[part].rows(items)
         self._added.replace_in(vectors, items)
         return vectors
 
@@ -228,28 +219,21 @@ class Scorer:
         """Return the sum of the vectors that each event has in the columns of a history."""
         total = torch.zeros(())
         for name, ids in history.ids.items():
-            vectors = self._vectors(self.schema.table_of(name), ids)
+            vectors = self._tables[self.schema.table_of(name)].rows(ids)
             total = total + vectors.view(-1, self.schema.rows_per_id(name), vectors.shape[1]).sum(1)
         return total
 
     def _pooled(self, name: str, column: TableRows, num_rows: int) -> Tensor:  # [N, D]
-        vectors = self._vectors(self.schema.table_of(name), column.rows)
+        vectors = self._tables[self.schema.table_of(name)].rows(column.rows)
         lengths = torch.from_numpy(np.asarray(column.lengths, np.int64))
         sums = torch.segment_reduce(vectors, "sum", lengths=lengths, initial=0.0)
-        return sums if len(sums) == num_rows else sums.expand(num_rows, -1)
+        return sums.expand(num_rows, -1)  # those of one user are the same for all candidates
 
     def _warm_up(self) -> None:
         one = np.zeros(1, np.int64)
-        histories = [
-            HistoryRows(
-                dict.fromkeys((history.name, *history.ids), one[:0]),
-                np.zeros((0, len(history.numbers)), np.float32),
-            )
-            for history in self.schema.histories
-        ]
         pooled = {name: TableRows(one, one + 1) for name in self.manifest.pooled}
         dense = {name: np.zeros(1, np.float32) for name in self.manifest.dense}
-        self._run(RequestRows(pooled, dense, one, histories))
+        self._run(RequestRows(pooled, dense, one, self.read.histories([])))
 
 
 def features_version(manifest: Manifest) -> str:

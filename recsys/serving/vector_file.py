@@ -82,4 +82,6 @@ class VectorFile:
         self._rows = np.frombuffer(mapped, np.uint8, shape.num_rows * shape.row_bytes).reshape(size)
 
     def rows(self, ids: np.ndarray) -> Tensor:  # int64 [N] -> [N, D]
-        return self.shape.unpacked(torch.from_numpy(self._rows[ids]))
+        """Return vectors; ids beyond the file get its last row."""
+        places = np.minimum(ids, self.shape.num_rows - 1)
+        return self.shape.unpacked(torch.from_numpy(self._rows[places]))

@@ -6,7 +6,7 @@ Items that were added since the export have theirs in one further table. Shapes:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ from recsys.data.schema_columns import FeatureTable
 from recsys.serving.features.source import FeatureSource, joined_keys, value_columns
 from recsys.serving.new_items.added_items import FEATURES, AddedItems
 from recsys.serving.new_items.added_items import FOLDER as ADDED
-from recsys.serving.package import Manifest, read_manifest, replace_manifest
+from recsys.serving.package import MANIFEST, Manifest, read_manifest
 from recsys.storage.files import link_or_copy, whole_folder
-from recsys.storage.location import Location
-from recsys.storage.manifest import describe_all
+from recsys.storage.location import Location, errors_at
+from recsys.storage.manifest import describe_all, write_signed
 
 FOLDER = "features"
 
@@ -85,10 +85,8 @@ class PackageFeatures(FeatureSource):
     def read(self, table: FeatureTable, keys: list[pa.Array]) -> pa.Table:  # K ids each -> [K]
         columns: dict[str, pa.Array] = {}
         for part in self._parts[table.name]:
-            try:
+            with errors_at(f"features by {table.name}"):
                 places = part.find(keys)
-            except ValueError as error:
-                raise ValueError(f"features by {table.name}: {error}") from error
             rows, has_row = pa.array(places, mask=places < 0), pa.array(places >= 0)
             for name, values in part.columns.items():
                 latest = values.take(rows)
@@ -141,10 +139,8 @@ def write_features(root: Location, schema: Schema, package: Path) -> None:
     for table in schema.features:
         names = [*table.by, *value_columns(table)]
         rows = _read(features_folder(root, table), names)
-        try:
+        with errors_at(features_folder(root, table)):
             IndexedRows(rows, table)
-        except ValueError as error:
-            raise ValueError(f"{features_folder(root, table)}: {error}") from error
         path = features_file(package, table)
         path.parent.mkdir(exist_ok=True)
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:
@@ -193,7 +189,7 @@ def refresh_features(package: Path, data: str, out: Path) -> Manifest:
         created = datetime.now(UTC).isoformat(timespec="seconds")
         described = describe_all(partial, sorted(changed))
         manifest = replace(manifest, files=unchanged_files | described, created=created)
-        replace_manifest(partial, manifest)
+        write_signed(partial / MANIFEST, asdict(manifest))
     return manifest
 
 

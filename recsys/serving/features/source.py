@@ -71,8 +71,8 @@ def joined_keys(keys: list[pa.Array]) -> pa.Array:  # K ids each -> [K]
 
 def key_texts(keys: list[pa.Array]) -> list[str | None]:  # K ids each -> K
     """Return the text of each key, by which stores know it."""
-    texts = joined_keys(keys).cast(pa.large_string()).to_pylist()
-    return [text if text is None else text.replace(SEPARATOR, ":") for text in texts]
+    texts = joined_keys(keys).cast(pa.large_string())
+    return pc.replace_substring(texts, SEPARATOR, ":").to_pylist()
 
 
 def table_of_rows(rows: list[dict[str, Any]], table: FeatureTable, types: Types) -> pa.Table:

@@ -8,10 +8,9 @@ loaded. Shapes: K items that are new or changed, N items of the files.
 from __future__ import annotations
 
 import base64
-import binascii
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,9 +35,9 @@ from recsys.serving.features.source import value_columns
 from recsys.serving.new_items.added_items import AddedItems, content_index, grow_vocabulary, lookup
 from recsys.serving.new_items.item_encoder import FOLDER as ENCODER
 from recsys.serving.new_items.item_encoder import INDEX, EncoderCache, ItemEncoder
-from recsys.serving.package import Manifest, read_manifest, replace_manifest
-from recsys.storage.location import Location
-from recsys.storage.manifest import VerifiedFiles, differences
+from recsys.serving.package import MANIFEST, Manifest, read_manifest
+from recsys.storage.location import Location, errors_at
+from recsys.storage.manifest import VerifiedFiles, differences, write_signed
 
 
 @dataclass(frozen=True)
@@ -80,22 +79,21 @@ def add_items(package: Path, items: str, encoders: EncoderCache | None = None) -
         table = next((part for part in schema.features if part.by == [schema.target_item]), None)
         _require_addable(package, manifest, table, encoders.verified)
         previous, files = AddedItems.open(package, manifest.added), Location.of(items)
-        counts, features = AddedCounts(), previous.features
+        num_features, features = 0, previous.features
         if table is not None:
             rows = _changed_features(package, schema, table, previous, files)
-            counts = AddedCounts(features=len(rows))
-            features = previous.with_features(rows, schema.target_item) if len(rows) else features
-        index, vectors, ids = previous.index[:0], torch.zeros(0, 0), previous.ids
-        if manifest.entry_shapes and (not counts.features or _has_content(schema, files)):
+            if num_features := len(rows):
+                features = previous.with_features(rows, schema.target_item)
+        counts, ids = AddedCounts(), previous.ids
+        index, vectors = previous.index[:0], torch.zeros(0, 0)
+        if manifest.entry_shapes and (not num_features or _has_content(schema, files)):
             encoder = encoders.of_package(package, manifest)
-            counts, index, vectors, ids = _changed_content(
-                package, encoder, previous, files, counts
-            )
-        if len(index) or counts.features:
+            counts, index, vectors, ids = _new_content(package, schema, encoder, previous, files)
+        if len(index) or num_features:
             content = previous.merged_with(index, vectors)
             manifest = previous.write_next(package, manifest, *content, ids, features)
-            replace_manifest(package, manifest)
-    return counts
+            write_signed(package / MANIFEST, asdict(manifest))
+    return replace(counts, features=num_features)
 
 
 def _has_content(schema: Schema, files: Location) -> bool:
@@ -163,18 +161,17 @@ def _check_values(schema: Schema, table: FeatureTable, rows: pa.Table, place: st
             usable_column(read_columns(rows, schema, [name], place), name, schema, refuse)
 
 
-def _changed_content(
-    package: Path, encoder: ItemEncoder, previous: AddedItems, files: Location, counts: AddedCounts
+def _new_content(
+    package: Path, schema: Schema, encoder: ItemEncoder, previous: AddedItems, files: Location
 ) -> tuple[AddedCounts, np.ndarray, Tensor, pa.Array]:  # index [K], [K, E], raw ids
     """Encode the items whose content is new or changes; return all raw ids that were added, too."""
     with TemporaryDirectory() as cache:
-        table, ids = _open_items(package, previous, files)
+        table, ids = _open_items(schema, previous, files)
         store = encoder.read(table, Path(cache))
         index = content_index(store)
         exported = np.load(package / ENCODER / INDEX, allow_pickle=False)
         is_new, is_changed = _compare(index, exported, previous.index, table)
-        counts = replace(
-            counts,
+        counts = AddedCounts(
             new=int(is_new.sum()),
             changed=int(is_changed.sum()),
             unchanged=int((~is_new & ~is_changed).sum()),
@@ -185,9 +182,10 @@ def _changed_content(
     return counts, to_encode, vectors, ids
 
 
-def _open_items(package: Path, previous: AddedItems, files: Location) -> tuple[ItemTable, pa.Array]:
+def _open_items(
+    schema: Schema, previous: AddedItems, files: Location
+) -> tuple[ItemTable, pa.Array]:
     """Return the items of files, and all raw ids that were added to the map of the run."""
-    schema = load_run_schema(package)
     vocabulary = grow_vocabulary(schema, [previous.ids])
     num_items, ids = schema.num_items, previous.ids
     if vocabulary is not None:
@@ -197,10 +195,8 @@ def _open_items(package: Path, previous: AddedItems, files: Location) -> tuple[I
             with open_parquet(file) as parquet:
                 column_type(parquet, file, name)
                 column = parquet.read(columns=[name]).column(0).combine_chunks()
-            try:
+            with errors_at(f"{file}: column '{name}'"):
                 vocabulary.extend([plain_values(column).drop_null()])
-            except ValueError as error:
-                raise ValueError(f"{file}: column '{name}': {error}") from error
         num_items, ids = vocabulary.num_items, vocabulary.ids.slice(vocabulary.num_exported)
     root = Location(files.filesystem, files.path.rpartition("/")[0])
     return ItemTable(root, schema, "error", files, num_items), ids
@@ -284,14 +280,12 @@ def item_rows(schema: Schema, items: Sequence[Item]) -> pa.Table:
     for name in names:
         kind = content[name].kind if name in content else None
         values = [row.get(name) for row in items]
-        try:
+        with errors_at(f"items: column '{name}'", pa.ArrowException, OverflowError, TypeError):
             if kind == "image":
                 values = [_decoded(value) for value in values]
             array = pa.array(values)
             if pa.types.is_null(array.type) and kind in TYPES:
                 array = array.cast(TYPES[kind])
-        except (pa.ArrowException, OverflowError, TypeError, binascii.Error) as error:
-            raise ValueError(f"items: column '{name}': {error}") from error
         columns[name] = array
     return pa.table(columns)
 

@@ -69,10 +69,8 @@ class AddedItems:
         return pa.concat_tables([self.features.filter(pc.invert(is_replaced)), rows])
 
     def replace_in(self, vectors: Tensor, items: np.ndarray) -> None:  # [N, E], [N]
-        if self.vectors is None:
-            return
         place, is_added = lookup(self.index, items)
-        if is_added.any():
+        if self.vectors is not None and is_added.any():
             vectors[torch.from_numpy(is_added)] = self.vectors.rows(place[is_added])
 
     def merged_with(

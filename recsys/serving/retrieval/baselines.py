@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix, identity
+from scipy.sparse import csr_matrix, identity, issparse
 
 from recsys.build import Job
 from recsys.checkpoint.run_folder import read_item_counts
@@ -36,16 +36,8 @@ from recsys.evaluation.bootstrap import effective_users, interval_stretch
 from recsys.evaluation.metrics import LEAST_USERS
 from recsys.evaluation.predict import load_run
 from recsys.evaluation.retrieval import catalogue_vectors, retrieval_metrics, row_gains
+from recsys.serving.retrieval import nearest_items
 from recsys.serving.retrieval.catalogue import item_table, item_vectors, unit
-from recsys.serving.retrieval.nearest_items import (
-    encoder_means,
-    item_texts,
-    nearest,
-    pair_weights,
-    text_vectors,
-    transitions,
-    user_similarities,
-)
 from recsys.serving.retrieval.query_rows import (
     QueryRows,
     other_candidates,
@@ -69,22 +61,18 @@ TEXT_NEIGHBOURS = 100
 class Catalogue:
     """All items, and what the parts of a blend know of them.
 
-    popularity: float32 [I], logarithms of counts.
-    neighbours: [I, I] by users (item_cf), by order (transitions), by text to the nearest items
-        (near_text), and to itself (repeat) where items may be taken again.
-    vectors: float32 [I, D], unit ones of content, unit means of encoders, and those of the model.
-    texts: TF-IDF vectors [I, W].
+    Neighbours are by users (item_cf), by order (transitions), by text to the nearest items
+    (near_text), and an item itself (repeat) where items may be taken again.
     """
 
-    popularity: np.ndarray
-    neighbours: dict[str, csr_matrix]
-    vectors: dict[str, np.ndarray]
-    texts: csr_matrix | None = None
+    popularity: np.ndarray  # float32 [I], logarithms of counts
+    neighbours: dict[str, csr_matrix]  # [I, I]
+    # Of the model, and of length one: of content, means of encoders, and sparse TF-IDF of texts.
+    vectors: dict[str, np.ndarray | csr_matrix]  # float32 [I, D]
 
     @property
     def baselines(self) -> tuple[str, ...]:
-        text = () if self.texts is None else ("text",)
-        return self._present("item_cf", "transitions", "content", "encoders", *text, "repeat")
+        return self._present("item_cf", "transitions", "content", "encoders", "text", "repeat")
 
     @property
     def served_parts(self) -> tuple[str, ...]:
@@ -92,7 +80,7 @@ class Catalogue:
         return self._present("item_cf", "transitions", "content", "near_text", "repeat", "model")
 
     def _present(self, *names: str) -> tuple[str, ...]:
-        parts = {*self.neighbours, *self.vectors, "text"}
+        parts = {*self.neighbours, *self.vectors}
         return ("popularity", *(name for name in names if name in parts))
 
     def scores(
@@ -101,17 +89,15 @@ class Catalogue:
         history = rows.history_weights(len(self.popularity), decay)
         scores: dict[str, np.ndarray] = {}
         for name in names:
-            if name == "popularity":
-                scores[name] = np.broadcast_to(self.popularity, history.shape)
+            if name in self.neighbours:
+                part = history @ self.neighbours[name]
+            elif name == "popularity":
+                part = np.broadcast_to(self.popularity, history.shape)
             elif name == "model":
-                scores[name] = rows.queries @ self.vectors[name].T
-            elif name in self.vectors:
-                scores[name] = (history @ self.vectors[name]) @ self.vectors[name].T
-            elif name in self.neighbours:
-                scores[name] = (history @ self.neighbours[name]).toarray()
+                part = rows.queries @ self.vectors[name].T
             else:
-                assert self.texts is not None
-                scores[name] = ((history @ self.texts) @ self.texts.T).toarray()
+                part = (history @ self.vectors[name]) @ self.vectors[name].T
+            scores[name] = part.toarray() if issparse(part) else part
         return scores
 
 
@@ -324,8 +310,7 @@ def format_baselines(reports: Mapping[str, Any]) -> str:
     """Format the result of `compare_with_baselines` as a text table."""
     metrics = [name for name in next(iter(reports.values()))["all"] if "@" in name]
     columns = [("all", name) for name in metrics] + [("unseen", metrics[0])]
-    titles = [*metrics, f"{metrics[0]} unseen"]
-    rows = [("", *titles)]
+    rows = [("", *metrics, f"{metrics[0]} unseen")]
     for name, report in reports.items():
         values = (report[part][metric] for part, metric in columns)
         rows.append((name, *("-" if value is None else f"{value:.4f}" for value in values)))
@@ -357,29 +342,29 @@ def _read_catalogue(job: Job, settings: RetrievalSettings) -> tuple[np.ndarray, 
     ids, vectors = catalogue_vectors(job, Lockstep(job.ranks))
     items = ids.numpy()
     users, event_items, pairs = _read_events(job, items)
-    parts = {"model": vectors.float().numpy()}
+    parts: dict[str, np.ndarray | csr_matrix] = {"model": vectors.float().numpy()}
     if job.store is not None:
         parts["content"] = unit(item_vectors(job, "content").vectors)
     counts = np.bincount(event_items, minlength=len(items))
     popularity = np.log1p(counts).astype(np.float32)
     neighbours = {
-        "item_cf": user_similarities(users, event_items, len(items)),
-        "transitions": transitions(pairs, counts),
+        "item_cf": nearest_items.user_similarities(users, event_items, len(items)),
+        "transitions": nearest_items.transitions(pairs, counts),
     }
-    texts = None
-    if job.schema.items is not None and (items_texts := item_texts(item_table(job))) is not None:
-        texts = text_vectors(items_texts)
-        neighbours["near_text"] = nearest(texts, TEXT_NEIGHBOURS)
+    table = None if job.schema.items is None else item_table(job)
+    if table is not None and (texts := nearest_items.item_texts(table)) is not None:
+        parts["text"] = nearest_items.text_vectors(texts)
+        neighbours["near_text"] = nearest_items.nearest(parts["text"], TEXT_NEIGHBOURS)
     if not settings.exclude_seen:
         neighbours["repeat"] = identity(len(items), np.float32, "csr")
-    return items, Catalogue(popularity, neighbours, parts, texts)
+    return items, Catalogue(popularity, neighbours, parts)
 
 
 def _encoders(job: Job, items: np.ndarray) -> np.ndarray | None:  # [I, V]
     branch = job.em3.content
     if branch is None or not all(isinstance(part, Encoder) for part in branch.encoders.values()):
         return None
-    return encoder_means(job, items) / np.float32(len(branch.encoders) ** 0.5)
+    return nearest_items.encoder_means(job, items) / np.float32(len(branch.encoders) ** 0.5)
 
 
 def _read_events(job: Job, items: np.ndarray) -> tuple[np.ndarray, np.ndarray, csr_matrix]:
@@ -397,7 +382,8 @@ def _read_events(job: Job, items: np.ndarray) -> tuple[np.ndarray, np.ndarray, c
         is_taken = (events.values(label) > 0) & (targets >= 0)
         events, targets = events.take(np.flatnonzero(is_taken)), targets[is_taken]
         history = place_of(items, events.values(schema.history))
-        pairs += pair_weights(history, events.lengths(schema.history), targets, len(items))
+        lengths = events.lengths(schema.history)
+        pairs += nearest_items.pair_weights(history, lengths, targets, len(items))
         group = events.values(RAW_GROUP if RAW_GROUP in events.numbers else schema.group)
         columns.append((group.astype(np.int64), targets))
     users, event_items = (np.concatenate(column) for column in zip(*columns))

@@ -89,6 +89,4 @@ def raw_ids(job: Job) -> pa.Array:
 
 
 def _plain(ids: pa.Array) -> pa.Array:
-    if pa.types.is_dictionary(ids.type):
-        ids = ids.dictionary_decode()
     return ids.cast(pa.int64() if pa.types.is_integer(ids.type) else pa.string())

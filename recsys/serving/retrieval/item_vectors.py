@@ -25,7 +25,7 @@ from recsys.build import Job
 from recsys.content.vectors import ContentVectors
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.retrieval import catalogue_of
-from recsys.extras import missing_extra
+from recsys.extras import require_extra
 from recsys.model.tables import pooled_features
 from recsys.ranking.generative import (
     MOST_BEAMS,
@@ -94,9 +94,9 @@ def write_user_tower(run: Path, job: Job, folder: Path) -> Manifest:
         run,
         job,
         folder,
-        QueryVectors(towers, num_pooled, len(dense)),
-        [pooled[place] for place in towers.pooled if place < len(pooled)],
-        [dense[place] for place in towers.dense],
+        ranking=QueryVectors(towers, num_pooled, len(dense)),
+        pooled=[pooled[place] for place in towers.pooled if place < len(pooled)],
+        dense=[dense[place] for place in towers.dense],
         reads_targets=False,
     )
 
@@ -127,10 +127,9 @@ IVF_TRAINED_ON = 64  # vectors per cluster
 
 def require_faiss() -> Any:
     """Import FAISS; a ValueError says how to install it."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise missing_extra("retrieve", "an index of vectors", error) from error
+    require_extra("retrieve", "an index of vectors", "faiss")
+    import faiss
+
     return faiss
 
 
@@ -152,15 +151,6 @@ def build_index(vectors: np.ndarray, kind: IndexKind) -> Any:  # float32 [I, V]
     return index
 
 
-def read_index(path: Path) -> Any:
-    """Read an index; a ValueError says that FAISS is not installed, or cannot read the file."""
-    faiss = require_faiss()
-    try:
-        return faiss.read_index(str(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path}: cannot be read by FAISS ({error}); export it again") from error
-
-
 def search_index(
     index: Any, queries: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:  # float32 [Q, V] -> float32 [Q, K], int64 [Q, K]
@@ -179,21 +169,13 @@ def search_index(
 class CodeIndex:
     """Searches items by their codes, by the methods of a FAISS index that a retriever calls.
 
-    A query is a user's state, a score the log-probability of the decoder.
+    A query is a user's state, a score the log-probability of the decoder. The table of codes is
+    int64 [I, L + 2].
     """
 
     def __init__(self, decoder: CodeDecoder, table: np.ndarray, beam_size: int) -> None:
         self.decoder, self.beam_size = decoder.eval(), beam_size
         self.trie = CodeTrie(table)
-
-    @staticmethod
-    def load(folder: Path, table: np.ndarray, sizes: dict[str, int]) -> CodeIndex:
-        """Load the decoder of a folder; the table of codes is int64 [I, L + 2]."""
-        sizes = dict(sizes)
-        beam_size = sizes.pop("beam_size")
-        decoder = CodeDecoder(**sizes)
-        decoder.load_state_dict(load_file(folder / DECODER))
-        return CodeIndex(decoder, table, beam_size)
 
     @property
     def ntotal(self) -> int:
@@ -255,6 +237,20 @@ class VectorsManifest(BaseManifest):
     tower: dict[str, Any] = field(default_factory=dict)  # size and hashes of the tower's graph
     decoder: dict[str, int] = field(default_factory=dict)  # sizes, of codes
     blend: dict[str, Any] = field(default_factory=dict)  # decay, weights and widths of its parts
+
+
+def load_index(folder: Path, manifest: VectorsManifest, vectors: np.ndarray) -> Any:
+    """Load a FAISS index, or one of codes; a ValueError says that FAISS is missing, or refuses."""
+    if manifest.vectors == "codes":
+        sizes = {name: size for name, size in manifest.decoder.items() if name != "beam_size"}
+        decoder = CodeDecoder(**sizes)
+        decoder.load_state_dict(load_file(folder / DECODER))
+        return CodeIndex(decoder, np.array(vectors), manifest.decoder["beam_size"])
+    faiss, path = require_faiss(), folder / INDEX
+    try:
+        return faiss.read_index(str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path}: cannot be read by FAISS ({error}); export it again") from error
 
 
 def export_vectors(

@@ -36,10 +36,8 @@ PRODUCTS_PER_BLOCK = 2**24  # of items with all items, in memory at a time
 ITEMS_PER_CALL = 1024  # of the encoders
 
 
-def user_similarities(
-    users: np.ndarray, items: np.ndarray, num_items: int
-) -> csr_matrix:  # int64 [N], int64 [N] -> [I, I]
-    """Return the shrunk cosines of the items by their users; repeated pairs count once."""
+def user_similarities(users: np.ndarray, items: np.ndarray, num_items: int) -> csr_matrix:
+    """Return the shrunk cosines [I, I] of items [N] by their users [N]; equal pairs count once."""
     order = np.argsort(users, kind="stable")
     users, items = users[order], items[order]
     later = np.searchsorted(users, users, side="right") - 1 - np.arange(len(users))

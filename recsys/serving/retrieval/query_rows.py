@@ -25,25 +25,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QueryRows:
-    """Rows whose first label is positive, and what is known of their users.
+    """Rows whose first label is positive, and what is known of their users."""
 
-    targets: int64 [R], places in the catalogue.
-    histories, lengths: int64 [S], places or -1, oldest first; int64 [R].
-    queries: float32 [R, D] of the model.
-    counts: int64 [R], training rows of the targets.
-    users: int64 [R].
-    weights: float32 [R] of the rows in metrics; None: each counts as one.
-    later: items that are no candidates of rows; None: all items always are.
-    """
-
-    targets: np.ndarray
-    histories: np.ndarray
-    lengths: np.ndarray
-    queries: np.ndarray
-    counts: np.ndarray
-    users: np.ndarray
-    weights: torch.Tensor | None = None
-    later: LaterItems | None = None
+    targets: np.ndarray  # int64 [R], places in the catalogue
+    histories: np.ndarray  # int64 [S], places or -1, oldest first
+    lengths: np.ndarray  # int64 [R], of the histories
+    queries: np.ndarray  # float32 [R, D] of the model
+    counts: np.ndarray  # int64 [R], training rows of the targets
+    users: np.ndarray  # int64 [R]
+    weights: torch.Tensor | None = None  # float32 [R] in metrics; None: each row counts as one
+    later: LaterItems | None = None  # items that are no candidates of rows; None: all always are
 
     def take(self, rows: np.ndarray) -> QueryRows:  # places
         lengths = self.lengths[rows]
@@ -80,10 +71,8 @@ class QueryRows:
         return csr_matrix((shares, places), shape=(len(self.lengths), num_items))
 
 
-def other_candidates(
-    rows: QueryRows, num_items: int, exclude_seen: bool
-) -> np.ndarray:  # bool [R, I]
-    """Return which items compete with each row's target.
+def other_candidates(rows: QueryRows, num_items: int, exclude_seen: bool) -> np.ndarray:
+    """Return which items compete with each row's target, bool [R, I].
 
     Items that came later do not, nor, on request, those of the history.
     """
@@ -127,24 +116,21 @@ def read_query_rows(job: Job, split: str, items: np.ndarray, counts: ItemCounts)
     outputs = score(job, interactions, with_queries=True, with_histories=True)
     scored = {name: column.numpy() for name, column in outputs.items()}
     targets = place_of(items, scored["query_items"])
-    lengths, is_item = scored["query_seen_lengths"], targets >= 0
-    if num_other := int((~is_item).sum()):
+    with_item = np.flatnonzero(targets >= 0)
+    if num_other := len(targets) - len(with_item):
         logger.warning(
-            "%s: %s rows ask for items without a row in items/*.parquet and are left out",
-            job.root / split,
-            f"{num_other:,}",
+            f"{job.root / split}: {num_other:,} rows ask for items without a row in "
+            "items/*.parquet and are left out"
         )
+    rows = QueryRows(
+        targets=targets,
+        histories=place_of(items, scored["query_seen"]),
+        lengths=scored["query_seen_lengths"],
+        queries=scored["queries"].astype(np.float32),
+        counts=target_counts(counts, scored["query_items"], job.schema),
+        users=scored["query_groups"],
+        weights=outputs.get("query_weights"),
+    ).take(with_item)
     assert isinstance(settings, RetrievalSettings)
-    positions = outputs["query_positions"][torch.from_numpy(is_item)]
-    weights = outputs.get("query_weights")
-    histories = place_of(items, scored["query_seen"])[np.repeat(is_item, lengths)]
-    return QueryRows(
-        targets[is_item],
-        histories,
-        lengths[is_item],
-        scored["queries"][is_item].astype(np.float32),
-        target_counts(counts, scored["query_items"], job.schema)[is_item],
-        scored["query_groups"][is_item],
-        None if weights is None else weights[torch.from_numpy(is_item)],
-        later_items(job, settings, interactions.rows, positions),
-    )
+    positions = outputs["query_positions"][with_item]
+    return replace(rows, later=later_items(job, settings, interactions.rows, positions))

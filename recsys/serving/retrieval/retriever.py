@@ -23,19 +23,18 @@ from recsys.serving.package import GRAPH, read_manifest_of
 from recsys.serving.requests import Values, value_list
 from recsys.serving.retrieval.catalogue import unit
 from recsys.serving.retrieval.item_vectors import (
-    INDEX,
     ITEMS,
     QUERIES,
     VECTORS,
     CodeIndex,
     UserTower,
     VectorsManifest,
-    read_index,
+    load_index,
     search_index,
 )
 from recsys.serving.retrieval.semantic_ids import read_codes
 from recsys.storage.files import whole_file
-from recsys.storage.location import Location
+from recsys.storage.location import Location, errors_at
 from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
@@ -84,12 +83,7 @@ class Retriever:
         self.folder, self.manifest = folder, manifest
         self.ids = pq.read_table(folder / ITEMS, partitioning=None)["id"].combine_chunks()
         self.vectors = np.load(folder / VECTORS, mmap_mode="r")
-        is_codes = manifest.vectors == "codes"
-        self._index: Any = (
-            CodeIndex.load(folder, np.array(self.vectors), manifest.decoder)
-            if is_codes
-            else read_index(folder / INDEX)
-        )
+        self._index = load_index(folder, manifest, self.vectors)
         self._history = manifest.history or manifest.target_item
         self._blend: Any = None
         if manifest.blend:
@@ -179,10 +173,8 @@ class Retriever:
         name = self._history
         items = history.get(name) if isinstance(history, Mapping) else history
         items = value_list({name: () if items is None else items}, name, "history")
-        try:
+        with errors_at(f"history: column '{name}'", pa.ArrowException, TypeError, OverflowError):
             item_ids = pa.array(items, self.ids.type)
-        except (pa.ArrowException, TypeError, OverflowError) as error:
-            raise ValueError(f"history: column '{name}': {error}") from error
         places: np.ndarray = pc.index_in(item_ids, self.ids).fill_null(-1).to_numpy()
         return places.astype(np.int64)
 
@@ -271,8 +263,8 @@ def _retrieved(
         yield rows
     if num_empty:
         logger.warning(
-            "%s requests have no history item with a content vector; their lists are empty",
-            f"{num_empty:,}",
+            f"{num_empty:,} requests have no history item with a content vector; their lists are "
+            "empty"
         )
 
 

@@ -56,12 +56,11 @@ class Codebooks:
 
     centres: np.ndarray  # float32 [L, C, D]
     prices: np.ndarray  # float64 [L, C]; zeros: the nearest centre is chosen
+    kind: str = "content"  # of the vectors
 
     @staticmethod
-    def fit(
-        vectors: np.ndarray, levels: int, codes: int, balanced: bool = False
-    ) -> Codebooks:  # float32 [I, D]
-        """Cluster vectors, and what each level leaves of them; at least as many as codes.
+    def fit(vectors: np.ndarray, levels: int, codes: int, balanced: bool = False) -> Codebooks:
+        """Cluster vectors [I, D], and what each level leaves of them; at least as many as codes.
 
         `balanced` gives each code of a level about as many of the vectors.
         """
@@ -219,7 +218,7 @@ def export_semantic_ids(
         require_faiss()
     model = model_of(run)
     books = None if codebooks is None else load_codebooks(codebooks, model)
-    kind = vectors if codebooks is None else read_manifest_of(SemanticManifest, codebooks).vectors
+    kind = vectors if books is None else books.kind
     job = load_for_export(run, out, ranks, data)
     if kind == "item_tower" and not isinstance(job.em3.ranking, TwoTower):
         raise ValueError(
@@ -235,14 +234,14 @@ def export_semantic_ids(
     books = books or Codebooks.fit(items.vectors[is_trained], levels, codes, balanced=balanced)
     ids, (levels, codes, dim) = books.ids_of(items.vectors), books.centres.shape
     report = collision_report(ids % codes, items.ids.to_pylist(), codes)
-    table = pa.table({job.schema.target_item: items.ids, COLUMN: pa.array(list(ids))})
+    target_item = job.schema.target_item
+    table = pa.table({target_item: items.ids, COLUMN: pa.array(list(ids))})
     with whole_folder(out) as partial:
         pq.write_table(table, partial / ITEMS)
         np.save(partial / CODEBOOKS, books.centres)
         np.save(partial / PRICES, books.prices)
         (partial / COLLISIONS).write_text(json.dumps(report, indent=1) + "\n")
-        sizes = levels, codes, dim
-        manifest = SemanticManifest(str(run), model, job.schema.target_item, *sizes, kind)
+        manifest = SemanticManifest(str(run), model, target_item, levels, codes, dim, kind)
         write_manifest(partial, manifest)
         if dataset is not None:
             write_dataset_with(job.root, job.schema, table, COLUMN, levels * codes, dataset)
@@ -257,9 +256,9 @@ def load_codebooks(folder: Path, model: str | None = None) -> Codebooks:
             f"{folder}: its codebooks are of the model of {manifest.run}, whose vectors "
             "another model does not share; name that run, or leave --codebooks out for new ids"
         )
-    centres = np.load(folder / CODEBOOKS)
-    file = folder / PRICES
-    return Codebooks(centres, np.load(file) if file.exists() else np.zeros(centres.shape[:2]))
+    centres, file = np.load(folder / CODEBOOKS), folder / PRICES
+    prices = np.load(file) if file.exists() else np.zeros(centres.shape[:2])
+    return Codebooks(centres, prices, manifest.vectors)
 
 
 def codes_of_items(job: Job, folder: Path) -> tuple[np.ndarray, np.ndarray]:

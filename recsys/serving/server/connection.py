@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from http import HTTPStatus
 
-from pydantic_core import to_json
+from starlette.responses import JSONResponse
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 READ_TIMEOUT = "read_timeout"  # its seconds, in the state that the application's lifespan yields
@@ -118,12 +118,7 @@ class BoundedConnection(HttpToolsProtocol):
         )
 
     def _response(self, status: HTTPStatus, problem: str) -> bytes:
-        body = to_json({"error": problem})
-        headers = [
-            *self.server_state.default_headers,
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(body)),
-            (b"connection", b"close"),
-        ]
+        response = JSONResponse({"error": problem}, headers={"connection": "close"})
+        headers = [*self.server_state.default_headers, *response.raw_headers]
         lines = [b"%s: %s\r\n" % header for header in headers]
-        return b"".join([STATUS_LINE[status], *lines, b"\r\n", body])
+        return b"".join([STATUS_LINE[status], *lines, b"\r\n", response.body])

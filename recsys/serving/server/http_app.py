@@ -75,32 +75,28 @@ def http_app(scoring: ScoringService, lifespan: Lifespan) -> FastAPI:
         responses=ERRORS,
     )
     routes = Routes(scoring)
-    read: dict[str, Callable[..., Any]] = {
-        "/v2": routes.server,
-        "/v2/health/live": routes.live,
-        "/v2/health/ready": routes.ready,
-        "/metrics": routes.metrics,
-        MODEL: routes.model,
-        VERSION: routes.model,
-        f"{MODEL}/ready": routes.model_ready,
-        f"{VERSION}/ready": routes.model_ready,
-    }
-    for path, handler in read.items():
-        app.get(path)(handler)
-    write: dict[str, tuple[Callable[..., Any], type[BaseModel], type[BaseModel]]] = {
-        f"{MODEL}/infer": (routes.infer, InferRequest, InferResponse),
-        f"{VERSION}/infer": (routes.infer, InferRequest, InferResponse),
-        RANK: (routes.rank, RankRequest, RankResponse),
-        "/v1/rank/batch": (routes.rank_batch, BatchRequest, BatchResponse),
-        "/v1/items": (routes.items, ItemsRequest, ItemsResponse),
-    }
-    for path, (handler, request, response) in write.items():
+
+    def post(
+        path: str, handler: Callable[..., Any], request: type[BaseModel], response: type[BaseModel]
+    ) -> None:
         schema = {"$ref": SCHEMAS.format(model=request.__name__)}
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
         app.post(path, response_model=response, openapi_extra={"requestBody": body})(handler)
+
+    app.get("/v2")(routes.server)
+    app.get("/v2/health/live")(routes.live)
+    app.get("/v2/health/ready")(routes.ready)
+    app.get("/metrics")(routes.metrics)
+    for model in (MODEL, VERSION):
+        app.get(model)(routes.model)
+        app.get(f"{model}/ready")(routes.model_ready)
+        post(f"{model}/infer", routes.infer, InferRequest, InferResponse)
+    post(RANK, routes.rank, RankRequest, RankResponse)
+    post("/v1/rank/batch", routes.rank_batch, BatchRequest, BatchResponse)
+    post("/v1/items", routes.items, ItemsRequest, ItemsResponse)
     app.router.routes.insert(0, DirectRoute(RANK, routes.rank, methods=["POST"]))
     app.add_exception_handler(RequestError, _refuse)
-    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(HTTPException, _refuse)
     # The client has gone, or `BoundedConnection` has answered it: the log gets a status.
     app.add_exception_handler(ClientDisconnect, lambda *_: Response(status_code=408))
     app.add_exception_handler(Exception, lambda *_: JSONResponse({"error": INTERNAL}, 500))
@@ -109,14 +105,11 @@ def http_app(scoring: ScoringService, lifespan: Lifespan) -> FastAPI:
 
 
 def _refuse(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
     assert isinstance(error, RequestError)
     headers = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}
     return JSONResponse({"error": str(error)}, error.status, headers.get(error.status))
-
-
-def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
 
 def _describe(app: FastAPI) -> None:

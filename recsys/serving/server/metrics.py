@@ -103,7 +103,6 @@ class RequestLog:
         seconds = time.perf_counter() - self._started
         REQUESTS.labels(self.route, status).observe(seconds)
         logger.info(
-            "%s %s %.2f ms, request %s",
-            *(self.route, status, seconds * 1000, self.id),
+            f"{self.route} {status} {seconds * 1000:.2f} ms, request {self.id}",
             extra={"route": self.route, "status": status, "seconds": seconds, "request": self.id},
         )

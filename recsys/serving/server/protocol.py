@@ -18,18 +18,11 @@ JSON_LENGTH = "inference-header-content-length"  # header with the bytes of JSON
 BINARY_SIZE = "binary_data_size"
 BYTES = "BYTES"
 NUMPY_TYPES = {
-    "BOOL": "?",
-    "INT8": "<i1",
-    "INT16": "<i2",
-    "INT32": "<i4",
-    "INT64": "<i8",
-    "UINT8": "<u1",
-    "UINT16": "<u2",
-    "UINT32": "<u4",
-    "UINT64": "<u8",
-    "FP16": "<f2",
-    "FP32": "<f4",
-    "FP64": "<f8",
+    name.upper().replace("FLOAT", "FP"): np.dtype(name).newbyteorder("<")
+    for name in (
+        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("float16", "float32", "float64"),
+    )
 }
 GRPC_CODES = {
     400: "INVALID_ARGUMENT",
@@ -212,7 +205,7 @@ def tensor_of_bytes(name: str, datatype: str, shape: Sequence[int], raw: bytes) 
         values = [_text(name, text) for text in _strings(name, raw)]
         fits = len(values) == size
     else:
-        dtype = np.dtype(NUMPY_TYPES[datatype])
+        dtype = NUMPY_TYPES[datatype]
         fits = len(raw) == size * dtype.itemsize
         values = np.frombuffer(raw, dtype).tolist() if fits else []
     if not fits:

@@ -12,8 +12,8 @@ import json
 import logging
 import os
 import sys
-import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -92,12 +92,12 @@ class ScoringService:
         self.package = LoadedPackage.load(settings, verified=verified)
         self._failures, self._retry_at = 0, 0.0
         self._scorer_thread = ThreadPoolExecutor(1, "scorer")
-        # A separate thread: without privileges its priority cannot be raised again.
-        self._loader_thread = ThreadPoolExecutor(1, "loader", _lower_priority)
-        self._num_waiting = 0
+        # A separate thread: without privileges its priority cannot be raised again. 0: its own.
+        priority = os.PRIO_PROCESS, 0, LOADER_NICENESS
+        self._loader_thread = ThreadPoolExecutor(1, "loader", os.setpriority, priority)
+        self._waiting = Counter[str]()  # requests and additions
         self._item_thread = ThreadPoolExecutor(1, "items")
         self._intake = ItemIntake(self._folder) if settings.encoders else None
-        self._num_additions = 0
         if self._intake is not None:
             self._item_thread.submit(self._intake.warm_up)
 
@@ -126,22 +126,10 @@ class ScoringService:
         self, package: LoadedPackage, arguments: ScoreArguments
     ) -> np.ndarray:  # float32 [N, C]
         """Return the predictions of a request; errors name a column, or say that too many wait."""
-        limits = self.settings
-        if self._num_waiting >= limits.max_waiting:
-            raise RequestError(f"{self._num_waiting} requests wait already; send it again", 503)
-        package.columns.check(arguments, limits)
-        self._num_waiting += 1
-        metrics.WAITING.inc()
-        try:
+        with self._queued("requests"), metrics.WAITING.track_inprogress():
+            package.columns.check(arguments, self.settings)
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._scorer_thread, package.score, arguments)
-        except ValueError as error:
-            raise RequestError(str(error)) from error
-        except FeatureSourceError as error:
-            raise RequestError(str(error), 503) from error
-        finally:
-            self._num_waiting -= 1
-            metrics.WAITING.dec()
 
     async def infer(
         self, package: LoadedPackage, labels: list[str], tensors: list[NamedTensor]
@@ -156,24 +144,33 @@ class ScoringService:
 
     async def add_items(self, items: Sequence[Item]) -> tuple[AddedCounts, str]:
         """Add items to the package; return their numbers and the version that now answers."""
-        limits = self.settings
+        most = self.settings.max_items
         if self._intake is None:
             raise RequestError("items: are not taken; start the server with --encoders true", 404)
-        if not 1 <= len(items) <= limits.max_items:
-            raise RequestError(f"items: are {len(items)}; give 1 to {limits.max_items}")
-        if self._num_additions >= limits.max_waiting:
-            raise RequestError(f"{self._num_additions} additions wait already; send it again", 503)
-        self._num_additions += 1
-        try:
+        if not 1 <= len(items) <= most:
+            raise RequestError(f"items: are {len(items)}; give 1 to {most}")
+        with self._queued("additions"):
             loop = asyncio.get_running_loop()
             counts = await loop.run_in_executor(self._item_thread, self._intake.add, items)
             if not await self._take_newest():
                 raise RuntimeError("the package with the new items cannot be loaded")
             return counts, self.package.version
+
+    @contextmanager
+    def _queued(self, what: str) -> Iterator[None]:
+        """Count what waits, up to a limit; errors become those of the request."""
+        number = self._waiting[what]
+        if number >= self.settings.max_waiting:
+            raise RequestError(f"{number} {what} wait already; send it again", 503)
+        self._waiting[what] += 1
+        try:
+            yield
         except ValueError as error:
             raise RequestError(str(error)) from error
+        except FeatureSourceError as error:
+            raise RequestError(str(error), 503) from error
         finally:
-            self._num_additions -= 1
+            self._waiting[what] -= 1
 
     def count_worker(self) -> None:
         metrics.WORKERS.labels(self.package.version).set(1)
@@ -212,8 +209,8 @@ class ScoringService:
             metrics.RELOAD_FAILURES.inc()
             self._failures += 1
             self._retry_at = time.monotonic() + min(2.0**self._failures, LONGEST_PAUSE)
-            text = "the new package is not served, version %s still is: %s"
-            logger.error(text, self.package.version, error)
+            version = self.package.version
+            logger.error(f"the new package is not served, version {version} still is: {error}")
             return False
         metrics.WORKERS.labels(self.package.version).set(0)
         self.package = package
@@ -221,10 +218,6 @@ class ScoringService:
         self._manifest_identity, self._failures, self._retry_at = identity, 0, 0.0
         logger.info("serving version %s", self.package.version)
         return True
-
-
-def _lower_priority() -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADER_NICENESS)
 
 
 @contextmanager

@@ -57,8 +57,8 @@ def worker_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        addresses = [f"{host}:{port}" for port in (settings.port, settings.grpc_port)]
-        server = grpc_server(scoring, addresses[1])
+        http_address, grpc_address = f"{host}:{settings.port}", f"{host}:{settings.grpc_port}"
+        server = grpc_server(scoring, grpc_address)
         await server.start()
         gc.freeze()  # a collection among all modules would stop requests for 0.2 s
         gc.enable()
@@ -66,9 +66,10 @@ def worker_app(
         watch = asyncio.create_task(scoring.watch())
         drain.start(scoring, server)
         http.listen()  # uvicorn accepts connections a moment later
-        package = scoring.package.version, settings.package, settings.name
-        text = "ready, version %s: %s as model '%s', HTTP on %s, gRPC on %s"
-        logger.info(text, *package, *addresses)
+        logger.info(
+            f"ready, version {scoring.package.version}: {settings.package} as model "
+            f"'{settings.name}', HTTP on {http_address}, gRPC on {grpc_address}"
+        )
         yield {READ_TIMEOUT: settings.read_timeout}
         watch.cancel()
         with suppress(asyncio.CancelledError):

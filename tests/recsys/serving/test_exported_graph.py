@@ -23,7 +23,7 @@ from recsys.serving.exported_graph import (
     COMPILED,
     ExportedGraph,
     any_length,
-    compile_if_possible,
+    compile_graph,
     graph_file,
     is_compiled,
 )
@@ -190,13 +190,13 @@ def test_without_a_compiler_nothing_is_written(
 def test_a_graph_that_cannot_be_compiled_runs_as_it_is_unless_it_must(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(program: Any, path: Path, tolerance: float) -> dict[str, str]:
-        path.write_text("half")
-        raise ValueError("an operation named sort")
+    def fail(program: Any, package_path: str) -> None:
+        Path(package_path).write_text("half")
+        raise RuntimeError("an operation named sort")
 
-    monkeypatch.setattr(exported_graph, "compile_graph", fail)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
     program: Any = None
-    assert compile_if_possible(program, tmp_path / COMPILED, "auto") == {}
+    assert compile_graph(program, tmp_path / COMPILED, "auto", "run") == {}
     assert "named sort" in caplog.text and not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="named sort"):
-        compile_if_possible(program, tmp_path / COMPILED, True)
+        compile_graph(program, tmp_path / COMPILED, True, "run")

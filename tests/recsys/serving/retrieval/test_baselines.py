@@ -90,16 +90,16 @@ def catalogue() -> Catalogue:
         "near_text": near_texts,
         "repeat": identity(5, np.float32, "csr"),
     }
-    return Catalogue(popularity, neighbours, {"model": vectors, "content": content}, texts)
+    parts = {"model": vectors, "content": content, "text": texts}
+    return Catalogue(popularity, neighbours, parts)
 
 
 @pytest.mark.parametrize("decay", [0.5, 1.0])
 def test_scores_are_weighted_means_over_the_history(decay: float) -> None:
     histories, items = [[0, 3], [], [2, -1, 1]], catalogue()  # -1: an item that is not there
     scores = items.scores(rows(histories, [1, 1, 4]), decay, items.baselines)
-    assert items.texts is not None
-    content = items.vectors["content"]
-    cosines_of_texts = (items.texts @ items.texts.T).toarray()
+    content, texts = items.vectors["content"], items.vectors["text"]
+    cosines_of_texts = (texts @ texts.T).toarray()
     for row, history in enumerate(histories):
         ages = range(len(history) - 1, -1, -1)
         weights = {item: decay**age for item, age in zip(history, ages) if item >= 0}
