@@ -12,7 +12,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -21,7 +21,7 @@ import yaml
 from jsonargparse import ActionConfigFile, Namespace, set_parsing_settings
 
 from recsys.config.limits import check_settings
-from recsys.config.parser import Parser, config_first, meant, with_underscores
+from recsys.config.parser import Parser, config_first, meant, option_groups, with_underscores
 from recsys.config.plain_yaml import RECIPES, RefusedYaml, cached_copy, load_plain_yaml, recipe_file
 from recsys.config.ranking import (
     DEFAULT_MODEL,
@@ -108,7 +108,8 @@ def add_config_arguments(
     shows_help = not {"-h", "--help"}.isdisjoint(words)
     set_parsing_settings(docstring_parse_attribute_docstrings=shows_help)
     read, hints = functools.cache(_read_recipe), get_type_hints(Config, include_extras=True)
-    options = list(_options(config_first(words)))
+    groups = config_first(option_groups(words))
+    options = [_option(group) for group in groups if group[0].startswith("--")]
     parser.removed = _remove_modalities(options, read)
     mappings = [
         (option, _as_mapping(option, value, hints, read))
@@ -270,11 +271,9 @@ def _as_mapping(
     return {first: mapping} if first in settings else {}
 
 
-def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
-        option, equals, value = word.partition("=")
-        if option.startswith("--"):
-            yield option, value if equals else "true" if following.startswith("--") else following
+def _option(group: Sequence[str]) -> tuple[str, str]:
+    option, equals, value = group[0].partition("=")
+    return option, value if equals else [*group, "true"][1]
 
 
 def without_removed_settings(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -46,8 +45,17 @@ class Parser(ArgumentParser):
 
     def parse_args(self, args: Sequence[str], *arguments: Any, **options: Any) -> Any:  # type: ignore[override]
         """Parse the words of a command line; options override recipes wherever these stand."""
-        words = self._without_removed(with_underscores(args))
-        words = self._with_true(config_first(words) if self.settings else words)
+        groups = option_groups(with_underscores(args))
+        if self.settings:
+            groups = config_first(groups)
+        hints, words = self.options | self.settings, list[str]()
+        for group in groups:
+            name, equals, _ = group[0].removeprefix("--").partition("=")
+            if name in self.removed:
+                words += group[1 if equals else 2 :]
+                continue
+            is_flag = group == [f"--{name}"] and _allows(bool, _hint_at(hints, name.split(".")))
+            words += [*group, "true"] if is_flag else group
         self._check_keys()
         return super().parse_args(words, *arguments, **options)
 
@@ -66,27 +74,6 @@ class Parser(ArgumentParser):
         for mapping in self.values:
             if problem := problem_of_keys(self._hints(), mapping, "", with_values=False):
                 self.error(problem)
-
-    def _without_removed(self, words: Sequence[str]) -> list[str]:
-        remaining = iter(words)
-        result = list[str]()
-        for word in remaining:
-            option, equals, _ = word.removeprefix("--").partition("=")
-            if option not in self.removed:
-                result.append(word)
-            elif not equals:
-                next(remaining)
-        return result
-
-    def _with_true(self, words: Sequence[str]) -> list[str]:
-        """Return a command line in which each flag without a value has the value true."""
-        hints, result = self.options | self.settings, list[str]()
-        for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
-            result.append(word)
-            is_option = word.startswith("--") and "=" not in word and following.startswith("--")
-            if is_option and _allows(bool, _hint_at(hints, word[2:].split("."))):
-                result.append("true")
-        return result
 
     def instantiate(self, *arguments: Any, **options: Any) -> Any:
         """Build the settings; a mapping of a wrong type is detected only here."""
@@ -156,22 +143,30 @@ def _allows(kind: Any, hint: Any) -> bool:
     return hint is kind or (kind is NoneType and hint in (Any, None))
 
 
-def config_first(words: Sequence[str]) -> list[str]:
-    """Return a command line with its recipes before the options, which then override them."""
-    moved, rest_words = list[str](), list[str]()
-    rest = iter(words)
-    for word in rest:
-        if word == "--config":
-            moved += [word, *itertools.islice(rest, 1)]
-        else:
-            (moved if word.startswith("--config=") else rest_words).append(word)
-    return [*moved, *rest_words]
+def option_groups(words: Sequence[str]) -> list[list[str]]:
+    """Split a command line ahead of each option."""
+    groups: list[list[str]] = []
+    for word in words:
+        if word.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(word)
+    return groups
 
 
-def problem_of(kind: type, values: dict[str, Any]) -> str | None:
-    """Return what is wrong in a file with the settings of a dataclass, None if nothing is."""
+def config_first(groups: list[list[str]]) -> list[list[str]]:
+    """Return options with the recipes before all others, which then override them."""
+    return sorted(groups, key=lambda group: group[0].partition("=")[0] != "--config")
+
+
+def settings_of(kind: type, values: Any) -> Any:
+    """Return the dataclass of the settings in a file; a wrong or missing one is a ValueError."""
     missing = missing_key({"it": kind}, {"it": values}, "")
-    return problem_of_value(kind, values, "") or (missing and missing.removeprefix("it."))
+    if problem := problem_of_value(kind, values, "") or (missing and missing.removeprefix("it.")):
+        raise ValueError(problem)
+    parser = Parser(exit_on_error=False)
+    parser.add_class_arguments(kind, None)
+    namespace = parser.instantiate(parser.parse_object(values))
+    return kind(**{part.name: namespace[part.name] for part in fields(kind) if part.init})
 
 
 def problem_of_keys(
