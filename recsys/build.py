@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,7 +146,11 @@ def build_job(
         em3 = build_em3(config, schema, tables, encoders, bank, "meta", ranks.group)
         fuse_table_optimizers(em3, tables)
         prepare_kernels(em3, config.kernels, ranks.device.type)
-        _cast_and_compile(em3, config.precision, config.compile, ranks.device)
+        if config.precision == "bf16":
+            use_bfloat16(dense_parts(em3).values(), ranks.device)
+        compiles = compiles_by_default(ranks.device) if config.compile == "auto" else config.compile
+        if compiles:
+            compile_dense_parts(em3, ranks.device)
     settings = config.optimizer
     model, plan = _sharded(em3, tables, config, ranks)
     optimizer, dense = build_dense_optimizer(model, dense_groups(settings), settings)
@@ -222,15 +226,6 @@ def check_columns(
             for split in SPLITS:
                 rows = open_rows(source, root, split, schema, on_bad_row)
                 next(rows.read_chunks([0]))
-
-
-def _cast_and_compile(
-    em3: EM3, precision: str, compiles: bool | Literal["auto"], device: torch.device
-) -> None:
-    if precision == "bf16":
-        use_bfloat16(dense_parts(em3).values(), device)
-    if compiles is True or (compiles == "auto" and compiles_by_default(device)):
-        compile_dense_parts(em3, device)
 
 
 def _vocabularies(
