@@ -347,11 +347,10 @@ def evaluate_split(
 
 def scores_report(scores: SplitScores, metrics: Mapping[str, Metric]) -> dict[str, Any]:
     """Compute the metrics of the first label, and those of each if there are several."""
-    reports = {}
-    for index, label in enumerate(scores.label_names):
-        rows = scores.counted(index)
-        columns = rows.labels[:, index], rows.logits[:, index], rows.groups, rows.counts
-        reports[label] = evaluation_report(*columns, metrics, rows.weights, rows.loss_of(index))
+    reports = {
+        label: evaluation_report(scores, index, metrics)
+        for index, label in enumerate(scores.label_names)
+    }
     first = next(iter(reports.values()))
     return dict(first) if len(reports) == 1 else {**first, "labels": reports}
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from recsys.data.item_frequency import PARTS, frequency_masks
 from recsys.evaluation.further_metrics import Metric, call_metric, fits_loss
+from recsys.evaluation.scores import SplitScores
 
 ORDER_METRICS = ("auc", "gauc")  # of the order of scores alone
 SHOWN = (*ORDER_METRICS, "logloss", "ne")  # metrics that tables show
@@ -188,25 +189,20 @@ class ScoredRows:
 
 
 def evaluation_report(
-    labels: np.ndarray,
-    logits: np.ndarray,
-    groups: np.ndarray,
-    item_counts: np.ndarray,
-    extra_metrics: Mapping[str, Metric] | None = None,
-    weights: np.ndarray | None = None,
-    loss: str = "bce",
+    scores: SplitScores, label: int = 0, extra_metrics: Mapping[str, Metric] | None = None
 ) -> dict[str, Any]:
-    """Compute the metrics of all rows, and nested those of warm, cold and unseen items.
+    """Compute the metrics of a label: of all rows, and nested of warm, cold and unseen items.
 
-    All arrays are [N]: labels (0 or 1, or numbers), logits, the user and the training rows of each
-    row's item, and weights (None: 1 each). Unusable labels and logits are a ValueError.
+    Unusable labels and logits are a ValueError.
     """
-    scored, reports = ScoredRows(labels, logits, groups, weights, loss), {}
-    columns = labels, scored.scores, groups, item_counts
+    rows, loss = scores.counted(label), scores.loss_of(label)
+    labels, logits = rows.labels[:, label], rows.logits[:, label]
+    scored, reports = ScoredRows(labels, logits, rows.groups, rows.weights, loss), {}
+    columns = labels, scored.scores, rows.groups, rows.counts
     fitting = {n: metric for n, metric in (extra_metrics or {}).items() if fits_loss(metric, loss)}
-    for part, rows in frequency_masks(item_counts).items():
-        reports[part] = scored.metrics(rows) | {
-            name: call_metric(name, metric, *(column[rows] for column in columns))
+    for part, mask in frequency_masks(rows.counts).items():
+        reports[part] = scored.metrics(mask) | {
+            name: call_metric(name, metric, *(column[mask] for column in columns))
             for name, metric in fitting.items()
         }
     return reports.pop("all") | reports

@@ -20,6 +20,7 @@ from recsys.evaluation.evaluate import format_evaluation
 from recsys.evaluation.further_metrics import PrecisionAtK, make_metrics
 from recsys.evaluation.metrics import SHOWN, ScoredRows, evaluation_report, format_report
 from recsys.evaluation.model_selection import selection_score, selection_words
+from recsys.evaluation.scores import SplitScores
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
 from tests.recsys.command_runs import page_code, train_words
@@ -33,6 +34,13 @@ def random_rows(
     logits = rng.integers(0, num_scores, num_rows) / num_scores * 6 - 3
     labels = (rng.random(num_rows) < 1 / (1 + np.exp(-logits / 2))).astype(np.float32)
     return labels, logits, rng.integers(0, num_users, num_rows)
+
+
+def scores_of(
+    labels: np.ndarray, logits: np.ndarray, groups: np.ndarray, counts: np.ndarray
+) -> SplitScores:
+    rows = np.arange(len(labels))
+    return SplitScores(rows, groups, rows, counts, labels[:, None], logits[:, None], ("liked",))
 
 
 def brute_force_gauc(labels: np.ndarray, logits: np.ndarray, groups: np.ndarray) -> float:
@@ -103,7 +111,7 @@ def test_a_logit_that_is_not_finite_is_refused(value: float) -> None:
 def test_a_report_holds_the_metrics_of_warm_cold_and_unseen_items() -> None:
     labels, logits, groups = random_rows(2000, 30, 50)
     counts = np.random.default_rng(1).integers(0, 12, 2000)
-    report = evaluation_report(labels, logits, groups, counts)
+    report = evaluation_report(scores_of(labels, logits, groups, counts))
     parts = {"warm": counts >= 5, "cold": counts < 5, "unseen": counts == 0}
     for name, rows in parts.items():
         assert report.pop(name) == ScoredRows(labels[rows], logits[rows], groups[rows]).metrics()
@@ -113,7 +121,8 @@ def test_a_report_holds_the_metrics_of_warm_cold_and_unseen_items() -> None:
 def test_the_table_shows_each_part_and_a_dash_for_what_is_not_defined() -> None:
     """And parentheses around what fewer than five users define."""
     labels, logits = np.array([1, 0, 1]), np.array([1.0, 0.0, 0.5])
-    report = evaluation_report(labels, logits, np.zeros(3, int), np.array([9, 9, 0]))
+    scores = scores_of(labels, logits, np.zeros(3, int), np.array([9, 9, 0]))
+    report = evaluation_report(scores)
     assert (report["num_users"], report["gauc_users"], report["unseen"]["gauc_users"]) == (1, 1, 0)
     lines = [line.split() for line in format_report(report).splitlines()]
     assert lines[0] == ["items", "auc", "gauc", "logloss", "ne", "rows"]
@@ -228,7 +237,8 @@ def test_precision_at_k_by_hand(
 def test_a_report_has_each_metric_of_all_rows_and_of_each_part() -> None:
     extra = make_metrics({"p1": MetricSettings("precision_at_k", {"k": 1})})
     labels, scores = np.array([1.0, 0.0, 0.0, 1.0]), np.array([3.0, 2.0, 1.0, 0.0])
-    report = evaluation_report(labels, scores, np.zeros(4, int), np.array([9, 9, 0, 0]), extra)
+    rows = scores_of(labels, scores, np.zeros(4, int), np.array([9, 9, 0, 0]))
+    report = evaluation_report(rows, extra_metrics=extra)
     assert report["p1"] == 1 and report["warm"]["p1"] == 1
     assert report["cold"]["p1"] == 0 and report["unseen"]["p1"] == 0
     head, everything, *_ = format_report(report, [*SHOWN, *extra]).splitlines()
