@@ -32,10 +32,10 @@ class Parser(ArgumentParser):
         self.removed: frozenset[str] = frozenset()  # settings that the option's null leaves out
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        hints = self._hints()
-        problems = [problem_of_keys(hints, mapping, "") for mapping in self.values]
-        if "the following arguments are required" in message:
-            problems += [missing_key(self.settings, mapping, "") for mapping in self.values]
+        hints, is_missing = self._hints(), "the following arguments are required" in message
+        problems = (
+            problem_of_keys(hints, mapping, "", with_required=is_missing) for mapping in self.values
+        )
         message = next(filter(None, problems), message)
         if not self.exit_on_error:
             is_unknown = message.startswith("unrecognized arguments: ")
@@ -160,8 +160,7 @@ def config_first(groups: list[list[str]]) -> list[list[str]]:
 
 def settings_of(kind: type, values: Any) -> Any:
     """Return the dataclass of the settings in a file; a wrong or missing one is a ValueError."""
-    missing = missing_key({"it": kind}, {"it": values}, "")
-    if problem := problem_of_value(kind, values, "") or (missing and missing.removeprefix("it.")):
+    if problem := problem_of_value(kind, values, "", with_required=True):
         raise ValueError(problem)
     parser = Parser(exit_on_error=False)
     parser.add_class_arguments(kind, None)
@@ -170,23 +169,30 @@ def settings_of(kind: type, values: Any) -> Any:
 
 
 def problem_of_keys(
-    hints: dict[str, Any], values: dict[str, Any], name: str, with_values: bool = True
+    hints: dict[str, Any],
+    values: dict[str, Any],
+    name: str,
+    with_values: bool = True,
+    with_required: bool = False,
 ) -> str | None:
     """Return what is wrong in a mapping of settings, None if nothing is.
 
-    `hints` are the types by key. Without `with_values`, only unknown keys and nulls are looked for.
+    `hints` are the types by key. Unknown keys and nulls are always wrong, `with_values` also values
+    of another type, and `with_required` a mapping inside that lacks a required setting.
     """
     for key, value in values.items():
         hint, full = hints.get(str(key).removesuffix("+")), f"{name}.{key}".lstrip(".")
         if not hint:
             return f"{full} is no setting{meant(str(key), hints) or '; remove it'}"
-        if problem := problem_of_value(hint, value, full, with_values):
+        if problem := problem_of_value(hint, value, full, with_values, with_required):
             return problem
     return None
 
 
-def problem_of_value(hint: Any, value: Any, name: str, with_values: bool = True) -> str | None:
-    """Return what is wrong with the value of a setting of this type, None if nothing is."""
+def problem_of_value(
+    hint: Any, value: Any, name: str, with_values: bool = True, with_required: bool = False
+) -> str | None:
+    """Return what is wrong with the value of a setting, as `problem_of_keys` does."""
     kind = dataclass_in(hint)
     if hint is not str and isinstance(value, str):
         try:
@@ -201,34 +207,19 @@ def problem_of_value(hint: Any, value: Any, name: str, with_values: bool = True)
     if value is None and not _allows(NoneType, hint):
         return f"{name} is empty; it must be {in_words(hint)}, or be left out"
     if kind is not None and isinstance(value, dict):
-        hints = get_type_hints(kind, include_extras=True)
+        hints, parts = get_type_hints(kind, include_extras=True), fields(kind)
         if get_origin(hint) is dict:  # one type for settings of any name
-            hints = dict.fromkeys(map(str, value), kind)
-        return problem_of_keys(hints, value, name, with_values)
+            hints, parts = dict.fromkeys(map(str, value), kind), ()
+        if problem := problem_of_keys(hints, value, name, with_values, with_required):
+            return problem
+        for part in parts if with_required else ():
+            if part.name not in value and part.default is part.default_factory is MISSING:
+                return f"{name or 'it'} has no {part.name}; add it"
+        return None
     if not with_values:
         return None
     is_right = hint is not kind and (is_plainly_of(hint, value) or is_parsed_as(hint, value))
     return None if is_right else f"{name} is {short(value)}; it must be {in_words(hint)}"
-
-
-def missing_key(hints: dict[str, Any], values: dict[str, Any], name: str) -> str | None:
-    """Return the mapping that lacks a required setting, or None; see `problem_of_keys`."""
-    for key, value in values.items():
-        hint, full = hints.get(str(key).removesuffix("+")), f"{name}.{key}".lstrip(".")
-        kind = dataclass_in(hint)
-        parts = {full: value}
-        if get_origin(hint) is dict and isinstance(value, dict):
-            parts = {f"{full}.{part}": settings for part, settings in value.items()}
-        for part, settings in parts.items():
-            if kind is None or not isinstance(settings, dict):
-                continue
-            for required in fields(kind):
-                is_required = required.default is required.default_factory is MISSING
-                if is_required and required.name not in settings:
-                    return f"{part} has no {required.name}; add it"
-            if problem := missing_key(get_type_hints(kind, include_extras=True), settings, part):
-                return problem
-    return None
 
 
 def is_plainly_of(hint: Any, value: Any) -> bool:
