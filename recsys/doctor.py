@@ -336,10 +336,9 @@ def _reinstall_command(*packages: str) -> str:
 def nvidia_driver_found() -> bool:
     """Return whether the library that FBGEMM's CUDA wheel links to can be loaded."""
     try:
-        ctypes.CDLL("libnvidia-ml.so.1")
+        return bool(ctypes.CDLL("libnvidia-ml.so.1"))
     except OSError:
         return False
-    return True
 
 
 def _pip(*arguments: str) -> str:
@@ -348,8 +347,7 @@ def _pip(*arguments: str) -> str:
 
 def _minor(version: str) -> str:
     """Return "2.13" for "2.13.0+cpu"."""
-    match = re.match(r"\d+\.\d+", version)
-    return match.group() if match else version
+    return re.sub(r"^(\d+\.\d+).*", r"\1", version)
 
 
 def _gpu_rows() -> list[tuple[str, str]]:
@@ -363,11 +361,8 @@ def _gpu_rows() -> list[tuple[str, str]]:
     rows = []
     for index in range(count):
         device = torch.cuda.get_device_properties(index)
-        size, capability = (
-            f"{device.total_memory / 2**30:.0f} GiB",
-            f"{device.major}.{device.minor}",
-        )
-        rows.append((f"GPU {index}", f"{device.name}, {size}, capability {capability}"))
+        size, capability = device.total_memory / 2**30, f"{device.major}.{device.minor}"
+        rows.append((f"GPU {index}", f"{device.name}, {size:.0f} GiB, capability {capability}"))
     return rows
 
 
