@@ -137,15 +137,15 @@ def build_job(
     with ranks.raise_on_all_ranks():
         root = Location.of(data)
         schema = schema or load_schema(root)
-        world = ranks.device.type, ranks.world_size, ranks.local_world_size
-        check_placement(config.embedding, schema, *world)
+        device, ranks_per_node = ranks.device.type, ranks.local_world_size
+        check_placement(config.embedding, schema, device, ranks.world_size, ranks_per_node)
         tables = table_configs(config, schema, mean_list_lengths(root, schema, rows))
     content, on_bad_row = content_settings(config.content), config.on_bad_row
     store, encoders, bank = build_content(content, root, schema, ranks, config.cache, on_bad_row)
     with ranks.raise_on_all_ranks():
         em3 = build_em3(config, schema, tables, encoders, bank, "meta", ranks.group)
         fuse_table_optimizers(em3, tables)
-        prepare_kernels(em3, config.kernels, ranks.device.type)
+        prepare_kernels(em3, config.kernels, device)
         if config.precision == "bf16":
             use_bfloat16(dense_parts(em3).values(), ranks.device)
         compiles = compiles_by_default(ranks.device) if config.compile == "auto" else config.compile

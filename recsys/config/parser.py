@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
 
-from recsys.config.plain_yaml import MODE, RefusedYaml, load_plain_yaml, read_plain
+from recsys.config.plain_yaml import MODE, RefusedYaml, load_plain_yaml
 
 WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 WORDS |= {list: "a list", dict: "a mapping"}
@@ -197,7 +199,8 @@ def problem_of_value(
     if hint is not str and isinstance(value, str):
         try:
             # Only settings may stand in a file of their own; other values may be names of files.
-            inside = read_plain(value) if kind is not None else load_plain_yaml(value.encode())
+            is_file = kind is not None and os.path.isfile(value)
+            inside = load_plain_yaml(Path(value).read_bytes() if is_file else value.encode())
         except RefusedYaml as error:
             return f"{name}: {short(value)}: {error}"
         except (yaml.YAMLError, UnicodeDecodeError):

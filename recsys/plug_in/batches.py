@@ -68,7 +68,7 @@ class ContentBatches(Iterable[Batch]):
     def _with_items(self, batch: TorchRecBatch) -> Batch:
         """Return a batch with the items of its features, on the host; pinned if it was."""
         target, lengths = self._feature(batch.sparse_features, self.schema.target_item)
-        if len(lengths) and not (lengths == 1).all():
+        if not (lengths == 1).all():
             row = int((lengths != 1).argmax())
             raise ValueError(
                 f"sparse feature '{self.schema.target_item}' has {lengths[row]} ids in row {row} "
