@@ -28,7 +28,7 @@ from recsys.config.ranking import (
     RankingSettings,
     RetrievalSettings,
     check_keys,
-    own_keys,
+    for_model,
     settings_class,
 )
 from recsys.config.run import CONFIG_NAMES, Config, content_settings
@@ -123,7 +123,7 @@ def add_config_arguments(
     parser.add_class_arguments(settings_class(name), "ranking")
     parser.set_defaults({"ranking.name": name})
     parser.settings = hints | {"ranking": settings_class(name)}
-    parser.values = [_for_model(mapping, name) for _, mapping in mappings]
+    parser.values = [for_model(mapping, name) for _, mapping in mappings]
 
 
 def config_from(namespace: Namespace) -> Config:
@@ -154,11 +154,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 @cached_copy
 def config_of_plain(plain: dict[str, Any]) -> Config:
     """Invert `to_plain`, with defaults for missing settings; a wrong one is a ValueError."""
-    section = plain.get("ranking")
-    name = section.get("name", DEFAULT_MODEL) if isinstance(section, dict) else DEFAULT_MODEL
+    name = _ranking_name([("--config", plain)])
     parser = Parser(exit_on_error=False)
-    add_config_arguments(parser, ["--ranking.name", str(name)])
-    plain = _for_model(without_removed_settings(plain), name)
+    add_config_arguments(parser, ["--ranking.name", name])
+    plain = for_model(without_removed_settings(plain), name)
     parser.values.append(plain)
     try:
         return config_from(parser.instantiate(parser.parse_object(plain)))
@@ -211,7 +210,7 @@ def _recipe_action(name: str, read: ReadRecipe) -> type[ActionConfigFile]:
             self, parser: Any, cfg: Any, values: Any, option_string: str | None = None
         ) -> None:
             """Apply the recipe to the configuration that is being parsed."""
-            recipe = _for_model(read(values), name)
+            recipe = for_model(read(values), name)
             if not isinstance(recipe, dict):
                 raise TypeError(
                     f"config {values}: no such file, nor a mapping of settings; correct the path, "
@@ -233,13 +232,6 @@ def _read_recipe(recipe: str) -> Any:
         return without_removed_settings(content)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config {recipe}: {error}") from error
-
-
-def _for_model(recipe: Any, name: str) -> Any:
-    if not isinstance(recipe, dict):
-        return recipe
-    section = recipe.get("ranking")
-    return recipe | {"ranking": own_keys(section, name)} if isinstance(section, dict) else recipe
 
 
 def _ranking_name(mappings: Sequence[tuple[str, dict[str, Any]]]) -> str:
