@@ -166,7 +166,9 @@ def _triple_problems() -> list[Problem]:
     missing = [name for name, version in installed.items() if version is None]
     if missing:
         return [Problem(f"{', '.join(missing)} not installed", install_command())]
-    if tuple(_minor(version or "") for version in installed.values()) in MATCHING_TRIPLES:
+    # 2.13 of 2.13.0+cpu
+    minors = tuple(re.sub(r"^(\d+\.\d+).*", r"\1", str(full)) for full in installed.values())
+    if minors in MATCHING_TRIPLES:
         return []
     present = ", ".join(f"{name} {version}" for name, version in installed.items())
     matching = "; ".join(" / ".join(triple) for triple in MATCHING_TRIPLES)
@@ -343,11 +345,6 @@ def nvidia_driver_found() -> bool:
 
 def _pip(*arguments: str) -> str:
     return shlex.join([sys.executable, "-m", "pip", *arguments])
-
-
-def _minor(version: str) -> str:
-    """Return "2.13" for "2.13.0+cpu"."""
-    return re.sub(r"^(\d+\.\d+).*", r"\1", version)
 
 
 def _gpu_rows() -> list[tuple[str, str]]:

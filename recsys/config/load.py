@@ -201,8 +201,6 @@ def _remove_modalities(options: Sequence[tuple[str, str]], read: ReadRecipe) -> 
 
 
 def _recipe_action(name: str, read: ReadRecipe) -> type[ActionConfigFile]:
-    """Return the action of `--config` for a ranking model of this name."""
-
     class Recipe(ActionConfigFile):
         """Reads a recipe as plain data, and keeps only the model's own keys under `ranking`."""
 

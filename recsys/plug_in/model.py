@@ -281,7 +281,6 @@ def load_dlrm(
 
 
 def _check_names(expected: Mapping[str, Any], loaded: Mapping[str, Any], part: str) -> None:
-    """Raise a ValueError for the first name that only one of both states has."""
     for name in sorted(expected.keys() ^ loaded.keys()):
         place = "this DLRM" if name in expected else "the checkpoint"
         raise ValueError(
