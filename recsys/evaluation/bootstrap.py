@@ -142,19 +142,17 @@ def paired_difference(
     return Interval(value, max(-limit, value + low), min(limit, value + high))
 
 
-def pooled_metric(
-    windows: Sequence[SplitScores], metric: str, part: str, label: int = 0
-) -> float | None:
+def pooled_metric(windows: Sequence[SplitScores], metric: str, part: str) -> float | None:
     """Compute the metric of a run as `paired_difference` does; None if undefined."""
     users = _all_users(windows)
-    measure, _ = _measure(windows, users, metric, part, label)
+    measure, _ = _measure(windows, users, metric, part)
     value = float(measure(np.ones((len(users), 1)))[0])
     return None if np.isnan(value) else value
 
 
-def metric_users(windows: Sequence[SplitScores], metric: str, part: str, label: int = 0) -> int:
+def metric_users(windows: Sequence[SplitScores], metric: str, part: str) -> int:
     """Count the users that define a metric, in any window; for AUC those of the rarer label."""
-    _, user_rows = _measure(windows, _all_users(windows), metric, part, label)
+    _, user_rows = _measure(windows, _all_users(windows), metric, part)
     return _defining_users(user_rows)
 
 
@@ -227,7 +225,7 @@ def _defining_users(user_rows: np.ndarray) -> int:  # user_rows: [2, U]
 
 
 def _measure(
-    windows: Sequence[SplitScores], users: np.ndarray, metric: str, part: str, label: int
+    windows: Sequence[SplitScores], users: np.ndarray, metric: str, part: str, label: int = 0
 ) -> tuple[Measure, np.ndarray]:  # float64 [2, U]
     """Return the metric of a run by draws of users, and the rows by which each user counts.
 
