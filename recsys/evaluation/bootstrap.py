@@ -252,7 +252,7 @@ def _measure(
             user_rows[:, defined] += weights
         else:
             error = np.abs(predicted(rows.logit, rows.loss) - rows.label) ** power
-            weight = 1.0 if rows.weight is None else rows.weight
+            weight = np.ones(len(error)) if rows.weight is None else rows.weight
             numerator += np.bincount(rows.user, error * weight, minlength=len(users))
             user_rows += np.bincount(rows.user, rows.weight, minlength=len(users))
 
