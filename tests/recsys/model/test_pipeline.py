@@ -36,7 +36,7 @@ def losses_of(job: Job, pipeline: Any) -> list[float]:
 def train_every_way(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     ranks, data = ranks_of(rank, world_size), str(folder / "data")
     plain = build_job(em3_config(folder), data, ranks)
-    base = TrainPipelineBase(plain.model, plain.optimizer, ranks.device)
+    base = TrainPipelineBase(plain.model, plain.pipeline.update.optimizer, ranks.device)
     job = build_job(em3_config(folder), data, ranks)
     result: dict[str, Any] = {
         "plain": losses_of(plain, base),
